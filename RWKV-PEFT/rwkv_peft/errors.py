@@ -1,0 +1,17 @@
+"""The one exception that means "what you gave us is wrong", and how a command reports it."""
+
+import sys
+
+
+class UserError(ValueError):
+    """A user's mistake: the message gives the value, the rule and the remedy."""
+
+
+def exit_on_user_error(main):
+    """Run a command's `main(argv) -> int`; a UserError becomes one message on stderr and exit code 2."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
