@@ -1,12 +1,13 @@
 """The settings of a run as frozen dataclasses, made once from the command line."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
-ADAPTER_METHODS = ("bone", "lora", "pissa", "none")
+ADAPTER_METHODS = ("bone", "lora", "lora-plus", "pissa", "olora", "lora-ga", "none")
 BONE_MODES = ("bone", "bone-mini", "bat-in", "bat-out")
 TARGETS = ("att.receptance", "att.key", "att.value", "att.gate", "att.output",
            "ffn.key", "ffn.receptance", "ffn.value")
+QUANTIZATIONS = ("none", "nf4", "int8")
 TRAIN_PARTS = ("time", "ln", "emb", "head")
 STRATEGIES = tuple(f"deepspeed_stage_{stage}" for stage in ("1", "2", "2_offload", "3", "3_offload"))
 
@@ -39,10 +40,14 @@ class ModelConfig:
 class AdapterConfig:
     """Which adapter replaces which linear layers, and which other parameters train.
 
-    method is one of ADAPTER_METHODS; mode one of BONE_MODES (Bone alone); rank is the block
-    size r (Bone) or the inner width (LoRA); targets are module-name suffixes such as
-    "att.key"; train_parts are groups of base parameters that train in full; load is an
-    adapter file to start from, or "".
+    method is one of ADAPTER_METHODS ("none" is full fine-tuning); mode one of BONE_MODES (Bone
+    alone); rank is the block size r (Bone) or the inner width (LoRA family); mini_rank the width
+    of bone-mini; alpha the LoRA scale times rank (0 means alpha = rank); dropout LoRA's alone;
+    svd_niter the power iterations of PiSSA's randomized SVD (0: an exact SVD); lora_plus_ratio
+    the learning rate of lora_B over that of lora_A (lora-plus alone); targets are module-name
+    suffixes such as "att.key"; train_parts are groups of base parameters that train in full;
+    quant is one of QUANTIZATIONS, for the frozen weights under adapters; load is an adapter file
+    to start from, or "".
     """
 
     method: str = "bone"
@@ -51,9 +56,24 @@ class AdapterConfig:
     mini_rank: int = 0
     alpha: float = 0.0
     dropout: float = 0.0
+    svd_niter: int = 4
+    lora_plus_ratio: float = 16.0
     targets: tuple[str, ...] = TARGETS
     train_parts: tuple[str, ...] = ()
+    quant: str = "none"
     load: str = ""
+
+    @property
+    def variant(self):
+        """The adapter's name in ADAPTERS and in metadata; "none" where no adapter is used."""
+        if self.method == "bone":
+            return self.mode
+        return "lora" if self.method == "lora-plus" else self.method
+
+    @property
+    def scale(self):
+        """What multiplies lora_B lora_A."""
+        return self.alpha / self.rank if self.alpha else 1.0
 
 
 @dataclass(frozen=True)
@@ -74,6 +94,53 @@ class DataConfig:
     micro_bsz: int = 1
     seed: int = 42
     num_workers: int = 1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a run trains, on what, and where it writes.
+
+    A step is one optimizer step of devices x num_nodes x micro_bsz x accumulate_grad_batches samples; an epoch is
+    epoch_steps of them (0: one pass over the data). Learning rates are per step, epoch_save counts epochs.
+    """
+
+    load_model: str = ""
+    proj_dir: str = "out"
+    resume: bool = False
+    epoch_steps: int = 0
+    epoch_count: int = 1
+    epoch_begin: int = 0
+    epoch_save: int = 1
+    lr_init: float = 2e-5
+    lr_final: float = 2e-5
+    lr_schedule: str = "cosine"
+    warmup_steps: int = 0
+    beta1: float = 0.9
+    beta2: float = 0.99
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.0
+    layerwise_lr: bool = True
+    loraplus_lr_ratio: float = 1.0
+    gradient_clip_val: float = 1.0
+    accumulate_grad_batches: int = 1
+    grad_cp: bool = False
+    random_seed: int = 42
+    strategy: str = "deepspeed_stage_1"
+    accelerator: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    precision: str = "bf16"
+    wandb: str = ""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of one training run."""
+
+    model: ModelConfig
+    adapter: AdapterConfig
+    data: DataConfig
+    train: TrainConfig
 
 
 def to_json(config):
