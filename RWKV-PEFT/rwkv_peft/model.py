@@ -1,0 +1,242 @@
+"""RWKV-6 ("Finch", x060): the model, its recurrent state and its initialization.
+
+Peng et al. 2024, arXiv 2404.05892, section 4; parameter names and shapes are those of RWKV-LM's
+RWKV-v5/src/model.py, so that its .pth files load unchanged.
+B batch, T time, C channels (n_embd), A attention channels, F feed-forward channels, H heads, N head size.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .config import ModelConfig
+from .ops import wkv6
+
+
+class LayerState(NamedTuple):
+    """What one block remembers between two calls.
+
+    att_shift, ffn_shift (B, C): the last normalized input of each mix; wkv (B, H, N, N) float32, rows the key
+    dimension.
+    """
+
+    att_shift: torch.Tensor
+    wkv: torch.Tensor
+    ffn_shift: torch.Tensor
+
+
+class State(tuple):
+    """One LayerState a block: all that a sequence leaves behind, of a size that does not grow with its length."""
+
+    @staticmethod
+    def zeros(config: ModelConfig, batch, device="cpu", dtype=torch.float32):
+        """The state before the first token, for `batch` sequences; dtype is the model's."""
+        shift = torch.zeros(batch, config.n_embd, device=device, dtype=dtype)
+        wkv = torch.zeros(batch, config.n_head, config.head_size, config.head_size, device=device)
+        return State(LayerState(shift, wkv, shift) for _ in range(config.n_layer))
+
+
+def token_shift(x, last=None, cu_seqlens=None):
+    """Each token's predecessor.
+
+    x (B, T, C); last (B, C) or None precedes the first token. With cu_seqlens (n + 1,), B is 1, the row holds n
+    sequences, and last is (n, C). Returns (B, T, C).
+    """
+    first = x.new_zeros(x.shape[0], 1, x.shape[2])
+    if last is not None and cu_seqlens is None:
+        first = last[:, None]
+    previous = torch.cat([first, x[:, :-1]], dim=1)
+    if cu_seqlens is None:
+        return previous
+    starts = cu_seqlens[:-1].long()
+    if last is None:
+        return previous.index_fill(1, starts, 0)
+    return previous.index_copy(1, starts, last[None])
+
+
+def last_token(x, cu_seqlens=None):
+    """The last token of each sequence of x (B, T, C) -> (B, C), or (n, C) where cu_seqlens packs n of them."""
+    return x[:, -1] if cu_seqlens is None else x[0, cu_seqlens[1:].long() - 1]
+
+
+class TimeMix(nn.Module):
+    """Attention's counterpart: data-dependent token shift, data-dependent decay, the wkv6 recurrence."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        C, A, H, N = config.n_embd, config.dim_att, config.n_head, config.head_size
+        self.n_head, self.head_size = H, N
+        for name in ("x", "w", "k", "v", "r", "g"):
+            self.register_parameter(f"time_maa_{name}", nn.Parameter(torch.empty(1, 1, C)))
+        self.time_maa_w1 = nn.Parameter(torch.empty(C, 5 * config.maa_rank))
+        self.time_maa_w2 = nn.Parameter(torch.empty(5, config.maa_rank, C))
+        self.time_decay = nn.Parameter(torch.empty(1, 1, A))
+        self.time_decay_w1 = nn.Parameter(torch.empty(C, config.decay_rank))
+        self.time_decay_w2 = nn.Parameter(torch.empty(config.decay_rank, A))
+        self.time_faaaa = nn.Parameter(torch.empty(H, N))
+        self.receptance = nn.Linear(C, A, bias=False)
+        self.key = nn.Linear(C, A, bias=False)
+        self.value = nn.Linear(C, A, bias=False)
+        self.gate = nn.Linear(C, A, bias=False)
+        self.output = nn.Linear(A, C, bias=False)
+        self.ln_x = nn.GroupNorm(H, A, eps=1e-5 * config.head_size_divisor**2)
+
+    def mix(self, x, previous):
+        """Data-dependent lerp between x and its predecessor (eq. 12 to 14) -> w, k, v, r, g inputs, each (B, T, C)."""
+        B, T, C = x.shape
+        delta = previous - x
+        low = torch.tanh((x + delta * self.time_maa_x) @ self.time_maa_w1)  # (B, T, 5 * maa_rank)
+        low = low.view(B * T, 5, -1).transpose(0, 1)
+        offsets = torch.bmm(low, self.time_maa_w2).view(5, B, T, C)  # order w, k, v, r, g
+        base = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
+        return [torch.addcmul(x, delta, maa + offset) for maa, offset in zip(base, offsets)]
+
+    def forward(self, x, shift=None, wkv_state=None, cu_seqlens=None):
+        """x (B, T, C) -> output (B, T, C), last input (B, C), final wkv state (B, H, N, N)."""
+        B, T, _ = x.shape
+        xw, xk, xv, xr, xg = self.mix(x, token_shift(x, shift, cu_seqlens))
+        heads = (B, T, self.n_head, self.head_size)
+        r = self.receptance(xr).view(heads)
+        k = self.key(xk).view(heads)
+        v = self.value(xv).view(heads)
+        g = F.silu(self.gate(xg))
+        w = (self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2).view(heads)
+        y, wkv_state = wkv6(r, k, v, w, self.time_faaaa, wkv_state, cu_seqlens)
+        y = self.ln_x(y.reshape(B * T, -1)).view(B, T, -1)
+        return self.output(y * g), last_token(x, cu_seqlens), wkv_state
+
+
+class ChannelMix(nn.Module):
+    """The feed-forward: squared ReLU under a sigmoid gate, on token-shifted input."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        C = config.n_embd
+        self.time_maa_k = nn.Parameter(torch.empty(1, 1, C))
+        self.time_maa_r = nn.Parameter(torch.empty(1, 1, C))
+        self.key = nn.Linear(C, config.dim_ffn, bias=False)
+        self.receptance = nn.Linear(C, C, bias=False)
+        self.value = nn.Linear(config.dim_ffn, C, bias=False)
+
+    def forward(self, x, shift=None, cu_seqlens=None):
+        """x (B, T, C) -> output (B, T, C), last input (B, C)."""
+        delta = token_shift(x, shift, cu_seqlens) - x
+        k = torch.relu(self.key(torch.addcmul(x, delta, self.time_maa_k))).square()
+        r = torch.sigmoid(self.receptance(torch.addcmul(x, delta, self.time_maa_r)))
+        return r * self.value(k), last_token(x, cu_seqlens)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block; block 0 also normalizes the embedding (ln0)."""
+
+    def __init__(self, config: ModelConfig, layer):
+        super().__init__()
+        C = config.n_embd
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(C)
+        self.first = layer == 0
+        self.ln1 = nn.LayerNorm(C)
+        self.ln2 = nn.LayerNorm(C)
+        self.att = TimeMix(config)
+        self.ffn = ChannelMix(config)
+
+    def forward(self, x, state=None, cu_seqlens=None):
+        """x (B, T, C), state LayerState or None -> x (B, T, C), LayerState."""
+        att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
+        if self.first:
+            x = self.ln0(x)
+        y, att_shift, wkv = self.att(self.ln1(x), att_shift, wkv, cu_seqlens)
+        x = x + y
+        y, ffn_shift = self.ffn(self.ln2(x), ffn_shift, cu_seqlens)
+        return x + y, LayerState(att_shift, wkv, ffn_shift)
+
+
+class Head(nn.Linear):
+    """The output projection, which can hand its weight to a function instead of forming the logits.
+
+    A loss that walks the vocabulary in chunks needs the weight itself; reaching it through the module's forward
+    keeps ZeRO-3's gathering hooks in the path.
+    """
+
+    def forward(self, x, function=None):
+        """x (B, T, C) -> logits (B, T, V), or function(x, weight)."""
+        return super().forward(x) if function is None else function(x, self.weight)
+
+
+class RWKV6(nn.Module):
+    """RWKV-6 language model with RWKV-LM's parameter names.
+
+    grad_checkpoint recomputes each block in the backward pass instead of keeping its activations. Parameters are
+    empty until `init_weights` or `load_state_dict` fills them.
+    """
+
+    def __init__(self, config: ModelConfig, grad_checkpoint=False):
+        super().__init__()
+        self.config = config
+        self.grad_checkpoint = grad_checkpoint
+        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_out = nn.LayerNorm(config.n_embd)
+        self.head = Head(config.n_embd, config.vocab_size, bias=False)
+
+    def forward(self, tokens, state=None, cu_seqlens=None, head=None):
+        """tokens (B, T) int64, state State or None -> logits (B, T, V), State.
+
+        cu_seqlens (n + 1,) marks the boundaries of n sequences packed in one row (B = 1, state for n sequences);
+        nothing crosses them. `head(x, weight)`, where given, takes the place of the logits (see Head).
+        """
+        x = self.emb(tokens)
+        states = []
+        for layer, block in enumerate(self.blocks):
+            layer_state = None if state is None else state[layer]
+            if self.grad_checkpoint and torch.is_grad_enabled():
+                x, layer_state = checkpoint(block, x, layer_state, cu_seqlens, use_reentrant=False)
+            else:
+                x, layer_state = block(x, layer_state, cu_seqlens)
+            states.append(layer_state)
+        return self.head(self.ln_out(x), head), State(states)
+
+
+@torch.no_grad()
+def init_weights(model: RWKV6):
+    """Fill every parameter in place by RWKV-LM's x060 recipe; draws from torch's global generator.
+
+    The embedding starts tiny, so that ln0 makes its direction, not its size, what matters; every block starts as
+    the identity, because output, ffn.receptance and ffn.value start at zero.
+    """
+    config = model.config
+    C, A, V, L = config.n_embd, config.dim_att, config.vocab_size, config.n_layer
+    channel = torch.arange(C) / C  # 0 .. 1 over the channels
+    ramp = torch.arange(A) / max(A - 1, 1)
+    zigzag = ((torch.arange(A) + 1) % 3 - 1) * 0.1
+    nn.init.uniform_(model.emb.weight, -1e-4, 1e-4)
+    nn.init.orthogonal_(model.head.weight, gain=0.5 * math.sqrt(max(V / C, 1)))
+    for module in model.modules():
+        if isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+    for layer, block in enumerate(model.blocks):
+        depth = layer / max(L - 1, 1)  # 0 at the first block, 1 at the last
+        height = 1 - layer / L  # 1 at the first block, almost 0 at the last
+        att, ffn = block.att, block.ffn
+        for name, power, shift in (("x", 1, 0), ("w", 1, 0), ("k", 1, 0), ("v", 1, 0.3 * depth),
+                                   ("r", 0.5, 0), ("g", 0.5, 0)):
+            maa = 1 - (channel ** (power * height) + shift)
+            getattr(att, f"time_maa_{name}").copy_(maa.view(1, 1, C))
+        nn.init.zeros_(att.time_maa_w1)
+        nn.init.uniform_(att.time_maa_w2, -0.01, 0.01)
+        att.time_decay.copy_((-6 + 5 * ramp ** (0.7 + 1.3 * depth)).view(1, 1, A))
+        nn.init.zeros_(att.time_decay_w1)
+        nn.init.uniform_(att.time_decay_w2, -0.01, 0.01)
+        att.time_faaaa.copy_((depth * (1 - ramp) + zigzag).view_as(att.time_faaaa))
+        att.ln_x.weight.fill_(((1 + layer) / L) ** 0.7)
+        for linear, gain in ((att.receptance, 1), (att.key, 0.1), (att.value, 1), (att.gate, 0.1), (ffn.key, 1)):
+            nn.init.orthogonal_(linear.weight, gain=gain)
+        for linear in (att.output, ffn.receptance, ffn.value):
+            nn.init.zeros_(linear.weight)
+        for name in ("k", "r"):
+            getattr(ffn, f"time_maa_{name}").copy_((1 - channel**height).view(1, 1, C))

@@ -1,0 +1,1 @@
+"""From flags to a trained adapter: loss, schedule, engine, callbacks, the run itself."""

@@ -1,0 +1,115 @@
+"""What a run shows and writes step by step: the progress bar, metrics.jsonl, the loggers; and when it saves or stops."""
+
+import json
+import sys
+import time
+
+import lightning.pytorch as pl
+from tqdm import tqdm
+
+from ..checkpoint import atomic_write
+from .saver import load_checkpoint
+
+
+class StepCallback(pl.Callback):
+    """Calls on_step after each optimizer step; `done` counts the steps finished since the run first began."""
+
+    def __init__(self, accumulate):
+        self.accumulate = accumulate
+
+    def on_train_batch_end(self, trainer, lit, outputs, batch, batch_idx):
+        self.count_tokens(trainer, batch)
+        if (batch_idx + 1) % self.accumulate == 0:
+            self.on_step(trainer, lit, done=lit.step + 1)
+
+    def count_tokens(self, trainer, batch):
+        """Called for each micro batch."""
+
+    def on_step(self, trainer, lit, done):
+        raise NotImplementedError
+
+
+class Record(StepCallback):
+    """Writes one line a step to metrics.jsonl (rank 0), feeds the loggers, and draws the progress bar.
+
+    tokens_per_s counts the tokens of all ranks over the step's wall time, saving excluded.
+    """
+
+    def __init__(self, folder, plan, accumulate):
+        super().__init__(accumulate)
+        self.path, self.plan = folder / "metrics.jsonl", plan
+        self.tokens = 0
+
+    def on_train_start(self, trainer, lit):
+        if trainer.is_global_zero:
+            forget_from(self.path, self.plan.first_step)
+            self.file = open(self.path, "a", buffering=1)
+            # Where nobody watches, a line every ten seconds instead of a moving bar.
+            self.bar = tqdm(total=self.plan.total_steps, initial=self.plan.first_step, unit="step", dynamic_ncols=True,
+                            file=sys.stdout, mininterval=0.2 if sys.stdout.isatty() else 10, smoothing=0.05)
+        self.start = time.perf_counter()
+
+    def count_tokens(self, trainer, batch):
+        self.tokens += batch["tokens"].numel() * trainer.world_size
+
+    def on_step(self, trainer, lit, done):
+        now = time.perf_counter()
+        rate = self.tokens / (now - self.start)
+        tokens, self.tokens = self.tokens, 0
+        if not trainer.is_global_zero:
+            return
+        norm = trainer.strategy.deepspeed_engine.get_global_grad_norm()
+        metrics = {"step": lit.step, "epoch": lit.step // self.plan.epoch_steps, "loss": lit.step_loss, "lr": lit.lr,
+                   "grad_norm": None if norm is None else float(norm), "tokens": tokens, "tokens_per_s": round(rate, 1)}
+        self.file.write(json.dumps(metrics) + "\n")
+        numbers = {key: value for key, value in metrics.items() if value is not None and key != "step"}
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step=lit.step)
+        self.bar.set_postfix_str(f"loss {lit.step_loss:.4f}, lr {lit.lr:.2e}, {rate:,.0f} tokens/s", refresh=False)
+        self.bar.update()
+
+    def on_train_batch_start(self, trainer, lit, batch, batch_idx):
+        if batch_idx % self.accumulate == 0:
+            self.start = time.perf_counter()
+
+    def on_train_end(self, trainer, lit):
+        self.close(trainer)
+
+    def on_exception(self, trainer, lit, exception):
+        self.close(trainer)
+
+    def close(self, trainer):
+        if trainer.is_global_zero and hasattr(self, "file"):
+            self.file.close()
+            self.bar.close()
+
+
+def forget_from(path, first_step):
+    """Drop the lines of metrics.jsonl that a resumed run is about to write again."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines(keepends=True)
+            if line.endswith("\n") and json.loads(line)["step"] < first_step]
+    with atomic_write(path) as temporary:
+        temporary.write_text("".join(kept))
+
+
+class Save(StepCallback):
+    """Restores `checkpoint` (a folder, or None) before the first step; saves every epoch_save epochs, at the end, and
+    when a stop was asked for, which then happens."""
+
+    def __init__(self, saver, plan, train, checkpoint):
+        super().__init__(train.accumulate_grad_batches)
+        self.saver, self.plan, self.every, self.checkpoint = saver, plan, train.epoch_save, checkpoint
+
+    def on_train_start(self, trainer, lit):
+        if self.checkpoint is not None:
+            load_checkpoint(trainer, self.checkpoint)
+
+    def on_step(self, trainer, lit, done):
+        epoch, rest = divmod(done, self.plan.epoch_steps)
+        at_end = done == self.plan.total_steps
+        if lit.stopping or at_end or (rest == 0 and self.every and epoch % self.every == 0):
+            self.saver.save(trainer, lit, done, epoch if rest == 0 else None)
+        if lit.stopping:
+            trainer.should_stop = True

@@ -1,0 +1,278 @@
+"""The command line of train.py: flags -> one frozen RunConfig.
+
+Names that RWKV-LM and RWKV-PEFT scripts use are kept. Every contradiction is refused here, in the flags' own words,
+before a weight is read.
+"""
+
+import argparse
+import difflib
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+from ..adapters import check_adapter
+from ..checkpoint import load_base, model_config_from_state
+from ..config import (ADAPTER_METHODS, STRATEGIES, TARGETS, TRAIN_PARTS, AdapterConfig, DataConfig, ModelConfig,
+                      RunConfig, TrainConfig)
+from ..errors import UserError
+from .schedule import SCHEDULES
+
+MODE_ALIASES = (("bat", "bat-in"),)  # RWKV-PEFT's name for it
+# flag of the JSON forms -> AdapterConfig field
+JSON_FLAGS = (("bone_config", "bone", (("bone_mode", "mode"), ("bone_r", "rank"), ("bone_load", "load"))),
+              ("lora_config", "lora", (("lora_r", "rank"), ("lora_alpha", "alpha"), ("lora_dropout", "dropout"),
+                                       ("lora_load", "load"))),
+              ("pissa_config", "pissa", (("pissa_r", "rank"), ("pissa_load", "load"), ("svd_niter", "svd_niter"),
+                                         ("pissa_init", "init"))))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are UserErrors."""
+
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
+def switch(text):
+    """0 / 1, as RWKV-LM's scripts write them, or true / false."""
+    if text.lower() in ("1", "true", "yes"):
+        return True
+    if text.lower() in ("0", "false", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither 0 nor 1")
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return value
+
+
+def not_negative(text):
+    value = float(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def count(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def build_parser():
+    """The parser, its flags grouped as --help shows them."""
+    parser = Parser(prog="train.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                    description="Train an RWKV-6 model, or a Bone adapter on one, on CPU or GPU under DeepSpeed ZeRO.")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--load_model", default="", metavar="PTH",
+                       help="base checkpoint; dimensions are read from it. Empty: a new model from --n_layer, --n_embd, "
+                            "--vocab_size (needs --peft none)")
+    model.add_argument("--model_version", "--my_testing", default="x060", choices=("x060",), help="architecture")
+    for name, text in (("n_layer", "blocks"), ("n_embd", "channels"), ("vocab_size", "vocabulary"),
+                       ("dim_att", "attention channels (new model: n_embd)"),
+                       ("dim_ffn", "feed-forward channels (new model: 3.5 n_embd, down to a multiple of 32)"),
+                       ("head_size", "head size (new model: 64)")):
+        names = ["--head_size", "--head_size_a"] if name == "head_size" else [f"--{name}"]
+        model.add_argument(*names, type=positive, default=None, help=text)
+
+    adapter = parser.add_argument_group("adapter")
+    adapter.add_argument("--peft", default="bone", choices=ADAPTER_METHODS,
+                         help="adapter method; none trains the model itself (all of it, or --train_parts)")
+    adapter.add_argument("--bone_mode", default=None, metavar="MODE",
+                         help="bat-in (block affine by input block, also called bat), bat-out or bone (default bat-in)")
+    adapter.add_argument("--bone_r", type=positive, default=None, help="block size r (default 64)")
+    adapter.add_argument("--bone_load", default=None, metavar="FILE", help="adapter to start from")
+    for name, method, keys in JSON_FLAGS:
+        example = {"bone": '{"bone_mode":"bat-in","bone_load":"","bone_r":64}',
+                   "lora": '{"lora_load":"","lora_r":64,"lora_alpha":128,"lora_dropout":0}',
+                   "pissa": '{"pissa_load":"","pissa_r":64,"svd_niter":4}'}[method]
+        adapter.add_argument(f"--{name}", default=None, metavar="JSON", help=f"the same as one JSON value: {example}")
+    adapter.add_argument("--target_modules", nargs="+", default=list(TARGETS), metavar="NAME",
+                         help="linear layers that get an adapter, as ends of their names")
+    adapter.add_argument("--train_parts", nargs="*", default=[], choices=TRAIN_PARTS,
+                         help="parameters of the base that train along")
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_file", required=True, metavar="PREFIX", help="PREFIX.bin and PREFIX.idx")
+    data.add_argument("--data_type", default="binidx", choices=("binidx",), help="format of the data")
+    data.add_argument("--ctx_len", type=positive, default=1024, help="tokens a sample")
+    data.add_argument("--dataload", default="get", choices=("get", "pad", "only"),
+                      help="get: windows of the token stream; pad: one document a row, padded; only: one document, alone")
+    data.add_argument("--loss_mask", default="none", choices=("none", "pad", "qa", "file"),
+                      help="tokens that count: none masks nothing, pad masks padding, qa masks all before --mask_id, "
+                           "file reads PREFIX.mask")
+    data.add_argument("--mask_id", type=count, nargs="+", default=[], metavar="ID",
+                      help="token ids that open the answer, for --loss_mask qa")
+    data.add_argument("--micro_bsz", type=positive, default=1, help="samples a device and forward pass")
+    data.add_argument("--num_workers", type=count, default=1, help="1 prefetches batches in the background, 0 does not")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--proj_dir", default="out", metavar="DIR", help="where the run writes")
+    run.add_argument("--resume", action="store_true", help="continue the run in --proj_dir exactly where it stopped")
+    run.add_argument("--epoch_steps", type=count, default=0, help="optimizer steps an epoch; 0: one pass over the data")
+    run.add_argument("--epoch_count", type=positive, default=1, help="epochs; the run ends after them")
+    run.add_argument("--epoch_begin", type=count, default=0,
+                     help="number of the first epoch: the schedule and the data start there (with --bone_load)")
+    run.add_argument("--epoch_save", type=count, default=1, help="save every so many epochs; 0: at the end alone")
+    run.add_argument("--random_seed", type=int, default=42, help="seed of initialization, dropout and data order")
+    run.add_argument("--wandb", default="", metavar="PROJECT", help="also log to this Weights & Biases project")
+
+    optimizer = parser.add_argument_group("optimizer")
+    optimizer.add_argument("--lr_init", type=not_negative, default=2e-5, help="learning rate after warm-up")
+    optimizer.add_argument("--lr_final", type=not_negative, default=2e-5, help="learning rate at the end")
+    optimizer.add_argument("--lr_schedule", default="cosine", choices=SCHEDULES, help="from lr_init to lr_final")
+    optimizer.add_argument("--warmup_steps", type=count, default=0, help="steps of linear warm-up")
+    optimizer.add_argument("--beta1", type=not_negative, default=0.9, help="Adam")
+    optimizer.add_argument("--beta2", type=not_negative, default=0.99, help="Adam")
+    optimizer.add_argument("--adam_eps", type=not_negative, default=1e-8, help="Adam")
+    optimizer.add_argument("--weight_decay", type=not_negative, default=0.0, help="on matrices only")
+    optimizer.add_argument("--layerwise_lr", type=switch, default=True, metavar="0|1",
+                           help="RWKV-LM's higher learning rates of time_decay and time_faaaa")
+    optimizer.add_argument("--loraplus_lr_ratio", type=not_negative, default=1.0,
+                           help="LoRA+: learning rate of lora_B over lora_A")
+    optimizer.add_argument("--gradient_clip_val", type=not_negative, default=1.0, help="largest gradient norm; 0: any")
+    optimizer.add_argument("--accumulate_grad_batches", type=positive, default=1, help="forward passes a step")
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "gpu"), help="where to train")
+    machine.add_argument("--devices", type=positive, default=1, help="GPUs, or CPU processes, a node")
+    machine.add_argument("--num_nodes", type=positive, default=1, help="nodes")
+    machine.add_argument("--strategy", default="deepspeed_stage_1", choices=STRATEGIES, help="how memory is shared")
+    machine.add_argument("--precision", default="bf16", choices=("bf16", "fp32"), help="weights and activations")
+    machine.add_argument("--grad_cp", type=switch, default=False, metavar="0|1",
+                         help="recompute blocks in the backward pass, to save memory")
+    return parser
+
+
+def parse_config(argv):
+    """argv -> RunConfig. Raises UserError for whatever cannot work together."""
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    refuse_unknown(parser, unknown)
+    adapter = adapter_config(args)
+    base = load_base(args.load_model) if args.load_model else None
+    if base is None and (adapter.method != "none" or adapter.load):
+        raise UserError(f"--peft {args.peft} adapts a base model and none is given; "
+                        "name it with --load_model, or train a new model with --peft none")
+    model = new_model_config(args) if base is None else base_model_config(args, base)
+    if base is not None:
+        check_adapter(adapter, {name.removesuffix(".weight"): tuple(tensor.shape) for name, tensor in base.items()
+                                if name.endswith(".weight") and tensor.ndim == 2})
+    data = DataConfig(path=args.data_file, mask_id=tuple(args.mask_id), seed=args.random_seed,
+                      **{name: getattr(args, name) for name in
+                         ("data_type", "ctx_len", "dataload", "loss_mask", "micro_bsz", "num_workers")})
+    train = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
+    check_train(train, data)
+    return RunConfig(model, adapter, data, train)
+
+
+def refuse_unknown(parser, unknown):
+    """A flag that does not exist is refused with the nearest one that does."""
+    for word in unknown:
+        if not word.startswith("--"):
+            raise UserError(f"{word!r} belongs to no flag; see --help")
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(word.split("=")[0], known, n=1)
+        raise UserError(f"there is no flag {word.split('=')[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+
+
+def adapter_config(args):
+    """The adapter's settings, from single flags or from a --*_config JSON value."""
+    given = {"mode": args.bone_mode, "rank": args.bone_r, "load": args.bone_load}
+    singles = [f"--bone_{name}" for name, value in (("mode", args.bone_mode), ("r", args.bone_r), ("load", args.bone_load))
+               if value is not None]
+    if singles and args.peft != "bone":
+        raise UserError(f"{singles[0]} belongs to --peft bone, and --peft is {args.peft}")
+    for flag, method, keys in JSON_FLAGS:
+        text = getattr(args, flag)
+        if text is None:
+            continue
+        if args.peft != method:
+            raise UserError(f"--{flag} belongs to --peft {method}, and --peft is {args.peft}")
+        for key, value in parse_json_flag(flag, text, keys).items():
+            if given.get(key) is not None and given[key] != value:
+                raise UserError(f"--{flag} says {key} {value!r} and --bone_{key} says {given[key]!r}; give one of them")
+            given[key] = value
+    settings = {key: value for key, value in given.items() if value is not None}
+    if "mode" in settings:
+        settings["mode"] = dict(MODE_ALIASES).get(settings["mode"], settings["mode"])
+    if args.peft == "none":
+        settings = {}
+    return AdapterConfig(method=args.peft, targets=tuple(args.target_modules), train_parts=tuple(args.train_parts),
+                         **settings)
+
+
+def parse_json_flag(flag, text, keys):
+    """The JSON value of --flag -> {AdapterConfig field: value}; every key must be known."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--{flag} {text!r} is not JSON ({error}); quote it for the shell, e.g. "
+                        f"--{flag} '{{\"{keys[0][0]}\": …}}'") from error
+    if not isinstance(value, dict):
+        raise UserError(f"--{flag} must be a JSON object, not {text!r}")
+    names = dict(keys)
+    for key in value:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            raise UserError(f"--{flag} has the unknown key {key!r}"
+                            + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"))
+    types = {f.name: f.type for f in fields(AdapterConfig)}
+    result = {}
+    for key, item in value.items():
+        wanted = types[names[key]]
+        wanted = {"int": int, "float": (int, float), "str": str}.get(wanted, wanted)
+        if isinstance(item, bool) or not isinstance(item, (int, float) if wanted is float else wanted):
+            raise UserError(f"--{flag}: {key} {item!r} has the wrong type")
+        result[names[key]] = item
+    return result
+
+
+def base_model_config(args, base):
+    """Dimensions of the base; a flag that contradicts them is refused."""
+    config = model_config_from_state(base)
+    for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "head_size"):
+        given, real = getattr(args, name), getattr(config, name)
+        if given is not None and given != real:
+            raise UserError(f"--{name} {given} contradicts {args.load_model}, which has {real}; leave the flag out")
+    return config
+
+
+def new_model_config(args):
+    """Dimensions of a new model, upstream's defaults filled in."""
+    for name in ("n_layer", "n_embd", "vocab_size"):
+        if getattr(args, name) is None:
+            raise UserError(f"a new model needs --{name}; or name a base with --load_model")
+    dim_att = args.dim_att or args.n_embd
+    head_size = args.head_size or 64
+    if dim_att % head_size or head_size % 4 or head_size > 128:
+        raise UserError(f"--head_size {head_size} must divide the attention channels ({dim_att}), be a multiple of 4 "
+                        "and at most 128")
+    wide = args.n_embd >= 4096
+    return ModelConfig(n_layer=args.n_layer, n_embd=args.n_embd, vocab_size=args.vocab_size, dim_att=dim_att,
+                       dim_ffn=args.dim_ffn or int(args.n_embd * 3.5) // 32 * 32, head_size=head_size,
+                       maa_rank=64 if wide else 32, decay_rank=128 if wide else 64)
+
+
+def check_train(train, data):
+    """Contradictions among the remaining flags."""
+    for name in ("beta1", "beta2"):
+        if getattr(train, name) >= 1:
+            raise UserError(f"--{name} {getattr(train, name)} must be below 1")
+    if data.loss_mask == "qa" and not data.mask_id:
+        raise UserError("--loss_mask qa needs --mask_id: the token ids that open an answer")
+    if data.mask_id and data.loss_mask != "qa":
+        raise UserError(f"--mask_id is read by --loss_mask qa alone, and --loss_mask is {data.loss_mask}")
+    if train.epoch_begin >= train.epoch_count:
+        raise UserError(f"--epoch_begin {train.epoch_begin} leaves no epoch of --epoch_count {train.epoch_count} to train")
+    if train.wandb and re.search(r"[/\\#?%:]", train.wandb):
+        raise UserError(f"--wandb {train.wandb!r} is a project name and may not contain / \\ # ? % :")
+    folder = Path(train.proj_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--proj_dir {folder} is a file; name a folder")

@@ -1,0 +1,89 @@
+"""The training step as a LightningModule: loss, learning rate, optimizer, and what the ranks agree on each step."""
+
+import math
+from functools import partial
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+
+from ..adapters import parameter_groups
+from .loss import linear_cross_entropy
+from .schedule import learning_rate
+
+
+class NonFiniteLoss(Exception):
+    """The loss became NaN or infinite; raised by every rank at the same step, before that step's backward pass."""
+
+
+class Lit(pl.LightningModule):
+    """Trains `model` (RWKV6, adapters injected) by `train` (TrainConfig), optimizer steps numbered from first_step.
+
+    Each micro batch is a dict of tokens, targets, mask (B, T) and step_count, the counted tokens of the whole
+    optimizer step: every token of a step weighs the same, whatever the number of ranks and micro batches.
+
+    Public: step (the current optimizer step), step_loss (mean loss of the step's micro batches so far, over all
+    ranks), stop_requested (the signal that asked for a stop, 0 for none; set on any rank, it makes `stopping` true on
+    all of them in the same micro batch).
+    """
+
+    def __init__(self, model, train, total_steps, first_step=0):
+        super().__init__()
+        self.model, self.train_config, self.total_steps = model, train, total_steps
+        self.step = first_step
+        self.step_loss = 0.0
+        self.stop_requested = 0
+        self.stopping = False
+
+    @property
+    def lr(self):
+        """The current step's base learning rate."""
+        train = self.train_config
+        return learning_rate(self.step, total_steps=self.total_steps, lr_init=train.lr_init, lr_final=train.lr_final,
+                             warmup_steps=train.warmup_steps, schedule=train.lr_schedule)
+
+    def configure_optimizers(self):
+        train = self.train_config
+        groups = parameter_groups(self.model, weight_decay=train.weight_decay, layerwise_lr=train.layerwise_lr,
+                                  lora_plus_ratio=train.loraplus_lr_ratio)
+        settings = {"lr": self.lr, "betas": (train.beta1, train.beta2), "eps": train.adam_eps}
+        if train.strategy.endswith("offload"):
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+        return torch.optim.AdamW(groups, fused=True, **settings)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        accumulate = self.train_config.accumulate_grad_batches
+        if batch_idx % accumulate == 0:
+            self.step_loss = 0.0
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = self.lr * group["lr_scale"]
+        # Random draws depend on the seed, the step, the micro batch and the rank alone, so a resumed run repeats them.
+        micro = self.step * accumulate + batch_idx % accumulate
+        torch.manual_seed((self.train_config.random_seed * 1_000_003 + micro) * 65_537 + self.global_rank)
+
+    def training_step(self, batch, batch_idx):
+        # The engine averages gradients over ranks and micro batches; this denominator turns that into the mean over
+        # the counted tokens of the whole step.
+        parts = self.trainer.world_size * self.train_config.accumulate_grad_batches
+        head = partial(linear_cross_entropy, targets=batch["targets"], mask=batch["mask"],
+                       count=max(1, batch["step_count"]) / parts)
+        loss, _ = self.model(batch["tokens"], head=head)
+        self.agree(loss.detach(), parts)
+        return loss
+
+    def agree(self, loss, parts):
+        """One small reduction a micro batch: the loss over all ranks, and whether any rank wants to stop."""
+        status = torch.stack([loss.float(), loss.new_tensor(self.stop_requested != 0, dtype=torch.float32)])
+        if self.trainer.world_size > 1:
+            dist.all_reduce(status)
+        total, stop = status.tolist()
+        if not math.isfinite(total):
+            raise NonFiniteLoss(f"the loss became {total} at step {self.step}")
+        self.step_loss += total / parts
+        self.stopping = stop > 0
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if (batch_idx + 1) % self.train_config.accumulate_grad_batches == 0:
+            self.step += 1

@@ -1,0 +1,70 @@
+"""Cross-entropy of the head, computed in chunks so that the logits never exist as a whole.
+
+At a vocabulary of 65,536 the logits and their gradient dwarf all else in memory. The gradient of the hidden state is
+formed while a chunk's logits are at hand, as Liger Kernel does (Hsu et al. 2024, arXiv 2410.10989), so the backward
+pass costs nothing more.
+"""
+
+import torch
+import torch.nn.functional as F
+
+CHUNK_ELEMENTS = 2**25  # logits alive at once: 128 MiB in float32
+L2WRAP = 1e-4  # RWKV-LM's pull on each token's largest logit, which keeps logits from drifting up
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, mask, count, l2wrap):
+        rows = hidden.reshape(-1, hidden.shape[-1])  # (B * T, C)
+        targets, counted = targets.reshape(-1), mask.reshape(-1).float()
+        needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        # float32 sums, also for a bfloat16 model: thousands of tokens add up here.
+        accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        grad_hidden = torch.empty_like(rows) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=accumulate) if needs_weight else None
+        total = torch.zeros((), dtype=accumulate, device=rows.device)
+        size = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        for start in range(0, rows.shape[0], size):
+            chunk = slice(start, start + size)
+            logits = F.linear(rows[chunk], weight).to(accumulate)  # (size, V)
+            picked = targets[chunk, None]
+            factor = (counted[chunk] / count).to(accumulate)[:, None]
+            largest, where = logits.max(dim=1, keepdim=True)
+            logits.sub_(largest)
+            true_logit = logits.gather(1, picked)
+            log_sum = logits.exp().sum(dim=1, keepdim=True).log()
+            total += ((log_sum - true_logit) * factor).sum()
+            if needs_hidden or needs_weight:
+                grad = logits.sub_(log_sum).exp_().mul_(factor)  # softmax, weighted; in the logits' own memory
+                grad.scatter_add_(1, picked, -factor)
+                grad.scatter_add_(1, where, largest * factor * l2wrap)
+                grad = grad.to(hidden.dtype)
+                if needs_hidden:
+                    torch.mm(grad, weight, out=grad_hidden[chunk])
+                if needs_weight:
+                    grad_weight += (grad.t() @ rows[chunk]).to(accumulate)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.shape, ctx.weight_dtype = hidden.shape, weight.dtype
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = (grad_hidden * grad_output).view(ctx.shape)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_output).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def linear_cross_entropy(hidden, weight, targets, mask, count, l2wrap=L2WRAP):
+    """Sum of the counted tokens' cross-entropy, divided by `count`.
+
+    hidden (B, T, C), weight (V, C) of the same dtype, targets (B, T) int64, mask (B, T) bool: which targets count;
+    count: the number of counted tokens that the average is over, a number or a 0-dim tensor (a whole optimizer
+    step's, over all ranks and micro batches; at least 1). Returns a float32 scalar (float64 for float64 input).
+    l2wrap adds l2wrap · (largest logit) to the gradient of each counted token's largest logit, scaled as the loss
+    is (RWKV-LM's L2Wrap); it does not show in the value.
+    """
+    return LinearCrossEntropy.apply(hidden, weight, targets, mask, count, l2wrap)

@@ -1,0 +1,229 @@
+"""One training run from flags to files; `python train.py --help` tells the flags.
+
+The only place where model, adapters, data and engine meet.
+"""
+
+import logging
+import os
+import signal
+import sys
+import warnings
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ..adapters import inject
+from ..checkpoint import fingerprint, load_adapter_into, load_base
+from ..config import to_json
+from ..data.samples import build_samples
+from ..errors import UserError
+from ..model import RWKV6, init_weights
+from ..ops import backends
+from .flags import parse_config
+from .saver import Saver, find_checkpoint, read_state
+
+DTYPES = (("bf16", torch.bfloat16), ("fp32", torch.float32))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps of a run: step_samples samples each, epoch_steps an epoch, numbered first_step to total_steps - 1."""
+
+    step_samples: int
+    epoch_steps: int
+    total_steps: int
+    first_step: int
+
+
+def main(argv):
+    """train.py: returns the exit code."""
+    return run(parse_config(argv), say=print if is_first_process() else lambda *_, **__: None)
+
+
+def is_first_process():
+    """Whether this process is the one a user watches: rank 0, in every launcher's way of saying so."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK"))
+
+
+def run(config, say=print):
+    """Train as config (RunConfig) says; `say` prints for the user. Returns the exit code."""
+    train = config.train
+    accelerator = resolve_accelerator(train)
+    world_size = train.devices * train.num_nodes
+    step_samples = config.data.micro_bsz * world_size * train.accumulate_grad_batches
+    samples = build_samples(config.data, config.model.vocab_size)
+    base = load_base(train.load_model) if train.load_model else None
+    base_fingerprint = "" if base is None else fingerprint(base)
+    folder = Path(train.proj_dir)
+    identity = {"adapter": asdict(config.adapter), "base": base_fingerprint, "strategy": train.strategy,
+                "world_size": world_size, "precision": train.precision}
+    checkpoint, state = find_state(folder, train, identity)
+    plan = make_plan(train, samples, step_samples, state)
+    if state and plan.first_step >= plan.total_steps:
+        raise UserError(f"--resume: the run in {folder} is complete ({plan.first_step} steps); raise --epoch_count to go on")
+
+    torch.manual_seed(train.random_seed)
+    model = build_model(config, base)
+    report = inject(model, config.adapter)
+    if config.adapter.load:
+        load_adapter_into(model, config.adapter.load)
+    describe(config, accelerator, samples, plan, report, state, say)
+    folder.mkdir(parents=True, exist_ok=True)
+    saver = Saver(folder, config, plan, identity, base_fingerprint)
+    return fit(config, model, report.trainable, samples, saver, checkpoint, accelerator, say)
+
+
+def resolve_accelerator(train):
+    """cpu or gpu, checked against what the machine has."""
+    gpus = torch.cuda.device_count()
+    accelerator = train.accelerator if train.accelerator != "auto" else "gpu" if gpus else "cpu"
+    if accelerator == "gpu" and train.devices > gpus:
+        raise UserError(f"--devices {train.devices} and this machine has {gpus} GPU{'s' * (gpus != 1)}; lower --devices"
+                        + (", or use --accelerator cpu" if not gpus else ""))
+    return accelerator
+
+
+def find_state(folder, train, identity):
+    """(checkpoint folder, its state.json) to resume from, or (None, None) for a fresh run."""
+    checkpoint = find_checkpoint(folder)
+    if not train.resume:
+        if checkpoint is not None or (folder / "metrics.jsonl").exists():
+            raise UserError(f"--proj_dir {folder} already holds a run; add --resume to continue it, or name another folder")
+        return None, None
+    if checkpoint is None:
+        raise UserError(f"--resume: there is no complete checkpoint under {folder / 'checkpoints'}; leave --resume out to "
+                        "start, or give the --proj_dir of the run")
+    return checkpoint, read_state(checkpoint, identity)
+
+
+def make_plan(train, samples, step_samples, state):
+    """The run's Plan; a resumed run starts where its sample cursor stands."""
+    epoch_steps = train.epoch_steps or -(-len(samples) // step_samples)
+    first_step = train.epoch_begin * epoch_steps
+    if state:
+        first_step, rest = divmod(state["samples_seen"], step_samples)
+        if rest:
+            raise UserError(f"--resume: {state['samples_seen']} samples are done, which is no multiple of the "
+                            f"{step_samples} samples of a step now; give the first run's --micro_bsz and "
+                            "--accumulate_grad_batches")
+    return Plan(step_samples, epoch_steps, train.epoch_count * epoch_steps, first_step)
+
+
+def build_model(config, base):
+    """The model in the run's precision: the base's memory-mapped tensors where dtypes agree, or fresh weights."""
+    dtype = dict(DTYPES)[config.train.precision]
+    if base is None:
+        model = RWKV6(config.model, grad_checkpoint=config.train.grad_cp)
+        init_weights(model)
+    else:
+        with torch.device("meta"):
+            model = RWKV6(config.model, grad_checkpoint=config.train.grad_cp)
+        model.load_state_dict(base, strict=True, assign=True)
+    return model.to(dtype)
+
+
+def describe(config, accelerator, samples, plan, report, state, say):
+    """What is about to happen, in a few lines."""
+    model, train, data, adapter = config.model, config.train, config.data, config.adapter
+    say(f"model     RWKV-6, {model.n_layer} layers, {model.n_embd} channels, {model.n_head} heads of {model.head_size}, "
+        f"vocabulary {model.vocab_size}" + (f", from {train.load_model}" if train.load_model else ", new"))
+    name = "full model" if adapter.method == "none" else adapter.method
+    if adapter.method == "bone":
+        name = f"Bone {adapter.mode}, rank {adapter.rank}"
+    elif adapter.method != "none":
+        name = f"{adapter.method}, rank {adapter.rank}"
+    say(f"training  {name}: {report}")
+    kernel = "cuda" if accelerator == "gpu" else "cpu"
+    reason = backends()[kernel]
+    say(f"machine   {train.num_nodes} x {train.devices} {accelerator}, {train.strategy}, {train.precision}, "
+        f"wkv6 kernel: {kernel if reason is None else f'reference, which is slow ({reason})'}")
+    say(f"data      {data.path}: {len(samples):,} samples of up to {data.ctx_len} tokens")
+    for note in samples.notes:
+        say(f"          {note}")
+    say(f"steps     {plan.total_steps:,} ({train.epoch_count} epochs of {plan.epoch_steps:,}), {plan.step_samples} samples each"
+        + (f"; resuming at step {plan.first_step:,}" if state else ""))
+    say(f"output    {train.proj_dir}")
+
+
+@contextmanager
+def stop_signals(lit, say):
+    """Ctrl-C and SIGTERM ask the run to save and stop after the current step; a second one ends it at once."""
+    def ask(number, frame):
+        if lit.stop_requested:
+            raise KeyboardInterrupt
+        lit.stop_requested = number
+        say("\nstopping after this step; again to stop at once, without saving")
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def quiet():
+    """Leave the user's terminal to us: the libraries' banners and tips are not about this run."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "DeepSpeed", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for text in (".*does not have many workers.*", ".*`IterableDataset`.*", ".*isinstance.treespec.*",
+                 ".*barrier.*device under current context.*"):
+        warnings.filterwarnings("ignore", text)
+
+
+def fit(config, model, trainable, samples, saver, checkpoint, accelerator, say):
+    """Run Lightning's Trainer over the plan and report how it ended; returns the exit code."""
+    train, folder, plan = config.train, saver.folder, saver.plan
+    if accelerator == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take a GPU that is there
+    quiet()
+    import lightning.pytorch as pl
+    from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+
+    from ..plots import plot_loss
+    from .batches import RunData
+    from .callbacks import Record, Save
+    from .lit import Lit, NonFiniteLoss
+    from .strategy import make_strategy
+
+    first = is_first_process()
+    loggers = []
+    if first:
+        (folder / "config.json").write_text(to_json(config) + "\n")
+        loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
+        if train.wandb:
+            loggers.append(WandbLogger(project=train.wandb, save_dir=folder))
+    lit = Lit(model, train, plan.total_steps, plan.first_step)
+    accumulate = train.accumulate_grad_batches
+    trainer = pl.Trainer(
+        accelerator=accelerator, devices=train.devices, num_nodes=train.num_nodes,
+        strategy=make_strategy(train, config.data.micro_bsz, trainable),
+        precision={"bf16": "bf16-true", "fp32": "32-true"}[train.precision],
+        accumulate_grad_batches=accumulate, gradient_clip_val=train.gradient_clip_val,
+        max_epochs=1, logger=loggers, enable_progress_bar=False, enable_checkpointing=False,
+        enable_model_summary=False, use_distributed_sampler=False, default_root_dir=folder,
+        callbacks=[Record(folder, plan, accumulate), Save(saver, plan, train, checkpoint)])
+    try:
+        with stop_signals(lit, say):
+            trainer.fit(lit, datamodule=RunData(samples, plan, config.data.micro_bsz, accumulate))
+    except NonFiniteLoss as error:
+        last = find_checkpoint(folder)
+        say(f"error: {error}; the run stopped before that step was applied. "
+            + (f"The last good checkpoint is {last}" if last else "No checkpoint had been saved yet")
+            + "; try a lower --lr_init, or --precision fp32", file=sys.stderr)
+        return 1 if first else 0
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    if not first:
+        return 0
+    plot_loss(folder / "metrics.jsonl", folder / "loss.png")
+    if lit.stopping:
+        say(f"stopped after {lit.step:,} of {plan.total_steps:,} steps, saved in {folder}; "
+            "the same command with --resume goes on")
+        return 128 + (lit.stop_requested or signal.SIGTERM)
+    result = folder / ("rwkv.pth" if config.adapter.method == "none" else "adapter.safetensors")
+    say(f"finished  {result}, {folder / 'loss.png'}, {folder / 'metrics.jsonl'}")
+    return 0

@@ -1,0 +1,125 @@
+"""What a run leaves on disk: adapter or model files, and checkpoints that resume it bitwise.
+
+proj_dir/adapter-epoch-N.safetensors   the trained tensors after epoch N (--peft none: rwkv-epoch-N.pth, the model)
+proj_dir/adapter.safetensors           the same, newest (--peft none: rwkv.pth)
+proj_dir/checkpoints/step-NNNNNNNN/    optimizer state, state.json; the last KEEP of them
+"""
+
+import json
+import os
+import shutil
+from contextlib import nullcontext
+from dataclasses import asdict
+
+import torch
+
+from ..checkpoint import AdapterMetadata, atomic_write, save_adapter, save_model
+from ..errors import UserError
+
+KEEP = 2
+TAG = "zero"  # DeepSpeed's name for the folder of its own files
+SAME = ("adapter", "base", "strategy", "world_size", "precision")  # what a resumed run must share with the first
+
+
+def find_checkpoint(folder):
+    """Newest complete checkpoint folder under proj_dir, or None."""
+    found = sorted((folder / "checkpoints").glob("step-*/state.json"))
+    return found[-1].parent if found else None
+
+
+def read_state(checkpoint, now):
+    """state.json of a checkpoint, compared with what the resuming run says of itself (a dict with the keys SAME)."""
+    try:
+        state = json.loads((checkpoint / "state.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{checkpoint}/state.json cannot be read ({error}); delete {checkpoint} to resume from an "
+                        "older checkpoint") from error
+    now = json.loads(json.dumps(now))
+    for key in SAME:
+        if state[key] != now[key]:
+            raise UserError(
+                f"--resume: the run in {checkpoint.parent.parent} has {key} {state[key]}, this command {now[key]}. "
+                "Give the same flags, or start a new --proj_dir from its adapter with a fresh optimizer: "
+                f"--bone_load {checkpoint.parent.parent / 'adapter.safetensors'} --epoch_begin {state['epoch']}")
+    return state
+
+
+class Saver:
+    """Writes checkpoints and trained tensors of one run; every method is called on all ranks at once.
+
+    identity is the dict of SAME keys; base_fingerprint is "" for a model that was never loaded from a file.
+    """
+
+    def __init__(self, folder, config, plan, identity, base_fingerprint):
+        self.folder, self.config, self.plan = folder, config, plan
+        self.identity, self.base_fingerprint = identity, base_fingerprint
+
+    def save(self, trainer, lit, done, epoch=None):
+        """Save after `done` optimizer steps; `epoch` is the number of epochs done where one just ended."""
+        self.save_checkpoint(trainer, done)
+        full = self.config.adapter.method == "none"
+        wanted = [(name, p) for name, p in lit.model.named_parameters() if full or p.requires_grad]
+        tensors = gather(wanted, trainer.strategy.zero_stage_3, trainer.is_global_zero)
+        if trainer.is_global_zero:
+            stem, suffix = ("rwkv", ".pth") if full else ("adapter", ".safetensors")
+            for name in [stem] if epoch is None else [f"{stem}-epoch-{epoch}", stem]:
+                path = self.folder / (name + suffix)
+                if full:
+                    save_model(path, tensors)
+                else:
+                    save_adapter(path, tensors, AdapterMetadata.from_config(self.config.adapter, self.base_fingerprint))
+        trainer.strategy.barrier()
+
+    def save_checkpoint(self, trainer, done):
+        """DeepSpeed's state and state.json into a hidden folder, which gets its name when it is complete."""
+        checkpoints = self.folder / "checkpoints"
+        hidden, final = checkpoints / f".step-{done:08d}", checkpoints / f"step-{done:08d}"
+        if trainer.is_global_zero:
+            for leftover in checkpoints.glob(".step-*"):
+                shutil.rmtree(leftover)
+            hidden.mkdir(parents=True)
+        trainer.strategy.barrier()
+        trainer.strategy.deepspeed_engine.save_checkpoint(hidden, tag=TAG, client_state={}, save_latest=False,
+                                                          exclude_frozen_parameters=True)
+        trainer.strategy.barrier()
+        if not trainer.is_global_zero:
+            return
+        state = {"step": done, "epoch": done // self.plan.epoch_steps, "samples_seen": done * self.plan.step_samples,
+                 "config": asdict(self.config), **self.identity}
+        with atomic_write(hidden / "state.json") as temporary:
+            temporary.write_text(json.dumps(state, indent=1))
+        sync_files(hidden)
+        if final.exists():
+            shutil.rmtree(final)
+        hidden.rename(final)
+        for old in sorted(checkpoints.glob("step-*"))[:-KEEP]:
+            shutil.rmtree(old)
+
+
+def sync_files(folder):
+    """Force the files below `folder` to disk, so that its rename cannot outrun them."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def load_checkpoint(trainer, checkpoint):
+    """Restore weights and optimizer into the engine, on all ranks."""
+    trainer.strategy.deepspeed_engine.load_checkpoint(checkpoint, tag=TAG, load_module_strict=False,
+                                                      load_lr_scheduler_states=False)
+
+
+def gather(parameters, zero_stage_3, keep):
+    """(name, parameter) pairs -> {name: tensor on the CPU}, gathered one by one under ZeRO-3; {} on ranks that do not
+    keep. Raises FloatingPointError for a tensor that is not finite, before anything is written."""
+    import deepspeed
+
+    tensors = {}
+    for name, parameter in parameters:
+        with deepspeed.zero.GatheredParameters([parameter]) if zero_stage_3 else nullcontext():
+            if keep:
+                tensors[name] = parameter.detach().to("cpu", copy=True)
+                if not torch.isfinite(tensors[name]).all():
+                    raise FloatingPointError(f"{name} is not finite; nothing was overwritten")
+    return tensors

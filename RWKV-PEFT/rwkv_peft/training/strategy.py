@@ -1,0 +1,33 @@
+"""DeepSpeed ZeRO under Lightning on any device: CPU processes over gloo as well as GPUs over NCCL."""
+
+import logging
+
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
+
+
+class ZeroStrategy(DeepSpeedStrategy):
+    """Lightning's DeepSpeedStrategy without its refusal of everything but CUDA."""
+
+    def setup_environment(self):
+        if self.root_device.type == "cpu":
+            # The engine wants an index on every device.
+            self.parallel_devices = [torch.device("cpu", index) for index in range(len(self.parallel_devices))]
+        super(DeepSpeedStrategy, self).setup_environment()
+
+
+def make_strategy(train, micro_bsz, trainable):
+    """The strategy that train (TrainConfig) names; `trainable` parameters set the size of communication buckets."""
+    import deepspeed
+
+    # On CPU, init_distributed would compile this shared-memory all-reduce for a minute; gloo serves.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    stage = int(train.strategy.split("_")[2])
+    offload = train.strategy.endswith("offload")
+    bucket = int(min(2e8, max(trainable, 1)))
+    strategy = ZeroStrategy(stage=stage, offload_optimizer=offload, offload_parameters=offload and stage == 3,
+                            allgather_bucket_size=bucket, reduce_bucket_size=bucket, exclude_frozen_parameters=True,
+                            logging_batch_size_per_gpu=micro_bsz, logging_level=logging.ERROR)
+    if stage == 2 and train.precision == "bf16" and train.accumulate_grad_batches > 1:
+        strategy.config["data_types"] = {"grad_accum_dtype": "fp32"}  # else micro batches add up in bfloat16
+    return strategy
