@@ -16,7 +16,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, mask, count, l2wrap):
         rows = hidden.reshape(-1, hidden.shape[-1])  # (B * T, C)
-        targets, counted = targets.reshape(-1), mask.reshape(-1).float()
+        targets, counted = targets.reshape(-1), mask.reshape(-1)
         needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         # float32 sums, also for a bfloat16 model: thousands of tokens add up here.
         accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -28,7 +28,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + size)
             logits = F.linear(rows[chunk], weight).to(accumulate)  # (size, V)
             picked = targets[chunk, None]
-            factor = (counted[chunk] / count).to(accumulate)[:, None]
+            factor = counted[chunk, None].to(accumulate) / count
             largest, where = logits.max(dim=1, keepdim=True)
             logits.sub_(largest)
             true_logit = logits.gather(1, picked)

@@ -1,0 +1,38 @@
+"""Learning-rate schedules hit their corners exactly."""
+
+import pytest
+
+from rwkv_peft.training.schedule import SCHEDULES, learning_rate
+
+RUN = {"total_steps": 100, "lr_init": 1e-3, "lr_final": 1e-5}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_warm_up_rises_to_lr_init(schedule):
+    rates = [learning_rate(step, warmup_steps=10, schedule=schedule, **RUN) for step in range(11)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert rates[9] == pytest.approx(1e-3)
+    assert rates == sorted(rates)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_ends_at_lr_final_and_never_rises(schedule):
+    rates = [learning_rate(step, warmup_steps=10, schedule=schedule, **RUN) for step in range(10, 100)]
+    assert rates[0] == pytest.approx(1e-3)
+    assert rates[-1] == pytest.approx(1e-5)
+    assert all(a >= b for a, b in zip(rates, rates[1:]))
+
+
+def test_wsd_is_stable_until_its_last_tenth():
+    rates = [learning_rate(step, schedule="wsd", **RUN) for step in range(100)]
+    assert set(rates[:91]) == {1e-3}
+    assert rates[95] < 1e-3
+
+
+def test_constant_stays():
+    assert {learning_rate(step, schedule="constant", **RUN) for step in range(100)} == {1e-3}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_one_step_run(schedule):
+    assert learning_rate(0, total_steps=1, lr_init=1e-3, lr_final=1e-5, schedule=schedule) in (1e-3, 1e-5)
