@@ -82,7 +82,8 @@ class DataConfig:
 
     path is the prefix of a .bin/.idx pair; dataload "get" (windows of ctx_len from the token
     stream), "pad" (one document a row) or "only" (one document, alone); loss_mask "none",
-    "pad", "qa" or "file"; mask_id are the token ids that open an answer (loss_mask "qa").
+    "pad", "qa", "se" or "file"; mask_id are the token ids that open an answer (loss_mask "qa" and
+    "se"), mask_end_id those that open the next question ("qa", optional) or close the answer ("se").
     """
 
     path: str
@@ -91,6 +92,7 @@ class DataConfig:
     dataload: str = "get"
     loss_mask: str = "none"
     mask_id: tuple[int, ...] = ()
+    mask_end_id: tuple[int, ...] = ()
     micro_bsz: int = 1
     seed: int = 42
     num_workers: int = 1
