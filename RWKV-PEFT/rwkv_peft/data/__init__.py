@@ -1,0 +1,1 @@
+"""From text files to exact, resumable batches: tokenizer, binidx files, samples, batches."""

@@ -1,0 +1,242 @@
+"""Token files in the MMIDIDX v1 format of RWKV-LM and Megatron: PREFIX.bin and PREFIX.idx.
+
+.bin holds the documents' tokens one after the other. .idx holds, little-endian: the magic
+"MMIDIDX\\0\\0", version (u64, 1), the token type's code (u8), the number of documents n (u64), the
+number of boundaries m (u64), n sizes (i32, in tokens), n pointers (i64, in bytes into .bin), and m
+boundaries (i64; Megatron groups sentences with them, and we read documents one by one as RWKV-LM
+does). An optional PREFIX.mask holds a byte a token: 1 where the token counts in the loss.
+"""
+
+import os
+import struct
+from array import array
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import UserError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+REMEDY = "make it again with python -m rwkv_peft.data.preprocess"
+CHUNK = 1 << 22
+
+
+def token_dtype(code):
+    """The numpy type of an .idx token code, or None: integers only, little-endian."""
+    names = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+    return np.dtype(names[code]) if code in names else None
+
+
+def dtype_code(vocab_size):
+    """The token code for a vocabulary: uint16 (8) where it fits, else int32 (4)."""
+    return 8 if vocab_size <= 65536 else 4
+
+
+def binidx_prefix(path):
+    """PREFIX, PREFIX.bin or PREFIX.idx -> PREFIX."""
+    text = str(path)
+    return text[:-4] if text.endswith((".bin", ".idx")) else text
+
+
+class BinidxDataset:
+    """A .bin/.idx pair, memory-mapped and validated when opened.
+
+    len(dataset) documents; dataset[i] is document i's tokens; tokens (all documents, 1-D) and
+    mask (uint8 by token, or None) are memory maps; sizes (n,) int32 and pointers (n,) int64 come
+    from the index. Raises UserError for files that are missing, truncated, or disagree.
+    """
+
+    def __init__(self, path):
+        self.prefix = binidx_prefix(path)
+        self.idx_path, self.bin_path, self.mask_path = (self.prefix + end for end in (".idx", ".bin", ".mask"))
+        self._read_index()
+        self._map_tokens()
+        self.mask = self._map_mask()
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __getitem__(self, index):
+        start = self.start(index)
+        return self.tokens[start: start + int(self.sizes[index])]
+
+    def start(self, index):
+        """Where document `index` begins in `tokens`."""
+        return int(self.pointers[index]) // self.dtype.itemsize
+
+    def document_at(self, position):
+        """The document that holds the token at `position`."""
+        return int(np.searchsorted(self.pointers, position * self.dtype.itemsize, side="right")) - 1
+
+    def check_vocab(self, vocab_size):
+        """UserError where a token is not below vocab_size; reads .bin once unless its type rules it out."""
+        if self.dtype.kind == "u" and np.iinfo(self.dtype).max < vocab_size:
+            return
+        for start in range(0, len(self.tokens), CHUNK):
+            chunk = self.tokens[start: start + CHUNK]
+            if int(chunk.max()) < vocab_size and int(chunk.min()) >= 0:
+                continue
+            offset = int(np.flatnonzero((chunk >= vocab_size) | (chunk < 0))[0])
+            position = start + offset
+            raise UserError(
+                f"{self.bin_path}: token {int(chunk[offset])} at position {position} (document "
+                f"{self.document_at(position)}) is outside the model's vocabulary of {vocab_size}; "
+                "tokenize the text with the model's own tokenizer, or take a model with a larger vocabulary")
+
+    def _read_index(self):
+        path = self.idx_path
+        if not os.path.isfile(path):
+            raise UserError(f"{path}: no such file; a data set is a PREFIX.bin with its PREFIX.idx; {REMEDY}")
+        length = os.path.getsize(path)
+        with open(path, "rb") as file:
+            header = file.read(HEADER.size)
+        if len(header) < HEADER.size:
+            raise UserError(f"{path}: {length} bytes, shorter than its {HEADER.size}-byte header; "
+                            f"the file is truncated; {REMEDY}")
+        magic, version, code, count, boundaries = HEADER.unpack(header)
+        if magic != MAGIC:
+            raise UserError(f"{path}: magic {magic!r} where an index begins with {MAGIC!r}; "
+                            f"it is no MMIDIDX index; {REMEDY}")
+        if version != 1:
+            raise UserError(f"{path}: version {version}; only version 1 is read; {REMEDY}")
+        self.dtype = token_dtype(code)
+        if self.dtype is None:
+            raise UserError(f"{path}: dtype code {code}; integer tokens have code 1, 2, 3, 4, 5 or 8; {REMEDY}")
+        expected = HEADER.size + 12 * count + 8 * boundaries
+        if length != expected:
+            raise UserError(f"{path}: {length} bytes, but {count} documents (count) and {boundaries} boundaries "
+                            f"(doc_count) take {expected}; the file is truncated or damaged; {REMEDY}")
+        if count == 0:
+            raise UserError(f"{path}: holds no document (count 0); {REMEDY}")
+        raw = np.memmap(path, dtype=np.uint8, mode="r")
+        sizes_end, pointers_end = HEADER.size + 4 * count, HEADER.size + 12 * count
+        self.sizes = raw[HEADER.size: sizes_end].view("<i4")
+        self.pointers = raw[sizes_end: pointers_end].view("<i8")
+        self._check_documents()
+        self._check_boundaries(raw[pointers_end:].view("<i8"), count)
+
+    def _check_documents(self):
+        """Documents lie one after the other: pointers are the running sum of the sizes."""
+        expected = 0
+        for start in range(0, len(self.sizes), CHUNK):
+            sizes = self.sizes[start: start + CHUNK].astype(np.int64)
+            if sizes.min() < 0:
+                index = start + int(np.flatnonzero(sizes < 0)[0])
+                raise UserError(f"{self.idx_path}: sizes[{index}] = {self.sizes[index]} is negative; {REMEDY}")
+            ends = expected + np.cumsum(sizes * self.dtype.itemsize)
+            begins = np.concatenate(([expected], ends[:-1]))
+            wrong = np.flatnonzero(self.pointers[start: start + CHUNK] != begins)
+            if len(wrong):
+                index = int(wrong[0])
+                raise UserError(
+                    f"{self.idx_path}: pointers[{start + index}] = {self.pointers[start + index]} where the "
+                    f"documents before it end at byte {begins[index]}; the index is damaged; {REMEDY}")
+            expected = int(ends[-1])
+        self._bytes = expected
+
+    def _check_boundaries(self, boundaries, count):
+        if len(boundaries) and (boundaries.min() < 0 or boundaries.max() > count or np.any(np.diff(boundaries) < 0)):
+            raise UserError(f"{self.idx_path}: doc_idx is not a rising list within 0..{count}; "
+                            f"the index is damaged; {REMEDY}")
+
+    def _map_tokens(self):
+        if not os.path.isfile(self.bin_path):
+            raise UserError(f"{self.bin_path}: no such file beside {self.idx_path}; {REMEDY}")
+        length = os.path.getsize(self.bin_path)
+        if length != self._bytes:
+            raise UserError(f"{self.bin_path}: {length} bytes, but the sizes in {self.idx_path} add up to "
+                            f"{self._bytes} bytes of {self.dtype.name} tokens; the file is truncated or not "
+                            f"this index's; {REMEDY}")
+        if length == 0:
+            raise UserError(f"{self.bin_path}: holds no token; {REMEDY}")
+        self.tokens = np.memmap(self.bin_path, dtype=self.dtype, mode="r")
+
+    def _map_mask(self):
+        if not os.path.isfile(self.mask_path):
+            return None
+        length = os.path.getsize(self.mask_path)
+        if length != len(self.tokens):
+            raise UserError(f"{self.mask_path}: {length} bytes, but {self.bin_path} holds {len(self.tokens)} "
+                            f"tokens and a mask has a byte for each; {REMEDY}, or remove the mask")
+        return np.memmap(self.mask_path, dtype=np.uint8, mode="r")
+
+
+class BinidxWriter:
+    """Writes PREFIX.bin, PREFIX.idx and, with mask=True, PREFIX.mask; a context manager.
+
+    The files appear, whole, when the block ends without an exception, the index last; until then
+    they are hidden temporary files in the same folder, removed when the block fails. A mask that
+    counts every token is not kept: it says nothing.
+    """
+
+    def __init__(self, path, vocab_size=65536, mask=False):
+        self.prefix = binidx_prefix(path)
+        self.code = dtype_code(vocab_size)
+        self.dtype = token_dtype(self.code)
+        self.with_mask = mask
+        self._something_masked = False
+        self.sizes = array("i")
+
+    def __enter__(self):
+        parent = Path(self.prefix).parent
+        parent.mkdir(parents=True, exist_ok=True)
+        endings = (".bin", ".mask", ".idx") if self.with_mask else (".bin", ".idx")
+        name = Path(self.prefix).name
+        self._files = {end: open(parent / f".{name}{end}.{os.getpid()}.tmp", "wb") for end in endings}
+        return self
+
+    def add(self, tokens, mask=None):
+        """Append one document: token ids (n,), and its mask (n,) where the writer keeps one."""
+        tokens = np.asarray(tokens)
+        info = np.iinfo(self.dtype)
+        if len(tokens) and not (tokens.min() >= 0 and tokens.max() <= info.max):
+            raise UserError(f"document {len(self.sizes)}: token ids {tokens.min()}..{tokens.max()} do not fit "
+                            f"{self.dtype.name}; give the tokenizer's vocab_size to the writer")
+        self.add_documents(tokens.astype(self.dtype).tobytes(), [len(tokens)],
+                           None if mask is None else np.asarray(mask, dtype=np.uint8).tobytes())
+
+    def add_documents(self, tokens, sizes, mask=None):
+        """Append documents given as bytes: tokens in this writer's dtype, and a byte of mask a token."""
+        if (mask is not None) != self.with_mask:
+            raise ValueError("a mask is given exactly where the writer was made with mask=True")
+        if mask is not None and len(mask) * self.dtype.itemsize != len(tokens):
+            raise ValueError(f"{len(mask)} mask bytes for {len(tokens) // self.dtype.itemsize} tokens")
+        self._files[".bin"].write(tokens)
+        if mask is not None:
+            self._files[".mask"].write(mask)
+            self._something_masked |= 0 in mask
+        try:
+            self.sizes.extend(sizes)
+        except OverflowError:
+            raise UserError(f"a document of {max(sizes)} tokens; the format holds at most 2147483647 each; "
+                            "split the text into documents") from None
+
+    def __exit__(self, kind, error, trace):
+        try:
+            if kind is None:
+                self._write_index(self._files[".idx"])
+                for file in self._files.values():
+                    file.flush()
+                    os.fsync(file.fileno())
+                for end, file in self._files.items():
+                    file.close()
+                    if end == ".mask" and not self._something_masked:
+                        continue
+                    os.replace(file.name, self.prefix + end)
+                if not self._something_masked:  # an older data set's mask would not fit these tokens
+                    Path(self.prefix + ".mask").unlink(missing_ok=True)
+        finally:
+            for file in self._files.values():
+                file.close()
+                Path(file.name).unlink(missing_ok=True)
+
+    def _write_index(self, file):
+        count = len(self.sizes)
+        sizes = np.frombuffer(self.sizes, dtype=np.int32) if count else np.zeros(0, np.int32)
+        ends = np.cumsum(sizes, dtype=np.int64) * self.dtype.itemsize
+        pointers = np.concatenate((np.zeros(1, np.int64), ends[:-1])) if count else ends
+        file.write(HEADER.pack(MAGIC, 1, self.code, count, count + 1))
+        file.write(sizes.astype("<i4").tobytes())
+        file.write(pointers.astype("<i8").tobytes())
+        file.write(np.arange(count + 1, dtype="<i8").tobytes())

@@ -1,0 +1,78 @@
+"""Which targets count in the loss: all, those of a .mask file, or those between token markers.
+
+A mask is a function (start, stop) -> bool (stop - start,): whether each token of the data set's
+stream in [start, stop) counts when it is the target.
+"""
+
+import numpy as np
+
+from ..errors import UserError
+
+LOSS_MASKS = ("none", "pad", "qa", "se", "file")
+
+
+def make_mask(dataset, config):
+    """The mask that config.loss_mask names over a BinidxDataset; None where every token counts.
+
+    "file" reads the .mask companion. "qa" counts from behind each config.mask_id (the tokens that
+    open an answer) to the document's end, or up to the next config.mask_end_id (the tokens that
+    open a question) where one is given; "se" counts from behind each mask_id through the next
+    mask_end_id. Raises UserError where the file or the markers are missing.
+    """
+    kind = config.loss_mask
+    if kind in ("none", "pad"):
+        return None
+    if kind == "file":
+        if dataset.mask is None:
+            raise UserError(f"--loss_mask file: {dataset.mask_path} does not exist; preprocess chat or question and "
+                            "answer rows, which writes it, or take --loss_mask none or qa")
+        return lambda start, stop: dataset.mask[start:stop] != 0
+    if kind not in LOSS_MASKS:
+        raise UserError(f"--loss_mask {kind}: one of {', '.join(LOSS_MASKS)}")
+    if not config.mask_id:
+        raise UserError(f"--loss_mask {kind} needs --mask_id, the token ids that open an answer")
+    if kind == "se" and not config.mask_end_id:
+        raise UserError("--loss_mask se needs --mask_end_id, the token ids that close an answer")
+    return MarkerMask(dataset, config.mask_id, config.mask_end_id, end_counts=kind == "se")
+
+
+class MarkerMask:
+    """Counts the tokens between an opening marker and a closing one, document by document."""
+
+    def __init__(self, dataset, begin, end, end_counts):
+        self.dataset, self.begin, self.end, self.end_counts = dataset, begin, end, end_counts
+        if not any(len(find(dataset[i], begin)) for i in range(len(dataset))):
+            raise UserError(f"--mask_id {' '.join(map(str, begin))}: these token ids never occur in "
+                            f"{dataset.bin_path}, so nothing would count; tokenize the marker as it stands in the "
+                            "text (the World tokenizer merges it with what precedes and follows)")
+
+    def __call__(self, start, stop):
+        parts, position = [], start
+        index = self.dataset.document_at(start)
+        while position < stop:
+            begin = self.dataset.start(index)
+            document = self.dataset[index][: stop - begin]
+            parts.append(self._document(document)[position - begin:])
+            position = begin + len(document)
+            index += 1
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=bool)
+
+    def _document(self, tokens):
+        """tokens (n,) of one document, or its first n -> bool (n,)."""
+        change = np.zeros(len(tokens) + 1, dtype=np.int8)
+        if self.end:
+            change[find(tokens, self.end) + (len(self.end) if self.end_counts else 0)] = -1
+        change[find(tokens, self.begin) + len(self.begin)] = 1
+        last = np.maximum.accumulate(np.where(change != 0, np.arange(len(change)), 0))
+        return change[last][:-1] == 1
+
+
+def find(tokens, pattern):
+    """Positions in tokens (n,) where the id sequence `pattern` begins."""
+    count = len(tokens) - len(pattern) + 1
+    if count <= 0:
+        return np.zeros(0, dtype=np.int64)
+    hit = tokens[:count] == pattern[0]
+    for offset, token in enumerate(pattern[1:], start=1):
+        hit &= tokens[offset: offset + count] == token
+    return np.flatnonzero(hit)

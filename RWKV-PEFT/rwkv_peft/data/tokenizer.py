@@ -1,0 +1,162 @@
+"""Tokenizers: text <-> token ids, for the World vocabulary, raw bytes, and any tokenizer.json.
+
+Every tokenizer has encode(str) -> list[int], decode(list[int]) -> str, vocab_size (ids are below
+it), name, and end_id, the token that ends a document, or None where the vocabulary names none.
+"""
+
+import ast
+from functools import cached_property
+from pathlib import Path
+
+from ..errors import UserError
+
+REPLACEMENT = "\ufffd"
+END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "<|im_end|>")
+
+
+def load_tokenizer(name):
+    """"world", "bytes", a World vocabulary (.txt) or a Hugging Face tokenizer.json -> a tokenizer.
+
+    Raises UserError for a file that is missing or holds no vocabulary.
+    """
+    if name == "world":
+        return WorldTokenizer()
+    if name == "bytes":
+        return BytesTokenizer()
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"tokenizer {str(name)!r}: no such file; give world, bytes, the path of a "
+                        "tokenizer.json, or the path of a World vocabulary (.txt)")
+    return WorldTokenizer(path) if path.suffix == ".txt" else JsonTokenizer(path)
+
+
+class BytesTokenizer:
+    """Token b + 1 is the byte b: the first 257 tokens of the World vocabulary, 0 included."""
+
+    name = "bytes"
+    vocab_size = 257
+    end_id = 0
+
+    def encode(self, text):
+        return [byte + 1 for byte in utf8(text)]
+
+    def decode(self, ids):
+        check_ids(ids, self.vocab_size, self.name)
+        return bytes(token - 1 for token in ids if token).decode("utf-8", "replace")
+
+
+class WorldTokenizer:
+    """The RWKV World vocabulary: greedy longest match over bytes; token 0 ends a document.
+
+    vocab_size is 65536, the size of the models trained on it, for the standard vocabulary, and
+    one more than the largest id for a file given by path (lines "id 'token' length", with any
+    line ends).
+    """
+
+    end_id = 0
+
+    def __init__(self, path=None):
+        import pyrwkv_tokenizer
+
+        if path is None:
+            self.name, self.path = "world", Path(pyrwkv_tokenizer.__file__).with_name("rwkv_vocab_v20230424.txt")
+            self.vocab_size = 65536
+        else:
+            self.name, self.path = str(path), Path(path)
+            self.vocab_size = len(self.token_bytes)  # parsed here, so that a bad file stops here
+        self._encoder = guarded(pyrwkv_tokenizer.WorldTokenizer, str(self.path))
+
+    @cached_property
+    def token_bytes(self):
+        """The bytes of each token id; None for ids that stand for nothing."""
+        return parse_world_vocabulary(self.path)
+
+    def encode(self, text):
+        utf8(text)
+        return guarded(self._encoder.encode, text)
+
+    def decode(self, ids):
+        check_ids(ids, self.vocab_size, self.name)
+        table, unknown = self.token_bytes, REPLACEMENT.encode()
+        parts = (table[token] if token < len(table) else None for token in ids if token)
+        return b"".join(unknown if part is None else part for part in parts).decode("utf-8", "replace")
+
+
+class JsonTokenizer:
+    """A Hugging Face tokenizer.json, read by the tokenizers library; adds no special tokens."""
+
+    def __init__(self, path):
+        from tokenizers import Tokenizer
+
+        self.name = str(path)
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for any malformed file
+            raise UserError(f"tokenizer {path}: not a tokenizer.json ({error})") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise UserError(f"tokenizer {path}: its vocabulary is empty")
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.end_id = next((vocabulary[token] for token in END_TOKENS if token in vocabulary), None)
+
+    def encode(self, text):
+        utf8(text)
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        check_ids(ids, self.vocab_size, self.name)
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def utf8(text):
+    """The UTF-8 bytes of a text; UserError where it holds half of a surrogate pair."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"text is not Unicode: a lone surrogate {text[error.start]!r} at character "
+                        f"{error.start}; remove it, or replace it by U+FFFD") from error
+
+
+def check_ids(ids, vocab_size, name):
+    """UserError unless every id is in [0, vocab_size)."""
+    for position, token in enumerate(ids):
+        if not 0 <= token < vocab_size:
+            raise UserError(f"token {token} at position {position} is outside the vocabulary of "
+                            f"{vocab_size} tokens of tokenizer {name}")
+
+
+def guarded(function, *arguments):
+    """Call into the Rust tokenizer; its panics, which are no Exception, become a UserError."""
+    try:
+        return function(*arguments)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"the World tokenizer failed: {error}") from error
+
+
+def parse_world_vocabulary(path):
+    """Read a World vocabulary -> list of bytes or None by token id; UserError names the bad line."""
+    table = [None]
+    for number, line in enumerate(Path(path).read_bytes().decode("utf-8", "replace").split("\n"), start=1):
+        line = line.rstrip("\r")
+        if not line:
+            continue
+        head, _, rest = line.partition(" ")
+        literal, _, length = rest.rpartition(" ")
+        try:
+            token, value, size = int(head), ast.literal_eval(literal), int(length)
+            value = value.encode("utf-8") if isinstance(value, str) else bytes(value)
+        except (ValueError, SyntaxError, TypeError):
+            raise UserError(f"{path}, line {number}: {line[:60]!r} is not \"id 'token' length\"; "
+                            "give a World vocabulary such as rwkv_vocab_v20230424.txt") from None
+        if len(value) != size or not 0 < token < 1 << 24:
+            raise UserError(f"{path}, line {number}: token {token} has {len(value)} bytes where the "
+                            f"line says {size}; the file is damaged, download it again")
+        table.extend([None] * (token + 1 - len(table)))
+        table[token] = value
+    if len(table) == 1:
+        raise UserError(f"{path}: holds no token; give a World vocabulary such as rwkv_vocab_v20230424.txt")
+    return table
