@@ -1,0 +1,71 @@
+"""Reading .pth files safely: tensors alone, memory-mapped, each way of being broken with its own words."""
+
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+
+from .errors import UserError
+
+
+def read_pth(path):
+    """The object in a .pth as tensors mapped from the file: no byte of a tensor is read before its use.
+
+    Code in the pickle is never run (weights_only). Raises UserError: a missing file, a folder, an
+    empty, truncated or foreign file, a pickle that holds anything but tensors and plain containers.
+    """
+    path = require_file(path)
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if not head:
+        raise UserError(f"{path} is empty; download or copy it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` where it came from")
+    zipped = head.startswith(b"PK")
+    if zipped and not zipfile.is_zipfile(path):  # the directory of a zip stands at its end
+        raise UserError(f"{path} is truncated: its end is missing; download or copy it again")
+    if not zipped and not head.startswith(b"\x80"):
+        raise UserError(f"{path} is not a PyTorch checkpoint (it is neither a zip archive nor a pickle)")
+    try:
+        # files from before torch 1.6 are bare pickles, which cannot be mapped
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        if "Weights only load failed" in str(error):
+            raise UserError(
+                f"{path} holds code or objects besides tensors, which a checkpoint must not; nothing of it "
+                "was run. Ask its author for a plain state dict"
+            ) from error
+        raise UserError(f"{path} is damaged: {_first_line(error)}; download or copy it again") from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{path} cannot be read as a PyTorch checkpoint: {_first_line(error)}") from error
+
+
+def read_state(path):
+    """The flat dict name -> tensor in a .pth. Raises UserError as read_pth does, and for any other content."""
+    state = read_pth(path)
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, where a dict of tensors is expected")
+    if not state:
+        raise UserError(f"{path} holds an empty dict")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise UserError(
+                f"{path} is not a flat dict of tensors: entry {key!r} is a {type(value).__name__}; "
+                "if the weights are nested in it, save that inner dict as a .pth of its own"
+            )
+    return state
+
+
+def require_file(path):
+    """`path` as a Path to a file that exists, or a UserError."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, where a file is expected")
+    if not path.exists():
+        raise UserError(f"{path} does not exist; check the name")
+    return path
+
+
+def _first_line(error):
+    return str(error).strip().split("\n")[0]

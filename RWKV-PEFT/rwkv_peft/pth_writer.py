@@ -1,0 +1,121 @@
+"""Writing a .pth tensor by tensor, so that a model larger than memory can be made.
+
+`torch.save` wants every tensor at once. A .pth is a zip archive of uncompressed records: a pickle that
+names shapes and storages, then each storage's bytes, aligned to 64 bytes so that readers can map
+them. Knowing shapes and dtypes beforehand, the records can be streamed, each with its checksum.
+"""
+
+import io
+import pickle
+import sys
+import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+
+ALIGNMENT = 64
+LOCAL_HEADER = 30  # bytes before the name in a zip record's header
+ZIP64_FIELD = 20  # bytes of the extra field that gives sizes above 4 GB, present in each record here
+ROOT = "archive"  # the folder inside the archive, as torch.save names it
+CHUNK = 1 << 24  # bytes handed to the archive at a time
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a tensor yet to come."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(tensor, dtype=None):
+        return TensorSpec(tuple(tensor.shape), dtype or tensor.dtype)
+
+    @property
+    def numel(self):
+        return torch.Size(self.shape).numel()
+
+
+def write_pth(path, specs, tensors):
+    """Write a flat dict of tensors to `path` as torch.save would, holding one tensor at a time.
+
+    specs maps each key to its TensorSpec; tensors is an iterable of (key, tensor) in the same order.
+    The file loads with torch.load(mmap=True, weights_only=True). `path` is written in place: use
+    atomic_write around it. Raises ValueError where a tensor is not the one that specs announced.
+    """
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        _write_record(archive, "data.pkl", [_pickle_of(specs)])
+        _write_record(archive, "byteorder", [sys.byteorder.encode()])
+        remaining = iter(tensors)
+        for number, (key, spec) in enumerate(specs.items()):
+            name, tensor = next(remaining, (None, None))
+            if name != key or TensorSpec.of(tensor) != spec:
+                raise ValueError(f"expected {key} {spec}, got {name} {None if tensor is None else TensorSpec.of(tensor)}")
+            _write_record(archive, f"data/{number}", _chunks(tensor))
+        if (extra := next(remaining, None)) is not None:
+            raise ValueError(f"a tensor more than announced: {extra[0]}")
+        _write_record(archive, "version", [b"3\n"])
+
+
+def save_pth(path, tensors):
+    """Write a dict of tensors (or an iterable of such pairs with .items()) with write_pth, keeping its order."""
+    write_pth(path, {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}, tensors.items())
+
+
+def _chunks(tensor):
+    """The bytes of a tensor as memoryviews of at most CHUNK bytes."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+    return (memoryview(flat[start : start + CHUNK].numpy()) for start in range(0, flat.numel(), CHUNK))
+
+
+def _write_record(archive, name, chunks):
+    info = zipfile.ZipInfo(f"{ROOT}/{name}")  # its default date keeps the bytes of a file reproducible
+    start = archive.fp.tell() + LOCAL_HEADER + len(info.filename) + ZIP64_FIELD
+    padding = -(start + 4) % ALIGNMENT
+    # an extra field is a two-byte id, a two-byte length, and that many bytes; torch's own id is "FB"
+    info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+    with archive.open(info, "w", force_zip64=True) as record:
+        for chunk in chunks:
+            record.write(chunk)
+
+
+def _pickle_of(specs):
+    buffer = io.BytesIO()
+    pickler = _SpecPickler(buffer, protocol=2)
+    pickler.dump({key: _Pending(number, spec) for number, (key, spec) in enumerate(specs.items())})
+    return buffer.getvalue()
+
+
+class _Pending:
+    """A tensor of the pickle: it is written as the call that rebuilds it from its storage."""
+
+    def __init__(self, number, spec):
+        self.number, self.spec = number, spec
+
+    def __reduce__(self):
+        strides = torch.empty(self.spec.shape, device="meta").stride()
+        return torch._utils._rebuild_tensor_v2, (_Storage(self.number, self.spec), 0, self.spec.shape, strides, False,
+                                                 OrderedDict())
+
+
+class _Storage:
+    def __init__(self, number, spec):
+        self.number, self.spec = number, spec
+
+
+class _SpecPickler(pickle.Pickler):
+    """Writes a _Storage the way torch.save does: a persistent id that points to a record of the archive."""
+
+    def persistent_id(self, value):
+        if not isinstance(value, _Storage):
+            return None
+        kind = _storage_type(value.spec.dtype)
+        return ("storage", kind, str(value.number), "cpu", value.spec.numel)
+
+
+def _storage_type(dtype):
+    """The class by which torch names a storage's dtype in its files, such as torch.BFloat16Storage."""
+    names = {torch.float32: "Float", torch.float16: "Half", torch.bfloat16: "BFloat16", torch.float64: "Double",
+             torch.int64: "Long", torch.int32: "Int", torch.uint8: "Byte"}
+    return getattr(torch, f"{names[dtype]}Storage")

@@ -1,0 +1,48 @@
+"""Fixtures that every test may use: the shared data folder, and a tiny RWKV-6 state dict."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_peft.checkpoint import expected_shapes
+from rwkv_peft.config import ModelConfig
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder of real data beside the repository; the test is skipped where it is absent."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("needs the shared data folder beside the repository")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_state():
+    """Factory of a random RWKV-6 state dict: a flat dict of tensors under official keys, in file order."""
+    return make_tiny_state
+
+
+def make_tiny_state(n_layer=2, n_embd=64, dim_att=None, dim_ffn=96, head_size=16, vocab_size=80, maa_rank=8,
+                    decay_rank=12, dtype=torch.float32, seed=0):
+    """A state dict whose scales resemble a trained model's, so that its logits are neither flat nor huge."""
+    config = ModelConfig(n_layer=n_layer, n_embd=n_embd, vocab_size=vocab_size, dim_att=dim_att or n_embd,
+                         dim_ffn=dim_ffn, head_size=head_size, maa_rank=maa_rank, decay_rank=decay_rank)
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensor(key, shape):
+        random = torch.randn(shape, generator=generator)
+        if key.endswith(("ln0.weight", "ln1.weight", "ln2.weight", "ln_x.weight", "ln_out.weight")):
+            return 1 + 0.1 * random
+        if key.endswith(".bias"):
+            return 0.1 * random
+        if "time_maa_" in key and shape[:2] == (1, 1):
+            return torch.rand(shape, generator=generator)
+        if key.endswith("time_decay"):
+            return random - 3
+        if key.endswith("time_faaaa"):
+            return 0.5 * random
+        return random / shape[-1] ** 0.5
+
+    return {key: tensor(key, shape).to(dtype) for key, shape in expected_shapes(config).items()}
