@@ -1,0 +1,130 @@
+"""The CPU kernel as a wkv6 backend: builds cuda/wkv6_cpu*.cpp on first use and calls it through its C interface."""
+
+import ctypes
+import functools
+import platform
+
+import torch
+
+from .build import BuildError, Unit, build_library, find_program, source_directory
+
+# Instruction sets, fastest first, and what the compiler needs to use them. The library holds one copy of the kernel
+# for each and takes the best that the processor has.
+LEVELS = ("avx512", "avx2", "portable")
+AVX2_FLAGS = ("-mavx2", "-mfma")
+AVX512_FLAGS = (*AVX2_FLAGS, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mprefer-vector-width=512")
+X86 = ("x86_64", "AMD64")
+COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp")
+
+TILE = 64  # steps between two saved states; wkv6_cpu.cpp's kTile
+
+
+def unavailable(level=""):
+    """None where the kernel works here (at `level`, or at any), else why it does not and what would help."""
+    return _unavailable(level)
+
+
+@functools.lru_cache(maxsize=None)
+def _unavailable(level):
+    try:
+        best = _library().wkv6_cpu_level()
+    except BuildError as error:
+        return str(error)
+    if level and LEVELS.index(level) < best:
+        return f"this processor has no {level}; its best is cpu:{LEVELS[best]}"
+    return None
+
+
+def checkpoint_count(tokens, sequences):
+    """States kept for backward: one at each 64th step of a sequence, except its first (that one is the input)."""
+    return tokens // TILE
+
+
+def forward(r, k, v, w, u, state, cu_seqlens, save, level):
+    """Contiguous r k v w (B, T, H, N), float32 or bfloat16; u (H, N), state (n, H, N, N) or None, float32;
+    cu_seqlens (n + 1,) int64 or None -> y, final state, checkpoints (float32, empty unless `save`)."""
+    B, T, H, N = r.shape
+    sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    y = torch.empty_like(r)
+    final_state = u.new_empty(sequences, H, N, N)
+    checkpoints = u.new_empty(checkpoint_count(B * T, sequences) if save else 0, H, N, N)
+    status = _library().wkv6_cpu_forward(
+        *(_pointer(x) for x in (r, k, v, w, u, state, y, final_state)),
+        _pointer(checkpoints) if save else None,
+        *_sizes(r, cu_seqlens, sequences, level),
+    )
+    _check(status)
+    return y, final_state, checkpoints
+
+
+def backward(r, k, v, w, u, state, cu_seqlens, checkpoints, gy, gfinal, level):
+    """The gradients of r k v w u and state, given those of y and of the final state (None for zeros)."""
+    sequences = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    H, N = u.shape
+    gr, gk, gv, gw = (torch.empty_like(x) for x in (r, k, v, w))
+    gu = torch.empty_like(u)
+    gstate = u.new_empty(sequences, H, N, N)
+    status = _library().wkv6_cpu_backward(
+        *(_pointer(x) for x in (r, k, v, w, u, state, checkpoints, gy, gfinal, gr, gk, gv, gw, gu, gstate)),
+        *_sizes(r, cu_seqlens, sequences, level),
+    )
+    _check(status)
+    return gr, gk, gv, gw, gu, gstate
+
+
+def fma_peak(level=""):
+    """Measured float32 multiply-add peak of one core, in floating-point operations a second, at `level`'s width."""
+    return _library().wkv6_cpu_fma_peak(_level_number(level))
+
+
+def _sizes(r, cu_seqlens, sequences, level):
+    B, T, H, N = r.shape
+    threads = torch.get_num_threads()
+    is_bfloat16 = r.dtype == torch.bfloat16
+    return sequences, B * T, H, N, _pointer(cu_seqlens), is_bfloat16, _level_number(level), threads
+
+
+def _pointer(x):
+    return None if x is None else x.data_ptr()
+
+
+def _level_number(level):
+    return LEVELS.index(level) if level else -1
+
+
+def _check(status):
+    if status != 0:
+        raise MemoryError("wkv6: the CPU kernel found no memory for its work buffers; lower the batch or the threads")
+
+
+@functools.lru_cache(maxsize=None)
+def _library():
+    """The loaded library; BuildError where it cannot be built or loaded (not cached, so that a mended setup works)."""
+    path = build_library("wkv6_cpu", *_recipe(source_directory()))
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"cannot load {path}: {error}; delete that file so that it is built anew") from error
+    pointer, integer, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    sizes = [integer, integer, integer, integer, pointer, flag, flag, flag]
+    library.wkv6_cpu_forward.argtypes = [pointer] * 9 + sizes
+    library.wkv6_cpu_backward.argtypes = [pointer] * 15 + sizes
+    library.wkv6_cpu_fma_peak.argtypes = [flag]
+    library.wkv6_cpu_fma_peak.restype = ctypes.c_double
+    return library
+
+
+def _recipe(sources):
+    """(units, link command, headers) of the library for this machine's architecture."""
+    compiler = find_program(
+        "g++", "clang++", remedy="install one (Debian, Ubuntu: apt install g++), or take backend='reference'"
+    )
+    kernel, header = sources / "wkv6_cpu.cpp", sources / "wkv6_cpu_vector.h"
+    interface = sources / "wkv6_cpu_interface.cpp"
+    levels = {"portable": ()}
+    if platform.machine() in X86:
+        levels = {"avx512": AVX512_FLAGS, "avx2": AVX2_FLAGS, "portable": ()}
+    base = (compiler, *COMMON_FLAGS)
+    units = [Unit(kernel, (*base, *flags, f"-DWKV6_LEVEL={level}")) for level, flags in levels.items()]
+    units.append(Unit(interface, base))
+    return units, (compiler, "-shared", "-fopenmp"), (header,)

@@ -1,0 +1,96 @@
+"""The kernels as torch.library operators, with fake kernels and an autograd formula.
+
+rwkv_peft::wkv6_forward and rwkv_peft::wkv6_backward take contiguous, checked tensors: r k v w and their gradients of
+one kernel dtype, u and the states float32, cu_seqlens int64. torch.compile and FakeTensor memory planning see them as
+single operations. Each device's kernel is a backend module (cpu.py, cuda.py) with
+
+    unavailable() -> None, or why it cannot be used and what would help
+    checkpoint_count(tokens, sequences) -> how many states (H, N, N) its forward keeps for its backward
+    forward(r, k, v, w, u, state, cu_seqlens, save, level) -> y, final state, checkpoints
+    backward(r, k, v, w, u, state, cu_seqlens, checkpoints, gy, gfinal, level) -> gr, gk, gv, gw, gu, gstate
+"""
+
+import importlib
+
+import torch
+
+_library = torch.library.Library("rwkv_peft", "DEF")
+_library.define(
+    "wkv6_forward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor? state, Tensor? cu_seqlens, "
+    "bool save, str level) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "wkv6_backward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor? state, Tensor? cu_seqlens, "
+    "Tensor checkpoints, Tensor? gy, Tensor? gfinal, str level) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def backend_module(device_type):
+    """The backend of a device type, "cpu" or "cuda"; loaded on first use."""
+    return importlib.import_module(f".{device_type}", __package__)
+
+
+def _forward(r, *rest):
+    return backend_module(r.device.type).forward(r, *rest)
+
+
+def _backward(r, *rest):
+    return backend_module(r.device.type).backward(r, *rest)
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("wkv6_forward", _forward, _key)
+    _library.impl("wkv6_backward", _backward, _key)
+
+
+def _states_like(u, count):
+    H, N = u.shape
+    return u.new_empty(count, H, N, N)
+
+
+@torch.library.register_fake("rwkv_peft::wkv6_forward", lib=_library)
+def _forward_fake(r, k, v, w, u, state, cu_seqlens, save, level):
+    B, T = r.shape[:2]
+    sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    device = "cuda" if r.device.type == "cuda" else "cpu"
+    count = backend_module(device).checkpoint_count(B * T, sequences) if save else 0
+    return torch.empty_like(r), _states_like(u, sequences), _states_like(u, count)
+
+
+@torch.library.register_fake("rwkv_peft::wkv6_backward", lib=_library)
+def _backward_fake(r, k, v, w, u, state, cu_seqlens, checkpoints, gy, gfinal, level):
+    sequences = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return (*(torch.empty_like(x) for x in (r, k, v, w, u)), _states_like(u, sequences))
+
+
+def _save(ctx, inputs, output):
+    r, k, v, w, u, state, cu_seqlens, save, level = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(r, k, v, w, u, state, cu_seqlens, output[2])
+    ctx.save, ctx.level = save, level
+
+
+def _differentiate(ctx, gy, gfinal, _):
+    r, k, v, w, u, state, cu_seqlens, checkpoints = ctx.saved_tensors
+    if gy is None and gfinal is None:
+        return (None,) * 9
+    if gy is not None:
+        gy = gy.contiguous()
+    if gfinal is not None:
+        gfinal = gfinal.contiguous()
+    gr, gk, gv, gw, gu, gstate = torch.ops.rwkv_peft.wkv6_backward(
+        r, k, v, w, u, state, cu_seqlens, checkpoints, gy, gfinal, ctx.level
+    )
+    return gr, gk, gv, gw, gu, None if state is None else gstate, None, None, None
+
+
+def _refuse(ctx, *_):
+    raise RuntimeError(
+        "wkv6's kernels have no second derivative; differentiate twice with wkv6(..., backend='reference')"
+    )
+
+
+torch.library.register_autograd("rwkv_peft::wkv6_forward", _differentiate, setup_context=_save, lib=_library)
+torch.library.register_autograd("rwkv_peft::wkv6_backward", _refuse, lib=_library)

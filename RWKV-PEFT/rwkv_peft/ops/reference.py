@@ -1,0 +1,36 @@
+"""The wkv6 recurrence in plain torch, one step at a time: the definition that every other backend is tested against."""
+
+import torch
+
+
+def wkv6(r, k, v, w, u, state=None, cu_seqlens=None):
+    """RWKV-6's recurrence (Peng et al. 2024, arXiv 2404.05892, eq. 19), differentiable any number of times.
+
+    With S a head's state, rows the key dimension, columns the value dimension:
+        y_t = r_tᵀ (S_{t-1} + diag(u) k_t v_tᵀ)
+        S_t = diag(exp(-exp(w_t))) S_{t-1} + k_t v_tᵀ
+
+    r k v w (B, T, H, N), u (H, N), state (B, H, N, N) or None for zeros -> y (B, T, H, N) in v's dtype, final state
+    (B, H, N, N). With cu_seqlens (n + 1,), B is 1, the row holds n sequences and the states are (n, H, N, N).
+    Computes in float64 where v is float64, else in float32.
+    """
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        parts = []
+        for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
+            piece = [x[:, start:end] for x in (r, k, v, w)]
+            parts.append(wkv6(*piece, u, None if state is None else state[n : n + 1]))
+        return torch.cat([y for y, _ in parts], dim=1), torch.cat([final for _, final in parts])
+
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    B, T, H, N = v.shape
+    out_dtype = v.dtype
+    r, k, v, w, u = (x.to(dtype) for x in (r, k, v, w, u))
+    decay = torch.exp(-torch.exp(w))
+    S = v.new_zeros(B, H, N, N) if state is None else state.to(dtype)
+    ys = []
+    for t in range(T):
+        kv = k[:, t, :, :, None] * v[:, t, :, None, :]  # (B, H, N, N)
+        ys.append((r[:, t, :, None, :] @ (S + u[:, :, None] * kv)).squeeze(-2))  # (B, H, N)
+        S = decay[:, t, :, :, None] * S + kv
+    return torch.stack(ys, dim=1).to(out_dtype), S

@@ -1,0 +1,105 @@
+"""wkv6: the one entry to the RWKV-6 recurrence. Checks its arguments and hands them to a backend."""
+
+import functools
+import logging
+import warnings
+
+import torch
+
+from . import cpu, reference
+from .checks import check
+from .operators import backend_module
+
+KERNELS = ("cpu", "cuda")
+
+
+def wkv6(r, k, v, w, u, state=None, cu_seqlens=None, *, backend="auto"):
+    """RWKV-6's recurrence (Peng et al. 2024, arXiv 2404.05892, eq. 19): y_t = r_tᵀ (S_{t-1} + diag(u) k_t v_tᵀ),
+    S_t = diag(exp(-exp(w_t))) S_{t-1} + k_t v_tᵀ.
+
+    r k v w (B, T, H, N), w before the two exponentials; u (H, N); state (B, H, N, N), rows the key dimension, or None
+    for zeros -> y (B, T, H, N) in v's dtype, final state (B, H, N, N) float32. With cu_seqlens (n + 1,), int32 or
+    int64, B is 1, the row holds n sequences bounded by its entries, and the states are (n, H, N, N).
+
+    Differentiable once in r k v w u and state, through both outputs. backend: "auto" takes the kernel of the tensors'
+    device ("cpu", "cuda") where it can be used, else "reference", and says so once; a named backend is never replaced.
+    "cpu:avx512", "cpu:avx2" and "cpu:portable" name the CPU kernel's instruction set. float64 needs "reference", which
+    "auto" takes for it. Raises ValueError where arguments do not fit, RuntimeError where a named backend is unusable.
+    """
+    check(r, k, v, w, u, state, cu_seqlens)
+    dtype = _common_dtype(r, k, v, w)
+    chosen = _resolve(backend, v.device.type, dtype)
+    if chosen == "reference":
+        return reference.wkv6(r, k, v, w, u, state, cu_seqlens)
+    level = chosen.partition(":")[2]
+
+    out_dtype = v.dtype
+    kernel_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    r, k, v, w = (_plain(x, kernel_dtype) for x in (r, k, v, w))
+    u = _plain(u, torch.float32)
+    state = None if state is None else _plain(state, torch.float32)
+    cu_seqlens = None if cu_seqlens is None else _plain(cu_seqlens, torch.int64)
+    inputs = (r, k, v, w, u) if state is None else (r, k, v, w, u, state)
+    save = torch.is_grad_enabled() and any([x.requires_grad for x in inputs])
+    y, final_state, _ = torch.ops.rwkv_peft.wkv6_forward(r, k, v, w, u, state, cu_seqlens, save, level)
+    return y.to(out_dtype), final_state
+
+
+def backends():
+    """Every backend's name -> None where it can be used here, else the reason and the remedy. May compile them."""
+    return {"reference": None, **{name: backend_module(name).unavailable() for name in KERNELS}}
+
+
+def _plain(x, dtype):
+    return x.to(dtype).contiguous()
+
+
+def _common_dtype(r, k, v, w):
+    """The dtype that holds all four: under autocast the decay is float32 beside bfloat16 projections."""
+    dtype = v.dtype
+    for x in (r, k, w):
+        if x.dtype != dtype:
+            dtype = torch.promote_types(dtype, x.dtype)
+    return dtype
+
+
+@torch.compiler.assume_constant_result
+@functools.lru_cache(maxsize=None)
+def _resolve(backend, device_type, dtype):
+    """The backend to call: `backend` itself, or what "auto" means for this device and dtype."""
+    name, _, level = backend.partition(":")
+    if name == "auto":
+        return _resolve_auto(device_type, dtype)
+    if name == "reference":
+        return name
+    if name not in KERNELS or (level and level not in cpu.LEVELS):
+        known = ", ".join(("auto", "reference", *KERNELS, *(f"cpu:{level}" for level in cpu.LEVELS)))
+        raise ValueError(f"wkv6: backend {backend!r} is unknown; take one of {known}")
+    if device_type not in (name, "meta"):
+        raise ValueError(f"wkv6: backend {name!r} with tensors on {device_type}; move them to {name}, or take 'auto'")
+    if dtype == torch.float64:
+        raise ValueError(f"wkv6: backend {name!r} computes in float32, not {dtype}; convert, or take 'reference'")
+    reason = cpu.unavailable(level) if name == "cpu" else backend_module(name).unavailable()
+    if reason is not None:
+        raise RuntimeError(f"wkv6: backend {backend!r} cannot be used: {reason}")
+    return backend
+
+
+def _resolve_auto(device_type, dtype):
+    log = logging.getLogger(__name__)
+    if dtype == torch.float64:
+        return "reference"
+    if device_type == "meta":
+        return "cpu"
+    reason = f"there is no kernel for {device_type}"
+    if device_type in KERNELS:
+        reason = backend_module(device_type).unavailable()
+    if reason is None:
+        log.info("wkv6 takes backend %r", device_type)
+        return device_type
+    warnings.warn(
+        f"wkv6 takes backend 'reference', which is slow, for tensors on {device_type}: {reason}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return "reference"
