@@ -122,7 +122,6 @@ class TrainConfig:
     adam_eps: float = 1e-8
     weight_decay: float = 0.0
     layerwise_lr: bool = True
-    loraplus_lr_ratio: float = 1.0
     gradient_clip_val: float = 1.0
     accumulate_grad_batches: int = 1
     grad_cp: bool = False

@@ -13,18 +13,23 @@ from pathlib import Path
 
 from ..adapters import check_adapter
 from ..checkpoint import load_base, model_config_from_state
-from ..config import (ADAPTER_METHODS, STRATEGIES, TARGETS, TRAIN_PARTS, AdapterConfig, DataConfig, ModelConfig,
+from ..config import (ADAPTER_METHODS, BONE_MODES, QUANTIZATIONS, STRATEGIES, TARGETS, TRAIN_PARTS, AdapterConfig, DataConfig, ModelConfig,
                       RunConfig, TrainConfig)
 from ..errors import UserError
 from .schedule import SCHEDULES
 
 MODE_ALIASES = (("bat", "bat-in"),)  # RWKV-PEFT's name for it
 # flag of the JSON forms -> AdapterConfig field
-JSON_FLAGS = (("bone_config", "bone", (("bone_mode", "mode"), ("bone_r", "rank"), ("bone_load", "load"))),
-              ("lora_config", "lora", (("lora_r", "rank"), ("lora_alpha", "alpha"), ("lora_dropout", "dropout"),
-                                       ("lora_load", "load"))),
-              ("pissa_config", "pissa", (("pissa_r", "rank"), ("pissa_load", "load"), ("svd_niter", "svd_niter"),
-                                         ("pissa_init", "init"))))
+LORA_KEYS = (("lora_r", "rank"), ("lora_alpha", "alpha"), ("lora_dropout", "dropout"), ("lora_load", "load"))
+# (flag, the methods it belongs to, its keys -> AdapterConfig fields)
+JSON_FLAGS = (
+    ("bone_config", ("bone",), (("bone_mode", "mode"), ("bone_r", "rank"), ("bone_load", "load"))),
+    ("lora_config", ("lora", "lora-plus", "olora", "lora-ga"), LORA_KEYS),
+    ("pissa_config", ("pissa",), (("pissa_r", "rank"), ("pissa_load", "load"), ("svd_niter", "svd_niter"))),
+)
+EXAMPLES = ('{"bone_mode":"bat-in","bone_load":"","bone_r":64}',
+            '{"lora_load":"","lora_r":64,"lora_alpha":128,"lora_dropout":0}',
+            '{"pissa_load":"","pissa_r":64,"svd_niter":4}')
 
 
 class Parser(argparse.ArgumentParser):
@@ -88,11 +93,13 @@ def build_parser():
                          help="bat-in (block affine by input block, also called bat), bat-out or bone (default bat-in)")
     adapter.add_argument("--bone_r", type=positive, default=None, help="block size r (default 64)")
     adapter.add_argument("--bone_load", default=None, metavar="FILE", help="adapter to start from")
-    for name, method, keys in JSON_FLAGS:
-        example = {"bone": '{"bone_mode":"bat-in","bone_load":"","bone_r":64}',
-                   "lora": '{"lora_load":"","lora_r":64,"lora_alpha":128,"lora_dropout":0}',
-                   "pissa": '{"pissa_load":"","pissa_r":64,"svd_niter":4}'}[method]
-        adapter.add_argument(f"--{name}", default=None, metavar="JSON", help=f"the same as one JSON value: {example}")
+    for (name, methods, _), example in zip(JSON_FLAGS, EXAMPLES):
+        adapter.add_argument(f"--{name}", default=None, metavar="JSON",
+                             help=f"settings of {', '.join(methods)} as one JSON value: {example}")
+    adapter.add_argument("--loraplus_lr_ratio", type=not_negative, default=None,
+                         help="lora-plus: learning rate of lora_B over lora_A's (default 16)")
+    adapter.add_argument("--quant", default="none", choices=QUANTIZATIONS,
+                         help="keep the frozen matrices quantized (needs bitsandbytes)")
     adapter.add_argument("--target_modules", nargs="+", default=list(TARGETS), metavar="NAME",
                          help="linear layers that get an adapter, as ends of their names")
     adapter.add_argument("--train_parts", nargs="*", default=[], choices=TRAIN_PARTS,
@@ -104,11 +111,13 @@ def build_parser():
     data.add_argument("--ctx_len", type=positive, default=1024, help="tokens a sample")
     data.add_argument("--dataload", default="get", choices=("get", "pad", "only"),
                       help="get: windows of the token stream; pad: one document a row, padded; only: one document, alone")
-    data.add_argument("--loss_mask", default="none", choices=("none", "pad", "qa", "file"),
-                      help="tokens that count: none masks nothing, pad masks padding, qa masks all before --mask_id, "
-                           "file reads PREFIX.mask")
+    data.add_argument("--loss_mask", default="none", choices=("none", "pad", "qa", "se", "file"),
+                      help="tokens that count: none and pad count all but padding, qa what follows --mask_id, se what "
+                           "stands between --mask_id and --mask_end_id, file reads PREFIX.mask")
     data.add_argument("--mask_id", type=count, nargs="+", default=[], metavar="ID",
-                      help="token ids that open the answer, for --loss_mask qa")
+                      help="token ids that open an answer, for --loss_mask qa and se")
+    data.add_argument("--mask_end_id", type=count, nargs="+", default=[], metavar="ID",
+                      help="token ids that close it (se), or open the next question (qa)")
     data.add_argument("--micro_bsz", type=positive, default=1, help="samples a device and forward pass")
     data.add_argument("--num_workers", type=count, default=1, help="1 prefetches batches in the background, 0 does not")
 
@@ -134,8 +143,6 @@ def build_parser():
     optimizer.add_argument("--weight_decay", type=not_negative, default=0.0, help="on matrices only")
     optimizer.add_argument("--layerwise_lr", type=switch, default=True, metavar="0|1",
                            help="RWKV-LM's higher learning rates of time_decay and time_faaaa")
-    optimizer.add_argument("--loraplus_lr_ratio", type=not_negative, default=1.0,
-                           help="LoRA+: learning rate of lora_B over lora_A")
     optimizer.add_argument("--gradient_clip_val", type=not_negative, default=1.0, help="largest gradient norm; 0: any")
     optimizer.add_argument("--accumulate_grad_batches", type=positive, default=1, help="forward passes a step")
 
@@ -164,11 +171,12 @@ def parse_config(argv):
     if base is not None:
         check_adapter(adapter, {name.removesuffix(".weight"): tuple(tensor.shape) for name, tensor in base.items()
                                 if name.endswith(".weight") and tensor.ndim == 2})
-    data = DataConfig(path=args.data_file, mask_id=tuple(args.mask_id), seed=args.random_seed,
+    data = DataConfig(path=args.data_file, mask_id=tuple(args.mask_id), mask_end_id=tuple(args.mask_end_id),
+                      seed=args.random_seed,
                       **{name: getattr(args, name) for name in
                          ("data_type", "ctx_len", "dataload", "loss_mask", "micro_bsz", "num_workers")})
     train = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
-    check_train(train, data)
+    check_train(train)
     return RunConfig(model, adapter, data, train)
 
 
@@ -184,28 +192,32 @@ def refuse_unknown(parser, unknown):
 
 def adapter_config(args):
     """The adapter's settings, from single flags or from a --*_config JSON value."""
-    given = {"mode": args.bone_mode, "rank": args.bone_r, "load": args.bone_load}
-    singles = [f"--bone_{name}" for name, value in (("mode", args.bone_mode), ("r", args.bone_r), ("load", args.bone_load))
-               if value is not None]
-    if singles and args.peft != "bone":
-        raise UserError(f"{singles[0]} belongs to --peft bone, and --peft is {args.peft}")
-    for flag, method, keys in JSON_FLAGS:
+    given = {"mode": args.bone_mode, "rank": args.bone_r, "load": args.bone_load,
+             "lora_plus_ratio": args.loraplus_lr_ratio}
+    for flag, method in (("bone_mode", "bone"), ("bone_r", "bone"), ("bone_load", "bone"),
+                         ("loraplus_lr_ratio", "lora-plus")):
+        if getattr(args, flag) is not None and args.peft != method:
+            raise UserError(f"--{flag} belongs to --peft {method}, and --peft is {args.peft}")
+    for flag, methods, keys in JSON_FLAGS:
         text = getattr(args, flag)
         if text is None:
             continue
-        if args.peft != method:
-            raise UserError(f"--{flag} belongs to --peft {method}, and --peft is {args.peft}")
+        if args.peft not in methods:
+            raise UserError(f"--{flag} belongs to --peft {' or '.join(methods)}, and --peft is {args.peft}")
         for key, value in parse_json_flag(flag, text, keys).items():
             if given.get(key) is not None and given[key] != value:
-                raise UserError(f"--{flag} says {key} {value!r} and --bone_{key} says {given[key]!r}; give one of them")
+                raise UserError(f"--{flag} says {key} {value!r} and a single flag says {given[key]!r}; give one of them")
             given[key] = value
     settings = {key: value for key, value in given.items() if value is not None}
     if "mode" in settings:
         settings["mode"] = dict(MODE_ALIASES).get(settings["mode"], settings["mode"])
-    if args.peft == "none":
-        settings = {}
+        if settings["mode"] not in BONE_MODES:
+            raise UserError(f"bone_mode {settings['mode']!r} does not exist; take {', '.join(BONE_MODES)}, "
+                            "or bat, which is bat-in")
+    if args.quant != "none" and args.peft == "none":
+        raise UserError(f"--quant {args.quant} keeps weights that adapters leave frozen, and --peft none has none")
     return AdapterConfig(method=args.peft, targets=tuple(args.target_modules), train_parts=tuple(args.train_parts),
-                         **settings)
+                         quant=args.quant, **settings)
 
 
 def parse_json_flag(flag, text, keys):
@@ -260,15 +272,11 @@ def new_model_config(args):
                        maa_rank=64 if wide else 32, decay_rank=128 if wide else 64)
 
 
-def check_train(train, data):
+def check_train(train):
     """Contradictions among the remaining flags."""
     for name in ("beta1", "beta2"):
         if getattr(train, name) >= 1:
             raise UserError(f"--{name} {getattr(train, name)} must be below 1")
-    if data.loss_mask == "qa" and not data.mask_id:
-        raise UserError("--loss_mask qa needs --mask_id: the token ids that open an answer")
-    if data.mask_id and data.loss_mask != "qa":
-        raise UserError(f"--mask_id is read by --loss_mask qa alone, and --loss_mask is {data.loss_mask}")
     if train.epoch_begin >= train.epoch_count:
         raise UserError(f"--epoch_begin {train.epoch_begin} leaves no epoch of --epoch_count {train.epoch_count} to train")
     if train.wandb and re.search(r"[/\\#?%:]", train.wandb):

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ..adapters import inject
-from ..checkpoint import fingerprint, load_adapter_into, load_base
+from ..checkpoint import fingerprint, load_adapter_into, load_base, read_adapter
 from ..config import to_json
 from ..data.samples import build_samples
 from ..errors import UserError
@@ -68,7 +68,7 @@ def run(config, say=print):
     model = build_model(config, base)
     report = inject(model, config.adapter)
     if config.adapter.load:
-        load_adapter_into(model, config.adapter.load)
+        load_adapter_into(model, start_adapter(config.adapter, base, base_fingerprint), config.adapter.load)
     describe(config, accelerator, samples, plan, report, state, say)
     folder.mkdir(parents=True, exist_ok=True)
     saver = Saver(folder, config, plan, identity, base_fingerprint)
@@ -122,6 +122,18 @@ def build_model(config, base):
             model = RWKV6(config.model, grad_checkpoint=config.train.grad_cp)
         model.load_state_dict(base, strict=True, assign=True)
     return model.to(dtype)
+
+
+def start_adapter(adapter, base, base_fingerprint):
+    """The adapter to start from, refused unless it is of this run's variant and base."""
+    loaded = read_adapter(adapter.load, mode=adapter.mode if adapter.method == "bone" else None, base=base)
+    theirs = loaded.metadata
+    if theirs.base_fingerprint and theirs.base_fingerprint != base_fingerprint:
+        raise UserError(f"{adapter.load} was trained on another base model (fingerprint {theirs.base_fingerprint}, this "
+                        f"one's is {base_fingerprint}); give its own base as --load_model")
+    if theirs.variant != adapter.variant:
+        raise UserError(f"{adapter.load} holds a {theirs.variant} adapter, and this run trains {adapter.variant}")
+    return loaded
 
 
 def describe(config, accelerator, samples, plan, report, state, say):

@@ -13,8 +13,9 @@ from dataclasses import asdict
 
 import torch
 
-from ..checkpoint import AdapterMetadata, atomic_write, save_adapter, save_model
+from ..checkpoint import AdapterMetadata, atomic_write, save_adapter
 from ..errors import UserError
+from ..pth_writer import TensorSpec, write_pth
 
 KEEP = 2
 TAG = "zero"  # DeepSpeed's name for the folder of its own files
@@ -65,7 +66,8 @@ class Saver:
             for name in [stem] if epoch is None else [f"{stem}-epoch-{epoch}", stem]:
                 path = self.folder / (name + suffix)
                 if full:
-                    save_model(path, tensors)
+                    with atomic_write(path) as temporary:
+                        write_pth(temporary, {key: TensorSpec.of(t) for key, t in tensors.items()}, tensors.items())
                 else:
                     save_adapter(path, tensors, AdapterMetadata.from_config(self.config.adapter, self.base_fingerprint))
         trainer.strategy.barrier()
