@@ -83,7 +83,13 @@ def collate(rows):
 
 
 def read_ahead(iterable, depth):
-    """Yield from `iterable`, which a thread keeps `depth` items ahead; its exceptions are raised here."""
+    """Yield from `iterable`, which a thread keeps `depth` items ahead (0: no thread).
+
+    The iterable's exceptions are raised here.
+    """
+    if depth == 0:
+        yield from iterable
+        return
     ready, stop = queue.Queue(maxsize=depth), threading.Event()
 
     def put(item):

@@ -1,0 +1,186 @@
+"""binidx files: written as the format says, read back, and refused where they are damaged."""
+
+import random
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rwkv_peft.data.binidx import BinidxDataset, BinidxWriter, binidx_prefix
+from rwkv_peft.errors import UserError
+
+IDX = (b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 2, 3) + struct.pack("<2i", 3, 1)
+       + struct.pack("<2q", 0, 6) + struct.pack("<3q", 0, 1, 2))
+BIN = struct.pack("<4H", 7, 8, 0, 65535)
+
+
+def write(folder, idx=IDX, data=BIN, mask=None):
+    """Write a .bin/.idx pair (None leaves a file out) and return its prefix."""
+    for end, content in ((".idx", idx), (".bin", data), (".mask", mask)):
+        (folder / f"data{end}").unlink(missing_ok=True)
+        if content is not None:
+            (folder / f"data{end}").write_bytes(content)
+    return str(folder / "data")
+
+
+def documents(dataset):
+    return [document.tolist() for document in dataset]
+
+
+def test_reads_hand_made_bytes(tmp_path):
+    dataset = BinidxDataset(write(tmp_path))
+    assert documents(dataset) == [[7, 8, 0], [65535]]
+    assert dataset.tokens.tolist() == [7, 8, 0, 65535]
+    assert dataset.mask is None
+
+
+def test_writes_exactly_these_bytes(tmp_path):
+    with BinidxWriter(tmp_path / "new" / "data") as writer:
+        writer.add([7, 8, 0])
+        writer.add([65535])
+    assert (tmp_path / "new" / "data.idx").read_bytes() == IDX
+    assert (tmp_path / "new" / "data.bin").read_bytes() == BIN
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["data.bin", "data.idx"]
+
+
+@given(st.lists(st.lists(st.integers(0, 70000), max_size=9), min_size=1, max_size=9), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_round_trip(tmp_path_factory, content, masked):
+    if not any(content):
+        content.append([0])
+    prefix = tmp_path_factory.mktemp("round") / "data"
+    with BinidxWriter(prefix, vocab_size=70001, mask=masked) as writer:
+        for document in content:
+            writer.add(document, [token % 2 for token in document] if masked else None)
+    dataset = BinidxDataset(prefix)
+    assert documents(dataset) == content
+    flat = [token % 2 for document in content for token in document]
+    assert dataset.mask is None if not masked or all(flat) else dataset.mask.tolist() == flat
+
+
+@pytest.mark.parametrize("code, form", [(1, "B"), (2, "b"), (3, "h"), (4, "i"), (5, "q"), (8, "H")])
+def test_every_integer_token_type(tmp_path, code, form):
+    size = struct.calcsize(form)
+    idx = (b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, 2, 1) + struct.pack("<2i", 2, 1)
+           + struct.pack("<2q", 0, 2 * size) + struct.pack("<q", 0))
+    dataset = BinidxDataset(write(tmp_path, idx, struct.pack(f"<3{form}", 1, 2, 3)))
+    assert documents(dataset) == [[1, 2], [3]]
+
+
+def replaced(offset, value):
+    return IDX[:offset] + value + IDX[offset + len(value):]
+
+
+@pytest.mark.parametrize("idx, data, message", [
+    (None, BIN, r"data\.idx: no such file"),
+    (IDX, None, r"data\.bin: no such file"),
+    (b"", BIN, "0 bytes, shorter than its 34-byte header"),
+    (IDX[:20], BIN, "20 bytes, shorter"),
+    (IDX[:-1], BIN, r"81 bytes, but 2 documents \(count\).*take 82"),
+    (IDX + b"x", BIN, "83 bytes"),
+    (b"TNTIDX\x00\x00\x00" + IDX[9:], BIN, "magic"),
+    (replaced(9, struct.pack("<Q", 2)), BIN, "version 2"),
+    (replaced(17, b"\x06"), BIN, "dtype code 6"),
+    (replaced(18, struct.pack("<Q", 1 << 60)), BIN, "count"),
+    (replaced(34, struct.pack("<i", -3)), BIN, r"sizes\[0\] = -3 is negative"),
+    (replaced(34, struct.pack("<i", 2)), BIN, r"pointers\[1\] = 6 where the documents before it end at byte 4"),
+    (replaced(42, struct.pack("<q", -2)), BIN, r"pointers\[0\] = -2"),
+    (replaced(66, struct.pack("<q", 9)), BIN, "doc_idx"),
+    (IDX, b"", r"data\.bin: 0 bytes, but the sizes in .*data\.idx add up to 8"),
+    (IDX, BIN[:-1], "7 bytes"),
+    (IDX, BIN + b"\0\0", "10 bytes"),
+    (IDX[:18] + struct.pack("<QQq", 0, 1, 0), b"", "holds no document"),
+])
+def test_damage_is_named(tmp_path, idx, data, message):
+    with pytest.raises(UserError, match=message):
+        BinidxDataset(write(tmp_path, idx, data))
+
+
+def test_no_token_at_all_is_named(tmp_path):
+    idx = IDX[:18] + struct.pack("<QQ", 1, 1) + struct.pack("<iqq", 0, 0, 0)
+    with pytest.raises(UserError, match="holds no token"):
+        BinidxDataset(write(tmp_path, idx, b""))
+
+
+def test_a_mask_of_the_wrong_length_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"data\.mask: 3 bytes"):
+        BinidxDataset(write(tmp_path, mask=b"\1\1\0"))
+
+
+def test_five_hundred_damaged_pairs_never_mislead(tmp_path):
+    """Each random damage gives a UserError, or leaves the documents as they were (a boundary that we
+    do not read), or changes tokens within the file alone (a .bin of the right length)."""
+    with BinidxWriter(tmp_path / "data") as writer:
+        for length in (3, 1, 4, 1, 5):
+            writer.add([1 + (length * 31 + i) % 250 for i in range(length)])
+    idx, data = ((tmp_path / f"data{end}").read_bytes() for end in (".idx", ".bin"))
+    original, generator, refused = documents(BinidxDataset(tmp_path / "data")), random.Random(0), 0
+    for case in range(500):
+        which = case % 2
+        content = bytearray((idx, data)[which])
+        kind = generator.choice(("flip", "cut", "extend", "zero"))
+        position = generator.randrange(len(content))
+        if kind == "flip":
+            content[position] ^= 1 << generator.randrange(8)
+        elif kind == "cut":
+            del content[position:]
+        elif kind == "extend":
+            content += generator.randbytes(1 + position)
+        else:
+            content[position:] = bytes(len(content) - position)
+        prefix = write(tmp_path, content if which == 0 else idx, content if which == 1 else data)
+        try:
+            dataset = BinidxDataset(prefix)
+            dataset.check_vocab(251)
+        except UserError as error:
+            refused += 1
+            assert "data." in str(error)
+            continue
+        if which == 0 and dataset.dtype == np.uint16:
+            assert documents(dataset) == original, (case, kind, position)
+        assert [len(document) for document in dataset] == [3, 1, 4, 1, 5]
+        assert dataset.tokens.max() <= 250
+    assert refused > 350
+
+
+def test_ids_outside_the_vocabulary_are_named(tmp_path):
+    dataset = BinidxDataset(write(tmp_path))
+    dataset.check_vocab(65536)
+    with pytest.raises(UserError, match=r"token 65535 at position 3 \(document 1\) is outside .* vocabulary of 257"):
+        dataset.check_vocab(257)
+
+
+def test_a_failing_writer_leaves_the_old_files_and_nothing_else(tmp_path):
+    write(tmp_path, mask=b"\1\0\1\1")
+    with pytest.raises(RuntimeError):
+        with BinidxWriter(tmp_path / "data") as writer:
+            writer.add([1])
+            raise RuntimeError
+    assert (tmp_path / "data.idx").read_bytes() == IDX
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_new_data_set_does_not_keep_an_old_mask(tmp_path):
+    write(tmp_path, mask=b"\1\0\1\1")
+    with BinidxWriter(tmp_path / "data") as writer:
+        writer.add([1, 2])
+    assert not (tmp_path / "data.mask").exists()
+
+
+def test_tokens_that_do_not_fit_the_type_are_refused(tmp_path):
+    with pytest.raises(UserError, match="do not fit uint16"):
+        with BinidxWriter(tmp_path / "data", vocab_size=300) as writer:
+            writer.add([65536])
+
+
+def test_prefix():
+    assert [binidx_prefix(path) for path in ("a/b", "a/b.bin", "a/b.idx")] == ["a/b"] * 3
+
+
+def test_reads_the_pair_that_another_tool_wrote(shared_data):
+    dataset = BinidxDataset(shared_data / "binidx" / "demo")
+    assert (len(dataset), len(dataset.tokens)) == (182, 66833)
+    assert all(document[-1] == 0 for document in dataset)
+    dataset.check_vocab(65536)

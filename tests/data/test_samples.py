@@ -1,0 +1,111 @@
+"""Samples: every token or document once an epoch, in an order that the seed draws."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from rwkv_peft.config import DataConfig
+from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.samples import build_samples
+from rwkv_peft.errors import UserError
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make(documents, **settings) -> samples over these documents."""
+
+    def build(documents, vocab_size=65536, masks=None, **settings):
+        with BinidxWriter(tmp_path / "data", mask=masks is not None) as writer:
+            for i, document in enumerate(documents):
+                writer.add(document, None if masks is None else masks[i])
+        return build_samples(DataConfig(path=str(tmp_path / "data"), **settings), vocab_size)
+
+    return build
+
+
+def epoch_of(samples, epoch=0):
+    return [samples[epoch * len(samples) + i] for i in range(len(samples))]
+
+
+@pytest.mark.parametrize("total", [9, 10, 17, 18, 64, 65, 131])
+def test_an_epoch_of_the_stream_counts_every_token_but_the_first_once(make, total):
+    samples = make([list(range(100, 100 + total // 2)), list(range(100 + total // 2, 100 + total))], ctx_len=8)
+    for epoch in (0, 1):
+        seen = Counter()
+        for tokens, mask in epoch_of(samples, epoch):
+            assert (tokens.dtype, mask.dtype, tokens.shape, mask.shape) == (torch.int64, torch.bool, (9,), (8,))
+            assert torch.equal(tokens, torch.arange(int(tokens[0]), int(tokens[0]) + 9))
+            seen.update(tokens[1:][mask].tolist())
+        assert seen == Counter(range(101, 100 + total))
+
+
+@pytest.mark.parametrize("dataload", ["pad", "only"])
+def test_an_epoch_of_documents_reads_each_once(make, dataload):
+    documents = [[i + 1] * (2 + i % 7) for i in range(1100)]
+    samples = make(documents, ctx_len=16, dataload=dataload)
+    for epoch in (0, 1):
+        assert sorted(tokens.tolist() for tokens, _ in epoch_of(samples, epoch)) == sorted(documents)
+
+
+def test_bucketing_brings_like_lengths_together(make):
+    documents = [[1] * (2 + (i * 7919) % 97) for i in range(1024)]
+
+    def padding(samples):
+        rows = [len(tokens) for tokens, _ in epoch_of(samples)]
+        return sum(8 * max(rows[i: i + 8]) for i in range(0, len(rows), 8)) / sum(rows) - 1
+
+    assert padding(make(documents, dataload="pad", ctx_len=128)) < 0.1
+    assert padding(make(documents, dataload="only", ctx_len=128)) > 0.5
+
+
+@pytest.mark.parametrize("dataload", ["get", "pad", "only"])
+def test_the_order_depends_on_seed_and_epoch_alone(make, dataload):
+    documents = [[i + 1, i + 2, i + 3] for i in range(40)]
+
+    def order(seed, epoch=0, **settings):
+        samples = make(documents, ctx_len=2, dataload=dataload, seed=seed, **settings)
+        return [tokens.tolist() for tokens, _ in epoch_of(samples, epoch)]
+
+    assert order(1) == order(1)
+    assert order(1) != order(2)
+    assert order(1) != order(1, epoch=1)
+    if dataload != "only":
+        assert order(1) == order(1, micro_bsz=4)
+
+
+@pytest.mark.parametrize("dataload", ["get", "pad", "only"])
+@pytest.mark.parametrize("mask", ["none", "file", "qa"])
+def test_count_is_the_masks_sum(make, dataload, mask):
+    documents = [[9, 9, 1, 2, 3, 4][: 2 + i % 5] for i in range(23)]
+    masks = [[0, 0, 1, 0, 1, 1][: 2 + i % 5] for i in range(23)]
+    samples = make(documents, masks=masks, ctx_len=4, dataload=dataload, loss_mask=mask, mask_id=(1,))
+    counts = [samples.count(n) for n in range(2 * len(samples))]
+    assert counts == [int(samples[n][1].sum()) for n in range(2 * len(samples))]
+    assert mask == "none" or sum(counts) < 2 * sum(map(len, documents)) / 2
+
+
+def test_long_documents_are_cut_and_counted(make):
+    samples = make([[1] * 20, [2] * 9, [3] * 3, [4]], ctx_len=8, dataload="pad")
+    assert sorted(len(tokens) for tokens, _ in epoch_of(samples)) == [3, 9, 9]
+    text = "\n".join(samples.notes)
+    assert "1 documents are longer than --ctx_len 8" in text and "11 of 33 tokens" in text and "--ctx_len 19" in text
+    assert "1 documents of fewer than 2 tokens are left out" in text
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(ctx_len=6), "--ctx_len 6: .* holds 6 tokens.*take --ctx_len 5"),
+    (dict(ctx_len=0), "--ctx_len 0"),
+    (dict(dataload="only", micro_bsz=2), "--micro_bsz 2 must be 1"),
+    (dict(dataload="rows"), "--dataload rows"),
+    (dict(loss_mask="pad"), "has no padding"),
+    (dict(vocab_size=257), "token 300 at position 5"),
+])
+def test_contradictions_are_named(make, settings, message):
+    with pytest.raises(UserError, match=message):
+        make([[1, 2, 3], [4, 5, 300]], **{"ctx_len": 2, **settings})
+
+
+def test_documents_too_short_to_predict_are_an_error(make):
+    with pytest.raises(UserError, match="nothing to predict"):
+        make([[1], [2]], dataload="pad")

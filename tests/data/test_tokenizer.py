@@ -1,0 +1,124 @@
+"""Tokenizers give back the text, agree with the runtime's own, and turn failures into messages."""
+
+import json
+from functools import lru_cache
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rwkv_peft.data.tokenizer import load_tokenizer, parse_world_vocabulary
+from rwkv_peft.errors import UserError
+
+cached_tokenizer = lru_cache(load_tokenizer)  # one for all of a property's examples
+VOCABULARY = b"1 '\\x00' 1\n2 'a' 1\n3 b'\\xff' 1\n5 'ab' 2\n"
+
+
+@pytest.fixture(scope="module")
+def world():
+    return load_tokenizer("world")
+
+
+@given(st.text(max_size=60))
+@settings(max_examples=100, deadline=None)
+def test_world_and_bytes_give_back_the_text(text):
+    for name in ("world", "bytes"):
+        tokenizer = cached_tokenizer(name)
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert 0 not in ids and all(token < tokenizer.vocab_size for token in ids)
+
+
+def test_world_agrees_with_the_runtimes_tokenizer(world):
+    from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
+
+    peer = TRIE_TOKENIZER(str(world.path))
+    for text in ("Natalia sold 48/2 = 24 clips.\n\n", "def f(x):\n\treturn x\n", "世界 мир \U0001f600", "  \n \n\n\n  x"):
+        assert world.encode(text) == peer.encode(text)
+
+
+def test_bytes_are_the_first_tokens_of_world(world):
+    raw = load_tokenizer("bytes")
+    ids = [*range(1, 257)]
+    assert [world.token_bytes[token] for token in ids] == [bytes([token - 1]) for token in ids]
+    assert raw.decode(raw.encode("é")) == world.decode(raw.encode("é"))
+
+
+def test_end_token_decodes_to_nothing_and_bad_utf8_to_the_replacement_character(world):
+    for tokenizer in (world, load_tokenizer("bytes")):
+        assert tokenizer.decode([ord("a") + 1, 0, ord("b") + 1]) == "ab"
+        assert tokenizer.decode([ord("a") + 1, 0xC3 + 1]) == "a\ufffd"
+    assert world.decode([65535]) == "\ufffd"  # below the models' vocabulary, but stands for nothing
+
+
+def test_ids_outside_the_vocabulary_are_named(world):
+    with pytest.raises(UserError, match="token 65536 at position 1 is outside the vocabulary of 65536"):
+        world.decode([1, 65536])
+    with pytest.raises(UserError, match="token -1 at position 0"):
+        load_tokenizer("bytes").decode([-1])
+
+
+def test_a_lone_surrogate_is_named(world):
+    for tokenizer in (world, load_tokenizer("bytes")):
+        with pytest.raises(UserError, match="character 2"):
+            tokenizer.encode("ab\ud800")
+
+
+@pytest.mark.parametrize("content", [VOCABULARY, VOCABULARY.replace(b"\n", b"\r\n"), VOCABULARY.rstrip(b"\n")])
+def test_vocabulary_files_load_with_any_line_ends(tmp_path, content):
+    path = tmp_path / "vocabulary.txt"
+    path.write_bytes(content)
+    tokenizer = load_tokenizer(str(path))
+    assert tokenizer.token_bytes == [None, b"\0", b"a", b"\xff", None, b"ab"]
+    assert tokenizer.vocab_size == 6
+    assert tokenizer.encode("aba\0") == [5, 2, 1]
+    assert tokenizer.decode([5, 2]) == "aba"
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "holds no token"), (b"hello\n", "line 1"), (b"1 'a' 1\n2 'b' 2\n", "line 2.*1 bytes where the line says 2"),
+    (b"1 'a' one\n", "line 1"), (b"1 __import__('os') 1\n", "line 1"), (b"-4 'a' 1\n", "line 1"),
+])
+def test_bad_vocabularies_are_named(tmp_path, content, message):
+    path = tmp_path / "vocabulary.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        parse_world_vocabulary(path)
+
+
+def test_a_panic_of_the_rust_tokenizer_is_a_user_error(world):
+    from rwkv_peft.data.tokenizer import guarded
+
+    with pytest.raises(UserError, match="World tokenizer failed"):
+        guarded(world._encoder.decode, [129])  # byte 128 alone is not UTF-8
+
+
+def test_tokenizer_json(tmp_path):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    tokenizer = Tokenizer(WordLevel({"hello": 0, "world": 1, "[UNK]": 2, "</s>": 7}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.enable_truncation(1)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert loaded.encode("hello world hello") == [0, 1, 0]
+    assert loaded.decode([0, 1]) == "hello world"
+    assert (loaded.vocab_size, loaded.end_id) == (8, 7)
+
+
+def test_bad_tokenizer_files_are_named(tmp_path):
+    with pytest.raises(UserError, match="no such file; give world, bytes"):
+        load_tokenizer(str(tmp_path / "missing.json"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": 3}))
+    with pytest.raises(UserError, match="not a tokenizer.json"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+def test_real_world_vocabulary(shared_data, world):
+    path = shared_data / "tokenizer" / "rwkv_vocab_v20230424.txt"
+    loaded = load_tokenizer(str(path))
+    text = (shared_data / "text" / "sherlock.txt").read_text()[:20000]
+    assert loaded.encode(text) == world.encode(text)
+    assert loaded.vocab_size == 65530
