@@ -1,0 +1,104 @@
+"""Pictures of a run: the loss curve that train.py leaves beside its metrics.
+
+    python -m rwkv_peft.plots out/metrics.jsonl out/loss.png
+"""
+
+import json
+from pathlib import Path
+
+from .cli import Parser
+from .errors import UserError, exit_on_user_error
+
+
+def read_metrics(path):
+    """The records of a metrics.jsonl, one dict a step. A last line that was cut off in writing is left out.
+
+    Raises UserError where the file is missing or another line is no JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a run writes it into its --proj_dir")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{path}, line {number}: a metrics line is a JSON object, not {line[:40]!r}")
+        records.append(record)
+    return records
+
+
+def series(records, name):
+    """([step], [value]) of the records that hold a number under `name`."""
+    pairs = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+    return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def smooth(values, weight=0.9):
+    """Exponential moving average with the bias of its start removed (Kingma and Ba 2015, section 3)."""
+    result, mean, mass = [], 0.0, 0.0
+    for value in values:
+        mean = weight * mean + (1 - weight) * value
+        mass = weight * mass + (1 - weight)
+        result.append(mean / mass)
+    return result
+
+
+def plot_loss(metrics_jsonl, out_png):
+    """Draw loss (raw and smoothed), validation loss where recorded, and learning rate over the steps of a run.
+
+    metrics_jsonl: a run's metrics.jsonl; out_png is written anew. Any number of points will do, none included.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = read_metrics(metrics_jsonl)
+    steps, losses = series(records, "loss")
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.25)
+    axes.spines["top"].set_visible(False)
+    if not losses:
+        axes.text(0.5, 0.5, "no step recorded", transform=axes.transAxes, ha="center", va="center", color="gray")
+    few = len(losses) < 20
+    axes.plot(steps, losses, color="tab:blue", alpha=1 if few else 0.3, linewidth=1, marker="o" if few else None,
+              markersize=3, label="loss")
+    if not few:
+        axes.plot(steps, smooth(losses), color="tab:blue", linewidth=2, label="loss, smoothed")
+    val_steps, val_losses = series(records, "val_loss")
+    if val_losses:
+        axes.plot(val_steps, val_losses, color="tab:orange", linewidth=2, marker="o", markersize=3, label="validation loss")
+    lr_steps, rates = series(records, "lr")
+    if rates:
+        right = axes.twinx()
+        right.plot(lr_steps, rates, color="gray", linewidth=1, linestyle="--", label="learning rate")
+        right.set_ylabel("learning rate", color="gray")
+        right.set_ylim(bottom=0)
+        right.tick_params(axis="y", colors="gray")
+        right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        right.spines["top"].set_visible(False)
+    if losses or val_losses:
+        figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    figure.savefig(out_png)
+
+
+def main(argv):
+    """Draw one run's curve; returns the exit code."""
+    parser = Parser(prog="python -m rwkv_peft.plots", description="Draw the loss curve of a run.")
+    parser.add_argument("metrics", help="metrics.jsonl of a run")
+    parser.add_argument("output", help="the .png to write")
+    args = parser.parse_args(argv)
+    plot_loss(args.metrics, args.output)
+    print(f"wrote {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

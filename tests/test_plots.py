@@ -1,0 +1,64 @@
+"""Loss curves: metrics are read as they were written, and any number of points makes a picture."""
+
+import json
+
+import pytest
+
+from rwkv_peft.errors import UserError
+from rwkv_peft.plots import main, plot_loss, read_metrics, series, smooth
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def write_metrics(path, count, every=10):
+    with open(path, "w") as file:
+        for step in range(count):
+            record = {"step": step, "loss": 2 / (step + 1), "lr": 1e-3, "tokens_per_s": 100.0}
+            if step % every == every - 1:
+                record["val_loss"] = 2.5 / (step + 1)
+            file.write(json.dumps(record) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 50])
+def test_any_number_of_points_makes_a_picture(tmp_path, count):
+    metrics, picture = write_metrics(tmp_path / "metrics.jsonl", count), tmp_path / "loss.png"
+    plot_loss(metrics, picture)
+    assert picture.read_bytes().startswith(PNG)
+
+
+def test_drawing_leaves_the_users_matplotlib_backend_alone(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    before = matplotlib.rcParams._get_backend_or_none()
+    plot_loss(write_metrics(tmp_path / "metrics.jsonl", 3), tmp_path / "loss.png")
+    assert matplotlib.rcParams._get_backend_or_none() == before
+
+
+def test_a_series_holds_the_steps_that_have_the_value(tmp_path):
+    records = read_metrics(write_metrics(tmp_path / "metrics.jsonl", 20))
+    assert series(records, "val_loss") == ([9, 19], [0.25, 0.125])
+    assert series(records, "absent") == ([], [])
+
+
+def test_a_null_is_no_point():
+    assert series([{"step": 0, "loss": None}, {"step": 1, "loss": 2.0}], "loss") == ([1], [2.0])
+
+
+def test_smoothing_keeps_a_constant_and_starts_at_the_first_value():
+    assert smooth([3.0] * 5) == pytest.approx([3.0] * 5)
+    assert smooth([4.0, 0.0])[0] == pytest.approx(4.0)
+    assert smooth([]) == []
+
+
+def test_a_line_cut_off_at_the_end_is_left_out_and_one_in_the_middle_is_an_error(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "loss": 1.0}\n{"step": 1, "lo')
+    assert len(read_metrics(path)) == 1
+    path.write_text('{"step": 0, "lo\n{"step": 1, "loss": 1.0}\n')
+    with pytest.raises(UserError, match="line 1"):
+        read_metrics(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="metrics.jsonl: no such file"):
+        main([str(tmp_path / "metrics.jsonl"), str(tmp_path / "loss.png")])
