@@ -1,0 +1,228 @@
+"""Linear layers with an adapter, evaluated without ever forming the merged weight.
+
+Each function computes y = x W'ᵀ + bias for x (..., in) with a hand-derived backward that saves the
+least: `bat_in` and `lora` save x, `bone` saves only the sum of x's shards (T, rank). None saves a
+tensor of the weight's size besides the weight itself. `bat_out` is in weight_side.py.
+
+The weight may be frozen or trainable, dense or quantized (see product.py); x too may need no
+gradient. Under autocast activations and adapter parameters are cast to its dtype; the weight is
+cast for the time of one product. Gradients of gradients are not defined.
+"""
+
+import torch
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .product import DENSE
+
+CHUNK_ELEMENTS = 1 << 20  # activations held at a time by a loop over shards
+
+
+def bat_in(x, weight, bone, bias=None, *, product=DENSE):
+    """Block affine by input block: W'_ab = W_ab + W_ab B_b + B_b.
+
+    x (..., in), weight (out, in), bone (in/r, r, r), bias (out,) or None -> (..., out) in x's dtype.
+    r must divide in and out. Costs 4 T in out + 6 T in r FLOPs forward and backward.
+    """
+    return _call(_BatIn, x, weight, bias, bone, product=product)
+
+
+def bone(x, weight, bone, bias=None, *, product=DENSE):
+    """Dimension sharding: W'[o, i] = W[o, i] + D[i mod r, o mod m].
+
+    x (..., in), weight (out, in), bone (r, m) where m divides out (m = out is Bone, less is its
+    mini form), bias (out,) or None -> (..., out) in x's dtype. in need not be a multiple of r.
+    """
+    return _call(_Bone, x, weight, bias, bone, product=product)
+
+
+def lora(x, weight, lora_A, lora_B, bias=None, *, scale=1.0, product=DENSE):
+    """Low rank: W' = W + scale B A.
+
+    x (..., in), weight (out, in), lora_A (r, in), lora_B (out, r), bias (out,) or None -> (..., out).
+    """
+    return _call(_Lora, x, weight, bias, lora_A, lora_B, product=product, extra=(scale,))
+
+
+def linear(x, weight, bias=None, *, product=DENSE):
+    """The layer without an adapter. Unlike F.linear it keeps no cast or dequantized weight for backward."""
+    return _call(_Linear, x, weight, bias, product=product)
+
+
+def _call(function, x, weight, bias, *params, product, extra=()):
+    """Apply an autograd Function over the flattened tokens of x, in one dtype."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        x = x.to(torch.get_autocast_dtype(device_type))
+    params = tuple(param.to(x.dtype) for param in params)
+    tokens = x.flatten(0, -2) if x.dim() != 2 else x  # (T, in)
+    if x.dim() == 1:
+        tokens = x[None]
+    with torch.autocast(device_type, enabled=False):
+        y = function.apply(tokens, weight, bias, *params, product, *extra)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class _BatIn(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, bone, product):
+        ctx.product = product
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None, weight, bone)
+        z, shift = _affine_shards(x, bone)
+        y = product.forward(z, weight, bias)
+        _shards(y, bone.shape[-1]).add_(shift[:, None])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, weight, bone = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_bone = ctx.needs_input_grad[:4]
+        dx = d_weight = d_bone = None
+        if need_weight:
+            z, _ = _affine_shards(x, bone)
+            d_weight = (g.t() @ z).to(weight.dtype)
+        if need_x or need_bone:
+            rank = bone.shape[-1]
+            dx = ctx.product.backward(g, weight)  # dz, turned into dx shard by shard
+            g_shift = _shards(g, rank).sum(1)  # (T, r)
+            d_bone = torch.empty_like(bone) if need_bone else None
+            for chunk in _chunks(bone.shape[0], x_rows=dx.shape[0], rank=rank):
+                dz = _shards(dx, rank)[:, chunk].transpose(0, 1)  # (b, T, r)
+                du = dz + g_shift
+                if need_bone:
+                    torch.bmm(du.transpose(1, 2), _shards(x, rank)[:, chunk].transpose(0, 1), out=d_bone[chunk])
+                if need_x:
+                    dz += torch.bmm(du, bone[chunk])
+        return dx if need_x else None, d_weight, g.sum(0) if need_bias else None, d_bone, None
+
+
+def _shards(x, rank):
+    """(T, n r) -> (T, n, r)."""
+    return x.unflatten(1, (-1, rank))
+
+
+def _chunks(count, x_rows, rank):
+    """Slices of `count` shards, each holding about CHUNK_ELEMENTS activations."""
+    step = max(1, CHUNK_ELEMENTS // max(1, x_rows * rank))
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def _affine_shards(x, bone):
+    """z = x + u and s = Σ_b u_b where u_b = B_b x_b: x (T, in) -> (T, in), (T, r)."""
+    rank = bone.shape[-1]
+    z = torch.empty_like(x)
+    shift = x.new_zeros(x.shape[0], rank, dtype=torch.promote_types(x.dtype, torch.float32))
+    for chunk in _chunks(bone.shape[0], x_rows=x.shape[0], rank=rank):
+        shards = _shards(x, rank)[:, chunk].transpose(0, 1)  # (b, T, r)
+        u = torch.bmm(shards, bone[chunk].transpose(1, 2))
+        shift += u.sum(0, dtype=shift.dtype)
+        torch.add(shards, u, out=_shards(z, rank)[:, chunk].transpose(0, 1))
+    return z, shift.to(x.dtype)
+
+
+class _Bone(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, bone, product):
+        rank, width = bone.shape
+        total = _shard_sum(x, rank)
+        ctx.product = product
+        ctx.save_for_backward(
+            x if ctx.needs_input_grad[1] else None, weight, bone, total if ctx.needs_input_grad[3] else None
+        )
+        y = product.forward(x, weight, bias)
+        if width == y.shape[1]:
+            y.addmm_(total, bone)
+        else:
+            _shards(y, width).add_((total @ bone)[:, None])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, weight, bone, total = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_bone = ctx.needs_input_grad[:4]
+        rank, width = bone.shape
+        folded = g if width == g.shape[1] else _shards(g, width).sum(1)  # (T, m)
+        dx = None
+        if need_x:
+            dx = ctx.product.backward(g, weight)
+            _add_tiled(dx, folded @ bone.t())
+        return (
+            dx,
+            (g.t() @ x).to(weight.dtype) if need_weight else None,
+            g.sum(0) if need_bias else None,
+            total.t() @ folded if need_bone else None,
+            None,
+        )
+
+
+def _shard_sum(x, rank):
+    """Σ_b x_b, the last shard padded with zeros: (T, in) -> (T, r)."""
+    full = x.shape[1] // rank * rank
+    total = _shards(x[:, :full], rank).sum(1) if full else x.new_zeros(x.shape[0], rank)
+    rest = x.shape[1] - full
+    if rest:
+        total[:, :rest] += x[:, full:]
+    return total
+
+
+def _add_tiled(x, tile):
+    """x (T, in) += tile (T, r) repeated along the channels, cut at in. In place."""
+    rank = tile.shape[1]
+    full = x.shape[1] // rank * rank
+    if full:
+        _shards(x[:, :full], rank).add_(tile[:, None])
+    if full != x.shape[1]:
+        x[:, full:] += tile[:, : x.shape[1] - full]
+
+
+class _Lora(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_A, lora_B, product, scale):
+        inner = x @ lora_A.t()  # (T, r)
+        ctx.product, ctx.scale = product, scale
+        ctx.save_for_backward(
+            x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None,
+            weight,
+            lora_A,
+            lora_B,
+            inner if ctx.needs_input_grad[4] else None,
+        )
+        return product.forward(x, weight, bias).addmm_(inner, lora_B.t(), alpha=scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, weight, lora_A, lora_B, inner = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
+        g_inner = (g @ lora_B).mul_(ctx.scale) if need_x or need_A else None  # (T, r)
+        return (
+            ctx.product.backward(g, weight).addmm_(g_inner, lora_A) if need_x else None,
+            (g.t() @ x).to(weight.dtype) if need_weight else None,
+            g.sum(0) if need_bias else None,
+            g_inner.t() @ x if need_A else None,
+            (g.t() @ inner).mul_(ctx.scale) if need_B else None,
+            None,
+            None,
+        )
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, product):
+        ctx.product = product
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return product.forward(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        return (
+            ctx.product.backward(g, weight) if need_x else None,
+            (g.t() @ x).to(weight.dtype) if need_weight else None,
+            g.sum(0) if need_bias else None,
+            None,
+        )

@@ -1,0 +1,103 @@
+"""Quantized frozen weights through bitsandbytes, an optional package: NF4 (4.5 bits a weight) and
+blockwise int8 (8.1 bits), on CPU and GPU.
+
+A product dequantizes a few rows at a time and drops them, so that memory in training is that of
+the quantized weight plus activations.
+"""
+
+import torch
+
+from ..errors import UserError
+
+ROW_ELEMENTS = 1 << 22  # dequantized elements held at a time
+
+
+def block_size(kind):
+    """Weights that share one scale."""
+    return 64 if kind == "nf4" else 256
+
+
+def quantize(weight, kind):
+    """weight (out, in), any float dtype -> packed (uint8, 1-D), scales (int32, 1-D).
+
+    The scales are float32 seen as int32, so that casting a module (`model.bfloat16()`) leaves them alone.
+    """
+    functional = _bitsandbytes()
+    flat = weight.contiguous().float()
+    if kind == "nf4":
+        packed, state = functional.quantize_4bit(flat, quant_type="nf4", blocksize=block_size(kind))
+    else:
+        packed, state = functional.quantize_blockwise(flat, blocksize=block_size(kind))
+    return packed.flatten(), state.absmax.float().view(torch.int32)
+
+
+def roundtrip(weight, kind):
+    """The weight (out, in) as a quantized layer sees it, in float32."""
+    packed, scales = quantize(weight, kind)
+    return QuantizedProduct(kind, weight.shape, scales).rows(packed, slice(0, weight.shape[0]), torch.float32)
+
+
+class QuantizedProduct:
+    """Products with a quantized weight; see product.py for the interface."""
+
+    def __init__(self, kind, shape, scales):
+        """kind "nf4" or "int8"; shape (out, in); scales as `quantize` gives them."""
+        self.kind = kind
+        self.out_features, self.in_features = shape
+        self.scales = scales
+
+    def shape(self, packed):
+        return self.out_features, self.in_features
+
+    def rows(self, packed, rows, dtype):
+        start, stop = rows.start * self.in_features, rows.stop * self.in_features
+        size = block_size(self.kind)
+        first = start // size * size  # a block that begins in an earlier row is read whole
+        flat = self._dequantize(packed, first, stop, dtype)
+        return flat[start - first :].view(-1, self.in_features)
+
+    def forward(self, z, packed, bias=None):
+        y = z.new_empty(z.shape[0], self.out_features)
+        for rows in self._row_chunks():
+            torch.mm(z, self.rows(packed, rows, z.dtype).t(), out=y[:, rows])
+        return y if bias is None else y.add_(bias.to(y.dtype))
+
+    def backward(self, g, packed):
+        dz = g.new_zeros(g.shape[0], self.in_features)
+        for rows in self._row_chunks():
+            dz.addmm_(g[:, rows], self.rows(packed, rows, g.dtype))
+        return dz
+
+    def _row_chunks(self):
+        step = max(1, ROW_ELEMENTS // self.in_features)
+        for start in range(0, self.out_features, step):
+            yield slice(start, min(start + step, self.out_features))
+
+    def _dequantize(self, packed, start, stop, dtype):
+        """Elements [start, stop) of the flattened weight; start is a multiple of the block size."""
+        functional = _bitsandbytes()
+        size = block_size(self.kind)
+        absmax = self.scales[start // size : -(-stop // size)].view(torch.float32)
+        # bitsandbytes computes in float32, float16 and bfloat16
+        native = dtype if dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.float32
+        if self.kind == "nf4":
+            state = functional.QuantState(
+                absmax, shape=(1, stop - start), blocksize=size, quant_type="nf4", dtype=native,
+                code=functional.get_4bit_type("nf4", device=packed.device),
+            )
+            part = packed[start // 2 : -(-stop // 2)]
+            return functional.dequantize_4bit(part[:, None], state).flatten().to(dtype)
+        code = functional.create_dynamic_map().to(packed.device)
+        state = functional.QuantState(absmax, code=code, blocksize=size, dtype=native)
+        return functional.dequantize_blockwise(packed[start:stop], state).flatten().to(dtype)
+
+
+def _bitsandbytes():
+    try:
+        from bitsandbytes import functional
+    except ImportError as error:
+        raise UserError(
+            f"--quant needs bitsandbytes, which does not import here ({error}); "
+            "pip install bitsandbytes, or use --quant none"
+        ) from error
+    return functional

@@ -1,0 +1,99 @@
+"""bat-out: block affine by output block, W'_ab = W_ab + W_ab B_a + B_a.
+
+B_a stands to the right of every block of output row a, so its effect on the activations differs
+for each a: the activation side costs a second product with W, where the weight side costs
+2 in out r FLOPs for each time that W' is built. Hence the weight side from about T = rank/2 on.
+It builds W' a few output blocks at a time, in forward and again in backward, and never holds it
+whole; the floor is 6 T in out, because the gradient of B_a needs that of W'.
+"""
+
+import torch
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .functional import _call, _shard_sum, _shards
+from .product import DENSE
+
+CHUNK_ELEMENTS = 1 << 22  # elements of W' held at a time
+
+
+def bat_out(x, weight, bone, bias=None, *, side="auto", product=DENSE):
+    """Block affine by output block.
+
+    x (..., in), weight (out, in), bone (out/r, r, r), bias (out,) or None -> (..., out) in x's dtype.
+    r must divide in and out. side is "weight", "activation" or "auto" (by the number of tokens).
+    """
+    if side == "auto":
+        side = "weight" if 2 * x.numel() >= x.shape[-1] * bone.shape[-1] else "activation"
+    return _call(_BatOut, x, weight, bias, bone, product=product, extra=(side,))
+
+
+class _BatOut(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, bone, product, side):
+        ctx.product = product
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None, weight, bone)
+        out_features, in_features = product.shape(weight)
+        y = x.new_empty(x.shape[0], out_features)
+        total = _shard_sum(x, bone.shape[-1]) if side == "activation" else None
+        for blocks, rows in _row_chunks(bone, in_features):
+            if side == "weight":
+                torch.mm(x, _merge_rows(product.rows(weight, rows, x.dtype), bone[blocks]).t(), out=y[:, rows])
+            else:
+                y[:, rows] = _activation_rows(x, total, product.rows(weight, rows, x.dtype), bone[blocks])
+        return y if bias is None else y.add_(bias.to(y.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, weight, bone = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_bone = ctx.needs_input_grad[:4]
+        in_features = ctx.product.shape(weight)[1]
+        dx = g.new_zeros(g.shape[0], in_features) if need_x else None
+        d_weight = torch.empty_like(weight) if need_weight else None
+        d_bone = torch.empty_like(bone) if need_bone else None
+        for blocks, rows in _row_chunks(bone, in_features):
+            g_rows, w_rows, b_rows = g[:, rows], ctx.product.rows(weight, rows, g.dtype), bone[blocks]
+            if need_x:
+                dx.addmm_(g_rows, _merge_rows(w_rows, b_rows))
+            if need_weight or need_bone:
+                d_merged = _by_block(g_rows.t() @ x, b_rows)  # (a, r in/r, r)
+                if need_bone:
+                    torch.bmm(_by_block(w_rows, b_rows).transpose(1, 2), d_merged, out=d_bone[blocks])
+                    d_bone[blocks] += d_merged.unflatten(1, (bone.shape[-1], -1)).sum(2)
+                if need_weight:
+                    d_rows = torch.baddbmm(d_merged, d_merged, b_rows.transpose(1, 2))
+                    d_weight[rows] = d_rows.view(-1, in_features).to(weight.dtype)
+        return dx, d_weight, g.sum(0) if need_bias else None, d_bone, None, None
+
+
+def _row_chunks(bone, in_features):
+    """(slice of output blocks, slice of the same blocks' rows), a few blocks at a time."""
+    count, rank = bone.shape[:2]
+    step = max(1, CHUNK_ELEMENTS // (rank * in_features))
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        yield slice(start, stop), slice(start * rank, stop * rank)
+
+
+def _by_block(rows, bone):
+    """Rows of a weight (a r, in) -> (a, r in/r, r), so that B_a multiplies from the right. A view."""
+    return rows.view(bone.shape[0], -1, bone.shape[-1])
+
+
+def _merge_rows(rows, bone):
+    """W + W B + B for some output blocks: rows (a r, in), bone (a, r, r) -> (a r, in)."""
+    blocks = _by_block(rows, bone)
+    merged = torch.baddbmm(blocks, blocks, bone)  # (a, r in/r, r)
+    merged.unflatten(1, (bone.shape[-1], -1)).add_(bone[:, :, None])
+    return merged.view_as(rows)
+
+
+def _activation_rows(x, total, rows, bone):
+    """x W'ᵀ for some output blocks by W_a (x_b + B_a x_b) + B_a Σ_b x_b: -> (T, a r)."""
+    rank = bone.shape[-1]
+    shards = _shards(x, rank)  # (T, in/r, r)
+    z = torch.einsum("tbj,aij->atbi", shards, bone).add_(shards).flatten(2)  # (a, T, in)
+    y = torch.bmm(z, rows.view(-1, rank, rows.shape[1]).transpose(1, 2))  # (a, T, r)
+    y += torch.einsum("tj,aij->ati", total, bone)
+    return y.transpose(0, 1).flatten(1)
