@@ -1,0 +1,268 @@
+"""What this machine can do, what is missing, and the command that mends it.
+
+    python -m rwkv_peft.doctor
+
+Exit code 0 when training can run here, 1 otherwise. Nothing is changed, but kernels that compile on first use are
+compiled, since that is the only honest answer to whether they work.
+"""
+
+import importlib
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+from .cli import Parser
+from .errors import exit_on_user_error
+
+OK, NOTE, MISSING = "ok", "-", "MISSING"  # as it should be; good to know; training needs it
+PYTHONS = ((3, 10), (3, 13))
+INSTALL = "pip install -r requirements.txt"
+OPTIONAL = (("rwkv-simple", "a second runtime for merged models"), ("transformers", "Hugging Face models"),
+            ("peft", "Bone as a plug-in of Hugging Face peft"), ("bitsandbytes", "quantized bases"),
+            ("wandb", "--wandb"))
+
+
+class Finding(NamedTuple):
+    """One line of the report: what was looked at, how it stands, and the remedy or ""."""
+
+    name: str
+    status: str
+    text: str
+    remedy: str = ""
+
+
+class Requirement(NamedTuple):
+    """A package and its bounds, e.g. ((">=", (2, 6)), ("<", (3,)))."""
+
+    name: str
+    bounds: tuple
+
+    def admits(self, version):
+        """Whether the version string lies within the bounds; only its leading numbers are compared."""
+        numbers = version_numbers(version)
+        return all(numbers >= bound if sign == ">=" else numbers < bound for sign, bound in self.bounds)
+
+    @property
+    def spec(self):
+        return ",".join(sign + ".".join(map(str, bound)) for sign, bound in self.bounds)
+
+
+def version_numbers(text):
+    """"2.13.0+cpu" -> (2, 13, 0)."""
+    return tuple(int(part) for part in re.match(r"\d+(\.\d+)*", text)[0].split("."))
+
+
+def parse_requirement(line):
+    """A line of requirements.txt, e.g. "torch>=2.6,<3  # why" -> Requirement, or None for a blank or comment."""
+    line = line.split("#")[0].replace(" ", "")
+    if not line:
+        return None
+    name = re.match(r"[\w.-]+", line)[0]
+    bounds = re.findall(r"(>=|<)(\d+(?:\.\d+)*)", line[len(name):])
+    return Requirement(name, tuple((sign, version_numbers(number)) for sign, number in bounds))
+
+
+def requirements():
+    """What training needs: requirements.txt of the source tree, or the metadata of the installed package."""
+    path = Path(__file__).resolve().parents[2] / "requirements.txt"
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+    else:
+        lines = [line for line in metadata.requires("rwkv-peft") or () if "extra ==" not in line]
+    return [requirement for requirement in map(parse_requirement, lines) if requirement]
+
+
+def check_python():
+    """The interpreter: within the versions that the dependencies have wheels for."""
+    version = sys.version.split()[0]
+    if PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
+        return [Finding("python", OK, f"{version}, {sys.executable}")]
+    return [Finding("python", MISSING, f"{version}, and 3.10 to 3.13 is needed",
+                    "python3.13 -m venv .venv && . .venv/bin/activate && " + INSTALL)]
+
+
+def check_package(requirement):
+    """A required package: installed, of a fitting version, and importable."""
+    name = requirement.name
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return Finding(name, MISSING, "not installed", INSTALL)
+    if not requirement.admits(version):
+        return Finding(name, MISSING, f"{version}, and {requirement.spec} is needed", INSTALL)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            importlib.import_module(name.replace("-", "_"))
+    except Exception as error:  # whatever a broken install raises is what the user must see
+        return Finding(name, MISSING, f"{version} does not import: {type(error).__name__}: {error}",
+                       f"pip install --force-reinstall '{name}{requirement.spec}'")
+    return Finding(name, OK, version)
+
+
+def check_tools():
+    """The C++ compiler, ninja and nvcc."""
+    compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    yield Finding("compiler", OK, first_line(compiler, "--version")) if compiler else Finding(
+        "compiler", NOTE, "no C++ compiler: the fast CPU kernel and the offload strategies need one",
+        "apt install g++ (Debian, Ubuntu), or xcode-select --install (macOS)")
+    ninja = shutil.which("ninja")
+    yield Finding("ninja program", OK, ninja) if ninja else Finding(
+        "ninja program", NOTE, "not in PATH: DeepSpeed's own operators need it there", "activate the environment, or pip install ninja")
+    nvcc = shutil.which("nvcc")
+    yield Finding("nvcc", OK if nvcc else NOTE, last_release(nvcc) if nvcc else "no CUDA compiler (only GPU machines need one)")
+
+
+def first_line(program, *arguments):
+    """The first line that a program prints."""
+    return run(program, *arguments).splitlines()[0]
+
+
+def last_release(nvcc):
+    """nvcc's path and release, e.g. "/usr/local/cuda/bin/nvcc, release 12.6"."""
+    found = re.search(r"release [\d.]+", run(nvcc, "--version"))
+    return f"{nvcc}, {found[0] if found else 'unknown release'}"
+
+
+def run(program, *arguments):
+    """A program's output, or what kept it from running."""
+    try:
+        return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=30).stdout.strip() or program
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{program} does not run: {error}"
+
+
+def check_devices():
+    """GPUs, and how fast this machine multiplies matrices in the two precisions."""
+    import torch
+
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            old = gpu.major < 8
+            yield Finding(f"GPU {index}", NOTE if old else OK, f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, "
+                          f"compute capability {gpu.major}.{gpu.minor}" + (": no bf16 hardware" if old else ""),
+                          "--precision fp32" if old else "")
+    elif torch.version.cuda is None:
+        yield Finding("GPU", NOTE, f"torch {torch.__version__} is built without CUDA: training runs on the CPU",
+                      "pip install --force-reinstall torch (a build with CUDA)" if shutil.which("nvidia-smi") else "")
+    else:
+        yield Finding("GPU", NOTE, "torch sees none: training runs on the CPU",
+                      "if there is one, see that `nvidia-smi` lists it")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    speed = {name: matmul_speed(getattr(torch, dtype), device) for name, dtype in
+             (("fp32", "float32"), ("bf16", "bfloat16"))}
+    advice = ("bf16 is faster and takes half the memory" if speed["bf16"] > speed["fp32"] else
+              "fp32 is faster, bf16 takes half the memory")
+    cores = f" on {torch.get_num_threads()} threads" if device == "cpu" else ""
+    yield Finding("--precision", OK, f"{advice} (matrix products: fp32 {speed['fp32']:,.0f}, "
+                  f"bf16 {speed['bf16']:,.0f} GFLOP/s{cores})")
+
+
+def matmul_speed(dtype, device, size=1024):
+    """GFLOP/s of a square matrix product."""
+    import torch
+
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # .item() waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e9
+
+
+def check_kernels():
+    """The wkv6 backends, compiled where that is possible."""
+    from .ops import backends
+
+    for name, reason in backends().items():
+        yield Finding(f"wkv6 {name}", OK if reason is None else NOTE, reason or "usable")
+
+
+def check_deepspeed():
+    """DeepSpeed's CPU Adam, which the offload strategies compile on first use."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        from deepspeed.ops.op_builder import CPUAdamBuilder
+
+        builder = CPUAdamBuilder()
+        possible = builder.is_compatible(verbose=False)
+    if possible and shutil.which("c++") and shutil.which("ninja"):
+        return [Finding("DeepSpeed CPUAdam", OK, "compiles on first use of an offload strategy (about a minute)")]
+    return [Finding("DeepSpeed CPUAdam", NOTE, "cannot be compiled here: the offload strategies will not run, the others do",
+                    "apt install g++ (Debian, Ubuntu) && pip install ninja")]
+
+
+def check_memory():
+    """Main memory, and the disk under the current folder."""
+    total, free = memory()
+    if total:
+        yield Finding("memory", OK, f"{total / 2**30:.1f} GiB" + (f", {free / 2**30:.1f} GiB available" if free else ""))
+    disk = shutil.disk_usage(".").free
+    low = disk < 5 * 2**30
+    yield Finding("disk", NOTE if low else OK, f"{disk / 2**30:.0f} GiB free in {Path.cwd()}"
+                  + (": a 7B model and its checkpoints need 30 GiB" if low else ""))
+
+
+def memory():
+    """(total, available) bytes of main memory; 0 for what the system does not tell."""
+    try:
+        page = os.sysconf("SC_PAGE_SIZE")
+        total = page * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0, 0
+    meminfo = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.is_file() else None
+    return total, int(found[1]) * 1024 if found else 0
+
+
+def check_optional():
+    """Packages that some features use."""
+    for name, use in OPTIONAL:
+        try:
+            yield Finding(name, OK, metadata.version(name))
+        except metadata.PackageNotFoundError:
+            yield Finding(name, NOTE, f"not installed ({use})", f"pip install {name}")
+
+
+def examine():
+    """Yield every Finding, the cheap ones first; parts that need a missing package are left out."""
+    yield from check_python()
+    standing = {}
+    for requirement in requirements():
+        finding = check_package(requirement)
+        standing[requirement.name] = finding.status
+        yield finding
+    yield from check_tools()
+    if standing.get("torch") == OK:
+        yield from check_devices()
+        yield from check_kernels()
+    if standing.get("deepspeed") == OK:
+        yield from check_deepspeed()
+    yield from check_memory()
+    yield from check_optional()
+
+
+def main(argv):
+    """Print the report; 0 where nothing that training needs is missing, else 1."""
+    Parser(prog="python -m rwkv_peft.doctor", description="Say what this machine can do and what is missing.").parse_args(argv)
+    missing = []
+    for finding in examine():
+        print(f"{finding.name:18} {finding.status:8} {finding.text}", flush=True)
+        if finding.remedy:
+            print(f"{'':18} {'':8} -> {finding.remedy}")
+        if finding.status == MISSING:
+            missing.append(finding.name)
+    print(f"\ntraining cannot run here: see {', '.join(missing)} above" if missing else "\ntraining can run here")
+    return 1 if missing else 0
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

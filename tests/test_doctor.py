@@ -1,0 +1,80 @@
+"""The doctor names what is missing, tells the command that mends it, and exits by whether training can run."""
+
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from rwkv_peft import doctor
+from rwkv_peft.doctor import MISSING, NOTE, OK, Finding, Requirement, check_package, parse_requirement
+from rwkv_peft.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_every_line_of_requirements_txt_is_understood():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    parsed = [requirement for requirement in map(parse_requirement, lines) if requirement]
+    assert [requirement.name for requirement in parsed] == [requirement.name for requirement in doctor.requirements()]
+    assert "torch" in [requirement.name for requirement in parsed]
+    for requirement in parsed:
+        assert requirement.bounds, f"{requirement.name} has no lower bound"
+        assert requirement.admits(metadata.version(requirement.name))
+
+
+def test_bounds_compare_numbers_and_not_text():
+    requirement = parse_requirement("torch >= 2.6, < 3   # why")
+    assert requirement == Requirement("torch", ((">=", (2, 6)), ("<", (3,))))
+    assert requirement.admits("2.13.0+cpu") and requirement.admits("2.6")
+    assert not requirement.admits("2.5.1") and not requirement.admits("3.0.0")
+    assert parse_requirement("# only a comment") is None
+
+
+def test_an_absent_package_is_missing():
+    finding = check_package(Requirement("no-such-package-at-all", ()))
+    assert finding.status == MISSING and finding.remedy == "pip install -r requirements.txt"
+
+
+def test_an_old_package_is_missing_and_told_apart():
+    finding = check_package(parse_requirement("numpy>=999"))
+    assert finding.status == MISSING and ">=999 is needed" in finding.text and finding.remedy
+
+
+def test_a_package_that_does_not_import_is_reported_in_its_own_words(monkeypatch, tmp_path):
+    (tmp_path / "brokenpackage.py").write_text("raise OSError('libsomething.so: no such file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "1.0")
+    finding = check_package(Requirement("brokenpackage", ()))
+    assert finding.status == MISSING and "libsomething.so" in finding.text
+
+
+def test_a_python_outside_the_range_is_missing(monkeypatch):
+    assert doctor.check_python()[0].status == OK
+    monkeypatch.setattr(sys, "version_info", (3, 9, 1))
+    assert doctor.check_python()[0].status == MISSING
+
+
+@pytest.mark.parametrize("status, code", [(OK, 0), (NOTE, 0), (MISSING, 1)])
+def test_exit_code_says_whether_training_can_run(monkeypatch, capsys, status, code):
+    monkeypatch.setattr(doctor, "examine", lambda: iter([Finding("torch", status, "text", "the remedy")]))
+    assert doctor.main([]) == code
+    printed = capsys.readouterr().out
+    assert "the remedy" in printed and ("cannot run" in printed) == bool(code)
+
+
+def test_a_missing_package_does_not_end_the_report(monkeypatch):
+    monkeypatch.setattr(doctor, "requirements", lambda: [Requirement("torch-that-is-absent", ())])
+    names = [finding.name for finding in doctor.examine()]
+    assert {"python", "torch-that-is-absent", "compiler", "memory", "disk"} <= set(names)
+
+
+def test_this_machine_can_train(capsys):
+    assert doctor.main([]) == 0
+    printed = capsys.readouterr().out
+    assert "wkv6 reference" in printed and "GFLOP/s" in printed
+
+
+def test_an_unknown_flag_is_refused():
+    with pytest.raises(UserError, match="--fix"):
+        doctor.main(["--fix"])
