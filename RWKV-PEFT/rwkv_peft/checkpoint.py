@@ -21,7 +21,7 @@ __all__ = ["Adapter", "AdapterMetadata", "atomic_write", "check_state", "expecte
            "load_adapter_into", "load_base", "model_config_from_state", "read_adapter", "save_adapter",
            "save_model"]
 
-SAMPLES = 64  # values of each tensor that enter the fingerprint
+WINDOWS, WINDOW = 4, 16  # the fingerprint reads this many runs of this many values in each tensor
 
 
 def load_base(path):
@@ -128,17 +128,17 @@ def expected_shapes(config):
 def fingerprint(state):
     """A short name for a base model's weights, to tell that an adapter belongs to it.
 
-    SHA-256 over each tensor's key, shape and SAMPLES evenly spaced values as float32, in the order of
-    the keys' names: it reads a few pages of each tensor of a mapped file. The dtype does not enter, so
-    that an exact float32 copy of a bfloat16 model has the same fingerprint. It guards against mistakes, not
+    SHA-256 over each tensor's key, shape and four evenly spaced runs of 16 values as float32, whatever
+    the order of the keys: a few pages of each tensor of a mapped file. The dtype does not enter, so that
+    an exact float32 copy of a bfloat16 model has the same fingerprint. It guards against mistakes, not
     against forgery. `state` may be a dict or an iterable of (key, tensor) pairs.
     """
-    pairs = state.items() if isinstance(state, dict) else state
     digests = []
-    for key, tensor in pairs:
+    for key, tensor in state.items() if isinstance(state, dict) else state:
         flat = tensor.detach().reshape(-1)
-        picks = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
-        values = flat[picks.to(flat.device)].float().cpu().numpy().tobytes()
+        last = max(flat.numel() - WINDOW, 0)
+        runs = [flat[start : start + WINDOW] for start in (last * i // (WINDOWS - 1) for i in range(WINDOWS))]
+        values = torch.cat(runs).float().cpu().numpy().tobytes()
         digests.append(hashlib.sha256(f"{key}|{tuple(tensor.shape)}|".encode() + values).hexdigest())
     return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:32]
 

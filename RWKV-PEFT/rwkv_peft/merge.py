@@ -1,0 +1,245 @@
+"""Merging adapters into a base model, tensor by tensor.
+
+Each changed weight is computed in float32 from the base's memory-mapped tensor and cast once; the rest
+passes through. A `Merge` knows what changes what; merge_bone.py is the command around it.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from .adapter_file import AdapterMetadata
+from .adapters.delta import RESIDUAL_VARIANTS, delta, merged
+from .errors import UserError
+from .pth_writer import TensorSpec
+
+CHUNK = 1 << 22  # elements whose finiteness is judged at a time
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """scale multiplies every change; dtype is the output's (None: each tensor keeps the base's); quant
+    overrides the quantization of the frozen weights that an adapter names (None: as it names); unmerge
+    takes the adapters off again, last first; device is where the arithmetic runs."""
+
+    scale: float = 1.0
+    dtype: torch.dtype | None = None
+    quant: str | None = None
+    unmerge: bool = False
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What merging did to one tensor.
+
+    change is |W' - W| / |W| (Frobenius norms; inf where W is zero or new), lost |cast(W') - W'| / |W' - W|: how
+    much of the change the cast to the file's dtype took away.
+    """
+
+    key: str
+    change: float
+    lost: float
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """An adapter on one weight; params are its tensors as adapters.delta takes them."""
+
+    params: dict
+    metadata: AdapterMetadata
+
+    def apply(self, weight, scale):
+        """weight (out, in) in any float dtype -> float32, the weight that the trained layer computed with."""
+        result = merged(self.metadata.variant, weight, self._on(weight), scale=self.metadata.scale,
+                        quant=self.metadata.quant)
+        return result if scale == 1 else torch.lerp(weight.float(), result, scale)
+
+    def undo(self, weight, scale):
+        """The weight before `apply`, up to rounding, float32.
+
+        A block affine change W' = W (I + B) + B is undone by the block affine change with
+        C = (I + B)^-1 - I in B's place: W = (W' - B)(I + B)^-1 = W' (I + C) + C. The other changes do not depend
+        on W and are subtracted.
+        """
+        variant, params = self.metadata.variant, self._on(weight)
+        factor = -scale * self.metadata.scale
+        if variant in ("bone", "bone-mini"):
+            params["bone"] = -scale * params["bone"].float()
+        elif variant in ("bat-in", "bat-out"):
+            bone = scale * params["bone"].double()
+            identity = torch.eye(bone.shape[-1], dtype=bone.dtype, device=bone.device)
+            inverse, singular = torch.linalg.inv_ex(identity + bone)
+            if singular.any():
+                raise UserError("--unmerge: an I + B of the adapter has no inverse, so that merging lost the base")
+            params["bone"] = inverse - identity
+        weight = weight.float()
+        return weight + delta(variant, weight, params, scale=factor)
+
+    def _on(self, weight):
+        return {name: tensor.to(weight.device) for name, tensor in self.params.items()}
+
+
+@dataclass(frozen=True)
+class WholeChange:
+    """A tensor trained in full, which takes the base's place."""
+
+    tensor: torch.Tensor
+
+    def apply(self, weight, scale):
+        new = self.tensor.to(weight.device).float()
+        return new if scale == 1 else torch.lerp(weight.float(), new, scale)
+
+
+class Merge:
+    """Adapters bound to a base: which tensors the output has, and how each comes about.
+
+    shapes maps the base's keys to anything with shape and dtype; adapters are (name, Adapter) pairs in
+    the order of their application. Raises UserError where an adapter tensor has no place in the base, has the wrong
+    shape or changes nothing.
+    """
+
+    def __init__(self, shapes, adapters, options=MergeOptions()):
+        self.options = options
+        self.specs = {key: TensorSpec.of(tensor, options.dtype) for key, tensor in shapes.items()}
+        self.changes = {}  # key -> [LayerChange or WholeChange]
+        for name, adapter in adapters:
+            self._bind(name, adapter, shapes)
+
+    def _bind(self, name, adapter, shapes):
+        _check_places(name, adapter, shapes)
+        metadata, unmerge = adapter.metadata, self.options.unmerge
+        quant = metadata.quant if self.options.quant is None else self.options.quant
+        whole = adapter.whole()
+        if unmerge and whole:
+            raise UserError(f"--unmerge cannot restore {len(whole)} tensors that {name} replaced whole (such as "
+                            f"{next(iter(whole))}): the base's values are in none of the files")
+        if unmerge and quant != "none":
+            raise UserError(f"--unmerge cannot undo the {quant} quantization that {name} was merged with")
+        for key, tensor in whole.items():
+            due = expected_whole_shape(key, shapes)
+            if tuple(tensor.shape) != due:
+                raise UserError(f"{name}: {key} has shape {tuple(tensor.shape)}, and the base's is {due}; it was "
+                                "trained on another model")
+            if key not in self.specs:  # a time state, new to the base
+                self.specs[key] = TensorSpec(due, self.options.dtype or shapes["emb.weight"].dtype)
+            self.changes.setdefault(key, []).append(WholeChange(tensor))
+        for module, params in adapter.modules().items():
+            key = f"{module}.weight"
+            check_params(f"{name}: {module}", metadata.variant, params, tuple(shapes[key].shape))
+            self.changes.setdefault(key, []).append(LayerChange(params, replace(metadata, quant=quant)))
+
+    def tensors(self, pairs, reports=None):
+        """Yield the output's (key, tensor) in order, from the base's pairs; tensors that are new come last.
+
+        A TensorReport of each changed tensor is appended to the list `reports`. Raises UserError for a result that
+        is not finite.
+        """
+        seen = set()
+        for key, tensor in pairs:
+            seen.add(key)
+            yield key, self._output(key, tensor, reports)
+        for key, spec in self.specs.items():
+            if key not in seen:
+                yield key, self._output(key, torch.zeros(spec.shape), reports)
+
+    @torch.no_grad()
+    def _output(self, key, source, reports):
+        spec = self.specs[key]
+        if key not in self.changes:
+            tensor = source.to(spec.dtype)
+        else:
+            exact = self._changed(key, source.to(self.options.device))
+            tensor = exact.to(spec.dtype).cpu()
+            if reports is not None:
+                reports.append(_report(key, source, exact.cpu(), tensor))
+        if not all_finite(tensor):
+            cause = ("in the base already" if not all_finite(source) else
+                     f"after the merge, though not in the base: the change is too large for {dtype_name(spec.dtype)}")
+            raise UserError(f"{key} holds NaN or Inf, {cause}; nothing is written")
+        return tensor
+
+    def _changed(self, key, weight):
+        """float32 result of every adapter on one tensor."""
+        scale = self.options.scale
+        if self.options.unmerge:
+            for change in reversed(self.changes[key]):
+                weight = change.undo(weight, scale)
+        else:
+            for change in self.changes[key]:
+                weight = change.apply(weight, scale)
+        return weight
+
+
+def merge_state_dict(base, adapters, options=MergeOptions(), reports=None):
+    """A base state dict with adapters merged in: {key: tensor}, the base's keys, order and (unless options.dtype
+    says otherwise) dtypes. Arguments and errors as in Merge."""
+    return dict(Merge(base, adapters, options).tensors(base.items(), reports))
+
+
+def check_params(name, variant, params, weight_shape):
+    """Raise UserError unless the tensors of a `variant` adapter fit a weight (out, in)."""
+    out, inner = weight_shape
+    names = {"bone"} if "bone" in params else {"lora_A", "lora_B"}
+    if variant in RESIDUAL_VARIANTS:
+        names |= {"init_lora_A", "init_lora_B"}
+    if set(params) != names:
+        raise UserError(f"{name} holds {sorted(params)}, and a {variant} adapter has {sorted(names)}")
+    shapes = {name: tuple(tensor.shape) for name, tensor in params.items()}
+    if "bone" in params:
+        shape = shapes["bone"]
+        rank = shape[0] if variant in ("bone", "bone-mini") else shape[-1]
+        due = {"bone": (rank, out), "bone-mini": (rank, shape[-1]),
+               "bat-in": (inner // rank, rank, rank), "bat-out": (out // rank, rank, rank)}[variant]
+        fits = shape == due
+        if variant == "bone-mini":
+            fits = fits and out % shape[-1] == 0
+        elif variant != "bone":
+            fits = fits and out % rank == 0 and inner % rank == 0
+        due = {"bone": due}
+    else:
+        rank = shapes["lora_A"][0]
+        due = {name: (rank, inner) if name.endswith("A") else (out, rank) for name in names}
+        fits = shapes == due
+    if not fits:
+        raise UserError(f"{name} is a {variant} adapter of shape {', '.join(map(str, shapes.values()))}, and a base weight "
+                        f"of shape {weight_shape} needs {', '.join(map(str, due.values()))} and a rank that divides it; "
+                        "it was trained on another model")
+
+
+def expected_whole_shape(key, shapes):
+    """The shape that a whole tensor must have; time states, which a base need not hold, follow from time_faaaa."""
+    if key in shapes:
+        return tuple(shapes[key].shape)
+    heads, size = shapes[key.replace("time_state", "time_faaaa")].shape
+    return heads, size, size
+
+
+def all_finite(tensor):
+    """Whether no element is NaN or Inf, with little memory beside the tensor."""
+    return all(torch.isfinite(part).all() for part in tensor.reshape(-1).split(CHUNK))
+
+
+def dtype_name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_places(name, adapter, shapes):
+    keys = [f"{module}.weight" for module in adapter.modules()] + list(adapter.whole())
+    lost = [key for key in keys if key not in shapes and not (
+        key.endswith(".att.time_state") and key.replace("time_state", "time_faaaa") in shapes)]
+    if lost:
+        raise UserError(f"{name}: {len(lost)} of its {len(keys)} tensors have no place in the base: there is no {lost[0]}, "
+                        f"where the base has keys such as {list(shapes)[1]}; it was trained on a model of other names or "
+                        "of more layers")
+    effective = (tensor for key, tensor in adapter.tensors.items() if not key.endswith("lora_A"))
+    if not any(torch.count_nonzero(tensor) for tensor in effective):
+        raise UserError(f"{name} changes nothing: its tensors are all zero, as in an adapter that was never trained")
+
+
+def _report(key, source, exact, cast):
+    change = torch.linalg.vector_norm(exact - source)
+    lost = torch.linalg.vector_norm(cast - exact)
+    size = torch.linalg.vector_norm(source.float())
+    ratio = (change / size).item() if size else float("inf")
+    return TensorReport(key, ratio if change else 0.0, (lost / change).item() if change else 0.0)

@@ -1,0 +1,190 @@
+"""The command that merges: merge_bone.py's flags, checks, writing and summary."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from .atomic import atomic_write
+from .checkpoint import check_state, fingerprint, load_base, read_adapter
+from .cli import Parser
+from .config import BONE_MODES, QUANTIZATIONS
+from .errors import UserError
+from .merge import Merge, MergeOptions, dtype_name
+from .pth import read_state
+from .pth_writer import write_pth
+
+MAPPED = 1 << 28  # bytes read through one mapping of a file before it is dropped, which bounds resident memory
+
+
+def build_parser():
+    parser = Parser(
+        prog="merge_bone.py",
+        description="Merge adapters into an RWKV-6 base model: a .pth with exactly the base's keys, order, shapes and "
+                    "dtypes, which any RWKV runtime loads.")
+    parser.add_argument("--base_model", required=True, metavar="PTH", help="the model that the adapter was trained on")
+    parser.add_argument("--bone_checkpoint", "--lora_checkpoint", required=True, nargs="+", metavar="FILE", dest="adapters",
+                        help="adapters in order of application: .safetensors of train.py, flat .pth of RWKV-PEFT "
+                             "(.bone, .disha, LoRA, PiSSA, time states), or folders of Hugging Face peft")
+    parser.add_argument("--output", metavar="PTH", help="the merged model; required unless --dry_run")
+    parser.add_argument("--output_dtype", choices=("keep", "bf16", "fp16", "fp32"), default="keep")
+    parser.add_argument("--bone_mode", choices=(*BONE_MODES, "bat"),
+                        help="variant of a .bone file that does not tell it; bat is bat-in, as in RWKV-PEFT")
+    parser.add_argument("--lora_alpha", type=float, help="alpha of an RWKV-PEFT LoRA file, which does not record it")
+    parser.add_argument("--lora_init", metavar="PTH", help="init_pissa.pth of an RWKV-PEFT PiSSA file")
+    parser.add_argument("--quant", choices=QUANTIZATIONS,
+                        help="quantization of the frozen weights in training (default: what the adapter says)")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the change, default 1.0")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the arithmetic runs")
+    parser.add_argument("--unmerge", action="store_true",
+                        help="take the adapters off a merged --base_model again, last first")
+    parser.add_argument("--any_base", action="store_true",
+                        help="merge although the adapter was trained on another base of the same shape")
+    parser.add_argument("--dry_run", action="store_true", help="compute and report everything, write nothing")
+    parser.add_argument("--verify", action="store_true", help="read the output back and compare each tensor")
+    return parser
+
+
+def main(argv):
+    """argv -> exit code 0. Raises UserError for whatever cannot be merged, before the output is touched."""
+    args = build_parser().parse_args(argv)
+    if not args.dry_run:
+        check_output(args)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this torch sees no CUDA device; leave --device out to merge on the CPU")
+    if args.scale == 0 or not torch.isfinite(torch.tensor(args.scale)):
+        raise UserError(f"--scale {args.scale}: a finite number other than 0 is due")
+    base = load_base(args.base_model)
+    mode = "bat-in" if args.bone_mode == "bat" else args.bone_mode
+    adapters = [(path, read_adapter(path, mode, base, args.lora_init, args.lora_alpha)) for path in args.adapters]
+    options = MergeOptions(args.scale, output_dtype(args.output_dtype), args.quant, args.unmerge, args.device)
+    merge = Merge(base, adapters, options)
+    if not (args.unmerge or args.any_base):
+        check_fingerprints(args.base_model, base, adapters)
+    print_head(args, base, adapters)
+    del base  # its pages would stay resident
+    reports = []
+    outputs = merge.tensors(stream(args.base_model), reports)
+    if args.dry_run:
+        for _ in outputs:
+            pass
+    else:
+        check_space(args.output, merge.specs)
+        with atomic_write(args.output) as temporary:
+            write_pth(temporary, merge.specs, outputs)
+    print_reports(reports, merge.specs)
+    if args.dry_run:
+        print("dry run: nothing was written")
+        return 0
+    if args.verify:
+        verify(args.output, merge, args.base_model)
+    print(f"wrote {args.output}: {len(merge.specs)} tensors, {os.path.getsize(args.output):,} bytes")
+    return 0
+
+
+def stream(path):
+    """(key, tensor) pairs of a .pth in file order; it is mapped anew every MAPPED bytes, so that pages already read
+    leave the process's memory."""
+    state, taken = read_state(path), 0
+    for key in list(state):
+        if taken > MAPPED:
+            state, taken = read_state(path), 0
+        tensor = state[key]
+        taken += tensor.numel() * tensor.element_size()
+        yield key, tensor
+        del tensor  # it would keep the mapping alive beyond its turn
+
+
+def output_dtype(name):
+    return {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def check_output(args):
+    """Refuse an output that is missing from the flags, no .pth, or one of the inputs by any name or link."""
+    if args.output is None:
+        raise UserError("--output is missing: name the merged .pth, or give --dry_run")
+    if Path(args.output).suffix != ".pth":
+        raise UserError(f"--output {args.output}: a name that ends in .pth is due; other formats are made of it by "
+                        "python -m rwkv_peft.convert")
+    inputs = {"--base_model": [args.base_model], "--bone_checkpoint": args.adapters, "--lora_init": [args.lora_init]}
+    for flag, paths in inputs.items():
+        for path in paths:
+            if path and os.path.exists(path) and os.path.exists(args.output) and os.path.samefile(path, args.output):
+                raise UserError(f"--output {args.output} is the file given as {flag}, which must not be overwritten; "
+                                "choose another name")
+
+
+def check_space(output, specs):
+    """Refuse before hours of work what the disk cannot hold."""
+    folder = Path(os.path.realpath(output)).parent
+    while not folder.exists():
+        folder = folder.parent
+    needed = sum(spec.numel * spec.dtype.itemsize for spec in specs.values())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(f"--output {output} needs {needed:,} bytes, and its disk has {free:,} free; free some space or "
+                        "choose another disk")
+
+
+def check_fingerprints(path, base, adapters):
+    """Each adapter must have been trained on the base, or on the base with the adapters before it merged."""
+    own = fingerprint(base)
+    for position, (name, adapter) in enumerate(adapters):
+        wanted = adapter.metadata.base_fingerprint
+        if not wanted or wanted == own:
+            continue
+        before = adapters[:position]
+        if before and wanted == fingerprint(Merge(base, before).tensors(stream(path))):
+            continue
+        raise UserError(f"{name} was trained on another base: it names the fingerprint {wanted}, and {path} has {own}; "
+                        "find the base it was trained on, or force it with --any_base")
+
+
+def print_head(args, base, adapters):
+    dtypes = "/".join(sorted({dtype_name(tensor.dtype) for tensor in base.values()}))
+    config = check_state(base, args.base_model)
+    print(f"base     {args.base_model}: RWKV-6, {config.n_layer} layers, {config.n_embd} channels, {dtypes}")
+    for name, adapter in adapters:
+        metadata, modules, whole = adapter.metadata, adapter.modules(), adapter.whole()
+        parts = [f"{metadata.variant} rank {metadata.rank} on {len(modules)} layers"] if modules else []
+        parts += [f"{len(whole)} whole tensors"] if whole else []
+        origin = "" if metadata.base_fingerprint else f" (from {metadata.source}; it does not name its base)"
+        print(f"adapter  {name}: {', '.join(parts)}{origin}")
+
+
+def print_reports(reports, specs):
+    """A table of the relative change of each layer, and what the cast lost."""
+    layers = {}
+    for report in reports:
+        _, number, *rest = report.key.split(".") if report.key.startswith("blocks.") else ("", "-", report.key)
+        layers.setdefault(number, {})[".".join(rest).removesuffix(".weight")] = report
+    if not reports:
+        return
+    columns = [name for name in dict.fromkeys(name for row in layers.values() for name in row) if name.count(".") == 1
+               and "time" not in name and "ln" not in name]
+    print("change of each layer, |W' - W| / |W| in percent")
+    print("block  " + "".join(f"{name:>16}" for name in columns) + f"{'other tensors':>16}{'cast lost':>12}")
+    for number, row in layers.items():
+        others = [report.change for name, report in row.items() if name not in columns]
+        other = f"{100 * max(others):.3g} (max)" if others else ""
+        cells = (f"{100 * row[name].change:.3g}" if name in row else "" for name in columns)
+        worst = 100 * max(report.lost for report in row.values())
+        print(f"{number:>5}  " + "".join(f"{cell:>16}" for cell in cells) + f"{other:>16}{worst:>11.2g}%")
+    changed = [report for report in reports if report.change]
+    worst = max(reports, key=lambda report: report.lost)
+    print(f"changed {len(changed)} of {len(specs)} tensors; the cast to {dtype_name(specs[worst.key].dtype)} lost at most "
+          f"{100 * worst.lost:.2g} % of a change ({worst.key})"
+          + ("; --output_dtype fp32 keeps it" if worst.lost > 0.1 and specs[worst.key].dtype != torch.float32 else ""))
+
+
+def verify(output, merge, base):
+    """Compare the file on disk with a second computation. Raises UserError where they differ."""
+    written = stream(output)
+    for key, expected in merge.tensors(stream(base)):
+        name, tensor = next(written, (None, None))
+        if name != key or tensor.dtype != expected.dtype or not torch.equal(tensor, expected):
+            raise UserError(f"{output}: {key} does not read back as it was computed; the disk or the memory is faulty, "
+                            "do not use this file")
+    check_state(read_state(output), output)
+    print(f"verified {output}: every tensor reads back as it is computed anew, and the file is a complete RWKV-6 model")

@@ -1,0 +1,111 @@
+"""Time and peak memory of merging, on a synthetic base of any size.
+
+    python benchmarks/merge.py --layers 32 --channels 4096 --vocab 65536      (the 7B shape: 15 GB, twice)
+
+It writes a random bfloat16 base and a bat-in adapter on all eight matrices of each block, copies the base
+(with fsync) for comparison, merges it in a process of its own, checks the result, and removes everything.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "RWKV-PEFT"))
+
+from rwkv_peft.checkpoint import AdapterMetadata, expected_shapes, fingerprint, load_base, save_adapter  # noqa: E402
+from rwkv_peft.config import TARGETS, ModelConfig  # noqa: E402
+from rwkv_peft.pth_writer import TensorSpec, write_pth  # noqa: E402
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--channels", type=int, default=4096)
+    parser.add_argument("--vocab", type=int, default=65536)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--folder", help="where to put the files (default: the system's temporary folder)")
+    parser.add_argument("--merge_flags", default="", help="passed on to merge_bone.py, such as '--output_dtype fp32'")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        folder = Path(folder)
+        shapes = make_files(folder, args)
+        size = (folder / "base.pth").stat().st_size
+        largest = max(torch.Size(shape).numel() for shape in shapes.values()) * 2
+        copy_seconds = timed(lambda: copy(folder / "base.pth", folder / "copy.pth"))
+        (folder / "copy.pth").unlink()
+        command = [sys.executable, ROOT / "merge_bone.py", "--base_model", folder / "base.pth", "--bone_checkpoint",
+                   folder / "adapter.safetensors", "--output", folder / "merged.pth", *args.merge_flags.split()]
+        drop_from_cache(folder / "base.pth")
+        seconds, peak = run(command)
+        merged = load_base(folder / "merged.pth")
+        assert list(merged) == list(shapes)
+        print(f"base {size / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB, {torch.get_num_threads()} threads")
+        print("| | seconds | peak resident memory |")
+        print("|---|---|---|")
+        print(f"| copy with fsync | {copy_seconds:.1f} | |")
+        print(f"| merge_bone.py {args.merge_flags} | {seconds:.1f} | {peak / 1e6:.0f} MB "
+              f"(bound: 4 x largest + 500 MB = {4 * largest / 1e6 + 500:.0f} MB) |")
+
+
+def make_files(folder, args):
+    """base.pth and adapter.safetensors of the shape asked for; returns the base's shapes."""
+    config = ModelConfig(n_layer=args.layers, n_embd=args.channels, vocab_size=args.vocab, dim_att=args.channels,
+                         dim_ffn=int(args.channels * 3.5) // 32 * 32, maa_rank=64, decay_rank=128)
+    shapes = expected_shapes(config)
+    noise = torch.randn(1 << 24).mul_(0.02).bfloat16()
+
+    def tensor(shape):
+        count = torch.Size(shape).numel()
+        return noise.repeat(-(-count // noise.numel()))[:count].view(shape)
+
+    specs = {key: TensorSpec(shape, torch.bfloat16) for key, shape in shapes.items()}
+    write_pth(folder / "base.pth", specs, ((key, tensor(shape)) for key, shape in shapes.items()))
+    bones = {f"blocks.{i}.{target}.bone": 1e-3 * torch.randn(shapes[f"blocks.{i}.{target}.weight"][1] // args.rank,
+                                                             args.rank, args.rank)
+             for i in range(args.layers) for target in TARGETS}
+    metadata = AdapterMetadata("bat-in", rank=args.rank, targets=TARGETS,
+                               base_fingerprint=fingerprint(load_base(folder / "base.pth")))
+    save_adapter(folder / "adapter.safetensors", bones, metadata)
+    return shapes
+
+
+def copy(source, target):
+    drop_from_cache(source)
+    shutil.copyfile(source, target)
+    with open(target, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def drop_from_cache(path):
+    """Ask the system to forget the file's pages, so that each contestant reads it from the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def timed(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def run(command):
+    """Seconds and peak resident bytes of one child process."""
+    start = time.perf_counter()
+    process = subprocess.Popen([str(part) for part in command])
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit("merge_bone.py failed")
+    return time.perf_counter() - start, usage.ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()
