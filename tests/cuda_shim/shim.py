@@ -1,0 +1,33 @@
+"""Builds cuda/wkv6_cuda.cu for the CPU, with cuda_shim.h in place of the GPU."""
+
+from pathlib import Path
+
+from rwkv_peft.ops import cuda
+from rwkv_peft.ops.build import Unit, build_library, find_program, source_directory
+
+# fibers.h's Order, by name.
+ORDERS = ("ascending", "descending", "shuffled", "warps ascending", "warps descending")
+
+
+class Shim(cuda.Library):
+    """The kernels on the CPU: cuda.Library, and the order in which a block's threads take turns."""
+
+    def __init__(self, path):
+        import ctypes
+
+        super().__init__(path)
+        self._set_order = ctypes.CDLL(str(path)).shim_set_order
+
+    def set_order(self, name):
+        self._set_order(ORDERS.index(name))
+
+
+def build(sources=None, cache=None):
+    """A Shim of the kernels in the folder `sources`; BuildError where there is no C++ compiler."""
+    sources = source_directory() if sources is None else Path(sources)
+    shim = Path(__file__).resolve().parent
+    compiler = find_program("g++", "clang++", remedy="install g++")
+    flags = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-pthread")
+    unit = Unit(sources / "wkv6_cuda.cu", (compiler, *flags, "-fno-strict-aliasing", f"-I{shim}", "-x", "c++"))
+    headers = [*sorted(sources.glob("*.cuh")), shim / "cuda_shim.h", shim / "fibers.h"]
+    return Shim(build_library("wkv6_cuda_shim", [unit], (compiler, "-shared", "-pthread"), headers, cache))
