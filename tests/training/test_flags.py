@@ -49,7 +49,8 @@ def test_dimensions_are_read_from_the_base(files):
 
 
 def test_the_json_form_means_the_same(files):
-    argv = [word for word in flags(files) if word not in ("--bone_r", "16")] + ["--ctx_len", "16"]
+    argv = flags(files)
+    del argv[argv.index("--bone_r") : argv.index("--bone_r") + 2]
     config = parse_config(argv + ["--peft", "bone", "--bone_config", '{"bone_mode":"bat","bone_load":"","bone_r":16}'])
     assert config.adapter == parse_config(flags(files, "--bone_mode", "bat-in")).adapter
 

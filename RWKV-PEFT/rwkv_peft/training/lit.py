@@ -27,10 +27,10 @@ class Lit(pl.LightningModule):
     all of them in the same micro batch).
     """
 
-    def __init__(self, model, train, total_steps, first_step=0):
+    def __init__(self, model, train, total_steps, first_step=0, lora_plus_ratio=1.0):
         super().__init__()
         self.model, self.train_config, self.total_steps = model, train, total_steps
-        self.step = first_step
+        self.step, self.lora_plus_ratio = first_step, lora_plus_ratio
         self.step_loss = 0.0
         self.stop_requested = 0
         self.stopping = False
@@ -45,7 +45,7 @@ class Lit(pl.LightningModule):
     def configure_optimizers(self):
         train = self.train_config
         groups = parameter_groups(self.model, weight_decay=train.weight_decay, layerwise_lr=train.layerwise_lr,
-                                  lora_plus_ratio=train.loraplus_lr_ratio)
+                                  lora_plus_ratio=self.lora_plus_ratio)
         settings = {"lr": self.lr, "betas": (train.beta1, train.beta2), "eps": train.adam_eps}
         if train.strategy.endswith("offload"):
             from deepspeed.ops.adam import DeepSpeedCPUAdam

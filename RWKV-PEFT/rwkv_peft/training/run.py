@@ -207,7 +207,8 @@ def fit(config, model, trainable, samples, saver, checkpoint, accelerator, say):
         loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
         if train.wandb:
             loggers.append(WandbLogger(project=train.wandb, save_dir=folder))
-    lit = Lit(model, train, plan.total_steps, plan.first_step)
+    ratio = config.adapter.lora_plus_ratio if config.adapter.method == "lora-plus" else 1.0
+    lit = Lit(model, train, plan.total_steps, plan.first_step, ratio)
     accumulate = train.accumulate_grad_batches
     trainer = pl.Trainer(
         accelerator=accelerator, devices=train.devices, num_nodes=train.num_nodes,
