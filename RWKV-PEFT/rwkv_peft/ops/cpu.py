@@ -72,11 +72,6 @@ def backward(r, k, v, w, u, state, cu_seqlens, checkpoints, gy, gfinal, level):
     return gr, gk, gv, gw, gu, gstate
 
 
-def fma_peak(level=""):
-    """Measured float32 multiply-add peak of one core, in floating-point operations a second, at `level`'s width."""
-    return _library().wkv6_cpu_fma_peak(_level_number(level))
-
-
 def _sizes(r, cu_seqlens, sequences, level):
     B, T, H, N = r.shape
     threads = torch.get_num_threads()
@@ -109,8 +104,6 @@ def _library():
     sizes = [integer, integer, integer, integer, pointer, flag, flag, flag]
     library.wkv6_cpu_forward.argtypes = [pointer] * 9 + sizes
     library.wkv6_cpu_backward.argtypes = [pointer] * 15 + sizes
-    library.wkv6_cpu_fma_peak.argtypes = [flag]
-    library.wkv6_cpu_fma_peak.restype = ctypes.c_double
     return library
 
 
@@ -119,12 +112,12 @@ def _recipe(sources):
     compiler = find_program(
         "g++", "clang++", remedy="install one (Debian, Ubuntu: apt install g++), or take backend='reference'"
     )
-    kernel, header = sources / "wkv6_cpu.cpp", sources / "wkv6_cpu_vector.h"
-    interface = sources / "wkv6_cpu_interface.cpp"
+    kernel, interface = sources / "wkv6_cpu.cpp", sources / "wkv6_cpu_interface.cpp"
+    headers = (sources / "wkv6_cpu.h", sources / "wkv6_cpu_vector.h")
     levels = {"portable": ()}
     if platform.machine() in X86:
         levels = {"avx512": AVX512_FLAGS, "avx2": AVX2_FLAGS, "portable": ()}
     base = (compiler, *COMMON_FLAGS)
     units = [Unit(kernel, (*base, *flags, f"-DWKV6_LEVEL={level}")) for level, flags in levels.items()]
     units.append(Unit(interface, base))
-    return units, (compiler, "-shared", "-fopenmp"), (header,)
+    return units, (compiler, "-shared", "-fopenmp"), headers

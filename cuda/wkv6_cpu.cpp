@@ -1,0 +1,736 @@
+// The RWKV-6 recurrence on CPUs, forward and backward.
+//
+// What it computes (Peng et al. 2024, arXiv 2404.05892, eq. 19), for each sequence and head, S a matrix of head_size
+// rows (keys) and head_size columns (values), d_t = exp(-exp(w_t)) the decay:
+//
+//     y_t = S_{t-1}^T r_t + (sum_i r_t[i] u[i] k_t[i]) v_t
+//     S_t = diag(d_t) S_{t-1} + k_t v_t^T
+//
+// Done step by step, S (16 KB for head size 64) would pass through the processor's ports three times a step: read,
+// decay, write. The kernel keeps that traffic in registers and saves most decays:
+//
+// 1. Chunks of 4 steps. Inside one, let R_i = r_i d_0 ... d_{i-1}, K_j = k_j d_{j+1} ... d_3, and W = d_0 d_1 d_2 d_3.
+//    Then with S the state before the chunk
+//        y_i = S^T R_i + sum_{j <= i} A_ij v_j,      A_ij = sum_c r_i[c] k_j[c] d_{j+1}[c] ... d_{i-1}[c]  (j < i)
+//        S  <- diag(W) S + sum_j K_j v_j^T           A_ii = sum_c r_i[c] u[c] k_i[c]
+//    so that one multiplication by W stands for four, and every factor is a product of numbers at most 1: nothing
+//    overflows, however strong the decay. "Prepare" computes R, K, W and A.
+// 2. Tiles of 64 steps. A block of S (4 rows of 64 lanes with AVX-512) is loaded into registers, walks through the 16
+//    chunks of the tile, and is stored again: state_pass. Nearly all time is spent in its multiply-adds.
+// 3. Backward. Forward saves S at the start of each tile. The gradient D of S obeys the mirrored recurrence
+//        D_{t-1} = diag(d_t) D_t + r_t gy_t^T
+//    backward in time. Tile by tile, from the last: run S^T forward through the tile again for P_i = S gy_i, the part of
+//    r's gradient that comes through the state (state_pass, rows now values and lanes keys); run D^T backward for
+//    Q_j = D v_j and for gv_j = D^T K_j (gradient_pass); then combine both with what happens inside a chunk
+//    (finish_chunk).
+// 4. The decay's gradient. dL / d log d_t = sum over everything that is written before t and read after t. For writes
+//    and reads in the chunk of t these are P, Q and A's gradient; what passes through the whole chunk is
+//    X = W <S, D> per key (S before the chunk, D after it), of which <S after, D after> = X + sum_j K_j Q_j and
+//    <S before, D before> = X + sum_i R_i P_i. So <S, D> is computed once at each tile's end and carried backward from
+//    chunk to chunk by one subtraction and one addition. Where W is below float's resolution, X is set to 0, which is
+//    nearer the truth than the rounding of that subtraction.
+//
+// Parallel over sequences, heads and, where these are fewer than the threads, blocks of value columns: columns of S do
+// not interact, and the gradients of r, k, w and u are sums over columns, which are added up at the end.
+//
+// Head sizes are padded with zeros to 16, 32, 64 or 128. This file is compiled once per instruction set (WKV6_LEVEL).
+#include "wkv6_cpu.h"
+
+#include <cstdlib>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+#include "wkv6_cpu_vector.h"
+
+namespace wkv6 {
+namespace WKV6_LEVEL {
+namespace {
+
+constexpr int kTile = 64;
+constexpr int kChunk = 4;
+constexpr int kChunks = kTile / kChunk;
+constexpr int kPairs = kChunk * kChunk;        // A of one chunk, column j at j * kChunk
+constexpr int kSmallestValueBlock = 16;        // columns of S that are worth a task of their own
+constexpr float kNoDecay = -87.0f;             // w of a step past the end: d is exactly 1, its gradient about 0
+constexpr float kLargestExponent = 87.0f;      // exp of it is finite, exp of minus it a normal number
+constexpr float kNegligible = 1.0f / (1 << 24);
+constexpr int64_t kWorkForThreads = 1 << 18;   // state elements x steps below which waking a thread costs more
+
+struct Range {
+    int begin, end;
+};
+
+// The shape of a block of S in registers, for a pass over `width` lanes.
+constexpr int block_vectors(int width) { return width / kLanes < 4 ? width / kLanes : 4; }
+constexpr int block_rows(int vectors) { return kAccumulators / vectors < 8 ? kAccumulators / vectors : 8; }
+
+// ---- rows of tensors <-> rows of floats -----------------------------------------------------------------------------
+
+// `steps` rows of n elements, `stride` apart, become kChunk rows of N floats; what lies beyond is `filler` in time, 0 in
+// channels. A null source is all zeros.
+template <int N, class Element>
+INLINE void load_rows(float* to, const Element* from, int64_t stride, int steps, int n, float filler = 0.0f) {
+    for (int t = 0; t < kChunk; t++) {
+        float* row = to + t * N;
+        if (t >= steps || !from) {
+            for (int c = 0; c < N; c++) row[c] = t >= steps ? filler : 0.0f;
+        } else if (n == N) {
+            for (int c = 0; c < N; c++) row[c] = to_float(from[t * stride + c]);
+        } else {
+            for (int c = 0; c < n; c++) row[c] = to_float(from[t * stride + c]);
+            for (int c = n; c < N; c++) row[c] = 0.0f;
+        }
+    }
+}
+
+template <int N, class Element>
+INLINE void store_rows(Element* to, const float* from, int64_t stride, int steps, Range columns) {
+    for (int t = 0; t < steps; t++)
+        for (int c = columns.begin; c < columns.end; c++) from_float(to[t * stride + c], from[t * N + c]);
+}
+
+// A state of n rows and columns in memory <-> one of N, zeros beyond n; null is all zeros.
+template <int N>
+void load_state(float* S, const float* from, int n) {
+    if (!from || n < N) memset(S, 0, sizeof(float) * N * N);
+    if (!from) return;
+    for (int i = 0; i < n; i++) memcpy(S + i * N, from + i * n, sizeof(float) * n);
+}
+
+template <int N>
+void load_transposed_state(float* S, const float* from, int n) {
+    if (!from || n < N) memset(S, 0, sizeof(float) * N * N);
+    if (from) transpose(S, N, from, n, n);
+}
+
+template <int N>
+void store_state(float* to, const float* S, int n, Range columns) {
+    const int end = columns.end < n ? columns.end : n;
+    for (int i = 0; i < n && columns.begin < end; i++)
+        memcpy(to + i * n + columns.begin, S + i * N + columns.begin, sizeof(float) * (end - columns.begin));
+}
+
+// ---- preparing a chunk ----------------------------------------------------------------------------------------------
+
+// In place, w becomes the decay exp(-exp(w)); e becomes exp(w), which the decay's gradient needs.
+template <int N>
+INLINE void decays(float* w, float* e) {
+    for (int c = 0; c < kChunk * N; c += kLanes) {
+        const Vec x = exp_bounded(at_most(at_least(load(w + c), -kLargestExponent), kLargestExponent));
+        store(e + c, x);
+        store(w + c, exp_bounded(-at_most(x, kLargestExponent)));
+    }
+}
+
+// The lower triangle of a chunk's pairs, a[i][j] for j <= i, each summed over its lanes -> A.
+INLINE void store_pairs(float* A, const Vec a[kChunk][kChunk]) {
+    store4(A, sums(a[0][0], a[1][0], a[2][0], a[3][0]));
+    store4(A + 1 * kChunk, sums(zero(), a[1][1], a[2][1], a[3][1]));
+    const Vec4 last = sums(a[2][2], a[3][2], a[3][3], zero());
+    A[2 * kChunk + 2] = last[0];
+    A[2 * kChunk + 3] = last[1];
+    A[3 * kChunk + 3] = last[2];
+}
+
+// r k d (kChunk rows) and u -> R, K (kChunk rows), W (one row), A (kPairs).
+template <int N>
+INLINE void prepare(const float* r, const float* k, const float* d, const float* u, float* R, float* K, float* W, float* A) {
+    Vec a[kChunk][kChunk];
+    UNROLL for (int i = 0; i < kChunk; i++) UNROLL for (int j = 0; j <= i; j++) a[i][j] = zero();
+    for (int c = 0; c < N; c += kLanes) {
+        const Vec r0 = load(r + c), r1 = load(r + N + c), r2 = load(r + 2 * N + c), r3 = load(r + 3 * N + c);
+        const Vec k0 = load(k + c), k1 = load(k + N + c), k2 = load(k + 2 * N + c), k3 = load(k + 3 * N + c);
+        const Vec d0 = load(d + c), d1 = load(d + N + c), d2 = load(d + 2 * N + c), d3 = load(d + 3 * N + c);
+        const Vec bonus = load(u + c);
+        const Vec d01 = d0 * d1, d23 = d2 * d3;
+        const Vec k0_1 = k0 * d1, k0_12 = k0_1 * d2, k1_2 = k1 * d2;  // k0_1: k_0 as decayed by step 1
+
+        a[0][0] += r0 * (bonus * k0);
+        a[1][1] += r1 * (bonus * k1);
+        a[2][2] += r2 * (bonus * k2);
+        a[3][3] += r3 * (bonus * k3);
+        a[1][0] += r1 * k0;
+        a[2][1] += r2 * k1;
+        a[3][2] += r3 * k2;
+        a[2][0] += r2 * k0_1;
+        a[3][1] += r3 * k1_2;
+        a[3][0] += r3 * k0_12;
+
+        store(R + c, r0);
+        store(R + N + c, r1 * d0);
+        store(R + 2 * N + c, r2 * d01);
+        store(R + 3 * N + c, r3 * (d01 * d2));
+        store(K + c, k0_12 * d3);
+        store(K + N + c, k1_2 * d3);
+        store(K + 2 * N + c, k2 * d3);
+        store(K + 3 * N + c, k3);
+        store(W + c, d01 * d23);
+    }
+    store_pairs(A, a);
+}
+
+// ---- a state through a tile -----------------------------------------------------------------------------------------
+
+enum class Decay { kPerRow, kPerLane };
+
+// For each chunk in turn: out_i += sum over rows of read_i[row] S[row], then S = W S + sum_j write_j[row] x_j.
+// `read` and `write` index rows, `x` and `out` lanes, W either; S and all of them have N columns.
+template <int N, int kVectors, Decay kDecay>
+void state_pass(float* S, Range rows, Range lanes, const float* read, const float* write, const float* W, const float* x,
+                float* out, int chunks) {
+    constexpr int kRows = block_rows(kVectors);
+    for (int l = lanes.begin; l < lanes.end; l += kVectors * kLanes)
+        for (int row = rows.begin; row < rows.end; row += kRows) {
+            Vec s[kRows][kVectors];
+            UNROLL for (int a = 0; a < kRows; a++)
+                UNROLL for (int b = 0; b < kVectors; b++) s[a][b] = load(S + (row + a) * N + l + b * kLanes);
+            for (int m = 0; m < chunks; m++) {
+                const int chunk = m * kChunk * N;
+                UNROLL for (int i = 0; i < kChunk; i++) {
+                    float* to = out + chunk + i * N + l;
+                    Vec sum[kVectors];
+                    UNROLL for (int b = 0; b < kVectors; b++) sum[b] = load(to + b * kLanes);
+                    UNROLL for (int a = 0; a < kRows; a++) {
+                        const Vec factor = broadcast(read[chunk + i * N + row + a]);
+                        UNROLL for (int b = 0; b < kVectors; b++) sum[b] += factor * s[a][b];
+                    }
+                    UNROLL for (int b = 0; b < kVectors; b++) store(to + b * kLanes, sum[b]);
+                }
+                UNROLL for (int a = 0; a < kRows; a++)
+                    UNROLL for (int b = 0; b < kVectors; b++)
+                        s[a][b] *= kDecay == Decay::kPerRow ? broadcast(W[m * N + row + a]) : load(W + m * N + l + b * kLanes);
+                UNROLL for (int j = 0; j < kChunk; j++) {
+                    const float* from = x + chunk + j * N + l;
+                    Vec lane[kVectors];
+                    UNROLL for (int b = 0; b < kVectors; b++) lane[b] = load(from + b * kLanes);
+                    UNROLL for (int a = 0; a < kRows; a++) {
+                        const Vec factor = broadcast(write[chunk + j * N + row + a]);
+                        UNROLL for (int b = 0; b < kVectors; b++) s[a][b] += factor * lane[b];
+                    }
+                }
+            }
+            UNROLL for (int a = 0; a < kRows; a++)
+                UNROLL for (int b = 0; b < kVectors; b++) store(S + (row + a) * N + l + b * kLanes, s[a][b]);
+        }
+}
+
+// partial[j][row], each to be summed over its lanes -> gv_j[row], overwritten where `first`, else added to.
+template <int N, int kRows>
+INLINE void store_row_sums(float* gv, const Vec partial[kChunk][kRows], bool first) {
+    UNROLL for (int a = 0; a < kRows; a += 4) {
+        Vec quads[kChunk];
+        Vec4 sum[kChunk];
+        UNROLL for (int j = 0; j < kChunk; j++)
+            quads[j] = quad_sums(partial[j][a], partial[j][a + 1], partial[j][a + 2], partial[j][a + 3]);
+        sums_of_quads(quads, sum);
+        UNROLL for (int j = 0; j < kChunk; j++) store4(gv + j * N + a, first ? sum[j] : sum[j] + load4(gv + j * N + a));
+    }
+}
+
+// D^T (rows values, lanes keys) backward through a tile. For each chunk from the last: Q_j += sum over rows of v_j[row]
+// D[row], gv_j[row] = <D[row], K_j>, then D = W D + sum_i gy_i[row] R_i.
+template <int N>
+void gradient_pass(float* D, Range rows, const float* v, const float* K, const float* W, const float* R, const float* gy,
+                   float* Q, float* gv, int chunks) {
+    constexpr int kVectors = block_vectors(N) < kAccumulators / 4 ? block_vectors(N) : kAccumulators / 4;
+    constexpr int kRows = block_rows(kVectors);
+    for (int l = 0; l < N; l += kVectors * kLanes)
+        for (int row = rows.begin; row < rows.end; row += kRows) {
+            Vec s[kRows][kVectors];
+            UNROLL for (int a = 0; a < kRows; a++)
+                UNROLL for (int b = 0; b < kVectors; b++) s[a][b] = load(D + (row + a) * N + l + b * kLanes);
+            for (int m = chunks - 1; m >= 0; m--) {
+                const int chunk = m * kChunk * N;
+                Vec partial[kChunk][kRows];
+                UNROLL for (int j = 0; j < kChunk; j++) {
+                    float* to = Q + chunk + j * N + l;
+                    const float* key = K + chunk + j * N + l;
+                    Vec sum[kVectors];
+                    UNROLL for (int b = 0; b < kVectors; b++) sum[b] = load(to + b * kLanes);
+                    UNROLL for (int a = 0; a < kRows; a++) {
+                        const Vec factor = broadcast(v[chunk + j * N + row + a]);
+                        UNROLL for (int b = 0; b < kVectors; b++) sum[b] += factor * s[a][b];
+                    }
+                    UNROLL for (int b = 0; b < kVectors; b++) store(to + b * kLanes, sum[b]);
+                    UNROLL for (int a = 0; a < kRows; a++) {
+                        partial[j][a] = load(key) * s[a][0];
+                        UNROLL for (int b = 1; b < kVectors; b++) partial[j][a] += load(key + b * kLanes) * s[a][b];
+                    }
+                }
+                store_row_sums<N, kRows>(gv + chunk + row, partial, l == 0);
+                UNROLL for (int b = 0; b < kVectors; b++) {
+                    const Vec factor = load(W + m * N + l + b * kLanes);
+                    UNROLL for (int a = 0; a < kRows; a++) s[a][b] *= factor;
+                }
+                UNROLL for (int i = 0; i < kChunk; i++) {
+                    const float* from = R + chunk + i * N + l;
+                    Vec lane[kVectors];
+                    UNROLL for (int b = 0; b < kVectors; b++) lane[b] = load(from + b * kLanes);
+                    UNROLL for (int a = 0; a < kRows; a++) {
+                        const Vec factor = broadcast(gy[chunk + i * N + row + a]);
+                        UNROLL for (int b = 0; b < kVectors; b++) s[a][b] += factor * lane[b];
+                    }
+                }
+            }
+            UNROLL for (int a = 0; a < kRows; a++)
+                UNROLL for (int b = 0; b < kVectors; b++) store(D + (row + a) * N + l + b * kLanes, s[a][b]);
+        }
+}
+
+// ---- one head of one sequence ---------------------------------------------------------------------------------------
+
+// Where a sequence's head lies in the tensors, and which of its value columns this task computes.
+struct Task {
+    int64_t length;      // steps
+    int64_t stride;      // elements from one step to the next
+    int64_t checkpoint;  // elements from one checkpoint of this head to the next
+    int n;               // head size
+    Range values;        // columns, of the padded head size
+};
+
+template <int N>
+struct ForwardWork {
+    alignas(64) float r[kChunk * N], k[kChunk * N], d[kChunk * N], e[kChunk * N], A[kPairs], u[N];
+    alignas(64) float v[kTile * N], R[kTile * N], K[kTile * N], W[kChunks * N], y[kTile * N], S[N * N];
+};
+
+// One step: reads the state once and writes it once.
+template <int N, class Element>
+void single_step(ForwardWork<N>& q, const Task& task, const Element* r, const Element* k, const Element* v,
+                 const Element* w, const float* u, const float* state, Element* y, float* final_state) {
+    const int n = task.n;
+    load_rows<N>(q.r, r, 0, 1, n);
+    load_rows<N>(q.k, k, 0, 1, n);
+    load_rows<N>(q.v, v, 0, 1, n);
+    load_rows<N>(q.d, w, 0, 1, n);
+    decays<N>(q.d, q.e);
+    const int begin = task.values.begin, end = task.values.end < n ? task.values.end : n;
+    float* __restrict sum = q.y;
+    const float* __restrict value = q.v;
+    for (int c = begin; c < end; c++) sum[c] = 0.0f;
+    for (int i = 0; i < n; i++) {
+        const float ri = q.r[i], ki = q.k[i], di = q.d[i], bonus = u[i] * ki;
+        float* __restrict to = final_state + i * n;
+        if (state) {
+            const float* __restrict from = state + i * n;
+            for (int c = begin; c < end; c++) {
+                sum[c] += ri * (from[c] + bonus * value[c]);
+                to[c] = di * from[c] + ki * value[c];
+            }
+        } else {
+            for (int c = begin; c < end; c++) {
+                sum[c] += ri * (bonus * value[c]);
+                to[c] = ki * value[c];
+            }
+        }
+    }
+    store_rows<N>(y, q.y, 0, 1, {begin, end});
+}
+
+template <int N>
+void forward_states(ForwardWork<N>& q, Range values, int chunks) {
+    const Range keys{0, N};
+    const int width = values.end - values.begin;
+    if (width >= block_vectors(N) * kLanes)
+        state_pass<N, block_vectors(N), Decay::kPerRow>(q.S, keys, values, q.R, q.K, q.W, q.v, q.y, chunks);
+    else if (width >= block_vectors(32) * kLanes)
+        state_pass<N, block_vectors(32), Decay::kPerRow>(q.S, keys, values, q.R, q.K, q.W, q.v, q.y, chunks);
+    else
+        state_pass<N, block_vectors(16), Decay::kPerRow>(q.S, keys, values, q.R, q.K, q.W, q.v, q.y, chunks);
+}
+
+// checkpoints: the first tile starts from `state`, the second's start goes to checkpoints[0], and so on; may be null.
+template <int N, class Element>
+void forward_head(ForwardWork<N>& q, const Task& task, const Element* r, const Element* k, const Element* v,
+                  const Element* w, const float* u, const float* state, Element* y, float* final_state,
+                  float* checkpoints) {
+    if (task.length == 1) return single_step<N>(q, task, r, k, v, w, u, state, y, final_state);
+    const int n = task.n;
+    const int64_t stride = task.stride;
+    const Range columns{task.values.begin, task.values.end < n ? task.values.end : n};
+    for (int c = 0; c < N; c++) q.u[c] = c < n ? u[c] : 0.0f;
+    load_state<N>(q.S, state, n);
+    for (int64_t start = 0; start < task.length; start += kTile) {
+        const int steps = task.length - start < kTile ? task.length - start : kTile;
+        const int chunks = (steps + kChunk - 1) / kChunk;
+        if (checkpoints && start) store_state<N>(checkpoints + (start / kTile - 1) * task.checkpoint, q.S, n, task.values);
+        for (int m = 0; m < chunks; m++) {
+            const int left = steps - m * kChunk < kChunk ? steps - m * kChunk : kChunk;
+            const int64_t offset = (start + m * kChunk) * stride;
+            float *chunk_v = q.v + m * kChunk * N, *chunk_y = q.y + m * kChunk * N;
+            load_rows<N>(q.r, r + offset, stride, left, n);
+            load_rows<N>(q.k, k + offset, stride, left, n);
+            load_rows<N>(chunk_v, v + offset, stride, left, n);
+            load_rows<N>(q.d, w + offset, stride, left, n, kNoDecay);
+            decays<N>(q.d, q.e);
+            prepare<N>(q.r, q.k, q.d, q.u, q.R + m * kChunk * N, q.K + m * kChunk * N, q.W + m * N, q.A);
+            for (int c = task.values.begin; c < task.values.end; c += kLanes)
+                UNROLL for (int i = 0; i < kChunk; i++) {
+                    Vec sum = broadcast(q.A[i]) * load(chunk_v + c);
+                    UNROLL for (int j = 1; j <= i; j++) sum += broadcast(q.A[j * kChunk + i]) * load(chunk_v + j * N + c);
+                    store(chunk_y + i * N + c, sum);
+                }
+        }
+        forward_states<N>(q, task.values, chunks);
+        store_rows<N>(y + start * stride, q.y, stride, steps, columns);
+    }
+    store_state<N>(final_state, q.S, n, task.values);
+}
+
+template <int N>
+struct BackwardWork {
+    alignas(64) float r[kTile * N], k[kTile * N], v[kTile * N], d[kTile * N], e[kTile * N], u[N];
+    alignas(64) float R[kTile * N], K[kTile * N], W[kChunks * N], A[kChunks * kPairs];
+    alignas(64) float gy[kTile * N], P[kTile * N], Q[kTile * N], gv[kTile * N];
+    alignas(64) float S[N * N], D[N * N], SD[N], gu[N];  // S and D transposed: rows values, lanes keys
+};
+
+// SD = the sum over this task's values of S D, for each key.
+template <int N>
+void state_products(BackwardWork<N>& q, Range values) {
+    for (int c = 0; c < N; c += kLanes) {
+        Vec even = zero(), odd = zero();
+        for (int row = values.begin; row < values.end; row += 2) {
+            even += load(q.S + row * N + c) * load(q.D + row * N + c);
+            odd += load(q.S + (row + 1) * N + c) * load(q.D + (row + 1) * N + c);
+        }
+        store(q.SD + c, even + odd);
+    }
+}
+
+// The gradients inside chunk m, given P and Q of the passes: r's and k's replace P and Q, w's replaces e; v's is
+// completed in place; gu and SD advance.
+template <int N>
+void finish_chunk(BackwardWork<N>& q, Range values, int m) {
+    const int chunk = m * kChunk * N;
+    const float *gy = q.gy + chunk, *v = q.v + chunk, *A = q.A + m * kPairs;
+    float* gv = q.gv + chunk;
+    alignas(64) float G[kPairs] = {};  // A's gradient: G_ij = <gy_i, v_j>, laid out like A
+
+    Vec g[kChunk][kChunk];
+    UNROLL for (int i = 0; i < kChunk; i++) UNROLL for (int j = 0; j <= i; j++) g[i][j] = zero();
+    for (int c = values.begin; c < values.end; c += kLanes) {
+        UNROLL for (int i = 0; i < kChunk; i++) {
+            const Vec gradient = load(gy + i * N + c);
+            UNROLL for (int j = 0; j <= i; j++) g[i][j] += gradient * load(v + j * N + c);
+        }
+        UNROLL for (int j = 0; j < kChunk; j++) {
+            Vec sum = load(gv + j * N + c);
+            UNROLL for (int i = j; i < kChunk; i++) sum += broadcast(A[j * kChunk + i]) * load(gy + i * N + c);
+            store(gv + j * N + c, sum);
+        }
+    }
+    store_pairs(G, g);
+    const Vec g10 = broadcast(G[1]), g20 = broadcast(G[2]), g30 = broadcast(G[3]);
+    const Vec g21 = broadcast(G[kChunk + 2]), g31 = broadcast(G[kChunk + 3]), g32 = broadcast(G[2 * kChunk + 3]);
+
+    for (int c = 0; c < N; c += kLanes) {
+        const float *r = q.r + chunk + c, *k = q.k + chunk + c, *d = q.d + chunk + c;
+        const float *R = q.R + chunk + c, *K = q.K + chunk + c;
+        float *P = q.P + chunk + c, *Q = q.Q + chunk + c, *e = q.e + chunk + c;
+        const Vec P0 = load(P), P1 = load(P + N), P2 = load(P + 2 * N), P3 = load(P + 3 * N);
+        const Vec Q0 = load(Q), Q1 = load(Q + N), Q2 = load(Q + 2 * N), Q3 = load(Q + 3 * N);
+        const Vec d1 = load(d + N), d2 = load(d + 2 * N), d3 = load(d + 3 * N);
+
+        // dL / d log d, by where the read is (after the chunk or in it) and where the write (before it or in it).
+        const Vec read3 = load(R + 3 * N) * P3;
+        const Vec read23 = load(R + 2 * N) * P2 + read3;
+        const Vec read123 = load(R + N) * P1 + read23;
+        const Vec write0 = load(K) * Q0;
+        const Vec write01 = load(K + N) * Q1 + write0;
+        const Vec write012 = load(K + 2 * N) * Q2 + write01;
+        Vec through = load(q.SD + c) - (load(K + 3 * N) * Q3 + write012);
+        through = load(q.W + m * N + c) < broadcast(kNegligible) ? zero() : through;
+        store(q.SD + c, load(R) * P0 + (through + read123));
+        Vec gd[kChunk] = {through + read123, through + write0 + read23, through + write01 + read3, through + write012};
+
+        // Through the state, and between the steps of the chunk.
+        const Vec d0 = load(d), d01 = d0 * d1, d23 = d2 * d3;
+        const Vec k0 = load(k), k1 = load(k + N), k2 = load(k + 2 * N);
+        const Vec r1 = load(r + N), r2 = load(r + 2 * N), r3 = load(r + 3 * N);
+        const Vec z20 = g20 * d1, z31 = g31 * d2, z30 = g30 * (d1 * d2);
+        const Vec r2_z20 = r2 * z20, r3_z31 = r3 * z31, r3_z30 = r3 * z30;
+        Vec gr[kChunk] = {P0, P1 * d0 + g10 * k0, P2 * d01 + g21 * k1 + z20 * k0,
+                          P3 * (d01 * d2) + g32 * k2 + z31 * k1 + z30 * k0};
+        Vec gk[kChunk] = {Q0 * (d1 * d23) + g10 * r1 + r2_z20 + r3_z30, Q1 * d23 + g21 * r2 + r3_z31, Q2 * d3 + g32 * r3,
+                          Q3};
+        const Vec across_both = r3_z30 * k0;  // written at 0, read at 3: decayed by steps 1 and 2
+        gd[1] += r2_z20 * k0 + across_both;
+        gd[2] += r3_z31 * k1 + across_both;
+
+        // The bonus u, and out.
+        const Vec bonus = load(q.u + c);
+        Vec gu = load(q.gu + c);
+        UNROLL for (int i = 0; i < kChunk; i++) {
+            const Vec own = broadcast(G[i * kChunk + i]), ri = load(r + i * N), ki = load(k + i * N);
+            const Vec own_bonus = own * bonus;
+            gu += (own * ri) * ki;
+            store(P + i * N, gr[i] + own_bonus * ki);
+            store(Q + i * N, gk[i] + own_bonus * ri);
+            store(e + i * N, -gd[i] * load(e + i * N));
+        }
+        store(q.gu + c, gu);
+    }
+}
+
+// The gradients that a task of backward writes: r's, k's and w's as Gradient, v's as Element.
+template <class Element, class Gradient>
+struct Gradients {
+    Gradient *r, *k, *w;
+    int64_t stride;  // elements from one step of r, k, w to the next
+    Element* v;
+    float *u, *state;
+};
+
+template <int N, class Element, class Gradient>
+void backward_head(BackwardWork<N>& q, const Task& task, const Element* r, const Element* k, const Element* v,
+                   const Element* w, const float* u, const float* state, const float* checkpoints, const Element* gy,
+                   const float* gfinal, const Gradients<Element, Gradient>& to) {
+    const int n = task.n;
+    const int64_t stride = task.stride;
+    const Range keys{0, N}, values = task.values, key_columns{0, n};
+    const Range value_columns{values.begin, values.end < n ? values.end : n};
+    for (int c = 0; c < N; c++) q.u[c] = c < n ? u[c] : 0.0f;
+    memset(q.gu, 0, sizeof q.gu);
+    load_transposed_state<N>(q.D, gfinal, n);
+    for (int64_t start = (task.length - 1) / kTile * kTile; start >= 0; start -= kTile) {
+        const int steps = task.length - start < kTile ? task.length - start : kTile;
+        const int chunks = (steps + kChunk - 1) / kChunk;
+        for (int m = 0; m < chunks; m++) {
+            const int left = steps - m * kChunk < kChunk ? steps - m * kChunk : kChunk;
+            const int row = m * kChunk * N;
+            const int64_t offset = (start + m * kChunk) * stride;
+            load_rows<N>(q.r + row, r + offset, stride, left, n);
+            load_rows<N>(q.k + row, k + offset, stride, left, n);
+            load_rows<N>(q.v + row, v + offset, stride, left, n);
+            load_rows<N>(q.gy + row, gy ? gy + offset : gy, stride, left, n);
+            load_rows<N>(q.d + row, w + offset, stride, left, n, kNoDecay);
+            decays<N>(q.d + row, q.e + row);
+            prepare<N>(q.r + row, q.k + row, q.d + row, q.u, q.R + row, q.K + row, q.W + m * N, q.A + m * kPairs);
+        }
+        memset(q.P, 0, sizeof(float) * chunks * kChunk * N);
+        memset(q.Q, 0, sizeof(float) * chunks * kChunk * N);
+        load_transposed_state<N>(q.S, start ? checkpoints + (start / kTile - 1) * task.checkpoint : state, n);
+        state_pass<N, block_vectors(N), Decay::kPerLane>(q.S, values, keys, q.gy, q.v, q.W, q.K, q.P, chunks);
+        state_products<N>(q, values);
+        gradient_pass<N>(q.D, values, q.v, q.K, q.W, q.R, q.gy, q.Q, q.gv, chunks);
+        for (int m = chunks - 1; m >= 0; m--) finish_chunk<N>(q, values, m);
+        store_rows<N>(to.r + start * to.stride, q.P, to.stride, steps, key_columns);
+        store_rows<N>(to.k + start * to.stride, q.Q, to.stride, steps, key_columns);
+        store_rows<N>(to.w + start * to.stride, q.e, to.stride, steps, key_columns);
+        store_rows<N>(to.v + start * stride, q.gv, stride, steps, value_columns);
+    }
+    for (int c = 0; c < n; c++) to.u[c] = q.gu[c];
+    for (int i = 0; i < n; i++)
+        for (int c = value_columns.begin; c < value_columns.end; c++) to.state[i * n + c] = q.D[c * N + i];
+}
+
+// ---- all heads of all sequences -------------------------------------------------------------------------------------
+
+// Denormal numbers, which strong decays make many of, cost a hundred times a multiplication: count them as 0 meanwhile.
+class FlushDenormals {
+#if defined(__x86_64__)
+  public:
+    FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+    ~FlushDenormals() { _mm_setcsr(before_); }
+
+  private:
+    unsigned before_;
+#elif defined(__aarch64__)
+  public:
+    FlushDenormals() {
+        asm volatile("mrs %0, fpcr" : "=r"(before_));
+        asm volatile("msr fpcr, %0" : : "r"(before_ | (uint64_t{1} << 24)));
+    }
+    ~FlushDenormals() { asm volatile("msr fpcr, %0" : : "r"(before_)); }
+
+  private:
+    uint64_t before_;
+#endif
+};
+
+// Memory that a thread keeps from call to call: fresh pages cost as much as a short sequence.
+class Workspace {
+  public:
+    ~Workspace() { free(memory_); }
+    void* get(size_t size) {
+        if (size > size_) {
+            free(memory_);
+            memory_ = aligned_alloc(64, (size + 63) / 64 * 64);
+            size_ = memory_ ? size : 0;
+        }
+        return memory_;
+    }
+
+  private:
+    void* memory_ = nullptr;
+    size_t size_ = 0;
+};
+
+template <class Work>
+Work* thread_work() {
+    static thread_local Workspace workspace;
+    return static_cast<Work*>(workspace.get(sizeof(Work)));
+}
+
+// The tasks of a call: sequence by sequence, head by head, block of values by block of values.
+struct Plan {
+    int64_t tasks;
+    int threads, blocks, block;
+};
+
+Plan plan(const Arguments& a, int padded) {
+    const int64_t heads = a.sequences * a.heads;
+    const int64_t work = a.tokens * a.heads * a.head_size * a.head_size;
+    Plan p{heads, work < kWorkForThreads ? 1 : a.threads, 1, padded};
+    while (p.tasks < p.threads && p.block >= 2 * kSmallestValueBlock) p.tasks *= 2, p.blocks *= 2, p.block /= 2;
+    return p;
+}
+
+// A task's place: `first` elements into r (and its like), state number `index`, checkpoint number `saved`.
+struct Place {
+    Task task;
+    int64_t sequence, head, first, token, index, saved;
+    int block;
+};
+
+Place place(const Arguments& a, const Plan& p, int64_t number) {
+    Place at;
+    at.block = number % p.blocks;
+    at.head = number / p.blocks % a.heads;
+    at.sequence = number / p.blocks / a.heads;
+    const int64_t even = a.tokens / a.sequences;
+    const int64_t begin = a.cu_seqlens ? a.cu_seqlens[at.sequence] : at.sequence * even;
+    const int64_t end = a.cu_seqlens ? a.cu_seqlens[at.sequence + 1] : begin + even;
+    const int64_t size = a.head_size * a.head_size;
+    at.token = begin;
+    at.first = (begin * a.heads + at.head) * a.head_size;
+    at.index = (at.sequence * a.heads + at.head) * size;
+    // A sequence saves one state less than it has tiles, so that counting from begin / kTile never overlaps.
+    at.saved = (begin / kTile * a.heads + at.head) * size;
+    at.task.length = end - begin;
+    at.task.stride = a.heads * a.head_size;
+    at.task.checkpoint = a.heads * size;
+    at.task.n = static_cast<int>(a.head_size);
+    at.task.values = {at.block * p.block, (at.block + 1) * p.block};
+    return at;
+}
+
+template <class T>
+INLINE T* offset(const void* base, int64_t elements) {
+    return base ? static_cast<T*>(const_cast<void*>(base)) + elements : nullptr;
+}
+
+template <int N, class Element>
+bool forward_all(const Arguments& a) {
+    const Plan p = plan(a, N);
+    bool failed = false;
+#pragma omp parallel for schedule(dynamic) num_threads(p.threads) reduction(|| : failed) if (p.threads > 1)
+    for (int64_t number = 0; number < p.tasks; number++) {
+        const FlushDenormals flush;
+        auto* work = thread_work<ForwardWork<N>>();
+        failed = failed || !work;
+        if (failed) continue;
+        const Place at = place(a, p, number);
+        forward_head<N, Element>(*work, at.task, offset<Element>(a.r, at.first), offset<Element>(a.k, at.first),
+                                 offset<Element>(a.v, at.first), offset<Element>(a.w, at.first),
+                                 a.u + at.head * a.head_size, offset<float>(a.state, at.index),
+                                 offset<Element>(a.y, at.first), a.final_state + at.index,
+                                 offset<float>(a.checkpoints, at.saved));
+    }
+    return !failed;
+}
+
+template <int N, class Element, class Gradient>
+bool backward_tasks(const Arguments& a, const Plan& p, float* gu, Gradient* gr, Gradient* gk, Gradient* gw,
+                    int64_t block_stride) {
+    bool failed = false;
+#pragma omp parallel for schedule(dynamic) num_threads(p.threads) reduction(|| : failed) if (p.threads > 1)
+    for (int64_t number = 0; number < p.tasks; number++) {
+        const FlushDenormals flush;
+        auto* work = thread_work<BackwardWork<N>>();
+        failed = failed || !work;
+        if (failed) continue;
+        const Place at = place(a, p, number);
+        const int64_t gradient = at.block * block_stride + at.first;
+        const Gradients<Element, Gradient> to{gr + gradient, gk + gradient, gw + gradient, at.task.stride,
+                                              offset<Element>(a.gv, at.first), gu + number * a.head_size,
+                                              a.gstate + at.index};
+        backward_head<N, Element, Gradient>(*work, at.task, offset<Element>(a.r, at.first),
+                                            offset<Element>(a.k, at.first), offset<Element>(a.v, at.first),
+                                            offset<Element>(a.w, at.first), a.u + at.head * a.head_size,
+                                            offset<float>(a.state, at.index), offset<float>(a.checkpoints, at.saved),
+                                            offset<Element>(a.gy, at.first), offset<float>(a.gfinal, at.index), to);
+    }
+    return !failed;
+}
+
+template <class Element>
+void add_blocks(Element* to, const float* from, int64_t size, int blocks) {
+    for (int64_t i = 0; i < size; i++) {
+        float sum = from[i];
+        for (int b = 1; b < blocks; b++) sum += from[b * size + i];
+        from_float(to[i], sum);
+    }
+}
+
+template <int N, class Element>
+bool backward_all(const Arguments& a) {
+    const Plan p = plan(a, N);
+    const int64_t size = a.tokens * a.heads * a.head_size;
+    const int64_t partial_size = p.blocks > 1 ? 3 * p.blocks * size : 0;
+    float* scratch = static_cast<float*>(malloc(sizeof(float) * (p.tasks * a.head_size + partial_size)));
+    if (!scratch) return false;
+    float* gu = scratch;  // (sequences, heads, blocks, head_size)
+    bool done;
+    if (p.blocks == 1) {
+        done = backward_tasks<N, Element, Element>(a, p, gu, offset<Element>(a.gr, 0), offset<Element>(a.gk, 0),
+                                                   offset<Element>(a.gw, 0), 0);
+    } else {
+        float* gr = scratch + p.tasks * a.head_size;
+        float *gk = gr + p.blocks * size, *gw = gk + p.blocks * size;
+        done = backward_tasks<N, Element, float>(a, p, gu, gr, gk, gw, size);
+        add_blocks(offset<Element>(a.gr, 0), gr, size, p.blocks);
+        add_blocks(offset<Element>(a.gk, 0), gk, size, p.blocks);
+        add_blocks(offset<Element>(a.gw, 0), gw, size, p.blocks);
+    }
+    const int64_t per_sequence = a.heads * p.blocks * a.head_size;
+    for (int64_t h = 0; h < a.heads; h++)
+        for (int64_t c = 0; c < a.head_size; c++) {
+            float sum = 0.0f;
+            for (int64_t s = 0; s < a.sequences; s++)
+                for (int b = 0; b < p.blocks; b++) sum += gu[s * per_sequence + (h * p.blocks + b) * a.head_size + c];
+            a.gu[h * a.head_size + c] = sum;
+        }
+    free(scratch);
+    return done;
+}
+
+template <class Element>
+bool forward_of(const Arguments& a) {
+    if (a.head_size <= 16) return forward_all<16, Element>(a);
+    if (a.head_size <= 32) return forward_all<32, Element>(a);
+    if (a.head_size <= 64) return forward_all<64, Element>(a);
+    return forward_all<128, Element>(a);
+}
+
+template <class Element>
+bool backward_of(const Arguments& a) {
+    if (a.head_size <= 16) return backward_all<16, Element>(a);
+    if (a.head_size <= 32) return backward_all<32, Element>(a);
+    if (a.head_size <= 64) return backward_all<64, Element>(a);
+    return backward_all<128, Element>(a);
+}
+
+bool forward(const Arguments& a) { return a.bfloat16 ? forward_of<Bfloat16>(a) : forward_of<float>(a); }
+bool backward(const Arguments& a) { return a.bfloat16 ? backward_of<Bfloat16>(a) : backward_of<float>(a); }
+
+}  // namespace
+}  // namespace WKV6_LEVEL
+
+#define WKV6_JOIN(a, b) a##b
+#define WKV6_KERNEL(level) WKV6_JOIN(kernel_, level)
+const Kernel WKV6_KERNEL(WKV6_LEVEL) = {WKV6_LEVEL::forward, WKV6_LEVEL::backward};
+
+}  // namespace wkv6
