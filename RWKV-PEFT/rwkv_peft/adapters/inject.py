@@ -38,8 +38,9 @@ class InjectReport:
     total: int
 
     def __str__(self):
+        adapted = f"{len(self.replaced)} layers adapted; " if self.replaced else ""
         return (
-            f"{len(self.replaced)} layers adapted; trainable params: {self.trainable:,} || "
+            f"{adapted}trainable params: {self.trainable:,} || "
             f"all params: {self.total:,} || trainable%: {100 * self.trainable / self.total:.4f}"
         )
 

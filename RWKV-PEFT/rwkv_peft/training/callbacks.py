@@ -44,9 +44,7 @@ class Record(StepCallback):
         if trainer.is_global_zero:
             forget_from(self.path, self.plan.first_step)
             self.file = open(self.path, "a", buffering=1)
-            # Where nobody watches, a line every ten seconds instead of a moving bar.
-            self.bar = tqdm(total=self.plan.total_steps, initial=self.plan.first_step, unit="step", dynamic_ncols=True,
-                            file=sys.stdout, mininterval=0.2 if sys.stdout.isatty() else 10, smoothing=0.05)
+            self.progress = Progress(self.plan)
         self.start = time.perf_counter()
 
     def count_tokens(self, trainer, batch):
@@ -65,8 +63,7 @@ class Record(StepCallback):
         numbers = {key: value for key, value in metrics.items() if value is not None and key != "step"}
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=lit.step)
-        self.bar.set_postfix_str(f"loss {lit.step_loss:.4f}, lr {lit.lr:.2e}, {rate:,.0f} tokens/s", refresh=False)
-        self.bar.update()
+        self.progress.update(f"loss {lit.step_loss:.4f}, lr {lit.lr:.2e}, {rate:,.0f} tokens/s", done)
 
     def on_train_batch_start(self, trainer, lit, batch, batch_idx):
         if batch_idx % self.accumulate == 0:
@@ -81,6 +78,34 @@ class Record(StepCallback):
     def close(self, trainer):
         if trainer.is_global_zero and hasattr(self, "file"):
             self.file.close()
+            self.progress.close()
+
+
+class Progress:
+    """The run's progress with its ETA: a moving bar on a terminal; in a log file a line every ten seconds."""
+
+    def __init__(self, plan):
+        self.plan, self.began, self.last_line = plan, time.perf_counter(), 0.0
+        self.bar = None
+        if sys.stdout.isatty():
+            self.bar = tqdm(total=plan.total_steps, initial=plan.first_step, unit="step", dynamic_ncols=True,
+                            file=sys.stdout, mininterval=0.2, smoothing=0.05)
+
+    def update(self, text, done):
+        """Show `text` after `done` steps."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update()
+            return
+        now = time.perf_counter()
+        if now - self.last_line < 10 and done < self.plan.total_steps:
+            return
+        self.last_line = now
+        left = (now - self.began) / (done - self.plan.first_step) * (self.plan.total_steps - done)
+        print(f"step {done:,}/{self.plan.total_steps:,}, {text}, ETA {tqdm.format_interval(left)}", flush=True)
+
+    def close(self):
+        if self.bar is not None:
             self.bar.close()
 
 

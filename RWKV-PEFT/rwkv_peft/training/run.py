@@ -178,10 +178,11 @@ def stop_signals(lit, say):
 
 def quiet():
     """Leave the user's terminal to us: the libraries' banners and tips are not about this run."""
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "DeepSpeed", "torch.distributed"):
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero",
+                 "lightning.fabric.utilities.rank_zero", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for text in (".*does not have many workers.*", ".*`IterableDataset`.*", ".*isinstance.treespec.*",
-                 ".*barrier.*device under current context.*"):
+                 ".*barrier.*device under current context.*", ".*torch.distributed.*deprecated.*"):
         warnings.filterwarnings("ignore", text)
 
 
@@ -190,7 +191,6 @@ def fit(config, model, trainable, samples, saver, checkpoint, accelerator, say):
     train, folder, plan = config.train, saver.folder, saver.plan
     if accelerator == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take a GPU that is there
-    quiet()
     import lightning.pytorch as pl
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
@@ -200,6 +200,7 @@ def fit(config, model, trainable, samples, saver, checkpoint, accelerator, say):
     from .lit import Lit, NonFiniteLoss
     from .strategy import make_strategy
 
+    quiet()
     first = is_first_process()
     loggers = []
     if first:
@@ -215,7 +216,7 @@ def fit(config, model, trainable, samples, saver, checkpoint, accelerator, say):
         strategy=make_strategy(train, config.data.micro_bsz, trainable),
         precision={"bf16": "bf16-true", "fp32": "32-true"}[train.precision],
         accumulate_grad_batches=accumulate, gradient_clip_val=train.gradient_clip_val,
-        max_epochs=1, logger=loggers, enable_progress_bar=False, enable_checkpointing=False,
+        max_epochs=1, logger=loggers, log_every_n_steps=1, enable_progress_bar=False, enable_checkpointing=False,
         enable_model_summary=False, use_distributed_sampler=False, default_root_dir=folder,
         callbacks=[Record(folder, plan, accumulate), Save(saver, plan, train, checkpoint)])
     try:

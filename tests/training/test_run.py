@@ -1,0 +1,175 @@
+"""train.py as a user runs it: ZeRO stages and ranks agree, a stopped run resumes bitwise, a diverged run says so.
+
+Each case is a process of its own, because the engine keeps global state.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rwkv_peft.data.binidx import BinidxWriter
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A base model and data in which the next token follows from the last, so that there is something to learn."""
+    from tests.conftest import make_tiny_state
+
+    folder = tmp_path_factory.mktemp("run")
+    torch.save(make_tiny_state(dtype=torch.bfloat16), folder / "base.pth")
+    with BinidxWriter(folder / "data", vocab_size=80) as writer:
+        for start in range(40):
+            writer.add([1 + (start + 7 * i) % 79 for i in range(50 + start)] + [0])
+    return folder
+
+
+def command(files, name, *more):
+    return [sys.executable, str(ROOT / "train.py"), "--load_model", str(files / "base.pth"), "--data_file",
+            str(files / "data"), "--proj_dir", str(files / name), "--ctx_len", "24", "--lr_init", "1e-2",
+            "--lr_final", "1e-3", "--warmup_steps", "2", "--accelerator", "cpu", "--epoch_steps", "4", "--epoch_count", "2",
+            *(() if "--peft" in more else ("--bone_r", "16")), *more]
+
+
+def start(argv):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(argv, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+
+
+def finish(process, code=0):
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+def train(files, name, *more, code=0):
+    return finish(start(command(files, name, *more)), code)
+
+
+def metrics(files, name):
+    return [json.loads(line) for line in (files / name / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one_process(files):
+    """The run that the others are held against: stage 1, one process, four samples a step."""
+    out, _ = train(files, "one", "--precision", "fp32", "--micro_bsz", "4")
+    return out
+
+
+def test_a_run_leaves_what_it_says(files, one_process):
+    folder = files / "one"
+    for name in ("config.json", "metrics.jsonl", "loss.png", "adapter.safetensors", "adapter-epoch-1.safetensors"):
+        assert (folder / name).stat().st_size > 0, name
+    assert any((folder / "tensorboard").iterdir())
+    assert "trainable%" in one_process and "ETA" in one_process and "tokens/s" in one_process
+    lines = metrics(files, "one")
+    assert [line["step"] for line in lines] == list(range(8))
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[-1]["lr"] == pytest.approx(1e-3)
+    tensors = load_file(folder / "adapter.safetensors")
+    assert set(tensors) == {f"blocks.{i}.{name}.bone" for i in range(2) for name in
+                            ("att.receptance", "att.key", "att.value", "att.gate", "att.output", "ffn.key",
+                             "ffn.receptance", "ffn.value")}
+    assert all(tensor.abs().max() > 0 for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("strategy, ranks, micro, accumulate", [
+    ("deepspeed_stage_2", 2, 2, 1),
+    ("deepspeed_stage_3", 1, 2, 2),
+    ("deepspeed_stage_3", 2, 1, 2),
+])
+def test_stages_ranks_and_micro_batches_train_the_same(files, one_process, strategy, ranks, micro, accumulate):
+    name = f"{strategy}-{ranks}-{micro}"
+    train(files, name, "--precision", "fp32", "--strategy", strategy, "--devices", str(ranks), "--micro_bsz", str(micro),
+          "--accumulate_grad_batches", str(accumulate), "--grad_cp", "1")
+    for mine, theirs in zip(metrics(files, name), metrics(files, "one")):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert mine["tokens"] == theirs["tokens"]
+    expected = load_file(files / "one" / "adapter.safetensors")
+    for key, tensor in load_file(files / name / "adapter.safetensors").items():
+        assert (tensor - expected[key]).norm() <= 2e-2 * expected[key].norm(), key
+
+
+def test_offload_trains_the_same(files, one_process):
+    train(files, "offload", "--precision", "fp32", "--strategy", "deepspeed_stage_2_offload", "--micro_bsz", "4")
+    for mine, theirs in zip(metrics(files, "offload"), metrics(files, "one")):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+
+
+LONG = ("--precision", "bf16", "--micro_bsz", "1", "--epoch_steps", "60", "--epoch_count", "3", "--strategy",
+        "deepspeed_stage_2", "--train_parts", "ln")
+
+
+@pytest.fixture(scope="module")
+def unbroken(files):
+    train(files, "unbroken", *LONG)
+    return files / "unbroken"
+
+
+def wait_for_steps(files, name, steps, process):
+    path = files / name / "metrics.jsonl"
+    while not path.exists() or path.read_text().count("\n") < steps:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_stopped_run_resumes_bitwise(files, unbroken, number, code):
+    name = number.name
+    process = start(command(files, name, *LONG))
+    wait_for_steps(files, name, 70, process)
+    process.send_signal(number)
+    out, _ = finish(process, code)
+    done = len(metrics(files, name))
+    assert 70 <= done < 180
+    if number != signal.SIGKILL:
+        assert "--resume" in out and (files / name / "adapter.safetensors").exists()
+    out, _ = train(files, name, *LONG, "--resume")
+    assert f"resuming at step {done if number != signal.SIGKILL else 60 * (done // 60)}" in out
+    keys = ("step", "loss", "lr", "grad_norm")
+    mine, theirs = ([[line[key] for key in keys] for line in metrics(files, run)] for run in (name, "unbroken"))
+    assert mine == theirs
+    assert (files / name / "adapter.safetensors").read_bytes() == (unbroken / "adapter.safetensors").read_bytes()
+
+
+def test_resume_refuses_another_number_of_ranks_and_a_finished_run(files, unbroken):
+    _, err = train(files, "unbroken", *LONG, "--resume", "--devices", "2", code=2)
+    assert "world_size 1" in err and "--bone_load" in err and "Traceback" not in err
+    _, err = train(files, "unbroken", *LONG, "--resume", code=2)
+    assert "complete" in err
+    _, err = train(files, "unbroken", *LONG, code=2)
+    assert "already holds a run" in err
+
+
+def test_a_new_run_continues_from_an_adapter(files, one_process):
+    out, _ = train(files, "again", "--precision", "fp32", "--micro_bsz", "4", "--epoch_count", "3", "--epoch_begin", "2",
+                   "--bone_load", str(files / "one" / "adapter.safetensors"))
+    lines = metrics(files, "again")
+    assert [line["step"] for line in lines] == [8, 9, 10, 11]
+    assert lines[0]["loss"] < metrics(files, "one")[0]["loss"]
+
+
+def test_a_diverged_run_stops_names_the_step_and_keeps_the_checkpoint(files):
+    _, err = train(files, "nan", "--precision", "fp32", "--lr_init", "1e30", "--lr_schedule", "constant", "--warmup_steps",
+                   "0", "--gradient_clip_val", "0", "--epoch_steps", "1", "--epoch_count", "9", code=1)
+    assert "step 1" in err and "step-00000001" in err and "Traceback" not in err
+    assert all(torch.isfinite(t).all() for t in load_file(files / "nan" / "adapter.safetensors").values())
+
+
+def test_a_new_model_trains_from_scratch_and_is_a_base(files):
+    train(files, "new", "--load_model", "", "--peft", "none", "--n_layer", "2", "--n_embd", "64", "--vocab_size", "80",
+          "--precision", "fp32", "--micro_bsz", "4")
+    from rwkv_peft.checkpoint import load_base
+
+    assert load_base(files / "new" / "rwkv.pth")["emb.weight"].shape == (80, 64)
+    assert metrics(files, "new")[-1]["loss"] < metrics(files, "new")[0]["loss"]
