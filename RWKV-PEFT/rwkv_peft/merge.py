@@ -1,9 +1,10 @@
 """Merging adapters into a base model, tensor by tensor.
 
-Each changed weight is computed in float32 from the base's memory-mapped tensor and cast once; the rest
-passes through. A `Merge` knows what changes what; merge_bone.py is the command around it.
+Each changed weight is computed in float32 from the base's memory-mapped tensor, a band of rows at a time, and
+cast once; the rest passes through. A `Merge` knows what changes what; merge_bone.py is the command around it.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +14,7 @@ from .adapters.delta import RESIDUAL_VARIANTS, delta, merged
 from .errors import UserError
 from .pth_writer import TensorSpec
 
-CHUNK = 1 << 22  # elements whose finiteness is judged at a time
+BAND = 1 << 22  # elements computed at a time: temporaries stay small enough for the allocator to reuse
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,27 @@ class LayerChange:
 
     params: dict
     metadata: AdapterMetadata
+
+    @property
+    def granularity(self):
+        """A band of rows that starts and ends at multiples of this can be computed by itself; 0: none can."""
+        if self.metadata.quant != "none":  # quantization blocks may span rows
+            return 0
+        if self.metadata.variant in ("bat-in", "bat-out", "bone-mini"):
+            return self.params["bone"].shape[-1]
+        return 1
+
+    def rows(self, start, stop):
+        """The same change for rows start to stop of the weight."""
+        params, variant = dict(self.params), self.metadata.variant
+        if variant == "bat-out":
+            rank = params["bone"].shape[-1]
+            params["bone"] = params["bone"][start // rank : stop // rank]
+        elif variant == "bone":
+            params["bone"] = params["bone"][:, start:stop]
+        for name in params.keys() & {"lora_B", "init_lora_B"}:
+            params[name] = params[name][start:stop]
+        return LayerChange(params, self.metadata)
 
     def apply(self, weight, scale):
         """weight (out, in) in any float dtype -> float32, the weight that the trained layer computed with."""
@@ -85,6 +107,10 @@ class WholeChange:
     """A tensor trained in full, which takes the base's place."""
 
     tensor: torch.Tensor
+    granularity = 1
+
+    def rows(self, start, stop):
+        return WholeChange(self.tensor[start:stop])
 
     def apply(self, weight, scale):
         new = self.tensor.to(weight.device).float()
@@ -145,30 +171,60 @@ class Merge:
 
     @torch.no_grad()
     def _output(self, key, source, reports):
-        spec = self.specs[key]
-        if key not in self.changes:
-            tensor = source.to(spec.dtype)
-        else:
-            exact = self._changed(key, source.to(self.options.device))
-            tensor = exact.to(spec.dtype).cpu()
-            if reports is not None:
-                reports.append(_report(key, source, exact.cpu(), tensor))
+        dtype = self.specs[key].dtype
+        tensor = self._changed(key, source, reports) if key in self.changes else source.to(dtype)
         if not all_finite(tensor):
             cause = ("in the base already" if not all_finite(source) else
-                     f"after the merge, though not in the base: the change is too large for {dtype_name(spec.dtype)}")
+                     f"after the merge, though not in the base: the change is too large for {dtype_name(dtype)}")
             raise UserError(f"{key} holds NaN or Inf, {cause}; nothing is written")
         return tensor
 
-    def _changed(self, key, weight):
-        """float32 result of every adapter on one tensor."""
+    def _changed(self, key, source, reports):
+        """The tensor of the output in its dtype, on the CPU; computed in float32, band by band."""
+        changes = self.changes[key]
+        output = torch.empty(source.shape, dtype=self.specs[key].dtype)
+        size = change = lost = 0.0  # sums of squares
+        for start, stop in bands(source.shape, [item.granularity for item in changes]):
+            part = source[start:stop].to(self.options.device)
+            exact = self._applied(part, [item.rows(start, stop) for item in changes])
+            output[start:stop] = exact
+            size += square(part.float())
+            change += square(exact - part)
+            lost += square(output[start:stop].to(exact.device) - exact)
+        if reports is not None:
+            reports.append(TensorReport(key, ratio(change, size), ratio(lost, change)))
+        return output
+
+    def _applied(self, weight, changes):
         scale = self.options.scale
         if self.options.unmerge:
-            for change in reversed(self.changes[key]):
+            for change in reversed(changes):
                 weight = change.undo(weight, scale)
         else:
-            for change in self.changes[key]:
+            for change in changes:
                 weight = change.apply(weight, scale)
         return weight
+
+
+def bands(shape, granularities):
+    """(start, stop) of the bands of rows, about BAND elements each, in which a tensor can be computed."""
+    rows, unit = shape[0], math.lcm(*granularities)
+    if unit == 0:
+        return [(0, rows)]
+    row = math.prod(shape[1:])
+    step = max(BAND // (row * unit), 1) * unit
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def square(tensor):
+    return torch.linalg.vector_norm(tensor).item() ** 2
+
+
+def ratio(part, whole):
+    """sqrt(part / whole) of two sums of squares; 0 where the part is 0, inf where only the whole is."""
+    if part == 0:
+        return 0.0
+    return math.sqrt(part / whole) if whole else math.inf
 
 
 def merge_state_dict(base, adapters, options=MergeOptions(), reports=None):
@@ -217,7 +273,7 @@ def expected_whole_shape(key, shapes):
 
 def all_finite(tensor):
     """Whether no element is NaN or Inf, with little memory beside the tensor."""
-    return all(torch.isfinite(part).all() for part in tensor.reshape(-1).split(CHUNK))
+    return all(torch.isfinite(part).all() for part in tensor.reshape(-1).split(BAND))
 
 
 def dtype_name(dtype):
@@ -236,10 +292,3 @@ def _check_places(name, adapter, shapes):
     if not any(torch.count_nonzero(tensor) for tensor in effective):
         raise UserError(f"{name} changes nothing: its tensors are all zero, as in an adapter that was never trained")
 
-
-def _report(key, source, exact, cast):
-    change = torch.linalg.vector_norm(exact - source)
-    lost = torch.linalg.vector_norm(cast - exact)
-    size = torch.linalg.vector_norm(source.float())
-    ratio = (change / size).item() if size else float("inf")
-    return TensorReport(key, ratio if change else 0.0, (lost / change).item() if change else 0.0)
