@@ -7,6 +7,7 @@ add to the weight; quant.py is the quantized base.
 
 from .base import AdapterLinear
 from .delta import delta, merged
+from .gradients import estimate_gradients
 from .groups import parameter_groups
 from .inject import ADAPTERS, InjectReport, check_adapter, count_parameters, inject
 
@@ -17,6 +18,7 @@ __all__ = [
     "check_adapter",
     "count_parameters",
     "delta",
+    "estimate_gradients",
     "inject",
     "merged",
     "parameter_groups",

@@ -15,8 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from .product import DENSE
 
-CHUNK_ELEMENTS = 1 << 20  # activations held at a time by a loop over shards
-
 
 def bat_in(x, weight, bone, bias=None, *, product=DENSE):
     """Block affine by input block: W'_ab = W_ab + W_ab B_b + B_b.
@@ -24,7 +22,7 @@ def bat_in(x, weight, bone, bias=None, *, product=DENSE):
     x (..., in), weight (out, in), bone (in/r, r, r), bias (out,) or None -> (..., out) in x's dtype.
     r must divide in and out. Costs 4 T in out + 6 T in r FLOPs forward and backward.
     """
-    return _call(_BatIn, x, weight, bias, bone, product=product)
+    return apply_to_tokens(_BatIn, x, weight, bias, bone, product=product)
 
 
 def bone(x, weight, bone, bias=None, *, product=DENSE):
@@ -33,7 +31,7 @@ def bone(x, weight, bone, bias=None, *, product=DENSE):
     x (..., in), weight (out, in), bone (r, m) where m divides out (m = out is Bone, less is its
     mini form), bias (out,) or None -> (..., out) in x's dtype. in need not be a multiple of r.
     """
-    return _call(_Bone, x, weight, bias, bone, product=product)
+    return apply_to_tokens(_Bone, x, weight, bias, bone, product=product)
 
 
 def lora(x, weight, lora_A, lora_B, bias=None, *, scale=1.0, product=DENSE):
@@ -41,23 +39,21 @@ def lora(x, weight, lora_A, lora_B, bias=None, *, scale=1.0, product=DENSE):
 
     x (..., in), weight (out, in), lora_A (r, in), lora_B (out, r), bias (out,) or None -> (..., out).
     """
-    return _call(_Lora, x, weight, bias, lora_A, lora_B, product=product, extra=(scale,))
+    return apply_to_tokens(_Lora, x, weight, bias, lora_A, lora_B, product=product, extra=(scale,))
 
 
 def linear(x, weight, bias=None, *, product=DENSE):
     """The layer without an adapter. Unlike F.linear it keeps no cast or dequantized weight for backward."""
-    return _call(_Linear, x, weight, bias, product=product)
+    return apply_to_tokens(_Linear, x, weight, bias, product=product)
 
 
-def _call(function, x, weight, bias, *params, product, extra=()):
+def apply_to_tokens(function, x, weight, bias, *params, product, extra=()):
     """Apply an autograd Function over the flattened tokens of x, in one dtype."""
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         x = x.to(torch.get_autocast_dtype(device_type))
     params = tuple(param.to(x.dtype) for param in params)
-    tokens = x.flatten(0, -2) if x.dim() != 2 else x  # (T, in)
-    if x.dim() == 1:
-        tokens = x[None]
+    tokens = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x  # (T, in)
     with torch.autocast(device_type, enabled=False):
         y = function.apply(tokens, weight, bias, *params, product, *extra)
     return y.view(*x.shape[:-1], y.shape[-1])
@@ -70,7 +66,7 @@ class _BatIn(Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None, weight, bone)
         z, shift = _affine_shards(x, bone)
         y = product.forward(z, weight, bias)
-        _shards(y, bone.shape[-1]).add_(shift[:, None])
+        split_shards(y, bone.shape[-1]).add_(shift[:, None])
         return y
 
     @staticmethod
@@ -80,52 +76,65 @@ class _BatIn(Function):
         need_x, need_weight, need_bias, need_bone = ctx.needs_input_grad[:4]
         dx = d_weight = d_bone = None
         if need_weight:
-            z, _ = _affine_shards(x, bone)
-            d_weight = (g.t() @ z).to(weight.dtype)
+            d_weight = (g.t() @ _affine_shards(x, bone)[0]).to(weight.dtype)
         if need_x or need_bone:
-            rank = bone.shape[-1]
-            dx = ctx.product.backward(g, weight)  # dz, turned into dx shard by shard
-            g_shift = _shards(g, rank).sum(1)  # (T, r)
-            d_bone = torch.empty_like(bone) if need_bone else None
-            for chunk in _chunks(bone.shape[0], x_rows=dx.shape[0], rank=rank):
-                dz = _shards(dx, rank)[:, chunk].transpose(0, 1)  # (b, T, r)
-                du = dz + g_shift
-                if need_bone:
-                    torch.bmm(du.transpose(1, 2), _shards(x, rank)[:, chunk].transpose(0, 1), out=d_bone[chunk])
-                if need_x:
-                    dz += torch.bmm(du, bone[chunk])
+            dx = ctx.product.backward(g, weight)  # holds dz, and becomes dx a few tokens at a time
+            g_shift = split_shards(g, bone.shape[-1]).sum(1)  # (T, r)
+            d_bone = _affine_shards_backward(dx, g_shift, x if need_bone else None, bone)
         return dx if need_x else None, d_weight, g.sum(0) if need_bias else None, d_bone, None
-
-
-def _shards(x, rank):
-    """(T, n r) -> (T, n, r)."""
-    return x.unflatten(1, (-1, rank))
-
-
-def _chunks(count, x_rows, rank):
-    """Slices of `count` shards, each holding about CHUNK_ELEMENTS activations."""
-    step = max(1, CHUNK_ELEMENTS // max(1, x_rows * rank))
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def _affine_shards(x, bone):
     """z = x + u and s = Σ_b u_b where u_b = B_b x_b: x (T, in) -> (T, in), (T, r)."""
+    z, shift = torch.empty_like(x), x.new_empty(x.shape[0], bone.shape[-1])
+    for tokens in _token_chunks(x):
+        shards = split_shards(x[tokens], bone.shape[-1]).transpose(0, 1)  # (in/r, t, r)
+        u = torch.bmm(shards, bone.transpose(1, 2))
+        torch.sum(u, 0, out=shift[tokens])
+        torch.add(shards, u, out=split_shards(z[tokens], bone.shape[-1]).transpose(0, 1))
+    return z, shift
+
+
+def _affine_shards_backward(dz, g_shift, x, bone):
+    """Turn dz (T, in) into dx in place; -> the gradient of bone where x (T, in) is given, else None.
+
+    du_b = dz_b + g_shift, dB_b = du_bᵀ x_b, dx_b = dz_b + B_bᵀ du_b.
+    """
     rank = bone.shape[-1]
-    z = torch.empty_like(x)
-    shift = x.new_zeros(x.shape[0], rank, dtype=torch.promote_types(x.dtype, torch.float32))
-    for chunk in _chunks(bone.shape[0], x_rows=x.shape[0], rank=rank):
-        shards = _shards(x, rank)[:, chunk].transpose(0, 1)  # (b, T, r)
-        u = torch.bmm(shards, bone[chunk].transpose(1, 2))
-        shift += u.sum(0, dtype=shift.dtype)
-        torch.add(shards, u, out=_shards(z, rank)[:, chunk].transpose(0, 1))
-    return z, shift.to(x.dtype)
+    d_bone = None if x is None else bone.new_zeros(bone.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    for tokens in _token_chunks(dz):
+        shards = split_shards(dz[tokens], rank).transpose(0, 1)  # (in/r, t, r)
+        du = torch.add(shards, g_shift[tokens], out=shards.new_empty(shards.shape))
+        if x is not None:
+            _accumulate_bmm(d_bone, du.transpose(1, 2), split_shards(x[tokens], rank).transpose(0, 1))
+        shards += torch.bmm(du, bone)
+    return None if x is None else d_bone.to(bone.dtype)
+
+
+def _token_chunks(x):
+    """Slices of tokens that hold little enough of x (T, in) to stay in the cache (CPU) or in memory (GPU)."""
+    step = max(1, (1 << 19 if x.device.type == "cpu" else 1 << 26) // max(1, x.shape[1]))
+    return [slice(start, start + step) for start in range(0, x.shape[0], step)]
+
+
+def _accumulate_bmm(total, left, right):
+    """total += left right, where total may have a wider dtype."""
+    if total.dtype == left.dtype:
+        total.baddbmm_(left, right)
+    else:
+        total += torch.bmm(left, right)
+
+
+def split_shards(x, rank):
+    """(T, n r) -> (T, n, r)."""
+    return x.unflatten(1, (-1, rank))
 
 
 class _Bone(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, bone, product):
         rank, width = bone.shape
-        total = _shard_sum(x, rank)
+        total = shard_sum(x, rank)
         ctx.product = product
         ctx.save_for_backward(
             x if ctx.needs_input_grad[1] else None, weight, bone, total if ctx.needs_input_grad[3] else None
@@ -134,7 +143,7 @@ class _Bone(Function):
         if width == y.shape[1]:
             y.addmm_(total, bone)
         else:
-            _shards(y, width).add_((total @ bone)[:, None])
+            split_shards(y, width).add_((total @ bone)[:, None])
         return y
 
     @staticmethod
@@ -143,7 +152,7 @@ class _Bone(Function):
         x, weight, bone, total = ctx.saved_tensors
         need_x, need_weight, need_bias, need_bone = ctx.needs_input_grad[:4]
         rank, width = bone.shape
-        folded = g if width == g.shape[1] else _shards(g, width).sum(1)  # (T, m)
+        folded = g if width == g.shape[1] else split_shards(g, width).sum(1)  # (T, m)
         dx = None
         if need_x:
             dx = ctx.product.backward(g, weight)
@@ -157,10 +166,10 @@ class _Bone(Function):
         )
 
 
-def _shard_sum(x, rank):
+def shard_sum(x, rank):
     """Σ_b x_b, the last shard padded with zeros: (T, in) -> (T, r)."""
     full = x.shape[1] // rank * rank
-    total = _shards(x[:, :full], rank).sum(1) if full else x.new_zeros(x.shape[0], rank)
+    total = split_shards(x[:, :full], rank).sum(1) if full else x.new_zeros(x.shape[0], rank)
     rest = x.shape[1] - full
     if rest:
         total[:, :rest] += x[:, full:]
@@ -172,7 +181,7 @@ def _add_tiled(x, tile):
     rank = tile.shape[1]
     full = x.shape[1] // rank * rank
     if full:
-        _shards(x[:, :full], rank).add_(tile[:, None])
+        split_shards(x[:, :full], rank).add_(tile[:, None])
     if full != x.shape[1]:
         x[:, full:] += tile[:, : x.shape[1] - full]
 

@@ -63,7 +63,7 @@ def check_adapter(config, shapes):
         return ()
     if config.method == "bone":
         _one_of("--bone_mode", config.mode, BONE_MODES)
-    if config.method in ("bone",) and config.dropout:
+    if config.method == "bone" and config.dropout:
         raise UserError(f"dropout {config.dropout} is LoRA's alone and Bone has none; leave it at 0")
     if not 0 <= config.dropout < 1:
         raise UserError(f"dropout {config.dropout} is not in [0, 1)")
@@ -86,10 +86,7 @@ def inject(model, config, *, initial=None, gradients=None):
     gradient of the loss with respect to its weight. -> InjectReport. Raises UserError.
     """
     modules = dict(model.named_modules())
-    shapes = {
-        name: (module.out_features, module.in_features) for name, module in modules.items() if _replaceable(module)
-    }
-    names = check_adapter(config, shapes)
+    names = check_adapter(config, linear_shapes(model))
     parts = _match_parts(config.train_parts, model)
     model.requires_grad_(config.method == "none" and not parts)
     for name in names:
@@ -129,8 +126,13 @@ def _make_layer(base, name, config, initial, gradients):
     return layer.train(base.training)
 
 
-def _replaceable(module):
-    return isinstance(module, nn.Linear)
+def linear_shapes(model):
+    """Module name -> (out_features, in_features) of every nn.Linear."""
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
 
 
 def _match_targets(targets, shapes):

@@ -11,7 +11,7 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .functional import _call, _shard_sum, _shards
+from .functional import apply_to_tokens, shard_sum, split_shards
 from .product import DENSE
 
 CHUNK_ELEMENTS = 1 << 22  # elements of W' held at a time
@@ -25,7 +25,7 @@ def bat_out(x, weight, bone, bias=None, *, side="auto", product=DENSE):
     """
     if side == "auto":
         side = "weight" if 2 * x.numel() >= x.shape[-1] * bone.shape[-1] else "activation"
-    return _call(_BatOut, x, weight, bias, bone, product=product, extra=(side,))
+    return apply_to_tokens(_BatOut, x, weight, bias, bone, product=product, extra=(side,))
 
 
 class _BatOut(Function):
@@ -35,7 +35,7 @@ class _BatOut(Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None, weight, bone)
         out_features, in_features = product.shape(weight)
         y = x.new_empty(x.shape[0], out_features)
-        total = _shard_sum(x, bone.shape[-1]) if side == "activation" else None
+        total = shard_sum(x, bone.shape[-1]) if side == "activation" else None
         for blocks, rows in _row_chunks(bone, in_features):
             if side == "weight":
                 torch.mm(x, _merge_rows(product.rows(weight, rows, x.dtype), bone[blocks]).t(), out=y[:, rows])
@@ -92,7 +92,7 @@ def _merge_rows(rows, bone):
 def _activation_rows(x, total, rows, bone):
     """x W'ᵀ for some output blocks by W_a (x_b + B_a x_b) + B_a Σ_b x_b: -> (T, a r)."""
     rank = bone.shape[-1]
-    shards = _shards(x, rank)  # (T, in/r, r)
+    shards = split_shards(x, rank)  # (T, in/r, r)
     z = torch.einsum("tbj,aij->atbi", shards, bone).add_(shards).flatten(2)  # (a, T, in)
     y = torch.bmm(z, rows.view(-1, rank, rows.shape[1]).transpose(1, 2))  # (a, T, r)
     y += torch.einsum("tj,aij->ati", total, bone)
