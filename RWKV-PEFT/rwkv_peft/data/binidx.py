@@ -7,6 +7,7 @@ boundaries (i64; Megatron groups sentences with them, and we read documents one 
 does). An optional PREFIX.mask holds a byte a token: 1 where the token counts in the loss.
 """
 
+import fcntl
 import os
 import struct
 from array import array
@@ -166,8 +167,9 @@ class BinidxWriter:
     """Writes PREFIX.bin, PREFIX.idx and, with mask=True, PREFIX.mask; a context manager.
 
     The files appear, whole, when the block ends without an exception, the index last; until then
-    they are hidden temporary files in the same folder, removed when the block fails. A mask that
-    counts every token is not kept: it says nothing.
+    they are hidden temporary files in the same folder, removed when the block fails and written
+    anew by the next writer where the process was killed. A mask that counts every token is not
+    kept: it says nothing. Raises UserError where another process is writing the same data set.
     """
 
     def __init__(self, path, vocab_size=65536, mask=False):
@@ -183,7 +185,15 @@ class BinidxWriter:
         parent.mkdir(parents=True, exist_ok=True)
         endings = (".bin", ".mask", ".idx") if self.with_mask else (".bin", ".idx")
         name = Path(self.prefix).name
-        self._files = {end: open(parent / f".{name}{end}.{os.getpid()}.tmp", "wb") for end in endings}
+        self._files = {end: open(parent / f".{name}{end}.tmp", "ab") for end in endings}
+        try:
+            fcntl.flock(self._files[".idx"], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            for file in self._files.values():
+                file.close()
+            raise UserError(f"{self.prefix}: another process is writing it; wait, or give another name") from None
+        for file in self._files.values():
+            file.truncate(0)
         return self
 
     def add(self, tokens, mask=None):
@@ -196,8 +206,11 @@ class BinidxWriter:
         self.add_documents(tokens.astype(self.dtype).tobytes(), [len(tokens)],
                            None if mask is None else np.asarray(mask, dtype=np.uint8).tobytes())
 
-    def add_documents(self, tokens, sizes, mask=None):
-        """Append documents given as bytes: tokens in this writer's dtype, and a byte of mask a token."""
+    def add_documents(self, tokens, sizes, mask=None, continues=False):
+        """Append documents given as bytes: tokens in this writer's dtype, and a byte of mask a token.
+
+        With continues=True the first of them goes on with the document before.
+        """
         if (mask is not None) != self.with_mask:
             raise ValueError("a mask is given exactly where the writer was made with mask=True")
         if mask is not None and len(mask) * self.dtype.itemsize != len(tokens):
@@ -207,9 +220,12 @@ class BinidxWriter:
             self._files[".mask"].write(mask)
             self._something_masked |= 0 in mask
         try:
+            if continues and self.sizes and sizes:
+                self.sizes[-1] += sizes[0]
+                sizes = sizes[1:]
             self.sizes.extend(sizes)
         except OverflowError:
-            raise UserError(f"a document of {max(sizes)} tokens; the format holds at most 2147483647 each; "
+            raise UserError(f"document {len(self.sizes) - 1} has more than 2147483647 tokens, the most that the format holds; "
                             "split the text into documents") from None
 
     def __exit__(self, kind, error, trace):

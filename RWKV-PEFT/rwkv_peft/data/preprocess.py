@@ -1,106 +1,105 @@
 """Text files to token files.
 
-    python -m rwkv_peft.data.preprocess INPUT... --output PREFIX [--tokenizer world|bytes|FILE]
+    python -m rwkv_peft.data.preprocess INPUT... --output PREFIX [--tokenizer world|bytes|FILE] [--workers N]
 
-INPUT is .jsonl (a row a line; the forms are listed in templates.py) or .txt (one document a file).
-Writes PREFIX.bin and PREFIX.idx, and PREFIX.mask where parts of the rows do not count in the loss.
+INPUT is .jsonl (a row a line; templates.py lists the forms that are recognised), .json, .txt (one
+document a file), .parquet, or a folder that datasets.save_to_disk wrote. Writes PREFIX.bin and
+PREFIX.idx, and PREFIX.mask where parts of the rows do not count in the loss.
 """
 
 import argparse
-import json
+import os
 import sys
+import tempfile
+import time
 from pathlib import Path
 
-import numpy as np
-
 from ..errors import UserError, exit_on_user_error
-from .binidx import BinidxWriter, binidx_prefix
-from .order import magic_prime
-from .templates import segments
-from .tokenizer import load_tokenizer
+from .binidx import BinidxDataset, BinidxWriter, binidx_prefix
+from .encoding import EncodeSettings, Encoded, encode_all, encoder
+from .order import Permutation
+from .report import describe
+from .rows import KINDS, read_chunks
+from .templates import read_template
+
+INLINE_BYTES = 4 << 20
 
 
 def main(argv):
     options = parser().parse_args(argv)
-    tokenizer = load_tokenizer(options.tokenizer)
-    if options.append_eod and tokenizer.end_id is None:
-        raise UserError(f"--append_eod: tokenizer {tokenizer.name} names no end-of-document token; "
-                        "take --no-append_eod")
-    end_id = tokenizer.end_id if options.append_eod else None
-    sizes = []
-    with BinidxWriter(options.output, tokenizer.vocab_size, mask=True) as writer:
-        for where, row in read_rows(options.input):
-            try:
-                tokens, mask = encode(segments(row), tokenizer, end_id)
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from error
-            writer.add(tokens, mask)
-            sizes.append(len(tokens))
-        if not sizes:
-            raise UserError(f"{', '.join(options.input)}: no document; nothing is written")
-    print(report(options.output, np.array(sizes)))
+    if options.repeat < 1:
+        raise UserError(f"--repeat {options.repeat}: at least 1")
+    settings = EncodeSettings(options.tokenizer, options.append_eod, tuple(options.fields),
+                              read_template(options.template) if options.template else "", options.skip_bad_rows)
+    output = binidx_prefix(options.output)
+    rewritten = options.shuffle is not None or options.repeat > 1
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=Path(output).parent, prefix=".preprocess-") as folder:
+        first = str(Path(folder) / "data") if rewritten else output
+        totals = write(options.input, first, settings, options.workers, options.split, progress=sys.stderr)
+        if rewritten:
+            rewrite(BinidxDataset(first), output, options.shuffle, options.repeat)
+    print(describe(BinidxDataset(output), totals))
     return 0
 
 
 def parser():
     result = argparse.ArgumentParser(prog="python -m rwkv_peft.data.preprocess", allow_abbrev=False,
                                      description="Text files to token files (.bin and .idx).")
-    result.add_argument("input", nargs="+", help=".jsonl or .txt files")
-    result.add_argument("--output", required=True, help="prefix of the files to write")
-    result.add_argument("--tokenizer", default="world", help="world, bytes, or a vocabulary file")
+    result.add_argument("input", nargs="+", help=KINDS)
+    result.add_argument("--output", required=True, metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx")
+    result.add_argument("--tokenizer", default="world", metavar="NAME|FILE", help="world, bytes, or a vocabulary file")
     result.add_argument("--append_eod", action=argparse.BooleanOptionalAction, default=True,
                         help="end each document with the tokenizer's end token")
+    result.add_argument("--fields", nargs="+", default=[], metavar="NAME",
+                        help="the field that holds the text, or those that hold a prompt and its answer")
+    result.add_argument("--template", default="", metavar="FILE",
+                        help="a text with {field} for fields, and [[ ]] around what counts in the loss")
+    result.add_argument("--split", default="", metavar="TRAIN[A:B]", help="rows to read, such as train[:1000] or [10%%:]")
+    result.add_argument("--skip_bad_rows", action="store_true", help="leave out rows that cannot be read, and count them")
+    result.add_argument("--shuffle", type=int, metavar="SEED", help="write the documents in the order of this seed")
+    result.add_argument("--repeat", type=int, default=1, metavar="N", help="write the documents N times, shuffled anew")
+    result.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (default: all cores)")
     return result
 
 
-def read_rows(paths):
-    """Yield (place, row) for every row of the files."""
-    for path in map(Path, paths):
-        if not path.is_file():
-            raise UserError(f"{path}: no such file")
-        if path.suffix == ".txt":
-            yield str(path), {"text": read_text(path)}
-            continue
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{path}, line {number}", parse_row(line, f"{path}, line {number}")
+def write(inputs, output, settings, workers=1, split="", progress=None):
+    """Encode the inputs into PREFIX `output`; returns an Encoded that holds the counts of all chunks.
+
+    progress is a stream that is told, twice a second, how far it is. Raises UserError for inputs
+    that cannot be read and where no document is left.
+    """
+    tokenizer = encoder(settings).tokenizer  # a wrong setting stops here, before any worker starts
+    size = sum(Path(path).stat().st_size for path in inputs if Path(path).is_file())
+    if 0 < size < INLINE_BYTES:
+        workers = 1
+    chunks = (chunk for path in inputs for chunk in read_chunks(path, split, tokenizer.cuts_at_lines))
+    totals, began, said = Encoded(), time.monotonic(), 0.0
+    with BinidxWriter(output, tokenizer.vocab_size, mask=True) as writer:
+        for part in encode_all(chunks, settings, workers):
+            writer.add_documents(part.tokens, part.sizes, part.mask, part.continues)
+            totals.add_counts(part)
+            seconds = time.monotonic() - began
+            if progress is not None and seconds - said > 0.5:
+                said = seconds
+                print(f"\r{len(writer.sizes)} documents, {totals.characters / 1e6:.0f} M characters, "
+                      f"{totals.characters / 1e6 / seconds:.1f} M/s", end="", file=progress, flush=True)
+        if said:
+            print(file=progress)
+        if not writer.sizes:
+            raise UserError(f"{', '.join(map(str, inputs))}: no document to write ({totals.empty} empty rows, "
+                            f"{totals.bad} bad rows, {totals.too_long} too long)")
+    return totals
 
 
-def read_text(path):
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from error
-
-
-def parse_row(line, where):
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error}); a .jsonl file holds one JSON object a line") from error
-
-
-def encode(parts, tokenizer, end_id):
-    """[(text, counts)] -> token ids and, for each, 1 where it counts in the loss, else 0."""
-    tokens, mask = [], []
-    for text, counts in parts:
-        ids = tokenizer.encode(text)
-        tokens += ids
-        mask += [int(counts)] * len(ids)
-    if end_id is not None:
-        tokens.append(end_id)
-        mask.append(int(parts[-1][1]))
-    return tokens, mask
-
-
-def report(output, sizes):
-    """What was written, and settings that fit it."""
-    total = int(sizes.sum())
-    ctx_len = min(4096, max(16, 1 << int(np.percentile(sizes, 95) - 1).bit_length()))
-    return (f"{binidx_prefix(output)}: {len(sizes)} documents, {total} tokens; lengths {sizes.min()} to {sizes.max()}, "
-            f"mean {sizes.mean():.0f}\nfor --ctx_len {ctx_len}: {-(-(total - 1) // ctx_len)} windows an epoch, "
-            f"--magic_prime {magic_prime(total, ctx_len)} (RWKV-LM)")
+def rewrite(source, output, seed, repeat):
+    """Write a BinidxDataset's documents `repeat` times, each time in another order where a seed is given."""
+    with BinidxWriter(output, 65536 if source.dtype.itemsize == 2 else 1 << 31, mask=source.mask is not None) as writer:
+        for turn in range(repeat):
+            for index in range(len(source)) if seed is None else Permutation(len(source), seed, turn):
+                start, size = source.start(index), int(source.sizes[index])
+                mask = None if source.mask is None else source.mask[start: start + size].tobytes()
+                writer.add_documents(source[index].tobytes(), [size], mask)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ A document is a list of segments (text, counts): counts says whether the model l
 that text. The layouts are the ones that RWKV World models were trained on.
 """
 
+import re
+from pathlib import Path
+
 from ..errors import UserError
 
 FORMS = "text; messages or conversations; query and response; question and answer; instruction, input " \
@@ -28,7 +31,57 @@ def segments(row):
         return exchange(prompt + "Response:", field(row, "output"))
     if "prompt" in row and "completion" in row:
         return [(field(row, "prompt"), False), (field(row, "completion"), True)]
-    raise UserError(f"a row has the fields {', '.join(map(str, row)) or '(none)'}; known are {FORMS}")
+    raise UserError(f"a row has the fields {', '.join(map(str, row)) or '(none)'}; known are {FORMS}; "
+                    "name others with --fields")
+
+
+def named_segments(row, names):
+    """A row whose text is in the field names[0], or whose prompt and answer are in names[0] and names[1]."""
+    if not isinstance(row, dict):
+        raise UserError(f"a row is {type(row).__name__}, not an object with the fields {', '.join(names)}")
+    for name in names:
+        if name not in row:
+            raise UserError(f"field {name!r} is missing; the row has {', '.join(map(str, row)) or '(none)'}")
+    if len(names) == 1:
+        return [(field(row, names[0]), True)]
+    if len(names) != 2:
+        raise UserError(f"{len(names)} fields named; one is a text, two are a prompt and its answer")
+    return exchange(f"User: {field(row, names[0])}\n\nAssistant:", field(row, names[1]))
+
+
+def read_template(path):
+    """The text of a template file, without the newline at its end; UserError where it is missing or wrong."""
+    if not Path(path).is_file():
+        raise UserError(f"--template {path}: no such file")
+    text = Path(path).read_text(encoding="utf-8").rstrip("\n")
+    Template(text)
+    return text
+
+
+class Template:
+    """A text with {field} where a row's field goes; what stands in [[ ]] counts in the loss.
+
+    For instance "Q: {question} A:[[ {answer}]]". Without any [[ ]] everything counts.
+    """
+
+    def __init__(self, text):
+        parts = re.split(r"(\[\[|\]\])", text)
+        if parts[1::2] != ["[[", "]]"] * (len(parts) // 4):
+            raise UserError(f"template {text!r}: each [[ needs its ]], one pair after the other")
+        if not re.search(r"\{\w+\}", text):
+            raise UserError(f"template {text!r}: names no {{field}}")
+        self.parts = [(part, len(parts) == 1 or i % 4 == 2) for i, part in enumerate(parts) if i % 2 == 0 and part]
+
+    def __call__(self, row):
+        if not isinstance(row, dict):
+            raise UserError(f"a row is {type(row).__name__}, not an object with fields")
+
+        def value(match):
+            if match[1] not in row:
+                raise UserError(f"field {match[1]!r} of the template is missing; the row has {', '.join(map(str, row))}")
+            return field(row, match[1])
+
+        return [(re.sub(r"\{(\w+)\}", value, part), counts) for part, counts in self.parts]
 
 
 def field(row, name):
@@ -45,7 +98,10 @@ def exchange(prompt, answer):
 
 
 def chat(messages):
-    """Turns {role, content} or {from, value}: the assistant's words count, the others' do not."""
+    """Turns {role, content} or {from, value}: the assistant's words count, the others' do not.
+
+    The blank line behind an assistant's turn counts too: with it the model says that it is done.
+    """
     if not isinstance(messages, list) or not messages:
         raise UserError("messages must be a list of turns, each with role and content (or from and value)")
     parts = []
@@ -57,11 +113,9 @@ def chat(messages):
             raise UserError(f"a turn has the fields {', '.join(map(str, turn))}; it needs role and content, "
                             "or from and value")
         role, words = speaker(field(turn, keys[0])), field(turn, keys[1]).strip()
-        gap = "\n\n" if parts else ""
-        if role == "Assistant":
-            parts += [(f"{gap}{role}:", False), (" " + words, True)]
-        else:
-            parts.append((f"{gap}{role}: {words}", False))
+        if parts:
+            parts[-1] = (parts[-1][0] + "\n\n", parts[-1][1])
+        parts += [(f"{role}:", False), (" " + words, True)] if role == "Assistant" else [(f"{role}: {words}", False)]
     return parts
 
 

@@ -1,7 +1,8 @@
 """Tokenizers: text <-> token ids, for the World vocabulary, raw bytes, and any tokenizer.json.
 
 Every tokenizer has encode(str) -> list[int], decode(list[int]) -> str, vocab_size (ids are below
-it), name, and end_id, the token that ends a document, or None where the vocabulary names none.
+it), name, end_id, the token that ends a document, or None where the vocabulary names none, and
+cuts_at_lines, whether a text cut where a line begins with a visible character has the same tokens.
 """
 
 import ast
@@ -36,6 +37,7 @@ class BytesTokenizer:
     name = "bytes"
     vocab_size = 257
     end_id = 0
+    cuts_at_lines = True
 
     def encode(self, text):
         return [byte + 1 for byte in utf8(text)]
@@ -54,6 +56,7 @@ class WorldTokenizer:
     """
 
     end_id = 0
+    cuts_at_lines = False
 
     def __init__(self, path=None):
         import pyrwkv_tokenizer
@@ -61,6 +64,7 @@ class WorldTokenizer:
         if path is None:
             self.name, self.path = "world", Path(pyrwkv_tokenizer.__file__).with_name("rwkv_vocab_v20230424.txt")
             self.vocab_size = 65536
+            self.cuts_at_lines = True  # no token of this vocabulary holds a visible character behind a newline
         else:
             self.name, self.path = str(path), Path(path)
             self.vocab_size = len(self.token_bytes)  # parsed here, so that a bad file stops here
@@ -84,6 +88,8 @@ class WorldTokenizer:
 
 class JsonTokenizer:
     """A Hugging Face tokenizer.json, read by the tokenizers library; adds no special tokens."""
+
+    cuts_at_lines = False
 
     def __init__(self, path):
         from tokenizers import Tokenizer

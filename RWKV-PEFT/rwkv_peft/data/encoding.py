@@ -1,0 +1,182 @@
+"""Chunks of rows -> tokens and masks, in this process or in several."""
+
+import json
+from array import array
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from multiprocessing import get_context
+
+from ..errors import UserError
+from .binidx import dtype_code
+from .templates import Template, named_segments, segments
+from .tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """How rows become documents.
+
+    tokenizer as load_tokenizer takes it; end_token ends each document with the tokenizer's end_id;
+    fields names the row's text (one field) or its prompt and answer (two) where they are not
+    recognised; template is the text of a template; skip_bad_rows counts rows that cannot be
+    read instead of stopping. max_tokens (0: no limit) bounds a document: "left" removes tokens from the
+    front of the prompt, and then from the end of the answer; "skip" leaves the document out.
+    """
+
+    tokenizer: str = "world"
+    end_token: bool = True
+    fields: tuple[str, ...] = ()
+    template: str = ""
+    skip_bad_rows: bool = False
+    max_tokens: int = 0
+    too_long: str = "left"
+
+
+@dataclass
+class Encoded:
+    """Documents as bytes: tokens in the writer's dtype, a mask byte for each, sizes in tokens.
+
+    characters of text were read. bad counts rows left out and examples says what was wrong with the
+    first of them; empty, shortened and too_long count documents.
+    """
+
+    sizes: list = field(default_factory=list)
+    tokens: bytes = b""
+    mask: bytes = b""
+    continues: bool = False
+    characters: int = 0
+    bad: int = 0
+    examples: list = field(default_factory=list)
+    empty: int = 0
+    shortened: int = 0
+    too_long: int = 0
+
+    def add_counts(self, other):
+        """Add another's counts, but not its documents."""
+        for name in ("characters", "bad", "empty", "shortened", "too_long"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.examples = (self.examples + other.examples)[:3]
+
+
+def encode_all(chunks, settings, workers=1):
+    """Yield the Encoded of every chunk, in order; at most two chunks a worker are in memory."""
+    if workers <= 1:
+        for chunk in chunks:
+            yield encode_chunk(chunk, settings)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        waiting = deque()
+        try:
+            for chunk in chunks:
+                waiting.append(pool.submit(encode_chunk, chunk, settings))
+                if len(waiting) >= 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def encode_chunk(chunk, settings):
+    """Chunk -> Encoded; UserError names the line of the first bad row unless skip_bad_rows."""
+    return encoder(settings).encode(chunk)
+
+
+@lru_cache(maxsize=4)
+def encoder(settings):
+    """The Encoder of these settings, made once in each process."""
+    return Encoder(settings)
+
+
+class Encoder:
+    """A tokenizer and a template, ready to encode chunks."""
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.tokenizer = load_tokenizer(settings.tokenizer)
+        self.code = "H" if dtype_code(self.tokenizer.vocab_size) == 8 else "i"
+        if settings.end_token and self.tokenizer.end_id is None:
+            raise UserError(f"--append_eod: tokenizer {self.tokenizer.name} names no end-of-document token; "
+                            "take --no-append_eod")
+        if settings.template and settings.fields:
+            raise UserError("--template and --fields both say which fields are read; give one of them")
+        if settings.template:
+            self.segments = Template(settings.template)
+        elif settings.fields:
+            self.segments = lambda row: named_segments(row, settings.fields)
+        else:
+            self.segments = segments
+
+    def encode(self, chunk):
+        result, tokens, mask = Encoded(continues=chunk.continues), array(self.code), bytearray()
+        for offset, item in enumerate(chunk.items):
+            if isinstance(item, bytes) and not item.strip():
+                continue
+            try:
+                parts = [(item, True)] if isinstance(item, str) else self.segments(parse(item))
+                pieces = [(self.tokenizer.encode(text), counts) for text, counts in parts]
+            except UserError as error:
+                message = f"{chunk.source}, {chunk.unit} {chunk.first + offset}: {error}"
+                if not self.settings.skip_bad_rows:
+                    raise UserError(f"{message}\n(--skip_bad_rows leaves such rows out, and counts them)") from error
+                result.bad += 1
+                result.examples = (result.examples + [message])[:3]
+                continue
+            self._add(pieces, chunk, result, tokens, mask)
+            result.characters += sum(len(text) for text, _ in parts)
+        result.tokens, result.mask = tokens.tobytes(), bytes(mask)
+        return result
+
+    def _add(self, pieces, chunk, result, tokens, mask):
+        """Append one document, or a piece of one, [(ids, counts)], to the chunk's tokens and mask."""
+        if not chunk.continues and not any(ids for ids, _ in pieces):
+            result.empty += 1
+            return
+        if self.settings.end_token and chunk.ends:
+            pieces.append(([self.tokenizer.end_id], pieces[-1][1]))
+        size, limit = sum(len(ids) for ids, _ in pieces), self.settings.max_tokens
+        if limit and size > limit:
+            if self.settings.too_long == "skip":
+                result.too_long += 1
+                return
+            pieces = shorten(pieces, size - limit)
+            result.shortened += 1
+            size = limit
+        for ids, counts in pieces:
+            tokens += array(self.code, ids)  # faster than extend(ids)
+            mask.extend((b"\1" if counts else b"\0") * len(ids))
+        result.sizes.append(size)
+
+
+def shorten(pieces, excess):
+    """Remove `excess` tokens: first of the prompt's front, all but its last token, then at the end."""
+    prompt = 0
+    for ids, counts in pieces:
+        if counts:
+            break
+        prompt += len(ids)
+    front = min(excess, max(prompt - 1, 0))
+    back = excess - front
+    shorter = []
+    for ids, counts in pieces:
+        cut = min(front, len(ids))
+        front -= cut
+        shorter.append((ids[cut:], counts))
+    for index in reversed(range(len(shorter))):
+        ids, counts = shorter[index]
+        cut = min(back, len(ids))
+        back -= cut
+        shorter[index] = (ids[: len(ids) - cut], counts)
+    return shorter
+
+
+def parse(item):
+    """A line of JSON, or a row that is read already -> the row."""
+    if not isinstance(item, bytes):
+        return item
+    try:
+        return json.loads(item)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not JSON ({error}); a .jsonl file holds one JSON object a line") from error

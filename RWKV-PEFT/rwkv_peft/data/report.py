@@ -1,0 +1,54 @@
+"""What a data set holds, and the training settings that fit it, as text."""
+
+import numpy as np
+
+from .order import magic_prime
+
+
+def describe(dataset, totals=None):
+    """A BinidxDataset, and the counts of what preprocess left out (an Encoded) -> several lines."""
+    sizes, tokens = np.asarray(dataset.sizes), len(dataset.tokens)
+    lines = [f"{dataset.prefix}: {len(sizes)} documents, {tokens} tokens ({dataset.dtype.name})"]
+    if dataset.mask is not None:
+        lines.append(f"{int(np.count_nonzero(dataset.mask))} tokens count in the loss (--loss_mask file)")
+    if totals is not None:
+        lines += left_out(totals)
+    lines += histogram(sizes) + suggestions(sizes, tokens)
+    return "\n".join(lines)
+
+
+def left_out(totals):
+    """Lines on rows that were not written, or not whole."""
+    lines = []
+    if totals.bad:
+        lines.append(f"{totals.bad} bad rows left out, the first of them:")
+        lines += [f"  {message}" for message in totals.examples]
+    for count, what in ((totals.empty, "empty rows left out"), (totals.too_long, "rows too long, left out"),
+                        (totals.shortened, "rows too long, shortened")):
+        if count:
+            lines.append(f"{count} {what}")
+    return lines
+
+
+def histogram(sizes):
+    """Lines of a histogram of document lengths, by powers of two."""
+    classes = np.ceil(np.log2(np.maximum(sizes, 1))).astype(int)  # class c holds lengths in (2^(c-1), 2^c]
+    counts = np.bincount(classes)
+    lines = ["tokens a document:"]
+    for power in range(int(classes.min()), len(counts)):
+        bar = "#" * round(40 * counts[power] / counts.max())
+        lines.append(f"  up to {1 << power:>9}  {counts[power]:>9}  {bar}".rstrip())
+    return lines
+
+
+def suggestions(sizes, tokens):
+    """Lines on ctx_len (room for 95 % of the documents, a power of two within 16..4096) and the steps it makes."""
+    room = 1 << int(np.ceil(np.log2(max(np.percentile(sizes, 95) - 1, 1))))
+    ctx_len = min(max(room, 16), 4096, max(tokens - 1, 1))
+    windows, batch = -(-(tokens - 1) // ctx_len), 8
+    prime = magic_prime(tokens, ctx_len)
+    lines = [f"a start: --ctx_len {ctx_len}; one epoch is {windows} windows (--dataload get), "
+             f"{-(-windows // batch)} steps of {batch} samples, or {-(-len(sizes) // batch)} with --dataload pad"]
+    if prime:
+        lines.append(f"for RWKV-LM: --my_exit_tokens {tokens} --magic_prime {prime}")
+    return lines

@@ -1,0 +1,172 @@
+"""Rows of people's files, read in chunks of about a megabyte: jsonl, json, txt, parquet, datasets."""
+
+import gzip
+import json
+import re
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from ..errors import UserError
+
+CHUNK_BYTES = 1 << 20
+CHUNK_ROWS = 1000
+KINDS = ".jsonl (or .jsonl.gz), .json, .txt, .parquet, or a folder that datasets.save_to_disk wrote"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows that lie together in one source.
+
+    items are lines of JSON (bytes), rows (dict), or one piece of a text file (str); first is the
+    number of the first of them, counted from 1; continues says that the piece goes on with the
+    document of the piece before, ends that it ends its document.
+    """
+
+    source: str
+    first: int
+    items: tuple
+    continues: bool = False
+    ends: bool = True
+
+    @property
+    def unit(self):
+        """What the source calls an item: a line or a row."""
+        return "line" if self.items and isinstance(self.items[0], bytes) else "row"
+
+
+def read_chunks(path, split="", pieces=False):
+    """Yield the Chunks of one input; UserError where it is missing or of no known kind.
+
+    split selects rows as datasets writes it: "train[:1000]", "[10%:]"; the name matters in a folder of
+    several splits alone. With pieces=True a .txt file comes in pieces, cut where a line begins
+    with a visible character.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file; inputs are {KINDS}")
+    name, bounds = parse_split(split)
+    suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+    if path.is_dir():
+        chunks = folder_chunks(path, name)
+    elif suffix in (".jsonl", ".ndjson", ".jsonl.gz"):
+        chunks = line_chunks(path)
+    elif suffix == ".json":
+        chunks = json_chunks(path)
+    elif suffix == ".txt":
+        if bounds:
+            raise UserError(f"{path}: a .txt file is one document, which {split!r} does not split")
+        chunks = text_chunks(path, pieces)
+    elif suffix == ".parquet":
+        chunks = parquet_chunks(path)
+    else:
+        raise UserError(f"{path}: inputs are {KINDS}")
+    return select(chunks, bounds, lambda: read_chunks(path, name)) if bounds else chunks
+
+
+def line_chunks(path):
+    opened = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+    with opened as file:
+        first = 1
+        while lines := file.readlines(CHUNK_BYTES):
+            yield Chunk(str(path), first, tuple(lines))
+            first += len(lines)
+
+
+def json_chunks(path):
+    """A .json file holds a list of rows, or else a row a line."""
+    with open(path, "rb") as file:
+        head = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if not head.startswith(b"["):
+        yield from line_chunks(path)
+        return
+    try:
+        rows = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    yield from row_chunks(str(path), rows)
+
+
+def text_chunks(path, pieces):
+    try:
+        with open(path, encoding="utf-8") as file:
+            rest, continues = "", False
+            while pieces and (read := file.read(4 * CHUNK_BYTES)):
+                rest += read
+                cuts = re.search(r"(?s).*\n(?=[!-~])", rest)
+                if cuts:
+                    yield Chunk(str(path), 1, (rest[: cuts.end()],), continues, ends=False)
+                    rest, continues = rest[cuts.end():], True
+            yield Chunk(str(path), 1, (rest + file.read(),), continues)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
+
+
+def parquet_chunks(path):
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise UserError(f"{path}: reading .parquet needs pyarrow: pip install pyarrow") from None
+    try:
+        first = 1
+        for batch in ParquetFile(path).iter_batches(batch_size=CHUNK_ROWS):
+            yield Chunk(str(path), first, tuple(batch.to_pylist()))
+            first += batch.num_rows
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a parquet file ({error})") from error
+
+
+def folder_chunks(path, name):
+    try:
+        from datasets import DatasetDict, load_from_disk
+    except ImportError:
+        raise UserError(f"{path}: reading a datasets folder needs datasets: pip install datasets") from None
+    try:
+        data = load_from_disk(str(path))
+    except (FileNotFoundError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a folder that datasets.save_to_disk wrote ({error})") from error
+    if isinstance(data, DatasetDict):
+        chosen = name or "train"
+        if chosen not in data:
+            raise UserError(f"{path}: no split {chosen!r}; it has {', '.join(data)}")
+        data = data[chosen]
+    yield from row_chunks(str(path), data)
+
+
+def row_chunks(source, rows):
+    iterator, first = iter(rows), 1
+    while items := tuple(islice(iterator, CHUNK_ROWS)):
+        yield Chunk(source, first, items)
+        first += len(items)
+
+
+def parse_split(split):
+    """"train[10:20]" -> ("train", ("10", "20")); "" -> ("", None)."""
+    match = re.fullmatch(r"([\w.-]*)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
+    if not match:
+        raise UserError(f"split {split!r}: write train, train[:1000], train[10%:20%] or [500:]")
+    name, begin, end = match.groups()
+    return name, (begin, end) if split.endswith("]") else None
+
+
+def select(chunks, bounds, again):
+    """The rows of `chunks` within bounds; percentages and negative numbers read the input once more to count."""
+    total = None
+    if any(bound and not bound.isdigit() for bound in bounds):
+        total = sum(len(chunk.items) for chunk in again())
+
+    def number(bound, default):
+        if bound is None:
+            return default
+        value = int(bound.rstrip("%"))
+        value = round(total * value / 100) if bound.endswith("%") else value
+        return value + total if value < 0 else value
+
+    begin, end = number(bounds[0], 0), number(bounds[1], float("inf"))
+    for chunk in chunks:
+        low, high = max(begin - chunk.first + 1, 0), min(end - chunk.first + 1, len(chunk.items))
+        if low < high:
+            yield Chunk(chunk.source, chunk.first + low, chunk.items[low:high])
+        if high < len(chunk.items):
+            return

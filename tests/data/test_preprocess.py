@@ -1,0 +1,228 @@
+"""From people's files to tokens: every row once, roles as masks, mistakes named by line."""
+
+import json
+import subprocess
+import sys
+from itertools import product
+
+import pytest
+
+from rwkv_peft.data.binidx import BinidxDataset
+from rwkv_peft.data.encoding import EncodeSettings, encode_all, shorten
+from rwkv_peft.data.preprocess import main
+from rwkv_peft.data.rows import read_chunks
+from rwkv_peft.data.tokenizer import load_tokenizer
+from rwkv_peft.errors import UserError
+
+
+@pytest.fixture
+def preprocess(tmp_path):
+    """preprocess(content, *flags, name=) -> the BinidxDataset made of one input file, byte tokens."""
+
+    def run(content, *flags, name="in.jsonl"):
+        path = tmp_path / name
+        if not isinstance(content, (str, bytes)):
+            content = "".join(json.dumps(row) + "\n" for row in content)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        assert main([str(path), "--output", str(tmp_path / "out" / "data"), "--tokenizer", "bytes", *flags]) == 0
+        return BinidxDataset(tmp_path / "out" / "data")
+
+    return run
+
+
+def texts(dataset):
+    """Each document as (text, the part that counts)."""
+    tokenizer, result = load_tokenizer("bytes"), []
+    for i, document in enumerate(dataset):
+        start = dataset.start(i)
+        mask = [1] * len(document) if dataset.mask is None else dataset.mask[start: start + len(document)]
+        result.append((tokenizer.decode(document.tolist()),
+                       tokenizer.decode([int(token) for token, counts in zip(document, mask) if counts])))
+    return result
+
+
+@pytest.mark.parametrize("row, text, counted", [
+    ({"text": "héllo\n"}, "héllo\n", "héllo\n"),
+    ({"query": "2+2?", "response": "4"}, "User: 2+2?\n\nAssistant: 4", " 4"),
+    ({"question": "2+2?", "answer": "4"}, "User: 2+2?\n\nAssistant: 4", " 4"),
+    ({"instruction": "Add", "input": "2 2", "output": "4"}, "Instruction: Add\n\nInput: 2 2\n\nResponse: 4", " 4"),
+    ({"instruction": "Sing", "input": "", "output": "la"}, "Instruction: Sing\n\nResponse: la", " la"),
+    ({"prompt": "a", "completion": "b"}, "ab", "b"),
+    ({"messages": [{"role": "system", "content": "Be."}, {"role": "user", "content": "Hi "},
+                   {"role": "assistant", "content": "Yo"}, {"role": "user", "content": "So?"},
+                   {"role": "assistant", "content": "No"}]},
+     "System: Be.\n\nUser: Hi\n\nAssistant: Yo\n\nUser: So?\n\nAssistant: No", " Yo\n\n No"),
+    ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]},
+     "User: Hi\n\nAssistant: Yo", " Yo"),
+])
+def test_every_form_of_row(preprocess, row, text, counted):
+    dataset = preprocess([row])
+    assert texts(dataset) == [(text, counted)]
+    assert dataset[0][-1] == 0  # the end token
+    if dataset.mask is not None:
+        assert dataset.mask[-1] == 1  # which the model learns to write
+
+
+def test_fields_and_templates_name_others(preprocess, tmp_path):
+    row = {"q": "2+2?", "a": "4"}
+    assert texts(preprocess([row], "--fields", "q", "a")) == [("User: 2+2?\n\nAssistant: 4", " 4")]
+    assert texts(preprocess([row], "--fields", "a")) == [("4", "4")]
+    (tmp_path / "template").write_text("Q: {q}\nA:[[ {a}]] end\n")
+    dataset = preprocess([row], "--template", str(tmp_path / "template"))
+    assert texts(dataset) == [("Q: 2+2?\nA: 4 end", " 4")]
+    (tmp_path / "template").write_text("{q} {a}")
+    assert texts(preprocess([row], "--template", str(tmp_path / "template"))) == [("2+2? 4", "2+2? 4")]
+
+
+@pytest.mark.parametrize("text", ["no field", "{a} [[", "{a} ]] [[", "[[ {a} [[ ]] ]]"])
+def test_bad_templates_are_named(preprocess, tmp_path, text):
+    (tmp_path / "template").write_text(text)
+    with pytest.raises(UserError, match="template"):
+        preprocess([{"a": "b"}], "--template", str(tmp_path / "template"))
+
+
+@pytest.mark.parametrize("content, message", [
+    ("{}\n", r"in\.jsonl, line 1: a row has the fields \(none\); known are text"),
+    ('{"text": "a"}\n\n{"text": 3}\n', "line 3: field 'text' holds int, not text"),
+    ('{"text": "a"}\n{"text": \n', "line 2: not JSON"),
+    ("[" * 100000 + "\n", "line 1: not JSON"),
+    ('"just text"\n', "line 1: a row is str"),
+    (b'{"text": "\xff"}\n', "line 1: not JSON"),
+    ('{"text": "\\ud800"}\n', "line 1: text is not Unicode"),
+    ('{"messages": []}\n', "line 1: messages must be a list"),
+    ('{"messages": [{"role": "alien", "content": "x"}]}\n', "line 1: role 'alien'; known are user"),
+    ('{"messages": [{"role": "user"}]}\n', "a turn has the fields role"),
+    ('{"text": ""}\n', "no document to write .1 empty rows"),
+    ("", "no document to write"),
+])
+def test_bad_rows_are_named_by_line(preprocess, tmp_path, content, message):
+    with pytest.raises(UserError, match=message):
+        preprocess(content)
+    assert not (tmp_path / "out" / "data.idx").exists()
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_bad_rows_are_skipped_and_counted_on_request(preprocess, capsys):
+    dataset = preprocess('{"text": "a"}\n{}\nnonsense\n{"text": ""}\n{"text": "b"}\n', "--skip_bad_rows")
+    assert [text for text, _ in texts(dataset)] == ["a", "b"]
+    said = capsys.readouterr().out
+    assert "2 bad rows left out" in said and "line 2" in said and "1 empty rows left out" in said
+
+
+def test_other_inputs(preprocess, tmp_path):
+    assert [text for text, _ in texts(preprocess(json.dumps([{"text": "a"}, {"text": "b"}]), name="in.json"))] == ["a", "b"]
+    assert texts(preprocess("one\ntwo", name="in.txt"))[0][0] == "one\ntwo"
+    import gzip
+
+    assert texts(preprocess(gzip.compress(b'{"text": "z"}\n'), name="in.jsonl.gz"))[0][0] == "z"
+    for name, content, message in (("in.csv", "a", "inputs are .jsonl"), ("in.txt", b"\xff", "not UTF-8"),
+                                   ("in.json", "[1,", "not JSON")):
+        with pytest.raises(UserError, match=message):
+            preprocess(content, name=name)
+    with pytest.raises(UserError, match="no such file"):
+        main([str(tmp_path / "nothing.jsonl"), "--output", str(tmp_path / "x")])
+
+
+def test_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"query": ["a", "b"], "response": ["c", "d"]}), tmp_path / "in.parquet")
+    main([str(tmp_path / "in.parquet"), "--output", str(tmp_path / "data"), "--tokenizer", "bytes"])
+    assert [counted for _, counted in texts(BinidxDataset(tmp_path / "data"))] == [" c", " d"]
+    (tmp_path / "bad.parquet").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="not a parquet file"):
+        main([str(tmp_path / "bad.parquet"), "--output", str(tmp_path / "data")])
+
+
+@pytest.mark.parametrize("split, expected", [
+    ("train[:3]", range(3)), ("train[3:5]", range(3, 5)), ("[2:]", range(2, 10)), ("train[-2:]", range(8, 10)),
+    ("train[:20%]", range(2)), ("train[90%:]", range(9, 10)), ("train", range(10)), ("train[4:4]", ()),
+])
+def test_split_selects_rows(tmp_path, split, expected):
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(f"{i}\n" for i in range(10)))
+    chunks = list(read_chunks(path, split))
+    assert [int(item) for chunk in chunks for item in chunk.items] == list(expected)
+    assert all(int(chunk.items[0]) + 1 == chunk.first for chunk in chunks)
+
+
+def test_a_split_that_is_none_is_named(tmp_path):
+    (tmp_path / "in.jsonl").write_text("1\n")
+    with pytest.raises(UserError, match=r"write train, train\[:1000\]"):
+        list(read_chunks(tmp_path / "in.jsonl", "train[oops]"))
+
+
+def test_text_in_pieces_has_the_same_tokens(tmp_path, monkeypatch):
+    import rwkv_peft.data.rows as rows
+
+    text = "".join(f"line {i}\n{'  ' * (i % 3)}\n\n\tx{'é' * (i % 5)}\n" for i in range(200))
+    (tmp_path / "in.txt").write_text(text)
+    monkeypatch.setattr(rows, "CHUNK_BYTES", 64)
+    chunks = list(read_chunks(tmp_path / "in.txt", pieces=True))
+    assert len(chunks) > 8
+    assert main([str(tmp_path / "in.txt"), "--output", str(tmp_path / "data")]) == 0
+    (document,) = BinidxDataset(tmp_path / "data")
+    assert document.tolist() == load_tokenizer("world").encode(text) + [0]
+
+
+def test_workers_do_not_change_the_documents(tmp_path, monkeypatch):
+    import rwkv_peft.data.rows as rows
+
+    monkeypatch.setattr(rows, "CHUNK_BYTES", 256)
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"query": "q" * (i % 9), "response": str(i)}) + "\n" for i in range(60)))
+    settings = EncodeSettings("bytes")
+
+    def encoded(workers):
+        parts = list(encode_all(read_chunks(tmp_path / "in.jsonl"), settings, workers))
+        return [(part.sizes, part.tokens, part.mask) for part in parts]
+
+    assert len(encoded(1)) > 4
+    assert encoded(2) == encoded(1)
+
+
+def test_shuffle_and_repeat(preprocess):
+    rows = [{"query": str(i), "response": str(i)} for i in range(20)]
+    plain = texts(preprocess(rows))
+    shuffled = texts(preprocess(rows, "--shuffle", "1"))
+    assert shuffled != plain and sorted(shuffled) == sorted(plain)
+    assert texts(preprocess(rows, "--shuffle", "1")) == shuffled != texts(preprocess(rows, "--shuffle", "2"))
+    thrice = texts(preprocess(rows, "--shuffle", "1", "--repeat", "3"))
+    assert [sorted(thrice[i: i + 20]) for i in (0, 20, 40)] == [sorted(plain)] * 3
+    assert thrice[:20] != thrice[20:40]
+
+
+def test_without_an_end_token(preprocess):
+    assert preprocess([{"text": "ab"}], "--no-append_eod")[0].tolist() == [98, 99]
+
+
+def test_what_is_said(preprocess, capsys):
+    preprocess([{"query": "a" * i, "response": "b"} for i in range(60)])
+    said = capsys.readouterr().out
+    for words in ("60 documents", "count in the loss (--loss_mask file)", "tokens a document", "up to", "--ctx_len 128",
+                  "--magic_prime"):
+        assert words in said
+
+
+def test_shortening_keeps_the_answer():
+    for prompt, answer, limit in product(range(1, 6), range(1, 6), range(2, 10)):
+        pieces = [(list(range(prompt)), False), (list(range(100, 100 + answer)), True)]
+        excess = max(prompt + answer - limit, 0)
+        (left, _), (right, _) = shorten(pieces, excess)
+        assert len(left) + len(right) == min(prompt + answer, limit)
+        assert left == list(range(prompt))[prompt - len(left):] and len(left) >= 1
+        assert right == list(range(100, 100 + len(right)))
+        assert len(right) == answer or len(left) == 1
+
+
+def test_the_command_ends_a_mistake_with_one_line(tmp_path):
+    result = subprocess.run([sys.executable, "-m", "rwkv_peft.data.preprocess", str(tmp_path / "no.jsonl"),
+                             "--output", str(tmp_path / "x")], capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ") and "no such file" in result.stderr
+
+
+def test_makes_what_another_tool_made(shared_data, tmp_path):
+    main([str(shared_data / "binidx" / "demo.jsonl"), "--output", str(tmp_path / "data")])
+    ours, theirs = BinidxDataset(tmp_path / "data"), BinidxDataset(shared_data / "binidx" / "demo")
+    assert sorted(document.tolist() for document in ours) == sorted(document.tolist() for document in theirs)
