@@ -8,8 +8,8 @@ constexpr int STRIP = 16;
 constexpr int MAX_HEAD_SIZE = 128;
 constexpr int MAX_STRIPS = MAX_HEAD_SIZE / STRIP;
 
-// Past this, a decay exp(-exp(w)) and its derivative are zero as far as float32 can tell.
-constexpr float NO_GRADIENT = 30.0f;
+// Past this exp(w), a decay and its derivative are zero as far as float32 can tell.
+constexpr float NO_GRADIENT = 20.0f;
 
 __device__ __forceinline__ void store(float* p, float x) { *p = x; }
 __device__ __forceinline__ void store(bf16* p, float x) { p->bits = (unsigned short)pack_bf16(x, 0.f); }

@@ -47,12 +47,12 @@ def make_case(B, T, H, N, dtype, *, decay="ordinary", with_state=True, lengths=N
     return Case(r, k, v, w, u, states[0], bounds, gy, states[1])
 
 
-def run(kernels, case):
+def run(kernels, case, stream=None):
     """The kernels' results, in the order of RESULTS, without gstate where there is no state."""
     c = case
-    y, final, checkpoints = cuda.run_forward(kernels, None, c.r, c.k, c.v, c.w, c.u, c.state, c.cu_seqlens, True)
+    y, final, checkpoints = cuda.run_forward(kernels, stream, c.r, c.k, c.v, c.w, c.u, c.state, c.cu_seqlens, True)
     inputs = (c.r, c.k, c.v, c.w, c.u, c.cu_seqlens)
-    gradients = cuda.run_backward(kernels, None, *inputs, checkpoints, c.gy, c.gfinal)
+    gradients = cuda.run_backward(kernels, stream, *inputs, checkpoints, c.gy, c.gfinal)
     return (y, final, *gradients)[: None if c.state is not None else -1]
 
 
@@ -75,7 +75,8 @@ def _differentiate(case, dtype, forward):
         loss = loss + (final * case.gfinal.to(dtype)).sum()
     leaves = [x for x in leaves if x is not None]
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-    gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients)]
+    # gw is 0 times infinity where exp(w) overflows; the true value is 0.
+    gradients = [torch.zeros_like(x) if g is None else g.nan_to_num(nan=0.0) for x, g in zip(leaves, gradients)]
     return [x.detach() for x in (y, final, *gradients)]
 
 

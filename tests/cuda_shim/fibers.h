@@ -74,7 +74,8 @@ struct Copy { void* target; const void* source; };  // 16 bytes; a null source i
 struct Fiber {
     Context context;
     dim3 thread;
-    bool done = false, at_block_barrier = false;
+    bool done = false, at_barrier = false;  // of the block
+    unsigned long barrier_round = 0;        // how often it had opened when the fiber arrived there
     void* published = nullptr;  // what the fiber brings to a warp operation
     std::vector<Copy> copies;   // asynchronous copies under way
 };
@@ -125,9 +126,10 @@ inline void wait(Barrier& barrier, unsigned expected, const std::function<void()
 
 inline void block_barrier() {
     Block& b = block();
-    b.fiber().at_block_barrier = true;
+    b.fiber().at_barrier = true;
+    b.fiber().barrier_round = b.barrier.opened;
     wait(b.barrier, b.threads);
-    b.fiber().at_block_barrier = false;
+    b.fiber().at_barrier = false;
 }
 
 // Every lane publishes an operation's data; the last to arrive performs it for all of them.
@@ -159,14 +161,15 @@ inline void resume(unsigned i) {
 inline void run_warp(unsigned first) {
     Block& b = block();
     const unsigned last = std::min(first + WARP, b.threads);
-    const unsigned long round = b.barrier.opened;
+    const auto stuck = [&](const Fiber& f) {
+        return f.done || (f.at_barrier && f.barrier_round == b.barrier.opened);
+    };
     for (bool again = true; again;) {
         again = false;
         for (unsigned i = first; i < last; i++) {
-            Fiber& f = b.fibers[i];
-            if (f.done || (f.at_block_barrier && b.barrier.opened == round && again)) continue;
+            if (stuck(b.fibers[i])) continue;
             resume(i);
-            again |= !f.done && !f.at_block_barrier;
+            again |= !stuck(b.fibers[i]);
         }
     }
 }

@@ -4,11 +4,13 @@ nvcc makes a library with a C interface where it is installed; else NVRTC, which
 makes a module that the driver loads (cuda_nvrtc.py). Both take one structure, Arguments.
 """
 
+import contextlib
 import ctypes
 import functools
 
 import torch
 
+from . import cuda_nvrtc
 from .build import BuildError, Unit, build_library, find_program, source_directory
 
 SEGMENT = 64  # steps between two saved states; wkv6_arguments.cuh's SEGMENT
@@ -123,7 +125,8 @@ def _launch(function, stream, sequences, **tensors):
         scalar=int(r.dtype == torch.bfloat16),
         device=r.device.index or 0,
     )
-    status = function(ctypes.byref(arguments), stream)
+    with torch.cuda.device(r.device) if r.is_cuda else contextlib.nullcontext():
+        status = function(ctypes.byref(arguments), stream)
     if status != 0:
         raise RuntimeError(f"wkv6: launching the CUDA kernel failed with CUDA error {status}")
 
@@ -144,9 +147,13 @@ def kernels(device):
     try:
         compiler = find_nvcc()
     except BuildError as no_nvcc:
-        from . import cuda_nvrtc
-
-        return cuda_nvrtc.Module(device, f"sm_{major}{minor}", no_nvcc)
+        nvrtc = cuda_nvrtc.find_nvrtc()
+        if nvrtc is None:
+            raise no_nvcc
+        image = cuda_nvrtc.cubin(f"sm_{major}{minor}", headers(), nvrtc)
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()  # makes torch's context the thread's current one
+            return cuda_nvrtc.Module(image)
     return Library(build_library(f"wkv6_cuda_sm{major}{minor}", *recipe(compiler, f"{major}{minor}")))
 
 
@@ -160,7 +167,11 @@ def find_nvcc():
 
 def recipe(compiler, architecture):
     """(units, link command, headers) of the library for one architecture: "80", "90", ..."""
-    sources = source_directory()
     target = (compiler, f"-gencode=arch=compute_{architecture},code=sm_{architecture}")
-    unit = Unit(sources / "wkv6_cuda.cu", (*target, *NVCC_FLAGS))
-    return [unit], (*target, "-shared", "-cudart", "static"), [sources / f"wkv6_{name}.cuh" for name in HEADERS]
+    unit = Unit(source_directory() / "wkv6_cuda.cu", (*target, *NVCC_FLAGS))
+    return [unit], (*target, "-shared", "-cudart", "static"), headers()
+
+
+def headers():
+    """What wkv6_cuda.cu includes."""
+    return [source_directory() / f"wkv6_{name}.cuh" for name in HEADERS]

@@ -1,0 +1,90 @@
+"""Does the shim notice a missing barrier? Removes each barrier and each wait of the CUDA sources in turn, builds the
+rest for the CPU, and compares its results under several orders of the threads with those of the whole.
+
+    python tests/cuda_shim/mutate.py
+
+Prints a line a mutation: `X` for each order that showed it, `.` for each that did not. Exit code 1 where the whole
+differs between orders, or a mutation went unnoticed.
+"""
+
+import concurrent.futures
+import multiprocessing
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import cases
+import shim
+import torch
+
+from rwkv_peft.ops.build import source_directory
+
+MUTATED = re.compile(r"(__syncthreads|cp_async_wait_all)\(\);")
+SECONDS = 60  # a build and its runs; a mutation may also hang
+
+
+def main():
+    torch.set_num_threads(1)
+    sources = source_directory()
+    sites = [(path.name, m.span(), m.group()) for path in sorted(sources.glob("wkv6_*.cuh"))
+             if path.name != "wkv6_ptx.cuh" for m in MUTATED.finditer(path.read_text())]
+    good = True
+    with tempfile.TemporaryDirectory() as work, concurrent.futures.ThreadPoolExecutor(2) as pool:
+        jobs = [None, *sites]
+        results = pool.map(lambda job: examine(sources, Path(work), job), jobs)
+        for job, result in zip(jobs, results):
+            noticed = "X" in result
+            good &= noticed != (job is None)
+            print(f"{result}  {describe(sources, job)}{'' if noticed != (job is None) else '   <-- unexpected'}", flush=True)
+    print(f"orders: {', '.join(shim.ORDERS)}")
+    return 0 if good else 1
+
+
+def describe(sources, site):
+    if site is None:
+        return "nothing removed"
+    name, (start, _), text = site
+    line = (sources / name).read_text()[:start].count("\n") + 1
+    return f"{name}:{line} without {text}"
+
+
+def examine(sources, work, site):
+    """One letter an order: X where the results are wrong, or there are none."""
+    folder = Path(tempfile.mkdtemp(dir=work))
+    for path in (*sources.glob("wkv6_*.cuh"), sources / "wkv6_cuda.cu"):
+        shutil.copy(path, folder)
+    if site is not None:
+        name, (start, end), text = site
+        source = (folder / name).read_text()
+        (folder / name).write_text(source[:start] + " " * (end - start) + source[end:])
+    shim.build(folder, cache=folder)
+    return "".join(run_alone(folder, order) for order in shim.ORDERS)
+
+
+def run_alone(folder, order):
+    """In a process of its own, since a mutated kernel may hang or abort."""
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=compare, args=(folder, order))
+    process.start()
+    process.join(SECONDS)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+    return "." if process.exitcode == 0 else "X"
+
+
+def compare(folder, order):
+    torch.set_num_threads(1)
+    whole, mutated = shim.build(), shim.build(folder, cache=folder)
+    mutated.set_order(order)
+    for N, dtype in ((64, torch.bfloat16), (40, torch.float32)):
+        case = cases.make_case(1, 129, 1, N, dtype, lengths=[81, 48])
+        for x, expected in zip(cases.run(mutated, case), cases.run(whole, case)):
+            if not torch.equal(x, expected):
+                sys.exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
