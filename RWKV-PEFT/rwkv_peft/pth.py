@@ -1,6 +1,7 @@
 """Reading .pth files safely: tensors alone, memory-mapped, each way of being broken with its own words."""
 
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -28,15 +29,17 @@ def read_pth(path):
     if not zipped and not head.startswith(b"\x80"):
         raise UserError(f"{path} is not a PyTorch checkpoint (it is neither a zip archive nor a pickle)")
     try:
-        # files from before torch 1.6 are bare pickles, which cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # what it leads to is told below
+            # files from before torch 1.6 are bare pickles, which cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
-        if "Weights only load failed" in str(error):
+        if any(sign in str(error) for sign in ("Unsupported global", "Unsupported class", "Trying to ")):
             raise UserError(
                 f"{path} holds code or objects besides tensors, which a checkpoint must not; nothing of it "
                 "was run. Ask its author for a plain state dict"
             ) from error
-        raise UserError(f"{path} is damaged: {_first_line(error)}; download or copy it again") from error
+        raise UserError(f"{path} is damaged, or no PyTorch checkpoint; download or copy it again") from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise UserError(f"{path} cannot be read as a PyTorch checkpoint: {_first_line(error)}") from error
 

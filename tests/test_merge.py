@@ -1,0 +1,389 @@
+"""Merging: exact arithmetic, the base's keys and dtypes, every adapter tensor accounted for, clear refusals."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rwkv_peft import merge_cli
+from rwkv_peft.adapters import delta
+from rwkv_peft.checkpoint import AdapterMetadata, fingerprint, load_base, read_adapter, save_adapter, save_model
+from rwkv_peft.errors import UserError
+from rwkv_peft.foreign import write_rwkv_peft
+from rwkv_peft.merge import Merge, MergeOptions, merge_state_dict
+
+ROOT = Path(__file__).resolve().parents[1]
+VARIANTS = ("bone", "bone-mini", "bat-in", "bat-out", "lora", "pissa", "olora", "lora-ga")
+TARGETS = ("att.key", "att.output", "ffn.key", "ffn.value")
+RANK = 8
+
+
+def params_of(variant, out, inner, rank=RANK, std=0.05, seed=0):
+    """Random tensors of one adapted layer."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return std * torch.randn(shape, generator=generator)
+
+    if variant in ("bone", "bone-mini"):
+        return {"bone": random(rank, out if variant == "bone" else 4)}
+    if variant in ("bat-in", "bat-out"):
+        return {"bone": random((inner if variant == "bat-in" else out) // rank, rank, rank)}
+    factors = {"lora_A": random(rank, inner), "lora_B": random(out, rank)}
+    return factors if variant == "lora" else factors | {"init_lora_A": random(rank, inner), "init_lora_B": random(out, rank)}
+
+
+def adapter_of(variant, base, targets=TARGETS, seed=0, **changes):
+    """{key: tensor} and metadata of a random adapter on a base."""
+    modules = [key.removesuffix(".weight") for key in base if key.endswith(tuple(f"{target}.weight" for target in targets))]
+    tensors = {f"{module}.{name}": tensor for number, module in enumerate(modules)
+               for name, tensor in params_of(variant, *base[f"{module}.weight"].shape, seed=seed + number).items()}
+    values = {"variant": variant, "rank": RANK, "scale": 0.5 if "lora" in variant or variant == "pissa" else 1.0,
+              "base_fingerprint": fingerprint(base)} | changes
+    return tensors, AdapterMetadata(**values)
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_state):
+    """A folder with base.pth (bfloat16)."""
+    save_model(tmp_path / "base.pth", tiny_state(dtype=torch.bfloat16))
+    return tmp_path
+
+
+def run(folder, *flags, adapter="a.safetensors", output="merged.pth"):
+    """Run merge_bone.py's main inside the folder; returns the merged state dict."""
+    argv = ["--base_model", folder / "base.pth", "--bone_checkpoint", folder / adapter, "--output", folder / output, *flags]
+    assert merge_cli.main([str(word) for word in argv]) == 0
+    return load_base(folder / output)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("scale", [1.0, 0.3, -1.0])
+def test_merged_weights_are_base_plus_delta_cast_once(folder, variant, scale):
+    base = load_base(folder / "base.pth")
+    tensors, metadata = adapter_of(variant, base)
+    save_adapter(folder / "a.safetensors", tensors, metadata)
+    merged = run(folder, "--scale", scale, "--output_dtype", "fp32", "--verify")
+    assert list(merged) == list(base)
+    modules = read_adapter(folder / "a.safetensors").modules()
+    for key, tensor in base.items():
+        params = modules.get(key.removesuffix(".weight"))
+        if params is None:
+            assert torch.equal(merged[key], tensor.float())
+            continue
+        exact = tensor.double() + scale * delta(variant, tensor.double(), params, scale=metadata.scale)
+        # residual variants subtract from a base rounded to bfloat16, as training does
+        tolerance = 1e-2 if variant in ("pissa", "olora", "lora-ga") else 1e-5
+        torch.testing.assert_close(merged[key].double(), exact, rtol=tolerance, atol=tolerance)
+        assert (merged[key] - tensor.float()).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_output_has_the_base_keys_order_shapes_and_dtypes(tmp_path, tiny_state, dtype):
+    save_model(tmp_path / "base.pth", tiny_state(dtype=dtype))
+    base = load_base(tmp_path / "base.pth")
+    save_adapter(tmp_path / "a.safetensors", *adapter_of("bat-in", base))
+    merged = run(tmp_path)
+    assert [(key, tensor.shape, tensor.dtype) for key, tensor in merged.items()] == [
+        (key, tensor.shape, tensor.dtype) for key, tensor in base.items()]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bands_of_rows_give_the_whole_result(tiny_state, variant, monkeypatch):
+    base = tiny_state(dim_ffn=104)
+    adapter = read_back(*adapter_of(variant, base))
+    whole = merge_state_dict(base, [("a", adapter)])
+    monkeypatch.setattr("rwkv_peft.merge.BAND", 1000)
+    banded = merge_state_dict(base, [("a", adapter)])
+    for key in base:
+        torch.testing.assert_close(banded[key], whole[key], rtol=1e-5, atol=1e-6)
+
+
+def read_back(tensors, metadata):
+    from rwkv_peft.checkpoint import Adapter
+
+    return Adapter(tensors, metadata)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_unmerge_recovers_the_base(tiny_state, variant, scale):
+    base = tiny_state()
+    adapters = [("a", read_back(*adapter_of(variant, base))), ("b", read_back(*adapter_of("bat-in", base, seed=7)))]
+    merged = merge_state_dict(base, adapters, MergeOptions(scale=scale))
+    back = merge_state_dict(merged, adapters, MergeOptions(scale=scale, unmerge=True))
+    assert any((merged[key] - base[key]).abs().max() > 0.1 for key in base)
+    for key in base:
+        torch.testing.assert_close(back[key], base[key], rtol=1e-4, atol=2e-5)
+
+
+def test_unmerge_refuses_what_it_cannot_restore(folder):
+    base = load_base(folder / "base.pth")
+    save_adapter(folder / "a.safetensors", {"blocks.0.ln1.weight": torch.ones(64)}, AdapterMetadata("none"))
+    with pytest.raises(UserError, match="replaced whole"):
+        run(folder, "--unmerge")
+    tensors, metadata = adapter_of("bat-in", base)
+    singular = {key: -torch.eye(RANK).expand_as(tensor).contiguous() for key, tensor in tensors.items()}
+    save_adapter(folder / "a.safetensors", singular, metadata)
+    with pytest.raises(UserError, match="no inverse"):
+        run(folder, "--unmerge")
+
+
+def test_several_adapters_apply_in_order(folder):
+    base = load_base(folder / "base.pth")
+    save_adapter(folder / "a.safetensors", *adapter_of("bat-in", base))
+    first = run(folder, "--output_dtype", "fp32", output="first.pth")
+    tensors, metadata = adapter_of("bat-out", base, seed=5)
+    between = run(folder, output="between.pth")  # what the second adapter's training started from
+    save_adapter(folder / "b.safetensors", tensors, AdapterMetadata("bat-out", RANK, base_fingerprint=fingerprint(between)))
+    argv = ["--base_model", folder / "base.pth", "--bone_checkpoint", folder / "a.safetensors", folder / "b.safetensors",
+            "--output", folder / "both.pth", "--output_dtype", "fp32"]
+    merge_cli.main([str(word) for word in argv])
+    both = load_base(folder / "both.pth")
+    expected = merge_state_dict(first, [("b", read_back(tensors, metadata))])
+    for key in base:
+        torch.testing.assert_close(both[key], expected[key], rtol=1e-5, atol=1e-6)
+    argv[3:5] = argv[4:2:-1]
+    with pytest.raises(UserError, match="another base"):
+        merge_cli.main([str(word) for word in argv])
+
+
+def test_whole_tensors_take_the_place_of_the_base(folder):
+    base = load_base(folder / "base.pth")
+    whole = {"blocks.1.att.time_decay": torch.randn(1, 1, 64), "head.weight": torch.randn(80, 64)}
+    save_adapter(folder / "a.safetensors", whole | adapter_of("bone", base)[0], AdapterMetadata("bone", RANK))
+    merged = run(folder, "--output_dtype", "fp32")
+    for key, tensor in whole.items():
+        assert torch.equal(merged[key], tensor)
+
+
+def test_time_states_are_added_at_the_end(folder):
+    states = {f"blocks.{i}.att.time_state": torch.randn(4, 16, 16) for i in range(2)}
+    torch.save(states, folder / "state.pth")
+    merged = run(folder, adapter="state.pth")
+    assert list(merged)[-2:] == list(states)
+    assert torch.equal(merged["blocks.1.att.time_state"], states["blocks.1.att.time_state"].bfloat16())
+
+
+# Files of other tools
+
+
+def foreign(tensors, rename):
+    return {key.replace(".bone", rename): tensor for key, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("variant, suffix, targets, mode", [
+    ("bat-in", ".bone", TARGETS, None),
+    ("bat-out", ".bone", TARGETS, None),
+    ("bat-in", ".bone", ("att.key",), "bat"),
+    ("bat-in", ".bone", ("att.key",), "bat-in"),
+    ("bat-out", ".bone", ("att.key",), "bat-out"),
+    ("bat-in", ".disha", ("att.key",), None),
+    ("bone", ".bone", TARGETS, None),
+    ("bone", ".disha", TARGETS, None),
+    ("oldest", ".bone", TARGETS, None),
+])
+def test_flat_files_of_rwkv_peft_merge(folder, variant, suffix, targets, mode):
+    base = load_base(folder / "base.pth")
+    actual = "bat-out" if variant == "oldest" else variant
+    tensors, metadata = adapter_of(actual, base, targets)
+    expected = merge_state_dict(base, [("a", read_back(tensors, metadata))])
+    if variant == "oldest":
+        tensors = {key: tensor.reshape(-1, RANK) for key, tensor in tensors.items()}
+    torch.save(foreign(tensors, suffix), folder / "a.pth")
+    merged = run(folder, *(("--bone_mode", mode) if mode else ()), adapter="a.pth")
+    assert all(torch.equal(merged[key], expected[key]) for key in base)
+
+
+def test_an_ambiguous_variant_is_asked_for(folder):
+    tensors, _ = adapter_of("bat-in", load_base(folder / "base.pth"), ("att.key",))
+    torch.save(tensors, folder / "a.pth")
+    with pytest.raises(UserError, match="give --bone_mode"):
+        run(folder, adapter="a.pth")
+
+
+def test_lora_and_pissa_files_of_rwkv_peft_merge(folder):
+    base = load_base(folder / "base.pth")
+    tensors, metadata = adapter_of("lora", base)
+    torch.save(tensors, folder / "a.pth")
+    with pytest.raises(UserError, match="--lora_alpha"):
+        run(folder, adapter="a.pth")
+    merged = run(folder, "--lora_alpha", 4, adapter="a.pth")
+    expected = merge_state_dict(base, [("a", read_back(tensors, metadata))])  # scale 4 / 8
+    assert all(torch.equal(merged[key], expected[key]) for key in base)
+
+    tensors, metadata = adapter_of("pissa", base, scale=1.0)
+    paths = write_rwkv_peft(folder / "p.pth", read_back(tensors, metadata))
+    assert [path.name for path in paths] == ["p.pth", "init_p.pth"]
+    merged = run(folder, "--lora_init", folder / "init_p.pth", adapter="p.pth")
+    expected = merge_state_dict(base, [("a", read_back(tensors, metadata))])
+    assert all(torch.equal(merged[key], expected[key]) for key in base)
+    torch.save({key: tensor for key, tensor in list(load_flat(folder / "init_p.pth").items())[:-1]}, folder / "short.pth")
+    with pytest.raises(UserError, match="is not the init file"):
+        run(folder, "--lora_init", folder / "short.pth", adapter="p.pth")
+
+
+def load_flat(path):
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("variant", ["bone", "bat-in", "lora", "pissa"])
+@pytest.mark.parametrize("parameter", ["disha", "bone"])
+def test_export_to_rwkv_peft_and_back(folder, variant, parameter):
+    base = load_base(folder / "base.pth")
+    tensors, metadata = adapter_of(variant, base, scale=1.0)
+    whole = {"blocks.0.ln1.weight": torch.randn(64)}
+    write_rwkv_peft(folder / "flat.pth", read_back(tensors | whole, metadata), parameter)
+    init = folder / "init_flat.pth" if variant == "pissa" else None
+    back = read_adapter(folder / "flat.pth", base=base, init=init, alpha=RANK if variant == "lora" else None)
+    assert back.metadata.variant == variant and set(back.tensors) == set(tensors | whole)
+    assert all(torch.equal(back.tensors[key], tensor) for key, tensor in (tensors | whole).items())
+
+
+def test_export_refuses_what_rwkv_peft_does_not_have(folder):
+    tensors, metadata = adapter_of("bat-out", load_base(folder / "base.pth"))
+    with pytest.raises(UserError, match="no bat-out"):
+        write_rwkv_peft(folder / "flat.pth", read_back(tensors, metadata))
+
+
+@pytest.mark.parametrize("kind, init, variant", [
+    ("BONE", True, "bone"), ("BONE", "bat", "bat-out"), ("BONE", True, "bat-out"),
+    ("MISS", True, "bone"), ("MISS", "bat", "bat-out"), ("MISS", "mini", "bone-mini"), ("LORA", True, "lora")])
+@pytest.mark.parametrize("official", [True, False])
+def test_folders_of_hugging_face_peft_merge(folder, kind, init, variant, official):
+    base = load_base(folder / "base.pth")
+    tensors, metadata = adapter_of(variant, base)
+    peft = {}
+    for key, tensor in tensors.items():
+        key = key.replace(".bone", f".{kind.lower()}_block").replace("lora_A", "lora_A.weight").replace("lora_B", "lora_B.weight")
+        if not official:
+            key = "rwkv." + key.replace(".att.", ".attention.").replace(".ffn.", ".feed_forward.")
+        peft[f"base_model.model.{key}"] = tensor
+    (folder / "hf").mkdir()
+    save_file(peft, folder / "hf" / "adapter_model.safetensors")
+    config = {"peft_type": kind, "r": RANK, "init_weights": init, "mini_r": 4, "lora_alpha": 4, "init_lora_weights": True}
+    (folder / "hf" / "adapter_config.json").write_text(json.dumps(config))
+    merged = run(folder, adapter="hf")
+    expected = merge_state_dict(base, [("a", read_back(tensors, metadata))])
+    assert all(torch.equal(merged[key], expected[key]) for key in base)
+
+
+@pytest.mark.parametrize("config, message", [
+    ({"peft_type": "IA3", "r": 4}, "IA3 adapter"),
+    ({"peft_type": "LORA", "r": 4, "lora_alpha": 4, "use_dora": True}, "use_dora"),
+    ({"peft_type": "LORA", "r": 4, "lora_alpha": 4, "init_lora_weights": "pissa"}, "pissa"),
+    (None, "does not exist"),
+])
+def test_folders_that_cannot_be_merged_are_refused(folder, config, message):
+    (folder / "hf").mkdir()
+    save_file({"base_model.model.blocks.0.att.key.bone_block": torch.ones(4, 64)}, folder / "hf" / "adapter_model.safetensors")
+    if config:
+        (folder / "hf" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        run(folder, adapter="hf")
+
+
+# Refusals
+
+
+def test_an_adapter_of_another_base_is_refused(folder, tiny_state):
+    save_adapter(folder / "a.safetensors", *adapter_of("bat-in", tiny_state(seed=9)))
+    with pytest.raises(UserError, match="trained on another base"):
+        run(folder)
+    run(folder, "--any_base")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: {f"model.{key}": value for key, value in t.items()}, "no place in the base"),
+    (lambda t: {key.replace("blocks.1", "blocks.7"): value for key, value in t.items()}, "no place in the base"),
+    (lambda t: {key: value[:-1] for key, value in t.items()}, "needs .*trained on another model"),
+    (lambda t: {key: torch.zeros_like(value) for key, value in t.items()}, "changes nothing"),
+    (lambda t: t | {"blocks.0.ln1.weight": torch.ones(3)}, "has shape .3,."),
+    (lambda t: t | {"blocks.0.att.key.lora_A": torch.ones(3, 3)}, "holds"),
+])
+def test_adapters_that_do_not_fit_are_refused_and_leave_no_file(folder, change, message):
+    tensors, metadata = adapter_of("bat-in", load_base(folder / "base.pth"))
+    save_adapter(folder / "a.safetensors", change(tensors), metadata)
+    before = sorted(os.listdir(folder))
+    with pytest.raises(UserError, match=message):
+        run(folder)
+    assert sorted(os.listdir(folder)) == before
+
+
+def test_a_result_that_is_not_finite_is_refused(folder):
+    tensors, metadata = adapter_of("bat-in", load_base(folder / "base.pth"))
+    save_adapter(folder / "a.safetensors", {key: tensor * 1e7 for key, tensor in tensors.items()}, metadata)
+    with pytest.raises(UserError, match="holds NaN or Inf, after the merge.*too large for float16"):
+        run(folder, "--output_dtype", "fp16")
+    assert not (folder / "merged.pth").exists()
+    with pytest.raises(ValueError, match="NaN"):
+        save_adapter(folder / "a.safetensors", {key: tensor * float("inf") for key, tensor in tensors.items()}, metadata)
+
+
+def test_inputs_are_never_overwritten(folder):
+    base = load_base(folder / "base.pth")
+    save_adapter(folder / "a.safetensors", *adapter_of("bat-in", base))
+    os.link(folder / "base.pth", folder / "link.pth")
+    for output in ("base.pth", "link.pth"):
+        with pytest.raises(UserError, match="must not be overwritten"):
+            run(folder, output=output)
+    with pytest.raises(UserError, match="ends in .pth"):
+        run(folder, output="a.safetensors")
+
+
+def test_a_full_disk_is_noticed_before_the_work(folder, monkeypatch):
+    save_adapter(folder / "a.safetensors", *adapter_of("bat-in", load_base(folder / "base.pth")))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: os.terminal_size((1, 1)) and type("Usage", (), {"free": 10}))
+    with pytest.raises(UserError, match="10 free"):
+        run(folder)
+
+
+def test_dry_run_writes_nothing_and_reports_all(folder, capsys):
+    save_adapter(folder / "a.safetensors", *adapter_of("bat-in", load_base(folder / "base.pth")))
+    before = sorted(os.listdir(folder))
+    merge_cli.main(["--base_model", str(folder / "base.pth"), "--lora_checkpoint", str(folder / "a.safetensors"), "--dry_run"])
+    text = capsys.readouterr().out
+    assert sorted(os.listdir(folder)) == before
+    assert "bat-in rank 8 on 8 layers" in text and "changed 8 of 62 tensors" in text and "cast to bfloat16 lost" in text
+
+
+def test_the_report_measures_change_and_loss(tiny_state):
+    base = {key: tensor.bfloat16() for key, tensor in tiny_state().items()}
+    adapter = read_back(*adapter_of("bone", base, ("att.key",)))
+    reports = []
+    merged = merge_state_dict(base, [("a", adapter)], reports=reports)
+    assert [report.key for report in reports] == ["blocks.0.att.key.weight", "blocks.1.att.key.weight"]
+    for report in reports:
+        weight, params = base[report.key].double(), adapter.modules()[report.key.removesuffix(".weight")]
+        change = delta("bone", weight, params)
+        assert report.change == pytest.approx((change.norm() / weight.norm()).item(), rel=1e-3)
+        lost = (merged[report.key].double() - weight - change).norm() / change.norm()
+        assert report.lost == pytest.approx(lost.item(), rel=1e-2) and report.lost > 1e-3
+
+
+def test_verify_notices_a_file_that_does_not_read_back(folder):
+    base = load_base(folder / "base.pth")
+    tensors, metadata = adapter_of("bat-in", base)
+    save_adapter(folder / "a.safetensors", tensors, metadata)
+    merged = dict(run(folder))
+    merged["head.weight"] = merged["head.weight"] + 1
+    save_model(folder / "other.pth", merged)
+    with pytest.raises(UserError, match="does not read back"):
+        merge_cli.verify(folder / "other.pth", Merge(base, [("a", read_back(tensors, metadata))]), folder / "base.pth")
+
+
+def test_the_command_exits_with_2_and_one_message(folder):
+    base = load_base(folder / "base.pth")
+    save_adapter(folder / "a.safetensors", *adapter_of("bat-in", base))
+    command = [sys.executable, ROOT / "merge_bone.py", "--base_model", folder / "base.pth", "--output", folder / "m.pth"]
+    good = subprocess.run([*command, "--bone_checkpoint", folder / "a.safetensors"], capture_output=True, text=True)
+    assert good.returncode == 0 and not good.stderr and "wrote" in good.stdout
+    for flags in (["--bone_checkpoint", folder / "none.pth"], ["--bone_chekpoint", folder / "a.safetensors"]):
+        bad = subprocess.run([*command, *flags], capture_output=True, text=True)
+        assert bad.returncode == 2
+        assert bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1
