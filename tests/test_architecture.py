@@ -23,6 +23,7 @@ PARTS = (
     ("checkpoint", ("checkpoint", "atomic", "pth", "pth_writer", "adapter_file", "foreign", "names"), ("base",)),
     ("data", ("data",), ("base",)),
     ("merge", ("merge", "merge_cli"), ("adapters", "checkpoint")),
+    ("check", ("check",), ("model", "adapters", "checkpoint")),
     ("convert", ("convert",), ("checkpoint",)),
     ("generate", ("generate",), ("model", "checkpoint", "data")),
     ("evals", ("evals",), ("generate",)),
@@ -112,10 +113,10 @@ def test_the_arrows_have_no_circle():
         assert all(name not in reachable(other) for other in imports)
 
 
-def test_model_and_adapters_meet_in_the_run_alone():
+def test_model_and_adapters_meet_in_the_run_and_its_check_alone():
     both = [module_of(path) for path in FILES
             if {"model", "adapters"} <= {part_of(module) for module in package_imports(path)}]
-    assert both == [("training", "run")]
+    assert both == [("check",), ("training", "run")]
 
 
 def test_heavy_packages_are_imported_by_the_files_whose_job_they_are():

@@ -1,0 +1,118 @@
+"""How many held-out questions does a model answer exactly?
+
+    python demo/evaluate.py --model demo/rwkv6-demo.pth --questions heldout.jsonl
+    python demo/evaluate.py --model merged.pth --questions heldout.jsonl --runtime rwkv --at_least 0.9
+
+Reads the .pth of a byte-vocabulary model with this package, or with the `rwkv` package from PyPI (--runtime rwkv),
+continues each prompt greedily up to the end of the line, and compares with the completion letter by letter.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-PEFT"))
+
+from rwkv_peft.checkpoint import load_base, model_config_from_state  # noqa: E402
+from rwkv_peft.cli import Parser  # noqa: E402
+from rwkv_peft.data.tokenizer import load_tokenizer  # noqa: E402
+from rwkv_peft.errors import UserError, exit_on_user_error  # noqa: E402
+from rwkv_peft.model import RWKV6  # noqa: E402
+
+LONGEST = 80  # tokens of an answer
+
+
+def read_questions(path, limit):
+    """[(prompt, completion)] of the first `limit` lines of a .jsonl; UserError where it is missing or malformed."""
+    if not Path(path).is_file():
+        raise UserError(f"--questions {path}: no such file; make it with demo/task.py heldout")
+    questions = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines()[:limit], start=1):
+        try:
+            row = json.loads(line)
+            questions.append((row["prompt"], row["completion"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number}: needs an object with prompt and completion ({error!r})") from error
+    if not questions:
+        raise UserError(f"{path} holds no question")
+    return questions
+
+
+@torch.inference_mode()
+def answer(path, prompts, stop):
+    """Greedy continuations (lists of ids) of prompts (lists of ids) by this package: all prompts at once.
+
+    The prompts are packed into one row for the first pass, which leaves one state each; then all advance together.
+    Each answer ends with its first id in `stop`.
+    """
+    state = load_base(path)
+    model = RWKV6(model_config_from_state(state))
+    model.load_state_dict(state, strict=True)
+    ends = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0)
+    bounds = torch.cat([ends.new_zeros(1), ends])
+    logits, memory = model(torch.tensor([token for prompt in prompts for token in prompt])[None], cu_seqlens=bounds)
+    tokens = logits[0, ends - 1].argmax(-1)  # (n,)
+    answers = [tokens]
+    while len(answers) < LONGEST:
+        logits, memory = model(tokens[:, None], memory)
+        tokens = logits[:, -1].argmax(-1)
+        answers.append(tokens)
+    return [until(answer, stop) for answer in torch.stack(answers, dim=1).tolist()]
+
+
+def answer_with_rwkv(path, prompts, stop):
+    """The same by the `rwkv` package in float32, one prompt after the other."""
+    os.environ["RWKV_V7_ON"] = "0"  # the package would take every model for an RWKV-7
+    from rwkv.model import RWKV
+
+    model = RWKV(model=str(Path(path).with_suffix("")), strategy="cpu fp32", verbose=False)
+    answers = []
+    for prompt in prompts:
+        logits, memory = model.forward(prompt, None)
+        tokens = [int(logits.argmax())]
+        while len(tokens) < LONGEST and tokens[-1] not in stop:
+            logits, memory = model.forward(tokens[-1:], memory)
+            tokens.append(int(logits.argmax()))
+        answers.append(tokens)
+    return answers
+
+
+def until(tokens, stop):
+    """tokens up to the first one in `stop`, included."""
+    return tokens[:next((i + 1 for i, token in enumerate(tokens) if token in stop), len(tokens))]
+
+
+def build_parser():
+    parser = Parser(prog="demo/evaluate.py", description="Exact match of a model's answers to held-out questions.")
+    parser.add_argument("--model", required=True, metavar="PTH")
+    parser.add_argument("--questions", required=True, metavar="JSONL", help="from demo/task.py heldout")
+    parser.add_argument("--limit", type=int, default=200, help="questions asked")
+    parser.add_argument("--runtime", default="rwkv_peft", choices=("rwkv_peft", "rwkv"), help="what runs the model")
+    parser.add_argument("--examples", type=int, default=3, help="questions shown with their answers")
+    parser.add_argument("--at_least", type=float, default=0.0, help="exit with 1 below this share of exact answers")
+    return parser
+
+
+def main(argv):
+    """Print the examples and the score; 0, or 1 below --at_least."""
+    args = build_parser().parse_args(argv)
+    questions = read_questions(args.questions, args.limit)
+    tokenizer = load_tokenizer("bytes")
+    prompts = [tokenizer.encode(prompt) for prompt, _ in questions]
+    stop = {tokenizer.end_id, *tokenizer.encode("\n")}
+    run = answer_with_rwkv if args.runtime == "rwkv" else answer
+    answers = [tokenizer.decode([token for token in tokens if token != tokenizer.end_id])
+               for tokens in run(args.model, prompts, stop)]
+    for (prompt, _), given in list(zip(questions, answers))[:args.examples]:
+        print("\n".join(f"    {line}" for line in (prompt + given.rstrip("\n")).splitlines()) + "\n")
+    exact = sum(given == wanted for (_, wanted), given in zip(questions, answers))
+    share = exact / len(questions)
+    print(f"exact match {share:.1%}: {exact} of {len(questions)} held-out questions, {args.model} in {args.runtime}")
+    return int(share < args.at_least)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
