@@ -1,10 +1,11 @@
 """bat-out: block affine by output block, W'_ab = W_ab + W_ab B_a + B_a.
 
 B_a stands to the right of every block of output row a, so its effect on the activations differs
-for each a: the activation side costs a second product with W, where the weight side costs
-2 in out r FLOPs for each time that W' is built. Hence the weight side from about T = rank/2 on.
-It builds W' a few output blocks at a time, in forward and again in backward, and never holds it
-whole; the floor is 6 T in out, because the gradient of B_a needs that of W'.
+for each a: the activation side costs 4 T in out FLOPs besides the product with W, where the weight
+side costs 2 in out r to build W'. Hence the weight side from T = rank/2 on. Backward is on the
+weight side always: the gradient of B_a needs that of W', which makes 6 T in out the floor of a
+training step. It rebuilds W' a few output blocks at a time and never holds it whole; between
+forward and backward only x lives.
 """
 
 import torch
@@ -33,15 +34,16 @@ class _BatOut(Function):
     def forward(ctx, x, weight, bias, bone, product, side):
         ctx.product = product
         ctx.save_for_backward(x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None, weight, bone)
-        out_features, in_features = product.shape(weight)
-        y = x.new_empty(x.shape[0], out_features)
-        total = shard_sum(x, bone.shape[-1]) if side == "activation" else None
-        for blocks, rows in _row_chunks(bone, in_features):
-            if side == "weight":
-                torch.mm(x, _merge_rows(product.rows(weight, rows, x.dtype), bone[blocks]).t(), out=y[:, rows])
-            else:
-                y[:, rows] = _activation_rows(x, total, product.rows(weight, rows, x.dtype), bone[blocks])
-        return y if bias is None else y.add_(bias.to(y.dtype))
+        if side == "weight":
+            # Whole, and not by chunks as in backward: one product, the same as without an adapter, keeps a
+            # fresh adapter's output bitwise equal.
+            merged = _merge_rows(product.rows(weight, slice(0, product.shape(weight)[0]), x.dtype), bone)
+            return DENSE.forward(x, merged, bias)
+        y = product.forward(x, weight, bias)
+        total = shard_sum(x, bone.shape[-1])
+        for blocks, rows in _row_chunks(bone, product.shape(weight)[1]):
+            y[:, rows] += _activation_rows(x, total, product.rows(weight, rows, x.dtype), bone[blocks])
+        return y
 
     @staticmethod
     @once_differentiable
@@ -90,10 +92,9 @@ def _merge_rows(rows, bone):
 
 
 def _activation_rows(x, total, rows, bone):
-    """x W'ᵀ for some output blocks by W_a (x_b + B_a x_b) + B_a Σ_b x_b: -> (T, a r)."""
+    """What some output blocks add to x Wᵀ, as W_a (B_a x_b)_b + B_a Σ_b x_b: -> (T, a r)."""
     rank = bone.shape[-1]
-    shards = split_shards(x, rank)  # (T, in/r, r)
-    z = torch.einsum("tbj,aij->atbi", shards, bone).add_(shards).flatten(2)  # (a, T, in)
-    y = torch.bmm(z, rows.view(-1, rank, rows.shape[1]).transpose(1, 2))  # (a, T, r)
+    u = torch.einsum("tbj,aij->atbi", split_shards(x, rank), bone).flatten(2)  # (a, T, in)
+    y = torch.bmm(u, rows.view(-1, rank, rows.shape[1]).transpose(1, 2))  # (a, T, r)
     y += torch.einsum("tj,aij->ati", total, bone)
     return y.transpose(0, 1).flatten(1)

@@ -1,0 +1,84 @@
+"""Adapters on a quantized weight: the same laws, and no dequantized copy that lives on."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from rwkv_peft.adapters import ADAPTERS, inject, merged
+from rwkv_peft.adapters import quant as quant_module
+from rwkv_peft.adapters.functional import linear
+from rwkv_peft.adapters.quant import QuantizedProduct, quantize, roundtrip
+
+pytest.importorskip("bitsandbytes")
+KINDS = ("nf4", "int8")
+
+
+@pytest.mark.parametrize("kind, limit", [("nf4", 0.11), ("int8", 0.015)])
+def test_quantization_errs_as_much_as_its_bits_allow(kind, limit):
+    weight = torch.randn(96, 80, generator=torch.Generator().manual_seed(0))
+    assert (roundtrip(weight, kind) - weight).norm() <= limit * weight.norm()
+
+
+@pytest.mark.parametrize("kind, bits", [("nf4", 4.5), ("int8", 8.125)])
+def test_a_quantized_layer_holds_the_quantized_weight_alone(kind, bits, adapt):
+    layer = adapt(nn.Linear(256, 128, bias=False), "bat-in", quant=kind)
+    held = [t for t in (*layer.parameters(), *layer.buffers()) if t is not layer.bone]
+    assert sum(t.numel() * t.element_size() for t in held) == 256 * 128 * bits / 8
+    assert set(layer.state_dict()) == {"bone"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", ADAPTERS)
+def test_forward_backward_and_merge_agree_with_the_dequantized_weight(variant, kind, adapt):
+    base = nn.Linear(20, 12)
+    original = base.weight.detach().clone()
+    layer = adapt(base, variant, quant=kind)
+    x = torch.randn(2, 5, 20, requires_grad=True)
+    y = layer(x)
+    torch.testing.assert_close(y, F.linear(x, layer.merged_weight(), layer.bias))
+    (gradient,) = torch.autograd.grad(y.square().sum(), x)
+    torch.testing.assert_close(gradient, 2 * y @ layer.merged_weight(), rtol=1e-4, atol=1e-5)
+    params = {name: t.detach() for name, t in layer.adapter_tensors().items()}
+    assert torch.equal(merged(variant, original, params, scale=layer.scale, quant=kind), layer.merged_weight())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_do_not_begin_a_block_and_small_chunks(kind, monkeypatch):
+    weight = torch.randn(30, 10)
+    whole = roundtrip(weight, kind)
+    packed, scales = quantize(weight, kind)
+    product = QuantizedProduct(kind, weight.shape, scales)
+    for start, stop in ((0, 30), (1, 2), (7, 29), (13, 30)):
+        assert torch.equal(product.rows(packed, slice(start, stop), torch.float32), whole[start:stop])
+    monkeypatch.setattr(quant_module, "ROW_ELEMENTS", 70)
+    z, g = torch.randn(4, 10), torch.randn(4, 30)
+    torch.testing.assert_close(product.forward(z, packed), z @ whole.t())
+    torch.testing.assert_close(product.backward(g, packed), g @ whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_casting_the_model_leaves_the_scales_alone(kind, adapt):
+    layer = adapt(nn.Linear(64, 32), "bone", train=False, quant=kind)
+    before = layer.base_weight()
+    assert torch.equal(layer.bfloat16().base_weight(), before)
+    assert layer(torch.randn(3, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("variant", ["none", "bat-in", "bat-out", "bone", "lora"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_of_the_weights_size_is_kept_for_backward(kind, variant, adapt):
+    tokens, in_features, out_features = 3, 64, 48
+    layer = adapt(nn.Linear(in_features, out_features), "bone" if variant == "none" else variant, quant=kind)
+    x = torch.randn(tokens, in_features, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        linear(x, layer.base, layer.bias, product=layer.product) if variant == "none" else layer(x)
+    floats = [t for t in saved if t.is_floating_point() and t is not getattr(layer, "bone", None)]
+    assert all(t.numel() < in_features * out_features for t in floats)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantized_weights_count_as_what_they_stand_for(kind, adapter_config):
+    plain, quantized = (nn.ModuleDict({"layer": nn.Linear(64, 32)}) for _ in range(2))
+    assert inject(plain, adapter_config("bone")) == inject(quantized, adapter_config("bone", quant=kind))
