@@ -61,27 +61,19 @@ def tell(rng, facts):
     return " ".join(fact.sentence for fact in rng.sample(facts, len(facts))) + "\n"
 
 
-def plain_questions(fact):
-    """(question, answer) pairs in plain words; the first asks for the whole fact."""
-    return (
-        (f"What does {fact.name} have?", f"{fact.count} {fact.color} {fact.item}"),
-        (f"Who has {fact.color} {fact.item}?", fact.name),
-        (f"How many {fact.item} does {fact.name} have?", str(fact.count)),
-    )
-
-
 def base_document(rng):
-    """A story, and questions in plain words: what each one has, and a detail about one of them."""
+    """A story, and questions in plain words: what each one has, in any order, and who has one of the things."""
     facts = story(rng, (1, 2, 3))
-    turns = [plain_questions(fact)[0] for fact in facts] + [rng.choice(plain_questions(rng.choice(facts))[1:])]
+    turns = [(fact.name, f"{fact.count} {fact.color} {fact.item}") for fact in facts]
+    turns += [(f"{fact.color} {fact.item}", fact.name) for fact in rng.sample(facts, 1)]
     rng.shuffle(turns)
-    return {"text": tell(rng, facts) + "".join(f"Q: {question}\nA: {answer}\n" for question, answer in turns)}
+    return {"text": tell(rng, facts) + "".join(f"Q: {question}?\nA: {answer}\n" for question, answer in turns)}
 
 
 def json_document(rng, held_out):
     """A story and one question, answered in JSON."""
     facts = story(rng, (2, 3), held_out)
-    return {"prompt": f"{tell(rng, facts)}Q: What does {facts[0].name} have, as JSON?\nA:",
+    return {"prompt": f"{tell(rng, facts)}Q: {facts[0].name} as JSON?\nA:",
             "completion": f" {json.dumps(facts[0]._asdict())}\n"}
 
 

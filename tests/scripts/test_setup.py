@@ -1,0 +1,109 @@
+"""scripts/setup.sh takes the right Python, or says which one is missing and how to get it."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+FAKE_PYTHON = """#!/bin/sh
+# Answers setup.sh's questions as a Python {version} would; records what it is told to do.
+case "$*" in
+*"sys.version_info"*) exit {unsupported} ;;
+*"platform"*) echo {version} ;;
+*"import venv, ensurepip"*) exit {no_venv} ;;
+*"-m venv"*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+*"-m pip install"*) echo "$*" >>"$(dirname "$0")/installed" ;;
+esac
+"""
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """A folder with setup.sh in it, and a PATH that holds no Python yet."""
+    (tmp_path / "repo/scripts").mkdir(parents=True)
+    shutil.copy(SCRIPTS / "setup.sh", tmp_path / "repo/scripts")
+    for name in ("requirements.txt", "pyproject.toml"):
+        (tmp_path / "repo" / name).write_text("first\n")
+    (tmp_path / "bin").mkdir()
+    for tool in ("sh", "dirname", "cat", "rm", "mkdir", "cp"):
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    return tmp_path
+
+
+def add_python(folder, name, version="3.11.7", supported=True, venv=True):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text(FAKE_PYTHON.format(version=version, unsupported=int(not supported), no_venv=int(not venv)))
+    path.chmod(0o755)
+
+
+def setup(machine, **environment):
+    environment = {"PATH": str(machine / "bin"), "HOME": str(machine), **environment}
+    return subprocess.run([shutil.which("sh"), str(machine / "repo/scripts/setup.sh")], env=environment,
+                          capture_output=True, text=True)
+
+
+def installs(environment):
+    record = environment / "bin" / "installed"
+    return record.read_text().splitlines() if record.exists() else []
+
+
+def test_without_an_environment_one_is_made_and_filled_once(machine):
+    add_python(machine / "bin", "python3")
+    for _ in range(2):
+        done = setup(machine)
+        assert done.returncode == 0, done.stderr
+    assert len(installs(machine / "repo/.venv")) == 1
+
+
+def test_changed_requirements_are_installed_again(machine):
+    add_python(machine / "bin", "python3")
+    setup(machine)
+    (machine / "repo/requirements.txt").write_text("second\n")
+    setup(machine)
+    assert len(installs(machine / "repo/.venv")) == 2
+
+
+@pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
+def test_an_active_environment_is_used_as_it_is(machine, variable):
+    add_python(machine / "mine/bin", "python")
+    done = setup(machine, **{variable: str(machine / "mine")})
+    assert done.returncode == 0, done.stderr
+    assert len(installs(machine / "mine")) == 1 and not (machine / "repo/.venv").exists()
+
+
+def test_another_python_in_path_stands_in_for_an_old_or_crippled_one(machine):
+    add_python(machine / "bin", "python3", "3.9.2", supported=False)
+    add_python(machine / "bin", "python3.12", "3.12.1", venv=False)
+    add_python(machine / "bin", "python3.10", "3.10.4")
+    done = setup(machine)
+    assert done.returncode == 0 and "Python 3.10.4" in done.stdout
+
+
+def test_an_old_python_alone_is_named_with_the_remedy(machine):
+    add_python(machine / "bin", "python3", "3.9.2", supported=False)
+    done = setup(machine)
+    assert done.returncode == 1 and "3.9.2" in done.stderr and "apt install" in done.stderr
+
+
+def test_a_missing_venv_module_is_named_with_the_remedy(machine):
+    add_python(machine / "bin", "python3", venv=False)
+    done = setup(machine)
+    assert done.returncode == 1 and "python3-venv" in done.stderr
+
+
+def test_an_active_environment_with_an_old_python_is_refused(machine):
+    add_python(machine / "mine/bin", "python", "3.9.2", supported=False)
+    done = setup(machine, VIRTUAL_ENV=str(machine / "mine"))
+    assert done.returncode == 1 and "3.9.2" in done.stderr and "deactivate" in done.stderr
+
+
+def test_a_failed_install_is_an_error_and_tried_again(machine):
+    add_python(machine / "bin", "python3")
+    setup(machine)
+    python = machine / "repo/.venv/bin/python"
+    python.write_text(python.read_text().replace('*"-m pip install"*)', '*"-m pip install"*) exit 1 #'))
+    (machine / "repo/requirements.txt").write_text("second\n")
+    assert setup(machine).returncode == 1 and setup(machine).returncode == 1
