@@ -80,9 +80,12 @@ class AdapterConfig:
 class DataConfig:
     """What is read, and in which order.
 
-    path is the prefix of a .bin/.idx pair; dataload "get" (windows of ctx_len from the token
-    stream), "pad" (one document a row) or "only" (one document, alone); loss_mask "none",
-    "pad", "qa", "se" or "file"; mask_id are the token ids that open an answer (loss_mask "qa" and
+    path is the prefix of a .bin/.idx pair (data_type "binidx"), or rows of questions and answers
+    (data_type "sft": .jsonl, .json, .parquet, a datasets folder), which tokenizer turns into tokens;
+    sft_field names their fields, sft_split their rows, sft_long ("left" or "skip") what happens to
+    rows longer than ctx_len. dataload is "get" (windows of ctx_len from the token stream), "pad" (one
+    document a row), "only" (one document, alone) or "pack" (several whole documents a row); loss_mask
+    "none", "pad", "qa", "se" or "file"; mask_id are the token ids that open an answer (loss_mask "qa" and
     "se"), mask_end_id those that open the next question ("qa", optional) or close the answer ("se").
     """
 
@@ -93,6 +96,10 @@ class DataConfig:
     loss_mask: str = "none"
     mask_id: tuple[int, ...] = ()
     mask_end_id: tuple[int, ...] = ()
+    tokenizer: str = "world"
+    sft_field: tuple[str, ...] = ()
+    sft_split: str = ""
+    sft_long: str = "left"
     micro_bsz: int = 1
     seed: int = 42
     num_workers: int = 1

@@ -17,7 +17,8 @@ class TrainBatches:
     Each batch is a dict: tokens, targets int64 (B, T), mask bool (B, T) (targets that count; rows
     are padded with token 0, which never counts), step_count (counted targets of the whole optimizer
     step, over all ranks and micro batches), samples_seen (the cursor once this batch is done; it
-    moves with a step's last micro batch). The state is the cursor of the batches handed out, not of
+    moves with a step's last micro batch). Packed samples lie one behind the other in a single row, with
+    cu_seqlens int32 (documents + 1,), the positions where they begin and the end. The state is the cursor of the batches handed out, not of
     those read ahead, and always stands at the beginning of an optimizer step.
     """
 
@@ -70,8 +71,40 @@ class TrainBatches:
             yield batch
 
 
+class EvalBatches:
+    """Every sample once, for one rank of world_size: validation.
+
+    Batches are dicts of tokens, targets and mask as TrainBatches gives them. All ranks get the same
+    number of batches, as collective operations need; rows that fill up the last ones do not count.
+    """
+
+    def __init__(self, samples, micro_bsz, rank=0, world_size=1):
+        self.samples, self.micro_bsz, self.rank, self.world_size = samples, micro_bsz, rank, world_size
+
+    def __len__(self):
+        return -(-len(self.samples) // (self.micro_bsz * self.world_size))
+
+    def __iter__(self):
+        for index in range(len(self)):
+            first = (index * self.world_size + self.rank) * self.micro_bsz
+            yield collate([self._row(n) for n in range(first, first + self.micro_bsz)])
+
+    def _row(self, n):
+        if n < len(self.samples):
+            return self.samples[n]
+        filler = self.samples[0]
+        if isinstance(filler, list):
+            return [(tokens, torch.zeros_like(mask)) for tokens, mask in filler]
+        return filler[0], torch.zeros_like(filler[1])
+
+
 def collate(rows):
-    """[(tokens (T_i + 1,), mask (T_i,))] -> tokens, targets, mask, each (B, T), T the longest."""
+    """[(tokens (T_i + 1,), mask (T_i,))] -> tokens, targets, mask, each (B, T), T the longest.
+
+    Rows that are lists of such documents give (1, sum of T_i) and cu_seqlens.
+    """
+    if isinstance(rows[0], list):
+        return collate_packed([document for row in rows for document in row])
     length = max(len(mask) for _, mask in rows)
     tokens = torch.zeros(len(rows), length, dtype=torch.int64)
     targets = torch.zeros_like(tokens)
@@ -80,6 +113,15 @@ def collate(rows):
         size = len(counted)
         tokens[row, :size], targets[row, :size], mask[row, :size] = sequence[:-1], sequence[1:], counted
     return {"tokens": tokens, "targets": targets, "mask": mask}
+
+
+def collate_packed(documents):
+    """[(tokens (T_i + 1,), mask (T_i,))] -> tokens, targets, mask (1, sum of T_i), cu_seqlens (n + 1,)."""
+    ends = torch.tensor([0] + [len(mask) for _, mask in documents]).cumsum(0)
+    return {"tokens": torch.cat([tokens[:-1] for tokens, _ in documents])[None],
+            "targets": torch.cat([tokens[1:] for tokens, _ in documents])[None],
+            "mask": torch.cat([mask for _, mask in documents])[None],
+            "cu_seqlens": ends.to(torch.int32)}
 
 
 def read_ahead(iterable, depth):

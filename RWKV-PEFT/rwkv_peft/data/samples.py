@@ -1,10 +1,12 @@
 """Samples: what a row of a batch holds, in an order that depends on the seed alone.
 
 Sample n, for any n >= 0, is sample n % len of epoch n // len; each epoch visits every sample once,
-in its own order. tokens is int64 (T + 1,): inputs are tokens[:-1], targets tokens[1:]; mask is bool
-(T,): which targets count.
+in its own order. A sample is (tokens, mask): tokens int64 (T + 1,), inputs are tokens[:-1] and
+targets tokens[1:], and mask bool (T,) says which targets count. (A packed sample is a list of such.)
 """
 
+import copy
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -14,30 +16,70 @@ from ..errors import UserError
 from .binidx import BinidxDataset
 from .masks import make_mask
 from .order import Permutation
+from .sft import prepare_sft
 
-DATALOADS = ("get", "pad", "only")
+DATALOADS = ("get", "pad", "only", "pack")
 BUCKET, BLOCK = 512, 16
 
 
 def build_samples(config, vocab_size):
     """DataConfig -> the samples it names, over tokens checked to be below the model's vocab_size.
 
-    Raises UserError for files that are missing or damaged, ids outside the vocabulary, a ctx_len
-    longer than the data, and settings that contradict each other.
+    data_type "sft" tokenizes config.path first, once (sft.py). Raises UserError for files that are
+    missing or damaged, ids outside the vocabulary, a ctx_len longer than the data, and settings that
+    contradict each other.
     """
     check_config(config)
+    notes = []
+    if config.data_type == "sft":
+        prefix, notes = prepare_sft(config)
+        config = replace(config, path=prefix)
     dataset = BinidxDataset(config.path)
     dataset.check_vocab(vocab_size)
-    mask = make_mask(dataset, config)
+    if config.data_type == "sft" and config.loss_mask == "file" and dataset.mask is None:
+        mask = None  # every token of these rows counts
+    else:
+        mask = make_mask(dataset, config)
+    samples = arrange(dataset, config, mask)
+    samples.notes = notes + samples.notes
+    return samples
+
+
+def arrange(dataset, config, mask):
+    """The samples of config.dataload over a data set."""
     if config.dataload == "get":
         return WindowSamples(dataset, config.ctx_len, config.seed, mask)
+    if config.dataload == "pack":
+        from .pack import PackedSamples  # which is made of what this file defines
+
+        return PackedSamples(dataset, config.ctx_len, config.seed, mask)
     return DocumentSamples(dataset, config.ctx_len, config.seed, mask, bucketed=config.dataload == "pad")
+
+
+def split_samples(config, vocab_size, fraction):
+    """Like build_samples -> (training samples, validation samples): `fraction` of them, drawn by the seed.
+
+    The two share no sample; with dataload "get" a document on the edge of a window lies in both.
+    """
+    samples = build_samples(config, vocab_size)
+    count = max(1, round(fraction * len(samples)))
+    if not 0 < fraction < 1 or count >= len(samples):
+        raise UserError(f"--val_split {fraction}: leaves {len(samples) - count} of {len(samples)} samples to train on; "
+                        "it is a fraction such as 0.01, and both parts need a sample")
+    drawn = Permutation(len(samples), config.seed, "validation")
+    validation = np.sort(np.fromiter((drawn[i] for i in range(count)), dtype=np.int64, count=count))
+    training = np.setdiff1d(np.arange(len(samples)), validation, assume_unique=True)
+    train, held_out = samples.subset(training), samples.subset(validation)
+    train.notes.append(f"{len(validation)} of {len(samples)} samples are kept for validation")
+    return train, held_out
 
 
 def check_config(config):
     """UserError for settings that do not go together."""
     if config.dataload not in DATALOADS:
         raise UserError(f"--dataload {config.dataload}: one of {', '.join(DATALOADS)}")
+    if config.data_type not in ("binidx", "sft"):
+        raise UserError(f"--data_type {config.data_type}: one of binidx, sft")
     if config.ctx_len < 1:
         raise UserError(f"--ctx_len {config.ctx_len}: at least 1")
     if config.dataload == "only" and config.micro_bsz != 1:
@@ -48,7 +90,35 @@ def check_config(config):
                         "take --loss_mask none, or --dataload pad")
 
 
-class WindowSamples:
+class Samples:
+    """`units` numbers of things to visit (windows, documents, rows), each once an epoch."""
+
+    def __init__(self, units, seed):
+        self.seed = seed
+        self.notes = []
+        self._choose(units)
+
+    def _choose(self, units):
+        self.units = units
+        self._order = lru_cache(maxsize=4)(lambda epoch: Permutation(len(units), self.seed, epoch))
+
+    def subset(self, chosen):
+        """The same kind of samples over the chosen positions of `units` alone."""
+        result = copy.copy(self)
+        result.notes = list(self.notes)
+        result._choose(np.asarray(self.units)[chosen])
+        return result
+
+    def __len__(self):
+        return len(self.units)
+
+    def unit(self, n):
+        """Sample n -> the number of what it visits."""
+        epoch, position = divmod(n, len(self.units))
+        return int(self.units[self._order(epoch)[position]])
+
+
+class WindowSamples(Samples):
     """Dataload "get": windows of ctx_len + 1 tokens from the stream of all documents.
 
     Window i holds the targets i*ctx_len + 1 ... (i+1)*ctx_len, as RWKV-LM cuts them. Where the
@@ -62,17 +132,13 @@ class WindowSamples:
             raise UserError(
                 f"--ctx_len {ctx_len}: {dataset.bin_path} holds {targets + 1} tokens, and a window takes "
                 f"ctx_len + 1; take --ctx_len {max(targets, 1)} or less, or --dataload pad")
-        self.dataset, self.ctx_len, self.seed, self._mask = dataset, ctx_len, seed, mask
-        self._size = -(-targets // ctx_len)
-        self._overlap = self._size * ctx_len - targets  # targets that the last window must not count again
-        self.notes = [f"{targets + 1} tokens, {self._size} windows of {ctx_len} an epoch"]
+        self.dataset, self.ctx_len, self._mask = dataset, ctx_len, mask
+        self._last = -(-targets // ctx_len) - 1
+        super().__init__(range(self._last + 1), seed)
+        self._overlap = len(self) * ctx_len - targets  # targets that the last window must not count again
+        self.notes.append(f"{targets + 1} tokens, {len(self)} windows of {ctx_len} an epoch")
         if self._overlap:
-            self.notes.append(f"the last window shares {self._overlap} targets with the one before; "
-                              "they count once")
-        self._order = lru_cache(maxsize=4)(lambda epoch: Permutation(self._size, seed, epoch))
-
-    def __len__(self):
-        return self._size
+            self.notes.append(f"the last window shares {self._overlap} targets with the one before; they count once")
 
     def __getitem__(self, n):
         start, repeated = self._window(n)
@@ -86,9 +152,8 @@ class WindowSamples:
 
     def _window(self, n):
         """Sample n -> the window's first token, and how many of its first targets are not its own."""
-        epoch, position = divmod(n, self._size)
-        index = self._order(epoch)[position]
-        repeated = self._overlap if index == self._size - 1 else 0
+        index = self.unit(n)
+        repeated = self._overlap if index == self._last else 0
         return index * self.ctx_len - repeated, repeated
 
     def _counted(self, start, repeated):
@@ -100,7 +165,7 @@ class WindowSamples:
         return counted
 
 
-class DocumentSamples:
+class DocumentSamples(Samples):
     """Dataloads "pad" and "only": one document a row, cut to ctx_len + 1 tokens.
 
     With bucketed=True documents of about one length come together: each 512 of the epoch's order
@@ -108,52 +173,70 @@ class DocumentSamples:
     """
 
     def __init__(self, dataset, ctx_len, seed, mask=None, bucketed=False):
-        self.dataset, self.ctx_len, self.seed, self._mask = dataset, ctx_len, seed, mask
-        sizes = dataset.sizes
-        self._documents = np.flatnonzero(sizes >= 2)
-        if not len(self._documents):
-            raise UserError(f"{dataset.idx_path}: every document has fewer than 2 tokens, nothing to predict")
-        self.notes = [f"{len(self._documents)} documents an epoch"]
-        if len(self._documents) < len(sizes):
-            self.notes.append(f"{len(sizes) - len(self._documents)} documents of fewer than 2 tokens are left out")
-        excess = sizes[sizes > ctx_len + 1].astype(np.int64) - (ctx_len + 1)
-        if len(excess):
-            self.notes.append(
-                f"{len(excess)} documents are longer than --ctx_len {ctx_len} and are cut: {excess.sum()} of "
-                f"{len(dataset.tokens)} tokens are not read; the longest needs --ctx_len {int(sizes.max()) - 1}")
-        self._order = lru_cache(maxsize=4)(lambda epoch: Permutation(len(self._documents), seed, epoch))
-        self._bucket = lru_cache(maxsize=8)(self._make_bucket) if bucketed else None
+        self.dataset, self.ctx_len, self._mask, self.bucketed = dataset, ctx_len, mask, bucketed
+        super().__init__(readable_documents(dataset), seed)
+        self.notes += [f"{len(self)} documents an epoch", *not_read(dataset, ctx_len)]
 
-    def __len__(self):
-        return len(self._documents)
+    def _choose(self, units):
+        super()._choose(units)
+        self._bucket = lru_cache(maxsize=8)(self._make_bucket)
 
     def __getitem__(self, n):
-        start, size = self._document(n)
-        tokens = self.dataset.tokens[start: start + size].astype(np.int64)
-        return torch.from_numpy(tokens), torch.from_numpy(self._counted(start, size))
+        return self.document(self.unit(n))
 
     def count(self, n):
         """How many targets of sample n count."""
-        start, size = self._document(n)
+        return self.document_count(self.unit(n))
+
+    def unit(self, n):
+        if not self.bucketed:
+            return super().unit(n)
+        epoch, position = divmod(n, len(self))
+        return int(self._bucket(epoch, position // BUCKET)[position % BUCKET])
+
+    def document(self, index):
+        """(tokens, mask) of document `index`, cut to ctx_len + 1 tokens."""
+        start, size = self._extent(index)
+        tokens = self.dataset.tokens[start: start + size].astype(np.int64)
+        return torch.from_numpy(tokens), torch.from_numpy(self._counted(start, size))
+
+    def document_count(self, index):
+        """How many targets of document `index` count."""
+        start, size = self._extent(index)
         return size - 1 if self._mask is None else int(self._counted(start, size).sum())
 
-    def _document(self, n):
-        """Sample n -> where its document begins, and how many tokens of it are read."""
-        epoch, position = divmod(n, len(self))
-        if self._bucket is None:
-            index = self._documents[self._order(epoch)[position]]
-        else:
-            index = self._bucket(epoch, position // BUCKET)[position % BUCKET]
+    def _extent(self, index):
         return self.dataset.start(index), min(int(self.dataset.sizes[index]), self.ctx_len + 1)
+
+    def _counted(self, start, size):
+        return np.ones(size - 1, dtype=bool) if self._mask is None else self._mask(start + 1, start + size)
 
     def _make_bucket(self, epoch, number):
         """Documents at the positions [512 number, 512 number + 512) of an epoch, blocks of like length."""
         order = self._order(epoch)
         positions = range(number * BUCKET, min((number + 1) * BUCKET, len(self)))
-        documents = self._documents[[order[position] for position in positions]]
+        documents = self.units[[order[position] for position in positions]]
         documents = documents[np.argsort(self.dataset.sizes[documents], kind="stable")]
         blocks = Permutation(-(-len(documents) // BLOCK), self.seed, epoch, number)
         return np.concatenate([documents[b * BLOCK: (b + 1) * BLOCK] for b in blocks])
 
-    def _counted(self, start, size):
-        return np.ones(size - 1, dtype=bool) if self._mask is None else self._mask(start + 1, start + size)
+
+def readable_documents(dataset):
+    """Numbers of the documents that have a target; UserError where none has."""
+    documents = np.flatnonzero(dataset.sizes >= 2)
+    if not len(documents):
+        raise UserError(f"{dataset.idx_path}: every document has fewer than 2 tokens, nothing to predict")
+    return documents
+
+
+def not_read(dataset, ctx_len):
+    """Notes on documents that are left out, and on tokens that are cut off."""
+    sizes, notes = dataset.sizes, []
+    short = int((sizes < 2).sum())
+    if short:
+        notes.append(f"{short} documents of fewer than 2 tokens are left out")
+    excess = sizes[sizes > ctx_len + 1].astype(np.int64) - (ctx_len + 1)
+    if len(excess):
+        notes.append(f"{len(excess)} documents are longer than --ctx_len {ctx_len} and are cut: {excess.sum()} of "
+                     f"{len(dataset.tokens)} tokens are not read; the longest needs --ctx_len {int(sizes.max()) - 1}")
+    return notes

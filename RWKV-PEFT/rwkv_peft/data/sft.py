@@ -1,0 +1,69 @@
+"""Data type "sft": rows of questions and answers, tokenized once into a cache.
+
+The cache holds a .bin/.idx/.mask set named by a hash of the rows' content and of every setting
+that shapes the tokens, so that a second run, or another rank, reads what the first one wrote.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from ..errors import UserError
+from .encoding import EncodeSettings
+from .preprocess import write
+from .report import left_out
+
+FORMAT = 1
+
+
+def prepare_sft(config, cache=None):
+    """DataConfig -> (prefix of the token files, notes on rows left out or shortened).
+
+    config.path is a .jsonl, .json or .parquet file or a folder that datasets.save_to_disk wrote;
+    config.sft_field names its fields, config.sft_split its rows. Documents longer than ctx_len lose
+    the front of their prompt (sft_long "left") or are left out ("skip"); the stream of dataload
+    "get" keeps them whole. cache is a folder, by default
+    rwkv_peft/data under the user's cache folder (XDG base directory rules).
+    """
+    if config.sft_long not in ("left", "skip"):
+        raise UserError(f"--sft_long {config.sft_long}: one of left, skip")
+    if len(config.sft_field) > 2:
+        raise UserError(f"--sft_field {' '.join(config.sft_field)}: one field is a text, two are a prompt and its answer")
+    settings = EncodeSettings(config.tokenizer, fields=config.sft_field, too_long=config.sft_long,
+                              max_tokens=0 if config.dataload == "get" else config.ctx_len + 1)
+    path = Path(config.path)
+    if not path.exists():
+        raise UserError(f"--data_file {path}: no such file; --data_type sft takes a .jsonl, .json or .parquet file, or a "
+                        "datasets folder")
+    cache = Path(cache or cache_folder())
+    cache.mkdir(parents=True, exist_ok=True)
+    prefix = cache / key_of(path, settings, config.sft_split)
+    done = prefix.with_suffix(".json")
+    with open(prefix.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one rank writes, the others wait for it
+        if not done.exists():
+            totals = write([path], prefix, settings, split=config.sft_split)
+            temporary = done.with_suffix(".tmp")
+            temporary.write_text(json.dumps(left_out(totals)))
+            temporary.replace(done)  # last: it says that the files before it are whole
+    return str(prefix), json.loads(done.read_text())
+
+
+def cache_folder():
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rwkv_peft" / "data"
+
+
+def key_of(path, settings, split):
+    """A hash of the files' content, the tokenizer's and the settings."""
+    digest = hashlib.blake2b(json.dumps([FORMAT, asdict(settings), split], sort_keys=True).encode(), digest_size=16)
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    tokenizer = Path(settings.tokenizer)
+    for file in files + [tokenizer] * tokenizer.is_file():
+        digest.update(file.name.encode())
+        with open(file, "rb") as content:
+            while block := content.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()

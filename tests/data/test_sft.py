@@ -1,0 +1,110 @@
+"""Rows of questions and answers train directly; they are tokenized once, and answers alone count."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import rwkv_peft.data.sft as sft
+from rwkv_peft.config import DataConfig
+from rwkv_peft.data.samples import build_samples
+from rwkv_peft.data.sft import prepare_sft
+from rwkv_peft.data.tokenizer import load_tokenizer
+from rwkv_peft.errors import UserError
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """config(rows, **settings) -> a DataConfig over a .jsonl of them, byte tokens, with a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def make(rows, **settings):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        defaults = dict(data_type="sft", tokenizer="bytes", dataload="pad", loss_mask="file", ctx_len=64)
+        return DataConfig(path=str(tmp_path / "rows.jsonl"), **{**defaults, **settings})
+
+    return make
+
+
+def samples_of(config):
+    samples, tokenizer = build_samples(config, 257), load_tokenizer("bytes")
+    result = []
+    for n in range(len(samples)):
+        tokens, mask = samples[n]
+        result.append((tokenizer.decode(tokens.tolist()), tokenizer.decode(tokens[1:][mask].tolist())))
+    return sorted(result), samples.notes
+
+
+ROWS = [{"query": f"{i}?", "response": f"{i}!"} for i in range(10)]
+
+
+def test_answers_alone_count(config):
+    assert samples_of(config(ROWS))[0] == [(f"User: {i}?\n\nAssistant: {i}!", f" {i}!") for i in range(10)]
+
+
+def test_fields_and_split(config):
+    rows = [{"q": row["query"], "a": row["response"], "text": "no"} for row in ROWS]
+    read, _ = samples_of(config(rows, sft_field=("q", "a"), sft_split="train[2:4]"))
+    assert read == [("User: 2?\n\nAssistant: 2!", " 2!"), ("User: 3?\n\nAssistant: 3!", " 3!")]
+
+
+def test_rows_of_text_count_whole(config):
+    assert samples_of(config([{"text": "ab"}]))[0] == [("ab", "b")]
+
+
+def test_long_prompts_lose_their_front_and_are_counted(config):
+    rows = [{"prompt": "x" * 100, "completion": "yes"}, {"prompt": "a", "completion": "no"}]
+    read, notes = samples_of(config(rows, ctx_len=9))
+    assert read == [("ano", "no"), ("xxxxxxyes", "yes")]
+    assert "1 rows too long, shortened" in notes
+    read, notes = samples_of(config(rows, ctx_len=9, sft_long="skip"))
+    assert read == [("ano", "no")]
+    assert "1 rows too long, left out" in notes
+
+
+def test_rows_are_tokenized_once_for_each_content_and_setting(config, monkeypatch):
+    calls, plain = [], sft.write
+    monkeypatch.setattr(sft, "write", lambda *args, **settings: calls.append(1) or plain(*args, **settings))
+    first = config(ROWS)
+    prefix, notes = prepare_sft(first)
+    assert prepare_sft(first) == (prefix, notes) and len(calls) == 1
+    for other in (replace(first, ctx_len=32), replace(first, tokenizer="world"), replace(first, sft_split="train[:3]"),
+                  replace(first, sft_long="skip")):
+        assert prepare_sft(other)[0] != prefix
+    assert prepare_sft(config(ROWS[:5]))[0] != prefix  # other content in the same file
+    assert len(calls) == 6
+
+
+def test_a_run_that_was_cut_off_is_made_again(config):
+    made = config(ROWS)
+    prefix, _ = prepare_sft(made)
+    for end in (".json", ".bin"):
+        (sft.Path(prefix).with_suffix(end)).unlink()
+    prepare_sft(made)
+    assert len(samples_of(made)[0]) == 10
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(sft_field=("query", "answer")), r"line 1: field 'answer' is missing; the row has query, response"),
+    (dict(sft_field=("a", "b", "c")), "--sft_field a b c"),
+    (dict(sft_long="right"), "--sft_long right: one of left, skip"),
+    (dict(sft_split="train[3"), "split 'train"),
+    (dict(sft_split="train[50:]"), "no document to write"),
+    (dict(path="missing.jsonl"), "--data_file missing.jsonl: no such file"),
+    (dict(data_type="jsonl"), "--data_type jsonl"),
+])
+def test_mistakes_are_named(config, settings, message):
+    with pytest.raises(UserError, match=message):
+        build_samples(replace(config(ROWS), **settings), 257)
+
+
+def test_a_folder_that_datasets_wrote(config, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    columns = {name: [row[name] for row in ROWS] for name in ("query", "response")}
+    whole = datasets.Dataset.from_dict(columns)
+    datasets.DatasetDict({"train": whole, "test": whole.select([0])}).save_to_disk(str(tmp_path / "folder"))
+    made = replace(config(ROWS), path=str(tmp_path / "folder"))
+    assert len(samples_of(made)[0]) == 10
+    assert samples_of(replace(made, sft_split="test"))[0] == [("User: 0?\n\nAssistant: 0!", " 0!")]
+    with pytest.raises(UserError, match="no split 'other'; it has train, test"):
+        build_samples(replace(made, sft_split="other"), 257)
