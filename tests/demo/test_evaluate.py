@@ -1,0 +1,66 @@
+"""Held-out questions: both runtimes give the same answers, and the score counts exact ones alone."""
+
+import json
+
+import pytest
+import torch
+
+from rwkv_peft.checkpoint import save_model
+from rwkv_peft.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tiny_state):
+    """A random byte-vocabulary model in float32, with logits far enough apart for ties not to matter."""
+    state = tiny_state(vocab_size=257, seed=3)
+    state["head.weight"] = state["head.weight"] * 8
+    path = tmp_path_factory.mktemp("model") / "model.pth"
+    save_model(path, state)
+    return path
+
+
+def write_questions(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_packed_prompts_are_answered_as_each_alone(evaluate, model):
+    prompts = [[66, 5, 9], [7], [100, 200, 250, 3, 4, 5]]
+    together = evaluate.answer(model, prompts, stop={0})
+    assert together == [evaluate.answer(model, [prompt], stop={0})[0] for prompt in prompts]
+
+
+def test_the_rwkv_package_answers_alike(evaluate, model):
+    pytest.importorskip("rwkv")
+    prompts = [[66, 5, 9], [7, 8]]
+    ours = evaluate.answer(model, prompts, stop={0})
+    theirs = evaluate.answer_with_rwkv(model, prompts, stop={0})
+    assert [answer[:20] for answer in ours] == [answer[:20] for answer in theirs]
+
+
+def test_an_answer_ends_with_its_first_stop(evaluate):
+    assert evaluate.until([5, 6, 0, 7, 0], {0}) == [5, 6, 0]
+    assert evaluate.until([5, 6], {0}) == [5, 6]
+
+
+def test_the_score_counts_exact_answers(evaluate, model, tmp_path, capsys, monkeypatch):
+    rows = [{"prompt": "a", "completion": " yes\n"}, {"prompt": "b", "completion": " no\n"}]
+    questions = write_questions(tmp_path / "questions.jsonl", rows)
+    monkeypatch.setattr(evaluate, "answer", lambda path, prompts, stop: [[byte + 1 for byte in b" yes\n"]] * 2)
+    arguments = ["--model", str(model), "--questions", str(questions)]
+    assert evaluate.main(arguments + ["--at_least", "0.5"]) == 0
+    assert evaluate.main(arguments + ["--at_least", "0.6"]) == 1
+    assert "exact match 50.0%: 1 of 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text, message", [("", "no question"), ('{"prompt": "a"}\n', "line 1"), ("nonsense\n", "line 1")])
+def test_malformed_questions_are_refused(evaluate, tmp_path, text, message):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        evaluate.read_questions(path, 10)
+
+
+def test_missing_questions_are_named(evaluate, tmp_path):
+    with pytest.raises(UserError, match="absent.jsonl: no such file"):
+        evaluate.read_questions(tmp_path / "absent.jsonl", 10)
