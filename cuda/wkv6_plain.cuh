@@ -20,9 +20,9 @@ struct TokenShared {
     float u[MAX_HEAD_SIZE];
 };
 
-// Loads token t; barriers before and after, so that no thread still reads the previous token or reads this one early.
+// Loads token t. The kernels read other threads' channels only before a token's second barrier, and after it at most
+// the channel that they load themselves; so nothing is overwritten too early.
 template <class T> __device__ void load_token(TokenShared& token, const Arguments& a, const Sequence& s, int t) {
-    __syncthreads();
     const index_t at = s.elements + t * s.stride;
     for (int c = threadIdx.y * blockDim.x + threadIdx.x; c < MAX_HEAD_SIZE; c += blockDim.x * blockDim.y) {
         const bool valid = c < a.head_size;

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cuda_shim import cases, shim
 
-from rwkv_peft.ops import cuda
+from rwkv_peft.ops import cuda, cuda_nvrtc
 from rwkv_peft.ops.build import BuildError, build_library, source_directory
 
 LENGTHS = (1, 2, 15, 16, 17, 64, 100, 257)
@@ -122,13 +122,24 @@ def test_two_halves_with_the_state_carried_over_equal_the_whole(run, at, N):
         assert cases.error(x, expected.double()) <= 0.01 * cases.rms(expected)
 
 
-def test_without_gradients_wanted_nothing_is_kept(run):
+def test_without_gradients_wanted_nothing_is_kept():
     case = cases.make_case(1, 130, 1, 64, torch.bfloat16)
     kernels = shim.build()
     inputs = (case.r, case.k, case.v, case.w, case.u, case.state, case.cu_seqlens)
     y, final, checkpoints = cuda.run_forward(kernels, None, *inputs, False)
     assert checkpoints.shape[0] == 0
     assert torch.equal(y, cases.run(kernels, case)[0])
+
+
+@pytest.mark.parametrize("N", [8, 64])
+def test_gradients_through_the_final_state_alone(N):
+    case = cases.make_case(1, 40, 1, N, torch.bfloat16)
+    zeros = dataclasses.replace(case, gy=torch.zeros_like(case.gy))
+    kernels = shim.build()
+    inputs = (case.r, case.k, case.v, case.w, case.u)
+    y, final, checkpoints = cuda.run_forward(kernels, None, *inputs, case.state, None, True)
+    gradients = cuda.run_backward(kernels, None, *inputs, None, checkpoints, None, case.gfinal)
+    check(lambda _: (y, final, *gradients), zeros)
 
 
 def test_inputs_off_the_16_byte_grid(run):
@@ -201,6 +212,33 @@ def test_a_failed_launch_is_an_error(nvcc, monkeypatch):
     library = cuda.Library(build_library("wkv6_cuda_sm90", *cuda.recipe(nvcc, "90")))
     with pytest.raises(RuntimeError, match="CUDA error"):
         cases.run(library, cases.make_case(1, 4, 1, 64, torch.bfloat16))
+
+
+def test_nvrtc_compiles_every_kernel(tmp_path, monkeypatch):
+    nvrtc = cuda_nvrtc.find_nvrtc()
+    if nvrtc is None:
+        pytest.skip("needs NVRTC: pip install nvidia-cuda-nvrtc")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    image = cuda_nvrtc.cubin("sm_90", cuda.headers(), nvrtc)
+    for kernel in HOT_KERNELS:
+        assert f"{kernel}_shared".encode() in image
+    assert cuda_nvrtc.cubin("sm_90", cuda.headers(), None) == image  # the second time from the cache
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("scalar", [0, 1])
+@pytest.mark.parametrize("head_size", [20, 32, 64, 128])
+def test_both_launchers_choose_the_same_kernel(direction, scalar, head_size):
+    """cuda_nvrtc.plan against the C interface's own words."""
+    source = (source_directory() / "wkv6_cuda.cu").read_text()
+    body = source[source.index(f"int wkv6_{direction}(") :].split("\n}\n")[0]
+    plain = re.search(r"FLOAT32\) return run_plain\((\w+),", body).group(1)
+    chunked = dict(re.findall(r"case (\d+): return run_chunked\((\w+),", body))
+    default = re.search(r"default: return run_plain\((\w+),", body).group(1)
+    expected = plain if scalar == 0 else chunked.get(str(head_size), default)
+    name, block = cuda_nvrtc.plan(direction, head_size, scalar)
+    assert name == expected
+    assert block == ((2 * head_size, 1, 1) if name in HOT_KERNELS else (head_size, (head_size + 15) // 16, 1))
 
 
 def test_every_header_counts_for_the_cache():

@@ -79,7 +79,7 @@ def forward(r, k, v, w, u, state, cu_seqlens, save, level):
 
 
 def backward(r, k, v, w, u, state, cu_seqlens, checkpoints, gy, gfinal, level):
-    """The gradients of r k v w u and state, given those of y and of the final state (None for zeros)."""
+    """The gradients of r k v w u and state, given those of y and of the final state (either None for zeros)."""
     del state, level  # the first checkpoint is the state
     return run_backward(kernels(r.device.index), _stream(r), r, k, v, w, u, cu_seqlens, checkpoints, gy, gfinal)
 
@@ -101,6 +101,7 @@ def run_backward(kernels, stream, r, k, v, w, u, cu_seqlens, checkpoints, gy, gf
     """backward, on the given kernels and stream."""
     H, N = u.shape
     sequences = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    gy = torch.zeros_like(r) if gy is None else gy
     r, k, v, w, gy = (_aligned(x) for x in (r, k, v, w, gy))
     gr, gk, gv, gw = (torch.empty_like(x) for x in (r, k, v, w))
     gu = u.new_empty(sequences, H, N)

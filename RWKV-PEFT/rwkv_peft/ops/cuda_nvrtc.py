@@ -16,6 +16,7 @@ from filelock import FileLock
 from .build import BuildError, cache_directory, source_directory
 
 SONAMES = ("libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12")
+OPTIONS = ("-std=c++17",)
 MAX_DYNAMIC_SHARED_SIZE = 8  # the driver's CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 STRIP = 16  # state elements a thread in the plain kernels; wkv6_plain.cuh's STRIP
 CHUNKED = (("forward", 32), ("forward", 64), ("forward", 128), ("backward", 32), ("backward", 64))
@@ -83,11 +84,9 @@ def plan(direction, head_size, scalar):
 
 
 def cubin(architecture, headers, nvrtc):
-    """wkv6_cuda.cu compiled for one architecture ("sm_90", ...), as bytes; cached by content."""
+    """wkv6_cuda.cu compiled by the library `nvrtc` for one architecture ("sm_90", ...), as bytes; cached by content."""
     sources = source_directory()
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
-    digest = hashlib.sha256(f"{architecture} {major.value}.{minor.value}".encode())
+    digest = hashlib.sha256(" ".join((architecture, *OPTIONS)).encode())
     for path in (sources / "wkv6_cuda.cu", *headers):
         digest.update(path.read_bytes())
     cached = cache_directory() / f"wkv6_cuda_{architecture}-{digest.hexdigest()[:16]}.cubin"
@@ -112,7 +111,7 @@ def _compile(nvrtc, sources, architecture):
     code = (sources / "wkv6_cuda.cu").read_bytes()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), code, b"wkv6_cuda.cu", 0, None, None)
     try:
-        options = [f"--gpu-architecture={architecture}", "-std=c++17", f"-I{sources}"]
+        options = [f"--gpu-architecture={architecture}", *OPTIONS, f"-I{sources}"]
         array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         if nvrtc.nvrtcCompileProgram(program, len(options), array) != 0:
             log = _text(nvrtc, program, "ProgramLog").decode(errors="replace")
@@ -132,11 +131,15 @@ def _text(nvrtc, program, what):
 
 def find_nvrtc():
     """The loaded NVRTC library, from the nvidia wheels or the system; None where there is none."""
-    for name in (*_wheel_libraries(), *SONAMES):
+    for path in _wheel_libraries():
+        for builtins in sorted(path.parent.glob("libnvrtc-builtins.so.*")):
+            ctypes.CDLL(str(builtins))  # NVRTC asks for it by its bare name
+        return ctypes.CDLL(str(path))
+    for name in SONAMES:
         try:
-            return ctypes.CDLL(str(name))
+            return ctypes.CDLL(name)
         except OSError:
-            continue  # the next place may have it
+            continue  # the next name may be there
     return None
 
 
