@@ -24,8 +24,10 @@ def atomic_write(path):
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch(exist_ok=False)  # the file gets the user's umask, not tempfile's 0600
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode & 0o777  # what the user's umask grants
         yield temporary
+        temporary.chmod(mode)  # a writer may have made the file anew, for the owner alone
         _fsync(temporary)
         os.replace(temporary, path)
         _fsync_folder(path.parent)

@@ -12,6 +12,7 @@ import torch
 from .adapter_file import AdapterMetadata
 from .adapters.delta import RESIDUAL_VARIANTS, delta, merged
 from .errors import UserError
+from .pth import all_finite
 from .pth_writer import TensorSpec
 
 BAND = 1 << 22  # elements computed at a time: temporaries stay small enough for the allocator to reuse
@@ -269,11 +270,6 @@ def expected_whole_shape(key, shapes):
         return tuple(shapes[key].shape)
     heads, size = shapes[key.replace("time_state", "time_faaaa")].shape
     return heads, size, size
-
-
-def all_finite(tensor):
-    """Whether no element is NaN or Inf, with little memory beside the tensor."""
-    return all(torch.isfinite(part).all() for part in tensor.reshape(-1).split(BAND))
 
 
 def dtype_name(dtype):

@@ -70,5 +70,10 @@ def require_file(path):
     return path
 
 
+def all_finite(tensor):
+    """Whether no element is NaN or Inf, with little memory beside the tensor."""
+    return all(torch.isfinite(part).all() for part in tensor.reshape(-1).split(1 << 22))
+
+
 def _first_line(error):
     return str(error).strip().split("\n")[0]

@@ -52,7 +52,7 @@ def write_pth(path, specs, tensors):
             name, tensor = next(remaining, (None, None))
             if name != key or TensorSpec.of(tensor) != spec:
                 raise ValueError(f"expected {key} {spec}, got {name} {None if tensor is None else TensorSpec.of(tensor)}")
-            _write_record(archive, f"data/{number}", _chunks(tensor))
+            _write_record(archive, f"data/{number}", chunks(tensor))
         if (extra := next(remaining, None)) is not None:
             raise ValueError(f"a tensor more than announced: {extra[0]}")
         _write_record(archive, "version", [b"3\n"])
@@ -63,7 +63,7 @@ def save_pth(path, tensors):
     write_pth(path, {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}, tensors.items())
 
 
-def _chunks(tensor):
+def chunks(tensor):
     """The bytes of a tensor as memoryviews of at most CHUNK bytes."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
     return (memoryview(flat[start : start + CHUNK].numpy()) for start in range(0, flat.numel(), CHUNK))

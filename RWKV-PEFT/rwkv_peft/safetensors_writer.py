@@ -1,0 +1,37 @@
+"""Writing a .safetensors tensor by tensor, for models larger than memory.
+
+The format: eight bytes of header length, a JSON header with each tensor's dtype, shape and place, then the
+bytes (https://github.com/huggingface/safetensors#format).
+"""
+
+import json
+
+import torch
+
+from .pth_writer import TensorSpec, chunks
+
+
+def write_safetensors(path, specs, tensors, metadata=None):
+    """Write a flat dict of tensors to `path`, holding one at a time.
+
+    specs maps each key to its TensorSpec; tensors is an iterable of (key, tensor) in the same order;
+    metadata a dict of strings. `path` is written in place: use atomic_write around it.
+    """
+    header, offset = {"__metadata__": metadata or {"format": "pt"}}, 0
+    for key, spec in specs.items():
+        end = offset + spec.numel * spec.dtype.itemsize
+        header[key] = {"dtype": _dtype_name(spec.dtype), "shape": list(spec.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (key, spec), (name, tensor) in zip(specs.items(), tensors, strict=True):
+            if name != key or TensorSpec.of(tensor) != spec:
+                raise ValueError(f"expected {key} {spec}, got {name} {TensorSpec.of(tensor)}")
+            for chunk in chunks(tensor):
+                file.write(chunk)
+
+
+def _dtype_name(dtype):
+    return {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}[dtype]
