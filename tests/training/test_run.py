@@ -94,6 +94,7 @@ def test_stages_ranks_and_micro_batches_train_the_same(files, one_process, strat
           "--accumulate_grad_batches", str(accumulate), "--grad_cp", "1")
     for mine, theirs in zip(metrics(files, name), metrics(files, "one")):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
         assert mine["tokens"] == theirs["tokens"]
     expected = load_file(files / "one" / "adapter.safetensors")
     for key, tensor in load_file(files / name / "adapter.safetensors").items():
@@ -106,7 +107,7 @@ def test_offload_trains_the_same(files, one_process):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
 
 
-LONG = ("--precision", "bf16", "--micro_bsz", "1", "--epoch_steps", "60", "--epoch_count", "3", "--strategy",
+LONG = ("--precision", "bf16", "--micro_bsz", "1", "--epoch_steps", "20", "--epoch_count", "3", "--strategy",
         "deepspeed_stage_2", "--train_parts", "ln")
 
 
@@ -127,19 +128,20 @@ def wait_for_steps(files, name, steps, process):
 def test_a_stopped_run_resumes_bitwise(files, unbroken, number, code):
     name = number.name
     process = start(command(files, name, *LONG))
-    wait_for_steps(files, name, 70, process)
+    wait_for_steps(files, name, 25, process)
     process.send_signal(number)
     out, _ = finish(process, code)
     done = len(metrics(files, name))
-    assert 70 <= done < 180
+    assert 25 <= done < 60
     if number != signal.SIGKILL:
         assert "--resume" in out and (files / name / "adapter.safetensors").exists()
     out, _ = train(files, name, *LONG, "--resume")
-    assert f"resuming at step {done if number != signal.SIGKILL else 60 * (done // 60)}" in out
+    assert f"resuming at step {done if number != signal.SIGKILL else 20 * (done // 20)}" in out
     keys = ("step", "loss", "lr", "grad_norm")
     mine, theirs = ([[line[key] for key in keys] for line in metrics(files, run)] for run in (name, "unbroken"))
     assert mine == theirs
-    assert (files / name / "adapter.safetensors").read_bytes() == (unbroken / "adapter.safetensors").read_bytes()
+    expected = load_file(unbroken / "adapter.safetensors")
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in load_file(files / name / "adapter.safetensors").items())
 
 
 def test_resume_refuses_another_number_of_ranks_and_a_finished_run(files, unbroken):

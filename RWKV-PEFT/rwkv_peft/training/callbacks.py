@@ -1,6 +1,7 @@
 """What a run shows and writes step by step: the progress bar, metrics.jsonl, the loggers; and when it saves or stops."""
 
 import json
+import signal
 import sys
 import time
 
@@ -138,3 +139,26 @@ class Save(StepCallback):
             self.saver.save(trainer, lit, done, epoch if rest == 0 else None)
         if lit.stopping:
             trainer.should_stop = True
+
+
+class StopSignals(pl.Callback):
+    """While training, Ctrl-C and SIGTERM ask for a save and a stop after the current step; a second one stops at once.
+
+    Installed when training starts, after Lightning's own SIGTERM handler, which would end the run without saving.
+    """
+
+    def __init__(self, say):
+        self.say = say
+
+    def on_train_start(self, trainer, lit):
+        def ask(number, frame):
+            if lit.stop_requested:
+                raise KeyboardInterrupt
+            lit.stop_requested = number
+            self.say("\nstopping after this step; again to stop at once, without saving", flush=True)
+
+        self.previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_train_end(self, trainer, lit):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

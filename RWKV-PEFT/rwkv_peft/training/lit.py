@@ -71,7 +71,8 @@ class Lit(pl.LightningModule):
                        count=max(1, batch["step_count"]) / parts)
         loss, _ = self.model(batch["tokens"], head=head)
         self.agree(loss.detach(), parts)
-        return loss
+        # Lightning and the engine both divide by the number of micro batches; once is right.
+        return loss * self.train_config.accumulate_grad_batches
 
     def agree(self, loss, parts):
         """One small reduction a micro batch: the loss over all ranks, and whether any rank wants to stop."""

@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import warnings
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -159,23 +158,6 @@ def describe(config, accelerator, samples, plan, report, state, say):
     say(f"output    {train.proj_dir}")
 
 
-@contextmanager
-def stop_signals(lit, say):
-    """Ctrl-C and SIGTERM ask the run to save and stop after the current step; a second one ends it at once."""
-    def ask(number, frame):
-        if lit.stop_requested:
-            raise KeyboardInterrupt
-        lit.stop_requested = number
-        say("\nstopping after this step; again to stop at once, without saving")
-
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def quiet():
     """Leave the user's terminal to us: the libraries' banners and tips are not about this run."""
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero",
@@ -196,7 +178,7 @@ def fit(config, model, trainable, samples, saver, checkpoint, accelerator, say):
 
     from ..plots import plot_loss
     from .batches import RunData
-    from .callbacks import Record, Save
+    from .callbacks import Record, Save, StopSignals
     from .lit import Lit, NonFiniteLoss
     from .strategy import make_strategy
 
@@ -218,10 +200,9 @@ def fit(config, model, trainable, samples, saver, checkpoint, accelerator, say):
         accumulate_grad_batches=accumulate, gradient_clip_val=train.gradient_clip_val,
         max_epochs=1, logger=loggers, log_every_n_steps=1, enable_progress_bar=False, enable_checkpointing=False,
         enable_model_summary=False, use_distributed_sampler=False, default_root_dir=folder,
-        callbacks=[Record(folder, plan, accumulate), Save(saver, plan, train, checkpoint)])
+        callbacks=[Record(folder, plan, accumulate), Save(saver, plan, train, checkpoint), StopSignals(say)])
     try:
-        with stop_signals(lit, say):
-            trainer.fit(lit, datamodule=RunData(samples, plan, config.data.micro_bsz, accumulate))
+        trainer.fit(lit, datamodule=RunData(samples, plan, config.data.micro_bsz, accumulate))
     except NonFiniteLoss as error:
         last = find_checkpoint(folder)
         say(f"error: {error}; the run stopped before that step was applied. "

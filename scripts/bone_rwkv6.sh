@@ -1,0 +1,74 @@
+# Trains Bone on an RWKV-6 model, merges it, and checks the result in a runtime that is not ours.
+#
+#   sh scripts/bone_rwkv6.sh [--flags]        the bundled demo, on whatever this machine has
+#
+#   LOAD_MODEL=base.pth DATA_FILE=data.jsonl PROJ_DIR=out/mine DEVICES=8 STRATEGY=deepspeed_stage_2 \
+#       sh scripts/bone_rwkv6.sh [--flags]    your model and data
+#
+# DATA_FILE is a .jsonl (made into PROJ_DIR/data.bin and .idx) or the prefix of a .bin/.idx pair. Also read: TOKENIZER
+# (world, bytes or a tokenizer.json), BONE_MODE, BONE_R, ACCELERATOR, NUM_NODES, PRECISION. --flags go to train.py,
+# which checks them; `python train.py --help` lists them.
+set -eu
+. "$(dirname "$0")/setup.sh"
+here="$(pwd)"
+
+step() { printf '\n== %s\n' "$*"; }
+
+if [ -n "${LOAD_MODEL:-}" ] || [ -n "${DATA_FILE:-}" ]; then
+    demo=false
+    [ -n "${LOAD_MODEL:-}" ] || fail "DATA_FILE is given without LOAD_MODEL; name the base model (.pth)"
+    [ -n "${DATA_FILE:-}" ] || fail "LOAD_MODEL is given without DATA_FILE; name a .jsonl or the prefix of a .bin/.idx pair"
+    out="${PROJ_DIR:-$here/out/bone}"
+    tokenizer="${TOKENIZER:-world}"
+    base="$LOAD_MODEL" mode="${BONE_MODE:-bat-in}" rank="${BONE_R:-64}"
+else
+    demo=true
+    out="${PROJ_DIR:-$root/out/demo}"
+    # The demo writes only what it made itself, so a second run starts from nothing.
+    [ -n "${PROJ_DIR:-}" ] || rm -rf "$out"
+    tokenizer=bytes
+    base="$root/demo/rwkv6-demo.pth" mode="${BONE_MODE:-bat-in}" rank="${BONE_R:-32}"
+    DATA_FILE="$out/finetune.jsonl"
+    # One document a row; the answers alone count, as the data's .mask says.
+    set -- --dataload pad --loss_mask file --ctx_len 256 --micro_bsz 8 --lr_init 2e-3 --lr_final 1e-4 --warmup_steps 10 "$@"
+    PRECISION="${PRECISION:-fp32}"
+fi
+mkdir -p "$out"
+
+if $demo; then
+    step "demo: a base that answers in words is to answer in JSON"
+    "$python" "$root/demo/task.py" finetune --documents 3000 --seed 1 --output "$DATA_FILE"
+    "$python" "$root/demo/task.py" heldout --documents 200 --seed 2 --output "$out/heldout.jsonl"
+    step "before: held-out questions, the base model"
+    "$python" "$root/demo/evaluate.py" --model "$base" --questions "$out/heldout.jsonl"
+fi
+
+case "$DATA_FILE" in
+*.jsonl)
+    step "1. data: $DATA_FILE -> $out/data.bin, data.idx"
+    "$python" -m rwkv_peft.data.preprocess "$DATA_FILE" --tokenizer "$tokenizer" --output "$out/data"
+    data="$out/data"
+    ;;
+*) data="$DATA_FILE" ;;
+esac
+
+step "2. train: Bone $mode, rank $rank"
+"$python" "$root/train.py" --load_model "$base" --data_file "$data" --proj_dir "$out" --peft bone \
+    --bone_config "{\"bone_mode\":\"$mode\",\"bone_load\":\"\",\"bone_r\":$rank}" \
+    --accelerator "${ACCELERATOR:-auto}" --devices "${DEVICES:-1}" --num_nodes "${NUM_NODES:-1}" \
+    --strategy "${STRATEGY:-deepspeed_stage_1}" --precision "${PRECISION:-bf16}" "$@"
+
+[ "${NODE_RANK:-0}" = 0 ] || exit 0
+
+step "3. merge: base + adapter -> $out/merged.pth"
+"$python" "$root/merge_bone.py" --base_model "$base" --bone_checkpoint "$out/adapter.safetensors" \
+    --output "$out/merged.pth"
+
+step "4. check: the merged file in the rwkv package"
+"$python" -m rwkv_peft.check --base_model "$base" --bone_checkpoint "$out/adapter.safetensors" --merged "$out/merged.pth"
+if $demo; then
+    step "after: the same questions, the merged model in the rwkv package"
+    "$python" "$root/demo/evaluate.py" --model "$out/merged.pth" --questions "$out/heldout.jsonl" --runtime rwkv \
+        --at_least 0.9
+    step "done: the merged model is $out/merged.pth, the loss curve $out/loss.png"
+fi
