@@ -223,3 +223,10 @@ def test_bat_out_takes_the_cheaper_side(tokens, side):
     x, weight, params, _ = tensors("bat-out", lead=(tokens,))
     chosen = bat_out(x, weight, params["bone"])
     assert torch.equal(chosen, bat_out(x, weight, params["bone"], side=side))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_compiles_into_one_graph(name):
+    inputs = tensors(name)
+    compiled = torch.compile(FUNCTIONS[name], backend="aot_eager", fullgraph=True)
+    assert_close(run(compiled, *inputs), run(FUNCTIONS[name], *inputs), 1e-12)

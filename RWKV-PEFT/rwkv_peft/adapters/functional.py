@@ -91,7 +91,8 @@ def _affine_shards(x, bone):
         shards = split_shards(x[tokens], bone.shape[-1]).transpose(0, 1)  # (in/r, t, r)
         u = torch.bmm(shards, bone.transpose(1, 2))
         torch.sum(u, 0, out=shift[tokens])
-        torch.add(shards, u, out=split_shards(z[tokens], bone.shape[-1]).transpose(0, 1))
+        z[tokens] = x[tokens]
+        split_shards(z[tokens], bone.shape[-1]).transpose(0, 1).add_(u)
     return z, shift
 
 

@@ -1,0 +1,198 @@
+"""Time and memory of one adapted linear layer, forward and backward, for every method.
+
+    python benchmarks/adapters.py                                         (every shape, T and dtype: long)
+    python benchmarks/adapters.py --shapes 2048x7168 7168x2048 --tokens 2048 --threads 1
+
+Shapes are INxOUT. Each method runs once a round, in turn, so that a machine's drift meets all of them;
+medians are printed. "plain" rows are what autograd makes of the definition: a merged weight for Bone, three
+linear layers for LoRA. LoRA's rank gives it the parameters of bat-in (and "lora, bone's" those of bone).
+Saved is what autograd keeps for backward besides weight and parameters; peak is the most that is allocated at
+one time in forward and backward besides what was there before.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-PEFT"))
+
+from rwkv_peft.adapters import delta, inject  # noqa: E402
+from rwkv_peft.adapters.weight_side import bat_out  # noqa: E402
+from rwkv_peft.config import BONE_MODES, AdapterConfig  # noqa: E402
+
+SHAPES = ("2048x7168", "7168x2048", "4096x14336", "14336x4096")
+METHODS = ("frozen", "lora", "lora, bone's", "lora plain", "bat-in", "bat-in plain", "bat-out", "bat-out plain",
+           "bone", "bone plain")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    parser.add_argument("--tokens", nargs="+", type=int, default=(512, 1024, 2048, 4096, 8192))
+    parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16"))
+    parser.add_argument("--methods", nargs="+", default=METHODS,
+                        help=f"of {', '.join(METHODS)}; Bone's also with nf4 or int8, as in 'bat-in nf4'")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--crossover", action="store_true", help="bat-out's forward on either side, by tokens, instead")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} thread(s)"
+    print(f"torch {torch.__version__}, {where}, rank {args.rank}, median of {args.rounds} rounds")
+    for shape in args.shapes:
+        in_features, out_features = map(int, shape.split("x"))
+        for dtype in args.dtypes:
+            if args.crossover:
+                crossover(in_features, out_features, dtype, args)
+                continue
+            for tokens in args.tokens:
+                table(in_features, out_features, tokens, dtype, args)
+
+
+def table(in_features, out_features, tokens, dtype, args):
+    """Print one table: a row for each method."""
+    torch.manual_seed(0)
+    kind = {"device": args.device, "dtype": torch.float32 if dtype == "fp32" else torch.bfloat16}
+    base = nn.Linear(in_features, out_features, bias=False, **kind)
+    x = torch.randn(tokens, in_features, requires_grad=True, **kind)
+    g = torch.randn(tokens, out_features, **kind)
+    layers = {method: make_layer(method, base, args.rank) for method in args.methods}
+    steps = {method: make_step(layer, x, g) for method, layer in layers.items()}
+    times = {method: [] for method in steps}
+    for step in steps.values():
+        step()
+    for _ in range(args.rounds):
+        for method, step in steps.items():
+            times[method].append(timed(step, args.device))
+    medians = {method: statistics.median(values) for method, values in times.items()}
+    print(f"\n{in_features} -> {out_features}, T = {tokens}, {dtype}\n")
+    print("| method | parameters | ms | / frozen | saved MiB | peak MiB |")
+    print("|---|---|---|---|---|---|")
+    for method, step in steps.items():
+        count = sum(p.numel() for p in layers[method].parameters() if p.requires_grad)
+        ratio = medians[method] / medians.get("frozen", float("nan"))
+        print(f"| {method} | {count:,} | {1e3 * medians[method]:.1f} | {ratio:.3f} "
+              f"| {saved_bytes(layers[method], x) / 2**20:.1f} | {peak_bytes(step, args.device) / 2**20:.1f} |", flush=True)
+
+
+def make_layer(method, base, rank):
+    """A layer for a method over base's weight; its adapter is not zero."""
+    name, *words = method.split(" ", 1) if "," not in method else (method,)
+    layer = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+    layer.weight = nn.Parameter(base.weight.detach(), requires_grad=False)
+    if name == "frozen":
+        return layer
+    model = nn.ModuleDict({"layer": layer})
+    sides = base.in_features + base.out_features
+    if name.startswith("lora"):
+        parameters = rank * (base.out_features if name == "lora, bone's" else base.in_features)
+        config = AdapterConfig(method="lora", rank=max(1, round(parameters / sides)), targets=("layer",))
+    elif name in BONE_MODES:
+        quant = words[0] if words and words[0] in ("nf4", "int8") else "none"
+        config = AdapterConfig(mode=name, rank=rank, targets=("layer",), quant=quant)
+    else:
+        raise SystemExit(f"unknown method {method}; there are {', '.join(METHODS)}")
+    inject(model, config)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        nn.init.normal_(parameter, std=0.01)
+    return Plain(model["layer"]) if words == ["plain"] else model["layer"]
+
+
+class Plain(nn.Module):
+    """The definition of an adapter layer, left to autograd."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        layer = self.layer
+        if layer.variant == "lora":
+            return F.linear(x, layer.weight) + F.linear(F.linear(x, layer.lora_A), layer.lora_B) * layer.scale
+        return F.linear(x, layer.weight + delta(layer.variant, layer.weight, {"bone": layer.bone}))
+
+
+def make_step(layer, x, g):
+    """A function that runs forward and backward once and drops the gradients."""
+    trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
+
+    def step():
+        torch.autograd.grad(layer(x), trained, g)
+
+    return step
+
+
+def timed(step, device):
+    synchronize(device)
+    start = time.perf_counter()
+    step()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def saved_bytes(layer, x):
+    """What autograd keeps for backward, less what the layer owns."""
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = layer(x)
+    owned = [*layer.parameters(), *layer.buffers()]
+    del y
+    return sum(size for pointer, size in saved.items() if pointer not in {t.untyped_storage().data_ptr() for t in owned})
+
+
+def peak_bytes(step, device):
+    """The most memory in use at one time during a step, above what was in use before."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    current = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        current += event.nbytes()
+        peak = max(peak, current)
+    return peak
+
+
+def crossover(in_features, out_features, dtype, args):
+    """Print bat-out's forward on the weight side and on the activation side, by number of tokens."""
+    kind = {"device": args.device, "dtype": torch.float32 if dtype == "fp32" else torch.bfloat16}
+    weight = torch.randn(out_features, in_features, **kind) / in_features**0.5
+    bone = 0.01 * torch.randn(out_features // args.rank, args.rank, args.rank, **kind)
+    print(f"\n{in_features} -> {out_features}, {dtype}\n\n| T | weight side ms | activation side ms |\n|---|---|---|")
+    for tokens in (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128):
+        x = torch.randn(tokens, in_features, **kind)
+        medians = []
+        for side in ("weight", "activation"):
+            step = partial(bat_out, x, weight, bone, side=side)
+            step()
+            medians.append(statistics.median(timed(step, args.device) for _ in range(args.rounds)))
+        print(f"| {tokens} | {1e3 * medians[0]:.2f} | {1e3 * medians[1]:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
