@@ -1,0 +1,123 @@
+"""Logits of one token sequence in runtimes that this project did not write, and in a float64 reference.
+
+Each runtime is optional: `available` says whether it is installed and whether it can take the model at all.
+"""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import io
+import os
+from typing import Callable, NamedTuple
+
+import torch
+
+from .model import RWKV6, LayerState, State
+
+
+class Runtime(NamedTuple):
+    """How to ask one runtime: package is its name on PyPI, module what it is imported as, form what it reads ("pth", a
+    float32 copy, or "gguf"); refuses(config) is a reason why it cannot take a model, or ""; logits(path, tokens,
+    config) -> (T, V) float32 logits, or log-probabilities where shifted is True."""
+
+    name: str
+    package: str
+    module: str
+    form: str
+    logits: Callable
+    refuses: Callable
+    shifted: bool = False
+
+    def missing(self):
+        """"" where the runtime is installed, else the command that installs it."""
+        return "" if importlib.util.find_spec(self.module) else f"pip install {self.package}"
+
+    def version(self):
+        return importlib.metadata.version(self.package)
+
+
+def reference_logits(state, tokens, config, dtype=torch.float64):
+    """Logits (T, V) of our model in float64, from a state dict with or without time states; tokens (T,) int64."""
+    with torch.device("meta"):
+        model = RWKV6(config)
+    weights = {key: tensor.to(dtype) for key, tensor in state.items() if not key.endswith("time_state")}
+    model.load_state_dict(weights, strict=True, assign=True)
+    start = State.zeros(config, 1, dtype=dtype)
+    if "blocks.0.att.time_state" in state:  # files hold (H, value, key)
+        start = State(LayerState(layer.att_shift, state[f"blocks.{i}.att.time_state"].transpose(1, 2)[None].float(),
+                                 layer.ffn_shift) for i, layer in enumerate(start))
+    with torch.inference_mode():
+        return model(tokens[None], start)[0][0]
+
+
+def rwkv_sequence(path, tokens, config):
+    """The `rwkv` package, all tokens in one call."""
+    model = _rwkv_model(path)
+    with torch.inference_mode():
+        return model.forward(tokens.tolist(), None, full_output=True)[0].float()
+
+
+def rwkv_tokens(path, tokens, config):
+    """The `rwkv` package, one token at a time."""
+    model, state, rows = _rwkv_model(path), None, []
+    with torch.inference_mode():
+        for token in tokens.tolist():
+            logits, state = model.forward([token], state)
+            rows.append(logits.float().clone())
+    return torch.stack(rows)
+
+
+def _rwkv_model(path):
+    os.environ["RWKV_V7_ON"] = "0"  # read at import: under "1" the package takes every model for an RWKV-7
+    with contextlib.redirect_stdout(io.StringIO()):
+        from rwkv.model import RWKV
+
+        return RWKV(model=str(path).removesuffix(".pth"), strategy="cpu fp32", verbose=False)
+
+
+def rwkv_simple(path, tokens, config):
+    """The `rwkv-simple` package, which loads strictly."""
+    from rwkv_simple import RWKV
+
+    model = RWKV(config.n_embd, d_head=config.head_size, expand=config.dim_ffn / config.n_embd, n_layer=config.n_layer,
+                 vocab_size=config.vocab_size)
+    model.load_state_dict(torch.load(path, weights_only=True, mmap=True), strict=True)
+    with torch.inference_mode():
+        return model(tokens[None], need_state=False)[0].float()
+
+
+def refused_by_rwkv_simple(config):
+    if (config.maa_rank, config.decay_rank, config.head_size) != (32, 64, 64) or config.dim_att != config.n_embd:
+        return "takes head size 64 and low-rank widths 32 and 64 alone"
+    return ""
+
+
+def llama_cpp(path, tokens, config):
+    """llama.cpp through `xllamacpp`: its log-probabilities of the whole vocabulary after the prompt (1, V)."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx, params.n_parallel, params.verbosity, params.warmup = max(2 * len(tokens), 256), 1, -1, False
+    server = xllamacpp.Server(params)
+    answer = server.handle_completions({"prompt": tokens.tolist(), "n_predict": 1, "n_probs": config.vocab_size,
+                                        "temperature": 0.0, "cache_prompt": False})
+    found = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    row = torch.full((config.vocab_size,), float("nan"))
+    for entry in found:
+        row[entry["id"]] = entry["logprob"]
+    return row[None]
+
+
+def takes_all(config):
+    return ""
+
+
+def all_runtimes():
+    """Every runtime that can be asked, in the order of the table."""
+    return (
+        Runtime("rwkv, sequence", "rwkv", "rwkv", "pth", rwkv_sequence, takes_all),
+        Runtime("rwkv, token by token", "rwkv", "rwkv", "pth", rwkv_tokens, takes_all),
+        Runtime("rwkv-simple", "rwkv-simple", "rwkv_simple", "pth", rwkv_simple, refused_by_rwkv_simple),
+        Runtime("llama.cpp", "xllamacpp", "xllamacpp", "gguf", llama_cpp, takes_all, shifted=True),
+    )
