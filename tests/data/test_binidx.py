@@ -175,6 +175,29 @@ def test_tokens_that_do_not_fit_the_type_are_refused(tmp_path):
             writer.add([65536])
 
 
+def test_a_file_of_rows_in_place_of_a_prefix_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    with pytest.raises(UserError, match=r"rows\.jsonl: a file of rows or text.*--data_type sft"):
+        BinidxDataset(tmp_path / "rows.jsonl")
+
+
+def test_two_writers_of_one_data_set_do_not_mix(tmp_path):
+    with BinidxWriter(tmp_path / "data") as first:
+        first.add([1, 2])
+        with pytest.raises(UserError, match="another process is writing it"):
+            with BinidxWriter(tmp_path / "data"):
+                pass
+    assert documents(BinidxDataset(tmp_path / "data")) == [[1, 2]]
+
+
+def test_a_writer_after_one_that_was_killed_begins_anew(tmp_path):
+    (tmp_path / ".data.bin.tmp").write_bytes(b"left over")
+    with BinidxWriter(tmp_path / "data") as writer:
+        writer.add([1, 2])
+    assert documents(BinidxDataset(tmp_path / "data")) == [[1, 2]]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_prefix():
     assert [binidx_prefix(path) for path in ("a/b", "a/b.bin", "a/b.idx")] == ["a/b"] * 3
 

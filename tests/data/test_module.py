@@ -1,5 +1,7 @@
 """One global cursor: the same optimizer step for every split, exact to resume."""
 
+import subprocess
+import sys
 import threading
 from itertools import islice
 
@@ -125,3 +127,10 @@ def test_a_reader_that_is_left_stops_its_thread():
     assert threading.active_count() == before + 1
     iterator.close()
     assert threading.active_count() == before
+
+
+def test_a_reader_that_is_forgotten_does_not_hold_up_the_interpreter():
+    program = ("from itertools import count\nfrom rwkv_peft.data.module import read_ahead\n"
+               "iterator = read_ahead(count(), 2)\nprint(next(iterator))")
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "0\n", "")

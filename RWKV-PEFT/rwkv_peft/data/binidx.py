@@ -87,6 +87,9 @@ class BinidxDataset:
 
     def _read_index(self):
         path = self.idx_path
+        if os.path.isfile(self.prefix) and not os.path.isfile(path):
+            raise UserError(f"{self.prefix}: a file of rows or text, where PREFIX of a PREFIX.bin and PREFIX.idx is meant; "
+                            "tokenize it with python -m rwkv_peft.data.preprocess, or give --data_type sft")
         if not os.path.isfile(path):
             raise UserError(f"{path}: no such file; a data set is a PREFIX.bin with its PREFIX.idx; {REMEDY}")
         length = os.path.getsize(path)

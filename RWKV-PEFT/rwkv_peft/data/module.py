@@ -127,7 +127,8 @@ def collate_packed(documents):
 def read_ahead(iterable, depth):
     """Yield from `iterable`, which a thread keeps `depth` items ahead (0: no thread).
 
-    The iterable's exceptions are raised here.
+    The iterable's exceptions are raised here. The thread ends when the generator is closed, and with
+    the interpreter: a daemon thread would be cut off inside torch, which can abort the process.
     """
     if depth == 0:
         yield from iterable
@@ -135,23 +136,25 @@ def read_ahead(iterable, depth):
     ready, stop = queue.Queue(maxsize=depth), threading.Event()
 
     def put(item):
-        while not stop.is_set():
+        """Whether the consumer is still there to take it."""
+        while not stop.is_set() and threading.main_thread().is_alive():
             try:
-                return ready.put(item, timeout=0.1)
+                ready.put(item, timeout=0.1)
+                return True
             except queue.Full:
                 continue
+        return False
 
     def work():
         try:
             for item in iterable:
-                put((item, None))
-                if stop.is_set():
+                if not put((item, None)):
                     return
             put((None, StopIteration()))
         except BaseException as error:  # handed to the consumer, who raises it
             put((None, error))
 
-    thread = threading.Thread(target=work, name="read-ahead", daemon=True)
+    thread = threading.Thread(target=work, name="read-ahead")
     thread.start()
     try:
         while True:
