@@ -1,0 +1,165 @@
+"""Conversions: round trips are bitwise, layouts are what each format wants, nothing is lost in silence."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from rwkv_peft.checkpoint import AdapterMetadata, load_base, model_config_from_state, read_adapter, save_adapter, save_model
+from rwkv_peft.convert import main, vocabulary
+from rwkv_peft.errors import UserError
+from rwkv_peft.gguf_file import write_gguf
+from rwkv_peft.names import from_hf, from_web, to_hf, to_web
+from rwkv_peft.safetensors_writer import write_safetensors
+from rwkv_peft.pth_writer import TensorSpec
+
+
+def convert(*words):
+    assert main([str(word) for word in words]) == 0
+
+
+def same(left, right):
+    return list(left) == list(right) and all(
+        left[key].dtype == right[key].dtype and torch.equal(left[key], right[key]) for key in left)
+
+
+@pytest.fixture
+def model(tmp_path, tiny_state):
+    """Path of a bfloat16 model and its state dict."""
+    state = tiny_state(dtype=torch.bfloat16)
+    save_model(tmp_path / "model.pth", state)
+    return tmp_path / "model.pth", state
+
+
+def test_names_of_other_formats_are_undone(tiny_state):
+    for key in [*tiny_state(), "blocks.1.att.time_state"]:
+        assert from_hf(to_hf(key)) == key and from_web(to_web(key)) == key
+    assert to_web("blocks.0.att.time_faaaa") == "blocks.0.att.time_first"
+    assert to_web("blocks.0.ffn.time_maa_k") == "blocks.0.ffn.time_mix_k"
+    assert to_hf("blocks.0.ln0.weight") == "rwkv.blocks.0.pre_ln.weight" and to_hf("head.weight") == "head.weight"
+    assert to_hf("emb.weight") == "rwkv.embeddings.weight"
+
+
+@pytest.mark.parametrize("ending", ["st", "safetensors"])
+@pytest.mark.parametrize("dtype", ["keep", "fp32"])
+def test_safetensors_there_and_back_is_bitwise(tmp_path, model, ending, dtype):
+    path, state = model
+    convert(path, tmp_path / f"m.{ending}", "--dtype", dtype)
+    convert(tmp_path / f"m.{ending}", tmp_path / "back.pth", "--dtype", "bf16")
+    assert same(load_base(tmp_path / "back.pth"), state)
+
+
+def test_safetensors_has_the_layout_of_web_rwkv(tmp_path, model):
+    path, state = model
+    convert(path, tmp_path / "m.st")
+    with safe_open(tmp_path / "m.st", framework="pt") as file:
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}
+        for official, other in (("time_maa_w1", "time_mix_w1"), ("time_maa_w2", "time_mix_w2"), ("time_decay_w1",) * 2):
+            expected = state[f"blocks.1.att.{official}"].transpose(-1, -2).half()
+            assert torch.equal(file.get_tensor(f"blocks.1.att.{other}"), expected)
+        assert torch.equal(file.get_tensor("blocks.0.att.time_first"), state["blocks.0.att.time_faaaa"].half())
+        assert torch.equal(file.get_tensor("blocks.0.att.key.weight"), state["blocks.0.att.key.weight"].half())
+
+
+def test_a_streamed_safetensors_is_read_by_its_library(tmp_path):
+    tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.ones(3).half(), "t": torch.randn(4, 2).bfloat16().T}
+    write_safetensors(tmp_path / "s", {key: TensorSpec.of(t) for key, t in tensors.items()}, tensors.items(), {"note": "x"})
+    with safe_open(tmp_path / "s", framework="pt") as file:
+        assert file.metadata() == {"note": "x"}
+        assert all(torch.equal(file.get_tensor(key), tensor) for key, tensor in tensors.items())
+
+
+def test_values_that_the_target_cannot_hold_are_refused(tmp_path, tiny_state):
+    state = tiny_state()
+    state["head.weight"][3, 3] = 1e6
+    save_model(tmp_path / "model.pth", state)
+    with pytest.raises(UserError, match="head.weight holds NaN, Inf or values beyond torch.float16"):
+        convert(tmp_path / "model.pth", tmp_path / "m.st")
+    assert os.listdir(tmp_path) == ["model.pth"]
+
+
+def test_hugging_face_folder_there_and_back_is_bitwise(tmp_path, model):
+    path, state = model
+    convert(path, tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "back.pth")
+    assert same(load_base(tmp_path / "back.pth"), state)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (config["hidden_size"], config["head_size"], config["intermediate_size"]) == (64, 16, 96)
+    assert config["rescale_every"] == 0 and config["vocab_size"] == 80
+    assert len((tmp_path / "hf" / "rwkv_vocab_v20230424.txt").read_bytes().splitlines()) == 79  # token 0 has no line
+
+
+def test_time_states_swap_both_ways(tmp_path):
+    states = {f"blocks.{i}.att.time_state": torch.randn(2, 8, 8) for i in range(3)}
+    save_model(tmp_path / "s.pth", states)
+    convert(tmp_path / "s.pth", tmp_path / "s.state")
+    with safe_open(tmp_path / "s.state", framework="pt") as file:
+        assert torch.equal(file.get_tensor("blocks.2.att.time_state"), states["blocks.2.att.time_state"].transpose(1, 2))
+    convert(tmp_path / "s.state", tmp_path / "back.pth")
+    assert same(dict(sorted(torch.load(tmp_path / "back.pth", weights_only=True).items())), states)
+
+
+@pytest.mark.parametrize("kind, exact", [("f32", True), ("bf16", True), ("f16", False), ("q8_0", False)])
+def test_gguf_holds_the_weights(tmp_path, tiny_state, kind, exact):
+    gguf = pytest.importorskip("gguf")
+    state = tiny_state(dtype=torch.bfloat16)
+    write_gguf(tmp_path / "m.gguf", state, model_config_from_state(state), kind, vocabulary(80))
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    found = {tensor.name: torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+             for tensor in reader.tensors}
+
+    def check(name, expected, error):
+        assert found[name].flatten().numel() == expected.numel()
+        torch.testing.assert_close(found[name].reshape(expected.shape), expected.float(), rtol=error, atol=error)
+
+    loose = 0 if exact else 2e-2
+    check("blk.1.channel_mix_value.weight", state["blocks.1.ffn.value.weight"], loose)
+    check("token_embd.weight", state["emb.weight"], loose)
+    check("blk.0.time_mix_w1.weight", state["blocks.0.att.time_maa_w1"].T, 0)
+    check("blk.0.time_mix_w2.weight", state["blocks.0.att.time_maa_w2"].permute(0, 2, 1), 0)
+    check("blk.0.time_mix_lerp_fused.weight", torch.stack([state[f"blocks.0.att.time_maa_{x}"] for x in "wkvrg"]), 0)
+    assert len(found) == len(state) - 4 * 2  # five lerps of each of two layers became one
+    fields = reader.fields
+    assert fields["rwkv6.rescale_every_n_layers"].contents() == 0
+    assert fields["rwkv6.wkv.head_size"].contents() == 16
+    assert len(fields["tokenizer.ggml.tokens"].contents()) == 80
+
+
+def test_gguf_refuses_time_states(tmp_path, tiny_state):
+    pytest.importorskip("gguf")
+    state = tiny_state()
+    save_model(tmp_path / "m.pth", state | {f"blocks.{i}.att.time_state": torch.zeros(4, 16, 16) for i in range(2)})
+    with pytest.raises(UserError, match="no place for initial states"):
+        convert(tmp_path / "m.pth", tmp_path / "m.gguf")
+    assert os.listdir(tmp_path) == ["m.pth"]
+
+
+def test_adapters_go_to_rwkv_peft_and_back(tmp_path):
+    tensors = {"blocks.0.att.key.bone": torch.randn(4, 16, 16)}
+    save_adapter(tmp_path / "a.safetensors", tensors, AdapterMetadata("bat-in", rank=16))
+    convert(tmp_path / "a.safetensors", tmp_path / "flat.pth")
+    assert list(torch.load(tmp_path / "flat.pth", weights_only=True)) == ["blocks.0.att.key.disha"]
+    convert(tmp_path / "flat.pth", tmp_path / "back.safetensors")
+    back = read_adapter(tmp_path / "back.safetensors")
+    assert back.metadata.variant == "bat-in" and same(back.tensors, tensors)
+    convert(tmp_path / "a.safetensors", tmp_path / "old.pth", "--bone_parameter", "bone")
+    with pytest.raises(UserError, match="--bone_mode"):
+        convert(tmp_path / "old.pth", tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="cannot hold"):
+        convert(tmp_path / "a.safetensors", tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("source, target, message", [
+    ("none.pth", "x.st", "does not exist"),
+    ("model.pth", "model.pth", "the input itself"),
+    ("model.pth", "x.bin", "names no format"),
+    ("junk.st", "x.pth", "not a readable safetensors"),
+    ("empty", "x.pth", "without .safetensors files"),
+])
+def test_what_cannot_be_converted_is_refused(tmp_path, model, source, target, message):
+    (tmp_path / "junk.st").write_bytes(b"junk")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=message):
+        convert(tmp_path / source, tmp_path / target)

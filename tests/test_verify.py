@@ -1,0 +1,101 @@
+"""Files written here compute the same logits in runtimes that others wrote."""
+
+import pytest
+import torch
+
+from rwkv_peft.checkpoint import check_state, save_model
+from rwkv_peft.errors import UserError
+from rwkv_peft.runtimes import all_runtimes, reference_logits
+from rwkv_peft.verify import compare_structure, judge, main, verify, written
+
+# (format, largest absolute difference of logits seen in the runtimes' own arithmetic, doubled)
+BOUNDS = (("fp32", 2e-5), ("f32", 2e-5), ("f16", 1e-2), ("bf16", 5e-2), ("q8_0", 2e-1))
+
+
+def official(tiny_state, **changes):
+    """A small model of the head size and low-rank widths of official ones, which every runtime takes."""
+    return tiny_state(**{"n_layer": 2, "n_embd": 128, "dim_ffn": 448, "head_size": 64, "vocab_size": 300, "maa_rank": 32,
+                         "decay_rank": 64} | changes)
+
+
+def ask(runtime, form, state, folder, length=50):
+    """Largest difference of a runtime's logits from the reference; skips where it is not installed."""
+    if runtime.missing() or (form != "fp32" and not installed("gguf")):
+        pytest.skip(runtime.missing() or "pip install gguf")
+    config = check_state(state)
+    assert not runtime.refuses(config)
+    tokens = torch.randint(config.vocab_size, (length,), generator=torch.Generator().manual_seed(1))
+    logits = runtime.logits(written(folder, form, state, config), tokens, config)
+    return judge(logits, reference_logits(state, tokens, config), form, runtime.shifted)[0]
+
+
+def installed(module):
+    import importlib.util
+
+    return importlib.util.find_spec(module) is not None
+
+
+def cases():
+    for runtime in all_runtimes():
+        for form in ("fp32",) if runtime.form == "pth" else ("f32", "f16", "bf16", "q8_0"):
+            yield pytest.param(runtime, form, id=f"{runtime.name}-{form}")
+
+
+@pytest.mark.parametrize("runtime, form", list(cases()))
+def test_runtimes_agree_with_the_reference(tmp_path, tiny_state, runtime, form):
+    assert ask(runtime, form, official(tiny_state), tmp_path) < dict(BOUNDS)[form]
+
+
+@pytest.mark.parametrize("name, form", [("rwkv, sequence", "fp32"), ("llama.cpp", "f32")])
+def test_the_widths_of_a_4096_wide_model_agree(tmp_path, tiny_state, name, form):
+    state = official(tiny_state, n_layer=1, n_embd=4096, dim_ffn=128, vocab_size=64, maa_rank=64, decay_rank=128)
+    runtime = next(runtime for runtime in all_runtimes() if runtime.name == name)
+    assert ask(runtime, form, state, tmp_path, length=8) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["rwkv, sequence", "rwkv, token by token"])
+def test_a_time_state_is_where_the_runtime_starts(tmp_path, tiny_state, name):
+    state = official(tiny_state)
+    generator = torch.Generator().manual_seed(2)
+    tuned = state | {f"blocks.{i}.att.time_state": torch.randn(2, 64, 64, generator=generator) for i in range(2)}
+    runtime = next(runtime for runtime in all_runtimes() if runtime.name == name)
+    assert ask(runtime, "fp32", tuned, tmp_path) < 1e-4
+    config, tokens = check_state(state), torch.arange(20)
+    difference = reference_logits(tuned, tokens, config) - reference_logits(state, tokens, config)
+    assert difference.abs().max() > 0.1
+
+
+def test_verify_prints_a_table_and_notices_a_difference(tmp_path, tiny_state, capsys, monkeypatch):
+    pytest.importorskip("rwkv")
+    save_model(tmp_path / "m.pth", official(tiny_state))
+    assert main([str(tmp_path / "m.pth"), "--gguf_types", "--base", str(tmp_path / "m.pth")]) == 0
+    text = capsys.readouterr().out
+    assert "| rwkv, sequence" in text and "has the keys, order, shapes and dtypes of" in text
+    monkeypatch.setattr("rwkv_peft.verify.reference_logits",
+                        lambda state, tokens, config: reference_logits(state, tokens, config) + 0.1)
+    assert main([str(tmp_path / "m.pth"), "--gguf_types"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_runtimes_that_cannot_take_a_model_are_not_asked(tiny_state):
+    rows = {row.runtime: row for row in verify(tiny_state(n_layer=1), length=4, gguf_types=())}
+    assert rows["rwkv-simple"].difference is None and "not asked" in rows["rwkv-simple"].note
+
+
+def test_a_nan_is_a_failure(tiny_state):
+    reference = torch.randn(3, 5).double()
+    difference, limit = judge(torch.full((3, 5), float("nan")), reference, "fp32", False)
+    assert not difference <= limit
+
+
+def test_structure_is_compared_with_the_base(tiny_state):
+    base = tiny_state()
+    compare_structure("m", dict(base), "b", base)
+    compare_structure("m", base | {"blocks.0.att.time_state": torch.zeros(4, 16, 16)}, "b", base)
+    for changed, message in (
+        ({key: tensor for key, tensor in base.items() if key != "head.weight"}, "head.weight"),
+        (dict(reversed(base.items())), "their order"),
+        (base | {"head.weight": base["head.weight"].bfloat16()}, "bfloat16"),
+    ):
+        with pytest.raises(UserError, match=message):
+            compare_structure("m", changed, "b", base)
