@@ -122,3 +122,10 @@ def test_real_world_vocabulary(shared_data, world):
     text = (shared_data / "text" / "sherlock.txt").read_text()[:20000]
     assert loaded.encode(text) == world.encode(text)
     assert loaded.vocab_size == 65530
+
+
+def test_the_command_prints_ids_as_mask_id_takes_them(capsys):
+    from rwkv_peft.data.tokenizer import main
+
+    assert main(["bytes", "ab"]) == 0
+    assert capsys.readouterr().out == "98 99\n"

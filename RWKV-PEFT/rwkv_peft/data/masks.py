@@ -30,7 +30,8 @@ def make_mask(dataset, config):
     if kind not in LOSS_MASKS:
         raise UserError(f"--loss_mask {kind}: one of {', '.join(LOSS_MASKS)}")
     if not config.mask_id:
-        raise UserError(f"--loss_mask {kind} needs --mask_id, the token ids that open an answer")
+        raise UserError(f"--loss_mask {kind} needs --mask_id, the token ids that open an answer; "
+                        "python -m rwkv_peft.data.tokenizer world 'Assistant:' prints them")
     if kind == "se" and not config.mask_end_id:
         raise UserError("--loss_mask se needs --mask_end_id, the token ids that close an answer")
     return MarkerMask(dataset, config.mask_id, config.mask_end_id, end_counts=kind == "se")

@@ -3,13 +3,16 @@
 Every tokenizer has encode(str) -> list[int], decode(list[int]) -> str, vocab_size (ids are below
 it), name, end_id, the token that ends a document, or None where the vocabulary names none, and
 cuts_at_lines, whether a text cut where a line begins with a visible character has the same tokens.
+
+    python -m rwkv_peft.data.tokenizer world "Assistant:"      prints the ids of a text, as --mask_id takes them
 """
 
+import argparse
 import ast
 from functools import cached_property
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, exit_on_user_error
 
 REPLACEMENT = "\ufffd"
 END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "<|im_end|>")
@@ -166,3 +169,17 @@ def parse_world_vocabulary(path):
     if len(table) == 1:
         raise UserError(f"{path}: holds no token; give a World vocabulary such as rwkv_vocab_v20230424.txt")
     return table
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(prog="python -m rwkv_peft.data.tokenizer", allow_abbrev=False,
+                                     description="Print the token ids of a text.")
+    parser.add_argument("tokenizer", help="world, bytes, or a vocabulary file")
+    parser.add_argument("text")
+    options = parser.parse_args(argv)
+    print(*load_tokenizer(options.tokenizer).encode(options.text))
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
