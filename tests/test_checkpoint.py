@@ -194,6 +194,7 @@ def test_atomic_write_replaces_or_leaves_untouched(tmp_path):
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"),
                                    RuntimeError("I/O error: No space left on device (os error 28)"),
+                                   OSError("128000 requested and 68544 written"),
                                    RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")])
 def test_a_full_disk_is_told_in_words(tmp_path, error):
     (tmp_path / "file").write_text("old")

@@ -11,11 +11,14 @@ import torch
 from safetensors.torch import save_file
 
 from rwkv_peft import merge_cli
-from rwkv_peft.adapters import delta
-from rwkv_peft.checkpoint import AdapterMetadata, fingerprint, load_base, read_adapter, save_adapter, save_model
+from rwkv_peft.adapters import delta, inject
+from rwkv_peft.checkpoint import (Adapter, AdapterMetadata, fingerprint, load_adapter_into, load_base,
+                                  model_config_from_state, read_adapter, save_adapter, save_model)
+from rwkv_peft.config import AdapterConfig
 from rwkv_peft.errors import UserError
 from rwkv_peft.foreign import write_rwkv_peft
 from rwkv_peft.merge import Merge, MergeOptions, merge_state_dict
+from rwkv_peft.model import RWKV6
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = ("bone", "bone-mini", "bat-in", "bat-out", "lora", "pissa", "olora", "lora-ga")
@@ -96,7 +99,7 @@ def test_output_has_the_base_keys_order_shapes_and_dtypes(tmp_path, tiny_state, 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bands_of_rows_give_the_whole_result(tiny_state, variant, monkeypatch):
     base = tiny_state(dim_ffn=104)
-    adapter = read_back(*adapter_of(variant, base))
+    adapter = Adapter(*adapter_of(variant, base))
     whole = merge_state_dict(base, [("a", adapter)])
     monkeypatch.setattr("rwkv_peft.merge.BAND", 1000)
     banded = merge_state_dict(base, [("a", adapter)])
@@ -104,17 +107,11 @@ def test_bands_of_rows_give_the_whole_result(tiny_state, variant, monkeypatch):
         torch.testing.assert_close(banded[key], whole[key], rtol=1e-5, atol=1e-6)
 
 
-def read_back(tensors, metadata):
-    from rwkv_peft.checkpoint import Adapter
-
-    return Adapter(tensors, metadata)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_unmerge_recovers_the_base(tiny_state, variant, scale):
     base = tiny_state()
-    adapters = [("a", read_back(*adapter_of(variant, base))), ("b", read_back(*adapter_of("bat-in", base, seed=7)))]
+    adapters = [("a", Adapter(*adapter_of(variant, base))), ("b", Adapter(*adapter_of("bat-in", base, seed=7)))]
     merged = merge_state_dict(base, adapters, MergeOptions(scale=scale))
     back = merge_state_dict(merged, adapters, MergeOptions(scale=scale, unmerge=True))
     assert any((merged[key] - base[key]).abs().max() > 0.1 for key in base)
@@ -145,7 +142,7 @@ def test_several_adapters_apply_in_order(folder):
             "--output", folder / "both.pth", "--output_dtype", "fp32"]
     merge_cli.main([str(word) for word in argv])
     both = load_base(folder / "both.pth")
-    expected = merge_state_dict(first, [("b", read_back(tensors, metadata))])
+    expected = merge_state_dict(first, [("b", Adapter(tensors, metadata))])
     for key in base:
         torch.testing.assert_close(both[key], expected[key], rtol=1e-5, atol=1e-6)
     argv[3:5] = argv[4:2:-1]
@@ -192,7 +189,7 @@ def test_flat_files_of_rwkv_peft_merge(folder, variant, suffix, targets, mode):
     base = load_base(folder / "base.pth")
     actual = "bat-out" if variant == "oldest" else variant
     tensors, metadata = adapter_of(actual, base, targets)
-    expected = merge_state_dict(base, [("a", read_back(tensors, metadata))])
+    expected = merge_state_dict(base, [("a", Adapter(tensors, metadata))])
     if variant == "oldest":
         tensors = {key: tensor.reshape(-1, RANK) for key, tensor in tensors.items()}
     torch.save(foreign(tensors, suffix), folder / "a.pth")
@@ -214,14 +211,14 @@ def test_lora_and_pissa_files_of_rwkv_peft_merge(folder):
     with pytest.raises(UserError, match="--lora_alpha"):
         run(folder, adapter="a.pth")
     merged = run(folder, "--lora_alpha", 4, adapter="a.pth")
-    expected = merge_state_dict(base, [("a", read_back(tensors, metadata))])  # scale 4 / 8
+    expected = merge_state_dict(base, [("a", Adapter(tensors, metadata))])  # scale 4 / 8
     assert all(torch.equal(merged[key], expected[key]) for key in base)
 
     tensors, metadata = adapter_of("pissa", base, scale=1.0)
-    paths = write_rwkv_peft(folder / "p.pth", read_back(tensors, metadata))
+    paths = write_rwkv_peft(folder / "p.pth", Adapter(tensors, metadata))
     assert [path.name for path in paths] == ["p.pth", "init_p.pth"]
     merged = run(folder, "--lora_init", folder / "init_p.pth", adapter="p.pth")
-    expected = merge_state_dict(base, [("a", read_back(tensors, metadata))])
+    expected = merge_state_dict(base, [("a", Adapter(tensors, metadata))])
     assert all(torch.equal(merged[key], expected[key]) for key in base)
     torch.save({key: tensor for key, tensor in list(load_flat(folder / "init_p.pth").items())[:-1]}, folder / "short.pth")
     with pytest.raises(UserError, match="is not the init file"):
@@ -238,7 +235,7 @@ def test_export_to_rwkv_peft_and_back(folder, variant, parameter):
     base = load_base(folder / "base.pth")
     tensors, metadata = adapter_of(variant, base, scale=1.0)
     whole = {"blocks.0.ln1.weight": torch.randn(64)}
-    write_rwkv_peft(folder / "flat.pth", read_back(tensors | whole, metadata), parameter)
+    write_rwkv_peft(folder / "flat.pth", Adapter(tensors | whole, metadata), parameter)
     init = folder / "init_flat.pth" if variant == "pissa" else None
     back = read_adapter(folder / "flat.pth", base=base, init=init, alpha=RANK if variant == "lora" else None)
     assert back.metadata.variant == variant and set(back.tensors) == set(tensors | whole)
@@ -248,7 +245,7 @@ def test_export_to_rwkv_peft_and_back(folder, variant, parameter):
 def test_export_refuses_what_rwkv_peft_does_not_have(folder):
     tensors, metadata = adapter_of("bat-out", load_base(folder / "base.pth"))
     with pytest.raises(UserError, match="no bat-out"):
-        write_rwkv_peft(folder / "flat.pth", read_back(tensors, metadata))
+        write_rwkv_peft(folder / "flat.pth", Adapter(tensors, metadata))
 
 
 @pytest.mark.parametrize("kind, init, variant", [
@@ -269,7 +266,7 @@ def test_folders_of_hugging_face_peft_merge(folder, kind, init, variant, officia
     config = {"peft_type": kind, "r": RANK, "init_weights": init, "mini_r": 4, "lora_alpha": 4, "init_lora_weights": True}
     (folder / "hf" / "adapter_config.json").write_text(json.dumps(config))
     merged = run(folder, adapter="hf")
-    expected = merge_state_dict(base, [("a", read_back(tensors, metadata))])
+    expected = merge_state_dict(base, [("a", Adapter(tensors, metadata))])
     assert all(torch.equal(merged[key], expected[key]) for key in base)
 
 
@@ -286,6 +283,77 @@ def test_folders_that_cannot_be_merged_are_refused(folder, config, message):
         (folder / "hf" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=message):
         run(folder, adapter="hf")
+
+
+@pytest.mark.parametrize("init", [True, "bat", "mini"])
+def test_an_adapter_trained_in_peft_merges_as_peft_merges_it(folder, init):
+    peft = pytest.importorskip("peft")
+    if not hasattr(peft, "MissConfig"):
+        pytest.skip("this peft has no MissConfig")
+    base = load_base(folder / "base.pth")
+    model = RWKV6(model_config_from_state(base))
+    model.load_state_dict({key: tensor.float() for key, tensor in base.items()})
+    config = peft.MissConfig(r=RANK, mini_r=4, init_weights=init, target_modules=["att.key", "ffn.key", "ffn.value"])
+    wrapped = peft.get_peft_model(model, config)
+    for name, parameter in wrapped.named_parameters():
+        if "miss_block" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    wrapped.save_pretrained(folder / "hf")
+    merged = run(folder, "--output_dtype", "fp32", adapter="hf")
+    expected = wrapped.merge_and_unload().state_dict()
+    assert set(expected) == set(merged)
+    for key, tensor in merged.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-5, atol=1e-6)
+    assert (merged["blocks.0.ffn.key.weight"] - base["blocks.0.ffn.key.weight"]).abs().max() > 0.01
+
+
+def test_a_folder_of_another_architecture_is_refused(folder, shared_data):
+    with pytest.raises(UserError, match="no place in the base"):
+        run(folder, adapter=shared_data / "peft_bone_adapters" / "bone_r4")
+
+
+# What the merged file computes, and quantized bases
+
+
+@pytest.mark.parametrize("mode", ["bone", "bone-mini", "bat-in", "bat-out"])
+def test_the_merged_file_computes_what_base_plus_adapter_computes(folder, mode):
+    base = load_base(folder / "base.pth")
+    tensors, metadata = adapter_of(mode, base)
+    save_adapter(folder / "a.safetensors", tensors, metadata)
+    merged = run(folder, "--output_dtype", "fp32")
+
+    def model(state):
+        built = RWKV6(model_config_from_state(state))
+        built.load_state_dict({key: tensor.float() for key, tensor in state.items()})
+        return built
+
+    adapted = model(base)
+    inject(adapted, AdapterConfig(mode=mode, rank=RANK, mini_rank=4, targets=TARGETS))
+    load_adapter_into(adapted, read_adapter(folder / "a.safetensors"))
+    tokens = torch.randint(80, (2, 11), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        plain, on, off = (each(tokens)[0] for each in (model(base), adapted, model(merged)))
+    torch.testing.assert_close(off, on, rtol=1e-4, atol=1e-4)
+    assert (on - plain).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_an_adapter_on_a_quantized_base_merges_into_what_it_was_trained_on(folder, quant):
+    pytest.importorskip("bitsandbytes")
+    from rwkv_peft.adapters.quant import roundtrip
+
+    base = load_base(folder / "base.pth")
+    tensors, metadata = adapter_of("bat-in", base, quant=quant)
+    save_adapter(folder / "a.safetensors", tensors, metadata)
+    merged = run(folder, "--output_dtype", "fp32")
+    plain = run(folder, "--output_dtype", "fp32", "--quant", "none", output="plain.pth")
+    key = "blocks.0.ffn.key.weight"
+    bone = {"bone": tensors["blocks.0.ffn.key.bone"]}
+    for result, weight in ((merged, roundtrip(base[key], quant).float()), (plain, base[key].float())):
+        torch.testing.assert_close(result[key], weight + delta("bat-in", weight, bone), rtol=1e-5, atol=1e-6)
+    assert not torch.equal(merged[key], plain[key])
+    with pytest.raises(UserError, match="cannot undo"):
+        run(folder, "--unmerge")
 
 
 # Refusals
@@ -354,7 +422,7 @@ def test_dry_run_writes_nothing_and_reports_all(folder, capsys):
 
 def test_the_report_measures_change_and_loss(tiny_state):
     base = {key: tensor.bfloat16() for key, tensor in tiny_state().items()}
-    adapter = read_back(*adapter_of("bone", base, ("att.key",)))
+    adapter = Adapter(*adapter_of("bone", base, ("att.key",)))
     reports = []
     merged = merge_state_dict(base, [("a", adapter)], reports=reports)
     assert [report.key for report in reports] == ["blocks.0.att.key.weight", "blocks.1.att.key.weight"]
@@ -366,7 +434,7 @@ def test_the_report_measures_change_and_loss(tiny_state):
         assert report.lost == pytest.approx(lost.item(), rel=1e-2) and report.lost > 1e-3
 
 
-def test_verify_notices_a_file_that_does_not_read_back(folder):
+def test_verify_notices_a_file_that_does_not_Adapter(folder):
     base = load_base(folder / "base.pth")
     tensors, metadata = adapter_of("bat-in", base)
     save_adapter(folder / "a.safetensors", tensors, metadata)
@@ -374,7 +442,7 @@ def test_verify_notices_a_file_that_does_not_read_back(folder):
     merged["head.weight"] = merged["head.weight"] + 1
     save_model(folder / "other.pth", merged)
     with pytest.raises(UserError, match="does not read back"):
-        merge_cli.verify(folder / "other.pth", Merge(base, [("a", read_back(tensors, metadata))]), folder / "base.pth")
+        merge_cli.verify(folder / "other.pth", Merge(base, [("a", Adapter(tensors, metadata))]), folder / "base.pth")
 
 
 def test_the_command_exits_with_2_and_one_message(folder):
