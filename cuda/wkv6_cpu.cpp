@@ -24,11 +24,10 @@
 //    Q_j = D v_j and for gv_j = D^T K_j (gradient_pass); then combine both with what happens inside a chunk
 //    (finish_chunk).
 // 4. The decay's gradient. dL / d log d_t = sum over everything that is written before t and read after t. For writes
-//    and reads in the chunk of t these are P, Q and A's gradient; what passes through the whole chunk is
-//    X = W <S, D> per key (S before the chunk, D after it), of which <S after, D after> = X + sum_j K_j Q_j and
-//    <S before, D before> = X + sum_i R_i P_i. So <S, D> is computed once at each tile's end and carried backward from
-//    chunk to chunk by one subtraction and one addition. Where W is below float's resolution, X is set to 0, which is
-//    nearer the truth than the rounding of that subtraction.
+//    and reads in the chunk of t these are P, Q and A's gradient; what passes through the whole chunk is W <S, D> for
+//    each key, S before the chunk and D after it. S at every chunk is kept for one tile, so that gradient_pass can take
+//    that product where D lies in registers. (Carrying <S, D> from chunk to chunk instead, by subtracting what is written
+//    and adding what is read, would be cheaper and lose a digit: a strong decay leaves a small difference of large sums.)
 //
 // Parallel over sequences, heads and, where these are fewer than the threads, blocks of value columns: columns of S do
 // not interact, and the gradients of r, k, w and u are sums over columns, which are added up at the end.
@@ -37,6 +36,7 @@
 #include "wkv6_cpu.h"
 
 #include <cstdlib>
+#include <initializer_list>
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
@@ -54,7 +54,6 @@ constexpr int kPairs = kChunk * kChunk;        // A of one chunk, column j at j 
 constexpr int kSmallestValueBlock = 16;        // columns of S that are worth a task of their own
 constexpr float kNoDecay = -87.0f;             // w of a step past the end: d is exactly 1, its gradient about 0
 constexpr float kLargestExponent = 87.0f;      // exp of it is finite, exp of minus it a normal number
-constexpr float kNegligible = 1.0f / (1 << 24);
 constexpr int64_t kWorkForThreads = 1 << 18;   // state elements x steps below which waking a thread costs more
 
 struct Range {
@@ -170,23 +169,65 @@ INLINE void prepare(const float* r, const float* k, const float* d, const float*
     store_pairs(A, a);
 }
 
+// ---- fetching ahead -------------------------------------------------------------------------------------------------
+
+// Rows of memory that will be needed soon, brought into the cache a few at a time while a pass computes: a head's rows
+// lie too far apart for the processor to foresee them.
+class Ahead {
+  public:
+    // `steps` rows of n elements, `stride` elements apart.
+    template <class Element>
+    void add(const Element* rows, int64_t stride, int64_t steps, int n) {
+        if (!rows || steps <= 0) return;
+        part_[parts_++] = {reinterpret_cast<const char*>(rows), stride * int64_t(sizeof(Element)), steps,
+                           n * int64_t(sizeof(Element))};
+    }
+
+    // Fetches the next `count` rows of each.
+    INLINE void fetch(int count) {
+        for (int i = 0; i < parts_; i++) {
+            Part& part = part_[i];
+            for (int t = 0; t < count && part.steps > 0; t++, part.steps--, part.row += part.stride)
+                for (int64_t byte = 0; byte < part.bytes; byte += 64) __builtin_prefetch(part.row + byte);
+        }
+    }
+
+  private:
+    struct Part {
+        const char* row;
+        int64_t stride, steps, bytes;
+    };
+    Part part_[10];
+    int parts_ = 0;
+};
+
 // ---- a state through a tile -----------------------------------------------------------------------------------------
 
 enum class Decay { kPerRow, kPerLane };
 
+// Floats from the state at one chunk to the state at the next, where these are kept.
+template <int N>
+constexpr int kHistoryStride = N * N + 17 * 16;
+
 // For each chunk in turn: out_i += sum over rows of read_i[row] S[row], then S = W S + sum_j write_j[row] x_j.
-// `read` and `write` index rows, `x` and `out` lanes, W either; S and all of them have N columns.
+// `read` and `write` index rows, `x` and `out` lanes, W either; S and all of them have N columns. Where history is
+// given, it keeps S as it was before each chunk.
 template <int N, int kVectors, Decay kDecay>
 void state_pass(float* S, Range rows, Range lanes, const float* read, const float* write, const float* W, const float* x,
-                float* out, int chunks) {
+                float* out, int chunks, Ahead& ahead, float* history = nullptr) {
     constexpr int kRows = block_rows(kVectors);
     for (int l = lanes.begin; l < lanes.end; l += kVectors * kLanes)
         for (int row = rows.begin; row < rows.end; row += kRows) {
+            ahead.fetch(kRows);
             Vec s[kRows][kVectors];
             UNROLL for (int a = 0; a < kRows; a++)
                 UNROLL for (int b = 0; b < kVectors; b++) s[a][b] = load(S + (row + a) * N + l + b * kLanes);
             for (int m = 0; m < chunks; m++) {
                 const int chunk = m * kChunk * N;
+                if (kDecay == Decay::kPerLane)
+                    UNROLL for (int a = 0; a < kRows; a++)
+                        UNROLL for (int b = 0; b < kVectors; b++)
+                            store(history + m * kHistoryStride<N> + (row + a) * N + l + b * kLanes, s[a][b]);
                 UNROLL for (int i = 0; i < kChunk; i++) {
                     float* to = out + chunk + i * N + l;
                     Vec sum[kVectors];
@@ -229,14 +270,16 @@ INLINE void store_row_sums(float* gv, const Vec partial[kChunk][kRows], bool fir
 }
 
 // D^T (rows values, lanes keys) backward through a tile. For each chunk from the last: Q_j += sum over rows of v_j[row]
-// D[row], gv_j[row] = <D[row], K_j>, then D = W D + sum_i gy_i[row] R_i.
+// D[row], gv_j[row] = <D[row], K_j>, SD += sum over rows of S[row] D[row], then D = W D + sum_i gy_i[row] R_i. S, before
+// the chunk, comes from history.
 template <int N>
 void gradient_pass(float* D, Range rows, const float* v, const float* K, const float* W, const float* R, const float* gy,
-                   float* Q, float* gv, int chunks) {
+                   const float* history, float* Q, float* gv, float* SD, int chunks, Ahead& ahead) {
     constexpr int kVectors = block_vectors(N) < kAccumulators / 4 ? block_vectors(N) : kAccumulators / 4;
     constexpr int kRows = block_rows(kVectors);
     for (int l = 0; l < N; l += kVectors * kLanes)
         for (int row = rows.begin; row < rows.end; row += kRows) {
+            ahead.fetch(kRows);
             Vec s[kRows][kVectors];
             UNROLL for (int a = 0; a < kRows; a++)
                 UNROLL for (int b = 0; b < kVectors; b++) s[a][b] = load(D + (row + a) * N + l + b * kLanes);
@@ -259,6 +302,12 @@ void gradient_pass(float* D, Range rows, const float* v, const float* K, const f
                     }
                 }
                 store_row_sums<N, kRows>(gv + chunk + row, partial, l == 0);
+                UNROLL for (int b = 0; b < kVectors; b++) {
+                    Vec sum = load(SD + m * N + l + b * kLanes);
+                    UNROLL for (int a = 0; a < kRows; a++)
+                        sum += load(history + m * kHistoryStride<N> + (row + a) * N + l + b * kLanes) * s[a][b];
+                    store(SD + m * N + l + b * kLanes, sum);
+                }
                 UNROLL for (int b = 0; b < kVectors; b++) {
                     const Vec factor = load(W + m * N + l + b * kLanes);
                     UNROLL for (int a = 0; a < kRows; a++) s[a][b] *= factor;
@@ -289,10 +338,20 @@ struct Task {
     Range values;        // columns, of the padded head size
 };
 
+// A tile's rows, and a gap that shifts the next array against it: a processor takes a load for dependent on an earlier
+// store whose address agrees in the last 12 bits, so arrays that walk in step must not lie a multiple of 4 KB apart.
+template <int N>
+struct Rows {
+    alignas(64) float at[kTile * N];
+    float gap[17 * 16];
+    operator float*() { return at; }
+};
+
 template <int N>
 struct ForwardWork {
     alignas(64) float r[kChunk * N], k[kChunk * N], d[kChunk * N], e[kChunk * N], A[kPairs], u[N];
-    alignas(64) float v[kTile * N], R[kTile * N], K[kTile * N], W[kChunks * N], y[kTile * N], S[N * N];
+    Rows<N> v, R, K, y;
+    alignas(64) float W[kChunks * N], S[N * N];
 };
 
 // One step: reads the state once and writes it once.
@@ -329,15 +388,15 @@ void single_step(ForwardWork<N>& q, const Task& task, const Element* r, const El
 }
 
 template <int N>
-void forward_states(ForwardWork<N>& q, Range values, int chunks) {
+void forward_states(ForwardWork<N>& q, Range values, int chunks, Ahead& ahead) {
     const Range keys{0, N};
     const int width = values.end - values.begin;
     if (width >= block_vectors(N) * kLanes)
-        state_pass<N, block_vectors(N), Decay::kPerRow>(q.S, keys, values, q.R, q.K, q.W, q.v, q.y, chunks);
+        state_pass<N, block_vectors(N), Decay::kPerRow>(q.S, keys, values, q.R, q.K, q.W, q.v, q.y, chunks, ahead);
     else if (width >= block_vectors(32) * kLanes)
-        state_pass<N, block_vectors(32), Decay::kPerRow>(q.S, keys, values, q.R, q.K, q.W, q.v, q.y, chunks);
+        state_pass<N, block_vectors(32), Decay::kPerRow>(q.S, keys, values, q.R, q.K, q.W, q.v, q.y, chunks, ahead);
     else
-        state_pass<N, block_vectors(16), Decay::kPerRow>(q.S, keys, values, q.R, q.K, q.W, q.v, q.y, chunks);
+        state_pass<N, block_vectors(16), Decay::kPerRow>(q.S, keys, values, q.R, q.K, q.W, q.v, q.y, chunks, ahead);
 }
 
 // checkpoints: the first tile starts from `state`, the second's start goes to checkpoints[0], and so on; may be null.
@@ -372,7 +431,11 @@ void forward_head(ForwardWork<N>& q, const Task& task, const Element* r, const E
                     store(chunk_y + i * N + c, sum);
                 }
         }
-        forward_states<N>(q, task.values, chunks);
+        const int64_t next = (start + kTile) * stride, after = task.length - start - kTile;
+        Ahead ahead;
+        for (const Element* rows : {r, k, v, w}) ahead.add(rows + next, stride, after, n);
+        ahead.add(y + start * stride, stride, steps, n);
+        forward_states<N>(q, task.values, chunks, ahead);
         store_rows<N>(y + start * stride, q.y, stride, steps, columns);
     }
     store_state<N>(final_state, q.S, n, task.values);
@@ -380,27 +443,15 @@ void forward_head(ForwardWork<N>& q, const Task& task, const Element* r, const E
 
 template <int N>
 struct BackwardWork {
-    alignas(64) float r[kTile * N], k[kTile * N], v[kTile * N], d[kTile * N], e[kTile * N], u[N];
-    alignas(64) float R[kTile * N], K[kTile * N], W[kChunks * N], A[kChunks * kPairs];
-    alignas(64) float gy[kTile * N], P[kTile * N], Q[kTile * N], gv[kTile * N];
-    alignas(64) float S[N * N], D[N * N], SD[N], gu[N];  // S and D transposed: rows values, lanes keys
+    Rows<N> r, k, d, e;
+    Rows<N> v, K, R, Q, gy, P, gv;
+    alignas(64) float W[kChunks * N], A[kChunks * kPairs], u[N];
+    alignas(64) float S[N * N], D[N * N], SD[kChunks * N], gu[N];  // S and D transposed: rows values, lanes keys
+    alignas(64) float history[kChunks * kHistoryStride<N>];
 };
 
-// SD = the sum over this task's values of S D, for each key.
-template <int N>
-void state_products(BackwardWork<N>& q, Range values) {
-    for (int c = 0; c < N; c += kLanes) {
-        Vec even = zero(), odd = zero();
-        for (int row = values.begin; row < values.end; row += 2) {
-            even += load(q.S + row * N + c) * load(q.D + row * N + c);
-            odd += load(q.S + (row + 1) * N + c) * load(q.D + (row + 1) * N + c);
-        }
-        store(q.SD + c, even + odd);
-    }
-}
-
 // The gradients inside chunk m, given P and Q of the passes: r's and k's replace P and Q, w's replaces e; v's is
-// completed in place; gu and SD advance.
+// completed in place; gu advances.
 template <int N>
 void finish_chunk(BackwardWork<N>& q, Range values, int m) {
     const int chunk = m * kChunk * N;
@@ -440,9 +491,7 @@ void finish_chunk(BackwardWork<N>& q, Range values, int m) {
         const Vec write0 = load(K) * Q0;
         const Vec write01 = load(K + N) * Q1 + write0;
         const Vec write012 = load(K + 2 * N) * Q2 + write01;
-        Vec through = load(q.SD + c) - (load(K + 3 * N) * Q3 + write012);
-        through = load(q.W + m * N + c) < broadcast(kNegligible) ? zero() : through;
-        store(q.SD + c, load(R) * P0 + (through + read123));
+        const Vec through = load(q.W + m * N + c) * load(q.SD + m * N + c);
         Vec gd[kChunk] = {through + read123, through + write0 + read23, through + write01 + read3, through + write012};
 
         // Through the state, and between the steps of the chunk.
@@ -511,10 +560,19 @@ void backward_head(BackwardWork<N>& q, const Task& task, const Element* r, const
         }
         memset(q.P, 0, sizeof(float) * chunks * kChunk * N);
         memset(q.Q, 0, sizeof(float) * chunks * kChunk * N);
+        memset(q.SD, 0, sizeof q.SD);
         load_transposed_state<N>(q.S, start ? checkpoints + (start / kTile - 1) * task.checkpoint : state, n);
-        state_pass<N, block_vectors(N), Decay::kPerLane>(q.S, values, keys, q.gy, q.v, q.W, q.K, q.P, chunks);
-        state_products<N>(q, values);
-        gradient_pass<N>(q.D, values, q.v, q.K, q.W, q.R, q.gy, q.Q, q.gv, chunks);
+        const int64_t before = (start - kTile) * stride;
+        Ahead inputs, outputs;
+        if (start) {
+            for (const Element* rows : {r, k, v, w}) inputs.add(rows + before, stride, kTile, n);
+            if (gy) inputs.add(gy + before, stride, kTile, n);
+            inputs.add(start > kTile ? checkpoints + (start / kTile - 2) * task.checkpoint : state, n, n, n);
+        }
+        for (Gradient* rows : {to.r, to.k, to.w}) outputs.add(rows + start * to.stride, to.stride, steps, n);
+        outputs.add(to.v + start * stride, stride, steps, n);
+        state_pass<N, block_vectors(N), Decay::kPerLane>(q.S, values, keys, q.gy, q.v, q.W, q.K, q.P, chunks, inputs, q.history);
+        gradient_pass<N>(q.D, values, q.v, q.K, q.W, q.R, q.gy, q.history, q.Q, q.gv, q.SD, chunks, outputs);
         for (int m = chunks - 1; m >= 0; m--) finish_chunk<N>(q, values, m);
         store_rows<N>(to.r + start * to.stride, q.P, to.stride, steps, key_columns);
         store_rows<N>(to.k + start * to.stride, q.Q, to.stride, steps, key_columns);
