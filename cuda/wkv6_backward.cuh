@@ -95,9 +95,9 @@ template <int N> __device__ __forceinline__ void chunked_backward(const Argument
             const auto& in = shared.chunk[stage];
             Decays<N> decays(in.w, CHUNK, o);
             __syncthreads();  // the quarters are known
-            float factor[4][2];
+            Pair factor[4];
             decays.halves(o);
-            decays.writes(o, factor);
+            decays.writes(factor);
             decays.scale(in.k, factor, decays.second, o.k_middle, o.k_end);
             __syncthreads();  // the operands are complete
             const Tile k_end = load_transposed(&o.k_end[0][c0], stride);  // (k, s)
@@ -126,12 +126,12 @@ template <int N> __device__ __forceinline__ void chunked_backward(const Argument
                 shared.gy_v[dot_row] = gy_v;
             }
             __syncthreads();  // the quarters are known
-            float factor[4][2];
+            Pair factor[4];
             decays.halves(o);
-            decays.reads(o, factor);
+            decays.reads(factor);
             decays.scale(in.r, factor, decays.first, o.r_middle, o.r_start);
             decays.keep(factor, shared.read);
-            decays.writes(o, factor);
+            decays.writes(factor);
             decays.scale(in.k, factor, decays.second, o.k_middle, o.k_end);
             decays.keep(factor, shared.write);
             __syncthreads();  // the operands are complete
@@ -144,7 +144,7 @@ template <int N> __device__ __forceinline__ void chunked_backward(const Argument
                          load_tile(&o.r_middle[0][b * 16], stride));
                 multiply(gv, load_tile(&o.k_end[0][b * 16], stride), rounded(dSt[b]));
             }
-            mask_below(scores_t, o.bonus, true);
+            mask(scores_t, true, o.bonus);
             const Tile gy_t = load_transposed(&in.gy[0][c0], stride);  // (v, t)
             multiply(gv, rounded(scores_t), gy_t);
             store_tile((bf16*)a.gv + s.elements + t0 * s.stride + c0, s.stride, valid, rounded(gv));
@@ -165,7 +165,7 @@ template <int N> __device__ __forceinline__ void chunked_backward(const Argument
                 #pragma unroll
                 for (int e = 0; e < 8; e++) state_gradient[e / 2 % 2] += before.c[e] * dS[b].c[e];
             }
-            mask_below(gscores, nullptr, false);
+            mask(gscores, false, nullptr);
             const Tile gscores_rounded = rounded(gscores);
             const Tile r_middle = load_transposed(&o.r_middle[0][c0], stride);  // (k, t)
             const Tile k_middle = load_transposed(&o.k_middle[0][c0], stride);  // (k, s)

@@ -21,7 +21,7 @@ template <int N> struct Shape {
 // The operands made of one chunk; element (t, c) as the head comment of wkv6_cuda.cu defines them.
 template <int N> struct Operands {
     typename Shape<N>::Rows r_start, r_middle, k_middle, k_end;
-    float quarter[4][N];                  // product of the decays of tokens 0-3, 4-7, 8-11, 12-15
+    Pair quarter[4][N / 2];               // product of the decays of tokens 0-3, 4-7, 8-11, 12-15
     float first[N], second[N], whole[N];  // of tokens 0-7, 8-15, 0-15
     float bonus[CHUNK];                   // sum over c of r u k
 };
@@ -44,137 +44,156 @@ __device__ __forceinline__ float log2_decay(float w) {
 // A thread's share of a chunk's decays: channels c and c + 1, four tokens from t.
 template <int N> struct Decays {
     int c, t, part;
-    float decay[4][2], first[2], second[2];
+    Pair decay[4], quarter[4], first, second;
 
     // Reads w and writes the products of the quarters.
     __device__ __forceinline__ Decays(const typename Shape<N>::Rows& w, int valid, Operands<N>& o) {
         c = threadIdx.x % (N / 2) * 2;
         part = threadIdx.x / (N / 2);
         t = part * 4;
-        float product[2] = {1.f, 1.f};
+        Pair product = {{1.f, 1.f}};
         #pragma unroll
         for (int i = 0; i < 4; i++) {
             const uint32_t pair = *(const uint32_t*)&w[t + i][c];
-            decay[i][0] = t + i < valid ? exp2_approx(-log2_decay(low_half(pair))) : 1.f;
-            decay[i][1] = t + i < valid ? exp2_approx(-log2_decay(high_half(pair))) : 1.f;
-            product[0] *= decay[i][0];
-            product[1] *= decay[i][1];
+            decay[i].x[0] = t + i < valid ? exp2_approx(-log2_decay(low_half(pair))) : 1.f;
+            decay[i].x[1] = t + i < valid ? exp2_approx(-log2_decay(high_half(pair))) : 1.f;
+            product.x[0] *= decay[i].x[0];
+            product.x[1] *= decay[i].x[1];
         }
-        o.quarter[part][c] = product[0];
-        o.quarter[part][c + 1] = product[1];
+        o.quarter[part][c / 2] = product;
     }
 
     // Takes the halves' products from the quarters, which all threads must have written, and shares them.
     __device__ __forceinline__ void halves(Operands<N>& o) {
         #pragma unroll
+        for (int i = 0; i < 4; i++) quarter[i] = o.quarter[i][c / 2];
+        Pair whole;
+        #pragma unroll
         for (int j = 0; j < 2; j++) {
-            first[j] = o.quarter[0][c + j] * o.quarter[1][c + j];
-            second[j] = o.quarter[2][c + j] * o.quarter[3][c + j];
-            if (part != 0) continue;
-            o.first[c + j] = first[j];
-            o.second[c + j] = second[j];
-            o.whole[c + j] = first[j] * second[j];
+            first.x[j] = quarter[0].x[j] * quarter[1].x[j];
+            second.x[j] = quarter[2].x[j] * quarter[3].x[j];
+            whole.x[j] = first.x[j] * second.x[j];
         }
+        if (part != 0) return;
+        *(Pair*)&o.first[c] = first;
+        *(Pair*)&o.second[c] = second;
+        *(Pair*)&o.whole[c] = whole;
     }
 
     // read[i]: the decays between the chunk's middle and token t + i's read of the state; their reciprocal before
     // the middle.
-    __device__ __forceinline__ void reads(const Operands<N>& o, float (&read)[4][2]) const {
+    __device__ __forceinline__ void reads(Pair (&read)[4]) const {
         #pragma unroll
         for (int j = 0; j < 2; j++) {
-            float x = part == 0   ? reciprocal_approx(first[j])
-                      : part == 1 ? reciprocal_approx(o.quarter[1][c + j])
+            float x = part == 0   ? reciprocal_approx(first.x[j])
+                      : part == 1 ? reciprocal_approx(quarter[1].x[j])
                       : part == 2 ? 1.f
-                                  : o.quarter[2][c + j];
+                                  : quarter[2].x[j];
             #pragma unroll
             for (int i = 0; i < 4; i++) {
-                read[i][j] = x;
-                x *= decay[i][j];
+                read[i].x[j] = x;
+                x *= decay[i].x[j];
             }
         }
     }
 
     // write[i]: the decays between token t + i's write of the state and the chunk's middle; their reciprocal after
     // the middle.
-    __device__ __forceinline__ void writes(const Operands<N>& o, float (&write)[4][2]) const {
+    __device__ __forceinline__ void writes(Pair (&write)[4]) const {
         #pragma unroll
         for (int j = 0; j < 2; j++) {
-            float x = part == 3   ? reciprocal_approx(second[j])
-                      : part == 2 ? reciprocal_approx(o.quarter[2][c + j])
+            float x = part == 3   ? reciprocal_approx(second.x[j])
+                      : part == 2 ? reciprocal_approx(quarter[2].x[j])
                       : part == 1 ? 1.f
-                                  : o.quarter[1][c + j];
+                                  : quarter[1].x[j];
             #pragma unroll
             for (int i = 3; i >= 0; i--) {
-                write[i][j] = x;
-                x *= decay[i][j];
+                write[i].x[j] = x;
+                x *= decay[i].x[j];
             }
         }
     }
 
     // middle = x factor, and outer = x factor half.
-    __device__ __forceinline__ void scale(const typename Shape<N>::Rows& x, const float (&factor)[4][2],
-                                          const float (&half)[2], typename Shape<N>::Rows& middle,
-                                          typename Shape<N>::Rows& outer) const {
+    __device__ __forceinline__ void scale(const typename Shape<N>::Rows& x, const Pair (&factor)[4], const Pair& half,
+                                          typename Shape<N>::Rows& middle, typename Shape<N>::Rows& outer) const {
         #pragma unroll
         for (int i = 0; i < 4; i++) {
             const uint32_t pair = *(const uint32_t*)&x[t + i][c];
-            const float x0 = low_half(pair) * factor[i][0], x1 = high_half(pair) * factor[i][1];
+            const float x0 = low_half(pair) * factor[i].x[0], x1 = high_half(pair) * factor[i].x[1];
             *(uint32_t*)&middle[t + i][c] = pack_bf16(x0, x1);
-            *(uint32_t*)&outer[t + i][c] = pack_bf16(x0 * half[0], x1 * half[1]);
+            *(uint32_t*)&outer[t + i][c] = pack_bf16(x0 * half.x[0], x1 * half.x[1]);
         }
     }
 
-    // Keeps factor[i][j] where the epilogue finds it: at [t + i][c + j].
-    __device__ __forceinline__ void keep(const float (&factor)[4][2], float (*out)[N + 4]) const {
+    // Keeps the factors where the epilogue finds them: at [t + i][c + j].
+    __device__ __forceinline__ void keep(const Pair (&factor)[4], float (*out)[N + 4]) const {
         #pragma unroll
-        for (int i = 0; i < 4; i++) *(float2*)&out[t + i][c] = float2{factor[i][0], factor[i][1]};
+        for (int i = 0; i < 4; i++) *(Pair*)&out[t + i][c] = factor[i];
     }
 };
 
 // The dot product of eight elements of two rows, each product scaled by `factor` where there is one, summed over the
-// N / 8 threads that share the rows.
+// N / 8 threads that share the rows. All are 16-byte aligned.
 template <int N>
 __device__ __forceinline__ float row_dot(const bf16* x, const bf16* y, const float* factor) {
+    const Tile a = *(const Tile*)x, b = *(const Tile*)y;  // for their 16 bytes
     float sum = 0.f;
     #pragma unroll
-    for (int i = 0; i < 8; i++) sum += to_float(x[i]) * to_float(y[i]) * (factor ? factor[i] : 1.f);
+    for (int i = 0; i < 4; i++) {
+        const Pair scale = factor ? *(const Pair*)&factor[2 * i] : Pair{{1.f, 1.f}};
+        sum += low_half(a.x[i]) * low_half(b.x[i]) * scale.x[0];
+        sum += high_half(a.x[i]) * high_half(b.x[i]) * scale.x[1];
+    }
     #pragma unroll
     for (int lanes = 1; lanes < N / 8; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
     return sum;
 }
 
-// A chunk's (16, 16) scores with everything but row > column set to zero, and the diagonal to `bonus`.
-__device__ __forceinline__ void mask_below(Accumulator& scores, const float* bonus, bool flipped) {
+// Sets a chunk's (16, 16) scores to zero except below the diagonal (above it where `above`), and the diagonal to
+// `diagonal` where there is one.
+__device__ __forceinline__ void mask(Accumulator& scores, bool above, const float* diagonal) {
     const int lane = lane_id();
     #pragma unroll
     for (int e = 0; e < 8; e++) {
         const int row = tile_row(lane, e), column = tile_column(lane, e);
-        const bool keep = flipped ? column > row : row > column;
-        scores.c[e] = keep ? scores.c[e] : row == column && bonus ? bonus[row] : 0.f;
+        const bool keep = above ? column > row : row > column;
+        scores.c[e] = keep ? scores.c[e] : row == column && diagonal ? diagonal[row] : 0.f;
     }
 }
 
-// The state (K, V) of a head in global memory to a warp's 16 rows of accumulators, and back: rows v0 + 0..15 of Sᵀ
-// (columns k) where `transposed`, else rows k0 + 0..15 of S (columns v). A null source is zeros.
+// The state (K, V) of a head in global memory to a warp's 16 rows of accumulators: rows v0 + 0..15 of Sᵀ (columns k)
+// where `transposed`, else rows k0 + 0..15 of S (columns v). A null source is zeros.
 template <int N>
 __device__ __forceinline__ void load_state(Accumulator (&S)[N / 16], const float* source, int row0, bool transposed) {
     const int lane = lane_id();
     #pragma unroll
     for (int b = 0; b < N / 16; b++)
         #pragma unroll
-        for (int e = 0; e < 8; e++) {
+        for (int e = 0; e < 8; e += 2) {
             const int row = row0 + tile_row(lane, e), column = b * 16 + tile_column(lane, e);
-            S[b].c[e] = !source ? 0.f : transposed ? source[column * N + row] : source[row * N + column];
+            Pair pair = {{0.f, 0.f}};
+            if (source && transposed) pair = Pair{{source[column * N + row], source[(column + 1) * N + row]}};
+            if (source && !transposed) pair = *(const Pair*)&source[row * N + column];
+            S[b].c[e] = pair.x[0];
+            S[b].c[e + 1] = pair.x[1];
         }
 }
+
+// The same, back.
 template <int N>
 __device__ __forceinline__ void store_state(float* target, const Accumulator (&S)[N / 16], int row0, bool transposed) {
     const int lane = lane_id();
     #pragma unroll
     for (int b = 0; b < N / 16; b++)
         #pragma unroll
-        for (int e = 0; e < 8; e++) {
+        for (int e = 0; e < 8; e += 2) {
             const int row = row0 + tile_row(lane, e), column = b * 16 + tile_column(lane, e);
-            target[transposed ? column * N + row : row * N + column] = S[b].c[e];
+            if (transposed) {
+                target[column * N + row] = S[b].c[e];
+                target[(column + 1) * N + row] = S[b].c[e + 1];
+            } else {
+                *(Pair*)&target[row * N + column] = Pair{{S[b].c[e], S[b].c[e + 1]}};
+            }
         }
 }

@@ -52,18 +52,18 @@
 #include "wkv6_backward.cuh"
 #include "wkv6_plain.cuh"
 
-// Every kernel: its name, its code, its threads a block at most.
-#define WKV6_KERNEL(name, code, threads) \
-    extern "C" __global__ void __launch_bounds__(threads) name(const Arguments a) { code(a); }
-WKV6_KERNEL(wkv6_forward_32, chunked_forward<32>, 64)
-WKV6_KERNEL(wkv6_forward_64, chunked_forward<64>, 128)
-WKV6_KERNEL(wkv6_forward_128, chunked_forward<128>, 256)
-WKV6_KERNEL(wkv6_backward_32, chunked_backward<32>, 64)
-WKV6_KERNEL(wkv6_backward_64, chunked_backward<64>, 128)
-WKV6_KERNEL(wkv6_forward_plain_float32, plain_forward<float>, 1024)
-WKV6_KERNEL(wkv6_forward_plain_bfloat16, plain_forward<bf16>, 1024)
-WKV6_KERNEL(wkv6_backward_plain_float32, plain_backward<float>, 1024)
-WKV6_KERNEL(wkv6_backward_plain_bfloat16, plain_backward<bf16>, 1024)
+// Every kernel: its name, its code, its threads a block, and the blocks that should fit a multiprocessor's registers.
+#define WKV6_KERNEL(name, code, threads, blocks) \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name(const Arguments a) { code(a); }
+WKV6_KERNEL(wkv6_forward_32, chunked_forward<32>, 64, 8)
+WKV6_KERNEL(wkv6_forward_64, chunked_forward<64>, 128, 5)
+WKV6_KERNEL(wkv6_forward_128, chunked_forward<128>, 256, 2)
+WKV6_KERNEL(wkv6_backward_32, chunked_backward<32>, 64, 6)
+WKV6_KERNEL(wkv6_backward_64, chunked_backward<64>, 128, 3)
+WKV6_KERNEL(wkv6_forward_plain_float32, plain_forward<float>, 1024, 1)
+WKV6_KERNEL(wkv6_forward_plain_bfloat16, plain_forward<bf16>, 1024, 1)
+WKV6_KERNEL(wkv6_backward_plain_float32, plain_backward<float>, 1024, 1)
+WKV6_KERNEL(wkv6_backward_plain_bfloat16, plain_backward<bf16>, 1024, 1)
 
 // What a block may ask for on every GPU since Ampere.
 static_assert(sizeof(BackwardShared<64>) <= 99 * 1024 && sizeof(ForwardShared<128>) <= 99 * 1024, "too much shared memory");

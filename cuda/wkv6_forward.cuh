@@ -43,11 +43,11 @@ template <int N> __device__ __forceinline__ void chunked_forward(const Arguments
         const float bonus = row_dot<N>(&in.r[dot_row][dot_column], &in.k[dot_row][dot_column], &shared.u[dot_column]);
         if (dot_column == 0) o.bonus[dot_row] = bonus;
         __syncthreads();  // the quarters are known
-        float factor[4][2];
+        Pair factor[4];
         decays.halves(o);
-        decays.reads(o, factor);
+        decays.reads(factor);
         decays.scale(in.r, factor, decays.first, o.r_middle, o.r_start);
-        decays.writes(o, factor);
+        decays.writes(factor);
         decays.scale(in.k, factor, decays.second, o.k_middle, o.k_end);
         __syncthreads();  // the operands are complete
 
@@ -57,7 +57,7 @@ template <int N> __device__ __forceinline__ void chunked_forward(const Arguments
             multiply(scores, load_tile(&o.r_middle[0][b * 16], stride), load_tile(&o.k_middle[0][b * 16], stride));
             multiply(y, load_tile(&o.r_start[0][b * 16], stride), rounded(St[b]));
         }
-        mask_below(scores, o.bonus, false);
+        mask(scores, false, o.bonus);
         const Tile v = load_transposed(&in.v[0][v0], stride);  // (v, s)
         multiply(y, rounded(scores), v);
         store_tile((bf16*)a.y + s.elements + t0 * s.stride + v0, s.stride, valid, rounded(y));

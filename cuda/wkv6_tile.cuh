@@ -11,8 +11,9 @@
 
 typedef long long index_t;
 
-struct Tile { uint32_t x[4]; };
+struct alignas(16) Tile { uint32_t x[4]; };
 struct Accumulator { float c[8]; };
+struct alignas(8) Pair { float x[2]; };  // two neighbours, loaded and stored at once
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
 __device__ __forceinline__ int tile_row(int lane, int e) { return lane / 4 + (e & 2) * 4; }
@@ -79,17 +80,20 @@ __device__ __forceinline__ void store_tile(bf16* p, index_t stride, int rows, co
 
 // Scales the columns of c by factor[0..15].
 __device__ __forceinline__ void scale_columns(Accumulator& c, const float* factor) {
-    const float* f = factor + lane_id() % 4 * 2;
-    const float f0 = f[0], f1 = f[1], f8 = f[8], f9 = f[9];
-    c.c[0] *= f0; c.c[1] *= f1; c.c[2] *= f0; c.c[3] *= f1;
-    c.c[4] *= f8; c.c[5] *= f9; c.c[6] *= f8; c.c[7] *= f9;
+    const int column = lane_id() % 4 * 2;
+    const Pair left = *(const Pair*)&factor[column], right = *(const Pair*)&factor[column + 8];
+    #pragma unroll
+    for (int e = 0; e < 4; e++) {
+        c.c[e] *= left.x[e & 1];
+        c.c[e + 4] *= right.x[e & 1];
+    }
 }
 
 // Scales the rows of c by factor[0..15].
 __device__ __forceinline__ void scale_rows(Accumulator& c, const float* factor) {
-    const float f0 = factor[lane_id() / 4], f8 = factor[lane_id() / 4 + 8];
-    c.c[0] *= f0; c.c[1] *= f0; c.c[2] *= f8; c.c[3] *= f8;
-    c.c[4] *= f0; c.c[5] *= f0; c.c[6] *= f8; c.c[7] *= f8;
+    const float upper = factor[lane_id() / 4], lower = factor[lane_id() / 4 + 8];
+    #pragma unroll
+    for (int e = 0; e < 8; e++) c.c[e] *= e & 2 ? lower : upper;
 }
 
 // Sum over the four lanes that share a tile's rows.

@@ -22,7 +22,6 @@
 using std::max;
 using std::min;
 
-struct float2 { float x, y; };
 struct bf16 { unsigned short bits; };
 
 inline float __uint_as_float(uint32_t x) { float y; std::memcpy(&y, &x, 4); return y; }
