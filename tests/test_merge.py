@@ -119,6 +119,27 @@ def test_unmerge_recovers_the_base(tiny_state, variant, scale):
         torch.testing.assert_close(back[key], base[key], rtol=1e-4, atol=2e-5)
 
 
+def test_merging_leaves_its_inputs_alone(tiny_state):
+    base = tiny_state()  # float32, so that no cast stands between inputs and arithmetic
+    tensors, metadata = adapter_of("bat-in", base)
+    tensors |= {"blocks.0.ln1.weight": torch.ones(64)}
+    before = {key: tensor.clone() for key, tensor in (base | tensors).items()}
+    merge_state_dict(base, [("a", Adapter(tensors, metadata))])
+    assert all(torch.equal(before[key], tensor) for key, tensor in (tensors | {k: base[k] for k in base if k not in tensors}).items())
+    assert not torch.equal(base["blocks.0.ln1.weight"], torch.ones(64))
+
+
+def test_items_made_ahead_keep_their_order_and_their_errors():
+    assert list(merge_cli.ahead(iter(range(5)))) == list(range(5))
+
+    def failing():
+        yield 1
+        raise UserError("no more")
+
+    with pytest.raises(UserError, match="no more"):
+        list(merge_cli.ahead(failing()))
+
+
 def test_unmerge_refuses_what_it_cannot_restore(folder):
     base = load_base(folder / "base.pth")
     save_adapter(folder / "a.safetensors", {"blocks.0.ln1.weight": torch.ones(64)}, AdapterMetadata("none"))

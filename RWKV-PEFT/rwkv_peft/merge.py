@@ -15,7 +15,7 @@ from .errors import UserError
 from .pth import all_finite
 from .pth_writer import TensorSpec
 
-BAND = 1 << 22  # elements computed at a time: temporaries stay small enough for the allocator to reuse
+BAND = 1 << 20  # elements computed at a time: temporaries stay small enough for the allocator to reuse
 
 
 @dataclass(frozen=True)
@@ -189,9 +189,10 @@ class Merge:
             part = source[start:stop].to(self.options.device)
             exact = self._applied(part, [item.rows(start, stop) for item in changes])
             output[start:stop] = exact
-            size += square(part.float())
+            part = part.float()
+            size += square(part)
             change += square(exact - part)
-            lost += square(output[start:stop].to(exact.device) - exact)
+            lost += square(output[start:stop].to(exact.device, torch.float32) - exact)
         if reports is not None:
             reports.append(TensorReport(key, ratio(change, size), ratio(lost, change)))
         return output

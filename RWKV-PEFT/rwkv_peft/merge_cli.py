@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -72,7 +73,7 @@ def main(argv):
     else:
         check_space(args.output, merge.specs)
         with atomic_write(args.output) as temporary:
-            write_pth(temporary, merge.specs, outputs)
+            write_pth(temporary, merge.specs, ahead(outputs))
     print_reports(reports, merge.specs)
     if args.dry_run:
         print("dry run: nothing was written")
@@ -94,6 +95,16 @@ def stream(path):
         taken += tensor.numel() * tensor.element_size()
         yield key, tensor
         del tensor  # it would keep the mapping alive beyond its turn
+
+
+def ahead(items):
+    """Yield the items of an iterator while a second thread makes the next one, so that computing and writing overlap."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(next, iterator, end)
+        while (item := pending.result()) is not end:
+            pending = pool.submit(next, iterator, end)
+            yield item
 
 
 def output_dtype(name):
