@@ -52,11 +52,11 @@ def apply_to_tokens(function, x, weight, bias, *params, product, extra=()):
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         x = x.to(torch.get_autocast_dtype(device_type))
-    params = tuple(param.to(x.dtype) for param in params)
-    tokens = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x  # (T, in)
-    with torch.autocast(device_type, enabled=False):
-        y = function.apply(tokens, weight, bias, *params, product, *extra)
-    return y.view(*x.shape[:-1], y.shape[-1])
+        with torch.autocast(device_type, enabled=False):
+            return apply_to_tokens(function, x, weight, bias, *params, product=product, extra=extra)
+    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (T, in)
+    y = function.apply(tokens, weight, bias, *(param.to(x.dtype) for param in params), product, *extra)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 class _BatIn(Function):
@@ -86,13 +86,14 @@ class _BatIn(Function):
 
 def _affine_shards(x, bone):
     """z = x + u and s = Σ_b u_b where u_b = B_b x_b: x (T, in) -> (T, in), (T, r)."""
-    z, shift = torch.empty_like(x), x.new_empty(x.shape[0], bone.shape[-1])
+    rank = bone.shape[-1]
+    z, shift = torch.empty_like(x), x.new_empty(x.shape[0], rank)
     for tokens in _token_chunks(x):
-        shards = split_shards(x[tokens], bone.shape[-1]).transpose(0, 1)  # (in/r, t, r)
+        z[tokens] = x[tokens]  # in memory's order, so that the strided reads below find it in the cache
+        shards = split_shards(z[tokens], rank).transpose(0, 1)  # (in/r, t, r)
         u = torch.bmm(shards, bone.transpose(1, 2))
         torch.sum(u, 0, out=shift[tokens])
-        z[tokens] = x[tokens]
-        split_shards(z[tokens], bone.shape[-1]).transpose(0, 1).add_(u)
+        shards += u
     return z, shift
 
 
@@ -114,7 +115,8 @@ def _affine_shards_backward(dz, g_shift, x, bone):
 
 def _token_chunks(x):
     """Slices of tokens that hold little enough of x (T, in) to stay in the cache (CPU) or in memory (GPU)."""
-    step = max(1, (1 << 19 if x.device.type == "cpu" else 1 << 26) // max(1, x.shape[1]))
+    elements = 1 << 18 if x.device.type == "cpu" else 1 << 26
+    step = max(64, elements // max(1, x.shape[1]) // 64 * 64)
     return [slice(start, start + step) for start in range(0, x.shape[0], step)]
 
 
