@@ -7,9 +7,8 @@ add to the weight; quant.py is the quantized base.
 
 from .base import AdapterLinear
 from .delta import delta, merged
-from .gradients import estimate_gradients
 from .groups import parameter_groups
-from .inject import ADAPTERS, InjectReport, check_adapter, count_parameters, inject
+from .inject import ADAPTERS, InjectReport, check_adapter, count_parameters, inject, linear_shapes
 
 __all__ = [
     "ADAPTERS",
@@ -18,8 +17,8 @@ __all__ = [
     "check_adapter",
     "count_parameters",
     "delta",
-    "estimate_gradients",
     "inject",
+    "linear_shapes",
     "merged",
     "parameter_groups",
 ]

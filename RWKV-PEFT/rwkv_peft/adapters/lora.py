@@ -52,7 +52,8 @@ class ResidualLoraLinear(LoraLinear):
         with torch.no_grad():
             self.lora_A.copy_(init_A)
             self.lora_B.copy_(init_B)
-            self.weight.copy_(residual(self.weight, init_A, init_B, self.scale))
+        # The storage may be the memory-mapped base file's, which others still read: replaced, not written to.
+        self.weight.data = residual(self.weight.detach(), init_A, init_B, self.scale)
         self.register_buffer("init_lora_A", init_A, persistent=False)
         self.register_buffer("init_lora_B", init_B, persistent=False)
 
@@ -73,8 +74,8 @@ def initial_factors(weight, config, gradient=None):
         q, r = torch.linalg.qr(weight)
         return r[:rank], q[:, :rank]
     if gradient is None:
-        raise UserError("lora-ga starts from a gradient of the loss, and none was given; "
-                        "pass inject(…, gradients=…), see estimate_gradients")
+        raise UserError("lora-ga starts from the gradient of the loss at each weight, and none was given for this one; "
+                        "estimate it on a batch of the data first, or use --peft pissa, which needs none")
     return _lora_ga(gradient.float(), rank)
 
 
