@@ -102,7 +102,6 @@ class DataConfig:
     sft_long: str = "left"
     micro_bsz: int = 1
     seed: int = 42
-    num_workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,9 @@ class TrainConfig:
     """How a run trains, on what, and where it writes.
 
     A step is one optimizer step of devices x num_nodes x micro_bsz x accumulate_grad_batches samples; an epoch is
-    epoch_steps of them (0: one pass over the data). Learning rates are per step, epoch_save counts epochs.
+    epoch_steps of them (0: one pass over the data). Learning rates are per step, epoch_save counts epochs. Validation
+    runs every val_every steps (0: every epoch) on val_data, or on the share val_split of the data; after early_stop
+    of them without a lower loss (0: never) the run ends.
     """
 
     load_model: str = ""
@@ -139,6 +140,10 @@ class TrainConfig:
     num_nodes: int = 1
     precision: str = "bf16"
     wandb: str = ""
+    val_data: str = ""
+    val_split: float = 0.0
+    val_every: int = 0
+    early_stop: int = 0
 
 
 @dataclass(frozen=True)

@@ -175,3 +175,38 @@ def test_a_new_model_trains_from_scratch_and_is_a_base(files):
 
     assert load_base(files / "new" / "rwkv.pth")["emb.weight"].shape == (80, 64)
     assert metrics(files, "new")[-1]["loss"] < metrics(files, "new")[0]["loss"]
+
+
+@pytest.mark.parametrize("method", ["bone-mini", "bat-out", "lora-plus", "pissa", "lora-ga", "nf4"])
+def test_every_method_trains_validates_and_merges(files, method):
+    """In one short run each: packed documents, a validation split, the best adapter, and the merge of it."""
+    flags = {"bone-mini": ["--bone_mode", "bone-mini", "--bone_config", '{"bone_r": 8, "bone_mini_r": 4}'],
+             "bat-out": ["--bone_mode", "bat-out", "--bone_r", "16"],
+             "nf4": ["--quant", "nf4", "--bone_r", "16"],
+             "pissa": ["--peft", "pissa", "--pissa_config", '{"pissa_r": 4, "svd_niter": 2}'],
+             }.get(method, ["--peft", method, "--lora_config", '{"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.1}'])
+    if method == "nf4":
+        pytest.importorskip("bitsandbytes")
+    base, data, folder = files / "base.pth", files / "data", files / method
+    finish(start([sys.executable, str(ROOT / "train.py"), "--load_model", str(base), "--data_file", str(data), "--proj_dir",
+                  str(folder), "--ctx_len", "96", "--lr_init", "3e-3", "--lr_final", "3e-3", "--accelerator", "cpu",
+                  "--dataload", "pack", "--val_split", "0.2", "--micro_bsz", "2", "--epoch_count", "3", *flags]))
+    lines = metrics(files, method)
+    losses = [line["val_loss"] for line in lines if "val_loss" in line]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert (folder / "adapter-best.safetensors").exists()
+    merged = files / f"{method}.pth"
+    finish(start([sys.executable, str(ROOT / "merge_bone.py"), "--base_model", str(base), "--bone_checkpoint",
+                  str(folder / "adapter-best.safetensors"), "--output", str(merged)]))
+    original, result = torch.load(base), torch.load(merged)
+    assert list(original) == list(result)
+    changed = [key for key in original if not torch.equal(original[key], result[key])]
+    assert len(changed) == 16
+
+
+def test_early_stop_ends_a_run_that_no_longer_improves(files):
+    train(files, "early", "--precision", "fp32", "--lr_init", "0", "--lr_final", "0", "--warmup_steps", "0",
+          "--val_data", str(files / "data"), "--val_every", "1", "--early_stop", "2")
+    lines = metrics(files, "early")
+    assert len(lines) == 3 and "val_ppl" in lines[0]
+    assert (files / "early" / "adapter.safetensors").exists()

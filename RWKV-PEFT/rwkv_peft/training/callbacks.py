@@ -31,17 +31,21 @@ class StepCallback(pl.Callback):
 
 
 class Record(StepCallback):
-    """Writes one line a step to metrics.jsonl (rank 0), feeds the loggers, and draws the progress bar.
+    """Writes one line a step to metrics.jsonl (rank 0), feeds the loggers, draws the progress bar, and calls the
+    validator (a Validator, or None), whose results join the line.
 
-    tokens_per_s counts the tokens of all ranks over the step's wall time, saving excluded.
+    tokens_per_s counts the tokens of all ranks over the step's wall time, validation and saving excluded.
     """
 
-    def __init__(self, folder, plan, accumulate):
+    def __init__(self, folder, plan, accumulate, validator=None):
         super().__init__(accumulate)
-        self.path, self.plan = folder / "metrics.jsonl", plan
+        self.path, self.plan, self.validator = folder / "metrics.jsonl", plan, validator
         self.tokens = 0
 
     def on_train_start(self, trainer, lit):
+        if self.validator is not None:
+            self.validator.restore(self.path, self.plan.first_step)
+            trainer.strategy.barrier()
         if trainer.is_global_zero:
             forget_from(self.path, self.plan.first_step)
             self.file = open(self.path, "a", buffering=1)
@@ -55,15 +59,19 @@ class Record(StepCallback):
         now = time.perf_counter()
         rate = self.tokens / (now - self.start)
         tokens, self.tokens = self.tokens, 0
+        validation = {} if self.validator is None else self.validator(trainer, lit, done)
         if not trainer.is_global_zero:
             return
         norm = trainer.strategy.deepspeed_engine.get_global_grad_norm()
         metrics = {"step": lit.step, "epoch": lit.step // self.plan.epoch_steps, "loss": lit.step_loss, "lr": lit.lr,
-                   "grad_norm": None if norm is None else float(norm), "tokens": tokens, "tokens_per_s": round(rate, 1)}
+                   "grad_norm": None if norm is None else float(norm), "tokens": tokens, "tokens_per_s": round(rate, 1), **validation}
         self.file.write(json.dumps(metrics) + "\n")
         numbers = {key: value for key, value in metrics.items() if value is not None and key != "step"}
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=lit.step)
+        if validation:
+            self.progress.say(f"step {done:,}: validation loss {validation['val_loss']:.4f}, "
+                              f"perplexity {validation['val_ppl']:.2f}")
         self.progress.update(f"loss {lit.step_loss:.4f}, lr {lit.lr:.2e}, {rate:,.0f} tokens/s", done)
 
     def on_train_batch_start(self, trainer, lit, batch, batch_idx):
@@ -105,6 +113,10 @@ class Progress:
         left = (now - self.began) / (done - self.plan.first_step) * (self.plan.total_steps - done)
         print(f"step {done:,}/{self.plan.total_steps:,}, {text}, ETA {tqdm.format_interval(left)}", flush=True)
 
+    def say(self, text):
+        """Print a line of its own."""
+        self.bar.write(text, file=sys.stdout) if self.bar is not None else print(text, flush=True)
+
     def close(self):
         if self.bar is not None:
             self.bar.close()
@@ -122,10 +134,11 @@ def forget_from(path, first_step):
 
 class Save(StepCallback):
     """Restores `checkpoint` (a folder, or None) before the first step; saves every epoch_save epochs, at the end, and
-    when a stop was asked for, which then happens."""
+    when a stop was asked for or the validator has seen enough, and then stops the run."""
 
-    def __init__(self, saver, plan, train, checkpoint):
+    def __init__(self, saver, plan, train, checkpoint, validator=None):
         super().__init__(train.accumulate_grad_batches)
+        self.validator = validator
         self.saver, self.plan, self.every, self.checkpoint = saver, plan, train.epoch_save, checkpoint
 
     def on_train_start(self, trainer, lit):
@@ -134,10 +147,10 @@ class Save(StepCallback):
 
     def on_step(self, trainer, lit, done):
         epoch, rest = divmod(done, self.plan.epoch_steps)
-        at_end = done == self.plan.total_steps
-        if lit.stopping or at_end or (rest == 0 and self.every and epoch % self.every == 0):
+        ending = lit.stopping or done == self.plan.total_steps or (self.validator is not None and self.validator.exhausted)
+        if ending or (rest == 0 and self.every and epoch % self.every == 0):
             self.saver.save(trainer, lit, done, epoch if rest == 0 else None)
-        if lit.stopping:
+        if ending:
             trainer.should_stop = True
 
 

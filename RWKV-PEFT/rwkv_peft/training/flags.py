@@ -6,6 +6,7 @@ before a weight is read.
 
 import argparse
 import difflib
+import importlib.util
 import json
 import re
 from dataclasses import fields
@@ -15,6 +16,8 @@ from ..adapters import check_adapter
 from ..checkpoint import load_base, model_config_from_state
 from ..config import (ADAPTER_METHODS, BONE_MODES, QUANTIZATIONS, STRATEGIES, TARGETS, TRAIN_PARTS, AdapterConfig, DataConfig, ModelConfig,
                       RunConfig, TrainConfig)
+from ..data.masks import LOSS_MASKS
+from ..data.samples import DATALOADS
 from ..errors import UserError
 from .schedule import SCHEDULES
 
@@ -23,7 +26,8 @@ MODE_ALIASES = (("bat", "bat-in"),)  # RWKV-PEFT's name for it
 LORA_KEYS = (("lora_r", "rank"), ("lora_alpha", "alpha"), ("lora_dropout", "dropout"), ("lora_load", "load"))
 # (flag, the methods it belongs to, its keys -> AdapterConfig fields)
 JSON_FLAGS = (
-    ("bone_config", ("bone",), (("bone_mode", "mode"), ("bone_r", "rank"), ("bone_load", "load"))),
+    ("bone_config", ("bone",), (("bone_mode", "mode"), ("bone_r", "rank"), ("bone_load", "load"),
+                                ("bone_mini_r", "mini_rank"))),
     ("lora_config", ("lora", "lora-plus", "olora", "lora-ga"), LORA_KEYS),
     ("pissa_config", ("pissa",), (("pissa_r", "rank"), ("pissa_load", "load"), ("svd_niter", "svd_niter"))),
 )
@@ -106,12 +110,21 @@ def build_parser():
                          help="parameters of the base that train along")
 
     data = parser.add_argument_group("data")
-    data.add_argument("--data_file", required=True, metavar="PREFIX", help="PREFIX.bin and PREFIX.idx")
-    data.add_argument("--data_type", default="binidx", choices=("binidx",), help="format of the data")
+    data.add_argument("--data_file", required=True, metavar="PREFIX",
+                      help="PREFIX of PREFIX.bin and PREFIX.idx; a .jsonl, .json, .parquet or datasets folder for sft")
+    data.add_argument("--data_type", default="binidx", choices=("binidx", "sft"),
+                      help="binidx: tokens; sft: rows of questions and answers, tokenized once into a cache")
+    data.add_argument("--tokenizer", default="world", metavar="NAME", help="sft: world, bytes or a tokenizer.json")
+    data.add_argument("--sft_field", nargs="+", default=[], metavar="FIELD",
+                      help="sft: the field that holds the text, or those of question and answer (default: recognised)")
+    data.add_argument("--sft_split", default="", metavar="SPLIT", help="sft: rows to take, such as train[:1000]")
+    data.add_argument("--sft_long", default="left", choices=("left", "skip"),
+                      help="sft: rows longer than --ctx_len lose the front of their prompt, or are left out")
     data.add_argument("--ctx_len", type=positive, default=1024, help="tokens a sample")
-    data.add_argument("--dataload", default="get", choices=("get", "pad", "only"),
-                      help="get: windows of the token stream; pad: one document a row, padded; only: one document, alone")
-    data.add_argument("--loss_mask", default="none", choices=("none", "pad", "qa", "se", "file"),
+    data.add_argument("--dataload", default="get", choices=DATALOADS,
+                      help="get: windows of the token stream; pad: one document a row, padded; only: one document, alone; "
+                           "pack: several whole documents a row, none seeing another")
+    data.add_argument("--loss_mask", default="none", choices=LOSS_MASKS,
                       help="tokens that count: none and pad count all but padding, qa what follows --mask_id, se what "
                            "stands between --mask_id and --mask_end_id, file reads PREFIX.mask")
     data.add_argument("--mask_id", type=count, nargs="+", default=[], metavar="ID",
@@ -119,7 +132,14 @@ def build_parser():
     data.add_argument("--mask_end_id", type=count, nargs="+", default=[], metavar="ID",
                       help="token ids that close it (se), or open the next question (qa)")
     data.add_argument("--micro_bsz", type=positive, default=1, help="samples a device and forward pass")
-    data.add_argument("--num_workers", type=count, default=1, help="1 prefetches batches in the background, 0 does not")
+
+    validation = parser.add_argument_group("validation")
+    validation.add_argument("--val_data", default="", metavar="PREFIX", help="data to validate on, read like --data_file")
+    validation.add_argument("--val_split", type=not_negative, default=0.0, metavar="SHARE",
+                            help="keep this share of the data, such as 0.01, for validation")
+    validation.add_argument("--val_every", type=count, default=0, help="steps between validations; 0: every epoch")
+    validation.add_argument("--early_stop", type=count, default=0,
+                            help="end after so many validations without a lower loss; 0: never")
 
     run = parser.add_argument_group("run")
     run.add_argument("--proj_dir", default="out", metavar="DIR", help="where the run writes")
@@ -172,9 +192,9 @@ def parse_config(argv):
         check_adapter(adapter, {name.removesuffix(".weight"): tuple(tensor.shape) for name, tensor in base.items()
                                 if name.endswith(".weight") and tensor.ndim == 2})
     data = DataConfig(path=args.data_file, mask_id=tuple(args.mask_id), mask_end_id=tuple(args.mask_end_id),
-                      seed=args.random_seed,
+                      seed=args.random_seed, sft_field=tuple(args.sft_field),
                       **{name: getattr(args, name) for name in
-                         ("data_type", "ctx_len", "dataload", "loss_mask", "micro_bsz", "num_workers")})
+                         ("data_type", "ctx_len", "dataload", "loss_mask", "tokenizer", "sft_split", "sft_long", "micro_bsz")})
     train = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
     check_train(train)
     return RunConfig(model, adapter, data, train)
@@ -281,6 +301,13 @@ def check_train(train):
         raise UserError(f"--epoch_begin {train.epoch_begin} leaves no epoch of --epoch_count {train.epoch_count} to train")
     if train.wandb and re.search(r"[/\\#?%:]", train.wandb):
         raise UserError(f"--wandb {train.wandb!r} is a project name and may not contain / \\ # ? % :")
+    if train.val_data and train.val_split:
+        raise UserError("--val_data and --val_split both name the validation samples; give one of them")
+    for name in ("val_every", "early_stop"):
+        if getattr(train, name) and not (train.val_data or train.val_split):
+            raise UserError(f"--{name} {getattr(train, name)} needs samples to validate on: --val_data or --val_split")
+    if train.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError(f"--wandb {train.wandb} needs the wandb package: pip install wandb")
     folder = Path(train.proj_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--proj_dir {folder} is a file; name a folder")

@@ -19,8 +19,8 @@ class NonFiniteLoss(Exception):
 class Lit(pl.LightningModule):
     """Trains `model` (RWKV6, adapters injected) by `train` (TrainConfig), optimizer steps numbered from first_step.
 
-    Each micro batch is a dict of tokens, targets, mask (B, T) and step_count, the counted tokens of the whole
-    optimizer step: every token of a step weighs the same, whatever the number of ranks and micro batches.
+    Each micro batch is a dict of tokens, targets, mask (B, T), cu_seqlens where rows are packed, and step_count, the
+    counted tokens of the whole optimizer step: every token of a step weighs the same, whatever the number of ranks and micro batches.
 
     Public: step (the current optimizer step), step_loss (mean loss of the step's micro batches so far, over all
     ranks), stop_requested (the signal that asked for a stop, 0 for none; set on any rank, it makes `stopping` true on
@@ -69,7 +69,7 @@ class Lit(pl.LightningModule):
         parts = self.trainer.world_size * self.train_config.accumulate_grad_batches
         head = partial(linear_cross_entropy, targets=batch["targets"], mask=batch["mask"],
                        count=max(1, batch["step_count"]) / parts)
-        loss, _ = self.model(batch["tokens"], head=head)
+        loss, _ = self.model(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"), head=head)
         self.agree(loss.detach(), parts)
         # Lightning and the engine both divide by the number of micro batches; once is right.
         return loss * self.train_config.accumulate_grad_batches

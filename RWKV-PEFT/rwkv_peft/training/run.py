@@ -8,20 +8,23 @@ import os
 import signal
 import sys
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-from ..adapters import inject
+from ..adapters import check_adapter, inject
 from ..checkpoint import fingerprint, load_adapter_into, load_base, read_adapter
 from ..config import to_json
-from ..data.samples import build_samples
+from ..data.module import TrainBatches
+from ..data.samples import build_samples, split_samples
 from ..errors import UserError
 from ..model import RWKV6, init_weights
 from ..ops import backends
 from .flags import parse_config
+from .gradients import estimate_gradients
 from .saver import Saver, find_checkpoint, read_state
+from .validate import Validator
 
 DTYPES = (("bf16", torch.bfloat16), ("fp32", torch.float32))
 
@@ -38,7 +41,11 @@ class Plan:
 
 def main(argv):
     """train.py: returns the exit code."""
-    return run(parse_config(argv), say=print if is_first_process() else lambda *_, **__: None)
+    try:
+        return run(parse_config(argv), say=print if is_first_process() else lambda *_, **__: None)
+    except KeyboardInterrupt:
+        print("interrupted; what was saved before is intact", file=sys.stderr)
+        return 130
 
 
 def is_first_process():
@@ -52,7 +59,7 @@ def run(config, say=print):
     accelerator = resolve_accelerator(train)
     world_size = train.devices * train.num_nodes
     step_samples = config.data.micro_bsz * world_size * train.accumulate_grad_batches
-    samples = build_samples(config.data, config.model.vocab_size)
+    samples, held_out = find_samples(config)
     base = load_base(train.load_model) if train.load_model else None
     base_fingerprint = "" if base is None else fingerprint(base)
     folder = Path(train.proj_dir)
@@ -65,13 +72,23 @@ def run(config, say=print):
 
     torch.manual_seed(train.random_seed)
     model = build_model(config, base)
-    report = inject(model, config.adapter)
-    if config.adapter.load:
-        load_adapter_into(model, start_adapter(config.adapter, base, base_fingerprint), config.adapter.load)
-    describe(config, accelerator, samples, plan, report, state, say)
+    batches = TrainBatches(samples, config.data.micro_bsz, world_size=world_size,
+                           accumulate=train.accumulate_grad_batches)
+    report = adapt(model, config.adapter, base, base_fingerprint, batches)
+    describe(config, accelerator, samples, batches.notes, plan, report, state, say)
     folder.mkdir(parents=True, exist_ok=True)
     saver = Saver(folder, config, plan, identity, base_fingerprint)
-    return fit(config, model, report.trainable, samples, saver, checkpoint, accelerator, say)
+    validator = Validator(held_out, config.data.micro_bsz, train, plan, saver) if held_out else None
+    return fit(config, model, report.trainable, samples, validator, saver, checkpoint, accelerator, say)
+
+
+def find_samples(config):
+    """(training samples, validation samples or None)."""
+    data, train, vocab_size = config.data, config.train, config.model.vocab_size
+    if train.val_split:
+        return split_samples(data, vocab_size, train.val_split)
+    held_out = build_samples(replace(data, path=train.val_data), vocab_size) if train.val_data else None
+    return build_samples(data, vocab_size), held_out
 
 
 def resolve_accelerator(train):
@@ -123,6 +140,22 @@ def build_model(config, base):
     return model.to(dtype)
 
 
+def adapt(model, adapter, base, base_fingerprint, batches):
+    """Inject the adapter into the model, fresh or from --bone_load and its kin; -> InjectReport."""
+    initial, gradients = {}, {}
+    if adapter.load:
+        loaded = start_adapter(adapter, base, base_fingerprint)
+        initial = loaded.tensors
+    elif adapter.method == "lora-ga":
+        names = check_adapter(adapter, {name: (module.out_features, module.in_features)
+                                        for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)})
+        gradients = estimate_gradients(model, names, batches.batch(0, 0))
+    report = inject(model, adapter, initial=initial, gradients=gradients)
+    if adapter.load:
+        load_adapter_into(model, loaded, adapter.load)
+    return report
+
+
 def start_adapter(adapter, base, base_fingerprint):
     """The adapter to start from, refused unless it is of this run's variant and base."""
     loaded = read_adapter(adapter.load, mode=adapter.mode if adapter.method == "bone" else None, base=base)
@@ -135,7 +168,7 @@ def start_adapter(adapter, base, base_fingerprint):
     return loaded
 
 
-def describe(config, accelerator, samples, plan, report, state, say):
+def describe(config, accelerator, samples, notes, plan, report, state, say):
     """What is about to happen, in a few lines."""
     model, train, data, adapter = config.model, config.train, config.data, config.adapter
     say(f"model     RWKV-6, {model.n_layer} layers, {model.n_embd} channels, {model.n_head} heads of {model.head_size}, "
@@ -151,7 +184,7 @@ def describe(config, accelerator, samples, plan, report, state, say):
     say(f"machine   {train.num_nodes} x {train.devices} {accelerator}, {train.strategy}, {train.precision}, "
         f"wkv6 kernel: {kernel if reason is None else f'reference, which is slow ({reason})'}")
     say(f"data      {data.path}: {len(samples):,} samples of up to {data.ctx_len} tokens")
-    for note in samples.notes:
+    for note in notes:
         say(f"          {note}")
     say(f"steps     {plan.total_steps:,} ({train.epoch_count} epochs of {plan.epoch_steps:,}), {plan.step_samples} samples each"
         + (f"; resuming at step {plan.first_step:,}" if state else ""))
@@ -168,7 +201,7 @@ def quiet():
         warnings.filterwarnings("ignore", text)
 
 
-def fit(config, model, trainable, samples, saver, checkpoint, accelerator, say):
+def fit(config, model, trainable, samples, validator, saver, checkpoint, accelerator, say):
     """Run Lightning's Trainer over the plan and report how it ended; returns the exit code."""
     train, folder, plan = config.train, saver.folder, saver.plan
     if accelerator == "cpu":
@@ -200,7 +233,8 @@ def fit(config, model, trainable, samples, saver, checkpoint, accelerator, say):
         accumulate_grad_batches=accumulate, gradient_clip_val=train.gradient_clip_val,
         max_epochs=1, logger=loggers, log_every_n_steps=1, enable_progress_bar=False, enable_checkpointing=False,
         enable_model_summary=False, use_distributed_sampler=False, default_root_dir=folder,
-        callbacks=[Record(folder, plan, accumulate), Save(saver, plan, train, checkpoint), StopSignals(say)])
+        callbacks=[Record(folder, plan, accumulate, validator), Save(saver, plan, train, checkpoint, validator),
+                   StopSignals(say)])
     try:
         trainer.fit(lit, datamodule=RunData(samples, plan, config.data.micro_bsz, accumulate))
     except NonFiniteLoss as error:
@@ -219,6 +253,9 @@ def fit(config, model, trainable, samples, saver, checkpoint, accelerator, say):
         say(f"stopped after {lit.step:,} of {plan.total_steps:,} steps, saved in {folder}; "
             "the same command with --resume goes on")
         return 128 + (lit.stop_requested or signal.SIGTERM)
+    if validator is not None:
+        say(f"validation  lowest loss {validator.best:.4f}"
+            + (f"; stopped after {train.early_stop} validations without a lower one" if validator.exhausted else ""))
     result = folder / ("rwkv.pth" if config.adapter.method == "none" else "adapter.safetensors")
     say(f"finished  {result}, {folder / 'loss.png'}, {folder / 'metrics.jsonl'}")
     return 0

@@ -2,6 +2,7 @@
 
 proj_dir/adapter-epoch-N.safetensors   the trained tensors after epoch N (--peft none: rwkv-epoch-N.pth, the model)
 proj_dir/adapter.safetensors           the same, newest (--peft none: rwkv.pth)
+proj_dir/adapter-best.safetensors      the same, at the lowest validation loss
 proj_dir/checkpoints/step-NNNNNNNN/    optimizer state, state.json; the last KEEP of them
 """
 
@@ -13,9 +14,8 @@ from dataclasses import asdict
 
 import torch
 
-from ..checkpoint import AdapterMetadata, atomic_write, save_adapter
+from ..checkpoint import AdapterMetadata, adapter_parameter, atomic_write, save_adapter, save_model
 from ..errors import UserError
-from ..pth_writer import TensorSpec, write_pth
 
 KEEP = 2
 TAG = "zero"  # DeepSpeed's name for the folder of its own files
@@ -58,16 +58,20 @@ class Saver:
     def save(self, trainer, lit, done, epoch=None):
         """Save after `done` optimizer steps; `epoch` is the number of epochs done where one just ended."""
         self.save_checkpoint(trainer, done)
+        self.save_tensors(trainer, lit, [""] if epoch is None else [f"epoch-{epoch}", ""])
+
+    def save_tensors(self, trainer, lit, labels):
+        """Write what was trained once for each label: adapter-LABEL.safetensors, or rwkv-LABEL.pth (--peft none)."""
         full = self.config.adapter.method == "none"
         wanted = [(name, p) for name, p in lit.model.named_parameters() if full or p.requires_grad]
+        wanted += [(name, buffer) for name, buffer in lit.model.named_buffers() if adapter_parameter(name)]
         tensors = gather(wanted, trainer.strategy.zero_stage_3, trainer.is_global_zero)
         if trainer.is_global_zero:
             stem, suffix = ("rwkv", ".pth") if full else ("adapter", ".safetensors")
-            for name in [stem] if epoch is None else [f"{stem}-epoch-{epoch}", stem]:
-                path = self.folder / (name + suffix)
+            for label in labels:
+                path = self.folder / (f"{stem}-{label}{suffix}" if label else stem + suffix)
                 if full:
-                    with atomic_write(path) as temporary:
-                        write_pth(temporary, {key: TensorSpec.of(t) for key, t in tensors.items()}, tensors.items())
+                    save_model(path, tensors)
                 else:
                     save_adapter(path, tensors, AdapterMetadata.from_config(self.config.adapter, self.base_fingerprint))
         trainer.strategy.barrier()
@@ -112,16 +116,17 @@ def load_checkpoint(trainer, checkpoint):
                                                       load_lr_scheduler_states=False)
 
 
-def gather(parameters, zero_stage_3, keep):
-    """(name, parameter) pairs -> {name: tensor on the CPU}, gathered one by one under ZeRO-3; {} on ranks that do not
+def gather(pairs, zero_stage_3, keep):
+    """(name, parameter or buffer) pairs -> {name: tensor on the CPU}, gathered one by one under ZeRO-3; {} on ranks that do not
     keep. Raises FloatingPointError for a tensor that is not finite, before anything is written."""
     import deepspeed
 
     tensors = {}
-    for name, parameter in parameters:
-        with deepspeed.zero.GatheredParameters([parameter]) if zero_stage_3 else nullcontext():
+    for name, tensor in pairs:
+        partitioned = zero_stage_3 and isinstance(tensor, torch.nn.Parameter)
+        with deepspeed.zero.GatheredParameters([tensor]) if partitioned else nullcontext():
             if keep:
-                tensors[name] = parameter.detach().to("cpu", copy=True)
+                tensors[name] = tensor.detach().to("cpu", copy=True)
                 if not torch.isfinite(tensors[name]).all():
                     raise FloatingPointError(f"{name} is not finite; nothing was overwritten")
     return tensors

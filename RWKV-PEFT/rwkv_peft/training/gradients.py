@@ -1,0 +1,37 @@
+"""Gradients of a base model's matrices on some data, which LoRA-GA starts from (Wang et al. 2024, arXiv 2407.05000)."""
+
+from functools import partial
+
+import torch
+
+from .loss import linear_cross_entropy
+
+
+def estimate_gradients(model, names, batch):
+    """Gradient of the mean loss on one batch with respect to the weight of each module in `names`.
+
+    batch as TrainBatches gives it. -> {module name: (out, in) tensor}; each gradient leaves the backward pass as soon
+    as it is complete, so one layer's at a time is alive beside the activations. Requires-grad flags are left as found.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    gradients = {}
+    hooks = []
+    for name in names:
+        weight = model.get_submodule(name).weight.requires_grad_(True)
+
+        def keep(parameter, name=name):
+            gradients[name] = parameter.grad.to("cpu", copy=True)
+            parameter.grad = None
+
+        hooks.append(weight.register_post_accumulate_grad_hook(keep))
+    with torch.enable_grad():
+        head = partial(linear_cross_entropy, targets=batch["targets"], mask=batch["mask"],
+                       count=max(1, int(batch["mask"].sum())))
+        loss, _ = model(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"), head=head)
+        loss.backward()
+    for hook in hooks:
+        hook.remove()
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+    return gradients

@@ -1,0 +1,67 @@
+"""Validation while training: loss and perplexity over held-out samples, the best adapter kept, early stopping."""
+
+import json
+import math
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from ..data.module import EvalBatches
+from .loss import linear_cross_entropy
+
+
+class Validator:
+    """Called on all ranks after each step; every val_every steps (0: every epoch) it goes through `samples` once.
+
+    A new lowest loss saves the trained tensors under the name "best". After early_stop validations in a row without
+    one (0: never) `exhausted` becomes true.
+    """
+
+    def __init__(self, samples, micro_bsz, train, plan, saver):
+        self.samples, self.micro_bsz, self.saver = samples, micro_bsz, saver
+        self.every, self.patience = train.val_every or plan.epoch_steps, train.early_stop
+        self.best, self.since_best = math.inf, 0
+
+    @property
+    def exhausted(self):
+        return 0 < self.patience <= self.since_best
+
+    def restore(self, path, first_step):
+        """Take up best and since_best from the metrics.jsonl of the run that is resumed."""
+        for line in path.read_text().splitlines() if path.exists() else ():
+            metrics = json.loads(line)
+            if metrics["step"] < first_step and "val_loss" in metrics:
+                self.note(metrics["val_loss"])
+
+    def note(self, loss):
+        """Remember one validation loss; whether it is the lowest so far."""
+        better = loss < self.best
+        self.best, self.since_best = (loss, 0) if better else (self.best, self.since_best + 1)
+        return better
+
+    def __call__(self, trainer, lit, done):
+        """{"val_loss", "val_ppl"} where this step validates, else {}."""
+        if done % self.every:
+            return {}
+        loss = self.measure(trainer, lit)
+        if self.note(loss):
+            self.saver.save_tensors(trainer, lit, ["best"])
+        return {"val_loss": loss, "val_ppl": math.exp(min(loss, 700.0))}
+
+    @torch.no_grad()
+    def measure(self, trainer, lit):
+        """Mean loss over the counted tokens of all validation samples, over all ranks."""
+        device = trainer.strategy.root_device
+        total = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens
+        lit.model.eval()
+        for batch in EvalBatches(self.samples, self.micro_bsz, trainer.global_rank, trainer.world_size):
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            head = partial(linear_cross_entropy, targets=batch["targets"], mask=batch["mask"], count=1)
+            loss, _ = lit.model(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"), head=head)
+            total += torch.stack([loss.double(), batch["mask"].sum().double()])
+        lit.model.train()
+        if trainer.world_size > 1:
+            dist.all_reduce(total)
+        loss, tokens = total.tolist()
+        return loss / max(1.0, tokens)
