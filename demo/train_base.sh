@@ -8,10 +8,10 @@ cd "$root"
 folder=out/demo-base
 mkdir -p "$folder"
 
-"$python" demo/task.py base --documents 60000 --seed 1 --output "$folder/base.jsonl"
+"$python" demo/task.py base --documents 40000 --seed 1 --output "$folder/base.jsonl"
 "$python" -m rwkv_peft.data.preprocess "$folder/base.jsonl" --tokenizer bytes --output "$folder/base"
 "$python" train.py --peft none --n_layer 4 --n_embd 128 --vocab_size 257 \
-    --data_file "$folder/base" --dataload pad --ctx_len 256 \
+    --data_file "$folder/base" --dataload pad --ctx_len 192 \
     --loss_mask se --mask_id 66 59 --mask_end_id 11 --micro_bsz 8 \
     --epoch_count 1 --lr_init 2e-3 --lr_final 1e-4 --warmup_steps 20 --weight_decay 0.1 --beta2 0.99 \
     --precision fp32 --proj_dir "$folder/run" "$@"
