@@ -75,7 +75,8 @@ def make_text(path, size):
                 if kind < 0.7:
                     lines.append(" ".join(generator.choices(words, k=generator.randint(8, 60))).capitalize() + ".")
                 elif kind < 0.8:
-                    lines.append(f"    for i in range({generator.randint(1, 99)}):\n        total += x[i] * {generator.random():.4f}")
+                    lines.append(f"    for i in range({generator.randint(1, 99)}):\n"
+                                 f"        total += x[i] * {generator.random():.4f}")
                 elif kind < 0.9:
                     lines.append(f"{generator.randint(1, 9999)} + {generator.randint(1, 9999)} = ?")
                 else:

@@ -14,7 +14,8 @@ from rwkv_peft.model import RWKV6
 
 @pytest.fixture
 def model(tiny_state):
-    config = ModelConfig(n_layer=2, n_embd=32, vocab_size=40, dim_att=32, dim_ffn=48, head_size=8, maa_rank=8, decay_rank=12)
+    config = ModelConfig(n_layer=2, n_embd=32, vocab_size=40, dim_att=32, dim_ffn=48, head_size=8, maa_rank=8,
+                         decay_rank=12)
     model = RWKV6(config)
     model.load_state_dict(tiny_state(n_embd=32, vocab_size=40, dim_ffn=48, head_size=8))
     return model.double()

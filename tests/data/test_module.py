@@ -100,7 +100,8 @@ def test_few_samples_work_and_say_so():
 
 
 def test_rows_are_padded_to_the_longest_and_padding_never_counts():
-    batch = collate([(torch.tensor([5, 6, 7]), torch.tensor([False, True])), (torch.tensor([8, 9]), torch.tensor([True]))])
+    batch = collate([(torch.tensor([5, 6, 7]), torch.tensor([False, True])),
+                     (torch.tensor([8, 9]), torch.tensor([True]))])
     assert batch["tokens"].tolist() == [[5, 6], [8, 0]]
     assert batch["targets"].tolist() == [[6, 7], [9, 0]]
     assert batch["mask"].tolist() == [[False, True], [True, False]]

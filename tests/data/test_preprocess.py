@@ -110,7 +110,8 @@ def test_bad_rows_are_skipped_and_counted_on_request(preprocess, capsys):
 
 
 def test_other_inputs(preprocess, tmp_path):
-    assert [text for text, _ in texts(preprocess(json.dumps([{"text": "a"}, {"text": "b"}]), name="in.json"))] == ["a", "b"]
+    rows = json.dumps([{"text": "a"}, {"text": "b"}])
+    assert [text for text, _ in texts(preprocess(rows, name="in.json"))] == ["a", "b"]
     assert texts(preprocess("one\ntwo", name="in.txt"))[0][0] == "one\ntwo"
     import gzip
 
@@ -170,7 +171,8 @@ def test_workers_do_not_change_the_documents(tmp_path, monkeypatch):
     import rwkv_peft.data.rows as rows
 
     monkeypatch.setattr(rows, "CHUNK_BYTES", 256)
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"query": "q" * (i % 9), "response": str(i)}) + "\n" for i in range(60)))
+    rows = [{"query": "q" * (i % 9), "response": str(i)} for i in range(60)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = EncodeSettings("bytes")
 
     def encoded(workers):

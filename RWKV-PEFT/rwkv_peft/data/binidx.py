@@ -93,8 +93,8 @@ class BinidxDataset:
     def _read_index(self):
         path = self.idx_path
         if os.path.isfile(self.prefix) and not os.path.isfile(path):
-            raise UserError(f"{self.prefix}: a file of rows or text, where PREFIX of a PREFIX.bin and PREFIX.idx is meant; "
-                            "tokenize it with python -m rwkv_peft.data.preprocess, or give --data_type sft")
+            raise UserError(f"{self.prefix}: a file of rows or text, where the PREFIX of PREFIX.bin and PREFIX.idx is "
+                            "meant; tokenize it with python -m rwkv_peft.data.preprocess, or give --data_type sft")
         if not os.path.isfile(path):
             raise UserError(f"{path}: no such file; a data set is a PREFIX.bin with its PREFIX.idx; {REMEDY}")
         length = os.path.getsize(path)
@@ -233,8 +233,8 @@ class BinidxWriter:
                 sizes = sizes[1:]
             self.sizes.extend(sizes)
         except OverflowError:
-            raise UserError(f"document {len(self.sizes) - 1} has more than 2147483647 tokens, the most that the format holds; "
-                            "split the text into documents") from None
+            raise UserError(f"document {len(self.sizes) - 1} has more than 2147483647 tokens, the most that "
+                            "the format holds; split the text into documents") from None
 
     def __exit__(self, kind, error, trace):
         try:

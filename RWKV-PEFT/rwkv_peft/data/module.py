@@ -17,9 +17,11 @@ class TrainBatches:
     Each batch is a dict: tokens, targets int64 (B, T), mask bool (B, T) (targets that count; rows
     are padded with token 0, which never counts), step_count (counted targets of the whole optimizer
     step, over all ranks and micro batches), samples_seen (the cursor once this batch is done; it
-    moves with a step's last micro batch). Packed samples lie one behind the other in a single row, with
-    cu_seqlens int32 (documents + 1,), the positions where they begin and the end. The state is the cursor of the batches handed out, not of
-    those read ahead, and always stands at the beginning of an optimizer step.
+    moves with a step's last micro batch). Packed samples lie one behind the other in a single row,
+    with cu_seqlens int32 (documents + 1,), the positions where they begin and the end.
+
+    The state is the cursor of the batches handed out, not of those read ahead, and always stands at
+    the beginning of an optimizer step.
     """
 
     def __init__(self, samples, micro_bsz, rank=0, world_size=1, accumulate=1, samples_seen=0,

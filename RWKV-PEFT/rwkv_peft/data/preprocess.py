@@ -55,11 +55,14 @@ def parser():
                         help="the field that holds the text, or those that hold a prompt and its answer")
     result.add_argument("--template", default="", metavar="FILE",
                         help="a text with {field} for fields, and [[ ]] around what counts in the loss")
-    result.add_argument("--split", default="", metavar="TRAIN[A:B]", help="rows to read, such as train[:1000] or [10%%:]")
-    result.add_argument("--skip_bad_rows", action="store_true", help="leave out rows that cannot be read, and count them")
+    result.add_argument("--split", default="", metavar="TRAIN[A:B]",
+                        help="rows to read, such as train[:1000] or [10%%:]")
+    result.add_argument("--skip_bad_rows", action="store_true",
+                        help="leave out rows that cannot be read, and count them")
     result.add_argument("--shuffle", type=int, metavar="SEED", help="write the documents in the order of this seed")
     result.add_argument("--repeat", type=int, default=1, metavar="N", help="write the documents N times, shuffled anew")
-    result.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (default: all cores)")
+    result.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N",
+                        help="processes (default: all cores)")
     return result
 
 

@@ -78,7 +78,8 @@ class Template:
 
         def value(match):
             if match[1] not in row:
-                raise UserError(f"field {match[1]!r} of the template is missing; the row has {', '.join(map(str, row))}")
+                raise UserError(f"field {match[1]!r} of the template is missing; "
+                                f"the row has {', '.join(map(str, row))}")
             return field(row, match[1])
 
         return [(re.sub(r"\{(\w+)\}", value, part), counts) for part, counts in self.parts]
