@@ -103,7 +103,7 @@ def _compile(work, units, link_command):
     lines = ["rule run", "  command = $command", "  description = $out"]
     objects = []
     for number, unit in enumerate(units):
-        output = f"{number}-{unit.source.stem}.o"
+        output = f"{number}.o"
         objects.append(output)
         lines += _edge(output, [unit.source], [*unit.command, "-c", unit.source, "-o", output])
     lines += _edge("library.so", objects, [*link_command, *objects, "-o", "library.so"])

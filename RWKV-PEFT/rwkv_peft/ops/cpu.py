@@ -107,17 +107,23 @@ def _library():
     return library
 
 
+def find_compiler():
+    """The path of a C++ compiler; BuildError where there is none."""
+    remedy = "install one (Debian, Ubuntu: apt install g++), or take backend='reference'"
+    return find_program("g++", "clang++", remedy=remedy)
+
+
+def level_flags():
+    """The instruction sets of this machine's architecture, best first -> the compiler's flags."""
+    x86 = {"avx512": AVX512_FLAGS, "avx2": AVX2_FLAGS} if platform.machine() in X86 else {}
+    return {**x86, "portable": ()}
+
+
 def _recipe(sources):
-    """(units, link command, headers) of the library for this machine's architecture."""
-    compiler = find_program(
-        "g++", "clang++", remedy="install one (Debian, Ubuntu: apt install g++), or take backend='reference'"
-    )
-    kernel, interface = sources / "wkv6_cpu.cpp", sources / "wkv6_cpu_interface.cpp"
+    """(units, link command, headers) of the library."""
+    base = (find_compiler(), *COMMON_FLAGS)
+    kernel = sources / "wkv6_cpu.cpp"
+    units = [Unit(kernel, (*base, *flags, f"-DWKV6_LEVEL={level}")) for level, flags in level_flags().items()]
+    units.append(Unit(sources / "wkv6_cpu_interface.cpp", base))
     headers = (sources / "wkv6_cpu.h", sources / "wkv6_cpu_vector.h")
-    levels = {"portable": ()}
-    if platform.machine() in X86:
-        levels = {"avx512": AVX512_FLAGS, "avx2": AVX2_FLAGS, "portable": ()}
-    base = (compiler, *COMMON_FLAGS)
-    units = [Unit(kernel, (*base, *flags, f"-DWKV6_LEVEL={level}")) for level, flags in levels.items()]
-    units.append(Unit(interface, base))
-    return units, (compiler, "-shared", "-fopenmp"), headers
+    return units, (base[0], "-shared", "-fopenmp"), headers

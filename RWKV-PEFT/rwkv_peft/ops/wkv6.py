@@ -28,7 +28,7 @@ def wkv6(r, k, v, w, u, state=None, cu_seqlens=None, *, backend="auto"):
     """
     check(r, k, v, w, u, state, cu_seqlens)
     dtype = _common_dtype(r, k, v, w)
-    chosen = _resolve(backend, v.device.type, dtype)
+    chosen = _choose(backend, v.device.type, dtype)
     if chosen == "reference":
         return reference.wkv6(r, k, v, w, u, state, cu_seqlens)
     level = chosen.partition(":")[2]
@@ -64,6 +64,11 @@ def _common_dtype(r, k, v, w):
 
 
 @torch.compiler.assume_constant_result
+def _choose(backend, device_type, dtype):
+    """_resolve, as a constant of a compiled graph."""
+    return _resolve(backend, device_type, dtype)
+
+
 @functools.lru_cache(maxsize=None)
 def _resolve(backend, device_type, dtype):
     """The backend to call: `backend` itself, or what "auto" means for this device and dtype."""
@@ -100,6 +105,6 @@ def _resolve_auto(device_type, dtype):
     warnings.warn(
         f"wkv6 takes backend 'reference', which is slow, for tensors on {device_type}: {reason}",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
     return "reference"

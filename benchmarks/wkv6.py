@@ -1,0 +1,232 @@
+"""wkv6's speed and memory: our backends, plain torch step by step and in chunks, and flash-linear-attention if installed.
+
+    python benchmarks/wkv6.py [--device cpu|cuda] [--dtype float32|bfloat16] [--shape B,T,H ...] [--repeats 5]
+
+Forward, and forward and backward through autograd, N = 64. Each row gives milliseconds, the ratio to our kernel's time,
+and the most memory beyond the inputs that was in use, beside what outputs and gradients alone take. On the CPU each
+measurement is a process of its own, so that one's memory does not hide another's. The CPU kernel's line also says what
+part of the cores' multiply-add peak it reaches, counting 5 operations a state element and step forward and 12 backward.
+"""
+
+import argparse
+import ctypes
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from rwkv_peft.ops import backends, cpu, wkv6
+from rwkv_peft.ops.build import Unit, build_library, source_directory
+
+HEAD_SIZE = 64
+NOMINAL_FORWARD, NOMINAL_BACKWARD = 5, 12
+SLOW = ("torch, step by step", "fla, naive")  # measured once, up to SLOW_STEPS x heads x batch
+SLOW_STEPS = 1 << 16
+
+
+def torch_steps(r, k, v, w, u):
+    """The recurrence as one would first write it: a Python loop over time."""
+    return wkv6(r, k, v, w, u, backend="reference")[0]
+
+
+def torch_chunks(r, k, v, w, u, chunk=64, part=16):
+    """The recurrence as matrix products, the best form in plain torch: chunks of 64 steps, parts of 16 within them.
+
+    With G the decays' logarithms summed from the chunk's start, step i reads what j < i wrote scaled by
+    exp(G_{i-1} - G_j) per key. Between two parts both factors are taken relative to the start of the later part, so that
+    no exponent is positive; within a part they are taken relative to its middle, and a decay is capped at exp(-10) a
+    step, so that exponents stay within 80.
+    """
+    B, T, H, N = r.shape
+    log_decay = -torch.exp(w.float()).clamp(max=10.0)
+    padding = (0, 0, 0, 0, 0, -T % chunk)
+    r, k, v, log_decay = (
+        torch.nn.functional.pad(x.float(), padding).transpose(1, 2).unflatten(2, (-1, part)) for x in (r, k, v, log_decay)
+    )  # (B, H, parts, part, N)
+    per = chunk // part
+    group = lambda x: x.unflatten(2, (-1, per))  # noqa: E731  (B, H, chunks, per, part, N)
+    whole = lambda x: x.flatten(3, 4)  # noqa: E731  (B, H, chunks, chunk, N)
+    r, k, v, log_decay = map(group, (r, k, v, log_decay))
+    G = whole(log_decay).cumsum(-2).unflatten(3, (per, part))
+    before = G - log_decay
+    total = whole(G)[..., -1:, :]
+
+    middle = G[..., part // 2 - 1 : part // 2, :]
+    within = ((r * (before - middle).exp()) @ (k * (middle - G).exp()).mT).tril(-1)
+    within = within + torch.diag_embed((r * u.float()[:, None, None, None] * k).sum(-1))
+    y = within @ v  # (B, H, chunks, per, part, N)
+    parts = [y[..., 0, :, :]]
+    for i in range(1, per):
+        start = G[..., i - 1, -1:, :]
+        earlier = whole(k[..., :i, :, :] * (start[..., None, :, :] - G[..., :i, :, :]).exp())
+        scores = (r[..., i, :, :] * (before[..., i, :, :] - start).exp()) @ earlier.mT
+        parts.append(y[..., i, :, :] + scores @ whole(v[..., :i, :, :]))
+    y = torch.cat(parts, dim=-2)  # (B, H, chunks, chunk, N)
+
+    written = (whole(k) * (total - whole(G)).exp()).mT @ whole(v)  # (B, H, chunks, N, N)
+    decay = total.exp().mT
+    state, states = torch.zeros_like(written[:, :, 0]), []
+    for c in range(written.shape[2]):
+        states.append(state)
+        state = torch.addcmul(written[:, :, c], decay[:, :, c], state)
+    y = y + (whole(r) * whole(before).exp()) @ torch.stack(states, dim=2)
+    return y.flatten(2, 3)[:, :, :T].transpose(1, 2).to(u.dtype)
+
+
+def contenders(device):
+    """name -> function(r, k, v, w, u) -> y."""
+    found = {}
+    if backends()[device] is None:
+        found[f"ours, {device}"] = lambda *x: wkv6(*x, backend=device)[0]
+    found["torch, chunks"] = torch_chunks
+    found["torch, step by step"] = torch_steps
+    try:
+        from fla.ops import rwkv6 as fla
+    except ImportError:
+        return found
+    if device == "cuda":
+        found["fla, chunk"] = lambda r, k, v, w, u: fla.chunk_rwkv6(r, k, v, -torch.exp(w), u, scale=1.0)[0]
+    return found
+
+
+def random_inputs(shape, device, dtype):
+    B, T, H = shape
+    torch.manual_seed(0)
+    r, k, v, gy = (0.5 * torch.randn(B, T, H, HEAD_SIZE, device=device) for _ in range(4))
+    w = torch.empty(B, T, H, HEAD_SIZE, device=device).uniform_(-6, 1)
+    u = 0.5 * torch.randn(H, HEAD_SIZE, device=device)
+    return [x.to(dtype).requires_grad_() for x in (r, k, v, w, u)], gy.to(dtype)
+
+
+def measure(name, shape, device, dtype, repeats):
+    """{forward, both: seconds, peak: bytes} of one contender, in this process."""
+    function = contenders(device)[name]
+    inputs, gy = random_inputs(shape, device, dtype)
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    repeats = 1 if name in SLOW else repeats
+
+    def forward():
+        return function(*inputs)
+
+    def both():
+        for x in inputs:
+            x.grad = None
+        forward().backward(gy)
+
+    small, small_gy = random_inputs((1, 64, 1), device, dtype)
+    function(*small).backward(small_gy)  # builds what is to be built
+    peak = memory_of(both, device)
+    times = {}
+    for kind, run in (("forward", forward), ("both", both)):
+        if name not in SLOW:
+            run()
+        elapsed = []
+        for _ in range(repeats):
+            synchronize()
+            start = time.perf_counter()
+            run()
+            synchronize()
+            elapsed.append(time.perf_counter() - start)
+        times[kind] = statistics.median(elapsed)
+    return {**times, "peak": peak}
+
+
+def memory_of(run, device):
+    """Bytes that `run` needs at its peak beyond what is in use now."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    before = resident()
+    peak, done = before, threading.Event()
+
+    def watch():
+        nonlocal peak
+        while not done.wait(0.0005):
+            peak = max(peak, resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    run()
+    done.set()
+    watcher.join()
+    return max(peak, resident()) - before
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def in_own_process(*arguments):
+    """measure(*arguments) in a fresh process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure, arguments)
+
+
+def fma_peak():
+    """float32 operations a second of one core, at the CPU kernel's best instruction set."""
+    level, flags = next((n, f) for n, f in cpu.level_flags().items() if cpu.unavailable(n) is None)
+    compiler = cpu.find_compiler()
+    command = (compiler, *cpu.COMMON_FLAGS, *flags, f"-DWKV6_LEVEL={level}", f"-I{source_directory()}")
+    unit = Unit(Path(__file__).with_name("fma_peak.cpp"), command)
+    path = build_library("fma_peak", [unit], (compiler, "-shared"), headers=(source_directory() / "wkv6_cpu_vector.h",))
+    library = ctypes.CDLL(str(path))
+    library.fma_peak.argtypes, library.fma_peak.restype = [ctypes.c_double], ctypes.c_double
+    return library.fma_peak(1.0)
+
+
+def table(shape, device, dtype, repeats, peak):
+    B, T, H = shape
+    size = B * T * H * HEAD_SIZE * torch.finfo(dtype).bits // 8
+    least = 5 * size  # y and the gradients of r, k, v, w
+    print(f"\nB = {B}, T = {T}, H = {H}, {dtype}: y and the gradients alone {least / 1e6:.0f} MB, ", end="")
+    print(f"with a state each 64 steps {(least + 256 * B * T * H) / 1e6:.0f} MB\n")
+    print("| | forward, ms | ratio | forward + backward, ms | ratio | tokens/s | peak, MB |")
+    print("|---|---|---|---|---|---|---|")
+    ours = None
+    for name in contenders(device):
+        if name in SLOW and B * T * H > SLOW_STEPS:
+            continue
+        run = in_own_process if device == "cpu" else measure
+        found = run(name, shape, device, dtype, repeats)
+        ours = ours or found
+        print(f"| {name} | {found['forward'] * 1e3:.2f} | {found['forward'] / ours['forward']:.1f} ", end="")
+        print(f"| {found['both'] * 1e3:.2f} | {found['both'] / ours['both']:.1f} ", end="")
+        print(f"| {B * T / found['both']:.0f} | {found['peak'] / 1e6:.0f} |", flush=True)
+    if peak and ours:
+        elements = B * T * H * HEAD_SIZE**2
+        cores = min(torch.get_num_threads(), B * H)
+        forward = NOMINAL_FORWARD * elements / ours["forward"] / (cores * peak)
+        backward = NOMINAL_BACKWARD * elements / (ours["both"] - ours["forward"]) / (cores * peak)
+        print(f"\nours: forward {forward:.0%}, backward {backward:.0%} of {cores} x {peak / 1e9:.0f} GFLOP/s")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--shape", action="append", help="B,T,H; may be given several times")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args(argv)
+    shapes = options.shape or ["1,1024,4", "1,1024,16", "1,1024,32", "1,16384,4", "1,65536,4"]
+    reason = backends()[options.device]
+    if reason is not None:
+        print(f"no kernel for {options.device}: {reason}")
+    card = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {options.device}, {card}; backends {json.dumps(backends())}")
+    peak = fma_peak() if options.device == "cpu" and reason is None else None
+    for shape in shapes:
+        table(tuple(map(int, shape.split(","))), options.device, getattr(torch, options.dtype), options.repeats, peak)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
