@@ -1,0 +1,42 @@
+"""scripts/bone_rwkv6.sh with a user's model and data: jsonl in, a merged model out that a foreign runtime agrees with."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def script(variables, *flags):
+    environment = {key: value for key, value in os.environ.items() if key not in ("LOAD_MODEL", "DATA_FILE", "PROJ_DIR")}
+    return subprocess.run(["sh", str(ROOT / "scripts" / "bone_rwkv6.sh"), *flags], env=environment | variables, text=True,
+                          capture_output=True)
+
+
+def test_a_users_model_and_jsonl(tmp_path, tiny_state):
+    torch.save(tiny_state(vocab_size=257, head_size=64, maa_rank=32, decay_rank=64), tmp_path / "base.pth")
+    rows = [{"text": f"line {i}: " + "to be or not to be " * 3} for i in range(20)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = script({"LOAD_MODEL": str(tmp_path / "base.pth"), "DATA_FILE": str(tmp_path / "data.jsonl"), "PROJ_DIR":
+                   str(tmp_path / "out"), "TOKENIZER": "bytes", "BONE_R": "32", "PRECISION": "fp32", "ACCELERATOR": "cpu"},
+                  "--ctx_len", "32", "--micro_bsz", "4", "--epoch_steps", "5", "--lr_init", "1e-2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for step in ("1. data", "2. train", "3. merge", "4. check"):
+        assert f"== {step}" in done.stdout
+    base, merged = torch.load(tmp_path / "base.pth"), torch.load(tmp_path / "out" / "merged.pth")
+    assert list(base) == list(merged)
+    assert not torch.equal(base["blocks.0.att.key.weight"], merged["blocks.0.att.key.weight"])
+    assert torch.equal(base["emb.weight"], merged["emb.weight"])
+
+
+def test_half_of_a_users_input_is_refused(tmp_path):
+    done = script({"LOAD_MODEL": str(tmp_path / "base.pth")})
+    assert done.returncode != 0 and "without DATA_FILE" in done.stderr
+
+
+def test_a_failing_step_ends_the_script(tmp_path):
+    done = script({"LOAD_MODEL": str(tmp_path / "base.pth"), "DATA_FILE": str(tmp_path / "data"), "PROJ_DIR": str(tmp_path)})
+    assert done.returncode == 2 and "base.pth" in done.stderr and "3. merge" not in done.stdout
