@@ -121,10 +121,11 @@ def read_hf_folder(folder):
     missing, another kind of adapter, settings that merging cannot honour.
     """
     folder = Path(folder)
+    path = require_file(folder / "adapter_config.json")
     try:
-        config = json.loads(require_file(folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{folder / 'adapter_config.json'} is not JSON: {error}") from error
+        raise UserError(f"{path} is not JSON: {error}; copy it again") from error
     tensors = {}
     for key, tensor in _read_hf_tensors(folder).items():
         if not key.startswith(HF_PREFIX):
