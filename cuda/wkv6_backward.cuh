@@ -183,33 +183,35 @@ template <int N> __device__ __forceinline__ void chunked_backward(const Argument
                 multiply(dS[b], r_start, load_transposed(&in.gy[0][b * 16], stride));
             }
 
-            // Epilogue, element by element over the (k, t) tile.
+            // Epilogue, element by element over the (k, t) tile: the gradients, and the four sums that make up gw.
             const Accumulator r = widened(load_transposed(&in.r[0][c0], stride));
             const Accumulator k = widened(load_transposed(&in.k[0][c0], stride));
             const Accumulator w = widened(load_transposed(&in.w[0][c0], stride));
             const Accumulator rm = widened(r_middle), km = widened(k_middle);
-            Accumulator gr, gk, gw, k_gk, difference;
+            Accumulator gr, gk, gw, k_across, k_inside, difference;
             #pragma unroll
             for (int e = 0; e < 8; e++) {
                 const int c = c0 + tile_row(lane, e), t = tile_column(lane, e);
-                const float read = shared.read[t][c], write = shared.write[t][c], u_gy_v = shared.u[c] * shared.gy_v[t];
+                const float read = shared.read[t][c], write = shared.write[t][c];
+                const float through_u = shared.u[c] * shared.gy_v[t];
                 const float across_r = gr_across.c[e] * read * o.first[c];
                 const float across_k = gk_across.c[e] * write * o.second[c];
-                gr.c[e] = across_r + read * gr_inside.c[e] + k.c[e] * u_gy_v;
-                gk.c[e] = across_k + write * gk_inside.c[e] + r.c[e] * u_gy_v;
+                gr.c[e] = across_r + gr_inside.c[e] * read + k.c[e] * through_u;
+                gk.c[e] = across_k + gk_inside.c[e] * write + r.c[e] * through_u;
                 gu[e / 2 % 2] += r.c[e] * k.c[e] * shared.gy_v[t];
-                k_gk.c[e] = k.c[e] * across_k;
-                gw.c[e] = km.c[e] * gk_inside.c[e];
-                difference.c[e] = r.c[e] * across_r + (rm.c[e] * gr_inside.c[e] - gw.c[e]);
+                k_across.c[e] = k.c[e] * across_k;
+                k_inside.c[e] = km.c[e] * gk_inside.c[e];
+                difference.c[e] = r.c[e] * across_r + (rm.c[e] * gr_inside.c[e] - k_inside.c[e]);
             }
-            const RowSums past = row_sums(k_gk), future = row_sums(difference);
+            const RowSums past = row_sums(k_across), future = row_sums(difference);
             #pragma unroll
             for (int half = 0; half < 2; half++)
                 state_gradient[half] = quad_sum(state_gradient[half]) * o.whole[c0 + lane / 4 + half * 8];
             #pragma unroll
             for (int e = 0; e < 8; e++) {
                 const float x = log2_decay(w.c[e]);
-                const float glog = state_gradient[e / 2 % 2] + past.before.c[e] + (future.after.c[e] - gw.c[e]);
+                const float glog =
+                    state_gradient[e / 2 % 2] + past.before.c[e] + (future.after.c[e] - k_inside.c[e]);
                 gw.c[e] = x == DECAY_CAP ? 0.f : -x / LOG2_E * glog;
             }
             const index_t at = s.elements + t0 * s.stride + c0;

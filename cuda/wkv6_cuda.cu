@@ -66,7 +66,9 @@ WKV6_KERNEL(wkv6_backward_plain_float32, plain_backward<float>, 1024, 1)
 WKV6_KERNEL(wkv6_backward_plain_bfloat16, plain_backward<bf16>, 1024, 1)
 
 // What a block may ask for on every GPU since Ampere.
-static_assert(sizeof(BackwardShared<64>) <= 99 * 1024 && sizeof(ForwardShared<128>) <= 99 * 1024, "too much shared memory");
+constexpr int MOST_SHARED = 99 * 1024;
+static_assert(sizeof(BackwardShared<64>) <= MOST_SHARED, "backward needs too much shared memory");
+static_assert(sizeof(ForwardShared<128>) <= MOST_SHARED, "forward needs too much shared memory");
 
 #ifndef __CUDACC_RTC__
 // One block a head and sequence.

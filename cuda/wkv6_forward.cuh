@@ -9,7 +9,6 @@ template <int N> struct ForwardShared {
 };
 
 template <int N> __device__ __forceinline__ void chunked_forward(const Arguments& a) {
-    using Rows = typename Shape<N>::Rows;
     constexpr int tiles = Shape<N>::tiles, stride = Shape<N>::stride;
     ForwardShared<N>& shared = *(ForwardShared<N>*)dynamic_shared();
     Operands<N>& o = shared.operands;
@@ -19,10 +18,10 @@ template <int N> __device__ __forceinline__ void chunked_forward(const Arguments
 
     const auto start_fetch = [&](int t0) {
         auto& next = shared.chunk[t0 / CHUNK % 2];
-        const struct { Rows& rows; const void* tensor; } copies[] = {
-            {next.r, a.r}, {next.k, a.k}, {next.v, a.v}, {next.w, a.w}};
-        #pragma unroll
-        for (const auto& copy : copies) fetch<N>(copy.rows, copy.tensor, s, t0);
+        fetch<N>(next.r, a.r, s, t0);
+        fetch<N>(next.k, a.k, s, t0);
+        fetch<N>(next.v, a.v, s, t0);
+        fetch<N>(next.w, a.w, s, t0);
     };
 
     if (threadIdx.x < N) shared.u[threadIdx.x] = a.u[blockIdx.x * N + threadIdx.x];

@@ -22,7 +22,8 @@ print(f"{torch.cuda.get_device_name()}, compute capability {capability}, torch {
 PYTHON
 )
 if [ $? -ne 0 ]; then
-    say "no GPU check: ${card:-torch does not start}. Run this on a machine with an NVIDIA GPU and a CUDA build of torch."
+    say "no GPU check: ${card:-torch does not start}."
+    say "Run this on a machine with an NVIDIA GPU and a CUDA build of torch."
     exit 2
 fi
 

@@ -35,9 +35,9 @@ def main():
         jobs = [None, *sites]
         results = pool.map(lambda job: examine(sources, Path(work), job), jobs)
         for job, result in zip(jobs, results):
-            noticed = "X" in result
-            good &= noticed != (job is None)
-            print(f"{result}  {describe(sources, job)}{'' if noticed != (job is None) else '   <-- unexpected'}", flush=True)
+            expected = ("X" in result) == (job is not None)
+            good &= expected
+            print(f"{result}  {describe(sources, job)}{'' if expected else '   <-- unexpected'}", flush=True)
     print(f"orders: {', '.join(shim.ORDERS)}")
     return 0 if good else 1
 

@@ -20,6 +20,15 @@ ARCHITECTURES = ("80", "89", "90")
 HOT_KERNELS = ("wkv6_forward_32", "wkv6_forward_64", "wkv6_forward_128", "wkv6_backward_32", "wkv6_backward_64")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_thread():
+    """The references' many small operations gain nothing from more, and crawl on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def runner_on_shim():
     try:
         kernels = shim.build()

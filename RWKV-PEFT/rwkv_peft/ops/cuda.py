@@ -1,7 +1,7 @@
 """The CUDA kernels as a wkv6 backend: builds cuda/wkv6_cuda.cu on first use and launches it on torch's stream.
 
-nvcc makes a library with a C interface where it is installed; else NVRTC, which CUDA builds of torch bring along,
-makes a module that the driver loads (cuda_nvrtc.py). Both take one structure, Arguments.
+nvcc makes a library with a C interface where it works; else NVRTC, which CUDA builds of torch bring along, makes a
+module that the driver loads (cuda_nvrtc.py). Both take one structure, Arguments.
 """
 
 import contextlib
@@ -144,18 +144,17 @@ def _stream(x):
 @functools.lru_cache(maxsize=None)
 def kernels(device):
     """The kernels for GPU number `device`, built on first use; BuildError where that fails (and is not cached)."""
-    major, minor = torch.cuda.get_device_capability(device)
+    capability = "".join(map(str, torch.cuda.get_device_capability(device)))
     try:
-        compiler = find_nvcc()
-    except BuildError as no_nvcc:
+        return Library(build_library(f"wkv6_cuda_sm{capability}", *recipe(find_nvcc(), capability)))
+    except BuildError:  # there is no nvcc, or it is too old for this GPU, or has no C++ compiler that it likes
         nvrtc = cuda_nvrtc.find_nvrtc()
         if nvrtc is None:
-            raise no_nvcc
-        image = cuda_nvrtc.cubin(f"sm_{major}{minor}", headers(), nvrtc)
-        with torch.cuda.device(device):
-            torch.cuda.synchronize()  # makes torch's context the thread's current one
-            return cuda_nvrtc.Module(image)
-    return Library(build_library(f"wkv6_cuda_sm{major}{minor}", *recipe(compiler, f"{major}{minor}")))
+            raise
+    image = cuda_nvrtc.cubin(f"sm_{capability}", headers(), nvrtc)
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()  # makes torch's context the thread's current one
+        return cuda_nvrtc.Module(image)
 
 
 def find_nvcc():
