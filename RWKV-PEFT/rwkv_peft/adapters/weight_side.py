@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 from .functional import apply_to_tokens, shard_sum, split_shards
 from .product import DENSE
 
-CHUNK_ELEMENTS = 1 << 22  # elements of W' held at a time
+CHUNK_ELEMENTS = 1 << 22  # elements of W' held at a time in backward
+CACHED_ELEMENTS = 1 << 18  # elements of W' that a CPU's cache holds while they are made
 
 
 def bat_out(x, weight, bone, bias=None, *, side="auto", product=DENSE):
@@ -85,9 +86,13 @@ def _by_block(rows, bone):
 
 def _merge_rows(rows, bone):
     """W + W B + B for some output blocks: rows (a r, in), bone (a, r, r) -> (a r, in)."""
-    blocks = _by_block(rows, bone)
-    merged = torch.baddbmm(blocks, blocks, bone)  # (a, r in/r, r)
-    merged.unflatten(1, (bone.shape[-1], -1)).add_(bone[:, :, None])
+    blocks = _by_block(rows, bone)  # (a, r in/r, r)
+    merged = torch.empty_like(blocks)
+    step = len(bone) if rows.is_cuda else max(1, CACHED_ELEMENTS // blocks[0].numel())
+    for start in range(0, len(bone), step):
+        some = slice(start, start + step)
+        torch.baddbmm(blocks[some], blocks[some], bone[some], out=merged[some])
+        merged[some].unflatten(1, (bone.shape[-1], -1)).add_(bone[some, :, None])
     return merged.view_as(rows)
 
 
