@@ -120,7 +120,8 @@ def read_adapter(path, mode=None, base=None, init=None, alpha=None):
         raise UserError(f"{path} is a {adapter.metadata.variant} adapter, not {mode}; leave --bone_mode out")
     for key, tensor in adapter.tensors.items():
         if not torch.isfinite(tensor).all():
-            raise UserError(f"{path}: {key} holds NaN or Inf: the training that wrote it had diverged; take an earlier one")
+            raise UserError(f"{path}: {key} holds NaN or Inf: the training that wrote it had diverged; "
+                            "take an earlier one")
     return adapter
 
 

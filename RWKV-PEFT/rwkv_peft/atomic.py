@@ -65,7 +65,8 @@ def _write_failure(error):
     text = str(error)
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "os error 28" in text:
         return "the disk is full; free some space or choose another disk"
-    if "file write failed" in text or ("requested and" in text and "written" in text):  # torch, numpy: they do not say why
+    # torch's and numpy's words for a short write, which do not say why
+    if "file write failed" in text or ("requested and" in text and "written" in text):
         return "the disk refused the data (is it full?)"
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "no permission to write there; choose another folder"

@@ -38,10 +38,12 @@ def build_parser():
     parser.add_argument("--dtype", choices=("keep", "bf16", "fp16", "fp32"),
                         help="dtype of the output's tensors; default fp16 for models in .st and .safetensors, which "
                              "web-rwkv needs, else keep")
-    parser.add_argument("--gguf_type", choices=TYPES, default="f16", help="type of a GGUF's large matrices (default f16)")
+    parser.add_argument("--gguf_type", choices=TYPES, default="f16",
+                        help="type of a GGUF's large matrices (default f16)")
     parser.add_argument("--bone_parameter", choices=("disha", "bone"), default="disha",
                         help="name of Bone's tensors in RWKV-PEFT's files: disha since 2025-02, bone before")
-    parser.add_argument("--bone_mode", choices=(*BONE_MODES, "bat"), help="variant of a .bone file that does not tell it")
+    parser.add_argument("--bone_mode", choices=(*BONE_MODES, "bat"),
+                        help="variant of a .bone file that does not tell it")
     parser.add_argument("--base_model", metavar="PTH", help="base of an adapter, whose shapes may tell the variant")
     parser.add_argument("--lora_init", metavar="PTH", help="init file of RWKV-PEFT's PiSSA")
     parser.add_argument("--lora_alpha", type=float, help="alpha of RWKV-PEFT's LoRA")
@@ -82,12 +84,12 @@ def convert_adapter(source, target, args):
     if target.suffix == ".safetensors":
         save_adapter(target, adapter.tensors, adapter.metadata)
         return [target]
-    raise UserError(f"{source} is an adapter, which {target.name} cannot hold: name a .pth (RWKV-PEFT) or a .safetensors; "
-                    "for other formats merge it with merge_bone.py first")
+    raise UserError(f"{source} is an adapter, which {target.name} cannot hold: name a .pth (RWKV-PEFT) or a "
+                    ".safetensors; for other formats merge it with merge_bone.py first")
 
 
 def read_model(path):
-    """Official state dict of a model, or of time states alone, from a .pth, .st, .safetensors or Hugging Face folder."""
+    """Official state dict of a model, or of time states alone, from a .pth, .st, .safetensors or HF folder."""
     if path.is_dir():
         state = {}
         files = sorted(path.glob("*.safetensors"))
@@ -125,20 +127,23 @@ def convert_state(state, source, target, args):
     is_model = "emb.weight" in state
     if target.suffix == ".gguf":
         if not is_model:
-            raise UserError(f"{source} holds time states, for which GGUF has no place; give them to the runtime as .pth or .st")
+            raise UserError(f"{source} holds time states, for which GGUF has no place; give them to the runtime as "
+                            ".pth or .st")
+        config = model_config_from_state(state)
         with atomic_write(target) as temporary:
-            write_gguf(temporary, state, model_config_from_state(state), args.gguf_type, vocabulary(len(state["emb.weight"])))
+            write_gguf(temporary, state, config, args.gguf_type, vocabulary(config.vocab_size))
     elif target.suffix in SAFETENSORS:
         dtype = args.dtype or ("fp16" if is_model else "keep")
-        tensors = ((to_web(key), tensor.transpose(-1, -2) if swapped_in_web(key) else tensor) for key, tensor in state.items())
-        _write(target, write_safetensors, dict(tensors), dtype)
+        tensors = {to_web(key): tensor.transpose(-1, -2) if swapped_in_web(key) else tensor
+                   for key, tensor in state.items()}
+        _write(target, write_safetensors, tensors, dtype)
     elif target.suffix == ".pth":
         _write(target, write_pth, state, args.dtype or "keep")
     elif target.suffix == "" and is_model:
         return write_hf_folder(target, state, args.dtype or "keep")
     else:
-        raise UserError(f"{target}: its ending names no format for {source}; known are .pth, .safetensors, .st, .state, "
-                        ".gguf, and a name without ending for a folder of a model")
+        raise UserError(f"{target}: its ending names no format for {source}; known are .pth, .safetensors, .st, "
+                        ".state, .gguf, and a name without ending for a folder of a model")
     return [target]
 
 
@@ -154,7 +159,8 @@ def write_hf_folder(folder, state, dtype):
         "lora_rank_tokenshift": config.maa_rank, "lora_rank_decay": config.decay_rank,
         "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": False, "use_cache": True,
     }
-    _write(folder / "model.safetensors", write_safetensors, {to_hf(key): tensor for key, tensor in state.items()}, dtype)
+    tensors = {to_hf(key): tensor for key, tensor in state.items()}
+    _write(folder / "model.safetensors", write_safetensors, tensors, dtype)
     with atomic_write(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(settings, indent=2) + "\n")
     with atomic_write(folder / "tokenizer_config.json") as temporary:

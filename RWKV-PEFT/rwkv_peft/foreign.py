@@ -82,8 +82,8 @@ def _block_affine_variant(path, tensors, mode, base):
             continue
         width = tensor.shape[0] * tensor.shape[1]
         if width not in weight.shape:
-            raise UserError(f"{path}: {module}.bone has shape {tuple(tensor.shape)}, which covers {width} channels, and "
-                            f"the base's weight is {tuple(weight.shape)}: it belongs to another model")
+            raise UserError(f"{path}: {module}.bone has shape {tuple(tensor.shape)}, which covers {width} "
+                            f"channels, and the base's weight is {tuple(weight.shape)}: it belongs to another model")
         votes.add("bat-out" if width == weight.shape[0] else "bat-in")
     if len(votes) > 1:
         raise UserError(f"{path}: some layers fit bat-in and others bat-out; it belongs to another model")
@@ -106,7 +106,8 @@ def _read_lora(path, modules, init, alpha, common):
         wanted = {f"{module}.init_{name}" for module in modules for name in ("lora_A", "lora_B")}
         if set(initial) != wanted:
             odd = sorted(set(initial) ^ wanted)
-            raise UserError(f"{init} is not the init file of {path}: they differ in {len(odd)} tensors, such as {odd[0]}")
+            raise UserError(f"{init} is not the init file of {path}: they differ in {len(odd)} tensors, "
+                            f"such as {odd[0]}")
         return own | initial, AdapterMetadata("pissa", rank=rank, **common)  # RWKV-PEFT's PiSSA has scale 1
     if alpha is None:
         raise UserError(f"{path} is a LoRA file of RWKV-PEFT, which does not record alpha: give --lora_alpha as in its "
@@ -135,14 +136,16 @@ def read_hf_folder(folder):
         tensors[f"{from_hf(split[0] + '.')}{split[1]}" if split else from_hf(module)] = tensor
     modules = Adapter(tensors, None).modules()
     whole = {key: tensor for key, tensor in tensors.items() if not adapter_parameter(key)}
-    common = {"targets": _targets(modules), "train_parts": tuple(whole), "source": f"peft {config.get('peft_version', '')}"}
+    common = {"targets": _targets(modules), "train_parts": tuple(whole),
+              "source": f"peft {config.get('peft_version', '')}"}
     kind = str(config.get("peft_type", "")).upper()
     if kind == "LORA":
         _check_plain_lora(folder, config)
         scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
         return Adapter(tensors, AdapterMetadata("lora", rank=config["r"], scale=scale, **common))
     if kind not in ("BONE", "MISS"):
-        raise UserError(f"{folder} holds a {kind or 'nameless'} adapter of peft; BONE, MISS and plain LORA can be merged")
+        raise UserError(f"{folder} holds a {kind or 'nameless'} adapter of peft; BONE, MISS and plain LORA can be "
+                        "merged")
     parameter = f"{kind.lower()}_block"
     own = {}
     for module, params in modules.items():
@@ -169,7 +172,8 @@ def _read_hf_tensors(folder):
             raise UserError(f"{folder / 'adapter_model.safetensors'} is damaged: {error}") from error
     if (folder / "adapter_model.bin").is_file():
         return read_state(folder / "adapter_model.bin")
-    raise UserError(f"{folder} has no adapter_model.safetensors (nor adapter_model.bin); is it a folder that peft saved?")
+    raise UserError(f"{folder} has no adapter_model.safetensors (nor adapter_model.bin); is it a folder that peft "
+                    "saved?")
 
 
 def _check_plain_lora(folder, config):
@@ -192,8 +196,8 @@ def write_rwkv_peft(path, adapter, parameter="disha"):
     path = Path(path)
     variant = adapter.metadata.variant
     if variant not in ("bone", "bat-in", "lora", "pissa", "none"):
-        raise UserError(f"RWKV-PEFT has no {variant}; its adapters are bone, bat-in (its bat), lora and pissa. Merge the "
-                        "adapter with merge_bone.py instead")
+        raise UserError(f"RWKV-PEFT has no {variant}; its adapters are bone, bat-in (its bat), lora and pissa. Merge "
+                        "the adapter with merge_bone.py instead")
     if variant == "pissa" and adapter.metadata.scale != 1:
         raise UserError(f"RWKV-PEFT's PiSSA has scale 1, and this adapter {adapter.metadata.scale}; merge it instead")
     main, initial = {}, {}

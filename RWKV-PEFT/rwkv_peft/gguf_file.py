@@ -4,8 +4,10 @@ llama.cpp wants the low-rank factors transposed, the five token-shift lerps stac
 vectors flat; those stay float32, and the large matrices take the type asked for.
 """
 
+import math
 from contextlib import closing
 
+import numpy as np
 import torch
 
 from .errors import UserError
@@ -27,18 +29,16 @@ def write_gguf(path, base, config, kind="f16", vocabulary=None):
     gguf = import_gguf()
     states = [key for key in base if key.endswith("time_state")]
     if states:
-        raise UserError(f"GGUF has no place for initial states, and the model holds {len(states)} (such as {states[0]}); "
-                        "convert the model without them")
+        raise UserError(f"GGUF has no place for initial states, and the model holds {len(states)} (such as "
+                        f"{states[0]}); convert the model without them")
     plan = list(_plan(base, config))
     with closing(gguf.GGUFWriter(str(path), "rwkv6")) as writer:
         _write_settings(writer, config, gguf.LlamaFileType[_file_type(kind)], vocabulary)
-        types = {}
+        types = {name: _type_of(gguf, name, shape, kind) for name, shape, _ in plan}
         for name, shape, _ in plan:
-            types[name] = _type_of(gguf, name, shape, kind)
-            stored = gguf.quant_shape_to_byte_shape(shape, types[name]) if types[name].name not in ("F32", "F16") else shape
-            size = {"F32": 4, "F16": 2}.get(types[name].name, 1)
-            dtype = gguf.quants.np.dtype({4: "float32", 2: "float16", 1: "uint8"}[size])
-            writer.add_tensor_info(name, stored, dtype, torch.Size(stored).numel() * size, types[name])
+            # the package takes every type as the bytes that it is stored in
+            stored = gguf.quants.quant_shape_to_byte_shape(shape, types[name])
+            writer.add_tensor_info(name, stored, np.dtype("uint8"), math.prod(stored), types[name])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -68,7 +68,8 @@ def _plan(base, config):
         yield entry(f"token_embd_norm.{part}", f"blocks.0.ln0.{part}")
     for i in range(config.n_layer):
         att, ffn, block = f"blocks.{i}.att.", f"blocks.{i}.ffn.", f"blk.{i}."
-        for norm, key in (("attn_norm", f"blocks.{i}.ln1"), ("attn_norm_2", f"blocks.{i}.ln2"), ("time_mix_ln", f"{att}ln_x")):
+        norms = (("attn_norm", f"blocks.{i}.ln1"), ("attn_norm_2", f"blocks.{i}.ln2"), ("time_mix_ln", f"{att}ln_x"))
+        for norm, key in norms:
             for part in ("weight", "bias"):
                 yield entry(f"{block}{norm}.{part}", f"{key}.{part}")
         yield entry(f"{block}time_mix_lerp_x.weight", f"{att}time_maa_x")

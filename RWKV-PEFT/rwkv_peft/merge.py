@@ -260,9 +260,9 @@ def check_params(name, variant, params, weight_shape):
         due = {name: (rank, inner) if name.endswith("A") else (out, rank) for name in names}
         fits = shapes == due
     if not fits:
-        raise UserError(f"{name} is a {variant} adapter of shape {', '.join(map(str, shapes.values()))}, and a base weight "
-                        f"of shape {weight_shape} needs {', '.join(map(str, due.values()))} and a rank that divides it; "
-                        "it was trained on another model")
+        given, needed = (", ".join(map(str, group.values())) for group in (shapes, due))
+        raise UserError(f"{name} is a {variant} adapter of shape {given}, and a base weight of shape {weight_shape} "
+                        f"needs {needed} and a rank that divides it; it was trained on another model")
 
 
 def expected_whole_shape(key, shapes):
@@ -282,9 +282,9 @@ def _check_places(name, adapter, shapes):
     lost = [key for key in keys if key not in shapes and not (
         key.endswith(".att.time_state") and key.replace("time_state", "time_faaaa") in shapes)]
     if lost:
-        raise UserError(f"{name}: {len(lost)} of its {len(keys)} tensors have no place in the base: there is no {lost[0]}, "
-                        f"where the base has keys such as {list(shapes)[1]}; it was trained on a model of other names or "
-                        "of more layers")
+        raise UserError(f"{name}: {len(lost)} of its {len(keys)} tensors have no place in the base: there is no "
+                        f"{lost[0]}, where the base has keys such as {list(shapes)[1]}; it was trained on a model of "
+                        "other names or of more layers")
     effective = (tensor for key, tensor in adapter.tensors.items() if not key.endswith("lora_A"))
     if not any(torch.count_nonzero(tensor) for tensor in effective):
         raise UserError(f"{name} changes nothing: its tensors are all zero, as in an adapter that was never trained")

@@ -25,7 +25,8 @@ def build_parser():
         description="Merge adapters into an RWKV-6 base model: a .pth with exactly the base's keys, order, shapes and "
                     "dtypes, which any RWKV runtime loads.")
     parser.add_argument("--base_model", required=True, metavar="PTH", help="the model that the adapter was trained on")
-    parser.add_argument("--bone_checkpoint", "--lora_checkpoint", required=True, nargs="+", metavar="FILE", dest="adapters",
+    parser.add_argument("--bone_checkpoint", "--lora_checkpoint", required=True, nargs="+", metavar="FILE",
+                        dest="adapters",
                         help="adapters in order of application: .safetensors of train.py, flat .pth of RWKV-PEFT "
                              "(.bone, .disha, LoRA, PiSSA, time states), or folders of Hugging Face peft")
     parser.add_argument("--output", metavar="PTH", help="the merged model; required unless --dry_run")
@@ -98,7 +99,7 @@ def stream(path):
 
 
 def ahead(items):
-    """Yield the items of an iterator while a second thread makes the next one, so that computing and writing overlap."""
+    """Yield an iterator's items while a second thread makes the next one: computing and writing overlap."""
     iterator, end = iter(items), object()
     with ThreadPoolExecutor(1) as pool:
         pending = pool.submit(next, iterator, end)
@@ -184,9 +185,10 @@ def print_reports(reports, specs):
         print(f"{number:>5}  " + "".join(f"{cell:>16}" for cell in cells) + f"{other:>16}{worst:>11.2g}%")
     changed = [report for report in reports if report.change]
     worst = max(reports, key=lambda report: report.lost)
-    print(f"changed {len(changed)} of {len(specs)} tensors; the cast to {dtype_name(specs[worst.key].dtype)} lost at most "
+    dtype = specs[worst.key].dtype
+    print(f"changed {len(changed)} of {len(specs)} tensors; the cast to {dtype_name(dtype)} lost at most "
           f"{100 * worst.lost:.2g} % of a change ({worst.key})"
-          + ("; --output_dtype fp32 keeps it" if worst.lost > 0.1 and specs[worst.key].dtype != torch.float32 else ""))
+          + ("; --output_dtype fp32 keeps it" if worst.lost > 0.1 and dtype != torch.float32 else ""))
 
 
 def verify(output, merge, base):

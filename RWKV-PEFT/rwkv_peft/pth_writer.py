@@ -51,7 +51,7 @@ def write_pth(path, specs, tensors):
         for number, (key, spec) in enumerate(specs.items()):
             name, tensor = next(remaining, (None, None))
             if name != key or TensorSpec.of(tensor) != spec:
-                raise ValueError(f"expected {key} {spec}, got {name} {None if tensor is None else TensorSpec.of(tensor)}")
+                raise ValueError(f"expected {key} {spec}, got {name}")
             _write_record(archive, f"data/{number}", chunks(tensor))
         if (extra := next(remaining, None)) is not None:
             raise ValueError(f"a tensor more than announced: {extra[0]}")

@@ -28,7 +28,7 @@ def write_safetensors(path, specs, tensors, metadata=None):
         file.write(len(text).to_bytes(8, "little") + text)
         for (key, spec), (name, tensor) in zip(specs.items(), tensors, strict=True):
             if name != key or TensorSpec.of(tensor) != spec:
-                raise ValueError(f"expected {key} {spec}, got {name} {TensorSpec.of(tensor)}")
+                raise ValueError(f"expected {key} {spec}, got {name}")
             for chunk in chunks(tensor):
                 file.write(chunk)
 

@@ -95,7 +95,8 @@ def verify(state, length=50, gguf_types=("f32", "f16")):
                     rows.append(Row(runtime.name, version, form, None, None, f"not asked: {reason}"))
                     continue
                 logits = runtime.logits(written(Path(folder), form, state, config), tokens, config)
-                rows.append(Row(runtime.name, runtime.version(), form, *judge(logits, reference, form, runtime.shifted), ""))
+                judged = judge(logits, reference, form, runtime.shifted)
+                rows.append(Row(runtime.name, runtime.version(), form, *judged, ""))
     return rows
 
 
