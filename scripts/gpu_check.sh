@@ -66,7 +66,7 @@ else
     row "compute-sanitizer" "not installed" -
 fi
 step "whole test suite" suite.log "$python" -m pytest -q tests
-step "benchmarks/wkv6.py" benchmark.log "$python" benchmarks/wkv6.py
+step "benchmarks/wkv6.py" benchmark.log "$python" benchmarks/wkv6.py --device cuda --dtype bfloat16
 
 say ""
 cat "$table"

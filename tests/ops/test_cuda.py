@@ -234,6 +234,38 @@ def test_nvrtc_compiles_every_kernel(tmp_path, monkeypatch):
     assert cuda_nvrtc.cubin("sm_90", cuda.headers(), None) == image  # the second time from the cache
 
 
+class RecordingDriver:
+    """A driver whose every call succeeds; keeps the arguments of the launches."""
+
+    def __init__(self):
+        self.launches = []
+
+    def cuMemcpyDtoH_v2(self, target, source, size):
+        target._obj.value = 1234  # the shared memory that every chunked kernel asks for
+        return 0
+
+    def cuLaunchKernel(self, kernel, *rest):
+        *sizes, stream, parameters, extra = rest
+        arguments = cuda.Arguments.from_buffer_copy(cuda.Arguments.from_address(parameters[0]))
+        self.launches.append(([size.value for size in sizes], stream.value, arguments, extra))
+        return 0
+
+    def __getattr__(self, name):
+        return lambda *arguments: 0
+
+
+def test_the_driver_is_asked_for_a_block_a_head_and_sequence(monkeypatch):
+    driver = RecordingDriver()
+    monkeypatch.setattr(cuda_nvrtc.ctypes, "CDLL", lambda name: driver)
+    cases.run(cuda_nvrtc.Module(b"image"), cases.make_case(2, 5, 3, 64, torch.bfloat16), stream=7)
+    cases.run(cuda_nvrtc.Module(b"image"), cases.make_case(2, 5, 3, 20, torch.bfloat16), stream=7)
+    for launch, block, shared in zip(driver.launches, [(128, 1)] * 2 + [(20, 2)] * 2, [1234, 1234, 0, 0]):
+        sizes, stream, arguments, extra = launch
+        assert sizes == [3, 2, 1, *block, 1, shared]
+        assert stream == 7 and extra is None
+        assert (arguments.sequences, arguments.length, arguments.heads) == (2, 5, 3)
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("scalar", [0, 1])
 @pytest.mark.parametrize("head_size", [20, 32, 64, 128])
