@@ -6,6 +6,16 @@ import difflib
 from .errors import UserError
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something, and N for a flag that takes a number."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, "", False, []) else super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action):
+        return "TEXT" if action.type is None else "N"
+
+
 class Parser(argparse.ArgumentParser):
     """Flags are never abbreviated; an unknown one is refused with the nearest that exists."""
 

@@ -66,7 +66,7 @@ def test_every_flag_is_read():
 
 
 @pytest.mark.parametrize("more, words", [
-    (["--bone_rank", "8"], "no flag --bone_rank; did you mean --bone_r"),
+    (["--bone_rank", "8"], "no --bone_rank; did you mean --bone_r"),
     (["--bone_mode", "bats"], "'bats' does not exist"),
     (["--bone_r", "64"], "64"),
     (["--bone_mode", "bat-out", "--bone_r", "64"], "96"),

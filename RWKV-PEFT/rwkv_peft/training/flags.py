@@ -14,8 +14,9 @@ from pathlib import Path
 
 from ..adapters import check_adapter
 from ..checkpoint import load_base, model_config_from_state
-from ..config import (ADAPTER_METHODS, BONE_MODES, QUANTIZATIONS, STRATEGIES, TARGETS, TRAIN_PARTS, AdapterConfig, DataConfig, ModelConfig,
-                      RunConfig, TrainConfig)
+from ..cli import HelpFormatter, Parser
+from ..config import (ADAPTER_METHODS, BONE_MODES, QUANTIZATIONS, STRATEGIES, TARGETS, TRAIN_PARTS, AdapterConfig,
+                      DataConfig, ModelConfig, RunConfig, TrainConfig)
 from ..data.masks import LOSS_MASKS
 from ..data.samples import DATALOADS
 from ..errors import UserError
@@ -34,13 +35,6 @@ JSON_FLAGS = (
 EXAMPLES = ('{"bone_mode":"bat-in","bone_load":"","bone_r":64}',
             '{"lora_load":"","lora_r":64,"lora_alpha":128,"lora_dropout":0}',
             '{"pissa_load":"","pissa_r":64,"svd_niter":4}')
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are UserErrors."""
-
-    def error(self, message):
-        raise UserError(f"{message}; see --help")
 
 
 def switch(text):
@@ -75,7 +69,7 @@ def count(text):
 
 def build_parser():
     """The parser, its flags grouped as --help shows them."""
-    parser = Parser(prog="train.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = Parser(prog="train.py", usage="train.py --load_model PTH --data_file PREFIX [flags]", formatter_class=HelpFormatter,
                     description="Train an RWKV-6 model, or a Bone adapter on one, on CPU or GPU under DeepSpeed ZeRO.")
 
     model = parser.add_argument_group("model")
@@ -162,7 +156,7 @@ def build_parser():
     optimizer.add_argument("--adam_eps", type=not_negative, default=1e-8, help="Adam")
     optimizer.add_argument("--weight_decay", type=not_negative, default=0.0, help="on matrices only")
     optimizer.add_argument("--layerwise_lr", type=switch, default=True, metavar="0|1",
-                           help="RWKV-LM's higher learning rates of time_decay and time_faaaa")
+                           help="RWKV-LM's doubled learning rate of time_decay")
     optimizer.add_argument("--gradient_clip_val", type=not_negative, default=1.0, help="largest gradient norm; 0: any")
     optimizer.add_argument("--accumulate_grad_batches", type=positive, default=1, help="forward passes a step")
 
@@ -179,9 +173,7 @@ def build_parser():
 
 def parse_config(argv):
     """argv -> RunConfig. Raises UserError for whatever cannot work together."""
-    parser = build_parser()
-    args, unknown = parser.parse_known_args(argv)
-    refuse_unknown(parser, unknown)
+    args = build_parser().parse_args(argv)
     adapter = adapter_config(args)
     base = load_base(args.load_model) if args.load_model else None
     if base is None and (adapter.method != "none" or adapter.load):
@@ -198,16 +190,6 @@ def parse_config(argv):
     train = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
     check_train(train)
     return RunConfig(model, adapter, data, train)
-
-
-def refuse_unknown(parser, unknown):
-    """A flag that does not exist is refused with the nearest one that does."""
-    for word in unknown:
-        if not word.startswith("--"):
-            raise UserError(f"{word!r} belongs to no flag; see --help")
-        known = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(word.split("=")[0], known, n=1)
-        raise UserError(f"there is no flag {word.split('=')[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
 
 
 def adapter_config(args):

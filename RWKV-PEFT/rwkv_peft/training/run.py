@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..adapters import check_adapter, inject
+from ..adapters import check_adapter, inject, linear_shapes
 from ..checkpoint import fingerprint, load_adapter_into, load_base, read_adapter
 from ..config import to_json
 from ..data.module import TrainBatches
@@ -147,8 +147,7 @@ def adapt(model, adapter, base, base_fingerprint, batches):
         loaded = start_adapter(adapter, base, base_fingerprint)
         initial = loaded.tensors
     elif adapter.method == "lora-ga":
-        names = check_adapter(adapter, {name: (module.out_features, module.in_features)
-                                        for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)})
+        names = check_adapter(adapter, linear_shapes(model))
         gradients = estimate_gradients(model, names, batches.batch(0, 0))
     report = inject(model, adapter, initial=initial, gradients=gradients)
     if adapter.load:
