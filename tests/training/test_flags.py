@@ -55,6 +55,13 @@ def test_the_json_form_means_the_same(files):
     assert config.adapter == parse_config(flags(files, "--bone_mode", "bat-in")).adapter
 
 
+def test_rows_of_questions_and_answers_count_their_answers(files):
+    sft = parse_config(flags(files, "--data_type", "sft")).data
+    assert (sft.dataload, sft.loss_mask) == ("pad", "file")
+    stream = parse_config(flags(files)).data
+    assert (stream.dataload, stream.loss_mask) == ("get", "none")
+
+
 def test_every_flag_is_read():
     """No flag is parsed and then forgotten."""
     source = (ROOT / "RWKV-PEFT" / "rwkv_peft" / "training" / "flags.py").read_text()

@@ -210,3 +210,12 @@ def test_early_stop_ends_a_run_that_no_longer_improves(files):
     lines = metrics(files, "early")
     assert len(lines) == 3 and "val_ppl" in lines[0]
     assert (files / "early" / "adapter.safetensors").exists()
+
+
+def test_rows_of_questions_train_without_preprocessing(files):
+    rows = [{"query": f"{i} + 1?", "response": str(i + 1)} for i in range(40)]
+    (files / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(files, "scratch", "--load_model", "", "--peft", "none", "--n_layer", "1", "--n_embd", "64", "--vocab_size", "257",
+          "--data_type", "sft", "--tokenizer", "bytes", "--sft_field", "query", "response", "--data_file",
+          str(files / "rows.jsonl"), "--precision", "fp32", "--micro_bsz", "8")
+    assert metrics(files, "scratch")[-1]["loss"] < metrics(files, "scratch")[0]["loss"]

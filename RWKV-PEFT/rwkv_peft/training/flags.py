@@ -115,10 +115,10 @@ def build_parser():
     data.add_argument("--sft_long", default="left", choices=("left", "skip"),
                       help="sft: rows longer than --ctx_len lose the front of their prompt, or are left out")
     data.add_argument("--ctx_len", type=positive, default=1024, help="tokens a sample")
-    data.add_argument("--dataload", default="get", choices=DATALOADS,
+    data.add_argument("--dataload", default=None, choices=DATALOADS,
                       help="get: windows of the token stream; pad: one document a row, padded; only: one document, alone; "
-                           "pack: several whole documents a row, none seeing another")
-    data.add_argument("--loss_mask", default="none", choices=LOSS_MASKS,
+                           "pack: several whole documents a row, none seeing another (default get; sft: pad)")
+    data.add_argument("--loss_mask", default=None, choices=LOSS_MASKS,
                       help="tokens that count: none and pad count all but padding, qa what follows --mask_id, se what "
                            "stands between --mask_id and --mask_end_id, file reads PREFIX.mask")
     data.add_argument("--mask_id", type=count, nargs="+", default=[], metavar="ID",
@@ -183,10 +183,12 @@ def parse_config(argv):
     if base is not None:
         check_adapter(adapter, {name.removesuffix(".weight"): tuple(tensor.shape) for name, tensor in base.items()
                                 if name.endswith(".weight") and tensor.ndim == 2})
-    data = DataConfig(path=args.data_file, mask_id=tuple(args.mask_id), mask_end_id=tuple(args.mask_end_id),
+    sft = args.data_type == "sft"
+    data = DataConfig(path=args.data_file, dataload=args.dataload or ("pad" if sft else "get"),
+                      loss_mask=args.loss_mask or ("file" if sft else "none"), mask_id=tuple(args.mask_id), mask_end_id=tuple(args.mask_end_id),
                       seed=args.random_seed, sft_field=tuple(args.sft_field),
                       **{name: getattr(args, name) for name in
-                         ("data_type", "ctx_len", "dataload", "loss_mask", "tokenizer", "sft_split", "sft_long", "micro_bsz")})
+                         ("data_type", "ctx_len", "tokenizer", "sft_split", "sft_long", "micro_bsz")})
     train = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
     check_train(train)
     return RunConfig(model, adapter, data, train)
