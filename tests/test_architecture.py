@@ -26,7 +26,7 @@ PARTS = (
     ("check", ("check",), ("model", "adapters", "checkpoint")),
     ("convert", ("convert", "gguf_file"), ("checkpoint", "data")),
     ("verify", ("verify", "runtimes"), ("model", "convert")),
-    ("generate", ("generate",), ("model", "checkpoint", "data")),
+    ("generate", ("generate",), ("model", "checkpoint", "data", "merge")),
     ("evals", ("evals",), ("generate",)),
     ("hf", ("hf",), ("adapters",)),
     ("plots", ("plots",), ("base",)),

@@ -41,6 +41,7 @@ class BytesTokenizer:
     vocab_size = 257
     end_id = 0
     cuts_at_lines = True
+    token_bytes = (None, *(bytes([byte]) for byte in range(256)))
 
     def encode(self, text):
         return [byte + 1 for byte in utf8(text)]

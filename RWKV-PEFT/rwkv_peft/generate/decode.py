@@ -1,0 +1,140 @@
+"""Batched recurrent decoding: prompts of any lengths are read packed, then all sequences advance together.
+
+A sequence costs one State, whatever its length; one that ends leaves the batch, and a waiting prompt takes its place.
+"""
+
+import random
+from collections import deque
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import UserError
+from ..model import LayerState, State
+from .sampling import Sampling, count, penalize, sample
+
+PREFILL = 4096  # tokens of prompts read in one pass
+
+
+class Step(NamedTuple):
+    """A token drawn for the prompt of this number; end is "" while its sequence goes on, else why it ended with this
+    token: "length", or what `ends` said."""
+
+    number: int
+    token: int
+    end: str
+
+
+@dataclass
+class Sequence:
+    """A row of the batch: its prompt's number, its own random numbers, and how many tokens it has generated."""
+
+    number: int
+    random: random.Random
+    length: int = 0
+
+
+@torch.inference_mode()
+def generate(model, prompts, sampling=Sampling(), max_tokens=256, ends=None, start=None, batch=32, vocab_size=None):
+    """Continue prompts (lists of token ids, none empty); yields a Step for each token as it is drawn.
+
+    ends(number, token) -> "" or a reason to end that sequence there; start is the State of one sequence before each
+    prompt (None: zeros); at most `batch` sequences advance at a time; tokens from vocab_size on are never drawn.
+    The tokens of a prompt depend on it, its number and `sampling`, up to rounding, and not on the other prompts.
+    Raises UserError for an empty prompt, and where the model's logits are not finite.
+    """
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {number} holds no token; a model continues at least one")
+    waiting = deque(enumerate(prompts) if max_tokens > 0 else ())
+    config, device = model.config, model.emb.weight.device
+    vocab_size = min(vocab_size or config.vocab_size, config.vocab_size)
+    rows, logits, state = [], torch.empty(0, config.vocab_size, device=device), None
+    counts = torch.empty(0, vocab_size, device=device)
+    while waiting or rows:
+        if waiting and len(rows) < batch:
+            fresh = [waiting.popleft() for _ in range(min(batch - len(rows), len(waiting)))]
+            read, memory = prefill(model, [prompt for _, prompt in fresh], start)
+            rows += [Sequence(number, random.Random(sampling.seed + number)) for number, _ in fresh]
+            logits, state = torch.cat([logits, read.float()]), memory if state is None else joined(state, memory)
+            if sampling.penalizes:
+                counts = torch.cat([counts, counts.new_zeros(len(fresh), vocab_size)])
+        check_finite(logits, rows, model)
+        choices = logits[:, :vocab_size]
+        if sampling.penalizes:
+            choices = penalize(choices, counts, sampling)
+        tokens = sample(choices, [row.random.random() for row in rows], sampling)  # (n,)
+        if sampling.penalizes:
+            count(counts, tokens, sampling.penalty_decay)
+        staying = []
+        for position, (row, token) in enumerate(zip(rows, tokens.tolist())):
+            row.length += 1
+            end = (ends(row.number, token) if ends else "") or ("length" if row.length == max_tokens else "")
+            if not end:
+                staying.append(position)
+            yield Step(row.number, token, end)
+        if len(staying) < len(rows):
+            rows = [rows[position] for position in staying]
+            kept = torch.tensor(staying, dtype=torch.long, device=device)
+            tokens, state = tokens[kept], selected(state, kept)
+            counts = counts[kept] if sampling.penalizes else counts
+        if rows:
+            logits, state = model(tokens[:, None], state)
+            logits = logits[:, 0].float()
+        else:
+            logits, state = logits[:0], None
+
+
+@torch.inference_mode()
+def prefill(model, prompts, start=None):
+    """Read n prompts (lists of token ids, none empty), each from start, the State of one sequence (None: zeros) ->
+    logits after each (n, V), their State.
+
+    They are packed into one row, about PREFILL tokens a pass, so that memory does not grow with their lengths; logits
+    are formed of the last tokens alone.
+    """
+    n, parameter = len(prompts), model.emb.weight
+    if start is None:
+        start = State.zeros(model.config, 1, parameter.device, parameter.dtype)
+    state = State(LayerState(*(tensor.repeat_interleave(n, 0) for tensor in layer)) for layer in start)
+    logits = parameter.new_empty(n, model.config.vocab_size)
+    width = max(PREFILL // n, 1)
+    for first in range(0, max(map(len, prompts)), width):
+        reading = [i for i, prompt in enumerate(prompts) if len(prompt) > first]
+        pieces = [prompts[i][first : first + width] for i in reading]
+        rows = torch.tensor(reading, device=parameter.device)
+        logits[rows], after = read_packed(model, pieces, selected(state, rows))
+        for layer, news in zip(state, after):
+            for tensor, new in zip(layer, news):
+                tensor[rows] = new.to(tensor.dtype)
+    return logits, state
+
+
+def read_packed(model, pieces, state):
+    """pieces: lists of tokens, one for each sequence of state -> logits after the last of each (n, V), State."""
+    tokens = torch.tensor([token for piece in pieces for token in piece], device=state[0].wkv.device)
+    ends = torch.tensor([len(piece) for piece in pieces], device=tokens.device).cumsum(0)
+    return model(tokens[None], state, cu_seqlens=F.pad(ends, (1, 0)),
+                 head=lambda x, weight: F.linear(x[0, ends - 1], weight))
+
+
+def selected(state, rows):
+    """The State of some of its sequences; rows (m,) int64."""
+    return State(LayerState(*(tensor[rows] for tensor in layer)) for layer in state)
+
+
+def joined(state, other):
+    """The State of the sequences of both."""
+    return State(LayerState(*(torch.cat(pair) for pair in zip(*layers))) for layers in zip(state, other))
+
+
+def check_finite(logits, rows, model):
+    """Raise UserError where a sequence's logits hold NaN or Inf."""
+    finite = torch.isfinite(logits).all(-1)
+    if not finite.all():
+        row = rows[int(finite.logical_not().nonzero()[0])]
+        raise UserError(f"the model's logits are NaN or Inf for prompt {row.number} after {row.length} tokens: its weights "
+                        f"are damaged, or too large for {str(model.emb.weight.dtype).removeprefix('torch.')} "
+                        "(try --precision fp32)")

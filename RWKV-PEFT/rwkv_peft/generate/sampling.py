@@ -1,0 +1,117 @@
+"""From logits to tokens: penalties, temperature, top-k, top-p and the draw, as pure functions over a batch.
+
+n sequences, V tokens in the vocabulary, k candidates. Top-p is nucleus sampling (Holtzman et al. 2019,
+arXiv 1904.09751).
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+
+from ..errors import UserError
+
+FIRST_CANDIDATES = 64  # top-p looks at this many tokens first, and at more where they do not reach its share
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from logits; the order of the fields is the order in which they act.
+
+    presence_penalty is subtracted from the logit of each token generated before, frequency_penalty as often as it was
+    generated, where penalty_decay multiplies the counts at every step (1: none is forgotten). temperature divides the
+    logits; 0 takes the most probable token. top_k keeps the k most probable tokens (0: all), top_p then the fewest
+    most probable ones whose probabilities, among those kept, reach it. seed plus the number of a prompt seeds its
+    draws. Raises UserError for a value out of range.
+    """
+
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_decay: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 0.7
+    seed: int = 0
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not math.isfinite(value):
+                raise UserError(f"--{field.name} {value}: a finite number is due")
+        for name, rule, holds in (
+            ("penalty_decay", "a factor from 0 to 1 (1 forgets nothing)", 0 <= self.penalty_decay <= 1),
+            ("temperature", "0 (always the most probable token) or more", self.temperature >= 0),
+            ("top_k", "a number of tokens, 0 for all", self.top_k >= 0),
+            ("top_p", "a probability from 0 to 1 (1 keeps every token)", 0 <= self.top_p <= 1),
+        ):
+            if not holds:
+                raise UserError(f"--{name} {getattr(self, name)}: it is {rule}")
+
+    @property
+    def penalizes(self):
+        """Whether what was generated before matters."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+def sample(logits, uniforms, sampling):
+    """logits (n, V), one number in [0, 1) for each row -> tokens (n,) int64. Equal rows and numbers give equal tokens,
+    whatever else is in the batch."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    weights, tokens = candidates(logits, sampling)
+    return tokens.gather(-1, pick(weights, uniforms))[:, 0]
+
+
+def penalize(logits, counts, sampling):
+    """logits (n, V) less the penalties for counts (n, V), float32, of the tokens generated before."""
+    return logits - sampling.presence_penalty * (counts > 0) - sampling.frequency_penalty * counts
+
+
+def count(counts, tokens, decay):
+    """Age counts (n, V) by a step and add tokens (n,), in place."""
+    if decay != 1:
+        counts.mul_(decay)
+    counts.scatter_add_(1, tokens[:, None], counts.new_ones(len(tokens), 1))
+
+
+def candidates(logits, sampling):
+    """logits (n, V) -> weights (n, k) float64, in proportion to the probabilities, and their tokens (n, k) int64.
+
+    A token that top-k or top-p leaves out has the weight 0, or no place among the k.
+    """
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature  # no overflow at any temperature
+    if sampling.top_k:
+        logits, tokens = logits.topk(min(sampling.top_k, logits.shape[-1]))
+        weights = logits.softmax(-1).double()
+    elif sampling.top_p < 1:
+        weights, tokens = most_probable(logits.softmax(-1), sampling.top_p)
+    else:
+        weights = logits.softmax(-1).double()
+        tokens = torch.arange(logits.shape[-1], device=logits.device).expand(logits.shape)
+    if sampling.top_p < 1:
+        before = weights.cumsum(-1) - weights  # what the more probable tokens hold together
+        kept = before < sampling.top_p
+        kept[:, 0] = True
+        weights = weights * kept
+    return weights, tokens
+
+
+def most_probable(probabilities, share):
+    """The most probable tokens, in order, until each row of probabilities (n, V) has reached a share of 1 ->
+    probabilities (n, k) float64, tokens (n, k). Sorts a small part of a large vocabulary in the usual case."""
+    size = probabilities.shape[-1]
+    k = min(FIRST_CANDIDATES, size)
+    while True:
+        found, tokens = probabilities.topk(k)
+        found = found.double()
+        if k == size or (found.sum(-1) >= share).all():
+            return found, tokens
+        k = min(8 * k, size)
+
+
+def pick(weights, uniforms):
+    """Index (n, 1) of the weight (n, k) at which the running sum passes a uniform share of the whole."""
+    sums = weights.cumsum(-1)
+    targets = torch.as_tensor(uniforms, dtype=sums.dtype, device=sums.device)[:, None] * sums[:, -1:]
+    return torch.searchsorted(sums, targets, right=True)  # right: a weight of 0 is never picked

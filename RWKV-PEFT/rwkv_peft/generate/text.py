@@ -1,0 +1,92 @@
+"""Tokens to text as they come: characters and stop strings may lie across the borders of tokens."""
+
+import codecs
+
+from ..data.tokenizer import REPLACEMENT
+
+LONGEST_CHARACTER = 4  # tokens: UTF-8 takes four bytes at most
+
+
+class TextStream:
+    """The text of one sequence, given out as soon as it is certain.
+
+    A character is withheld until its last byte is there, and so is text that may be the start of a stop string.
+    `stopped` is True from the first stop string on, which is not given out.
+    """
+
+    def __init__(self, tokenizer, stops=()):
+        self.stops = tuple(stops)
+        self.stopped = False
+        self._held = ""
+        self._decoder = ByteDecoder(tokenizer.token_bytes) if hasattr(tokenizer, "token_bytes") else TailDecoder(tokenizer)
+
+    def feed(self, token):
+        """The text that token makes certain, perhaps ""."""
+        return "" if self.stopped else self._release(self._decoder.feed(token))
+
+    def finish(self):
+        """The text still withheld, when no token follows."""
+        text = "" if self.stopped else self._release(self._decoder.finish())
+        held, self._held = self._held, ""
+        return text + held
+
+    def _release(self, text):
+        self._held += text
+        found = [position for stop in self.stops if (position := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            text, self._held = self._held[: min(found)], ""
+            return text
+        certain = len(self._held) - max((overlap(self._held, stop) for stop in self.stops), default=0)
+        text, self._held = self._held[:certain], self._held[certain:]
+        return text
+
+
+def overlap(text, stop):
+    """How many characters at the end of text are the start of stop, less than all of it."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class ByteDecoder:
+    """For vocabularies of bytes: table holds the bytes of each token, None for one that stands for nothing. Token 0 ends
+    a document and has no text."""
+
+    def __init__(self, table):
+        self._table = table
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token):
+        if token == 0:
+            return ""
+        piece = self._table[token] if token < len(self._table) else None
+        return self._utf8.decode(REPLACEMENT.encode() if piece is None else piece)
+
+    def finish(self):
+        return self._utf8.decode(b"", final=True)
+
+
+class TailDecoder:
+    """For any tokenizer that decodes lists: decodes the last tokens with and without the new one, because a token's text
+    may depend on the one before it."""
+
+    def __init__(self, tokenizer):
+        self._decode = tokenizer.decode
+        self._before, self._new = [], []  # tokens whose text is out, as context; tokens whose text is not
+
+    def feed(self, token):
+        self._new.append(token)
+        text = self._text()
+        if text.endswith(REPLACEMENT) and len(self._new) < LONGEST_CHARACTER:
+            return ""
+        if text:
+            self._before = self._new
+        self._new = []
+        return text
+
+    def finish(self):
+        text = self._text() if self._new else ""
+        self._new = []
+        return text
+
+    def _text(self):
+        return self._decode(self._before + self._new)[len(self._decode(self._before)):]

@@ -1,0 +1,81 @@
+"""Text comes out as soon as it is certain, whatever the borders of tokens."""
+
+import random
+
+import pytest
+
+from rwkv_peft.data.tokenizer import BytesTokenizer, load_tokenizer
+from rwkv_peft.generate.text import TextStream, overlap
+
+MIXED = "naïve 你好 🙂 — end"
+
+
+class SpacedTokenizer:
+    """Decodes as sentencepiece does: the first word loses the space before it; one byte a token otherwise."""
+
+    def decode(self, ids):
+        return bytes(ids).decode("utf-8", "replace").removeprefix(" ")
+
+
+def pieces(stream, tokens):
+    return [stream.feed(token) for token in tokens] + [stream.finish()]
+
+
+@pytest.mark.parametrize("tokenizer, tokens", [
+    (BytesTokenizer(), BytesTokenizer().encode(MIXED)), (SpacedTokenizer(), list(f" {MIXED}".encode()))])
+def test_characters_are_whole(tokenizer, tokens):
+    found = pieces(TextStream(tokenizer), tokens)
+    assert "".join(found) == MIXED
+    assert all("\ufffd" not in piece for piece in found)
+    assert found.count("你") == 1 and found.count("🙂") == 1
+
+
+def test_the_world_vocabulary_streams_what_it_decodes():
+    tokenizer = load_tokenizer("world")
+    assert "".join(pieces(TextStream(tokenizer), tokenizer.encode(MIXED))) == MIXED
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_bytes_stream_what_decoding_them_at_once_gives(seed):
+    source = random.Random(seed)
+    tokens = [source.choice((66, 130, 196, 227, 241, 256, 0)) for _ in range(60)]
+    assert "".join(pieces(TextStream(BytesTokenizer()), tokens)) == BytesTokenizer().decode(tokens)
+
+
+def test_a_broken_character_is_not_withheld_for_ever():
+    stream = TextStream(SpacedTokenizer())
+    assert len("".join(stream.feed(0xFF) for _ in range(40))) >= 36
+    stream = TextStream(BytesTokenizer())
+    assert "".join(stream.feed(256) for _ in range(40)) == "\ufffd" * 40
+
+
+@pytest.mark.parametrize("stops, text, expected", [
+    (("User:",), "Hi.\nUser: more", "Hi.\n"),
+    (("\n\n", "."), "a\nb. c", "a\nb"),
+    (("abc", "b"), "xabc", "xa"),  # the earliest, not the first in the list
+    (("aab",), "aaaab!", "aa"),
+    (("é",), "caf\u00e9s", "caf"),
+    (("never",), "nevnever", "nev"),
+    (("never",), "ends in nev", "ends in nev"),
+])
+def test_a_stop_string_ends_the_text_before_it(stops, text, expected):
+    stream = TextStream(BytesTokenizer(), stops)
+    assert "".join(pieces(stream, BytesTokenizer().encode(text))) == expected
+    assert stream.stopped == (expected != text)
+
+
+def test_nothing_of_a_stop_string_is_given_out_early():
+    stream = TextStream(BytesTokenizer(), ["END"])
+    assert pieces(stream, BytesTokenizer().encode("E ENDx")) == ["", "E ", "", "", "", "", ""]
+
+
+def test_a_stop_string_may_end_inside_a_token():
+    tokenizer = load_tokenizer("world")
+    token = tokenizer.encode("The")
+    assert len(token) == 1
+    stream = TextStream(tokenizer, ["h"])
+    assert stream.feed(token[0]) == "T" and stream.stopped
+
+
+def test_overlap_is_the_longest_proper_start():
+    assert [overlap(text, "aba") for text in ("", "b", "a", "xab", "aba", "abab")] == [0, 0, 1, 2, 1, 2]
