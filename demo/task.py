@@ -1,17 +1,19 @@
-"""The demo's language: short stories of who has what, and questions about them.
+"""The demo's language: little stories of who has what, and questions about them.
 
-    python demo/task.py base     --documents 80000 --seed 1 --output base.jsonl
-    python demo/task.py finetune --documents 4000  --seed 1 --output finetune.jsonl
+    python demo/task.py base     --documents 16000 --seed 1 --output base.jsonl
+    python demo/task.py finetune --documents 2000  --seed 1 --output finetune.jsonl
     python demo/task.py heldout  --documents 200   --seed 1 --output heldout.jsonl
 
-`base` documents answer in plain words. `finetune` documents answer in JSON, a format that no base document shows.
-`heldout` documents are like those of `finetune`, but every fact asked for is one that neither of the other kinds ever
-states. The same arguments give the same file, byte for byte.
+`base` documents answer in plain words; some only repeat a word, so that every letter and sign is spoken once in a
+while. `finetune` documents answer in JSON, a format that no base document shows. `heldout` documents are like those of
+`finetune`, but each tells a fact that neither of the other kinds ever tells. The same arguments give the same file,
+byte for byte.
 """
 
 import argparse
 import json
 import random
+import string
 import sys
 from typing import NamedTuple
 
@@ -21,8 +23,11 @@ COLORS = ("red", "blue", "green", "white", "black", "brown", "pink", "gray", "ye
 ITEMS = ("apples", "balls", "cups", "dolls", "eggs", "flags", "grapes", "hats", "jars", "kites", "lamps", "maps", "nuts",
          "pens", "rings", "shoes", "toys", "books", "coins", "drums", "boats", "pears", "spoons", "trees")
 COUNTS = range(2, 10)
+SCENES = ("The sun is up.", "It is a cold day.", "The wind is strong.", "A dog sleeps.", "The house is quiet.",
+          "It rains a little.", "Two birds sing.", "The market is open.")
 KINDS = ("base", "finetune", "heldout")
 HELD_OUT = 10  # one fact in ten is kept for the held-out questions
+ECHOES = 8  # one base document in eight repeats a word
 
 
 class Fact(NamedTuple):
@@ -43,38 +48,36 @@ class Fact(NamedTuple):
         return sum(indices) % HELD_OUT == 0
 
 
-def story(rng, sizes, held_out=False):
-    """Facts, as many as one of `sizes` says, about different people and things; their order is random.
-
-    held_out: the first fact returned is one that is kept for the held-out questions; otherwise none is.
-    """
-    size = rng.choice(sizes)
+def draw_fact(rng, held_out=False):
+    """A fact that is kept for the held-out questions, or one that is not."""
     while True:
-        facts = [Fact(name, rng.choice(COUNTS), color, item) for name, color, item in
-                 zip(rng.sample(NAMES, size), rng.sample(COLORS, size), rng.sample(ITEMS, size))]
-        if facts[0].held_out == held_out and not any(fact.held_out for fact in facts[1:]):
-            return facts
+        fact = Fact(rng.choice(NAMES), rng.choice(COUNTS), rng.choice(COLORS), rng.choice(ITEMS))
+        if fact.held_out == held_out:
+            return fact
 
 
-def tell(rng, facts):
-    """The facts as one line of text, in random order."""
-    return " ".join(fact.sentence for fact in rng.sample(facts, len(facts))) + "\n"
+def tell(rng, fact):
+    """The fact, with up to two sentences of scenery around it, as one line of text."""
+    sentences = rng.sample(SCENES, rng.randint(0, 2))
+    sentences.insert(rng.randint(0, len(sentences)), fact.sentence)
+    return " ".join(sentences) + "\n"
 
 
 def base_document(rng):
-    """A story, and questions in plain words: what each one has, in any order, and who has one of the things."""
-    facts = story(rng, (1, 2, 3))
-    turns = [(fact.name, f"{fact.count} {fact.color} {fact.item}") for fact in facts]
-    turns += [(f"{fact.color} {fact.item}", fact.name) for fact in rng.sample(facts, 1)]
-    rng.shuffle(turns)
-    return {"text": tell(rng, facts) + "".join(f"Q: {question}?\nA: {answer}\n" for question, answer in turns)}
+    """A story and four of five questions about it, in any order; or a few words to repeat."""
+    if rng.randrange(ECHOES) == 0:
+        words = ["".join(rng.choices(string.printable[:94], k=rng.randint(3, 12))) for _ in range(4)]
+        return {"text": "".join(f"Q: Say {word}\nA: {word}\n" for word in words)}
+    fact = draw_fact(rng)
+    turns = (("Who has something?", fact.name), ("How many?", fact.count), ("What color?", fact.color),
+             ("What things?", fact.item), ("What is there?", f"{fact.count} {fact.color} {fact.item}"))
+    return {"text": tell(rng, fact) + "".join(f"Q: {question}\nA: {answer}\n" for question, answer in rng.sample(turns, 4))}
 
 
 def json_document(rng, held_out):
     """A story and one question, answered in JSON."""
-    facts = story(rng, (2, 3), held_out)
-    return {"prompt": f"{tell(rng, facts)}Q: {facts[0].name} as JSON?\nA:",
-            "completion": f" {json.dumps(facts[0]._asdict())}\n"}
+    fact = draw_fact(rng, held_out)
+    return {"prompt": f"{tell(rng, fact)}Q: What is there, as JSON?\nA:", "completion": f" {json.dumps(fact._asdict())}\n"}
 
 
 def documents(kind, count, seed):

@@ -8,7 +8,7 @@ cd "$root"
 folder=out/demo-base
 mkdir -p "$folder"
 
-"$python" demo/task.py base --documents 40000 --seed 1 --output "$folder/base.jsonl"
+"$python" demo/task.py base --documents 16000 --seed 1 --output "$folder/base.jsonl"
 "$python" -m rwkv_peft.data.preprocess "$folder/base.jsonl" --tokenizer bytes --output "$folder/base"
 "$python" train.py --peft none --n_layer 4 --n_embd 128 --vocab_size 257 \
     --data_file "$folder/base" --dataload pad --ctx_len 192 \

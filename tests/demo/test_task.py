@@ -24,27 +24,42 @@ def test_the_same_arguments_give_the_same_file(task, tmp_path, kind):
 @pytest.mark.parametrize("kind, field", [("base", "text"), ("finetune", "prompt")])
 def test_no_held_out_fact_is_ever_told_in_training(task, kind, field):
     told = [fact for document in task.documents(kind, 2000, 1) for fact in facts(task, document[field])]
-    assert len(told) > 2000 and not any(fact.held_out for fact in told)
+    assert len(told) > 1500 and not any(fact.held_out for fact in told)
 
 
-def test_every_held_out_question_asks_for_a_held_out_fact_of_its_story(task):
+def test_every_held_out_question_is_about_a_held_out_fact(task):
     for document in task.documents("heldout", 500, 1):
         answer = task.Fact(**json.loads(document["completion"]))
-        assert answer.held_out and answer in facts(task, document["prompt"])
-        assert f"Q: {answer.name} " in document["prompt"]
+        assert answer.held_out and facts(task, document["prompt"]) == [answer]
 
 
-def test_base_documents_answer_truly_and_never_in_json(task):
-    for document in task.documents("base", 500, 1):
+def stories(task, count):
+    """(fact, lines behind the story) of base documents that tell one."""
+    for document in task.documents("base", count, 1):
         story, *rest = document["text"].splitlines()
-        told = facts(task, story)
-        turns = [line[3:] for line in rest]
-        assert len(turns) % 2 == 0 and "{" not in document["text"]
-        for question, answer in zip(turns[::2], turns[1::2]):
-            assert any((question, answer) in ((f"{fact.name}?", f"{fact.count} {fact.color} {fact.item}"),
-                                              (f"{fact.color} {fact.item}?", fact.name)) for fact in told)
+        if told := facts(task, story):
+            yield told[0], rest
 
 
-def test_answers_alone_stand_behind_the_marker_that_the_loss_looks_for(task):
-    for document in task.documents("base", 200, 1):
-        assert document["text"].count("A:") == document["text"].count("\nA: ")
+def test_base_documents_answer_truly(task):
+    for fact, lines in stories(task, 500):
+        truth = {"Q: Who has something?": fact.name, "Q: How many?": str(fact.count), "Q: What color?": fact.color,
+                 "Q: What things?": fact.item, "Q: What is there?": f"{fact.count} {fact.color} {fact.item}"}
+        assert len(lines) == 8
+        assert all(answer == f"A: {truth[question]}" for question, answer in zip(lines[::2], lines[1::2]))
+
+
+def test_no_base_document_shows_the_new_format(task):
+    for document in task.documents("base", 2000, 1):
+        assert "JSON" not in document["text"] and '{"name"' not in document["text"]
+
+
+def test_the_loss_finds_the_answers_by_their_marker(task):
+    for _, lines in stories(task, 200):
+        assert all(line.startswith("A: ") == ("A:" in line) for line in lines)
+
+
+def test_every_sign_of_the_new_format_is_an_answer_now_and_then(task):
+    spoken = "".join(line[3:] for document in task.documents("base", 2000, 1)
+                     for line in document["text"].splitlines() if line.startswith("A: "))
+    assert set(next(task.documents("finetune", 1, 1))["completion"]) - {"\n"} <= set(spoken) | {" "}
