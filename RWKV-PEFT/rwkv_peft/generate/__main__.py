@@ -37,7 +37,7 @@ def build_parser():
     add("--lora_init", metavar="PTH", help="init_pissa.pth of an RWKV-PEFT PiSSA file")
     add("--any_base", action="store_true", help="use an adapter that was trained on another base of the same shape")
     add("--state", metavar="PTH", help="state to start from: time states, or what --save_state wrote")
-    add("--save_state", metavar="PTH", help="write the state after the prompt and its continuation, to go on from")
+    add("--save_state", metavar="PTH", help="write the state after the prompt and all that was generated")
     add("--prompt", nargs="+", metavar="TEXT", help="one prompt or several")
     add("--prompt_file", metavar="FILE", help='.jsonl with a "prompt" in each line, or a text with a prompt a line; - reads lines')
     add("--output", metavar="JSONL", help="write the lines of JSON to this file instead")

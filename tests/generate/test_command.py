@@ -1,0 +1,185 @@
+"""The command: what it prints and writes, and what it says when something is wrong."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_peft.checkpoint import save_model
+from rwkv_peft.data.tokenizer import BytesTokenizer
+from rwkv_peft.errors import UserError
+from rwkv_peft.generate import Step
+from rwkv_peft.generate import __main__ as command
+from rwkv_peft.pth import read_state
+
+PACKAGE = Path(command.__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tiny_state):
+    """The path of a random byte-vocabulary model."""
+    state = tiny_state(vocab_size=257, seed=3)
+    state["head.weight"] = state["head.weight"] * 4
+    path = tmp_path_factory.mktemp("model") / "model.pth"
+    save_model(path, state)
+    return path
+
+
+@pytest.fixture
+def run(model, capsys):
+    """Run the command with the model -> what it printed."""
+    def run(*arguments):
+        assert command.main(["--model", str(model), *map(str, arguments)]) == 0
+        return capsys.readouterr().out
+    return run
+
+
+def script(monkeypatch, *texts):
+    """Make the command's model say these texts, one for each prompt, and then end the document."""
+    def says(model, prompts, sampling, max_tokens, ends, *rest):
+        for number, text in enumerate(texts):
+            for token in [*BytesTokenizer().encode(text), 0]:
+                end = ends(number, token)
+                yield Step(number, token, end)
+                if end:
+                    break
+
+    monkeypatch.setattr(command, "generate", says)
+
+
+def test_one_prompt_streams_its_text(run, monkeypatch):
+    script(monkeypatch, "né 你好")
+    shown = []
+    monkeypatch.setattr(command, "show", shown.append)
+    run("--prompt", "x")
+    assert shown == ["n", "é", " ", "你", "好", "\n"]
+
+
+def test_the_stop_string_is_not_printed(run, monkeypatch):
+    script(monkeypatch, "Hello.\nUser: no")
+    assert run("--prompt", "x", "--stop", "\nUser:", "never") == "Hello.\n"
+    assert run("--prompt", "x", "--stop", r"\nU", "--escapes") == "Hello.\n"
+
+
+def test_several_prompts_give_a_line_of_json_each(run, monkeypatch):
+    script(monkeypatch, "one", "two|", "3")
+    rows = [json.loads(line) for line in run("--prompt", "a", "b", "c", "--stop", "|").splitlines()]
+    assert rows == [{"prompt": "a", "generated": "one", "tokens": 4, "end": "end"},
+                    {"prompt": "b", "generated": "two", "tokens": 4, "end": "stop"},
+                    {"prompt": "c", "generated": "3", "tokens": 2, "end": "end"}]
+
+
+def test_lines_keep_the_order_of_the_prompts(run):
+    rows = [json.loads(line) for line in run("--prompt", *"abcdefg", "--batch", 3, "--max_tokens", 9).splitlines()]
+    assert [row["prompt"] for row in rows] == list("abcdefg")
+    assert rows[4]["generated"] == json.loads(run("--prompt", "e", "x", "--max_tokens", 9, "--seed", 4).splitlines()[0])["generated"]
+
+
+def test_a_jsonl_of_prompts_keeps_its_fields(run, tmp_path):
+    source, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "a", "id": 7}\n\n{"prompt": "", "id": 8}\n')
+    assert run("--prompt_file", source, "--output", output, "--max_tokens", 5) == ""
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(row["id"], row["tokens"]) for row in rows] == [(7, 5), (8, 5)]
+
+
+def test_plain_prompts_come_from_a_file_or_from_standard_input(run, tmp_path, monkeypatch):
+    source = tmp_path / "prompts.txt"
+    source.write_bytes("first é\r\n\nsecond\n".encode())
+    printed = run("--prompt_file", source, "--max_tokens", 3)
+    assert [json.loads(line)["prompt"] for line in printed.splitlines()] == ["first é", "second"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("first é\nsecond\n"))
+    assert run("--prompt_file", "-", "--max_tokens", 3) == printed
+
+
+def test_going_on_from_a_saved_session_equals_one_call(run, tmp_path):
+    session = tmp_path / "session.pth"
+    whole = run("--prompt", "Once upon", "--temperature", 0, "--max_tokens", 12)
+    assert run("--prompt", "Once", "--max_tokens", 0, "--save_state", session) == "\n"
+    assert run("--prompt", " upon", "--state", session, "--temperature", 0, "--max_tokens", 12) == whole
+
+
+def test_a_saved_session_includes_all_that_was_generated(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        script(patch, "cd|")
+        run("--prompt", "ab", "--stop", "|", "--save_state", tmp_path / "one.pth")
+    run("--prompt", "abcd|", "--max_tokens", 0, "--save_state", tmp_path / "two.pth")
+    one, two = (read_state(tmp_path / name) for name in ("one.pth", "two.pth"))
+    assert list(one) == list(two)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("text, expected", [(r"a\nb", "a\nb"), (r"a\\nb", r"a\nb"), (r"\t\q", "\t\\q"), ("\\\\\\n", "\\\n")])
+def test_escapes(text, expected):
+    assert command.unescaped(text) == expected
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "--prompt TEXT or --prompt_file"),
+    (["--prompt", "a", "--prompt_file", "b"], "not both"),
+    (["--prompt", "a", "--max_tokens", "-1"], "max_tokens -1"),
+    (["--prompt", "a", "--batch", "0"], "batch 0"),
+    (["--prompt", "a", "--top_p", "7"], "top_p 7"),
+    (["--prompt", "a", "--stop", ""], "--stop"),
+    (["--prompt", "a", "b", "--save_state", "s.pth"], "--save_state"),
+    (["--prompt", "a", "--tokenizer", "world"], "65536 tokens"),
+    (["--prompt", "a", "--tokenizer", "absent.json"], "absent.json"),
+    (["--prompt", "a", "--state", "absent.pth"], "absent.pth"),
+    (["--prompt", "a", "--adapter", "absent.safetensors"], "absent.safetensors"),
+    (["--prompt_file", "absent.txt"], "absent.txt"),
+    (["--prompt", "a", "--temprature", "1"], "did you mean --temperature"),
+])
+def test_mistakes_are_named(model, arguments, message):
+    with pytest.raises(UserError, match=message):
+        command.main(["--model", str(model), *arguments])
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("p.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', 'line 2: an object with a "prompt"'), ("p.jsonl", b"a\n", "line 1: not JSON"),
+    ("p.txt", b"\n \n", "no prompt"), ("p.txt", b"\xff\xfe", "not UTF-8")])
+def test_prompt_files_that_cannot_be_read_are_named(model, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        command.main(["--model", str(model), "--prompt_file", str(tmp_path / name)])
+
+
+def test_a_vocabulary_of_unknown_size_needs_a_tokenizer(tiny_state, tmp_path):
+    save_model(tmp_path / "model.pth", tiny_state(vocab_size=80))
+    with pytest.raises(UserError, match="give --tokenizer"):
+        command.main(["--model", str(tmp_path / "model.pth"), "--prompt", "a"])
+
+
+def test_an_interrupt_keeps_what_was_complete(model, tmp_path, monkeypatch, capsys):
+    def interrupted(model, prompts, sampling, max_tokens, ends, *rest):
+        yield Step(0, 98, ends(0, 98))
+        yield Step(0, 0, ends(0, 0))
+        yield Step(1, 99, ends(1, 99))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "generate", interrupted)
+    output = tmp_path / "out.jsonl"
+    assert command.main(["--model", str(model), "--prompt", "a", "b", "--output", str(output)]) == 130
+    assert [json.loads(line)["generated"] for line in output.read_text().splitlines()] == ["a"]
+    assert "interrupted" in capsys.readouterr().err
+
+
+def start(model, *arguments):
+    return subprocess.Popen([sys.executable, "-m", "rwkv_peft.generate", "--model", str(model), *arguments],
+                            env=os.environ | {"PYTHONPATH": str(PACKAGE)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_ctrl_c_and_a_reader_that_leaves_end_the_process_cleanly(model):
+    left, interrupted = (start(model, "--prompt", "a", "--max_tokens", "1000000") for _ in range(2))
+    for process in (left, interrupted):
+        assert process.stdout.read(4)
+    left.stdout.close()
+    interrupted.send_signal(signal.SIGINT)
+    assert (left.wait(timeout=60), left.stderr.read()) == (0, b"")
+    _, error = interrupted.communicate(timeout=60)
+    assert (interrupted.returncode, error.decode().strip()) == (130, "interrupted")

@@ -1,0 +1,207 @@
+"""Decoding: each prompt gets the tokens it would get alone, from any state, with any adapter."""
+
+import pytest
+import torch
+
+from rwkv_peft.checkpoint import AdapterMetadata, load_base, model_config_from_state, read_adapter, save_adapter, save_model
+from rwkv_peft.config import AdapterConfig
+from rwkv_peft.errors import UserError
+from rwkv_peft.generate import Sampling, decode, generate, load_model, prefill, read_state_file, save_state_file
+from rwkv_peft.merge import merge_state_dict
+from rwkv_peft.model import RWKV6, State
+
+GREEDY = Sampling(temperature=0)
+PROMPTS = [[66, 5, 9], [7], [30, 1, 50, 3, 4, 5, 70, 8, 9], [2, 2], [79]]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_state):
+    """A random model whose logits are far enough apart for rounding not to matter."""
+    state = tiny_state(seed=3)
+    state["head.weight"] = state["head.weight"] * 4
+    model = RWKV6(model_config_from_state(state))
+    model.load_state_dict(state)
+    return model.requires_grad_(False)
+
+
+def continuations(model, prompts, *arguments, **settings):
+    """The tokens generated for each prompt."""
+    found = [[] for _ in prompts]
+    for step in generate(model, prompts, *arguments, **settings):
+        found[step.number].append(step.token)
+    return found
+
+
+def test_greedy_is_the_argmax_of_the_full_forward(model):
+    (tokens,) = continuations(model, PROMPTS[:1], GREEDY, 12)
+    sequence = PROMPTS[0] + tokens
+    logits, _ = model(torch.tensor([sequence]))
+    assert tokens == logits[0, len(PROMPTS[0]) - 1 : -1].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("sampling", [
+    GREEDY, Sampling(seed=5), Sampling(top_p=1.0, temperature=1.5, presence_penalty=1.0, frequency_penalty=0.5, penalty_decay=0.9),
+    Sampling(top_k=7, top_p=0.95)], ids=["greedy", "top_p", "penalties", "top_k"])
+def test_a_batch_equals_its_prompts_one_by_one(model, sampling):
+    together = continuations(model, PROMPTS, sampling, 15)
+    assert continuations(model, PROMPTS, sampling, 15, batch=1) == together
+    assert continuations(model, PROMPTS, sampling, 15, batch=2) == together
+    assert continuations(model, PROMPTS[:3], sampling, 15) == together[:3]
+
+
+def test_the_seed_decides(model):
+    drawn = [continuations(model, PROMPTS, Sampling(top_p=1.0, seed=seed), 10) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_equal_prompts_are_continued_differently(model):
+    drawn = continuations(model, [[5, 6]] * 3, Sampling(top_p=1.0), 12)
+    assert drawn[0] != drawn[1] != drawn[2]
+
+
+def test_the_number_of_a_prompt_adds_to_the_seed(model):
+    drawn = continuations(model, PROMPTS[:2], Sampling(top_p=1.0, seed=3), 8)
+    assert continuations(model, PROMPTS[1:2], Sampling(top_p=1.0, seed=4), 8) == drawn[1:]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_sequences_end_on_their_own(model, batch):
+    free = continuations(model, PROMPTS, GREEDY, 20)
+    lengths = [4, 1, 20, 7, 2]
+    taken = [0] * 5
+
+    def ends(number, token):
+        taken[number] += 1
+        return "enough" if taken[number] == lengths[number] else ""
+
+    steps = list(generate(model, PROMPTS, GREEDY, 20, ends, batch=batch))
+    for number, length in enumerate(lengths):
+        own = [step for step in steps if step.number == number]
+        assert [step.token for step in own] == free[number][:length]
+        assert [step.end for step in own] == [""] * (length - 1) + ["enough"]
+
+
+def test_length_ends_a_sequence(model):
+    assert [step.end for step in generate(model, [[1]], GREEDY, 3)] == ["", "", "length"]
+    assert list(generate(model, [[1]], GREEDY, 0)) == list(generate(model, [], GREEDY)) == []
+
+
+def test_tokens_beyond_the_vocabulary_are_never_drawn(model):
+    drawn = continuations(model, PROMPTS, Sampling(top_p=1.0, temperature=50.0), 20, vocab_size=10)
+    assert max(max(tokens) for tokens in drawn) < 10
+
+
+def test_a_penalty_prevents_repetition(model):
+    (tokens,) = continuations(model, [[1]], Sampling(temperature=0, presence_penalty=1e6), 40)
+    assert len(set(tokens)) == 40
+
+
+def test_long_prompts_are_read_in_passes(model, monkeypatch):
+    whole, state = prefill(model, PROMPTS)
+    monkeypatch.setattr(decode, "PREFILL", 2 * len(PROMPTS))
+    logits, again = prefill(model, PROMPTS)
+    torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
+    for layer, other in zip(state, again):
+        for tensor, same in zip(layer, other):
+            torch.testing.assert_close(tensor, same, rtol=1e-4, atol=1e-4)
+
+
+def test_a_state_costs_the_same_after_any_length(model):
+    short, long = prefill(model, [[1]])[1], prefill(model, [[1] * 300])[1]
+    assert [t.shape for layer in short for t in layer] == [t.shape for layer in long for t in layer]
+
+
+def test_going_on_from_a_saved_state_equals_continuing(model, tmp_path):
+    whole = continuations(model, [PROMPTS[2]], GREEDY, 10)
+    _, state = prefill(model, [PROMPTS[2][:5]])
+    save_state_file(tmp_path / "session.pth", state)
+    start = read_state_file(tmp_path / "session.pth", model)
+    assert continuations(model, [PROMPTS[2][5:]], GREEDY, 10, start=start) == whole
+    both = continuations(model, [PROMPTS[2][5:], PROMPTS[2][5:]], GREEDY, 10, start=start)
+    assert both == whole * 2
+
+
+def test_a_time_state_is_the_transpose_of_what_the_model_computes_with(model, tmp_path):
+    _, state = prefill(model, [PROMPTS[2]])
+    tuned = {f"blocks.{i}.att.time_state": layer.wkv[0].mT.contiguous() for i, layer in enumerate(state)}
+    save_model(tmp_path / "state.pth", tuned)
+    start = read_state_file(tmp_path / "state.pth", model)
+    zeros = State.zeros(model.config, 1)
+    for layer, own, zero in zip(start, state, zeros):
+        assert torch.equal(layer.wkv, own.wkv)
+        assert torch.equal(layer.att_shift, zero.att_shift) and torch.equal(layer.ffn_shift, zero.ffn_shift)
+    save_model(tmp_path / "model.pth", model.state_dict() | tuned)
+    _, inside = load_model(tmp_path / "model.pth")
+    assert all(torch.equal(a.wkv, b.wkv) for a, b in zip(inside, start))
+
+
+def broken_states(model):
+    """(what a file holds, what the refusal says)."""
+    _, state = prefill(model, [[1]])
+    good = {f"blocks.{i}.att.time_state": layer.wkv[0] for i, layer in enumerate(state)}
+    first = "blocks.0.att.time_state"
+    return [({first: good[first]}, "it has no blocks.1"), (good | {"emb.weight": good[first]}, "no place for its emb.weight"),
+            (good | {first: good[first][:1].clone()}, "shape"), (good | {first: good[first] * float("nan")}, "NaN"),
+            (good | {"blocks.0.att.shift": torch.zeros(64)}, "it has no blocks.0.ffn.shift")]
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_a_state_that_does_not_fit_is_refused(model, tmp_path, case):
+    tensors, message = broken_states(model)[case]
+    save_model(tmp_path / "state.pth", tensors)
+    with pytest.raises(UserError, match=message):
+        read_state_file(tmp_path / "state.pth", model)
+
+
+@pytest.mark.parametrize("settings", [{"mode": "bat-in"}, {"mode": "bat-out"}, {"mode": "bone"}, {"method": "lora", "alpha": 16.0}],
+                         ids=lambda settings: settings.get("mode", "lora"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_gives_the_tokens_of_the_merged_file(tiny_state, tmp_path, settings, dtype):
+    from rwkv_peft.adapters import inject
+
+    state = tiny_state(seed=3, dtype=dtype)
+    config = AdapterConfig(rank=8, **settings)
+    adapted = RWKV6(model_config_from_state(state))
+    inject(adapted, config)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: 0.1 * torch.randn(p.shape, generator=generator) for name, p in adapted.named_parameters() if p.requires_grad}
+    base, adapter, merged = tmp_path / "base.pth", tmp_path / "adapter.safetensors", tmp_path / "merged.pth"
+    save_model(base, state)
+    save_adapter(adapter, tensors, AdapterMetadata.from_config(config))
+    save_model(merged, merge_state_dict(load_base(base), [("adapter", read_adapter(adapter))]))
+    sampling = Sampling(top_p=0.9, seed=1)
+    found = [continuations(load_model(path, adapters)[0], PROMPTS, sampling, 15)
+             for path, adapters in ((base, [adapter]), (merged, []), (base, []))]
+    assert found[0] == found[1] != found[2]
+
+
+def test_an_adapter_of_another_base_is_refused(tiny_state, tmp_path):
+    save_model(tmp_path / "base.pth", tiny_state())
+    metadata = AdapterMetadata("bone", rank=8, base_fingerprint="0" * 32)
+    save_adapter(tmp_path / "a.safetensors", {"blocks.0.att.key.bone": torch.ones(8, 64)}, metadata)
+    with pytest.raises(UserError, match="another base"):
+        load_model(tmp_path / "base.pth", [tmp_path / "a.safetensors"])
+    load_model(tmp_path / "base.pth", [tmp_path / "a.safetensors"], any_base=True)
+
+
+def test_bf16_generates_near_fp32(model, tmp_path):
+    save_model(tmp_path / "model.pth", model.state_dict())
+    low, _ = load_model(tmp_path / "model.pth", precision="bf16")
+    assert low.emb.weight.dtype == torch.bfloat16
+    exact, rounded = prefill(model, PROMPTS)[0], prefill(low, PROMPTS)[0].float()
+    assert (rounded - exact).norm() < 0.1 * exact.norm()
+    assert all(len(tokens) == 10 for tokens in continuations(low, PROMPTS, Sampling(), 10))
+
+
+def test_logits_that_are_not_finite_are_named(tiny_state):
+    state = tiny_state()
+    state["head.weight"][3, 5] = float("nan")
+    model = RWKV6(model_config_from_state(state))
+    model.load_state_dict(state)
+    with pytest.raises(UserError, match="NaN or Inf for prompt 0 after 0 tokens"):
+        list(generate(model, [[1]], GREEDY))
+
+
+def test_an_empty_prompt_is_refused(model):
+    with pytest.raises(UserError, match="prompt 1 holds no token"):
+        list(generate(model, [[1], []], GREEDY))
