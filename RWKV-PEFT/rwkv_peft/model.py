@@ -9,12 +9,12 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import ModelConfig
 from .ops import wkv6
+from .ops.mix import lerp, norm_gate, relu_square, sigmoid_gate, token_shift  # noqa: F401 (token_shift is this module's too)
 
 
 class LayerState(NamedTuple):
@@ -40,27 +40,17 @@ class State(tuple):
         return State(LayerState(shift, wkv, shift) for _ in range(config.n_layer))
 
 
-def token_shift(x, last=None, cu_seqlens=None):
-    """Each token's predecessor.
-
-    x (B, T, C); last (B, C) or None precedes the first token. With cu_seqlens (n + 1,), B is 1, the row holds n
-    sequences, and last is (n, C). Returns (B, T, C).
-    """
-    first = x.new_zeros(x.shape[0], 1, x.shape[2])
-    if last is not None and cu_seqlens is None:
-        first = last[:, None]
-    previous = torch.cat([first, x[:, :-1]], dim=1)
-    if cu_seqlens is None:
-        return previous
-    starts = cu_seqlens[:-1].long()
-    if last is None:
-        return previous.index_fill(1, starts, 0)
-    return previous.index_copy(1, starts, last[None])
-
-
 def last_token(x, cu_seqlens=None):
     """The last token of each sequence of x (B, T, C) -> (B, C), or (n, C) where cu_seqlens packs n of them."""
     return x[:, -1] if cu_seqlens is None else x[0, cu_seqlens[1:].long() - 1]
+
+
+class GatedNorm(nn.GroupNorm):
+    """Normalizes each head and multiplies by silu(gate)."""
+
+    def forward(self, y, gate):
+        """y (B, T, H, N), gate (B, T, A) -> (B, T, A)."""
+        return norm_gate(y, gate, self.weight, self.bias, self.eps)
 
 
 class TimeMix(nn.Module):
@@ -83,31 +73,29 @@ class TimeMix(nn.Module):
         self.value = nn.Linear(C, A, bias=False)
         self.gate = nn.Linear(C, A, bias=False)
         self.output = nn.Linear(A, C, bias=False)
-        self.ln_x = nn.GroupNorm(H, A, eps=1e-5 * config.head_size_divisor**2)
+        self.ln_x = GatedNorm(H, A, eps=1e-5 * config.head_size_divisor**2)
 
-    def mix(self, x, previous):
+    def mix(self, x, shift=None, cu_seqlens=None):
         """Data-dependent lerp between x and its predecessor (eq. 12 to 14) -> w, k, v, r, g inputs, each (B, T, C)."""
         B, T, C = x.shape
-        delta = previous - x
-        low = torch.tanh((x + delta * self.time_maa_x) @ self.time_maa_w1)  # (B, T, 5 * maa_rank)
+        (mixed,) = lerp(x, shift, self.time_maa_x.view(1, C), cu_seqlens=cu_seqlens)
+        low = torch.tanh(mixed @ self.time_maa_w1)  # (B, T, 5 * maa_rank)
         low = low.view(B * T, 5, -1).transpose(0, 1)
         offsets = torch.bmm(low, self.time_maa_w2).view(5, B, T, C)  # order w, k, v, r, g
         base = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
-        return [torch.addcmul(x, delta, maa + offset) for maa, offset in zip(base, offsets)]
+        return lerp(x, shift, torch.cat(base).view(5, C), offsets, cu_seqlens)
 
     def forward(self, x, shift=None, wkv_state=None, cu_seqlens=None):
         """x (B, T, C) -> output (B, T, C), last input (B, C), final wkv state (B, H, N, N)."""
         B, T, _ = x.shape
-        xw, xk, xv, xr, xg = self.mix(x, token_shift(x, shift, cu_seqlens))
+        xw, xk, xv, xr, xg = self.mix(x, shift, cu_seqlens)
         heads = (B, T, self.n_head, self.head_size)
         r = self.receptance(xr).view(heads)
         k = self.key(xk).view(heads)
         v = self.value(xv).view(heads)
-        g = F.silu(self.gate(xg))
         w = (self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2).view(heads)
         y, wkv_state = wkv6(r, k, v, w, self.time_faaaa, wkv_state, cu_seqlens)
-        y = self.ln_x(y.reshape(B * T, -1)).view(B, T, -1)
-        return self.output(y * g), last_token(x, cu_seqlens), wkv_state
+        return self.output(self.ln_x(y, self.gate(xg))), last_token(x, cu_seqlens), wkv_state
 
 
 class ChannelMix(nn.Module):
@@ -124,10 +112,10 @@ class ChannelMix(nn.Module):
 
     def forward(self, x, shift=None, cu_seqlens=None):
         """x (B, T, C) -> output (B, T, C), last input (B, C)."""
-        delta = token_shift(x, shift, cu_seqlens) - x
-        k = torch.relu(self.key(torch.addcmul(x, delta, self.time_maa_k))).square()
-        r = torch.sigmoid(self.receptance(torch.addcmul(x, delta, self.time_maa_r)))
-        return r * self.value(k), last_token(x, cu_seqlens)
+        maa = torch.cat((self.time_maa_k, self.time_maa_r)).view(2, -1)
+        xk, xr = lerp(x, shift, maa, cu_seqlens=cu_seqlens)
+        value = self.value(relu_square(self.key(xk)))
+        return sigmoid_gate(self.receptance(xr), value), last_token(x, cu_seqlens)
 
 
 class Block(nn.Module):

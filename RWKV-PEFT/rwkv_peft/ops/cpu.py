@@ -35,6 +35,11 @@ def _unavailable(level):
     return None
 
 
+def best_level():
+    """The fastest of LEVELS that this processor has; BuildError where the library cannot be built."""
+    return LEVELS[_library().wkv6_cpu_level()]
+
+
 def checkpoint_count(tokens, sequences):
     """States kept for backward: one at each 64th step of a sequence, except its first (that one is the input)."""
     return tokens // TILE

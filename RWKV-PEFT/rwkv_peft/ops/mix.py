@@ -1,0 +1,89 @@
+"""What RWKV-6 does between its matrix products: token shift with interpolation, gates, the normalization of heads.
+
+Each operation is written out in plain torch, which takes any device and dtype, is differentiable twice and is what
+torch.compile sees. On the CPU, float32 and bfloat16 tensors go through one C++ pass forward and one backward instead
+(mix_cpu.py), where a compiler exists; those are differentiable once.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from . import mix_cpu
+
+
+def token_shift(x, last=None, cu_seqlens=None):
+    """Each token's predecessor.
+
+    x (B, T, C); last (B, C) or None precedes the first token. With cu_seqlens (n + 1,), B is 1, the row holds n
+    sequences, and last is (n, C). Returns (B, T, C).
+    """
+    first = x.new_zeros(x.shape[0], 1, x.shape[2])
+    if last is not None and cu_seqlens is None:
+        first = last[:, None]
+    previous = torch.cat([first, x[:, :-1]], dim=1)
+    if cu_seqlens is None:
+        return previous
+    starts = cu_seqlens[:-1].long()
+    if last is None:
+        return previous.index_fill(1, starts, 0)
+    return previous.index_copy(1, starts, last[None])
+
+
+def lerp(x, last, maa, offsets=None, cu_seqlens=None):
+    """Points between each token and its predecessor p: x + (p - x) (maa_i + offsets_i), for each i.
+
+    x (B, T, C), last and cu_seqlens as in token_shift; maa (m, C), offsets (m, B, T, C) or None for zeros -> m tensors
+    (B, T, C).
+    """
+    sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    if last is not None and last.shape != (sequences, x.shape[2]):
+        raise ValueError(f"the state's shift is {tuple(last.shape)}; it must be one vector of the model's width for each "
+                         f"of the {sequences} sequences: {(sequences, x.shape[2])}")
+    if _takes_kernel(x, last, maa, offsets):
+        bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+        return mix_cpu.Lerp.apply(*_contiguous(x, last, maa, offsets), bounds)
+    delta = token_shift(x, last, cu_seqlens) - x
+    weights = maa if offsets is None else maa[:, None, None] + offsets
+    return tuple(torch.addcmul(x, delta, weight) for weight in weights)
+
+
+def norm_gate(y, g, weight, bias, eps):
+    """Normalizes each head and gates it: (normalized y · weight + bias) · silu(g).
+
+    y (B, T, H, N), g (B, T, H N), weight and bias (H N,) -> (B, T, H N).
+    """
+    if _takes_kernel(y, g, weight, bias):
+        return mix_cpu.NormGate.apply(*_contiguous(y, g, weight, bias), eps)
+    B, T, H, N = y.shape
+    return F.group_norm(y.reshape(B * T, H * N), H, weight, bias, eps).view(B, T, H * N) * F.silu(g)
+
+
+def sigmoid_gate(r, v):
+    """sigmoid(r) · v, for r and v of one shape."""
+    if _takes_kernel(r, v):
+        return mix_cpu.SigmoidGate.apply(*_contiguous(r, v))
+    return torch.sigmoid(r) * v
+
+
+def relu_square(x):
+    """max(x, 0)²."""
+    if _takes_kernel(x):
+        return mix_cpu.ReluSquare.apply(*_contiguous(x))
+    return torch.relu(x).square()
+
+
+def _takes_kernel(first, *others):
+    """Whether tensors are what the CPU kernels take: real, on the CPU, of one dtype."""
+    return (
+        first.device.type == "cpu"
+        and first.dtype in (torch.float32, torch.bfloat16)
+        and all(x is None or x.dtype == first.dtype for x in others)
+        and first.numel() > 0
+        and not torch.compiler.is_compiling()
+        and type(first) is torch.Tensor  # not a fake one, or a parameter's subclass
+        and mix_cpu.available()
+    )
+
+
+def _contiguous(*tensors):
+    return (None if x is None else x.contiguous() for x in tensors)

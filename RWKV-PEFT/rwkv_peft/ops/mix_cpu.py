@@ -1,0 +1,172 @@
+"""The mix operations on the CPU: builds cuda/mix_cpu.cpp on first use; autograd Functions over its C interface.
+
+Tensors are contiguous and share one dtype, float32 or bfloat16; mix.py sees to that.
+"""
+
+import ctypes
+import functools
+
+import torch
+from torch.autograd import Function
+
+from . import cpu
+from .build import BuildError, Unit, build_library, source_directory
+
+
+@functools.lru_cache(maxsize=None)
+def available():
+    """Whether the kernels can be built and loaded here."""
+    try:
+        _library()
+    except BuildError:
+        return False
+    return True
+
+
+@functools.lru_cache(maxsize=None)
+def _library():
+    level = cpu.best_level()
+    command = (cpu.find_compiler(), *cpu.COMMON_FLAGS, *cpu.level_flags()[level])
+    units = [Unit(source_directory() / "mix_cpu.cpp", command)]
+    path = build_library(f"mix_cpu_{level}", units, (command[0], "-shared", "-fopenmp"))
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"cannot load {path}: {error}; delete that file so that it is built anew") from error
+    pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    kind = [flag, flag]  # bfloat16, threads
+    lerp_sizes = [flag, size, size, size, pointer, *kind]
+    norm_sizes = [size, size, size, ctypes.c_float, *kind]
+    for name, arguments in (
+        ("lerp_forward", [pointer] * 5 + lerp_sizes), ("lerp_backward", [pointer] * 9 + lerp_sizes),
+        ("norm_gate_forward", [pointer] * 5 + norm_sizes), ("norm_gate_backward", [pointer] * 9 + norm_sizes),
+        ("sigmoid_gate_forward", [pointer] * 3 + [size, *kind]), ("sigmoid_gate_backward", [pointer] * 5 + [size, *kind]),
+        ("relu_square_forward", [pointer] * 2 + [size, *kind]), ("relu_square_backward", [pointer] * 3 + [size, *kind]),
+    ):
+        function = getattr(library, f"mix_{name}")
+        function.argtypes, function.restype = arguments, None
+    return library
+
+
+def _kind(x):
+    return x.dtype == torch.bfloat16, torch.get_num_threads()
+
+
+def _pointer(x):
+    return None if x is None else x.data_ptr()
+
+
+def _pointers(tensors):
+    return (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
+
+
+def _differentiable_once(backward):
+    """A backward that refuses create_graph=True, which would take its result for a constant."""
+
+    @functools.wraps(backward)
+    def checked(ctx, *grads):
+        if torch.is_grad_enabled():
+            raise RuntimeError("the CPU's mix kernels have no second derivative; differentiate twice in float64, which "
+                               "takes the plain form")
+        return backward(ctx, *(grad.contiguous() for grad in grads))
+
+    return checked
+
+
+class Lerp(Function):
+    """x (B, T, C), last (n, C) or None, maa (m, C), offsets (m, B, T, C) or None, cu_seqlens int64 or None -> m times
+    (B, T, C)."""
+
+    @staticmethod
+    def forward(ctx, x, last, maa, offsets, cu_seqlens):
+        ctx.save_for_backward(x, last, maa, offsets, cu_seqlens)
+        outs = tuple(torch.empty_like(x) for _ in range(maa.shape[0]))
+        _library().mix_lerp_forward(
+            *map(_pointer, (x, last, maa, offsets)), _pointers(outs), *_lerp_sizes(x, maa, cu_seqlens))
+        return outs
+
+    @staticmethod
+    @_differentiable_once
+    def backward(ctx, *grads):
+        x, last, maa, offsets, cu_seqlens = ctx.saved_tensors
+        need_x, need_last, need_maa, need_offsets = ctx.needs_input_grad[:4]
+        gx = torch.empty_like(x) if need_x else None
+        glast = torch.zeros_like(last) if need_last else None
+        gmaa = torch.empty_like(maa, dtype=torch.float32) if need_maa else None
+        goffsets = torch.empty_like(offsets) if need_offsets else None
+        _library().mix_lerp_backward(
+            *map(_pointer, (x, last, maa, offsets)), _pointers(grads), *map(_pointer, (gx, glast, gmaa, goffsets)),
+            *_lerp_sizes(x, maa, cu_seqlens))
+        return gx, glast, None if gmaa is None else gmaa.to(maa.dtype), goffsets, None
+
+
+def _lerp_sizes(x, maa, cu_seqlens):
+    B, T, C = x.shape
+    sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return maa.shape[0], B * T, C, sequences, _pointer(cu_seqlens), *_kind(x)
+
+
+class NormGate(Function):
+    """y (B, T, H, N), g (B, T, H N), weight and bias (H N,), eps -> (B, T, H N)."""
+
+    @staticmethod
+    def forward(ctx, y, g, weight, bias, eps):
+        ctx.save_for_backward(y, g, weight, bias)
+        ctx.eps = eps
+        out = torch.empty_like(g)
+        _library().mix_norm_gate_forward(*map(_pointer, (y, g, weight, bias, out)), *_norm_sizes(y, eps))
+        return out
+
+    @staticmethod
+    @_differentiable_once
+    def backward(ctx, grad):
+        y, g, weight, bias = ctx.saved_tensors
+        gy, gg = torch.empty_like(y), torch.empty_like(g)
+        train = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+        sums = [torch.empty_like(weight, dtype=torch.float32) if train else None for _ in range(2)]
+        _library().mix_norm_gate_backward(
+            *map(_pointer, (y, g, weight, bias, grad, gy, gg, *sums)), *_norm_sizes(y, ctx.eps))
+        return gy, gg, *(None if x is None else x.to(weight.dtype) for x in sums), None
+
+
+def _norm_sizes(y, eps):
+    B, T, H, N = y.shape
+    return B * T, H, N, eps, *_kind(y)
+
+
+class SigmoidGate(Function):
+    """r, v of one shape -> sigmoid(r) v."""
+
+    @staticmethod
+    def forward(ctx, r, v):
+        ctx.save_for_backward(r, v)
+        out = torch.empty_like(v)
+        _library().mix_sigmoid_gate_forward(*map(_pointer, (r, v, out)), v.numel(), *_kind(v))
+        return out
+
+    @staticmethod
+    @_differentiable_once
+    def backward(ctx, grad):
+        r, v = ctx.saved_tensors
+        gr, gv = torch.empty_like(r), torch.empty_like(v)
+        _library().mix_sigmoid_gate_backward(*map(_pointer, (r, v, grad, gr, gv)), v.numel(), *_kind(v))
+        return gr, gv
+
+
+class ReluSquare(Function):
+    """x -> max(x, 0)²."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        out = torch.empty_like(x)
+        _library().mix_relu_square_forward(*map(_pointer, (x, out)), x.numel(), *_kind(x))
+        return out
+
+    @staticmethod
+    @_differentiable_once
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        gx = torch.empty_like(x)
+        _library().mix_relu_square_backward(*map(_pointer, (x, grad, gx)), x.numel(), *_kind(x))
+        return gx
