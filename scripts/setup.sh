@@ -71,6 +71,9 @@ root="$(cd "$(dirname "$0")/.." && pwd)"
 choose_python
 PATH="$(dirname "$python"):$PATH" # ninja is looked up there
 export PATH
+# Threads that wait give the core back soon; spinning for long costs a busy machine nearly all of its speed.
+GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-2000}"
+export GOMP_SPINCOUNT
 install requirements "-e ." "$root/requirements.txt" "$root/pyproject.toml"
 case "$0" in
 *setup.sh) say "setup: ready, $python (Python $(version_of "$python"))" ;;
