@@ -30,7 +30,7 @@ else
     base="$root/demo/rwkv6-demo.pth" mode="${BONE_MODE:-bat-in}" rank="${BONE_R:-32}"
     DATA_FILE="$out/finetune.jsonl"
     # One document a row; the answers alone count, as the data's .mask says.
-    set -- --dataload pad --loss_mask file --ctx_len 256 --micro_bsz 8 --lr_init 2e-3 --lr_final 1e-4 --warmup_steps 10 "$@"
+    set -- --dataload pad --loss_mask file --ctx_len 256 --micro_bsz 8 --lr_init 5e-3 --lr_final 1e-4 --warmup_steps 10 "$@"
     PRECISION="${PRECISION:-fp32}"
 fi
 mkdir -p "$out"
