@@ -12,15 +12,12 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-PEFT"))
 
-from rwkv_peft.checkpoint import load_base, model_config_from_state  # noqa: E402
 from rwkv_peft.cli import Parser  # noqa: E402
 from rwkv_peft.data.tokenizer import load_tokenizer  # noqa: E402
 from rwkv_peft.errors import UserError, exit_on_user_error  # noqa: E402
-from rwkv_peft.model import RWKV6  # noqa: E402
+from rwkv_peft.generate import Sampling, generate, load_model  # noqa: E402
 
 LONGEST = 80  # tokens of an answer
 
@@ -41,26 +38,20 @@ def read_questions(path, limit):
     return questions
 
 
-@torch.inference_mode()
 def answer(path, prompts, stop):
     """Greedy continuations (lists of ids) of prompts (lists of ids) by this package: all prompts at once.
 
-    The prompts are packed into one row for the first pass, which leaves one state each; then all advance together.
     Each answer ends with its first id in `stop`.
     """
-    state = load_base(path)
-    model = RWKV6(model_config_from_state(state))
-    model.load_state_dict(state, strict=True)
-    ends = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0)
-    bounds = torch.cat([ends.new_zeros(1), ends])
-    logits, memory = model(torch.tensor([token for prompt in prompts for token in prompt])[None], cu_seqlens=bounds)
-    tokens = logits[0, ends - 1].argmax(-1)  # (n,)
-    answers = [tokens]
-    while len(answers) < LONGEST:
-        logits, memory = model(tokens[:, None], memory)
-        tokens = logits[:, -1].argmax(-1)
-        answers.append(tokens)
-    return [until(answer, stop) for answer in torch.stack(answers, dim=1).tolist()]
+    model, start = load_model(path)
+    answers = [[] for _ in prompts]
+
+    def ends(number, token):
+        return "stop" if token in stop else ""
+
+    for step in generate(model, prompts, Sampling(temperature=0), LONGEST, ends, start, batch=len(prompts)):
+        answers[step.number].append(step.token)
+    return answers
 
 
 def answer_with_rwkv(path, prompts, stop):
@@ -78,11 +69,6 @@ def answer_with_rwkv(path, prompts, stop):
             tokens.append(int(logits.argmax()))
         answers.append(tokens)
     return answers
-
-
-def until(tokens, stop):
-    """tokens up to the first one in `stop`, included."""
-    return tokens[:next((i + 1 for i, token in enumerate(tokens) if token in stop), len(tokens))]
 
 
 def build_parser():

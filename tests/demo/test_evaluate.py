@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 from rwkv_peft.checkpoint import save_model
 from rwkv_peft.errors import UserError
@@ -38,9 +37,11 @@ def test_the_rwkv_package_answers_alike(evaluate, model):
     assert [answer[:20] for answer in ours] == [answer[:20] for answer in theirs]
 
 
-def test_an_answer_ends_with_its_first_stop(evaluate):
-    assert evaluate.until([5, 6, 0, 7, 0], {0}) == [5, 6, 0]
-    assert evaluate.until([5, 6], {0}) == [5, 6]
+def test_an_answer_ends_with_its_first_stop(evaluate, model):
+    (free,) = evaluate.answer(model, [[66, 5, 9]], stop=set())
+    assert len(free) == evaluate.LONGEST
+    (ended,) = evaluate.answer(model, [[66, 5, 9]], stop={free[7]})
+    assert ended == free[: free.index(free[7]) + 1]
 
 
 def test_the_score_counts_exact_answers(evaluate, model, tmp_path, capsys, monkeypatch):

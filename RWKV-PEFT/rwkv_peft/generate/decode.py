@@ -132,7 +132,7 @@ def joined(state, other):
 
 def check_finite(logits, rows, model):
     """Raise UserError where a sequence's logits hold NaN or Inf."""
-    finite = torch.isfinite(logits).all(-1)
+    finite = torch.isfinite(logits.sum(-1))  # a sum of NaN or Inf is neither
     if not finite.all():
         row = rows[int(finite.logical_not().nonzero()[0])]
         raise UserError(f"the model's logits are NaN or Inf for prompt {row.number} after {row.length} tokens: its weights "

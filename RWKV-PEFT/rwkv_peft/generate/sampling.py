@@ -107,7 +107,7 @@ def most_probable(probabilities, share):
         found = found.double()
         if k == size or (found.sum(-1) >= share).all():
             return found, tokens
-        k = min(8 * k, size)
+        k = min(16 * k, size) if k < 1000 else size
 
 
 def pick(weights, uniforms):
