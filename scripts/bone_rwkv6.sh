@@ -37,7 +37,7 @@ mkdir -p "$out"
 
 if $demo; then
     step "demo: a base that answers in words is to answer in JSON"
-    "$python" "$root/demo/task.py" finetune --documents 3000 --seed 1 --output "$DATA_FILE"
+    "$python" "$root/demo/task.py" finetune --documents 4000 --seed 1 --output "$DATA_FILE"
     "$python" "$root/demo/task.py" heldout --documents 200 --seed 2 --output "$out/heldout.jsonl"
     step "before: held-out questions, the base model"
     "$python" "$root/demo/evaluate.py" --model "$base" --questions "$out/heldout.jsonl"
