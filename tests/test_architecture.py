@@ -28,7 +28,7 @@ PARTS = (
     ("verify", ("verify", "runtimes"), ("model", "convert")),
     ("generate", ("generate",), ("model", "checkpoint", "data", "merge")),
     ("evals", ("evals",), ("generate",)),
-    ("hf", ("hf",), ("adapters",)),
+    ("hf", ("hf",), ("adapters", "checkpoint")),
     ("plots", ("plots",), ("base",)),
     ("doctor", ("doctor",), ("base", "ops")),
     ("training", ("training",), ("model", "adapters", "checkpoint", "data", "plots")),

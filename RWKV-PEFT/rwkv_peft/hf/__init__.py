@@ -1,0 +1,18 @@
+"""Bone for Hugging Face models: importing this registers BONE with the installed peft.
+
+    from rwkv_peft.hf import BoneConfig
+    model = get_peft_model(model, BoneConfig(r=64, init_weights="bat-in"))
+
+`peft.BoneConfig` is the same class afterwards. Where peft still has a Bone of its own (0.14 to 0.18) it is
+left in place, and `register(replace=True)` puts this one there.
+"""
+
+from .config import BoneConfig
+from .folders import bone_to_miss, miss_to_bone
+from .layer import BoneLinear
+from .model import BoneModel
+from .register import register
+
+__all__ = ["BoneConfig", "BoneLinear", "BoneModel", "bone_to_miss", "miss_to_bone", "register"]
+
+register()

@@ -1,0 +1,93 @@
+"""BoneConfig: the settings of Bone on a Hugging Face model, saved as adapter_config.json."""
+
+from dataclasses import dataclass, field
+
+from peft.config import PeftConfig
+
+from ..errors import UserError
+from .peft_type import add_member
+
+# (init_weights, canonical name): "bat" is what peft 0.14 to 0.18 mean by it
+VARIANTS = ((True, "bone"), (False, "bone"), ("bone", "bone"), ("bat", "bat-out"), ("bat-out", "bat-out"),
+            ("bat-in", "bat-in"), ("mini", "bone-mini"))
+# (setting, its default): peft 0.14 to 0.18 do not know these, so a file names them only where they are in use
+LATER_SETTINGS = (("bone_dropout", 0.0), ("mini_r", 0))
+
+
+def variant_of(init_weights):
+    """The canonical name of a form; None for a value that names none. 1 is not True here."""
+    return next((name for value, name in VARIANTS if value == init_weights and type(value) is type(init_weights)), None)
+
+
+@dataclass
+class BoneConfig(PeftConfig):
+    """Settings of Bone. Raises UserError for those that contradict each other.
+
+    r: rank, that is the size of a block. "bat-in" and "bat-out" need it to divide both widths of a layer.
+    init_weights: which form, and how it starts:
+        True           bone: one update D (r, out) shared by the shards of the input, starting at zero
+        "bat-in"       block affine by input block, the fast one
+        "bat-out"      block affine by output block; "bat", as peft calls it, is the same
+        "mini"         bone with D (r, mini_r) repeated along the output
+        False          bone with a random D, as peft does for tests
+    bone_dropout: probability with which an input is hidden from the adapter in training.
+    target_modules: names, a regular expression or "all-linear"; None takes peft's own choice for the model.
+    exclude_modules, layers_to_transform, layers_pattern, modules_to_save, bias: as in other methods of peft.
+    """
+
+    r: int = field(default=64, metadata={"help": "Rank: the size of a block."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules that get an adapter: names, a regular expression or 'all-linear'."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules that get none."})
+    init_weights: bool | str = field(
+        default=True, metadata={"help": "True (bone), 'bat-in', 'bat-out' ('bat'), 'mini', or False (random bone)."})
+    mini_r: int = field(default=0, metadata={"help": "Width of the repeated update where init_weights is 'mini'."})
+    bone_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter's input."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of the layers to adapt."})
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers, with layers_to_transform."})
+    bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'bone_only'."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Other modules to train whole and to save with the adapter."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = add_member("BONE")
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, list) else value)
+        self._check()
+
+    @property
+    def variant(self):
+        """The canonical name of the form: "bone", "bone-mini", "bat-in" or "bat-out"."""
+        return variant_of(self.init_weights)
+
+    def _check(self):
+        if self.variant is None:
+            raise UserError(f"init_weights={self.init_weights!r} is unknown; give True (bone), 'bat-in', 'bat-out' "
+                            "(which peft calls 'bat'), 'mini', or False (random)")
+        if self.r < 1:
+            raise UserError(f"r={self.r} is not a rank; give 1 or more, usually 64")
+        if self.variant == "bone-mini" and self.mini_r < 1:
+            raise UserError(f"init_weights='mini' needs mini_r, a width that divides the layers' outputs, and it is "
+                            f"{self.mini_r}")
+        if not 0 <= self.bone_dropout < 1:
+            raise UserError(f"bone_dropout={self.bone_dropout} is not a probability below 1")
+        if self.bias not in ("none", "all", "bone_only"):
+            raise UserError(f"bias={self.bias!r} is unknown; give 'none', 'all' or 'bone_only'")
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"{name} works with a list of target_modules, and {self.target_modules!r} is one "
+                                    "expression; name the layers in it, or give a list")
+
+    def to_dict(self):
+        """The settings as they are saved: in the words that peft 0.14 to 0.18 know, wherever they know the thing."""
+        settings = super().to_dict()
+        if settings["init_weights"] in ("bat-out", "bone"):
+            settings["init_weights"] = {"bat-out": "bat", "bone": True}[settings["init_weights"]]
+        for name, default in LATER_SETTINGS:
+            if settings[name] == default:
+                del settings[name]
+        return settings

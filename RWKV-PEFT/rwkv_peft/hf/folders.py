@@ -1,0 +1,93 @@
+"""Adapter folders of peft, from BONE to MISS and back.
+
+MiSS is Bone's later name in peft, with the same tensors and arithmetic under other keys.
+
+    python -m rwkv_peft.hf.folders IN OUT      writes a MISS folder for a BONE one, and the other way round
+"""
+
+import json
+from pathlib import Path
+
+from ..atomic import atomic_write
+from ..cli import Parser
+from ..errors import UserError, exit_on_user_error
+
+
+def bone_to_miss(source, target):
+    """Write the BONE folder `source` as a MISS folder `target`; raises UserError for bat-in, which MiSS lacks."""
+    config, tensors = read(source, "BONE")
+    if config.get("init_weights") == "bat-in":
+        raise UserError(f"{source} is a bat-in adapter, and MiSS has bone, bat-out and mini alone; merge it instead "
+                        "(merge_and_unload)")
+    write(target, rename(config, "bone", "miss"), rename(tensors, "bone", "miss"))
+
+
+def miss_to_bone(source, target):
+    """Write the MISS folder `source` as a BONE folder `target`."""
+    config, tensors = read(source, "MISS")
+    if config.get("init_weights") != "mini":
+        config.pop("mini_r", None)
+    write(target, rename(config, "miss", "bone"), rename(tensors, "miss", "bone"))
+
+
+def read(folder, kind):
+    """(config, tensors) of an adapter folder; raises UserError where it is not one of this kind."""
+    folder = Path(folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} has no {name}; give a folder that save_pretrained wrote")
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if config.get("peft_type") != kind:
+        raise UserError(f"{folder} holds a {config.get('peft_type')} adapter, and {kind} is due here")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    dims = {tensor.dim() for key, tensor in tensors.items() if key.endswith("_block")}
+    if config.get("init_weights") is True and dims == {3}:
+        config["init_weights"] = "bat"  # a pre-release's way of saying so
+    return config, tensors
+
+
+def rename(settings, old, new):
+    """Settings or tensors with the method's name changed in keys and, for peft_type and bias, in values."""
+    renamed = {}
+    for key, value in settings.items():
+        if key == "peft_type":
+            value = new.upper()
+        elif key == "bias" and str(value).lower() == f"{old}_only":
+            value = {"miss": "MiSS_only"}.get(new, f"{new}_only")
+        elif key.endswith(f".{old}_block") or key == f"{old}_dropout":
+            key = key.replace(f"{old}_", f"{new}_")
+        renamed[key] = value
+    return renamed
+
+
+def write(folder, config, tensors):
+    """Write an adapter folder, each file atomically."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / "adapter_model.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    with atomic_write(folder / "adapter_config.json") as temporary:
+        Path(temporary).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def main(argv):
+    """Convert one folder into the other kind."""
+    parser = Parser(prog="python -m rwkv_peft.hf.folders", description="Turn a BONE adapter folder into a MISS one, or back.")
+    parser.add_argument("source", help="a folder that save_pretrained wrote")
+    parser.add_argument("target", help="the folder to write")
+    args = parser.parse_args(argv)
+    path = Path(args.source) / "adapter_config.json"
+    if not path.is_file():
+        raise UserError(f"{args.source} has no adapter_config.json; give a folder that save_pretrained wrote")
+    kind = json.loads(path.read_text(encoding="utf-8")).get("peft_type")
+    (miss_to_bone if kind == "MISS" else bone_to_miss)(args.source, args.target)
+    print(f"{args.source} ({kind}) -> {args.target} ({'BONE' if kind == 'MISS' else 'MISS'})")
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

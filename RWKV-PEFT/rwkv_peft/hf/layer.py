@@ -1,0 +1,201 @@
+"""BoneLinear: a linear layer of a Hugging Face model with any number of Bone adapters.
+
+One active adapter is evaluated by the functions of rwkv_peft.adapters, which never keep a merged weight.
+"""
+
+import warnings
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+from torch.nn import functional as F
+
+from ..adapters.delta import delta
+from ..adapters.functional import bat_in, bone, linear
+from ..adapters.product import DENSE
+from ..adapters.weight_side import bat_out
+from ..errors import UserError
+from .products import product_for
+
+
+class BoneLinear(nn.Module, BaseTunerLayer):
+    """A base linear layer and its adapters, by name; made by BoneModel.
+
+    base_layer (in -> out): nn.Linear, or a quantized layer of bitsandbytes. bone_block holds each adapter's
+    parameter: bone (r, out), bone-mini (r, mini_r), bat-in (in/r, r, r), bat-out (out/r, r, r).
+    """
+
+    adapter_layer_names = ("bone_block",)
+    other_param_names = ("bone_config", "bone_dropout")
+
+    def __init__(self, base_layer, adapter_name, config, name="the layer"):
+        super().__init__()
+        self.product = product_for(base_layer, name)
+        self.base_layer = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.name = name
+        self.bone_config = {}
+        self.bone_dropout = nn.ModuleDict()
+        self.bone_block = nn.ParameterDict()
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name, config):
+        """Add an adapter. Raises UserError where the config's rank does not fit the layer."""
+        shape = block_shape(config, self.in_features, self.out_features, self.name)
+        self.bone_config[adapter_name] = config
+        self.bone_dropout[adapter_name] = nn.Dropout(config.bone_dropout)
+        self.bone_block[adapter_name] = nn.Parameter(torch.zeros(shape))
+        if config.init_weights is False:
+            nn.init.kaiming_uniform_(self.bone_block[adapter_name], a=5**0.5)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x, *args, **kwargs):
+        """x (..., in) -> (..., out) in x's dtype."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = [name for name in self.active_adapters if name in self.bone_block]
+        if self.disable_adapters or self.merged or not names:
+            return self.base_layer(x, *args, **kwargs)
+        self._gather()
+        dtype = x.dtype
+        if self.product is not DENSE:
+            x = x.to(self.product.compute_dtype(x))
+        y = self._adapted(x, names[0]) if len(names) == 1 else self._composed(x, names)
+        return y.to(dtype) if not torch.is_autocast_enabled(x.device.type) else y
+
+    def _adapted(self, x, name):
+        dropout = self.bone_dropout[name]
+        if not self.training or dropout.p == 0:
+            return self._apply_adapter(x, name, self.bias)
+        # What is hidden from the adapter still meets the frozen weight.
+        seen = dropout(x)
+        return self._apply_adapter(seen, name, self.bias) + linear(x - seen, self.weight, product=self.product)
+
+    def _apply_adapter(self, x, name, bias):
+        function = {"bat-in": bat_in, "bat-out": bat_out}.get(self.bone_config[name].variant, bone)
+        return function(x, self.weight, self.bone_block[name], bias, product=self.product)
+
+    def _composed(self, x, names):
+        """Several adapters at once: each changes the weight that the one before it left, as in merging."""
+        weight = self.product.rows(self.weight, slice(0, self.out_features), torch.float32)
+        for name in names:
+            weight = weight + delta(self.bone_config[name].variant, weight, {"bone": self.bone_block[name]})
+        return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def _gather(self):
+        """Under ZeRO-3 a parameter is gathered for the module that owns it; this layer uses its base layer's."""
+        for parameter in (self.weight, self.bias):
+            if hasattr(parameter, "ds_id") and id(parameter) not in getattr(self, "_external_params", {}):
+                from deepspeed.zero import register_external_parameter
+
+                register_external_parameter(self, parameter)
+                parameter.all_gather()
+
+    def merge(self, safe_merge=False, adapter_names=None):
+        """Change the base weight by the adapters (all active ones by default), in float32, rounded once.
+
+        safe_merge refuses a weight that is not finite. Raises UserError on a quantized base, whose rounding
+        would lose much of what was learned.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.bone_block]
+        if not names:
+            return
+        if self.product is not DENSE:
+            raise UserError(f"{self.name} is quantized, and merging would round the adapter away; load the base model "
+                            "without quantization, PeftModel.from_pretrained(base, adapter) on it, and merge that")
+        weight = self.get_base_layer().weight
+        merged = weight.data.float()
+        for name in names:
+            merged = merged + delta(self.bone_config[name].variant, merged, {"bone": self.bone_block[name].detach()})
+        if safe_merge and not torch.isfinite(merged.to(weight.dtype)).all():
+            raise UserError(f"{self.name}: merging {', '.join(names)} gives values that are not finite; the adapter is "
+                            "broken, and the weight stays as it was")
+        weight.data = merged.to(weight.dtype)
+        self.merged_adapters += names
+
+    def unmerge(self):
+        """Take all merged adapters out of the base weight again, up to the rounding of its dtype."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.")
+            return
+        weight = self.get_base_layer().weight
+        original = weight.data.float()
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name in self.bone_block:
+                variant = self.bone_config[name].variant
+                opposite = inverse(variant, self.bone_block[name].detach().float())
+                original = original + delta(variant, original, {"bone": opposite})
+        weight.data = original.to(weight.dtype)
+
+    def get_delta_weight(self, adapter_name):
+        """What one adapter adds to the base weight: (out, in) float32."""
+        weight = self.product.rows(self.weight, slice(0, self.out_features), torch.float32)
+        return delta(self.bone_config[adapter_name].variant, weight, {"bone": self.bone_block[adapter_name].detach()})
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # A pre-release peft saved block affine adapters (3-D) with init_weights true, which means bone (2-D) since.
+        for name, config in self.bone_config.items():
+            saved = state_dict.get(f"{prefix}bone_block.{name}")
+            if saved is not None and saved.dim() == 3 and self.bone_block[name].dim() == 2:
+                config.init_weights = "bat"
+                shape = block_shape(config, self.in_features, self.out_features, self.name)
+                old = self.bone_block[name]
+                self.bone_block[name] = nn.Parameter(old.new_zeros(shape), requires_grad=old.requires_grad)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def scale_layer(self, scale):
+        """Bone has no scale."""
+        if scale != 1:
+            warnings.warn("Bone has no scale; it stays 1.")
+
+    def unscale_layer(self, scale=None):
+        """Bone has no scale."""
+        self.scale_layer(1 if scale is None else scale)
+
+    def supports_lora_conversion(self, adapter_name="default"):
+        """Whether peft could turn the adapter into a LoRA: not by its own converter, which knows this layer not."""
+        return False
+
+    def __repr__(self):
+        return "bone." + super().__repr__()
+
+
+def block_shape(config, in_features, out_features, name):
+    """The shape of an adapter's parameter; raises UserError where the rank does not fit."""
+    rank, variant = config.r, config.variant
+    if variant in ("bat-in", "bat-out"):
+        if in_features % rank or out_features % rank:
+            raise UserError(f"{variant} needs r to divide both widths of a layer, and {name} is {in_features} -> "
+                            f"{out_features} with r={rank}; try r={nearest_divisor(in_features, out_features, rank)}, "
+                            "or init_weights=True, which fits any width")
+        return (in_features if variant == "bat-in" else out_features) // rank, rank, rank
+    if rank > in_features:
+        raise UserError(f"r={rank} is more than the {in_features} inputs of {name}; give a smaller r")
+    if variant == "bone-mini":
+        if out_features % config.mini_r:
+            raise UserError(f"mini_r={config.mini_r} does not divide the {out_features} outputs of {name}; give one that "
+                            "does")
+        return rank, config.mini_r
+    return rank, out_features
+
+
+def nearest_divisor(in_features, out_features, rank):
+    """The common divisor of both widths that is nearest to rank."""
+    common = [r for r in range(1, min(in_features, out_features) + 1) if not in_features % r and not out_features % r]
+    return min(common, key=lambda r: abs(r - rank))
+
+
+def inverse(variant, block):
+    """The adapter of the same form that undoes another: delta(W + delta(W, B), inverse(B)) = -delta(W, B).
+
+    For bone it is -D. For the block affine forms W' = W (I + B) + B, hence W = W' (I + C) + C with
+    I + C = (I + B)^-1: C = -(I + B)^-1 B. block float32 -> the same shape.
+    """
+    if variant in ("bone", "bone-mini"):
+        return -block
+    return -torch.linalg.solve(torch.eye(block.shape[-1], device=block.device, dtype=block.dtype) + block, block)

@@ -1,0 +1,13 @@
+"""What the tests of Bone on Hugging Face models share beside fixtures."""
+
+import torch
+
+
+def fill(model, std=0.02, seed=0):
+    """Give every Bone block random values, so that an adapter does something."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "bone_block" in key:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return model

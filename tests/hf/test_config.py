@@ -1,0 +1,72 @@
+"""BoneConfig: its forms, its targets, its refusals, and what it writes."""
+
+import json
+
+import pytest
+from peft import get_peft_model
+
+from rwkv_peft.errors import UserError
+from rwkv_peft.hf import BoneConfig, BoneLinear
+
+
+@pytest.mark.parametrize("init_weights, variant", [
+    (True, "bone"), (False, "bone"), ("bone", "bone"), ("bat", "bat-out"), ("bat-out", "bat-out"), ("bat-in", "bat-in")])
+def test_the_forms_by_name(init_weights, variant):
+    assert BoneConfig(init_weights=init_weights).variant == variant
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"init_weights": "bta"}, "init_weights='bta' is unknown; give True"),
+    ({"init_weights": 1}, "init_weights=1 is unknown"),
+    ({"r": 0}, "r=0 is not a rank"),
+    ({"init_weights": "mini"}, "needs mini_r"),
+    ({"bone_dropout": 1.5}, "bone_dropout=1.5 is not a probability"),
+    ({"bias": "some"}, "bias='some' is unknown"),
+    ({"target_modules": ".*proj", "layers_to_transform": [1]}, "layers_to_transform works with a list"),
+])
+def test_a_contradiction_is_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        BoneConfig(**settings)
+
+
+def test_what_older_peft_does_not_know_is_written_only_where_it_is_used(tmp_path):
+    BoneConfig(r=4, init_weights="bat-out").save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["init_weights"] == "bat" and not {"mini_r", "bone_dropout"} & set(written)
+    config = BoneConfig(r=4, init_weights="mini", mini_r=4, bone_dropout=0.1)
+    config.save_pretrained(tmp_path)
+    again = BoneConfig.from_pretrained(tmp_path)
+    assert (again.variant, again.mini_r, again.bone_dropout) == ("bone-mini", 4, 0.1)
+
+
+def adapted_names(model, **settings):
+    model = get_peft_model(model, BoneConfig(r=4, **settings))
+    return {name.removeprefix("base_model.model.model.layers.") for name, module in model.named_modules()
+            if isinstance(module, BoneLinear)}
+
+
+def test_targets(llama):
+    def fresh():
+        import copy
+
+        return copy.deepcopy(llama)
+
+    layers = range(llama.config.num_hidden_layers)
+    assert adapted_names(fresh()) == {f"{i}.self_attn.{name}" for i in layers for name in ("q_proj", "v_proj")}
+    assert len(adapted_names(fresh(), target_modules="all-linear")) == 7 * len(layers)
+    assert adapted_names(fresh(), target_modules=r".*\.1\.mlp\.(up|down)_proj") == {"1.mlp.up_proj", "1.mlp.down_proj"}
+    assert adapted_names(fresh(), target_modules=["q_proj", "up_proj"], layers_to_transform=[0, 2]) == {
+        "0.self_attn.q_proj", "2.self_attn.q_proj", "0.mlp.up_proj", "2.mlp.up_proj"}
+    assert adapted_names(fresh(), target_modules=["q_proj", "k_proj"], exclude_modules=["k_proj"]) == {
+        f"{i}.self_attn.q_proj" for i in layers}
+
+
+def test_a_target_that_matches_nothing_is_refused(llama):
+    with pytest.raises(ValueError, match="(?i)target modules .*nothing_like_it.* not found"):
+        get_peft_model(llama, BoneConfig(r=4, target_modules=["nothing_like_it"]))
+
+
+def test_trainable_parameters_are_counted(llama, capsys):
+    model = get_peft_model(llama, BoneConfig(r=4, target_modules=["q_proj"], init_weights="bat-in"))
+    model.print_trainable_parameters()
+    assert f"trainable params: {llama.config.num_hidden_layers * 64 * 4:,} " in capsys.readouterr().out

@@ -1,0 +1,104 @@
+"""Adapter folders: saved and loaded, of peft 0.18, of its pre-release, and MiSS both ways."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, MissConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from bone_blocks import fill
+from rwkv_peft.errors import UserError
+from rwkv_peft.hf import BoneConfig, bone_to_miss, folders, miss_to_bone
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits
+
+
+def save(model, folder, **settings):
+    model = fill(get_peft_model(model, BoneConfig(**{"r": 4, "target_modules": "all-linear"} | settings)))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"init_weights": "bat"}, {"init_weights": "bat-in"}, {"init_weights": "mini", "mini_r": 4}])
+def test_a_saved_adapter_is_loaded(llama, ids, tmp_path, settings):
+    expected = logits(save(copy.deepcopy(llama), tmp_path, **settings), ids)
+    assert torch.equal(logits(PeftModel.from_pretrained(llama, tmp_path), ids), expected)
+
+
+def test_modules_to_save_travel_along(llama, ids, tmp_path):
+    model = save(copy.deepcopy(llama), tmp_path, target_modules=["q_proj"], modules_to_save=["norm"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.mul_(1.5)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(llama, tmp_path), ids), logits(model, ids))
+
+
+def test_auto_peft_model_finds_base_and_adapter(llama_folder, llama, ids, tmp_path):
+    expected = logits(save(llama, tmp_path, init_weights="bat-in"), ids)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config.update(base_model_name_or_path=str(llama_folder), task_type="CAUSAL_LM")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path), ids), expected)
+
+
+def test_an_adapter_of_peft_0_18_gives_its_golden_logits(shared_data):
+    from transformers import AutoModelForCausalLM
+
+    folder = shared_data / "peft_bone_adapters" / "bone_r4"
+    golden = {key: torch.tensor(value) for key, value in np.load(folder / "golden.npz").items()}
+    base = AutoModelForCausalLM.from_pretrained(shared_data / "llama_stories260K_hf", dtype=torch.float32)
+    drift = (logits(base, golden["ids"]) - golden["base"]).abs().max()  # of the base itself, by other kernels
+    tolerance = max(1e-5, 2 * drift)
+    model = PeftModel.from_pretrained(base, folder)
+    assert (golden["adapted"] - golden["base"]).abs().max() > 1
+    assert (logits(model, golden["ids"]) - golden["adapted"]).abs().max() < tolerance < 1e-4
+    merged = model.merge_and_unload(safe_merge=True)
+    assert (logits(merged, golden["ids"]) - golden["merged"]).abs().max() < tolerance
+
+
+def test_a_pre_release_folder_says_true_and_holds_block_affine_tensors(llama, ids, tmp_path):
+    expected = logits(save(copy.deepcopy(llama), tmp_path, init_weights="bat"), ids)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_weights": True}))
+    model = PeftModel.from_pretrained(llama, tmp_path)
+    assert torch.equal(logits(model, ids), expected)
+    assert model.peft_config["default"].variant == "bat-out"
+
+
+@pytest.mark.parametrize("settings", [{}, {"init_weights": "bat"}, {"init_weights": "mini", "mini_r": 4}])
+def test_miss_folders_both_ways(llama, ids, tmp_path, settings):
+    expected = logits(save(copy.deepcopy(llama), tmp_path / "bone", **settings), ids)
+    bone_to_miss(tmp_path / "bone", tmp_path / "miss")
+    theirs = PeftModel.from_pretrained(copy.deepcopy(llama), tmp_path / "miss")
+    assert isinstance(theirs.peft_config["default"], MissConfig)
+    torch.testing.assert_close(logits(theirs, ids), expected, atol=1e-4, rtol=1e-4)
+    assert folders.main([str(tmp_path / "miss"), str(tmp_path / "back")]) == 0
+    assert torch.equal(logits(PeftModel.from_pretrained(llama, tmp_path / "back"), ids), expected)
+
+
+def test_what_cannot_be_converted_is_refused(llama, tmp_path):
+    save(llama, tmp_path / "bone", init_weights="bat-in")
+    with pytest.raises(UserError, match="bat-in adapter, and MiSS has"):
+        bone_to_miss(tmp_path / "bone", tmp_path / "miss")
+    with pytest.raises(UserError, match="holds a BONE adapter, and MISS is due"):
+        miss_to_bone(tmp_path / "bone", tmp_path / "miss")
+    with pytest.raises(UserError, match="has no adapter_config.json"):
+        folders.main([str(tmp_path), str(tmp_path / "out")])
+
+
+def test_a_missing_tensor_is_noticed(llama, tmp_path):
+    save(copy.deepcopy(llama), tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors.popitem()
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        PeftModel.from_pretrained(llama, tmp_path)

@@ -1,0 +1,191 @@
+"""Bone's layers in a LLaMA: forward, gradients, merging, several adapters, quantized and bf16 bases."""
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from bone_blocks import fill
+from rwkv_peft.errors import UserError
+from rwkv_peft.hf import BoneConfig, BoneLinear
+from rwkv_peft.hf.layer import inverse
+
+FORMS = (True, "bat-in", "bat-out", "mini")
+
+
+def adapted(model, init_weights, std=0.02, **settings):
+    settings = {"r": 4, "target_modules": "all-linear", "mini_r": 4 if init_weights == "mini" else 0} | settings
+    return fill(get_peft_model(model, BoneConfig(init_weights=init_weights, **settings)), std)
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits.float()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_fresh_adapter_changes_nothing(llama, ids, form):
+    base = logits(llama, ids)
+    assert torch.equal(logits(adapted(llama, form, std=0).eval(), ids), base)
+
+
+def test_false_starts_at_random(llama):
+    model = get_peft_model(llama, BoneConfig(r=4, init_weights=False))
+    assert all(block.std() > 0.01 for name, block in model.named_parameters() if "bone_block" in name)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_merging_reproduces_the_adapter_and_unmerging_the_base(llama, ids, form):
+    weights = copy.deepcopy(llama.state_dict())
+    base = logits(llama, ids)
+    model = adapted(llama, form).eval()
+    expected = logits(model, ids)
+    assert (expected - base).abs().max() > 0.1
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model, ids), base)
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(logits(model, ids), expected, atol=1e-4, rtol=1e-4)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model, ids), expected, atol=1e-4, rtol=1e-4)
+    merged = model.merge_and_unload(safe_merge=True)
+    torch.testing.assert_close(logits(merged, ids), expected, atol=1e-4, rtol=1e-4)
+    assert {key: value.shape for key, value in merged.state_dict().items()} == {
+        key: value.shape for key, value in weights.items()}
+
+
+@pytest.mark.parametrize("variant", ("bone", "bat-in", "bat-out"))
+def test_the_inverse_adapter_undoes_an_adapter(variant):
+    from rwkv_peft.adapters.delta import delta
+
+    weight = torch.randn(8, 12, dtype=torch.float64)
+    shape = {"bone": (4, 8), "bat-in": (3, 4, 4), "bat-out": (2, 4, 4)}[variant]
+    block = 0.1 * torch.randn(shape, dtype=torch.float64)
+    merged = weight + delta(variant, weight, {"bone": block})
+    torch.testing.assert_close(merged + delta(variant, merged, {"bone": inverse(variant, block)}), weight)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_are_those_of_the_merged_weight(form):
+    base = nn.Linear(12, 8)
+    layer = BoneLinear(copy.deepcopy(base), "default", BoneConfig(r=4, init_weights=form, mini_r=2 if form == "mini" else 0))
+    block = nn.init.normal_(layer.bone_block["default"], std=0.1)
+    x, g = torch.randn(5, 12, requires_grad=True), torch.randn(5, 8)
+    got = torch.autograd.grad(layer(x), (x, block), g)
+    twice = layer._composed(x, ["default"])
+    for a, b in zip(got, torch.autograd.grad(twice, (x, block), g), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_two_active_adapters_act_as_merging_both(llama, ids):
+    model = adapted(llama, "bat-in")
+    model.add_adapter("second", BoneConfig(r=4, init_weights=True, target_modules="all-linear"))
+    fill(model, seed=1)
+    model.eval()
+    first = logits(model, ids)
+    model.set_adapter("second")
+    second = logits(model, ids)
+    model.base_model.set_adapter(["default", "second"])
+    both = logits(model, ids)
+    assert (first - second).abs().max() > 0.1 and (both - first).abs().max() > 0.1
+    torch.testing.assert_close(logits(model.merge_and_unload(), ids), both, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_can_be_deleted(llama, ids):
+    model = adapted(llama, True)
+    expected = logits(model, ids)
+    model.add_adapter("second", BoneConfig(r=2, init_weights="bat-in", target_modules="all-linear"))
+    model.delete_adapter("second")
+    assert not any("second" in name for name, _ in model.named_parameters())
+    torch.testing.assert_close(logits(model, ids), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_dropout_hides_inputs_from_the_adapter_alone(form):
+    base = nn.Linear(12, 8)
+    config = BoneConfig(r=4, init_weights=form, mini_r=2 if form == "mini" else 0, bone_dropout=0.5)
+    layer = BoneLinear(base, "default", config).train()
+    x = torch.randn(64, 12)
+    torch.testing.assert_close(layer(x), base(x))  # a fresh adapter sees less and still adds nothing
+    nn.init.normal_(layer.bone_block["default"], std=0.1)
+    torch.manual_seed(0)
+    y = layer(x)
+    torch.manual_seed(0)
+    seen = layer.bone_dropout["default"](x)
+    delta = layer.get_delta_weight("default")
+    torch.testing.assert_close(y, base(x) + seen @ delta.t())
+    torch.testing.assert_close(layer.eval()(x), base(x) + x @ delta.t())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bf16_base_is_as_exact_as_plain_bf16(llama, ids, form):
+    exact = adapted(copy.deepcopy(llama), form).eval()
+    plain = logits(exact.merge_and_unload().bfloat16(), ids)
+    exact = logits(adapted(copy.deepcopy(llama), form).eval(), ids)
+    model = adapted(llama.bfloat16(), form)
+    assert all(block.dtype == torch.float32 for name, block in model.named_parameters() if "bone_block" in name)
+    assert (logits(model.eval(), ids) - exact).abs().mean() < 2 * (plain - exact).abs().mean()
+
+
+@pytest.mark.parametrize("kind", ("4bit", "8bit"))
+@pytest.mark.parametrize("form", FORMS)
+def test_a_quantized_layer_trains_as_its_dequantized_weight(kind, form):
+    bnb = pytest.importorskip("bitsandbytes")
+    if kind == "4bit":
+        base = bnb.nn.Linear4bit(64, 128, quant_type="nf4", compute_dtype=torch.float32)
+    else:
+        base = bnb.nn.Linear8bitLt(64, 128, has_fp16_weights=False)
+    base.load_state_dict(nn.Linear(64, 128).state_dict())
+    base = base.to("cpu")  # which quantizes
+    assert not base.weight.is_floating_point()
+    config = BoneConfig(r=4, init_weights=form, mini_r=8 if form == "mini" else 0)
+    layer = BoneLinear(base, "default", config)
+    weight = layer.product.dequantize(base).float()
+    plain = nn.Linear(64, 128)
+    plain.weight.data, plain.bias.data = weight, base.bias.data.float()
+    dense = BoneLinear(plain, "default", config)
+    nn.init.normal_(layer.bone_block["default"], std=0.1)
+    dense.bone_block["default"].data.copy_(layer.bone_block["default"])
+    x, g = torch.randn(5, 64, requires_grad=True), torch.randn(5, 128)
+    for a, b in zip(torch.autograd.grad(layer(x), (x, layer.bone_block["default"]), g),
+                    torch.autograd.grad(dense(x), (x, dense.bone_block["default"]), g), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(layer(x), dense(x))
+    with pytest.raises(UserError, match="is quantized, and merging.*without quantization"):
+        layer.merge()
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(llama, ids):
+    gradients = []
+    for checkpointing in (False, True):
+        model = adapted(copy.deepcopy(llama), "bat-in").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append([parameter.grad for _, parameter in model.named_parameters() if parameter.grad is not None])
+    assert len(gradients[0]) == sum(isinstance(module, BoneLinear) for module in model.modules())
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_broken_adapter_is_not_merged(llama):
+    model = adapted(llama, True)
+    layer = next(module for module in model.modules() if isinstance(module, BoneLinear))
+    layer.bone_block["default"].data.fill_(float("nan"))
+    before = layer.weight.clone()
+    with pytest.raises(UserError, match="not finite"):
+        layer.merge(safe_merge=True)
+    assert torch.equal(layer.weight, before) and not layer.merged
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"r": 48, "init_weights": "bat-in"}, "r to divide both widths.* r=4[0-9]*.*try r="),
+    ({"r": 48, "init_weights": "bat"}, "bat-out needs r to divide both widths"),
+    ({"r": 1000}, "r=1000 is more than the 64 inputs"),
+    ({"r": 4, "init_weights": "mini", "mini_r": 7}, "mini_r=7 does not divide"),
+    ({"r": 4, "target_modules": ["embed_tokens"]}, "embed_tokens is a Embedding, and Bone works on"),
+])
+def test_what_does_not_fit_a_layer_is_refused(llama, settings, message):
+    with pytest.raises(UserError, match=message):
+        get_peft_model(llama, BoneConfig(**{"target_modules": ["q_proj", "k_proj"]} | settings))
