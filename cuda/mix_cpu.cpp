@@ -1,9 +1,10 @@
-// RWKV-6's elementwise operations on CPUs, forward and backward, each in one pass over memory.
+// What RWKV-6 computes between its matrix products, on CPUs: forward and backward, each in one pass over memory.
 //
 //     lerp          out_i = x + (previous - x) m_i,  m_i = maa_i (+ offset_i)       previous: the token before, or `last`
 //     norm_gate     out = (normalized y * weight + bias) silu(g)                    normalized within each head
 //     sigmoid_gate  out = sigmoid(r) v
 //     relu_square   out = max(x, 0)^2
+//     cross_entropy loss = log sum exp(logits) - logits[target], and its gradient in the logits' place
 //
 // Tensors are contiguous, of one type, float or bfloat16; sums are taken in float. Rows are tokens. The loops are plain,
 // for the compiler to vectorize; the library is compiled for one instruction set.
@@ -46,29 +47,30 @@ inline Bfloat16 from_float<Bfloat16>(float x) {  // to nearest even; a NaN stays
     return {static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded)};
 }
 
-// 1 / (1 + exp(-x)), to about two units in the last place. exp(z) = 2^n e^f with |f| <= ln 2 / 2; e^f is a minimax
-// polynomial.
-inline float sigmoid(float x) {
-    float z = -x;
-    z = z < -87.0f ? -87.0f : z;
-    z = z > 87.0f ? 87.0f : z;  // both bounds let a NaN through
+// exp(x) for x in [-87, 87], beyond which x counts as the bound, to about one unit in the last place: 2^n e^f with
+// |f| <= ln 2 / 2, where e^f is a minimax polynomial.
+inline float bounded_exp(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 87.0f ? 87.0f : x;         // both bounds let a NaN through
     const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves no room for a fraction
-    const float shifted = z * 1.44269504088896341f + kRound;
+    const float shifted = x * 1.44269504088896341f + kRound;
     const float n = shifted - kRound;
-    const float f = (z - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
+    const float f = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
     float p = f * 1.38145e-3f + 8.36875e-3f;
     p = p * f + 4.166839e-2f;
     p = p * f + 1.666652e-1f;
     p = p * f + 0.49999993f;
     p = p * f + 1.0f;
     p = p * f + 1.0f;
-    int32_t bits;
+    uint32_t bits;
     memcpy(&bits, &shifted, 4);  // its low bits hold n
-    bits = static_cast<int32_t>((static_cast<uint32_t>(bits) + 127u) << 23);
+    bits = (bits + 127u) << 23;
     float power;
     memcpy(&power, &bits, 4);
-    return 1.0f / (1.0f + p * power);
+    return p * power;
 }
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + bounded_exp(-x)); }
 
 // work(begin, end, thread) over [0, count), split among threads.
 template <class Work>
@@ -327,6 +329,46 @@ void relu_square_backward(const E* x, const E* grad, E* gx, int64_t count, int t
     });
 }
 
+// Each row of logits gives its loss; where `gradient`, it becomes scale times the loss's gradient, plus scale * pull * (its
+// largest logit) at its largest logit.
+template <class E>
+void cross_entropy(E* logits, const int64_t* targets, float* losses, int64_t rows, int64_t vocabulary, float scale, float pull,
+                   bool gradient, int threads) {
+    parallel(rows, rows * vocabulary, threads, [=](int64_t first, int64_t end, int) {
+        for (int64_t row = first; row < end; row++) {
+            E* x = logits + row * vocabulary;
+            float largest = to_float(x[0]);
+            int64_t block_of_largest = 0;
+            for (int64_t begin = 0; begin < vocabulary; begin += kBlock) {
+                const int64_t stop = std::min(begin + kBlock, vocabulary);
+                float most = largest;
+#pragma omp simd reduction(max : most)
+                for (int64_t i = begin; i < stop; i++) most = std::max(most, to_float(x[i]));
+                if (most > largest) largest = most, block_of_largest = begin;
+            }
+            int64_t where = block_of_largest;
+            while (where < vocabulary - 1 && to_float(x[where]) != largest) where++;
+            double sum = 0.0;  // of float sums of blocks: a vocabulary's worth of floats would lose a digit
+            for (int64_t begin = 0; begin < vocabulary; begin += kBlock) {
+                const int64_t stop = std::min(begin + kBlock, vocabulary);
+                float part = 0.0f;
+#pragma omp simd reduction(+ : part)
+                for (int64_t i = begin; i < stop; i++) part += bounded_exp(to_float(x[i]) - largest);
+                sum += part;
+            }
+            const int64_t target = targets[row];
+            losses[row] = __builtin_logf(static_cast<float>(sum)) + (largest - to_float(x[target]));
+            if (!gradient) continue;
+            const float factor = static_cast<float>(scale / sum);
+            const float at_target = bounded_exp(to_float(x[target]) - largest) * factor - scale;
+            for (int64_t i = 0; i < vocabulary; i++) x[i] = from_float<E>(bounded_exp(to_float(x[i]) - largest) * factor);
+            x[target] = from_float<E>(at_target);
+            const float at_largest = where == target ? at_target : factor;  // exp(0) is 1
+            x[where] = from_float<E>(at_largest + scale * pull * largest);
+        }
+    });
+}
+
 template <class E>
 const E* in(const void* p) { return static_cast<const E*>(p); }
 template <class E>
@@ -394,5 +436,10 @@ void mix_relu_square_forward(const void* x, void* to, int64_t count, int bfloat1
 
 void mix_relu_square_backward(const void* x, const void* grad, void* gx, int64_t count, int bfloat16, int threads) {
     BY_TYPE(relu_square_backward(in<E>(x), in<E>(grad), out<E>(gx), count, threads))
+}
+
+void mix_cross_entropy(void* logits, const int64_t* targets, float* losses, int64_t rows, int64_t vocabulary, float scale,
+                       float pull, int gradient, int bfloat16, int threads) {
+    BY_TYPE(cross_entropy(out<E>(logits), targets, losses, rows, vocabulary, scale, pull, gradient != 0, threads))
 }
 }

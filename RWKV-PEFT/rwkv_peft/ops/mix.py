@@ -39,7 +39,7 @@ def lerp(x, last, maa, offsets=None, cu_seqlens=None):
     if last is not None and last.shape != (sequences, x.shape[2]):
         raise ValueError(f"the state's shift is {tuple(last.shape)}; it must be one vector of the model's width for each "
                          f"of the {sequences} sequences: {(sequences, x.shape[2])}")
-    if _takes_kernel(x, last, maa, offsets):
+    if mix_cpu.takes(x, last, maa, offsets):
         bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
         return mix_cpu.Lerp.apply(*_contiguous(x, last, maa, offsets), bounds)
     delta = token_shift(x, last, cu_seqlens) - x
@@ -52,7 +52,7 @@ def norm_gate(y, g, weight, bias, eps):
 
     y (B, T, H, N), g (B, T, H N), weight and bias (H N,) -> (B, T, H N).
     """
-    if _takes_kernel(y, g, weight, bias):
+    if mix_cpu.takes(y, g, weight, bias):
         return mix_cpu.NormGate.apply(*_contiguous(y, g, weight, bias), eps)
     B, T, H, N = y.shape
     return F.group_norm(y.reshape(B * T, H * N), H, weight, bias, eps).view(B, T, H * N) * F.silu(g)
@@ -60,29 +60,16 @@ def norm_gate(y, g, weight, bias, eps):
 
 def sigmoid_gate(r, v):
     """sigmoid(r) · v, for r and v of one shape."""
-    if _takes_kernel(r, v):
+    if mix_cpu.takes(r, v):
         return mix_cpu.SigmoidGate.apply(*_contiguous(r, v))
     return torch.sigmoid(r) * v
 
 
 def relu_square(x):
     """max(x, 0)²."""
-    if _takes_kernel(x):
+    if mix_cpu.takes(x):
         return mix_cpu.ReluSquare.apply(*_contiguous(x))
     return torch.relu(x).square()
-
-
-def _takes_kernel(first, *others):
-    """Whether tensors are what the CPU kernels take: real, on the CPU, of one dtype."""
-    return (
-        first.device.type == "cpu"
-        and first.dtype in (torch.float32, torch.bfloat16)
-        and all(x is None or x.dtype == first.dtype for x in others)
-        and first.numel() > 0
-        and not torch.compiler.is_compiling()
-        and type(first) is torch.Tensor  # not a fake one, or a parameter's subclass
-        and mix_cpu.available()
-    )
 
 
 def _contiguous(*tensors):

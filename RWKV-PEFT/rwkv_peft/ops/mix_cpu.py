@@ -41,11 +41,25 @@ def _library():
         ("lerp_forward", [pointer] * 5 + lerp_sizes), ("lerp_backward", [pointer] * 9 + lerp_sizes),
         ("norm_gate_forward", [pointer] * 5 + norm_sizes), ("norm_gate_backward", [pointer] * 9 + norm_sizes),
         ("sigmoid_gate_forward", [pointer] * 3 + [size, *kind]), ("sigmoid_gate_backward", [pointer] * 5 + [size, *kind]),
+        ("cross_entropy", [pointer] * 3 + [size, size, ctypes.c_float, ctypes.c_float, flag, *kind]),
         ("relu_square_forward", [pointer] * 2 + [size, *kind]), ("relu_square_backward", [pointer] * 3 + [size, *kind]),
     ):
         function = getattr(library, f"mix_{name}")
         function.argtypes, function.restype = arguments, None
     return library
+
+
+def takes(first, *others):
+    """Whether tensors are what the kernels take: real, on the CPU, of one dtype. Elsewhere the plain form serves."""
+    return (
+        first.device.type == "cpu"
+        and first.dtype in (torch.float32, torch.bfloat16)
+        and all([x is None or x.dtype == first.dtype for x in others])
+        and first.numel() > 0
+        and not torch.compiler.is_compiling()
+        and type(first) is torch.Tensor  # not a fake one
+        and available()
+    )
 
 
 def _kind(x):
@@ -170,3 +184,11 @@ class ReluSquare(Function):
         gx = torch.empty_like(x)
         _library().mix_relu_square_backward(*map(_pointer, (x, grad, gx)), x.numel(), *_kind(x))
         return gx
+
+
+def cross_entropy_(logits, targets, scale, pull, gradient):
+    """logits (n, V), which become scale times their gradient where `gradient`; targets (n,) int64 -> losses (n,) float32."""
+    losses = torch.empty(logits.shape[0])
+    _library().mix_cross_entropy(
+        *map(_pointer, (logits, targets, losses)), *logits.shape, scale, pull, gradient, *_kind(logits))
+    return losses

@@ -8,6 +8,8 @@ pass costs nothing more.
 import torch
 import torch.nn.functional as F
 
+from ..ops.cross_entropy import cross_entropy_
+
 CHUNK_ELEMENTS = 2**25  # logits alive at once: 128 MiB in float32
 L2WRAP = 1e-4  # RWKV-LM's pull on each token's largest logit, which keeps logits from drifting up
 
@@ -16,33 +18,23 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, mask, count, l2wrap):
         rows = hidden.reshape(-1, hidden.shape[-1])  # (B * T, C)
-        targets, counted = targets.reshape(-1), mask.reshape(-1)
         needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         # float32 sums, also for a bfloat16 model: thousands of tokens add up here.
         accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        grad_hidden = torch.empty_like(rows) if needs_hidden else None
+        grad_hidden = torch.zeros_like(rows) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=accumulate) if needs_weight else None
         total = torch.zeros((), dtype=accumulate, device=rows.device)
-        size = max(1, CHUNK_ELEMENTS // weight.shape[0])
-        for start in range(0, rows.shape[0], size):
-            chunk = slice(start, start + size)
-            logits = F.linear(rows[chunk], weight).to(accumulate)  # (size, V)
-            picked = targets[chunk, None]
-            factor = counted[chunk, None].to(accumulate) / count
-            largest, where = logits.max(dim=1, keepdim=True)
-            logits.sub_(largest)
-            true_logit = logits.gather(1, picked)
-            log_sum = logits.exp().sum(dim=1, keepdim=True).log()
-            total += ((log_sum - true_logit) * factor).sum()
-            if needs_hidden or needs_weight:
-                grad = logits.sub_(log_sum).exp_().mul_(factor)  # softmax, weighted; in the logits' own memory
-                grad.scatter_add_(1, picked, -factor)
-                grad.scatter_add_(1, where, largest * factor * l2wrap)
-                grad = grad.to(hidden.dtype)
-                if needs_hidden:
-                    torch.mm(grad, weight, out=grad_hidden[chunk])
-                if needs_weight:
-                    grad_weight += (grad.t() @ rows[chunk]).to(accumulate)
+        targets = targets.reshape(-1)
+        counted = mask.reshape(-1).nonzero()[:, 0]  # only these tokens need logits
+        for chunk in counted.split(max(1, CHUNK_ELEMENTS // weight.shape[0])):
+            inputs = rows[chunk]  # (n, C)
+            loss, grad = cross_entropy_(F.linear(inputs, weight), targets[chunk], 1 / count, l2wrap,
+                                        gradient=needs_hidden or needs_weight)  # (n, V)
+            total += loss
+            if needs_hidden:
+                grad_hidden[chunk] = grad @ weight
+            if needs_weight:
+                grad_weight += (grad.t() @ inputs).to(accumulate)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.shape, ctx.weight_dtype = hidden.shape, weight.dtype
         return total

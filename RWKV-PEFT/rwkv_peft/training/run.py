@@ -23,6 +23,7 @@ from ..model import RWKV6, init_weights
 from ..ops import backends
 from .flags import parse_config
 from .gradients import estimate_gradients
+from .memory import keep_freed_memory
 from .saver import Saver, find_checkpoint, read_state
 from .validate import Validator
 
@@ -205,6 +206,7 @@ def fit(config, model, trainable, samples, validator, saver, checkpoint, acceler
     train, folder, plan = config.train, saver.folder, saver.plan
     if accelerator == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take a GPU that is there
+        keep_freed_memory()
     import lightning.pytorch as pl
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 

@@ -1,0 +1,19 @@
+"""The C library's heap, set up for training on the CPU."""
+
+import ctypes
+import sys
+
+# glibc's names for mallopt (malloc.h), and the largest value that it takes.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+LARGEST = 2**31 - 1
+
+
+def keep_freed_memory():
+    """Let the process keep the memory that tensors free, for the next step's tensors; -> whether it could be set.
+
+    By default glibc returns large blocks to the system as they are freed, so that every activation of every step is
+    made of fresh pages, which the kernel clears one by one: for elementwise work that costs more than the work.
+    Memory in use does not shrink below its peak any more. Without glibc nothing changes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    return mallopt is not None and all([mallopt(name, LARGEST) for name in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD)])

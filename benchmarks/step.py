@@ -1,0 +1,206 @@
+"""Time of a whole training step of an RWKV-6, by method, and where it goes.
+
+    python benchmarks/step.py                                   (both shapes, every method)
+    python benchmarks/step.py --shapes 768x2688x12 --methods bat-in --dtypes fp32 bf16 --tokens 512
+
+Shapes are CxFxL: channels, feed-forward channels, layers (2048x7168 are the 1.6B's, at a reduced depth); the
+vocabulary is World's. A step is forward, loss, backward, gradient clipping and AdamW, as the trainer runs it. "floor" is
+the frozen matrix products alone, output and input gradient of every linear layer and of the head: what no adapter can
+avoid. Floor and methods run once a round, in turn, so that a machine's drift meets all of them; the medians of times and
+of ratios within a round are printed. The shares are of one more step under torch's profiler, which slows small
+operations down: read them as proportions.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-PEFT"))
+
+from rwkv_peft.adapters import inject, parameter_groups  # noqa: E402
+from rwkv_peft.config import AdapterConfig, ModelConfig  # noqa: E402
+from rwkv_peft.model import RWKV6  # noqa: E402
+from rwkv_peft.training.loss import linear_cross_entropy  # noqa: E402
+from rwkv_peft.training.memory import keep_freed_memory  # noqa: E402
+
+SHAPES = ("768x2688x12", "2048x7168x2")
+METHODS = ("bat-in", "bone", "bat-out", "lora", "none")
+PARTS = ("gemm", "adapter", "wkv", "norm", "mix", "loss", "optimizer", "other")
+MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
+
+# What the profiler calls the operations of each part, theirs of the backward pass included.
+WORDS = (
+    ("wkv", ("wkv6",)),
+    ("adapter", ("_Bat", "_Bone", "_Lora", "_Linear")),
+    ("loss", ("LinearCrossEntropy",)),
+    ("optimizer", ("Optimizer", "clip", "AccumulateGrad")),
+    ("norm", ("layer_norm", "group_norm", "NormBackward", "NormGate")),
+    ("mix", ("Lerp", "SigmoidGate", "ReluSquare")),
+)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=("fp32",))
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=1024, help="of each row of the batch")
+    parser.add_argument("--vocab", type=int, default=65536)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--fresh_pages", action="store_true", help="do not keep freed memory, as the trainer does on the CPU")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.device == "cpu" and not args.fresh_pages:
+        keep_freed_memory()
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} thread(s)"
+    print(f"torch {torch.__version__}, {where}, rank {args.rank}, median of {args.rounds} rounds")
+    for shape in args.shapes:
+        C, F_, L = map(int, shape.split("x"))
+        config = ModelConfig(n_layer=L, n_embd=C, vocab_size=args.vocab, dim_att=C, dim_ffn=F_)
+        for dtype in args.dtypes:
+            table(config, dtype, args)
+
+
+def table(config, dtype, args):
+    """Print one table: a row for each method."""
+    kind = {"device": args.device, "dtype": torch.float32 if dtype == "fp32" else torch.bfloat16}
+    print(f"\nC {config.n_embd}, F {config.dim_ffn}, {config.n_layer} layers, vocabulary {config.vocab_size}, "
+          f"{args.batch} x {args.tokens} tokens, {dtype}\n")
+    weights = random_weights(config, kind)
+    steps = {"floor": make_floor(weights, args.batch * args.tokens)}
+    for method in args.methods:
+        steps[method] = make_step(config, weights, method, kind, args)
+    times = {name: [] for name in steps}
+    for round_ in range(args.rounds + 1):  # the first warms up
+        for name, step in steps.items():
+            seconds = timed(step, args.device)
+            if round_:
+                times[name].append(seconds)
+    floor = times.pop("floor")
+    print(f"| method | ms | / floor | {' | '.join(PARTS)} |")
+    print("|---|---|---|" + "---|" * len(PARTS))
+    print(f"| floor | {1e3 * statistics.median(floor):.0f} | 1 | 100 % |" + " |" * (len(PARTS) - 1), flush=True)
+    for method, seconds in times.items():
+        ratio = statistics.median(a / b for a, b in zip(seconds, floor))
+        parts = shares(steps[method], weights)
+        print(f"| {method} | {1e3 * statistics.median(seconds):.0f} | {ratio:.2f} | "
+              + " | ".join(f"{100 * parts[part]:.1f} %" for part in PARTS) + " |", flush=True)
+
+
+def random_weights(config, kind):
+    """A state dict of plausible scale."""
+    torch.manual_seed(0)
+    state = {}
+    for name, parameter in RWKV6(config).state_dict().items():
+        if name.endswith("time_decay"):
+            state[name] = torch.empty_like(parameter).uniform_(-6, -1)
+        elif "ln" in name or "time_maa_" in name and parameter.shape[0] == 1:
+            state[name] = torch.empty_like(parameter).uniform_(0, 1)
+        else:
+            state[name] = torch.randn_like(parameter) / parameter.shape[-1] ** 0.5
+    return {name: tensor.to(**kind) for name, tensor in state.items()}
+
+
+def linear_weights(weights):
+    """The matrices of the model's linear layers, the head's included."""
+    return [weight for name, weight in weights.items() if weight.dim() == 2 and ".time_" not in name and name != "emb.weight"]
+
+
+def make_floor(weights, tokens):
+    """A function that multiplies by every linear layer's weight, forward and for the input's gradient."""
+    matrices = linear_weights(weights)
+    inputs = {n: torch.randn(tokens, n).to(matrices[0]) for weight in matrices[:-1] for n in weight.shape}
+    head = matrices[-1]
+    chunk = max(1, 2**25 // head.shape[0])  # the loss never holds all logits, so neither does its floor
+    hidden = inputs[head.shape[1]]
+
+    def step():
+        for weight in matrices[:-1]:
+            F.linear(inputs[weight.shape[1]], weight)
+            inputs[weight.shape[0]] @ weight
+        for rows in hidden.split(chunk):
+            F.linear(rows, head) @ head
+
+    return step
+
+
+def make_step(config, weights, method, kind, args):
+    """A function that trains one step on random tokens."""
+    with torch.device("meta"):
+        model = RWKV6(config)
+    model.load_state_dict(weights if method != "none" else {name: w.clone() for name, w in weights.items()}, assign=True)
+    rank = args.rank
+    if method == "lora":  # as many parameters as bat-in, at a square matrix
+        rank = max(1, args.rank // 2)
+    adapter = AdapterConfig(method=method if method in ("lora", "none") else "bone", mode=method, rank=rank)
+    inject(model, adapter)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if method != "none":
+        for parameter in trained:
+            nn.init.normal_(parameter, std=1e-3)
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-5, fused=True)
+    tokens = torch.randint(config.vocab_size, (args.batch, args.tokens + 1), device=args.device)
+    head = partial(linear_cross_entropy, targets=tokens[:, 1:], count=args.batch * args.tokens,
+                   mask=torch.ones_like(tokens[:, 1:], dtype=torch.bool))
+
+    def step():
+        loss, _ = model(tokens[:, :-1], head=head)
+        loss.backward()
+        with torch.profiler.record_function("clip"):
+            nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def timed(step, device):
+    start = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def shares(step, weights):
+    """Which share of a step's time each of PARTS takes; what the profiler sees in no operation is "other"."""
+    shapes = {tuple(sorted(weight.shape)) for weight in linear_weights(weights)}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        start = time.perf_counter()
+        step()
+        wall = 1e6 * (time.perf_counter() - start)
+    spent = dict.fromkeys(PARTS, 0.0)
+    for event in profile.events():
+        spent[part_of(event, shapes)] += event.self_cpu_time_total
+    spent["other"] += max(0.0, wall - sum(spent.values()))
+    total = sum(spent.values())
+    return {part: time_ / total for part, time_ in spent.items()}
+
+
+def part_of(event, shapes):
+    """The part of a step that a profiler event belongs to: by what it is, else by what it runs in."""
+    if event.name in MATRIX_PRODUCTS and any(tuple(sorted(shape)) in shapes for shape in event.input_shapes if shape):
+        return "gemm"
+    own = event.name
+    while event is not None:
+        for part, words in WORDS:
+            if any(word in event.name for word in words):
+                return part
+        event = event.cpu_parent
+    # What remains of torch's operations are sums, tanh and the small products around the interpolation.
+    return "mix" if own.startswith("aten::") else "other"
+
+
+if __name__ == "__main__":
+    main()
