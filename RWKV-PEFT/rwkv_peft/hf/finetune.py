@@ -1,0 +1,167 @@
+"""Supervised fine-tuning of a Hugging Face causal language model with Bone, through trl's SFTTrainer.
+
+    python demo/bone_finetuning.py --base_model_name_or_path meta-llama/Llama-2-7b-hf --output_dir out/llama \\
+        --data_path fxmeng/pissa-dataset --dataset_split train[:100000] --dataset_field query response \\
+        --bone_r 64 --init_weights bat-in --bits bf16 --merge_and_save --bf16 True --learning_rate 2e-5
+
+Model and data are names on the hub or local paths. The adapter goes to OUTPUT_DIR/bone_ft and, with
+--merge_and_save, the merged model to OUTPUT_DIR/bone_merged. All arguments of trl's SFTConfig are taken.
+Only the answers count in the loss (--completion_only_loss False: the questions too).
+"""
+
+import difflib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+
+from ..errors import UserError
+from .config import BoneConfig
+
+BITS = ("bf16", "fp16", "fp32", "nf4", "int8")
+# (name in older trl and transformers, name in newer ones)
+RENAMED = (("max_seq_length", "max_length"), ("warmup_ratio", "warmup_steps"), ("evaluation_strategy", "eval_strategy"))
+
+
+@dataclass
+class BoneArguments:
+    """What this command takes beside SFTConfig's arguments."""
+
+    base_model_name_or_path: str = field(metadata={"help": "Base model: a name on the hub, or a folder."})
+    data_path: str = field(metadata={"help": "Data: a name on the hub, a folder, or a .jsonl, .json, .csv or .parquet file."})
+    dataset_split: str = field(default="train", metadata={"help": "Split, such as train[:100000]."})
+    dataset_field: list[str] = field(
+        default_factory=lambda: ["query", "response"], metadata={"help": "The columns of question and answer."})
+    bits: str = field(default="bf16", metadata={"help": f"How the frozen model is kept: {', '.join(BITS)}."})
+    bone_r: int = field(default=64, metadata={"help": "Rank."})
+    init_weights: str = field(
+        default="True", metadata={"help": "True (bone), bat-in, bat-out (also: bat), mini, or False (random bone)."})
+    mini_r: int = field(default=0, metadata={"help": "Width of the repeated update, with --init_weights mini."})
+    bone_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter's input."})
+    target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules to adapt; default: all linear layers but the head."})
+    merge_and_save: bool = field(default=False, metadata={"help": "Also write the merged model."})
+
+
+def main(argv):
+    """Train, save, and merge if asked; -> 0. Raises UserError for arguments that cannot be honoured."""
+    from transformers import AutoTokenizer
+    from trl import SFTTrainer
+
+    arguments, config = parse(argv)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.base_model_name_or_path)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    data = load_data(arguments, tokenizer.eos_token)
+    trainer = SFTTrainer(
+        model=load_model(arguments.base_model_name_or_path, arguments.bits), args=config, train_dataset=data,
+        processing_class=tokenizer, peft_config=bone_config(arguments))
+    if trainer.is_world_process_zero():
+        trainer.model.print_trainable_parameters()
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.save_state()
+    adapter = Path(config.output_dir) / "bone_ft"
+    trainer.save_model(str(adapter))
+    if trainer.is_world_process_zero():
+        print(f"the adapter is in {adapter}")
+        if arguments.merge_and_save:
+            merge_and_save(arguments, adapter, Path(config.output_dir) / "bone_merged", tokenizer)
+    return 0
+
+
+def parse(argv):
+    """argv -> (BoneArguments, SFTConfig)."""
+    from transformers import HfArgumentParser
+    from trl import SFTConfig
+
+    argv = adapt(argv, {item.name for item in fields(SFTConfig)}, torch.cuda.is_available())
+    parser = HfArgumentParser((BoneArguments, SFTConfig), allow_abbrev=False, prog="bone_finetuning.py")
+    parser.error = refuse
+    arguments, config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
+        raise UserError(f"there is no {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+    if arguments.bits not in BITS:
+        raise UserError(f"--bits {arguments.bits} is unknown; give {', '.join(BITS)}")
+    if len(arguments.dataset_field) != 2:
+        raise UserError(f"--dataset_field takes two columns, question and answer, and got {arguments.dataset_field}")
+    return arguments, config
+
+
+def refuse(message):
+    raise UserError(f"{message}; see bone_finetuning.py --help")
+
+
+def adapt(argv, known, cuda):
+    """Arguments as the installed trl and transformers take them, with a word about each that is changed.
+
+    known: the names of SFTConfig's arguments; cuda: whether this machine has a CUDA device.
+    """
+    argv = [part for argument in argv for part in (argument.split("=", 1) if argument.startswith("--") else [argument])]
+    for old, new in RENAMED:
+        if f"--{old}" in argv and old not in known and new in known:
+            argv[argv.index(f"--{old}")] = f"--{new}"
+            print(f"--{old} is --{new} in the installed trl and transformers, and is taken as that")
+    if not cuda:
+        if "--tf32" in argv:
+            at = argv.index("--tf32")
+            has_value = at + 1 < len(argv) and not argv[at + 1].startswith("--")
+            del argv[at : at + 1 + has_value]
+            print("--tf32 is for CUDA devices; there is none here, and it is ignored")
+        if "--use_cpu" not in argv:
+            argv += ["--use_cpu", "True"]
+    return argv
+
+
+def bone_config(arguments):
+    """The BoneConfig that the arguments describe."""
+    init_weights = {"true": True, "false": False}.get(arguments.init_weights.lower(), arguments.init_weights)
+    targets = arguments.target_modules or ["all-linear"]
+    return BoneConfig(
+        r=arguments.bone_r, init_weights=init_weights, mini_r=arguments.mini_r, bone_dropout=arguments.bone_dropout,
+        target_modules=targets[0] if len(targets) == 1 and targets[0] == "all-linear" else targets, task_type="CAUSAL_LM")
+
+
+def load_model(path, bits):
+    """The base model, its frozen weights kept as `bits` says."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = {"fp16": torch.float16, "fp32": torch.float32}.get(bits, torch.bfloat16)
+    quantization = {
+        "nf4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
+        "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+    }.get(bits, lambda: None)()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=quantization)
+
+
+def load_data(arguments, end):
+    """The rows as prompt and completion. Raises UserError where a column is missing or no row is there."""
+    from datasets import load_dataset
+
+    kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(arguments.data_path).suffix)
+    if kind is not None and not Path(arguments.data_path).is_file():
+        raise UserError(f"--data_path {arguments.data_path} does not exist")
+    files = {} if kind is None else {"data_files": arguments.data_path}
+    data = load_dataset(kind or arguments.data_path, split=arguments.dataset_split, **files)
+    missing = [name for name in arguments.dataset_field if name not in data.column_names]
+    if missing:
+        raise UserError(f"{arguments.data_path} has no column {', '.join(missing)}; it has {', '.join(data.column_names)}: "
+                        "name two of them with --dataset_field QUESTION ANSWER")
+    if not len(data):
+        raise UserError(f"{arguments.data_path}, {arguments.dataset_split} holds no rows")
+    question, answer = arguments.dataset_field
+    return data.map(
+        lambda row: {"prompt": f"### USER: {row[question]}\n### ASSISTANT:", "completion": f" {row[answer]}{end or ''}"},
+        remove_columns=data.column_names)
+
+
+def merge_and_save(arguments, adapter, target, tokenizer):
+    """Merge a saved adapter into the base model, read anew without quantization, and save the result."""
+    from peft import PeftModel
+
+    bits = arguments.bits if arguments.bits in ("fp16", "fp32") else "bf16"
+    model = PeftModel.from_pretrained(load_model(arguments.base_model_name_or_path, bits), adapter)
+    model.merge_and_unload(safe_merge=True).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    print(f"the merged model is in {target}")
