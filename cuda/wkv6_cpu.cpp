@@ -15,14 +15,16 @@
 //        S  <- diag(W) S + sum_j K_j v_j^T           A_ii = sum_c r_i[c] u[c] k_i[c]
 //    so that one multiplication by W stands for four, and every factor is a product of numbers at most 1: nothing
 //    overflows, however strong the decay. "Prepare" computes R, K, W and A.
-// 2. Tiles of 64 steps. A block of S (4 rows of 64 lanes with AVX-512) is loaded into registers, walks through the 16
-//    chunks of the tile, and is stored again: state_pass. Nearly all time is spent in its multiply-adds.
-// 3. Backward. Forward saves S at the start of each tile. The gradient D of S obeys the mirrored recurrence
+// 2. Spans of 16 steps, which fit in the processor's first cache together with S. A block of S (8 rows of 32 lanes with
+//    AVX-512) is loaded into registers, walks through the 4 chunks of a span, and is stored again: forward_pass. Most time
+//    is spent in its multiply-adds.
+// 3. Backward, in tiles of 64 steps: forward saves S at the start of each. The gradient D of S obeys the mirrored
+//    recurrence
 //        D_{t-1} = diag(d_t) D_t + r_t gy_t^T
-//    backward in time. Tile by tile, from the last: run S^T forward through the tile again for P_i = S gy_i, the part of
-//    r's gradient that comes through the state (state_pass, rows now values and lanes keys); run D^T backward for
-//    Q_j = D v_j and for gv_j = D^T K_j (gradient_pass); then combine both with what happens inside a chunk
-//    (finish_chunk).
+//    backward in time. Tile by tile, from the last: run S^T forward through the tile's spans again for P_i = S gy_i, the
+//    part of r's gradient that comes through the state (state_pass, rows now values and lanes keys); then span by span
+//    from the last, run D^T backward for Q_j = D v_j and for gv_j = D^T K_j (gradient_pass), and combine P and Q with what
+//    happens inside a chunk (finish_chunk).
 // 4. The decay's gradient. dL / d log d_t = sum over everything that is written before t and read after t. For writes
 //    and reads in the chunk of t these are P, Q and A's gradient; what passes through the whole chunk is W <S, D> for
 //    each key, S before the chunk and D after it. S at every chunk is kept for one tile, so that gradient_pass can take
@@ -47,9 +49,11 @@ namespace wkv6 {
 namespace WKV6_LEVEL {
 namespace {
 
-constexpr int kTile = 64;
+constexpr int kTile = 64;                      // steps from one checkpoint to the next
+constexpr int kSpan = 16;                      // steps that are prepared and computed at once
 constexpr int kChunk = 4;
 constexpr int kChunks = kTile / kChunk;
+constexpr int kSpanChunks = kSpan / kChunk;
 constexpr int kPairs = kChunk * kChunk;        // A of one chunk, column j at j * kChunk
 constexpr int kSmallestValueBlock = 16;        // columns of S that are worth a task of their own
 constexpr float kNoDecay = -87.0f;             // w of a step past the end: d is exactly 1, its gradient about 0
@@ -61,32 +65,37 @@ struct Range {
 };
 
 // The shape of a block of S in registers, for a pass over `width` lanes.
-constexpr int block_vectors(int width) { return width / kLanes < 4 ? width / kLanes : 4; }
+constexpr int block_vectors(int width) { return width / kLanes < 2 ? width / kLanes : 2; }
 constexpr int block_rows(int vectors) { return kAccumulators / vectors < 8 ? kAccumulators / vectors : 8; }
 
 // ---- rows of tensors <-> rows of floats -----------------------------------------------------------------------------
 
 // `steps` rows of n elements, `stride` apart, become kChunk rows of N floats; what lies beyond is `filler` in time, 0 in
-// channels. A null source is all zeros.
+// channels.
 template <int N, class Element>
-INLINE void load_rows(float* to, const Element* from, int64_t stride, int steps, int n, float filler = 0.0f) {
+void pad_rows(float* to, const Element* from, int64_t stride, int steps, int n, float filler = 0.0f) {
     for (int t = 0; t < kChunk; t++) {
         float* row = to + t * N;
-        if (t >= steps || !from) {
-            for (int c = 0; c < N; c++) row[c] = t >= steps ? filler : 0.0f;
-        } else if (n == N) {
-            for (int c = 0; c < N; c++) row[c] = to_float(from[t * stride + c]);
-        } else {
-            for (int c = 0; c < n; c++) row[c] = to_float(from[t * stride + c]);
-            for (int c = n; c < N; c++) row[c] = 0.0f;
-        }
+        const int present = t < steps ? n : 0;
+        for (int c = 0; c < present; c++) row[c] = to_float(from[t * stride + c]);
+        for (int c = present; c < N; c++) row[c] = t < steps ? 0.0f : filler;
     }
 }
 
+// kChunk rows of N elements, `stride` apart, become floats side by side; null is all zeros.
 template <int N, class Element>
-INLINE void store_rows(Element* to, const float* from, int64_t stride, int steps, Range columns) {
-    for (int t = 0; t < steps; t++)
-        for (int c = columns.begin; c < columns.end; c++) from_float(to[t * stride + c], from[t * N + c]);
+INLINE void copy_rows(float* to, const Element* from, int64_t stride) {
+    UNROLL for (int t = 0; t < kChunk; t++)
+        UNROLL for (int c = 0; c < N; c += kLanes) store(to + t * N + c, from ? load(from + t * stride + c) : zero());
+}
+
+template <int N, class Element>
+void store_rows(Element* to, const float* from, int64_t stride, int steps, Range columns) {
+    for (int t = 0; t < steps; t++) {
+        int c = columns.begin;
+        for (; c + kLanes <= columns.end; c += kLanes) store(to + t * stride + c, load(from + t * N + c));
+        for (; c < columns.end; c++) from_float(to[t * stride + c], from[t * N + c]);
+    }
 }
 
 // A state of n rows and columns in memory <-> one of N, zeros beyond n; null is all zeros.
@@ -112,38 +121,51 @@ void store_state(float* to, const float* S, int n, Range columns) {
 
 // ---- preparing a chunk ----------------------------------------------------------------------------------------------
 
-// In place, w becomes the decay exp(-exp(w)); e becomes exp(w), which the decay's gradient needs.
-template <int N>
-INLINE void decays(float* w, float* e) {
-    for (int c = 0; c < kChunk * N; c += kLanes) {
-        const Vec x = exp_bounded(at_most(at_least(load(w + c), -kLargestExponent), kLargestExponent));
-        store(e + c, x);
-        store(w + c, exp_bounded(-at_most(x, kLargestExponent)));
-    }
+// exp(w) and the decay exp(-exp(w)).
+struct Decays {
+    Vec e, d;
+};
+
+INLINE Decays decays(Vec w) {
+    const Vec e = exp_bounded(at_most(at_least(w, -kLargestExponent), kLargestExponent));
+    return {e, exp_bounded(-at_most(e, kLargestExponent))};
 }
 
 // The lower triangle of a chunk's pairs, a[i][j] for j <= i, each summed over its lanes -> A.
 INLINE void store_pairs(float* A, const Vec a[kChunk][kChunk]) {
-    store4(A, sums(a[0][0], a[1][0], a[2][0], a[3][0]));
-    store4(A + 1 * kChunk, sums(zero(), a[1][1], a[2][1], a[3][1]));
-    const Vec4 last = sums(a[2][2], a[3][2], a[3][3], zero());
-    A[2 * kChunk + 2] = last[0];
-    A[2 * kChunk + 3] = last[1];
-    A[3 * kChunk + 3] = last[2];
+    Vec quads[4] = {quad_sums(a[0][0], a[1][0], a[2][0], a[3][0]), quad_sums(zero(), a[1][1], a[2][1], a[3][1]),
+                    quad_sums(zero(), zero(), a[2][2], a[3][2]), quad_sums(zero(), zero(), zero(), a[3][3])};
+    Vec4 columns[4];
+    sums_of_quads(quads, columns);
+    UNROLL for (int j = 0; j < kChunk; j++) store4(A + j * kChunk, columns[j]);
 }
 
-// r k d (kChunk rows) and u -> R, K (kChunk rows), W (one row), A (kPairs).
-template <int N>
-INLINE void prepare(const float* r, const float* k, const float* d, const float* u, float* R, float* K, float* W, float* A) {
+// Where prepare leaves what the passes need, and with kKeepDecays d and e for the end of backward.
+struct Prepared {
+    float *R, *K, *W, *A, *d, *e;
+};
+
+// r k w (kChunk rows of N elements, `stride` apart) and u -> R, K, d, e (kChunk rows of N floats), W (one row), A (kPairs).
+template <int N, bool kKeepDecays, class Element>
+INLINE void prepare(const Element* r, const Element* k, const Element* w, int64_t stride, const float* u,
+                    const Prepared& to) {
     Vec a[kChunk][kChunk];
     UNROLL for (int i = 0; i < kChunk; i++) UNROLL for (int j = 0; j <= i; j++) a[i][j] = zero();
     for (int c = 0; c < N; c += kLanes) {
-        const Vec r0 = load(r + c), r1 = load(r + N + c), r2 = load(r + 2 * N + c), r3 = load(r + 3 * N + c);
-        const Vec k0 = load(k + c), k1 = load(k + N + c), k2 = load(k + 2 * N + c), k3 = load(k + 3 * N + c);
-        const Vec d0 = load(d + c), d1 = load(d + N + c), d2 = load(d + 2 * N + c), d3 = load(d + 3 * N + c);
+        Vec d[kChunk];
+        UNROLL for (int i = 0; i < kChunk; i++) {
+            const Decays found = decays(load(w + i * stride + c));
+            d[i] = found.d;
+            if (kKeepDecays) {
+                store(to.d + i * N + c, found.d);
+                store(to.e + i * N + c, found.e);
+            }
+        }
+        const Vec r0 = load(r + c), r1 = load(r + stride + c), r2 = load(r + 2 * stride + c), r3 = load(r + 3 * stride + c);
+        const Vec k0 = load(k + c), k1 = load(k + stride + c), k2 = load(k + 2 * stride + c), k3 = load(k + 3 * stride + c);
         const Vec bonus = load(u + c);
-        const Vec d01 = d0 * d1, d23 = d2 * d3;
-        const Vec k0_1 = k0 * d1, k0_12 = k0_1 * d2, k1_2 = k1 * d2;  // k0_1: k_0 as decayed by step 1
+        const Vec d01 = d[0] * d[1], d23 = d[2] * d[3];
+        const Vec k0_1 = k0 * d[1], k0_12 = k0_1 * d[2], k1_2 = k1 * d[2];  // k0_1: k_0 as decayed by step 1
 
         a[0][0] += r0 * (bonus * k0);
         a[1][1] += r1 * (bonus * k1);
@@ -156,23 +178,23 @@ INLINE void prepare(const float* r, const float* k, const float* d, const float*
         a[3][1] += r3 * k1_2;
         a[3][0] += r3 * k0_12;
 
-        store(R + c, r0);
-        store(R + N + c, r1 * d0);
-        store(R + 2 * N + c, r2 * d01);
-        store(R + 3 * N + c, r3 * (d01 * d2));
-        store(K + c, k0_12 * d3);
-        store(K + N + c, k1_2 * d3);
-        store(K + 2 * N + c, k2 * d3);
-        store(K + 3 * N + c, k3);
-        store(W + c, d01 * d23);
+        store(to.R + c, r0);
+        store(to.R + N + c, r1 * d[0]);
+        store(to.R + 2 * N + c, r2 * d01);
+        store(to.R + 3 * N + c, r3 * (d01 * d[2]));
+        store(to.K + c, k0_12 * d[3]);
+        store(to.K + N + c, k1_2 * d[3]);
+        store(to.K + 2 * N + c, k2 * d[3]);
+        store(to.K + 3 * N + c, k3);
+        store(to.W + c, d01 * d23);
     }
-    store_pairs(A, a);
+    store_pairs(to.A, a);
 }
 
 // ---- fetching ahead -------------------------------------------------------------------------------------------------
 
-// Rows of memory that will be needed soon, brought into the cache a few at a time while a pass computes: a head's rows
-// lie too far apart for the processor to foresee them.
+// Rows of memory that will be needed soon, brought into the second cache a few at a time while a pass computes: a head's
+// rows lie too far apart for the processor to foresee them, and the first cache is the pass's.
 class Ahead {
   public:
     // `steps` rows of n elements, `stride` elements apart.
@@ -188,7 +210,7 @@ class Ahead {
         for (int i = 0; i < parts_; i++) {
             Part& part = part_[i];
             for (int t = 0; t < count && part.steps > 0; t++, part.steps--, part.row += part.stride)
-                for (int64_t byte = 0; byte < part.bytes; byte += 64) __builtin_prefetch(part.row + byte);
+                for (int64_t byte = 0; byte < part.bytes; byte += 64) __builtin_prefetch(part.row + byte, 0, 2);
         }
     }
 
@@ -201,129 +223,194 @@ class Ahead {
     int parts_ = 0;
 };
 
-// ---- a state through a tile -----------------------------------------------------------------------------------------
+// ---- a block of a state in registers --------------------------------------------------------------------------------
 
-enum class Decay { kPerRow, kPerLane };
+// kRows rows of kVectors vectors, from a state whose rows have N lanes, as have the arrays' rows below. An array that goes
+// with rows points at the block's first row, one that goes with lanes at its first lane.
+template <int N, int kRows, int kVectors>
+struct Block {
+    static constexpr int kRowsHigh = kRows, kLanesWide = kVectors * kLanes;
+    Vec s[kRows][kVectors];
+
+    INLINE void load_from(const float* S) {
+        UNROLL for (int a = 0; a < kRows; a++) UNROLL for (int b = 0; b < kVectors; b++) s[a][b] = load(S + a * N + b * kLanes);
+    }
+    INLINE void store_to(float* S) const {
+        UNROLL for (int a = 0; a < kRows; a++) UNROLL for (int b = 0; b < kVectors; b++) store(S + a * N + b * kLanes, s[a][b]);
+    }
+
+    // out_i[lane] += sum over rows of factors_i[row] S[row][lane], for the kChunk rows of `factors` and `out`.
+    INLINE void read(const float* factors, float* out) const {
+        UNROLL for (int i = 0; i < kChunk; i++) read_step(factors + i * N, out + i * N);
+    }
+    INLINE void read_step(const float* factors, float* out) const {
+        Vec sum[kVectors];
+        UNROLL for (int b = 0; b < kVectors; b++) sum[b] = load(out + b * kLanes);
+        UNROLL for (int a = 0; a < kRows; a++) {
+            const Vec factor = broadcast(factors[a]);
+            UNROLL for (int b = 0; b < kVectors; b++) sum[b] += factor * s[a][b];
+        }
+        UNROLL for (int b = 0; b < kVectors; b++) store(out + b * kLanes, sum[b]);
+    }
+
+    INLINE void decay_rows(const float* W) {
+        UNROLL for (int a = 0; a < kRows; a++) {
+            const Vec factor = broadcast(W[a]);
+            UNROLL for (int b = 0; b < kVectors; b++) s[a][b] *= factor;
+        }
+    }
+    INLINE void decay_lanes(const float* W) {
+        UNROLL for (int b = 0; b < kVectors; b++) {
+            const Vec factor = load(W + b * kLanes);
+            UNROLL for (int a = 0; a < kRows; a++) s[a][b] *= factor;
+        }
+    }
+
+    // S[row][lane] += sum over the chunk's steps of factors_j[row] x_j[lane].
+    INLINE void write(const float* factors, const float* x) {
+        UNROLL for (int j = 0; j < kChunk; j++) {
+            Vec lane[kVectors];
+            UNROLL for (int b = 0; b < kVectors; b++) lane[b] = load(x + j * N + b * kLanes);
+            UNROLL for (int a = 0; a < kRows; a++) {
+                const Vec factor = broadcast(factors[j * N + a]);
+                UNROLL for (int b = 0; b < kVectors; b++) s[a][b] += factor * lane[b];
+            }
+        }
+    }
+
+    // sum over lanes of S[row][lane] x[lane]: each quad of rows as one vector, whose quads are to be summed.
+    INLINE void dot(const float* x, Vec* quads) const {
+        Vec partial[kRows];
+        UNROLL for (int a = 0; a < kRows; a++) partial[a] = load(x) * s[a][0];
+        UNROLL for (int b = 1; b < kVectors; b++) {
+            const Vec lane = load(x + b * kLanes);
+            UNROLL for (int a = 0; a < kRows; a++) partial[a] += lane * s[a][b];
+        }
+        UNROLL for (int a = 0; a < kRows; a += 4)
+            quads[a / 4] = quad_sums(partial[a], partial[a + 1], partial[a + 2], partial[a + 3]);
+    }
+
+    // out[lane] += sum over rows of S[row][lane] other[row][lane].
+    INLINE void multiply(const float* other, float* out) const {
+        UNROLL for (int b = 0; b < kVectors; b++) {
+            Vec sum = load(out + b * kLanes);
+            UNROLL for (int a = 0; a < kRows; a++) sum += load(other + a * N + b * kLanes) * s[a][b];
+            store(out + b * kLanes, sum);
+        }
+    }
+};
+
+// ---- forward --------------------------------------------------------------------------------------------------------
+
+// S through `chunks` chunks: y_i += S^T R_i, then S = W S + sum_j K_j v_j^T. Rows of S are keys, lanes values.
+template <int N, int kVectors>
+void forward_pass(float* S, Range values, const float* R, const float* K, const float* W, const float* v, float* y,
+                  int chunks, Ahead& ahead) {
+    constexpr int kRows = block_rows(kVectors);
+    for (int l = values.begin; l < values.end; l += kVectors * kLanes)
+        for (int row = 0; row < N; row += kRows) {
+            ahead.fetch(1);
+            Block<N, kRows, kVectors> block;
+            block.load_from(S + row * N + l);
+            for (int m = 0; m < chunks; m++) {
+                const int chunk = m * kChunk * N;
+                block.read(R + chunk + row, y + chunk + l);
+                block.decay_rows(W + m * N + row);
+                block.write(K + chunk + row, v + chunk + l);
+            }
+            block.store_to(S + row * N + l);
+        }
+}
+
+// Rows of kSteps steps, and a gap that shifts the next array against it: a processor takes a load for dependent on an earlier
+// store whose address agrees in the last 12 bits, so arrays that walk in step must not lie a multiple of 4 KB apart.
+template <int N, int kSteps>
+struct Rows {
+    alignas(64) float at[kSteps * N];
+    float gap[17 * 16];
+    operator float*() { return at; }
+};
+
+// ---- backward -------------------------------------------------------------------------------------------------------
+
+// quads[j], as Block::dot leaves them -> gv_j[row], overwritten where `first`, else added to.
+template <int N, int kRows>
+INLINE void store_row_sums(float* gv, const Vec quads[kChunk][kRows / 4], bool first) {
+    UNROLL for (int a = 0; a < kRows; a += 4) {
+        Vec column[kChunk];
+        Vec4 sum[kChunk];
+        UNROLL for (int j = 0; j < kChunk; j++) column[j] = quads[j][a / 4];
+        sums_of_quads(column, sum);
+        UNROLL for (int j = 0; j < kChunk; j++) store4(gv + j * N + a, first ? sum[j] : sum[j] + load4(gv + j * N + a));
+    }
+}
+
+// D's blocks are as wide as registers allow beside four rows: gv needs sums over lanes, in fours.
+constexpr int gradient_vectors(int N) { return N / kLanes < kAccumulators / 4 ? N / kLanes : kAccumulators / 4; }
 
 // Floats from the state at one chunk to the state at the next, where these are kept.
 template <int N>
 constexpr int kHistoryStride = N * N + 17 * 16;
 
-// For each chunk in turn: out_i += sum over rows of read_i[row] S[row], then S = W S + sum_j write_j[row] x_j.
-// `read` and `write` index rows, `x` and `out` lanes, W either; S and all of them have N columns. Where history is
-// given, it keeps S as it was before each chunk.
-template <int N, int kVectors, Decay kDecay>
-void state_pass(float* S, Range rows, Range lanes, const float* read, const float* write, const float* W, const float* x,
-                float* out, int chunks, Ahead& ahead, float* history = nullptr) {
-    constexpr int kRows = block_rows(kVectors);
-    for (int l = lanes.begin; l < lanes.end; l += kVectors * kLanes)
-        for (int row = rows.begin; row < rows.end; row += kRows) {
-            ahead.fetch(kRows);
-            Vec s[kRows][kVectors];
-            UNROLL for (int a = 0; a < kRows; a++)
-                UNROLL for (int b = 0; b < kVectors; b++) s[a][b] = load(S + (row + a) * N + l + b * kLanes);
-            for (int m = 0; m < chunks; m++) {
+template <int N>
+struct BackwardWork {
+    Rows<N, kTile> r, k, d, e;
+    Rows<N, kTile> v, K, R, Q, gy, P, gv;
+    alignas(64) float W[kChunks * N], A[kChunks * kPairs], u[N];
+    alignas(64) float S[N * N], D[N * N], SD[kChunks * N], gu[N];  // S and D transposed: rows values, lanes keys
+    alignas(64) float padded[4][kChunk * N];
+    alignas(64) float history[kChunks * kHistoryStride<N>];  // S before each chunk
+};
+
+// The chunks of a span, by their numbers in the tile.
+struct Span {
+    int begin, end;
+};
+
+// S^T through a span: P_i += S gy_i, then S = W S + sum_j K_j v_j^T; history keeps S before each chunk.
+template <int N>
+void state_pass(BackwardWork<N>& q, Range values, Span span, Ahead& ahead) {
+    using Registers = Block<N, block_rows(block_vectors(N)), block_vectors(N)>;
+    for (int l = 0; l < N; l += Registers::kLanesWide)
+        for (int row = values.begin; row < values.end; row += Registers::kRowsHigh) {
+            ahead.fetch(1);
+            Registers S;
+            S.load_from(q.S + row * N + l);
+            for (int m = span.begin; m < span.end; m++) {
                 const int chunk = m * kChunk * N;
-                if (kDecay == Decay::kPerLane)
-                    UNROLL for (int a = 0; a < kRows; a++)
-                        UNROLL for (int b = 0; b < kVectors; b++)
-                            store(history + m * kHistoryStride<N> + (row + a) * N + l + b * kLanes, s[a][b]);
-                UNROLL for (int i = 0; i < kChunk; i++) {
-                    float* to = out + chunk + i * N + l;
-                    Vec sum[kVectors];
-                    UNROLL for (int b = 0; b < kVectors; b++) sum[b] = load(to + b * kLanes);
-                    UNROLL for (int a = 0; a < kRows; a++) {
-                        const Vec factor = broadcast(read[chunk + i * N + row + a]);
-                        UNROLL for (int b = 0; b < kVectors; b++) sum[b] += factor * s[a][b];
-                    }
-                    UNROLL for (int b = 0; b < kVectors; b++) store(to + b * kLanes, sum[b]);
-                }
-                UNROLL for (int a = 0; a < kRows; a++)
-                    UNROLL for (int b = 0; b < kVectors; b++)
-                        s[a][b] *= kDecay == Decay::kPerRow ? broadcast(W[m * N + row + a]) : load(W + m * N + l + b * kLanes);
-                UNROLL for (int j = 0; j < kChunk; j++) {
-                    const float* from = x + chunk + j * N + l;
-                    Vec lane[kVectors];
-                    UNROLL for (int b = 0; b < kVectors; b++) lane[b] = load(from + b * kLanes);
-                    UNROLL for (int a = 0; a < kRows; a++) {
-                        const Vec factor = broadcast(write[chunk + j * N + row + a]);
-                        UNROLL for (int b = 0; b < kVectors; b++) s[a][b] += factor * lane[b];
-                    }
-                }
+                S.store_to(q.history + m * kHistoryStride<N> + row * N + l);
+                S.read(q.gy + chunk + row, q.P + chunk + l);
+                S.decay_lanes(q.W + m * N + l);
+                S.write(q.v + chunk + row, q.K + chunk + l);
             }
-            UNROLL for (int a = 0; a < kRows; a++)
-                UNROLL for (int b = 0; b < kVectors; b++) store(S + (row + a) * N + l + b * kLanes, s[a][b]);
+            S.store_to(q.S + row * N + l);
         }
 }
 
-// partial[j][row], each to be summed over its lanes -> gv_j[row], overwritten where `first`, else added to.
-template <int N, int kRows>
-INLINE void store_row_sums(float* gv, const Vec partial[kChunk][kRows], bool first) {
-    UNROLL for (int a = 0; a < kRows; a += 4) {
-        Vec quads[kChunk];
-        Vec4 sum[kChunk];
-        UNROLL for (int j = 0; j < kChunk; j++)
-            quads[j] = quad_sums(partial[j][a], partial[j][a + 1], partial[j][a + 2], partial[j][a + 3]);
-        sums_of_quads(quads, sum);
-        UNROLL for (int j = 0; j < kChunk; j++) store4(gv + j * N + a, first ? sum[j] : sum[j] + load4(gv + j * N + a));
-    }
-}
-
-// D^T (rows values, lanes keys) backward through a tile. For each chunk from the last: Q_j += sum over rows of v_j[row]
-// D[row], gv_j[row] = <D[row], K_j>, SD += sum over rows of S[row] D[row], then D = W D + sum_i gy_i[row] R_i. S, before
-// the chunk, comes from history.
+// D^T backward through a span: Q_j += D v_j, gv_j = D^T K_j, SD += sum over values of S D, with S before the chunk and D
+// after it, then D = W D + sum_i R_i gy_i^T.
 template <int N>
-void gradient_pass(float* D, Range rows, const float* v, const float* K, const float* W, const float* R, const float* gy,
-                   const float* history, float* Q, float* gv, float* SD, int chunks, Ahead& ahead) {
-    constexpr int kVectors = block_vectors(N) < kAccumulators / 4 ? block_vectors(N) : kAccumulators / 4;
-    constexpr int kRows = block_rows(kVectors);
-    for (int l = 0; l < N; l += kVectors * kLanes)
-        for (int row = rows.begin; row < rows.end; row += kRows) {
-            ahead.fetch(kRows);
-            Vec s[kRows][kVectors];
-            UNROLL for (int a = 0; a < kRows; a++)
-                UNROLL for (int b = 0; b < kVectors; b++) s[a][b] = load(D + (row + a) * N + l + b * kLanes);
-            for (int m = chunks - 1; m >= 0; m--) {
+void gradient_pass(BackwardWork<N>& q, Range values, Span span, Ahead& ahead) {
+    using Registers = Block<N, block_rows(gradient_vectors(N)), gradient_vectors(N)>;
+    constexpr int kQuads = Registers::kRowsHigh / 4;
+    for (int l = 0; l < N; l += Registers::kLanesWide)
+        for (int row = values.begin; row < values.end; row += Registers::kRowsHigh) {
+            ahead.fetch(1);
+            Registers D;
+            D.load_from(q.D + row * N + l);
+            for (int m = span.end - 1; m >= span.begin; m--) {
                 const int chunk = m * kChunk * N;
-                Vec partial[kChunk][kRows];
+                Vec quads[kChunk][kQuads];
                 UNROLL for (int j = 0; j < kChunk; j++) {
-                    float* to = Q + chunk + j * N + l;
-                    const float* key = K + chunk + j * N + l;
-                    Vec sum[kVectors];
-                    UNROLL for (int b = 0; b < kVectors; b++) sum[b] = load(to + b * kLanes);
-                    UNROLL for (int a = 0; a < kRows; a++) {
-                        const Vec factor = broadcast(v[chunk + j * N + row + a]);
-                        UNROLL for (int b = 0; b < kVectors; b++) sum[b] += factor * s[a][b];
-                    }
-                    UNROLL for (int b = 0; b < kVectors; b++) store(to + b * kLanes, sum[b]);
-                    UNROLL for (int a = 0; a < kRows; a++) {
-                        partial[j][a] = load(key) * s[a][0];
-                        UNROLL for (int b = 1; b < kVectors; b++) partial[j][a] += load(key + b * kLanes) * s[a][b];
-                    }
+                    D.read_step(q.v + chunk + j * N + row, q.Q + chunk + j * N + l);
+                    D.dot(q.K + chunk + j * N + l, quads[j]);
                 }
-                store_row_sums<N, kRows>(gv + chunk + row, partial, l == 0);
-                UNROLL for (int b = 0; b < kVectors; b++) {
-                    Vec sum = load(SD + m * N + l + b * kLanes);
-                    UNROLL for (int a = 0; a < kRows; a++)
-                        sum += load(history + m * kHistoryStride<N> + (row + a) * N + l + b * kLanes) * s[a][b];
-                    store(SD + m * N + l + b * kLanes, sum);
-                }
-                UNROLL for (int b = 0; b < kVectors; b++) {
-                    const Vec factor = load(W + m * N + l + b * kLanes);
-                    UNROLL for (int a = 0; a < kRows; a++) s[a][b] *= factor;
-                }
-                UNROLL for (int i = 0; i < kChunk; i++) {
-                    const float* from = R + chunk + i * N + l;
-                    Vec lane[kVectors];
-                    UNROLL for (int b = 0; b < kVectors; b++) lane[b] = load(from + b * kLanes);
-                    UNROLL for (int a = 0; a < kRows; a++) {
-                        const Vec factor = broadcast(gy[chunk + i * N + row + a]);
-                        UNROLL for (int b = 0; b < kVectors; b++) s[a][b] += factor * lane[b];
-                    }
-                }
+                store_row_sums<N, kQuads * 4>(q.gv + chunk + row, quads, l == 0);
+                D.multiply(q.history + m * kHistoryStride<N> + row * N + l, q.SD + m * N + l);
+                D.decay_lanes(q.W + m * N + l);
+                D.write(q.gy + chunk + row, q.R + chunk + l);
             }
-            UNROLL for (int a = 0; a < kRows; a++)
-                UNROLL for (int b = 0; b < kVectors; b++) store(D + (row + a) * N + l + b * kLanes, s[a][b]);
+            D.store_to(q.D + row * N + l);
         }
 }
 
@@ -338,20 +425,11 @@ struct Task {
     Range values;        // columns, of the padded head size
 };
 
-// A tile's rows, and a gap that shifts the next array against it: a processor takes a load for dependent on an earlier
-// store whose address agrees in the last 12 bits, so arrays that walk in step must not lie a multiple of 4 KB apart.
-template <int N>
-struct Rows {
-    alignas(64) float at[kTile * N];
-    float gap[17 * 16];
-    operator float*() { return at; }
-};
-
 template <int N>
 struct ForwardWork {
-    alignas(64) float r[kChunk * N], k[kChunk * N], d[kChunk * N], e[kChunk * N], A[kPairs], u[N];
-    Rows<N> v, R, K, y;
-    alignas(64) float W[kChunks * N], S[N * N];
+    Rows<N, kSpan> v, R, K, y;
+    alignas(64) float W[kSpan / kChunk * N], A[kSpan / kChunk * kPairs], u[N], S[N * N];
+    alignas(64) float padded[4][kChunk * N];
 };
 
 // One step: reads the state once and writes it once.
@@ -359,17 +437,18 @@ template <int N, class Element>
 void single_step(ForwardWork<N>& q, const Task& task, const Element* r, const Element* k, const Element* v,
                  const Element* w, const float* u, const float* state, Element* y, float* final_state) {
     const int n = task.n;
-    load_rows<N>(q.r, r, 0, 1, n);
-    load_rows<N>(q.k, k, 0, 1, n);
-    load_rows<N>(q.v, v, 0, 1, n);
-    load_rows<N>(q.d, w, 0, 1, n);
-    decays<N>(q.d, q.e);
+    float *decay = q.padded[3];
+    pad_rows<N>(q.padded[0], r, 0, 1, n);
+    pad_rows<N>(q.padded[1], k, 0, 1, n);
+    pad_rows<N>(q.padded[2], v, 0, 1, n);
+    pad_rows<N>(decay, w, 0, 1, n);
+    for (int c = 0; c < N; c += kLanes) store(decay + c, decays(load(decay + c)).d);
     const int begin = task.values.begin, end = task.values.end < n ? task.values.end : n;
     float* __restrict sum = q.y;
-    const float* __restrict value = q.v;
+    const float* __restrict value = q.padded[2];
     for (int c = begin; c < end; c++) sum[c] = 0.0f;
     for (int i = 0; i < n; i++) {
-        const float ri = q.r[i], ki = q.k[i], di = q.d[i], bonus = u[i] * ki;
+        const float ri = q.padded[0][i], ki = q.padded[1][i], di = decay[i], bonus = u[i] * ki;
         float* __restrict to = final_state + i * n;
         if (state) {
             const float* __restrict from = state + i * n;
@@ -389,14 +468,32 @@ void single_step(ForwardWork<N>& q, const Task& task, const Element* r, const El
 
 template <int N>
 void forward_states(ForwardWork<N>& q, Range values, int chunks, Ahead& ahead) {
-    const Range keys{0, N};
-    const int width = values.end - values.begin;
-    if (width >= block_vectors(N) * kLanes)
-        state_pass<N, block_vectors(N), Decay::kPerRow>(q.S, keys, values, q.R, q.K, q.W, q.v, q.y, chunks, ahead);
-    else if (width >= block_vectors(32) * kLanes)
-        state_pass<N, block_vectors(32), Decay::kPerRow>(q.S, keys, values, q.R, q.K, q.W, q.v, q.y, chunks, ahead);
+    constexpr int kWide = block_vectors(N), kNarrow = block_vectors(kSmallestValueBlock);
+    if (values.end - values.begin >= kWide * kLanes)
+        forward_pass<N, kWide>(q.S, values, q.R, q.K, q.W, q.v, q.y, chunks, ahead);
     else
-        state_pass<N, block_vectors(16), Decay::kPerRow>(q.S, keys, values, q.R, q.K, q.W, q.v, q.y, chunks, ahead);
+        forward_pass<N, kNarrow>(q.S, values, q.R, q.K, q.W, q.v, q.y, chunks, ahead);
+}
+
+// Chunk m of a span from rows of N elements: v in floats, what the pass needs, and y as far as it stays in the chunk.
+template <int N, class Element>
+INLINE void start_chunk(ForwardWork<N>& q, Range values, int m, const Element* r, const Element* k, const Element* v,
+                        const Element* w, int64_t stride) {
+    const int chunk = m * kChunk * N;
+    float* A = q.A + m * kPairs;
+    prepare<N, false>(r, k, w, stride, q.u, {q.R + chunk, q.K + chunk, q.W + m * N, A, nullptr, nullptr});
+    for (int c = values.begin; c < values.end; c += kLanes) {
+        Vec value[kChunk];
+        UNROLL for (int j = 0; j < kChunk; j++) {
+            value[j] = load(v + j * stride + c);
+            store(q.v + chunk + j * N + c, value[j]);
+        }
+        UNROLL for (int i = 0; i < kChunk; i++) {
+            Vec sum = broadcast(A[i]) * value[0];
+            UNROLL for (int j = 1; j <= i; j++) sum += broadcast(A[j * kChunk + i]) * value[j];
+            store(q.y + chunk + i * N + c, sum);
+        }
+    }
 }
 
 // checkpoints: the first tile starts from `state`, the second's start goes to checkpoints[0], and so on; may be null.
@@ -410,28 +507,25 @@ void forward_head(ForwardWork<N>& q, const Task& task, const Element* r, const E
     const Range columns{task.values.begin, task.values.end < n ? task.values.end : n};
     for (int c = 0; c < N; c++) q.u[c] = c < n ? u[c] : 0.0f;
     load_state<N>(q.S, state, n);
-    for (int64_t start = 0; start < task.length; start += kTile) {
-        const int steps = task.length - start < kTile ? task.length - start : kTile;
+    for (int64_t start = 0; start < task.length; start += kSpan) {
+        const int steps = task.length - start < kSpan ? task.length - start : kSpan;
         const int chunks = (steps + kChunk - 1) / kChunk;
-        if (checkpoints && start) store_state<N>(checkpoints + (start / kTile - 1) * task.checkpoint, q.S, n, task.values);
+        if (checkpoints && start && start % kTile == 0)
+            store_state<N>(checkpoints + (start / kTile - 1) * task.checkpoint, q.S, n, task.values);
         for (int m = 0; m < chunks; m++) {
-            const int left = steps - m * kChunk < kChunk ? steps - m * kChunk : kChunk;
+            const int left = steps - m * kChunk;
             const int64_t offset = (start + m * kChunk) * stride;
-            float *chunk_v = q.v + m * kChunk * N, *chunk_y = q.y + m * kChunk * N;
-            load_rows<N>(q.r, r + offset, stride, left, n);
-            load_rows<N>(q.k, k + offset, stride, left, n);
-            load_rows<N>(chunk_v, v + offset, stride, left, n);
-            load_rows<N>(q.d, w + offset, stride, left, n, kNoDecay);
-            decays<N>(q.d, q.e);
-            prepare<N>(q.r, q.k, q.d, q.u, q.R + m * kChunk * N, q.K + m * kChunk * N, q.W + m * N, q.A);
-            for (int c = task.values.begin; c < task.values.end; c += kLanes)
-                UNROLL for (int i = 0; i < kChunk; i++) {
-                    Vec sum = broadcast(q.A[i]) * load(chunk_v + c);
-                    UNROLL for (int j = 1; j <= i; j++) sum += broadcast(q.A[j * kChunk + i]) * load(chunk_v + j * N + c);
-                    store(chunk_y + i * N + c, sum);
-                }
+            if (left >= kChunk && n == N) {
+                start_chunk<N>(q, task.values, m, r + offset, k + offset, v + offset, w + offset, stride);
+                continue;
+            }
+            pad_rows<N>(q.padded[0], r + offset, stride, left, n);
+            pad_rows<N>(q.padded[1], k + offset, stride, left, n);
+            pad_rows<N>(q.padded[2], v + offset, stride, left, n);
+            pad_rows<N>(q.padded[3], w + offset, stride, left, n, kNoDecay);
+            start_chunk<N, float>(q, task.values, m, q.padded[0], q.padded[1], q.padded[2], q.padded[3], N);
         }
-        const int64_t next = (start + kTile) * stride, after = task.length - start - kTile;
+        const int64_t next = (start + kSpan) * stride, after = task.length - start - kSpan;
         Ahead ahead;
         for (const Element* rows : {r, k, v, w}) ahead.add(rows + next, stride, after, n);
         ahead.add(y + start * stride, stride, steps, n);
@@ -441,14 +535,27 @@ void forward_head(ForwardWork<N>& q, const Task& task, const Element* r, const E
     store_state<N>(final_state, q.S, n, task.values);
 }
 
-template <int N>
-struct BackwardWork {
-    Rows<N> r, k, d, e;
-    Rows<N> v, K, R, Q, gy, P, gv;
-    alignas(64) float W[kChunks * N], A[kChunks * kPairs], u[N];
-    alignas(64) float S[N * N], D[N * N], SD[kChunks * N], gu[N];  // S and D transposed: rows values, lanes keys
-    alignas(64) float history[kChunks * kHistoryStride<N>];
+// The gradients that a task of backward writes: r's, k's and w's as Gradient, v's as Element.
+template <class Element, class Gradient>
+struct Gradients {
+    Gradient *r, *k, *w;
+    int64_t stride;  // elements from one step of r, k, w to the next
+    Element* v;
+    float *u, *state;
 };
+
+// Chunk m of a tile from rows of N elements: all in floats, and what the passes need. gy may be null.
+template <int N, class Element>
+INLINE void start_chunk(BackwardWork<N>& q, int m, const Element* r, const Element* k, const Element* v,
+                        const Element* w, const Element* gy, int64_t stride) {
+    const int chunk = m * kChunk * N;
+    prepare<N, true>(r, k, w, stride, q.u,
+                     {q.R + chunk, q.K + chunk, q.W + m * N, q.A + m * kPairs, q.d + chunk, q.e + chunk});
+    copy_rows<N>(q.r + chunk, r, stride);
+    copy_rows<N>(q.k + chunk, k, stride);
+    copy_rows<N>(q.v + chunk, v, stride);
+    copy_rows<N>(q.gy + chunk, gy, stride);
+}
 
 // The gradients inside chunk m, given P and Q of the passes: r's and k's replace P and Q, w's replaces e; v's is
 // completed in place; gu advances.
@@ -457,18 +564,20 @@ void finish_chunk(BackwardWork<N>& q, Range values, int m) {
     const int chunk = m * kChunk * N;
     const float *gy = q.gy + chunk, *v = q.v + chunk, *A = q.A + m * kPairs;
     float* gv = q.gv + chunk;
-    alignas(64) float G[kPairs] = {};  // A's gradient: G_ij = <gy_i, v_j>, laid out like A
+    alignas(64) float G[kPairs];  // A's gradient: G_ij = <gy_i, v_j>, laid out like A
 
     Vec g[kChunk][kChunk];
     UNROLL for (int i = 0; i < kChunk; i++) UNROLL for (int j = 0; j <= i; j++) g[i][j] = zero();
     for (int c = values.begin; c < values.end; c += kLanes) {
+        Vec value[kChunk], gradient[kChunk];
         UNROLL for (int i = 0; i < kChunk; i++) {
-            const Vec gradient = load(gy + i * N + c);
-            UNROLL for (int j = 0; j <= i; j++) g[i][j] += gradient * load(v + j * N + c);
+            value[i] = load(v + i * N + c);
+            gradient[i] = load(gy + i * N + c);
         }
+        UNROLL for (int i = 0; i < kChunk; i++) UNROLL for (int j = 0; j <= i; j++) g[i][j] += gradient[i] * value[j];
         UNROLL for (int j = 0; j < kChunk; j++) {
             Vec sum = load(gv + j * N + c);
-            UNROLL for (int i = j; i < kChunk; i++) sum += broadcast(A[j * kChunk + i]) * load(gy + i * N + c);
+            UNROLL for (int i = j; i < kChunk; i++) sum += broadcast(A[j * kChunk + i]) * gradient[i];
             store(gv + j * N + c, sum);
         }
     }
@@ -478,32 +587,31 @@ void finish_chunk(BackwardWork<N>& q, Range values, int m) {
 
     for (int c = 0; c < N; c += kLanes) {
         const float *r = q.r + chunk + c, *k = q.k + chunk + c, *d = q.d + chunk + c;
-        const float *R = q.R + chunk + c, *K = q.K + chunk + c;
         float *P = q.P + chunk + c, *Q = q.Q + chunk + c, *e = q.e + chunk + c;
-        const Vec P0 = load(P), P1 = load(P + N), P2 = load(P + 2 * N), P3 = load(P + 3 * N);
-        const Vec Q0 = load(Q), Q1 = load(Q + N), Q2 = load(Q + 2 * N), Q3 = load(Q + 3 * N);
-        const Vec d1 = load(d + N), d2 = load(d + 2 * N), d3 = load(d + 3 * N);
+        const Vec d0 = load(d), d1 = load(d + N), d2 = load(d + 2 * N), d3 = load(d + 3 * N);
+        const Vec d01 = d0 * d1, d23 = d2 * d3;
+        const Vec k0 = load(k), k1 = load(k + N), k2 = load(k + 2 * N);
+        const Vec r1 = load(r + N), r2 = load(r + 2 * N), r3 = load(r + 3 * N);
+
+        // Through the state: the parts of r's and k's gradients.
+        Vec gr[kChunk] = {load(P), load(P + N) * d0, load(P + 2 * N) * d01, load(P + 3 * N) * (d01 * d2)};
+        Vec gk[kChunk] = {load(Q) * (d1 * d23), load(Q + N) * d23, load(Q + 2 * N) * d3, load(Q + 3 * N)};
 
         // dL / d log d, by where the read is (after the chunk or in it) and where the write (before it or in it).
-        const Vec read3 = load(R + 3 * N) * P3;
-        const Vec read23 = load(R + 2 * N) * P2 + read3;
-        const Vec read123 = load(R + N) * P1 + read23;
-        const Vec write0 = load(K) * Q0;
-        const Vec write01 = load(K + N) * Q1 + write0;
-        const Vec write012 = load(K + 2 * N) * Q2 + write01;
+        const Vec read3 = r3 * gr[3], read23 = r2 * gr[2] + read3, read123 = r1 * gr[1] + read23;
+        const Vec write0 = k0 * gk[0], write01 = k1 * gk[1] + write0, write012 = k2 * gk[2] + write01;
         const Vec through = load(q.W + m * N + c) * load(q.SD + m * N + c);
         Vec gd[kChunk] = {through + read123, through + write0 + read23, through + write01 + read3, through + write012};
 
-        // Through the state, and between the steps of the chunk.
-        const Vec d0 = load(d), d01 = d0 * d1, d23 = d2 * d3;
-        const Vec k0 = load(k), k1 = load(k + N), k2 = load(k + 2 * N);
-        const Vec r1 = load(r + N), r2 = load(r + 2 * N), r3 = load(r + 3 * N);
+        // Between the steps of the chunk.
         const Vec z20 = g20 * d1, z31 = g31 * d2, z30 = g30 * (d1 * d2);
         const Vec r2_z20 = r2 * z20, r3_z31 = r3 * z31, r3_z30 = r3 * z30;
-        Vec gr[kChunk] = {P0, P1 * d0 + g10 * k0, P2 * d01 + g21 * k1 + z20 * k0,
-                          P3 * (d01 * d2) + g32 * k2 + z31 * k1 + z30 * k0};
-        Vec gk[kChunk] = {Q0 * (d1 * d23) + g10 * r1 + r2_z20 + r3_z30, Q1 * d23 + g21 * r2 + r3_z31, Q2 * d3 + g32 * r3,
-                          Q3};
+        gr[1] += g10 * k0;
+        gr[2] += g21 * k1 + z20 * k0;
+        gr[3] += g32 * k2 + z31 * k1 + z30 * k0;
+        gk[0] += g10 * r1 + r2_z20 + r3_z30;
+        gk[1] += g21 * r2 + r3_z31;
+        gk[2] += g32 * r3;
         const Vec across_both = r3_z30 * k0;  // written at 0, read at 3: decayed by steps 1 and 2
         gd[1] += r2_z20 * k0 + across_both;
         gd[2] += r3_z31 * k1 + across_both;
@@ -523,22 +631,13 @@ void finish_chunk(BackwardWork<N>& q, Range values, int m) {
     }
 }
 
-// The gradients that a task of backward writes: r's, k's and w's as Gradient, v's as Element.
-template <class Element, class Gradient>
-struct Gradients {
-    Gradient *r, *k, *w;
-    int64_t stride;  // elements from one step of r, k, w to the next
-    Element* v;
-    float *u, *state;
-};
-
 template <int N, class Element, class Gradient>
 void backward_head(BackwardWork<N>& q, const Task& task, const Element* r, const Element* k, const Element* v,
                    const Element* w, const float* u, const float* state, const float* checkpoints, const Element* gy,
                    const float* gfinal, const Gradients<Element, Gradient>& to) {
     const int n = task.n;
     const int64_t stride = task.stride;
-    const Range keys{0, N}, values = task.values, key_columns{0, n};
+    const Range values = task.values, key_columns{0, n};
     const Range value_columns{values.begin, values.end < n ? values.end : n};
     for (int c = 0; c < N; c++) q.u[c] = c < n ? u[c] : 0.0f;
     memset(q.gu, 0, sizeof q.gu);
@@ -546,38 +645,52 @@ void backward_head(BackwardWork<N>& q, const Task& task, const Element* r, const
     for (int64_t start = (task.length - 1) / kTile * kTile; start >= 0; start -= kTile) {
         const int steps = task.length - start < kTile ? task.length - start : kTile;
         const int chunks = (steps + kChunk - 1) / kChunk;
-        for (int m = 0; m < chunks; m++) {
-            const int left = steps - m * kChunk < kChunk ? steps - m * kChunk : kChunk;
-            const int row = m * kChunk * N;
-            const int64_t offset = (start + m * kChunk) * stride;
-            load_rows<N>(q.r + row, r + offset, stride, left, n);
-            load_rows<N>(q.k + row, k + offset, stride, left, n);
-            load_rows<N>(q.v + row, v + offset, stride, left, n);
-            load_rows<N>(q.gy + row, gy ? gy + offset : gy, stride, left, n);
-            load_rows<N>(q.d + row, w + offset, stride, left, n, kNoDecay);
-            decays<N>(q.d + row, q.e + row);
-            prepare<N>(q.r + row, q.k + row, q.d + row, q.u, q.R + row, q.K + row, q.W + m * N, q.A + m * kPairs);
-        }
-        memset(q.P, 0, sizeof(float) * chunks * kChunk * N);
-        memset(q.Q, 0, sizeof(float) * chunks * kChunk * N);
-        memset(q.SD, 0, sizeof q.SD);
         load_transposed_state<N>(q.S, start ? checkpoints + (start / kTile - 1) * task.checkpoint : state, n);
-        const int64_t before = (start - kTile) * stride;
-        Ahead inputs, outputs;
-        if (start) {
-            for (const Element* rows : {r, k, v, w}) inputs.add(rows + before, stride, kTile, n);
-            if (gy) inputs.add(gy + before, stride, kTile, n);
-            inputs.add(start > kTile ? checkpoints + (start / kTile - 2) * task.checkpoint : state, n, n, n);
-        }
+        Ahead outputs;
         for (Gradient* rows : {to.r, to.k, to.w}) outputs.add(rows + start * to.stride, to.stride, steps, n);
         outputs.add(to.v + start * stride, stride, steps, n);
-        state_pass<N, block_vectors(N), Decay::kPerLane>(q.S, values, keys, q.gy, q.v, q.W, q.K, q.P, chunks, inputs, q.history);
-        gradient_pass<N>(q.D, values, q.v, q.K, q.W, q.R, q.gy, q.history, q.Q, q.gv, q.SD, chunks, outputs);
-        for (int m = chunks - 1; m >= 0; m--) finish_chunk<N>(q, values, m);
-        store_rows<N>(to.r + start * to.stride, q.P, to.stride, steps, key_columns);
-        store_rows<N>(to.k + start * to.stride, q.Q, to.stride, steps, key_columns);
-        store_rows<N>(to.w + start * to.stride, q.e, to.stride, steps, key_columns);
-        store_rows<N>(to.v + start * stride, q.gv, stride, steps, value_columns);
+        for (int begin = 0; begin < chunks; begin += kSpanChunks) {
+            const Span span{begin, chunks < begin + kSpanChunks ? chunks : begin + kSpanChunks};
+            for (int m = span.begin; m < span.end; m++) {
+                const int left = steps - m * kChunk;
+                const int64_t offset = (start + m * kChunk) * stride;
+                const Element* chunk_gy = gy ? gy + offset : gy;
+                if (left >= kChunk && n == N) {
+                    start_chunk<N>(q, m, r + offset, k + offset, v + offset, w + offset, chunk_gy, stride);
+                    continue;
+                }
+                float* padded_gy = q.Q;  // not in use yet
+                pad_rows<N>(q.padded[0], r + offset, stride, left, n);
+                pad_rows<N>(q.padded[1], k + offset, stride, left, n);
+                pad_rows<N>(q.padded[2], v + offset, stride, left, n);
+                pad_rows<N>(q.padded[3], w + offset, stride, left, n, kNoDecay);
+                if (gy) pad_rows<N>(padded_gy, chunk_gy, stride, left, n);
+                start_chunk<N, float>(q, m, q.padded[0], q.padded[1], q.padded[2], q.padded[3], gy ? padded_gy : nullptr, N);
+            }
+            memset(q.P + span.begin * kChunk * N, 0, sizeof(float) * (span.end - span.begin) * kChunk * N);
+            state_pass<N>(q, values, span, outputs);
+        }
+        const int64_t previous = (start - kTile) * stride;
+        Ahead inputs;
+        if (start) {
+            for (const Element* rows : {r, k, v, w}) inputs.add(rows + previous, stride, kTile, n);
+            if (gy) inputs.add(gy + previous, stride, kTile, n);
+            inputs.add(start > kTile ? checkpoints + (start / kTile - 2) * task.checkpoint : state, n, n, n);
+        }
+        for (int begin = (chunks - 1) / kSpanChunks * kSpanChunks; begin >= 0; begin -= kSpanChunks) {
+            const Span span{begin, chunks < begin + kSpanChunks ? chunks : begin + kSpanChunks};
+            memset(q.Q + span.begin * kChunk * N, 0, sizeof(float) * (span.end - span.begin) * kChunk * N);
+            memset(q.SD + span.begin * N, 0, sizeof(float) * (span.end - span.begin) * N);
+            gradient_pass<N>(q, values, span, inputs);
+            for (int m = span.end - 1; m >= span.begin; m--) finish_chunk<N>(q, values, m);
+            const int row = span.begin * kChunk;
+            const int64_t first = start + row;
+            const int present = steps - row < kSpan ? steps - row : kSpan;
+            store_rows<N>(to.r + first * to.stride, q.P + row * N, to.stride, present, key_columns);
+            store_rows<N>(to.k + first * to.stride, q.Q + row * N, to.stride, present, key_columns);
+            store_rows<N>(to.w + first * to.stride, q.e + row * N, to.stride, present, key_columns);
+            store_rows<N>(to.v + first * stride, q.gv + row * N, stride, present, value_columns);
+        }
     }
     for (int c = 0; c < n; c++) to.u[c] = q.gu[c];
     for (int i = 0; i < n; i++)

@@ -157,6 +157,23 @@ INLINE void from_float(Bfloat16& to, float x) {
     to.bits = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded);
 }
 
+
+// kLanes bfloat16 values <-> floats.
+typedef uint16_t VecHalf __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+typedef uint32_t VecBits __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+
+INLINE Vec load(const Bfloat16* p) {
+    const VecBits bits = __builtin_convertvector(*reinterpret_cast<const VecHalf*>(p), VecBits);
+    return reinterpret_cast<Vec>(bits << 16);
+}
+INLINE void store(Bfloat16* p, Vec x) {
+    const VecBits bits = reinterpret_cast<VecBits>(x);
+    const VecBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const VecBits quiet_nan = (bits >> 16) | 0x40;
+    const VecBits kept = (bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded;
+    *reinterpret_cast<VecHalf*>(p) = __builtin_convertvector(kept, VecHalf);
+}
+
 }  // namespace
 }  // namespace WKV6_LEVEL
 }  // namespace wkv6
