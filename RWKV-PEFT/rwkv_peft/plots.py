@@ -75,6 +75,9 @@ def plot_loss(metrics_jsonl, out_png):
     val_steps, val_losses = series(records, "val_loss")
     if val_losses:
         axes.plot(val_steps, val_losses, color="tab:orange", linewidth=2, marker="o", markersize=3, label="validation loss")
+    shown = losses + val_losses
+    if shown and min(shown) > 0 and max(shown) > 20 * min(shown):
+        axes.set_yscale("log")  # a linear axis would show the first steps alone
     lr_steps, rates = series(records, "lr")
     if rates:
         right = axes.twinx()
@@ -84,7 +87,7 @@ def plot_loss(metrics_jsonl, out_png):
         right.tick_params(axis="y", colors="gray")
         right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         right.spines["top"].set_visible(False)
-    if losses or val_losses:
+    if shown:
         figure.legend(loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(out_png)
 
