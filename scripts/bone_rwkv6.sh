@@ -6,8 +6,9 @@
 #       sh scripts/bone_rwkv6.sh [--flags]    your model and data
 #
 # DATA_FILE is a .jsonl (made into PROJ_DIR/data.bin and .idx) or the prefix of a .bin/.idx pair. Also read: TOKENIZER
-# (world, bytes or a tokenizer.json), BONE_MODE, BONE_R, ACCELERATOR, NUM_NODES, PRECISION. --flags go to train.py,
-# which checks them; `python train.py --help` lists them.
+# (world, bytes or a tokenizer.json), BONE_MODE, BONE_R, ACCELERATOR, NUM_NODES, PRECISION, and CHECK=0, which leaves out
+# the last step (it needs memory for two float32 copies of the model). --flags go to train.py, which checks them;
+# `python train.py --help` lists them.
 set -eu
 . "$(dirname "$0")/setup.sh"
 here="$(pwd)"
@@ -45,6 +46,8 @@ fi
 
 case "$DATA_FILE" in
 *.jsonl)
+    [ "${NUM_NODES:-1}" = 1 ] || fail "several nodes would write the same token files; make them once with" \
+        "python -m rwkv_peft.data.preprocess, and give their prefix as DATA_FILE"
     step "1. data: $DATA_FILE -> $out/data.bin, data.idx"
     "$python" -m rwkv_peft.data.preprocess "$DATA_FILE" --tokenizer "$tokenizer" --output "$out/data"
     data="$out/data"
@@ -64,8 +67,11 @@ step "3. merge: base + adapter -> $out/merged.pth"
 "$python" "$root/merge_bone.py" --base_model "$base" --bone_checkpoint "$out/adapter.safetensors" \
     --output "$out/merged.pth"
 
-step "4. check: the merged file in the rwkv package"
-"$python" -m rwkv_peft.check --base_model "$base" --bone_checkpoint "$out/adapter.safetensors" --merged "$out/merged.pth"
+if [ "${CHECK:-1}" != 0 ]; then
+    step "4. check: the merged file in the rwkv package"
+    "$python" -m rwkv_peft.check --base_model "$base" --bone_checkpoint "$out/adapter.safetensors" \
+        --merged "$out/merged.pth"
+fi
 if $demo; then
     step "after: the same questions, the merged model in the rwkv package"
     "$python" "$root/demo/evaluate.py" --model "$out/merged.pth" --questions "$out/heldout.jsonl" --runtime rwkv \
