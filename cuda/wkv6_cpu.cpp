@@ -34,7 +34,7 @@
 // Parallel over sequences, heads and, where these are fewer than the threads, blocks of value columns: columns of S do
 // not interact, and the gradients of r, k, w and u are sums over columns, which are added up at the end.
 //
-// Head sizes are padded with zeros to 16, 32, 64 or 128. This file is compiled once per instruction set (WKV6_LEVEL).
+// Head sizes are padded with zeros to 16, 32, 64 or 128. WKV6_LEVEL names the instruction set that this copy is for.
 #include "wkv6_cpu.h"
 
 #include <cstdlib>
@@ -894,14 +894,10 @@ bool backward_of(const Arguments& a) {
     return backward_all<128, Element>(a);
 }
 
+}  // namespace
+
 bool forward(const Arguments& a) { return a.bfloat16 ? forward_of<Bfloat16>(a) : forward_of<float>(a); }
 bool backward(const Arguments& a) { return a.bfloat16 ? backward_of<Bfloat16>(a) : backward_of<float>(a); }
 
-}  // namespace
 }  // namespace WKV6_LEVEL
-
-#define WKV6_JOIN(a, b) a##b
-#define WKV6_KERNEL(level) WKV6_JOIN(kernel_, level)
-const Kernel WKV6_KERNEL(WKV6_LEVEL) = {WKV6_LEVEL::forward, WKV6_LEVEL::backward};
-
 }  // namespace wkv6

@@ -1,4 +1,4 @@
-// What the CPU kernel's C interface hands to the copy of the kernel that was compiled for this processor.
+// What the CPU kernel's C interface hands to the kernel.
 #pragma once
 #include <cstdint>
 
@@ -26,17 +26,11 @@ struct Arguments {
     int threads;
 };
 
-// One instruction set's copy of the kernel. Both return false where memory for work buffers is missing.
-struct Kernel {
-    bool (*forward)(const Arguments&);
-    bool (*backward)(const Arguments&);
-};
-
-// Defined by wkv6_cpu.cpp, compiled once for each with WKV6_LEVEL set to the name.
-#if defined(__x86_64__)
-extern const Kernel kernel_avx512;
-extern const Kernel kernel_avx2;
-#endif
-extern const Kernel kernel_portable;
+// Defined by wkv6_cpu.cpp. Both return false where memory for work buffers is missing. The namespace tells one instruction
+// set's library from another's in the same process.
+namespace WKV6_LEVEL {
+bool forward(const Arguments&);
+bool backward(const Arguments&);
+}  // namespace WKV6_LEVEL
 
 }  // namespace wkv6

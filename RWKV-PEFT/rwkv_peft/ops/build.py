@@ -31,7 +31,7 @@ class Unit:
 
 
 def source_directory():
-    """The folder of the kernels' sources: beside the package where it is installed, else the repository's cuda/."""
+    """The folder of the kernels' sources: in the package (in the repository a link), else the repository's cuda/."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "cuda"
     return installed if installed.is_dir() else package.parents[1] / "cuda"

@@ -8,8 +8,8 @@ import torch
 
 from .build import BuildError, Unit, build_library, find_program, source_directory
 
-# Instruction sets, fastest first, and what the compiler needs to use them. The library holds one copy of the kernel
-# for each and takes the best that the processor has.
+# Instruction sets, fastest first, and what the compiler needs to use them. Each is a library of its own, so that the
+# first use compiles only the one that this processor takes.
 LEVELS = ("avx512", "avx2", "portable")
 AVX2_FLAGS = ("-mavx2", "-mfma")
 AVX512_FLAGS = (*AVX2_FLAGS, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mprefer-vector-width=512")
@@ -26,18 +26,21 @@ def unavailable(level=""):
 
 @functools.lru_cache(maxsize=None)
 def _unavailable(level):
+    best = best_level()
+    if level and LEVELS.index(level) < LEVELS.index(best):
+        return f"this processor has no {level}; its best is cpu:{best}"
     try:
-        best = _library().wkv6_cpu_level()
+        _library(level or best)
     except BuildError as error:
         return str(error)
-    if level and LEVELS.index(level) < best:
-        return f"this processor has no {level}; its best is cpu:{LEVELS[best]}"
     return None
 
 
+@functools.lru_cache(maxsize=None)
 def best_level():
-    """The fastest of LEVELS that this processor has; BuildError where the library cannot be built."""
-    return LEVELS[_library().wkv6_cpu_level()]
+    """The fastest of LEVELS that this processor has."""
+    found = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "portable")
+    return found if found in level_flags() else "portable"
 
 
 def checkpoint_count(tokens, sequences):
@@ -53,10 +56,10 @@ def forward(r, k, v, w, u, state, cu_seqlens, save, level):
     y = torch.empty_like(r)
     final_state = u.new_empty(sequences, H, N, N)
     checkpoints = u.new_empty(checkpoint_count(B * T, sequences) if save else 0, H, N, N)
-    status = _library().wkv6_cpu_forward(
+    status = _library(level or best_level()).wkv6_cpu_forward(
         *(_pointer(x) for x in (r, k, v, w, u, state, y, final_state)),
         _pointer(checkpoints) if save else None,
-        *_sizes(r, cu_seqlens, sequences, level),
+        *_sizes(r, cu_seqlens, sequences),
     )
     _check(status)
     return y, final_state, checkpoints
@@ -69,27 +72,23 @@ def backward(r, k, v, w, u, state, cu_seqlens, checkpoints, gy, gfinal, level):
     gr, gk, gv, gw = (torch.empty_like(x) for x in (r, k, v, w))
     gu = torch.empty_like(u)
     gstate = u.new_empty(sequences, H, N, N)
-    status = _library().wkv6_cpu_backward(
+    status = _library(level or best_level()).wkv6_cpu_backward(
         *(_pointer(x) for x in (r, k, v, w, u, state, checkpoints, gy, gfinal, gr, gk, gv, gw, gu, gstate)),
-        *_sizes(r, cu_seqlens, sequences, level),
+        *_sizes(r, cu_seqlens, sequences),
     )
     _check(status)
     return gr, gk, gv, gw, gu, gstate
 
 
-def _sizes(r, cu_seqlens, sequences, level):
+def _sizes(r, cu_seqlens, sequences):
     B, T, H, N = r.shape
     threads = torch.get_num_threads()
     is_bfloat16 = r.dtype == torch.bfloat16
-    return sequences, B * T, H, N, _pointer(cu_seqlens), is_bfloat16, _level_number(level), threads
+    return sequences, B * T, H, N, _pointer(cu_seqlens), is_bfloat16, threads
 
 
 def _pointer(x):
     return None if x is None else x.data_ptr()
-
-
-def _level_number(level):
-    return LEVELS.index(level) if level else -1
 
 
 def _check(status):
@@ -98,15 +97,15 @@ def _check(status):
 
 
 @functools.lru_cache(maxsize=None)
-def _library():
-    """The loaded library; BuildError where it cannot be built or loaded (not cached, so that a mended setup works)."""
-    path = build_library("wkv6_cpu", *_recipe(source_directory()))
+def _library(level):
+    """A level's loaded library; BuildError where it cannot be built or loaded (not cached, so that a mended setup works)."""
+    path = build_library(f"wkv6_cpu_{level}", *_recipe(source_directory(), level))
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"cannot load {path}: {error}; delete that file so that it is built anew") from error
     pointer, integer, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    sizes = [integer, integer, integer, integer, pointer, flag, flag, flag]
+    sizes = [integer, integer, integer, integer, pointer, flag, flag]
     library.wkv6_cpu_forward.argtypes = [pointer] * 9 + sizes
     library.wkv6_cpu_backward.argtypes = [pointer] * 15 + sizes
     return library
@@ -124,11 +123,9 @@ def level_flags():
     return {**x86, "portable": ()}
 
 
-def _recipe(sources):
-    """(units, link command, headers) of the library."""
-    base = (find_compiler(), *COMMON_FLAGS)
-    kernel = sources / "wkv6_cpu.cpp"
-    units = [Unit(kernel, (*base, *flags, f"-DWKV6_LEVEL={level}")) for level, flags in level_flags().items()]
-    units.append(Unit(sources / "wkv6_cpu_interface.cpp", base))
+def _recipe(sources, level):
+    """(units, link command, headers) of a level's library."""
+    command = (find_compiler(), *COMMON_FLAGS, *level_flags()[level], f"-DWKV6_LEVEL={level}")
+    units = [Unit(sources / name, command) for name in ("wkv6_cpu.cpp", "wkv6_cpu_interface.cpp")]
     headers = (sources / "wkv6_cpu.h", sources / "wkv6_cpu_vector.h")
-    return units, (base[0], "-shared", "-fopenmp"), headers
+    return units, (command[0], "-shared", "-fopenmp"), headers

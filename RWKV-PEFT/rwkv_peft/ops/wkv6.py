@@ -41,13 +41,21 @@ def wkv6(r, k, v, w, u, state=None, cu_seqlens=None, *, backend="auto"):
     cu_seqlens = None if cu_seqlens is None else _plain(cu_seqlens, torch.int64)
     inputs = (r, k, v, w, u) if state is None else (r, k, v, w, u, state)
     save = torch.is_grad_enabled() and any([x.requires_grad for x in inputs])
-    y, final_state, _ = torch.ops.rwkv_peft.wkv6_forward(r, k, v, w, u, state, cu_seqlens, save, level)
+    forward = torch.ops.rwkv_peft.wkv6_forward if save or _is_traced(v) else backend_module(v.device.type).forward
+    y, final_state, _ = forward(r, k, v, w, u, state, cu_seqlens, save, level)
     return y.to(out_dtype), final_state
 
 
 def backends():
     """Every backend's name -> None where it can be used here, else the reason and the remedy. May compile them."""
     return {"reference": None, **{name: backend_module(name).unavailable() for name in KERNELS}}
+
+
+def _is_traced(x):
+    """Whether x stands for a tensor under torch.compile, FakeTensor or the meta device: the operator must be seen.
+    Elsewhere generation's single steps go straight to the kernel, as calling the operator costs as much as a small one.
+    """
+    return torch.compiler.is_compiling() or type(x) is not torch.Tensor or x.device.type == "meta"
 
 
 def _plain(x, dtype):
