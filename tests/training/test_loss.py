@@ -56,6 +56,15 @@ def test_nothing_to_learn_is_zero_not_nan():
     assert all((grad == 0).all() for grad in torch.autograd.grad(value, (hidden, weight)))
 
 
+def test_tokens_that_do_not_count_get_no_logits(monkeypatch):
+    hidden, weight, targets, mask = problem(dtype=torch.float32)
+    rows = []
+    original = module.cross_entropy_
+    monkeypatch.setattr(module, "cross_entropy_", lambda logits, *rest, **more: rows.append(len(logits)) or original(logits, *rest, **more))
+    gradient = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, mask, 5), hidden)[0]
+    assert sum(rows) == mask.sum() and (gradient[~mask] == 0).all() and (gradient[mask] != 0).any(dim=1).all()
+
+
 def test_frozen_head_gets_no_gradient_and_saves_no_logits():
     hidden, weight, targets, mask = problem(V=500)
     weight = weight.detach()
