@@ -92,6 +92,15 @@ def test_two_active_adapters_act_as_merging_both(llama, ids):
     torch.testing.assert_close(logits(model.merge_and_unload(), ids), both, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_copy_of_a_model_is_as_good(llama, ids, form):
+    model = adapted(llama, form).eval()
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin, ids), logits(model, ids))
+    twin.merge_adapter()
+    torch.testing.assert_close(logits(twin, ids), logits(model, ids), atol=1e-4, rtol=1e-4)
+
+
 def test_an_adapter_can_be_deleted(llama, ids):
     model = adapted(llama, True)
     expected = logits(model, ids)

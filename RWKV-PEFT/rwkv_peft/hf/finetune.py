@@ -49,7 +49,10 @@ def main(argv):
     from trl import SFTTrainer
 
     arguments, config = parse(argv)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.base_model_name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.base_model_name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--base_model_name_or_path {arguments.base_model_name_or_path}: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     data = load_data(arguments, tokenizer.eos_token)
@@ -103,6 +106,8 @@ def adapt(argv, known, cuda):
         if f"--{old}" in argv and old not in known and new in known:
             argv[argv.index(f"--{old}")] = f"--{new}"
             print(f"--{old} is --{new} in the installed trl and transformers, and is taken as that")
+    if "fp32" in argv and not {"--bf16", "--fp16"} & set(argv):
+        argv += ["--bf16", "False"]  # which trl switches on by itself
     if not cuda:
         if "--tf32" in argv:
             at = argv.index("--tf32")
@@ -136,20 +141,21 @@ def load_model(path, bits):
 
 
 def load_data(arguments, end):
-    """The rows as prompt and completion. Raises UserError where a column is missing or no row is there."""
+    """The rows as prompt and completion. Raises UserError where there is no such data or column."""
     from datasets import load_dataset
 
     kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(arguments.data_path).suffix)
     if kind is not None and not Path(arguments.data_path).is_file():
         raise UserError(f"--data_path {arguments.data_path} does not exist")
     files = {} if kind is None else {"data_files": arguments.data_path}
-    data = load_dataset(kind or arguments.data_path, split=arguments.dataset_split, **files)
+    try:
+        data = load_dataset(kind or arguments.data_path, split=arguments.dataset_split, **files)
+    except (ValueError, FileNotFoundError) as error:  # no such data, no such split, or no row in it
+        raise UserError(f"--data_path {arguments.data_path} --dataset_split {arguments.dataset_split}: {error}") from error
     missing = [name for name in arguments.dataset_field if name not in data.column_names]
     if missing:
         raise UserError(f"{arguments.data_path} has no column {', '.join(missing)}; it has {', '.join(data.column_names)}: "
                         "name two of them with --dataset_field QUESTION ANSWER")
-    if not len(data):
-        raise UserError(f"{arguments.data_path}, {arguments.dataset_split} holds no rows")
     question, answer = arguments.dataset_field
     return data.map(
         lambda row: {"prompt": f"### USER: {row[question]}\n### ASSISTANT:", "completion": f" {row[answer]}{end or ''}"},
@@ -159,7 +165,9 @@ def load_data(arguments, end):
 def merge_and_save(arguments, adapter, target, tokenizer):
     """Merge a saved adapter into the base model, read anew without quantization, and save the result."""
     from peft import PeftModel
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    unset_hf_deepspeed_config()  # under ZeRO-3 the base would be spread over the processes, and this one needs it whole
     bits = arguments.bits if arguments.bits in ("fp16", "fp32") else "bf16"
     model = PeftModel.from_pretrained(load_model(arguments.base_model_name_or_path, bits), adapter)
     model.merge_and_unload(safe_merge=True).save_pretrained(target)

@@ -12,10 +12,9 @@ from torch.nn import functional as F
 
 from ..adapters.delta import delta
 from ..adapters.functional import bat_in, bone, linear
-from ..adapters.product import DENSE
 from ..adapters.weight_side import bat_out
 from ..errors import UserError
-from .products import product_for
+from .products import Dequantized, product_for
 
 
 class BoneLinear(nn.Module, BaseTunerLayer):
@@ -53,6 +52,10 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    @property
+    def quantized(self):
+        return isinstance(self.product, Dequantized)
+
     def forward(self, x, *args, **kwargs):
         """x (..., in) -> (..., out) in x's dtype."""
         if self.disable_adapters and self.merged:
@@ -62,7 +65,7 @@ class BoneLinear(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         self._gather()
         dtype = x.dtype
-        if self.product is not DENSE:
+        if self.quantized:
             x = x.to(self.product.compute_dtype(x))
         y = self._adapted(x, names[0]) if len(names) == 1 else self._composed(x, names)
         return y.to(dtype) if not torch.is_autocast_enabled(x.device.type) else y
@@ -104,10 +107,13 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.bone_block]
         if not names:
             return
-        if self.product is not DENSE:
+        if self.quantized:
             raise UserError(f"{self.name} is quantized, and merging would round the adapter away; load the base model "
                             "without quantization, PeftModel.from_pretrained(base, adapter) on it, and merge that")
         weight = self.get_base_layer().weight
+        if weight.numel() != self.in_features * self.out_features:
+            raise UserError(f"the weight of {self.name} is spread over processes by ZeRO-3; save the adapter, and merge it "
+                            "in a process without DeepSpeed")
         merged = weight.data.float()
         for name in names:
             merged = merged + delta(self.bone_config[name].variant, merged, {"bone": self.bone_block[name].detach()})

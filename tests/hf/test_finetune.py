@@ -1,0 +1,121 @@
+"""demo/bone_finetuning.py's command, and the method's quick start in Python."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_peft.errors import UserError
+from rwkv_peft.hf import BoneConfig, finetune
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "demo"))
+
+import tiny_llama  # noqa: E402
+
+QUIET = ("--report_to", "none", "--logging_steps", "1", "--save_strategy", "no", "--disable_tqdm", "True",
+         "--dataloader_pin_memory", "False")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The model folder and data file that scripts/bone_llama.sh makes."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_llama.write_model(folder / "model")
+    tiny_llama.write_data(folder / "data.jsonl", 32)
+    return folder
+
+
+def run(tiny, output, *flags):
+    return finetune.main(["--base_model_name_or_path", str(tiny / "model"), "--data_path", str(tiny / "data.jsonl"),
+                          "--output_dir", str(output), "--bone_r", "16", *QUIET, *flags])
+
+
+def losses(output):
+    return [row["loss"] for row in json.loads((output / "trainer_state.json").read_text())["log_history"] if "loss" in row]
+
+
+def load(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def test_the_commands_flags_train_save_and_merge(tiny, tmp_path, capsys):
+    from peft import PeftModel
+
+    assert run(tiny, tmp_path, "--bits", "fp32", "--init_weights", "bat-in", "--merge_and_save",
+               "--dataset_split", "train[:100000]", "--dataset_field", "query", "response", "--max_steps", "8",
+               "--per_device_train_batch_size", "4", "--learning_rate", "1e-2", "--weight_decay", "0.",
+               "--warmup_ratio", "0.03", "--max_seq_length", "128", "--tf32", "True") == 0
+    said = capsys.readouterr().out
+    assert "--warmup_ratio is --warmup_steps" in said and "--max_seq_length is --max_length" in said
+    assert torch.cuda.is_available() or "--tf32 is for CUDA devices" in said
+    assert "trainable params: 35,840 ||" in said
+    trace = losses(tmp_path)
+    assert trace[-1] < trace[0] - 0.3
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        adapted = PeftModel.from_pretrained(load(tiny / "model"), tmp_path / "bone_ft")(ids).logits
+        torch.testing.assert_close(load(tmp_path / "bone_merged")(ids).logits, adapted, atol=1e-4, rtol=1e-4)
+        assert (load(tiny / "model")(ids).logits - adapted).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("bits", ("nf4", "int8", "bf16"))
+def test_every_kind_of_base_trains_and_merges(tiny, tmp_path, bits):
+    if bits != "bf16":
+        pytest.importorskip("bitsandbytes")
+    assert run(tiny, tmp_path, "--bits", bits, "--init_weights", "bat-in", "--merge_and_save", "--max_steps", "4",
+               "--per_device_train_batch_size", "4", "--learning_rate", "1e-2", "--bf16", "True") == 0
+    trace = losses(tmp_path)
+    assert trace[-1] < trace[0] - 0.1
+    assert all(torch.isfinite(tensor).all() for tensor in load(tmp_path / "bone_merged").state_dict().values())
+
+
+def test_the_quick_start(tiny, tmp_path):
+    from datasets import load_dataset
+    from peft import PeftModel, get_peft_model
+    from trl import SFTConfig, SFTTrainer
+
+    model = get_peft_model(load(tiny / "model"), BoneConfig(r=16, target_modules="all-linear"))
+    data = load_dataset("json", data_files=str(tiny / "data.jsonl"), split="train").rename_columns(
+        {"query": "prompt", "response": "completion"})
+    from transformers import AutoTokenizer
+
+    config = SFTConfig(output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=4, learning_rate=1e-2,
+                       report_to="none", save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True)
+    trainer = SFTTrainer(model=model, args=config, train_dataset=data,
+                         processing_class=AutoTokenizer.from_pretrained(tiny / "model"))
+    trainer.train()
+    model.save_pretrained(tmp_path / "bone")
+    again = PeftModel.from_pretrained(load(tiny / "model"), tmp_path / "bone")
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits)
+        assert (again(ids).logits - load(tiny / "model")(ids).logits).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--bits", "int3"), "--bits int3 is unknown; give bf16, fp16, fp32, nf4, int8"),
+    (("--dataset_field", "query", "reply"), "has no column reply; it has query, response"),
+    (("--dataset_field", "query"), "takes two columns"),
+    (("--learning_rat", "1"), "there is no --learning_rat; did you mean --learning_rate"),
+    (("--bone_r", "many"), "invalid int value: 'many'"),
+    (("--init_weights", "bad"), "init_weights='bad' is unknown"),
+    (("--data_path", "nowhere.jsonl"), "nowhere.jsonl does not exist"),
+    (("--base_model_name_or_path", "./nowhere"), "--base_model_name_or_path ./nowhere: "),
+    (("--dataset_split", "train[:0]"), "corresponds to no data"),
+])
+def test_a_mistake_is_answered(tiny, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        run(tiny, tmp_path, *flags)
+
+
+def test_arguments_are_adapted_to_the_installed_versions(capsys):
+    adapted = finetune.adapt(["--warmup_ratio=0.03", "--tf32", "--lr", "1"], {"warmup_steps"}, cuda=False)
+    assert adapted == ["--warmup_steps", "0.03", "--lr", "1", "--use_cpu", "True"]
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    flags = ["--warmup_ratio", "0.03", "--tf32", "True"]
+    assert finetune.adapt(flags, {"warmup_ratio", "warmup_steps"}, cuda=True) == flags
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,25 @@
+"""scripts/bone_llama.sh: with no arguments on a model and data of its own, and half of a user's input refused."""
+
+import os
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def script(variables, *flags):
+    environment = {key: value for key, value in os.environ.items() if key not in ("BASE_MODEL", "DATA_PATH")}
+    return subprocess.run(["sh", str(ROOT / "scripts" / "bone_llama.sh"), *flags], env=environment | variables, text=True,
+                          capture_output=True)
+
+
+def test_it_runs_on_what_it_makes_itself(tmp_path):
+    done = script({"OUTPUT_DIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}, "--max_steps", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "bone_ft" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "bone_merged" / "model.safetensors").is_file()
+
+
+def test_half_of_a_users_input_is_refused():
+    done = script({"BASE_MODEL": "model"})
+    assert done.returncode != 0 and "without DATA_PATH" in done.stderr
