@@ -42,9 +42,18 @@ INLINE void store4(float* p, Vec4 x) { *reinterpret_cast<Vec4*>(p) = x; }
 INLINE Vec broadcast(float x) { return x - Vec{}; }  // x - 0 keeps -0, which x + 0 would not
 INLINE Vec zero() { return Vec{}; }
 
-// Bounds that let a NaN through.
+// Bounds that let a NaN through: AVX-512's maximum and minimum return their second operand where one is a NaN.
+#if defined(__AVX512F__)
+INLINE Vec at_least(Vec x, float bound) {
+    return reinterpret_cast<Vec>(_mm512_max_ps(_mm512_set1_ps(bound), reinterpret_cast<__m512>(x)));
+}
+INLINE Vec at_most(Vec x, float bound) {
+    return reinterpret_cast<Vec>(_mm512_min_ps(_mm512_set1_ps(bound), reinterpret_cast<__m512>(x)));
+}
+#else
 INLINE Vec at_least(Vec x, float bound) { return broadcast(bound) > x ? broadcast(bound) : x; }
 INLINE Vec at_most(Vec x, float bound) { return broadcast(bound) < x ? broadcast(bound) : x; }
+#endif
 
 // Lanes picked from a (0 to kLanes - 1) and b (from kLanes on); IN_EACH_QUAD repeats a pattern in every four lanes.
 #if defined(__clang__)
