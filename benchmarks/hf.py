@@ -1,0 +1,98 @@
+"""Time and memory of a training step on a LLaMA: Bone's forms, peft's MissConfig and peft's LoraConfig.
+
+    python benchmarks/hf.py                                  hidden 1024, 4 layers, T 1024, rank 64
+    python benchmarks/hf.py --tokens 256 --rounds 3 --threads 1
+
+Each method runs in a process of its own, all linear layers adapted, so that peak memory is its own; rounds go
+over the methods in turn, so that a machine's drift meets all of them. LoRA's rank gives it about as many
+parameters as bat-in has. Memory is what the process holds at most during steps beyond what it held before.
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-PEFT"))
+
+METHODS = ("bone True", "bone bat-in", "bone bat-out", "miss True", "miss bat", "lora")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2, help="steps a round, the fastest of which counts")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        measure(args)
+        return
+    results = {method: [] for method in args.methods}
+    for _ in range(args.rounds):
+        for method in args.methods:
+            command = [sys.executable, __file__, "--one", method]
+            for name in ("hidden", "layers", "tokens", "rank", "steps", "threads"):
+                command += [f"--{name}", str(getattr(args, name))]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            results[method].append([float(word) for word in done.stdout.split("RESULT")[1].split()])
+    print("| method | trainable | seconds a step | peak MiB of the steps |")
+    print("|---|---|---|---|")
+    for method, rows in results.items():
+        trainable, seconds, peak = (statistics.median(column) for column in zip(*rows, strict=True))
+        print(f"| {method} | {trainable:,.0f} | {seconds:.2f} | {peak:.0f} |")
+
+
+def measure(args):
+    """Run one method's steps; print trainable parameters, seconds and MiB."""
+    import torch
+    from peft import get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=2048, hidden_size=args.hidden, intermediate_size=args.hidden * 11 // 4, num_hidden_layers=args.layers,
+        num_attention_heads=16, max_position_embeddings=args.tokens, use_cache=False))
+    model = get_peft_model(model, config(args.one, args.rank, args.hidden)).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ids = torch.randint(0, 2048, (1, args.tokens))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = []
+    for _ in range(args.steps + 1):
+        start = time.perf_counter()
+        model(input_ids=ids, labels=ids).loss.backward()
+        seconds.append(time.perf_counter() - start)
+        for parameter in trained:
+            parameter.grad = None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print("RESULT", sum(parameter.numel() for parameter in trained), min(seconds[1:]), peak / 1024)
+
+
+def config(method, rank, hidden):
+    """The configuration of a method by its name in METHODS."""
+    from peft import LoraConfig, MissConfig
+
+    from rwkv_peft.hf import BoneConfig
+
+    kind, _, form = method.partition(" ")
+    form = True if form == "True" else form
+    if kind == "bone":
+        return BoneConfig(r=rank, init_weights=form, target_modules="all-linear")
+    if kind == "miss":
+        return MissConfig(r=rank, init_weights=form, target_modules="all-linear")
+    # Σ in r over a block's seven matrices, divided by Σ (in + out), with the inner width 11/4 of hidden
+    same = round(rank * (6 + 2.75) / (4 * 2 + 3 * 3.75))
+    return LoraConfig(r=same, lora_alpha=same, target_modules="all-linear")
+
+
+if __name__ == "__main__":
+    main()
