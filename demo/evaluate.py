@@ -8,7 +8,6 @@ continues each prompt greedily up to the end of the line, and compares with the 
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-PEFT"))
 from rwkv_peft.cli import Parser  # noqa: E402
 from rwkv_peft.data.tokenizer import load_tokenizer  # noqa: E402
 from rwkv_peft.errors import UserError, exit_on_user_error  # noqa: E402
+from rwkv_peft.runtimes import rwkv_model  # noqa: E402
 from rwkv_peft.generate import Sampling, generate, load_model  # noqa: E402
 
 LONGEST = 80  # tokens of an answer
@@ -56,10 +56,7 @@ def answer(path, prompts, stop):
 
 def answer_with_rwkv(path, prompts, stop):
     """The same by the `rwkv` package in float32, one prompt after the other."""
-    os.environ["RWKV_V7_ON"] = "0"  # the package would take every model for an RWKV-7
-    from rwkv.model import RWKV
-
-    model = RWKV(model=str(Path(path).with_suffix("")), strategy="cpu fp32", verbose=False)
+    model = rwkv_model(path)
     answers = []
     for prompt in prompts:
         logits, memory = model.forward(prompt, None)

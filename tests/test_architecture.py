@@ -23,7 +23,7 @@ PARTS = (
     ("checkpoint", ("checkpoint", "atomic", "pth", "pth_writer", "safetensors_writer", "adapter_file", "foreign", "names"), ("base",)),
     ("data", ("data",), ("base",)),
     ("merge", ("merge", "merge_cli"), ("adapters", "checkpoint")),
-    ("check", ("check",), ("model", "adapters", "checkpoint")),
+    ("check", ("check",), ("model", "adapters", "checkpoint", "verify")),
     ("convert", ("convert", "gguf_file"), ("checkpoint", "data")),
     ("verify", ("verify", "runtimes"), ("model", "convert")),
     ("generate", ("generate",), ("model", "checkpoint", "data", "merge")),

@@ -6,7 +6,6 @@ Reads one random token sequence with base and adapter layers here, with the merg
 in the `rwkv` package, all in float32 on the CPU, and compares their logits. Needs memory for two float32 copies.
 """
 
-import os
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from .cli import Parser
 from .config import AdapterConfig
 from .errors import UserError, exit_on_user_error
 from .model import RWKV6
+from .runtimes import rwkv_model
 
 SAME_FILE = 1e-4  # relative difference allowed between two float32 programs that read the same weights
 ROUNDED = 5e-2  # and between a merged file and the unmerged float32 sum that it rounds to its dtype
@@ -72,13 +72,10 @@ def runtime_logits(path, tokens):
 
     A float32 copy is read, because the package folds blocks.0.ln0 into the embedding in the file's own dtype.
     """
-    os.environ["RWKV_V7_ON"] = "0"  # the package would take every model for an RWKV-7
-    from rwkv.model import RWKV
-
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "float32.pth"
         save_model(copy, {key: tensor.float() for key, tensor in load_base(path).items()})
-        runtime = RWKV(model=str(copy.with_suffix("")), strategy="cpu fp32", verbose=False)
+        runtime = rwkv_model(copy)
     with torch.inference_mode():
         return runtime.forward(tokens.tolist(), None, full_output=True)[0].float()
 

@@ -52,14 +52,14 @@ def reference_logits(state, tokens, config, dtype=torch.float64):
 
 def rwkv_sequence(path, tokens, config):
     """The `rwkv` package, all tokens in one call."""
-    model = _rwkv_model(path)
+    model = rwkv_model(path)
     with torch.inference_mode():
         return model.forward(tokens.tolist(), None, full_output=True)[0].float()
 
 
 def rwkv_tokens(path, tokens, config):
     """The `rwkv` package, one token at a time."""
-    model, state, rows = _rwkv_model(path), None, []
+    model, state, rows = rwkv_model(path), None, []
     with torch.inference_mode():
         for token in tokens.tolist():
             logits, state = model.forward([token], state)
@@ -67,7 +67,8 @@ def rwkv_tokens(path, tokens, config):
     return torch.stack(rows)
 
 
-def _rwkv_model(path):
+def rwkv_model(path):
+    """The `rwkv` package's model of the .pth at path, in float32 on the CPU."""
     os.environ["RWKV_V7_ON"] = "0"  # read at import: under "1" the package takes every model for an RWKV-7
     with contextlib.redirect_stdout(io.StringIO()):
         from rwkv.model import RWKV

@@ -27,7 +27,7 @@ class StepCallback(pl.Callback):
         """Called for each micro batch."""
 
     def on_step(self, trainer, lit, done):
-        raise NotImplementedError
+        """Called after each optimizer step."""
 
 
 class Record(StepCallback):
@@ -143,7 +143,7 @@ class Save(StepCallback):
 
     def on_train_start(self, trainer, lit):
         if self.checkpoint is not None:
-            load_checkpoint(trainer, self.checkpoint)
+            load_checkpoint(trainer, lit, self.checkpoint)
 
     def on_step(self, trainer, lit, done):
         epoch, rest = divmod(done, self.plan.epoch_steps)

@@ -57,7 +57,7 @@ class Saver:
 
     def save(self, trainer, lit, done, epoch=None):
         """Save after `done` optimizer steps; `epoch` is the number of epochs done where one just ended."""
-        self.save_checkpoint(trainer, done)
+        self.save_checkpoint(trainer, lit, done)
         self.save_tensors(trainer, lit, [""] if epoch is None else [f"epoch-{epoch}", ""])
 
     def save_tensors(self, trainer, lit, labels):
@@ -76,7 +76,7 @@ class Saver:
                     save_adapter(path, tensors, AdapterMetadata.from_config(self.config.adapter, self.base_fingerprint))
         trainer.strategy.barrier()
 
-    def save_checkpoint(self, trainer, done):
+    def save_checkpoint(self, trainer, lit, done):
         """DeepSpeed's state and state.json into a hidden folder, which gets its name when it is complete."""
         checkpoints = self.folder / "checkpoints"
         hidden, final = checkpoints / f".step-{done:08d}", checkpoints / f"step-{done:08d}"
@@ -91,7 +91,7 @@ class Saver:
         if not trainer.is_global_zero:
             return
         state = {"step": done, "epoch": done // self.plan.epoch_steps, "samples_seen": done * self.plan.step_samples,
-                 "config": asdict(self.config), **self.identity}
+                 "trained": trained_names(lit), "config": asdict(self.config), **self.identity}
         with atomic_write(hidden / "state.json") as temporary:
             temporary.write_text(json.dumps(state, indent=1))
         sync_files(hidden)
@@ -110,8 +110,22 @@ def sync_files(folder):
                 os.fsync(file.fileno())
 
 
-def load_checkpoint(trainer, checkpoint):
-    """Restore weights and optimizer into the engine, on all ranks."""
+def trained_names(lit):
+    """What a checkpoint holds: the names of the parameters that train."""
+    return sorted(name for name, parameter in lit.model.named_parameters() if parameter.requires_grad)
+
+
+def load_checkpoint(trainer, lit, checkpoint):
+    """Restore weights and optimizer into the engine, on all ranks.
+
+    Frozen parameters come from the base, so the engine must load without them; that nothing else is missing is
+    checked here, against the list in state.json.
+    """
+    saved, now = json.loads((checkpoint / "state.json").read_text())["trained"], trained_names(lit)
+    if saved != now:
+        different = sorted(set(saved) ^ set(now))
+        raise UserError(f"--resume: {checkpoint} and this run train different parameters ({different[0]} and "
+                        f"{len(different) - 1} more); give the first run's flags")
     trainer.strategy.deepspeed_engine.load_checkpoint(checkpoint, tag=TAG, load_module_strict=False,
                                                       load_lr_scheduler_states=False)
 
