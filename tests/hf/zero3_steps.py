@@ -26,7 +26,7 @@ from rwkv_peft.hf import BoneConfig  # noqa: E402
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it takes a minute to compile
 
-ZERO_3 = {"train_micro_batch_size_per_gpu": 2, "zero_allow_untested_optimizer": True,
+ZERO_3 = {"train_micro_batch_size_per_gpu": 2, "zero_allow_untested_optimizer": True, "gradient_clipping": 0.0,
           "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 
 
