@@ -117,6 +117,7 @@ class TrainConfig:
     load_model: str = ""
     proj_dir: str = "out"
     resume: bool = False
+    fresh_optimizer: bool = False
     epoch_steps: int = 0
     epoch_count: int = 1
     epoch_begin: int = 0

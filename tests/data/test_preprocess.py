@@ -74,6 +74,13 @@ def test_fields_and_templates_name_others(preprocess, tmp_path):
     assert texts(preprocess([row], "--template", str(tmp_path / "template"))) == [("2+2? 4", "2+2? 4")]
 
 
+def test_layouts_have_names(preprocess):
+    row = {"query": "2+2?", "response": "4"}
+    assert texts(preprocess([row], "--template", "chat")) == texts(preprocess([row]))
+    with pytest.raises(UserError, match="chat, question, instruction"):
+        preprocess([row], "--template", "chatty")
+
+
 @pytest.mark.parametrize("text", ["no field", "{a} [[", "{a} ]] [[", "[[ {a} [[ ]] ]]"])
 def test_bad_templates_are_named(preprocess, tmp_path, text):
     (tmp_path / "template").write_text(text)

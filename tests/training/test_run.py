@@ -146,11 +146,24 @@ def test_a_stopped_run_resumes_bitwise(files, unbroken, number, code):
 
 def test_resume_refuses_another_number_of_ranks_and_a_finished_run(files, unbroken):
     _, err = train(files, "unbroken", *LONG, "--resume", "--devices", "2", code=2)
-    assert "world_size 1" in err and "--bone_load" in err and "Traceback" not in err
+    assert "world_size 1" in err and "--fresh_optimizer" in err and "Traceback" not in err
     _, err = train(files, "unbroken", *LONG, "--resume", code=2)
     assert "complete" in err
     _, err = train(files, "unbroken", *LONG, code=2)
     assert "already holds a run" in err
+
+
+@pytest.mark.parametrize("method", [(), ("--peft", "none", "--train_parts", "ln")])
+def test_another_number_of_devices_goes_on_at_the_next_sample(files, method):
+    name = "moved" + "-none" * bool(method)
+    flags = ("--precision", "fp32", *method)
+    train(files, name, *flags, "--micro_bsz", "3", "--epoch_count", "1")
+    train(files, name, *flags, "--micro_bsz", "1", "--devices", "2", "--resume", "--fresh_optimizer")
+    lines = metrics(files, name)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 6, 7]  # 12 samples were seen, and a step takes 2 now
+    state = json.loads((files / name / "checkpoints" / "step-00000008" / "state.json").read_text())
+    assert state["samples_seen"] == 16
+    assert lines[4]["loss"] < lines[0]["loss"]
 
 
 def test_a_new_run_continues_from_an_adapter(files, one_process):

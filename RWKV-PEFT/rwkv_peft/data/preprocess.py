@@ -20,7 +20,7 @@ from .encoding import EncodeSettings, Encoded, encode_all, encoder
 from .order import Permutation
 from .report import describe
 from .rows import KINDS, read_chunks
-from .templates import read_template
+from .templates import TEMPLATES, read_template
 
 INLINE_BYTES = 4 << 20
 
@@ -53,8 +53,9 @@ def parser():
                         help="end each document with the tokenizer's end token")
     result.add_argument("--fields", nargs="+", default=[], metavar="NAME",
                         help="the field that holds the text, or those that hold a prompt and its answer")
-    result.add_argument("--template", default="", metavar="FILE",
-                        help="a text with {field} for fields, and [[ ]] around what counts in the loss")
+    result.add_argument("--template", default="", metavar="NAME|FILE",
+                        help=f"{', '.join(TEMPLATES)}, or a text with {{field}} for fields and [[ ]] around what counts "
+                             "in the loss")
     result.add_argument("--split", default="", metavar="TRAIN[A:B]",
                         help="rows to read, such as train[:1000] or [10%%:]")
     result.add_argument("--skip_bad_rows", action="store_true",

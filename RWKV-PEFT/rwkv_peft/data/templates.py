@@ -6,6 +6,7 @@ that text. The layouts are the ones that RWKV World models were trained on.
 
 import re
 from pathlib import Path
+from types import MappingProxyType
 
 from ..errors import UserError
 
@@ -49,10 +50,24 @@ def named_segments(row, names):
     return exchange(f"User: {field(row, names[0])}\n\nAssistant:", field(row, names[1]))
 
 
+# Layouts by name, for --template; see Template for the signs.
+TEMPLATES = MappingProxyType({
+    "chat": "User: {query}\n\nAssistant:[[ {response}]]",
+    "question": "Question: {question}\n\nAnswer:[[ {answer}]]",
+    "instruction": "Instruction: {instruction}\n\nResponse:[[ {output}]]",
+    "input": "Instruction: {instruction}\n\nInput: {input}\n\nResponse:[[ {output}]]",
+})
+
+
 def read_template(path):
-    """The text of a template file, without the newline at its end; UserError where it is missing or wrong."""
+    """The text of a template: one of TEMPLATES by its name, or a file's, without the newline at its end.
+
+    Raises UserError where it is missing or wrong.
+    """
+    if path in TEMPLATES:
+        return TEMPLATES[path]
     if not Path(path).is_file():
-        raise UserError(f"--template {path}: no such file")
+        raise UserError(f"--template {path}: no such file, and no layout of that name; named are {', '.join(TEMPLATES)}")
     text = Path(path).read_text(encoding="utf-8").rstrip("\n")
     Template(text)
     return text

@@ -31,6 +31,6 @@ class RunData(pl.LightningDataModule):
         plan = self.plan
         batches = TrainBatches(self.samples, self.micro_bsz, rank=self.trainer.global_rank,
                                world_size=self.trainer.world_size, accumulate=self.accumulate,
-                               samples_seen=plan.first_step * plan.step_samples,
+                               samples_seen=plan.first_sample,
                                pin_memory=self.trainer.strategy.root_device.type == "cuda")
         return RunBatches(batches, (plan.total_steps - plan.first_step) * self.accumulate)

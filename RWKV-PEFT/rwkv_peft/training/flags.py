@@ -138,6 +138,9 @@ def build_parser():
     run = parser.add_argument_group("run")
     run.add_argument("--proj_dir", default="out", metavar="DIR", help="where the run writes")
     run.add_argument("--resume", action="store_true", help="continue the run in --proj_dir exactly where it stopped")
+    run.add_argument("--fresh_optimizer", action="store_true",
+                     help="with --resume: keep weights and place in the data, start the optimizer anew; for another number "
+                          "of devices, strategy or precision")
     run.add_argument("--epoch_steps", type=count, default=0, help="optimizer steps an epoch; 0: one pass over the data")
     run.add_argument("--epoch_count", type=positive, default=1, help="epochs; the run ends after them")
     run.add_argument("--epoch_begin", type=count, default=0,
@@ -285,6 +288,8 @@ def check_train(train):
         raise UserError(f"--epoch_begin {train.epoch_begin} leaves no epoch of --epoch_count {train.epoch_count} to train")
     if train.wandb and re.search(r"[/\\#?%:]", train.wandb):
         raise UserError(f"--wandb {train.wandb!r} is a project name and may not contain / \\ # ? % :")
+    if train.fresh_optimizer and not train.resume:
+        raise UserError("--fresh_optimizer says how to --resume, which is not given; a new run has a fresh optimizer anyway")
     if train.val_data and train.val_split:
         raise UserError("--val_data and --val_split both name the validation samples; give one of them")
     for name in ("val_every", "early_stop"):

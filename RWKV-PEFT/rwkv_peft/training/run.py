@@ -24,7 +24,7 @@ from ..ops import backends
 from .flags import parse_config
 from .gradients import estimate_gradients
 from .memory import keep_freed_memory
-from .saver import Saver, find_checkpoint, read_state
+from .saver import Saver, find_checkpoint, load_trained, read_state
 from .validate import Validator
 
 DTYPES = (("bf16", torch.bfloat16), ("fp32", torch.float32))
@@ -32,12 +32,18 @@ DTYPES = (("bf16", torch.bfloat16), ("fp32", torch.float32))
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps of a run: step_samples samples each, epoch_steps an epoch, numbered first_step to total_steps - 1."""
+    """Steps of a run: step_samples samples each, epoch_steps an epoch, numbered first_step to total_steps - 1; the
+    first of them begins at sample first_sample."""
 
     step_samples: int
     epoch_steps: int
     total_steps: int
     first_step: int
+    first_sample: int
+
+    def samples_seen(self, done):
+        """The sample cursor after `done` steps."""
+        return self.first_sample + (done - self.first_step) * self.step_samples
 
 
 def main(argv):
@@ -76,6 +82,9 @@ def run(config, say=print):
     batches = TrainBatches(samples, config.data.micro_bsz, world_size=world_size,
                            accumulate=train.accumulate_grad_batches)
     report = adapt(model, config.adapter, base, base_fingerprint, batches)
+    if state and train.fresh_optimizer:
+        load_trained(model, checkpoint)
+        checkpoint = None  # its optimizer state belongs to other ranks
     describe(config, accelerator, samples, batches.notes, plan, report, state, say)
     folder.mkdir(parents=True, exist_ok=True)
     saver = Saver(folder, config, plan, identity, base_fingerprint)
@@ -112,20 +121,18 @@ def find_state(folder, train, identity):
     if checkpoint is None:
         raise UserError(f"--resume: there is no complete checkpoint under {folder / 'checkpoints'}; leave --resume out to "
                         "start, or give the --proj_dir of the run")
-    return checkpoint, read_state(checkpoint, identity)
+    return checkpoint, read_state(checkpoint, identity, train.fresh_optimizer)
 
 
 def make_plan(train, samples, step_samples, state):
-    """The run's Plan; a resumed run starts where its sample cursor stands."""
+    """The run's Plan. A resumed run starts at its sample cursor, whatever the size of a step was when it got there."""
     epoch_steps = train.epoch_steps or -(-len(samples) // step_samples)
     first_step = train.epoch_begin * epoch_steps
+    first_sample = first_step * step_samples
     if state:
-        first_step, rest = divmod(state["samples_seen"], step_samples)
-        if rest:
-            raise UserError(f"--resume: {state['samples_seen']} samples are done, which is no multiple of the "
-                            f"{step_samples} samples of a step now; give the first run's --micro_bsz and "
-                            "--accumulate_grad_batches")
-    return Plan(step_samples, epoch_steps, train.epoch_count * epoch_steps, first_step)
+        first_sample = state["samples_seen"]
+        first_step = first_sample // step_samples
+    return Plan(step_samples, epoch_steps, train.epoch_count * epoch_steps, first_step, first_sample)
 
 
 def build_model(config, base):

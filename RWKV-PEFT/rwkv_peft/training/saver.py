@@ -3,7 +3,7 @@
 proj_dir/adapter-epoch-N.safetensors   the trained tensors after epoch N (--peft none: rwkv-epoch-N.pth, the model)
 proj_dir/adapter.safetensors           the same, newest (--peft none: rwkv.pth)
 proj_dir/adapter-best.safetensors      the same, at the lowest validation loss
-proj_dir/checkpoints/step-NNNNNNNN/    optimizer state, state.json; the last KEEP of them
+proj_dir/checkpoints/step-NNNNNNNN/    optimizer state, the trained tensors, state.json; the last KEEP of them
 """
 
 import json
@@ -14,12 +14,14 @@ from dataclasses import asdict
 
 import torch
 
-from ..checkpoint import AdapterMetadata, adapter_parameter, atomic_write, save_adapter, save_model
+from ..checkpoint import (AdapterMetadata, adapter_parameter, atomic_write, load_adapter_into, load_base, read_adapter,
+                          save_adapter, save_model)
 from ..errors import UserError
 
 KEEP = 2
 TAG = "zero"  # DeepSpeed's name for the folder of its own files
-SAME = ("adapter", "base", "strategy", "world_size", "precision")  # what a resumed run must share with the first
+SAME = ("adapter", "base")  # what a resumed run must share with the first,
+SAME_OPTIMIZER = ("strategy", "world_size", "precision")  # and what its optimizer state needs besides
 
 
 def find_checkpoint(folder):
@@ -28,37 +30,42 @@ def find_checkpoint(folder):
     return found[-1].parent if found else None
 
 
-def read_state(checkpoint, now):
-    """state.json of a checkpoint, compared with what the resuming run says of itself (a dict with the keys SAME)."""
+def read_state(checkpoint, now, fresh_optimizer=False):
+    """state.json of a checkpoint, compared with what the resuming run says of itself (a dict of SAME, SAME_OPTIMIZER)."""
     try:
         state = json.loads((checkpoint / "state.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"{checkpoint}/state.json cannot be read ({error}); delete {checkpoint} to resume from an "
                         "older checkpoint") from error
     now = json.loads(json.dumps(now))
-    for key in SAME:
+    for key in SAME + (() if fresh_optimizer else SAME_OPTIMIZER):
         if state[key] != now[key]:
             raise UserError(
-                f"--resume: the run in {checkpoint.parent.parent} has {key} {state[key]}, this command {now[key]}. "
-                "Give the same flags, or start a new --proj_dir from its adapter with a fresh optimizer: "
-                f"--bone_load {checkpoint.parent.parent / 'adapter.safetensors'} --epoch_begin {state['epoch']}")
+                f"--resume: the run in {checkpoint.parent.parent} has {key} {state[key]}, this command {now[key]}; "
+                + ("give the same flags, or add --fresh_optimizer: the optimizer's state cannot move, weights and data go on"
+                   if key in SAME_OPTIMIZER else "give the first run's flags, or another --proj_dir"))
     return state
 
 
 class Saver:
     """Writes checkpoints and trained tensors of one run; every method is called on all ranks at once.
 
-    identity is the dict of SAME keys; base_fingerprint is "" for a model that was never loaded from a file.
+    identity is the dict of SAME and SAME_OPTIMIZER keys; base_fingerprint is "" for a model that was never loaded from a file.
     """
 
     def __init__(self, folder, config, plan, identity, base_fingerprint):
         self.folder, self.config, self.plan = folder, config, plan
         self.identity, self.base_fingerprint = identity, base_fingerprint
 
+    @property
+    def newest(self):
+        """The file of the newest trained tensors."""
+        return self.folder / ("rwkv.pth" if self.config.adapter.method == "none" else "adapter.safetensors")
+
     def save(self, trainer, lit, done, epoch=None):
         """Save after `done` optimizer steps; `epoch` is the number of epochs done where one just ended."""
-        self.save_checkpoint(trainer, lit, done)
         self.save_tensors(trainer, lit, [""] if epoch is None else [f"epoch-{epoch}", ""])
+        self.save_checkpoint(trainer, lit, done)
 
     def save_tensors(self, trainer, lit, labels):
         """Write what was trained once for each label: adapter-LABEL.safetensors, or rwkv-LABEL.pth (--peft none)."""
@@ -67,9 +74,9 @@ class Saver:
         wanted += [(name, buffer) for name, buffer in lit.model.named_buffers() if adapter_parameter(name)]
         tensors = gather(wanted, trainer.strategy.zero_stage_3, trainer.is_global_zero)
         if trainer.is_global_zero:
-            stem, suffix = ("rwkv", ".pth") if full else ("adapter", ".safetensors")
+            newest = self.newest
             for label in labels:
-                path = self.folder / (f"{stem}-{label}{suffix}" if label else stem + suffix)
+                path = newest.with_stem(f"{newest.stem}-{label}") if label else newest
                 if full:
                     save_model(path, tensors)
                 else:
@@ -90,8 +97,9 @@ class Saver:
         trainer.strategy.barrier()
         if not trainer.is_global_zero:
             return
-        state = {"step": done, "epoch": done // self.plan.epoch_steps, "samples_seen": done * self.plan.step_samples,
+        state = {"step": done, "epoch": done // self.plan.epoch_steps, "samples_seen": self.plan.samples_seen(done),
                  "trained": trained_names(lit), "config": asdict(self.config), **self.identity}
+        share_file(self.newest, hidden / self.newest.name)
         with atomic_write(hidden / "state.json") as temporary:
             temporary.write_text(json.dumps(state, indent=1))
         sync_files(hidden)
@@ -100,6 +108,14 @@ class Saver:
         hidden.rename(final)
         for old in sorted(checkpoints.glob("step-*"))[:-KEEP]:
             shutil.rmtree(old)
+
+
+def share_file(path, copy):
+    """Give a file a second name, which keeps the content when `path` is replaced; a copy where the disk has no links."""
+    try:
+        os.link(path, copy)
+    except OSError:
+        shutil.copyfile(path, copy)
 
 
 def sync_files(folder):
@@ -128,6 +144,15 @@ def load_checkpoint(trainer, lit, checkpoint):
                         f"{len(different) - 1} more); give the first run's flags")
     trainer.strategy.deepspeed_engine.load_checkpoint(checkpoint, tag=TAG, load_module_strict=False,
                                                       load_lr_scheduler_states=False)
+
+
+def load_trained(model, checkpoint):
+    """Copy the trained tensors of a checkpoint into a model whose adapters are injected already."""
+    whole = checkpoint / "rwkv.pth"
+    if whole.exists():
+        model.load_state_dict(load_base(whole), strict=True)
+    else:
+        load_adapter_into(model, read_adapter(checkpoint / "adapter.safetensors"), str(checkpoint))
 
 
 def gather(pairs, zero_stage_3, keep):
