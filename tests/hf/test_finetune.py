@@ -106,6 +106,7 @@ def test_the_quick_start(tiny, tmp_path):
     (("--data_path", "nowhere.jsonl"), "nowhere.jsonl does not exist"),
     (("--base_model_name_or_path", "./nowhere"), "--base_model_name_or_path ./nowhere: "),
     (("--dataset_split", "train[:0]"), "corresponds to no data"),
+    (("--target_modules", "q_prog"), "q_prog matches no linear layer; there are .*q_proj"),
 ])
 def test_a_mistake_is_answered(tiny, tmp_path, flags, message):
     with pytest.raises(UserError, match=message):

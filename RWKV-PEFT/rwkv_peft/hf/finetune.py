@@ -56,9 +56,10 @@ def main(argv):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     data = load_data(arguments, tokenizer.eos_token)
-    trainer = SFTTrainer(
-        model=load_model(arguments.base_model_name_or_path, arguments.bits), args=config, train_dataset=data,
-        processing_class=tokenizer, peft_config=bone_config(arguments))
+    model = load_model(arguments.base_model_name_or_path, arguments.bits)
+    check_targets(arguments.target_modules or (), model)
+    trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer,
+                         peft_config=bone_config(arguments))
     if trainer.is_world_process_zero():
         trainer.model.print_trainable_parameters()
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
@@ -160,6 +161,15 @@ def load_data(arguments, end):
     return data.map(
         lambda row: {"prompt": f"### USER: {row[question]}\n### ASSISTANT:", "completion": f" {row[answer]}{end or ''}"},
         remove_columns=data.column_names)
+
+
+def check_targets(targets, model):
+    """UserError for a target that is the end of no module's name."""
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    for target in targets:
+        if target != "all-linear" and not any(name == target or name.endswith("." + target) for name in names):
+            leaves = sorted({name.rpartition(".")[2] for name in names})
+            raise UserError(f"--target_modules {target} matches no linear layer; there are {', '.join(leaves)}")
 
 
 def merge_and_save(arguments, adapter, target, tokenizer):
