@@ -114,6 +114,8 @@ def damaged_base(path, kind, tiny_state):
                 return Path.touch, (path.parent / "executed",)
 
         path.write_bytes(pickle.dumps({"emb.weight": Evil()}))
+    elif kind == "states":
+        torch.save(tiny_state() | {f"blocks.{i}.att.time_state": torch.zeros(4, 16, 16) for i in range(2)}, path)
     elif kind == "rwkv5":
         state = {key: value for key, value in tiny_state().items() if "maa" not in key and "decay_w" not in key}
         state |= {f"blocks.{i}.att.time_mix_{name}": torch.ones(1, 1, 64) for i in range(2) for name in "kvrg"}
@@ -124,7 +126,7 @@ def damaged_base(path, kind, tiny_state):
         torch.save(state, path)
 
 
-@pytest.mark.parametrize("kind", ["missing", "truncated", "empty", "code", "rwkv5", "rwkv7"])
+@pytest.mark.parametrize("kind", ["missing", "truncated", "empty", "code", "rwkv5", "rwkv7", "states"])
 def test_bad_base_models(files, tiny_state, monkeypatch, capsys, kind):
     damaged_base(files / "base.pth", kind, tiny_state)
     assert "base.pth" in refused(monkeypatch, capsys, flags(files))

@@ -256,6 +256,9 @@ def parse_json_flag(flag, text, keys):
 def base_model_config(args, base):
     """Dimensions of the base; a flag that contradicts them is refused."""
     config = model_config_from_state(base)
+    if any(key.endswith("time_state") for key in base):
+        raise UserError(f"{args.load_model} holds tuned time states, which training does not carry on; take the model "
+                        "without them")
     for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "head_size"):
         given, real = getattr(args, name), getattr(config, name)
         if given is not None and given != real:
