@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 from rwkv_peft.checkpoint import load_base, model_config_from_state
 from rwkv_peft.config import ModelConfig
-from rwkv_peft.model import RWKV6, State, init_weights, token_shift
+from rwkv_peft.model import RWKV6, State, init_weights
+from rwkv_peft.ops.mix import token_shift
 
 CONFIG = ModelConfig(n_layer=3, n_embd=32, vocab_size=50, dim_att=48, dim_ffn=112, head_size=8, maa_rank=4, decay_rank=6)
 

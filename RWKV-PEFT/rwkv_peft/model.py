@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import ModelConfig
 from .ops import wkv6
-from .ops.mix import lerp, norm_gate, relu_square, sigmoid_gate, token_shift  # noqa: F401 (token_shift is this module's too)
+from .ops.mix import lerp, norm_gate, relu_square, sigmoid_gate
 
 
 class LayerState(NamedTuple):

@@ -41,7 +41,7 @@ def lerp(x, last, maa, offsets=None, cu_seqlens=None):
                          f"of the {sequences} sequences: {(sequences, x.shape[2])}")
     if mix_cpu.takes(x, last, maa, offsets):
         bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
-        return mix_cpu.Lerp.apply(*_contiguous(x, last, maa, offsets), bounds)
+        return mix_cpu.run(mix_cpu.Lerp, *_contiguous(x, last, maa, offsets), bounds)
     delta = token_shift(x, last, cu_seqlens) - x
     weights = maa if offsets is None else maa[:, None, None] + offsets
     return tuple(torch.addcmul(x, delta, weight) for weight in weights)
@@ -53,7 +53,7 @@ def norm_gate(y, g, weight, bias, eps):
     y (B, T, H, N), g (B, T, H N), weight and bias (H N,) -> (B, T, H N).
     """
     if mix_cpu.takes(y, g, weight, bias):
-        return mix_cpu.NormGate.apply(*_contiguous(y, g, weight, bias), eps)
+        return mix_cpu.run(mix_cpu.NormGate, *_contiguous(y, g, weight, bias), eps)
     B, T, H, N = y.shape
     return F.group_norm(y.reshape(B * T, H * N), H, weight, bias, eps).view(B, T, H * N) * F.silu(g)
 
@@ -61,14 +61,14 @@ def norm_gate(y, g, weight, bias, eps):
 def sigmoid_gate(r, v):
     """sigmoid(r) · v, for r and v of one shape."""
     if mix_cpu.takes(r, v):
-        return mix_cpu.SigmoidGate.apply(*_contiguous(r, v))
+        return mix_cpu.run(mix_cpu.SigmoidGate, *_contiguous(r, v))
     return torch.sigmoid(r) * v
 
 
 def relu_square(x):
     """max(x, 0)²."""
     if mix_cpu.takes(x):
-        return mix_cpu.ReluSquare.apply(*_contiguous(x))
+        return mix_cpu.run(mix_cpu.ReluSquare, *_contiguous(x))
     return torch.relu(x).square()
 
 

@@ -74,6 +74,21 @@ def _pointers(tensors):
     return (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
 
 
+class _NoGradient:
+    """Stands for an autograd context where nothing will be differentiated."""
+
+    def save_for_backward(self, *tensors):
+        """Nothing is saved."""
+
+
+def run(function, *arguments):
+    """function.apply(*arguments), past autograd where gradients are off: on one token its bookkeeping costs several times
+    the kernel."""
+    if torch.is_grad_enabled():
+        return function.apply(*arguments)
+    return function.forward(_NoGradient(), *arguments)
+
+
 def _differentiable_once(backward):
     """A backward that refuses create_graph=True, which would take its result for a constant."""
 
