@@ -11,8 +11,9 @@ import argparse
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
+
+from tqdm import tqdm
 
 from ..errors import UserError, exit_on_user_error
 from .binidx import BinidxDataset, BinidxWriter, binidx_prefix
@@ -70,26 +71,25 @@ def parser():
 def write(inputs, output, settings, workers=1, split="", progress=None):
     """Encode the inputs into PREFIX `output`; returns an Encoded that holds the counts of all chunks.
 
-    progress is a stream that is told, twice a second, how far it is. Raises UserError for inputs
-    that cannot be read and where no document is left.
+    progress is a stream for a progress bar, or None. Raises UserError for inputs that cannot be read
+    and where no document is left.
     """
     tokenizer = encoder(settings).tokenizer  # a wrong setting stops here, before any worker starts
     size = sum(Path(path).stat().st_size for path in inputs if Path(path).is_file())
     if 0 < size < INLINE_BYTES:
         workers = 1
     chunks = (chunk for path in inputs for chunk in read_chunks(path, split, tokenizer.cuts_at_lines))
-    totals, began, said = Encoded(), time.monotonic(), 0.0
-    with BinidxWriter(output, tokenizer.vocab_size, mask=True) as writer:
+    totals = Encoded()
+    # A character stands for a byte of the input: near enough for a bar.
+    bar = tqdm(total=size or None, desc="tokenizing", unit="B", unit_scale=True, delay=0.5, mininterval=0.5, file=progress,
+               disable=progress is None)
+    with bar, BinidxWriter(output, tokenizer.vocab_size, mask=True) as writer:
         for part in encode_all(chunks, settings, workers):
             writer.add_documents(part.tokens, part.sizes, part.mask, part.continues)
             totals.add_counts(part)
-            seconds = time.monotonic() - began
-            if progress is not None and seconds - said > 0.5:
-                said = seconds
-                print(f"\r{len(writer.sizes)} documents, {totals.characters / 1e6:.0f} M characters, "
-                      f"{totals.characters / 1e6 / seconds:.1f} M/s", end="", file=progress, flush=True)
-        if said:
-            print(file=progress)
+            bar.set_postfix_str(f"{len(writer.sizes)} documents", refresh=False)
+            bar.update(min(part.characters, size - bar.n) if size else part.characters)
+        bar.update(size - bar.n if size else 0)
         if not writer.sizes:
             raise UserError(f"{', '.join(map(str, inputs))}: no document to write ({totals.empty} empty rows, "
                             f"{totals.bad} bad rows, {totals.too_long} too long)")
