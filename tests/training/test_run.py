@@ -166,6 +166,16 @@ def test_another_number_of_devices_goes_on_at_the_next_sample(files, method):
     assert lines[4]["loss"] < lines[0]["loss"]
 
 
+def test_larger_steps_count_from_their_own_checkpoint(tmp_path):
+    from rwkv_peft.training.saver import find_checkpoint
+
+    for step, seen in ((12, 12), (4, 16)):
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps({"samples_seen": seen}))
+    assert find_checkpoint(tmp_path).name == "step-00000004"
+
+
 def test_a_new_run_continues_from_an_adapter(files, one_process):
     out, _ = train(files, "again", "--precision", "fp32", "--micro_bsz", "4", "--epoch_count", "3", "--epoch_begin", "2",
                    "--bone_load", str(files / "one" / "adapter.safetensors"))

@@ -264,6 +264,5 @@ def fit(config, model, trainable, samples, validator, saver, checkpoint, acceler
     if validator is not None:
         say(f"validation  lowest loss {validator.best:.4f}"
             + (f"; stopped after {train.early_stop} validations without a lower one" if validator.exhausted else ""))
-    result = folder / ("rwkv.pth" if config.adapter.method == "none" else "adapter.safetensors")
-    say(f"finished  {result}, {folder / 'loss.png'}, {folder / 'metrics.jsonl'}")
+    say(f"finished  {saver.newest}, {folder / 'loss.png'}, {folder / 'metrics.jsonl'}")
     return 0

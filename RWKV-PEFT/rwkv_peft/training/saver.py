@@ -7,6 +7,7 @@ proj_dir/checkpoints/step-NNNNNNNN/    optimizer state, the trained tensors, sta
 """
 
 import json
+import math
 import os
 import shutil
 from contextlib import nullcontext
@@ -24,10 +25,19 @@ SAME = ("adapter", "base")  # what a resumed run must share with the first,
 SAME_OPTIMIZER = ("strategy", "world_size", "precision")  # and what its optimizer state needs besides
 
 
+def list_checkpoints(folder):
+    """Complete checkpoint folders under proj_dir, oldest first: by samples seen, as a step may have changed its size."""
+    def seen(checkpoint):
+        try:
+            return json.loads((checkpoint / "state.json").read_text())["samples_seen"]
+        except (OSError, ValueError, KeyError):
+            return math.inf  # read_state says what is wrong with it
+    return sorted((path.parent for path in (folder / "checkpoints").glob("step-*/state.json")), key=seen)
+
+
 def find_checkpoint(folder):
     """Newest complete checkpoint folder under proj_dir, or None."""
-    found = sorted((folder / "checkpoints").glob("step-*/state.json"))
-    return found[-1].parent if found else None
+    return next(reversed(list_checkpoints(folder)), None)
 
 
 def read_state(checkpoint, now, fresh_optimizer=False):
@@ -106,7 +116,7 @@ class Saver:
         if final.exists():
             shutil.rmtree(final)
         hidden.rename(final)
-        for old in sorted(checkpoints.glob("step-*"))[:-KEEP]:
+        for old in list_checkpoints(self.folder)[:-KEEP]:
             shutil.rmtree(old)
 
 
