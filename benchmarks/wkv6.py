@@ -180,7 +180,7 @@ def fma_peak():
     compiler = cpu.find_compiler()
     command = (compiler, *cpu.COMMON_FLAGS, *flags, f"-DWKV6_LEVEL={level}", f"-I{source_directory()}")
     unit = Unit(Path(__file__).with_name("fma_peak.cpp"), command)
-    path = build_library("fma_peak", [unit], (compiler, "-shared"), headers=(source_directory() / "wkv6_cpu_vector.h",))
+    path = build_library("fma_peak", [unit], (compiler, "-shared"), cpu.headers(source_directory()))
     library = ctypes.CDLL(str(path))
     library.fma_peak.argtypes, library.fma_peak.restype = [ctypes.c_double], ctypes.c_double
     return library.fma_peak(1.0)

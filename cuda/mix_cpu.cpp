@@ -15,37 +15,12 @@
 #include <cstring>
 #include <vector>
 
+#include "bfloat16.h"
+
 namespace {
 
 constexpr int64_t kBlock = 256;               // channels handled at a time: their floats stay in the first-level cache
 constexpr int64_t kWorkForThreads = 1 << 15;  // elements below which waking a thread costs more than it saves
-
-struct Bfloat16 {
-    uint16_t bits;
-};
-
-inline float to_float(float x) { return x; }
-inline float to_float(Bfloat16 x) {
-    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-    float y;
-    memcpy(&y, &bits, 4);
-    return y;
-}
-
-template <class E>
-inline E from_float(float x);
-template <>
-inline float from_float<float>(float x) {
-    return x;
-}
-template <>
-inline Bfloat16 from_float<Bfloat16>(float x) {  // to nearest even; a NaN stays one
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const uint32_t quiet_nan = (bits >> 16) | 0x40;
-    return {static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded)};
-}
 
 // exp(x) for x in [-87, 87], beyond which x counts as the bound, to about one unit in the last place: 2^n e^f with
 // |f| <= ln 2 / 2, where e^f is a minimax polynomial.

@@ -94,7 +94,7 @@ void store_rows(Element* to, const float* from, int64_t stride, int steps, Range
     for (int t = 0; t < steps; t++) {
         int c = columns.begin;
         for (; c + kLanes <= columns.end; c += kLanes) store(to + t * stride + c, load(from + t * N + c));
-        for (; c < columns.end; c++) from_float(to[t * stride + c], from[t * N + c]);
+        for (; c < columns.end; c++) to[t * stride + c] = from_float<Element>(from[t * N + c]);
     }
 }
 
@@ -842,7 +842,7 @@ void add_blocks(Element* to, const float* from, int64_t size, int blocks) {
     for (int64_t i = 0; i < size; i++) {
         float sum = from[i];
         for (int b = 1; b < blocks; b++) sum += from[b * size + i];
-        from_float(to[i], sum);
+        to[i] = from_float<Element>(sum);
     }
 }
 

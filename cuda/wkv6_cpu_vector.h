@@ -8,6 +8,8 @@
 #include <immintrin.h>
 #endif
 
+#include "bfloat16.h"
+
 #define WKV6_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define UNROLL WKV6_PRAGMA(unroll)
@@ -144,28 +146,6 @@ INLINE void transpose(float* to, int to_stride, const float* from, int from_stri
             store4(q + 3 * to_stride, SHUFFLE4(ab_high, cd_high, 2, 3, 6, 7));
         }
 }
-
-// bfloat16 is the upper half of a float; rounding is to nearest even, and a NaN stays one.
-struct Bfloat16 {
-    uint16_t bits;
-};
-
-INLINE float to_float(float x) { return x; }
-INLINE float to_float(Bfloat16 x) {
-    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-    float y;
-    memcpy(&y, &bits, 4);
-    return y;
-}
-INLINE void from_float(float& to, float x) { to = x; }
-INLINE void from_float(Bfloat16& to, float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const uint32_t quiet_nan = (bits >> 16) | 0x40;
-    to.bits = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded);
-}
-
 
 // kLanes bfloat16 values <-> floats.
 typedef uint16_t VecHalf __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));

@@ -127,5 +127,9 @@ def _recipe(sources, level):
     """(units, link command, headers) of a level's library."""
     command = (find_compiler(), *COMMON_FLAGS, *level_flags()[level], f"-DWKV6_LEVEL={level}")
     units = [Unit(sources / name, command) for name in ("wkv6_cpu.cpp", "wkv6_cpu_interface.cpp")]
-    headers = (sources / "wkv6_cpu.h", sources / "wkv6_cpu_vector.h")
-    return units, (command[0], "-shared", "-fopenmp"), headers
+    return units, (command[0], "-shared", "-fopenmp"), headers(sources)
+
+
+def headers(sources):
+    """Every header that the kernel's sources include."""
+    return [*sorted(sources.glob("wkv6_cpu*.h")), sources / "bfloat16.h"]

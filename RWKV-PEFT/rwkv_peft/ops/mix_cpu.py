@@ -27,8 +27,8 @@ def available():
 def _library():
     level = cpu.best_level()
     command = (cpu.find_compiler(), *cpu.COMMON_FLAGS, *cpu.level_flags()[level])
-    units = [Unit(source_directory() / "mix_cpu.cpp", command)]
-    path = build_library(f"mix_cpu_{level}", units, (command[0], "-shared", "-fopenmp"))
+    units, headers = [Unit(source_directory() / "mix_cpu.cpp", command)], (source_directory() / "bfloat16.h",)
+    path = build_library(f"mix_cpu_{level}", units, (command[0], "-shared", "-fopenmp"), headers)
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
