@@ -1,0 +1,257 @@
+// Backward of one head of one sequence: the passes over the state and its gradient, and what happens inside chunks.
+#pragma once
+#include <initializer_list>
+
+#include "wkv6_cpu_block.h"
+#include "wkv6_cpu_prepare.h"
+
+namespace wkv6 {
+namespace WKV6_LEVEL {
+namespace {
+
+// quads[j], as Block::dot leaves them -> gv_j[row], overwritten where `first`, else added to.
+template <int N, int kRows>
+INLINE void store_row_sums(float* gv, const Vec quads[kChunk][kRows / 4], bool first) {
+    UNROLL for (int a = 0; a < kRows; a += 4) {
+        Vec column[kChunk];
+        Vec4 sum[kChunk];
+        UNROLL for (int j = 0; j < kChunk; j++) column[j] = quads[j][a / 4];
+        sums_of_quads(column, sum);
+        UNROLL for (int j = 0; j < kChunk; j++) store4(gv + j * N + a, first ? sum[j] : sum[j] + load4(gv + j * N + a));
+    }
+}
+
+// D's blocks are as wide as registers allow beside four rows: gv needs sums over lanes, in fours.
+constexpr int gradient_vectors(int N) { return N / kLanes < kAccumulators / 4 ? N / kLanes : kAccumulators / 4; }
+
+// Floats from the state at one chunk to the state at the next, where these are kept.
+template <int N>
+constexpr int kHistoryStride = N * N + 17 * 16;
+
+template <int N>
+struct BackwardWork {
+    Rows<N, kTile> r, k, d, e;
+    Rows<N, kTile> v, K, R, Q, gy, P, gv;
+    alignas(64) float W[kChunks * N], A[kChunks * kPairs], u[N];
+    alignas(64) float S[N * N], D[N * N], SD[kChunks * N], gu[N];  // S and D transposed: rows values, lanes keys
+    alignas(64) float padded[4][kChunk * N];
+    alignas(64) float history[kChunks * kHistoryStride<N>];  // S before each chunk
+};
+
+// The chunks of a span, by their numbers in the tile.
+struct Span {
+    int begin, end;
+};
+
+// S^T through a span: P_i += S gy_i, then S = W S + sum_j K_j v_j^T; history keeps S before each chunk.
+template <int N>
+void state_pass(BackwardWork<N>& q, Range values, Span span, Ahead& ahead) {
+    using Registers = Block<N, block_rows(block_vectors(N)), block_vectors(N)>;
+    for (int l = 0; l < N; l += Registers::kLanesWide)
+        for (int row = values.begin; row < values.end; row += Registers::kRowsHigh) {
+            ahead.fetch(1);
+            Registers S;
+            S.load_from(q.S + row * N + l);
+            for (int m = span.begin; m < span.end; m++) {
+                const int chunk = m * kChunk * N;
+                S.store_to(q.history + m * kHistoryStride<N> + row * N + l);
+                S.read(q.gy + chunk + row, q.P + chunk + l);
+                S.decay_lanes(q.W + m * N + l);
+                S.write(q.v + chunk + row, q.K + chunk + l);
+            }
+            S.store_to(q.S + row * N + l);
+        }
+}
+
+// D^T backward through a span: Q_j += D v_j, gv_j = D^T K_j, SD += sum over values of S D, with S before the chunk and D
+// after it, then D = W D + sum_i R_i gy_i^T.
+template <int N>
+void gradient_pass(BackwardWork<N>& q, Range values, Span span, Ahead& ahead) {
+    using Registers = Block<N, block_rows(gradient_vectors(N)), gradient_vectors(N)>;
+    constexpr int kQuads = Registers::kRowsHigh / 4;
+    for (int l = 0; l < N; l += Registers::kLanesWide)
+        for (int row = values.begin; row < values.end; row += Registers::kRowsHigh) {
+            ahead.fetch(1);
+            Registers D;
+            D.load_from(q.D + row * N + l);
+            for (int m = span.end - 1; m >= span.begin; m--) {
+                const int chunk = m * kChunk * N;
+                Vec quads[kChunk][kQuads];
+                UNROLL for (int j = 0; j < kChunk; j++) {
+                    D.read_step(q.v + chunk + j * N + row, q.Q + chunk + j * N + l);
+                    D.dot(q.K + chunk + j * N + l, quads[j]);
+                }
+                store_row_sums<N, kQuads * 4>(q.gv + chunk + row, quads, l == 0);
+                D.multiply(q.history + m * kHistoryStride<N> + row * N + l, q.SD + m * N + l);
+                D.decay_lanes(q.W + m * N + l);
+                D.write(q.gy + chunk + row, q.R + chunk + l);
+            }
+            D.store_to(q.D + row * N + l);
+        }
+}
+
+// The gradients that a task of backward writes: r's, k's and w's as Gradient, v's as Element.
+template <class Element, class Gradient>
+struct Gradients {
+    Gradient *r, *k, *w;
+    int64_t stride;  // elements from one step of r, k, w to the next
+    Element* v;
+    float *u, *state;
+};
+
+// Chunk m of a tile from rows of N elements: all in floats, and what the passes need. gy may be null.
+template <int N, class Element>
+INLINE void start_chunk(BackwardWork<N>& q, int m, const Element* r, const Element* k, const Element* v,
+                        const Element* w, const Element* gy, int64_t stride) {
+    const int chunk = m * kChunk * N;
+    prepare<N, true>(r, k, w, stride, q.u,
+                     {q.R + chunk, q.K + chunk, q.W + m * N, q.A + m * kPairs, q.d + chunk, q.e + chunk});
+    copy_rows<N>(q.r + chunk, r, stride);
+    copy_rows<N>(q.k + chunk, k, stride);
+    copy_rows<N>(q.v + chunk, v, stride);
+    copy_rows<N>(q.gy + chunk, gy, stride);
+}
+
+// The gradients inside chunk m, given P and Q of the passes: r's and k's replace P and Q, w's replaces e; v's is
+// completed in place; gu advances.
+template <int N>
+void finish_chunk(BackwardWork<N>& q, Range values, int m) {
+    const int chunk = m * kChunk * N;
+    const float *gy = q.gy + chunk, *v = q.v + chunk, *A = q.A + m * kPairs;
+    float* gv = q.gv + chunk;
+    alignas(64) float G[kPairs];  // A's gradient: G_ij = <gy_i, v_j>, laid out like A
+
+    Vec g[kChunk][kChunk];
+    UNROLL for (int i = 0; i < kChunk; i++) UNROLL for (int j = 0; j <= i; j++) g[i][j] = zero();
+    for (int c = values.begin; c < values.end; c += kLanes) {
+        Vec value[kChunk], gradient[kChunk];
+        UNROLL for (int i = 0; i < kChunk; i++) {
+            value[i] = load(v + i * N + c);
+            gradient[i] = load(gy + i * N + c);
+        }
+        UNROLL for (int i = 0; i < kChunk; i++) UNROLL for (int j = 0; j <= i; j++) g[i][j] += gradient[i] * value[j];
+        UNROLL for (int j = 0; j < kChunk; j++) {
+            Vec sum = load(gv + j * N + c);
+            UNROLL for (int i = j; i < kChunk; i++) sum += broadcast(A[j * kChunk + i]) * gradient[i];
+            store(gv + j * N + c, sum);
+        }
+    }
+    store_pairs(G, g);
+    const Vec g10 = broadcast(G[1]), g20 = broadcast(G[2]), g30 = broadcast(G[3]);
+    const Vec g21 = broadcast(G[kChunk + 2]), g31 = broadcast(G[kChunk + 3]), g32 = broadcast(G[2 * kChunk + 3]);
+
+    for (int c = 0; c < N; c += kLanes) {
+        const float *r = q.r + chunk + c, *k = q.k + chunk + c, *d = q.d + chunk + c;
+        float *P = q.P + chunk + c, *Q = q.Q + chunk + c, *e = q.e + chunk + c;
+        const Vec d0 = load(d), d1 = load(d + N), d2 = load(d + 2 * N), d3 = load(d + 3 * N);
+        const Vec d01 = d0 * d1, d23 = d2 * d3;
+        const Vec k0 = load(k), k1 = load(k + N), k2 = load(k + 2 * N);
+        const Vec r1 = load(r + N), r2 = load(r + 2 * N), r3 = load(r + 3 * N);
+
+        // Through the state: the parts of r's and k's gradients.
+        Vec gr[kChunk] = {load(P), load(P + N) * d0, load(P + 2 * N) * d01, load(P + 3 * N) * (d01 * d2)};
+        Vec gk[kChunk] = {load(Q) * (d1 * d23), load(Q + N) * d23, load(Q + 2 * N) * d3, load(Q + 3 * N)};
+
+        // dL / d log d, by where the read is (after the chunk or in it) and where the write (before it or in it).
+        const Vec read3 = r3 * gr[3], read23 = r2 * gr[2] + read3, read123 = r1 * gr[1] + read23;
+        const Vec write0 = k0 * gk[0], write01 = k1 * gk[1] + write0, write012 = k2 * gk[2] + write01;
+        const Vec through = load(q.W + m * N + c) * load(q.SD + m * N + c);
+        Vec gd[kChunk] = {through + read123, through + write0 + read23, through + write01 + read3, through + write012};
+
+        // Between the steps of the chunk.
+        const Vec z20 = g20 * d1, z31 = g31 * d2, z30 = g30 * (d1 * d2);
+        const Vec r2_z20 = r2 * z20, r3_z31 = r3 * z31, r3_z30 = r3 * z30;
+        gr[1] += g10 * k0;
+        gr[2] += g21 * k1 + z20 * k0;
+        gr[3] += g32 * k2 + z31 * k1 + z30 * k0;
+        gk[0] += g10 * r1 + r2_z20 + r3_z30;
+        gk[1] += g21 * r2 + r3_z31;
+        gk[2] += g32 * r3;
+        const Vec across_both = r3_z30 * k0;  // written at 0, read at 3: decayed by steps 1 and 2
+        gd[1] += r2_z20 * k0 + across_both;
+        gd[2] += r3_z31 * k1 + across_both;
+
+        // The bonus u, and out.
+        const Vec bonus = load(q.u + c);
+        Vec gu = load(q.gu + c);
+        UNROLL for (int i = 0; i < kChunk; i++) {
+            const Vec own = broadcast(G[i * kChunk + i]), ri = load(r + i * N), ki = load(k + i * N);
+            const Vec own_bonus = own * bonus;
+            gu += (own * ri) * ki;
+            store(P + i * N, gr[i] + own_bonus * ki);
+            store(Q + i * N, gk[i] + own_bonus * ri);
+            store(e + i * N, -gd[i] * load(e + i * N));
+        }
+        store(q.gu + c, gu);
+    }
+}
+
+template <int N, class Element, class Gradient>
+void backward_head(BackwardWork<N>& q, const Task& task, const Element* r, const Element* k, const Element* v,
+                   const Element* w, const float* u, const float* state, const float* checkpoints, const Element* gy,
+                   const float* gfinal, const Gradients<Element, Gradient>& to) {
+    const int n = task.n;
+    const int64_t stride = task.stride;
+    const Range values = task.values, key_columns{0, n};
+    const Range value_columns{values.begin, values.end < n ? values.end : n};
+    for (int c = 0; c < N; c++) q.u[c] = c < n ? u[c] : 0.0f;
+    memset(q.gu, 0, sizeof q.gu);
+    load_transposed_state<N>(q.D, gfinal, n);
+    for (int64_t start = (task.length - 1) / kTile * kTile; start >= 0; start -= kTile) {
+        const int steps = task.length - start < kTile ? task.length - start : kTile;
+        const int chunks = (steps + kChunk - 1) / kChunk;
+        load_transposed_state<N>(q.S, start ? checkpoints + (start / kTile - 1) * task.checkpoint : state, n);
+        Ahead outputs;
+        for (Gradient* rows : {to.r, to.k, to.w}) outputs.add(rows + start * to.stride, to.stride, steps, n);
+        outputs.add(to.v + start * stride, stride, steps, n);
+        for (int begin = 0; begin < chunks; begin += kSpanChunks) {
+            const Span span{begin, chunks < begin + kSpanChunks ? chunks : begin + kSpanChunks};
+            for (int m = span.begin; m < span.end; m++) {
+                const int left = steps - m * kChunk;
+                const int64_t offset = (start + m * kChunk) * stride;
+                const Element* chunk_gy = gy ? gy + offset : gy;
+                if (left >= kChunk && n == N) {
+                    start_chunk<N>(q, m, r + offset, k + offset, v + offset, w + offset, chunk_gy, stride);
+                    continue;
+                }
+                float* padded_gy = q.Q;  // not in use yet
+                pad_rows<N>(q.padded[0], r + offset, stride, left, n);
+                pad_rows<N>(q.padded[1], k + offset, stride, left, n);
+                pad_rows<N>(q.padded[2], v + offset, stride, left, n);
+                pad_rows<N>(q.padded[3], w + offset, stride, left, n, kNoDecay);
+                if (gy) pad_rows<N>(padded_gy, chunk_gy, stride, left, n);
+                start_chunk<N, float>(q, m, q.padded[0], q.padded[1], q.padded[2], q.padded[3], gy ? padded_gy : nullptr, N);
+            }
+            memset(q.P + span.begin * kChunk * N, 0, sizeof(float) * (span.end - span.begin) * kChunk * N);
+            state_pass<N>(q, values, span, outputs);
+        }
+        const int64_t previous = (start - kTile) * stride;
+        Ahead inputs;
+        if (start) {
+            for (const Element* rows : {r, k, v, w}) inputs.add(rows + previous, stride, kTile, n);
+            if (gy) inputs.add(gy + previous, stride, kTile, n);
+            inputs.add(start > kTile ? checkpoints + (start / kTile - 2) * task.checkpoint : state, n, n, n);
+        }
+        for (int begin = (chunks - 1) / kSpanChunks * kSpanChunks; begin >= 0; begin -= kSpanChunks) {
+            const Span span{begin, chunks < begin + kSpanChunks ? chunks : begin + kSpanChunks};
+            memset(q.Q + span.begin * kChunk * N, 0, sizeof(float) * (span.end - span.begin) * kChunk * N);
+            memset(q.SD + span.begin * N, 0, sizeof(float) * (span.end - span.begin) * N);
+            gradient_pass<N>(q, values, span, inputs);
+            for (int m = span.end - 1; m >= span.begin; m--) finish_chunk<N>(q, values, m);
+            const int row = span.begin * kChunk;
+            const int64_t first = start + row;
+            const int present = steps - row < kSpan ? steps - row : kSpan;
+            store_rows<N>(to.r + first * to.stride, q.P + row * N, to.stride, present, key_columns);
+            store_rows<N>(to.k + first * to.stride, q.Q + row * N, to.stride, present, key_columns);
+            store_rows<N>(to.w + first * to.stride, q.e + row * N, to.stride, present, key_columns);
+            store_rows<N>(to.v + first * stride, q.gv + row * N, stride, present, value_columns);
+        }
+    }
+    for (int c = 0; c < n; c++) to.u[c] = q.gu[c];
+    for (int i = 0; i < n; i++)
+        for (int c = value_columns.begin; c < value_columns.end; c++) to.state[i * n + c] = q.D[c * N + i];
+}
+
+}  // namespace
+}  // namespace WKV6_LEVEL
+}  // namespace wkv6

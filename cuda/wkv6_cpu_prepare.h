@@ -1,0 +1,84 @@
+// What a chunk needs before the passes over the state: decays, R, K, W and A of wkv6_cpu.cpp's head comment.
+#pragma once
+#include "wkv6_cpu_rows.h"
+
+namespace wkv6 {
+namespace WKV6_LEVEL {
+namespace {
+
+constexpr int kPairs = kChunk * kChunk;   // A of one chunk, column j at j * kChunk
+constexpr float kLargestExponent = 87.0f;  // exp of it is finite, exp of minus it a normal number
+
+// exp(w) and the decay exp(-exp(w)).
+struct Decays {
+    Vec e, d;
+};
+
+INLINE Decays decays(Vec w) {
+    const Vec e = exp_bounded(at_most(at_least(w, -kLargestExponent), kLargestExponent));
+    return {e, exp_bounded(-at_most(e, kLargestExponent))};
+}
+
+// The lower triangle of a chunk's pairs, a[i][j] for j <= i, each summed over its lanes -> A.
+INLINE void store_pairs(float* A, const Vec a[kChunk][kChunk]) {
+    Vec quads[4] = {quad_sums(a[0][0], a[1][0], a[2][0], a[3][0]), quad_sums(zero(), a[1][1], a[2][1], a[3][1]),
+                    quad_sums(zero(), zero(), a[2][2], a[3][2]), quad_sums(zero(), zero(), zero(), a[3][3])};
+    Vec4 columns[4];
+    sums_of_quads(quads, columns);
+    UNROLL for (int j = 0; j < kChunk; j++) store4(A + j * kChunk, columns[j]);
+}
+
+// Where prepare leaves what the passes need, and with kKeepDecays d and e for the end of backward.
+struct Prepared {
+    float *R, *K, *W, *A, *d, *e;
+};
+
+// r k w (kChunk rows of N elements, `stride` apart) and u -> R, K, d, e (kChunk rows of N floats), W (one row), A (kPairs).
+template <int N, bool kKeepDecays, class Element>
+INLINE void prepare(const Element* r, const Element* k, const Element* w, int64_t stride, const float* u,
+                    const Prepared& to) {
+    Vec a[kChunk][kChunk];
+    UNROLL for (int i = 0; i < kChunk; i++) UNROLL for (int j = 0; j <= i; j++) a[i][j] = zero();
+    for (int c = 0; c < N; c += kLanes) {
+        Vec d[kChunk];
+        UNROLL for (int i = 0; i < kChunk; i++) {
+            const Decays found = decays(load(w + i * stride + c));
+            d[i] = found.d;
+            if (kKeepDecays) {
+                store(to.d + i * N + c, found.d);
+                store(to.e + i * N + c, found.e);
+            }
+        }
+        const Vec r0 = load(r + c), r1 = load(r + stride + c), r2 = load(r + 2 * stride + c), r3 = load(r + 3 * stride + c);
+        const Vec k0 = load(k + c), k1 = load(k + stride + c), k2 = load(k + 2 * stride + c), k3 = load(k + 3 * stride + c);
+        const Vec bonus = load(u + c);
+        const Vec d01 = d[0] * d[1], d23 = d[2] * d[3];
+        const Vec k0_1 = k0 * d[1], k0_12 = k0_1 * d[2], k1_2 = k1 * d[2];  // k0_1: k_0 as decayed by step 1
+
+        a[0][0] += r0 * (bonus * k0);
+        a[1][1] += r1 * (bonus * k1);
+        a[2][2] += r2 * (bonus * k2);
+        a[3][3] += r3 * (bonus * k3);
+        a[1][0] += r1 * k0;
+        a[2][1] += r2 * k1;
+        a[3][2] += r3 * k2;
+        a[2][0] += r2 * k0_1;
+        a[3][1] += r3 * k1_2;
+        a[3][0] += r3 * k0_12;
+
+        store(to.R + c, r0);
+        store(to.R + N + c, r1 * d[0]);
+        store(to.R + 2 * N + c, r2 * d01);
+        store(to.R + 3 * N + c, r3 * (d01 * d[2]));
+        store(to.K + c, k0_12 * d[3]);
+        store(to.K + N + c, k1_2 * d[3]);
+        store(to.K + 2 * N + c, k2 * d[3]);
+        store(to.K + 3 * N + c, k3);
+        store(to.W + c, d01 * d23);
+    }
+    store_pairs(to.A, a);
+}
+
+}  // namespace
+}  // namespace WKV6_LEVEL
+}  // namespace wkv6
