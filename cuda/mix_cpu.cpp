@@ -1,6 +1,6 @@
 // What RWKV-6 computes between its matrix products, on CPUs: forward and backward, each in one pass over memory.
 //
-//     lerp          out_i = x + (previous - x) m_i,  m_i = maa_i (+ offset_i)       previous: the token before, or `last`
+//     lerp          out_i = x + (previous - x) m_i,  m_i = maa_i (+ low_i up_i)     previous: the token before, or `last`
 //     norm_gate     out = (normalized y * weight + bias) silu(g)                    normalized within each head
 //     sigmoid_gate  out = sigmoid(r) v
 //     relu_square   out = max(x, 0)^2
@@ -8,190 +8,9 @@
 //
 // Tensors are contiguous, of one type, float or bfloat16; sums are taken in float. Rows are tokens. The loops are plain,
 // for the compiler to vectorize; the library is compiled for one instruction set.
-#include <omp.h>
-
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-
-#include "bfloat16.h"
+#include "mix_lerp.h"
 
 namespace {
-
-constexpr int64_t kBlock = 256;               // channels handled at a time: their floats stay in the first-level cache
-constexpr int64_t kWorkForThreads = 1 << 15;  // elements below which waking a thread costs more than it saves
-
-// exp(x) for x in [-87, 87], beyond which x counts as the bound, to about one unit in the last place: 2^n e^f with
-// |f| <= ln 2 / 2, where e^f is a minimax polynomial.
-inline float bounded_exp(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 87.0f ? 87.0f : x;         // both bounds let a NaN through
-    const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves no room for a fraction
-    const float shifted = x * 1.44269504088896341f + kRound;
-    const float n = shifted - kRound;
-    const float f = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
-    float p = f * 1.38145e-3f + 8.36875e-3f;
-    p = p * f + 4.166839e-2f;
-    p = p * f + 1.666652e-1f;
-    p = p * f + 0.49999993f;
-    p = p * f + 1.0f;
-    p = p * f + 1.0f;
-    uint32_t bits;
-    memcpy(&bits, &shifted, 4);  // its low bits hold n
-    bits = (bits + 127u) << 23;
-    float power;
-    memcpy(&power, &bits, 4);
-    return p * power;
-}
-
-inline float sigmoid(float x) { return 1.0f / (1.0f + bounded_exp(-x)); }
-
-// work(begin, end, thread) over [0, count), split among threads.
-template <class Work>
-void parallel(int64_t count, int64_t elements, int threads, const Work& work) {
-    if (elements < kWorkForThreads) threads = 1;
-    threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, count)));
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        const int64_t n = omp_get_num_threads(), i = omp_get_thread_num();
-        work(count * i / n, count * (i + 1) / n, static_cast<int>(i));
-    }
-}
-
-// Adds the threads' rows of sums, each `width` long, into `to`.
-void add_up(float* to, const std::vector<float>& sums, int64_t width) {
-    std::fill(to, to + width, 0.0f);
-    for (size_t i = 0; i < sums.size(); i += width)
-        for (int64_t c = 0; c < width; c++) to[c] += sums[i + c];
-}
-
-// Where each row's sequence begins: sequences of `length` rows, or those that cu_seqlens bounds.
-struct Sequences {
-    int64_t tokens, length, count;
-    const int64_t* cu_seqlens;
-
-    // Bounds that make no sense are refused elsewhere; here they must only not lead out of the tensors.
-    int64_t of(int64_t t) const {
-        if (!cu_seqlens) return t / length;
-        const int64_t above = std::upper_bound(cu_seqlens, cu_seqlens + count, t) - cu_seqlens;
-        return std::max<int64_t>(above - 1, 0);
-    }
-    int64_t start(int64_t sequence) const {
-        return cu_seqlens ? std::max<int64_t>(cu_seqlens[sequence], 0) : sequence * length;
-    }
-};
-
-// x, out (tokens, channels); last (sequences, channels) or null for zeros; maa (n, channels); offsets (n, tokens, channels).
-template <class E>
-struct Lerp {
-    const E *x, *last, *maa, *offsets;
-    Sequences sequences;
-    int64_t channels;
-
-    // The row before t, or null for zeros.
-    const E* previous(int64_t t, int64_t sequence) const {
-        if (t > sequences.start(sequence)) return x + (t - 1) * channels;
-        return last ? last + sequence * channels : nullptr;
-    }
-
-    // delta = previous - x for some channels of a row, as floats; begin is the first.
-    void load(int64_t t, const E* before, int64_t begin, int64_t size, float* here, float* delta) const {
-        const E* row = x + t * channels + begin;
-        for (int64_t c = 0; c < size; c++) here[c] = to_float(row[c]);
-        if (before)
-            for (int64_t c = 0; c < size; c++) delta[c] = to_float(before[begin + c]) - here[c];
-        else
-            for (int64_t c = 0; c < size; c++) delta[c] = -here[c];
-    }
-
-    // m_i for some channels of row t.
-    void weights(int i, int64_t t, int64_t begin, int64_t size, float* m) const {
-        const E* base = maa + i * channels + begin;
-        for (int64_t c = 0; c < size; c++) m[c] = to_float(base[c]);
-        if (!offsets) return;
-        const E* offset = offsets + (i * sequences.tokens + t) * channels + begin;
-        for (int64_t c = 0; c < size; c++) m[c] += to_float(offset[c]);
-    }
-
-    void forward(E* const* outs, int n, int threads) const {
-        parallel(sequences.tokens, sequences.tokens * channels * n, threads, [&](int64_t first, int64_t end, int) {
-            float here[kBlock], delta[kBlock], m[kBlock];
-            for (int64_t t = first; t < end; t++) {
-                const E* before = previous(t, sequences.of(t));
-                for (int64_t begin = 0; begin < channels; begin += kBlock) {
-                    const int64_t size = std::min(kBlock, channels - begin);
-                    load(t, before, begin, size, here, delta);
-                    for (int i = 0; i < n; i++) {
-                        weights(i, t, begin, size, m);
-                        E* out = outs[i] + t * channels + begin;
-                        for (int64_t c = 0; c < size; c++) out[c] = from_float<E>(here[c] + delta[c] * m[c]);
-                    }
-                }
-            }
-        });
-    }
-
-    // What row t gives to the row before it, for some channels: sum_i g_i m_i; whole is sum_i g_i.
-    void to_previous(const E* const* grads, int n, int64_t t, int64_t begin, int64_t size, float* shifted, float* whole) const {
-        float m[kBlock];
-        for (int64_t c = 0; c < size; c++) shifted[c] = whole[c] = 0.0f;
-        for (int i = 0; i < n; i++) {
-            weights(i, t, begin, size, m);
-            const E* grad = grads[i] + t * channels + begin;
-            for (int64_t c = 0; c < size; c++) {
-                const float g = to_float(grad[c]);
-                whole[c] += g;
-                shifted[c] += g * m[c];
-            }
-        }
-    }
-
-    // Rows run backward, so that what a row gives to the one before it is at hand when that one's turn comes. gmaa is
-    // float; gx, glast (all sequences), gmaa, goffsets may each be null.
-    void backward(const E* const* grads, int n, E* gx, E* glast, float* gmaa, E* goffsets, int threads) const {
-        const int64_t C = channels, width = n * C;
-        std::vector<float> sums(gmaa ? width * std::max(1, threads) : 0, 0.0f);
-        parallel(sequences.tokens, sequences.tokens * C * n, threads, [&](int64_t first, int64_t end, int thread) {
-            std::vector<float> carried(C, 0.0f);
-            float here[kBlock], delta[kBlock], shifted[kBlock], whole[kBlock];
-            if (first < end && end < sequences.tokens && sequences.start(sequences.of(end)) < end)
-                for (int64_t begin = 0; begin < C; begin += kBlock)
-                    to_previous(grads, n, end, begin, std::min(kBlock, C - begin), carried.data() + begin, whole);
-            for (int64_t t = end - 1; t >= first; t--) {
-                const int64_t sequence = sequences.of(t);
-                const bool starts = t == sequences.start(sequence);
-                const E* before = previous(t, sequence);
-                for (int64_t begin = 0; begin < C; begin += kBlock) {
-                    const int64_t size = std::min(kBlock, C - begin);
-                    float* carry = carried.data() + begin;
-                    to_previous(grads, n, t, begin, size, shifted, whole);
-                    if (gx)
-                        for (int64_t c = 0; c < size; c++)
-                            gx[t * C + begin + c] = from_float<E>(whole[c] - shifted[c] + carry[c]);
-                    if (starts && glast)
-                        for (int64_t c = 0; c < size; c++) glast[sequence * C + begin + c] = from_float<E>(shifted[c]);
-                    for (int64_t c = 0; c < size; c++) carry[c] = starts ? 0.0f : shifted[c];
-                    if (!gmaa && !goffsets) continue;
-                    load(t, before, begin, size, here, delta);
-                    for (int i = 0; i < n; i++) {
-                        const E* grad = grads[i] + t * C + begin;
-                        for (int64_t c = 0; c < size; c++) shifted[c] = to_float(grad[c]) * delta[c];
-                        if (goffsets) {
-                            E* to = goffsets + (i * sequences.tokens + t) * C + begin;
-                            for (int64_t c = 0; c < size; c++) to[c] = from_float<E>(shifted[c]);
-                        }
-                        if (gmaa) {
-                            float* sum = sums.data() + thread * width + i * C + begin;
-                            for (int64_t c = 0; c < size; c++) sum[c] += shifted[c];
-                        }
-                    }
-                }
-            }
-        });
-        if (gmaa) add_up(gmaa, sums, width);
-    }
-};
 
 // y, g, out (tokens, heads * size), weight, bias (heads * size).
 template <class E>
@@ -350,9 +169,10 @@ template <class E>
 E* out(void* p) { return static_cast<E*>(p); }
 
 template <class E>
-Lerp<E> lerp(const void* x, const void* last, const void* maa, const void* offsets, int64_t tokens, int64_t channels,
-             int64_t sequences, const int64_t* cu_seqlens) {
-    return {in<E>(x), in<E>(last), in<E>(maa), in<E>(offsets), {tokens, tokens / sequences, sequences, cu_seqlens}, channels};
+Lerp<E> lerp(const void* x, const void* last, const void* maa, const void* low, const void* up, int n, int64_t tokens,
+             int64_t channels, int64_t rank, int64_t sequences, const int64_t* cu_seqlens) {
+    return {in<E>(x), in<E>(last), in<E>(maa), in<E>(low), in<E>(up), {tokens, tokens / sequences, sequences, cu_seqlens},
+            channels, rank, n};
 }
 
 }  // namespace
@@ -368,18 +188,19 @@ Lerp<E> lerp(const void* x, const void* last, const void* maa, const void* offse
 
 extern "C" {
 
-void mix_lerp_forward(const void* x, const void* last, const void* maa, const void* offsets, void* const* outs, int n,
-                      int64_t tokens, int64_t channels, int64_t sequences, const int64_t* cu_seqlens, int bfloat16,
-                      int threads) {
-    BY_TYPE(lerp<E>(x, last, maa, offsets, tokens, channels, sequences, cu_seqlens)
-                .forward(reinterpret_cast<E* const*>(outs), n, threads))
+void mix_lerp_forward(const void* x, const void* last, const void* maa, const void* low, const void* up, void* const* outs,
+                      int n, int64_t tokens, int64_t channels, int64_t rank, int64_t sequences, const int64_t* cu_seqlens,
+                      int bfloat16, int threads) {
+    BY_TYPE(lerp<E>(x, last, maa, low, up, n, tokens, channels, rank, sequences, cu_seqlens)
+                .forward(reinterpret_cast<E* const*>(outs), threads))
 }
 
-void mix_lerp_backward(const void* x, const void* last, const void* maa, const void* offsets, const void* const* grads,
-                       void* gx, void* glast, float* gmaa, void* goffsets, int n, int64_t tokens, int64_t channels,
-                       int64_t sequences, const int64_t* cu_seqlens, int bfloat16, int threads) {
-    BY_TYPE(lerp<E>(x, last, maa, offsets, tokens, channels, sequences, cu_seqlens)
-                .backward(reinterpret_cast<const E* const*>(grads), n, out<E>(gx), out<E>(glast), gmaa, out<E>(goffsets),
+void mix_lerp_backward(const void* x, const void* last, const void* maa, const void* low, const void* up,
+                       const void* const* grads, void* gx, void* glast, float* gmaa, void* glow, float* gup, int n,
+                       int64_t tokens, int64_t channels, int64_t rank, int64_t sequences, const int64_t* cu_seqlens,
+                       int bfloat16, int threads) {
+    BY_TYPE(lerp<E>(x, last, maa, low, up, n, tokens, channels, rank, sequences, cu_seqlens)
+                .backward(reinterpret_cast<const E* const*>(grads), {out<E>(gx), out<E>(glast), gmaa, out<E>(glow), gup},
                           threads))
 }
 

@@ -77,13 +77,10 @@ class TimeMix(nn.Module):
 
     def mix(self, x, shift=None, cu_seqlens=None):
         """Data-dependent lerp between x and its predecessor (eq. 12 to 14) -> w, k, v, r, g inputs, each (B, T, C)."""
-        B, T, C = x.shape
-        (mixed,) = lerp(x, shift, self.time_maa_x.view(1, C), cu_seqlens=cu_seqlens)
-        low = torch.tanh(mixed @ self.time_maa_w1)  # (B, T, 5 * maa_rank)
-        low = low.view(B * T, 5, -1).transpose(0, 1)
-        offsets = torch.bmm(low, self.time_maa_w2).view(5, B, T, C)  # order w, k, v, r, g
-        base = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
-        return lerp(x, shift, torch.cat(base).view(5, C), offsets, cu_seqlens)
+        (mixed,) = lerp(x, shift, self.time_maa_x[0], cu_seqlens=cu_seqlens)
+        low = torch.tanh(mixed @ self.time_maa_w1)  # (B, T, 5 * maa_rank), order w, k, v, r, g as in time_maa_w2
+        maa = torch.cat((self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)).flatten(1)
+        return lerp(x, shift, maa, low, self.time_maa_w2, cu_seqlens)
 
     def forward(self, x, shift=None, wkv_state=None, cu_seqlens=None):
         """x (B, T, C) -> output (B, T, C), last input (B, C), final wkv state (B, H, N, N)."""

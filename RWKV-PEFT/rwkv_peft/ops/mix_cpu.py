@@ -27,18 +27,20 @@ def available():
 def _library():
     level = cpu.best_level()
     command = (cpu.find_compiler(), *cpu.COMMON_FLAGS, *cpu.level_flags()[level])
-    units, headers = [Unit(source_directory() / "mix_cpu.cpp", command)], (source_directory() / "bfloat16.h",)
-    path = build_library(f"mix_cpu_{level}", units, (command[0], "-shared", "-fopenmp"), headers)
+    sources = source_directory()
+    headers = [sources / name for name in ("mix_lerp.h", "mix_rows.h", "bfloat16.h")]
+    path = build_library(f"mix_cpu_{level}", [Unit(sources / "mix_cpu.cpp", command)],
+                         (command[0], "-shared", "-fopenmp"), headers)
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"cannot load {path}: {error}; delete that file so that it is built anew") from error
     pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     kind = [flag, flag]  # bfloat16, threads
-    lerp_sizes = [flag, size, size, size, pointer, *kind]
+    lerp_sizes = [flag, size, size, size, size, pointer, *kind]
     norm_sizes = [size, size, size, ctypes.c_float, *kind]
     for name, arguments in (
-        ("lerp_forward", [pointer] * 5 + lerp_sizes), ("lerp_backward", [pointer] * 9 + lerp_sizes),
+        ("lerp_forward", [pointer] * 6 + lerp_sizes), ("lerp_backward", [pointer] * 11 + lerp_sizes),
         ("norm_gate_forward", [pointer] * 5 + norm_sizes), ("norm_gate_backward", [pointer] * 9 + norm_sizes),
         ("sigmoid_gate_forward", [pointer] * 3 + [size, *kind]), ("sigmoid_gate_backward", [pointer] * 5 + [size, *kind]),
         ("cross_entropy", [pointer] * 3 + [size, size, ctypes.c_float, ctypes.c_float, flag, *kind]),
@@ -103,36 +105,38 @@ def _differentiable_once(backward):
 
 
 class Lerp(Function):
-    """x (B, T, C), last (n, C) or None, maa (m, C), offsets (m, B, T, C) or None, cu_seqlens int64 or None -> m times
-    (B, T, C)."""
+    """x (B, T, C), last (n, C) or None, maa (m, C), low (B, T, m K) and up (m, K, C) or None, cu_seqlens int64 or None -> m
+    times (B, T, C)."""
 
     @staticmethod
-    def forward(ctx, x, last, maa, offsets, cu_seqlens):
-        ctx.save_for_backward(x, last, maa, offsets, cu_seqlens)
+    def forward(ctx, x, last, maa, low, up, cu_seqlens):
+        ctx.save_for_backward(x, last, maa, low, up, cu_seqlens)
         outs = tuple(torch.empty_like(x) for _ in range(maa.shape[0]))
         _library().mix_lerp_forward(
-            *map(_pointer, (x, last, maa, offsets)), _pointers(outs), *_lerp_sizes(x, maa, cu_seqlens))
+            *map(_pointer, (x, last, maa, low, up)), _pointers(outs), *_lerp_sizes(x, maa, up, cu_seqlens))
         return outs
 
     @staticmethod
     @_differentiable_once
     def backward(ctx, *grads):
-        x, last, maa, offsets, cu_seqlens = ctx.saved_tensors
-        need_x, need_last, need_maa, need_offsets = ctx.needs_input_grad[:4]
+        x, last, maa, low, up, cu_seqlens = ctx.saved_tensors
+        need_x, need_last, need_maa, need_low, need_up = ctx.needs_input_grad[:5]
         gx = torch.empty_like(x) if need_x else None
         glast = torch.zeros_like(last) if need_last else None
         gmaa = torch.empty_like(maa, dtype=torch.float32) if need_maa else None
-        goffsets = torch.empty_like(offsets) if need_offsets else None
+        glow = torch.empty_like(low) if need_low else None
+        gup = torch.empty_like(up, dtype=torch.float32) if need_up else None
         _library().mix_lerp_backward(
-            *map(_pointer, (x, last, maa, offsets)), _pointers(grads), *map(_pointer, (gx, glast, gmaa, goffsets)),
-            *_lerp_sizes(x, maa, cu_seqlens))
-        return gx, glast, None if gmaa is None else gmaa.to(maa.dtype), goffsets, None
+            *map(_pointer, (x, last, maa, low, up)), _pointers(grads), *map(_pointer, (gx, glast, gmaa, glow, gup)),
+            *_lerp_sizes(x, maa, up, cu_seqlens))
+        gmaa, gup = (None if grad is None else grad.to(x.dtype) for grad in (gmaa, gup))
+        return gx, glast, gmaa, glow, gup, None
 
 
-def _lerp_sizes(x, maa, cu_seqlens):
+def _lerp_sizes(x, maa, up, cu_seqlens):
     B, T, C = x.shape
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return maa.shape[0], B * T, C, sequences, _pointer(cu_seqlens), *_kind(x)
+    return maa.shape[0], B * T, C, 0 if up is None else up.shape[1], sequences, _pointer(cu_seqlens), *_kind(x)
 
 
 class NormGate(Function):
