@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from rwkv_peft.hf import register
+
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "llama_stories260K_hf"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ours():
+    """Where the installed peft has a Bone of its own, the tests are about ours."""
+    register(replace=True)
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,10 @@ import copy
 import json
 
 import numpy as np
+import peft
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, MissConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from bone_blocks import fill
@@ -74,12 +75,13 @@ def test_a_pre_release_folder_says_true_and_holds_block_affine_tensors(llama, id
     assert model.peft_config["default"].variant == "bat-out"
 
 
+@pytest.mark.skipif(not hasattr(peft, "MissConfig"), reason="the installed peft knows no MiSS")
 @pytest.mark.parametrize("settings", [{}, {"init_weights": "bat"}, {"init_weights": "mini", "mini_r": 4}])
 def test_miss_folders_both_ways(llama, ids, tmp_path, settings):
     expected = logits(save(copy.deepcopy(llama), tmp_path / "bone", **settings), ids)
     bone_to_miss(tmp_path / "bone", tmp_path / "miss")
     theirs = PeftModel.from_pretrained(copy.deepcopy(llama), tmp_path / "miss")
-    assert isinstance(theirs.peft_config["default"], MissConfig)
+    assert isinstance(theirs.peft_config["default"], peft.MissConfig)
     torch.testing.assert_close(logits(theirs, ids), expected, atol=1e-4, rtol=1e-4)
     assert folders.main([str(tmp_path / "miss"), str(tmp_path / "back")]) == 0
     assert torch.equal(logits(PeftModel.from_pretrained(llama, tmp_path / "back"), ids), expected)

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from bone_blocks import fill
 from rwkv_peft.errors import UserError
-from rwkv_peft.hf import BoneConfig, BoneLinear
+from rwkv_peft.hf import BoneConfig, BoneLinear, installed
 from rwkv_peft.hf.layer import inverse
 
 FORMS = (True, "bat-in", "bat-out", "mini")
@@ -45,7 +45,7 @@ def test_merging_reproduces_the_adapter_and_unmerging_the_base(llama, ids, form)
     assert (expected - base).abs().max() > 0.1
     with model.disable_adapter():
         torch.testing.assert_close(logits(model, ids), base)
-    model.merge_adapter(safe_merge=True)
+    model.merge_adapter()
     torch.testing.assert_close(logits(model, ids), expected, atol=1e-4, rtol=1e-4)
     model.unmerge_adapter()
     torch.testing.assert_close(logits(model, ids), expected, atol=1e-4, rtol=1e-4)
@@ -80,7 +80,7 @@ def test_gradients_are_those_of_the_merged_weight(form):
 
 def test_two_active_adapters_act_as_merging_both(llama, ids):
     model = adapted(llama, "bat-in")
-    model.add_adapter("second", BoneConfig(r=4, init_weights=True, target_modules="all-linear"))
+    model.add_adapter("second", BoneConfig(r=4, init_weights=True, target_modules=["q_proj", "o_proj", "down_proj"]))
     fill(model, seed=1)
     model.eval()
     first = logits(model, ids)
@@ -90,6 +90,24 @@ def test_two_active_adapters_act_as_merging_both(llama, ids):
     both = logits(model, ids)
     assert (first - second).abs().max() > 0.1 and (both - first).abs().max() > 0.1
     torch.testing.assert_close(logits(model.merge_and_unload(), ids), both, atol=1e-4, rtol=1e-4)
+
+
+def test_all_linear_is_never_the_inside_of_an_adapter(llama):
+    """peft 0.14 takes it so for a second adapter."""
+    model, config = adapted(llama, True), BoneConfig(r=4, target_modules="all-linear")
+    before = sum(isinstance(module, BoneLinear) for module in model.modules())
+    if installed.version() < (0, 15):
+        with pytest.raises(UserError, match="inside of an adapter's layer; name the target_modules"):
+            model.add_adapter("second", config)
+    else:
+        model.add_adapter("second", config)
+        assert sum("second" in module.bone_block for module in model.modules() if isinstance(module, BoneLinear)) == before
+
+
+def test_a_layer_with_another_methods_adapter_is_refused(llama):
+    model = get_peft_model(llama, LoraConfig(target_modules=["q_proj"])).base_model.model
+    with pytest.raises(UserError, match="has an adapter of another method, Linear; merge or unload"):
+        get_peft_model(model, BoneConfig(r=4, target_modules=["q_proj"]))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -104,7 +122,7 @@ def test_a_copy_of_a_model_is_as_good(llama, ids, form):
 def test_an_adapter_can_be_deleted(llama, ids):
     model = adapted(llama, True)
     expected = logits(model, ids)
-    model.add_adapter("second", BoneConfig(r=2, init_weights="bat-in", target_modules="all-linear"))
+    model.add_adapter("second", BoneConfig(r=2, init_weights="bat-in", target_modules=["q_proj", "up_proj"]))
     model.delete_adapter("second")
     assert not any("second" in name for name, _ in model.named_parameters())
     torch.testing.assert_close(logits(model, ids), expected)

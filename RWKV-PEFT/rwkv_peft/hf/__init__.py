@@ -4,7 +4,7 @@
     model = get_peft_model(model, BoneConfig(r=64, init_weights="bat-in"))
 
 `peft.BoneConfig` is the same class afterwards. Where peft still has a Bone of its own (0.14 to 0.18) it is
-left in place, and `register(replace=True)` puts this one there.
+left in place, and `register(replace=True)` puts this one there; until then this BoneConfig refuses to be made.
 """
 
 from .config import BoneConfig

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from peft.config import PeftConfig
 
 from ..errors import UserError
-from .peft_type import add_member
+from .installed import add_member, configs
 
 # (init_weights, canonical name): "bat" is what peft 0.14 to 0.18 mean by it
 VARIANTS = ((True, "bone"), (False, "bone"), ("bone", "bone"), ("bat", "bat-out"), ("bat-out", "bat-out"),
@@ -64,6 +64,9 @@ class BoneConfig(PeftConfig):
         return variant_of(self.init_weights)
 
     def _check(self):
+        if not issubclass(configs()[self.peft_type], BoneConfig):
+            raise UserError("the installed peft has a Bone of its own, and would take this BoneConfig for it: call "
+                            "rwkv_peft.hf.register(replace=True) to put this one in its place, or use peft.BoneConfig")
         if self.variant is None:
             raise UserError(f"init_weights={self.init_weights!r} is unknown; give True (bone), 'bat-in', 'bat-out' "
                             "(which peft calls 'bat'), 'mini', or False (random)")

@@ -17,6 +17,7 @@ import torch
 
 from ..errors import UserError
 from .config import BoneConfig
+from .register import register
 
 BITS = ("bf16", "fp16", "fp32", "nf4", "int8")
 # (name in older trl and transformers, name in newer ones)
@@ -48,6 +49,7 @@ def main(argv):
     from transformers import AutoTokenizer
     from trl import SFTTrainer
 
+    register(replace=True)
     arguments, config = parse(argv)
     try:
         tokenizer = AutoTokenizer.from_pretrained(arguments.base_model_name_or_path)

@@ -50,7 +50,9 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         if config.init_weights is False:
             nn.init.kaiming_uniform_(self.bone_block[adapter_name], a=5**0.5)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self.set_adapter(self.active_adapters)
+        if config.inference_mode:
+            self.bone_block[adapter_name].requires_grad_(False)
 
     @property
     def quantized(self):

@@ -1,8 +1,11 @@
 """BoneModel: puts Bone's layers into a Hugging Face model, through peft's machinery."""
 
 from peft import utils
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 
+from ..errors import UserError
+from .config import BoneConfig
+from .installed import tuner_for
 from .layer import BoneLinear
 
 
@@ -12,7 +15,7 @@ def default_targets():
     return next((dict(getattr(utils, name)) for name in names if hasattr(utils, name)), {})
 
 
-class BoneModel(BaseTuner):
+class BoneModel(tuner_for(BoneLinear)):
     """A model whose targeted linear layers carry Bone adapters; made by peft from a BoneConfig.
 
     model: any torch module. Raises UserError for a target that is not linear or that the rank does not fit;
@@ -23,12 +26,23 @@ class BoneModel(BaseTuner):
     tuner_layer_cls = BoneLinear
     target_module_mapping = default_targets()
 
+    def _check_new_adapter_config(self, config):
+        super()._check_new_adapter_config(config)
+        if not isinstance(config, BoneConfig):
+            raise UserError("this configuration is of the Bone that peft had before rwkv_peft.hf.register(replace=True); "
+                            "import BoneConfig from rwkv_peft.hf, or from peft after that call")
+
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **_):
         if isinstance(target, BoneLinear):
             target.update_layer(adapter_name, peft_config)
             return
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        layer = BoneLinear(base, adapter_name, peft_config, name=current_key)
+        if isinstance(parent, BaseTunerLayer):  # peft 0.14 takes all-linear for the insides of an adapter's layers too
+            raise UserError(f"{current_key} is inside of an adapter's layer; name the target_modules of a second adapter, "
+                            "instead of 'all-linear'")
+        if isinstance(target, BaseTunerLayer):
+            raise UserError(f"{current_key} has an adapter of another method, {type(target).__name__}; merge or unload that "
+                            "first (merge_and_unload)")
+        layer = BoneLinear(target, adapter_name, peft_config, name=current_key)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

@@ -1,25 +1,23 @@
 """Registration of Bone with the installed peft."""
 
 import peft
-from peft import mapping
 
 from .config import BoneConfig
+from .installed import add_member, check_version, configs, enter
 from .model import BoneModel
-from .peft_type import add_member, check_version
 
 
 def register(replace=False):
     """Make the installed peft know BONE, so that its own functions build, load and save it.
 
-    Where peft has another Bone already, it is left alone unless `replace` is true. Calling this again
-    changes nothing. Raises UserError for a version of peft on which this was not tried.
+    Where peft has a Bone of its own (0.14 to 0.18), that is left alone unless `replace` is true, and this
+    BoneConfig refuses to be made meanwhile. Calling this again changes nothing. Raises UserError for a
+    version of peft on which this was not tried.
     """
     check_version()
     member = add_member("BONE")
-    present = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
+    present = configs().get(member)
     if present is BoneConfig or (present is not None and not replace):
         return
-    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[member] = BoneConfig
-    mapping.PEFT_TYPE_TO_TUNER_MAPPING[member] = BoneModel
-    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[member] = BoneModel.prefix
+    enter(member, BoneConfig, BoneModel)
     peft.BoneConfig, peft.BoneModel = BoneConfig, BoneModel

@@ -1,17 +1,27 @@
-"""One new member for peft's PeftType, and the versions of peft that this is known to work with.
+"""The installed peft: the versions that Bone knows, what differs between them, and how BONE becomes one of its methods.
 
 peft finds a method's classes by PeftType, a str Enum with one member a method, and has no entry point for
 others. An Enum's members are closed by design: adding one means to do by hand what the class statement
 does, in the three tables that the enum module documents for lookups (by name, by value, in order). That
 is done here alone, checked afterwards, and refused for a version of peft on which nobody has tried it.
+
+    0.14           keeps its tables of methods in four places; from 0.15 on they are in peft.mapping
+    0.14 to 0.17   leave a method's everyday work (freezing, merging, deleting …) to each method; BoneModel
+                   takes that of peft's own BoneModel. From 0.18 on BaseTuner does it for all
+    0.14 to 0.18   have a Bone of their own, without bat-in, mini, dropout, and layers of bitsandbytes
+    0.19 and newer have none
+
+tests/hf/versions.sh runs the tests under each of them.
 """
 
 import peft
 from peft import PeftType
+from peft.tuners.tuners_utils import BaseTuner
 
 from ..errors import UserError
 
-FIRST_KNOWN, FIRST_UNKNOWN = (0, 18), (0, 22)
+FIRST_KNOWN, FIRST_UNKNOWN = (0, 14), (0, 22)
+TABLES_IN_ONE_PLACE, TUNER_DOES_ALL, WITHOUT_BONE = (0, 15), (0, 18), (0, 19)
 
 
 def version():
@@ -43,3 +53,33 @@ def add_member(name):
         raise RuntimeError(f"PeftType could not be extended by {name}: this Python keeps the members of an Enum in "
                            "another way than 3.10 to 3.13 do")
     return member
+
+
+def configs():
+    """peft's table of configuration classes, by PeftType."""
+    return peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+
+
+def enter(member, config, model):
+    """Enter a method's classes in all tables of peft."""
+    if version() < TABLES_IN_ONE_PLACE:
+        from peft.peft_model import PEFT_TYPE_TO_MODEL_MAPPING
+        from peft.utils.constants import PEFT_TYPE_TO_PREFIX_MAPPING
+
+        PEFT_TYPE_TO_MODEL_MAPPING[member] = model
+    else:
+        PEFT_TYPE_TO_PREFIX_MAPPING = peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING
+    configs()[member] = config
+    peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[member] = model
+    PEFT_TYPE_TO_PREFIX_MAPPING[member] = model.prefix
+
+
+def tuner_for(layer):
+    """The class that BoneModel extends so that it does what all of peft's models do with layers of class `layer`."""
+    if not FIRST_KNOWN <= version() < TUNER_DOES_ALL:
+        return BaseTuner
+    from peft.tuners.bone import BoneModel
+    from peft.tuners.bone.layer import BoneLayer
+
+    BoneLayer.register(layer)  # an abstract base class: its isinstance now says yes to ours
+    return BoneModel
