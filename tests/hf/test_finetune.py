@@ -44,13 +44,15 @@ def load(folder):
 
 def test_the_commands_flags_train_save_and_merge(tiny, tmp_path, capsys):
     from peft import PeftModel
+    from trl import SFTConfig
 
     assert run(tiny, tmp_path, "--bits", "fp32", "--init_weights", "bat-in", "--merge_and_save",
                "--dataset_split", "train[:100000]", "--dataset_field", "query", "response", "--max_steps", "8",
                "--per_device_train_batch_size", "4", "--learning_rate", "1e-2", "--weight_decay", "0.",
                "--warmup_ratio", "0.03", "--max_seq_length", "128", "--tf32", "True") == 0
     said = capsys.readouterr().out
-    assert "--warmup_ratio is --warmup_steps" in said and "--max_seq_length is --max_length" in said
+    assert "--max_seq_length is --max_length" in said
+    assert ("--warmup_ratio is --warmup_steps" in said) == ("warmup_ratio" not in SFTConfig.__dataclass_fields__)
     assert torch.cuda.is_available() or "--tf32 is for CUDA devices" in said
     assert "trainable params: 35,840 ||" in said
     trace = losses(tmp_path)
@@ -90,9 +92,10 @@ def test_the_quick_start(tiny, tmp_path):
     trainer.train()
     model.save_pretrained(tmp_path / "bone")
     again = PeftModel.from_pretrained(load(tiny / "model"), tmp_path / "bone")
+    trained, loaded = model.state_dict(), again.state_dict()
+    assert trained.keys() == loaded.keys() and all(torch.equal(trained[key], loaded[key]) for key in trained)
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
-        torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits)
         assert (again(ids).logits - load(tiny / "model")(ids).logits).abs().max() > 0.1
 
 
