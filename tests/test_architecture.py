@@ -19,7 +19,7 @@ PARTS = (
     ("base", ("", "config", "errors", "cli"), ()),
     ("ops", ("ops",), ("base",)),
     ("model", ("model",), ("base", "ops")),
-    ("adapters", ("adapters",), ("base",)),
+    ("adapters", ("adapters",), ("base", "ops")),
     ("checkpoint", ("checkpoint", "atomic", "pth", "pth_writer", "safetensors_writer", "adapter_file", "foreign", "names"), ("base",)),
     ("data", ("data",), ("base",)),
     ("merge", ("merge", "merge_cli"), ("adapters", "checkpoint")),

@@ -13,6 +13,7 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from ..ops import blocks
 from .product import DENSE
 
 
@@ -66,7 +67,7 @@ class _BatIn(Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None, weight, bone)
         z, shift = _affine_shards(x, bone)
         y = product.forward(z, weight, bias)
-        split_shards(y, bone.shape[-1]).add_(shift[:, None])
+        add_tiled_(y, shift)
         return y
 
     @staticmethod
@@ -79,13 +80,14 @@ class _BatIn(Function):
             d_weight = (g.t() @ _affine_shards(x, bone)[0]).to(weight.dtype)
         if need_x or need_bone:
             dx = ctx.product.backward(g, weight)  # holds dz, and becomes dx a few tokens at a time
-            g_shift = split_shards(g, bone.shape[-1]).sum(1)  # (T, r)
-            d_bone = _affine_shards_backward(dx, g_shift, x if need_bone else None, bone)
+            d_bone = _affine_shards_backward(dx, g, x if need_bone else None, bone)
         return dx if need_x else None, d_weight, g.sum(0) if need_bias else None, d_bone, None
 
 
 def _affine_shards(x, bone):
     """z = x + u and s = Σ_b u_b where u_b = B_b x_b: x (T, in) -> (T, in), (T, r)."""
+    if blocks.takes(x, bone):
+        return blocks.affine(x, bone)
     rank = bone.shape[-1]
     z, shift = torch.empty_like(x), x.new_empty(x.shape[0], rank)
     for tokens in _token_chunks(x):
@@ -97,12 +99,15 @@ def _affine_shards(x, bone):
     return z, shift
 
 
-def _affine_shards_backward(dz, g_shift, x, bone):
+def _affine_shards_backward(dz, g, x, bone):
     """Turn dz (T, in) into dx in place; -> the gradient of bone where x (T, in) is given, else None.
 
-    du_b = dz_b + g_shift, dB_b = du_bᵀ x_b, dx_b = dz_b + B_bᵀ du_b.
+    du_b = dz_b + Σ_a g_a, dB_b = du_bᵀ x_b, dx_b = dz_b + B_bᵀ du_b.
     """
+    if dz.is_contiguous() and blocks.takes(dz, g, x, bone):
+        return blocks.affine_backward_(dz, g, x, bone)
     rank = bone.shape[-1]
+    g_shift = split_shards(g, rank).sum(1)  # (T, r)
     d_bone = None if x is None else bone.new_zeros(bone.shape, dtype=torch.promote_types(x.dtype, torch.float32))
     for tokens in _token_chunks(dz):
         shards = split_shards(dz[tokens], rank).transpose(0, 1)  # (in/r, t, r)
@@ -159,7 +164,7 @@ class _Bone(Function):
         dx = None
         if need_x:
             dx = ctx.product.backward(g, weight)
-            _add_tiled(dx, folded @ bone.t())
+            add_tiled_(dx, folded @ bone.t())
         return (
             dx,
             (g.t() @ x).to(weight.dtype) if need_weight else None,
@@ -171,6 +176,8 @@ class _Bone(Function):
 
 def shard_sum(x, rank):
     """Σ_b x_b, the last shard padded with zeros: (T, in) -> (T, r)."""
+    if blocks.takes(x):
+        return blocks.shard_sum(x, rank)
     full = x.shape[1] // rank * rank
     total = split_shards(x[:, :full], rank).sum(1) if full else x.new_zeros(x.shape[0], rank)
     rest = x.shape[1] - full
@@ -179,8 +186,10 @@ def shard_sum(x, rank):
     return total
 
 
-def _add_tiled(x, tile):
-    """x (T, in) += tile (T, r) repeated along the channels, cut at in. In place."""
+def add_tiled_(x, tile):
+    """x (T, in) += tile (T, r) repeated along the channels, cut at in."""
+    if x.is_contiguous() and blocks.takes(x, tile):
+        return blocks.add_tiled_(x, tile)
     rank = tile.shape[1]
     full = x.shape[1] // rank * rank
     if full:

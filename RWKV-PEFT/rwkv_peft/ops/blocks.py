@@ -1,0 +1,135 @@
+"""Products with the small square matrices of Bone's block affine forms on the CPU: builds cuda/blocks_cpu.cpp on first use
+and calls it through its C interface.
+
+float32 and bfloat16 tensors; where `takes` says no, the callers' plain torch form serves. Rows of tensors that are only
+read may lie apart; the others are contiguous. Gradients of these functions are in adapters/functional.py and
+adapters/weight_side.py.
+"""
+
+import ctypes
+import functools
+
+import torch
+
+from . import cpu
+from .build import BuildError, Unit, build_library, source_directory
+
+# Instruction sets, fastest first: the matrix unit of recent Xeons for bfloat16 (float32 as in avx512), then those of cpu.py.
+LEVELS = ("amx", *cpu.LEVELS)
+AMX_FLAGS = (*cpu.AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16")
+
+
+def takes(first, *others):
+    """Whether tensors are what the kernels take: real, on the CPU, of one dtype, and a kernel can be built here."""
+    return (
+        first.device.type == "cpu"
+        and first.dtype in (torch.float32, torch.bfloat16)
+        and all([x is None or (x.dtype == first.dtype and x.device == first.device) for x in others])
+        and first.numel() > 0
+        and not torch.compiler.is_compiling()
+        and type(first) is torch.Tensor  # not a fake one
+        and best_level() is not None
+    )
+
+
+def affine(x, bone, level=None):
+    """z = x + u and Σ_b u_b, where u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in), (T, r)."""
+    x, rank = _rows(x), bone.shape[-1]
+    _check_shards(x, rank, bone.shape[0])
+    z, shift = x.new_empty(x.shape), x.new_empty(x.shape[0], rank)
+    _library(level or best_level()).blocks_affine(
+        *_strided(x), bone.contiguous().data_ptr(), z.data_ptr(), shift.data_ptr(), *x.shape, rank, *_kind(x))
+    return z, shift
+
+
+def affine_backward_(dz, g, x, bone, level=None):
+    """Turn dz (T, in), contiguous, into dx, given g (T, out), the gradient of the output that the shift was added to.
+
+    x (T, in) or None; bone (in/r, r, r) -> the gradient of bone, or None without x.
+    """
+    g, x = _rows(g), None if x is None else _rows(x)
+    _check_shards(dz, bone.shape[-1], bone.shape[0])
+    _check_shards(g, bone.shape[-1])
+    d_bone = None if x is None else torch.zeros(bone.shape)
+    _library(level or best_level()).blocks_affine_backward(
+        dz.data_ptr(), *_strided(g), *((None, 0) if x is None else _strided(x)), bone.contiguous().data_ptr(),
+        None if x is None else d_bone.data_ptr(), *dz.shape, g.shape[1], bone.shape[-1], *_kind(dz))
+    return None if x is None else d_bone.to(bone.dtype)
+
+
+def shard_sum(x, rank, level=None):
+    """Σ_b x_b, the last shard padded with zeros: (T, in) -> (T, r)."""
+    x = _rows(x)
+    total = x.new_empty(x.shape[0], rank)
+    _library(level or best_level()).blocks_shard_sum(*_strided(x), total.data_ptr(), *x.shape, rank, *_kind(x))
+    return total
+
+
+def add_tiled_(y, tile, level=None):
+    """y (T, n), contiguous, += tile (T, r) repeated along its rows, cut at n."""
+    _library(level or best_level()).blocks_add_tiled(
+        y.data_ptr(), tile.contiguous().data_ptr(), *y.shape, tile.shape[1], *_kind(y))
+
+
+@functools.lru_cache(maxsize=None)
+def best_level():
+    """The fastest of LEVELS that works here; None where no compiler is."""
+    best = cpu.best_level()
+    for level in ("amx", best) if best == "avx512" else (best,):
+        if available(level):
+            return level
+    return None
+
+
+@functools.lru_cache(maxsize=None)
+def available(level):
+    """Whether this processor has one of LEVELS and its kernels can be built."""
+    if LEVELS.index(level) < LEVELS.index(cpu.best_level()) and level != "amx":
+        return False
+    try:
+        return bool(_library(level).blocks_start())
+    except BuildError:
+        return False
+
+
+@functools.lru_cache(maxsize=None)
+def _library(level):
+    sources = source_directory()
+    flags = AMX_FLAGS if level == "amx" else cpu.level_flags()[level]
+    command = (cpu.find_compiler(), *cpu.COMMON_FLAGS, *flags)
+    headers = [*sorted(sources.glob("blocks_*.h")), sources / "bfloat16.h"]
+    path = build_library(
+        f"blocks_cpu_{level}", [Unit(sources / "blocks_cpu.cpp", command)], (command[0], "-shared", "-fopenmp"), headers)
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"cannot load {path}: {error}; delete that file so that it is built anew") from error
+    pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    rows, kind = [pointer, size], [flag, flag]  # a tensor and its stride; bfloat16, threads
+    for name, arguments in (
+        ("affine", [*rows, *[pointer] * 3, *[size] * 3, *kind]),
+        ("affine_backward", [pointer, *rows, *rows, pointer, pointer, *[size] * 4, *kind]),
+        ("shard_sum", [*rows, pointer, *[size] * 3, *kind]),
+        ("add_tiled", [pointer, pointer, *[size] * 3, *kind]),
+    ):
+        function = getattr(library, f"blocks_{name}")
+        function.argtypes, function.restype = arguments, None
+    return library
+
+
+def _check_shards(x, rank, count=None):
+    if x.shape[1] % rank or count not in (None, x.shape[1] // rank):
+        raise ValueError(f"rows of {x.shape[1]} are not {'shards' if count is None else f'{count} shards'} of {rank}")
+
+
+def _rows(x):
+    """x with whole rows, which may lie apart."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _strided(x):
+    return x.data_ptr(), x.stride(0)
+
+
+def _kind(x):
+    return x.dtype == torch.bfloat16, torch.get_num_threads()
