@@ -168,11 +168,19 @@ const E* in(const void* p) { return static_cast<const E*>(p); }
 template <class E>
 E* out(void* p) { return static_cast<E*>(p); }
 
+// A tensor's elements as floats: where they lie, if they are floats already, else converted into `copy`.
+const float* as_floats(const float* p, int64_t, std::vector<float>&) { return p; }
+const float* as_floats(const Bfloat16* p, int64_t count, std::vector<float>& copy) {
+    copy.resize(count);
+    for (int64_t i = 0; i < count; i++) copy[i] = to_float(p[i]);
+    return copy.data();
+}
+
 template <class E>
-Lerp<E> lerp(const void* x, const void* last, const void* maa, const void* low, const void* up, int n, int64_t tokens,
-             int64_t channels, int64_t rank, int64_t sequences, const int64_t* cu_seqlens) {
-    return {in<E>(x), in<E>(last), in<E>(maa), in<E>(low), in<E>(up), {tokens, tokens / sequences, sequences, cu_seqlens},
-            channels, rank, n};
+Lerp<E> lerp(const void* x, const void* last, const void* maa, const void* low, const void* up, std::vector<float>& floats,
+             int n, int64_t tokens, int64_t channels, int64_t rank, int64_t sequences, const int64_t* cu_seqlens) {
+    return {in<E>(x), in<E>(last), in<E>(maa), in<E>(low), as_floats(in<E>(up), n * rank * channels, floats),
+            {tokens, tokens / sequences, sequences, cu_seqlens}, channels, rank, n};
 }
 
 }  // namespace
@@ -191,7 +199,8 @@ extern "C" {
 void mix_lerp_forward(const void* x, const void* last, const void* maa, const void* low, const void* up, void* const* outs,
                       int n, int64_t tokens, int64_t channels, int64_t rank, int64_t sequences, const int64_t* cu_seqlens,
                       int bfloat16, int threads) {
-    BY_TYPE(lerp<E>(x, last, maa, low, up, n, tokens, channels, rank, sequences, cu_seqlens)
+    std::vector<float> floats;
+    BY_TYPE(lerp<E>(x, last, maa, low, up, floats, n, tokens, channels, rank, sequences, cu_seqlens)
                 .forward(reinterpret_cast<E* const*>(outs), threads))
 }
 
@@ -199,7 +208,8 @@ void mix_lerp_backward(const void* x, const void* last, const void* maa, const v
                        const void* const* grads, void* gx, void* glast, float* gmaa, void* glow, float* gup, int n,
                        int64_t tokens, int64_t channels, int64_t rank, int64_t sequences, const int64_t* cu_seqlens,
                        int bfloat16, int threads) {
-    BY_TYPE(lerp<E>(x, last, maa, low, up, n, tokens, channels, rank, sequences, cu_seqlens)
+    std::vector<float> floats;
+    BY_TYPE(lerp<E>(x, last, maa, low, up, floats, n, tokens, channels, rank, sequences, cu_seqlens)
                 .backward(reinterpret_cast<const E* const*>(grads), {out<E>(gx), out<E>(glast), gmaa, out<E>(glow), gup},
                           threads))
 }

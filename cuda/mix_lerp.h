@@ -26,13 +26,8 @@ constexpr int kGroup = 4;                  // rows that share a factor once it i
 constexpr int kTileRows = 8;
 
 typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-typedef uint16_t Half __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
-typedef uint32_t Bits __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
-inline Vec load(const Bfloat16* p) {
-    return reinterpret_cast<Vec>(__builtin_convertvector(*reinterpret_cast<const Half*>(p), Bits) << 16);
-}
 inline void store(float* p, Vec x) { *reinterpret_cast<Vec*>(p) = x; }
 
 // A matrix of factors: element (a, k) lies at p[a * row + k * column].
@@ -44,9 +39,9 @@ struct Factors {
 };
 
 // out[a] += factors[a] matrix for kRows rows a: out (kRows, size), factors (kRows, inner), matrix (inner, size).
-template <int kRows, class E>
-void add_product(float* out, int64_t out_stride, const Factors& factors, const E* matrix, int64_t matrix_stride, int64_t inner,
-                 int64_t size) {
+template <int kRows>
+void add_product(float* out, int64_t out_stride, const Factors& factors, const float* matrix, int64_t matrix_stride,
+                 int64_t inner, int64_t size) {
     int64_t c = 0;
     for (; c + kStrip <= size; c += kStrip) {
         Vec sum[kRows][kVectors];
@@ -64,12 +59,11 @@ void add_product(float* out, int64_t out_stride, const Factors& factors, const E
     for (; c < size; c++)
         for (int a = 0; a < kRows; a++)
             for (int64_t k = 0; k < inner; k++)
-                out[a * out_stride + c] += factors(a, k) * to_float(matrix[k * matrix_stride + c]);
+                out[a * out_stride + c] += factors(a, k) * matrix[k * matrix_stride + c];
 }
 
 // The same for any number of rows.
-template <class E>
-void add_product(int64_t rows, float* out, int64_t out_stride, Factors factors, const E* matrix, int64_t matrix_stride,
+void add_product(int64_t rows, float* out, int64_t out_stride, Factors factors, const float* matrix, int64_t matrix_stride,
                  int64_t inner, int64_t size) {
     int64_t a = 0;
     for (; a + kGroup <= rows; a += kGroup, out += kGroup * out_stride, factors.p += kGroup * factors.row)
@@ -79,8 +73,8 @@ void add_product(int64_t rows, float* out, int64_t out_stride, Factors factors, 
 }
 
 // out[a][k] = rows[a] . matrix[k], for kRows rows a and kCount rows k of the matrix, all `size` long.
-template <int kRows, int kCount, class E, class Out>
-void dot_products(Out* out, int64_t out_stride, const float* rows, int64_t stride, const E* matrix, int64_t size) {
+template <int kRows, int kCount, class Out>
+void dot_products(Out* out, int64_t out_stride, const float* rows, int64_t stride, const float* matrix, int64_t size) {
     Vec sum[kRows][kCount];
     for (int a = 0; a < kRows; a++)
         for (int k = 0; k < kCount; k++) sum[a][k] = Vec{};
@@ -94,7 +88,7 @@ void dot_products(Out* out, int64_t out_stride, const float* rows, int64_t strid
         for (int k = 0; k < kCount; k++) {
             float total = 0.0f;
             for (int l = 0; l < kLanes; l++) total += sum[a][k][l];
-            for (int64_t rest = c; rest < size; rest++) total += rows[a * stride + rest] * to_float(matrix[k * size + rest]);
+            for (int64_t rest = c; rest < size; rest++) total += rows[a * stride + rest] * matrix[k * size + rest];
             out[a * out_stride + k] = from_float<Out>(total);
         }
 }
@@ -103,7 +97,8 @@ void dot_products(Out* out, int64_t out_stride, const float* rows, int64_t strid
 // up (n, rank, channels), null where rank is 0.
 template <class E>
 struct Lerp {
-    const E *x, *last, *maa, *low, *up;
+    const E *x, *last, *maa, *low;
+    const float* up;
     Sequences sequences;
     int64_t channels, rank;
     int n;
@@ -249,7 +244,7 @@ struct Lerp {
                     for (int64_t c = 0; c < C; c++) maa_sum_[i * C + c] += e_[a * C + c];
             if (low) {
                 E* own = low + t * factor_stride + i * rank;
-                const E* matrix = lerp_.up + i * rank * C;
+                const float* matrix = lerp_.up + i * rank * C;
                 int64_t k = 0;
                 for (; k + kGroup <= rank; k += kGroup) dots<kGroup>(own + k, matrix + k * C, rows);
                 for (; k < rank; k++) dots<1>(own + k, matrix + k * C, rows);
@@ -260,7 +255,7 @@ struct Lerp {
         }
 
         template <int kCount>
-        void dots(E* to, const E* matrix, int64_t rows) const {
+        void dots(E* to, const float* matrix, int64_t rows) const {
             const int64_t C = lerp_.channels, stride = lerp_.n * lerp_.rank;
             int64_t a = 0;
             for (; a + kGroup <= rows; a += kGroup)
