@@ -22,7 +22,7 @@ PARTS = (
     ("adapters", ("adapters",), ("base", "ops")),
     ("checkpoint", ("checkpoint", "atomic", "pth", "pth_writer", "safetensors_writer", "adapter_file", "foreign", "names"), ("base",)),
     ("data", ("data",), ("base",)),
-    ("merge", ("merge", "merge_cli"), ("adapters", "checkpoint")),
+    ("merge", ("merge", "merge_change", "merge_cli", "ahead"), ("adapters", "checkpoint")),
     ("check", ("check",), ("model", "adapters", "checkpoint", "verify")),
     ("convert", ("convert", "gguf_file"), ("checkpoint", "data")),
     ("verify", ("verify", "runtimes"), ("model", "convert")),

@@ -129,17 +129,6 @@ def test_merging_leaves_its_inputs_alone(tiny_state):
     assert not torch.equal(base["blocks.0.ln1.weight"], torch.ones(64))
 
 
-def test_items_made_ahead_keep_their_order_and_their_errors():
-    assert list(merge_cli.ahead(iter(range(5)))) == list(range(5))
-
-    def failing():
-        yield 1
-        raise UserError("no more")
-
-    with pytest.raises(UserError, match="no more"):
-        list(merge_cli.ahead(failing()))
-
-
 def test_unmerge_refuses_what_it_cannot_restore(folder):
     base = load_base(folder / "base.pth")
     save_adapter(folder / "a.safetensors", {"blocks.0.ln1.weight": torch.ones(64)}, AdapterMetadata("none"))

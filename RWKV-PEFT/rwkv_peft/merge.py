@@ -1,21 +1,25 @@
-"""Merging adapters into a base model, tensor by tensor.
+"""Merging adapters into a base model, a band of rows at a time.
 
-Each changed weight is computed in float32 from the base's memory-mapped tensor, a band of rows at a time, and
-cast once; the rest passes through. A `Merge` knows what changes what; merge_bone.py is the command around it.
+Each changed weight is computed in float32 from the base's memory-mapped tensor and cast once; the rest passes
+through. A `Merge` knows what changes what; merge_bone.py is the command around it.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 
-from .adapter_file import AdapterMetadata
-from .adapters.delta import RESIDUAL_VARIANTS, delta, merged
+from .ahead import ahead
+from .checkpoint import fingerprint
 from .errors import UserError
-from .pth import all_finite
+from .merge_change import LayerChange, WholeChange, check_params
+from .pth import all_finite, stream_state
 from .pth_writer import TensorSpec
 
-BAND = 1 << 20  # elements computed at a time: temporaries stay small enough for the allocator to reuse
+BAND = 1 << 18  # elements computed at a time: what one thread works on stays in its core's cache
 
 
 @dataclass(frozen=True)
@@ -44,78 +48,13 @@ class TensorReport:
     lost: float
 
 
-@dataclass(frozen=True)
-class LayerChange:
-    """An adapter on one weight; params are its tensors as adapters.delta takes them."""
+class Band(NamedTuple):
+    """Rows of an output tensor, and the sums of squares of W, W' - W and cast(W') - W' in them (zeros where nothing
+    changes)."""
 
-    params: dict
-    metadata: AdapterMetadata
-
-    @property
-    def granularity(self):
-        """A band of rows that starts and ends at multiples of this can be computed by itself; 0: none can."""
-        if self.metadata.quant != "none":  # quantization blocks may span rows
-            return 0
-        if self.metadata.variant in ("bat-in", "bat-out", "bone-mini"):
-            return self.params["bone"].shape[-1]
-        return 1
-
-    def rows(self, start, stop):
-        """The same change for rows start to stop of the weight."""
-        params, variant = dict(self.params), self.metadata.variant
-        if variant == "bat-out":
-            rank = params["bone"].shape[-1]
-            params["bone"] = params["bone"][start // rank : stop // rank]
-        elif variant == "bone":
-            params["bone"] = params["bone"][:, start:stop]
-        for name in params.keys() & {"lora_B", "init_lora_B"}:
-            params[name] = params[name][start:stop]
-        return LayerChange(params, self.metadata)
-
-    def apply(self, weight, scale):
-        """weight (out, in) in any float dtype -> float32, the weight that the trained layer computed with."""
-        result = merged(self.metadata.variant, weight, self._on(weight), scale=self.metadata.scale,
-                        quant=self.metadata.quant)
-        return result if scale == 1 else torch.lerp(weight.float(), result, scale)
-
-    def undo(self, weight, scale):
-        """The weight before `apply`, up to rounding, float32.
-
-        A block affine change W' = W (I + B) + B is undone by the block affine change with
-        C = (I + B)^-1 - I in B's place: W = (W' - B)(I + B)^-1 = W' (I + C) + C. The other changes do not depend
-        on W and are subtracted.
-        """
-        variant, params = self.metadata.variant, self._on(weight)
-        factor = -scale * self.metadata.scale
-        if variant in ("bone", "bone-mini"):
-            params["bone"] = -scale * params["bone"].float()
-        elif variant in ("bat-in", "bat-out"):
-            bone = scale * params["bone"].double()
-            identity = torch.eye(bone.shape[-1], dtype=bone.dtype, device=bone.device)
-            inverse, singular = torch.linalg.inv_ex(identity + bone)
-            if singular.any():
-                raise UserError("--unmerge: an I + B of the adapter has no inverse, so that merging lost the base")
-            params["bone"] = inverse - identity
-        weight = weight.float()
-        return weight + delta(variant, weight, params, scale=factor)
-
-    def _on(self, weight):
-        return {name: tensor.to(weight.device) for name, tensor in self.params.items()}
-
-
-@dataclass(frozen=True)
-class WholeChange:
-    """A tensor trained in full, which takes the base's place."""
-
-    tensor: torch.Tensor
-    granularity = 1
-
-    def rows(self, start, stop):
-        return WholeChange(self.tensor[start:stop])
-
-    def apply(self, weight, scale):
-        new = self.tensor.to(weight.device).float()
-        return new if scale == 1 else torch.lerp(weight.float(), new, scale)
+    key: str
+    rows: torch.Tensor
+    squares: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 class Merge:
@@ -129,19 +68,19 @@ class Merge:
     def __init__(self, shapes, adapters, options=MergeOptions()):
         self.options = options
         self.specs = {key: TensorSpec.of(tensor, options.dtype) for key, tensor in shapes.items()}
-        self.changes = {}  # key -> [LayerChange or WholeChange]
+        self.changes = {}  # key -> [LayerChange or WholeChange], in the order of their application
         for name, adapter in adapters:
             self._bind(name, adapter, shapes)
 
     def _bind(self, name, adapter, shapes):
         _check_places(name, adapter, shapes)
-        metadata, unmerge = adapter.metadata, self.options.unmerge
-        quant = metadata.quant if self.options.quant is None else self.options.quant
+        metadata, options = adapter.metadata, self.options
+        quant = metadata.quant if options.quant is None else options.quant
         whole = adapter.whole()
-        if unmerge and whole:
+        if options.unmerge and whole:
             raise UserError(f"--unmerge cannot restore {len(whole)} tensors that {name} replaced whole (such as "
                             f"{next(iter(whole))}): the base's values are in none of the files")
-        if unmerge and quant != "none":
+        if options.unmerge and quant != "none":
             raise UserError(f"--unmerge cannot undo the {quant} quantization that {name} was merged with")
         for key, tensor in whole.items():
             due = expected_whole_shape(key, shapes)
@@ -149,77 +88,86 @@ class Merge:
                 raise UserError(f"{name}: {key} has shape {tuple(tensor.shape)}, and the base's is {due}; it was "
                                 "trained on another model")
             if key not in self.specs:  # a time state, new to the base
-                self.specs[key] = TensorSpec(due, self.options.dtype or shapes["emb.weight"].dtype)
-            self.changes.setdefault(key, []).append(WholeChange(tensor))
+                self.specs[key] = TensorSpec(due, options.dtype or shapes["emb.weight"].dtype)
+            self.changes.setdefault(key, []).append(WholeChange(tensor.to(options.device), options.scale))
         for module, params in adapter.modules().items():
             key = f"{module}.weight"
             check_params(f"{name}: {module}", metadata.variant, params, tuple(shapes[key].shape))
-            self.changes.setdefault(key, []).append(LayerChange(params, replace(metadata, quant=quant)))
+            params = {parameter: tensor.to(options.device) for parameter, tensor in params.items()}
+            change = LayerChange(metadata.variant, params, metadata.scale, quant, options.scale)
+            changes = self.changes.setdefault(key, [])
+            if options.unmerge:
+                changes.insert(0, change.removal())
+            else:
+                changes.append(change)
 
-    def tensors(self, pairs, reports=None):
-        """Yield the output's (key, tensor) in order, from the base's pairs; tensors that are new come last.
+    def bands(self, pairs, reports=None):
+        """Yield the output's (key, rows) from the base's (key, tensor) pairs: each tensor in its turn, as one or more
+        runs of its rows, in its dtype, on the CPU; tensors that are new come last.
 
         A TensorReport of each changed tensor is appended to the list `reports`. Raises UserError for a result that
         is not finite.
         """
+        for key, bands in groupby(ahead(self._tasks(pairs)), lambda band: band.key):
+            totals = [0.0, 0.0, 0.0]
+            for band in bands:
+                totals = [total + square for total, square in zip(totals, band.squares)]
+                yield key, band.rows
+            if reports is not None and key in self.changes:
+                size, change, lost = totals
+                reports.append(TensorReport(key, ratio(change, size), ratio(lost, change)))
+
+    def tensors(self, pairs, reports=None):
+        """Yield the output's (key, tensor), as `bands` with each tensor in one piece; one that does not change is the
+        base's own."""
+        for key, bands in groupby(self.bands(pairs, reports), lambda band: band[0]):
+            rows = [rows for _, rows in bands]
+            yield key, torch.cat(rows) if len(rows) > 1 else rows[0]
+
+    def _tasks(self, pairs):
+        """A callable -> Band for each band of each tensor of the output."""
         seen = set()
         for key, tensor in pairs:
             seen.add(key)
-            yield key, self._output(key, tensor, reports)
+            yield from self._tasks_of(key, tensor)
         for key, spec in self.specs.items():
             if key not in seen:
-                yield key, self._output(key, torch.zeros(spec.shape), reports)
+                yield from self._tasks_of(key, torch.zeros(spec.shape))
+
+    def _tasks_of(self, key, tensor):
+        changes, row = self.changes.get(key, ()), math.prod(tensor.shape[1:])
+        unit = math.lcm(*(change.unit(row) for change in changes))
+        step = max(BAND // (row * unit), 1) * unit
+        if not changes and tensor.dtype == self.specs[key].dtype:
+            step = len(tensor)  # passes as it is: nothing is computed, and `tensors` need not copy it
+        for start in range(0, len(tensor), step):
+            stop = min(start + step, len(tensor))
+            yield partial(self._band, key, tensor[start:stop], [change.rows(start, stop) for change in changes])
 
     @torch.no_grad()
-    def _output(self, key, source, reports):
-        dtype = self.specs[key].dtype
-        tensor = self._changed(key, source, reports) if key in self.changes else source.to(dtype)
-        if not all_finite(tensor):
+    def _band(self, key, source, changes):
+        dtype, squares = self.specs[key].dtype, (0.0, 0.0, 0.0)
+        if changes:
+            exact = weight = source.to(self.options.device)
+            for change in changes:
+                exact = change.apply(exact)
+            rows, weight = exact.to(dtype), weight.float()
+            squares = square(weight), square(exact - weight), square(rows.float() - exact)
+            rows = rows.cpu()
+        else:
+            rows = source.to(dtype)
+        # the last sum is NaN or Inf where an element of rows is, so that most bands need no look of their own
+        if not (changes and math.isfinite(squares[-1])) and not all_finite(rows):
             cause = ("in the base already" if not all_finite(source) else
                      f"after the merge, though not in the base: the change is too large for {dtype_name(dtype)}")
             raise UserError(f"{key} holds NaN or Inf, {cause}; nothing is written")
-        return tensor
-
-    def _changed(self, key, source, reports):
-        """The tensor of the output in its dtype, on the CPU; computed in float32, band by band."""
-        changes = self.changes[key]
-        output = torch.empty(source.shape, dtype=self.specs[key].dtype)
-        size = change = lost = 0.0  # sums of squares
-        for start, stop in bands(source.shape, [item.granularity for item in changes]):
-            part = source[start:stop].to(self.options.device)
-            exact = self._applied(part, [item.rows(start, stop) for item in changes])
-            output[start:stop] = exact
-            part = part.float()
-            size += square(part)
-            change += square(exact - part)
-            lost += square(output[start:stop].to(exact.device, torch.float32) - exact)
-        if reports is not None:
-            reports.append(TensorReport(key, ratio(change, size), ratio(lost, change)))
-        return output
-
-    def _applied(self, weight, changes):
-        scale = self.options.scale
-        if self.options.unmerge:
-            for change in reversed(changes):
-                weight = change.undo(weight, scale)
-        else:
-            for change in changes:
-                weight = change.apply(weight, scale)
-        return weight
-
-
-def bands(shape, granularities):
-    """(start, stop) of the bands of rows, about BAND elements each, in which a tensor can be computed."""
-    rows, unit = shape[0], math.lcm(*granularities)
-    if unit == 0:
-        return [(0, rows)]
-    row = math.prod(shape[1:])
-    step = max(BAND // (row * unit), 1) * unit
-    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+        return Band(key, rows, squares)
 
 
 def square(tensor):
-    return torch.linalg.vector_norm(tensor).item() ** 2
+    """The sum of squares of a float32 tensor."""
+    flat = tensor.reshape(-1)
+    return torch.dot(flat, flat).item()
 
 
 def ratio(part, whole):
@@ -235,34 +183,18 @@ def merge_state_dict(base, adapters, options=MergeOptions(), reports=None):
     return dict(Merge(base, adapters, options).tensors(base.items(), reports))
 
 
-def check_params(name, variant, params, weight_shape):
-    """Raise UserError unless the tensors of a `variant` adapter fit a weight (out, in)."""
-    out, inner = weight_shape
-    names = {"bone"} if "bone" in params else {"lora_A", "lora_B"}
-    if variant in RESIDUAL_VARIANTS:
-        names |= {"init_lora_A", "init_lora_B"}
-    if set(params) != names:
-        raise UserError(f"{name} holds {sorted(params)}, and a {variant} adapter has {sorted(names)}")
-    shapes = {name: tuple(tensor.shape) for name, tensor in params.items()}
-    if "bone" in params:
-        shape = shapes["bone"]
-        rank = shape[0] if variant in ("bone", "bone-mini") else shape[-1]
-        due = {"bone": (rank, out), "bone-mini": (rank, shape[-1]),
-               "bat-in": (inner // rank, rank, rank), "bat-out": (out // rank, rank, rank)}[variant]
-        fits = shape == due
-        if variant == "bone-mini":
-            fits = fits and out % shape[-1] == 0
-        elif variant != "bone":
-            fits = fits and out % rank == 0 and inner % rank == 0
-        due = {"bone": due}
-    else:
-        rank = shapes["lora_A"][0]
-        due = {name: (rank, inner) if name.endswith("A") else (out, rank) for name in names}
-        fits = shapes == due
-    if not fits:
-        given, needed = (", ".join(map(str, group.values())) for group in (shapes, due))
-        raise UserError(f"{name} is a {variant} adapter of shape {given}, and a base weight of shape {weight_shape} "
-                        f"needs {needed} and a rank that divides it; it was trained on another model")
+def check_fingerprints(path, base, adapters):
+    """Raise UserError unless each of the (name, Adapter) pairs was trained on the base (tensors of the file at path),
+    or on the base with the adapters before it merged. An adapter that names no base passes."""
+    own = fingerprint(base)
+    for position, (name, adapter) in enumerate(adapters):
+        wanted, before = adapter.metadata.base_fingerprint, adapters[:position]
+        if not wanted or wanted == own:
+            continue
+        if before and wanted == fingerprint(Merge(base, before).tensors(stream_state(path))):
+            continue
+        raise UserError(f"{name} was trained on another base: it names the fingerprint {wanted}, and {path} has {own}; "
+                        "find the base it was trained on, or force it with --any_base")
 
 
 def expected_whole_shape(key, shapes):
@@ -288,4 +220,3 @@ def _check_places(name, adapter, shapes):
     effective = (tensor for key, tensor in adapter.tensors.items() if not key.endswith("lora_A"))
     if not any(torch.count_nonzero(tensor) for tensor in effective):
         raise UserError(f"{name} changes nothing: its tensors are all zero, as in an adapter that was never trained")
-

@@ -2,21 +2,19 @@
 
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 
 import torch
 
 from .atomic import atomic_write
-from .checkpoint import check_state, fingerprint, load_base, read_adapter
+from .checkpoint import check_state, load_base, read_adapter
 from .cli import Parser
 from .config import BONE_MODES, QUANTIZATIONS
 from .errors import UserError
-from .merge import Merge, MergeOptions, dtype_name
-from .pth import read_state
-from .pth_writer import write_pth
-
-MAPPED = 1 << 28  # bytes read through one mapping of a file before it is dropped, which bounds resident memory
+from .merge import Merge, MergeOptions, check_fingerprints, dtype_name
+from .pth import read_state, stream_state
+from .pth_writer import TensorSpec, write_pth
 
 
 def build_parser():
@@ -67,14 +65,14 @@ def main(argv):
     print_head(args, base, adapters)
     del base  # its pages would stay resident
     reports = []
-    outputs = merge.tensors(stream(args.base_model), reports)
+    outputs = merge.bands(stream_state(args.base_model), reports)
     if args.dry_run:
         for _ in outputs:
             pass
     else:
         check_space(args.output, merge.specs)
         with atomic_write(args.output) as temporary:
-            write_pth(temporary, merge.specs, ahead(outputs))
+            write_pth(temporary, merge.specs, outputs)
     print_reports(reports, merge.specs)
     if args.dry_run:
         print("dry run: nothing was written")
@@ -83,29 +81,6 @@ def main(argv):
         verify(args.output, merge, args.base_model)
     print(f"wrote {args.output}: {len(merge.specs)} tensors, {os.path.getsize(args.output):,} bytes")
     return 0
-
-
-def stream(path):
-    """(key, tensor) pairs of a .pth in file order; it is mapped anew every MAPPED bytes, so that pages already read
-    leave the process's memory."""
-    state, taken = read_state(path), 0
-    for key in list(state):
-        if taken > MAPPED:
-            state, taken = read_state(path), 0
-        tensor = state[key]
-        taken += tensor.numel() * tensor.element_size()
-        yield key, tensor
-        del tensor  # it would keep the mapping alive beyond its turn
-
-
-def ahead(items):
-    """Yield an iterator's items while a second thread makes the next one: computing and writing overlap."""
-    iterator, end = iter(items), object()
-    with ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(next, iterator, end)
-        while (item := pending.result()) is not end:
-            pending = pool.submit(next, iterator, end)
-            yield item
 
 
 def output_dtype(name):
@@ -137,20 +112,6 @@ def check_space(output, specs):
     if free < needed:
         raise UserError(f"--output {output} needs {needed:,} bytes, and its disk has {free:,} free; free some space or "
                         "choose another disk")
-
-
-def check_fingerprints(path, base, adapters):
-    """Each adapter must have been trained on the base, or on the base with the adapters before it merged."""
-    own = fingerprint(base)
-    for position, (name, adapter) in enumerate(adapters):
-        wanted = adapter.metadata.base_fingerprint
-        if not wanted or wanted == own:
-            continue
-        before = adapters[:position]
-        if before and wanted == fingerprint(Merge(base, before).tensors(stream(path))):
-            continue
-        raise UserError(f"{name} was trained on another base: it names the fingerprint {wanted}, and {path} has {own}; "
-                        "find the base it was trained on, or force it with --any_base")
 
 
 def print_head(args, base, adapters):
@@ -193,10 +154,14 @@ def print_reports(reports, specs):
 
 def verify(output, merge, base):
     """Compare the file on disk with a second computation. Raises UserError where they differ."""
-    written = stream(output)
-    for key, expected in merge.tensors(stream(base)):
+    written = stream_state(output)
+    for key, bands in groupby(merge.bands(stream_state(base)), lambda band: band[0]):
         name, tensor = next(written, (None, None))
-        if name != key or tensor.dtype != expected.dtype or not torch.equal(tensor, expected):
+        start, same = 0, name == key and TensorSpec.of(tensor) == merge.specs[key]
+        for _, rows in bands:
+            same = same and torch.equal(tensor[start : start + len(rows)], rows)
+            start += len(rows)
+        if not same:
             raise UserError(f"{output}: {key} does not read back as it was computed; the disk or the memory is faulty, "
                             "do not use this file")
     check_state(read_state(output), output)

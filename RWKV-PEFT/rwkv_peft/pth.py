@@ -9,6 +9,8 @@ import torch
 
 from .errors import UserError
 
+MAPPED = 1 << 28  # bytes that stream_state reads through one mapping
+
 
 def read_pth(path):
     """The object in a .pth as tensors mapped from the file: no byte of a tensor is read before its use.
@@ -60,6 +62,22 @@ def read_state(path):
     return state
 
 
+def stream_state(path):
+    """Yield the (key, tensor) pairs of a .pth in file order, in bounded memory.
+
+    The file is mapped anew every MAPPED bytes, so that pages already read leave the process's memory once nothing
+    holds their tensors. Raises UserError as read_state does.
+    """
+    state, taken = read_state(path), 0
+    for key in list(state):
+        if taken > MAPPED:
+            state, taken = read_state(path), 0
+        tensor = state[key]
+        taken += tensor.numel() * tensor.element_size()
+        yield key, tensor
+        del tensor  # it would keep the mapping alive beyond its turn
+
+
 def require_file(path):
     """`path` as a Path to a file that exists, or a UserError."""
     path = Path(path)
@@ -72,7 +90,12 @@ def require_file(path):
 
 def all_finite(tensor):
     """Whether no element is NaN or Inf, with little memory beside the tensor."""
-    return all(torch.isfinite(part).all() for part in tensor.reshape(-1).split(1 << 22))
+    return all(_part_finite(part) for part in tensor.reshape(-1).split(1 << 20))
+
+
+def _part_finite(part):
+    # a sum with NaN or Inf in it is neither finite, and it is the faster test; finite values may overflow it, too
+    return bool(torch.isfinite(part.sum()) or torch.isfinite(part).all())
 
 
 def _first_line(error):

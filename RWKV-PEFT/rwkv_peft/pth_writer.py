@@ -11,6 +11,7 @@ import sys
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
@@ -18,7 +19,7 @@ ALIGNMENT = 64
 LOCAL_HEADER = 30  # bytes before the name in a zip record's header
 ZIP64_FIELD = 20  # bytes of the extra field that gives sizes above 4 GB, present in each record here
 ROOT = "archive"  # the folder inside the archive, as torch.save names it
-CHUNK = 1 << 24  # bytes handed to the archive at a time
+CHUNK = 1 << 20  # bytes handed to the archive at a time: still in the core's cache when the checksum has read them
 
 
 @dataclass(frozen=True)
@@ -38,21 +39,22 @@ class TensorSpec:
 
 
 def write_pth(path, specs, tensors):
-    """Write a flat dict of tensors to `path` as torch.save would, holding one tensor at a time.
+    """Write a flat dict of tensors to `path` as torch.save would, holding what is being written alone.
 
-    specs maps each key to its TensorSpec; tensors is an iterable of (key, tensor) in the same order.
-    The file loads with torch.load(mmap=True, weights_only=True). `path` is written in place: use
-    atomic_write around it. Raises ValueError where a tensor is not the one that specs announced.
+    specs maps each key to its TensorSpec; tensors is an iterable of (key, tensor) in the same order, in which a tensor
+    may also come as several runs of its rows, one pair after the other under its key. The file loads with
+    torch.load(mmap=True, weights_only=True). `path` is written in place: use atomic_write around it. Raises
+    ValueError where a tensor is not the one that specs announced.
     """
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         _write_record(archive, "data.pkl", [_pickle_of(specs)])
         _write_record(archive, "byteorder", [sys.byteorder.encode()])
-        remaining = iter(tensors)
+        remaining = groupby(tensors, lambda pair: pair[0])
         for number, (key, spec) in enumerate(specs.items()):
-            name, tensor = next(remaining, (None, None))
-            if name != key or TensorSpec.of(tensor) != spec:
-                raise ValueError(f"expected {key} {spec}, got {name}")
-            _write_record(archive, f"data/{number}", chunks(tensor))
+            name, pairs = next(remaining, (None, ()))
+            if name != key:
+                raise ValueError(f"expected {key}, got {name}")
+            _write_record(archive, f"data/{number}", _bytes_of(key, spec, (tensor for _, tensor in pairs)))
         if (extra := next(remaining, None)) is not None:
             raise ValueError(f"a tensor more than announced: {extra[0]}")
         _write_record(archive, "version", [b"3\n"])
@@ -67,6 +69,18 @@ def chunks(tensor):
     """The bytes of a tensor as memoryviews of at most CHUNK bytes."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
     return (memoryview(flat[start : start + CHUNK].numpy()) for start in range(0, flat.numel(), CHUNK))
+
+
+def _bytes_of(key, spec, parts):
+    """The bytes of a tensor that comes in one or more runs of rows; they must make up what spec says."""
+    elements = 0
+    for part in parts:
+        elements += part.numel()
+        if part.dtype != spec.dtype or part.shape[1:] != spec.shape[1:] or elements > spec.numel:
+            raise ValueError(f"expected {key} {spec}, got {TensorSpec.of(part)} after {elements - part.numel()} elements")
+        yield from chunks(part)
+    if elements != spec.numel:
+        raise ValueError(f"expected {key} {spec}, got {elements} elements")
 
 
 def _write_record(archive, name, chunks):

@@ -27,7 +27,8 @@ def delta(variant, weight, params, *, scale=1.0):
     """
     params = {name: tensor.to(weight.dtype) for name, tensor in params.items()}
     if variant in ("bat-in", "bat-out"):
-        return _block_affine(variant, weight, params["bone"])
+        blocks = _blocks(weight, params["bone"].shape[-1])
+        return _block_affine(variant, blocks, params["bone"]).reshape(weight.shape)
     if variant in ("bone", "bone-mini"):
         return _sharded(weight, params["bone"])
     if variant == "lora" or variant in RESIDUAL_VARIANTS:
@@ -38,20 +39,23 @@ def delta(variant, weight, params, *, scale=1.0):
     raise KeyError(variant)
 
 
-def _block_affine(variant, weight, bone):
-    rank = bone.shape[-1]
-    blocks = weight.unflatten(0, (-1, rank)).unflatten(2, (-1, rank))  # (out/r, r, in/r, r)
+def _blocks(weight, rank):
+    return weight.unflatten(0, (-1, rank)).unflatten(2, (-1, rank))  # (out/r, r, in/r, r)
+
+
+def _block_affine(variant, blocks, bone):
+    """-> the change of each block, (out/r, r, in/r, r), in no particular order in memory."""
     index = "b" if variant == "bat-in" else "a"
-    change = torch.einsum(f"aobj,{index}ji->aobi", blocks, bone)
     addend = bone.transpose(0, 1) if variant == "bat-in" else bone[:, :, None]  # (r, in/r, r) or (out/r, r, 1, r)
-    return (change + addend).reshape(weight.shape)
+    return torch.einsum(f"aobj,{index}ji->aobi", blocks, bone).add_(addend)
 
 
 def _sharded(weight, bone):
     out_features, in_features = weight.shape
-    rows = torch.arange(in_features, device=bone.device) % bone.shape[0]
     columns = torch.arange(out_features, device=bone.device) % bone.shape[1]
-    return bone[rows[None, :], columns[:, None]]
+    rank = bone.shape[0]
+    rows = bone.t()[columns].repeat(1, -(-in_features // rank))  # (out, in rounded up to a multiple of r)
+    return rows[:, :in_features]
 
 
 def residual(weight, init_A, init_B, scale):
@@ -76,4 +80,8 @@ def merged(variant, weight, params, *, scale=1.0, quant="none"):
 
         weight = roundtrip(weight, quant)
     weight = weight.float()
+    if variant in ("bat-in", "bat-out"):  # added block by block, which spares `delta`'s copy into the weight's order
+        bone = params["bone"].float()
+        blocks = _blocks(weight, bone.shape[-1])
+        return (blocks + _block_affine(variant, blocks, bone)).reshape(weight.shape)
     return weight + delta(variant, weight, params, scale=scale)

@@ -9,8 +9,7 @@ from torch import nn
 
 from ..checkpoint import load_base, model_config_from_state, read_adapter, save_model
 from ..errors import UserError
-from ..merge import merge_state_dict
-from ..merge_cli import check_fingerprints
+from ..merge import check_fingerprints, merge_state_dict
 from ..model import RWKV6, LayerState, State
 from ..pth import read_state
 

@@ -1,0 +1,26 @@
+"""Computing the next results in threads while the last one is used: order, errors and memory as without threads."""
+
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+
+def ahead(tasks):
+    """Yield task() for each of an iterable of callables, in order; an error of a task is raised in its turn.
+
+    As many threads as torch has compute tasks, each with one thread of torch's own, and at most two results a thread
+    wait to be taken. The iterable itself is advanced by the caller's thread.
+    """
+    threads, waiting = torch.get_num_threads(), deque()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(task))
+            if len(waiting) > 3 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # what threads started from here on have; the workers' calls changed it
