@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-PEFT"))
 from rwkv_peft.adapters import delta, inject  # noqa: E402
 from rwkv_peft.adapters.weight_side import bat_out  # noqa: E402
 from rwkv_peft.config import BONE_MODES, AdapterConfig  # noqa: E402
+from rwkv_peft.training.memory import keep_freed_memory  # noqa: E402
 
 SHAPES = ("2048x7168", "7168x2048", "4096x14336", "14336x4096")
 METHODS = ("frozen", "lora", "lora, bone's", "lora plain", "bat-in", "bat-in plain", "bat-out", "bat-out plain",
@@ -43,9 +44,12 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--fresh_pages", action="store_true", help="do not keep freed memory, as the trainer does on the CPU")
     parser.add_argument("--crossover", action="store_true", help="bat-out's forward on either side, by tokens, instead")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.device == "cpu" and not args.fresh_pages:
+        keep_freed_memory()
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} thread(s)"
     print(f"torch {torch.__version__}, {where}, rank {args.rank}, median of {args.rounds} rounds")
     for shape in args.shapes:

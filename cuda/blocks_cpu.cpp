@@ -13,6 +13,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "blocks_plain.h"
 #if defined(__AMX_BF16__)
@@ -40,13 +41,24 @@ inline int useful(int threads, int64_t count, int64_t elements) {
     return elements < kWorkForThreads ? 1 : static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, count)));
 }
 
-// Some rows of a shard, from its first row on, become a tile padded with zeros.
+// Some rows of a shard become a tile padded with zeros, plus `given` (floats, as wide as the tile) where it is not null.
 template <class Math, class E>
-void load_tile(typename Math::Operand* tile, Rows<const E> from, int64_t count, int64_t rank) {
+void load_tile(typename Math::Operand* tile, Rows<const E> from, int64_t count, int64_t rank, const float* given = nullptr) {
     const int64_t width = Math::width(rank);
-    for (int64_t t = 0; t < count; t++)
-        for (int64_t c = 0; c < width; c += kLanes)
-            store(tile + t * width + c, c < rank ? load_some(from[t] + c, rank - c) : Vec{});
+    for (int64_t t = 0; t < count; t++) {
+        const E* row = from[t];
+        if constexpr (std::is_same<E, typename Math::Operand>::value) {
+            if (!given) {
+                memcpy(tile + t * width, row, rank * sizeof(E));
+                std::fill(tile + t * width + rank, tile + (t + 1) * width, E{});
+                continue;
+            }
+        }
+        for (int64_t c = 0; c < width; c += kLanes) {
+            const Vec x = c < rank ? load_some(row + c, rank - c) : Vec{};
+            store(tile + t * width + c, given ? x + load(given + t * width + c) : x);
+        }
+    }
 }
 
 // Fetches some elements of a row into the second-level cache, in time for their turn. Reaching past a tensor does no harm.
@@ -149,10 +161,7 @@ void affine_backward(E* d, Rows<const E> g, Rows<const E> x, const E* bone, floa
                 for (int64_t first = start; first < stop; first += Math::kTile) {
                     const int64_t count = std::min(Math::kTile, stop - first);
                     const Rows<E> here{d + first * in + b * rank, in};
-                    load_tile<Math, E>(du.data(), {here.data, in}, count, rank);
-                    const float* given = shift.data() + (first - start) * width;
-                    for (int64_t i = 0; i < count * width; i += kLanes)
-                        store(du.data() + i, load(du.data() + i) + load(given + i));
+                    load_tile<Math, E>(du.data(), {here.data, in}, count, rank, shift.data() + (first - start) * width);
                     if (d_bone) {
                         load_tile<Math, E>(right.data(), {x[first] + b * rank, x.stride}, count, rank);
                         clear_rest<Math>(du.data(), count, rank);

@@ -7,7 +7,7 @@
 #include <memory>
 
 #include "bfloat16.h"
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -43,8 +43,14 @@ typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
 INLINE Vec broadcast(float x) { return x - Vec{}; }  // x - 0 keeps -0, which x + 0 would not
 
 INLINE Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
-INLINE Vec load(const Bfloat16* p) {
+INLINE Vec load(const Bfloat16* p) {  // the compiler's own conversion goes by way of halves
+#if defined(__AVX512F__)
+    const VecBits bits = (VecBits)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+    const VecBits bits = (VecBits)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
     const VecBits bits = __builtin_convertvector(*reinterpret_cast<const VecHalf*>(p), VecBits);
+#endif
     return reinterpret_cast<Vec>(bits << 16);
 }
 
