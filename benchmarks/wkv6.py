@@ -1,4 +1,5 @@
-"""wkv6's speed and memory: our backends, plain torch step by step and in chunks, and flash-linear-attention if installed.
+"""wkv6's speed and memory: our backends, plain torch step by step and in chunks, and flash-linear-attention if installed;
+on a GPU with nvcc also RWKV-LM's algorithm, a token at a time (wkv6_sequential.cu).
 
     python benchmarks/wkv6.py [--device cpu|cuda] [--dtype float32|bfloat16] [--shape B,T,H ...] [--repeats 5]
 
@@ -11,6 +12,7 @@ part of the cores' multiply-add peak it reaches, counting 5 operations a state e
 
 import argparse
 import ctypes
+import functools
 import json
 import multiprocessing
 import resource
@@ -22,8 +24,8 @@ from pathlib import Path
 
 import torch
 
-from rwkv_peft.ops import backends, cpu, wkv6
-from rwkv_peft.ops.build import Unit, build_library, source_directory
+from rwkv_peft.ops import backends, cpu, cuda, wkv6
+from rwkv_peft.ops.build import BuildError, Unit, build_library, source_directory
 from rwkv_peft.training.memory import keep_freed_memory
 
 HEAD_SIZE = 64
@@ -81,11 +83,47 @@ def torch_chunks(r, k, v, w, u, chunk=64, part=16):
     return y.flatten(2, 3)[:, :, :T].transpose(1, 2).to(u.dtype)
 
 
+class Sequential(torch.autograd.Function):
+    """wkv6_sequential.cu: kernels (a cuda.Library of it), r k v w (B, T, H, 64), u (H, 64) -> y."""
+
+    @staticmethod
+    def forward(ctx, kernels, r, k, v, w, u):
+        ctx.kernels = kernels
+        ctx.save_for_backward(r, k, v, w, u)
+        return cuda.run_forward(kernels, stream(r), r, k, v, w, u.float(), None, None, False)[0]
+
+    @staticmethod
+    def backward(ctx, gy):
+        r, k, v, w, u = ctx.saved_tensors
+        scratch = torch.empty_like(r, dtype=torch.float32)
+        inputs = (r, k, v, w, u.float(), None, scratch, gy.contiguous(), None)
+        *gradients, gu, _ = cuda.run_backward(ctx.kernels, stream(r), *inputs)
+        return None, *gradients, gu.to(u.dtype)
+
+
+def stream(x):
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
+
+
+@functools.lru_cache(maxsize=None)
+def sequential_kernels():
+    """wkv6_sequential.cu built for the current GPU; None where there is no nvcc."""
+    try:
+        nvcc = cuda.find_nvcc()
+    except BuildError:
+        return None
+    (unit,), link_command, headers = cuda.recipe(nvcc, "".join(map(str, torch.cuda.get_device_capability())))
+    unit = Unit(Path(__file__).with_name("wkv6_sequential.cu"), (*unit.command, f"-I{source_directory()}"))
+    return cuda.Library(build_library("wkv6_sequential", [unit], link_command, headers))
+
+
 def contenders(device):
     """name -> function(r, k, v, w, u) -> y."""
     found = {}
     if backends()[device] is None:
         found[f"ours, {device}"] = lambda *x: wkv6(*x, backend=device)[0]
+    if device == "cuda" and (kernels := sequential_kernels()):
+        found["RWKV-LM's algorithm"] = functools.partial(Sequential.apply, kernels)
     found["torch, chunks"] = torch_chunks
     found["torch, step by step"] = torch_steps
     try:

@@ -11,9 +11,6 @@ constexpr int MAX_STRIPS = MAX_HEAD_SIZE / STRIP;
 // Past this exp(w), a decay and its derivative are zero as far as float32 can tell.
 constexpr float NO_GRADIENT = 20.0f;
 
-__device__ __forceinline__ void store(float* p, float x) { *p = x; }
-__device__ __forceinline__ void store(bf16* p, float x) { p->bits = (unsigned short)pack_bf16(x, 0.f); }
-
 // One token's inputs and u, zeros past the head size.
 struct TokenShared {
     float r[MAX_HEAD_SIZE], k[MAX_HEAD_SIZE], v[MAX_HEAD_SIZE], decay[MAX_HEAD_SIZE], gy[MAX_HEAD_SIZE];

@@ -21,6 +21,8 @@ __device__ __forceinline__ int tile_column(int lane, int e) { return lane % 4 * 
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float((uint32_t)x.bits << 16); }
+__device__ __forceinline__ void store(float* p, float x) { *p = x; }
+__device__ __forceinline__ void store(bf16* p, float x) { p->bits = (unsigned short)pack_bf16(x, 0.f); }
 __device__ __forceinline__ float low_half(uint32_t x) { return __uint_as_float(x << 16); }
 __device__ __forceinline__ float high_half(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
 

@@ -1,4 +1,4 @@
-"""Builds cuda/wkv6_cuda.cu for the CPU, with cuda_shim.h in place of the GPU."""
+"""Builds the CUDA sources for the CPU, with cuda_shim.h in place of the GPU."""
 
 from pathlib import Path
 
@@ -22,12 +22,14 @@ class Shim(cuda.Library):
         self._set_order(ORDERS.index(name))
 
 
-def build(sources=None, cache=None):
-    """A Shim of the kernels in the folder `sources`; BuildError where there is no C++ compiler."""
+def build(sources=None, cache=None, source=None):
+    """A Shim of the kernels in the folder `sources`, or of `source`, which includes files from there; BuildError where
+    there is no C++ compiler."""
     sources = source_directory() if sources is None else Path(sources)
+    source = sources / "wkv6_cuda.cu" if source is None else Path(source)
     shim = Path(__file__).resolve().parent
     compiler = find_program("g++", "clang++", remedy="install g++")
     flags = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-pthread")
-    unit = Unit(sources / "wkv6_cuda.cu", (compiler, *flags, "-fno-strict-aliasing", f"-I{shim}", "-x", "c++"))
+    unit = Unit(source, (compiler, *flags, "-fno-strict-aliasing", f"-I{shim}", f"-I{sources}", "-x", "c++"))
     headers = [*sorted(sources.glob("*.cuh")), shim / "cuda_shim.h", shim / "fibers.h"]
-    return Shim(build_library("wkv6_cuda_shim", [unit], (compiler, "-shared", "-pthread"), headers, cache))
+    return Shim(build_library(f"{source.stem}_shim", [unit], (compiler, "-shared", "-pthread"), headers, cache))

@@ -2,8 +2,10 @@
 there is one; and what nvcc says of it."""
 
 import dataclasses
+import importlib.util
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,6 +183,25 @@ def test_the_order_of_the_threads_does_not_matter(order):
             assert torch.equal(x, y)
 
 
+BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "wkv6.py"
+BASELINE = BENCHMARK.with_name("wkv6_sequential.cu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp32"])
+def test_the_benchmarks_baseline_computes_the_same(dtype):
+    spec = importlib.util.spec_from_file_location("wkv6_benchmark", BENCHMARK)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    case = cases.make_case(2, 70, 2, 64, dtype, with_state=False)
+    inputs = [x.clone().requires_grad_() for x in (case.r, case.k, case.v, case.w, case.u)]
+    y = benchmark.Sequential.apply(shim.build(source=BASELINE), *inputs)
+    y.backward(case.gy)
+    true = cases.truth(case)
+    found = (y, *(x.grad for x in inputs))
+    for name, x, expected in zip(("y", "gr", "gk", "gv", "gw", "gu"), found, (true[0], *true[2:]), strict=True):
+        assert cases.error(x, expected) <= 2 * torch.finfo(dtype).eps * cases.rms(expected) + 1e-5, name
+
+
 @pytest.fixture(scope="module")
 def nvcc():
     try:
@@ -213,6 +234,13 @@ def test_nvcc_compiles_without_warnings_or_spills(assembler_reports, architectur
         )
         assert found, f"no report on {kernel}"
         assert found.groups() == ("0", "0"), f"{kernel} uses local memory: {found.group()}"
+
+
+def test_nvcc_compiles_the_benchmarks_baseline(nvcc, tmp_path):
+    (unit,), _, _ = cuda.recipe(nvcc, "90")
+    command = [*unit.command, f"-I{source_directory()}", "-Werror", "all-warnings", "-cubin", str(BASELINE)]
+    done = subprocess.run([*command, "-o", str(tmp_path / "baseline.cubin")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_failed_launch_is_an_error(nvcc, monkeypatch):
