@@ -6,7 +6,7 @@ One active adapter is evaluated by the functions of rwkv_peft.adapters, which ne
 import warnings
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,6 +14,7 @@ from ..adapters.delta import delta
 from ..adapters.functional import bat_in, bone, linear
 from ..adapters.weight_side import bat_out
 from ..errors import UserError
+from .offload import device_of, offload, offloaded, onload
 from .products import Dequantized, product_for
 
 
@@ -46,10 +47,11 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         shape = block_shape(config, self.in_features, self.out_features, self.name)
         self.bone_config[adapter_name] = config
         self.bone_dropout[adapter_name] = nn.Dropout(config.bone_dropout)
-        self.bone_block[adapter_name] = nn.Parameter(torch.zeros(shape))
+        dtype = self.weight.dtype if self.weight.is_floating_point() else torch.float32
+        block = torch.zeros(shape, device=device_of(self.base_layer), dtype=dtype)
         if config.init_weights is False:
-            nn.init.kaiming_uniform_(self.bone_block[adapter_name], a=5**0.5)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+            nn.init.kaiming_uniform_(block, a=5**0.5)
+        self.bone_block[adapter_name] = nn.Parameter(block)
         self.set_adapter(self.active_adapters)
         if config.inference_mode:
             self.bone_block[adapter_name].requires_grad_(False)
@@ -65,11 +67,16 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         names = [name for name in self.active_adapters if name in self.bone_block]
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(x, *args, **kwargs)
+        if self.quantized and offloaded(self.base_layer):
+            raise UserError(f"{self.name} is quantized and offloaded, and Bone needs its weight again in the backward pass; "
+                            "give a device_map that keeps it on one device")
         self._gather()
         dtype = x.dtype
+        x = onload((self.base_layer, self.bone_block), x)
         if self.quantized:
             x = x.to(self.product.compute_dtype(x))
         y = self._adapted(x, names[0]) if len(names) == 1 else self._composed(x, names)
+        y = offload((self.base_layer, self.bone_block), y)
         return y.to(dtype) if not torch.is_autocast_enabled(x.device.type) else y
 
     def _adapted(self, x, name):
@@ -113,6 +120,9 @@ class BoneLinear(nn.Module, BaseTunerLayer):
             raise UserError(f"{self.name} is quantized, and merging would round the adapter away; load the base model "
                             "without quantization, PeftModel.from_pretrained(base, adapter) on it, and merge that")
         weight = self.get_base_layer().weight
+        if weight.is_meta and offloaded(self.base_layer):
+            with onload_layer(self):
+                return self.merge(safe_merge, names)
         if weight.numel() != self.in_features * self.out_features:
             raise UserError(f"the weight of {self.name} is spread over processes by ZeRO-3; save the adapter, and merge it "
                             "in a process without DeepSpeed")
@@ -131,6 +141,9 @@ class BoneLinear(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.")
             return
         weight = self.get_base_layer().weight
+        if weight.is_meta and offloaded(self.base_layer):
+            with onload_layer(self):
+                return self.unmerge()
         original = weight.data.float()
         while self.merged_adapters:
             name = self.merged_adapters.pop()
@@ -145,16 +158,22 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         weight = self.product.rows(self.weight, slice(0, self.out_features), torch.float32)
         return delta(self.bone_config[adapter_name].variant, weight, {"bone": self.bone_block[adapter_name].detach()})
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        # A pre-release peft saved block affine adapters (3-D) with init_weights true, which means bone (2-D) since.
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         for name, config in self.bone_config.items():
             saved = state_dict.get(f"{prefix}bone_block.{name}")
-            if saved is not None and saved.dim() == 3 and self.bone_block[name].dim() == 2:
+            if saved is None:
+                continue
+            if self.bone_block[name].is_meta and not local_metadata.get("assign_to_params_buffers"):
+                raise UserError(f"the adapter of {self.name} has no memory to be loaded into. For a base model that is partly "
+                                "on disk: model = get_peft_model(base, PeftConfig.from_pretrained(adapter)), then "
+                                "set_peft_model_state_dict(model, load_peft_weights(adapter))")
+            # A pre-release peft saved block affine adapters (3-D) with init_weights true, which means bone (2-D) since.
+            if saved.dim() == 3 and self.bone_block[name].dim() == 2:
                 config.init_weights = "bat"
                 shape = block_shape(config, self.in_features, self.out_features, self.name)
                 old = self.bone_block[name]
                 self.bone_block[name] = nn.Parameter(old.new_zeros(shape), requires_grad=old.requires_grad)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def scale_layer(self, scale):
         """Bone has no scale."""

@@ -45,4 +45,4 @@ class BoneModel(tuner_for(BoneLinear)):
         layer = BoneLinear(target, adapter_name, peft_config, name=current_key)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        setattr(parent, target_name, layer)
