@@ -65,7 +65,7 @@ if [ -n "$sanitizer" ]; then
 else
     row "compute-sanitizer" "not installed" -
 fi
-step "whole test suite" suite.log "$python" -m pytest -q tests
+step "whole test suite, training on the GPU" suite.log "$python" -m pytest -q tests --accelerator gpu
 step "benchmarks/wkv6.py" benchmark.log "$python" benchmarks/wkv6.py --device cuda --dtype bfloat16
 
 say ""

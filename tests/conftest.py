@@ -9,6 +9,16 @@ from rwkv_peft.checkpoint import expected_shapes
 from rwkv_peft.config import ModelConfig
 
 
+def pytest_addoption(parser):
+    parser.addoption("--accelerator", choices=("cpu", "gpu"), default="cpu", help="where the tests of train.py train")
+
+
+@pytest.fixture(scope="session")
+def accelerator(request):
+    """What train.py's --accelerator is given: cpu, unless pytest's --accelerator says otherwise."""
+    return request.config.getoption("--accelerator")
+
+
 @pytest.fixture(scope="session")
 def shared_data():
     """The folder of real data beside the repository; the test is skipped where it is absent."""

@@ -16,12 +16,12 @@ def script(variables, *flags):
                           capture_output=True)
 
 
-def test_a_users_model_and_jsonl(tmp_path, tiny_state):
+def test_a_users_model_and_jsonl(tmp_path, tiny_state, accelerator):
     torch.save(tiny_state(vocab_size=257, head_size=64, maa_rank=32, decay_rank=64), tmp_path / "base.pth")
     rows = [{"text": f"line {i}: " + "to be or not to be " * 3} for i in range(20)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = script({"LOAD_MODEL": str(tmp_path / "base.pth"), "DATA_FILE": str(tmp_path / "data.jsonl"), "PROJ_DIR":
-                   str(tmp_path / "out"), "TOKENIZER": "bytes", "BONE_R": "32", "PRECISION": "fp32", "ACCELERATOR": "cpu"},
+                   str(tmp_path / "out"), "TOKENIZER": "bytes", "BONE_R": "32", "PRECISION": "fp32", "ACCELERATOR": accelerator},
                   "--ctx_len", "32", "--micro_bsz", "4", "--epoch_steps", "5", "--lr_init", "1e-2")
     assert done.returncode == 0, done.stdout + done.stderr
     for step in ("1. data", "2. train", "3. merge", "4. check"):

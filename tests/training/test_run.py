@@ -21,23 +21,30 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
+def files(tmp_path_factory, tiny_state):
     """A base model and data in which the next token follows from the last, so that there is something to learn."""
-    from tests.conftest import make_tiny_state
-
     folder = tmp_path_factory.mktemp("run")
-    torch.save(make_tiny_state(dtype=torch.bfloat16), folder / "base.pth")
+    torch.save(tiny_state(dtype=torch.bfloat16), folder / "base.pth")
     with BinidxWriter(folder / "data", vocab_size=80) as writer:
         for start in range(40):
             writer.add([1 + (start + 7 * i) % 79 for i in range(50 + start)] + [0])
     return folder
 
 
-def command(files, name, *more):
-    return [sys.executable, str(ROOT / "train.py"), "--load_model", str(files / "base.pth"), "--data_file",
-            str(files / "data"), "--proj_dir", str(files / name), "--ctx_len", "24", "--lr_init", "1e-2",
-            "--lr_final", "1e-3", "--warmup_steps", "2", "--accelerator", "cpu", "--epoch_steps", "4", "--epoch_count", "2",
-            *(() if "--peft" in more else ("--bone_r", "16")), *more]
+@pytest.fixture(scope="module")
+def command(files, accelerator):
+    """(name of the run's folder, flags) -> the command that trains there; skips where there are too few GPUs for it."""
+
+    def build(name, *more):
+        devices = int(more[more.index("--devices") + 1]) if "--devices" in more else 1
+        if accelerator == "gpu" and torch.cuda.device_count() < devices:
+            pytest.skip(f"needs {devices} GPUs")
+        return [sys.executable, str(ROOT / "train.py"), "--load_model", str(files / "base.pth"), "--data_file",
+                str(files / "data"), "--proj_dir", str(files / name), "--ctx_len", "24", "--lr_init", "1e-2",
+                "--lr_final", "1e-3", "--warmup_steps", "2", "--accelerator", accelerator, "--epoch_steps", "4",
+                "--epoch_count", "2", *(() if "--peft" in more else ("--bone_r", "16")), *more]
+
+    return build
 
 
 def start(argv):
@@ -51,8 +58,10 @@ def finish(process, code=0):
     return out, err
 
 
-def train(files, name, *more, code=0):
-    return finish(start(command(files, name, *more)), code)
+@pytest.fixture(scope="module")
+def train(command):
+    """Trains by `command` to the end; -> what it printed on stdout and stderr."""
+    return lambda name, *more, code=0: finish(start(command(name, *more)), code)
 
 
 def metrics(files, name):
@@ -60,9 +69,9 @@ def metrics(files, name):
 
 
 @pytest.fixture(scope="module")
-def one_process(files):
+def one_process(train):
     """The run that the others are held against: stage 1, one process, four samples a step."""
-    out, _ = train(files, "one", "--precision", "fp32", "--micro_bsz", "4")
+    out, _ = train("one", "--precision", "fp32", "--micro_bsz", "4")
     return out
 
 
@@ -88,9 +97,9 @@ def test_a_run_leaves_what_it_says(files, one_process):
     ("deepspeed_stage_3", 1, 2, 2),
     ("deepspeed_stage_3", 2, 1, 2),
 ])
-def test_stages_ranks_and_micro_batches_train_the_same(files, one_process, strategy, ranks, micro, accumulate):
+def test_stages_ranks_and_micro_batches_train_the_same(files, train, one_process, strategy, ranks, micro, accumulate):
     name = f"{strategy}-{ranks}-{micro}"
-    train(files, name, "--precision", "fp32", "--strategy", strategy, "--devices", str(ranks), "--micro_bsz", str(micro),
+    train(name, "--precision", "fp32", "--strategy", strategy, "--devices", str(ranks), "--micro_bsz", str(micro),
           "--accumulate_grad_batches", str(accumulate), "--grad_cp", "1")
     for mine, theirs in zip(metrics(files, name), metrics(files, "one")):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
@@ -101,8 +110,8 @@ def test_stages_ranks_and_micro_batches_train_the_same(files, one_process, strat
         assert (tensor - expected[key]).norm() <= 2e-2 * expected[key].norm(), key
 
 
-def test_offload_trains_the_same(files, one_process):
-    train(files, "offload", "--precision", "fp32", "--strategy", "deepspeed_stage_2_offload", "--micro_bsz", "4")
+def test_offload_trains_the_same(files, train, one_process):
+    train("offload", "--precision", "fp32", "--strategy", "deepspeed_stage_2_offload", "--micro_bsz", "4")
     for mine, theirs in zip(metrics(files, "offload"), metrics(files, "one")):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
 
@@ -112,8 +121,8 @@ LONG = ("--precision", "bf16", "--micro_bsz", "1", "--epoch_steps", "20", "--epo
 
 
 @pytest.fixture(scope="module")
-def unbroken(files):
-    train(files, "unbroken", *LONG)
+def unbroken(files, train):
+    train("unbroken", *LONG)
     return files / "unbroken"
 
 
@@ -125,9 +134,9 @@ def wait_for_steps(files, name, steps, process):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_a_stopped_run_resumes_bitwise(files, unbroken, number, code):
+def test_a_stopped_run_resumes_bitwise(files, command, train, unbroken, number, code):
     name = number.name
-    process = start(command(files, name, *LONG))
+    process = start(command(name, *LONG))
     wait_for_steps(files, name, 25, process)
     process.send_signal(number)
     out, _ = finish(process, code)
@@ -135,7 +144,7 @@ def test_a_stopped_run_resumes_bitwise(files, unbroken, number, code):
     assert 25 <= done < 60
     if number != signal.SIGKILL:
         assert "--resume" in out and (files / name / "adapter.safetensors").exists()
-    out, _ = train(files, name, *LONG, "--resume")
+    out, _ = train(name, *LONG, "--resume")
     assert f"resuming at step {done if number != signal.SIGKILL else 20 * (done // 20)}" in out
     keys = ("step", "loss", "lr", "grad_norm")
     mine, theirs = ([[line[key] for key in keys] for line in metrics(files, run)] for run in (name, "unbroken"))
@@ -144,21 +153,21 @@ def test_a_stopped_run_resumes_bitwise(files, unbroken, number, code):
     assert all(torch.equal(tensor, expected[key]) for key, tensor in load_file(files / name / "adapter.safetensors").items())
 
 
-def test_resume_refuses_another_number_of_ranks_and_a_finished_run(files, unbroken):
-    _, err = train(files, "unbroken", *LONG, "--resume", "--devices", "2", code=2)
+def test_resume_refuses_another_number_of_ranks_and_a_finished_run(train, unbroken):
+    _, err = train("unbroken", *LONG, "--resume", "--devices", "2", code=2)
     assert "world_size 1" in err and "--fresh_optimizer" in err and "Traceback" not in err
-    _, err = train(files, "unbroken", *LONG, "--resume", code=2)
+    _, err = train("unbroken", *LONG, "--resume", code=2)
     assert "complete" in err
-    _, err = train(files, "unbroken", *LONG, code=2)
+    _, err = train("unbroken", *LONG, code=2)
     assert "already holds a run" in err
 
 
 @pytest.mark.parametrize("method", [(), ("--peft", "none", "--train_parts", "ln")])
-def test_another_number_of_devices_goes_on_at_the_next_sample(files, method):
+def test_another_number_of_devices_goes_on_at_the_next_sample(files, train, method):
     name = "moved" + "-none" * bool(method)
     flags = ("--precision", "fp32", *method)
-    train(files, name, *flags, "--micro_bsz", "3", "--epoch_count", "1")
-    train(files, name, *flags, "--micro_bsz", "1", "--devices", "2", "--resume", "--fresh_optimizer")
+    train(name, *flags, "--micro_bsz", "3", "--epoch_count", "1")
+    train(name, *flags, "--micro_bsz", "1", "--devices", "2", "--resume", "--fresh_optimizer")
     lines = metrics(files, name)
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 6, 7]  # 12 samples were seen, and a step takes 2 now
     state = json.loads((files / name / "checkpoints" / "step-00000008" / "state.json").read_text())
@@ -176,23 +185,23 @@ def test_larger_steps_count_from_their_own_checkpoint(tmp_path):
     assert find_checkpoint(tmp_path).name == "step-00000004"
 
 
-def test_a_new_run_continues_from_an_adapter(files, one_process):
-    out, _ = train(files, "again", "--precision", "fp32", "--micro_bsz", "4", "--epoch_count", "3", "--epoch_begin", "2",
+def test_a_new_run_continues_from_an_adapter(files, train, one_process):
+    out, _ = train("again", "--precision", "fp32", "--micro_bsz", "4", "--epoch_count", "3", "--epoch_begin", "2",
                    "--bone_load", str(files / "one" / "adapter.safetensors"))
     lines = metrics(files, "again")
     assert [line["step"] for line in lines] == [8, 9, 10, 11]
     assert lines[0]["loss"] < metrics(files, "one")[0]["loss"]
 
 
-def test_a_diverged_run_stops_names_the_step_and_keeps_the_checkpoint(files):
-    _, err = train(files, "nan", "--precision", "fp32", "--lr_init", "1e30", "--lr_schedule", "constant", "--warmup_steps",
+def test_a_diverged_run_stops_names_the_step_and_keeps_the_checkpoint(files, train):
+    _, err = train("nan", "--precision", "fp32", "--lr_init", "1e30", "--lr_schedule", "constant", "--warmup_steps",
                    "0", "--gradient_clip_val", "0", "--epoch_steps", "1", "--epoch_count", "9", code=1)
     assert "step 1" in err and "step-00000001" in err and "Traceback" not in err
     assert all(torch.isfinite(t).all() for t in load_file(files / "nan" / "adapter.safetensors").values())
 
 
-def test_a_new_model_trains_from_scratch_and_is_a_base(files):
-    train(files, "new", "--load_model", "", "--peft", "none", "--n_layer", "2", "--n_embd", "64", "--vocab_size", "80",
+def test_a_new_model_trains_from_scratch_and_is_a_base(files, train):
+    train("new", "--load_model", "", "--peft", "none", "--n_layer", "2", "--n_embd", "64", "--vocab_size", "80",
           "--precision", "fp32", "--micro_bsz", "4")
     from rwkv_peft.checkpoint import load_base
 
@@ -201,7 +210,7 @@ def test_a_new_model_trains_from_scratch_and_is_a_base(files):
 
 
 @pytest.mark.parametrize("method", ["bone-mini", "bat-out", "lora-plus", "pissa", "lora-ga", "nf4"])
-def test_every_method_trains_validates_and_merges(files, method):
+def test_every_method_trains_validates_and_merges(files, accelerator, method):
     """In one short run each: packed documents, a validation split, the best adapter, and the merge of it."""
     flags = {"bone-mini": ["--bone_mode", "bone-mini", "--bone_config", '{"bone_r": 8, "bone_mini_r": 4}'],
              "bat-out": ["--bone_mode", "bat-out", "--bone_r", "16"],
@@ -212,7 +221,7 @@ def test_every_method_trains_validates_and_merges(files, method):
         pytest.importorskip("bitsandbytes")
     base, data, folder = files / "base.pth", files / "data", files / method
     finish(start([sys.executable, str(ROOT / "train.py"), "--load_model", str(base), "--data_file", str(data), "--proj_dir",
-                  str(folder), "--ctx_len", "96", "--lr_init", "3e-3", "--lr_final", "3e-3", "--accelerator", "cpu",
+                  str(folder), "--ctx_len", "96", "--lr_init", "3e-3", "--lr_final", "3e-3", "--accelerator", accelerator,
                   "--dataload", "pack", "--val_split", "0.2", "--micro_bsz", "2", "--epoch_count", "3", *flags]))
     lines = metrics(files, method)
     losses = [line["val_loss"] for line in lines if "val_loss" in line]
@@ -227,18 +236,18 @@ def test_every_method_trains_validates_and_merges(files, method):
     assert len(changed) == 16
 
 
-def test_early_stop_ends_a_run_that_no_longer_improves(files):
-    train(files, "early", "--precision", "fp32", "--lr_init", "0", "--lr_final", "0", "--warmup_steps", "0",
+def test_early_stop_ends_a_run_that_no_longer_improves(files, train):
+    train("early", "--precision", "fp32", "--lr_init", "0", "--lr_final", "0", "--warmup_steps", "0",
           "--val_data", str(files / "data"), "--val_every", "1", "--early_stop", "2")
     lines = metrics(files, "early")
     assert len(lines) == 3 and "val_ppl" in lines[0]
     assert (files / "early" / "adapter.safetensors").exists()
 
 
-def test_rows_of_questions_train_without_preprocessing(files):
+def test_rows_of_questions_train_without_preprocessing(files, train):
     rows = [{"query": f"{i} + 1?", "response": str(i + 1)} for i in range(40)]
     (files / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train(files, "scratch", "--load_model", "", "--peft", "none", "--n_layer", "1", "--n_embd", "64", "--vocab_size", "257",
+    train("scratch", "--load_model", "", "--peft", "none", "--n_layer", "1", "--n_embd", "64", "--vocab_size", "257",
           "--data_type", "sft", "--tokenizer", "bytes", "--sft_field", "query", "response", "--data_file",
           str(files / "rows.jsonl"), "--precision", "fp32", "--micro_bsz", "8")
     assert metrics(files, "scratch")[-1]["loss"] < metrics(files, "scratch")[0]["loss"]
