@@ -87,7 +87,7 @@ def run(config, say=print):
         checkpoint = None  # its optimizer state belongs to other ranks
     describe(config, accelerator, samples, batches.notes, plan, report, state, say)
     folder.mkdir(parents=True, exist_ok=True)
-    saver = Saver(folder, config, plan, identity, base_fingerprint)
+    saver = Saver(folder, config, plan, identity)
     validator = Validator(held_out, config.data.micro_bsz, train, plan, saver) if held_out else None
     return fit(config, model, report.trainable, samples, validator, saver, checkpoint, accelerator, say)
 

@@ -60,12 +60,12 @@ def read_state(checkpoint, now, fresh_optimizer=False):
 class Saver:
     """Writes checkpoints and trained tensors of one run; every method is called on all ranks at once.
 
-    identity is the dict of SAME and SAME_OPTIMIZER keys; base_fingerprint is "" for a model that was never loaded from a file.
+    identity is the dict of SAME and SAME_OPTIMIZER keys; its "base" is the base model's fingerprint, "" for a model that was
+    never loaded from a file.
     """
 
-    def __init__(self, folder, config, plan, identity, base_fingerprint):
-        self.folder, self.config, self.plan = folder, config, plan
-        self.identity, self.base_fingerprint = identity, base_fingerprint
+    def __init__(self, folder, config, plan, identity):
+        self.folder, self.config, self.plan, self.identity = folder, config, plan, identity
 
     @property
     def newest(self):
@@ -90,7 +90,7 @@ class Saver:
                 if full:
                     save_model(path, tensors)
                 else:
-                    save_adapter(path, tensors, AdapterMetadata.from_config(self.config.adapter, self.base_fingerprint))
+                    save_adapter(path, tensors, AdapterMetadata.from_config(self.config.adapter, self.identity["base"]))
         trainer.strategy.barrier()
 
     def save_checkpoint(self, trainer, lit, done):
