@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-PEFT"))
 from rwkv_peft.adapters import delta, inject  # noqa: E402
 from rwkv_peft.adapters.weight_side import bat_out  # noqa: E402
 from rwkv_peft.config import BONE_MODES, AdapterConfig  # noqa: E402
-from rwkv_peft.training.memory import keep_freed_memory  # noqa: E402
+from rwkv_peft.memory import keep_freed_memory  # noqa: E402
 
 SHAPES = ("2048x7168", "7168x2048", "4096x14336", "14336x4096")
 METHODS = ("frozen", "lora", "lora, bone's", "lora plain", "bat-in", "bat-in plain", "bat-out", "bat-out plain",

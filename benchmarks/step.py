@@ -28,7 +28,7 @@ from rwkv_peft.adapters import inject, parameter_groups  # noqa: E402
 from rwkv_peft.config import AdapterConfig, ModelConfig  # noqa: E402
 from rwkv_peft.model import RWKV6  # noqa: E402
 from rwkv_peft.training.loss import linear_cross_entropy  # noqa: E402
-from rwkv_peft.training.memory import keep_freed_memory  # noqa: E402
+from rwkv_peft.memory import keep_freed_memory  # noqa: E402
 
 SHAPES = ("768x2688x12", "2048x7168x2")
 METHODS = ("bat-in", "bone", "bat-out", "lora", "none")

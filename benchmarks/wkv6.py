@@ -26,7 +26,7 @@ import torch
 
 from rwkv_peft.ops import backends, cpu, cuda, wkv6
 from rwkv_peft.ops.build import BuildError, Unit, build_library, source_directory
-from rwkv_peft.training.memory import keep_freed_memory
+from rwkv_peft.memory import keep_freed_memory
 
 HEAD_SIZE = 64
 NOMINAL_FORWARD, NOMINAL_BACKWARD = 5, 12

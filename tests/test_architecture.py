@@ -16,7 +16,7 @@ HEAVY = ("deepspeed", "lightning", "transformers", "peft", "matplotlib", "bitsan
          "tensorboard", "accelerate", "trl")
 # (part, the modules that make it, the parts that it may import); whatever an imported part may import is open too.
 PARTS = (
-    ("base", ("", "config", "errors", "cli"), ()),
+    ("base", ("", "config", "errors", "cli", "memory"), ()),
     ("ops", ("ops",), ("base",)),
     ("model", ("model",), ("base", "ops")),
     ("adapters", ("adapters",), ("base", "ops")),

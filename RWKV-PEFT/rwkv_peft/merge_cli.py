@@ -12,6 +12,7 @@ from .checkpoint import check_state, load_base, read_adapter
 from .cli import Parser
 from .config import BONE_MODES, QUANTIZATIONS
 from .errors import UserError
+from .memory import keep_freed_memory
 from .merge import Merge, MergeOptions, check_fingerprints, dtype_name
 from .pth import read_state, stream_state
 from .pth_writer import TensorSpec, write_pth
@@ -64,6 +65,7 @@ def main(argv):
         check_fingerprints(args.base_model, base, adapters)
     print_head(args, base, adapters)
     del base  # its pages would stay resident
+    keep_freed_memory()  # bands are computed in temporaries of the same few sizes
     reports = []
     outputs = merge.bands(stream_state(args.base_model), reports)
     if args.dry_run:

@@ -9,7 +9,7 @@ import torch
 
 from .errors import UserError
 
-MAPPED = 1 << 28  # bytes that stream_state reads through one mapping
+MAPPED = 1 << 29  # bytes that stream_state reads through one mapping
 
 
 def read_pth(path):

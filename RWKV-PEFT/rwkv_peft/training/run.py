@@ -19,11 +19,11 @@ from ..config import to_json
 from ..data.module import TrainBatches
 from ..data.samples import build_samples, split_samples
 from ..errors import UserError
+from ..memory import keep_freed_memory
 from ..model import RWKV6, init_weights
 from ..ops import backends
 from .flags import parse_config
 from .gradients import estimate_gradients
-from .memory import keep_freed_memory
 from .saver import Saver, find_checkpoint, load_trained, read_state
 from .validate import Validator
 

@@ -8,7 +8,7 @@ import pytest
 
 CODE = """
 import resource, torch
-from rwkv_peft.training.memory import keep_freed_memory
+from rwkv_peft.memory import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):

@@ -1,4 +1,4 @@
-"""The C library's heap, set up for training on the CPU."""
+"""The C library's heap, set up for large tensors that come and go."""
 
 import ctypes
 import sys
@@ -9,9 +9,9 @@ LARGEST = 2**31 - 1
 
 
 def keep_freed_memory():
-    """Let the process keep the memory that tensors free, for the next step's tensors; -> whether it could be set.
+    """Let the process keep the memory that tensors free, for the next tensors; -> whether it could be set.
 
-    By default glibc returns large blocks to the system as they are freed, so that every activation of every step is
+    By default glibc returns large blocks to the system as they are freed, so that every temporary of every step is
     made of fresh pages, which the kernel clears one by one: for elementwise work that costs more than the work.
     Memory in use does not shrink below its peak any more. Without glibc nothing changes.
     """
