@@ -29,6 +29,12 @@ def test_a_contradiction_is_refused(settings, message):
         BoneConfig(**settings)
 
 
+@pytest.mark.parametrize("name", ("rank_pattern", "alpha_pattern", "layer_replication", "target_parameters"))
+def test_a_setting_of_lora_alone_is_refused(name):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        BoneConfig(**{name: {}})
+
+
 def test_what_older_peft_does_not_know_is_written_only_where_it_is_used(tmp_path):
     BoneConfig(r=4, init_weights="bat-out").save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())

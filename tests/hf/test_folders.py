@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from bone_blocks import fill
 from rwkv_peft.errors import UserError
-from rwkv_peft.hf import BoneConfig, bone_to_miss, folders, miss_to_bone
+from rwkv_peft.hf import BoneConfig, bone_to_miss, folders, installed, miss_to_bone
 
 
 def logits(model, ids):
@@ -41,6 +41,38 @@ def test_modules_to_save_travel_along(llama, ids, tmp_path):
                 parameter.mul_(1.5)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(llama, tmp_path), ids), logits(model, ids))
+
+
+class Biased(torch.nn.Module):
+    """Linear layers with biases, and one among them that is not adapted."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.other, self.up = torch.nn.Linear(16, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 16)
+
+    def forward(self, x):
+        return self.up(self.other(self.down(x)).relu())
+
+
+@pytest.mark.parametrize("bias, trained", [("none", set()), ("bone_only", {"down", "up"}), ("all", {"down", "other", "up"})])
+def test_biases_that_are_trained_are_saved(tmp_path, bias, trained):
+    base, x = Biased(), torch.randn(3, 16)
+    config = BoneConfig(r=4, init_weights="bat-in", target_modules=["down", "up"], bias=bias)
+    if trained and installed.version() < installed.SAVES_BIASES:
+        with pytest.raises(UserError, match="would not save them; take peft 0.21"):
+            get_peft_model(copy.deepcopy(base), config)
+        return
+    model = fill(get_peft_model(copy.deepcopy(base), config), 0.1)
+    names = {name.split(".")[2] for name, parameter in model.named_parameters() if "bias" in name and parameter.requires_grad}
+    assert names == trained
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
+    model(x).square().sum().backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(PeftModel.from_pretrained(base, tmp_path)(x), expected)
+        torch.testing.assert_close(model.merge_and_unload()(x), expected)
 
 
 def test_auto_peft_model_finds_base_and_adapter(llama_folder, llama, ids, tmp_path):

@@ -10,6 +10,7 @@ is done here alone, checked afterwards, and refused for a version of peft on whi
                    takes that of peft's own BoneModel. From 0.18 on BaseTuner does it for all
     0.14 to 0.18   have a Bone of their own, without bat-in, mini, dropout, and layers of bitsandbytes
     0.19 and newer have none
+    0.14 to 0.20   do not save trained biases but for their own methods; 0.21 saves those of every method
 
 tests/hf/versions.sh runs the tests under each of them.
 """
@@ -21,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from ..errors import UserError
 
 FIRST_KNOWN, FIRST_UNKNOWN = (0, 14), (0, 22)
-TABLES_IN_ONE_PLACE, TUNER_DOES_ALL, WITHOUT_BONE = (0, 15), (0, 18), (0, 19)
+TABLES_IN_ONE_PLACE, TUNER_DOES_ALL, WITHOUT_BONE, SAVES_BIASES = (0, 15), (0, 18), (0, 19), (0, 21)
 
 
 def version():

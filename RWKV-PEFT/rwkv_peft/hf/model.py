@@ -5,7 +5,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..errors import UserError
 from .config import BoneConfig
-from .installed import tuner_for
+from .installed import SAVES_BIASES, tuner_for, version
 from .layer import BoneLinear
 
 
@@ -31,6 +31,9 @@ class BoneModel(tuner_for(BoneLinear)):
         if not isinstance(config, BoneConfig):
             raise UserError("this configuration is of the Bone that peft had before rwkv_peft.hf.register(replace=True); "
                             "import BoneConfig from rwkv_peft.hf, or from peft after that call")
+        if config.bias != "none" and version() < SAVES_BIASES:
+            raise UserError(f"bias={config.bias!r} trains biases, and peft {'.'.join(map(str, version()))} would not save them; "
+                            f"take peft {'.'.join(map(str, SAVES_BIASES))} or newer, or bias='none'")
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **_):
         if isinstance(target, BoneLinear):
