@@ -67,6 +67,23 @@ INLINE void transpose(Bfloat16* to, const Bfloat16* from, int64_t rows, int64_t 
                             reinterpret_cast<const char*>(from) + 4 * (i * columns + j), 4 * columns);
 }
 
+// to (columns, rows) = the transpose of 32 rows by 32 columns of from, or of as many as there are; strides in elements.
+INLINE void transpose_block(Bfloat16* to, int64_t to_row, const Bfloat16* from, int64_t from_row, int64_t rows, int64_t columns) {
+    alignas(64) Bfloat16 pairs[32 * 32], whole[32 * 32];
+    const bool full = rows == 32 && columns == 32;
+    if (!full) {
+        memset(whole, 0, sizeof whole);
+        for (int64_t t = 0; t < rows; t++) memcpy(whole + t * 32, from + t * from_row, columns * sizeof(Bfloat16));
+        from = whole, from_row = 32;
+    }
+    for (int64_t t = 0; t < 32; t += 2) pair_rows(pairs + t * 32, from + t * from_row, from + (t + 1) * from_row);
+    Bfloat16* out = full ? to : whole;
+    const int64_t bytes = full ? 2 * to_row : 64;
+    for (int64_t c = 0; c < 32; c += 16)
+        transpose_words(reinterpret_cast<char*>(out) + c * bytes, bytes, reinterpret_cast<const char*>(pairs) + 4 * c, 128);
+    for (int64_t c = 0; c < (full ? 0 : columns); c++) memcpy(to + c * to_row, whole + c * 32, rows * sizeof(Bfloat16));
+}
+
 struct Amx {
     using Operand = Bfloat16;
     static constexpr int64_t kTile = 128;

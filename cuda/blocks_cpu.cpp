@@ -4,6 +4,7 @@
 // B_b for each:
 //     affine           z_b = x_b + u_b, shift = sum_b u_b       u_b = x_b B_b^T
 //     affine_backward  dx_b = dz_b + du_b B_b, dB_b = du_b^T x_b    du_b = dz_b + sum_a g_a
+//     merge            w_ab + w_ab B_a + B_a               for a weight w, blocks a of rows, b of columns
 //     shard_sum        sum_b x_b
 //     add_tiled        y_a += tile
 // Each passes over its large tensors once. A few rows of a shard at a time come into the cache, are multiplied there
@@ -23,6 +24,7 @@
 namespace {
 
 constexpr int64_t kWorkForThreads = 1 << 15;  // elements below which waking a thread costs more than it saves
+constexpr int64_t kShortSum = 8;              // tiles whose products are added up in one sum
 constexpr int64_t kChunkTiles = 4;            // tiles of rows that stay in the second-level cache
 
 template <class E>
@@ -76,6 +78,18 @@ template <class Math>
 void clear_rest(typename Math::Operand* tile, int64_t count, int64_t rank) {
     const int64_t width = Math::width(rank);
     std::fill(tile + count * width, tile + Math::kTile * width, typename Math::Operand{});
+}
+
+// total (rank, rank) += sum, which is cleared. Short sums added up lose less than one long sum.
+template <class Math>
+void add_sum(float* total, float* sum, int64_t rank) {
+    const int64_t width = Math::width(rank);
+    for (int64_t i = 0; i < rank; i++)
+        for (int64_t c = 0; c < rank; c += kLanes) {
+            float* to = total + i * rank + c;
+            store_some(to, load_some(to, rank - c) + load(sum + i * width + c), rank - c);
+        }
+    std::fill(sum, sum + width * width, 0.0f);
 }
 
 template <class Math, class E>
@@ -150,6 +164,7 @@ void affine_backward(E* d, Rows<const E> g, Rows<const E> x, const E* bone, floa
         Math math(rank);
         Scratch<Operand> packed(Math::packed_size(rank)), du(Math::kTile * width), right(Math::kTile * width);
         Scratch<float> product(Math::kTile * width), sum(width * width);
+        std::fill(sum.data(), sum.data() + width * width, 0.0f);
         for (int64_t start = 0; start < tokens; start += chunk) {
             const int64_t stop = std::min(start + chunk, tokens);
             const Range some = share(stop - start, thread, team);
@@ -157,7 +172,6 @@ void affine_backward(E* d, Rows<const E> g, Rows<const E> x, const E* bone, floa
 #pragma omp barrier
             for (int64_t b = mine.begin; b < mine.end; b++) {
                 Math::pack(packed.data(), bone + b * rank * rank, rank);
-                std::fill(sum.data(), sum.data() + width * width, 0.0f);
                 for (int64_t first = start; first < stop; first += Math::kTile) {
                     const int64_t count = std::min(Math::kTile, stop - first);
                     const Rows<E> here{d + first * in + b * rank, in};
@@ -177,13 +191,63 @@ void affine_backward(E* d, Rows<const E> g, Rows<const E> x, const E* bone, floa
                         }
                     });
                 }
-                for (int64_t i = 0; i < (d_bone ? rank : 0); i++) {
-                    float* to = d_bone + (b * rank + i) * rank;
-                    for (int64_t c = 0; c < rank; c += kLanes)
-                        store_some(to + c, load_some(to + c, rank - c) + load(sum.data() + i * width + c), rank - c);
-                }
+                if (d_bone) add_sum<Math>(d_bone + b * rank * rank, sum.data(), rank);
             }
 #pragma omp barrier
+        }
+    }
+}
+
+// w, merged (count * rank, in), bone (count, rank, rank): merged = w + w B + B for each block of rows and columns. Where d_bone
+// (float, zeros) is not null, merged comes in holding its gradient, from which the gradient of bone is taken first. Blocks of
+// one a share a matrix: their rows, in memory's order, are one (rank * in / rank, rank) matrix.
+template <class Math, class E>
+void merge(const E* w, const E* bone, E* merged, float* d_bone, int64_t count, int64_t in, int64_t rank, int threads) {
+    using Operand = typename Math::Operand;
+    const int64_t blocks = in / rank, pieces = rank * blocks, width = Math::width(rank);
+#pragma omp parallel num_threads(useful(threads, count, count * rank * in))
+    {
+        Math math(rank);
+        Scratch<Operand> packed(Math::packed_size(rank)), tile(Math::kTile * width), d(Math::kTile * width);
+        Scratch<float> product(Math::kTile * width), sum(width * width);
+        std::fill(sum.data(), sum.data() + width * width, 0.0f);
+        const Range mine = share(count, omp_get_thread_num(), omp_get_num_threads());
+        for (int64_t a = mine.begin; a < mine.end; a++) {
+            const E* matrix = bone + a * rank * rank;
+            Math::pack(packed.data(), matrix, rank);
+            for (int64_t first = 0; first < pieces; first += Math::kTile) {
+                const int64_t size = std::min(Math::kTile, pieces - first);
+                const E* from = w + (a * pieces + first) * rank;
+                E* to = merged + (a * pieces + first) * rank;
+                load_tile<Math, E>(tile.data(), {from, rank}, size, rank);
+                if (d_bone) {
+                    load_tile<Math, E>(d.data(), {to, rank}, size, rank);
+                    clear_rest<Math>(tile.data(), size, rank);
+                    clear_rest<Math>(d.data(), size, rank);
+                    math.outer(sum.data(), tile.data(), d.data(), size);
+                    for (int64_t t = 0, end; t < size; t = end) {  // as many as lie in one row
+                        const int64_t row = (first + t) / blocks;
+                        end = std::min(size, (row + 1) * blocks - first);
+                        for (int64_t c = 0; c < width; c += kLanes) {
+                            Vec own = load(sum.data() + row * width + c);
+                            for (int64_t i = t; i < end; i++) own += load(d.data() + i * width + c);
+                            store(sum.data() + row * width + c, own);
+                        }
+                    }
+                    if ((first / Math::kTile) % kShortSum == kShortSum - 1 || first + size == pieces)
+                        add_sum<Math>(d_bone + a * rank * rank, sum.data(), rank);
+                }
+                math.rows(product.data(), tile.data(), packed.data(), size, [&](int64_t begin, int64_t end) {
+                    for (int64_t t = begin; t < end; t++) {
+                        const E* row = matrix + (first + t) / blocks * rank;
+                        for (int64_t c = 0; c < rank; c += kLanes) {
+                            const int64_t i = t * width + c;
+                            const Vec affine = load(tile.data() + i) + load(product.data() + i) + load_some(row + c, rank - c);
+                            store_some(to + t * rank + c, affine, rank - c);
+                        }
+                    }
+                });
+            }
         }
     }
 }
@@ -220,6 +284,20 @@ void add_tiled(E* y, const E* tile, int64_t tokens, int64_t width, int64_t rank,
 
 #if defined(__AMX_BF16__)
 using HalfMath = Amx;
+
+// to (columns, rows) = the transpose of x (rows, columns).
+void transpose(Rows<const Bfloat16> x, Bfloat16* to, int64_t rows, int64_t columns, int threads) {
+    constexpr int64_t kPanel = 128;  // columns whose lines of `to` are written at one time
+    const int64_t panels = (columns + kPanel - 1) / kPanel;
+#pragma omp parallel for num_threads(useful(threads, panels, rows * columns)) schedule(static)
+    for (int64_t panel = 0; panel < panels; panel++)
+        for (int64_t t = 0; t < rows; t += 32)
+            for (int64_t c = panel * kPanel; c < std::min((panel + 1) * kPanel, columns); c += 32) {
+                for (int64_t i = t + 32; i < std::min(t + 64, rows); i++) fetch(x[i] + c, 32);
+                transpose_block(to + c * rows + t, rows, x[t] + c, x.stride, std::min<int64_t>(32, rows - t),
+                                std::min<int64_t>(32, columns - c));
+            }
+}
 #else
 using HalfMath = Plain;
 #endif
@@ -267,6 +345,17 @@ void blocks_affine_backward(void* d, const void* g, int64_t g_stride, const void
     BY_TYPE((affine_backward<Math, E>(out<E>(d), {in<E>(g), g_stride}, {in<E>(x), x_stride}, in<E>(bone), d_bone, tokens, in_features,
                                       out_features, rank, threads)))
 }
+
+void blocks_merge(const void* w, const void* bone, void* merged, float* d_bone, int64_t count, int64_t in_features, int64_t rank,
+                  int bfloat16, int threads) {
+    BY_TYPE((merge<Math, E>(in<E>(w), in<E>(bone), out<E>(merged), d_bone, count, in_features, rank, threads)))
+}
+
+#if defined(__AMX_BF16__)
+void blocks_transpose(const void* x, int64_t x_stride, void* to, int64_t rows, int64_t columns, int threads) {
+    transpose({in<Bfloat16>(x), x_stride}, out<Bfloat16>(to), rows, columns, threads);
+}
+#endif
 
 void blocks_shard_sum(const void* x, int64_t x_stride, void* total, int64_t tokens, int64_t in_features, int64_t rank, int bfloat16,
                       int threads) {

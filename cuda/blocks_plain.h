@@ -55,6 +55,10 @@ INLINE void multiply(float* out, const float* left, int64_t row, int64_t column,
         multiply_rows<kRows, kAdd>(out + m * width, left + m * row, row, column, right, width, K);
         finish(m, m + kRows);
     }
+    for (; m + 4 <= rows; m += 4) {
+        multiply_rows<4, kAdd>(out + m * width, left + m * row, row, column, right, width, K);
+        finish(m, m + 4);
+    }
     for (; m < rows; m++) {
         multiply_rows<1, kAdd>(out + m * width, left + m * row, row, column, right, width, K);
         finish(m, m + 1);
@@ -63,7 +67,7 @@ INLINE void multiply(float* out, const float* left, int64_t row, int64_t column,
 
 struct Plain {
     using Operand = float;
-    static constexpr int64_t kTile = 48;  // rows at a time
+    static constexpr int64_t kTile = 64;  // rows at a time
 
     static int64_t width(int64_t rank) { return round_up(rank, kLanes); }
     static int64_t packed_size(int64_t rank) { return rank * width(rank); }

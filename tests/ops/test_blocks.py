@@ -84,6 +84,45 @@ def test_zero_matrices_leave_every_row_as_it_is(level):
     assert torch.equal(z, x) and torch.equal(dx, dz) and not shift.any()
 
 
+def merged(rows, bone):
+    """W + W B + B by output block."""
+    count, rank, _ = bone.shape
+    blocks_ = rows.view(count, rank, -1, rank)  # (a, i, b, j)
+    return (blocks_ + torch.einsum("aibk,akj->aibj", blocks_, bone) + bone[:, :, None]).reshape(rows.shape)
+
+
+def merged_gradient(rows, bone, d):
+    """The gradient of bone, given that of merged(rows, bone)."""
+    count, rank, _ = bone.shape
+    rows, d = rows.view(count, rank, -1, rank), d.view(count, rank, -1, rank)
+    return torch.einsum("aibk,aibj->akj", rows, d) + d.sum(2)
+
+
+@pytest.mark.parametrize("sizes", [(1, 64, 64), (3, 320, 64), (2, 96, 48), (5, 60, 12), (3, 15, 5), (1, 512, 128)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+def test_merging_by_output_block_and_its_gradient(level, dtype, sizes, threads):
+    count, in_features, rank = sizes
+    generator = torch.Generator().manual_seed(0)
+    rows, d = (torch.randn(count * rank, in_features, generator=generator).to(dtype) for _ in range(2))
+    bone = (0.1 * torch.randn(count, rank, rank, generator=generator)).to(dtype)
+    assert_as_exact_as_torch([blocks.merge(rows, bone, level)], (rows, bone), lambda *x: (merged(*x),))
+    becomes = d.clone()
+    gradient = blocks.merge_backward_(becomes, rows, bone, level)
+    assert_as_exact_as_torch([gradient], (rows, bone, d), lambda *x: (merged_gradient(*x),))
+    assert torch.equal(becomes, blocks.merge(rows, bone, level))
+    strided = torch.cat((rows, d), 1)[:, :in_features]
+    assert torch.equal(blocks.merge(strided, bone, level), becomes)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (33, 70), (64, 96), (200, 301)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_transposed(dtype, shape, threads):
+    x = torch.randn(shape).to(dtype)
+    for part in (x, x[:, : shape[1] // 2 + 1], x.t()):
+        assert torch.equal(blocks.transposed(part), part.t())
+
+
 @pytest.mark.parametrize("width", [3, 22, 64, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("level", LEVELS)

@@ -60,6 +60,11 @@ def apply_to_tokens(function, x, weight, bias, *params, product, extra=()):
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
+def weight_gradient(g, x):
+    """gᵀ x: g (T, out), x (T, in) -> (out, in)."""
+    return blocks.transposed(g) @ x
+
+
 class _BatIn(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, bone, product):
@@ -77,7 +82,7 @@ class _BatIn(Function):
         need_x, need_weight, need_bias, need_bone = ctx.needs_input_grad[:4]
         dx = d_weight = d_bone = None
         if need_weight:
-            d_weight = (g.t() @ _affine_shards(x, bone)[0]).to(weight.dtype)
+            d_weight = weight_gradient(g, _affine_shards(x, bone)[0]).to(weight.dtype)
         if need_x or need_bone:
             dx = ctx.product.backward(g, weight)  # holds dz, and becomes dx a few tokens at a time
             d_bone = _affine_shards_backward(dx, g, x if need_bone else None, bone)
@@ -167,7 +172,7 @@ class _Bone(Function):
             add_tiled_(dx, folded @ bone.t())
         return (
             dx,
-            (g.t() @ x).to(weight.dtype) if need_weight else None,
+            weight_gradient(g, x).to(weight.dtype) if need_weight else None,
             g.sum(0) if need_bias else None,
             total.t() @ folded if need_bone else None,
             None,
@@ -220,7 +225,7 @@ class _Lora(Function):
         g_inner = (g @ lora_B).mul_(ctx.scale) if need_x or need_A else None  # (T, r)
         return (
             ctx.product.backward(g, weight).addmm_(g_inner, lora_A) if need_x else None,
-            (g.t() @ x).to(weight.dtype) if need_weight else None,
+            weight_gradient(g, x).to(weight.dtype) if need_weight else None,
             g.sum(0) if need_bias else None,
             g_inner.t() @ x if need_A else None,
             (g.t() @ inner).mul_(ctx.scale) if need_B else None,
@@ -243,7 +248,7 @@ class _Linear(Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         return (
             ctx.product.backward(g, weight) if need_x else None,
-            (g.t() @ x).to(weight.dtype) if need_weight else None,
+            weight_gradient(g, x).to(weight.dtype) if need_weight else None,
             g.sum(0) if need_bias else None,
             None,
         )

@@ -12,10 +12,11 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .functional import apply_to_tokens, shard_sum, split_shards
+from ..ops import blocks
+from .functional import apply_to_tokens, shard_sum, split_shards, weight_gradient
 from .product import DENSE
 
-CHUNK_ELEMENTS = 1 << 22  # elements of W' held at a time in backward
+CHUNK_ELEMENTS = 1 << 23  # of W' held at a time in backward
 CACHED_ELEMENTS = 1 << 18  # elements of W' that a CPU's cache holds while they are made
 
 
@@ -42,8 +43,8 @@ class _BatOut(Function):
             return DENSE.forward(x, merged, bias)
         y = product.forward(x, weight, bias)
         total = shard_sum(x, bone.shape[-1])
-        for blocks, rows in _row_chunks(bone, product.shape(weight)[1]):
-            y[:, rows] += _activation_rows(x, total, product.rows(weight, rows, x.dtype), bone[blocks])
+        for some, rows in _row_chunks(bone, product.shape(weight)[1]):
+            y[:, rows] += _activation_rows(x, total, product.rows(weight, rows, x.dtype), bone[some])
         return y
 
     @staticmethod
@@ -52,21 +53,25 @@ class _BatOut(Function):
         x, weight, bone = ctx.saved_tensors
         need_x, need_weight, need_bias, need_bone = ctx.needs_input_grad[:4]
         in_features = ctx.product.shape(weight)[1]
-        dx = g.new_zeros(g.shape[0], in_features) if need_x else None
+        dx = g.new_empty(g.shape[0], in_features) if need_x else None
         d_weight = torch.empty_like(weight) if need_weight else None
         d_bone = torch.empty_like(bone) if need_bone else None
-        for blocks, rows in _row_chunks(bone, in_features):
-            g_rows, w_rows, b_rows = g[:, rows], ctx.product.rows(weight, rows, g.dtype), bone[blocks]
-            if need_x:
-                dx.addmm_(g_rows, _merge_rows(w_rows, b_rows))
-            if need_weight or need_bone:
-                d_merged = _by_block(g_rows.t() @ x, b_rows)  # (a, r in/r, r)
-                if need_bone:
-                    torch.bmm(_by_block(w_rows, b_rows).transpose(1, 2), d_merged, out=d_bone[blocks])
-                    d_bone[blocks] += d_merged.unflatten(1, (bone.shape[-1], -1)).sum(2)
-                if need_weight:
-                    d_rows = torch.baddbmm(d_merged, d_merged, b_rows.transpose(1, 2))
-                    d_weight[rows] = d_rows.view(-1, in_features).to(weight.dtype)
+        for some, rows in _row_chunks(bone, in_features):
+            g_rows, w_rows, b_rows = g[:, rows], ctx.product.rows(weight, rows, g.dtype), bone[some]
+            merged = weight_gradient(g_rows, x) if need_weight or need_bone else None  # (a r, in), its gradient as yet
+            if need_weight:
+                d_merged = _by_block(merged, b_rows)
+                d_rows = torch.baddbmm(d_merged, d_merged, b_rows.transpose(1, 2))
+                d_weight[rows] = d_rows.view(-1, in_features).to(weight.dtype)
+            if need_bone:
+                d_bone[some] = _merge_backward_(merged, w_rows, b_rows)
+            elif need_x:
+                merged = _merge_rows(w_rows, b_rows)
+            if need_x and rows.start == 0:
+                torch.mm(g_rows, merged, out=dx)
+            elif need_x:
+                dx.addmm_(g_rows, merged)
+            del merged  # before the next one is made
         return dx, d_weight, g.sum(0) if need_bias else None, d_bone, None, None
 
 
@@ -86,14 +91,26 @@ def _by_block(rows, bone):
 
 def _merge_rows(rows, bone):
     """W + W B + B for some output blocks: rows (a r, in), bone (a, r, r) -> (a r, in)."""
-    blocks = _by_block(rows, bone)  # (a, r in/r, r)
-    merged = torch.empty_like(blocks)
-    step = len(bone) if rows.is_cuda else max(1, CACHED_ELEMENTS // blocks[0].numel())
+    if blocks.takes(rows, bone):
+        return blocks.merge(rows, bone)
+    parts = _by_block(rows, bone)  # (a, r in/r, r)
+    merged = torch.empty_like(parts)
+    step = len(bone) if rows.is_cuda else max(1, CACHED_ELEMENTS // parts[0].numel())
     for start in range(0, len(bone), step):
         some = slice(start, start + step)
-        torch.baddbmm(blocks[some], blocks[some], bone[some], out=merged[some])
+        torch.baddbmm(parts[some], parts[some], bone[some], out=merged[some])
         merged[some].unflatten(1, (bone.shape[-1], -1)).add_(bone[some, :, None])
     return merged.view_as(rows)
+
+
+def _merge_backward_(d, rows, bone):
+    """Turn d (a r, in), the gradient of _merge_rows(rows, bone), into that matrix; -> the gradient of bone."""
+    if d.is_contiguous() and blocks.takes(d, rows, bone):
+        return blocks.merge_backward_(d, rows, bone)
+    d_bone = torch.bmm(_by_block(rows, bone).transpose(1, 2), _by_block(d, bone))
+    d_bone += _by_block(d, bone).unflatten(1, (bone.shape[-1], -1)).sum(2)
+    d.copy_(_merge_rows(rows, bone))
+    return d_bone
 
 
 def _activation_rows(x, total, rows, bone):
