@@ -299,7 +299,7 @@ def test_the_driver_is_asked_for_a_block_a_head_and_sequence(monkeypatch):
 @pytest.mark.parametrize("head_size", [20, 32, 64, 128])
 def test_both_launchers_choose_the_same_kernel(direction, scalar, head_size):
     """cuda_nvrtc.plan against the C interface's own words."""
-    source = (source_directory() / "wkv6_cuda.cu").read_text()
+    source = (source_directory() / "wkv6_cuda.cu").read_text(encoding="utf-8")
     body = source[source.index(f"int wkv6_{direction}(") :].split("\n}\n")[0]
     plain = re.search(r"FLOAT32\) return run_plain\((\w+),", body).group(1)
     chunked = dict(re.findall(r"case (\d+): return run_chunked\((\w+),", body))

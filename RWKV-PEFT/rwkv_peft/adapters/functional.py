@@ -109,7 +109,7 @@ def _affine_shards_backward(dz, g, x, bone):
 
     du_b = dz_b + Σ_a g_a, dB_b = du_bᵀ x_b, dx_b = dz_b + B_bᵀ du_b.
     """
-    if dz.is_contiguous() and blocks.takes(dz, g, x, bone):
+    if blocks.takes(dz, g, x, bone) and dz.is_contiguous():
         return blocks.affine_backward_(dz, g, x, bone)
     rank = bone.shape[-1]
     g_shift = split_shards(g, rank).sum(1)  # (T, r)
@@ -193,7 +193,7 @@ def shard_sum(x, rank):
 
 def add_tiled_(x, tile):
     """x (T, in) += tile (T, r) repeated along the channels, cut at in."""
-    if x.is_contiguous() and blocks.takes(x, tile):
+    if blocks.takes(x, tile) and x.is_contiguous():
         return blocks.add_tiled_(x, tile)
     rank = tile.shape[1]
     full = x.shape[1] // rank * rank

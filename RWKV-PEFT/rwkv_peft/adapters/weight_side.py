@@ -95,7 +95,7 @@ def _merge_rows(rows, bone):
         return blocks.merge(rows, bone)
     parts = _by_block(rows, bone)  # (a, r in/r, r)
     merged = torch.empty_like(parts)
-    step = len(bone) if rows.is_cuda else max(1, CACHED_ELEMENTS // parts[0].numel())
+    step = len(bone) if rows.device.type == "cuda" else max(1, CACHED_ELEMENTS // parts[0].numel())
     for start in range(0, len(bone), step):
         some = slice(start, start + step)
         torch.baddbmm(parts[some], parts[some], bone[some], out=merged[some])
@@ -105,7 +105,7 @@ def _merge_rows(rows, bone):
 
 def _merge_backward_(d, rows, bone):
     """Turn d (a r, in), the gradient of _merge_rows(rows, bone), into that matrix; -> the gradient of bone."""
-    if d.is_contiguous() and blocks.takes(d, rows, bone):
+    if blocks.takes(d, rows, bone) and d.is_contiguous():
         return blocks.merge_backward_(d, rows, bone)
     d_bone = torch.bmm(_by_block(rows, bone).transpose(1, 2), _by_block(d, bone))
     d_bone += _by_block(d, bone).unflatten(1, (bone.shape[-1], -1)).sum(2)

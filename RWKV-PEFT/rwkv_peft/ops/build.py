@@ -107,7 +107,7 @@ def _compile(work, units, link_command):
         objects.append(output)
         lines += _edge(output, [unit.source], [*unit.command, "-c", unit.source, "-o", output])
     lines += _edge("library.so", objects, [*link_command, *objects, "-o", "library.so"])
-    (work / "build.ninja").write_text("\n".join(lines) + "\n")
+    (work / "build.ninja").write_text("\n".join(lines) + "\n", encoding="utf-8")
     done = subprocess.run([*_ninja(), "-C", str(work)], capture_output=True, text=True)
     if done.returncode != 0:
         raise BuildError(f"the compiler failed:\n{done.stdout[-4000:]}{done.stderr[-1000:]}")
