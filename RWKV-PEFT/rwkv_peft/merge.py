@@ -19,7 +19,7 @@ from .merge_change import LayerChange, WholeChange, check_params
 from .pth import all_finite, stream_state
 from .pth_writer import TensorSpec
 
-BAND = 1 << 18  # elements computed at a time: what one thread works on stays in its core's cache
+BAND = 1 << 20  # elements computed at a time: enough for calls to cost little, few enough for caches to help
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,9 @@ class Merge:
             key = f"{module}.weight"
             check_params(f"{name}: {module}", metadata.variant, params, tuple(shapes[key].shape))
             params = {parameter: tensor.to(options.device) for parameter, tensor in params.items()}
-            change = LayerChange(metadata.variant, params, metadata.scale, quant, options.scale)
             changes = self.changes.setdefault(key, [])
+            dtype = torch.float32 if changes else shapes[key].dtype  # between adapters nothing is rounded
+            change = LayerChange(metadata.variant, params, metadata.scale, quant, options.scale, dtype)
             if options.unmerge:
                 changes.insert(0, change.removal())
             else:
@@ -148,11 +149,11 @@ class Merge:
     def _band(self, key, source, changes):
         dtype, squares = self.specs[key].dtype, (0.0, 0.0, 0.0)
         if changes:
-            exact = weight = source.to(self.options.device)
+            exact = weight = source.to(self.options.device, torch.float32)
             for change in changes:
                 exact = change.apply(exact)
-            rows, weight = exact.to(dtype), weight.float()
-            squares = square(weight), square(exact - weight), square(rows.float() - exact)
+            rows = exact.to(dtype)
+            squares = square(weight), square(exact - weight), square(rows - exact)
             rows = rows.cpu()
         else:
             rows = source.to(dtype)

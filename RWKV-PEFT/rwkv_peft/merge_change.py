@@ -19,7 +19,7 @@ class LayerChange:
     """An adapter on one weight.
 
     params are its tensors as adapters.delta takes them; scale is LoRA's; quant names the quantization of the frozen
-    weight in training; amount multiplies the change as a whole.
+    weight in training, dtype what a residual base was rounded to; amount multiplies the change as a whole.
     """
 
     variant: str
@@ -27,6 +27,7 @@ class LayerChange:
     scale: float = 1.0
     quant: str = "none"
     amount: float = 1.0
+    dtype: torch.dtype = torch.float32
 
     def unit(self, columns):
         """Bands of rows of a weight with this many columns must start and end at multiples of this."""
@@ -48,9 +49,10 @@ class LayerChange:
         return replace(self, params=params)
 
     def apply(self, weight):
-        """weight (out, in) in any float dtype -> float32, the weight that the trained layer computed with."""
-        result = merged(self.variant, weight, self.params, scale=self.scale, quant=self.quant)
-        return result if self.amount == 1 else torch.lerp(weight.float(), result, self.amount)
+        """weight (out, in) float32 -> float32, the weight that the trained layer computed with."""
+        base = weight.to(self.dtype) if self.variant in RESIDUAL_VARIANTS else weight
+        result = merged(self.variant, base, self.params, scale=self.scale, quant=self.quant)
+        return result if self.amount == 1 else torch.lerp(weight, result, self.amount)
 
     def removal(self):
         """The change that takes this one off again, up to rounding.
@@ -76,8 +78,7 @@ class Removal(LayerChange):
     """The opposite of a LayerChange: nothing of the base's rounding is replayed."""
 
     def apply(self, weight):
-        weight = weight.float()
-        return delta(self.variant, weight, self.params, scale=self.scale).add_(weight)
+        return weight + delta(self.variant, weight, self.params, scale=self.scale)
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class WholeChange:
 
     def apply(self, weight):
         new = self.tensor.float()
-        return new if self.amount == 1 else torch.lerp(weight.float(), new, self.amount)
+        return new if self.amount == 1 else torch.lerp(weight, new, self.amount)
 
 
 def check_params(name, variant, params, weight_shape):
