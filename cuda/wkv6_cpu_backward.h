@@ -43,7 +43,7 @@ struct Span {
     int begin, end;
 };
 
-// S^T through a span: P_i += S gy_i, then S = W S + sum_j K_j v_j^T; history keeps S before each chunk.
+// S^T through a span: P_i = S gy_i, then S = W S + sum_j K_j v_j^T; history keeps S before each chunk.
 template <int N>
 void state_pass(BackwardWork<N>& q, Range values, Span span, Ahead& ahead) {
     using Registers = Block<N, block_rows(block_vectors(N)), block_vectors(N)>;
@@ -55,7 +55,7 @@ void state_pass(BackwardWork<N>& q, Range values, Span span, Ahead& ahead) {
             for (int m = span.begin; m < span.end; m++) {
                 const int chunk = m * kChunk * N;
                 S.store_to(q.history + m * kHistoryStride<N> + row * N + l);
-                S.read(q.gy + chunk + row, q.P + chunk + l);
+                S.read(q.gy + chunk + row, q.P + chunk + l, row == values.begin);
                 S.decay_lanes(q.W + m * N + l);
                 S.write(q.v + chunk + row, q.K + chunk + l);
             }
@@ -63,7 +63,7 @@ void state_pass(BackwardWork<N>& q, Range values, Span span, Ahead& ahead) {
         }
 }
 
-// D^T backward through a span: Q_j += D v_j, gv_j = D^T K_j, SD += sum over values of S D, with S before the chunk and D
+// D^T backward through a span: Q_j = D v_j, gv_j = D^T K_j, SD = sum over values of S D, with S before the chunk and D
 // after it, then D = W D + sum_i R_i gy_i^T.
 template <int N>
 void gradient_pass(BackwardWork<N>& q, Range values, Span span, Ahead& ahead) {
@@ -72,17 +72,18 @@ void gradient_pass(BackwardWork<N>& q, Range values, Span span, Ahead& ahead) {
     for (int l = 0; l < N; l += Registers::kLanesWide)
         for (int row = values.begin; row < values.end; row += Registers::kRowsHigh) {
             ahead.fetch(1);
+            const bool first = row == values.begin;
             Registers D;
             D.load_from(q.D + row * N + l);
             for (int m = span.end - 1; m >= span.begin; m--) {
                 const int chunk = m * kChunk * N;
                 Vec quads[kChunk][kQuads];
                 UNROLL for (int j = 0; j < kChunk; j++) {
-                    D.read_step(q.v + chunk + j * N + row, q.Q + chunk + j * N + l);
+                    D.read_step(q.v + chunk + j * N + row, q.Q + chunk + j * N + l, first);
                     D.dot(q.K + chunk + j * N + l, quads[j]);
                 }
                 store_row_sums<N, kQuads * 4>(q.gv + chunk + row, quads, l == 0);
-                D.multiply(q.history + m * kHistoryStride<N> + row * N + l, q.SD + m * N + l);
+                D.multiply(q.history + m * kHistoryStride<N> + row * N + l, q.SD + m * N + l, first);
                 D.decay_lanes(q.W + m * N + l);
                 D.write(q.gy + chunk + row, q.R + chunk + l);
             }
@@ -112,13 +113,21 @@ INLINE void start_chunk(BackwardWork<N>& q, int m, const Element* r, const Eleme
     copy_rows<N>(q.gy + chunk, gy, stride);
 }
 
-// The gradients inside chunk m, given P and Q of the passes: r's and k's replace P and Q, w's replaces e; v's is
-// completed in place; gu advances.
-template <int N>
-void finish_chunk(BackwardWork<N>& q, Range values, int m) {
+// Where a chunk's gradients go: kChunk rows of N numbers each.
+template <class Element, class Gradient>
+struct ChunkGradients {
+    Gradient *r, *k, *w;
+    int64_t stride;
+    Element* v;
+    int64_t v_stride;
+};
+
+// The gradients of chunk m, from P and Q of the passes and from what happens inside the chunk; gu advances.
+template <int N, class Element, class Gradient>
+void finish_chunk(BackwardWork<N>& q, Range values, int m, const ChunkGradients<Element, Gradient>& to) {
     const int chunk = m * kChunk * N;
     const float *gy = q.gy + chunk, *v = q.v + chunk, *A = q.A + m * kPairs;
-    float* gv = q.gv + chunk;
+    const float* gv = q.gv + chunk;
     alignas(64) float G[kPairs];  // A's gradient: G_ij = <gy_i, v_j>, laid out like A
 
     Vec g[kChunk][kChunk];
@@ -133,7 +142,7 @@ void finish_chunk(BackwardWork<N>& q, Range values, int m) {
         UNROLL for (int j = 0; j < kChunk; j++) {
             Vec sum = load(gv + j * N + c);
             UNROLL for (int i = j; i < kChunk; i++) sum += broadcast(A[j * kChunk + i]) * gradient[i];
-            store(gv + j * N + c, sum);
+            store(to.v + j * to.v_stride + c, sum);
         }
     }
     store_pairs(G, g);
@@ -142,7 +151,7 @@ void finish_chunk(BackwardWork<N>& q, Range values, int m) {
 
     for (int c = 0; c < N; c += kLanes) {
         const float *r = q.r + chunk + c, *k = q.k + chunk + c, *d = q.d + chunk + c;
-        float *P = q.P + chunk + c, *Q = q.Q + chunk + c, *e = q.e + chunk + c;
+        const float *P = q.P + chunk + c, *Q = q.Q + chunk + c, *e = q.e + chunk + c;
         const Vec d0 = load(d), d1 = load(d + N), d2 = load(d + 2 * N), d3 = load(d + 3 * N);
         const Vec d01 = d0 * d1, d23 = d2 * d3;
         const Vec k0 = load(k), k1 = load(k + N), k2 = load(k + 2 * N);
@@ -178,9 +187,9 @@ void finish_chunk(BackwardWork<N>& q, Range values, int m) {
             const Vec own = broadcast(G[i * kChunk + i]), ri = load(r + i * N), ki = load(k + i * N);
             const Vec own_bonus = own * bonus;
             gu += (own * ri) * ki;
-            store(P + i * N, gr[i] + own_bonus * ki);
-            store(Q + i * N, gk[i] + own_bonus * ri);
-            store(e + i * N, -gd[i] * load(e + i * N));
+            store(to.r + i * to.stride + c, gr[i] + own_bonus * ki);
+            store(to.k + i * to.stride + c, gk[i] + own_bonus * ri);
+            store(to.w + i * to.stride + c, -gd[i] * load(e + i * N));
         }
         store(q.gu + c, gu);
     }
@@ -222,7 +231,6 @@ void backward_head(BackwardWork<N>& q, const Task& task, const Element* r, const
                 if (gy) pad_rows<N>(padded_gy, chunk_gy, stride, left, n);
                 start_chunk<N, float>(q, m, q.padded[0], q.padded[1], q.padded[2], q.padded[3], gy ? padded_gy : nullptr, N);
             }
-            memset(q.P + span.begin * kChunk * N, 0, sizeof(float) * (span.end - span.begin) * kChunk * N);
             state_pass<N>(q, values, span, outputs);
         }
         const int64_t previous = (start - kTile) * stride;
@@ -234,17 +242,23 @@ void backward_head(BackwardWork<N>& q, const Task& task, const Element* r, const
         }
         for (int begin = (chunks - 1) / kSpanChunks * kSpanChunks; begin >= 0; begin -= kSpanChunks) {
             const Span span{begin, chunks < begin + kSpanChunks ? chunks : begin + kSpanChunks};
-            memset(q.Q + span.begin * kChunk * N, 0, sizeof(float) * (span.end - span.begin) * kChunk * N);
-            memset(q.SD + span.begin * N, 0, sizeof(float) * (span.end - span.begin) * N);
             gradient_pass<N>(q, values, span, inputs);
-            for (int m = span.end - 1; m >= span.begin; m--) finish_chunk<N>(q, values, m);
-            const int row = span.begin * kChunk;
-            const int64_t first = start + row;
-            const int present = steps - row < kSpan ? steps - row : kSpan;
-            store_rows<N>(to.r + first * to.stride, q.P + row * N, to.stride, present, key_columns);
-            store_rows<N>(to.k + first * to.stride, q.Q + row * N, to.stride, present, key_columns);
-            store_rows<N>(to.w + first * to.stride, q.e + row * N, to.stride, present, key_columns);
-            store_rows<N>(to.v + first * stride, q.gv + row * N, stride, present, value_columns);
+            for (int m = span.end - 1; m >= span.begin; m--) {
+                const int left = steps - m * kChunk, present = left < kChunk ? left : kChunk;
+                const int64_t first = start + m * kChunk;
+                const ChunkGradients<Element, Gradient> rows{to.r + first * to.stride, to.k + first * to.stride,
+                                                             to.w + first * to.stride, to.stride, to.v + first * stride, stride};
+                if (left >= kChunk && n == N) {
+                    finish_chunk<N>(q, values, m, rows);
+                    continue;
+                }
+                const int chunk = m * kChunk * N;  // P, Q, e and gv of this chunk have served when they are written
+                finish_chunk<N>(q, values, m, ChunkGradients<float, float>{q.P + chunk, q.Q + chunk, q.e + chunk, N, q.gv + chunk, N});
+                store_rows<N>(rows.r, q.P + chunk, to.stride, present, key_columns);
+                store_rows<N>(rows.k, q.Q + chunk, to.stride, present, key_columns);
+                store_rows<N>(rows.w, q.e + chunk, to.stride, present, key_columns);
+                store_rows<N>(rows.v, q.gv + chunk, stride, present, value_columns);
+            }
         }
     }
     for (int c = 0; c < n; c++) to.u[c] = q.gu[c];

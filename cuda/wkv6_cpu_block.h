@@ -24,13 +24,14 @@ struct Block {
         UNROLL for (int a = 0; a < kRows; a++) UNROLL for (int b = 0; b < kVectors; b++) store(S + a * N + b * kLanes, s[a][b]);
     }
 
-    // out_i[lane] += sum over rows of factors_i[row] S[row][lane], for the kChunk rows of `factors` and `out`.
-    INLINE void read(const float* factors, float* out) const {
-        UNROLL for (int i = 0; i < kChunk; i++) read_step(factors + i * N, out + i * N);
+    // out_i[lane] = sum over rows of factors_i[row] S[row][lane], for the kChunk rows of `factors` and `out`; added to what is
+    // there unless `first`.
+    INLINE void read(const float* factors, float* out, bool first) const {
+        UNROLL for (int i = 0; i < kChunk; i++) read_step(factors + i * N, out + i * N, first);
     }
-    INLINE void read_step(const float* factors, float* out) const {
+    INLINE void read_step(const float* factors, float* out, bool first) const {
         Vec sum[kVectors];
-        UNROLL for (int b = 0; b < kVectors; b++) sum[b] = load(out + b * kLanes);
+        UNROLL for (int b = 0; b < kVectors; b++) sum[b] = first ? zero() : load(out + b * kLanes);
         UNROLL for (int a = 0; a < kRows; a++) {
             const Vec factor = broadcast(factors[a]);
             UNROLL for (int b = 0; b < kVectors; b++) sum[b] += factor * s[a][b];
@@ -75,10 +76,10 @@ struct Block {
             quads[a / 4] = quad_sums(partial[a], partial[a + 1], partial[a + 2], partial[a + 3]);
     }
 
-    // out[lane] += sum over rows of S[row][lane] other[row][lane].
-    INLINE void multiply(const float* other, float* out) const {
+    // out[lane] = sum over rows of S[row][lane] other[row][lane], added to what is there unless `first`.
+    INLINE void multiply(const float* other, float* out, bool first) const {
         UNROLL for (int b = 0; b < kVectors; b++) {
-            Vec sum = load(out + b * kLanes);
+            Vec sum = first ? zero() : load(out + b * kLanes);
             UNROLL for (int a = 0; a < kRows; a++) sum += load(other + a * N + b * kLanes) * s[a][b];
             store(out + b * kLanes, sum);
         }

@@ -28,7 +28,7 @@ void forward_pass(float* S, Range values, const float* R, const float* K, const 
             block.load_from(S + row * N + l);
             for (int m = 0; m < chunks; m++) {
                 const int chunk = m * kChunk * N;
-                block.read(R + chunk + row, y + chunk + l);
+                block.read(R + chunk + row, y + chunk + l, false);
                 block.decay_rows(W + m * N + row);
                 block.write(K + chunk + row, v + chunk + l);
             }
