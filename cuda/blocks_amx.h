@@ -2,70 +2,14 @@
 // they compute. Sums are float.
 //
 // A tile register holds 16 rows of 64 bytes. One instruction adds to a 16 x 16 tile of floats the product of a 16 x 32 and
-// a 32 x 16 tile of bfloat16, the latter with each pair of rows interleaved ("paired": a word holds rows 2p and 2p + 1 of a
-// column).
+// a 32 x 16 tile of bfloat16, the latter paired (blocks_pairs.h).
 #pragma once
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "blocks_vector.h"
+#include "blocks_pairs.h"
 
 namespace {
-
-constexpr int64_t kEdge = 32;  // sizes are padded to it: two tile registers either way
-
-typedef __m512i Words;  // 16 words, each a pair of bfloat16
-
-INLINE Words load_words(const void* p) { return _mm512_loadu_si512(p); }
-INLINE void store_words(void* p, Words x) { _mm512_storeu_si512(p, x); }
-
-// 16 x 16 words, rows `from_row` bytes apart, are written transposed, rows `to_row` bytes apart.
-INLINE void transpose_words(char* to, int64_t to_row, const char* from, int64_t from_row) {
-    Words a[16], b[16];
-    UNROLL for (int i = 0; i < 16; i++) a[i] = load_words(from + i * from_row);
-    UNROLL for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    UNROLL for (int i = 0; i < 16; i += 4) {  // a[i + c] holds column 4 l + c of rows i to i + 3 in its quarter l
-        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    UNROLL for (int c = 0; c < 4; c++) {
-        const Words low01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x44), high01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xee);
-        const Words low23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x44);
-        const Words high23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xee);
-        store_words(to + c * to_row, _mm512_shuffle_i32x4(low01, low23, 0x88));
-        store_words(to + (4 + c) * to_row, _mm512_shuffle_i32x4(low01, low23, 0xdd));
-        store_words(to + (8 + c) * to_row, _mm512_shuffle_i32x4(high01, high23, 0x88));
-        store_words(to + (12 + c) * to_row, _mm512_shuffle_i32x4(high01, high23, 0xdd));
-    }
-}
-
-// Two rows of 32 bfloat16, one after the other in words.
-INLINE void pair_rows(Bfloat16* to, const Bfloat16* even, const Bfloat16* odd) {
-    const Words first = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), second = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
-    const Words low = _mm512_unpacklo_epi16(load_words(even), load_words(odd));
-    const Words high = _mm512_unpackhi_epi16(load_words(even), load_words(odd));
-    store_words(to, _mm512_permutex2var_epi64(low, first, high));
-    store_words(to + 32, _mm512_permutex2var_epi64(low, second, high));
-}
-
-// rows (count, width) -> (count / 2, width) words.
-INLINE void pair(Bfloat16* to, const Bfloat16* rows, int64_t count, int64_t width) {
-    for (int64_t t = 0; t < count; t += 2)
-        for (int64_t c = 0; c < width; c += 32) pair_rows(to + t * width + 2 * c, rows + t * width + c, rows + (t + 1) * width + c);
-}
-
-// (rows, columns) words -> (columns, rows) words; both are multiples of 16.
-INLINE void transpose(Bfloat16* to, const Bfloat16* from, int64_t rows, int64_t columns) {
-    for (int64_t i = 0; i < rows; i += 16)
-        for (int64_t j = 0; j < columns; j += 16)
-            transpose_words(reinterpret_cast<char*>(to) + 4 * (j * rows + i), 4 * rows,
-                            reinterpret_cast<const char*>(from) + 4 * (i * columns + j), 4 * columns);
-}
 
 // to (columns, rows) = the transpose of 32 rows by 32 columns of from, or of as many as there are; strides in elements.
 INLINE void transpose_block(Bfloat16* to, int64_t to_row, const Bfloat16* from, int64_t from_row, int64_t rows, int64_t columns) {
@@ -88,8 +32,9 @@ struct Amx {
     using Operand = Bfloat16;
     static constexpr int64_t kTile = 128;
 
-    static int64_t width(int64_t rank) { return round_up(rank, kEdge); }
-    static int64_t packed_size(int64_t rank) { return width(rank) * width(rank); }
+    static int64_t width(int64_t rank) { return Pairs::width(rank); }
+    static int64_t packed_size(int64_t rank) { return Pairs::packed_size(rank); }
+    static constexpr auto pack = Pairs::pack, pack_transposed = Pairs::pack_transposed;
 
     // The registers belong to the thread, and are given back at the end.
     explicit Amx(int64_t rank) : width_(width(rank)), paired_(kTile * width_), turned_(kTile * width_) {
@@ -102,17 +47,6 @@ struct Amx {
     }
     ~Amx() { _tile_release(); }
     Amx(const Amx&) = delete;
-
-    static void pack(Bfloat16* to, const Bfloat16* matrix, int64_t rank) {
-        Scratch<Bfloat16> padded(packed_size(rank));
-        pad(padded.data(), matrix, rank);
-        pair(to, padded.data(), width(rank), width(rank));
-    }
-    static void pack_transposed(Bfloat16* to, const Bfloat16* matrix, int64_t rank) {
-        Scratch<Bfloat16> padded(packed_size(rank));
-        pad(padded.data(), matrix, rank);
-        transpose(to, padded.data(), width(rank), width(rank) / 2);  // pairs along k lie in its rows already
-    }
 
     template <class Finish>
     void rows(float* out, const Bfloat16* left, const Bfloat16* packed, int64_t count, const Finish& finish) {
@@ -130,11 +64,6 @@ struct Amx {
     }
 
   private:
-    static void pad(Bfloat16* to, const Bfloat16* matrix, int64_t rank) {
-        memset(to, 0, packed_size(rank) * sizeof(Bfloat16));
-        for (int64_t i = 0; i < rank; i++) memcpy(to + i * width(rank), matrix + i * rank, rank * sizeof(Bfloat16));
-    }
-
     // out (rows, width) (+)= left (rows, K) right (K, width), right paired; all are multiples of kEdge.
     template <bool kAdd>
     void multiply(float* out, const Bfloat16* left, int64_t K, const Bfloat16* right, int64_t rows) {

@@ -14,9 +14,13 @@ import torch
 from . import cpu
 from .build import BuildError, Unit, build_library, source_directory
 
-# Instruction sets, fastest first: the matrix unit of recent Xeons for bfloat16 (float32 as in avx512), then those of cpu.py.
-LEVELS = ("amx", *cpu.LEVELS)
-AMX_FLAGS = (*cpu.AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16")
+# Instruction sets, fastest first: for bfloat16 (float32 as in avx512) the matrix unit of recent Xeons and AVX-512's products
+# of pairs, then those of cpu.py.
+BFLOAT16_FLAGS = {
+    "amx": (*cpu.AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "avx512bf16": (*cpu.AVX512_FLAGS, "-mavx512bf16"),
+}
+LEVELS = (*BFLOAT16_FLAGS, *cpu.LEVELS)
 
 
 def takes(first, *others):
@@ -81,9 +85,9 @@ def _merge(rows, bone, merged, d_bone, level):
         count, rows.shape[1], rank, *_kind(rows))
 
 
-def transposed(x):
+def transposed(x, level=None):
     """x (T, n) -> (n, T): a view, except where the matrix unit's products take a copy in half the time (bfloat16 on AMX)."""
-    if x.dtype != torch.bfloat16 or not takes(x) or best_level() != "amx":
+    if x.dtype != torch.bfloat16 or not takes(x) or (level or best_level()) != "amx":
         return x.t()
     x = _rows(x)
     turned = x.new_empty(x.shape[1], x.shape[0])
@@ -109,7 +113,7 @@ def add_tiled_(y, tile, level=None):
 def best_level():
     """The fastest of LEVELS that works here; None where no compiler is."""
     best = cpu.best_level()
-    for level in ("amx", best) if best == "avx512" else (best,):
+    for level in (*BFLOAT16_FLAGS, best) if best == "avx512" else (best,):
         if available(level):
             return level
     return None
@@ -118,7 +122,7 @@ def best_level():
 @functools.lru_cache(maxsize=None)
 def available(level):
     """Whether this processor has one of LEVELS and its kernels can be built."""
-    if LEVELS.index(level) < LEVELS.index(cpu.best_level()) and level != "amx":
+    if LEVELS.index(level) < LEVELS.index(cpu.best_level()) and level not in BFLOAT16_FLAGS:
         return False
     try:
         return bool(_library(level).blocks_start())
@@ -128,12 +132,16 @@ def available(level):
 
 @functools.lru_cache(maxsize=None)
 def _library(level):
+    return build(f"blocks_cpu_{level}", {**BFLOAT16_FLAGS, **cpu.level_flags()}[level])
+
+
+def build(name, flags, headers=()):
+    """The kernels as a loaded library, compiled with `flags`, and anew when one of `headers` changes; BuildError where
+    that fails."""
     sources = source_directory()
-    flags = AMX_FLAGS if level == "amx" else cpu.level_flags()[level]
     command = (cpu.find_compiler(), *cpu.COMMON_FLAGS, *flags)
-    headers = [*sorted(sources.glob("blocks_*.h")), sources / "bfloat16.h"]
-    path = build_library(
-        f"blocks_cpu_{level}", [Unit(sources / "blocks_cpu.cpp", command)], (command[0], "-shared", "-fopenmp"), headers)
+    headers = [*sorted(sources.glob("blocks_*.h")), sources / "bfloat16.h", *headers]
+    path = build_library(name, [Unit(sources / "blocks_cpu.cpp", command)], (command[0], "-shared", "-fopenmp"), headers)
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -149,7 +157,7 @@ def _library(level):
     ):
         function = getattr(library, f"blocks_{name}")
         function.argtypes, function.restype = arguments, None
-    if level == "amx":
+    if hasattr(library, "blocks_transpose"):
         library.blocks_transpose.argtypes = [*rows, pointer, size, size, flag]
     return library
 
