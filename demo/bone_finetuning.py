@@ -5,8 +5,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-PEFT"))
 
-from rwkv_peft.errors import exit_on_user_error  # noqa: E402
-from rwkv_peft.hf.finetune import main  # noqa: E402
+from rwkv_peft.errors import UserError, exit_on_user_error  # noqa: E402
+
+
+def main(argv):
+    """The command; a library that is missing or unknown is a user's mistake like any other."""
+    try:
+        from rwkv_peft.hf import finetune
+
+        return finetune.main(argv)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error}; pip install -r requirements-hf.txt") from error
+
 
 if __name__ == "__main__":
     exit_on_user_error(main)

@@ -22,6 +22,11 @@ def test_the_forms_by_name(init_weights, variant):
     ({"init_weights": "mini"}, "needs mini_r"),
     ({"bone_dropout": 1.5}, "bone_dropout=1.5 is not a probability"),
     ({"bias": "some"}, "bias='some' is unknown"),
+    ({"r": "64"}, "r='64' is not a whole number"),
+    ({"r": None}, "r=None is not a whole number"),
+    ({"bone_dropout": None}, "bone_dropout=None is not a probability"),
+    ({"mini_r": 4}, "mini_r=4 is for init_weights='mini'"),
+    ({"target_modules": ["q_proj"], "layers_pattern": "layers"}, "give layers_to_transform too"),
     ({"target_modules": ".*proj", "layers_to_transform": [1]}, "layers_to_transform works with a list"),
 ])
 def test_a_contradiction_is_refused(settings, message):

@@ -110,16 +110,52 @@ def test_the_quick_start(tiny, tmp_path):
     (("--base_model_name_or_path", "./nowhere"), "--base_model_name_or_path ./nowhere: "),
     (("--dataset_split", "train[:0]"), "corresponds to no data"),
     (("--target_modules", "q_prog"), "q_prog matches no linear layer; there are .*q_proj"),
+    (("--target_modules", "all-linear", "q_proj"), "all-linear stands alone"),
+    (("--data_path", "nowhere"), "--data_path nowhere"),
+    (("--resume_from_checkpoint", "True"), "has no checkpoint"),
+    (("--resume_from_checkpoint", "nowhere"), "nowhere is no folder with an adapter_config.json"),
+    (("--bf16", "True", "--fp16", "True"), "these arguments: .*(fp16|bf16)"),
+    (("--per_device_train_batch_size", "0"), "--per_device_train_batch_size 0 is no number of rows"),
+    (("--max_length", "2"), "has a token of an answer within --max_length 2"),
+    (("--max_seq_length", "64", "--max-length", "32"), "two names of one argument"),
 ])
 def test_a_mistake_is_answered(tiny, tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
         run(tiny, tmp_path, *flags)
 
 
+@pytest.mark.parametrize("rows, message", [
+    ("", "is empty"),
+    ('{"query": "a", "response": null}', "row 1 of .* has no response"),
+    ('{"query": "a", "response": "b"}\n{"query": "a"}', "row 2 of .* has no response"),
+    ('{"query": ', "--data_path .*rows.jsonl: "),
+])
+def test_rows_that_cannot_be_learned_are_refused(tiny, tmp_path, rows, message):
+    (tmp_path / "rows.jsonl").write_text(rows)
+    with pytest.raises(UserError, match=message):
+        run(tiny, tmp_path / "out", "--data_path", str(tmp_path / "rows.jsonl"))
+
+
+def test_a_run_resumes_from_a_checkpoint_of_the_same_settings(tiny, tmp_path):
+    flags = ("--bits", "nf4", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2", "--lr_scheduler_type", "constant",
+             "--save_strategy", "steps", "--save_steps", "2")
+    pytest.importorskip("bitsandbytes")
+    run(tiny, tmp_path / "whole", *flags, "--max_steps", "4")
+    run(tiny, tmp_path / "parts", *flags, "--max_steps", "2")
+    with pytest.raises(UserError, match="--init_weights bat-in differs from the checkpoint's True"):
+        run(tiny, tmp_path / "parts", *flags, "--resume_from_checkpoint", "True", "--init_weights", "bat-in")
+    run(tiny, tmp_path / "parts", *flags, "--max_steps", "4", "--resume_from_checkpoint", "True")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    adapter = tmp_path / "parts" / "bone_ft"
+    with pytest.raises(UserError, match="is an adapter of .*model; give that model"):
+        run(tiny, tmp_path / "again", "--base_model_name_or_path", str(adapter))
+
+
 def test_arguments_are_adapted_to_the_installed_versions(capsys):
-    adapted = finetune.adapt(["--warmup_ratio=0.03", "--tf32", "--lr", "1"], {"warmup_steps"}, cuda=False)
+    flags = ["--warmup-ratio=0.03", "--tf32", "--lr", "1", "--overwrite_output_dir"]
+    adapted = finetune.adapt(flags, {"warmup_steps"}, accelerator=False, cuda=False)
     assert adapted == ["--warmup_steps", "0.03", "--lr", "1", "--use_cpu", "True"]
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert len(capsys.readouterr().out.splitlines()) == 3
     flags = ["--warmup_ratio", "0.03", "--tf32", "True"]
-    assert finetune.adapt(flags, {"warmup_ratio", "warmup_steps"}, cuda=True) == flags
+    assert finetune.adapt(flags, {"warmup_ratio", "warmup_steps"}, accelerator=True, cuda=True) == flags
     assert capsys.readouterr().out == ""

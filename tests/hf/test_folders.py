@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from bone_blocks import fill
 from rwkv_peft.errors import UserError
-from rwkv_peft.hf import BoneConfig, bone_to_miss, folders, installed, miss_to_bone
+from rwkv_peft.hf import BoneConfig, folders, installed
+from rwkv_peft.hf.folders import bone_to_miss, miss_to_bone
 
 
 def logits(model, ids):

@@ -216,3 +216,78 @@ def test_a_broken_adapter_is_not_merged(llama):
 def test_what_does_not_fit_a_layer_is_refused(llama, settings, message):
     with pytest.raises(UserError, match=message):
         get_peft_model(llama, BoneConfig(**{"target_modules": ["q_proj", "k_proj"]} | settings))
+
+
+def test_a_refused_target_leaves_the_model_as_it_was(llama):
+    names = [name for name, _ in llama.named_modules()]
+    with pytest.raises(UserError, match="r=16"):
+        get_peft_model(llama, BoneConfig(r=16, init_weights="bat-in", target_modules="all-linear"))
+    assert [name for name, _ in llama.named_modules()] == names
+    model = get_peft_model(llama, BoneConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    with pytest.raises(UserError, match="r=16"):
+        model.add_adapter("second", BoneConfig(r=16, init_weights="bat-in", target_modules=["q_proj", "down_proj"]))
+    assert all(list(layer.bone_block) == ["default"] for layer in model.modules() if isinstance(layer, BoneLinear))
+
+
+def test_a_file_of_another_form_is_not_taken_for_an_old_one(llama):
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    trained = get_peft_model_state_dict(adapted(copy.deepcopy(llama), "bat-in", target_modules=["q_proj"]))
+    model = adapted(llama, True, target_modules=["q_proj"])
+    with pytest.raises(UserError, match="holds a block affine adapter"):
+        set_peft_model_state_dict(model, trained)
+
+
+def test_one_adapter_a_batch(llama, ids):
+    model = adapted(llama, "bat-in")
+    with pytest.raises(UserError, match="adapter_names"):
+        model(input_ids=ids, adapter_names=["default", "__base__"])
+
+
+class Scaled(nn.Linear):
+    """A layer that is not the product with its weight."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_layers_that_only_look_linear_are_refused():
+    with pytest.raises(UserError, match="0 is a Scaled of torch.float32"):
+        get_peft_model(nn.Sequential(Scaled(8, 8)), BoneConfig(r=4, target_modules=["0"]))
+    eight_bit = nn.Linear(8, 8).to(torch.float8_e4m3fn)
+    with pytest.raises(UserError, match="0 is a Linear of torch.float8_e4m3fn"):
+        get_peft_model(nn.Sequential(eight_bit), BoneConfig(r=4, target_modules=["0"]))
+    with pytest.raises(UserError, match="inside of a torch.nn.MultiheadAttention"):
+        get_peft_model(nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)}), BoneConfig(r=4, target_modules=["out_proj"]))
+
+
+def test_a_merge_that_cannot_be_undone_stays(llama):
+    model = adapted(llama, "bat-out", std=0, target_modules=["q_proj"])
+    layers = [layer for layer in model.modules() if isinstance(layer, BoneLinear)]
+    for layer in layers:
+        layer.bone_block["default"].data -= torch.eye(4)
+    model.merge_adapter()
+    with pytest.raises(UserError, match="cannot be undone, because I . B has no inverse"):
+        model.unmerge_adapter()
+    assert layers[0].merged
+
+
+@pytest.mark.parametrize("before", (False, True), ids=("", "a base that ran before"))
+def test_a_4_bit_base_reads_the_same_after_its_own_forward(before):
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    base = nn.Sequential(bnb.nn.Linear4bit(128, 64, bias=False, quant_type="nf4", compute_dtype=torch.bfloat16))
+    base[0].load_state_dict(nn.Linear(128, 64, bias=False).state_dict())
+    base = base.to("cpu").eval()
+    x = torch.randn(3, 128, dtype=torch.bfloat16)
+    weight = bnb.functional.dequantize_4bit(base[0].weight.data, base[0].weight.quant_state).float()
+    with torch.no_grad():
+        if before:
+            base(x)
+        model = get_peft_model(base, BoneConfig(r=16, init_weights="bat-in", target_modules=["0"])).eval()
+        layer = model.base_model.model[0]
+        with model.disable_adapter():
+            model(x)
+        read = layer.product.rows(layer.weight, slice(0, 64), torch.float32)
+        torch.testing.assert_close(read, weight, atol=2e-3, rtol=1e-2)
+        torch.testing.assert_close(model(x).float(), x.float() @ weight.t(), atol=3e-2, rtol=3e-2)

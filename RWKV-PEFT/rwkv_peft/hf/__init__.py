@@ -8,11 +8,10 @@ left in place, and `register(replace=True)` puts this one there; until then this
 """
 
 from .config import BoneConfig
-from .folders import bone_to_miss, miss_to_bone
 from .layer import BoneLinear
 from .model import BoneModel
 from .register import register
 
-__all__ = ["BoneConfig", "BoneLinear", "BoneModel", "bone_to_miss", "miss_to_bone", "register"]
+__all__ = ["BoneConfig", "BoneLinear", "BoneModel", "register"]
 
 register()

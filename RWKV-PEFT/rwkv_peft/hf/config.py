@@ -52,6 +52,7 @@ class BoneConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self.from_file = self.peft_type is not None  # adapter_config.json names the method, who calls this class does not
         self.peft_type = add_member("BONE")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -70,15 +71,24 @@ class BoneConfig(PeftConfig):
         if self.variant is None:
             raise UserError(f"init_weights={self.init_weights!r} is unknown; give True (bone), 'bat-in', 'bat-out' "
                             "(which peft calls 'bat'), 'mini', or False (random)")
+        for name in ("r", "mini_r"):
+            if type(getattr(self, name)) is not int:
+                raise UserError(f"{name}={getattr(self, name)!r} is not a whole number; give one, such as 64")
         if self.r < 1:
             raise UserError(f"r={self.r} is not a rank; give 1 or more, usually 64")
         if self.variant == "bone-mini" and self.mini_r < 1:
             raise UserError(f"init_weights='mini' needs mini_r, a width that divides the layers' outputs, and it is "
                             f"{self.mini_r}")
-        if not 0 <= self.bone_dropout < 1:
+        if self.variant != "bone-mini" and self.mini_r:
+            raise UserError(f"mini_r={self.mini_r} is for init_weights='mini', and that is {self.init_weights!r}; leave mini_r out, "
+                            "or give init_weights='mini'")
+        if not isinstance(self.bone_dropout, (int, float)) or not 0 <= self.bone_dropout < 1:
             raise UserError(f"bone_dropout={self.bone_dropout} is not a probability below 1")
         if self.bias not in ("none", "all", "bone_only"):
             raise UserError(f"bias={self.bias!r} is unknown; give 'none', 'all' or 'bone_only'")
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise UserError(f"layers_pattern={self.layers_pattern!r} says where layers_to_transform counts, and there is none; "
+                            "give layers_to_transform too, or leave both out")
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:

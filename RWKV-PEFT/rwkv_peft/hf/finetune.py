@@ -9,7 +9,9 @@ Model and data are names on the hub or local paths. The adapter goes to OUTPUT_D
 Only the answers count in the loss (--completion_only_loss False: the questions too).
 """
 
+import contextlib
 import difflib
+import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -21,7 +23,11 @@ from .register import register
 
 BITS = ("bf16", "fp16", "fp32", "nf4", "int8")
 # (name in older trl and transformers, name in newer ones)
-RENAMED = (("max_seq_length", "max_length"), ("warmup_ratio", "warmup_steps"), ("evaluation_strategy", "eval_strategy"))
+RENAMED = (("max_seq_length", "max_length"), ("warmup_ratio", "warmup_steps"), ("evaluation_strategy", "eval_strategy"),
+           ("no_cuda", "use_cpu"), ("use_liger", "use_liger_kernel"))
+# What newer ones dropped, and what they do instead.
+DROPPED = {"overwrite_output_dir": "files of the same name are replaced", "save_safetensors": "checkpoints are safetensors",
+           "logging_dir": "TensorBoard's files go to OUTPUT_DIR/runs"}
 
 
 @dataclass
@@ -51,20 +57,32 @@ def main(argv):
 
     register(replace=True)
     arguments, config = parse(argv)
-    try:
+    adapter_config = bone_config(arguments)
+    resumed = checkpoint_to_resume(config, adapter_config)
+    base = Path(arguments.base_model_name_or_path) / "adapter_config.json"
+    if base.is_file():
+        raise UserError(f"--base_model_name_or_path {base.parent} is an adapter of "
+                        f"{json.loads(base.read_text(encoding='utf-8')).get('base_model_name_or_path')}; give that model, or merge "
+                        "the adapter into it first")
+    with refusals_of(f"--base_model_name_or_path {arguments.base_model_name_or_path}"):
         tokenizer = AutoTokenizer.from_pretrained(arguments.base_model_name_or_path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--base_model_name_or_path {arguments.base_model_name_or_path}: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     data = load_data(arguments, tokenizer.eos_token)
     model = load_model(arguments.base_model_name_or_path, arguments.bits)
     check_targets(arguments.target_modules or (), model)
-    trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer,
-                         peft_config=bone_config(arguments))
+    with refusals_of("these arguments"):
+        trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=adapter_config)
+    if not len(trainer.train_dataset):
+        raise UserError(f"none of the {len(data)} rows of --data_path {arguments.data_path} has a token of an answer within "
+                        f"--max_length {config.max_length}; raise that")
+    if arguments.bits in ("nf4", "int8"):
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:  # trl makes them bfloat16 on quantized models, where small steps are lost
+                parameter.data = parameter.data.float()
     if trainer.is_world_process_zero():
         trainer.model.print_trainable_parameters()
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resumed)
     trainer.save_state()
     adapter = Path(config.output_dir) / "bone_ft"
     trainer.save_model(str(adapter))
@@ -75,21 +93,65 @@ def main(argv):
     return 0
 
 
+@contextlib.contextmanager
+def refusals_of(what):
+    """What a library says of its arguments or files, as a UserError about `what`."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
+        raise UserError(f"{what}: {error}") from error
+
+
+def checkpoint_to_resume(config, adapter_config):
+    """The checkpoint of --resume_from_checkpoint, a folder, or True for the newest in --output_dir; None without it.
+
+    Raises UserError where there is none, or where its adapter has other settings than the arguments say.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    given = config.resume_from_checkpoint
+    if given is None or str(given).lower() == "false":
+        return None
+    if str(given).lower() == "true":
+        given = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
+        if given is None:
+            raise UserError(f"--resume_from_checkpoint True, and --output_dir {config.output_dir} has no checkpoint")
+    path = Path(given) / "adapter_config.json"
+    if not path.is_file():
+        raise UserError(f"--resume_from_checkpoint {given} is no folder with an adapter_config.json; give a checkpoint-N folder")
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    for flag, name in (("bone_r", "r"), ("init_weights", "init_weights"), ("mini_r", "mini_r")):
+        wanted, found = adapter_config.to_dict().get(name, 0), saved.get(name, 0)
+        if wanted != found:
+            raise UserError(f"--{flag} {wanted} differs from the checkpoint's {found} ({given}); give the same, or start anew "
+                            "without --resume_from_checkpoint")
+    return str(given)
+
+
 def parse(argv):
     """argv -> (BoneArguments, SFTConfig)."""
     from transformers import HfArgumentParser
     from trl import SFTConfig
 
-    argv = adapt(argv, {item.name for item in fields(SFTConfig)}, torch.cuda.is_available())
+    argv = adapt(argv, {item.name for item in fields(SFTConfig)}, torch.accelerator.is_available(), torch.cuda.is_available())
     parser = HfArgumentParser((BoneArguments, SFTConfig), allow_abbrev=False, prog="bone_finetuning.py")
     parser.error = refuse
-    arguments, config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    with refusals_of("these arguments"):
+        arguments, config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
         raise UserError(f"there is no {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
     if arguments.bits not in BITS:
         raise UserError(f"--bits {arguments.bits} is unknown; give {', '.join(BITS)}")
+    if config.per_device_train_batch_size < 1:
+        raise UserError(f"--per_device_train_batch_size {config.per_device_train_batch_size} is no number of rows; give 1 or more")
+    if len(arguments.target_modules or ()) > 1 and "all-linear" in arguments.target_modules:
+        raise UserError(f"--target_modules {' '.join(arguments.target_modules)}: all-linear stands alone; leave the names or it out")
     if len(arguments.dataset_field) != 2:
         raise UserError(f"--dataset_field takes two columns, question and answer, and got {arguments.dataset_field}")
     return arguments, config
@@ -99,27 +161,39 @@ def refuse(message):
     raise UserError(f"{message}; see bone_finetuning.py --help")
 
 
-def adapt(argv, known, cuda):
+def adapt(argv, known, accelerator, cuda):
     """Arguments as the installed trl and transformers take them, with a word about each that is changed.
 
-    known: the names of SFTConfig's arguments; cuda: whether this machine has a CUDA device.
+    known: the names of SFTConfig's arguments; accelerator, cuda: whether this machine has any device beside the CPU, and a
+    CUDA one. Raises UserError where an argument is given under both its names.
     """
     argv = [part for argument in argv for part in (argument.split("=", 1) if argument.startswith("--") else [argument])]
+    argv = [part.replace("-", "_").replace("__", "--", 1) if part.startswith("--") else part for part in argv]
     for old, new in RENAMED:
         if f"--{old}" in argv and old not in known and new in known:
+            if f"--{new}" in argv:
+                raise UserError(f"--{old} and --{new} are two names of one argument; give --{new} alone")
             argv[argv.index(f"--{old}")] = f"--{new}"
             print(f"--{old} is --{new} in the installed trl and transformers, and is taken as that")
+    for name, instead in DROPPED.items():
+        if f"--{name}" in argv and name not in known:
+            drop(argv, f"--{name}")
+            print(f"--{name} is gone from the installed trl and transformers, and is ignored: {instead}")
     if "fp32" in argv and not {"--bf16", "--fp16"} & set(argv):
         argv += ["--bf16", "False"]  # which trl switches on by itself
-    if not cuda:
-        if "--tf32" in argv:
-            at = argv.index("--tf32")
-            has_value = at + 1 < len(argv) and not argv[at + 1].startswith("--")
-            del argv[at : at + 1 + has_value]
-            print("--tf32 is for CUDA devices; there is none here, and it is ignored")
-        if "--use_cpu" not in argv:
-            argv += ["--use_cpu", "True"]
+    if not cuda and "--tf32" in argv:
+        drop(argv, "--tf32")
+        print("--tf32 is for CUDA devices; there is none here, and it is ignored")
+    if not accelerator and "--use_cpu" not in argv:
+        argv += ["--use_cpu", "True"]
     return argv
+
+
+def drop(argv, flag):
+    """Remove a flag and its value, if it has one."""
+    at = argv.index(flag)
+    has_value = at + 1 < len(argv) and not argv[at + 1].startswith("--")
+    del argv[at : at + 1 + has_value]
 
 
 def bone_config(arguments):
@@ -140,29 +214,42 @@ def load_model(path, bits):
         "nf4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
         "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
     }.get(bits, lambda: None)()
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=quantization)
+    with refusals_of(f"--base_model_name_or_path {path}"):
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=quantization)
 
 
 def load_data(arguments, end):
     """The rows as prompt and completion. Raises UserError where there is no such data or column."""
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(arguments.data_path).suffix)
     if kind is not None and not Path(arguments.data_path).is_file():
         raise UserError(f"--data_path {arguments.data_path} does not exist")
+    if kind is not None and not Path(arguments.data_path).stat().st_size:
+        raise UserError(f"--data_path {arguments.data_path} is empty")
     files = {} if kind is None else {"data_files": arguments.data_path}
-    try:
-        data = load_dataset(kind or arguments.data_path, split=arguments.dataset_split, **files)
-    except (ValueError, FileNotFoundError) as error:  # no such data, no such split, or no row in it
-        raise UserError(f"--data_path {arguments.data_path} --dataset_split {arguments.dataset_split}: {error}") from error
+    with refusals_of(f"--data_path {arguments.data_path} --dataset_split {arguments.dataset_split}"):
+        try:
+            data = load_dataset(kind or arguments.data_path, split=arguments.dataset_split, **files)
+        except DatasetGenerationError as error:
+            raise UserError(f"--data_path {arguments.data_path}: {error.__cause__ or error}") from error
+        except ConnectionError as error:
+            raise UserError(f"--data_path {arguments.data_path} is no folder and no .jsonl, .json, .csv or .parquet file here, and "
+                            f"the hub cannot be reached: {error}") from error
     missing = [name for name in arguments.dataset_field if name not in data.column_names]
     if missing:
         raise UserError(f"{arguments.data_path} has no column {', '.join(missing)}; it has {', '.join(data.column_names)}: "
                         "name two of them with --dataset_field QUESTION ANSWER")
     question, answer = arguments.dataset_field
-    return data.map(
-        lambda row: {"prompt": f"### USER: {row[question]}\n### ASSISTANT:", "completion": f" {row[answer]}{end or ''}"},
-        remove_columns=data.column_names)
+
+    def as_prompt(row, index):
+        for name in (question, answer):
+            if row[name] is None:
+                raise UserError(f"row {index + 1} of {arguments.data_path} has no {name}; drop such rows from the file")
+        return {"prompt": f"### USER: {row[question]}\n### ASSISTANT:", "completion": f" {row[answer]}{end or ''}"}
+
+    return data.map(as_prompt, with_indices=True, remove_columns=data.column_names)
 
 
 def check_targets(targets, model):

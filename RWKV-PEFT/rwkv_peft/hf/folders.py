@@ -36,16 +36,34 @@ def read(folder, kind):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}; give a folder that save_pretrained wrote")
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     if config.get("peft_type") != kind:
         raise UserError(f"{folder} holds a {config.get('peft_type')} adapter, and {kind} is due here")
-    tensors = load_file(folder / "adapter_model.safetensors")
+    try:
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except SafetensorError as error:
+        raise UserError(f"{folder / 'adapter_model.safetensors'} is no whole safetensors file: {error}") from error
     dims = {tensor.dim() for key, tensor in tensors.items() if key.endswith("_block")}
     if config.get("init_weights") is True and dims == {3}:
         config["init_weights"] = "bat"  # a pre-release's way of saying so
     return config, tensors
+
+
+def read_config(folder):
+    """adapter_config.json as a dict; raises UserError where there is none that can be read."""
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no adapter_config.json; give a folder that save_pretrained wrote")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds no settings, but {config!r}")
+    return config
 
 
 def rename(settings, old, new):
@@ -67,6 +85,8 @@ def write(folder, config, tensors):
     from safetensors.torch import save_file
 
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, and an adapter is a folder; name another")
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "adapter_model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
@@ -80,10 +100,7 @@ def main(argv):
     parser.add_argument("source", help="a folder that save_pretrained wrote")
     parser.add_argument("target", help="the folder to write")
     args = parser.parse_args(argv)
-    path = Path(args.source) / "adapter_config.json"
-    if not path.is_file():
-        raise UserError(f"{args.source} has no adapter_config.json; give a folder that save_pretrained wrote")
-    kind = json.loads(path.read_text(encoding="utf-8")).get("peft_type")
+    kind = read_config(args.source).get("peft_type")
     (miss_to_bone if kind == "MISS" else bone_to_miss)(args.source, args.target)
     print(f"{args.source} ({kind}) -> {args.target} ({'BONE' if kind == 'MISS' else 'MISS'})")
     return 0

@@ -56,6 +56,11 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         if config.inference_mode:
             self.bone_block[adapter_name].requires_grad_(False)
 
+    def drop_layer(self, adapter_name):
+        """Forget an adapter that was added, as if it had not been."""
+        for adapters in (self.bone_block, self.bone_dropout, self.bone_config):
+            del adapters[adapter_name]
+
     @property
     def quantized(self):
         return isinstance(self.product, Dequantized)
@@ -93,6 +98,9 @@ class BoneLinear(nn.Module, BaseTunerLayer):
 
     def _composed(self, x, names):
         """Several adapters at once: each changes the weight that the one before it left, as in merging."""
+        if self.training and any(self.bone_dropout[name].p for name in names):
+            raise UserError("bone_dropout is defined for one active adapter; activate one with set_adapter, or leave the "
+                            "dropout out")
         weight = self.product.rows(self.weight, slice(0, self.out_features), torch.float32)
         for name in names:
             weight = weight + delta(self.bone_config[name].variant, weight, {"bone": self.bone_block[name]})
@@ -131,7 +139,7 @@ class BoneLinear(nn.Module, BaseTunerLayer):
             merged = merged + delta(self.bone_config[name].variant, merged, {"bone": self.bone_block[name].detach()})
         if safe_merge and not torch.isfinite(merged.to(weight.dtype)).all():
             raise UserError(f"{self.name}: merging {', '.join(names)} gives values that are not finite; the adapter is "
-                            "broken, and the weight stays as it was")
+                            "broken. This layer stays as it was; load the model anew, since others may be merged")
         weight.data = merged.to(weight.dtype)
         self.merged_adapters += names
 
@@ -145,13 +153,13 @@ class BoneLinear(nn.Module, BaseTunerLayer):
             with onload_layer(self):
                 return self.unmerge()
         original = weight.data.float()
-        while self.merged_adapters:
-            name = self.merged_adapters.pop()
+        for name in reversed(self.merged_adapters):
             if name in self.bone_block:
                 variant = self.bone_config[name].variant
-                opposite = inverse(variant, self.bone_block[name].detach().float())
+                opposite = inverse(variant, self.bone_block[name].detach().float(), self.name)
                 original = original + delta(variant, original, {"bone": opposite})
         weight.data = original.to(weight.dtype)
+        self.merged_adapters.clear()
 
     def get_delta_weight(self, adapter_name):
         """What one adapter adds to the base weight: (out, in) float32."""
@@ -169,6 +177,10 @@ class BoneLinear(nn.Module, BaseTunerLayer):
                                 "set_peft_model_state_dict(model, load_peft_weights(adapter))")
             # A pre-release peft saved block affine adapters (3-D) with init_weights true, which means bone (2-D) since.
             if saved.dim() == 3 and self.bone_block[name].dim() == 2:
+                if not (config.from_file and config.init_weights in (True, "bat")):  # "bat": said so by the layer before
+                    raise UserError(f"the file holds a block affine adapter for {self.name}, and this one is {config.variant}, "
+                                    f"init_weights={config.init_weights!r}; load it with PeftModel.from_pretrained or load_adapter "
+                                    "under another name, which read its own settings")
                 config.init_weights = "bat"
                 shape = block_shape(config, self.in_features, self.out_features, self.name)
                 old = self.bone_block[name]
@@ -217,12 +229,16 @@ def nearest_divisor(in_features, out_features, rank):
     return min(common, key=lambda r: abs(r - rank))
 
 
-def inverse(variant, block):
+def inverse(variant, block, name="the layer"):
     """The adapter of the same form that undoes another: delta(W + delta(W, B), inverse(B)) = -delta(W, B).
 
     For bone it is -D. For the block affine forms W' = W (I + B) + B, hence W = W' (I + C) + C with
-    I + C = (I + B)^-1: C = -(I + B)^-1 B. block float32 -> the same shape.
+    I + C = (I + B)^-1: C = -(I + B)^-1 B. block float32 -> the same shape. Raises UserError where I + B has no inverse.
     """
     if variant in ("bone", "bone-mini"):
         return -block
-    return -torch.linalg.solve(torch.eye(block.shape[-1], device=block.device, dtype=block.dtype) + block, block)
+    try:
+        return -torch.linalg.solve(torch.eye(block.shape[-1], device=block.device, dtype=block.dtype) + block, block)
+    except torch.linalg.LinAlgError as error:
+        raise UserError(f"{name}: merging cannot be undone, because I + B has no inverse ({error}); load the base model "
+                        "anew") from error

@@ -1,7 +1,11 @@
 """BoneModel: puts Bone's layers into a Hugging Face model, through peft's machinery."""
 
+from contextlib import contextmanager
+
 from peft import utils
 from peft.tuners.tuners_utils import BaseTunerLayer
+
+from torch import nn
 
 from ..errors import UserError
 from .config import BoneConfig
@@ -35,9 +39,29 @@ class BoneModel(tuner_for(BoneLinear)):
             raise UserError(f"bias={config.bias!r} trains biases, and peft {'.'.join(map(str, version()))} would not save them; "
                             f"take peft {'.'.join(map(str, SAVES_BIASES))} or newer, or bias='none'")
 
+    def inject_adapter(self, model, adapter_name, *args, **settings):
+        """As peft has it; what cannot be honoured leaves the model as it was."""
+        self._undo = []
+        try:
+            super().inject_adapter(model, adapter_name, *args, **settings)
+        except Exception:
+            for undo in reversed(self._undo):
+                undo()
+            raise
+        finally:
+            del self._undo
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, adapter_names=None, **_):
+        if adapter_names is not None:
+            raise UserError("Bone cannot give each row of a batch an adapter of its own (adapter_names); make a batch of rows "
+                            "that share one, and choose it with set_adapter")
+        yield
+
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **_):
         if isinstance(target, BoneLinear):
             target.update_layer(adapter_name, peft_config)
+            self._undo.append(lambda: target.drop_layer(adapter_name))
             return
         if isinstance(parent, BaseTunerLayer):  # peft 0.14 takes all-linear for the insides of an adapter's layers too
             raise UserError(f"{current_key} is inside of an adapter's layer; name the target_modules of a second adapter, "
@@ -45,7 +69,11 @@ class BoneModel(tuner_for(BoneLinear)):
         if isinstance(target, BaseTunerLayer):
             raise UserError(f"{current_key} has an adapter of another method, {type(target).__name__}; merge or unload that "
                             "first (merge_and_unload)")
+        if isinstance(parent, nn.MultiheadAttention):
+            raise UserError(f"{current_key} is inside of a torch.nn.MultiheadAttention, which reads its weight without calling it; "
+                            "leave it out of target_modules (exclude_modules)")
         layer = BoneLinear(target, adapter_name, peft_config, name=current_key)
+        self._undo.append(lambda: setattr(parent, target_name, target))
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         setattr(parent, target_name, layer)

@@ -12,18 +12,37 @@ from torch import nn
 from ..adapters.product import DENSE
 from ..errors import UserError
 
+DENSE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 def product_for(layer, name):
     """The product (see adapters/product.py) for a base layer; raises UserError for one that is not linear."""
     bitsandbytes = sys.modules.get("bitsandbytes")  # a layer of its kind exists only once it is imported
     if bitsandbytes is not None and isinstance(layer, bitsandbytes.nn.Linear4bit):
+        keep_unpacked(layer)
         return Dequantized(layer, dequantize_4bit)
     if bitsandbytes is not None and isinstance(layer, bitsandbytes.nn.Linear8bitLt):
         return Dequantized(layer, dequantize_8bit)
-    if isinstance(layer, nn.Linear) and layer.weight.is_floating_point():
+    # A class that computes something of its own, or keeps scales beside an 8-bit float weight, is not what it extends.
+    if isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward and layer.weight.dtype in DENSE_DTYPES:
         return DENSE
-    raise UserError(f"{name} is a {type(layer).__name__}, and Bone works on torch.nn.Linear and on the 4-bit and 8-bit "
-                    "layers of bitsandbytes; leave it out of target_modules")
+    kind = type(layer).__name__ + (f" of {layer.weight.dtype}" if isinstance(layer, nn.Linear) else "")
+    raise UserError(f"{name} is a {kind}, and Bone works on torch.nn.Linear and on the 4-bit and 8-bit layers of bitsandbytes; "
+                    "leave it out of target_modules (where you named none: name those that Bone is to adapt)")
+
+
+def keep_unpacked(layer):
+    """Let a Linear4bit keep the form of its weight that `dequantize` reads.
+
+    On processors with AVX512-BF16 its own forward without gradients would repack the weight in place, once, in a form
+    that only that forward reads; where it has done so, this undoes it.
+    """
+    from bitsandbytes import functional
+
+    layer.support_avx512bf16_for_cpu = False
+    if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+        unpack = functional._convert_weight_packed_for_cpu_inverse
+        layer.weight.data, layer.weight.quant_state = unpack(layer.weight.data, layer.weight.quant_state)
 
 
 def dequantize_4bit(layer):
