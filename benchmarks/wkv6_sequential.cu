@@ -23,7 +23,7 @@ template <class T> __device__ void forward_columns(const Arguments& a) {
     const Sequence s(a);
     const int j = threadIdx.x;
     float S[N] = {};
-    u[j] = a.u[blockIdx.x * N + j];
+    u[j] = a.u[s.bonus + j];
     for (int t = 0; t < s.length; t++) {
         const index_t at = s.elements + t * s.stride + j;
         __syncthreads();
@@ -49,7 +49,7 @@ template <class T> __device__ void backward_rows(const Arguments& a) {
     __shared__ float v[N], gy[N];
     const Sequence s(a);
     const int i = threadIdx.x;
-    const float u = a.u[blockIdx.x * N + i];
+    const float u = a.u[s.bonus + i];
     float S[N] = {}, gu = 0.f;
     for (int t = 0; t < s.length; t++) {
         const index_t at = s.elements + t * s.stride + i;
@@ -101,7 +101,7 @@ template <class T> __device__ void backward_columns(const Arguments& a) {
     const Sequence s(a);
     const int j = threadIdx.x;
     float D[N] = {};
-    u[j] = a.u[blockIdx.x * N + j];
+    u[j] = a.u[s.bonus + j];
     for (int t = s.length - 1; t >= 0; t--) {
         const index_t at = s.elements + t * s.stride + j;
         __syncthreads();
@@ -130,7 +130,7 @@ KERNEL(columns, backward_columns, float)
 KERNEL(columns, backward_columns, bf16)
 
 template <class Kernel> static int run(Kernel kernel, const Arguments& a, void* stream) {
-    return launch(kernel, dim3(a.heads, a.sequences), dim3(N), 0, stream, a);
+    return launch(kernel, dim3(a.heads * a.sequences), dim3(N), 0, stream, a);
 }
 
 // Both enqueue their kernels on `stream` and return CUDA's error code, 0 for success.

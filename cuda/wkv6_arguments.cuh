@@ -25,9 +25,10 @@ struct Arguments {
     int sequences, length, heads, head_size, scalar, device;  // device: the GPU that holds all of it
 };
 
-// Block (h, n) works on head h of sequence n.
+// Block n * heads + h works on head h of sequence n: one dimension of the grid, since the others end at 65,535.
 struct Sequence {
     int length;
+    int bonus;           // the head's first element in u
     index_t stride;      // elements from one token to the next
     index_t elements;    // of the first token's head
     index_t channels;    // of the head, in (sequences, heads, head_size)
@@ -36,9 +37,10 @@ struct Sequence {
     index_t checkpoint_stride;
 
     __device__ explicit Sequence(const Arguments& a) {
-        const int h = blockIdx.x, n = blockIdx.y, N = a.head_size;
+        const int h = blockIdx.x % a.heads, n = blockIdx.x / a.heads, N = a.head_size;
         const index_t first = a.bounds ? a.bounds[n] : (index_t)n * a.length;
         length = a.bounds ? (int)(a.bounds[n + 1] - first) : a.length;
+        bonus = h * N;
         stride = (index_t)a.heads * N;
         elements = first * stride + h * N;
         channels = n * stride + h * N;

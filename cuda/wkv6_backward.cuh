@@ -73,7 +73,7 @@ template <int N> __device__ __forceinline__ void chunked_backward(const Argument
         stage ^= 1;
     };
 
-    if (tid < N) shared.u[tid] = a.u[blockIdx.x * N + tid];
+    if (tid < N) shared.u[tid] = a.u[s.bonus + tid];
     const float* gfinal = a.gfinal ? a.gfinal + s.state : nullptr;
     Accumulator dS[tiles], dSt[tiles];
     load_state<N>(dS, gfinal, c0, false);

@@ -9,14 +9,15 @@ namespace {
 constexpr int kPairs = kChunk * kChunk;   // A of one chunk, column j at j * kChunk
 constexpr float kLargestExponent = 87.0f;  // exp of it is finite, exp of minus it a normal number
 
-// exp(w) and the decay exp(-exp(w)).
+// exp(w) and the decay exp(-exp(w)). From 87 on, where the decay is as good as 0, exp(w) stays there: the decay's gradient is
+// their product, which has to vanish too.
 struct Decays {
     Vec e, d;
 };
 
 INLINE Decays decays(Vec w) {
-    const Vec e = exp_bounded(at_most(at_least(w, -kLargestExponent), kLargestExponent));
-    return {e, exp_bounded(-at_most(e, kLargestExponent))};
+    const Vec e = at_most(exp_bounded(at_most(at_least(w, -kLargestExponent), kLargestExponent)), kLargestExponent);
+    return {e, exp_bounded(-e)};
 }
 
 // The lower triangle of a chunk's pairs, a[i][j] for j <= i, each summed over its lanes -> A.

@@ -24,7 +24,7 @@ template <int N> __device__ __forceinline__ void chunked_forward(const Arguments
         fetch<N>(next.w, a.w, s, t0);
     };
 
-    if (threadIdx.x < N) shared.u[threadIdx.x] = a.u[blockIdx.x * N + threadIdx.x];
+    if (threadIdx.x < N) shared.u[threadIdx.x] = a.u[s.bonus + threadIdx.x];
     Accumulator St[tiles];
     load_state<N>(St, a.state ? a.state + s.state : nullptr, v0, true);
     if (s.length > 0) start_fetch(0);

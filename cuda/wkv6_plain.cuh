@@ -27,7 +27,7 @@ template <class T> __device__ void load_token(TokenShared& token, const Argument
         token.k[c] = valid ? to_float(((const T*)a.k)[at + c]) : 0.f;
         token.v[c] = valid ? to_float(((const T*)a.v)[at + c]) : 0.f;
         token.decay[c] = valid ? expf(-expf(to_float(((const T*)a.w)[at + c]))) : 0.f;
-        token.u[c] = valid ? a.u[blockIdx.x * a.head_size + c] : 0.f;
+        token.u[c] = valid ? a.u[s.bonus + c] : 0.f;
         token.gy[c] = valid && a.gy ? to_float(((const T*)a.gy)[at + c]) : 0.f;
     }
     __syncthreads();

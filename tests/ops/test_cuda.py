@@ -163,6 +163,24 @@ def test_inputs_off_the_16_byte_grid(run):
         assert torch.equal(x, expected)
 
 
+def test_what_a_kernel_is_given_lies_on_its_grid():
+    shifted = torch.zeros(65)[1:]
+    assert shifted.data_ptr() % 16 and cuda._aligned(shifted).data_ptr() % 16 == 0
+    inputs = {}
+
+    class Recorded:
+        @staticmethod
+        def backward(arguments, stream):
+            inputs.update({name: getattr(arguments._obj, name) for name in ("state", "gy", "gfinal", "r")})
+            return 0
+
+    case = cases.make_case(1, 20, 1, 8, torch.float32)
+    gfinal = torch.cat([torch.zeros(1), case.gfinal.flatten()])[1:].view(case.gfinal.shape)
+    rows = (case.r, case.k, case.v, case.w, case.u)
+    cuda.run_backward(Recorded, None, *rows, None, torch.zeros(2, 1, 8, 8), None, gfinal)
+    assert gfinal.data_ptr() % 16 and inputs["gfinal"] % 16 == 0 and inputs["gy"] % 16 == 0
+
+
 @pytest.mark.parametrize("name", ["r", "k", "v", "w"])
 def test_a_nan_is_not_hidden(run, name):
     case = cases.make_case(1, 20, 1, 64, torch.bfloat16)
@@ -266,7 +284,15 @@ class RecordingDriver:
     """A driver whose every call succeeds; keeps the arguments of the launches."""
 
     def __init__(self):
-        self.launches = []
+        self.launches, self.current = [], None
+
+    def cuCtxGetCurrent(self, context):
+        context._obj.value = 55
+        return 0
+
+    def cuCtxSetCurrent(self, context):
+        self.current = context.value
+        return 0
 
     def cuMemcpyDtoH_v2(self, target, source, size):
         target._obj.value = 1234  # the shared memory that every chunked kernel asks for
@@ -276,6 +302,8 @@ class RecordingDriver:
         *sizes, stream, parameters, extra = rest
         arguments = cuda.Arguments.from_buffer_copy(cuda.Arguments.from_address(parameters[0]))
         self.launches.append(([size.value for size in sizes], stream.value, arguments, extra))
+        assert self.current == 55  # also on autograd's threads, which start without a context
+        self.current = None
         return 0
 
     def __getattr__(self, name):
@@ -289,7 +317,7 @@ def test_the_driver_is_asked_for_a_block_a_head_and_sequence(monkeypatch):
     cases.run(cuda_nvrtc.Module(b"image"), cases.make_case(2, 5, 3, 20, torch.bfloat16), stream=7)
     for launch, block, shared in zip(driver.launches, [(128, 1)] * 2 + [(20, 2)] * 2, [1234, 1234, 0, 0]):
         sizes, stream, arguments, extra = launch
-        assert sizes == [3, 2, 1, *block, 1, shared]
+        assert sizes == [3 * 2, 1, 1, *block, 1, shared]
         assert stream == 7 and extra is None
         assert (arguments.sequences, arguments.length, arguments.heads) == (2, 5, 3)
 

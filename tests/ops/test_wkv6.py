@@ -14,7 +14,7 @@ NAMES = ("y", "final state", "gr", "gk", "gv", "gw", "gu", "gstate")
 KERNELS = (*(f"cpu:{level}" for level in cpu.LEVELS), "cuda")
 DTYPES = (torch.float32, torch.bfloat16)
 LENGTHS = (1, 2, 15, 16, 17, 64, 100, 257)
-DECAYS = {"usual": (-6.0, 1.0), "none": (-40.0, -20.0), "total": (4.0, 9.0), "mixed": (-20.0, 6.0)}
+DECAYS = {"usual": (-6.0, 1.0), "none": (-40.0, -20.0), "total": (4.0, 95.0), "mixed": (-20.0, 6.0)}
 
 
 @functools.lru_cache(maxsize=None)
@@ -300,13 +300,33 @@ def changed(**changes):
         ({"cu_seqlens": torch.tensor([0, 2, 6])}, r"state is \(1, 2, 8, 8\).*\(2, 2, 8, 8\)"),
         ({"backend": "tpu"}, "'tpu' is unknown; take one of auto, reference, cpu, cuda"),
         ({"backend": "cpu:sse9"}, "'cpu:sse9' is unknown"),
-        ({"backend": "cuda"}, "backend 'cuda' with tensors on cpu"),
+        ({"backend": "auto:fast"}, "'auto:fast' is unknown"),
+        ({"backend": "cuda:avx2"}, "'cuda:avx2' is unknown"),
+        ({"backend": None}, "None is unknown"),
+        ({"cu_seqlens": [0, 6]}, r"cu_seqlens is a list; give a tensor"),
         ({x: torch.zeros(1, 6, 2, 8).double() for x in "rkvw"} | {"backend": "cpu"}, "float32, not torch.float64"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         wkv6(**changed(**changes))
+
+
+def test_a_named_backend_of_another_device_says_why_it_does_not_serve():
+    missing = backends()["cuda"]
+    with pytest.raises(RuntimeError if missing else ValueError, match=missing or "backend 'cuda' with tensors on cpu"):
+        wkv6(**changed(), backend="cuda")
+
+
+def test_bounds_that_only_a_compiled_graph_sees_are_checked_when_it_runs():
+    inputs, _ = random_inputs(1, 70, 1, 8, with_state=False)
+    compiled = torch.compile(wkv6, fullgraph=True, backend="aot_eager")
+    good = torch.tensor([0, 20, 70])
+    y, _ = compiled(*inputs[:5], None, good, backend="cpu")
+    assert torch.equal(y, wkv6(*inputs[:5], None, good, backend="cpu")[0])
+    for bad in ([0, 80, 70], [0, 4_000_000, 70], [5, 20, 70]):
+        with pytest.raises(ValueError, match="it must start at 0, increase, and end at 70"):
+            compiled(*inputs[:5], None, torch.tensor(bad), backend="cpu")
 
 
 def test_packed_rows_need_one_batch():

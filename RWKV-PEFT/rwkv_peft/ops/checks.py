@@ -40,6 +40,8 @@ def check(r, k, v, w, u, state, cu_seqlens):
 
 def _check_cu_seqlens(cu_seqlens, B, T):
     """The number of sequences that cu_seqlens packs into the one row of T tokens."""
+    if not isinstance(cu_seqlens, torch.Tensor):
+        raise ValueError(f"wkv6: cu_seqlens is a {type(cu_seqlens).__name__}; give a tensor, torch.tensor([0, ..., {T}])")
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
         raise ValueError(
             f"wkv6: cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; it must be (n + 1,) int32 or int64, "
@@ -48,7 +50,7 @@ def _check_cu_seqlens(cu_seqlens, B, T):
     if B != 1:
         raise ValueError(f"wkv6: B is {B} with cu_seqlens; packed sequences share one row: reshape to (1, B * T, H, N)")
     if not torch.compiler.is_compiling() and _has_values(cu_seqlens):
-        _check_bounds(cu_seqlens, T)
+        check_bounds(cu_seqlens, T)
     return len(cu_seqlens) - 1
 
 
@@ -57,9 +59,13 @@ def _has_values(x):
     return type(x) is torch.Tensor and x.device.type != "meta"
 
 
-def _check_bounds(cu_seqlens, T):
-    """Reading a GPU's tensor waits for the GPU, so each tensor is read once and remembers that it passed."""
-    if getattr(cu_seqlens, "_wkv6_checked", None) == T:
+def check_bounds(cu_seqlens, T):
+    """Raise ValueError unless cu_seqlens bounds sequences of T tokens in all.
+
+    Reading a GPU's tensor waits for the GPU, so such a tensor remembers that it passed, as long as nobody writes to it.
+    """
+    passed = T, 0 if cu_seqlens.is_inference() else cu_seqlens._version
+    if getattr(cu_seqlens, "_wkv6_checked", None) == passed:
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != T or any(a >= b for a, b in zip(bounds, bounds[1:])):
@@ -69,4 +75,4 @@ def _check_bounds(cu_seqlens, T):
             "drop empty sequences and count the padding as one"
         )
     if cu_seqlens.device.type != "cpu":
-        cu_seqlens._wkv6_checked = T
+        cu_seqlens._wkv6_checked = passed

@@ -91,7 +91,7 @@ def run_forward(kernels, stream, r, k, v, w, u, state, cu_seqlens, save):
     y = torch.empty_like(r)
     final_state = u.new_empty(sequences, H, N, N)
     checkpoints = u.new_empty(checkpoint_count(B * T, sequences) if save else 0, H, N, N)
-    r, k, v, w = (_aligned(x) for x in (r, k, v, w))
+    r, k, v, w, state = (None if x is None else _aligned(x) for x in (r, k, v, w, state))
     tensors = dict(r=r, k=k, v=v, w=w, u=u, state=state, bounds=cu_seqlens, y=y, final_state=final_state)
     _launch(kernels.forward, stream, sequences, **tensors, checkpoints=checkpoints if save else None)
     return y, final_state, checkpoints
@@ -102,7 +102,7 @@ def run_backward(kernels, stream, r, k, v, w, u, cu_seqlens, checkpoints, gy, gf
     H, N = u.shape
     sequences = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     gy = torch.zeros_like(r) if gy is None else gy
-    r, k, v, w, gy = (_aligned(x) for x in (r, k, v, w, gy))
+    r, k, v, w, gy, gfinal = (None if x is None else _aligned(x) for x in (r, k, v, w, gy, gfinal))
     gr, gk, gv, gw = (torch.empty_like(x) for x in (r, k, v, w))
     gu = u.new_empty(sequences, H, N)
     gstate = u.new_empty(sequences, H, N, N)
@@ -133,7 +133,7 @@ def _launch(function, stream, sequences, **tensors):
 
 
 def _aligned(x):
-    """x where the kernels' 16-byte copies can read it, else a copy of it."""
+    """x where the kernels' copies of 8 and 16 bytes can read it, else a copy of it."""
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 

@@ -32,6 +32,8 @@ class Module:
             self._driver = ctypes.CDLL("libcuda.so.1")
         except OSError as error:
             raise BuildError(f"cannot load the NVIDIA driver's library: {error}; install the driver") from error
+        self._context = ctypes.c_void_p()
+        self._call("cuCtxGetCurrent", ctypes.byref(self._context))
         self._module = ctypes.c_void_p()
         self._call("cuModuleLoadData", ctypes.byref(self._module), image)
         self._kernels = {}
@@ -53,7 +55,8 @@ class Module:
         a = arguments._obj
         name, block = plan(direction, a.head_size, a.scalar)
         kernel, shared = self._kernels[name]
-        sizes = [ctypes.c_uint(size) for size in (a.heads, a.sequences, 1, *block, shared)]
+        sizes = [ctypes.c_uint(size) for size in (a.heads * a.sequences, 1, 1, *block, shared)]
+        self._call("cuCtxSetCurrent", self._context)  # autograd's threads have no context of their own
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(a))
         return self._driver.cuLaunchKernel(kernel, *sizes, ctypes.c_void_p(stream), parameters, None)
 

@@ -14,6 +14,8 @@ import importlib
 
 import torch
 
+from .checks import check_bounds
+
 _library = torch.library.Library("rwkv_peft", "DEF")
 _library.define(
     "wkv6_forward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor? state, Tensor? cu_seqlens, "
@@ -31,8 +33,10 @@ def backend_module(device_type):
     return importlib.import_module(f".{device_type}", __package__)
 
 
-def _forward(r, *rest):
-    return backend_module(r.device.type).forward(r, *rest)
+def _forward(r, k, v, w, u, state, cu_seqlens, *rest):
+    if cu_seqlens is not None:  # a compiled graph comes here with values that nobody has seen yet
+        check_bounds(cu_seqlens, r.shape[1])
+    return backend_module(r.device.type).forward(r, k, v, w, u, state, cu_seqlens, *rest)
 
 
 def _backward(r, *rest):

@@ -80,21 +80,21 @@ def _choose(backend, device_type, dtype):
 @functools.lru_cache(maxsize=None)
 def _resolve(backend, device_type, dtype):
     """The backend to call: `backend` itself, or what "auto" means for this device and dtype."""
-    name, _, level = backend.partition(":")
-    if name == "auto":
+    if backend == "auto":
         return _resolve_auto(device_type, dtype)
-    if name == "reference":
-        return name
-    if name not in KERNELS or (level and level not in cpu.LEVELS):
+    if backend == "reference":
+        return backend
+    name, _, level = str(backend).partition(":")
+    if name not in KERNELS or (level and (name != "cpu" or level not in cpu.LEVELS)):
         known = ", ".join(("auto", "reference", *KERNELS, *(f"cpu:{level}" for level in cpu.LEVELS)))
         raise ValueError(f"wkv6: backend {backend!r} is unknown; take one of {known}")
+    reason = cpu.unavailable(level) if name == "cpu" else backend_module(name).unavailable()
+    if reason is not None:
+        raise RuntimeError(f"wkv6: backend {backend!r} cannot be used: {reason}")
     if device_type not in (name, "meta"):
         raise ValueError(f"wkv6: backend {name!r} with tensors on {device_type}; move them to {name}, or take 'auto'")
     if dtype == torch.float64:
         raise ValueError(f"wkv6: backend {name!r} computes in float32, not {dtype}; convert, or take 'reference'")
-    reason = cpu.unavailable(level) if name == "cpu" else backend_module(name).unavailable()
-    if reason is not None:
-        raise RuntimeError(f"wkv6: backend {backend!r} cannot be used: {reason}")
     return backend
 
 
