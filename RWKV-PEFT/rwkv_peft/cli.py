@@ -1,7 +1,10 @@
-"""An argument parser whose refusals are UserErrors, so that a command says one thing and exits with 2."""
+"""An argument parser whose refusals are UserErrors, so that a command says one thing and exits with 2; the types of
+flags, which raise ArgumentTypeError."""
 
 import argparse
 import difflib
+import math
+import re
 
 from .errors import UserError
 
@@ -33,3 +36,57 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(flag, known, 1)
             raise UserError(f"there is no {flag}" + (f"; did you mean {near[0]}?" if near else f"; see {self.prog} --help"))
         return namespace
+
+
+def switch(text):
+    """0 / 1, as RWKV-LM's scripts write them, or true / false."""
+    if text.lower() in ("1", "true", "yes"):
+        return True
+    if text.lower() in ("0", "false", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither 0 nor 1")
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return value
+
+
+def finite(text):
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
+def not_negative(text):
+    value = finite(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def above_zero(text):
+    value = finite(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def count(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def names(text):
+    """Names as a word, as a list with commas, or as the JSON list that RWKV-PEFT's scripts write, whole or in pieces."""
+    return tuple(re.findall(r"[^\s,\[\]\"']+", text))
+
+
+def alias(aliases):
+    """An argparse type that reads the names that others use as ours."""
+    return lambda text: dict(aliases).get(text, text)

@@ -47,7 +47,8 @@ class AdapterConfig:
     the learning rate of lora_B over that of lora_A (lora-plus alone); targets are module-name
     suffixes such as "att.key"; train_parts are groups of base parameters that train in full;
     quant is one of QUANTIZATIONS, for the frozen weights under adapters; load is an adapter file
-    to start from, or "".
+    to start from, or ""; init the file of the factors that a PiSSA of RWKV-PEFT in `load` began
+    with, or "".
     """
 
     method: str = "bone"
@@ -62,6 +63,7 @@ class AdapterConfig:
     train_parts: tuple[str, ...] = ()
     quant: str = "none"
     load: str = ""
+    init: str = ""
 
     @property
     def variant(self):
@@ -86,7 +88,8 @@ class DataConfig:
     rows longer than ctx_len. dataload is "get" (windows of ctx_len from the token stream), "pad" (one
     document a row), "only" (one document, alone) or "pack" (several whole documents a row); loss_mask
     "none", "pad", "qa", "se" or "file"; mask_id are the token ids that open an answer (loss_mask "qa" and
-    "se"), mask_end_id those that open the next question ("qa", optional) or close the answer ("se").
+    "se"), mask_end_id those that open the next question ("qa", optional) or close the answer ("se"). seed draws the order of the
+    samples; None keeps that of the file.
     """
 
     path: str
@@ -101,7 +104,7 @@ class DataConfig:
     sft_split: str = ""
     sft_long: str = "left"
     micro_bsz: int = 1
-    seed: int = 42
+    seed: int | None = 42
 
 
 @dataclass(frozen=True)

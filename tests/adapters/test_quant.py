@@ -1,5 +1,7 @@
 """Adapters on a quantized weight: the same laws, and no dequantized copy that lives on."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from rwkv_peft.adapters import ADAPTERS, inject, merged
 from rwkv_peft.adapters import quant as quant_module
 from rwkv_peft.adapters.functional import linear
 from rwkv_peft.adapters.quant import QuantizedProduct, quantize, roundtrip
+from rwkv_peft.errors import UserError
 
 pytest.importorskip("bitsandbytes")
 KINDS = ("nf4", "int8")
@@ -76,6 +79,24 @@ def test_nothing_of_the_weights_size_is_kept_for_backward(kind, variant, adapt):
         linear(x, layer.base, layer.bias, product=layer.product) if variant == "none" else layer(x)
     floats = [t for t in saved if t.is_floating_point() and t is not getattr(layer, "bone", None)]
     assert all(t.numel() < in_features * out_features for t in floats)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantized_layer_compiles_into_one_graph(kind, adapt):
+    layer, x = adapt(nn.Linear(64, 32), "bone", quant=kind), torch.randn(3, 64)
+    y = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(y, layer(x))
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("error", [ImportError, RuntimeError, OSError])
+def test_a_bitsandbytes_that_does_not_import_is_a_users_matter(error, monkeypatch, tmp_path):
+    (tmp_path / "bitsandbytes.py").write_text(f"raise {error.__name__}('libcudart is missing')")
+    for name in [name for name in sys.modules if name.split(".")[0] == "bitsandbytes"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="libcudart is missing.*--quant none"):
+        quantize(torch.randn(4, 64), "nf4")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -48,6 +48,14 @@ def test_an_epoch_of_documents_reads_each_once(make, dataload):
         assert sorted(tokens.tolist() for tokens, _ in epoch_of(samples, epoch)) == sorted(documents)
 
 
+@pytest.mark.parametrize("dataload", ["get", "pad", "only"])
+def test_without_a_seed_samples_come_in_the_order_of_the_file(make, dataload):
+    samples = make([[i + 1] * (9 + i % 7) for i in range(600)], ctx_len=8, dataload=dataload, seed=None)
+    first = [int(tokens[0]) for tokens, _ in epoch_of(samples)]
+    assert len(first) >= 600 and first == sorted(first)
+    assert first == [int(tokens[0]) for tokens, _ in epoch_of(samples, 1)]
+
+
 def test_bucketing_brings_like_lengths_together(make):
     documents = [[1] * (2 + (i * 7919) % 97) for i in range(1024)]
 

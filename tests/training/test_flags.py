@@ -1,17 +1,20 @@
 """train.py's command line: what it accepts, and that each mistake is one message with exit code 2, before any work."""
 
 import pickle
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from rwkv_peft.config import TARGETS
 from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.errors import UserError, exit_on_user_error
 from rwkv_peft.training.flags import build_parser, parse_config
-from rwkv_peft.training.run import main
+from rwkv_peft.training.run import describe_adapter, main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,9 +65,119 @@ def test_rows_of_questions_and_answers_count_their_answers(files):
     assert (stream.dataload, stream.loss_mask) == ("get", "none")
 
 
+# The commands of RWKV-PEFT's scripts for x060 models, with this base's dimensions, and what each must come to.
+SCRIPT = """--load_model {base} --proj_dir {out} --data_file {data} --vocab_size 80 --ctx_len 512 --epoch_steps 1000
+    --epoch_count 1 --epoch_begin 0 --epoch_save 1 --micro_bsz 8 --n_layer 2 --n_embd 64 --pre_ffn 0 --head_qk 0
+    --lr_init 2e-5 --lr_final 2e-5 --warmup_steps 0 --beta1 0.9 --beta2 0.99 --adam_eps 1e-8 --accelerator gpu --devices 1
+    --precision bf16 --strategy deepspeed_stage_1 --grad_cp 1 --my_testing "x060" """
+SCRIPTS = (
+    ("""--data_type binidx --dataload pad --loss_mask pad --peft bone --bone_config '{"bone_load":"","bone_r":16}'""",
+     {"method": "bone", "mode": "bat-in", "rank": 16}),
+    ("""--data_type binidx --peft bone --bone_config '{"bone_mode":"bone","bone_load":"","bone_r":16}' --fla
+        --lr_schedule cos_decay""",
+     {"method": "bone", "mode": "bone", "rank": 16}),
+    ("""--data_type binidx --peft disha --disha_config '{"mode":"bat","load":"","r":16}'""",
+     {"method": "bone", "mode": "bat-in", "rank": 16}),
+    ("""--data_type binidx --peft lora --lora_config '{"lora_load":"","lora_r":32,"lora_alpha":32,"lora_dropout":0.0}'
+        --train_parts '["time", "ln"]' --op cuda --head_size_a 16 --head_size_divisor 8 --dim_att 0 --dim_ffn 0""",
+     {"method": "lora", "rank": 32, "alpha": 32, "train_parts": ("time", "ln")}),
+    ("""--data_type binidx --train_parts [] --quant nf4 --peft lora
+        --lora_config '{"lora_load":"","lora_r":8,"lora_alpha":32,"lora_dropout":0.01,"lora_parts":"att"}'""",
+     {"method": "lora", "alpha": 32, "dropout": 0.01, "train_parts": (), "targets": TARGETS[:5], "quant": "nf4"}),
+    ("""--data_type binidx --dataload pad --loss_mask pad
+        --peft pissa --pissa_config '{"pissa_load":"","pissa_init":"","pissa_r":32,"svd_niter":4}'""",
+     {"method": "pissa", "rank": 32, "svd_niter": 4, "init": ""}),
+    ("""--data_type binidx
+        --peft pissa --pissa_config '{"pissa_load":"rwkv-0.pth","pissa_init":"init_pissa.pth","pissa_r":32}'""",
+     {"method": "pissa", "load": "rwkv-0.pth", "init": "init_pissa.pth"}),
+    ("""--data_type binidx --train_type "finetune" --dataload pad --fla --peft none --train_parts [ln, emb]""",
+     {"method": "none", "train_parts": ("ln", "emb")}),
+)
+
+
+@pytest.mark.parametrize("text, expected", SCRIPTS, ids=range(len(SCRIPTS)))
+def test_rwkv_pefts_commands_mean_here_what_they_say(files, text, expected):
+    script = SCRIPT.format(base=files / "base.pth", out=files / "out", data=files / "data")
+    config = parse_config(shlex.split(script + text))
+    assert {name: getattr(config.adapter, name) for name in expected} == expected
+    assert (config.train.lr_schedule, config.data.micro_bsz, config.train.grad_cp) == ("cosine", 8, True)
+
+
+def test_rows_in_the_order_of_the_file(files):
+    more = shlex.split("--data_shuffle 0 --data_type sft --sft_field query response --sft_split 'train[:1000]'")
+    assert parse_config(flags(files, *more)).data.seed is None
+    assert parse_config(flags(files, "--data_shuffle", "1", "--random_seed", "7")).data.seed == 7
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--pre_ffn", "1"], "--pre_ffn: '1' asks for a feed-forward layer in place of the first attention"),
+    (["--head_size_divisor", "16"], "give 8, or leave the flag out"),
+    (["--op", "triton"], "give cuda or fla"),
+    (["--train_type", "state"], "--train_type: 'state' asks for another way to train"),
+    (["--train_type", "finetune"], "add --peft none"),
+    (["--dropout", "0.1"], "lora_dropout"),
+    (["--train_parts", '["time", "lm"]'], "--train_parts lm"),
+    (["--lr_schedule", "sin"], "invalid choice: 'sin'"),
+    (["--data_shuffle", "2"], "neither 0 nor 1"),
+])
+def test_what_other_scripts_ask_for_and_this_does_not_do(files, monkeypatch, capsys, more, words):
+    assert words in refused(monkeypatch, capsys, flags(files, *more))
+
+
+def lora(files, method, settings, *more):
+    """The flags of a method that has a JSON value."""
+    name = "pissa_config" if method == "pissa" else "lora_config"
+    argv = flags(files, "--peft", method, f"--{name}", settings, *more)
+    del argv[argv.index("--bone_r") : argv.index("--bone_r") + 2]
+    return argv
+
+
+@pytest.mark.parametrize("flag, value", [
+    *((flag, "nan") for flag in ("lr_init", "lr_final", "weight_decay", "beta1", "beta2", "adam_eps", "gradient_clip_val",
+                                 "val_split")),
+    ("lr_init", "1e400"), ("lr_final", "-inf"),
+])
+def test_flags_take_finite_numbers(files, monkeypatch, capsys, flag, value):
+    assert f"--{flag}: {value} is not a finite number" in refused(monkeypatch, capsys, flags(files, f"--{flag}={value}"))
+
+
+@pytest.mark.parametrize("method, settings, words", [
+    ("lora", '{"lora_r":4,"lora_alpha":NaN}', "lora_alpha nan is not a finite number"),
+    ("lora", '{"lora_r":4,"lora_alpha":1' + 400 * "0" + "}", "not a finite number"),
+    ("lora", '{"lora_r":4,"lora_dropout":Infinity}', "lora_dropout inf is not a finite number"),
+    ("lora", '{"lora_r":4,"lora_alpha":0}', "lora_alpha 0 must be above 0"),
+    ("lora", '{"lora_r":4,"lora_alpha":-8}', "lora_alpha -8 must be above 0"),
+    ("lora", '{"lora_r":4,"lora_parts":"att,time"}', "--train_parts"),
+    ("pissa", '{"pissa_r":4,"svd_niter":-1}', "svd_niter -1"),
+    ("pissa", '{"pissa_r":4,"pissa_init":"init_pissa.pth"}', "pissa_init init_pissa.pth"),
+])
+def test_numbers_of_the_json_forms_have_bounds(files, monkeypatch, capsys, method, settings, words):
+    assert words in refused(monkeypatch, capsys, lora(files, method, settings))
+
+
+@pytest.mark.parametrize("ratio, words", [("inf", "not a finite number"), ("nan", "not a finite number"), ("0", "not above 0")])
+def test_the_ratio_of_lora_plus_is_finite_and_above_0(files, monkeypatch, capsys, ratio, words):
+    argv = lora(files, "lora-plus", '{"lora_r":4}', "--loraplus_lr_ratio", ratio)
+    assert f"--loraplus_lr_ratio: {ratio} is {words}" in refused(monkeypatch, capsys, argv)
+
+
+def test_bone_mini_from_single_flags(files, monkeypatch, capsys):
+    adapter = parse_config(flags(files, "--bone_mode", "bone-mini", "--bone_mini_r", "4")).adapter
+    assert (adapter.mode, adapter.rank, adapter.mini_rank) == ("bone-mini", 16, 4)
+    assert "try --bone_mini_r 16" in refused(monkeypatch, capsys, flags(files, "--bone_mode", "bone-mini"))
+    assert "belongs to --bone_mode bone-mini" in refused(monkeypatch, capsys, flags(files, "--bone_mini_r", "4"))
+
+
+def test_the_summary_names_what_else_trains_and_how_the_base_is_kept(files):
+    adapter = parse_config(flags(files, "--quant", "nf4", "--train_parts", "time", "ln")).adapter
+    assert describe_adapter(adapter) == "Bone bat-in, rank 16, --quant nf4, --train_parts time ln"
+    assert describe_adapter(replace(adapter, quant="none", train_parts=())) == "Bone bat-in, rank 16"
+
+
 def test_every_flag_is_read():
     """No flag is parsed and then forgotten."""
-    source = (ROOT / "RWKV-PEFT" / "rwkv_peft" / "training" / "flags.py").read_text()
+    training = ROOT / "RWKV-PEFT" / "rwkv_peft" / "training"
+    source = "".join((training / name).read_text() for name in ("flags.py", "adapter_flags.py", "legacy.py"))
     config = (ROOT / "RWKV-PEFT" / "rwkv_peft" / "config.py").read_text()
     for action in build_parser()._actions:
         if action.dest in ("help", "model_version"):

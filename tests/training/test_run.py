@@ -4,12 +4,14 @@ Each case is a process of its own, because the engine keeps global state.
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -185,6 +187,20 @@ def test_larger_steps_count_from_their_own_checkpoint(tmp_path):
     assert find_checkpoint(tmp_path).name == "step-00000004"
 
 
+def test_a_checkpoint_that_does_not_know_a_setting_has_its_default(tmp_path):
+    from dataclasses import asdict
+
+    from rwkv_peft.config import AdapterConfig
+    from rwkv_peft.errors import UserError
+    from rwkv_peft.training.saver import read_state
+
+    known = {name: value for name, value in asdict(AdapterConfig(rank=16)).items() if name != "init"}
+    (tmp_path / "state.json").write_text(json.dumps({"adapter": known, "base": "abc"}))
+    assert read_state(tmp_path, {"adapter": asdict(AdapterConfig(rank=16)), "base": "abc"}, True)["base"] == "abc"
+    with pytest.raises(UserError, match="give the first run's flags"):
+        read_state(tmp_path, {"adapter": asdict(AdapterConfig(rank=16, init="init_pissa.pth")), "base": "abc"}, True)
+
+
 def test_a_new_run_continues_from_an_adapter(files, train, one_process):
     out, _ = train("again", "--precision", "fp32", "--micro_bsz", "4", "--epoch_count", "3", "--epoch_begin", "2",
                    "--bone_load", str(files / "one" / "adapter.safetensors"))
@@ -200,6 +216,26 @@ def test_a_diverged_run_stops_names_the_step_and_keeps_the_checkpoint(files, tra
     assert all(torch.isfinite(t).all() for t in load_file(files / "nan" / "adapter.safetensors").values())
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_saved(files, train):
+    """The loss alone would not tell: lora_B begins at 0, and only its gradient is multiplied by the scale."""
+    _, err = train("infinite", "--precision", "fp32", "--peft", "lora", "--lora_config", '{"lora_r": 4, "lora_alpha": 1e38}',
+                   code=1)
+    assert "gradient norm became inf at step 0" in err and "Traceback" not in err
+    assert not (files / "infinite" / "checkpoints").exists() and not (files / "infinite" / "adapter.safetensors").exists()
+    assert metrics(files, "infinite") == []
+
+
+@pytest.mark.parametrize("norm", [math.inf, math.nan, -1.0])  # DeepSpeed's -1 is a norm that it found not finite
+def test_a_norm_that_is_not_finite_in_any_spelling(norm):
+    from rwkv_peft.training.callbacks import FiniteGradients
+    from rwkv_peft.training.lit import Diverged
+
+    engine = SimpleNamespace(get_global_grad_norm=lambda: torch.tensor(norm))
+    trainer, lit = SimpleNamespace(strategy=SimpleNamespace(deepspeed_engine=engine)), SimpleNamespace(step=7)
+    with pytest.raises(Diverged, match="at step 7"):
+        FiniteGradients(accumulate=1).on_train_batch_end(trainer, lit, None, None, 0)
+
+
 def test_a_new_model_trains_from_scratch_and_is_a_base(files, train):
     train("new", "--load_model", "", "--peft", "none", "--n_layer", "2", "--n_embd", "64", "--vocab_size", "80",
           "--precision", "fp32", "--micro_bsz", "4")
@@ -212,7 +248,7 @@ def test_a_new_model_trains_from_scratch_and_is_a_base(files, train):
 @pytest.mark.parametrize("method", ["bone-mini", "bat-out", "lora-plus", "pissa", "lora-ga", "nf4"])
 def test_every_method_trains_validates_and_merges(files, accelerator, method):
     """In one short run each: packed documents, a validation split, the best adapter, and the merge of it."""
-    flags = {"bone-mini": ["--bone_mode", "bone-mini", "--bone_config", '{"bone_r": 8, "bone_mini_r": 4}'],
+    flags = {"bone-mini": ["--bone_mode", "bone-mini", "--bone_r", "8", "--bone_mini_r", "4"],
              "bat-out": ["--bone_mode", "bat-out", "--bone_r", "16"],
              "nf4": ["--quant", "nf4", "--bone_r", "16"],
              "pissa": ["--peft", "pissa", "--pissa_config", '{"pissa_r": 4, "svd_niter": 2}'],

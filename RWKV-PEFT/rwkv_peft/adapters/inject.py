@@ -69,6 +69,12 @@ def check_adapter(config, shapes):
         raise UserError(f"dropout {config.dropout} is not in [0, 1)")
     if config.rank < 1:
         raise UserError(f"rank {config.rank}: a rank is at least 1; try 64")
+    if not (math.isfinite(config.alpha) and config.alpha >= 0):
+        raise UserError(f"alpha {config.alpha}: it is a finite number above 0, or 0 for that of the rank")
+    if not (math.isfinite(config.lora_plus_ratio) and config.lora_plus_ratio > 0):
+        raise UserError(f"--loraplus_lr_ratio {config.lora_plus_ratio}: it is a finite number above 0; try 16")
+    if config.svd_niter < 0:
+        raise UserError(f"svd_niter {config.svd_niter} is negative; 0 asks for an exact SVD, 4 for a quick one")
     names = _match_targets(config.targets, shapes)
     for name in names:
         _check_rank(config, name, *shapes[name])
@@ -164,7 +170,7 @@ def _match_parts(parts, model):
 
 
 def _check_rank(config, name, out_features, in_features):
-    variant, rank = config.variant, config.rank
+    variant, rank, mini_rank = config.variant, config.rank, config.mini_rank
     if variant in ("bat-in", "bat-out"):
         common = math.gcd(out_features, in_features)
         if common % rank:
@@ -173,17 +179,16 @@ def _check_rank(config, name, out_features, in_features):
                 f"{out_features if out_features % rank else in_features} at {name} ({out_features} x {in_features}); "
                 f"try --bone_r {nearest_divisor(common, rank)}, or --bone_mode bone, which pads"
             )
-    elif variant == "bone-mini":
-        if config.mini_rank < 1 or out_features % config.mini_rank:
-            raise UserError(
-                f"bone-mini needs its mini_rank to divide out_features: {config.mini_rank} does not divide "
-                f"{out_features} at {name}; try {nearest_divisor(out_features, max(1, config.mini_rank))}"
-            )
-    else:
-        limit = in_features if variant == "bone" else min(out_features, in_features) // (1 + (variant == "lora-ga"))
-        if rank > limit:
-            raise UserError(f"rank {rank} is more than {limit}, the most that {variant} can use at {name} "
-                            f"({out_features} x {in_features}); lower it")
+        return
+    if variant == "bone-mini" and (mini_rank < 1 or out_features % mini_rank):
+        raise UserError(
+            f"bone-mini needs --bone_mini_r to divide the outputs of every layer: {mini_rank} does not divide "
+            f"{out_features} at {name}; try --bone_mini_r {nearest_divisor(out_features, mini_rank if mini_rank > 0 else rank)}"
+        )
+    limit = in_features if config.method == "bone" else min(out_features, in_features) // (1 + (variant == "lora-ga"))
+    if rank > limit:
+        raise UserError(f"rank {rank} is more than {limit}, the most that {variant} can use at {name} "
+                        f"({out_features} x {in_features}); lower it")
 
 
 def nearest_divisor(number, value):

@@ -5,6 +5,8 @@ A product dequantizes a few rows at a time and drops them, so that memory in tra
 the quantized weight plus activations.
 """
 
+import functools
+
 import torch
 
 from ..errors import UserError
@@ -87,15 +89,25 @@ class QuantizedProduct:
             )
             part = packed[start // 2 : -(-stop // 2)]
             return functional.dequantize_4bit(part[:, None], state).flatten().to(dtype)
-        code = functional.create_dynamic_map().to(packed.device)
-        state = functional.QuantState(absmax, code=code, blocksize=size, dtype=native)
+        state = functional.QuantState(absmax, code=_int8_code(packed.device), blocksize=size, dtype=native)
         return functional.dequantize_blockwise(packed[start:stop], state).flatten().to(dtype)
+
+
+@torch.compiler.assume_constant_result  # torch.compile can neither trace how the code is made nor keep it
+def _int8_code(device):
+    """The 256 values that an int8 weight can have, float32, on a device."""
+    return _make_int8_code(device)
+
+
+@functools.cache
+def _make_int8_code(device):
+    return _bitsandbytes().create_dynamic_map().to(device)
 
 
 def _bitsandbytes():
     try:
         from bitsandbytes import functional
-    except ImportError as error:
+    except (ImportError, RuntimeError, OSError) as error:  # the last two where its library does not load
         raise UserError(
             f"--quant needs bitsandbytes, which does not import here ({error}); "
             "pip install bitsandbytes, or use --quant none"

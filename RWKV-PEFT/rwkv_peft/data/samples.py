@@ -1,4 +1,4 @@
-"""Samples: what a row of a batch holds, in an order that depends on the seed alone.
+"""Samples: what a row of a batch holds, in an order that depends on the seed alone (None: that of the file).
 
 Sample n, for any n >= 0, is sample n % len of epoch n // len; each epoch visits every sample once,
 in its own order. A sample is (tokens, mask): tokens int64 (T + 1,), inputs are tokens[:-1] and
@@ -100,7 +100,10 @@ class Samples:
 
     def _choose(self, units):
         self.units = units
-        self._order = lru_cache(maxsize=4)(lambda epoch: Permutation(len(units), self.seed, epoch))
+        self._order = lru_cache(maxsize=4)(self._make_order)
+
+    def _make_order(self, epoch):
+        return range(len(self)) if self.seed is None else Permutation(len(self), self.seed, epoch)
 
     def subset(self, chosen):
         """The same kind of samples over the chosen positions of `units` alone."""
@@ -168,12 +171,13 @@ class WindowSamples(Samples):
 class DocumentSamples(Samples):
     """Dataloads "pad" and "only": one document a row, cut to ctx_len + 1 tokens.
 
-    With bucketed=True documents of about one length come together: each 512 of the epoch's order
-    are sorted by length, and runs of 16 of them shuffled.
+    With bucketed=True and a seed, documents of about one length come together: each 512 of the epoch's
+    order are sorted by length, and runs of 16 of them shuffled.
     """
 
     def __init__(self, dataset, ctx_len, seed, mask=None, bucketed=False):
-        self.dataset, self.ctx_len, self._mask, self.bucketed = dataset, ctx_len, mask, bucketed
+        self.dataset, self.ctx_len, self._mask = dataset, ctx_len, mask
+        self.bucketed = bucketed and seed is not None
         super().__init__(readable_documents(dataset), seed)
         self.notes += [f"{len(self)} documents an epoch", *not_read(dataset, ctx_len)]
 

@@ -1,6 +1,7 @@
 """What a run shows and writes step by step: the progress bar, metrics.jsonl, the loggers; and when it saves or stops."""
 
 import json
+import math
 import signal
 import sys
 import time
@@ -9,6 +10,7 @@ import lightning.pytorch as pl
 from tqdm import tqdm
 
 from ..checkpoint import atomic_write
+from .lit import Diverged
 from .saver import load_checkpoint
 
 
@@ -28,6 +30,24 @@ class StepCallback(pl.Callback):
 
     def on_step(self, trainer, lit, done):
         """Called after each optimizer step."""
+
+
+def gradient_norm(trainer):
+    """The norm of the gradient of the step just done, over all ranks and before clipping; None where the engine has none."""
+    norm = trainer.strategy.deepspeed_engine.get_global_grad_norm()
+    if norm is None:
+        return None
+    return math.nan if norm < 0 else float(norm)  # DeepSpeed writes -1 for a norm that is not finite
+
+
+class FiniteGradients(StepCallback):
+    """Ends a run whose gradient norm is not finite, since clipping then makes zeros or NaN of the step: raises Diverged,
+    on all ranks, which share the norm. It stands before the callbacks that record and save."""
+
+    def on_step(self, trainer, lit, done):
+        norm = gradient_norm(trainer)
+        if norm is not None and not math.isfinite(norm):
+            raise Diverged(f"the gradient norm became {norm} at step {lit.step}")
 
 
 class Record(StepCallback):
@@ -62,9 +82,8 @@ class Record(StepCallback):
         validation = {} if self.validator is None else self.validator(trainer, lit, done)
         if not trainer.is_global_zero:
             return
-        norm = trainer.strategy.deepspeed_engine.get_global_grad_norm()
         metrics = {"step": lit.step, "epoch": lit.step // self.plan.epoch_steps, "loss": lit.step_loss, "lr": lit.lr,
-                   "grad_norm": None if norm is None else float(norm), "tokens": tokens, "tokens_per_s": round(rate, 1), **validation}
+                   "grad_norm": gradient_norm(trainer), "tokens": tokens, "tokens_per_s": round(rate, 1), **validation}
         self.file.write(json.dumps(metrics) + "\n")
         numbers = {key: value for key, value in metrics.items() if value is not None and key != "step"}
         for logger in trainer.loggers:

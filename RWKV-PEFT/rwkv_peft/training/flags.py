@@ -4,67 +4,24 @@ Names that RWKV-LM and RWKV-PEFT scripts use are kept. Every contradiction is re
 before a weight is read.
 """
 
-import argparse
-import difflib
 import importlib.util
-import json
 import re
 from dataclasses import fields
 from pathlib import Path
 
 from ..adapters import check_adapter
 from ..checkpoint import load_base, model_config_from_state
-from ..cli import HelpFormatter, Parser
-from ..config import (ADAPTER_METHODS, BONE_MODES, QUANTIZATIONS, STRATEGIES, TARGETS, TRAIN_PARTS, AdapterConfig,
-                      DataConfig, ModelConfig, RunConfig, TrainConfig)
+from ..cli import HelpFormatter, Parser, alias, count, not_negative, positive, switch
+from ..config import STRATEGIES, DataConfig, ModelConfig, RunConfig, TrainConfig
 from ..data.masks import LOSS_MASKS
 from ..data.samples import DATALOADS
 from ..errors import UserError
+from .adapter_flags import adapter_config, add_adapter_flags
+from .legacy import add_legacy_flags
 from .schedule import SCHEDULES
 
-MODE_ALIASES = (("bat", "bat-in"),)  # RWKV-PEFT's name for it
-# flag of the JSON forms -> AdapterConfig field
-LORA_KEYS = (("lora_r", "rank"), ("lora_alpha", "alpha"), ("lora_dropout", "dropout"), ("lora_load", "load"))
-# (flag, the methods it belongs to, its keys -> AdapterConfig fields)
-JSON_FLAGS = (
-    ("bone_config", ("bone",), (("bone_mode", "mode"), ("bone_r", "rank"), ("bone_load", "load"),
-                                ("bone_mini_r", "mini_rank"))),
-    ("lora_config", ("lora", "lora-plus", "olora", "lora-ga"), LORA_KEYS),
-    ("pissa_config", ("pissa",), (("pissa_r", "rank"), ("pissa_load", "load"), ("svd_niter", "svd_niter"))),
-)
-EXAMPLES = ('{"bone_mode":"bat-in","bone_load":"","bone_r":64}',
-            '{"lora_load":"","lora_r":64,"lora_alpha":128,"lora_dropout":0}',
-            '{"pissa_load":"","pissa_r":64,"svd_niter":4}')
-
-
-def switch(text):
-    """0 / 1, as RWKV-LM's scripts write them, or true / false."""
-    if text.lower() in ("1", "true", "yes"):
-        return True
-    if text.lower() in ("0", "false", "no"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither 0 nor 1")
-
-
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return value
-
-
-def not_negative(text):
-    value = float(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
-
-
-def count(text):
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
+# RWKV-PEFT's name -> ours
+SCHEDULE_ALIASES = (("cos_decay", "cosine"), ("cos", "cosine"))
 
 
 def build_parser():
@@ -76,32 +33,17 @@ def build_parser():
     model.add_argument("--load_model", default="", metavar="PTH",
                        help="base checkpoint; dimensions are read from it. Empty: a new model from --n_layer, --n_embd, "
                             "--vocab_size (needs --peft none)")
-    model.add_argument("--model_version", "--my_testing", default="x060", choices=("x060",), help="architecture")
+    model.add_argument("--model_version", "--my_testing", "--rwkv_version", default="x060", choices=("x060",),
+                       help="architecture")
     for name, text in (("n_layer", "blocks"), ("n_embd", "channels"), ("vocab_size", "vocabulary"),
                        ("dim_att", "attention channels (new model: n_embd)"),
                        ("dim_ffn", "feed-forward channels (new model: 3.5 n_embd, down to a multiple of 32)"),
                        ("head_size", "head size (new model: 64)")):
-        names = ["--head_size", "--head_size_a"] if name == "head_size" else [f"--{name}"]
-        model.add_argument(*names, type=positive, default=None, help=text)
+        flags = ["--head_size", "--head_size_a"] if name == "head_size" else [f"--{name}"]
+        # RWKV-PEFT's scripts write 0 for widths that follow from others
+        model.add_argument(*flags, type=count if name in ("dim_att", "dim_ffn") else positive, default=None, help=text)
 
-    adapter = parser.add_argument_group("adapter")
-    adapter.add_argument("--peft", default="bone", choices=ADAPTER_METHODS,
-                         help="adapter method; none trains the model itself (all of it, or --train_parts)")
-    adapter.add_argument("--bone_mode", default=None, metavar="MODE",
-                         help="bat-in (block affine by input block, also called bat), bat-out or bone (default bat-in)")
-    adapter.add_argument("--bone_r", type=positive, default=None, help="block size r (default 64)")
-    adapter.add_argument("--bone_load", default=None, metavar="FILE", help="adapter to start from")
-    for (name, methods, _), example in zip(JSON_FLAGS, EXAMPLES):
-        adapter.add_argument(f"--{name}", default=None, metavar="JSON",
-                             help=f"settings of {', '.join(methods)} as one JSON value: {example}")
-    adapter.add_argument("--loraplus_lr_ratio", type=not_negative, default=None,
-                         help="lora-plus: learning rate of lora_B over lora_A's (default 16)")
-    adapter.add_argument("--quant", default="none", choices=QUANTIZATIONS,
-                         help="keep the frozen matrices quantized (needs bitsandbytes)")
-    adapter.add_argument("--target_modules", nargs="+", default=list(TARGETS), metavar="NAME",
-                         help="linear layers that get an adapter, as ends of their names")
-    adapter.add_argument("--train_parts", nargs="*", default=[], choices=TRAIN_PARTS,
-                         help="parameters of the base that train along")
+    add_adapter_flags(parser)
 
     data = parser.add_argument_group("data")
     data.add_argument("--data_file", required=True, metavar="PREFIX",
@@ -125,6 +67,8 @@ def build_parser():
                       help="token ids that open an answer, for --loss_mask qa and se")
     data.add_argument("--mask_end_id", type=count, nargs="+", default=[], metavar="ID",
                       help="token ids that close it (se), or open the next question (qa)")
+    data.add_argument("--data_shuffle", type=switch, default=True, metavar="0|1",
+                      help="0: samples come in the order of the file, in every epoch")
     data.add_argument("--micro_bsz", type=positive, default=1, help="samples a device and forward pass")
 
     validation = parser.add_argument_group("validation")
@@ -152,7 +96,8 @@ def build_parser():
     optimizer = parser.add_argument_group("optimizer")
     optimizer.add_argument("--lr_init", type=not_negative, default=2e-5, help="learning rate after warm-up")
     optimizer.add_argument("--lr_final", type=not_negative, default=2e-5, help="learning rate at the end")
-    optimizer.add_argument("--lr_schedule", default="cosine", choices=SCHEDULES, help="from lr_init to lr_final")
+    optimizer.add_argument("--lr_schedule", type=alias(SCHEDULE_ALIASES), default="cosine", choices=SCHEDULES,
+                           help="from lr_init to lr_final; cosine is also called cos_decay")
     optimizer.add_argument("--warmup_steps", type=count, default=0, help="steps of linear warm-up")
     optimizer.add_argument("--beta1", type=not_negative, default=0.9, help="Adam")
     optimizer.add_argument("--beta2", type=not_negative, default=0.99, help="Adam")
@@ -171,86 +116,32 @@ def build_parser():
     machine.add_argument("--precision", default="bf16", choices=("bf16", "fp32"), help="weights and activations")
     machine.add_argument("--grad_cp", type=switch, default=False, metavar="0|1",
                          help="recompute blocks in the backward pass, to save memory")
+    add_legacy_flags(parser)
     return parser
 
 
 def parse_config(argv):
     """argv -> RunConfig. Raises UserError for whatever cannot work together."""
     args = build_parser().parse_args(argv)
+    if args.train_type == "finetune" and args.peft != "none":
+        raise UserError(f"--train_type finetune trains the model itself, and --peft is {args.peft}; add --peft none")
     adapter = adapter_config(args)
     base = load_base(args.load_model) if args.load_model else None
     if base is None and (adapter.method != "none" or adapter.load):
         raise UserError(f"--peft {args.peft} adapts a base model and none is given; "
                         "name it with --load_model, or train a new model with --peft none")
     model = new_model_config(args) if base is None else base_model_config(args, base)
-    if base is not None:
-        check_adapter(adapter, {name.removesuffix(".weight"): tuple(tensor.shape) for name, tensor in base.items()
-                                if name.endswith(".weight") and tensor.ndim == 2})
+    check_adapter(adapter, {name.removesuffix(".weight"): tuple(tensor.shape) for name, tensor in (base or {}).items()
+                            if name.endswith(".weight") and tensor.ndim == 2})
     sft = args.data_type == "sft"
     data = DataConfig(path=args.data_file, dataload=args.dataload or ("pad" if sft else "get"),
                       loss_mask=args.loss_mask or ("file" if sft else "none"), mask_id=tuple(args.mask_id), mask_end_id=tuple(args.mask_end_id),
-                      seed=args.random_seed, sft_field=tuple(args.sft_field),
+                      seed=args.random_seed if args.data_shuffle else None, sft_field=tuple(args.sft_field),
                       **{name: getattr(args, name) for name in
                          ("data_type", "ctx_len", "tokenizer", "sft_split", "sft_long", "micro_bsz")})
     train = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
     check_train(train)
     return RunConfig(model, adapter, data, train)
-
-
-def adapter_config(args):
-    """The adapter's settings, from single flags or from a --*_config JSON value."""
-    given = {"mode": args.bone_mode, "rank": args.bone_r, "load": args.bone_load,
-             "lora_plus_ratio": args.loraplus_lr_ratio}
-    for flag, method in (("bone_mode", "bone"), ("bone_r", "bone"), ("bone_load", "bone"),
-                         ("loraplus_lr_ratio", "lora-plus")):
-        if getattr(args, flag) is not None and args.peft != method:
-            raise UserError(f"--{flag} belongs to --peft {method}, and --peft is {args.peft}")
-    for flag, methods, keys in JSON_FLAGS:
-        text = getattr(args, flag)
-        if text is None:
-            continue
-        if args.peft not in methods:
-            raise UserError(f"--{flag} belongs to --peft {' or '.join(methods)}, and --peft is {args.peft}")
-        for key, value in parse_json_flag(flag, text, keys).items():
-            if given.get(key) is not None and given[key] != value:
-                raise UserError(f"--{flag} says {key} {value!r} and a single flag says {given[key]!r}; give one of them")
-            given[key] = value
-    settings = {key: value for key, value in given.items() if value is not None}
-    if "mode" in settings:
-        settings["mode"] = dict(MODE_ALIASES).get(settings["mode"], settings["mode"])
-        if settings["mode"] not in BONE_MODES:
-            raise UserError(f"bone_mode {settings['mode']!r} does not exist; take {', '.join(BONE_MODES)}, "
-                            "or bat, which is bat-in")
-    if args.quant != "none" and args.peft == "none":
-        raise UserError(f"--quant {args.quant} keeps weights that adapters leave frozen, and --peft none has none")
-    return AdapterConfig(method=args.peft, targets=tuple(args.target_modules), train_parts=tuple(args.train_parts),
-                         quant=args.quant, **settings)
-
-
-def parse_json_flag(flag, text, keys):
-    """The JSON value of --flag -> {AdapterConfig field: value}; every key must be known."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"--{flag} {text!r} is not JSON ({error}); quote it for the shell, e.g. "
-                        f"--{flag} '{{\"{keys[0][0]}\": …}}'") from error
-    if not isinstance(value, dict):
-        raise UserError(f"--{flag} must be a JSON object, not {text!r}")
-    names = dict(keys)
-    for key in value:
-        if key not in names:
-            near = difflib.get_close_matches(key, names, n=1)
-            raise UserError(f"--{flag} has the unknown key {key!r}"
-                            + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"))
-    types = {f.name: f.type for f in fields(AdapterConfig)}
-    result = {}
-    for key, item in value.items():
-        wanted = types[names[key]]
-        wanted = {"int": int, "float": (int, float), "str": str}.get(wanted, wanted)
-        if isinstance(item, bool) or not isinstance(item, (int, float) if wanted is float else wanted):
-            raise UserError(f"--{flag}: {key} {item!r} has the wrong type")
-        result[names[key]] = item
-    return result
 
 
 def base_model_config(args, base):
@@ -261,7 +152,7 @@ def base_model_config(args, base):
                         "without them")
     for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "head_size"):
         given, real = getattr(args, name), getattr(config, name)
-        if given is not None and given != real:
+        if given and given != real:
             raise UserError(f"--{name} {given} contradicts {args.load_model}, which has {real}; leave the flag out")
     return config
 

@@ -12,8 +12,9 @@ from .loss import linear_cross_entropy
 from .schedule import learning_rate
 
 
-class NonFiniteLoss(Exception):
-    """The loss became NaN or infinite; raised by every rank at the same step, before that step's backward pass."""
+class Diverged(Exception):
+    """The loss or the gradient norm became NaN or infinite; raised by every rank at the same step, before anything of
+    that step is saved."""
 
 
 class Lit(pl.LightningModule):
@@ -81,7 +82,7 @@ class Lit(pl.LightningModule):
             dist.all_reduce(status)
         total, stop = status.tolist()
         if not math.isfinite(total):
-            raise NonFiniteLoss(f"the loss became {total} at step {self.step}")
+            raise Diverged(f"the loss became {total} at step {self.step}")
         self.step_loss += total / parts
         self.stopping = stop > 0
 

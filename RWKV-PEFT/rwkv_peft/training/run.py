@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ..adapters import check_adapter, inject, linear_shapes
-from ..checkpoint import fingerprint, load_adapter_into, load_base, read_adapter
+from ..checkpoint import DTYPES, fingerprint, load_adapter_into, load_base
 from ..config import to_json
 from ..data.module import TrainBatches
 from ..data.samples import build_samples, split_samples
@@ -25,9 +25,8 @@ from ..ops import backends
 from .flags import parse_config
 from .gradients import estimate_gradients
 from .saver import Saver, find_checkpoint, load_trained, read_state
+from .start import start_adapter
 from .validate import Validator
-
-DTYPES = (("bf16", torch.bfloat16), ("fp32", torch.float32))
 
 
 @dataclass(frozen=True)
@@ -163,29 +162,12 @@ def adapt(model, adapter, base, base_fingerprint, batches):
     return report
 
 
-def start_adapter(adapter, base, base_fingerprint):
-    """The adapter to start from, refused unless it is of this run's variant and base."""
-    loaded = read_adapter(adapter.load, mode=adapter.mode if adapter.method == "bone" else None, base=base)
-    theirs = loaded.metadata
-    if theirs.base_fingerprint and theirs.base_fingerprint != base_fingerprint:
-        raise UserError(f"{adapter.load} was trained on another base model (fingerprint {theirs.base_fingerprint}, this "
-                        f"one's is {base_fingerprint}); give its own base as --load_model")
-    if theirs.variant != adapter.variant:
-        raise UserError(f"{adapter.load} holds a {theirs.variant} adapter, and this run trains {adapter.variant}")
-    return loaded
-
-
 def describe(config, accelerator, samples, notes, plan, report, state, say):
     """What is about to happen, in a few lines."""
     model, train, data, adapter = config.model, config.train, config.data, config.adapter
     say(f"model     RWKV-6, {model.n_layer} layers, {model.n_embd} channels, {model.n_head} heads of {model.head_size}, "
         f"vocabulary {model.vocab_size}" + (f", from {train.load_model}" if train.load_model else ", new"))
-    name = "full model" if adapter.method == "none" else adapter.method
-    if adapter.method == "bone":
-        name = f"Bone {adapter.mode}, rank {adapter.rank}"
-    elif adapter.method != "none":
-        name = f"{adapter.method}, rank {adapter.rank}"
-    say(f"training  {name}: {report}")
+    say(f"training  {describe_adapter(adapter)}: {report}")
     kernel = "cuda" if accelerator == "gpu" else "cpu"
     reason = backends()[kernel]
     say(f"machine   {train.num_nodes} x {train.devices} {accelerator}, {train.strategy}, {train.precision}, "
@@ -196,6 +178,20 @@ def describe(config, accelerator, samples, notes, plan, report, state, say):
     say(f"steps     {plan.total_steps:,} ({train.epoch_count} epochs of {plan.epoch_steps:,}), {plan.step_samples} samples each"
         + (f"; resuming at step {plan.first_step:,}" if state else ""))
     say(f"output    {train.proj_dir}")
+
+
+def describe_adapter(adapter):
+    """What trains, in a few words."""
+    words = ["full model"]
+    if adapter.method != "none":
+        words = [f"Bone {adapter.mode}" if adapter.method == "bone" else adapter.method, f"rank {adapter.rank}"]
+    elif adapter.train_parts:
+        words = ["parts of the model"]
+    if adapter.quant != "none":
+        words.append(f"--quant {adapter.quant}")
+    if adapter.train_parts:
+        words.append(f"--train_parts {' '.join(adapter.train_parts)}")
+    return ", ".join(words)
 
 
 def quiet():
@@ -219,8 +215,8 @@ def fit(config, model, trainable, samples, validator, saver, checkpoint, acceler
 
     from ..plots import plot_loss
     from .batches import RunData
-    from .callbacks import Record, Save, StopSignals
-    from .lit import Lit, NonFiniteLoss
+    from .callbacks import FiniteGradients, Record, Save, StopSignals
+    from .lit import Diverged, Lit
     from .strategy import make_strategy
 
     quiet()
@@ -241,13 +237,13 @@ def fit(config, model, trainable, samples, validator, saver, checkpoint, acceler
         accumulate_grad_batches=accumulate, gradient_clip_val=train.gradient_clip_val,
         max_epochs=1, logger=loggers, log_every_n_steps=1, enable_progress_bar=False, enable_checkpointing=False,
         enable_model_summary=False, use_distributed_sampler=False, default_root_dir=folder,
-        callbacks=[Record(folder, plan, accumulate, validator), Save(saver, plan, train, checkpoint, validator),
-                   StopSignals(say)])
+        callbacks=[FiniteGradients(accumulate), Record(folder, plan, accumulate, validator),
+                   Save(saver, plan, train, checkpoint, validator), StopSignals(say)])
     try:
         trainer.fit(lit, datamodule=RunData(samples, plan, config.data.micro_bsz, accumulate))
-    except NonFiniteLoss as error:
+    except Diverged as error:
         last = find_checkpoint(folder)
-        say(f"error: {error}; the run stopped before that step was applied. "
+        say(f"error: {error}; the run stopped, and nothing of that step was saved. "
             + (f"The last good checkpoint is {last}" if last else "No checkpoint had been saved yet")
             + "; try a lower --lr_init, or --precision fp32", file=sys.stderr)
         return 1 if first else 0

@@ -17,6 +17,7 @@ import torch
 
 from ..checkpoint import (AdapterMetadata, adapter_parameter, atomic_write, load_adapter_into, load_base, read_adapter,
                           save_adapter, save_model)
+from ..config import AdapterConfig, to_json
 from ..errors import UserError
 
 KEEP = 2
@@ -48,6 +49,8 @@ def read_state(checkpoint, now, fresh_optimizer=False):
         raise UserError(f"{checkpoint}/state.json cannot be read ({error}); delete {checkpoint} to resume from an "
                         "older checkpoint") from error
     now = json.loads(json.dumps(now))
+    if "adapter" in state:  # a setting that the saved run did not know had its default
+        state["adapter"] = json.loads(to_json(AdapterConfig())) | state["adapter"]
     for key in SAME + (() if fresh_optimizer else SAME_OPTIMIZER):
         if state[key] != now[key]:
             raise UserError(
@@ -90,7 +93,8 @@ class Saver:
                 if full:
                     save_model(path, tensors)
                 else:
-                    save_adapter(path, tensors, AdapterMetadata.from_config(self.config.adapter, self.identity["base"]))
+                    save_adapter(path, tensors, AdapterMetadata.from_config(
+                        self.config.adapter, self.identity["base"], self.identity["precision"]))
         trainer.strategy.barrier()
 
     def save_checkpoint(self, trainer, lit, done):

@@ -1,0 +1,93 @@
+"""Going on from an adapter (bone_load, lora_load, pissa_load): what must agree, and RWKV-PEFT's files, which say less."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rwkv_peft.adapters import AdapterLinear, inject
+from rwkv_peft.checkpoint import Adapter, AdapterMetadata, model_config_from_state, save_adapter
+from rwkv_peft.config import AdapterConfig
+from rwkv_peft.errors import UserError
+from rwkv_peft.foreign import write_rwkv_peft
+from rwkv_peft.model import RWKV6
+from rwkv_peft.training.run import adapt
+from rwkv_peft.training.start import start_adapter
+
+LORA = AdapterConfig(method="lora", rank=4, alpha=8.0)
+PISSA = AdapterConfig(method="pissa", rank=4)
+BONE = AdapterConfig(mode="bone", rank=8)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_state):
+    return tiny_state()
+
+
+def new_model(base):
+    model = RWKV6(model_config_from_state(base))
+    model.load_state_dict(base)
+    return model
+
+
+@torch.no_grad()
+def trained(base, config):
+    """(a model with an adapter that is not fresh, the Adapter)."""
+    torch.manual_seed(0)
+    model = new_model(base)
+    inject(model, config)
+    tensors = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, AdapterLinear):
+            for parameter in layer.parameter_names:
+                getattr(layer, parameter).add_(torch.randn_like(getattr(layer, parameter)), alpha=0.1)
+            tensors |= {f"{name}.{key}": tensor.clone() for key, tensor in layer.adapter_tensors().items()}
+    return model, Adapter(tensors, AdapterMetadata.from_config(config))
+
+
+@pytest.mark.parametrize("config", [LORA, PISSA, BONE], ids=lambda config: config.method)
+def test_a_file_of_rwkv_peft_goes_on_where_it_stopped(base, tmp_path, config):
+    model, adapter = trained(base, config)
+    written = write_rwkv_peft(tmp_path / "rwkv-0.pth", adapter)
+    load = replace(config, load=str(written[0]), init=str(written[1]) if config.method == "pissa" else "")
+    again = new_model(base)
+    adapt(again, load, base, "", None)
+    tokens = torch.arange(1, 21)[None]
+    with torch.no_grad():
+        assert torch.equal(again(tokens)[0], model(tokens)[0])
+        assert not torch.equal(new_model(base)(tokens)[0], model(tokens)[0])
+
+
+@pytest.mark.parametrize("config, words", [
+    (PISSA, "init_pissa.pth .* as pissa_init in --pissa_config"),
+    (replace(LORA, alpha=0.0), "lora_alpha in --lora_config"),
+])
+def test_what_a_file_of_rwkv_peft_does_not_say_is_asked_for(base, tmp_path, config, words):
+    path = write_rwkv_peft(tmp_path / "rwkv-0.pth", trained(base, config)[1])[0]
+    with pytest.raises(UserError, match=words):
+        start_adapter(replace(config, load=str(path)), base, "")
+
+
+@pytest.mark.parametrize("config, now, words", [
+    (LORA, {"alpha": 128.0}, ["scale", "of 2,", "has 32;", 'give "lora_alpha": 8']),
+    (LORA, {"rank": 8}, ["rank 4", "this run 8", "give 4 as lora_r in --lora_config"]),
+    (BONE, {"rank": 16}, ["rank 8", "give 8 as --bone_r"]),
+    (LORA, {"quant": "nf4"}, ["--quant none", "this run has --quant nf4; give --quant none"]),
+    (replace(BONE, quant="int8"), {"quant": "none"}, ["give --quant int8"]),
+    (PISSA, {"init": "init_pissa.pth"}, ["pissa_init init_pissa.pth", "leave it out"]),
+    (PISSA, {"method": "lora"}, ["pissa adapter", "trains lora"]),
+])
+def test_an_own_file_of_other_settings_is_refused(base, tmp_path, config, now, words):
+    adapter = Adapter(trained(base, replace(config, quant="none"))[1].tensors, AdapterMetadata.from_config(config))
+    save_adapter(tmp_path / "adapter.safetensors", *adapter)
+    with pytest.raises(UserError) as error:
+        start_adapter(replace(config, load=str(tmp_path / "adapter.safetensors"), **now), base, "")
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("config", [LORA, replace(LORA, method="lora-plus"), PISSA, BONE], ids=lambda config: config.method)
+def test_an_own_file_of_the_same_settings_is_taken(base, tmp_path, config):
+    adapter = trained(base, config)[1]
+    save_adapter(tmp_path / "adapter.safetensors", *adapter)
+    loaded = start_adapter(replace(config, load=str(tmp_path / "adapter.safetensors")), base, "")
+    assert loaded.tensors.keys() == adapter.tensors.keys()
