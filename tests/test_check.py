@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from rwkv_peft import merge_cli
 from rwkv_peft.adapters import inject
 from rwkv_peft.check import Difference, adapter_config, main
-from rwkv_peft.checkpoint import (Adapter, AdapterMetadata, load_base, model_config_from_state, read_adapter,
-                                  save_adapter, save_model)
+from rwkv_peft.checkpoint import (Adapter, AdapterMetadata, adapter_parameter, load_base, model_config_from_state,
+                                  read_adapter, save_adapter, save_model)
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.errors import UserError
 from rwkv_peft.merge import merge_state_dict
@@ -58,9 +59,56 @@ def test_adapter_settings_come_back_from_metadata():
     assert adapter_config(adapter) == config
 
 
-def test_an_adapter_that_changes_the_base_is_refused():
-    with pytest.raises(UserError, match="pissa"):
-        adapter_config(read_metadata(AdapterConfig(method="pissa", rank=4)))
+@pytest.mark.parametrize("tensors, flags", [
+    ({"blocks.0.att.key.bone": torch.randn(8, 8, 8)}, ["--bone_mode", "bat"]),
+    ({"blocks.0.att.key.lora_A": torch.randn(8, 64), "blocks.0.att.key.lora_B": torch.randn(64, 8)}, ["--lora_alpha", "8"]),
+    ({"blocks.0.att.key.disha": torch.randn(8, 8, 8), "blocks.0.ln1.weight": torch.randn(64)}, []),
+    ({"blocks.0.ln1.weight": torch.randn(64)}, []),
+])
+def test_files_of_rwkv_peft_are_compared(tmp_path, tiny_state, tensors, flags):
+    base, adapter, merged = tmp_path / "base.pth", tmp_path / "a.pth", tmp_path / "merged.pth"
+    save_model(base, tiny_state())
+    torch.save({key: 0.05 * tensor for key, tensor in tensors.items()}, adapter)
+    merge_cli.main(["--base_model", str(base), "--bone_checkpoint", str(adapter), "--output", str(merged), *flags])
+    command = ["--base_model", str(base), "--bone_checkpoint", str(adapter), "--merged", str(merged)]
+    assert main([*command, *flags]) == 0
+    if flags:
+        with pytest.raises(UserError, match=f"give {flags[0]}"):
+            main(command)
+
+
+def test_a_model_of_other_dimensions_is_refused(tmp_path, tiny_state):
+    base, adapter, _ = make_files(tmp_path, tiny_state())
+    save_model(tmp_path / "other.pth", tiny_state(vocab_size=300))
+    with pytest.raises(UserError, match="differ in their dimensions"):
+        check(base, adapter, tmp_path / "other.pth")
+
+
+def test_time_states_are_not_compared():
+    with pytest.raises(UserError, match="rwkv_peft.verify"):
+        adapter_config(Adapter({"blocks.0.att.time_state": torch.ones(4, 16, 16)}, AdapterMetadata("none")))
+
+
+def test_an_adapter_on_a_base_that_was_quantized_or_changed_is_compared_on_that(tmp_path, tiny_state, capsys):
+    pytest.importorskip("bitsandbytes")
+    for settings in ({"quant": "nf4"}, {"quant": "int8"}, {"method": "pissa"}, {"method": "olora"}):
+        state = tiny_state(dtype=torch.float16)
+        model = RWKV6(model_config_from_state(state))
+        model.load_state_dict(state)
+        model.bfloat16()
+        config = AdapterConfig(**{"rank": 8} | settings)
+        inject(model, config)
+        trained = dict(model.named_parameters()) | dict(model.named_buffers())
+        tensors = {name: t + 0.02 * torch.randn_like(t) * ("init" not in name) for name, t in trained.items() if adapter_parameter(name)}
+        base, adapter, merged = tmp_path / "base.pth", tmp_path / "adapter.safetensors", tmp_path / "merged.pth"
+        save_model(base, state)
+        save_adapter(adapter, tensors, AdapterMetadata.from_config(config, precision="bf16"))
+        assert merge_cli.main(["--base_model", str(base), "--bone_checkpoint", str(adapter), "--output", str(merged),
+                               "--output_dtype", "fp32"]) == 0
+        assert check(base, adapter, merged) == 0
+        printed = capsys.readouterr().out
+        assert ("onto the base as" in printed) == ("quant" in settings)
+        assert float(printed.split("adapter on: relative difference ")[1].split(",")[0]) < 1e-5, settings
 
 
 def test_difference_is_relative():

@@ -4,16 +4,22 @@ import errno
 import json
 import os
 import pickle
+import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from rwkv_peft.adapter_file import METADATA_KEY, VARIANTS
+from rwkv_peft.adapters import ADAPTERS
+from rwkv_peft.atomic import check_output
 from rwkv_peft.checkpoint import (Adapter, AdapterMetadata, atomic_write, fingerprint, load_adapter_into, load_base,
                                   model_config_from_state, read_adapter, save_adapter, save_model)
 from rwkv_peft.config import AdapterConfig
-from rwkv_peft.errors import UserError
+from rwkv_peft.errors import UserError, exit_on_user_error
+from rwkv_peft.pth import stream_state
 from rwkv_peft.pth_writer import TensorSpec, write_pth
 
 LAYER = "blocks.0.att.key"
@@ -81,6 +87,10 @@ def renamed(old, new):
     (with_entry(f"{LAYER}.bone", torch.zeros(4, 16, 16)), "never merged"),
     (with_entry(f"{LAYER}.lora_A", torch.zeros(4, 16)), "never merged"),
     (with_entry("epoch", 3), "entry 'epoch' is a int"),
+    (with_entry("blocks.0.att.time_state", torch.zeros(4, 16, 16)), "1 missing tensors .blocks.1.att.time_state"),
+    (with_entry("other.att.time_state", torch.zeros(4, 16, 16)), "1 unexpected tensors .other.att.time_state"),
+    (lambda state: state | {f"blocks.{i}.att.time_state": torch.ones(4, 16) for i in range(2)}, "has shape .4, 16.,"),
+    (lambda state: state | {f"blocks.{i}.att.time_state": torch.zeros(4, 16, 16) for i in range(2)}, None),
     (renamed("time_maa", "time_mix"), "web-rwkv"),
     (renamed("", ""), None),
     (without("emb.weight"), "not an RWKV model"),
@@ -101,6 +111,16 @@ def test_load_base_refuses_what_is_not_a_base(tmp_path, tiny_state, change, mess
         return
     with pytest.raises(UserError, match=message):
         load_base(tmp_path / "base.pth")
+
+
+@pytest.mark.parametrize("name, message", [
+    ("m.st", "convert .*m.st model.pth"), ("m.safetensors", "convert"), ("m.gguf", "the .pth that it was made of"),
+    ("hf", "a Hugging Face folder.*convert")])
+def test_other_formats_name_the_converter(tmp_path, name, message):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=message):
+        load_base(tmp_path / name)
 
 
 @pytest.mark.parametrize("content, message", [
@@ -133,6 +153,21 @@ def test_missing_files_folders_and_other_zips_are_refused(tmp_path):
         archive.writestr("readme.txt", "no model here")
     with pytest.raises(UserError, match="cannot be read as a PyTorch checkpoint"):
         load_base(tmp_path / "other.pth")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the process's memory as Linux tells it")
+def test_streaming_keeps_little_of_a_file_in_memory(tmp_path):
+    save_model(tmp_path / "m.pth", {f"t{i}": torch.zeros(1 << 22) for i in range(16)})  # 256 MB
+
+    def resident():
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("RssFile:")[1].split()[0]) << 10
+
+    before, largest = resident(), 0
+    for _, tensor in stream_state(tmp_path / "m.pth"):
+        assert not tensor.any()
+        largest = max(largest, resident())
+    assert 1 << 24 <= largest - before < 1 << 27
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -204,6 +239,55 @@ def test_a_full_disk_is_told_in_words(tmp_path, error):
     assert (tmp_path / "file").read_text() == "old" and os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize("error, reason", [
+    (OSError(errno.EROFS, "Read-only file system"), "no permission to write there .read-only"),
+    (OSError(errno.EFBIG, "File too large"), "file too large"),
+    (OSError(errno.EIO, "Input/output error", "/elsewhere/input.pth"), "input/output error ./elsewhere/input.pth."),
+    (RuntimeError("I/O error: File too large (os error 27)"), "file too large"),
+    (OSError("a message without a number"), "a message without a number"),
+])
+def test_every_failure_to_write_is_told_in_words(tmp_path, error, reason):
+    with pytest.raises(UserError, match=f"cannot write .*file: {reason}"), atomic_write(tmp_path / "file"):
+        raise error
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name, reason", [("plain/x.pth", "a file stands where"), ("plain/deeper/x.pth", "a file stands where"),
+                                          ("x" * 300, "file name too long"), ("/proc/x.pth", "no such file|no permission"),
+                                          ("/dev/null", "is a device"), (".", "is a folder")])
+@pytest.mark.parametrize("writing", [True, False])
+def test_names_that_cannot_be_written_are_refused(tmp_path, name, reason, writing):
+    (tmp_path / "plain").write_text("a plain file")
+    with pytest.raises(UserError, match=reason):
+        if writing:
+            with atomic_write(tmp_path / name):
+                pass
+        else:
+            check_output("--output", tmp_path / name, [])
+    assert os.listdir(tmp_path) == ["plain"]
+
+
+def test_an_output_is_no_input_by_any_name_and_its_check_leaves_nothing(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "input").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "folder" / "input")
+    before = sorted(tmp_path.rglob("*"))
+    for source in (tmp_path / "folder" / "input", tmp_path / "folder", tmp_path / "link"):
+        with pytest.raises(UserError, match="--output .* is the file given as --input"):
+            check_output("--output", tmp_path / "link", [("--input", source), ("--none", None)])
+    check_output("--output", tmp_path / "new" / "deeper" / "file", [("--input", tmp_path / "folder")])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_interrupt_ends_a_command_with_one_word(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        exit_on_user_error(interrupted)
+    assert ended.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
 def test_adapter_files_carry_what_they_are(tmp_path):
     tensors = {f"{LAYER}.bone": torch.randn(4, 16, 16), "blocks.0.ln1.weight": torch.randn(64).bfloat16()}
     metadata = AdapterMetadata.from_config(AdapterConfig(mode="bat-out", rank=16, train_parts=("ln",)), "abc")
@@ -235,6 +319,26 @@ def test_adapter_files_that_are_wrong_are_refused(tmp_path):
         read_adapter(path)
     with pytest.raises(UserError, match="does not exist"):
         read_adapter(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"variant": None}, "variant = None"), ({"variant": "dora"}, "variant = 'dora', and one of bone,"),
+    ({"quant": "q4"}, "quant = 'q4'"), ({"rank": "x"}, "rank = 'x'"), ({"rank": True}, "rank = True"),
+    ({"scale": float("nan")}, "scale = nan"), ({"targets": "att.key"}, "targets = 'att.key'"),
+    ({"base_fingerprint": 3}, "base_fingerprint = 3"),
+])
+def test_adapter_descriptions_that_are_broken_are_refused(tmp_path, changes, message):
+    from safetensors.torch import save_file
+
+    values = {"variant": "bone", "rank": 2, "format_version": 1} | changes
+    header = {METADATA_KEY: json.dumps({key: value for key, value in values.items() if value is not None})}
+    save_file({f"{LAYER}.bone": torch.ones(2, 2)}, tmp_path / "a.safetensors", header)
+    with pytest.raises(UserError, match=message):
+        read_adapter(tmp_path / "a.safetensors")
+
+
+def test_every_adapter_has_a_variant_in_files():
+    assert set(VARIANTS) == {*ADAPTERS, "none"}
 
 
 def adapted_model():

@@ -151,9 +151,51 @@ def test_adapters_go_to_rwkv_peft_and_back(tmp_path):
         convert(tmp_path / "a.safetensors", tmp_path / "a.gguf")
 
 
+def test_a_lora_export_tells_its_alpha_and_a_pissa_export_its_init_file(tmp_path, capsys):
+    factors = {"blocks.0.att.key.lora_A": torch.randn(4, 64), "blocks.0.att.key.lora_B": torch.randn(64, 4)}
+    initial = {key.replace(".lora_", ".init_lora_"): tensor for key, tensor in factors.items()}
+    for variant, tensors, words in (("lora", factors, "it is 6; give it"),
+                                    ("olora", factors | initial, "init_olora.pth as the init file")):
+        save_adapter(tmp_path / "a.safetensors", tensors, AdapterMetadata(variant, rank=4, scale=1.5))
+        convert(tmp_path / "a.safetensors", tmp_path / f"{variant}.pth")
+        assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("source, flag, output", [
+    ("flat.pth", "--base_model", "model.pth"), ("flat.pth", "--base_model", "link.pth"),
+    ("pissa.pth", "--lora_init", "init.pth"), ("hf/model.safetensors", None, "hf"), ("hf", None, "hf/model.safetensors"),
+])
+def test_no_input_is_overwritten(tmp_path, model, source, flag, output):
+    path, _ = model
+    (tmp_path / "link.pth").symlink_to(path)
+    convert(path, tmp_path / "hf")
+    torch.save({"blocks.0.att.key.bone": torch.randn(4, 16, 16)}, tmp_path / "flat.pth")
+    factors = {"lora_A": torch.randn(4, 64), "lora_B": torch.randn(64, 4)}
+    torch.save({f"blocks.0.att.key.{name}": tensor for name, tensor in factors.items()}, tmp_path / "pissa.pth")
+    torch.save({f"blocks.0.att.key.init_{name}": tensor for name, tensor in factors.items()}, tmp_path / "init.pth")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with pytest.raises(UserError, match=f"is the file given as {flag or 'the input'}"):
+        convert(tmp_path / source, tmp_path / output, *((flag, tmp_path / output) if flag else ()))
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("target", ["x.pth", "x.safetensors", "x.st", "x.gguf"])
+@pytest.mark.parametrize("tensors", [{"bone": torch.ones(8, 64)}, {"disha": torch.ones(8, 64)},
+                                     {"lora_A": torch.ones(8, 64), "lora_B": torch.ones(64, 8)}])
+def test_a_model_beside_an_unmerged_adapter_is_refused(tmp_path, model, target, tensors):
+    path, state = model
+    torch.save(state | {f"blocks.0.att.key.{name}": tensor for name, tensor in tensors.items()}, path)
+    with pytest.raises(UserError, match="never merged.*merge_bone.py"):
+        convert(path, tmp_path / target, "--lora_alpha", 8)
+    assert os.listdir(tmp_path) == ["model.pth"]
+
+
 @pytest.mark.parametrize("source, target, message", [
+    ("model.gguf", "x.pth", "written here and not read"),
+    ("square.pth", "x.safetensors", "give --base_model, whose layers' shapes may tell, or --bone_mode"),
+    ("model.pth", "junk.st/x.st", "a file stands where"),
     ("none.pth", "x.st", "does not exist"),
-    ("model.pth", "model.pth", "the input itself"),
+    ("model.pth", "model.pth", "given as the input, which must not be overwritten"),
     ("model.pth", "x.bin", "names no format"),
     ("junk.st", "x.pth", "not a readable safetensors"),
     ("empty", "x.pth", "without .safetensors files"),
@@ -161,5 +203,6 @@ def test_adapters_go_to_rwkv_peft_and_back(tmp_path):
 def test_what_cannot_be_converted_is_refused(tmp_path, model, source, target, message):
     (tmp_path / "junk.st").write_bytes(b"junk")
     (tmp_path / "empty").mkdir()
+    torch.save({"blocks.0.ffn.key.bone": torch.randn(4, 16, 16)}, tmp_path / "square.pth")
     with pytest.raises(UserError, match=message):
         convert(tmp_path / source, tmp_path / target)

@@ -141,6 +141,14 @@ def test_unmerge_refuses_what_it_cannot_restore(folder):
         run(folder, "--unmerge")
 
 
+def test_unmerge_refuses_the_base_itself_and_says_what_it_cannot_tell(folder, capsys):
+    save_adapter(folder / "a.safetensors", *adapter_of("bat-in", load_base(folder / "base.pth")))
+    with pytest.raises(UserError, match="is the base that .* was trained on, without the adapter"):
+        run(folder, "--unmerge")
+    run(folder, "--unmerge", "--any_base")
+    assert "nothing in these files can tell whether this adapter was merged" in capsys.readouterr().out
+
+
 def test_several_adapters_apply_in_order(folder):
     base = load_base(folder / "base.pth")
     save_adapter(folder / "a.safetensors", *adapter_of("bat-in", base))
@@ -175,6 +183,18 @@ def test_time_states_are_added_at_the_end(folder):
     merged = run(folder, adapter="state.pth")
     assert list(merged)[-2:] == list(states)
     assert torch.equal(merged["blocks.1.att.time_state"], states["blocks.1.att.time_state"].bfloat16())
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda states: dict(list(states.items())[:1]), "time states of 1 of the model's 2 layers.*blocks.1.att.time_state"),
+    (lambda states: {key: tensor[:1] for key, tensor in states.items()}, "has shape .1, 16, 16."),
+    (lambda states: states | {"blocks.5.att.time_state": torch.ones(4, 16, 16)}, "no place in the base"),
+])
+def test_time_states_are_for_every_layer(folder, change, message):
+    torch.save(change({f"blocks.{i}.att.time_state": torch.randn(4, 16, 16) for i in range(2)}), folder / "state.pth")
+    with pytest.raises(UserError, match=message):
+        run(folder, adapter="state.pth")
+    assert not (folder / "merged.pth").exists()
 
 
 # Files of other tools
@@ -239,6 +259,27 @@ def load_flat(path):
     return torch.load(path, weights_only=True)
 
 
+@pytest.mark.parametrize("variant, scale", [("bone-mini", 1.0), ("olora", 0.5), ("lora-ga", 0.25), ("pissa", 2.0)])
+def test_what_rwkv_peft_calls_otherwise_exports_to_the_same_merge(folder, variant, scale):
+    base = load_base(folder / "base.pth")
+    tensors, metadata = adapter_of(variant, base, scale=scale)
+    paths = write_rwkv_peft(folder / "flat.pth", Adapter(tensors, metadata), base=base)
+    back = read_adapter(paths[0], base=base, init=paths[1] if len(paths) > 1 else None)
+    assert back.metadata.variant == ("bone" if variant == "bone-mini" else "pissa")
+    merged, expected = (merge_state_dict(base, [("a", adapter)]) for adapter in (back, Adapter(tensors, metadata)))
+    assert all(torch.equal(merged[key], expected[key]) for key in base)
+
+
+def test_export_overwrites_no_init_file_and_needs_the_widths_of_bone_mini(folder):
+    base = load_base(folder / "base.pth")
+    (folder / "init_flat.pth").write_text("another's")
+    with pytest.raises(UserError, match="init_flat.pth exists"):
+        write_rwkv_peft(folder / "flat.pth", Adapter(*adapter_of("pissa", base)))
+    assert (folder / "init_flat.pth").read_text() == "another's" and not (folder / "flat.pth").exists()
+    with pytest.raises(UserError, match="give --base_model"):
+        write_rwkv_peft(folder / "flat.pth", Adapter(*adapter_of("bone-mini", base)))
+
+
 @pytest.mark.parametrize("variant", ["bone", "bat-in", "lora", "pissa"])
 @pytest.mark.parametrize("parameter", ["disha", "bone"])
 def test_export_to_rwkv_peft_and_back(folder, variant, parameter):
@@ -260,12 +301,21 @@ def test_export_refuses_what_rwkv_peft_does_not_have(folder):
 
 @pytest.mark.parametrize("kind, init, variant", [
     ("BONE", True, "bone"), ("BONE", "bat", "bat-out"), ("BONE", True, "bat-out"),
+    ("BONE", "bat-in", "bat-in"), ("BONE", "bat-out", "bat-out"), ("BONE", False, "bone"),
     ("MISS", True, "bone"), ("MISS", "bat", "bat-out"), ("MISS", "mini", "bone-mini"), ("LORA", True, "lora")])
 @pytest.mark.parametrize("official", [True, False])
 def test_folders_of_hugging_face_peft_merge(folder, kind, init, variant, official):
     base = load_base(folder / "base.pth")
     tensors, metadata = adapter_of(variant, base)
-    peft = {}
+    write_hf_folder(folder, tensors, {"peft_type": kind, "init_weights": init}, official)
+    merged = run(folder, adapter="hf")
+    expected = merge_state_dict(base, [("a", Adapter(tensors, metadata))])
+    assert all(torch.equal(merged[key], expected[key]) for key in base)
+
+
+def write_hf_folder(folder, tensors, config, official=True):
+    """A folder hf as peft saves it; config is added to what every one here says."""
+    kind, peft = config["peft_type"], {}
     for key, tensor in tensors.items():
         key = key.replace(".bone", f".{kind.lower()}_block").replace("lora_A", "lora_A.weight").replace("lora_B", "lora_B.weight")
         if not official:
@@ -273,18 +323,16 @@ def test_folders_of_hugging_face_peft_merge(folder, kind, init, variant, officia
         peft[f"base_model.model.{key}"] = tensor
     (folder / "hf").mkdir()
     save_file(peft, folder / "hf" / "adapter_model.safetensors")
-    config = {"peft_type": kind, "r": RANK, "init_weights": init, "mini_r": 4, "lora_alpha": 4, "init_lora_weights": True}
-    (folder / "hf" / "adapter_config.json").write_text(json.dumps(config))
-    merged = run(folder, adapter="hf")
-    expected = merge_state_dict(base, [("a", Adapter(tensors, metadata))])
-    assert all(torch.equal(merged[key], expected[key]) for key in base)
+    config = {"r": RANK, "mini_r": 4, "lora_alpha": 4, "init_lora_weights": True} | config
+    given = {key: value for key, value in config.items() if value != "none"}
+    (folder / "hf" / "adapter_config.json").write_text(json.dumps(given))
 
 
 @pytest.mark.parametrize("config, message", [
     ({"peft_type": "IA3", "r": 4}, "IA3 adapter"),
     ({"peft_type": "LORA", "r": 4, "lora_alpha": 4, "use_dora": True}, "use_dora"),
     ({"peft_type": "LORA", "r": 4, "lora_alpha": 4, "init_lora_weights": "pissa"}, "pissa"),
-    (None, "does not exist"),
+    (None, r"^\S+adapter_config.json does not exist"),
 ])
 def test_folders_that_cannot_be_merged_are_refused(folder, config, message):
     (folder / "hf").mkdir()
@@ -295,18 +343,55 @@ def test_folders_that_cannot_be_merged_are_refused(folder, config, message):
         run(folder, adapter="hf")
 
 
+@pytest.mark.parametrize("variant, config, message", [
+    ("bone", {"init_weights": "bat-in"}, "goes with tensors of 3 dimensions"),
+    ("bat-in", {"init_weights": "mini"}, "goes with tensors of 2 dimensions"),
+    ("bone", {"init_weights": "ortho"}, "init_weights is 'ortho'"),
+    ("bone", {"r": 64}, "and r is 64"),
+    ("bone", {"r": "none"}, "r = None"),
+    ("lora", {"peft_type": "LORA", "r": True}, "r = True"),
+    ("lora", {"peft_type": "LORA", "lora_alpha": "none"}, "lora_alpha = None"),
+])
+def test_settings_of_peft_that_contradict_the_tensors_are_refused(folder, variant, config, message):
+    tensors, _ = adapter_of(variant, load_base(folder / "base.pth"))
+    write_hf_folder(folder, tensors, {"peft_type": "BONE", "init_weights": True} | config)
+    with pytest.raises(UserError, match=message):
+        run(folder, adapter="hf")
+
+
+def test_settings_of_peft_that_are_no_object_are_refused(folder):
+    write_hf_folder(folder, adapter_of("bone", load_base(folder / "base.pth"))[0], {"peft_type": "BONE"})
+    (folder / "hf" / "adapter_config.json").write_text("[1]")
+    with pytest.raises(UserError, match="holds no settings, but a list"):
+        run(folder, adapter="hf")
+
+
+@pytest.mark.parametrize("init", [True, "bat", "bat-in", "mini"])
+def test_bone_trained_through_our_own_config_merges_as_it_unloads(folder, init):
+    peft = pytest.importorskip("peft")
+    from rwkv_peft.hf import BoneConfig
+
+    mini = {"mini_r": 4} if init == "mini" else {}
+    config = BoneConfig(r=RANK, init_weights=init, target_modules=["att.key", "att.value"], **mini)
+    assert_merges_as_peft_unloads(peft, folder, config)
+
+
 @pytest.mark.parametrize("init", [True, "bat", "mini"])
 def test_an_adapter_trained_in_peft_merges_as_peft_merges_it(folder, init):
     peft = pytest.importorskip("peft")
     if not hasattr(peft, "MissConfig"):
         pytest.skip("this peft has no MissConfig")
+    config = peft.MissConfig(r=RANK, mini_r=4, init_weights=init, target_modules=["att.key", "ffn.key", "ffn.value"])
+    assert_merges_as_peft_unloads(peft, folder, config)
+
+
+def assert_merges_as_peft_unloads(peft, folder, config):
     base = load_base(folder / "base.pth")
     model = RWKV6(model_config_from_state(base))
     model.load_state_dict({key: tensor.float() for key, tensor in base.items()})
-    config = peft.MissConfig(r=RANK, mini_r=4, init_weights=init, target_modules=["att.key", "ffn.key", "ffn.value"])
     wrapped = peft.get_peft_model(model, config)
     for name, parameter in wrapped.named_parameters():
-        if "miss_block" in name:
+        if "_block" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     wrapped.save_pretrained(folder / "hf")
     merged = run(folder, "--output_dtype", "fp32", adapter="hf")
@@ -314,7 +399,7 @@ def test_an_adapter_trained_in_peft_merges_as_peft_merges_it(folder, init):
     assert set(expected) == set(merged)
     for key, tensor in merged.items():
         torch.testing.assert_close(tensor, expected[key], rtol=1e-5, atol=1e-6)
-    assert (merged["blocks.0.ffn.key.weight"] - base["blocks.0.ffn.key.weight"]).abs().max() > 0.01
+    assert (merged["blocks.0.att.key.weight"] - base["blocks.0.att.key.weight"]).abs().max() > 0.01
 
 
 def test_a_folder_of_another_architecture_is_refused(folder, shared_data):
@@ -348,7 +433,7 @@ def test_the_merged_file_computes_what_base_plus_adapter_computes(folder, mode):
 
 
 @pytest.mark.parametrize("quant", ["nf4", "int8"])
-def test_an_adapter_on_a_quantized_base_merges_into_what_it_was_trained_on(folder, quant):
+def test_an_adapter_on_a_quantized_base_merges_into_what_it_was_trained_on(folder, quant, capsys):
     pytest.importorskip("bitsandbytes")
     from rwkv_peft.adapters.quant import roundtrip
 
@@ -362,8 +447,12 @@ def test_an_adapter_on_a_quantized_base_merges_into_what_it_was_trained_on(folde
     for result, weight in ((merged, roundtrip(base[key], quant).float()), (plain, base[key].float())):
         torch.testing.assert_close(result[key], weight + delta("bat-in", weight, bone), rtol=1e-5, atol=1e-6)
     assert not torch.equal(merged[key], plain[key])
+    lost = ((roundtrip(base[key], quant).float() - base[key].float()).norm() / base[key].float().norm()).item()
+    assert f"differs from it by {lost:.0%}"[:-1] in capsys.readouterr().out
     with pytest.raises(UserError, match="cannot undo"):
         run(folder, "--unmerge")
+    with pytest.raises(UserError, match=f"contradicts .*, which was trained on a base quantized to {quant}"):
+        run(folder, "--quant", "int8" if quant == "nf4" else "nf4")
 
 
 # Refusals
@@ -383,6 +472,9 @@ def test_an_adapter_of_another_base_is_refused(folder, tiny_state):
     (lambda t: {key: torch.zeros_like(value) for key, value in t.items()}, "changes nothing"),
     (lambda t: t | {"blocks.0.ln1.weight": torch.ones(3)}, "has shape .3,."),
     (lambda t: t | {"blocks.0.att.key.lora_A": torch.ones(3, 3)}, "holds"),
+    (lambda t: t | {"blocks.0.ln1.bone": torch.ones(8, 8, 8)}, "no linear layer"),
+    (lambda t: t | {"blocks.0.att.value.bone": torch.ones(0, 8, 8)}, "shape .0, 8, 8."),
+    (lambda t: t | {"blocks.0.att.value.bone": torch.tensor(1.0)}, "shape .., which no bat-in adapter has"),
 ])
 def test_adapters_that_do_not_fit_are_refused_and_leave_no_file(folder, change, message):
     tensors, metadata = adapter_of("bat-in", load_base(folder / "base.pth"))
@@ -401,6 +493,57 @@ def test_a_result_that_is_not_finite_is_refused(folder):
     assert not (folder / "merged.pth").exists()
     with pytest.raises(ValueError, match="NaN"):
         save_adapter(folder / "a.safetensors", {key: tensor * float("inf") for key, tensor in tensors.items()}, metadata)
+
+
+@pytest.mark.parametrize("variant, change, flags, message", [
+    ("lora", lambda tensor: tensor, ("--lora_alpha", 0), "changes no weight: what the adapters add is zero"),
+    ("bone", lambda tensor: 1e-8 * tensor, (), "lost in the cast to bfloat16; --output_dtype fp32 keeps it"),
+    ("bone", lambda tensor: 1e-20 * tensor, ("--output_dtype", "fp32"), "changes no weight"),
+])
+@pytest.mark.parametrize("dry", [(), ("--dry_run",)])
+def test_a_merge_that_equals_the_base_is_refused(folder, variant, change, flags, message, dry):
+    tensors, _ = adapter_of(variant, load_base(folder / "base.pth"))
+    torch.save({key: change(tensor) for key, tensor in tensors.items()}, folder / "a.pth")
+    with pytest.raises(UserError, match=message):
+        run(folder, *flags, *dry, adapter="a.pth")
+    assert sorted(os.listdir(folder)) == ["a.pth", "base.pth"]
+    if "keeps it" in message and not dry:
+        run(folder, "--output_dtype", "fp32", adapter="a.pth")
+
+
+def test_a_value_of_the_base_beyond_the_output_dtype_names_another(folder, tiny_state):
+    base = tiny_state()
+    save_adapter(folder / "a.safetensors", *adapter_of("bone", base))
+    base["head.weight"][0, 0] = 1e6
+    save_model(folder / "base.pth", base)
+    with pytest.raises(UserError, match="head.weight .*base's own values are too large for float16; give --output_dtype bf16"):
+        run(folder, "--any_base", "--output_dtype", "fp16")
+
+
+def test_an_adapter_given_twice_is_refused(folder):
+    save_adapter(folder / "a.safetensors", *adapter_of("bone", load_base(folder / "base.pth")))
+    os.link(folder / "a.safetensors", folder / "b.safetensors")
+    with pytest.raises(UserError, match="twice"):
+        merge_cli.main(["--base_model", str(folder / "base.pth"), "--output", str(folder / "m.pth"), "--bone_checkpoint",
+                        str(folder / "a.safetensors"), str(folder / "b.safetensors")])
+
+
+def test_verifying_a_dry_run_is_refused(folder):
+    with pytest.raises(UserError, match="--dry_run writes none"):
+        run(folder, "--verify", "--dry_run")
+
+
+def test_an_interrupt_leaves_no_file(folder, monkeypatch):
+    save_adapter(folder / "a.safetensors", *adapter_of("bone", load_base(folder / "base.pth")))
+
+    def interrupted(path, specs, tensors):
+        next(iter(tensors))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merge_cli, "write_pth", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder)
+    assert sorted(os.listdir(folder)) == ["a.safetensors", "base.pth"]
 
 
 def test_inputs_are_never_overwritten(folder):

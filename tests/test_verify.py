@@ -1,15 +1,18 @@
 """Files written here compute the same logits in runtimes that others wrote."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from rwkv_peft.checkpoint import check_state, save_model
+from rwkv_peft.checkpoint import check_state, load_base, save_model
 from rwkv_peft.errors import UserError
-from rwkv_peft.runtimes import all_runtimes, reference_logits
+from rwkv_peft.runtimes import Runtime, all_runtimes, reference_logits
 from rwkv_peft.verify import compare_structure, judge, main, verify, written
 
-# (format, largest absolute difference of logits seen in the runtimes' own arithmetic, doubled)
-BOUNDS = (("fp32", 2e-5), ("f32", 2e-5), ("f16", 1e-2), ("bf16", 5e-2), ("q8_0", 2e-1))
+# (format, largest absolute difference of logits that the runtimes' own arithmetic may make)
+BOUNDS = (("fp32", 1e-5), ("f32", 1e-5), ("f16", 4e-3), ("bf16", 2.5e-2), ("q8_0", 1e-1))
+DEMO = Path(__file__).resolve().parents[1] / "demo" / "rwkv6-demo.pth"
 
 
 def official(tiny_state, **changes):
@@ -46,6 +49,11 @@ def test_runtimes_agree_with_the_reference(tmp_path, tiny_state, runtime, form):
     assert ask(runtime, form, official(tiny_state), tmp_path) < dict(BOUNDS)[form]
 
 
+@pytest.mark.parametrize("runtime, form", list(cases()))
+def test_runtimes_agree_on_a_trained_model_whose_decays_are_strong(tmp_path, runtime, form):
+    assert ask(runtime, form, load_base(DEMO), tmp_path) < 2 * dict(BOUNDS)[form]  # its logits spread more widely
+
+
 @pytest.mark.parametrize("name, form", [("rwkv, sequence", "fp32"), ("llama.cpp", "f32")])
 def test_the_widths_of_a_4096_wide_model_agree(tmp_path, tiny_state, name, form):
     state = official(tiny_state, n_layer=1, n_embd=4096, dim_ffn=128, vocab_size=64, maa_rank=64, decay_rank=128)
@@ -75,6 +83,36 @@ def test_verify_prints_a_table_and_notices_a_difference(tmp_path, tiny_state, ca
                         lambda state, tokens, config: reference_logits(state, tokens, config) + 0.1)
     assert main([str(tmp_path / "m.pth"), "--gguf_types"]) == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_a_runtime_that_breaks_or_is_missing_is_a_row_and_the_others_are_asked(tmp_path, tiny_state, capsys, monkeypatch):
+    def broken(path, tokens, config):
+        raise RuntimeError("no such\ninstruction")
+
+    def exact(path, tokens, config):
+        return reference_logits(official(tiny_state), tokens, config)
+
+    sound = Runtime("sound", "torch", "torch", "pth", exact, lambda config: "")
+    runtimes = (sound._replace(name="broken", logits=broken),
+                sound._replace(name="absent", package="some-thing", module="no_module"),
+                sound._replace(name="unlisted", package="no-package"), sound)
+    monkeypatch.setattr("rwkv_peft.verify.all_runtimes", lambda: runtimes)
+    save_model(tmp_path / "m.pth", official(tiny_state))
+    assert main([str(tmp_path / "m.pth")]) == 1
+    rows = {line.split("|")[1].strip(): line for line in capsys.readouterr().out.splitlines()}
+    assert "failed: RuntimeError: no such instruction" in rows["broken"]
+    assert "not asked: pip install some-thing" in rows["absent"]
+    assert "failed: PackageNotFoundError" in rows["unlisted"]
+    assert "0.0e+00" in rows["sound"]
+    monkeypatch.setattr("rwkv_peft.verify.all_runtimes", lambda: runtimes[1:2])
+    with pytest.raises(UserError, match="no runtime was asked"):
+        main([str(tmp_path / "m.pth")])
+
+
+def test_gguf_needs_its_writer_too(monkeypatch):
+    llama = next(runtime for runtime in all_runtimes() if runtime.form == "gguf")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "gguf" else True)
+    assert llama.missing() == "pip install gguf"
 
 
 def test_runtimes_that_cannot_take_a_model_are_not_asked(tiny_state):

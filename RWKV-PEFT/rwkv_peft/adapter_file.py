@@ -7,6 +7,7 @@ N key), as every RWKV file has them.
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from .atomic import atomic_write
-from .config import to_json
+from .config import ADAPTER_METHODS, BONE_MODES, QUANTIZATIONS, to_json
 from .errors import UserError
 from .pth import require_file
 
@@ -23,6 +24,9 @@ METADATA_KEY = "rwkv_peft"  # the entry of the safetensors header that holds Ada
 # Parameter names that adapters of any tool add to a module; none of them occurs in a base model.
 PARAMETERS = ("bone", "disha", "bone_block", "miss_block", "lora_A", "lora_B", "init_lora_A", "init_lora_B",
               "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+DTYPES = (("bf16", torch.bfloat16), ("fp32", torch.float32))  # by --precision, in which a run keeps its base
+# what AdapterMetadata.variant may be: each form of Bone and each other method, "none" being whole tensors alone
+VARIANTS = (*BONE_MODES, *(method for method in ADAPTER_METHODS if method not in ("bone", "lora-plus")))
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,9 @@ class AdapterMetadata:
 
     variant is a name in ADAPTERS ("none": whole tensors alone); rank and mini_rank as in AdapterConfig;
     scale multiplies lora_B lora_A; targets and train_parts say what was trained; quant how the frozen
-    weights were quantized; base_fingerprint names the base ("" where the file does not say); config is
-    the AdapterConfig as JSON; source the tool whose file it was.
+    weights were quantized; base_fingerprint names the base ("" where the file does not say), and precision what it was
+    cast to for training, before anything was quantized or taken out of it ("": nothing, or not told); config is the
+    AdapterConfig as JSON; source the tool whose file it was.
     """
 
     variant: str
@@ -43,16 +48,21 @@ class AdapterMetadata:
     train_parts: tuple[str, ...] = ()
     quant: str = "none"
     base_fingerprint: str = ""
+    precision: str = ""
     config: str = "{}"
     source: str = "rwkv_peft"
     format_version: int = FORMAT_VERSION
 
     @classmethod
-    def from_config(cls, config, base_fingerprint=""):
+    def from_config(cls, config, base_fingerprint="", precision=""):
         """Metadata of an adapter that was made with an AdapterConfig."""
         return cls(variant=config.variant, rank=config.rank, mini_rank=config.mini_rank, scale=config.scale,
                    targets=tuple(config.targets), train_parts=tuple(config.train_parts), quant=config.quant,
-                   base_fingerprint=base_fingerprint, config=to_json(config))
+                   base_fingerprint=base_fingerprint, precision=precision, config=to_json(config))
+
+    def base_dtype(self):
+        """The dtype that `precision` names; None where it names none."""
+        return dict(DTYPES).get(self.precision)
 
 
 class Adapter(NamedTuple):
@@ -83,6 +93,11 @@ def adapter_parameter(key):
     return None
 
 
+def target_names(modules):
+    """("blocks.0.att.key", …) -> ("att.key", …), each once, in order."""
+    return tuple(dict.fromkeys(".".join(module.split(".")[-2:]) for module in modules))
+
+
 def save_adapter(path, tensors, metadata):
     """Write {name: tensor} and AdapterMetadata to a .safetensors file, atomically.
 
@@ -100,22 +115,23 @@ def save_adapter(path, tensors, metadata):
 
 
 def read_adapter(path, mode=None, base=None, init=None, alpha=None):
-    """The Adapter in a file or folder: ours, or another tool's (see foreign.py).
+    """The Adapter in a file or folder: ours, or another tool's (see foreign.py and foreign_hf.py).
 
     mode is a Bone variant for files that do not name theirs, base a state dict whose shapes may tell the variant;
     init and alpha are the initial factors (a path) and LoRA's alpha for files of RWKV-PEFT's LoRA and PiSSA, which
     hold neither. Raises UserError: a file that is missing, broken, of a later format or no adapter; a
     variant that contradicts mode or cannot be told; a tensor with NaN or Inf.
     """
-    from . import foreign
+    from .foreign import read_rwkv_peft
+    from .foreign_hf import read_hf_folder
 
     path = Path(path)
     if path.is_dir():
-        adapter = foreign.read_hf_folder(path)
+        adapter = read_hf_folder(path)
     elif path.suffix == ".safetensors":
         adapter = _read_safetensors(path)
     else:
-        adapter = foreign.read_rwkv_peft(path, mode, base, init, alpha)
+        adapter = read_rwkv_peft(path, mode, base, init, alpha)
     if mode is not None and adapter.modules() and adapter.metadata.variant != mode:
         raise UserError(f"{path} is a {adapter.metadata.variant} adapter, not {mode}; leave --bone_mode out")
     for key, tensor in adapter.tensors.items():
@@ -153,7 +169,32 @@ def _parse_metadata(path, text):
         raise UserError(f"{path} has adapter format {version}, and this version reads up to {FORMAT_VERSION}; "
                         "update this package")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    _check_metadata(path, values)
     return AdapterMetadata(**values)
+
+
+def _check_metadata(path, values):
+    """Raise UserError unless metadata names a variant and quantization known here, and has numbers where they are due."""
+    def refuse(name, due):
+        raise UserError(f"{path}: its metadata has {name} = {values.get(name)!r}, and {due} is due; copy the file that the "
+                        "training wrote")
+
+    precisions = tuple(name for name, _ in DTYPES)
+    for name, known, default in (("variant", VARIANTS, None), ("quant", QUANTIZATIONS, "none"), ("precision", precisions, "")):
+        if (given := values.get(name, default)) != default and given not in known or given is None:
+            refuse(name, "one of " + ", ".join(known))
+    for name in ("rank", "mini_rank"):
+        if type(values.get(name, 0)) is not int or values.get(name, 0) < 0:
+            refuse(name, "a whole number")
+    scale = values.get("scale", 1.0)
+    if type(scale) not in (int, float) or not math.isfinite(scale):
+        refuse("scale", "a finite number")
+    for name in ("targets", "train_parts"):
+        if not isinstance(values.get(name, ()), tuple) or not all(isinstance(item, str) for item in values.get(name, ())):
+            refuse(name, "a list of names")
+    for name in ("base_fingerprint", "config", "source"):
+        if not isinstance(values.get(name, ""), str):
+            refuse(name, "a text")
 
 
 @torch.no_grad()

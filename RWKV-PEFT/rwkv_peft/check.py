@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 
 from .adapters import inject
+from .adapters.delta import RESIDUAL_VARIANTS
 from .checkpoint import load_adapter_into, load_base, model_config_from_state, read_adapter, save_model
 from .cli import Parser
-from .config import AdapterConfig
+from .config import BONE_MODES, TRAIN_PARTS, AdapterConfig
 from .errors import UserError, exit_on_user_error
 from .model import RWKV6
 from .runtimes import rwkv_model
@@ -39,16 +40,22 @@ class Difference(NamedTuple):
         return f"relative difference {self.relative:.1e}, same top token in {self.top_agreement:.0%}"
 
 
-def model_logits(path, tokens, adapter=None):
-    """Logits (T, V) of the .pth at path over tokens (T,), in float32, with an adapter's layers where one is given."""
+def model_logits(path, tokens, adapter=None, mode=None, init=None, alpha=None):
+    """Logits (T, V) of the .pth at path over tokens (T,), in float32, with an adapter's layers where one is given; mode,
+    init and alpha as in read_adapter."""
     state = load_base(path)
     with torch.device("meta"):
         model = RWKV6(model_config_from_state(state))
     model.load_state_dict(state, strict=True, assign=True)
     model.float()
     if adapter is not None:
-        loaded = read_adapter(adapter, base=state)
-        inject(model, adapter_config(loaded))
+        loaded = read_adapter(adapter, mode, state, init, alpha)
+        metadata = loaded.metadata
+        if metadata.quant != "none" or metadata.variant in RESIDUAL_VARIANTS:
+            for name in loaded.modules():  # made of the weight as the training had it
+                model.get_submodule(name).to(metadata.base_dtype() or state[f"{name}.weight"].dtype)
+        inject(model, adapter_config(loaded), initial=loaded.tensors)
+        model.float()
         load_adapter_into(model, loaded, adapter)
     with torch.inference_mode():
         return model(tokens[None])[0][0]
@@ -57,14 +64,15 @@ def model_logits(path, tokens, adapter=None):
 def adapter_config(adapter):
     """The AdapterConfig that gives an Adapter's layers their places and shapes again."""
     metadata = adapter.metadata
-    if metadata.variant not in ("bone", "bone-mini", "bat-in", "bat-out", "lora"):
-        raise UserError(f"a {metadata.variant} adapter changes the base it was trained on, so it is not compared; "
-                        "compare the merged model by its answers")
-    method = "lora" if metadata.variant == "lora" else "bone"
-    mode = {} if method == "lora" else {"mode": metadata.variant}
+    if any(key.endswith(".time_state") for key in adapter.tensors):
+        raise UserError("time states are where a sequence starts, for which the model has no parameters, so they are not "
+                        "compared; python -m rwkv_peft.verify asks the runtimes for them")
+    method, mode = ("bone", {"mode": metadata.variant}) if metadata.variant in BONE_MODES else (metadata.variant, {})
+    # files of other tools name single tensors here; a tensor is loaded whether or not it trains
+    parts = tuple(part for part in metadata.train_parts if part in TRAIN_PARTS)
+    targets = tuple(adapter.modules()) or tuple(metadata.targets)  # some files have not every layer's
     return AdapterConfig(method=method, rank=metadata.rank, mini_rank=metadata.mini_rank,
-                         alpha=metadata.scale * metadata.rank, targets=tuple(metadata.targets),
-                         train_parts=tuple(metadata.train_parts), **mode)
+                         alpha=metadata.scale * metadata.rank, targets=targets, train_parts=parts, quant=metadata.quant, **mode)
 
 
 def runtime_logits(path, tokens):
@@ -85,18 +93,27 @@ def main(argv):
     parser = Parser(prog="python -m rwkv_peft.check", description="Compare a merged model with base plus adapter.")
     parser.add_argument("--base_model", required=True, metavar="PTH")
     parser.add_argument("--bone_checkpoint", required=True, metavar="FILE", help="the adapter")
+    parser.add_argument("--bone_mode", choices=(*BONE_MODES, "bat"),
+                        help="variant of a .bone file that does not tell it, as in merge_bone.py")
+    parser.add_argument("--lora_alpha", type=float, help="alpha of an RWKV-PEFT LoRA file")
+    parser.add_argument("--lora_init", metavar="PTH", help="init_pissa.pth of an RWKV-PEFT PiSSA file")
     parser.add_argument("--merged", required=True, metavar="PTH")
     parser.add_argument("--tokens", type=int, default=64, help="length of the random token sequence")
     args = parser.parse_args(argv)
     if args.tokens < 1:
         raise UserError(f"--tokens {args.tokens}: at least one is compared")
-    vocab_size = load_base(args.merged)["emb.weight"].shape[0]
-    tokens = torch.randint(vocab_size, (args.tokens,), generator=torch.Generator().manual_seed(0))
+    mode = "bat-in" if args.bone_mode == "bat" else args.bone_mode
+    config, base_config = (model_config_from_state(load_base(path)) for path in (args.merged, args.base_model))
+    if config != base_config:
+        raise UserError(f"{args.merged} and {args.base_model} differ in their dimensions, {config} and {base_config}, so that "
+                        "neither was made of the other; give the base of the merge")
+    tokens = torch.randint(config.vocab_size, (args.tokens,), generator=torch.Generator().manual_seed(0))
     merged = model_logits(args.merged, tokens)
     comparisons = (
         ("merged file, rwkv package and ours", Difference.between(runtime_logits(args.merged, tokens), merged), SAME_FILE),
         ("merged file and base with adapter on",
-         Difference.between(merged, model_logits(args.base_model, tokens, args.bone_checkpoint)), ROUNDED),
+         Difference.between(merged, model_logits(args.base_model, tokens, args.bone_checkpoint, mode, args.lora_init,
+                                                 args.lora_alpha)), ROUNDED),
     )
     for text, difference, limit in comparisons:
         print(f"{text}: {difference}" + ("" if difference.relative <= limit else f", MORE THAN {limit:.0e}"))

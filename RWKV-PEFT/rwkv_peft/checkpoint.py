@@ -6,10 +6,11 @@ re-exported here.
 
 import hashlib
 import re
+from pathlib import Path
 
 import torch
 
-from .adapter_file import (Adapter, AdapterMetadata, adapter_parameter, load_adapter_into, read_adapter,
+from .adapter_file import (DTYPES, Adapter, AdapterMetadata, adapter_parameter, load_adapter_into, read_adapter,
                            save_adapter)
 from .atomic import atomic_write
 from .config import ModelConfig
@@ -17,21 +18,29 @@ from .errors import UserError
 from .pth import read_state
 from .pth_writer import save_pth
 
-__all__ = ["Adapter", "AdapterMetadata", "atomic_write", "check_state", "expected_shapes", "fingerprint",
+__all__ = ["DTYPES", "Adapter", "AdapterMetadata", "atomic_write", "check_state", "expected_shapes", "fingerprint",
            "load_adapter_into", "load_base", "model_config_from_state", "read_adapter", "save_adapter",
            "save_model"]
 
+# (ending of a file's name, what it is)
+OTHER_FORMATS = ((".safetensors", "a safetensors file"), (".st", "a safetensors file of web-rwkv"), (".gguf", "a GGUF file"))
 WINDOWS, WINDOW = 4, 16  # the fingerprint reads this many runs of this many values in each tensor
 
 
 def load_base(path):
     """The RWKV-6 checkpoint at `path`: a flat dict of memory-mapped tensors under official key names.
 
-    Raises UserError: whatever read_state refuses; another RWKV version; prefixed keys; adapter
+    Raises UserError: whatever read_state refuses; another format; another RWKV version; prefixed keys; adapter
     tensors that were never merged; missing, extra or misshapen tensors; a dtype that is not a float.
     """
-    if str(path).endswith(".safetensors"):
-        raise UserError(f"{path} is a safetensors file; make a .pth of it with `python -m rwkv_peft.convert`")
+    kind = next((kind for ending, kind in OTHER_FORMATS if str(path).endswith(ending)), None)
+    if kind is None and (Path(path) / "config.json").is_file():
+        kind = "a Hugging Face folder"
+    if kind == "a GGUF file":
+        raise UserError(f"{path} is {kind}, and a .pth is due here; give the .pth that it was made of")
+    if kind:
+        raise UserError(f"{path} is {kind}, and a .pth is due here; make one of a model with "
+                        f"`python -m rwkv_peft.convert {path} model.pth`")
     state = read_state(path)
     check_state(state, path)
     return state
@@ -57,8 +66,11 @@ def check_state(state, name="the checkpoint"):
     _check_version(state, name)
     config = model_config_from_state(state, name)
     shapes = expected_shapes(config)
+    states = expected_states(config)
+    if any(key in state for key in states):
+        shapes |= states
     missing = [key for key in shapes if key not in state]
-    unexpected = [key for key in state if key not in shapes and not key.endswith(".att.time_state")]
+    unexpected = [key for key in state if key not in shapes]
     if missing or unexpected:
         raise UserError(
             f"{name} is not a complete RWKV-6 model of {config.n_layer} layers: "
@@ -123,6 +135,12 @@ def expected_shapes(config):
             f"{ffn}key.weight": (F, C), f"{ffn}receptance.weight": (C, C), f"{ffn}value.weight": (C, F),
         }
     return shapes | {"ln_out.weight": (C,), "ln_out.bias": (C,), "head.weight": (config.vocab_size, C)}
+
+
+def expected_states(config):
+    """The keys and shapes of the time states, which a checkpoint has for every layer or for none."""
+    shape = (config.n_head, config.head_size, config.head_size)
+    return {f"blocks.{i}.att.time_state": shape for i in range(config.n_layer)}
 
 
 def fingerprint(state):

@@ -9,13 +9,12 @@ What is converted follows from INPUT's content and OUTPUT's ending:
 """
 
 import json
-import os
 from pathlib import Path
 
 import torch
 
 from .adapter_file import METADATA_KEY, adapter_parameter, read_adapter, save_adapter
-from .atomic import atomic_write
+from .atomic import atomic_write, check_output
 from .checkpoint import check_state, expected_shapes, load_base, model_config_from_state
 from .cli import Parser
 from .config import BONE_MODES
@@ -29,6 +28,7 @@ from .safetensors_writer import write_safetensors
 
 SAFETENSORS = (".safetensors", ".st", ".state")
 VOCABULARY = "rwkv_vocab_v20230424.txt"
+HF_FILES = ("model.safetensors", "config.json", "tokenizer_config.json", VOCABULARY)
 
 
 def build_parser():
@@ -44,7 +44,9 @@ def build_parser():
                         help="name of Bone's tensors in RWKV-PEFT's files: disha since 2025-02, bone before")
     parser.add_argument("--bone_mode", choices=(*BONE_MODES, "bat"),
                         help="variant of a .bone file that does not tell it")
-    parser.add_argument("--base_model", metavar="PTH", help="base of an adapter, whose shapes may tell the variant")
+    parser.add_argument("--base_model", metavar="PTH",
+                        help="base of an adapter, whose shapes may tell the variant, and how wide bone-mini is as "
+                             "RWKV-PEFT's bone")
     parser.add_argument("--lora_init", metavar="PTH", help="init file of RWKV-PEFT's PiSSA")
     parser.add_argument("--lora_alpha", type=float, help="alpha of RWKV-PEFT's LoRA")
     return parser
@@ -54,8 +56,9 @@ def main(argv):
     """argv -> exit code 0. Raises UserError for what cannot be read, or not be said in the other format."""
     args = build_parser().parse_args(argv)
     source, target = Path(args.input), Path(args.output)
-    if source.exists() and target.exists() and os.path.samefile(source, target):
-        raise UserError(f"{target} is the input itself; give another output")
+    for file in [target / name for name in HF_FILES] if target.suffix == "" else [target]:
+        check_output("the output", file, (("the input", source), ("--base_model", args.base_model),
+                                          ("--lora_init", args.lora_init)))
     if is_adapter(source):
         written = convert_adapter(source, target, args)
     else:
@@ -80,12 +83,25 @@ def convert_adapter(source, target, args):
     base = load_base(args.base_model) if args.base_model else None
     adapter = read_adapter(source, mode, base, args.lora_init, args.lora_alpha)
     if target.suffix == ".pth":
-        return write_rwkv_peft(target, adapter, args.bone_parameter)
+        paths = write_rwkv_peft(target, adapter, args.bone_parameter, base)
+        print(remark_on_export(adapter.metadata, paths), end="")
+        return paths
     if target.suffix == ".safetensors":
         save_adapter(target, adapter.tensors, adapter.metadata)
         return [target]
     raise UserError(f"{source} is an adapter, which {target.name} cannot hold: name a .pth (RWKV-PEFT) or a "
                     ".safetensors; for other formats merge it with merge_bone.py first")
+
+
+def remark_on_export(metadata, paths):
+    """A line on what merging the files of write_rwkv_peft takes besides them, or ""."""
+    if metadata.variant == "lora":
+        return (f"RWKV-PEFT's LoRA files do not hold alpha: it is {metadata.scale * metadata.rank:g}; give it to the merge, "
+                "RWKV-PEFT's or merge_bone.py's (--lora_alpha)\n")
+    if len(paths) > 1:
+        return (f"as PiSSA it is merged into the original base with {paths[1].name} as the init file "
+                "(merge_bone.py --lora_init)\n")
+    return ""
 
 
 def read_model(path):
@@ -100,6 +116,8 @@ def read_model(path):
     elif path.suffix in SAFETENSORS:
         state = {from_web(key): tensor for key, tensor in read_safetensors(path)[0].items()}
         state = {key: tensor.transpose(-1, -2) if swapped_in_web(key) else tensor for key, tensor in state.items()}
+    elif path.suffix == ".gguf":
+        raise UserError(f"{path}: GGUF files are written here and not read; give the .pth that it was made of")
     else:
         state = read_state(path)
     if all(key.endswith(".att.time_state") for key in state):
@@ -168,7 +186,7 @@ def write_hf_folder(folder, state, dtype):
                                          "unk_token": "<s>", "add_prefix_space": False}, indent=2) + "\n")
     with atomic_write(folder / VOCABULARY) as temporary:
         temporary.write_bytes(world_vocabulary_file(config.vocab_size))
-    return [folder / name for name in ("model.safetensors", "config.json", "tokenizer_config.json", VOCABULARY)]
+    return [folder / name for name in HF_FILES]
 
 
 def vocabulary(size):

@@ -8,10 +8,14 @@ class UserError(ValueError):
 
 
 def exit_on_user_error(main):
-    """Run a command's `main(argv) -> int`; a UserError becomes one message on stderr and exit code 2."""
+    """Run a command's `main(argv) -> int`; a UserError becomes one message on stderr and exit code 2, Ctrl-C one word
+    and exit code 130."""
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
-        sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        message, code = f"error: {error}", 2
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    sys.stdout.flush()
+    print(message, file=sys.stderr)
+    sys.exit(code)

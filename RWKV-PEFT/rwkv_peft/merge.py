@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from .adapters.quant import roundtrip
 from .ahead import ahead
 from .checkpoint import fingerprint
 from .errors import UserError
@@ -40,21 +41,24 @@ class TensorReport:
     """What merging did to one tensor.
 
     change is |W' - W| / |W| (Frobenius norms; inf where W is zero or new), lost |cast(W') - W'| / |W' - W|: how
-    much of the change the cast to the file's dtype took away.
+    much of the change the cast to the file's dtype took away; differs tells whether any element of cast(W') is another
+    than that of cast(W).
     """
 
     key: str
     change: float
     lost: float
+    differs: bool
 
 
 class Band(NamedTuple):
-    """Rows of an output tensor, and the sums of squares of W, W' - W and cast(W') - W' in them (zeros where nothing
-    changes)."""
+    """Rows of an output tensor, the sums of squares of W, W' - W and cast(W') - W' in them (zeros where nothing
+    changes), and whether any element is another than the base's."""
 
     key: str
     rows: torch.Tensor
     squares: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    differs: bool = False
 
 
 class Merge:
@@ -71,11 +75,15 @@ class Merge:
         self.changes = {}  # key -> [LayerChange or WholeChange], in the order of their application
         for name, adapter in adapters:
             self._bind(name, adapter, shapes)
+        _check_states([name for name, _ in adapters], self.specs)
 
     def _bind(self, name, adapter, shapes):
         _check_places(name, adapter, shapes)
         metadata, options = adapter.metadata, self.options
         quant = metadata.quant if options.quant is None else options.quant
+        if metadata.quant != "none" and quant not in ("none", metadata.quant):
+            raise UserError(f"--quant {quant} contradicts {name}, which was trained on a base quantized to {metadata.quant}; leave "
+                            "--quant out to merge onto that, or give --quant none for the original base")
         whole = adapter.whole()
         if options.unmerge and whole:
             raise UserError(f"--unmerge cannot restore {len(whole)} tensors that {name} replaced whole (such as "
@@ -95,7 +103,8 @@ class Merge:
             check_params(f"{name}: {module}", metadata.variant, params, tuple(shapes[key].shape))
             params = {parameter: tensor.to(options.device) for parameter, tensor in params.items()}
             changes = self.changes.setdefault(key, [])
-            dtype = torch.float32 if changes else shapes[key].dtype  # between adapters nothing is rounded
+            # a file that does not say how its base was kept had it as it is; between adapters nothing is rounded then
+            dtype = metadata.base_dtype() or (torch.float32 if changes else shapes[key].dtype)
             change = LayerChange(metadata.variant, params, metadata.scale, quant, options.scale, dtype)
             if options.unmerge:
                 changes.insert(0, change.removal())
@@ -107,16 +116,30 @@ class Merge:
         runs of its rows, in its dtype, on the CPU; tensors that are new come last.
 
         A TensorReport of each changed tensor is appended to the list `reports`. Raises UserError for a result that
-        is not finite.
+        is not finite, and after the last tensor where the output is the base.
         """
+        reports = [] if reports is None else reports
         for key, bands in groupby(ahead(self._tasks(pairs)), lambda band: band.key):
-            totals = [0.0, 0.0, 0.0]
+            totals, differs = [0.0, 0.0, 0.0], False
             for band in bands:
                 totals = [total + square for total, square in zip(totals, band.squares)]
+                differs = differs or band.differs
                 yield key, band.rows
-            if reports is not None and key in self.changes:
+            if key in self.changes:
                 size, change, lost = totals
-                reports.append(TensorReport(key, ratio(change, size), ratio(lost, change)))
+                reports.append(TensorReport(key, ratio(change, size), ratio(lost, change), differs))
+        if self.changes and not any(report.differs for report in reports):
+            self._refuse_the_base(reports)
+
+    def _refuse_the_base(self, reports):
+        """Raise the UserError for an output that equals the base."""
+        largest = max(reports, key=lambda report: report.change)
+        if largest.change == 0:
+            raise UserError("the merge changes no weight: what the adapters add is zero, or too small for float32 (an alpha of "
+                            "0, a training that barely moved?); nothing is written")
+        raise UserError(f"the merge would equal the base: the largest change, {100 * largest.change:.2g} % of {largest.key}, "
+                        f"is lost in the cast to {dtype_name(self.specs[largest.key].dtype)}; --output_dtype fp32 keeps it; "
+                        "nothing is written")
 
     def tensors(self, pairs, reports=None):
         """Yield the output's (key, tensor), as `bands` with each tensor in one piece; one that does not change is the
@@ -147,7 +170,7 @@ class Merge:
 
     @torch.no_grad()
     def _band(self, key, source, changes):
-        dtype, squares = self.specs[key].dtype, (0.0, 0.0, 0.0)
+        dtype, squares, differs = self.specs[key].dtype, (0.0, 0.0, 0.0), False
         if changes:
             exact = weight = source.to(self.options.device, torch.float32)
             for change in changes:
@@ -155,14 +178,34 @@ class Merge:
             rows = exact.to(dtype)
             squares = square(weight), square(exact - weight), square(rows - exact)
             rows = rows.cpu()
+            differs = not torch.equal(rows, source.to(dtype))  # ends at the first element that does
         else:
             rows = source.to(dtype)
         # the last sum is NaN or Inf where an element of rows is, so that most bands need no look of their own
         if not (changes and math.isfinite(squares[-1])) and not all_finite(rows):
-            cause = ("in the base already" if not all_finite(source) else
-                     f"after the merge, though not in the base: the change is too large for {dtype_name(dtype)}")
-            raise UserError(f"{key} holds NaN or Inf, {cause}; nothing is written")
-        return Band(key, rows, squares)
+            raise UserError(f"{key} holds NaN or Inf, {_cause_of_infinity(source, dtype)}; nothing is written")
+        return Band(key, rows, squares, differs)
+
+
+def _cause_of_infinity(source, dtype):
+    """Why a tensor that was made of the base's rows `source` holds NaN or Inf in dtype."""
+    if not all_finite(source):
+        return "in the base already"
+    if not all_finite(source.to(dtype)):
+        return f"because the base's own values are too large for {dtype_name(dtype)}; give --output_dtype bf16 or fp32"
+    return f"after the merge, though not in the base: the change is too large for {dtype_name(dtype)}"
+
+
+def quantization_error(base, adapters):
+    """|Q(W) - W| / |W| over the weights W that were quantized to Q(W) while the (name, Adapter) pairs trained on them."""
+    error = size = 0.0
+    for _, adapter in adapters:
+        metadata = adapter.metadata
+        for module in adapter.modules() if metadata.quant != "none" else ():
+            weight = base[f"{module}.weight"]
+            kept = roundtrip(weight.to(metadata.base_dtype() or weight.dtype), metadata.quant)
+            error, size = error + square(kept - weight.float()), size + square(weight.float())
+    return ratio(error, size)
 
 
 def square(tensor):
@@ -198,6 +241,16 @@ def check_fingerprints(path, base, adapters):
                         "find the base it was trained on, or force it with --any_base")
 
 
+def check_unmerge(path, base, adapters):
+    """Raise UserError where the base (tensors of the file at path) is what one of the (name, Adapter) pairs was trained
+    on, so that the adapter is not merged into it."""
+    own = fingerprint(base)
+    for name, adapter in adapters:
+        if adapter.metadata.base_fingerprint == own:
+            raise UserError(f"--unmerge: {path} is the base that {name} was trained on, without the adapter; give the merged "
+                            "model as --base_model (or force it with --any_base)")
+
+
 def expected_whole_shape(key, shapes):
     """The shape that a whole tensor must have; time states, which a base need not hold, follow from time_faaaa."""
     if key in shapes:
@@ -208,6 +261,16 @@ def expected_whole_shape(key, shapes):
 
 def dtype_name(dtype):
     return str(dtype).removeprefix("torch.")
+
+
+def _check_states(names, specs):
+    """Raise UserError where some layers of the output have a time state and others have none."""
+    layers = [key.removesuffix("time_faaaa") for key in specs if key.endswith(".att.time_faaaa")]
+    without = [layer for layer in layers if f"{layer}time_state" not in specs]
+    if without and len(without) < len(layers):
+        raise UserError(f"{', '.join(map(str, names))}: time states of {len(layers) - len(without)} of the model's "
+                        f"{len(layers)} layers (there is no {without[0]}time_state), and runtimes read a state for every layer "
+                        "or for none; give the whole file that the state tuning wrote")
 
 
 def _check_places(name, adapter, shapes):

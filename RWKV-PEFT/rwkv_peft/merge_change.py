@@ -11,6 +11,7 @@ import torch
 
 from .adapters.delta import RESIDUAL_VARIANTS, delta, merged
 from .adapters.quant import block_size
+from .config import BONE_MODES
 from .errors import UserError
 
 
@@ -19,7 +20,8 @@ class LayerChange:
     """An adapter on one weight.
 
     params are its tensors as adapters.delta takes them; scale is LoRA's; quant names the quantization of the frozen
-    weight in training, dtype what a residual base was rounded to; amount multiplies the change as a whole.
+    weight in training, dtype what the base was rounded to before it was quantized or a residual base was made of it;
+    amount multiplies the change as a whole.
     """
 
     variant: str
@@ -50,7 +52,7 @@ class LayerChange:
 
     def apply(self, weight):
         """weight (out, in) float32 -> float32, the weight that the trained layer computed with."""
-        base = weight.to(self.dtype) if self.variant in RESIDUAL_VARIANTS else weight
+        base = weight.to(self.dtype) if self.variant in RESIDUAL_VARIANTS or self.quant != "none" else weight
         result = merged(self.variant, base, self.params, scale=self.scale, quant=self.quant)
         return result if self.amount == 1 else torch.lerp(weight, result, self.amount)
 
@@ -101,13 +103,21 @@ class WholeChange:
 
 def check_params(name, variant, params, weight_shape):
     """Raise UserError unless the tensors of a `variant` adapter fit a weight (out, in)."""
+    if len(weight_shape) != 2:
+        raise UserError(f"{name} is no linear layer: its weight has shape {weight_shape}, and a {variant} adapter changes a "
+                        "matrix; it was trained on another model")
     out, inner = weight_shape
-    names = {"bone"} if "bone" in params else {"lora_A", "lora_B"}
+    names = {"bone"} if variant in BONE_MODES else set() if variant == "none" else {"lora_A", "lora_B"}
     if variant in RESIDUAL_VARIANTS:
         names |= {"init_lora_A", "init_lora_B"}
     if set(params) != names:
-        raise UserError(f"{name} holds {sorted(params)}, and a {variant} adapter has {sorted(names)}")
+        raise UserError(f"{name} holds {sorted(params)}, and a {variant} adapter has "
+                        f"{sorted(names) or 'no tensors of its own'}")
     shapes = {name: tuple(tensor.shape) for name, tensor in params.items()}
+    odd = [shape for shape in shapes.values() if 0 in shape or len(shape) != (3 if variant in ("bat-in", "bat-out") else 2)]
+    if odd:
+        raise UserError(f"{name} holds a tensor of shape {odd[0]}, which no {variant} adapter has; the file is damaged, or "
+                        "describes itself wrongly")
     if "bone" in params:
         shape = shapes["bone"]
         rank = shape[0] if variant in ("bone", "bone-mini") else shape[-1]

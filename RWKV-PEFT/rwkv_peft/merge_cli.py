@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from .atomic import atomic_write
+from .atomic import atomic_write, check_output, same_file
 from .checkpoint import check_state, load_base, read_adapter
 from .cli import Parser
 from .config import BONE_MODES, QUANTIZATIONS
 from .errors import UserError
 from .memory import keep_freed_memory
-from .merge import Merge, MergeOptions, check_fingerprints, dtype_name
+from .merge import Merge, MergeOptions, check_fingerprints, check_unmerge, dtype_name, quantization_error
 from .pth import read_state, stream_state
 from .pth_writer import TensorSpec, write_pth
 
@@ -41,7 +41,8 @@ def build_parser():
     parser.add_argument("--unmerge", action="store_true",
                         help="take the adapters off a merged --base_model again, last first")
     parser.add_argument("--any_base", action="store_true",
-                        help="merge although the adapter was trained on another base of the same shape")
+                        help="do not compare the base with the one that the adapter names: merge into another of "
+                             "the same shape, or unmerge all the same")
     parser.add_argument("--dry_run", action="store_true", help="compute and report everything, write nothing")
     parser.add_argument("--verify", action="store_true", help="read the output back and compare each tensor")
     return parser
@@ -50,8 +51,7 @@ def build_parser():
 def main(argv):
     """argv -> exit code 0. Raises UserError for whatever cannot be merged, before the output is touched."""
     args = build_parser().parse_args(argv)
-    if not args.dry_run:
-        check_output(args)
+    check_files(args)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this torch sees no CUDA device; leave --device out to merge on the CPU")
     if args.scale == 0 or not torch.isfinite(torch.tensor(args.scale)):
@@ -61,8 +61,8 @@ def main(argv):
     adapters = [(path, read_adapter(path, mode, base, args.lora_init, args.lora_alpha)) for path in args.adapters]
     options = MergeOptions(args.scale, output_dtype(args.output_dtype), args.quant, args.unmerge, args.device)
     merge = Merge(base, adapters, options)
-    if not (args.unmerge or args.any_base):
-        check_fingerprints(args.base_model, base, adapters)
+    if not args.any_base:
+        (check_unmerge if args.unmerge else check_fingerprints)(args.base_model, base, adapters)
     print_head(args, base, adapters)
     del base  # its pages would stay resident
     keep_freed_memory()  # bands are computed in temporaries of the same few sizes
@@ -89,19 +89,24 @@ def output_dtype(name):
     return {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
-def check_output(args):
-    """Refuse an output that is missing from the flags, no .pth, or one of the inputs by any name or link."""
+def check_files(args):
+    """Refuse an adapter given twice, and an output that is missing from the flags, no .pth, one of the inputs by any
+    name or link, or cannot be written."""
+    for position, path in enumerate(args.adapters):
+        if any(same_file(path, other) for other in args.adapters[:position]):
+            raise UserError(f"--bone_checkpoint names {path} twice, which would apply it twice; give each adapter once "
+                            "(--scale 2 doubles a change)")
+    if args.dry_run:
+        if args.verify:
+            raise UserError("--verify reads the output back, and --dry_run writes none; drop one of the two")
+        return
     if args.output is None:
         raise UserError("--output is missing: name the merged .pth, or give --dry_run")
     if Path(args.output).suffix != ".pth":
         raise UserError(f"--output {args.output}: a name that ends in .pth is due; other formats are made of it by "
                         "python -m rwkv_peft.convert")
-    inputs = {"--base_model": [args.base_model], "--bone_checkpoint": args.adapters, "--lora_init": [args.lora_init]}
-    for flag, paths in inputs.items():
-        for path in paths:
-            if path and os.path.exists(path) and os.path.exists(args.output) and os.path.samefile(path, args.output):
-                raise UserError(f"--output {args.output} is the file given as {flag}, which must not be overwritten; "
-                                "choose another name")
+    check_output("--output", args.output, [("--base_model", args.base_model), ("--lora_init", args.lora_init),
+                                           *(("--bone_checkpoint", path) for path in args.adapters)])
 
 
 def check_space(output, specs):
@@ -126,6 +131,13 @@ def print_head(args, base, adapters):
         parts += [f"{len(whole)} whole tensors"] if whole else []
         origin = "" if metadata.base_fingerprint else f" (from {metadata.source}; it does not name its base)"
         print(f"adapter  {name}: {', '.join(parts)}{origin}")
+        if metadata.quant != "none" and args.quant != "none":
+            print(f"quant    onto the base as {metadata.quant} keeps it, which is what was trained on; --quant none takes the original")
+    if args.quant == "none" and (lost := quantization_error(base, adapters)):
+        print(f"quant    onto the original base, as --quant none says; the base that was trained on differs from it by {lost:.2%}")
+    if args.unmerge:
+        print(f"unmerge  nothing in these files can tell whether this adapter was merged into {args.base_model}, and with "
+              "which --scale: what comes out is the base only if it was")
 
 
 def print_reports(reports, specs):

@@ -9,7 +9,7 @@ import torch
 
 from .errors import UserError
 
-MAPPED = 1 << 29  # bytes that stream_state reads through one mapping
+MAPPED = 1 << 27  # bytes that stream_state reads through one mapping, which stay in memory until the next
 
 
 def read_pth(path):

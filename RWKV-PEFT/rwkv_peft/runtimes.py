@@ -29,8 +29,10 @@ class Runtime(NamedTuple):
     shifted: bool = False
 
     def missing(self):
-        """"" where the runtime is installed, else the command that installs it."""
-        return "" if importlib.util.find_spec(self.module) else f"pip install {self.package}"
+        """"" where the runtime, and what writes its files, is installed, else the command that installs it."""
+        needed = ((self.module, self.package), *((("gguf", "gguf"),) if self.form == "gguf" else ()))
+        packages = [package for module, package in needed if not importlib.util.find_spec(module)]
+        return f"pip install {' '.join(packages)}" if packages else ""
 
     def version(self):
         return importlib.metadata.version(self.package)
@@ -77,14 +79,19 @@ def rwkv_model(path):
 
 
 def rwkv_simple(path, tokens, config):
-    """The `rwkv-simple` package, which loads strictly."""
+    """The `rwkv-simple` package, which loads strictly, one token at a time: over several it computes with decays of
+    0.005 at the least, whatever the model says."""
     from rwkv_simple import RWKV
 
     model = RWKV(config.n_embd, d_head=config.head_size, expand=config.dim_ffn / config.n_embd, n_layer=config.n_layer,
                  vocab_size=config.vocab_size)
     model.load_state_dict(torch.load(path, weights_only=True, mmap=True), strict=True)
+    state, rows = None, []
     with torch.inference_mode():
-        return model(tokens[None], need_state=False)[0].float()
+        for token in tokens:
+            logits, state = model(token[None, None], state)
+            rows.append(logits[0, 0].float())
+    return torch.stack(rows)
 
 
 def refused_by_rwkv_simple(config):

@@ -24,7 +24,7 @@ LIMITS = (("fp32", 1e-4), ("f32", 1e-3), ("f16", 2e-2), ("bf16", 1e-1), ("q8_0",
 
 
 class Row(NamedTuple):
-    """One line of the table; difference is None where the runtime was not asked, and note says why."""
+    """One line of the table; difference is None where the runtime was not asked or broke, and note says why."""
 
     runtime: str
     version: str
@@ -32,10 +32,11 @@ class Row(NamedTuple):
     difference: float | None
     limit: float | None
     note: str
+    broke: bool = False
 
     @property
     def failed(self):
-        return self.difference is not None and not self.difference <= self.limit
+        return self.broke or (self.difference is not None and not self.difference <= self.limit)
 
 
 def build_parser():
@@ -49,7 +50,7 @@ def build_parser():
 
 
 def main(argv):
-    """Print the table; 0 where all is well, 1 where a runtime disagrees. Raises UserError for an unusable file."""
+    """Print the table; 0 where all is well, 1 where a runtime disagrees or breaks. Raises UserError for an unusable file."""
     args = build_parser().parse_args(argv)
     if args.tokens < 1:
         raise UserError(f"--tokens {args.tokens}: at least one is needed")
@@ -59,9 +60,8 @@ def main(argv):
         print(f"{args.model} has the keys, order, shapes and dtypes of {args.base}")
     rows = verify(state, args.tokens, tuple(args.gguf_types))
     print_table(rows)
-    asked = [row for row in rows if row.difference is not None]
-    if not asked:
-        raise UserError("no runtime is installed; pip install rwkv rwkv-simple xllamacpp gguf")
+    if not any(row.broke or row.difference is not None for row in rows):
+        raise UserError("no runtime was asked, for the reasons above; pip install rwkv rwkv-simple xllamacpp gguf")
     return int(any(row.failed for row in rows))
 
 
@@ -88,16 +88,24 @@ def verify(state, length=50, gguf_types=("f32", "f16")):
         for runtime in all_runtimes():
             stateful = "blocks.0.att.time_state" in state and runtime.package != "rwkv"
             reason = runtime.missing() or runtime.refuses(config) or ("takes no initial state" if stateful else "")
-            forms = ("fp32",) if runtime.form == "pth" else gguf_types
-            for form in forms:
+            for form in ("fp32",) if runtime.form == "pth" else gguf_types:
                 if reason:
-                    version = "" if runtime.missing() else runtime.version()
-                    rows.append(Row(runtime.name, version, form, None, None, f"not asked: {reason}"))
-                    continue
-                logits = runtime.logits(written(Path(folder), form, state, config), tokens, config)
-                judged = judge(logits, reference, form, runtime.shifted)
-                rows.append(Row(runtime.name, runtime.version(), form, *judged, ""))
+                    rows.append(Row(runtime.name, "", form, None, None, f"not asked: {reason}"))
+                else:
+                    path = written(Path(folder), form, state, config)
+                    rows.append(ask(runtime, path, form, tokens, config, reference))
     return rows
+
+
+def ask(runtime, path, form, tokens, config, reference):
+    """The Row of one runtime that reads the file at path; whatever it raises is told in the row, so that the others are
+    asked all the same."""
+    try:
+        logits = runtime.logits(path, tokens, config)
+        return Row(runtime.name, runtime.version(), form, *judge(logits, reference, form, runtime.shifted), "")
+    except Exception as error:
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        return Row(runtime.name, "", form, None, None, f"failed: {words[:200]}", broke=True)
 
 
 def written(folder, form, state, config):
@@ -127,7 +135,7 @@ def print_table(rows):
     print(f"| {'runtime':<22} | {'version':<16} | {'format':<6} | max difference | allowed |")
     print(f"|{'-' * 24}|{'-' * 18}|{'-' * 8}|{'-' * 16}|{'-' * 9}|")
     for row in rows:
-        found = row.note if row.difference is None else f"{row.difference:14.1e}"
+        found = row.note if row.note else f"{row.difference:14.1e}"
         limit = "" if row.limit is None else f"{row.limit:7.1e}" + ("  FAILED" if row.failed else "")
         print(f"| {row.runtime:<22} | {row.version:<16} | {row.form:<6} | {found:<14} | {limit:<7} |")
 

@@ -150,6 +150,38 @@ def test_prompt_files_that_cannot_be_read_are_named(model, tmp_path, name, conte
         command.main(["--model", str(model), "--prompt_file", str(tmp_path / name)])
 
 
+@pytest.mark.parametrize("flag, given_as", [
+    ("--output", "--model"), ("--output", "--prompt_file"), ("--output", "--adapter"), ("--output", "--state"),
+    ("--save_state", "--model"), ("--save_state", "--prompt_file"), ("--save_state", "--adapter"),
+])
+def test_no_input_is_overwritten(model, tmp_path, flag, given_as):
+    files = {name: tmp_path / name.strip("-") for name in ("--model", "--prompt_file", "--adapter", "--state")}
+    for file in files.values():
+        file.write_text("an input")
+    (tmp_path / "link").symlink_to(files[given_as])
+    with pytest.raises(UserError, match=f"{flag} .*link is the file given as {given_as}"):
+        command.main([*(str(word) for pair in files.items() for word in pair), flag, str(tmp_path / "link")])
+    assert all(file.read_text() == "an input" for file in files.values())
+
+
+def test_a_session_may_go_on_in_its_own_file_but_not_in_the_output(run, model, tmp_path):
+    session = tmp_path / "session.pth"
+    run("--prompt", "a", "--max_tokens", 2, "--save_state", session)
+    before = session.read_bytes()
+    run("--prompt", "b", "--max_tokens", 2, "--state", session, "--save_state", session)
+    assert session.read_bytes() != before
+    with pytest.raises(UserError, match="are both"):
+        command.main(["--model", str(model), "--prompt", "a", "--output", str(session), "--save_state", str(session)])
+
+
+@pytest.mark.parametrize("flag", ["--output", "--save_state"])
+def test_outputs_that_cannot_be_written_are_refused_before_the_model_is_read(tmp_path, flag, monkeypatch):
+    (tmp_path / "plain").write_text("")
+    monkeypatch.setattr(command, "load_model", None)
+    with pytest.raises(UserError, match="a file stands where"):
+        command.main(["--model", "m.pth", "--prompt", "a", flag, str(tmp_path / "plain" / "x")])
+
+
 def test_a_vocabulary_of_unknown_size_needs_a_tokenizer(tiny_state, tmp_path):
     save_model(tmp_path / "model.pth", tiny_state(vocab_size=80))
     with pytest.raises(UserError, match="give --tokenizer"):

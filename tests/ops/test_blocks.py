@@ -31,11 +31,11 @@ def level(request, monkeypatch):
 @functools.lru_cache(maxsize=None)
 def amx_shim():
     """blocks_cpu.cpp for the matrix unit, built on the shim; None where the processor or the compiler is too old for it."""
-    known = [cpu.find_compiler(), *blocks.BFLOAT16_FLAGS["amx"], "-E", "-x", "c++", "/dev/null"]
+    known = [cpu.find_compiler(), *blocks.level_flags()["amx"], "-E", "-x", "c++", "/dev/null"]
     if not blocks.available("avx512") or subprocess.run(known, capture_output=True).returncode != 0:
         return None
     header = Path(__file__).parents[1] / "amx_shim" / "amx_shim.h"
-    library = blocks.build("blocks_cpu_amx_shim", (*blocks.BFLOAT16_FLAGS["amx"], "-include", str(header)), [header])
+    library = blocks.build("blocks_cpu_amx_shim", (*blocks.level_flags()["amx"], "-include", str(header)), [header])
     return library if library.amx_shim_runs() else None
 
 

@@ -16,8 +16,8 @@ import time
 
 import torch
 
+from ..atomic import atomic_write, check_output
 from ..cli import Parser
-from ..checkpoint import atomic_write
 from ..config import BONE_MODES
 from ..errors import UserError, exit_on_user_error
 from .decode import generate, prefill
@@ -74,6 +74,7 @@ def main(argv):
 def run(args):
     """The command; returns 0."""
     sampling = check_flags(args)
+    check_outputs(args)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     rows = read_prompt_file(args.prompt_file) if args.prompt is None else [{"prompt": text} for text in args.prompt]
@@ -160,6 +161,18 @@ def complete_all(steps, continuations, prints):
             continuation.finish("length")
         if prints:
             show(continuation.line() + "\n")
+
+
+def check_outputs(args):
+    """Raise UserError for outputs that are inputs, or cannot be written: known before the work, not after it."""
+    inputs = [(f"--{name}", getattr(args, name)) for name in ("model", "prompt_file", "lora_init", "tokenizer")]
+    inputs += [("--adapter", path) for path in args.adapter]
+    if args.output:
+        check_output("--output", args.output, [*inputs, ("--state", args.state)])
+    if args.save_state:  # a session may go on in its own file
+        check_output("--save_state", args.save_state, inputs)
+    if args.output and args.save_state and os.path.realpath(args.output) == os.path.realpath(args.save_state):
+        raise UserError(f"--output and --save_state are both {args.output}; give each a file of its own")
 
 
 def check_flags(args):

@@ -25,9 +25,9 @@ BITS = ("bf16", "fp16", "fp32", "nf4", "int8")
 # (name in older trl and transformers, name in newer ones)
 RENAMED = (("max_seq_length", "max_length"), ("warmup_ratio", "warmup_steps"), ("evaluation_strategy", "eval_strategy"),
            ("no_cuda", "use_cpu"), ("use_liger", "use_liger_kernel"))
-# What newer ones dropped, and what they do instead.
-DROPPED = {"overwrite_output_dir": "files of the same name are replaced", "save_safetensors": "checkpoints are safetensors",
-           "logging_dir": "TensorBoard's files go to OUTPUT_DIR/runs"}
+# (name that newer ones dropped, what they do instead)
+DROPPED = (("overwrite_output_dir", "files of the same name are replaced"), ("save_safetensors", "checkpoints are safetensors"),
+           ("logging_dir", "TensorBoard's files go to OUTPUT_DIR/runs"))
 
 
 @dataclass
@@ -175,7 +175,7 @@ def adapt(argv, known, accelerator, cuda):
                 raise UserError(f"--{old} and --{new} are two names of one argument; give --{new} alone")
             argv[argv.index(f"--{old}")] = f"--{new}"
             print(f"--{old} is --{new} in the installed trl and transformers, and is taken as that")
-    for name, instead in DROPPED.items():
+    for name, instead in DROPPED:
         if f"--{name}" in argv and name not in known:
             drop(argv, f"--{name}")
             print(f"--{name} is gone from the installed trl and transformers, and is ignored: {instead}")

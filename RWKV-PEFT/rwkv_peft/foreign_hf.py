@@ -1,0 +1,126 @@
+"""Adapters in folders of Hugging Face peft, over layers of an RWKV model.
+
+What peft calls "bat" is bat-out; folders of rwkv_peft.hf's BoneConfig may also say "bat-in".
+"""
+
+import json
+from pathlib import Path
+
+from .adapter_file import Adapter, AdapterMetadata, adapter_parameter, target_names
+from .errors import UserError
+from .names import from_hf
+from .pth import read_state, require_file
+
+HF_PREFIX = "base_model.model."
+# (init_weights, canonical name, dimensions of the tensors); true and false name no form
+NAMED_FORMS = (("bone", "bone", 2), ("mini", "bone-mini", 2), ("bat", "bat-out", 3), ("bat-out", "bat-out", 3),
+               ("bat-in", "bat-in", 3))
+
+
+def read_hf_folder(folder):
+    """The Adapter in a folder saved by Hugging Face peft: BONE, MISS or plain LORA over layers of an RWKV model.
+
+    Module names may be official ones or those of the Hugging Face RWKV-6 model. Raises UserError: files
+    missing, another kind of adapter, settings that merging cannot honour.
+    """
+    folder = Path(folder)
+    config = _read_config(folder / "adapter_config.json")
+    tensors = {}
+    for key, tensor in _read_hf_tensors(folder).items():
+        if not key.startswith(HF_PREFIX):
+            raise UserError(f"{folder}: key {key} does not start with {HF_PREFIX!r} as peft's keys do")
+        module = key.removeprefix(HF_PREFIX)
+        split = adapter_parameter(module)
+        tensors[f"{from_hf(split[0] + '.')}{split[1]}" if split else from_hf(module)] = tensor
+    modules = Adapter(tensors, None).modules()
+    whole = {key: tensor for key, tensor in tensors.items() if not adapter_parameter(key)}
+    common = {"targets": target_names(modules), "train_parts": tuple(whole),
+              "source": f"peft {config.get('peft_version', '')}"}
+    kind = str(config.get("peft_type", "")).upper()
+    if kind == "LORA":
+        _check_plain_lora(folder, config)
+        rank = _number(folder, config, "r", int)
+        scale = _number(folder, config, "lora_alpha") / (rank**0.5 if config.get("use_rslora") else rank)
+        return Adapter(tensors, AdapterMetadata("lora", rank=rank, scale=scale, **common))
+    if kind not in ("BONE", "MISS"):
+        raise UserError(f"{folder} holds a {kind or 'nameless'} adapter of peft; BONE, MISS and plain LORA can be "
+                        "merged")
+    parameter = f"{kind.lower()}_block"
+    own = {}
+    for module, params in modules.items():
+        if set(params) != {parameter}:
+            raise UserError(f"{folder}: {module} holds {sorted(params)}, and a {kind} adapter has {parameter} alone")
+        own[f"{module}.bone"] = params[parameter]
+    rank = _number(folder, config, "r", int)
+    variant = _bone_variant(folder, config, own)
+    for key, tensor in own.items():
+        if tensor.shape[0 if tensor.dim() == 2 else -1] != rank:
+            raise UserError(f"{folder}: {key.removesuffix('.bone')} has a {parameter} of shape {tuple(tensor.shape)}, and r is "
+                            f"{rank} in adapter_config.json: the two files belong to different adapters")
+    mini_rank = _number(folder, config, "mini_r", int) if variant == "bone-mini" else 0
+    return Adapter(own | whole, AdapterMetadata(variant, rank=rank, mini_rank=mini_rank, **common))
+
+
+def _read_config(path):
+    text = require_file(path).read_bytes()
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}; copy it again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds no settings, but a {type(config).__name__}; copy the file that peft saved")
+    return config
+
+
+def _number(folder, config, name, kind=(int, float)):
+    """A setting that must be a number above 0 (int where kind says so); booleans are none."""
+    value = config.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
+        raise UserError(f"{folder}: adapter_config.json has {name} = {value!r}, and a number above 0 is due; copy the file "
+                        "that peft saved")
+    return value
+
+
+def _bone_variant(folder, config, tensors):
+    """The canonical name of a BONE or MISS adapter's form, by init_weights and the dimensions of its tensors."""
+    dims = {tensor.dim() for tensor in tensors.values()}
+    if len(dims) != 1 or not dims <= {2, 3}:
+        raise UserError(f"{folder}: its tensors have {sorted(dims)} dimensions; 2 or 3 are due throughout")
+    init, dim = config.get("init_weights", True), dims.pop()
+    if isinstance(init, bool):
+        return "bone" if dim == 2 else "bat-out"  # pre-releases of peft have block affine Bone alone, and no name for it
+    known = [(variant, due) for name, variant, due in NAMED_FORMS if name == init]
+    if not known:
+        raise UserError(f"{folder}: init_weights is {init!r} in adapter_config.json; known are true, false and "
+                        f"{', '.join(name for name, _, _ in NAMED_FORMS)}")
+    variant, due = known[0]
+    if dim != due:
+        raise UserError(f"{folder}: init_weights {init!r} goes with tensors of {due} dimensions, and these have {dim}: "
+                        "adapter_config.json belongs to another adapter")
+    return variant
+
+
+def _read_hf_tensors(folder):
+    if (folder / "adapter_model.safetensors").is_file():
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(folder / "adapter_model.safetensors")
+        except SafetensorError as error:
+            raise UserError(f"{folder / 'adapter_model.safetensors'} is damaged: {error}") from error
+    if (folder / "adapter_model.bin").is_file():
+        return read_state(folder / "adapter_model.bin")
+    raise UserError(f"{folder} has no adapter_model.safetensors (nor adapter_model.bin); is it a folder that peft "
+                    "saved?")
+
+
+def _check_plain_lora(folder, config):
+    """Refuse LoRA settings under which W + scale B A over the original base is not what was trained."""
+    odd = [name for name in ("use_dora", "rank_pattern", "alpha_pattern", "layer_replication", "fan_in_fan_out")
+           if config.get(name)]
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        odd.append(f"init_lora_weights={config['init_lora_weights']!r}, which changes the base")
+    if odd:
+        raise UserError(f"{folder}: this LoRA uses {', '.join(odd)}; only plain LoRA can be merged from peft's files: "
+                        "convert it with peft first (path_initial_model_for_weight_conversion)")
