@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from rwkv_peft import pth
 from rwkv_peft.adapter_file import METADATA_KEY, VARIANTS
 from rwkv_peft.adapters import ADAPTERS
 from rwkv_peft.atomic import check_output
@@ -156,7 +157,8 @@ def test_missing_files_folders_and_other_zips_are_refused(tmp_path):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the process's memory as Linux tells it")
-def test_streaming_keeps_little_of_a_file_in_memory(tmp_path):
+def test_streaming_keeps_little_of_a_file_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(pth, "MAPPED", 1 << 26)
     save_model(tmp_path / "m.pth", {f"t{i}": torch.zeros(1 << 22) for i in range(16)})  # 256 MB
 
     def resident():
