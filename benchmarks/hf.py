@@ -1,14 +1,17 @@
 """Time and memory of a training step on a LLaMA: Bone's forms, peft's MissConfig and peft's LoraConfig.
 
-    python benchmarks/hf.py                                  hidden 1024, 4 layers, T 1024, rank 64
+    python benchmarks/hf.py                                  hidden 1024, 4 layers, T 1024, rank 64, float32
+    python benchmarks/hf.py --dtype bfloat16                 the frozen model in bfloat16, under autocast as Trainer has it
     python benchmarks/hf.py --tokens 256 --rounds 3 --threads 1
 
 Each method runs in a process of its own, all linear layers adapted, so that peak memory is its own; rounds go
 over the methods in turn, so that a machine's drift meets all of them. LoRA's rank gives it about as many
-parameters as bat-in has. Memory is what the process holds at most during steps beyond what it held before.
+parameters as bat-in has. Memory is what the process holds at most during a step beyond what it held before, in a
+run of its own where malloc returns freed tensors at once, so that none of it is what earlier ones left.
 """
 
 import argparse
+import os
 import resource
 import statistics
 import subprocess
@@ -30,6 +33,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="steps a round, the fastest of which counts")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen model")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -40,15 +44,22 @@ def main():
     for _ in range(args.rounds):
         for method in args.methods:
             command = [sys.executable, __file__, "--one", method]
-            for name in ("hidden", "layers", "tokens", "rank", "steps", "threads"):
+            for name in ("hidden", "layers", "tokens", "rank", "steps", "threads", "dtype"):
                 command += [f"--{name}", str(getattr(args, name))]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            results[method].append([float(word) for word in done.stdout.split("RESULT")[1].split()])
-    print("| method | trainable | seconds a step | peak MiB of the steps |")
+            trainable, seconds, _ = run(command)
+            _, _, peak = run([*command, "--steps", "0"], MALLOC_MMAP_THRESHOLD_=str(1 << 17))
+            results[method].append((trainable, seconds, peak))
+    print("| method | trainable | seconds a step | peak MiB of a step |")
     print("|---|---|---|---|")
     for method, rows in results.items():
         trainable, seconds, peak = (statistics.median(column) for column in zip(*rows, strict=True))
         print(f"| {method} | {trainable:,.0f} | {seconds:.2f} | {peak:.0f} |")
+
+
+def run(command, **environment):
+    """-> trainable parameters, seconds, MiB."""
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | environment)
+    return [float(word) for word in done.stdout.split("RESULT")[1].split()]
 
 
 def measure(args):
@@ -61,7 +72,8 @@ def measure(args):
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=2048, hidden_size=args.hidden, intermediate_size=args.hidden * 11 // 4, num_hidden_layers=args.layers,
-        num_attention_heads=16, max_position_embeddings=args.tokens, use_cache=False))
+        num_attention_heads=args.hidden // 128, max_position_embeddings=args.tokens, use_cache=False))
+    model = model.to(getattr(torch, args.dtype))
     model = get_peft_model(model, config(args.one, args.rank, args.hidden)).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ids = torch.randint(0, 2048, (1, args.tokens))
@@ -69,12 +81,14 @@ def measure(args):
     seconds = []
     for _ in range(args.steps + 1):
         start = time.perf_counter()
-        model(input_ids=ids, labels=ids).loss.backward()
+        with torch.autocast("cpu", enabled=args.dtype == "bfloat16"):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
         seconds.append(time.perf_counter() - start)
         for parameter in trained:
             parameter.grad = None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print("RESULT", sum(parameter.numel() for parameter in trained), min(seconds[1:]), peak / 1024)
+    print("RESULT", sum(parameter.numel() for parameter in trained), min(seconds[1:], default=seconds[0]), peak / 1024)
 
 
 def config(method, rank, hidden):

@@ -6,8 +6,9 @@ on a GPU with nvcc also RWKV-LM's algorithm, a token at a time (wkv6_sequential.
 Forward, and forward and backward through autograd, N = 64. Each row gives milliseconds, the ratio to our kernel's time,
 and the most memory beyond the inputs that was in use, beside what outputs and gradients alone take. On the CPU each
 measurement is a process of its own, so that one's memory does not hide another's, and keeps freed pages for the next
-repetition, as training does. The CPU kernel's line also says what
-part of the cores' multiply-add peak it reaches, counting 5 operations a state element and step forward and 12 backward.
+repetition, as training does. A last table has the CPU kernel alone on one core, without torch around it: nanoseconds a
+token and head, and the part of the core's multiply-add peak, counting 5 operations a state element and step forward and
+12 backward.
 """
 
 import argparse
@@ -224,7 +225,44 @@ def fma_peak():
     return library.fma_peak(1.0)
 
 
-def table(shape, device, dtype, repeats, peak):
+def kernel_table(peak, calls):
+    """The CPU kernel alone, on one core: medians over `calls` calls, fewer where a call is long."""
+    print(f"\n| the kernel alone, one core of {peak / 1e9:.0f} GFLOP/s | T | H | forward, ns | of the peak | backward, ns | of the peak |")
+    print("|---|---|---|---|---|---|---|")
+    for dtype in (torch.float32, torch.bfloat16):
+        for T, H in ((512, 1), (1024, 4), (1024, 32)):
+            steps, tensors = kernel_calls(T, H, dtype)
+            times = []
+            for step, nominal in zip(steps, (NOMINAL_FORWARD, NOMINAL_BACKWARD)):
+                elapsed = []
+                for _ in range(max(9, calls * 256 // (T * H))):
+                    start = time.perf_counter()
+                    step()
+                    elapsed.append(time.perf_counter() - start)
+                seconds = statistics.median(elapsed) / (T * H)
+                times.append(f"{seconds * 1e9:.0f} | {nominal * HEAD_SIZE**2 / seconds / peak:.0%}")
+            print(f"| {dtype} | {T} | {H} | {' | '.join(times)} |", flush=True)
+            del tensors  # which the functions only point to
+
+
+def kernel_calls(T, H, dtype):
+    """(functions that run the CPU kernel's forward and backward in one thread, the tensors that they read and write)"""
+    (r, k, v, w, u), gy = random_inputs((1, T, H), "cpu", dtype)
+    u = u.detach().float()
+    y, *gradients = (torch.zeros_like(r) for _ in range(5))
+    final, gstate = torch.zeros(2, H, HEAD_SIZE, HEAD_SIZE)
+    checkpoints, gu = torch.zeros(cpu.checkpoint_count(T, 1), H, HEAD_SIZE, HEAD_SIZE), torch.zeros_like(u)
+    library, sizes = cpu._library(cpu.best_level()), (1, T, H, HEAD_SIZE, None, dtype == torch.bfloat16, 1)
+
+    tensors = (r, k, v, w, u, None, y, final, checkpoints), (r, k, v, w, u, None, checkpoints, gy, None, *gradients, gu, gstate)
+    pointers = [[ctypes.c_void_p(cpu._pointer(x)) for x in group] for group in tensors]
+    steps = (functools.partial(library.wkv6_cpu_forward, *pointers[0], *sizes),
+             functools.partial(library.wkv6_cpu_backward, *pointers[1], *sizes))
+    steps[0](), steps[1]()
+    return steps, tensors
+
+
+def table(shape, device, dtype, repeats):
     B, T, H = shape
     size = B * T * H * HEAD_SIZE * torch.finfo(dtype).bits // 8
     least = 5 * size  # y and the gradients of r, k, v, w
@@ -242,12 +280,6 @@ def table(shape, device, dtype, repeats, peak):
         print(f"| {name} | {found['forward'] * 1e3:.2f} | {found['forward'] / ours['forward']:.1f} ", end="")
         print(f"| {found['both'] * 1e3:.2f} | {found['both'] / ours['both']:.1f} ", end="")
         print(f"| {B * T / found['both']:.0f} | {found['peak'] / 1e6:.0f} |", flush=True)
-    if peak and ours:
-        elements = B * T * H * HEAD_SIZE**2
-        cores = min(torch.get_num_threads(), B * H)
-        forward = NOMINAL_FORWARD * elements / ours["forward"] / (cores * peak)
-        backward = NOMINAL_BACKWARD * elements / (ours["both"] - ours["forward"]) / (cores * peak)
-        print(f"\nours: forward {forward:.0%}, backward {backward:.0%} of {cores} x {peak / 1e9:.0f} GFLOP/s")
 
 
 def main(argv=None):
@@ -263,9 +295,10 @@ def main(argv=None):
         print(f"no kernel for {options.device}: {reason}")
     card = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {options.device}, {card}; backends {json.dumps(backends())}")
-    peak = fma_peak() if options.device == "cpu" and reason is None else None
     for shape in shapes:
-        table(tuple(map(int, shape.split(","))), options.device, getattr(torch, options.dtype), options.repeats, peak)
+        table(tuple(map(int, shape.split(","))), options.device, getattr(torch, options.dtype), options.repeats)
+    if options.device == "cpu" and reason is None:
+        kernel_table(fma_peak(), 400)
     return 0
 
 
