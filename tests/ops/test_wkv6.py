@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rwkv_peft.ops import backends, cpu, wkv6
+from rwkv_peft.ops import backends, checks, cpu, wkv6
 
 NAMES = ("y", "final state", "gr", "gk", "gv", "gw", "gu", "gstate")
 KERNELS = (*(f"cpu:{level}" for level in cpu.LEVELS), "cuda")
@@ -327,6 +327,16 @@ def test_bounds_that_only_a_compiled_graph_sees_are_checked_when_it_runs():
     for bad in ([0, 80, 70], [0, 4_000_000, 70], [5, 20, 70]):
         with pytest.raises(ValueError, match="it must start at 0, increase, and end at 70"):
             compiled(*inputs[:5], None, torch.tensor(bad), backend="cpu")
+
+
+def test_a_tensor_that_passed_is_not_read_again_until_it_changes():
+    """As on a GPU, where reading it waits: a mark of having passed stands for the values, also in a converted copy."""
+    bounds = torch.tensor([0, 99], dtype=torch.int32)  # would not pass
+    bounds._wkv6_checked = 6, bounds._version
+    checks.check_bounds(checks.as_int64(bounds, 6), 6)
+    for changed_bounds, tokens in ((bounds, 7), (bounds.add_(0), 6)):
+        with pytest.raises(ValueError, match="it must start at 0"):
+            checks.check_bounds(checks.as_int64(changed_bounds, tokens), tokens)
 
 
 def test_packed_rows_need_one_batch():

@@ -64,8 +64,7 @@ def check_bounds(cu_seqlens, T):
 
     Reading a GPU's tensor waits for the GPU, so such a tensor remembers that it passed, as long as nobody writes to it.
     """
-    passed = T, 0 if cu_seqlens.is_inference() else cu_seqlens._version
-    if getattr(cu_seqlens, "_wkv6_checked", None) == passed:
+    if getattr(cu_seqlens, "_wkv6_checked", None) == _mark(cu_seqlens, T):
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != T or any(a >= b for a, b in zip(bounds, bounds[1:])):
@@ -75,4 +74,18 @@ def check_bounds(cu_seqlens, T):
             "drop empty sequences and count the padding as one"
         )
     if cu_seqlens.device.type != "cpu":
-        cu_seqlens._wkv6_checked = passed
+        cu_seqlens._wkv6_checked = _mark(cu_seqlens, T)
+
+
+def as_int64(cu_seqlens, T):
+    """cu_seqlens as the kernels take it; a converted copy of a tensor that passed has passed, too."""
+    plain = cu_seqlens.to(torch.int64).contiguous()
+    if plain is not cu_seqlens and not torch.compiler.is_compiling():
+        if getattr(cu_seqlens, "_wkv6_checked", None) == _mark(cu_seqlens, T):
+            plain._wkv6_checked = _mark(plain, T)
+    return plain
+
+
+def _mark(cu_seqlens, T):
+    """What a tensor that bounds sequences of T tokens remembers, as long as nobody writes to it."""
+    return T, 0 if cu_seqlens.is_inference() else cu_seqlens._version

@@ -7,7 +7,7 @@ import warnings
 import torch
 
 from . import cpu, reference
-from .checks import check
+from .checks import as_int64, check
 from .operators import backend_module
 
 KERNELS = ("cpu", "cuda")
@@ -38,7 +38,7 @@ def wkv6(r, k, v, w, u, state=None, cu_seqlens=None, *, backend="auto"):
     r, k, v, w = (_plain(x, kernel_dtype) for x in (r, k, v, w))
     u = _plain(u, torch.float32)
     state = None if state is None else _plain(state, torch.float32)
-    cu_seqlens = None if cu_seqlens is None else _plain(cu_seqlens, torch.int64)
+    cu_seqlens = None if cu_seqlens is None else as_int64(cu_seqlens, v.shape[1])
     inputs = (r, k, v, w, u) if state is None else (r, k, v, w, u, state)
     save = torch.is_grad_enabled() and any([x.requires_grad for x in inputs])
     forward = torch.ops.rwkv_peft.wkv6_forward if save or _is_traced(v) else backend_module(v.device.type).forward
