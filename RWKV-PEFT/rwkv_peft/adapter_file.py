@@ -179,10 +179,10 @@ def _check_metadata(path, values):
         raise UserError(f"{path}: its metadata has {name} = {values.get(name)!r}, and {due} is due; copy the file that the "
                         "training wrote")
 
-    precisions = tuple(name for name, _ in DTYPES)
+    precisions = ("", *(name for name, _ in DTYPES))
     for name, known, default in (("variant", VARIANTS, None), ("quant", QUANTIZATIONS, "none"), ("precision", precisions, "")):
-        if (given := values.get(name, default)) != default and given not in known or given is None:
-            refuse(name, "one of " + ", ".join(known))
+        if values.get(name, default) not in known:
+            refuse(name, "one of " + ", ".join(filter(None, known)))
     for name in ("rank", "mini_rank"):
         if type(values.get(name, 0)) is not int or values.get(name, 0) < 0:
             refuse(name, "a whole number")

@@ -15,8 +15,8 @@ import torch
 from .adapters import inject
 from .adapters.delta import RESIDUAL_VARIANTS
 from .checkpoint import load_adapter_into, load_base, model_config_from_state, read_adapter, save_model
-from .cli import Parser
-from .config import BONE_MODES, TRAIN_PARTS, AdapterConfig
+from .cli import Parser, alias
+from .config import BONE_MODES, MODE_ALIASES, TRAIN_PARTS, AdapterConfig
 from .errors import UserError, exit_on_user_error
 from .model import RWKV6
 from .runtimes import rwkv_model
@@ -93,7 +93,7 @@ def main(argv):
     parser = Parser(prog="python -m rwkv_peft.check", description="Compare a merged model with base plus adapter.")
     parser.add_argument("--base_model", required=True, metavar="PTH")
     parser.add_argument("--bone_checkpoint", required=True, metavar="FILE", help="the adapter")
-    parser.add_argument("--bone_mode", choices=(*BONE_MODES, "bat"),
+    parser.add_argument("--bone_mode", type=alias(MODE_ALIASES), choices=BONE_MODES,
                         help="variant of a .bone file that does not tell it, as in merge_bone.py")
     parser.add_argument("--lora_alpha", type=float, help="alpha of an RWKV-PEFT LoRA file")
     parser.add_argument("--lora_init", metavar="PTH", help="init_pissa.pth of an RWKV-PEFT PiSSA file")
@@ -102,7 +102,6 @@ def main(argv):
     args = parser.parse_args(argv)
     if args.tokens < 1:
         raise UserError(f"--tokens {args.tokens}: at least one is compared")
-    mode = "bat-in" if args.bone_mode == "bat" else args.bone_mode
     config, base_config = (model_config_from_state(load_base(path)) for path in (args.merged, args.base_model))
     if config != base_config:
         raise UserError(f"{args.merged} and {args.base_model} differ in their dimensions, {config} and {base_config}, so that "
@@ -112,7 +111,7 @@ def main(argv):
     comparisons = (
         ("merged file, rwkv package and ours", Difference.between(runtime_logits(args.merged, tokens), merged), SAME_FILE),
         ("merged file and base with adapter on",
-         Difference.between(merged, model_logits(args.base_model, tokens, args.bone_checkpoint, mode, args.lora_init,
+         Difference.between(merged, model_logits(args.base_model, tokens, args.bone_checkpoint, args.bone_mode, args.lora_init,
                                                  args.lora_alpha)), ROUNDED),
     )
     for text, difference, limit in comparisons:

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 
 ADAPTER_METHODS = ("bone", "lora", "lora-plus", "pissa", "olora", "lora-ga", "none")
 BONE_MODES = ("bone", "bone-mini", "bat-in", "bat-out")
+MODE_ALIASES = (("bat", "bat-in"),)  # RWKV-PEFT's name for it
 TARGETS = ("att.receptance", "att.key", "att.value", "att.gate", "att.output",
            "ffn.key", "ffn.receptance", "ffn.value")
 QUANTIZATIONS = ("none", "nf4", "int8")

@@ -16,8 +16,8 @@ import torch
 from .adapter_file import METADATA_KEY, adapter_parameter, read_adapter, save_adapter
 from .atomic import atomic_write, check_output
 from .checkpoint import check_state, expected_shapes, load_base, model_config_from_state
-from .cli import Parser
-from .config import BONE_MODES
+from .cli import Parser, alias
+from .config import BONE_MODES, MODE_ALIASES
 from .errors import UserError, exit_on_user_error
 from .foreign import write_rwkv_peft
 from .gguf_file import TYPES, write_gguf
@@ -42,8 +42,8 @@ def build_parser():
                         help="type of a GGUF's large matrices (default f16)")
     parser.add_argument("--bone_parameter", choices=("disha", "bone"), default="disha",
                         help="name of Bone's tensors in RWKV-PEFT's files: disha since 2025-02, bone before")
-    parser.add_argument("--bone_mode", choices=(*BONE_MODES, "bat"),
-                        help="variant of a .bone file that does not tell it")
+    parser.add_argument("--bone_mode", type=alias(MODE_ALIASES), choices=BONE_MODES,
+                        help="variant of a .bone file that does not tell it; bat is bat-in, as in RWKV-PEFT")
     parser.add_argument("--base_model", metavar="PTH",
                         help="base of an adapter, whose shapes may tell the variant, and how wide bone-mini is as "
                              "RWKV-PEFT's bone")
@@ -79,9 +79,8 @@ def is_adapter(path):
 
 
 def convert_adapter(source, target, args):
-    mode = "bat-in" if args.bone_mode == "bat" else args.bone_mode
     base = load_base(args.base_model) if args.base_model else None
-    adapter = read_adapter(source, mode, base, args.lora_init, args.lora_alpha)
+    adapter = read_adapter(source, args.bone_mode, base, args.lora_init, args.lora_alpha)
     if target.suffix == ".pth":
         paths = write_rwkv_peft(target, adapter, args.bone_parameter, base)
         print(remark_on_export(adapter.metadata, paths), end="")

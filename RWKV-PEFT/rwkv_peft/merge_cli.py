@@ -9,8 +9,8 @@ import torch
 
 from .atomic import atomic_write, check_output, same_file
 from .checkpoint import check_state, load_base, read_adapter
-from .cli import Parser
-from .config import BONE_MODES, QUANTIZATIONS
+from .cli import Parser, alias
+from .config import BONE_MODES, MODE_ALIASES, QUANTIZATIONS
 from .errors import UserError
 from .memory import keep_freed_memory
 from .merge import Merge, MergeOptions, check_fingerprints, check_unmerge, dtype_name, quantization_error
@@ -30,7 +30,7 @@ def build_parser():
                              "(.bone, .disha, LoRA, PiSSA, time states), or folders of Hugging Face peft")
     parser.add_argument("--output", metavar="PTH", help="the merged model; required unless --dry_run")
     parser.add_argument("--output_dtype", choices=("keep", "bf16", "fp16", "fp32"), default="keep")
-    parser.add_argument("--bone_mode", choices=(*BONE_MODES, "bat"),
+    parser.add_argument("--bone_mode", type=alias(MODE_ALIASES), choices=BONE_MODES,
                         help="variant of a .bone file that does not tell it; bat is bat-in, as in RWKV-PEFT")
     parser.add_argument("--lora_alpha", type=float, help="alpha of an RWKV-PEFT LoRA file, which does not record it")
     parser.add_argument("--lora_init", metavar="PTH", help="init_pissa.pth of an RWKV-PEFT PiSSA file")
@@ -57,8 +57,7 @@ def main(argv):
     if args.scale == 0 or not torch.isfinite(torch.tensor(args.scale)):
         raise UserError(f"--scale {args.scale}: a finite number other than 0 is due")
     base = load_base(args.base_model)
-    mode = "bat-in" if args.bone_mode == "bat" else args.bone_mode
-    adapters = [(path, read_adapter(path, mode, base, args.lora_init, args.lora_alpha)) for path in args.adapters]
+    adapters = [(path, read_adapter(path, args.bone_mode, base, args.lora_init, args.lora_alpha)) for path in args.adapters]
     options = MergeOptions(args.scale, output_dtype(args.output_dtype), args.quant, args.unmerge, args.device)
     merge = Merge(base, adapters, options)
     if not args.any_base:

@@ -17,8 +17,8 @@ import time
 import torch
 
 from ..atomic import atomic_write, check_output
-from ..cli import Parser
-from ..config import BONE_MODES
+from ..cli import Parser, alias
+from ..config import BONE_MODES, MODE_ALIASES
 from ..errors import UserError, exit_on_user_error
 from .decode import generate, prefill
 from .loading import load_model, read_state_file, save_state_file
@@ -32,7 +32,8 @@ def build_parser():
     add = parser.add_argument
     add("--model", required=True, metavar="PTH", help="an RWKV-6 model")
     add("--adapter", nargs="+", default=[], metavar="FILE", help="adapters to use it with, in order; not written anywhere")
-    add("--bone_mode", choices=(*BONE_MODES, "bat"), help="variant of a .bone file that does not tell it, as in merge_bone.py")
+    add("--bone_mode", type=alias(MODE_ALIASES), choices=BONE_MODES,
+        help="variant of a .bone file that does not tell it, as in merge_bone.py")
     add("--lora_alpha", type=float, help="alpha of an RWKV-PEFT LoRA file")
     add("--lora_init", metavar="PTH", help="init_pissa.pth of an RWKV-PEFT PiSSA file")
     add("--any_base", action="store_true", help="use an adapter that was trained on another base of the same shape")
@@ -82,7 +83,7 @@ def run(args):
         raise UserError(f"--save_state keeps the state after one prompt, and there are {len(rows)}; give one")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, start = load_model(args.model, args.adapter, args.precision or ("bf16" if device == "cuda" else "fp32"), device,
-                              "bat-in" if args.bone_mode == "bat" else args.bone_mode, args.lora_init, args.lora_alpha,
+                              args.bone_mode, args.lora_init, args.lora_alpha,
                               args.any_base)
     if args.state:
         start = read_state_file(args.state, model)

@@ -11,7 +11,6 @@ Only the answers count in the loss (--completion_only_loss False: the questions 
 
 import contextlib
 import difflib
-import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 
 from ..errors import UserError
 from .config import BoneConfig
+from .folders import read_config
 from .register import register
 
 BITS = ("bf16", "fp16", "fp32", "nf4", "int8")
@@ -59,11 +59,10 @@ def main(argv):
     arguments, config = parse(argv)
     adapter_config = bone_config(arguments)
     resumed = checkpoint_to_resume(config, adapter_config)
-    base = Path(arguments.base_model_name_or_path) / "adapter_config.json"
-    if base.is_file():
-        raise UserError(f"--base_model_name_or_path {base.parent} is an adapter of "
-                        f"{json.loads(base.read_text(encoding='utf-8')).get('base_model_name_or_path')}; give that model, or merge "
-                        "the adapter into it first")
+    base = Path(arguments.base_model_name_or_path)
+    if (base / "adapter_config.json").is_file():
+        raise UserError(f"--base_model_name_or_path {base} is an adapter of {read_config(base).get('base_model_name_or_path')}; "
+                        "give that model, or merge the adapter into it first")
     with refusals_of(f"--base_model_name_or_path {arguments.base_model_name_or_path}"):
         tokenizer = AutoTokenizer.from_pretrained(arguments.base_model_name_or_path)
     if tokenizer.pad_token is None:
@@ -120,12 +119,11 @@ def checkpoint_to_resume(config, adapter_config):
         given = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
         if given is None:
             raise UserError(f"--resume_from_checkpoint True, and --output_dir {config.output_dir} has no checkpoint")
-    path = Path(given) / "adapter_config.json"
-    if not path.is_file():
+    if not (Path(given) / "adapter_config.json").is_file():
         raise UserError(f"--resume_from_checkpoint {given} is no folder with an adapter_config.json; give a checkpoint-N folder")
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved, due = read_config(given), adapter_config.to_dict()
     for flag, name in (("bone_r", "r"), ("init_weights", "init_weights"), ("mini_r", "mini_r")):
-        wanted, found = adapter_config.to_dict().get(name, 0), saved.get(name, 0)
+        wanted, found = due.get(name, 0), saved.get(name, 0)
         if wanted != found:
             raise UserError(f"--{flag} {wanted} differs from the checkpoint's {found} ({given}); give the same, or start anew "
                             "without --resume_from_checkpoint")

@@ -6,12 +6,12 @@ import sys
 from dataclasses import fields
 
 from ..cli import above_zero, alias, names, positive
-from ..config import ADAPTER_METHODS, BONE_MODES, QUANTIZATIONS, TARGETS, TRAIN_PARTS, AdapterConfig
+from ..config import (ADAPTER_METHODS, BONE_MODES, MODE_ALIASES, QUANTIZATIONS, TARGETS, TRAIN_PARTS,
+                      AdapterConfig)
 from ..errors import UserError
 
 # RWKV-PEFT's names for what has another one here
 METHOD_ALIASES = (("disha", "bone"),)
-MODE_ALIASES = (("bat", "bat-in"),)
 # key of the JSON forms -> AdapterConfig field
 LORA_KEYS = (("lora_r", "rank"), ("lora_alpha", "alpha"), ("lora_dropout", "dropout"), ("lora_load", "load"),
              ("lora_parts", "targets"))
