@@ -9,14 +9,17 @@
 // Done step by step, S (16 KB for head size 64) would pass through the processor's ports three times a step: read,
 // decay, write. The kernel keeps that traffic in registers and saves most decays:
 //
-// 1. Chunks of 4 steps. Inside one, let R_i = r_i d_0 ... d_{i-1}, K_j = k_j d_{j+1} ... d_3, and W = d_0 d_1 d_2 d_3.
-//    Then with S the state before the chunk
+// 1. Chunks of 8 steps, in two halves of 4. Inside a half, let R_i = r_i d_0 ... d_{i-1}, K_j = k_j d_{j+1} ... d_3, and
+//    W = d_0 d_1 d_2 d_3. Then with S the state before the half
 //        y_i = S^T R_i + sum_{j <= i} A_ij v_j,      A_ij = sum_c r_i[c] k_j[c] d_{j+1}[c] ... d_{i-1}[c]  (j < i)
 //        S  <- diag(W) S + sum_j K_j v_j^T           A_ii = sum_c r_i[c] u[c] k_i[c]
-//    so that one multiplication by W stands for four, and every factor is a product of numbers at most 1: nothing
-//    overflows, however strong the decay. "Prepare" computes R, K, W and A.
+//    Two halves join into one such formula for the whole chunk: R of the second is multiplied by W of the first, K of the
+//    first by W of the second, and a step i of the second reads a step j of the first by A_ij = sum_c R_i[c] K_j[c], R and
+//    K as they were in their halves. So one multiplication by W stands for eight, and every factor is a product of
+//    numbers at most 1: nothing overflows, however strong the decay. "Prepare" computes R, K, W and A. (Chunks of 4 or 16
+//    cost more: the former decays, the latter pairs.)
 // 2. Spans of 16 steps, which fit in the processor's first cache together with S. A block of S (8 rows of 32 lanes with
-//    AVX-512) is loaded into registers, walks through the 4 chunks of a span, and is stored again: forward_pass. Most time
+//    AVX-512) is loaded into registers, walks through the chunks of a span, and is stored again: forward_pass. Most time
 //    is spent in its multiply-adds.
 // 3. Backward, in tiles of 64 steps: forward saves S at the start of each. The gradient D of S obeys the mirrored
 //    recurrence
@@ -30,6 +33,8 @@
 //    each key, S before the chunk and D after it. S at every chunk is kept for one tile, so that gradient_pass can take
 //    that product where D lies in registers. (Carrying <S, D> from chunk to chunk instead, by subtracting what is written
 //    and adding what is read, would be cheaper and lose a digit: a strong decay leaves a small difference of large sums.)
+//    Of a chunk's halves, the first is also passed by what the second reads of the state before the chunk, the second by
+//    what the first writes for later chunks; finish_chunk adds these, and never subtracts.
 //
 // Parallel over sequences, heads and, where these are fewer than the threads, blocks of value columns: columns of S do
 // not interact, and the gradients of r, k, w and u are sums over columns, which are added up at the end.

@@ -9,15 +9,15 @@ namespace wkv6 {
 namespace WKV6_LEVEL {
 namespace {
 
-// quads[j], as Block::dot leaves them -> gv_j[row], overwritten where `first`, else added to.
+// quads[j], as Block::dot leaves them for kHalf steps -> gv_j[row], overwritten where `first`, else added to.
 template <int N, int kRows>
-INLINE void store_row_sums(float* gv, const Vec quads[kChunk][kRows / 4], bool first) {
+INLINE void store_row_sums(float* gv, const Vec quads[kHalf][kRows / 4], bool first) {
     UNROLL for (int a = 0; a < kRows; a += 4) {
-        Vec column[kChunk];
-        Vec4 sum[kChunk];
-        UNROLL for (int j = 0; j < kChunk; j++) column[j] = quads[j][a / 4];
+        Vec column[kHalf];
+        Vec4 sum[kHalf];
+        UNROLL for (int j = 0; j < kHalf; j++) column[j] = quads[j][a / 4];
         sums_of_quads(column, sum);
-        UNROLL for (int j = 0; j < kChunk; j++) store4(gv + j * N + a, first ? sum[j] : sum[j] + load4(gv + j * N + a));
+        UNROLL for (int j = 0; j < kHalf; j++) store4(gv + j * N + a, first ? sum[j] : sum[j] + load4(gv + j * N + a));
     }
 }
 
@@ -77,12 +77,14 @@ void gradient_pass(BackwardWork<N>& q, Range values, Span span, Ahead& ahead) {
             D.load_from(q.D + row * N + l);
             for (int m = span.end - 1; m >= span.begin; m--) {
                 const int chunk = m * kChunk * N;
-                Vec quads[kChunk][kQuads];
-                UNROLL for (int j = 0; j < kChunk; j++) {
-                    D.read_step(q.v + chunk + j * N + row, q.Q + chunk + j * N + l, first);
-                    D.dot(q.K + chunk + j * N + l, quads[j]);
+                for (int half = chunk; half < chunk + kChunk * N; half += kHalf * N) {
+                    Vec quads[kHalf][kQuads];
+                    UNROLL for (int j = 0; j < kHalf; j++) {
+                        D.read_step(q.v + half + j * N + row, q.Q + half + j * N + l, first);
+                        D.dot(q.K + half + j * N + l, quads[j]);
+                    }
+                    store_row_sums<N, kQuads * 4>(q.gv + half + row, quads, l == 0);
                 }
-                store_row_sums<N, kQuads * 4>(q.gv + chunk + row, quads, l == 0);
                 D.multiply(q.history + m * kHistoryStride<N> + row * N + l, q.SD + m * N + l, first);
                 D.decay_lanes(q.W + m * N + l);
                 D.write(q.gy + chunk + row, q.R + chunk + l);
@@ -122,75 +124,117 @@ struct ChunkGradients {
     int64_t v_stride;
 };
 
+// What finish_half reads of a half's rows, and where it writes: pointers to the first row's lanes.
+template <class Gradient>
+struct HalfRows {
+    const float *r, *k, *d, *e;
+    const float* G;  // the half's own pairs
+    Gradient *gr, *gk, *gw;
+    int64_t stride;
+};
+
+// Gradients of a half, kLanes channels. P, Q: what its reads and writes meet outside of it; through: dL / d log d by what is
+// written before and read after it; gu advances.
+template <int N, class Gradient>
+INLINE void finish_half(const HalfRows<Gradient>& at, const Vec P[kHalf], const Vec Q[kHalf], Vec through, Vec bonus, Vec& gu) {
+    const float *r = at.r, *k = at.k, *d = at.d, *G = at.G;
+    const Vec d0 = load(d), d1 = load(d + N), d2 = load(d + 2 * N), d3 = load(d + 3 * N);
+    const Vec d01 = d0 * d1, d23 = d2 * d3;
+    const Vec k0 = load(k), k1 = load(k + N), k2 = load(k + 2 * N);
+    const Vec r1 = load(r + N), r2 = load(r + 2 * N), r3 = load(r + 3 * N);
+    const Vec g10 = broadcast(G[1]), g20 = broadcast(G[2]), g30 = broadcast(G[3]);
+    const Vec g21 = broadcast(G[kChunk + 2]), g31 = broadcast(G[kChunk + 3]), g32 = broadcast(G[2 * kChunk + 3]);
+
+    // Through the state: the parts of r's and k's gradients.
+    Vec gr[kHalf] = {P[0], P[1] * d0, P[2] * d01, P[3] * (d01 * d2)};
+    Vec gk[kHalf] = {Q[0] * (d1 * d23), Q[1] * d23, Q[2] * d3, Q[3]};
+
+    // dL / d log d, by where the read is (after the half or in it) and where the write (before it or in it).
+    const Vec read3 = r3 * gr[3], read23 = r2 * gr[2] + read3, read123 = r1 * gr[1] + read23;
+    const Vec write0 = k0 * gk[0], write01 = k1 * gk[1] + write0, write012 = k2 * gk[2] + write01;
+    Vec gd[kHalf] = {through + read123, through + write0 + read23, through + write01 + read3, through + write012};
+
+    // Between the steps of the half.
+    const Vec z20 = g20 * d1, z31 = g31 * d2, z30 = g30 * (d1 * d2);
+    const Vec r2_z20 = r2 * z20, r3_z31 = r3 * z31, r3_z30 = r3 * z30;
+    gr[1] += g10 * k0;
+    gr[2] += g21 * k1 + z20 * k0;
+    gr[3] += g32 * k2 + z31 * k1 + z30 * k0;
+    gk[0] += g10 * r1 + r2_z20 + r3_z30;
+    gk[1] += g21 * r2 + r3_z31;
+    gk[2] += g32 * r3;
+    const Vec across_both = r3_z30 * k0;  // written at 0, read at 3: decayed by steps 1 and 2
+    gd[1] += r2_z20 * k0 + across_both;
+    gd[2] += r3_z31 * k1 + across_both;
+
+    // The bonus u, and out.
+    UNROLL for (int i = 0; i < kHalf; i++) {
+        const Vec own = broadcast(G[i * kChunk + i]), ri = load(r + i * N), ki = load(k + i * N);
+        const Vec own_bonus = own * bonus;
+        gu += (own * ri) * ki;
+        store(at.gr + i * at.stride, gr[i] + own_bonus * ki);
+        store(at.gk + i * at.stride, gk[i] + own_bonus * ri);
+        store(at.gw + i * at.stride, -gd[i] * load(at.e + i * N));
+    }
+}
+
 // The gradients of chunk m, from P and Q of the passes and from what happens inside the chunk; gu advances.
 template <int N, class Element, class Gradient>
 void finish_chunk(BackwardWork<N>& q, Range values, int m, const ChunkGradients<Element, Gradient>& to) {
+    constexpr int kSecond = kHalf * N;  // from a row of the first half to the same of the second
     const int chunk = m * kChunk * N;
-    const float *gy = q.gy + chunk, *v = q.v + chunk, *A = q.A + m * kPairs;
-    const float* gv = q.gv + chunk;
-    alignas(64) float G[kPairs];  // A's gradient: G_ij = <gy_i, v_j>, laid out like A
+    const float *gy = q.gy + chunk, *v = q.v + chunk, *A = q.A + m * kPairs, *gv = q.gv + chunk;
+    alignas(64) float G[kPairs];  // A's gradient: G_ij = <gy_i, v_j>
+    float *G_across = G + kHalf, *G_second = G + kHalf * kChunk + kHalf;
+    pair_sums<N, false>(G, gy, v, values);
+    pair_sums<N, true>(G_across, gy + kSecond, v, values);
+    pair_sums<N, false>(G_second, gy + kSecond, v + kSecond, values);
 
-    Vec g[kChunk][kChunk];
-    UNROLL for (int i = 0; i < kChunk; i++) UNROLL for (int j = 0; j <= i; j++) g[i][j] = zero();
     for (int c = values.begin; c < values.end; c += kLanes) {
-        Vec value[kChunk], gradient[kChunk];
-        UNROLL for (int i = 0; i < kChunk; i++) {
-            value[i] = load(v + i * N + c);
-            gradient[i] = load(gy + i * N + c);
-        }
-        UNROLL for (int i = 0; i < kChunk; i++) UNROLL for (int j = 0; j <= i; j++) g[i][j] += gradient[i] * value[j];
+        Vec gradient[kChunk];
+        UNROLL for (int i = 0; i < kChunk; i++) gradient[i] = load(gy + i * N + c);
         UNROLL for (int j = 0; j < kChunk; j++) {
             Vec sum = load(gv + j * N + c);
             UNROLL for (int i = j; i < kChunk; i++) sum += broadcast(A[j * kChunk + i]) * gradient[i];
             store(to.v + j * to.v_stride + c, sum);
         }
     }
-    store_pairs(G, g);
-    const Vec g10 = broadcast(G[1]), g20 = broadcast(G[2]), g30 = broadcast(G[3]);
-    const Vec g21 = broadcast(G[kChunk + 2]), g31 = broadcast(G[kChunk + 3]), g32 = broadcast(G[2 * kChunk + 3]);
 
     for (int c = 0; c < N; c += kLanes) {
-        const float *r = q.r + chunk + c, *k = q.k + chunk + c, *d = q.d + chunk + c;
-        const float *P = q.P + chunk + c, *Q = q.Q + chunk + c, *e = q.e + chunk + c;
-        const Vec d0 = load(d), d1 = load(d + N), d2 = load(d + 2 * N), d3 = load(d + 3 * N);
-        const Vec d01 = d0 * d1, d23 = d2 * d3;
-        const Vec k0 = load(k), k1 = load(k + N), k2 = load(k + 2 * N);
-        const Vec r1 = load(r + N), r2 = load(r + 2 * N), r3 = load(r + 3 * N);
+        const float *r = q.r + chunk + c, *k = q.k + chunk + c, *d = q.d + chunk + c, *e = q.e + chunk + c;
+        const float *P = q.P + chunk + c, *Q = q.Q + chunk + c;
+        // K of the first half's steps at its end, R of the second half's at its beginning, and both halves' decays.
+        const Vec d3 = load(d + 3 * N), d23 = load(d + 2 * N) * d3, d123 = load(d + N) * d23, W0 = load(d) * d123;
+        const float *d_second = d + kSecond, *r_second = r + kSecond;
+        const Vec d4 = load(d_second), d45 = d4 * load(d_second + N), d456 = d45 * load(d_second + 2 * N);
+        const Vec W1 = d456 * load(d_second + 3 * N);
+        const Vec K[kHalf] = {load(k) * d123, load(k + N) * d23, load(k + 2 * N) * d3, load(k + 3 * N)};
+        const Vec R[kHalf] = {load(r_second), load(r_second + N) * d4, load(r_second + 2 * N) * d45, load(r_second + 3 * N) * d456};
 
-        // Through the state: the parts of r's and k's gradients.
-        Vec gr[kChunk] = {load(P), load(P + N) * d0, load(P + 2 * N) * d01, load(P + 3 * N) * (d01 * d2)};
-        Vec gk[kChunk] = {load(Q) * (d1 * d23), load(Q + N) * d23, load(Q + 2 * N) * d3, load(Q + 3 * N)};
-
-        // dL / d log d, by where the read is (after the chunk or in it) and where the write (before it or in it).
-        const Vec read3 = r3 * gr[3], read23 = r2 * gr[2] + read3, read123 = r1 * gr[1] + read23;
-        const Vec write0 = k0 * gk[0], write01 = k1 * gk[1] + write0, write012 = k2 * gk[2] + write01;
-        const Vec through = load(q.W + m * N + c) * load(q.SD + m * N + c);
-        Vec gd[kChunk] = {through + read123, through + write0 + read23, through + write01 + read3, through + write012};
-
-        // Between the steps of the chunk.
-        const Vec z20 = g20 * d1, z31 = g31 * d2, z30 = g30 * (d1 * d2);
-        const Vec r2_z20 = r2 * z20, r3_z31 = r3 * z31, r3_z30 = r3 * z30;
-        gr[1] += g10 * k0;
-        gr[2] += g21 * k1 + z20 * k0;
-        gr[3] += g32 * k2 + z31 * k1 + z30 * k0;
-        gk[0] += g10 * r1 + r2_z20 + r3_z30;
-        gk[1] += g21 * r2 + r3_z31;
-        gk[2] += g32 * r3;
-        const Vec across_both = r3_z30 * k0;  // written at 0, read at 3: decayed by steps 1 and 2
-        gd[1] += r2_z20 * k0 + across_both;
-        gd[2] += r3_z31 * k1 + across_both;
-
-        // The bonus u, and out.
+        // What each half meets outside of it: the state beyond the chunk, and the other half.
+        Vec P0[kHalf], Q0[kHalf], P1[kHalf], Q1[kHalf];
+        const Vec SD = load(q.SD + m * N + c);
+        Vec read = W1 * SD, written = W0 * SD;  // <S, D> at the first half's end and at the second half's beginning
+        UNROLL for (int i = 0; i < kHalf; i++) {
+            P0[i] = load(P + i * N);
+            Q1[i] = load(Q + kSecond + i * N);
+            const Vec before = load(P + kSecond + i * N), after = load(Q + i * N);
+            read += R[i] * before;
+            written += K[i] * after;
+            P1[i] = W0 * before;
+            Q0[i] = W1 * after;
+        }
+        UNROLL for (int j = 0; j < kHalf; j++) UNROLL for (int i = 0; i < kHalf; i++) {
+            const Vec pair = broadcast(G_across[j * kChunk + i]);
+            P1[i] += pair * K[j];
+            Q0[j] += pair * R[i];
+        }
         const Vec bonus = load(q.u + c);
         Vec gu = load(q.gu + c);
-        UNROLL for (int i = 0; i < kChunk; i++) {
-            const Vec own = broadcast(G[i * kChunk + i]), ri = load(r + i * N), ki = load(k + i * N);
-            const Vec own_bonus = own * bonus;
-            gu += (own * ri) * ki;
-            store(to.r + i * to.stride + c, gr[i] + own_bonus * ki);
-            store(to.k + i * to.stride + c, gk[i] + own_bonus * ri);
-            store(to.w + i * to.stride + c, -gd[i] * load(e + i * N));
-        }
+        finish_half<N, Gradient>({r, k, d, e, G, to.r + c, to.k + c, to.w + c, to.stride}, P0, Q0, W0 * read, bonus, gu);
+        const int64_t second = kHalf * to.stride + c;
+        finish_half<N, Gradient>({r_second, k + kSecond, d_second, e + kSecond, G_second, to.r + second, to.k + second,
+                                  to.w + second, to.stride}, P1, Q1, W1 * written, bonus, gu);
         store(q.gu + c, gu);
     }
 }

@@ -6,7 +6,7 @@ namespace wkv6 {
 namespace WKV6_LEVEL {
 namespace {
 
-constexpr int kPairs = kChunk * kChunk;   // A of one chunk, column j at j * kChunk
+constexpr int kPairs = kChunk * kChunk;   // A of one chunk: A_ij at j * kChunk + i
 constexpr float kLargestExponent = 87.0f;  // exp of it is finite, exp of minus it a normal number
 
 // exp(w) and the decay exp(-exp(w)). From 87 on, where the decay is as good as 0, exp(w) stays there: the decay's gradient is
@@ -20,29 +20,49 @@ INLINE Decays decays(Vec w) {
     return {e, exp_bounded(-e)};
 }
 
-// The lower triangle of a chunk's pairs, a[i][j] for j <= i, each summed over its lanes -> A.
-INLINE void store_pairs(float* A, const Vec a[kChunk][kChunk]) {
-    Vec quads[4] = {quad_sums(a[0][0], a[1][0], a[2][0], a[3][0]), quad_sums(zero(), a[1][1], a[2][1], a[3][1]),
-                    quad_sums(zero(), zero(), a[2][2], a[3][2]), quad_sums(zero(), zero(), zero(), a[3][3])};
-    Vec4 columns[4];
+// Pairs of steps of one half, or of two halves: each summed over its lanes -> A, from A's first pair on.
+INLINE void store_pairs(float* A, const Vec a[kHalf][kHalf]) {
+    Vec quads[kHalf];
+    Vec4 columns[kHalf];
+    UNROLL for (int j = 0; j < kHalf; j++) quads[j] = quad_sums(a[0][j], a[1][j], a[2][j], a[3][j]);
     sums_of_quads(quads, columns);
-    UNROLL for (int j = 0; j < kChunk; j++) store4(A + j * kChunk, columns[j]);
+    UNROLL for (int j = 0; j < kHalf; j++) store4(A + j * kChunk, columns[j]);
 }
 
-// Where prepare leaves what the passes need, and with kKeepDecays d and e for the end of backward.
+// <x_i, y_j> for rows i and j of kHalf each, with kAcross all of them, else those with j <= i -> A, from A's first pair on.
+template <int N, bool kAcross>
+INLINE void pair_sums(float* A, const float* x, const float* y, Range lanes) {
+    constexpr int kColumns = kAccumulators < kHalf * kHalf ? kHalf / 2 : kHalf;  // at once, to stay in registers
+    Vec a[kHalf][kHalf];
+    UNROLL for (int i = 0; i < kHalf; i++) UNROLL for (int j = 0; j < kHalf; j++) a[i][j] = zero();
+    UNROLL for (int first = 0; first < kHalf; first += kColumns)
+        for (int c = lanes.begin; c < lanes.end; c += kLanes)
+            UNROLL for (int j = first; j < first + kColumns; j++) {
+                const Vec yj = load(y + j * N + c);
+                UNROLL for (int i = kAcross ? 0 : j; i < kHalf; i++) a[i][j] += load(x + i * N + c) * yj;
+            }
+    store_pairs(A, a);
+}
+
+// All of it: where prepare leaves what the passes need (rows of N floats), and with kKeepDecays d and e for the end of backward.
 struct Prepared {
     float *R, *K, *W, *A, *d, *e;
+
+    template <int N>
+    INLINE Prepared second_half() const {
+        return {R + kHalf * N, K + kHalf * N, W, A + kHalf * kChunk + kHalf, d + kHalf * N, e + kHalf * N};
+    }
 };
 
-// r k w (kChunk rows of N elements, `stride` apart) and u -> R, K, d, e (kChunk rows of N floats), W (one row), A (kPairs).
+// A half by itself: r k w (kHalf rows of N elements, `stride` apart) and u -> R, K, d, e, W and its pairs in A.
 template <int N, bool kKeepDecays, class Element>
-INLINE void prepare(const Element* r, const Element* k, const Element* w, int64_t stride, const float* u,
-                    const Prepared& to) {
-    Vec a[kChunk][kChunk];
-    UNROLL for (int i = 0; i < kChunk; i++) UNROLL for (int j = 0; j <= i; j++) a[i][j] = zero();
+INLINE void prepare_half(const Element* r, const Element* k, const Element* w, int64_t stride, const float* u,
+                         const Prepared& to) {
+    Vec a[kHalf][kHalf];
+    UNROLL for (int i = 0; i < kHalf; i++) UNROLL for (int j = 0; j < kHalf; j++) a[i][j] = zero();
     for (int c = 0; c < N; c += kLanes) {
-        Vec d[kChunk];
-        UNROLL for (int i = 0; i < kChunk; i++) {
+        Vec d[kHalf];
+        UNROLL for (int i = 0; i < kHalf; i++) {
             const Decays found = decays(load(w + i * stride + c));
             d[i] = found.d;
             if (kKeepDecays) {
@@ -78,6 +98,27 @@ INLINE void prepare(const Element* r, const Element* k, const Element* w, int64_
         store(to.W + c, d01 * d23);
     }
     store_pairs(to.A, a);
+}
+
+// r k w (kChunk rows of N elements, `stride` apart) and u -> R, K, d, e (kChunk rows of N floats), W (one row), A (kPairs).
+template <int N, bool kKeepDecays, class Element>
+INLINE void prepare(const Element* r, const Element* k, const Element* w, int64_t stride, const float* u,
+                    const Prepared& to) {
+    alignas(64) float W[N];  // the second half's
+    Prepared second = to.second_half<N>();
+    second.W = W;
+    prepare_half<N, kKeepDecays>(r, k, w, stride, u, to);
+    prepare_half<N, kKeepDecays>(r + kHalf * stride, k + kHalf * stride, w + kHalf * stride, stride, u, second);
+
+    pair_sums<N, true>(to.A + kHalf, second.R, to.K, {0, N});
+    for (int c = 0; c < N; c += kLanes) {
+        const Vec W0 = load(to.W + c), W1 = load(W + c);
+        UNROLL for (int i = 0; i < kHalf; i++) {
+            store(second.R + i * N + c, W0 * load(second.R + i * N + c));
+            store(to.K + i * N + c, W1 * load(to.K + i * N + c));
+        }
+        store(to.W + c, W0 * W1);
+    }
 }
 
 }  // namespace

@@ -11,7 +11,8 @@ namespace {
 
 constexpr int kTile = 64;                // steps from one checkpoint to the next
 constexpr int kSpan = 16;                // steps that are prepared and computed at once
-constexpr int kChunk = 4;
+constexpr int kChunk = 8;                // steps that a pass over the state takes at once, two halves
+constexpr int kHalf = 4;
 constexpr int kChunks = kTile / kChunk;
 constexpr int kSpanChunks = kSpan / kChunk;
 constexpr int kSmallestValueBlock = 16;  // columns of S that are worth a task of their own
