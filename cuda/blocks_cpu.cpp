@@ -66,9 +66,7 @@ extern "C" {
 int blocks_start() {
 #if defined(__AMX_BF16__)
     constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bf16") && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-#elif defined(__AVX512BF16__)
-    return __builtin_cpu_supports("avx512bf16") != 0;
+    return __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 #else
     return 1;
 #endif

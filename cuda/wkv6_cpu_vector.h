@@ -171,11 +171,15 @@ INLINE Vec load(const Bfloat16* p) {
     return reinterpret_cast<Vec>(bits << 16);
 }
 INLINE void store(Bfloat16* p, Vec x) {
+#if defined(__AVX512BF16__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(reinterpret_cast<__m512>(x)));
+#else
     const VecBits bits = reinterpret_cast<VecBits>(x);
     const VecBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const VecBits quiet_nan = (bits >> 16) | 0x40;
     const VecBits kept = (bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded;
     *reinterpret_cast<VecHalf*>(p) = __builtin_convertvector(kept, VecHalf);
+#endif
 }
 
 }  // namespace

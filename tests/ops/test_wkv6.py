@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from rwkv_peft.ops import backends, checks, cpu, wkv6
 
@@ -241,6 +242,27 @@ def test_a_second_derivative_is_refused():
     (gradient,) = torch.autograd.grad(y.square().sum(), leaves[0], create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative.*backend='reference'"):
         gradient.sum().backward()
+
+
+def test_forward_mode_is_refused_by_the_kernels_and_right_in_the_reference():
+    (r, *others), _ = random_inputs(1, 5, 2, 8)
+    tangent, epsilon = torch.randn_like(r).double(), 1e-6
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(r, tangent.float())
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative; take backend='reference'"):
+            wkv6(dual, *others)
+        found = forward_ad.unpack_dual(wkv6(dual, *others, backend="reference")[0]).tangent
+    r, *others = (x.double() for x in (r, *others))
+    ahead, behind = (wkv6(r + sign * epsilon * tangent, *others)[0] for sign in (1, -1))
+    torch.testing.assert_close(found.double(), (ahead - behind) / (2 * epsilon), rtol=1e-4, atol=1e-5)
+
+
+def test_levels_for_bfloat16_need_a_compiler_that_knows_them(monkeypatch):
+    best = cpu.best_level.__wrapped__
+    if best() != "avx512bf16":
+        pytest.skip("this machine's best level is another")
+    monkeypatch.setattr(cpu, "AVX512BF16_FLAGS", ("-mno-such-instructions",))
+    assert best() == "avx512"
 
 
 def test_the_operators_keep_torchs_contract():

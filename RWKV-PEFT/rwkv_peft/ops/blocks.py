@@ -14,10 +14,8 @@ import torch
 from . import cpu
 from .build import BuildError, Unit, build_library, source_directory
 
-# Instruction sets, fastest first: for bfloat16 (float32 as in avx512) the matrix unit of recent Xeons and AVX-512's products
-# of pairs, then those of cpu.py.
-BFLOAT16_LEVELS = ("amx", "avx512bf16")
-LEVELS = (*BFLOAT16_LEVELS, *cpu.LEVELS)
+# Instruction sets, fastest first: for bfloat16 the matrix unit of recent Xeons, then those of cpu.py.
+LEVELS = ("amx", *cpu.LEVELS)
 
 
 def takes(first, *others):
@@ -110,7 +108,7 @@ def add_tiled_(y, tile, level=None):
 def best_level():
     """The fastest of LEVELS that works here; None where no compiler is."""
     best = cpu.best_level()
-    for level in (*BFLOAT16_LEVELS, best) if best == "avx512" else (best,):
+    for level in ("amx", best) if best == "avx512bf16" else (best,):
         if available(level):
             return level
     return None
@@ -119,7 +117,7 @@ def best_level():
 @functools.lru_cache(maxsize=None)
 def available(level):
     """Whether this processor has one of LEVELS and its kernels can be built."""
-    if LEVELS.index(level) < LEVELS.index(cpu.best_level()) and level not in BFLOAT16_LEVELS:
+    if LEVELS.index(level) < LEVELS.index(cpu.best_level()) and (level != "amx" or cpu.best_level() != "avx512bf16"):
         return False
     try:
         return bool(_library(level).blocks_start())
@@ -134,8 +132,7 @@ def _library(level):
 
 def level_flags():
     """The instruction sets of this machine's architecture -> the compiler's flags."""
-    pairs = (*cpu.AVX512_FLAGS, "-mavx512bf16")
-    return {"amx": (*pairs, "-mamx-tile", "-mamx-bf16"), "avx512bf16": pairs, **cpu.level_flags()}
+    return {"amx": (*cpu.AVX512BF16_FLAGS, "-mamx-tile", "-mamx-bf16"), **cpu.level_flags()}
 
 
 def build(name, flags, headers=()):

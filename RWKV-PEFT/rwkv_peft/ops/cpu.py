@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import platform
+import subprocess
 
 import torch
 
@@ -10,9 +11,10 @@ from .build import BuildError, Unit, build_library, find_program, source_directo
 
 # Instruction sets, fastest first, and what the compiler needs to use them. Each is a library of its own, so that the
 # first use compiles only the one that this processor takes.
-LEVELS = ("avx512", "avx2", "portable")
+LEVELS = ("avx512bf16", "avx512", "avx2", "portable")
 AVX2_FLAGS = ("-mavx2", "-mfma")
 AVX512_FLAGS = (*AVX2_FLAGS, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mprefer-vector-width=512")
+AVX512BF16_FLAGS = (*AVX512_FLAGS, "-mavx512bf16")  # conversions to bfloat16, products of its pairs
 X86 = ("x86_64", "AMD64")
 COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp")
 
@@ -38,9 +40,21 @@ def _unavailable(level):
 
 @functools.lru_cache(maxsize=None)
 def best_level():
-    """The fastest of LEVELS that this processor has."""
+    """The fastest of LEVELS that this processor has; of those for bfloat16 also that the compiler knows."""
     found = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "portable")
-    return found if found in level_flags() else "portable"
+    if found not in level_flags():
+        return "portable"
+    has_bfloat16 = found == "avx512" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return "avx512bf16" if has_bfloat16 and compiler_knows(AVX512BF16_FLAGS) else found
+
+
+def compiler_knows(flags):
+    """Whether there is a compiler that takes these flags."""
+    try:
+        command = [find_compiler(), *flags, "-E", "-x", "c++", "/dev/null"]
+    except BuildError:
+        return False
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def checkpoint_count(tokens, sequences):
@@ -119,7 +133,7 @@ def find_compiler():
 
 def level_flags():
     """The instruction sets of this machine's architecture, best first -> the compiler's flags."""
-    x86 = {"avx512": AVX512_FLAGS, "avx2": AVX2_FLAGS} if platform.machine() in X86 else {}
+    x86 = {"avx512bf16": AVX512BF16_FLAGS, "avx512": AVX512_FLAGS, "avx2": AVX2_FLAGS} if platform.machine() in X86 else {}
     return {**x86, "portable": ()}
 
 

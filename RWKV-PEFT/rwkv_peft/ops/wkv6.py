@@ -5,6 +5,7 @@ import logging
 import warnings
 
 import torch
+from torch.autograd import forward_ad
 
 from . import cpu, reference
 from .checks import as_int64, check
@@ -23,8 +24,9 @@ def wkv6(r, k, v, w, u, state=None, cu_seqlens=None, *, backend="auto"):
 
     Differentiable once in r k v w u and state, through both outputs. backend: "auto" takes the kernel of the tensors'
     device ("cpu", "cuda") where it can be used, else "reference", and says so once; a named backend is never replaced.
-    "cpu:avx512", "cpu:avx2" and "cpu:portable" name the CPU kernel's instruction set. float64 needs "reference", which
-    "auto" takes for it. Raises ValueError where arguments do not fit, RuntimeError where a named backend is unusable.
+    "cpu:avx512bf16", "cpu:avx512", "cpu:avx2" and "cpu:portable" name the CPU kernel's instruction set. float64 needs
+    "reference", which "auto" takes for it, and so does forward-mode differentiation. Raises ValueError where arguments
+    do not fit, RuntimeError where a named backend is unusable, NotImplementedError for a kernel's forward mode.
     """
     check(r, k, v, w, u, state, cu_seqlens)
     dtype = _common_dtype(r, k, v, w)
@@ -40,6 +42,7 @@ def wkv6(r, k, v, w, u, state=None, cu_seqlens=None, *, backend="auto"):
     state = None if state is None else _plain(state, torch.float32)
     cu_seqlens = None if cu_seqlens is None else as_int64(cu_seqlens, v.shape[1])
     inputs = (r, k, v, w, u) if state is None else (r, k, v, w, u, state)
+    _refuse_tangents(inputs, chosen)
     save = torch.is_grad_enabled() and any([x.requires_grad for x in inputs])
     forward = torch.ops.rwkv_peft.wkv6_forward if save or _is_traced(v) else backend_module(v.device.type).forward
     y, final_state, _ = forward(r, k, v, w, u, state, cu_seqlens, save, level)
@@ -56,6 +59,14 @@ def _is_traced(x):
     Elsewhere generation's single steps go straight to the kernel, as calling the operator costs as much as a small one.
     """
     return torch.compiler.is_compiling() or type(x) is not torch.Tensor or x.device.type == "meta"
+
+
+def _refuse_tangents(inputs, backend):
+    if getattr(forward_ad, "_current_level", -1) < 0 or torch.compiler.is_compiling():
+        return
+    if any([forward_ad.unpack_dual(x).tangent is not None for x in inputs]):
+        raise NotImplementedError(
+            f"wkv6: backend {backend!r} has no forward-mode derivative; take backend='reference', or differentiate backward")
 
 
 def _plain(x, dtype):
