@@ -24,9 +24,9 @@
 // 3. Backward, in tiles of 64 steps: forward saves S at the start of each. The gradient D of S obeys the mirrored
 //    recurrence
 //        D_{t-1} = diag(d_t) D_t + r_t gy_t^T
-//    backward in time. Tile by tile, from the last: run S^T forward through the tile's spans again for P_i = S gy_i, the
-//    part of r's gradient that comes through the state (state_pass, rows now values and lanes keys); then span by span
-//    from the last, run D^T backward for Q_j = D v_j and for gv_j = D^T K_j (gradient_pass), and combine P and Q with what
+//    backward in time. Tile by tile, from the last: run S^T forward through the tile again for P_i = S gy_i, the part of
+//    r's gradient that comes through the state (state_pass, rows now values and lanes keys); then span by span from the
+//    last, run D^T backward for Q_j = D v_j and for gv_j = D^T K_j (gradient_pass), and combine P and Q with what
 //    happens inside a chunk (finish_chunk).
 // 4. The decay's gradient. dL / d log d_t = sum over everything that is written before t and read after t. For writes
 //    and reads in the chunk of t these are P, Q and A's gradient; what passes through the whole chunk is W <S, D> for

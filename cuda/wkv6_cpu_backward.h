@@ -43,23 +43,24 @@ struct Span {
     int begin, end;
 };
 
-// S^T through a span: P_i = S gy_i, then S = W S + sum_j K_j v_j^T; history keeps S before each chunk.
+// S^T through a tile: P_i = S gy_i, then S = W S + sum_j K_j v_j^T; history keeps S before each chunk. S ends in registers:
+// what it is after the tile, the next tile's checkpoint tells.
 template <int N>
-void state_pass(BackwardWork<N>& q, Range values, Span span, Ahead& ahead) {
+void state_pass(BackwardWork<N>& q, Range values, int chunks, Ahead& ahead) {
     using Registers = Block<N, block_rows(block_vectors(N)), block_vectors(N)>;
+    const int blocks = N / Registers::kLanesWide * ((values.end - values.begin) / Registers::kRowsHigh);
     for (int l = 0; l < N; l += Registers::kLanesWide)
         for (int row = values.begin; row < values.end; row += Registers::kRowsHigh) {
-            ahead.fetch(1);
+            ahead.fetch((kTile + blocks - 1) / blocks);
             Registers S;
             S.load_from(q.S + row * N + l);
-            for (int m = span.begin; m < span.end; m++) {
+            for (int m = 0; m < chunks; m++) {
                 const int chunk = m * kChunk * N;
                 S.store_to(q.history + m * kHistoryStride<N> + row * N + l);
                 S.read(q.gy + chunk + row, q.P + chunk + l, row == values.begin);
                 S.decay_lanes(q.W + m * N + l);
                 S.write(q.v + chunk + row, q.K + chunk + l);
             }
-            S.store_to(q.S + row * N + l);
         }
 }
 
@@ -257,26 +258,23 @@ void backward_head(BackwardWork<N>& q, const Task& task, const Element* r, const
         Ahead outputs;
         for (Gradient* rows : {to.r, to.k, to.w}) outputs.add(rows + start * to.stride, to.stride, steps, n);
         outputs.add(to.v + start * stride, stride, steps, n);
-        for (int begin = 0; begin < chunks; begin += kSpanChunks) {
-            const Span span{begin, chunks < begin + kSpanChunks ? chunks : begin + kSpanChunks};
-            for (int m = span.begin; m < span.end; m++) {
-                const int left = steps - m * kChunk;
-                const int64_t offset = (start + m * kChunk) * stride;
-                const Element* chunk_gy = gy ? gy + offset : gy;
-                if (left >= kChunk && n == N) {
-                    start_chunk<N>(q, m, r + offset, k + offset, v + offset, w + offset, chunk_gy, stride);
-                    continue;
-                }
-                float* padded_gy = q.Q;  // not in use yet
-                pad_rows<N>(q.padded[0], r + offset, stride, left, n);
-                pad_rows<N>(q.padded[1], k + offset, stride, left, n);
-                pad_rows<N>(q.padded[2], v + offset, stride, left, n);
-                pad_rows<N>(q.padded[3], w + offset, stride, left, n, kNoDecay);
-                if (gy) pad_rows<N>(padded_gy, chunk_gy, stride, left, n);
-                start_chunk<N, float>(q, m, q.padded[0], q.padded[1], q.padded[2], q.padded[3], gy ? padded_gy : nullptr, N);
+        for (int m = 0; m < chunks; m++) {
+            const int left = steps - m * kChunk;
+            const int64_t offset = (start + m * kChunk) * stride;
+            const Element* chunk_gy = gy ? gy + offset : gy;
+            if (left >= kChunk && n == N) {
+                start_chunk<N>(q, m, r + offset, k + offset, v + offset, w + offset, chunk_gy, stride);
+                continue;
             }
-            state_pass<N>(q, values, span, outputs);
+            float* padded_gy = q.Q;  // not in use yet
+            pad_rows<N>(q.padded[0], r + offset, stride, left, n);
+            pad_rows<N>(q.padded[1], k + offset, stride, left, n);
+            pad_rows<N>(q.padded[2], v + offset, stride, left, n);
+            pad_rows<N>(q.padded[3], w + offset, stride, left, n, kNoDecay);
+            if (gy) pad_rows<N>(padded_gy, chunk_gy, stride, left, n);
+            start_chunk<N, float>(q, m, q.padded[0], q.padded[1], q.padded[2], q.padded[3], gy ? padded_gy : nullptr, N);
         }
+        state_pass<N>(q, values, chunks, outputs);
         const int64_t previous = (start - kTile) * stride;
         Ahead inputs;
         if (start) {
