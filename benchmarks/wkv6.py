@@ -30,6 +30,10 @@ from rwkv_peft.ops.build import BuildError, Unit, build_library, source_director
 from rwkv_peft.memory import keep_freed_memory
 
 HEAD_SIZE = 64
+SHAPES = {  # B,T,H
+    "cpu": ("1,1024,4", "1,1024,16", "1,1024,32", "1,16384,4", "1,65536,4"),
+    "cuda": ("1,1024,32", "1,16384,32", "8,4096,32"),  # the last fills a GPU: 256 heads
+}
 NOMINAL_FORWARD, NOMINAL_BACKWARD = 5, 12
 SLOW = ("torch, step by step",)  # measured once, up to SLOW_STEPS of batch x time x heads
 SLOW_STEPS = 1 << 15
@@ -289,13 +293,12 @@ def main(argv=None):
     parser.add_argument("--shape", action="append", help="B,T,H; may be given several times")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args(argv)
-    shapes = options.shape or ["1,1024,4", "1,1024,16", "1,1024,32", "1,16384,4", "1,65536,4"]
     reason = backends()[options.device]
     if reason is not None:
         print(f"no kernel for {options.device}: {reason}")
     card = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {options.device}, {card}; backends {json.dumps(backends())}")
-    for shape in shapes:
+    for shape in options.shape or SHAPES[options.device]:
         table(tuple(map(int, shape.split(","))), options.device, getattr(torch, options.dtype), options.repeats)
     if options.device == "cpu" and reason is None:
         kernel_table(fma_peak(), 400)
