@@ -69,11 +69,11 @@ def _backward_fake(r, k, v, w, u, state, cu_seqlens, checkpoints, gy, gfinal, le
 
 
 def _save(ctx, inputs, output):
-    r, k, v, w, u, state, cu_seqlens, save, level = inputs
+    r, k, v, w, u, state, cu_seqlens, _, level = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(r, k, v, w, u, state, cu_seqlens, output[2])
-    ctx.save, ctx.level = save, level
+    ctx.level = level
 
 
 def _differentiate(ctx, gy, gfinal, _):
