@@ -22,6 +22,9 @@ def wkv6(r, k, v, w, u, state=None, cu_seqlens=None, *, backend="auto"):
     for zeros -> y (B, T, H, N) in v's dtype, final state (B, H, N, N) float32. With cu_seqlens (n + 1,), int32 or
     int64, B is 1, the row holds n sequences bounded by its entries, and the states are (n, H, N, N).
 
+    Kernels compute in float32, but for one case that is much less work: on a GPU, where r k v w are all bfloat16 and N
+    is 32 or 64 (forward: or 128), products take bfloat16 operands, with float32 sums and state.
+
     Differentiable once in r k v w u and state, through both outputs. backend: "auto" takes the kernel of the tensors'
     device ("cpu", "cuda") where it can be used, else "reference", and says so once; a named backend is never replaced.
     "cpu:avx512bf16", "cpu:avx512", "cpu:avx2" and "cpu:portable" name the CPU kernel's instruction set. float64 needs
