@@ -293,6 +293,8 @@ def main(argv=None):
     parser.add_argument("--shape", action="append", help="B,T,H; may be given several times")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device cuda: {backends()['cuda'] or 'torch finds no GPU'}")
     reason = backends()[options.device]
     if reason is not None:
         print(f"no kernel for {options.device}: {reason}")
