@@ -90,6 +90,19 @@ def test_a_jsonl_of_prompts_keeps_its_fields(run, tmp_path):
     assert [(row["id"], row["tokens"]) for row in rows] == [(7, 5), (8, 5)]
 
 
+def test_a_field_that_utf8_cannot_hold_is_kept_as_json_escapes_it(run, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "id": "\\ud800"}\n')
+    run("--prompt_file", tmp_path / "p.jsonl", "--output", tmp_path / "o.jsonl", "--max_tokens", "2")
+    assert json.loads((tmp_path / "o.jsonl").read_text(encoding="utf-8"))["id"] == "\ud800"
+
+
+@pytest.mark.parametrize("name, line", [("p.txt", "hello\n"), ("p.jsonl", '{"prompt": "hello"}\n')])
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(run, tmp_path, name, line):
+    (tmp_path / name).write_text(line, encoding="utf-8-sig")
+    run("--prompt_file", tmp_path / name, "--output", tmp_path / "o.jsonl", "--max_tokens", "1")
+    assert json.loads((tmp_path / "o.jsonl").read_text(encoding="utf-8"))["prompt"] == "hello"
+
+
 def test_plain_prompts_come_from_a_file_or_from_standard_input(run, tmp_path, monkeypatch):
     source = tmp_path / "prompts.txt"
     source.write_bytes("first é\r\n\nsecond\n".encode())

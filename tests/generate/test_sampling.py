@@ -86,6 +86,13 @@ def test_a_tiny_temperature_is_greedy_without_overflow():
     assert_near(distribution(torch.tensor([[1e4, 1e4 - 1, -1e4]]), temperature=1e-30, top_p=1.0), 1, 0, 0)
 
 
+@pytest.mark.parametrize("settings", [{"temperature": 1e-30}, {"presence_penalty": 1e30, "frequency_penalty": -1e30},
+                                      {"presence_penalty": -1e30, "temperature": 1e-30}])
+def test_the_most_extreme_settings_still_draw_a_token(settings):
+    sampling, logits, counts = Sampling(**settings), torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.0, 1e6, 0.0]])
+    assert 0 <= int(sample(penalize(logits, counts, sampling), [0.5], sampling)) < 3
+
+
 def test_penalties_lower_what_was_generated():
     counts = torch.zeros(1, 4)
     for token in (1, 1, 3):
@@ -123,7 +130,9 @@ def test_a_row_draws_the_same_alone_and_in_a_batch(settings):
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"temperature": -1}, "temperature -1"), ({"temperature": float("nan")}, "finite"), ({"top_p": 1.5}, "top_p 1.5"),
+    ({"temperature": -1}, "temperature -1"), ({"temperature": float("nan")}, "finite"),
+    ({"temperature": 1e-46}, "temperature 1e-46"), ({"presence_penalty": 1e39}, "presence_penalty 1e"),
+    ({"frequency_penalty": -1e39}, "frequency_penalty -1e"), ({"top_p": 1.5}, "top_p 1.5"),
     ({"top_k": -2}, "top_k -2"), ({"penalty_decay": 2}, "penalty_decay 2")])
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(UserError, match=message):

@@ -100,7 +100,8 @@ def run(args):
         lines = [continuation.line() for continuation in continuations if continuation.end]
         if args.output and lines:
             with atomic_write(args.output) as temporary:
-                temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+                # a lone surrogate of a row, which UTF-8 has no bytes for, is written as JSON's escape of it
+                temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
     if streams:
         show("\n")
     if args.output:
