@@ -116,6 +116,8 @@ def test_the_quick_start(tiny, tmp_path):
     (("--resume_from_checkpoint", "nowhere"), "nowhere is no folder with an adapter_config.json"),
     (("--bf16", "True", "--fp16", "True"), "these arguments: .*(fp16|bf16)"),
     (("--per_device_train_batch_size", "0"), "--per_device_train_batch_size 0 is no number of rows"),
+    (("--max_length", "-1"), "--max_length -1 is no number of tokens"),
+    (("--learning_rate", "nan"), "--learning_rate nan is no rate"),
     (("--max_length", "2"), "has a token of an answer within --max_length 2"),
     (("--max_seq_length", "64", "--max-length", "32"), "two names of one argument"),
 ])
@@ -129,11 +131,22 @@ def test_a_mistake_is_answered(tiny, tmp_path, flags, message):
     ('{"query": "a", "response": null}', "row 1 of .* has no response"),
     ('{"query": "a", "response": "b"}\n{"query": "a"}', "row 2 of .* has no response"),
     ('{"query": ', "--data_path .*rows.jsonl: "),
+    ('{"query": "\xff", "response": "b"}', "--data_path .*rows.jsonl: .*can't decode byte 0xff"),
 ])
 def test_rows_that_cannot_be_learned_are_refused(tiny, tmp_path, rows, message):
-    (tmp_path / "rows.jsonl").write_text(rows)
+    (tmp_path / "rows.jsonl").write_text(rows, encoding="latin-1")
     with pytest.raises(UserError, match=message):
         run(tiny, tmp_path / "out", "--data_path", str(tmp_path / "rows.jsonl"))
+
+
+def test_a_data_file_is_known_by_its_ending(tiny, tmp_path):
+    for name in ("rows.JSONL", "rows.tsv"):
+        (tmp_path / name).write_bytes((tiny / "data.jsonl").read_bytes())
+    arguments = finetune.BoneArguments("model", str(tmp_path / "rows.JSONL"))
+    assert len(finetune.load_data(arguments, "</s>")) == 32
+    arguments.data_path = str(tmp_path / "rows.tsv")
+    with pytest.raises(UserError, match="rows.tsv is no .jsonl, .json, .csv or .parquet file"):
+        finetune.load_data(arguments, "</s>")
 
 
 def test_a_run_resumes_from_a_checkpoint_of_the_same_settings(tiny, tmp_path):
@@ -144,6 +157,8 @@ def test_a_run_resumes_from_a_checkpoint_of_the_same_settings(tiny, tmp_path):
     run(tiny, tmp_path / "parts", *flags, "--max_steps", "2")
     with pytest.raises(UserError, match="--init_weights bat-in differs from the checkpoint's True"):
         run(tiny, tmp_path / "parts", *flags, "--resume_from_checkpoint", "True", "--init_weights", "bat-in")
+    with pytest.raises(UserError, match="is one of other layers than this run's, such as .*; give the same --target_modules"):
+        run(tiny, tmp_path / "parts", *flags, "--resume_from_checkpoint", "True", "--target_modules", "q_proj")
     run(tiny, tmp_path / "parts", *flags, "--max_steps", "4", "--resume_from_checkpoint", "True")
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     adapter = tmp_path / "parts" / "bone_ft"
@@ -156,6 +171,7 @@ def test_arguments_are_adapted_to_the_installed_versions(capsys):
     adapted = finetune.adapt(flags, {"warmup_steps"}, accelerator=False, cuda=False)
     assert adapted == ["--warmup_steps", "0.03", "--lr", "1", "--use_cpu", "True"]
     assert len(capsys.readouterr().out.splitlines()) == 3
-    flags = ["--warmup_ratio", "0.03", "--tf32", "True"]
+    assert finetune.adapt(["--bits=fp32"], set(), accelerator=True, cuda=True)[-2:] == ["--bf16", "False"]
+    flags = ["--run_name", "fp32", "--warmup_ratio", "0.03", "--tf32", "True"]
     assert finetune.adapt(flags, {"warmup_ratio", "warmup_steps"}, accelerator=True, cuda=True) == flags
     assert capsys.readouterr().out == ""

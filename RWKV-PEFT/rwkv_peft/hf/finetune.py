@@ -72,6 +72,8 @@ def main(argv):
     check_targets(arguments.target_modules or (), model)
     with refusals_of("these arguments"):
         trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=adapter_config)
+    if resumed is not None:
+        check_layers(resumed, trainer.model)
     if not len(trainer.train_dataset):
         raise UserError(f"none of the {len(data)} rows of --data_path {arguments.data_path} has a token of an answer within "
                         f"--max_length {config.max_length}; raise that")
@@ -130,6 +132,16 @@ def checkpoint_to_resume(config, adapter_config):
     return str(given)
 
 
+def check_layers(checkpoint, model):
+    """UserError where a checkpoint's adapter is one of other layers than the model's."""
+    from peft import get_peft_model_state_dict, load_peft_weights
+
+    saved, due = set(load_peft_weights(checkpoint, device="cpu")), set(get_peft_model_state_dict(model))
+    if saved != due:
+        raise UserError(f"the adapter of --resume_from_checkpoint {checkpoint} is one of other layers than this run's, such as "
+                        f"{min(saved ^ due)}; give the same --target_modules, or start anew without --resume_from_checkpoint")
+
+
 def parse(argv):
     """argv -> (BoneArguments, SFTConfig)."""
     from transformers import HfArgumentParser
@@ -148,6 +160,10 @@ def parse(argv):
         raise UserError(f"--bits {arguments.bits} is unknown; give {', '.join(BITS)}")
     if config.per_device_train_batch_size < 1:
         raise UserError(f"--per_device_train_batch_size {config.per_device_train_batch_size} is no number of rows; give 1 or more")
+    if config.max_length is not None and config.max_length < 1:
+        raise UserError(f"--max_length {config.max_length} is no number of tokens; give 1 or more, or a large one for no limit")
+    if not 0 <= config.learning_rate < float("inf"):
+        raise UserError(f"--learning_rate {config.learning_rate} is no rate; give a number such as 2e-5")
     if len(arguments.target_modules or ()) > 1 and "all-linear" in arguments.target_modules:
         raise UserError(f"--target_modules {' '.join(arguments.target_modules)}: all-linear stands alone; leave the names or it out")
     if len(arguments.dataset_field) != 2:
@@ -177,7 +193,7 @@ def adapt(argv, known, accelerator, cuda):
         if f"--{name}" in argv and name not in known:
             drop(argv, f"--{name}")
             print(f"--{name} is gone from the installed trl and transformers, and is ignored: {instead}")
-    if "fp32" in argv and not {"--bf16", "--fp16"} & set(argv):
+    if ("--bits", "fp32") in zip(argv, argv[1:], strict=False) and not {"--bf16", "--fp16"} & set(argv):
         argv += ["--bf16", "False"]  # which trl switches on by itself
     if not cuda and "--tf32" in argv:
         drop(argv, "--tf32")
@@ -221,9 +237,11 @@ def load_data(arguments, end):
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
-    kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(arguments.data_path).suffix)
+    kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(arguments.data_path).suffix.lower())
     if kind is not None and not Path(arguments.data_path).is_file():
         raise UserError(f"--data_path {arguments.data_path} does not exist")
+    if kind is None and Path(arguments.data_path).is_file():
+        raise UserError(f"--data_path {arguments.data_path} is no .jsonl, .json, .csv or .parquet file; convert it to one of them")
     if kind is not None and not Path(arguments.data_path).stat().st_size:
         raise UserError(f"--data_path {arguments.data_path} is empty")
     files = {} if kind is None else {"data_files": arguments.data_path}
@@ -247,7 +265,8 @@ def load_data(arguments, end):
                 raise UserError(f"row {index + 1} of {arguments.data_path} has no {name}; drop such rows from the file")
         return {"prompt": f"### USER: {row[question]}\n### ASSISTANT:", "completion": f" {row[answer]}{end or ''}"}
 
-    return data.map(as_prompt, with_indices=True, remove_columns=data.column_names)
+    with refusals_of(f"--data_path {arguments.data_path}"):  # text is decoded only here
+        return data.map(as_prompt, with_indices=True, remove_columns=data.column_names)
 
 
 def check_targets(targets, model):
