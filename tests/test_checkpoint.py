@@ -303,6 +303,23 @@ def test_adapter_files_carry_what_they_are(tmp_path):
         read_adapter(tmp_path / "a.safetensors", mode="bat-in")
 
 
+@pytest.mark.parametrize("variant, flags, words", [
+    ("lora", {"alpha": 8.0}, None),
+    ("lora", {"alpha": 128.0}, "--lora_alpha 128 contradicts .* trained with 8 "),
+    ("lora", {"init": "init_pissa.pth"}, "--lora_init init_pissa.pth is for RWKV-PEFT's PiSSA files"),
+    ("bone", {"alpha": 8.0}, "--lora_alpha 8 is LoRA's, and .* is a bone adapter"),
+])
+def test_lora_flags_must_agree_with_a_file_that_says_what_it_is(tmp_path, variant, flags, words):
+    names = ("bone",) if variant == "bone" else ("lora_A", "lora_B")
+    save_adapter(tmp_path / "a.safetensors", {f"blocks.0.att.key.{name}": torch.ones(4, 4) for name in names},
+                 AdapterMetadata(variant, rank=4, scale=2.0))
+    if words is None:
+        assert read_adapter(tmp_path / "a.safetensors", **flags).metadata.scale == 2.0
+    else:
+        with pytest.raises(UserError, match=words):
+            read_adapter(tmp_path / "a.safetensors", **flags)
+
+
 def test_adapter_files_that_are_wrong_are_refused(tmp_path):
     path = tmp_path / "a.safetensors"
     with pytest.raises(ValueError, match="NaN"):

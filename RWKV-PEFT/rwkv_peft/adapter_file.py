@@ -120,7 +120,8 @@ def read_adapter(path, mode=None, base=None, init=None, alpha=None):
     mode is a Bone variant for files that do not name theirs, base a state dict whose shapes may tell the variant;
     init and alpha are the initial factors (a path) and LoRA's alpha for files of RWKV-PEFT's LoRA and PiSSA, which
     hold neither. Raises UserError: a file that is missing, broken, of a later format or no adapter; a
-    variant that contradicts mode or cannot be told; a tensor with NaN or Inf.
+    variant that contradicts mode or cannot be told; init or alpha beside a file that says otherwise; a tensor with NaN
+    or Inf.
     """
     from .foreign import read_rwkv_peft
     from .foreign_hf import read_hf_folder
@@ -132,6 +133,7 @@ def read_adapter(path, mode=None, base=None, init=None, alpha=None):
         adapter = _read_safetensors(path)
     else:
         adapter = read_rwkv_peft(path, mode, base, init, alpha)
+    _check_lora_flags(path, adapter, init, alpha)
     if mode is not None and adapter.modules() and adapter.metadata.variant != mode:
         raise UserError(f"{path} is a {adapter.metadata.variant} adapter, not {mode}; leave --bone_mode out")
     for key, tensor in adapter.tensors.items():
@@ -139,6 +141,20 @@ def read_adapter(path, mode=None, base=None, init=None, alpha=None):
             raise UserError(f"{path}: {key} holds NaN or Inf: the training that wrote it had diverged; "
                             "take an earlier one")
     return adapter
+
+
+def _check_lora_flags(path, adapter, init, alpha):
+    """Refuse init for a file that holds its own factors, if any, and an alpha that is not the adapter's."""
+    metadata = adapter.metadata
+    if init is not None and (path.is_dir() or path.suffix == ".safetensors"):
+        raise UserError(f"--lora_init {init} is for RWKV-PEFT's PiSSA files, and {path} lacks nothing of the kind; leave it out")
+    if alpha is None or not adapter.modules():
+        return
+    if metadata.variant in BONE_MODES:
+        raise UserError(f"--lora_alpha {alpha:g} is LoRA's, and {path} is a {metadata.variant} adapter; leave it out")
+    if not math.isclose(alpha, metadata.scale * metadata.rank):
+        raise UserError(f"--lora_alpha {alpha:g} contradicts {path}, which was trained with {metadata.scale * metadata.rank:g} "
+                        f"(scale {metadata.scale:g}, rank {metadata.rank}); leave it out")
 
 
 def _read_safetensors(path):

@@ -8,7 +8,7 @@ add to the weight; quant.py is the quantized base.
 from .base import AdapterLinear
 from .delta import delta, merged
 from .groups import parameter_groups
-from .inject import ADAPTERS, InjectReport, check_adapter, count_parameters, inject, linear_shapes
+from .inject import ADAPTERS, InjectReport, check_adapter, count_parameters, inject, linear_shapes, part_of
 
 __all__ = [
     "ADAPTERS",
@@ -21,4 +21,5 @@ __all__ = [
     "linear_shapes",
     "merged",
     "parameter_groups",
+    "part_of",
 ]

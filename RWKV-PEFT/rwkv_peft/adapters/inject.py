@@ -161,12 +161,17 @@ def _match_parts(parts, model):
     """Parameters whose name has a component of a part: time_*, ln0 ln1 ln2 ln_x ln_out, emb, head."""
     matched = []
     for part in parts:
-        pattern = re.compile(rf"{part}(\d+|_\w+)?")
-        found = [p for name, p in model.named_parameters() if any(pattern.fullmatch(c) for c in name.split("."))]
+        found = [p for name, p in model.named_parameters() if part_of(name) == part]
         if not found:
             raise UserError(f"--train_parts {part} matches no parameter of the model; leave it out")
         matched += found
     return matched
+
+
+def part_of(name):
+    """The member of TRAIN_PARTS that a parameter of the base belongs to, None for one of none."""
+    return next((part for part in TRAIN_PARTS
+                 if any(re.fullmatch(rf"{part}(\d+|_\w+)?", component) for component in name.split("."))), None)
 
 
 def _check_rank(config, name, out_features, in_features):

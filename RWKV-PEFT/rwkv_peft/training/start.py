@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from types import MappingProxyType
 
+from ..adapters import part_of
 from ..checkpoint import AdapterMetadata, read_adapter
 from ..errors import UserError
 
@@ -12,7 +13,7 @@ RANK_NAMES = MappingProxyType({"bone": "--bone_r", "pissa": "pissa_r in --pissa_
 
 
 def start_adapter(adapter, base, base_fingerprint):
-    """The adapter to start from, refused unless it is of this run's variant, rank, scale, quantization and base."""
+    """The adapter to start from, refused unless it is of this run's variant, rank, scale, quantization, parts and base."""
     path = Path(adapter.load)
     flat = path.is_file() and path.suffix != ".safetensors"  # as RWKV-PEFT writes them
     if adapter.init and path.exists() and not flat:
@@ -23,7 +24,7 @@ def start_adapter(adapter, base, base_fingerprint):
     if adapter.variant == "lora" and flat and not adapter.alpha:
         raise UserError(f"{adapter.load} does not record alpha; give that of its training as lora_alpha in --lora_config")
     loaded = read_adapter(adapter.load, mode=adapter.mode if adapter.method == "bone" else None, base=base,
-                          init=adapter.init or None, alpha=adapter.scale * adapter.rank)
+                          init=adapter.init or None, alpha=adapter.alpha if flat and adapter.variant == "lora" else None)
     theirs = loaded.metadata
     if theirs.base_fingerprint and theirs.base_fingerprint != base_fingerprint:
         raise UserError(f"{adapter.load} was trained on another base model (fingerprint {theirs.base_fingerprint}, this "
@@ -41,4 +42,16 @@ def start_adapter(adapter, base, base_fingerprint):
     if theirs.source == AdapterMetadata.source and theirs.quant != adapter.quant:
         raise UserError(f"{adapter.load} was trained on weights under --quant {theirs.quant}, and this run has --quant "
                         f"{adapter.quant}; give --quant {theirs.quant}")
+    check_parts(adapter, loaded)
     return loaded
+
+
+def check_parts(adapter, loaded):
+    """Refuse tensors of the base that the earlier run trained and this one would not save with its adapter."""
+    frozen = [key for key in loaded.whole() if part_of(key) not in adapter.train_parts]
+    if frozen:
+        parts = dict.fromkeys([*adapter.train_parts, *filter(None, map(part_of, frozen))])
+        raise UserError(f"{adapter.load} holds {len(frozen)} tensors of the base that trained along (such as {frozen[0]}), and "
+                        "this run would neither train nor save them; "
+                        + (f"give --train_parts {' '.join(parts)}" if all(map(part_of, frozen)) else
+                           "merge that adapter, and train on the merged model"))
