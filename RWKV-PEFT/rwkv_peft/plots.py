@@ -26,7 +26,7 @@ def read_metrics(path):
         except json.JSONDecodeError as error:
             if number == len(lines):
                 break
-            raise UserError(f"{path}, line {number}: not JSON ({error})") from error
+            raise UserError(f"{path}, line {number}: not JSON ({error}); delete that line") from error
         if not isinstance(record, dict):
             raise UserError(f"{path}, line {number}: a metrics line is a JSON object, not {line[:40]!r}")
         records.append(record)

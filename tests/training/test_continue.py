@@ -85,6 +85,34 @@ def test_an_own_file_of_other_settings_is_refused(base, tmp_path, config, now, w
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
+def test_tensors_of_the_base_that_trained_along_train_along_again(base, tmp_path):
+    adapter = trained(base, BONE)[1]
+    whole = {"blocks.0.ln1.weight": torch.full((64,), 2.0), "blocks.1.att.time_decay": torch.zeros(1, 1, 64)}
+    save_adapter(tmp_path / "adapter.safetensors", adapter.tensors | whole, adapter.metadata)
+    load = replace(BONE, load=str(tmp_path / "adapter.safetensors"))
+    with pytest.raises(UserError, match="holds 2 tensors of the base .* give --train_parts head ln time"):
+        start_adapter(replace(load, train_parts=("head",)), base, "")
+    assert whole.keys() < start_adapter(replace(load, train_parts=("time", "ln")), base, "").tensors.keys()
+
+
+@pytest.mark.parametrize("method", ["pissa", "lora-ga"])
+def test_a_resumed_run_keeps_the_factors_that_it_began_with(base, tmp_path, method):
+    """They depend on the machine, and lora-ga's on the first batch."""
+    torch.manual_seed(1)
+    adapter = trained(base, PISSA)[1]
+    tensors = {key: tensor + 0.01 * torch.randn_like(tensor) for key, tensor in adapter.tensors.items()}
+    config = replace(PISSA, method=method)
+    save_adapter(tmp_path / "adapter.safetensors", tensors, AdapterMetadata.from_config(config))
+    model = new_model(base)
+    adapt(model, config, base, "", None, tmp_path)
+    for name, layer in model.named_modules():
+        if isinstance(layer, AdapterLinear):
+            for key, tensor in layer.adapter_tensors().items():
+                assert torch.equal(tensor, tensors[f"{name}.{key}"])
+            taken = tensors[f"{name}.init_lora_B"] @ tensors[f"{name}.init_lora_A"]
+            torch.testing.assert_close(layer.weight, base[f"{name}.weight"] - taken)
+
+
 @pytest.mark.parametrize("config", [LORA, replace(LORA, method="lora-plus"), PISSA, BONE], ids=lambda config: config.method)
 def test_an_own_file_of_the_same_settings_is_taken(base, tmp_path, config):
     adapter = trained(base, config)[1]

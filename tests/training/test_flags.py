@@ -58,6 +58,18 @@ def test_the_json_form_means_the_same(files):
     assert config.adapter == parse_config(flags(files, "--bone_mode", "bat-in")).adapter
 
 
+def test_json_and_single_flags_that_agree_go_together(files):
+    config = parse_config(flags(files, "--bone_mode", "bat-in", "--bone_load", "earlier.safetensors", "--bone_config",
+                                '{"bone_mode":"bat","bone_load":"","bone_r":16}'))
+    assert (config.adapter.mode, config.adapter.load) == ("bat-in", "earlier.safetensors")
+
+
+def test_targets_need_an_adapter(files, monkeypatch, capsys):
+    argv = flags(files, "--peft", "none", "--target_modules", "att.key")
+    del argv[argv.index("--bone_r") : argv.index("--bone_r") + 2]
+    assert "--target_modules att.key names layers that get an adapter" in refused(monkeypatch, capsys, argv)
+
+
 def test_rows_of_questions_and_answers_count_their_answers(files):
     sft = parse_config(flags(files, "--data_type", "sft")).data
     assert (sft.dataload, sft.loss_mask) == ("pad", "file")
@@ -207,10 +219,36 @@ def test_every_flag_is_read():
     (["--loss_mask", "qa"], "--mask_id"),
     (["--dataload", "only", "--micro_bsz", "2"], "--micro_bsz 2"),
     (["--accelerator", "gpu", "--devices", "99"], "--devices 99"),
+    (["--mask_id", "5"], "--mask_id belongs to --loss_mask qa or se, and the mask is none"),
+    (["--loss_mask", "pad", "--dataload", "pad", "--mask_end_id", "5"], "--mask_end_id belongs to"),
+    (["--tokenizer", "bytes"], "--tokenizer belongs to --data_type sft"),
+    (["--sft_field", "query", "response"], "--sft_field belongs to --data_type sft"),
+    (["--sft_split", "train[:10]"], "--sft_split belongs to --data_type sft"),
+    (["--sft_long", "skip"], "--sft_long belongs to --data_type sft"),
+    (["--random_seed", "9223372036854775808"], "--random_seed: 9223372036854775808 does not fit in 64 bits"),
+    (["--adam_eps", "0"], "--adam_eps: 0 is not above 0"),
+    (["--proj_dir", ""], "--proj_dir is empty"),
 ])
 def test_mistakes_in_flags(files, monkeypatch, capsys, more, words):
     assert words in refused(monkeypatch, capsys, flags(files, *more))
     assert not (files / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_any_work(files, monkeypatch, capsys):
+    (files / "file").touch()
+    assert "a file stands where" in refused(monkeypatch, capsys, flags(files, "--proj_dir", str(files / "file" / "out")))
+    (files / "out").mkdir()
+    (files / "out" / "checkpoints").touch()
+    assert "a file stands where" in refused(monkeypatch, capsys, flags(files))
+
+
+@pytest.mark.parametrize("leftover", ["metrics.jsonl", "adapter.safetensors"])
+def test_what_a_new_run_would_overwrite_is_named_with_or_without_resume(files, monkeypatch, capsys, leftover):
+    (files / "out").mkdir()
+    (files / "out" / leftover).touch()
+    fresh, resumed = (refused(monkeypatch, capsys, flags(files, *more)) for more in ([], ["--resume"]))
+    assert f"already holds {leftover}" in fresh and "add --resume" not in fresh
+    assert f"{leftover} away and leave --resume out" in resumed
 
 
 def damaged_base(path, kind, tiny_state):

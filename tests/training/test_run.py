@@ -6,6 +6,7 @@ Each case is a process of its own, because the engine keeps global state.
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,6 +165,22 @@ def test_resume_refuses_another_number_of_ranks_and_a_finished_run(train, unbrok
     assert "already holds a run" in err
 
 
+def test_resume_refuses_other_data_and_a_checkpoint_with_pieces_missing(files, train, unbroken):
+    more = (*LONG, "--epoch_count", "4", "--resume")
+    _, err = train("unbroken", *more, "--ctx_len", "32", "--random_seed", "7", code=2)
+    assert "has data {'ctx_len': 24, 'seed': 42," in err and "this command {'ctx_len': 32, 'seed': 7," in err
+    with BinidxWriter(files / "other", vocab_size=80) as writer:
+        for start in range(40):
+            writer.add([1 + (start + 11 * i) % 79 for i in range(50 + start)] + [0])
+    _, err = train("unbroken", *more, "--data_file", str(files / "other"), code=2)
+    assert "has data {'content': " in err
+    shutil.copytree(unbroken, files / "damaged")
+    optimizer = next((files / "damaged" / "checkpoints" / "step-00000060").rglob("*optim_states.pt"))
+    optimizer.write_bytes(optimizer.read_bytes()[:1000])
+    _, err = train("damaged", *more, code=2)
+    assert f"{optimizer.name} is missing or not of the" in err and "--fresh_optimizer" in err and "Traceback" not in err
+
+
 @pytest.mark.parametrize("method", [(), ("--peft", "none", "--train_parts", "ln")])
 def test_another_number_of_devices_goes_on_at_the_next_sample(files, train, method):
     name = "moved" + "-none" * bool(method)
@@ -187,6 +204,42 @@ def test_larger_steps_count_from_their_own_checkpoint(tmp_path):
     assert find_checkpoint(tmp_path).name == "step-00000004"
 
 
+@pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"samples_seen": 1}'])
+def test_a_damaged_state_is_named(tmp_path, text):
+    from rwkv_peft.errors import UserError
+    from rwkv_peft.training.saver import find_checkpoint, read_state
+
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(text)
+    with pytest.raises(UserError, match="cannot be read .* delete"):
+        read_state(find_checkpoint(tmp_path), {})
+
+
+def test_a_line_of_metrics_that_was_cut_off_does_not_hinder_resuming(tmp_path):
+    from rwkv_peft.config import TrainConfig
+    from rwkv_peft.training.callbacks import forget_from
+    from rwkv_peft.training.validate import Validator
+
+    path = tmp_path / "metrics.jsonl"
+    whole = [json.dumps({"step": step, "loss": 0.1, "val_loss": 3.5 - step}) + "\n" for step in range(3)]
+    path.write_text("".join(whole) + '{"step": 3, "lo')
+    validator = Validator([], 1, TrainConfig(val_every=1), None, None)
+    validator.restore(path, 2)
+    assert validator.best == 2.5
+    forget_from(path, 2)
+    assert path.read_text() == "".join(whole[:2])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_tensor_that_is_not_finite_ends_the_run_on_every_rank(keep):
+    from rwkv_peft.training.lit import Diverged
+    from rwkv_peft.training.saver import gather
+
+    with pytest.raises(Diverged, match="w is no longer finite"):
+        gather([("w", torch.tensor([1.0, math.inf]))], zero_stage_3=False, keep=keep)
+
+
 def test_a_checkpoint_that_does_not_know_a_setting_has_its_default(tmp_path):
     from dataclasses import asdict
 
@@ -195,10 +248,12 @@ def test_a_checkpoint_that_does_not_know_a_setting_has_its_default(tmp_path):
     from rwkv_peft.training.saver import read_state
 
     known = {name: value for name, value in asdict(AdapterConfig(rank=16)).items() if name != "init"}
-    (tmp_path / "state.json").write_text(json.dumps({"adapter": known, "base": "abc"}))
-    assert read_state(tmp_path, {"adapter": asdict(AdapterConfig(rank=16)), "base": "abc"}, True)["base"] == "abc"
-    with pytest.raises(UserError, match="give the first run's flags"):
-        read_state(tmp_path, {"adapter": asdict(AdapterConfig(rank=16, init="init_pissa.pth")), "base": "abc"}, True)
+    (tmp_path / "state.json").write_text(json.dumps({"adapter": known, "base": "abc", "samples_seen": 1, "trained": []}))
+    now = {"adapter": asdict(AdapterConfig(rank=16)), "base": "abc", "data": {"ctx_len": 16}}
+    assert read_state(tmp_path, now, True)["base"] == "abc"
+    other = asdict(AdapterConfig(rank=16, init="init_pissa.pth"))
+    with pytest.raises(UserError, match="has adapter {'init': ''}, .* {'init': 'init_pissa.pth'}; give the first run's flags"):
+        read_state(tmp_path, now | {"adapter": other}, True)
 
 
 def test_a_new_run_continues_from_an_adapter(files, train, one_process):
@@ -238,7 +293,7 @@ def test_a_norm_that_is_not_finite_in_any_spelling(norm):
 
 def test_a_new_model_trains_from_scratch_and_is_a_base(files, train):
     train("new", "--load_model", "", "--peft", "none", "--n_layer", "2", "--n_embd", "64", "--vocab_size", "80",
-          "--precision", "fp32", "--micro_bsz", "4")
+          "--precision", "fp32", "--micro_bsz", "4", "--random_seed", str(2**63 - 1))
     from rwkv_peft.checkpoint import load_base
 
     assert load_base(files / "new" / "rwkv.pth")["emb.weight"].shape == (80, 64)

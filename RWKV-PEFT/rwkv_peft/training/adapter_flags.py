@@ -35,7 +35,7 @@ def add_adapter_flags(parser):
     adapter = parser.add_argument_group("adapter")
     adapter.add_argument("--peft", type=alias(METHOD_ALIASES), default="bone", choices=ADAPTER_METHODS,
                          help="adapter method; none trains the model itself (all of it, or --train_parts)")
-    adapter.add_argument("--bone_mode", default=None, metavar="MODE",
+    adapter.add_argument("--bone_mode", type=alias(MODE_ALIASES), default=None, metavar="MODE",
                          help="bat-in (block affine by input block, also called bat), bat-out, bone or bone-mini "
                               "(default bat-in)")
     adapter.add_argument("--bone_r", type=positive, default=None, help="block size r (default 64)")
@@ -61,6 +61,9 @@ def adapter_config(args):
     given = {"mode": args.bone_mode, "rank": args.bone_r, "mini_rank": args.bone_mini_r, "load": args.bone_load,
              "lora_plus_ratio": args.loraplus_lr_ratio,
              "targets": None if args.target_modules is None else tuple(args.target_modules)}
+    if args.peft == "none" and args.target_modules is not None:
+        raise UserError(f"--target_modules {' '.join(args.target_modules)} names layers that get an adapter, and --peft none has "
+                        "none; choose what trains with --train_parts, or name a --peft")
     for flag, method in (("bone_mode", "bone"), ("bone_r", "bone"), ("bone_mini_r", "bone"), ("bone_load", "bone"),
                          ("loraplus_lr_ratio", "lora-plus")):
         if getattr(args, flag) is not None and args.peft != method:
@@ -72,15 +75,14 @@ def adapter_config(args):
         if args.peft not in methods:
             raise UserError(f"--{flag} belongs to --peft {' or '.join(methods)}, and --peft is {args.peft}")
         for key, value in parse_json_flag(flag, text, keys).items():
-            if given.get(key) is not None and given[key] != value:
+            if value == "" and given.get(key):
+                continue  # scripts write "bone_load":"" where they name none
+            if given.get(key) and given[key] != value:
                 raise UserError(f"--{flag} says {key} {value!r} and a single flag says {given[key]!r}; give one of them")
             given[key] = value
     settings = {key: value for key, value in given.items() if value is not None}
-    if "mode" in settings:
-        settings["mode"] = dict(MODE_ALIASES).get(settings["mode"], settings["mode"])
-        if settings["mode"] not in BONE_MODES:
-            raise UserError(f"bone_mode {settings['mode']!r} does not exist; take {', '.join(BONE_MODES)}, "
-                            "or bat, which is bat-in")
+    if "mode" in settings and settings["mode"] not in BONE_MODES:
+        raise UserError(f"bone_mode {settings['mode']!r} does not exist; take {', '.join(BONE_MODES)}, or bat, which is bat-in")
     if args.quant != "none" and args.peft == "none":
         raise UserError(f"--quant {args.quant} keeps weights that adapters leave frozen, and --peft none has none")
     parts = tuple(dict.fromkeys(part for group in args.train_parts for part in group))
@@ -122,6 +124,8 @@ def json_setting(flag, key, field, item):
     if field == "alpha" and item <= 0:
         raise UserError(f"--{flag}: {key} {item} must be above 0, since {key} / lora_r multiplies the adapter's product; "
                         f"leave {key} out for a scale of 1")
+    if field == "mode":
+        return alias(MODE_ALIASES)(item)
     return parts_targets(flag, key, item) if field == "targets" else item
 
 

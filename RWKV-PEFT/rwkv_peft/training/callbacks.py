@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from tqdm import tqdm
 
 from ..checkpoint import atomic_write
+from ..plots import read_metrics
 from .lit import Diverged
 from .saver import load_checkpoint
 
@@ -145,10 +146,9 @@ def forget_from(path, first_step):
     """Drop the lines of metrics.jsonl that a resumed run is about to write again."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines(keepends=True)
-            if line.endswith("\n") and json.loads(line)["step"] < first_step]
+    kept = [metrics for metrics in read_metrics(path) if metrics["step"] < first_step]
     with atomic_write(path) as temporary:
-        temporary.write_text("".join(kept))
+        temporary.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept))
 
 
 class Save(StepCallback):

@@ -4,6 +4,7 @@ Names that RWKV-LM and RWKV-PEFT scripts use are kept. Every contradiction is re
 before a weight is read.
 """
 
+import argparse
 import importlib.util
 import re
 from dataclasses import fields
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from ..adapters import check_adapter
 from ..checkpoint import load_base, model_config_from_state
-from ..cli import HelpFormatter, Parser, alias, count, not_negative, positive, switch
+from ..cli import HelpFormatter, Parser, above_zero, alias, count, not_negative, positive, switch
 from ..config import STRATEGIES, DataConfig, ModelConfig, RunConfig, TrainConfig
 from ..data.masks import LOSS_MASKS
 from ..data.samples import DATALOADS
@@ -90,7 +91,7 @@ def build_parser():
     run.add_argument("--epoch_begin", type=count, default=0,
                      help="number of the first epoch: the schedule and the data start there (with --bone_load)")
     run.add_argument("--epoch_save", type=count, default=1, help="save every so many epochs; 0: at the end alone")
-    run.add_argument("--random_seed", type=int, default=42, help="seed of initialization, dropout and data order")
+    run.add_argument("--random_seed", type=seed, default=42, help="seed of initialization, dropout and data order")
     run.add_argument("--wandb", default="", metavar="PROJECT", help="also log to this Weights & Biases project")
 
     optimizer = parser.add_argument_group("optimizer")
@@ -101,7 +102,7 @@ def build_parser():
     optimizer.add_argument("--warmup_steps", type=count, default=0, help="steps of linear warm-up")
     optimizer.add_argument("--beta1", type=not_negative, default=0.9, help="Adam")
     optimizer.add_argument("--beta2", type=not_negative, default=0.99, help="Adam")
-    optimizer.add_argument("--adam_eps", type=not_negative, default=1e-8, help="Adam")
+    optimizer.add_argument("--adam_eps", type=above_zero, default=1e-8, help="Adam")
     optimizer.add_argument("--weight_decay", type=not_negative, default=0.0, help="on matrices only")
     optimizer.add_argument("--layerwise_lr", type=switch, default=True, metavar="0|1",
                            help="RWKV-LM's doubled learning rate of time_decay")
@@ -118,6 +119,13 @@ def build_parser():
                          help="recompute blocks in the backward pass, to save memory")
     add_legacy_flags(parser)
     return parser
+
+
+def seed(text):
+    value = int(text)
+    if not -2**63 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} does not fit in 64 bits")
+    return value
 
 
 def parse_config(argv):
@@ -139,6 +147,7 @@ def parse_config(argv):
                       seed=args.random_seed if args.data_shuffle else None, sft_field=tuple(args.sft_field),
                       **{name: getattr(args, name) for name in
                          ("data_type", "ctx_len", "tokenizer", "sft_split", "sft_long", "micro_bsz")})
+    check_data(data)
     train = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
     check_train(train)
     return RunConfig(model, adapter, data, train)
@@ -173,6 +182,19 @@ def new_model_config(args):
                        maa_rank=64 if wide else 32, decay_rank=128 if wide else 64)
 
 
+def check_data(data):
+    """Refuse flags of the data that nothing would read."""
+    for name in ("mask_id", "mask_end_id"):
+        if getattr(data, name) and data.loss_mask not in ("qa", "se"):
+            raise UserError(f"--{name} belongs to --loss_mask qa or se, and the mask is {data.loss_mask}; give one of them, or "
+                            f"leave --{name} out")
+    plain = DataConfig(data.path)
+    for name in ("tokenizer", "sft_field", "sft_split", "sft_long"):
+        if data.data_type != "sft" and getattr(data, name) != getattr(plain, name):
+            raise UserError(f"--{name} belongs to --data_type sft, and the data is {data.data_type}, whose tokens are made "
+                            f"already; add --data_type sft, or leave --{name} out")
+
+
 def check_train(train):
     """Contradictions among the remaining flags."""
     for name in ("beta1", "beta2"):
@@ -191,6 +213,8 @@ def check_train(train):
             raise UserError(f"--{name} {getattr(train, name)} needs samples to validate on: --val_data or --val_split")
     if train.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError(f"--wandb {train.wandb} needs the wandb package: pip install wandb")
+    if not train.proj_dir:
+        raise UserError("--proj_dir is empty; name the folder of the run")
     folder = Path(train.proj_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--proj_dir {folder} is a file; name a folder")

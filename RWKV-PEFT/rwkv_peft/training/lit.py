@@ -13,8 +13,8 @@ from .schedule import learning_rate
 
 
 class Diverged(Exception):
-    """The loss or the gradient norm became NaN or infinite; raised by every rank at the same step, before anything of
-    that step is saved."""
+    """The loss, the gradient norm or a trained tensor became NaN or infinite; raised by every rank at the same step,
+    before anything of that step is saved."""
 
 
 class Lit(pl.LightningModule):
@@ -62,7 +62,7 @@ class Lit(pl.LightningModule):
             group["lr"] = self.lr * group["lr_scale"]
         # Random draws depend on the seed, the step, the micro batch and the rank alone, so a resumed run repeats them.
         micro = self.step * accumulate + batch_idx % accumulate
-        torch.manual_seed((self.train_config.random_seed * 1_000_003 + micro) * 65_537 + self.global_rank)
+        torch.manual_seed(((self.train_config.random_seed * 1_000_003 + micro) * 65_537 + self.global_rank) % 2**63)
 
     def training_step(self, batch, batch_idx):
         # The engine averages gradients over ranks and micro batches; this denominator turns that into the mean over

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from ..adapters import check_adapter, inject, linear_shapes
-from ..checkpoint import DTYPES, fingerprint, load_adapter_into, load_base
+from ..atomic import check_output
+from ..checkpoint import DTYPES, fingerprint, load_adapter_into, load_base, read_adapter
 from ..config import to_json
 from ..data.module import TrainBatches
 from ..data.samples import build_samples, split_samples
@@ -24,7 +25,7 @@ from ..model import RWKV6, init_weights
 from ..ops import backends
 from .flags import parse_config
 from .gradients import estimate_gradients
-from .saver import Saver, find_checkpoint, load_trained, read_state
+from .saver import ADAPTER, MODEL, Saver, data_identity, find_checkpoint, newest_name, read_state
 from .start import start_adapter
 from .validate import Validator
 
@@ -69,20 +70,23 @@ def run(config, say=print):
     base = load_base(train.load_model) if train.load_model else None
     base_fingerprint = "" if base is None else fingerprint(base)
     folder = Path(train.proj_dir)
-    identity = {"adapter": asdict(config.adapter), "base": base_fingerprint, "strategy": train.strategy,
-                "world_size": world_size, "precision": train.precision}
+    identity = {"adapter": asdict(config.adapter), "base": base_fingerprint, "data": data_identity(config, samples),
+                "strategy": train.strategy, "world_size": world_size, "precision": train.precision}
     checkpoint, state = find_state(folder, train, identity)
     plan = make_plan(train, samples, step_samples, state)
     if state and plan.first_step >= plan.total_steps:
         raise UserError(f"--resume: the run in {folder} is complete ({plan.first_step} steps); raise --epoch_count to go on")
+    if is_first_process():
+        check_output("--proj_dir", folder / "checkpoints" / "state.json", [])
 
     torch.manual_seed(train.random_seed)
     model = build_model(config, base)
     batches = TrainBatches(samples, config.data.micro_bsz, world_size=world_size,
                            accumulate=train.accumulate_grad_batches)
-    report = adapt(model, config.adapter, base, base_fingerprint, batches)
+    report = adapt(model, config.adapter, base, base_fingerprint, batches, checkpoint)
     if state and train.fresh_optimizer:
-        load_trained(model, checkpoint)
+        if config.adapter.method == "none":
+            model.load_state_dict(load_base(checkpoint / MODEL), strict=True)
         checkpoint = None  # its optimizer state belongs to other ranks
     describe(config, accelerator, samples, batches.notes, plan, report, state, say)
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,13 +117,19 @@ def resolve_accelerator(train):
 def find_state(folder, train, identity):
     """(checkpoint folder, its state.json) to resume from, or (None, None) for a fresh run."""
     checkpoint = find_checkpoint(folder)
+    newest = newest_name(identity["adapter"]["method"])
+    leftover = next((name for name in ("metrics.jsonl", newest) if (folder / name).exists()), None)
     if not train.resume:
-        if checkpoint is not None or (folder / "metrics.jsonl").exists():
+        if checkpoint is not None:
             raise UserError(f"--proj_dir {folder} already holds a run; add --resume to continue it, or name another folder")
+        if leftover:
+            raise UserError(f"--proj_dir {folder} already holds {leftover}, which a new run would overwrite, and no checkpoint "
+                            "to --resume from; move it away, or name another folder")
         return None, None
     if checkpoint is None:
-        raise UserError(f"--resume: there is no complete checkpoint under {folder / 'checkpoints'}; leave --resume out to "
-                        "start, or give the --proj_dir of the run")
+        raise UserError(f"--resume: there is no complete checkpoint under {folder / 'checkpoints'}; "
+                        + (f"move {folder / leftover} away and leave --resume out to start anew" if leftover else
+                           "leave --resume out to start") + ", or give the --proj_dir of the run")
     return checkpoint, read_state(checkpoint, identity, train.fresh_optimizer)
 
 
@@ -147,18 +157,20 @@ def build_model(config, base):
     return model.to(dtype)
 
 
-def adapt(model, adapter, base, base_fingerprint, batches):
-    """Inject the adapter into the model, fresh or from --bone_load and its kin; -> InjectReport."""
-    initial, gradients = {}, {}
-    if adapter.load:
+def adapt(model, adapter, base, base_fingerprint, batches, checkpoint=None):
+    """Inject the adapter into the model: as the checkpoint to resume from holds it, with the factors that it began with;
+    from --bone_load and its kin; or fresh. -> InjectReport."""
+    loaded, gradients = None, {}
+    if checkpoint is not None and adapter.method != "none":
+        loaded = read_adapter(checkpoint / ADAPTER)
+    elif adapter.load:
         loaded = start_adapter(adapter, base, base_fingerprint)
-        initial = loaded.tensors
     elif adapter.method == "lora-ga":
         names = check_adapter(adapter, linear_shapes(model))
         gradients = estimate_gradients(model, names, batches.batch(0, 0))
-    report = inject(model, adapter, initial=initial, gradients=gradients)
-    if adapter.load:
-        load_adapter_into(model, loaded, adapter.load)
+    report = inject(model, adapter, initial=loaded.tensors if loaded else {}, gradients=gradients)
+    if loaded:
+        load_adapter_into(model, loaded, str(checkpoint or adapter.load))
     return report
 
 

@@ -6,6 +6,7 @@ proj_dir/adapter-best.safetensors      the same, at the lowest validation loss
 proj_dir/checkpoints/step-NNNNNNNN/    optimizer state, the trained tensors, state.json; the last KEEP of them
 """
 
+import hashlib
 import json
 import math
 import os
@@ -15,15 +16,22 @@ from dataclasses import asdict
 
 import torch
 
-from ..checkpoint import (AdapterMetadata, adapter_parameter, atomic_write, load_adapter_into, load_base, read_adapter,
-                          save_adapter, save_model)
+from ..checkpoint import AdapterMetadata, adapter_parameter, atomic_write, save_adapter, save_model
 from ..config import AdapterConfig, to_json
+from ..data.module import collate
 from ..errors import UserError
 
+ADAPTER, MODEL = "adapter.safetensors", "rwkv.pth"  # the newest of them
 KEEP = 2
+HASHED = 64  # samples that tell one data set from another
 TAG = "zero"  # DeepSpeed's name for the folder of its own files
-SAME = ("adapter", "base")  # what a resumed run must share with the first,
+SAME = ("adapter", "base", "data")  # what a resumed run must share with the first,
 SAME_OPTIMIZER = ("strategy", "world_size", "precision")  # and what its optimizer state needs besides
+
+
+def newest_name(method):
+    """The name of the file of the newest trained tensors, by --peft."""
+    return MODEL if method == "none" else ADAPTER
 
 
 def list_checkpoints(folder):
@@ -31,7 +39,7 @@ def list_checkpoints(folder):
     def seen(checkpoint):
         try:
             return json.loads((checkpoint / "state.json").read_text())["samples_seen"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return math.inf  # read_state says what is wrong with it
     return sorted((path.parent for path in (folder / "checkpoints").glob("step-*/state.json")), key=seen)
 
@@ -41,23 +49,57 @@ def find_checkpoint(folder):
     return next(reversed(list_checkpoints(folder)), None)
 
 
+def data_identity(config, samples):
+    """What the place in the data is counted in: the settings that choose and order samples, how many there are, and a hash
+    of a few of them, which stands for the files, wherever they lie."""
+    settings = {name: value for name, value in asdict(config.data).items() if name not in ("path", "tokenizer", "micro_bsz")}
+    digest = hashlib.sha256()
+    for n in range(0, len(samples), -(-len(samples) // HASHED)):
+        digest.update(collate([samples[n]])["tokens"].numpy().tobytes())
+    return settings | {"val_split": config.train.val_split, "samples": len(samples), "content": digest.hexdigest()[:16]}
+
+
 def read_state(checkpoint, now, fresh_optimizer=False):
-    """state.json of a checkpoint, compared with what the resuming run says of itself (a dict of SAME, SAME_OPTIMIZER)."""
+    """state.json of a checkpoint, compared with what the resuming run says of itself (a dict of SAME, SAME_OPTIMIZER), and
+    its other files with the sizes in it."""
+    older = f"delete {checkpoint} to resume from an older checkpoint"
     try:
         state = json.loads((checkpoint / "state.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{checkpoint}/state.json cannot be read ({error}); delete {checkpoint} to resume from an "
-                        "older checkpoint") from error
+        adapter, sizes = state["adapter"], state.get("files", {})
+        state["samples_seen"], state["trained"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{checkpoint}/state.json cannot be read ({error!r}); {older}") from error
+    for name, size in sizes.items():
+        if (fresh_optimizer and name.startswith(TAG)) or is_of_size(checkpoint / name, size):
+            continue
+        raise UserError(f"--resume: {checkpoint / name} is missing or not of the {size:,} bytes that were saved; {older}"
+                        + (", or add --fresh_optimizer to go on without the optimizer's state" if name.startswith(TAG) else ""))
     now = json.loads(json.dumps(now))
-    if "adapter" in state:  # a setting that the saved run did not know had its default
-        state["adapter"] = json.loads(to_json(AdapterConfig())) | state["adapter"]
+    state["adapter"] = json.loads(to_json(AdapterConfig())) | adapter  # a setting that the saved run did not know had its default
+    state.setdefault("data", now["data"])  # which earlier versions did not record
     for key in SAME + (() if fresh_optimizer else SAME_OPTIMIZER):
         if state[key] != now[key]:
+            then, today = differences(state[key], now[key])
             raise UserError(
-                f"--resume: the run in {checkpoint.parent.parent} has {key} {state[key]}, this command {now[key]}; "
+                f"--resume: the run in {checkpoint.parent.parent} has {key} {then}, this command {today}; "
                 + ("give the same flags, or add --fresh_optimizer: the optimizer's state cannot move, weights and data go on"
-                   if key in SAME_OPTIMIZER else "give the first run's flags, or another --proj_dir"))
+                   if key in SAME_OPTIMIZER else
+                   "give the first run's flags and data, or another --proj_dir and --bone_load or its kin to train this "
+                   "adapter on other data" if key == "data" else "give the first run's flags, or another --proj_dir"))
     return state
+
+
+def is_of_size(path, size):
+    """Whether there is a file of `size` bytes."""
+    return path.is_file() and path.stat().st_size == size
+
+
+def differences(then, now):
+    """The entries in which two dicts differ, of each; other values as they are."""
+    if not isinstance(now, dict):
+        return then, now
+    keys = [key for key in now if then.get(key) != now[key]]
+    return {key: then.get(key) for key in keys}, {key: now[key] for key in keys}
 
 
 class Saver:
@@ -73,7 +115,7 @@ class Saver:
     @property
     def newest(self):
         """The file of the newest trained tensors."""
-        return self.folder / ("rwkv.pth" if self.config.adapter.method == "none" else "adapter.safetensors")
+        return self.folder / newest_name(self.config.adapter.method)
 
     def save(self, trainer, lit, done, epoch=None):
         """Save after `done` optimizer steps; `epoch` is the number of epochs done where one just ended."""
@@ -114,6 +156,8 @@ class Saver:
         state = {"step": done, "epoch": done // self.plan.epoch_steps, "samples_seen": self.plan.samples_seen(done),
                  "trained": trained_names(lit), "config": asdict(self.config), **self.identity}
         share_file(self.newest, hidden / self.newest.name)
+        state["files"] = {str(path.relative_to(hidden)): path.stat().st_size
+                          for path in (hidden / self.newest.name, *sorted((hidden / TAG).rglob("*"))) if path.is_file()}
         with atomic_write(hidden / "state.json") as temporary:
             temporary.write_text(json.dumps(state, indent=1))
         sync_files(hidden)
@@ -160,26 +204,19 @@ def load_checkpoint(trainer, lit, checkpoint):
                                                       load_lr_scheduler_states=False)
 
 
-def load_trained(model, checkpoint):
-    """Copy the trained tensors of a checkpoint into a model whose adapters are injected already."""
-    whole = checkpoint / "rwkv.pth"
-    if whole.exists():
-        model.load_state_dict(load_base(whole), strict=True)
-    else:
-        load_adapter_into(model, read_adapter(checkpoint / "adapter.safetensors"), str(checkpoint))
-
-
 def gather(pairs, zero_stage_3, keep):
     """(name, parameter or buffer) pairs -> {name: tensor on the CPU}, gathered one by one under ZeRO-3; {} on ranks that do not
-    keep. Raises FloatingPointError for a tensor that is not finite, before anything is written."""
+    keep. Raises Diverged, on all ranks, for a tensor that is not finite, before anything is written."""
     import deepspeed
+
+    from .lit import Diverged
 
     tensors = {}
     for name, tensor in pairs:
         partitioned = zero_stage_3 and isinstance(tensor, torch.nn.Parameter)
         with deepspeed.zero.GatheredParameters([tensor]) if partitioned else nullcontext():
+            if not torch.isfinite(tensor).all():
+                raise Diverged(f"{name} is no longer finite")
             if keep:
                 tensors[name] = tensor.detach().to("cpu", copy=True)
-                if not torch.isfinite(tensors[name]).all():
-                    raise FloatingPointError(f"{name} is not finite; nothing was overwritten")
     return tensors

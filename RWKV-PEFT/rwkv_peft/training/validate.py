@@ -1,6 +1,5 @@
 """Validation while training: loss and perplexity over held-out samples, the best adapter kept, early stopping."""
 
-import json
 import math
 from functools import partial
 
@@ -8,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from ..data.module import EvalBatches
+from ..plots import read_metrics
 from .loss import linear_cross_entropy
 
 
@@ -29,8 +29,7 @@ class Validator:
 
     def restore(self, path, first_step):
         """Take up best and since_best from the metrics.jsonl of the run that is resumed."""
-        for line in path.read_text().splitlines() if path.exists() else ():
-            metrics = json.loads(line)
+        for metrics in read_metrics(path) if path.exists() else ():
             if metrics["step"] < first_step and "val_loss" in metrics:
                 self.note(metrics["val_loss"])
 
