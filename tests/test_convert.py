@@ -101,6 +101,27 @@ def test_time_states_swap_both_ways(tmp_path):
     assert same(dict(sorted(torch.load(tmp_path / "back.pth", weights_only=True).items())), states)
 
 
+@pytest.mark.parametrize("states, message", [
+    ({0: torch.zeros(2, 8, 8), 2: torch.zeros(2, 8, 8)}, "2 time states and no blocks.1.att.time_state"),
+    ({0: torch.zeros(2, 8, 8), 1: torch.zeros(2, 4, 4)}, r"blocks.1.att.time_state has shape \(2, 4, 4\)"),
+    ({0: torch.zeros(2, 4, 8)}, "head size, head size"),
+    ({0: torch.zeros(8, 8)}, "head size, head size"),
+    ({0: torch.tensor(0.0)}, "head size, head size"),
+    ({0: torch.zeros(2, 8, 8, dtype=torch.int64)}, "int64; bfloat16, float16 or float32 is due"),
+])
+def test_time_states_that_fit_no_model_are_refused(tmp_path, states, message):
+    torch.save({f"blocks.{i}.att.time_state": tensor for i, tensor in states.items()}, tmp_path / "s.pth")
+    with pytest.raises(UserError, match=message):
+        convert(tmp_path / "s.pth", tmp_path / "s.st")
+    assert os.listdir(tmp_path) == ["s.pth"]
+
+
+def test_a_file_without_tensors_is_refused(tmp_path):
+    write_safetensors(tmp_path / "none.safetensors", {}, [])
+    with pytest.raises(UserError, match="none.safetensors holds no tensor"):
+        convert(tmp_path / "none.safetensors", tmp_path / "x.pth")
+
+
 @pytest.mark.parametrize("kind, exact", [("f32", True), ("bf16", True), ("f16", False), ("q8_0", False)])
 def test_gguf_holds_the_weights(tmp_path, tiny_state, kind, exact):
     gguf = pytest.importorskip("gguf")

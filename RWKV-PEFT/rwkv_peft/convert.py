@@ -119,13 +119,31 @@ def read_model(path):
         raise UserError(f"{path}: GGUF files are written here and not read; give the .pth that it was made of")
     else:
         state = read_state(path)
+    if not state:
+        raise UserError(f"{path} holds no tensor; copy it again")
     if all(key.endswith(".att.time_state") for key in state):
+        check_time_states(state, path)
         return state
     config = check_state(state, path)
     if path.suffix == ".pth":  # its own order is kept
         return state
     order = {key: place for place, key in enumerate(expected_shapes(config))}
     return {key: state[key] for key in sorted(state, key=lambda key: order.get(key, len(order)))}
+
+
+def check_time_states(state, path):
+    """Raise UserError unless a state file holds one time state (H, N, N) in floating point for each layer from 0 on."""
+    missing = [key for key in (f"blocks.{i}.att.time_state" for i in range(len(state))) if key not in state]
+    if missing:
+        raise UserError(f"{path} holds {len(state)} time states and no {missing[0]}; a state file has one for every layer of the "
+                        "model, from 0 on: save them all")
+    first = next(iter(state.values()))
+    for key, tensor in state.items():
+        if tensor.dim() != 3 or tensor.shape[1] != tensor.shape[2] or tensor.shape != first.shape:
+            raise UserError(f"{path}: {key} has shape {tuple(tensor.shape)}; a time state is (heads, head size, head size), the "
+                            "same in every layer")
+        if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            raise UserError(f"{path}: {key} is {str(tensor.dtype).removeprefix('torch.')}; bfloat16, float16 or float32 is due")
 
 
 def read_safetensors(path):
