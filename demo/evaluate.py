@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-PEFT"))
 
+from rwkv_peft.checkpoint import load_base, model_config_from_state  # noqa: E402
 from rwkv_peft.cli import Parser  # noqa: E402
 from rwkv_peft.data.tokenizer import load_tokenizer  # noqa: E402
 from rwkv_peft.errors import UserError, exit_on_user_error  # noqa: E402
@@ -23,16 +24,25 @@ LONGEST = 80  # tokens of an answer
 
 
 def read_questions(path, limit):
-    """[(prompt, completion)] of the first `limit` lines of a .jsonl; UserError where it is missing or malformed."""
+    """[(prompt, completion)] of the first `limit` lines of a .jsonl, blank ones left out; UserError where it is missing or
+    malformed."""
     if not Path(path).is_file():
         raise UserError(f"--questions {path}: no such file; make it with demo/task.py heldout")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--questions {path} is not UTF-8 (byte {error.start}); make it with demo/task.py heldout") from error
     questions = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines()[:limit], start=1):
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    for number, line in lines[:limit]:
         try:
             row = json.loads(line)
-            questions.append((row["prompt"], row["completion"]))
+            prompt, completion = row["prompt"], row["completion"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}, line {number}: needs an object with prompt and completion ({error!r})") from error
+        if not (isinstance(prompt, str) and prompt and isinstance(completion, str)):
+            raise UserError(f"{path}, line {number}: prompt and completion must be texts, and the prompt not empty")
+        questions.append((prompt, completion))
     if not questions:
         raise UserError(f"{path} holds no question")
     return questions
@@ -82,8 +92,16 @@ def build_parser():
 def main(argv):
     """Print the examples and the score; 0, or 1 below --at_least."""
     args = build_parser().parse_args(argv)
+    if args.limit < 1:
+        raise UserError(f"--limit {args.limit}: at least one question is asked")
+    if not 0 <= args.at_least <= 1:
+        raise UserError(f"--at_least {args.at_least}: a share from 0 to 1 is due, as 0.9 for 90 %")
     questions = read_questions(args.questions, args.limit)
     tokenizer = load_tokenizer("bytes")
+    vocab_size = model_config_from_state(load_base(args.model)).vocab_size
+    if vocab_size != tokenizer.vocab_size:
+        raise UserError(f"--model {args.model} has a vocabulary of {vocab_size} tokens, and the questions are put in "
+                        f"{tokenizer.vocab_size}, a byte each; give demo/rwkv6-demo.pth or a model made of it")
     prompts = [tokenizer.encode(prompt) for prompt, _ in questions]
     stop = {tokenizer.end_id, *tokenizer.encode("\n")}
     run = answer_with_rwkv if args.runtime == "rwkv" else answer
