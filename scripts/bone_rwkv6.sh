@@ -25,8 +25,11 @@ if [ -n "${LOAD_MODEL:-}" ] || [ -n "${DATA_FILE:-}" ]; then
 else
     demo=true
     out="${PROJ_DIR:-$root/out/demo}"
-    # The demo writes only what it made itself, so a second run starts from nothing.
-    [ -n "${PROJ_DIR:-}" ] || rm -rf "$out"
+    # The demo writes only what it made itself, so a second run starts from nothing, unless it is to go on.
+    case " $* " in
+    *" --resume "*) ;;
+    *) [ -n "${PROJ_DIR:-}" ] || rm -rf "$out" ;;
+    esac
     tokenizer=bytes
     base="$root/demo/rwkv6-demo.pth" mode="${BONE_MODE:-bat-in}" rank="${BONE_R:-32}"
     DATA_FILE="$out/finetune.jsonl"

@@ -62,3 +62,25 @@ def test_a_line_cut_off_at_the_end_is_left_out_and_one_in_the_middle_is_an_error
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match="metrics.jsonl: no such file"):
         main([str(tmp_path / "metrics.jsonl"), str(tmp_path / "loss.png")])
+
+
+@pytest.mark.parametrize("output, words", [
+    ("loss.pdf", "does not end in .png"),
+    ("metrics.jsonl", "does not end in .png"),
+    ("metrics.jsonl/loss.png", "a file stands where"),
+    ("folder.png", "is a folder"),
+])
+def test_an_output_that_is_no_picture_or_cannot_be_written_is_refused(tmp_path, output, words):
+    (tmp_path / "folder.png").mkdir()
+    metrics = write_metrics(tmp_path / "metrics.jsonl", 3)
+    before = metrics.read_bytes()
+    with pytest.raises(UserError, match=words):
+        main([str(metrics), str(tmp_path / output)])
+    assert metrics.read_bytes() == before
+
+
+@pytest.mark.parametrize("line", ['{"loss": 1.0}', '{"step": "a", "loss": 1.0}', "[]"])
+def test_lines_of_another_file_are_refused(tmp_path, line):
+    (tmp_path / "rows.jsonl").write_text(line + "\n" + line + "\n")
+    with pytest.raises(UserError, match="line 1: a metrics line is a JSON object with its step"):
+        main([str(tmp_path / "rows.jsonl"), str(tmp_path / "loss.png")])

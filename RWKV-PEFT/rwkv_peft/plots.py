@@ -6,6 +6,7 @@
 import json
 from pathlib import Path
 
+from .atomic import atomic_write
 from .cli import Parser
 from .errors import UserError, exit_on_user_error
 
@@ -13,7 +14,7 @@ from .errors import UserError, exit_on_user_error
 def read_metrics(path):
     """The records of a metrics.jsonl, one dict a step. A last line that was cut off in writing is left out.
 
-    Raises UserError where the file is missing or another line is no JSON object.
+    Raises UserError where the file is missing or another line is no JSON object with a step.
     """
     path = Path(path)
     if not path.is_file():
@@ -27,8 +28,8 @@ def read_metrics(path):
             if number == len(lines):
                 break
             raise UserError(f"{path}, line {number}: not JSON ({error}); delete that line") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{path}, line {number}: a metrics line is a JSON object, not {line[:40]!r}")
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise UserError(f"{path}, line {number}: a metrics line is a JSON object with its step, not {line[:40]!r}")
         records.append(record)
     return records
 
@@ -89,7 +90,8 @@ def plot_loss(metrics_jsonl, out_png):
         right.spines["top"].set_visible(False)
     if shown:
         figure.legend(loc="outside upper center", ncols=4, frameon=False)
-    figure.savefig(out_png)
+    with atomic_write(out_png) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def main(argv):
@@ -98,6 +100,8 @@ def main(argv):
     parser.add_argument("metrics", help="metrics.jsonl of a run")
     parser.add_argument("output", help="the .png to write")
     args = parser.parse_args(argv)
+    if Path(args.output).suffix != ".png":
+        raise UserError(f"{args.output} does not end in .png, which is what is drawn; give a name such as loss.png")
     plot_loss(args.metrics, args.output)
     print(f"wrote {args.output}")
     return 0

@@ -2,17 +2,19 @@
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def script(variables, *flags):
+def script(variables, *flags, root=ROOT):
     environment = {key: value for key, value in os.environ.items() if key not in ("LOAD_MODEL", "DATA_FILE", "PROJ_DIR")}
-    return subprocess.run(["sh", str(ROOT / "scripts" / "bone_rwkv6.sh"), *flags], env=environment | variables, text=True,
+    return subprocess.run(["sh", str(root / "scripts" / "bone_rwkv6.sh"), *flags], env=environment | variables, text=True,
                           capture_output=True)
 
 
@@ -40,3 +42,14 @@ def test_half_of_a_users_input_is_refused(tmp_path):
 def test_a_failing_step_ends_the_script(tmp_path):
     done = script({"LOAD_MODEL": str(tmp_path / "base.pth"), "DATA_FILE": str(tmp_path / "data"), "PROJ_DIR": str(tmp_path)})
     assert done.returncode == 2 and "base.pth" in done.stderr and "3. merge" not in done.stdout
+
+
+@pytest.mark.parametrize("flags", [[], ["--lr_init", "1e-3", "--resume"]])
+def test_the_demo_starts_anew_unless_it_resumes(tmp_path, flags):
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "bone_rwkv6.sh", tmp_path / "scripts")
+    (tmp_path / "scripts" / "setup.sh").write_text(f"root={tmp_path} python=false\n")  # so that it ends at the first step
+    checkpoint = tmp_path / "out" / "demo" / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    assert script({}, *flags, root=tmp_path).returncode == 1
+    assert checkpoint.exists() == bool(flags)
