@@ -244,23 +244,6 @@ def test_one_adapter_a_batch(llama, ids):
         model(input_ids=ids, adapter_names=["default", "__base__"])
 
 
-class Scaled(nn.Linear):
-    """A layer that is not the product with its weight."""
-
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-def test_layers_that_only_look_linear_are_refused():
-    with pytest.raises(UserError, match="0 is a Scaled of torch.float32"):
-        get_peft_model(nn.Sequential(Scaled(8, 8)), BoneConfig(r=4, target_modules=["0"]))
-    eight_bit = nn.Linear(8, 8).to(torch.float8_e4m3fn)
-    with pytest.raises(UserError, match="0 is a Linear of torch.float8_e4m3fn"):
-        get_peft_model(nn.Sequential(eight_bit), BoneConfig(r=4, target_modules=["0"]))
-    with pytest.raises(UserError, match="inside of a torch.nn.MultiheadAttention"):
-        get_peft_model(nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)}), BoneConfig(r=4, target_modules=["out_proj"]))
-
-
 def test_a_merge_that_cannot_be_undone_stays(llama):
     model = adapted(llama, "bat-out", std=0, target_modules=["q_proj"])
     layers = [layer for layer in model.modules() if isinstance(layer, BoneLinear)]

@@ -1,6 +1,7 @@
 """BoneLinear: a linear layer of a Hugging Face model with any number of Bone adapters.
 
-One active adapter is evaluated by the functions of rwkv_peft.adapters, which never keep a merged weight.
+One active adapter is evaluated by the functions of rwkv_peft.adapters, which never keep a merged weight; they read
+the base layer's weight and do not call it, except where hooks wait for that call.
 """
 
 import warnings
@@ -30,7 +31,7 @@ class BoneLinear(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer, adapter_name, config, name="the layer"):
         super().__init__()
-        self.product = product_for(base_layer, name)
+        self._product = base_layer, product_for(base_layer, name)
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.name = name
@@ -62,6 +63,13 @@ class BoneLinear(nn.Module, BaseTunerLayer):
             del adapters[adapter_name]
 
     @property
+    def product(self):
+        """How to multiply by the base layer's weight, also after another layer took its place (quantizing does so)."""
+        if self._product[0] is not self.base_layer:
+            self._product = self.base_layer, product_for(self.base_layer, self.name)
+        return self._product[1]
+
+    @property
     def quantized(self):
         return isinstance(self.product, Dequantized)
 
@@ -80,16 +88,18 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         x = onload((self.base_layer, self.bone_block), x)
         if self.quantized:
             x = x.to(self.product.compute_dtype(x))
-        y = self._adapted(x, names[0]) if len(names) == 1 else self._composed(x, names)
+        if watched(self.base_layer):
+            y = self._beside(x, names)
+        else:
+            y = self._adapted(x, names[0]) if len(names) == 1 else self._composed(x, names)
         y = offload((self.base_layer, self.bone_block), y)
         return y.to(dtype) if not torch.is_autocast_enabled(x.device.type) else y
 
     def _adapted(self, x, name):
-        dropout = self.bone_dropout[name]
-        if not self.training or dropout.p == 0:
+        seen = self._seen(x, [name])
+        if seen is x:
             return self._apply_adapter(x, name, self.bias)
         # What is hidden from the adapter still meets the frozen weight.
-        seen = dropout(x)
         return self._apply_adapter(seen, name, self.bias) + linear(x - seen, self.weight, product=self.product)
 
     def _apply_adapter(self, x, name, bias):
@@ -97,14 +107,32 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         return function(x, self.weight, self.bone_block[name], bias, product=self.product)
 
     def _composed(self, x, names):
-        """Several adapters at once: each changes the weight that the one before it left, as in merging."""
-        if self.training and any(self.bone_dropout[name].p for name in names):
+        """Several adapters at once, as after merging them."""
+        x = self._seen(x, names)
+        weight, change = self._change(names)
+        return F.linear(x, (weight + change).to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def _beside(self, x, names):
+        """The base layer's own output, for the hooks that wait for it, and what the adapters add."""
+        _, change = self._change(names)
+        return self.base_layer(x) + F.linear(self._seen(x, names), change.to(x.dtype))
+
+    def _seen(self, x, names):
+        """x as the adapters see it: dropout hides some of it."""
+        if not self.training or not any(self.bone_dropout[name].p for name in names):
+            return x
+        if len(names) > 1:
             raise UserError("bone_dropout is defined for one active adapter; activate one with set_adapter, or leave the "
                             "dropout out")
-        weight = self.product.rows(self.weight, slice(0, self.out_features), torch.float32)
+        return self.bone_dropout[names[0]](x)
+
+    def _change(self, names):
+        """The base weight, and what the adapters add to it, each to what the one before it left: (out, in) twice."""
+        weight = self.product.rows(self.weight, slice(0, self.out_features), exact(self.weight))
+        change = torch.zeros_like(weight)
         for name in names:
-            weight = weight + delta(self.bone_config[name].variant, weight, {"bone": self.bone_block[name]})
-        return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+            change = change + delta(self.bone_config[name].variant, weight + change, {"bone": self.bone_block[name]})
+        return weight, change
 
     def _gather(self):
         """Under ZeRO-3 a parameter is gathered for the module that owns it; this layer uses its base layer's."""
@@ -116,7 +144,7 @@ class BoneLinear(nn.Module, BaseTunerLayer):
                 parameter.all_gather()
 
     def merge(self, safe_merge=False, adapter_names=None):
-        """Change the base weight by the adapters (all active ones by default), in float32, rounded once.
+        """Change the base weight by the adapters (all active ones by default), in float32 or float64, rounded once.
 
         safe_merge refuses a weight that is not finite. Raises UserError on a quantized base, whose rounding
         would lose much of what was learned.
@@ -134,7 +162,7 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         if weight.numel() != self.in_features * self.out_features:
             raise UserError(f"the weight of {self.name} is spread over processes by ZeRO-3; save the adapter, and merge it "
                             "in a process without DeepSpeed")
-        merged = weight.data.float()
+        merged = weight.data.to(exact(weight))
         for name in names:
             merged = merged + delta(self.bone_config[name].variant, merged, {"bone": self.bone_block[name].detach()})
         if safe_merge and not torch.isfinite(merged.to(weight.dtype)).all():
@@ -152,19 +180,19 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         if weight.is_meta and offloaded(self.base_layer):
             with onload_layer(self):
                 return self.unmerge()
-        original = weight.data.float()
+        original = weight.data.to(exact(weight))
         for name in reversed(self.merged_adapters):
             if name in self.bone_block:
                 variant = self.bone_config[name].variant
-                opposite = inverse(variant, self.bone_block[name].detach().float(), self.name)
+                opposite = inverse(variant, self.bone_block[name].detach().to(original.dtype), self.name)
                 original = original + delta(variant, original, {"bone": opposite})
         weight.data = original.to(weight.dtype)
         self.merged_adapters.clear()
 
+    @torch.no_grad()
     def get_delta_weight(self, adapter_name):
-        """What one adapter adds to the base weight: (out, in) float32."""
-        weight = self.product.rows(self.weight, slice(0, self.out_features), torch.float32)
-        return delta(self.bone_config[adapter_name].variant, weight, {"bone": self.bone_block[adapter_name].detach()})
+        """What one adapter adds to the base weight: (out, in), float32 or the float64 of the base."""
+        return self._change([adapter_name])[1]
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         for name, config in self.bone_config.items():
@@ -204,6 +232,17 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         return "bone." + super().__repr__()
 
 
+def exact(weight):
+    """The dtype in which adapters are added to a weight: float32, or float64 where the weight is that."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def watched(layer):
+    """Whether hooks wait for a layer to be called. DeepSpeed's, which every layer has under ZeRO-3, need no call."""
+    hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
+    return any(hooks) and not hasattr(layer.weight, "ds_id")
+
+
 def block_shape(config, in_features, out_features, name):
     """The shape of an adapter's parameter; raises UserError where the rank does not fit."""
     rank, variant = config.r, config.variant
@@ -233,7 +272,8 @@ def inverse(variant, block, name="the layer"):
     """The adapter of the same form that undoes another: delta(W + delta(W, B), inverse(B)) = -delta(W, B).
 
     For bone it is -D. For the block affine forms W' = W (I + B) + B, hence W = W' (I + C) + C with
-    I + C = (I + B)^-1: C = -(I + B)^-1 B. block float32 -> the same shape. Raises UserError where I + B has no inverse.
+    I + C = (I + B)^-1: C = -(I + B)^-1 B. block float32 or float64 -> the same shape. Raises UserError where I + B
+    has no inverse.
     """
     if variant in ("bone", "bone-mini"):
         return -block

@@ -12,6 +12,16 @@ from .config import BoneConfig
 from .installed import SAVES_BIASES, tuner_for, version
 from .layer import BoneLinear
 
+# Layers of transformers' modules whose weights those read without calling them: Mamba's for fused kernels, and dt_proj
+# in plain torch too.
+NEVER_CALLED = (
+    "MambaMixer.x_proj", "MambaMixer.dt_proj", "MambaMixer.out_proj",
+    "FalconMambaMixer.x_proj", "FalconMambaMixer.dt_proj", "FalconMambaMixer.out_proj",
+    "JambaMambaMixer.dt_proj", "Mamba2Mixer.out_proj", "BambaMixer.out_proj", "FalconH1Mixer.out_proj",
+    "GraniteMoeHybridMambaLayer.out_proj", "NemotronHMamba2Mixer.out_proj", "Zamba2MambaMixer.out_proj",
+    "WavLMAttention.q_proj", "WavLMAttention.k_proj", "WavLMAttention.v_proj", "WavLMAttention.out_proj",
+)
+
 
 def default_targets():
     """peft's own choice of target modules by model type: that of MiSS, or of LoRA where MiSS has none."""
@@ -69,8 +79,8 @@ class BoneModel(tuner_for(BoneLinear)):
         if isinstance(target, BaseTunerLayer):
             raise UserError(f"{current_key} has an adapter of another method, {type(target).__name__}; merge or unload that "
                             "first (merge_and_unload)")
-        if isinstance(parent, nn.MultiheadAttention):
-            raise UserError(f"{current_key} is inside of a torch.nn.MultiheadAttention, which reads its weight without calling it; "
+        if isinstance(parent, nn.MultiheadAttention) or f"{type(parent).__name__}.{target_name}" in NEVER_CALLED:
+            raise UserError(f"{current_key} is inside of a {type(parent).__name__}, which reads its weight without calling it; "
                             "leave it out of target_modules (exclude_modules)")
         layer = BoneLinear(target, adapter_name, peft_config, name=current_key)
         self._undo.append(lambda: setattr(parent, target_name, target))

@@ -24,7 +24,12 @@ def product_for(layer, name):
     if bitsandbytes is not None and isinstance(layer, bitsandbytes.nn.Linear8bitLt):
         return Dequantized(layer, dequantize_8bit)
     # A class that computes something of its own, or keeps scales beside an 8-bit float weight, is not what it extends.
-    if isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward and layer.weight.dtype in DENSE_DTYPES:
+    plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+    if plain and "weight" not in layer._parameters:
+        raise UserError(f"the weight of {name} is computed from other tensors (pruning, weight_norm, a parametrization), and what "
+                        "is merged into it would be lost; make it a parameter first: torch.nn.utils.prune.remove, "
+                        "remove_weight_norm or parametrize.remove_parametrizations")
+    if plain and layer.weight.dtype in DENSE_DTYPES:
         return DENSE
     kind = type(layer).__name__ + (f" of {layer.weight.dtype}" if isinstance(layer, nn.Linear) else "")
     raise UserError(f"{name} is a {kind}, and Bone works on torch.nn.Linear and on the 4-bit and 8-bit layers of bitsandbytes; "

@@ -1,0 +1,107 @@
+"""What a base layer may be, and what of it Bone leaves as it is: its hooks, its precision, its kind."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.nn.utils import prune
+
+from rwkv_peft.errors import UserError
+from rwkv_peft.hf import BoneConfig, BoneLinear
+
+FORMS = (True, "bat-in", "bat-out", "mini")
+
+
+class Scaled(nn.Linear):
+    """A layer that is not the product with its weight."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_layers_that_only_look_linear_are_refused():
+    with pytest.raises(UserError, match="0 is a Scaled of torch.float32"):
+        get_peft_model(nn.Sequential(Scaled(8, 8)), BoneConfig(r=4, target_modules=["0"]))
+    eight_bit = nn.Linear(8, 8).to(torch.float8_e4m3fn)
+    with pytest.raises(UserError, match="0 is a Linear of torch.float8_e4m3fn"):
+        get_peft_model(nn.Sequential(eight_bit), BoneConfig(r=4, target_modules=["0"]))
+    with pytest.raises(UserError, match="inside of a MultiheadAttention"):
+        get_peft_model(nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)}), BoneConfig(r=4, target_modules=["out_proj"]))
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("names", (["default"], ["default", "second"]))
+def test_hooks_of_the_base_layer_are_called(form, names):
+    base = nn.Linear(12, 8)
+    config = BoneConfig(r=4, init_weights=form, mini_r=2 if form == "mini" else 0, bone_dropout=0.5 * (len(names) == 1))
+    layer = BoneLinear(base, "default", config)
+    layer.update_layer("second", BoneConfig(r=4))
+    layer.set_adapter(names)
+    for block in layer.bone_block.values():
+        nn.init.normal_(block, std=0.1)
+    x, g, blocks, seen = torch.randn(5, 12, requires_grad=True), torch.randn(5, 8), [layer.bone_block[n] for n in names], []
+
+    def step():
+        torch.manual_seed(0)
+        y = layer(x)
+        return y, *torch.autograd.grad(y, (x, *blocks), g)
+
+    expected = step()
+    handle = base.register_forward_hook(lambda module, args, output: seen.append(output))
+    for a, b in zip(step(), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    handle.remove()
+    torch.testing.assert_close(seen[0], base(x))
+    base.register_forward_hook(lambda module, args, output: 2 * output)
+    torch.testing.assert_close(step()[0], expected[0] + base(x) / 2)
+
+
+def pruned():
+    layer = nn.Linear(8, 8)
+    prune.random_unstructured(layer, "weight", 0.5)
+    return layer
+
+
+@pytest.mark.parametrize("layer", (pruned, lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))))
+def test_a_weight_that_is_computed_is_refused(layer):
+    with pytest.raises(UserError, match="the weight of 0 is computed from other tensors"):
+        get_peft_model(nn.Sequential(layer()), BoneConfig(r=4, target_modules=["0"]))
+
+
+def test_a_layer_whose_weight_a_mixer_reads_is_refused():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=32, num_hidden_layers=1, state_size=4))
+    with pytest.raises(UserError, match="mixer.dt_proj is inside of a MambaMixer, which reads its weight without calling it"):
+        get_peft_model(mamba, BoneConfig(r=2, target_modules=["in_proj", "dt_proj"]))
+    get_peft_model(mamba, BoneConfig(r=2, target_modules=["in_proj"]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_float64_base_stays_exact(form):
+    config = BoneConfig(r=4, init_weights=form, mini_r=2 if form == "mini" else 0)
+    layer = BoneLinear(nn.Linear(12, 8).double(), "default", config)
+    nn.init.normal_(layer.bone_block["default"], std=0.1)
+    x, original = torch.randn(5, 12, dtype=torch.float64), layer.weight.data.clone()
+    y = layer(x)
+    torch.testing.assert_close(layer._composed(x, ["default"]), y)
+    merged = original + layer.get_delta_weight("default")
+    layer.merge()
+    torch.testing.assert_close(layer.weight.data, merged)
+    torch.testing.assert_close(layer(x), y)
+    layer.unmerge()
+    torch.testing.assert_close(layer.weight.data, original, atol=1e-12, rtol=0)
+
+
+def test_a_base_layer_that_is_replaced_is_used_or_refused():
+    bnb = pytest.importorskip("bitsandbytes")
+    layer, x = BoneLinear(nn.Linear(64, 64), "default", BoneConfig(r=4, init_weights="bat-in")), torch.randn(3, 64)
+    nn.init.normal_(layer.bone_block["default"], std=0.1)
+    quantized = bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32)
+    quantized.load_state_dict(layer.base_layer.state_dict())
+    layer.base_layer = quantized.to("cpu")
+    torch.testing.assert_close(layer(x), quantized(x) + x @ layer.get_delta_weight("default").t(), atol=1e-4, rtol=1e-4)
+    with pytest.raises(UserError, match="is quantized, and merging"):
+        layer.merge()
+    layer.base_layer = Scaled(64, 64)
+    with pytest.raises(UserError, match="the layer is a Scaled"):
+        layer(x)
