@@ -53,6 +53,13 @@ def test_the_unmerged_base_does_not_pass_for_the_merge(tmp_path, tiny_state, cap
     assert "MORE THAN" not in printed[0] and "MORE THAN" in printed[1]
 
 
+def test_logits_that_are_not_finite_do_not_pass(tmp_path, tiny_state):
+    base, adapter, merged = make_files(tmp_path, tiny_state())
+    state = load_base(merged)
+    save_model(merged, state | {"blocks.0.ffn.key.weight": 1e38 * state["blocks.0.ffn.key.weight"]})
+    assert check(base, adapter, merged) == 1
+
+
 def test_adapter_settings_come_back_from_metadata():
     config = AdapterConfig(method="lora", rank=4, alpha=8.0, targets=("att.key",), train_parts=("ln",))
     adapter = read_metadata(config)

@@ -116,7 +116,7 @@ def main(argv):
     )
     for text, difference, limit in comparisons:
         print(f"{text}: {difference}" + ("" if difference.relative <= limit else f", MORE THAN {limit:.0e}"))
-    return int(any(difference.relative > limit for _, difference, limit in comparisons))
+    return int(not all(difference.relative <= limit for _, difference, limit in comparisons))  # NaN is below no limit
 
 
 if __name__ == "__main__":
