@@ -255,6 +255,20 @@ def test_lora_and_pissa_files_of_rwkv_peft_merge(folder):
         run(folder, "--lora_init", folder / "short.pth", adapter="p.pth")
 
 
+@pytest.mark.parametrize("odd", [torch.ones(2, 64), torch.ones(64), torch.tensor(1.0)])
+def test_a_lora_file_of_several_ranks_is_refused(folder, odd):
+    tensors, _ = adapter_of("lora", load_base(folder / "base.pth"))
+    torch.save(tensors | {"blocks.1.att.key.lora_A": odd}, folder / "a.pth")
+    with pytest.raises(UserError, match=r"lora_A have the shapes \(8, 64\)"):
+        run(folder, "--lora_alpha", 4, adapter="a.pth")
+
+
+def test_a_bone_file_on_what_is_no_matrix_is_refused(folder):
+    torch.save({"blocks.0.ln1.bone": torch.ones(4, 16, 16)}, folder / "a.pth")
+    with pytest.raises(UserError, match="is no linear layer"):
+        run(folder, "--bone_mode", "bat-in", adapter="a.pth")
+
+
 def load_flat(path):
     return torch.load(path, weights_only=True)
 
@@ -351,6 +365,9 @@ def test_folders_that_cannot_be_merged_are_refused(folder, config, message):
     ("bone", {"r": "none"}, "r = None"),
     ("lora", {"peft_type": "LORA", "r": True}, "r = True"),
     ("lora", {"peft_type": "LORA", "lora_alpha": "none"}, "lora_alpha = None"),
+    ("lora", {"peft_type": "LORA", "lora_alpha": float("inf")}, "lora_alpha = inf"),
+    ("lora", {"peft_type": "LORA", "r": 64}, "lora_A has shape .* and r is 64"),
+    ("lora", {"peft_type": "LORA", "lora_bias": True}, "lora_bias"),
 ])
 def test_settings_of_peft_that_contradict_the_tensors_are_refused(folder, variant, config, message):
     tensors, _ = adapter_of(variant, load_base(folder / "base.pth"))

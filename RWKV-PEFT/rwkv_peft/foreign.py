@@ -81,7 +81,7 @@ def _block_affine_variant(path, tensors, mode, base):
     votes = set()
     for module, tensor in tensors.items():
         weight = None if base is None else base.get(f"{module}.weight")
-        if weight is None or weight.shape[0] == weight.shape[1]:
+        if weight is None or weight.dim() != 2 or weight.shape[0] == weight.shape[1]:
             continue
         width = tensor.shape[0] * tensor.shape[1]
         if width not in weight.shape:
@@ -101,7 +101,11 @@ def _block_affine_variant(path, tensors, mode, base):
 
 
 def _read_lora(path, modules, init, alpha, common):
-    rank = next(iter(modules.values()))["lora_A"].shape[0]
+    shapes = [tuple(params["lora_A"].shape) for params in modules.values()]
+    rank, *others = {shape[0] if len(shape) == 2 else None for shape in shapes}
+    if others or rank is None:
+        raise UserError(f"{path}: its lora_A have the shapes {', '.join(map(str, dict.fromkeys(shapes)))}; (rank, in) with one "
+                        "rank is due, which alpha is divided by: they cannot be from one training")
     own = {f"{module}.{name}": tensor for module, params in modules.items() for name, tensor in params.items()}
     if init is not None:
         initial = {key: tensor for key, tensor in read_state(init).items() if adapter_parameter(key)}

@@ -4,6 +4,7 @@ What peft calls "bat" is bat-out; folders of rwkv_peft.hf's BoneConfig may also 
 """
 
 import json
+import math
 from pathlib import Path
 
 from .adapter_file import Adapter, AdapterMetadata, adapter_parameter, target_names
@@ -40,6 +41,9 @@ def read_hf_folder(folder):
     if kind == "LORA":
         _check_plain_lora(folder, config)
         rank = _number(folder, config, "r", int)
+        for module, params in modules.items():
+            if "lora_A" in params:
+                _check_rank(folder, f"{module}.lora_A", params["lora_A"], 0, rank)
         scale = _number(folder, config, "lora_alpha") / (rank**0.5 if config.get("use_rslora") else rank)
         return Adapter(tensors, AdapterMetadata("lora", rank=rank, scale=scale, **common))
     if kind not in ("BONE", "MISS"):
@@ -54,9 +58,7 @@ def read_hf_folder(folder):
     rank = _number(folder, config, "r", int)
     variant = _bone_variant(folder, config, own)
     for key, tensor in own.items():
-        if tensor.shape[0 if tensor.dim() == 2 else -1] != rank:
-            raise UserError(f"{folder}: {key.removesuffix('.bone')} has a {parameter} of shape {tuple(tensor.shape)}, and r is "
-                            f"{rank} in adapter_config.json: the two files belong to different adapters")
+        _check_rank(folder, f"{key.removesuffix('bone')}{parameter}", tensor, 0 if tensor.dim() == 2 else -1, rank)
     mini_rank = _number(folder, config, "mini_r", int) if variant == "bone-mini" else 0
     return Adapter(own | whole, AdapterMetadata(variant, rank=rank, mini_rank=mini_rank, **common))
 
@@ -73,12 +75,19 @@ def _read_config(path):
 
 
 def _number(folder, config, name, kind=(int, float)):
-    """A setting that must be a number above 0 (int where kind says so); booleans are none."""
+    """A setting that must be a finite number above 0 (int where kind says so); booleans are none."""
     value = config.get(name)
-    if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
-        raise UserError(f"{folder}: adapter_config.json has {name} = {value!r}, and a number above 0 is due; copy the file "
+    if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise UserError(f"{folder}: adapter_config.json has {name} = {value!r}, and a finite number above 0 is due; copy the file "
                         "that peft saved")
     return value
+
+
+def _check_rank(folder, key, tensor, axis, rank):
+    """Raise UserError where a tensor's axis is not r wide, as adapter_config.json says."""
+    if tensor.dim() and tensor.shape[axis] != rank:
+        raise UserError(f"{folder}: {key} has shape {tuple(tensor.shape)}, and r is {rank} in adapter_config.json: the two files "
+                        "belong to different adapters")
 
 
 def _bone_variant(folder, config, tensors):
@@ -117,7 +126,7 @@ def _read_hf_tensors(folder):
 
 def _check_plain_lora(folder, config):
     """Refuse LoRA settings under which W + scale B A over the original base is not what was trained."""
-    odd = [name for name in ("use_dora", "rank_pattern", "alpha_pattern", "layer_replication", "fan_in_fan_out")
+    odd = [name for name in ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "layer_replication", "fan_in_fan_out")
            if config.get(name)]
     if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
         odd.append(f"init_lora_weights={config['init_lora_weights']!r}, which changes the base")
