@@ -29,7 +29,7 @@ PARTS = (
     ("generate", ("generate",), ("model", "checkpoint", "data", "merge")),
     ("evals", ("evals",), ("generate",)),
     ("hf", ("hf",), ("adapters", "checkpoint")),
-    ("plots", ("plots",), ("base",)),
+    ("plots", ("plots",), ("base", "checkpoint")),
     ("doctor", ("doctor",), ("base", "ops")),
     ("training", ("training",), ("model", "adapters", "checkpoint", "data", "plots")),
 )
