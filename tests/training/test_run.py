@@ -231,6 +231,24 @@ def test_a_line_of_metrics_that_was_cut_off_does_not_hinder_resuming(tmp_path):
     assert path.read_text() == "".join(whole[:2])
 
 
+def test_a_disk_that_refuses_a_checkpoint_is_told_and_leaves_the_earlier_ones(tmp_path):
+    from rwkv_peft.config import AdapterConfig
+    from rwkv_peft.errors import UserError
+    from rwkv_peft.training.saver import Saver, list_checkpoints
+
+    def refuse(*args, **settings):
+        raise RuntimeError("unexpected pos 348864 vs 348752")
+
+    earlier = tmp_path / "checkpoints" / "step-00000004"
+    earlier.mkdir(parents=True)
+    (earlier / "state.json").write_text('{"samples_seen": 4}')
+    strategy = SimpleNamespace(barrier=lambda: None, deepspeed_engine=SimpleNamespace(save_checkpoint=refuse))
+    saver = Saver(tmp_path, SimpleNamespace(adapter=AdapterConfig()), None, {})
+    with pytest.raises(UserError, match=r"is the disk full\?.*adapter.safetensors, and --resume goes on"):
+        saver.save_checkpoint(SimpleNamespace(is_global_zero=True, strategy=strategy), None, 8)
+    assert list_checkpoints(tmp_path) == [earlier]
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_tensor_that_is_not_finite_ends_the_run_on_every_rank(keep):
     from rwkv_peft.training.lit import Diverged

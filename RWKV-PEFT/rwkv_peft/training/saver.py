@@ -148,8 +148,12 @@ class Saver:
                 shutil.rmtree(leftover)
             hidden.mkdir(parents=True)
         trainer.strategy.barrier()
-        trainer.strategy.deepspeed_engine.save_checkpoint(hidden, tag=TAG, client_state={}, save_latest=False,
-                                                          exclude_frozen_parameters=True)
+        try:
+            trainer.strategy.deepspeed_engine.save_checkpoint(hidden, tag=TAG, client_state={}, save_latest=False,
+                                                              exclude_frozen_parameters=True)
+        except (OSError, RuntimeError) as error:  # torch's word for a disk that refuses is a RuntimeError
+            raise UserError(f"cannot write {hidden} (is the disk full?): {error}; the trained tensors are in {self.newest}, and "
+                            "--resume goes on from an earlier checkpoint, if there is one") from error
         trainer.strategy.barrier()
         if not trainer.is_global_zero:
             return
