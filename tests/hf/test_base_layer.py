@@ -67,6 +67,15 @@ def test_a_weight_that_is_computed_is_refused(layer):
         get_peft_model(nn.Sequential(layer()), BoneConfig(r=4, target_modules=["0"]))
 
 
+def test_a_merge_into_a_weight_that_is_computed_by_now_is_refused():
+    layer = BoneLinear(nn.Linear(8, 8), "default", BoneConfig(r=4))
+    prune.random_unstructured(layer.base_layer, "weight", 0.5)
+    with pytest.raises(UserError, match="the weight of the layer is computed from other tensors"):
+        layer.merge()
+    prune.remove(layer.base_layer, "weight")
+    layer.merge()
+
+
 def test_a_layer_whose_weight_a_mixer_reads_is_refused():
     from transformers import MambaConfig, MambaForCausalLM
 

@@ -22,6 +22,7 @@ def test_the_forms_by_name(init_weights, variant):
     ({"init_weights": "mini"}, "needs mini_r"),
     ({"bone_dropout": 1.5}, "bone_dropout=1.5 is not a probability"),
     ({"bias": "some"}, "bias='some' is unknown"),
+    ({"modules_to_save": "lm_head"}, r"modules_to_save='lm_head' is no list of names; give \['lm_head'\]"),
     ({"r": "64"}, "r='64' is not a whole number"),
     ({"r": None}, "r=None is not a whole number"),
     ({"bone_dropout": None}, "bone_dropout=None is not a probability"),

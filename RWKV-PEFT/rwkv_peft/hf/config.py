@@ -86,6 +86,8 @@ class BoneConfig(PeftConfig):
             raise UserError(f"bone_dropout={self.bone_dropout} is not a probability below 1")
         if self.bias not in ("none", "all", "bone_only"):
             raise UserError(f"bias={self.bias!r} is unknown; give 'none', 'all' or 'bone_only'")
+        if isinstance(self.modules_to_save, str):  # whose letters peft would take for the ends of names, and train much else
+            raise UserError(f"modules_to_save={self.modules_to_save!r} is no list of names; give [{self.modules_to_save!r}]")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise UserError(f"layers_pattern={self.layers_pattern!r} says where layers_to_transform counts, and there is none; "
                             "give layers_to_transform too, or leave both out")

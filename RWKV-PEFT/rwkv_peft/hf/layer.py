@@ -16,7 +16,7 @@ from ..adapters.functional import bat_in, bone, linear
 from ..adapters.weight_side import bat_out
 from ..errors import UserError
 from .offload import device_of, offload, offloaded, onload
-from .products import Dequantized, product_for
+from .products import Dequantized, check_parameter, product_for
 
 
 class BoneLinear(nn.Module, BaseTunerLayer):
@@ -155,6 +155,7 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         if self.quantized:
             raise UserError(f"{self.name} is quantized, and merging would round the adapter away; load the base model "
                             "without quantization, PeftModel.from_pretrained(base, adapter) on it, and merge that")
+        check_parameter(self.base_layer, self.name)
         weight = self.get_base_layer().weight
         if weight.is_meta and offloaded(self.base_layer):
             with onload_layer(self):
