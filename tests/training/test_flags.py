@@ -303,6 +303,9 @@ def test_a_new_model_needs_its_dimensions_and_no_adapter(files):
         parse_config(["--data_file", str(files / "data")])
     with pytest.raises(UserError, match="--n_embd"):
         parse_config(["--data_file", str(files / "data"), "--peft", "none", "--n_layer", "2", "--vocab_size", "80"])
+    small = parse_config(["--data_file", str(files / "data"), "--peft", "none", "--n_layer", "2", "--vocab_size", "80",
+                          "--n_embd", "8", "--head_size", "8"])
+    assert small.model.dim_ffn == 32
 
 
 def test_the_command_itself_shows_no_traceback(files):

@@ -82,7 +82,8 @@ def build_parser():
 
     run = parser.add_argument_group("run")
     run.add_argument("--proj_dir", default="out", metavar="DIR", help="where the run writes")
-    run.add_argument("--resume", action="store_true", help="continue the run in --proj_dir exactly where it stopped")
+    run.add_argument("--resume", action="store_true",
+                     help="continue the run in --proj_dir exactly where it stopped, on the same data")
     run.add_argument("--fresh_optimizer", action="store_true",
                      help="with --resume: keep weights and place in the data, start the optimizer anew; for another number "
                           "of devices, strategy or precision")
@@ -178,7 +179,7 @@ def new_model_config(args):
                         "and at most 128")
     wide = args.n_embd >= 4096
     return ModelConfig(n_layer=args.n_layer, n_embd=args.n_embd, vocab_size=args.vocab_size, dim_att=dim_att,
-                       dim_ffn=args.dim_ffn or int(args.n_embd * 3.5) // 32 * 32, head_size=head_size,
+                       dim_ffn=args.dim_ffn or max(32, int(args.n_embd * 3.5) // 32 * 32), head_size=head_size,
                        maa_rank=64 if wide else 32, decay_rank=128 if wide else 64)
 
 
