@@ -171,6 +171,10 @@ def test_arguments_are_adapted_to_the_installed_versions(capsys):
     adapted = finetune.adapt(flags, {"warmup_steps"}, accelerator=False, cuda=False)
     assert adapted == ["--warmup_steps", "0.03", "--lr", "1", "--use_cpu", "True"]
     assert len(capsys.readouterr().out.splitlines()) == 3
+    flags = ["--warmup_ratio", "0.03", "--tf32", "True", "--warmup_ratio", "0.1", "--tf32", "True"]  # the last one counts
+    assert finetune.adapt(flags, {"warmup_steps"}, accelerator=True, cuda=False) == [
+        "--warmup_steps", "0.03", "--warmup_steps", "0.1"]
+    capsys.readouterr()
     assert finetune.adapt(["--bits=fp32"], set(), accelerator=True, cuda=True)[-2:] == ["--bf16", "False"]
     flags = ["--run_name", "fp32", "--warmup_ratio", "0.03", "--tf32", "True"]
     assert finetune.adapt(flags, {"warmup_ratio", "warmup_steps"}, accelerator=True, cuda=True) == flags

@@ -23,3 +23,8 @@ def test_it_runs_on_what_it_makes_itself(tmp_path):
 def test_half_of_a_users_input_is_refused():
     done = script({"BASE_MODEL": "model"})
     assert done.returncode != 0 and "without DATA_PATH" in done.stderr
+
+
+def test_a_users_flags_stand_for_the_scripts(tmp_path):
+    done = script({"BASE_MODEL": "model", "DATA_PATH": "data.jsonl"}, "--warmup_steps", "2", "--learning_rate", "-1")
+    assert done.returncode != 0 and "--learning_rate -1.0 is no rate" in done.stderr

@@ -187,7 +187,7 @@ def adapt(argv, known, accelerator, cuda):
         if f"--{old}" in argv and old not in known and new in known:
             if f"--{new}" in argv:
                 raise UserError(f"--{old} and --{new} are two names of one argument; give --{new} alone")
-            argv[argv.index(f"--{old}")] = f"--{new}"
+            argv = [f"--{new}" if part == f"--{old}" else part for part in argv]
             print(f"--{old} is --{new} in the installed trl and transformers, and is taken as that")
     for name, instead in DROPPED:
         if f"--{name}" in argv and name not in known:
@@ -204,10 +204,11 @@ def adapt(argv, known, accelerator, cuda):
 
 
 def drop(argv, flag):
-    """Remove a flag and its value, if it has one."""
-    at = argv.index(flag)
-    has_value = at + 1 < len(argv) and not argv[at + 1].startswith("--")
-    del argv[at : at + 1 + has_value]
+    """Remove a flag and its value, if it has one, wherever it is given."""
+    while flag in argv:
+        at = argv.index(flag)
+        has_value = at + 1 < len(argv) and not argv[at + 1].startswith("--")
+        del argv[at : at + 1 + has_value]
 
 
 def bone_config(arguments):
