@@ -20,7 +20,7 @@ from .merge_change import LayerChange, WholeChange, check_params
 from .pth import all_finite, stream_state
 from .pth_writer import TensorSpec
 
-BAND = 1 << 20  # elements computed at a time: enough for calls to cost little, few enough for caches to help
+BAND = 1 << 18  # elements computed at a time: enough for calls to cost little, few enough for caches to help
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ import torch
 
 from .errors import UserError
 
-MAPPED = 1 << 27  # bytes that stream_state reads through one mapping, which stay in memory until the next
+# Bytes that stream_state reads through one mapping, which stay in memory until the next; each mapping costs the unpickling
+# of all tensors' descriptions, 60 ms for a model of 32 layers.
+MAPPED = 1 << 28
 
 
 def read_pth(path):
