@@ -115,6 +115,9 @@ def test_the_quick_start(tiny, tmp_path):
     (("--resume_from_checkpoint", "True"), "has no checkpoint"),
     (("--resume_from_checkpoint", "nowhere"), "nowhere is no folder with an adapter_config.json"),
     (("--bf16", "True", "--fp16", "True"), "these arguments: .*(fp16|bf16)"),
+    (("--gradient_accumulation_steps", "0"), "--gradient_accumulation_steps 0 is no number of batches"),
+    (("--model_init_kwargs", '{"dtype": "float32"}'), "gives dtype, and --bits says"),
+    (("--model_init_kwargs", '{"attn_implementation": "nope"}'), "--base_model_name_or_path .*: .*nope"),
     (("--per_device_train_batch_size", "0"), "--per_device_train_batch_size 0 is no number of rows"),
     (("--max_length", "-1"), "--max_length -1 is no number of tokens"),
     (("--learning_rate", "nan"), "--learning_rate nan is no rate"),
@@ -137,6 +140,14 @@ def test_rows_that_cannot_be_learned_are_refused(tiny, tmp_path, rows, message):
     (tmp_path / "rows.jsonl").write_text(rows, encoding="latin-1")
     with pytest.raises(UserError, match=message):
         run(tiny, tmp_path / "out", "--data_path", str(tmp_path / "rows.jsonl"))
+
+
+def test_arguments_about_loading_the_model_reach_it(tmp_path):
+    _, config = finetune.parse(["--base_model_name_or_path", "model", "--data_path", "data", "--output_dir", str(tmp_path),
+                                "--model_init_kwargs", '{"revision": "main"}'])
+    config.trust_remote_code = True  # an argument of newer trl alone
+    assert finetune.model_settings(config) == {"revision": "main", "trust_remote_code": True}
+    assert config.model_init_kwargs is None  # or trl would say that they are ignored
 
 
 def test_a_data_file_is_known_by_its_ending(tiny, tmp_path):
@@ -162,6 +173,11 @@ def test_a_run_resumes_from_a_checkpoint_of_the_same_settings(tiny, tmp_path):
     run(tiny, tmp_path / "parts", *flags, "--max_steps", "4", "--resume_from_checkpoint", "True")
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     adapter = tmp_path / "parts" / "bone_ft"
+    with pytest.raises(UserError, match="bone_ft is no folder with .* trainer_state.json; give a checkpoint-N folder"):
+        run(tiny, tmp_path / "parts", *flags, "--resume_from_checkpoint", str(adapter))
+    (tmp_path / "parts" / "checkpoint-2" / "adapter_model.safetensors").write_bytes(b"half")
+    with pytest.raises(UserError, match="--resume_from_checkpoint .*checkpoint-2: .*header"):
+        run(tiny, tmp_path / "parts", *flags, "--resume_from_checkpoint", str(tmp_path / "parts" / "checkpoint-2"))
     with pytest.raises(UserError, match="is an adapter of .*model; give that model"):
         run(tiny, tmp_path / "again", "--base_model_name_or_path", str(adapter))
 

@@ -63,12 +63,15 @@ def main(argv):
     if (base / "adapter_config.json").is_file():
         raise UserError(f"--base_model_name_or_path {base} is an adapter of {read_config(base).get('base_model_name_or_path')}; "
                         "give that model, or merge the adapter into it first")
+    settings = model_settings(config)
     with refusals_of(f"--base_model_name_or_path {arguments.base_model_name_or_path}"):
-        tokenizer = AutoTokenizer.from_pretrained(arguments.base_model_name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(
+            arguments.base_model_name_or_path,
+            **{name: settings[name] for name in ("revision", "trust_remote_code") if name in settings})
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     data = load_data(arguments, tokenizer.eos_token)
-    model = load_model(arguments.base_model_name_or_path, arguments.bits)
+    model = load_model(arguments.base_model_name_or_path, arguments.bits, settings)
     check_targets(arguments.target_modules or (), model)
     with refusals_of("these arguments"):
         trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=adapter_config)
@@ -90,7 +93,7 @@ def main(argv):
     if trainer.is_world_process_zero():
         print(f"the adapter is in {adapter}")
         if arguments.merge_and_save:
-            merge_and_save(arguments, adapter, Path(config.output_dir) / "bone_merged", tokenizer)
+            merge_and_save(arguments, settings, adapter, Path(config.output_dir) / "bone_merged", tokenizer)
     return 0
 
 
@@ -121,8 +124,9 @@ def checkpoint_to_resume(config, adapter_config):
         given = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
         if given is None:
             raise UserError(f"--resume_from_checkpoint True, and --output_dir {config.output_dir} has no checkpoint")
-    if not (Path(given) / "adapter_config.json").is_file():
-        raise UserError(f"--resume_from_checkpoint {given} is no folder with an adapter_config.json; give a checkpoint-N folder")
+    if not all((Path(given) / name).is_file() for name in ("adapter_config.json", "trainer_state.json")):
+        raise UserError(f"--resume_from_checkpoint {given} is no folder with an adapter_config.json and a trainer_state.json; give a "
+                        "checkpoint-N folder")
     saved, due = read_config(given), adapter_config.to_dict()
     for flag, name in (("bone_r", "r"), ("init_weights", "init_weights"), ("mini_r", "mini_r")):
         wanted, found = due.get(name, 0), saved.get(name, 0)
@@ -136,7 +140,8 @@ def check_layers(checkpoint, model):
     """UserError where a checkpoint's adapter is one of other layers than the model's."""
     from peft import get_peft_model_state_dict, load_peft_weights
 
-    saved, due = set(load_peft_weights(checkpoint, device="cpu")), set(get_peft_model_state_dict(model))
+    with refusals_of(f"--resume_from_checkpoint {checkpoint}"):
+        saved, due = set(load_peft_weights(checkpoint, device="cpu")), set(get_peft_model_state_dict(model))
     if saved != due:
         raise UserError(f"the adapter of --resume_from_checkpoint {checkpoint} is one of other layers than this run's, such as "
                         f"{min(saved ^ due)}; give the same --target_modules, or start anew without --resume_from_checkpoint")
@@ -158,8 +163,9 @@ def parse(argv):
         raise UserError(f"there is no {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
     if arguments.bits not in BITS:
         raise UserError(f"--bits {arguments.bits} is unknown; give {', '.join(BITS)}")
-    if config.per_device_train_batch_size < 1:
-        raise UserError(f"--per_device_train_batch_size {config.per_device_train_batch_size} is no number of rows; give 1 or more")
+    for name, unit in (("per_device_train_batch_size", "rows"), ("gradient_accumulation_steps", "batches")):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)} is no number of {unit}; give 1 or more")
     if config.max_length is not None and config.max_length < 1:
         raise UserError(f"--max_length {config.max_length} is no number of tokens; give 1 or more, or a large one for no limit")
     if not 0 <= config.learning_rate < float("inf"):
@@ -220,7 +226,18 @@ def bone_config(arguments):
         target_modules=targets[0] if len(targets) == 1 and targets[0] == "all-linear" else targets, task_type="CAUSAL_LM")
 
 
-def load_model(path, bits):
+def model_settings(config):
+    """--trust_remote_code and --model_init_kwargs, which trl heeds only for a model that it loads itself, taken from config."""
+    settings = {"trust_remote_code": True} if getattr(config, "trust_remote_code", False) else {}
+    settings |= config.model_init_kwargs or {}
+    for name in ("dtype", "torch_dtype", "quantization_config"):
+        if name in settings:
+            raise UserError(f"--model_init_kwargs gives {name}, and --bits says how the model is kept; leave {name} out")
+    config.model_init_kwargs = None
+    return settings
+
+
+def load_model(path, bits, settings):
     """The base model, its frozen weights kept as `bits` says."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -230,7 +247,7 @@ def load_model(path, bits):
         "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
     }.get(bits, lambda: None)()
     with refusals_of(f"--base_model_name_or_path {path}"):
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=quantization)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=quantization, **settings)
 
 
 def load_data(arguments, end):
@@ -279,14 +296,14 @@ def check_targets(targets, model):
             raise UserError(f"--target_modules {target} matches no linear layer; there are {', '.join(leaves)}")
 
 
-def merge_and_save(arguments, adapter, target, tokenizer):
+def merge_and_save(arguments, settings, adapter, target, tokenizer):
     """Merge a saved adapter into the base model, read anew without quantization, and save the result."""
     from peft import PeftModel
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()  # under ZeRO-3 the base would be spread over the processes, and this one needs it whole
     bits = arguments.bits if arguments.bits in ("fp16", "fp32") else "bf16"
-    model = PeftModel.from_pretrained(load_model(arguments.base_model_name_or_path, bits), adapter)
+    model = PeftModel.from_pretrained(load_model(arguments.base_model_name_or_path, bits, settings), adapter)
     model.merge_and_unload(safe_merge=True).save_pretrained(target)
     tokenizer.save_pretrained(target)
     print(f"the merged model is in {target}")
