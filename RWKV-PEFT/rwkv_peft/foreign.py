@@ -32,7 +32,8 @@ def read_rwkv_peft(path, mode=None, base=None, init=None, alpha=None):
             raise UserError(f"{path} is a whole model beside an adapter on {len(modules)} layers that was never merged, "
                             "and runtimes would ignore the adapter without a word; merge the adapter's own file into the "
                             "base's own file with merge_bone.py")
-        raise UserError(f"{path} is a whole model, not an adapter; give it as --base_model")
+        raise UserError(f"{path} is a whole model, not an adapter; give it as the base "
+                        "(--load_model of train.py, --base_model elsewhere)")
     kinds = {tuple(sorted(params)) for params in modules.values()}
     if len(kinds) > 1:
         raise UserError(f"{path} mixes adapters with the tensors {' and '.join(map(str, sorted(kinds)))}; "
