@@ -1,7 +1,9 @@
-# Sets up what the tests need, and runs them: sh scripts/test.sh [pytest arguments]
+# Sets up what the tests need, and runs them, two at a time: sh scripts/test.sh [pytest arguments]
+#
+#   sh scripts/test.sh -n 0 -k merge   one at a time, those with "merge" in their names
 set -eu
 . "$(dirname "$0")/setup.sh"
 install requirements-test "-r requirements-test.txt -r requirements-hf.txt" "$root/requirements-test.txt" \
     "$root/requirements-hf.txt"
 cd "$root"
-exec "$python" -m pytest "$@"
+exec "$python" -m pytest -n 2 --dist worksteal "$@"
