@@ -9,19 +9,19 @@ namespace wkv6 {
 namespace WKV6_LEVEL {
 namespace {
 
-// quads[j], as Block::dot leaves them for kHalf steps -> gv_j[row], overwritten where `first`, else added to.
+// quads[j], kHalf steps' quad_sums of fours of rows -> gv_j[row].
 template <int N, int kRows>
-INLINE void store_row_sums(float* gv, const Vec quads[kHalf][kRows / 4], bool first) {
+INLINE void store_row_sums(float* gv, const Vec quads[kHalf][kRows / 4]) {
     UNROLL for (int a = 0; a < kRows; a += 4) {
         Vec column[kHalf];
         Vec4 sum[kHalf];
         UNROLL for (int j = 0; j < kHalf; j++) column[j] = quads[j][a / 4];
         sums_of_quads(column, sum);
-        UNROLL for (int j = 0; j < kHalf; j++) store4(gv + j * N + a, first ? sum[j] : sum[j] + load4(gv + j * N + a));
+        UNROLL for (int j = 0; j < kHalf; j++) store4(gv + j * N + a, sum[j]);
     }
 }
 
-// D's blocks are as wide as registers allow beside four rows: gv needs sums over lanes, in fours.
+// D's blocks are as wide as registers allow beside four rows: gv needs sums over lanes, which are taken in fours.
 constexpr int gradient_vectors(int N) { return N / kLanes < kAccumulators / 4 ? N / kLanes : kAccumulators / 4; }
 
 // Floats from the state at one chunk to the state at the next, where these are kept.
@@ -31,7 +31,7 @@ constexpr int kHistoryStride = N * N + 17 * 16;
 template <int N>
 struct BackwardWork {
     Rows<N, kTile> r, k, d, e;
-    Rows<N, kTile> v, K, R, Q, gy, P, gv;
+    Rows<N, kTile> v, K, R, P, Q, gv, gy;  // so that K and P, v and gy lie in different sets of the cache in state_pass
     alignas(64) float W[kChunks * N], A[kChunks * kPairs], u[N];
     alignas(64) float S[N * N], D[N * N], SD[kChunks * N], gu[N];  // S and D transposed: rows values, lanes keys
     alignas(64) float padded[4][kChunk * N];
@@ -69,22 +69,30 @@ void state_pass(BackwardWork<N>& q, Range values, int chunks, Ahead& ahead) {
 template <int N>
 void gradient_pass(BackwardWork<N>& q, Range values, Span span, Ahead& ahead) {
     using Registers = Block<N, block_rows(gradient_vectors(N)), gradient_vectors(N)>;
-    constexpr int kQuads = Registers::kRowsHigh / 4;
-    for (int l = 0; l < N; l += Registers::kLanesWide)
-        for (int row = values.begin; row < values.end; row += Registers::kRowsHigh) {
+    constexpr int kRows = Registers::kRowsHigh, kWide = Registers::kLanesWide;
+    Vec between[kSpan][kRows];  // gv's sums, kept from one block of lanes to the next, since summing lanes is dear
+    for (int row = values.begin; row < values.end; row += kRows)
+        for (int l = 0; l < N; l += kWide) {
             ahead.fetch(1);
-            const bool first = row == values.begin;
+            const bool first = row == values.begin, first_lanes = kWide == N || l == 0, last_lanes = l + kWide == N;
             Registers D;
             D.load_from(q.D + row * N + l);
             for (int m = span.end - 1; m >= span.begin; m--) {
                 const int chunk = m * kChunk * N;
-                for (int half = chunk; half < chunk + kChunk * N; half += kHalf * N) {
-                    Vec quads[kHalf][kQuads];
+                for (int half = 0; half < kChunk; half += kHalf) {
+                    Vec quads[kHalf][kRows / 4];
                     UNROLL for (int j = 0; j < kHalf; j++) {
-                        D.read_step(q.v + half + j * N + row, q.Q + half + j * N + l, first);
-                        D.dot(q.K + half + j * N + l, quads[j]);
+                        const int step = chunk + (half + j) * N;
+                        D.read_step(q.v + step + row, q.Q + step + l, first);
+                        Vec* kept = between[(m - span.begin) * kChunk + half + j];
+                        Vec sums[kRows];
+                        UNROLL for (int a = 0; a < kRows; a++) sums[a] = first_lanes ? zero() : kept[a];
+                        D.dot(q.K + step + l, sums, first_lanes);
+                        UNROLL for (int a = 0; a < kRows; a += 4)
+                            if (last_lanes) quads[j][a / 4] = quad_sums(sums[a], sums[a + 1], sums[a + 2], sums[a + 3]);
+                        if (!last_lanes) UNROLL for (int a = 0; a < kRows; a++) kept[a] = sums[a];
                     }
-                    store_row_sums<N, kQuads * 4>(q.gv + half + row, quads, l == 0);
+                    if (last_lanes) store_row_sums<N, kRows>(q.gv + chunk + half * N + row, quads);
                 }
                 D.multiply(q.history + m * kHistoryStride<N> + row * N + l, q.SD + m * N + l, first);
                 D.decay_lanes(q.W + m * N + l);

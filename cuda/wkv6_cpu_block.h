@@ -64,16 +64,14 @@ struct Block {
         }
     }
 
-    // sum over lanes of S[row][lane] x[lane]: each quad of rows as one vector, whose quads are to be summed.
-    INLINE void dot(const float* x, Vec* quads) const {
-        Vec partial[kRows];
-        UNROLL for (int a = 0; a < kRows; a++) partial[a] = load(x) * s[a][0];
+    // sums[row], a vector whose lanes are to be summed, = S[row][lane] x[lane], added to what is there unless `first`.
+    INLINE void dot(const float* x, Vec* sums, bool first) const {
+        const Vec lane = load(x);
+        UNROLL for (int a = 0; a < kRows; a++) sums[a] = first ? lane * s[a][0] : sums[a] + lane * s[a][0];
         UNROLL for (int b = 1; b < kVectors; b++) {
             const Vec lane = load(x + b * kLanes);
-            UNROLL for (int a = 0; a < kRows; a++) partial[a] += lane * s[a][b];
+            UNROLL for (int a = 0; a < kRows; a++) sums[a] += lane * s[a][b];
         }
-        UNROLL for (int a = 0; a < kRows; a += 4)
-            quads[a / 4] = quad_sums(partial[a], partial[a + 1], partial[a + 2], partial[a + 3]);
     }
 
     // out[lane] = sum over rows of S[row][lane] other[row][lane], added to what is there unless `first`.

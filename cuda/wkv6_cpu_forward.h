@@ -55,7 +55,11 @@ void single_step(ForwardWork<N>& q, const Task& task, const Element* r, const El
     pad_rows<N>(q.padded[1], k, 0, 1, n);
     pad_rows<N>(q.padded[2], v, 0, 1, n);
     pad_rows<N>(decay, w, 0, 1, n);
-    for (int c = 0; c < N; c += kLanes) store(decay + c, decays(load(decay + c)).d);
+    for (int c = 0; c < N; c += kLanes) {
+        Vec e = load(decay + c), d;
+        decays<1>(&e, &d);
+        store(decay + c, d);
+    }
     const int begin = task.values.begin, end = task.values.end < n ? task.values.end : n;
     float* __restrict sum = q.y;
     const float* __restrict value = q.padded[2];

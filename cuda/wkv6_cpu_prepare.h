@@ -9,15 +9,17 @@ namespace {
 constexpr int kPairs = kChunk * kChunk;   // A of one chunk: A_ij at j * kChunk + i
 constexpr float kLargestExponent = 87.0f;  // exp of it is finite, exp of minus it a normal number
 
-// exp(w) and the decay exp(-exp(w)). From 87 on, where the decay is as good as 0, exp(w) stays there: the decay's gradient is
-// their product, which has to vanish too.
-struct Decays {
-    Vec e, d;
-};
-
-INLINE Decays decays(Vec w) {
-    const Vec e = at_most(exp_bounded(at_most(at_least(w, -kLargestExponent), kLargestExponent)), kLargestExponent);
-    return {e, exp_bounded(-e)};
+// e[i], which is w, becomes exp(w), and d[i] the decay exp(-exp(w)). From 87 on, where the decay is as good as 0, exp(w) stays
+// there: the decay's gradient is their product, which has to vanish too.
+template <int kCount>
+INLINE void decays(Vec* e, Vec* d) {
+    UNROLL for (int i = 0; i < kCount; i++) e[i] = at_most(at_least(e[i], -kLargestExponent), kLargestExponent);
+    exp_bounded<kCount>(e);
+    UNROLL for (int i = 0; i < kCount; i++) {
+        e[i] = at_most(e[i], kLargestExponent);
+        d[i] = -e[i];
+    }
+    exp_bounded<kCount>(d);
 }
 
 // Pairs of steps of one half, or of two halves: each summed over its lanes -> A, from A's first pair on.
@@ -61,15 +63,14 @@ INLINE void prepare_half(const Element* r, const Element* k, const Element* w, i
     Vec a[kHalf][kHalf];
     UNROLL for (int i = 0; i < kHalf; i++) UNROLL for (int j = 0; j < kHalf; j++) a[i][j] = zero();
     for (int c = 0; c < N; c += kLanes) {
-        Vec d[kHalf];
-        UNROLL for (int i = 0; i < kHalf; i++) {
-            const Decays found = decays(load(w + i * stride + c));
-            d[i] = found.d;
-            if (kKeepDecays) {
-                store(to.d + i * N + c, found.d);
-                store(to.e + i * N + c, found.e);
+        Vec e[kHalf], d[kHalf];
+        UNROLL for (int i = 0; i < kHalf; i++) e[i] = load(w + i * stride + c);
+        decays<kHalf>(e, d);
+        if (kKeepDecays)
+            UNROLL for (int i = 0; i < kHalf; i++) {
+                store(to.d + i * N + c, d[i]);
+                store(to.e + i * N + c, e[i]);
             }
-        }
         const Vec r0 = load(r + c), r1 = load(r + stride + c), r2 = load(r + 2 * stride + c), r3 = load(r + 3 * stride + c);
         const Vec k0 = load(k + c), k1 = load(k + stride + c), k2 = load(k + 2 * stride + c), k3 = load(k + 3 * stride + c);
         const Vec bonus = load(u + c);

@@ -4,7 +4,8 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__)
+#include <initializer_list>
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -44,13 +45,20 @@ INLINE void store4(float* p, Vec4 x) { *reinterpret_cast<Vec4*>(p) = x; }
 INLINE Vec broadcast(float x) { return x - Vec{}; }  // x - 0 keeps -0, which x + 0 would not
 INLINE Vec zero() { return Vec{}; }
 
-// Bounds that let a NaN through: AVX-512's maximum and minimum return their second operand where one is a NaN.
+// Bounds that let a NaN through: the processor's maximum and minimum return their second operand where one is a NaN.
 #if defined(__AVX512F__)
 INLINE Vec at_least(Vec x, float bound) {
     return reinterpret_cast<Vec>(_mm512_max_ps(_mm512_set1_ps(bound), reinterpret_cast<__m512>(x)));
 }
 INLINE Vec at_most(Vec x, float bound) {
     return reinterpret_cast<Vec>(_mm512_min_ps(_mm512_set1_ps(bound), reinterpret_cast<__m512>(x)));
+}
+#elif defined(__AVX2__)
+INLINE Vec at_least(Vec x, float bound) {
+    return reinterpret_cast<Vec>(_mm256_max_ps(_mm256_set1_ps(bound), reinterpret_cast<__m256>(x)));
+}
+INLINE Vec at_most(Vec x, float bound) {
+    return reinterpret_cast<Vec>(_mm256_min_ps(_mm256_set1_ps(bound), reinterpret_cast<__m256>(x)));
 }
 #else
 INLINE Vec at_least(Vec x, float bound) { return broadcast(bound) > x ? broadcast(bound) : x; }
@@ -74,37 +82,42 @@ INLINE Vec at_most(Vec x, float bound) { return broadcast(bound) < x ? broadcast
 #define IN_EACH_QUAD(...) QUAD(0, __VA_ARGS__)
 #endif
 
-// exp(x) for -87 <= x <= 87, within about one unit in the last place; exp(0) is exactly 1. x = n ln 2 + f, where n is a
-// multiple of 1/16 with AVX-512, which looks up 16 powers of 2 in a register, else whole; e^f is a polynomial with relative
-// error below 1e-8.
+// x[i] becomes exp(x[i]), for kCount vectors of -87 <= x <= 87, within about one unit in the last place; exp(0) is exactly 1.
+// x = n ln 2 + f, where n is a multiple of 1/16 with AVX-512, which looks up 16 powers of 2 in a register, else whole; e^f is a
+// polynomial with relative error below 1e-8. One vector's operations wait for each other, so each is done for all vectors.
 #if defined(__AVX512F__)
 alignas(64) constexpr float kPowers[kLanes] = {1.0f, 1.04427373f, 1.09050775f, 1.13878858f,
                                                1.18920708f, 1.24185777f, 1.29683959f, 1.35425556f,
                                                1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f,
                                                1.68179286f, 1.75625217f, 1.8340081f, 1.91520655f};
 
-INLINE Vec exp_bounded(Vec x) {
+template <int kCount>
+INLINE void exp_bounded(Vec* x) {
     const float kRound = 786432.0f;  // 1.5 * 2^19: adding it leaves sixteenths, the number of which is in the lowest bits
-    const Vec rounded = x * 1.44269504088896341f + kRound;
-    const Vec n = rounded - kRound;
-    const Vec f = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
-    const Vec beyond_1 = ((f * 0.16666667f + 0.5f) * f + 1.0f) * f;
-    const __m512 power = _mm512_permutexvar_ps(reinterpret_cast<__m512i>(rounded), _mm512_load_ps(kPowers));
-    const __m512 product = reinterpret_cast<__m512>(beyond_1) * power + power;
-    return reinterpret_cast<Vec>(_mm512_scalef_ps(product, reinterpret_cast<__m512>(n)));
+    Vec rounded[kCount];
+    UNROLL for (int i = 0; i < kCount; i++) rounded[i] = x[i] * 1.44269504088896341f + kRound;
+    UNROLL for (int i = 0; i < kCount; i++) {
+        const Vec n = rounded[i] - kRound, f = (x[i] - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
+        const Vec beyond_1 = ((f * 0.16666667f + 0.5f) * f + 1.0f) * f;
+        const __m512 power = _mm512_permutexvar_ps(reinterpret_cast<__m512i>(rounded[i]), _mm512_load_ps(kPowers));
+        const __m512 product = reinterpret_cast<__m512>(beyond_1) * power + power;
+        x[i] = reinterpret_cast<Vec>(_mm512_scalef_ps(product, reinterpret_cast<__m512>(n)));
+    }
 }
 #else
-INLINE Vec exp_bounded(Vec x) {
-    const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves no room for a fraction
-    const Vec n = (x * 1.44269504088896341f + kRound) - kRound;
-    const Vec f = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
-    Vec p = f * 1.38145e-3f + 8.36875e-3f;
-    p = p * f + 4.166839e-2f;
-    p = p * f + 1.666652e-1f;
-    p = p * f + 0.49999993f;
-    p = p * f + 1.0f;
-    p = p * f + 1.0f;
-    return p * reinterpret_cast<Vec>((__builtin_convertvector(n, VecInt) + 127) << 23);
+template <int kCount>
+INLINE void exp_bounded(Vec* x) {
+    const float kRound = 12583039.0f;  // 1.5 * 2^23 + 127: adding it leaves no fraction, and 2^n's exponent in the lowest bits
+    Vec rounded[kCount], p[kCount];
+    UNROLL for (int i = 0; i < kCount; i++) rounded[i] = x[i] * 1.44269504088896341f + kRound;
+    UNROLL for (int i = 0; i < kCount; i++) {
+        const Vec n = rounded[i] - kRound;
+        x[i] = (x[i] - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
+    }
+    UNROLL for (int i = 0; i < kCount; i++) p[i] = x[i] * 1.38145e-3f + 8.36875e-3f;
+    for (const float coefficient : {4.166839e-2f, 1.666652e-1f, 0.49999993f, 1.0f, 1.0f})
+        UNROLL for (int i = 0; i < kCount; i++) p[i] = p[i] * x[i] + coefficient;
+    UNROLL for (int i = 0; i < kCount; i++) x[i] = p[i] * reinterpret_cast<Vec>(reinterpret_cast<VecInt>(rounded[i]) << 23);
 }
 #endif
 
@@ -175,10 +188,9 @@ INLINE void store(Bfloat16* p, Vec x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(reinterpret_cast<__m512>(x)));
 #else
     const VecBits bits = reinterpret_cast<VecBits>(x);
-    const VecBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const VecBits quiet_nan = (bits >> 16) | 0x40;
-    const VecBits kept = (bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded;
-    *reinterpret_cast<VecHalf*>(p) = __builtin_convertvector(kept, VecHalf);
+    const VecBits rounded = bits + 0x7fff + ((bits >> 16) & 1), quiet_nan = bits | 0x400000;
+    const VecBits kept = x != x ? quiet_nan : rounded;
+    *reinterpret_cast<VecHalf*>(p) = __builtin_convertvector(kept >> 16, VecHalf);
 #endif
 }
 
