@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import io
 import os
+import warnings
 from typing import Callable, NamedTuple
 
 import torch
@@ -72,7 +73,8 @@ def rwkv_tokens(path, tokens, config):
 def rwkv_model(path):
     """The `rwkv` package's model of the .pth at path, in float32 on the CPU."""
     os.environ["RWKV_V7_ON"] = "0"  # read at import: under "1" the package takes every model for an RWKV-7
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # which the package uses, and newer torch deprecates
         from rwkv.model import RWKV
 
         return RWKV(model=str(path).removesuffix(".pth"), strategy="cpu fp32", verbose=False)
