@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from rwkv_peft import pth
@@ -143,6 +144,30 @@ def test_a_truncated_file_is_refused(base, keep):
     path.write_bytes(content[: int(len(content) * keep)])
     with pytest.raises(UserError, match="truncated"):
         load_base(path)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda weight: weight.to(torch.float8_e4m3fn), "is float8_e4m3fn"),
+    (lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8), "is qint8"),
+    (lambda weight: weight.to_sparse(), "is sparse"),
+    (lambda weight: weight.to("meta"), "is without its data"),
+    (lambda weight: weight.to(torch.int8), "is int8"),
+])
+@pytest.mark.filterwarnings("ignore")  # torch's, on what it will deprecate
+def test_tensors_that_are_no_weights_are_refused(base, change, message):
+    path, state = base
+    torch.save(state | {f"{LAYER}.weight": change(state[f"{LAYER}.weight"])}, path)
+    with pytest.raises(UserError, match=f"{LAYER}.weight {message}"):
+        load_base(path)
+
+
+def test_an_adapter_of_8_bit_floats_is_refused(tmp_path):
+    block = torch.ones(4, 8, 8).to(torch.float8_e5m2)
+    save_file({f"{LAYER}.bone": block}, tmp_path / "adapter.safetensors", {METADATA_KEY: "{}"})
+    torch.save({f"{LAYER}.bone": block}, tmp_path / "adapter.pth")
+    for name in ("adapter.safetensors", "adapter.pth"):
+        with pytest.raises(UserError, match=f"{name}: {LAYER}.bone is float8_e5m2"):
+            read_adapter(tmp_path / name, mode="bat-in")
 
 
 def test_missing_files_folders_and_other_zips_are_refused(tmp_path):

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from rwkv_peft.checkpoint import AdapterMetadata, load_base, model_config_from_state, read_adapter, save_adapter, save_model
 from rwkv_peft.convert import main, vocabulary
@@ -120,6 +121,12 @@ def test_a_file_without_tensors_is_refused(tmp_path):
     write_safetensors(tmp_path / "none.safetensors", {}, [])
     with pytest.raises(UserError, match="none.safetensors holds no tensor"):
         convert(tmp_path / "none.safetensors", tmp_path / "x.pth")
+
+
+def test_8_bit_floats_are_refused(tmp_path):
+    save_file({"head.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn)}, tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match="m.safetensors: head.weight is float8_e4m3fn"):
+        convert(tmp_path / "m.safetensors", tmp_path / "m.pth")
 
 
 @pytest.mark.parametrize("kind, exact", [("f32", True), ("bf16", True), ("f16", False), ("q8_0", False)])

@@ -22,7 +22,7 @@ from .errors import UserError, exit_on_user_error
 from .foreign import write_rwkv_peft
 from .gguf_file import TYPES, write_gguf
 from .names import from_hf, from_web, swapped_in_web, to_hf, to_web
-from .pth import all_finite, read_state, require_file
+from .pth import all_finite, read_state, require_file, require_weights
 from .pth_writer import TensorSpec, write_pth
 from .safetensors_writer import write_safetensors
 
@@ -152,9 +152,11 @@ def read_safetensors(path):
 
     try:
         with safe_open(require_file(path), framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
     except SafetensorError as error:
         raise UserError(f"{path} is not a readable safetensors file: {error}; copy it again") from error
+    require_weights(tensors, path)
+    return tensors, metadata
 
 
 def convert_state(state, source, target, args):

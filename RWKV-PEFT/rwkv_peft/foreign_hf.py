@@ -10,7 +10,7 @@ from pathlib import Path
 from .adapter_file import Adapter, AdapterMetadata, adapter_parameter, target_names
 from .errors import UserError
 from .names import from_hf
-from .pth import read_state, require_file
+from .pth import read_state, require_file, require_weights
 
 HF_PREFIX = "base_model.model."
 # (init_weights, canonical name, dimensions of the tensors); true and false name no form
@@ -115,9 +115,11 @@ def _read_hf_tensors(folder):
         from safetensors.torch import load_file
 
         try:
-            return load_file(folder / "adapter_model.safetensors")
+            tensors = load_file(folder / "adapter_model.safetensors")
         except SafetensorError as error:
             raise UserError(f"{folder / 'adapter_model.safetensors'} is damaged: {error}") from error
+        require_weights(tensors, folder / "adapter_model.safetensors")
+        return tensors
     if (folder / "adapter_model.bin").is_file():
         return read_state(folder / "adapter_model.bin")
     raise UserError(f"{folder} has no adapter_model.safetensors (nor adapter_model.bin); is it a folder that peft "

@@ -49,7 +49,7 @@ def read_pth(path):
 
 
 def read_state(path):
-    """The flat dict name -> tensor in a .pth. Raises UserError as read_pth does, and for any other content."""
+    """The flat dict name -> tensor in a .pth. Raises UserError as read_pth and require_weights do, and for any other content."""
     state = read_pth(path)
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, where a dict of tensors is expected")
@@ -61,6 +61,7 @@ def read_state(path):
                 f"{path} is not a flat dict of tensors: entry {key!r} is a {type(value).__name__}; "
                 "if the weights are nested in it, save that inner dict as a .pth of its own"
             )
+    require_weights(state, path)
     return state
 
 
@@ -78,6 +79,20 @@ def stream_state(path):
         taken += tensor.numel() * tensor.element_size()
         yield key, tensor
         del tensor  # it would keep the mapping alive beyond its turn
+
+
+def require_weights(state, name):
+    """Raise UserError for a tensor that nothing here computes with: sparse, without its data, or of less than 16 bits."""
+    for key, tensor in state.items():
+        if tensor.layout != torch.strided:
+            kind = "sparse"
+        elif tensor.is_meta:
+            kind = "without its data (on the meta device)"
+        elif tensor.is_quantized or tensor.is_floating_point() and tensor.element_size() < 2:
+            kind = str(tensor.dtype).removeprefix("torch.")
+        else:
+            continue
+        raise UserError(f"{name}: {key} is {kind}; weights must be dense tensors of bfloat16, float16 or float32. Save them so")
 
 
 def require_file(path):
