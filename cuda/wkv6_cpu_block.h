@@ -66,11 +66,9 @@ struct Block {
 
     // sums[row], a vector whose lanes are to be summed, = S[row][lane] x[lane], added to what is there unless `first`.
     INLINE void dot(const float* x, Vec* sums, bool first) const {
-        const Vec lane = load(x);
-        UNROLL for (int a = 0; a < kRows; a++) sums[a] = first ? lane * s[a][0] : sums[a] + lane * s[a][0];
-        UNROLL for (int b = 1; b < kVectors; b++) {
+        UNROLL for (int b = 0; b < kVectors; b++) {
             const Vec lane = load(x + b * kLanes);
-            UNROLL for (int a = 0; a < kRows; a++) sums[a] += lane * s[a][b];
+            UNROLL for (int a = 0; a < kRows; a++) sums[a] = first && b == 0 ? lane * s[a][0] : sums[a] + lane * s[a][b];
         }
     }
 
