@@ -27,8 +27,7 @@ if [ $? -ne 0 ]; then
     exit 2
 fi
 
-install requirements-test "-r requirements-test.txt -r requirements-hf.txt" "$root/requirements-test.txt" \
-    "$root/requirements-hf.txt"
+install_tests
 logs="$root/out/gpu_check"
 mkdir -p "$logs"
 table="$logs/table.md"

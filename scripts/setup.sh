@@ -67,6 +67,11 @@ install() {  # NAME WHAT FILE…: pip install WHAT, unless the stamp NAME shows 
     printf '%s\n' "$wanted" >"$stamp"
 }
 
+install_tests() {  # what the tests need, those of Hugging Face models too
+    install requirements-test "-r requirements-test.txt -r requirements-hf.txt" "$root/requirements-test.txt" \
+        "$root/requirements-hf.txt"
+}
+
 root="$(cd "$(dirname "$0")/.." && pwd)"
 choose_python
 PATH="$(dirname "$python"):$PATH" # ninja is looked up there

@@ -3,7 +3,6 @@
 #   sh scripts/test.sh -n 0 -k merge   one at a time, those with "merge" in their names
 set -eu
 . "$(dirname "$0")/setup.sh"
-install requirements-test "-r requirements-test.txt -r requirements-hf.txt" "$root/requirements-test.txt" \
-    "$root/requirements-hf.txt"
+install_tests
 cd "$root"
 exec "$python" -m pytest -n 2 --dist worksteal "$@"
