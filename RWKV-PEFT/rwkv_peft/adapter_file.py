@@ -17,7 +17,7 @@ import torch
 from .atomic import atomic_write
 from .config import ADAPTER_METHODS, BONE_MODES, QUANTIZATIONS, to_json
 from .errors import UserError
-from .pth import require_file, require_weights
+from .safetensors_reader import read_safetensors
 
 FORMAT_VERSION = 1
 METADATA_KEY = "rwkv_peft"  # the entry of the safetensors header that holds AdapterMetadata as JSON
@@ -158,16 +158,7 @@ def _check_lora_flags(path, adapter, init, alpha):
 
 
 def _read_safetensors(path):
-    from safetensors import SafetensorError, safe_open
-
-    path = require_file(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a readable safetensors file: {error}; copy it again") from error
-    require_weights(tensors, path)
+    tensors, header = read_safetensors(path)
     if METADATA_KEY not in header:
         hint = ("its folder with adapter_config.json" if any("base_model." in key for key in tensors)
                 else "an adapter that train.py saved")

@@ -22,8 +22,9 @@ from .errors import UserError, exit_on_user_error
 from .foreign import write_rwkv_peft
 from .gguf_file import TYPES, write_gguf
 from .names import from_hf, from_web, swapped_in_web, to_hf, to_web
-from .pth import all_finite, read_state, require_file, require_weights
+from .pth import all_finite, read_state
 from .pth_writer import TensorSpec, write_pth
+from .safetensors_reader import read_safetensors
 from .safetensors_writer import write_safetensors
 
 SAFETENSORS = (".safetensors", ".st", ".state")
@@ -144,19 +145,6 @@ def check_time_states(state, path):
                             "same in every layer")
         if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
             raise UserError(f"{path}: {key} is {str(tensor.dtype).removeprefix('torch.')}; bfloat16, float16 or float32 is due")
-
-
-def read_safetensors(path):
-    """(tensors, header metadata) of a .safetensors file; the tensors are mapped."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(require_file(path), framework="pt") as file:
-            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a readable safetensors file: {error}; copy it again") from error
-    require_weights(tensors, path)
-    return tensors, metadata
 
 
 def convert_state(state, source, target, args):

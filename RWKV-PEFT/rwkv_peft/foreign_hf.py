@@ -10,7 +10,8 @@ from pathlib import Path
 from .adapter_file import Adapter, AdapterMetadata, adapter_parameter, target_names
 from .errors import UserError
 from .names import from_hf
-from .pth import read_state, require_file, require_weights
+from .pth import read_state, require_file
+from .safetensors_reader import read_safetensors
 
 HF_PREFIX = "base_model.model."
 # (init_weights, canonical name, dimensions of the tensors); true and false name no form
@@ -111,15 +112,7 @@ def _bone_variant(folder, config, tensors):
 
 def _read_hf_tensors(folder):
     if (folder / "adapter_model.safetensors").is_file():
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            tensors = load_file(folder / "adapter_model.safetensors")
-        except SafetensorError as error:
-            raise UserError(f"{folder / 'adapter_model.safetensors'} is damaged: {error}") from error
-        require_weights(tensors, folder / "adapter_model.safetensors")
-        return tensors
+        return read_safetensors(folder / "adapter_model.safetensors")[0]
     if (folder / "adapter_model.bin").is_file():
         return read_state(folder / "adapter_model.bin")
     raise UserError(f"{folder} has no adapter_model.safetensors (nor adapter_model.bin); is it a folder that peft "
