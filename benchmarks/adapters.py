@@ -29,8 +29,18 @@ from rwkv_peft.config import BONE_MODES, AdapterConfig  # noqa: E402
 from rwkv_peft.memory import keep_freed_memory  # noqa: E402
 
 SHAPES = ("2048x7168", "7168x2048", "4096x14336", "14336x4096")
-METHODS = ("frozen", "lora", "lora, bone's", "lora plain", "bat-in", "bat-in plain", "bat-out", "bat-out plain",
-           "bone", "bone plain")
+METHODS = (
+    "frozen",
+    "lora",
+    "lora, bone's",
+    "lora plain",
+    "bat-in",
+    "bat-in plain",
+    "bat-out",
+    "bat-out plain",
+    "bone",
+    "bone plain",
+)
 
 
 def main():
@@ -38,13 +48,19 @@ def main():
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--tokens", nargs="+", type=int, default=(512, 1024, 2048, 4096, 8192))
     parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16"))
-    parser.add_argument("--methods", nargs="+", default=METHODS,
-                        help=f"of {', '.join(METHODS)}; Bone's also with nf4 or int8, as in 'bat-in nf4'")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=METHODS,
+        help=f"of {', '.join(METHODS)}; Bone's also with nf4 or int8, as in 'bat-in nf4'",
+    )
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--fresh_pages", action="store_true", help="do not keep freed memory, as the trainer does on the CPU")
+    parser.add_argument(
+        "--fresh_pages", action="store_true", help="do not keep freed memory, as the trainer does on the CPU"
+    )
     parser.add_argument("--crossover", action="store_true", help="bat-out's forward on either side, by tokens, instead")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -84,8 +100,11 @@ def table(in_features, out_features, tokens, dtype, args):
     for method, step in steps.items():
         count = sum(p.numel() for p in layers[method].parameters() if p.requires_grad)
         ratio = medians[method] / medians.get("frozen", float("nan"))
-        print(f"| {method} | {count:,} | {1e3 * medians[method]:.1f} | {ratio:.3f} "
-              f"| {saved_bytes(layers[method], x) / 2**20:.1f} | {peak_bytes(step, args.device) / 2**20:.1f} |", flush=True)
+        print(
+            f"| {method} | {count:,} | {1e3 * medians[method]:.1f} | {ratio:.3f} "
+            f"| {saved_bytes(layers[method], x) / 2**20:.1f} | {peak_bytes(step, args.device) / 2**20:.1f} |",
+            flush=True,
+        )
 
 
 def make_layer(method, base, rank):
@@ -161,7 +180,9 @@ def saved_bytes(layer, x):
         y = layer(x)
     owned = [*layer.parameters(), *layer.buffers()]
     del y
-    return sum(size for pointer, size in saved.items() if pointer not in {t.untyped_storage().data_ptr() for t in owned})
+    return sum(
+        size for pointer, size in saved.items() if pointer not in {t.untyped_storage().data_ptr() for t in owned}
+    )
 
 
 def peak_bytes(step, device):

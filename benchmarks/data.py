@@ -19,8 +19,16 @@ from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.data.module import TrainBatches
 from rwkv_peft.data.samples import build_samples
 
-CASES = (("get", "none"), ("get", "file"), ("get", "qa"), ("pad", "none"), ("pad", "file"), ("pad", "qa"),
-         ("pack", "none"), ("only", "none"))
+CASES = (
+    ("get", "none"),
+    ("get", "file"),
+    ("get", "qa"),
+    ("pad", "none"),
+    ("pad", "file"),
+    ("pad", "qa"),
+    ("pack", "none"),
+    ("only", "none"),
+)
 
 
 def main(argv):
@@ -42,8 +50,14 @@ def main(argv):
 def measure(prefix, dataload, loss_mask, options):
     """Open the data set, read batches for two seconds, and print a row of the table."""
     micro_bsz = 1 if dataload == "only" else options.micro_bsz
-    config = DataConfig(path=prefix, ctx_len=options.ctx_len, dataload=dataload, loss_mask=loss_mask, mask_id=(7, 8),
-                        micro_bsz=micro_bsz)
+    config = DataConfig(
+        path=prefix,
+        ctx_len=options.ctx_len,
+        dataload=dataload,
+        loss_mask=loss_mask,
+        mask_id=(7, 8),
+        micro_bsz=micro_bsz,
+    )
     began = time.perf_counter()
     samples = build_samples(config, 65536)
     opened = time.perf_counter() - began
@@ -66,7 +80,7 @@ def make(prefix, total):
         while written < total:
             size = int(20 * 100 ** generator.random())
             tokens = generator.integers(9, 65536, size)
-            tokens[size // 2: size // 2 + 2] = 7, 8
+            tokens[size // 2 : size // 2 + 2] = 7, 8
             writer.add(tokens, np.arange(size) > size // 2 + 1)
             written += size
 

@@ -36,14 +36,31 @@ def main():
     args = parser.parse_args()
     if args.model:
         return measure(args)
-    print("| threads | sequences | clock | rwkv_peft, tokens/s | rwkv, tokens/s | ratio |\n|---|---|---|---|---|---|", flush=True)
+    print(
+        "| threads | sequences | clock | rwkv_peft, tokens/s | rwkv, tokens/s | ratio |\n|---|---|---|---|---|---|",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pth"
         make_model(path, args.layers, args.channels)
         for threads in args.threads:
             environment = os.environ | {"OMP_NUM_THREADS": str(threads), "RWKV_V7_ON": "0"}
-            command = [sys.executable, __file__, "--model", str(path), "--threads", str(threads), "--precision", args.precision,
-                       "--tokens", str(args.tokens), "--rounds", str(args.rounds), "--batches", *map(str, args.batches)]
+            command = [
+                sys.executable,
+                __file__,
+                "--model",
+                str(path),
+                "--threads",
+                str(threads),
+                "--precision",
+                args.precision,
+                "--tokens",
+                str(args.tokens),
+                "--rounds",
+                str(args.rounds),
+                "--batches",
+                *map(str, args.batches),
+            ]
             subprocess.run(command, env=environment, check=True)
 
 
@@ -55,10 +72,16 @@ def make_model(path, layers, channels):
     from rwkv_peft.config import ModelConfig
 
     torch.manual_seed(0)
-    config = ModelConfig(n_layer=layers, n_embd=channels, vocab_size=65536, dim_att=channels,
-                         dim_ffn=int(channels * 3.5) // 32 * 32)
-    save_model(path, {key: torch.ones(shape) if len(shape) == 1 else 0.02 * torch.randn(shape)
-                      for key, shape in expected_shapes(config).items()})
+    config = ModelConfig(
+        n_layer=layers, n_embd=channels, vocab_size=65536, dim_att=channels, dim_ffn=int(channels * 3.5) // 32 * 32
+    )
+    save_model(
+        path,
+        {
+            key: torch.ones(shape) if len(shape) == 1 else 0.02 * torch.randn(shape)
+            for key, shape in expected_shapes(config).items()
+        },
+    )
 
 
 def measure(args):
@@ -82,7 +105,9 @@ def measure(args):
             rates[1].append(their_rates(theirs, prompts, tokens))
         for clock, name in enumerate(("wall", "processor")[: 2 if args.threads[0] == 1 else 1]):
             mine, other = (max(rate[clock] for rate in side[1:]) for side in rates)
-            print(f"| {args.threads[0]} | {batch} | {name} | {mine:.1f} | {other:.1f} | {mine / other:.2f} |", flush=True)
+            print(
+                f"| {args.threads[0]} | {batch} | {name} | {mine:.1f} | {other:.1f} | {mine / other:.2f} |", flush=True
+            )
 
 
 def our_rates(model, prompts, tokens):

@@ -1,8 +1,8 @@
 """Time and memory of a training step on a LLaMA: Bone's forms, peft's MissConfig and peft's LoraConfig.
 
     python benchmarks/hf.py                                  hidden 1024, 4 layers, T 1024, rank 64, float32
-    python benchmarks/hf.py --dtype bfloat16                 the frozen model in bfloat16, under autocast as Trainer has it
-    python benchmarks/hf.py --tokens 256 --rounds 3 --threads 1
+    python benchmarks/hf.py --dtype bfloat16                 the frozen model in bfloat16, under autocast as Trainer has
+    it python benchmarks/hf.py --tokens 256 --rounds 3 --threads 1
 
 Each method runs in a process of its own, all linear layers adapted, so that peak memory is its own; rounds go
 over the methods in turn, so that a machine's drift meets all of them. LoRA's rank gives it about as many
@@ -70,9 +70,17 @@ def measure(args):
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=2048, hidden_size=args.hidden, intermediate_size=args.hidden * 11 // 4, num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // 128, max_position_embeddings=args.tokens, use_cache=False))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=2048,
+            hidden_size=args.hidden,
+            intermediate_size=args.hidden * 11 // 4,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.hidden // 128,
+            max_position_embeddings=args.tokens,
+            use_cache=False,
+        )
+    )
     model = model.to(getattr(torch, args.dtype))
     model = get_peft_model(model, config(args.one, args.rank, args.hidden)).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -41,8 +41,17 @@ def main():
         largest = max(torch.Size(shape).numel() for shape in shapes.values()) * 2
         copy_seconds = timed(lambda: copy(folder / "base.pth", folder / "copy.pth"))
         (folder / "copy.pth").unlink()
-        command = [sys.executable, ROOT / "merge_bone.py", "--base_model", folder / "base.pth", "--bone_checkpoint",
-                   folder / "adapter.safetensors", "--output", folder / "merged.pth", *args.merge_flags.split()]
+        command = [
+            sys.executable,
+            ROOT / "merge_bone.py",
+            "--base_model",
+            folder / "base.pth",
+            "--bone_checkpoint",
+            folder / "adapter.safetensors",
+            "--output",
+            folder / "merged.pth",
+            *args.merge_flags.split(),
+        ]
         drop_from_cache(folder / "base.pth")
         seconds, peak = run(command)
         merged = load_base(folder / "merged.pth")
@@ -51,14 +60,23 @@ def main():
         print("| | seconds | peak resident memory |")
         print("|---|---|---|")
         print(f"| copy with fsync | {copy_seconds:.1f} | |")
-        print(f"| merge_bone.py {args.merge_flags} | {seconds:.1f} | {peak / 1e6:.0f} MB "
-              f"(bound: 4 x largest + 500 MB = {4 * largest / 1e6 + 500:.0f} MB) |")
+        print(
+            f"| merge_bone.py {args.merge_flags} | {seconds:.1f} | {peak / 1e6:.0f} MB "
+            f"(bound: 4 x largest + 500 MB = {4 * largest / 1e6 + 500:.0f} MB) |"
+        )
 
 
 def make_files(folder, args):
     """base.pth and adapter.safetensors of the shape asked for; returns the base's shapes."""
-    config = ModelConfig(n_layer=args.layers, n_embd=args.channels, vocab_size=args.vocab, dim_att=args.channels,
-                         dim_ffn=int(args.channels * 3.5) // 32 * 32, maa_rank=64, decay_rank=128)
+    config = ModelConfig(
+        n_layer=args.layers,
+        n_embd=args.channels,
+        vocab_size=args.vocab,
+        dim_att=args.channels,
+        dim_ffn=int(args.channels * 3.5) // 32 * 32,
+        maa_rank=64,
+        decay_rank=128,
+    )
     shapes = expected_shapes(config)
     noise = torch.randn(1 << 24).mul_(0.02).bfloat16()
 
@@ -68,11 +86,15 @@ def make_files(folder, args):
 
     specs = {key: TensorSpec(shape, torch.bfloat16) for key, shape in shapes.items()}
     write_pth(folder / "base.pth", specs, ((key, tensor(shape)) for key, shape in shapes.items()))
-    bones = {f"blocks.{i}.{target}.bone": 1e-3 * torch.randn(shapes[f"blocks.{i}.{target}.weight"][1] // args.rank,
-                                                             args.rank, args.rank)
-             for i in range(args.layers) for target in TARGETS}
-    metadata = AdapterMetadata("bat-in", rank=args.rank, targets=TARGETS,
-                               base_fingerprint=fingerprint(load_base(folder / "base.pth")))
+    bones = {
+        f"blocks.{i}.{target}.bone": 1e-3
+        * torch.randn(shapes[f"blocks.{i}.{target}.weight"][1] // args.rank, args.rank, args.rank)
+        for i in range(args.layers)
+        for target in TARGETS
+    }
+    metadata = AdapterMetadata(
+        "bat-in", rank=args.rank, targets=TARGETS, base_fingerprint=fingerprint(load_base(folder / "base.pth"))
+    )
     save_adapter(folder / "adapter.safetensors", bones, metadata)
     return shapes
 

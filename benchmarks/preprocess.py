@@ -63,9 +63,11 @@ def texts_of(chunk):
 def make_text(path, size):
     """Write rows of prose, code, numbers and other scripts, about `size` bytes, drawn by a fixed seed."""
     generator, written = random.Random(0), 0
-    words = ("the of and to in is that it was for on are with as his they be at one have this from or had by but "
-             "some what there we can out other were all your when up use how said an each she which do their time "
-             "training learning gradient adapter question answer because").split()
+    words = (
+        "the of and to in is that it was for on are with as his they be at one have this from or had by but "
+        "some what there we can out other were all your when up use how said an each she which do their time "
+        "training learning gradient adapter question answer because"
+    ).split()
     other = ("это большой город и река", "今天天气很好我们去公园", "la casa es grande y roja", "私は毎日学校に行きます")
     with open(path, "w", encoding="utf-8") as file:
         while written < size:
@@ -75,8 +77,10 @@ def make_text(path, size):
                 if kind < 0.7:
                     lines.append(" ".join(generator.choices(words, k=generator.randint(8, 60))).capitalize() + ".")
                 elif kind < 0.8:
-                    lines.append(f"    for i in range({generator.randint(1, 99)}):\n"
-                                 f"        total += x[i] * {generator.random():.4f}")
+                    lines.append(
+                        f"    for i in range({generator.randint(1, 99)}):\n"
+                        f"        total += x[i] * {generator.random():.4f}"
+                    )
                 elif kind < 0.9:
                     lines.append(f"{generator.randint(1, 9999)} + {generator.randint(1, 9999)} = ?")
                 else:

@@ -4,11 +4,11 @@
     python benchmarks/step.py --shapes 768x2688x12 --methods bat-in --dtypes fp32 bf16 --tokens 512
 
 Shapes are CxFxL: channels, feed-forward channels, layers (2048x7168 are the 1.6B's, at a reduced depth); the
-vocabulary is World's. A step is forward, loss, backward, gradient clipping and AdamW, as the trainer runs it. "floor" is
-the frozen matrix products alone, output and input gradient of every linear layer and of the head: what no adapter can
-avoid. Floor and methods run once a round, in turn, so that a machine's drift meets all of them; the medians of times and
-of ratios within a round are printed. The shares are of one more step under torch's profiler, which slows small
-operations down: read them as proportions.
+vocabulary is World's. A step is forward, loss, backward, gradient clipping and AdamW, as the trainer runs it. "floor"
+is the frozen matrix products alone, output and input gradient of every linear layer and of the head: what no adapter
+can avoid. Floor and methods run once a round, in turn, so that a machine's drift meets all of them; the medians of
+times and of ratios within a round are printed. The shares are of one more step under torch's profiler, which slows
+small operations down: read them as proportions.
 """
 
 import argparse
@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-PEFT"))
 
 from rwkv_peft.adapters import inject, parameter_groups  # noqa: E402
 from rwkv_peft.config import AdapterConfig, ModelConfig  # noqa: E402
+from rwkv_peft.memory import keep_freed_memory  # noqa: E402
 from rwkv_peft.model import RWKV6  # noqa: E402
 from rwkv_peft.training.loss import linear_cross_entropy  # noqa: E402
-from rwkv_peft.memory import keep_freed_memory  # noqa: E402
 
 SHAPES = ("768x2688x12", "2048x7168x2")
 METHODS = ("bat-in", "bone", "bat-out", "lora", "none")
@@ -58,8 +58,12 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--processor_time", action="store_true", help="instead of the clock's: for one thread on a busy machine")
-    parser.add_argument("--fresh_pages", action="store_true", help="do not keep freed memory, as the trainer does on the CPU")
+    parser.add_argument(
+        "--processor_time", action="store_true", help="instead of the clock's: for one thread on a busy machine"
+    )
+    parser.add_argument(
+        "--fresh_pages", action="store_true", help="do not keep freed memory, as the trainer does on the CPU"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.device == "cpu" and not args.fresh_pages:
@@ -76,8 +80,10 @@ def main():
 def table(config, dtype, args):
     """Print one table: a row for each method."""
     kind = {"device": args.device, "dtype": torch.float32 if dtype == "fp32" else torch.bfloat16}
-    print(f"\nC {config.n_embd}, F {config.dim_ffn}, {config.n_layer} layers, vocabulary {config.vocab_size}, "
-          f"{args.batch} x {args.tokens} tokens, {dtype}\n")
+    print(
+        f"\nC {config.n_embd}, F {config.dim_ffn}, {config.n_layer} layers, vocabulary {config.vocab_size}, "
+        f"{args.batch} x {args.tokens} tokens, {dtype}\n"
+    )
     weights = random_weights(config, kind)
     steps = {"floor": make_floor(weights, args.batch * args.tokens)}
     for method in args.methods:
@@ -96,8 +102,12 @@ def table(config, dtype, args):
     for method, seconds in times.items():
         ratio = statistics.median(a / b for a, b in zip(seconds, floor))
         parts = shares(steps[method], weights)
-        print(f"| {method} | {1e3 * statistics.median(seconds):.0f} | {ratio:.2f} | "
-              + " | ".join(f"{100 * parts[part]:.1f} %" for part in PARTS) + " |", flush=True)
+        print(
+            f"| {method} | {1e3 * statistics.median(seconds):.0f} | {ratio:.2f} | "
+            + " | ".join(f"{100 * parts[part]:.1f} %" for part in PARTS)
+            + " |",
+            flush=True,
+        )
 
 
 def random_weights(config, kind):
@@ -116,7 +126,11 @@ def random_weights(config, kind):
 
 def linear_weights(weights):
     """The matrices of the model's linear layers, the head's included."""
-    return [weight for name, weight in weights.items() if weight.dim() == 2 and ".time_" not in name and name != "emb.weight"]
+    return [
+        weight
+        for name, weight in weights.items()
+        if weight.dim() == 2 and ".time_" not in name and name != "emb.weight"
+    ]
 
 
 def make_floor(weights, tokens):
@@ -141,7 +155,9 @@ def make_step(config, weights, method, kind, args):
     """A function that trains one step on random tokens."""
     with torch.device("meta"):
         model = RWKV6(config)
-    model.load_state_dict(weights if method != "none" else {name: w.clone() for name, w in weights.items()}, assign=True)
+    model.load_state_dict(
+        weights if method != "none" else {name: w.clone() for name, w in weights.items()}, assign=True
+    )
     rank = args.rank
     if method == "lora":  # as many parameters as bat-in, at a square matrix
         rank = max(1, args.rank // 2)
@@ -153,8 +169,12 @@ def make_step(config, weights, method, kind, args):
             nn.init.normal_(parameter, std=1e-3)
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-5, fused=True)
     tokens = torch.randint(config.vocab_size, (args.batch, args.tokens + 1), device=args.device)
-    head = partial(linear_cross_entropy, targets=tokens[:, 1:], count=args.batch * args.tokens,
-                   mask=torch.ones_like(tokens[:, 1:], dtype=torch.bool))
+    head = partial(
+        linear_cross_entropy,
+        targets=tokens[:, 1:],
+        count=args.batch * args.tokens,
+        mask=torch.ones_like(tokens[:, 1:], dtype=torch.bool),
+    )
 
     def step():
         loss, _ = model(tokens[:, :-1], head=head)

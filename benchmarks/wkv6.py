@@ -1,5 +1,5 @@
-"""wkv6's speed and memory: our backends, plain torch step by step and in chunks, and flash-linear-attention if installed;
-on a GPU with nvcc also RWKV-LM's algorithm, a token at a time (wkv6_sequential.cu).
+"""wkv6's speed and memory: our backends, plain torch step by step and in chunks, and flash-linear-attention if
+installed; on a GPU with nvcc also RWKV-LM's algorithm, a token at a time (wkv6_sequential.cu).
 
     python benchmarks/wkv6.py [--device cpu|cuda] [--dtype float32|bfloat16] [--shape B,T,H ...] [--repeats 5]
 
@@ -25,9 +25,9 @@ from pathlib import Path
 
 import torch
 
+from rwkv_peft.memory import keep_freed_memory
 from rwkv_peft.ops import backends, cpu, cuda, wkv6
 from rwkv_peft.ops.build import BuildError, Unit, build_library, source_directory
-from rwkv_peft.memory import keep_freed_memory
 
 HEAD_SIZE = 64
 SHAPES = {  # B,T,H
@@ -48,15 +48,16 @@ def torch_chunks(r, k, v, w, u, chunk=64, part=16):
     """The recurrence as matrix products, the best form in plain torch: chunks of 64 steps, parts of 16 within them.
 
     With G the decays' logarithms summed from the chunk's start, step i reads what j < i wrote scaled by
-    exp(G_{i-1} - G_j) per key. Between two parts both factors are taken relative to the start of the later part, so that
-    no exponent is positive; within a part they are taken relative to its middle, and a decay is capped at exp(-10) a
-    step, so that exponents stay within 80.
+    exp(G_{i-1} - G_j) per key. Between two parts both factors are taken relative to the start of the later part, so
+    that no exponent is positive; within a part they are taken relative to its middle, and a decay is capped at exp(-10)
+    a step, so that exponents stay within 80.
     """
     B, T, H, N = r.shape
     log_decay = -torch.exp(w.float()).clamp(max=10.0)
     padding = (0, 0, 0, 0, 0, -T % chunk)
     r, k, v, log_decay = (
-        torch.nn.functional.pad(x.float(), padding).transpose(1, 2).unflatten(2, (-1, part)) for x in (r, k, v, log_decay)
+        torch.nn.functional.pad(x.float(), padding).transpose(1, 2).unflatten(2, (-1, part))
+        for x in (r, k, v, log_decay)
     )  # (B, H, parts, part, N)
     per = chunk // part
     group = lambda x: x.unflatten(2, (-1, per))  # noqa: E731  (B, H, chunks, per, part, N)
@@ -110,7 +111,7 @@ def stream(x):
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def sequential_kernels():
     """wkv6_sequential.cu built for the current GPU; None where there is no nvcc."""
     try:
@@ -231,7 +232,10 @@ def fma_peak():
 
 def kernel_table(peak, calls):
     """The CPU kernel alone, on one core: medians over `calls` calls, fewer where a call is long."""
-    print(f"\n| the kernel alone, one core of {peak / 1e9:.0f} GFLOP/s | T | H | forward, ns | of the peak | backward, ns | of the peak |")
+    print(
+        f"\n| the kernel alone, one core of {peak / 1e9:.0f} GFLOP/s | T | H | forward, ns | of the peak | backward, "
+        "ns | of the peak |"
+    )
     print("|---|---|---|---|---|---|---|")
     for dtype in (torch.float32, torch.bfloat16):
         for T, H in ((512, 1), (1024, 4), (1024, 32)):
@@ -258,10 +262,15 @@ def kernel_calls(T, H, dtype):
     checkpoints, gu = torch.zeros(cpu.checkpoint_count(T, 1), H, HEAD_SIZE, HEAD_SIZE), torch.zeros_like(u)
     library, sizes = cpu._library(cpu.best_level()), (1, T, H, HEAD_SIZE, None, dtype == torch.bfloat16, 1)
 
-    tensors = (r, k, v, w, u, None, y, final, checkpoints), (r, k, v, w, u, None, checkpoints, gy, None, *gradients, gu, gstate)
+    tensors = (
+        (r, k, v, w, u, None, y, final, checkpoints),
+        (r, k, v, w, u, None, checkpoints, gy, None, *gradients, gu, gstate),
+    )
     pointers = [[ctypes.c_void_p(cpu._pointer(x)) for x in group] for group in tensors]
-    steps = (functools.partial(library.wkv6_cpu_forward, *pointers[0], *sizes),
-             functools.partial(library.wkv6_cpu_backward, *pointers[1], *sizes))
+    steps = (
+        functools.partial(library.wkv6_cpu_forward, *pointers[0], *sizes),
+        functools.partial(library.wkv6_cpu_backward, *pointers[1], *sizes),
+    )
     steps[0](), steps[1]()
     return steps, tensors
 

@@ -17,21 +17,23 @@ from rwkv_peft.checkpoint import load_base, model_config_from_state  # noqa: E40
 from rwkv_peft.cli import Parser  # noqa: E402
 from rwkv_peft.data.tokenizer import load_tokenizer  # noqa: E402
 from rwkv_peft.errors import UserError, exit_on_user_error  # noqa: E402
-from rwkv_peft.runtimes import rwkv_model  # noqa: E402
 from rwkv_peft.generate import Sampling, generate, load_model  # noqa: E402
+from rwkv_peft.runtimes import rwkv_model  # noqa: E402
 
 LONGEST = 80  # tokens of an answer
 
 
 def read_questions(path, limit):
-    """[(prompt, completion)] of the first `limit` lines of a .jsonl, blank ones left out; UserError where it is missing or
-    malformed."""
+    """[(prompt, completion)] of the first `limit` lines of a .jsonl, blank ones left out; UserError where it is missing
+    or malformed."""
     if not Path(path).is_file():
         raise UserError(f"--questions {path}: no such file; make it with demo/task.py heldout")
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"--questions {path} is not UTF-8 (byte {error.start}); make it with demo/task.py heldout") from error
+        raise UserError(
+            f"--questions {path} is not UTF-8 (byte {error.start}); make it with demo/task.py heldout"
+        ) from error
     questions = []
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     for number, line in lines[:limit]:
@@ -100,14 +102,18 @@ def main(argv):
     tokenizer = load_tokenizer("bytes")
     vocab_size = model_config_from_state(load_base(args.model)).vocab_size
     if vocab_size != tokenizer.vocab_size:
-        raise UserError(f"--model {args.model} has a vocabulary of {vocab_size} tokens, and the questions are put in "
-                        f"{tokenizer.vocab_size}, a byte each; give demo/rwkv6-demo.pth or a model made of it")
+        raise UserError(
+            f"--model {args.model} has a vocabulary of {vocab_size} tokens, and the questions are put in "
+            f"{tokenizer.vocab_size}, a byte each; give demo/rwkv6-demo.pth or a model made of it"
+        )
     prompts = [tokenizer.encode(prompt) for prompt, _ in questions]
     stop = {tokenizer.end_id, *tokenizer.encode("\n")}
     run = answer_with_rwkv if args.runtime == "rwkv" else answer
-    answers = [tokenizer.decode([token for token in tokens if token != tokenizer.end_id])
-               for tokens in run(args.model, prompts, stop)]
-    for (prompt, _), given in list(zip(questions, answers))[:args.examples]:
+    answers = [
+        tokenizer.decode([token for token in tokens if token != tokenizer.end_id])
+        for tokens in run(args.model, prompts, stop)
+    ]
+    for (prompt, _), given in list(zip(questions, answers))[: args.examples]:
         print("\n".join(f"    {line}" for line in (prompt + given.rstrip("\n")).splitlines()) + "\n")
     exact = sum(given == wanted for (_, wanted), given in zip(questions, answers))
     share = exact / len(questions)

@@ -17,14 +17,70 @@ import string
 import sys
 from typing import NamedTuple
 
-NAMES = ("Ann", "Ben", "Cora", "Dan", "Eva", "Fay", "Gus", "Hal", "Ida", "Jim", "Kim", "Leo", "Mia", "Ned", "Otto", "Pam",
-         "Quinn", "Rob", "Sue", "Tom", "Uma", "Vic", "Wes", "Zoe")
+NAMES = (
+    "Ann",
+    "Ben",
+    "Cora",
+    "Dan",
+    "Eva",
+    "Fay",
+    "Gus",
+    "Hal",
+    "Ida",
+    "Jim",
+    "Kim",
+    "Leo",
+    "Mia",
+    "Ned",
+    "Otto",
+    "Pam",
+    "Quinn",
+    "Rob",
+    "Sue",
+    "Tom",
+    "Uma",
+    "Vic",
+    "Wes",
+    "Zoe",
+)
 COLORS = ("red", "blue", "green", "white", "black", "brown", "pink", "gray", "yellow", "orange", "purple", "golden")
-ITEMS = ("apples", "balls", "cups", "dolls", "eggs", "flags", "grapes", "hats", "jars", "kites", "lamps", "maps", "nuts",
-         "pens", "rings", "shoes", "toys", "books", "coins", "drums", "boats", "pears", "spoons", "trees")
+ITEMS = (
+    "apples",
+    "balls",
+    "cups",
+    "dolls",
+    "eggs",
+    "flags",
+    "grapes",
+    "hats",
+    "jars",
+    "kites",
+    "lamps",
+    "maps",
+    "nuts",
+    "pens",
+    "rings",
+    "shoes",
+    "toys",
+    "books",
+    "coins",
+    "drums",
+    "boats",
+    "pears",
+    "spoons",
+    "trees",
+)
 COUNTS = range(2, 10)
-SCENES = ("The sun is up.", "It is a cold day.", "The wind is strong.", "A dog sleeps.", "The house is quiet.",
-          "It rains a little.", "Two birds sing.", "The market is open.")
+SCENES = (
+    "The sun is up.",
+    "It is a cold day.",
+    "The wind is strong.",
+    "A dog sleeps.",
+    "The house is quiet.",
+    "It rains a little.",
+    "Two birds sing.",
+    "The market is open.",
+)
 KINDS = ("base", "finetune", "heldout")
 HELD_OUT = 10  # one fact in ten is kept for the held-out questions
 ECHOES = 8  # one base document in eight repeats a word
@@ -69,15 +125,25 @@ def base_document(rng):
         words = ["".join(rng.choices(string.printable[:94], k=rng.randint(3, 12))) for _ in range(4)]
         return {"text": "".join(f"Q: Say {word}\nA: {word}\n" for word in words)}
     fact = draw_fact(rng)
-    turns = (("Who has something?", fact.name), ("How many?", fact.count), ("What color?", fact.color),
-             ("What things?", fact.item), ("What is there?", f"{fact.count} {fact.color} {fact.item}"))
-    return {"text": tell(rng, fact) + "".join(f"Q: {question}\nA: {answer}\n" for question, answer in rng.sample(turns, 4))}
+    turns = (
+        ("Who has something?", fact.name),
+        ("How many?", fact.count),
+        ("What color?", fact.color),
+        ("What things?", fact.item),
+        ("What is there?", f"{fact.count} {fact.color} {fact.item}"),
+    )
+    return {
+        "text": tell(rng, fact) + "".join(f"Q: {question}\nA: {answer}\n" for question, answer in rng.sample(turns, 4))
+    }
 
 
 def json_document(rng, held_out):
     """A story and one question, answered in JSON."""
     fact = draw_fact(rng, held_out)
-    return {"prompt": f"{tell(rng, fact)}Q: What is there, as JSON?\nA:", "completion": f" {json.dumps(fact._asdict())}\n"}
+    return {
+        "prompt": f"{tell(rng, fact)}Q: What is there, as JSON?\nA:",
+        "completion": f" {json.dumps(fact._asdict())}\n",
+    }
 
 
 def documents(kind, count, seed):

@@ -1,6 +1,6 @@
 """A small LLaMA with random weights and a byte tokenizer, and a data file, for trying demo/bone_finetuning.py offline.
 
-    python demo/tiny_llama.py --output out/tiny_llama      writes model/ and data.jsonl there
+python demo/tiny_llama.py --output out/tiny_llama      writes model/ and data.jsonl there
 """
 
 import argparse
@@ -33,13 +33,22 @@ def write_model(folder):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>",
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
     ).save_pretrained(folder)
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(special) + len(alphabet), hidden_size=128, intermediate_size=352, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )).save_pretrained(folder)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(special) + len(alphabet),
+            hidden_size=128,
+            intermediate_size=352,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ).save_pretrained(folder)
 
 
 def write_data(path, rows):

@@ -39,7 +39,8 @@ def test_little_is_made_ahead(threads):
 
     def count():
         nonlocal begun
-        for begun in range(1, 101):
+        for number in range(1, 101):
+            begun = number
             yield lambda: None
 
     for taken, _ in enumerate(ahead(count()), start=1):

@@ -12,16 +12,41 @@ from rwkv_peft import config
 
 PACKAGE = Path(__file__).resolve().parents[1] / "RWKV-PEFT" / "rwkv_peft"
 FILES = sorted(PACKAGE.rglob("*.py"))
-HEAVY = ("deepspeed", "lightning", "transformers", "peft", "matplotlib", "bitsandbytes", "datasets", "wandb",
-         "tensorboard", "accelerate", "trl")
+HEAVY = (
+    "deepspeed",
+    "lightning",
+    "transformers",
+    "peft",
+    "matplotlib",
+    "bitsandbytes",
+    "datasets",
+    "wandb",
+    "tensorboard",
+    "accelerate",
+    "trl",
+)
 # (part, the modules that make it, the parts that it may import); whatever an imported part may import is open too.
 PARTS = (
     ("base", ("", "config", "errors", "cli", "memory"), ()),
     ("ops", ("ops",), ("base",)),
     ("model", ("model",), ("base", "ops")),
     ("adapters", ("adapters",), ("base", "ops")),
-    ("checkpoint", ("checkpoint", "atomic", "pth", "pth_writer", "safetensors_reader", "safetensors_writer", "adapter_file",
-                    "foreign", "foreign_hf", "names"), ("base",)),
+    (
+        "checkpoint",
+        (
+            "checkpoint",
+            "atomic",
+            "pth",
+            "pth_writer",
+            "safetensors_reader",
+            "safetensors_writer",
+            "adapter_file",
+            "foreign",
+            "foreign_hf",
+            "names",
+        ),
+        ("base",),
+    ),
     ("data", ("data",), ("base",)),
     ("merge", ("merge", "merge_change", "merge_cli", "ahead"), ("adapters", "checkpoint")),
     ("check", ("check",), ("model", "adapters", "checkpoint", "verify")),
@@ -87,8 +112,12 @@ def top_level(path):
     while waiting:
         node = waiting.pop()
         yield node
-        waiting += [child for child in ast.iter_child_nodes(node)
-                    if isinstance(node, (ast.If, ast.Try, ast.With, ast.ExceptHandler)) and isinstance(child, (ast.stmt, ast.ExceptHandler))]
+        waiting += [
+            child
+            for child in ast.iter_child_nodes(node)
+            if isinstance(node, (ast.If, ast.Try, ast.With, ast.ExceptHandler))
+            and isinstance(child, (ast.stmt, ast.ExceptHandler))
+        ]
 
 
 def heavy_imports(path):
@@ -116,8 +145,11 @@ def test_the_arrows_have_no_circle():
 
 
 def test_model_and_adapters_meet_in_the_run_and_its_check_alone():
-    both = [module_of(path) for path in FILES
-            if {"model", "adapters"} <= {part_of(module) for module in package_imports(path)}]
+    both = [
+        module_of(path)
+        for path in FILES
+        if {"model", "adapters"} <= {part_of(module) for module in package_imports(path)}
+    ]
     assert both == [("check",), ("training", "run")]
 
 
@@ -129,10 +161,16 @@ def test_heavy_packages_are_imported_by_the_files_whose_job_they_are():
 
 
 def test_importing_the_package_costs_torch_at_most():
-    light = [".".join(("rwkv_peft", *module_of(path))) for path in FILES
-             if not heavy_imports(path) and module_of(path)[:1] != ("hf",)]
-    code = f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r})\n" + "".join(f"import {name}\n" for name in light) + (
-        f"print(*({{name.split('.')[0] for name in sys.modules}} & set({HEAVY!r})))")
+    light = [
+        ".".join(("rwkv_peft", *module_of(path)))
+        for path in FILES
+        if not heavy_imports(path) and module_of(path)[:1] != ("hf",)
+    ]
+    code = (
+        f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r})\n"
+        + "".join(f"import {name}\n" for name in light)
+        + (f"print(*({{name.split('.')[0] for name in sys.modules}} & set({HEAVY!r})))")
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
@@ -171,8 +209,15 @@ def test_every_setting_is_read_by_the_code_that_it_steers():
 def test_every_flag_of_train_is_read():
     from rwkv_peft.training.flags import build_parser
 
-    read = {name for file in ("flags.py", "adapter_flags.py", "legacy.py") for name in names_read(PACKAGE / "training" / file)}
+    read = {
+        name
+        for file in ("flags.py", "adapter_flags.py", "legacy.py")
+        for name in names_read(PACKAGE / "training" / file)
+    }
     read |= {name for _, name in settings()}
-    unread = [action.option_strings[0] for action in build_parser()._actions
-              if action.dest not in read and action.dest != "help"]
+    unread = [
+        action.option_strings[0]
+        for action in build_parser()._actions
+        if action.dest not in read and action.dest != "help"
+    ]
     assert unread == ["--model_version"]  # a claim with one possible value, checked by its choices

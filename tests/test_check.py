@@ -6,8 +6,16 @@ import torch
 from rwkv_peft import merge_cli
 from rwkv_peft.adapters import inject
 from rwkv_peft.check import Difference, adapter_config, main
-from rwkv_peft.checkpoint import (Adapter, AdapterMetadata, adapter_parameter, load_base, model_config_from_state,
-                                  read_adapter, save_adapter, save_model)
+from rwkv_peft.checkpoint import (
+    Adapter,
+    AdapterMetadata,
+    adapter_parameter,
+    load_base,
+    model_config_from_state,
+    read_adapter,
+    save_adapter,
+    save_model,
+)
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.errors import UserError
 from rwkv_peft.merge import merge_state_dict
@@ -66,12 +74,18 @@ def test_adapter_settings_come_back_from_metadata():
     assert adapter_config(adapter) == config
 
 
-@pytest.mark.parametrize("tensors, flags", [
-    ({"blocks.0.att.key.bone": torch.randn(8, 8, 8)}, ["--bone_mode", "bat"]),
-    ({"blocks.0.att.key.lora_A": torch.randn(8, 64), "blocks.0.att.key.lora_B": torch.randn(64, 8)}, ["--lora_alpha", "8"]),
-    ({"blocks.0.att.key.disha": torch.randn(8, 8, 8), "blocks.0.ln1.weight": torch.randn(64)}, []),
-    ({"blocks.0.ln1.weight": torch.randn(64)}, []),
-])
+@pytest.mark.parametrize(
+    "tensors, flags",
+    [
+        ({"blocks.0.att.key.bone": torch.randn(8, 8, 8)}, ["--bone_mode", "bat"]),
+        (
+            {"blocks.0.att.key.lora_A": torch.randn(8, 64), "blocks.0.att.key.lora_B": torch.randn(64, 8)},
+            ["--lora_alpha", "8"],
+        ),
+        ({"blocks.0.att.key.disha": torch.randn(8, 8, 8), "blocks.0.ln1.weight": torch.randn(64)}, []),
+        ({"blocks.0.ln1.weight": torch.randn(64)}, []),
+    ],
+)
 def test_files_of_rwkv_peft_are_compared(tmp_path, tiny_state, tensors, flags):
     base, adapter, merged = tmp_path / "base.pth", tmp_path / "a.pth", tmp_path / "merged.pth"
     save_model(base, tiny_state())
@@ -106,12 +120,29 @@ def test_an_adapter_on_a_base_that_was_quantized_or_changed_is_compared_on_that(
         config = AdapterConfig(**{"rank": 8} | settings)
         inject(model, config)
         trained = dict(model.named_parameters()) | dict(model.named_buffers())
-        tensors = {name: t + 0.02 * torch.randn_like(t) * ("init" not in name) for name, t in trained.items() if adapter_parameter(name)}
+        tensors = {
+            name: t + 0.02 * torch.randn_like(t) * ("init" not in name)
+            for name, t in trained.items()
+            if adapter_parameter(name)
+        }
         base, adapter, merged = tmp_path / "base.pth", tmp_path / "adapter.safetensors", tmp_path / "merged.pth"
         save_model(base, state)
         save_adapter(adapter, tensors, AdapterMetadata.from_config(config, precision="bf16"))
-        assert merge_cli.main(["--base_model", str(base), "--bone_checkpoint", str(adapter), "--output", str(merged),
-                               "--output_dtype", "fp32"]) == 0
+        assert (
+            merge_cli.main(
+                [
+                    "--base_model",
+                    str(base),
+                    "--bone_checkpoint",
+                    str(adapter),
+                    "--output",
+                    str(merged),
+                    "--output_dtype",
+                    "fp32",
+                ]
+            )
+            == 0
+        )
         assert check(base, adapter, merged) == 0
         printed = capsys.readouterr().out
         assert ("onto the base as" in printed) == ("quant" in settings)

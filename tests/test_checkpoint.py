@@ -17,8 +17,18 @@ from rwkv_peft import pth
 from rwkv_peft.adapter_file import METADATA_KEY, VARIANTS
 from rwkv_peft.adapters import ADAPTERS
 from rwkv_peft.atomic import check_output
-from rwkv_peft.checkpoint import (Adapter, AdapterMetadata, atomic_write, fingerprint, load_adapter_into, load_base,
-                                  model_config_from_state, read_adapter, save_adapter, save_model)
+from rwkv_peft.checkpoint import (
+    Adapter,
+    AdapterMetadata,
+    atomic_write,
+    fingerprint,
+    load_adapter_into,
+    load_base,
+    model_config_from_state,
+    read_adapter,
+    save_adapter,
+    save_model,
+)
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.errors import UserError, exit_on_user_error
 from rwkv_peft.pth import stream_state
@@ -56,8 +66,9 @@ def test_load_base_gives_what_was_saved(tmp_path, tiny_state, dtype):
 
 
 def test_dimensions_come_from_the_shapes(tiny_state):
-    config = model_config_from_state(tiny_state(n_layer=3, n_embd=48, dim_att=32, dim_ffn=72, head_size=8, vocab_size=99,
-                                                maa_rank=5, decay_rank=7))
+    config = model_config_from_state(
+        tiny_state(n_layer=3, n_embd=48, dim_att=32, dim_ffn=72, head_size=8, vocab_size=99, maa_rank=5, decay_rank=7)
+    )
     assert (config.n_layer, config.n_embd, config.dim_att, config.dim_ffn) == (3, 48, 32, 72)
     assert (config.head_size, config.vocab_size, config.maa_rank, config.decay_rank) == (8, 99, 5, 7)
     assert config.n_head == 4
@@ -80,32 +91,38 @@ def renamed(old, new):
     return lambda state: {key.replace(old, new): tensor for key, tensor in state.items()}
 
 
-@pytest.mark.parametrize("change, message", [
-    (without("blocks.1.ffn.key.weight"), "1 missing tensors .blocks.1.ffn.key.weight"),
-    (with_entry("blocks.0.att.extra", torch.zeros(2)), "1 unexpected tensors .blocks.0.att.extra"),
-    (with_entry(f"{LAYER}.weight", torch.zeros(64, 60)), "blocks.0.att.key.weight has shape .64, 60."),
-    (with_entry("blocks.0.att.time_faaaa", torch.zeros(64)), "time_faaaa .heads, head size."),
-    (with_entry(f"{LAYER}.weight", torch.zeros(64, 64, dtype=torch.int8)), "int8.*not quantized"),
-    (with_entry(f"{LAYER}.bone", torch.zeros(4, 16, 16)), "never merged"),
-    (with_entry(f"{LAYER}.lora_A", torch.zeros(4, 16)), "never merged"),
-    (with_entry("epoch", 3), "entry 'epoch' is a int"),
-    (with_entry("blocks.0.att.time_state", torch.zeros(4, 16, 16)), "1 missing tensors .blocks.1.att.time_state"),
-    (with_entry("other.att.time_state", torch.zeros(4, 16, 16)), "1 unexpected tensors .other.att.time_state"),
-    (lambda state: state | {f"blocks.{i}.att.time_state": torch.ones(4, 16) for i in range(2)}, "has shape .4, 16.,"),
-    (lambda state: state | {f"blocks.{i}.att.time_state": torch.zeros(4, 16, 16) for i in range(2)}, None),
-    (renamed("time_maa", "time_mix"), "web-rwkv"),
-    (renamed("", ""), None),
-    (without("emb.weight"), "not an RWKV model"),
-    (lambda state: {f"model.{key}": tensor for key, tensor in state.items()}, "start with 'model.'"),
-    (lambda state: {"rwkv.embeddings.weight": state["emb.weight"]}, "Hugging Face"),
-    (lambda state: {"state_dict": state}, "flat dict"),
-    (lambda state: list(state.values()), "holds a list"),
-    (lambda state: {}, "empty dict"),
-    (lambda state: {"emb.weight": torch.zeros(4, 4), "blocks.0.att.x_r": torch.zeros(4)}, "RWKV-7"),
-    (lambda state: {"emb.weight": torch.zeros(4, 4), "blocks.0.att.gate.weight": torch.zeros(4)}, "RWKV-5"),
-    (lambda state: {"emb.weight": torch.zeros(4, 4), "blocks.0.att.time_first": torch.zeros(4)}, "RWKV-4"),
-    (lambda state: {f"{LAYER}.bone": torch.zeros(4, 4, 4)}, "an adapter, not a base model"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (without("blocks.1.ffn.key.weight"), "1 missing tensors .blocks.1.ffn.key.weight"),
+        (with_entry("blocks.0.att.extra", torch.zeros(2)), "1 unexpected tensors .blocks.0.att.extra"),
+        (with_entry(f"{LAYER}.weight", torch.zeros(64, 60)), "blocks.0.att.key.weight has shape .64, 60."),
+        (with_entry("blocks.0.att.time_faaaa", torch.zeros(64)), "time_faaaa .heads, head size."),
+        (with_entry(f"{LAYER}.weight", torch.zeros(64, 64, dtype=torch.int8)), "int8.*not quantized"),
+        (with_entry(f"{LAYER}.bone", torch.zeros(4, 16, 16)), "never merged"),
+        (with_entry(f"{LAYER}.lora_A", torch.zeros(4, 16)), "never merged"),
+        (with_entry("epoch", 3), "entry 'epoch' is a int"),
+        (with_entry("blocks.0.att.time_state", torch.zeros(4, 16, 16)), "1 missing tensors .blocks.1.att.time_state"),
+        (with_entry("other.att.time_state", torch.zeros(4, 16, 16)), "1 unexpected tensors .other.att.time_state"),
+        (
+            lambda state: state | {f"blocks.{i}.att.time_state": torch.ones(4, 16) for i in range(2)},
+            "has shape .4, 16.,",
+        ),
+        (lambda state: state | {f"blocks.{i}.att.time_state": torch.zeros(4, 16, 16) for i in range(2)}, None),
+        (renamed("time_maa", "time_mix"), "web-rwkv"),
+        (renamed("", ""), None),
+        (without("emb.weight"), "not an RWKV model"),
+        (lambda state: {f"model.{key}": tensor for key, tensor in state.items()}, "start with 'model.'"),
+        (lambda state: {"rwkv.embeddings.weight": state["emb.weight"]}, "Hugging Face"),
+        (lambda state: {"state_dict": state}, "flat dict"),
+        (lambda state: list(state.values()), "holds a list"),
+        (lambda state: {}, "empty dict"),
+        (lambda state: {"emb.weight": torch.zeros(4, 4), "blocks.0.att.x_r": torch.zeros(4)}, "RWKV-7"),
+        (lambda state: {"emb.weight": torch.zeros(4, 4), "blocks.0.att.gate.weight": torch.zeros(4)}, "RWKV-5"),
+        (lambda state: {"emb.weight": torch.zeros(4, 4), "blocks.0.att.time_first": torch.zeros(4)}, "RWKV-4"),
+        (lambda state: {f"{LAYER}.bone": torch.zeros(4, 4, 4)}, "an adapter, not a base model"),
+    ],
+)
 def test_load_base_refuses_what_is_not_a_base(tmp_path, tiny_state, change, message):
     torch.save(change(tiny_state()), tmp_path / "base.pth")
     if message is None:
@@ -115,9 +132,15 @@ def test_load_base_refuses_what_is_not_a_base(tmp_path, tiny_state, change, mess
         load_base(tmp_path / "base.pth")
 
 
-@pytest.mark.parametrize("name, message", [
-    ("m.st", "convert .*m.st model.pth"), ("m.safetensors", "convert"), ("m.gguf", "the .pth that it was made of"),
-    ("hf", "a Hugging Face folder.*convert")])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("m.st", "convert .*m.st model.pth"),
+        ("m.safetensors", "convert"),
+        ("m.gguf", "the .pth that it was made of"),
+        ("hf", "a Hugging Face folder.*convert"),
+    ],
+)
 def test_other_formats_name_the_converter(tmp_path, name, message):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("{}")
@@ -125,12 +148,15 @@ def test_other_formats_name_the_converter(tmp_path, name, message):
         load_base(tmp_path / name)
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"", "empty"),
-    (b"hello world, this is no checkpoint", "neither a zip archive nor a pickle"),
-    (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
-    (b"\x80\x02garbage", "damaged|cannot be read"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "empty"),
+        (b"hello world, this is no checkpoint", "neither a zip archive nor a pickle"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        (b"\x80\x02garbage", "damaged|cannot be read"),
+    ],
+)
 def test_files_of_other_content_are_refused(tmp_path, content, message):
     (tmp_path / "base.pth").write_bytes(content)
     with pytest.raises(UserError, match=message):
@@ -146,13 +172,16 @@ def test_a_truncated_file_is_refused(base, keep):
         load_base(path)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda weight: weight.to(torch.float8_e4m3fn), "is float8_e4m3fn"),
-    (lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8), "is qint8"),
-    (lambda weight: weight.to_sparse(), "is sparse"),
-    (lambda weight: weight.to("meta"), "is without its data"),
-    (lambda weight: weight.to(torch.int8), "is int8"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda weight: weight.to(torch.float8_e4m3fn), "is float8_e4m3fn"),
+        (lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8), "is qint8"),
+        (lambda weight: weight.to_sparse(), "is sparse"),
+        (lambda weight: weight.to("meta"), "is without its data"),
+        (lambda weight: weight.to(torch.int8), "is int8"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore")  # torch's, on what it will deprecate
 def test_tensors_that_are_no_weights_are_refused(base, change, message):
     path, state = base
@@ -219,8 +248,13 @@ def test_fingerprint_knows_values_and_not_dtype_or_order(tiny_state):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64])
 def test_streamed_pth_is_what_torch_save_would_give(tmp_path, dtype):
-    state = {"b": torch.arange(35).view(5, 7).to(dtype), "a": torch.arange(3).to(dtype)[None], "t": torch.ones(6, 4, dtype=dtype).T,
-             "scalar": torch.tensor(2).to(dtype), "none": torch.empty(0, 3, dtype=dtype)}
+    state = {
+        "b": torch.arange(35).view(5, 7).to(dtype),
+        "a": torch.arange(3).to(dtype)[None],
+        "t": torch.ones(6, 4, dtype=dtype).T,
+        "scalar": torch.tensor(2).to(dtype),
+        "none": torch.empty(0, 3, dtype=dtype),
+    }
     save_model(tmp_path / "m.pth", state)
     for mapped in (True, False):
         loaded = torch.load(tmp_path / "m.pth", weights_only=True, mmap=mapped)
@@ -236,7 +270,12 @@ def test_streamed_pth_is_what_torch_save_would_give(tmp_path, dtype):
 
 def test_streaming_refuses_a_tensor_that_was_not_announced(tmp_path):
     specs = {"a": TensorSpec((2,), torch.float32)}
-    for tensors in ([("a", torch.zeros(3))], [("b", torch.zeros(2))], [], [("a", torch.zeros(2)), ("b", torch.zeros(2))]):
+    for tensors in (
+        [("a", torch.zeros(3))],
+        [("b", torch.zeros(2))],
+        [],
+        [("a", torch.zeros(2)), ("b", torch.zeros(2))],
+    ):
         with pytest.raises(ValueError):
             write_pth(tmp_path / "m.pth", specs, tensors)
 
@@ -254,10 +293,15 @@ def test_atomic_write_replaces_or_leaves_untouched(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"),
-                                   RuntimeError("I/O error: No space left on device (os error 28)"),
-                                   OSError("128000 requested and 68544 written"),
-                                   RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+        OSError("128000 requested and 68544 written"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+    ],
+)
 def test_a_full_disk_is_told_in_words(tmp_path, error):
     (tmp_path / "file").write_text("old")
     with pytest.raises(UserError, match="disk"), atomic_write(tmp_path / "file") as temporary:
@@ -266,22 +310,33 @@ def test_a_full_disk_is_told_in_words(tmp_path, error):
     assert (tmp_path / "file").read_text() == "old" and os.listdir(tmp_path) == ["file"]
 
 
-@pytest.mark.parametrize("error, reason", [
-    (OSError(errno.EROFS, "Read-only file system"), "no permission to write there .read-only"),
-    (OSError(errno.EFBIG, "File too large"), "file too large"),
-    (OSError(errno.EIO, "Input/output error", "/elsewhere/input.pth"), "input/output error ./elsewhere/input.pth."),
-    (RuntimeError("I/O error: File too large (os error 27)"), "file too large"),
-    (OSError("a message without a number"), "a message without a number"),
-])
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (OSError(errno.EROFS, "Read-only file system"), "no permission to write there .read-only"),
+        (OSError(errno.EFBIG, "File too large"), "file too large"),
+        (OSError(errno.EIO, "Input/output error", "/elsewhere/input.pth"), "input/output error ./elsewhere/input.pth."),
+        (RuntimeError("I/O error: File too large (os error 27)"), "file too large"),
+        (OSError("a message without a number"), "a message without a number"),
+    ],
+)
 def test_every_failure_to_write_is_told_in_words(tmp_path, error, reason):
     with pytest.raises(UserError, match=f"cannot write .*file: {reason}"), atomic_write(tmp_path / "file"):
         raise error
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("name, reason", [("plain/x.pth", "a file stands where"), ("plain/deeper/x.pth", "a file stands where"),
-                                          ("x" * 300, "file name too long"), ("/proc/x.pth", "no such file|no permission"),
-                                          ("/dev/null", "is a device"), (".", "is a folder")])
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("plain/x.pth", "a file stands where"),
+        ("plain/deeper/x.pth", "a file stands where"),
+        ("x" * 300, "file name too long"),
+        ("/proc/x.pth", "no such file|no permission"),
+        ("/dev/null", "is a device"),
+        (".", "is a folder"),
+    ],
+)
 @pytest.mark.parametrize("writing", [True, False])
 def test_names_that_cannot_be_written_are_refused(tmp_path, name, reason, writing):
     (tmp_path / "plain").write_text("a plain file")
@@ -322,22 +377,30 @@ def test_adapter_files_carry_what_they_are(tmp_path):
     adapter = read_adapter(tmp_path / "a.safetensors")
     assert adapter.metadata == metadata and metadata.variant == "bat-out" and metadata.base_fingerprint == "abc"
     assert json.loads(adapter.metadata.config)["rank"] == 16
-    assert set(adapter.tensors) == set(tensors) and all(torch.equal(adapter.tensors[key], tensors[key]) for key in tensors)
+    assert set(adapter.tensors) == set(tensors) and all(
+        torch.equal(adapter.tensors[key], tensors[key]) for key in tensors
+    )
     assert set(adapter.modules()) == {LAYER} and set(adapter.whole()) == {"blocks.0.ln1.weight"}
     with pytest.raises(UserError, match="is a bat-out adapter, not bat-in"):
         read_adapter(tmp_path / "a.safetensors", mode="bat-in")
 
 
-@pytest.mark.parametrize("variant, flags, words", [
-    ("lora", {"alpha": 8.0}, None),
-    ("lora", {"alpha": 128.0}, "--lora_alpha 128 contradicts .* trained with 8 "),
-    ("lora", {"init": "init_pissa.pth"}, "--lora_init init_pissa.pth is for RWKV-PEFT's PiSSA files"),
-    ("bone", {"alpha": 8.0}, "--lora_alpha 8 is LoRA's, and .* is a bone adapter"),
-])
+@pytest.mark.parametrize(
+    "variant, flags, words",
+    [
+        ("lora", {"alpha": 8.0}, None),
+        ("lora", {"alpha": 128.0}, "--lora_alpha 128 contradicts .* trained with 8 "),
+        ("lora", {"init": "init_pissa.pth"}, "--lora_init init_pissa.pth is for RWKV-PEFT's PiSSA files"),
+        ("bone", {"alpha": 8.0}, "--lora_alpha 8 is LoRA's, and .* is a bone adapter"),
+    ],
+)
 def test_lora_flags_must_agree_with_a_file_that_says_what_it_is(tmp_path, variant, flags, words):
     names = ("bone",) if variant == "bone" else ("lora_A", "lora_B")
-    save_adapter(tmp_path / "a.safetensors", {f"blocks.0.att.key.{name}": torch.ones(4, 4) for name in names},
-                 AdapterMetadata(variant, rank=4, scale=2.0))
+    save_adapter(
+        tmp_path / "a.safetensors",
+        {f"blocks.0.att.key.{name}": torch.ones(4, 4) for name in names},
+        AdapterMetadata(variant, rank=4, scale=2.0),
+    )
     if words is None:
         assert read_adapter(tmp_path / "a.safetensors", **flags).metadata.scale == 2.0
     else:
@@ -365,12 +428,19 @@ def test_adapter_files_that_are_wrong_are_refused(tmp_path):
         read_adapter(tmp_path / "none.safetensors")
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"variant": None}, "variant = None"), ({"variant": "dora"}, "variant = 'dora', and one of bone,"),
-    ({"quant": "q4"}, "quant = 'q4'"), ({"rank": "x"}, "rank = 'x'"), ({"rank": True}, "rank = True"),
-    ({"scale": float("nan")}, "scale = nan"), ({"targets": "att.key"}, "targets = 'att.key'"),
-    ({"base_fingerprint": 3}, "base_fingerprint = 3"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"variant": None}, "variant = None"),
+        ({"variant": "dora"}, "variant = 'dora', and one of bone,"),
+        ({"quant": "q4"}, "quant = 'q4'"),
+        ({"rank": "x"}, "rank = 'x'"),
+        ({"rank": True}, "rank = True"),
+        ({"scale": float("nan")}, "scale = nan"),
+        ({"targets": "att.key"}, "targets = 'att.key'"),
+        ({"base_fingerprint": 3}, "base_fingerprint = 3"),
+    ],
+)
 def test_adapter_descriptions_that_are_broken_are_refused(tmp_path, changes, message):
     from safetensors.torch import save_file
 
@@ -401,13 +471,16 @@ def test_loading_an_adapter_accounts_for_every_key():
     assert torch.equal(model.key.bone, tensors["key.bone"]) and torch.equal(model.ln.weight, tensors["ln.weight"])
 
 
-@pytest.mark.parametrize("tensors, message", [
-    ({}, "matches nothing"),
-    ({"model.key.bone": torch.ones(2, 4)}, "matches nothing"),
-    ({"ln.weight": torch.ones(4)}, "matches nothing"),
-    ({"key.bone": torch.ones(2, 4), "value.bone": torch.ones(2, 4)}, "without a place"),
-    ({"key.bone": torch.ones(4, 4)}, "has shape"),
-])
+@pytest.mark.parametrize(
+    "tensors, message",
+    [
+        ({}, "matches nothing"),
+        ({"model.key.bone": torch.ones(2, 4)}, "matches nothing"),
+        ({"ln.weight": torch.ones(4)}, "matches nothing"),
+        ({"key.bone": torch.ones(2, 4), "value.bone": torch.ones(2, 4)}, "without a place"),
+        ({"key.bone": torch.ones(4, 4)}, "has shape"),
+    ],
+)
 def test_an_adapter_that_does_not_fit_is_refused_before_anything_changes(tensors, message):
     model = adapted_model()
     with pytest.raises(UserError, match=message):

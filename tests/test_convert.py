@@ -8,13 +8,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from rwkv_peft.checkpoint import AdapterMetadata, load_base, model_config_from_state, read_adapter, save_adapter, save_model
+from rwkv_peft.checkpoint import (
+    AdapterMetadata,
+    load_base,
+    model_config_from_state,
+    read_adapter,
+    save_adapter,
+    save_model,
+)
 from rwkv_peft.convert import main, vocabulary
 from rwkv_peft.errors import UserError
 from rwkv_peft.gguf_file import write_gguf
 from rwkv_peft.names import from_hf, from_web, to_hf, to_web
-from rwkv_peft.safetensors_writer import write_safetensors
 from rwkv_peft.pth_writer import TensorSpec
+from rwkv_peft.safetensors_writer import write_safetensors
 
 
 def convert(*words):
@@ -23,7 +30,8 @@ def convert(*words):
 
 def same(left, right):
     return list(left) == list(right) and all(
-        left[key].dtype == right[key].dtype and torch.equal(left[key], right[key]) for key in left)
+        left[key].dtype == right[key].dtype and torch.equal(left[key], right[key]) for key in left
+    )
 
 
 @pytest.fixture
@@ -56,7 +64,7 @@ def test_safetensors_has_the_layout_of_web_rwkv(tmp_path, model):
     path, state = model
     convert(path, tmp_path / "m.st")
     with safe_open(tmp_path / "m.st", framework="pt") as file:
-        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}
+        assert {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118 == {torch.float16}
         for official, other in (("time_maa_w1", "time_mix_w1"), ("time_maa_w2", "time_mix_w2"), ("time_decay_w1",) * 2):
             expected = state[f"blocks.1.att.{official}"].transpose(-1, -2).half()
             assert torch.equal(file.get_tensor(f"blocks.1.att.{other}"), expected)
@@ -66,7 +74,9 @@ def test_safetensors_has_the_layout_of_web_rwkv(tmp_path, model):
 
 def test_a_streamed_safetensors_is_read_by_its_library(tmp_path):
     tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.ones(3).half(), "t": torch.randn(4, 2).bfloat16().T}
-    write_safetensors(tmp_path / "s", {key: TensorSpec.of(t) for key, t in tensors.items()}, tensors.items(), {"note": "x"})
+    write_safetensors(
+        tmp_path / "s", {key: TensorSpec.of(t) for key, t in tensors.items()}, tensors.items(), {"note": "x"}
+    )
     with safe_open(tmp_path / "s", framework="pt") as file:
         assert file.metadata() == {"note": "x"}
         assert all(torch.equal(file.get_tensor(key), tensor) for key, tensor in tensors.items())
@@ -97,19 +107,24 @@ def test_time_states_swap_both_ways(tmp_path):
     save_model(tmp_path / "s.pth", states)
     convert(tmp_path / "s.pth", tmp_path / "s.state")
     with safe_open(tmp_path / "s.state", framework="pt") as file:
-        assert torch.equal(file.get_tensor("blocks.2.att.time_state"), states["blocks.2.att.time_state"].transpose(1, 2))
+        assert torch.equal(
+            file.get_tensor("blocks.2.att.time_state"), states["blocks.2.att.time_state"].transpose(1, 2)
+        )
     convert(tmp_path / "s.state", tmp_path / "back.pth")
     assert same(dict(sorted(torch.load(tmp_path / "back.pth", weights_only=True).items())), states)
 
 
-@pytest.mark.parametrize("states, message", [
-    ({0: torch.zeros(2, 8, 8), 2: torch.zeros(2, 8, 8)}, "2 time states and no blocks.1.att.time_state"),
-    ({0: torch.zeros(2, 8, 8), 1: torch.zeros(2, 4, 4)}, r"blocks.1.att.time_state has shape \(2, 4, 4\)"),
-    ({0: torch.zeros(2, 4, 8)}, "head size, head size"),
-    ({0: torch.zeros(8, 8)}, "head size, head size"),
-    ({0: torch.tensor(0.0)}, "head size, head size"),
-    ({0: torch.zeros(2, 8, 8, dtype=torch.int64)}, "int64; bfloat16, float16 or float32 is due"),
-])
+@pytest.mark.parametrize(
+    "states, message",
+    [
+        ({0: torch.zeros(2, 8, 8), 2: torch.zeros(2, 8, 8)}, "2 time states and no blocks.1.att.time_state"),
+        ({0: torch.zeros(2, 8, 8), 1: torch.zeros(2, 4, 4)}, r"blocks.1.att.time_state has shape \(2, 4, 4\)"),
+        ({0: torch.zeros(2, 4, 8)}, "head size, head size"),
+        ({0: torch.zeros(8, 8)}, "head size, head size"),
+        ({0: torch.tensor(0.0)}, "head size, head size"),
+        ({0: torch.zeros(2, 8, 8, dtype=torch.int64)}, "int64; bfloat16, float16 or float32 is due"),
+    ],
+)
 def test_time_states_that_fit_no_model_are_refused(tmp_path, states, message):
     torch.save({f"blocks.{i}.att.time_state": tensor for i, tensor in states.items()}, tmp_path / "s.pth")
     with pytest.raises(UserError, match=message):
@@ -135,8 +150,10 @@ def test_gguf_holds_the_weights(tmp_path, tiny_state, kind, exact):
     state = tiny_state(dtype=torch.bfloat16)
     write_gguf(tmp_path / "m.gguf", state, model_config_from_state(state), kind, vocabulary(80))
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
-    found = {tensor.name: torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
-             for tensor in reader.tensors}
+    found = {
+        tensor.name: torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        for tensor in reader.tensors
+    }
 
     def check(name, expected, error):
         assert found[name].flatten().numel() == expected.numel()
@@ -182,17 +199,25 @@ def test_adapters_go_to_rwkv_peft_and_back(tmp_path):
 def test_a_lora_export_tells_its_alpha_and_a_pissa_export_its_init_file(tmp_path, capsys):
     factors = {"blocks.0.att.key.lora_A": torch.randn(4, 64), "blocks.0.att.key.lora_B": torch.randn(64, 4)}
     initial = {key.replace(".lora_", ".init_lora_"): tensor for key, tensor in factors.items()}
-    for variant, tensors, words in (("lora", factors, "it is 6; give it"),
-                                    ("olora", factors | initial, "init_olora.pth as the init file")):
+    for variant, tensors, words in (
+        ("lora", factors, "it is 6; give it"),
+        ("olora", factors | initial, "init_olora.pth as the init file"),
+    ):
         save_adapter(tmp_path / "a.safetensors", tensors, AdapterMetadata(variant, rank=4, scale=1.5))
         convert(tmp_path / "a.safetensors", tmp_path / f"{variant}.pth")
         assert words in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("source, flag, output", [
-    ("flat.pth", "--base_model", "model.pth"), ("flat.pth", "--base_model", "link.pth"),
-    ("pissa.pth", "--lora_init", "init.pth"), ("hf/model.safetensors", None, "hf"), ("hf", None, "hf/model.safetensors"),
-])
+@pytest.mark.parametrize(
+    "source, flag, output",
+    [
+        ("flat.pth", "--base_model", "model.pth"),
+        ("flat.pth", "--base_model", "link.pth"),
+        ("pissa.pth", "--lora_init", "init.pth"),
+        ("hf/model.safetensors", None, "hf"),
+        ("hf", None, "hf/model.safetensors"),
+    ],
+)
 def test_no_input_is_overwritten(tmp_path, model, source, flag, output):
     path, _ = model
     (tmp_path / "link.pth").symlink_to(path)
@@ -208,8 +233,14 @@ def test_no_input_is_overwritten(tmp_path, model, source, flag, output):
 
 
 @pytest.mark.parametrize("target", ["x.pth", "x.safetensors", "x.st", "x.gguf"])
-@pytest.mark.parametrize("tensors", [{"bone": torch.ones(8, 64)}, {"disha": torch.ones(8, 64)},
-                                     {"lora_A": torch.ones(8, 64), "lora_B": torch.ones(64, 8)}])
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"bone": torch.ones(8, 64)},
+        {"disha": torch.ones(8, 64)},
+        {"lora_A": torch.ones(8, 64), "lora_B": torch.ones(64, 8)},
+    ],
+)
 def test_a_model_beside_an_unmerged_adapter_is_refused(tmp_path, model, target, tensors):
     path, state = model
     torch.save(state | {f"blocks.0.att.key.{name}": tensor for name, tensor in tensors.items()}, path)
@@ -218,16 +249,19 @@ def test_a_model_beside_an_unmerged_adapter_is_refused(tmp_path, model, target, 
     assert os.listdir(tmp_path) == ["model.pth"]
 
 
-@pytest.mark.parametrize("source, target, message", [
-    ("model.gguf", "x.pth", "written here and not read"),
-    ("square.pth", "x.safetensors", "give --base_model, whose layers' shapes may tell, or --bone_mode"),
-    ("model.pth", "junk.st/x.st", "a file stands where"),
-    ("none.pth", "x.st", "does not exist"),
-    ("model.pth", "model.pth", "given as the input, which must not be overwritten"),
-    ("model.pth", "x.bin", "names no format"),
-    ("junk.st", "x.pth", "not a readable safetensors"),
-    ("empty", "x.pth", "without .safetensors files"),
-])
+@pytest.mark.parametrize(
+    "source, target, message",
+    [
+        ("model.gguf", "x.pth", "written here and not read"),
+        ("square.pth", "x.safetensors", "give --base_model, whose layers' shapes may tell, or --bone_mode"),
+        ("model.pth", "junk.st/x.st", "a file stands where"),
+        ("none.pth", "x.st", "does not exist"),
+        ("model.pth", "model.pth", "given as the input, which must not be overwritten"),
+        ("model.pth", "x.bin", "names no format"),
+        ("junk.st", "x.pth", "not a readable safetensors"),
+        ("empty", "x.pth", "without .safetensors files"),
+    ],
+)
 def test_what_cannot_be_converted_is_refused(tmp_path, model, source, target, message):
     (tmp_path / "junk.st").write_bytes(b"junk")
     (tmp_path / "empty").mkdir()

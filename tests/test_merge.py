@@ -12,8 +12,17 @@ from safetensors.torch import save_file
 
 from rwkv_peft import merge_cli
 from rwkv_peft.adapters import delta, inject
-from rwkv_peft.checkpoint import (Adapter, AdapterMetadata, fingerprint, load_adapter_into, load_base,
-                                  model_config_from_state, read_adapter, save_adapter, save_model)
+from rwkv_peft.checkpoint import (
+    Adapter,
+    AdapterMetadata,
+    fingerprint,
+    load_adapter_into,
+    load_base,
+    model_config_from_state,
+    read_adapter,
+    save_adapter,
+    save_model,
+)
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.errors import UserError
 from rwkv_peft.foreign import write_rwkv_peft
@@ -38,16 +47,29 @@ def params_of(variant, out, inner, rank=RANK, std=0.05, seed=0):
     if variant in ("bat-in", "bat-out"):
         return {"bone": random((inner if variant == "bat-in" else out) // rank, rank, rank)}
     factors = {"lora_A": random(rank, inner), "lora_B": random(out, rank)}
-    return factors if variant == "lora" else factors | {"init_lora_A": random(rank, inner), "init_lora_B": random(out, rank)}
+    return (
+        factors
+        if variant == "lora"
+        else factors | {"init_lora_A": random(rank, inner), "init_lora_B": random(out, rank)}
+    )
 
 
 def adapter_of(variant, base, targets=TARGETS, seed=0, **changes):
     """{key: tensor} and metadata of a random adapter on a base."""
-    modules = [key.removesuffix(".weight") for key in base if key.endswith(tuple(f"{target}.weight" for target in targets))]
-    tensors = {f"{module}.{name}": tensor for number, module in enumerate(modules)
-               for name, tensor in params_of(variant, *base[f"{module}.weight"].shape, seed=seed + number).items()}
-    values = {"variant": variant, "rank": RANK, "scale": 0.5 if "lora" in variant or variant == "pissa" else 1.0,
-              "base_fingerprint": fingerprint(base)} | changes
+    modules = [
+        key.removesuffix(".weight") for key in base if key.endswith(tuple(f"{target}.weight" for target in targets))
+    ]
+    tensors = {
+        f"{module}.{name}": tensor
+        for number, module in enumerate(modules)
+        for name, tensor in params_of(variant, *base[f"{module}.weight"].shape, seed=seed + number).items()
+    }
+    values = {
+        "variant": variant,
+        "rank": RANK,
+        "scale": 0.5 if "lora" in variant or variant == "pissa" else 1.0,
+        "base_fingerprint": fingerprint(base),
+    } | changes
     return tensors, AdapterMetadata(**values)
 
 
@@ -60,7 +82,15 @@ def folder(tmp_path, tiny_state):
 
 def run(folder, *flags, adapter="a.safetensors", output="merged.pth"):
     """Run merge_bone.py's main inside the folder; returns the merged state dict."""
-    argv = ["--base_model", folder / "base.pth", "--bone_checkpoint", folder / adapter, "--output", folder / output, *flags]
+    argv = [
+        "--base_model",
+        folder / "base.pth",
+        "--bone_checkpoint",
+        folder / adapter,
+        "--output",
+        folder / output,
+        *flags,
+    ]
     assert merge_cli.main([str(word) for word in argv]) == 0
     return load_base(folder / output)
 
@@ -93,7 +123,8 @@ def test_output_has_the_base_keys_order_shapes_and_dtypes(tmp_path, tiny_state, 
     save_adapter(tmp_path / "a.safetensors", *adapter_of("bat-in", base))
     merged = run(tmp_path)
     assert [(key, tensor.shape, tensor.dtype) for key, tensor in merged.items()] == [
-        (key, tensor.shape, tensor.dtype) for key, tensor in base.items()]
+        (key, tensor.shape, tensor.dtype) for key, tensor in base.items()
+    ]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -125,7 +156,10 @@ def test_merging_leaves_its_inputs_alone(tiny_state):
     tensors |= {"blocks.0.ln1.weight": torch.ones(64)}
     before = {key: tensor.clone() for key, tensor in (base | tensors).items()}
     merge_state_dict(base, [("a", Adapter(tensors, metadata))])
-    assert all(torch.equal(before[key], tensor) for key, tensor in (tensors | {k: base[k] for k in base if k not in tensors}).items())
+    assert all(
+        torch.equal(before[key], tensor)
+        for key, tensor in (tensors | {k: base[k] for k in base if k not in tensors}).items()
+    )
     assert not torch.equal(base["blocks.0.ln1.weight"], torch.ones(64))
 
 
@@ -155,9 +189,20 @@ def test_several_adapters_apply_in_order(folder):
     first = run(folder, "--output_dtype", "fp32", output="first.pth")
     tensors, metadata = adapter_of("bat-out", base, seed=5)
     between = run(folder, output="between.pth")  # what the second adapter's training started from
-    save_adapter(folder / "b.safetensors", tensors, AdapterMetadata("bat-out", RANK, base_fingerprint=fingerprint(between)))
-    argv = ["--base_model", folder / "base.pth", "--bone_checkpoint", folder / "a.safetensors", folder / "b.safetensors",
-            "--output", folder / "both.pth", "--output_dtype", "fp32"]
+    save_adapter(
+        folder / "b.safetensors", tensors, AdapterMetadata("bat-out", RANK, base_fingerprint=fingerprint(between))
+    )
+    argv = [
+        "--base_model",
+        folder / "base.pth",
+        "--bone_checkpoint",
+        folder / "a.safetensors",
+        folder / "b.safetensors",
+        "--output",
+        folder / "both.pth",
+        "--output_dtype",
+        "fp32",
+    ]
     merge_cli.main([str(word) for word in argv])
     both = load_base(folder / "both.pth")
     expected = merge_state_dict(first, [("b", Adapter(tensors, metadata))])
@@ -185,11 +230,17 @@ def test_time_states_are_added_at_the_end(folder):
     assert torch.equal(merged["blocks.1.att.time_state"], states["blocks.1.att.time_state"].bfloat16())
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda states: dict(list(states.items())[:1]), "time states of 1 of the model's 2 layers.*blocks.1.att.time_state"),
-    (lambda states: {key: tensor[:1] for key, tensor in states.items()}, "has shape .1, 16, 16."),
-    (lambda states: states | {"blocks.5.att.time_state": torch.ones(4, 16, 16)}, "no place in the base"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda states: dict(list(states.items())[:1]),
+            "time states of 1 of the model's 2 layers.*blocks.1.att.time_state",
+        ),
+        (lambda states: {key: tensor[:1] for key, tensor in states.items()}, "has shape .1, 16, 16."),
+        (lambda states: states | {"blocks.5.att.time_state": torch.ones(4, 16, 16)}, "no place in the base"),
+    ],
+)
 def test_time_states_are_for_every_layer(folder, change, message):
     torch.save(change({f"blocks.{i}.att.time_state": torch.randn(4, 16, 16) for i in range(2)}), folder / "state.pth")
     with pytest.raises(UserError, match=message):
@@ -204,17 +255,20 @@ def foreign(tensors, rename):
     return {key.replace(".bone", rename): tensor for key, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("variant, suffix, targets, mode", [
-    ("bat-in", ".bone", TARGETS, None),
-    ("bat-out", ".bone", TARGETS, None),
-    ("bat-in", ".bone", ("att.key",), "bat"),
-    ("bat-in", ".bone", ("att.key",), "bat-in"),
-    ("bat-out", ".bone", ("att.key",), "bat-out"),
-    ("bat-in", ".disha", ("att.key",), None),
-    ("bone", ".bone", TARGETS, None),
-    ("bone", ".disha", TARGETS, None),
-    ("oldest", ".bone", TARGETS, None),
-])
+@pytest.mark.parametrize(
+    "variant, suffix, targets, mode",
+    [
+        ("bat-in", ".bone", TARGETS, None),
+        ("bat-out", ".bone", TARGETS, None),
+        ("bat-in", ".bone", ("att.key",), "bat"),
+        ("bat-in", ".bone", ("att.key",), "bat-in"),
+        ("bat-out", ".bone", ("att.key",), "bat-out"),
+        ("bat-in", ".disha", ("att.key",), None),
+        ("bone", ".bone", TARGETS, None),
+        ("bone", ".disha", TARGETS, None),
+        ("oldest", ".bone", TARGETS, None),
+    ],
+)
 def test_flat_files_of_rwkv_peft_merge(folder, variant, suffix, targets, mode):
     base = load_base(folder / "base.pth")
     actual = "bat-out" if variant == "oldest" else variant
@@ -250,7 +304,7 @@ def test_lora_and_pissa_files_of_rwkv_peft_merge(folder):
     merged = run(folder, "--lora_init", folder / "init_p.pth", adapter="p.pth")
     expected = merge_state_dict(base, [("a", Adapter(tensors, metadata))])
     assert all(torch.equal(merged[key], expected[key]) for key in base)
-    torch.save({key: tensor for key, tensor in list(load_flat(folder / "init_p.pth").items())[:-1]}, folder / "short.pth")
+    torch.save(dict(list(load_flat(folder / "init_p.pth").items())[:-1]), folder / "short.pth")
     with pytest.raises(UserError, match="is not the init file"):
         run(folder, "--lora_init", folder / "short.pth", adapter="p.pth")
 
@@ -313,10 +367,21 @@ def test_export_refuses_what_rwkv_peft_does_not_have(folder):
         write_rwkv_peft(folder / "flat.pth", Adapter(tensors, metadata))
 
 
-@pytest.mark.parametrize("kind, init, variant", [
-    ("BONE", True, "bone"), ("BONE", "bat", "bat-out"), ("BONE", True, "bat-out"),
-    ("BONE", "bat-in", "bat-in"), ("BONE", "bat-out", "bat-out"), ("BONE", False, "bone"),
-    ("MISS", True, "bone"), ("MISS", "bat", "bat-out"), ("MISS", "mini", "bone-mini"), ("LORA", True, "lora")])
+@pytest.mark.parametrize(
+    "kind, init, variant",
+    [
+        ("BONE", True, "bone"),
+        ("BONE", "bat", "bat-out"),
+        ("BONE", True, "bat-out"),
+        ("BONE", "bat-in", "bat-in"),
+        ("BONE", "bat-out", "bat-out"),
+        ("BONE", False, "bone"),
+        ("MISS", True, "bone"),
+        ("MISS", "bat", "bat-out"),
+        ("MISS", "mini", "bone-mini"),
+        ("LORA", True, "lora"),
+    ],
+)
 @pytest.mark.parametrize("official", [True, False])
 def test_folders_of_hugging_face_peft_merge(folder, kind, init, variant, official):
     base = load_base(folder / "base.pth")
@@ -331,7 +396,11 @@ def write_hf_folder(folder, tensors, config, official=True):
     """A folder hf as peft saves it; config is added to what every one here says."""
     kind, peft = config["peft_type"], {}
     for key, tensor in tensors.items():
-        key = key.replace(".bone", f".{kind.lower()}_block").replace("lora_A", "lora_A.weight").replace("lora_B", "lora_B.weight")
+        key = (
+            key.replace(".bone", f".{kind.lower()}_block")
+            .replace("lora_A", "lora_A.weight")
+            .replace("lora_B", "lora_B.weight")
+        )
         if not official:
             key = "rwkv." + key.replace(".att.", ".attention.").replace(".ffn.", ".feed_forward.")
         peft[f"base_model.model.{key}"] = tensor
@@ -342,33 +411,41 @@ def write_hf_folder(folder, tensors, config, official=True):
     (folder / "hf" / "adapter_config.json").write_text(json.dumps(given))
 
 
-@pytest.mark.parametrize("config, message", [
-    ({"peft_type": "IA3", "r": 4}, "IA3 adapter"),
-    ({"peft_type": "LORA", "r": 4, "lora_alpha": 4, "use_dora": True}, "use_dora"),
-    ({"peft_type": "LORA", "r": 4, "lora_alpha": 4, "init_lora_weights": "pissa"}, "pissa"),
-    (None, r"^\S+adapter_config.json does not exist"),
-])
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"peft_type": "IA3", "r": 4}, "IA3 adapter"),
+        ({"peft_type": "LORA", "r": 4, "lora_alpha": 4, "use_dora": True}, "use_dora"),
+        ({"peft_type": "LORA", "r": 4, "lora_alpha": 4, "init_lora_weights": "pissa"}, "pissa"),
+        (None, r"^\S+adapter_config.json does not exist"),
+    ],
+)
 def test_folders_that_cannot_be_merged_are_refused(folder, config, message):
     (folder / "hf").mkdir()
-    save_file({"base_model.model.blocks.0.att.key.bone_block": torch.ones(4, 64)}, folder / "hf" / "adapter_model.safetensors")
+    save_file(
+        {"base_model.model.blocks.0.att.key.bone_block": torch.ones(4, 64)}, folder / "hf" / "adapter_model.safetensors"
+    )
     if config:
         (folder / "hf" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=message):
         run(folder, adapter="hf")
 
 
-@pytest.mark.parametrize("variant, config, message", [
-    ("bone", {"init_weights": "bat-in"}, "goes with tensors of 3 dimensions"),
-    ("bat-in", {"init_weights": "mini"}, "goes with tensors of 2 dimensions"),
-    ("bone", {"init_weights": "ortho"}, "init_weights is 'ortho'"),
-    ("bone", {"r": 64}, "and r is 64"),
-    ("bone", {"r": "none"}, "r = None"),
-    ("lora", {"peft_type": "LORA", "r": True}, "r = True"),
-    ("lora", {"peft_type": "LORA", "lora_alpha": "none"}, "lora_alpha = None"),
-    ("lora", {"peft_type": "LORA", "lora_alpha": float("inf")}, "lora_alpha = inf"),
-    ("lora", {"peft_type": "LORA", "r": 64}, "lora_A has shape .* and r is 64"),
-    ("lora", {"peft_type": "LORA", "lora_bias": True}, "lora_bias"),
-])
+@pytest.mark.parametrize(
+    "variant, config, message",
+    [
+        ("bone", {"init_weights": "bat-in"}, "goes with tensors of 3 dimensions"),
+        ("bat-in", {"init_weights": "mini"}, "goes with tensors of 2 dimensions"),
+        ("bone", {"init_weights": "ortho"}, "init_weights is 'ortho'"),
+        ("bone", {"r": 64}, "and r is 64"),
+        ("bone", {"r": "none"}, "r = None"),
+        ("lora", {"peft_type": "LORA", "r": True}, "r = True"),
+        ("lora", {"peft_type": "LORA", "lora_alpha": "none"}, "lora_alpha = None"),
+        ("lora", {"peft_type": "LORA", "lora_alpha": float("inf")}, "lora_alpha = inf"),
+        ("lora", {"peft_type": "LORA", "r": 64}, "lora_A has shape .* and r is 64"),
+        ("lora", {"peft_type": "LORA", "lora_bias": True}, "lora_bias"),
+    ],
+)
 def test_settings_of_peft_that_contradict_the_tensors_are_refused(folder, variant, config, message):
     tensors, _ = adapter_of(variant, load_base(folder / "base.pth"))
     write_hf_folder(folder, tensors, {"peft_type": "BONE", "init_weights": True} | config)
@@ -482,17 +559,20 @@ def test_an_adapter_of_another_base_is_refused(folder, tiny_state):
     run(folder, "--any_base")
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda t: {f"model.{key}": value for key, value in t.items()}, "no place in the base"),
-    (lambda t: {key.replace("blocks.1", "blocks.7"): value for key, value in t.items()}, "no place in the base"),
-    (lambda t: {key: value[:-1] for key, value in t.items()}, "needs .*trained on another model"),
-    (lambda t: {key: torch.zeros_like(value) for key, value in t.items()}, "changes nothing"),
-    (lambda t: t | {"blocks.0.ln1.weight": torch.ones(3)}, "has shape .3,."),
-    (lambda t: t | {"blocks.0.att.key.lora_A": torch.ones(3, 3)}, "holds"),
-    (lambda t: t | {"blocks.0.ln1.bone": torch.ones(8, 8, 8)}, "no linear layer"),
-    (lambda t: t | {"blocks.0.att.value.bone": torch.ones(0, 8, 8)}, "shape .0, 8, 8."),
-    (lambda t: t | {"blocks.0.att.value.bone": torch.tensor(1.0)}, "shape .., which no bat-in adapter has"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: {f"model.{key}": value for key, value in t.items()}, "no place in the base"),
+        (lambda t: {key.replace("blocks.1", "blocks.7"): value for key, value in t.items()}, "no place in the base"),
+        (lambda t: {key: value[:-1] for key, value in t.items()}, "needs .*trained on another model"),
+        (lambda t: {key: torch.zeros_like(value) for key, value in t.items()}, "changes nothing"),
+        (lambda t: t | {"blocks.0.ln1.weight": torch.ones(3)}, "has shape .3,."),
+        (lambda t: t | {"blocks.0.att.key.lora_A": torch.ones(3, 3)}, "holds"),
+        (lambda t: t | {"blocks.0.ln1.bone": torch.ones(8, 8, 8)}, "no linear layer"),
+        (lambda t: t | {"blocks.0.att.value.bone": torch.ones(0, 8, 8)}, "shape .0, 8, 8."),
+        (lambda t: t | {"blocks.0.att.value.bone": torch.tensor(1.0)}, "shape .., which no bat-in adapter has"),
+    ],
+)
 def test_adapters_that_do_not_fit_are_refused_and_leave_no_file(folder, change, message):
     tensors, metadata = adapter_of("bat-in", load_base(folder / "base.pth"))
     save_adapter(folder / "a.safetensors", change(tensors), metadata)
@@ -509,14 +589,19 @@ def test_a_result_that_is_not_finite_is_refused(folder):
         run(folder, "--output_dtype", "fp16")
     assert not (folder / "merged.pth").exists()
     with pytest.raises(ValueError, match="NaN"):
-        save_adapter(folder / "a.safetensors", {key: tensor * float("inf") for key, tensor in tensors.items()}, metadata)
+        save_adapter(
+            folder / "a.safetensors", {key: tensor * float("inf") for key, tensor in tensors.items()}, metadata
+        )
 
 
-@pytest.mark.parametrize("variant, change, flags, message", [
-    ("lora", lambda tensor: tensor, ("--lora_alpha", 0), "changes no weight: what the adapters add is zero"),
-    ("bone", lambda tensor: 1e-8 * tensor, (), "lost in the cast to bfloat16; --output_dtype fp32 keeps it"),
-    ("bone", lambda tensor: 1e-20 * tensor, ("--output_dtype", "fp32"), "changes no weight"),
-])
+@pytest.mark.parametrize(
+    "variant, change, flags, message",
+    [
+        ("lora", lambda tensor: tensor, ("--lora_alpha", 0), "changes no weight: what the adapters add is zero"),
+        ("bone", lambda tensor: 1e-8 * tensor, (), "lost in the cast to bfloat16; --output_dtype fp32 keeps it"),
+        ("bone", lambda tensor: 1e-20 * tensor, ("--output_dtype", "fp32"), "changes no weight"),
+    ],
+)
 @pytest.mark.parametrize("dry", [(), ("--dry_run",)])
 def test_a_merge_that_equals_the_base_is_refused(folder, variant, change, flags, message, dry):
     tensors, _ = adapter_of(variant, load_base(folder / "base.pth"))
@@ -533,7 +618,9 @@ def test_a_value_of_the_base_beyond_the_output_dtype_names_another(folder, tiny_
     save_adapter(folder / "a.safetensors", *adapter_of("bone", base))
     base["head.weight"][0, 0] = 1e6
     save_model(folder / "base.pth", base)
-    with pytest.raises(UserError, match="head.weight .*base's own values are too large for float16; give --output_dtype bf16"):
+    with pytest.raises(
+        UserError, match="head.weight .*base's own values are too large for float16; give --output_dtype bf16"
+    ):
         run(folder, "--any_base", "--output_dtype", "fp16")
 
 
@@ -541,8 +628,17 @@ def test_an_adapter_given_twice_is_refused(folder):
     save_adapter(folder / "a.safetensors", *adapter_of("bone", load_base(folder / "base.pth")))
     os.link(folder / "a.safetensors", folder / "b.safetensors")
     with pytest.raises(UserError, match="twice"):
-        merge_cli.main(["--base_model", str(folder / "base.pth"), "--output", str(folder / "m.pth"), "--bone_checkpoint",
-                        str(folder / "a.safetensors"), str(folder / "b.safetensors")])
+        merge_cli.main(
+            [
+                "--base_model",
+                str(folder / "base.pth"),
+                "--output",
+                str(folder / "m.pth"),
+                "--bone_checkpoint",
+                str(folder / "a.safetensors"),
+                str(folder / "b.safetensors"),
+            ]
+        )
 
 
 def test_verifying_a_dry_run_is_refused(folder):
@@ -576,7 +672,9 @@ def test_inputs_are_never_overwritten(folder):
 
 def test_a_full_disk_is_noticed_before_the_work(folder, monkeypatch):
     save_adapter(folder / "a.safetensors", *adapter_of("bat-in", load_base(folder / "base.pth")))
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: os.terminal_size((1, 1)) and type("Usage", (), {"free": 10}))
+    monkeypatch.setattr(
+        "shutil.disk_usage", lambda folder: os.terminal_size((1, 1)) and type("Usage", (), {"free": 10})
+    )
     with pytest.raises(UserError, match="10 free"):
         run(folder)
 
@@ -584,7 +682,9 @@ def test_a_full_disk_is_noticed_before_the_work(folder, monkeypatch):
 def test_dry_run_writes_nothing_and_reports_all(folder, capsys):
     save_adapter(folder / "a.safetensors", *adapter_of("bat-in", load_base(folder / "base.pth")))
     before = sorted(os.listdir(folder))
-    merge_cli.main(["--base_model", str(folder / "base.pth"), "--lora_checkpoint", str(folder / "a.safetensors"), "--dry_run"])
+    merge_cli.main(
+        ["--base_model", str(folder / "base.pth"), "--lora_checkpoint", str(folder / "a.safetensors"), "--dry_run"]
+    )
     text = capsys.readouterr().out
     assert sorted(os.listdir(folder)) == before
     assert "bat-in rank 8 on 8 layers" in text and "changed 8 of 62 tensors" in text and "cast to bfloat16 lost" in text
@@ -618,7 +718,14 @@ def test_verify_notices_a_file_that_does_not_Adapter(folder):
 def test_the_command_exits_with_2_and_one_message(folder):
     base = load_base(folder / "base.pth")
     save_adapter(folder / "a.safetensors", *adapter_of("bat-in", base))
-    command = [sys.executable, ROOT / "merge_bone.py", "--base_model", folder / "base.pth", "--output", folder / "m.pth"]
+    command = [
+        sys.executable,
+        ROOT / "merge_bone.py",
+        "--base_model",
+        folder / "base.pth",
+        "--output",
+        folder / "m.pth",
+    ]
     good = subprocess.run([*command, "--bone_checkpoint", folder / "a.safetensors"], capture_output=True, text=True)
     assert good.returncode == 0 and not good.stderr and "wrote" in good.stdout
     for flags in (["--bone_checkpoint", folder / "none.pth"], ["--bone_chekpoint", folder / "a.safetensors"]):

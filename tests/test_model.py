@@ -10,7 +10,9 @@ from rwkv_peft.config import ModelConfig
 from rwkv_peft.model import RWKV6, State, init_weights
 from rwkv_peft.ops.mix import token_shift
 
-CONFIG = ModelConfig(n_layer=3, n_embd=32, vocab_size=50, dim_att=48, dim_ffn=112, head_size=8, maa_rank=4, decay_rank=6)
+CONFIG = ModelConfig(
+    n_layer=3, n_embd=32, vocab_size=50, dim_att=48, dim_ffn=112, head_size=8, maa_rank=4, decay_rank=6
+)
 
 
 def random_model(config=CONFIG, seed=0, dtype=torch.float64):
@@ -43,11 +45,15 @@ def plain_logits(state, config, tokens):
             h = layer_norm(x, p[b + "ln1.weight"], p[b + "ln1.bias"])
             d = att_last[i] - h
             low = torch.tanh((h + d * p[a + "time_maa_x"].flatten()) @ p[a + "time_maa_w1"]).view(5, -1)
-            mixed = {name: h + d * (p[a + f"time_maa_{name}"].flatten() + low[j] @ p[a + "time_maa_w2"][j])
-                     for j, name in enumerate("wkvrg")}
+            mixed = {
+                name: h + d * (p[a + f"time_maa_{name}"].flatten() + low[j] @ p[a + "time_maa_w2"][j])
+                for j, name in enumerate("wkvrg")
+            }
             att_last[i] = h
-            r, k, v = (p[a + f"{long}.weight"] @ mixed[name] for long, name in
-                       (("receptance", "r"), ("key", "k"), ("value", "v")))
+            r, k, v = (
+                p[a + f"{long}.weight"] @ mixed[name]
+                for long, name in (("receptance", "r"), ("key", "k"), ("value", "v"))
+            )
             g = F.silu(p[a + "gate.weight"] @ mixed["g"])
             w = p[a + "time_decay"].flatten() + torch.tanh(mixed["w"] @ p[a + "time_decay_w1"]) @ p[a + "time_decay_w2"]
             w = torch.exp(-torch.exp(w))
@@ -74,7 +80,9 @@ def test_logits_equal_the_plain_equations():
     tokens = torch.randint(CONFIG.vocab_size, (2, 19), generator=torch.Generator().manual_seed(1))
     logits, _ = model(tokens)
     for row in range(2):
-        torch.testing.assert_close(logits[row], plain_logits(model.state_dict(), CONFIG, tokens[row]), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            logits[row], plain_logits(model.state_dict(), CONFIG, tokens[row]), rtol=1e-9, atol=1e-9
+        )
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])

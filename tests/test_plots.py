@@ -64,12 +64,15 @@ def test_a_missing_file_is_named(tmp_path):
         main([str(tmp_path / "metrics.jsonl"), str(tmp_path / "loss.png")])
 
 
-@pytest.mark.parametrize("output, words", [
-    ("loss.pdf", "does not end in .png"),
-    ("metrics.jsonl", "does not end in .png"),
-    ("metrics.jsonl/loss.png", "a file stands where"),
-    ("folder.png", "is a folder"),
-])
+@pytest.mark.parametrize(
+    "output, words",
+    [
+        ("loss.pdf", "does not end in .png"),
+        ("metrics.jsonl", "does not end in .png"),
+        ("metrics.jsonl/loss.png", "a file stands where"),
+        ("folder.png", "is a folder"),
+    ],
+)
 def test_an_output_that_is_no_picture_or_cannot_be_written_is_refused(tmp_path, output, words):
     (tmp_path / "folder.png").mkdir()
     metrics = write_metrics(tmp_path / "metrics.jsonl", 3)

@@ -17,8 +17,18 @@ DEMO = Path(__file__).resolve().parents[1] / "demo" / "rwkv6-demo.pth"
 
 def official(tiny_state, **changes):
     """A small model of the head size and low-rank widths of official ones, which every runtime takes."""
-    return tiny_state(**{"n_layer": 2, "n_embd": 128, "dim_ffn": 448, "head_size": 64, "vocab_size": 300, "maa_rank": 32,
-                         "decay_rank": 64} | changes)
+    return tiny_state(
+        **{
+            "n_layer": 2,
+            "n_embd": 128,
+            "dim_ffn": 448,
+            "head_size": 64,
+            "vocab_size": 300,
+            "maa_rank": 32,
+            "decay_rank": 64,
+        }
+        | changes
+    )
 
 
 def ask(runtime, form, state, folder, length=50):
@@ -79,13 +89,16 @@ def test_verify_prints_a_table_and_notices_a_difference(tmp_path, tiny_state, ca
     assert main([str(tmp_path / "m.pth"), "--gguf_types", "--base", str(tmp_path / "m.pth")]) == 0
     text = capsys.readouterr().out
     assert "| rwkv, sequence" in text and "has the keys, order, shapes and dtypes of" in text
-    monkeypatch.setattr("rwkv_peft.verify.reference_logits",
-                        lambda state, tokens, config: reference_logits(state, tokens, config) + 0.1)
+    monkeypatch.setattr(
+        "rwkv_peft.verify.reference_logits", lambda state, tokens, config: reference_logits(state, tokens, config) + 0.1
+    )
     assert main([str(tmp_path / "m.pth"), "--gguf_types"]) == 1
     assert "FAILED" in capsys.readouterr().out
 
 
-def test_a_runtime_that_breaks_or_is_missing_is_a_row_and_the_others_are_asked(tmp_path, tiny_state, capsys, monkeypatch):
+def test_a_runtime_that_breaks_or_is_missing_is_a_row_and_the_others_are_asked(
+    tmp_path, tiny_state, capsys, monkeypatch
+):
     def broken(path, tokens, config):
         raise RuntimeError("no such\ninstruction")
 
@@ -93,9 +106,12 @@ def test_a_runtime_that_breaks_or_is_missing_is_a_row_and_the_others_are_asked(t
         return reference_logits(official(tiny_state), tokens, config)
 
     sound = Runtime("sound", "torch", "torch", "pth", exact, lambda config: "")
-    runtimes = (sound._replace(name="broken", logits=broken),
-                sound._replace(name="absent", package="some-thing", module="no_module"),
-                sound._replace(name="unlisted", package="no-package"), sound)
+    runtimes = (
+        sound._replace(name="broken", logits=broken),
+        sound._replace(name="absent", package="some-thing", module="no_module"),
+        sound._replace(name="unlisted", package="no-package"),
+        sound,
+    )
     monkeypatch.setattr("rwkv_peft.verify.all_runtimes", lambda: runtimes)
     save_model(tmp_path / "m.pth", official(tiny_state))
     assert main([str(tmp_path / "m.pth")]) == 1

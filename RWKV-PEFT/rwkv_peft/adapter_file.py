@@ -22,8 +22,19 @@ from .safetensors_reader import read_safetensors
 FORMAT_VERSION = 1
 METADATA_KEY = "rwkv_peft"  # the entry of the safetensors header that holds AdapterMetadata as JSON
 # Parameter names that adapters of any tool add to a module; none of them occurs in a base model.
-PARAMETERS = ("bone", "disha", "bone_block", "miss_block", "lora_A", "lora_B", "init_lora_A", "init_lora_B",
-              "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+PARAMETERS = (
+    "bone",
+    "disha",
+    "bone_block",
+    "miss_block",
+    "lora_A",
+    "lora_B",
+    "init_lora_A",
+    "init_lora_B",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+)
 DTYPES = (("bf16", torch.bfloat16), ("fp32", torch.float32))  # by --precision, in which a run keeps its base
 # what AdapterMetadata.variant may be: each form of Bone and each other method, "none" being whole tensors alone
 VARIANTS = (*BONE_MODES, *(method for method in ADAPTER_METHODS if method not in ("bone", "lora-plus")))
@@ -56,9 +67,18 @@ class AdapterMetadata:
     @classmethod
     def from_config(cls, config, base_fingerprint="", precision=""):
         """Metadata of an adapter that was made with an AdapterConfig."""
-        return cls(variant=config.variant, rank=config.rank, mini_rank=config.mini_rank, scale=config.scale,
-                   targets=tuple(config.targets), train_parts=tuple(config.train_parts), quant=config.quant,
-                   base_fingerprint=base_fingerprint, precision=precision, config=to_json(config))
+        return cls(
+            variant=config.variant,
+            rank=config.rank,
+            mini_rank=config.mini_rank,
+            scale=config.scale,
+            targets=tuple(config.targets),
+            train_parts=tuple(config.train_parts),
+            quant=config.quant,
+            base_fingerprint=base_fingerprint,
+            precision=precision,
+            config=to_json(config),
+        )
 
     def base_dtype(self):
         """The dtype that `precision` names; None where it names none."""
@@ -138,8 +158,9 @@ def read_adapter(path, mode=None, base=None, init=None, alpha=None):
         raise UserError(f"{path} is a {adapter.metadata.variant} adapter, not {mode}; leave --bone_mode out")
     for key, tensor in adapter.tensors.items():
         if not torch.isfinite(tensor).all():
-            raise UserError(f"{path}: {key} holds NaN or Inf: the training that wrote it had diverged; "
-                            "take an earlier one")
+            raise UserError(
+                f"{path}: {key} holds NaN or Inf: the training that wrote it had diverged; take an earlier one"
+            )
     return adapter
 
 
@@ -147,21 +168,28 @@ def _check_lora_flags(path, adapter, init, alpha):
     """Refuse init for a file that holds its own factors, if any, and an alpha that is not the adapter's."""
     metadata = adapter.metadata
     if init is not None and (path.is_dir() or path.suffix == ".safetensors"):
-        raise UserError(f"--lora_init {init} is for RWKV-PEFT's PiSSA files, and {path} lacks nothing of the kind; leave it out")
+        raise UserError(
+            f"--lora_init {init} is for RWKV-PEFT's PiSSA files, and {path} lacks nothing of the kind; leave it out"
+        )
     if alpha is None or not adapter.modules():
         return
     if metadata.variant in BONE_MODES:
         raise UserError(f"--lora_alpha {alpha:g} is LoRA's, and {path} is a {metadata.variant} adapter; leave it out")
     if not math.isclose(alpha, metadata.scale * metadata.rank):
-        raise UserError(f"--lora_alpha {alpha:g} contradicts {path}, which was trained with {metadata.scale * metadata.rank:g} "
-                        f"(scale {metadata.scale:g}, rank {metadata.rank}); leave it out")
+        raise UserError(
+            f"--lora_alpha {alpha:g} contradicts {path}, which was trained with {metadata.scale * metadata.rank:g} "
+            f"(scale {metadata.scale:g}, rank {metadata.rank}); leave it out"
+        )
 
 
 def _read_safetensors(path):
     tensors, header = read_safetensors(path)
     if METADATA_KEY not in header:
-        hint = ("its folder with adapter_config.json" if any("base_model." in key for key in tensors)
-                else "an adapter that train.py saved")
+        hint = (
+            "its folder with adapter_config.json"
+            if any("base_model." in key for key in tensors)
+            else "an adapter that train.py saved"
+        )
         raise UserError(f"{path} does not say which adapter it holds (its header has no {METADATA_KEY!r}); give {hint}")
     return Adapter(tensors, _parse_metadata(path, header[METADATA_KEY]))
 
@@ -174,21 +202,30 @@ def _parse_metadata(path, text):
         raise UserError(f"{path}: its metadata cannot be read: {error!r}") from error
     known = {field.name for field in fields(AdapterMetadata)}
     if version > FORMAT_VERSION or set(values) - known:
-        raise UserError(f"{path} has adapter format {version}, and this version reads up to {FORMAT_VERSION}; "
-                        "update this package")
+        raise UserError(
+            f"{path} has adapter format {version}, and this version reads up to {FORMAT_VERSION}; update this package"
+        )
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     _check_metadata(path, values)
     return AdapterMetadata(**values)
 
 
 def _check_metadata(path, values):
-    """Raise UserError unless metadata names a variant and quantization known here, and has numbers where they are due."""
+    """Raise UserError unless metadata names a variant and quantization known here, and has numbers where they are
+    due."""
+
     def refuse(name, due):
-        raise UserError(f"{path}: its metadata has {name} = {values.get(name)!r}, and {due} is due; copy the file that the "
-                        "training wrote")
+        raise UserError(
+            f"{path}: its metadata has {name} = {values.get(name)!r}, and {due} is due; copy the file that the "
+            "training wrote"
+        )
 
     precisions = ("", *(name for name, _ in DTYPES))
-    for name, known, default in (("variant", VARIANTS, None), ("quant", QUANTIZATIONS, "none"), ("precision", precisions, "")):
+    for name, known, default in (
+        ("variant", VARIANTS, None),
+        ("quant", QUANTIZATIONS, "none"),
+        ("precision", precisions, ""),
+    ):
         if values.get(name, default) not in known:
             refuse(name, "one of " + ", ".join(filter(None, known)))
     for name in ("rank", "mini_rank"):
@@ -198,7 +235,9 @@ def _check_metadata(path, values):
     if type(scale) not in (int, float) or not math.isfinite(scale):
         refuse("scale", "a finite number")
     for name in ("targets", "train_parts"):
-        if not isinstance(values.get(name, ()), tuple) or not all(isinstance(item, str) for item in values.get(name, ())):
+        if not isinstance(values.get(name, ()), tuple) or not all(
+            isinstance(item, str) for item in values.get(name, ())
+        ):
             refuse(name, "a list of names")
     for name in ("base_fingerprint", "config", "source"):
         if not isinstance(values.get(name, ""), str):
@@ -219,19 +258,26 @@ def load_adapter_into(model, adapter, name="the adapter"):
     missing = [key for key in own if key not in adapter.tensors]
     unexpected = [key for key in adapter.tensors if key not in parameters]
     if not adapter.tensors or (own and len(missing) == len(own)):
-        raise UserError(f"{name} matches nothing in the model: it holds {_some(list(adapter.tensors))}, and the model "
-                        f"awaits {_some(own)}; check --peft, --bone_mode and which model it was trained on")
+        raise UserError(
+            f"{name} matches nothing in the model: it holds {_some(list(adapter.tensors))}, and the model "
+            f"awaits {_some(own)}; check --peft, --bone_mode and which model it was trained on"
+        )
     if missing or unexpected:
         raise UserError(
             f"{name} does not fit the model: "
-            + "; ".join(f"{len(keys)} tensors {what} ({_some(keys)})" for keys, what in
-                        ((missing, "missing from the file"), (unexpected, "without a place in the model")) if keys)
+            + "; ".join(
+                f"{len(keys)} tensors {what} ({_some(keys)})"
+                for keys, what in ((missing, "missing from the file"), (unexpected, "without a place in the model"))
+                if keys
+            )
             + "; use the same --peft, targets and --bone_mode as in its training"
         )
     for key, tensor in adapter.tensors.items():
         if tensor.shape != parameters[key].shape:
-            raise UserError(f"{name}: {key} has shape {tuple(tensor.shape)}, the model's is "
-                            f"{tuple(parameters[key].shape)}; use the rank and mode of its training, on the same base")
+            raise UserError(
+                f"{name}: {key} has shape {tuple(tensor.shape)}, the model's is "
+                f"{tuple(parameters[key].shape)}; use the rank and mode of its training, on the same base"
+            )
     for key, tensor in adapter.tensors.items():
         parameters[key].copy_(tensor)
     return list(adapter.tensors)

@@ -31,14 +31,16 @@ def atomic_write(path):
 
 
 def check_output(flag, path, inputs):
-    """Raise UserError where writing `path`, given as `flag`, would overwrite an input or is not possible; nothing stays.
+    """Raise UserError where writing `path`, given as `flag`, would overwrite an input or is not possible; nothing
+    stays.
 
     inputs are (flag, path) pairs of files and folders that are read, with None as the path where a flag is not given.
     """
     for name, source in inputs:
         if any(same_file(file, path) for file in _files_of(source)):
-            raise UserError(f"{flag} {path} is the file given as {name}, which must not be overwritten; "
-                            "choose another name")
+            raise UserError(
+                f"{flag} {path} is the file given as {name}, which must not be overwritten; choose another name"
+            )
     path = Path(os.path.realpath(path))
     missing = [folder for folder in path.parents if not os.path.lexists(folder)]  # the innermost first
     try:
@@ -69,7 +71,9 @@ def _temporary_beside(path):
         if os.path.isdir(path):
             raise UserError(f"{path} is a folder; give the name of the file to write")
         if os.path.exists(path) and not os.path.isfile(path):
-            raise UserError(f"{path} is a device or a pipe, which cannot be replaced; give the name of the file to write")
+            raise UserError(
+                f"{path} is a device or a pipe, which cannot be replaced; give the name of the file to write"
+            )
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch(exist_ok=False)

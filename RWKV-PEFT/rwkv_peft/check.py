@@ -33,16 +33,18 @@ class Difference(NamedTuple):
 
     @classmethod
     def between(cls, logits, reference):
-        return cls(float((logits - reference).norm() / reference.norm()),
-                   float((logits.argmax(-1) == reference.argmax(-1)).float().mean()))
+        return cls(
+            float((logits - reference).norm() / reference.norm()),
+            float((logits.argmax(-1) == reference.argmax(-1)).float().mean()),
+        )
 
     def __str__(self):
         return f"relative difference {self.relative:.1e}, same top token in {self.top_agreement:.0%}"
 
 
 def model_logits(path, tokens, adapter=None, mode=None, init=None, alpha=None):
-    """Logits (T, V) of the .pth at path over tokens (T,), in float32, with an adapter's layers where one is given; mode,
-    init and alpha as in read_adapter."""
+    """Logits (T, V) of the .pth at path over tokens (T,), in float32, with an adapter's layers where one is given;
+    mode, init and alpha as in read_adapter."""
     state = load_base(path)
     with torch.device("meta"):
         model = RWKV6(model_config_from_state(state))
@@ -65,14 +67,24 @@ def adapter_config(adapter):
     """The AdapterConfig that gives an Adapter's layers their places and shapes again."""
     metadata = adapter.metadata
     if any(key.endswith(".time_state") for key in adapter.tensors):
-        raise UserError("time states are where a sequence starts, for which the model has no parameters, so they are not "
-                        "compared; python -m rwkv_peft.verify asks the runtimes for them")
+        raise UserError(
+            "time states are where a sequence starts, for which the model has no parameters, so they are not "
+            "compared; python -m rwkv_peft.verify asks the runtimes for them"
+        )
     method, mode = ("bone", {"mode": metadata.variant}) if metadata.variant in BONE_MODES else (metadata.variant, {})
     # files of other tools name single tensors here; a tensor is loaded whether or not it trains
     parts = tuple(part for part in metadata.train_parts if part in TRAIN_PARTS)
     targets = tuple(adapter.modules()) or tuple(metadata.targets)  # some files have not every layer's
-    return AdapterConfig(method=method, rank=metadata.rank, mini_rank=metadata.mini_rank,
-                         alpha=metadata.scale * metadata.rank, targets=targets, train_parts=parts, quant=metadata.quant, **mode)
+    return AdapterConfig(
+        method=method,
+        rank=metadata.rank,
+        mini_rank=metadata.mini_rank,
+        alpha=metadata.scale * metadata.rank,
+        targets=targets,
+        train_parts=parts,
+        quant=metadata.quant,
+        **mode,
+    )
 
 
 def runtime_logits(path, tokens):
@@ -93,8 +105,12 @@ def main(argv):
     parser = Parser(prog="python -m rwkv_peft.check", description="Compare a merged model with base plus adapter.")
     parser.add_argument("--base_model", required=True, metavar="PTH")
     parser.add_argument("--bone_checkpoint", required=True, metavar="FILE", help="the adapter")
-    parser.add_argument("--bone_mode", type=alias(MODE_ALIASES), choices=BONE_MODES,
-                        help="variant of a .bone file that does not tell it, as in merge_bone.py")
+    parser.add_argument(
+        "--bone_mode",
+        type=alias(MODE_ALIASES),
+        choices=BONE_MODES,
+        help="variant of a .bone file that does not tell it, as in merge_bone.py",
+    )
     parser.add_argument("--lora_alpha", type=float, help="alpha of an RWKV-PEFT LoRA file")
     parser.add_argument("--lora_init", metavar="PTH", help="init_pissa.pth of an RWKV-PEFT PiSSA file")
     parser.add_argument("--merged", required=True, metavar="PTH")
@@ -104,15 +120,28 @@ def main(argv):
         raise UserError(f"--tokens {args.tokens}: at least one is compared")
     config, base_config = (model_config_from_state(load_base(path)) for path in (args.merged, args.base_model))
     if config != base_config:
-        raise UserError(f"{args.merged} and {args.base_model} differ in their dimensions, {config} and {base_config}, so that "
-                        "neither was made of the other; give the base of the merge")
+        raise UserError(
+            f"{args.merged} and {args.base_model} differ in their dimensions, {config} and {base_config}, so that "
+            "neither was made of the other; give the base of the merge"
+        )
     tokens = torch.randint(config.vocab_size, (args.tokens,), generator=torch.Generator().manual_seed(0))
     merged = model_logits(args.merged, tokens)
     comparisons = (
-        ("merged file, rwkv package and ours", Difference.between(runtime_logits(args.merged, tokens), merged), SAME_FILE),
-        ("merged file and base with adapter on",
-         Difference.between(merged, model_logits(args.base_model, tokens, args.bone_checkpoint, args.bone_mode, args.lora_init,
-                                                 args.lora_alpha)), ROUNDED),
+        (
+            "merged file, rwkv package and ours",
+            Difference.between(runtime_logits(args.merged, tokens), merged),
+            SAME_FILE,
+        ),
+        (
+            "merged file and base with adapter on",
+            Difference.between(
+                merged,
+                model_logits(
+                    args.base_model, tokens, args.bone_checkpoint, args.bone_mode, args.lora_init, args.lora_alpha
+                ),
+            ),
+            ROUNDED,
+        ),
     )
     for text, difference, limit in comparisons:
         print(f"{text}: {difference}" + ("" if difference.relative <= limit else f", MORE THAN {limit:.0e}"))

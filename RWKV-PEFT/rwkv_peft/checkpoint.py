@@ -10,20 +10,43 @@ from pathlib import Path
 
 import torch
 
-from .adapter_file import (DTYPES, Adapter, AdapterMetadata, adapter_parameter, load_adapter_into, read_adapter,
-                           save_adapter)
+from .adapter_file import (
+    DTYPES,
+    Adapter,
+    AdapterMetadata,
+    adapter_parameter,
+    load_adapter_into,
+    read_adapter,
+    save_adapter,
+)
 from .atomic import atomic_write
 from .config import ModelConfig
 from .errors import UserError
 from .pth import read_state
 from .pth_writer import save_pth
 
-__all__ = ["DTYPES", "Adapter", "AdapterMetadata", "atomic_write", "check_state", "expected_shapes", "fingerprint",
-           "load_adapter_into", "load_base", "model_config_from_state", "read_adapter", "save_adapter",
-           "save_model"]
+__all__ = [
+    "DTYPES",
+    "Adapter",
+    "AdapterMetadata",
+    "atomic_write",
+    "check_state",
+    "expected_shapes",
+    "fingerprint",
+    "load_adapter_into",
+    "load_base",
+    "model_config_from_state",
+    "read_adapter",
+    "save_adapter",
+    "save_model",
+]
 
 # (ending of a file's name, what it is)
-OTHER_FORMATS = ((".safetensors", "a safetensors file"), (".st", "a safetensors file of web-rwkv"), (".gguf", "a GGUF file"))
+OTHER_FORMATS = (
+    (".safetensors", "a safetensors file"),
+    (".st", "a safetensors file of web-rwkv"),
+    (".gguf", "a GGUF file"),
+)
 WINDOWS, WINDOW = 4, 16  # the fingerprint reads this many runs of this many values in each tensor
 
 
@@ -39,8 +62,10 @@ def load_base(path):
     if kind == "a GGUF file":
         raise UserError(f"{path} is {kind}, and a .pth is due here; give the .pth that it was made of")
     if kind:
-        raise UserError(f"{path} is {kind}, and a .pth is due here; make one of a model with "
-                        f"`python -m rwkv_peft.convert {path} model.pth`")
+        raise UserError(
+            f"{path} is {kind}, and a .pth is due here; make one of a model with "
+            f"`python -m rwkv_peft.convert {path} model.pth`"
+        )
     state = read_state(path)
     check_state(state, path)
     return state
@@ -59,9 +84,12 @@ def check_state(state, name="the checkpoint"):
         whole = "emb.weight" in state
         raise UserError(
             f"{name} holds {len(leftover)} adapter tensors (such as {leftover[0]}), "
-            + ("which were never merged and which runtimes ignore without a word; take the base model's own "
-               "file, and merge the adapter with merge_bone.py" if whole else
-               "so it is an adapter, not a base model; give it as --bone_checkpoint or --bone_load")
+            + (
+                "which were never merged and which runtimes ignore without a word; take the base model's own "
+                "file, and merge the adapter with merge_bone.py"
+                if whole
+                else "so it is an adapter, not a base model; give it as --bone_checkpoint or --bone_load"
+            )
         )
     _check_version(state, name)
     config = model_config_from_state(state, name)
@@ -74,17 +102,24 @@ def check_state(state, name="the checkpoint"):
     if missing or unexpected:
         raise UserError(
             f"{name} is not a complete RWKV-6 model of {config.n_layer} layers: "
-            + "; ".join(f"{len(keys)} {word} tensors ({_some(keys)})"
-                        for word, keys in (("missing", missing), ("unexpected", unexpected)) if keys)
+            + "; ".join(
+                f"{len(keys)} {word} tensors ({_some(keys)})"
+                for word, keys in (("missing", missing), ("unexpected", unexpected))
+                if keys
+            )
         )
     for key, shape in shapes.items():
         if tuple(state[key].shape) != shape:
-            raise UserError(f"{name}: {key} has shape {tuple(state[key].shape)}, and {shape} is due in a model "
-                            f"of {config.n_embd} channels and {config.dim_att} attention channels")
+            raise UserError(
+                f"{name}: {key} has shape {tuple(state[key].shape)}, and {shape} is due in a model "
+                f"of {config.n_embd} channels and {config.dim_att} attention channels"
+            )
     for key, tensor in state.items():
         if not tensor.is_floating_point():
-            raise UserError(f"{name}: {key} is {str(tensor.dtype).removeprefix('torch.')}; weights must be "
-                            "bfloat16, float16 or float32, not quantized")
+            raise UserError(
+                f"{name}: {key} is {str(tensor.dtype).removeprefix('torch.')}; weights must be "
+                "bfloat16, float16 or float32, not quantized"
+            )
     return config
 
 
@@ -125,14 +160,24 @@ def expected_shapes(config):
         att, ffn = f"blocks.{i}.att.", f"blocks.{i}.ffn."
         shapes |= {f"{att}time_maa_{x}": (1, 1, C) for x in "xwkvrg"}
         shapes |= {
-            f"{att}time_maa_w1": (C, 5 * m), f"{att}time_maa_w2": (5, m, C),
-            f"{att}time_decay": (1, 1, A), f"{att}time_decay_w1": (C, d), f"{att}time_decay_w2": (d, A),
+            f"{att}time_maa_w1": (C, 5 * m),
+            f"{att}time_maa_w2": (5, m, C),
+            f"{att}time_decay": (1, 1, A),
+            f"{att}time_decay_w1": (C, d),
+            f"{att}time_decay_w2": (d, A),
             f"{att}time_faaaa": (H, N),
-            f"{att}receptance.weight": (A, C), f"{att}key.weight": (A, C), f"{att}value.weight": (A, C),
-            f"{att}output.weight": (C, A), f"{att}gate.weight": (A, C),
-            f"{att}ln_x.weight": (A,), f"{att}ln_x.bias": (A,),
-            f"{ffn}time_maa_k": (1, 1, C), f"{ffn}time_maa_r": (1, 1, C),
-            f"{ffn}key.weight": (F, C), f"{ffn}receptance.weight": (C, C), f"{ffn}value.weight": (C, F),
+            f"{att}receptance.weight": (A, C),
+            f"{att}key.weight": (A, C),
+            f"{att}value.weight": (A, C),
+            f"{att}output.weight": (C, A),
+            f"{att}gate.weight": (A, C),
+            f"{att}ln_x.weight": (A,),
+            f"{att}ln_x.bias": (A,),
+            f"{ffn}time_maa_k": (1, 1, C),
+            f"{ffn}time_maa_r": (1, 1, C),
+            f"{ffn}key.weight": (F, C),
+            f"{ffn}receptance.weight": (C, C),
+            f"{ffn}value.weight": (C, F),
         }
     return shapes | {"ln_out.weight": (C,), "ln_out.bias": (C,), "head.weight": (config.vocab_size, C)}
 
@@ -168,23 +213,31 @@ def _check_version(state, name):
         prefixed = next((key for key in keys if key.endswith(".emb.weight")), None)
         if prefixed:
             prefix = prefixed.removesuffix("emb.weight")
-            raise UserError(f"{name}: its keys start with {prefix!r}, which no runtime expects; save the state "
-                            f"dict of the model inside, without that prefix")
+            raise UserError(
+                f"{name}: its keys start with {prefix!r}, which no runtime expects; save the state "
+                f"dict of the model inside, without that prefix"
+            )
         if any(key.startswith(("rwkv.", "model.")) for key in keys):
-            raise UserError(f"{name} has the key names of a Hugging Face model; make a .pth of its folder with "
-                            "`python -m rwkv_peft.convert`")
+            raise UserError(
+                f"{name} has the key names of a Hugging Face model; make a .pth of its folder with "
+                "`python -m rwkv_peft.convert`"
+            )
         raise UserError(f"{name} is not an RWKV model: it has no emb.weight (its first key is {next(iter(state))})")
     if "blocks.0.att.time_maa_w1" in keys:
         return
     signs = (
-        ("blocks.0.att.x_r", "an RWKV-7 model"), ("blocks.0.att.w0", "an RWKV-7 model"),
+        ("blocks.0.att.x_r", "an RWKV-7 model"),
+        ("blocks.0.att.w0", "an RWKV-7 model"),
         ("blocks.0.att.time_mix_x", "an RWKV-6 model under web-rwkv's names"),
-        ("blocks.0.att.gate.weight", "an RWKV-5 model"), ("blocks.0.att.ln_x.weight", "an RWKV-5 model"),
+        ("blocks.0.att.gate.weight", "an RWKV-5 model"),
+        ("blocks.0.att.ln_x.weight", "an RWKV-5 model"),
         ("blocks.0.att.time_first", "an RWKV-4 model"),
     )
     version = next((what for key, what in signs if key in keys), "no RWKV version known here")
-    raise UserError(f"{name} is {version}; this tool needs an RWKV-6 (x060) .pth under its official names "
-                    "(with blocks.0.att.time_maa_w1)")
+    raise UserError(
+        f"{name} is {version}; this tool needs an RWKV-6 (x060) .pth under its official names "
+        "(with blocks.0.att.time_maa_w1)"
+    )
 
 
 def _some(keys, limit=3):

@@ -34,7 +34,9 @@ class Parser(argparse.ArgumentParser):
             flag = unknown[0].split("=")[0]
             known = [option for action in self._actions for option in action.option_strings]
             near = difflib.get_close_matches(flag, known, 1)
-            raise UserError(f"there is no {flag}" + (f"; did you mean {near[0]}?" if near else f"; see {self.prog} --help"))
+            raise UserError(
+                f"there is no {flag}" + (f"; did you mean {near[0]}?" if near else f"; see {self.prog} --help")
+            )
         return namespace
 
 
@@ -83,7 +85,8 @@ def count(text):
 
 
 def names(text):
-    """Names as a word, as a list with commas, or as the JSON list that RWKV-PEFT's scripts write, whole or in pieces."""
+    """Names as a word, as a list with commas, or as the JSON list that RWKV-PEFT's scripts write, whole or in
+    pieces."""
     return tuple(re.findall(r"[^\s,\[\]\"']+", text))
 
 

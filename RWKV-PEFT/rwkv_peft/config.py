@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass
 ADAPTER_METHODS = ("bone", "lora", "lora-plus", "pissa", "olora", "lora-ga", "none")
 BONE_MODES = ("bone", "bone-mini", "bat-in", "bat-out")
 MODE_ALIASES = (("bat", "bat-in"),)  # RWKV-PEFT's name for it
-TARGETS = ("att.receptance", "att.key", "att.value", "att.gate", "att.output",
-           "ffn.key", "ffn.receptance", "ffn.value")
+TARGETS = ("att.receptance", "att.key", "att.value", "att.gate", "att.output", "ffn.key", "ffn.receptance", "ffn.value")
 QUANTIZATIONS = ("none", "nf4", "int8")
 TRAIN_PARTS = ("time", "ln", "emb", "head")
 STRATEGIES = tuple(f"deepspeed_stage_{stage}" for stage in ("1", "2", "2_offload", "3", "3_offload"))
@@ -89,8 +88,8 @@ class DataConfig:
     rows longer than ctx_len. dataload is "get" (windows of ctx_len from the token stream), "pad" (one
     document a row), "only" (one document, alone) or "pack" (several whole documents a row); loss_mask
     "none", "pad", "qa", "se" or "file"; mask_id are the token ids that open an answer (loss_mask "qa" and
-    "se"), mask_end_id those that open the next question ("qa", optional) or close the answer ("se"). seed draws the order of the
-    samples; None keeps that of the file.
+    "se"), mask_end_id those that open the next question ("qa", optional) or close the answer ("se"). seed draws the
+    order of the samples; None keeps that of the file.
     """
 
     path: str

@@ -36,18 +36,32 @@ def build_parser():
     parser = Parser(prog="python -m rwkv_peft.convert", description=__doc__.split("\n\n")[0])
     parser.add_argument("input")
     parser.add_argument("output", help=".pth, .safetensors / .st / .state, .gguf, or the name of a folder")
-    parser.add_argument("--dtype", choices=("keep", "bf16", "fp16", "fp32"),
-                        help="dtype of the output's tensors; default fp16 for models in .st and .safetensors, which "
-                             "web-rwkv needs, else keep")
-    parser.add_argument("--gguf_type", choices=TYPES, default="f16",
-                        help="type of a GGUF's large matrices (default f16)")
-    parser.add_argument("--bone_parameter", choices=("disha", "bone"), default="disha",
-                        help="name of Bone's tensors in RWKV-PEFT's files: disha since 2025-02, bone before")
-    parser.add_argument("--bone_mode", type=alias(MODE_ALIASES), choices=BONE_MODES,
-                        help="variant of a .bone file that does not tell it; bat is bat-in, as in RWKV-PEFT")
-    parser.add_argument("--base_model", metavar="PTH",
-                        help="base of an adapter, whose shapes may tell the variant, and how wide bone-mini is as "
-                             "RWKV-PEFT's bone")
+    parser.add_argument(
+        "--dtype",
+        choices=("keep", "bf16", "fp16", "fp32"),
+        help="dtype of the output's tensors; default fp16 for models in .st and .safetensors, which "
+        "web-rwkv needs, else keep",
+    )
+    parser.add_argument(
+        "--gguf_type", choices=TYPES, default="f16", help="type of a GGUF's large matrices (default f16)"
+    )
+    parser.add_argument(
+        "--bone_parameter",
+        choices=("disha", "bone"),
+        default="disha",
+        help="name of Bone's tensors in RWKV-PEFT's files: disha since 2025-02, bone before",
+    )
+    parser.add_argument(
+        "--bone_mode",
+        type=alias(MODE_ALIASES),
+        choices=BONE_MODES,
+        help="variant of a .bone file that does not tell it; bat is bat-in, as in RWKV-PEFT",
+    )
+    parser.add_argument(
+        "--base_model",
+        metavar="PTH",
+        help="base of an adapter, whose shapes may tell the variant, and how wide bone-mini is as RWKV-PEFT's bone",
+    )
     parser.add_argument("--lora_init", metavar="PTH", help="init file of RWKV-PEFT's PiSSA")
     parser.add_argument("--lora_alpha", type=float, help="alpha of RWKV-PEFT's LoRA")
     return parser
@@ -58,8 +72,11 @@ def main(argv):
     args = build_parser().parse_args(argv)
     source, target = Path(args.input), Path(args.output)
     for file in [target / name for name in HF_FILES] if target.suffix == "" else [target]:
-        check_output("the output", file, (("the input", source), ("--base_model", args.base_model),
-                                          ("--lora_init", args.lora_init)))
+        check_output(
+            "the output",
+            file,
+            (("the input", source), ("--base_model", args.base_model), ("--lora_init", args.lora_init)),
+        )
     if is_adapter(source):
         written = convert_adapter(source, target, args)
     else:
@@ -89,18 +106,25 @@ def convert_adapter(source, target, args):
     if target.suffix == ".safetensors":
         save_adapter(target, adapter.tensors, adapter.metadata)
         return [target]
-    raise UserError(f"{source} is an adapter, which {target.name} cannot hold: name a .pth (RWKV-PEFT) or a "
-                    ".safetensors; for other formats merge it with merge_bone.py first")
+    raise UserError(
+        f"{source} is an adapter, which {target.name} cannot hold: name a .pth (RWKV-PEFT) or a "
+        ".safetensors; for other formats merge it with merge_bone.py first"
+    )
 
 
 def remark_on_export(metadata, paths):
     """A line on what merging the files of write_rwkv_peft takes besides them, or ""."""
     if metadata.variant == "lora":
-        return (f"RWKV-PEFT's LoRA files do not hold alpha: it is {metadata.scale * metadata.rank:g}; give it to the merge, "
-                "RWKV-PEFT's or merge_bone.py's (--lora_alpha)\n")
+        return (
+            f"RWKV-PEFT's LoRA files do not hold alpha: it is {metadata.scale * metadata.rank:g}; give it to the "
+            "merge, "
+            "RWKV-PEFT's or merge_bone.py's (--lora_alpha)\n"
+        )
     if len(paths) > 1:
-        return (f"as PiSSA it is merged into the original base with {paths[1].name} as the init file "
-                "(merge_bone.py --lora_init)\n")
+        return (
+            f"as PiSSA it is merged into the original base with {paths[1].name} as the init file "
+            "(merge_bone.py --lora_init)\n"
+        )
     return ""
 
 
@@ -136,15 +160,21 @@ def check_time_states(state, path):
     """Raise UserError unless a state file holds one time state (H, N, N) in floating point for each layer from 0 on."""
     missing = [key for key in (f"blocks.{i}.att.time_state" for i in range(len(state))) if key not in state]
     if missing:
-        raise UserError(f"{path} holds {len(state)} time states and no {missing[0]}; a state file has one for every layer of the "
-                        "model, from 0 on: save them all")
+        raise UserError(
+            f"{path} holds {len(state)} time states and no {missing[0]}; a state file has one for every layer of the "
+            "model, from 0 on: save them all"
+        )
     first = next(iter(state.values()))
     for key, tensor in state.items():
         if tensor.dim() != 3 or tensor.shape[1] != tensor.shape[2] or tensor.shape != first.shape:
-            raise UserError(f"{path}: {key} has shape {tuple(tensor.shape)}; a time state is (heads, head size, head size), the "
-                            "same in every layer")
+            raise UserError(
+                f"{path}: {key} has shape {tuple(tensor.shape)}; a time state is (heads, head size, head size), the "
+                "same in every layer"
+            )
         if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-            raise UserError(f"{path}: {key} is {str(tensor.dtype).removeprefix('torch.')}; bfloat16, float16 or float32 is due")
+            raise UserError(
+                f"{path}: {key} is {str(tensor.dtype).removeprefix('torch.')}; bfloat16, float16 or float32 is due"
+            )
 
 
 def convert_state(state, source, target, args):
@@ -152,23 +182,27 @@ def convert_state(state, source, target, args):
     is_model = "emb.weight" in state
     if target.suffix == ".gguf":
         if not is_model:
-            raise UserError(f"{source} holds time states, for which GGUF has no place; give them to the runtime as "
-                            ".pth or .st")
+            raise UserError(
+                f"{source} holds time states, for which GGUF has no place; give them to the runtime as .pth or .st"
+            )
         config = model_config_from_state(state)
         with atomic_write(target) as temporary:
             write_gguf(temporary, state, config, args.gguf_type, vocabulary(config.vocab_size))
     elif target.suffix in SAFETENSORS:
         dtype = args.dtype or ("fp16" if is_model else "keep")
-        tensors = {to_web(key): tensor.transpose(-1, -2) if swapped_in_web(key) else tensor
-                   for key, tensor in state.items()}
+        tensors = {
+            to_web(key): tensor.transpose(-1, -2) if swapped_in_web(key) else tensor for key, tensor in state.items()
+        }
         _write(target, write_safetensors, tensors, dtype)
     elif target.suffix == ".pth":
         _write(target, write_pth, state, args.dtype or "keep")
     elif target.suffix == "" and is_model:
         return write_hf_folder(target, state, args.dtype or "keep")
     else:
-        raise UserError(f"{target}: its ending names no format for {source}; known are .pth, .safetensors, .st, "
-                        ".state, .gguf, and a name without ending for a folder of a model")
+        raise UserError(
+            f"{target}: its ending names no format for {source}; known are .pth, .safetensors, .st, "
+            ".state, .gguf, and a name without ending for a folder of a model"
+        )
     return [target]
 
 
@@ -176,21 +210,44 @@ def write_hf_folder(folder, state, dtype):
     """A folder with the layout of the Hugging Face RWKV-6 models; returns the paths written."""
     config = model_config_from_state(state)
     settings = {
-        "architectures": ["Rwkv6ForCausalLM"], "model_type": "rwkv6", "vocab_size": config.vocab_size,
-        "hidden_size": config.n_embd, "attention_hidden_size": config.dim_att, "num_hidden_layers": config.n_layer,
-        "head_size": config.head_size, "head_size_divisor": config.head_size_divisor,
-        "intermediate_size": config.dim_ffn, "layer_norm_epsilon": 1e-5, "rescale_every": 0,
-        "time_mix_extra_dim": config.maa_rank, "time_decay_extra_dim": config.decay_rank,
-        "lora_rank_tokenshift": config.maa_rank, "lora_rank_decay": config.decay_rank,
-        "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": False, "use_cache": True,
+        "architectures": ["Rwkv6ForCausalLM"],
+        "model_type": "rwkv6",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.n_embd,
+        "attention_hidden_size": config.dim_att,
+        "num_hidden_layers": config.n_layer,
+        "head_size": config.head_size,
+        "head_size_divisor": config.head_size_divisor,
+        "intermediate_size": config.dim_ffn,
+        "layer_norm_epsilon": 1e-5,
+        "rescale_every": 0,
+        "time_mix_extra_dim": config.maa_rank,
+        "time_decay_extra_dim": config.decay_rank,
+        "lora_rank_tokenshift": config.maa_rank,
+        "lora_rank_decay": config.decay_rank,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "tie_word_embeddings": False,
+        "use_cache": True,
     }
     tensors = {to_hf(key): tensor for key, tensor in state.items()}
     _write(folder / "model.safetensors", write_safetensors, tensors, dtype)
     with atomic_write(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(settings, indent=2) + "\n")
     with atomic_write(folder / "tokenizer_config.json") as temporary:
-        temporary.write_text(json.dumps({"tokenizer_class": "Rwkv6Tokenizer", "bos_token": "<s>", "eos_token": "<s>",
-                                         "unk_token": "<s>", "add_prefix_space": False}, indent=2) + "\n")
+        temporary.write_text(
+            json.dumps(
+                {
+                    "tokenizer_class": "Rwkv6Tokenizer",
+                    "bos_token": "<s>",
+                    "eos_token": "<s>",
+                    "unk_token": "<s>",
+                    "add_prefix_space": False,
+                },
+                indent=2,
+            )
+            + "\n"
+        )
     with atomic_write(folder / VOCABULARY) as temporary:
         temporary.write_bytes(world_vocabulary_file(config.vocab_size))
     return [folder / name for name in HF_FILES]

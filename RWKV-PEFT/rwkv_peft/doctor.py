@@ -25,9 +25,13 @@ from .errors import exit_on_user_error
 OK, NOTE, MISSING = "ok", "-", "MISSING"  # as it should be; good to know; training needs it
 PYTHONS = ((3, 10), (3, 13))
 INSTALL = "pip install -r requirements.txt"
-OPTIONAL = (("rwkv-simple", "a second runtime for merged models"), ("transformers", "Hugging Face models"),
-            ("peft", "Bone as a plug-in of Hugging Face peft"), ("bitsandbytes", "quantized bases"),
-            ("wandb", "--wandb"))
+OPTIONAL = (
+    ("rwkv-simple", "a second runtime for merged models"),
+    ("transformers", "Hugging Face models"),
+    ("peft", "Bone as a plug-in of Hugging Face peft"),
+    ("bitsandbytes", "quantized bases"),
+    ("wandb", "--wandb"),
+)
 
 
 class Finding(NamedTuple):
@@ -56,7 +60,7 @@ class Requirement(NamedTuple):
 
 
 def version_numbers(text):
-    """"2.13.0+cpu" -> (2, 13, 0)."""
+    """ "2.13.0+cpu" -> (2, 13, 0)."""
     return tuple(int(part) for part in re.match(r"\d+(\.\d+)*", text)[0].split("."))
 
 
@@ -66,7 +70,7 @@ def parse_requirement(line):
     if not line:
         return None
     name = re.match(r"[\w.-]+", line)[0]
-    bounds = re.findall(r"(>=|<)(\d+(?:\.\d+)*)", line[len(name):])
+    bounds = re.findall(r"(>=|<)(\d+(?:\.\d+)*)", line[len(name) :])
     return Requirement(name, tuple((sign, version_numbers(number)) for sign, number in bounds))
 
 
@@ -85,8 +89,14 @@ def check_python():
     version = sys.version.split()[0]
     if PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
         return [Finding("python", OK, f"{version}, {sys.executable}")]
-    return [Finding("python", MISSING, f"{version}, and 3.10 to 3.13 is needed",
-                    "python3.13 -m venv .venv && . .venv/bin/activate && " + INSTALL)]
+    return [
+        Finding(
+            "python",
+            MISSING,
+            f"{version}, and 3.10 to 3.13 is needed",
+            "python3.13 -m venv .venv && . .venv/bin/activate && " + INSTALL,
+        )
+    ]
 
 
 def check_package(requirement):
@@ -102,22 +112,43 @@ def check_package(requirement):
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             importlib.import_module(name.replace("-", "_"))
     except Exception as error:  # whatever a broken install raises is what the user must see
-        return Finding(name, MISSING, f"{version} does not import: {type(error).__name__}: {error}",
-                       f"pip install --force-reinstall '{name}{requirement.spec}'")
+        return Finding(
+            name,
+            MISSING,
+            f"{version} does not import: {type(error).__name__}: {error}",
+            f"pip install --force-reinstall '{name}{requirement.spec}'",
+        )
     return Finding(name, OK, version)
 
 
 def check_tools():
     """The C++ compiler, ninja and nvcc."""
     compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
-    yield Finding("compiler", OK, first_line(compiler, "--version")) if compiler else Finding(
-        "compiler", NOTE, "no C++ compiler: the fast CPU kernel and the offload strategies need one",
-        "apt install g++ (Debian, Ubuntu), or xcode-select --install (macOS)")
+    yield (
+        Finding("compiler", OK, first_line(compiler, "--version"))
+        if compiler
+        else Finding(
+            "compiler",
+            NOTE,
+            "no C++ compiler: the fast CPU kernel and the offload strategies need one",
+            "apt install g++ (Debian, Ubuntu), or xcode-select --install (macOS)",
+        )
+    )
     ninja = shutil.which("ninja")
-    yield Finding("ninja program", OK, ninja) if ninja else Finding(
-        "ninja program", NOTE, "not in PATH: DeepSpeed's own operators need it there", "activate the environment, or pip install ninja")
+    yield (
+        Finding("ninja program", OK, ninja)
+        if ninja
+        else Finding(
+            "ninja program",
+            NOTE,
+            "not in PATH: DeepSpeed's own operators need it there",
+            "activate the environment, or pip install ninja",
+        )
+    )
     nvcc = shutil.which("nvcc")
-    yield Finding("nvcc", OK if nvcc else NOTE, last_release(nvcc) if nvcc else "no CUDA compiler (only GPU machines need one)")
+    yield Finding(
+        "nvcc", OK if nvcc else NOTE, last_release(nvcc) if nvcc else "no CUDA compiler (only GPU machines need one)"
+    )
 
 
 def first_line(program, *arguments):
@@ -134,7 +165,9 @@ def last_release(nvcc):
 def run(program, *arguments):
     """A program's output, or what kept it from running."""
     try:
-        return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=30).stdout.strip() or program
+        return (
+            subprocess.run([program, *arguments], capture_output=True, text=True, timeout=30).stdout.strip() or program
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{program} does not run: {error}"
 
@@ -147,23 +180,39 @@ def check_devices():
         for index in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(index)
             old = gpu.major < 8
-            yield Finding(f"GPU {index}", NOTE if old else OK, f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, "
-                          f"compute capability {gpu.major}.{gpu.minor}" + (": no bf16 hardware" if old else ""),
-                          "--precision fp32" if old else "")
+            yield Finding(
+                f"GPU {index}",
+                NOTE if old else OK,
+                f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, "
+                f"compute capability {gpu.major}.{gpu.minor}" + (": no bf16 hardware" if old else ""),
+                "--precision fp32" if old else "",
+            )
     elif torch.version.cuda is None:
-        yield Finding("GPU", NOTE, f"torch {torch.__version__} is built without CUDA: training runs on the CPU",
-                      "pip install --force-reinstall torch (a build with CUDA)" if shutil.which("nvidia-smi") else "")
+        yield Finding(
+            "GPU",
+            NOTE,
+            f"torch {torch.__version__} is built without CUDA: training runs on the CPU",
+            "pip install --force-reinstall torch (a build with CUDA)" if shutil.which("nvidia-smi") else "",
+        )
     else:
-        yield Finding("GPU", NOTE, "torch sees none: training runs on the CPU",
-                      "if there is one, see that `nvidia-smi` lists it")
+        yield Finding(
+            "GPU", NOTE, "torch sees none: training runs on the CPU", "if there is one, see that `nvidia-smi` lists it"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    speed = {name: matmul_speed(getattr(torch, dtype), device) for name, dtype in
-             (("fp32", "float32"), ("bf16", "bfloat16"))}
-    advice = ("bf16 is faster and takes half the memory" if speed["bf16"] > speed["fp32"] else
-              "fp32 is faster, bf16 takes half the memory")
+    speed = {
+        name: matmul_speed(getattr(torch, dtype), device) for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16"))
+    }
+    advice = (
+        "bf16 is faster and takes half the memory"
+        if speed["bf16"] > speed["fp32"]
+        else "fp32 is faster, bf16 takes half the memory"
+    )
     cores = f" on {torch.get_num_threads()} threads" if device == "cpu" else ""
-    yield Finding("--precision", OK, f"{advice} (matrix products: fp32 {speed['fp32']:,.0f}, "
-                  f"bf16 {speed['bf16']:,.0f} GFLOP/s{cores})")
+    yield Finding(
+        "--precision",
+        OK,
+        f"{advice} (matrix products: fp32 {speed['fp32']:,.0f}, bf16 {speed['bf16']:,.0f} GFLOP/s{cores})",
+    )
 
 
 def matmul_speed(dtype, device, size=1024):
@@ -196,19 +245,31 @@ def check_deepspeed():
         possible = builder.is_compatible(verbose=False)
     if possible and shutil.which("c++") and shutil.which("ninja"):
         return [Finding("DeepSpeed CPUAdam", OK, "compiles on first use of an offload strategy (about a minute)")]
-    return [Finding("DeepSpeed CPUAdam", NOTE, "cannot be compiled here: the offload strategies will not run, the others do",
-                    "apt install g++ (Debian, Ubuntu) && pip install ninja")]
+    return [
+        Finding(
+            "DeepSpeed CPUAdam",
+            NOTE,
+            "cannot be compiled here: the offload strategies will not run, the others do",
+            "apt install g++ (Debian, Ubuntu) && pip install ninja",
+        )
+    ]
 
 
 def check_memory():
     """Main memory, and the disk under the current folder."""
     total, free = memory()
     if total:
-        yield Finding("memory", OK, f"{total / 2**30:.1f} GiB" + (f", {free / 2**30:.1f} GiB available" if free else ""))
+        yield Finding(
+            "memory", OK, f"{total / 2**30:.1f} GiB" + (f", {free / 2**30:.1f} GiB available" if free else "")
+        )
     disk = shutil.disk_usage(".").free
     low = disk < 5 * 2**30
-    yield Finding("disk", NOTE if low else OK, f"{disk / 2**30:.0f} GiB free in {Path.cwd()}"
-                  + (": a 7B model and its checkpoints need 30 GiB" if low else ""))
+    yield Finding(
+        "disk",
+        NOTE if low else OK,
+        f"{disk / 2**30:.0f} GiB free in {Path.cwd()}"
+        + (": a 7B model and its checkpoints need 30 GiB" if low else ""),
+    )
 
 
 def memory():
@@ -252,7 +313,9 @@ def examine():
 
 def main(argv):
     """Print the report; 0 where nothing that training needs is missing, else 1."""
-    Parser(prog="python -m rwkv_peft.doctor", description="Say what this machine can do and what is missing.").parse_args(argv)
+    Parser(
+        prog="python -m rwkv_peft.doctor", description="Say what this machine can do and what is missing."
+    ).parse_args(argv)
     missing = []
     for finding in examine():
         print(f"{finding.name:18} {finding.status:8} {finding.text}", flush=True)

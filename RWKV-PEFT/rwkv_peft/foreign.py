@@ -29,19 +29,27 @@ def read_rwkv_peft(path, mode=None, base=None, init=None, alpha=None):
     modules = adapter.modules()
     if all(key in state for key in WHOLE_MODEL):
         if modules:
-            raise UserError(f"{path} is a whole model beside an adapter on {len(modules)} layers that was never merged, "
-                            "and runtimes would ignore the adapter without a word; merge the adapter's own file into the "
-                            "base's own file with merge_bone.py")
-        raise UserError(f"{path} is a whole model, not an adapter; give it as the base "
-                        "(--load_model of train.py, --base_model elsewhere)")
+            raise UserError(
+                f"{path} is a whole model beside an adapter on {len(modules)} layers that was never merged, "
+                "and runtimes would ignore the adapter without a word; merge the adapter's own file into the "
+                "base's own file with merge_bone.py"
+            )
+        raise UserError(
+            f"{path} is a whole model, not an adapter; give it as the base "
+            "(--load_model of train.py, --base_model elsewhere)"
+        )
     kinds = {tuple(sorted(params)) for params in modules.values()}
     if len(kinds) > 1:
-        raise UserError(f"{path} mixes adapters with the tensors {' and '.join(map(str, sorted(kinds)))}; "
-                        "they cannot be from one training")
+        raise UserError(
+            f"{path} mixes adapters with the tensors {' and '.join(map(str, sorted(kinds)))}; "
+            "they cannot be from one training"
+        )
     kind = kinds.pop() if kinds else ()
     if kind not in ((), ("bone",), ("disha",), ("lora_A", "lora_B")):
-        raise UserError(f"{path} holds adapter tensors {kind}, which RWKV-PEFT does not write; known are .bone, "
-                        ".disha, and .lora_A with .lora_B")
+        raise UserError(
+            f"{path} holds adapter tensors {kind}, which RWKV-PEFT does not write; known are .bone, "
+            ".disha, and .lora_A with .lora_B"
+        )
     if init is not None and kind != ("lora_A", "lora_B"):
         raise UserError(f"--lora_init is for PiSSA, and {path} holds no lora_A and lora_B")
     whole = adapter.whole()
@@ -86,8 +94,10 @@ def _block_affine_variant(path, tensors, mode, base):
             continue
         width = tensor.shape[0] * tensor.shape[1]
         if width not in weight.shape:
-            raise UserError(f"{path}: {module}.bone has shape {tuple(tensor.shape)}, which covers {width} "
-                            f"channels, and the base's weight is {tuple(weight.shape)}: it belongs to another model")
+            raise UserError(
+                f"{path}: {module}.bone has shape {tuple(tensor.shape)}, which covers {width} "
+                f"channels, and the base's weight is {tuple(weight.shape)}: it belongs to another model"
+            )
         votes.add("bat-out" if width == weight.shape[0] else "bat-in")
     if len(votes) > 1:
         raise UserError(f"{path}: some layers fit bat-in and others bat-out; it belongs to another model")
@@ -95,30 +105,40 @@ def _block_affine_variant(path, tensors, mode, base):
         return votes.pop()
     if mode in ("bat-in", "bat-out"):
         return mode
-    cause = ("nothing in the file tells which; give --base_model, whose layers' shapes may tell, or" if base is None else
-             "every layer in it is square, and the two change the model in different ways; give")
-    raise UserError(f"{path}: its 3-D .bone tensors may be bat-in or bat-out: {cause} --bone_mode bat-in (files of RWKV-PEFT "
-                    "since 2024-09-27) or --bone_mode bat-out (earlier ones)")
+    cause = (
+        "nothing in the file tells which; give --base_model, whose layers' shapes may tell, or"
+        if base is None
+        else "every layer in it is square, and the two change the model in different ways; give"
+    )
+    raise UserError(
+        f"{path}: its 3-D .bone tensors may be bat-in or bat-out: {cause} --bone_mode bat-in (files of RWKV-PEFT "
+        "since 2024-09-27) or --bone_mode bat-out (earlier ones)"
+    )
 
 
 def _read_lora(path, modules, init, alpha, common):
     shapes = [tuple(params["lora_A"].shape) for params in modules.values()]
     rank, *others = {shape[0] if len(shape) == 2 else None for shape in shapes}
     if others or rank is None:
-        raise UserError(f"{path}: its lora_A have the shapes {', '.join(map(str, dict.fromkeys(shapes)))}; (rank, in) with one "
-                        "rank is due, which alpha is divided by: they cannot be from one training")
+        raise UserError(
+            f"{path}: its lora_A have the shapes {', '.join(map(str, dict.fromkeys(shapes)))}; (rank, in) with one "
+            "rank is due, which alpha is divided by: they cannot be from one training"
+        )
     own = {f"{module}.{name}": tensor for module, params in modules.items() for name, tensor in params.items()}
     if init is not None:
         initial = {key: tensor for key, tensor in read_state(init).items() if adapter_parameter(key)}
         wanted = {f"{module}.init_{name}" for module in modules for name in ("lora_A", "lora_B")}
         if set(initial) != wanted:
             odd = sorted(set(initial) ^ wanted)
-            raise UserError(f"{init} is not the init file of {path}: they differ in {len(odd)} tensors, "
-                            f"such as {odd[0]}")
+            raise UserError(
+                f"{init} is not the init file of {path}: they differ in {len(odd)} tensors, such as {odd[0]}"
+            )
         return own | initial, AdapterMetadata("pissa", rank=rank, **common)  # RWKV-PEFT's PiSSA has scale 1
     if alpha is None:
-        raise UserError(f"{path} is a LoRA file of RWKV-PEFT, which does not record alpha: give --lora_alpha as in its "
-                        "training; or, if it is PiSSA, its init file as --lora_init init_pissa.pth")
+        raise UserError(
+            f"{path} is a LoRA file of RWKV-PEFT, which does not record alpha: give --lora_alpha as in its "
+            "training; or, if it is PiSSA, its init file as --lora_init init_pissa.pth"
+        )
     if not math.isfinite(alpha):
         raise UserError(f"--lora_alpha {alpha}: a finite number is due")
     return own, AdapterMetadata("lora", rank=rank, scale=alpha / max(rank, 1), **common)
@@ -134,23 +154,29 @@ def write_rwkv_peft(path, adapter, parameter="disha", base=None):
     """
     path = Path(path)
     if adapter.metadata.variant == "bat-out":
-        raise UserError("RWKV-PEFT has no bat-out; its adapters are bone, bat-in (its bat), lora and pissa. Merge the "
-                        "adapter with merge_bone.py instead")
+        raise UserError(
+            "RWKV-PEFT has no bat-out; its adapters are bone, bat-in (its bat), lora and pissa. Merge the "
+            "adapter with merge_bone.py instead"
+        )
     main, initial = {}, {}
     for key, tensor in adapter.tensors.items():
         module, name = adapter_parameter(key) or (None, None)
         if module and adapter.metadata.variant == "bone-mini":
             tensor = _widened(key, tensor, None if base is None else base.get(f"{module}.weight"))
         if name in ("lora_B", "init_lora_B") and adapter.metadata.variant != "lora":
-            tensor = adapter.metadata.scale * tensor if adapter.metadata.scale != 1 else tensor  # RWKV-PEFT's has scale 1
+            tensor = (
+                adapter.metadata.scale * tensor if adapter.metadata.scale != 1 else tensor
+            )  # RWKV-PEFT's has scale 1
         if name == "bone":
             key = f"{module}.{parameter}"
         (initial if name in ("init_lora_A", "init_lora_B") else main)[key] = tensor
     files = {path: main} | ({path.with_name(f"init_{path.name}"): initial} if initial else {})
     for file in list(files)[1:]:
         if file.exists():
-            raise UserError(f"{file} exists, and is where PiSSA's initial factors would go; move it away, or choose another "
-                            f"name than {path.name}")
+            raise UserError(
+                f"{file} exists, and is where PiSSA's initial factors would go; move it away, or choose another "
+                f"name than {path.name}"
+            )
     for file, tensors in files.items():
         with atomic_write(file) as temporary:
             save_pth(temporary, tensors)
@@ -160,10 +186,14 @@ def write_rwkv_peft(path, adapter, parameter="disha", base=None):
 def _widened(key, tensor, weight):
     """bone's tensor (rank, out) of bone-mini's (rank, mini_rank), which repeats along the output."""
     if weight is None:
-        raise UserError(f"RWKV-PEFT has no bone-mini, and as bone it needs the layers' widths: give --base_model, the model "
-                        f"that {key} was trained on")
+        raise UserError(
+            f"RWKV-PEFT has no bone-mini, and as bone it needs the layers' widths: give --base_model, the model "
+            f"that {key} was trained on"
+        )
     out, mini_rank = weight.shape[0], tensor.shape[1]
     if out % mini_rank:
-        raise UserError(f"{key} repeats every {mini_rank} outputs, which does not divide the layer's {out}: the base is "
-                        "another model than it was trained on")
+        raise UserError(
+            f"{key} repeats every {mini_rank} outputs, which does not divide the layer's {out}: the base is "
+            "another model than it was trained on"
+        )
     return tensor.repeat(1, out // mini_rank)

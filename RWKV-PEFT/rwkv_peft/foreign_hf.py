@@ -15,8 +15,13 @@ from .safetensors_reader import read_safetensors
 
 HF_PREFIX = "base_model.model."
 # (init_weights, canonical name, dimensions of the tensors); true and false name no form
-NAMED_FORMS = (("bone", "bone", 2), ("mini", "bone-mini", 2), ("bat", "bat-out", 3), ("bat-out", "bat-out", 3),
-               ("bat-in", "bat-in", 3))
+NAMED_FORMS = (
+    ("bone", "bone", 2),
+    ("mini", "bone-mini", 2),
+    ("bat", "bat-out", 3),
+    ("bat-out", "bat-out", 3),
+    ("bat-in", "bat-in", 3),
+)
 
 
 def read_hf_folder(folder):
@@ -36,8 +41,11 @@ def read_hf_folder(folder):
         tensors[f"{from_hf(split[0] + '.')}{split[1]}" if split else from_hf(module)] = tensor
     modules = Adapter(tensors, None).modules()
     whole = {key: tensor for key, tensor in tensors.items() if not adapter_parameter(key)}
-    common = {"targets": target_names(modules), "train_parts": tuple(whole),
-              "source": f"peft {config.get('peft_version', '')}"}
+    common = {
+        "targets": target_names(modules),
+        "train_parts": tuple(whole),
+        "source": f"peft {config.get('peft_version', '')}",
+    }
     kind = str(config.get("peft_type", "")).upper()
     if kind == "LORA":
         _check_plain_lora(folder, config)
@@ -48,8 +56,9 @@ def read_hf_folder(folder):
         scale = _number(folder, config, "lora_alpha") / (rank**0.5 if config.get("use_rslora") else rank)
         return Adapter(tensors, AdapterMetadata("lora", rank=rank, scale=scale, **common))
     if kind not in ("BONE", "MISS"):
-        raise UserError(f"{folder} holds a {kind or 'nameless'} adapter of peft; BONE, MISS and plain LORA can be "
-                        "merged")
+        raise UserError(
+            f"{folder} holds a {kind or 'nameless'} adapter of peft; BONE, MISS and plain LORA can be merged"
+        )
     parameter = f"{kind.lower()}_block"
     own = {}
     for module, params in modules.items():
@@ -79,16 +88,20 @@ def _number(folder, config, name, kind=(int, float)):
     """A setting that must be a finite number above 0 (int where kind says so); booleans are none."""
     value = config.get(name)
     if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise UserError(f"{folder}: adapter_config.json has {name} = {value!r}, and a finite number above 0 is due; copy the file "
-                        "that peft saved")
+        raise UserError(
+            f"{folder}: adapter_config.json has {name} = {value!r}, and a finite number above 0 is due; copy the file "
+            "that peft saved"
+        )
     return value
 
 
 def _check_rank(folder, key, tensor, axis, rank):
     """Raise UserError where a tensor's axis is not r wide, as adapter_config.json says."""
     if tensor.dim() and tensor.shape[axis] != rank:
-        raise UserError(f"{folder}: {key} has shape {tuple(tensor.shape)}, and r is {rank} in adapter_config.json: the two files "
-                        "belong to different adapters")
+        raise UserError(
+            f"{folder}: {key} has shape {tuple(tensor.shape)}, and r is {rank} in adapter_config.json: the two files "
+            "belong to different adapters"
+        )
 
 
 def _bone_variant(folder, config, tensors):
@@ -98,15 +111,21 @@ def _bone_variant(folder, config, tensors):
         raise UserError(f"{folder}: its tensors have {sorted(dims)} dimensions; 2 or 3 are due throughout")
     init, dim = config.get("init_weights", True), dims.pop()
     if isinstance(init, bool):
-        return "bone" if dim == 2 else "bat-out"  # pre-releases of peft have block affine Bone alone, and no name for it
+        return (
+            "bone" if dim == 2 else "bat-out"
+        )  # pre-releases of peft have block affine Bone alone, and no name for it
     known = [(variant, due) for name, variant, due in NAMED_FORMS if name == init]
     if not known:
-        raise UserError(f"{folder}: init_weights is {init!r} in adapter_config.json; known are true, false and "
-                        f"{', '.join(name for name, _, _ in NAMED_FORMS)}")
+        raise UserError(
+            f"{folder}: init_weights is {init!r} in adapter_config.json; known are true, false and "
+            f"{', '.join(name for name, _, _ in NAMED_FORMS)}"
+        )
     variant, due = known[0]
     if dim != due:
-        raise UserError(f"{folder}: init_weights {init!r} goes with tensors of {due} dimensions, and these have {dim}: "
-                        "adapter_config.json belongs to another adapter")
+        raise UserError(
+            f"{folder}: init_weights {init!r} goes with tensors of {due} dimensions, and these have {dim}: "
+            "adapter_config.json belongs to another adapter"
+        )
     return variant
 
 
@@ -115,16 +134,22 @@ def _read_hf_tensors(folder):
         return read_safetensors(folder / "adapter_model.safetensors")[0]
     if (folder / "adapter_model.bin").is_file():
         return read_state(folder / "adapter_model.bin")
-    raise UserError(f"{folder} has no adapter_model.safetensors (nor adapter_model.bin); is it a folder that peft "
-                    "saved?")
+    raise UserError(
+        f"{folder} has no adapter_model.safetensors (nor adapter_model.bin); is it a folder that peft saved?"
+    )
 
 
 def _check_plain_lora(folder, config):
     """Refuse LoRA settings under which W + scale B A over the original base is not what was trained."""
-    odd = [name for name in ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "layer_replication", "fan_in_fan_out")
-           if config.get(name)]
+    odd = [
+        name
+        for name in ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "layer_replication", "fan_in_fan_out")
+        if config.get(name)
+    ]
     if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
         odd.append(f"init_lora_weights={config['init_lora_weights']!r}, which changes the base")
     if odd:
-        raise UserError(f"{folder}: this LoRA uses {', '.join(odd)}; only plain LoRA can be merged from peft's files: "
-                        "convert it with peft first (path_initial_model_for_weight_conversion)")
+        raise UserError(
+            f"{folder}: this LoRA uses {', '.join(odd)}; only plain LoRA can be merged from peft's files: "
+            "convert it with peft first (path_initial_model_for_weight_conversion)"
+        )

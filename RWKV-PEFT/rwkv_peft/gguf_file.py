@@ -29,8 +29,10 @@ def write_gguf(path, base, config, kind="f16", vocabulary=None):
     gguf = import_gguf()
     states = [key for key in base if key.endswith("time_state")]
     if states:
-        raise UserError(f"GGUF has no place for initial states, and the model holds {len(states)} (such as "
-                        f"{states[0]}); convert the model without them")
+        raise UserError(
+            f"GGUF has no place for initial states, and the model holds {len(states)} (such as "
+            f"{states[0]}); convert the model without them"
+        )
     plan = list(_plan(base, config))
     with closing(gguf.GGUFWriter(str(path), "rwkv6")) as writer:
         _write_settings(writer, config, gguf.LlamaFileType[_file_type(kind)], vocabulary)
@@ -57,6 +59,7 @@ def import_gguf():
 
 def _plan(base, config):
     """(GGUF name, shape, function that makes the float tensor) of each tensor, in order."""
+
     def entry(name, key, change=lambda tensor: tensor):
         return name, tuple(change(base[key].to("meta")).shape), lambda: change(base[key])
 
@@ -74,8 +77,11 @@ def _plan(base, config):
                 yield entry(f"{block}{norm}.{part}", f"{key}.{part}")
         yield entry(f"{block}time_mix_lerp_x.weight", f"{att}time_maa_x")
         keys = [f"{att}time_maa_{letter}" for letter in LERPS]
-        yield (f"{block}time_mix_lerp_fused.weight", (len(keys), *base[keys[0]].shape),
-               lambda keys=keys: torch.stack([base[key] for key in keys]))  # (5, 1, 1, C)
+        yield (
+            f"{block}time_mix_lerp_fused.weight",
+            (len(keys), *base[keys[0]].shape),
+            lambda keys=keys: torch.stack([base[key] for key in keys]),
+        )  # (5, 1, 1, C)
         yield entry(f"{block}time_mix_w1.weight", f"{att}time_maa_w1", torch.t)
         yield entry(f"{block}time_mix_w2.weight", f"{att}time_maa_w2", lambda tensor: tensor.permute(0, 2, 1))
         yield entry(f"{block}time_mix_first.weight", f"{att}time_faaaa")
@@ -95,7 +101,8 @@ def _plan(base, config):
 
 def _is_matrix(name):
     return name in ("token_embd.weight", "output.weight") or name.endswith(
-        tuple(f"_mix_{part}.weight" for part in ("receptance", "key", "value", "gate", "output")))
+        tuple(f"_mix_{part}.weight" for part in ("receptance", "key", "value", "gate", "output"))
+    )
 
 
 def _type_of(gguf, name, shape, kind):

@@ -82,19 +82,25 @@ class Merge:
         metadata, options = adapter.metadata, self.options
         quant = metadata.quant if options.quant is None else options.quant
         if metadata.quant != "none" and quant not in ("none", metadata.quant):
-            raise UserError(f"--quant {quant} contradicts {name}, which was trained on a base quantized to {metadata.quant}; leave "
-                            "--quant out to merge onto that, or give --quant none for the original base")
+            raise UserError(
+                f"--quant {quant} contradicts {name}, which was trained on a base quantized to {metadata.quant}; leave "
+                "--quant out to merge onto that, or give --quant none for the original base"
+            )
         whole = adapter.whole()
         if options.unmerge and whole:
-            raise UserError(f"--unmerge cannot restore {len(whole)} tensors that {name} replaced whole (such as "
-                            f"{next(iter(whole))}): the base's values are in none of the files")
+            raise UserError(
+                f"--unmerge cannot restore {len(whole)} tensors that {name} replaced whole (such as "
+                f"{next(iter(whole))}): the base's values are in none of the files"
+            )
         if options.unmerge and quant != "none":
             raise UserError(f"--unmerge cannot undo the {quant} quantization that {name} was merged with")
         for key, tensor in whole.items():
             due = expected_whole_shape(key, shapes)
             if tuple(tensor.shape) != due:
-                raise UserError(f"{name}: {key} has shape {tuple(tensor.shape)}, and the base's is {due}; it was "
-                                "trained on another model")
+                raise UserError(
+                    f"{name}: {key} has shape {tuple(tensor.shape)}, and the base's is {due}; it was "
+                    "trained on another model"
+                )
             if key not in self.specs:  # a time state, new to the base
                 self.specs[key] = TensorSpec(due, options.dtype or shapes["emb.weight"].dtype)
             self.changes.setdefault(key, []).append(WholeChange(tensor.to(options.device), options.scale))
@@ -135,11 +141,15 @@ class Merge:
         """Raise the UserError for an output that equals the base."""
         largest = max(reports, key=lambda report: report.change)
         if largest.change == 0:
-            raise UserError("the merge changes no weight: what the adapters add is zero, or too small for float32 (an alpha of "
-                            "0, a training that barely moved?); nothing is written")
-        raise UserError(f"the merge would equal the base: the largest change, {100 * largest.change:.2g} % of {largest.key}, "
-                        f"is lost in the cast to {dtype_name(self.specs[largest.key].dtype)}; --output_dtype fp32 keeps it; "
-                        "nothing is written")
+            raise UserError(
+                "the merge changes no weight: what the adapters add is zero, or too small for float32 (an alpha of "
+                "0, a training that barely moved?); nothing is written"
+            )
+        raise UserError(
+            f"the merge would equal the base: the largest change, {100 * largest.change:.2g} % of {largest.key}, "
+            f"is lost in the cast to {dtype_name(self.specs[largest.key].dtype)}; --output_dtype fp32 keeps it; "
+            "nothing is written"
+        )
 
     def tensors(self, pairs, reports=None):
         """Yield the output's (key, tensor), as `bands` with each tensor in one piece; one that does not change is the
@@ -197,7 +207,8 @@ def _cause_of_infinity(source, dtype):
 
 
 def quantization_error(base, adapters):
-    """|Q(W) - W| / |W| over the weights W that were quantized to Q(W) while the (name, Adapter) pairs trained on them."""
+    """|Q(W) - W| / |W| over the weights W that were quantized to Q(W) while the (name, Adapter) pairs trained on
+    them."""
     error = size = 0.0
     for _, adapter in adapters:
         metadata = adapter.metadata
@@ -237,8 +248,10 @@ def check_fingerprints(path, base, adapters):
             continue
         if before and wanted == fingerprint(Merge(base, before).tensors(stream_state(path))):
             continue
-        raise UserError(f"{name} was trained on another base: it names the fingerprint {wanted}, and {path} has {own}; "
-                        "find the base it was trained on, or force it with --any_base")
+        raise UserError(
+            f"{name} was trained on another base: it names the fingerprint {wanted}, and {path} has {own}; "
+            "find the base it was trained on, or force it with --any_base"
+        )
 
 
 def check_unmerge(path, base, adapters):
@@ -247,8 +260,10 @@ def check_unmerge(path, base, adapters):
     own = fingerprint(base)
     for name, adapter in adapters:
         if adapter.metadata.base_fingerprint == own:
-            raise UserError(f"--unmerge: {path} is the base that {name} was trained on, without the adapter; give the merged "
-                            "model as --base_model (or force it with --any_base)")
+            raise UserError(
+                f"--unmerge: {path} is the base that {name} was trained on, without the adapter; give the merged "
+                "model as --base_model (or force it with --any_base)"
+            )
 
 
 def expected_whole_shape(key, shapes):
@@ -268,19 +283,27 @@ def _check_states(names, specs):
     layers = [key.removesuffix("time_faaaa") for key in specs if key.endswith(".att.time_faaaa")]
     without = [layer for layer in layers if f"{layer}time_state" not in specs]
     if without and len(without) < len(layers):
-        raise UserError(f"{', '.join(map(str, names))}: time states of {len(layers) - len(without)} of the model's "
-                        f"{len(layers)} layers (there is no {without[0]}time_state), and runtimes read a state for every layer "
-                        "or for none; give the whole file that the state tuning wrote")
+        raise UserError(
+            f"{', '.join(map(str, names))}: time states of {len(layers) - len(without)} of the model's "
+            f"{len(layers)} layers (there is no {without[0]}time_state), and runtimes read a state for every layer "
+            "or for none; give the whole file that the state tuning wrote"
+        )
 
 
 def _check_places(name, adapter, shapes):
     keys = [f"{module}.weight" for module in adapter.modules()] + list(adapter.whole())
-    lost = [key for key in keys if key not in shapes and not (
-        key.endswith(".att.time_state") and key.replace("time_state", "time_faaaa") in shapes)]
+    lost = [
+        key
+        for key in keys
+        if key not in shapes
+        and not (key.endswith(".att.time_state") and key.replace("time_state", "time_faaaa") in shapes)
+    ]
     if lost:
-        raise UserError(f"{name}: {len(lost)} of its {len(keys)} tensors have no place in the base: there is no "
-                        f"{lost[0]}, where the base has keys such as {list(shapes)[1]}; it was trained on a model of "
-                        "other names or of more layers")
+        raise UserError(
+            f"{name}: {len(lost)} of its {len(keys)} tensors have no place in the base: there is no "
+            f"{lost[0]}, where the base has keys such as {list(shapes)[1]}; it was trained on a model of "
+            "other names or of more layers"
+        )
     effective = (tensor for key, tensor in adapter.tensors.items() if not key.endswith("lora_A"))
     if not any(torch.count_nonzero(tensor) for tensor in effective):
         raise UserError(f"{name} changes nothing: its tensors are all zero, as in an adapter that was never trained")

@@ -104,25 +104,36 @@ class WholeChange:
 def check_params(name, variant, params, weight_shape):
     """Raise UserError unless the tensors of a `variant` adapter fit a weight (out, in)."""
     if len(weight_shape) != 2:
-        raise UserError(f"{name} is no linear layer: its weight has shape {weight_shape}, and a {variant} adapter changes a "
-                        "matrix; it was trained on another model")
+        raise UserError(
+            f"{name} is no linear layer: its weight has shape {weight_shape}, and a {variant} adapter changes a "
+            "matrix; it was trained on another model"
+        )
     out, inner = weight_shape
     names = {"bone"} if variant in BONE_MODES else set() if variant == "none" else {"lora_A", "lora_B"}
     if variant in RESIDUAL_VARIANTS:
         names |= {"init_lora_A", "init_lora_B"}
     if set(params) != names:
-        raise UserError(f"{name} holds {sorted(params)}, and a {variant} adapter has "
-                        f"{sorted(names) or 'no tensors of its own'}")
+        raise UserError(
+            f"{name} holds {sorted(params)}, and a {variant} adapter has {sorted(names) or 'no tensors of its own'}"
+        )
     shapes = {name: tuple(tensor.shape) for name, tensor in params.items()}
-    odd = [shape for shape in shapes.values() if 0 in shape or len(shape) != (3 if variant in ("bat-in", "bat-out") else 2)]
+    odd = [
+        shape for shape in shapes.values() if 0 in shape or len(shape) != (3 if variant in ("bat-in", "bat-out") else 2)
+    ]
     if odd:
-        raise UserError(f"{name} holds a tensor of shape {odd[0]}, which no {variant} adapter has; the file is damaged, or "
-                        "describes itself wrongly")
+        raise UserError(
+            f"{name} holds a tensor of shape {odd[0]}, which no {variant} adapter has; the file is damaged, or "
+            "describes itself wrongly"
+        )
     if "bone" in params:
         shape = shapes["bone"]
         rank = shape[0] if variant in ("bone", "bone-mini") else shape[-1]
-        due = {"bone": (rank, out), "bone-mini": (rank, shape[-1]),
-               "bat-in": (inner // rank, rank, rank), "bat-out": (out // rank, rank, rank)}[variant]
+        due = {
+            "bone": (rank, out),
+            "bone-mini": (rank, shape[-1]),
+            "bat-in": (inner // rank, rank, rank),
+            "bat-out": (out // rank, rank, rank),
+        }[variant]
         fits = shape == due
         if variant == "bone-mini":
             fits = fits and out % shape[-1] == 0
@@ -135,5 +146,7 @@ def check_params(name, variant, params, weight_shape):
         fits = shapes == due
     if not fits:
         given, needed = (", ".join(map(str, group.values())) for group in (shapes, due))
-        raise UserError(f"{name} is a {variant} adapter of shape {given}, and a base weight of shape {weight_shape} "
-                        f"needs {needed} and a rank that divides it; it was trained on another model")
+        raise UserError(
+            f"{name} is a {variant} adapter of shape {given}, and a base weight of shape {weight_shape} "
+            f"needs {needed} and a rank that divides it; it was trained on another model"
+        )

@@ -22,27 +22,45 @@ def build_parser():
     parser = Parser(
         prog="merge_bone.py",
         description="Merge adapters into an RWKV-6 base model: a .pth with exactly the base's keys, order, shapes and "
-                    "dtypes, which any RWKV runtime loads.")
+        "dtypes, which any RWKV runtime loads.",
+    )
     parser.add_argument("--base_model", required=True, metavar="PTH", help="the model that the adapter was trained on")
-    parser.add_argument("--bone_checkpoint", "--lora_checkpoint", required=True, nargs="+", metavar="FILE",
-                        dest="adapters",
-                        help="adapters in order of application: .safetensors of train.py, flat .pth of RWKV-PEFT "
-                             "(.bone, .disha, LoRA, PiSSA, time states), or folders of Hugging Face peft")
+    parser.add_argument(
+        "--bone_checkpoint",
+        "--lora_checkpoint",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        dest="adapters",
+        help="adapters in order of application: .safetensors of train.py, flat .pth of RWKV-PEFT "
+        "(.bone, .disha, LoRA, PiSSA, time states), or folders of Hugging Face peft",
+    )
     parser.add_argument("--output", metavar="PTH", help="the merged model; required unless --dry_run")
     parser.add_argument("--output_dtype", choices=("keep", "bf16", "fp16", "fp32"), default="keep")
-    parser.add_argument("--bone_mode", type=alias(MODE_ALIASES), choices=BONE_MODES,
-                        help="variant of a .bone file that does not tell it; bat is bat-in, as in RWKV-PEFT")
+    parser.add_argument(
+        "--bone_mode",
+        type=alias(MODE_ALIASES),
+        choices=BONE_MODES,
+        help="variant of a .bone file that does not tell it; bat is bat-in, as in RWKV-PEFT",
+    )
     parser.add_argument("--lora_alpha", type=float, help="alpha of an RWKV-PEFT LoRA file, which does not record it")
     parser.add_argument("--lora_init", metavar="PTH", help="init_pissa.pth of an RWKV-PEFT PiSSA file")
-    parser.add_argument("--quant", choices=QUANTIZATIONS,
-                        help="quantization of the frozen weights in training (default: what the adapter says)")
+    parser.add_argument(
+        "--quant",
+        choices=QUANTIZATIONS,
+        help="quantization of the frozen weights in training (default: what the adapter says)",
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the change, default 1.0")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the arithmetic runs")
-    parser.add_argument("--unmerge", action="store_true",
-                        help="take the adapters off a merged --base_model again, last first")
-    parser.add_argument("--any_base", action="store_true",
-                        help="do not compare the base with the one that the adapter names: merge into another of "
-                             "the same shape, or unmerge all the same")
+    parser.add_argument(
+        "--unmerge", action="store_true", help="take the adapters off a merged --base_model again, last first"
+    )
+    parser.add_argument(
+        "--any_base",
+        action="store_true",
+        help="do not compare the base with the one that the adapter names: merge into another of "
+        "the same shape, or unmerge all the same",
+    )
     parser.add_argument("--dry_run", action="store_true", help="compute and report everything, write nothing")
     parser.add_argument("--verify", action="store_true", help="read the output back and compare each tensor")
     return parser
@@ -57,7 +75,9 @@ def main(argv):
     if args.scale == 0 or not torch.isfinite(torch.tensor(args.scale)):
         raise UserError(f"--scale {args.scale}: a finite number other than 0 is due")
     base = load_base(args.base_model)
-    adapters = [(path, read_adapter(path, args.bone_mode, base, args.lora_init, args.lora_alpha)) for path in args.adapters]
+    adapters = [
+        (path, read_adapter(path, args.bone_mode, base, args.lora_init, args.lora_alpha)) for path in args.adapters
+    ]
     options = MergeOptions(args.scale, output_dtype(args.output_dtype), args.quant, args.unmerge, args.device)
     merge = Merge(base, adapters, options)
     if not args.any_base:
@@ -93,8 +113,10 @@ def check_files(args):
     name or link, or cannot be written."""
     for position, path in enumerate(args.adapters):
         if any(same_file(path, other) for other in args.adapters[:position]):
-            raise UserError(f"--bone_checkpoint names {path} twice, which would apply it twice; give each adapter once "
-                            "(--scale 2 doubles a change)")
+            raise UserError(
+                f"--bone_checkpoint names {path} twice, which would apply it twice; give each adapter once "
+                "(--scale 2 doubles a change)"
+            )
     if args.dry_run:
         if args.verify:
             raise UserError("--verify reads the output back, and --dry_run writes none; drop one of the two")
@@ -102,10 +124,19 @@ def check_files(args):
     if args.output is None:
         raise UserError("--output is missing: name the merged .pth, or give --dry_run")
     if Path(args.output).suffix != ".pth":
-        raise UserError(f"--output {args.output}: a name that ends in .pth is due; other formats are made of it by "
-                        "python -m rwkv_peft.convert")
-    check_output("--output", args.output, [("--base_model", args.base_model), ("--lora_init", args.lora_init),
-                                           *(("--bone_checkpoint", path) for path in args.adapters)])
+        raise UserError(
+            f"--output {args.output}: a name that ends in .pth is due; other formats are made of it by "
+            "python -m rwkv_peft.convert"
+        )
+    check_output(
+        "--output",
+        args.output,
+        [
+            ("--base_model", args.base_model),
+            ("--lora_init", args.lora_init),
+            *(("--bone_checkpoint", path) for path in args.adapters),
+        ],
+    )
 
 
 def check_space(output, specs):
@@ -116,8 +147,10 @@ def check_space(output, specs):
     needed = sum(spec.numel * spec.dtype.itemsize for spec in specs.values())
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(f"--output {output} needs {needed:,} bytes, and its disk has {free:,} free; free some space or "
-                        "choose another disk")
+        raise UserError(
+            f"--output {output} needs {needed:,} bytes, and its disk has {free:,} free; free some space or "
+            "choose another disk"
+        )
 
 
 def print_head(args, base, adapters):
@@ -131,12 +164,21 @@ def print_head(args, base, adapters):
         origin = "" if metadata.base_fingerprint else f" (from {metadata.source}; it does not name its base)"
         print(f"adapter  {name}: {', '.join(parts)}{origin}")
         if metadata.quant != "none" and args.quant != "none":
-            print(f"quant    onto the base as {metadata.quant} keeps it, which is what was trained on; --quant none takes the original")
+            print(
+                f"quant    onto the base as {metadata.quant} keeps it, which is what was trained on; --quant none "
+                "takes the original"
+            )
     if args.quant == "none" and (lost := quantization_error(base, adapters)):
-        print(f"quant    onto the original base, as --quant none says; the base that was trained on differs from it by {lost:.2%}")
+        print(
+            "quant    onto the original base, as --quant none says; the base that was trained on differs from it by "
+            f"{lost:.2%}"
+        )
     if args.unmerge:
-        print(f"unmerge  nothing in these files can tell whether this adapter was merged into {args.base_model}, and with "
-              "which --scale: what comes out is the base only if it was")
+        print(
+            f"unmerge  nothing in these files can tell whether this adapter was merged into {args.base_model}, and "
+            "with "
+            "which --scale: what comes out is the base only if it was"
+        )
 
 
 def print_reports(reports, specs):
@@ -147,8 +189,11 @@ def print_reports(reports, specs):
         layers.setdefault(number, {})[".".join(rest).removesuffix(".weight")] = report
     if not reports:
         return
-    columns = [name for name in dict.fromkeys(name for row in layers.values() for name in row) if name.count(".") == 1
-               and "time" not in name and "ln" not in name]
+    columns = [
+        name
+        for name in dict.fromkeys(name for row in layers.values() for name in row)
+        if name.count(".") == 1 and "time" not in name and "ln" not in name
+    ]
     print("change of each layer, |W' - W| / |W| in percent")
     print("block  " + "".join(f"{name:>16}" for name in columns) + f"{'other tensors':>16}{'cast lost':>12}")
     for number, row in layers.items():
@@ -160,9 +205,11 @@ def print_reports(reports, specs):
     changed = [report for report in reports if report.change]
     worst = max(reports, key=lambda report: report.lost)
     dtype = specs[worst.key].dtype
-    print(f"changed {len(changed)} of {len(specs)} tensors; the cast to {dtype_name(dtype)} lost at most "
-          f"{100 * worst.lost:.2g} % of a change ({worst.key})"
-          + ("; --output_dtype fp32 keeps it" if worst.lost > 0.1 and dtype != torch.float32 else ""))
+    print(
+        f"changed {len(changed)} of {len(specs)} tensors; the cast to {dtype_name(dtype)} lost at most "
+        f"{100 * worst.lost:.2g} % of a change ({worst.key})"
+        + ("; --output_dtype fp32 keeps it" if worst.lost > 0.1 and dtype != torch.float32 else "")
+    )
 
 
 def verify(output, merge, base):
@@ -175,7 +222,9 @@ def verify(output, merge, base):
             same = same and torch.equal(tensor[start : start + len(rows)], rows)
             start += len(rows)
         if not same:
-            raise UserError(f"{output}: {key} does not read back as it was computed; the disk or the memory is faulty, "
-                            "do not use this file")
+            raise UserError(
+                f"{output}: {key} does not read back as it was computed; the disk or the memory is faulty, "
+                "do not use this file"
+            )
     check_state(read_state(output), output)
     print(f"verified {output}: every tensor reads back as it is computed anew, and the file is a complete RWKV-6 model")

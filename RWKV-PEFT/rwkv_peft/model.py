@@ -79,7 +79,9 @@ class TimeMix(nn.Module):
         """Data-dependent lerp between x and its predecessor (eq. 12 to 14) -> w, k, v, r, g inputs, each (B, T, C)."""
         (mixed,) = lerp(x, shift, self.time_maa_x[0], cu_seqlens=cu_seqlens)
         low = torch.tanh(mixed @ self.time_maa_w1)  # (B, T, 5 * maa_rank), order w, k, v, r, g as in time_maa_w2
-        maa = torch.cat((self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)).flatten(1)
+        maa = torch.cat((self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)).flatten(
+            1
+        )
         return lerp(x, shift, maa, low, self.time_maa_w2, cu_seqlens)
 
     def forward(self, x, shift=None, wkv_state=None, cu_seqlens=None):
@@ -208,8 +210,14 @@ def init_weights(model: RWKV6):
         depth = layer / max(L - 1, 1)  # 0 at the first block, 1 at the last
         height = 1 - layer / L  # 1 at the first block, almost 0 at the last
         att, ffn = block.att, block.ffn
-        for name, power, shift in (("x", 1, 0), ("w", 1, 0), ("k", 1, 0), ("v", 1, 0.3 * depth),
-                                   ("r", 0.5, 0), ("g", 0.5, 0)):
+        for name, power, shift in (
+            ("x", 1, 0),
+            ("w", 1, 0),
+            ("k", 1, 0),
+            ("v", 1, 0.3 * depth),
+            ("r", 0.5, 0),
+            ("g", 0.5, 0),
+        ):
             maa = 1 - (channel ** (power * height) + shift)
             getattr(att, f"time_maa_{name}").copy_(maa.view(1, 1, C))
         nn.init.zeros_(att.time_maa_w1)

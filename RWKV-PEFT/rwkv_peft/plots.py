@@ -1,6 +1,6 @@
 """Pictures of a run: the loss curve that train.py leaves beside its metrics.
 
-    python -m rwkv_peft.plots out/metrics.jsonl out/loss.png
+python -m rwkv_peft.plots out/metrics.jsonl out/loss.png
 """
 
 import json
@@ -69,13 +69,23 @@ def plot_loss(metrics_jsonl, out_png):
     if not losses:
         axes.text(0.5, 0.5, "no step recorded", transform=axes.transAxes, ha="center", va="center", color="gray")
     few = len(losses) < 20
-    axes.plot(steps, losses, color="tab:blue", alpha=1 if few else 0.3, linewidth=1, marker="o" if few else None,
-              markersize=3, label="loss")
+    axes.plot(
+        steps,
+        losses,
+        color="tab:blue",
+        alpha=1 if few else 0.3,
+        linewidth=1,
+        marker="o" if few else None,
+        markersize=3,
+        label="loss",
+    )
     if not few:
         axes.plot(steps, smooth(losses), color="tab:blue", linewidth=2, label="loss, smoothed")
     val_steps, val_losses = series(records, "val_loss")
     if val_losses:
-        axes.plot(val_steps, val_losses, color="tab:orange", linewidth=2, marker="o", markersize=3, label="validation loss")
+        axes.plot(
+            val_steps, val_losses, color="tab:orange", linewidth=2, marker="o", markersize=3, label="validation loss"
+        )
     shown = losses + val_losses
     if shown and min(shown) > 0 and max(shown) > 20 * min(shown):
         axes.set_yscale("log")  # a linear axis would show the first steps alone

@@ -9,8 +9,8 @@ import torch
 
 from .errors import UserError
 
-# Bytes that stream_state reads through one mapping, which stay in memory until the next; each mapping costs the unpickling
-# of all tensors' descriptions, 60 ms for a model of 32 layers.
+# Bytes that stream_state reads through one mapping, which stay in memory until the next; each mapping costs the
+# unpickling of all tensors' descriptions, 60 ms for a model of 32 layers.
 MAPPED = 1 << 28
 
 
@@ -49,7 +49,8 @@ def read_pth(path):
 
 
 def read_state(path):
-    """The flat dict name -> tensor in a .pth. Raises UserError as read_pth and require_weights do, and for any other content."""
+    """The flat dict name -> tensor in a .pth. Raises UserError as read_pth and require_weights do, and for any other
+    content."""
     state = read_pth(path)
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, where a dict of tensors is expected")
@@ -82,7 +83,8 @@ def stream_state(path):
 
 
 def require_weights(state, name):
-    """Raise UserError for a tensor that nothing here computes with: sparse, without its data, or of less than 16 bits."""
+    """Raise UserError for a tensor that nothing here computes with: sparse, without its data, or of less than 16
+    bits."""
     for key, tensor in state.items():
         if tensor.layout != torch.strided:
             kind = "sparse"
@@ -92,7 +94,9 @@ def require_weights(state, name):
             kind = str(tensor.dtype).removeprefix("torch.")
         else:
             continue
-        raise UserError(f"{name}: {key} is {kind}; weights must be dense tensors of bfloat16, float16 or float32. Save them so")
+        raise UserError(
+            f"{name}: {key} is {kind}; weights must be dense tensors of bfloat16, float16 or float32. Save them so"
+        )
 
 
 def require_file(path):

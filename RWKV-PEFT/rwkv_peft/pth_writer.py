@@ -77,7 +77,9 @@ def _bytes_of(key, spec, parts):
     for part in parts:
         elements += part.numel()
         if part.dtype != spec.dtype or part.shape[1:] != spec.shape[1:] or elements > spec.numel:
-            raise ValueError(f"expected {key} {spec}, got {TensorSpec.of(part)} after {elements - part.numel()} elements")
+            raise ValueError(
+                f"expected {key} {spec}, got {TensorSpec.of(part)} after {elements - part.numel()} elements"
+            )
         yield from chunks(part)
     if elements != spec.numel:
         raise ValueError(f"expected {key} {spec}, got {elements} elements")
@@ -109,8 +111,14 @@ class _Pending:
 
     def __reduce__(self):
         strides = torch.empty(self.spec.shape, device="meta").stride()
-        return torch._utils._rebuild_tensor_v2, (_Storage(self.number, self.spec), 0, self.spec.shape, strides, False,
-                                                 OrderedDict())
+        return torch._utils._rebuild_tensor_v2, (
+            _Storage(self.number, self.spec),
+            0,
+            self.spec.shape,
+            strides,
+            False,
+            OrderedDict(),
+        )
 
 
 class _Storage:
@@ -130,6 +138,13 @@ class _SpecPickler(pickle.Pickler):
 
 def _storage_type(dtype):
     """The class by which torch names a storage's dtype in its files, such as torch.BFloat16Storage."""
-    names = {torch.float32: "Float", torch.float16: "Half", torch.bfloat16: "BFloat16", torch.float64: "Double",
-             torch.int64: "Long", torch.int32: "Int", torch.uint8: "Byte"}
+    names = {
+        torch.float32: "Float",
+        torch.float16: "Half",
+        torch.bfloat16: "BFloat16",
+        torch.float64: "Double",
+        torch.int64: "Long",
+        torch.int32: "Int",
+        torch.uint8: "Byte",
+    }
     return getattr(torch, f"{names[dtype]}Storage")

@@ -9,7 +9,8 @@ import importlib.util
 import io
 import os
 import warnings
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -30,7 +31,7 @@ class Runtime(NamedTuple):
     shifted: bool = False
 
     def missing(self):
-        """"" where the runtime, and what writes its files, is installed, else the command that installs it."""
+        """ "" where the runtime, and what writes its files, is installed, else the command that installs it."""
         needed = ((self.module, self.package), *((("gguf", "gguf"),) if self.form == "gguf" else ()))
         packages = [package for module, package in needed if not importlib.util.find_spec(module)]
         return f"pip install {' '.join(packages)}" if packages else ""
@@ -47,8 +48,12 @@ def reference_logits(state, tokens, config, dtype=torch.float64):
     model.load_state_dict(weights, strict=True, assign=True)
     start = State.zeros(config, 1, dtype=dtype)
     if "blocks.0.att.time_state" in state:  # files hold (H, value, key)
-        start = State(LayerState(layer.att_shift, state[f"blocks.{i}.att.time_state"].transpose(1, 2)[None].float(),
-                                 layer.ffn_shift) for i, layer in enumerate(start))
+        start = State(
+            LayerState(
+                layer.att_shift, state[f"blocks.{i}.att.time_state"].transpose(1, 2)[None].float(), layer.ffn_shift
+            )
+            for i, layer in enumerate(start)
+        )
     with torch.inference_mode():
         return model(tokens[None], start)[0][0]
 
@@ -74,7 +79,9 @@ def rwkv_model(path):
     """The `rwkv` package's model of the .pth at path, in float32 on the CPU."""
     os.environ["RWKV_V7_ON"] = "0"  # read at import: under "1" the package takes every model for an RWKV-7
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # which the package uses, and newer torch deprecates
+        warnings.filterwarnings(
+            "ignore", "`torch.jit", FutureWarning
+        )  # which the package uses, and newer torch deprecates
         from rwkv.model import RWKV
 
         return RWKV(model=str(path).removesuffix(".pth"), strategy="cpu fp32", verbose=False)
@@ -85,8 +92,13 @@ def rwkv_simple(path, tokens, config):
     0.005 at the least, whatever the model says."""
     from rwkv_simple import RWKV
 
-    model = RWKV(config.n_embd, d_head=config.head_size, expand=config.dim_ffn / config.n_embd, n_layer=config.n_layer,
-                 vocab_size=config.vocab_size)
+    model = RWKV(
+        config.n_embd,
+        d_head=config.head_size,
+        expand=config.dim_ffn / config.n_embd,
+        n_layer=config.n_layer,
+        vocab_size=config.vocab_size,
+    )
     model.load_state_dict(torch.load(path, weights_only=True, mmap=True), strict=True)
     state, rows = None, []
     with torch.inference_mode():
@@ -110,8 +122,15 @@ def llama_cpp(path, tokens, config):
     params.model.path = str(path)
     params.n_ctx, params.n_parallel, params.verbosity, params.warmup = max(2 * len(tokens), 256), 1, -1, False
     server = xllamacpp.Server(params)
-    answer = server.handle_completions({"prompt": tokens.tolist(), "n_predict": 1, "n_probs": config.vocab_size,
-                                        "temperature": 0.0, "cache_prompt": False})
+    answer = server.handle_completions(
+        {
+            "prompt": tokens.tolist(),
+            "n_predict": 1,
+            "n_probs": config.vocab_size,
+            "temperature": 0.0,
+            "cache_prompt": False,
+        }
+    )
     found = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     row = torch.full((config.vocab_size,), float("nan"))
     for entry in found:

@@ -13,9 +13,9 @@ import torch
 
 from .checkpoint import check_state, load_base
 from .cli import Parser
+from .convert import vocabulary
 from .errors import UserError, exit_on_user_error
 from .gguf_file import TYPES, write_gguf
-from .convert import vocabulary
 from .pth_writer import TensorSpec, write_pth
 from .runtimes import all_runtimes, reference_logits
 
@@ -44,13 +44,19 @@ def build_parser():
     parser.add_argument("model", help="the .pth to verify")
     parser.add_argument("--base", metavar="PTH", help="also require the keys, order, shapes and dtypes of this base")
     parser.add_argument("--tokens", type=int, default=50, help="length of the sequence (default 50)")
-    parser.add_argument("--gguf_types", nargs="*", choices=TYPES, default=["f32", "f16"],
-                        help="types of GGUF for llama.cpp (default f32 f16; none: leave it out)")
+    parser.add_argument(
+        "--gguf_types",
+        nargs="*",
+        choices=TYPES,
+        default=["f32", "f16"],
+        help="types of GGUF for llama.cpp (default f32 f16; none: leave it out)",
+    )
     return parser
 
 
 def main(argv):
-    """Print the table; 0 where all is well, 1 where a runtime disagrees or breaks. Raises UserError for an unusable file."""
+    """Print the table; 0 where all is well, 1 where a runtime disagrees or breaks. Raises UserError for an unusable
+    file."""
     args = build_parser().parse_args(argv)
     if args.tokens < 1:
         raise UserError(f"--tokens {args.tokens}: at least one is needed")
@@ -74,8 +80,10 @@ def compare_structure(name, state, base_name, base):
         raise UserError(f"{name} and {base_name} differ in {len(odd)} keys, such as {odd[0]}")
     for key, tensor in base.items():
         if state[key].shape != tensor.shape or state[key].dtype != tensor.dtype:
-            raise UserError(f"{name}: {key} is {tuple(state[key].shape)} {state[key].dtype}, in {base_name} "
-                            f"{tuple(tensor.shape)} {tensor.dtype}")
+            raise UserError(
+                f"{name}: {key} is {tuple(state[key].shape)} {state[key].dtype}, in {base_name} "
+                f"{tuple(tensor.shape)} {tensor.dtype}"
+            )
 
 
 def verify(state, length=50, gguf_types=("f32", "f16")):
@@ -114,8 +122,11 @@ def written(folder, form, state, config):
     if path.exists():
         return path
     if form == "fp32":
-        write_pth(path, {key: TensorSpec.of(tensor, torch.float32) for key, tensor in state.items()},
-                  ((key, tensor.float()) for key, tensor in state.items()))
+        write_pth(
+            path,
+            {key: TensorSpec.of(tensor, torch.float32) for key, tensor in state.items()},
+            ((key, tensor.float()) for key, tensor in state.items()),
+        )
     else:
         write_gguf(path, state, config, form, vocabulary(config.vocab_size))
     return path
@@ -125,7 +136,7 @@ def judge(logits, reference, form, shifted):
     """(largest absolute difference, largest allowed); log-probabilities are compared for the last positions that a
     runtime gives. A NaN counts as an infinite difference."""
     if shifted:
-        reference = reference.log_softmax(-1)[-len(logits):]
+        reference = reference.log_softmax(-1)[-len(logits) :]
     difference = (logits.double() - reference).abs().max().item()
     limit = dict(LIMITS)[form] * reference.std().item()
     return (float("inf") if difference != difference else difference), limit

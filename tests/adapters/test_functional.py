@@ -14,14 +14,16 @@ from rwkv_peft.adapters.weight_side import bat_out
 
 RANK = 4
 # variant -> how to call it on (x, weight, params, bias)
-FUNCTIONS = MappingProxyType({
-    "bat-in": lambda x, w, p, b: functional.bat_in(x, w, p["bone"], b),
-    "bat-out": lambda x, w, p, b: bat_out(x, w, p["bone"], b, side="weight"),
-    "bat-out by activations": lambda x, w, p, b: bat_out(x, w, p["bone"], b, side="activation"),
-    "bone": lambda x, w, p, b: functional.bone(x, w, p["bone"], b),
-    "bone-mini": lambda x, w, p, b: functional.bone(x, w, p["bone"], b),
-    "lora": lambda x, w, p, b: functional.lora(x, w, p["lora_A"], p["lora_B"], b, scale=0.5),
-})
+FUNCTIONS = MappingProxyType(
+    {
+        "bat-in": lambda x, w, p, b: functional.bat_in(x, w, p["bone"], b),
+        "bat-out": lambda x, w, p, b: bat_out(x, w, p["bone"], b, side="weight"),
+        "bat-out by activations": lambda x, w, p, b: bat_out(x, w, p["bone"], b, side="activation"),
+        "bone": lambda x, w, p, b: functional.bone(x, w, p["bone"], b),
+        "bone-mini": lambda x, w, p, b: functional.bone(x, w, p["bone"], b),
+        "lora": lambda x, w, p, b: functional.lora(x, w, p["lora_A"], p["lora_B"], b, scale=0.5),
+    }
+)
 
 
 def variant_of(name):
@@ -90,8 +92,9 @@ def test_bone_pads_inputs_that_rank_does_not_divide(name, in_features):
     assert_close(run(FUNCTIONS[name], *inputs, train), run(partial(plain, name), *inputs, train), 1e-12)
 
 
-@pytest.mark.parametrize("train", [("x",), ("params",), ("weight",), ("x", "params"), ("weight", "params"), ("bias",)],
-                         ids="+".join)
+@pytest.mark.parametrize(
+    "train", [("x",), ("params",), ("weight",), ("x", "params"), ("weight", "params"), ("bias",)], ids="+".join
+)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_any_subset_may_train(name, train):
     inputs = tensors(name)
@@ -114,9 +117,7 @@ def test_many_chunks_equal_one(name, monkeypatch):
     from rwkv_peft.adapters import weight_side
 
     monkeypatch.setattr(weight_side, "CHUNK_ELEMENTS", 2 * RANK * 24)
-    monkeypatch.setattr(
-        functional, "_token_chunks", lambda x: [slice(i, i + 3) for i in range(0, x.shape[0], 3)]
-    )
+    monkeypatch.setattr(functional, "_token_chunks", lambda x: [slice(i, i + 3) for i in range(0, x.shape[0], 3)])
     inputs = tensors(name)
     train = ("x", "weight", "params")
     assert_close(run(FUNCTIONS[name], *inputs, train), run(partial(plain, name), *inputs, train), 1e-12)

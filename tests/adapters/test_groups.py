@@ -10,8 +10,18 @@ from rwkv_peft.adapters import parameter_groups
 @pytest.fixture
 def model():
     model = nn.Module()
-    shapes = {"time_decay": (1, 1, 8), "time_decay_w1": (8, 4), "time_maa_k": (1, 1, 8), "time_faaaa": (2, 4),
-              "weight": (8, 8), "bias": (8,), "bone": (2, 4, 4), "lora_A": (4, 8), "lora_B": (8, 4), "frozen": (8, 8)}
+    shapes = {
+        "time_decay": (1, 1, 8),
+        "time_decay_w1": (8, 4),
+        "time_maa_k": (1, 1, 8),
+        "time_faaaa": (2, 4),
+        "weight": (8, 8),
+        "bias": (8,),
+        "bone": (2, 4, 4),
+        "lora_A": (4, 8),
+        "lora_B": (8, 4),
+        "frozen": (8, 8),
+    }
     for name, shape in shapes.items():
         model.register_parameter(name, nn.Parameter(torch.zeros(shape), requires_grad=name != "frozen"))
     return model

@@ -29,13 +29,17 @@ class Mix(nn.Module):
 def model():
     torch.manual_seed(0)
     square = (16, 16)
-    att = {name: square for name in ("receptance", "key", "value", "gate", "output")}
+    att = dict.fromkeys(("receptance", "key", "value", "gate", "output"), square)
     ffn = {"key": (24, 16), "receptance": square, "value": (16, 24)}
     blocks = [nn.ModuleDict({"att": Mix(att), "ffn": Mix(ffn), "ln1": nn.LayerNorm(16)}) for _ in range(2)]
-    return nn.ModuleDict({
-        "emb": nn.Embedding(10, 16), "blocks": nn.ModuleList(blocks),
-        "ln_out": nn.LayerNorm(16), "head": nn.Linear(16, 10, bias=False),
-    })
+    return nn.ModuleDict(
+        {
+            "emb": nn.Embedding(10, 16),
+            "blocks": nn.ModuleList(blocks),
+            "ln_out": nn.LayerNorm(16),
+            "head": nn.Linear(16, 10, bias=False),
+        }
+    )
 
 
 def trainable(model):
@@ -118,8 +122,9 @@ def test_every_target_of_every_block_is_replaced_and_the_rest_frozen(model):
     assert report.trainable == 2 * (7 * 16 * 8 + 24 * 8)
     assert report.total == before + report.trainable
     percent = 100 * report.trainable / report.total
-    assert f"trainable params: {report.trainable:,} || all params: {report.total:,} || trainable%: {percent:.4f}" in str(
-        report
+    assert (
+        f"trainable params: {report.trainable:,} || all params: {report.total:,} || trainable%: {percent:.4f}"
+        in str(report)
     )
 
 
@@ -128,20 +133,34 @@ def test_bone_on_rwkv6_7b_has_the_published_number_of_parameters():
     per_block = {"bat-in": 0, "bat-out": 0, "bone": 0}
     for mode in per_block:
         with torch.device("meta"):
-            blocks = [nn.ModuleDict({"layer": nn.Linear(i, o, bias=False)}) for (o, i), n in shapes.items() for _ in range(n)]
+            blocks = [
+                nn.ModuleDict({"layer": nn.Linear(i, o, bias=False)}) for (o, i), n in shapes.items() for _ in range(n)
+            ]
             for block in blocks:
                 report = inject(block, AdapterConfig(mode=mode, rank=64, targets=("layer",)))
                 per_block[mode] += report.trainable
     assert {32 * count for count in per_block.values()} == {88_080_384}
 
 
-@pytest.mark.parametrize("part, expected", [
-    ("time", {"blocks.{}.{}.time_maa_k", "blocks.{}.{}.time_decay", "blocks.{}.{}.time_maa_w1"}),
-    ("ln", {"blocks.{}.{}.ln_x.weight", "blocks.{}.{}.ln_x.bias", "blocks.{}.ln1.weight", "blocks.{}.ln1.bias",
-            "ln_out.weight", "ln_out.bias"}),
-    ("emb", {"emb.weight"}),
-    ("head", {"head.weight"}),
-])
+@pytest.mark.parametrize(
+    "part, expected",
+    [
+        ("time", {"blocks.{}.{}.time_maa_k", "blocks.{}.{}.time_decay", "blocks.{}.{}.time_maa_w1"}),
+        (
+            "ln",
+            {
+                "blocks.{}.{}.ln_x.weight",
+                "blocks.{}.{}.ln_x.bias",
+                "blocks.{}.ln1.weight",
+                "blocks.{}.ln1.bias",
+                "ln_out.weight",
+                "ln_out.bias",
+            },
+        ),
+        ("emb", {"emb.weight"}),
+        ("head", {"head.weight"}),
+    ],
+)
 def test_train_parts_match_what_they_name(model, part, expected):
     names = {name.format(i, half) for name in expected for i in (0, 1) for half in ("att", "ffn")}
     inject(model, AdapterConfig(rank=8, train_parts=(part,)))
@@ -156,34 +175,40 @@ def test_full_finetuning_trains_everything_or_the_parts_alone(model):
 
 
 def test_targets_narrow_what_is_replaced(model):
-    assert inject(model, AdapterConfig(rank=8, targets=("ffn.key",))).replaced == ("blocks.0.ffn.key", "blocks.1.ffn.key")
+    assert inject(model, AdapterConfig(rank=8, targets=("ffn.key",))).replaced == (
+        "blocks.0.ffn.key",
+        "blocks.1.ffn.key",
+    )
 
 
-@pytest.mark.parametrize("settings, words", [
-    ({"method": "bonne"}, ["--peft bonne", "bone"]),
-    ({"mode": "bat"}, ["--bone_mode bat", "bat-in", "bat-out"]),
-    ({"quant": "int4"}, ["--quant int4", "nf4"]),
-    ({"targets": ("att.kye",)}, ["att.kye", "att.key"]),
-    ({"targets": ()}, ["att.key"]),
-    ({"targets": ("head",)}, ["--train_parts head"]),
-    ({"rank": 7}, ["7", "does not divide", "blocks.0.att.receptance", "--bone_r 8", "--bone_mode bone"]),
-    ({"rank": 16}, ["16", "24", "blocks.0.ffn.key", "--bone_r 8"]),
-    ({"rank": 0}, ["rank 0"]),
-    ({"mode": "bone", "rank": 17}, ["17", "16"]),
-    ({"mode": "bone-mini", "rank": 4, "mini_rank": 5}, ["5 does not divide 16", "try --bone_mini_r 4"]),
-    ({"mode": "bone-mini", "rank": 8}, ["try --bone_mini_r 8"]),
-    ({"mode": "bone-mini", "rank": 17, "mini_rank": 4}, ["rank 17", "16", "bone-mini"]),
-    ({"method": "lora", "rank": 4, "alpha": -8.0}, ["alpha -8.0"]),
-    ({"method": "lora", "rank": 4, "alpha": float("nan")}, ["alpha nan"]),
-    ({"method": "lora-plus", "rank": 4, "lora_plus_ratio": float("inf")}, ["--loraplus_lr_ratio inf"]),
-    ({"method": "pissa", "rank": 4, "svd_niter": -1}, ["svd_niter -1"]),
-    ({"method": "lora", "rank": 17}, ["17", "16"]),
-    ({"method": "lora-ga", "rank": 9}, ["9", "8"]),
-    ({"method": "lora", "rank": 4, "dropout": 1.0}, ["dropout 1.0"]),
-    ({"dropout": 0.1, "rank": 8}, ["dropout 0.1"]),
-    ({"method": "none", "quant": "nf4"}, ["--quant nf4", "none"]),
-    ({"rank": 8, "train_parts": ("tim",)}, ["tim", "time"]),
-])
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"method": "bonne"}, ["--peft bonne", "bone"]),
+        ({"mode": "bat"}, ["--bone_mode bat", "bat-in", "bat-out"]),
+        ({"quant": "int4"}, ["--quant int4", "nf4"]),
+        ({"targets": ("att.kye",)}, ["att.kye", "att.key"]),
+        ({"targets": ()}, ["att.key"]),
+        ({"targets": ("head",)}, ["--train_parts head"]),
+        ({"rank": 7}, ["7", "does not divide", "blocks.0.att.receptance", "--bone_r 8", "--bone_mode bone"]),
+        ({"rank": 16}, ["16", "24", "blocks.0.ffn.key", "--bone_r 8"]),
+        ({"rank": 0}, ["rank 0"]),
+        ({"mode": "bone", "rank": 17}, ["17", "16"]),
+        ({"mode": "bone-mini", "rank": 4, "mini_rank": 5}, ["5 does not divide 16", "try --bone_mini_r 4"]),
+        ({"mode": "bone-mini", "rank": 8}, ["try --bone_mini_r 8"]),
+        ({"mode": "bone-mini", "rank": 17, "mini_rank": 4}, ["rank 17", "16", "bone-mini"]),
+        ({"method": "lora", "rank": 4, "alpha": -8.0}, ["alpha -8.0"]),
+        ({"method": "lora", "rank": 4, "alpha": float("nan")}, ["alpha nan"]),
+        ({"method": "lora-plus", "rank": 4, "lora_plus_ratio": float("inf")}, ["--loraplus_lr_ratio inf"]),
+        ({"method": "pissa", "rank": 4, "svd_niter": -1}, ["svd_niter -1"]),
+        ({"method": "lora", "rank": 17}, ["17", "16"]),
+        ({"method": "lora-ga", "rank": 9}, ["9", "8"]),
+        ({"method": "lora", "rank": 4, "dropout": 1.0}, ["dropout 1.0"]),
+        ({"dropout": 0.1, "rank": 8}, ["dropout 0.1"]),
+        ({"method": "none", "quant": "nf4"}, ["--quant nf4", "none"]),
+        ({"rank": 8, "train_parts": ("tim",)}, ["tim", "time"]),
+    ],
+)
 def test_a_setting_that_does_not_fit_is_refused_before_anything_changes(model, settings, words):
     before = dict(model.state_dict())
     with pytest.raises(UserError) as error:

@@ -28,8 +28,12 @@ SECONDS = 60  # for one order's run; a mutated kernel may hang
 def main():
     torch.set_num_threads(1)
     sources = source_directory()
-    sites = [(path.name, m.span(), m.group()) for path in sorted(sources.glob("wkv6_*.cuh"))
-             if path.name != "wkv6_ptx.cuh" for m in MUTATED.finditer(path.read_text())]
+    sites = [
+        (path.name, m.span(), m.group())
+        for path in sorted(sources.glob("wkv6_*.cuh"))
+        if path.name != "wkv6_ptx.cuh"
+        for m in MUTATED.finditer(path.read_text())
+    ]
     good = True
     with tempfile.TemporaryDirectory() as work, concurrent.futures.ThreadPoolExecutor(2) as pool:
         jobs = [None, *sites]

@@ -11,8 +11,13 @@ from hypothesis import strategies as st
 from rwkv_peft.data.binidx import BinidxDataset, BinidxWriter, binidx_prefix
 from rwkv_peft.errors import UserError
 
-IDX = (b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 2, 3) + struct.pack("<2i", 3, 1)
-       + struct.pack("<2q", 0, 6) + struct.pack("<3q", 0, 1, 2))
+IDX = (
+    b"MMIDIDX\x00\x00"
+    + struct.pack("<QBQQ", 1, 8, 2, 3)
+    + struct.pack("<2i", 3, 1)
+    + struct.pack("<2q", 0, 6)
+    + struct.pack("<3q", 0, 1, 2)
+)
 BIN = struct.pack("<4H", 7, 8, 0, 65535)
 
 
@@ -63,36 +68,44 @@ def test_round_trip(tmp_path_factory, content, masked):
 @pytest.mark.parametrize("code, form", [(1, "B"), (2, "b"), (3, "h"), (4, "i"), (5, "q"), (8, "H")])
 def test_every_integer_token_type(tmp_path, code, form):
     size = struct.calcsize(form)
-    idx = (b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, 2, 1) + struct.pack("<2i", 2, 1)
-           + struct.pack("<2q", 0, 2 * size) + struct.pack("<q", 0))
+    idx = (
+        b"MMIDIDX\x00\x00"
+        + struct.pack("<QBQQ", 1, code, 2, 1)
+        + struct.pack("<2i", 2, 1)
+        + struct.pack("<2q", 0, 2 * size)
+        + struct.pack("<q", 0)
+    )
     dataset = BinidxDataset(write(tmp_path, idx, struct.pack(f"<3{form}", 1, 2, 3)))
     assert documents(dataset) == [[1, 2], [3]]
 
 
 def replaced(offset, value):
-    return IDX[:offset] + value + IDX[offset + len(value):]
+    return IDX[:offset] + value + IDX[offset + len(value) :]
 
 
-@pytest.mark.parametrize("idx, data, message", [
-    (None, BIN, r"data\.idx: no such file"),
-    (IDX, None, r"data\.bin: no such file"),
-    (b"", BIN, "0 bytes, shorter than its 34-byte header"),
-    (IDX[:20], BIN, "20 bytes, shorter"),
-    (IDX[:-1], BIN, r"81 bytes, but 2 documents \(count\).*take 82"),
-    (IDX + b"x", BIN, "83 bytes"),
-    (b"TNTIDX\x00\x00\x00" + IDX[9:], BIN, "magic"),
-    (replaced(9, struct.pack("<Q", 2)), BIN, "version 2"),
-    (replaced(17, b"\x06"), BIN, "dtype code 6"),
-    (replaced(18, struct.pack("<Q", 1 << 60)), BIN, "count"),
-    (replaced(34, struct.pack("<i", -3)), BIN, r"sizes\[0\] = -3 is negative"),
-    (replaced(34, struct.pack("<i", 2)), BIN, r"pointers\[1\] = 6 where the documents before it end at byte 4"),
-    (replaced(42, struct.pack("<q", -2)), BIN, r"pointers\[0\] = -2"),
-    (replaced(66, struct.pack("<q", 9)), BIN, "doc_idx"),
-    (IDX, b"", r"data\.bin: 0 bytes, but the sizes in .*data\.idx add up to 8"),
-    (IDX, BIN[:-1], "7 bytes"),
-    (IDX, BIN + b"\0\0", "10 bytes"),
-    (IDX[:18] + struct.pack("<QQq", 0, 1, 0), b"", "holds no document"),
-])
+@pytest.mark.parametrize(
+    "idx, data, message",
+    [
+        (None, BIN, r"data\.idx: no such file"),
+        (IDX, None, r"data\.bin: no such file"),
+        (b"", BIN, "0 bytes, shorter than its 34-byte header"),
+        (IDX[:20], BIN, "20 bytes, shorter"),
+        (IDX[:-1], BIN, r"81 bytes, but 2 documents \(count\).*take 82"),
+        (IDX + b"x", BIN, "83 bytes"),
+        (b"TNTIDX\x00\x00\x00" + IDX[9:], BIN, "magic"),
+        (replaced(9, struct.pack("<Q", 2)), BIN, "version 2"),
+        (replaced(17, b"\x06"), BIN, "dtype code 6"),
+        (replaced(18, struct.pack("<Q", 1 << 60)), BIN, "count"),
+        (replaced(34, struct.pack("<i", -3)), BIN, r"sizes\[0\] = -3 is negative"),
+        (replaced(34, struct.pack("<i", 2)), BIN, r"pointers\[1\] = 6 where the documents before it end at byte 4"),
+        (replaced(42, struct.pack("<q", -2)), BIN, r"pointers\[0\] = -2"),
+        (replaced(66, struct.pack("<q", 9)), BIN, "doc_idx"),
+        (IDX, b"", r"data\.bin: 0 bytes, but the sizes in .*data\.idx add up to 8"),
+        (IDX, BIN[:-1], "7 bytes"),
+        (IDX, BIN + b"\0\0", "10 bytes"),
+        (IDX[:18] + struct.pack("<QQq", 0, 1, 0), b"", "holds no document"),
+    ],
+)
 def test_damage_is_named(tmp_path, idx, data, message):
     with pytest.raises(UserError, match=message):
         BinidxDataset(write(tmp_path, idx, data))
@@ -154,10 +167,9 @@ def test_ids_outside_the_vocabulary_are_named(tmp_path):
 
 def test_a_failing_writer_leaves_the_old_files_and_nothing_else(tmp_path):
     write(tmp_path, mask=b"\1\0\1\1")
-    with pytest.raises(RuntimeError):
-        with BinidxWriter(tmp_path / "data") as writer:
-            writer.add([1])
-            raise RuntimeError
+    with pytest.raises(RuntimeError), BinidxWriter(tmp_path / "data") as writer:
+        writer.add([1])
+        raise RuntimeError
     assert (tmp_path / "data.idx").read_bytes() == IDX
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -170,9 +182,8 @@ def test_a_new_data_set_does_not_keep_an_old_mask(tmp_path):
 
 
 def test_tokens_that_do_not_fit_the_type_are_refused(tmp_path):
-    with pytest.raises(UserError, match="do not fit uint16"):
-        with BinidxWriter(tmp_path / "data", vocab_size=300) as writer:
-            writer.add([65536])
+    with pytest.raises(UserError, match="do not fit uint16"), BinidxWriter(tmp_path / "data", vocab_size=300) as writer:
+        writer.add([65536])
 
 
 def test_a_file_of_rows_in_place_of_a_prefix_is_named(tmp_path):
@@ -184,9 +195,8 @@ def test_a_file_of_rows_in_place_of_a_prefix_is_named(tmp_path):
 def test_two_writers_of_one_data_set_do_not_mix(tmp_path):
     with BinidxWriter(tmp_path / "data") as first:
         first.add([1, 2])
-        with pytest.raises(UserError, match="another process is writing it"):
-            with BinidxWriter(tmp_path / "data"):
-                pass
+        with pytest.raises(UserError, match="another process is writing it"), BinidxWriter(tmp_path / "data"):
+            pass
     assert documents(BinidxDataset(tmp_path / "data")) == [[1, 2]]
 
 

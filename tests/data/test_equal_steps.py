@@ -14,8 +14,9 @@ from rwkv_peft.model import RWKV6
 
 @pytest.fixture
 def model(tiny_state):
-    config = ModelConfig(n_layer=2, n_embd=32, vocab_size=40, dim_att=32, dim_ffn=48, head_size=8, maa_rank=8,
-                         decay_rank=12)
+    config = ModelConfig(
+        n_layer=2, n_embd=32, vocab_size=40, dim_att=32, dim_ffn=48, head_size=8, maa_rank=8, decay_rank=12
+    )
     model = RWKV6(config)
     model.load_state_dict(tiny_state(n_embd=32, vocab_size=40, dim_ffn=48, head_size=8))
     return model.double()
@@ -46,8 +47,16 @@ def test_the_gradient_is_the_same_for_every_split_of_a_step(model, data, dataloa
     samples = data(dataload=dataload, loss_mask="file")
 
     def of(micro_bsz, world_size, accumulate):
-        return gradient(model, [batch for rank in range(world_size) for batch in islice(
-            TrainBatches(samples, micro_bsz, rank, world_size, accumulate, samples_seen=4), accumulate)])
+        return gradient(
+            model,
+            [
+                batch
+                for rank in range(world_size)
+                for batch in islice(
+                    TrainBatches(samples, micro_bsz, rank, world_size, accumulate, samples_seen=4), accumulate
+                )
+            ],
+        )
 
     whole = of(4, 1, 1)
     assert whole.abs().max() > 0
@@ -69,5 +78,9 @@ def test_packing_and_padding_learn_the_same_from_the_same_documents(model, data)
     def whole_epoch(samples):
         return gradient(model, islice(TrainBatches(samples, len(samples)), 1))
 
-    torch.testing.assert_close(whole_epoch(data(dataload="pack", loss_mask="file")),
-                               whole_epoch(data(dataload="pad", loss_mask="file")), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        whole_epoch(data(dataload="pack", loss_mask="file")),
+        whole_epoch(data(dataload="pad", loss_mask="file")),
+        rtol=1e-9,
+        atol=1e-12,
+    )

@@ -27,18 +27,22 @@ def by_hand(document, begin, end, end_counts):
     counted, on = [], False
     for i in range(len(document)):
         before = document[:i]
-        if end and end_counts and before[-len(end):] == end:
+        if end and end_counts and before[-len(end) :] == end:
             on = False
-        if end and not end_counts and document[i: i + len(end)] == end:
+        if end and not end_counts and document[i : i + len(end)] == end:
             on = False
-        if len(before) >= len(begin) and before[-len(begin):] == begin:
+        if len(before) >= len(begin) and before[-len(begin) :] == begin:
             on = True
         counted.append(on)
     return counted
 
 
-@given(st.lists(st.lists(st.integers(1, 4), max_size=12), min_size=1, max_size=6), st.integers(0, 40),
-       st.integers(0, 40), st.booleans())
+@given(
+    st.lists(st.lists(st.integers(1, 4), max_size=12), min_size=1, max_size=6),
+    st.integers(0, 40),
+    st.integers(0, 40),
+    st.booleans(),
+)
 @settings(max_examples=80, deadline=None)
 def test_marker_masks_follow_the_rule_from_any_start(tmp_path_factory, documents, start, length, closes):
     documents = [[1, 2], *documents]  # the marker occurs
@@ -72,13 +76,16 @@ def test_none_and_pad_count_everything(tmp_path):
     assert make_mask(dataset, config(loss_mask="pad")) is None
 
 
-@pytest.mark.parametrize("settings, message", [
-    (dict(loss_mask="file"), r"data\.mask does not exist"),
-    (dict(loss_mask="qa"), "needs --mask_id"),
-    (dict(loss_mask="se", mask_id=(1,)), "needs --mask_end_id"),
-    (dict(loss_mask="qa", mask_id=(2, 1)), "--mask_id 2 1: these token ids never occur"),
-    (dict(loss_mask="all"), "one of none, pad, qa, se, file"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(loss_mask="file"), r"data\.mask does not exist"),
+        (dict(loss_mask="qa"), "needs --mask_id"),
+        (dict(loss_mask="se", mask_id=(1,)), "needs --mask_end_id"),
+        (dict(loss_mask="qa", mask_id=(2, 1)), "--mask_id 2 1: these token ids never occur"),
+        (dict(loss_mask="all"), "one of none, pad, qa, se, file"),
+    ],
+)
 def test_what_is_missing_is_named(tmp_path, settings, message):
     dataset = dataset_of(tmp_path, [[1, 2], [1]])
     with pytest.raises(UserError, match=message):

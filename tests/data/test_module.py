@@ -68,7 +68,7 @@ def test_resume_goes_on_at_the_next_step(done, micro_bsz, accumulate):
     second = TrainBatches(Numbered(10), micro_bsz, accumulate=accumulate)
     second.load_state_dict(first.state_dict())
     assert first.state_dict() == {"samples_seen": done * micro_bsz * accumulate}
-    for batch, expected in zip(islice(second, (12 - done) * accumulate), whole[done * accumulate:]):
+    for batch, expected in zip(islice(second, (12 - done) * accumulate), whole[done * accumulate :]):
         assert all(torch.equal(batch[name], expected[name]) for name in ("tokens", "targets", "mask"))
 
 
@@ -85,8 +85,11 @@ def test_the_state_counts_what_was_handed_out_not_what_was_read_ahead():
 def test_resume_with_another_split_goes_on_at_the_next_sample():
     first = TrainBatches(Numbered(50), 2, accumulate=3)
     list(islice(first, 3))
-    rows = [row for rank in (0, 1)
-            for row in rows_of(next(iter(TrainBatches(Numbered(50), 5, rank, 2, **first.state_dict()))))]
+    rows = [
+        row
+        for rank in (0, 1)
+        for row in rows_of(next(iter(TrainBatches(Numbered(50), 5, rank, 2, **first.state_dict()))))
+    ]
     assert rows == list(range(6, 16))
 
 
@@ -100,8 +103,9 @@ def test_few_samples_work_and_say_so():
 
 
 def test_rows_are_padded_to_the_longest_and_padding_never_counts():
-    batch = collate([(torch.tensor([5, 6, 7]), torch.tensor([False, True])),
-                     (torch.tensor([8, 9]), torch.tensor([True]))])
+    batch = collate(
+        [(torch.tensor([5, 6, 7]), torch.tensor([False, True])), (torch.tensor([8, 9]), torch.tensor([True]))]
+    )
     assert batch["tokens"].tolist() == [[5, 6], [8, 0]]
     assert batch["targets"].tolist() == [[6, 7], [9, 0]]
     assert batch["mask"].tolist() == [[False, True], [True, False]]
@@ -131,7 +135,9 @@ def test_a_reader_that_is_left_stops_its_thread():
 
 
 def test_a_reader_that_is_forgotten_does_not_hold_up_the_interpreter():
-    program = ("from itertools import count\nfrom rwkv_peft.data.module import read_ahead\n"
-               "iterator = read_ahead(count(), 2)\nprint(next(iterator))")
+    program = (
+        "from itertools import count\nfrom rwkv_peft.data.module import read_ahead\n"
+        "iterator = read_ahead(count(), 2)\nprint(next(iterator))"
+    )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout, result.stderr) == (0, "0\n", "")

@@ -25,14 +25,14 @@ def test_the_order_mixes():
 
 
 def test_large_sizes_cost_nothing():
-    order = Permutation(10 ** 12, 1)
+    order = Permutation(10**12, 1)
     assert len({order[i] for i in range(1000)}) == 1000
 
 
 def test_primes():
-    sieve = [n for n in range(2, 2000) if all(n % d for d in range(2, int(n ** 0.5) + 1))]
+    sieve = [n for n in range(2, 2000) if all(n % d for d in range(2, int(n**0.5) + 1))]
     assert [n for n in range(2000) if is_prime(n)] == sieve
-    assert not is_prime(3215031751) and is_prime(2 ** 61 - 1)
+    assert not is_prime(3215031751) and is_prime(2**61 - 1)
 
 
 def test_magic_prime_is_the_one_that_rwkv_lm_uses():

@@ -35,26 +35,45 @@ def texts(dataset):
     tokenizer, result = load_tokenizer("bytes"), []
     for i, document in enumerate(dataset):
         start = dataset.start(i)
-        mask = [1] * len(document) if dataset.mask is None else dataset.mask[start: start + len(document)]
-        result.append((tokenizer.decode(document.tolist()),
-                       tokenizer.decode([int(token) for token, counts in zip(document, mask) if counts])))
+        mask = [1] * len(document) if dataset.mask is None else dataset.mask[start : start + len(document)]
+        result.append(
+            (
+                tokenizer.decode(document.tolist()),
+                tokenizer.decode([int(token) for token, counts in zip(document, mask) if counts]),
+            )
+        )
     return result
 
 
-@pytest.mark.parametrize("row, text, counted", [
-    ({"text": "héllo\n"}, "héllo\n", "héllo\n"),
-    ({"query": "2+2?", "response": "4"}, "User: 2+2?\n\nAssistant: 4", " 4"),
-    ({"question": "2+2?", "answer": "4"}, "User: 2+2?\n\nAssistant: 4", " 4"),
-    ({"instruction": "Add", "input": "2 2", "output": "4"}, "Instruction: Add\n\nInput: 2 2\n\nResponse: 4", " 4"),
-    ({"instruction": "Sing", "input": "", "output": "la"}, "Instruction: Sing\n\nResponse: la", " la"),
-    ({"prompt": "a", "completion": "b"}, "ab", "b"),
-    ({"messages": [{"role": "system", "content": "Be."}, {"role": "user", "content": "Hi "},
-                   {"role": "assistant", "content": "Yo"}, {"role": "user", "content": "So?"},
-                   {"role": "assistant", "content": "No"}]},
-     "System: Be.\n\nUser: Hi\n\nAssistant: Yo\n\nUser: So?\n\nAssistant: No", " Yo\n\n No"),
-    ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]},
-     "User: Hi\n\nAssistant: Yo", " Yo"),
-])
+@pytest.mark.parametrize(
+    "row, text, counted",
+    [
+        ({"text": "héllo\n"}, "héllo\n", "héllo\n"),
+        ({"query": "2+2?", "response": "4"}, "User: 2+2?\n\nAssistant: 4", " 4"),
+        ({"question": "2+2?", "answer": "4"}, "User: 2+2?\n\nAssistant: 4", " 4"),
+        ({"instruction": "Add", "input": "2 2", "output": "4"}, "Instruction: Add\n\nInput: 2 2\n\nResponse: 4", " 4"),
+        ({"instruction": "Sing", "input": "", "output": "la"}, "Instruction: Sing\n\nResponse: la", " la"),
+        ({"prompt": "a", "completion": "b"}, "ab", "b"),
+        (
+            {
+                "messages": [
+                    {"role": "system", "content": "Be."},
+                    {"role": "user", "content": "Hi "},
+                    {"role": "assistant", "content": "Yo"},
+                    {"role": "user", "content": "So?"},
+                    {"role": "assistant", "content": "No"},
+                ]
+            },
+            "System: Be.\n\nUser: Hi\n\nAssistant: Yo\n\nUser: So?\n\nAssistant: No",
+            " Yo\n\n No",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]},
+            "User: Hi\n\nAssistant: Yo",
+            " Yo",
+        ),
+    ],
+)
 def test_every_form_of_row(preprocess, row, text, counted):
     dataset = preprocess([row])
     assert texts(dataset) == [(text, counted)]
@@ -88,20 +107,23 @@ def test_bad_templates_are_named(preprocess, tmp_path, text):
         preprocess([{"a": "b"}], "--template", str(tmp_path / "template"))
 
 
-@pytest.mark.parametrize("content, message", [
-    ("{}\n", r"in\.jsonl, line 1: a row has the fields \(none\); known are text"),
-    ('{"text": "a"}\n\n{"text": 3}\n', "line 3: field 'text' holds int, not text"),
-    ('{"text": "a"}\n{"text": \n', "line 2: not JSON"),
-    ("[" * 100000 + "\n", "line 1: not JSON"),
-    ('"just text"\n', "line 1: a row is str"),
-    (b'{"text": "\xff"}\n', "line 1: not JSON"),
-    ('{"text": "\\ud800"}\n', "line 1: text is not Unicode"),
-    ('{"messages": []}\n', "line 1: messages must be a list"),
-    ('{"messages": [{"role": "alien", "content": "x"}]}\n', "line 1: role 'alien'; known are user"),
-    ('{"messages": [{"role": "user"}]}\n', "a turn has the fields role"),
-    ('{"text": ""}\n', "no document to write .1 empty rows"),
-    ("", "no document to write"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{}\n", r"in\.jsonl, line 1: a row has the fields \(none\); known are text"),
+        ('{"text": "a"}\n\n{"text": 3}\n', "line 3: field 'text' holds int, not text"),
+        ('{"text": "a"}\n{"text": \n', "line 2: not JSON"),
+        ("[" * 100000 + "\n", "line 1: not JSON"),
+        ('"just text"\n', "line 1: a row is str"),
+        (b'{"text": "\xff"}\n', "line 1: not JSON"),
+        ('{"text": "\\ud800"}\n', "line 1: text is not Unicode"),
+        ('{"messages": []}\n', "line 1: messages must be a list"),
+        ('{"messages": [{"role": "alien", "content": "x"}]}\n', "line 1: role 'alien'; known are user"),
+        ('{"messages": [{"role": "user"}]}\n', "a turn has the fields role"),
+        ('{"text": ""}\n', "no document to write .1 empty rows"),
+        ("", "no document to write"),
+    ],
+)
 def test_bad_rows_are_named_by_line(preprocess, tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         preprocess(content)
@@ -123,8 +145,11 @@ def test_other_inputs(preprocess, tmp_path):
     import gzip
 
     assert texts(preprocess(gzip.compress(b'{"text": "z"}\n'), name="in.jsonl.gz"))[0][0] == "z"
-    for name, content, message in (("in.csv", "a", "inputs are .jsonl"), ("in.txt", b"\xff", "not UTF-8"),
-                                   ("in.json", "[1,", "not JSON")):
+    for name, content, message in (
+        ("in.csv", "a", "inputs are .jsonl"),
+        ("in.txt", b"\xff", "not UTF-8"),
+        ("in.json", "[1,", "not JSON"),
+    ):
         with pytest.raises(UserError, match=message):
             preprocess(content, name=name)
     with pytest.raises(UserError, match="no such file"):
@@ -143,10 +168,19 @@ def test_parquet(tmp_path):
         main([str(tmp_path / "bad.parquet"), "--output", str(tmp_path / "data")])
 
 
-@pytest.mark.parametrize("split, expected", [
-    ("train[:3]", range(3)), ("train[3:5]", range(3, 5)), ("[2:]", range(2, 10)), ("train[-2:]", range(8, 10)),
-    ("train[:20%]", range(2)), ("train[90%:]", range(9, 10)), ("train", range(10)), ("train[4:4]", ()),
-])
+@pytest.mark.parametrize(
+    "split, expected",
+    [
+        ("train[:3]", range(3)),
+        ("train[3:5]", range(3, 5)),
+        ("[2:]", range(2, 10)),
+        ("train[-2:]", range(8, 10)),
+        ("train[:20%]", range(2)),
+        ("train[90%:]", range(9, 10)),
+        ("train", range(10)),
+        ("train[4:4]", ()),
+    ],
+)
 def test_split_selects_rows(tmp_path, split, expected):
     path = tmp_path / "in.jsonl"
     path.write_text("".join(f"{i}\n" for i in range(10)))
@@ -197,7 +231,7 @@ def test_shuffle_and_repeat(preprocess):
     assert shuffled != plain and sorted(shuffled) == sorted(plain)
     assert texts(preprocess(rows, "--shuffle", "1")) == shuffled != texts(preprocess(rows, "--shuffle", "2"))
     thrice = texts(preprocess(rows, "--shuffle", "1", "--repeat", "3"))
-    assert [sorted(thrice[i: i + 20]) for i in (0, 20, 40)] == [sorted(plain)] * 3
+    assert [sorted(thrice[i : i + 20]) for i in (0, 20, 40)] == [sorted(plain)] * 3
     assert thrice[:20] != thrice[20:40]
 
 
@@ -208,8 +242,14 @@ def test_without_an_end_token(preprocess):
 def test_what_is_said(preprocess, capsys):
     preprocess([{"query": "a" * i, "response": "b"} for i in range(60)])
     said = capsys.readouterr().out
-    for words in ("60 documents", "count in the loss (--loss_mask file)", "tokens a document", "up to", "--ctx_len 128",
-                  "--magic_prime"):
+    for words in (
+        "60 documents",
+        "count in the loss (--loss_mask file)",
+        "tokens a document",
+        "up to",
+        "--ctx_len 128",
+        "--magic_prime",
+    ):
         assert words in said
 
 
@@ -219,14 +259,24 @@ def test_shortening_keeps_the_answer():
         excess = max(prompt + answer - limit, 0)
         (left, _), (right, _) = shorten(pieces, excess)
         assert len(left) + len(right) == min(prompt + answer, limit)
-        assert left == list(range(prompt))[prompt - len(left):] and len(left) >= 1
+        assert left == list(range(prompt))[prompt - len(left) :] and len(left) >= 1
         assert right == list(range(100, 100 + len(right)))
         assert len(right) == answer or len(left) == 1
 
 
 def test_the_command_ends_a_mistake_with_one_line(tmp_path):
-    result = subprocess.run([sys.executable, "-m", "rwkv_peft.data.preprocess", str(tmp_path / "no.jsonl"),
-                             "--output", str(tmp_path / "x")], capture_output=True, text=True)
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "rwkv_peft.data.preprocess",
+            str(tmp_path / "no.jsonl"),
+            "--output",
+            str(tmp_path / "x"),
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.startswith("error: ") and "no such file" in result.stderr
 

@@ -61,7 +61,7 @@ def test_bucketing_brings_like_lengths_together(make):
 
     def padding(samples):
         rows = [len(tokens) for tokens, _ in epoch_of(samples)]
-        return sum(8 * max(rows[i: i + 8]) for i in range(0, len(rows), 8)) / sum(rows) - 1
+        return sum(8 * max(rows[i : i + 8]) for i in range(0, len(rows), 8)) / sum(rows) - 1
 
     assert padding(make(documents, dataload="pad", ctx_len=128)) < 0.1
     assert padding(make(documents, dataload="only", ctx_len=128)) > 0.5
@@ -101,14 +101,17 @@ def test_long_documents_are_cut_and_counted(make):
     assert "1 documents of fewer than 2 tokens are left out" in text
 
 
-@pytest.mark.parametrize("settings, message", [
-    (dict(ctx_len=6), "--ctx_len 6: .* holds 6 tokens.*take --ctx_len 5"),
-    (dict(ctx_len=0), "--ctx_len 0"),
-    (dict(dataload="only", micro_bsz=2), "--micro_bsz 2 must be 1"),
-    (dict(dataload="rows"), "--dataload rows"),
-    (dict(loss_mask="pad"), "has no padding"),
-    (dict(vocab_size=257), "token 300 at position 5"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(ctx_len=6), "--ctx_len 6: .* holds 6 tokens.*take --ctx_len 5"),
+        (dict(ctx_len=0), "--ctx_len 0"),
+        (dict(dataload="only", micro_bsz=2), "--micro_bsz 2 must be 1"),
+        (dict(dataload="rows"), "--dataload rows"),
+        (dict(loss_mask="pad"), "has no padding"),
+        (dict(vocab_size=257), "token 300 at position 5"),
+    ],
+)
 def test_contradictions_are_named(make, settings, message):
     with pytest.raises(UserError, match=message):
         make([[1, 2, 3], [4, 5, 300]], **{"ctx_len": 2, **settings})

@@ -68,8 +68,12 @@ def test_rows_are_tokenized_once_for_each_content_and_setting(config, monkeypatc
     first = config(ROWS)
     prefix, notes = prepare_sft(first)
     assert prepare_sft(first) == (prefix, notes) and len(calls) == 1
-    for other in (replace(first, ctx_len=32), replace(first, tokenizer="world"), replace(first, sft_split="train[:3]"),
-                  replace(first, sft_long="skip")):
+    for other in (
+        replace(first, ctx_len=32),
+        replace(first, tokenizer="world"),
+        replace(first, sft_split="train[:3]"),
+        replace(first, sft_long="skip"),
+    ):
         assert prepare_sft(other)[0] != prefix
     assert prepare_sft(config(ROWS[:5]))[0] != prefix  # other content in the same file
     assert len(calls) == 6
@@ -84,15 +88,18 @@ def test_a_run_that_was_cut_off_is_made_again(config):
     assert len(samples_of(made)[0]) == 10
 
 
-@pytest.mark.parametrize("settings, message", [
-    (dict(sft_field=("query", "answer")), r"line 1: field 'answer' is missing; the row has query, response"),
-    (dict(sft_field=("a", "b", "c")), "--sft_field a b c"),
-    (dict(sft_long="right"), "--sft_long right: one of left, skip"),
-    (dict(sft_split="train[3"), "split 'train"),
-    (dict(sft_split="train[50:]"), "no document to write"),
-    (dict(path="missing.jsonl"), "--data_file missing.jsonl: no such file"),
-    (dict(data_type="jsonl"), "--data_type jsonl"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(sft_field=("query", "answer")), r"line 1: field 'answer' is missing; the row has query, response"),
+        (dict(sft_field=("a", "b", "c")), "--sft_field a b c"),
+        (dict(sft_long="right"), "--sft_long right: one of left, skip"),
+        (dict(sft_split="train[3"), "split 'train"),
+        (dict(sft_split="train[50:]"), "no document to write"),
+        (dict(path="missing.jsonl"), "--data_file missing.jsonl: no such file"),
+        (dict(data_type="jsonl"), "--data_type jsonl"),
+    ],
+)
 def test_mistakes_are_named(config, settings, message):
     with pytest.raises(UserError, match=message):
         build_samples(replace(config(ROWS), **settings), 257)

@@ -33,7 +33,12 @@ def test_world_agrees_with_the_runtimes_tokenizer(world):
     from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 
     peer = TRIE_TOKENIZER(str(world.path))
-    for text in ("Natalia sold 48/2 = 24 clips.\n\n", "def f(x):\n\treturn x\n", "世界 мир \U0001f600", "  \n \n\n\n  x"):
+    for text in (
+        "Natalia sold 48/2 = 24 clips.\n\n",
+        "def f(x):\n\treturn x\n",
+        "世界 мир \U0001f600",
+        "  \n \n\n\n  x",
+    ):
         assert world.encode(text) == peer.encode(text)
 
 
@@ -75,10 +80,17 @@ def test_vocabulary_files_load_with_any_line_ends(tmp_path, content):
     assert tokenizer.decode([5, 2]) == "aba"
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"", "holds no token"), (b"hello\n", "line 1"), (b"1 'a' 1\n2 'b' 2\n", "line 2.*1 bytes where the line says 2"),
-    (b"1 'a' one\n", "line 1"), (b"1 __import__('os') 1\n", "line 1"), (b"-4 'a' 1\n", "line 1"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "holds no token"),
+        (b"hello\n", "line 1"),
+        (b"1 'a' 1\n2 'b' 2\n", "line 2.*1 bytes where the line says 2"),
+        (b"1 'a' one\n", "line 1"),
+        (b"1 __import__('os') 1\n", "line 1"),
+        (b"-4 'a' 1\n", "line 1"),
+    ],
+)
 def test_bad_vocabularies_are_named(tmp_path, content, message):
     path = tmp_path / "vocabulary.txt"
     path.write_bytes(content)

@@ -54,11 +54,18 @@ def test_the_score_counts_exact_answers(evaluate, model, tmp_path, capsys, monke
     assert "exact match 50.0%: 1 of 2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text, message", [
-    (b"", "no question"), (b'{"prompt": "a"}\n', "line 1"), (b"nonsense\n", "line 1"), (b"\xff\n", "not UTF-8"),
-    (b'{"prompt": 5, "completion": "b"}\n', "line 1: prompt and completion must be texts"),
-    (b'{"prompt": "a", "completion": null}\n', "line 1: prompt and completion must be texts"),
-    (b'{"prompt": "", "completion": "b"}\n', "the prompt not empty")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (b"", "no question"),
+        (b'{"prompt": "a"}\n', "line 1"),
+        (b"nonsense\n", "line 1"),
+        (b"\xff\n", "not UTF-8"),
+        (b'{"prompt": 5, "completion": "b"}\n', "line 1: prompt and completion must be texts"),
+        (b'{"prompt": "a", "completion": null}\n', "line 1: prompt and completion must be texts"),
+        (b'{"prompt": "", "completion": "b"}\n', "the prompt not empty"),
+    ],
+)
 def test_malformed_questions_are_refused(evaluate, tmp_path, text, message):
     path = tmp_path / "questions.jsonl"
     path.write_bytes(text)
@@ -77,10 +84,17 @@ def test_a_separator_of_unicode_ends_no_line(evaluate, tmp_path):
     assert evaluate.read_questions(path, 10) == [("a\u2028b", "c")]
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--limit", "0"], "--limit 0"), (["--limit", "-1"], "--limit -1"), (["--at_least", "nan"], "--at_least nan"),
-    (["--at_least", "90"], "--at_least 90"), (["--model", "absent.pth", "--runtime", "rwkv"], "absent.pth does not exist"),
-    (["--model", "other.pth"], "vocabulary of 80 tokens")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--limit", "0"], "--limit 0"),
+        (["--limit", "-1"], "--limit -1"),
+        (["--at_least", "nan"], "--at_least nan"),
+        (["--at_least", "90"], "--at_least 90"),
+        (["--model", "absent.pth", "--runtime", "rwkv"], "absent.pth does not exist"),
+        (["--model", "other.pth"], "vocabulary of 80 tokens"),
+    ],
+)
 def test_flags_are_judged_before_the_work(evaluate, model, tiny_state, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     save_model("other.pth", tiny_state())

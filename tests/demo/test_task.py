@@ -43,8 +43,13 @@ def stories(task, count):
 
 def test_base_documents_answer_truly(task):
     for fact, lines in stories(task, 500):
-        truth = {"Q: Who has something?": fact.name, "Q: How many?": str(fact.count), "Q: What color?": fact.color,
-                 "Q: What things?": fact.item, "Q: What is there?": f"{fact.count} {fact.color} {fact.item}"}
+        truth = {
+            "Q: Who has something?": fact.name,
+            "Q: How many?": str(fact.count),
+            "Q: What color?": fact.color,
+            "Q: What things?": fact.item,
+            "Q: What is there?": f"{fact.count} {fact.color} {fact.item}",
+        }
         assert len(lines) == 8
         assert all(answer == f"A: {truth[question]}" for question, answer in zip(lines[::2], lines[1::2]))
 
@@ -60,6 +65,10 @@ def test_the_loss_finds_the_answers_by_their_marker(task):
 
 
 def test_every_sign_of_the_new_format_is_an_answer_now_and_then(task):
-    spoken = "".join(line[3:] for document in task.documents("base", 2000, 1)
-                     for line in document["text"].splitlines() if line.startswith("A: "))
+    spoken = "".join(
+        line[3:]
+        for document in task.documents("base", 2000, 1)
+        for line in document["text"].splitlines()
+        if line.startswith("A: ")
+    )
     assert set(next(task.documents("finetune", 1, 1))["completion"]) - {"\n"} <= set(spoken) | {" "}

@@ -35,14 +35,17 @@ def model(tmp_path_factory, tiny_state):
 @pytest.fixture
 def run(model, capsys):
     """Run the command with the model -> what it printed."""
+
     def run(*arguments):
         assert command.main(["--model", str(model), *map(str, arguments)]) == 0
         return capsys.readouterr().out
+
     return run
 
 
 def script(monkeypatch, *texts):
     """Make the command's model say these texts, one for each prompt, and then end the document."""
+
     def says(model, prompts, sampling, max_tokens, ends, *rest):
         for number, text in enumerate(texts):
             for token in [*BytesTokenizer().encode(text), 0]:
@@ -71,15 +74,20 @@ def test_the_stop_string_is_not_printed(run, monkeypatch):
 def test_several_prompts_give_a_line_of_json_each(run, monkeypatch):
     script(monkeypatch, "one", "two|", "3")
     rows = [json.loads(line) for line in run("--prompt", "a", "b", "c", "--stop", "|").splitlines()]
-    assert rows == [{"prompt": "a", "generated": "one", "tokens": 4, "end": "end"},
-                    {"prompt": "b", "generated": "two", "tokens": 4, "end": "stop"},
-                    {"prompt": "c", "generated": "3", "tokens": 2, "end": "end"}]
+    assert rows == [
+        {"prompt": "a", "generated": "one", "tokens": 4, "end": "end"},
+        {"prompt": "b", "generated": "two", "tokens": 4, "end": "stop"},
+        {"prompt": "c", "generated": "3", "tokens": 2, "end": "end"},
+    ]
 
 
 def test_lines_keep_the_order_of_the_prompts(run):
     rows = [json.loads(line) for line in run("--prompt", *"abcdefg", "--batch", 3, "--max_tokens", 9).splitlines()]
     assert [row["prompt"] for row in rows] == list("abcdefg")
-    assert rows[4]["generated"] == json.loads(run("--prompt", "e", "x", "--max_tokens", 9, "--seed", 4).splitlines()[0])["generated"]
+    assert (
+        rows[4]["generated"]
+        == json.loads(run("--prompt", "e", "x", "--max_tokens", 9, "--seed", 4).splitlines()[0])["generated"]
+    )
 
 
 def test_a_jsonl_of_prompts_keeps_its_fields(run, tmp_path):
@@ -129,44 +137,63 @@ def test_a_saved_session_includes_all_that_was_generated(run, tmp_path, monkeypa
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-@pytest.mark.parametrize("text, expected", [(r"a\nb", "a\nb"), (r"a\\nb", r"a\nb"), (r"\t\q", "\t\\q"), ("\\\\\\n", "\\\n")])
+@pytest.mark.parametrize(
+    "text, expected", [(r"a\nb", "a\nb"), (r"a\\nb", r"a\nb"), (r"\t\q", "\t\\q"), ("\\\\\\n", "\\\n")]
+)
 def test_escapes(text, expected):
     assert command.unescaped(text) == expected
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ([], "--prompt TEXT or --prompt_file"),
-    (["--prompt", "a", "--prompt_file", "b"], "not both"),
-    (["--prompt", "a", "--max_tokens", "-1"], "max_tokens -1"),
-    (["--prompt", "a", "--batch", "0"], "batch 0"),
-    (["--prompt", "a", "--top_p", "7"], "top_p 7"),
-    (["--prompt", "a", "--stop", ""], "--stop"),
-    (["--prompt", "a", "b", "--save_state", "s.pth"], "--save_state"),
-    (["--prompt", "a", "--tokenizer", "world"], "65536 tokens"),
-    (["--prompt", "a", "--tokenizer", "absent.json"], "absent.json"),
-    (["--prompt", "a", "--state", "absent.pth"], "absent.pth"),
-    (["--prompt", "a", "--adapter", "absent.safetensors"], "absent.safetensors"),
-    (["--prompt_file", "absent.txt"], "absent.txt"),
-    (["--prompt", "a", "--temprature", "1"], "did you mean --temperature"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "--prompt TEXT or --prompt_file"),
+        (["--prompt", "a", "--prompt_file", "b"], "not both"),
+        (["--prompt", "a", "--max_tokens", "-1"], "max_tokens -1"),
+        (["--prompt", "a", "--batch", "0"], "batch 0"),
+        (["--prompt", "a", "--top_p", "7"], "top_p 7"),
+        (["--prompt", "a", "--stop", ""], "--stop"),
+        (["--prompt", "a", "b", "--save_state", "s.pth"], "--save_state"),
+        (["--prompt", "a", "--tokenizer", "world"], "65536 tokens"),
+        (["--prompt", "a", "--tokenizer", "absent.json"], "absent.json"),
+        (["--prompt", "a", "--state", "absent.pth"], "absent.pth"),
+        (["--prompt", "a", "--adapter", "absent.safetensors"], "absent.safetensors"),
+        (["--prompt_file", "absent.txt"], "absent.txt"),
+        (["--prompt", "a", "--temprature", "1"], "did you mean --temperature"),
+    ],
+)
 def test_mistakes_are_named(model, arguments, message):
     with pytest.raises(UserError, match=message):
         command.main(["--model", str(model), *arguments])
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("p.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', 'line 2: an object with a "prompt"'), ("p.jsonl", b"a\n", "line 1: not JSON"),
-    ("p.txt", b"\n \n", "no prompt"), ("p.txt", b"\xff\xfe", "not UTF-8")])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("p.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', 'line 2: an object with a "prompt"'),
+        ("p.jsonl", b"a\n", "line 1: not JSON"),
+        ("p.txt", b"\n \n", "no prompt"),
+        ("p.txt", b"\xff\xfe", "not UTF-8"),
+    ],
+)
 def test_prompt_files_that_cannot_be_read_are_named(model, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         command.main(["--model", str(model), "--prompt_file", str(tmp_path / name)])
 
 
-@pytest.mark.parametrize("flag, given_as", [
-    ("--output", "--model"), ("--output", "--prompt_file"), ("--output", "--adapter"), ("--output", "--state"),
-    ("--save_state", "--model"), ("--save_state", "--prompt_file"), ("--save_state", "--adapter"),
-])
+@pytest.mark.parametrize(
+    "flag, given_as",
+    [
+        ("--output", "--model"),
+        ("--output", "--prompt_file"),
+        ("--output", "--adapter"),
+        ("--output", "--state"),
+        ("--save_state", "--model"),
+        ("--save_state", "--prompt_file"),
+        ("--save_state", "--adapter"),
+    ],
+)
 def test_no_input_is_overwritten(model, tmp_path, flag, given_as):
     files = {name: tmp_path / name.strip("-") for name in ("--model", "--prompt_file", "--adapter", "--state")}
     for file in files.values():
@@ -216,13 +243,19 @@ def test_an_interrupt_keeps_what_was_complete(model, tmp_path, monkeypatch, caps
 
 
 def start(model, *arguments):
-    return subprocess.Popen([sys.executable, "-m", "rwkv_peft.generate", "--model", str(model), *arguments],
-                            env=os.environ | {"PYTHONPATH": str(PACKAGE)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-m", "rwkv_peft.generate", "--model", str(model), *arguments],
+        env=os.environ | {"PYTHONPATH": str(PACKAGE)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def test_ctrl_c_and_a_reader_that_leaves_end_the_process_cleanly(model):
     # the most likely token is never this model's end of text (0), so that both would go on for a million tokens
-    left, interrupted = (start(model, "--prompt", "a", "--max_tokens", "1000000", "--temperature", "0") for _ in range(2))
+    left, interrupted = (
+        start(model, "--prompt", "a", "--max_tokens", "1000000", "--temperature", "0") for _ in range(2)
+    )
     for process in (left, interrupted):
         assert process.stdout.read(4)
     left.stdout.close()

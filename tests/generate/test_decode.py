@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from rwkv_peft.checkpoint import AdapterMetadata, load_base, model_config_from_state, read_adapter, save_adapter, save_model
+from rwkv_peft.checkpoint import (
+    AdapterMetadata,
+    load_base,
+    model_config_from_state,
+    read_adapter,
+    save_adapter,
+    save_model,
+)
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.errors import UserError
 from rwkv_peft.generate import Sampling, decode, generate, load_model, prefill, read_state_file, save_state_file
@@ -39,9 +46,16 @@ def test_greedy_is_the_argmax_of_the_full_forward(model):
     assert tokens == logits[0, len(PROMPTS[0]) - 1 : -1].argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("sampling", [
-    GREEDY, Sampling(seed=5), Sampling(top_p=1.0, temperature=1.5, presence_penalty=1.0, frequency_penalty=0.5, penalty_decay=0.9),
-    Sampling(top_k=7, top_p=0.95)], ids=["greedy", "top_p", "penalties", "top_k"])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        GREEDY,
+        Sampling(seed=5),
+        Sampling(top_p=1.0, temperature=1.5, presence_penalty=1.0, frequency_penalty=0.5, penalty_decay=0.9),
+        Sampling(top_k=7, top_p=0.95),
+    ],
+    ids=["greedy", "top_p", "penalties", "top_k"],
+)
 def test_a_batch_equals_its_prompts_one_by_one(model, sampling):
     together = continuations(model, PROMPTS, sampling, 15)
     assert continuations(model, PROMPTS, sampling, 15, batch=1) == together
@@ -140,9 +154,13 @@ def broken_states(model):
     _, state = prefill(model, [[1]])
     good = {f"blocks.{i}.att.time_state": layer.wkv[0] for i, layer in enumerate(state)}
     first = "blocks.0.att.time_state"
-    return [({first: good[first]}, "it has no blocks.1"), (good | {"emb.weight": good[first]}, "no place for its emb.weight"),
-            (good | {first: good[first][:1].clone()}, "shape"), (good | {first: good[first] * float("nan")}, "NaN"),
-            (good | {"blocks.0.att.shift": torch.zeros(64)}, "it has no blocks.0.ffn.shift")]
+    return [
+        ({first: good[first]}, "it has no blocks.1"),
+        (good | {"emb.weight": good[first]}, "no place for its emb.weight"),
+        (good | {first: good[first][:1].clone()}, "shape"),
+        (good | {first: good[first] * float("nan")}, "NaN"),
+        (good | {"blocks.0.att.shift": torch.zeros(64)}, "it has no blocks.0.ffn.shift"),
+    ]
 
 
 @pytest.mark.parametrize("case", range(5))
@@ -153,8 +171,11 @@ def test_a_state_that_does_not_fit_is_refused(model, tmp_path, case):
         read_state_file(tmp_path / "state.pth", model)
 
 
-@pytest.mark.parametrize("settings", [{"mode": "bat-in"}, {"mode": "bat-out"}, {"mode": "bone"}, {"method": "lora", "alpha": 16.0}],
-                         ids=lambda settings: settings.get("mode", "lora"))
+@pytest.mark.parametrize(
+    "settings",
+    [{"mode": "bat-in"}, {"mode": "bat-out"}, {"mode": "bone"}, {"method": "lora", "alpha": 16.0}],
+    ids=lambda settings: settings.get("mode", "lora"),
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_adapter_gives_the_tokens_of_the_merged_file(tiny_state, tmp_path, settings, dtype):
     from rwkv_peft.adapters import inject
@@ -164,14 +185,20 @@ def test_an_adapter_gives_the_tokens_of_the_merged_file(tiny_state, tmp_path, se
     adapted = RWKV6(model_config_from_state(state))
     inject(adapted, config)
     generator = torch.Generator().manual_seed(0)
-    tensors = {name: 0.1 * torch.randn(p.shape, generator=generator) for name, p in adapted.named_parameters() if p.requires_grad}
+    tensors = {
+        name: 0.1 * torch.randn(p.shape, generator=generator)
+        for name, p in adapted.named_parameters()
+        if p.requires_grad
+    }
     base, adapter, merged = tmp_path / "base.pth", tmp_path / "adapter.safetensors", tmp_path / "merged.pth"
     save_model(base, state)
     save_adapter(adapter, tensors, AdapterMetadata.from_config(config))
     save_model(merged, merge_state_dict(load_base(base), [("adapter", read_adapter(adapter))]))
     sampling = Sampling(top_p=0.9, seed=1)
-    found = [continuations(load_model(path, adapters)[0], PROMPTS, sampling, 15)
-             for path, adapters in ((base, [adapter]), (merged, []), (base, []))]
+    found = [
+        continuations(load_model(path, adapters)[0], PROMPTS, sampling, 15)
+        for path, adapters in ((base, [adapter]), (merged, []), (base, []))
+    ]
     assert found[0] == found[1] != found[2]
 
 

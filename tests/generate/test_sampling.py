@@ -40,9 +40,17 @@ def test_without_limits_it_is_softmax():
     torch.testing.assert_close(distribution(logits, top_p=1.0), logits.double().softmax(-1), rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("top_p, expected", [
-    (0.0, (0, 1, 0, 0)), (0.3, (0, 1, 0, 0)), (0.45, (0, 2 / 3, 1 / 3, 0)), (0.7, (1 / 4, 1 / 2, 1 / 4, 0)),
-    (0.9, (0.2, 0.4, 0.2, 0.2)), (1.0, (0.2, 0.4, 0.2, 0.2))])
+@pytest.mark.parametrize(
+    "top_p, expected",
+    [
+        (0.0, (0, 1, 0, 0)),
+        (0.3, (0, 1, 0, 0)),
+        (0.45, (0, 2 / 3, 1 / 3, 0)),
+        (0.7, (1 / 4, 1 / 2, 1 / 4, 0)),
+        (0.9, (0.2, 0.4, 0.2, 0.2)),
+        (1.0, (0.2, 0.4, 0.2, 0.2)),
+    ],
+)
 def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p, expected):
     found = distribution(logits_of(0.2, 0.4, 0.2, 0.2), top_p=top_p)
     assert sorted(found[0].tolist()) == pytest.approx(sorted(expected))
@@ -86,8 +94,14 @@ def test_a_tiny_temperature_is_greedy_without_overflow():
     assert_near(distribution(torch.tensor([[1e4, 1e4 - 1, -1e4]]), temperature=1e-30, top_p=1.0), 1, 0, 0)
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 1e-30}, {"presence_penalty": 1e30, "frequency_penalty": -1e30},
-                                      {"presence_penalty": -1e30, "temperature": 1e-30}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1e-30},
+        {"presence_penalty": 1e30, "frequency_penalty": -1e30},
+        {"presence_penalty": -1e30, "temperature": 1e-30},
+    ],
+)
 def test_the_most_extreme_settings_still_draw_a_token(settings):
     sampling, logits, counts = Sampling(**settings), torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.0, 1e6, 0.0]])
     assert 0 <= int(sample(penalize(logits, counts, sampling), [0.5], sampling)) < 3
@@ -119,7 +133,9 @@ def test_draws_have_the_frequencies_of_the_distribution():
     assert (tokens.bincount(minlength=3) / 20000 - expected).abs().max() < 0.015  # four standard deviations
 
 
-@pytest.mark.parametrize("settings", [{}, {"top_p": 1.0}, {"top_k": 5}, {"temperature": 0}, {"top_p": 0.99, "temperature": 3}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_p": 1.0}, {"top_k": 5}, {"temperature": 0}, {"top_p": 0.99, "temperature": 3}]
+)
 def test_a_row_draws_the_same_alone_and_in_a_batch(settings):
     logits = 3 * torch.randn(6, 500, generator=torch.Generator().manual_seed(2))
     logits[0] *= 0.01  # a flat row, which makes the batch look at more candidates
@@ -129,11 +145,19 @@ def test_a_row_draws_the_same_alone_and_in_a_batch(settings):
     assert together.tolist() == alone
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"temperature": -1}, "temperature -1"), ({"temperature": float("nan")}, "finite"),
-    ({"temperature": 1e-46}, "temperature 1e-46"), ({"presence_penalty": 1e39}, "presence_penalty 1e"),
-    ({"frequency_penalty": -1e39}, "frequency_penalty -1e"), ({"top_p": 1.5}, "top_p 1.5"),
-    ({"top_k": -2}, "top_k -2"), ({"penalty_decay": 2}, "penalty_decay 2")])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"temperature": -1}, "temperature -1"),
+        ({"temperature": float("nan")}, "finite"),
+        ({"temperature": 1e-46}, "temperature 1e-46"),
+        ({"presence_penalty": 1e39}, "presence_penalty 1e"),
+        ({"frequency_penalty": -1e39}, "frequency_penalty -1e"),
+        ({"top_p": 1.5}, "top_p 1.5"),
+        ({"top_k": -2}, "top_k -2"),
+        ({"penalty_decay": 2}, "penalty_decay 2"),
+    ],
+)
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         Sampling(**settings)

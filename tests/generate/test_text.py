@@ -21,8 +21,10 @@ def pieces(stream, tokens):
     return [stream.feed(token) for token in tokens] + [stream.finish()]
 
 
-@pytest.mark.parametrize("tokenizer, tokens", [
-    (BytesTokenizer(), BytesTokenizer().encode(MIXED)), (SpacedTokenizer(), list(f" {MIXED}".encode()))])
+@pytest.mark.parametrize(
+    "tokenizer, tokens",
+    [(BytesTokenizer(), BytesTokenizer().encode(MIXED)), (SpacedTokenizer(), list(f" {MIXED}".encode()))],
+)
 def test_characters_are_whole(tokenizer, tokens):
     found = pieces(TextStream(tokenizer), tokens)
     assert "".join(found) == MIXED
@@ -49,15 +51,18 @@ def test_a_broken_character_is_not_withheld_for_ever():
     assert "".join(stream.feed(256) for _ in range(40)) == "\ufffd" * 40
 
 
-@pytest.mark.parametrize("stops, text, expected", [
-    (("User:",), "Hi.\nUser: more", "Hi.\n"),
-    (("\n\n", "."), "a\nb. c", "a\nb"),
-    (("abc", "b"), "xabc", "xa"),  # the earliest, not the first in the list
-    (("aab",), "aaaab!", "aa"),
-    (("é",), "caf\u00e9s", "caf"),
-    (("never",), "nevnever", "nev"),
-    (("never",), "ends in nev", "ends in nev"),
-])
+@pytest.mark.parametrize(
+    "stops, text, expected",
+    [
+        (("User:",), "Hi.\nUser: more", "Hi.\n"),
+        (("\n\n", "."), "a\nb. c", "a\nb"),
+        (("abc", "b"), "xabc", "xa"),  # the earliest, not the first in the list
+        (("aab",), "aaaab!", "aa"),
+        (("é",), "caf\u00e9s", "caf"),
+        (("never",), "nevnever", "nev"),
+        (("never",), "ends in nev", "ends in nev"),
+    ],
+)
 def test_a_stop_string_ends_the_text_before_it(stops, text, expected):
     stream = TextStream(BytesTokenizer(), stops)
     assert "".join(pieces(stream, BytesTokenizer().encode(text))) == expected

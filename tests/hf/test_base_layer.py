@@ -26,7 +26,10 @@ def test_layers_that_only_look_linear_are_refused():
     with pytest.raises(UserError, match="0 is a Linear of torch.float8_e4m3fn"):
         get_peft_model(nn.Sequential(eight_bit), BoneConfig(r=4, target_modules=["0"]))
     with pytest.raises(UserError, match="inside of a MultiheadAttention"):
-        get_peft_model(nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)}), BoneConfig(r=4, target_modules=["out_proj"]))
+        get_peft_model(
+            nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)}), BoneConfig(r=4, target_modules=["out_proj"])
+        )
+
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("names", (["default"], ["default", "second"]))
@@ -38,7 +41,12 @@ def test_hooks_of_the_base_layer_are_called(form, names):
     layer.set_adapter(names)
     for block in layer.bone_block.values():
         nn.init.normal_(block, std=0.1)
-    x, g, blocks, seen = torch.randn(5, 12, requires_grad=True), torch.randn(5, 8), [layer.bone_block[n] for n in names], []
+    x, g, blocks, seen = (
+        torch.randn(5, 12, requires_grad=True),
+        torch.randn(5, 8),
+        [layer.bone_block[n] for n in names],
+        [],
+    )
 
     def step():
         torch.manual_seed(0)
@@ -80,7 +88,9 @@ def test_a_layer_whose_weight_a_mixer_reads_is_refused():
     from transformers import MambaConfig, MambaForCausalLM
 
     mamba = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=32, num_hidden_layers=1, state_size=4))
-    with pytest.raises(UserError, match="mixer.dt_proj is inside of a MambaMixer, which reads its weight without calling it"):
+    with pytest.raises(
+        UserError, match="mixer.dt_proj is inside of a MambaMixer, which reads its weight without calling it"
+    ):
         get_peft_model(mamba, BoneConfig(r=2, target_modules=["in_proj", "dt_proj"]))
     get_peft_model(mamba, BoneConfig(r=2, target_modules=["in_proj"]))
 

@@ -9,27 +9,39 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.hf import BoneConfig, BoneLinear
 
 
-@pytest.mark.parametrize("init_weights, variant", [
-    (True, "bone"), (False, "bone"), ("bone", "bone"), ("bat", "bat-out"), ("bat-out", "bat-out"), ("bat-in", "bat-in")])
+@pytest.mark.parametrize(
+    "init_weights, variant",
+    [
+        (True, "bone"),
+        (False, "bone"),
+        ("bone", "bone"),
+        ("bat", "bat-out"),
+        ("bat-out", "bat-out"),
+        ("bat-in", "bat-in"),
+    ],
+)
 def test_the_forms_by_name(init_weights, variant):
     assert BoneConfig(init_weights=init_weights).variant == variant
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"init_weights": "bta"}, "init_weights='bta' is unknown; give True"),
-    ({"init_weights": 1}, "init_weights=1 is unknown"),
-    ({"r": 0}, "r=0 is not a rank"),
-    ({"init_weights": "mini"}, "needs mini_r"),
-    ({"bone_dropout": 1.5}, "bone_dropout=1.5 is not a probability"),
-    ({"bias": "some"}, "bias='some' is unknown"),
-    ({"modules_to_save": "lm_head"}, r"modules_to_save='lm_head' is no list of names; give \['lm_head'\]"),
-    ({"r": "64"}, "r='64' is not a whole number"),
-    ({"r": None}, "r=None is not a whole number"),
-    ({"bone_dropout": None}, "bone_dropout=None is not a probability"),
-    ({"mini_r": 4}, "mini_r=4 is for init_weights='mini'"),
-    ({"target_modules": ["q_proj"], "layers_pattern": "layers"}, "give layers_to_transform too"),
-    ({"target_modules": ".*proj", "layers_to_transform": [1]}, "layers_to_transform works with a list"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"init_weights": "bta"}, "init_weights='bta' is unknown; give True"),
+        ({"init_weights": 1}, "init_weights=1 is unknown"),
+        ({"r": 0}, "r=0 is not a rank"),
+        ({"init_weights": "mini"}, "needs mini_r"),
+        ({"bone_dropout": 1.5}, "bone_dropout=1.5 is not a probability"),
+        ({"bias": "some"}, "bias='some' is unknown"),
+        ({"modules_to_save": "lm_head"}, r"modules_to_save='lm_head' is no list of names; give \['lm_head'\]"),
+        ({"r": "64"}, "r='64' is not a whole number"),
+        ({"r": None}, "r=None is not a whole number"),
+        ({"bone_dropout": None}, "bone_dropout=None is not a probability"),
+        ({"mini_r": 4}, "mini_r=4 is for init_weights='mini'"),
+        ({"target_modules": ["q_proj"], "layers_pattern": "layers"}, "give layers_to_transform too"),
+        ({"target_modules": ".*proj", "layers_to_transform": [1]}, "layers_to_transform works with a list"),
+    ],
+)
 def test_a_contradiction_is_refused(settings, message):
     with pytest.raises(UserError, match=message):
         BoneConfig(**settings)
@@ -53,8 +65,11 @@ def test_what_older_peft_does_not_know_is_written_only_where_it_is_used(tmp_path
 
 def adapted_names(model, **settings):
     model = get_peft_model(model, BoneConfig(r=4, **settings))
-    return {name.removeprefix("base_model.model.model.layers.") for name, module in model.named_modules()
-            if isinstance(module, BoneLinear)}
+    return {
+        name.removeprefix("base_model.model.model.layers.")
+        for name, module in model.named_modules()
+        if isinstance(module, BoneLinear)
+    }
 
 
 def test_targets(llama):
@@ -68,9 +83,14 @@ def test_targets(llama):
     assert len(adapted_names(fresh(), target_modules="all-linear")) == 7 * len(layers)
     assert adapted_names(fresh(), target_modules=r".*\.1\.mlp\.(up|down)_proj") == {"1.mlp.up_proj", "1.mlp.down_proj"}
     assert adapted_names(fresh(), target_modules=["q_proj", "up_proj"], layers_to_transform=[0, 2]) == {
-        "0.self_attn.q_proj", "2.self_attn.q_proj", "0.mlp.up_proj", "2.mlp.up_proj"}
+        "0.self_attn.q_proj",
+        "2.self_attn.q_proj",
+        "0.mlp.up_proj",
+        "2.mlp.up_proj",
+    }
     assert adapted_names(fresh(), target_modules=["q_proj", "k_proj"], exclude_modules=["k_proj"]) == {
-        f"{i}.self_attn.q_proj" for i in layers}
+        f"{i}.self_attn.q_proj" for i in layers
+    }
 
 
 def test_a_target_that_matches_nothing_is_refused(llama):

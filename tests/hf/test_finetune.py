@@ -14,8 +14,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "demo"))
 
 import tiny_llama  # noqa: E402
 
-QUIET = ("--report_to", "none", "--logging_steps", "1", "--save_strategy", "no", "--disable_tqdm", "True",
-         "--dataloader_pin_memory", "False")
+QUIET = (
+    "--report_to",
+    "none",
+    "--logging_steps",
+    "1",
+    "--save_strategy",
+    "no",
+    "--disable_tqdm",
+    "True",
+    "--dataloader_pin_memory",
+    "False",
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +38,26 @@ def tiny(tmp_path_factory):
 
 
 def run(tiny, output, *flags):
-    return finetune.main(["--base_model_name_or_path", str(tiny / "model"), "--data_path", str(tiny / "data.jsonl"),
-                          "--output_dir", str(output), "--bone_r", "16", *QUIET, *flags])
+    return finetune.main(
+        [
+            "--base_model_name_or_path",
+            str(tiny / "model"),
+            "--data_path",
+            str(tiny / "data.jsonl"),
+            "--output_dir",
+            str(output),
+            "--bone_r",
+            "16",
+            *QUIET,
+            *flags,
+        ]
+    )
 
 
 def losses(output):
-    return [row["loss"] for row in json.loads((output / "trainer_state.json").read_text())["log_history"] if "loss" in row]
+    return [
+        row["loss"] for row in json.loads((output / "trainer_state.json").read_text())["log_history"] if "loss" in row
+    ]
 
 
 def load(folder):
@@ -46,10 +70,37 @@ def test_the_commands_flags_train_save_and_merge(tiny, tmp_path, capsys):
     from peft import PeftModel
     from trl import SFTConfig
 
-    assert run(tiny, tmp_path, "--bits", "fp32", "--init_weights", "bat-in", "--merge_and_save",
-               "--dataset_split", "train[:100000]", "--dataset_field", "query", "response", "--max_steps", "8",
-               "--per_device_train_batch_size", "4", "--learning_rate", "1e-2", "--weight_decay", "0.",
-               "--warmup_ratio", "0.03", "--max_seq_length", "128", "--tf32", "True") == 0
+    assert (
+        run(
+            tiny,
+            tmp_path,
+            "--bits",
+            "fp32",
+            "--init_weights",
+            "bat-in",
+            "--merge_and_save",
+            "--dataset_split",
+            "train[:100000]",
+            "--dataset_field",
+            "query",
+            "response",
+            "--max_steps",
+            "8",
+            "--per_device_train_batch_size",
+            "4",
+            "--learning_rate",
+            "1e-2",
+            "--weight_decay",
+            "0.",
+            "--warmup_ratio",
+            "0.03",
+            "--max_seq_length",
+            "128",
+            "--tf32",
+            "True",
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert "--max_seq_length is --max_length" in said
     assert ("--warmup_ratio is --warmup_steps" in said) == ("warmup_ratio" not in SFTConfig.__dataclass_fields__)
@@ -68,8 +119,26 @@ def test_the_commands_flags_train_save_and_merge(tiny, tmp_path, capsys):
 def test_every_kind_of_base_trains_and_merges(tiny, tmp_path, bits):
     if bits != "bf16":
         pytest.importorskip("bitsandbytes")
-    assert run(tiny, tmp_path, "--bits", bits, "--init_weights", "bat-in", "--merge_and_save", "--max_steps", "4",
-               "--per_device_train_batch_size", "4", "--learning_rate", "1e-2", "--bf16", "True") == 0
+    assert (
+        run(
+            tiny,
+            tmp_path,
+            "--bits",
+            bits,
+            "--init_weights",
+            "bat-in",
+            "--merge_and_save",
+            "--max_steps",
+            "4",
+            "--per_device_train_batch_size",
+            "4",
+            "--learning_rate",
+            "1e-2",
+            "--bf16",
+            "True",
+        )
+        == 0
+    )
     trace = losses(tmp_path)
     assert trace[-1] < trace[0] - 0.1
     assert all(torch.isfinite(tensor).all() for tensor in load(tmp_path / "bone_merged").state_dict().values())
@@ -82,13 +151,24 @@ def test_the_quick_start(tiny, tmp_path):
 
     model = get_peft_model(load(tiny / "model"), BoneConfig(r=16, target_modules="all-linear"))
     data = load_dataset("json", data_files=str(tiny / "data.jsonl"), split="train").rename_columns(
-        {"query": "prompt", "response": "completion"})
+        {"query": "prompt", "response": "completion"}
+    )
     from transformers import AutoTokenizer
 
-    config = SFTConfig(output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=4, learning_rate=1e-2,
-                       report_to="none", save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True)
-    trainer = SFTTrainer(model=model, args=config, train_dataset=data,
-                         processing_class=AutoTokenizer.from_pretrained(tiny / "model"))
+    config = SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+    )
+    trainer = SFTTrainer(
+        model=model, args=config, train_dataset=data, processing_class=AutoTokenizer.from_pretrained(tiny / "model")
+    )
     trainer.train()
     model.save_pretrained(tmp_path / "bone")
     again = PeftModel.from_pretrained(load(tiny / "model"), tmp_path / "bone")
@@ -99,43 +179,49 @@ def test_the_quick_start(tiny, tmp_path):
         assert (again(ids).logits - load(tiny / "model")(ids).logits).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("flags, message", [
-    (("--bits", "int3"), "--bits int3 is unknown; give bf16, fp16, fp32, nf4, int8"),
-    (("--dataset_field", "query", "reply"), "has no column reply; it has query, response"),
-    (("--dataset_field", "query"), "takes two columns"),
-    (("--learning_rat", "1"), "there is no --learning_rat; did you mean --learning_rate"),
-    (("--bone_r", "many"), "invalid int value: 'many'"),
-    (("--init_weights", "bad"), "init_weights='bad' is unknown"),
-    (("--data_path", "nowhere.jsonl"), "nowhere.jsonl does not exist"),
-    (("--base_model_name_or_path", "./nowhere"), "--base_model_name_or_path ./nowhere: "),
-    (("--dataset_split", "train[:0]"), "corresponds to no data"),
-    (("--target_modules", "q_prog"), "q_prog matches no linear layer; there are .*q_proj"),
-    (("--target_modules", "all-linear", "q_proj"), "all-linear stands alone"),
-    (("--data_path", "nowhere"), "--data_path nowhere"),
-    (("--resume_from_checkpoint", "True"), "has no checkpoint"),
-    (("--resume_from_checkpoint", "nowhere"), "nowhere is no folder with an adapter_config.json"),
-    (("--bf16", "True", "--fp16", "True"), "these arguments: .*(fp16|bf16)"),
-    (("--gradient_accumulation_steps", "0"), "--gradient_accumulation_steps 0 is no number of batches"),
-    (("--model_init_kwargs", '{"dtype": "float32"}'), "gives dtype, and --bits says"),
-    (("--model_init_kwargs", '{"attn_implementation": "nope"}'), "--base_model_name_or_path .*: .*nope"),
-    (("--per_device_train_batch_size", "0"), "--per_device_train_batch_size 0 is no number of rows"),
-    (("--max_length", "-1"), "--max_length -1 is no number of tokens"),
-    (("--learning_rate", "nan"), "--learning_rate nan is no rate"),
-    (("--max_length", "2"), "has a token of an answer within --max_length 2"),
-    (("--max_seq_length", "64", "--max-length", "32"), "two names of one argument"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--bits", "int3"), "--bits int3 is unknown; give bf16, fp16, fp32, nf4, int8"),
+        (("--dataset_field", "query", "reply"), "has no column reply; it has query, response"),
+        (("--dataset_field", "query"), "takes two columns"),
+        (("--learning_rat", "1"), "there is no --learning_rat; did you mean --learning_rate"),
+        (("--bone_r", "many"), "invalid int value: 'many'"),
+        (("--init_weights", "bad"), "init_weights='bad' is unknown"),
+        (("--data_path", "nowhere.jsonl"), "nowhere.jsonl does not exist"),
+        (("--base_model_name_or_path", "./nowhere"), "--base_model_name_or_path ./nowhere: "),
+        (("--dataset_split", "train[:0]"), "corresponds to no data"),
+        (("--target_modules", "q_prog"), "q_prog matches no linear layer; there are .*q_proj"),
+        (("--target_modules", "all-linear", "q_proj"), "all-linear stands alone"),
+        (("--data_path", "nowhere"), "--data_path nowhere"),
+        (("--resume_from_checkpoint", "True"), "has no checkpoint"),
+        (("--resume_from_checkpoint", "nowhere"), "nowhere is no folder with an adapter_config.json"),
+        (("--bf16", "True", "--fp16", "True"), "these arguments: .*(fp16|bf16)"),
+        (("--gradient_accumulation_steps", "0"), "--gradient_accumulation_steps 0 is no number of batches"),
+        (("--model_init_kwargs", '{"dtype": "float32"}'), "gives dtype, and --bits says"),
+        (("--model_init_kwargs", '{"attn_implementation": "nope"}'), "--base_model_name_or_path .*: .*nope"),
+        (("--per_device_train_batch_size", "0"), "--per_device_train_batch_size 0 is no number of rows"),
+        (("--max_length", "-1"), "--max_length -1 is no number of tokens"),
+        (("--learning_rate", "nan"), "--learning_rate nan is no rate"),
+        (("--max_length", "2"), "has a token of an answer within --max_length 2"),
+        (("--max_seq_length", "64", "--max-length", "32"), "two names of one argument"),
+    ],
+)
 def test_a_mistake_is_answered(tiny, tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
         run(tiny, tmp_path, *flags)
 
 
-@pytest.mark.parametrize("rows, message", [
-    ("", "is empty"),
-    ('{"query": "a", "response": null}', "row 1 of .* has no response"),
-    ('{"query": "a", "response": "b"}\n{"query": "a"}', "row 2 of .* has no response"),
-    ('{"query": ', "--data_path .*rows.jsonl: "),
-    ('{"query": "\xff", "response": "b"}', "--data_path .*rows.jsonl: .*can't decode byte 0xff"),
-])
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ("", "is empty"),
+        ('{"query": "a", "response": null}', "row 1 of .* has no response"),
+        ('{"query": "a", "response": "b"}\n{"query": "a"}', "row 2 of .* has no response"),
+        ('{"query": ', "--data_path .*rows.jsonl: "),
+        ('{"query": "\xff", "response": "b"}', "--data_path .*rows.jsonl: .*can't decode byte 0xff"),
+    ],
+)
 def test_rows_that_cannot_be_learned_are_refused(tiny, tmp_path, rows, message):
     (tmp_path / "rows.jsonl").write_text(rows, encoding="latin-1")
     with pytest.raises(UserError, match=message):
@@ -143,8 +229,18 @@ def test_rows_that_cannot_be_learned_are_refused(tiny, tmp_path, rows, message):
 
 
 def test_arguments_about_loading_the_model_reach_it(tmp_path):
-    _, config = finetune.parse(["--base_model_name_or_path", "model", "--data_path", "data", "--output_dir", str(tmp_path),
-                                "--model_init_kwargs", '{"revision": "main"}'])
+    _, config = finetune.parse(
+        [
+            "--base_model_name_or_path",
+            "model",
+            "--data_path",
+            "data",
+            "--output_dir",
+            str(tmp_path),
+            "--model_init_kwargs",
+            '{"revision": "main"}',
+        ]
+    )
     config.trust_remote_code = True  # an argument of newer trl alone
     assert finetune.model_settings(config) == {"revision": "main", "trust_remote_code": True}
     assert config.model_init_kwargs is None  # or trl would say that they are ignored
@@ -161,14 +257,28 @@ def test_a_data_file_is_known_by_its_ending(tiny, tmp_path):
 
 
 def test_a_run_resumes_from_a_checkpoint_of_the_same_settings(tiny, tmp_path):
-    flags = ("--bits", "nf4", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2", "--lr_scheduler_type", "constant",
-             "--save_strategy", "steps", "--save_steps", "2")
+    flags = (
+        "--bits",
+        "nf4",
+        "--per_device_train_batch_size",
+        "4",
+        "--learning_rate",
+        "1e-2",
+        "--lr_scheduler_type",
+        "constant",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "2",
+    )
     pytest.importorskip("bitsandbytes")
     run(tiny, tmp_path / "whole", *flags, "--max_steps", "4")
     run(tiny, tmp_path / "parts", *flags, "--max_steps", "2")
     with pytest.raises(UserError, match="--init_weights bat-in differs from the checkpoint's True"):
         run(tiny, tmp_path / "parts", *flags, "--resume_from_checkpoint", "True", "--init_weights", "bat-in")
-    with pytest.raises(UserError, match="is one of other layers than this run's, such as .*; give the same --target_modules"):
+    with pytest.raises(
+        UserError, match="is one of other layers than this run's, such as .*; give the same --target_modules"
+    ):
         run(tiny, tmp_path / "parts", *flags, "--resume_from_checkpoint", "True", "--target_modules", "q_proj")
     run(tiny, tmp_path / "parts", *flags, "--max_steps", "4", "--resume_from_checkpoint", "True")
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
@@ -187,9 +297,22 @@ def test_arguments_are_adapted_to_the_installed_versions(capsys):
     adapted = finetune.adapt(flags, {"warmup_steps"}, accelerator=False, cuda=False)
     assert adapted == ["--warmup_steps", "0.03", "--lr", "1", "--use_cpu", "True"]
     assert len(capsys.readouterr().out.splitlines()) == 3
-    flags = ["--warmup_ratio", "0.03", "--tf32", "True", "--warmup_ratio", "0.1", "--tf32", "True"]  # the last one counts
+    flags = [
+        "--warmup_ratio",
+        "0.03",
+        "--tf32",
+        "True",
+        "--warmup_ratio",
+        "0.1",
+        "--tf32",
+        "True",
+    ]  # the last one counts
     assert finetune.adapt(flags, {"warmup_steps"}, accelerator=True, cuda=False) == [
-        "--warmup_steps", "0.03", "--warmup_steps", "0.1"]
+        "--warmup_steps",
+        "0.03",
+        "--warmup_steps",
+        "0.1",
+    ]
     capsys.readouterr()
     assert finetune.adapt(["--bits=fp32"], set(), accelerator=True, cuda=True)[-2:] == ["--bf16", "False"]
     flags = ["--run_name", "fp32", "--warmup_ratio", "0.03", "--tf32", "True"]

@@ -7,10 +7,10 @@ import numpy as np
 import peft
 import pytest
 import torch
+from bone_blocks import fill
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from bone_blocks import fill
 from rwkv_peft.errors import UserError
 from rwkv_peft.hf import BoneConfig, folders, installed
 from rwkv_peft.hf.folders import bone_to_miss, miss_to_bone
@@ -27,8 +27,9 @@ def save(model, folder, **settings):
     return model
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"init_weights": "bat"}, {"init_weights": "bat-in"}, {"init_weights": "mini", "mini_r": 4}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"init_weights": "bat"}, {"init_weights": "bat-in"}, {"init_weights": "mini", "mini_r": 4}]
+)
 def test_a_saved_adapter_is_loaded(llama, ids, tmp_path, settings):
     expected = logits(save(copy.deepcopy(llama), tmp_path, **settings), ids)
     assert torch.equal(logits(PeftModel.from_pretrained(llama, tmp_path), ids), expected)
@@ -55,7 +56,9 @@ class Biased(torch.nn.Module):
         return self.up(self.other(self.down(x)).relu())
 
 
-@pytest.mark.parametrize("bias, trained", [("none", set()), ("bone_only", {"down", "up"}), ("all", {"down", "other", "up"})])
+@pytest.mark.parametrize(
+    "bias, trained", [("none", set()), ("bone_only", {"down", "up"}), ("all", {"down", "other", "up"})]
+)
 def test_biases_that_are_trained_are_saved(tmp_path, bias, trained):
     base, x = Biased(), torch.randn(3, 16)
     config = BoneConfig(r=4, init_weights="bat-in", target_modules=["down", "up"], bias=bias)
@@ -64,7 +67,9 @@ def test_biases_that_are_trained_are_saved(tmp_path, bias, trained):
             get_peft_model(copy.deepcopy(base), config)
         return
     model = fill(get_peft_model(copy.deepcopy(base), config), 0.1)
-    names = {name.split(".")[2] for name, parameter in model.named_parameters() if "bias" in name and parameter.requires_grad}
+    names = {
+        name.split(".")[2] for name, parameter in model.named_parameters() if "bias" in name and parameter.requires_grad
+    }
     assert names == trained
     optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
     model(x).square().sum().backward()

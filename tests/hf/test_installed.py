@@ -15,8 +15,8 @@ import numpy as np
 import peft
 import pytest
 import torch
-
 from bone_blocks import fill
+
 from rwkv_peft.errors import UserError
 from rwkv_peft.hf import BoneConfig, BoneModel, installed, register
 
@@ -70,7 +70,9 @@ def test_a_configuration_of_the_replaced_bone_is_refused(llama):
 def test_left_alone_pefts_own_bone_loads_what_is_saved_here(llama, llama_folder, ids, tmp_path):
     """In a process where importing rwkv_peft.hf changed nothing, so that peft's own layers do the work."""
     for form in (True, "bat"):
-        model = fill(peft.get_peft_model(copy.deepcopy(llama), BoneConfig(r=4, init_weights=form, target_modules="all-linear")))
+        model = fill(
+            peft.get_peft_model(copy.deepcopy(llama), BoneConfig(r=4, init_weights=form, target_modules="all-linear"))
+        )
         model.eval().save_pretrained(tmp_path / str(form))
         path = tmp_path / str(form) / "adapter_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_version": "0.21.2"}))  # as newer peft writes

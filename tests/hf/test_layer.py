@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from bone_blocks import fill
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from bone_blocks import fill
 from rwkv_peft.errors import UserError
 from rwkv_peft.hf import BoneConfig, BoneLinear, installed
 from rwkv_peft.hf.layer import inverse
@@ -52,7 +52,8 @@ def test_merging_reproduces_the_adapter_and_unmerging_the_base(llama, ids, form)
     merged = model.merge_and_unload(safe_merge=True)
     torch.testing.assert_close(logits(merged, ids), expected, atol=1e-4, rtol=1e-4)
     assert {key: value.shape for key, value in merged.state_dict().items()} == {
-        key: value.shape for key, value in weights.items()}
+        key: value.shape for key, value in weights.items()
+    }
 
 
 @pytest.mark.parametrize("variant", ("bone", "bat-in", "bat-out"))
@@ -69,7 +70,9 @@ def test_the_inverse_adapter_undoes_an_adapter(variant):
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_are_those_of_the_merged_weight(form):
     base = nn.Linear(12, 8)
-    layer = BoneLinear(copy.deepcopy(base), "default", BoneConfig(r=4, init_weights=form, mini_r=2 if form == "mini" else 0))
+    layer = BoneLinear(
+        copy.deepcopy(base), "default", BoneConfig(r=4, init_weights=form, mini_r=2 if form == "mini" else 0)
+    )
     block = nn.init.normal_(layer.bone_block["default"], std=0.1)
     x, g = torch.randn(5, 12, requires_grad=True), torch.randn(5, 8)
     got = torch.autograd.grad(layer(x), (x, block), g)
@@ -101,7 +104,9 @@ def test_all_linear_is_never_the_inside_of_an_adapter(llama):
             model.add_adapter("second", config)
     else:
         model.add_adapter("second", config)
-        assert sum("second" in module.bone_block for module in model.modules() if isinstance(module, BoneLinear)) == before
+        assert (
+            sum("second" in module.bone_block for module in model.modules() if isinstance(module, BoneLinear)) == before
+        )
 
 
 def test_a_layer_with_another_methods_adapter_is_refused(llama):
@@ -175,8 +180,11 @@ def test_a_quantized_layer_trains_as_its_dequantized_weight(kind, form):
     nn.init.normal_(layer.bone_block["default"], std=0.1)
     dense.bone_block["default"].data.copy_(layer.bone_block["default"])
     x, g = torch.randn(5, 64, requires_grad=True), torch.randn(5, 128)
-    for a, b in zip(torch.autograd.grad(layer(x), (x, layer.bone_block["default"]), g),
-                    torch.autograd.grad(dense(x), (x, dense.bone_block["default"]), g), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(layer(x), (x, layer.bone_block["default"]), g),
+        torch.autograd.grad(dense(x), (x, dense.bone_block["default"]), g),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(layer(x), dense(x))
     with pytest.raises(UserError, match="is quantized, and merging.*without quantization"):
@@ -206,13 +214,16 @@ def test_a_broken_adapter_is_not_merged(llama):
     assert torch.equal(layer.weight, before) and not layer.merged
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"r": 48, "init_weights": "bat-in"}, "r to divide both widths.* r=4[0-9]*.*try r="),
-    ({"r": 48, "init_weights": "bat"}, "bat-out needs r to divide both widths"),
-    ({"r": 1000}, "r=1000 is more than the 64 inputs"),
-    ({"r": 4, "init_weights": "mini", "mini_r": 7}, "mini_r=7 does not divide"),
-    ({"r": 4, "target_modules": ["embed_tokens"]}, "embed_tokens is a Embedding, and Bone works on"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"r": 48, "init_weights": "bat-in"}, "r to divide both widths.* r=4[0-9]*.*try r="),
+        ({"r": 48, "init_weights": "bat"}, "bat-out needs r to divide both widths"),
+        ({"r": 1000}, "r=1000 is more than the 64 inputs"),
+        ({"r": 4, "init_weights": "mini", "mini_r": 7}, "mini_r=7 does not divide"),
+        ({"r": 4, "target_modules": ["embed_tokens"]}, "embed_tokens is a Embedding, and Bone works on"),
+    ],
+)
 def test_what_does_not_fit_a_layer_is_refused(llama, settings, message):
     with pytest.raises(UserError, match=message):
         get_peft_model(llama, BoneConfig(**{"target_modules": ["q_proj", "k_proj"]} | settings))

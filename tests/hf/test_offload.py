@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from accelerate import dispatch_model
+from bone_blocks import fill
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 
-from bone_blocks import fill
 from rwkv_peft.errors import UserError
 from rwkv_peft.hf import BoneConfig
 
@@ -23,7 +23,8 @@ def offloaded(llama_folder, llama, tmp_path):
     layers = {f"model.layers.{i}": ("cpu", "disk")[i % 2] for i in range(llama.config.num_hidden_layers)}
     others = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     model = AutoModelForCausalLM.from_pretrained(
-        llama_folder, dtype=torch.float32, device_map=layers | others, offload_folder=tmp_path / "base").eval()
+        llama_folder, dtype=torch.float32, device_map=layers | others, offload_folder=tmp_path / "base"
+    ).eval()
     assert model.model.layers[1].mlp.up_proj.weight.is_meta
     return model
 

@@ -12,13 +12,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "demo"))
 
 import tiny_llama  # noqa: E402
 
-ZERO_3 = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "zero_allow_untested_optimizer": True,
-          "zero_force_ds_cpu_optimizer": False, "bf16": {"enabled": "auto"},
-          "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+ZERO_3 = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+    "bf16": {"enabled": "auto"},
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
 
 
 def test_training_under_zero_3_is_training_without_it():
-    done = subprocess.run([sys.executable, str(Path(__file__).with_name("zero3_steps.py"))], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("zero3_steps.py"))], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     traces = json.loads(done.stdout.split("TRACES ")[1])
     for plain, zero in traces.values():
@@ -36,18 +43,50 @@ def test_the_command_under_accelerates_zero_3_trains_and_merges_as_it_does_alone
     (tmp_path / "zero3.json").write_text(json.dumps(ZERO_3))
 
     def arguments(output, *flags):
-        return ["--base_model_name_or_path", str(tmp_path / "model"), "--data_path", str(tmp_path / "data.jsonl"),
-                "--output_dir", str(tmp_path / output), "--bone_r", "16", "--init_weights", "bat-in", "--bits", "fp32",
-                "--max_steps", "3", "--learning_rate", "1e-2", "--merge_and_save", "--report_to", "none", "--logging_steps", "1",
-                "--save_strategy", "no", "--disable_tqdm", "True", "--dataloader_pin_memory", "False", *flags]
+        return [
+            "--base_model_name_or_path",
+            str(tmp_path / "model"),
+            "--data_path",
+            str(tmp_path / "data.jsonl"),
+            "--output_dir",
+            str(tmp_path / output),
+            "--bone_r",
+            "16",
+            "--init_weights",
+            "bat-in",
+            "--bits",
+            "fp32",
+            "--max_steps",
+            "3",
+            "--learning_rate",
+            "1e-2",
+            "--merge_and_save",
+            "--report_to",
+            "none",
+            "--logging_steps",
+            "1",
+            "--save_strategy",
+            "no",
+            "--disable_tqdm",
+            "True",
+            "--dataloader_pin_memory",
+            "False",
+            *flags,
+        ]
 
     finetune.main(arguments("plain"))
     command = [sys.executable, str(Path(__file__).with_name("zero3_command.py"))]
     command += arguments("zero3", "--deepspeed", str(tmp_path / "zero3.json"))
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    losses = [[row["loss"] for row in json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
-               if "loss" in row] for name in ("plain", "zero3")]
+    losses = [
+        [
+            row["loss"]
+            for row in json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+            if "loss" in row
+        ]
+        for name in ("plain", "zero3")
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][-1] < losses[0][0]
     plain, zero = (load_file(tmp_path / name / "bone_merged" / "model.safetensors") for name in ("plain", "zero3"))
     assert plain.keys() == zero.keys()

@@ -1,4 +1,5 @@
-"""demo/bone_finetuning.py's command as one process of a DeepSpeed job: test_zero3.py gives it the command's arguments."""
+"""demo/bone_finetuning.py's command as one process of a DeepSpeed job: test_zero3.py gives it the command's
+arguments."""
 
 import sys
 

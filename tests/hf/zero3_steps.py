@@ -19,8 +19,12 @@ from rwkv_peft.hf import BoneConfig  # noqa: E402
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it takes a minute to compile
 
-ZERO_3 = {"train_micro_batch_size_per_gpu": 2, "zero_allow_untested_optimizer": True, "gradient_clipping": 0.0,
-          "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+ZERO_3 = {
+    "train_micro_batch_size_per_gpu": 2,
+    "zero_allow_untested_optimizer": True,
+    "gradient_clipping": 0.0,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
 
 
 def trace(model, ids, zero):
@@ -42,8 +46,9 @@ def trace(model, ids, zero):
 
 def main():
     torch.manual_seed(0)
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                                        num_attention_heads=4))
+    base = LlamaForCausalLM(
+        LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    )
     ids = torch.randint(0, 64, (2, 16))
     deepspeed.init_distributed("gloo")
     traces = {}

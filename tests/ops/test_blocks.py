@@ -12,8 +12,17 @@ import torch
 from rwkv_peft.ops import blocks, cpu
 
 # tokens, in, out, rank: odd counts of tokens, ranks that are no whole number of vectors, one shard, many tiles
-SIZES = [(1, 480, 96, 32), (7, 128, 192, 64), (301, 192, 64, 64), (530, 36, 24, 12), (131, 30, 15, 5), (33, 80, 40, 20),
-         (300, 80, 32, 16), (260, 96, 48, 48), (40, 256, 384, 128)]
+SIZES = [
+    (1, 480, 96, 32),
+    (7, 128, 192, 64),
+    (301, 192, 64, 64),
+    (530, 36, 24, 12),
+    (131, 30, 15, 5),
+    (33, 80, 40, 20),
+    (300, 80, 32, 16),
+    (260, 96, 48, 48),
+    (40, 256, 384, 128),
+]
 
 
 @pytest.fixture(params=blocks.LEVELS)
@@ -27,9 +36,10 @@ def level(request, monkeypatch):
     return request.param
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def amx_shim():
-    """blocks_cpu.cpp for the matrix unit, built on the shim; None where the processor or the compiler is too old for it."""
+    """blocks_cpu.cpp for the matrix unit, built on the shim; None where the processor or the compiler is too old for
+    it."""
     if not blocks.available("avx512") or not cpu.compiler_knows(blocks.level_flags()["amx"]):
         return None
     header = Path(__file__).parents[1] / "amx_shim" / "amx_shim.h"
@@ -51,8 +61,12 @@ def tensors(sizes, dtype, spread=1):
     generator = torch.Generator().manual_seed(0)
     shapes = (spread * tokens, in_features), (in_features // rank, rank, rank), (spread * tokens, out_features)
     x, bone, g, dz = (torch.randn(shape, generator=generator) for shape in (*shapes, (tokens, in_features)))
-    return [t.to(dtype) for t in (x, 0.1 * bone, g, dz)], [x.to(dtype)[::spread], (0.1 * bone).to(dtype),
-                                                          g.to(dtype)[::spread], dz.to(dtype)]
+    return [t.to(dtype) for t in (x, 0.1 * bone, g, dz)], [
+        x.to(dtype)[::spread],
+        (0.1 * bone).to(dtype),
+        g.to(dtype)[::spread],
+        dz.to(dtype),
+    ]
 
 
 def plain(x, bone, g, dz):
@@ -119,7 +133,9 @@ def merged_gradient(rows, bone, d):
     return torch.einsum("aibk,aibj->akj", rows, d) + d.sum(2)
 
 
-@pytest.mark.parametrize("sizes", [(1, 64, 64), (3, 320, 64), (2, 96, 48), (5, 60, 12), (3, 15, 5), (1, 512, 128)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(1, 64, 64), (3, 320, 64), (2, 96, 48), (5, 60, 12), (3, 15, 5), (1, 512, 128)], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_merging_by_output_block_and_its_gradient(level, dtype, sizes, threads):
     count, in_features, rank = sizes
@@ -150,10 +166,10 @@ def test_shards_add_up_and_tiles_repeat_with_a_short_last_one(level, dtype, widt
     short = -width % 20
 
     def total(x, tile):
-        return torch.nn.functional.pad(x, (0, short)).unflatten(1, (-1, 20)).sum(1),
+        return (torch.nn.functional.pad(x, (0, short)).unflatten(1, (-1, 20)).sum(1),)
 
     def tiled(x, tile):
-        return x + tile.repeat(1, width // 20 + 1)[:, :width],
+        return (x + tile.repeat(1, width // 20 + 1)[:, :width],)
 
     assert_as_exact_as_torch([blocks.shard_sum(x, 20, level)], (x, tile), total)
     y = x.clone()

@@ -58,13 +58,16 @@ def test_source_header_and_flags_decide_the_file(tmp_path, compiler):
 def test_processes_that_build_at_once_compile_once(tmp_path, compiler):
     """Several processes (without torch, which starts slowly) begin together; the compiler notes its runs."""
     log, slow = tmp_path / "log", tmp_path / "compiler"
-    slow.write_text(f'#!/bin/sh\ncase "$*" in *--version*) ;; *) echo run >> {log}; sleep 0.3;; esac\nexec {compiler} "$@"\n')
+    slow.write_text(
+        f'#!/bin/sh\ncase "$*" in *--version*) ;; *) echo run >> {log}; sleep 0.3;; esac\nexec {compiler} "$@"\n'
+    )
     slow.chmod(0o755)
     recipe(tmp_path, compiler)
     program = (
         "import ctypes, sys; from pathlib import Path; from build import Unit, build_library\n"
         "source, compiler, cache = sys.argv[1:]\n"
-        "path = build_library('answer', [Unit(Path(source), (compiler, '-fPIC'))], (compiler, '-shared'), cache=cache)\n"
+        "path = build_library('answer', [Unit(Path(source), (compiler, '-fPIC'))], (compiler, '-shared'), "
+        "cache=cache)\n"
         "sys.exit(ctypes.CDLL(str(path)).answer() != 42)"
     )
     arguments = [sys.executable, "-c", program, str(tmp_path / "a source.cpp"), str(slow), str(tmp_path / "cache")]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_shim import cases, shim
 
+from cuda_shim import cases, shim
 from rwkv_peft.ops import cuda, cuda_nvrtc
 from rwkv_peft.ops.build import BuildError, build_library, source_directory
 
@@ -128,8 +128,9 @@ def test_two_halves_with_the_state_carried_over_equal_the_whole(run, at, N):
     first = run(part(slice(0, at), whole.state, second[-1]))
     y, final, gr, gk, gv, gw, gu, gstate = run(whole)
     joined = [torch.cat([a, b], dim=1) for a, b in zip(first, second)]
-    for x, expected in zip((*joined[:1], second[1], *joined[2:6], first[6] + second[6], first[7]),
-                           (y, final, gr, gk, gv, gw, gu, gstate)):
+    for x, expected in zip(
+        (*joined[:1], second[1], *joined[2:6], first[6] + second[6], first[7]), (y, final, gr, gk, gv, gw, gu, gstate)
+    ):
         assert cases.error(x, expected.double()) <= 0.01 * cases.rms(expected)
 
 
@@ -344,8 +345,7 @@ def test_every_header_counts_for_the_cache():
 
 
 @pytest.mark.parametrize(
-    "cuda_version, available, words",
-    [(None, False, "CUDA build of torch"), ("13.0", False, "no NVIDIA GPU")],
+    "cuda_version, available, words", [(None, False, "CUDA build of torch"), ("13.0", False, "no NVIDIA GPU")]
 )
 def test_the_reason_why_it_is_unavailable(monkeypatch, cuda_version, available, words):
     monkeypatch.setattr(torch.version, "cuda", cuda_version)

@@ -24,11 +24,16 @@ def run(function, inputs, dtype, plain, monkeypatch):
     with monkeypatch.context() as patch:
         if plain:
             patch.setattr(mix_cpu, "available", lambda: False)
-        leaves = [None if x is None else x.to(dtype).requires_grad_() for x in (None if x is None else x.clone() for x in inputs)]
+        leaves = [
+            None if x is None else x.to(dtype).requires_grad_()
+            for x in (None if x is None else x.clone() for x in inputs)
+        ]
         outs = function(*leaves)
         outs = outs if isinstance(outs, tuple) else (outs,)
-        assert (type(outs[0].grad_fn).__name__ in ("LerpBackward", "NormGateBackward", "SigmoidGateBackward",
-                                                   "ReluSquareBackward")) == (not plain and dtype != torch.float64)
+        assert (
+            type(outs[0].grad_fn).__name__
+            in ("LerpBackward", "NormGateBackward", "SigmoidGateBackward", "ReluSquareBackward")
+        ) == (not plain and dtype != torch.float64)
         torch.autograd.backward(outs, [randn(*out.shape, seed=7 + i).to(dtype) for i, out in enumerate(outs)])
     return [*outs, *(x.grad for x in leaves if x is not None)]
 
@@ -110,7 +115,9 @@ def test_gates(shape, dtype, monkeypatch):
 def test_extreme_gates_are_finite_and_nan_comes_through():
     r = torch.tensor([-1e30, -100.0, 0.0, 100.0, 1e30, float("nan")])
     out = sigmoid_gate(r, torch.ones(6))
-    torch.testing.assert_close(out, torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0, float("nan")]), equal_nan=True, rtol=0, atol=1e-30)
+    torch.testing.assert_close(
+        out, torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0, float("nan")]), equal_nan=True, rtol=0, atol=1e-30
+    )
     assert relu_square(r)[-1].isnan() and relu_square(torch.tensor([float("-inf"), -1.0, 2.0])).tolist() == [0, 0, 4]
 
 
@@ -146,10 +153,16 @@ def test_mixed_dtypes_take_the_plain_form():
 
 def test_gradcheck_of_the_plain_forms():
     double = lambda *shape: randn(*shape).double().requires_grad_()  # noqa: E731
-    assert torch.autograd.gradcheck(lerp, (double(2, 3, 4), double(2, 4), double(2, 4), double(2, 3, 6), double(2, 3, 4)))
+    assert torch.autograd.gradcheck(
+        lerp, (double(2, 3, 4), double(2, 4), double(2, 4), double(2, 3, 6), double(2, 3, 4))
+    )
     bounds = torch.tensor([0, 2, 5])
-    assert torch.autograd.gradcheck(lambda x, last, maa: lerp(x, last, maa, None, None, bounds), (double(1, 5, 4), double(2, 4), double(2, 4)))
-    assert torch.autograd.gradcheck(lambda *x: norm_gate(*x, 1e-3), (double(1, 3, 2, 4), double(1, 3, 8), double(8), double(8)))
+    assert torch.autograd.gradcheck(
+        lambda x, last, maa: lerp(x, last, maa, None, None, bounds), (double(1, 5, 4), double(2, 4), double(2, 4))
+    )
+    assert torch.autograd.gradcheck(
+        lambda *x: norm_gate(*x, 1e-3), (double(1, 3, 2, 4), double(1, 3, 8), double(8), double(8))
+    )
 
 
 def test_a_second_derivative_is_refused():

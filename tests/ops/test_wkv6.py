@@ -19,7 +19,7 @@ LENGTHS = (1, 2, 15, 16, 17, 64, 100, 257)
 DECAYS = {"usual": (-6.0, 1.0), "none": (-40.0, -20.0), "total": (4.0, 95.0), "mixed": (-20.0, 6.0)}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def why_not(backend):
     """Why this machine cannot run a backend, or None."""
     name, _, level = backend.partition(":")
@@ -46,8 +46,10 @@ def random_inputs(B, T, H, N, dtype=torch.float32, decay="usual", with_state=Tru
 
 def run(backend, inputs, gradients, dtype=None, device="cpu", cu_seqlens=None):
     """Outputs and gradients, in the order of NAMES, on the CPU; without a state its gradient is left out."""
-    leaves = [None if x is None else x.to(device, dtype or x.dtype).requires_grad_() for x in
-              [None if x is None else x.detach().clone() for x in inputs]]
+    leaves = [
+        None if x is None else x.to(device, dtype or x.dtype).requires_grad_()
+        for x in [None if x is None else x.detach().clone() for x in inputs]
+    ]
     bounds = None if cu_seqlens is None else cu_seqlens.to(device)
     y, final = wkv6(*leaves, cu_seqlens=bounds, backend=backend)
     torch.autograd.backward([y, final], [gradients[0].to(y), gradients[1].to(final)])
@@ -337,7 +339,9 @@ def test_arguments_that_do_not_fit_are_refused(changes, message):
 
 def test_a_named_backend_of_another_device_says_why_it_does_not_serve():
     missing = backends()["cuda"]
-    with pytest.raises(RuntimeError if missing else ValueError, match=re.escape(missing or "backend 'cuda' with tensors on cpu")):
+    with pytest.raises(
+        RuntimeError if missing else ValueError, match=re.escape(missing or "backend 'cuda' with tensors on cpu")
+    ):
         wkv6(**changed(), backend="cuda")
 
 

@@ -9,8 +9,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def script(variables, *flags):
     environment = {key: value for key, value in os.environ.items() if key not in ("BASE_MODEL", "DATA_PATH")}
-    return subprocess.run(["sh", str(ROOT / "scripts" / "bone_llama.sh"), *flags], env=environment | variables, text=True,
-                          capture_output=True)
+    return subprocess.run(
+        ["sh", str(ROOT / "scripts" / "bone_llama.sh"), *flags],
+        env=environment | variables,
+        text=True,
+        capture_output=True,
+    )
 
 
 def test_it_runs_on_what_it_makes_itself(tmp_path):

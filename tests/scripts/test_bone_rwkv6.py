@@ -1,4 +1,5 @@
-"""scripts/bone_rwkv6.sh with a user's model and data: jsonl in, a merged model out that a foreign runtime agrees with."""
+"""scripts/bone_rwkv6.sh with a user's model and data: jsonl in, a merged model out that a foreign runtime agrees
+with."""
 
 import json
 import os
@@ -13,18 +14,40 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def script(variables, *flags, root=ROOT):
-    environment = {key: value for key, value in os.environ.items() if key not in ("LOAD_MODEL", "DATA_FILE", "PROJ_DIR")}
-    return subprocess.run(["sh", str(root / "scripts" / "bone_rwkv6.sh"), *flags], env=environment | variables, text=True,
-                          capture_output=True)
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("LOAD_MODEL", "DATA_FILE", "PROJ_DIR")
+    }
+    return subprocess.run(
+        ["sh", str(root / "scripts" / "bone_rwkv6.sh"), *flags],
+        env=environment | variables,
+        text=True,
+        capture_output=True,
+    )
 
 
 def test_a_users_model_and_jsonl(tmp_path, tiny_state, accelerator):
     torch.save(tiny_state(vocab_size=257, head_size=64, maa_rank=32, decay_rank=64), tmp_path / "base.pth")
     rows = [{"text": f"line {i}: " + "to be or not to be " * 3} for i in range(20)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = script({"LOAD_MODEL": str(tmp_path / "base.pth"), "DATA_FILE": str(tmp_path / "data.jsonl"), "PROJ_DIR":
-                   str(tmp_path / "out"), "TOKENIZER": "bytes", "BONE_R": "32", "PRECISION": "fp32", "ACCELERATOR": accelerator},
-                  "--ctx_len", "32", "--micro_bsz", "4", "--epoch_steps", "5", "--lr_init", "1e-2")
+    done = script(
+        {
+            "LOAD_MODEL": str(tmp_path / "base.pth"),
+            "DATA_FILE": str(tmp_path / "data.jsonl"),
+            "PROJ_DIR": str(tmp_path / "out"),
+            "TOKENIZER": "bytes",
+            "BONE_R": "32",
+            "PRECISION": "fp32",
+            "ACCELERATOR": accelerator,
+        },
+        "--ctx_len",
+        "32",
+        "--micro_bsz",
+        "4",
+        "--epoch_steps",
+        "5",
+        "--lr_init",
+        "1e-2",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     for step in ("1. data", "2. train", "3. merge", "4. check"):
         assert f"== {step}" in done.stdout
@@ -40,7 +63,9 @@ def test_half_of_a_users_input_is_refused(tmp_path):
 
 
 def test_a_failing_step_ends_the_script(tmp_path):
-    done = script({"LOAD_MODEL": str(tmp_path / "base.pth"), "DATA_FILE": str(tmp_path / "data"), "PROJ_DIR": str(tmp_path)})
+    done = script(
+        {"LOAD_MODEL": str(tmp_path / "base.pth"), "DATA_FILE": str(tmp_path / "data"), "PROJ_DIR": str(tmp_path)}
+    )
     assert done.returncode == 2 and "base.pth" in done.stderr and "3. merge" not in done.stdout
 
 
@@ -48,7 +73,9 @@ def test_a_failing_step_ends_the_script(tmp_path):
 def test_the_demo_starts_anew_unless_it_resumes(tmp_path, flags):
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / "scripts" / "bone_rwkv6.sh", tmp_path / "scripts")
-    (tmp_path / "scripts" / "setup.sh").write_text(f"root={tmp_path} python=false\n")  # so that it ends at the first step
+    (tmp_path / "scripts" / "setup.sh").write_text(
+        f"root={tmp_path} python=false\n"
+    )  # so that it ends at the first step
     checkpoint = tmp_path / "out" / "demo" / "checkpoints" / "step-00000001"
     checkpoint.mkdir(parents=True)
     assert script({}, *flags, root=tmp_path).returncode == 1

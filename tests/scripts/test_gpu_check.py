@@ -32,8 +32,13 @@ def gpu_check(tmp_path):
 
     def run(no_gpu=0, failing="nothing"):
         variables = {"VIRTUAL_ENV": tmp_path, "CALLS": calls, "NO_GPU": no_gpu, "FAILING": failing}
-        done = subprocess.run(["sh", "scripts/gpu_check.sh"], cwd=repo, capture_output=True, text=True,
-                              env={**os.environ, **{name: str(value) for name, value in variables.items()}})
+        done = subprocess.run(
+            ["sh", "scripts/gpu_check.sh"],
+            cwd=repo,
+            capture_output=True,
+            text=True,
+            env={**os.environ, **{name: str(value) for name, value in variables.items()}},
+        )
         return done, calls.read_text()
 
     return run
@@ -43,7 +48,12 @@ def test_every_step_runs_with_all_that_the_tests_need(gpu_check):
     done, calls = gpu_check()
     assert done.returncode == 0 and "FAILED" not in done.stdout and done.stderr == ""
     assert "-r requirements-test.txt -r requirements-hf.txt" in calls
-    for step in ("pytest -q tests/ops\n", "--tool racecheck", "pytest -q tests --accelerator gpu", "wkv6.py --device cuda"):
+    for step in (
+        "pytest -q tests/ops\n",
+        "--tool racecheck",
+        "pytest -q tests --accelerator gpu",
+        "wkv6.py --device cuda",
+    ):
         assert step in calls
 
 

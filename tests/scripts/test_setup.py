@@ -41,8 +41,9 @@ def add_python(folder, name, version="3.11.7", supported=True, venv=True):
 
 def setup(machine, **environment):
     environment = {"PATH": str(machine / "bin"), "HOME": str(machine), **environment}
-    return subprocess.run([shutil.which("sh"), str(machine / "repo/scripts/setup.sh")], env=environment,
-                          capture_output=True, text=True)
+    return subprocess.run(
+        [shutil.which("sh"), str(machine / "repo/scripts/setup.sh")], env=environment, capture_output=True, text=True
+    )
 
 
 def installs(environment):

@@ -1,4 +1,5 @@
-"""Going on from an adapter (bone_load, lora_load, pissa_load): what must agree, and RWKV-PEFT's files, which say less."""
+"""Going on from an adapter (bone_load, lora_load, pissa_load): what must agree, and RWKV-PEFT's files, which say
+less."""
 
 from dataclasses import replace
 
@@ -58,25 +59,31 @@ def test_a_file_of_rwkv_peft_goes_on_where_it_stopped(base, tmp_path, config):
         assert not torch.equal(new_model(base)(tokens)[0], model(tokens)[0])
 
 
-@pytest.mark.parametrize("config, words", [
-    (PISSA, "init_pissa.pth .* as pissa_init in --pissa_config"),
-    (replace(LORA, alpha=0.0), "lora_alpha in --lora_config"),
-])
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        (PISSA, "init_pissa.pth .* as pissa_init in --pissa_config"),
+        (replace(LORA, alpha=0.0), "lora_alpha in --lora_config"),
+    ],
+)
 def test_what_a_file_of_rwkv_peft_does_not_say_is_asked_for(base, tmp_path, config, words):
     path = write_rwkv_peft(tmp_path / "rwkv-0.pth", trained(base, config)[1])[0]
     with pytest.raises(UserError, match=words):
         start_adapter(replace(config, load=str(path)), base, "")
 
 
-@pytest.mark.parametrize("config, now, words", [
-    (LORA, {"alpha": 128.0}, ["scale", "of 2,", "has 32;", 'give "lora_alpha": 8']),
-    (LORA, {"rank": 8}, ["rank 4", "this run 8", "give 4 as lora_r in --lora_config"]),
-    (BONE, {"rank": 16}, ["rank 8", "give 8 as --bone_r"]),
-    (LORA, {"quant": "nf4"}, ["--quant none", "this run has --quant nf4; give --quant none"]),
-    (replace(BONE, quant="int8"), {"quant": "none"}, ["give --quant int8"]),
-    (PISSA, {"init": "init_pissa.pth"}, ["pissa_init init_pissa.pth", "leave it out"]),
-    (PISSA, {"method": "lora"}, ["pissa adapter", "trains lora"]),
-])
+@pytest.mark.parametrize(
+    "config, now, words",
+    [
+        (LORA, {"alpha": 128.0}, ["scale", "of 2,", "has 32;", 'give "lora_alpha": 8']),
+        (LORA, {"rank": 8}, ["rank 4", "this run 8", "give 4 as lora_r in --lora_config"]),
+        (BONE, {"rank": 16}, ["rank 8", "give 8 as --bone_r"]),
+        (LORA, {"quant": "nf4"}, ["--quant none", "this run has --quant nf4; give --quant none"]),
+        (replace(BONE, quant="int8"), {"quant": "none"}, ["give --quant int8"]),
+        (PISSA, {"init": "init_pissa.pth"}, ["pissa_init init_pissa.pth", "leave it out"]),
+        (PISSA, {"method": "lora"}, ["pissa adapter", "trains lora"]),
+    ],
+)
 def test_an_own_file_of_other_settings_is_refused(base, tmp_path, config, now, words):
     adapter = Adapter(trained(base, replace(config, quant="none"))[1].tensors, AdapterMetadata.from_config(config))
     save_adapter(tmp_path / "adapter.safetensors", *adapter)
@@ -113,7 +120,9 @@ def test_a_resumed_run_keeps_the_factors_that_it_began_with(base, tmp_path, meth
             torch.testing.assert_close(layer.weight, base[f"{name}.weight"] - taken)
 
 
-@pytest.mark.parametrize("config", [LORA, replace(LORA, method="lora-plus"), PISSA, BONE], ids=lambda config: config.method)
+@pytest.mark.parametrize(
+    "config", [LORA, replace(LORA, method="lora-plus"), PISSA, BONE], ids=lambda config: config.method
+)
 def test_an_own_file_of_the_same_settings_is_taken(base, tmp_path, config):
     adapter = trained(base, config)[1]
     save_adapter(tmp_path / "adapter.safetensors", *adapter)

@@ -30,8 +30,23 @@ def files(tmp_path, tiny_state):
 
 
 def flags(files, *more):
-    return ["--load_model", str(files / "base.pth"), "--data_file", str(files / "data"), "--ctx_len", "16", "--bone_r",
-            "16", "--proj_dir", str(files / "out"), "--accelerator", "cpu", "--precision", "fp32", *more]
+    return [
+        "--load_model",
+        str(files / "base.pth"),
+        "--data_file",
+        str(files / "data"),
+        "--ctx_len",
+        "16",
+        "--bone_r",
+        "16",
+        "--proj_dir",
+        str(files / "out"),
+        "--accelerator",
+        "cpu",
+        "--precision",
+        "fp32",
+        *more,
+    ]
 
 
 def refused(monkeypatch, capsys, argv):
@@ -59,8 +74,17 @@ def test_the_json_form_means_the_same(files):
 
 
 def test_json_and_single_flags_that_agree_go_together(files):
-    config = parse_config(flags(files, "--bone_mode", "bat-in", "--bone_load", "earlier.safetensors", "--bone_config",
-                                '{"bone_mode":"bat","bone_load":"","bone_r":16}'))
+    config = parse_config(
+        flags(
+            files,
+            "--bone_mode",
+            "bat-in",
+            "--bone_load",
+            "earlier.safetensors",
+            "--bone_config",
+            '{"bone_mode":"bat","bone_load":"","bone_r":16}',
+        )
+    )
     assert (config.adapter.mode, config.adapter.load) == ("bat-in", "earlier.safetensors")
 
 
@@ -80,30 +104,49 @@ def test_rows_of_questions_and_answers_count_their_answers(files):
 # The commands of RWKV-PEFT's scripts for x060 models, with this base's dimensions, and what each must come to.
 SCRIPT = """--load_model {base} --proj_dir {out} --data_file {data} --vocab_size 80 --ctx_len 512 --epoch_steps 1000
     --epoch_count 1 --epoch_begin 0 --epoch_save 1 --micro_bsz 8 --n_layer 2 --n_embd 64 --pre_ffn 0 --head_qk 0
-    --lr_init 2e-5 --lr_final 2e-5 --warmup_steps 0 --beta1 0.9 --beta2 0.99 --adam_eps 1e-8 --accelerator gpu --devices 1
+    --lr_init 2e-5 --lr_final 2e-5 --warmup_steps 0 --beta1 0.9 --beta2 0.99 --adam_eps 1e-8 --accelerator gpu --devices
+    1
     --precision bf16 --strategy deepspeed_stage_1 --grad_cp 1 --my_testing "x060" """
 SCRIPTS = (
-    ("""--data_type binidx --dataload pad --loss_mask pad --peft bone --bone_config '{"bone_load":"","bone_r":16}'""",
-     {"method": "bone", "mode": "bat-in", "rank": 16}),
-    ("""--data_type binidx --peft bone --bone_config '{"bone_mode":"bone","bone_load":"","bone_r":16}' --fla
+    (
+        """--data_type binidx --dataload pad --loss_mask pad --peft bone --bone_config
+        '{"bone_load":"","bone_r":16}'""",
+        {"method": "bone", "mode": "bat-in", "rank": 16},
+    ),
+    (
+        """--data_type binidx --peft bone --bone_config '{"bone_mode":"bone","bone_load":"","bone_r":16}' --fla
         --lr_schedule cos_decay""",
-     {"method": "bone", "mode": "bone", "rank": 16}),
-    ("""--data_type binidx --peft disha --disha_config '{"mode":"bat","load":"","r":16}'""",
-     {"method": "bone", "mode": "bat-in", "rank": 16}),
-    ("""--data_type binidx --peft lora --lora_config '{"lora_load":"","lora_r":32,"lora_alpha":32,"lora_dropout":0.0}'
+        {"method": "bone", "mode": "bone", "rank": 16},
+    ),
+    (
+        """--data_type binidx --peft disha --disha_config '{"mode":"bat","load":"","r":16}'""",
+        {"method": "bone", "mode": "bat-in", "rank": 16},
+    ),
+    (
+        """--data_type binidx --peft lora --lora_config
+        '{"lora_load":"","lora_r":32,"lora_alpha":32,"lora_dropout":0.0}'
         --train_parts '["time", "ln"]' --op cuda --head_size_a 16 --head_size_divisor 8 --dim_att 0 --dim_ffn 0""",
-     {"method": "lora", "rank": 32, "alpha": 32, "train_parts": ("time", "ln")}),
-    ("""--data_type binidx --train_parts [] --quant nf4 --peft lora
+        {"method": "lora", "rank": 32, "alpha": 32, "train_parts": ("time", "ln")},
+    ),
+    (
+        """--data_type binidx --train_parts [] --quant nf4 --peft lora
         --lora_config '{"lora_load":"","lora_r":8,"lora_alpha":32,"lora_dropout":0.01,"lora_parts":"att"}'""",
-     {"method": "lora", "alpha": 32, "dropout": 0.01, "train_parts": (), "targets": TARGETS[:5], "quant": "nf4"}),
-    ("""--data_type binidx --dataload pad --loss_mask pad
+        {"method": "lora", "alpha": 32, "dropout": 0.01, "train_parts": (), "targets": TARGETS[:5], "quant": "nf4"},
+    ),
+    (
+        """--data_type binidx --dataload pad --loss_mask pad
         --peft pissa --pissa_config '{"pissa_load":"","pissa_init":"","pissa_r":32,"svd_niter":4}'""",
-     {"method": "pissa", "rank": 32, "svd_niter": 4, "init": ""}),
-    ("""--data_type binidx
+        {"method": "pissa", "rank": 32, "svd_niter": 4, "init": ""},
+    ),
+    (
+        """--data_type binidx
         --peft pissa --pissa_config '{"pissa_load":"rwkv-0.pth","pissa_init":"init_pissa.pth","pissa_r":32}'""",
-     {"method": "pissa", "load": "rwkv-0.pth", "init": "init_pissa.pth"}),
-    ("""--data_type binidx --train_type "finetune" --dataload pad --fla --peft none --train_parts [ln, emb]""",
-     {"method": "none", "train_parts": ("ln", "emb")}),
+        {"method": "pissa", "load": "rwkv-0.pth", "init": "init_pissa.pth"},
+    ),
+    (
+        """--data_type binidx --train_type "finetune" --dataload pad --fla --peft none --train_parts [ln, emb]""",
+        {"method": "none", "train_parts": ("ln", "emb")},
+    ),
 )
 
 
@@ -121,17 +164,20 @@ def test_rows_in_the_order_of_the_file(files):
     assert parse_config(flags(files, "--data_shuffle", "1", "--random_seed", "7")).data.seed == 7
 
 
-@pytest.mark.parametrize("more, words", [
-    (["--pre_ffn", "1"], "--pre_ffn: '1' asks for a feed-forward layer in place of the first attention"),
-    (["--head_size_divisor", "16"], "give 8, or leave the flag out"),
-    (["--op", "triton"], "give cuda or fla"),
-    (["--train_type", "state"], "--train_type: 'state' asks for another way to train"),
-    (["--train_type", "finetune"], "add --peft none"),
-    (["--dropout", "0.1"], "lora_dropout"),
-    (["--train_parts", '["time", "lm"]'], "--train_parts lm"),
-    (["--lr_schedule", "sin"], "invalid choice: 'sin'"),
-    (["--data_shuffle", "2"], "neither 0 nor 1"),
-])
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--pre_ffn", "1"], "--pre_ffn: '1' asks for a feed-forward layer in place of the first attention"),
+        (["--head_size_divisor", "16"], "give 8, or leave the flag out"),
+        (["--op", "triton"], "give cuda or fla"),
+        (["--train_type", "state"], "--train_type: 'state' asks for another way to train"),
+        (["--train_type", "finetune"], "add --peft none"),
+        (["--dropout", "0.1"], "lora_dropout"),
+        (["--train_parts", '["time", "lm"]'], "--train_parts lm"),
+        (["--lr_schedule", "sin"], "invalid choice: 'sin'"),
+        (["--data_shuffle", "2"], "neither 0 nor 1"),
+    ],
+)
 def test_what_other_scripts_ask_for_and_this_does_not_do(files, monkeypatch, capsys, more, words):
     assert words in refused(monkeypatch, capsys, flags(files, *more))
 
@@ -144,30 +190,52 @@ def lora(files, method, settings, *more):
     return argv
 
 
-@pytest.mark.parametrize("flag, value", [
-    *((flag, "nan") for flag in ("lr_init", "lr_final", "weight_decay", "beta1", "beta2", "adam_eps", "gradient_clip_val",
-                                 "val_split")),
-    ("lr_init", "1e400"), ("lr_final", "-inf"),
-])
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        *(
+            (flag, "nan")
+            for flag in (
+                "lr_init",
+                "lr_final",
+                "weight_decay",
+                "beta1",
+                "beta2",
+                "adam_eps",
+                "gradient_clip_val",
+                "val_split",
+            )
+        ),
+        ("lr_init", "1e400"),
+        ("lr_final", "-inf"),
+    ],
+)
 def test_flags_take_finite_numbers(files, monkeypatch, capsys, flag, value):
-    assert f"--{flag}: {value} is not a finite number" in refused(monkeypatch, capsys, flags(files, f"--{flag}={value}"))
+    assert f"--{flag}: {value} is not a finite number" in refused(
+        monkeypatch, capsys, flags(files, f"--{flag}={value}")
+    )
 
 
-@pytest.mark.parametrize("method, settings, words", [
-    ("lora", '{"lora_r":4,"lora_alpha":NaN}', "lora_alpha nan is not a finite number"),
-    ("lora", '{"lora_r":4,"lora_alpha":1' + 400 * "0" + "}", "not a finite number"),
-    ("lora", '{"lora_r":4,"lora_dropout":Infinity}', "lora_dropout inf is not a finite number"),
-    ("lora", '{"lora_r":4,"lora_alpha":0}', "lora_alpha 0 must be above 0"),
-    ("lora", '{"lora_r":4,"lora_alpha":-8}', "lora_alpha -8 must be above 0"),
-    ("lora", '{"lora_r":4,"lora_parts":"att,time"}', "--train_parts"),
-    ("pissa", '{"pissa_r":4,"svd_niter":-1}', "svd_niter -1"),
-    ("pissa", '{"pissa_r":4,"pissa_init":"init_pissa.pth"}', "pissa_init init_pissa.pth"),
-])
+@pytest.mark.parametrize(
+    "method, settings, words",
+    [
+        ("lora", '{"lora_r":4,"lora_alpha":NaN}', "lora_alpha nan is not a finite number"),
+        ("lora", '{"lora_r":4,"lora_alpha":1' + 400 * "0" + "}", "not a finite number"),
+        ("lora", '{"lora_r":4,"lora_dropout":Infinity}', "lora_dropout inf is not a finite number"),
+        ("lora", '{"lora_r":4,"lora_alpha":0}', "lora_alpha 0 must be above 0"),
+        ("lora", '{"lora_r":4,"lora_alpha":-8}', "lora_alpha -8 must be above 0"),
+        ("lora", '{"lora_r":4,"lora_parts":"att,time"}', "--train_parts"),
+        ("pissa", '{"pissa_r":4,"svd_niter":-1}', "svd_niter -1"),
+        ("pissa", '{"pissa_r":4,"pissa_init":"init_pissa.pth"}', "pissa_init init_pissa.pth"),
+    ],
+)
 def test_numbers_of_the_json_forms_have_bounds(files, monkeypatch, capsys, method, settings, words):
     assert words in refused(monkeypatch, capsys, lora(files, method, settings))
 
 
-@pytest.mark.parametrize("ratio, words", [("inf", "not a finite number"), ("nan", "not a finite number"), ("0", "not above 0")])
+@pytest.mark.parametrize(
+    "ratio, words", [("inf", "not a finite number"), ("nan", "not a finite number"), ("0", "not above 0")]
+)
 def test_the_ratio_of_lora_plus_is_finite_and_above_0(files, monkeypatch, capsys, ratio, words):
     argv = lora(files, "lora-plus", '{"lora_r":4}', "--loraplus_lr_ratio", ratio)
     assert f"--loraplus_lr_ratio: {ratio} is {words}" in refused(monkeypatch, capsys, argv)
@@ -194,41 +262,46 @@ def test_every_flag_is_read():
     for action in build_parser()._actions:
         if action.dest in ("help", "model_version"):
             continue
-        assert f"{action.dest}: " in config or f"args.{action.dest}" in source or f'"{action.dest}"' in source, action.dest
+        assert f"{action.dest}: " in config or f"args.{action.dest}" in source or f'"{action.dest}"' in source, (
+            action.dest
+        )
 
 
-@pytest.mark.parametrize("more, words", [
-    (["--bone_rank", "8"], "no --bone_rank; did you mean --bone_r"),
-    (["--bone_mode", "bats"], "'bats' does not exist"),
-    (["--bone_r", "64"], "64"),
-    (["--bone_mode", "bat-out", "--bone_r", "64"], "96"),
-    (["--n_embd", "512"], "--n_embd 512 contradicts"),
-    (["--vocab_size", "65536"], "--vocab_size 65536 contradicts"),
-    (["--peft", "lora"], "--bone_r belongs to --peft bone"),
-    (["--bone_config", '{"bone_rr": 4}'], "did you mean 'bone_r'"),
-    (["--bone_config", "{bone_r: 4}"], "not JSON"),
-    (["--bone_config", '{"bone_r": 8}'], "give one of them"),
-    (["--target_modules", "att.kay"], "att.kay"),
-    (["--ctx_len", "5000"], "5000"),
-    (["--micro_bsz", "0"], "below 1"),
-    (["--beta2", "1.5"], "--beta2 1.5"),
-    (["--epoch_begin", "3"], "leaves no epoch"),
-    (["--resume"], "no complete checkpoint"),
-    (["--bone_load", "nothing.safetensors"], "nothing.safetensors"),
-    (["--my_testing", "x070"], "x060"),
-    (["--loss_mask", "qa"], "--mask_id"),
-    (["--dataload", "only", "--micro_bsz", "2"], "--micro_bsz 2"),
-    (["--accelerator", "gpu", "--devices", "99"], "--devices 99"),
-    (["--mask_id", "5"], "--mask_id belongs to --loss_mask qa or se, and the mask is none"),
-    (["--loss_mask", "pad", "--dataload", "pad", "--mask_end_id", "5"], "--mask_end_id belongs to"),
-    (["--tokenizer", "bytes"], "--tokenizer belongs to --data_type sft"),
-    (["--sft_field", "query", "response"], "--sft_field belongs to --data_type sft"),
-    (["--sft_split", "train[:10]"], "--sft_split belongs to --data_type sft"),
-    (["--sft_long", "skip"], "--sft_long belongs to --data_type sft"),
-    (["--random_seed", "9223372036854775808"], "--random_seed: 9223372036854775808 does not fit in 64 bits"),
-    (["--adam_eps", "0"], "--adam_eps: 0 is not above 0"),
-    (["--proj_dir", ""], "--proj_dir is empty"),
-])
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--bone_rank", "8"], "no --bone_rank; did you mean --bone_r"),
+        (["--bone_mode", "bats"], "'bats' does not exist"),
+        (["--bone_r", "64"], "64"),
+        (["--bone_mode", "bat-out", "--bone_r", "64"], "96"),
+        (["--n_embd", "512"], "--n_embd 512 contradicts"),
+        (["--vocab_size", "65536"], "--vocab_size 65536 contradicts"),
+        (["--peft", "lora"], "--bone_r belongs to --peft bone"),
+        (["--bone_config", '{"bone_rr": 4}'], "did you mean 'bone_r'"),
+        (["--bone_config", "{bone_r: 4}"], "not JSON"),
+        (["--bone_config", '{"bone_r": 8}'], "give one of them"),
+        (["--target_modules", "att.kay"], "att.kay"),
+        (["--ctx_len", "5000"], "5000"),
+        (["--micro_bsz", "0"], "below 1"),
+        (["--beta2", "1.5"], "--beta2 1.5"),
+        (["--epoch_begin", "3"], "leaves no epoch"),
+        (["--resume"], "no complete checkpoint"),
+        (["--bone_load", "nothing.safetensors"], "nothing.safetensors"),
+        (["--my_testing", "x070"], "x060"),
+        (["--loss_mask", "qa"], "--mask_id"),
+        (["--dataload", "only", "--micro_bsz", "2"], "--micro_bsz 2"),
+        (["--accelerator", "gpu", "--devices", "99"], "--devices 99"),
+        (["--mask_id", "5"], "--mask_id belongs to --loss_mask qa or se, and the mask is none"),
+        (["--loss_mask", "pad", "--dataload", "pad", "--mask_end_id", "5"], "--mask_end_id belongs to"),
+        (["--tokenizer", "bytes"], "--tokenizer belongs to --data_type sft"),
+        (["--sft_field", "query", "response"], "--sft_field belongs to --data_type sft"),
+        (["--sft_split", "train[:10]"], "--sft_split belongs to --data_type sft"),
+        (["--sft_long", "skip"], "--sft_long belongs to --data_type sft"),
+        (["--random_seed", "9223372036854775808"], "--random_seed: 9223372036854775808 does not fit in 64 bits"),
+        (["--adam_eps", "0"], "--adam_eps: 0 is not above 0"),
+        (["--proj_dir", ""], "--proj_dir is empty"),
+    ],
+)
 def test_mistakes_in_flags(files, monkeypatch, capsys, more, words):
     assert words in refused(monkeypatch, capsys, flags(files, *more))
     assert not (files / "out").exists()
@@ -236,7 +309,9 @@ def test_mistakes_in_flags(files, monkeypatch, capsys, more, words):
 
 def test_a_folder_that_cannot_be_written_is_told_before_any_work(files, monkeypatch, capsys):
     (files / "file").touch()
-    assert "a file stands where" in refused(monkeypatch, capsys, flags(files, "--proj_dir", str(files / "file" / "out")))
+    assert "a file stands where" in refused(
+        monkeypatch, capsys, flags(files, "--proj_dir", str(files / "file" / "out"))
+    )
     (files / "out").mkdir()
     (files / "out" / "checkpoints").touch()
     assert "a file stands where" in refused(monkeypatch, capsys, flags(files))
@@ -260,6 +335,7 @@ def damaged_base(path, kind, tiny_state):
     elif kind == "empty":
         path.write_bytes(b"")
     elif kind == "code":
+
         class Evil:
             def __reduce__(self):
                 return Path.touch, (path.parent / "executed",)
@@ -273,7 +349,9 @@ def damaged_base(path, kind, tiny_state):
         torch.save(state, path)
     elif kind == "rwkv7":
         state = {key: value for key, value in tiny_state().items() if "time_" not in key}
-        state |= {f"blocks.{i}.att.{name}": torch.ones(1, 1, 64) for i in range(2) for name in ("x_r", "w0", "a0", "r_k")}
+        state |= {
+            f"blocks.{i}.att.{name}": torch.ones(1, 1, 64) for i in range(2) for name in ("x_r", "w0", "a0", "r_k")
+        }
         torch.save(state, path)
 
 
@@ -303,13 +381,28 @@ def test_a_new_model_needs_its_dimensions_and_no_adapter(files):
         parse_config(["--data_file", str(files / "data")])
     with pytest.raises(UserError, match="--n_embd"):
         parse_config(["--data_file", str(files / "data"), "--peft", "none", "--n_layer", "2", "--vocab_size", "80"])
-    small = parse_config(["--data_file", str(files / "data"), "--peft", "none", "--n_layer", "2", "--vocab_size", "80",
-                          "--n_embd", "8", "--head_size", "8"])
+    small = parse_config(
+        [
+            "--data_file",
+            str(files / "data"),
+            "--peft",
+            "none",
+            "--n_layer",
+            "2",
+            "--vocab_size",
+            "80",
+            "--n_embd",
+            "8",
+            "--head_size",
+            "8",
+        ]
+    )
     assert small.model.dim_ffn == 32
 
 
 def test_the_command_itself_shows_no_traceback(files):
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags(files, "--bone_r", "7")], text=True,
-                          capture_output=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *flags(files, "--bone_r", "7")], text=True, capture_output=True
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr and not done.stdout

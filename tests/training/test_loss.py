@@ -43,7 +43,9 @@ def test_micro_batches_add_up_to_the_whole_batch():
     hidden, weight, targets, mask = problem(B=4)
     count = int(mask.sum())
     whole = linear_cross_entropy(hidden, weight, targets, mask, count)
-    parts = [linear_cross_entropy(hidden[i : i + 1], weight, targets[i : i + 1], mask[i : i + 1], count) for i in range(4)]
+    parts = [
+        linear_cross_entropy(hidden[i : i + 1], weight, targets[i : i + 1], mask[i : i + 1], count) for i in range(4)
+    ]
     torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=0)
     expected = torch.autograd.grad(whole, weight)[0]
     torch.testing.assert_close(torch.autograd.grad(sum(parts), weight)[0], expected, rtol=1e-10, atol=1e-14)
@@ -60,7 +62,11 @@ def test_tokens_that_do_not_count_get_no_logits(monkeypatch):
     hidden, weight, targets, mask = problem(dtype=torch.float32)
     rows = []
     original = module.cross_entropy_
-    monkeypatch.setattr(module, "cross_entropy_", lambda logits, *rest, **more: rows.append(len(logits)) or original(logits, *rest, **more))
+    monkeypatch.setattr(
+        module,
+        "cross_entropy_",
+        lambda logits, *rest, **more: rows.append(len(logits)) or original(logits, *rest, **more),
+    )
     gradient = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, mask, 5), hidden)[0]
     assert sum(rows) == mask.sum() and (gradient[~mask] == 0).all() and (gradient[mask] != 0).any(dim=1).all()
 

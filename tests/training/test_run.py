@@ -42,10 +42,32 @@ def command(files, accelerator):
         devices = int(more[more.index("--devices") + 1]) if "--devices" in more else 1
         if accelerator == "gpu" and torch.cuda.device_count() < devices:
             pytest.skip(f"needs {devices} GPUs")
-        return [sys.executable, str(ROOT / "train.py"), "--load_model", str(files / "base.pth"), "--data_file",
-                str(files / "data"), "--proj_dir", str(files / name), "--ctx_len", "24", "--lr_init", "1e-2",
-                "--lr_final", "1e-3", "--warmup_steps", "2", "--accelerator", accelerator, "--epoch_steps", "4",
-                "--epoch_count", "2", *(() if "--peft" in more else ("--bone_r", "16")), *more]
+        return [
+            sys.executable,
+            str(ROOT / "train.py"),
+            "--load_model",
+            str(files / "base.pth"),
+            "--data_file",
+            str(files / "data"),
+            "--proj_dir",
+            str(files / name),
+            "--ctx_len",
+            "24",
+            "--lr_init",
+            "1e-2",
+            "--lr_final",
+            "1e-3",
+            "--warmup_steps",
+            "2",
+            "--accelerator",
+            accelerator,
+            "--epoch_steps",
+            "4",
+            "--epoch_count",
+            "2",
+            *(() if "--peft" in more else ("--bone_r", "16")),
+            *more,
+        ]
 
     return build
 
@@ -89,21 +111,44 @@ def test_a_run_leaves_what_it_says(files, one_process):
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert lines[-1]["lr"] == pytest.approx(1e-3)
     tensors = load_file(folder / "adapter.safetensors")
-    assert set(tensors) == {f"blocks.{i}.{name}.bone" for i in range(2) for name in
-                            ("att.receptance", "att.key", "att.value", "att.gate", "att.output", "ffn.key",
-                             "ffn.receptance", "ffn.value")}
+    assert set(tensors) == {
+        f"blocks.{i}.{name}.bone"
+        for i in range(2)
+        for name in (
+            "att.receptance",
+            "att.key",
+            "att.value",
+            "att.gate",
+            "att.output",
+            "ffn.key",
+            "ffn.receptance",
+            "ffn.value",
+        )
+    }
     assert all(tensor.abs().max() > 0 for tensor in tensors.values())
 
 
-@pytest.mark.parametrize("strategy, ranks, micro, accumulate", [
-    ("deepspeed_stage_2", 2, 2, 1),
-    ("deepspeed_stage_3", 1, 2, 2),
-    ("deepspeed_stage_3", 2, 1, 2),
-])
+@pytest.mark.parametrize(
+    "strategy, ranks, micro, accumulate",
+    [("deepspeed_stage_2", 2, 2, 1), ("deepspeed_stage_3", 1, 2, 2), ("deepspeed_stage_3", 2, 1, 2)],
+)
 def test_stages_ranks_and_micro_batches_train_the_same(files, train, one_process, strategy, ranks, micro, accumulate):
     name = f"{strategy}-{ranks}-{micro}"
-    train(name, "--precision", "fp32", "--strategy", strategy, "--devices", str(ranks), "--micro_bsz", str(micro),
-          "--accumulate_grad_batches", str(accumulate), "--grad_cp", "1")
+    train(
+        name,
+        "--precision",
+        "fp32",
+        "--strategy",
+        strategy,
+        "--devices",
+        str(ranks),
+        "--micro_bsz",
+        str(micro),
+        "--accumulate_grad_batches",
+        str(accumulate),
+        "--grad_cp",
+        "1",
+    )
     for mine, theirs in zip(metrics(files, name), metrics(files, "one")):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
@@ -119,8 +164,20 @@ def test_offload_trains_the_same(files, train, one_process):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
 
 
-LONG = ("--precision", "bf16", "--micro_bsz", "1", "--epoch_steps", "20", "--epoch_count", "3", "--strategy",
-        "deepspeed_stage_2", "--train_parts", "ln")
+LONG = (
+    "--precision",
+    "bf16",
+    "--micro_bsz",
+    "1",
+    "--epoch_steps",
+    "20",
+    "--epoch_count",
+    "3",
+    "--strategy",
+    "deepspeed_stage_2",
+    "--train_parts",
+    "ln",
+)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +210,9 @@ def test_a_stopped_run_resumes_bitwise(files, command, train, unbroken, number, 
     mine, theirs = ([[line[key] for key in keys] for line in metrics(files, run)] for run in (name, "unbroken"))
     assert mine == theirs
     expected = load_file(unbroken / "adapter.safetensors")
-    assert all(torch.equal(tensor, expected[key]) for key, tensor in load_file(files / name / "adapter.safetensors").items())
+    assert all(
+        torch.equal(tensor, expected[key]) for key, tensor in load_file(files / name / "adapter.safetensors").items()
+    )
 
 
 def test_resume_refuses_another_number_of_ranks_and_a_finished_run(train, unbroken):
@@ -266,35 +325,76 @@ def test_a_checkpoint_that_does_not_know_a_setting_has_its_default(tmp_path):
     from rwkv_peft.training.saver import read_state
 
     known = {name: value for name, value in asdict(AdapterConfig(rank=16)).items() if name != "init"}
-    (tmp_path / "state.json").write_text(json.dumps({"adapter": known, "base": "abc", "samples_seen": 1, "trained": []}))
+    (tmp_path / "state.json").write_text(
+        json.dumps({"adapter": known, "base": "abc", "samples_seen": 1, "trained": []})
+    )
     now = {"adapter": asdict(AdapterConfig(rank=16)), "base": "abc", "data": {"ctx_len": 16}}
     assert read_state(tmp_path, now, True)["base"] == "abc"
     other = asdict(AdapterConfig(rank=16, init="init_pissa.pth"))
-    with pytest.raises(UserError, match="has adapter {'init': ''}, .* {'init': 'init_pissa.pth'}; give the first run's flags"):
+    with pytest.raises(
+        UserError, match="has adapter {'init': ''}, .* {'init': 'init_pissa.pth'}; give the first run's flags"
+    ):
         read_state(tmp_path, now | {"adapter": other}, True)
 
 
 def test_a_new_run_continues_from_an_adapter(files, train, one_process):
-    out, _ = train("again", "--precision", "fp32", "--micro_bsz", "4", "--epoch_count", "3", "--epoch_begin", "2",
-                   "--bone_load", str(files / "one" / "adapter.safetensors"))
+    out, _ = train(
+        "again",
+        "--precision",
+        "fp32",
+        "--micro_bsz",
+        "4",
+        "--epoch_count",
+        "3",
+        "--epoch_begin",
+        "2",
+        "--bone_load",
+        str(files / "one" / "adapter.safetensors"),
+    )
     lines = metrics(files, "again")
     assert [line["step"] for line in lines] == [8, 9, 10, 11]
     assert lines[0]["loss"] < metrics(files, "one")[0]["loss"]
 
 
 def test_a_diverged_run_stops_names_the_step_and_keeps_the_checkpoint(files, train):
-    _, err = train("nan", "--precision", "fp32", "--lr_init", "1e30", "--lr_schedule", "constant", "--warmup_steps",
-                   "0", "--gradient_clip_val", "0", "--epoch_steps", "1", "--epoch_count", "9", code=1)
+    _, err = train(
+        "nan",
+        "--precision",
+        "fp32",
+        "--lr_init",
+        "1e30",
+        "--lr_schedule",
+        "constant",
+        "--warmup_steps",
+        "0",
+        "--gradient_clip_val",
+        "0",
+        "--epoch_steps",
+        "1",
+        "--epoch_count",
+        "9",
+        code=1,
+    )
     assert "step 1" in err and "step-00000001" in err and "Traceback" not in err
     assert all(torch.isfinite(t).all() for t in load_file(files / "nan" / "adapter.safetensors").values())
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_saved(files, train):
     """The loss alone would not tell: lora_B begins at 0, and only its gradient is multiplied by the scale."""
-    _, err = train("infinite", "--precision", "fp32", "--peft", "lora", "--lora_config", '{"lora_r": 4, "lora_alpha": 1e38}',
-                   code=1)
+    _, err = train(
+        "infinite",
+        "--precision",
+        "fp32",
+        "--peft",
+        "lora",
+        "--lora_config",
+        '{"lora_r": 4, "lora_alpha": 1e38}',
+        code=1,
+    )
     assert "gradient norm became inf at step 0" in err and "Traceback" not in err
-    assert not (files / "infinite" / "checkpoints").exists() and not (files / "infinite" / "adapter.safetensors").exists()
+    assert (
+        not (files / "infinite" / "checkpoints").exists() and not (files / "infinite" / "adapter.safetensors").exists()
+    )
     assert metrics(files, "infinite") == []
 
 
@@ -310,8 +410,25 @@ def test_a_norm_that_is_not_finite_in_any_spelling(norm):
 
 
 def test_a_new_model_trains_from_scratch_and_is_a_base(files, train):
-    train("new", "--load_model", "", "--peft", "none", "--n_layer", "2", "--n_embd", "64", "--vocab_size", "80",
-          "--precision", "fp32", "--micro_bsz", "4", "--random_seed", str(2**63 - 1))
+    train(
+        "new",
+        "--load_model",
+        "",
+        "--peft",
+        "none",
+        "--n_layer",
+        "2",
+        "--n_embd",
+        "64",
+        "--vocab_size",
+        "80",
+        "--precision",
+        "fp32",
+        "--micro_bsz",
+        "4",
+        "--random_seed",
+        str(2**63 - 1),
+    )
     from rwkv_peft.checkpoint import load_base
 
     assert load_base(files / "new" / "rwkv.pth")["emb.weight"].shape == (80, 64)
@@ -321,24 +438,65 @@ def test_a_new_model_trains_from_scratch_and_is_a_base(files, train):
 @pytest.mark.parametrize("method", ["bone-mini", "bat-out", "lora-plus", "pissa", "lora-ga", "nf4"])
 def test_every_method_trains_validates_and_merges(files, accelerator, method):
     """In one short run each: packed documents, a validation split, the best adapter, and the merge of it."""
-    flags = {"bone-mini": ["--bone_mode", "bone-mini", "--bone_r", "8", "--bone_mini_r", "4"],
-             "bat-out": ["--bone_mode", "bat-out", "--bone_r", "16"],
-             "nf4": ["--quant", "nf4", "--bone_r", "16"],
-             "pissa": ["--peft", "pissa", "--pissa_config", '{"pissa_r": 4, "svd_niter": 2}'],
-             }.get(method, ["--peft", method, "--lora_config", '{"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.1}'])
+    flags = {
+        "bone-mini": ["--bone_mode", "bone-mini", "--bone_r", "8", "--bone_mini_r", "4"],
+        "bat-out": ["--bone_mode", "bat-out", "--bone_r", "16"],
+        "nf4": ["--quant", "nf4", "--bone_r", "16"],
+        "pissa": ["--peft", "pissa", "--pissa_config", '{"pissa_r": 4, "svd_niter": 2}'],
+    }.get(method, ["--peft", method, "--lora_config", '{"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.1}'])
     if method == "nf4":
         pytest.importorskip("bitsandbytes")
     base, data, folder = files / "base.pth", files / "data", files / method
-    finish(start([sys.executable, str(ROOT / "train.py"), "--load_model", str(base), "--data_file", str(data), "--proj_dir",
-                  str(folder), "--ctx_len", "96", "--lr_init", "3e-3", "--lr_final", "3e-3", "--accelerator", accelerator,
-                  "--dataload", "pack", "--val_split", "0.2", "--micro_bsz", "2", "--epoch_count", "3", *flags]))
+    finish(
+        start(
+            [
+                sys.executable,
+                str(ROOT / "train.py"),
+                "--load_model",
+                str(base),
+                "--data_file",
+                str(data),
+                "--proj_dir",
+                str(folder),
+                "--ctx_len",
+                "96",
+                "--lr_init",
+                "3e-3",
+                "--lr_final",
+                "3e-3",
+                "--accelerator",
+                accelerator,
+                "--dataload",
+                "pack",
+                "--val_split",
+                "0.2",
+                "--micro_bsz",
+                "2",
+                "--epoch_count",
+                "3",
+                *flags,
+            ]
+        )
+    )
     lines = metrics(files, method)
     losses = [line["val_loss"] for line in lines if "val_loss" in line]
     assert len(losses) == 3 and losses[-1] < losses[0]
     assert (folder / "adapter-best.safetensors").exists()
     merged = files / f"{method}.pth"
-    finish(start([sys.executable, str(ROOT / "merge_bone.py"), "--base_model", str(base), "--bone_checkpoint",
-                  str(folder / "adapter-best.safetensors"), "--output", str(merged)]))
+    finish(
+        start(
+            [
+                sys.executable,
+                str(ROOT / "merge_bone.py"),
+                "--base_model",
+                str(base),
+                "--bone_checkpoint",
+                str(folder / "adapter-best.safetensors"),
+                "--output",
+                str(merged),
+            ]
+        )
+    )
     original, result = torch.load(base), torch.load(merged)
     assert list(original) == list(result)
     changed = [key for key in original if not torch.equal(original[key], result[key])]
@@ -346,8 +504,23 @@ def test_every_method_trains_validates_and_merges(files, accelerator, method):
 
 
 def test_early_stop_ends_a_run_that_no_longer_improves(files, train):
-    train("early", "--precision", "fp32", "--lr_init", "0", "--lr_final", "0", "--warmup_steps", "0",
-          "--val_data", str(files / "data"), "--val_every", "1", "--early_stop", "2")
+    train(
+        "early",
+        "--precision",
+        "fp32",
+        "--lr_init",
+        "0",
+        "--lr_final",
+        "0",
+        "--warmup_steps",
+        "0",
+        "--val_data",
+        str(files / "data"),
+        "--val_every",
+        "1",
+        "--early_stop",
+        "2",
+    )
     lines = metrics(files, "early")
     assert len(lines) == 3 and "val_ppl" in lines[0]
     assert (files / "early" / "adapter.safetensors").exists()
@@ -356,7 +529,30 @@ def test_early_stop_ends_a_run_that_no_longer_improves(files, train):
 def test_rows_of_questions_train_without_preprocessing(files, train):
     rows = [{"query": f"{i} + 1?", "response": str(i + 1)} for i in range(40)]
     (files / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train("scratch", "--load_model", "", "--peft", "none", "--n_layer", "1", "--n_embd", "64", "--vocab_size", "257",
-          "--data_type", "sft", "--tokenizer", "bytes", "--sft_field", "query", "response", "--data_file",
-          str(files / "rows.jsonl"), "--precision", "fp32", "--micro_bsz", "8")
+    train(
+        "scratch",
+        "--load_model",
+        "",
+        "--peft",
+        "none",
+        "--n_layer",
+        "1",
+        "--n_embd",
+        "64",
+        "--vocab_size",
+        "257",
+        "--data_type",
+        "sft",
+        "--tokenizer",
+        "bytes",
+        "--sft_field",
+        "query",
+        "response",
+        "--data_file",
+        str(files / "rows.jsonl"),
+        "--precision",
+        "fp32",
+        "--micro_bsz",
+        "8",
+    )
     assert metrics(files, "scratch")[-1]["loss"] < metrics(files, "scratch")[0]["loss"]

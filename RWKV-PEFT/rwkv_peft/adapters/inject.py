@@ -122,7 +122,9 @@ def _make_layer(base, name, config, initial, gradients):
         keys = (f"{name}.init_lora_A", f"{name}.init_lora_B")
         factors = tuple(initial[key] for key in keys if key in initial)
         if initial and len(factors) != 2:
-            raise UserError(f"the adapter to go on from has no {' or '.join(keys)}; it is not a {config.variant} adapter")
+            raise UserError(
+                f"the adapter to go on from has no {' or '.join(keys)}; it is not a {config.variant} adapter"
+            )
         factors = factors or initial_factors(base.weight, config, gradients.get(name))
         layer = ADAPTERS[config.variant](base, config, factors)
     for parameter in layer.parameters():
@@ -170,8 +172,14 @@ def _match_parts(parts, model):
 
 def part_of(name):
     """The member of TRAIN_PARTS that a parameter of the base belongs to, None for one of none."""
-    return next((part for part in TRAIN_PARTS
-                 if any(re.fullmatch(rf"{part}(\d+|_\w+)?", component) for component in name.split("."))), None)
+    return next(
+        (
+            part
+            for part in TRAIN_PARTS
+            if any(re.fullmatch(rf"{part}(\d+|_\w+)?", component) for component in name.split("."))
+        ),
+        None,
+    )
 
 
 def _check_rank(config, name, out_features, in_features):
@@ -188,12 +196,15 @@ def _check_rank(config, name, out_features, in_features):
     if variant == "bone-mini" and (mini_rank < 1 or out_features % mini_rank):
         raise UserError(
             f"bone-mini needs --bone_mini_r to divide the outputs of every layer: {mini_rank} does not divide "
-            f"{out_features} at {name}; try --bone_mini_r {nearest_divisor(out_features, mini_rank if mini_rank > 0 else rank)}"
+            f"{out_features} at {name}; try --bone_mini_r "
+            f"{nearest_divisor(out_features, mini_rank if mini_rank > 0 else rank)}"
         )
     limit = in_features if config.method == "bone" else min(out_features, in_features) // (1 + (variant == "lora-ga"))
     if rank > limit:
-        raise UserError(f"rank {rank} is more than {limit}, the most that {variant} can use at {name} "
-                        f"({out_features} x {in_features}); lower it")
+        raise UserError(
+            f"rank {rank} is more than {limit}, the most that {variant} can use at {name} "
+            f"({out_features} x {in_features}); lower it"
+        )
 
 
 def nearest_divisor(number, value):

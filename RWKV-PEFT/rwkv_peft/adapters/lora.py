@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..errors import UserError
 from . import functional
 from .base import AdapterLinear
 from .delta import residual
-from ..errors import UserError
 
 LORA_GA_GAMMA = 16  # the paper's stable scale
 
@@ -74,8 +74,10 @@ def initial_factors(weight, config, gradient=None):
         q, r = torch.linalg.qr(weight)
         return r[:rank], q[:, :rank]
     if gradient is None:
-        raise UserError("lora-ga starts from the gradient of the loss at each weight, and none was given for this one; "
-                        "estimate it on a batch of the data first, or use --peft pissa, which needs none")
+        raise UserError(
+            "lora-ga starts from the gradient of the loss at each weight, and none was given for this one; "
+            "estimate it on a batch of the data first, or use --peft pissa, which needs none"
+        )
     return _lora_ga(gradient.float(), rank)
 
 

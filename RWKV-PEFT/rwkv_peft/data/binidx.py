@@ -65,7 +65,7 @@ class BinidxDataset:
 
     def __getitem__(self, index):
         start = self.start(index)
-        return self.tokens[start: start + int(self.sizes[index])]
+        return self.tokens[start : start + int(self.sizes[index])]
 
     def start(self, index):
         """Where document `index` begins in `tokens`."""
@@ -80,7 +80,7 @@ class BinidxDataset:
         if self.dtype.kind == "u" and np.iinfo(self.dtype).max < vocab_size:
             return
         for start in range(0, len(self.tokens), CHUNK):
-            chunk = self.tokens[start: start + CHUNK]
+            chunk = self.tokens[start : start + CHUNK]
             if int(chunk.max()) < vocab_size and int(chunk.min()) >= 0:
                 continue
             offset = int(np.flatnonzero((chunk >= vocab_size) | (chunk < 0))[0])
@@ -88,25 +88,30 @@ class BinidxDataset:
             raise UserError(
                 f"{self.bin_path}: token {int(chunk[offset])} at position {position} (document "
                 f"{self.document_at(position)}) is outside the model's vocabulary of {vocab_size}; "
-                "tokenize the text with the model's own tokenizer, or take a model with a larger vocabulary")
+                "tokenize the text with the model's own tokenizer, or take a model with a larger vocabulary"
+            )
 
     def _read_index(self):
         path = self.idx_path
         if os.path.isfile(self.prefix) and not os.path.isfile(path):
-            raise UserError(f"{self.prefix}: a file of rows or text, where the PREFIX of PREFIX.bin and PREFIX.idx is "
-                            "meant; tokenize it with python -m rwkv_peft.data.preprocess, or give --data_type sft")
+            raise UserError(
+                f"{self.prefix}: a file of rows or text, where the PREFIX of PREFIX.bin and PREFIX.idx is "
+                "meant; tokenize it with python -m rwkv_peft.data.preprocess, or give --data_type sft"
+            )
         if not os.path.isfile(path):
             raise UserError(f"{path}: no such file; a data set is a PREFIX.bin with its PREFIX.idx; {REMEDY}")
         length = os.path.getsize(path)
         with open(path, "rb") as file:
             header = file.read(HEADER.size)
         if len(header) < HEADER.size:
-            raise UserError(f"{path}: {length} bytes, shorter than its {HEADER.size}-byte header; "
-                            f"the file is truncated; {REMEDY}")
+            raise UserError(
+                f"{path}: {length} bytes, shorter than its {HEADER.size}-byte header; the file is truncated; {REMEDY}"
+            )
         magic, version, code, count, boundaries = HEADER.unpack(header)
         if magic != MAGIC:
-            raise UserError(f"{path}: magic {magic!r} where an index begins with {MAGIC!r}; "
-                            f"it is no MMIDIDX index; {REMEDY}")
+            raise UserError(
+                f"{path}: magic {magic!r} where an index begins with {MAGIC!r}; it is no MMIDIDX index; {REMEDY}"
+            )
         if version != 1:
             raise UserError(f"{path}: version {version}; only version 1 is read; {REMEDY}")
         self.dtype = token_dtype(code)
@@ -114,14 +119,16 @@ class BinidxDataset:
             raise UserError(f"{path}: dtype code {code}; integer tokens have code 1, 2, 3, 4, 5 or 8; {REMEDY}")
         expected = HEADER.size + 12 * count + 8 * boundaries
         if length != expected:
-            raise UserError(f"{path}: {length} bytes, but {count} documents (count) and {boundaries} boundaries "
-                            f"(doc_count) take {expected}; the file is truncated or damaged; {REMEDY}")
+            raise UserError(
+                f"{path}: {length} bytes, but {count} documents (count) and {boundaries} boundaries "
+                f"(doc_count) take {expected}; the file is truncated or damaged; {REMEDY}"
+            )
         if count == 0:
             raise UserError(f"{path}: holds no document (count 0); {REMEDY}")
         raw = map_file(path, np.uint8)
         sizes_end, pointers_end = HEADER.size + 4 * count, HEADER.size + 12 * count
-        self.sizes = raw[HEADER.size: sizes_end].view("<i4")
-        self.pointers = raw[sizes_end: pointers_end].view("<i8")
+        self.sizes = raw[HEADER.size : sizes_end].view("<i4")
+        self.pointers = raw[sizes_end:pointers_end].view("<i8")
         self._check_documents()
         self._check_boundaries(raw[pointers_end:].view("<i8"), count)
 
@@ -129,34 +136,38 @@ class BinidxDataset:
         """Documents lie one after the other: pointers are the running sum of the sizes."""
         expected = 0
         for start in range(0, len(self.sizes), CHUNK):
-            sizes = self.sizes[start: start + CHUNK].astype(np.int64)
+            sizes = self.sizes[start : start + CHUNK].astype(np.int64)
             if sizes.min() < 0:
                 index = start + int(np.flatnonzero(sizes < 0)[0])
                 raise UserError(f"{self.idx_path}: sizes[{index}] = {self.sizes[index]} is negative; {REMEDY}")
             ends = expected + np.cumsum(sizes * self.dtype.itemsize)
             begins = np.concatenate(([expected], ends[:-1]))
-            wrong = np.flatnonzero(self.pointers[start: start + CHUNK] != begins)
+            wrong = np.flatnonzero(self.pointers[start : start + CHUNK] != begins)
             if len(wrong):
                 index = int(wrong[0])
                 raise UserError(
                     f"{self.idx_path}: pointers[{start + index}] = {self.pointers[start + index]} where the "
-                    f"documents before it end at byte {begins[index]}; the index is damaged; {REMEDY}")
+                    f"documents before it end at byte {begins[index]}; the index is damaged; {REMEDY}"
+                )
             expected = int(ends[-1])
         self._bytes = expected
 
     def _check_boundaries(self, boundaries, count):
         if len(boundaries) and (boundaries.min() < 0 or boundaries.max() > count or np.any(np.diff(boundaries) < 0)):
-            raise UserError(f"{self.idx_path}: doc_idx is not a rising list within 0..{count}; "
-                            f"the index is damaged; {REMEDY}")
+            raise UserError(
+                f"{self.idx_path}: doc_idx is not a rising list within 0..{count}; the index is damaged; {REMEDY}"
+            )
 
     def _map_tokens(self):
         if not os.path.isfile(self.bin_path):
             raise UserError(f"{self.bin_path}: no such file beside {self.idx_path}; {REMEDY}")
         length = os.path.getsize(self.bin_path)
         if length != self._bytes:
-            raise UserError(f"{self.bin_path}: {length} bytes, but the sizes in {self.idx_path} add up to "
-                            f"{self._bytes} bytes of {self.dtype.name} tokens; the file is truncated or not "
-                            f"this index's; {REMEDY}")
+            raise UserError(
+                f"{self.bin_path}: {length} bytes, but the sizes in {self.idx_path} add up to "
+                f"{self._bytes} bytes of {self.dtype.name} tokens; the file is truncated or not "
+                f"this index's; {REMEDY}"
+            )
         if length == 0:
             raise UserError(f"{self.bin_path}: holds no token; {REMEDY}")
         self.tokens = map_file(self.bin_path, self.dtype)
@@ -166,8 +177,10 @@ class BinidxDataset:
             return None
         length = os.path.getsize(self.mask_path)
         if length != len(self.tokens):
-            raise UserError(f"{self.mask_path}: {length} bytes, but {self.bin_path} holds {len(self.tokens)} "
-                            f"tokens and a mask has a byte for each; {REMEDY}, or remove the mask")
+            raise UserError(
+                f"{self.mask_path}: {length} bytes, but {self.bin_path} holds {len(self.tokens)} "
+                f"tokens and a mask has a byte for each; {REMEDY}, or remove the mask"
+            )
         return map_file(self.mask_path, np.uint8)
 
 
@@ -209,10 +222,15 @@ class BinidxWriter:
         tokens = np.asarray(tokens)
         info = np.iinfo(self.dtype)
         if len(tokens) and not (tokens.min() >= 0 and tokens.max() <= info.max):
-            raise UserError(f"document {len(self.sizes)}: token ids {tokens.min()}..{tokens.max()} do not fit "
-                            f"{self.dtype.name}; give the tokenizer's vocab_size to the writer")
-        self.add_documents(tokens.astype(self.dtype).tobytes(), [len(tokens)],
-                           None if mask is None else np.asarray(mask, dtype=np.uint8).tobytes())
+            raise UserError(
+                f"document {len(self.sizes)}: token ids {tokens.min()}..{tokens.max()} do not fit "
+                f"{self.dtype.name}; give the tokenizer's vocab_size to the writer"
+            )
+        self.add_documents(
+            tokens.astype(self.dtype).tobytes(),
+            [len(tokens)],
+            None if mask is None else np.asarray(mask, dtype=np.uint8).tobytes(),
+        )
 
     def add_documents(self, tokens, sizes, mask=None, continues=False):
         """Append documents given as bytes: tokens in this writer's dtype, and a byte of mask a token.
@@ -233,8 +251,10 @@ class BinidxWriter:
                 sizes = sizes[1:]
             self.sizes.extend(sizes)
         except OverflowError:
-            raise UserError(f"document {len(self.sizes) - 1} has more than 2147483647 tokens, the most that "
-                            "the format holds; split the text into documents") from None
+            raise UserError(
+                f"document {len(self.sizes) - 1} has more than 2147483647 tokens, the most that "
+                "the format holds; split the text into documents"
+            ) from None
 
     def __exit__(self, kind, error, trace):
         try:

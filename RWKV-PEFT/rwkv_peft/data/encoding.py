@@ -98,8 +98,9 @@ class Encoder:
         self.tokenizer = load_tokenizer(settings.tokenizer)
         self.code = "H" if dtype_code(self.tokenizer.vocab_size) == 8 else "i"
         if settings.end_token and self.tokenizer.end_id is None:
-            raise UserError(f"--append_eod: tokenizer {self.tokenizer.name} names no end-of-document token; "
-                            "take --no-append_eod")
+            raise UserError(
+                f"--append_eod: tokenizer {self.tokenizer.name} names no end-of-document token; take --no-append_eod"
+            )
         if settings.template and settings.fields:
             raise UserError("--template and --fields both say which fields are read; give one of them")
         if settings.template:

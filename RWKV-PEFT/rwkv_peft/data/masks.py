@@ -24,14 +24,18 @@ def make_mask(dataset, config):
         return None
     if kind == "file":
         if dataset.mask is None:
-            raise UserError(f"--loss_mask file: {dataset.mask_path} does not exist; preprocess chat or question and "
-                            "answer rows, which writes it, or take --loss_mask none or qa")
+            raise UserError(
+                f"--loss_mask file: {dataset.mask_path} does not exist; preprocess chat or question and "
+                "answer rows, which writes it, or take --loss_mask none or qa"
+            )
         return lambda start, stop: dataset.mask[start:stop] != 0
     if kind not in LOSS_MASKS:
         raise UserError(f"--loss_mask {kind}: one of {', '.join(LOSS_MASKS)}")
     if not config.mask_id:
-        raise UserError(f"--loss_mask {kind} needs --mask_id, the token ids that open an answer; "
-                        "python -m rwkv_peft.data.tokenizer world 'Assistant:' prints them")
+        raise UserError(
+            f"--loss_mask {kind} needs --mask_id, the token ids that open an answer; "
+            "python -m rwkv_peft.data.tokenizer world 'Assistant:' prints them"
+        )
     if kind == "se" and not config.mask_end_id:
         raise UserError("--loss_mask se needs --mask_end_id, the token ids that close an answer")
     return MarkerMask(dataset, config.mask_id, config.mask_end_id, end_counts=kind == "se")
@@ -43,9 +47,11 @@ class MarkerMask:
     def __init__(self, dataset, begin, end, end_counts):
         self.dataset, self.begin, self.end, self.end_counts = dataset, begin, end, end_counts
         if not any(len(find(dataset[i], begin)) for i in range(len(dataset))):
-            raise UserError(f"--mask_id {' '.join(map(str, begin))}: these token ids never occur in "
-                            f"{dataset.bin_path}, so nothing would count; tokenize the marker as it stands in the "
-                            "text (the World tokenizer merges it with what precedes and follows)")
+            raise UserError(
+                f"--mask_id {' '.join(map(str, begin))}: these token ids never occur in "
+                f"{dataset.bin_path}, so nothing would count; tokenize the marker as it stands in the "
+                "text (the World tokenizer merges it with what precedes and follows)"
+            )
 
     def __call__(self, start, stop):
         parts, position = [], start
@@ -53,7 +59,7 @@ class MarkerMask:
         while position < stop:
             begin = self.dataset.start(index)
             document = self.dataset[index][: stop - begin]
-            parts.append(self._document(document)[position - begin:])
+            parts.append(self._document(document)[position - begin :])
             position = begin + len(document)
             index += 1
         return np.concatenate(parts) if parts else np.zeros(0, dtype=bool)
@@ -75,5 +81,5 @@ def find(tokens, pattern):
         return np.zeros(0, dtype=np.int64)
     hit = tokens[:count] == pattern[0]
     for offset, token in enumerate(pattern[1:], start=1):
-        hit &= tokens[offset: offset + count] == token
+        hit &= tokens[offset : offset + count] == token
     return np.flatnonzero(hit)

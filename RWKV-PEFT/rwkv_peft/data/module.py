@@ -24,16 +24,19 @@ class TrainBatches:
     the beginning of an optimizer step.
     """
 
-    def __init__(self, samples, micro_bsz, rank=0, world_size=1, accumulate=1, samples_seen=0,
-                 read_ahead=4, pin_memory=False):
+    def __init__(
+        self, samples, micro_bsz, rank=0, world_size=1, accumulate=1, samples_seen=0, read_ahead=4, pin_memory=False
+    ):
         self.samples, self.micro_bsz, self.rank, self.world_size = samples, micro_bsz, rank, world_size
         self.accumulate, self.samples_seen = accumulate, samples_seen
         self.read_ahead, self.pin_memory = read_ahead, pin_memory
         self.step_samples = micro_bsz * world_size * accumulate
         self.notes = list(samples.notes)
         if len(samples) < self.step_samples:
-            self.notes.append(f"an optimizer step takes {self.step_samples} samples and the data has {len(samples)}: "
-                              "a step goes on into the following epochs")
+            self.notes.append(
+                f"an optimizer step takes {self.step_samples} samples and the data has {len(samples)}: "
+                "a step goes on into the following epochs"
+            )
 
     @property
     def steps_per_epoch(self):
@@ -120,10 +123,12 @@ def collate(rows):
 def collate_packed(documents):
     """[(tokens (T_i + 1,), mask (T_i,))] -> tokens, targets, mask (1, sum of T_i), cu_seqlens (n + 1,)."""
     ends = torch.tensor([0] + [len(mask) for _, mask in documents]).cumsum(0)
-    return {"tokens": torch.cat([tokens[:-1] for tokens, _ in documents])[None],
-            "targets": torch.cat([tokens[1:] for tokens, _ in documents])[None],
-            "mask": torch.cat([mask for _, mask in documents])[None],
-            "cu_seqlens": ends.to(torch.int32)}
+    return {
+        "tokens": torch.cat([tokens[:-1] for tokens, _ in documents])[None],
+        "targets": torch.cat([tokens[1:] for tokens, _ in documents])[None],
+        "mask": torch.cat([mask for _, mask in documents])[None],
+        "cu_seqlens": ends.to(torch.int32),
+    }
 
 
 def read_ahead(iterable, depth):

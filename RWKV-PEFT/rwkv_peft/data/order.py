@@ -16,7 +16,7 @@ class Permutation:
         self.size = size
         self.prime = next(n for n in range(max(size, 2), 2 * size + 8) if n % 3 == 2 and is_prime(n))
         digest = hashlib.blake2b(repr(key).encode(), digest_size=48).digest()
-        draw = [int.from_bytes(digest[i: i + 8], "little") for i in range(0, 48, 8)]
+        draw = [int.from_bytes(digest[i : i + 8], "little") for i in range(0, 48, 8)]
         prime = self.prime
         self._rounds = [(1 + draw[i] % (prime - 1), draw[i + 1] % prime, draw[i + 2] % prime) for i in (0, 3)]
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..errors import UserError, exit_on_user_error
 from .binidx import BinidxDataset, BinidxWriter, binidx_prefix
-from .encoding import EncodeSettings, Encoded, encode_all, encoder
+from .encoding import Encoded, EncodeSettings, encode_all, encoder
 from .order import Permutation
 from .report import describe
 from .rows import KINDS, read_chunks
@@ -30,8 +30,13 @@ def main(argv):
     options = parser().parse_args(argv)
     if options.repeat < 1:
         raise UserError(f"--repeat {options.repeat}: at least 1")
-    settings = EncodeSettings(options.tokenizer, options.append_eod, tuple(options.fields),
-                              read_template(options.template) if options.template else "", options.skip_bad_rows)
+    settings = EncodeSettings(
+        options.tokenizer,
+        options.append_eod,
+        tuple(options.fields),
+        read_template(options.template) if options.template else "",
+        options.skip_bad_rows,
+    )
     output = binidx_prefix(options.output)
     rewritten = options.shuffle is not None or options.repeat > 1
     Path(output).parent.mkdir(parents=True, exist_ok=True)
@@ -45,26 +50,44 @@ def main(argv):
 
 
 def parser():
-    result = argparse.ArgumentParser(prog="python -m rwkv_peft.data.preprocess", allow_abbrev=False,
-                                     description="Text files to token files (.bin and .idx).")
+    result = argparse.ArgumentParser(
+        prog="python -m rwkv_peft.data.preprocess",
+        allow_abbrev=False,
+        description="Text files to token files (.bin and .idx).",
+    )
     result.add_argument("input", nargs="+", help=KINDS)
     result.add_argument("--output", required=True, metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx")
     result.add_argument("--tokenizer", default="world", metavar="NAME|FILE", help="world, bytes, or a vocabulary file")
-    result.add_argument("--append_eod", action=argparse.BooleanOptionalAction, default=True,
-                        help="end each document with the tokenizer's end token")
-    result.add_argument("--fields", nargs="+", default=[], metavar="NAME",
-                        help="the field that holds the text, or those that hold a prompt and its answer")
-    result.add_argument("--template", default="", metavar="NAME|FILE",
-                        help=f"{', '.join(TEMPLATES)}, or a text with {{field}} for fields and [[ ]] around what counts "
-                             "in the loss")
-    result.add_argument("--split", default="", metavar="TRAIN[A:B]",
-                        help="rows to read, such as train[:1000] or [10%%:]")
-    result.add_argument("--skip_bad_rows", action="store_true",
-                        help="leave out rows that cannot be read, and count them")
+    result.add_argument(
+        "--append_eod",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="end each document with the tokenizer's end token",
+    )
+    result.add_argument(
+        "--fields",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="the field that holds the text, or those that hold a prompt and its answer",
+    )
+    result.add_argument(
+        "--template",
+        default="",
+        metavar="NAME|FILE",
+        help=f"{', '.join(TEMPLATES)}, or a text with {{field}} for fields and [[ ]] around what counts in the loss",
+    )
+    result.add_argument(
+        "--split", default="", metavar="TRAIN[A:B]", help="rows to read, such as train[:1000] or [10%%:]"
+    )
+    result.add_argument(
+        "--skip_bad_rows", action="store_true", help="leave out rows that cannot be read, and count them"
+    )
     result.add_argument("--shuffle", type=int, metavar="SEED", help="write the documents in the order of this seed")
     result.add_argument("--repeat", type=int, default=1, metavar="N", help="write the documents N times, shuffled anew")
-    result.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N",
-                        help="processes (default: all cores)")
+    result.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)"
+    )
     return result
 
 
@@ -81,8 +104,16 @@ def write(inputs, output, settings, workers=1, split="", progress=None):
     chunks = (chunk for path in inputs for chunk in read_chunks(path, split, tokenizer.cuts_at_lines))
     totals = Encoded()
     # A character stands for a byte of the input: near enough for a bar.
-    bar = tqdm(total=size or None, desc="tokenizing", unit="B", unit_scale=True, delay=0.5, mininterval=0.5, file=progress,
-               disable=progress is None)
+    bar = tqdm(
+        total=size or None,
+        desc="tokenizing",
+        unit="B",
+        unit_scale=True,
+        delay=0.5,
+        mininterval=0.5,
+        file=progress,
+        disable=progress is None,
+    )
     with bar, BinidxWriter(output, tokenizer.vocab_size, mask=True) as writer:
         for part in encode_all(chunks, settings, workers):
             writer.add_documents(part.tokens, part.sizes, part.mask, part.continues)
@@ -91,8 +122,10 @@ def write(inputs, output, settings, workers=1, split="", progress=None):
             bar.update(min(part.characters, size - bar.n) if size else part.characters)
         bar.update(size - bar.n if size else 0)
         if not writer.sizes:
-            raise UserError(f"{', '.join(map(str, inputs))}: no document to write ({totals.empty} empty rows, "
-                            f"{totals.bad} bad rows, {totals.too_long} too long)")
+            raise UserError(
+                f"{', '.join(map(str, inputs))}: no document to write ({totals.empty} empty rows, "
+                f"{totals.bad} bad rows, {totals.too_long} too long)"
+            )
     return totals
 
 
@@ -102,7 +135,7 @@ def rewrite(source, output, seed, repeat):
         for turn in range(repeat):
             for index in range(len(source)) if seed is None else Permutation(len(source), seed, turn):
                 start, size = source.start(index), int(source.sizes[index])
-                mask = None if source.mask is None else source.mask[start: start + size].tobytes()
+                mask = None if source.mask is None else source.mask[start : start + size].tobytes()
                 writer.add_documents(source[index].tobytes(), [size], mask)
 
 

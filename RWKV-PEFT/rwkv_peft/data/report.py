@@ -23,8 +23,11 @@ def left_out(totals):
     if totals.bad:
         lines.append(f"{totals.bad} bad rows left out, the first of them:")
         lines += [f"  {message}" for message in totals.examples]
-    for count, what in ((totals.empty, "empty rows left out"), (totals.too_long, "rows too long, left out"),
-                        (totals.shortened, "rows too long, shortened")):
+    for count, what in (
+        (totals.empty, "empty rows left out"),
+        (totals.too_long, "rows too long, left out"),
+        (totals.shortened, "rows too long, shortened"),
+    ):
         if count:
             lines.append(f"{count} {what}")
     return lines
@@ -47,8 +50,10 @@ def suggestions(sizes, tokens):
     ctx_len = min(max(room, 16), 4096, max(tokens - 1, 1))
     windows, batch = -(-(tokens - 1) // ctx_len), 8
     prime = magic_prime(tokens, ctx_len)
-    lines = [f"a start: --ctx_len {ctx_len}; one epoch is {windows} windows (--dataload get), "
-             f"{-(-windows // batch)} steps of {batch} samples, or {-(-len(sizes) // batch)} with --dataload pad"]
+    lines = [
+        f"a start: --ctx_len {ctx_len}; one epoch is {windows} windows (--dataload get), "
+        f"{-(-windows // batch)} steps of {batch} samples, or {-(-len(sizes) // batch)} with --dataload pad"
+    ]
     if prime:
         lines.append(f"for RWKV-LM: --my_exit_tokens {tokens} --magic_prime {prime}")
     return lines

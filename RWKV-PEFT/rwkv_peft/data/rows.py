@@ -96,7 +96,7 @@ def text_chunks(path, pieces):
                 cuts = re.search(r"(?s).*\n(?=[!-~])", rest)
                 if cuts:
                     yield Chunk(str(path), 1, (rest[: cuts.end()],), continues, ends=False)
-                    rest, continues = rest[cuts.end():], True
+                    rest, continues = rest[cuts.end() :], True
             yield Chunk(str(path), 1, (rest + file.read(),), continues)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
@@ -142,7 +142,7 @@ def row_chunks(source, rows):
 
 
 def parse_split(split):
-    """"train[10:20]" -> ("train", ("10", "20")); "" -> ("", None)."""
+    """ "train[10:20]" -> ("train", ("10", "20")); "" -> ("", None)."""
     match = re.fullmatch(r"([\w.-]*)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
     if not match:
         raise UserError(f"split {split!r}: write train, train[:1000], train[10%:20%] or [500:]")

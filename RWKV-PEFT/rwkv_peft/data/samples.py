@@ -64,8 +64,10 @@ def split_samples(config, vocab_size, fraction):
     samples = build_samples(config, vocab_size)
     count = max(1, round(fraction * len(samples)))
     if not 0 < fraction < 1 or count >= len(samples):
-        raise UserError(f"--val_split {fraction}: leaves {len(samples) - count} of {len(samples)} samples to train on; "
-                        "it is a fraction such as 0.01, and both parts need a sample")
+        raise UserError(
+            f"--val_split {fraction}: leaves {len(samples) - count} of {len(samples)} samples to train on; "
+            "it is a fraction such as 0.01, and both parts need a sample"
+        )
     drawn = Permutation(len(samples), config.seed, "validation")
     validation = np.sort(np.fromiter((drawn[i] for i in range(count)), dtype=np.int64, count=count))
     training = np.setdiff1d(np.arange(len(samples)), validation, assume_unique=True)
@@ -83,11 +85,15 @@ def check_config(config):
     if config.ctx_len < 1:
         raise UserError(f"--ctx_len {config.ctx_len}: at least 1")
     if config.dataload == "only" and config.micro_bsz != 1:
-        raise UserError(f"--dataload only reads one document at a time: --micro_bsz {config.micro_bsz} must be 1; "
-                        "--dataload pad batches documents of different lengths")
+        raise UserError(
+            f"--dataload only reads one document at a time: --micro_bsz {config.micro_bsz} must be 1; "
+            "--dataload pad batches documents of different lengths"
+        )
     if config.dataload == "get" and config.loss_mask == "pad":
-        raise UserError("--loss_mask pad: --dataload get reads a stream, which has no padding; "
-                        "take --loss_mask none, or --dataload pad")
+        raise UserError(
+            "--loss_mask pad: --dataload get reads a stream, which has no padding; "
+            "take --loss_mask none, or --dataload pad"
+        )
 
 
 class Samples:
@@ -134,7 +140,8 @@ class WindowSamples(Samples):
         if targets < ctx_len:
             raise UserError(
                 f"--ctx_len {ctx_len}: {dataset.bin_path} holds {targets + 1} tokens, and a window takes "
-                f"ctx_len + 1; take --ctx_len {max(targets, 1)} or less, or --dataload pad")
+                f"ctx_len + 1; take --ctx_len {max(targets, 1)} or less, or --dataload pad"
+            )
         self.dataset, self.ctx_len, self._mask = dataset, ctx_len, mask
         self._last = -(-targets // ctx_len) - 1
         super().__init__(range(self._last + 1), seed)
@@ -145,7 +152,7 @@ class WindowSamples(Samples):
 
     def __getitem__(self, n):
         start, repeated = self._window(n)
-        tokens = self.dataset.tokens[start: start + self.ctx_len + 1].astype(np.int64)
+        tokens = self.dataset.tokens[start : start + self.ctx_len + 1].astype(np.int64)
         return torch.from_numpy(tokens), torch.from_numpy(self._counted(start, repeated))
 
     def count(self, n):
@@ -201,7 +208,7 @@ class DocumentSamples(Samples):
     def document(self, index):
         """(tokens, mask) of document `index`, cut to ctx_len + 1 tokens."""
         start, size = self._extent(index)
-        tokens = self.dataset.tokens[start: start + size].astype(np.int64)
+        tokens = self.dataset.tokens[start : start + size].astype(np.int64)
         return torch.from_numpy(tokens), torch.from_numpy(self._counted(start, size))
 
     def document_count(self, index):
@@ -222,7 +229,7 @@ class DocumentSamples(Samples):
         documents = self.units[[order[position] for position in positions]]
         documents = documents[np.argsort(self.dataset.sizes[documents], kind="stable")]
         blocks = Permutation(-(-len(documents) // BLOCK), self.seed, epoch, number)
-        return np.concatenate([documents[b * BLOCK: (b + 1) * BLOCK] for b in blocks])
+        return np.concatenate([documents[b * BLOCK : (b + 1) * BLOCK] for b in blocks])
 
 
 def readable_documents(dataset):
@@ -241,6 +248,8 @@ def not_read(dataset, ctx_len):
         notes.append(f"{short} documents of fewer than 2 tokens are left out")
     excess = sizes[sizes > ctx_len + 1].astype(np.int64) - (ctx_len + 1)
     if len(excess):
-        notes.append(f"{len(excess)} documents are longer than --ctx_len {ctx_len} and are cut: {excess.sum()} of "
-                     f"{len(dataset.tokens)} tokens are not read; the longest needs --ctx_len {int(sizes.max()) - 1}")
+        notes.append(
+            f"{len(excess)} documents are longer than --ctx_len {ctx_len} and are cut: {excess.sum()} of "
+            f"{len(dataset.tokens)} tokens are not read; the longest needs --ctx_len {int(sizes.max()) - 1}"
+        )
     return notes

@@ -31,14 +31,21 @@ def prepare_sft(config, cache=None):
     if config.sft_long not in ("left", "skip"):
         raise UserError(f"--sft_long {config.sft_long}: one of left, skip")
     if len(config.sft_field) > 2:
-        raise UserError(f"--sft_field {' '.join(config.sft_field)}: one field is a text, two are a prompt and "
-                        "its answer")
-    settings = EncodeSettings(config.tokenizer, fields=config.sft_field, too_long=config.sft_long,
-                              max_tokens=0 if config.dataload == "get" else config.ctx_len + 1)
+        raise UserError(
+            f"--sft_field {' '.join(config.sft_field)}: one field is a text, two are a prompt and its answer"
+        )
+    settings = EncodeSettings(
+        config.tokenizer,
+        fields=config.sft_field,
+        too_long=config.sft_long,
+        max_tokens=0 if config.dataload == "get" else config.ctx_len + 1,
+    )
     path = Path(config.path)
     if not path.exists():
-        raise UserError(f"--data_file {path}: no such file; --data_type sft takes a .jsonl, .json or .parquet file, "
-                        "or a datasets folder")
+        raise UserError(
+            f"--data_file {path}: no such file; --data_type sft takes a .jsonl, .json or .parquet file, "
+            "or a datasets folder"
+        )
     cache = Path(cache or cache_folder())
     cache.mkdir(parents=True, exist_ok=True)
     prefix = cache / key_of(path, settings, config.sft_split)

@@ -10,8 +10,10 @@ from types import MappingProxyType
 
 from ..errors import UserError
 
-FORMS = "text; messages or conversations; query and response; question and answer; instruction, input " \
-        "and output; prompt and completion"
+FORMS = (
+    "text; messages or conversations; query and response; question and answer; instruction, input "
+    "and output; prompt and completion"
+)
 
 
 def segments(row):
@@ -32,8 +34,9 @@ def segments(row):
         return exchange(prompt + "Response:", field(row, "output"))
     if "prompt" in row and "completion" in row:
         return [(field(row, "prompt"), False), (field(row, "completion"), True)]
-    raise UserError(f"a row has the fields {', '.join(map(str, row)) or '(none)'}; known are {FORMS}; "
-                    "name others with --fields")
+    raise UserError(
+        f"a row has the fields {', '.join(map(str, row)) or '(none)'}; known are {FORMS}; name others with --fields"
+    )
 
 
 def named_segments(row, names):
@@ -51,12 +54,14 @@ def named_segments(row, names):
 
 
 # Layouts by name, for --template; see Template for the signs.
-TEMPLATES = MappingProxyType({
-    "chat": "User: {query}\n\nAssistant:[[ {response}]]",
-    "question": "Question: {question}\n\nAnswer:[[ {answer}]]",
-    "instruction": "Instruction: {instruction}\n\nResponse:[[ {output}]]",
-    "input": "Instruction: {instruction}\n\nInput: {input}\n\nResponse:[[ {output}]]",
-})
+TEMPLATES = MappingProxyType(
+    {
+        "chat": "User: {query}\n\nAssistant:[[ {response}]]",
+        "question": "Question: {question}\n\nAnswer:[[ {answer}]]",
+        "instruction": "Instruction: {instruction}\n\nResponse:[[ {output}]]",
+        "input": "Instruction: {instruction}\n\nInput: {input}\n\nResponse:[[ {output}]]",
+    }
+)
 
 
 def read_template(path):
@@ -67,7 +72,9 @@ def read_template(path):
     if path in TEMPLATES:
         return TEMPLATES[path]
     if not Path(path).is_file():
-        raise UserError(f"--template {path}: no such file, and no layout of that name; named are {', '.join(TEMPLATES)}")
+        raise UserError(
+            f"--template {path}: no such file, and no layout of that name; named are {', '.join(TEMPLATES)}"
+        )
     text = Path(path).read_text(encoding="utf-8").rstrip("\n")
     Template(text)
     return text
@@ -93,8 +100,9 @@ class Template:
 
         def value(match):
             if match[1] not in row:
-                raise UserError(f"field {match[1]!r} of the template is missing; "
-                                f"the row has {', '.join(map(str, row))}")
+                raise UserError(
+                    f"field {match[1]!r} of the template is missing; the row has {', '.join(map(str, row))}"
+                )
             return field(row, match[1])
 
         return [(re.sub(r"\{(\w+)\}", value, part), counts) for part, counts in self.parts]
@@ -126,8 +134,9 @@ def chat(messages):
             raise UserError(f"a turn is {type(turn).__name__}, not an object with role and content")
         keys = ("role", "content") if "role" in turn else ("from", "value")
         if not all(key in turn for key in keys):
-            raise UserError(f"a turn has the fields {', '.join(map(str, turn))}; it needs role and content, "
-                            "or from and value")
+            raise UserError(
+                f"a turn has the fields {', '.join(map(str, turn))}; it needs role and content, or from and value"
+            )
         role, words = speaker(field(turn, keys[0])), field(turn, keys[1]).strip()
         if parts:
             parts[-1] = (parts[-1][0] + "\n\n", parts[-1][1])
@@ -137,8 +146,17 @@ def chat(messages):
 
 def speaker(role):
     """The name that RWKV World chats give to a role."""
-    names = {"user": "User", "human": "User", "assistant": "Assistant", "gpt": "Assistant",
-             "model": "Assistant", "bot": "Assistant", "system": "System", "tool": "Tool", "function": "Tool"}
+    names = {
+        "user": "User",
+        "human": "User",
+        "assistant": "Assistant",
+        "gpt": "Assistant",
+        "model": "Assistant",
+        "bot": "Assistant",
+        "system": "System",
+        "tool": "Tool",
+        "function": "Tool",
+    }
     if role.lower() not in names:
         raise UserError(f"role {role!r}; known are {', '.join(names)}")
     return names[role.lower()]

@@ -19,7 +19,7 @@ END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "<
 
 
 def load_tokenizer(name):
-    """"world", "bytes", a World vocabulary (.txt) or a Hugging Face tokenizer.json -> a tokenizer.
+    """ "world", "bytes", a World vocabulary (.txt) or a Hugging Face tokenizer.json -> a tokenizer.
 
     Raises UserError for a file that is missing or holds no vocabulary.
     """
@@ -29,8 +29,10 @@ def load_tokenizer(name):
         return BytesTokenizer()
     path = Path(name)
     if not path.is_file():
-        raise UserError(f"tokenizer {str(name)!r}: no such file; give world, bytes, the path of a "
-                        "tokenizer.json, or the path of a World vocabulary (.txt)")
+        raise UserError(
+            f"tokenizer {str(name)!r}: no such file; give world, bytes, the path of a "
+            "tokenizer.json, or the path of a World vocabulary (.txt)"
+        )
     return WorldTokenizer(path) if path.suffix == ".txt" else JsonTokenizer(path)
 
 
@@ -125,16 +127,20 @@ def utf8(text):
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"text is not Unicode: a lone surrogate {text[error.start]!r} at character "
-                        f"{error.start}; remove it, or replace it by U+FFFD") from error
+        raise UserError(
+            f"text is not Unicode: a lone surrogate {text[error.start]!r} at character "
+            f"{error.start}; remove it, or replace it by U+FFFD"
+        ) from error
 
 
 def check_ids(ids, vocab_size, name):
     """UserError unless every id is in [0, vocab_size)."""
     for position, token in enumerate(ids):
         if not 0 <= token < vocab_size:
-            raise UserError(f"token {token} at position {position} is outside the vocabulary of "
-                            f"{vocab_size} tokens of tokenizer {name}")
+            raise UserError(
+                f"token {token} at position {position} is outside the vocabulary of "
+                f"{vocab_size} tokens of tokenizer {name}"
+            )
 
 
 def guarded(function, *arguments):
@@ -160,11 +166,15 @@ def parse_world_vocabulary(path):
             token, value, size = int(head), ast.literal_eval(literal), int(length)
             value = value.encode("utf-8") if isinstance(value, str) else bytes(value)
         except (ValueError, SyntaxError, TypeError):
-            raise UserError(f"{path}, line {number}: {line[:60]!r} is not \"id 'token' length\"; "
-                            "give a World vocabulary such as rwkv_vocab_v20230424.txt") from None
+            raise UserError(
+                f"{path}, line {number}: {line[:60]!r} is not \"id 'token' length\"; "
+                "give a World vocabulary such as rwkv_vocab_v20230424.txt"
+            ) from None
         if len(value) != size or not 0 < token < 1 << 24:
-            raise UserError(f"{path}, line {number}: token {token} has {len(value)} bytes where the "
-                            f"line says {size}; the file is damaged, download it again")
+            raise UserError(
+                f"{path}, line {number}: token {token} has {len(value)} bytes where the "
+                f"line says {size}; the file is damaged, download it again"
+            )
         table.extend([None] * (token + 1 - len(table)))
         table[token] = value
     if len(table) == 1:
@@ -173,8 +183,9 @@ def parse_world_vocabulary(path):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="python -m rwkv_peft.data.tokenizer", allow_abbrev=False,
-                                     description="Print the token ids of a text.")
+    parser = argparse.ArgumentParser(
+        prog="python -m rwkv_peft.data.tokenizer", allow_abbrev=False, description="Print the token ids of a text."
+    )
     parser.add_argument("tokenizer", help="world, bytes, or a vocabulary file")
     parser.add_argument("text")
     options = parser.parse_args(argv)

@@ -28,30 +28,66 @@ from .text import TextStream
 
 
 def build_parser():
-    parser = Parser(prog="python -m rwkv_peft.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="python -m rwkv_peft.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--model", required=True, metavar="PTH", help="an RWKV-6 model")
-    add("--adapter", nargs="+", default=[], metavar="FILE", help="adapters to use it with, in order; not written anywhere")
-    add("--bone_mode", type=alias(MODE_ALIASES), choices=BONE_MODES,
-        help="variant of a .bone file that does not tell it, as in merge_bone.py")
+    add(
+        "--adapter",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="adapters to use it with, in order; not written anywhere",
+    )
+    add(
+        "--bone_mode",
+        type=alias(MODE_ALIASES),
+        choices=BONE_MODES,
+        help="variant of a .bone file that does not tell it, as in merge_bone.py",
+    )
     add("--lora_alpha", type=float, help="alpha of an RWKV-PEFT LoRA file")
     add("--lora_init", metavar="PTH", help="init_pissa.pth of an RWKV-PEFT PiSSA file")
     add("--any_base", action="store_true", help="use an adapter that was trained on another base of the same shape")
     add("--state", metavar="PTH", help="state to start from: time states, or what --save_state wrote")
     add("--save_state", metavar="PTH", help="write the state after the prompt and all that was generated")
     add("--prompt", nargs="+", metavar="TEXT", help="one prompt or several")
-    add("--prompt_file", metavar="FILE", help='.jsonl with a "prompt" in each line, or a text with a prompt a line; - reads lines')
+    add(
+        "--prompt_file",
+        metavar="FILE",
+        help='.jsonl with a "prompt" in each line, or a text with a prompt a line; - reads lines',
+    )
     add("--output", metavar="JSONL", help="write the lines of JSON to this file instead")
     add("--tokenizer", metavar="NAME", help="world, bytes, or a file; default by the model's vocabulary (65536, 257)")
     add("--max_tokens", type=int, default=256, help="longest continuation (default 256)")
     add("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end a continuation")
     add("--escapes", action="store_true", help=r"read \n, \t and \\ in --prompt and --stop as newline, tab, backslash")
-    add("--temperature", type=float, default=Sampling.temperature, help="0: always the most probable token (default %(default)s)")
-    add("--top_p", type=float, default=Sampling.top_p, help="share of the probability to draw from (default %(default)s)")
+    add(
+        "--temperature",
+        type=float,
+        default=Sampling.temperature,
+        help="0: always the most probable token (default %(default)s)",
+    )
+    add(
+        "--top_p",
+        type=float,
+        default=Sampling.top_p,
+        help="share of the probability to draw from (default %(default)s)",
+    )
     add("--top_k", type=int, default=Sampling.top_k, help="most tokens to draw from, 0: all (default %(default)s)")
-    add("--presence_penalty", type=float, default=Sampling.presence_penalty, help="off the logit of tokens generated before")
+    add(
+        "--presence_penalty",
+        type=float,
+        default=Sampling.presence_penalty,
+        help="off the logit of tokens generated before",
+    )
     add("--frequency_penalty", type=float, default=Sampling.frequency_penalty, help="the same for each time they were")
-    add("--penalty_decay", type=float, default=Sampling.penalty_decay, help="what a step leaves of those counts (default 1)")
+    add(
+        "--penalty_decay",
+        type=float,
+        default=Sampling.penalty_decay,
+        help="what a step leaves of those counts (default 1)",
+    )
     add("--seed", type=int, default=Sampling.seed, help="of the draws; prompt i has seed + i (default 0)")
     add("--batch", type=int, default=32, help="prompts decoded at once (default 32)")
     add("--precision", choices=("fp32", "bf16"), help="default: fp32, on a GPU bf16")
@@ -65,7 +101,10 @@ def main(argv):
     try:
         return run(args)
     except KeyboardInterrupt:
-        print("\ninterrupted" + (f"; the prompts that were complete are in {args.output}" if args.output else ""), file=sys.stderr)
+        print(
+            "\ninterrupted" + (f"; the prompts that were complete are in {args.output}" if args.output else ""),
+            file=sys.stderr,
+        )
         return 130
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -82,17 +121,32 @@ def run(args):
     if args.save_state and len(rows) > 1:
         raise UserError(f"--save_state keeps the state after one prompt, and there are {len(rows)}; give one")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, start = load_model(args.model, args.adapter, args.precision or ("bf16" if device == "cuda" else "fp32"), device,
-                              args.bone_mode, args.lora_init, args.lora_alpha,
-                              args.any_base)
+    model, start = load_model(
+        args.model,
+        args.adapter,
+        args.precision or ("bf16" if device == "cuda" else "fp32"),
+        device,
+        args.bone_mode,
+        args.lora_init,
+        args.lora_alpha,
+        args.any_base,
+    )
     if args.state:
         start = read_state_file(args.state, model)
     tokenizer = find_tokenizer(args.tokenizer, model.config.vocab_size)
     prompts = [encode(tokenizer, row["prompt"], number) for number, row in enumerate(rows)]
     streams = len(rows) == 1 and not args.output
     continuations = [Continuation(row, tokenizer, args.stop, show if streams else None) for row in rows]
-    steps = generate(model, prompts, sampling, args.max_tokens, lambda number, token: continuations[number].feed(token), start,
-                     args.batch, tokenizer.vocab_size)
+    steps = generate(
+        model,
+        prompts,
+        sampling,
+        args.max_tokens,
+        lambda number, token: continuations[number].feed(token),
+        start,
+        args.batch,
+        tokenizer.vocab_size,
+    )
     began = time.perf_counter()
     try:
         complete_all(steps, continuations, prints=not (streams or args.output))
@@ -101,7 +155,9 @@ def run(args):
         if args.output and lines:
             with atomic_write(args.output) as temporary:
                 # a lone surrogate of a row, which UTF-8 has no bytes for, is written as JSON's escape of it
-                temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
+                temporary.write_text(
+                    "".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace"
+                )
     if streams:
         show("\n")
     if args.output:
@@ -137,7 +193,9 @@ class Continuation:
 
     def line(self):
         """The row with what was generated, as JSON."""
-        return json.dumps(self.row | {"generated": self.text, "tokens": len(self.tokens), "end": self.end}, ensure_ascii=False)
+        return json.dumps(
+            self.row | {"generated": self.text, "tokens": len(self.tokens), "end": self.end}, ensure_ascii=False
+        )
 
     def _add(self, text):
         self.text += text

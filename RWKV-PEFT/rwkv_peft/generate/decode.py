@@ -116,8 +116,9 @@ def read_packed(model, pieces, state):
     """pieces: lists of tokens, one for each sequence of state -> logits after the last of each (n, V), State."""
     tokens = torch.tensor([token for piece in pieces for token in piece], device=state[0].wkv.device)
     ends = torch.tensor([len(piece) for piece in pieces], device=tokens.device).cumsum(0)
-    return model(tokens[None], state, cu_seqlens=F.pad(ends, (1, 0)),
-                 head=lambda x, weight: F.linear(x[0, ends - 1], weight))
+    return model(
+        tokens[None], state, cu_seqlens=F.pad(ends, (1, 0)), head=lambda x, weight: F.linear(x[0, ends - 1], weight)
+    )
 
 
 def selected(state, rows):
@@ -135,6 +136,8 @@ def check_finite(logits, rows, model):
     finite = torch.isfinite(logits.sum(-1))  # a sum of NaN or Inf is neither
     if not finite.all():
         row = rows[int(finite.logical_not().nonzero()[0])]
-        raise UserError(f"the model's logits are NaN or Inf for prompt {row.number} after {row.length} tokens: its weights "
-                        f"are damaged, or too large for {str(model.emb.weight.dtype).removeprefix('torch.')} "
-                        "(try --precision fp32)")
+        raise UserError(
+            f"the model's logits are NaN or Inf for prompt {row.number} after {row.length} tokens: its weights "
+            f"are damaged, or too large for {str(model.emb.weight.dtype).removeprefix('torch.')} "
+            "(try --precision fp32)"
+        )

@@ -21,8 +21,8 @@ def load_model(path, adapters=(), precision="fp32", device="cpu", mode=None, ini
     sequence that it starts from, or None where neither file holds time states.
 
     Folding an adapter in gives bit by bit the weights that merge_bone.py would write, so that the tokens are those of
-    the merged file and no step pays for the adapter. mode, init and alpha as in read_adapter; any_base allows an adapter
-    of another base of the same shape. Raises UserError as load_base, read_adapter and merging do.
+    the merged file and no step pays for the adapter. mode, init and alpha as in read_adapter; any_base allows an
+    adapter of another base of the same shape. Raises UserError as load_base, read_adapter and merging do.
     """
     tensors = load_base(path)
     if adapters:
@@ -83,12 +83,16 @@ def state_of(tensors, model, name):
     missing = [key for key in due if key not in tensors and (session or key.endswith(".time_state"))]
     if unexpected or missing:
         odd = f"there is no place for its {unexpected[0]}" if unexpected else f"it has no {missing[0]}"
-        raise UserError(f"{name} is no state of this model of {len(zeros)} layers: {odd}; give a .pth of time states "
-                        "made for this model, or one that --save_state wrote")
+        raise UserError(
+            f"{name} is no state of this model of {len(zeros)} layers: {odd}; give a .pth of time states "
+            "made for this model, or one that --save_state wrote"
+        )
     for key, tensor in tensors.items():
         if tensor.shape != due[key].shape:
-            raise UserError(f"{name}: {key} has shape {tuple(tensor.shape)}, and this model's is {tuple(due[key].shape)}; "
-                            "the state was made for another model")
+            raise UserError(
+                f"{name}: {key} has shape {tuple(tensor.shape)}, and this model's is {tuple(due[key].shape)}; "
+                "the state was made for another model"
+            )
         if not torch.isfinite(tensor).all():
             raise UserError(f"{name}: {key} holds NaN or Inf; make the state anew")
     due |= {key: (tensor.mT if key.endswith(".time_state") else tensor).to(due[key]) for key, tensor in tensors.items()}

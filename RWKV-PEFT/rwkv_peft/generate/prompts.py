@@ -15,15 +15,17 @@ def unescaped(text):
 
 
 def read_prompt_file(path):
-    """[{"prompt": text, …}] of a .jsonl, or of a text with a prompt a line ("-": standard input); blank lines are left out.
-    What a .jsonl holds besides the prompt stays with it. Raises UserError."""
+    """[{"prompt": text, …}] of a .jsonl, or of a text with a prompt a line ("-": standard input); blank lines are left
+    out. What a .jsonl holds besides the prompt stays with it. Raises UserError."""
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"--prompt_file {path}: {error.strerror}; check the name") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--prompt_file {path} is not UTF-8 (byte {error.start}); convert it") from error
-    text = text.removeprefix("\ufeff")  # the byte order mark of editors on Windows, which is no part of the first prompt
+    text = text.removeprefix(
+        "\ufeff"
+    )  # the byte order mark of editors on Windows, which is no part of the first prompt
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise UserError(f"--prompt_file {path} holds no prompt")
@@ -38,8 +40,10 @@ def read_line(path, number, line):
     except ValueError as error:
         raise UserError(f"{path}, line {number}: not JSON ({error}); one object a line is due") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise UserError(f'{path}, line {number}: an object with a "prompt" that is a text is due, as in '
-                        '{"prompt": "Once upon a time"}')
+        raise UserError(
+            f'{path}, line {number}: an object with a "prompt" that is a text is due, as in '
+            '{"prompt": "Once upon a time"}'
+        )
     return row
 
 
@@ -48,13 +52,17 @@ def find_tokenizer(name, vocab_size):
     if name is None:
         known = {65536: "world", 257: "bytes"}
         if vocab_size not in known:
-            raise UserError(f"the model has a vocabulary of {vocab_size} tokens, which tells no tokenizer; give --tokenizer "
-                            "world, bytes, or the file that it was trained with")
+            raise UserError(
+                f"the model has a vocabulary of {vocab_size} tokens, which tells no tokenizer; give --tokenizer "
+                "world, bytes, or the file that it was trained with"
+            )
         name = known[vocab_size]
     tokenizer = load_tokenizer(name)
     if tokenizer.vocab_size > vocab_size:
-        raise UserError(f"--tokenizer {name} has {tokenizer.vocab_size} tokens, and the model {vocab_size}; give the tokenizer "
-                        "that it was trained with")
+        raise UserError(
+            f"--tokenizer {name} has {tokenizer.vocab_size} tokens, and the model {vocab_size}; give the tokenizer "
+            "that it was trained with"
+        )
     return tokenizer
 
 
@@ -62,6 +70,8 @@ def encode(tokenizer, prompt, number):
     """The tokens of a prompt; an empty one is the start of a document."""
     tokens = tokenizer.encode(prompt)
     if not tokens and tokenizer.end_id is None:
-        raise UserError(f"prompt {number} is empty, and tokenizer {tokenizer.name} has no token that starts a document; "
-                        "give a prompt")
+        raise UserError(
+            f"prompt {number} is empty, and tokenizer {tokenizer.name} has no token that starts a document; "
+            "give a prompt"
+        )
     return tokens or [tokenizer.end_id]

@@ -43,8 +43,11 @@ class Sampling:
             ("presence_penalty", "a number from -1e30 to 1e30", abs(self.presence_penalty) <= 1e30),
             ("frequency_penalty", "a number from -1e30 to 1e30", abs(self.frequency_penalty) <= 1e30),
             ("penalty_decay", "a factor from 0 to 1 (1 forgets nothing)", 0 <= self.penalty_decay <= 1),
-            ("temperature", "0 (always the most probable token), or 1e-30 or more",
-             self.temperature == 0 or self.temperature >= 1e-30),
+            (
+                "temperature",
+                "0 (always the most probable token), or 1e-30 or more",
+                self.temperature == 0 or self.temperature >= 1e-30,
+            ),
             ("top_k", "a number of tokens, 0 for all", self.top_k >= 0),
             ("top_p", "a probability from 0 to 1 (1 keeps every token)", 0 <= self.top_p <= 1),
         ):

@@ -18,7 +18,9 @@ class TextStream:
         self.stops = tuple(stops)
         self.stopped = False
         self._held = ""
-        self._decoder = ByteDecoder(tokenizer.token_bytes) if hasattr(tokenizer, "token_bytes") else TailDecoder(tokenizer)
+        self._decoder = (
+            ByteDecoder(tokenizer.token_bytes) if hasattr(tokenizer, "token_bytes") else TailDecoder(tokenizer)
+        )
 
     def feed(self, token):
         """The text that token makes certain, perhaps ""."""
@@ -48,8 +50,8 @@ def overlap(text, stop):
 
 
 class ByteDecoder:
-    """For vocabularies of bytes: table holds the bytes of each token, None for one that stands for nothing. Token 0 ends
-    a document and has no text."""
+    """For vocabularies of bytes: table holds the bytes of each token, None for one that stands for nothing. Token 0
+    ends a document and has no text."""
 
     def __init__(self, table):
         self._table = table
@@ -66,8 +68,8 @@ class ByteDecoder:
 
 
 class TailDecoder:
-    """For any tokenizer that decodes lists: decodes the last tokens with and without the new one, because a token's text
-    may depend on the one before it."""
+    """For any tokenizer that decodes lists: decodes the last tokens with and without the new one, because a token's
+    text may depend on the one before it."""
 
     def __init__(self, tokenizer):
         self._decode = tokenizer.decode
@@ -89,4 +91,4 @@ class TailDecoder:
         return text
 
     def _text(self):
-        return self._decode(self._before + self._new)[len(self._decode(self._before)):]
+        return self._decode(self._before + self._new)[len(self._decode(self._before)) :]

@@ -8,8 +8,15 @@ from ..errors import UserError
 from .installed import add_member, configs
 
 # (init_weights, canonical name): "bat" is what peft 0.14 to 0.18 mean by it
-VARIANTS = ((True, "bone"), (False, "bone"), ("bone", "bone"), ("bat", "bat-out"), ("bat-out", "bat-out"),
-            ("bat-in", "bat-in"), ("mini", "bone-mini"))
+VARIANTS = (
+    (True, "bone"),
+    (False, "bone"),
+    ("bone", "bone"),
+    ("bat", "bat-out"),
+    ("bat-out", "bat-out"),
+    ("bat-in", "bat-in"),
+    ("mini", "bone-mini"),
+)
 # (setting, its default): peft 0.14 to 0.18 do not know these, so a file names them only where they are in use
 LATER_SETTINGS = (("bone_dropout", 0.0), ("mini_r", 0))
 
@@ -37,22 +44,30 @@ class BoneConfig(PeftConfig):
 
     r: int = field(default=64, metadata={"help": "Rank: the size of a block."})
     target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules that get an adapter: names, a regular expression or 'all-linear'."})
+        default=None, metadata={"help": "Modules that get an adapter: names, a regular expression or 'all-linear'."}
+    )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules that get none."})
     init_weights: bool | str = field(
-        default=True, metadata={"help": "True (bone), 'bat-in', 'bat-out' ('bat'), 'mini', or False (random bone)."})
+        default=True, metadata={"help": "True (bone), 'bat-in', 'bat-out' ('bat'), 'mini', or False (random bone)."}
+    )
     mini_r: int = field(default=0, metadata={"help": "Width of the repeated update where init_weights is 'mini'."})
     bone_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter's input."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of the layers to adapt."})
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt."}
+    )
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers, with layers_to_transform."})
+        default=None, metadata={"help": "Name of the list of layers, with layers_to_transform."}
+    )
     bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'bone_only'."})
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Other modules to train whole and to save with the adapter."})
+        default=None, metadata={"help": "Other modules to train whole and to save with the adapter."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        self.from_file = self.peft_type is not None  # adapter_config.json names the method, who calls this class does not
+        self.from_file = (
+            self.peft_type is not None
+        )  # adapter_config.json names the method, who calls this class does not
         self.peft_type = add_member("BONE")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -66,36 +81,52 @@ class BoneConfig(PeftConfig):
 
     def _check(self):
         if not issubclass(configs()[self.peft_type], BoneConfig):
-            raise UserError("the installed peft has a Bone of its own, and would take this BoneConfig for it: call "
-                            "rwkv_peft.hf.register(replace=True) to put this one in its place, or use peft.BoneConfig")
+            raise UserError(
+                "the installed peft has a Bone of its own, and would take this BoneConfig for it: call "
+                "rwkv_peft.hf.register(replace=True) to put this one in its place, or use peft.BoneConfig"
+            )
         if self.variant is None:
-            raise UserError(f"init_weights={self.init_weights!r} is unknown; give True (bone), 'bat-in', 'bat-out' "
-                            "(which peft calls 'bat'), 'mini', or False (random)")
+            raise UserError(
+                f"init_weights={self.init_weights!r} is unknown; give True (bone), 'bat-in', 'bat-out' "
+                "(which peft calls 'bat'), 'mini', or False (random)"
+            )
         for name in ("r", "mini_r"):
             if type(getattr(self, name)) is not int:
                 raise UserError(f"{name}={getattr(self, name)!r} is not a whole number; give one, such as 64")
         if self.r < 1:
             raise UserError(f"r={self.r} is not a rank; give 1 or more, usually 64")
         if self.variant == "bone-mini" and self.mini_r < 1:
-            raise UserError(f"init_weights='mini' needs mini_r, a width that divides the layers' outputs, and it is "
-                            f"{self.mini_r}")
+            raise UserError(
+                f"init_weights='mini' needs mini_r, a width that divides the layers' outputs, and it is {self.mini_r}"
+            )
         if self.variant != "bone-mini" and self.mini_r:
-            raise UserError(f"mini_r={self.mini_r} is for init_weights='mini', and that is {self.init_weights!r}; leave mini_r out, "
-                            "or give init_weights='mini'")
+            raise UserError(
+                f"mini_r={self.mini_r} is for init_weights='mini', and that is {self.init_weights!r}; leave mini_r "
+                "out, "
+                "or give init_weights='mini'"
+            )
         if not isinstance(self.bone_dropout, (int, float)) or not 0 <= self.bone_dropout < 1:
             raise UserError(f"bone_dropout={self.bone_dropout} is not a probability below 1")
         if self.bias not in ("none", "all", "bone_only"):
             raise UserError(f"bias={self.bias!r} is unknown; give 'none', 'all' or 'bone_only'")
-        if isinstance(self.modules_to_save, str):  # whose letters peft would take for the ends of names, and train much else
-            raise UserError(f"modules_to_save={self.modules_to_save!r} is no list of names; give [{self.modules_to_save!r}]")
+        if isinstance(
+            self.modules_to_save, str
+        ):  # whose letters peft would take for the ends of names, and train much else
+            raise UserError(
+                f"modules_to_save={self.modules_to_save!r} is no list of names; give [{self.modules_to_save!r}]"
+            )
         if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise UserError(f"layers_pattern={self.layers_pattern!r} says where layers_to_transform counts, and there is none; "
-                            "give layers_to_transform too, or leave both out")
+            raise UserError(
+                f"layers_pattern={self.layers_pattern!r} says where layers_to_transform counts, and there is none; "
+                "give layers_to_transform too, or leave both out"
+            )
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
-                    raise UserError(f"{name} works with a list of target_modules, and {self.target_modules!r} is one "
-                                    "expression; name the layers in it, or give a list")
+                    raise UserError(
+                        f"{name} works with a list of target_modules, and {self.target_modules!r} is one "
+                        "expression; name the layers in it, or give a list"
+                    )
 
     def to_dict(self):
         """The settings as they are saved: in the words that peft 0.14 to 0.18 know, wherever they know the thing."""

@@ -23,11 +23,19 @@ from .register import register
 
 BITS = ("bf16", "fp16", "fp32", "nf4", "int8")
 # (name in older trl and transformers, name in newer ones)
-RENAMED = (("max_seq_length", "max_length"), ("warmup_ratio", "warmup_steps"), ("evaluation_strategy", "eval_strategy"),
-           ("no_cuda", "use_cpu"), ("use_liger", "use_liger_kernel"))
+RENAMED = (
+    ("max_seq_length", "max_length"),
+    ("warmup_ratio", "warmup_steps"),
+    ("evaluation_strategy", "eval_strategy"),
+    ("no_cuda", "use_cpu"),
+    ("use_liger", "use_liger_kernel"),
+)
 # (name that newer ones dropped, what they do instead)
-DROPPED = (("overwrite_output_dir", "files of the same name are replaced"), ("save_safetensors", "checkpoints are safetensors"),
-           ("logging_dir", "TensorBoard's files go to OUTPUT_DIR/runs"))
+DROPPED = (
+    ("overwrite_output_dir", "files of the same name are replaced"),
+    ("save_safetensors", "checkpoints are safetensors"),
+    ("logging_dir", "TensorBoard's files go to OUTPUT_DIR/runs"),
+)
 
 
 @dataclass
@@ -35,18 +43,23 @@ class BoneArguments:
     """What this command takes beside SFTConfig's arguments."""
 
     base_model_name_or_path: str = field(metadata={"help": "Base model: a name on the hub, or a folder."})
-    data_path: str = field(metadata={"help": "Data: a name on the hub, a folder, or a .jsonl, .json, .csv or .parquet file."})
+    data_path: str = field(
+        metadata={"help": "Data: a name on the hub, a folder, or a .jsonl, .json, .csv or .parquet file."}
+    )
     dataset_split: str = field(default="train", metadata={"help": "Split, such as train[:100000]."})
     dataset_field: list[str] = field(
-        default_factory=lambda: ["query", "response"], metadata={"help": "The columns of question and answer."})
+        default_factory=lambda: ["query", "response"], metadata={"help": "The columns of question and answer."}
+    )
     bits: str = field(default="bf16", metadata={"help": f"How the frozen model is kept: {', '.join(BITS)}."})
     bone_r: int = field(default=64, metadata={"help": "Rank."})
     init_weights: str = field(
-        default="True", metadata={"help": "True (bone), bat-in, bat-out (also: bat), mini, or False (random bone)."})
+        default="True", metadata={"help": "True (bone), bat-in, bat-out (also: bat), mini, or False (random bone)."}
+    )
     mini_r: int = field(default=0, metadata={"help": "Width of the repeated update, with --init_weights mini."})
     bone_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter's input."})
     target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules to adapt; default: all linear layers but the head."})
+        default=None, metadata={"help": "Modules to adapt; default: all linear layers but the head."}
+    )
     merge_and_save: bool = field(default=False, metadata={"help": "Also write the merged model."})
 
 
@@ -61,25 +74,32 @@ def main(argv):
     resumed = checkpoint_to_resume(config, adapter_config)
     base = Path(arguments.base_model_name_or_path)
     if (base / "adapter_config.json").is_file():
-        raise UserError(f"--base_model_name_or_path {base} is an adapter of {read_config(base).get('base_model_name_or_path')}; "
-                        "give that model, or merge the adapter into it first")
+        raise UserError(
+            f"--base_model_name_or_path {base} is an adapter of {read_config(base).get('base_model_name_or_path')}; "
+            "give that model, or merge the adapter into it first"
+        )
     settings = model_settings(config)
     with refusals_of(f"--base_model_name_or_path {arguments.base_model_name_or_path}"):
         tokenizer = AutoTokenizer.from_pretrained(
             arguments.base_model_name_or_path,
-            **{name: settings[name] for name in ("revision", "trust_remote_code") if name in settings})
+            **{name: settings[name] for name in ("revision", "trust_remote_code") if name in settings},
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     data = load_data(arguments, tokenizer.eos_token)
     model = load_model(arguments.base_model_name_or_path, arguments.bits, settings)
     check_targets(arguments.target_modules or (), model)
     with refusals_of("these arguments"):
-        trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=adapter_config)
+        trainer = SFTTrainer(
+            model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=adapter_config
+        )
     if resumed is not None:
         check_layers(resumed, trainer.model)
     if not len(trainer.train_dataset):
-        raise UserError(f"none of the {len(data)} rows of --data_path {arguments.data_path} has a token of an answer within "
-                        f"--max_length {config.max_length}; raise that")
+        raise UserError(
+            f"none of the {len(data)} rows of --data_path {arguments.data_path} has a token of an answer within "
+            f"--max_length {config.max_length}; raise that"
+        )
     if arguments.bits in ("nf4", "int8"):
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:  # trl makes them bfloat16 on quantized models, where small steps are lost
@@ -125,14 +145,19 @@ def checkpoint_to_resume(config, adapter_config):
         if given is None:
             raise UserError(f"--resume_from_checkpoint True, and --output_dir {config.output_dir} has no checkpoint")
     if not all((Path(given) / name).is_file() for name in ("adapter_config.json", "trainer_state.json")):
-        raise UserError(f"--resume_from_checkpoint {given} is no folder with an adapter_config.json and a trainer_state.json; give a "
-                        "checkpoint-N folder")
+        raise UserError(
+            f"--resume_from_checkpoint {given} is no folder with an adapter_config.json and a trainer_state.json; "
+            "give a "
+            "checkpoint-N folder"
+        )
     saved, due = read_config(given), adapter_config.to_dict()
     for flag, name in (("bone_r", "r"), ("init_weights", "init_weights"), ("mini_r", "mini_r")):
         wanted, found = due.get(name, 0), saved.get(name, 0)
         if wanted != found:
-            raise UserError(f"--{flag} {wanted} differs from the checkpoint's {found} ({given}); give the same, or start anew "
-                            "without --resume_from_checkpoint")
+            raise UserError(
+                f"--{flag} {wanted} differs from the checkpoint's {found} ({given}); give the same, or start anew "
+                "without --resume_from_checkpoint"
+            )
     return str(given)
 
 
@@ -143,8 +168,10 @@ def check_layers(checkpoint, model):
     with refusals_of(f"--resume_from_checkpoint {checkpoint}"):
         saved, due = set(load_peft_weights(checkpoint, device="cpu")), set(get_peft_model_state_dict(model))
     if saved != due:
-        raise UserError(f"the adapter of --resume_from_checkpoint {checkpoint} is one of other layers than this run's, such as "
-                        f"{min(saved ^ due)}; give the same --target_modules, or start anew without --resume_from_checkpoint")
+        raise UserError(
+            f"the adapter of --resume_from_checkpoint {checkpoint} is one of other layers than this run's, such as "
+            f"{min(saved ^ due)}; give the same --target_modules, or start anew without --resume_from_checkpoint"
+        )
 
 
 def parse(argv):
@@ -152,7 +179,9 @@ def parse(argv):
     from transformers import HfArgumentParser
     from trl import SFTConfig
 
-    argv = adapt(argv, {item.name for item in fields(SFTConfig)}, torch.accelerator.is_available(), torch.cuda.is_available())
+    argv = adapt(
+        argv, {item.name for item in fields(SFTConfig)}, torch.accelerator.is_available(), torch.cuda.is_available()
+    )
     parser = HfArgumentParser((BoneArguments, SFTConfig), allow_abbrev=False, prog="bone_finetuning.py")
     parser.error = refuse
     with refusals_of("these arguments"):
@@ -167,11 +196,15 @@ def parse(argv):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)} is no number of {unit}; give 1 or more")
     if config.max_length is not None and config.max_length < 1:
-        raise UserError(f"--max_length {config.max_length} is no number of tokens; give 1 or more, or a large one for no limit")
+        raise UserError(
+            f"--max_length {config.max_length} is no number of tokens; give 1 or more, or a large one for no limit"
+        )
     if not 0 <= config.learning_rate < float("inf"):
         raise UserError(f"--learning_rate {config.learning_rate} is no rate; give a number such as 2e-5")
     if len(arguments.target_modules or ()) > 1 and "all-linear" in arguments.target_modules:
-        raise UserError(f"--target_modules {' '.join(arguments.target_modules)}: all-linear stands alone; leave the names or it out")
+        raise UserError(
+            f"--target_modules {' '.join(arguments.target_modules)}: all-linear stands alone; leave the names or it out"
+        )
     if len(arguments.dataset_field) != 2:
         raise UserError(f"--dataset_field takes two columns, question and answer, and got {arguments.dataset_field}")
     return arguments, config
@@ -184,8 +217,8 @@ def refuse(message):
 def adapt(argv, known, accelerator, cuda):
     """Arguments as the installed trl and transformers take them, with a word about each that is changed.
 
-    known: the names of SFTConfig's arguments; accelerator, cuda: whether this machine has any device beside the CPU, and a
-    CUDA one. Raises UserError where an argument is given under both its names.
+    known: the names of SFTConfig's arguments; accelerator, cuda: whether this machine has any device beside the CPU,
+    and a CUDA one. Raises UserError where an argument is given under both its names.
     """
     argv = [part for argument in argv for part in (argument.split("=", 1) if argument.startswith("--") else [argument])]
     argv = [part.replace("-", "_").replace("__", "--", 1) if part.startswith("--") else part for part in argv]
@@ -222,17 +255,25 @@ def bone_config(arguments):
     init_weights = {"true": True, "false": False}.get(arguments.init_weights.lower(), arguments.init_weights)
     targets = arguments.target_modules or ["all-linear"]
     return BoneConfig(
-        r=arguments.bone_r, init_weights=init_weights, mini_r=arguments.mini_r, bone_dropout=arguments.bone_dropout,
-        target_modules=targets[0] if len(targets) == 1 and targets[0] == "all-linear" else targets, task_type="CAUSAL_LM")
+        r=arguments.bone_r,
+        init_weights=init_weights,
+        mini_r=arguments.mini_r,
+        bone_dropout=arguments.bone_dropout,
+        target_modules=targets[0] if len(targets) == 1 and targets[0] == "all-linear" else targets,
+        task_type="CAUSAL_LM",
+    )
 
 
 def model_settings(config):
-    """--trust_remote_code and --model_init_kwargs, which trl heeds only for a model that it loads itself, taken from config."""
+    """--trust_remote_code and --model_init_kwargs, which trl heeds only for a model that it loads itself, taken from
+    config."""
     settings = {"trust_remote_code": True} if getattr(config, "trust_remote_code", False) else {}
     settings |= config.model_init_kwargs or {}
     for name in ("dtype", "torch_dtype", "quantization_config"):
         if name in settings:
-            raise UserError(f"--model_init_kwargs gives {name}, and --bits says how the model is kept; leave {name} out")
+            raise UserError(
+                f"--model_init_kwargs gives {name}, and --bits says how the model is kept; leave {name} out"
+            )
     config.model_init_kwargs = None
     return settings
 
@@ -255,11 +296,15 @@ def load_data(arguments, end):
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
-    kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(arguments.data_path).suffix.lower())
+    kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(
+        Path(arguments.data_path).suffix.lower()
+    )
     if kind is not None and not Path(arguments.data_path).is_file():
         raise UserError(f"--data_path {arguments.data_path} does not exist")
     if kind is None and Path(arguments.data_path).is_file():
-        raise UserError(f"--data_path {arguments.data_path} is no .jsonl, .json, .csv or .parquet file; convert it to one of them")
+        raise UserError(
+            f"--data_path {arguments.data_path} is no .jsonl, .json, .csv or .parquet file; convert it to one of them"
+        )
     if kind is not None and not Path(arguments.data_path).stat().st_size:
         raise UserError(f"--data_path {arguments.data_path} is empty")
     files = {} if kind is None else {"data_files": arguments.data_path}
@@ -269,12 +314,16 @@ def load_data(arguments, end):
         except DatasetGenerationError as error:
             raise UserError(f"--data_path {arguments.data_path}: {error.__cause__ or error}") from error
         except ConnectionError as error:
-            raise UserError(f"--data_path {arguments.data_path} is no folder and no .jsonl, .json, .csv or .parquet file here, and "
-                            f"the hub cannot be reached: {error}") from error
+            raise UserError(
+                f"--data_path {arguments.data_path} is no folder and no .jsonl, .json, .csv or .parquet file here, and "
+                f"the hub cannot be reached: {error}"
+            ) from error
     missing = [name for name in arguments.dataset_field if name not in data.column_names]
     if missing:
-        raise UserError(f"{arguments.data_path} has no column {', '.join(missing)}; it has {', '.join(data.column_names)}: "
-                        "name two of them with --dataset_field QUESTION ANSWER")
+        raise UserError(
+            f"{arguments.data_path} has no column {', '.join(missing)}; it has {', '.join(data.column_names)}: "
+            "name two of them with --dataset_field QUESTION ANSWER"
+        )
     question, answer = arguments.dataset_field
 
     def as_prompt(row, index):

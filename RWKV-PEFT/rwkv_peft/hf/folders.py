@@ -17,8 +17,10 @@ def bone_to_miss(source, target):
     """Write the BONE folder `source` as a MISS folder `target`; raises UserError for bat-in, which MiSS lacks."""
     config, tensors = read(source, "BONE")
     if config.get("init_weights") == "bat-in":
-        raise UserError(f"{source} is a bat-in adapter, and MiSS has bone, bat-out and mini alone; merge it instead "
-                        "(merge_and_unload)")
+        raise UserError(
+            f"{source} is a bat-in adapter, and MiSS has bone, bat-out and mini alone; merge it instead "
+            "(merge_and_unload)"
+        )
     write(target, rename(config, "bone", "miss"), rename(tensors, "bone", "miss"))
 
 
@@ -96,7 +98,9 @@ def write(folder, config, tensors):
 
 def main(argv):
     """Convert one folder into the other kind."""
-    parser = Parser(prog="python -m rwkv_peft.hf.folders", description="Turn a BONE adapter folder into a MISS one, or back.")
+    parser = Parser(
+        prog="python -m rwkv_peft.hf.folders", description="Turn a BONE adapter folder into a MISS one, or back."
+    )
     parser.add_argument("source", help="a folder that save_pretrained wrote")
     parser.add_argument("target", help="the folder to write")
     args = parser.parse_args(argv)

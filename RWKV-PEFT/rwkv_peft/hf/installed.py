@@ -34,8 +34,10 @@ def check_version():
     """Raises UserError for a peft on which Bone was not tried."""
     if not FIRST_KNOWN <= version() < FIRST_UNKNOWN:
         first, last = ".".join(map(str, FIRST_KNOWN)), f"{FIRST_UNKNOWN[0]}.{FIRST_UNKNOWN[1] - 1}"
-        raise UserError(f"rwkv_peft.hf knows peft {first} to {last}, and {peft.__version__} is installed; "
-                        f"pip install 'peft>={first},<{FIRST_UNKNOWN[0]}.{FIRST_UNKNOWN[1]}'")
+        raise UserError(
+            f"rwkv_peft.hf knows peft {first} to {last}, and {peft.__version__} is installed; "
+            f"pip install 'peft>={first},<{FIRST_UNKNOWN[0]}.{FIRST_UNKNOWN[1]}'"
+        )
 
 
 def add_member(name):
@@ -51,8 +53,10 @@ def add_member(name):
         PeftType._value2member_map_[name] = member
     member = PeftType[name]
     if PeftType(name) is not member or getattr(PeftType, name) is not member or member not in list(PeftType):
-        raise RuntimeError(f"PeftType could not be extended by {name}: this Python keeps the members of an Enum in "
-                           "another way than 3.10 to 3.13 do")
+        raise RuntimeError(
+            f"PeftType could not be extended by {name}: this Python keeps the members of an Enum in "
+            "another way than 3.10 to 3.13 do"
+        )
     return member
 
 

@@ -81,8 +81,10 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(x, *args, **kwargs)
         if self.quantized and offloaded(self.base_layer):
-            raise UserError(f"{self.name} is quantized and offloaded, and Bone needs its weight again in the backward pass; "
-                            "give a device_map that keeps it on one device")
+            raise UserError(
+                f"{self.name} is quantized and offloaded, and Bone needs its weight again in the backward pass; "
+                "give a device_map that keeps it on one device"
+            )
         self._gather()
         dtype = x.dtype
         x = onload((self.base_layer, self.bone_block), x)
@@ -122,8 +124,10 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         if not self.training or not any(self.bone_dropout[name].p for name in names):
             return x
         if len(names) > 1:
-            raise UserError("bone_dropout is defined for one active adapter; activate one with set_adapter, or leave the "
-                            "dropout out")
+            raise UserError(
+                "bone_dropout is defined for one active adapter; activate one with set_adapter, or leave the "
+                "dropout out"
+            )
         return self.bone_dropout[names[0]](x)
 
     def _change(self, names):
@@ -153,29 +157,35 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         if not names:
             return
         if self.quantized:
-            raise UserError(f"{self.name} is quantized, and merging would round the adapter away; load the base model "
-                            "without quantization, PeftModel.from_pretrained(base, adapter) on it, and merge that")
+            raise UserError(
+                f"{self.name} is quantized, and merging would round the adapter away; load the base model "
+                "without quantization, PeftModel.from_pretrained(base, adapter) on it, and merge that"
+            )
         check_parameter(self.base_layer, self.name)
         weight = self.get_base_layer().weight
         if weight.is_meta and offloaded(self.base_layer):
             with onload_layer(self):
                 return self.merge(safe_merge, names)
         if weight.numel() != self.in_features * self.out_features:
-            raise UserError(f"the weight of {self.name} is spread over processes by ZeRO-3; save the adapter, and merge it "
-                            "in a process without DeepSpeed")
+            raise UserError(
+                f"the weight of {self.name} is spread over processes by ZeRO-3; save the adapter, and merge it "
+                "in a process without DeepSpeed"
+            )
         merged = weight.data.to(exact(weight))
         for name in names:
             merged = merged + delta(self.bone_config[name].variant, merged, {"bone": self.bone_block[name].detach()})
         if safe_merge and not torch.isfinite(merged.to(weight.dtype)).all():
-            raise UserError(f"{self.name}: merging {', '.join(names)} gives values that are not finite; the adapter is "
-                            "broken. This layer stays as it was; load the model anew, since others may be merged")
+            raise UserError(
+                f"{self.name}: merging {', '.join(names)} gives values that are not finite; the adapter is "
+                "broken. This layer stays as it was; load the model anew, since others may be merged"
+            )
         weight.data = merged.to(weight.dtype)
         self.merged_adapters += names
 
     def unmerge(self):
         """Take all merged adapters out of the base weight again, up to the rounding of its dtype."""
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.")
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         weight = self.get_base_layer().weight
         if weight.is_meta and offloaded(self.base_layer):
@@ -201,15 +211,21 @@ class BoneLinear(nn.Module, BaseTunerLayer):
             if saved is None:
                 continue
             if self.bone_block[name].is_meta and not local_metadata.get("assign_to_params_buffers"):
-                raise UserError(f"the adapter of {self.name} has no memory to be loaded into. For a base model that is partly "
-                                "on disk: model = get_peft_model(base, PeftConfig.from_pretrained(adapter)), then "
-                                "set_peft_model_state_dict(model, load_peft_weights(adapter))")
+                raise UserError(
+                    f"the adapter of {self.name} has no memory to be loaded into. For a base model that is partly "
+                    "on disk: model = get_peft_model(base, PeftConfig.from_pretrained(adapter)), then "
+                    "set_peft_model_state_dict(model, load_peft_weights(adapter))"
+                )
             # A pre-release peft saved block affine adapters (3-D) with init_weights true, which means bone (2-D) since.
             if saved.dim() == 3 and self.bone_block[name].dim() == 2:
-                if not (config.from_file and config.init_weights in (True, "bat")):  # "bat": said so by the layer before
-                    raise UserError(f"the file holds a block affine adapter for {self.name}, and this one is {config.variant}, "
-                                    f"init_weights={config.init_weights!r}; load it with PeftModel.from_pretrained or load_adapter "
-                                    "under another name, which read its own settings")
+                if not (
+                    config.from_file and config.init_weights in (True, "bat")
+                ):  # "bat": said so by the layer before
+                    raise UserError(
+                        f"the file holds a block affine adapter for {self.name}, and this one is {config.variant}, "
+                        f"init_weights={config.init_weights!r}; load it with PeftModel.from_pretrained or load_adapter "
+                        "under another name, which read its own settings"
+                    )
                 config.init_weights = "bat"
                 shape = block_shape(config, self.in_features, self.out_features, self.name)
                 old = self.bone_block[name]
@@ -219,7 +235,7 @@ class BoneLinear(nn.Module, BaseTunerLayer):
     def scale_layer(self, scale):
         """Bone has no scale."""
         if scale != 1:
-            warnings.warn("Bone has no scale; it stays 1.")
+            warnings.warn("Bone has no scale; it stays 1.", stacklevel=2)
 
     def unscale_layer(self, scale=None):
         """Bone has no scale."""
@@ -249,16 +265,19 @@ def block_shape(config, in_features, out_features, name):
     rank, variant = config.r, config.variant
     if variant in ("bat-in", "bat-out"):
         if in_features % rank or out_features % rank:
-            raise UserError(f"{variant} needs r to divide both widths of a layer, and {name} is {in_features} -> "
-                            f"{out_features} with r={rank}; try r={nearest_divisor(in_features, out_features, rank)}, "
-                            "or init_weights=True, which fits any width")
+            raise UserError(
+                f"{variant} needs r to divide both widths of a layer, and {name} is {in_features} -> "
+                f"{out_features} with r={rank}; try r={nearest_divisor(in_features, out_features, rank)}, "
+                "or init_weights=True, which fits any width"
+            )
         return (in_features if variant == "bat-in" else out_features) // rank, rank, rank
     if rank > in_features:
         raise UserError(f"r={rank} is more than the {in_features} inputs of {name}; give a smaller r")
     if variant == "bone-mini":
         if out_features % config.mini_r:
-            raise UserError(f"mini_r={config.mini_r} does not divide the {out_features} outputs of {name}; give one that "
-                            "does")
+            raise UserError(
+                f"mini_r={config.mini_r} does not divide the {out_features} outputs of {name}; give one that does"
+            )
         return rank, config.mini_r
     return rank, out_features
 
@@ -281,5 +300,6 @@ def inverse(variant, block, name="the layer"):
     try:
         return -torch.linalg.solve(torch.eye(block.shape[-1], device=block.device, dtype=block.dtype) + block, block)
     except torch.linalg.LinAlgError as error:
-        raise UserError(f"{name}: merging cannot be undone, because I + B has no inverse ({error}); load the base model "
-                        "anew") from error
+        raise UserError(
+            f"{name}: merging cannot be undone, because I + B has no inverse ({error}); load the base model anew"
+        ) from error

@@ -4,7 +4,6 @@ from contextlib import contextmanager
 
 from peft import utils
 from peft.tuners.tuners_utils import BaseTunerLayer
-
 from torch import nn
 
 from ..errors import UserError
@@ -15,11 +14,23 @@ from .layer import BoneLinear
 # Layers of transformers' modules whose weights those read without calling them: Mamba's for fused kernels, and dt_proj
 # in plain torch too.
 NEVER_CALLED = (
-    "MambaMixer.x_proj", "MambaMixer.dt_proj", "MambaMixer.out_proj",
-    "FalconMambaMixer.x_proj", "FalconMambaMixer.dt_proj", "FalconMambaMixer.out_proj",
-    "JambaMambaMixer.dt_proj", "Mamba2Mixer.out_proj", "BambaMixer.out_proj", "FalconH1Mixer.out_proj",
-    "GraniteMoeHybridMambaLayer.out_proj", "NemotronHMamba2Mixer.out_proj", "Zamba2MambaMixer.out_proj",
-    "WavLMAttention.q_proj", "WavLMAttention.k_proj", "WavLMAttention.v_proj", "WavLMAttention.out_proj",
+    "MambaMixer.x_proj",
+    "MambaMixer.dt_proj",
+    "MambaMixer.out_proj",
+    "FalconMambaMixer.x_proj",
+    "FalconMambaMixer.dt_proj",
+    "FalconMambaMixer.out_proj",
+    "JambaMambaMixer.dt_proj",
+    "Mamba2Mixer.out_proj",
+    "BambaMixer.out_proj",
+    "FalconH1Mixer.out_proj",
+    "GraniteMoeHybridMambaLayer.out_proj",
+    "NemotronHMamba2Mixer.out_proj",
+    "Zamba2MambaMixer.out_proj",
+    "WavLMAttention.q_proj",
+    "WavLMAttention.k_proj",
+    "WavLMAttention.v_proj",
+    "WavLMAttention.out_proj",
 )
 
 
@@ -43,11 +54,15 @@ class BoneModel(tuner_for(BoneLinear)):
     def _check_new_adapter_config(self, config):
         super()._check_new_adapter_config(config)
         if not isinstance(config, BoneConfig):
-            raise UserError("this configuration is of the Bone that peft had before rwkv_peft.hf.register(replace=True); "
-                            "import BoneConfig from rwkv_peft.hf, or from peft after that call")
+            raise UserError(
+                "this configuration is of the Bone that peft had before rwkv_peft.hf.register(replace=True); "
+                "import BoneConfig from rwkv_peft.hf, or from peft after that call"
+            )
         if config.bias != "none" and version() < SAVES_BIASES:
-            raise UserError(f"bias={config.bias!r} trains biases, and peft {'.'.join(map(str, version()))} would not save them; "
-                            f"take peft {'.'.join(map(str, SAVES_BIASES))} or newer, or bias='none'")
+            raise UserError(
+                f"bias={config.bias!r} trains biases, and peft {'.'.join(map(str, version()))} would not save them; "
+                f"take peft {'.'.join(map(str, SAVES_BIASES))} or newer, or bias='none'"
+            )
 
     def inject_adapter(self, model, adapter_name, *args, **settings):
         """As peft has it; what cannot be honoured leaves the model as it was."""
@@ -64,8 +79,10 @@ class BoneModel(tuner_for(BoneLinear)):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, adapter_names=None, **_):
         if adapter_names is not None:
-            raise UserError("Bone cannot give each row of a batch an adapter of its own (adapter_names); make a batch of rows "
-                            "that share one, and choose it with set_adapter")
+            raise UserError(
+                "Bone cannot give each row of a batch an adapter of its own (adapter_names); make a batch of rows "
+                "that share one, and choose it with set_adapter"
+            )
         yield
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **_):
@@ -74,14 +91,20 @@ class BoneModel(tuner_for(BoneLinear)):
             self._undo.append(lambda: target.drop_layer(adapter_name))
             return
         if isinstance(parent, BaseTunerLayer):  # peft 0.14 takes all-linear for the insides of an adapter's layers too
-            raise UserError(f"{current_key} is inside of an adapter's layer; name the target_modules of a second adapter, "
-                            "instead of 'all-linear'")
+            raise UserError(
+                f"{current_key} is inside of an adapter's layer; name the target_modules of a second adapter, "
+                "instead of 'all-linear'"
+            )
         if isinstance(target, BaseTunerLayer):
-            raise UserError(f"{current_key} has an adapter of another method, {type(target).__name__}; merge or unload that "
-                            "first (merge_and_unload)")
+            raise UserError(
+                f"{current_key} has an adapter of another method, {type(target).__name__}; merge or unload that "
+                "first (merge_and_unload)"
+            )
         if isinstance(parent, nn.MultiheadAttention) or f"{type(parent).__name__}.{target_name}" in NEVER_CALLED:
-            raise UserError(f"{current_key} is inside of a {type(parent).__name__}, which reads its weight without calling it; "
-                            "leave it out of target_modules (exclude_modules)")
+            raise UserError(
+                f"{current_key} is inside of a {type(parent).__name__}, which reads its weight without calling it; "
+                "leave it out of target_modules (exclude_modules)"
+            )
         layer = BoneLinear(target, adapter_name, peft_config, name=current_key)
         self._undo.append(lambda: setattr(parent, target_name, target))
         if adapter_name not in self.active_adapters:

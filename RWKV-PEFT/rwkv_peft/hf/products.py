@@ -30,16 +30,20 @@ def product_for(layer, name):
     if plain and layer.weight.dtype in DENSE_DTYPES:
         return DENSE
     kind = type(layer).__name__ + (f" of {layer.weight.dtype}" if isinstance(layer, nn.Linear) else "")
-    raise UserError(f"{name} is a {kind}, and Bone works on torch.nn.Linear and on the 4-bit and 8-bit layers of bitsandbytes; "
-                    "leave it out of target_modules (where you named none: name those that Bone is to adapt)")
+    raise UserError(
+        f"{name} is a {kind}, and Bone works on torch.nn.Linear and on the 4-bit and 8-bit layers of bitsandbytes; "
+        "leave it out of target_modules (where you named none: name those that Bone is to adapt)"
+    )
 
 
 def check_parameter(layer, name):
     """UserError where a layer's weight is no parameter, but computed anew for each forward."""
     if "weight" not in layer._parameters:
-        raise UserError(f"the weight of {name} is computed from other tensors (pruning, weight_norm, a parametrization), and what "
-                        "is merged into it would be lost; make it a parameter first: torch.nn.utils.prune.remove, "
-                        "remove_weight_norm or parametrize.remove_parametrizations")
+        raise UserError(
+            f"the weight of {name} is computed from other tensors (pruning, weight_norm, a parametrization), and what "
+            "is merged into it would be lost; make it a parameter first: torch.nn.utils.prune.remove, "
+            "remove_weight_norm or parametrize.remove_parametrizations"
+        )
 
 
 def keep_unpacked(layer):

@@ -1,5 +1,5 @@
-"""Products with the small square matrices of Bone's block affine forms on the CPU: builds cuda/blocks_cpu.cpp on first use
-and calls it through its C interface.
+"""Products with the small square matrices of Bone's block affine forms on the CPU: builds cuda/blocks_cpu.cpp on first
+use and calls it through its C interface.
 
 float32 and bfloat16 tensors; where `takes` says no, the callers' plain torch form serves. Rows of tensors that are only
 read may lie apart; the others are contiguous. Gradients of these functions are in adapters/functional.py and
@@ -37,7 +37,8 @@ def affine(x, bone, level=None):
     _check_shards(x, rank, bone.shape[0])
     z, shift = x.new_empty(x.shape), x.new_empty(x.shape[0], rank)
     _library(level or best_level()).blocks_affine(
-        *_strided(x), bone.contiguous().data_ptr(), z.data_ptr(), shift.data_ptr(), *x.shape, rank, *_kind(x))
+        *_strided(x), bone.contiguous().data_ptr(), z.data_ptr(), shift.data_ptr(), *x.shape, rank, *_kind(x)
+    )
     return z, shift
 
 
@@ -51,8 +52,16 @@ def affine_backward_(dz, g, x, bone, level=None):
     _check_shards(g, bone.shape[-1])
     d_bone = None if x is None else torch.zeros(bone.shape)
     _library(level or best_level()).blocks_affine_backward(
-        dz.data_ptr(), *_strided(g), *((None, 0) if x is None else _strided(x)), bone.contiguous().data_ptr(),
-        None if x is None else d_bone.data_ptr(), *dz.shape, g.shape[1], bone.shape[-1], *_kind(dz))
+        dz.data_ptr(),
+        *_strided(g),
+        *((None, 0) if x is None else _strided(x)),
+        bone.contiguous().data_ptr(),
+        None if x is None else d_bone.data_ptr(),
+        *dz.shape,
+        g.shape[1],
+        bone.shape[-1],
+        *_kind(dz),
+    )
     return None if x is None else d_bone.to(bone.dtype)
 
 
@@ -64,7 +73,8 @@ def merge(rows, bone, level=None):
 
 
 def merge_backward_(d, rows, bone, level=None):
-    """Turn d (a r, in), contiguous, the gradient of merge(rows, bone), into that matrix itself; -> the gradient of bone."""
+    """Turn d (a r, in), contiguous, the gradient of merge(rows, bone), into that matrix itself; -> the gradient of
+    bone."""
     d_bone = torch.zeros(bone.shape)
     _merge(rows, bone, d, d_bone, level)
     return d_bone.to(bone.dtype)
@@ -76,12 +86,20 @@ def _merge(rows, bone, merged, d_bone, level):
     if rows.shape[0] != count * rank:
         raise ValueError(f"{rows.shape[0]} rows are not {count} blocks of {rank}")
     _library(level or best_level()).blocks_merge(
-        rows.data_ptr(), bone.contiguous().data_ptr(), merged.data_ptr(), None if d_bone is None else d_bone.data_ptr(),
-        count, rows.shape[1], rank, *_kind(rows))
+        rows.data_ptr(),
+        bone.contiguous().data_ptr(),
+        merged.data_ptr(),
+        None if d_bone is None else d_bone.data_ptr(),
+        count,
+        rows.shape[1],
+        rank,
+        *_kind(rows),
+    )
 
 
 def transposed(x, level=None):
-    """x (T, n) -> (n, T): a view, except where the matrix unit's products take a copy in half the time (bfloat16 on AMX)."""
+    """x (T, n) -> (n, T): a view, except where the matrix unit's products take a copy in half the time (bfloat16 on
+    AMX)."""
     if x.dtype != torch.bfloat16 or not takes(x) or (level or best_level()) != "amx":
         return x.t()
     x = _rows(x)
@@ -101,10 +119,11 @@ def shard_sum(x, rank, level=None):
 def add_tiled_(y, tile, level=None):
     """y (T, n), contiguous, += tile (T, r) repeated along its rows, cut at n."""
     _library(level or best_level()).blocks_add_tiled(
-        y.data_ptr(), tile.contiguous().data_ptr(), *y.shape, tile.shape[1], *_kind(y))
+        y.data_ptr(), tile.contiguous().data_ptr(), *y.shape, tile.shape[1], *_kind(y)
+    )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def best_level():
     """The fastest of LEVELS that works here; None where no compiler is."""
     best = cpu.best_level()
@@ -114,7 +133,7 @@ def best_level():
     return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def available(level):
     """Whether this processor has one of LEVELS and its kernels can be built."""
     if LEVELS.index(level) < LEVELS.index(cpu.best_level()) and (level != "amx" or cpu.best_level() != "avx512bf16"):
@@ -125,7 +144,7 @@ def available(level):
         return False
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _library(level):
     return build(f"blocks_cpu_{level}", level_flags()[level])
 
@@ -141,7 +160,9 @@ def build(name, flags, headers=()):
     sources = source_directory()
     command = (cpu.find_compiler(), *cpu.COMMON_FLAGS, *flags)
     headers = [*sorted(sources.glob("blocks_*.h")), sources / "bfloat16.h", *headers]
-    path = build_library(name, [Unit(sources / "blocks_cpu.cpp", command)], (command[0], "-shared", "-fopenmp"), headers)
+    path = build_library(
+        name, [Unit(sources / "blocks_cpu.cpp", command)], (command[0], "-shared", "-fopenmp"), headers
+    )
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:

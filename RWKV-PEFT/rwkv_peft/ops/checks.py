@@ -15,7 +15,9 @@ def check(r, k, v, w, u, state, cu_seqlens):
         if x.shape != v.shape:
             raise ValueError(f"wkv6: {name} is {tuple(x.shape)} and v {tuple(v.shape)}; r k v w share one (B, T, H, N)")
     if T == 0 or B == 0 or H == 0:
-        raise ValueError(f"wkv6: v is {tuple(v.shape)}; B, T and H must be at least 1: skip the call for an empty batch")
+        raise ValueError(
+            f"wkv6: v is {tuple(v.shape)}; B, T and H must be at least 1: skip the call for an empty batch"
+        )
     if N % 4 or not 0 < N <= MAX_HEAD_SIZE:
         raise ValueError(
             f"wkv6: head size {N}; it must be a multiple of 4, from 4 to {MAX_HEAD_SIZE}: "
@@ -33,7 +35,9 @@ def check(r, k, v, w, u, state, cu_seqlens):
         if x is None:
             continue
         if x.device != v.device:
-            raise ValueError(f"wkv6: {name} is on {x.device} and v on {v.device}; move it with {name}.to({str(v.device)!r})")
+            raise ValueError(
+                f"wkv6: {name} is on {x.device} and v on {v.device}; move it with {name}.to({str(v.device)!r})"
+            )
         if name != "cu_seqlens" and x.dtype not in DTYPES:
             raise ValueError(f"wkv6: {name} is {x.dtype}; it must be a float type: convert it with {name}.float()")
 
@@ -41,7 +45,9 @@ def check(r, k, v, w, u, state, cu_seqlens):
 def _check_cu_seqlens(cu_seqlens, B, T):
     """The number of sequences that cu_seqlens packs into the one row of T tokens."""
     if not isinstance(cu_seqlens, torch.Tensor):
-        raise ValueError(f"wkv6: cu_seqlens is a {type(cu_seqlens).__name__}; give a tensor, torch.tensor([0, ..., {T}])")
+        raise ValueError(
+            f"wkv6: cu_seqlens is a {type(cu_seqlens).__name__}; give a tensor, torch.tensor([0, ..., {T}])"
+        )
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
         raise ValueError(
             f"wkv6: cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; it must be (n + 1,) int32 or int64, "
@@ -80,9 +86,9 @@ def check_bounds(cu_seqlens, T):
 def as_int64(cu_seqlens, T):
     """cu_seqlens as the kernels take it; a converted copy of a tensor that passed has passed, too."""
     plain = cu_seqlens.to(torch.int64).contiguous()
-    if plain is not cu_seqlens and not torch.compiler.is_compiling():
-        if getattr(cu_seqlens, "_wkv6_checked", None) == _mark(cu_seqlens, T):
-            plain._wkv6_checked = _mark(plain, T)
+    converted = plain is not cu_seqlens and not torch.compiler.is_compiling()
+    if converted and getattr(cu_seqlens, "_wkv6_checked", None) == _mark(cu_seqlens, T):
+        plain._wkv6_checked = _mark(plain, T)
     return plain
 
 

@@ -26,7 +26,7 @@ def unavailable(level=""):
     return _unavailable(level)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _unavailable(level):
     best = best_level()
     if level and LEVELS.index(level) < LEVELS.index(best):
@@ -38,7 +38,7 @@ def _unavailable(level):
     return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def best_level():
     """The fastest of LEVELS that this processor has; of those for bfloat16 also that the compiler knows."""
     found = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "portable")
@@ -110,9 +110,10 @@ def _check(status):
         raise MemoryError("wkv6: the CPU kernel found no memory for its work buffers; lower the batch or the threads")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _library(level):
-    """A level's loaded library; BuildError where it cannot be built or loaded (not cached, so that a mended setup works)."""
+    """A level's loaded library; BuildError where it cannot be built or loaded (not cached, so that a mended setup
+    works)."""
     path = build_library(f"wkv6_cpu_{level}", *_recipe(source_directory(), level))
     try:
         library = ctypes.CDLL(str(path))
@@ -133,7 +134,11 @@ def find_compiler():
 
 def level_flags():
     """The instruction sets of this machine's architecture, best first -> the compiler's flags."""
-    x86 = {"avx512bf16": AVX512BF16_FLAGS, "avx512": AVX512_FLAGS, "avx2": AVX2_FLAGS} if platform.machine() in X86 else {}
+    x86 = (
+        {"avx512bf16": AVX512BF16_FLAGS, "avx512": AVX512_FLAGS, "avx2": AVX2_FLAGS}
+        if platform.machine() in X86
+        else {}
+    )
     return {**x86, "portable": ()}
 
 

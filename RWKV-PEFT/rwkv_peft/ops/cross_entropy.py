@@ -35,5 +35,7 @@ def cross_entropy_(logits, targets, scale, pull=0.0, gradient=True):
 def check_range(targets, vocabulary):
     """The kernel reads logits at these positions."""
     if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary:
-        raise IndexError(f"targets from {int(targets.min())} to {int(targets.max())} for {vocabulary} logits; a target is a "
-                         "token of the model's vocabulary: check the tokenizer that made the data")
+        raise IndexError(
+            f"targets from {int(targets.min())} to {int(targets.max())} for {vocabulary} logits; a target is a "
+            "token of the model's vocabulary: check the tokenizer that made the data"
+        )

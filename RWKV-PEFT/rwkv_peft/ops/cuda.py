@@ -141,7 +141,7 @@ def _stream(x):
     return torch.cuda.current_stream(x.device).cuda_stream
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def kernels(device):
     """The kernels for GPU number `device`, built on first use; BuildError where that fails (and is not cached)."""
     capability = "".join(map(str, torch.cuda.get_device_capability(device)))

@@ -32,13 +32,15 @@ def token_shift(x, last=None, cu_seqlens=None):
 def lerp(x, last, maa, low=None, up=None, cu_seqlens=None):
     """Points between each token and its predecessor p: x + (p - x) m_i, where m_i = maa_i + low_i up_i, for each i.
 
-    x (B, T, C), last and cu_seqlens as in token_shift; maa (m, C); low (B, T, m K), i after i, and up (m, K, C) make the
-    weights depend on the token, both None: they do not -> m tensors (B, T, C).
+    x (B, T, C), last and cu_seqlens as in token_shift; maa (m, C); low (B, T, m K), i after i, and up (m, K, C) make
+    the weights depend on the token, both None: they do not -> m tensors (B, T, C).
     """
     sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     if last is not None and last.shape != (sequences, x.shape[2]):
-        raise ValueError(f"the state's shift is {tuple(last.shape)}; it must be one vector of the model's width for each "
-                         f"of the {sequences} sequences: {(sequences, x.shape[2])}")
+        raise ValueError(
+            f"the state's shift is {tuple(last.shape)}; it must be one vector of the model's width for each "
+            f"of the {sequences} sequences: {(sequences, x.shape[2])}"
+        )
     if (low is None) != (up is None) or up is not None and low.shape[-1] != up.shape[0] * up.shape[1]:
         shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (low, up)]
         raise ValueError(f"low and up must be (B, T, m K) and (m, K, C), or both None, not {shapes[0]} and {shapes[1]}")

@@ -13,7 +13,7 @@ from . import cpu
 from .build import BuildError, Unit, build_library, source_directory
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def available():
     """Whether the kernels can be built and loaded here."""
     try:
@@ -23,14 +23,15 @@ def available():
     return True
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _library():
     level = cpu.best_level()
     command = (cpu.find_compiler(), *cpu.COMMON_FLAGS, *cpu.level_flags()[level])
     sources = source_directory()
     headers = [sources / name for name in ("mix_lerp.h", "mix_rows.h", "bfloat16.h")]
-    path = build_library(f"mix_cpu_{level}", [Unit(sources / "mix_cpu.cpp", command)],
-                         (command[0], "-shared", "-fopenmp"), headers)
+    path = build_library(
+        f"mix_cpu_{level}", [Unit(sources / "mix_cpu.cpp", command)], (command[0], "-shared", "-fopenmp"), headers
+    )
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -40,11 +41,15 @@ def _library():
     lerp_sizes = [flag, size, size, size, size, pointer, *kind]
     norm_sizes = [size, size, size, ctypes.c_float, *kind]
     for name, arguments in (
-        ("lerp_forward", [pointer] * 6 + lerp_sizes), ("lerp_backward", [pointer] * 11 + lerp_sizes),
-        ("norm_gate_forward", [pointer] * 5 + norm_sizes), ("norm_gate_backward", [pointer] * 9 + norm_sizes),
-        ("sigmoid_gate_forward", [pointer] * 3 + [size, *kind]), ("sigmoid_gate_backward", [pointer] * 5 + [size, *kind]),
+        ("lerp_forward", [pointer] * 6 + lerp_sizes),
+        ("lerp_backward", [pointer] * 11 + lerp_sizes),
+        ("norm_gate_forward", [pointer] * 5 + norm_sizes),
+        ("norm_gate_backward", [pointer] * 9 + norm_sizes),
+        ("sigmoid_gate_forward", [pointer] * 3 + [size, *kind]),
+        ("sigmoid_gate_backward", [pointer] * 5 + [size, *kind]),
         ("cross_entropy", [pointer] * 3 + [size, size, ctypes.c_float, ctypes.c_float, flag, *kind]),
-        ("relu_square_forward", [pointer] * 2 + [size, *kind]), ("relu_square_backward", [pointer] * 3 + [size, *kind]),
+        ("relu_square_forward", [pointer] * 2 + [size, *kind]),
+        ("relu_square_backward", [pointer] * 3 + [size, *kind]),
     ):
         function = getattr(library, f"mix_{name}")
         function.argtypes, function.restype = arguments, None
@@ -84,8 +89,8 @@ class _NoGradient:
 
 
 def run(function, *arguments):
-    """function.apply(*arguments), past autograd where gradients are off: on one token its bookkeeping costs several times
-    the kernel."""
+    """function.apply(*arguments), past autograd where gradients are off: on one token its bookkeeping costs several
+    times the kernel."""
     if torch.is_grad_enabled():
         return function.apply(*arguments)
     return function.forward(_NoGradient(), *arguments)
@@ -97,23 +102,26 @@ def _differentiable_once(backward):
     @functools.wraps(backward)
     def checked(ctx, *grads):
         if torch.is_grad_enabled():
-            raise RuntimeError("the CPU's mix kernels have no second derivative; differentiate twice in float64, which "
-                               "takes the plain form")
+            raise RuntimeError(
+                "the CPU's mix kernels have no second derivative; differentiate twice in float64, which "
+                "takes the plain form"
+            )
         return backward(ctx, *(grad.contiguous() for grad in grads))
 
     return checked
 
 
 class Lerp(Function):
-    """x (B, T, C), last (n, C) or None, maa (m, C), low (B, T, m K) and up (m, K, C) or None, cu_seqlens int64 or None -> m
-    times (B, T, C)."""
+    """x (B, T, C), last (n, C) or None, maa (m, C), low (B, T, m K) and up (m, K, C) or None, cu_seqlens int64 or None
+    -> m times (B, T, C)."""
 
     @staticmethod
     def forward(ctx, x, last, maa, low, up, cu_seqlens):
         ctx.save_for_backward(x, last, maa, low, up, cu_seqlens)
         outs = tuple(torch.empty_like(x) for _ in range(maa.shape[0]))
         _library().mix_lerp_forward(
-            *map(_pointer, (x, last, maa, low, up)), _pointers(outs), *_lerp_sizes(x, maa, up, cu_seqlens))
+            *map(_pointer, (x, last, maa, low, up)), _pointers(outs), *_lerp_sizes(x, maa, up, cu_seqlens)
+        )
         return outs
 
     @staticmethod
@@ -127,8 +135,11 @@ class Lerp(Function):
         glow = torch.empty_like(low) if need_low else None
         gup = torch.empty_like(up, dtype=torch.float32) if need_up else None
         _library().mix_lerp_backward(
-            *map(_pointer, (x, last, maa, low, up)), _pointers(grads), *map(_pointer, (gx, glast, gmaa, glow, gup)),
-            *_lerp_sizes(x, maa, up, cu_seqlens))
+            *map(_pointer, (x, last, maa, low, up)),
+            _pointers(grads),
+            *map(_pointer, (gx, glast, gmaa, glow, gup)),
+            *_lerp_sizes(x, maa, up, cu_seqlens),
+        )
         gmaa, gup = (None if grad is None else grad.to(x.dtype) for grad in (gmaa, gup))
         return gx, glast, gmaa, glow, gup, None
 
@@ -158,7 +169,8 @@ class NormGate(Function):
         train = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         sums = [torch.empty_like(weight, dtype=torch.float32) if train else None for _ in range(2)]
         _library().mix_norm_gate_backward(
-            *map(_pointer, (y, g, weight, bias, grad, gy, gg, *sums)), *_norm_sizes(y, ctx.eps))
+            *map(_pointer, (y, g, weight, bias, grad, gy, gg, *sums)), *_norm_sizes(y, ctx.eps)
+        )
         return gy, gg, *(None if x is None else x.to(weight.dtype) for x in sums), None
 
 
@@ -206,8 +218,10 @@ class ReluSquare(Function):
 
 
 def cross_entropy_(logits, targets, scale, pull, gradient):
-    """logits (n, V), which become scale times their gradient where `gradient`; targets (n,) int64 -> losses (n,) float32."""
+    """logits (n, V), which become scale times their gradient where `gradient`; targets (n,) int64 -> losses (n,)
+    float32."""
     losses = torch.empty(logits.shape[0])
     _library().mix_cross_entropy(
-        *map(_pointer, (logits, targets, losses)), *logits.shape, scale, pull, gradient, *_kind(logits))
+        *map(_pointer, (logits, targets, losses)), *logits.shape, scale, pull, gradient, *_kind(logits)
+    )
     return losses

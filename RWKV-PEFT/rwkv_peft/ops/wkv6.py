@@ -69,7 +69,9 @@ def _refuse_tangents(inputs, backend):
         return
     if any([forward_ad.unpack_dual(x).tangent is not None for x in inputs]):
         raise NotImplementedError(
-            f"wkv6: backend {backend!r} has no forward-mode derivative; take backend='reference', or differentiate backward")
+            f"wkv6: backend {backend!r} has no forward-mode derivative; take backend='reference', or differentiate "
+            "backward"
+        )
 
 
 def _plain(x, dtype):
@@ -91,7 +93,7 @@ def _choose(backend, device_type, dtype):
     return _resolve(backend, device_type, dtype)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _resolve(backend, device_type, dtype):
     """The backend to call: `backend` itself, or what "auto" means for this device and dtype."""
     if backend == "auto":

@@ -6,66 +6,129 @@ import sys
 from dataclasses import fields
 
 from ..cli import above_zero, alias, names, positive
-from ..config import (ADAPTER_METHODS, BONE_MODES, MODE_ALIASES, QUANTIZATIONS, TARGETS, TRAIN_PARTS,
-                      AdapterConfig)
+from ..config import ADAPTER_METHODS, BONE_MODES, MODE_ALIASES, QUANTIZATIONS, TARGETS, TRAIN_PARTS, AdapterConfig
 from ..errors import UserError
 
 # RWKV-PEFT's names for what has another one here
 METHOD_ALIASES = (("disha", "bone"),)
 # key of the JSON forms -> AdapterConfig field
-LORA_KEYS = (("lora_r", "rank"), ("lora_alpha", "alpha"), ("lora_dropout", "dropout"), ("lora_load", "load"),
-             ("lora_parts", "targets"))
+LORA_KEYS = (
+    ("lora_r", "rank"),
+    ("lora_alpha", "alpha"),
+    ("lora_dropout", "dropout"),
+    ("lora_load", "load"),
+    ("lora_parts", "targets"),
+)
 # (flag, the methods it belongs to, its keys -> AdapterConfig fields)
 JSON_FLAGS = (
-    ("bone_config", ("bone",), (("bone_mode", "mode"), ("bone_r", "rank"), ("bone_load", "load"),
-                                ("bone_mini_r", "mini_rank"))),
+    (
+        "bone_config",
+        ("bone",),
+        (("bone_mode", "mode"), ("bone_r", "rank"), ("bone_load", "load"), ("bone_mini_r", "mini_rank")),
+    ),
     ("disha_config", ("bone",), (("mode", "mode"), ("r", "rank"), ("load", "load"))),
     ("lora_config", ("lora", "lora-plus", "olora", "lora-ga"), LORA_KEYS),
-    ("pissa_config", ("pissa",), (("pissa_r", "rank"), ("pissa_load", "load"), ("pissa_init", "init"),
-                                  ("svd_niter", "svd_niter"), ("pissa_parts", "targets"))),
+    (
+        "pissa_config",
+        ("pissa",),
+        (
+            ("pissa_r", "rank"),
+            ("pissa_load", "load"),
+            ("pissa_init", "init"),
+            ("svd_niter", "svd_niter"),
+            ("pissa_parts", "targets"),
+        ),
+    ),
 )
-EXAMPLES = ('{"bone_mode":"bat-in","bone_load":"","bone_r":64}',
-            '{"mode":"bat","load":"","r":64}',
-            '{"lora_load":"","lora_r":64,"lora_alpha":128,"lora_dropout":0}',
-            '{"pissa_load":"","pissa_init":"","pissa_r":64,"svd_niter":4}')
+EXAMPLES = (
+    '{"bone_mode":"bat-in","bone_load":"","bone_r":64}',
+    '{"mode":"bat","load":"","r":64}',
+    '{"lora_load":"","lora_r":64,"lora_alpha":128,"lora_dropout":0}',
+    '{"pissa_load":"","pissa_init":"","pissa_r":64,"svd_niter":4}',
+)
 
 
 def add_adapter_flags(parser):
     """Add the group of the adapter's flags to a parser."""
     adapter = parser.add_argument_group("adapter")
-    adapter.add_argument("--peft", type=alias(METHOD_ALIASES), default="bone", choices=ADAPTER_METHODS,
-                         help="adapter method; none trains the model itself (all of it, or --train_parts)")
-    adapter.add_argument("--bone_mode", type=alias(MODE_ALIASES), default=None, metavar="MODE",
-                         help="bat-in (block affine by input block, also called bat), bat-out, bone or bone-mini "
-                              "(default bat-in)")
+    adapter.add_argument(
+        "--peft",
+        type=alias(METHOD_ALIASES),
+        default="bone",
+        choices=ADAPTER_METHODS,
+        help="adapter method; none trains the model itself (all of it, or --train_parts)",
+    )
+    adapter.add_argument(
+        "--bone_mode",
+        type=alias(MODE_ALIASES),
+        default=None,
+        metavar="MODE",
+        help="bat-in (block affine by input block, also called bat), bat-out, bone or bone-mini (default bat-in)",
+    )
     adapter.add_argument("--bone_r", type=positive, default=None, help="block size r (default 64)")
-    adapter.add_argument("--bone_mini_r", type=positive, default=None,
-                         help="bone-mini: width of its (bone_r, bone_mini_r) matrix, which repeats over a layer's outputs and "
-                              "divides their number")
+    adapter.add_argument(
+        "--bone_mini_r",
+        type=positive,
+        default=None,
+        help="bone-mini: width of its (bone_r, bone_mini_r) matrix, which repeats over a layer's outputs and "
+        "divides their number",
+    )
     adapter.add_argument("--bone_load", default=None, metavar="FILE", help="adapter to start from")
     for (name, methods, _), example in zip(JSON_FLAGS, EXAMPLES):
-        adapter.add_argument(f"--{name}", default=None, metavar="JSON",
-                             help=f"settings of {', '.join(methods)} as one JSON value: {example}")
-    adapter.add_argument("--loraplus_lr_ratio", type=above_zero, default=None,
-                         help="lora-plus: learning rate of lora_B over lora_A's (default 16)")
-    adapter.add_argument("--quant", default="none", choices=QUANTIZATIONS,
-                         help="keep the frozen matrices quantized (needs bitsandbytes)")
-    adapter.add_argument("--target_modules", nargs="+", default=None, metavar="NAME",
-                         help=f"linear layers that get an adapter, as ends of their names (default {' '.join(TARGETS)})")
-    adapter.add_argument("--train_parts", nargs="*", type=names, default=[], metavar="PART",
-                         help=f"parameters of the base that train along: some of {' '.join(TRAIN_PARTS)}")
+        adapter.add_argument(
+            f"--{name}",
+            default=None,
+            metavar="JSON",
+            help=f"settings of {', '.join(methods)} as one JSON value: {example}",
+        )
+    adapter.add_argument(
+        "--loraplus_lr_ratio",
+        type=above_zero,
+        default=None,
+        help="lora-plus: learning rate of lora_B over lora_A's (default 16)",
+    )
+    adapter.add_argument(
+        "--quant", default="none", choices=QUANTIZATIONS, help="keep the frozen matrices quantized (needs bitsandbytes)"
+    )
+    adapter.add_argument(
+        "--target_modules",
+        nargs="+",
+        default=None,
+        metavar="NAME",
+        help=f"linear layers that get an adapter, as ends of their names (default {' '.join(TARGETS)})",
+    )
+    adapter.add_argument(
+        "--train_parts",
+        nargs="*",
+        type=names,
+        default=[],
+        metavar="PART",
+        help=f"parameters of the base that train along: some of {' '.join(TRAIN_PARTS)}",
+    )
 
 
 def adapter_config(args):
     """The adapter's settings, from single flags or from a --*_config JSON value."""
-    given = {"mode": args.bone_mode, "rank": args.bone_r, "mini_rank": args.bone_mini_r, "load": args.bone_load,
-             "lora_plus_ratio": args.loraplus_lr_ratio,
-             "targets": None if args.target_modules is None else tuple(args.target_modules)}
+    given = {
+        "mode": args.bone_mode,
+        "rank": args.bone_r,
+        "mini_rank": args.bone_mini_r,
+        "load": args.bone_load,
+        "lora_plus_ratio": args.loraplus_lr_ratio,
+        "targets": None if args.target_modules is None else tuple(args.target_modules),
+    }
     if args.peft == "none" and args.target_modules is not None:
-        raise UserError(f"--target_modules {' '.join(args.target_modules)} names layers that get an adapter, and --peft none has "
-                        "none; choose what trains with --train_parts, or name a --peft")
-    for flag, method in (("bone_mode", "bone"), ("bone_r", "bone"), ("bone_mini_r", "bone"), ("bone_load", "bone"),
-                         ("loraplus_lr_ratio", "lora-plus")):
+        raise UserError(
+            f"--target_modules {' '.join(args.target_modules)} names layers that get an adapter, and --peft none has "
+            "none; choose what trains with --train_parts, or name a --peft"
+        )
+    for flag, method in (
+        ("bone_mode", "bone"),
+        ("bone_r", "bone"),
+        ("bone_mini_r", "bone"),
+        ("bone_load", "bone"),
+        ("loraplus_lr_ratio", "lora-plus"),
+    ):
         if getattr(args, flag) is not None and args.peft != method:
             raise UserError(f"--{flag} belongs to --peft {method}, and --peft is {args.peft}")
     for flag, methods, keys in JSON_FLAGS:
@@ -78,21 +141,29 @@ def adapter_config(args):
             if value == "" and given.get(key):
                 continue  # scripts write "bone_load":"" where they name none
             if given.get(key) and given[key] != value:
-                raise UserError(f"--{flag} says {key} {value!r} and a single flag says {given[key]!r}; give one of them")
+                raise UserError(
+                    f"--{flag} says {key} {value!r} and a single flag says {given[key]!r}; give one of them"
+                )
             given[key] = value
     settings = {key: value for key, value in given.items() if value is not None}
     if "mode" in settings and settings["mode"] not in BONE_MODES:
-        raise UserError(f"bone_mode {settings['mode']!r} does not exist; take {', '.join(BONE_MODES)}, or bat, which is bat-in")
+        raise UserError(
+            f"bone_mode {settings['mode']!r} does not exist; take {', '.join(BONE_MODES)}, or bat, which is bat-in"
+        )
     if args.quant != "none" and args.peft == "none":
         raise UserError(f"--quant {args.quant} keeps weights that adapters leave frozen, and --peft none has none")
     parts = tuple(dict.fromkeys(part for group in args.train_parts for part in group))
     adapter = AdapterConfig(method=args.peft, train_parts=parts, quant=args.quant, **settings)
     if adapter.mini_rank and adapter.mode != "bone-mini":
-        raise UserError(f"--bone_mini_r {adapter.mini_rank} belongs to --bone_mode bone-mini, and the mode is {adapter.mode}; "
-                        "give that mode, or leave bone_mini_r out")
+        raise UserError(
+            f"--bone_mini_r {adapter.mini_rank} belongs to --bone_mode bone-mini, and the mode is {adapter.mode}; "
+            "give that mode, or leave bone_mini_r out"
+        )
     if adapter.init and not adapter.load:
-        raise UserError(f"pissa_init {adapter.init} is what the run that wrote pissa_load began with, and pissa_load is not "
-                        "given; name that adapter, or leave pissa_init out for a new start")
+        raise UserError(
+            f"pissa_init {adapter.init} is what the run that wrote pissa_load began with, and pissa_load is not "
+            "given; name that adapter, or leave pissa_init out for a new start"
+        )
     return adapter
 
 
@@ -101,16 +172,19 @@ def parse_json_flag(flag, text, keys):
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"--{flag} {text!r} is not JSON ({error}); quote it for the shell, e.g. "
-                        f"--{flag} '{{\"{keys[0][0]}\": …}}'") from error
+        raise UserError(
+            f"--{flag} {text!r} is not JSON ({error}); quote it for the shell, e.g. --{flag} '{{\"{keys[0][0]}\": …}}'"
+        ) from error
     if not isinstance(value, dict):
         raise UserError(f"--{flag} must be a JSON object, not {text!r}")
     known = dict(keys)
     for key in value:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            raise UserError(f"--{flag} has the unknown key {key!r}"
-                            + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"))
+            raise UserError(
+                f"--{flag} has the unknown key {key!r}"
+                + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
+            )
     return {known[key]: json_setting(flag, key, known[key], item) for key, item in value.items()}
 
 
@@ -122,8 +196,10 @@ def json_setting(flag, key, field, item):
     if wanted is float and not abs(item) <= sys.float_info.max:  # false for NaN too, which json reads
         raise UserError(f"--{flag}: {key} {item} is not a finite number")
     if field == "alpha" and item <= 0:
-        raise UserError(f"--{flag}: {key} {item} must be above 0, since {key} / lora_r multiplies the adapter's product; "
-                        f"leave {key} out for a scale of 1")
+        raise UserError(
+            f"--{flag}: {key} {item} must be above 0, since {key} / lora_r multiplies the adapter's product; "
+            f"leave {key} out for a scale of 1"
+        )
     if field == "mode":
         return alias(MODE_ALIASES)(item)
     return parts_targets(flag, key, item) if field == "targets" else item
@@ -133,6 +209,8 @@ def parts_targets(flag, key, text):
     """RWKV-PEFT's parts of a block ("att,ffn") -> the linear layers in them."""
     parts = names(text)
     if not parts or not set(parts) <= {"att", "ffn"}:
-        raise UserError(f"--{flag}: {key} {text!r} may name att and ffn, which get adapters; what trains along is named by "
-                        "--train_parts, and single layers by --target_modules")
+        raise UserError(
+            f"--{flag}: {key} {text!r} may name att and ffn, which get adapters; what trains along is named by "
+            "--train_parts, and single layers by --target_modules"
+        )
     return tuple(target for target in TARGETS if target.split(".")[0] in parts)

@@ -29,8 +29,13 @@ class RunData(pl.LightningDataModule):
 
     def train_dataloader(self):
         plan = self.plan
-        batches = TrainBatches(self.samples, self.micro_bsz, rank=self.trainer.global_rank,
-                               world_size=self.trainer.world_size, accumulate=self.accumulate,
-                               samples_seen=plan.first_sample,
-                               pin_memory=self.trainer.strategy.root_device.type == "cuda")
+        batches = TrainBatches(
+            self.samples,
+            self.micro_bsz,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            accumulate=self.accumulate,
+            samples_seen=plan.first_sample,
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+        )
         return RunBatches(batches, (plan.total_steps - plan.first_step) * self.accumulate)

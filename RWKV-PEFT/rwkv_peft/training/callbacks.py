@@ -1,4 +1,5 @@
-"""What a run shows and writes step by step: the progress bar, metrics.jsonl, the loggers; and when it saves or stops."""
+"""What a run shows and writes step by step: the progress bar, metrics.jsonl, the loggers; and when it saves or
+stops."""
 
 import json
 import math
@@ -34,7 +35,8 @@ class StepCallback(pl.Callback):
 
 
 def gradient_norm(trainer):
-    """The norm of the gradient of the step just done, over all ranks and before clipping; None where the engine has none."""
+    """The norm of the gradient of the step just done, over all ranks and before clipping; None where the engine has
+    none."""
     norm = trainer.strategy.deepspeed_engine.get_global_grad_norm()
     if norm is None:
         return None
@@ -42,8 +44,8 @@ def gradient_norm(trainer):
 
 
 class FiniteGradients(StepCallback):
-    """Ends a run whose gradient norm is not finite, since clipping then makes zeros or NaN of the step: raises Diverged,
-    on all ranks, which share the norm. It stands before the callbacks that record and save."""
+    """Ends a run whose gradient norm is not finite, since clipping then makes zeros or NaN of the step: raises
+    Diverged, on all ranks, which share the norm. It stands before the callbacks that record and save."""
 
     def on_step(self, trainer, lit, done):
         norm = gradient_norm(trainer)
@@ -83,15 +85,24 @@ class Record(StepCallback):
         validation = {} if self.validator is None else self.validator(trainer, lit, done)
         if not trainer.is_global_zero:
             return
-        metrics = {"step": lit.step, "epoch": lit.step // self.plan.epoch_steps, "loss": lit.step_loss, "lr": lit.lr,
-                   "grad_norm": gradient_norm(trainer), "tokens": tokens, "tokens_per_s": round(rate, 1), **validation}
+        metrics = {
+            "step": lit.step,
+            "epoch": lit.step // self.plan.epoch_steps,
+            "loss": lit.step_loss,
+            "lr": lit.lr,
+            "grad_norm": gradient_norm(trainer),
+            "tokens": tokens,
+            "tokens_per_s": round(rate, 1),
+            **validation,
+        }
         self.file.write(json.dumps(metrics) + "\n")
         numbers = {key: value for key, value in metrics.items() if value is not None and key != "step"}
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=lit.step)
         if validation:
-            self.progress.say(f"step {done:,}: validation loss {validation['val_loss']:.4f}, "
-                              f"perplexity {validation['val_ppl']:.2f}")
+            self.progress.say(
+                f"step {done:,}: validation loss {validation['val_loss']:.4f}, perplexity {validation['val_ppl']:.2f}"
+            )
         self.progress.update(f"loss {lit.step_loss:.4f}, lr {lit.lr:.2e}, {rate:,.0f} tokens/s", done)
 
     def on_train_batch_start(self, trainer, lit, batch, batch_idx):
@@ -117,8 +128,15 @@ class Progress:
         self.plan, self.began, self.last_line = plan, time.perf_counter(), 0.0
         self.bar = None
         if sys.stdout.isatty():
-            self.bar = tqdm(total=plan.total_steps, initial=plan.first_step, unit="step", dynamic_ncols=True,
-                            file=sys.stdout, mininterval=0.2, smoothing=0.05)
+            self.bar = tqdm(
+                total=plan.total_steps,
+                initial=plan.first_step,
+                unit="step",
+                dynamic_ncols=True,
+                file=sys.stdout,
+                mininterval=0.2,
+                smoothing=0.05,
+            )
 
     def update(self, text, done):
         """Show `text` after `done` steps."""
@@ -166,7 +184,9 @@ class Save(StepCallback):
 
     def on_step(self, trainer, lit, done):
         epoch, rest = divmod(done, self.plan.epoch_steps)
-        ending = lit.stopping or done == self.plan.total_steps or (self.validator is not None and self.validator.exhausted)
+        ending = (
+            lit.stopping or done == self.plan.total_steps or (self.validator is not None and self.validator.exhausted)
+        )
         if ending or (rest == 0 and self.every and epoch % self.every == 0):
             self.saver.save(trainer, lit, done, epoch if rest == 0 else None)
         if ending:

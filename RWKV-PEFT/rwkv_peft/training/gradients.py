@@ -26,8 +26,9 @@ def estimate_gradients(model, names, batch):
 
         hooks.append(weight.register_post_accumulate_grad_hook(keep))
     with torch.enable_grad():
-        head = partial(linear_cross_entropy, targets=batch["targets"], mask=batch["mask"],
-                       count=max(1, int(batch["mask"].sum())))
+        head = partial(
+            linear_cross_entropy, targets=batch["targets"], mask=batch["mask"], count=max(1, int(batch["mask"].sum()))
+        )
         loss, _ = model(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"), head=head)
         loss.backward()
     for hook in hooks:

@@ -5,7 +5,11 @@ import argparse
 
 # (flag, the values that change nothing, what any other value asks for)
 LEGACY = (
-    ("train_type", ("none", "finetune"), "another way to train (time states, infinite context), which train.py does not have"),
+    (
+        "train_type",
+        ("none", "finetune"),
+        "another way to train (time states, infinite context), which train.py does not have",
+    ),
     ("op", ("cuda", "fla"), "a kernel for another model; those of wkv6 here are chosen by the device"),
     ("pre_ffn", ("0",), "a feed-forward layer in place of the first attention, which x060 models do not have"),
     ("head_qk", ("0",), "a copying head, which x060 models do not have"),
@@ -26,17 +30,24 @@ def add_legacy_flags(parser):
     """Add the flags of LEGACY, and --fla, to a parser, in a group of their own."""
     group = parser.add_argument_group("flags of RWKV-LM's and RWKV-PEFT's scripts, which set nothing here")
     for flag, values, otherwise in LEGACY:
-        group.add_argument(f"--{flag}", type=inert(values, otherwise), default=None, metavar="|".join(values),
-                           help=f"anything else is refused: it asks for {otherwise}")
+        group.add_argument(
+            f"--{flag}",
+            type=inert(values, otherwise),
+            default=None,
+            metavar="|".join(values),
+            help=f"anything else is refused: it asks for {otherwise}",
+        )
     group.add_argument("--fla", action="store_true", help="another kernel of wkv6, which computes the same")
 
 
 def inert(values, otherwise):
     """An argparse type that takes one of `values` alone, numbers in any spelling."""
+
     def parse(text):
         if not any(text == value or _number(text) == _number(value) is not None for value in values):
-            raise argparse.ArgumentTypeError(f"{text!r} asks for {otherwise}; give {' or '.join(values)}, or leave the flag "
-                                             "out")
+            raise argparse.ArgumentTypeError(
+                f"{text!r} asks for {otherwise}; give {' or '.join(values)}, or leave the flag out"
+            )
         return text
 
     return parse

@@ -21,7 +21,8 @@ class Lit(pl.LightningModule):
     """Trains `model` (RWKV6, adapters injected) by `train` (TrainConfig), optimizer steps numbered from first_step.
 
     Each micro batch is a dict of tokens, targets, mask (B, T), cu_seqlens where rows are packed, and step_count, the
-    counted tokens of the whole optimizer step: every token of a step weighs the same, whatever the number of ranks and micro batches.
+    counted tokens of the whole optimizer step: every token of a step weighs the same, whatever the number of ranks and
+    micro batches.
 
     Public: step (the current optimizer step), step_loss (mean loss of the step's micro batches so far, over all
     ranks), stop_requested (the signal that asked for a stop, 0 for none; set on any rank, it makes `stopping` true on
@@ -40,13 +41,23 @@ class Lit(pl.LightningModule):
     def lr(self):
         """The current step's base learning rate."""
         train = self.train_config
-        return learning_rate(self.step, total_steps=self.total_steps, lr_init=train.lr_init, lr_final=train.lr_final,
-                             warmup_steps=train.warmup_steps, schedule=train.lr_schedule)
+        return learning_rate(
+            self.step,
+            total_steps=self.total_steps,
+            lr_init=train.lr_init,
+            lr_final=train.lr_final,
+            warmup_steps=train.warmup_steps,
+            schedule=train.lr_schedule,
+        )
 
     def configure_optimizers(self):
         train = self.train_config
-        groups = parameter_groups(self.model, weight_decay=train.weight_decay, layerwise_lr=train.layerwise_lr,
-                                  lora_plus_ratio=self.lora_plus_ratio)
+        groups = parameter_groups(
+            self.model,
+            weight_decay=train.weight_decay,
+            layerwise_lr=train.layerwise_lr,
+            lora_plus_ratio=self.lora_plus_ratio,
+        )
         settings = {"lr": self.lr, "betas": (train.beta1, train.beta2), "eps": train.adam_eps}
         if train.strategy.endswith("offload"):
             from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -68,8 +79,12 @@ class Lit(pl.LightningModule):
         # The engine averages gradients over ranks and micro batches; this denominator turns that into the mean over
         # the counted tokens of the whole step.
         parts = self.trainer.world_size * self.train_config.accumulate_grad_batches
-        head = partial(linear_cross_entropy, targets=batch["targets"], mask=batch["mask"],
-                       count=max(1, batch["step_count"]) / parts)
+        head = partial(
+            linear_cross_entropy,
+            targets=batch["targets"],
+            mask=batch["mask"],
+            count=max(1, batch["step_count"]) / parts,
+        )
         loss, _ = self.model(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"), head=head)
         self.agree(loss.detach(), parts)
         # Lightning and the engine both divide by the number of micro batches; once is right.

@@ -28,8 +28,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         counted = mask.reshape(-1).nonzero()[:, 0]  # only these tokens need logits
         for chunk in counted.split(max(1, CHUNK_ELEMENTS // weight.shape[0])):
             inputs = rows[chunk]  # (n, C)
-            loss, grad = cross_entropy_(F.linear(inputs, weight), targets[chunk], 1 / count, l2wrap,
-                                        gradient=needs_hidden or needs_weight)  # (n, V)
+            loss, grad = cross_entropy_(
+                F.linear(inputs, weight), targets[chunk], 1 / count, l2wrap, gradient=needs_hidden or needs_weight
+            )  # (n, V)
             total += loss
             if needs_hidden:
                 grad_hidden[chunk] = grad @ weight

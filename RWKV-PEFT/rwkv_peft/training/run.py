@@ -70,19 +70,28 @@ def run(config, say=print):
     base = load_base(train.load_model) if train.load_model else None
     base_fingerprint = "" if base is None else fingerprint(base)
     folder = Path(train.proj_dir)
-    identity = {"adapter": asdict(config.adapter), "base": base_fingerprint, "data": data_identity(config, samples),
-                "strategy": train.strategy, "world_size": world_size, "precision": train.precision}
+    identity = {
+        "adapter": asdict(config.adapter),
+        "base": base_fingerprint,
+        "data": data_identity(config, samples),
+        "strategy": train.strategy,
+        "world_size": world_size,
+        "precision": train.precision,
+    }
     checkpoint, state = find_state(folder, train, identity)
     plan = make_plan(train, samples, step_samples, state)
     if state and plan.first_step >= plan.total_steps:
-        raise UserError(f"--resume: the run in {folder} is complete ({plan.first_step} steps); raise --epoch_count to go on")
+        raise UserError(
+            f"--resume: the run in {folder} is complete ({plan.first_step} steps); raise --epoch_count to go on"
+        )
     if is_first_process():
         check_output("--proj_dir", folder / "checkpoints" / "state.json", [])
 
     torch.manual_seed(train.random_seed)
     model = build_model(config, base)
-    batches = TrainBatches(samples, config.data.micro_bsz, world_size=world_size,
-                           accumulate=train.accumulate_grad_batches)
+    batches = TrainBatches(
+        samples, config.data.micro_bsz, world_size=world_size, accumulate=train.accumulate_grad_batches
+    )
     report = adapt(model, config.adapter, base, base_fingerprint, batches, checkpoint)
     if state and train.fresh_optimizer:
         if config.adapter.method == "none":
@@ -109,8 +118,10 @@ def resolve_accelerator(train):
     gpus = torch.cuda.device_count()
     accelerator = train.accelerator if train.accelerator != "auto" else "gpu" if gpus else "cpu"
     if accelerator == "gpu" and train.devices > gpus:
-        raise UserError(f"--devices {train.devices} and this machine has {gpus} GPU{'s' * (gpus != 1)}; lower --devices"
-                        + (", or use --accelerator cpu" if not gpus else ""))
+        raise UserError(
+            f"--devices {train.devices} and this machine has {gpus} GPU{'s' * (gpus != 1)}; lower --devices"
+            + (", or use --accelerator cpu" if not gpus else "")
+        )
     return accelerator
 
 
@@ -121,15 +132,25 @@ def find_state(folder, train, identity):
     leftover = next((name for name in ("metrics.jsonl", newest) if (folder / name).exists()), None)
     if not train.resume:
         if checkpoint is not None:
-            raise UserError(f"--proj_dir {folder} already holds a run; add --resume to continue it, or name another folder")
+            raise UserError(
+                f"--proj_dir {folder} already holds a run; add --resume to continue it, or name another folder"
+            )
         if leftover:
-            raise UserError(f"--proj_dir {folder} already holds {leftover}, which a new run would overwrite, and no checkpoint "
-                            "to --resume from; move it away, or name another folder")
+            raise UserError(
+                f"--proj_dir {folder} already holds {leftover}, which a new run would overwrite, and no checkpoint "
+                "to --resume from; move it away, or name another folder"
+            )
         return None, None
     if checkpoint is None:
-        raise UserError(f"--resume: there is no complete checkpoint under {folder / 'checkpoints'}; "
-                        + (f"move {folder / leftover} away and leave --resume out to start anew" if leftover else
-                           "leave --resume out to start") + ", or give the --proj_dir of the run")
+        raise UserError(
+            f"--resume: there is no complete checkpoint under {folder / 'checkpoints'}; "
+            + (
+                f"move {folder / leftover} away and leave --resume out to start anew"
+                if leftover
+                else "leave --resume out to start"
+            )
+            + ", or give the --proj_dir of the run"
+        )
     return checkpoint, read_state(checkpoint, identity, train.fresh_optimizer)
 
 
@@ -158,8 +179,8 @@ def build_model(config, base):
 
 
 def adapt(model, adapter, base, base_fingerprint, batches, checkpoint=None):
-    """Inject the adapter into the model: as the checkpoint to resume from holds it, with the factors that it began with;
-    from --bone_load and its kin; or fresh. -> InjectReport."""
+    """Inject the adapter into the model: as the checkpoint to resume from holds it, with the factors that it began
+    with; from --bone_load and its kin; or fresh. -> InjectReport."""
     loaded, gradients = None, {}
     if checkpoint is not None and adapter.method != "none":
         loaded = read_adapter(checkpoint / ADAPTER)
@@ -177,18 +198,25 @@ def adapt(model, adapter, base, base_fingerprint, batches, checkpoint=None):
 def describe(config, accelerator, samples, notes, plan, report, state, say):
     """What is about to happen, in a few lines."""
     model, train, data, adapter = config.model, config.train, config.data, config.adapter
-    say(f"model     RWKV-6, {model.n_layer} layers, {model.n_embd} channels, {model.n_head} heads of {model.head_size}, "
-        f"vocabulary {model.vocab_size}" + (f", from {train.load_model}" if train.load_model else ", new"))
+    say(
+        f"model     RWKV-6, {model.n_layer} layers, {model.n_embd} channels, {model.n_head} heads of "
+        f"{model.head_size}, "
+        f"vocabulary {model.vocab_size}" + (f", from {train.load_model}" if train.load_model else ", new")
+    )
     say(f"training  {describe_adapter(adapter)}: {report}")
     kernel = "cuda" if accelerator == "gpu" else "cpu"
     reason = backends()[kernel]
-    say(f"machine   {train.num_nodes} x {train.devices} {accelerator}, {train.strategy}, {train.precision}, "
-        f"wkv6 kernel: {kernel if reason is None else f'reference, which is slow ({reason})'}")
+    say(
+        f"machine   {train.num_nodes} x {train.devices} {accelerator}, {train.strategy}, {train.precision}, "
+        f"wkv6 kernel: {kernel if reason is None else f'reference, which is slow ({reason})'}"
+    )
     say(f"data      {data.path}: {len(samples):,} samples of up to {data.ctx_len} tokens")
     for note in notes:
         say(f"          {note}")
-    say(f"steps     {plan.total_steps:,} ({train.epoch_count} epochs of {plan.epoch_steps:,}), {plan.step_samples} samples each"
-        + (f"; resuming at step {plan.first_step:,}" if state else ""))
+    say(
+        f"steps     {plan.total_steps:,} ({train.epoch_count} epochs of {plan.epoch_steps:,}), {plan.step_samples} "
+        "samples each" + (f"; resuming at step {plan.first_step:,}" if state else "")
+    )
     say(f"output    {train.proj_dir}")
 
 
@@ -208,11 +236,22 @@ def describe_adapter(adapter):
 
 def quiet():
     """Leave the user's terminal to us: the libraries' banners and tips are not about this run."""
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero",
-                 "lightning.fabric.utilities.rank_zero", "DeepSpeed"):
+    for name in (
+        "lightning",
+        "lightning.pytorch",
+        "lightning.fabric",
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.fabric.utilities.rank_zero",
+        "DeepSpeed",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for text in (".*does not have many workers.*", ".*`IterableDataset`.*", ".*isinstance.treespec.*",
-                 ".*barrier.*device under current context.*", ".*torch.distributed.*deprecated.*"):
+    for text in (
+        ".*does not have many workers.*",
+        ".*`IterableDataset`.*",
+        ".*isinstance.treespec.*",
+        ".*barrier.*device under current context.*",
+        ".*torch.distributed.*deprecated.*",
+    ):
         warnings.filterwarnings("ignore", text)
 
 
@@ -243,21 +282,38 @@ def fit(config, model, trainable, samples, validator, saver, checkpoint, acceler
     lit = Lit(model, train, plan.total_steps, plan.first_step, ratio)
     accumulate = train.accumulate_grad_batches
     trainer = pl.Trainer(
-        accelerator=accelerator, devices=train.devices, num_nodes=train.num_nodes,
+        accelerator=accelerator,
+        devices=train.devices,
+        num_nodes=train.num_nodes,
         strategy=make_strategy(train, config.data.micro_bsz, trainable),
         precision={"bf16": "bf16-true", "fp32": "32-true"}[train.precision],
-        accumulate_grad_batches=accumulate, gradient_clip_val=train.gradient_clip_val,
-        max_epochs=1, logger=loggers, log_every_n_steps=1, enable_progress_bar=False, enable_checkpointing=False,
-        enable_model_summary=False, use_distributed_sampler=False, default_root_dir=folder,
-        callbacks=[FiniteGradients(accumulate), Record(folder, plan, accumulate, validator),
-                   Save(saver, plan, train, checkpoint, validator), StopSignals(say)])
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=train.gradient_clip_val,
+        max_epochs=1,
+        logger=loggers,
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+        callbacks=[
+            FiniteGradients(accumulate),
+            Record(folder, plan, accumulate, validator),
+            Save(saver, plan, train, checkpoint, validator),
+            StopSignals(say),
+        ],
+    )
     try:
         trainer.fit(lit, datamodule=RunData(samples, plan, config.data.micro_bsz, accumulate))
     except Diverged as error:
         last = find_checkpoint(folder)
-        say(f"error: {error}; the run stopped, and nothing of that step was saved. "
+        say(
+            f"error: {error}; the run stopped, and nothing of that step was saved. "
             + (f"The last good checkpoint is {last}" if last else "No checkpoint had been saved yet")
-            + "; try a lower --lr_init, or --precision fp32", file=sys.stderr)
+            + "; try a lower --lr_init, or --precision fp32",
+            file=sys.stderr,
+        )
         return 1 if first else 0
     finally:
         if torch.distributed.is_initialized():
@@ -266,11 +322,15 @@ def fit(config, model, trainable, samples, validator, saver, checkpoint, acceler
         return 0
     plot_loss(folder / "metrics.jsonl", folder / "loss.png")
     if lit.stopping:
-        say(f"stopped after {lit.step:,} of {plan.total_steps:,} steps, saved in {folder}; "
-            "the same command with --resume goes on")
+        say(
+            f"stopped after {lit.step:,} of {plan.total_steps:,} steps, saved in {folder}; "
+            "the same command with --resume goes on"
+        )
         return 128 + (lit.stop_requested or signal.SIGTERM)
     if validator is not None:
-        say(f"validation  lowest loss {validator.best:.4f}"
-            + (f"; stopped after {train.early_stop} validations without a lower one" if validator.exhausted else ""))
+        say(
+            f"validation  lowest loss {validator.best:.4f}"
+            + (f"; stopped after {train.early_stop} validations without a lower one" if validator.exhausted else "")
+        )
     say(f"finished  {saver.newest}, {folder / 'loss.png'}, {folder / 'metrics.jsonl'}")
     return 0

@@ -35,12 +35,15 @@ def newest_name(method):
 
 
 def list_checkpoints(folder):
-    """Complete checkpoint folders under proj_dir, oldest first: by samples seen, as a step may have changed its size."""
+    """Complete checkpoint folders under proj_dir, oldest first: by samples seen, as a step may have changed its
+    size."""
+
     def seen(checkpoint):
         try:
             return json.loads((checkpoint / "state.json").read_text())["samples_seen"]
         except (OSError, ValueError, KeyError, TypeError):
             return math.inf  # read_state says what is wrong with it
+
     return sorted((path.parent for path in (folder / "checkpoints").glob("step-*/state.json")), key=seen)
 
 
@@ -50,9 +53,11 @@ def find_checkpoint(folder):
 
 
 def data_identity(config, samples):
-    """What the place in the data is counted in: the settings that choose and order samples, how many there are, and a hash
-    of a few of them, which stands for the files, wherever they lie."""
-    settings = {name: value for name, value in asdict(config.data).items() if name not in ("path", "tokenizer", "micro_bsz")}
+    """What the place in the data is counted in: the settings that choose and order samples, how many there are, and a
+    hash of a few of them, which stands for the files, wherever they lie."""
+    settings = {
+        name: value for name, value in asdict(config.data).items() if name not in ("path", "tokenizer", "micro_bsz")
+    }
     digest = hashlib.sha256()
     for n in range(0, len(samples), -(-len(samples) // HASHED)):
         digest.update(collate([samples[n]])["tokens"].numpy().tobytes())
@@ -60,8 +65,8 @@ def data_identity(config, samples):
 
 
 def read_state(checkpoint, now, fresh_optimizer=False):
-    """state.json of a checkpoint, compared with what the resuming run says of itself (a dict of SAME, SAME_OPTIMIZER), and
-    its other files with the sizes in it."""
+    """state.json of a checkpoint, compared with what the resuming run says of itself (a dict of SAME, SAME_OPTIMIZER),
+    and its other files with the sizes in it."""
     older = f"delete {checkpoint} to resume from an older checkpoint"
     try:
         state = json.loads((checkpoint / "state.json").read_text())
@@ -72,20 +77,30 @@ def read_state(checkpoint, now, fresh_optimizer=False):
     for name, size in sizes.items():
         if (fresh_optimizer and name.startswith(TAG)) or is_of_size(checkpoint / name, size):
             continue
-        raise UserError(f"--resume: {checkpoint / name} is missing or not of the {size:,} bytes that were saved; {older}"
-                        + (", or add --fresh_optimizer to go on without the optimizer's state" if name.startswith(TAG) else ""))
+        raise UserError(
+            f"--resume: {checkpoint / name} is missing or not of the {size:,} bytes that were saved; {older}"
+            + (", or add --fresh_optimizer to go on without the optimizer's state" if name.startswith(TAG) else "")
+        )
     now = json.loads(json.dumps(now))
-    state["adapter"] = json.loads(to_json(AdapterConfig())) | adapter  # a setting that the saved run did not know had its default
+    state["adapter"] = (
+        json.loads(to_json(AdapterConfig())) | adapter
+    )  # a setting that the saved run did not know had its default
     state.setdefault("data", now["data"])  # which earlier versions did not record
     for key in SAME + (() if fresh_optimizer else SAME_OPTIMIZER):
         if state[key] != now[key]:
             then, today = differences(state[key], now[key])
             raise UserError(
                 f"--resume: the run in {checkpoint.parent.parent} has {key} {then}, this command {today}; "
-                + ("give the same flags, or add --fresh_optimizer: the optimizer's state cannot move, weights and data go on"
-                   if key in SAME_OPTIMIZER else
-                   "give the first run's flags and data, or another --proj_dir and --bone_load or its kin to train this "
-                   "adapter on other data" if key == "data" else "give the first run's flags, or another --proj_dir"))
+                + (
+                    "give the same flags, or add --fresh_optimizer: the optimizer's state cannot move, weights and "
+                    "data go on"
+                    if key in SAME_OPTIMIZER
+                    else "give the first run's flags and data, or another --proj_dir and --bone_load or its kin to "
+                    "train this adapter on other data"
+                    if key == "data"
+                    else "give the first run's flags, or another --proj_dir"
+                )
+            )
     return state
 
 
@@ -105,8 +120,8 @@ def differences(then, now):
 class Saver:
     """Writes checkpoints and trained tensors of one run; every method is called on all ranks at once.
 
-    identity is the dict of SAME and SAME_OPTIMIZER keys; its "base" is the base model's fingerprint, "" for a model that was
-    never loaded from a file.
+    identity is the dict of SAME and SAME_OPTIMIZER keys; its "base" is the base model's fingerprint, "" for a model
+    that was never loaded from a file.
     """
 
     def __init__(self, folder, config, plan, identity):
@@ -135,8 +150,13 @@ class Saver:
                 if full:
                     save_model(path, tensors)
                 else:
-                    save_adapter(path, tensors, AdapterMetadata.from_config(
-                        self.config.adapter, self.identity["base"], self.identity["precision"]))
+                    save_adapter(
+                        path,
+                        tensors,
+                        AdapterMetadata.from_config(
+                            self.config.adapter, self.identity["base"], self.identity["precision"]
+                        ),
+                    )
         trainer.strategy.barrier()
 
     def save_checkpoint(self, trainer, lit, done):
@@ -149,19 +169,31 @@ class Saver:
             hidden.mkdir(parents=True)
         trainer.strategy.barrier()
         try:
-            trainer.strategy.deepspeed_engine.save_checkpoint(hidden, tag=TAG, client_state={}, save_latest=False,
-                                                              exclude_frozen_parameters=True)
+            trainer.strategy.deepspeed_engine.save_checkpoint(
+                hidden, tag=TAG, client_state={}, save_latest=False, exclude_frozen_parameters=True
+            )
         except (OSError, RuntimeError) as error:  # torch's word for a disk that refuses is a RuntimeError
-            raise UserError(f"cannot write {hidden} (is the disk full?): {error}; the trained tensors are in {self.newest}, and "
-                            "--resume goes on from an earlier checkpoint, if there is one") from error
+            raise UserError(
+                f"cannot write {hidden} (is the disk full?): {error}; the trained tensors are in {self.newest}, and "
+                "--resume goes on from an earlier checkpoint, if there is one"
+            ) from error
         trainer.strategy.barrier()
         if not trainer.is_global_zero:
             return
-        state = {"step": done, "epoch": done // self.plan.epoch_steps, "samples_seen": self.plan.samples_seen(done),
-                 "trained": trained_names(lit), "config": asdict(self.config), **self.identity}
+        state = {
+            "step": done,
+            "epoch": done // self.plan.epoch_steps,
+            "samples_seen": self.plan.samples_seen(done),
+            "trained": trained_names(lit),
+            "config": asdict(self.config),
+            **self.identity,
+        }
         share_file(self.newest, hidden / self.newest.name)
-        state["files"] = {str(path.relative_to(hidden)): path.stat().st_size
-                          for path in (hidden / self.newest.name, *sorted((hidden / TAG).rglob("*"))) if path.is_file()}
+        state["files"] = {
+            str(path.relative_to(hidden)): path.stat().st_size
+            for path in (hidden / self.newest.name, *sorted((hidden / TAG).rglob("*")))
+            if path.is_file()
+        }
         with atomic_write(hidden / "state.json") as temporary:
             temporary.write_text(json.dumps(state, indent=1))
         sync_files(hidden)
@@ -173,7 +205,8 @@ class Saver:
 
 
 def share_file(path, copy):
-    """Give a file a second name, which keeps the content when `path` is replaced; a copy where the disk has no links."""
+    """Give a file a second name, which keeps the content when `path` is replaced; a copy where the disk has no
+    links."""
     try:
         os.link(path, copy)
     except OSError:
@@ -202,15 +235,18 @@ def load_checkpoint(trainer, lit, checkpoint):
     saved, now = json.loads((checkpoint / "state.json").read_text())["trained"], trained_names(lit)
     if saved != now:
         different = sorted(set(saved) ^ set(now))
-        raise UserError(f"--resume: {checkpoint} and this run train different parameters ({different[0]} and "
-                        f"{len(different) - 1} more); give the first run's flags")
-    trainer.strategy.deepspeed_engine.load_checkpoint(checkpoint, tag=TAG, load_module_strict=False,
-                                                      load_lr_scheduler_states=False)
+        raise UserError(
+            f"--resume: {checkpoint} and this run train different parameters ({different[0]} and "
+            f"{len(different) - 1} more); give the first run's flags"
+        )
+    trainer.strategy.deepspeed_engine.load_checkpoint(
+        checkpoint, tag=TAG, load_module_strict=False, load_lr_scheduler_states=False
+    )
 
 
 def gather(pairs, zero_stage_3, keep):
-    """(name, parameter or buffer) pairs -> {name: tensor on the CPU}, gathered one by one under ZeRO-3; {} on ranks that do not
-    keep. Raises Diverged, on all ranks, for a tensor that is not finite, before anything is written."""
+    """(name, parameter or buffer) pairs -> {name: tensor on the CPU}, gathered one by one under ZeRO-3; {} on ranks
+    that do not keep. Raises Diverged, on all ranks, for a tensor that is not finite, before anything is written."""
     import deepspeed
 
     from .lit import Diverged

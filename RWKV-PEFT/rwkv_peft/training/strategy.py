@@ -25,9 +25,16 @@ def make_strategy(train, micro_bsz, trainable):
     stage = int(train.strategy.split("_")[2])
     offload = train.strategy.endswith("offload")
     bucket = int(min(2e8, max(trainable, 1)))
-    strategy = ZeroStrategy(stage=stage, offload_optimizer=offload, offload_parameters=offload and stage == 3,
-                            allgather_bucket_size=bucket, reduce_bucket_size=bucket, exclude_frozen_parameters=True,
-                            logging_batch_size_per_gpu=micro_bsz, logging_level=logging.ERROR)
+    strategy = ZeroStrategy(
+        stage=stage,
+        offload_optimizer=offload,
+        offload_parameters=offload and stage == 3,
+        allgather_bucket_size=bucket,
+        reduce_bucket_size=bucket,
+        exclude_frozen_parameters=True,
+        logging_batch_size_per_gpu=micro_bsz,
+        logging_level=logging.ERROR,
+    )
     if stage == 2 and train.precision == "bf16" and train.accumulate_grad_batches > 1:
         strategy.config["data_types"] = {"grad_accum_dtype": "fp32"}  # else micro batches add up in bfloat16
     return strategy
