@@ -12,21 +12,18 @@ one time in forward and backward besides what was there before.
 
 import argparse
 import statistics
-import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-PEFT"))
-
-from rwkv_peft.adapters import delta, inject  # noqa: E402
-from rwkv_peft.adapters.weight_side import bat_out  # noqa: E402
-from rwkv_peft.config import BONE_MODES, AdapterConfig  # noqa: E402
-from rwkv_peft.memory import keep_freed_memory  # noqa: E402
+from rwkv_peft.adapters.bat_out import bat_out
+from rwkv_peft.adapters.inject import inject
+from rwkv_peft.adapters.methods import forms
+from rwkv_peft.config import AdapterConfig
+from rwkv_peft.memory import keep_freed_memory
 
 SHAPES = ("2048x7168", "7168x2048", "4096x14336", "14336x4096")
 METHODS = (
@@ -119,7 +116,7 @@ def make_layer(method, base, rank):
     if name.startswith("lora"):
         parameters = rank * (base.out_features if name == "lora, bone's" else base.in_features)
         config = AdapterConfig(method="lora", rank=max(1, round(parameters / sides)), targets=("layer",))
-    elif name in BONE_MODES:
+    elif name in forms("bone"):
         quant = words[0] if words and words[0] in ("nf4", "int8") else "none"
         config = AdapterConfig(mode=name, rank=rank, targets=("layer",), quant=quant)
     else:
@@ -139,9 +136,9 @@ class Plain(nn.Module):
 
     def forward(self, x):
         layer = self.layer
-        if layer.variant == "lora":
+        if layer.method.scaled:
             return F.linear(x, layer.weight) + F.linear(F.linear(x, layer.lora_A), layer.lora_B) * layer.scale
-        return F.linear(x, layer.weight + delta(layer.variant, layer.weight, {"bone": layer.bone}))
+        return F.linear(x, layer.weight + layer.method.delta(layer.weight, {"bone": layer.bone}))
 
 
 def make_step(layer, x, g):

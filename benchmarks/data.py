@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from rwkv_peft.config import DataConfig
+from rwkv_peft.data.batches import TrainBatches
 from rwkv_peft.data.binidx import BinidxWriter
-from rwkv_peft.data.module import TrainBatches
-from rwkv_peft.data.samples import build_samples
+from rwkv_peft.data.sources import build_samples
 
 CASES = (
     ("get", "none"),

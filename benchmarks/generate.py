@@ -19,7 +19,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "RWKV-PEFT"))
 PROMPT = 8
 
 
@@ -68,18 +67,18 @@ def make_model(path, layers, channels):
     """A random World-vocabulary model of the official widths, float32."""
     import torch
 
-    from rwkv_peft.checkpoint import expected_shapes, save_model
-    from rwkv_peft.config import ModelConfig
+    from rwkv_peft.files.base import save_model
+    from rwkv_peft.models.rwkv6.keys import RWKV6Config, shapes
 
     torch.manual_seed(0)
-    config = ModelConfig(
+    config = RWKV6Config(
         n_layer=layers, n_embd=channels, vocab_size=65536, dim_att=channels, dim_ffn=int(channels * 3.5) // 32 * 32
     )
     save_model(
         path,
         {
             key: torch.ones(shape) if len(shape) == 1 else 0.02 * torch.randn(shape)
-            for key, shape in expected_shapes(config).items()
+            for key, shape in shapes(config).items()
         },
     )
 

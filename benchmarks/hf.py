@@ -17,9 +17,6 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-PEFT"))
 
 METHODS = ("bone True", "bone bat-in", "bone bat-out", "miss True", "miss bat", "lora")
 

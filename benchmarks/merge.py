@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "RWKV-PEFT"))
+from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
+from rwkv_peft.files.base import open_base
+from rwkv_peft.files.pth_writer import TensorSpec, write_pth
+from rwkv_peft.models.rwkv6 import keys
 
-from rwkv_peft.checkpoint import AdapterMetadata, expected_shapes, fingerprint, load_base, save_adapter  # noqa: E402
-from rwkv_peft.config import TARGETS, ModelConfig  # noqa: E402
-from rwkv_peft.pth_writer import TensorSpec, write_pth  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def main():
@@ -54,7 +54,7 @@ def main():
         ]
         drop_from_cache(folder / "base.pth")
         seconds, peak = run(command)
-        merged = load_base(folder / "merged.pth")
+        merged = open_base(folder / "merged.pth").tensors
         assert list(merged) == list(shapes)
         print(f"base {size / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB, {torch.get_num_threads()} threads")
         print("| | seconds | peak resident memory |")
@@ -68,7 +68,7 @@ def main():
 
 def make_files(folder, args):
     """base.pth and adapter.safetensors of the shape asked for; returns the base's shapes."""
-    config = ModelConfig(
+    config = keys.RWKV6Config(
         n_layer=args.layers,
         n_embd=args.channels,
         vocab_size=args.vocab,
@@ -77,7 +77,7 @@ def make_files(folder, args):
         maa_rank=64,
         decay_rank=128,
     )
-    shapes = expected_shapes(config)
+    shapes = keys.shapes(config)
     noise = torch.randn(1 << 24).mul_(0.02).bfloat16()
 
     def tensor(shape):
@@ -90,10 +90,10 @@ def make_files(folder, args):
         f"blocks.{i}.{target}.bone": 1e-3
         * torch.randn(shapes[f"blocks.{i}.{target}.weight"][1] // args.rank, args.rank, args.rank)
         for i in range(args.layers)
-        for target in TARGETS
+        for target in keys.TARGETS
     }
     metadata = AdapterMetadata(
-        "bat-in", rank=args.rank, targets=TARGETS, base_fingerprint=fingerprint(load_base(folder / "base.pth"))
+        "bat-in", rank=args.rank, targets=keys.TARGETS, base_fingerprint=open_base(folder / "base.pth").fingerprint
     )
     save_adapter(folder / "adapter.safetensors", bones, metadata)
     return shapes

@@ -13,22 +13,21 @@ small operations down: read them as proportions.
 
 import argparse
 import statistics
-import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-PEFT"))
-
-from rwkv_peft.adapters import inject, parameter_groups  # noqa: E402
-from rwkv_peft.config import AdapterConfig, ModelConfig  # noqa: E402
-from rwkv_peft.memory import keep_freed_memory  # noqa: E402
-from rwkv_peft.model import RWKV6  # noqa: E402
-from rwkv_peft.training.loss import linear_cross_entropy  # noqa: E402
+from rwkv_peft.adapters.groups import parameter_groups
+from rwkv_peft.adapters.inject import inject
+from rwkv_peft.config import AdapterConfig
+from rwkv_peft.memory import keep_freed_memory
+from rwkv_peft.models import family_named
+from rwkv_peft.models.rwkv6.keys import RWKV6Config
+from rwkv_peft.models.rwkv6.model import RWKV6
+from rwkv_peft.training.loss import linear_cross_entropy
 
 SHAPES = ("768x2688x12", "2048x7168x2")
 METHODS = ("bat-in", "bone", "bat-out", "lora", "none")
@@ -72,7 +71,7 @@ def main():
     print(f"torch {torch.__version__}, {where}, rank {args.rank}, median of {args.rounds} rounds")
     for shape in args.shapes:
         C, F_, L = map(int, shape.split("x"))
-        config = ModelConfig(n_layer=L, n_embd=C, vocab_size=args.vocab, dim_att=C, dim_ffn=F_)
+        config = RWKV6Config(n_layer=L, n_embd=C, vocab_size=args.vocab, dim_att=C, dim_ffn=F_)
         for dtype in args.dtypes:
             table(config, dtype, args)
 
@@ -162,7 +161,7 @@ def make_step(config, weights, method, kind, args):
     if method == "lora":  # as many parameters as bat-in, at a square matrix
         rank = max(1, args.rank // 2)
     adapter = AdapterConfig(method=method if method in ("lora", "none") else "bone", mode=method, rank=rank)
-    inject(model, adapter)
+    inject(model, adapter, family=family_named("x060"))
     trained = [p for p in model.parameters() if p.requires_grad]
     if method != "none":
         for parameter in trained:

@@ -26,8 +26,9 @@ from pathlib import Path
 import torch
 
 from rwkv_peft.memory import keep_freed_memory
-from rwkv_peft.ops import backends, cpu, cuda, wkv6
+from rwkv_peft.ops import cpu, cuda
 from rwkv_peft.ops.build import BuildError, Unit, build_library, source_directory
+from rwkv_peft.ops.wkv6 import backends, wkv6
 
 HEAD_SIZE = 64
 SHAPES = {  # B,T,H

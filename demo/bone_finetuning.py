@@ -1,11 +1,6 @@
 """Fine-tune a Hugging Face model with Bone: python demo/bone_finetuning.py --help (see rwkv_peft/hf/finetune.py)."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-PEFT"))
-
-from rwkv_peft.errors import UserError, exit_on_user_error  # noqa: E402
+from rwkv_peft.errors import UserError, exit_on_user_error
 
 
 def main(argv):

@@ -8,17 +8,14 @@ continues each prompt greedily up to the end of the line, and compares with the 
 """
 
 import json
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-PEFT"))
-
-from rwkv_peft.checkpoint import load_base, model_config_from_state  # noqa: E402
-from rwkv_peft.cli import Parser  # noqa: E402
-from rwkv_peft.data.tokenizer import load_tokenizer  # noqa: E402
-from rwkv_peft.errors import UserError, exit_on_user_error  # noqa: E402
-from rwkv_peft.generate import Sampling, generate, load_model  # noqa: E402
-from rwkv_peft.runtimes import rwkv_model  # noqa: E402
+from rwkv_peft.cli import Parser
+from rwkv_peft.data.tokenizer import load_tokenizer
+from rwkv_peft.errors import UserError, exit_on_user_error
+from rwkv_peft.files.base import open_base
+from rwkv_peft.generate import Sampling, generate, load_model
+from rwkv_peft.release.runtimes import rwkv_model
 
 LONGEST = 80  # tokens of an answer
 
@@ -100,7 +97,7 @@ def main(argv):
         raise UserError(f"--at_least {args.at_least}: a share from 0 to 1 is due, as 0.9 for 90 %")
     questions = read_questions(args.questions, args.limit)
     tokenizer = load_tokenizer("bytes")
-    vocab_size = model_config_from_state(load_base(args.model)).vocab_size
+    vocab_size = open_base(args.model).config.vocab_size
     if vocab_size != tokenizer.vocab_size:
         raise UserError(
             f"--model {args.model} has a vocabulary of {vocab_size} tokens, and the questions are put in "

@@ -50,9 +50,9 @@ fi
 case "$DATA_FILE" in
 *.jsonl)
     [ "${NUM_NODES:-1}" = 1 ] || fail "several nodes would write the same token files; make them once with" \
-        "python -m rwkv_peft.data.preprocess, and give their prefix as DATA_FILE"
+        "rwkv-peft preprocess, and give their prefix as DATA_FILE"
     step "1. data: $DATA_FILE -> $out/data.bin, data.idx"
-    "$python" -m rwkv_peft.data.preprocess "$DATA_FILE" --tokenizer "$tokenizer" --output "$out/data"
+    "$python" -m rwkv_peft preprocess "$DATA_FILE" --tokenizer "$tokenizer" --output "$out/data"
     data="$out/data"
     ;;
 *) data="$DATA_FILE" ;;
@@ -72,7 +72,7 @@ step "3. merge: base + adapter -> $out/merged.pth"
 
 if [ "${CHECK:-1}" != 0 ]; then
     step "4. check: the merged file in the rwkv package"
-    "$python" -m rwkv_peft.check --base_model "$base" --bone_checkpoint "$out/adapter.safetensors" \
+    "$python" -m rwkv_peft check --base_model "$base" --bone_checkpoint "$out/adapter.safetensors" \
         --merged "$out/merged.pth"
 fi
 if $demo; then

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_peft.checkpoint import expected_shapes
-from rwkv_peft.config import ModelConfig
+from rwkv_peft.models.rwkv6.keys import RWKV6Config, shapes
 
 
 def pytest_addoption(parser):
@@ -47,7 +46,7 @@ def make_tiny_state(
     seed=0,
 ):
     """A state dict whose scales resemble a trained model's, so that its logits are neither flat nor huge."""
-    config = ModelConfig(
+    config = RWKV6Config(
         n_layer=n_layer,
         n_embd=n_embd,
         vocab_size=vocab_size,
@@ -73,4 +72,4 @@ def make_tiny_state(
             return 0.5 * random
         return random / shape[-1] ** 0.5
 
-    return {key: tensor(key, shape).to(dtype) for key, shape in expected_shapes(config).items()}
+    return {key: tensor(key, shape).to(dtype) for key, shape in shapes(config).items()}

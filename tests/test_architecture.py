@@ -1,6 +1,7 @@
 """The import arrows between the package's parts, what an import costs, and that every setting is read."""
 
 import ast
+import re
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from rwkv_peft import config
+from rwkv_peft.config import AdapterConfig, DataConfig, TrainConfig
+from rwkv_peft.models.rwkv6.keys import RWKV6Config
+from rwkv_peft.training.parser import DIMENSIONS, build_parser, flag_of
 
 PACKAGE = Path(__file__).resolve().parents[1] / "RWKV-PEFT" / "rwkv_peft"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -25,39 +29,30 @@ HEAVY = (
     "accelerate",
     "trl",
 )
-# (part, the modules that make it, the parts that it may import); whatever an imported part may import is open too.
+# (part, the modules that make it, the parts that it may import); whatever an imported part may import is open too. A
+# module stands for what is below it, unless that is named itself.
 PARTS = (
     ("base", ("", "config", "errors", "cli", "memory"), ()),
     ("ops", ("ops",), ("base",)),
-    ("model", ("model",), ("base", "ops")),
+    ("models", ("models",), ("base", "ops")),
     ("adapters", ("adapters",), ("base", "ops")),
+    ("containers", ("files",), ("base",)),
+    ("bases", ("files/base",), ("containers", "models", "adapters")),
     (
-        "checkpoint",
-        (
-            "checkpoint",
-            "atomic",
-            "pth",
-            "pth_writer",
-            "safetensors_reader",
-            "safetensors_writer",
-            "adapter_file",
-            "foreign",
-            "foreign_hf",
-            "names",
-        ),
-        ("base",),
+        "adapter files",
+        ("files/adapter_file", "files/adapters", "files/rwkv_peft_file", "files/peft_folder"),
+        ("containers", "models", "adapters"),
     ),
     ("data", ("data",), ("base",)),
-    ("merge", ("merge", "merge_change", "merge_cli", "ahead"), ("adapters", "checkpoint")),
-    ("check", ("check",), ("model", "adapters", "checkpoint", "verify")),
-    ("convert", ("convert", "gguf_file"), ("checkpoint", "data")),
-    ("verify", ("verify", "runtimes"), ("model", "convert")),
-    ("generate", ("generate",), ("model", "checkpoint", "data", "merge")),
-    ("evals", ("evals",), ("generate",)),
-    ("hf", ("hf",), ("adapters", "checkpoint")),
-    ("plots", ("plots",), ("base", "checkpoint")),
-    ("doctor", ("doctor",), ("base", "ops")),
-    ("training", ("training",), ("model", "adapters", "checkpoint", "data", "plots")),
+    ("merge", ("release",), ("bases", "adapter files")),
+    ("convert", ("release/convert", "release/formats", "release/gguf"), ("bases", "adapter files", "data")),
+    ("check", ("release/check", "release/verify", "release/logits", "release/runtimes"), ("convert",)),
+    ("generate", ("generate",), ("merge", "data")),
+    ("hf", ("hf",), ("adapters", "containers")),
+    ("plots", ("plots",), ("containers",)),
+    ("doctor", ("doctor",), ("models",)),
+    ("training", ("training",), ("bases", "adapter files", "data", "plots")),
+    ("commands", ("commands", "__main__"), ("base",)),  # it imports a command when that is called, by its name
 )
 
 
@@ -72,11 +67,12 @@ def module_of(path):
 
 
 def part_of(module):
-    """The part that a module path such as ("ops", "cpu") belongs to."""
-    top = module[0] if module else ""
-    names = [name for name, modules, _ in PARTS if top in modules]
-    assert names, f"rwkv_peft.{top} belongs to no part: name it in PARTS, with what it may import"
-    return names[0]
+    """The part that a module path such as ("ops", "cpu") belongs to: that of the longest path which names it."""
+    names = {path: name for name, modules, _ in PARTS for path in modules}
+    paths = ["/".join(module[:length]) for length in range(len(module), 0, -1)] or [""]
+    found = [names[path] for path in paths if path in names]
+    assert found, f"rwkv_peft.{'.'.join(module)} belongs to no part: name it in PARTS, with what it may import"
+    return found[0]
 
 
 def reachable(part):
@@ -91,19 +87,26 @@ def reachable(part):
     return found
 
 
+MODULES = {module_of(path): path for path in FILES}
+
+
 def package_imports(path):
-    """The package's modules that a file imports anywhere in it, as paths such as ("ops", "cpu")."""
+    """The package's modules that a file imports anywhere in it, functions included, as paths such as ("ops", "cpu")."""
     here = path.relative_to(PACKAGE).parent.parts
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.ImportFrom) and node.level:
             module = here[: len(here) - node.level + 1] + tuple((node.module or "").split(".") if node.module else ())
-            yield from [module] if module else [(alias.name,) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rwkv_peft":
-            yield tuple(node.module.split(".")[1:]) or (node.names[0].name,)
+            module = tuple(node.module.split(".")[1:])
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.split(".")[0] == "rwkv_peft":
                     yield tuple(alias.name.split(".")[1:])
+            continue
+        else:
+            continue
+        for alias in node.names:  # a name is a module of its own, or stands in one
+            yield (*module, alias.name) if (*module, alias.name) in MODULES else module
 
 
 def top_level(path):
@@ -144,17 +147,30 @@ def test_the_arrows_have_no_circle():
         assert all(name not in reachable(other) for other in imports)
 
 
-def test_model_and_adapters_meet_in_the_run_and_its_check_alone():
-    both = [
-        module_of(path)
-        for path in FILES
-        if {"model", "adapters"} <= {part_of(module) for module in package_imports(path)}
+def test_no_file_imports_itself_by_way_of_others():
+    imports = {module: set(package_imports(path)) - {module} for module, path in MODULES.items()}
+    done = set()
+
+    def visit(module, way):
+        assert module not in way, " -> ".join(".".join(step) for step in (*way[way.index(module) :], module))
+        if module not in done:
+            for other in sorted(imports[module]):
+                visit(other, (*way, module))
+            done.add(module)
+
+    for module in imports:
+        visit(module, ())
+
+
+def test_adapters_are_put_into_models_by_the_run_and_its_check_alone():
+    injecting = [
+        module for module, path in MODULES.items() if re.search(r"inject import .*\binject\b", path.read_text())
     ]
-    assert both == [("check",), ("training", "run")]
+    assert injecting == [("release", "check"), ("training", "run")]
 
 
 def test_heavy_packages_are_imported_by_the_files_whose_job_they_are():
-    allowed = {("training", name) for name in ("batches", "callbacks", "lit", "strategy")}
+    allowed = {("training", name) for name in ("callbacks", "data_module", "lit", "strategy")}
     for path in FILES:
         module = module_of(path)
         assert not heavy_imports(path) or module in allowed or module[0] == "hf", f"{path}: {heavy_imports(path)}"
@@ -195,29 +211,25 @@ def names_read(path):
 
 def settings():
     """(dataclass, field) of every settings dataclass."""
-    classes = [value for value in vars(config).values() if is_dataclass(value)]
+    classes = [value for value in vars(config).values() if is_dataclass(value)] + [RWKV6Config]
     return [(cls.__name__, field.name) for cls in classes for field in fields(cls)]
 
 
 def test_every_setting_is_read_by_the_code_that_it_steers():
-    flags = (("training", "flags"), ("training", "adapter_flags"))
+    flags = [("config",), *(("training", name) for name in ("flags", "adapter_flags", "parser"))]
     read = {name for path in FILES if module_of(path) not in flags for name in names_read(path)}
     unread = [f"{cls}.{name}" for cls, name in settings() if name not in read]
     assert unread == []
 
 
 def test_every_flag_of_train_is_read():
-    from rwkv_peft.training.flags import build_parser
-
-    read = {
-        name
-        for file in ("flags.py", "adapter_flags.py", "legacy.py")
-        for name in names_read(PACKAGE / "training" / file)
-    }
-    read |= {name for _, name in settings()}
+    own = ("flags.py", "adapter_flags.py", "legacy.py")
+    read = {name for file in own for name in names_read(PACKAGE / "training" / file)}
+    read |= {flag_of(field) for cls in (AdapterConfig, DataConfig, TrainConfig) for field in fields(cls)}
+    read |= set(dict(DIMENSIONS))
     unread = [
         action.option_strings[0]
         for action in build_parser()._actions
         if action.dest not in read and action.dest != "help"
     ]
-    assert unread == ["--model_version"]  # a claim with one possible value, checked by its choices
+    assert unread == []

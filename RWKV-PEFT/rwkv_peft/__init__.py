@@ -1,3 +1,3 @@
-"""Bone fine-tuning for RWKV-6: model, wkv6 kernels, adapters, data, training and merge."""
+"""Bone fine-tuning for RWKV: models, wkv kernels, adapters, data, training, release."""
 
 __version__ = "0.1.0"

@@ -93,3 +93,10 @@ def names(text):
 def alias(aliases):
     """An argparse type that reads the names that others use as ours."""
     return lambda text: dict(aliases).get(text, text)
+
+
+def seed(text):
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} does not fit in 64 bits")
+    return value

@@ -1,25 +1,34 @@
-"""The settings of a run as frozen dataclasses, made once from the command line."""
+"""The settings of a run as frozen dataclasses, made once from the command line.
+
+Each field that a flag sets carries it: its help, its type, its name where that is another than the field's. The parser
+of train.py, its --help and docs/train_flags.md are made of these fields (training/flags.py).
+"""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
-ADAPTER_METHODS = ("bone", "lora", "lora-plus", "pissa", "olora", "lora-ga", "none")
-BONE_MODES = ("bone", "bone-mini", "bat-in", "bat-out")
+from .cli import above_zero, alias, count, names, not_negative, positive, seed, switch
+
 MODE_ALIASES = (("bat", "bat-in"),)  # RWKV-PEFT's name for it
-TARGETS = ("att.receptance", "att.key", "att.value", "att.gate", "att.output", "ffn.key", "ffn.receptance", "ffn.value")
+METHOD_ALIASES = (("disha", "bone"),)
+SCHEDULE_ALIASES = (("cos_decay", "cosine"), ("cos", "cosine"))
 QUANTIZATIONS = ("none", "nf4", "int8")
-TRAIN_PARTS = ("time", "ln", "emb", "head")
 STRATEGIES = tuple(f"deepspeed_stage_{stage}" for stage in ("1", "2", "2_offload", "3", "3_offload"))
+
+
+def setting(default, help=None, *, flag=None, group="", unset=False, **options):
+    """A field that a flag sets: default, the flag's help, its name where it is not the field's, the group of --help
+    that it stands in, and argparse's options. With unset the flag's default is None, which stands for what the help
+    says. Without help the field has no flag of its own."""
+    metadata = {"help": help, "flag": flag, "group": group, "unset": unset, "options": options}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Dimensions of an RWKV-6 (x060) model.
-
-    n_layer blocks over n_embd (C) channels; dim_att (A) = heads x head_size attention channels,
-    dim_ffn (F) feed-forward channels; maa_rank and decay_rank are the widths of the low-rank
-    token-shift and decay projections (32 and 64, or 64 and 128 at C = 4096).
-    """
+    """Dimensions of a model that every generation has: n_layer blocks over n_embd (C) channels; dim_att (A) = heads x
+    head_size attention channels, dim_ffn (F) feed-forward channels. A generation's own class adds its others, and names
+    its `version`."""
 
     n_layer: int
     n_embd: int
@@ -27,9 +36,6 @@ class ModelConfig:
     dim_att: int
     dim_ffn: int
     head_size: int = 64
-    maa_rank: int = 32
-    decay_rank: int = 64
-    head_size_divisor: int = 8
 
     @property
     def n_head(self):
@@ -40,71 +46,121 @@ class ModelConfig:
 class AdapterConfig:
     """Which adapter replaces which linear layers, and which other parameters train.
 
-    method is one of ADAPTER_METHODS ("none" is full fine-tuning); mode one of BONE_MODES (Bone
-    alone); rank is the block size r (Bone) or the inner width (LoRA family); mini_rank the width
-    of bone-mini; alpha the LoRA scale times rank (0 means alpha = rank); dropout LoRA's alone;
-    svd_niter the power iterations of PiSSA's randomized SVD (0: an exact SVD); lora_plus_ratio
-    the learning rate of lora_B over that of lora_A (lora-plus alone); targets are module-name
-    suffixes such as "att.key"; train_parts are groups of base parameters that train in full;
-    quant is one of QUANTIZATIONS, for the frozen weights under adapters; load is an adapter file
-    to start from, or ""; init the file of the factors that a PiSSA of RWKV-PEFT in `load` began
-    with, or "".
+    method and mode name one of METHODS (adapters/methods.py), mode where several forms share the word; "none" is full
+    fine-tuning. targets are module-name suffixes such as "att.key", () all that the generation has; alpha is the LoRA
+    scale times rank (0 means alpha = rank), svd_niter the power iterations of PiSSA's randomized SVD (0: an exact SVD),
+    init the file of the factors that a PiSSA of RWKV-PEFT in `load` began with.
     """
 
-    method: str = "bone"
-    mode: str = "bat-in"
-    rank: int = 64
-    mini_rank: int = 0
-    alpha: float = 0.0
-    dropout: float = 0.0
-    svd_niter: int = 4
-    lora_plus_ratio: float = 16.0
-    targets: tuple[str, ...] = TARGETS
-    train_parts: tuple[str, ...] = ()
-    quant: str = "none"
-    load: str = ""
-    init: str = ""
-
-    @property
-    def variant(self):
-        """The adapter's name in ADAPTERS and in metadata; "none" where no adapter is used."""
-        if self.method == "bone":
-            return self.mode
-        return "lora" if self.method == "lora-plus" else self.method
-
-    @property
-    def scale(self):
-        """What multiplies lora_B lora_A."""
-        return self.alpha / self.rank if self.alpha else 1.0
+    method: str = setting(
+        "bone",
+        "adapter method; none trains the model itself (all of it, or --train_parts)",
+        flag="peft",
+        type=alias(METHOD_ALIASES),
+    )
+    mode: str = setting(
+        "bat-in",
+        "bat-in (block affine by input block, also called bat), bat-out, bone or bone-mini (default bat-in)",
+        flag="bone_mode",
+        unset=True,
+        type=alias(MODE_ALIASES),
+        metavar="MODE",
+    )
+    rank: int = setting(
+        64,
+        "block size r (default 64); for bat-in and bat-out it divides all dimensions",
+        flag="bone_r",
+        unset=True,
+        type=positive,
+    )
+    mini_rank: int = setting(
+        0,
+        "bone-mini: width of its (bone_r, bone_mini_r) matrix, which repeats over a layer's outputs and divides their "
+        "number",
+        flag="bone_mini_r",
+        unset=True,
+        type=positive,
+    )
+    alpha: float = setting(0.0)
+    dropout: float = setting(0.0)
+    svd_niter: int = setting(4)
+    lora_plus_ratio: float = setting(
+        16.0,
+        "lora-plus: learning rate of lora_B over lora_A's (default 16)",
+        flag="loraplus_lr_ratio",
+        unset=True,
+        type=above_zero,
+    )
+    targets: tuple[str, ...] = setting(
+        (),
+        "linear layers that get an adapter, as ends of their names (default: all of a block)",
+        flag="target_modules",
+        unset=True,
+        nargs="+",
+        metavar="NAME",
+    )
+    train_parts: tuple[str, ...] = setting(
+        (), "parameters of the base that train along: some of time ln emb head", nargs="*", type=names, metavar="PART"
+    )
+    quant: str = setting("none", "keep the frozen matrices quantized (needs bitsandbytes)", choices=QUANTIZATIONS)
+    load: str = setting("", "adapter to start from", flag="bone_load", unset=True, metavar="FILE")
+    init: str = setting("")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """What is read, and in which order.
 
-    path is the prefix of a .bin/.idx pair (data_type "binidx"), or rows of questions and answers
-    (data_type "sft": .jsonl, .json, .parquet, a datasets folder), which tokenizer turns into tokens;
-    sft_field names their fields, sft_split their rows, sft_long ("left" or "skip") what happens to
-    rows longer than ctx_len. dataload is "get" (windows of ctx_len from the token stream), "pad" (one
-    document a row), "only" (one document, alone) or "pack" (several whole documents a row); loss_mask
-    "none", "pad", "qa", "se" or "file"; mask_id are the token ids that open an answer (loss_mask "qa" and
-    "se"), mask_end_id those that open the next question ("qa", optional) or close the answer ("se"). seed draws the
-    order of the samples; None keeps that of the file.
+    path is the prefix of a .bin/.idx pair (data_type "binidx"), or rows of questions and answers (data_type "sft"),
+    which tokenizer turns into tokens. seed draws the order of the samples; None keeps that of the file.
     """
 
-    path: str
-    data_type: str = "binidx"
-    ctx_len: int = 1024
-    dataload: str = "get"
-    loss_mask: str = "none"
-    mask_id: tuple[int, ...] = ()
-    mask_end_id: tuple[int, ...] = ()
-    tokenizer: str = "world"
-    sft_field: tuple[str, ...] = ()
-    sft_split: str = ""
-    sft_long: str = "left"
-    micro_bsz: int = 1
-    seed: int | None = 42
+    path: str = setting(
+        "",
+        "PREFIX of PREFIX.bin and PREFIX.idx; a .jsonl, .json, .parquet or datasets folder for sft",
+        flag="data_file",
+        required=True,
+        metavar="PREFIX",
+    )
+    data_type: str = setting(
+        "binidx",
+        "binidx: tokens; sft: rows of questions and answers, tokenized once into a cache",
+        choices=("binidx", "sft"),
+    )
+    tokenizer: str = setting("world", "sft: world, bytes or a tokenizer.json", metavar="NAME")
+    sft_field: tuple[str, ...] = setting(
+        (),
+        "sft: the field that holds the text, or those of question and answer (default: recognised)",
+        nargs="+",
+        metavar="FIELD",
+    )
+    sft_split: str = setting("", "sft: rows to take, such as train[:1000]", metavar="SPLIT")
+    sft_long: str = setting(
+        "left",
+        "sft: rows longer than --ctx_len lose the front of their prompt, or are left out",
+        choices=("left", "skip"),
+    )
+    ctx_len: int = setting(1024, "tokens a sample", type=positive)
+    dataload: str = setting(
+        "get",
+        "get: windows of the token stream; pad: one document a row, padded; only: one document, alone; "
+        "pack: several whole documents a row, none seeing another (default get; sft: pad)",
+        unset=True,
+    )
+    loss_mask: str = setting(
+        "none",
+        "tokens that count: none and pad count all but padding, qa what follows --mask_id, se what stands between "
+        "--mask_id and --mask_end_id, file reads PREFIX.mask (default none; sft: file)",
+        unset=True,
+    )
+    mask_id: tuple[int, ...] = setting(
+        (), "token ids that open an answer, for --loss_mask qa and se", type=count, nargs="+", metavar="ID"
+    )
+    mask_end_id: tuple[int, ...] = setting(
+        (), "token ids that close it (se), or open the next question (qa)", type=count, nargs="+", metavar="ID"
+    )
+    seed: int | None = setting(42)
+    micro_bsz: int = setting(1, "samples a device and forward pass", type=positive)
 
 
 @dataclass(frozen=True)
@@ -112,42 +168,81 @@ class TrainConfig:
     """How a run trains, on what, and where it writes.
 
     A step is one optimizer step of devices x num_nodes x micro_bsz x accumulate_grad_batches samples; an epoch is
-    epoch_steps of them (0: one pass over the data). Learning rates are per step, epoch_save counts epochs. Validation
-    runs every val_every steps (0: every epoch) on val_data, or on the share val_split of the data; after early_stop
-    of them without a lower loss (0: never) the run ends.
+    epoch_steps of them. Learning rates are per step, epoch_save counts epochs. Validation runs on val_data, or on the
+    share val_split of the data.
     """
 
-    load_model: str = ""
-    proj_dir: str = "out"
-    resume: bool = False
-    fresh_optimizer: bool = False
-    epoch_steps: int = 0
-    epoch_count: int = 1
-    epoch_begin: int = 0
-    epoch_save: int = 1
-    lr_init: float = 2e-5
-    lr_final: float = 2e-5
-    lr_schedule: str = "cosine"
-    warmup_steps: int = 0
-    beta1: float = 0.9
-    beta2: float = 0.99
-    adam_eps: float = 1e-8
-    weight_decay: float = 0.0
-    layerwise_lr: bool = True
-    gradient_clip_val: float = 1.0
-    accumulate_grad_batches: int = 1
-    grad_cp: bool = False
-    random_seed: int = 42
-    strategy: str = "deepspeed_stage_1"
-    accelerator: str = "auto"
-    devices: int = 1
-    num_nodes: int = 1
-    precision: str = "bf16"
-    wandb: str = ""
-    val_data: str = ""
-    val_split: float = 0.0
-    val_every: int = 0
-    early_stop: int = 0
+    load_model: str = setting(
+        "",
+        "base checkpoint; dimensions are read from it. Empty: a new model from --n_layer, --n_embd, --vocab_size "
+        "(needs "
+        "--peft none)",
+        group="model",
+        metavar="PTH",
+    )
+    val_data: str = setting("", "data to validate on, read like --data_file", group="validation", metavar="PREFIX")
+    val_split: float = setting(
+        0.0,
+        "keep this share of the data, such as 0.01, for validation",
+        group="validation",
+        type=not_negative,
+        metavar="SHARE",
+    )
+    val_every: int = setting(0, "steps between validations; 0: every epoch", group="validation", type=count)
+    early_stop: int = setting(
+        0, "end after so many validations without a lower loss; 0: never", group="validation", type=count
+    )
+    proj_dir: str = setting("out", "where the run writes", group="run", metavar="DIR")
+    resume: bool = setting(
+        False,
+        "continue the run in --proj_dir exactly where it stopped, on the same data",
+        group="run",
+        action="store_true",
+    )
+    fresh_optimizer: bool = setting(
+        False,
+        "with --resume: keep weights and place in the data, start the optimizer anew; for another number of devices, "
+        "strategy or precision",
+        group="run",
+        action="store_true",
+    )
+    epoch_steps: int = setting(0, "optimizer steps an epoch; 0: one pass over the data", group="run", type=count)
+    epoch_count: int = setting(1, "epochs; the run ends after them", group="run", type=positive)
+    epoch_begin: int = setting(
+        0,
+        "number of the first epoch: the schedule and the data start there (with --bone_load)",
+        group="run",
+        type=count,
+    )
+    epoch_save: int = setting(1, "save every so many epochs; 0: at the end alone", group="run", type=count)
+    random_seed: int = setting(42, "seed of initialization, dropout and data order", group="run", type=seed)
+    wandb: str = setting("", "also log to this Weights & Biases project", group="run", metavar="PROJECT")
+    lr_init: float = setting(2e-5, "learning rate after warm-up", group="optimizer", type=not_negative)
+    lr_final: float = setting(2e-5, "learning rate at the end", group="optimizer", type=not_negative)
+    lr_schedule: str = setting(
+        "cosine",
+        "from lr_init to lr_final; cosine is also called cos_decay",
+        group="optimizer",
+        type=alias(SCHEDULE_ALIASES),
+    )
+    warmup_steps: int = setting(0, "steps of linear warm-up", group="optimizer", type=count)
+    beta1: float = setting(0.9, "Adam", group="optimizer", type=not_negative)
+    beta2: float = setting(0.99, "Adam", group="optimizer", type=not_negative)
+    adam_eps: float = setting(1e-8, "Adam", group="optimizer", type=above_zero)
+    weight_decay: float = setting(0.0, "on matrices only", group="optimizer", type=not_negative)
+    layerwise_lr: bool = setting(
+        True, "RWKV-LM's doubled learning rate of time_decay", group="optimizer", type=switch, metavar="0|1"
+    )
+    gradient_clip_val: float = setting(1.0, "largest gradient norm; 0: any", group="optimizer", type=not_negative)
+    accumulate_grad_batches: int = setting(1, "forward passes a step", group="optimizer", type=positive)
+    accelerator: str = setting("auto", "where to train", group="machine", choices=("auto", "cpu", "gpu"))
+    devices: int = setting(1, "GPUs, or CPU processes, a node", group="machine", type=positive)
+    num_nodes: int = setting(1, "nodes", group="machine", type=positive)
+    strategy: str = setting("deepspeed_stage_1", "how memory is shared", group="machine", choices=STRATEGIES)
+    precision: str = setting("bf16", "weights and activations", group="machine", choices=("bf16", "fp32"))
+    grad_cp: bool = setting(
+        False, "recompute blocks in the backward pass, to save memory", group="machine", type=switch, metavar="0|1"
+    )
 
 
 @dataclass(frozen=True)
@@ -161,5 +256,5 @@ class RunConfig:
 
 
 def to_json(config):
-    """A config dataclass as stable JSON text, for metadata and config.json."""
+    """A config dataclass as stable JSON text, for config.json."""
     return json.dumps(asdict(config), sort_keys=True)

@@ -1,6 +1,6 @@
 """What this machine can do, what is missing, and the command that mends it.
 
-    python -m rwkv_peft.doctor
+    rwkv-peft doctor
 
 Exit code 0 when training can run here, 1 otherwise. Nothing is changed, but kernels that compile on first use are
 compiled, since that is the only honest answer to whether they work.
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .cli import Parser
-from .errors import exit_on_user_error
 
 OK, NOTE, MISSING = "ok", "-", "MISSING"  # as it should be; good to know; training needs it
 PYTHONS = ((3, 10), (3, 13))
@@ -230,7 +229,7 @@ def matmul_speed(dtype, device, size=1024):
 
 def check_kernels():
     """The wkv6 backends, compiled where that is possible."""
-    from .ops import backends
+    from .ops.wkv6 import backends
 
     for name, reason in backends().items():
         yield Finding(f"wkv6 {name}", OK if reason is None else NOTE, reason or "usable")
@@ -313,9 +312,7 @@ def examine():
 
 def main(argv):
     """Print the report; 0 where nothing that training needs is missing, else 1."""
-    Parser(
-        prog="python -m rwkv_peft.doctor", description="Say what this machine can do and what is missing."
-    ).parse_args(argv)
+    Parser(prog="rwkv-peft doctor", description="Say what this machine can do and what is missing.").parse_args(argv)
     missing = []
     for finding in examine():
         print(f"{finding.name:18} {finding.status:8} {finding.text}", flush=True)
@@ -325,7 +322,3 @@ def main(argv):
             missing.append(finding.name)
     print(f"\ntraining cannot run here: see {', '.join(missing)} above" if missing else "\ntraining can run here")
     return 1 if missing else 0
-
-
-if __name__ == "__main__":
-    exit_on_user_error(main)

@@ -1,14 +1,14 @@
 """Pictures of a run: the loss curve that train.py leaves beside its metrics.
 
-python -m rwkv_peft.plots out/metrics.jsonl out/loss.png
+rwkv-peft plot out/metrics.jsonl out/loss.png
 """
 
 import json
 from pathlib import Path
 
-from .atomic import atomic_write
 from .cli import Parser
-from .errors import UserError, exit_on_user_error
+from .errors import UserError
+from .files.atomic import atomic_write
 
 
 def read_metrics(path):
@@ -106,7 +106,7 @@ def plot_loss(metrics_jsonl, out_png):
 
 def main(argv):
     """Draw one run's curve; returns the exit code."""
-    parser = Parser(prog="python -m rwkv_peft.plots", description="Draw the loss curve of a run.")
+    parser = Parser(prog="rwkv-peft plot", description="Draw the loss curve of a run.")
     parser.add_argument("metrics", help="metrics.jsonl of a run")
     parser.add_argument("output", help="the .png to write")
     args = parser.parse_args(argv)
@@ -115,7 +115,3 @@ def main(argv):
     plot_loss(args.metrics, args.output)
     print(f"wrote {args.output}")
     return 0
-
-
-if __name__ == "__main__":
-    exit_on_user_error(main)

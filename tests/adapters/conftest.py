@@ -4,16 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from rwkv_peft.adapters import inject
-from rwkv_peft.config import BONE_MODES, AdapterConfig
+from rwkv_peft.adapters.inject import inject
+from rwkv_peft.adapters.methods import METHODS, words_of
+from rwkv_peft.config import AdapterConfig
 
 
 def adapter_config(variant, **settings):
-    """An AdapterConfig for a name in ADAPTERS that targets `layer`."""
+    """An AdapterConfig for a name in METHODS that targets `layer`."""
     settings = {"rank": 4, "mini_rank": 4, "alpha": 8.0, "targets": ("layer",)} | settings
-    if variant in BONE_MODES:
-        return AdapterConfig(method="bone", mode=variant, **settings)
-    return AdapterConfig(method=variant, **settings)
+    return AdapterConfig(**words_of(METHODS[variant]), **settings)
 
 
 def adapt(layer, variant, train=True, **settings):
@@ -23,7 +22,7 @@ def adapt(layer, variant, train=True, **settings):
     adapted = model["layer"]
     if train:
         with torch.no_grad():
-            for name in adapted.parameter_names:
+            for name in adapted.method.parameters:
                 parameter = getattr(adapted, name)
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
     return adapted

@@ -8,20 +8,19 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rwkv_peft.adapters import functional
-from rwkv_peft.adapters.delta import delta
-from rwkv_peft.adapters.weight_side import bat_out
+from rwkv_peft.adapters import bat_in, bat_out, bone, lora
+from rwkv_peft.adapters.methods import METHODS
 
 RANK = 4
 # variant -> how to call it on (x, weight, params, bias)
 FUNCTIONS = MappingProxyType(
     {
-        "bat-in": lambda x, w, p, b: functional.bat_in(x, w, p["bone"], b),
-        "bat-out": lambda x, w, p, b: bat_out(x, w, p["bone"], b, side="weight"),
-        "bat-out by activations": lambda x, w, p, b: bat_out(x, w, p["bone"], b, side="activation"),
-        "bone": lambda x, w, p, b: functional.bone(x, w, p["bone"], b),
-        "bone-mini": lambda x, w, p, b: functional.bone(x, w, p["bone"], b),
-        "lora": lambda x, w, p, b: functional.lora(x, w, p["lora_A"], p["lora_B"], b, scale=0.5),
+        "bat-in": lambda x, w, p, b: bat_in.bat_in(x, w, p["bone"], b),
+        "bat-out": lambda x, w, p, b: bat_out.bat_out(x, w, p["bone"], b, side="weight"),
+        "bat-out by activations": lambda x, w, p, b: bat_out.bat_out(x, w, p["bone"], b, side="activation"),
+        "bone": lambda x, w, p, b: bone.bone(x, w, p["bone"], b),
+        "bone-mini": lambda x, w, p, b: bone.bone(x, w, p["bone"], b),
+        "lora": lambda x, w, p, b: lora.lora(x, w, p["lora_A"], p["lora_B"], b, scale=0.5),
     }
 )
 
@@ -52,7 +51,7 @@ def tensors(name, lead=(2, 5), in_features=24, out_features=16, dtype=torch.floa
 
 def plain(name, x, weight, params, bias):
     """The definition: one linear layer with the merged weight."""
-    return F.linear(x, weight + delta(variant_of(name), weight, params, scale=0.5), bias)
+    return F.linear(x, weight + METHODS[variant_of(name)].delta(weight, params, scale=0.5), bias)
 
 
 def run(function, x, weight, params, bias, train=("x", "params")):
@@ -114,10 +113,8 @@ def test_no_bias_an_empty_batch_and_a_transposed_batch(name):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_many_chunks_equal_one(name, monkeypatch):
     """Loops over tokens and over output blocks, here of one to a few steps, leave the result alone."""
-    from rwkv_peft.adapters import weight_side
-
-    monkeypatch.setattr(weight_side, "CHUNK_ELEMENTS", 2 * RANK * 24)
-    monkeypatch.setattr(functional, "_token_chunks", lambda x: [slice(i, i + 3) for i in range(0, x.shape[0], 3)])
+    monkeypatch.setattr(bat_out, "CHUNK_ELEMENTS", 2 * RANK * 24)
+    monkeypatch.setattr(bat_in, "_token_chunks", lambda x: [slice(i, i + 3) for i in range(0, x.shape[0], 3)])
     inputs = tensors(name)
     train = ("x", "weight", "params")
     assert_close(run(FUNCTIONS[name], *inputs, train), run(partial(plain, name), *inputs, train), 1e-12)
@@ -222,8 +219,8 @@ def test_backward_reads_the_weights_current_storage(name):
 @pytest.mark.parametrize("tokens, side", [(1, "activation"), (2, "weight"), (100, "weight")])
 def test_bat_out_takes_the_cheaper_side(tokens, side):
     x, weight, params, _ = tensors("bat-out", lead=(tokens,))
-    chosen = bat_out(x, weight, params["bone"])
-    assert torch.equal(chosen, bat_out(x, weight, params["bone"], side=side))
+    chosen = bat_out.bat_out(x, weight, params["bone"])
+    assert torch.equal(chosen, bat_out.bat_out(x, weight, params["bone"], side=side))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from rwkv_peft.adapters import parameter_groups
+from rwkv_peft.adapters.groups import parameter_groups
+from rwkv_peft.models import family_named
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_matrices_decay_and_vectors_do_not(model):
 
 
 def test_layerwise_rates_follow_rwkv_lm(model):
-    found = rates(model, weight_decay=0.1, layerwise_lr=True)
+    found = rates(model, weight_decay=0.1, family=family_named("x060"))
     assert found["time_decay"] == (2.0, 0.0)
     for name in ("time_decay_w1", "time_maa_k", "time_faaaa", "bias"):
         assert found[name] == (1.0, 0.0)
@@ -52,11 +53,11 @@ def test_layerwise_rates_follow_rwkv_lm(model):
 
 
 def test_lora_plus_speeds_up_lora_B_alone(model):
-    found = rates(model, lora_plus_ratio=16.0)
+    found = rates(model, ratios=(("lora_B", 16.0),))
     assert {name for name, (scale, _) in found.items() if scale != 1} == {"lora_B"}
     assert found["lora_B"] == (16.0, 0.0)
 
 
 def test_an_optimizer_takes_the_groups(model):
-    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=0.1, layerwise_lr=True), lr=1e-3)
+    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=0.1, family=family_named("x060")), lr=1e-3)
     assert {group["lr_scale"] for group in optimizer.param_groups} == {1.0, 2.0}

@@ -5,10 +5,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rwkv_peft.adapters import ADAPTERS, InjectReport, check_adapter, inject, merged
-from rwkv_peft.config import TARGETS, AdapterConfig
+from adapters.layers import merged_weight, tensors_of
+from rwkv_peft.adapters.inject import InjectReport, check_adapter, inject
+from rwkv_peft.adapters.methods import METHODS
+from rwkv_peft.config import AdapterConfig
 from rwkv_peft.errors import UserError
+from rwkv_peft.models import family_named
+from rwkv_peft.models.rwkv6.keys import TARGETS
 
+RWKV6 = family_named("x060")
 RESIDUAL = ("pissa", "olora", "lora-ga")
 
 
@@ -47,27 +52,40 @@ def trainable(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("variant", ADAPTERS)
+@pytest.mark.parametrize("variant", METHODS)
 def test_merged_weight_reproduces_the_adapter(variant, dtype, adapt):
     layer = adapt(nn.Linear(24, 16, dtype=dtype), variant)
     x = torch.randn(2, 5, 24, dtype=dtype)
-    expected = F.linear(x.float(), layer.merged_weight(), layer.bias.float())
+    expected = F.linear(x.float(), merged_weight(layer), layer.bias.float())
     error = (layer(x).float() - expected).abs().max()
     assert error <= (2e-6 if dtype == torch.float32 else 3e-2) * expected.abs().max()
-    assert layer.merged_weight().dtype == torch.float32
+    assert merged_weight(layer).dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("variant", ADAPTERS)
+@pytest.mark.parametrize("variant", METHODS)
 def test_merging_from_the_original_weight_is_exact(variant, dtype, adapt):
     base = nn.Linear(24, 16, bias=False, dtype=dtype)
     original = base.weight.detach().clone()
     layer = adapt(base, variant)
-    params = {name: tensor.detach() for name, tensor in layer.adapter_tensors().items()}
-    assert torch.equal(merged(variant, original, params, scale=layer.scale), layer.merged_weight())
+    params = {name: tensor.detach() for name, tensor in tensors_of(layer).items()}
+    assert torch.equal(METHODS[variant].merged(original, params, scale=layer.scale), merged_weight(layer))
 
 
-@pytest.mark.parametrize("variant", [v for v in ADAPTERS if v not in RESIDUAL])
+@pytest.mark.parametrize("variant", METHODS)
+def test_what_is_merged_can_be_taken_off_again(variant, adapt):
+    base = nn.Linear(24, 16, bias=False)
+    original = base.weight.detach().clone()
+    layer = adapt(base, variant)
+    params = {name: 0.3 * tensor.detach().double() for name, tensor in tensors_of(layer).items() if "norm" not in name}
+    params |= {name: tensor.detach().double() for name, tensor in tensors_of(layer).items() if "norm" in name}
+    merged = original.double() + layer.method.delta(original.double(), params, layer.scale)
+    assert (merged - original).abs().max() > 1e-3
+    back = layer.method.removed(merged, layer.method.opposite(params, layer.scale), layer.scale)
+    torch.testing.assert_close(back, original.double(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", [v for v in METHODS if v not in RESIDUAL])
 def test_a_fresh_adapter_leaves_the_output_bitwise_unchanged(variant, adapt):
     for dtype in (torch.float32, torch.bfloat16):
         base = nn.Linear(24, 16, dtype=dtype)
@@ -87,18 +105,18 @@ def test_a_fresh_residual_adapter_leaves_the_output_unchanged_to_rounding(varian
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("variant", ADAPTERS)
+@pytest.mark.parametrize("variant", METHODS)
 def test_the_layer_keeps_the_base_keys_and_names_its_own_beside_them(variant, adapt):
     base = nn.Linear(24, 16)
     weight = base.weight
     layer = adapt(base, variant)
     assert layer.weight is weight
-    assert set(layer.state_dict()) == {"weight", "bias", *layer.parameter_names}
-    assert trainable(layer) == set(layer.parameter_names)
-    assert set(layer.adapter_tensors()) >= set(layer.parameter_names)
+    assert set(layer.state_dict()) == {"weight", "bias", *layer.method.parameters}
+    assert trainable(layer) == set(layer.method.parameters)
+    assert set(tensors_of(layer)) >= set(layer.method.parameters)
 
 
-@pytest.mark.parametrize("variant", ADAPTERS)
+@pytest.mark.parametrize("variant", METHODS)
 def test_a_few_steps_reduce_a_loss(variant, adapt):
     layer = adapt(nn.Linear(24, 16), variant, train=False)
     x, target = torch.randn(32, 24), torch.randn(32, 16)
@@ -115,7 +133,7 @@ def test_a_few_steps_reduce_a_loss(variant, adapt):
 
 def test_every_target_of_every_block_is_replaced_and_the_rest_frozen(model):
     before = sum(p.numel() for p in model.parameters())
-    report = inject(model, AdapterConfig(rank=8))
+    report = inject(model, AdapterConfig(rank=8), family=RWKV6)
     assert len(report.replaced) == 2 * len(TARGETS)
     assert isinstance(model["head"], nn.Linear)
     assert trainable(model) == {f"{name}.bone" for name in report.replaced}
@@ -163,19 +181,19 @@ def test_bone_on_rwkv6_7b_has_the_published_number_of_parameters():
 )
 def test_train_parts_match_what_they_name(model, part, expected):
     names = {name.format(i, half) for name in expected for i in (0, 1) for half in ("att", "ffn")}
-    inject(model, AdapterConfig(rank=8, train_parts=(part,)))
+    inject(model, AdapterConfig(rank=8, train_parts=(part,)), family=RWKV6)
     assert {name for name in trainable(model) if not name.endswith(".bone")} == names
 
 
 def test_full_finetuning_trains_everything_or_the_parts_alone(model):
-    report = inject(model, AdapterConfig(method="none"))
+    report = inject(model, AdapterConfig(method="none"), family=RWKV6)
     assert report.trainable == report.total and not report.replaced
-    inject(model, AdapterConfig(method="none", train_parts=("head",)))
+    inject(model, AdapterConfig(method="none", train_parts=("head",)), family=RWKV6)
     assert trainable(model) == {"head.weight"}
 
 
 def test_targets_narrow_what_is_replaced(model):
-    assert inject(model, AdapterConfig(rank=8, targets=("ffn.key",))).replaced == (
+    assert inject(model, AdapterConfig(rank=8, targets=("ffn.key",)), family=RWKV6).replaced == (
         "blocks.0.ffn.key",
         "blocks.1.ffn.key",
     )
@@ -188,7 +206,6 @@ def test_targets_narrow_what_is_replaced(model):
         ({"mode": "bat"}, ["--bone_mode bat", "bat-in", "bat-out"]),
         ({"quant": "int4"}, ["--quant int4", "nf4"]),
         ({"targets": ("att.kye",)}, ["att.kye", "att.key"]),
-        ({"targets": ()}, ["att.key"]),
         ({"targets": ("head",)}, ["--train_parts head"]),
         ({"rank": 7}, ["7", "does not divide", "blocks.0.att.receptance", "--bone_r 8", "--bone_mode bone"]),
         ({"rank": 16}, ["16", "24", "blocks.0.ffn.key", "--bone_r 8"]),
@@ -196,7 +213,7 @@ def test_targets_narrow_what_is_replaced(model):
         ({"mode": "bone", "rank": 17}, ["17", "16"]),
         ({"mode": "bone-mini", "rank": 4, "mini_rank": 5}, ["5 does not divide 16", "try --bone_mini_r 4"]),
         ({"mode": "bone-mini", "rank": 8}, ["try --bone_mini_r 8"]),
-        ({"mode": "bone-mini", "rank": 17, "mini_rank": 4}, ["rank 17", "16", "bone-mini"]),
+        ({"mode": "bone-mini", "rank": 17, "mini_rank": 4}, ["--bone_r 17", "16", "bone-mini"]),
         ({"method": "lora", "rank": 4, "alpha": -8.0}, ["alpha -8.0"]),
         ({"method": "lora", "rank": 4, "alpha": float("nan")}, ["alpha nan"]),
         ({"method": "lora-plus", "rank": 4, "lora_plus_ratio": float("inf")}, ["--loraplus_lr_ratio inf"]),
@@ -212,7 +229,7 @@ def test_targets_narrow_what_is_replaced(model):
 def test_a_setting_that_does_not_fit_is_refused_before_anything_changes(model, settings, words):
     before = dict(model.state_dict())
     with pytest.raises(UserError) as error:
-        inject(model, AdapterConfig(**settings))
+        inject(model, AdapterConfig(**settings), family=RWKV6)
     for word in words:
         assert word in str(error.value)
     assert dict(model.state_dict()).keys() == before.keys() and trainable(model) == set(dict(model.named_parameters()))
@@ -221,7 +238,12 @@ def test_a_setting_that_does_not_fit_is_refused_before_anything_changes(model, s
 def test_a_part_that_matches_nothing_is_refused(model):
     del model["emb"]
     with pytest.raises(UserError, match="--train_parts emb matches no parameter"):
-        inject(model, AdapterConfig(rank=8, train_parts=("emb",)))
+        inject(model, AdapterConfig(rank=8, train_parts=("emb",)), family=RWKV6)
+
+
+def test_no_target_at_all_is_refused(model):
+    with pytest.raises(UserError, match="att.key"):
+        inject(model, AdapterConfig(rank=8))
 
 
 def test_shapes_alone_decide():

@@ -5,9 +5,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rwkv_peft.adapters import inject
-from rwkv_peft.adapters.lora import initial_factors
+from adapters.layers import merged_weight
+from rwkv_peft.adapters.inject import inject
+from rwkv_peft.adapters.methods import method_of
 from rwkv_peft.errors import UserError
+
+
+def initial_factors(weight, config, gradient=None):
+    """(A0, B0) of a method."""
+    factors = method_of(config).initial_factors(weight, config, gradient)
+    return factors["init_lora_A"], factors["init_lora_B"]
 
 
 @pytest.fixture
@@ -19,7 +26,7 @@ def test_pissa_takes_the_principal_part(weight, adapter_config):
     config = adapter_config("pissa", svd_niter=0)
     a, b = initial_factors(weight, config)
     u, s, vt = torch.linalg.svd(weight, full_matrices=False)
-    torch.testing.assert_close(config.scale * b @ a, u[:, :4] * s[:4] @ vt[:4])
+    torch.testing.assert_close(method_of(config).scale(config) * b @ a, u[:, :4] * s[:4] @ vt[:4])
     torch.testing.assert_close(b.norm(dim=0), a.norm(dim=1))
 
 
@@ -70,7 +77,7 @@ def test_a_residual_adapter_goes_on_from_the_factors_of_a_file(adapter_config):
 def test_dropout_drops_in_training_alone(adapt):
     layer = adapt(nn.Linear(12, 20), "lora", dropout=0.5)
     x = torch.randn(8, 12)
-    expected = F.linear(x, layer.merged_weight(), layer.bias)
+    expected = F.linear(x, merged_weight(layer), layer.bias)
     torch.testing.assert_close(layer.eval()(x), expected)
     layer.train()
     assert not torch.allclose(layer(x), expected)

@@ -7,10 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rwkv_peft.adapters import ADAPTERS, inject, merged
+from adapters.layers import merged_weight, tensors_of
 from rwkv_peft.adapters import quant as quant_module
-from rwkv_peft.adapters.functional import linear
+from rwkv_peft.adapters.inject import inject
+from rwkv_peft.adapters.methods import METHODS
 from rwkv_peft.adapters.quant import QuantizedProduct, quantize, roundtrip
+from rwkv_peft.adapters.tokens import linear
 from rwkv_peft.errors import UserError
 
 pytest.importorskip("bitsandbytes")
@@ -32,18 +34,18 @@ def test_a_quantized_layer_holds_the_quantized_weight_alone(kind, bits, adapt):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("variant", ADAPTERS)
+@pytest.mark.parametrize("variant", METHODS)
 def test_forward_backward_and_merge_agree_with_the_dequantized_weight(variant, kind, adapt):
     base = nn.Linear(20, 12)
     original = base.weight.detach().clone()
     layer = adapt(base, variant, quant=kind)
     x = torch.randn(2, 5, 20, requires_grad=True)
     y = layer(x)
-    torch.testing.assert_close(y, F.linear(x, layer.merged_weight(), layer.bias))
+    torch.testing.assert_close(y, F.linear(x, merged_weight(layer), layer.bias))
     (gradient,) = torch.autograd.grad(y.square().sum(), x)
-    torch.testing.assert_close(gradient, 2 * y @ layer.merged_weight(), rtol=1e-4, atol=1e-5)
-    params = {name: t.detach() for name, t in layer.adapter_tensors().items()}
-    assert torch.equal(merged(variant, original, params, scale=layer.scale, quant=kind), layer.merged_weight())
+    torch.testing.assert_close(gradient, 2 * y @ merged_weight(layer), rtol=1e-4, atol=1e-5)
+    params = {name: t.detach() for name, t in tensors_of(layer).items()}
+    assert torch.equal(METHODS[variant].merged(original, params, scale=layer.scale, quant=kind), merged_weight(layer))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,16 +5,17 @@ from itertools import islice
 import pytest
 import torch
 
-from rwkv_peft.config import DataConfig, ModelConfig
+from rwkv_peft.config import DataConfig
+from rwkv_peft.data.batches import TrainBatches, collate
 from rwkv_peft.data.binidx import BinidxWriter
-from rwkv_peft.data.module import TrainBatches, collate
-from rwkv_peft.data.samples import build_samples
-from rwkv_peft.model import RWKV6
+from rwkv_peft.data.sources import build_samples
+from rwkv_peft.models.rwkv6.keys import RWKV6Config
+from rwkv_peft.models.rwkv6.model import RWKV6
 
 
 @pytest.fixture
 def model(tiny_state):
-    config = ModelConfig(
+    config = RWKV6Config(
         n_layer=2, n_embd=32, vocab_size=40, dim_att=32, dim_ffn=48, head_size=8, maa_rank=8, decay_rank=12
     )
     model = RWKV6(config)

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_peft.config import DataConfig
+from rwkv_peft.data.batches import EvalBatches, TrainBatches
 from rwkv_peft.data.binidx import BinidxWriter
-from rwkv_peft.data.module import EvalBatches, TrainBatches
 from rwkv_peft.data.pack import pack
-from rwkv_peft.data.samples import build_samples, split_samples
+from rwkv_peft.data.sources import build_samples, split_samples
 from rwkv_peft.errors import UserError
 
 

@@ -266,14 +266,7 @@ def test_shortening_keeps_the_answer():
 
 def test_the_command_ends_a_mistake_with_one_line(tmp_path):
     result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "rwkv_peft.data.preprocess",
-            str(tmp_path / "no.jsonl"),
-            "--output",
-            str(tmp_path / "x"),
-        ],
+        [sys.executable, "-m", "rwkv_peft", "preprocess", str(tmp_path / "no.jsonl"), "--output", str(tmp_path / "x")],
         capture_output=True,
         text=True,
     )

@@ -7,7 +7,7 @@ import torch
 
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxWriter
-from rwkv_peft.data.samples import build_samples
+from rwkv_peft.data.sources import build_samples
 from rwkv_peft.errors import UserError
 
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from rwkv_peft.checkpoint import save_model
 from rwkv_peft.errors import UserError
+from rwkv_peft.files.base import save_model
 
 
 @pytest.fixture(scope="module")

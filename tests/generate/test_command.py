@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_peft.checkpoint import save_model
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.errors import UserError
-from rwkv_peft.generate import Step
-from rwkv_peft.generate import __main__ as command
-from rwkv_peft.pth import read_state
+from rwkv_peft.files.base import save_model
+from rwkv_peft.files.pth import read_tensors
+from rwkv_peft.generate import Step, command
 
 PACKAGE = Path(command.__file__).resolve().parents[2]
 
@@ -132,7 +131,7 @@ def test_a_saved_session_includes_all_that_was_generated(run, tmp_path, monkeypa
         script(patch, "cd|")
         run("--prompt", "ab", "--stop", "|", "--save_state", tmp_path / "one.pth")
     run("--prompt", "abcd|", "--max_tokens", 0, "--save_state", tmp_path / "two.pth")
-    one, two = (read_state(tmp_path / name) for name in ("one.pth", "two.pth"))
+    one, two = (read_tensors(tmp_path / name) for name in ("one.pth", "two.pth"))
     assert list(one) == list(two)
     assert all(torch.equal(one[key], two[key]) for key in one)
 
@@ -244,7 +243,7 @@ def test_an_interrupt_keeps_what_was_complete(model, tmp_path, monkeypatch, caps
 
 def start(model, *arguments):
     return subprocess.Popen(
-        [sys.executable, "-m", "rwkv_peft.generate", "--model", str(model), *arguments],
+        [sys.executable, "-m", "rwkv_peft", "generate", "--model", str(model), *arguments],
         env=os.environ | {"PYTHONPATH": str(PACKAGE)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

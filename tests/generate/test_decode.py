@@ -3,19 +3,16 @@
 import pytest
 import torch
 
-from rwkv_peft.checkpoint import (
-    AdapterMetadata,
-    load_base,
-    model_config_from_state,
-    read_adapter,
-    save_adapter,
-    save_model,
-)
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.errors import UserError
+from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
+from rwkv_peft.files.adapters import AdapterSource, read_adapter
+from rwkv_peft.files.base import base_of, open_base, save_model
 from rwkv_peft.generate import Sampling, decode, generate, load_model, prefill, read_state_file, save_state_file
-from rwkv_peft.merge import merge_state_dict
-from rwkv_peft.model import RWKV6, State
+from rwkv_peft.models import family_named
+from rwkv_peft.models.rwkv6.model import RWKV6
+from rwkv_peft.models.state import State
+from rwkv_peft.release.merge import merged_tensors
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[66, 5, 9], [7], [30, 1, 50, 3, 4, 5, 70, 8, 9], [2, 2], [79]]
@@ -26,7 +23,7 @@ def model(tiny_state):
     """A random model whose logits are far enough apart for rounding not to matter."""
     state = tiny_state(seed=3)
     state["head.weight"] = state["head.weight"] * 4
-    model = RWKV6(model_config_from_state(state))
+    model = RWKV6(base_of(state).config)
     model.load_state_dict(state)
     return model.requires_grad_(False)
 
@@ -128,7 +125,7 @@ def test_a_state_costs_the_same_after_any_length(model):
 def test_going_on_from_a_saved_state_equals_continuing(model, tmp_path):
     whole = continuations(model, [PROMPTS[2]], GREEDY, 10)
     _, state = prefill(model, [PROMPTS[2][:5]])
-    save_state_file(tmp_path / "session.pth", state)
+    save_state_file(tmp_path / "session.pth", state, model)
     start = read_state_file(tmp_path / "session.pth", model)
     assert continuations(model, [PROMPTS[2][5:]], GREEDY, 10, start=start) == whole
     both = continuations(model, [PROMPTS[2][5:], PROMPTS[2][5:]], GREEDY, 10, start=start)
@@ -178,12 +175,12 @@ def test_a_state_that_does_not_fit_is_refused(model, tmp_path, case):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_adapter_gives_the_tokens_of_the_merged_file(tiny_state, tmp_path, settings, dtype):
-    from rwkv_peft.adapters import inject
+    from rwkv_peft.adapters.inject import inject
 
     state = tiny_state(seed=3, dtype=dtype)
     config = AdapterConfig(rank=8, **settings)
-    adapted = RWKV6(model_config_from_state(state))
-    inject(adapted, config)
+    adapted = RWKV6(base_of(state).config)
+    inject(adapted, config, family=family_named("x060"))
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: 0.1 * torch.randn(p.shape, generator=generator)
@@ -193,10 +190,10 @@ def test_an_adapter_gives_the_tokens_of_the_merged_file(tiny_state, tmp_path, se
     base, adapter, merged = tmp_path / "base.pth", tmp_path / "adapter.safetensors", tmp_path / "merged.pth"
     save_model(base, state)
     save_adapter(adapter, tensors, AdapterMetadata.from_config(config))
-    save_model(merged, merge_state_dict(load_base(base), [("adapter", read_adapter(adapter))]))
+    save_model(merged, merged_tensors(open_base(base), [("adapter", read_adapter(adapter))]))
     sampling = Sampling(top_p=0.9, seed=1)
     found = [
-        continuations(load_model(path, adapters)[0], PROMPTS, sampling, 15)
+        continuations(load_model(path, [AdapterSource(adapter) for adapter in adapters])[0], PROMPTS, sampling, 15)
         for path, adapters in ((base, [adapter]), (merged, []), (base, []))
     ]
     assert found[0] == found[1] != found[2]
@@ -207,8 +204,8 @@ def test_an_adapter_of_another_base_is_refused(tiny_state, tmp_path):
     metadata = AdapterMetadata("bone", rank=8, base_fingerprint="0" * 32)
     save_adapter(tmp_path / "a.safetensors", {"blocks.0.att.key.bone": torch.ones(8, 64)}, metadata)
     with pytest.raises(UserError, match="another base"):
-        load_model(tmp_path / "base.pth", [tmp_path / "a.safetensors"])
-    load_model(tmp_path / "base.pth", [tmp_path / "a.safetensors"], any_base=True)
+        load_model(tmp_path / "base.pth", [AdapterSource(tmp_path / "a.safetensors")])
+    load_model(tmp_path / "base.pth", [AdapterSource(tmp_path / "a.safetensors")], any_base=True)
 
 
 def test_bf16_generates_near_fp32(model, tmp_path):
@@ -223,7 +220,7 @@ def test_bf16_generates_near_fp32(model, tmp_path):
 def test_logits_that_are_not_finite_are_named(tiny_state):
     state = tiny_state()
     state["head.weight"][3, 5] = float("nan")
-    model = RWKV6(model_config_from_state(state))
+    model = RWKV6(base_of(state).config)
     model.load_state_dict(state)
     with pytest.raises(UserError, match="NaN or Inf for prompt 0 after 0 tokens"):
         list(generate(model, [[1]], GREEDY))

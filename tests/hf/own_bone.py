@@ -13,9 +13,7 @@ import peft
 import torch
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "RWKV-PEFT"))
-
-import rwkv_peft.hf  # noqa: E402, F401
+import rwkv_peft.hf  # noqa: F401
 
 base, *folders = sys.argv[1:]
 for folder in folders:

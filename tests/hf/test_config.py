@@ -21,7 +21,7 @@ from rwkv_peft.hf import BoneConfig, BoneLinear
     ],
 )
 def test_the_forms_by_name(init_weights, variant):
-    assert BoneConfig(init_weights=init_weights).variant == variant
+    assert BoneConfig(init_weights=init_weights).method.name == variant
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_what_older_peft_does_not_know_is_written_only_where_it_is_used(tmp_path
     config = BoneConfig(r=4, init_weights="mini", mini_r=4, bone_dropout=0.1)
     config.save_pretrained(tmp_path)
     again = BoneConfig.from_pretrained(tmp_path)
-    assert (again.variant, again.mini_r, again.bone_dropout) == ("bone-mini", 4, 0.1)
+    assert (again.method.name, again.mini_r, again.bone_dropout) == ("bone-mini", 4, 0.1)
 
 
 def adapted_names(model, **settings):

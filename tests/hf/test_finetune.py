@@ -1,18 +1,13 @@
 """demo/bone_finetuning.py's command, and the method's quick start in Python."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+import tiny_llama
 from rwkv_peft.errors import UserError
 from rwkv_peft.hf import BoneConfig, finetune
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "demo"))
-
-import tiny_llama  # noqa: E402
 
 QUIET = (
     "--report_to",

@@ -110,7 +110,7 @@ def test_a_pre_release_folder_says_true_and_holds_block_affine_tensors(llama, id
     path.write_text(json.dumps(json.loads(path.read_text()) | {"init_weights": True}))
     model = PeftModel.from_pretrained(llama, tmp_path)
     assert torch.equal(logits(model, ids), expected)
-    assert model.peft_config["default"].variant == "bat-out"
+    assert model.peft_config["default"].method.name == "bat-out"
 
 
 @pytest.mark.skipif(not hasattr(peft, "MissConfig"), reason="the installed peft knows no MiSS")

@@ -10,7 +10,6 @@ from torch import nn
 
 from rwkv_peft.errors import UserError
 from rwkv_peft.hf import BoneConfig, BoneLinear, installed
-from rwkv_peft.hf.layer import inverse
 
 FORMS = (True, "bat-in", "bat-out", "mini")
 
@@ -54,17 +53,6 @@ def test_merging_reproduces_the_adapter_and_unmerging_the_base(llama, ids, form)
     assert {key: value.shape for key, value in merged.state_dict().items()} == {
         key: value.shape for key, value in weights.items()
     }
-
-
-@pytest.mark.parametrize("variant", ("bone", "bat-in", "bat-out"))
-def test_the_inverse_adapter_undoes_an_adapter(variant):
-    from rwkv_peft.adapters.delta import delta
-
-    weight = torch.randn(8, 12, dtype=torch.float64)
-    shape = {"bone": (4, 8), "bat-in": (3, 4, 4), "bat-out": (2, 4, 4)}[variant]
-    block = 0.1 * torch.randn(shape, dtype=torch.float64)
-    merged = weight + delta(variant, weight, {"bone": block})
-    torch.testing.assert_close(merged + delta(variant, merged, {"bone": inverse(variant, block)}), weight)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -217,9 +205,9 @@ def test_a_broken_adapter_is_not_merged(llama):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"r": 48, "init_weights": "bat-in"}, "r to divide both widths.* r=4[0-9]*.*try r="),
-        ({"r": 48, "init_weights": "bat"}, "bat-out needs r to divide both widths"),
-        ({"r": 1000}, "r=1000 is more than the 64 inputs"),
+        ({"r": 48, "init_weights": "bat-in"}, "bat-in: r=4[0-9]* does not divide .*try r="),
+        ({"r": 48, "init_weights": "bat"}, "bat-out: r=48 does not divide 64"),
+        ({"r": 1000}, "r=1000 is more than 64"),
         ({"r": 4, "init_weights": "mini", "mini_r": 7}, "mini_r=7 does not divide"),
         ({"r": 4, "target_modules": ["embed_tokens"]}, "embed_tokens is a Embedding, and Bone works on"),
     ],
@@ -261,7 +249,7 @@ def test_a_merge_that_cannot_be_undone_stays(llama):
     for layer in layers:
         layer.bone_block["default"].data -= torch.eye(4)
     model.merge_adapter()
-    with pytest.raises(UserError, match="cannot be undone, because I . B has no inverse"):
+    with pytest.raises(UserError, match="cannot be undone: an I . B .* has no inverse"):
         model.unmerge_adapter()
     assert layers[0].merged
 

@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "demo"))
-
-import tiny_llama  # noqa: E402
+import tiny_llama
 
 ZERO_3 = {
     "train_micro_batch_size_per_gpu": "auto",

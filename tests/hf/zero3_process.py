@@ -2,13 +2,10 @@
 
 import os
 import socket
-import sys
-from pathlib import Path
 
 
 def join_job():
-    """Say so to torch.distributed, and let the package be found; called before deepspeed is imported."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "RWKV-PEFT"))
+    """Say so to torch.distributed; called before deepspeed is imported."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -189,11 +189,11 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 def test_a_machine_without_a_compiler_takes_plain_torch(monkeypatch):
-    from rwkv_peft.adapters import functional
+    from rwkv_peft.adapters.bat_in import bat_in
 
     _, (x, bone, _, _) = tensors((8, 64, 32, 16), torch.float32)
     weight = torch.randn(32, 64)
-    compiled = functional.bat_in(x, weight, bone)
+    compiled = bat_in(x, weight, bone)
     monkeypatch.setattr(blocks, "best_level", lambda: None)
     assert not blocks.takes(x, bone)
-    torch.testing.assert_close(functional.bat_in(x, weight, bone), compiled)
+    torch.testing.assert_close(bat_in(x, weight, bone), compiled)

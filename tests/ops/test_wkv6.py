@@ -10,7 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
-from rwkv_peft.ops import backends, checks, cpu, wkv6
+from rwkv_peft.ops import checks, cpu
+from rwkv_peft.ops.wkv6 import backends, wkv6
 
 NAMES = ("y", "final state", "gr", "gk", "gv", "gw", "gu", "gstate")
 KERNELS = (*(f"cpu:{level}" for level in cpu.LEVELS), "cuda")

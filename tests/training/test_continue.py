@@ -6,15 +6,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rwkv_peft.adapters import AdapterLinear, inject
-from rwkv_peft.checkpoint import Adapter, AdapterMetadata, model_config_from_state, save_adapter
+from adapters.layers import tensors_of
+from rwkv_peft.adapters.inject import inject
+from rwkv_peft.adapters.layer import AdapterLinear
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.errors import UserError
-from rwkv_peft.foreign import write_rwkv_peft
-from rwkv_peft.model import RWKV6
+from rwkv_peft.files.adapter_file import Adapter, AdapterMetadata, save_adapter
+from rwkv_peft.files.base import base_of
+from rwkv_peft.files.rwkv_peft_file import write_rwkv_peft
+from rwkv_peft.models import family_named
+from rwkv_peft.models.rwkv6.model import RWKV6
 from rwkv_peft.training.run import adapt
 from rwkv_peft.training.start import start_adapter
 
+RWKV6_FAMILY = family_named("x060")
 LORA = AdapterConfig(method="lora", rank=4, alpha=8.0)
 PISSA = AdapterConfig(method="pissa", rank=4)
 BONE = AdapterConfig(mode="bone", rank=8)
@@ -26,7 +31,7 @@ def base(tiny_state):
 
 
 def new_model(base):
-    model = RWKV6(model_config_from_state(base))
+    model = RWKV6(base_of(base).config)
     model.load_state_dict(base)
     return model
 
@@ -36,13 +41,13 @@ def trained(base, config):
     """(a model with an adapter that is not fresh, the Adapter)."""
     torch.manual_seed(0)
     model = new_model(base)
-    inject(model, config)
+    inject(model, config, family=RWKV6_FAMILY)
     tensors = {}
     for name, layer in model.named_modules():
         if isinstance(layer, AdapterLinear):
-            for parameter in layer.parameter_names:
+            for parameter in layer.method.parameters:
                 getattr(layer, parameter).add_(torch.randn_like(getattr(layer, parameter)), alpha=0.1)
-            tensors |= {f"{name}.{key}": tensor.clone() for key, tensor in layer.adapter_tensors().items()}
+            tensors |= {f"{name}.{key}": tensor.clone() for key, tensor in tensors_of(layer).items()}
     return model, Adapter(tensors, AdapterMetadata.from_config(config))
 
 
@@ -52,7 +57,7 @@ def test_a_file_of_rwkv_peft_goes_on_where_it_stopped(base, tmp_path, config):
     written = write_rwkv_peft(tmp_path / "rwkv-0.pth", adapter)
     load = replace(config, load=str(written[0]), init=str(written[1]) if config.method == "pissa" else "")
     again = new_model(base)
-    adapt(again, load, base, "", None)
+    adapt(again, load, None, RWKV6_FAMILY, base_of(base), None)
     tokens = torch.arange(1, 21)[None]
     with torch.no_grad():
         assert torch.equal(again(tokens)[0], model(tokens)[0])
@@ -69,7 +74,7 @@ def test_a_file_of_rwkv_peft_goes_on_where_it_stopped(base, tmp_path, config):
 def test_what_a_file_of_rwkv_peft_does_not_say_is_asked_for(base, tmp_path, config, words):
     path = write_rwkv_peft(tmp_path / "rwkv-0.pth", trained(base, config)[1])[0]
     with pytest.raises(UserError, match=words):
-        start_adapter(replace(config, load=str(path)), base, "")
+        start_adapter(replace(config, load=str(path)), base_of(base))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +93,7 @@ def test_an_own_file_of_other_settings_is_refused(base, tmp_path, config, now, w
     adapter = Adapter(trained(base, replace(config, quant="none"))[1].tensors, AdapterMetadata.from_config(config))
     save_adapter(tmp_path / "adapter.safetensors", *adapter)
     with pytest.raises(UserError) as error:
-        start_adapter(replace(config, load=str(tmp_path / "adapter.safetensors"), **now), base, "")
+        start_adapter(replace(config, load=str(tmp_path / "adapter.safetensors"), **now), base_of(base))
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
@@ -98,8 +103,8 @@ def test_tensors_of_the_base_that_trained_along_train_along_again(base, tmp_path
     save_adapter(tmp_path / "adapter.safetensors", adapter.tensors | whole, adapter.metadata)
     load = replace(BONE, load=str(tmp_path / "adapter.safetensors"))
     with pytest.raises(UserError, match="holds 2 tensors of the base .* give --train_parts head ln time"):
-        start_adapter(replace(load, train_parts=("head",)), base, "")
-    assert whole.keys() < start_adapter(replace(load, train_parts=("time", "ln")), base, "").tensors.keys()
+        start_adapter(replace(load, train_parts=("head",)), base_of(base))
+    assert whole.keys() < start_adapter(replace(load, train_parts=("time", "ln")), base_of(base)).tensors.keys()
 
 
 @pytest.mark.parametrize("method", ["pissa", "lora-ga"])
@@ -111,10 +116,10 @@ def test_a_resumed_run_keeps_the_factors_that_it_began_with(base, tmp_path, meth
     config = replace(PISSA, method=method)
     save_adapter(tmp_path / "adapter.safetensors", tensors, AdapterMetadata.from_config(config))
     model = new_model(base)
-    adapt(model, config, base, "", None, tmp_path)
+    adapt(model, config, None, RWKV6_FAMILY, base_of(base), None, tmp_path)
     for name, layer in model.named_modules():
         if isinstance(layer, AdapterLinear):
-            for key, tensor in layer.adapter_tensors().items():
+            for key, tensor in tensors_of(layer).items():
                 assert torch.equal(tensor, tensors[f"{name}.{key}"])
             taken = tensors[f"{name}.init_lora_B"] @ tensors[f"{name}.init_lora_A"]
             torch.testing.assert_close(layer.weight, base[f"{name}.weight"] - taken)
@@ -126,5 +131,5 @@ def test_a_resumed_run_keeps_the_factors_that_it_began_with(base, tmp_path, meth
 def test_an_own_file_of_the_same_settings_is_taken(base, tmp_path, config):
     adapter = trained(base, config)[1]
     save_adapter(tmp_path / "adapter.safetensors", *adapter)
-    loaded = start_adapter(replace(config, load=str(tmp_path / "adapter.safetensors")), base, "")
+    loaded = start_adapter(replace(config, load=str(tmp_path / "adapter.safetensors")), base_of(base))
     assert loaded.tensors.keys() == adapter.tensors.keys()

@@ -4,16 +4,18 @@ import pickle
 import shlex
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from rwkv_peft.config import TARGETS
+from rwkv_peft.config import AdapterConfig, DataConfig, TrainConfig
 from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.errors import UserError, exit_on_user_error
-from rwkv_peft.training.flags import build_parser, parse_config
+from rwkv_peft.models.rwkv6.keys import TARGETS
+from rwkv_peft.training.flags import parse_run
+from rwkv_peft.training.parser import DIMENSIONS, build_parser, flag_of, table
 from rwkv_peft.training.run import describe_adapter, main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +63,7 @@ def refused(monkeypatch, capsys, argv):
 
 
 def test_dimensions_are_read_from_the_base(files):
-    config = parse_config(flags(files))
+    config = parse_run(flags(files)).config
     assert (config.model.n_layer, config.model.n_embd, config.model.dim_ffn, config.model.head_size) == (2, 64, 96, 16)
     assert (config.adapter.method, config.adapter.mode, config.adapter.rank) == ("bone", "bat-in", 16)
 
@@ -69,12 +71,14 @@ def test_dimensions_are_read_from_the_base(files):
 def test_the_json_form_means_the_same(files):
     argv = flags(files)
     del argv[argv.index("--bone_r") : argv.index("--bone_r") + 2]
-    config = parse_config(argv + ["--peft", "bone", "--bone_config", '{"bone_mode":"bat","bone_load":"","bone_r":16}'])
-    assert config.adapter == parse_config(flags(files, "--bone_mode", "bat-in")).adapter
+    config = parse_run(
+        argv + ["--peft", "bone", "--bone_config", '{"bone_mode":"bat","bone_load":"","bone_r":16}']
+    ).config
+    assert config.adapter == parse_run(flags(files, "--bone_mode", "bat-in")).config.adapter
 
 
 def test_json_and_single_flags_that_agree_go_together(files):
-    config = parse_config(
+    config = parse_run(
         flags(
             files,
             "--bone_mode",
@@ -84,7 +88,7 @@ def test_json_and_single_flags_that_agree_go_together(files):
             "--bone_config",
             '{"bone_mode":"bat","bone_load":"","bone_r":16}',
         )
-    )
+    ).config
     assert (config.adapter.mode, config.adapter.load) == ("bat-in", "earlier.safetensors")
 
 
@@ -95,9 +99,9 @@ def test_targets_need_an_adapter(files, monkeypatch, capsys):
 
 
 def test_rows_of_questions_and_answers_count_their_answers(files):
-    sft = parse_config(flags(files, "--data_type", "sft")).data
+    sft = parse_run(flags(files, "--data_type", "sft")).config.data
     assert (sft.dataload, sft.loss_mask) == ("pad", "file")
-    stream = parse_config(flags(files)).data
+    stream = parse_run(flags(files)).config.data
     assert (stream.dataload, stream.loss_mask) == ("get", "none")
 
 
@@ -153,15 +157,15 @@ SCRIPTS = (
 @pytest.mark.parametrize("text, expected", SCRIPTS, ids=range(len(SCRIPTS)))
 def test_rwkv_pefts_commands_mean_here_what_they_say(files, text, expected):
     script = SCRIPT.format(base=files / "base.pth", out=files / "out", data=files / "data")
-    config = parse_config(shlex.split(script + text))
+    config = parse_run(shlex.split(script + text)).config
     assert {name: getattr(config.adapter, name) for name in expected} == expected
     assert (config.train.lr_schedule, config.data.micro_bsz, config.train.grad_cp) == ("cosine", 8, True)
 
 
 def test_rows_in_the_order_of_the_file(files):
     more = shlex.split("--data_shuffle 0 --data_type sft --sft_field query response --sft_split 'train[:1000]'")
-    assert parse_config(flags(files, *more)).data.seed is None
-    assert parse_config(flags(files, "--data_shuffle", "1", "--random_seed", "7")).data.seed == 7
+    assert parse_run(flags(files, *more)).config.data.seed is None
+    assert parse_run(flags(files, "--data_shuffle", "1", "--random_seed", "7")).config.data.seed == 7
 
 
 @pytest.mark.parametrize(
@@ -242,14 +246,14 @@ def test_the_ratio_of_lora_plus_is_finite_and_above_0(files, monkeypatch, capsys
 
 
 def test_bone_mini_from_single_flags(files, monkeypatch, capsys):
-    adapter = parse_config(flags(files, "--bone_mode", "bone-mini", "--bone_mini_r", "4")).adapter
+    adapter = parse_run(flags(files, "--bone_mode", "bone-mini", "--bone_mini_r", "4")).config.adapter
     assert (adapter.mode, adapter.rank, adapter.mini_rank) == ("bone-mini", 16, 4)
     assert "try --bone_mini_r 16" in refused(monkeypatch, capsys, flags(files, "--bone_mode", "bone-mini"))
     assert "belongs to --bone_mode bone-mini" in refused(monkeypatch, capsys, flags(files, "--bone_mini_r", "4"))
 
 
 def test_the_summary_names_what_else_trains_and_how_the_base_is_kept(files):
-    adapter = parse_config(flags(files, "--quant", "nf4", "--train_parts", "time", "ln")).adapter
+    adapter = parse_run(flags(files, "--quant", "nf4", "--train_parts", "time", "ln")).config.adapter
     assert describe_adapter(adapter) == "Bone bat-in, rank 16, --quant nf4, --train_parts time ln"
     assert describe_adapter(replace(adapter, quant="none", train_parts=())) == "Bone bat-in, rank 16"
 
@@ -258,13 +262,17 @@ def test_every_flag_is_read():
     """No flag is parsed and then forgotten."""
     training = ROOT / "RWKV-PEFT" / "rwkv_peft" / "training"
     source = "".join((training / name).read_text() for name in ("flags.py", "adapter_flags.py", "legacy.py"))
-    config = (ROOT / "RWKV-PEFT" / "rwkv_peft" / "config.py").read_text()
+    own = {flag_of(field) for config in (AdapterConfig, DataConfig, TrainConfig) for field in fields(config)}
     for action in build_parser()._actions:
-        if action.dest in ("help", "model_version"):
+        if action.dest in ("help", "model_version") or action.dest in dict(DIMENSIONS):
             continue
-        assert f"{action.dest}: " in config or f"args.{action.dest}" in source or f'"{action.dest}"' in source, (
-            action.dest
-        )
+        assert action.dest in own or f"args.{action.dest}" in source or f'"{action.dest}"' in source, action.dest
+
+
+def test_the_table_of_flags_is_what_the_parser_says():
+    assert (ROOT / "docs" / "train_flags.md").read_text() == table(), (
+        "python -m rwkv_peft.training.parser > docs/train_flags.md"
+    )
 
 
 @pytest.mark.parametrize(
@@ -378,10 +386,10 @@ def test_tokens_outside_the_vocabulary(files, monkeypatch, capsys):
 
 def test_a_new_model_needs_its_dimensions_and_no_adapter(files):
     with pytest.raises(UserError, match="--peft none"):
-        parse_config(["--data_file", str(files / "data")])
+        parse_run(["--data_file", str(files / "data")])
     with pytest.raises(UserError, match="--n_embd"):
-        parse_config(["--data_file", str(files / "data"), "--peft", "none", "--n_layer", "2", "--vocab_size", "80"])
-    small = parse_config(
+        parse_run(["--data_file", str(files / "data"), "--peft", "none", "--n_layer", "2", "--vocab_size", "80"])
+    small = parse_run(
         [
             "--data_file",
             str(files / "data"),
@@ -396,7 +404,7 @@ def test_a_new_model_needs_its_dimensions_and_no_adapter(files):
             "--head_size",
             "8",
         ]
-    )
+    ).config
     assert small.model.dim_ffn == 32
 
 

@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.files.base import open_base
+from rwkv_peft.training.saver import read_run_state
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -266,13 +268,13 @@ def test_larger_steps_count_from_their_own_checkpoint(tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"samples_seen": 1}'])
 def test_a_damaged_state_is_named(tmp_path, text):
     from rwkv_peft.errors import UserError
-    from rwkv_peft.training.saver import find_checkpoint, read_state
+    from rwkv_peft.training.saver import find_checkpoint
 
     folder = tmp_path / "checkpoints" / "step-00000001"
     folder.mkdir(parents=True)
     (folder / "state.json").write_text(text)
     with pytest.raises(UserError, match="cannot be read .* delete"):
-        read_state(find_checkpoint(tmp_path), {})
+        read_run_state(find_checkpoint(tmp_path), {})
 
 
 def test_a_line_of_metrics_that_was_cut_off_does_not_hinder_resuming(tmp_path):
@@ -322,19 +324,18 @@ def test_a_checkpoint_that_does_not_know_a_setting_has_its_default(tmp_path):
 
     from rwkv_peft.config import AdapterConfig
     from rwkv_peft.errors import UserError
-    from rwkv_peft.training.saver import read_state
 
     known = {name: value for name, value in asdict(AdapterConfig(rank=16)).items() if name != "init"}
     (tmp_path / "state.json").write_text(
         json.dumps({"adapter": known, "base": "abc", "samples_seen": 1, "trained": []})
     )
     now = {"adapter": asdict(AdapterConfig(rank=16)), "base": "abc", "data": {"ctx_len": 16}}
-    assert read_state(tmp_path, now, True)["base"] == "abc"
+    assert read_run_state(tmp_path, now, True)["base"] == "abc"
     other = asdict(AdapterConfig(rank=16, init="init_pissa.pth"))
     with pytest.raises(
         UserError, match="has adapter {'init': ''}, .* {'init': 'init_pissa.pth'}; give the first run's flags"
     ):
-        read_state(tmp_path, now | {"adapter": other}, True)
+        read_run_state(tmp_path, now | {"adapter": other}, True)
 
 
 def test_a_new_run_continues_from_an_adapter(files, train, one_process):
@@ -429,9 +430,8 @@ def test_a_new_model_trains_from_scratch_and_is_a_base(files, train):
         "--random_seed",
         str(2**63 - 1),
     )
-    from rwkv_peft.checkpoint import load_base
 
-    assert load_base(files / "new" / "rwkv.pth")["emb.weight"].shape == (80, 64)
+    assert open_base(files / "new" / "rwkv.pth").tensors["emb.weight"].shape == (80, 64)
     assert metrics(files, "new")[-1]["loss"] < metrics(files, "new")[0]["loss"]
 
 

@@ -1,18 +1,139 @@
-"""Bone by dimension sharding, and its mini form: every shard of the input shares one small matrix."""
+"""bone: dimension sharding (Kang and Yin 2024, arXiv 2409.15371, its later versions, as MiSS too), and its mini form.
 
-from . import functional
-from .base import AdapterLinear
+Every shard of the input shares one small matrix: y = W x + Dᵀ Σ_b x_b, so that Σ_b x_b (T, rank) is all that the
+backward pass of D needs.
+"""
+
+import torch
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from ..errors import UserError
+from .method import Method, Misfit, nearest_divisor, wide
+from .product import DENSE
+from .tokens import add_tiled_, apply_to_tokens, shard_sum, split_shards, weight_gradient
 
 
-class BoneLinear(AdapterLinear):
-    """y = (W + D repeated) x with D = `bone` (rank, out); bone-mini keeps (rank, mini_rank) of it."""
+class Bone(Method):
+    """W'[o, i] = W[o, i] + D[i mod rank, o] with D = `bone` (rank, out)."""
 
-    parameter_names = ("bone",)
+    name, label, peft = "bone", "Bone bone", "bone"
+    json_flag, rank_flag = "bone_config", "--bone_r"
+    parameters = ("bone",)
+    hf_names, hf_dims = (True, False, "bone"), 2
 
-    def __init__(self, base, config):
-        super().__init__(base, config)
-        width = config.mini_rank if config.variant == "bone-mini" else base.out_features
-        self.bone = self.new_parameter(config.rank, width)
+    def fit(self, rank, mini_rank, out_features, in_features):
+        if rank <= in_features:
+            return None
+        return Misfit(
+            "rank", rank, f"is more than {in_features}, the most that {self.name} can use", in_features, too_large=True
+        )
 
-    def forward(self, x):
-        return functional.bone(x, self.base, self.bone, self.bias, product=self.product)
+    def shapes(self, rank, mini_rank, out_features, in_features):
+        return {"bone": (rank, out_features)}
+
+    def apply(self, x, weight, params, bias=None, *, scale=1.0, product=DENSE):
+        return bone(x, weight, params["bone"], bias, product=product)
+
+    def delta(self, weight, params, scale=1.0):
+        update, (out_features, in_features) = params["bone"].to(weight.dtype), weight.shape
+        columns = torch.arange(out_features, device=update.device) % update.shape[1]
+        rank = update.shape[0]
+        rows = update.t()[columns].repeat(1, -(-in_features // rank))  # (out, in rounded up to a multiple of r)
+        return rows[:, :in_features]
+
+    def rows(self, params, start, stop):
+        return {"bone": params["bone"][:, start:stop]}
+
+    def opposite(self, params, scale, amount=1.0):
+        """The change does not depend on W, and is subtracted."""
+        return {"bone": -amount * wide(params["bone"])}
+
+    def for_rwkv_peft(self, module, params, scale, weight):
+        return params
+
+
+class BoneMini(Bone):
+    """bone with `bone` (rank, mini_rank) repeated along the outputs. MiSS's mini."""
+
+    name, label, mini = "bone-mini", "Bone bone-mini", True
+    hf_names = ("mini",)
+
+    def fit(self, rank, mini_rank, out_features, in_features):
+        if mini_rank < 1 or out_features % mini_rank:
+            nearest = nearest_divisor(out_features, mini_rank if mini_rank > 0 else rank)
+            return Misfit("mini_rank", mini_rank, f"does not divide {out_features}", nearest)
+        return super().fit(rank, mini_rank, out_features, in_features)
+
+    def shapes(self, rank, mini_rank, out_features, in_features):
+        return {"bone": (rank, mini_rank)}
+
+    def sizes(self, params):
+        return tuple(params["bone"].shape)
+
+    def row_unit(self, params):
+        return params["bone"].shape[-1]
+
+    def rows(self, params, start, stop):
+        return params
+
+    def for_rwkv_peft(self, module, params, scale, weight):
+        """As bone, of the layer's width."""
+        if weight is None:
+            raise UserError(
+                f"RWKV-PEFT has no bone-mini, and as bone it needs the layers' widths: give --base_model, the model "
+                f"that {module}.bone was trained on"
+            )
+        out_features, mini_rank = weight.shape[0], params["bone"].shape[1]
+        if out_features % mini_rank:
+            raise UserError(
+                f"{module}.bone repeats every {mini_rank} outputs, which does not divide the layer's {out_features}: "
+                "the "
+                "base is another model than it was trained on"
+            )
+        return {"bone": params["bone"].repeat(1, out_features // mini_rank)}
+
+
+def bone(x, weight, bone, bias=None, *, product=DENSE):
+    """Dimension sharding: W'[o, i] = W[o, i] + D[i mod r, o mod m].
+
+    x (..., in), weight (out, in), bone (r, m) where m divides out (m = out is Bone, less is its
+    mini form), bias (out,) or None -> (..., out) in x's dtype. in need not be a multiple of r.
+    """
+    return apply_to_tokens(_Bone, x, weight, bias, bone, product=product)
+
+
+class _Bone(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, bone, product):
+        rank, width = bone.shape
+        total = shard_sum(x, rank)
+        ctx.product = product
+        ctx.save_for_backward(
+            x if ctx.needs_input_grad[1] else None, weight, bone, total if ctx.needs_input_grad[3] else None
+        )
+        y = product.forward(x, weight, bias)
+        if width == y.shape[1]:
+            y.addmm_(total, bone)
+        else:
+            split_shards(y, width).add_((total @ bone)[:, None])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, weight, bone, total = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_bone = ctx.needs_input_grad[:4]
+        rank, width = bone.shape
+        folded = g if width == g.shape[1] else split_shards(g, width).sum(1)  # (T, m)
+        dx = None
+        if need_x:
+            dx = ctx.product.backward(g, weight)
+            add_tiled_(dx, folded @ bone.t())
+        return (
+            dx,
+            weight_gradient(g, x).to(weight.dtype) if need_weight else None,
+            g.sum(0) if need_bias else None,
+            total.t() @ folded if need_bone else None,
+            None,
+        )

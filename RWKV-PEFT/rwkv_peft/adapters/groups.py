@@ -1,25 +1,28 @@
-"""Optimizer groups: weight decay, layer-wise learning rates and LoRA+'s ratio."""
+"""Optimizer groups: weight decay, layer-wise learning rates, and those of a method's own tensors."""
 
 
-def parameter_groups(model, weight_decay=0.0, layerwise_lr=False, lora_plus_ratio=1.0):
+def parameter_groups(model, weight_decay=0.0, family=None, ratios=()):
     """Trainable parameters of a model as optimizer groups.
 
-    With layerwise_lr, RWKV-LM's rule for RWKV-6: time_decay learns at twice the rate, and no
-    parameter named time_* decays; its other groups have rate 1. Without it they are treated like
-    the rest: what has two dimensions longer than 1 decays. lora_plus_ratio multiplies the rate of
-    lora_B (Hayou et al. 2024, arXiv 2402.12354).
+    With a family (a Family), RWKV-LM's rule for the generation: what multiplies a parameter's rate, and whether it may
+    decay. Without it, and besides it, what has two dimensions longer than 1 decays. ratios are (name, ratio) pairs,
+    which multiply the rates of an adapter's tensors of that name.
 
     -> a list of dicts with "params", "weight_decay" and "lr_scale", which the schedule multiplies
     by its learning rate; empty groups are left out, and names and order depend on the model alone.
     """
-    groups = {}
+    groups, ratios = {}, dict(ratios)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        leaf = name.rpartition(".")[2]
-        timed = layerwise_lr and leaf.startswith("time_")
+        scale, may_decay = (1.0, True) if family is None else family.learning_rate(name)
         shape = getattr(parameter, "ds_shape", parameter.shape)
-        decay = weight_decay if not timed and sum(size > 1 for size in shape) >= 2 else 0.0
-        scale = 2.0 if timed and leaf == "time_decay" else lora_plus_ratio if leaf == "lora_B" else 1.0
+        decay = weight_decay if may_decay and sum(size > 1 for size in shape) >= 2 else 0.0
+        scale *= ratios.get(name.rpartition(".")[2], 1.0)
         groups.setdefault((scale, decay), []).append(parameter)
     return [{"params": params, "weight_decay": decay, "lr_scale": scale} for (scale, decay), params in groups.items()]
+
+
+def learning_ratios(method, config):
+    """The (tensor name, ratio) pairs of a Method under an AdapterConfig."""
+    return () if method is None else tuple((name, getattr(config, field)) for name, field in method.learning_rates)

@@ -1,32 +1,14 @@
 """Put adapter layers into a model by module name, and decide what trains."""
 
 import math
-import re
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 
 from torch import nn
 
-from ..config import ADAPTER_METHODS, BONE_MODES, QUANTIZATIONS, TRAIN_PARTS
+from ..config import QUANTIZATIONS
 from ..errors import UserError
-from .base import AdapterLinear
-from .bat import BatInLinear, BatOutLinear
-from .bone import BoneLinear
-from .delta import RESIDUAL_VARIANTS
-from .lora import LoraLinear, ResidualLoraLinear, initial_factors
-
-ADAPTERS = MappingProxyType(
-    {
-        "bone": BoneLinear,
-        "bone-mini": BoneLinear,
-        "bat-in": BatInLinear,
-        "bat-out": BatOutLinear,
-        "lora": LoraLinear,
-        "pissa": ResidualLoraLinear,
-        "olora": ResidualLoraLinear,
-        "lora-ga": ResidualLoraLinear,
-    }
-)
+from .layer import AdapterLinear
+from .methods import CHOICES, METHODS, NONE, forms, method_of
 
 
 @dataclass(frozen=True)
@@ -45,26 +27,27 @@ class InjectReport:
         )
 
 
-def check_adapter(config, shapes):
+def check_adapter(config, shapes, parts=()):
     """Refuse an adapter that does not fit, from shapes alone.
 
     shapes: module name -> (out_features, in_features) of its weight, for every module that has a
-    2-D weight (others do no harm). -> the names of the modules to replace, in the order of shapes.
-    Raises UserError for an unknown method, mode, part or quantization, a target that matches
+    2-D weight (others do no harm); parts: what --train_parts may name. -> the names of the modules to replace, in the
+    order of shapes. Raises UserError for an unknown method, mode, part or quantization, a target that matches
     nothing, and a rank that does not fit a layer.
     """
-    _one_of("--peft", config.method, ADAPTER_METHODS)
+    _one_of("--peft", config.method, CHOICES)
     _one_of("--quant", config.quant, QUANTIZATIONS)
     for part in config.train_parts:
-        _one_of("--train_parts", part, TRAIN_PARTS)
-    if config.method == "none":
+        _one_of("--train_parts", part, parts)
+    if config.method == NONE:
         if config.quant != "none":
             raise UserError(f"--quant {config.quant} needs frozen weights, and --peft none trains them; drop one")
         return ()
-    if config.method == "bone":
-        _one_of("--bone_mode", config.mode, BONE_MODES)
-    if config.method == "bone" and config.dropout:
-        raise UserError(f"dropout {config.dropout} is LoRA's alone and Bone has none; leave it at 0")
+    if len(forms(config.method)) > 1:
+        _one_of(f"--{config.method}_mode", config.mode, forms(config.method))
+    method = method_of(config)
+    if config.dropout and not method.dropout:
+        raise UserError(f"dropout {config.dropout} is LoRA's alone and {method.label} has none; leave it at 0")
     if not 0 <= config.dropout < 1:
         raise UserError(f"dropout {config.dropout} is not in [0, 1)")
     if config.rank < 1:
@@ -77,24 +60,28 @@ def check_adapter(config, shapes):
         raise UserError(f"svd_niter {config.svd_niter} is negative; 0 asks for an exact SVD, 4 for a quick one")
     names = _match_targets(config.targets, shapes)
     for name in names:
-        _check_rank(config, name, *shapes[name])
+        _check_fit(method, config, name, *shapes[name])
     return names
 
 
-def inject(model, config, *, initial=None, gradients=None):
+def inject(model, config, names=None, *, family=None, initial=None, gradients=None):
     """Replace the target layers of a model by adapter layers, in place, and freeze what does not train.
 
-    model is any nn.Module whose target modules (names that end in one of config.targets) are
-    nn.Linear, with their weights loaded. config.method "none" replaces nothing and trains
-    config.train_parts, or everything. For pissa, olora and lora-ga, initial maps
-    "<module>.init_lora_A" and "…_B" to the factors of an adapter file to go on from (its weights
-    are loaded afterwards); without it they are made anew, lora-ga from gradients: module name ->
-    gradient of the loss with respect to its weight. -> InjectReport. Raises UserError.
+    model is any nn.Module whose target modules (names that end in one of config.targets, or of the family's where
+    there are none) are nn.Linear, with their weights loaded; names are what `check_adapter` said of it, which is asked
+    where they are not given. config.method "none" replaces nothing and trains config.train_parts, or everything; family
+    (a Family) tells which parameters those are. Where the method has constants, initial maps "<module>.<constant>" to
+    those of an adapter file to go on from (its weights are loaded afterwards); without it they are made anew, by some
+    methods from gradients: module name -> gradient of the loss with respect to its weight. -> InjectReport. Raises
+    UserError.
     """
     modules = dict(model.named_modules())
-    names = check_adapter(config, linear_shapes(model))
-    parts = _match_parts(config.train_parts, model)
-    model.requires_grad_(config.method == "none" and not parts)
+    if names is None:
+        if family is not None and not config.targets:
+            config = replace(config, targets=family.targets)
+        names = check_adapter(config, linear_shapes(model), () if family is None else family.parts)
+    parts = [] if not config.train_parts else _match_parts(config.train_parts, model, family)
+    model.requires_grad_(config.method == NONE and not parts)
     for name in names:
         layer = _make_layer(modules[name], name, config, initial or {}, gradients or {})
         if config.quant != "none":
@@ -116,20 +103,20 @@ def count_parameters(model):
 
 
 def _make_layer(base, name, config, initial, gradients):
-    if config.variant not in RESIDUAL_VARIANTS:
-        layer = ADAPTERS[config.variant](base, config)
-    else:
-        keys = (f"{name}.init_lora_A", f"{name}.init_lora_B")
-        factors = tuple(initial[key] for key in keys if key in initial)
-        if initial and len(factors) != 2:
+    method = method_of(config)
+    constants = {}
+    if method.constants:
+        keys = {constant: f"{name}.{constant}" for constant in method.constants}
+        constants = {constant: initial[key] for constant, key in keys.items() if key in initial}
+        if initial and len(constants) != len(keys):
             raise UserError(
-                f"the adapter to go on from has no {' or '.join(keys)}; it is not a {config.variant} adapter"
+                f"the adapter to go on from has no {' or '.join(keys.values())}; it is not a {method.name} adapter"
             )
-        factors = factors or initial_factors(base.weight, config, gradients.get(name))
-        layer = ADAPTERS[config.variant](base, config, factors)
+        constants = constants or method.initial_factors(base.weight, config, gradients.get(name))
+    layer = AdapterLinear(base, method, config, constants)
     for parameter in layer.parameters():
         parameter.requires_grad_(False)
-    for parameter_name in layer.parameter_names:
+    for parameter_name in method.parameters:
         getattr(layer, parameter_name).requires_grad_(True)
     return layer.train(base.training)
 
@@ -159,57 +146,29 @@ def _match_targets(targets, shapes):
     return tuple(name for name in shapes if name in wanted)
 
 
-def _match_parts(parts, model):
-    """Parameters whose name has a component of a part: time_*, ln0 ln1 ln2 ln_x ln_out, emb, head."""
+def _match_parts(parts, model, family):
+    """Parameters that belong to one of some parts of a generation's model."""
     matched = []
     for part in parts:
-        found = [p for name, p in model.named_parameters() if part_of(name) == part]
+        found = [p for name, p in model.named_parameters() if family.part_of(name) == part]
         if not found:
             raise UserError(f"--train_parts {part} matches no parameter of the model; leave it out")
         matched += found
     return matched
 
 
-def part_of(name):
-    """The member of TRAIN_PARTS that a parameter of the base belongs to, None for one of none."""
-    return next(
-        (
-            part
-            for part in TRAIN_PARTS
-            if any(re.fullmatch(rf"{part}(\d+|_\w+)?", component) for component in name.split("."))
-        ),
-        None,
-    )
-
-
-def _check_rank(config, name, out_features, in_features):
-    variant, rank, mini_rank = config.variant, config.rank, config.mini_rank
-    if variant in ("bat-in", "bat-out"):
-        common = math.gcd(out_features, in_features)
-        if common % rank:
-            raise UserError(
-                f"{variant} needs its rank to divide both sides of every layer: {rank} does not divide "
-                f"{out_features if out_features % rank else in_features} at {name} ({out_features} x {in_features}); "
-                f"try --bone_r {nearest_divisor(common, rank)}, or --bone_mode bone, which pads"
-            )
+def _check_fit(method, config, name, out_features, in_features):
+    """Raise UserError where the settings do not fit a layer, in the words of the flags."""
+    misfit = method.fit(config.rank, config.mini_rank, out_features, in_features)
+    if misfit is None:
         return
-    if variant == "bone-mini" and (mini_rank < 1 or out_features % mini_rank):
-        raise UserError(
-            f"bone-mini needs --bone_mini_r to divide the outputs of every layer: {mini_rank} does not divide "
-            f"{out_features} at {name}; try --bone_mini_r "
-            f"{nearest_divisor(out_features, mini_rank if mini_rank > 0 else rank)}"
-        )
-    limit = in_features if config.method == "bone" else min(out_features, in_features) // (1 + (variant == "lora-ga"))
-    if rank > limit:
-        raise UserError(
-            f"rank {rank} is more than {limit}, the most that {variant} can use at {name} "
-            f"({out_features} x {in_features}); lower it"
-        )
-
-
-def nearest_divisor(number, value):
-    """The divisor of a number that is nearest to a value, the larger of two equally near ones."""
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - value), -d))
+    flag = method.rank_flag if misfit.setting == "rank" else "--bone_mini_r"
+    advice = f"try {flag} {misfit.nearest}" if misfit.nearest else "lower it"
+    if misfit.instead:
+        advice += f", or --{method.peft}_mode {METHODS[misfit.instead].name}, which takes any"
+    raise UserError(
+        f"{method.name}: {flag} {misfit.value} {misfit.problem} at {name} ({out_features} x {in_features}); {advice}"
+    )
 
 
 def _one_of(flag, value, choices):

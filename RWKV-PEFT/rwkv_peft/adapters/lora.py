@@ -1,106 +1,113 @@
-"""LoRA and its relatives, as baselines: one layer, four ways to start.
-
-LoRA (Hu et al. 2021, arXiv 2106.09685) starts at zero. PiSSA (Meng et al. 2024, arXiv 2404.02948),
-OLoRA (Büyükakyüz 2024, arXiv 2406.01775) and LoRA-GA (Wang et al. 2024, arXiv 2407.05000) start
-from factors A0, B0 of the weight or of its gradient and train on the base W - s B0 A0; the factors
-go into the adapter file, so that merging starts from the original weight.
-"""
+"""LoRA (Hu et al. 2021, arXiv 2106.09685), and LoRA+ (Hayou et al. 2024, arXiv 2402.12354), which trains the same layer
+with another learning rate for lora_B."""
 
 import math
 
-import torch
 from torch import nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..errors import UserError
-from . import functional
-from .base import AdapterLinear
-from .delta import residual
-
-LORA_GA_GAMMA = 16  # the paper's stable scale
+from .method import Method, Misfit, cast, wide
+from .product import DENSE
+from .tokens import apply_to_tokens, linear, weight_gradient
 
 
-class LoraLinear(AdapterLinear):
-    """y = W x + scale lora_B lora_A x, with lora_A (rank, in) and lora_B (out, rank)."""
+class Lora(Method):
+    """W' = W + scale B A, with A = `lora_A` (rank, in) and B = `lora_B` (out, rank); scale is alpha / rank."""
 
-    parameter_names = ("lora_A", "lora_B")
+    name, label, peft = "lora", "lora", "lora"
+    json_flag, rank_flag, alpha_key = "lora_config", "lora_r in --lora_config", "lora_alpha"
+    parameters, idle = ("lora_A", "lora_B"), ("lora_A",)
+    scaled = dropout = True
 
-    def __init__(self, base, config):
-        super().__init__(base, config)
-        self.dropout = config.dropout
-        self.lora_A = self.new_parameter(config.rank, base.in_features)
-        self.lora_B = self.new_parameter(base.out_features, config.rank)
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+    def scale(self, config):
+        return config.alpha / config.rank if config.alpha else 1.0
 
-    def forward(self, x):
-        if self.dropout and self.training:
-            y = functional.linear(x, self.base, self.bias, product=self.product)
-            inner = F.linear(F.dropout(x, self.dropout), self.lora_A.to(x.dtype))
-            return y + self.scale * F.linear(inner, self.lora_B.to(x.dtype))
-        return functional.lora(
-            x, self.base, self.lora_A, self.lora_B, self.bias, scale=self.scale, product=self.product
+    def fit(self, rank, mini_rank, out_features, in_features):
+        limit = self.most(out_features, in_features)
+        if rank <= limit:
+            return None
+        return Misfit("rank", rank, f"is more than {limit}, the most that {self.name} can use", limit, too_large=True)
+
+    def most(self, out_features, in_features):
+        """The largest rank."""
+        return min(out_features, in_features)
+
+    def shapes(self, rank, mini_rank, out_features, in_features):
+        return {"lora_A": (rank, in_features), "lora_B": (out_features, rank)}
+
+    def begin(self, layer, constants):
+        nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5))
+
+    def apply(self, x, weight, params, bias=None, *, scale=1.0, dropout=0.0, product=DENSE):
+        if not dropout:
+            return lora(x, weight, params["lora_A"], params["lora_B"], bias, scale=scale, product=product)
+        inner = F.linear(F.dropout(x, dropout), params["lora_A"].to(x.dtype))
+        return linear(x, weight, bias, product=product) + scale * F.linear(inner, params["lora_B"].to(x.dtype))
+
+    def delta(self, weight, params, scale=1.0):
+        params = cast(params, weight.dtype)
+        return scale * (params["lora_B"] @ params["lora_A"])
+
+    def rows(self, params, start, stop):
+        return {name: tensor[start:stop] if name.endswith("B") else tensor for name, tensor in params.items()}
+
+    def opposite(self, params, scale, amount=1.0):
+        """The change does not depend on W, and is subtracted."""
+        return {name: -amount * wide(tensor) if name.endswith("B") else tensor for name, tensor in params.items()}
+
+    def for_rwkv_peft(self, module, params, scale, weight):
+        return params
+
+    def remark_for_rwkv_peft(self, rank, scale):
+        return (
+            f"RWKV-PEFT's LoRA files do not hold alpha: it is {scale * rank:g}; give it to the "
+            "merge, RWKV-PEFT's or merge_bone.py's (--lora_alpha)\n"
         )
 
 
-class ResidualLoraLinear(LoraLinear):
-    """LoRA that starts from factors of the weight, which it takes out of the weight."""
+class LoraPlus(Lora):
+    """LoRA whose lora_B learns at lora_plus_ratio times the rate of lora_A."""
 
-    def __init__(self, base, config, factors):
-        """factors: (A0 (rank, in), B0 (out, rank)), as `initial_factors` makes or a file holds them."""
-        super().__init__(base, config)
-        init_A, init_B = (f.to(self.weight.device, self.weight.dtype).contiguous() for f in factors)
-        with torch.no_grad():
-            self.lora_A.copy_(init_A)
-            self.lora_B.copy_(init_B)
-        # The storage may be the memory-mapped base file's, which others still read: replaced, not written to.
-        self.weight.data = residual(self.weight.detach(), init_A, init_B, self.scale)
-        self.register_buffer("init_lora_A", init_A, persistent=False)
-        self.register_buffer("init_lora_B", init_B, persistent=False)
-
-    def adapter_tensors(self):
-        return super().adapter_tensors() | {"init_lora_A": self.init_lora_A, "init_lora_B": self.init_lora_B}
+    name, label, peft, saved_as = "lora-plus", "lora-plus", "lora-plus", "lora"
+    learning_rates = (("lora_B", "lora_plus_ratio"),)
 
 
-def initial_factors(weight, config, gradient=None):
-    """A0 (rank, in) and B0 (out, rank), float32, for pissa, olora or lora-ga.
+def lora(x, weight, lora_A, lora_B, bias=None, *, scale=1.0, product=DENSE):
+    """Low rank: W' = W + scale B A.
 
-    weight (out, in), any float dtype; gradient (out, in), that of the loss, for lora-ga.
+    x (..., in), weight (out, in), lora_A (r, in), lora_B (out, r), bias (out,) or None -> (..., out).
     """
-    weight = weight.detach().float()
-    rank = config.rank
-    if config.variant == "pissa":
-        return _pissa(weight, rank, config.scale, config.svd_niter)
-    if config.variant == "olora":
-        q, r = torch.linalg.qr(weight)
-        return r[:rank], q[:, :rank]
-    if gradient is None:
-        raise UserError(
-            "lora-ga starts from the gradient of the loss at each weight, and none was given for this one; "
-            "estimate it on a batch of the data first, or use --peft pissa, which needs none"
+    return apply_to_tokens(_Lora, x, weight, bias, lora_A, lora_B, product=product, extra=(scale,))
+
+
+class _Lora(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_A, lora_B, product, scale):
+        inner = x @ lora_A.t()  # (T, r)
+        ctx.product, ctx.scale = product, scale
+        ctx.save_for_backward(
+            x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None,
+            weight,
+            lora_A,
+            lora_B,
+            inner if ctx.needs_input_grad[4] else None,
         )
-    return _lora_ga(gradient.float(), rank)
+        return product.forward(x, weight, bias).addmm_(inner, lora_B.t(), alpha=scale)
 
-
-def _pissa(weight, rank, scale, niter):
-    """The principal part of W: B = U sqrt(S / s), A = sqrt(S / s) Vᵀ."""
-    if niter:
-        u, s, v = _svd_lowrank(weight, rank, niter)
-        vt = v.t()
-    else:
-        u, s, vt = torch.linalg.svd(weight, full_matrices=False)
-    root = (s[:rank] / scale).sqrt()
-    return root[:, None] * vt[:rank], u[:, :rank] * root
-
-
-def _lora_ga(gradient, rank):
-    """The gradient's leading directions: A from V's first `rank`, B from U's next `rank`, stably scaled."""
-    u, _, v = _svd_lowrank(gradient, 2 * rank, niter=4)
-    scale = gradient.shape[0] ** 0.25 / math.sqrt(LORA_GA_GAMMA)
-    return scale * v.t()[:rank], scale * u[:, rank : 2 * rank]
-
-
-def _svd_lowrank(matrix, rank, niter):
-    """Randomized SVD with oversampling, from a seed of its own: the same factors on every run."""
-    with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
-        torch.manual_seed(0)
-        return torch.svd_lowrank(matrix, q=min(2 * rank, *matrix.shape), niter=niter)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, weight, lora_A, lora_B, inner = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
+        g_inner = (g @ lora_B).mul_(ctx.scale) if need_x or need_A else None  # (T, r)
+        return (
+            ctx.product.backward(g, weight).addmm_(g_inner, lora_A) if need_x else None,
+            weight_gradient(g, x).to(weight.dtype) if need_weight else None,
+            g.sum(0) if need_bias else None,
+            g_inner.t() @ x if need_A else None,
+            (g.t() @ inner).mul_(ctx.scale) if need_B else None,
+            None,
+            None,
+        )

@@ -19,7 +19,7 @@ from ..errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
-REMEDY = "make it again with python -m rwkv_peft.data.preprocess"
+REMEDY = "make it again with rwkv-peft preprocess"
 CHUNK = 1 << 22
 
 
@@ -96,7 +96,7 @@ class BinidxDataset:
         if os.path.isfile(self.prefix) and not os.path.isfile(path):
             raise UserError(
                 f"{self.prefix}: a file of rows or text, where the PREFIX of PREFIX.bin and PREFIX.idx is "
-                "meant; tokenize it with python -m rwkv_peft.data.preprocess, or give --data_type sft"
+                "meant; tokenize it with rwkv-peft preprocess, or give --data_type sft"
             )
         if not os.path.isfile(path):
             raise UserError(f"{path}: no such file; a data set is a PREFIX.bin with its PREFIX.idx; {REMEDY}")

@@ -34,7 +34,7 @@ def make_mask(dataset, config):
     if not config.mask_id:
         raise UserError(
             f"--loss_mask {kind} needs --mask_id, the token ids that open an answer; "
-            "python -m rwkv_peft.data.tokenizer world 'Assistant:' prints them"
+            "rwkv-peft tokenize world 'Assistant:' prints them"
         )
     if kind == "se" and not config.mask_end_id:
         raise UserError("--loss_mask se needs --mask_end_id, the token ids that close an answer")

@@ -1,6 +1,6 @@
 """Text files to token files.
 
-    python -m rwkv_peft.data.preprocess INPUT... --output PREFIX [--tokenizer world|bytes|FILE] [--workers N]
+    rwkv-peft preprocess INPUT... --output PREFIX [--tokenizer world|bytes|FILE] [--workers N]
 
 INPUT is .jsonl (a row a line; templates.py lists the forms that are recognised), .json, .txt (one
 document a file), .parquet, or a folder that datasets.save_to_disk wrote. Writes PREFIX.bin and
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..errors import UserError, exit_on_user_error
+from ..errors import UserError
 from .binidx import BinidxDataset, BinidxWriter, binidx_prefix
 from .encoding import Encoded, EncodeSettings, encode_all, encoder
 from .order import Permutation
@@ -51,9 +51,7 @@ def main(argv):
 
 def parser():
     result = argparse.ArgumentParser(
-        prog="python -m rwkv_peft.data.preprocess",
-        allow_abbrev=False,
-        description="Text files to token files (.bin and .idx).",
+        prog="rwkv-peft preprocess", allow_abbrev=False, description="Text files to token files (.bin and .idx)."
     )
     result.add_argument("input", nargs="+", help=KINDS)
     result.add_argument("--output", required=True, metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx")
@@ -137,7 +135,3 @@ def rewrite(source, output, seed, repeat):
                 start, size = source.start(index), int(source.sizes[index])
                 mask = None if source.mask is None else source.mask[start : start + size].tobytes()
                 writer.add_documents(source[index].tobytes(), [size], mask)
-
-
-if __name__ == "__main__":
-    exit_on_user_error(main)

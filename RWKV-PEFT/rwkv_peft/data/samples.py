@@ -6,98 +6,23 @@ targets tokens[1:], and mask bool (T,) says which targets count. (A packed sampl
 """
 
 import copy
-from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 import torch
 
 from ..errors import UserError
-from .binidx import BinidxDataset
-from .masks import make_mask
 from .order import Permutation
-from .sft import prepare_sft
 
-DATALOADS = ("get", "pad", "only", "pack")
-BUCKET, BLOCK = 512, 16
-
-
-def build_samples(config, vocab_size):
-    """DataConfig -> the samples it names, over tokens checked to be below the model's vocab_size.
-
-    data_type "sft" tokenizes config.path first, once (sft.py). Raises UserError for files that are
-    missing or damaged, ids outside the vocabulary, a ctx_len longer than the data, and settings that
-    contradict each other.
-    """
-    check_config(config)
-    notes = []
-    if config.data_type == "sft":
-        prefix, notes = prepare_sft(config)
-        config = replace(config, path=prefix)
-    dataset = BinidxDataset(config.path)
-    dataset.check_vocab(vocab_size)
-    if config.data_type == "sft" and config.loss_mask == "file" and dataset.mask is None:
-        mask = None  # every token of these rows counts
-    else:
-        mask = make_mask(dataset, config)
-    samples = arrange(dataset, config, mask)
-    samples.notes = notes + samples.notes
-    return samples
-
-
-def arrange(dataset, config, mask):
-    """The samples of config.dataload over a data set."""
-    if config.dataload == "get":
-        return WindowSamples(dataset, config.ctx_len, config.seed, mask)
-    if config.dataload == "pack":
-        from .pack import PackedSamples  # which is made of what this file defines
-
-        return PackedSamples(dataset, config.ctx_len, config.seed, mask)
-    return DocumentSamples(dataset, config.ctx_len, config.seed, mask, bucketed=config.dataload == "pad")
-
-
-def split_samples(config, vocab_size, fraction):
-    """Like build_samples -> (training samples, validation samples): `fraction` of them, drawn by the seed.
-
-    The two share no sample; with dataload "get" a document on the edge of a window lies in both.
-    """
-    samples = build_samples(config, vocab_size)
-    count = max(1, round(fraction * len(samples)))
-    if not 0 < fraction < 1 or count >= len(samples):
-        raise UserError(
-            f"--val_split {fraction}: leaves {len(samples) - count} of {len(samples)} samples to train on; "
-            "it is a fraction such as 0.01, and both parts need a sample"
-        )
-    drawn = Permutation(len(samples), config.seed, "validation")
-    validation = np.sort(np.fromiter((drawn[i] for i in range(count)), dtype=np.int64, count=count))
-    training = np.setdiff1d(np.arange(len(samples)), validation, assume_unique=True)
-    train, held_out = samples.subset(training), samples.subset(validation)
-    train.notes.append(f"{len(validation)} of {len(samples)} samples are kept for validation")
-    return train, held_out
-
-
-def check_config(config):
-    """UserError for settings that do not go together."""
-    if config.dataload not in DATALOADS:
-        raise UserError(f"--dataload {config.dataload}: one of {', '.join(DATALOADS)}")
-    if config.data_type not in ("binidx", "sft"):
-        raise UserError(f"--data_type {config.data_type}: one of binidx, sft")
-    if config.ctx_len < 1:
-        raise UserError(f"--ctx_len {config.ctx_len}: at least 1")
-    if config.dataload == "only" and config.micro_bsz != 1:
-        raise UserError(
-            f"--dataload only reads one document at a time: --micro_bsz {config.micro_bsz} must be 1; "
-            "--dataload pad batches documents of different lengths"
-        )
-    if config.dataload == "get" and config.loss_mask == "pad":
-        raise UserError(
-            "--loss_mask pad: --dataload get reads a stream, which has no padding; "
-            "take --loss_mask none, or --dataload pad"
-        )
+BUCKET, RUN = 512, 16
 
 
 class Samples:
     """`units` numbers of things to visit (windows, documents, rows), each once an epoch."""
+
+    @staticmethod
+    def refuse(config):
+        """Raise UserError for settings (DataConfig) that this way of sampling cannot honour."""
 
     def __init__(self, units, seed):
         self.seed = seed
@@ -134,6 +59,14 @@ class WindowSamples(Samples):
     last window is short of targets it begins earlier, and those that the window before has
     counted are masked: an epoch counts every token of the data but the first exactly once.
     """
+
+    @staticmethod
+    def refuse(config):
+        if config.loss_mask == "pad":
+            raise UserError(
+                "--loss_mask pad: --dataload get reads a stream, which has no padding; "
+                "take --loss_mask none, or --dataload pad"
+            )
 
     def __init__(self, dataset, ctx_len, seed, mask=None):
         targets = len(dataset.tokens) - 1
@@ -176,15 +109,17 @@ class WindowSamples(Samples):
 
 
 class DocumentSamples(Samples):
-    """Dataloads "pad" and "only": one document a row, cut to ctx_len + 1 tokens.
+    """One document a row, cut to ctx_len + 1 tokens.
 
-    With bucketed=True and a seed, documents of about one length come together: each 512 of the epoch's
+    With `buckets` and a seed, documents of about one length come together: each 512 of the epoch's
     order are sorted by length, and runs of 16 of them shuffled.
     """
 
-    def __init__(self, dataset, ctx_len, seed, mask=None, bucketed=False):
+    buckets = False
+
+    def __init__(self, dataset, ctx_len, seed, mask=None):
         self.dataset, self.ctx_len, self._mask = dataset, ctx_len, mask
-        self.bucketed = bucketed and seed is not None
+        self.bucketed = self.buckets and seed is not None
         super().__init__(readable_documents(dataset), seed)
         self.notes += [f"{len(self)} documents an epoch", *not_read(dataset, ctx_len)]
 
@@ -223,13 +158,31 @@ class DocumentSamples(Samples):
         return np.ones(size - 1, dtype=bool) if self._mask is None else self._mask(start + 1, start + size)
 
     def _make_bucket(self, epoch, number):
-        """Documents at the positions [512 number, 512 number + 512) of an epoch, blocks of like length."""
+        """Documents at the positions [512 number, 512 number + 512) of an epoch, runs of like length."""
         order = self._order(epoch)
         positions = range(number * BUCKET, min((number + 1) * BUCKET, len(self)))
         documents = self.units[[order[position] for position in positions]]
         documents = documents[np.argsort(self.dataset.sizes[documents], kind="stable")]
-        blocks = Permutation(-(-len(documents) // BLOCK), self.seed, epoch, number)
-        return np.concatenate([documents[b * BLOCK : (b + 1) * BLOCK] for b in blocks])
+        runs = Permutation(-(-len(documents) // RUN), self.seed, epoch, number)
+        return np.concatenate([documents[b * RUN : (b + 1) * RUN] for b in runs])
+
+
+class PaddedSamples(DocumentSamples):
+    """Dataload "pad": rows of one batch are padded to the longest, so that like lengths had better share one."""
+
+    buckets = True
+
+
+class SingleSamples(DocumentSamples):
+    """Dataload "only": one document at a time, never padded."""
+
+    @staticmethod
+    def refuse(config):
+        if config.micro_bsz != 1:
+            raise UserError(
+                f"--dataload only reads one document at a time: --micro_bsz {config.micro_bsz} must be 1; "
+                "--dataload pad batches documents of different lengths"
+            )
 
 
 def readable_documents(dataset):

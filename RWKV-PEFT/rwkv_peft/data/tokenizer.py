@@ -4,7 +4,7 @@ Every tokenizer has encode(str) -> list[int], decode(list[int]) -> str, vocab_si
 it), name, end_id, the token that ends a document, or None where the vocabulary names none, and
 cuts_at_lines, whether a text cut where a line begins with a visible character has the same tokens.
 
-    python -m rwkv_peft.data.tokenizer world "Assistant:"      prints the ids of a text, as --mask_id takes them
+    rwkv-peft tokenize world "Assistant:"      prints the ids of a text, as --mask_id takes them
 """
 
 import argparse
@@ -12,7 +12,7 @@ import ast
 from functools import cached_property
 from pathlib import Path
 
-from ..errors import UserError, exit_on_user_error
+from ..errors import UserError
 
 REPLACEMENT = "\ufffd"
 END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "<|im_end|>")
@@ -184,14 +184,10 @@ def parse_world_vocabulary(path):
 
 def main(argv):
     parser = argparse.ArgumentParser(
-        prog="python -m rwkv_peft.data.tokenizer", allow_abbrev=False, description="Print the token ids of a text."
+        prog="rwkv-peft tokenize", allow_abbrev=False, description="Print the token ids of a text."
     )
     parser.add_argument("tokenizer", help="world, bytes, or a vocabulary file")
     parser.add_argument("text")
     options = parser.parse_args(argv)
     print(*load_tokenizer(options.tokenizer).encode(options.text))
     return 0
-
-
-if __name__ == "__main__":
-    exit_on_user_error(main)

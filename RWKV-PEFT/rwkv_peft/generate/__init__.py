@@ -1,4 +1,4 @@
-"""Text from a model: sampling, batched recurrent decoding, and the command `python -m rwkv_peft.generate`."""
+"""Text from a model: sampling, batched recurrent decoding, and the command `rwkv-peft generate`."""
 
 from .decode import Step, generate, prefill
 from .loading import load_model, read_state_file, save_state_file

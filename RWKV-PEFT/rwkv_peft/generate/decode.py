@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UserError
-from ..model import LayerState, State
+from ..models.state import State
 from .sampling import Sampling, count, penalize, sample
 
 PREFILL = 4096  # tokens of prompts read in one pass
@@ -58,7 +58,7 @@ def generate(model, prompts, sampling=Sampling(), max_tokens=256, ends=None, sta
             fresh = [waiting.popleft() for _ in range(min(batch - len(rows), len(waiting)))]
             read, memory = prefill(model, [prompt for _, prompt in fresh], start)
             rows += [Sequence(number, random.Random(sampling.seed + number)) for number, _ in fresh]
-            logits, state = torch.cat([logits, read.float()]), memory if state is None else joined(state, memory)
+            logits, state = torch.cat([logits, read.float()]), memory if state is None else state.joined(memory)
             if sampling.penalizes:
                 counts = torch.cat([counts, counts.new_zeros(len(fresh), vocab_size)])
         check_finite(logits, rows, model)
@@ -78,7 +78,7 @@ def generate(model, prompts, sampling=Sampling(), max_tokens=256, ends=None, sta
         if len(staying) < len(rows):
             rows = [rows[position] for position in staying]
             kept = torch.tensor(staying, dtype=torch.long, device=device)
-            tokens, state = tokens[kept], selected(state, kept)
+            tokens, state = tokens[kept], state.selected(kept)
             counts = counts[kept] if sampling.penalizes else counts
         if rows:
             logits, state = model(tokens[:, None], state)
@@ -98,14 +98,14 @@ def prefill(model, prompts, start=None):
     n, parameter = len(prompts), model.emb.weight
     if start is None:
         start = State.zeros(model.config, 1, parameter.device, parameter.dtype)
-    state = State(LayerState(*(tensor.repeat_interleave(n, 0) for tensor in layer)) for layer in start)
+    state = start.repeated(n)
     logits = parameter.new_empty(n, model.config.vocab_size)
     width = max(PREFILL // n, 1)
     for first in range(0, max(map(len, prompts)), width):
         reading = [i for i, prompt in enumerate(prompts) if len(prompt) > first]
         pieces = [prompts[i][first : first + width] for i in reading]
         rows = torch.tensor(reading, device=parameter.device)
-        logits[rows], after = read_packed(model, pieces, selected(state, rows))
+        logits[rows], after = read_packed(model, pieces, state.selected(rows))
         for layer, news in zip(state, after):
             for tensor, new in zip(layer, news):
                 tensor[rows] = new.to(tensor.dtype)
@@ -119,16 +119,6 @@ def read_packed(model, pieces, state):
     return model(
         tokens[None], state, cu_seqlens=F.pad(ends, (1, 0)), head=lambda x, weight: F.linear(x[0, ends - 1], weight)
     )
-
-
-def selected(state, rows):
-    """The State of some of its sequences; rows (m,) int64."""
-    return State(LayerState(*(tensor[rows] for tensor in layer)) for layer in state)
-
-
-def joined(state, other):
-    """The State of the sequences of both."""
-    return State(LayerState(*(torch.cat(pair) for pair in zip(*layers))) for layers in zip(state, other))
 
 
 def check_finite(logits, rows, model):

@@ -4,26 +4,12 @@ from dataclasses import dataclass, field
 
 from peft.config import PeftConfig
 
+from ..adapters.methods import by_hf_name
 from ..errors import UserError
 from .installed import add_member, configs
 
-# (init_weights, canonical name): "bat" is what peft 0.14 to 0.18 mean by it
-VARIANTS = (
-    (True, "bone"),
-    (False, "bone"),
-    ("bone", "bone"),
-    ("bat", "bat-out"),
-    ("bat-out", "bat-out"),
-    ("bat-in", "bat-in"),
-    ("mini", "bone-mini"),
-)
 # (setting, its default): peft 0.14 to 0.18 do not know these, so a file names them only where they are in use
 LATER_SETTINGS = (("bone_dropout", 0.0), ("mini_r", 0))
-
-
-def variant_of(init_weights):
-    """The canonical name of a form; None for a value that names none. 1 is not True here."""
-    return next((name for value, name in VARIANTS if value == init_weights and type(value) is type(init_weights)), None)
 
 
 @dataclass
@@ -75,9 +61,9 @@ class BoneConfig(PeftConfig):
         self._check()
 
     @property
-    def variant(self):
-        """The canonical name of the form: "bone", "bone-mini", "bat-in" or "bat-out"."""
-        return variant_of(self.init_weights)
+    def method(self):
+        """The Method of the form that init_weights names; None for a value that names none."""
+        return by_hf_name(self.init_weights)
 
     def _check(self):
         if not issubclass(configs()[self.peft_type], BoneConfig):
@@ -85,7 +71,7 @@ class BoneConfig(PeftConfig):
                 "the installed peft has a Bone of its own, and would take this BoneConfig for it: call "
                 "rwkv_peft.hf.register(replace=True) to put this one in its place, or use peft.BoneConfig"
             )
-        if self.variant is None:
+        if self.method is None:
             raise UserError(
                 f"init_weights={self.init_weights!r} is unknown; give True (bone), 'bat-in', 'bat-out' "
                 "(which peft calls 'bat'), 'mini', or False (random)"
@@ -95,11 +81,11 @@ class BoneConfig(PeftConfig):
                 raise UserError(f"{name}={getattr(self, name)!r} is not a whole number; give one, such as 64")
         if self.r < 1:
             raise UserError(f"r={self.r} is not a rank; give 1 or more, usually 64")
-        if self.variant == "bone-mini" and self.mini_r < 1:
+        if self.method.mini and self.mini_r < 1:
             raise UserError(
                 f"init_weights='mini' needs mini_r, a width that divides the layers' outputs, and it is {self.mini_r}"
             )
-        if self.variant != "bone-mini" and self.mini_r:
+        if not self.method.mini and self.mini_r:
             raise UserError(
                 f"mini_r={self.mini_r} is for init_weights='mini', and that is {self.init_weights!r}; leave mini_r "
                 "out, "
@@ -131,8 +117,7 @@ class BoneConfig(PeftConfig):
     def to_dict(self):
         """The settings as they are saved: in the words that peft 0.14 to 0.18 know, wherever they know the thing."""
         settings = super().to_dict()
-        if settings["init_weights"] in ("bat-out", "bone"):
-            settings["init_weights"] = {"bat-out": "bat", "bone": True}[settings["init_weights"]]
+        settings["init_weights"] = self.method.hf_names[0] if self.init_weights is not False else False
         for name, default in LATER_SETTINGS:
             if settings[name] == default:
                 del settings[name]

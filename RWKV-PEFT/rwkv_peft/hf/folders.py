@@ -2,15 +2,15 @@
 
 MiSS is Bone's later name in peft, with the same tensors and arithmetic under other keys.
 
-    python -m rwkv_peft.hf.folders IN OUT      writes a MISS folder for a BONE one, and the other way round
+    rwkv-peft bone2miss IN OUT      writes a MISS folder for a BONE one, and the other way round
 """
 
 import json
 from pathlib import Path
 
-from ..atomic import atomic_write
 from ..cli import Parser
-from ..errors import UserError, exit_on_user_error
+from ..errors import UserError
+from ..files.atomic import atomic_write
 
 
 def bone_to_miss(source, target):
@@ -98,9 +98,7 @@ def write(folder, config, tensors):
 
 def main(argv):
     """Convert one folder into the other kind."""
-    parser = Parser(
-        prog="python -m rwkv_peft.hf.folders", description="Turn a BONE adapter folder into a MISS one, or back."
-    )
+    parser = Parser(prog="rwkv-peft bone2miss", description="Turn a BONE adapter folder into a MISS one, or back.")
     parser.add_argument("source", help="a folder that save_pretrained wrote")
     parser.add_argument("target", help="the folder to write")
     args = parser.parse_args(argv)
@@ -108,7 +106,3 @@ def main(argv):
     (miss_to_bone if kind == "MISS" else bone_to_miss)(args.source, args.target)
     print(f"{args.source} ({kind}) -> {args.target} ({'BONE' if kind == 'MISS' else 'MISS'})")
     return 0
-
-
-if __name__ == "__main__":
-    exit_on_user_error(main)

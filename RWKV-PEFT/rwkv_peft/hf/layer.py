@@ -11,12 +11,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, on
 from torch import nn
 from torch.nn import functional as F
 
-from ..adapters.delta import delta
-from ..adapters.functional import bat_in, bone, linear
-from ..adapters.weight_side import bat_out
+from ..adapters.methods import METHODS
+from ..adapters.tokens import linear
 from ..errors import UserError
 from .offload import device_of, offload, offloaded, onload
 from .products import Dequantized, check_parameter, product_for
+
+PARAMETER = "bone"  # what the methods call bone_block
 
 
 class BoneLinear(nn.Module, BaseTunerLayer):
@@ -105,8 +106,8 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         return self._apply_adapter(seen, name, self.bias) + linear(x - seen, self.weight, product=self.product)
 
     def _apply_adapter(self, x, name, bias):
-        function = {"bat-in": bat_in, "bat-out": bat_out}.get(self.bone_config[name].variant, bone)
-        return function(x, self.weight, self.bone_block[name], bias, product=self.product)
+        method, params = self.bone_config[name].method, {PARAMETER: self.bone_block[name]}
+        return method.apply(x, self.weight, params, bias, product=self.product)
 
     def _composed(self, x, names):
         """Several adapters at once, as after merging them."""
@@ -135,8 +136,20 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         weight = self.product.rows(self.weight, slice(0, self.out_features), exact(self.weight))
         change = torch.zeros_like(weight)
         for name in names:
-            change = change + delta(self.bone_config[name].variant, weight + change, {"bone": self.bone_block[name]})
+            change = change + self._delta(name, weight + change)
         return weight, change
+
+    def _delta(self, name, weight):
+        """What one adapter adds to a weight (out, in)."""
+        return self.bone_config[name].method.delta(weight, {PARAMETER: self.bone_block[name]})
+
+    def _removed(self, name, weight):
+        """A weight (out, in) without one adapter that was merged into it."""
+        method, params = self.bone_config[name].method, {PARAMETER: self.bone_block[name].detach()}
+        try:
+            return method.removed(weight, method.opposite(params, 1.0), 1.0)
+        except UserError as error:
+            raise UserError(f"{self.name}: merging cannot be undone: {error}") from error
 
     def _gather(self):
         """Under ZeRO-3 a parameter is gathered for the module that owns it; this layer uses its base layer's."""
@@ -173,7 +186,7 @@ class BoneLinear(nn.Module, BaseTunerLayer):
             )
         merged = weight.data.to(exact(weight))
         for name in names:
-            merged = merged + delta(self.bone_config[name].variant, merged, {"bone": self.bone_block[name].detach()})
+            merged = merged + self._delta(name, merged).detach()
         if safe_merge and not torch.isfinite(merged.to(weight.dtype)).all():
             raise UserError(
                 f"{self.name}: merging {', '.join(names)} gives values that are not finite; the adapter is "
@@ -194,9 +207,7 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         original = weight.data.to(exact(weight))
         for name in reversed(self.merged_adapters):
             if name in self.bone_block:
-                variant = self.bone_config[name].variant
-                opposite = inverse(variant, self.bone_block[name].detach().to(original.dtype), self.name)
-                original = original + delta(variant, original, {"bone": opposite})
+                original = self._removed(name, original)
         weight.data = original.to(weight.dtype)
         self.merged_adapters.clear()
 
@@ -222,7 +233,7 @@ class BoneLinear(nn.Module, BaseTunerLayer):
                     config.from_file and config.init_weights in (True, "bat")
                 ):  # "bat": said so by the layer before
                     raise UserError(
-                        f"the file holds a block affine adapter for {self.name}, and this one is {config.variant}, "
+                        f"the file holds a block affine adapter for {self.name}, and this one is {config.method.name}, "
                         f"init_weights={config.init_weights!r}; load it with PeftModel.from_pretrained or load_adapter "
                         "under another name, which read its own settings"
                     )
@@ -262,44 +273,15 @@ def watched(layer):
 
 def block_shape(config, in_features, out_features, name):
     """The shape of an adapter's parameter; raises UserError where the rank does not fit."""
-    rank, variant = config.r, config.variant
-    if variant in ("bat-in", "bat-out"):
-        if in_features % rank or out_features % rank:
-            raise UserError(
-                f"{variant} needs r to divide both widths of a layer, and {name} is {in_features} -> "
-                f"{out_features} with r={rank}; try r={nearest_divisor(in_features, out_features, rank)}, "
-                "or init_weights=True, which fits any width"
-            )
-        return (in_features if variant == "bat-in" else out_features) // rank, rank, rank
-    if rank > in_features:
-        raise UserError(f"r={rank} is more than the {in_features} inputs of {name}; give a smaller r")
-    if variant == "bone-mini":
-        if out_features % config.mini_r:
-            raise UserError(
-                f"mini_r={config.mini_r} does not divide the {out_features} outputs of {name}; give one that does"
-            )
-        return rank, config.mini_r
-    return rank, out_features
-
-
-def nearest_divisor(in_features, out_features, rank):
-    """The common divisor of both widths that is nearest to rank."""
-    common = [r for r in range(1, min(in_features, out_features) + 1) if not in_features % r and not out_features % r]
-    return min(common, key=lambda r: abs(r - rank))
-
-
-def inverse(variant, block, name="the layer"):
-    """The adapter of the same form that undoes another: delta(W + delta(W, B), inverse(B)) = -delta(W, B).
-
-    For bone it is -D. For the block affine forms W' = W (I + B) + B, hence W = W' (I + C) + C with
-    I + C = (I + B)^-1: C = -(I + B)^-1 B. block float32 or float64 -> the same shape. Raises UserError where I + B
-    has no inverse.
-    """
-    if variant in ("bone", "bone-mini"):
-        return -block
-    try:
-        return -torch.linalg.solve(torch.eye(block.shape[-1], device=block.device, dtype=block.dtype) + block, block)
-    except torch.linalg.LinAlgError as error:
-        raise UserError(
-            f"{name}: merging cannot be undone, because I + B has no inverse ({error}); load the base model anew"
-        ) from error
+    method, sizes = config.method, (config.r, config.mini_r, out_features, in_features)
+    misfit = method.fit(*sizes)
+    if misfit is None:
+        return method.shapes(*sizes)[PARAMETER]
+    setting = "r" if misfit.setting == "rank" else "mini_r"
+    advice = f"try {setting}={misfit.nearest}" if misfit.nearest else f"give a smaller {setting}"
+    if misfit.instead:
+        advice += f", or init_weights={METHODS[misfit.instead].hf_names[0]!r}, which fits any width"
+    raise UserError(
+        f"{method.name}: {setting}={misfit.value} {misfit.problem} at {name} ({in_features} -> {out_features}); "
+        f"{advice}"
+    )

@@ -5,12 +5,11 @@ import json
 import sys
 from dataclasses import fields
 
-from ..cli import above_zero, alias, names, positive
-from ..config import ADAPTER_METHODS, BONE_MODES, MODE_ALIASES, QUANTIZATIONS, TARGETS, TRAIN_PARTS, AdapterConfig
+from ..adapters.methods import METHODS, NONE, forms, method_of
+from ..cli import alias, names
+from ..config import MODE_ALIASES, AdapterConfig
 from ..errors import UserError
 
-# RWKV-PEFT's names for what has another one here
-METHOD_ALIASES = (("disha", "bone"),)
 # key of the JSON forms -> AdapterConfig field
 LORA_KEYS = (
     ("lora_r", "rank"),
@@ -19,92 +18,50 @@ LORA_KEYS = (
     ("lora_load", "load"),
     ("lora_parts", "targets"),
 )
-# (flag, the methods it belongs to, its keys -> AdapterConfig fields)
+PISSA_KEYS = (
+    ("pissa_r", "rank"),
+    ("pissa_load", "load"),
+    ("pissa_init", "init"),
+    ("svd_niter", "svd_niter"),
+    ("pissa_parts", "targets"),
+)
+BONE_KEYS = (("bone_mode", "mode"), ("bone_r", "rank"), ("bone_load", "load"), ("bone_mini_r", "mini_rank"))
+# (flag, the name by which methods call it theirs, its keys -> AdapterConfig fields, an example)
 JSON_FLAGS = (
+    ("bone_config", "bone_config", BONE_KEYS, '{"bone_mode":"bat-in","bone_load":"","bone_r":64}'),
     (
+        "disha_config",
         "bone_config",
-        ("bone",),
-        (("bone_mode", "mode"), ("bone_r", "rank"), ("bone_load", "load"), ("bone_mini_r", "mini_rank")),
+        (("mode", "mode"), ("r", "rank"), ("load", "load")),
+        '{"mode":"bat","load":"","r":64}',
     ),
-    ("disha_config", ("bone",), (("mode", "mode"), ("r", "rank"), ("load", "load"))),
-    ("lora_config", ("lora", "lora-plus", "olora", "lora-ga"), LORA_KEYS),
-    (
-        "pissa_config",
-        ("pissa",),
-        (
-            ("pissa_r", "rank"),
-            ("pissa_load", "load"),
-            ("pissa_init", "init"),
-            ("svd_niter", "svd_niter"),
-            ("pissa_parts", "targets"),
-        ),
-    ),
+    ("lora_config", "lora_config", LORA_KEYS, '{"lora_load":"","lora_r":64,"lora_alpha":128,"lora_dropout":0}'),
+    ("pissa_config", "pissa_config", PISSA_KEYS, '{"pissa_load":"","pissa_init":"","pissa_r":64,"svd_niter":4}'),
 )
-EXAMPLES = (
-    '{"bone_mode":"bat-in","bone_load":"","bone_r":64}',
-    '{"mode":"bat","load":"","r":64}',
-    '{"lora_load":"","lora_r":64,"lora_alpha":128,"lora_dropout":0}',
-    '{"pissa_load":"","pissa_init":"","pissa_r":64,"svd_niter":4}',
+# the single flags that one word of --peft alone has
+SINGLE_FLAGS = (
+    ("bone_mode", "bone"),
+    ("bone_r", "bone"),
+    ("bone_mini_r", "bone"),
+    ("bone_load", "bone"),
+    ("loraplus_lr_ratio", "lora-plus"),
 )
 
 
-def add_adapter_flags(parser):
-    """Add the group of the adapter's flags to a parser."""
-    adapter = parser.add_argument_group("adapter")
-    adapter.add_argument(
-        "--peft",
-        type=alias(METHOD_ALIASES),
-        default="bone",
-        choices=ADAPTER_METHODS,
-        help="adapter method; none trains the model itself (all of it, or --train_parts)",
-    )
-    adapter.add_argument(
-        "--bone_mode",
-        type=alias(MODE_ALIASES),
-        default=None,
-        metavar="MODE",
-        help="bat-in (block affine by input block, also called bat), bat-out, bone or bone-mini (default bat-in)",
-    )
-    adapter.add_argument("--bone_r", type=positive, default=None, help="block size r (default 64)")
-    adapter.add_argument(
-        "--bone_mini_r",
-        type=positive,
-        default=None,
-        help="bone-mini: width of its (bone_r, bone_mini_r) matrix, which repeats over a layer's outputs and "
-        "divides their number",
-    )
-    adapter.add_argument("--bone_load", default=None, metavar="FILE", help="adapter to start from")
-    for (name, methods, _), example in zip(JSON_FLAGS, EXAMPLES):
-        adapter.add_argument(
-            f"--{name}",
+def words_with(json_flag):
+    """The words of --peft whose methods take their settings from a JSON flag."""
+    return tuple(dict.fromkeys(method.peft for method in METHODS.values() if method.json_flag == json_flag))
+
+
+def add_json_flags(parser):
+    """Add the flags that take settings as one JSON value."""
+    for flag, json_flag, _, example in JSON_FLAGS:
+        parser.add_argument(
+            f"--{flag}",
             default=None,
             metavar="JSON",
-            help=f"settings of {', '.join(methods)} as one JSON value: {example}",
+            help=f"settings of {', '.join(words_with(json_flag))} as one JSON value: {example}",
         )
-    adapter.add_argument(
-        "--loraplus_lr_ratio",
-        type=above_zero,
-        default=None,
-        help="lora-plus: learning rate of lora_B over lora_A's (default 16)",
-    )
-    adapter.add_argument(
-        "--quant", default="none", choices=QUANTIZATIONS, help="keep the frozen matrices quantized (needs bitsandbytes)"
-    )
-    adapter.add_argument(
-        "--target_modules",
-        nargs="+",
-        default=None,
-        metavar="NAME",
-        help=f"linear layers that get an adapter, as ends of their names (default {' '.join(TARGETS)})",
-    )
-    adapter.add_argument(
-        "--train_parts",
-        nargs="*",
-        type=names,
-        default=[],
-        metavar="PART",
-        help=f"parameters of the base that train along: some of {' '.join(TRAIN_PARTS)}",
-    )
 
 
 def adapter_config(args):
@@ -117,26 +74,21 @@ def adapter_config(args):
         "lora_plus_ratio": args.loraplus_lr_ratio,
         "targets": None if args.target_modules is None else tuple(args.target_modules),
     }
-    if args.peft == "none" and args.target_modules is not None:
+    if args.peft == NONE and args.target_modules is not None:
         raise UserError(
             f"--target_modules {' '.join(args.target_modules)} names layers that get an adapter, and --peft none has "
             "none; choose what trains with --train_parts, or name a --peft"
         )
-    for flag, method in (
-        ("bone_mode", "bone"),
-        ("bone_r", "bone"),
-        ("bone_mini_r", "bone"),
-        ("bone_load", "bone"),
-        ("loraplus_lr_ratio", "lora-plus"),
-    ):
-        if getattr(args, flag) is not None and args.peft != method:
-            raise UserError(f"--{flag} belongs to --peft {method}, and --peft is {args.peft}")
-    for flag, methods, keys in JSON_FLAGS:
+    for flag, word in SINGLE_FLAGS:
+        if getattr(args, flag) is not None and args.peft != word:
+            raise UserError(f"--{flag} belongs to --peft {word}, and --peft is {args.peft}")
+    for flag, json_flag, keys, _ in JSON_FLAGS:
         text = getattr(args, flag)
         if text is None:
             continue
-        if args.peft not in methods:
-            raise UserError(f"--{flag} belongs to --peft {' or '.join(methods)}, and --peft is {args.peft}")
+        if args.peft not in words_with(json_flag):
+            words = " or ".join(words_with(json_flag))
+            raise UserError(f"--{flag} belongs to --peft {words}, and --peft is {args.peft}")
         for key, value in parse_json_flag(flag, text, keys).items():
             if value == "" and given.get(key):
                 continue  # scripts write "bone_load":"" where they name none
@@ -146,17 +98,19 @@ def adapter_config(args):
                 )
             given[key] = value
     settings = {key: value for key, value in given.items() if value is not None}
-    if "mode" in settings and settings["mode"] not in BONE_MODES:
+    if "mode" in settings and settings["mode"] not in forms(args.peft):
         raise UserError(
-            f"bone_mode {settings['mode']!r} does not exist; take {', '.join(BONE_MODES)}, or bat, which is bat-in"
+            f"bone_mode {settings['mode']!r} does not exist; take {', '.join(forms(args.peft))}, or bat, which is "
+            "bat-in"
         )
-    if args.quant != "none" and args.peft == "none":
+    if args.quant != "none" and args.peft == NONE:
         raise UserError(f"--quant {args.quant} keeps weights that adapters leave frozen, and --peft none has none")
     parts = tuple(dict.fromkeys(part for group in args.train_parts for part in group))
     adapter = AdapterConfig(method=args.peft, train_parts=parts, quant=args.quant, **settings)
-    if adapter.mini_rank and adapter.mode != "bone-mini":
+    if adapter.mini_rank and not method_of(adapter).mini:
+        minis = " or ".join(method.name for method in METHODS.values() if method.mini)
         raise UserError(
-            f"--bone_mini_r {adapter.mini_rank} belongs to --bone_mode bone-mini, and the mode is {adapter.mode}; "
+            f"--bone_mini_r {adapter.mini_rank} belongs to --bone_mode {minis}, and the mode is {adapter.mode}; "
             "give that mode, or leave bone_mini_r out"
         )
     if adapter.init and not adapter.load:
@@ -213,4 +167,4 @@ def parts_targets(flag, key, text):
             f"--{flag}: {key} {text!r} may name att and ffn, which get adapters; what trains along is named by "
             "--train_parts, and single layers by --target_modules"
         )
-    return tuple(target for target in TARGETS if target.split(".")[0] in parts)
+    return tuple(dict.fromkeys(parts))

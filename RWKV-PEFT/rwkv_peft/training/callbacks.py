@@ -10,7 +10,7 @@ import time
 import lightning.pytorch as pl
 from tqdm import tqdm
 
-from ..checkpoint import atomic_write
+from ..files.atomic import atomic_write
 from ..plots import read_metrics
 from .lit import Diverged
 from .saver import load_checkpoint

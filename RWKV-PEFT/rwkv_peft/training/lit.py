@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
-from ..adapters import parameter_groups
+from ..adapters.groups import parameter_groups
 from .loss import linear_cross_entropy
 from .schedule import learning_rate
 
@@ -18,7 +18,8 @@ class Diverged(Exception):
 
 
 class Lit(pl.LightningModule):
-    """Trains `model` (RWKV6, adapters injected) by `train` (TrainConfig), optimizer steps numbered from first_step.
+    """Trains `model` (adapters injected) by `train` (TrainConfig), optimizer steps numbered from first_step; family and
+    ratios as parameter_groups takes them.
 
     Each micro batch is a dict of tokens, targets, mask (B, T), cu_seqlens where rows are packed, and step_count, the
     counted tokens of the whole optimizer step: every token of a step weighs the same, whatever the number of ranks and
@@ -29,10 +30,10 @@ class Lit(pl.LightningModule):
     all of them in the same micro batch).
     """
 
-    def __init__(self, model, train, total_steps, first_step=0, lora_plus_ratio=1.0):
+    def __init__(self, model, train, total_steps, first_step=0, family=None, ratios=()):
         super().__init__()
         self.model, self.train_config, self.total_steps = model, train, total_steps
-        self.step, self.lora_plus_ratio = first_step, lora_plus_ratio
+        self.step, self.family, self.ratios = first_step, family, ratios
         self.step_loss = 0.0
         self.stop_requested = 0
         self.stopping = False
@@ -52,12 +53,7 @@ class Lit(pl.LightningModule):
 
     def configure_optimizers(self):
         train = self.train_config
-        groups = parameter_groups(
-            self.model,
-            weight_decay=train.weight_decay,
-            layerwise_lr=train.layerwise_lr,
-            lora_plus_ratio=self.lora_plus_ratio,
-        )
+        groups = parameter_groups(self.model, train.weight_decay, self.family, self.ratios)
         settings = {"lr": self.lr, "betas": (train.beta1, train.beta2), "eps": train.adam_eps}
         if train.strategy.endswith("offload"):
             from deepspeed.ops.adam import DeepSpeedCPUAdam

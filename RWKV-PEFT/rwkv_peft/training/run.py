@@ -13,19 +13,23 @@ from pathlib import Path
 
 import torch
 
-from ..adapters import check_adapter, inject, linear_shapes
-from ..atomic import check_output
-from ..checkpoint import DTYPES, fingerprint, load_adapter_into, load_base, read_adapter
+from ..adapters.groups import learning_ratios
+from ..adapters.inject import inject
+from ..adapters.load import load_tensors
+from ..adapters.methods import NONE, method_of
 from ..config import to_json
-from ..data.module import TrainBatches
-from ..data.samples import build_samples, split_samples
+from ..data.batches import TrainBatches
+from ..data.sources import build_samples, split_samples
 from ..errors import UserError
+from ..files.adapter_file import DTYPES
+from ..files.adapters import read_adapter
+from ..files.atomic import check_output
+from ..files.base import open_base
 from ..memory import keep_freed_memory
-from ..model import RWKV6, init_weights
-from ..ops import backends
-from .flags import parse_config
+from ..models import family_named
+from .flags import parse_run
 from .gradients import estimate_gradients
-from .saver import ADAPTER, MODEL, Saver, data_identity, find_checkpoint, newest_name, read_state
+from .saver import ADAPTER, MODEL, Saver, data_identity, find_checkpoint, newest_name, read_run_state
 from .start import start_adapter
 from .validate import Validator
 
@@ -49,7 +53,7 @@ class Plan:
 def main(argv):
     """train.py: returns the exit code."""
     try:
-        return run(parse_config(argv), say=print if is_first_process() else lambda *_, **__: None)
+        return run(parse_run(argv), say=print if is_first_process() else lambda *_, **__: None)
     except KeyboardInterrupt:
         print("interrupted; what was saved before is intact", file=sys.stderr)
         return 130
@@ -60,19 +64,18 @@ def is_first_process():
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK"))
 
 
-def run(config, say=print):
-    """Train as config (RunConfig) says; `say` prints for the user. Returns the exit code."""
+def run(request, say=print):
+    """Train as a Request says; `say` prints for the user. Returns the exit code."""
+    config, base = request.config, request.base
     train = config.train
     accelerator = resolve_accelerator(train)
     world_size = train.devices * train.num_nodes
     step_samples = config.data.micro_bsz * world_size * train.accumulate_grad_batches
     samples, held_out = find_samples(config)
-    base = load_base(train.load_model) if train.load_model else None
-    base_fingerprint = "" if base is None else fingerprint(base)
     folder = Path(train.proj_dir)
     identity = {
         "adapter": asdict(config.adapter),
-        "base": base_fingerprint,
+        "base": "" if base is None else base.fingerprint,
         "data": data_identity(config, samples),
         "strategy": train.strategy,
         "world_size": world_size,
@@ -88,20 +91,21 @@ def run(config, say=print):
         check_output("--proj_dir", folder / "checkpoints" / "state.json", [])
 
     torch.manual_seed(train.random_seed)
-    model = build_model(config, base)
+    family = family_named(config.model.version)
+    model = build_model(config, family, base)
     batches = TrainBatches(
         samples, config.data.micro_bsz, world_size=world_size, accumulate=train.accumulate_grad_batches
     )
-    report = adapt(model, config.adapter, base, base_fingerprint, batches, checkpoint)
+    report = adapt(model, config.adapter, request.layers, family, base, batches, checkpoint)
     if state and train.fresh_optimizer:
-        if config.adapter.method == "none":
-            model.load_state_dict(load_base(checkpoint / MODEL), strict=True)
+        if config.adapter.method == NONE:
+            model.load_state_dict(open_base(checkpoint / MODEL).tensors, strict=True)
         checkpoint = None  # its optimizer state belongs to other ranks
-    describe(config, accelerator, samples, batches.notes, plan, report, state, say)
+    describe(config, family, accelerator, samples, batches.notes, plan, report, state, say)
     folder.mkdir(parents=True, exist_ok=True)
     saver = Saver(folder, config, plan, identity)
     validator = Validator(held_out, config.data.micro_bsz, train, plan, saver) if held_out else None
-    return fit(config, model, report.trainable, samples, validator, saver, checkpoint, accelerator, say)
+    return fit(config, family, model, report.trainable, samples, validator, saver, checkpoint, accelerator, say)
 
 
 def find_samples(config):
@@ -151,7 +155,7 @@ def find_state(folder, train, identity):
             )
             + ", or give the --proj_dir of the run"
         )
-    return checkpoint, read_state(checkpoint, identity, train.fresh_optimizer)
+    return checkpoint, read_run_state(checkpoint, identity, train.fresh_optimizer)
 
 
 def make_plan(train, samples, step_samples, state):
@@ -165,50 +169,47 @@ def make_plan(train, samples, step_samples, state):
     return Plan(step_samples, epoch_steps, train.epoch_count * epoch_steps, first_step, first_sample)
 
 
-def build_model(config, base):
+def build_model(config, family, base):
     """The model in the run's precision: the base's memory-mapped tensors where dtypes agree, or fresh weights."""
-    dtype = dict(DTYPES)[config.train.precision]
-    if base is None:
-        model = RWKV6(config.model, grad_checkpoint=config.train.grad_cp)
-        init_weights(model)
-    else:
-        with torch.device("meta"):
-            model = RWKV6(config.model, grad_checkpoint=config.train.grad_cp)
-        model.load_state_dict(base, strict=True, assign=True)
+    dtype, grad_cp = dict(DTYPES)[config.train.precision], config.train.grad_cp
+    if base is not None:
+        return family.load(base.tensors, config.model, grad_cp).to(dtype)
+    model = family.build(config.model, grad_cp)
+    family.init_weights(model)
     return model.to(dtype)
 
 
-def adapt(model, adapter, base, base_fingerprint, batches, checkpoint=None):
+def adapt(model, adapter, layers, family, base, batches, checkpoint=None):
     """Inject the adapter into the model: as the checkpoint to resume from holds it, with the factors that it began
     with; from --bone_load and its kin; or fresh. -> InjectReport."""
-    loaded, gradients = None, {}
-    if checkpoint is not None and adapter.method != "none":
+    method, loaded, gradients = method_of(adapter), None, {}
+    if checkpoint is not None and method is not None:
         loaded = read_adapter(checkpoint / ADAPTER)
     elif adapter.load:
-        loaded = start_adapter(adapter, base, base_fingerprint)
-    elif adapter.method == "lora-ga":
-        names = check_adapter(adapter, linear_shapes(model))
-        gradients = estimate_gradients(model, names, batches.batch(0, 0))
-    report = inject(model, adapter, initial=loaded.tensors if loaded else {}, gradients=gradients)
+        loaded = start_adapter(adapter, base)
+    elif method is not None and method.from_gradient:
+        gradients = estimate_gradients(model, layers, batches.batch(0, 0))
+    initial = loaded.tensors if loaded else {}
+    report = inject(model, adapter, layers, family=family, initial=initial, gradients=gradients)
     if loaded:
-        load_adapter_into(model, loaded, str(checkpoint or adapter.load))
+        load_tensors(model, loaded.tensors, str(checkpoint or adapter.load))
     return report
 
 
-def describe(config, accelerator, samples, notes, plan, report, state, say):
+def describe(config, family, accelerator, samples, notes, plan, report, state, say):
     """What is about to happen, in a few lines."""
     model, train, data, adapter = config.model, config.train, config.data, config.adapter
     say(
-        f"model     RWKV-6, {model.n_layer} layers, {model.n_embd} channels, {model.n_head} heads of "
+        f"model     {family.name}, {model.n_layer} layers, {model.n_embd} channels, {model.n_head} heads of "
         f"{model.head_size}, "
         f"vocabulary {model.vocab_size}" + (f", from {train.load_model}" if train.load_model else ", new")
     )
     say(f"training  {describe_adapter(adapter)}: {report}")
     kernel = "cuda" if accelerator == "gpu" else "cpu"
-    reason = backends()[kernel]
+    reason = family.kernels()[kernel]
     say(
         f"machine   {train.num_nodes} x {train.devices} {accelerator}, {train.strategy}, {train.precision}, "
-        f"wkv6 kernel: {kernel if reason is None else f'reference, which is slow ({reason})'}"
+        f"{family.kernel} kernel: {kernel if reason is None else f'reference, which is slow ({reason})'}"
     )
     say(f"data      {data.path}: {len(samples):,} samples of up to {data.ctx_len} tokens")
     for note in notes:
@@ -222,9 +223,9 @@ def describe(config, accelerator, samples, notes, plan, report, state, say):
 
 def describe_adapter(adapter):
     """What trains, in a few words."""
-    words = ["full model"]
-    if adapter.method != "none":
-        words = [f"Bone {adapter.mode}" if adapter.method == "bone" else adapter.method, f"rank {adapter.rank}"]
+    words, method = ["full model"], method_of(adapter)
+    if method is not None:
+        words = [method.label, f"rank {adapter.rank}"]
     elif adapter.train_parts:
         words = ["parts of the model"]
     if adapter.quant != "none":
@@ -255,7 +256,7 @@ def quiet():
         warnings.filterwarnings("ignore", text)
 
 
-def fit(config, model, trainable, samples, validator, saver, checkpoint, accelerator, say):
+def fit(config, family, model, trainable, samples, validator, saver, checkpoint, accelerator, say):
     """Run Lightning's Trainer over the plan and report how it ended; returns the exit code."""
     train, folder, plan = config.train, saver.folder, saver.plan
     if accelerator == "cpu":
@@ -265,8 +266,8 @@ def fit(config, model, trainable, samples, validator, saver, checkpoint, acceler
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
     from ..plots import plot_loss
-    from .batches import RunData
     from .callbacks import FiniteGradients, Record, Save, StopSignals
+    from .data_module import RunData
     from .lit import Diverged, Lit
     from .strategy import make_strategy
 
@@ -278,8 +279,8 @@ def fit(config, model, trainable, samples, validator, saver, checkpoint, acceler
         loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
         if train.wandb:
             loggers.append(WandbLogger(project=train.wandb, save_dir=folder))
-    ratio = config.adapter.lora_plus_ratio if config.adapter.method == "lora-plus" else 1.0
-    lit = Lit(model, train, plan.total_steps, plan.first_step, ratio)
+    ratios = learning_ratios(method_of(config.adapter), config.adapter)
+    lit = Lit(model, train, plan.total_steps, plan.first_step, family if train.layerwise_lr else None, ratios)
     accumulate = train.accumulate_grad_batches
     trainer = pl.Trainer(
         accelerator=accelerator,

@@ -16,10 +16,13 @@ from dataclasses import asdict
 
 import torch
 
-from ..checkpoint import AdapterMetadata, adapter_parameter, atomic_write, save_adapter, save_model
+from ..adapters.methods import NONE, adapter_parameter
 from ..config import AdapterConfig, to_json
-from ..data.module import collate
+from ..data.batches import collate
 from ..errors import UserError
+from ..files.adapter_file import AdapterMetadata, save_adapter
+from ..files.atomic import atomic_write
+from ..files.base import save_model
 
 ADAPTER, MODEL = "adapter.safetensors", "rwkv.pth"  # the newest of them
 KEEP = 2
@@ -31,7 +34,7 @@ SAME_OPTIMIZER = ("strategy", "world_size", "precision")  # and what its optimiz
 
 def newest_name(method):
     """The name of the file of the newest trained tensors, by --peft."""
-    return MODEL if method == "none" else ADAPTER
+    return MODEL if method == NONE else ADAPTER
 
 
 def list_checkpoints(folder):
@@ -42,7 +45,7 @@ def list_checkpoints(folder):
         try:
             return json.loads((checkpoint / "state.json").read_text())["samples_seen"]
         except (OSError, ValueError, KeyError, TypeError):
-            return math.inf  # read_state says what is wrong with it
+            return math.inf  # read_run_state says what is wrong with it
 
     return sorted((path.parent for path in (folder / "checkpoints").glob("step-*/state.json")), key=seen)
 
@@ -64,7 +67,7 @@ def data_identity(config, samples):
     return settings | {"val_split": config.train.val_split, "samples": len(samples), "content": digest.hexdigest()[:16]}
 
 
-def read_state(checkpoint, now, fresh_optimizer=False):
+def read_run_state(checkpoint, now, fresh_optimizer=False):
     """state.json of a checkpoint, compared with what the resuming run says of itself (a dict of SAME, SAME_OPTIMIZER),
     and its other files with the sizes in it."""
     older = f"delete {checkpoint} to resume from an older checkpoint"
@@ -139,7 +142,7 @@ class Saver:
 
     def save_tensors(self, trainer, lit, labels):
         """Write what was trained once for each label: adapter-LABEL.safetensors, or rwkv-LABEL.pth (--peft none)."""
-        full = self.config.adapter.method == "none"
+        full = self.config.adapter.method == NONE
         wanted = [(name, p) for name, p in lit.model.named_parameters() if full or p.requires_grad]
         wanted += [(name, buffer) for name, buffer in lit.model.named_buffers() if adapter_parameter(name)]
         tensors = gather(wanted, trainer.strategy.zero_stage_3, trainer.is_global_zero)

@@ -2,61 +2,60 @@
 
 import math
 from pathlib import Path
-from types import MappingProxyType
 
-from ..adapters import part_of
-from ..checkpoint import AdapterMetadata, read_adapter
+from ..adapters.methods import forms, method_of
 from ..errors import UserError
+from ..files.adapter_file import AdapterMetadata
+from ..files.adapters import AdapterSource
 
-# method -> where its rank is given; the others take lora_r
-RANK_NAMES = MappingProxyType({"bone": "--bone_r", "pissa": "pissa_r in --pissa_config"})
 
-
-def start_adapter(adapter, base, base_fingerprint):
+def start_adapter(adapter, base):
     """The adapter to start from, refused unless it is of this run's variant, rank, scale, quantization, parts and
-    base."""
-    path = Path(adapter.load)
+    base (a Base)."""
+    path, method = Path(adapter.load), method_of(adapter)
     flat = path.is_file() and path.suffix != ".safetensors"  # as RWKV-PEFT writes them
     if adapter.init and path.exists() and not flat:
         raise UserError(
             f"pissa_init {adapter.init} belongs to a .pth of RWKV-PEFT, and {adapter.load} is none; leave it out"
         )
-    if adapter.method == "pissa" and flat and not adapter.init:
+    if method.init_flag and flat and not adapter.init:
         raise UserError(
-            f"{adapter.load} does not hold the factors that its PiSSA began with; name the file that does, "
-            "init_pissa.pth in the folder of that run, as pissa_init in --pissa_config"
+            f"{adapter.load} does not hold the factors that its {method.label} began with; name the file that does, "
+            f"init_pissa.pth in the folder of that run, as {method.init_flag}"
         )
-    if adapter.variant == "lora" and flat and not adapter.alpha:
+    untold = flat and method.scaled and not method.constants  # RWKV-PEFT's LoRA files do not hold alpha
+    if untold and not adapter.alpha:
         raise UserError(
-            f"{adapter.load} does not record alpha; give that of its training as lora_alpha in --lora_config"
+            f"{adapter.load} does not record alpha; give that of its training as {method.alpha_key} in "
+            f"--{method.json_flag}"
         )
-    loaded = read_adapter(
+    loaded = AdapterSource(
         adapter.load,
-        mode=adapter.mode if adapter.method == "bone" else None,
-        base=base,
+        mode=adapter.mode if len(forms(adapter.method)) > 1 else None,
         init=adapter.init or None,
-        alpha=adapter.alpha if flat and adapter.variant == "lora" else None,
-    )
+        alpha=adapter.alpha if untold else None,
+    ).read(base.tensors)
     theirs = loaded.metadata
-    if theirs.base_fingerprint and theirs.base_fingerprint != base_fingerprint:
+    if theirs.base_fingerprint and theirs.base_fingerprint != base.fingerprint:
         raise UserError(
             f"{adapter.load} was trained on another base model (fingerprint {theirs.base_fingerprint}, this "
-            f"one's is {base_fingerprint}); give its own base as --load_model"
+            f"one's is {base.fingerprint}); give its own base as --load_model"
         )
-    if theirs.variant != adapter.variant:
-        raise UserError(f"{adapter.load} holds a {theirs.variant} adapter, and this run trains {adapter.variant}")
+    if theirs.variant != method.file_name:
+        raise UserError(f"{adapter.load} holds a {theirs.variant} adapter, and this run trains {method.file_name}")
     if theirs.rank != adapter.rank:
         raise UserError(
             f"{adapter.load} has rank {theirs.rank}, and this run {adapter.rank}; give {theirs.rank} as "
-            f"{RANK_NAMES.get(adapter.method, 'lora_r in --lora_config')}"
+            f"{method.rank_flag}"
         )
-    if adapter.method != "bone" and not math.isclose(theirs.scale, adapter.scale):
+    scale = method.scale(adapter)
+    if method.scaled and not math.isclose(theirs.scale, scale):
         raise UserError(
             f"{adapter.load} was trained at a scale (alpha / rank) of {theirs.scale:g}, and this run has "
-            f"{adapter.scale:g}; "
+            f"{scale:g}; "
             + (
-                f'give "lora_alpha": {theirs.scale * theirs.rank:g} in --lora_config'
-                if adapter.method != "pissa"
+                f'give "{method.alpha_key}": {theirs.alpha:g} in --{method.json_flag}'
+                if method.alpha_key
                 else "merge that adapter, and train on the merged model"
             )
         )
@@ -65,21 +64,20 @@ def start_adapter(adapter, base, base_fingerprint):
             f"{adapter.load} was trained on weights under --quant {theirs.quant}, and this run has --quant "
             f"{adapter.quant}; give --quant {theirs.quant}"
         )
-    check_parts(adapter, loaded)
+    check_parts(adapter, loaded, base.family)
     return loaded
 
 
-def check_parts(adapter, loaded):
+def check_parts(adapter, loaded, family):
     """Refuse tensors of the base that the earlier run trained and this one would not save with its adapter."""
-    frozen = [key for key in loaded.whole() if part_of(key) not in adapter.train_parts]
-    if frozen:
-        parts = dict.fromkeys([*adapter.train_parts, *filter(None, map(part_of, frozen))])
-        raise UserError(
-            f"{adapter.load} holds {len(frozen)} tensors of the base that trained along (such as {frozen[0]}), and "
-            "this run would neither train nor save them; "
-            + (
-                f"give --train_parts {' '.join(parts)}"
-                if all(map(part_of, frozen))
-                else "merge that adapter, and train on the merged model"
-            )
-        )
+    frozen = [key for key in loaded.whole() if family.part_of(key) not in adapter.train_parts]
+    if not frozen:
+        return
+    parts = [family.part_of(key) for key in frozen]
+    named = " ".join(dict.fromkeys([*adapter.train_parts, *filter(None, parts)]))
+    trainable = all(part in family.parts for part in parts)
+    raise UserError(
+        f"{adapter.load} holds {len(frozen)} tensors of the base that trained along (such as {frozen[0]}), and "
+        "this run would neither train nor save them; "
+        + (f"give --train_parts {named}" if trainable else "merge that adapter, and train on the merged model")
+    )

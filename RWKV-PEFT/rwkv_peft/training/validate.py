@@ -6,7 +6,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from ..data.module import EvalBatches
+from ..data.batches import EvalBatches
 from ..plots import read_metrics
 from .loss import linear_cross_entropy
 

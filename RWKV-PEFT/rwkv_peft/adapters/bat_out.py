@@ -1,0 +1,147 @@
+"""bat-out: block affine by output block, W'_ab = W_ab + W_ab B_a + B_a.
+
+B_a stands to the right of every block of output row a, so its effect on the activations differs
+for each a: the activation side costs 4 T in out FLOPs besides the product with W, where the weight
+side costs 2 in out r to build W'. Hence the weight side from T = rank/2 on. Backward is on the
+weight side always: the gradient of B_a needs that of W', which makes 6 T in out the floor of a
+training step. It rebuilds W' a few output blocks at a time and never holds it whole; between
+forward and backward only x lives.
+"""
+
+import torch
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from ..errors import UserError
+from ..ops import blocks
+from .block_affine import BlockAffine
+from .product import DENSE
+from .tokens import apply_to_tokens, shard_sum, split_shards, weight_gradient
+
+CHUNK_ELEMENTS = 1 << 23  # of W' held at a time in backward
+CACHED_ELEMENTS = 1 << 18  # elements of W' that a CPU's cache holds while they are made
+
+
+class BatOut(BlockAffine):
+    """One matrix for each block of outputs: `bone` (out/rank, rank, rank). What Hugging Face peft calls bat."""
+
+    name, label, index = "bat-out", "Bone bat-out", "a"
+    hf_names = ("bat", "bat-out")
+
+    def shapes(self, rank, mini_rank, out_features, in_features):
+        return {"bone": (out_features // rank, rank, rank)}
+
+    def apply(self, x, weight, params, bias=None, *, scale=1.0, product=DENSE):
+        return bat_out(x, weight, params["bone"], bias, product=product)
+
+    def rows(self, params, start, stop):
+        rank = params["bone"].shape[-1]
+        return {"bone": params["bone"][start // rank : stop // rank]}
+
+    def for_rwkv_peft(self, module, params, scale, weight):
+        raise UserError(
+            "RWKV-PEFT has no bat-out; its adapters are bone, bat-in (its bat), lora and pissa. Merge the "
+            "adapter with merge_bone.py instead"
+        )
+
+
+def bat_out(x, weight, bone, bias=None, *, side="auto", product=DENSE):
+    """Block affine by output block.
+
+    x (..., in), weight (out, in), bone (out/r, r, r), bias (out,) or None -> (..., out) in x's dtype.
+    r must divide in and out. side is "weight", "activation" or "auto" (by the number of tokens).
+    """
+    if side == "auto":
+        side = "weight" if 2 * x.numel() >= x.shape[-1] * bone.shape[-1] else "activation"
+    return apply_to_tokens(_BatOut, x, weight, bias, bone, product=product, extra=(side,))
+
+
+class _BatOut(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, bone, product, side):
+        ctx.product = product
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None, weight, bone)
+        if side == "weight":
+            # Whole, and not by chunks as in backward: one product, the same as without an adapter, keeps a
+            # fresh adapter's output bitwise equal.
+            merged = _merge_rows(product.rows(weight, slice(0, product.shape(weight)[0]), x.dtype), bone)
+            return DENSE.forward(x, merged, bias)
+        y = product.forward(x, weight, bias)
+        total = shard_sum(x, bone.shape[-1])
+        for some, rows in _row_chunks(bone, product.shape(weight)[1]):
+            y[:, rows] += _activation_rows(x, total, product.rows(weight, rows, x.dtype), bone[some])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, weight, bone = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_bone = ctx.needs_input_grad[:4]
+        in_features = ctx.product.shape(weight)[1]
+        dx = g.new_empty(g.shape[0], in_features) if need_x else None
+        d_weight = torch.empty_like(weight) if need_weight else None
+        d_bone = torch.empty_like(bone) if need_bone else None
+        for some, rows in _row_chunks(bone, in_features):
+            g_rows, w_rows, b_rows = g[:, rows], ctx.product.rows(weight, rows, g.dtype), bone[some]
+            merged = weight_gradient(g_rows, x) if need_weight or need_bone else None  # (a r, in), its gradient as yet
+            if need_weight:
+                d_merged = _by_block(merged, b_rows)
+                d_rows = torch.baddbmm(d_merged, d_merged, b_rows.transpose(1, 2))
+                d_weight[rows] = d_rows.view(-1, in_features).to(weight.dtype)
+            if need_bone:
+                d_bone[some] = _merge_backward_(merged, w_rows, b_rows)
+            elif need_x:
+                merged = _merge_rows(w_rows, b_rows)
+            if need_x and rows.start == 0:
+                torch.mm(g_rows, merged, out=dx)
+            elif need_x:
+                dx.addmm_(g_rows, merged)
+            del merged  # before the next one is made
+        return dx, d_weight, g.sum(0) if need_bias else None, d_bone, None, None
+
+
+def _row_chunks(bone, in_features):
+    """(slice of output blocks, slice of the same blocks' rows), a few blocks at a time."""
+    count, rank = bone.shape[:2]
+    step = max(1, CHUNK_ELEMENTS // (rank * in_features))
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        yield slice(start, stop), slice(start * rank, stop * rank)
+
+
+def _by_block(rows, bone):
+    """Rows of a weight (a r, in) -> (a, r in/r, r), so that B_a multiplies from the right. A view."""
+    return rows.view(bone.shape[0], -1, bone.shape[-1])
+
+
+def _merge_rows(rows, bone):
+    """W + W B + B for some output blocks: rows (a r, in), bone (a, r, r) -> (a r, in)."""
+    if blocks.takes(rows, bone):
+        return blocks.merge(rows, bone)
+    parts = _by_block(rows, bone)  # (a, r in/r, r)
+    merged = torch.empty_like(parts)
+    step = len(bone) if rows.device.type == "cuda" else max(1, CACHED_ELEMENTS // parts[0].numel())
+    for start in range(0, len(bone), step):
+        some = slice(start, start + step)
+        torch.baddbmm(parts[some], parts[some], bone[some], out=merged[some])
+        merged[some].unflatten(1, (bone.shape[-1], -1)).add_(bone[some, :, None])
+    return merged.view_as(rows)
+
+
+def _merge_backward_(d, rows, bone):
+    """Turn d (a r, in), the gradient of _merge_rows(rows, bone), into that matrix; -> the gradient of bone."""
+    if blocks.takes(d, rows, bone) and d.is_contiguous():
+        return blocks.merge_backward_(d, rows, bone)
+    d_bone = torch.bmm(_by_block(rows, bone).transpose(1, 2), _by_block(d, bone))
+    d_bone += _by_block(d, bone).unflatten(1, (bone.shape[-1], -1)).sum(2)
+    d.copy_(_merge_rows(rows, bone))
+    return d_bone
+
+
+def _activation_rows(x, total, rows, bone):
+    """What some output blocks add to x Wᵀ, as W_a (B_a x_b)_b + B_a Σ_b x_b: -> (T, a r)."""
+    rank = bone.shape[-1]
+    u = torch.einsum("tbj,aij->atbi", split_shards(x, rank), bone).flatten(2)  # (a, T, in)
+    y = torch.bmm(u, rows.view(-1, rank, rows.shape[1]).transpose(1, 2))  # (a, T, r)
+    y += torch.einsum("tj,aij->ati", total, bone)
+    return y.transpose(0, 1).flatten(1)

@@ -1,0 +1,64 @@
+"""The layer that every method shares: a linear layer that keeps its base weight under its own key."""
+
+import torch
+from torch import nn
+
+from .product import DENSE
+from .quant import QuantizedProduct, quantize
+
+
+class AdapterLinear(nn.Module):
+    """Takes the place of an nn.Linear, whose `weight` and `bias` it keeps, and adds its method's tensors.
+
+    The trainable ones are parameters under the method's names, its constants buffers. What a file or a merge needs to
+    know of the layer is in `method`, `rank`, `scale` and `quant`.
+    """
+
+    def __init__(self, base, method, config, constants):
+        """base: the nn.Linear to replace; config: an AdapterConfig that `check_adapter` accepts; constants: {name:
+        tensor} of the method's initial_factors, or a file's."""
+        super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.method, self.rank, self.scale, self.dropout = method, config.rank, method.scale(config), config.dropout
+        self.quant = "none"
+        self.weight = base.weight
+        self.bias = base.bias
+        shapes = method.shapes(config.rank, config.mini_rank, base.out_features, base.in_features)
+        for name in method.parameters:
+            zeros = torch.zeros(shapes[name], dtype=self.weight.dtype, device=self.weight.device)
+            self.register_parameter(name, nn.Parameter(zeros))
+        method.begin(self, constants)
+
+    @property
+    def base(self):
+        """The tensor that `product` multiplies by: the weight, or what a quantized layer keeps of it."""
+        return self.weight if self.quant == "none" else self.packed
+
+    @property
+    def product(self):
+        """How to multiply by `base`; see product.py."""
+        if self.quant == "none":
+            return DENSE
+        return QuantizedProduct(self.quant, (self.out_features, self.in_features), self.scales)
+
+    def forward(self, x):
+        """x (..., in) -> (..., out) in x's dtype."""
+        params = {name: getattr(self, name) for name in self.method.parameters}
+        hidden = {"dropout": self.dropout} if self.dropout and self.training else {}
+        return self.method.apply(x, self.base, params, self.bias, scale=self.scale, product=self.product, **hidden)
+
+    def quantize(self, kind):
+        """Replace the weight by its quantized form ("nf4" or "int8"); it is frozen from then on."""
+        packed, scales = quantize(self.weight.detach(), kind)
+        del self.weight
+        self.quant = kind
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
+
+    def base_weight(self):
+        """The weight that the layer multiplies by, without the adapter: (out, in) float32."""
+        return self.product.rows(self.base, slice(0, self.out_features), torch.float32)
+
+    def extra_repr(self):
+        quant = "" if self.quant == "none" else f", quant={self.quant}"
+        return f"{self.in_features}, {self.out_features}, {self.method.name}, rank={self.rank}{quant}"

@@ -1,0 +1,167 @@
+"""What an adapter method says of itself, so that everything else works on any method.
+
+A method is a file with one subclass of Method in it, and a line in METHODS (methods.py). The parser, injection, adapter
+files, merging, conversion and the Hugging Face layers ask the method; none of them knows one by name.
+"""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+
+from ..errors import UserError
+from .product import DENSE
+from .quant import roundtrip
+
+
+class Misfit(NamedTuple):
+    """Why a method's settings do not fit a layer: setting ("rank" or "mini_rank") has the given value, and problem says
+    what is wrong with it; nearest is the nearest value that fits (0: any lower one); instead names a method without
+    that rule ("": none); too_large: such a value is a waste, and computes what it should all the same."""
+
+    setting: str
+    value: int
+    problem: str
+    nearest: int = 0
+    instead: str = ""
+    too_large: bool = False
+
+
+class Method(ABC):
+    """One way to adapt a linear layer of weight W (out, in).
+
+    name is unique, and what files' metadata say (or saved_as, where another method's files serve); peft is the word
+    that
+    --peft takes, one for all forms of a method; label says it to people. json_flag is the flag of train.py that takes
+    the settings as JSON, rank_flag where the rank is given, alpha_key the key of alpha in that JSON, init_flag where
+    the initial factors of a file of RWKV-PEFT are named.
+
+    parameters are the tensors that train, constants those that a file holds besides; idle are those of both that change
+    nothing by themselves. mini methods have a mini_rank, scaled ones an alpha, dropout ones take dropout; residual ones
+    train on a base that something was taken out of; from_gradient ones start from the gradient of the loss.
+    learning_rates are (tensor, AdapterConfig field that multiplies its rate).
+
+    hf_names are the init_weights of Hugging Face peft's BONE and MISS that mean this method, first the one that its
+    files say, and hf_dims the dimensions of its tensor there.
+    """
+
+    name: str
+    peft: str
+    label: str
+    json_flag: str
+    rank_flag: str
+    alpha_key: str | None = None
+    init_flag: str | None = None
+    parameters: tuple[str, ...]
+    constants: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
+    saved_as: str | None = None
+    mini = False
+    scaled = False
+    dropout = False
+    residual = False
+    from_gradient = False
+    learning_rates: tuple[tuple[str, str], ...] = ()
+    hf_names: tuple = ()
+    hf_dims = 2
+
+    @property
+    def file_name(self):
+        """The method's name in files."""
+        return self.saved_as or self.name
+
+    def scale(self, config):
+        """What multiplies the update of an AdapterConfig's adapter."""
+        return 1.0
+
+    def alpha(self, scale, rank):
+        """The alpha that gives this scale."""
+        return scale * rank
+
+    @abstractmethod
+    def fit(self, rank, mini_rank, out_features, in_features):
+        """The Misfit of a rank and a layer, or None where they fit."""
+
+    @abstractmethod
+    def shapes(self, rank, mini_rank, out_features, in_features):
+        """{tensor name: shape} of the parameters and constants on a layer that the rank fits."""
+
+    def sizes(self, params):
+        """(rank, mini_rank) of {tensor name: tensor}, as the shapes tell it."""
+        return params[self.parameters[0]].shape[0], 0
+
+    def begin(self, layer, constants):  # noqa: B027 (most have nothing to do)
+        """Fill the parameters of a new layer, which are zeros; constants are `initial_factors` or a file's."""
+
+    def initial_factors(self, weight, config, gradient=None):
+        """{constant: tensor} that a new layer over weight starts from; gradient (out, in) is that of the loss."""
+        return {}
+
+    @abstractmethod
+    def apply(self, x, weight, params, bias=None, *, scale=1.0, product=DENSE):
+        """y = x W'ᵀ + bias without forming W': x (..., in), weight as product takes it, params {name: tensor} ->
+        (..., out) in x's dtype. Where `dropout`, it also takes a probability of that name with which an input is hidden
+        from the adapter."""
+
+    @abstractmethod
+    def delta(self, weight, params, scale=1.0):
+        """The change W' - W: weight (out, in) float32 or float64, params {name: tensor} of any float dtype -> (out, in)
+        in weight's dtype, in which the arithmetic is done. What layers are tested against."""
+
+    def training_base(self, weight, params, scale):
+        """The weight that the layer trains on, of weight's dtype."""
+        return weight
+
+    def merged(self, weight, params, *, scale=1.0, quant="none"):
+        """The weight that a trained layer computed with, rebuilt from the original weight.
+
+        Differs from weight + delta by the rounding that the training base had: a residual base is rounded to weight's
+        dtype, and quant ("nf4", "int8") replays the quantization of the base. weight (out, in), any float dtype ->
+        (out, in) float32.
+        """
+        weight = self.training_base(weight, params, scale)
+        weight = roundtrip(weight, quant) if quant != "none" else weight
+        return self.merged_with(weight.float(), params, scale)
+
+    def merged_with(self, base, params, scale):
+        """W' from the float32 base that the layer trained on."""
+        return base + self.delta(base, params, scale)
+
+    def row_unit(self, params):
+        """Bands of rows of a weight must start and end at multiples of this to be merged by themselves."""
+        return 1
+
+    def rows(self, params, start, stop):
+        """The params of rows start to stop of the weight."""
+        return params
+
+    @abstractmethod
+    def opposite(self, params, scale, amount=1.0):
+        """params that `removed` takes to undo `amount` times the change. Raises UserError where nothing undoes it."""
+
+    def removed(self, weight, opposite, scale):
+        """W from W' (out, in), up to rounding, by the params that `opposite` gives."""
+        return weight + self.delta(weight, opposite, scale)
+
+    def for_rwkv_peft(self, module, params, scale, weight):
+        """{tensor name: tensor} as RWKV-PEFT's files hold the adapter of a layer ("bone" for Bone's tensors); weight is
+        the base's, or None. Raises UserError where RWKV-PEFT has no such form."""
+        raise UserError(f"RWKV-PEFT has no {self.name}; merge the adapter with merge_bone.py instead")
+
+    def remark_for_rwkv_peft(self, rank, scale):
+        """What merging those files takes besides them, or ""."""
+        return ""
+
+
+def nearest_divisor(number, value):
+    """The divisor of a number that is nearest to a value, the larger of two equally near ones."""
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - value), -d))
+
+
+def cast(params, dtype):
+    return {name: tensor.to(dtype) for name, tensor in params.items()}
+
+
+def wide(tensor):
+    """A tensor in float32, or in the float64 that it has."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,0 +1,66 @@
+"""The table of adapter methods, and how settings and files name one."""
+
+from types import MappingProxyType
+
+from .bat_in import BatIn
+from .bat_out import BatOut
+from .bone import Bone, BoneMini
+from .lora import Lora, LoraPlus
+from .lora_ga import LoraGa
+from .method import Method
+from .olora import Olora
+from .pissa import Pissa
+
+METHODS: MappingProxyType[str, Method] = MappingProxyType(
+    {
+        method.name: method
+        for method in (Bone(), BoneMini(), BatIn(), BatOut(), Lora(), LoraPlus(), Pissa(), Olora(), LoraGa())
+    }
+)
+NONE = "none"  # what stands where no layer is adapted: the model itself trains, or whole tensors of it
+# what --peft takes: a method, a word for several forms of one, or NONE
+CHOICES = (*dict.fromkeys(method.peft for method in METHODS.values()), NONE)
+# tensor names by which other tools' files hold what METHODS know by theirs, or what none of them knows
+FOREIGN_TENSORS = ("disha", "bone_block", "miss_block", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+TENSORS = (
+    tuple(dict.fromkeys(name for method in METHODS.values() for name in (*method.parameters, *method.constants)))
+    + FOREIGN_TENSORS
+)
+
+
+def forms(peft):
+    """The names of the methods that one word of --peft stands for."""
+    return tuple(method.name for method in METHODS.values() if method.peft == peft)
+
+
+def method_of(config):
+    """The Method of an AdapterConfig; None where no layer is adapted. Raises KeyError for names of none."""
+    if config.method == NONE:
+        return None
+    return METHODS[config.mode if len(forms(config.method)) > 1 else config.method]
+
+
+def words_of(method):
+    """{field: value} of the AdapterConfig fields that name a Method."""
+    return {"method": method.peft} | ({"mode": method.name} if len(forms(method.peft)) > 1 else {})
+
+
+def by_hf_name(init_weights):
+    """The Method that a value of init_weights means to Hugging Face peft, None for an unknown one; 1 is not True
+    here."""
+    same = ((method, value) for method in METHODS.values() for value in method.hf_names)
+    return next((m for m, value in same if value == init_weights and type(value) is type(init_weights)), None)
+
+
+def is_saved(name):
+    """Whether files' metadata may name this method, or NONE."""
+    return name == NONE or (name in METHODS and METHODS[name].file_name == name)
+
+
+def adapter_parameter(key):
+    """("blocks.0.att.key", "bone") for an adapter's own tensor, None for any other key."""
+    parts = key.split(".")
+    for position, part in enumerate(parts):
+        if part in TENSORS:
+            return ".".join(parts[:position]), part
+    return None

@@ -1,0 +1,85 @@
+"""What evaluations without a merged weight share: autograd Functions over the flattened tokens, shards of inputs.
+
+Each method's function computes y = x W'ᵀ + bias for x (..., in) with a hand-derived backward that saves the least. None
+saves a tensor of the weight's size besides the weight itself, which may be frozen or trainable, dense or quantized (see
+product.py); x too may need no gradient. Under autocast activations and adapter parameters are cast to its dtype; the
+weight is cast for the time of one product. Gradients of gradients are not defined.
+"""
+
+import torch
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from ..ops import blocks
+from .product import DENSE
+
+
+def linear(x, weight, bias=None, *, product=DENSE):
+    """The layer without an adapter. Unlike F.linear it keeps no cast or dequantized weight for backward."""
+    return apply_to_tokens(_Linear, x, weight, bias, product=product)
+
+
+def apply_to_tokens(function, x, weight, bias, *params, product, extra=()):
+    """Apply an autograd Function over the flattened tokens of x, in one dtype."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        x = x.to(torch.get_autocast_dtype(device_type))
+        with torch.autocast(device_type, enabled=False):
+            return apply_to_tokens(function, x, weight, bias, *params, product=product, extra=extra)
+    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (T, in)
+    y = function.apply(tokens, weight, bias, *(param.to(x.dtype) for param in params), product, *extra)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def weight_gradient(g, x):
+    """gᵀ x: g (T, out), x (T, in) -> (out, in)."""
+    return blocks.transposed(g) @ x
+
+
+def split_shards(x, rank):
+    """(T, n r) -> (T, n, r)."""
+    return x.unflatten(1, (-1, rank))
+
+
+def shard_sum(x, rank):
+    """Σ_b x_b, the last shard padded with zeros: (T, in) -> (T, r)."""
+    if blocks.takes(x):
+        return blocks.shard_sum(x, rank)
+    full = x.shape[1] // rank * rank
+    total = split_shards(x[:, :full], rank).sum(1) if full else x.new_zeros(x.shape[0], rank)
+    rest = x.shape[1] - full
+    if rest:
+        total[:, :rest] += x[:, full:]
+    return total
+
+
+def add_tiled_(x, tile):
+    """x (T, in) += tile (T, r) repeated along the channels, cut at in."""
+    if blocks.takes(x, tile) and x.is_contiguous():
+        return blocks.add_tiled_(x, tile)
+    rank = tile.shape[1]
+    full = x.shape[1] // rank * rank
+    if full:
+        split_shards(x[:, :full], rank).add_(tile[:, None])
+    if full != x.shape[1]:
+        x[:, full:] += tile[:, : x.shape[1] - full]
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, product):
+        ctx.product = product
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return product.forward(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        return (
+            ctx.product.backward(g, weight) if need_x else None,
+            weight_gradient(g, x).to(weight.dtype) if need_weight else None,
+            g.sum(0) if need_bias else None,
+            None,
+        )

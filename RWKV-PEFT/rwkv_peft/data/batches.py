@@ -1,0 +1,165 @@
+"""Batches for training: one global sample cursor, read ahead in a thread, exact to resume."""
+
+import queue
+import threading
+
+import torch
+
+
+class TrainBatches:
+    """An endless iterable of micro batches for one rank of world_size.
+
+    With the cursor at c when an optimizer step begins, row b of micro batch a on rank r is sample
+    c + (a * world_size + r) * micro_bsz + b, and the step moves the cursor by
+    micro_bsz * world_size * accumulate: every number of ranks, rows and micro batches with the same
+    product reads the same samples in the same step.
+
+    Each batch is a dict: tokens, targets int64 (B, T), mask bool (B, T) (targets that count; rows
+    are padded with token 0, which never counts), step_count (counted targets of the whole optimizer
+    step, over all ranks and micro batches), samples_seen (the cursor once this batch is done; it
+    moves with a step's last micro batch). Packed samples lie one behind the other in a single row,
+    with cu_seqlens int32 (documents + 1,), the positions where they begin and the end.
+
+    samples_seen is the cursor of the batches handed out, not of those read ahead, and always stands at
+    the beginning of an optimizer step.
+    """
+
+    def __init__(
+        self, samples, micro_bsz, rank=0, world_size=1, accumulate=1, samples_seen=0, read_ahead=4, pin_memory=False
+    ):
+        self.samples, self.micro_bsz, self.rank, self.world_size = samples, micro_bsz, rank, world_size
+        self.accumulate, self.samples_seen = accumulate, samples_seen
+        self.read_ahead, self.pin_memory = read_ahead, pin_memory
+        self.step_samples = micro_bsz * world_size * accumulate
+        self.notes = list(samples.notes)
+        if len(samples) < self.step_samples:
+            self.notes.append(
+                f"an optimizer step takes {self.step_samples} samples and the data has {len(samples)}: "
+                "a step goes on into the following epochs"
+            )
+
+    def batch(self, cursor, micro_batch):
+        """Micro batch `micro_batch` of this rank in the optimizer step that begins at sample `cursor`."""
+        first = cursor + (micro_batch * self.world_size + self.rank) * self.micro_bsz
+        batch = collate([self.samples[first + row] for row in range(self.micro_bsz)])
+        if self.pin_memory:
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        last = micro_batch == self.accumulate - 1
+        return batch | {"samples_seen": cursor + self.step_samples if last else cursor}
+
+    def step_count(self, cursor):
+        """Counted targets of the optimizer step that begins at sample `cursor`."""
+        return sum(self.samples.count(n) for n in range(cursor, cursor + self.step_samples))
+
+    def _batches(self):
+        cursor = self.samples_seen
+        while True:
+            count = self.step_count(cursor)
+            for micro_batch in range(self.accumulate):
+                yield self.batch(cursor, micro_batch) | {"step_count": count}
+            cursor += self.step_samples
+
+    def __iter__(self):
+        for batch in read_ahead(self._batches(), self.read_ahead):
+            self.samples_seen = batch["samples_seen"]
+            yield batch
+
+
+class EvalBatches:
+    """Every sample once, for one rank of world_size: validation.
+
+    Batches are dicts of tokens, targets and mask as TrainBatches gives them. All ranks get the same
+    number of batches, as collective operations need; rows that fill up the last ones do not count.
+    """
+
+    def __init__(self, samples, micro_bsz, rank=0, world_size=1):
+        self.samples, self.micro_bsz, self.rank, self.world_size = samples, micro_bsz, rank, world_size
+
+    def __len__(self):
+        return -(-len(self.samples) // (self.micro_bsz * self.world_size))
+
+    def __iter__(self):
+        for index in range(len(self)):
+            first = (index * self.world_size + self.rank) * self.micro_bsz
+            yield collate([self._row(n) for n in range(first, first + self.micro_bsz)])
+
+    def _row(self, n):
+        if n < len(self.samples):
+            return self.samples[n]
+        filler = self.samples[0]
+        if isinstance(filler, list):
+            return [(tokens, torch.zeros_like(mask)) for tokens, mask in filler]
+        return filler[0], torch.zeros_like(filler[1])
+
+
+def collate(rows):
+    """[(tokens (T_i + 1,), mask (T_i,))] -> tokens, targets, mask, each (B, T), T the longest.
+
+    Rows that are lists of such documents give (1, sum of T_i) and cu_seqlens.
+    """
+    if isinstance(rows[0], list):
+        return collate_packed([document for row in rows for document in row])
+    length = max(len(mask) for _, mask in rows)
+    tokens = torch.zeros(len(rows), length, dtype=torch.int64)
+    targets = torch.zeros_like(tokens)
+    mask = torch.zeros(len(rows), length, dtype=torch.bool)
+    for row, (sequence, counted) in enumerate(rows):
+        size = len(counted)
+        tokens[row, :size], targets[row, :size], mask[row, :size] = sequence[:-1], sequence[1:], counted
+    return {"tokens": tokens, "targets": targets, "mask": mask}
+
+
+def collate_packed(documents):
+    """[(tokens (T_i + 1,), mask (T_i,))] -> tokens, targets, mask (1, sum of T_i), cu_seqlens (n + 1,)."""
+    ends = torch.tensor([0] + [len(mask) for _, mask in documents]).cumsum(0)
+    return {
+        "tokens": torch.cat([tokens[:-1] for tokens, _ in documents])[None],
+        "targets": torch.cat([tokens[1:] for tokens, _ in documents])[None],
+        "mask": torch.cat([mask for _, mask in documents])[None],
+        "cu_seqlens": ends.to(torch.int32),
+    }
+
+
+def read_ahead(iterable, depth):
+    """Yield from `iterable`, which a thread keeps `depth` items ahead (0: no thread).
+
+    The iterable's exceptions are raised here. The thread ends when the generator is closed, and with
+    the interpreter: a daemon thread would be cut off inside torch, which can abort the process.
+    """
+    if depth == 0:
+        yield from iterable
+        return
+    ready, stop = queue.Queue(maxsize=depth), threading.Event()
+
+    def put(item):
+        """Whether the consumer is still there to take it."""
+        while not stop.is_set() and threading.main_thread().is_alive():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work():
+        try:
+            for item in iterable:
+                if not put((item, None)):
+                    return
+            put((None, StopIteration()))
+        except BaseException as error:  # handed to the consumer, who raises it
+            put((None, error))
+
+    thread = threading.Thread(target=work, name="read-ahead")
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,72 @@
+"""The samples that settings name: which data, sampled how, with which mask."""
+
+from dataclasses import replace
+from types import MappingProxyType
+
+import numpy as np
+
+from ..errors import UserError
+from .binidx import BinidxDataset
+from .masks import make_mask
+from .order import Permutation
+from .pack import PackedSamples
+from .samples import PaddedSamples, SingleSamples, WindowSamples
+from .sft import prepare_sft
+
+# --dataload -> how a data set becomes samples; each refuses the settings that it cannot honour
+SAMPLINGS = MappingProxyType({"get": WindowSamples, "pad": PaddedSamples, "only": SingleSamples, "pack": PackedSamples})
+DATALOADS = tuple(SAMPLINGS)
+
+
+def build_samples(config, vocab_size):
+    """DataConfig -> the samples it names, over tokens checked to be below the model's vocab_size.
+
+    data_type "sft" tokenizes config.path first, once (sft.py). Raises UserError for files that are
+    missing or damaged, ids outside the vocabulary, a ctx_len longer than the data, and settings that
+    contradict each other.
+    """
+    check_config(config)
+    notes = []
+    if config.data_type == "sft":
+        prefix, notes = prepare_sft(config)
+        config = replace(config, path=prefix)
+    dataset = BinidxDataset(config.path)
+    dataset.check_vocab(vocab_size)
+    if config.data_type == "sft" and config.loss_mask == "file" and dataset.mask is None:
+        mask = None  # every token of these rows counts
+    else:
+        mask = make_mask(dataset, config)
+    samples = SAMPLINGS[config.dataload](dataset, config.ctx_len, config.seed, mask)
+    samples.notes = notes + samples.notes
+    return samples
+
+
+def split_samples(config, vocab_size, fraction):
+    """Like build_samples -> (training samples, validation samples): `fraction` of them, drawn by the seed.
+
+    The two share no sample; with dataload "get" a document on the edge of a window lies in both.
+    """
+    samples = build_samples(config, vocab_size)
+    count = max(1, round(fraction * len(samples)))
+    if not 0 < fraction < 1 or count >= len(samples):
+        raise UserError(
+            f"--val_split {fraction}: leaves {len(samples) - count} of {len(samples)} samples to train on; "
+            "it is a fraction such as 0.01, and both parts need a sample"
+        )
+    drawn = Permutation(len(samples), config.seed, "validation")
+    validation = np.sort(np.fromiter((drawn[i] for i in range(count)), dtype=np.int64, count=count))
+    training = np.setdiff1d(np.arange(len(samples)), validation, assume_unique=True)
+    train, held_out = samples.subset(training), samples.subset(validation)
+    train.notes.append(f"{len(validation)} of {len(samples)} samples are kept for validation")
+    return train, held_out
+
+
+def check_config(config):
+    """UserError for settings that do not go together."""
+    if config.dataload not in SAMPLINGS:
+        raise UserError(f"--dataload {config.dataload}: one of {', '.join(DATALOADS)}")
+    if config.data_type not in ("binidx", "sft"):
+        raise UserError(f"--data_type {config.data_type}: one of binidx, sft")
+    if config.ctx_len < 1:
+        raise UserError(f"--ctx_len {config.ctx_len}: at least 1")
+    SAMPLINGS[config.dataload].refuse(config)

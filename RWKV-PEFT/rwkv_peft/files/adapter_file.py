@@ -1,0 +1,181 @@
+"""Adapter files: safetensors that hold the trained tensors and say what they are.
+
+An adapter's own tensors keep their module's name and a parameter name beside it
+(`blocks.0.att.receptance.bone`, `….lora_A`, `….lora_B`); tensors of the base that were trained whole
+keep the base's key (`blocks.0.ln1.weight`). Time states (`blocks.0.att.time_state`) are (H, N value,
+N key), as every RWKV file has them.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import NamedTuple
+
+import torch
+
+from ..adapters.methods import METHODS, NONE, adapter_parameter, is_saved, method_of
+from ..config import QUANTIZATIONS
+from ..errors import UserError
+from .atomic import atomic_write
+from .pth_writer import TensorSpec
+from .safetensors_file import read_safetensors, write_safetensors
+
+FORMAT_VERSION = 1
+METADATA_KEY = "rwkv_peft"  # the entry of the safetensors header that holds AdapterMetadata as JSON
+DTYPES = (("bf16", torch.bfloat16), ("fp32", torch.float32))  # by --precision, in which a run keeps its base
+FORGOTTEN = ("config",)  # metadata that earlier versions wrote and nothing reads
+
+
+@dataclass(frozen=True)
+class AdapterMetadata:
+    """What an adapter is, so that merging needs no retyped flags.
+
+    variant is a method's name ("none": whole tensors alone); rank and mini_rank as in AdapterConfig;
+    scale multiplies lora_B lora_A; targets and train_parts say what was trained; quant how the frozen
+    weights were quantized; base_fingerprint names the base ("" where the file does not say), and precision what it was
+    cast to for training, before anything was quantized or taken out of it ("": nothing, or not told); source the
+    tool whose file it was.
+    """
+
+    variant: str
+    rank: int = 0
+    mini_rank: int = 0
+    scale: float = 1.0
+    targets: tuple[str, ...] = ()
+    train_parts: tuple[str, ...] = ()
+    quant: str = "none"
+    base_fingerprint: str = ""
+    precision: str = ""
+    source: str = "rwkv_peft"
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def from_config(cls, config, base_fingerprint="", precision=""):
+        """Metadata of an adapter that was made with an AdapterConfig."""
+        method = method_of(config)
+        return cls(
+            variant=NONE if method is None else method.file_name,
+            rank=config.rank,
+            mini_rank=config.mini_rank,
+            scale=1.0 if method is None else method.scale(config),
+            targets=tuple(config.targets),
+            train_parts=tuple(config.train_parts),
+            quant=config.quant,
+            base_fingerprint=base_fingerprint,
+            precision=precision,
+        )
+
+    @property
+    def method(self):
+        """The Method that variant names; None where no layer is adapted."""
+        return None if self.variant == NONE else METHODS[self.variant]
+
+    @property
+    def alpha(self):
+        """LoRA's alpha, by which its scale is told in other tools."""
+        return self.method.alpha(self.scale, self.rank)
+
+    def base_dtype(self):
+        """The dtype that `precision` names; None where it names none."""
+        return dict(DTYPES).get(self.precision)
+
+
+class Adapter(NamedTuple):
+    """tensors: name -> tensor, as in the module's docstring; metadata: AdapterMetadata."""
+
+    tensors: dict
+    metadata: AdapterMetadata
+
+    def modules(self):
+        """{module name: {parameter name: tensor}} of the adapter's own tensors."""
+        modules = {}
+        for key, tensor in self.tensors.items():
+            if split := adapter_parameter(key):
+                modules.setdefault(split[0], {})[split[1]] = tensor
+        return modules
+
+    def whole(self):
+        """{base key: tensor} of the tensors that replace the base's."""
+        return {key: tensor for key, tensor in self.tensors.items() if not adapter_parameter(key)}
+
+
+def target_names(modules):
+    """("blocks.0.att.key", …) -> ("att.key", …), each once, in order."""
+    return tuple(dict.fromkeys(".".join(module.split(".")[-2:]) for module in modules))
+
+
+def save_adapter(path, tensors, metadata):
+    """Write {name: tensor} and AdapterMetadata to a .safetensors file, atomically.
+
+    Raises UserError for a disk that is full or closed, ValueError for a tensor that is not finite.
+    """
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{key} holds NaN or Inf; an adapter with it is of no use, so nothing is written")
+    header = {"format": "pt", METADATA_KEY: json.dumps(asdict(metadata), sort_keys=True)}
+    specs = {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}
+    with atomic_write(path) as temporary:
+        write_safetensors(temporary, specs, tensors.items(), header)
+
+
+def read_own(path):
+    """The Adapter in a .safetensors file of `save_adapter`. Raises UserError for one that is broken, of a later format,
+    or says nothing of an adapter."""
+    tensors, header = read_safetensors(path)
+    if METADATA_KEY not in header:
+        hint = (
+            "its folder with adapter_config.json"
+            if any("base_model." in key for key in tensors)
+            else "an adapter that train.py saved"
+        )
+        raise UserError(f"{path} does not say which adapter it holds (its header has no {METADATA_KEY!r}); give {hint}")
+    return Adapter(tensors, _parse_metadata(path, header[METADATA_KEY]))
+
+
+def _parse_metadata(path, text):
+    try:
+        values = json.loads(text)
+        version = int(values["format_version"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: its metadata cannot be read: {error!r}") from error
+    values = {key: value for key, value in values.items() if key not in FORGOTTEN}
+    known = {field.name for field in fields(AdapterMetadata)}
+    if version > FORMAT_VERSION or set(values) - known:
+        raise UserError(
+            f"{path} has adapter format {version}, and this version reads up to {FORMAT_VERSION}; update this package"
+        )
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    _check_metadata(path, values)
+    return AdapterMetadata(**values)
+
+
+def _check_metadata(path, values):
+    """Raise UserError unless metadata names a variant and quantization known here, and has numbers where they are
+    due."""
+
+    def refuse(name, due):
+        raise UserError(
+            f"{path}: its metadata has {name} = {values.get(name)!r}, and {due} is due; copy the file that the "
+            "training wrote"
+        )
+
+    if not isinstance(values.get("variant"), str) or not is_saved(values["variant"]):
+        refuse("variant", "one of " + ", ".join((*filter(is_saved, METHODS), NONE)))
+    precisions = ("", *(name for name, _ in DTYPES))
+    for name, known, default in (("quant", QUANTIZATIONS, "none"), ("precision", precisions, "")):
+        if values.get(name, default) not in known:
+            refuse(name, "one of " + ", ".join(filter(None, known)))
+    for name in ("rank", "mini_rank"):
+        if type(values.get(name, 0)) is not int or values.get(name, 0) < 0:
+            refuse(name, "a whole number")
+    scale = values.get("scale", 1.0)
+    if type(scale) not in (int, float) or not math.isfinite(scale):
+        refuse("scale", "a finite number")
+    for name in ("targets", "train_parts"):
+        if not isinstance(values.get(name, ()), tuple) or not all(
+            isinstance(item, str) for item in values.get(name, ())
+        ):
+            refuse(name, "a list of names")
+    for name in ("base_fingerprint", "source"):
+        if not isinstance(values.get(name, ""), str):
+            refuse(name, "a text")

@@ -1,0 +1,93 @@
+"""One reader above the formats of adapters, and the flags that tell what some of them do not say."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..adapters.methods import forms
+from ..cli import alias
+from ..config import MODE_ALIASES
+from ..errors import UserError
+from .adapter_file import Adapter, read_own
+from .peft_folder import read_hf_folder
+from .rwkv_peft_file import read_rwkv_peft
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """Where an adapter is, and what its file may not say: mode is a form of Bone for RWKV-PEFT's files that do not name
+    theirs, init the path of the initial factors of its PiSSA, alpha that of its LoRA; None: not told."""
+
+    path: str | Path
+    mode: str | None = None
+    init: str | Path | None = None
+    alpha: float | None = None
+
+    def read(self, base=None):
+        """The Adapter: ours, or another tool's (rwkv_peft_file.py, peft_folder.py).
+
+        base is {key: tensor}, whose shapes may tell the form. Raises UserError: a file that is missing, broken, of a
+        later format or no adapter; a form that contradicts mode or cannot be told; init or alpha beside a file that
+        says otherwise; a tensor with NaN or Inf.
+        """
+        path = Path(self.path)
+        if path.is_dir():
+            adapter = read_hf_folder(path)
+        elif path.suffix == ".safetensors":
+            adapter = read_own(path)
+        else:
+            adapter = read_rwkv_peft(path, self.mode, base, self.init, self.alpha)
+        self._check_told(path, adapter)
+        if self.mode is not None and adapter.modules() and adapter.metadata.variant != self.mode:
+            raise UserError(f"{path} is a {adapter.metadata.variant} adapter, not {self.mode}; leave --bone_mode out")
+        for key, tensor in adapter.tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise UserError(
+                    f"{path}: {key} holds NaN or Inf: the training that wrote it had diverged; take an earlier one"
+                )
+        return adapter
+
+    def _check_told(self, path, adapter: Adapter):
+        """Refuse init for a file that holds its own factors, if any, and an alpha that is not the adapter's."""
+        metadata, alpha = adapter.metadata, self.alpha
+        if self.init is not None and (path.is_dir() or path.suffix == ".safetensors"):
+            raise UserError(
+                f"--lora_init {self.init} is for RWKV-PEFT's PiSSA files, and {path} lacks nothing of the kind; "
+                "leave it "
+                "out"
+            )
+        if alpha is None or not adapter.modules():
+            return
+        if not metadata.method.scaled:
+            raise UserError(
+                f"--lora_alpha {alpha:g} is LoRA's, and {path} is a {metadata.variant} adapter; leave it out"
+            )
+        if not math.isclose(alpha, metadata.alpha):
+            raise UserError(
+                f"--lora_alpha {alpha:g} contradicts {path}, which was trained with "
+                f"{metadata.alpha:g} (scale {metadata.scale:g}, rank {metadata.rank}); leave it out"
+            )
+
+
+def read_adapter(path, base=None, **told):
+    """The Adapter at path; told are AdapterSource's other fields."""
+    return AdapterSource(path, **told).read(base)
+
+
+def add_source_flags(parser):
+    """Add the flags that say of an adapter what its file does not: the same for every command that takes one."""
+    parser.add_argument(
+        "--bone_mode",
+        type=alias(MODE_ALIASES),
+        choices=forms("bone"),
+        help="variant of a .bone file that does not tell it; bat is bat-in, as in RWKV-PEFT",
+    )
+    parser.add_argument("--lora_alpha", type=float, help="alpha of an RWKV-PEFT LoRA file, which does not record it")
+    parser.add_argument("--lora_init", metavar="PTH", help="init_pissa.pth of an RWKV-PEFT PiSSA file")
+
+
+def source_of(args, path):
+    """The AdapterSource of a path under a command's flags."""
+    return AdapterSource(path, args.bone_mode, args.lora_init, args.lora_alpha)

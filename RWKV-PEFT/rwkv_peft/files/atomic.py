@@ -1,0 +1,129 @@
+"""Writing a file so that a reader sees the old one or the whole new one, never a part, and never over an input."""
+
+import errno
+import os
+import re
+import secrets
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import UserError
+
+
+@contextmanager
+def atomic_write(path):
+    """Yield a temporary path in `path`'s folder; on success it is fsynced and renamed to `path`.
+
+    The folder is made if it is missing. When the body raises, the temporary file is removed and
+    whatever stood at `path` before stays as it was. A link at `path` is followed.
+
+    Raises UserError for whatever keeps the file from being written: a full disk, a folder that cannot be written or
+    made, a name that is too long or that of a folder or device.
+    """
+    path = Path(os.path.realpath(path))
+    with _temporary_beside(path) as temporary:
+        mode = temporary.stat().st_mode & 0o777  # what the user's umask grants
+        yield temporary
+        temporary.chmod(mode)  # a writer may have made the file anew, for the owner alone
+        _fsync(temporary)
+        os.replace(temporary, path)
+        _fsync_folder(path.parent)
+
+
+def check_output(flag, path, inputs):
+    """Raise UserError where writing `path`, given as `flag`, would overwrite an input or is not possible; nothing
+    stays.
+
+    inputs are (flag, path) pairs of files and folders that are read, with None as the path where a flag is not given.
+    """
+    for name, source in inputs:
+        if any(same_file(file, path) for file in _files_of(source)):
+            raise UserError(
+                f"{flag} {path} is the file given as {name}, which must not be overwritten; choose another name"
+            )
+    path = Path(os.path.realpath(path))
+    missing = [folder for folder in path.parents if not os.path.lexists(folder)]  # the innermost first
+    try:
+        with _temporary_beside(path):
+            pass
+    finally:
+        for folder in missing:
+            if folder.is_dir():
+                folder.rmdir()
+
+
+def _files_of(source):
+    if source is None:
+        return []
+    return sorted(Path(source).iterdir()) if os.path.isdir(source) else [source]
+
+
+def same_file(left, right):
+    """Whether two paths, which need not exist, lead to one file."""
+    return os.path.exists(left) and os.path.exists(right) and os.path.samefile(left, right)
+
+
+@contextmanager
+def _temporary_beside(path):
+    """Yield a new empty file in the folder of `path`, which is removed afterwards; failures to write become
+    UserErrors."""
+    try:
+        if os.path.isdir(path):
+            raise UserError(f"{path} is a folder; give the name of the file to write")
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(
+                f"{path} is a device or a pipe, which cannot be replaced; give the name of the file to write"
+            )
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch(exist_ok=False)
+        try:
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+    except Exception as error:
+        reason = _write_failure(error, path)
+        if reason is None:
+            raise
+        raise UserError(f"cannot write {path}: {reason}; nothing was changed there") from error
+
+
+def _fsync(path):
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _fsync_folder(folder):
+    """Make the rename itself durable, where the system can open a folder (Windows cannot)."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_failure(error, path):
+    """Why writing `path` failed, in words, or None when `error` does not come from the system.
+
+    torch and safetensors report the system's refusals as their own exception types, so the text counts too.
+    """
+    text = str(error)
+    number = getattr(error, "errno", None) if isinstance(error, OSError) else None
+    if number is None and (told := re.search(r"os error (\d+)", text)):
+        number = int(told[1])
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
+        return "the disk is full; free some space or choose another disk"
+    # torch's and numpy's words for a short write, which do not say why
+    if "file write failed" in text or ("requested and" in text and "written" in text):
+        return "the disk refused the data (is it full?)"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission to write there ({os.strerror(number).lower()}); choose another folder"
+    if number in (errno.ENOTDIR, errno.EEXIST):
+        return f"a file stands where {path.parent} or a folder above it should be; choose another folder"
+    if number is not None:
+        other = getattr(error, "filename", None)  # of another file, it may be an input that became unreadable
+        named = isinstance(other, (str, bytes, os.PathLike)) and Path(os.fsdecode(other)).parent != path.parent
+        return os.strerror(number).lower() + (f" ({os.fsdecode(other)})" if named else "")
+    return text.lower() if isinstance(error, OSError) else None

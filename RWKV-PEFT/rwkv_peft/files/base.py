@@ -1,0 +1,87 @@
+"""Base models: reading one safely, once, with all that is asked of it, and writing one."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ..adapters.methods import adapter_parameter
+from ..config import ModelConfig
+from ..errors import UserError
+from ..models import family_of
+from ..models.family import Family
+from .atomic import atomic_write
+from .fingerprint import fingerprint
+from .pth import read_tensors
+from .pth_writer import save_pth
+
+# (ending of a file's name, what it is)
+OTHER_FORMATS = (
+    (".safetensors", "a safetensors file"),
+    (".st", "a safetensors file of web-rwkv"),
+    (".gguf", "a GGUF file"),
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model's file: path, its memory-mapped tensors under official keys, the generation that it is of, and its
+    dimensions."""
+
+    path: str | Path
+    tensors: dict
+    family: Family
+    config: ModelConfig
+
+    @cached_property
+    def fingerprint(self):
+        return fingerprint(self.tensors)
+
+    @property
+    def linear_shapes(self):
+        """Module name -> (out, in) of every 2-D weight."""
+        weights = (
+            (key, tensor) for key, tensor in self.tensors.items() if key.endswith(".weight") and tensor.ndim == 2
+        )
+        return {key.removesuffix(".weight"): tuple(tensor.shape) for key, tensor in weights}
+
+
+def open_base(path):
+    """The Base at `path`, a .pth.
+
+    Raises UserError: whatever read_tensors refuses; another format; another RWKV version; prefixed keys; adapter
+    tensors that were never merged; missing, extra or misshapen tensors; a dtype that is not a float.
+    """
+    kind = next((kind for ending, kind in OTHER_FORMATS if str(path).endswith(ending)), None)
+    if kind is None and (Path(path) / "config.json").is_file():
+        kind = "a Hugging Face folder"
+    if kind == "a GGUF file":
+        raise UserError(f"{path} is {kind}, and a .pth is due here; give the .pth that it was made of")
+    if kind:
+        raise UserError(
+            f"{path} is {kind}, and a .pth is due here; make one of a model with `rwkv-peft convert {path} model.pth`"
+        )
+    return base_of(read_tensors(path), path)
+
+
+def base_of(tensors, name="the checkpoint"):
+    """The Base of {key: tensor}. Raises UserError unless it is a complete model and nothing else."""
+    leftover = [key for key in tensors if adapter_parameter(key)]
+    if leftover:
+        whole = "emb.weight" in tensors
+        raise UserError(
+            f"{name} holds {len(leftover)} adapter tensors (such as {leftover[0]}), "
+            + (
+                "which were never merged and which runtimes ignore without a word; take the base model's own "
+                "file, and merge the adapter with merge_bone.py"
+                if whole
+                else "so it is an adapter, not a base model; give it as --bone_checkpoint or --bone_load"
+            )
+        )
+    family = family_of(tensors, name)
+    return Base(name, tensors, family, family.check(tensors, name))
+
+
+def save_model(path, tensors):
+    """Write a model's {key: tensor} as a .pth, atomically. Raises UserError where the disk refuses."""
+    with atomic_write(path) as temporary:
+        save_pth(temporary, tensors)

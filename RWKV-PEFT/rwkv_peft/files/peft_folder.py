@@ -1,0 +1,145 @@
+"""Adapters in folders of Hugging Face peft, over layers of an RWKV model.
+
+What peft calls "bat" is bat-out; folders of rwkv_peft.hf's BoneConfig may also say "bat-in".
+"""
+
+import json
+import math
+from pathlib import Path
+
+from ..adapters.methods import METHODS, adapter_parameter, by_hf_name
+from ..errors import UserError
+from ..models import official_key
+from .adapter_file import Adapter, AdapterMetadata, target_names
+from .pth import read_tensors, require_file
+from .safetensors_file import read_safetensors
+
+HF_PREFIX = "base_model.model."
+
+
+def read_hf_folder(folder):
+    """The Adapter in a folder saved by Hugging Face peft: BONE, MISS or plain LORA over layers of an RWKV model.
+
+    Module names may be official ones or those of a Hugging Face RWKV model. Raises UserError: files
+    missing, another kind of adapter, settings that merging cannot honour.
+    """
+    folder = Path(folder)
+    config = _read_config(folder / "adapter_config.json")
+    tensors = {}
+    for key, tensor in _read_hf_tensors(folder).items():
+        if not key.startswith(HF_PREFIX):
+            raise UserError(f"{folder}: key {key} does not start with {HF_PREFIX!r} as peft's keys do")
+        module = key.removeprefix(HF_PREFIX)
+        split = adapter_parameter(module)
+        tensors[f"{official_key(split[0] + '.')}{split[1]}" if split else official_key(module)] = tensor
+    modules = Adapter(tensors, None).modules()
+    whole = {key: tensor for key, tensor in tensors.items() if not adapter_parameter(key)}
+    common = {
+        "targets": target_names(modules),
+        "train_parts": tuple(whole),
+        "source": f"peft {config.get('peft_version', '')}",
+    }
+    kind = str(config.get("peft_type", "")).upper()
+    if kind == "LORA":
+        _check_plain_lora(folder, config)
+        rank = _number(folder, config, "r", int)
+        for module, params in modules.items():
+            if "lora_A" in params:
+                _check_rank(folder, f"{module}.lora_A", params["lora_A"], 0, rank)
+        scale = _number(folder, config, "lora_alpha") / (rank**0.5 if config.get("use_rslora") else rank)
+        return Adapter(tensors, AdapterMetadata("lora", rank=rank, scale=scale, **common))
+    if kind not in ("BONE", "MISS"):
+        raise UserError(
+            f"{folder} holds a {kind or 'nameless'} adapter of peft; BONE, MISS and plain LORA can be merged"
+        )
+    parameter = f"{kind.lower()}_block"
+    own = {}
+    for module, params in modules.items():
+        if set(params) != {parameter}:
+            raise UserError(f"{folder}: {module} holds {sorted(params)}, and a {kind} adapter has {parameter} alone")
+        own[f"{module}.bone"] = params[parameter]
+    rank = _number(folder, config, "r", int)
+    variant = _bone_variant(folder, config, own)
+    for key, tensor in own.items():
+        _check_rank(folder, f"{key.removesuffix('bone')}{parameter}", tensor, 0 if tensor.dim() == 2 else -1, rank)
+    mini_rank = _number(folder, config, "mini_r", int) if variant == "bone-mini" else 0
+    return Adapter(own | whole, AdapterMetadata(variant, rank=rank, mini_rank=mini_rank, **common))
+
+
+def _read_config(path):
+    text = require_file(path).read_bytes()
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}; copy it again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds no settings, but a {type(config).__name__}; copy the file that peft saved")
+    return config
+
+
+def _number(folder, config, name, kind=(int, float)):
+    """A setting that must be a finite number above 0 (int where kind says so); booleans are none."""
+    value = config.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise UserError(
+            f"{folder}: adapter_config.json has {name} = {value!r}, and a finite number above 0 is due; copy the file "
+            "that peft saved"
+        )
+    return value
+
+
+def _check_rank(folder, key, tensor, axis, rank):
+    """Raise UserError where a tensor's axis is not r wide, as adapter_config.json says."""
+    if tensor.dim() and tensor.shape[axis] != rank:
+        raise UserError(
+            f"{folder}: {key} has shape {tuple(tensor.shape)}, and r is {rank} in adapter_config.json: the two files "
+            "belong to different adapters"
+        )
+
+
+def _bone_variant(folder, config, tensors):
+    """The canonical name of a BONE or MISS adapter's form, by init_weights and the dimensions of its tensors."""
+    dims = {tensor.dim() for tensor in tensors.values()}
+    if len(dims) != 1 or not dims <= {2, 3}:
+        raise UserError(f"{folder}: its tensors have {sorted(dims)} dimensions; 2 or 3 are due throughout")
+    init, dim = config.get("init_weights", True), dims.pop()
+    if isinstance(init, bool) and dim == 3:
+        return by_hf_name("bat").name  # pre-releases of peft have block affine Bone alone, and no name for it
+    method = by_hf_name(init)
+    if method is None:
+        known = [name for method in METHODS.values() for name in method.hf_names if isinstance(name, str)]
+        raise UserError(
+            f"{folder}: init_weights is {init!r} in adapter_config.json; known are true, false and {', '.join(known)}"
+        )
+    if dim != method.hf_dims:
+        raise UserError(
+            f"{folder}: init_weights {init!r} goes with tensors of {method.hf_dims} dimensions, and these have {dim}: "
+            "adapter_config.json belongs to another adapter"
+        )
+    return method.name
+
+
+def _read_hf_tensors(folder):
+    if (folder / "adapter_model.safetensors").is_file():
+        return read_safetensors(folder / "adapter_model.safetensors")[0]
+    if (folder / "adapter_model.bin").is_file():
+        return read_tensors(folder / "adapter_model.bin")
+    raise UserError(
+        f"{folder} has no adapter_model.safetensors (nor adapter_model.bin); is it a folder that peft saved?"
+    )
+
+
+def _check_plain_lora(folder, config):
+    """Refuse LoRA settings under which W + scale B A over the original base is not what was trained."""
+    odd = [
+        name
+        for name in ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "layer_replication", "fan_in_fan_out")
+        if config.get(name)
+    ]
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        odd.append(f"init_lora_weights={config['init_lora_weights']!r}, which changes the base")
+    if odd:
+        raise UserError(
+            f"{folder}: this LoRA uses {', '.join(odd)}; only plain LoRA can be merged from peft's files: "
+            "convert it with peft first (path_initial_model_for_weight_conversion)"
+        )

@@ -1,0 +1,178 @@
+"""Adapters in RWKV-PEFT's flat .pth files: reading and writing them.
+
+RWKV-PEFT and Hugging Face peft name block affine Bone "bat" and mean different things by it, and their files look
+alike, so that a variant is concluded only from what is decisive: the key's name, the tool, or a layer that is not
+square.
+"""
+
+import math
+from pathlib import Path
+
+from ..adapters.methods import NONE, adapter_parameter
+from ..errors import UserError
+from .adapter_file import Adapter, AdapterMetadata, target_names
+from .atomic import atomic_write
+from .pth import read_tensors
+from .pth_writer import save_pth
+
+INITIAL = ("init_lora_A", "init_lora_B")  # what RWKV-PEFT's PiSSA keeps in a file of its own
+WHOLE_MODEL = ("emb.weight", "head.weight", "blocks.0.att.receptance.weight", "blocks.0.ffn.value.weight")
+
+
+def read_rwkv_peft(path, mode=None, base=None, init=None, alpha=None):
+    """The Adapter in a flat .pth of RWKV-PEFT: .bone, .disha, LoRA, PiSSA, time states, whole tensors.
+
+    mode names the variant of 3-D .bone tensors where neither the file nor base (a state dict, for its shapes)
+    tells it; init is the path of PiSSA's init file; alpha is LoRA's, which RWKV-PEFT does not save.
+    Raises UserError as read_tensors does, and for a file that is a whole model or mixes kinds of adapter.
+    """
+    state = read_tensors(path)
+    adapter = Adapter(state, AdapterMetadata(NONE, source="RWKV-PEFT"))
+    modules = adapter.modules()
+    if all(key in state for key in WHOLE_MODEL):
+        if modules:
+            raise UserError(
+                f"{path} is a whole model beside an adapter on {len(modules)} layers that was never merged, "
+                "and runtimes would ignore the adapter without a word; merge the adapter's own file into the "
+                "base's own file with merge_bone.py"
+            )
+        raise UserError(
+            f"{path} is a whole model, not an adapter; give it as the base "
+            "(--load_model of train.py, --base_model elsewhere)"
+        )
+    kinds = {tuple(sorted(params)) for params in modules.values()}
+    if len(kinds) > 1:
+        raise UserError(
+            f"{path} mixes adapters with the tensors {' and '.join(map(str, sorted(kinds)))}; "
+            "they cannot be from one training"
+        )
+    kind = kinds.pop() if kinds else ()
+    if kind not in ((), ("bone",), ("disha",), ("lora_A", "lora_B")):
+        raise UserError(
+            f"{path} holds adapter tensors {kind}, which RWKV-PEFT does not write; known are .bone, "
+            ".disha, and .lora_A with .lora_B"
+        )
+    if init is not None and kind != ("lora_A", "lora_B"):
+        raise UserError(f"--lora_init is for PiSSA, and {path} holds no lora_A and lora_B")
+    whole = adapter.whole()
+    common = {"targets": target_names(modules), "train_parts": tuple(whole), "source": "RWKV-PEFT"}
+    if kind == ():
+        return Adapter(state, AdapterMetadata(NONE, **common))
+    if "lora_A" in kind:
+        own, metadata = _read_lora(path, modules, init, alpha, common)
+    else:
+        own, metadata = _read_bone(path, modules, kind[0], mode, base, common)
+    return Adapter(own | whole, metadata)
+
+
+def _read_bone(path, modules, kind, mode, base, common):
+    dims = {params[kind].dim() for params in modules.values()}
+    if len(dims) != 1 or not dims <= {2, 3}:
+        raise UserError(f"{path} mixes .{kind} tensors of {sorted(dims)} dimensions; 2 or 3 are due throughout")
+    tensors = {module: params[kind] for module, params in modules.items()}
+    if dims == {2}:
+        tall = {tensor.shape[0] > tensor.shape[1] for tensor in tensors.values()}
+        square = [module for module, tensor in tensors.items() if tensor.shape[0] == tensor.shape[1]]
+        if kind == "bone" and tall == {True}:  # the oldest files: (out, rank), the blocks of bat-out stacked
+            tensors = {module: tensor.unflatten(0, (-1, tensor.shape[1])) for module, tensor in tensors.items()}
+            variant, rank = "bat-out", next(iter(tensors.values())).shape[-1]
+        elif tall == {False} and not square:
+            variant, rank = "bone", next(iter(tensors.values())).shape[0]
+        else:
+            raise UserError(f"{path}: its 2-D .{kind} tensors are neither all (rank, out) nor all (out, rank)")
+    else:
+        rank = next(iter(tensors.values())).shape[-1]
+        variant = "bat-in" if kind == "disha" else _block_affine_variant(path, tensors, mode, base)
+    own = {f"{module}.bone": tensor for module, tensor in tensors.items()}
+    return own, AdapterMetadata(variant, rank=rank, **common)
+
+
+def _block_affine_variant(path, tensors, mode, base):
+    """bat-in or bat-out for 3-D .bone tensors, by the layers whose input and output differ in width."""
+    votes = set()
+    for module, tensor in tensors.items():
+        weight = None if base is None else base.get(f"{module}.weight")
+        if weight is None or weight.dim() != 2 or weight.shape[0] == weight.shape[1]:
+            continue
+        width = tensor.shape[0] * tensor.shape[1]
+        if width not in weight.shape:
+            raise UserError(
+                f"{path}: {module}.bone has shape {tuple(tensor.shape)}, which covers {width} "
+                f"channels, and the base's weight is {tuple(weight.shape)}: it belongs to another model"
+            )
+        votes.add("bat-out" if width == weight.shape[0] else "bat-in")
+    if len(votes) > 1:
+        raise UserError(f"{path}: some layers fit bat-in and others bat-out; it belongs to another model")
+    if votes:
+        return votes.pop()
+    if mode in ("bat-in", "bat-out"):
+        return mode
+    cause = (
+        "nothing in the file tells which; give --base_model, whose layers' shapes may tell, or"
+        if base is None
+        else "every layer in it is square, and the two change the model in different ways; give"
+    )
+    raise UserError(
+        f"{path}: its 3-D .bone tensors may be bat-in or bat-out: {cause} --bone_mode bat-in (files of RWKV-PEFT "
+        "since 2024-09-27) or --bone_mode bat-out (earlier ones)"
+    )
+
+
+def _read_lora(path, modules, init, alpha, common):
+    shapes = [tuple(params["lora_A"].shape) for params in modules.values()]
+    rank, *others = {shape[0] if len(shape) == 2 else None for shape in shapes}
+    if others or rank is None:
+        raise UserError(
+            f"{path}: its lora_A have the shapes {', '.join(map(str, dict.fromkeys(shapes)))}; (rank, in) with one "
+            "rank is due, which alpha is divided by: they cannot be from one training"
+        )
+    own = {f"{module}.{name}": tensor for module, params in modules.items() for name, tensor in params.items()}
+    if init is not None:
+        initial = {key: tensor for key, tensor in read_tensors(init).items() if adapter_parameter(key)}
+        wanted = {f"{module}.init_{name}" for module in modules for name in ("lora_A", "lora_B")}
+        if set(initial) != wanted:
+            odd = sorted(set(initial) ^ wanted)
+            raise UserError(
+                f"{init} is not the init file of {path}: they differ in {len(odd)} tensors, such as {odd[0]}"
+            )
+        return own | initial, AdapterMetadata("pissa", rank=rank, **common)  # RWKV-PEFT's PiSSA has scale 1
+    if alpha is None:
+        raise UserError(
+            f"{path} is a LoRA file of RWKV-PEFT, which does not record alpha: give --lora_alpha as in its "
+            "training; or, if it is PiSSA, its init file as --lora_init init_pissa.pth"
+        )
+    if not math.isfinite(alpha):
+        raise UserError(f"--lora_alpha {alpha}: a finite number is due")
+    return own, AdapterMetadata("lora", rank=rank, scale=alpha / max(rank, 1), **common)
+
+
+def write_rwkv_peft(path, adapter, parameter="disha", base=None):
+    """Write an Adapter as RWKV-PEFT's flat .pth; returns the paths written.
+
+    parameter names Bone's tensors: "disha" (RWKV-PEFT since 2025-02) or "bone" (before). What a method becomes there,
+    and which of them need base (a state dict), is the method's to say (Method.for_rwkv_peft). PiSSA writes a second
+    file, `init_<name>`, which must not exist yet. Raises UserError for a method that RWKV-PEFT does not have.
+    """
+    path, metadata = Path(path), adapter.metadata
+    own = {}
+    for module, params in adapter.modules().items():
+        weight = None if base is None else base.get(f"{module}.weight")
+        converted = metadata.method.for_rwkv_peft(module, params, metadata.scale, weight)
+        own |= {f"{module}.{name}": tensor for name, tensor in converted.items()}
+    main, initial = {}, {}
+    for key, tensor in (adapter.tensors | own).items():
+        module, name = adapter_parameter(key) or (None, None)
+        if name == "bone":
+            key = f"{module}.{parameter}"
+        (initial if name in INITIAL else main)[key] = tensor
+    files = {path: main} | ({path.with_name(f"init_{path.name}"): initial} if initial else {})
+    for file in list(files)[1:]:
+        if file.exists():
+            raise UserError(
+                f"{file} exists, and is where PiSSA's initial factors would go; move it away, or choose another "
+                f"name than {path.name}"
+            )
+    for file, tensors in files.items():
+        with atomic_write(file) as temporary:
+            save_pth(temporary, tensors)
+    return list(files)

@@ -1,0 +1,57 @@
+"""Reading .safetensors files, each way of being broken with its own words, and writing them tensor by tensor, for
+models larger than memory.
+
+The format: eight bytes of header length, a JSON header with each tensor's dtype, shape and place, then the
+bytes (https://github.com/huggingface/safetensors#format).
+"""
+
+import json
+
+import torch
+
+from ..errors import UserError
+from .pth import require_file, require_weights
+from .pth_writer import TensorSpec, chunks
+
+
+def read_safetensors(path):
+    """({name: tensor}, the header's metadata) of a .safetensors file; the tensors are mapped.
+
+    Raises UserError: a missing file, a folder, one that is no whole safetensors file, and as require_weights does.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = require_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a readable safetensors file: {error}; copy it again") from error
+    require_weights(tensors, path)
+    return tensors, metadata
+
+
+def write_safetensors(path, specs, tensors, metadata=None):
+    """Write a flat dict of tensors to `path`, holding one at a time.
+
+    specs maps each key to its TensorSpec; tensors is an iterable of (key, tensor) in the same order;
+    metadata a dict of strings. `path` is written in place: use atomic_write around it.
+    """
+    header, offset = {"__metadata__": metadata or {"format": "pt"}}, 0
+    for key, spec in specs.items():
+        end = offset + spec.numel * spec.dtype.itemsize
+        header[key] = {"dtype": _dtype_name(spec.dtype), "shape": list(spec.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (key, spec), (name, tensor) in zip(specs.items(), tensors, strict=True):
+            if name != key or TensorSpec.of(tensor) != spec:
+                raise ValueError(f"expected {key} {spec}, got {name}")
+            for chunk in chunks(tensor):
+                file.write(chunk)
+
+
+def _dtype_name(dtype):
+    return {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}[dtype]

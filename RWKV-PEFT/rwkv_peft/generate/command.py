@@ -1,0 +1,238 @@
+"""Continue prompts with an RWKV model.
+
+    rwkv-peft generate --model merged.pth --prompt "Once upon a time"
+    rwkv-peft generate --model base.pth --adapter adapter.safetensors --prompt_file questions.jsonl \\
+        --output answers.jsonl --temperature 0 --stop "User:"
+
+One prompt streams its continuation to standard output; several are decoded together, and each gives one line of JSON,
+in the order of the prompts.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+
+import torch
+
+from ..cli import Parser
+from ..errors import UserError
+from ..files.adapters import add_source_flags, source_of
+from ..files.atomic import atomic_write, check_output
+from .decode import generate, prefill
+from .loading import load_model, read_state_file, save_state_file
+from .prompts import encode, find_tokenizer, read_prompt_file, unescaped
+from .sampling import Sampling
+from .text import TextStream
+
+
+def build_parser():
+    parser = Parser(
+        prog="rwkv-peft generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, metavar="PTH", help="an RWKV model")
+    add(
+        "--adapter",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="adapters to use it with, in order; not written anywhere",
+    )
+    add_source_flags(parser)
+    add("--any_base", action="store_true", help="use an adapter that was trained on another base of the same shape")
+    add("--state", metavar="PTH", help="state to start from: time states, or what --save_state wrote")
+    add("--save_state", metavar="PTH", help="write the state after the prompt and all that was generated")
+    add("--prompt", nargs="+", metavar="TEXT", help="one prompt or several")
+    add(
+        "--prompt_file",
+        metavar="FILE",
+        help='.jsonl with a "prompt" in each line, or a text with a prompt a line; - reads lines',
+    )
+    add("--output", metavar="JSONL", help="write the lines of JSON to this file instead")
+    add("--tokenizer", metavar="NAME", help="world, bytes, or a file; default by the model's vocabulary (65536, 257)")
+    add("--max_tokens", type=int, default=256, help="longest continuation (default 256)")
+    add("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end a continuation")
+    add("--escapes", action="store_true", help=r"read \n, \t and \\ in --prompt and --stop as newline, tab, backslash")
+    add(
+        "--temperature",
+        type=float,
+        default=Sampling.temperature,
+        help="0: always the most probable token (default %(default)s)",
+    )
+    add(
+        "--top_p",
+        type=float,
+        default=Sampling.top_p,
+        help="share of the probability to draw from (default %(default)s)",
+    )
+    add("--top_k", type=int, default=Sampling.top_k, help="most tokens to draw from, 0: all (default %(default)s)")
+    add(
+        "--presence_penalty",
+        type=float,
+        default=Sampling.presence_penalty,
+        help="off the logit of tokens generated before",
+    )
+    add("--frequency_penalty", type=float, default=Sampling.frequency_penalty, help="the same for each time they were")
+    add(
+        "--penalty_decay",
+        type=float,
+        default=Sampling.penalty_decay,
+        help="what a step leaves of those counts (default 1)",
+    )
+    add("--seed", type=int, default=Sampling.seed, help="of the draws; prompt i has seed + i (default 0)")
+    add("--batch", type=int, default=32, help="prompts decoded at once (default 32)")
+    add("--precision", choices=("fp32", "bf16"), help="default: fp32, on a GPU bf16")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    return parser
+
+
+def main(argv):
+    """Returns the exit code; 130 after Ctrl-C. Raises UserError for whatever is wrong in flags and files."""
+    args = build_parser().parse_args(argv)
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        print(
+            "\ninterrupted" + (f"; the prompts that were complete are in {args.output}" if args.output else ""),
+            file=sys.stderr,
+        )
+        return 130
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def run(args):
+    """The command; returns 0."""
+    sampling = check_flags(args)
+    check_outputs(args)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
+    rows = read_prompt_file(args.prompt_file) if args.prompt is None else [{"prompt": text} for text in args.prompt]
+    if args.save_state and len(rows) > 1:
+        raise UserError(f"--save_state keeps the state after one prompt, and there are {len(rows)}; give one")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    precision = args.precision or ("bf16" if device == "cuda" else "fp32")
+    sources = [source_of(args, path) for path in args.adapter]
+    model, start = load_model(args.model, sources, precision, device, args.any_base)
+    if args.state:
+        start = read_state_file(args.state, model)
+    tokenizer = find_tokenizer(args.tokenizer, model.config.vocab_size)
+    prompts = [encode(tokenizer, row["prompt"], number) for number, row in enumerate(rows)]
+    streams = len(rows) == 1 and not args.output
+    continuations = [Continuation(row, tokenizer, args.stop, show if streams else None) for row in rows]
+    steps = generate(
+        model,
+        prompts,
+        sampling,
+        args.max_tokens,
+        lambda number, token: continuations[number].feed(token),
+        start,
+        args.batch,
+        tokenizer.vocab_size,
+    )
+    began = time.perf_counter()
+    try:
+        complete_all(steps, continuations, prints=not (streams or args.output))
+    finally:  # what is complete is worth keeping, after Ctrl-C too
+        lines = [continuation.line() for continuation in continuations if continuation.end]
+        if args.output and lines:
+            with atomic_write(args.output) as temporary:
+                # a lone surrogate of a row, which UTF-8 has no bytes for, is written as JSON's escape of it
+                temporary.write_text(
+                    "".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace"
+                )
+    if streams:
+        show("\n")
+    if args.output:
+        total, seconds = sum(len(c.tokens) for c in continuations), time.perf_counter() - began
+        print(f"{args.output}: {len(rows)} prompts, {total:,} tokens, {total / seconds:.1f} tokens/s", file=sys.stderr)
+    if args.save_state:
+        save_state_file(args.save_state, prefill(model, [prompts[0] + continuations[0].tokens], start)[1], model)
+    return 0
+
+
+class Continuation:
+    """What has become of one prompt: its row, the tokens and the text so far, and why it ended ("" before).
+
+    end is "end" (of the document), "stop" or "length". show, where given, is called with each piece of text.
+    """
+
+    def __init__(self, row, tokenizer, stops, show=None):
+        self.row, self.show = row, show
+        self.tokens, self.text, self.end = [], "", ""
+        self._end_id, self._stream = tokenizer.end_id, TextStream(tokenizer, stops)
+
+    def feed(self, token):
+        """Take a token; the reason to end here, or ""."""
+        self.tokens.append(token)
+        if token == self._end_id:
+            return "end"
+        self._add(self._stream.feed(token))
+        return "stop" if self._stream.stopped else ""
+
+    def finish(self, end):
+        self._add(self._stream.finish())
+        self.end = "stop" if self._stream.stopped else end
+
+    def line(self):
+        """The row with what was generated, as JSON."""
+        return json.dumps(
+            self.row | {"generated": self.text, "tokens": len(self.tokens), "end": self.end}, ensure_ascii=False
+        )
+
+    def _add(self, text):
+        self.text += text
+        if self.show and text:
+            self.show(text)
+
+
+def show(text):
+    print(text, end="", flush=True)
+
+
+def complete_all(steps, continuations, prints):
+    """Take every step; where `prints`, print the line of each continuation once those before it are complete."""
+    printed = 0
+    for step in steps:
+        if step.end:
+            continuations[step.number].finish(step.end)
+        while prints and printed < len(continuations) and continuations[printed].end:
+            show(continuations[printed].line() + "\n")
+            printed += 1
+    for continuation in continuations[printed:]:
+        if not continuation.end:  # where no token was asked for
+            continuation.finish("length")
+        if prints:
+            show(continuation.line() + "\n")
+
+
+def check_outputs(args):
+    """Raise UserError for outputs that are inputs, or cannot be written: known before the work, not after it."""
+    inputs = [(f"--{name}", getattr(args, name)) for name in ("model", "prompt_file", "lora_init", "tokenizer")]
+    inputs += [("--adapter", path) for path in args.adapter]
+    if args.output:
+        check_output("--output", args.output, [*inputs, ("--state", args.state)])
+    if args.save_state:  # a session may go on in its own file
+        check_output("--save_state", args.save_state, inputs)
+    if args.output and args.save_state and os.path.realpath(args.output) == os.path.realpath(args.save_state):
+        raise UserError(f"--output and --save_state are both {args.output}; give each a file of its own")
+
+
+def check_flags(args):
+    """The Sampling of the flags; UserError for flags that contradict each other or are out of range."""
+    if (args.prompt is None) == (args.prompt_file is None):
+        raise UserError("give --prompt TEXT or --prompt_file FILE" + (", not both" if args.prompt else ""))
+    for name, least in (("max_tokens", 0), ("batch", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)}: at least {least} is due")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this torch sees no CUDA device; leave --device out to run on the CPU")
+    if args.escapes:
+        args.prompt = args.prompt and [unescaped(text) for text in args.prompt]
+        args.stop = [unescaped(text) for text in args.stop]
+    if "" in args.stop:
+        raise UserError("--stop: an empty text would stop before the first token; leave it out")
+    return Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__})

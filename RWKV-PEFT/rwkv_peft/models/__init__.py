@@ -1,0 +1,54 @@
+"""The models: a folder for each generation, and what every generation says of itself (family.py)."""
+
+from ..errors import UserError
+from .family import Family
+from .rwkv6.family import RWKV6Family
+
+FAMILIES: tuple[Family, ...] = (RWKV6Family(),)
+# (a key that checkpoints of another kind alone have, what they are)
+OTHERS = (
+    ("blocks.0.att.x_r", "an RWKV-7 model"),
+    ("blocks.0.att.w0", "an RWKV-7 model"),
+    ("blocks.0.att.time_mix_x", "an RWKV-6 model under web-rwkv's names"),
+    ("blocks.0.att.gate.weight", "an RWKV-5 model"),
+    ("blocks.0.att.ln_x.weight", "an RWKV-5 model"),
+    ("blocks.0.att.time_first", "an RWKV-4 model"),
+)
+
+
+def family_named(version):
+    """The Family of a --model_version or of a ModelConfig's version; KeyError for an unknown one."""
+    return {family.version: family for family in FAMILIES}[version]
+
+
+def official_key(key):
+    """A key, or the start of one, of any generation's Hugging Face model as official files spell it; official ones
+    stay."""
+    for family in FAMILIES:
+        key = family.from_hf(key)
+    return key
+
+
+def family_of(tensors, name="the checkpoint"):
+    """The Family of {key: tensor}, by its sign. Raises UserError for other generations and other naming, by what is
+    typical of each."""
+    if "emb.weight" not in tensors:
+        prefixed = next((key for key in tensors if key.endswith(".emb.weight")), None)
+        if prefixed:
+            prefix = prefixed.removesuffix("emb.weight")
+            raise UserError(
+                f"{name}: its keys start with {prefix!r}, which no runtime expects; save the state "
+                f"dict of the model inside, without that prefix"
+            )
+        if any(key.startswith(("rwkv.", "model.")) for key in tensors):
+            raise UserError(
+                f"{name} has the key names of a Hugging Face model; make a .pth of its folder with `rwkv-peft convert`"
+            )
+        raise UserError(f"{name} is not an RWKV model: it has no emb.weight (its first key is {next(iter(tensors))})")
+    found = next((family for family in FAMILIES if family.sign in tensors), None)
+    if found is not None:
+        return found
+    what = next((what for key, what in OTHERS if key in tensors), "no RWKV version known here")
+    known = " or ".join(f"{family.name} ({family.version})" for family in FAMILIES)
+    signs = " or ".join(family.sign for family in FAMILIES)
+    raise UserError(f"{name} is {what}; this tool needs an {known} .pth under its official names (with {signs})")

@@ -1,0 +1,148 @@
+"""What a generation of RWKV says of itself, so that everything else works on any generation.
+
+A generation is a folder with one subclass of Family in it, and a line in FAMILIES (models/__init__.py). Whatever holds
+for one generation alone (keys, shapes, names in other formats, initialization) stands in its folder and nowhere else.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from ..errors import UserError
+from .state import split_time_states, time_state_shapes
+
+WEIGHTS = "bfloat16, float16 or float32"
+
+
+class Family(ABC):
+    """One generation. name is what a user calls it, version what --model_version does; sign is a key that its
+    checkpoints alone have; targets are the linear layers of a block that take adapters, as ends of their names; parts
+    are the groups of other parameters that --train_parts names; rows_are_keys tells the axes of a wkv state in the
+    model (state.py).
+    """
+
+    name: str
+    version: str
+    sign: str
+    targets: tuple[str, ...]
+    parts: tuple[str, ...]
+    rows_are_keys: bool
+    kernel: str  # the name of its recurrence, as people see it
+    gguf_architecture: str
+    hf_tokenizer: str  # tokenizer_class of its Hugging Face folders
+
+    @abstractmethod
+    def dimensions(self, tensors):
+        """{key: tensor} (anything with a shape) -> the generation's ModelConfig. Raises KeyError with the key that is
+        missing, ValueError or IndexError where a shape tells no dimension."""
+
+    @abstractmethod
+    def new_dimensions(self, n_layer, n_embd, vocab_size, dim_att=0, dim_ffn=0, head_size=0):
+        """ModelConfig of a new model; 0 stands for what follows from the others. Raises UserError."""
+
+    @abstractmethod
+    def shapes(self, config):
+        """Every key of a checkpoint, in the order of official files, with its shape."""
+
+    @abstractmethod
+    def build(self, config, grad_checkpoint=False):
+        """The model, a torch module under the checkpoints' keys, its parameters empty."""
+
+    @abstractmethod
+    def init_weights(self, model):
+        """Fill every parameter of a new model in place; draws from torch's global generator."""
+
+    @abstractmethod
+    def part_of(self, key):
+        """The member of `parts` that a parameter belongs to, None for one of none."""
+
+    @abstractmethod
+    def learning_rate(self, key):
+        """(what multiplies a parameter's learning rate, whether it may decay) by RWKV-LM's rule for this generation."""
+
+    @abstractmethod
+    def kernels(self):
+        """Every backend's name -> None where its recurrence can run here, else the reason and the remedy."""
+
+    @abstractmethod
+    def to_hf(self, key):
+        """A key as the generation's Hugging Face model spells it."""
+
+    @abstractmethod
+    def from_hf(self, key):
+        """The inverse of to_hf; a key that is official already stays as it is."""
+
+    @abstractmethod
+    def hf_settings(self, config):
+        """config.json of a Hugging Face folder, as a dict."""
+
+    @abstractmethod
+    def to_web(self, key):
+        """A key as web-rwkv and Ai00 spell it."""
+
+    @abstractmethod
+    def from_web(self, key):
+        """The inverse of to_web."""
+
+    @abstractmethod
+    def swapped_in_web(self, key):
+        """Whether web-rwkv keeps the last two axes of this (official) tensor the other way round."""
+
+    @abstractmethod
+    def gguf_tensors(self, base, config):
+        """(GGUF name, shape, function that makes the float tensor, whether it is one of the large matrices) of each
+        tensor of llama.cpp's form of a state dict, in order."""
+
+    @abstractmethod
+    def gguf_settings(self, config):
+        """(name of a method of gguf.GGUFWriter, its argument) of each setting of this architecture."""
+
+    def config_of(self, tensors, name="the checkpoint"):
+        """ModelConfig read from the shapes of {key: tensor}. Raises UserError where one is unreadable."""
+        try:
+            return self.dimensions(tensors)
+        except KeyError as error:
+            raise UserError(f"{name} is not an {self.name} model: it has no tensor {error.args[0]}") from error
+        except (ValueError, IndexError, ZeroDivisionError) as error:
+            raise UserError(f"{name} is not an {self.name} model: {error}") from error
+
+    def check(self, tensors, name="the checkpoint"):
+        """Raise UserError unless {key: tensor} is a complete model of this generation, with time states for every layer
+        or for none, and nothing else; -> its ModelConfig."""
+        config = self.config_of(tensors, name)
+        shapes, states = self.shapes(config), time_state_shapes(config)
+        if any(key in tensors for key in states):
+            shapes = shapes | states
+        missing = [key for key in shapes if key not in tensors]
+        unexpected = [key for key in tensors if key not in shapes]
+        if missing or unexpected:
+            raise UserError(
+                f"{name} is not a complete {self.name} model of {config.n_layer} layers: "
+                + "; ".join(
+                    f"{len(keys)} {word} tensors ({_some(keys)})"
+                    for word, keys in (("missing", missing), ("unexpected", unexpected))
+                    if keys
+                )
+            )
+        for key, shape in shapes.items():
+            if tuple(tensors[key].shape) != shape:
+                raise UserError(
+                    f"{name}: {key} has shape {tuple(tensors[key].shape)}, and {shape} is due in a model "
+                    f"of {config.n_embd} channels and {config.dim_att} attention channels"
+                )
+        for key, tensor in tensors.items():
+            if not tensor.is_floating_point():
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise UserError(f"{name}: {key} is {kind}; weights must be {WEIGHTS}, not quantized")
+        return config
+
+    def load(self, tensors, config, grad_checkpoint=False):
+        """The model over {key: tensor}, which it shares; time states among them are no parameters and are left out."""
+        with torch.device("meta"):
+            model = self.build(config, grad_checkpoint)
+        model.load_state_dict(split_time_states(tensors)[0], strict=True, assign=True)
+        return model
+
+
+def _some(keys, limit=3):
+    return ", ".join(keys[:limit]) + (", …" if len(keys) > limit else "")

@@ -1,0 +1,33 @@
+"""What RWKV-6 says of itself: its parts of models/rwkv6 under the names that every generation has."""
+
+from ...ops.wkv6 import backends
+from ..family import Family
+from . import gguf, keys, names
+from .init import init_weights
+from .model import RWKV6
+
+
+class RWKV6Family(Family):
+    """RWKV-6 ("Finch", x060; Peng et al. 2024, arXiv 2404.05892)."""
+
+    name, version, sign = "RWKV-6", "x060", keys.SIGN
+    targets, parts = keys.TARGETS, keys.PARTS
+    rows_are_keys = True
+    kernel = "wkv6"
+    gguf_architecture, hf_tokenizer = "rwkv6", "Rwkv6Tokenizer"
+
+    dimensions = staticmethod(keys.dimensions)
+    new_dimensions = staticmethod(keys.new_dimensions)
+    shapes = staticmethod(keys.shapes)
+    part_of = staticmethod(keys.part_of)
+    learning_rate = staticmethod(keys.learning_rate)
+    init_weights = staticmethod(init_weights)
+    kernels = staticmethod(backends)
+    to_hf, from_hf = staticmethod(names.to_hf), staticmethod(names.from_hf)
+    to_web, from_web = staticmethod(names.to_web), staticmethod(names.from_web)
+    swapped_in_web = staticmethod(names.swapped_in_web)
+    hf_settings = staticmethod(names.hf_settings)
+    gguf_tensors, gguf_settings = staticmethod(gguf.tensors), staticmethod(gguf.settings)
+
+    def build(self, config, grad_checkpoint=False):
+        return RWKV6(config, grad_checkpoint=grad_checkpoint)

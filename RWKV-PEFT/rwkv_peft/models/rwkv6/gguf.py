@@ -1,0 +1,70 @@
+"""RWKV-6 as llama.cpp has it (architecture rwkv6).
+
+The low-rank factors are transposed, the five token-shift lerps stacked, and the other time vectors flat.
+"""
+
+import torch
+
+LERPS = "wkvrg"  # the order in which llama.cpp stacks time_maa_*
+MATRICES = ("receptance", "key", "value", "gate", "output")  # of time-mix; channel-mix has three of these names
+CONTEXT = 1 << 20  # a recurrent model has no limit; llama.cpp's own converter writes this
+
+
+def tensors(base, config):
+    """(GGUF name, shape, function that makes the float tensor, whether it is a large matrix) of each tensor, in
+    order."""
+
+    def entry(name, key, change=lambda tensor: tensor, large=False):
+        return name, tuple(change(base[key].to("meta")).shape), lambda: change(base[key]), large
+
+    def flat(tensor):
+        return tensor.reshape(-1)
+
+    yield entry("token_embd.weight", "emb.weight", large=True)
+    for part in ("weight", "bias"):
+        yield entry(f"token_embd_norm.{part}", f"blocks.0.ln0.{part}")
+    for i in range(config.n_layer):
+        att, ffn, block = f"blocks.{i}.att.", f"blocks.{i}.ffn.", f"blk.{i}."
+        norms = (("attn_norm", f"blocks.{i}.ln1"), ("attn_norm_2", f"blocks.{i}.ln2"), ("time_mix_ln", f"{att}ln_x"))
+        for norm, key in norms:
+            for part in ("weight", "bias"):
+                yield entry(f"{block}{norm}.{part}", f"{key}.{part}")
+        yield entry(f"{block}time_mix_lerp_x.weight", f"{att}time_maa_x")
+        keys = [f"{att}time_maa_{letter}" for letter in LERPS]
+        yield (
+            f"{block}time_mix_lerp_fused.weight",
+            (len(keys), *base[keys[0]].shape),
+            lambda keys=keys: torch.stack([base[key] for key in keys]),  # (5, 1, 1, C)
+            False,
+        )
+        yield entry(f"{block}time_mix_w1.weight", f"{att}time_maa_w1", torch.t)
+        yield entry(f"{block}time_mix_w2.weight", f"{att}time_maa_w2", lambda tensor: tensor.permute(0, 2, 1))
+        yield entry(f"{block}time_mix_first.weight", f"{att}time_faaaa")
+        yield entry(f"{block}time_mix_decay.weight", f"{att}time_decay", flat)
+        yield entry(f"{block}time_mix_decay_w1.weight", f"{att}time_decay_w1", torch.t)
+        yield entry(f"{block}time_mix_decay_w2.weight", f"{att}time_decay_w2", torch.t)
+        for name in MATRICES:
+            yield entry(f"{block}time_mix_{name}.weight", f"{att}{name}.weight", large=True)
+        for letter in "kr":
+            yield entry(f"{block}channel_mix_lerp_{letter}.weight", f"{ffn}time_maa_{letter}")
+        for name in ("key", "receptance", "value"):
+            yield entry(f"{block}channel_mix_{name}.weight", f"{ffn}{name}.weight", large=True)
+    for part in ("weight", "bias"):
+        yield entry(f"output_norm.{part}", f"ln_out.{part}")
+    yield entry("output.weight", "head.weight", large=True)
+
+
+def settings(config):
+    """(method of gguf.GGUFWriter, its argument) of each setting."""
+    return (
+        ("add_context_length", CONTEXT),
+        ("add_embedding_length", config.n_embd),
+        ("add_block_count", config.n_layer),
+        ("add_layer_norm_eps", 1e-5),
+        ("add_rescale_every_n_layers", 0),  # rescaling halves weights to suit float16 activations; 0 is exact
+        ("add_wkv_head_size", config.head_size),
+        ("add_time_mix_extra_dim", config.maa_rank),
+        ("add_time_decay_extra_dim", config.decay_rank),
+        ("add_feed_forward_length", config.dim_ffn),
+        ("add_head_count", 0),  # none in the sense of attention
+    )

@@ -1,0 +1,114 @@
+"""The keys of an RWKV-6 checkpoint, their shapes in official order, and what can be read from them."""
+
+import re
+from dataclasses import dataclass
+
+from ...config import ModelConfig
+from ...errors import UserError
+from ..state import count_layers, is_time_state
+
+SIGN = "blocks.0.att.time_maa_w1"
+TARGETS = ("att.receptance", "att.key", "att.value", "att.gate", "att.output", "ffn.key", "ffn.receptance", "ffn.value")
+PARTS = ("time", "ln", "emb", "head")  # time_*; ln0, ln1, ln2, ln_x, ln_out; emb; head
+STATE = "state"  # time_state, a part of its own
+LARGEST_HEAD = 128
+
+
+@dataclass(frozen=True)
+class RWKV6Config(ModelConfig):
+    """Dimensions of an RWKV-6 (x060) model: maa_rank and decay_rank are the widths of the low-rank token-shift and
+    decay projections (32 and 64, or 64 and 128 at C = 4096); ln_x has the epsilon 1e-5 head_size_divisor²."""
+
+    maa_rank: int = 32
+    decay_rank: int = 64
+    head_size_divisor: int = 8
+
+    version = "x060"
+
+
+def dimensions(tensors):
+    """RWKV6Config of {key: tensor}; see Family.dimensions."""
+    embedding, bonus = tensors["emb.weight"].shape, tensors["blocks.0.att.time_faaaa"].shape
+    if len(embedding) != 2 or len(bonus) != 2 or 0 in bonus or 0 in embedding:
+        raise ValueError(
+            f"emb.weight must be (vocabulary, channels) and time_faaaa (heads, head size), and they are "
+            f"{tuple(embedding)} and {tuple(bonus)}"
+        )
+    return RWKV6Config(
+        n_layer=count_layers(tensors),
+        n_embd=embedding[1],
+        vocab_size=embedding[0],
+        dim_att=tensors["blocks.0.att.receptance.weight"].shape[0],
+        dim_ffn=tensors["blocks.0.ffn.key.weight"].shape[0],
+        head_size=bonus[1],
+        maa_rank=tensors["blocks.0.att.time_maa_w2"].shape[1],
+        decay_rank=tensors["blocks.0.att.time_decay_w1"].shape[1],
+    )
+
+
+def new_dimensions(n_layer, n_embd, vocab_size, dim_att=0, dim_ffn=0, head_size=0):
+    """RWKV6Config of a new model with upstream's defaults where 0 is given; see Family.new_dimensions."""
+    dim_att, head_size = dim_att or n_embd, head_size or 64
+    if dim_att % head_size or head_size % 4 or head_size > LARGEST_HEAD:
+        raise UserError(
+            f"--head_size {head_size} must divide the attention channels ({dim_att}), be a multiple of 4 "
+            f"and at most {LARGEST_HEAD}"
+        )
+    wide = n_embd >= 4096
+    return RWKV6Config(
+        n_layer=n_layer,
+        n_embd=n_embd,
+        vocab_size=vocab_size,
+        dim_att=dim_att,
+        dim_ffn=dim_ffn or max(32, int(n_embd * 3.5) // 32 * 32),
+        head_size=head_size,
+        maa_rank=64 if wide else 32,
+        decay_rank=128 if wide else 64,
+    )
+
+
+def shapes(config):
+    """Every key of a checkpoint, in the order of official files, with its shape."""
+    C, A, F, H, N = config.n_embd, config.dim_att, config.dim_ffn, config.n_head, config.head_size
+    m, d = config.maa_rank, config.decay_rank
+    found = {"emb.weight": (config.vocab_size, C)}
+    for i in range(config.n_layer):
+        for norm in ("ln1", "ln2") + (("ln0",) if i == 0 else ()):
+            found |= {f"blocks.{i}.{norm}.weight": (C,), f"blocks.{i}.{norm}.bias": (C,)}
+        att, ffn = f"blocks.{i}.att.", f"blocks.{i}.ffn."
+        found |= {f"{att}time_maa_{x}": (1, 1, C) for x in "xwkvrg"}
+        found |= {
+            f"{att}time_maa_w1": (C, 5 * m),
+            f"{att}time_maa_w2": (5, m, C),
+            f"{att}time_decay": (1, 1, A),
+            f"{att}time_decay_w1": (C, d),
+            f"{att}time_decay_w2": (d, A),
+            f"{att}time_faaaa": (H, N),
+            f"{att}receptance.weight": (A, C),
+            f"{att}key.weight": (A, C),
+            f"{att}value.weight": (A, C),
+            f"{att}output.weight": (C, A),
+            f"{att}gate.weight": (A, C),
+            f"{att}ln_x.weight": (A,),
+            f"{att}ln_x.bias": (A,),
+            f"{ffn}time_maa_k": (1, 1, C),
+            f"{ffn}time_maa_r": (1, 1, C),
+            f"{ffn}key.weight": (F, C),
+            f"{ffn}receptance.weight": (C, C),
+            f"{ffn}value.weight": (C, F),
+        }
+    return found | {"ln_out.weight": (C,), "ln_out.bias": (C,), "head.weight": (config.vocab_size, C)}
+
+
+def part_of(key):
+    """The member of PARTS that a parameter belongs to, STATE for a time state, None for one of none."""
+    if is_time_state(key):
+        return STATE
+    components = key.split(".")
+    return next((part for part in PARTS if any(re.fullmatch(rf"{part}(\d+|_\w+)?", name) for name in components)), None)
+
+
+def learning_rate(key):
+    """RWKV-LM's rule: time_decay learns at twice the rate, and no parameter named time_* decays."""
+    leaf = key.rpartition(".")[2]
+    return 2.0 if leaf == "time_decay" else 1.0, not leaf.startswith("time_")

@@ -1,0 +1,163 @@
+"""RWKV-6 ("Finch", x060): the model.
+
+Peng et al. 2024, arXiv 2404.05892, section 4; parameter names and shapes are those of RWKV-LM's
+RWKV-v5/src/model.py, so that its .pth files load unchanged.
+B batch, T time, C channels (n_embd), A attention channels, F feed-forward channels, H heads, N head size.
+"""
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ...ops.mix import lerp, norm_gate, relu_square, sigmoid_gate
+from ...ops.wkv6 import wkv6
+from ..state import LayerState, State
+from .keys import RWKV6Config
+
+
+def last_token(x, cu_seqlens=None):
+    """The last token of each sequence of x (B, T, C) -> (B, C), or (n, C) where cu_seqlens packs n of them."""
+    return x[:, -1] if cu_seqlens is None else x[0, cu_seqlens[1:].long() - 1]
+
+
+class GatedNorm(nn.GroupNorm):
+    """Normalizes each head and multiplies by silu(gate)."""
+
+    def forward(self, y, gate):
+        """y (B, T, H, N), gate (B, T, A) -> (B, T, A)."""
+        return norm_gate(y, gate, self.weight, self.bias, self.eps)
+
+
+class TimeMix(nn.Module):
+    """Attention's counterpart: data-dependent token shift, data-dependent decay, the wkv6 recurrence."""
+
+    def __init__(self, config: RWKV6Config):
+        super().__init__()
+        C, A, H, N = config.n_embd, config.dim_att, config.n_head, config.head_size
+        self.n_head, self.head_size = H, N
+        for name in ("x", "w", "k", "v", "r", "g"):
+            self.register_parameter(f"time_maa_{name}", nn.Parameter(torch.empty(1, 1, C)))
+        self.time_maa_w1 = nn.Parameter(torch.empty(C, 5 * config.maa_rank))
+        self.time_maa_w2 = nn.Parameter(torch.empty(5, config.maa_rank, C))
+        self.time_decay = nn.Parameter(torch.empty(1, 1, A))
+        self.time_decay_w1 = nn.Parameter(torch.empty(C, config.decay_rank))
+        self.time_decay_w2 = nn.Parameter(torch.empty(config.decay_rank, A))
+        self.time_faaaa = nn.Parameter(torch.empty(H, N))
+        self.receptance = nn.Linear(C, A, bias=False)
+        self.key = nn.Linear(C, A, bias=False)
+        self.value = nn.Linear(C, A, bias=False)
+        self.gate = nn.Linear(C, A, bias=False)
+        self.output = nn.Linear(A, C, bias=False)
+        self.ln_x = GatedNorm(H, A, eps=1e-5 * config.head_size_divisor**2)
+
+    def mix(self, x, shift=None, cu_seqlens=None):
+        """Data-dependent lerp between x and its predecessor (eq. 12 to 14) -> w, k, v, r, g inputs, each (B, T, C)."""
+        (mixed,) = lerp(x, shift, self.time_maa_x[0], cu_seqlens=cu_seqlens)
+        low = torch.tanh(mixed @ self.time_maa_w1)  # (B, T, 5 * maa_rank), order w, k, v, r, g as in time_maa_w2
+        maa = torch.cat((self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)).flatten(
+            1
+        )
+        return lerp(x, shift, maa, low, self.time_maa_w2, cu_seqlens)
+
+    def forward(self, x, shift=None, wkv_state=None, cu_seqlens=None):
+        """x (B, T, C) -> output (B, T, C), last input (B, C), final wkv state (B, H, N, N)."""
+        B, T, _ = x.shape
+        xw, xk, xv, xr, xg = self.mix(x, shift, cu_seqlens)
+        heads = (B, T, self.n_head, self.head_size)
+        r = self.receptance(xr).view(heads)
+        k = self.key(xk).view(heads)
+        v = self.value(xv).view(heads)
+        w = (self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2).view(heads)
+        y, wkv_state = wkv6(r, k, v, w, self.time_faaaa, wkv_state, cu_seqlens)
+        return self.output(self.ln_x(y, self.gate(xg))), last_token(x, cu_seqlens), wkv_state
+
+
+class ChannelMix(nn.Module):
+    """The feed-forward: squared ReLU under a sigmoid gate, on token-shifted input."""
+
+    def __init__(self, config: RWKV6Config):
+        super().__init__()
+        C = config.n_embd
+        self.time_maa_k = nn.Parameter(torch.empty(1, 1, C))
+        self.time_maa_r = nn.Parameter(torch.empty(1, 1, C))
+        self.key = nn.Linear(C, config.dim_ffn, bias=False)
+        self.receptance = nn.Linear(C, C, bias=False)
+        self.value = nn.Linear(config.dim_ffn, C, bias=False)
+
+    def forward(self, x, shift=None, cu_seqlens=None):
+        """x (B, T, C) -> output (B, T, C), last input (B, C)."""
+        maa = torch.cat((self.time_maa_k, self.time_maa_r)).view(2, -1)
+        xk, xr = lerp(x, shift, maa, cu_seqlens=cu_seqlens)
+        value = self.value(relu_square(self.key(xk)))
+        return sigmoid_gate(self.receptance(xr), value), last_token(x, cu_seqlens)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block; block 0 also normalizes the embedding (ln0)."""
+
+    def __init__(self, config: RWKV6Config, layer):
+        super().__init__()
+        C = config.n_embd
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(C)
+        self.first = layer == 0
+        self.ln1 = nn.LayerNorm(C)
+        self.ln2 = nn.LayerNorm(C)
+        self.att = TimeMix(config)
+        self.ffn = ChannelMix(config)
+
+    def forward(self, x, state=None, cu_seqlens=None):
+        """x (B, T, C), state LayerState or None -> x (B, T, C), LayerState."""
+        att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
+        if self.first:
+            x = self.ln0(x)
+        y, att_shift, wkv = self.att(self.ln1(x), att_shift, wkv, cu_seqlens)
+        x = x + y
+        y, ffn_shift = self.ffn(self.ln2(x), ffn_shift, cu_seqlens)
+        return x + y, LayerState(att_shift, wkv, ffn_shift)
+
+
+class Head(nn.Linear):
+    """The output projection, which can hand its weight to a function instead of forming the logits.
+
+    A loss that walks the vocabulary in chunks needs the weight itself; reaching it through the module's forward
+    keeps ZeRO-3's gathering hooks in the path.
+    """
+
+    def forward(self, x, function=None):
+        """x (B, T, C) -> logits (B, T, V), or function(x, weight)."""
+        return super().forward(x) if function is None else function(x, self.weight)
+
+
+class RWKV6(nn.Module):
+    """RWKV-6 language model with RWKV-LM's parameter names.
+
+    grad_checkpoint recomputes each block in the backward pass instead of keeping its activations. Parameters are
+    empty until `init_weights` or `load_state_dict` fills them.
+    """
+
+    def __init__(self, config: RWKV6Config, grad_checkpoint=False):
+        super().__init__()
+        self.config = config
+        self.grad_checkpoint = grad_checkpoint
+        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_out = nn.LayerNorm(config.n_embd)
+        self.head = Head(config.n_embd, config.vocab_size, bias=False)
+
+    def forward(self, tokens, state=None, cu_seqlens=None, head=None):
+        """tokens (B, T) int64, state State or None -> logits (B, T, V), State.
+
+        cu_seqlens (n + 1,) marks the boundaries of n sequences packed in one row (B = 1, state for n sequences);
+        nothing crosses them. `head(x, weight)`, where given, takes the place of the logits (see Head).
+        """
+        x = self.emb(tokens)
+        states = []
+        for layer, block in enumerate(self.blocks):
+            layer_state = None if state is None else state[layer]
+            if self.grad_checkpoint and torch.is_grad_enabled():
+                x, layer_state = checkpoint(block, x, layer_state, cu_seqlens, use_reentrant=False)
+            else:
+                x, layer_state = block(x, layer_state, cu_seqlens)
+            states.append(layer_state)
+        return self.head(self.ln_out(x), head), State(states)

@@ -1,0 +1,146 @@
+"""What a sequence leaves behind, and every layout in which that lies in files and runtimes.
+
+In the model a layer's wkv state has the axes that its generation computes with; files hold it as
+`blocks.N.att.time_state` (H, N value, N key), a row a value. A state file has that key for every layer, as state tuning
+makes it; a saved session holds besides `blocks.N.att.shift` and `blocks.N.ffn.shift` (C), the last inputs of the two
+mixes. web-rwkv and Ai00 keep the last two axes the other way round.
+"""
+
+import re
+from typing import NamedTuple
+
+import torch
+
+from ..errors import UserError
+
+TIME_STATE = "time_state"
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class LayerState(NamedTuple):
+    """What one layer remembers between two calls.
+
+    att_shift, ffn_shift (B, C): the last normalized input of each mix; wkv (B, H, N, N) float32, with rows of keys or
+    of values as the generation says (Family.rows_are_keys).
+    """
+
+    att_shift: torch.Tensor
+    wkv: torch.Tensor
+    ffn_shift: torch.Tensor
+
+
+class State(tuple):
+    """One LayerState a layer: all that a sequence leaves behind, of a size that does not grow with its length."""
+
+    @staticmethod
+    def zeros(config, batch, device="cpu", dtype=torch.float32):
+        """The state before the first token, for `batch` sequences; config has the dimensions, dtype is the model's."""
+        shift = torch.zeros(batch, config.n_embd, device=device, dtype=dtype)
+        wkv = torch.zeros(batch, config.n_head, config.head_size, config.head_size, device=device)
+        return State(LayerState(shift, wkv, shift) for _ in range(config.n_layer))
+
+    def selected(self, rows):
+        """The State of some of its sequences; rows (m,) int64."""
+        return State(LayerState(*(tensor[rows] for tensor in layer)) for layer in self)
+
+    def repeated(self, n):
+        """The State of n copies of each of its sequences, side by side."""
+        return State(LayerState(*(tensor.repeat_interleave(n, 0) for tensor in layer)) for layer in self)
+
+    def joined(self, other):
+        """The State of the sequences of both."""
+        return State(LayerState(*(torch.cat(pair) for pair in zip(*layers))) for layers in zip(self, other))
+
+
+def is_time_state(key):
+    """Whether a key names a layer's wkv state, the part of a state that a model's own file may hold."""
+    return key.endswith(f".att.{TIME_STATE}")
+
+
+def layer_keys(i):
+    """The keys of layer i's LayerState in a file."""
+    return LayerState(f"blocks.{i}.att.shift", f"blocks.{i}.att.{TIME_STATE}", f"blocks.{i}.ffn.shift")
+
+
+def time_state_shapes(config):
+    """The keys and shapes of the time states, which a file has for every layer or for none."""
+    shape = (config.n_head, config.head_size, config.head_size)
+    return {layer_keys(i).wkv: shape for i in range(config.n_layer)}
+
+
+def swapped(tensor):
+    """A state (…, N, N) with its last two axes exchanged: a file's from a model's of rows of keys, web-rwkv's from a
+    file's, and back."""
+    return tensor.mT
+
+
+def state_tensors(state, rows_are_keys):
+    """A State of one sequence -> {key: float32 tensor} of a saved session."""
+    tensors = {}
+    for i, layer in enumerate(state):
+        wkv = swapped(layer.wkv[0]) if rows_are_keys else layer.wkv[0]
+        rows = LayerState(layer.att_shift[0], wkv, layer.ffn_shift[0])
+        tensors |= {key: row.float().cpu().contiguous() for key, row in zip(layer_keys(i), rows)}
+    return tensors
+
+
+def state_of(tensors, zeros, rows_are_keys, name):
+    """State of one sequence from the tensors of a file, each of which must have its place and shape; zeros is the
+    model's State before the first token.
+
+    A file without shifts starts as from no token before. Raises UserError for anything else than one of the two kinds.
+    """
+    due = {key: tensor[0] for i, layer in enumerate(zeros) for key, tensor in zip(layer_keys(i), layer)}
+    session = any(key.endswith(".shift") for key in tensors)
+    unexpected = [key for key in tensors if key not in due]
+    missing = [key for key in due if key not in tensors and (session or is_time_state(key))]
+    if unexpected or missing:
+        odd = f"there is no place for its {unexpected[0]}" if unexpected else f"it has no {missing[0]}"
+        raise UserError(
+            f"{name} is no state of this model of {len(zeros)} layers: {odd}; give a .pth of time states "
+            "made for this model, or one that --save_state wrote"
+        )
+    for key, tensor in tensors.items():
+        if tensor.shape != due[key].shape:
+            raise UserError(
+                f"{name}: {key} has shape {tuple(tensor.shape)}, and this model's is {tuple(due[key].shape)}; "
+                "the state was made for another model"
+            )
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{name}: {key} holds NaN or Inf; make the state anew")
+    for key, tensor in tensors.items():
+        turned = swapped(tensor) if rows_are_keys and is_time_state(key) else tensor
+        due[key] = turned.to(due[key])
+    return State(LayerState(*(due[key][None].contiguous() for key in layer_keys(i))) for i in range(len(zeros)))
+
+
+def split_time_states(tensors):
+    """(the tensors of a model's parameters, its time states) of a model's {key: tensor}."""
+    states = {key: tensor for key, tensor in tensors.items() if is_time_state(key)}
+    return {key: tensor for key, tensor in tensors.items() if key not in states}, states
+
+
+def check_time_states(tensors, name):
+    """Raise UserError unless {key: tensor} is one time state (H, N, N) in floating point for each layer from 0 on."""
+    missing = [key for key in (layer_keys(i).wkv for i in range(len(tensors))) if key not in tensors]
+    if missing:
+        raise UserError(
+            f"{name} holds {len(tensors)} time states and no {missing[0]}; a state file has one for every layer of the "
+            "model, from 0 on: save them all"
+        )
+    first = next(iter(tensors.values()))
+    for key, tensor in tensors.items():
+        if tensor.dim() != 3 or tensor.shape[1] != tensor.shape[2] or tensor.shape != first.shape:
+            raise UserError(
+                f"{name}: {key} has shape {tuple(tensor.shape)}; a time state is (heads, head size, head size), the "
+                "same in every layer"
+            )
+        if tensor.dtype not in FLOATS:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{name}: {key} is {kind}; bfloat16, float16 or float32 is due")
+
+
+def count_layers(keys):
+    """The number of layers that keys such as blocks.N.… name; 0 where none does."""
+    numbers = [int(match[1]) for match in map(re.compile(r"blocks\.(\d+)\.").match, keys) if match]
+    return 1 + max(numbers, default=-1)

@@ -1,0 +1,110 @@
+"""What an adapter does to one tensor of the base, for any run of its rows.
+
+A change can be cut by rows (`rows`), so that a large tensor is computed a band at a time; `unit` tells at which
+multiples it may be cut.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..adapters.method import Method
+from ..adapters.quant import block_size
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """An adapter on one weight.
+
+    params are its tensors as the Method takes them; scale is LoRA's; quant names the quantization of the frozen
+    weight in training, dtype what the base was rounded to before it was quantized or a residual base was made of it;
+    amount multiplies the change as a whole.
+    """
+
+    method: Method
+    params: dict
+    scale: float = 1.0
+    quant: str = "none"
+    amount: float = 1.0
+    dtype: torch.dtype = torch.float32
+
+    def unit(self, columns):
+        """Bands of rows of a weight with this many columns must start and end at multiples of this."""
+        unit = self.method.row_unit(self.params)
+        if self.quant != "none":  # a block of weights with one scale may span rows
+            unit = math.lcm(unit, block_size(self.quant) // math.gcd(block_size(self.quant), columns))
+        return unit
+
+    def rows(self, start, stop):
+        """The same change for rows start to stop of the weight."""
+        return replace(self, params=self.method.rows(self.params, start, stop))
+
+    def apply(self, weight):
+        """weight (out, in) float32 -> float32, the weight that the trained layer computed with."""
+        base = weight.to(self.dtype) if self.method.residual or self.quant != "none" else weight
+        result = self.method.merged(base, self.params, scale=self.scale, quant=self.quant)
+        return result if self.amount == 1 else torch.lerp(weight, result, self.amount)
+
+    def removal(self):
+        """The change that takes this one off again, up to rounding. Raises UserError where nothing does."""
+        return Removal(self.method, self.method.opposite(self.params, self.scale, self.amount), self.scale)
+
+
+class Removal(LayerChange):
+    """The opposite of a LayerChange: nothing of the base's rounding is replayed."""
+
+    def apply(self, weight):
+        return self.method.removed(weight, self.params, self.scale)
+
+
+@dataclass(frozen=True)
+class WholeChange:
+    """A tensor trained in full, which takes the base's place; amount as in LayerChange."""
+
+    tensor: torch.Tensor
+    amount: float = 1.0
+
+    def unit(self, columns):
+        return 1
+
+    def rows(self, start, stop):
+        return replace(self, tensor=self.tensor[start:stop])
+
+    def apply(self, weight):
+        new = self.tensor.float()
+        return new if self.amount == 1 else torch.lerp(weight, new, self.amount)
+
+
+def check_params(name, method, params, weight_shape):
+    """Raise UserError unless the tensors of a Method's adapter fit a weight (out, in); method is None where no layer is
+    adapted."""
+    if len(weight_shape) != 2:
+        raise UserError(
+            f"{name} is no linear layer: its weight has shape {weight_shape}, and an adapter changes a "
+            "matrix; it was trained on another model"
+        )
+    names = set() if method is None else {*method.parameters, *method.constants}
+    label = "none" if method is None else method.name
+    if set(params) != names:
+        raise UserError(
+            f"{name} holds {sorted(params)}, and a {label} adapter has {sorted(names) or 'no tensors of its own'}"
+        )
+    shapes = {name: tuple(tensor.shape) for name, tensor in params.items()}
+    dims = {name: len(shape) for name, shape in method.shapes(1, 1, *weight_shape).items()}
+    odd = [shape for key, shape in shapes.items() if 0 in shape or len(shape) != dims[key]]
+    if odd:
+        raise UserError(
+            f"{name} holds a tensor of shape {odd[0]}, which no {label} adapter has; the file is damaged, or "
+            "describes itself wrongly"
+        )
+    rank, mini_rank = method.sizes(params)
+    due = method.shapes(rank, mini_rank, *weight_shape)
+    misfit = method.fit(rank, mini_rank, *weight_shape)
+    if shapes != {key: due[key] for key in shapes} or (misfit is not None and not misfit.too_large):
+        given, needed = (", ".join(str(group[key]) for key in shapes) for group in (shapes, due))
+        raise UserError(
+            f"{name} is a {label} adapter of shape {given}, and a base weight of shape {weight_shape} "
+            f"needs {needed} and a rank that divides it; it was trained on another model"
+        )

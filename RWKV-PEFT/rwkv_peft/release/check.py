@@ -1,0 +1,115 @@
+"""Does a merged model say in a foreign runtime what base plus adapter say in ours?
+
+    rwkv-peft check --base_model base.pth --bone_checkpoint adapter.safetensors --merged merged.pth
+
+Reads one random token sequence with base and adapter layers here, with the merged file here, and with the merged file
+in the `rwkv` package, all in float32 on the CPU, and compares their logits. Needs memory for two float32 copies.
+"""
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from ..adapters.inject import inject
+from ..adapters.load import load_tensors
+from ..adapters.methods import NONE, words_of
+from ..cli import Parser
+from ..config import AdapterConfig
+from ..errors import UserError
+from ..files.adapters import add_source_flags, source_of
+from ..files.base import open_base, save_model
+from ..models.state import is_time_state
+from .logits import Difference, random_tokens, reference_logits
+from .runtimes import rwkv_model
+
+SAME_FILE = 1e-4  # relative difference allowed between two float32 programs that read the same weights
+ROUNDED = 5e-2  # and between a merged file and the unmerged float32 sum that it rounds to its dtype
+
+
+def adapted_logits(base, source, tokens):
+    """Logits (T, V) of a Base over tokens (T,), in float32, with the layers of the adapter that an AdapterSource
+    names."""
+    model = base.family.load(base.tensors, base.config).float()
+    loaded = source.read(base.tensors)
+    metadata = loaded.metadata
+    if metadata.quant != "none" or (metadata.method is not None and metadata.method.residual):
+        for name in loaded.modules():  # made of the weight as the training had it
+            model.get_submodule(name).to(metadata.base_dtype() or base.tensors[f"{name}.weight"].dtype)
+    inject(model, adapter_config(loaded, base.family), family=base.family, initial=loaded.tensors)
+    model.float()
+    load_tensors(model, loaded.tensors, source.path)
+    with torch.inference_mode():
+        return model(tokens[None])[0][0]
+
+
+def adapter_config(adapter, family):
+    """The AdapterConfig that gives an Adapter's layers their places and shapes again."""
+    metadata = adapter.metadata
+    if any(is_time_state(key) for key in adapter.tensors):
+        raise UserError(
+            "time states are where a sequence starts, for which the model has no parameters, so they are not "
+            "compared; rwkv-peft verify asks the runtimes for them"
+        )
+    # files of other tools name single tensors here; a tensor is loaded whether or not it trains
+    parts = tuple(part for part in metadata.train_parts if part in family.parts)
+    targets = tuple(adapter.modules()) or tuple(metadata.targets)  # some files have not every layer's
+    if metadata.method is None:
+        return AdapterConfig(method=NONE, targets=targets, train_parts=parts)
+    return AdapterConfig(
+        **words_of(metadata.method),
+        rank=metadata.rank,
+        mini_rank=metadata.mini_rank,
+        alpha=metadata.alpha,
+        targets=targets,
+        train_parts=parts,
+        quant=metadata.quant,
+    )
+
+
+def runtime_logits(base, tokens):
+    """Logits (T, V) that the `rwkv` package computes in float32 for a Base over tokens (T,).
+
+    A float32 copy is read, because the package folds blocks.0.ln0 into the embedding in the file's own dtype.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "float32.pth"
+        save_model(copy, {key: tensor.float() for key, tensor in base.tensors.items()})
+        runtime = rwkv_model(copy)
+    with torch.inference_mode():
+        return runtime.forward(tokens.tolist(), None, full_output=True)[0].float()
+
+
+def build_parser():
+    parser = Parser(prog="rwkv-peft check", description="Compare a merged model with base plus adapter.")
+    parser.add_argument("--base_model", required=True, metavar="PTH", help="the base of the merge")
+    parser.add_argument("--bone_checkpoint", required=True, metavar="FILE", help="the adapter")
+    add_source_flags(parser)
+    parser.add_argument("--merged", required=True, metavar="PTH", help="what the merge wrote")
+    parser.add_argument("--tokens", type=int, default=64, help="length of the random token sequence (default 64)")
+    return parser
+
+
+def main(argv):
+    """Print the comparisons; 0 where all logits agree, else 1."""
+    args = build_parser().parse_args(argv)
+    if args.tokens < 1:
+        raise UserError(f"--tokens {args.tokens}: at least one is compared")
+    merged, base = open_base(args.merged), open_base(args.base_model)
+    if merged.config != base.config:
+        raise UserError(
+            f"{args.merged} and {args.base_model} differ in their dimensions, {merged.config} and {base.config}, so "
+            "that "
+            "neither was made of the other; give the base of the merge"
+        )
+    tokens = random_tokens(base.config.vocab_size, args.tokens)
+    ours = reference_logits(merged, tokens, torch.float32)
+    theirs = runtime_logits(merged, tokens)
+    unmerged = adapted_logits(base, source_of(args, args.bone_checkpoint), tokens)
+    comparisons = (
+        ("merged file, rwkv package and ours", Difference.between(theirs, ours), SAME_FILE),
+        ("merged file and base with adapter on", Difference.between(ours, unmerged), ROUNDED),
+    )
+    for text, difference, limit in comparisons:
+        print(f"{text}: {difference}" + ("" if difference.relative <= limit else f", MORE THAN {limit:.0e}"))
+    return int(not all(difference.relative <= limit for _, difference, limit in comparisons))  # NaN is below no limit

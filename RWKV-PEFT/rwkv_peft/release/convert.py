@@ -1,0 +1,147 @@
+"""Models, states and adapters in the formats of other tools: `rwkv-peft convert INPUT OUTPUT`.
+
+What is converted follows from INPUT's content and OUTPUT's ending:
+
+- model.pth -> .st or .safetensors (web-rwkv, Ai00), .gguf (llama.cpp), a folder (Hugging Face layout)
+- .st, .safetensors or a Hugging Face folder -> model.pth
+- a state file (.pth with time_state tensors alone) <-> .st, .state, .safetensors (Ai00)
+- an adapter (train.py's .safetensors, a folder of peft, RWKV-PEFT's .pth) -> .pth for RWKV-PEFT, or .safetensors
+"""
+
+from pathlib import Path
+
+import torch
+
+from ..adapters.methods import adapter_parameter
+from ..cli import Parser
+from ..errors import UserError
+from ..files.adapter_file import METADATA_KEY, save_adapter
+from ..files.adapters import add_source_flags, source_of
+from ..files.atomic import check_output
+from ..files.base import base_of, open_base
+from ..files.pth import read_tensors
+from ..files.rwkv_peft_file import write_rwkv_peft
+from ..files.safetensors_file import read_safetensors
+from ..models.state import check_time_states, is_time_state
+from .formats import format_of
+from .gguf import TYPES
+
+DTYPES = (("keep", None), ("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32))
+
+
+def build_parser():
+    parser = Parser(prog="rwkv-peft convert", description=__doc__.split("\n\n")[0])
+    parser.add_argument("input")
+    parser.add_argument("output", help=".pth, .safetensors / .st / .state, .gguf, or the name of a folder")
+    parser.add_argument(
+        "--dtype",
+        choices=[name for name, _ in DTYPES],
+        help="dtype of the output's tensors; default fp16 for models in .st and .safetensors, which "
+        "web-rwkv needs, else keep",
+    )
+    parser.add_argument(
+        "--gguf_type", choices=TYPES, default="f16", help="type of a GGUF's large matrices (default f16)"
+    )
+    parser.add_argument(
+        "--bone_parameter",
+        choices=("disha", "bone"),
+        default="disha",
+        help="name of Bone's tensors in RWKV-PEFT's files: disha since 2025-02, bone before",
+    )
+    add_source_flags(parser)
+    parser.add_argument(
+        "--base_model",
+        metavar="PTH",
+        help="base of an adapter, whose shapes may tell the variant, and how wide bone-mini is as RWKV-PEFT's bone",
+    )
+    return parser
+
+
+def main(argv):
+    """argv -> exit code 0. Raises UserError for what cannot be read, or not be said in the other format."""
+    args = build_parser().parse_args(argv)
+    source, target = Path(args.input), Path(args.output)
+    inputs = (("the input", source), ("--base_model", args.base_model), ("--lora_init", args.lora_init))
+    form = format_of(target)
+    for file in [target] if form is None else form.files(target):
+        check_output("the output", file, inputs)
+    written = convert_adapter(source, target, args) if is_adapter(source) else convert_model(source, target, args)
+    for path in written:
+        print(f"wrote {path}")
+    return 0
+
+
+def is_adapter(path):
+    """Whether a file or folder holds an adapter; for what is unreadable, the reader that follows says so."""
+    if path.is_dir():
+        return (path / "adapter_config.json").is_file()
+    if path.suffix in (".safetensors", ".st", ".state"):
+        return METADATA_KEY in read_safetensors(path)[1]
+    return any(adapter_parameter(key) for key in read_tensors(path)) if path.suffix == ".pth" else False
+
+
+def convert_adapter(source, target, args):
+    """Write an adapter under the target's format; returns the paths written."""
+    base = open_base(args.base_model).tensors if args.base_model else None
+    adapter = source_of(args, source).read(base)
+    if target.suffix == ".pth":
+        paths = write_rwkv_peft(target, adapter, args.bone_parameter, base)
+        print(remark_on_export(adapter.metadata, paths), end="")
+        return paths
+    if target.suffix == ".safetensors":
+        save_adapter(target, adapter.tensors, adapter.metadata)
+        return [target]
+    raise UserError(
+        f"{source} is an adapter, which {target.name} cannot hold: name a .pth (RWKV-PEFT) or a "
+        ".safetensors; for other formats merge it with merge_bone.py first"
+    )
+
+
+def remark_on_export(metadata, paths):
+    """A line on what merging the files of write_rwkv_peft takes besides them, or ""."""
+    if len(paths) > 1:
+        return (
+            f"as PiSSA it is merged into the original base with {paths[1].name} as the init file "
+            "(merge_bone.py --lora_init)\n"
+        )
+    return "" if metadata.method is None else metadata.method.remark_for_rwkv_peft(metadata.rank, metadata.scale)
+
+
+def read_model(path):
+    """{official key: tensor} of a model, or of time states alone, in any format that is read, in official order but for
+    a .pth, whose own order is kept."""
+    form = format_of(path) if not path.is_dir() else format_of(Path("folder"))
+    tensors = read_tensors(path) if form is None else form.read(path)
+    if not tensors:
+        raise UserError(f"{path} holds no tensor; copy it again")
+    if all(is_time_state(key) for key in tensors):
+        check_time_states(tensors, path)
+        return tensors
+    base = base_of(tensors, path)
+    if path.suffix == ".pth":
+        return tensors
+    order = {key: place for place, key in enumerate(base.family.shapes(base.config))}
+    return {key: tensors[key] for key in sorted(tensors, key=lambda key: order.get(key, len(order)))}
+
+
+def convert_model(source, target, args):
+    """Write a model or time states under the target's format; returns the paths written."""
+    tensors, form = read_model(source), format_of(target)
+    states = all(is_time_state(key) for key in tensors)
+    if form is not None and states and form.write_states is None and target.suffix:
+        raise UserError(
+            f"{source} holds time states, for which {target.suffix[1:].upper()} has no place; give them to the "
+            "runtime as "
+            ".pth or .st"
+        )
+    if form is None or (states and form.write_states is None):
+        raise UserError(
+            f"{target}: its ending names no format for {source}; known are .pth, .safetensors, .st, "
+            ".state, .gguf, and a name without ending for a folder of a model"
+        )
+    dtype = dict(DTYPES)[args.dtype] if args.dtype else None if states else form.dtype
+    if states:
+        form.write_states(target, tensors, dtype)
+    else:
+        form.write_model(target, base_of(tensors, source), dtype, args.gguf_type)
+    return form.files(target)

@@ -1,0 +1,301 @@
+"""Merging adapters into a base model, a band of rows at a time.
+
+Each changed weight is computed in float32 from the base's memory-mapped tensor and cast once; the rest passes
+through. A `Merge` knows what changes what; merge_bone.py is the command around it.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+
+from ..adapters.quant import roundtrip
+from ..errors import UserError
+from ..files.base import Base
+from ..files.fingerprint import fingerprint
+from ..files.pth import all_finite, stream_tensors
+from ..files.pth_writer import TensorSpec
+from ..models.state import time_state_shapes
+from .ahead import ahead
+from .changes import LayerChange, WholeChange, check_params
+
+BAND = 1 << 18  # elements computed at a time: enough for calls to cost little, few enough for caches to help
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """scale multiplies every change; dtype is the output's (None: each tensor keeps the base's); quant
+    overrides the quantization of the frozen weights that an adapter names (None: as it names); unmerge
+    takes the adapters off again, last first; device is where the arithmetic runs."""
+
+    scale: float = 1.0
+    dtype: torch.dtype | None = None
+    quant: str | None = None
+    unmerge: bool = False
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What merging did to one tensor.
+
+    change is |W' - W| / |W| (Frobenius norms; inf where W is zero or new), lost |cast(W') - W'| / |W' - W|: how
+    much of the change the cast to the file's dtype took away; differs tells whether any element of cast(W') is another
+    than that of cast(W).
+    """
+
+    key: str
+    change: float
+    lost: float
+    differs: bool
+
+
+class Band(NamedTuple):
+    """Rows of an output tensor, the sums of squares of W, W' - W and cast(W') - W' in them (zeros where nothing
+    changes), and whether any element is another than the base's."""
+
+    key: str
+    rows: torch.Tensor
+    squares: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    differs: bool = False
+
+
+class Merge:
+    """Adapters bound to a base: which tensors the output has, and how each comes about.
+
+    base is a Base; adapters are (name, Adapter) pairs in the order of their application. Raises UserError where an
+    adapter tensor has no place in the base, has the wrong shape or changes nothing.
+    """
+
+    def __init__(self, base: Base, adapters, options=None):
+        self.options = options or MergeOptions()
+        self.specs = {key: TensorSpec.of(tensor, self.options.dtype) for key, tensor in base.tensors.items()}
+        self.changes = {}  # key -> [LayerChange or WholeChange], in the order of their application
+        for name, adapter in adapters:
+            self._bind(name, adapter, base)
+        _check_states([name for name, _ in adapters], self.specs, base.config)
+
+    def _bind(self, name, adapter, base):
+        shapes = {key: tuple(tensor.shape) for key, tensor in base.tensors.items()} | time_state_shapes(base.config)
+        _check_places(name, adapter, shapes)
+        metadata, options = adapter.metadata, self.options
+        quant = metadata.quant if options.quant is None else options.quant
+        if metadata.quant != "none" and quant not in ("none", metadata.quant):
+            raise UserError(
+                f"--quant {quant} contradicts {name}, which was trained on a base quantized to {metadata.quant}; leave "
+                "--quant out to merge onto that, or give --quant none for the original base"
+            )
+        whole = adapter.whole()
+        if options.unmerge and whole:
+            raise UserError(
+                f"--unmerge cannot restore {len(whole)} tensors that {name} replaced whole (such as "
+                f"{next(iter(whole))}): the base's values are in none of the files"
+            )
+        if options.unmerge and quant != "none":
+            raise UserError(f"--unmerge cannot undo the {quant} quantization that {name} was merged with")
+        for key, tensor in whole.items():
+            due = shapes[key]
+            if tuple(tensor.shape) != due:
+                raise UserError(
+                    f"{name}: {key} has shape {tuple(tensor.shape)}, and the base's is {due}; it was "
+                    "trained on another model"
+                )
+            if key not in self.specs:  # a time state, new to the base
+                self.specs[key] = TensorSpec(due, options.dtype or base.tensors["emb.weight"].dtype)
+            self.changes.setdefault(key, []).append(WholeChange(tensor.to(options.device), options.scale))
+        for module, params in adapter.modules().items():
+            key = f"{module}.weight"
+            check_params(f"{name}: {module}", metadata.method, params, shapes[key])
+            params = {parameter: tensor.to(options.device) for parameter, tensor in params.items()}
+            changes = self.changes.setdefault(key, [])
+            # a file that does not say how its base was kept had it as it is; between adapters nothing is rounded then
+            dtype = metadata.base_dtype() or (torch.float32 if changes else base.tensors[key].dtype)
+            change = LayerChange(metadata.method, params, metadata.scale, quant, options.scale, dtype)
+            if options.unmerge:
+                changes.insert(0, change.removal())
+            else:
+                changes.append(change)
+
+    def bands(self, pairs, report=None):
+        """Yield the output's (key, rows) from the base's (key, tensor) pairs: each tensor in its turn, as one or more
+        runs of its rows, in its dtype, on the CPU; tensors that are new come last.
+
+        `report` is called with the TensorReport of each changed tensor, once its last rows were taken. Raises UserError
+        for a result that is not finite, and after the last tensor where the output is the base.
+        """
+        reports = []
+        for key, bands in groupby(ahead(self._tasks(pairs)), lambda band: band.key):
+            totals, differs = [0.0, 0.0, 0.0], False
+            for band in bands:
+                totals = [total + square for total, square in zip(totals, band.squares)]
+                differs = differs or band.differs
+                yield key, band.rows
+            if key in self.changes:
+                size, change, lost = totals
+                reports.append(TensorReport(key, ratio(change, size), ratio(lost, change), differs))
+                if report is not None:
+                    report(reports[-1])
+        if self.changes and not any(report.differs for report in reports):
+            self._refuse_the_base(reports)
+
+    def _refuse_the_base(self, reports):
+        """Raise the UserError for an output that equals the base."""
+        largest = max(reports, key=lambda report: report.change)
+        if largest.change == 0:
+            raise UserError(
+                "the merge changes no weight: what the adapters add is zero, or too small for float32 (an alpha of "
+                "0, a training that barely moved?); nothing is written"
+            )
+        raise UserError(
+            f"the merge would equal the base: the largest change, {100 * largest.change:.2g} % of {largest.key}, "
+            f"is lost in the cast to {dtype_name(self.specs[largest.key].dtype)}; --output_dtype fp32 keeps it; "
+            "nothing is written"
+        )
+
+    def tensors(self, pairs):
+        """Yield the output's (key, tensor), as `bands` with each tensor in one piece; one that does not change is the
+        base's own."""
+        for key, bands in groupby(self.bands(pairs), lambda band: band[0]):
+            rows = [rows for _, rows in bands]
+            yield key, torch.cat(rows) if len(rows) > 1 else rows[0]
+
+    def _tasks(self, pairs):
+        """A callable -> Band for each band of each tensor of the output."""
+        seen = set()
+        for key, tensor in pairs:
+            seen.add(key)
+            yield from self._tasks_of(key, tensor)
+        for key, spec in self.specs.items():
+            if key not in seen:
+                yield from self._tasks_of(key, torch.zeros(spec.shape))
+
+    def _tasks_of(self, key, tensor):
+        changes, row = self.changes.get(key, ()), math.prod(tensor.shape[1:])
+        unit = math.lcm(*(change.unit(row) for change in changes))
+        step = max(BAND // (row * unit), 1) * unit
+        if not changes and tensor.dtype == self.specs[key].dtype:
+            step = len(tensor)  # passes as it is: nothing is computed, and `tensors` need not copy it
+        for start in range(0, len(tensor), step):
+            stop = min(start + step, len(tensor))
+            yield partial(self._band, key, tensor[start:stop], [change.rows(start, stop) for change in changes])
+
+    @torch.no_grad()
+    def _band(self, key, source, changes):
+        dtype, squares, differs = self.specs[key].dtype, (0.0, 0.0, 0.0), False
+        if changes:
+            exact = weight = source.to(self.options.device, torch.float32)
+            for change in changes:
+                exact = change.apply(exact)
+            rows = exact.to(dtype)
+            squares = square(weight), square(exact - weight), square(rows - exact)
+            rows = rows.cpu()
+            differs = not torch.equal(rows, source.to(dtype))  # ends at the first element that does
+        else:
+            rows = source.to(dtype)
+        # the last sum is NaN or Inf where an element of rows is, so that most bands need no look of their own
+        if not (changes and math.isfinite(squares[-1])) and not all_finite(rows):
+            raise UserError(f"{key} holds NaN or Inf, {_cause_of_infinity(source, dtype)}; nothing is written")
+        return Band(key, rows, squares, differs)
+
+
+def _cause_of_infinity(source, dtype):
+    """Why a tensor that was made of the base's rows `source` holds NaN or Inf in dtype."""
+    if not all_finite(source):
+        return "in the base already"
+    if not all_finite(source.to(dtype)):
+        return f"because the base's own values are too large for {dtype_name(dtype)}; give --output_dtype bf16 or fp32"
+    return f"after the merge, though not in the base: the change is too large for {dtype_name(dtype)}"
+
+
+def quantization_error(base, adapters):
+    """|Q(W) - W| / |W| over the weights W that were quantized to Q(W) while the (name, Adapter) pairs trained on
+    them."""
+    error = size = 0.0
+    for _, adapter in adapters:
+        metadata = adapter.metadata
+        for module in adapter.modules() if metadata.quant != "none" else ():
+            weight = base.tensors[f"{module}.weight"]
+            kept = roundtrip(weight.to(metadata.base_dtype() or weight.dtype), metadata.quant)
+            error, size = error + square(kept - weight.float()), size + square(weight.float())
+    return ratio(error, size)
+
+
+def square(tensor):
+    """The sum of squares of a float32 tensor."""
+    flat = tensor.reshape(-1)
+    return torch.dot(flat, flat).item()
+
+
+def ratio(part, whole):
+    """sqrt(part / whole) of two sums of squares; 0 where the part is 0, inf where only the whole is."""
+    if part == 0:
+        return 0.0
+    return math.sqrt(part / whole) if whole else math.inf
+
+
+def merged_tensors(base, adapters, options=None):
+    """A Base with adapters merged in: {key: tensor}, the base's keys, order and (unless options.dtype
+    says otherwise) dtypes. Arguments and errors as in Merge."""
+    return dict(Merge(base, adapters, options).tensors(base.tensors.items()))
+
+
+def check_fingerprints(base, adapters):
+    """Raise UserError unless each of the (name, Adapter) pairs was trained on the Base,
+    or on the base with the adapters before it merged. An adapter that names no base passes."""
+    for position, (name, adapter) in enumerate(adapters):
+        wanted, before = adapter.metadata.base_fingerprint, adapters[:position]
+        if not wanted or wanted == base.fingerprint:
+            continue
+        if before and wanted == fingerprint(Merge(base, before).tensors(stream_tensors(base.path))):
+            continue
+        raise UserError(
+            f"{name} was trained on another base: it names the fingerprint {wanted}, and {base.path} has "
+            f"{base.fingerprint}; find the base it was trained on, or force it with --any_base"
+        )
+
+
+def check_unmerge(base, adapters):
+    """Raise UserError where the Base is what one of the (name, Adapter) pairs was trained
+    on, so that the adapter is not merged into it."""
+    for name, adapter in adapters:
+        if adapter.metadata.base_fingerprint == base.fingerprint:
+            raise UserError(
+                f"--unmerge: {base.path} is the base that {name} was trained on, without the adapter; give the merged "
+                "model as --base_model (or force it with --any_base)"
+            )
+
+
+def dtype_name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_states(names, specs, config):
+    """Raise UserError where some layers of the output have a time state and others have none."""
+    due = time_state_shapes(config)
+    without = [key for key in due if key not in specs]
+    if without and len(without) < len(due):
+        raise UserError(
+            f"{', '.join(map(str, names))}: time states of {len(due) - len(without)} of the model's "
+            f"{len(due)} layers (there is no {without[0]}), and runtimes read a state for every layer "
+            "or for none; give the whole file that the state tuning wrote"
+        )
+
+
+def _check_places(name, adapter, shapes):
+    """Raise UserError where a tensor has no place among the base's, or none of them changes anything."""
+    keys = [f"{module}.weight" for module in adapter.modules()] + list(adapter.whole())
+    lost = [key for key in keys if key not in shapes]
+    if lost:
+        raise UserError(
+            f"{name}: {len(lost)} of its {len(keys)} tensors have no place in the base: there is no "
+            f"{lost[0]}, where the base has keys such as {list(shapes)[1]}; it was trained on a model of "
+            "other names or of more layers"
+        )
+    method = adapter.metadata.method
+    idle = () if method is None else method.idle
+    effective = (tensor for key, tensor in adapter.tensors.items() if key.rpartition(".")[2] not in idle)
+    if not any(torch.count_nonzero(tensor) for tensor in effective):
+        raise UserError(f"{name} changes nothing: its tensors are all zero, as in an adapter that was never trained")

@@ -1,0 +1,227 @@
+"""The command that merges: merge_bone.py's flags, checks, writing and summary."""
+
+import os
+import shutil
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from ..cli import Parser
+from ..config import QUANTIZATIONS
+from ..errors import UserError
+from ..files.adapters import add_source_flags, source_of
+from ..files.atomic import atomic_write, check_output, same_file
+from ..files.base import open_base
+from ..files.pth import stream_tensors
+from ..files.pth_writer import TensorSpec, write_pth
+from ..memory import keep_freed_memory
+from .merge import Merge, MergeOptions, check_fingerprints, check_unmerge, dtype_name, quantization_error
+
+
+def build_parser():
+    parser = Parser(
+        prog="merge_bone.py",
+        description="Merge adapters into an RWKV base model: a .pth with exactly the base's keys, order, shapes and "
+        "dtypes, which any RWKV runtime loads.",
+    )
+    parser.add_argument("--base_model", required=True, metavar="PTH", help="the model that the adapter was trained on")
+    parser.add_argument(
+        "--bone_checkpoint",
+        "--lora_checkpoint",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        dest="adapters",
+        help="adapters in order of application: .safetensors of train.py, flat .pth of RWKV-PEFT "
+        "(.bone, .disha, LoRA, PiSSA, time states), or folders of Hugging Face peft",
+    )
+    parser.add_argument("--output", metavar="PTH", help="the merged model; required unless --dry_run")
+    parser.add_argument("--output_dtype", choices=("keep", "bf16", "fp16", "fp32"), default="keep")
+    add_source_flags(parser)
+    parser.add_argument(
+        "--quant",
+        choices=QUANTIZATIONS,
+        help="quantization of the frozen weights in training (default: what the adapter says)",
+    )
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the change, default 1.0")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the arithmetic runs")
+    parser.add_argument(
+        "--unmerge", action="store_true", help="take the adapters off a merged --base_model again, last first"
+    )
+    parser.add_argument(
+        "--any_base",
+        action="store_true",
+        help="do not compare the base with the one that the adapter names: merge into another of "
+        "the same shape, or unmerge all the same",
+    )
+    parser.add_argument("--dry_run", action="store_true", help="compute and report everything, write nothing")
+    parser.add_argument(
+        "--read_back", "--verify", action="store_true", help="read the output back and compare each tensor"
+    )
+    return parser
+
+
+def main(argv):
+    """argv -> exit code 0. Raises UserError for whatever cannot be merged, before the output is touched."""
+    args = build_parser().parse_args(argv)
+    check_files(args)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this torch sees no CUDA device; leave --device out to merge on the CPU")
+    if args.scale == 0 or not torch.isfinite(torch.tensor(args.scale)):
+        raise UserError(f"--scale {args.scale}: a finite number other than 0 is due")
+    base = open_base(args.base_model)
+    adapters = [(path, source_of(args, path).read(base.tensors)) for path in args.adapters]
+    options = MergeOptions(args.scale, output_dtype(args.output_dtype), args.quant, args.unmerge, args.device)
+    merge = Merge(base, adapters, options)
+    if not args.any_base:
+        (check_unmerge if args.unmerge else check_fingerprints)(base, adapters)
+    print_head(args, base, adapters)
+    del base  # its pages would stay resident
+    keep_freed_memory()  # bands are computed in temporaries of the same few sizes
+    reports = []
+    outputs = merge.bands(stream_tensors(args.base_model), reports.append)
+    if args.dry_run:
+        for _ in outputs:
+            pass
+    else:
+        check_space(args.output, merge.specs)
+        with atomic_write(args.output) as temporary:
+            write_pth(temporary, merge.specs, outputs)
+    print_reports(reports, merge.specs)
+    if args.dry_run:
+        print("dry run: nothing was written")
+        return 0
+    if args.read_back:
+        read_back(args.output, merge, args.base_model)
+    print(f"wrote {args.output}: {len(merge.specs)} tensors, {os.path.getsize(args.output):,} bytes")
+    return 0
+
+
+def output_dtype(name):
+    return {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def check_files(args):
+    """Refuse an adapter given twice, and an output that is missing from the flags, no .pth, one of the inputs by any
+    name or link, or cannot be written."""
+    for position, path in enumerate(args.adapters):
+        if any(same_file(path, other) for other in args.adapters[:position]):
+            raise UserError(
+                f"--bone_checkpoint names {path} twice, which would apply it twice; give each adapter once "
+                "(--scale 2 doubles a change)"
+            )
+    if args.dry_run:
+        if args.read_back:
+            raise UserError("--read_back reads the output, and --dry_run writes none; drop one of the two")
+        return
+    if args.output is None:
+        raise UserError("--output is missing: name the merged .pth, or give --dry_run")
+    if Path(args.output).suffix != ".pth":
+        raise UserError(
+            f"--output {args.output}: a name that ends in .pth is due; other formats are made of it by "
+            "rwkv-peft convert"
+        )
+    check_output(
+        "--output",
+        args.output,
+        [
+            ("--base_model", args.base_model),
+            ("--lora_init", args.lora_init),
+            *(("--bone_checkpoint", path) for path in args.adapters),
+        ],
+    )
+
+
+def check_space(output, specs):
+    """Refuse before hours of work what the disk cannot hold."""
+    folder = Path(os.path.realpath(output)).parent
+    while not folder.exists():
+        folder = folder.parent
+    needed = sum(spec.numel * spec.dtype.itemsize for spec in specs.values())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"--output {output} needs {needed:,} bytes, and its disk has {free:,} free; free some space or "
+            "choose another disk"
+        )
+
+
+def print_head(args, base, adapters):
+    dtypes = "/".join(sorted({dtype_name(tensor.dtype) for tensor in base.tensors.values()}))
+    config = base.config
+    print(
+        f"base     {args.base_model}: {base.family.name}, {config.n_layer} layers, {config.n_embd} channels, {dtypes}"
+    )
+    for name, adapter in adapters:
+        metadata, modules, whole = adapter.metadata, adapter.modules(), adapter.whole()
+        parts = [f"{metadata.variant} rank {metadata.rank} on {len(modules)} layers"] if modules else []
+        parts += [f"{len(whole)} whole tensors"] if whole else []
+        origin = "" if metadata.base_fingerprint else f" (from {metadata.source}; it does not name its base)"
+        print(f"adapter  {name}: {', '.join(parts)}{origin}")
+        if metadata.quant != "none" and args.quant != "none":
+            print(
+                f"quant    onto the base as {metadata.quant} keeps it, which is what was trained on; --quant none "
+                "takes the original"
+            )
+    if args.quant == "none" and (lost := quantization_error(base, adapters)):
+        print(
+            "quant    onto the original base, as --quant none says; the base that was trained on differs from it by "
+            f"{lost:.2%}"
+        )
+    if args.unmerge:
+        print(
+            f"unmerge  nothing in these files can tell whether this adapter was merged into {args.base_model}, and "
+            "with which --scale: what comes out is the base only if it was"
+        )
+
+
+def print_reports(reports, specs):
+    """A table of the relative change of each layer, and what the cast lost."""
+    layers = {}
+    for report in reports:
+        _, number, *rest = report.key.split(".") if report.key.startswith("blocks.") else ("", "-", report.key)
+        layers.setdefault(number, {})[".".join(rest).removesuffix(".weight")] = report
+    if not reports:
+        return
+    matrices = {key.split(".", 2)[2].removesuffix(".weight") for key, spec in specs.items() if _is_matrix(key, spec)}
+    columns = [name for name in dict.fromkeys(name for row in layers.values() for name in row) if name in matrices]
+    print("change of each layer, |W' - W| / |W| in percent")
+    print("block  " + "".join(f"{name:>16}" for name in columns) + f"{'other tensors':>16}{'cast lost':>12}")
+    for number, row in layers.items():
+        others = [report.change for name, report in row.items() if name not in columns]
+        other = f"{100 * max(others):.3g} (max)" if others else ""
+        cells = (f"{100 * row[name].change:.3g}" if name in row else "" for name in columns)
+        worst = 100 * max(report.lost for report in row.values())
+        print(f"{number:>5}  " + "".join(f"{cell:>16}" for cell in cells) + f"{other:>16}{worst:>11.2g}%")
+    changed = [report for report in reports if report.change]
+    worst = max(reports, key=lambda report: report.lost)
+    dtype = specs[worst.key].dtype
+    print(
+        f"changed {len(changed)} of {len(specs)} tensors; the cast to {dtype_name(dtype)} lost at most "
+        f"{100 * worst.lost:.2g} % of a change ({worst.key})"
+        + ("; --output_dtype fp32 keeps it" if worst.lost > 0.1 and dtype != torch.float32 else "")
+    )
+
+
+def _is_matrix(key, spec):
+    """Whether a tensor is the weight of a linear layer of a block."""
+    return key.startswith("blocks.") and key.endswith(".weight") and len(spec.shape) == 2
+
+
+def read_back(output, merge, base):
+    """Compare the file on disk with a second computation. Raises UserError where they differ."""
+    written = stream_tensors(output)
+    for key, bands in groupby(merge.bands(stream_tensors(base)), lambda band: band[0]):
+        name, tensor = next(written, (None, None))
+        start, same = 0, name == key and TensorSpec.of(tensor) == merge.specs[key]
+        for _, rows in bands:
+            same = same and torch.equal(tensor[start : start + len(rows)], rows)
+            start += len(rows)
+        if not same:
+            raise UserError(
+                f"{output}: {key} does not read back as it was computed; the disk or the memory is faulty, "
+                "do not use this file"
+            )
+    name = open_base(output).family.name
+    print(f"verified {output}: every tensor reads back as it is computed anew, and the file is a complete {name} model")

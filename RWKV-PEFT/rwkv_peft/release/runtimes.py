@@ -1,0 +1,133 @@
+"""Logits of one token sequence in runtimes that this project did not write.
+
+Each runtime is optional: Runtime.missing says how to install it, Runtime.refuses whether it takes a model at all.
+"""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import io
+import os
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+
+class Runtime(NamedTuple):
+    """How to ask one runtime: package is its name on PyPI, module what it is imported as, form what it reads ("pth", a
+    float32 copy, or "gguf"); refuses(config) is a reason why it cannot take a model, or ""; logits(path, tokens,
+    config) -> (T, V) float32 logits, or log-probabilities where shifted is True."""
+
+    name: str
+    package: str
+    module: str
+    form: str
+    logits: Callable
+    refuses: Callable
+    shifted: bool = False
+
+    def missing(self):
+        """The command that installs what is needed of the runtime and of what writes its files, "" where all is
+        there."""
+        needed = ((self.module, self.package), *((("gguf", "gguf"),) if self.form == "gguf" else ()))
+        packages = [package for module, package in needed if not importlib.util.find_spec(module)]
+        return f"pip install {' '.join(packages)}" if packages else ""
+
+    def version(self):
+        return importlib.metadata.version(self.package)
+
+
+def rwkv_sequence(path, tokens, config):
+    """The `rwkv` package, all tokens in one call."""
+    model = rwkv_model(path)
+    with torch.inference_mode():
+        return model.forward(tokens.tolist(), None, full_output=True)[0].float()
+
+
+def rwkv_tokens(path, tokens, config):
+    """The `rwkv` package, one token at a time."""
+    model, state, rows = rwkv_model(path), None, []
+    with torch.inference_mode():
+        for token in tokens.tolist():
+            logits, state = model.forward([token], state)
+            rows.append(logits.float().clone())
+    return torch.stack(rows)
+
+
+def rwkv_model(path):
+    """The `rwkv` package's model of the .pth at path, in float32 on the CPU."""
+    os.environ["RWKV_V7_ON"] = "0"  # read at import: under "1" the package takes every model for an RWKV-7
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "`torch.jit", FutureWarning
+        )  # which the package uses, and newer torch deprecates
+        from rwkv.model import RWKV
+
+        return RWKV(model=str(path).removesuffix(".pth"), strategy="cpu fp32", verbose=False)
+
+
+def rwkv_simple(path, tokens, config):
+    """The `rwkv-simple` package, which loads strictly, one token at a time: over several it computes with decays of
+    0.005 at the least, whatever the model says."""
+    from rwkv_simple import RWKV
+
+    model = RWKV(
+        config.n_embd,
+        d_head=config.head_size,
+        expand=config.dim_ffn / config.n_embd,
+        n_layer=config.n_layer,
+        vocab_size=config.vocab_size,
+    )
+    model.load_state_dict(torch.load(path, weights_only=True, mmap=True), strict=True)
+    state, rows = None, []
+    with torch.inference_mode():
+        for token in tokens:
+            logits, state = model(token[None, None], state)
+            rows.append(logits[0, 0].float())
+    return torch.stack(rows)
+
+
+def refused_by_rwkv_simple(config):
+    if (config.maa_rank, config.decay_rank, config.head_size) != (32, 64, 64) or config.dim_att != config.n_embd:
+        return "takes head size 64 and low-rank widths 32 and 64 alone"
+    return ""
+
+
+def llama_cpp(path, tokens, config):
+    """llama.cpp through `xllamacpp`: its log-probabilities of the whole vocabulary after the prompt (1, V)."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx, params.n_parallel, params.verbosity, params.warmup = max(2 * len(tokens), 256), 1, -1, False
+    server = xllamacpp.Server(params)
+    answer = server.handle_completions(
+        {
+            "prompt": tokens.tolist(),
+            "n_predict": 1,
+            "n_probs": config.vocab_size,
+            "temperature": 0.0,
+            "cache_prompt": False,
+        }
+    )
+    found = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    row = torch.full((config.vocab_size,), float("nan"))
+    for entry in found:
+        row[entry["id"]] = entry["logprob"]
+    return row[None]
+
+
+def takes_all(config):
+    return ""
+
+
+def all_runtimes():
+    """Every runtime that can be asked, in the order of the table."""
+    return (
+        Runtime("rwkv, sequence", "rwkv", "rwkv", "pth", rwkv_sequence, takes_all),
+        Runtime("rwkv, token by token", "rwkv", "rwkv", "pth", rwkv_tokens, takes_all),
+        Runtime("rwkv-simple", "rwkv-simple", "rwkv_simple", "pth", rwkv_simple, refused_by_rwkv_simple),
+        Runtime("llama.cpp", "xllamacpp", "xllamacpp", "gguf", llama_cpp, takes_all, shifted=True),
+    )

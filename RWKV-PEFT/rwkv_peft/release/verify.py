@@ -1,0 +1,152 @@
+"""Does every installed runtime compute what the file says? `rwkv-peft verify merged.pth [--base base.pth]`
+
+Feeds one random token sequence to our model in float64 and to each runtime, and prints the largest differences of
+their logits. Runtimes read a float32 copy of the file, so that their arithmetic is judged and not its dtype; llama.cpp
+reads GGUF files of each type asked for. Needs memory for the model in float64.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..cli import Parser
+from ..errors import UserError
+from ..files.base import open_base
+from ..files.pth_writer import TensorSpec, write_pth
+from ..models.state import is_time_state
+from .formats import vocabulary
+from .gguf import TYPES, write_gguf
+from .logits import random_tokens, reference_logits
+from .runtimes import all_runtimes
+
+# How far a format's logits may be from the reference, relative to the logits' spread (standard deviation).
+LIMITS = (("fp32", 1e-4), ("f32", 1e-3), ("f16", 2e-2), ("bf16", 1e-1), ("q8_0", 3e-1))
+
+
+class Row(NamedTuple):
+    """One line of the table; difference is None where the runtime was not asked or broke, and note says why."""
+
+    runtime: str
+    version: str
+    form: str
+    difference: float | None
+    limit: float | None
+    note: str
+    broke: bool = False
+
+    @property
+    def failed(self):
+        return self.broke or (self.difference is not None and not self.difference <= self.limit)
+
+
+def build_parser():
+    parser = Parser(prog="rwkv-peft verify", description=__doc__.split("\n\n")[1])
+    parser.add_argument("model", help="the .pth to verify")
+    parser.add_argument("--base", metavar="PTH", help="also require the keys, order, shapes and dtypes of this base")
+    parser.add_argument("--tokens", type=int, default=50, help="length of the sequence (default 50)")
+    parser.add_argument(
+        "--gguf_types",
+        nargs="*",
+        choices=TYPES,
+        default=["f32", "f16"],
+        help="types of GGUF for llama.cpp (default f32 f16; none: leave it out)",
+    )
+    return parser
+
+
+def main(argv):
+    """Print the table; 0 where all is well, 1 where a runtime disagrees or breaks. Raises UserError for an unusable
+    file."""
+    args = build_parser().parse_args(argv)
+    if args.tokens < 1:
+        raise UserError(f"--tokens {args.tokens}: at least one is needed")
+    model = open_base(args.model)
+    if args.base:
+        compare_structure(model, open_base(args.base))
+        print(f"{args.model} has the keys, order, shapes and dtypes of {args.base}")
+    rows = verify(model, args.tokens, tuple(args.gguf_types))
+    print_table(rows)
+    if not any(row.broke or row.difference is not None for row in rows):
+        raise UserError("no runtime was asked, for the reasons above; pip install rwkv rwkv-simple xllamacpp gguf")
+    return int(any(row.failed for row in rows))
+
+
+def compare_structure(model, base):
+    """Raise UserError unless two Bases agree in all but their values (and time states that were added)."""
+    added = [key for key in model.tensors if key not in base.tensors]
+    own = [key for key in model.tensors if not (key in added and is_time_state(key))]
+    if own != list(base.tensors):
+        odd = sorted(set(own) ^ set(base.tensors)) or ["their order"]
+        raise UserError(f"{model.path} and {base.path} differ in {len(odd)} keys, such as {odd[0]}")
+    for key, tensor in base.tensors.items():
+        found = model.tensors[key]
+        if found.shape != tensor.shape or found.dtype != tensor.dtype:
+            raise UserError(
+                f"{model.path}: {key} is {tuple(found.shape)} {found.dtype}, in {base.path} "
+                f"{tuple(tensor.shape)} {tensor.dtype}"
+            )
+
+
+def verify(model, length=50, gguf_types=("f32", "f16")):
+    """The table's rows for a Base."""
+    config = model.config
+    tokens = random_tokens(config.vocab_size, length)
+    reference = reference_logits(model, tokens)
+    stateful = any(is_time_state(key) for key in model.tensors)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for runtime in all_runtimes():
+            without = "takes no initial state" if stateful and runtime.package != "rwkv" else ""
+            reason = runtime.missing() or runtime.refuses(config) or without
+            for form in ("fp32",) if runtime.form == "pth" else gguf_types:
+                if reason:
+                    rows.append(Row(runtime.name, "", form, None, None, f"not asked: {reason}"))
+                else:
+                    path = written(Path(folder), form, model)
+                    rows.append(ask(runtime, path, form, tokens, config, reference))
+    return rows
+
+
+def ask(runtime, path, form, tokens, config, reference):
+    """The Row of one runtime that reads the file at path; whatever it raises is told in the row, so that the others are
+    asked all the same."""
+    try:
+        logits = runtime.logits(path, tokens, config)
+        return Row(runtime.name, runtime.version(), form, *judge(logits, reference, form, runtime.shifted), "")
+    except Exception as error:
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        return Row(runtime.name, "", form, None, None, f"failed: {words[:200]}", broke=True)
+
+
+def written(folder, form, model):
+    """Path of a Base as fp32 .pth or as GGUF of a type, written at the first demand."""
+    path = folder / (f"{form}.pth" if form == "fp32" else f"{form}.gguf")
+    if path.exists():
+        return path
+    if form == "fp32":
+        specs = {key: TensorSpec.of(tensor, torch.float32) for key, tensor in model.tensors.items()}
+        write_pth(path, specs, ((key, tensor.float()) for key, tensor in model.tensors.items()))
+    else:
+        write_gguf(path, model, form, vocabulary(model.config.vocab_size))
+    return path
+
+
+def judge(logits, reference, form, shifted):
+    """(largest absolute difference, largest allowed); log-probabilities are compared for the last positions that a
+    runtime gives. A NaN counts as an infinite difference."""
+    if shifted:
+        reference = reference.log_softmax(-1)[-len(logits) :]
+    difference = (logits.double() - reference).abs().max().item()
+    limit = dict(LIMITS)[form] * reference.std().item()
+    return (float("inf") if difference != difference else difference), limit
+
+
+def print_table(rows):
+    print(f"| {'runtime':<22} | {'version':<16} | {'format':<6} | max difference | allowed |")
+    print(f"|{'-' * 24}|{'-' * 18}|{'-' * 8}|{'-' * 16}|{'-' * 9}|")
+    for row in rows:
+        found = row.note if row.note else f"{row.difference:14.1e}"
+        limit = "" if row.limit is None else f"{row.limit:7.1e}" + ("  FAILED" if row.failed else "")
+        print(f"| {row.runtime:<22} | {row.version:<16} | {row.form:<6} | {found:<14} | {limit:<7} |")

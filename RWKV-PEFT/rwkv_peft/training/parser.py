@@ -1,0 +1,128 @@
+"""The parser of train.py, made of the settings' own fields (config.py), and their table as Markdown.
+
+python -m rwkv_peft.training.parser > docs/train_flags.md
+"""
+
+from dataclasses import fields
+
+from ..adapters.methods import CHOICES
+from ..cli import HelpFormatter, Parser, count, positive, switch
+from ..config import AdapterConfig, DataConfig, TrainConfig
+from ..data.masks import LOSS_MASKS
+from ..data.sources import DATALOADS
+from ..models import FAMILIES
+from .adapter_flags import add_json_flags
+from .legacy import add_legacy_flags
+from .schedule import SCHEDULES
+
+# what a flag may be given, where another module's table says it
+CHOICES_OF = (("peft", CHOICES), ("dataload", DATALOADS), ("loss_mask", LOSS_MASKS), ("lr_schedule", SCHEDULES))
+DIMENSIONS = (
+    ("n_layer", "blocks"),
+    ("n_embd", "channels"),
+    ("vocab_size", "vocabulary"),
+    ("dim_att", "attention channels (new model: n_embd)"),
+    ("dim_ffn", "feed-forward channels (new model: 3.5 n_embd, down to a multiple of 32)"),
+    ("head_size", "head size (new model: 64)"),
+)
+HEAD = """# Flags of train.py
+
+Made by `python -m rwkv_peft.training.parser` of the settings in `rwkv_peft/config.py`; `python train.py --help` shows
+the same. An unknown flag is refused with the nearest that exists.
+"""
+
+
+def flag_of(field):
+    """The name of a setting's flag, None where it has none of its own."""
+    return None if field.metadata.get("help") is None else field.metadata["flag"] or field.name
+
+
+def build_parser():
+    """The parser, its flags grouped as --help shows them."""
+    versions = tuple(family.version for family in FAMILIES)
+    names = " or ".join(family.name for family in FAMILIES)
+    parser = Parser(
+        prog="train.py",
+        usage="train.py --load_model PTH --data_file PREFIX [flags]",
+        formatter_class=HelpFormatter,
+        description=f"Train an {names} model, or a Bone adapter on one, on CPU or GPU under DeepSpeed ZeRO.",
+    )
+    model = parser.add_argument_group("model")
+    add_settings(model, TrainConfig, "model")
+    model.add_argument(
+        "--model_version",
+        "--my_testing",
+        "--rwkv_version",
+        default=versions[0],
+        choices=versions,
+        help="architecture of a new model; that of a base is in its file",
+    )
+    for name, text in DIMENSIONS:
+        flags = ["--head_size", "--head_size_a"] if name == "head_size" else [f"--{name}"]
+        # RWKV-PEFT's scripts write 0 for widths that follow from others
+        model.add_argument(*flags, type=count if name in ("dim_att", "dim_ffn") else positive, default=None, help=text)
+    adapter = parser.add_argument_group("adapter")
+    add_settings(adapter, AdapterConfig)
+    add_json_flags(adapter)
+    data = parser.add_argument_group("data")
+    add_settings(data, DataConfig)
+    data.add_argument(
+        "--data_shuffle",
+        type=switch,
+        default=True,
+        metavar="0|1",
+        help="0: samples come in the order of the file, in every epoch",
+    )
+    for group in ("validation", "run", "optimizer", "machine"):
+        add_settings(parser.add_argument_group(group), TrainConfig, group)
+    add_legacy_flags(parser)
+    return parser
+
+
+def add_settings(parser, config, group=""):
+    """Add the flags of a settings dataclass, those of one group, to a parser."""
+    for field in fields(config):
+        flag = flag_of(field)
+        if flag is None or field.metadata["group"] != group:
+            continue
+        options = dict(field.metadata["options"])
+        if flag in dict(CHOICES_OF):
+            options["choices"] = dict(CHOICES_OF)[flag]
+        if "required" not in options:
+            many = options.get("nargs") in ("*", "+")
+            options["default"] = None if field.metadata["unset"] else list(field.default) if many else field.default
+        parser.add_argument(f"--{flag}", help=field.metadata["help"], **options)
+
+
+def settings_of(args, config, **others):
+    """A settings dataclass from parsed flags: others say what is not simply a flag's value; a flag that was not given
+    leaves the field's default."""
+    values = {}
+    for field in fields(config):
+        value = getattr(args, flag_of(field), None) if flag_of(field) else None
+        if value is not None:
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+    return config(**values | others)
+
+
+def table():
+    """Every flag with its default and help, as Markdown."""
+    lines = [HEAD]
+    for group in build_parser()._action_groups:
+        actions = [action for action in group._group_actions if action.dest != "help"]
+        if not actions:
+            continue
+        lines += [f"## {group.title}", "", "| flag | default | what it does |", "|---|---|---|"]
+        for action in actions:
+            names = ", ".join(f"`{name}`" for name in action.option_strings)
+            shown = action.default not in (None, "", False, []) and action.nargs != 0
+            default = f"`{int(action.default) if action.default is True else action.default}`" if shown else ""
+            choices = f" ({', '.join(map(str, action.choices))})" if action.choices and not action.metavar else ""
+            text = f"{action.help}{choices}".replace("|", "\\|")
+            lines.append(f"| {names} | {default} | {text} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table(), end="")

@@ -1,0 +1,12 @@
+"""What tests ask of an adapter layer."""
+
+
+def tensors_of(layer):
+    """What an adapter file holds of a layer: name -> tensor."""
+    return {name: getattr(layer, name) for name in (*layer.method.parameters, *layer.method.constants)}
+
+
+def merged_weight(layer):
+    """The weight of the plain linear layer that equals this one: (out, in) float32."""
+    params = {name: tensor.detach() for name, tensor in tensors_of(layer).items()}
+    return layer.method.merged_with(layer.base_weight().detach(), params, layer.scale)

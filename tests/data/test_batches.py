@@ -1,0 +1,140 @@
+"""One global cursor: the same optimizer step for every split, exact to resume."""
+
+import subprocess
+import sys
+import threading
+from itertools import islice
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rwkv_peft.data.batches import TrainBatches, collate, read_ahead
+
+
+class Numbered:
+    """`size` samples a epoch; sample n holds n + 1, in a row of a length of its own."""
+
+    def __init__(self, size):
+        self.size, self.notes = size, ["numbered"]
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, n):
+        length = 1 + n % 5
+        return torch.full((length + 1,), n + 1), torch.arange(length) % 2 == 0
+
+    def count(self, n):
+        return (1 + n % 5 + 1) // 2
+
+
+def rows_of(batch):
+    return [int(row[0]) - 1 for row in batch["tokens"]]
+
+
+def step(samples, micro_bsz, world_size, accumulate, cursor=0):
+    """The samples of one optimizer step, by reading it on every rank, and each micro batch's step_count."""
+    rows, counts, counted = [], set(), 0
+    for rank in range(world_size):
+        batches = TrainBatches(samples, micro_bsz, rank, world_size, accumulate, samples_seen=cursor)
+        for batch in islice(batches, accumulate):
+            rows += rows_of(batch)
+            counts.add(batch["step_count"])
+            counted += int(batch["mask"].sum())
+    assert counts == {counted}
+    return sorted(rows)
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 50))
+@settings(max_examples=25, deadline=None)
+def test_every_split_of_a_step_reads_what_one_process_would(micro_bsz, world_size, accumulate, cursor):
+    total = micro_bsz * world_size * accumulate
+    assert step(Numbered(7), micro_bsz, world_size, accumulate, cursor) == list(range(cursor, cursor + total))
+
+
+def test_micro_batches_lie_rank_by_rank():
+    batches = TrainBatches(Numbered(100), 2, rank=1, world_size=3, accumulate=2)
+    assert [rows_of(batch) for batch in islice(batches, 4)] == [[2, 3], [8, 9], [14, 15], [20, 21]]
+
+
+@given(st.integers(0, 9), st.integers(1, 3), st.integers(1, 3))
+@settings(max_examples=20, deadline=None)
+def test_resume_goes_on_at_the_next_step(done, micro_bsz, accumulate):
+    whole = list(islice(TrainBatches(Numbered(10), micro_bsz, accumulate=accumulate), 12 * accumulate))
+    first = TrainBatches(Numbered(10), micro_bsz, accumulate=accumulate)
+    list(islice(first, done * accumulate))
+    assert first.samples_seen == done * micro_bsz * accumulate
+    second = TrainBatches(Numbered(10), micro_bsz, accumulate=accumulate, samples_seen=first.samples_seen)
+    for batch, expected in zip(islice(second, (12 - done) * accumulate), whole[done * accumulate :]):
+        assert all(torch.equal(batch[name], expected[name]) for name in ("tokens", "targets", "mask"))
+
+
+def test_the_cursor_counts_what_was_handed_out_not_what_was_read_ahead():
+    batches = TrainBatches(Numbered(100), 2, accumulate=2, read_ahead=8)
+    iterator = iter(batches)
+    next(iterator)
+    assert batches.samples_seen == 0  # a step half done begins again
+    batch = next(iterator)
+    assert batches.samples_seen == 4 == batch["samples_seen"]
+    iterator.close()
+
+
+def test_resume_with_another_split_goes_on_at_the_next_sample():
+    first = TrainBatches(Numbered(50), 2, accumulate=3)
+    list(islice(first, 3))
+    rows = [
+        row
+        for rank in (0, 1)
+        for row in rows_of(next(iter(TrainBatches(Numbered(50), 5, rank, 2, samples_seen=first.samples_seen))))
+    ]
+    assert rows == list(range(6, 16))
+
+
+def test_few_samples_work_and_say_so():
+    batches = TrainBatches(Numbered(3), 4, accumulate=2)
+    assert rows_of(next(iter(batches))) == [0, 1, 2, 3]
+    assert batches.notes[0] == "numbered" and "8 samples and the data has 3" in batches.notes[1]
+    assert TrainBatches(Numbered(8), 4, accumulate=2).notes == ["numbered"]
+
+
+def test_rows_are_padded_to_the_longest_and_padding_never_counts():
+    batch = collate(
+        [(torch.tensor([5, 6, 7]), torch.tensor([False, True])), (torch.tensor([8, 9]), torch.tensor([True]))]
+    )
+    assert batch["tokens"].tolist() == [[5, 6], [8, 0]]
+    assert batch["targets"].tolist() == [[6, 7], [9, 0]]
+    assert batch["mask"].tolist() == [[False, True], [True, False]]
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+def test_reading_ahead_passes_on_items_the_end_and_errors(depth):
+    assert list(read_ahead(iter("abc"), depth)) == list("abc")
+
+    def failing():
+        yield 1
+        raise KeyError("broken")
+
+    iterator = read_ahead(failing(), depth)
+    assert next(iterator) == 1
+    with pytest.raises(KeyError, match="broken"):
+        next(iterator)
+
+
+def test_a_reader_that_is_left_stops_its_thread():
+    before = threading.active_count()
+    iterator = iter(TrainBatches(Numbered(5), 1))
+    next(iterator)
+    assert threading.active_count() == before + 1
+    iterator.close()
+    assert threading.active_count() == before
+
+
+def test_a_reader_that_is_forgotten_does_not_hold_up_the_interpreter():
+    program = (
+        "from itertools import count\nfrom rwkv_peft.data.batches import read_ahead\n"
+        "iterator = read_ahead(count(), 2)\nprint(next(iterator))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "0\n", "")

@@ -1,0 +1,152 @@
+"""The check tells a merged model that says what base plus adapter say from one that does not."""
+
+import pytest
+import torch
+
+from rwkv_peft.adapters.inject import inject
+from rwkv_peft.adapters.methods import adapter_parameter
+from rwkv_peft.config import AdapterConfig
+from rwkv_peft.errors import UserError
+from rwkv_peft.files.adapter_file import Adapter, AdapterMetadata, save_adapter
+from rwkv_peft.files.adapters import read_adapter
+from rwkv_peft.files.base import base_of, open_base, save_model
+from rwkv_peft.models import family_named
+from rwkv_peft.models.rwkv6.model import RWKV6
+from rwkv_peft.release import merge_command as merge_cli
+from rwkv_peft.release.check import adapter_config, main
+from rwkv_peft.release.logits import Difference
+from rwkv_peft.release.merge import merged_tensors
+
+pytest.importorskip("rwkv")
+
+
+def make_files(folder, state, **settings):
+    """A base, an adapter of random values on it, and the two merged; the paths of the three files."""
+    config = AdapterConfig(rank=8, **settings)
+    model = RWKV6(base_of(state).config)
+    model.load_state_dict(state)
+    inject(model, config, family=family_named("x060"))
+    torch.manual_seed(0)
+    tensors = {name: 0.05 * torch.randn_like(p) for name, p in model.named_parameters() if p.requires_grad}
+    base, adapter, merged = folder / "base.pth", folder / "adapter.safetensors", folder / "merged.pth"
+    save_model(base, state)
+    save_adapter(adapter, tensors, AdapterMetadata.from_config(config))
+    save_model(merged, merged_tensors(open_base(base), [("adapter", read_adapter(adapter))]))
+    return base, adapter, merged
+
+
+def read_metadata(config):
+    """An Adapter without tensors, as its file would describe it."""
+    return Adapter({}, AdapterMetadata.from_config(config))
+
+
+def check(base, adapter, merged):
+    return main(["--base_model", str(base), "--bone_checkpoint", str(adapter), "--merged", str(merged)])
+
+
+@pytest.mark.parametrize("mode", ["bat-in", "bat-out", "bone"])
+def test_a_true_merge_passes(tmp_path, tiny_state, capsys, mode):
+    assert check(*make_files(tmp_path, tiny_state(), mode=mode)) == 0
+    assert "MORE THAN" not in capsys.readouterr().out
+
+
+def test_the_unmerged_base_does_not_pass_for_the_merge(tmp_path, tiny_state, capsys):
+    base, adapter, _ = make_files(tmp_path, tiny_state())
+    assert check(base, adapter, base) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert "MORE THAN" not in printed[0] and "MORE THAN" in printed[1]
+
+
+def test_logits_that_are_not_finite_do_not_pass(tmp_path, tiny_state):
+    base, adapter, merged = make_files(tmp_path, tiny_state())
+    state = open_base(merged).tensors
+    save_model(merged, state | {"blocks.0.ffn.key.weight": 1e38 * state["blocks.0.ffn.key.weight"]})
+    assert check(base, adapter, merged) == 1
+
+
+def test_adapter_settings_come_back_from_metadata():
+    config = AdapterConfig(method="lora", rank=4, alpha=8.0, targets=("att.key",), train_parts=("ln",))
+    adapter = read_metadata(config)
+    assert adapter_config(adapter, family_named("x060")) == config
+
+
+@pytest.mark.parametrize(
+    "tensors, flags",
+    [
+        ({"blocks.0.att.key.bone": torch.randn(8, 8, 8)}, ["--bone_mode", "bat"]),
+        (
+            {"blocks.0.att.key.lora_A": torch.randn(8, 64), "blocks.0.att.key.lora_B": torch.randn(64, 8)},
+            ["--lora_alpha", "8"],
+        ),
+        ({"blocks.0.att.key.disha": torch.randn(8, 8, 8), "blocks.0.ln1.weight": torch.randn(64)}, []),
+        ({"blocks.0.ln1.weight": torch.randn(64)}, []),
+    ],
+)
+def test_files_of_rwkv_peft_are_compared(tmp_path, tiny_state, tensors, flags):
+    base, adapter, merged = tmp_path / "base.pth", tmp_path / "a.pth", tmp_path / "merged.pth"
+    save_model(base, tiny_state())
+    torch.save({key: 0.05 * tensor for key, tensor in tensors.items()}, adapter)
+    merge_cli.main(["--base_model", str(base), "--bone_checkpoint", str(adapter), "--output", str(merged), *flags])
+    command = ["--base_model", str(base), "--bone_checkpoint", str(adapter), "--merged", str(merged)]
+    assert main([*command, *flags]) == 0
+    if flags:
+        with pytest.raises(UserError, match=f"give {flags[0]}"):
+            main(command)
+
+
+def test_a_model_of_other_dimensions_is_refused(tmp_path, tiny_state):
+    base, adapter, _ = make_files(tmp_path, tiny_state())
+    save_model(tmp_path / "other.pth", tiny_state(vocab_size=300))
+    with pytest.raises(UserError, match="differ in their dimensions"):
+        check(base, adapter, tmp_path / "other.pth")
+
+
+def test_time_states_are_not_compared():
+    with pytest.raises(UserError, match="rwkv-peft verify"):
+        tuned = Adapter({"blocks.0.att.time_state": torch.ones(4, 16, 16)}, AdapterMetadata("none"))
+        adapter_config(tuned, family_named("x060"))
+
+
+def test_an_adapter_on_a_base_that_was_quantized_or_changed_is_compared_on_that(tmp_path, tiny_state, capsys):
+    pytest.importorskip("bitsandbytes")
+    for settings in ({"quant": "nf4"}, {"quant": "int8"}, {"method": "pissa"}, {"method": "olora"}):
+        state = tiny_state(dtype=torch.float16)
+        model = RWKV6(base_of(state).config)
+        model.load_state_dict(state)
+        model.bfloat16()
+        config = AdapterConfig(**{"rank": 8} | settings)
+        inject(model, config, family=family_named("x060"))
+        trained = dict(model.named_parameters()) | dict(model.named_buffers())
+        tensors = {
+            name: t + 0.02 * torch.randn_like(t) * ("init" not in name)
+            for name, t in trained.items()
+            if adapter_parameter(name)
+        }
+        base, adapter, merged = tmp_path / "base.pth", tmp_path / "adapter.safetensors", tmp_path / "merged.pth"
+        save_model(base, state)
+        save_adapter(adapter, tensors, AdapterMetadata.from_config(config, precision="bf16"))
+        assert (
+            merge_cli.main(
+                [
+                    "--base_model",
+                    str(base),
+                    "--bone_checkpoint",
+                    str(adapter),
+                    "--output",
+                    str(merged),
+                    "--output_dtype",
+                    "fp32",
+                ]
+            )
+            == 0
+        )
+        assert check(base, adapter, merged) == 0
+        printed = capsys.readouterr().out
+        assert ("onto the base as" in printed) == ("quant" in settings)
+        assert float(printed.split("adapter on: relative difference ")[1].split(",")[0]) < 1e-5, settings
+
+
+def test_difference_is_relative():
+    reference = torch.tensor([[3.0, 4.0]])
+    assert Difference.between(reference * 1.1, reference).relative == pytest.approx(0.1)
+    assert Difference.between(reference, reference) == (0.0, 1.0)

@@ -1,0 +1,266 @@
+"""Conversions: round trips are bitwise, layouts are what each format wants, nothing is lost in silence."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from rwkv_peft.errors import UserError
+from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
+from rwkv_peft.files.adapters import read_adapter
+from rwkv_peft.files.base import base_of, open_base, save_model
+from rwkv_peft.files.pth_writer import TensorSpec
+from rwkv_peft.files.safetensors_file import write_safetensors
+from rwkv_peft.models.rwkv6.names import from_hf, from_web, to_hf, to_web
+from rwkv_peft.release.convert import main
+from rwkv_peft.release.formats import vocabulary
+from rwkv_peft.release.gguf import write_gguf
+
+
+def convert(*words):
+    assert main([str(word) for word in words]) == 0
+
+
+def same(left, right):
+    return list(left) == list(right) and all(
+        left[key].dtype == right[key].dtype and torch.equal(left[key], right[key]) for key in left
+    )
+
+
+@pytest.fixture
+def model(tmp_path, tiny_state):
+    """Path of a bfloat16 model and its state dict."""
+    state = tiny_state(dtype=torch.bfloat16)
+    save_model(tmp_path / "model.pth", state)
+    return tmp_path / "model.pth", state
+
+
+def test_names_of_other_formats_are_undone(tiny_state):
+    for key in [*tiny_state(), "blocks.1.att.time_state"]:
+        assert from_hf(to_hf(key)) == key and from_web(to_web(key)) == key
+    assert to_web("blocks.0.att.time_faaaa") == "blocks.0.att.time_first"
+    assert to_web("blocks.0.ffn.time_maa_k") == "blocks.0.ffn.time_mix_k"
+    assert to_hf("blocks.0.ln0.weight") == "rwkv.blocks.0.pre_ln.weight" and to_hf("head.weight") == "head.weight"
+    assert to_hf("emb.weight") == "rwkv.embeddings.weight"
+
+
+@pytest.mark.parametrize("ending", ["st", "safetensors"])
+@pytest.mark.parametrize("dtype", ["keep", "fp32"])
+def test_safetensors_there_and_back_is_bitwise(tmp_path, model, ending, dtype):
+    path, state = model
+    convert(path, tmp_path / f"m.{ending}", "--dtype", dtype)
+    convert(tmp_path / f"m.{ending}", tmp_path / "back.pth", "--dtype", "bf16")
+    assert same(open_base(tmp_path / "back.pth").tensors, state)
+
+
+def test_safetensors_has_the_layout_of_web_rwkv(tmp_path, model):
+    path, state = model
+    convert(path, tmp_path / "m.st")
+    with safe_open(tmp_path / "m.st", framework="pt") as file:
+        assert {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118 == {torch.float16}
+        for official, other in (("time_maa_w1", "time_mix_w1"), ("time_maa_w2", "time_mix_w2"), ("time_decay_w1",) * 2):
+            expected = state[f"blocks.1.att.{official}"].transpose(-1, -2).half()
+            assert torch.equal(file.get_tensor(f"blocks.1.att.{other}"), expected)
+        assert torch.equal(file.get_tensor("blocks.0.att.time_first"), state["blocks.0.att.time_faaaa"].half())
+        assert torch.equal(file.get_tensor("blocks.0.att.key.weight"), state["blocks.0.att.key.weight"].half())
+
+
+def test_a_streamed_safetensors_is_read_by_its_library(tmp_path):
+    tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.ones(3).half(), "t": torch.randn(4, 2).bfloat16().T}
+    write_safetensors(
+        tmp_path / "s", {key: TensorSpec.of(t) for key, t in tensors.items()}, tensors.items(), {"note": "x"}
+    )
+    with safe_open(tmp_path / "s", framework="pt") as file:
+        assert file.metadata() == {"note": "x"}
+        assert all(torch.equal(file.get_tensor(key), tensor) for key, tensor in tensors.items())
+
+
+def test_values_that_the_target_cannot_hold_are_refused(tmp_path, tiny_state):
+    state = tiny_state()
+    state["head.weight"][3, 3] = 1e6
+    save_model(tmp_path / "model.pth", state)
+    with pytest.raises(UserError, match="head.weight holds NaN, Inf or values beyond torch.float16"):
+        convert(tmp_path / "model.pth", tmp_path / "m.st")
+    assert os.listdir(tmp_path) == ["model.pth"]
+
+
+def test_hugging_face_folder_there_and_back_is_bitwise(tmp_path, model):
+    path, state = model
+    convert(path, tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "back.pth")
+    assert same(open_base(tmp_path / "back.pth").tensors, state)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (config["hidden_size"], config["head_size"], config["intermediate_size"]) == (64, 16, 96)
+    assert config["rescale_every"] == 0 and config["vocab_size"] == 80
+    assert len((tmp_path / "hf" / "rwkv_vocab_v20230424.txt").read_bytes().splitlines()) == 79  # token 0 has no line
+
+
+def test_time_states_swap_both_ways(tmp_path):
+    states = {f"blocks.{i}.att.time_state": torch.randn(2, 8, 8) for i in range(3)}
+    save_model(tmp_path / "s.pth", states)
+    convert(tmp_path / "s.pth", tmp_path / "s.state")
+    with safe_open(tmp_path / "s.state", framework="pt") as file:
+        assert torch.equal(
+            file.get_tensor("blocks.2.att.time_state"), states["blocks.2.att.time_state"].transpose(1, 2)
+        )
+    convert(tmp_path / "s.state", tmp_path / "back.pth")
+    assert same(dict(sorted(torch.load(tmp_path / "back.pth", weights_only=True).items())), states)
+
+
+@pytest.mark.parametrize(
+    "states, message",
+    [
+        ({0: torch.zeros(2, 8, 8), 2: torch.zeros(2, 8, 8)}, "2 time states and no blocks.1.att.time_state"),
+        ({0: torch.zeros(2, 8, 8), 1: torch.zeros(2, 4, 4)}, r"blocks.1.att.time_state has shape \(2, 4, 4\)"),
+        ({0: torch.zeros(2, 4, 8)}, "head size, head size"),
+        ({0: torch.zeros(8, 8)}, "head size, head size"),
+        ({0: torch.tensor(0.0)}, "head size, head size"),
+        ({0: torch.zeros(2, 8, 8, dtype=torch.int64)}, "int64; bfloat16, float16 or float32 is due"),
+    ],
+)
+def test_time_states_that_fit_no_model_are_refused(tmp_path, states, message):
+    torch.save({f"blocks.{i}.att.time_state": tensor for i, tensor in states.items()}, tmp_path / "s.pth")
+    with pytest.raises(UserError, match=message):
+        convert(tmp_path / "s.pth", tmp_path / "s.st")
+    assert os.listdir(tmp_path) == ["s.pth"]
+
+
+def test_a_file_without_tensors_is_refused(tmp_path):
+    write_safetensors(tmp_path / "none.safetensors", {}, [])
+    with pytest.raises(UserError, match="none.safetensors holds no tensor"):
+        convert(tmp_path / "none.safetensors", tmp_path / "x.pth")
+
+
+def test_8_bit_floats_are_refused(tmp_path):
+    save_file({"head.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn)}, tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match="m.safetensors: head.weight is float8_e4m3fn"):
+        convert(tmp_path / "m.safetensors", tmp_path / "m.pth")
+
+
+@pytest.mark.parametrize("kind, exact", [("f32", True), ("bf16", True), ("f16", False), ("q8_0", False)])
+def test_gguf_holds_the_weights(tmp_path, tiny_state, kind, exact):
+    gguf = pytest.importorskip("gguf")
+    state = tiny_state(dtype=torch.bfloat16)
+    write_gguf(tmp_path / "m.gguf", base_of(state), kind, vocabulary(80))
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    found = {
+        tensor.name: torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        for tensor in reader.tensors
+    }
+
+    def check(name, expected, error):
+        assert found[name].flatten().numel() == expected.numel()
+        torch.testing.assert_close(found[name].reshape(expected.shape), expected.float(), rtol=error, atol=error)
+
+    loose = 0 if exact else 2e-2
+    check("blk.1.channel_mix_value.weight", state["blocks.1.ffn.value.weight"], loose)
+    check("token_embd.weight", state["emb.weight"], loose)
+    check("blk.0.time_mix_w1.weight", state["blocks.0.att.time_maa_w1"].T, 0)
+    check("blk.0.time_mix_w2.weight", state["blocks.0.att.time_maa_w2"].permute(0, 2, 1), 0)
+    check("blk.0.time_mix_lerp_fused.weight", torch.stack([state[f"blocks.0.att.time_maa_{x}"] for x in "wkvrg"]), 0)
+    assert len(found) == len(state) - 4 * 2  # five lerps of each of two layers became one
+    fields = reader.fields
+    assert fields["rwkv6.rescale_every_n_layers"].contents() == 0
+    assert fields["rwkv6.wkv.head_size"].contents() == 16
+    assert len(fields["tokenizer.ggml.tokens"].contents()) == 80
+
+
+def test_gguf_refuses_time_states(tmp_path, tiny_state):
+    pytest.importorskip("gguf")
+    state = tiny_state()
+    save_model(tmp_path / "m.pth", state | {f"blocks.{i}.att.time_state": torch.zeros(4, 16, 16) for i in range(2)})
+    with pytest.raises(UserError, match="no place for initial states"):
+        convert(tmp_path / "m.pth", tmp_path / "m.gguf")
+    assert os.listdir(tmp_path) == ["m.pth"]
+
+
+def test_adapters_go_to_rwkv_peft_and_back(tmp_path):
+    tensors = {"blocks.0.att.key.bone": torch.randn(4, 16, 16)}
+    save_adapter(tmp_path / "a.safetensors", tensors, AdapterMetadata("bat-in", rank=16))
+    convert(tmp_path / "a.safetensors", tmp_path / "flat.pth")
+    assert list(torch.load(tmp_path / "flat.pth", weights_only=True)) == ["blocks.0.att.key.disha"]
+    convert(tmp_path / "flat.pth", tmp_path / "back.safetensors")
+    back = read_adapter(tmp_path / "back.safetensors")
+    assert back.metadata.variant == "bat-in" and same(back.tensors, tensors)
+    convert(tmp_path / "a.safetensors", tmp_path / "old.pth", "--bone_parameter", "bone")
+    with pytest.raises(UserError, match="--bone_mode"):
+        convert(tmp_path / "old.pth", tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="cannot hold"):
+        convert(tmp_path / "a.safetensors", tmp_path / "a.gguf")
+
+
+def test_a_lora_export_tells_its_alpha_and_a_pissa_export_its_init_file(tmp_path, capsys):
+    factors = {"blocks.0.att.key.lora_A": torch.randn(4, 64), "blocks.0.att.key.lora_B": torch.randn(64, 4)}
+    initial = {key.replace(".lora_", ".init_lora_"): tensor for key, tensor in factors.items()}
+    for variant, tensors, words in (
+        ("lora", factors, "it is 6; give it"),
+        ("olora", factors | initial, "init_olora.pth as the init file"),
+    ):
+        save_adapter(tmp_path / "a.safetensors", tensors, AdapterMetadata(variant, rank=4, scale=1.5))
+        convert(tmp_path / "a.safetensors", tmp_path / f"{variant}.pth")
+        assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "source, flag, output",
+    [
+        ("flat.pth", "--base_model", "model.pth"),
+        ("flat.pth", "--base_model", "link.pth"),
+        ("pissa.pth", "--lora_init", "init.pth"),
+        ("hf/model.safetensors", None, "hf"),
+        ("hf", None, "hf/model.safetensors"),
+    ],
+)
+def test_no_input_is_overwritten(tmp_path, model, source, flag, output):
+    path, _ = model
+    (tmp_path / "link.pth").symlink_to(path)
+    convert(path, tmp_path / "hf")
+    torch.save({"blocks.0.att.key.bone": torch.randn(4, 16, 16)}, tmp_path / "flat.pth")
+    factors = {"lora_A": torch.randn(4, 64), "lora_B": torch.randn(64, 4)}
+    torch.save({f"blocks.0.att.key.{name}": tensor for name, tensor in factors.items()}, tmp_path / "pissa.pth")
+    torch.save({f"blocks.0.att.key.init_{name}": tensor for name, tensor in factors.items()}, tmp_path / "init.pth")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with pytest.raises(UserError, match=f"is the file given as {flag or 'the input'}"):
+        convert(tmp_path / source, tmp_path / output, *((flag, tmp_path / output) if flag else ()))
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("target", ["x.pth", "x.safetensors", "x.st", "x.gguf"])
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"bone": torch.ones(8, 64)},
+        {"disha": torch.ones(8, 64)},
+        {"lora_A": torch.ones(8, 64), "lora_B": torch.ones(64, 8)},
+    ],
+)
+def test_a_model_beside_an_unmerged_adapter_is_refused(tmp_path, model, target, tensors):
+    path, state = model
+    torch.save(state | {f"blocks.0.att.key.{name}": tensor for name, tensor in tensors.items()}, path)
+    with pytest.raises(UserError, match="never merged.*merge_bone.py"):
+        convert(path, tmp_path / target, "--lora_alpha", 8)
+    assert os.listdir(tmp_path) == ["model.pth"]
+
+
+@pytest.mark.parametrize(
+    "source, target, message",
+    [
+        ("model.gguf", "x.pth", "written here and not read"),
+        ("square.pth", "x.safetensors", "give --base_model, whose layers' shapes may tell, or --bone_mode"),
+        ("model.pth", "junk.st/x.st", "a file stands where"),
+        ("none.pth", "x.st", "does not exist"),
+        ("model.pth", "model.pth", "given as the input, which must not be overwritten"),
+        ("model.pth", "x.bin", "names no format"),
+        ("junk.st", "x.pth", "not a readable safetensors"),
+        ("empty", "x.pth", "without .safetensors files"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused(tmp_path, model, source, target, message):
+    (tmp_path / "junk.st").write_bytes(b"junk")
+    (tmp_path / "empty").mkdir()
+    torch.save({"blocks.0.ffn.key.bone": torch.randn(4, 16, 16)}, tmp_path / "square.pth")
+    with pytest.raises(UserError, match=message):
+        convert(tmp_path / source, tmp_path / target)
