@@ -14,7 +14,7 @@ from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.keys import TARGETS
 
 RWKV6 = family_named("x060")
-RESIDUAL = ("pissa", "olora", "lora-ga")
+RESIDUAL = tuple(name for name, method in METHODS.items() if method.residual)
 
 
 class Mix(nn.Module):

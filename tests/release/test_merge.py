@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.adapters.load import load_tensors
-from rwkv_peft.adapters.methods import METHODS
+from rwkv_peft.adapters.methods import METHODS, is_saved
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapter_file import Adapter, AdapterMetadata, save_adapter
@@ -26,28 +26,20 @@ from rwkv_peft.release import merge_command as merge_cli
 from rwkv_peft.release.merge import Merge, MergeOptions, merged_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
-VARIANTS = ("bone", "bone-mini", "bat-in", "bat-out", "lora", "pissa", "olora", "lora-ga")
+VARIANTS = tuple(name for name in METHODS if is_saved(name))
 TARGETS = ("att.key", "att.output", "ffn.key", "ffn.value")
 RANK = 8
 
 
-def params_of(variant, out, inner, rank=RANK, std=0.05, seed=0):
-    """Random tensors of one adapted layer."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape):
-        return std * torch.randn(shape, generator=generator)
-
-    if variant in ("bone", "bone-mini"):
-        return {"bone": random(rank, out if variant == "bone" else 4)}
-    if variant in ("bat-in", "bat-out"):
-        return {"bone": random((inner if variant == "bat-in" else out) // rank, rank, rank)}
-    factors = {"lora_A": random(rank, inner), "lora_B": random(out, rank)}
-    return (
-        factors
-        if variant == "lora"
-        else factors | {"init_lora_A": random(rank, inner), "init_lora_B": random(out, rank)}
-    )
+def params_of(variant, weight, rank=RANK, std=0.05, seed=0):
+    """Random tensors of one adapted layer; constants that its weight tells are what they are."""
+    method, generator = METHODS[variant], torch.Generator().manual_seed(seed)
+    shapes = method.shapes(rank, 4, *weight.shape)
+    params = {
+        name: std * torch.randn(shapes[name], generator=generator) for name in (*method.parameters, *method.constants)
+    }
+    told = {} if method.residual else method.initial_factors(weight, None)
+    return params | told
 
 
 def adapter_of(variant, base, targets=TARGETS, seed=0, **changes):
@@ -58,12 +50,12 @@ def adapter_of(variant, base, targets=TARGETS, seed=0, **changes):
     tensors = {
         f"{module}.{name}": tensor
         for number, module in enumerate(modules)
-        for name, tensor in params_of(variant, *base[f"{module}.weight"].shape, seed=seed + number).items()
+        for name, tensor in params_of(variant, base[f"{module}.weight"], seed=seed + number).items()
     }
     values = {
         "variant": variant,
         "rank": RANK,
-        "scale": 0.5 if "lora" in variant or variant == "pissa" else 1.0,
+        "scale": 0.5 if METHODS[variant].scaled else 1.0,
         "base_fingerprint": fingerprint(base),
     } | changes
     return tensors, AdapterMetadata(**values)
@@ -107,7 +99,7 @@ def test_merged_weights_are_base_plus_delta_cast_once(folder, variant, scale):
             continue
         exact = tensor.double() + scale * METHODS[variant].delta(tensor.double(), params, scale=metadata.scale)
         # residual variants subtract from a base rounded to bfloat16, as training does
-        tolerance = 1e-2 if variant in ("pissa", "olora", "lora-ga") else 1e-5
+        tolerance = 1e-2 if METHODS[variant].residual else 1e-5
         torch.testing.assert_close(merged[key].double(), exact, rtol=tolerance, atol=tolerance)
         assert (merged[key] - tensor.float()).abs().max() > 1e-3
 

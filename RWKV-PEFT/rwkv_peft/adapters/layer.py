@@ -43,7 +43,7 @@ class AdapterLinear(nn.Module):
 
     def forward(self, x):
         """x (..., in) -> (..., out) in x's dtype."""
-        params = {name: getattr(self, name) for name in self.method.parameters}
+        params = {name: getattr(self, name) for name in (*self.method.parameters, *self.method.constants)}
         hidden = {"dropout": self.dropout} if self.dropout and self.training else {}
         return self.method.apply(x, self.base, params, self.bias, scale=self.scale, product=self.product, **hidden)
 

@@ -5,16 +5,30 @@ from types import MappingProxyType
 from .bat_in import BatIn
 from .bat_out import BatOut
 from .bone import Bone, BoneMini
+from .dora import Dora
 from .lora import Lora, LoraPlus
 from .lora_ga import LoraGa
 from .method import Method
 from .olora import Olora
 from .pissa import Pissa
+from .rslora import RsLora
 
 METHODS: MappingProxyType[str, Method] = MappingProxyType(
     {
         method.name: method
-        for method in (Bone(), BoneMini(), BatIn(), BatOut(), Lora(), LoraPlus(), Pissa(), Olora(), LoraGa())
+        for method in (
+            Bone(),
+            BoneMini(),
+            BatIn(),
+            BatOut(),
+            Lora(),
+            LoraPlus(),
+            RsLora(),
+            Dora(),
+            Pissa(),
+            Olora(),
+            LoraGa(),
+        )
     }
 )
 NONE = "none"  # what stands where no layer is adapted: the model itself trains, or whole tensors of it

@@ -1,0 +1,101 @@
+"""DoRA (Liu et al. 2024, arXiv 2402.09353): LoRA turns the rows of the weight, and their lengths train by themselves.
+
+Row o of W' is (1 + gain_o) |W_o| (W + U)_o / |(W + U)_o| with LoRA's update U = scale B A. A gain that starts at zero,
+in place of the paper's magnitude (1 + gain) |W|, keeps its small steps in bfloat16 too. As in the paper (section 4.3),
+the length |(W + U)_o| counts as a constant in the backward pass. It is never read off W + U:
+|W_o + U_o|² = |W_o|² + 2 W_o · U_o + |U_o|², of which W Aᵀ (out, rank) is the only product with the weight.
+"""
+
+import torch
+
+from ..errors import UserError
+from .lora import Lora
+from .method import cast
+from .product import DENSE
+
+
+class Dora(Lora):
+    """LoRA's tensors and `lora_gain` (out,); `lora_row_norm` (out,) holds |W_o|, so that a file says what it began
+    with."""
+
+    name, label, peft = "dora", "dora", "dora"
+    parameters = ("lora_A", "lora_B", "lora_gain")
+    constants = ("lora_row_norm",)
+    idle = ("lora_A", "lora_row_norm")
+
+    def shapes(self, rank, mini_rank, out_features, in_features):
+        rows = (out_features,)
+        return super().shapes(rank, mini_rank, out_features, in_features) | {"lora_gain": rows, "lora_row_norm": rows}
+
+    def initial_factors(self, weight, config, gradient=None):
+        return {"lora_row_norm": weight.detach().float().norm(dim=1)}
+
+    def begin(self, layer, constants):
+        super().begin(layer, constants)
+        norm = constants["lora_row_norm"].to(layer.weight.device, layer.weight.dtype)
+        layer.register_buffer("lora_row_norm", norm, persistent=False)
+
+    def apply(self, x, weight, params, bias=None, *, scale=1.0, dropout=0.0, product=DENSE):
+        y = super().apply(x, weight, params, bias, scale=scale, dropout=dropout, product=product)
+        with torch.no_grad():
+            products = product.forward(params["lora_A"].to(x.dtype), weight).t()  # W Aᵀ (out, r)
+            length = _length(products.float(), *_floats(params), scale)
+        # what is added to y is zero at first, and small: a factor near 1 would lose it in bfloat16
+        change = params["lora_row_norm"].float() * (1 + params["lora_gain"].float()) / length - 1
+        turned = y if bias is None else y - bias.to(y.dtype)
+        return torch.addcmul(y, turned, change.to(y.dtype))
+
+    def delta(self, weight, params, scale=1.0):
+        params = cast(params, weight.dtype)
+        length = _length(weight @ params["lora_A"].t(), *_floats(params, weight.dtype), scale)
+        factor = params["lora_row_norm"] * (1 + params["lora_gain"]) / length
+        return factor[:, None] * (weight + super().delta(weight, params, scale)) - weight
+
+    def merged_with(self, base, params, scale):
+        return base + self.delta(base, params, scale)
+
+    def rows(self, params, start, stop):
+        return {name: tensor if name == "lora_A" else tensor[start:stop] for name, tensor in params.items()}
+
+    def opposite(self, params, scale, amount=1.0):
+        """The params themselves, and how much of their change was merged. Raises UserError where a row's direction was
+        lost."""
+        if (params["lora_gain"] <= -1).any():
+            raise UserError(
+                "a gain of dora is -1 or less, so that merging lost a row's direction; take the base itself"
+            )
+        return params | {"amount": torch.full_like(params["lora_gain"], amount, dtype=torch.float32)}
+
+    def removed(self, weight, opposite, scale):
+        """W' = (1 - a) W + a f (W + U) for a row's factor f, an amount a: W = (W' - a f U) / (1 - a + a f), whose
+        length is known, which leaves a quadratic equation for f. Raises UserError where it has no solution above 0."""
+        params = cast(opposite, weight.dtype)
+        update, a = super().delta(weight, params, scale), params["amount"]
+        squared = params["lora_row_norm"].square()
+        rest = squared - update.square().sum(1)
+        if (rest <= 0).any():
+            raise UserError(
+                "an update of dora is as long as a row of the base, and has no inverse; take the base itself"
+            )
+        half = squared * (1 - a) + (weight * update).sum(1)
+        last = squared * (1 - a).square() - weight.square().sum(1)
+        factor = ((half.square() - rest * last).sqrt() - half) / (a * rest)
+        return (weight - (a * factor)[:, None] * update) / (1 - a + a * factor)[:, None]
+
+    def for_rwkv_peft(self, module, params, scale, weight):
+        raise UserError("RWKV-PEFT has no dora; merge the adapter with merge_bone.py instead")
+
+    def remark_for_rwkv_peft(self, rank, scale):
+        return ""
+
+
+def _floats(params, dtype=torch.float32):
+    return tuple(params[name].to(dtype) for name in ("lora_A", "lora_B", "lora_row_norm"))
+
+
+def _length(products, lora_A, lora_B, row_norm, scale):
+    """|W_o + U_o| (out,) from W Aᵀ (out, r), A (r, in), B (out, r) and |W_o|."""
+    along = (lora_B * products).sum(1)
+    own = (lora_B * (lora_B @ (lora_A @ lora_A.t()))).sum(1)
+    squared = row_norm.square() + 2 * scale * along + scale**2 * own
+    return squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt()  # a row of zeros stays one
