@@ -7,13 +7,13 @@ boundaries (i64; Megatron groups sentences with them, and we read documents one 
 does). An optional PREFIX.mask holds a byte a token: 1 where the token counts in the loss.
 """
 
-import fcntl
 import os
 import struct
 from array import array
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from ..errors import UserError
 
@@ -206,15 +206,12 @@ class BinidxWriter:
         parent.mkdir(parents=True, exist_ok=True)
         endings = (".bin", ".mask", ".idx") if self.with_mask else (".bin", ".idx")
         name = Path(self.prefix).name
-        self._files = {end: open(parent / f".{name}{end}.tmp", "ab") for end in endings}
+        self._lock = FileLock(parent / f".{name}.lock")
         try:
-            fcntl.flock(self._files[".idx"], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            for file in self._files.values():
-                file.close()
+            self._lock.acquire(timeout=0)
+        except Timeout:
             raise UserError(f"{self.prefix}: another process is writing it; wait, or give another name") from None
-        for file in self._files.values():
-            file.truncate(0)
+        self._files = {end: open(parent / f".{name}{end}.tmp", "wb") for end in endings}
         return self
 
     def add(self, tokens, mask=None):
@@ -274,6 +271,8 @@ class BinidxWriter:
             for file in self._files.values():
                 file.close()
                 Path(file.name).unlink(missing_ok=True)
+            Path(self._lock.lock_file).unlink(missing_ok=True)  # while it is held: nobody waits for it
+            self._lock.release()
 
     def _write_index(self, file):
         count = len(self.sizes)

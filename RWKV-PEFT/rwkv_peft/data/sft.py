@@ -4,12 +4,13 @@ The cache holds a .bin/.idx/.mask set named by a hash of the rows' content and o
 that shapes the tokens, so that a second run, or another rank, reads what the first one wrote.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+
+from filelock import FileLock
 
 from ..errors import UserError
 from .encoding import EncodeSettings
@@ -50,8 +51,7 @@ def prepare_sft(config, cache=None):
     cache.mkdir(parents=True, exist_ok=True)
     prefix = cache / key_of(path, settings, config.sft_split)
     done = prefix.with_suffix(".json")
-    with open(prefix.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one rank writes, the others wait for it
+    with FileLock(prefix.with_suffix(".lock")):  # one rank writes, the others wait for it
         if not done.exists():
             totals = write([path], prefix, settings, split=config.sft_split)
             temporary = done.with_suffix(".tmp")
