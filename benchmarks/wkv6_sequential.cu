@@ -5,13 +5,9 @@
 // and walks through all tokens; what other channels must know of a token goes through shared memory. No chunks, no tensor
 // cores, no initial state. Where RWKV-LM compiles anew for each sequence length, to keep an array of a float a token in
 // each thread, backward keeps that in `checkpoints`, (tokens, heads, 64) float32, which the caller provides.
-#ifdef __CUDACC__
-#include "wkv6_ptx.cuh"
-#else
-#include <cuda_shim.h>
-#endif
-#include "wkv6_tile.cuh"
-#include "wkv6_arguments.cuh"
+#include "common/device.cuh"
+#include "common/tile.cuh"
+#include "wkv6/arguments.cuh"
 
 constexpr int N = 64;
 

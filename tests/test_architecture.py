@@ -66,13 +66,13 @@ def tree(path):
 
 
 def module_of(path):
-    """rwkv_peft/ops/cpu.py -> ("ops", "cpu"); an __init__.py is its package."""
+    """rwkv_peft/ops/bone.py -> ("ops", "bone"); an __init__.py is its package."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return parts[:-1] if parts[-1] == "__init__" else parts
 
 
 def part_of(module):
-    """The part that a module path such as ("ops", "cpu") belongs to."""
+    """The part that a module path such as ("ops", "bone") belongs to."""
     top = module[0] if module else ""
     names = [name for name, modules, _ in PARTS if top in modules]
     assert names, f"rwkv_peft.{top} belongs to no part: name it in PARTS, with what it may import"
@@ -92,7 +92,7 @@ def reachable(part):
 
 
 def package_imports(path):
-    """The package's modules that a file imports anywhere in it, as paths such as ("ops", "cpu")."""
+    """The package's modules that a file imports anywhere in it, as paths such as ("ops", "bone")."""
     here = path.relative_to(PACKAGE).parent.parts
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.ImportFrom) and node.level:

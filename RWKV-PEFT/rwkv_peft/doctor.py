@@ -230,7 +230,7 @@ def matmul_speed(dtype, device, size=1024):
 
 def check_kernels():
     """The wkv6 backends, compiled where that is possible."""
-    from .ops import backends
+    from .ops.wkv6 import backends
 
     for name, reason in backends().items():
         yield Finding(f"wkv6 {name}", OK if reason is None else NOTE, reason or "usable")

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import ModelConfig
-from .ops import wkv6
 from .ops.mix import lerp, norm_gate, relu_square, sigmoid_gate
+from .ops.wkv6 import wkv6
 
 
 class LayerState(NamedTuple):

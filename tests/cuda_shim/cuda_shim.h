@@ -1,6 +1,6 @@
-// CUDA on a CPU, as far as the wkv6 kernels need it: what wkv6_ptx.cuh and CUDA itself provide, in plain C++.
+// CUDA on a CPU, as far as the wkv6 kernels need it: what common/ptx.cuh and CUDA itself provide, in plain C++.
 //
-//     g++ -O1 -std=c++17 -fPIC -shared -pthread -fno-strict-aliasing -I tests/cuda_shim -x c++ cuda/wkv6_cuda.cu
+//     g++ -O1 -std=c++17 -fPIC -shared -pthread -fno-strict-aliasing -I tests/cuda_shim -I cuda -x c++ cuda/wkv6/wkv6.cu
 //
 // Shows wrong results, missing barriers (under several orders of the threads) and missing waits for asynchronous
 // copies (a copy happens when it is waited for, and not before). Does not show bank conflicts, speed, or faults that

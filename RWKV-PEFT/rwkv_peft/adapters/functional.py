@@ -13,7 +13,7 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..ops import blocks
+from ..ops import bone as blocks
 from .product import DENSE
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..ops import blocks
+from ..ops import bone as blocks
 from .functional import apply_to_tokens, shard_sum, split_shards, weight_gradient
 from .product import DENSE
 

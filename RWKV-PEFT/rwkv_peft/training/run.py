@@ -22,7 +22,7 @@ from ..data.samples import build_samples, split_samples
 from ..errors import UserError
 from ..memory import keep_freed_memory
 from ..model import RWKV6, init_weights
-from ..ops import backends
+from ..ops.wkv6 import backends
 from .flags import parse_config
 from .gradients import estimate_gradients
 from .saver import ADAPTER, MODEL, Saver, data_identity, find_checkpoint, newest_name, read_state

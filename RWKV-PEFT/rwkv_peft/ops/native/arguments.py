@@ -1,0 +1,38 @@
+"""What a CPU kernel is given: which tensors it takes, and the structure in which they reach it."""
+
+import ctypes
+
+import torch
+
+
+def takes(first, *others):
+    """Whether tensors, or None, are what the kernels take: real, on the CPU, of one dtype, float32 or bfloat16."""
+    return (
+        first.is_cpu
+        and first.dtype in (torch.float32, torch.bfloat16)
+        and all([x is None or (x.dtype == first.dtype and x.is_cpu) for x in others])
+        and first.numel() > 0
+        and not torch.compiler.is_compiling()
+        and type(first) is torch.Tensor  # not a fake one
+    )
+
+
+def fields(pointers, sizes, numbers="", flags="bfloat16 threads"):
+    """The fields of a structure in cpu/: names of pointers, of 64-bit sizes, of float32 numbers and of int flags."""
+    kinds = ((pointers, ctypes.c_void_p), (sizes, ctypes.c_int64), (numbers, ctypes.c_float), (flags, ctypes.c_int))
+    return [(name, kind) for names, kind in kinds for name in names.split()]
+
+
+def kind(x):
+    """The flags that every structure ends with, for tensors of x's dtype."""
+    return {"bfloat16": x.dtype == torch.bfloat16, "threads": torch.get_num_threads()}
+
+
+def pointer(x):
+    """The address of a tensor's data, None for None."""
+    return None if x is None else x.data_ptr()
+
+
+def pointers(**tensors):
+    """The addresses of several tensors, by the fields' names."""
+    return {name: None if x is None else x.data_ptr() for name, x in tensors.items()}
