@@ -27,7 +27,7 @@ import torch
 
 from rwkv_peft.memory import keep_freed_memory
 from rwkv_peft.ops.native import gpu, levels
-from rwkv_peft.ops.native.arguments import pointers
+from rwkv_peft.ops.native.arguments import fill
 from rwkv_peft.ops.native.build import build_library
 from rwkv_peft.ops.native.compilers import find_nvcc
 from rwkv_peft.ops.native.cpu import cpu_library
@@ -265,7 +265,8 @@ def kernel_calls(T, H, dtype):
     tensors = dict(r=r, k=k, v=v, w=w, u=u, checkpoints=checkpoints, y=y, final_state=final)
     tensors |= dict(gy=gy, gr=gr, gk=gk, gv=gv, gw=gw, gu=gu, gstate=gstate)
     sizes = dict(sequences=1, tokens=T, heads=H, head_size=HEAD_SIZE)
-    arguments = cpu.Arguments(**pointers(**tensors), **sizes, bfloat16=dtype == torch.bfloat16, threads=1)
+    arguments = fill(cpu.Arguments, r, tensors, **sizes)
+    arguments.threads = 1
     steps = [functools.partial(call, arguments) for call in (library.wkv6_cpu_forward, library.wkv6_cpu_backward)]
     steps[0](), steps[1]()
     return steps, tensors

@@ -144,6 +144,38 @@ def test_the_arrows_have_no_circle():
         assert all(name not in reachable(other) for other in imports)
 
 
+def files_imported(path):
+    """The package's files that a file imports anywhere in it, as modules of FILES; of a package and a name in it, the
+    file of the name."""
+    modules = {module_of(file) for file in FILES}
+    here = path.relative_to(PACKAGE).parent.parts
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = here[: len(here) - node.level + 1] + tuple((node.module or "").split(".") if node.module else ())
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rwkv_peft":
+            base = tuple(node.module.split(".")[1:])
+        else:
+            continue
+        for alias in node.names:
+            yield (*base, alias.name) if (*base, alias.name) in modules else base
+
+
+def test_files_of_the_ops_import_each_other_without_a_circle():
+    imports = {module_of(path): set(files_imported(path)) for path in FILES if module_of(path)[:1] == ("ops",)}
+    while imports:
+        free = [module for module, others in imports.items() if not others & set(imports)]
+        assert free, f"these import each other in a circle, or wait for one: {sorted(map('.'.join, imports))}"
+        for module in free:
+            del imports[module]
+
+
+def test_what_every_kernel_needs_knows_none_of_them():
+    for path in FILES:
+        if module_of(path)[:2] == ("ops", "native"):
+            others = {module for module in files_imported(path) if module[:2] != ("ops", "native")}
+            assert others == set(), f"{path.name} imports {others}"
+
+
 def test_model_and_adapters_meet_in_the_run_and_its_check_alone():
     both = [
         module_of(path)

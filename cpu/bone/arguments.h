@@ -23,12 +23,12 @@ struct MergeArguments {
     int bfloat16, threads;
 };
 
-// to (columns, rows) = the transpose of x (rows, columns), both bfloat16.
+// to (columns, rows) = the transpose of x (rows, columns), for bfloat16 alone.
 struct TransposeArguments {
     const void* x;
     void* to;
     int64_t x_stride, rows, columns;
-    int threads;
+    int bfloat16, threads;
 };
 
 // total (tokens, rank) = the sum of the shards of x (tokens, in_features), the last one padded with zeros.

@@ -96,13 +96,13 @@ struct Pairs {
 
     template <class Finish>
     void rows(float* out, const Bfloat16* left, const Bfloat16* packed, int64_t count, const Finish& finish) {
-        multiply<kRows, false, PairWords>(out, width_, {words(left), width_ / 2, 1}, {words(packed), width_}, width_ / 2, width_, count, finish);
+        multiply<Kind<false, false>, kRows>(Product<PairWords>{out, width_, words(left), width_ / 2, words(packed), width_, width_ / 2, width_}, count, finish);
     }
     void outer(float* sum, const Bfloat16* left, const Bfloat16* right, int64_t count) {
         const int64_t even = round_up(count, 2);
         pair(left_.data(), left, even, width_);
         pair(right_.data(), right, even, width_);
-        multiply<kRows, true, PairWords>(sum, width_, {words(left_.data()), 1, width_}, {words(right_.data()), width_}, even / 2, width_, width_, [](int64_t, int64_t) {});
+        multiply<Kind<true, true>, kRows>(Product<PairWords>{sum, width_, words(left_.data()), width_, words(right_.data()), width_, even / 2, width_}, width_, [](int64_t, int64_t) {});
     }
 
   private:

@@ -43,10 +43,10 @@ struct Plain {
     // finish(begin, end) is called as rows begin to end of out are done.
     template <class Finish>
     void rows(float* out, const float* left, const float* packed, int64_t count, const Finish& finish) {
-        multiply<kRows, false, FloatWords>(out, width_, {left, width_, 1}, {packed, width_}, rank_, width_, count, finish);
+        multiply<Kind<false, false>, kRows>(Product<FloatWords>{out, width_, left, width_, packed, width_, rank_, width_}, count, finish);
     }
     void outer(float* sum, const float* left, const float* right, int64_t count) {
-        multiply<kRows, true, FloatWords>(sum, width_, {left, 1, width_}, {right, width_}, count, width_, rank_, [](int64_t, int64_t) {});
+        multiply<Kind<true, true>, kRows>(Product<FloatWords>{sum, width_, left, width_, right, width_, count, width_}, rank_, [](int64_t, int64_t) {});
     }
 
   private:

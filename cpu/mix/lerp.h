@@ -26,6 +26,12 @@ constexpr int64_t kBlock = 256;  // channels handled at a time: their floats sta
 constexpr int kGroup = 4;        // rows that share a factor once it is loaded
 constexpr int kTileRows = 8;
 
+// A product of `rows` rows, added to what is there.
+template <bool kTurned>
+void add_product(const Product<FloatWords>& product, int64_t rows) {
+    multiply<Kind<true, kTurned>, kGroup>(product, rows, [](int64_t, int64_t) {});
+}
+
 // x, outs (tokens, channels); last (sequences, channels) or null for zeros; maa (n, channels); low (tokens, n * rank) and
 // up (n, rank, channels), null where rank is 0.
 template <class E>
@@ -62,8 +68,8 @@ struct Lerp {
         for (int64_t a = 0; a < rows; a++)
             for (int64_t c = 0; c < size; c++) m[a * kBlock + c] = to_float(base[c]);
         if (!rank) return;
-        add_product(m, kBlock, {factors.data() + i * rank, n * rank, 1}, {up + i * rank * channels + begin, channels}, rank, size,
-                    rows);
+        add_product<false>({m, kBlock, factors.data() + i * rank, n * rank, up + i * rank * channels + begin, channels, rank, size},
+                           rows);
     }
 
     void forward(E* const* outs, int threads) const {
@@ -183,8 +189,8 @@ struct Lerp {
                 for (; k < rank; k++) dots<1>(own + k, matrix + k * C, rows);
             }
             if (up_sum_)  // low^T e: the tile's rows are the product's inner dimension
-                add_product(up_sum_ + i * rank * C, C, {factors_.data() + i * rank, 1, factor_stride}, {e_.data(), C}, rows, C,
-                            rank);
+                add_product<true>({up_sum_ + i * rank * C, C, factors_.data() + i * rank, factor_stride, e_.data(), C, rows, C},
+                                  rank);
         }
 
         template <int kCount>

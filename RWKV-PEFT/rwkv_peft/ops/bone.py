@@ -12,7 +12,7 @@ import functools
 import torch
 
 from .native import arguments, levels
-from .native.arguments import fields, kind, pointer
+from .native.arguments import fields, fill
 from .native.cpu import cpu_library
 from .native.errors import BuildError
 
@@ -31,7 +31,7 @@ class MergeArguments(ctypes.Structure):
 
 
 class TransposeArguments(ctypes.Structure):
-    _fields_ = fields("x to", "x_stride rows columns", flags="threads")
+    _fields_ = fields("x to", "x_stride rows columns")
 
 
 class ShardSumArguments(ctypes.Structure):
@@ -63,18 +63,9 @@ def affine(x, bone, level=None):
     x, rank = _rows(x), bone.shape[-1]
     _check_shards(x, rank, bone.shape[0])
     z, shift = x.new_empty(x.shape), x.new_empty(x.shape[0], rank)
-    _library(level or best_level()).bone_affine(
-        AffineArguments(
-            **_strided("x", x),
-            bone=bone.contiguous().data_ptr(),
-            z=z.data_ptr(),
-            shift=shift.data_ptr(),
-            tokens=x.shape[0],
-            in_features=x.shape[1],
-            rank=rank,
-            **kind(x),
-        )
-    )
+    tensors = dict(x=x, bone=bone.contiguous(), z=z, shift=shift)
+    sizes = dict(x_stride=x.stride(0), tokens=x.shape[0], in_features=x.shape[1], rank=rank)
+    _library(level or best_level()).bone_affine(fill(AffineArguments, x, tensors, **sizes))
     return z, shift
 
 
@@ -87,20 +78,10 @@ def affine_backward_(dz, g, x, bone, level=None):
     _check_shards(dz, bone.shape[-1], bone.shape[0])
     _check_shards(g, bone.shape[-1])
     d_bone = None if x is None else torch.zeros(bone.shape)
-    _library(level or best_level()).bone_affine_backward(
-        AffineArguments(
-            d=dz.data_ptr(),
-            **_strided("g", g),
-            **({} if x is None else _strided("x", x)),
-            bone=bone.contiguous().data_ptr(),
-            d_bone=pointer(d_bone),
-            tokens=dz.shape[0],
-            in_features=dz.shape[1],
-            out_features=g.shape[1],
-            rank=bone.shape[-1],
-            **kind(dz),
-        )
-    )
+    tensors = dict(d=dz, g=g, x=x, bone=bone.contiguous(), d_bone=d_bone)
+    strides = dict(g_stride=g.stride(0), x_stride=0 if x is None else x.stride(0))
+    sizes = dict(tokens=dz.shape[0], in_features=dz.shape[1], out_features=g.shape[1], rank=bone.shape[-1])
+    _library(level or best_level()).bone_affine_backward(fill(AffineArguments, dz, tensors, **strides, **sizes))
     return None if x is None else d_bone.to(bone.dtype)
 
 
@@ -124,18 +105,9 @@ def _merge(rows, bone, merged, d_bone, level):
     _check_shards(rows, rank)
     if rows.shape[0] != count * rank:
         raise ValueError(f"{rows.shape[0]} rows are not {count} blocks of {rank}")
-    _library(level or best_level()).bone_merge(
-        MergeArguments(
-            w=rows.data_ptr(),
-            bone=bone.contiguous().data_ptr(),
-            merged=merged.data_ptr(),
-            d_bone=pointer(d_bone),
-            count=count,
-            in_features=rows.shape[1],
-            rank=rank,
-            **kind(rows),
-        )
-    )
+    tensors = dict(w=rows, bone=bone.contiguous(), merged=merged, d_bone=d_bone)
+    sizes = dict(count=count, in_features=rows.shape[1], rank=rank)
+    _library(level or best_level()).bone_merge(fill(MergeArguments, rows, tensors, **sizes))
 
 
 def transposed(x, level=None):
@@ -145,8 +117,8 @@ def transposed(x, level=None):
         return x.t()
     x = _rows(x)
     turned = x.new_empty(x.shape[1], x.shape[0])
-    sizes = dict(rows=x.shape[0], columns=x.shape[1], threads=torch.get_num_threads())
-    _library("amx").bone_transpose(TransposeArguments(**_strided("x", x), to=turned.data_ptr(), **sizes))
+    sizes = dict(x_stride=x.stride(0), rows=x.shape[0], columns=x.shape[1])
+    _library("amx").bone_transpose(fill(TransposeArguments, x, dict(x=x, to=turned), **sizes))
     return turned
 
 
@@ -154,17 +126,16 @@ def shard_sum(x, rank, level=None):
     """Σ_b x_b, the last shard padded with zeros: (T, in) -> (T, r)."""
     x = _rows(x)
     total = x.new_empty(x.shape[0], rank)
-    sizes = dict(tokens=x.shape[0], in_features=x.shape[1], rank=rank)
-    arguments_ = ShardSumArguments(**_strided("x", x), total=total.data_ptr(), **sizes, **kind(x))
-    _library(level or best_level()).bone_shard_sum(arguments_)
+    sizes = dict(x_stride=x.stride(0), tokens=x.shape[0], in_features=x.shape[1], rank=rank)
+    _library(level or best_level()).bone_shard_sum(fill(ShardSumArguments, x, dict(x=x, total=total), **sizes))
     return total
 
 
 def add_tiled_(y, tile, level=None):
     """y (T, n), contiguous, += tile (T, r) repeated along its rows, cut at n."""
-    tile, sizes = tile.contiguous(), dict(tokens=y.shape[0], width=y.shape[1], rank=tile.shape[1])
-    arguments_ = AddTiledArguments(y=y.data_ptr(), tile=tile.data_ptr(), **sizes, **kind(y))
-    _library(level or best_level()).bone_add_tiled(arguments_)
+    sizes = dict(tokens=y.shape[0], width=y.shape[1], rank=tile.shape[1])
+    tensors = dict(y=y, tile=tile.contiguous())
+    _library(level or best_level()).bone_add_tiled(fill(AddTiledArguments, y, tensors, **sizes))
 
 
 @functools.cache
@@ -214,7 +185,3 @@ def _check_shards(x, rank, count=None):
 def _rows(x):
     """x with whole rows, which may lie apart."""
     return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _strided(name, x):
-    return {name: x.data_ptr(), f"{name}_stride": x.stride(0)}

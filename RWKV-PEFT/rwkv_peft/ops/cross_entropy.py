@@ -7,13 +7,13 @@ import functools
 import torch
 
 from .native import levels
-from .native.arguments import fields, kind, pointers, takes
+from .native.arguments import fields, fill, takes
 from .native.cpu import cpu_library
 from .native.errors import BuildError
 
 
-class Arguments(ctypes.Structure):
-    """cpu/cross_entropy/arguments.h's structure."""
+class CrossEntropyArguments(ctypes.Structure):
+    """cpu/cross_entropy/arguments.h's structure of the same name."""
 
     _fields_ = fields("logits targets losses", "rows vocabulary", "scale pull", "gradient bfloat16 threads")
 
@@ -58,10 +58,9 @@ def _by_kernel(logits, targets, scale, pull, gradient):
     """logits (n, V), which become scale times their gradient where `gradient`; targets (n,) int64 -> losses (n,)
     float32."""
     losses = torch.empty(logits.shape[0])
-    tensors = pointers(logits=logits, targets=targets, losses=losses)
-    rows, vocabulary = logits.shape
-    numbers = dict(rows=rows, vocabulary=vocabulary, scale=scale, pull=pull, gradient=gradient)
-    _library().cross_entropy(Arguments(**tensors, **numbers, **kind(logits)))
+    tensors = dict(logits=logits, targets=targets, losses=losses)
+    numbers = dict(zip(("rows", "vocabulary"), logits.shape), scale=scale, pull=pull, gradient=gradient)
+    _library().cross_entropy(fill(CrossEntropyArguments, logits, tensors, **numbers))
     return losses
 
 
@@ -78,7 +77,7 @@ def available():
 @functools.cache
 def _library():
     level = levels.best_level()
-    functions = (("cross_entropy", None, Arguments),)
+    functions = (("cross_entropy", None, CrossEntropyArguments),)
     return cpu_library(
         f"cross_entropy_cpu_{level}", "cross_entropy/cross_entropy.cpp", levels.level_flags()[level], functions
     )

@@ -9,9 +9,8 @@ import functools
 import torch
 from torch.autograd import Function
 
-from ..native import arguments as native_arguments
 from ..native import levels
-from ..native.arguments import fields, kind, pointer, pointers
+from ..native.arguments import fields, fill
 from ..native.cpu import cpu_library
 from ..native.errors import BuildError
 
@@ -64,14 +63,9 @@ def _library():
     return cpu_library(f"mix_cpu_{level}", "mix/mix.cpp", levels.level_flags()[level], FUNCTIONS)
 
 
-def takes(first, *others):
-    """Whether the kernels take these tensors, or None, and can be used. Elsewhere the plain form serves."""
-    return native_arguments.takes(first, *others) and available()
-
-
 def _table(tensors):
     """A table of tensors' addresses."""
-    return (ctypes.c_void_p * len(tensors))(*map(pointer, tensors))
+    return (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
 
 
 class _NoGradient:
@@ -112,8 +106,9 @@ class Lerp(Function):
     def forward(ctx, x, last, maa, low, up, cu_seqlens):
         ctx.save_for_backward(x, last, maa, low, up, cu_seqlens)
         outs = tuple(torch.empty_like(x) for _ in range(maa.shape[0]))
+        tensors = dict(x=x, last=last, maa=maa, low=low, up=up, cu_seqlens=cu_seqlens)
         table = _table(outs)
-        _library().mix_lerp_forward(_lerp(x, last, maa, low, up, cu_seqlens, outs=ctypes.addressof(table)))
+        _library().mix_lerp_forward(_lerp(tensors, outs=ctypes.addressof(table)))
         return outs
 
     @staticmethod
@@ -126,24 +121,27 @@ class Lerp(Function):
         gmaa = torch.empty_like(maa, dtype=torch.float32) if need_maa else None
         glow = torch.empty_like(low) if need_low else None
         gup = torch.empty_like(up, dtype=torch.float32) if need_up else None
-        table, results = _table(grads), pointers(gx=gx, glast=glast, gmaa=gmaa, glow=glow, gup=gup)
-        arguments = _lerp(x, last, maa, low, up, cu_seqlens, grads=ctypes.addressof(table), **results)
-        _library().mix_lerp_backward(arguments)
+        tensors = dict(x=x, last=last, maa=maa, low=low, up=up, cu_seqlens=cu_seqlens)
+        tensors |= dict(gx=gx, glast=glast, gmaa=gmaa, glow=glow, gup=gup)
+        table = _table(grads)
+        _library().mix_lerp_backward(_lerp(tensors, grads=ctypes.addressof(table)))
         gmaa, gup = (None if grad is None else grad.to(x.dtype) for grad in (gmaa, gup))
         return gx, glast, gmaa, glow, gup, None
 
 
-def _lerp(x, last, maa, low, up, cu_seqlens, **results):
+def _lerp(tensors, **tables):
+    x, up, cu_seqlens = tensors["x"], tensors["up"], tensors["cu_seqlens"]
     B, T, C = x.shape
-    return LerpArguments(
-        **pointers(x=x, last=last, maa=maa, low=low, up=up, cu_seqlens=cu_seqlens),
-        **results,
-        n=maa.shape[0],
+    return fill(
+        LerpArguments,
+        x,
+        tensors,
+        n=tensors["maa"].shape[0],
         tokens=B * T,
         channels=C,
         rank=0 if up is None else up.shape[1],
         sequences=B if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        **kind(x),
+        **tables,
     )
 
 
@@ -155,7 +153,7 @@ class NormGate(Function):
         ctx.save_for_backward(y, g, weight, bias)
         ctx.eps = eps
         out = torch.empty_like(g)
-        _library().mix_norm_gate_forward(_norm_gate(y, eps, g=g, weight=weight, bias=bias, out=out))
+        _library().mix_norm_gate_forward(_norm_gate(dict(y=y, g=g, weight=weight, bias=bias, out=out), eps))
         return out
 
     @staticmethod
@@ -165,14 +163,14 @@ class NormGate(Function):
         gy, gg = torch.empty_like(y), torch.empty_like(g)
         train = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         sums = [torch.empty_like(weight, dtype=torch.float32) if train else None for _ in range(2)]
-        results = dict(gy=gy, gg=gg, gweight=sums[0], gbias=sums[1])
-        _library().mix_norm_gate_backward(_norm_gate(y, ctx.eps, g=g, weight=weight, bias=bias, grad=grad, **results))
+        tensors = dict(y=y, g=g, weight=weight, bias=bias, grad=grad, gy=gy, gg=gg, gweight=sums[0], gbias=sums[1])
+        _library().mix_norm_gate_backward(_norm_gate(tensors, ctx.eps))
         return gy, gg, *(None if x is None else x.to(weight.dtype) for x in sums), None
 
 
-def _norm_gate(y, eps, **tensors):
-    B, T, H, N = y.shape
-    return NormGateArguments(**pointers(y=y, **tensors), tokens=B * T, heads=H, size=N, eps=eps, **kind(y))
+def _norm_gate(tensors, eps):
+    B, T, H, N = tensors["y"].shape
+    return fill(NormGateArguments, tensors["y"], tensors, tokens=B * T, heads=H, size=N, eps=eps)
 
 
 class SigmoidGate(Function):
@@ -182,7 +180,7 @@ class SigmoidGate(Function):
     def forward(ctx, r, v):
         ctx.save_for_backward(r, v)
         out = torch.empty_like(v)
-        _library().mix_sigmoid_gate_forward(_elements(SigmoidGateArguments, v, r=r, v=v, out=out))
+        _library().mix_sigmoid_gate_forward(fill(SigmoidGateArguments, v, dict(r=r, v=v, out=out), count=v.numel()))
         return out
 
     @staticmethod
@@ -190,7 +188,8 @@ class SigmoidGate(Function):
     def backward(ctx, grad):
         r, v = ctx.saved_tensors
         gr, gv = torch.empty_like(r), torch.empty_like(v)
-        _library().mix_sigmoid_gate_backward(_elements(SigmoidGateArguments, v, r=r, v=v, grad=grad, gr=gr, gv=gv))
+        tensors = dict(r=r, v=v, grad=grad, gr=gr, gv=gv)
+        _library().mix_sigmoid_gate_backward(fill(SigmoidGateArguments, v, tensors, count=v.numel()))
         return gr, gv
 
 
@@ -201,7 +200,7 @@ class ReluSquare(Function):
     def forward(ctx, x):
         ctx.save_for_backward(x)
         out = torch.empty_like(x)
-        _library().mix_relu_square_forward(_elements(ReluSquareArguments, x, x=x, out=out))
+        _library().mix_relu_square_forward(fill(ReluSquareArguments, x, dict(x=x, out=out), count=x.numel()))
         return out
 
     @staticmethod
@@ -209,9 +208,6 @@ class ReluSquare(Function):
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
         gx = torch.empty_like(x)
-        _library().mix_relu_square_backward(_elements(ReluSquareArguments, x, x=x, grad=grad, gx=gx))
+        arguments = fill(ReluSquareArguments, x, dict(x=x, grad=grad, gx=gx), count=x.numel())
+        _library().mix_relu_square_backward(arguments)
         return gx
-
-
-def _elements(structure, like, **tensors):
-    return structure(**pointers(**tensors), count=like.numel(), **kind(like))

@@ -8,6 +8,7 @@ torch.compile sees. On the CPU, float32 and bfloat16 tensors go through one C++ 
 import torch
 import torch.nn.functional as F
 
+from ..native.arguments import takes
 from . import cpu
 
 
@@ -44,7 +45,7 @@ def lerp(x, last, maa, low=None, up=None, cu_seqlens=None):
     if (low is None) != (up is None) or up is not None and low.shape[-1] != up.shape[0] * up.shape[1]:
         shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (low, up)]
         raise ValueError(f"low and up must be (B, T, m K) and (m, K, C), or both None, not {shapes[0]} and {shapes[1]}")
-    if cpu.takes(x, last, maa, low, up):
+    if takes(x, last, maa, low, up) and cpu.available():
         bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
         return cpu.run(cpu.Lerp, *_contiguous(x, last, maa, low, up), bounds)
     delta = token_shift(x, last, cu_seqlens) - x
@@ -64,7 +65,7 @@ def norm_gate(y, g, weight, bias, eps):
 
     y (B, T, H, N), g (B, T, H N), weight and bias (H N,) -> (B, T, H N).
     """
-    if cpu.takes(y, g, weight, bias):
+    if takes(y, g, weight, bias) and cpu.available():
         return cpu.run(cpu.NormGate, *_contiguous(y, g, weight, bias), eps)
     B, T, H, N = y.shape
     return F.group_norm(y.reshape(B * T, H * N), H, weight, bias, eps).view(B, T, H * N) * F.silu(g)
@@ -72,14 +73,14 @@ def norm_gate(y, g, weight, bias, eps):
 
 def sigmoid_gate(r, v):
     """sigmoid(r) · v, for r and v of one shape."""
-    if cpu.takes(r, v):
+    if takes(r, v) and cpu.available():
         return cpu.run(cpu.SigmoidGate, *_contiguous(r, v))
     return torch.sigmoid(r) * v
 
 
 def relu_square(x):
     """max(x, 0)²."""
-    if cpu.takes(x):
+    if takes(x) and cpu.available():
         return cpu.run(cpu.ReluSquare, *_contiguous(x))
     return torch.relu(x).square()
 

@@ -23,16 +23,11 @@ def fields(pointers, sizes, numbers="", flags="bfloat16 threads"):
     return [(name, kind) for names, kind in kinds for name in names.split()]
 
 
-def kind(x):
-    """The flags that every structure ends with, for tensors of x's dtype."""
-    return {"bfloat16": x.dtype == torch.bfloat16, "threads": torch.get_num_threads()}
-
-
-def pointer(x):
-    """The address of a tensor's data, None for None."""
-    return None if x is None else x.data_ptr()
-
-
-def pointers(**tensors):
-    """The addresses of several tensors, by the fields' names."""
-    return {name: None if x is None else x.data_ptr() for name, x in tensors.items()}
+def fill(structure, like, tensors, **others):
+    """A structure of fields, given the tensors by name, or None, and the `others`; of the kind of the tensor `like`."""
+    return structure(
+        bfloat16=like.dtype == torch.bfloat16,
+        threads=torch.get_num_threads(),
+        **others,
+        **{name: x.data_ptr() for name, x in tensors.items() if x is not None},
+    )

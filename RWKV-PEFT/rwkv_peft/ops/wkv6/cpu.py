@@ -6,7 +6,7 @@ import functools
 import torch
 
 from ..native import levels
-from ..native.arguments import fields, kind, pointers
+from ..native.arguments import fields, fill
 from ..native.cpu import cpu_library
 from ..native.errors import BuildError
 
@@ -55,7 +55,7 @@ def forward(r, k, v, w, u, state, cu_seqlens, save, level):
     final_state = u.new_empty(sequences, H, N, N)
     checkpoints = u.new_empty(checkpoint_count(B * T, sequences) if save else 0, H, N, N)
     tensors = dict(r=r, k=k, v=v, w=w, u=u, state=state, cu_seqlens=cu_seqlens, y=y, final_state=final_state)
-    arguments = _arguments(sequences, **tensors, checkpoints=checkpoints if save else None)
+    arguments = _arguments(sequences, tensors | dict(checkpoints=checkpoints if save else None))
     _check(_library(level or levels.best_level()).wkv6_cpu_forward(arguments))
     return y, final_state, checkpoints
 
@@ -69,14 +69,14 @@ def backward(r, k, v, w, u, state, cu_seqlens, checkpoints, gy, gfinal, level):
     gstate = u.new_empty(sequences, H, N, N)
     tensors = dict(r=r, k=k, v=v, w=w, u=u, state=state, cu_seqlens=cu_seqlens, checkpoints=checkpoints)
     gradients = dict(gy=gy, gfinal=gfinal, gr=gr, gk=gk, gv=gv, gw=gw, gu=gu, gstate=gstate)
-    _check(_library(level or levels.best_level()).wkv6_cpu_backward(_arguments(sequences, **tensors, **gradients)))
+    _check(_library(level or levels.best_level()).wkv6_cpu_backward(_arguments(sequences, tensors | gradients)))
     return gr, gk, gv, gw, gu, gstate
 
 
-def _arguments(sequences, **tensors):
+def _arguments(sequences, tensors):
     r = tensors["r"]
     B, T, H, N = r.shape
-    return Arguments(**pointers(**tensors), sequences=sequences, tokens=B * T, heads=H, head_size=N, **kind(r))
+    return fill(Arguments, r, tensors, sequences=sequences, tokens=B * T, heads=H, head_size=N)
 
 
 def _check(status):
