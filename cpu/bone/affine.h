@@ -16,7 +16,8 @@ void affine(Rows<const E> x, const E* bone, E* z, E* shift, int64_t tokens, int6
     using Operand = typename Math::Operand;
     const int64_t blocks = in / rank, width = Math::width(rank), size = Math::packed_size(rank);
     Scratch<Operand> packed(blocks * size);
-#pragma omp parallel num_threads(useful(threads, tokens, tokens * in))
+    const int wanted = useful(threads, tokens, tokens * in);
+#pragma omp parallel num_threads(wanted)
     {
         const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
         const Range mine = share(blocks, thread, team);
@@ -32,7 +33,8 @@ void affine(Rows<const E> x, const E* bone, E* z, E* shift, int64_t tokens, int6
             std::fill(sums.data(), sums.data() + count * width, 0.0f);
             for (int64_t b = 0; b < blocks; b++) {
                 load_tile<Math, E>(tile.data(), {x[first] + b * rank, x.stride}, count, rank);
-                math.rows(product.data(), tile.data(), packed.data() + b * size, count, [&](int64_t begin, int64_t end) {
+                math.rows(product.data(), tile.data(), packed.data() + b * size, count,
+                          [&](int64_t begin, int64_t end) {
                     for (int64_t t = begin; t < end; t++) {
                         E* to = z + (first + t) * in + b * rank;
                         fetch(x[first + t] + (b + 1) * rank, rank);
@@ -55,13 +57,14 @@ void affine(Rows<const E> x, const E* bone, E* z, E* shift, int64_t tokens, int6
 
 // d (tokens, in) holds dz and becomes dx. d_bone (float, zeros) may be null, and x with it.
 template <class Math, class E>
-void affine_backward(E* d, Rows<const E> g, Rows<const E> x, const E* bone, float* d_bone, int64_t tokens, int64_t in, int64_t out,
-                     int64_t rank, int threads) {
+void affine_backward(E* d, Rows<const E> g, Rows<const E> x, const E* bone, float* d_bone, int64_t tokens, int64_t in,
+                     int64_t out, int64_t rank, int threads) {
     using Operand = typename Math::Operand;
     const int64_t blocks = in / rank, width = Math::width(rank), chunk = kChunkTiles * Math::kTile;
     Scratch<float> shift(chunk * width);  // of one chunk's tokens
     std::fill(shift.data(), shift.data() + chunk * width, 0.0f);
-#pragma omp parallel num_threads(useful(threads, blocks, tokens * in))
+    const int wanted = useful(threads, blocks, tokens * in);
+#pragma omp parallel num_threads(wanted)
     {
         const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
         const Range mine = share(blocks, thread, team);
@@ -97,7 +100,9 @@ void affine_backward(E* d, Rows<const E> g, Rows<const E> x, const E* bone, floa
                             fetch_to_write(here[t] + rank, rank);
                             if (d_bone) fetch(x[first + t] + (b + 1) * rank, rank);
                             for (int64_t c = 0; c < rank; c += kLanes)
-                                store_some(here[t] + c, load_some(here[t] + c, rank - c) + load(product.data() + t * width + c), rank - c);
+                                store_some(here[t] + c,
+                                           load_some(here[t] + c, rank - c) + load(product.data() + t * width + c),
+                                           rank - c);
                         }
                     });
                 }

@@ -1,8 +1,8 @@
 // The two products of Bone's kernels in bfloat16 on AMX, the matrix unit of recent Xeons; see plain.h for what
 // they compute. Sums are float.
 //
-// A tile register holds 16 rows of 64 bytes. One instruction adds to a 16 x 16 tile of floats the product of a 16 x 32 and
-// a 32 x 16 tile of bfloat16, the latter paired (pairs.h).
+// A tile register holds 16 rows of 64 bytes. One instruction adds to a 16 x 16 tile of floats the product of a 16 x 32
+// and a 32 x 16 tile of bfloat16, the latter paired (pairs.h).
 #pragma once
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -12,7 +12,8 @@
 namespace {
 
 // to (columns, rows) = the transpose of 32 rows by 32 columns of from, or of as many as there are; strides in elements.
-INLINE void transpose_block(Bfloat16* to, int64_t to_row, const Bfloat16* from, int64_t from_row, int64_t rows, int64_t columns) {
+INLINE void transpose_block(Bfloat16* to, int64_t to_row, const Bfloat16* from, int64_t from_row, int64_t rows,
+                            int64_t columns) {
     alignas(64) Bfloat16 pairs[32 * 32], whole[32 * 32];
     const bool full = rows == 32 && columns == 32;
     if (!full) {
@@ -24,7 +25,8 @@ INLINE void transpose_block(Bfloat16* to, int64_t to_row, const Bfloat16* from, 
     Bfloat16* out = full ? to : whole;
     const int64_t bytes = full ? 2 * to_row : 64;
     for (int64_t c = 0; c < 32; c += 16)
-        transpose_words(reinterpret_cast<char*>(out) + c * bytes, bytes, reinterpret_cast<const char*>(pairs) + 4 * c, 128);
+        transpose_words(reinterpret_cast<char*>(out) + c * bytes, bytes, reinterpret_cast<const char*>(pairs) + 4 * c,
+                        128);
     for (int64_t c = 0; c < (full ? 0 : columns); c++) memcpy(to + c * to_row, whole + c * 32, rows * sizeof(Bfloat16));
 }
 

@@ -1,5 +1,6 @@
-// What bone.cpp's C interface is told: a structure an operation, which ops/bone.py mirrors field by field. Pointers whose
-// type is void are to float or bfloat16; rows of tensors with a stride lie that many elements apart, all others side by side.
+// What bone.cpp's C interface is told: a structure an operation, which ops/bone.py mirrors field by field. Pointers
+// whose type is void are to float or bfloat16; rows of tensors with a stride lie that many elements apart, all others
+// side by side.
 #pragma once
 #include <cstdint>
 

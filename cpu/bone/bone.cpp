@@ -1,10 +1,10 @@
-// What Bone's variants compute besides the product with the frozen weight, on CPUs: see affine.h (bat-in), merge.h (bat-out)
-// and shards.h (bone).
+// What Bone's variants compute besides the product with the frozen weight, on CPUs: see affine.h (bat-in), merge.h
+// (bat-out) and shards.h (bone).
 //
-// Each function passes over its large tensors once. A few rows by one block of columns come into the cache, are multiplied
-// there by a small matrix (plain.h, pairs.h, amx.h), and leave. Tensors are of one type, float or bfloat16, with sums in
-// float; rows of those that are only read may lie apart by a stride, everything else is contiguous. Gradients of matrices
-// are added up in an order that does not depend on the number of threads.
+// Each function passes over its large tensors once. A few rows by one block of columns come into the cache, are
+// multiplied there by a small matrix (plain.h, pairs.h, amx.h), and leave. Tensors are of one type, float or bfloat16,
+// with sums in float; rows of those that are only read may lie apart by a stride, everything else is contiguous.
+// Gradients of matrices are added up in an order that does not depend on the number of threads.
 #include <type_traits>
 
 #include "bone/affine.h"
@@ -29,7 +29,8 @@ using HalfMath = Amx;
 void transpose(Rows<const Bfloat16> x, Bfloat16* to, int64_t rows, int64_t columns, int threads) {
     constexpr int64_t kPanel = 128;  // columns whose lines of `to` are written at one time
     const int64_t panels = (columns + kPanel - 1) / kPanel;
-#pragma omp parallel for num_threads(useful(threads, panels, rows * columns)) schedule(static)
+    const int wanted = useful(threads, panels, rows * columns);
+#pragma omp parallel for num_threads(wanted) schedule(static)
     for (int64_t panel = 0; panel < panels; panel++)
         for (int64_t t = 0; t < rows; t += 32)
             for (int64_t c = panel * kPanel; c < std::min((panel + 1) * kPanel, columns); c += 32) {
@@ -65,23 +66,25 @@ int bone_start() {
 void bone_affine(const AffineArguments* a) {
     by_type(a->bfloat16, [=](auto element) {
         using E = decltype(element);
-        affine<MathOf<E>, E>({in<E>(a->x), a->x_stride}, in<E>(a->bone), out<E>(a->z), out<E>(a->shift), a->tokens, a->in_features,
-                             a->rank, a->threads);
+        affine<MathOf<E>, E>({in<E>(a->x), a->x_stride}, in<E>(a->bone), out<E>(a->z), out<E>(a->shift), a->tokens,
+                             a->in_features, a->rank, a->threads);
     });
 }
 
 void bone_affine_backward(const AffineArguments* a) {
     by_type(a->bfloat16, [=](auto element) {
         using E = decltype(element);
-        affine_backward<MathOf<E>, E>(out<E>(a->d), {in<E>(a->g), a->g_stride}, {in<E>(a->x), a->x_stride}, in<E>(a->bone),
-                                      a->d_bone, a->tokens, a->in_features, a->out_features, a->rank, a->threads);
+        affine_backward<MathOf<E>, E>(out<E>(a->d), {in<E>(a->g), a->g_stride}, {in<E>(a->x), a->x_stride},
+                                      in<E>(a->bone), a->d_bone, a->tokens, a->in_features, a->out_features, a->rank,
+                                      a->threads);
     });
 }
 
 void bone_merge(const MergeArguments* a) {
     by_type(a->bfloat16, [=](auto element) {
         using E = decltype(element);
-        merge<MathOf<E>, E>(in<E>(a->w), in<E>(a->bone), out<E>(a->merged), a->d_bone, a->count, a->in_features, a->rank, a->threads);
+        merge<MathOf<E>, E>(in<E>(a->w), in<E>(a->bone), out<E>(a->merged), a->d_bone, a->count, a->in_features,
+                            a->rank, a->threads);
     });
 }
 

@@ -6,14 +6,15 @@
 
 namespace {
 
-// w, merged (count * rank, in), bone (count, rank, rank): merged = w + w B + B for each block of rows and columns. Where d_bone
-// (float, zeros) is not null, merged comes in holding its gradient, from which the gradient of bone is taken first. Blocks of
-// one a share a matrix: their rows, in memory's order, are one (rank * in / rank, rank) matrix.
+// w, merged (count * rank, in), bone (count, rank, rank): merged = w + w B + B for each block of rows and columns.
+// Where d_bone (float, zeros) is not null, merged comes in holding its gradient, from which the gradient of bone is
+// taken first. Blocks of one a share a matrix: their rows, in memory's order, are one (rank * in / rank, rank) matrix.
 template <class Math, class E>
 void merge(const E* w, const E* bone, E* merged, float* d_bone, int64_t count, int64_t in, int64_t rank, int threads) {
     using Operand = typename Math::Operand;
     const int64_t blocks = in / rank, pieces = rank * blocks, width = Math::width(rank);
-#pragma omp parallel num_threads(useful(threads, count, count * rank * in))
+    const int wanted = useful(threads, count, count * rank * in);
+#pragma omp parallel num_threads(wanted)
     {
         Math math(rank);
         Scratch<Operand> packed(Math::packed_size(rank)), tile(Math::kTile * width), d(Math::kTile * width);
@@ -50,7 +51,8 @@ void merge(const E* w, const E* bone, E* merged, float* d_bone, int64_t count, i
                         const E* row = matrix + (first + t) / blocks * rank;
                         for (int64_t c = 0; c < rank; c += kLanes) {
                             const int64_t i = t * width + c;
-                            const Vec affine = load(tile.data() + i) + load(product.data() + i) + load_some(row + c, rank - c);
+                            const Vec affine =
+                                load(tile.data() + i) + load(product.data() + i) + load_some(row + c, rank - c);
                             store_some(to + t * rank + c, affine, rank - c);
                         }
                     }

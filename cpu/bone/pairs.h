@@ -1,8 +1,8 @@
-// Pairs of bfloat16 as processors multiply them, and the two products of Bone's kernels (see plain.h for what they compute)
-// with AVX-512's instruction for them. Sums are float.
+// Pairs of bfloat16 as processors multiply them, and the two products of Bone's kernels (see plain.h for what they
+// compute) with AVX-512's instruction for them. Sums are float.
 //
-// A word holds two numbers that follow each other along the sum: that of rows 2p and 2p + 1 of a column in a "paired" matrix,
-// whose rows are half as many. One instruction adds to each of 16 floats the two products of a pair.
+// A word holds two numbers that follow each other along the sum: that of rows 2p and 2p + 1 of a column in a "paired"
+// matrix, whose rows are half as many. One instruction adds to each of 16 floats the two products of a pair.
 #pragma once
 #include "bone/plain.h"
 

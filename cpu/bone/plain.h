@@ -35,7 +35,8 @@ struct Plain {
         const int64_t width = Plain::width(rank), whole = rank / 4 * 4;
         if (rank < width) std::fill(to, to + packed_size(rank), 0.0f);
         for (int64_t i = 0; i < whole; i += 4)
-            for (int64_t k = 0; k < whole; k += 4) transpose_quads(to + k * width + i, width, matrix + i * rank + k, rank);
+            for (int64_t k = 0; k < whole; k += 4)
+                transpose_quads(to + k * width + i, width, matrix + i * rank + k, rank);
         for (int64_t i = 0; i < rank; i++)
             for (int64_t k = i < whole ? whole : 0; k < rank; k++) to[k * width + i] = to_float(matrix[i * rank + k]);
     }
@@ -43,10 +44,12 @@ struct Plain {
     // finish(begin, end) is called as rows begin to end of out are done.
     template <class Finish>
     void rows(float* out, const float* left, const float* packed, int64_t count, const Finish& finish) {
-        multiply<Kind<false, false>, kRows>(Product<FloatWords>{out, width_, left, width_, packed, width_, rank_, width_}, count, finish);
+        multiply<Kind<false, false>, kRows>(
+            Product<FloatWords>{out, width_, left, width_, packed, width_, rank_, width_}, count, finish);
     }
     void outer(float* sum, const float* left, const float* right, int64_t count) {
-        multiply<Kind<true, true>, kRows>(Product<FloatWords>{sum, width_, left, width_, right, width_, count, width_}, rank_, [](int64_t, int64_t) {});
+        multiply<Kind<true, true>, kRows>(Product<FloatWords>{sum, width_, left, width_, right, width_, count, width_},
+                                          rank_, [](int64_t, int64_t) {});
     }
 
   private:

@@ -6,7 +6,8 @@
 
 namespace {
 
-// total (rows, `width` apart) = the sum of a row's shards, the last of which may be short; beyond `rank` it stays as it is.
+// total (rows, `width` apart) = the sum of a row's shards, the last of which may be short; beyond `rank` it stays as it
+// is.
 template <class E>
 void sum_shards(float* total, int64_t width, Rows<const E> x, Range rows, int64_t in, int64_t rank) {
     for (int64_t t = rows.begin; t < rows.end; t++) {
@@ -23,7 +24,8 @@ void sum_shards(float* total, int64_t width, Rows<const E> x, Range rows, int64_
 
 template <class E>
 void shard_sum(Rows<const E> x, E* total, int64_t tokens, int64_t in, int64_t rank, int threads) {
-#pragma omp parallel num_threads(useful(threads, tokens, tokens * in))
+    const int wanted = useful(threads, tokens, tokens * in);
+#pragma omp parallel num_threads(wanted)
     {
         Scratch<float> sum(round_up(rank, kLanes));
         const Range rows = share(tokens, omp_get_thread_num(), omp_get_num_threads());
@@ -38,7 +40,8 @@ void shard_sum(Rows<const E> x, E* total, int64_t tokens, int64_t in, int64_t ra
 // y (tokens, width) += tile (tokens, rank), repeated along the row and cut at its end.
 template <class E>
 void add_tiled(E* y, const E* tile, int64_t tokens, int64_t width, int64_t rank, int threads) {
-#pragma omp parallel num_threads(useful(threads, tokens, tokens * width))
+    const int wanted = useful(threads, tokens, tokens * width);
+#pragma omp parallel num_threads(wanted)
     {
         const Range rows = share(tokens, omp_get_thread_num(), omp_get_num_threads());
         for (int64_t t = rows.begin; t < rows.end; t++)

@@ -7,8 +7,8 @@
 
 namespace {
 
-constexpr int64_t kShortSum = 8;              // tiles whose products are added up in one sum
-constexpr int64_t kChunkTiles = 4;            // tiles of rows that stay in the second-level cache
+constexpr int64_t kShortSum = 8;    // tiles whose products are added up in one sum
+constexpr int64_t kChunkTiles = 4;  // tiles of rows that stay in the second-level cache
 
 template <class E>
 struct Rows {  // (count, width), `stride` elements apart

@@ -1,14 +1,12 @@
-// bfloat16 in memory, float in computation: a bfloat16 is the upper half of a float. Rounding is to nearest even, and a NaN
-// stays one.
+// bfloat16 in memory, float in computation: a bfloat16 is the upper half of a float. Rounding is to nearest even, and a
+// NaN stays one.
 #pragma once
 #include <cstdint>
 #include <cstring>
 
 namespace {  // each library has its own copies, compiled for its instruction set
 
-struct Bfloat16 {
-    uint16_t bits;
-};
+struct Bfloat16 { uint16_t bits; };
 
 inline float to_float(float x) { return x; }
 inline float to_float(Bfloat16 x) {

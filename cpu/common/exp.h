@@ -1,8 +1,8 @@
 // The exponential, for |x| up to 87, within about one unit in the last place; exp(0) is exactly 1.
 //
-// x = n ln 2 + f, n whole and |f| <= ln 2 / 2, where e^f is a minimax polynomial. Adding kRound to n leaves no room for a
-// fraction, and the exponent of 2^n in the lowest bits. With AVX-512, vectors take n as a multiple of 1/16 instead, look up
-// 16 powers of 2 in a register, and get by with a shorter polynomial, its relative error below 1e-8.
+// x = n ln 2 + f, n whole and |f| <= ln 2 / 2, where e^f is a minimax polynomial. Adding kRound to n leaves no room for
+// a fraction, and the exponent of 2^n in the lowest bits. With AVX-512, vectors take n as a multiple of 1/16 instead,
+// look up 16 powers of 2 in a register, and get by with a shorter polynomial, its relative error below 1e-8.
 #pragma once
 #include <initializer_list>
 

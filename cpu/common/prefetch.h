@@ -16,8 +16,8 @@ INLINE void fetch_to_write(const E* row, int64_t count) {
     for (int64_t i = 0; i < count; i += 64 / sizeof(E)) __builtin_prefetch(row + i, 1, 2);
 }
 
-// Rows of memory that will be needed soon, brought into the second-level cache a few at a time while a pass computes: a head's
-// rows lie too far apart for the processor to foresee them, and the first cache is the pass's.
+// Rows of memory that will be needed soon, brought into the second-level cache a few at a time while a pass computes: a
+// head's rows lie too far apart for the processor to foresee them, and the first cache is the pass's.
 class Ahead {
   public:
     // `steps` rows of n elements, `stride` elements apart.

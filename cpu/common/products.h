@@ -1,5 +1,5 @@
-// Small products of matrices on vectors, their sums in registers: a few rows by up to 4 vectors, which leaves the processor
-// bound by its multiply-adds.
+// Small products of matrices on vectors, their sums in registers: a few rows by up to 4 vectors, which leaves the
+// processor bound by its multiply-adds.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -23,8 +23,8 @@ struct FloatWords {
     static INLINE Vec add_product(Vec sum, Vector a, Vector b) { return sum + a * b; }
 };
 
-// out[m][c] (+)= sum_k left(m, k) right[k][c] for k below K and c below `width`: rows m of left are its own rows, or where
-// it is turned its columns. Strides lead from one row to the next.
+// out[m][c] (+)= sum_k left(m, k) right[k][c] for k below K and c below `width`: rows m of left are its own rows, or
+// where it is turned its columns. Strides lead from one row to the next.
 template <class Words>
 struct Product {
     float* out;

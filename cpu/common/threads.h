@@ -9,12 +9,12 @@ namespace {
 
 constexpr int64_t kWorkForThreads = 1 << 15;  // elements below which waking a thread costs more than it saves
 
-struct Range {
-    int64_t begin, end;
-};
+struct Range { int64_t begin, end; };
 
 // One of `parts` parts of [0, count).
-inline Range share(int64_t count, int64_t part, int64_t parts) { return {count * part / parts, count * (part + 1) / parts}; }
+inline Range share(int64_t count, int64_t part, int64_t parts) {
+    return {count * part / parts, count * (part + 1) / parts};
+}
 
 // How many of `threads` threads are worth waking for `count` pieces of work on so many elements in all.
 inline int useful(int threads, int64_t count, int64_t elements) {

@@ -1,5 +1,5 @@
-// Vectors of floats in the compiler's own vector types: 16 lanes with AVX-512, 8 with AVX2, else 4 (SSE2, NEON). In memory
-// they are floats or bfloat16; load_some and store_some touch the valid lanes alone.
+// Vectors of floats in the compiler's own vector types: 16 lanes with AVX-512, 8 with AVX2, else 4 (SSE2, NEON). In
+// memory they are floats or bfloat16; load_some and store_some touch the valid lanes alone.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -77,7 +77,9 @@ INLINE void store_some(E* p, Vec x, int64_t n) {
 }
 
 INLINE Quad load_quad(const float* p) { return *reinterpret_cast<const Quad*>(p); }
-INLINE Quad load_quad(const Bfloat16* p) { return Quad{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
+INLINE Quad load_quad(const Bfloat16* p) {
+    return Quad{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+}
 INLINE void store_quad(float* p, Quad x) { *reinterpret_cast<Quad*>(p) = x; }
 
 // Bounds that let a NaN through: the processor's maximum and minimum return their second operand where one is a NaN.

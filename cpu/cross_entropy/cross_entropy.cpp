@@ -1,7 +1,8 @@
-// Cross-entropy of given logits on CPUs: loss = log sum exp(logits) - logits[target], and its gradient in the logits' place.
+// Cross-entropy of given logits on CPUs: loss = log sum exp(logits) - logits[target], and its gradient in the logits'
+// place.
 //
-// Logits are float or bfloat16, sums are taken in float. The loops are plain, for the compiler to vectorize; the library is
-// compiled for one instruction set.
+// Logits are float or bfloat16, sums are taken in float. The loops are plain, for the compiler to vectorize; the
+// library is compiled for one instruction set.
 #include <algorithm>
 #include <cstdint>
 
@@ -14,11 +15,11 @@ namespace {
 
 constexpr int64_t kBlock = 256;  // logits whose floats are added up in one sum
 
-// Each row of logits gives its loss; where `gradient`, it becomes scale times the loss's gradient, plus scale * pull * (its
-// largest logit) at its largest logit.
+// Each row of logits gives its loss; where `gradient`, it becomes scale times the loss's gradient, plus scale * pull *
+// (its largest logit) at its largest logit.
 template <class E>
-void cross_entropy(E* logits, const int64_t* targets, float* losses, int64_t rows, int64_t vocabulary, float scale, float pull,
-                   bool gradient, int threads) {
+void cross_entropy(E* logits, const int64_t* targets, float* losses, int64_t rows, int64_t vocabulary, float scale,
+                   float pull, bool gradient, int threads) {
     parallel(rows, rows * vocabulary, threads, [=](int64_t first, int64_t end, int) {
         for (int64_t row = first; row < end; row++) {
             E* x = logits + row * vocabulary;
@@ -58,7 +59,7 @@ void cross_entropy(E* logits, const int64_t* targets, float* losses, int64_t row
 
 extern "C" void cross_entropy(const CrossEntropyArguments* a) {
     by_type(a->bfloat16, [=](auto element) {
-        cross_entropy(out<decltype(element)>(a->logits), a->targets, a->losses, a->rows, a->vocabulary, a->scale, a->pull,
-                      a->gradient != 0, a->threads);
+        cross_entropy(out<decltype(element)>(a->logits), a->targets, a->losses, a->rows, a->vocabulary, a->scale,
+                      a->pull, a->gradient != 0, a->threads);
     });
 }

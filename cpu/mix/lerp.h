@@ -2,13 +2,15 @@
 //
 //     m_i[t] = maa_i + low_i[t] up_i          low_i[t] (rank,), up_i (rank, channels); rank 0: maa_i alone
 //
-// depend on the token through a product of low rank (RWKV-6, arXiv 2404.05892, eq. 12 to 14). That product is computed where
-// it is used, a tile of rows at a time, forward and again backward: as a tensor it would be n times x, written and read twice.
+// depend on the token through a product of low rank (RWKV-6, arXiv 2404.05892, eq. 12 to 14). That product is computed
+// where it is used, a tile of rows at a time, forward and again backward: as a tensor it would be n times x, written
+// and read twice.
 //
 // Backward, with e_i = g_i (previous - x):
 //     gx[t] = sum_i g_i[t] (1 - m_i[t]) + sum_i g_i[t + 1] m_i[t + 1]      the latter only within a sequence
 //     gmaa_i = sum_t e_i[t],   glow_i[t] = e_i[t] up_i^T,   gup_i = sum_t low_i[t]^T e_i[t]
-// Rows run from the last to the first, so that what a row gives to the one before it is at hand when that one's turn comes.
+// Rows run from the last to the first, so that what a row gives to the one before it is at hand when that one's turn
+// comes.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -32,8 +34,8 @@ void add_product(const Product<FloatWords>& product, int64_t rows) {
     multiply<Kind<true, kTurned>, kGroup>(product, rows, [](int64_t, int64_t) {});
 }
 
-// x, outs (tokens, channels); last (sequences, channels) or null for zeros; maa (n, channels); low (tokens, n * rank) and
-// up (n, rank, channels), null where rank is 0.
+// x, outs (tokens, channels); last (sequences, channels) or null for zeros; maa (n, channels); low (tokens, n * rank)
+// and up (n, rank, channels), null where rank is 0.
 template <class E>
 struct Lerp {
     const E *x, *last, *maa, *low;
@@ -68,8 +70,9 @@ struct Lerp {
         for (int64_t a = 0; a < rows; a++)
             for (int64_t c = 0; c < size; c++) m[a * kBlock + c] = to_float(base[c]);
         if (!rank) return;
-        add_product<false>({m, kBlock, factors.data() + i * rank, n * rank, up + i * rank * channels + begin, channels, rank, size},
-                           rows);
+        add_product<false>(
+            {m, kBlock, factors.data() + i * rank, n * rank, up + i * rank * channels + begin, channels, rank, size},
+            rows);
     }
 
     void forward(E* const* outs, int threads) const {
@@ -87,7 +90,8 @@ struct Lerp {
                             const E* here = x + (t + a) * channels + begin;
                             const float *d = delta.data() + a * kBlock, *weight = m.data() + a * kBlock;
                             E* out = outs[i] + (t + a) * channels + begin;
-                            for (int64_t c = 0; c < size; c++) out[c] = from_float<E>(to_float(here[c]) + d[c] * weight[c]);
+                            for (int64_t c = 0; c < size; c++)
+                                out[c] = from_float<E>(to_float(here[c]) + d[c] * weight[c]);
                         }
                     }
                 }
@@ -109,7 +113,8 @@ struct Lerp {
         parallel(sequences.tokens, sequences.tokens * width, threads, [&](int64_t first, int64_t end, int thread) {
             Tile tile(*this, to.maa ? maa_sums.data() + thread * width : nullptr,
                       to.up ? up_sums.data() + thread * width * rank : nullptr);
-            if (first < end && end < sequences.tokens && sequences.start(sequences.of(end)) < end) tile.look_at(grads, end);
+            if (first < end && end < sequences.tokens && sequences.start(sequences.of(end)) < end)
+                tile.look_at(grads, end);
             for (int64_t stop = end; stop > first; stop -= kTileRows)
                 tile.backward(grads, to, std::max(first, stop - kTileRows), stop);
         });
@@ -122,8 +127,15 @@ struct Lerp {
       public:
         // maa_sum (n, channels) and up_sum (n, rank, channels) gather those gradients; null where not wanted.
         Tile(const Lerp& lerp, float* maa_sum, float* up_sum)
-            : lerp_(lerp), maa_sum_(maa_sum), up_sum_(up_sum), factors_(kTileRows * lerp.n * lerp.rank),
-              m_(kTileRows * kBlock), whole_(kTileRows * lerp.channels), shifted_(whole_), e_(whole_), carried_(lerp.channels) {}
+            : lerp_(lerp),
+              maa_sum_(maa_sum),
+              up_sum_(up_sum),
+              factors_(kTileRows * lerp.n * lerp.rank),
+              m_(kTileRows * kBlock),
+              whole_(kTileRows * lerp.channels),
+              shifted_(whole_),
+              e_(whole_),
+              carried_(lerp.channels) {}
 
         // Only what row t, another thread's, gives to the row before it.
         void look_at(const E* const* grads, int64_t t) {
@@ -139,7 +151,8 @@ struct Lerp {
                 const bool starts = t == lerp_.sequences.start(sequence);
                 const float *whole = whole_.data() + (t - first) * C, *shifted = shifted_.data() + (t - first) * C;
                 if (to.x)
-                    for (int64_t c = 0; c < C; c++) to.x[t * C + c] = from_float<E>(whole[c] - shifted[c] + carried_[c]);
+                    for (int64_t c = 0; c < C; c++)
+                        to.x[t * C + c] = from_float<E>(whole[c] - shifted[c] + carried_[c]);
                 if (starts && to.last)
                     for (int64_t c = 0; c < C; c++) to.last[sequence * C + c] = from_float<E>(shifted[c]);
                 for (int64_t c = 0; c < C; c++) carried_[c] = starts ? 0.0f : shifted[c];
@@ -147,7 +160,8 @@ struct Lerp {
         }
 
       private:
-        // whole = sum_i g_i, shifted = sum_i g_i m_i of `rows` rows from t on; where `sums`, all that follows from e_i too.
+        // whole = sum_i g_i, shifted = sum_i g_i m_i of `rows` rows from t on; where `sums`, all that follows from e_i
+        // too.
         void gather(const E* const* grads, int64_t t, int64_t rows, bool sums, E* low = nullptr) {
             const int64_t C = lerp_.channels;
             std::fill_n(whole_.begin(), rows * C, 0.0f);
@@ -189,8 +203,9 @@ struct Lerp {
                 for (; k < rank; k++) dots<1>(own + k, matrix + k * C, rows);
             }
             if (up_sum_)  // low^T e: the tile's rows are the product's inner dimension
-                add_product<true>({up_sum_ + i * rank * C, C, factors_.data() + i * rank, factor_stride, e_.data(), C, rows, C},
-                                  rank);
+                add_product<true>(
+                    {up_sum_ + i * rank * C, C, factors_.data() + i * rank, factor_stride, e_.data(), C, rows, C},
+                    rank);
         }
 
         template <int kCount>

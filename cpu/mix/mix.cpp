@@ -1,12 +1,12 @@
 // What RWKV-6 computes between its matrix products, on CPUs: forward and backward, each in one pass over memory.
 //
-//     lerp          out_i = x + (previous - x) m_i,  m_i = maa_i (+ low_i up_i)     previous: the token before, or `last`
-//     norm_gate     out = (normalized y * weight + bias) silu(g)                    normalized within each head
+//     lerp          out_i = x + (previous - x) m_i,  m_i = maa_i (+ low_i up_i)     previous: the token before, or
+//     `last` norm_gate     out = (normalized y * weight + bias) silu(g)                    normalized within each head
 //     sigmoid_gate  out = sigmoid(r) v
 //     relu_square   out = max(x, 0)^2
 //
-// Tensors are contiguous, of one type, float or bfloat16; sums are taken in float. Rows are tokens. The loops are plain,
-// for the compiler to vectorize; the library is compiled for one instruction set.
+// Tensors are contiguous, of one type, float or bfloat16; sums are taken in float. Rows are tokens. The loops are
+// plain, for the compiler to vectorize; the library is compiled for one instruction set.
 #include <cstdint>
 #include <vector>
 
@@ -90,7 +90,8 @@ void mix_sigmoid_gate_forward(const SigmoidGateArguments* a) {
 void mix_sigmoid_gate_backward(const SigmoidGateArguments* a) {
     by_type(a->bfloat16, [=](auto element) {
         using E = decltype(element);
-        sigmoid_gate_backward(in<E>(a->r), in<E>(a->v), in<E>(a->grad), out<E>(a->gr), out<E>(a->gv), a->count, a->threads);
+        sigmoid_gate_backward(in<E>(a->r), in<E>(a->v), in<E>(a->grad), out<E>(a->gr), out<E>(a->gv), a->count,
+                              a->threads);
     });
 }
 

@@ -30,7 +30,8 @@ constexpr int kHistoryStride = N * N + 17 * 16;
 template <int N>
 struct BackwardWork {
     StepRows<N, kTile> r, k, d, e;
-    StepRows<N, kTile> v, K, R, P, Q, gv, gy;  // so that K and P, v and gy lie in different sets of the cache in state_pass
+    // so that K and P, v and gy lie in different sets of the cache in state_pass
+    StepRows<N, kTile> v, K, R, P, Q, gv, gy;
     alignas(64) float W[kChunks * N], A[kChunks * kPairs], u[N];
     alignas(64) float S[N * N], D[N * N], SD[kChunks * N], gu[N];  // S and D transposed: rows values, lanes keys
     alignas(64) float padded[4][kChunk * N];

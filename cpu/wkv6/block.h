@@ -8,8 +8,8 @@ namespace {
 constexpr int block_vectors(int width) { return width / kLanes < 2 ? width / kLanes : 2; }
 constexpr int block_rows(int vectors) { return kAccumulators / vectors < 8 ? kAccumulators / vectors : 8; }
 
-// kRows rows of kVectors vectors, from a state whose rows have N lanes, as have the arrays' rows below. An array that goes
-// with rows points at the block's first row, one that goes with lanes at its first lane.
+// kRows rows of kVectors vectors, from a state whose rows have N lanes, as have the arrays' rows below. An array that
+// goes with rows points at the block's first row, one that goes with lanes at its first lane.
 template <int N, int kRows, int kVectors>
 struct Block {
     static constexpr int kRowsHigh = kRows, kLanesWide = kVectors * kLanes;

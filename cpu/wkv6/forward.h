@@ -49,7 +49,7 @@ template <int N, class Element>
 void single_step(ForwardWork<N>& q, const Task& task, const Element* r, const Element* k, const Element* v,
                  const Element* w, const float* u, const float* state, Element* y, float* final_state) {
     const int n = task.n;
-    float *decay = q.padded[3];
+    float* decay = q.padded[3];
     pad_rows<N>(q.padded[0], r, 0, 1, n);
     pad_rows<N>(q.padded[1], k, 0, 1, n);
     pad_rows<N>(q.padded[2], v, 0, 1, n);
@@ -91,7 +91,7 @@ INLINE void start_chunk(ForwardWork<N>& q, Range values, int m, const Element* r
     prepare<N, false>(r, k, w, stride, q.u, {q.R + chunk, q.K + chunk, q.W + m * N, A, nullptr, nullptr});
     for (int64_t c = values.begin; c < values.end; c += kLanes) {
         Vec value[kChunk];
-        UNROLL for (int j = 0; j < kChunk; j++) {
+    UNROLL for (int j = 0; j < kChunk; j++) {
             value[j] = load(v + j * stride + c);
             store(q.v + chunk + j * N + c, value[j]);
         }

@@ -6,10 +6,10 @@
 
 namespace {
 
-constexpr int kPairs = kChunk * kChunk;   // A of one chunk: A_ij at j * kChunk + i
+constexpr int kPairs = kChunk * kChunk;  // A of one chunk: A_ij at j * kChunk + i
 
-// e[i], which is w, becomes exp(w), and d[i] the decay exp(-exp(w)). From 87 on, where the decay is as good as 0, exp(w) stays
-// there: the decay's gradient is their product, which has to vanish too.
+// e[i], which is w, becomes exp(w), and d[i] the decay exp(-exp(w)). From 87 on, where the decay is as good as 0,
+// exp(w) stays there: the decay's gradient is their product, which has to vanish too.
 template <int kCount>
 INLINE void decays(Vec* e, Vec* d) {
     UNROLL for (int i = 0; i < kCount; i++) e[i] = at_most(at_least(e[i], -kLargestExponent), kLargestExponent);

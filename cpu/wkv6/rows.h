@@ -16,9 +16,9 @@ constexpr int kAccumulators = 16;
 constexpr int kAccumulators = 8;
 #endif
 
-constexpr int kTile = 64;                // steps from one checkpoint to the next
-constexpr int kSpan = 16;                // steps that are prepared and computed at once
-constexpr int kChunk = 8;                // steps that a pass over the state takes at once, two halves
+constexpr int kTile = 64;  // steps from one checkpoint to the next
+constexpr int kSpan = 16;  // steps that are prepared and computed at once
+constexpr int kChunk = 8;  // steps that a pass over the state takes at once, two halves
 constexpr int kHalf = 4;
 constexpr int kChunks = kTile / kChunk;
 constexpr int kSpanChunks = kSpan / kChunk;
@@ -34,8 +34,9 @@ struct Task {
     Range values;        // columns, of the padded head size
 };
 
-// Rows of kSteps steps, and a gap that shifts the next array against it: a processor takes a load for dependent on an earlier
-// store whose address agrees in the last 12 bits, so arrays that walk in step must not lie a multiple of 4 KB apart.
+// Rows of kSteps steps, and a gap that shifts the next array against it: a processor takes a load for dependent on an
+// earlier store whose address agrees in the last 12 bits, so arrays that walk in step must not lie a multiple of 4 KB
+// apart.
 template <int N, int kSteps>
 struct StepRows {
     alignas(64) float at[kSteps * N];
@@ -43,8 +44,8 @@ struct StepRows {
     operator float*() { return at; }
 };
 
-// `steps` rows of n elements, `stride` apart, become kChunk rows of N floats; what lies beyond is `filler` in time, 0 in
-// channels.
+// `steps` rows of n elements, `stride` apart, become kChunk rows of N floats; what lies beyond is `filler` in time, 0
+// in channels.
 template <int N, class Element>
 void pad_rows(float* to, const Element* from, int64_t stride, int steps, int n, float filler = 0.0f) {
     for (int t = 0; t < kChunk; t++) {

@@ -9,41 +9,42 @@
 // Done step by step, S (16 KB for head size 64) would pass through the processor's ports three times a step: read,
 // decay, write. The kernel keeps that traffic in registers and saves most decays:
 //
-// 1. Chunks of 8 steps, in two halves of 4. Inside a half, let R_i = r_i d_0 ... d_{i-1}, K_j = k_j d_{j+1} ... d_3, and
+// 1. Chunks of 8 steps, in two halves of 4. Inside a half, let R_i = r_i d_0 ... d_{i-1}, K_j = k_j d_{j+1} ... d_3,
+// and
 //    W = d_0 d_1 d_2 d_3. Then with S the state before the half
 //        y_i = S^T R_i + sum_{j <= i} A_ij v_j,      A_ij = sum_c r_i[c] k_j[c] d_{j+1}[c] ... d_{i-1}[c]  (j < i)
 //        S  <- diag(W) S + sum_j K_j v_j^T           A_ii = sum_c r_i[c] u[c] k_i[c]
-//    Two halves join into one such formula for the whole chunk: R of the second is multiplied by W of the first, K of the
-//    first by W of the second, and a step i of the second reads a step j of the first by A_ij = sum_c R_i[c] K_j[c], R and
-//    K as they were in their halves. So one multiplication by W stands for eight, and every factor is a product of
-//    numbers at most 1: nothing overflows, however strong the decay. "Prepare" computes R, K, W and A. (Chunks of 4 or 16
-//    cost more: the former decays, the latter pairs.)
+//    Two halves join into one such formula for the whole chunk: R of the second is multiplied by W of the first, K of
+//    the first by W of the second, and a step i of the second reads a step j of the first by A_ij = sum_c R_i[c]
+//    K_j[c], R and K as they were in their halves. So one multiplication by W stands for eight, and every factor is a
+//    product of numbers at most 1: nothing overflows, however strong the decay. "Prepare" computes R, K, W and A.
+//    (Chunks of 4 or 16 cost more: the former decays, the latter pairs.)
 // 2. Spans of 16 steps, which fit in the processor's first cache together with S. A block of S (8 rows of 32 lanes with
-//    AVX-512) is loaded into registers, walks through the chunks of a span, and is stored again: forward_pass. Most time
-//    is spent in its multiply-adds.
+//    AVX-512) is loaded into registers, walks through the chunks of a span, and is stored again: forward_pass. Most
+//    time is spent in its multiply-adds.
 // 3. Backward, in tiles of 64 steps: forward saves S at the start of each. The gradient D of S obeys the mirrored
 //    recurrence
 //        D_{t-1} = diag(d_t) D_t + r_t gy_t^T
-//    backward in time. Tile by tile, from the last: run S^T forward through the tile again for P_i = S gy_i, the part of
-//    r's gradient that comes through the state (state_pass, rows now values and lanes keys); then span by span from the
-//    last, run D^T backward for Q_j = D v_j and for gv_j = D^T K_j (gradient_pass), and combine P and Q with what
+//    backward in time. Tile by tile, from the last: run S^T forward through the tile again for P_i = S gy_i, the part
+//    of r's gradient that comes through the state (state_pass, rows now values and lanes keys); then span by span from
+//    the last, run D^T backward for Q_j = D v_j and for gv_j = D^T K_j (gradient_pass), and combine P and Q with what
 //    happens inside a chunk (finish_chunk).
 // 4. The decay's gradient. dL / d log d_t = sum over everything that is written before t and read after t. For writes
 //    and reads in the chunk of t these are P, Q and A's gradient; what passes through the whole chunk is W <S, D> for
 //    each key, S before the chunk and D after it. S at every chunk is kept for one tile, so that gradient_pass can take
-//    that product where D lies in registers. (Carrying <S, D> from chunk to chunk instead, by subtracting what is written
-//    and adding what is read, would be cheaper and lose a digit: a strong decay leaves a small difference of large sums.)
-//    Of a chunk's halves, the first is also passed by what the second reads of the state before the chunk, the second by
-//    what the first writes for later chunks; finish_chunk adds these, and never subtracts.
+//    that product where D lies in registers. (Carrying <S, D> from chunk to chunk instead, by subtracting what is
+//    written and adding what is read, would be cheaper and lose a digit: a strong decay leaves a small difference of
+//    large sums.) Of a chunk's halves, the first is also passed by what the second reads of the state before the chunk,
+//    the second by what the first writes for later chunks; finish_chunk adds these, and never subtracts.
 //
 // Parallel over sequences, heads and, where these are fewer than the threads, blocks of value columns: columns of S do
 // not interact, and the gradients of r, k, w and u are sums over columns, which are added up at the end.
 //
 // Head sizes are padded with zeros to 16, 32, 64 or 128.
 //
-// Where to find it: rows.h rows of tensors and of floats; prepare.h R, K, W and A; block.h a block of a state in registers;
-// forward.h and backward.h one head of one sequence; tasks.h what threads share out; here, all heads of all sequences, and
-// the C interface.
+// Where to find it: rows.h rows of tensors and of floats; prepare.h R, K, W and A; block.h a block of a state in
+// registers; forward.h and backward.h one head of one sequence; tasks.h what threads share out; here, all heads of all
+// sequences, and the C interface.
 #include <cstdlib>
 #include <type_traits>
 
@@ -89,8 +90,12 @@ bool backward_tasks(const Arguments& a, const Plan& p, float* gu, Gradient* gr, 
         if (failed) continue;
         const Place at = place(a, p, number);
         const int64_t gradient = at.block * block_stride + at.first;
-        const Gradients<Element, Gradient> to{gr + gradient, gk + gradient, gw + gradient, at.task.stride,
-                                              offset<Element>(a.gv, at.first), gu + number * a.head_size,
+        const Gradients<Element, Gradient> to{gr + gradient,
+                                              gk + gradient,
+                                              gw + gradient,
+                                              at.task.stride,
+                                              offset<Element>(a.gv, at.first),
+                                              gu + number * a.head_size,
                                               a.gstate + at.index};
         backward_head<N, Element, Gradient>(*work, at.task, offset<Element>(a.r, at.first),
                                             offset<Element>(a.k, at.first), offset<Element>(a.v, at.first),

@@ -18,12 +18,16 @@ __device__ __forceinline__ void mma_m16n8k16(float* d, const uint32_t* a, uint32
 __device__ __forceinline__ void ldmatrix_x4(uint32_t* x, const void* row) {
     const uint32_t address = (uint32_t)__cvta_generic_to_shared(row);
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(address)
+                 : "memory");
 }
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t* x, const void* row) {
     const uint32_t address = (uint32_t)__cvta_generic_to_shared(row);
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(address)
+                 : "memory");
 }
 
 // The transpose of an 8x8 bf16 matrix held one pair a lane.
@@ -36,8 +40,8 @@ __device__ __forceinline__ uint32_t movmatrix_trans(uint32_t x) {
 // 16 bytes from global to shared memory, behind the thread's back; zeros where not `valid`.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
     const uint32_t address = (uint32_t)__cvta_generic_to_shared(shared);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :: "r"(address), "l"(global), "r"(valid ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(valid ? 16 : 0)
+                 : "memory");
 }
 __device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 

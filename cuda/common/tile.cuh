@@ -28,8 +28,8 @@ __device__ __forceinline__ float high_half(uint32_t x) { return __uint_as_float(
 __device__ __forceinline__ Accumulator zeros() { return Accumulator{{0, 0, 0, 0, 0, 0, 0, 0}}; }
 
 __device__ __forceinline__ Tile rounded(const Accumulator& a) {
-    return Tile{{pack_bf16(a.c[0], a.c[1]), pack_bf16(a.c[2], a.c[3]),
-                 pack_bf16(a.c[4], a.c[5]), pack_bf16(a.c[6], a.c[7])}};
+    return Tile{
+        {pack_bf16(a.c[0], a.c[1]), pack_bf16(a.c[2], a.c[3]), pack_bf16(a.c[4], a.c[5]), pack_bf16(a.c[6], a.c[7])}};
 }
 
 __device__ __forceinline__ Accumulator widened(const Tile& t) {
@@ -49,8 +49,7 @@ __device__ __forceinline__ void multiply(Accumulator& c, const Tile& a, const Ti
 }
 
 __device__ __forceinline__ Tile transposed(const Tile& t) {
-    return Tile{{movmatrix_trans(t.x[0]), movmatrix_trans(t.x[2]),
-                 movmatrix_trans(t.x[1]), movmatrix_trans(t.x[3])}};
+    return Tile{{movmatrix_trans(t.x[0]), movmatrix_trans(t.x[2]), movmatrix_trans(t.x[1]), movmatrix_trans(t.x[3])}};
 }
 
 // The tile whose element (i, j) is p[i * stride + j], in shared memory.

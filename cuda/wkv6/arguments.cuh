@@ -10,19 +10,19 @@ constexpr int SEGMENT = 64;
 // One structure for both directions; ops/wkv6/cuda.py mirrors it field by field. Tensors are contiguous; "elements" are
 // float32 or bf16 as `scalar` says, 16-byte aligned; a null pointer marks what the caller does not have or want.
 struct Arguments {
-    const void *r, *k, *v, *w;    // elements (tokens, heads, head_size)
-    const float* u;               // (heads, head_size)
-    const float* state;           // (sequences, heads, K, V), or null for zeros
-    const index_t* bounds;        // (sequences + 1): sequence n is tokens bounds[n] to bounds[n + 1]; or null where
-                                  // each sequence is `length` tokens
-    void* y;                      // elements (tokens, heads, head_size)
-    float* final_state;           // (sequences, heads, K, V)
-    float* checkpoints;           // (tokens / SEGMENT + sequences, heads, K, V); null in a forward without backward
-    const void* gy;               // gradients, named after what they belong to
-    const float* gfinal;          // or null for zeros
+    const void *r, *k, *v, *w;  // elements (tokens, heads, head_size)
+    const float* u;             // (heads, head_size)
+    const float* state;         // (sequences, heads, K, V), or null for zeros
+    const index_t* bounds;      // (sequences + 1): sequence n is tokens bounds[n] to bounds[n + 1]; or null where
+                                // each sequence is `length` tokens
+    void* y;                    // elements (tokens, heads, head_size)
+    float* final_state;         // (sequences, heads, K, V)
+    float* checkpoints;         // (tokens / SEGMENT + sequences, heads, K, V); null in a forward without backward
+    const void* gy;             // gradients, named after what they belong to
+    const float* gfinal;        // or null for zeros
     void *gr, *gk, *gv, *gw;
-    float* gu;                    // (sequences, heads, head_size): to be summed over the sequences
-    float* gstate;                // or null
+    float* gu;      // (sequences, heads, head_size): to be summed over the sequences
+    float* gstate;  // or null
     int sequences, length, heads, head_size, scalar, device;  // device: the GPU that holds all of it
 };
 

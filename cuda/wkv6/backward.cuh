@@ -6,7 +6,8 @@
 
 constexpr int CHUNKS = SEGMENT / CHUNK;
 
-template <int N> struct BackwardShared {
+template <int N>
+struct BackwardShared {
     struct { typename Shape<N>::Rows r, k, v, w, gy; } chunk[2];  // one in use, one arriving
     Operands<N> operands;
     float read[CHUNK][N + 4], write[CHUNK][N + 4];  // Decays::reads and writes, for the epilogue
@@ -46,7 +47,8 @@ __device__ __forceinline__ RowSums row_sums(const Accumulator& x) {
     return sums;
 }
 
-template <int N> __device__ __forceinline__ void chunked_backward(const Arguments& a) {
+template <int N>
+__device__ __forceinline__ void chunked_backward(const Arguments& a) {
     constexpr int tiles = Shape<N>::tiles, stride = Shape<N>::stride;
     BackwardShared<N>& shared = *(BackwardShared<N>*)dynamic_shared();
     Operands<N>& o = shared.operands;
@@ -101,6 +103,7 @@ template <int N> __device__ __forceinline__ void chunked_backward(const Argument
             decays.writes(factor);
             decays.scale(in.k, factor, decays.second, o.k_middle, o.k_end);
             __syncthreads();  // the operands are complete
+
             const Tile k_end = load_transposed(&o.k_end[0][c0], stride);  // (k, s)
             #pragma unroll
             for (int b = 0; b < tiles; b++) {
@@ -152,9 +155,9 @@ template <int N> __device__ __forceinline__ void chunked_backward(const Argument
 
             // The rest by rows of channels; each warp its 16 rows k. "across": through the state at the chunk's start
             // or end. "inside": between two tokens of the chunk.
-            Accumulator gscores = zeros();                            // (t, s)
-            Accumulator gr_across = zeros(), gk_across = zeros();     // (k, t), (k, s)
-            float state_gradient[2] = {0.f, 0.f};                     // <S before the chunk, dS after it>
+            Accumulator gscores = zeros();                         // (t, s)
+            Accumulator gr_across = zeros(), gk_across = zeros();  // (k, t), (k, s)
+            float state_gradient[2] = {0.f, 0.f};                  // <S before the chunk, dS after it>
             #pragma unroll
             for (int b = 0; b < tiles; b++) {
                 const Tile gy = load_tile(&in.gy[0][b * 16], stride), v = load_tile(&in.v[0][b * 16], stride);
@@ -211,8 +214,7 @@ template <int N> __device__ __forceinline__ void chunked_backward(const Argument
             #pragma unroll
             for (int e = 0; e < 8; e++) {
                 const float x = log2_decay(w.c[e]);
-                const float glog =
-                    state_gradient[e / 2 % 2] + past.before.c[e] + (future.after.c[e] - k_inside.c[e]);
+                const float glog = state_gradient[e / 2 % 2] + past.before.c[e] + (future.after.c[e] - k_inside.c[e]);
                 gw.c[e] = x == DECAY_CAP ? 0.f : -x / LOG2_E * glog;
             }
             const index_t at = s.elements + t0 * s.stride + c0;

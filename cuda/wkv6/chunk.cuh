@@ -13,7 +13,8 @@ constexpr float DECAY_CAP = 14.0f;
 
 // A block has 2 N threads: warps of 16 rows for the matrix products, (channel pair, quarter) for the decays, and
 // one 16-byte copy each for a chunk of one tensor.
-template <int N> struct Shape {
+template <int N>
+struct Shape {
     static constexpr int threads = 2 * N;
     static constexpr int tiles = N / 16;
     static constexpr int stride = N + 8;  // rows of a chunk, padded so that eight of them touch all banks once
@@ -21,7 +22,8 @@ template <int N> struct Shape {
 };
 
 // The operands made of one chunk; element (t, c) as the head comment of wkv6.cu defines them.
-template <int N> struct Operands {
+template <int N>
+struct Operands {
     typename Shape<N>::Rows r_start, r_middle, k_middle, k_end;
     Pair quarter[4][N / 2];               // product of the decays of tokens 0-3, 4-7, 8-11, 12-15
     float first[N], second[N], whole[N];  // of tokens 0-7, 8-15, 0-15
@@ -44,7 +46,8 @@ __device__ __forceinline__ float log2_decay(float w) {
 }
 
 // A thread's share of a chunk's decays: channels c and c + 1, four tokens from t.
-template <int N> struct Decays {
+template <int N>
+struct Decays {
     int c, t, part;
     Pair decay[4], quarter[4], first, second;
 

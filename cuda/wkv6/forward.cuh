@@ -3,13 +3,15 @@
 #pragma once
 #include "wkv6/chunk.cuh"
 
-template <int N> struct ForwardShared {
+template <int N>
+struct ForwardShared {
     struct { typename Shape<N>::Rows r, k, v, w; } chunk[2];  // one in use, one arriving
     Operands<N> operands;
     float u[N];
 };
 
-template <int N> __device__ __forceinline__ void chunked_forward(const Arguments& a) {
+template <int N>
+__device__ __forceinline__ void chunked_forward(const Arguments& a) {
     constexpr int tiles = Shape<N>::tiles, stride = Shape<N>::stride;
     ForwardShared<N>& shared = *(ForwardShared<N>*)dynamic_shared();
     Operands<N>& o = shared.operands;

@@ -21,7 +21,8 @@ struct TokenShared {
 
 // Loads token t. The kernels read other threads' channels only before a token's second barrier, and after it at most
 // the channel that they load themselves; so nothing is overwritten too early.
-template <class T> __device__ void load_token(TokenShared& token, const Arguments& a, const Sequence& s, int t) {
+template <class T>
+__device__ void load_token(TokenShared& token, const Arguments& a, const Sequence& s, int t) {
     const index_t at = s.elements + t * s.stride;
     for (int c = threadIdx.y * blockDim.x + threadIdx.x; c < MAX_HEAD_SIZE; c += blockDim.x * blockDim.y) {
         const bool valid = c < a.head_size;
@@ -64,7 +65,8 @@ __device__ __forceinline__ void store_strip(float* target, const float* strip, i
     }
 }
 
-template <class T> __device__ void plain_forward(const Arguments& a) {
+template <class T>
+__device__ void plain_forward(const Arguments& a) {
     __shared__ TokenShared token;
     __shared__ float partial[MAX_STRIPS][MAX_HEAD_SIZE];
     const Sequence s(a);
@@ -94,7 +96,8 @@ template <class T> __device__ void plain_forward(const Arguments& a) {
 // Per segment: forward from its checkpoint for gr, then in reverse for gk, gv and gw. With dS_t the gradient with
 // respect to S_t and G_t = <S_t, dS_t> over a row, the log decay's gradient is dw_t = G_t - k_t (dS_t v_t), and
 // G_{t-1} = dw_t + r_t (S_{t-1} gy_t): a scan that starts anew from the states themselves at each segment's end.
-template <class T> __device__ void plain_backward(const Arguments& a) {
+template <class T>
+__device__ void plain_backward(const Arguments& a) {
     __shared__ TokenShared token;
     __shared__ float partial[2][MAX_STRIPS][MAX_HEAD_SIZE], gy_v[MAX_STRIPS], r_u_k[MAX_STRIPS];
     __shared__ float r_gr[SEGMENT][MAX_HEAD_SIZE];

@@ -70,7 +70,8 @@ template <class Kernel>
 static int run_chunked(Kernel kernel, int shared_bytes, const Arguments& a, void* stream) {
     return launch(kernel, dim3(a.heads * a.sequences), dim3(2 * a.head_size), shared_bytes, stream, a);
 }
-template <class Kernel> static int run_plain(Kernel kernel, const Arguments& a, void* stream) {
+template <class Kernel>
+static int run_plain(Kernel kernel, const Arguments& a, void* stream) {
     const dim3 block(a.head_size, (a.head_size + STRIP - 1) / STRIP);
     return launch(kernel, dim3(a.heads * a.sequences), block, 0, stream, a);
 }
