@@ -59,6 +59,7 @@ INLINE void multiply_block(const Product<Words>& p, int64_t m0, int64_t c) {
             UNROLL for (int v = 0; v < V; v++) sum[m][v] = Words::add_product(sum[m][v], a, b[v]);
         }
     }
+    asm("" : "+r"(out));  // its rows' addresses are computed anew, rather than kept where the loop needs registers
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int v = 0; v < V; v++) store(out + m * out_stride + v * kLanes, sum[m][v]);
 }
