@@ -7,7 +7,7 @@
 // Operations a second over about `seconds`; a multiply-add counts as two a lane.
 extern "C" double fma_peak(double seconds) {
     using Clock = std::chrono::steady_clock;
-    constexpr int kChains = kLanes == 4 ? 8 : 12;  // enough to hide a multiply-add's latency
+    constexpr int kChains = kLanes == 16 ? 12 : 8;  // enough to hide a multiply-add's latency
     constexpr long kRounds = 20000;
     Vec sums[kChains];
     UNROLL for (int i = 0; i < kChains; i++) sums[i] = broadcast(1.0f + i);
