@@ -2,14 +2,12 @@
 // kernel's. Compiled by benchmarks/wkv6.py with the flags of one of the CPU kernel's instruction sets.
 #include <chrono>
 
-#include "wkv6_cpu_vector.h"
-
-using namespace wkv6::WKV6_LEVEL;
+#include "common/vectors.h"
 
 // Operations a second over about `seconds`; a multiply-add counts as two a lane.
 extern "C" double fma_peak(double seconds) {
     using Clock = std::chrono::steady_clock;
-    constexpr int kChains = kAccumulators < 12 ? kAccumulators : 12;  // enough to hide a multiply-add's latency
+    constexpr int kChains = kLanes == 16 ? 12 : 8;  // enough to hide a multiply-add's latency
     constexpr long kRounds = 20000;
     Vec sums[kChains];
     UNROLL for (int i = 0; i < kChains; i++) sums[i] = broadcast(1.0f + i);

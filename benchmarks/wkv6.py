@@ -26,9 +26,13 @@ from pathlib import Path
 import torch
 
 from rwkv_peft.memory import keep_freed_memory
-from rwkv_peft.ops import cpu, cuda
-from rwkv_peft.ops.build import BuildError, Unit, build_library, source_directory
-from rwkv_peft.ops.wkv6 import backends, wkv6
+from rwkv_peft.ops.native import gpu, levels
+from rwkv_peft.ops.native.arguments import fill
+from rwkv_peft.ops.native.build import build_library
+from rwkv_peft.ops.native.compilers import find_nvcc
+from rwkv_peft.ops.native.cpu import cpu_library
+from rwkv_peft.ops.native.errors import BuildError
+from rwkv_peft.ops.wkv6 import backends, cpu, cuda, wkv6
 
 HEAD_SIZE = 64
 SHAPES = {  # B,T,H
@@ -116,12 +120,12 @@ def stream(x):
 def sequential_kernels():
     """wkv6_sequential.cu built for the current GPU; None where there is no nvcc."""
     try:
-        nvcc = cuda.find_nvcc()
+        nvcc = find_nvcc()
     except BuildError:
         return None
-    (unit,), link_command, headers = cuda.recipe(nvcc, "".join(map(str, torch.cuda.get_device_capability())))
-    unit = Unit(Path(__file__).with_name("wkv6_sequential.cu"), (*unit.command, f"-I{source_directory()}"))
-    return cuda.Library(build_library("wkv6_sequential", [unit], link_command, headers))
+    source = Path(__file__).resolve().with_name("wkv6_sequential.cu")
+    recipe = gpu.recipe(source, nvcc, "".join(map(str, torch.cuda.get_device_capability())))
+    return cuda.Library(build_library("wkv6_sequential", *recipe))
 
 
 def contenders(device):
@@ -221,14 +225,9 @@ def in_own_process(*arguments):
 
 def fma_peak():
     """float32 operations a second of one core, at the CPU kernel's best instruction set."""
-    level, flags = cpu.best_level(), cpu.level_flags()[cpu.best_level()]
-    compiler = cpu.find_compiler()
-    command = (compiler, *cpu.COMMON_FLAGS, *flags, f"-DWKV6_LEVEL={level}", f"-I{source_directory()}")
-    unit = Unit(Path(__file__).with_name("fma_peak.cpp"), command)
-    path = build_library("fma_peak", [unit], (compiler, "-shared"), cpu.headers(source_directory()))
-    library = ctypes.CDLL(str(path))
-    library.fma_peak.argtypes, library.fma_peak.restype = [ctypes.c_double], ctypes.c_double
-    return library.fma_peak(1.0)
+    source = Path(__file__).resolve().with_name("fma_peak.cpp")
+    functions = (("fma_peak", ctypes.c_double, ctypes.c_double),)
+    return cpu_library("fma_peak", source, levels.level_flags()[levels.best_level()], functions).fma_peak(1.0)
 
 
 def kernel_table(peak, calls):
@@ -261,17 +260,14 @@ def kernel_calls(T, H, dtype):
     y, *gradients = (torch.zeros_like(r) for _ in range(5))
     final, gstate = torch.zeros(2, H, HEAD_SIZE, HEAD_SIZE)
     checkpoints, gu = torch.zeros(cpu.checkpoint_count(T, 1), H, HEAD_SIZE, HEAD_SIZE), torch.zeros_like(u)
-    library, sizes = cpu._library(cpu.best_level()), (1, T, H, HEAD_SIZE, None, dtype == torch.bfloat16, 1)
-
-    tensors = (
-        (r, k, v, w, u, None, y, final, checkpoints),
-        (r, k, v, w, u, None, checkpoints, gy, None, *gradients, gu, gstate),
-    )
-    pointers = [[ctypes.c_void_p(cpu._pointer(x)) for x in group] for group in tensors]
-    steps = (
-        functools.partial(library.wkv6_cpu_forward, *pointers[0], *sizes),
-        functools.partial(library.wkv6_cpu_backward, *pointers[1], *sizes),
-    )
+    library = cpu._library(levels.best_level())
+    gr, gk, gv, gw = gradients
+    tensors = dict(r=r, k=k, v=v, w=w, u=u, checkpoints=checkpoints, y=y, final_state=final)
+    tensors |= dict(gy=gy, gr=gr, gk=gk, gv=gv, gw=gw, gu=gu, gstate=gstate)
+    sizes = dict(sequences=1, tokens=T, heads=H, head_size=HEAD_SIZE)
+    arguments = fill(cpu.Arguments, r, tensors, **sizes)
+    arguments.threads = 1
+    steps = [functools.partial(call, arguments) for call in (library.wkv6_cpu_forward, library.wkv6_cpu_backward)]
     steps[0](), steps[1]()
     return steps, tensors
 

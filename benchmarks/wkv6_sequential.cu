@@ -1,24 +1,25 @@
 // The baseline of benchmarks/wkv6.py on GPUs: RWKV-6's recurrence one token after the other, the algorithm of RWKV-LM's
 // CUDA kernels (RWKV-v5/cuda/wkv6_cuda.cu) written plainly, head size 64.
 //
-// One thread block a head and sequence, one thread a channel. A thread keeps a row or a column of the state in registers
-// and walks through all tokens; what other channels must know of a token goes through shared memory. No chunks, no tensor
-// cores, no initial state. Where RWKV-LM compiles anew for each sequence length, to keep an array of a float a token in
-// each thread, backward keeps that in `checkpoints`, (tokens, heads, 64) float32, which the caller provides.
-#ifdef __CUDACC__
-#include "wkv6_ptx.cuh"
-#else
-#include <cuda_shim.h>
-#endif
-#include "wkv6_tile.cuh"
-#include "wkv6_arguments.cuh"
+// One thread block a head and sequence, one thread a channel. A thread keeps a row or a column of the state in
+// registers and walks through all tokens; what other channels must know of a token goes through shared memory. No
+// chunks, no tensor cores, no initial state. Where RWKV-LM compiles anew for each sequence length, to keep an array of
+// a float a token in each thread, backward keeps that in `checkpoints`, (tokens, heads, 64) float32, which the caller
+// provides.
+#include "common/device.cuh"
+#include "common/tile.cuh"
+#include "wkv6/arguments.cuh"
 
 constexpr int N = 64;
 
-template <class T> __device__ __forceinline__ float value(const void* p, index_t at) { return to_float(((const T*)p)[at]); }
+template <class T>
+__device__ __forceinline__ float value(const void* p, index_t at) {
+    return to_float(((const T*)p)[at]);
+}
 
 // y: thread j has column j of S.
-template <class T> __device__ void forward_columns(const Arguments& a) {
+template <class T>
+__device__ void forward_columns(const Arguments& a) {
     __shared__ float r[N], k[N], decay[N], u[N];
     const Sequence s(a);
     const int j = threadIdx.x;
@@ -43,9 +44,11 @@ template <class T> __device__ void forward_columns(const Arguments& a) {
     }
 }
 
-// The gradients of r, k, w, u: thread i has row i of S, then of S's gradient D. With G_t = <S_t, D_t> over the row, the log
-// decay's gradient is G_t - k_t (D_t v_t), and G_{t-1} is that plus r_t (S_{t-1} gy_t), which the first walk leaves behind.
-template <class T> __device__ void backward_rows(const Arguments& a) {
+// The gradients of r, k, w, u: thread i has row i of S, then of S's gradient D. With G_t = <S_t, D_t> over the row, the
+// log decay's gradient is G_t - k_t (D_t v_t), and G_{t-1} is that plus r_t (S_{t-1} gy_t), which the first walk leaves
+// behind.
+template <class T>
+__device__ void backward_rows(const Arguments& a) {
     __shared__ float v[N], gy[N];
     const Sequence s(a);
     const int i = threadIdx.x;
@@ -96,7 +99,8 @@ template <class T> __device__ void backward_rows(const Arguments& a) {
 }
 
 // The gradient of v: thread j has column j of D.
-template <class T> __device__ void backward_columns(const Arguments& a) {
+template <class T>
+__device__ void backward_columns(const Arguments& a) {
     __shared__ float r[N], k[N], decay[N], u[N];
     const Sequence s(a);
     const int j = threadIdx.x;
@@ -129,7 +133,8 @@ KERNEL(rows, backward_rows, bf16)
 KERNEL(columns, backward_columns, float)
 KERNEL(columns, backward_columns, bf16)
 
-template <class Kernel> static int run(Kernel kernel, const Arguments& a, void* stream) {
+template <class Kernel>
+static int run(Kernel kernel, const Arguments& a, void* stream) {
     return launch(kernel, dim3(a.heads * a.sequences), dim3(N), 0, stream, a);
 }
 

@@ -51,7 +51,7 @@ step() {  # NAME LOG COMMAND...: runs the command into its log, adds a row
 }
 
 step "build" build.log "$python" -c '
-from rwkv_peft.ops import cuda
+from rwkv_peft.ops.wkv6 import cuda
 reason = cuda.unavailable()
 raise SystemExit(reason and f"the kernels cannot be used: {reason}")'
 step "op tests on the device" ops.log "$python" -m pytest -q tests/ops
@@ -59,7 +59,7 @@ sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanit
 if [ -n "$sanitizer" ]; then
     for tool in memcheck racecheck synccheck; do
         step "compute-sanitizer $tool" "$tool.log" "$sanitizer" --tool "$tool" --error-exitcode 1 \
-            "$python" -m pytest -q tests/ops/test_cuda.py -k 'packed_sequences and gpu'
+            "$python" -m pytest -q tests/ops/wkv6/test_cuda.py -k 'packed_sequences and gpu'
     done
 else
     row "compute-sanitizer" "not installed" -

@@ -33,7 +33,8 @@ HEAVY = (
 # module stands for what is below it, unless that is named itself.
 PARTS = (
     ("base", ("", "config", "errors", "cli", "memory"), ()),
-    ("ops", ("ops",), ("base",)),
+    ("native", ("ops/native",), ("base",)),  # builds for kernels of which it knows none
+    ("ops", ("ops",), ("native",)),
     ("models", ("models",), ("base", "ops")),
     ("adapters", ("adapters",), ("base", "ops")),
     ("containers", ("files",), ("base",)),
@@ -61,7 +62,7 @@ def tree(path):
 
 
 def module_of(path):
-    """rwkv_peft/ops/cpu.py -> ("ops", "cpu"); an __init__.py is its package."""
+    """rwkv_peft/ops/bone.py -> ("ops", "bone"); an __init__.py is its package."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return parts[:-1] if parts[-1] == "__init__" else parts
 

@@ -1,8 +1,9 @@
-// Stands in for the matrix unit where a processor has none: cuda/blocks_amx.h, compiled with this header before it, runs on
-// tile registers that are plain arrays of the thread. Everything else is the same source and the same AVX-512 instructions.
+// Stands in for the matrix unit where a processor has none: cpu/bone/amx.h, compiled with this header before it, runs
+// on tile registers that are plain arrays of the thread. Everything else is the same source and the same AVX-512
+// instructions.
 //
-// A register starts as poison (NaN), as it does again after _tile_release, so that a result which depends on a missing load
-// or on registers that were not configured is no number.
+// A register starts as poison (NaN), as it does again after _tile_release, so that a result which depends on a missing
+// load or on registers that were not configured is no number.
 #pragma once
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -70,7 +71,8 @@ inline void multiply(int sum, int left, int right) {
             memcpy(&total, &tiles().data[sum][m][4 * n], 4);
             for (int k = 0; k < kRows; k++)
                 for (int half = 0; half < 2; half++)
-                    total += number(&tiles().data[left][m][4 * k + 2 * half]) * number(&tiles().data[right][k][4 * n + 2 * half]);
+                    total += number(&tiles().data[left][m][4 * k + 2 * half]) *
+                             number(&tiles().data[right][k][4 * n + 2 * half]);
             memcpy(&tiles().data[sum][m][4 * n], &total, 4);
         }
 }
@@ -90,7 +92,8 @@ inline void multiply(int sum, int left, int right) {
 #define _tile_zero amx_shim::zero
 #define _tile_dpbf16ps amx_shim::multiply
 
-// Whether this processor has the other instructions that blocks_amx.h uses.
+// Whether this processor has the other instructions that amx.h uses.
 extern "C" inline __attribute__((used)) int amx_shim_runs() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16");
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512bf16");
 }

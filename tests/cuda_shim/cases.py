@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rwkv_peft.ops import cuda, reference
+from rwkv_peft.ops.wkv6 import cuda, reference
 
 RESULTS = ("y", "final state", "gr", "gk", "gv", "gw", "gu", "gstate")
 

@@ -1,13 +1,13 @@
-// CUDA on a CPU, as far as the wkv6 kernels need it: what wkv6_ptx.cuh and CUDA itself provide, in plain C++.
+// CUDA on a CPU, as far as the wkv6 kernels need it: what common/ptx.cuh and CUDA itself provide, in plain C++.
 //
-//     g++ -O1 -std=c++17 -fPIC -shared -pthread -fno-strict-aliasing -I tests/cuda_shim -x c++ cuda/wkv6_cuda.cu
+//     g++ -std=c++17 -fPIC -shared -pthread -fno-strict-aliasing -I tests/cuda_shim -I cuda -x c++ cuda/wkv6/wkv6.cu
 //
 // Shows wrong results, missing barriers (under several orders of the threads) and missing waits for asynchronous
 // copies (a copy happens when it is waited for, and not before). Does not show bank conflicts, speed, or faults that
 // depend on the memory model.
 #pragma once
-#include "fibers.h"
 #include <cmath>
+#include "fibers.h"
 
 #define __global__
 #define __device__
@@ -24,8 +24,16 @@ using std::min;
 
 struct bf16 { unsigned short bits; };
 
-inline float __uint_as_float(uint32_t x) { float y; std::memcpy(&y, &x, 4); return y; }
-inline uint32_t __float_as_uint(float x) { uint32_t y; std::memcpy(&y, &x, 4); return y; }
+inline float __uint_as_float(uint32_t x) {
+    float y;
+    std::memcpy(&y, &x, 4);
+    return y;
+}
+inline uint32_t __float_as_uint(float x) {
+    uint32_t y;
+    std::memcpy(&y, &x, 4);
+    return y;
+}
 
 // Denormal results are zero, as with .ftz.
 inline float flushed(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.f, x) : x; }
@@ -51,7 +59,10 @@ inline void cp_async_wait_all() {
 }
 
 inline float __shfl_xor_sync(unsigned, float x, int mask) {
-    struct Data { float in, out; int mask; } data{x, 0.f, mask};
+    struct Data {
+        float in, out;
+        int mask;
+    } data{x, 0.f, mask};
     shim::warp_operation<Data>(data, [](Data* const* lanes, unsigned count) {
         for (unsigned i = 0; i < count; i++) lanes[i]->out = lanes[(i ^ lanes[i]->mask) % count]->in;
     });
@@ -65,8 +76,12 @@ inline unsigned short element(const uint32_t* const* lanes, int row, int column)
     return (unsigned short)(*lanes[row * 4 + column / 2] >> column % 2 * 16);
 }
 
-struct MatrixLoad { uint32_t* out; const unsigned short* row; };
-template <bool TRANSPOSE> void load_matrices(MatrixLoad* const* lanes, unsigned) {
+struct MatrixLoad {
+    uint32_t* out;
+    const unsigned short* row;
+};
+template <bool TRANSPOSE>
+void load_matrices(MatrixLoad* const* lanes, unsigned) {
     for (int lane = 0; lane < 32; lane++)
         for (int m = 0; m < 4; m++) {
             const auto at = [&](int row, int column) -> uint32_t { return lanes[m * 8 + row]->row[column]; };
@@ -75,7 +90,11 @@ template <bool TRANSPOSE> void load_matrices(MatrixLoad* const* lanes, unsigned)
         }
 }
 
-struct Product { float* d; const uint32_t* a; uint32_t b[2]; };
+struct Product {
+    float* d;
+    const uint32_t* a;
+    uint32_t b[2];
+};
 inline void multiply_fragments(Product* const* lanes, unsigned) {
     float a[16][16], b[16][8];
     for (int lane = 0; lane < 32; lane++)

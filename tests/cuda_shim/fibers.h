@@ -29,7 +29,10 @@ constexpr unsigned WARP = 32;
 
 // How the fibers of a block take turns. WARPS: a warp runs as far as it can before the next one does.
 enum Order { ASCENDING, DESCENDING, SHUFFLED, WARPS_ASCENDING, WARPS_DESCENDING };
-inline std::atomic<int>& order() { static std::atomic<int> value{ASCENDING}; return value; }
+inline std::atomic<int>& order() {
+    static std::atomic<int> value{ASCENDING};
+    return value;
+}
 
 #if defined(__x86_64__)
 // Saves the callee-saved registers on this stack and its pointer at *from, and goes on where `to` was saved.
@@ -69,19 +72,25 @@ struct Context {
 };
 #endif
 
-struct Copy { void* target; const void* source; };  // 16 bytes; a null source is zeros
+struct Copy {
+    void* target;
+    const void* source;
+};  // 16 bytes; a null source is zeros
 
 struct Fiber {
     Context context;
     dim3 thread;
     bool done = false, at_barrier = false;  // of the block
     unsigned long barrier_round = 0;        // how often it had opened when the fiber arrived there
-    void* published = nullptr;  // what the fiber brings to a warp operation
-    std::vector<Copy> copies;   // asynchronous copies under way
+    void* published = nullptr;              // what the fiber brings to a warp operation
+    std::vector<Copy> copies;               // asynchronous copies under way
 };
 
 // A barrier that opens when all of its fibers have arrived.
-struct Barrier { unsigned arrived = 0; unsigned long opened = 0; };
+struct Barrier {
+    unsigned arrived = 0;
+    unsigned long opened = 0;
+};
 
 struct Block {
     dim3 grid, shape, index;
@@ -99,7 +108,10 @@ struct Block {
     unsigned warp_size() const { return std::min(WARP, threads - (current - lane())); }
 };
 
-inline Block& block() { static thread_local Block value; return value; }
+inline Block& block() {
+    static thread_local Block value;
+    return value;
+}
 
 inline void pause() {
     Block& b = block();
@@ -133,7 +145,8 @@ inline void block_barrier() {
 }
 
 // Every lane publishes an operation's data; the last to arrive performs it for all of them.
-template <class Data> void warp_operation(Data& data, void (*perform)(Data* const* lanes, unsigned count)) {
+template <class Data>
+void warp_operation(Data& data, void (*perform)(Data* const* lanes, unsigned count)) {
     Block& b = block();
     b.fiber().published = &data;
     wait(b.warps[b.current / WARP], b.warp_size(), [&] {
@@ -161,9 +174,7 @@ inline void resume(unsigned i) {
 inline void run_warp(unsigned first) {
     Block& b = block();
     const unsigned last = std::min(first + WARP, b.threads);
-    const auto stuck = [&](const Fiber& f) {
-        return f.done || (f.at_barrier && f.barrier_round == b.barrier.opened);
-    };
+    const auto stuck = [&](const Fiber& f) { return f.done || (f.at_barrier && f.barrier_round == b.barrier.opened); };
     for (bool again = true; again;) {
         again = false;
         for (unsigned i = first; i < last; i++) {
@@ -190,8 +201,7 @@ inline void run_block(char* stacks) {
     while (b.finished < b.threads) {
         if (order() == WARPS_ASCENDING || order() == WARPS_DESCENDING) {
             const unsigned count = b.warps.size();
-            for (unsigned i = 0; i < count; i++)
-                run_warp((order() == WARPS_ASCENDING ? i : count - 1 - i) * WARP);
+            for (unsigned i = 0; i < count; i++) run_warp((order() == WARPS_ASCENDING ? i : count - 1 - i) * WARP);
             continue;
         }
         if (order() == SHUFFLED)

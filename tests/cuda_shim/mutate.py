@@ -19,7 +19,7 @@ import cases
 import shim
 import torch
 
-from rwkv_peft.ops.build import source_directory
+from rwkv_peft.ops.native.sources import source_directory
 
 MUTATED = re.compile(r"(__syncthreads|cp_async_wait_all)\(\);")
 SECONDS = 60  # for one order's run; a mutated kernel may hang
@@ -27,11 +27,10 @@ SECONDS = 60  # for one order's run; a mutated kernel may hang
 
 def main():
     torch.set_num_threads(1)
-    sources = source_directory()
+    sources = source_directory("cuda")
     sites = [
-        (path.name, m.span(), m.group())
-        for path in sorted(sources.glob("wkv6_*.cuh"))
-        if path.name != "wkv6_ptx.cuh"
+        (path.relative_to(sources), m.span(), m.group())
+        for path in sorted((sources / "wkv6").glob("*.cuh"))
         for m in MUTATED.finditer(path.read_text())
     ]
     good = True
@@ -57,8 +56,7 @@ def describe(sources, site):
 def examine(sources, work, site):
     """One letter an order: X where the results are wrong, or there are none."""
     folder = Path(tempfile.mkdtemp(dir=work))
-    for path in (*sources.glob("wkv6_*.cuh"), sources / "wkv6_cuda.cu"):
-        shutil.copy(path, folder)
+    shutil.copytree(sources, folder, dirs_exist_ok=True)
     if site is not None:
         name, (start, end), text = site
         source = (folder / name).read_text()

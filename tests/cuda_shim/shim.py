@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
-from rwkv_peft.ops import cuda
-from rwkv_peft.ops.build import Unit, build_library, find_program, source_directory
+from rwkv_peft.ops.native.build import Unit, build_library
+from rwkv_peft.ops.native.compilers import find_compiler
+from rwkv_peft.ops.native.sources import included_files, source_directory
+from rwkv_peft.ops.wkv6 import cuda
 
 # fibers.h's Order, by name.
 ORDERS = ("ascending", "descending", "shuffled", "warps ascending", "warps descending")
@@ -23,13 +25,13 @@ class Shim(cuda.Library):
 
 
 def build(sources=None, cache=None, source=None):
-    """A Shim of the kernels in the folder `sources`, or of `source`, which includes files from there; BuildError where
-    there is no C++ compiler."""
-    sources = source_directory() if sources is None else Path(sources)
-    source = sources / "wkv6_cuda.cu" if source is None else Path(source)
+    """A Shim of the kernels in the folder `sources`, which is like cuda/, or of `source`, which includes files from
+    there; BuildError where there is no C++ compiler."""
+    sources = source_directory("cuda") if sources is None else Path(sources)
+    source = sources / cuda.SOURCE if source is None else Path(source)
     shim = Path(__file__).resolve().parent
-    compiler = find_program("g++", "clang++", remedy="install g++")
+    compiler = find_compiler()
     flags = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-pthread")
     unit = Unit(source, (compiler, *flags, "-fno-strict-aliasing", f"-I{shim}", f"-I{sources}", "-x", "c++"))
-    headers = [*sorted(sources.glob("*.cuh")), shim / "cuda_shim.h", shim / "fibers.h"]
+    headers = [*included_files(source, sources), shim / "cuda_shim.h", shim / "fibers.h"]
     return Shim(build_library(f"{source.stem}_shim", [unit], (compiler, "-shared", "-pthread"), headers, cache))

@@ -8,7 +8,7 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..ops import blocks
+from ..ops import bone as kernels
 from .block_affine import BlockAffine
 from .product import DENSE
 from .tokens import add_tiled_, apply_to_tokens, split_shards, weight_gradient
@@ -65,8 +65,8 @@ class _BatIn(Function):
 
 def _affine_shards(x, bone):
     """z = x + u and s = Σ_b u_b where u_b = B_b x_b: x (T, in) -> (T, in), (T, r)."""
-    if blocks.takes(x, bone):
-        return blocks.affine(x, bone)
+    if kernels.takes(x, bone):
+        return kernels.affine(x, bone)
     rank = bone.shape[-1]
     z, shift = torch.empty_like(x), x.new_empty(x.shape[0], rank)
     for tokens in _token_chunks(x):
@@ -83,8 +83,8 @@ def _affine_shards_backward(dz, g, x, bone):
 
     du_b = dz_b + Σ_a g_a, dB_b = du_bᵀ x_b, dx_b = dz_b + B_bᵀ du_b.
     """
-    if blocks.takes(dz, g, x, bone) and dz.is_contiguous():
-        return blocks.affine_backward_(dz, g, x, bone)
+    if kernels.takes(dz, g, x, bone) and dz.is_contiguous():
+        return kernels.affine_backward_(dz, g, x, bone)
     rank = bone.shape[-1]
     g_shift = split_shards(g, rank).sum(1)  # (T, r)
     d_bone = None if x is None else bone.new_zeros(bone.shape, dtype=torch.promote_types(x.dtype, torch.float32))

@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..errors import UserError
-from ..ops import blocks
+from ..ops import bone as kernels
 from .block_affine import BlockAffine
 from .product import DENSE
 from .tokens import apply_to_tokens, shard_sum, split_shards, weight_gradient
@@ -116,8 +116,8 @@ def _by_block(rows, bone):
 
 def _merge_rows(rows, bone):
     """W + W B + B for some output blocks: rows (a r, in), bone (a, r, r) -> (a r, in)."""
-    if blocks.takes(rows, bone):
-        return blocks.merge(rows, bone)
+    if kernels.takes(rows, bone):
+        return kernels.merge(rows, bone)
     parts = _by_block(rows, bone)  # (a, r in/r, r)
     merged = torch.empty_like(parts)
     step = len(bone) if rows.device.type == "cuda" else max(1, CACHED_ELEMENTS // parts[0].numel())
@@ -130,8 +130,8 @@ def _merge_rows(rows, bone):
 
 def _merge_backward_(d, rows, bone):
     """Turn d (a r, in), the gradient of _merge_rows(rows, bone), into that matrix; -> the gradient of bone."""
-    if blocks.takes(d, rows, bone) and d.is_contiguous():
-        return blocks.merge_backward_(d, rows, bone)
+    if kernels.takes(d, rows, bone) and d.is_contiguous():
+        return kernels.merge_backward_(d, rows, bone)
     d_bone = torch.bmm(_by_block(rows, bone).transpose(1, 2), _by_block(d, bone))
     d_bone += _by_block(d, bone).unflatten(1, (bone.shape[-1], -1)).sum(2)
     d.copy_(_merge_rows(rows, bone))

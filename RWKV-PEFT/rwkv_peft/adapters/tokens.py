@@ -10,7 +10,7 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..ops import blocks
+from ..ops import bone as kernels
 from .product import DENSE
 
 
@@ -33,7 +33,7 @@ def apply_to_tokens(function, x, weight, bias, *params, product, extra=()):
 
 def weight_gradient(g, x):
     """gᵀ x: g (T, out), x (T, in) -> (out, in)."""
-    return blocks.transposed(g) @ x
+    return kernels.transposed(g) @ x
 
 
 def split_shards(x, rank):
@@ -43,8 +43,8 @@ def split_shards(x, rank):
 
 def shard_sum(x, rank):
     """Σ_b x_b, the last shard padded with zeros: (T, in) -> (T, r)."""
-    if blocks.takes(x):
-        return blocks.shard_sum(x, rank)
+    if kernels.takes(x):
+        return kernels.shard_sum(x, rank)
     full = x.shape[1] // rank * rank
     total = split_shards(x[:, :full], rank).sum(1) if full else x.new_zeros(x.shape[0], rank)
     rest = x.shape[1] - full
@@ -55,8 +55,8 @@ def shard_sum(x, rank):
 
 def add_tiled_(x, tile):
     """x (T, in) += tile (T, r) repeated along the channels, cut at in."""
-    if blocks.takes(x, tile) and x.is_contiguous():
-        return blocks.add_tiled_(x, tile)
+    if kernels.takes(x, tile) and x.is_contiguous():
+        return kernels.add_tiled_(x, tile)
     rank = tile.shape[1]
     full = x.shape[1] // rank * rank
     if full:

@@ -1,5 +1,4 @@
-"""The wkv6 recurrence: one operation, several backends that compute the same thing."""
+"""What the model and the adapters compute beside matrix products: a folder or a file for each family of operations.
 
-from .wkv6 import backends, wkv6
-
-__all__ = ["backends", "wkv6"]
+Each has a form in plain torch and kernels for some devices behind one signature; native/ compiles and loads these.
+"""

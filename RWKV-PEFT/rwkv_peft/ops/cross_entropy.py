@@ -1,8 +1,21 @@
-"""Cross-entropy of given logits together with its gradient, which takes the logits' place."""
+"""Cross-entropy of given logits together with its gradient, which takes the logits' place; on the CPU by
+cpu/cross_entropy, built on first use."""
+
+import ctypes
+import functools
 
 import torch
 
-from . import mix_cpu
+from .native import levels
+from .native.arguments import fields, fill, takes
+from .native.cpu import cpu_library
+from .native.errors import BuildError
+
+
+class CrossEntropyArguments(ctypes.Structure):
+    """cpu/cross_entropy/arguments.h's structure of the same name."""
+
+    _fields_ = fields("logits targets losses", "rows vocabulary", "scale pull", "gradient bfloat16 threads")
 
 
 def cross_entropy_(logits, targets, scale, pull=0.0, gradient=True):
@@ -12,9 +25,9 @@ def cross_entropy_(logits, targets, scale, pull=0.0, gradient=True):
     logit) to the unscaled gradient of each row's largest logit. -> (scale · Σ losses, a scalar of float32, or float64
     for float64 logits; the gradient (n, V) in logits' dtype, or None where not `gradient`).
     """
-    if mix_cpu.takes(logits) and logits.is_contiguous():
+    if takes(logits) and logits.is_contiguous() and available():
         check_range(targets, logits.shape[1])
-        losses = mix_cpu.cross_entropy_(logits, targets.contiguous(), float(scale), pull, gradient)
+        losses = _by_kernel(logits, targets.contiguous(), float(scale), pull, gradient)
         return losses.sum() * scale, logits if gradient else None
     dtype = logits.dtype
     logits = logits.to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -39,3 +52,32 @@ def check_range(targets, vocabulary):
             f"targets from {int(targets.min())} to {int(targets.max())} for {vocabulary} logits; a target is a "
             "token of the model's vocabulary: check the tokenizer that made the data"
         )
+
+
+def _by_kernel(logits, targets, scale, pull, gradient):
+    """logits (n, V), which become scale times their gradient where `gradient`; targets (n,) int64 -> losses (n,)
+    float32."""
+    losses = torch.empty(logits.shape[0])
+    tensors = dict(logits=logits, targets=targets, losses=losses)
+    numbers = dict(zip(("rows", "vocabulary"), logits.shape), scale=scale, pull=pull, gradient=gradient)
+    _library().cross_entropy(fill(CrossEntropyArguments, logits, tensors, **numbers))
+    return losses
+
+
+@functools.cache
+def available():
+    """Whether the kernel can be built and loaded here."""
+    try:
+        _library()
+    except BuildError:
+        return False
+    return True
+
+
+@functools.cache
+def _library():
+    level = levels.best_level()
+    functions = (("cross_entropy", None, CrossEntropyArguments),)
+    return cpu_library(
+        f"cross_entropy_cpu_{level}", "cross_entropy/cross_entropy.cpp", levels.level_flags()[level], functions
+    )

@@ -1,0 +1,187 @@
+"""Products with the small square matrices of Bone's block affine forms on the CPU: builds cpu/bone on first use and
+calls it through its C interface.
+
+float32 and bfloat16 tensors; where `takes` says no, the callers' plain torch form serves. Rows of tensors that are only
+read may lie apart; the others are contiguous. Gradients of these functions are in adapters/functional.py and
+adapters/weight_side.py.
+"""
+
+import ctypes
+import functools
+
+import torch
+
+from .native import arguments, levels
+from .native.arguments import fields, fill
+from .native.cpu import cpu_library
+from .native.errors import BuildError
+
+# Instruction sets, fastest first: for bfloat16 the matrix unit of recent Xeons, then those of every kernel.
+LEVELS = ("amx", *levels.LEVELS)
+
+
+class AffineArguments(ctypes.Structure):
+    """cpu/bone/arguments.h's structure of the same name, as are the others."""
+
+    _fields_ = fields("x bone z shift d g d_bone", "x_stride g_stride tokens in_features out_features rank")
+
+
+class MergeArguments(ctypes.Structure):
+    _fields_ = fields("w bone merged d_bone", "count in_features rank")
+
+
+class TransposeArguments(ctypes.Structure):
+    _fields_ = fields("x to", "x_stride rows columns")
+
+
+class ShardSumArguments(ctypes.Structure):
+    _fields_ = fields("x total", "x_stride tokens in_features rank")
+
+
+class AddTiledArguments(ctypes.Structure):
+    _fields_ = fields("y tile", "tokens width rank")
+
+
+FUNCTIONS = (
+    ("bone_start", ctypes.c_int),
+    ("bone_affine", None, AffineArguments),
+    ("bone_affine_backward", None, AffineArguments),
+    ("bone_merge", None, MergeArguments),
+    ("bone_shard_sum", None, ShardSumArguments),
+    ("bone_add_tiled", None, AddTiledArguments),
+)
+AMX_FUNCTIONS = (("bone_transpose", None, TransposeArguments),)
+
+
+def takes(first, *others):
+    """Whether the kernels take these tensors, or None, and can be built here."""
+    return arguments.takes(first, *others) and best_level() is not None
+
+
+def affine(x, bone, level=None):
+    """z = x + u and Σ_b u_b, where u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in), (T, r)."""
+    x, rank = _rows(x), bone.shape[-1]
+    _check_shards(x, rank, bone.shape[0])
+    z, shift = x.new_empty(x.shape), x.new_empty(x.shape[0], rank)
+    tensors = dict(x=x, bone=bone.contiguous(), z=z, shift=shift)
+    sizes = dict(x_stride=x.stride(0), tokens=x.shape[0], in_features=x.shape[1], rank=rank)
+    _library(level or best_level()).bone_affine(fill(AffineArguments, x, tensors, **sizes))
+    return z, shift
+
+
+def affine_backward_(dz, g, x, bone, level=None):
+    """Turn dz (T, in), contiguous, into dx, given g (T, out), the gradient of the output that the shift was added to.
+
+    x (T, in) or None; bone (in/r, r, r) -> the gradient of bone, or None without x.
+    """
+    g, x = _rows(g), None if x is None else _rows(x)
+    _check_shards(dz, bone.shape[-1], bone.shape[0])
+    _check_shards(g, bone.shape[-1])
+    d_bone = None if x is None else torch.zeros(bone.shape)
+    tensors = dict(d=dz, g=g, x=x, bone=bone.contiguous(), d_bone=d_bone)
+    strides = dict(g_stride=g.stride(0), x_stride=0 if x is None else x.stride(0))
+    sizes = dict(tokens=dz.shape[0], in_features=dz.shape[1], out_features=g.shape[1], rank=bone.shape[-1])
+    _library(level or best_level()).bone_affine_backward(fill(AffineArguments, dz, tensors, **strides, **sizes))
+    return None if x is None else d_bone.to(bone.dtype)
+
+
+def merge(rows, bone, level=None):
+    """W_ab + W_ab B_a + B_a for output blocks a: rows (a r, in), bone (a, r, r) -> (a r, in)."""
+    merged = rows.new_empty(rows.shape)
+    _merge(rows, bone, merged, None, level)
+    return merged
+
+
+def merge_backward_(d, rows, bone, level=None):
+    """Turn d (a r, in), contiguous, the gradient of merge(rows, bone), into that matrix itself; -> the gradient of
+    bone."""
+    d_bone = torch.zeros(bone.shape)
+    _merge(rows, bone, d, d_bone, level)
+    return d_bone.to(bone.dtype)
+
+
+def _merge(rows, bone, merged, d_bone, level):
+    rows, (count, rank, _) = rows.contiguous(), bone.shape
+    _check_shards(rows, rank)
+    if rows.shape[0] != count * rank:
+        raise ValueError(f"{rows.shape[0]} rows are not {count} blocks of {rank}")
+    tensors = dict(w=rows, bone=bone.contiguous(), merged=merged, d_bone=d_bone)
+    sizes = dict(count=count, in_features=rows.shape[1], rank=rank)
+    _library(level or best_level()).bone_merge(fill(MergeArguments, rows, tensors, **sizes))
+
+
+def transposed(x, level=None):
+    """x (T, n) -> (n, T): a view, except where the matrix unit's products take a copy in half the time (bfloat16 on
+    AMX)."""
+    if x.dtype != torch.bfloat16 or not takes(x) or (level or best_level()) != "amx":
+        return x.t()
+    x = _rows(x)
+    turned = x.new_empty(x.shape[1], x.shape[0])
+    sizes = dict(x_stride=x.stride(0), rows=x.shape[0], columns=x.shape[1])
+    _library("amx").bone_transpose(fill(TransposeArguments, x, dict(x=x, to=turned), **sizes))
+    return turned
+
+
+def shard_sum(x, rank, level=None):
+    """Σ_b x_b, the last shard padded with zeros: (T, in) -> (T, r)."""
+    x = _rows(x)
+    total = x.new_empty(x.shape[0], rank)
+    sizes = dict(x_stride=x.stride(0), tokens=x.shape[0], in_features=x.shape[1], rank=rank)
+    _library(level or best_level()).bone_shard_sum(fill(ShardSumArguments, x, dict(x=x, total=total), **sizes))
+    return total
+
+
+def add_tiled_(y, tile, level=None):
+    """y (T, n), contiguous, += tile (T, r) repeated along its rows, cut at n."""
+    sizes = dict(tokens=y.shape[0], width=y.shape[1], rank=tile.shape[1])
+    tensors = dict(y=y, tile=tile.contiguous())
+    _library(level or best_level()).bone_add_tiled(fill(AddTiledArguments, y, tensors, **sizes))
+
+
+@functools.cache
+def best_level():
+    """The fastest of LEVELS that works here; None where no compiler is."""
+    best = levels.best_level()
+    for level in ("amx", best) if best == "avx512bf16" else (best,):
+        if available(level):
+            return level
+    return None
+
+
+@functools.cache
+def available(level):
+    """Whether this processor has one of LEVELS and its kernels can be built."""
+    if not (levels.best_level() == "avx512bf16" if level == "amx" else levels.is_here(level)):
+        return False
+    try:
+        return bool(_library(level).bone_start())
+    except BuildError:
+        return False
+
+
+@functools.cache
+def _library(level):
+    return build(level)
+
+
+def level_flags():
+    """The instruction sets of this machine's architecture -> the compiler's flags."""
+    return {"amx": (*levels.AVX512BF16_FLAGS, "-mamx-tile", "-mamx-bf16"), **levels.level_flags()}
+
+
+def build(level, name="", flags=(), headers=()):
+    """A level's kernels as a loaded library, `name` and `flags` added to its own; built anew where one of `headers`
+    changes. Raises BuildError where that fails."""
+    functions = FUNCTIONS + (AMX_FUNCTIONS if level == "amx" else ())
+    flags = (*level_flags()[level], *flags)
+    return cpu_library(f"bone_cpu_{level}{name}", "bone/bone.cpp", flags, functions, headers)
+
+
+def _check_shards(x, rank, count=None):
+    if x.shape[1] % rank or count not in (None, x.shape[1] // rank):
+        raise ValueError(f"rows of {x.shape[1]} are not {'shards' if count is None else f'{count} shards'} of {rank}")
+
+
+def _rows(x):
+    """x with whole rows, which may lie apart."""
+    return x if x.stride(1) == 1 else x.contiguous()

@@ -1,0 +1,1 @@
+"""What the kernels of every family need: instruction levels, compilers, builds, loading, NVRTC and the driver."""

@@ -1,0 +1,33 @@
+"""What a CPU kernel is given: which tensors it takes, and the structure in which they reach it."""
+
+import ctypes
+
+import torch
+
+
+def takes(first, *others):
+    """Whether tensors, or None, are what the kernels take: real, on the CPU, of one dtype, float32 or bfloat16."""
+    return (
+        first.is_cpu
+        and first.dtype in (torch.float32, torch.bfloat16)
+        and all([x is None or (x.dtype == first.dtype and x.is_cpu) for x in others])
+        and first.numel() > 0
+        and not torch.compiler.is_compiling()
+        and type(first) is torch.Tensor  # not a fake one
+    )
+
+
+def fields(pointers, sizes, numbers="", flags="bfloat16 threads"):
+    """The fields of a structure in cpu/: names of pointers, of 64-bit sizes, of float32 numbers and of int flags."""
+    kinds = ((pointers, ctypes.c_void_p), (sizes, ctypes.c_int64), (numbers, ctypes.c_float), (flags, ctypes.c_int))
+    return [(name, kind) for names, kind in kinds for name in names.split()]
+
+
+def fill(structure, like, tensors, **others):
+    """A structure of fields, given the tensors by name, or None, and the `others`; of the kind of the tensor `like`."""
+    return structure(
+        bfloat16=like.dtype == torch.bfloat16,
+        threads=torch.get_num_threads(),
+        **others,
+        **{name: x.data_ptr() for name, x in tensors.items() if x is not None},
+    )

@@ -1,0 +1,38 @@
+"""The compilers of this machine: where they are, and what they take."""
+
+import shutil
+import subprocess
+
+from .errors import BuildError
+
+
+def find_program(*names, remedy):
+    """The path of the first of `names` that the system has; BuildError with `remedy` where it has none."""
+    for name in names:
+        path = shutil.which(name)
+        if path:
+            return path
+    raise BuildError(f"no {' or '.join(names)} on this machine's PATH; {remedy}")
+
+
+def find_compiler():
+    """The path of a C++ compiler; BuildError where there is none."""
+    remedy = "install one (Debian, Ubuntu: apt install g++), or take backend='reference'"
+    return find_program("g++", "clang++", remedy=remedy)
+
+
+def find_nvcc():
+    """nvcc's path; BuildError where there is none."""
+    return find_program(
+        *("nvcc", "/usr/local/cuda/bin/nvcc"),
+        remedy="install the CUDA toolkit and put its bin folder on PATH, or pip install nvidia-cuda-nvrtc",
+    )
+
+
+def compiler_knows(flags):
+    """Whether there is a C++ compiler that takes these flags."""
+    try:
+        command = [find_compiler(), *flags, "-E", "-x", "c++", "/dev/null"]
+    except BuildError:
+        return False
+    return subprocess.run(command, capture_output=True).returncode == 0

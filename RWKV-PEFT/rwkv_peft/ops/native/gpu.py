@@ -1,0 +1,58 @@
+"""From a family's CUDA source to kernels on a GPU: a library by nvcc where it works, else a module by NVRTC."""
+
+import torch
+
+from . import nvrtc
+from .build import Unit, build_library
+from .compilers import find_nvcc
+from .errors import BuildError
+from .sources import included_files, source_directory
+
+OLDEST_CAPABILITY = (8, 0)  # the first with cp.async and bf16 products
+NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC")
+
+
+def unavailable():
+    """None where there is a GPU that the kernels are written for, else why not and what would help."""
+    if torch.version.hip is not None:
+        return "this torch is built for AMD GPUs, and the kernels are CUDA; take backend 'reference'"
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA; install a CUDA build of torch, or take backend 'cpu'"
+    if not torch.cuda.is_available():
+        return "torch.cuda.is_available() is False: no NVIDIA GPU or driver here; see nvidia-smi, or take backend 'cpu'"
+    device = torch.cuda.current_device()
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        return (
+            f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, and the "
+            f"kernels need {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} (Ampere) or newer; take backend 'reference'"
+        )
+    return None
+
+
+def build_kernels(name, source, device, from_library, from_image):
+    """The kernels of `source`, a path below cuda/, for GPU number `device`.
+
+    from_library(path) where nvcc compiles them, else from_image(cubin) with the GPU's context current. Raises
+    BuildError where neither works.
+    """
+    capability = "".join(map(str, torch.cuda.get_device_capability(device)))
+    try:
+        return from_library(build_library(f"{name}_sm{capability}", *recipe(source, find_nvcc(), capability)))
+    except BuildError:  # there is no nvcc, or it is too old for this GPU, or has no C++ compiler that it likes
+        compiler = nvrtc.find_nvrtc()
+        if compiler is None:
+            raise
+    image = nvrtc.cubin(name, source, f"sm_{capability}", compiler)
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()  # makes torch's context the thread's current one
+        return from_image(image)
+
+
+def recipe(source, nvcc, architecture):
+    """(units, link command, headers) of a library for one architecture: "80", "90", ...; source: a path below cuda/, or
+    a whole one."""
+    root = source_directory("cuda")
+    target = (nvcc, f"-gencode=arch=compute_{architecture},code=sm_{architecture}")
+    unit = Unit(root / source, (*target, *NVCC_FLAGS, f"-I{root}"))
+    return [unit], (*target, "-shared", "-cudart", "static"), included_files(unit.source, root)

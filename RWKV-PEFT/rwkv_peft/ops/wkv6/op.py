@@ -1,0 +1,135 @@
+"""wkv6: the one entry to the RWKV-6 recurrence. Checks its arguments and hands them to a backend."""
+
+import functools
+import logging
+import warnings
+
+import torch
+from torch.autograd import forward_ad
+
+from ..native.levels import LEVELS
+from . import cpu, reference
+from .checks import as_int64, check
+from .operators import backend_module
+
+KERNELS = ("cpu", "cuda")
+
+
+def wkv6(r, k, v, w, u, state=None, cu_seqlens=None, *, backend="auto"):
+    """RWKV-6's recurrence (Peng et al. 2024, arXiv 2404.05892, eq. 19): y_t = r_tᵀ (S_{t-1} + diag(u) k_t v_tᵀ),
+    S_t = diag(exp(-exp(w_t))) S_{t-1} + k_t v_tᵀ.
+
+    r k v w (B, T, H, N), w before the two exponentials; u (H, N); state (B, H, N, N), rows the key dimension, or None
+    for zeros -> y (B, T, H, N) in v's dtype, final state (B, H, N, N) float32. With cu_seqlens (n + 1,), int32 or
+    int64, B is 1, the row holds n sequences bounded by its entries, and the states are (n, H, N, N).
+
+    Kernels compute in float32, but for one case that is much less work: on a GPU, where r k v w are all bfloat16 and N
+    is 32 or 64 (forward: or 128), products take bfloat16 operands, with float32 sums and state.
+
+    Differentiable once in r k v w u and state, through both outputs. backend: "auto" takes the kernel of the tensors'
+    device ("cpu", "cuda") where it can be used, else "reference", and says so once; a named backend is never replaced.
+    "cpu:avx512bf16", "cpu:avx512", "cpu:avx2" and "cpu:portable" name the CPU kernel's instruction set. float64 needs
+    "reference", which "auto" takes for it, and so does forward-mode differentiation. Raises ValueError where arguments
+    do not fit, RuntimeError where a named backend is unusable, NotImplementedError for a kernel's forward mode.
+    """
+    check(r, k, v, w, u, state, cu_seqlens)
+    dtype = _common_dtype(r, k, v, w)
+    chosen = _choose(backend, v.device.type, dtype)
+    if chosen == "reference":
+        return reference.wkv6(r, k, v, w, u, state, cu_seqlens)
+    level = chosen.partition(":")[2]
+
+    out_dtype = v.dtype
+    kernel_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    r, k, v, w = (_plain(x, kernel_dtype) for x in (r, k, v, w))
+    u = _plain(u, torch.float32)
+    state = None if state is None else _plain(state, torch.float32)
+    cu_seqlens = None if cu_seqlens is None else as_int64(cu_seqlens, v.shape[1])
+    inputs = (r, k, v, w, u) if state is None else (r, k, v, w, u, state)
+    _refuse_tangents(inputs, chosen)
+    save = torch.is_grad_enabled() and any([x.requires_grad for x in inputs])
+    forward = torch.ops.rwkv_peft.wkv6_forward if save or _is_traced(v) else backend_module(v.device.type).forward
+    y, final_state, _ = forward(r, k, v, w, u, state, cu_seqlens, save, level)
+    return y.to(out_dtype), final_state
+
+
+def backends():
+    """Every backend's name -> None where it can be used here, else the reason and the remedy. May compile them."""
+    return {"reference": None, **{name: backend_module(name).unavailable() for name in KERNELS}}
+
+
+def _is_traced(x):
+    """Whether x stands for a tensor under torch.compile, FakeTensor or the meta device: the operator must be seen.
+    Elsewhere generation's single steps go straight to the kernel, as calling the operator costs as much as a small one.
+    """
+    return torch.compiler.is_compiling() or type(x) is not torch.Tensor or x.device.type == "meta"
+
+
+def _refuse_tangents(inputs, backend):
+    if getattr(forward_ad, "_current_level", -1) < 0 or torch.compiler.is_compiling():
+        return
+    if any([forward_ad.unpack_dual(x).tangent is not None for x in inputs]):
+        raise NotImplementedError(
+            f"wkv6: backend {backend!r} has no forward-mode derivative; take backend='reference', or differentiate "
+            "backward"
+        )
+
+
+def _plain(x, dtype):
+    return x.to(dtype).contiguous()
+
+
+def _common_dtype(r, k, v, w):
+    """The dtype that holds all four: under autocast the decay is float32 beside bfloat16 projections."""
+    dtype = v.dtype
+    for x in (r, k, w):
+        if x.dtype != dtype:
+            dtype = torch.promote_types(dtype, x.dtype)
+    return dtype
+
+
+@torch.compiler.assume_constant_result
+def _choose(backend, device_type, dtype):
+    """_resolve, as a constant of a compiled graph."""
+    return _resolve(backend, device_type, dtype)
+
+
+@functools.cache
+def _resolve(backend, device_type, dtype):
+    """The backend to call: `backend` itself, or what "auto" means for this device and dtype."""
+    if backend == "auto":
+        return _resolve_auto(device_type, dtype)
+    if backend == "reference":
+        return backend
+    name, _, level = str(backend).partition(":")
+    if name not in KERNELS or (level and (name != "cpu" or level not in LEVELS)):
+        known = ", ".join(("auto", "reference", *KERNELS, *(f"cpu:{level}" for level in LEVELS)))
+        raise ValueError(f"wkv6: backend {backend!r} is unknown; take one of {known}")
+    reason = cpu.unavailable(level) if name == "cpu" else backend_module(name).unavailable()
+    if reason is not None:
+        raise RuntimeError(f"wkv6: backend {backend!r} cannot be used: {reason}")
+    if device_type not in (name, "meta"):
+        raise ValueError(f"wkv6: backend {name!r} with tensors on {device_type}; move them to {name}, or take 'auto'")
+    if dtype == torch.float64:
+        raise ValueError(f"wkv6: backend {name!r} computes in float32, not {dtype}; convert, or take 'reference'")
+    return backend
+
+
+def _resolve_auto(device_type, dtype):
+    log = logging.getLogger(__name__)
+    if dtype == torch.float64:
+        return "reference"
+    if device_type == "meta":
+        return "cpu"
+    reason = f"there is no kernel for {device_type}"
+    if device_type in KERNELS:
+        reason = backend_module(device_type).unavailable()
+    if reason is None:
+        log.info("wkv6 takes backend %r", device_type)
+        return device_type
+    warnings.warn(
+        f"wkv6 takes backend 'reference', which is slow, for tensors on {device_type}: {reason}",
+        RuntimeWarning,
+        stacklevel=5,
+    )
+    return "reference"

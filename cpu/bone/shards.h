@@ -1,0 +1,57 @@
+// bone's sums over the shards of a row, and what is added to all of them.
+#pragma once
+#include "bone/tile.h"
+#include "common/scratch.h"
+#include "common/threads.h"
+
+namespace {
+
+// total (rows, `width` apart) = the sum of a row's shards, the last of which may be short; beyond `rank` it stays as it
+// is.
+template <class E>
+void sum_shards(float* total, int64_t width, Rows<const E> x, Range rows, int64_t in, int64_t rank) {
+    for (int64_t t = rows.begin; t < rows.end; t++) {
+        float* sum = total + (t - rows.begin) * width;
+        for (int64_t b = 0; b < in; b += rank) {
+            const int64_t n = std::min(rank, in - b);
+            for (int64_t c = 0; c < n; c += kLanes) {
+                const Vec here = load_some(x[t] + b + c, n - c);
+                store(sum + c, b ? load(sum + c) + here : here);
+            }
+        }
+    }
+}
+
+template <class E>
+void shard_sum(Rows<const E> x, E* total, int64_t tokens, int64_t in, int64_t rank, int threads) {
+    const int wanted = useful(threads, tokens, tokens * in);
+#pragma omp parallel num_threads(wanted)
+    {
+        Scratch<float> sum(round_up(rank, kLanes));
+        const Range rows = share(tokens, omp_get_thread_num(), omp_get_num_threads());
+        for (int64_t t = rows.begin; t < rows.end; t++) {
+            std::fill(sum.data(), sum.data() + rank, 0.0f);
+            sum_shards(sum.data(), 0, x, {t, t + 1}, in, rank);
+            for (int64_t c = 0; c < rank; c += kLanes) store_some(total + t * rank + c, load(sum.data() + c), rank - c);
+        }
+    }
+}
+
+// y (tokens, width) += tile (tokens, rank), repeated along the row and cut at its end.
+template <class E>
+void add_tiled(E* y, const E* tile, int64_t tokens, int64_t width, int64_t rank, int threads) {
+    const int wanted = useful(threads, tokens, tokens * width);
+#pragma omp parallel num_threads(wanted)
+    {
+        const Range rows = share(tokens, omp_get_thread_num(), omp_get_num_threads());
+        for (int64_t t = rows.begin; t < rows.end; t++)
+            for (int64_t b = 0; b < width; b += rank) {
+                const int64_t n = std::min(rank, width - b);
+                E* to = y + t * width + b;
+                for (int64_t c = 0; c < n; c += kLanes)
+                    store_some(to + c, load_some(to + c, n - c) + load_some(tile + t * rank + c, n - c), n - c);
+            }
+    }
+}
+
+}  // namespace

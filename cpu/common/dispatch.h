@@ -1,0 +1,22 @@
+// From the untyped pointers of an arguments structure to tensors' elements.
+#pragma once
+#include "common/bfloat16.h"
+
+namespace {
+
+// call(E{}), E the type of the elements: what a generic lambda takes.
+template <class Call>
+auto by_type(int bfloat16, const Call& call) {
+    return bfloat16 ? call(Bfloat16{}) : call(float{});
+}
+
+template <class E>
+const E* in(const void* p) {
+    return static_cast<const E*>(p);
+}
+template <class E>
+E* out(void* p) {
+    return static_cast<E*>(p);
+}
+
+}  // namespace

@@ -1,0 +1,74 @@
+// Lanes that change places: sums over the lanes of several vectors at once, and transposes.
+#pragma once
+#include "common/vectors.h"
+
+// Lanes picked from a (0 to kLanes - 1) and b (from kLanes on); IN_EACH_QUAD repeats a pattern in every four lanes.
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define SHUFFLE_QUADS(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (VecInt){__VA_ARGS__})
+#define SHUFFLE_QUADS(a, b, ...) __builtin_shuffle(a, b, (int32_t __attribute__((vector_size(16)))){__VA_ARGS__})
+#endif
+#define QUAD(o, i, j, k, l) (i) + (o), (j) + (o), (k) + (o), (l) + (o)
+#if defined(__AVX512F__)
+#define IN_EACH_QUAD(...) QUAD(0, __VA_ARGS__), QUAD(4, __VA_ARGS__), QUAD(8, __VA_ARGS__), QUAD(12, __VA_ARGS__)
+#elif defined(__AVX2__)
+#define IN_EACH_QUAD(...) QUAD(0, __VA_ARGS__), QUAD(4, __VA_ARGS__)
+#else
+#define IN_EACH_QUAD(...) QUAD(0, __VA_ARGS__)
+#endif
+
+namespace {
+
+// Four vectors -> in each quad of lanes, that quad's sums over a, b, c and d.
+INLINE Vec quad_sums(Vec a, Vec b, Vec c, Vec d) {
+    constexpr int L = kLanes;
+    const Vec ab = SHUFFLE(a, b, IN_EACH_QUAD(0, L, 1, L + 1)) + SHUFFLE(a, b, IN_EACH_QUAD(2, L + 2, 3, L + 3));
+    const Vec cd = SHUFFLE(c, d, IN_EACH_QUAD(0, L, 1, L + 1)) + SHUFFLE(c, d, IN_EACH_QUAD(2, L + 2, 3, L + 3));
+    return SHUFFLE(ab, cd, IN_EACH_QUAD(0, 1, L, L + 1)) + SHUFFLE(ab, cd, IN_EACH_QUAD(2, 3, L + 2, L + 3));
+}
+
+// The sum of a vector's quads.
+INLINE Quad sum_of_quads(Vec x) {
+    const float* p = reinterpret_cast<const float*>(&x);
+    Quad sum = load_quad(p);
+    UNROLL for (int q = 4; q < kLanes; q += 4) sum += load_quad(p + q);
+    return sum;
+}
+
+// For four vectors x[i], each in quads: out[i] = the sum of the quads of x[i].
+INLINE void sums_of_quads(const Vec* x, Quad* out) {
+#if defined(__AVX512F__)
+    const Vec x01 = SHUFFLE(x[0], x[1], QUAD(0, 0, 1, 2, 3), QUAD(4, 0, 1, 2, 3), QUAD(16, 0, 1, 2, 3), QUAD(20, 0, 1, 2, 3)) +
+                    SHUFFLE(x[0], x[1], QUAD(8, 0, 1, 2, 3), QUAD(12, 0, 1, 2, 3), QUAD(24, 0, 1, 2, 3), QUAD(28, 0, 1, 2, 3));
+    const Vec x23 = SHUFFLE(x[2], x[3], QUAD(0, 0, 1, 2, 3), QUAD(4, 0, 1, 2, 3), QUAD(16, 0, 1, 2, 3), QUAD(20, 0, 1, 2, 3)) +
+                    SHUFFLE(x[2], x[3], QUAD(8, 0, 1, 2, 3), QUAD(12, 0, 1, 2, 3), QUAD(24, 0, 1, 2, 3), QUAD(28, 0, 1, 2, 3));
+    const Vec all = SHUFFLE(x01, x23, QUAD(0, 0, 1, 2, 3), QUAD(8, 0, 1, 2, 3), QUAD(16, 0, 1, 2, 3), QUAD(24, 0, 1, 2, 3)) +
+                    SHUFFLE(x01, x23, QUAD(4, 0, 1, 2, 3), QUAD(12, 0, 1, 2, 3), QUAD(20, 0, 1, 2, 3), QUAD(28, 0, 1, 2, 3));
+    const __m512 sum = reinterpret_cast<__m512>(all);
+    out[0] = reinterpret_cast<Quad>(_mm512_castps512_ps128(sum));
+    out[1] = reinterpret_cast<Quad>(_mm512_extractf32x4_ps(sum, 1));
+    out[2] = reinterpret_cast<Quad>(_mm512_extractf32x4_ps(sum, 2));
+    out[3] = reinterpret_cast<Quad>(_mm512_extractf32x4_ps(sum, 3));
+#else
+    UNROLL for (int i = 0; i < 4; i++) out[i] = sum_of_quads(x[i]);
+#endif
+}
+
+// Four rows of four elements, `from_row` apart, become four rows of floats, `to_row` apart, transposed.
+template <class E>
+INLINE void transpose_quads(float* to, int64_t to_row, const E* from, int64_t from_row) {
+    Quad rows[4], pairs[4];
+    UNROLL for (int i = 0; i < 4; i++) rows[i] = load_quad(from + i * from_row);
+    UNROLL for (int i = 0; i < 4; i += 2) {
+        pairs[i] = SHUFFLE_QUADS(rows[i], rows[i + 1], 0, 4, 1, 5);
+        pairs[i + 1] = SHUFFLE_QUADS(rows[i], rows[i + 1], 2, 6, 3, 7);
+    }
+    UNROLL for (int i = 0; i < 2; i++) {
+        store_quad(to + 2 * i * to_row, SHUFFLE_QUADS(pairs[i], pairs[i + 2], 0, 1, 4, 5));
+        store_quad(to + (2 * i + 1) * to_row, SHUFFLE_QUADS(pairs[i], pairs[i + 2], 2, 3, 6, 7));
+    }
+}
+
+}  // namespace

@@ -1,0 +1,226 @@
+// Token shift with interpolation: out_i = x + (previous - x) m_i, where previous is the row before, and the weights
+//
+//     m_i[t] = maa_i + low_i[t] up_i          low_i[t] (rank,), up_i (rank, channels); rank 0: maa_i alone
+//
+// depend on the token through a product of low rank (RWKV-6, arXiv 2404.05892, eq. 12 to 14). That product is computed
+// where it is used, a tile of rows at a time, forward and again backward: as a tensor it would be n times x, written
+// and read twice.
+//
+// Backward, with e_i = g_i (previous - x):
+//     gx[t] = sum_i g_i[t] (1 - m_i[t]) + sum_i g_i[t + 1] m_i[t + 1]      the latter only within a sequence
+//     gmaa_i = sum_t e_i[t],   glow_i[t] = e_i[t] up_i^T,   gup_i = sum_t low_i[t]^T e_i[t]
+// Rows run from the last to the first, so that what a row gives to the one before it is at hand when that one's turn
+// comes.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "common/bfloat16.h"
+#include "common/products.h"
+#include "common/threads.h"
+#include "mix/sequences.h"
+#include "mix/sums.h"
+
+namespace {
+
+constexpr int64_t kBlock = 256;  // channels handled at a time: their floats stay in the first-level cache
+constexpr int kGroup = 4;        // rows that share a factor once it is loaded
+constexpr int kTileRows = 8;
+
+// A product of `rows` rows, added to what is there.
+template <bool kTurned>
+void add_product(const Product<FloatWords>& product, int64_t rows) {
+    multiply<Kind<true, kTurned>, kGroup>(product, rows, [](int64_t, int64_t) {});
+}
+
+// x, outs (tokens, channels); last (sequences, channels) or null for zeros; maa (n, channels); low (tokens, n * rank)
+// and up (n, rank, channels), null where rank is 0.
+template <class E>
+struct Lerp {
+    const E *x, *last, *maa, *low;
+    const float* up;
+    Sequences sequences;
+    int64_t channels, rank;
+    int n;
+
+    // The row before t, or null for zeros.
+    const E* previous(int64_t t, int64_t sequence) const {
+        if (t > sequences.start(sequence)) return x + (t - 1) * channels;
+        return last ? last + sequence * channels : nullptr;
+    }
+
+    // delta = previous - x for `size` channels of row t, from channel `begin` on.
+    void difference(int64_t t, int64_t begin, int64_t size, float* delta) const {
+        const E *here = x + t * channels + begin, *before = previous(t, sequences.of(t));
+        if (before)
+            for (int64_t c = 0; c < size; c++) delta[c] = to_float(before[begin + c]) - to_float(here[c]);
+        else
+            for (int64_t c = 0; c < size; c++) delta[c] = -to_float(here[c]);
+    }
+
+    // The rows' low factors as floats: (rows, n * rank).
+    void load_low(int64_t t, int64_t rows, std::vector<float>& factors) const {
+        for (int64_t i = 0; i < rows * n * rank; i++) factors[i] = to_float(low[t * n * rank + i]);
+    }
+
+    // m_i of some rows, for `size` channels from `begin` on: (rows, kBlock).
+    void weights(int i, const std::vector<float>& factors, int64_t rows, int64_t begin, int64_t size, float* m) const {
+        const E* base = maa + i * channels + begin;
+        for (int64_t a = 0; a < rows; a++)
+            for (int64_t c = 0; c < size; c++) m[a * kBlock + c] = to_float(base[c]);
+        if (!rank) return;
+        add_product<false>(
+            {m, kBlock, factors.data() + i * rank, n * rank, up + i * rank * channels + begin, channels, rank, size},
+            rows);
+    }
+
+    void forward(E* const* outs, int threads) const {
+        parallel(sequences.tokens, sequences.tokens * channels * n, threads, [&](int64_t first, int64_t end, int) {
+            std::vector<float> factors(kTileRows * n * rank), m(kTileRows * kBlock), delta(kTileRows * kBlock);
+            for (int64_t t = first; t < end; t += kTileRows) {
+                const int64_t rows = std::min<int64_t>(kTileRows, end - t);
+                load_low(t, rows, factors);
+                for (int64_t begin = 0; begin < channels; begin += kBlock) {
+                    const int64_t size = std::min(kBlock, channels - begin);
+                    for (int64_t a = 0; a < rows; a++) difference(t + a, begin, size, delta.data() + a * kBlock);
+                    for (int i = 0; i < n; i++) {
+                        weights(i, factors, rows, begin, size, m.data());
+                        for (int64_t a = 0; a < rows; a++) {
+                            const E* here = x + (t + a) * channels + begin;
+                            const float *d = delta.data() + a * kBlock, *weight = m.data() + a * kBlock;
+                            E* out = outs[i] + (t + a) * channels + begin;
+                            for (int64_t c = 0; c < size; c++)
+                                out[c] = from_float<E>(to_float(here[c]) + d[c] * weight[c]);
+                        }
+                    }
+                }
+            }
+        });
+    }
+
+    // Where the gradients go; maa's and up's are float. Any may be null; those of low and up need rank above 0.
+    struct Gradients {
+        E *x, *last;
+        float* maa;
+        E* low;
+        float* up;
+    };
+
+    void backward(const E* const* grads, const Gradients& to, int threads) const {
+        const int64_t width = n * channels, count = std::max(1, threads);
+        std::vector<float> maa_sums(to.maa ? width * count : 0, 0.0f), up_sums(to.up ? width * rank * count : 0, 0.0f);
+        parallel(sequences.tokens, sequences.tokens * width, threads, [&](int64_t first, int64_t end, int thread) {
+            Tile tile(*this, to.maa ? maa_sums.data() + thread * width : nullptr,
+                      to.up ? up_sums.data() + thread * width * rank : nullptr);
+            if (first < end && end < sequences.tokens && sequences.start(sequences.of(end)) < end)
+                tile.look_at(grads, end);
+            for (int64_t stop = end; stop > first; stop -= kTileRows)
+                tile.backward(grads, to, std::max(first, stop - kTileRows), stop);
+        });
+        if (to.maa) add_up(to.maa, maa_sums, width);
+        if (to.up) add_up(to.up, up_sums, width * rank);
+    }
+
+    // A tile of rows on its way back.
+    class Tile {
+      public:
+        // maa_sum (n, channels) and up_sum (n, rank, channels) gather those gradients; null where not wanted.
+        Tile(const Lerp& lerp, float* maa_sum, float* up_sum)
+            : lerp_(lerp),
+              maa_sum_(maa_sum),
+              up_sum_(up_sum),
+              factors_(kTileRows * lerp.n * lerp.rank),
+              m_(kTileRows * kBlock),
+              whole_(kTileRows * lerp.channels),
+              shifted_(whole_),
+              e_(whole_),
+              carried_(lerp.channels) {}
+
+        // Only what row t, another thread's, gives to the row before it.
+        void look_at(const E* const* grads, int64_t t) {
+            gather(grads, t, 1, false);
+            std::copy_n(shifted_.begin(), lerp_.channels, carried_.begin());
+        }
+
+        void backward(const E* const* grads, const Gradients& to, int64_t first, int64_t end) {
+            const int64_t C = lerp_.channels, rows = end - first;
+            gather(grads, first, rows, maa_sum_ || up_sum_ || to.low, to.low);
+            for (int64_t t = end - 1; t >= first; t--) {
+                const int64_t sequence = lerp_.sequences.of(t);
+                const bool starts = t == lerp_.sequences.start(sequence);
+                const float *whole = whole_.data() + (t - first) * C, *shifted = shifted_.data() + (t - first) * C;
+                if (to.x)
+                    for (int64_t c = 0; c < C; c++)
+                        to.x[t * C + c] = from_float<E>(whole[c] - shifted[c] + carried_[c]);
+                if (starts && to.last)
+                    for (int64_t c = 0; c < C; c++) to.last[sequence * C + c] = from_float<E>(shifted[c]);
+                for (int64_t c = 0; c < C; c++) carried_[c] = starts ? 0.0f : shifted[c];
+            }
+        }
+
+      private:
+        // whole = sum_i g_i, shifted = sum_i g_i m_i of `rows` rows from t on; where `sums`, all that follows from e_i
+        // too.
+        void gather(const E* const* grads, int64_t t, int64_t rows, bool sums, E* low = nullptr) {
+            const int64_t C = lerp_.channels;
+            std::fill_n(whole_.begin(), rows * C, 0.0f);
+            std::fill_n(shifted_.begin(), rows * C, 0.0f);
+            lerp_.load_low(t, rows, factors_);
+            for (int i = 0; i < lerp_.n; i++) {
+                for (int64_t begin = 0; begin < C; begin += kBlock) {
+                    const int64_t size = std::min(kBlock, C - begin);
+                    lerp_.weights(i, factors_, rows, begin, size, m_.data());
+                    for (int64_t a = 0; a < rows; a++) {
+                        const E* grad = grads[i] + (t + a) * C + begin;
+                        const float* m = m_.data() + a * kBlock;
+                        float *whole = whole_.data() + a * C + begin, *shifted = shifted_.data() + a * C + begin;
+                        for (int64_t c = 0; c < size; c++) {
+                            const float g = to_float(grad[c]);
+                            whole[c] += g;
+                            shifted[c] += g * m[c];
+                        }
+                        if (!sums) continue;
+                        float* e = e_.data() + a * C + begin;
+                        lerp_.difference(t + a, begin, size, e);
+                        for (int64_t c = 0; c < size; c++) e[c] *= to_float(grad[c]);
+                    }
+                }
+                if (sums) add_sums(i, t, rows, low);
+            }
+        }
+
+        void add_sums(int i, int64_t t, int64_t rows, E* low) {
+            const int64_t C = lerp_.channels, rank = lerp_.rank, factor_stride = lerp_.n * rank;
+            if (maa_sum_)
+                for (int64_t a = 0; a < rows; a++)
+                    for (int64_t c = 0; c < C; c++) maa_sum_[i * C + c] += e_[a * C + c];
+            if (low) {
+                E* own = low + t * factor_stride + i * rank;
+                const float* matrix = lerp_.up + i * rank * C;
+                int64_t k = 0;
+                for (; k + kGroup <= rank; k += kGroup) dots<kGroup>(own + k, matrix + k * C, rows);
+                for (; k < rank; k++) dots<1>(own + k, matrix + k * C, rows);
+            }
+            if (up_sum_)  // low^T e: the tile's rows are the product's inner dimension
+                add_product<true>(
+                    {up_sum_ + i * rank * C, C, factors_.data() + i * rank, factor_stride, e_.data(), C, rows, C},
+                    rank);
+        }
+
+        template <int kCount>
+        void dots(E* to, const float* matrix, int64_t rows) const {
+            const int64_t C = lerp_.channels, stride = lerp_.n * lerp_.rank;
+            int64_t a = 0;
+            for (; a + kGroup <= rows; a += kGroup)
+                dot_products<kGroup, kCount>(to + a * stride, stride, e_.data() + a * C, C, matrix, C);
+            for (; a < rows; a++) dot_products<1, kCount>(to + a * stride, stride, e_.data() + a * C, C, matrix, C);
+        }
+
+        const Lerp& lerp_;
+        float *maa_sum_, *up_sum_;
+        std::vector<float> factors_, m_, whole_, shifted_, e_, carried_;
+    };
+};
+
+}  // namespace

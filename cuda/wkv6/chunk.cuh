@@ -1,0 +1,204 @@
+// What the two chunked kernels share: a chunk of 16 tokens in shared memory, and its decays. The head comment of
+// wkv6.cu explains the names.
+#pragma once
+#include "common/tile.cuh"
+#include "wkv6/arguments.cuh"
+
+constexpr int CHUNK = 16;
+constexpr float LOG2_E = 1.4426950408889634f;
+
+// A step's decay is taken as 2^-x with x at most this, so that eight of them, and the reciprocal of their product,
+// stay well inside bf16's range. A decay below 2^-14 leaves nothing that bf16 could show anyway.
+constexpr float DECAY_CAP = 14.0f;
+
+// A block has 2 N threads: warps of 16 rows for the matrix products, (channel pair, quarter) for the decays, and
+// one 16-byte copy each for a chunk of one tensor.
+template <int N>
+struct Shape {
+    static constexpr int threads = 2 * N;
+    static constexpr int tiles = N / 16;
+    static constexpr int stride = N + 8;  // rows of a chunk, padded so that eight of them touch all banks once
+    using Rows = bf16[CHUNK][stride];
+};
+
+// The operands made of one chunk; element (t, c) as the head comment of wkv6.cu defines them.
+template <int N>
+struct Operands {
+    typename Shape<N>::Rows r_start, r_middle, k_middle, k_end;
+    Pair quarter[4][N / 2];               // product of the decays of tokens 0-3, 4-7, 8-11, 12-15
+    float first[N], second[N], whole[N];  // of tokens 0-7, 8-15, 0-15
+    float bonus[CHUNK];                   // sum over c of r u k
+};
+
+// Starts the copy of the chunk that begins at token t0, zeros past the sequence's end.
+template <int N>
+__device__ __forceinline__ void fetch(typename Shape<N>::Rows& rows, const void* tensor, const Sequence& s, int t0) {
+    const int row = threadIdx.x / (N / 8), column = threadIdx.x % (N / 8) * 8;
+    const bool valid = t0 + row < s.length;
+    const bf16* source = (const bf16*)tensor + s.elements + (valid ? (t0 + row) * s.stride + column : 0);
+    cp_async_16(&rows[row][column], source, valid);
+}
+
+// log2 of a decay's reciprocal, from the raw w. A NaN stays one.
+__device__ __forceinline__ float log2_decay(float w) {
+    const float x = exp2_approx(w * LOG2_E) * LOG2_E;
+    return x > DECAY_CAP ? DECAY_CAP : x;
+}
+
+// A thread's share of a chunk's decays: channels c and c + 1, four tokens from t.
+template <int N>
+struct Decays {
+    int c, t, part;
+    Pair decay[4], quarter[4], first, second;
+
+    // Reads w and writes the products of the quarters.
+    __device__ __forceinline__ Decays(const typename Shape<N>::Rows& w, int valid, Operands<N>& o) {
+        c = threadIdx.x % (N / 2) * 2;
+        part = threadIdx.x / (N / 2);
+        t = part * 4;
+        Pair product = {{1.f, 1.f}};
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const uint32_t pair = *(const uint32_t*)&w[t + i][c];
+            decay[i].x[0] = t + i < valid ? exp2_approx(-log2_decay(low_half(pair))) : 1.f;
+            decay[i].x[1] = t + i < valid ? exp2_approx(-log2_decay(high_half(pair))) : 1.f;
+            product.x[0] *= decay[i].x[0];
+            product.x[1] *= decay[i].x[1];
+        }
+        o.quarter[part][c / 2] = product;
+    }
+
+    // Takes the halves' products from the quarters, which all threads must have written, and shares them.
+    __device__ __forceinline__ void halves(Operands<N>& o) {
+        #pragma unroll
+        for (int i = 0; i < 4; i++) quarter[i] = o.quarter[i][c / 2];
+        Pair whole;
+        #pragma unroll
+        for (int j = 0; j < 2; j++) {
+            first.x[j] = quarter[0].x[j] * quarter[1].x[j];
+            second.x[j] = quarter[2].x[j] * quarter[3].x[j];
+            whole.x[j] = first.x[j] * second.x[j];
+        }
+        if (part != 0) return;
+        *(Pair*)&o.first[c] = first;
+        *(Pair*)&o.second[c] = second;
+        *(Pair*)&o.whole[c] = whole;
+    }
+
+    // read[i]: the decays between the chunk's middle and token t + i's read of the state; their reciprocal before
+    // the middle.
+    __device__ __forceinline__ void reads(Pair (&read)[4]) const {
+        #pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float x = part == 0   ? reciprocal_approx(first.x[j])
+                      : part == 1 ? reciprocal_approx(quarter[1].x[j])
+                      : part == 2 ? 1.f
+                                  : quarter[2].x[j];
+            #pragma unroll
+            for (int i = 0; i < 4; i++) {
+                read[i].x[j] = x;
+                x *= decay[i].x[j];
+            }
+        }
+    }
+
+    // write[i]: the decays between token t + i's write of the state and the chunk's middle; their reciprocal after
+    // the middle.
+    __device__ __forceinline__ void writes(Pair (&write)[4]) const {
+        #pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float x = part == 3   ? reciprocal_approx(second.x[j])
+                      : part == 2 ? reciprocal_approx(quarter[2].x[j])
+                      : part == 1 ? 1.f
+                                  : quarter[1].x[j];
+            #pragma unroll
+            for (int i = 3; i >= 0; i--) {
+                write[i].x[j] = x;
+                x *= decay[i].x[j];
+            }
+        }
+    }
+
+    // middle = x factor, and outer = x factor half.
+    __device__ __forceinline__ void scale(const typename Shape<N>::Rows& x, const Pair (&factor)[4], const Pair& half,
+                                          typename Shape<N>::Rows& middle, typename Shape<N>::Rows& outer) const {
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const uint32_t pair = *(const uint32_t*)&x[t + i][c];
+            const float x0 = low_half(pair) * factor[i].x[0], x1 = high_half(pair) * factor[i].x[1];
+            *(uint32_t*)&middle[t + i][c] = pack_bf16(x0, x1);
+            *(uint32_t*)&outer[t + i][c] = pack_bf16(x0 * half.x[0], x1 * half.x[1]);
+        }
+    }
+
+    // Keeps the factors where the epilogue finds them: at [t + i][c + j].
+    __device__ __forceinline__ void keep(const Pair (&factor)[4], float (*out)[N + 4]) const {
+        #pragma unroll
+        for (int i = 0; i < 4; i++) *(Pair*)&out[t + i][c] = factor[i];
+    }
+};
+
+// The dot product of eight elements of two rows, each product scaled by `factor` where there is one, summed over the
+// N / 8 threads that share the rows. All are 16-byte aligned.
+template <int N>
+__device__ __forceinline__ float row_dot(const bf16* x, const bf16* y, const float* factor) {
+    const Tile a = *(const Tile*)x, b = *(const Tile*)y;  // for their 16 bytes
+    float sum = 0.f;
+    #pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const Pair scale = factor ? *(const Pair*)&factor[2 * i] : Pair{{1.f, 1.f}};
+        sum += low_half(a.x[i]) * low_half(b.x[i]) * scale.x[0];
+        sum += high_half(a.x[i]) * high_half(b.x[i]) * scale.x[1];
+    }
+    #pragma unroll
+    for (int lanes = 1; lanes < N / 8; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+    return sum;
+}
+
+// Sets a chunk's (16, 16) scores to zero except below the diagonal (above it where `above`), and the diagonal to
+// `diagonal` where there is one.
+__device__ __forceinline__ void mask(Accumulator& scores, bool above, const float* diagonal) {
+    const int lane = lane_id();
+    #pragma unroll
+    for (int e = 0; e < 8; e++) {
+        const int row = tile_row(lane, e), column = tile_column(lane, e);
+        const bool keep = above ? column > row : row > column;
+        scores.c[e] = keep ? scores.c[e] : row == column && diagonal ? diagonal[row] : 0.f;
+    }
+}
+
+// The state (K, V) of a head in global memory to a warp's 16 rows of accumulators: rows v0 + 0..15 of Sᵀ (columns k)
+// where `transposed`, else rows k0 + 0..15 of S (columns v). A null source is zeros.
+template <int N>
+__device__ __forceinline__ void load_state(Accumulator (&S)[N / 16], const float* source, int row0, bool transposed) {
+    const int lane = lane_id();
+    #pragma unroll
+    for (int b = 0; b < N / 16; b++)
+        #pragma unroll
+        for (int e = 0; e < 8; e += 2) {
+            const int row = row0 + tile_row(lane, e), column = b * 16 + tile_column(lane, e);
+            Pair pair = {{0.f, 0.f}};
+            if (source && transposed) pair = Pair{{source[column * N + row], source[(column + 1) * N + row]}};
+            if (source && !transposed) pair = *(const Pair*)&source[row * N + column];
+            S[b].c[e] = pair.x[0];
+            S[b].c[e + 1] = pair.x[1];
+        }
+}
+
+// The same, back.
+template <int N>
+__device__ __forceinline__ void store_state(float* target, const Accumulator (&S)[N / 16], int row0, bool transposed) {
+    const int lane = lane_id();
+    #pragma unroll
+    for (int b = 0; b < N / 16; b++)
+        #pragma unroll
+        for (int e = 0; e < 8; e += 2) {
+            const int row = row0 + tile_row(lane, e), column = b * 16 + tile_column(lane, e);
+            if (transposed) {
+                target[column * N + row] = S[b].c[e];
+                target[(column + 1) * N + row] = S[b].c[e + 1];
+            } else {
+                *(Pair*)&target[row * N + column] = Pair{{S[b].c[e], S[b].c[e + 1]}};
+            }
+        }
+}

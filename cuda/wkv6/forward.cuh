@@ -1,0 +1,73 @@
+// The chunked forward kernel. Warp i owns rows v = 16 i .. 16 i + 15 of Sᵀ, in registers from the first token to the
+// last; the head comment of wkv6.cu explains the algorithm.
+#pragma once
+#include "wkv6/chunk.cuh"
+
+template <int N>
+struct ForwardShared {
+    struct { typename Shape<N>::Rows r, k, v, w; } chunk[2];  // one in use, one arriving
+    Operands<N> operands;
+    float u[N];
+};
+
+template <int N>
+__device__ __forceinline__ void chunked_forward(const Arguments& a) {
+    constexpr int tiles = Shape<N>::tiles, stride = Shape<N>::stride;
+    ForwardShared<N>& shared = *(ForwardShared<N>*)dynamic_shared();
+    Operands<N>& o = shared.operands;
+    const Sequence s(a);
+    const int v0 = threadIdx.x / 32 * 16;  // the warp's rows
+    const int dot_row = threadIdx.x / (N / 8), dot_column = threadIdx.x % (N / 8) * 8;
+
+    const auto start_fetch = [&](int t0) {
+        auto& next = shared.chunk[t0 / CHUNK % 2];
+        fetch<N>(next.r, a.r, s, t0);
+        fetch<N>(next.k, a.k, s, t0);
+        fetch<N>(next.v, a.v, s, t0);
+        fetch<N>(next.w, a.w, s, t0);
+    };
+
+    if (threadIdx.x < N) shared.u[threadIdx.x] = a.u[s.bonus + threadIdx.x];
+    Accumulator St[tiles];
+    load_state<N>(St, a.state ? a.state + s.state : nullptr, v0, true);
+    if (s.length > 0) start_fetch(0);
+
+    for (int t0 = 0; t0 < s.length; t0 += CHUNK) {
+        const int valid = min(CHUNK, s.length - t0);
+        const auto& in = shared.chunk[t0 / CHUNK % 2];
+        cp_async_wait_all();
+        __syncthreads();  // the chunk has arrived, and nobody reads the previous one or its operands any more
+        if (t0 + CHUNK < s.length) start_fetch(t0 + CHUNK);
+        if (a.checkpoints && t0 % SEGMENT == 0)
+            store_state<N>(a.checkpoints + s.checkpoint + t0 / SEGMENT * s.checkpoint_stride, St, v0, true);
+
+        Decays<N> decays(in.w, valid, o);
+        const float bonus = row_dot<N>(&in.r[dot_row][dot_column], &in.k[dot_row][dot_column], &shared.u[dot_column]);
+        if (dot_column == 0) o.bonus[dot_row] = bonus;
+        __syncthreads();  // the quarters are known
+        Pair factor[4];
+        decays.halves(o);
+        decays.reads(factor);
+        decays.scale(in.r, factor, decays.first, o.r_middle, o.r_start);
+        decays.writes(factor);
+        decays.scale(in.k, factor, decays.second, o.k_middle, o.k_end);
+        __syncthreads();  // the operands are complete
+
+        Accumulator scores = zeros(), y = zeros();  // (t, s), (t, v)
+        #pragma unroll
+        for (int b = 0; b < tiles; b++) {
+            multiply(scores, load_tile(&o.r_middle[0][b * 16], stride), load_tile(&o.k_middle[0][b * 16], stride));
+            multiply(y, load_tile(&o.r_start[0][b * 16], stride), rounded(St[b]));
+        }
+        mask(scores, false, o.bonus);
+        const Tile v = load_transposed(&in.v[0][v0], stride);  // (v, s)
+        multiply(y, rounded(scores), v);
+        store_tile((bf16*)a.y + s.elements + t0 * s.stride + v0, s.stride, valid, rounded(y));
+        #pragma unroll
+        for (int b = 0; b < tiles; b++) {
+            scale_columns(St[b], &o.whole[b * 16]);
+            multiply(St[b], v, load_transposed(&o.k_end[0][b * 16], stride));
+        }
+    }
+    if (a.final_state) store_state<N>(a.final_state + s.state, St, v0, true);
+}

@@ -1,0 +1,107 @@
+// RWKV-6's recurrence (Peng et al. 2024, arXiv 2404.05892) on NVIDIA GPUs, forward and backward, with a C interface.
+//
+// For one head, S its state (K, V):  y_t = r_tᵀ (S_{t-1} + diag(u) k_t v_tᵀ),  S_t = diag(d_t) S_{t-1} + k_t v_tᵀ,
+// d_t = exp(-exp(w_t)).
+//
+// One thread block walks one head of one sequence in chunks of 16 tokens; the sequence may be any length, and its
+// state stays in registers throughout. Inside a chunk the recurrence unrolls into matrix products, as in gated
+// linear attention (Yang et al. 2023, arXiv 2312.06635). With products taken over the chunk's tokens, per channel,
+//     start(t) = product of d_x, x < t:  from the chunk's start to token t's read of the state
+//     end(s)   = product of d_x, x > s:  from token s's write to the chunk's end
+// and S the state at the chunk's start, the chunk gives
+//     y_t   = (r_t start(t))ᵀ S + sum over s < t of scores(t, s) v_s + (sum over c of r_t u k_t) v_t
+//     S_end = diag(whole) S + sum over s of (k_s end(s)) v_sᵀ
+//     scores(t, s) = sum over c of r_t k_s (product of d_x, s < x < t)
+// The product between s and t is start(t) end(s) / whole. To make it out of two factors that bf16 can hold, both are
+// taken relative to the chunk's middle (first and second are the products of the two halves, whole = first second):
+//     r_middle = r start(t) / first     k_middle = k end(s) / second     scores = r_middle k_middleᵀ, where s < t
+//     r_start  = r start(t)             k_end    = k end(s)
+// The largest factor is the reciprocal of eight decays, hence the cap on a decay (DECAY_CAP); scores that are not
+// below the diagonal may overflow, and are never used.
+//
+// Products run on tensor cores in bf16 with float32 sums (common/tile.cuh). The state is float32; its transpose is
+// kept in the layout of a product's result, so that it serves as an operand where it lies.
+//
+// Backward needs the states in reverse. Forward stores one every 64 tokens (SEGMENT); backward rebuilds the three
+// between, and carries dS = dL/dS from the last token to the first:
+//     dS_start = diag(whole) dS + sum over t of (r_t start(t)) gy_tᵀ
+//     gr_t = start(t) S gy_t + read factor * (gscores k_middle)_t + u k_t (gy_t . v_t)
+//     gk_s = end(s) dS v_s + write factor * (gscoresᵀ r_middle)_s + u r_s (gy_s . v_s)
+//     gv_s = (k_s end(s)) dS + (scoresᵀ gy)_s,    gscores = gy vᵀ, where s < t
+// A token's decay d_x touches four things: the state that passes through the whole chunk; the reads after x, through
+// start; the writes before x, through end; and the scores that span x. So, per channel, its log has the gradient
+//     whole <S, dS> + sum over t > x of r_t gr_t(across) + sum over s < x of k_s gk_s(across)
+//                   + sum over t > x of r_t gr_t(inside) - sum over s >= x of k_s gk_s(inside)
+// (across: the first terms of gr and gk above; inside: the second), which is a difference only within the chunk, and
+// there of the same rounded numbers on both sides; and gw_x = -exp(w_x) times that.
+//
+// Chunked kernels exist for bf16 and head sizes 64 and 32, and forward for 128, whose backward would not fit the
+// registers; all else goes through the plain kernels, one token at a time (plain.cuh).
+//
+// nvcc compiles this file into a library, NVRTC into a module of the kernels alone, and a C++ compiler, with
+// tests/cuda_shim, into a library that runs on the CPU.
+#include "common/device.cuh"
+#include "wkv6/arguments.cuh"
+#include "wkv6/backward.cuh"
+#include "wkv6/forward.cuh"
+#include "wkv6/plain.cuh"
+
+// Every kernel: its name, its code, its threads a block, and the blocks that should fit a multiprocessor's registers.
+#define WKV6_KERNEL(name, code, threads, blocks) \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name(const Arguments a) { code(a); }
+WKV6_KERNEL(wkv6_forward_32, chunked_forward<32>, 64, 8)
+WKV6_KERNEL(wkv6_forward_64, chunked_forward<64>, 128, 5)
+WKV6_KERNEL(wkv6_forward_128, chunked_forward<128>, 256, 2)
+WKV6_KERNEL(wkv6_backward_32, chunked_backward<32>, 64, 6)
+WKV6_KERNEL(wkv6_backward_64, chunked_backward<64>, 128, 3)
+WKV6_KERNEL(wkv6_forward_plain_float32, plain_forward<float>, 1024, 1)
+WKV6_KERNEL(wkv6_forward_plain_bfloat16, plain_forward<bf16>, 1024, 1)
+WKV6_KERNEL(wkv6_backward_plain_float32, plain_backward<float>, 1024, 1)
+WKV6_KERNEL(wkv6_backward_plain_bfloat16, plain_backward<bf16>, 1024, 1)
+
+// What a block may ask for on every GPU since Ampere.
+constexpr int MOST_SHARED = 99 * 1024;
+static_assert(sizeof(BackwardShared<64>) <= MOST_SHARED, "backward needs too much shared memory");
+static_assert(sizeof(ForwardShared<128>) <= MOST_SHARED, "forward needs too much shared memory");
+
+#ifndef __CUDACC_RTC__
+// One block a head and sequence.
+template <class Kernel>
+static int run_chunked(Kernel kernel, int shared_bytes, const Arguments& a, void* stream) {
+    return launch(kernel, dim3(a.heads * a.sequences), dim3(2 * a.head_size), shared_bytes, stream, a);
+}
+template <class Kernel>
+static int run_plain(Kernel kernel, const Arguments& a, void* stream) {
+    const dim3 block(a.head_size, (a.head_size + STRIP - 1) / STRIP);
+    return launch(kernel, dim3(a.heads * a.sequences), block, 0, stream, a);
+}
+
+// Both enqueue their kernel on `stream` and return CUDA's error code, 0 for success.
+extern "C" int wkv6_forward(const Arguments* a, void* stream) {
+    if (a->scalar == FLOAT32) return run_plain(wkv6_forward_plain_float32, *a, stream);
+    switch (a->head_size) {
+        case 32: return run_chunked(wkv6_forward_32, sizeof(ForwardShared<32>), *a, stream);
+        case 64: return run_chunked(wkv6_forward_64, sizeof(ForwardShared<64>), *a, stream);
+        case 128: return run_chunked(wkv6_forward_128, sizeof(ForwardShared<128>), *a, stream);
+        default: return run_plain(wkv6_forward_plain_bfloat16, *a, stream);
+    }
+}
+
+extern "C" int wkv6_backward(const Arguments* a, void* stream) {
+    if (a->scalar == FLOAT32) return run_plain(wkv6_backward_plain_float32, *a, stream);
+    switch (a->head_size) {
+        case 32: return run_chunked(wkv6_backward_32, sizeof(BackwardShared<32>), *a, stream);
+        case 64: return run_chunked(wkv6_backward_64, sizeof(BackwardShared<64>), *a, stream);
+        default: return run_plain(wkv6_backward_plain_bfloat16, *a, stream);
+    }
+}
+#else
+// Launchers outside read here how much shared memory a chunked kernel asks for.
+extern "C" {
+__constant__ int wkv6_forward_32_shared = sizeof(ForwardShared<32>);
+__constant__ int wkv6_forward_64_shared = sizeof(ForwardShared<64>);
+__constant__ int wkv6_forward_128_shared = sizeof(ForwardShared<128>);
+__constant__ int wkv6_backward_32_shared = sizeof(BackwardShared<32>);
+__constant__ int wkv6_backward_64_shared = sizeof(BackwardShared<64>);
+}
+#endif

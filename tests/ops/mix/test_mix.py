@@ -1,0 +1,199 @@
+"""The mix operations: the CPU kernels against the float64 plain form, every gradient, packing and states."""
+
+import pytest
+import torch
+
+from rwkv_peft.ops import mix
+from rwkv_peft.ops.mix import cpu, lerp, norm_gate, relu_square, sigmoid_gate
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def needs_a_compiler():
+    if not cpu.available():
+        pytest.skip("no C++ compiler")
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def run(function, inputs, dtype, plain, monkeypatch):
+    """Outputs and the gradients of all inputs, in dtype, with kernels or without."""
+    with monkeypatch.context() as patch:
+        if plain:
+            patch.setattr(cpu, "available", lambda: False)
+        leaves = [
+            None if x is None else x.to(dtype).requires_grad_()
+            for x in (None if x is None else x.clone() for x in inputs)
+        ]
+        outs = function(*leaves)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        assert (
+            type(outs[0].grad_fn).__name__
+            in ("LerpBackward", "NormGateBackward", "SigmoidGateBackward", "ReluSquareBackward")
+        ) == (not plain and dtype != torch.float64)
+        torch.autograd.backward(outs, [randn(*out.shape, seed=7 + i).to(dtype) for i, out in enumerate(outs)])
+    return [*outs, *(x.grad for x in leaves if x is not None)]
+
+
+def assert_as_accurate(function, inputs, dtype, monkeypatch):
+    """Each result is at most twice as far from float64 as plain torch in the same dtype, plus two roundings."""
+    rounded = [None if x is None else x.to(dtype) for x in inputs]
+    truth = run(function, [None if x is None else x.double() for x in rounded], torch.float64, True, monkeypatch)
+    plain = run(function, rounded, dtype, True, monkeypatch)
+    kernel = run(function, rounded, dtype, False, monkeypatch)
+    for i, (t, p, k) in enumerate(zip(truth, plain, kernel, strict=True)):
+        assert k.dtype == dtype and k.shape == t.shape
+        allowed = 2 * (p.double() - t).norm() + 2 * torch.finfo(dtype).eps * t.norm()
+        assert (k.double() - t).norm() <= allowed, i
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("B, T, C, m", [(1, 1, 4, 1), (2, 7, 33, 2), (3, 5, 300, 5), (1, 130, 257, 5)])
+@pytest.mark.parametrize("with_last, rank", [(False, None), (True, 4), (True, None), (False, 7)])
+def test_lerp(B, T, C, m, with_last, rank, dtype, monkeypatch):
+    inputs = [randn(B, T, C), randn(B, C) if with_last else None, randn(m, C), *low_rank(B, T, C, m, rank)]
+    assert_as_accurate(lerp, inputs, dtype, monkeypatch)
+
+
+def low_rank(B, T, C, m, rank):
+    """Factors of weights that depend on the token, or none."""
+    return (None, None) if rank is None else (randn(B, T, m * rank), randn(m, rank, C) / rank)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_last", (False, True))
+def test_packed_lerp(with_last, dtype, monkeypatch):
+    bounds = torch.tensor([0, 1, 5, 6, 90, 131], dtype=torch.int32)
+    inputs = [randn(1, 131, 40), randn(5, 40) if with_last else None, randn(5, 40), *low_rank(1, 131, 40, 5, 8)]
+    assert_as_accurate(lambda *x: lerp(*x, bounds), inputs, dtype, monkeypatch)
+
+
+@pytest.mark.parametrize("threads", (2, 3))
+def test_threads_change_nothing_but_the_order_of_sums(threads, monkeypatch):
+    inputs = [randn(2, 150, 130), randn(2, 130), randn(2, 130), *low_rank(2, 150, 130, 2, 5)]
+    one = run(lerp, inputs, torch.float32, False, monkeypatch)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        several = run(lerp, inputs, torch.float32, False, monkeypatch)
+    finally:
+        torch.set_num_threads(before)
+    for i, (a, b) in enumerate(zip(one, several)):
+        if i in (4, 6):  # the gradients of maa and up add up over all tokens
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        else:  # tiles of rows begin elsewhere, and their last rows are computed one by one
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("split", (1, 8, 18))
+def test_a_sequence_in_two_parts_equals_the_whole(split):
+    x, maa, (low, up) = randn(2, 19, 24), randn(5, 24), low_rank(2, 19, 24, 5, 4)
+    whole = lerp(x, None, maa, low, up)
+    first = lerp(x[:, :split], None, maa, low[:, :split], up)
+    second = lerp(x[:, split:], x[:, split - 1], maa, low[:, split:], up)
+    for a, b, c in zip(whole, first, second):
+        torch.testing.assert_close(a, torch.cat([b, c], 1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("B, T, H, N", [(1, 1, 1, 4), (2, 9, 3, 8), (1, 70, 2, 64), (2, 33, 5, 20)])
+def test_norm_gate(B, T, H, N, dtype, monkeypatch):
+    inputs = [randn(B, T, H, N) + 0.5, 3 * randn(B, T, H * N), randn(H * N, seed=1), randn(H * N, seed=2)]
+    assert_as_accurate(lambda *x: norm_gate(*x, 64e-5), inputs, dtype, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 3), (2, 7, 33), (3, 50, 257)])
+def test_gates(shape, dtype, monkeypatch):
+    assert_as_accurate(relu_square, [randn(*shape)], dtype, monkeypatch)
+    assert_as_accurate(sigmoid_gate, [4 * randn(*shape), randn(*shape, seed=1)], dtype, monkeypatch)
+
+
+def test_extreme_gates_are_finite_and_nan_comes_through():
+    r = torch.tensor([-1e30, -100.0, 0.0, 100.0, 1e30, float("nan")])
+    out = sigmoid_gate(r, torch.ones(6))
+    torch.testing.assert_close(
+        out, torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0, float("nan")]), equal_nan=True, rtol=0, atol=1e-30
+    )
+    assert relu_square(r)[-1].isnan() and relu_square(torch.tensor([float("-inf"), -1.0, 2.0])).tolist() == [0, 0, 4]
+
+
+def test_frozen_inputs_get_no_gradient():
+    x, maa, (low, up) = randn(1, 6, 8).requires_grad_(), randn(2, 8), low_rank(1, 6, 8, 2, 4)
+    torch.stack(lerp(x, None, maa, low, up)).sum().backward()
+    assert x.grad is not None and maa.grad is None and low.grad is None and up.grad is None
+    y, g = randn(1, 6, 2, 4), randn(1, 6, 8).requires_grad_()
+    norm_gate(y, g, randn(8), randn(8), 1e-5).sum().backward()
+    assert g.grad is not None
+
+
+def test_an_unused_output_counts_as_zero(monkeypatch):
+    inputs = [randn(2, 5, 8), randn(2, 8), randn(3, 8)]
+    results = [run(lambda *x: lerp(*x)[1], inputs, torch.float32, plain, monkeypatch) for plain in (True, False)]
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
+def test_strided_tensors_are_taken_as_they_are():
+    x, grads = randn(5, 8, 3).transpose(0, 2), [randn(5, 8, 3, seed=i).transpose(0, 2) for i in range(2)]
+    gradients = []
+    for leaf in (x.requires_grad_(), x.detach().contiguous().requires_grad_()):
+        torch.autograd.backward(lerp(leaf, None, randn(2, 5)), grads)
+        gradients.append(leaf.grad)
+    assert not x.is_contiguous() and torch.equal(*gradients)
+
+
+def test_mixed_dtypes_take_the_plain_form():
+    out = sigmoid_gate(randn(3, 4), randn(3, 4).bfloat16())
+    assert out.dtype == torch.float32
+
+
+def test_gradcheck_of_the_plain_forms():
+    double = lambda *shape: randn(*shape).double().requires_grad_()  # noqa: E731
+    assert torch.autograd.gradcheck(
+        lerp, (double(2, 3, 4), double(2, 4), double(2, 4), double(2, 3, 6), double(2, 3, 4))
+    )
+    bounds = torch.tensor([0, 2, 5])
+    assert torch.autograd.gradcheck(
+        lambda x, last, maa: lerp(x, last, maa, None, None, bounds), (double(1, 5, 4), double(2, 4), double(2, 4))
+    )
+    assert torch.autograd.gradcheck(
+        lambda *x: norm_gate(*x, 1e-3), (double(1, 3, 2, 4), double(1, 3, 8), double(8), double(8))
+    )
+
+
+def test_a_second_derivative_is_refused():
+    x = randn(2, 3).requires_grad_()
+    with pytest.raises(RuntimeError, match="no second derivative.*float64"):
+        torch.autograd.grad(relu_square(x).sum(), x, create_graph=True)
+
+
+def test_a_shift_of_the_wrong_shape_is_refused():
+    with pytest.raises(ValueError, match=r"shift is \(2, 8\).*\(3, 8\)"):
+        lerp(randn(3, 5, 8), randn(2, 8), randn(1, 8))
+
+
+@pytest.mark.parametrize("low, up", [(randn(3, 5, 4), None), (None, randn(1, 4, 8)), (randn(3, 5, 6), randn(2, 4, 8))])
+def test_factors_that_do_not_fit_are_refused(low, up):
+    with pytest.raises(ValueError, match=r"low and up must be \(B, T, m K\) and \(m, K, C\)"):
+        lerp(randn(3, 5, 8), None, randn(2, 8), low, up)
+
+
+def test_one_compiled_graph():
+    x, maa = randn(2, 5, 8), randn(2, 8)
+    results = []
+    for function in (lerp, torch.compile(lerp, fullgraph=True, backend="aot_eager")):
+        leaf = x.clone().requires_grad_()
+        outs = function(leaf, None, maa)
+        sum(out.square().sum() for out in outs).backward()
+        results.append([*outs, leaf.grad])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
+def test_without_a_compiler_the_plain_form_serves(monkeypatch):
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    assert type(mix.relu_square(randn(2, 3).requires_grad_()).grad_fn).__name__ == "PowBackward0"

@@ -1,0 +1,121 @@
+"""build_library: built once, found again, safe in parallel, and clear when it cannot."""
+
+import ctypes
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rwkv_peft.ops.native import build
+from rwkv_peft.ops.native.build import Unit, build_library
+from rwkv_peft.ops.native.compilers import find_program
+from rwkv_peft.ops.native.errors import BuildError
+
+
+@pytest.fixture
+def compiler():
+    return find_program("g++", "clang++", "cc", remedy="install one")
+
+
+def recipe(folder, compiler, text='extern "C" int answer() { return 42; }', flags=()):
+    source = folder / "a source.cpp"  # a space, as users' folders have
+    source.write_text(text)
+    return [Unit(source, (compiler, "-fPIC", *flags))], (compiler, "-shared")
+
+
+def answer(path):
+    return ctypes.CDLL(str(path)).answer()
+
+
+def test_a_library_is_built_once_and_found_again(tmp_path, compiler):
+    units, link = recipe(tmp_path, compiler)
+    first = build_library("answer", units, link, cache=tmp_path / "cache")
+    assert answer(first) == 42
+    written = first.stat().st_mtime_ns
+    assert build_library("answer", units, link, cache=tmp_path / "cache") == first
+    assert first.stat().st_mtime_ns == written
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) in ([".so"], [".lock", ".so"])
+
+
+def test_source_header_and_flags_decide_the_file(tmp_path, compiler):
+    header = tmp_path / "header.h"
+    header.write_text("1")
+    cache = tmp_path / "cache"
+    units, link = recipe(tmp_path, compiler)
+    paths = [build_library("answer", units, link, cache=cache)]
+    paths.append(build_library("answer", units, link, headers=(header,), cache=cache))
+    header.write_text("2")
+    paths.append(build_library("answer", units, link, headers=(header,), cache=cache))
+    units, link = recipe(tmp_path, compiler, flags=('-DTEXT="a $b"',))
+    paths.append(build_library("answer", units, link, cache=cache))
+    units, link = recipe(tmp_path, compiler, text='extern "C" int answer() { return 43; }')
+    paths.append(build_library("answer", units, link, cache=cache))
+    assert len(set(paths)) == 5
+    assert [answer(path) for path in paths] == [42, 42, 42, 42, 43]
+
+
+def test_processes_that_build_at_once_compile_once(tmp_path, compiler):
+    """Several processes (without torch, which starts slowly) begin together; the compiler notes its runs."""
+    log, slow = tmp_path / "log", tmp_path / "compiler"
+    slow.write_text(
+        f'#!/bin/sh\ncase "$*" in *--version*) ;; *) echo run >> {log}; sleep 0.3;; esac\nexec {compiler} "$@"\n'
+    )
+    slow.chmod(0o755)
+    recipe(tmp_path, compiler)
+    program = (
+        "import ctypes, sys; from pathlib import Path; from rwkv_peft.ops.native.build import Unit, build_library\n"
+        "source, compiler, cache = sys.argv[1:]\n"
+        "path = build_library('answer', [Unit(Path(source), (compiler, '-fPIC'))], (compiler, '-shared'), "
+        "cache=cache)\n"
+        "sys.exit(ctypes.CDLL(str(path)).answer() != 42)"
+    )
+    arguments = [sys.executable, "-c", program, str(tmp_path / "a source.cpp"), str(slow), str(tmp_path / "cache")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(build.__file__).parents[3])}
+    processes = [subprocess.Popen(arguments, env=environment) for _ in range(3)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
+    assert log.read_text().count("run") == 2  # one compilation, one link
+
+
+def test_a_dead_builders_lock_and_leftovers_do_not_hinder(tmp_path, compiler):
+    units, link = recipe(tmp_path, compiler)
+    path = build_library("answer", units, link, cache=tmp_path / "cache")
+    path.unlink()
+    path.with_suffix(".lock").touch()
+    (path.parent / "tmpdead").mkdir()
+    start = time.monotonic()
+    assert answer(build_library("answer", units, link, cache=tmp_path / "cache")) == 42
+    assert time.monotonic() - start < 60
+
+
+def test_a_failing_compiler_is_quoted_and_leaves_nothing(tmp_path, compiler):
+    units, link = recipe(tmp_path, compiler, text="int answer() { return undeclared; }")
+    with pytest.raises(BuildError, match="undeclared"):
+        build_library("answer", units, link, cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*.so"))
+    units, link = recipe(tmp_path, compiler)
+    assert answer(build_library("answer", units, link, cache=tmp_path / "cache")) == 42
+
+
+def test_a_compiler_that_does_not_run(tmp_path, compiler):
+    units, link = recipe(tmp_path, compiler)
+    with pytest.raises(BuildError, match="cannot run the compiler .*nowhere"):
+        build_library("answer", [Unit(units[0].source, ("/nowhere/g++",))], link, cache=tmp_path / "cache")
+
+
+def test_missing_program_and_missing_sources_say_what_to_do(tmp_path, compiler):
+    with pytest.raises(BuildError, match="no g-- or clang--.*apt install it"):
+        find_program("g--", "clang--", remedy="apt install it")
+    units, link = recipe(tmp_path, compiler)
+    units[0].source.unlink()
+    with pytest.raises(BuildError, match="a source.cpp; reinstall"):
+        build_library("answer", units, link, cache=tmp_path / "cache")
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, compiler):
+    units, link = recipe(tmp_path, compiler)
+    (tmp_path / "file").touch()
+    with pytest.raises(BuildError, match="make that folder writable"):
+        build_library("answer", units, link, cache=tmp_path / "file" / "cache")

@@ -1,0 +1,121 @@
+"""The kernels' headers: each compiles by itself, and what Python hands over lies where C++ looks for it."""
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from rwkv_peft.ops import bone, cross_entropy
+from rwkv_peft.ops.mix import cpu as mix
+from rwkv_peft.ops.native.compilers import compiler_knows, find_compiler, find_nvcc
+from rwkv_peft.ops.native.errors import BuildError
+from rwkv_peft.ops.native.levels import level_flags
+from rwkv_peft.ops.native.sources import included_files, source_directory
+from rwkv_peft.ops.wkv6 import cpu as wkv6_cpu
+from rwkv_peft.ops.wkv6 import cuda as wkv6_cuda
+
+CPU, CUDA = source_directory("cpu"), source_directory("cuda")
+SHIM = Path(__file__).resolve().parents[2] / "cuda_shim"
+NEEDS = {"bone/pairs.h": "avx512bf16", "bone/amx.h": "amx"}  # headers for some instruction sets alone
+FOR_GPUS = ("common/ptx.cuh",)  # which the shim replaces
+STRUCTURES = (
+    (wkv6_cpu.Arguments, CPU, "wkv6/arguments.h"),
+    (wkv6_cuda.Arguments, CUDA, "wkv6/arguments.cuh"),
+    (cross_entropy.CrossEntropyArguments, CPU, "cross_entropy/arguments.h"),
+    *((getattr(mix, name), CPU, "mix/arguments.h") for name in dir(mix) if name.endswith("Arguments")),
+    *((getattr(bone, name), CPU, "bone/arguments.h") for name in dir(bone) if name.endswith("Arguments")),
+)
+
+
+def names(root, pattern):
+    return [str(path.relative_to(root)) for path in sorted(root.rglob(pattern))]
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    try:
+        return find_compiler()
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+def compile_text(command, text, suffix, folder):
+    source = folder / f"source{suffix}"
+    source.write_text(text)
+    done = subprocess.run([*command, str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def on_cpu(compiler, *flags):
+    return [compiler, "-std=c++17", "-fopenmp", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", f"-I{CPU}", *flags]
+
+
+def on_shim(compiler):
+    # kernels wait for their launch, and #pragma unroll is nvcc's
+    unknown = ("-Wno-unknown-pragmas", "-Wno-unused-function")
+    return [compiler, "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", *unknown, f"-I{SHIM}", f"-I{CUDA}"]
+
+
+@pytest.mark.parametrize("level", bone.level_flags())
+@pytest.mark.parametrize("header", names(CPU, "*.h"))
+def test_a_header_of_the_cpus_compiles_alone(compiler, header, level, tmp_path):
+    levels = tuple(bone.level_flags())
+    if header in NEEDS and (NEEDS[header] not in levels or levels.index(level) > levels.index(NEEDS[header])):
+        pytest.skip(f"for {NEEDS[header]}")
+    flags = bone.level_flags()[level]
+    if not compiler_knows(flags):
+        pytest.skip(f"this compiler does not know {level}")
+    compile_text(on_cpu(compiler, *flags, "-Wno-unused-function"), f'#include "{header}"\n', ".cpp", tmp_path)
+
+
+@pytest.mark.parametrize("header", names(CUDA, "*.cuh"))
+def test_a_header_of_the_gpus_compiles_alone(compiler, header, tmp_path):
+    if header not in FOR_GPUS:
+        return compile_text(on_shim(compiler), f'#include "{header}"\n', ".cpp", tmp_path)
+    try:
+        command = [find_nvcc(), "-std=c++17", "-arch=sm_90", "-cubin", "-o", str(tmp_path / "cubin"), f"-I{CUDA}"]
+    except BuildError as error:
+        pytest.skip(str(error))
+    compile_text(command, f'#include "{header}"\n', ".cu", tmp_path)
+
+
+@pytest.mark.parametrize("structure, root, header", STRUCTURES, ids=lambda value: getattr(value, "__name__", None))
+def test_python_and_cpp_agree_on_a_structure(compiler, structure, root, header, tmp_path):
+    name = structure.__name__
+    facts = [f"sizeof({name}) == {ctypes.sizeof(structure)}"]
+    for field, kind in structure._fields_:
+        facts.append(f"offsetof({name}, {field}) == {getattr(structure, field).offset}")
+        facts.append(f"sizeof({name}::{field}) == {ctypes.sizeof(kind)}")
+        kinds = {ctypes.c_void_p: "pointer", ctypes.c_float: "floating_point"}
+        facts.append(f"std::is_{kinds.get(kind, 'integral')}<decltype({name}::{field})>::value")
+    text = f'#include <cstddef>\n#include <type_traits>\n#include "{header}"\n'
+    text += "".join(f'static_assert({fact}, "{fact}");\n' for fact in facts)
+    compile_text(on_cpu(compiler) if root == CPU else on_shim(compiler), text, ".cpp", tmp_path)
+
+
+def test_what_is_included_is_found_by_way_of_others(tmp_path):
+    (tmp_path / "family").mkdir()
+    (tmp_path / "family" / "a.h").write_text('#pragma once\n#include <vector>\n#  include "b.h"\n')
+    (tmp_path / "b.h").write_text('#include "family/a.h"\n')
+    (tmp_path / "unused.h").write_text("")
+    source = tmp_path / "source.cpp"
+    source.write_text('// #include "none.h" stands in a comment\n#include "family/a.h"\n')
+    assert included_files(source, tmp_path) == [tmp_path / "b.h", tmp_path / "family" / "a.h"]
+    (tmp_path / "b.h").write_text('#include "none.h"\n')
+    with pytest.raises(BuildError, match="none.h is missing.*reinstall"):
+        included_files(source, tmp_path)
+
+
+@pytest.mark.parametrize("root", [CPU, CUDA], ids=["cpu", "cuda"])
+def test_every_header_serves_a_source(root):
+    sources = [path for suffix in ("*.cpp", "*.cu") for path in root.rglob(suffix)]
+    assert sources
+    used = {path for source in sources for path in included_files(source, root)}
+    assert used == {*root.rglob("*.h"), *root.rglob("*.cuh")}
+
+
+def test_levels_grow():
+    """Each level's flags hold those of the next."""
+    sets = [set(flags) for flags in level_flags().values()]
+    assert all(larger >= smaller for larger, smaller in zip(sets, sets[1:]))

@@ -1,0 +1,38 @@
+"""Loading a library: its functions declared, and clear when it cannot be."""
+
+import ctypes
+
+import pytest
+
+from rwkv_peft.ops.native.build import Unit, build_library
+from rwkv_peft.ops.native.compilers import find_compiler
+from rwkv_peft.ops.native.errors import BuildError
+from rwkv_peft.ops.native.library import load
+from rwkv_peft.ops.native.sources import source_directory
+
+CODE = """
+struct Pair { double x; int n; };
+extern "C" double times(const Pair* pair) { return pair->x * pair->n; }
+"""
+
+
+class Pair(ctypes.Structure):
+    _fields_ = [("x", ctypes.c_double), ("n", ctypes.c_int)]
+
+
+def test_functions_are_declared(tmp_path):
+    source, compiler = tmp_path / "times.cpp", find_compiler()
+    source.write_text(CODE)
+    path = build_library("times", [Unit(source, (compiler, "-fPIC"))], (compiler, "-shared"), cache=tmp_path)
+    assert load(path, ("times", ctypes.c_double, Pair)).times(Pair(1.5, 3)) == 4.5
+
+
+def test_a_file_that_is_no_library_is_to_be_deleted(tmp_path):
+    (tmp_path / "a.so").write_text("not a library")
+    with pytest.raises(BuildError, match="cannot load .*a.so.*; delete that file so that it is built anew"):
+        load(tmp_path / "a.so")
+
+
+@pytest.mark.parametrize("kind, source", [("cpu", "wkv6/wkv6.cpp"), ("cuda", "wkv6/wkv6.cu")])
+def test_the_sources_are_found(kind, source):
+    assert (source_directory(kind) / source).is_file()

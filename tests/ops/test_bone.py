@@ -1,0 +1,200 @@
+"""Each instruction set's kernels agree with the formula in float64, and err no more than plain torch does.
+
+Where the processor has no matrix unit, tests/amx_shim stands in for it.
+"""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_peft.ops import bone as blocks
+from rwkv_peft.ops.native.compilers import compiler_knows
+
+# tokens, in, out, rank: odd counts of tokens, ranks that are no whole number of vectors, one shard, many tiles
+SIZES = [
+    (1, 480, 96, 32),
+    (7, 128, 192, 64),
+    (301, 192, 64, 64),
+    (530, 36, 24, 12),
+    (131, 30, 15, 5),
+    (33, 80, 40, 20),
+    (300, 80, 32, 16),
+    (260, 96, 48, 48),
+    (40, 256, 384, 128),
+]
+
+
+@pytest.fixture(params=blocks.LEVELS)
+def level(request, monkeypatch):
+    """Each instruction set in turn, the matrix unit's on the shim where this processor lacks it."""
+    if blocks.available(request.param):
+        return request.param
+    if request.param != "amx" or not (shim := amx_shim()):
+        pytest.skip(f"no {request.param} here")
+    monkeypatch.setattr(blocks, "_library", lambda level: shim)
+    return request.param
+
+
+@functools.cache
+def amx_shim():
+    """bone.cpp for the matrix unit, built on the shim; None where the processor or the compiler is too old for
+    it."""
+    if not blocks.available("avx512") or not compiler_knows(blocks.level_flags()["amx"]):
+        return None
+    header = Path(__file__).parents[1] / "amx_shim" / "amx_shim.h"
+    library = blocks.build("amx", "_shim", ("-include", str(header)), [header])
+    return library if library.amx_shim_runs() else None
+
+
+@pytest.fixture(params=[1, 2], ids=lambda count: f"{count} threads")
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def tensors(sizes, dtype, spread=1):
+    """x, bone, g, dz; x and g are rows that lie `spread` rows apart."""
+    tokens, in_features, out_features, rank = sizes
+    generator = torch.Generator().manual_seed(0)
+    shapes = (spread * tokens, in_features), (in_features // rank, rank, rank), (spread * tokens, out_features)
+    x, bone, g, dz = (torch.randn(shape, generator=generator) for shape in (*shapes, (tokens, in_features)))
+    return [t.to(dtype) for t in (x, 0.1 * bone, g, dz)], [
+        x.to(dtype)[::spread],
+        (0.1 * bone).to(dtype),
+        g.to(dtype)[::spread],
+        dz.to(dtype),
+    ]
+
+
+def plain(x, bone, g, dz):
+    """z, shift, dx and the gradient of bone, as the formula has them."""
+    rank = bone.shape[-1]
+    shards = x.unflatten(1, (-1, rank))
+    u = torch.einsum("bij,tbj->tbi", bone, shards)
+    du = dz.unflatten(1, (-1, rank)) + g.unflatten(1, (-1, rank)).sum(1)[:, None]
+    dx = dz + torch.einsum("tbi,bij->tbj", du, bone).flatten(1)
+    return (shards + u).flatten(1), u.sum(1), dx, torch.einsum("tbi,tbj->bij", du, shards)
+
+
+def ours(x, bone, g, dz, level):
+    dx = dz.clone()
+    return *blocks.affine(x, bone, level), dx, blocks.affine_backward_(dx, g, x, bone, level)
+
+
+def assert_as_exact_as_torch(results, inputs, formula):
+    """Within twice the error of the formula in the inputs' own dtype, or of rounding to that dtype."""
+    exact = formula(*(t.double() for t in inputs))
+    for result, low, true in zip(results, formula(*inputs), exact):
+        rounding = (true.to(result.dtype).double() - true).norm()
+        assert result.dtype == inputs[0].dtype
+        assert (result.double() - true).norm() <= 2 * torch.maximum((low.double() - true).norm(), rounding)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_affine_forward_and_backward(level, dtype, sizes, threads):
+    _, inputs = tensors(sizes, dtype, spread=2)
+    assert_as_exact_as_torch(ours(*inputs, level), inputs, plain)
+
+
+def test_affine_without_the_gradient_of_the_matrices(level):
+    _, (x, bone, g, dz) = tensors((70, 64, 32, 16), torch.float32)
+    assert blocks.affine_backward_(dx := dz.clone(), g, None, bone, level) is None
+    assert torch.equal(dx, ours(x, bone, g, dz, level)[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_run_repeats_bit_by_bit(level, dtype, threads):
+    _, inputs = tensors((301, 192, 64, 64), dtype)
+    for first, again in zip(ours(*inputs, level), ours(*inputs, level)):
+        assert torch.equal(first, again)
+
+
+def test_zero_matrices_leave_every_row_as_it_is(level):
+    _, (x, bone, g, dz) = tensors((301, 192, 64, 64), torch.bfloat16)
+    z, shift, dx, _ = ours(x, torch.zeros_like(bone), g, dz, level)
+    assert torch.equal(z, x) and torch.equal(dx, dz) and not shift.any()
+
+
+def merged(rows, bone):
+    """W + W B + B by output block."""
+    count, rank, _ = bone.shape
+    blocks_ = rows.view(count, rank, -1, rank)  # (a, i, b, j)
+    return (blocks_ + torch.einsum("aibk,akj->aibj", blocks_, bone) + bone[:, :, None]).reshape(rows.shape)
+
+
+def merged_gradient(rows, bone, d):
+    """The gradient of bone, given that of merged(rows, bone)."""
+    count, rank, _ = bone.shape
+    rows, d = rows.view(count, rank, -1, rank), d.view(count, rank, -1, rank)
+    return torch.einsum("aibk,aibj->akj", rows, d) + d.sum(2)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1, 64, 64), (3, 320, 64), (2, 96, 48), (5, 60, 12), (3, 15, 5), (1, 512, 128)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merging_by_output_block_and_its_gradient(level, dtype, sizes, threads):
+    count, in_features, rank = sizes
+    generator = torch.Generator().manual_seed(0)
+    rows, d = (torch.randn(count * rank, in_features, generator=generator).to(dtype) for _ in range(2))
+    bone = (0.1 * torch.randn(count, rank, rank, generator=generator)).to(dtype)
+    assert_as_exact_as_torch([blocks.merge(rows, bone, level)], (rows, bone), lambda *x: (merged(*x),))
+    becomes = d.clone()
+    gradient = blocks.merge_backward_(becomes, rows, bone, level)
+    assert_as_exact_as_torch([gradient], (rows, bone, d), lambda *x: (merged_gradient(*x),))
+    assert torch.equal(becomes, blocks.merge(rows, bone, level))
+    strided = torch.cat((rows, d), 1)[:, :in_features]
+    assert torch.equal(blocks.merge(strided, bone, level), becomes)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (33, 70), (64, 96), (200, 301)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_transposed(level, dtype, shape, threads):
+    x = torch.randn(shape).to(dtype)
+    for part in (x, x[:, : shape[1] // 2 + 1], x.t()):
+        assert torch.equal(blocks.transposed(part, level), part.t())
+
+
+@pytest.mark.parametrize("width", [3, 22, 64, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shards_add_up_and_tiles_repeat_with_a_short_last_one(level, dtype, width, threads):
+    x, tile = torch.randn(131, width).to(dtype), torch.randn(131, 20).to(dtype)
+    short = -width % 20
+
+    def total(x, tile):
+        return (torch.nn.functional.pad(x, (0, short)).unflatten(1, (-1, 20)).sum(1),)
+
+    def tiled(x, tile):
+        return (x + tile.repeat(1, width // 20 + 1)[:, :width],)
+
+    assert_as_exact_as_torch([blocks.shard_sum(x, 20, level)], (x, tile), total)
+    y = x.clone()
+    blocks.add_tiled_(y, tile, level)
+    assert_as_exact_as_torch([y], (x, tile), tiled)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    _, (x, bone, g, dz) = tensors((8, 64, 32, 16), torch.float32)
+    level = blocks.best_level()
+    if level is None:
+        pytest.skip("no compiler here")
+    with pytest.raises(ValueError, match="rows of 64 are not 3 shards of 16"):
+        blocks.affine(x, bone[:3], level)
+    with pytest.raises(ValueError, match="rows of 31 are not shards of 16"):
+        blocks.affine_backward_(dz, g[:, :31], x, bone, level)
+
+
+def test_a_machine_without_a_compiler_takes_plain_torch(monkeypatch):
+    from rwkv_peft.adapters.bat_in import bat_in
+
+    _, (x, bone, _, _) = tensors((8, 64, 32, 16), torch.float32)
+    weight = torch.randn(32, 64)
+    compiled = bat_in(x, weight, bone)
+    monkeypatch.setattr(blocks, "best_level", lambda: None)
+    assert not blocks.takes(x, bone)
+    torch.testing.assert_close(bat_in(x, weight, bone), compiled)

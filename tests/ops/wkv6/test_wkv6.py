@@ -1,0 +1,400 @@
+"""wkv6: every backend against the float64 reference, forward and all gradients; the operator's contract with torch."""
+
+import functools
+import re
+import warnings
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+
+from rwkv_peft.ops.native import levels
+from rwkv_peft.ops.wkv6 import backends, checks, cpu, op, wkv6
+
+NAMES = ("y", "final state", "gr", "gk", "gv", "gw", "gu", "gstate")
+KERNELS = (*(f"cpu:{level}" for level in levels.LEVELS), "cuda")
+DTYPES = (torch.float32, torch.bfloat16)
+LENGTHS = (1, 2, 15, 16, 17, 64, 100, 257)
+DECAYS = {"usual": (-6.0, 1.0), "none": (-40.0, -20.0), "total": (4.0, 95.0), "mixed": (-20.0, 6.0)}
+
+
+@functools.cache
+def why_not(backend):
+    """Why this machine cannot run a backend, or None."""
+    name, _, level = backend.partition(":")
+    return cpu.unavailable(level) if name == "cpu" else backends()[name]
+
+
+def device_of(backend):
+    if why_not(backend) is not None:
+        pytest.skip(f"{backend}: {why_not(backend)}")
+    return "cuda" if backend == "cuda" else "cpu"
+
+
+def random_inputs(B, T, H, N, dtype=torch.float32, decay="usual", with_state=True, sequences=None, seed=0):
+    """([r, k, v, w, u, state], [gradient of y, gradient of the final state])"""
+    g = torch.Generator().manual_seed(seed)
+    low, high = DECAYS[decay]
+    r, k, v, gy = (0.5 * torch.randn(B, T, H, N, generator=g) for _ in range(4))
+    w = low + (high - low) * torch.rand(B, T, H, N, generator=g)
+    u = 0.5 * torch.randn(H, N, generator=g)
+    state, gfinal = (0.3 * torch.randn(sequences or B, H, N, N, generator=g) for _ in range(2))
+    inputs = [x.to(dtype) for x in (r, k, v, w)] + [u, state if with_state else None]
+    return inputs, [gy.to(dtype), gfinal]
+
+
+def run(backend, inputs, gradients, dtype=None, device="cpu", cu_seqlens=None):
+    """Outputs and gradients, in the order of NAMES, on the CPU; without a state its gradient is left out."""
+    leaves = [
+        None if x is None else x.to(device, dtype or x.dtype).requires_grad_()
+        for x in [None if x is None else x.detach().clone() for x in inputs]
+    ]
+    bounds = None if cu_seqlens is None else cu_seqlens.to(device)
+    y, final = wkv6(*leaves, cu_seqlens=bounds, backend=backend)
+    torch.autograd.backward([y, final], [gradients[0].to(y), gradients[1].to(final)])
+    return [x.detach().cpu() for x in [y, final, *(x.grad for x in leaves if x is not None)]]
+
+
+def error(x, truth, scale):
+    return ((x.double() - truth).norm() / scale).item()
+
+
+def assert_as_accurate(backend, inputs, gradients, cu_seqlens=None):
+    """Each result is at most twice as far from float64 as the plain float32 computation, plus two roundings."""
+    device = device_of(backend)
+    truth = run("reference", inputs, gradients, torch.float64, cu_seqlens=cu_seqlens)
+    plain = run("reference", inputs, gradients, cu_seqlens=cu_seqlens)
+    out = run(backend, inputs, gradients, device=device, cu_seqlens=cu_seqlens)
+    dtype = inputs[0].dtype
+    # The tensor cores' products of a GPU take bfloat16 operands: its plain form rounds them all.
+    rounding = torch.finfo(torch.bfloat16 if backend == "cuda" else torch.float32).eps
+    largest = max(t.norm().item() for t in truth)
+    for name, o, p, t in zip(NAMES, out, plain, truth, strict=False):
+        assert o.dtype == p.dtype, name
+        scale = max(t.norm().item(), 1e-3 * largest)
+        allowed = 2 * error(p, t, scale) + 2 * rounding
+        assert error(o, t, scale) <= allowed, (name, error(o, t, scale), allowed, dtype)
+
+
+# Every value of every parameter, in rotation, rather than every combination.
+CASES = [
+    (T, 1 + i % 3, 1 + i % 4, (8, 32, 64, 128)[i % 4], dtype, tuple(DECAYS)[(i + j) % 4], (i + j) % 2 == 0)
+    for j, dtype in enumerate(DTYPES)
+    for i, T in enumerate(LENGTHS)
+]
+
+
+@pytest.mark.parametrize("T, B, H, N, dtype, decay, with_state", CASES)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_kernels_are_as_accurate_as_plain_torch(backend, T, B, H, N, dtype, decay, with_state):
+    if T > 64 and N == 128:
+        B = H = 1  # the reference is slow
+    assert_as_accurate(backend, *random_inputs(B, T, H, N, dtype, decay, with_state))
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_decays_that_underflow_or_keep_everything(backend, decay):
+    assert_as_accurate(backend, *random_inputs(1, 70, 2, 64, decay=decay))
+
+
+@pytest.mark.parametrize("N", (4, 12, 20, 40, 96))
+@pytest.mark.parametrize("backend", KERNELS)
+def test_any_multiple_of_four_is_a_head_size(backend, N):
+    assert_as_accurate(backend, *random_inputs(2, 19, 2, N))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_packed_sequences_are_computed_apart(backend, dtype):
+    bounds = torch.tensor([0, 1, 18, 82, 147, 277, 280], dtype=torch.int32)
+    inputs, gradients = random_inputs(1, 280, 2, 64, dtype, sequences=6)
+    assert_as_accurate(backend, inputs, gradients, bounds)
+    out = run(backend, inputs, gradients, device=device_of(backend), cu_seqlens=bounds)
+    for n, (start, end) in enumerate(zip(bounds.tolist(), bounds.tolist()[1:])):
+        pieces = [x[:, start:end] for x in inputs[:4]] + [inputs[4], inputs[5][n : n + 1]]
+        alone = run(backend, pieces, [gradients[0][:, start:end], gradients[1][n : n + 1]], device=device_of(backend))
+        for i in (0, 2, 3, 4, 5):
+            assert torch.equal(out[i][:, start:end], alone[i]), NAMES[i]
+        assert torch.equal(out[1][n], alone[1][0])
+
+
+@pytest.mark.parametrize("split", (1, 31, 64, 90))
+@pytest.mark.parametrize("backend", ("reference", *KERNELS))
+def test_a_sequence_in_two_parts_equals_the_whole(backend, split):
+    device = device_of(backend) if backend != "reference" else "cpu"
+    inputs, (gy, gfinal) = random_inputs(2, 100, 2, 64)
+    whole = run(backend, inputs, (gy, gfinal), device=device)
+    leaves = [x.to(device).clone().requires_grad_() for x in inputs]
+    r, k, v, w, u, state = leaves
+    first, middle = wkv6(r[:, :split], k[:, :split], v[:, :split], w[:, :split], u, state, backend=backend)
+    second, final = wkv6(r[:, split:], k[:, split:], v[:, split:], w[:, split:], u, middle, backend=backend)
+    y = torch.cat([first, second], dim=1)
+    torch.autograd.backward([y, final], [gy.to(y), gfinal.to(final)])
+    tolerance = 1e-2 if backend == "cuda" else 3e-6
+    for name, a, b in zip(NAMES, whole, [y, final, *(x.grad for x in leaves)]):
+        assert (a - b.detach().cpu()).norm() <= tolerance * a.norm(), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", (1, 3))
+def test_threads_share_the_values_of_a_single_head(heads, dtype):
+    """One head is split over its value columns when there are more threads than heads."""
+    inputs, gradients = random_inputs(1, 130, heads, 64, dtype)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = run("cpu", inputs, gradients)
+        for threads in (2, 5):
+            torch.set_num_threads(threads)
+            for name, a, b in zip(NAMES, run("cpu", inputs, gradients), alone):
+                assert (a - b).norm() <= 10 * torch.finfo(a.dtype).eps * b.norm(), (name, threads)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_gradcheck_of_the_reference():
+    inputs, _ = random_inputs(2, 5, 2, 4)
+    leaves = [x.double().requires_grad_() for x in inputs]
+    assert torch.autograd.gradcheck(lambda *x: wkv6(*x, backend="reference"), leaves)
+    bounds = torch.tensor([0, 2, 5])
+    packed = [x[:1].detach().requires_grad_() for x in leaves[:4]] + leaves[4:]
+    assert torch.autograd.gradcheck(lambda *x: wkv6(*x, bounds, backend="reference"), packed)
+
+
+@pytest.mark.parametrize("backend", ("reference", *KERNELS))
+def test_one_output_alone_can_be_differentiated(backend):
+    device = device_of(backend) if backend != "reference" else "cpu"
+    inputs, _ = random_inputs(1, 20, 2, 32)
+    for output in (0, 1):
+        results = []
+        for name in ("reference", backend):
+            leaves = [x.to(device).clone().requires_grad_() for x in inputs]
+            wkv6(*leaves, backend=name)[output].sum().backward()
+            results.append([torch.zeros_like(x) if x.grad is None else x.grad for x in leaves])
+        for a, b in zip(*results):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 if backend == "cuda" else 1e-4)
+
+
+def test_nothing_is_kept_when_no_gradient_is_needed():
+    inputs, _ = random_inputs(1, 200, 2, 64)
+    forward = torch.ops.rwkv_peft.wkv6_forward
+    assert forward(*inputs, None, False, "")[2].numel() == 0
+    assert forward(*inputs, None, True, "")[2].shape == (3, 2, 64, 64)
+    y, final = wkv6(*inputs, backend="cpu")
+    assert y.grad_fn is None and final.grad_fn is None
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_step_at_a_time_equals_a_sequence(backend):
+    device = device_of(backend)
+    inputs, _ = random_inputs(2, 9, 3, 64)
+    r, k, v, w, u, state = (x.to(device) for x in inputs)
+    y, final = wkv6(r, k, v, w, u, state, backend=backend)
+    steps = []
+    with torch.no_grad():
+        for t in range(9):
+            step, state = wkv6(*(x[:, t : t + 1] for x in (r, k, v, w)), u, state, backend=backend)
+            steps.append(step)
+    tolerance = 2e-2 if backend == "cuda" else 1e-5
+    torch.testing.assert_close(torch.cat(steps, 1), y, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(state, final, rtol=tolerance, atol=tolerance)
+
+
+def test_strided_inputs_and_gradients():
+    inputs, gradients = random_inputs(2, 12, 3, 8)
+    plain = run("cpu", inputs, gradients)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:4]]
+    strided += [inputs[4].T.contiguous().T, inputs[5].transpose(2, 3).contiguous().transpose(2, 3)]
+    assert not any(x.is_contiguous() for x in strided)
+    leaves = [x.detach().requires_grad_() for x in strided]
+    y, final = wkv6(*leaves, backend="cpu")
+    torch.autograd.backward([y, final], [g.transpose(1, 2).contiguous().transpose(1, 2) for g in gradients])
+    for name, a, b in zip(NAMES, plain, [y, final, *(x.grad for x in leaves)]):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_mixed_precision_keeps_the_wider_type(dtype):
+    """Under autocast w is float32 beside narrow r, k and v; y and each gradient take their input's type."""
+    inputs, _ = random_inputs(1, 6, 2, 8)
+    r, k, v = (x.to(dtype).requires_grad_() for x in inputs[:3])
+    w, u, state = (x.requires_grad_() for x in inputs[3:])
+    y, final = wkv6(r, k, v, w, u, state, backend="cpu")
+    assert y.dtype == dtype and final.dtype == torch.float32
+    expected, _ = wkv6(r, k, v, w, u, state, backend="reference")
+    torch.testing.assert_close(y, expected)
+    y.float().sum().backward()
+    assert r.grad.dtype == dtype and w.grad.dtype == torch.float32
+
+
+def test_nan_comes_through():
+    inputs, _ = random_inputs(1, 6, 1, 8)
+    for i in range(4):
+        poisoned = [x.clone() for x in inputs]
+        poisoned[i][0, 2, 0, 0] = float("nan")
+        y, final = wkv6(*poisoned, backend="cpu")
+        assert not y[0, :2].isnan().any() and y[0, 3:].isnan().any() == final.isnan().any()
+        assert y.isnan().any()
+
+
+def test_a_second_derivative_is_refused():
+    leaves = [x.requires_grad_() for x in random_inputs(1, 4, 1, 8)[0]]
+    y, _ = wkv6(*leaves, backend="cpu")
+    (gradient,) = torch.autograd.grad(y.square().sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative.*backend='reference'"):
+        gradient.sum().backward()
+
+
+def test_forward_mode_is_refused_by_the_kernels_and_right_in_the_reference():
+    (r, *others), _ = random_inputs(1, 5, 2, 8)
+    tangent, epsilon = torch.randn_like(r).double(), 1e-6
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(r, tangent.float())
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative; take backend='reference'"):
+            wkv6(dual, *others)
+        found = forward_ad.unpack_dual(wkv6(dual, *others, backend="reference")[0]).tangent
+    r, *others = (x.double() for x in (r, *others))
+    ahead, behind = (wkv6(r + sign * epsilon * tangent, *others)[0] for sign in (1, -1))
+    torch.testing.assert_close(found.double(), (ahead - behind) / (2 * epsilon), rtol=1e-4, atol=1e-5)
+
+
+def test_levels_for_bfloat16_need_a_compiler_that_knows_them(monkeypatch):
+    best = levels.best_level.__wrapped__
+    if best() != "avx512bf16":
+        pytest.skip("this machine's best level is another")
+    monkeypatch.setattr(levels, "AVX512BF16_FLAGS", ("-mno-such-instructions",))
+    assert best() == "avx512"
+
+
+def test_the_operators_keep_torchs_contract():
+    inputs, gradients = random_inputs(1, 70, 2, 8)
+    forward, backward = torch.ops.rwkv_peft.wkv6_forward.default, torch.ops.rwkv_peft.wkv6_backward.default
+    utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(forward, (*inputs, None, True, ""), test_utils=utils)
+    checkpoints = forward(*inputs, None, True, "")[2]
+    torch.library.opcheck(backward, (*inputs, None, checkpoints, *gradients, ""), test_utils=utils)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    torch.library.opcheck(forward, (*leaves, None, True, ""), test_utils=("test_autograd_registration",))
+
+
+def test_fake_tensors_and_one_compiled_graph_pass_through():
+    with FakeTensorMode():
+        leaves = [torch.empty(2, 70, 2, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(4)]
+        y, final = wkv6(*leaves, torch.empty(2, 64), backend="cpu")
+        assert y.shape == (2, 70, 2, 64) and final.shape == (2, 2, 64, 64) and final.dtype == torch.float32
+        y.sum().backward()
+        assert leaves[0].grad.shape == leaves[0].shape
+
+    inputs, _ = random_inputs(1, 20, 2, 8)
+    results = []
+    for function in (wkv6, torch.compile(wkv6, fullgraph=True, backend="aot_eager")):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        y, final = function(*leaves, backend="cpu")
+        (y.square().sum() + final.sum()).backward()
+        results.append([y, final, *(x.grad for x in leaves)])
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
+
+
+def changed(**changes):
+    """Good arguments of wkv6 (B = 1, T = 6, H = 2, N = 8, n = 1) with some of them replaced."""
+    inputs, _ = random_inputs(1, 6, 2, 8)
+    return {**dict(zip(("r", "k", "v", "w", "u", "state"), inputs)), **changes}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"v": torch.zeros(6, 2, 8)}, r"v has shape \(6, 2, 8\).*\(B, T, H, N\)"),
+        ({"r": torch.zeros(1, 5, 2, 8)}, r"r is \(1, 5, 2, 8\) and v \(1, 6, 2, 8\)"),
+        ({x: torch.zeros(1, 0, 2, 8) for x in "rkvw"}, "at least 1"),
+        ({**{x: torch.zeros(1, 6, 2, 6) for x in "rkvw"}, "u": torch.zeros(2, 6)}, "head size 6.*multiple of 4"),
+        ({**{x: torch.zeros(1, 6, 1, 132) for x in "rkvw"}, "u": torch.zeros(1, 132)}, "head size 132.*128"),
+        ({"u": torch.zeros(8, 2)}, r"u is \(8, 2\).*\(2, 8\)"),
+        ({"state": torch.zeros(2, 2, 8, 8)}, r"state is \(2, 2, 8, 8\).*\(1, 2, 8, 8\)"),
+        ({"k": torch.zeros(1, 6, 2, 8, device="meta")}, r"k is on meta.*k\.to\('cpu'\)"),
+        ({"k": torch.zeros(1, 6, 2, 8, dtype=torch.int64)}, r"k is torch.int64.*k\.float\(\)"),
+        ({"cu_seqlens": torch.tensor([0.0, 6.0])}, "int32 or int64"),
+        ({"cu_seqlens": torch.tensor([0])}, r"\(n \+ 1,\)"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, r"\[0, 5\] for 6 tokens.*end at 6"),
+        ({"cu_seqlens": torch.tensor([1, 6])}, "start at 0"),
+        ({"cu_seqlens": torch.tensor([0, 4, 3, 6])}, "increase"),
+        ({"cu_seqlens": torch.tensor([0, 3, 3, 6])}, "drop empty sequences"),
+        ({"cu_seqlens": torch.tensor([0, 2, 6])}, r"state is \(1, 2, 8, 8\).*\(2, 2, 8, 8\)"),
+        ({"backend": "tpu"}, "'tpu' is unknown; take one of auto, reference, cpu, cuda"),
+        ({"backend": "cpu:sse9"}, "'cpu:sse9' is unknown"),
+        ({"backend": "auto:fast"}, "'auto:fast' is unknown"),
+        ({"backend": "cuda:avx2"}, "'cuda:avx2' is unknown"),
+        ({"backend": None}, "None is unknown"),
+        ({"cu_seqlens": [0, 6]}, r"cu_seqlens is a list; give a tensor"),
+        ({x: torch.zeros(1, 6, 2, 8).double() for x in "rkvw"} | {"backend": "cpu"}, "float32, not torch.float64"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        wkv6(**changed(**changes))
+
+
+def test_a_named_backend_of_another_device_says_why_it_does_not_serve():
+    missing = backends()["cuda"]
+    with pytest.raises(
+        RuntimeError if missing else ValueError, match=re.escape(missing or "backend 'cuda' with tensors on cpu")
+    ):
+        wkv6(**changed(), backend="cuda")
+
+
+def test_bounds_that_only_a_compiled_graph_sees_are_checked_when_it_runs():
+    inputs, _ = random_inputs(1, 70, 1, 8, with_state=False)
+    compiled = torch.compile(wkv6, fullgraph=True, backend="aot_eager")
+    good = torch.tensor([0, 20, 70])
+    y, _ = compiled(*inputs[:5], None, good, backend="cpu")
+    assert torch.equal(y, wkv6(*inputs[:5], None, good, backend="cpu")[0])
+    for bad in ([0, 80, 70], [0, 4_000_000, 70], [5, 20, 70]):
+        with pytest.raises(ValueError, match="it must start at 0, increase, and end at 70"):
+            compiled(*inputs[:5], None, torch.tensor(bad), backend="cpu")
+
+
+def test_a_tensor_that_passed_is_not_read_again_until_it_changes():
+    """As on a GPU, where reading it waits: a mark of having passed stands for the values, also in a converted copy."""
+    bounds = torch.tensor([0, 99], dtype=torch.int32)  # would not pass
+    bounds._wkv6_checked = 6, bounds._version
+    checks.check_bounds(checks.as_int64(bounds, 6), 6)
+    for changed_bounds, tokens in ((bounds, 7), (bounds.add_(0), 6)):
+        with pytest.raises(ValueError, match="it must start at 0"):
+            checks.check_bounds(checks.as_int64(changed_bounds, tokens), tokens)
+
+
+def test_packed_rows_need_one_batch():
+    twice = {x: torch.zeros(2, 3, 2, 8) for x in "rkvw"}
+    with pytest.raises(ValueError, match="B is 2 with cu_seqlens"):
+        wkv6(**changed(**twice, cu_seqlens=torch.tensor([0, 3])))
+
+
+def test_auto_says_once_what_it_took_and_a_named_backend_never_falls_back(monkeypatch):
+    monkeypatch.setattr(cpu, "unavailable", lambda level="": "no g++ on this machine; install one")
+    op._resolve.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="takes backend 'reference'.*no g\\+\\+.*install one"):
+            wkv6(**changed())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            wkv6(**changed())
+        for name in ("cpu", "cpu:portable"):
+            with pytest.raises(RuntimeError, match="cannot be used: no g\\+\\+"):
+                wkv6(**changed(), backend=name)
+    finally:
+        op._resolve.cache_clear()
+
+
+def test_float64_takes_the_reference():
+    arguments = {name: x.double() for name, x in changed().items()}
+    y, final = wkv6(**arguments)
+    assert y.dtype == final.dtype == torch.float64
+
+
+def test_backends_lists_every_name():
+    found = backends()
+    assert tuple(found) == ("reference", "cpu", "cuda") and found["reference"] is None
+    assert all(reason is None or ";" in reason for reason in found.values())
