@@ -20,7 +20,7 @@ class Bone(Method):
     name, label, peft = "bone", "Bone bone", "bone"
     json_flag, rank_flag = "bone_config", "--bone_r"
     parameters = ("bone",)
-    hf_names, hf_dims = (True, False, "bone"), 2
+    hf_names: tuple[bool | str, ...] = (True, False, "bone")
 
     def fit(self, rank, mini_rank, out_features, in_features):
         if rank <= in_features:

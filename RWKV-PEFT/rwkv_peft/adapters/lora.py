@@ -17,7 +17,8 @@ class Lora(Method):
     """W' = W + scale B A, with A = `lora_A` (rank, in) and B = `lora_B` (out, rank); scale is alpha / rank."""
 
     name, label, peft = "lora", "lora", "lora"
-    json_flag, rank_flag, alpha_key = "lora_config", "lora_r in --lora_config", "lora_alpha"
+    json_flag, rank_flag = "lora_config", "lora_r in --lora_config"
+    alpha_key: str | None = "lora_alpha"
     parameters, idle = ("lora_A", "lora_B"), ("lora_A",)
     scaled = dropout = True
 

@@ -62,7 +62,7 @@ class Method(ABC):
     residual = False
     from_gradient = False
     learning_rates: tuple[tuple[str, str], ...] = ()
-    hf_names: tuple = ()
+    hf_names: tuple[bool | str, ...] = ()
     hf_dims = 2
 
     @property
