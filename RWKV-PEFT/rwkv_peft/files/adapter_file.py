@@ -120,7 +120,7 @@ def save_adapter(path, tensors, metadata):
 
 def read_own(path):
     """The Adapter in a .safetensors file of `save_adapter`. Raises UserError for one that is broken, of a later format,
-    or says nothing of an adapter."""
+    or says nothing of an adapter, or that there is none beside an adapter's tensors."""
     tensors, header = read_safetensors(path)
     if METADATA_KEY not in header:
         hint = (
@@ -129,7 +129,13 @@ def read_own(path):
             else "an adapter that train.py saved"
         )
         raise UserError(f"{path} does not say which adapter it holds (its header has no {METADATA_KEY!r}); give {hint}")
-    return Adapter(tensors, _parse_metadata(path, header[METADATA_KEY]))
+    adapter = Adapter(tensors, _parse_metadata(path, header[METADATA_KEY]))
+    if adapter.metadata.method is None and (modules := adapter.modules()):
+        raise UserError(
+            f"{path}: its metadata names no method (variant = {NONE!r}), and it holds tensors of an adapter on "
+            f"{len(modules)} layers, such as {next(iter(modules))}; copy the file that the training wrote"
+        )
+    return adapter
 
 
 def _parse_metadata(path, text):
