@@ -8,9 +8,9 @@
 set -u
 . "$(dirname "$0")/setup.sh"
 export PYTHONPATH="$root/RWKV-PEFT${PYTHONPATH:+:$PYTHONPATH}"
-cd "$root"
+cd "$root" || exit 2
 
-card=$("$python" - <<'PYTHON'
+if ! card=$("$python" - <<'PYTHON'
 import sys
 import torch
 
@@ -20,8 +20,7 @@ if not torch.cuda.is_available():
 capability = ".".join(map(str, torch.cuda.get_device_capability()))
 print(f"{torch.cuda.get_device_name()}, compute capability {capability}, torch {torch.__version__}")
 PYTHON
-)
-if [ $? -ne 0 ]; then
+); then
     say "no GPU check: ${card:-torch does not start}."
     say "Run this on a machine with an NVIDIA GPU and a CUDA build of torch."
     exit 2

@@ -22,7 +22,7 @@ version_of() { "$1" -c 'import platform; print(platform.python_version())' 2>/de
 make_venv() {  # The first supported interpreter that can make an environment makes .venv.
     found=""
     for candidate in python3 python3.13 python3.12 python3.11 python3.10 python; do
-        command -v "$candidate" >/dev/null 2>&1 && supported "$candidate" || continue
+        { command -v "$candidate" >/dev/null 2>&1 && supported "$candidate"; } || continue
         found="$candidate"
         "$candidate" -c 'import venv, ensurepip' 2>/dev/null || continue
         say "setup: making .venv with Python $(version_of "$candidate")"

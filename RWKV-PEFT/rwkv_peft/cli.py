@@ -5,6 +5,8 @@ import argparse
 import difflib
 import math
 import re
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 
 from .errors import UserError
 
@@ -12,23 +14,23 @@ from .errors import UserError
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults that say something, and N for a flag that takes a number."""
 
-    def _get_help_string(self, action):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, "", False, []) else super()._get_help_string(action)
 
-    def _get_default_metavar_for_optional(self, action):
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return "TEXT" if action.type is None else "N"
 
 
 class Parser(argparse.ArgumentParser):
     """Flags are never abbreviated; an unknown one is refused with the nearest that exists."""
 
-    def __init__(self, **options):
+    def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].split("=")[0]
@@ -40,7 +42,7 @@ class Parser(argparse.ArgumentParser):
         return namespace
 
 
-def switch(text):
+def switch(text: str) -> bool:
     """0 / 1, as RWKV-LM's scripts write them, or true / false."""
     if text.lower() in ("1", "true", "yes"):
         return True
@@ -49,53 +51,53 @@ def switch(text):
     raise argparse.ArgumentTypeError(f"{text!r} is neither 0 nor 1")
 
 
-def positive(text):
+def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is below 1")
     return value
 
 
-def finite(text):
+def finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number")
     return value
 
 
-def not_negative(text):
+def not_negative(text: str) -> float:
     value = finite(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return value
 
 
-def above_zero(text):
+def above_zero(text: str) -> float:
     value = finite(text)
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
 
 
-def count(text):
+def count(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return value
 
 
-def names(text):
+def names(text: str) -> tuple[str, ...]:
     """Names as a word, as a list with commas, or as the JSON list that RWKV-PEFT's scripts write, whole or in
     pieces."""
     return tuple(re.findall(r"[^\s,\[\]\"']+", text))
 
 
-def alias(aliases):
+def alias(aliases: Iterable[tuple[str, str]]) -> Callable[[str], str]:
     """An argparse type that reads the names that others use as ours."""
     return lambda text: dict(aliases).get(text, text)
 
 
-def seed(text):
+def seed(text: str) -> int:
     value = int(text)
     if not -(2**63) <= value < 2**63:
         raise argparse.ArgumentTypeError(f"{text} does not fit in 64 bits")

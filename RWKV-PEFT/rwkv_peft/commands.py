@@ -35,7 +35,7 @@ COMMANDS = (
 )
 
 
-def usage():
+def usage() -> str:
     """What `rwkv-peft --help` prints."""
     width = max(len(command.name) for command in COMMANDS)
     lines = [f"  {command.name:<{width}}  {command.text}" for command in COMMANDS]
@@ -44,7 +44,7 @@ def usage():
     )
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
     """Run the command that argv names; -> its exit code. Raises UserError for an unknown one."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
@@ -71,6 +71,6 @@ def main(argv):
     return module.main(argv[1:])
 
 
-def run():
+def run() -> None:
     """The console script rwkv-peft."""
     exit_on_user_error(main)

@@ -6,6 +6,7 @@ of train.py, its --help and docs/train_flags.md are made of these fields (traini
 
 import json
 from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, TypeVar
 
 from .cli import above_zero, alias, count, names, not_negative, positive, seed, switch
 
@@ -14,9 +15,18 @@ METHOD_ALIASES = (("disha", "bone"),)
 SCHEDULE_ALIASES = (("cos_decay", "cosine"), ("cos", "cosine"))
 QUANTIZATIONS = ("none", "nf4", "int8")
 STRATEGIES = tuple(f"deepspeed_stage_{stage}" for stage in ("1", "2", "2_offload", "3", "3_offload"))
+Value = TypeVar("Value")
 
 
-def setting(default, help=None, *, flag=None, group="", unset=False, **options):
+def setting(
+    default: Value,
+    help: str | None = None,
+    *,
+    flag: str | None = None,
+    group: str = "",
+    unset: bool = False,
+    **options: Any,
+) -> Value:
     """A field that a flag sets: default, the flag's help, its name where it is not the field's, the group of --help
     that it stands in, and argparse's options. With unset the flag's default is None, which stands for what the help
     says. Without help the field has no flag of its own."""
@@ -36,9 +46,10 @@ class ModelConfig:
     dim_att: int
     dim_ffn: int
     head_size: int = 64
+    version: ClassVar[str]
 
     @property
-    def n_head(self):
+    def n_head(self) -> int:
         return self.dim_att // self.head_size
 
 
@@ -255,6 +266,6 @@ class RunConfig:
     train: TrainConfig
 
 
-def to_json(config):
+def to_json(config: RunConfig | AdapterConfig) -> str:
     """A config dataclass as stable JSON text, for config.json."""
     return json.dumps(asdict(config), sort_keys=True)

@@ -1,13 +1,15 @@
 """The one exception that means "what you gave us is wrong", and how a command reports it."""
 
 import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(ValueError):
     """A user's mistake: the message gives the value, the rule and the remedy."""
 
 
-def exit_on_user_error(main):
+def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
     """Run a command's `main(argv) -> int`; a UserError becomes one message on stderr and exit code 2, Ctrl-C one word
     and exit code 130."""
     try:

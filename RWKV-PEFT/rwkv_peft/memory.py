@@ -8,7 +8,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST = 2**31 - 1
 
 
-def keep_freed_memory():
+def keep_freed_memory() -> bool:
     """Let the process keep the memory that tensors free, for the next tensors; -> whether it could be set.
 
     By default glibc returns large blocks to the system as they are freed, so that every temporary of every step is

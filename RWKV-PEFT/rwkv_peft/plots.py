@@ -4,14 +4,16 @@ rwkv-peft plot out/metrics.jsonl out/loss.png
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from .cli import Parser
 from .errors import UserError
 from .files.atomic import atomic_write
 
 
-def read_metrics(path):
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl, one dict a step. A last line that was cut off in writing is left out.
 
     Raises UserError where the file is missing or another line is no JSON object with a step.
@@ -34,13 +36,13 @@ def read_metrics(path):
     return records
 
 
-def series(records, name):
+def series(records: Iterable[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """([step], [value]) of the records that hold a number under `name`."""
     pairs = [(record["step"], record[name]) for record in records if record.get(name) is not None]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def smooth(values, weight=0.9):
+def smooth(values: Iterable[float], weight: float = 0.9) -> list[float]:
     """Exponential moving average with the bias of its start removed (Kingma and Ba 2015, section 3)."""
     result, mean, mass = [], 0.0, 0.0
     for value in values:
@@ -50,7 +52,7 @@ def smooth(values, weight=0.9):
     return result
 
 
-def plot_loss(metrics_jsonl, out_png):
+def plot_loss(metrics_jsonl: str | Path, out_png: str | Path) -> None:
     """Draw loss (raw and smoothed), validation loss where recorded, and learning rate over the steps of a run.
 
     metrics_jsonl: a run's metrics.jsonl; out_png is written anew. Any number of points will do, none included.
@@ -104,7 +106,7 @@ def plot_loss(metrics_jsonl, out_png):
         figure.savefig(temporary, format="png")
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
     """Draw one run's curve; returns the exit code."""
     parser = Parser(prog="rwkv-peft plot", description="Draw the loss curve of a run.")
     parser.add_argument("metrics", help="metrics.jsonl of a run")

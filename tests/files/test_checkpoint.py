@@ -424,6 +424,7 @@ def test_adapter_files_that_are_wrong_are_refused(tmp_path):
     [
         ({"variant": None}, "variant = None"),
         ({"variant": "dora"}, "variant = 'dora', and one of bone,"),
+        ({"variant": "none"}, "names no method .*tensors of an adapter on 1 layers"),
         ({"quant": "q4"}, "quant = 'q4'"),
         ({"rank": "x"}, "rank = 'x'"),
         ({"rank": True}, "rank = True"),

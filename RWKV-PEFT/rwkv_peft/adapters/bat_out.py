@@ -8,6 +8,9 @@ training step. It rebuilds W' a few output blocks at a time and never holds it w
 forward and backward only x lives.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -15,7 +18,8 @@ from torch.autograd.function import once_differentiable
 from ..errors import UserError
 from ..ops import bone as kernels
 from .block_affine import BlockAffine
-from .product import DENSE
+from .method import Params, Shapes
+from .product import DENSE, Product
 from .tokens import apply_to_tokens, shard_sum, split_shards, weight_gradient
 
 CHUNK_ELEMENTS = 1 << 23  # of W' held at a time in backward
@@ -28,24 +32,41 @@ class BatOut(BlockAffine):
     name, label, index = "bat-out", "Bone bat-out", "a"
     hf_names = ("bat", "bat-out")
 
-    def shapes(self, rank, mini_rank, out_features, in_features):
+    def shapes(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Shapes:
         return {"bone": (out_features // rank, rank, rank)}
 
-    def apply(self, x, weight, params, bias=None, *, scale=1.0, product=DENSE):
+    def apply(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        params: Params,
+        bias: torch.Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        product: Product = DENSE,
+    ) -> torch.Tensor:
         return bat_out(x, weight, params["bone"], bias, product=product)
 
-    def rows(self, params, start, stop):
+    def rows(self, params: Params, start: int, stop: int) -> Params:
         rank = params["bone"].shape[-1]
         return {"bone": params["bone"][start // rank : stop // rank]}
 
-    def for_rwkv_peft(self, module, params, scale, weight):
+    def for_rwkv_peft(self, module: str, params: Params, scale: float, weight: torch.Tensor | None) -> Params:
         raise UserError(
             "RWKV-PEFT has no bat-out; its adapters are bone, bat-in (its bat), lora and pissa. Merge the "
             "adapter with merge_bone.py instead"
         )
 
 
-def bat_out(x, weight, bone, bias=None, *, side="auto", product=DENSE):
+def bat_out(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bone: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    side: str = "auto",
+    product: Product = DENSE,
+) -> torch.Tensor:
     """Block affine by output block.
 
     x (..., in), weight (out, in), bone (out/r, r, r), bias (out,) or None -> (..., out) in x's dtype.
@@ -58,7 +79,15 @@ def bat_out(x, weight, bone, bias=None, *, side="auto", product=DENSE):
 
 class _BatOut(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, bone, product, side):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        bone: torch.Tensor,
+        product: Product,
+        side: str,
+    ) -> torch.Tensor:
         ctx.product = product
         ctx.save_for_backward(x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None, weight, bone)
         if side == "weight":
@@ -74,7 +103,7 @@ class _BatOut(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g):
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, bone = ctx.saved_tensors
         need_x, need_weight, need_bias, need_bone = ctx.needs_input_grad[:4]
         in_features = ctx.product.shape(weight)[1]
@@ -83,24 +112,25 @@ class _BatOut(Function):
         d_bone = torch.empty_like(bone) if need_bone else None
         for some, rows in _row_chunks(bone, in_features):
             g_rows, w_rows, b_rows = g[:, rows], ctx.product.rows(weight, rows, g.dtype), bone[some]
-            merged = weight_gradient(g_rows, x) if need_weight or need_bone else None  # (a r, in), its gradient as yet
-            if need_weight:
+            # (a r, in): the gradient of W' as yet, where that is needed
+            merged = weight_gradient(g_rows, x) if need_weight or need_bone else w_rows
+            if d_weight is not None:
                 d_merged = _by_block(merged, b_rows)
                 d_rows = torch.baddbmm(d_merged, d_merged, b_rows.transpose(1, 2))
                 d_weight[rows] = d_rows.view(-1, in_features).to(weight.dtype)
-            if need_bone:
+            if d_bone is not None:
                 d_bone[some] = _merge_backward_(merged, w_rows, b_rows)
-            elif need_x:
+            elif dx is not None:
                 merged = _merge_rows(w_rows, b_rows)
-            if need_x and rows.start == 0:
+            if dx is not None and rows.start == 0:
                 torch.mm(g_rows, merged, out=dx)
-            elif need_x:
+            elif dx is not None:
                 dx.addmm_(g_rows, merged)
             del merged  # before the next one is made
         return dx, d_weight, g.sum(0) if need_bias else None, d_bone, None, None
 
 
-def _row_chunks(bone, in_features):
+def _row_chunks(bone: torch.Tensor, in_features: int) -> Iterator[tuple[slice, slice]]:
     """(slice of output blocks, slice of the same blocks' rows), a few blocks at a time."""
     count, rank = bone.shape[:2]
     step = max(1, CHUNK_ELEMENTS // (rank * in_features))
@@ -109,12 +139,12 @@ def _row_chunks(bone, in_features):
         yield slice(start, stop), slice(start * rank, stop * rank)
 
 
-def _by_block(rows, bone):
+def _by_block(rows: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
     """Rows of a weight (a r, in) -> (a, r in/r, r), so that B_a multiplies from the right. A view."""
     return rows.view(bone.shape[0], -1, bone.shape[-1])
 
 
-def _merge_rows(rows, bone):
+def _merge_rows(rows: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
     """W + W B + B for some output blocks: rows (a r, in), bone (a, r, r) -> (a r, in)."""
     if kernels.takes(rows, bone):
         return kernels.merge(rows, bone)
@@ -128,7 +158,7 @@ def _merge_rows(rows, bone):
     return merged.view_as(rows)
 
 
-def _merge_backward_(d, rows, bone):
+def _merge_backward_(d: torch.Tensor, rows: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
     """Turn d (a r, in), the gradient of _merge_rows(rows, bone), into that matrix; -> the gradient of bone."""
     if kernels.takes(d, rows, bone) and d.is_contiguous():
         return kernels.merge_backward_(d, rows, bone)
@@ -138,7 +168,7 @@ def _merge_backward_(d, rows, bone):
     return d_bone
 
 
-def _activation_rows(x, total, rows, bone):
+def _activation_rows(x: torch.Tensor, total: torch.Tensor, rows: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
     """What some output blocks add to x Wᵀ, as W_a (B_a x_b)_b + B_a Σ_b x_b: -> (T, a r)."""
     rank = bone.shape[-1]
     u = torch.einsum("tbj,aij->atbi", split_shards(x, rank), bone).flatten(2)  # (a, T, in)

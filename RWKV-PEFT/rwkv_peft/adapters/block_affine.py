@@ -9,7 +9,7 @@ import math
 import torch
 
 from ..errors import UserError
-from .method import Method, Misfit, nearest_divisor
+from .method import Method, Misfit, Params, nearest_divisor
 
 
 class BlockAffine(Method):
@@ -20,35 +20,35 @@ class BlockAffine(Method):
     index: str
     hf_dims = 3
 
-    def fit(self, rank, mini_rank, out_features, in_features):
+    def fit(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Misfit | None:
         common = math.gcd(out_features, in_features)
         if not common % rank:
             return None
         side = out_features if out_features % rank else in_features
         return Misfit("rank", rank, f"does not divide {side}", nearest_divisor(common, rank), "bone")
 
-    def sizes(self, params):
+    def sizes(self, params: Params) -> tuple[int, int]:
         return params["bone"].shape[-1], 0
 
-    def delta(self, weight, params, scale=1.0):
+    def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:
         bone = params["bone"].to(weight.dtype)
         return self._change(blocks_of(weight, bone.shape[-1]), bone).reshape(weight.shape)
 
-    def merged_with(self, base, params, scale):
+    def merged_with(self, base: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
         """Added block by block, which spares `delta`'s copy into the weight's order."""
         bone = params["bone"].float()
         blocks = blocks_of(base, bone.shape[-1])
         return (blocks + self._change(blocks, bone)).reshape(base.shape)
 
-    def _change(self, blocks, bone):
+    def _change(self, blocks: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
         """-> the change of each block, (out/r, r, in/r, r), in no particular order in memory."""
         addend = bone.transpose(0, 1) if self.index == "b" else bone[:, :, None]  # (r, in/r, r) or (out/r, r, 1, r)
         return torch.einsum(f"aobj,{self.index}ji->aobi", blocks, bone).add_(addend)
 
-    def row_unit(self, params):
+    def row_unit(self, params: Params) -> int:
         return params["bone"].shape[-1]
 
-    def opposite(self, params, scale, amount=1.0):
+    def opposite(self, params: Params, scale: float, amount: float = 1.0) -> Params:
         """W' = W (I + B) + B is undone by the change of the same form with C = (I + B)^-1 - I in B's place:
         W = (W' - B)(I + B)^-1 = W' (I + C) + C. Raises UserError where I + B has no inverse."""
         bone = amount * params["bone"].double()
@@ -61,6 +61,6 @@ class BlockAffine(Method):
         return {"bone": inverse - identity}
 
 
-def blocks_of(weight, rank):
+def blocks_of(weight: torch.Tensor, rank: int) -> torch.Tensor:
     """(out, in) -> (out/r, r, in/r, r), a view."""
     return weight.unflatten(0, (-1, rank)).unflatten(2, (-1, rank))

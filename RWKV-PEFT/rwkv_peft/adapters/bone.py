@@ -4,13 +4,15 @@ Every shard of the input shares one small matrix: y = W x + Dᵀ Σ_b x_b, so th
 backward pass of D needs.
 """
 
+from typing import Any
+
 import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..errors import UserError
-from .method import Method, Misfit, nearest_divisor, wide
-from .product import DENSE
+from .method import Method, Misfit, Params, Shapes, nearest_divisor, wide
+from .product import DENSE, Product
 from .tokens import add_tiled_, apply_to_tokens, shard_sum, split_shards, weight_gradient
 
 
@@ -20,36 +22,45 @@ class Bone(Method):
     name, label, peft = "bone", "Bone bone", "bone"
     json_flag, rank_flag = "bone_config", "--bone_r"
     parameters = ("bone",)
-    hf_names, hf_dims = (True, False, "bone"), 2
+    hf_names: tuple[bool | str, ...] = (True, False, "bone")
 
-    def fit(self, rank, mini_rank, out_features, in_features):
+    def fit(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Misfit | None:
         if rank <= in_features:
             return None
         return Misfit(
             "rank", rank, f"is more than {in_features}, the most that {self.name} can use", in_features, too_large=True
         )
 
-    def shapes(self, rank, mini_rank, out_features, in_features):
+    def shapes(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Shapes:
         return {"bone": (rank, out_features)}
 
-    def apply(self, x, weight, params, bias=None, *, scale=1.0, product=DENSE):
+    def apply(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        params: Params,
+        bias: torch.Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        product: Product = DENSE,
+    ) -> torch.Tensor:
         return bone(x, weight, params["bone"], bias, product=product)
 
-    def delta(self, weight, params, scale=1.0):
+    def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:
         update, (out_features, in_features) = params["bone"].to(weight.dtype), weight.shape
         columns = torch.arange(out_features, device=update.device) % update.shape[1]
         rank = update.shape[0]
         rows = update.t()[columns].repeat(1, -(-in_features // rank))  # (out, in rounded up to a multiple of r)
         return rows[:, :in_features]
 
-    def rows(self, params, start, stop):
+    def rows(self, params: Params, start: int, stop: int) -> Params:
         return {"bone": params["bone"][:, start:stop]}
 
-    def opposite(self, params, scale, amount=1.0):
+    def opposite(self, params: Params, scale: float, amount: float = 1.0) -> Params:
         """The change does not depend on W, and is subtracted."""
         return {"bone": -amount * wide(params["bone"])}
 
-    def for_rwkv_peft(self, module, params, scale, weight):
+    def for_rwkv_peft(self, module: str, params: Params, scale: float, weight: torch.Tensor | None) -> Params:
         return params
 
 
@@ -59,25 +70,26 @@ class BoneMini(Bone):
     name, label, mini = "bone-mini", "Bone bone-mini", True
     hf_names = ("mini",)
 
-    def fit(self, rank, mini_rank, out_features, in_features):
+    def fit(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Misfit | None:
         if mini_rank < 1 or out_features % mini_rank:
             nearest = nearest_divisor(out_features, mini_rank if mini_rank > 0 else rank)
             return Misfit("mini_rank", mini_rank, f"does not divide {out_features}", nearest)
         return super().fit(rank, mini_rank, out_features, in_features)
 
-    def shapes(self, rank, mini_rank, out_features, in_features):
+    def shapes(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Shapes:
         return {"bone": (rank, mini_rank)}
 
-    def sizes(self, params):
-        return tuple(params["bone"].shape)
+    def sizes(self, params: Params) -> tuple[int, int]:
+        rank, mini_rank = params["bone"].shape
+        return rank, mini_rank
 
-    def row_unit(self, params):
+    def row_unit(self, params: Params) -> int:
         return params["bone"].shape[-1]
 
-    def rows(self, params, start, stop):
+    def rows(self, params: Params, start: int, stop: int) -> Params:
         return params
 
-    def for_rwkv_peft(self, module, params, scale, weight):
+    def for_rwkv_peft(self, module: str, params: Params, scale: float, weight: torch.Tensor | None) -> Params:
         """As bone, of the layer's width."""
         if weight is None:
             raise UserError(
@@ -94,7 +106,14 @@ class BoneMini(Bone):
         return {"bone": params["bone"].repeat(1, out_features // mini_rank)}
 
 
-def bone(x, weight, bone, bias=None, *, product=DENSE):
+def bone(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bone: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    product: Product = DENSE,
+) -> torch.Tensor:
     """Dimension sharding: W'[o, i] = W[o, i] + D[i mod r, o mod m].
 
     x (..., in), weight (out, in), bone (r, m) where m divides out (m = out is Bone, less is its
@@ -105,7 +124,9 @@ def bone(x, weight, bone, bias=None, *, product=DENSE):
 
 class _Bone(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, bone, product):
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, bone: torch.Tensor, product: Product
+    ) -> torch.Tensor:
         rank, width = bone.shape
         total = shard_sum(x, rank)
         ctx.product = product
@@ -121,7 +142,7 @@ class _Bone(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g):
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, bone, total = ctx.saved_tensors
         need_x, need_weight, need_bias, need_bone = ctx.needs_input_grad[:4]
         rank, width = bone.shape

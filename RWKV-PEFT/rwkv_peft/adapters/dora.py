@@ -8,10 +8,11 @@ the length |(W + U)_o| counts as a constant in the backward pass. It is never re
 
 import torch
 
+from ..config import AdapterConfig
 from ..errors import UserError
 from .lora import Lora
-from .method import cast
-from .product import DENSE
+from .method import Layer, Params, Shapes, cast
+from .product import DENSE, Product
 
 
 class Dora(Lora):
@@ -23,50 +24,62 @@ class Dora(Lora):
     constants = ("lora_row_norm",)
     idle = ("lora_A", "lora_row_norm")
 
-    def shapes(self, rank, mini_rank, out_features, in_features):
+    def shapes(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Shapes:
         rows = (out_features,)
         return super().shapes(rank, mini_rank, out_features, in_features) | {"lora_gain": rows, "lora_row_norm": rows}
 
-    def initial_factors(self, weight, config, gradient=None):
+    def initial_factors(
+        self, weight: torch.Tensor, config: AdapterConfig, gradient: torch.Tensor | None = None
+    ) -> Params:
         return {"lora_row_norm": weight.detach().float().norm(dim=1)}
 
-    def begin(self, layer, constants):
+    def begin(self, layer: Layer, constants: Params) -> None:
         super().begin(layer, constants)
         norm = constants["lora_row_norm"].to(layer.weight.device, layer.weight.dtype)
         layer.register_buffer("lora_row_norm", norm, persistent=False)
 
-    def apply(self, x, weight, params, bias=None, *, scale=1.0, dropout=0.0, product=DENSE):
+    def apply(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        params: Params,
+        bias: torch.Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        product: Product = DENSE,
+    ) -> torch.Tensor:
         y = super().apply(x, weight, params, bias, scale=scale, dropout=dropout, product=product)
         with torch.no_grad():
             products = product.forward(params["lora_A"].to(x.dtype), weight).t()  # W Aᵀ (out, r)
-            length = _length(products.float(), *_floats(params), scale)
+            length = _length(products.float(), params, scale)
         # what is added to y is zero at first, and small: a factor near 1 would lose it in bfloat16
         change = params["lora_row_norm"].float() * (1 + params["lora_gain"].float()) / length - 1
         turned = y if bias is None else y - bias.to(y.dtype)
         return torch.addcmul(y, turned, change.to(y.dtype))
 
-    def delta(self, weight, params, scale=1.0):
+    def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:
         params = cast(params, weight.dtype)
-        length = _length(weight @ params["lora_A"].t(), *_floats(params, weight.dtype), scale)
+        length = _length(weight @ params["lora_A"].t(), params, scale)
         factor = params["lora_row_norm"] * (1 + params["lora_gain"]) / length
         return factor[:, None] * (weight + super().delta(weight, params, scale)) - weight
 
-    def merged_with(self, base, params, scale):
+    def merged_with(self, base: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
         return base + self.delta(base, params, scale)
 
-    def rows(self, params, start, stop):
+    def rows(self, params: Params, start: int, stop: int) -> Params:
         return {name: tensor if name == "lora_A" else tensor[start:stop] for name, tensor in params.items()}
 
-    def opposite(self, params, scale, amount=1.0):
+    def opposite(self, params: Params, scale: float, amount: float = 1.0) -> Params:
         """The params themselves, and how much of their change was merged. Raises UserError where a row's direction was
         lost."""
         if (params["lora_gain"] <= -1).any():
             raise UserError(
                 "a gain of dora is -1 or less, so that merging lost a row's direction; take the base itself"
             )
-        return params | {"amount": torch.full_like(params["lora_gain"], amount, dtype=torch.float32)}
+        return {**params, "amount": torch.full_like(params["lora_gain"], amount, dtype=torch.float32)}
 
-    def removed(self, weight, opposite, scale):
+    def removed(self, weight: torch.Tensor, opposite: Params, scale: float) -> torch.Tensor:
         """W' = (1 - a) W + a f (W + U) for a row's factor f, an amount a: W = (W' - a f U) / (1 - a + a f), whose
         length is known, which leaves a quadratic equation for f. Raises UserError where it has no solution above 0."""
         params = cast(opposite, weight.dtype)
@@ -82,20 +95,18 @@ class Dora(Lora):
         factor = ((half.square() - rest * last).sqrt() - half) / (a * rest)
         return (weight - (a * factor)[:, None] * update) / (1 - a + a * factor)[:, None]
 
-    def for_rwkv_peft(self, module, params, scale, weight):
+    def for_rwkv_peft(self, module: str, params: Params, scale: float, weight: torch.Tensor | None) -> Params:
         raise UserError("RWKV-PEFT has no dora; merge the adapter with merge_bone.py instead")
 
-    def remark_for_rwkv_peft(self, rank, scale):
+    def remark_for_rwkv_peft(self, rank: int, scale: float) -> str:
         return ""
 
 
-def _floats(params, dtype=torch.float32):
-    return tuple(params[name].to(dtype) for name in ("lora_A", "lora_B", "lora_row_norm"))
-
-
-def _length(products, lora_A, lora_B, row_norm, scale):
-    """|W_o + U_o| (out,) from W Aᵀ (out, r), A (r, in), B (out, r) and |W_o|."""
+def _length(products: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
+    """|W_o + U_o| (out,) from W Aᵀ (out, r) and the params, in the dtype of W Aᵀ."""
+    params = cast(params, products.dtype)
+    lora_A, lora_B = params["lora_A"], params["lora_B"]
     along = (lora_B * products).sum(1)
     own = (lora_B * (lora_B @ (lora_A @ lora_A.t()))).sum(1)
-    squared = row_norm.square() + 2 * scale * along + scale**2 * own
+    squared = params["lora_row_norm"].square() + 2 * scale * along + scale**2 * own
     return squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt()  # a row of zeros stays one

@@ -1,7 +1,26 @@
 """Optimizer groups: weight decay, layer-wise learning rates, and those of a method's own tensors."""
 
+from collections.abc import Iterable
+from typing import Any, Protocol
 
-def parameter_groups(model, weight_decay=0.0, family=None, ratios=()):
+from torch import nn
+
+from ..config import AdapterConfig
+from .method import Method
+
+
+class LearningRates(Protocol):
+    """What is asked of a generation (a Family of models/) here."""
+
+    def learning_rate(self, key: str) -> tuple[float, bool]: ...
+
+
+def parameter_groups(
+    model: nn.Module,
+    weight_decay: float = 0.0,
+    family: LearningRates | None = None,
+    ratios: Iterable[tuple[str, float]] = (),
+) -> list[dict[str, Any]]:
     """Trainable parameters of a model as optimizer groups.
 
     With a family (a Family), RWKV-LM's rule for the generation: what multiplies a parameter's rate, and whether it may
@@ -11,18 +30,19 @@ def parameter_groups(model, weight_decay=0.0, family=None, ratios=()):
     -> a list of dicts with "params", "weight_decay" and "lr_scale", which the schedule multiplies
     by its learning rate; empty groups are left out, and names and order depend on the model alone.
     """
-    groups, ratios = {}, dict(ratios)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    ratio_of = dict(ratios)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         scale, may_decay = (1.0, True) if family is None else family.learning_rate(name)
         shape = getattr(parameter, "ds_shape", parameter.shape)
         decay = weight_decay if may_decay and sum(size > 1 for size in shape) >= 2 else 0.0
-        scale *= ratios.get(name.rpartition(".")[2], 1.0)
+        scale *= ratio_of.get(name.rpartition(".")[2], 1.0)
         groups.setdefault((scale, decay), []).append(parameter)
     return [{"params": params, "weight_decay": decay, "lr_scale": scale} for (scale, decay), params in groups.items()]
 
 
-def learning_ratios(method, config):
+def learning_ratios(method: Method | None, config: AdapterConfig) -> tuple[tuple[str, float], ...]:
     """The (tensor name, ratio) pairs of a Method under an AdapterConfig."""
     return () if method is None else tuple((name, getattr(config, field)) for name, field in method.learning_rates)

@@ -1,14 +1,27 @@
 """Put adapter layers into a model by module name, and decide what trains."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
+import torch
 from torch import nn
 
-from ..config import QUANTIZATIONS
+from ..config import QUANTIZATIONS, AdapterConfig
 from ..errors import UserError
 from .layer import AdapterLinear
+from .method import Method, Params
 from .methods import CHOICES, METHODS, NONE, forms, method_of
+
+
+class Generation(Protocol):
+    """What is asked of a generation (a Family of models/) here."""
+
+    targets: tuple[str, ...]
+    parts: tuple[str, ...]
+
+    def part_of(self, key: str) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -19,7 +32,7 @@ class InjectReport:
     trainable: int
     total: int
 
-    def __str__(self):
+    def __str__(self) -> str:
         adapted = f"{len(self.replaced)} layers adapted; " if self.replaced else ""
         return (
             f"{adapted}trainable params: {self.trainable:,} || "
@@ -27,7 +40,9 @@ class InjectReport:
         )
 
 
-def check_adapter(config, shapes, parts=()):
+def check_adapter(
+    config: AdapterConfig, shapes: Mapping[str, tuple[int, int]], parts: Sequence[str] = ()
+) -> tuple[str, ...]:
     """Refuse an adapter that does not fit, from shapes alone.
 
     shapes: module name -> (out_features, in_features) of its weight, for every module that has a
@@ -46,6 +61,7 @@ def check_adapter(config, shapes, parts=()):
     if len(forms(config.method)) > 1:
         _one_of(f"--{config.method}_mode", config.mode, forms(config.method))
     method = method_of(config)
+    assert method is not None  # NONE was answered above
     if config.dropout and not method.dropout:
         raise UserError(f"dropout {config.dropout} is LoRA's alone and {method.label} has none; leave it at 0")
     if not 0 <= config.dropout < 1:
@@ -64,7 +80,15 @@ def check_adapter(config, shapes, parts=()):
     return names
 
 
-def inject(model, config, names=None, *, family=None, initial=None, gradients=None):
+def inject(
+    model: nn.Module,
+    config: AdapterConfig,
+    names: tuple[str, ...] | None = None,
+    *,
+    family: Generation | None = None,
+    initial: Mapping[str, torch.Tensor] | None = None,
+    gradients: Mapping[str, torch.Tensor] | None = None,
+) -> InjectReport:
     """Replace the target layers of a model by adapter layers, in place, and freeze what does not train.
 
     model is any nn.Module whose target modules (names that end in one of config.targets, or of the family's where
@@ -93,7 +117,7 @@ def inject(model, config, names=None, *, family=None, initial=None, gradients=No
     return InjectReport(names, *count_parameters(model))
 
 
-def count_parameters(model):
+def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, total) parameters; a quantized weight counts as what it stands for."""
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     quantized = sum(
@@ -102,9 +126,16 @@ def count_parameters(model):
     return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes) + quantized
 
 
-def _make_layer(base, name, config, initial, gradients):
+def _make_layer(
+    base: nn.Linear,
+    name: str,
+    config: AdapterConfig,
+    initial: Mapping[str, torch.Tensor],
+    gradients: Mapping[str, torch.Tensor],
+) -> AdapterLinear:
     method = method_of(config)
-    constants = {}
+    assert method is not None  # NONE has no layers
+    constants: Params = {}
     if method.constants:
         keys = {constant: f"{name}.{constant}" for constant in method.constants}
         constants = {constant: initial[key] for constant, key in keys.items() if key in initial}
@@ -121,7 +152,7 @@ def _make_layer(base, name, config, initial, gradients):
     return layer.train(base.training)
 
 
-def linear_shapes(model):
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Module name -> (out_features, in_features) of every nn.Linear."""
     return {
         name: (module.out_features, module.in_features)
@@ -130,7 +161,7 @@ def linear_shapes(model):
     }
 
 
-def _match_targets(targets, shapes):
+def _match_targets(targets: Sequence[str], shapes: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
     """Names of the modules that end in a target, in the order of shapes."""
     if not targets:
         raise UserError("no targets: name at least one layer to adapt, such as att.key")
@@ -146,8 +177,9 @@ def _match_targets(targets, shapes):
     return tuple(name for name in shapes if name in wanted)
 
 
-def _match_parts(parts, model, family):
+def _match_parts(parts: Sequence[str], model: nn.Module, family: Generation | None) -> list[nn.Parameter]:
     """Parameters that belong to one of some parts of a generation's model."""
+    assert family is not None  # a part is a generation's
     matched = []
     for part in parts:
         found = [p for name, p in model.named_parameters() if family.part_of(name) == part]
@@ -157,7 +189,7 @@ def _match_parts(parts, model, family):
     return matched
 
 
-def _check_fit(method, config, name, out_features, in_features):
+def _check_fit(method: Method, config: AdapterConfig, name: str, out_features: int, in_features: int) -> None:
     """Raise UserError where the settings do not fit a layer, in the words of the flags."""
     misfit = method.fit(config.rank, config.mini_rank, out_features, in_features)
     if misfit is None:
@@ -171,6 +203,6 @@ def _check_fit(method, config, name, out_features, in_features):
     )
 
 
-def _one_of(flag, value, choices):
+def _one_of(flag: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise UserError(f"{flag} {value} is not one of {', '.join(choices)}")

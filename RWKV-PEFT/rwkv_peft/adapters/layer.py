@@ -3,7 +3,9 @@
 import torch
 from torch import nn
 
-from .product import DENSE
+from ..config import AdapterConfig
+from .method import Method, Params
+from .product import DENSE, Product
 from .quant import QuantizedProduct, quantize
 
 
@@ -14,7 +16,10 @@ class AdapterLinear(nn.Module):
     know of the layer is in `method`, `rank`, `scale` and `quant`.
     """
 
-    def __init__(self, base, method, config, constants):
+    packed: torch.Tensor
+    scales: torch.Tensor
+
+    def __init__(self, base: nn.Linear, method: Method, config: AdapterConfig, constants: Params) -> None:
         """base: the nn.Linear to replace; config: an AdapterConfig that `check_adapter` accepts; constants: {name:
         tensor} of the method's initial_factors, or a file's."""
         super().__init__()
@@ -30,24 +35,24 @@ class AdapterLinear(nn.Module):
         method.begin(self, constants)
 
     @property
-    def base(self):
+    def base(self) -> torch.Tensor:
         """The tensor that `product` multiplies by: the weight, or what a quantized layer keeps of it."""
         return self.weight if self.quant == "none" else self.packed
 
     @property
-    def product(self):
+    def product(self) -> Product:
         """How to multiply by `base`; see product.py."""
         if self.quant == "none":
             return DENSE
         return QuantizedProduct(self.quant, (self.out_features, self.in_features), self.scales)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out) in x's dtype."""
         params = {name: getattr(self, name) for name in (*self.method.parameters, *self.method.constants)}
         hidden = {"dropout": self.dropout} if self.dropout and self.training else {}
         return self.method.apply(x, self.base, params, self.bias, scale=self.scale, product=self.product, **hidden)
 
-    def quantize(self, kind):
+    def quantize(self, kind: str) -> None:
         """Replace the weight by its quantized form ("nf4" or "int8"); it is frozen from then on."""
         packed, scales = quantize(self.weight.detach(), kind)
         del self.weight
@@ -55,10 +60,10 @@ class AdapterLinear(nn.Module):
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("scales", scales, persistent=False)
 
-    def base_weight(self):
+    def base_weight(self) -> torch.Tensor:
         """The weight that the layer multiplies by, without the adapter: (out, in) float32."""
         return self.product.rows(self.base, slice(0, self.out_features), torch.float32)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         quant = "" if self.quant == "none" else f", quant={self.quant}"
         return f"{self.in_features}, {self.out_features}, {self.method.name}, rank={self.rank}{quant}"

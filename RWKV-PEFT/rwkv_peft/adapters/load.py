@@ -1,20 +1,24 @@
 """Filling adapter layers, and what trains along with them, from the tensors of a file."""
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
 import torch
+from torch import nn
 
 from ..errors import UserError
 from .methods import adapter_parameter
 
 
 @torch.no_grad()
-def load_tensors(model, tensors, name="the adapter"):
+def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor], name: str | Path = "the adapter") -> None:
     """Copy {name: tensor} of an adapter file into a model whose layers are injected already.
 
     Every adapter parameter of the model must be in the file, and every tensor of the file in the model,
     with its shape; tensors that train whole keep the base's values where the file has none.
     Raises UserError otherwise, before anything is copied.
     """
-    places = dict(model.named_parameters())
+    places: dict[str, torch.Tensor] = dict(model.named_parameters())
     places |= {key: buffer for key, buffer in model.named_buffers() if adapter_parameter(key)}
     own = [key for key in places if adapter_parameter(key)]
     missing = [key for key in own if key not in tensors]
@@ -41,5 +45,5 @@ def load_tensors(model, tensors, name="the adapter"):
         places[key].copy_(tensor)
 
 
-def _some(keys, limit=3):
+def _some(keys: Sequence[str], limit: int = 3) -> str:
     return (", ".join(keys[:limit]) + (", …" if len(keys) > limit else "")) or "nothing"

@@ -2,14 +2,17 @@
 with another learning rate for lora_B."""
 
 import math
+from typing import Any
 
+import torch
 from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .method import Method, Misfit, cast, wide
-from .product import DENSE
+from ..config import AdapterConfig
+from .method import Layer, Method, Misfit, Params, Shapes, cast, wide
+from .product import DENSE, Product
 from .tokens import apply_to_tokens, linear, weight_gradient
 
 
@@ -17,50 +20,62 @@ class Lora(Method):
     """W' = W + scale B A, with A = `lora_A` (rank, in) and B = `lora_B` (out, rank); scale is alpha / rank."""
 
     name, label, peft = "lora", "lora", "lora"
-    json_flag, rank_flag, alpha_key = "lora_config", "lora_r in --lora_config", "lora_alpha"
-    parameters, idle = ("lora_A", "lora_B"), ("lora_A",)
+    json_flag, rank_flag = "lora_config", "lora_r in --lora_config"
+    alpha_key: str | None = "lora_alpha"
+    parameters: tuple[str, ...] = ("lora_A", "lora_B")
+    idle: tuple[str, ...] = ("lora_A",)
     scaled = dropout = True
 
-    def scale(self, config):
+    def scale(self, config: AdapterConfig) -> float:
         return config.alpha / config.rank if config.alpha else 1.0
 
-    def fit(self, rank, mini_rank, out_features, in_features):
+    def fit(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Misfit | None:
         limit = self.most(out_features, in_features)
         if rank <= limit:
             return None
         return Misfit("rank", rank, f"is more than {limit}, the most that {self.name} can use", limit, too_large=True)
 
-    def most(self, out_features, in_features):
+    def most(self, out_features: int, in_features: int) -> int:
         """The largest rank."""
         return min(out_features, in_features)
 
-    def shapes(self, rank, mini_rank, out_features, in_features):
+    def shapes(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Shapes:
         return {"lora_A": (rank, in_features), "lora_B": (out_features, rank)}
 
-    def begin(self, layer, constants):
-        nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5))
+    def begin(self, layer: Layer, constants: Params) -> None:
+        nn.init.kaiming_uniform_(layer.get_parameter("lora_A"), a=math.sqrt(5))
 
-    def apply(self, x, weight, params, bias=None, *, scale=1.0, dropout=0.0, product=DENSE):
+    def apply(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        params: Params,
+        bias: torch.Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        product: Product = DENSE,
+    ) -> torch.Tensor:
         if not dropout:
             return lora(x, weight, params["lora_A"], params["lora_B"], bias, scale=scale, product=product)
         inner = F.linear(F.dropout(x, dropout), params["lora_A"].to(x.dtype))
         return linear(x, weight, bias, product=product) + scale * F.linear(inner, params["lora_B"].to(x.dtype))
 
-    def delta(self, weight, params, scale=1.0):
+    def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:
         params = cast(params, weight.dtype)
         return scale * (params["lora_B"] @ params["lora_A"])
 
-    def rows(self, params, start, stop):
+    def rows(self, params: Params, start: int, stop: int) -> Params:
         return {name: tensor[start:stop] if name.endswith("B") else tensor for name, tensor in params.items()}
 
-    def opposite(self, params, scale, amount=1.0):
+    def opposite(self, params: Params, scale: float, amount: float = 1.0) -> Params:
         """The change does not depend on W, and is subtracted."""
         return {name: -amount * wide(tensor) if name.endswith("B") else tensor for name, tensor in params.items()}
 
-    def for_rwkv_peft(self, module, params, scale, weight):
+    def for_rwkv_peft(self, module: str, params: Params, scale: float, weight: torch.Tensor | None) -> Params:
         return params
 
-    def remark_for_rwkv_peft(self, rank, scale):
+    def remark_for_rwkv_peft(self, rank: int, scale: float) -> str:
         return (
             f"RWKV-PEFT's LoRA files do not hold alpha: it is {scale * rank:g}; give it to the "
             "merge, RWKV-PEFT's or merge_bone.py's (--lora_alpha)\n"
@@ -74,7 +89,16 @@ class LoraPlus(Lora):
     learning_rates = (("lora_B", "lora_plus_ratio"),)
 
 
-def lora(x, weight, lora_A, lora_B, bias=None, *, scale=1.0, product=DENSE):
+def lora(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    product: Product = DENSE,
+) -> torch.Tensor:
     """Low rank: W' = W + scale B A.
 
     x (..., in), weight (out, in), lora_A (r, in), lora_B (out, r), bias (out,) or None -> (..., out).
@@ -84,7 +108,16 @@ def lora(x, weight, lora_A, lora_B, bias=None, *, scale=1.0, product=DENSE):
 
 class _Lora(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, product, scale):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        product: Product,
+        scale: float,
+    ) -> torch.Tensor:
         inner = x @ lora_A.t()  # (T, r)
         ctx.product, ctx.scale = product, scale
         ctx.save_for_backward(
@@ -98,7 +131,7 @@ class _Lora(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g):
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, lora_A, lora_B, inner = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
         g_inner = (g @ lora_B).mul_(ctx.scale) if need_x or need_A else None  # (T, r)
@@ -106,7 +139,7 @@ class _Lora(Function):
             ctx.product.backward(g, weight).addmm_(g_inner, lora_A) if need_x else None,
             weight_gradient(g, x).to(weight.dtype) if need_weight else None,
             g.sum(0) if need_bias else None,
-            g_inner.t() @ x if need_A else None,
+            g_inner.t() @ x if need_A and g_inner is not None else None,
             (g.t() @ inner).mul_(ctx.scale) if need_B else None,
             None,
             None,

@@ -2,7 +2,11 @@
 
 import math
 
+import torch
+
+from ..config import AdapterConfig
 from ..errors import UserError
+from .method import Params
 from .residual import ResidualLora, svd_lowrank
 
 GAMMA = 16  # the paper's stable scale
@@ -15,10 +19,12 @@ class LoraGa(ResidualLora):
     name, label, peft = "lora-ga", "lora-ga", "lora-ga"
     from_gradient = True
 
-    def most(self, out_features, in_features):
+    def most(self, out_features: int, in_features: int) -> int:
         return min(out_features, in_features) // 2
 
-    def initial_factors(self, weight, config, gradient=None):
+    def initial_factors(
+        self, weight: torch.Tensor, config: AdapterConfig, gradient: torch.Tensor | None = None
+    ) -> Params:
         if gradient is None:
             raise UserError(
                 "lora-ga starts from the gradient of the loss at each weight, and none was given for this one; "

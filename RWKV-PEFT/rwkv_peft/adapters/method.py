@@ -5,13 +5,30 @@ files, merging, conversion and the Hugging Face layers ask the method; none of t
 """
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
 
 import torch
+from torch import nn
 
+from ..config import AdapterConfig
 from ..errors import UserError
-from .product import DENSE
+from .product import DENSE, Product
 from .quant import roundtrip
+
+Params = Mapping[str, torch.Tensor]  # {tensor name: tensor} of the adapter of one layer
+Shapes = dict[str, tuple[int, ...]]
+
+
+class Layer(Protocol):
+    """What a Method's `begin` works on: the layer (layer.py), a torch module."""
+
+    weight: torch.Tensor
+    scale: float
+
+    def get_parameter(self, target: str) -> nn.Parameter: ...
+
+    def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None: ...
 
 
 class Misfit(NamedTuple):
@@ -62,57 +79,68 @@ class Method(ABC):
     residual = False
     from_gradient = False
     learning_rates: tuple[tuple[str, str], ...] = ()
-    hf_names: tuple = ()
+    hf_names: tuple[bool | str, ...] = ()
     hf_dims = 2
 
     @property
-    def file_name(self):
+    def file_name(self) -> str:
         """The method's name in files."""
         return self.saved_as or self.name
 
-    def scale(self, config):
+    def scale(self, config: AdapterConfig) -> float:
         """What multiplies the update of an AdapterConfig's adapter."""
         return 1.0
 
-    def alpha(self, scale, rank):
+    def alpha(self, scale: float, rank: int) -> float:
         """The alpha that gives this scale."""
         return scale * rank
 
     @abstractmethod
-    def fit(self, rank, mini_rank, out_features, in_features):
+    def fit(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Misfit | None:
         """The Misfit of a rank and a layer, or None where they fit."""
 
     @abstractmethod
-    def shapes(self, rank, mini_rank, out_features, in_features):
+    def shapes(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Shapes:
         """{tensor name: shape} of the parameters and constants on a layer that the rank fits."""
 
-    def sizes(self, params):
+    def sizes(self, params: Params) -> tuple[int, int]:
         """(rank, mini_rank) of {tensor name: tensor}, as the shapes tell it."""
         return params[self.parameters[0]].shape[0], 0
 
-    def begin(self, layer, constants):  # noqa: B027 (most have nothing to do)
+    def begin(self, layer: Layer, constants: Params) -> None:  # noqa: B027 (most have nothing to do)
         """Fill the parameters of a new layer, which are zeros; constants are `initial_factors` or a file's."""
 
-    def initial_factors(self, weight, config, gradient=None):
+    def initial_factors(
+        self, weight: torch.Tensor, config: AdapterConfig, gradient: torch.Tensor | None = None
+    ) -> Params:
         """{constant: tensor} that a new layer over weight starts from; gradient (out, in) is that of the loss."""
         return {}
 
     @abstractmethod
-    def apply(self, x, weight, params, bias=None, *, scale=1.0, product=DENSE):
+    def apply(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        params: Params,
+        bias: torch.Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        product: Product = DENSE,
+    ) -> torch.Tensor:
         """y = x W'ᵀ + bias without forming W': x (..., in), weight as product takes it, params {name: tensor} ->
         (..., out) in x's dtype. Where `dropout`, it also takes a probability of that name with which an input is hidden
         from the adapter."""
 
     @abstractmethod
-    def delta(self, weight, params, scale=1.0):
+    def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:
         """The change W' - W: weight (out, in) float32 or float64, params {name: tensor} of any float dtype -> (out, in)
         in weight's dtype, in which the arithmetic is done. What layers are tested against."""
 
-    def training_base(self, weight, params, scale):
+    def training_base(self, weight: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
         """The weight that the layer trains on, of weight's dtype."""
         return weight
 
-    def merged(self, weight, params, *, scale=1.0, quant="none"):
+    def merged(self, weight: torch.Tensor, params: Params, *, scale: float = 1.0, quant: str = "none") -> torch.Tensor:
         """The weight that a trained layer computed with, rebuilt from the original weight.
 
         Differs from weight + delta by the rounding that the training base had: a residual base is rounded to weight's
@@ -123,45 +151,45 @@ class Method(ABC):
         weight = roundtrip(weight, quant) if quant != "none" else weight
         return self.merged_with(weight.float(), params, scale)
 
-    def merged_with(self, base, params, scale):
+    def merged_with(self, base: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
         """W' from the float32 base that the layer trained on."""
         return base + self.delta(base, params, scale)
 
-    def row_unit(self, params):
+    def row_unit(self, params: Params) -> int:
         """Bands of rows of a weight must start and end at multiples of this to be merged by themselves."""
         return 1
 
-    def rows(self, params, start, stop):
+    def rows(self, params: Params, start: int, stop: int) -> Params:
         """The params of rows start to stop of the weight."""
         return params
 
     @abstractmethod
-    def opposite(self, params, scale, amount=1.0):
+    def opposite(self, params: Params, scale: float, amount: float = 1.0) -> Params:
         """params that `removed` takes to undo `amount` times the change. Raises UserError where nothing undoes it."""
 
-    def removed(self, weight, opposite, scale):
+    def removed(self, weight: torch.Tensor, opposite: Params, scale: float) -> torch.Tensor:
         """W from W' (out, in), up to rounding, by the params that `opposite` gives."""
         return weight + self.delta(weight, opposite, scale)
 
-    def for_rwkv_peft(self, module, params, scale, weight):
+    def for_rwkv_peft(self, module: str, params: Params, scale: float, weight: torch.Tensor | None) -> Params:
         """{tensor name: tensor} as RWKV-PEFT's files hold the adapter of a layer ("bone" for Bone's tensors); weight is
         the base's, or None. Raises UserError where RWKV-PEFT has no such form."""
         raise UserError(f"RWKV-PEFT has no {self.name}; merge the adapter with merge_bone.py instead")
 
-    def remark_for_rwkv_peft(self, rank, scale):
+    def remark_for_rwkv_peft(self, rank: int, scale: float) -> str:
         """What merging those files takes besides them, or ""."""
         return ""
 
 
-def nearest_divisor(number, value):
+def nearest_divisor(number: int, value: int) -> int:
     """The divisor of a number that is nearest to a value, the larger of two equally near ones."""
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - value), -d))
 
 
-def cast(params, dtype):
+def cast(params: Params, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {name: tensor.to(dtype) for name, tensor in params.items()}
 
 
-def wide(tensor):
+def wide(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor in float32, or in the float64 that it has."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

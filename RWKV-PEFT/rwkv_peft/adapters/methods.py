@@ -2,6 +2,7 @@
 
 from types import MappingProxyType
 
+from ..config import AdapterConfig
 from .bat_in import BatIn
 from .bat_out import BatOut
 from .bone import Bone, BoneMini
@@ -42,36 +43,36 @@ TENSORS = (
 )
 
 
-def forms(peft):
+def forms(peft: str) -> tuple[str, ...]:
     """The names of the methods that one word of --peft stands for."""
     return tuple(method.name for method in METHODS.values() if method.peft == peft)
 
 
-def method_of(config):
+def method_of(config: AdapterConfig) -> Method | None:
     """The Method of an AdapterConfig; None where no layer is adapted. Raises KeyError for names of none."""
     if config.method == NONE:
         return None
     return METHODS[config.mode if len(forms(config.method)) > 1 else config.method]
 
 
-def words_of(method):
+def words_of(method: Method) -> dict[str, str]:
     """{field: value} of the AdapterConfig fields that name a Method."""
     return {"method": method.peft} | ({"mode": method.name} if len(forms(method.peft)) > 1 else {})
 
 
-def by_hf_name(init_weights):
+def by_hf_name(init_weights: object) -> Method | None:
     """The Method that a value of init_weights means to Hugging Face peft, None for an unknown one; 1 is not True
     here."""
     same = ((method, value) for method in METHODS.values() for value in method.hf_names)
     return next((m for m, value in same if value == init_weights and type(value) is type(init_weights)), None)
 
 
-def is_saved(name):
+def is_saved(name: str) -> bool:
     """Whether files' metadata may name this method, or NONE."""
     return name == NONE or (name in METHODS and METHODS[name].file_name == name)
 
 
-def adapter_parameter(key):
+def adapter_parameter(key: str) -> tuple[str, str] | None:
     """("blocks.0.att.key", "bone") for an adapter's own tensor, None for any other key."""
     parts = key.split(".")
     for position, part in enumerate(parts):

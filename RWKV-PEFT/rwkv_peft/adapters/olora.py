@@ -2,6 +2,8 @@
 
 import torch
 
+from ..config import AdapterConfig
+from .method import Params
 from .residual import ResidualLora
 
 
@@ -10,6 +12,8 @@ class Olora(ResidualLora):
 
     name, label, peft = "olora", "olora", "olora"
 
-    def initial_factors(self, weight, config, gradient=None):
+    def initial_factors(
+        self, weight: torch.Tensor, config: AdapterConfig, gradient: torch.Tensor | None = None
+    ) -> Params:
         q, r = torch.linalg.qr(weight.detach().float())
         return {"init_lora_A": r[: config.rank], "init_lora_B": q[:, : config.rank]}

@@ -2,6 +2,8 @@
 
 import torch
 
+from ..config import AdapterConfig
+from .method import Params
 from .residual import ResidualLora, svd_lowrank
 
 
@@ -12,7 +14,9 @@ class Pissa(ResidualLora):
     json_flag, rank_flag, alpha_key = "pissa_config", "pissa_r in --pissa_config", None
     init_flag = "pissa_init in --pissa_config"
 
-    def initial_factors(self, weight, config, gradient=None):
+    def initial_factors(
+        self, weight: torch.Tensor, config: AdapterConfig, gradient: torch.Tensor | None = None
+    ) -> Params:
         weight, rank = weight.detach().float(), config.rank
         if config.svd_niter:
             u, s, v = svd_lowrank(weight, rank, config.svd_niter)

@@ -7,27 +7,42 @@ layer owns, passed through save_for_backward as it is: under ZeRO-3 a parameter'
 and goes, and a copy or a view of it would outlive its gathering.
 """
 
+from typing import Protocol
+
+import torch
 import torch.nn.functional as F
+
+
+class Product(Protocol):
+    """What the module's docstring says of a product; z and g are (T, in) and (T, out)."""
+
+    def shape(self, weight: torch.Tensor, /) -> tuple[int, int]: ...
+
+    def rows(self, weight: torch.Tensor, rows: slice, dtype: torch.dtype, /) -> torch.Tensor: ...
+
+    def forward(self, z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, /) -> torch.Tensor: ...
+
+    def backward(self, g: torch.Tensor, weight: torch.Tensor, /) -> torch.Tensor: ...
 
 
 class Dense:
     """Products with an ordinary weight (out, in), computed in the activations' dtype."""
 
     @staticmethod
-    def shape(weight):
-        return tuple(weight.shape)
+    def shape(weight: torch.Tensor) -> tuple[int, int]:
+        return weight.shape[0], weight.shape[1]
 
     @staticmethod
-    def rows(weight, rows, dtype):
+    def rows(weight: torch.Tensor, rows: slice, dtype: torch.dtype) -> torch.Tensor:
         """Some rows of the weight (a slice) in a float dtype."""
         return weight[rows].to(dtype)
 
     @staticmethod
-    def forward(z, weight, bias=None):
+    def forward(z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return F.linear(z, weight.to(z.dtype), None if bias is None else bias.to(z.dtype))
 
     @staticmethod
-    def backward(g, weight):
+    def backward(g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return g @ weight.to(g.dtype)
 
 

@@ -6,6 +6,8 @@ the quantized weight plus activations.
 """
 
 import functools
+from collections.abc import Iterator, Sequence
+from types import ModuleType
 
 import torch
 
@@ -14,12 +16,12 @@ from ..errors import UserError
 ROW_ELEMENTS = 1 << 22  # dequantized elements held at a time
 
 
-def block_size(kind):
+def block_size(kind: str) -> int:
     """Weights that share one scale."""
     return 64 if kind == "nf4" else 256
 
 
-def quantize(weight, kind):
+def quantize(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     """weight (out, in), any float dtype -> packed (uint8, 1-D), scales (int32, 1-D).
 
     The scales are float32 seen as int32, so that casting a module (`model.bfloat16()`) leaves them alone.
@@ -33,7 +35,7 @@ def quantize(weight, kind):
     return packed.flatten(), state.absmax.float().view(torch.int32)
 
 
-def roundtrip(weight, kind):
+def roundtrip(weight: torch.Tensor, kind: str) -> torch.Tensor:
     """The weight (out, in) as a quantized layer sees it, in float32."""
     packed, scales = quantize(weight, kind)
     return QuantizedProduct(kind, weight.shape, scales).rows(packed, slice(0, weight.shape[0]), torch.float32)
@@ -42,40 +44,40 @@ def roundtrip(weight, kind):
 class QuantizedProduct:
     """Products with a quantized weight; see product.py for the interface."""
 
-    def __init__(self, kind, shape, scales):
+    def __init__(self, kind: str, shape: Sequence[int], scales: torch.Tensor) -> None:
         """kind "nf4" or "int8"; shape (out, in); scales as `quantize` gives them."""
         self.kind = kind
         self.out_features, self.in_features = shape
         self.scales = scales
 
-    def shape(self, packed):
+    def shape(self, packed: torch.Tensor) -> tuple[int, int]:
         return self.out_features, self.in_features
 
-    def rows(self, packed, rows, dtype):
+    def rows(self, packed: torch.Tensor, rows: slice, dtype: torch.dtype) -> torch.Tensor:
         start, stop = rows.start * self.in_features, rows.stop * self.in_features
         size = block_size(self.kind)
         first = start // size * size  # a block that begins in an earlier row is read whole
         flat = self._dequantize(packed, first, stop, dtype)
         return flat[start - first :].view(-1, self.in_features)
 
-    def forward(self, z, packed, bias=None):
+    def forward(self, z: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         y = z.new_empty(z.shape[0], self.out_features)
         for rows in self._row_chunks():
             torch.mm(z, self.rows(packed, rows, z.dtype).t(), out=y[:, rows])
         return y if bias is None else y.add_(bias.to(y.dtype))
 
-    def backward(self, g, packed):
+    def backward(self, g: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
         dz = g.new_zeros(g.shape[0], self.in_features)
         for rows in self._row_chunks():
             dz.addmm_(g[:, rows], self.rows(packed, rows, g.dtype))
         return dz
 
-    def _row_chunks(self):
+    def _row_chunks(self) -> Iterator[slice]:
         step = max(1, ROW_ELEMENTS // self.in_features)
         for start in range(0, self.out_features, step):
             yield slice(start, min(start + step, self.out_features))
 
-    def _dequantize(self, packed, start, stop, dtype):
+    def _dequantize(self, packed: torch.Tensor, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         """Elements [start, stop) of the flattened weight; start is a multiple of the block size."""
         functional = _bitsandbytes()
         size = block_size(self.kind)
@@ -98,17 +100,17 @@ class QuantizedProduct:
 
 
 @torch.compiler.assume_constant_result  # torch.compile can neither trace how the code is made nor keep it
-def _int8_code(device):
+def _int8_code(device: torch.device) -> torch.Tensor:
     """The 256 values that an int8 weight can have, float32, on a device."""
     return _make_int8_code(device)
 
 
 @functools.cache
-def _make_int8_code(device):
+def _make_int8_code(device: torch.device) -> torch.Tensor:
     return _bitsandbytes().create_dynamic_map().to(device)
 
 
-def _bitsandbytes():
+def _bitsandbytes() -> ModuleType:
     try:
         from bitsandbytes import functional
     except (ImportError, RuntimeError, OSError) as error:  # the last two where its library does not load

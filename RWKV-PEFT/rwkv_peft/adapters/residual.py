@@ -7,7 +7,7 @@ into the adapter file, and merging starts from the original weight.
 import torch
 
 from .lora import Lora
-from .method import cast
+from .method import Layer, Params, Shapes, cast
 
 
 class ResidualLora(Lora):
@@ -16,11 +16,11 @@ class ResidualLora(Lora):
     constants = ("init_lora_A", "init_lora_B")
     residual = True
 
-    def shapes(self, rank, mini_rank, out_features, in_features):
+    def shapes(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Shapes:
         shapes = super().shapes(rank, mini_rank, out_features, in_features)
         return shapes | {f"init_{name}": shape for name, shape in shapes.items()}
 
-    def begin(self, layer, constants):
+    def begin(self, layer: Layer, constants: Params) -> None:
         with torch.no_grad():
             for name in self.parameters:
                 factor = constants[f"init_{name}"].to(layer.weight.device, layer.weight.dtype).contiguous()
@@ -30,25 +30,25 @@ class ResidualLora(Lora):
         params = {name: getattr(layer, name) for name in self.constants}
         layer.weight.data = self.training_base(layer.weight.detach(), params, layer.scale)
 
-    def training_base(self, weight, params, scale):
+    def training_base(self, weight: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
         change = scale * (params["init_lora_B"].float() @ params["init_lora_A"].float())
         return (weight.float() - change).to(weight.dtype)
 
-    def merged_with(self, base, params, scale):
+    def merged_with(self, base: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
         return base + super().delta(base, {name: params[name] for name in self.parameters}, scale)
 
-    def delta(self, weight, params, scale=1.0):
+    def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:
         params = cast(params, weight.dtype)
         return super().delta(weight, params, scale) - scale * (params["init_lora_B"] @ params["init_lora_A"])
 
-    def for_rwkv_peft(self, module, params, scale, weight):
+    def for_rwkv_peft(self, module: str, params: Params, scale: float, weight: torch.Tensor | None) -> Params:
         """As PiSSA, which is the same but for where it starts; RWKV-PEFT's has scale 1."""
         if scale == 1:
             return params
         return {name: scale * tensor if name.endswith("B") else tensor for name, tensor in params.items()}
 
 
-def svd_lowrank(matrix, rank, niter):
+def svd_lowrank(matrix: torch.Tensor, rank: int, niter: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Randomized SVD with oversampling, from a seed of its own: the same factors on every run."""
     with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
         torch.manual_seed(0)

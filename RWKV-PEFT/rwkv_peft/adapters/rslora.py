@@ -3,6 +3,7 @@ a step changes does not shrink as the rank grows."""
 
 import math
 
+from ..config import AdapterConfig
 from .lora import Lora
 
 
@@ -11,8 +12,8 @@ class RsLora(Lora):
 
     name, label, peft, saved_as = "rslora", "rslora", "rslora", "lora"
 
-    def scale(self, config):
+    def scale(self, config: AdapterConfig) -> float:
         return config.alpha / math.sqrt(config.rank) if config.alpha else 1.0
 
-    def alpha(self, scale, rank):
+    def alpha(self, scale: float, rank: int) -> float:
         return scale * math.sqrt(rank)

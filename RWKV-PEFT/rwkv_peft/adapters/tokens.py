@@ -6,20 +6,32 @@ product.py); x too may need no gradient. Under autocast activations and adapter 
 weight is cast for the time of one product. Gradients of gradients are not defined.
 """
 
+from typing import Any
+
 import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..ops import bone as kernels
-from .product import DENSE
+from .product import DENSE, Product
 
 
-def linear(x, weight, bias=None, *, product=DENSE):
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, product: Product = DENSE
+) -> torch.Tensor:
     """The layer without an adapter. Unlike F.linear it keeps no cast or dequantized weight for backward."""
     return apply_to_tokens(_Linear, x, weight, bias, product=product)
 
 
-def apply_to_tokens(function, x, weight, bias, *params, product, extra=()):
+def apply_to_tokens(
+    function: type[Function],
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *params: torch.Tensor,
+    product: Product,
+    extra: tuple[Any, ...] = (),
+) -> torch.Tensor:
     """Apply an autograd Function over the flattened tokens of x, in one dtype."""
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
@@ -31,17 +43,17 @@ def apply_to_tokens(function, x, weight, bias, *params, product, extra=()):
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
-def weight_gradient(g, x):
+def weight_gradient(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """gᵀ x: g (T, out), x (T, in) -> (out, in)."""
     return kernels.transposed(g) @ x
 
 
-def split_shards(x, rank):
+def split_shards(x: torch.Tensor, rank: int) -> torch.Tensor:
     """(T, n r) -> (T, n, r)."""
     return x.unflatten(1, (-1, rank))
 
 
-def shard_sum(x, rank):
+def shard_sum(x: torch.Tensor, rank: int) -> torch.Tensor:
     """Σ_b x_b, the last shard padded with zeros: (T, in) -> (T, r)."""
     if kernels.takes(x):
         return kernels.shard_sum(x, rank)
@@ -53,7 +65,7 @@ def shard_sum(x, rank):
     return total
 
 
-def add_tiled_(x, tile):
+def add_tiled_(x: torch.Tensor, tile: torch.Tensor) -> None:
     """x (T, in) += tile (T, r) repeated along the channels, cut at in."""
     if kernels.takes(x, tile) and x.is_contiguous():
         return kernels.add_tiled_(x, tile)
@@ -67,14 +79,16 @@ def add_tiled_(x, tile):
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, product):
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, product: Product
+    ) -> torch.Tensor:
         ctx.product = product
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return product.forward(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g):
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         return (

@@ -8,13 +8,16 @@ N key), as every RWKV file has them.
 
 import json
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
+from ..adapters.method import Method
 from ..adapters.methods import METHODS, NONE, adapter_parameter, is_saved, method_of
-from ..config import QUANTIZATIONS
+from ..config import QUANTIZATIONS, AdapterConfig
 from ..errors import UserError
 from .atomic import atomic_write
 from .pth_writer import TensorSpec
@@ -50,7 +53,7 @@ class AdapterMetadata:
     format_version: int = FORMAT_VERSION
 
     @classmethod
-    def from_config(cls, config, base_fingerprint="", precision=""):
+    def from_config(cls, config: AdapterConfig, base_fingerprint: str = "", precision: str = "") -> "AdapterMetadata":
         """Metadata of an adapter that was made with an AdapterConfig."""
         method = method_of(config)
         return cls(
@@ -66,16 +69,16 @@ class AdapterMetadata:
         )
 
     @property
-    def method(self):
+    def method(self) -> Method | None:
         """The Method that variant names; None where no layer is adapted."""
         return None if self.variant == NONE else METHODS[self.variant]
 
     @property
-    def alpha(self):
-        """LoRA's alpha, by which its scale is told in other tools."""
-        return self.method.alpha(self.scale, self.rank)
+    def alpha(self) -> float:
+        """LoRA's alpha, by which its scale is told in other tools; 0 where no layer is adapted."""
+        return 0.0 if self.method is None else self.method.alpha(self.scale, self.rank)
 
-    def base_dtype(self):
+    def base_dtype(self) -> torch.dtype | None:
         """The dtype that `precision` names; None where it names none."""
         return dict(DTYPES).get(self.precision)
 
@@ -83,28 +86,28 @@ class AdapterMetadata:
 class Adapter(NamedTuple):
     """tensors: name -> tensor, as in the module's docstring; metadata: AdapterMetadata."""
 
-    tensors: dict
+    tensors: dict[str, torch.Tensor]
     metadata: AdapterMetadata
 
-    def modules(self):
+    def modules(self) -> dict[str, dict[str, torch.Tensor]]:
         """{module name: {parameter name: tensor}} of the adapter's own tensors."""
-        modules = {}
+        modules: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in self.tensors.items():
             if split := adapter_parameter(key):
                 modules.setdefault(split[0], {})[split[1]] = tensor
         return modules
 
-    def whole(self):
+    def whole(self) -> dict[str, torch.Tensor]:
         """{base key: tensor} of the tensors that replace the base's."""
         return {key: tensor for key, tensor in self.tensors.items() if not adapter_parameter(key)}
 
 
-def target_names(modules):
+def target_names(modules: Iterable[str]) -> tuple[str, ...]:
     """("blocks.0.att.key", …) -> ("att.key", …), each once, in order."""
     return tuple(dict.fromkeys(".".join(module.split(".")[-2:]) for module in modules))
 
 
-def save_adapter(path, tensors, metadata):
+def save_adapter(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: AdapterMetadata) -> None:
     """Write {name: tensor} and AdapterMetadata to a .safetensors file, atomically.
 
     Raises UserError for a disk that is full or closed, ValueError for a tensor that is not finite.
@@ -118,9 +121,9 @@ def save_adapter(path, tensors, metadata):
         write_safetensors(temporary, specs, tensors.items(), header)
 
 
-def read_own(path):
+def read_own(path: str | Path) -> Adapter:
     """The Adapter in a .safetensors file of `save_adapter`. Raises UserError for one that is broken, of a later format,
-    or says nothing of an adapter."""
+    or says nothing of an adapter, or that there is none beside an adapter's tensors."""
     tensors, header = read_safetensors(path)
     if METADATA_KEY not in header:
         hint = (
@@ -129,10 +132,16 @@ def read_own(path):
             else "an adapter that train.py saved"
         )
         raise UserError(f"{path} does not say which adapter it holds (its header has no {METADATA_KEY!r}); give {hint}")
-    return Adapter(tensors, _parse_metadata(path, header[METADATA_KEY]))
+    adapter = Adapter(tensors, _parse_metadata(path, header[METADATA_KEY]))
+    if adapter.metadata.method is None and (modules := adapter.modules()):
+        raise UserError(
+            f"{path}: its metadata names no method (variant = {NONE!r}), and it holds tensors of an adapter on "
+            f"{len(modules)} layers, such as {next(iter(modules))}; copy the file that the training wrote"
+        )
+    return adapter
 
 
-def _parse_metadata(path, text):
+def _parse_metadata(path: str | Path, text: str) -> AdapterMetadata:
     try:
         values = json.loads(text)
         version = int(values["format_version"])
@@ -149,11 +158,11 @@ def _parse_metadata(path, text):
     return AdapterMetadata(**values)
 
 
-def _check_metadata(path, values):
+def _check_metadata(path: str | Path, values: dict[str, Any]) -> None:
     """Raise UserError unless metadata names a variant and quantization known here, and has numbers where they are
     due."""
 
-    def refuse(name, due):
+    def refuse(name: str, due: str) -> NoReturn:
         raise UserError(
             f"{path}: its metadata has {name} = {values.get(name)!r}, and {due} is due; copy the file that the "
             "training wrote"

@@ -1,8 +1,11 @@
 """One reader above the formats of adapters, and the flags that tell what some of them do not say."""
 
+import argparse
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +28,7 @@ class AdapterSource:
     init: str | Path | None = None
     alpha: float | None = None
 
-    def read(self, base=None):
+    def read(self, base: Mapping[str, torch.Tensor] | None = None) -> Adapter:
         """The Adapter: ours, or another tool's (rwkv_peft_file.py, peft_folder.py).
 
         base is {key: tensor}, whose shapes may tell the form. Raises UserError: a file that is missing, broken, of a
@@ -49,7 +52,7 @@ class AdapterSource:
                 )
         return adapter
 
-    def _check_told(self, path, adapter: Adapter):
+    def _check_told(self, path: Path, adapter: Adapter) -> None:
         """Refuse init for a file that holds its own factors, if any, and an alpha that is not the adapter's."""
         metadata, alpha = adapter.metadata, self.alpha
         if self.init is not None and (path.is_dir() or path.suffix == ".safetensors"):
@@ -58,7 +61,7 @@ class AdapterSource:
                 "leave it "
                 "out"
             )
-        if alpha is None or not adapter.modules():
+        if alpha is None or metadata.method is None or not adapter.modules():
             return
         if not metadata.method.scaled:
             raise UserError(
@@ -71,12 +74,12 @@ class AdapterSource:
             )
 
 
-def read_adapter(path, base=None, **told):
+def read_adapter(path: str | Path, base: Mapping[str, torch.Tensor] | None = None, **told: Any) -> Adapter:
     """The Adapter at path; told are AdapterSource's other fields."""
     return AdapterSource(path, **told).read(base)
 
 
-def add_source_flags(parser):
+def add_source_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say of an adapter what its file does not: the same for every command that takes one."""
     parser.add_argument(
         "--bone_mode",
@@ -88,6 +91,6 @@ def add_source_flags(parser):
     parser.add_argument("--lora_init", metavar="PTH", help="init_pissa.pth of an RWKV-PEFT PiSSA file")
 
 
-def source_of(args, path):
+def source_of(args: argparse.Namespace, path: str | Path) -> AdapterSource:
     """The AdapterSource of a path under a command's flags."""
     return AdapterSource(path, args.bone_mode, args.lora_init, args.lora_alpha)

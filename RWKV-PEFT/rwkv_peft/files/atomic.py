@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import secrets
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from ..errors import UserError
 
 
 @contextmanager
-def atomic_write(path):
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in `path`'s folder; on success it is fsynced and renamed to `path`.
 
     The folder is made if it is missing. When the body raises, the temporary file is removed and
@@ -30,7 +31,7 @@ def atomic_write(path):
         _fsync_folder(path.parent)
 
 
-def check_output(flag, path, inputs):
+def check_output(flag: str, path: str | Path, inputs: Iterable[tuple[str, str | Path | None]]) -> None:
     """Raise UserError where writing `path`, given as `flag`, would overwrite an input or is not possible; nothing
     stays.
 
@@ -52,19 +53,19 @@ def check_output(flag, path, inputs):
                 folder.rmdir()
 
 
-def _files_of(source):
+def _files_of(source: str | Path | None) -> Sequence[str | Path]:
     if source is None:
         return []
     return sorted(Path(source).iterdir()) if os.path.isdir(source) else [source]
 
 
-def same_file(left, right):
+def same_file(left: str | Path, right: str | Path) -> bool:
     """Whether two paths, which need not exist, lead to one file."""
     return os.path.exists(left) and os.path.exists(right) and os.path.samefile(left, right)
 
 
 @contextmanager
-def _temporary_beside(path):
+def _temporary_beside(path: Path) -> Iterator[Path]:
     """Yield a new empty file in the folder of `path`, which is removed afterwards; failures to write become
     UserErrors."""
     try:
@@ -88,12 +89,12 @@ def _temporary_beside(path):
         raise UserError(f"cannot write {path}: {reason}; nothing was changed there") from error
 
 
-def _fsync(path):
+def _fsync(path: Path) -> None:
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
 
-def _fsync_folder(folder):
+def _fsync_folder(folder: Path) -> None:
     """Make the rename itself durable, where the system can open a folder (Windows cannot)."""
     if os.name == "nt":
         return
@@ -104,7 +105,7 @@ def _fsync_folder(folder):
         os.close(handle)
 
 
-def _write_failure(error, path):
+def _write_failure(error: Exception, path: Path) -> str | None:
     """Why writing `path` failed, in words, or None when `error` does not come from the system.
 
     torch and safetensors report the system's refusals as their own exception types, so the text counts too.
@@ -124,6 +125,7 @@ def _write_failure(error, path):
         return f"a file stands where {path.parent} or a folder above it should be; choose another folder"
     if number is not None:
         other = getattr(error, "filename", None)  # of another file, it may be an input that became unreadable
-        named = isinstance(other, (str, bytes, os.PathLike)) and Path(os.fsdecode(other)).parent != path.parent
-        return os.strerror(number).lower() + (f" ({os.fsdecode(other)})" if named else "")
+        if not isinstance(other, (str, bytes, os.PathLike)) or Path(os.fsdecode(other)).parent == path.parent:
+            return os.strerror(number).lower()
+        return f"{os.strerror(number).lower()} ({os.fsdecode(other)})"
     return text.lower() if isinstance(error, OSError) else None

@@ -1,8 +1,11 @@
 """Base models: reading one safely, once, with all that is asked of it, and writing one."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+
+import torch
 
 from ..adapters.methods import adapter_parameter
 from ..config import ModelConfig
@@ -28,24 +31,24 @@ class Base:
     dimensions."""
 
     path: str | Path
-    tensors: dict
+    tensors: dict[str, torch.Tensor]
     family: Family
     config: ModelConfig
 
     @cached_property
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         return fingerprint(self.tensors)
 
     @property
-    def linear_shapes(self):
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Module name -> (out, in) of every 2-D weight."""
         weights = (
             (key, tensor) for key, tensor in self.tensors.items() if key.endswith(".weight") and tensor.ndim == 2
         )
-        return {key.removesuffix(".weight"): tuple(tensor.shape) for key, tensor in weights}
+        return {key.removesuffix(".weight"): (tensor.shape[0], tensor.shape[1]) for key, tensor in weights}
 
 
-def open_base(path):
+def open_base(path: str | Path) -> Base:
     """The Base at `path`, a .pth.
 
     Raises UserError: whatever read_tensors refuses; another format; another RWKV version; prefixed keys; adapter
@@ -63,7 +66,7 @@ def open_base(path):
     return base_of(read_tensors(path), path)
 
 
-def base_of(tensors, name="the checkpoint"):
+def base_of(tensors: dict[str, torch.Tensor], name: str | Path = "the checkpoint") -> Base:
     """The Base of {key: tensor}. Raises UserError unless it is a complete model and nothing else."""
     leftover = [key for key in tensors if adapter_parameter(key)]
     if leftover:
@@ -81,7 +84,7 @@ def base_of(tensors, name="the checkpoint"):
     return Base(name, tensors, family, family.check(tensors, name))
 
 
-def save_model(path, tensors):
+def save_model(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write a model's {key: tensor} as a .pth, atomically. Raises UserError where the disk refuses."""
     with atomic_write(path) as temporary:
         save_pth(temporary, tensors)

@@ -1,13 +1,14 @@
 """A short name for a model's weights, to tell that an adapter belongs to it."""
 
 import hashlib
+from collections.abc import Iterable
 
 import torch
 
 WINDOWS, WINDOW = 4, 16  # this many runs of this many values are read in each tensor
 
 
-def fingerprint(state):
+def fingerprint(state: dict[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> str:
     """A short name for a base model's weights, to tell that an adapter belongs to it.
 
     SHA-256 over each tensor's key, shape and four evenly spaced runs of 16 values as float32, whatever

@@ -5,9 +5,13 @@ What peft calls "bat" is bat-out; folders of rwkv_peft.hf's BoneConfig may also 
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
-from ..adapters.methods import METHODS, adapter_parameter, by_hf_name
+import torch
+
+from ..adapters.methods import METHODS, NONE, adapter_parameter, by_hf_name
 from ..errors import UserError
 from ..models import official_key
 from .adapter_file import Adapter, AdapterMetadata, target_names
@@ -15,9 +19,10 @@ from .pth import read_tensors, require_file
 from .safetensors_file import read_safetensors
 
 HF_PREFIX = "base_model.model."
+Number = TypeVar("Number", int, float)
 
 
-def read_hf_folder(folder):
+def read_hf_folder(folder: str | Path) -> Adapter:
     """The Adapter in a folder saved by Hugging Face peft: BONE, MISS or plain LORA over layers of an RWKV model.
 
     Module names may be official ones or those of a Hugging Face RWKV model. Raises UserError: files
@@ -32,9 +37,9 @@ def read_hf_folder(folder):
         module = key.removeprefix(HF_PREFIX)
         split = adapter_parameter(module)
         tensors[f"{official_key(split[0] + '.')}{split[1]}" if split else official_key(module)] = tensor
-    modules = Adapter(tensors, None).modules()
+    modules = Adapter(tensors, AdapterMetadata(NONE)).modules()
     whole = {key: tensor for key, tensor in tensors.items() if not adapter_parameter(key)}
-    common = {
+    common: dict[str, Any] = {
         "targets": target_names(modules),
         "train_parts": tuple(whole),
         "source": f"peft {config.get('peft_version', '')}",
@@ -46,7 +51,7 @@ def read_hf_folder(folder):
         for module, params in modules.items():
             if "lora_A" in params:
                 _check_rank(folder, f"{module}.lora_A", params["lora_A"], 0, rank)
-        scale = _number(folder, config, "lora_alpha") / (rank**0.5 if config.get("use_rslora") else rank)
+        scale = _number(folder, config, "lora_alpha", float) / (rank**0.5 if config.get("use_rslora") else rank)
         return Adapter(tensors, AdapterMetadata("lora", rank=rank, scale=scale, **common))
     if kind not in ("BONE", "MISS"):
         raise UserError(
@@ -66,7 +71,7 @@ def read_hf_folder(folder):
     return Adapter(own | whole, AdapterMetadata(variant, rank=rank, mini_rank=mini_rank, **common))
 
 
-def _read_config(path):
+def _read_config(path: Path) -> dict[str, Any]:
     text = require_file(path).read_bytes()
     try:
         config = json.loads(text)
@@ -77,10 +82,10 @@ def _read_config(path):
     return config
 
 
-def _number(folder, config, name, kind=(int, float)):
-    """A setting that must be a finite number above 0 (int where kind says so); booleans are none."""
+def _number(folder: Path, config: dict[str, Any], name: str, kind: type[Number]) -> Number:
+    """A setting that must be a finite number above 0, whole where kind is int; booleans are none."""
     value = config.get(name)
-    if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not isinstance(value, (int, kind)) or isinstance(value, bool) or not 0 < value < math.inf:
         raise UserError(
             f"{folder}: adapter_config.json has {name} = {value!r}, and a finite number above 0 is due; copy the file "
             "that peft saved"
@@ -88,7 +93,7 @@ def _number(folder, config, name, kind=(int, float)):
     return value
 
 
-def _check_rank(folder, key, tensor, axis, rank):
+def _check_rank(folder: Path, key: str, tensor: torch.Tensor, axis: int, rank: int) -> None:
     """Raise UserError where a tensor's axis is not r wide, as adapter_config.json says."""
     if tensor.dim() and tensor.shape[axis] != rank:
         raise UserError(
@@ -97,15 +102,14 @@ def _check_rank(folder, key, tensor, axis, rank):
         )
 
 
-def _bone_variant(folder, config, tensors):
+def _bone_variant(folder: Path, config: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
     """The canonical name of a BONE or MISS adapter's form, by init_weights and the dimensions of its tensors."""
     dims = {tensor.dim() for tensor in tensors.values()}
     if len(dims) != 1 or not dims <= {2, 3}:
         raise UserError(f"{folder}: its tensors have {sorted(dims)} dimensions; 2 or 3 are due throughout")
     init, dim = config.get("init_weights", True), dims.pop()
-    if isinstance(init, bool) and dim == 3:
-        return by_hf_name("bat").name  # pre-releases of peft have block affine Bone alone, and no name for it
-    method = by_hf_name(init)
+    # pre-releases of peft have block affine Bone alone, and no name for it
+    method = by_hf_name("bat" if isinstance(init, bool) and dim == 3 else init)
     if method is None:
         known = [name for method in METHODS.values() for name in method.hf_names if isinstance(name, str)]
         raise UserError(
@@ -119,7 +123,7 @@ def _bone_variant(folder, config, tensors):
     return method.name
 
 
-def _read_hf_tensors(folder):
+def _read_hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
     if (folder / "adapter_model.safetensors").is_file():
         return read_safetensors(folder / "adapter_model.safetensors")[0]
     if (folder / "adapter_model.bin").is_file():
@@ -129,7 +133,7 @@ def _read_hf_tensors(folder):
     )
 
 
-def _check_plain_lora(folder, config):
+def _check_plain_lora(folder: Path, config: dict[str, Any]) -> None:
     """Refuse LoRA settings under which W + scale B A over the original base is not what was trained."""
     odd = [
         name

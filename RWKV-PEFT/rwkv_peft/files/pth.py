@@ -3,7 +3,9 @@
 import pickle
 import warnings
 import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +16,7 @@ from ..errors import UserError
 MAPPED = 1 << 28
 
 
-def read_pth(path):
+def read_pth(path: str | Path) -> Any:
     """The object in a .pth as tensors mapped from the file: no byte of a tensor is read before its use.
 
     Code in the pickle is never run (weights_only). Raises UserError: a missing file, a folder, an
@@ -48,7 +50,7 @@ def read_pth(path):
         raise UserError(f"{path} cannot be read as a PyTorch checkpoint: {_first_line(error)}") from error
 
 
-def read_tensors(path):
+def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """The flat dict name -> tensor in a .pth. Raises UserError as read_pth and require_weights do, and for any other
     content."""
     state = read_pth(path)
@@ -66,7 +68,7 @@ def read_tensors(path):
     return state
 
 
-def stream_tensors(path):
+def stream_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the (key, tensor) pairs of a .pth in file order, in bounded memory.
 
     The file is mapped anew every MAPPED bytes, so that pages already read leave the process's memory once nothing
@@ -82,7 +84,7 @@ def stream_tensors(path):
         del tensor  # it would keep the mapping alive beyond its turn
 
 
-def require_weights(state, name):
+def require_weights(state: Mapping[str, torch.Tensor], name: str | Path) -> None:
     """Raise UserError for a tensor that nothing here computes with: sparse, without its data, or of less than 16
     bits."""
     for key, tensor in state.items():
@@ -99,7 +101,7 @@ def require_weights(state, name):
         )
 
 
-def require_file(path):
+def require_file(path: str | Path) -> Path:
     """`path` as a Path to a file that exists, or a UserError."""
     path = Path(path)
     if path.is_dir():
@@ -109,15 +111,15 @@ def require_file(path):
     return path
 
 
-def all_finite(tensor):
+def all_finite(tensor: torch.Tensor) -> bool:
     """Whether no element is NaN or Inf, with little memory beside the tensor."""
     return all(_part_finite(part) for part in tensor.reshape(-1).split(1 << 20))
 
 
-def _part_finite(part):
+def _part_finite(part: torch.Tensor) -> bool:
     # a sum with NaN or Inf in it is neither finite, and it is the faster test; finite values may overflow it, too
     return bool(torch.isfinite(part.sum()) or torch.isfinite(part).all())
 
 
-def _first_line(error):
+def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]

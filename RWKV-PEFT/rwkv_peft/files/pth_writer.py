@@ -10,8 +10,11 @@ import pickle
 import sys
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,15 +33,15 @@ class TensorSpec:
     dtype: torch.dtype
 
     @staticmethod
-    def of(tensor, dtype=None):
+    def of(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> "TensorSpec":
         return TensorSpec(tuple(tensor.shape), dtype or tensor.dtype)
 
     @property
-    def numel(self):
+    def numel(self) -> int:
         return torch.Size(self.shape).numel()
 
 
-def write_pth(path, specs, tensors):
+def write_pth(path: str | Path, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Write a flat dict of tensors to `path` as torch.save would, holding what is being written alone.
 
     specs maps each key to its TensorSpec; tensors is an iterable of (key, tensor) in the same order, in which a tensor
@@ -60,18 +63,18 @@ def write_pth(path, specs, tensors):
         _write_record(archive, "version", [b"3\n"])
 
 
-def save_pth(path, tensors):
+def save_pth(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write a dict of tensors (or an iterable of such pairs with .items()) with write_pth, keeping its order."""
     write_pth(path, {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}, tensors.items())
 
 
-def chunks(tensor):
+def chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
     """The bytes of a tensor as memoryviews of at most CHUNK bytes."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-    return (memoryview(flat[start : start + CHUNK].numpy()) for start in range(0, flat.numel(), CHUNK))
+    return (flat[start : start + CHUNK].numpy().data for start in range(0, flat.numel(), CHUNK))
 
 
-def _bytes_of(key, spec, parts):
+def _bytes_of(key: str, spec: TensorSpec, parts: Iterable[torch.Tensor]) -> Iterator[memoryview]:
     """The bytes of a tensor that comes in one or more runs of rows; they must make up what spec says."""
     elements = 0
     for part in parts:
@@ -85,8 +88,9 @@ def _bytes_of(key, spec, parts):
         raise ValueError(f"expected {key} {spec}, got {elements} elements")
 
 
-def _write_record(archive, name, chunks):
+def _write_record(archive: zipfile.ZipFile, name: str, chunks: Iterable[bytes | memoryview]) -> None:
     info = zipfile.ZipInfo(f"{ROOT}/{name}")  # its default date keeps the bytes of a file reproducible
+    assert archive.fp is not None  # it is open
     start = archive.fp.tell() + LOCAL_HEADER + len(info.filename) + ZIP64_FIELD
     padding = -(start + 4) % ALIGNMENT
     # an extra field is a two-byte id, a two-byte length, and that many bytes; torch's own id is "FB"
@@ -96,7 +100,7 @@ def _write_record(archive, name, chunks):
             record.write(chunk)
 
 
-def _pickle_of(specs):
+def _pickle_of(specs: Mapping[str, TensorSpec]) -> bytes:
     buffer = io.BytesIO()
     pickler = _SpecPickler(buffer, protocol=2)
     pickler.dump({key: _Pending(number, spec) for number, (key, spec) in enumerate(specs.items())})
@@ -106,10 +110,10 @@ def _pickle_of(specs):
 class _Pending:
     """A tensor of the pickle: it is written as the call that rebuilds it from its storage."""
 
-    def __init__(self, number, spec):
+    def __init__(self, number: int, spec: TensorSpec) -> None:
         self.number, self.spec = number, spec
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         strides = torch.empty(self.spec.shape, device="meta").stride()
         return torch._utils._rebuild_tensor_v2, (
             _Storage(self.number, self.spec),
@@ -122,21 +126,21 @@ class _Pending:
 
 
 class _Storage:
-    def __init__(self, number, spec):
+    def __init__(self, number: int, spec: TensorSpec) -> None:
         self.number, self.spec = number, spec
 
 
 class _SpecPickler(pickle.Pickler):
     """Writes a _Storage the way torch.save does: a persistent id that points to a record of the archive."""
 
-    def persistent_id(self, value):
+    def persistent_id(self, value: object) -> tuple[Any, ...] | None:
         if not isinstance(value, _Storage):
             return None
         kind = _storage_type(value.spec.dtype)
         return ("storage", kind, str(value.number), "cpu", value.spec.numel)
 
 
-def _storage_type(dtype):
+def _storage_type(dtype: torch.dtype) -> type:
     """The class by which torch names a storage's dtype in its files, such as torch.BFloat16Storage."""
     names = {
         torch.float32: "Float",

@@ -6,7 +6,11 @@ square.
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ..adapters.methods import NONE, adapter_parameter
 from ..errors import UserError
@@ -16,10 +20,17 @@ from .pth import read_tensors
 from .pth_writer import save_pth
 
 INITIAL = ("init_lora_A", "init_lora_B")  # what RWKV-PEFT's PiSSA keeps in a file of its own
+Modules = dict[str, dict[str, torch.Tensor]]  # {module name: {parameter name: tensor}}
 WHOLE_MODEL = ("emb.weight", "head.weight", "blocks.0.att.receptance.weight", "blocks.0.ffn.value.weight")
 
 
-def read_rwkv_peft(path, mode=None, base=None, init=None, alpha=None):
+def read_rwkv_peft(
+    path: str | Path,
+    mode: str | None = None,
+    base: Mapping[str, torch.Tensor] | None = None,
+    init: str | Path | None = None,
+    alpha: float | None = None,
+) -> Adapter:
     """The Adapter in a flat .pth of RWKV-PEFT: .bone, .disha, LoRA, PiSSA, time states, whole tensors.
 
     mode names the variant of 3-D .bone tensors where neither the file nor base (a state dict, for its shapes)
@@ -46,7 +57,7 @@ def read_rwkv_peft(path, mode=None, base=None, init=None, alpha=None):
             f"{path} mixes adapters with the tensors {' and '.join(map(str, sorted(kinds)))}; "
             "they cannot be from one training"
         )
-    kind = kinds.pop() if kinds else ()
+    kind: tuple[str, ...] = kinds.pop() if kinds else ()
     if kind not in ((), ("bone",), ("disha",), ("lora_A", "lora_B")):
         raise UserError(
             f"{path} holds adapter tensors {kind}, which RWKV-PEFT does not write; known are .bone, "
@@ -55,8 +66,8 @@ def read_rwkv_peft(path, mode=None, base=None, init=None, alpha=None):
     if init is not None and kind != ("lora_A", "lora_B"):
         raise UserError(f"--lora_init is for PiSSA, and {path} holds no lora_A and lora_B")
     whole = adapter.whole()
-    common = {"targets": target_names(modules), "train_parts": tuple(whole), "source": "RWKV-PEFT"}
-    if kind == ():
+    common: dict[str, Any] = {"targets": target_names(modules), "train_parts": tuple(whole), "source": "RWKV-PEFT"}
+    if not kind:
         return Adapter(state, AdapterMetadata(NONE, **common))
     if "lora_A" in kind:
         own, metadata = _read_lora(path, modules, init, alpha, common)
@@ -65,7 +76,14 @@ def read_rwkv_peft(path, mode=None, base=None, init=None, alpha=None):
     return Adapter(own | whole, metadata)
 
 
-def _read_bone(path, modules, kind, mode, base, common):
+def _read_bone(
+    path: str | Path,
+    modules: Modules,
+    kind: str,
+    mode: str | None,
+    base: Mapping[str, torch.Tensor] | None,
+    common: dict[str, Any],
+) -> tuple[dict[str, torch.Tensor], AdapterMetadata]:
     dims = {params[kind].dim() for params in modules.values()}
     if len(dims) != 1 or not dims <= {2, 3}:
         raise UserError(f"{path} mixes .{kind} tensors of {sorted(dims)} dimensions; 2 or 3 are due throughout")
@@ -87,7 +105,9 @@ def _read_bone(path, modules, kind, mode, base, common):
     return own, AdapterMetadata(variant, rank=rank, **common)
 
 
-def _block_affine_variant(path, tensors, mode, base):
+def _block_affine_variant(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], mode: str | None, base: Mapping[str, torch.Tensor] | None
+) -> str:
     """bat-in or bat-out for 3-D .bone tensors, by the layers whose input and output differ in width."""
     votes = set()
     for module, tensor in tensors.items():
@@ -118,7 +138,9 @@ def _block_affine_variant(path, tensors, mode, base):
     )
 
 
-def _read_lora(path, modules, init, alpha, common):
+def _read_lora(
+    path: str | Path, modules: Modules, init: str | Path | None, alpha: float | None, common: dict[str, Any]
+) -> tuple[dict[str, torch.Tensor], AdapterMetadata]:
     shapes = [tuple(params["lora_A"].shape) for params in modules.values()]
     rank, *others = {shape[0] if len(shape) == 2 else None for shape in shapes}
     if others or rank is None:
@@ -146,7 +168,9 @@ def _read_lora(path, modules, init, alpha, common):
     return own, AdapterMetadata("lora", rank=rank, scale=alpha / max(rank, 1), **common)
 
 
-def write_rwkv_peft(path, adapter, parameter="disha", base=None):
+def write_rwkv_peft(
+    path: str | Path, adapter: Adapter, parameter: str = "disha", base: Mapping[str, torch.Tensor] | None = None
+) -> list[Path]:
     """Write an Adapter as RWKV-PEFT's flat .pth; returns the paths written.
 
     parameter names Bone's tensors: "disha" (RWKV-PEFT since 2025-02) or "bone" (before). What a method becomes there,
@@ -154,14 +178,16 @@ def write_rwkv_peft(path, adapter, parameter="disha", base=None):
     file, `init_<name>`, which must not exist yet. Raises UserError for a method that RWKV-PEFT does not have.
     """
     path, metadata = Path(path), adapter.metadata
-    own = {}
+    own: dict[str, torch.Tensor] = {}
     for module, params in adapter.modules().items():
+        assert metadata.method is not None  # the readers refuse tensors of no method
         weight = None if base is None else base.get(f"{module}.weight")
         converted = metadata.method.for_rwkv_peft(module, params, metadata.scale, weight)
         own |= {f"{module}.{name}": tensor for name, tensor in converted.items()}
-    main, initial = {}, {}
+    main: dict[str, torch.Tensor] = {}
+    initial: dict[str, torch.Tensor] = {}
     for key, tensor in (adapter.tensors | own).items():
-        module, name = adapter_parameter(key) or (None, None)
+        module, name = adapter_parameter(key) or ("", "")
         if name == "bone":
             key = f"{module}.{parameter}"
         (initial if name in INITIAL else main)[key] = tensor

@@ -6,6 +6,9 @@ bytes (https://github.com/huggingface/safetensors#format).
 """
 
 import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +17,7 @@ from .pth import require_file, require_weights
 from .pth_writer import TensorSpec, chunks
 
 
-def read_safetensors(path):
+def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """({name: tensor}, the header's metadata) of a .safetensors file; the tensors are mapped.
 
     Raises UserError: a missing file, a folder, one that is no whole safetensors file, and as require_weights does.
@@ -31,13 +34,19 @@ def read_safetensors(path):
     return tensors, metadata
 
 
-def write_safetensors(path, specs, tensors, metadata=None):
+def write_safetensors(
+    path: str | Path,
+    specs: Mapping[str, TensorSpec],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    metadata: dict[str, str] | None = None,
+) -> None:
     """Write a flat dict of tensors to `path`, holding one at a time.
 
     specs maps each key to its TensorSpec; tensors is an iterable of (key, tensor) in the same order;
     metadata a dict of strings. `path` is written in place: use atomic_write around it.
     """
-    header, offset = {"__metadata__": metadata or {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
+    offset = 0
     for key, spec in specs.items():
         end = offset + spec.numel * spec.dtype.itemsize
         header[key] = {"dtype": _dtype_name(spec.dtype), "shape": list(spec.shape), "data_offsets": [offset, end]}
@@ -53,5 +62,5 @@ def write_safetensors(path, specs, tensors, metadata=None):
                 file.write(chunk)
 
 
-def _dtype_name(dtype):
+def _dtype_name(dtype: torch.dtype) -> str:
     return {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}[dtype]

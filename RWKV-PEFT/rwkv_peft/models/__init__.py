@@ -1,5 +1,10 @@
 """The models: a folder for each generation, and what every generation says of itself (family.py)."""
 
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
 from ..errors import UserError
 from .family import Family
 from .rwkv6.family import RWKV6Family
@@ -16,12 +21,12 @@ OTHERS = (
 )
 
 
-def family_named(version):
+def family_named(version: str) -> Family:
     """The Family of a --model_version or of a ModelConfig's version; KeyError for an unknown one."""
     return {family.version: family for family in FAMILIES}[version]
 
 
-def official_key(key):
+def official_key(key: str) -> str:
     """A key, or the start of one, of any generation's Hugging Face model as official files spell it; official ones
     stay."""
     for family in FAMILIES:
@@ -29,7 +34,7 @@ def official_key(key):
     return key
 
 
-def family_of(tensors, name="the checkpoint"):
+def family_of(tensors: Mapping[str, torch.Tensor], name: str | Path = "the checkpoint") -> Family:
     """The Family of {key: tensor}, by its sign. Raises UserError for other generations and other naming, by what is
     typical of each."""
     if "emb.weight" not in tensors:

@@ -5,20 +5,29 @@ for one generation alone (keys, shapes, names in other formats, initialization) 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
+from torch import nn
 
+from ..config import ModelConfig
 from ..errors import UserError
 from .state import split_time_states, time_state_shapes
 
 WEIGHTS = "bfloat16, float16 or float32"
+Config = TypeVar("Config", bound=ModelConfig)
+Model = TypeVar("Model", bound=nn.Module)
+# name in the file, shape, what makes the float tensor, whether it is one of the large matrices
+GgufTensor = tuple[str, tuple[int, ...], Callable[[], torch.Tensor], bool]
 
 
-class Family(ABC):
-    """One generation. name is what a user calls it, version what --model_version does; sign is a key that its
-    checkpoints alone have; targets are the linear layers of a block that take adapters, as ends of their names; parts
-    are the groups of other parameters that --train_parts names; rows_are_keys tells the axes of a wkv state in the
-    model (state.py).
+class Family(ABC, Generic[Config, Model]):
+    """One generation, over its own ModelConfig and model. name is what a user calls it, version what --model_version
+    does; sign is a key that its checkpoints alone have; targets are the linear layers of a block that take adapters,
+    as ends of their names; parts are the groups of other parameters that --train_parts names; rows_are_keys tells the
+    axes of a wkv state in the model (state.py).
     """
 
     name: str
@@ -32,72 +41,74 @@ class Family(ABC):
     hf_tokenizer: str  # tokenizer_class of its Hugging Face folders
 
     @abstractmethod
-    def dimensions(self, tensors):
+    def dimensions(self, tensors: Mapping[str, torch.Tensor]) -> Config:
         """{key: tensor} (anything with a shape) -> the generation's ModelConfig. Raises KeyError with the key that is
         missing, ValueError or IndexError where a shape tells no dimension."""
 
     @abstractmethod
-    def new_dimensions(self, n_layer, n_embd, vocab_size, dim_att=0, dim_ffn=0, head_size=0):
+    def new_dimensions(
+        self, n_layer: int, n_embd: int, vocab_size: int, dim_att: int = 0, dim_ffn: int = 0, head_size: int = 0
+    ) -> Config:
         """ModelConfig of a new model; 0 stands for what follows from the others. Raises UserError."""
 
     @abstractmethod
-    def shapes(self, config):
+    def shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
         """Every key of a checkpoint, in the order of official files, with its shape."""
 
     @abstractmethod
-    def build(self, config, grad_checkpoint=False):
+    def build(self, config: Config, grad_checkpoint: bool = False) -> Model:
         """The model, a torch module under the checkpoints' keys, its parameters empty."""
 
     @abstractmethod
-    def init_weights(self, model):
+    def init_weights(self, model: Model) -> None:
         """Fill every parameter of a new model in place; draws from torch's global generator."""
 
     @abstractmethod
-    def part_of(self, key):
+    def part_of(self, key: str) -> str | None:
         """The member of `parts` that a parameter belongs to, None for one of none."""
 
     @abstractmethod
-    def learning_rate(self, key):
+    def learning_rate(self, key: str) -> tuple[float, bool]:
         """(what multiplies a parameter's learning rate, whether it may decay) by RWKV-LM's rule for this generation."""
 
     @abstractmethod
-    def kernels(self):
+    def kernels(self) -> Mapping[str, str | None]:
         """Every backend's name -> None where its recurrence can run here, else the reason and the remedy."""
 
     @abstractmethod
-    def to_hf(self, key):
+    def to_hf(self, key: str) -> str:
         """A key as the generation's Hugging Face model spells it."""
 
     @abstractmethod
-    def from_hf(self, key):
+    def from_hf(self, key: str) -> str:
         """The inverse of to_hf; a key that is official already stays as it is."""
 
     @abstractmethod
-    def hf_settings(self, config):
+    def hf_settings(self, config: Config) -> dict[str, Any]:
         """config.json of a Hugging Face folder, as a dict."""
 
     @abstractmethod
-    def to_web(self, key):
+    def to_web(self, key: str) -> str:
         """A key as web-rwkv and Ai00 spell it."""
 
     @abstractmethod
-    def from_web(self, key):
+    def from_web(self, key: str) -> str:
         """The inverse of to_web."""
 
     @abstractmethod
-    def swapped_in_web(self, key):
+    def swapped_in_web(self, key: str) -> bool:
         """Whether web-rwkv keeps the last two axes of this (official) tensor the other way round."""
 
     @abstractmethod
-    def gguf_tensors(self, base, config):
+    def gguf_tensors(self, base: Mapping[str, torch.Tensor], config: Config) -> Iterator[GgufTensor]:
         """(GGUF name, shape, function that makes the float tensor, whether it is one of the large matrices) of each
         tensor of llama.cpp's form of a state dict, in order."""
 
     @abstractmethod
-    def gguf_settings(self, config):
+    def gguf_settings(self, config: Config) -> Iterable[tuple[str, float]]:
         """(name of a method of gguf.GGUFWriter, its argument) of each setting of this architecture."""
 
-    def config_of(self, tensors, name="the checkpoint"):
+    def config_of(self, tensors: Mapping[str, torch.Tensor], name: str | Path = "the checkpoint") -> Config:
         """ModelConfig read from the shapes of {key: tensor}. Raises UserError where one is unreadable."""
         try:
             return self.dimensions(tensors)
@@ -106,7 +117,7 @@ class Family(ABC):
         except (ValueError, IndexError, ZeroDivisionError) as error:
             raise UserError(f"{name} is not an {self.name} model: {error}") from error
 
-    def check(self, tensors, name="the checkpoint"):
+    def check(self, tensors: Mapping[str, torch.Tensor], name: str | Path = "the checkpoint") -> Config:
         """Raise UserError unless {key: tensor} is a complete model of this generation, with time states for every layer
         or for none, and nothing else; -> its ModelConfig."""
         config = self.config_of(tensors, name)
@@ -136,7 +147,7 @@ class Family(ABC):
                 raise UserError(f"{name}: {key} is {kind}; weights must be {WEIGHTS}, not quantized")
         return config
 
-    def load(self, tensors, config, grad_checkpoint=False):
+    def load(self, tensors: Mapping[str, torch.Tensor], config: Config, grad_checkpoint: bool = False) -> Model:
         """The model over {key: tensor}, which it shares; time states among them are no parameters and are left out."""
         with torch.device("meta"):
             model = self.build(config, grad_checkpoint)
@@ -144,5 +155,5 @@ class Family(ABC):
         return model
 
 
-def _some(keys, limit=3):
+def _some(keys: Sequence[str], limit: int = 3) -> str:
     return ", ".join(keys[:limit]) + (", …" if len(keys) > limit else "")

@@ -7,10 +7,13 @@ mixes. web-rwkv and Ai00 keep the last two axes the other way round.
 """
 
 import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from ..config import ModelConfig
 from ..errors import UserError
 
 TIME_STATE = "time_state"
@@ -29,54 +32,64 @@ class LayerState(NamedTuple):
     ffn_shift: torch.Tensor
 
 
-class State(tuple):
+class LayerKeys(NamedTuple):
+    """The keys under which a file holds a LayerState."""
+
+    att_shift: str
+    wkv: str
+    ffn_shift: str
+
+
+class State(tuple[LayerState, ...]):
     """One LayerState a layer: all that a sequence leaves behind, of a size that does not grow with its length."""
 
     @staticmethod
-    def zeros(config, batch, device="cpu", dtype=torch.float32):
+    def zeros(
+        config: ModelConfig, batch: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "State":
         """The state before the first token, for `batch` sequences; config has the dimensions, dtype is the model's."""
         shift = torch.zeros(batch, config.n_embd, device=device, dtype=dtype)
         wkv = torch.zeros(batch, config.n_head, config.head_size, config.head_size, device=device)
         return State(LayerState(shift, wkv, shift) for _ in range(config.n_layer))
 
-    def selected(self, rows):
+    def selected(self, rows: torch.Tensor) -> "State":
         """The State of some of its sequences; rows (m,) int64."""
         return State(LayerState(*(tensor[rows] for tensor in layer)) for layer in self)
 
-    def repeated(self, n):
+    def repeated(self, n: int) -> "State":
         """The State of n copies of each of its sequences, side by side."""
         return State(LayerState(*(tensor.repeat_interleave(n, 0) for tensor in layer)) for layer in self)
 
-    def joined(self, other):
+    def joined(self, other: "State") -> "State":
         """The State of the sequences of both."""
         return State(LayerState(*(torch.cat(pair) for pair in zip(*layers))) for layers in zip(self, other))
 
 
-def is_time_state(key):
+def is_time_state(key: str) -> bool:
     """Whether a key names a layer's wkv state, the part of a state that a model's own file may hold."""
     return key.endswith(f".att.{TIME_STATE}")
 
 
-def layer_keys(i):
+def layer_keys(i: int) -> LayerKeys:
     """The keys of layer i's LayerState in a file."""
-    return LayerState(f"blocks.{i}.att.shift", f"blocks.{i}.att.{TIME_STATE}", f"blocks.{i}.ffn.shift")
+    return LayerKeys(f"blocks.{i}.att.shift", f"blocks.{i}.att.{TIME_STATE}", f"blocks.{i}.ffn.shift")
 
 
-def time_state_shapes(config):
+def time_state_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The keys and shapes of the time states, which a file has for every layer or for none."""
     shape = (config.n_head, config.head_size, config.head_size)
     return {layer_keys(i).wkv: shape for i in range(config.n_layer)}
 
 
-def swapped(tensor):
+def swapped(tensor: torch.Tensor) -> torch.Tensor:
     """A state (…, N, N) with its last two axes exchanged: a file's from a model's of rows of keys, web-rwkv's from a
     file's, and back."""
     return tensor.mT
 
 
-def state_tensors(state, rows_are_keys):
+def state_tensors(state: State, rows_are_keys: bool) -> dict[str, torch.Tensor]:
     """A State of one sequence -> {key: float32 tensor} of a saved session."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for i, layer in enumerate(state):
         wkv = swapped(layer.wkv[0]) if rows_are_keys else layer.wkv[0]
         rows = LayerState(layer.att_shift[0], wkv, layer.ffn_shift[0])
@@ -84,7 +97,7 @@ def state_tensors(state, rows_are_keys):
     return tensors
 
 
-def state_of(tensors, zeros, rows_are_keys, name):
+def state_of(tensors: Mapping[str, torch.Tensor], zeros: State, rows_are_keys: bool, name: str | Path) -> State:
     """State of one sequence from the tensors of a file, each of which must have its place and shape; zeros is the
     model's State before the first token.
 
@@ -114,13 +127,13 @@ def state_of(tensors, zeros, rows_are_keys, name):
     return State(LayerState(*(due[key][None].contiguous() for key in layer_keys(i))) for i in range(len(zeros)))
 
 
-def split_time_states(tensors):
+def split_time_states(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(the tensors of a model's parameters, its time states) of a model's {key: tensor}."""
     states = {key: tensor for key, tensor in tensors.items() if is_time_state(key)}
     return {key: tensor for key, tensor in tensors.items() if key not in states}, states
 
 
-def check_time_states(tensors, name):
+def check_time_states(tensors: Mapping[str, torch.Tensor], name: str | Path) -> None:
     """Raise UserError unless {key: tensor} is one time state (H, N, N) in floating point for each layer from 0 on."""
     missing = [key for key in (layer_keys(i).wkv for i in range(len(tensors))) if key not in tensors]
     if missing:
@@ -140,7 +153,7 @@ def check_time_states(tensors, name):
             raise UserError(f"{name}: {key} is {kind}; bfloat16, float16 or float32 is due")
 
 
-def count_layers(keys):
+def count_layers(keys: Iterable[str]) -> int:
     """The number of layers that keys such as blocks.N.… name; 0 where none does."""
     numbers = [int(match[1]) for match in map(re.compile(r"blocks\.(\d+)\.").match, keys) if match]
     return 1 + max(numbers, default=-1)

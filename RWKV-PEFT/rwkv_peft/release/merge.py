@@ -73,7 +73,7 @@ class Merge:
     def __init__(self, base: Base, adapters, options=None):
         self.options = options or MergeOptions()
         self.specs = {key: TensorSpec.of(tensor, self.options.dtype) for key, tensor in base.tensors.items()}
-        self.changes = {}  # key -> [LayerChange or WholeChange], in the order of their application
+        self.changes: dict[str, list[LayerChange | WholeChange]] = {}  # in the order of their application
         for name, adapter in adapters:
             self._bind(name, adapter, base)
         _check_states([name for name, _ in adapters], self.specs, base.config)

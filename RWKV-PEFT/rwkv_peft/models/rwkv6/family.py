@@ -7,7 +7,7 @@ from .init import init_weights
 from .model import RWKV6
 
 
-class RWKV6Family(Family):
+class RWKV6Family(Family[keys.RWKV6Config, RWKV6]):
     """RWKV-6 ("Finch", x060; Peng et al. 2024, arXiv 2404.05892)."""
 
     name, version, sign = "RWKV-6", "x060", keys.SIGN
@@ -29,5 +29,5 @@ class RWKV6Family(Family):
     hf_settings = staticmethod(names.hf_settings)
     gguf_tensors, gguf_settings = staticmethod(gguf.tensors), staticmethod(gguf.settings)
 
-    def build(self, config, grad_checkpoint=False):
+    def build(self, config: keys.RWKV6Config, grad_checkpoint: bool = False) -> RWKV6:
         return RWKV6(config, grad_checkpoint=grad_checkpoint)

@@ -3,22 +3,33 @@
 The low-rank factors are transposed, the five token-shift lerps stacked, and the other time vectors flat.
 """
 
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
 import torch
+
+from ..family import GgufTensor
+from .keys import RWKV6Config
 
 LERPS = "wkvrg"  # the order in which llama.cpp stacks time_maa_*
 MATRICES = ("receptance", "key", "value", "gate", "output")  # of time-mix; channel-mix has three of these names
 CONTEXT = 1 << 20  # a recurrent model has no limit; llama.cpp's own converter writes this
 
 
-def tensors(base, config):
+def tensors(base: Mapping[str, torch.Tensor], config: RWKV6Config) -> Iterator[GgufTensor]:
     """(GGUF name, shape, function that makes the float tensor, whether it is a large matrix) of each tensor, in
     order."""
 
-    def entry(name, key, change=lambda tensor: tensor, large=False):
+    def entry(
+        name: str, key: str, change: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor, large: bool = False
+    ) -> GgufTensor:
         return name, tuple(change(base[key].to("meta")).shape), lambda: change(base[key]), large
 
-    def flat(tensor):
+    def flat(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.reshape(-1)
+
+    def stacked(keys: list[str]) -> torch.Tensor:
+        return torch.stack([base[key] for key in keys])
 
     yield entry("token_embd.weight", "emb.weight", large=True)
     for part in ("weight", "bias"):
@@ -34,7 +45,7 @@ def tensors(base, config):
         yield (
             f"{block}time_mix_lerp_fused.weight",
             (len(keys), *base[keys[0]].shape),
-            lambda keys=keys: torch.stack([base[key] for key in keys]),  # (5, 1, 1, C)
+            partial(stacked, keys),  # (5, 1, 1, C)
             False,
         )
         yield entry(f"{block}time_mix_w1.weight", f"{att}time_maa_w1", torch.t)
@@ -54,7 +65,7 @@ def tensors(base, config):
     yield entry("output.weight", "head.weight", large=True)
 
 
-def settings(config):
+def settings(config: RWKV6Config) -> tuple[tuple[str, float], ...]:
     """(method of gguf.GGUFWriter, its argument) of each setting."""
     return (
         ("add_context_length", CONTEXT),

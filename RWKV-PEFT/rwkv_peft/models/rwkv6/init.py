@@ -5,9 +5,11 @@ import math
 import torch
 from torch import nn
 
+from .model import RWKV6, Block
+
 
 @torch.no_grad()
-def init_weights(model):
+def init_weights(model: RWKV6) -> None:
     """Fill every parameter in place by RWKV-LM's x060 recipe; draws from torch's global generator.
 
     The embedding starts tiny, so that ln0 makes its direction, not its size, what matters; every block starts as
@@ -25,6 +27,7 @@ def init_weights(model):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
     for layer, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
         depth = layer / max(L - 1, 1)  # 0 at the first block, 1 at the last
         height = 1 - layer / L  # 1 at the first block, almost 0 at the last
         att, ffn = block.att, block.ffn

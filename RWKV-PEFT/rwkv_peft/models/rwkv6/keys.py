@@ -1,7 +1,10 @@
 """The keys of an RWKV-6 checkpoint, their shapes in official order, and what can be read from them."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
 
 from ...config import ModelConfig
 from ...errors import UserError
@@ -26,7 +29,7 @@ class RWKV6Config(ModelConfig):
     version = "x060"
 
 
-def dimensions(tensors):
+def dimensions(tensors: Mapping[str, torch.Tensor]) -> RWKV6Config:
     """RWKV6Config of {key: tensor}; see Family.dimensions."""
     embedding, bonus = tensors["emb.weight"].shape, tensors["blocks.0.att.time_faaaa"].shape
     if len(embedding) != 2 or len(bonus) != 2 or 0 in bonus or 0 in embedding:
@@ -46,7 +49,9 @@ def dimensions(tensors):
     )
 
 
-def new_dimensions(n_layer, n_embd, vocab_size, dim_att=0, dim_ffn=0, head_size=0):
+def new_dimensions(
+    n_layer: int, n_embd: int, vocab_size: int, dim_att: int = 0, dim_ffn: int = 0, head_size: int = 0
+) -> RWKV6Config:
     """RWKV6Config of a new model with upstream's defaults where 0 is given; see Family.new_dimensions."""
     dim_att, head_size = dim_att or n_embd, head_size or 64
     if dim_att % head_size or head_size % 4 or head_size > LARGEST_HEAD:
@@ -67,11 +72,11 @@ def new_dimensions(n_layer, n_embd, vocab_size, dim_att=0, dim_ffn=0, head_size=
     )
 
 
-def shapes(config):
+def shapes(config: RWKV6Config) -> dict[str, tuple[int, ...]]:
     """Every key of a checkpoint, in the order of official files, with its shape."""
     C, A, F, H, N = config.n_embd, config.dim_att, config.dim_ffn, config.n_head, config.head_size
     m, d = config.maa_rank, config.decay_rank
-    found = {"emb.weight": (config.vocab_size, C)}
+    found: dict[str, tuple[int, ...]] = {"emb.weight": (config.vocab_size, C)}
     for i in range(config.n_layer):
         for norm in ("ln1", "ln2") + (("ln0",) if i == 0 else ()):
             found |= {f"blocks.{i}.{norm}.weight": (C,), f"blocks.{i}.{norm}.bias": (C,)}
@@ -100,7 +105,7 @@ def shapes(config):
     return found | {"ln_out.weight": (C,), "ln_out.bias": (C,), "head.weight": (config.vocab_size, C)}
 
 
-def part_of(key):
+def part_of(key: str) -> str | None:
     """The member of PARTS that a parameter belongs to, STATE for a time state, None for one of none."""
     if is_time_state(key):
         return STATE
@@ -108,7 +113,7 @@ def part_of(key):
     return next((part for part in PARTS if any(re.fullmatch(rf"{part}(\d+|_\w+)?", name) for name in components)), None)
 
 
-def learning_rate(key):
+def learning_rate(key: str) -> tuple[float, bool]:
     """RWKV-LM's rule: time_decay learns at twice the rate, and no parameter named time_* decays."""
     leaf = key.rpartition(".")[2]
     return 2.0 if leaf == "time_decay" else 1.0, not leaf.startswith("time_")

@@ -5,6 +5,8 @@ RWKV-v5/src/model.py, so that its .pth files load unchanged.
 B batch, T time, C channels (n_embd), A attention channels, F feed-forward channels, H heads, N head size.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -14,8 +16,10 @@ from ...ops.wkv6 import wkv6
 from ..state import LayerState, State
 from .keys import RWKV6Config
 
+HeadFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, weight of the head) -> what stands for logits
 
-def last_token(x, cu_seqlens=None):
+
+def last_token(x: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
     """The last token of each sequence of x (B, T, C) -> (B, C), or (n, C) where cu_seqlens packs n of them."""
     return x[:, -1] if cu_seqlens is None else x[0, cu_seqlens[1:].long() - 1]
 
@@ -23,7 +27,7 @@ def last_token(x, cu_seqlens=None):
 class GatedNorm(nn.GroupNorm):
     """Normalizes each head and multiplies by silu(gate)."""
 
-    def forward(self, y, gate):
+    def forward(self, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """y (B, T, H, N), gate (B, T, A) -> (B, T, A)."""
         return norm_gate(y, gate, self.weight, self.bias, self.eps)
 
@@ -31,7 +35,14 @@ class GatedNorm(nn.GroupNorm):
 class TimeMix(nn.Module):
     """Attention's counterpart: data-dependent token shift, data-dependent decay, the wkv6 recurrence."""
 
-    def __init__(self, config: RWKV6Config):
+    time_maa_x: nn.Parameter
+    time_maa_w: nn.Parameter
+    time_maa_k: nn.Parameter
+    time_maa_v: nn.Parameter
+    time_maa_r: nn.Parameter
+    time_maa_g: nn.Parameter
+
+    def __init__(self, config: RWKV6Config) -> None:
         super().__init__()
         C, A, H, N = config.n_embd, config.dim_att, config.n_head, config.head_size
         self.n_head, self.head_size = H, N
@@ -50,7 +61,9 @@ class TimeMix(nn.Module):
         self.output = nn.Linear(A, C, bias=False)
         self.ln_x = GatedNorm(H, A, eps=1e-5 * config.head_size_divisor**2)
 
-    def mix(self, x, shift=None, cu_seqlens=None):
+    def mix(
+        self, x: torch.Tensor, shift: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None
+    ) -> Sequence[torch.Tensor]:
         """Data-dependent lerp between x and its predecessor (eq. 12 to 14) -> w, k, v, r, g inputs, each (B, T, C)."""
         (mixed,) = lerp(x, shift, self.time_maa_x[0], cu_seqlens=cu_seqlens)
         low = torch.tanh(mixed @ self.time_maa_w1)  # (B, T, 5 * maa_rank), order w, k, v, r, g as in time_maa_w2
@@ -59,7 +72,13 @@ class TimeMix(nn.Module):
         )
         return lerp(x, shift, maa, low, self.time_maa_w2, cu_seqlens)
 
-    def forward(self, x, shift=None, wkv_state=None, cu_seqlens=None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        shift: torch.Tensor | None = None,
+        wkv_state: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (B, T, C) -> output (B, T, C), last input (B, C), final wkv state (B, H, N, N)."""
         B, T, _ = x.shape
         xw, xk, xv, xr, xg = self.mix(x, shift, cu_seqlens)
@@ -75,7 +94,7 @@ class TimeMix(nn.Module):
 class ChannelMix(nn.Module):
     """The feed-forward: squared ReLU under a sigmoid gate, on token-shifted input."""
 
-    def __init__(self, config: RWKV6Config):
+    def __init__(self, config: RWKV6Config) -> None:
         super().__init__()
         C = config.n_embd
         self.time_maa_k = nn.Parameter(torch.empty(1, 1, C))
@@ -84,7 +103,9 @@ class ChannelMix(nn.Module):
         self.receptance = nn.Linear(C, C, bias=False)
         self.value = nn.Linear(config.dim_ffn, C, bias=False)
 
-    def forward(self, x, shift=None, cu_seqlens=None):
+    def forward(
+        self, x: torch.Tensor, shift: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """x (B, T, C) -> output (B, T, C), last input (B, C)."""
         maa = torch.cat((self.time_maa_k, self.time_maa_r)).view(2, -1)
         xk, xr = lerp(x, shift, maa, cu_seqlens=cu_seqlens)
@@ -95,7 +116,7 @@ class ChannelMix(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block; block 0 also normalizes the embedding (ln0)."""
 
-    def __init__(self, config: RWKV6Config, layer):
+    def __init__(self, config: RWKV6Config, layer: int) -> None:
         super().__init__()
         C = config.n_embd
         if layer == 0:
@@ -106,7 +127,9 @@ class Block(nn.Module):
         self.att = TimeMix(config)
         self.ffn = ChannelMix(config)
 
-    def forward(self, x, state=None, cu_seqlens=None):
+    def forward(
+        self, x: torch.Tensor, state: LayerState | None = None, cu_seqlens: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, LayerState]:
         """x (B, T, C), state LayerState or None -> x (B, T, C), LayerState."""
         att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
         if self.first:
@@ -124,7 +147,7 @@ class Head(nn.Linear):
     keeps ZeRO-3's gathering hooks in the path.
     """
 
-    def forward(self, x, function=None):
+    def forward(self, x: torch.Tensor, function: HeadFunction | None = None) -> torch.Tensor:
         """x (B, T, C) -> logits (B, T, V), or function(x, weight)."""
         return super().forward(x) if function is None else function(x, self.weight)
 
@@ -136,7 +159,7 @@ class RWKV6(nn.Module):
     empty until `init_weights` or `load_state_dict` fills them.
     """
 
-    def __init__(self, config: RWKV6Config, grad_checkpoint=False):
+    def __init__(self, config: RWKV6Config, grad_checkpoint: bool = False) -> None:
         super().__init__()
         self.config = config
         self.grad_checkpoint = grad_checkpoint
@@ -145,7 +168,13 @@ class RWKV6(nn.Module):
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = Head(config.n_embd, config.vocab_size, bias=False)
 
-    def forward(self, tokens, state=None, cu_seqlens=None, head=None):
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        state: State | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        head: HeadFunction | None = None,
+    ) -> tuple[torch.Tensor, State]:
         """tokens (B, T) int64, state State or None -> logits (B, T, V), State.
 
         cu_seqlens (n + 1,) marks the boundaries of n sequences packed in one row (B = 1, state for n sequences);
