@@ -1,0 +1,67 @@
+"""States in files: each layout leads back, and what is no state of the model is told."""
+
+import pytest
+import torch
+
+from rwkv_peft.errors import UserError
+from rwkv_peft.models.rwkv6.keys import new_dimensions
+from rwkv_peft.models.state import State, check_time_states, is_time_state, split_time_states, state_of, state_tensors
+
+CONFIG = new_dimensions(n_layer=2, n_embd=32, vocab_size=20, head_size=8)
+
+
+def random_state(batch=1):
+    generator = torch.Generator().manual_seed(0)
+    return State(
+        type(layer)(*(torch.randn(tensor.shape, generator=generator) for tensor in layer))
+        for layer in State.zeros(CONFIG, batch)
+    )
+
+
+def equal(left, right):
+    return all(torch.equal(a, b) for layers in zip(left, right) for a, b in zip(*layers))
+
+
+@pytest.mark.parametrize("rows_are_keys", [True, False])
+def test_a_saved_session_leads_back(rows_are_keys):
+    state = random_state()
+    tensors = state_tensors(state, rows_are_keys)
+    assert equal(state_of(tensors, State.zeros(CONFIG, 1), rows_are_keys, "the file"), state)
+    wkv = tensors["blocks.1.att.time_state"]
+    assert torch.equal(wkv.mT if rows_are_keys else wkv, state[1].wkv[0])  # files have a row for each value
+
+
+def test_time_states_alone_start_from_no_token_before():
+    tensors = {key: tensor for key, tensor in state_tensors(random_state(), True).items() if is_time_state(key)}
+    check_time_states(tensors, "the file")
+    read = state_of(tensors, State.zeros(CONFIG, 1), True, "the file")
+    assert equal([layer[1:2] for layer in read], [layer[1:2] for layer in random_state()])
+    assert not any(layer.att_shift.any() or layer.ffn_shift.any() for layer in read)
+
+
+def test_a_models_own_states_are_told_from_its_parameters():
+    tensors = state_tensors(random_state(), True) | {"emb.weight": torch.ones(1)}
+    weights, states = split_time_states(tensors)
+    assert set(states) == {f"blocks.{i}.att.time_state" for i in (0, 1)} and "emb.weight" in weights
+
+
+def test_sequences_are_chosen_joined_and_repeated():
+    state = random_state(batch=3)
+    some = state.selected(torch.tensor([2, 0]))
+    assert torch.equal(some[1].wkv, state[1].wkv[[2, 0]])
+    assert equal(some.joined(state).selected(torch.arange(2, 5)), state)
+    assert equal(random_state().repeated(2).selected(torch.tensor([1])), random_state())
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t: t | {"blocks.2.att.time_state": torch.ones(4, 8, 8)}, "no place for its blocks.2.att.time_state"),
+        (lambda t: {key: value for key, value in t.items() if key != "blocks.1.ffn.shift"}, "no blocks.1.ffn.shift"),
+        (lambda t: t | {"blocks.0.att.time_state": torch.ones(4, 8, 9)}, "has shape"),
+        (lambda t: t | {"blocks.0.att.shift": torch.full((32,), float("nan"))}, "NaN or Inf"),
+    ],
+)
+def test_what_is_no_state_of_the_model_is_told(change, words):
+    with pytest.raises(UserError, match=words):
+        state_of(change(state_tensors(random_state(), True)), State.zeros(CONFIG, 1), True, "the file")
