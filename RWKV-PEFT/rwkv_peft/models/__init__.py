@@ -8,12 +8,12 @@ import torch
 from ..errors import UserError
 from .family import Family
 from .rwkv6.family import RWKV6Family
+from .rwkv7.family import RWKV7Family
 
-FAMILIES: tuple[Family, ...] = (RWKV6Family(),)
+FAMILIES: tuple[Family, ...] = (RWKV6Family(), RWKV7Family())
 # (a key that checkpoints of another kind alone have, what they are)
 OTHERS = (
-    ("blocks.0.att.x_r", "an RWKV-7 model"),
-    ("blocks.0.att.w0", "an RWKV-7 model"),
+    ("blocks.0.att.x_r", "an RWKV-7 model without r_k, which no release has"),
     ("blocks.0.att.time_mix_x", "an RWKV-6 model under web-rwkv's names"),
     ("blocks.0.att.gate.weight", "an RWKV-5 model"),
     ("blocks.0.att.ln_x.weight", "an RWKV-5 model"),

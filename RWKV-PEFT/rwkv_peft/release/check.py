@@ -21,7 +21,7 @@ from ..files.adapters import add_source_flags, source_of
 from ..files.base import open_base, save_model
 from ..models.state import is_time_state
 from .logits import Difference, random_tokens, reference_logits
-from .runtimes import rwkv_model
+from .runtimes import rwkv_sequence
 
 SAME_FILE = 1e-4  # relative difference allowed between two float32 programs that read the same weights
 ROUNDED = 5e-2  # and between a merged file and the unmerged float32 sum that it rounds to its dtype
@@ -75,9 +75,7 @@ def runtime_logits(base, tokens):
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "float32.pth"
         save_model(copy, {key: tensor.float() for key, tensor in base.tensors.items()})
-        runtime = rwkv_model(copy)
-    with torch.inference_mode():
-        return runtime.forward(tokens.tolist(), None, full_output=True)[0].float()
+        return rwkv_sequence(copy, tokens, base.config)
 
 
 def build_parser():

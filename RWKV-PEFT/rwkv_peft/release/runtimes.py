@@ -8,8 +8,12 @@ import importlib.metadata
 import importlib.util
 import io
 import os
+import subprocess
+import sys
+import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -41,6 +45,8 @@ class Runtime(NamedTuple):
 
 def rwkv_sequence(path, tokens, config):
     """The `rwkv` package, all tokens in one call."""
+    if config.version != "x060":
+        return rwkv_elsewhere(path, tokens, "sequence")
     model = rwkv_model(path)
     with torch.inference_mode():
         return model.forward(tokens.tolist(), None, full_output=True)[0].float()
@@ -48,12 +54,26 @@ def rwkv_sequence(path, tokens, config):
 
 def rwkv_tokens(path, tokens, config):
     """The `rwkv` package, one token at a time."""
+    if config.version != "x060":
+        return rwkv_elsewhere(path, tokens, "tokens")
     model, state, rows = rwkv_model(path), None, []
     with torch.inference_mode():
         for token in tokens.tolist():
             logits, state = model.forward([token], state)
             rows.append(logits.float().clone())
     return torch.stack(rows)
+
+
+def rwkv_elsewhere(path, tokens, mode):
+    """The `rwkv` package on an RWKV-7 model, in a process of its own (rwkv7_process.py)."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, answer = Path(folder) / "tokens.pt", Path(folder) / "logits.pt"
+        torch.save(tokens, given)
+        command = [sys.executable, "-m", "rwkv_peft.release.rwkv7_process", str(path), str(given), str(answer), mode]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"the rwkv package failed: {done.stderr.strip().splitlines()[-1:]}")
+        return torch.load(answer, weights_only=True)
 
 
 def rwkv_model(path):
@@ -90,6 +110,8 @@ def rwkv_simple(path, tokens, config):
 
 
 def refused_by_rwkv_simple(config):
+    if config.version != "x060":
+        return "takes RWKV-6 alone"
     if (config.maa_rank, config.decay_rank, config.head_size) != (32, 64, 64) or config.dim_att != config.n_embd:
         return "takes head size 64 and low-rank widths 32 and 64 alone"
     return ""

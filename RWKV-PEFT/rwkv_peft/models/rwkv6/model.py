@@ -5,7 +5,7 @@ RWKV-v5/src/model.py, so that its .pth files load unchanged.
 B batch, T time, C channels (n_embd), A attention channels, F feed-forward channels, H heads, N head size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -13,15 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ...ops.mix import lerp, norm_gate, relu_square, sigmoid_gate
 from ...ops.wkv6 import wkv6
+from ..parts import Head, HeadFunction, last_token
 from ..state import LayerState, State
 from .keys import RWKV6Config
-
-HeadFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, weight of the head) -> what stands for logits
-
-
-def last_token(x: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
-    """The last token of each sequence of x (B, T, C) -> (B, C), or (n, C) where cu_seqlens packs n of them."""
-    return x[:, -1] if cu_seqlens is None else x[0, cu_seqlens[1:].long() - 1]
 
 
 class GatedNorm(nn.GroupNorm):
@@ -138,18 +132,6 @@ class Block(nn.Module):
         x = x + y
         y, ffn_shift = self.ffn(self.ln2(x), ffn_shift, cu_seqlens)
         return x + y, LayerState(att_shift, wkv, ffn_shift)
-
-
-class Head(nn.Linear):
-    """The output projection, which can hand its weight to a function instead of forming the logits.
-
-    A loss that walks the vocabulary in chunks needs the weight itself; reaching it through the module's forward
-    keeps ZeRO-3's gathering hooks in the path.
-    """
-
-    def forward(self, x: torch.Tensor, function: HeadFunction | None = None) -> torch.Tensor:
-        """x (B, T, C) -> logits (B, T, V), or function(x, weight)."""
-        return super().forward(x) if function is None else function(x, self.weight)
 
 
 class RWKV6(nn.Module):

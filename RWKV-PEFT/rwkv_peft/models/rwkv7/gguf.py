@@ -1,0 +1,83 @@
+"""RWKV-7 as llama.cpp has it (architecture rwkv7).
+
+Low-rank factors are transposed, the six token-shift amounts stacked, the other vectors flat. Layer 0 must have a value
+residual there, though it uses none: copies of its in-context learning rate's stand in where the file has none.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..family import GgufTensor
+from .keys import SHIFTS, RWKV7Config
+
+CONTEXT = 1 << 20  # a recurrent model has no limit; llama.cpp's own converter writes this
+
+
+def tensors(base: Mapping[str, torch.Tensor], config: RWKV7Config) -> Iterator[GgufTensor]:
+    """(GGUF name, shape, function that makes the float tensor, whether it is a large matrix) of each tensor, in
+    order."""
+
+    def entry(
+        name: str, key: str, change: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor, large: bool = False
+    ) -> GgufTensor:
+        return name, tuple(change(base[key].to("meta")).shape), lambda: change(base[key]), large
+
+    def flat(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.reshape(-1)
+
+    def stack(keys: Sequence[str]) -> torch.Tensor:
+        return torch.stack([base[key] for key in keys])
+
+    yield entry("token_embd.weight", "emb.weight", large=True)
+    for part in ("weight", "bias"):
+        yield entry(f"token_embd_norm.{part}", f"blocks.0.ln0.{part}")
+    for i in range(config.n_layer):
+        att, ffn, block = f"blocks.{i}.att.", f"blocks.{i}.ffn.", f"blk.{i}."
+        norms = (("attn_norm", f"blocks.{i}.ln1"), ("attn_norm_2", f"blocks.{i}.ln2"), ("time_mix_ln", f"{att}ln_x"))
+        for norm, key in norms:
+            for part in ("weight", "bias"):
+                yield entry(f"{block}{norm}.{part}", f"{key}.{part}")
+        keys = [f"{att}x_{name}" for name in SHIFTS]
+        yield (
+            f"{block}time_mix_lerp_fused.weight",
+            (len(keys), *base[keys[0]].shape),
+            functools.partial(stack, keys),
+            False,
+        )
+        for name in "wav":
+            source = name if f"{att}{name}0" in base else "a"
+            yield entry(f"{block}time_mix_{name}0.weight", f"{att}{source}0", flat)
+            yield entry(f"{block}time_mix_{name}1.weight", f"{att}{source}1", torch.t)
+            yield entry(f"{block}time_mix_{name}2.weight", f"{att}{source}2", torch.t)
+        for name in ("g1", "g2"):
+            yield entry(f"{block}time_mix_{name}.weight", f"{att}{name}", torch.t)
+        for name in ("k_k", "k_a", "r_k"):
+            yield entry(f"{block}time_mix_{name}.weight", f"{att}{name}", flat)
+        for name in ("receptance", "key", "value", "output"):
+            yield entry(f"{block}time_mix_{name}.weight", f"{att}{name}.weight", large=True)
+        yield entry(f"{block}channel_mix_lerp_k.weight", f"{ffn}x_k")
+        for name in ("key", "value"):
+            yield entry(f"{block}channel_mix_{name}.weight", f"{ffn}{name}.weight", large=True)
+    for part in ("weight", "bias"):
+        yield entry(f"output_norm.{part}", f"ln_out.{part}")
+    yield entry("output.weight", "head.weight", large=True)
+
+
+def settings(config: RWKV7Config) -> tuple[tuple[str, Any], ...]:
+    """(method of gguf.GGUFWriter, its argument) of each setting."""
+    return (
+        ("add_context_length", CONTEXT),
+        ("add_embedding_length", config.n_embd),
+        ("add_block_count", config.n_layer),
+        ("add_layer_norm_eps", 1e-5),
+        ("add_wkv_head_size", config.head_size),
+        ("add_decay_lora_rank", config.decay_rank),
+        ("add_iclr_lora_rank", config.iclr_rank),
+        ("add_value_residual_mix_lora_rank", config.value_rank),
+        ("add_gate_lora_rank", config.gate_rank),
+        ("add_feed_forward_length", config.dim_ffn),
+        ("add_head_count", 0),  # none in the sense of attention
+    )

@@ -1,0 +1,178 @@
+"""RWKV-7 ("Goose", x070): the model.
+
+Peng et al. 2025, arXiv 2503.14456; parameter names and shapes are those of RWKV-LM's RWKV-v7/train_temp/src/model.py,
+so that its .pth files load unchanged.
+B batch, T time, C channels (n_embd), F feed-forward channels, H heads, N head size.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ...ops.mix import lerp, relu_square
+from ...ops.wkv7 import wkv7
+from ..parts import Head, HeadFunction, last_token
+from ..state import LayerState, State
+from .keys import SHIFTS, RWKV7Config
+
+NORM_EPS = 64e-5  # of ln_x, at every size
+
+
+class TimeMix(nn.Module):
+    """Attention's counterpart: token shift, decay and in-context learning rate by low-rank projections, the wkv7
+    recurrence, a bonus for the current token, a gate."""
+
+    w0: nn.Parameter  # (1, 1, C), as the other vectors: one 0, two factors 1 (C, rank) and 2 (rank, C) each
+    w1: nn.Parameter
+    w2: nn.Parameter
+    a0: nn.Parameter
+    a1: nn.Parameter
+    a2: nn.Parameter
+    v0: nn.Parameter
+    v1: nn.Parameter
+    v2: nn.Parameter
+    g1: nn.Parameter
+    g2: nn.Parameter
+    k_k: nn.Parameter
+    k_a: nn.Parameter
+
+    def __init__(self, config: RWKV7Config, layer: int) -> None:
+        super().__init__()
+        C, H, N = config.n_embd, config.n_head, config.head_size
+        self.first, self.n_head, self.head_size = layer == 0, H, N
+        vectors = [f"x_{name}" for name in SHIFTS] + ["w0", "a0", "k_k", "k_a"]
+        ranks = {"w": config.decay_rank, "a": config.iclr_rank, "g": config.gate_rank}
+        if layer > 0 or config.first_value:
+            vectors.append("v0")
+            ranks["v"] = config.value_rank
+        for name in vectors:
+            self.register_parameter(name, nn.Parameter(torch.empty(1, 1, C)))
+        for name, rank in ranks.items():
+            self.register_parameter(f"{name}1", nn.Parameter(torch.empty(C, rank)))
+            self.register_parameter(f"{name}2", nn.Parameter(torch.empty(rank, C)))
+        self.r_k = nn.Parameter(torch.empty(H, N))
+        self.receptance = nn.Linear(C, C, bias=False)
+        self.key = nn.Linear(C, C, bias=False)
+        self.value = nn.Linear(C, C, bias=False)
+        self.output = nn.Linear(C, C, bias=False)
+        self.ln_x = nn.GroupNorm(H, C, eps=NORM_EPS)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        v_first: torch.Tensor | None,
+        shift: torch.Tensor | None = None,
+        wkv_state: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x (B, T, C), v_first (B, T, C), the values of layer 0 (None there) -> output (B, T, C), v_first, last input
+        (B, C), final wkv state (B, H, N value, N key)."""
+        B, T, C = x.shape
+        heads = (B, T, self.n_head, self.head_size)
+        amounts = torch.cat([getattr(self, f"x_{name}") for name in SHIFTS]).flatten(1)  # (6, C)
+        xr, xw, xk, xv, xa, xg = lerp(x, shift, amounts, cu_seqlens=cu_seqlens)
+        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
+        w = self.w0 + torch.tanh(xw @ self.w1) @ self.w2
+        if v_first is None:
+            v_first = v
+        else:
+            v = v + (v_first - v) * torch.sigmoid(self.v0 + xv @ self.v1 @ self.v2)
+        a = torch.sigmoid(self.a0 + xa @ self.a1 @ self.a2)  # in-context learning rate
+        g = torch.sigmoid(xg @ self.g1) @ self.g2
+        kk = F.normalize((k * self.k_k).view(heads), dim=-1)
+        k = k * (1 + (a - 1) * self.k_a)
+        r, w, k, v, a = (tensor.view(heads) for tensor in (r, w, k, v, a))
+        y, wkv_state = wkv7(r, w, k, v, -kk, kk * a, wkv_state, cu_seqlens)
+        y = self.ln_x(y.reshape(B * T, C)).view(heads)
+        y = y + (r * k * self.r_k).sum(-1, keepdim=True) * v
+        return self.output(y.view(B, T, C) * g), v_first, last_token(x, cu_seqlens), wkv_state
+
+
+class ChannelMix(nn.Module):
+    """The feed-forward: squared ReLU on token-shifted input."""
+
+    def __init__(self, config: RWKV7Config) -> None:
+        super().__init__()
+        self.x_k = nn.Parameter(torch.empty(1, 1, config.n_embd))
+        self.key = nn.Linear(config.n_embd, config.dim_ffn, bias=False)
+        self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
+
+    def forward(
+        self, x: torch.Tensor, shift: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (B, T, C) -> output (B, T, C), last input (B, C)."""
+        (xk,) = lerp(x, shift, self.x_k[0], cu_seqlens=cu_seqlens)
+        return self.value(relu_square(self.key(xk))), last_token(x, cu_seqlens)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block; block 0 also normalizes the embedding (ln0)."""
+
+    def __init__(self, config: RWKV7Config, layer: int) -> None:
+        super().__init__()
+        C = config.n_embd
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(C)
+        self.first = layer == 0
+        self.ln1 = nn.LayerNorm(C)
+        self.ln2 = nn.LayerNorm(C)
+        self.att = TimeMix(config, layer)
+        self.ffn = ChannelMix(config)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        v_first: torch.Tensor | None,
+        state: LayerState | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, LayerState]:
+        """x (B, T, C), v_first (B, T, C) or None in block 0, state LayerState or None -> x (B, T, C), v_first,
+        LayerState."""
+        att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
+        if self.first:
+            x = self.ln0(x)
+        y, v_first, att_shift, wkv = self.att(self.ln1(x), v_first, att_shift, wkv, cu_seqlens)
+        x = x + y
+        y, ffn_shift = self.ffn(self.ln2(x), ffn_shift, cu_seqlens)
+        return x + y, v_first, LayerState(att_shift, wkv, ffn_shift)
+
+
+class RWKV7(nn.Module):
+    """RWKV-7 language model with RWKV-LM's parameter names.
+
+    grad_checkpoint recomputes each block in the backward pass instead of keeping its activations. Parameters are
+    empty until `init_weights` or `load_state_dict` fills them.
+    """
+
+    def __init__(self, config: RWKV7Config, grad_checkpoint: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.grad_checkpoint = grad_checkpoint
+        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_out = nn.LayerNorm(config.n_embd)
+        self.head = Head(config.n_embd, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        state: State | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        head: HeadFunction | None = None,
+    ) -> tuple[torch.Tensor, State]:
+        """tokens (B, T) int64, state State or None -> logits (B, T, V), State.
+
+        cu_seqlens (n + 1,) marks the boundaries of n sequences packed in one row (B = 1, state for n sequences);
+        nothing crosses them. `head(x, weight)`, where given, takes the place of the logits (see Head).
+        """
+        x, v_first = self.emb(tokens), None
+        states = []
+        for layer, block in enumerate(self.blocks):
+            layer_state = None if state is None else state[layer]
+            if self.grad_checkpoint and torch.is_grad_enabled():
+                x, v_first, layer_state = checkpoint(block, x, v_first, layer_state, cu_seqlens, use_reentrant=False)
+            else:
+                x, v_first, layer_state = block(x, v_first, layer_state, cu_seqlens)
+            states.append(layer_state)
+        return self.head(self.ln_out(x), head), State(states)
