@@ -60,7 +60,8 @@ def main(argv: list[str]) -> int:
         )
     command = known[argv[0]]
     try:
-        module = importlib.import_module(f".{command.module}", __package__)
+        # inside, because a main imports what it alone needs when it needs that
+        return importlib.import_module(f".{command.module}", __package__).main(argv[1:])
     except ModuleNotFoundError as error:
         if (error.name or "").startswith(__package__):
             raise
@@ -68,7 +69,6 @@ def main(argv: list[str]) -> int:
         raise UserError(
             f"{error}; activate the environment (. .venv/bin/activate), or pip install -r {files}"
         ) from error
-    return module.main(argv[1:])
 
 
 def run() -> None:

@@ -1,6 +1,7 @@
 """The table of adapter methods, and how settings and files name one."""
 
 from types import MappingProxyType
+from typing import Any
 
 from ..config import AdapterConfig
 from .bat_in import BatIn
@@ -55,7 +56,7 @@ def method_of(config: AdapterConfig) -> Method | None:
     return METHODS[config.mode if len(forms(config.method)) > 1 else config.method]
 
 
-def words_of(method: Method) -> dict[str, str]:
+def words_of(method: Method) -> dict[str, Any]:
     """{field: value} of the AdapterConfig fields that name a Method."""
     return {"method": method.peft} | ({"mode": method.name} if len(forms(method.peft)) > 1 else {})
 

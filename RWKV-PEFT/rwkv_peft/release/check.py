@@ -17,8 +17,10 @@ from ..adapters.methods import NONE, words_of
 from ..cli import Parser
 from ..config import AdapterConfig
 from ..errors import UserError
-from ..files.adapters import add_source_flags, source_of
-from ..files.base import open_base, save_model
+from ..files.adapter_file import Adapter
+from ..files.adapters import AdapterSource, add_source_flags, source_of
+from ..files.base import Base, open_base, save_model
+from ..models.family import Family
 from ..models.state import is_time_state
 from .logits import Difference, random_tokens, reference_logits
 from .runtimes import rwkv_model
@@ -27,7 +29,7 @@ SAME_FILE = 1e-4  # relative difference allowed between two float32 programs tha
 ROUNDED = 5e-2  # and between a merged file and the unmerged float32 sum that it rounds to its dtype
 
 
-def adapted_logits(base, source, tokens):
+def adapted_logits(base: Base, source: AdapterSource, tokens: torch.Tensor) -> torch.Tensor:
     """Logits (T, V) of a Base over tokens (T,), in float32, with the layers of the adapter that an AdapterSource
     names."""
     model = base.family.load(base.tensors, base.config).float()
@@ -43,7 +45,7 @@ def adapted_logits(base, source, tokens):
         return model(tokens[None])[0][0]
 
 
-def adapter_config(adapter, family):
+def adapter_config(adapter: Adapter, family: Family) -> AdapterConfig:
     """The AdapterConfig that gives an Adapter's layers their places and shapes again."""
     metadata = adapter.metadata
     if any(is_time_state(key) for key in adapter.tensors):
@@ -67,7 +69,7 @@ def adapter_config(adapter, family):
     )
 
 
-def runtime_logits(base, tokens):
+def runtime_logits(base: Base, tokens: torch.Tensor) -> torch.Tensor:
     """Logits (T, V) that the `rwkv` package computes in float32 for a Base over tokens (T,).
 
     A float32 copy is read, because the package folds blocks.0.ln0 into the embedding in the file's own dtype.
@@ -80,7 +82,7 @@ def runtime_logits(base, tokens):
         return runtime.forward(tokens.tolist(), None, full_output=True)[0].float()
 
 
-def build_parser():
+def build_parser() -> Parser:
     parser = Parser(prog="rwkv-peft check", description="Compare a merged model with base plus adapter.")
     parser.add_argument("--base_model", required=True, metavar="PTH", help="the base of the merge")
     parser.add_argument("--bone_checkpoint", required=True, metavar="FILE", help="the adapter")
@@ -90,7 +92,7 @@ def build_parser():
     return parser
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
     """Print the comparisons; 0 where all logits agree, else 1."""
     args = build_parser().parse_args(argv)
     if args.tokens < 1:

@@ -8,6 +8,8 @@ What is converted follows from INPUT's content and OUTPUT's ending:
 - an adapter (train.py's .safetensors, a folder of peft, RWKV-PEFT's .pth) -> .pth for RWKV-PEFT, or .safetensors
 """
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ import torch
 from ..adapters.methods import adapter_parameter
 from ..cli import Parser
 from ..errors import UserError
-from ..files.adapter_file import METADATA_KEY, save_adapter
+from ..files.adapter_file import METADATA_KEY, AdapterMetadata, save_adapter
 from ..files.adapters import add_source_flags, source_of
 from ..files.atomic import check_output
 from ..files.base import base_of, open_base
@@ -29,7 +31,7 @@ from .gguf import TYPES
 DTYPES = (("keep", None), ("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32))
 
 
-def build_parser():
+def build_parser() -> Parser:
     parser = Parser(prog="rwkv-peft convert", description=__doc__.split("\n\n")[0])
     parser.add_argument("input")
     parser.add_argument("output", help=".pth, .safetensors / .st / .state, .gguf, or the name of a folder")
@@ -57,7 +59,7 @@ def build_parser():
     return parser
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
     """argv -> exit code 0. Raises UserError for what cannot be read, or not be said in the other format."""
     args = build_parser().parse_args(argv)
     source, target = Path(args.input), Path(args.output)
@@ -71,7 +73,7 @@ def main(argv):
     return 0
 
 
-def is_adapter(path):
+def is_adapter(path: Path) -> bool:
     """Whether a file or folder holds an adapter; for what is unreadable, the reader that follows says so."""
     if path.is_dir():
         return (path / "adapter_config.json").is_file()
@@ -80,7 +82,7 @@ def is_adapter(path):
     return any(adapter_parameter(key) for key in read_tensors(path)) if path.suffix == ".pth" else False
 
 
-def convert_adapter(source, target, args):
+def convert_adapter(source: Path, target: Path, args: argparse.Namespace) -> list[Path]:
     """Write an adapter under the target's format; returns the paths written."""
     base = open_base(args.base_model).tensors if args.base_model else None
     adapter = source_of(args, source).read(base)
@@ -97,7 +99,7 @@ def convert_adapter(source, target, args):
     )
 
 
-def remark_on_export(metadata, paths):
+def remark_on_export(metadata: AdapterMetadata, paths: Sequence[Path]) -> str:
     """A line on what merging the files of write_rwkv_peft takes besides them, or ""."""
     if len(paths) > 1:
         return (
@@ -107,7 +109,7 @@ def remark_on_export(metadata, paths):
     return "" if metadata.method is None else metadata.method.remark_for_rwkv_peft(metadata.rank, metadata.scale)
 
 
-def read_model(path):
+def read_model(path: Path) -> dict[str, torch.Tensor]:
     """{official key: tensor} of a model, or of time states alone, in any format that is read, in official order but for
     a .pth, whose own order is kept."""
     form = format_of(path) if not path.is_dir() else format_of(Path("folder"))
@@ -124,7 +126,7 @@ def read_model(path):
     return {key: tensors[key] for key in sorted(tensors, key=lambda key: order.get(key, len(order)))}
 
 
-def convert_model(source, target, args):
+def convert_model(source: Path, target: Path, args: argparse.Namespace) -> list[Path]:
     """Write a model or time states under the target's format; returns the paths written."""
     tensors, form = read_model(source), format_of(target)
     states = all(is_time_state(key) for key in tensors)
@@ -140,7 +142,7 @@ def convert_model(source, target, args):
             ".state, .gguf, and a name without ending for a folder of a model"
         )
     dtype = dict(DTYPES)[args.dtype] if args.dtype else None if states else form.dtype
-    if states:
+    if states and form.write_states is not None:
         form.write_states(target, tensors, dtype)
     else:
         form.write_model(target, base_of(tensors, source), dtype, args.gguf_type)

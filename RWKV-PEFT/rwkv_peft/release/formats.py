@@ -4,19 +4,21 @@ A model is read into {key: tensor} under official keys, and written from a Base;
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 
 from ..data.tokenizer import WorldTokenizer
 from ..errors import UserError
 from ..files.atomic import atomic_write
+from ..files.base import Base
 from ..files.pth import all_finite, read_tensors
 from ..files.pth_writer import TensorSpec, write_pth
 from ..files.safetensors_file import read_safetensors, write_safetensors
 from ..models import FAMILIES
+from ..models.family import Family
 from ..models.state import is_time_state, swapped
 from .gguf import write_gguf
 
@@ -27,23 +29,23 @@ HF_FILES = ("model.safetensors", "config.json", "tokenizer_config.json", VOCABUL
 class Format(NamedTuple):
     """endings are those of its files' names, ("",) for a folder; files(path) are the paths that it writes; read(path)
     -> {official key: tensor}; write_model(path, base, dtype, gguf_type) and write_states(path, tensors, dtype) write,
-    None where it has no place for such; dtype is a model's where none is asked for (None: each tensor keeps its
-    own)."""
+    and the latter is None where there is no place for states; dtype is a model's where none is asked for (None: each
+    tensor keeps its own)."""
 
     endings: tuple[str, ...]
-    read: Callable
-    write_model: Callable | None
-    write_states: Callable | None
+    read: Callable[[Path], dict[str, torch.Tensor]]
+    write_model: Callable[[Path, Base, torch.dtype | None, str], None]
+    write_states: Callable[[Path, dict[str, torch.Tensor], torch.dtype | None], None] | None
     dtype: torch.dtype | None = None
-    files: Callable = lambda path: [path]
+    files: Callable[[Path], list[Path]] = lambda path: [path]
 
 
-def format_of(path):
+def format_of(path: Path) -> Format | None:
     """The Format that a path's ending names, None for an unknown ending."""
     return next((form for form in FORMATS if path.suffix in form.endings), None)
 
 
-def read_web(path):
+def read_web(path: Path) -> dict[str, torch.Tensor]:
     """A .st or .safetensors as web-rwkv and Ai00 have it."""
     found = read_safetensors(path)[0]
     family, tensors = _official(found, lambda family: family.from_web)
@@ -51,7 +53,7 @@ def read_web(path):
     return {key: swapped(tensor) if key in turned else tensor for key, tensor in tensors.items()}
 
 
-def write_web(path, base, dtype, gguf_type):
+def write_web(path: Path, base: Base, dtype: torch.dtype | None, gguf_type: str) -> None:
     family = base.family
     tensors = {
         family.to_web(key): swapped(tensor) if family.swapped_in_web(key) or is_time_state(key) else tensor
@@ -60,39 +62,39 @@ def write_web(path, base, dtype, gguf_type):
     _write(path, write_safetensors, tensors, dtype)
 
 
-def write_web_states(path, tensors, dtype):
+def write_web_states(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None) -> None:
     _write(path, write_safetensors, {key: swapped(tensor) for key, tensor in tensors.items()}, dtype)
 
 
-def write_official(path, base, dtype, gguf_type):
+def write_official(path: Path, base: Base, dtype: torch.dtype | None, gguf_type: str) -> None:
     _write(path, write_pth, base.tensors, dtype)
 
 
-def write_official_states(path, tensors, dtype):
+def write_official_states(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None) -> None:
     _write(path, write_pth, tensors, dtype)
 
 
-def read_gguf(path):
+def read_gguf(path: Path) -> NoReturn:
     raise UserError(f"{path}: GGUF files are written here and not read; give the .pth that it was made of")
 
 
-def write_llama_cpp(path, base, dtype, gguf_type):
+def write_llama_cpp(path: Path, base: Base, dtype: torch.dtype | None, gguf_type: str) -> None:
     with atomic_write(path) as temporary:
         write_gguf(temporary, base, gguf_type, vocabulary(base.config.vocab_size))
 
 
-def read_hf_model(path):
+def read_hf_model(path: Path) -> dict[str, torch.Tensor]:
     """A folder with the layout of a generation's Hugging Face model."""
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise UserError(f"{path} is a folder without .safetensors files; is it a Hugging Face model?")
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for file in files:
         found |= read_safetensors(file)[0]
     return _official(found, lambda family: family.from_hf)[1]
 
 
-def write_hf_folder(folder, base, dtype, gguf_type):
+def write_hf_folder(folder: Path, base: Base, dtype: torch.dtype | None, gguf_type: str) -> None:
     """A folder with the layout of the generation's Hugging Face models."""
     family, config = base.family, base.config
     tokenizer = {
@@ -120,29 +122,36 @@ FORMATS = (
 )
 
 
-def vocabulary(size):
+def vocabulary(size: int) -> list[bytes | None]:
     """Bytes of the first `size` tokens of the World vocabulary, of which every RWKV-6 vocabulary here is a prefix."""
     return WorldTokenizer().token_bytes[:size]
 
 
-def world_vocabulary_file(size):
+def world_vocabulary_file(size: int) -> bytes:
     """The first tokens of the World vocabulary's file, whose lines are: id, literal, length."""
     lines = WorldTokenizer().path.read_bytes().replace(b"\r\n", b"\n").splitlines(keepends=True)
     return b"".join(line for line in lines if int(line.split(b" ", 1)[0]) < size)
 
 
-def _official(tensors, naming):
+def _official(
+    tensors: Mapping[str, torch.Tensor], naming: Callable[[Family], Callable[[str], str]]
+) -> tuple[Family, dict[str, torch.Tensor]]:
     """(the Family, {official key: tensor}) of tensors under other names, which naming(family) turns into official ones;
     the first Family where none knows them."""
     named = [(family, {naming(family)(key): tensor for key, tensor in tensors.items()}) for family in FAMILIES]
     return next((pair for pair in named if pair[0].sign in pair[1]), named[0])
 
 
-def _write(path, writer, tensors, dtype):
+def _write(
+    path: Path,
+    writer: Callable[[Path, dict[str, TensorSpec], Iterable[tuple[str, torch.Tensor]]], None],
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype | None,
+) -> None:
     """Write tensors with write_pth or write_safetensors, cast to a dtype (None: each keeps its own) that holds every
     value."""
 
-    def cast():
+    def cast() -> Iterator[tuple[str, torch.Tensor]]:
         for key, tensor in tensors.items():
             result = tensor.to(dtype or tensor.dtype)
             if not all_finite(result):

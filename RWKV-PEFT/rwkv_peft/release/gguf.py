@@ -5,18 +5,26 @@ and low-rank factors stay float32, and the large matrices take the type asked fo
 """
 
 import math
+from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
+from ..config import ModelConfig
 from ..errors import UserError
+from ..files.base import Base
 from ..models.state import is_time_state
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
 Q8_RUN = 32  # q8_0 packs runs of this many values of a row
 
 
-def write_gguf(path, base, kind="f16", vocabulary=None):
+def write_gguf(
+    path: str | Path, base: Base, kind: str = "f16", vocabulary: Sequence[bytes | None] | None = None
+) -> None:
     """Write a Base as GGUF, tensor by tensor.
 
     kind, one of TYPES, is the type of the large matrices (one whose rows q8_0 cannot hold becomes f16);
@@ -48,7 +56,7 @@ def write_gguf(path, base, kind="f16", vocabulary=None):
             writer.write_tensor_data(gguf.quants.quantize(make().float().contiguous().numpy(), types[name]))
 
 
-def import_gguf():
+def import_gguf() -> ModuleType:
     """The gguf package, or a UserError that says how to get it."""
     try:
         import gguf
@@ -57,18 +65,20 @@ def import_gguf():
     return gguf
 
 
-def _type_of(gguf, shape, kind):
+def _type_of(gguf: ModuleType, shape: Sequence[int], kind: str) -> Any:
     """The type of a tensor that is to be of this kind."""
     if kind == "q8_0" and shape[-1] % Q8_RUN:
         kind = "f16"
     return gguf.GGMLQuantizationType[kind.upper()]
 
 
-def _file_type(kind):
+def _file_type(kind: str) -> str:
     return "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
 
 
-def _write_vocabulary(writer, config, file_type, vocabulary):
+def _write_vocabulary(
+    writer: Any, config: ModelConfig, file_type: Any, vocabulary: Sequence[bytes | None] | None
+) -> None:
     writer.add_file_type(file_type)
     writer.add_tokenizer_model("rwkv")
     tokens, types = [], []

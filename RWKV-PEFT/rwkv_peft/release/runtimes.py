@@ -10,9 +10,13 @@ import io
 import os
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+
+from ..config import ModelConfig
+from ..models.rwkv6.keys import RWKV6Config
 
 
 class Runtime(NamedTuple):
@@ -24,29 +28,29 @@ class Runtime(NamedTuple):
     package: str
     module: str
     form: str
-    logits: Callable
-    refuses: Callable
+    logits: Callable[[Path, torch.Tensor, Any], torch.Tensor]
+    refuses: Callable[[Any], str]
     shifted: bool = False
 
-    def missing(self):
+    def missing(self) -> str:
         """The command that installs what is needed of the runtime and of what writes its files, "" where all is
         there."""
         needed = ((self.module, self.package), *((("gguf", "gguf"),) if self.form == "gguf" else ()))
         packages = [package for module, package in needed if not importlib.util.find_spec(module)]
         return f"pip install {' '.join(packages)}" if packages else ""
 
-    def version(self):
+    def version(self) -> str:
         return importlib.metadata.version(self.package)
 
 
-def rwkv_sequence(path, tokens, config):
+def rwkv_sequence(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.Tensor:
     """The `rwkv` package, all tokens in one call."""
     model = rwkv_model(path)
     with torch.inference_mode():
         return model.forward(tokens.tolist(), None, full_output=True)[0].float()
 
 
-def rwkv_tokens(path, tokens, config):
+def rwkv_tokens(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.Tensor:
     """The `rwkv` package, one token at a time."""
     model, state, rows = rwkv_model(path), None, []
     with torch.inference_mode():
@@ -56,7 +60,7 @@ def rwkv_tokens(path, tokens, config):
     return torch.stack(rows)
 
 
-def rwkv_model(path):
+def rwkv_model(path: Path) -> Any:
     """The `rwkv` package's model of the .pth at path, in float32 on the CPU."""
     os.environ["RWKV_V7_ON"] = "0"  # read at import: under "1" the package takes every model for an RWKV-7
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -68,7 +72,7 @@ def rwkv_model(path):
         return RWKV(model=str(path).removesuffix(".pth"), strategy="cpu fp32", verbose=False)
 
 
-def rwkv_simple(path, tokens, config):
+def rwkv_simple(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.Tensor:
     """The `rwkv-simple` package, which loads strictly, one token at a time: over several it computes with decays of
     0.005 at the least, whatever the model says."""
     from rwkv_simple import RWKV
@@ -89,13 +93,13 @@ def rwkv_simple(path, tokens, config):
     return torch.stack(rows)
 
 
-def refused_by_rwkv_simple(config):
+def refused_by_rwkv_simple(config: RWKV6Config) -> str:
     if (config.maa_rank, config.decay_rank, config.head_size) != (32, 64, 64) or config.dim_att != config.n_embd:
         return "takes head size 64 and low-rank widths 32 and 64 alone"
     return ""
 
 
-def llama_cpp(path, tokens, config):
+def llama_cpp(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.Tensor:
     """llama.cpp through `xllamacpp`: its log-probabilities of the whole vocabulary after the prompt (1, V)."""
     import xllamacpp
 
@@ -119,11 +123,11 @@ def llama_cpp(path, tokens, config):
     return row[None]
 
 
-def takes_all(config):
+def takes_all(config: ModelConfig) -> str:
     return ""
 
 
-def all_runtimes():
+def all_runtimes() -> tuple[Runtime, ...]:
     """Every runtime that can be asked, in the order of the table."""
     return (
         Runtime("rwkv, sequence", "rwkv", "rwkv", "pth", rwkv_sequence, takes_all),

@@ -6,20 +6,22 @@ reads GGUF files of each type asked for. Needs memory for the model in float64.
 """
 
 import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from ..cli import Parser
+from ..config import ModelConfig
 from ..errors import UserError
-from ..files.base import open_base
+from ..files.base import Base, open_base
 from ..files.pth_writer import TensorSpec, write_pth
 from ..models.state import is_time_state
 from .formats import vocabulary
 from .gguf import TYPES, write_gguf
 from .logits import random_tokens, reference_logits
-from .runtimes import all_runtimes
+from .runtimes import Runtime, all_runtimes
 
 # How far a format's logits may be from the reference, relative to the logits' spread (standard deviation).
 LIMITS = (("fp32", 1e-4), ("f32", 1e-3), ("f16", 2e-2), ("bf16", 1e-1), ("q8_0", 3e-1))
@@ -37,11 +39,13 @@ class Row(NamedTuple):
     broke: bool = False
 
     @property
-    def failed(self):
-        return self.broke or (self.difference is not None and not self.difference <= self.limit)
+    def failed(self) -> bool:
+        return self.broke or (
+            self.difference is not None and self.limit is not None and not self.difference <= self.limit
+        )
 
 
-def build_parser():
+def build_parser() -> Parser:
     parser = Parser(prog="rwkv-peft verify", description=__doc__.split("\n\n")[1])
     parser.add_argument("model", help="the .pth to verify")
     parser.add_argument("--base", metavar="PTH", help="also require the keys, order, shapes and dtypes of this base")
@@ -56,7 +60,7 @@ def build_parser():
     return parser
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
     """Print the table; 0 where all is well, 1 where a runtime disagrees or breaks. Raises UserError for an unusable
     file."""
     args = build_parser().parse_args(argv)
@@ -73,7 +77,7 @@ def main(argv):
     return int(any(row.failed for row in rows))
 
 
-def compare_structure(model, base):
+def compare_structure(model: Base, base: Base) -> None:
     """Raise UserError unless two Bases agree in all but their values (and time states that were added)."""
     added = [key for key in model.tensors if key not in base.tensors]
     own = [key for key in model.tensors if not (key in added and is_time_state(key))]
@@ -89,7 +93,7 @@ def compare_structure(model, base):
             )
 
 
-def verify(model, length=50, gguf_types=("f32", "f16")):
+def verify(model: Base, length: int = 50, gguf_types: Sequence[str] = ("f32", "f16")) -> list[Row]:
     """The table's rows for a Base."""
     config = model.config
     tokens = random_tokens(config.vocab_size, length)
@@ -109,7 +113,9 @@ def verify(model, length=50, gguf_types=("f32", "f16")):
     return rows
 
 
-def ask(runtime, path, form, tokens, config, reference):
+def ask(
+    runtime: Runtime, path: Path, form: str, tokens: torch.Tensor, config: ModelConfig, reference: torch.Tensor
+) -> Row:
     """The Row of one runtime that reads the file at path; whatever it raises is told in the row, so that the others are
     asked all the same."""
     try:
@@ -120,7 +126,7 @@ def ask(runtime, path, form, tokens, config, reference):
         return Row(runtime.name, "", form, None, None, f"failed: {words[:200]}", broke=True)
 
 
-def written(folder, form, model):
+def written(folder: Path, form: str, model: Base) -> Path:
     """Path of a Base as fp32 .pth or as GGUF of a type, written at the first demand."""
     path = folder / (f"{form}.pth" if form == "fp32" else f"{form}.gguf")
     if path.exists():
@@ -133,7 +139,7 @@ def written(folder, form, model):
     return path
 
 
-def judge(logits, reference, form, shifted):
+def judge(logits: torch.Tensor, reference: torch.Tensor, form: str, shifted: bool) -> tuple[float, float]:
     """(largest absolute difference, largest allowed); log-probabilities are compared for the last positions that a
     runtime gives. A NaN counts as an infinite difference."""
     if shifted:
@@ -143,7 +149,7 @@ def judge(logits, reference, form, shifted):
     return (float("inf") if difference != difference else difference), limit
 
 
-def print_table(rows):
+def print_table(rows: Iterable[Row]) -> None:
     print(f"| {'runtime':<22} | {'version':<16} | {'format':<6} | max difference | allowed |")
     print(f"|{'-' * 24}|{'-' * 18}|{'-' * 8}|{'-' * 16}|{'-' * 9}|")
     for row in rows:
