@@ -49,15 +49,25 @@ def switch(text):
     raise argparse.ArgumentTypeError(f"{text!r} is neither 0 nor 1")
 
 
+def whole(text):
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
 def positive(text):
-    value = int(text)
+    value = whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is below 1")
     return value
 
 
 def finite(text):
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number")
     return value
@@ -78,7 +88,7 @@ def above_zero(text):
 
 
 def count(text):
-    value = int(text)
+    value = whole(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return value
@@ -96,7 +106,7 @@ def alias(aliases):
 
 
 def seed(text):
-    value = int(text)
+    value = whole(text)
     if not -(2**63) <= value < 2**63:
         raise argparse.ArgumentTypeError(f"{text} does not fit in 64 bits")
     return value

@@ -7,8 +7,9 @@ from torch import nn
 
 from ..config import QUANTIZATIONS
 from ..errors import UserError
+from ..names import CHOICES
 from .layer import AdapterLinear
-from .methods import CHOICES, METHODS, NONE, forms, method_of
+from .methods import METHODS, NONE, forms, method_of
 
 
 @dataclass(frozen=True)

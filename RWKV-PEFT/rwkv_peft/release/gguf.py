@@ -12,14 +12,13 @@ import numpy as np
 from ..errors import UserError
 from ..models.state import is_time_state
 
-TYPES = ("f32", "f16", "bf16", "q8_0")
 Q8_RUN = 32  # q8_0 packs runs of this many values of a row
 
 
 def write_gguf(path, base, kind="f16", vocabulary=None):
     """Write a Base as GGUF, tensor by tensor.
 
-    kind, one of TYPES, is the type of the large matrices (one whose rows q8_0 cannot hold becomes f16);
+    kind, one of names.GGUF_TYPES, is the type of the large matrices (one whose rows q8_0 cannot hold becomes f16);
     vocabulary is a list of bytes per token id (None for ids that stand for nothing), padded to the model's size.
     Raises UserError where the gguf package is missing or the model holds time states, which GGUF cannot.
     """
