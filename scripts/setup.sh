@@ -72,6 +72,21 @@ install_tests() {  # what the tests need, those of Hugging Face models too
         "$root/requirements-hf.txt"
 }
 
+quoted() {  # PATH as a shell reads it
+    case "$1" in
+    *[!A-Za-z0-9_./-]*) printf "'%s'" "$(printf '%s' "$1" | sed "s/'/'\\\\''/g")" ;;
+    *) printf '%s' "$1" ;;
+    esac
+}
+
+activate() {  # the line that makes the environment's commands those of a shell
+    if [ -f "$environment/bin/activate" ]; then
+        say ". $(quoted "$environment/bin/activate")"
+    else
+        say "conda activate $(quoted "$environment")"
+    fi
+}
+
 root="$(cd "$(dirname "$0")/.." && pwd)"
 choose_python
 PATH="$(dirname "$python"):$PATH" # ninja is looked up there
@@ -81,5 +96,9 @@ GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-2000}"
 export GOMP_SPINCOUNT
 install requirements "-e ." "$root/requirements.txt" "$root/pyproject.toml"
 case "$0" in
-*setup.sh) say "setup: ready, $python (Python $(version_of "$python"))" ;;
+*setup.sh)
+    say "setup: ready, $python (Python $(version_of "$python")); in each new shell:"
+    say ""
+    say "    $(activate)"
+    ;;
 esac

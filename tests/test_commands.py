@@ -49,6 +49,23 @@ def test_help_needs_no_torch(bare, name):
     assert done.returncode == 0 and done.stdout.startswith("usage:")
 
 
+def test_the_doctor_needs_no_environment_to_say_what_is_missing(bare):
+    venv = {"VIRTUAL_ENV": str(bare.parents[1]), "PATH": os.defpath}
+    done = subprocess.run(
+        ["sh", ROOT / "scripts" / "doctor.sh"], cwd=bare.parent, env=venv, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr == ""
+    for line in ("torch              MISSING  not installed", "training cannot run here: see torch, numpy"):
+        assert line in done.stdout
+    refused = run(bare, *MODULE, "doctor", "--fix")
+    assert refused.returncode == 2 and "there is no --fix" in refused.stderr
+
+
+def test_the_demo_for_hugging_face_models_names_its_own_requirements(bare):
+    done = run(bare, "demo/bone_finetuning.py", "--help")
+    assert done.returncode == 2 and "requirements.txt -r requirements-hf.txt" in done.stderr
+
+
 def test_an_environment_beside_the_files_is_named():
     activate = ROOT / ".venv" / "bin" / "activate"
     told = str(missing(ModuleNotFoundError(name="torch")))

@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 
 
 class Request(NamedTuple):
-    """What a command line asks for: config; base, the model that it starts from, or None for a new one; and layers, the
-    names of the modules that get an adapter."""
+    """What a command line asks for: config; base, the model that it starts from, or None for a new one; layers, the
+    names of the modules that get an adapter; and whether nothing but the flags is to be checked."""
 
     config: RunConfig
     base: "Base | None"
     layers: tuple[str, ...]
+    check_flags: bool = False
 
 
 class Flags(NamedTuple):
@@ -66,7 +67,7 @@ def parse_run(argv):
     model = new_model(args, family) if base is None else check_base(args, base)
     adapter = replace(adapter, targets=targets_of(adapter.targets, family))
     layers = check_adapter(adapter, {} if base is None else base.linear_shapes, family.parts)
-    return Request(RunConfig(model, adapter, data, train), base, layers)
+    return Request(RunConfig(model, adapter, data, train), base, layers, args.check_flags)
 
 
 def targets_of(targets, family):

@@ -68,8 +68,16 @@ def build_parser():
         metavar="0|1",
         help="0: samples come in the order of the file, in every epoch",
     )
-    for group in ("validation", "run", "optimizer", "machine"):
-        add_settings(parser.add_argument_group(group), TrainConfig, group)
+    for name in ("validation", "run", "optimizer", "machine"):
+        group = parser.add_argument_group(name)
+        add_settings(group, TrainConfig, name)
+        if name == "run":
+            group.add_argument(
+                "--check_flags",
+                action="store_true",
+                help="say whether these flags can work together, with the base and on this machine, and end; the data "
+                "is not read",
+            )
     add_legacy_flags(parser)
     return parser
 
