@@ -14,6 +14,17 @@ from rwkv_peft.data.tokenizer import GreedyEncoder, load_tokenizer, parse_world_
 from rwkv_peft.errors import UserError
 
 cached_tokenizer = lru_cache(load_tokenizer)  # one for all of a property's examples
+MIXED = (
+    "",
+    "\0",
+    "\0\0a",
+    "Natalia sold 48/2 = 24 clips.\r\n\r\n",
+    "def f(x):\n\treturn x  # \t\t\t\n",
+    "世界 мир שלום مرحبا नमस्ते ไทย 한국어 ελληνικά አማርኛ",
+    "\U0001f600\U0001f469\u200d\U0001f4bb\U0001f3f3\ufe0f\u200d\U0001f308 e\u0301 \ufeff\u2028\ufffd\U0010ffff",
+    "  \n \n\n\n  x" + " " * 200 + "=" * 300,
+    "<|endoftext|>User: hi\n\nAssistant:",
+)
 VOCABULARY = b"1 '\\x00' 1\n2 'a' 1\n3 b'\\xff' 1\n5 'ab' 2\n"
 
 
@@ -36,26 +47,8 @@ def test_world_agrees_with_the_runtimes_tokenizer(world):
     from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 
     peer = TRIE_TOKENIZER(str(world.path))
-    for text in (
-        "Natalia sold 48/2 = 24 clips.\n\n",
-        "def f(x):\n\treturn x\n",
-        "世界 мир \U0001f600",
-        "  \n \n\n\n  x",
-    ):
+    for text in MIXED:
         assert world.encode(text) == peer.encode(text)
-
-
-MIXED = (
-    "",
-    "\0",
-    "\0\0a",
-    "Natalia sold 48/2 = 24 clips.\r\n\r\n",
-    "def f(x):\n\treturn x  # \t\t\t\n",
-    "世界 мир שלום مرحبا नमस्ते ไทย 한국어 ελληνικά አማርኛ",
-    "\U0001f600\U0001f469\u200d\U0001f4bb\U0001f3f3\ufe0f\u200d\U0001f308 e\u0301 \ufeff\u2028\ufffd\U0010ffff",
-    "  \n \n\n\n  x" + " " * 200 + "=" * 300,
-    "<|endoftext|>User: hi\n\nAssistant:",
-)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +97,7 @@ def cached_encoder():
 
 
 def test_without_the_package_world_is_the_same(world, without_package, capsys):
-    assert world_vocabulary() != world.path  # that of the rwkv package
+    assert world_vocabulary().parent.name == "rwkv"
     for _ in range(2):
         ours = load_tokenizer("world")
     assert (ours.name, ours.vocab_size, ours.end_id, ours.token_bytes) == ("world", 65536, 0, world.token_bytes)
@@ -203,6 +196,7 @@ def test_bad_vocabularies_are_named(tmp_path, content, message):
 def test_a_panic_of_the_rust_tokenizer_is_a_user_error(world):
     from rwkv_peft.data.tokenizer import guarded
 
+    pytest.importorskip("pyrwkv_tokenizer")
     with pytest.raises(UserError, match="World tokenizer failed"):
         guarded(world._encoder.decode, [129])  # byte 128 alone is not UTF-8
 
