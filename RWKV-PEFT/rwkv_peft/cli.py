@@ -51,15 +51,25 @@ def switch(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither 0 nor 1")
 
 
+def whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
 def positive(text: str) -> int:
-    value = int(text)
+    value = whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is below 1")
     return value
 
 
 def finite(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number")
     return value
@@ -80,7 +90,7 @@ def above_zero(text: str) -> float:
 
 
 def count(text: str) -> int:
-    value = int(text)
+    value = whole(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return value
@@ -98,7 +108,7 @@ def alias(aliases: Iterable[tuple[str, str]]) -> Callable[[str], str]:
 
 
 def seed(text: str) -> int:
-    value = int(text)
+    value = whole(text)
     if not -(2**63) <= value < 2**63:
         raise argparse.ArgumentTypeError(f"{text} does not fit in 64 bits")
     return value

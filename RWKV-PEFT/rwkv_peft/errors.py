@@ -1,7 +1,12 @@
-"""The one exception that means "what you gave us is wrong", and how a command reports it."""
+"""The one exception that means "what you gave us is wrong", and how a command reports it and Ctrl-C."""
 
+import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import NoReturn
 
 
@@ -21,3 +26,30 @@ def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
     sys.stdout.flush()
     print(message, file=sys.stderr)
     sys.exit(code)
+
+
+@contextmanager
+def ending_at_ctrl_c() -> Iterator[None]:
+    """While large packages are imported: Ctrl-C ends the process at once, with one word and exit code 130.
+
+    Some of them catch KeyboardInterrupt and go on without a part of themselves, others print it; nothing is open or
+    half written yet.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        with suppress(Exception):  # the interrupt may have come in the middle of a print
+            sys.stdout.flush()
+        os.write(2, b"interrupted\n")
+        os._exit(130)
+
+    if threading.current_thread() is not threading.main_thread():  # signals are not its business
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, before)

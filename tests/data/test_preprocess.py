@@ -265,11 +265,8 @@ def test_shortening_keeps_the_answer():
 
 
 def test_the_command_ends_a_mistake_with_one_line(tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-m", "rwkv_peft", "preprocess", str(tmp_path / "no.jsonl"), "--output", str(tmp_path / "x")],
-        capture_output=True,
-        text=True,
-    )
+    flags = [str(tmp_path / "no.jsonl"), "--tokenizer", "bytes", "--output", str(tmp_path / "x")]
+    result = subprocess.run([sys.executable, "-m", "rwkv_peft", "preprocess", *flags], capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.startswith("error: ") and "no such file" in result.stderr
 

@@ -15,7 +15,7 @@ from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
 from rwkv_peft.files.pth import read_tensors
-from rwkv_peft.generate import Step, command
+from rwkv_peft.generate import Step, command, flags
 
 PACKAGE = Path(command.__file__).resolve().parents[2]
 
@@ -140,7 +140,7 @@ def test_a_saved_session_includes_all_that_was_generated(run, tmp_path, monkeypa
     "text, expected", [(r"a\nb", "a\nb"), (r"a\\nb", r"a\nb"), (r"\t\q", "\t\\q"), ("\\\\\\n", "\\\n")]
 )
 def test_escapes(text, expected):
-    assert command.unescaped(text) == expected
+    assert flags.unescaped(text) == expected
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..config import AdapterConfig
+from ..names import NONE, forms
 from .bat_in import BatIn
 from .bat_out import BatOut
 from .bone import Bone, BoneMini
@@ -33,20 +34,12 @@ METHODS: MappingProxyType[str, Method] = MappingProxyType(
         )
     }
 )
-NONE = "none"  # what stands where no layer is adapted: the model itself trains, or whole tensors of it
-# what --peft takes: a method, a word for several forms of one, or NONE
-CHOICES = (*dict.fromkeys(method.peft for method in METHODS.values()), NONE)
 # tensor names by which other tools' files hold what METHODS know by theirs, or what none of them knows
 FOREIGN_TENSORS = ("disha", "bone_block", "miss_block", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 TENSORS = (
     tuple(dict.fromkeys(name for method in METHODS.values() for name in (*method.parameters, *method.constants)))
     + FOREIGN_TENSORS
 )
-
-
-def forms(peft: str) -> tuple[str, ...]:
-    """The names of the methods that one word of --peft stands for."""
-    return tuple(method.name for method in METHODS.values() if method.peft == peft)
 
 
 def method_of(config: AdapterConfig) -> Method | None:

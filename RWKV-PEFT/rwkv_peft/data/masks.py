@@ -7,8 +7,7 @@ stream in [start, stop) counts when it is the target.
 import numpy as np
 
 from ..errors import UserError
-
-LOSS_MASKS = ("none", "pad", "qa", "se", "file")
+from ..names import LOSS_MASKS
 
 
 def make_mask(dataset, config):

@@ -6,6 +6,7 @@ from types import MappingProxyType
 import numpy as np
 
 from ..errors import UserError
+from ..names import DATALOADS
 from .binidx import BinidxDataset
 from .masks import make_mask
 from .order import Permutation
@@ -15,7 +16,6 @@ from .sft import prepare_sft
 
 # --dataload -> how a data set becomes samples; each refuses the settings that it cannot honour
 SAMPLINGS = MappingProxyType({"get": WindowSamples, "pad": PaddedSamples, "only": SingleSamples, "pack": PackedSamples})
-DATALOADS = tuple(SAMPLINGS)
 
 
 def build_samples(config, vocab_size):

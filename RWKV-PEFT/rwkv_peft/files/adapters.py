@@ -1,4 +1,4 @@
-"""One reader above the formats of adapters, and the flags that tell what some of them do not say."""
+"""One reader above the formats of adapters."""
 
 import argparse
 import math
@@ -9,9 +9,6 @@ from typing import Any
 
 import torch
 
-from ..adapters.methods import forms
-from ..cli import alias
-from ..config import MODE_ALIASES
 from ..errors import UserError
 from .adapter_file import Adapter, read_own
 from .peft_folder import read_hf_folder
@@ -77,18 +74,6 @@ class AdapterSource:
 def read_adapter(path: str | Path, base: Mapping[str, torch.Tensor] | None = None, **told: Any) -> Adapter:
     """The Adapter at path; told are AdapterSource's other fields."""
     return AdapterSource(path, **told).read(base)
-
-
-def add_source_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say of an adapter what its file does not: the same for every command that takes one."""
-    parser.add_argument(
-        "--bone_mode",
-        type=alias(MODE_ALIASES),
-        choices=forms("bone"),
-        help="variant of a .bone file that does not tell it; bat is bat-in, as in RWKV-PEFT",
-    )
-    parser.add_argument("--lora_alpha", type=float, help="alpha of an RWKV-PEFT LoRA file, which does not record it")
-    parser.add_argument("--lora_init", metavar="PTH", help="init_pissa.pth of an RWKV-PEFT PiSSA file")
 
 
 def source_of(args: argparse.Namespace, path: str | Path) -> AdapterSource:

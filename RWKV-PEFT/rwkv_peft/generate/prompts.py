@@ -8,12 +8,6 @@ from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
 
 
-def unescaped(text):
-    r"""text with \n, \t and \\ read as newline, tab and backslash; other backslashes stand for themselves."""
-    parts = text.split("\\\\")
-    return "\\".join(part.replace("\\n", "\n").replace("\\t", "\t") for part in parts)
-
-
 def read_prompt_file(path):
     """[{"prompt": text, …}] of a .jsonl, or of a text with a prompt a line ("-": standard input); blank lines are left
     out. What a .jsonl holds besides the prompt stays with it. Raises UserError."""

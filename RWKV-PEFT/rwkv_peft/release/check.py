@@ -14,14 +14,14 @@ import torch
 from ..adapters.inject import inject
 from ..adapters.load import load_tensors
 from ..adapters.methods import NONE, words_of
-from ..cli import Parser
 from ..config import AdapterConfig
 from ..errors import UserError
 from ..files.adapter_file import Adapter
-from ..files.adapters import AdapterSource, add_source_flags, source_of
+from ..files.adapters import AdapterSource, source_of
 from ..files.base import Base, open_base, save_model
 from ..models.family import Family
 from ..models.state import is_time_state
+from .flags import check_flags
 from .logits import Difference, random_tokens, reference_logits
 from .runtimes import rwkv_model
 
@@ -82,21 +82,9 @@ def runtime_logits(base: Base, tokens: torch.Tensor) -> torch.Tensor:
         return runtime.forward(tokens.tolist(), None, full_output=True)[0].float()
 
 
-def build_parser() -> Parser:
-    parser = Parser(prog="rwkv-peft check", description="Compare a merged model with base plus adapter.")
-    parser.add_argument("--base_model", required=True, metavar="PTH", help="the base of the merge")
-    parser.add_argument("--bone_checkpoint", required=True, metavar="FILE", help="the adapter")
-    add_source_flags(parser)
-    parser.add_argument("--merged", required=True, metavar="PTH", help="what the merge wrote")
-    parser.add_argument("--tokens", type=int, default=64, help="length of the random token sequence (default 64)")
-    return parser
-
-
 def main(argv: list[str]) -> int:
     """Print the comparisons; 0 where all logits agree, else 1."""
-    args = build_parser().parse_args(argv)
-    if args.tokens < 1:
-        raise UserError(f"--tokens {args.tokens}: at least one is compared")
+    args = check_flags(argv)
     merged, base = open_base(args.merged), open_base(args.base_model)
     if merged.config != base.config:
         raise UserError(

@@ -15,53 +15,24 @@ from pathlib import Path
 import torch
 
 from ..adapters.methods import adapter_parameter
-from ..cli import Parser
 from ..errors import UserError
 from ..files.adapter_file import METADATA_KEY, AdapterMetadata, save_adapter
-from ..files.adapters import add_source_flags, source_of
+from ..files.adapters import source_of
 from ..files.atomic import check_output
 from ..files.base import base_of, open_base
 from ..files.pth import read_tensors
 from ..files.rwkv_peft_file import write_rwkv_peft
 from ..files.safetensors_file import read_safetensors
 from ..models.state import check_time_states, is_time_state
+from .flags import convert_flags
 from .formats import format_of
-from .gguf import TYPES
 
 DTYPES = (("keep", None), ("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32))
 
 
-def build_parser() -> Parser:
-    parser = Parser(prog="rwkv-peft convert", description=__doc__.split("\n\n")[0])
-    parser.add_argument("input")
-    parser.add_argument("output", help=".pth, .safetensors / .st / .state, .gguf, or the name of a folder")
-    parser.add_argument(
-        "--dtype",
-        choices=[name for name, _ in DTYPES],
-        help="dtype of the output's tensors; default fp16 for models in .st and .safetensors, which "
-        "web-rwkv needs, else keep",
-    )
-    parser.add_argument(
-        "--gguf_type", choices=TYPES, default="f16", help="type of a GGUF's large matrices (default f16)"
-    )
-    parser.add_argument(
-        "--bone_parameter",
-        choices=("disha", "bone"),
-        default="disha",
-        help="name of Bone's tensors in RWKV-PEFT's files: disha since 2025-02, bone before",
-    )
-    add_source_flags(parser)
-    parser.add_argument(
-        "--base_model",
-        metavar="PTH",
-        help="base of an adapter, whose shapes may tell the variant, and how wide bone-mini is as RWKV-PEFT's bone",
-    )
-    return parser
-
-
 def main(argv: list[str]) -> int:
     """argv -> exit code 0. Raises UserError for what cannot be read, or not be said in the other format."""
-    args = build_parser().parse_args(argv)
+    args = convert_flags(argv)
     source, target = Path(args.input), Path(args.output)
     inputs = (("the input", source), ("--base_model", args.base_model), ("--lora_init", args.lora_init))
     form = format_of(target)

@@ -10,7 +10,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
-from ..data.tokenizer import WorldTokenizer
+from ..data.tokenizer import parse_world_vocabulary, world_vocabulary
 from ..errors import UserError
 from ..files.atomic import atomic_write
 from ..files.base import Base
@@ -124,12 +124,12 @@ FORMATS = (
 
 def vocabulary(size: int) -> list[bytes | None]:
     """Bytes of the first `size` tokens of the World vocabulary, of which every RWKV-6 vocabulary here is a prefix."""
-    return WorldTokenizer().token_bytes[:size]
+    return parse_world_vocabulary(world_vocabulary())[:size]
 
 
 def world_vocabulary_file(size: int) -> bytes:
     """The first tokens of the World vocabulary's file, whose lines are: id, literal, length."""
-    lines = WorldTokenizer().path.read_bytes().replace(b"\r\n", b"\n").splitlines(keepends=True)
+    lines = world_vocabulary().read_bytes().replace(b"\r\n", b"\n").splitlines(keepends=True)
     return b"".join(line for line in lines if int(line.split(b" ", 1)[0]) < size)
 
 

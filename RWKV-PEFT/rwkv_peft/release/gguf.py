@@ -18,7 +18,6 @@ from ..errors import UserError
 from ..files.base import Base
 from ..models.state import is_time_state
 
-TYPES = ("f32", "f16", "bf16", "q8_0")
 Q8_RUN = 32  # q8_0 packs runs of this many values of a row
 
 
@@ -27,7 +26,7 @@ def write_gguf(
 ) -> None:
     """Write a Base as GGUF, tensor by tensor.
 
-    kind, one of TYPES, is the type of the large matrices (one whose rows q8_0 cannot hold becomes f16);
+    kind, one of names.GGUF_TYPES, is the type of the large matrices (one whose rows q8_0 cannot hold becomes f16);
     vocabulary is a list of bytes per token id (None for ids that stand for nothing), padded to the model's size.
     Raises UserError where the gguf package is missing or the model holds time states, which GGUF cannot.
     """

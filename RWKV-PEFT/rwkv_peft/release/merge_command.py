@@ -9,15 +9,14 @@ from pathlib import Path
 
 import torch
 
-from ..cli import Parser
-from ..config import QUANTIZATIONS
 from ..errors import UserError
-from ..files.adapters import add_source_flags, source_of
+from ..files.adapters import source_of
 from ..files.atomic import atomic_write, check_output, same_file
 from ..files.base import Base, open_base
 from ..files.pth import stream_tensors
 from ..files.pth_writer import TensorSpec, write_pth
 from ..memory import keep_freed_memory
+from .flags import merge_flags
 from .merge import (
     Adapters,
     Merge,
@@ -30,57 +29,12 @@ from .merge import (
 )
 
 
-def build_parser() -> Parser:
-    parser = Parser(
-        prog="merge_bone.py",
-        description="Merge adapters into an RWKV base model: a .pth with exactly the base's keys, order, shapes and "
-        "dtypes, which any RWKV runtime loads.",
-    )
-    parser.add_argument("--base_model", required=True, metavar="PTH", help="the model that the adapter was trained on")
-    parser.add_argument(
-        "--bone_checkpoint",
-        "--lora_checkpoint",
-        required=True,
-        nargs="+",
-        metavar="FILE",
-        dest="adapters",
-        help="adapters in order of application: .safetensors of train.py, flat .pth of RWKV-PEFT "
-        "(.bone, .disha, LoRA, PiSSA, time states), or folders of Hugging Face peft",
-    )
-    parser.add_argument("--output", metavar="PTH", help="the merged model; required unless --dry_run")
-    parser.add_argument("--output_dtype", choices=("keep", "bf16", "fp16", "fp32"), default="keep")
-    add_source_flags(parser)
-    parser.add_argument(
-        "--quant",
-        choices=QUANTIZATIONS,
-        help="quantization of the frozen weights in training (default: what the adapter says)",
-    )
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the change, default 1.0")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the arithmetic runs")
-    parser.add_argument(
-        "--unmerge", action="store_true", help="take the adapters off a merged --base_model again, last first"
-    )
-    parser.add_argument(
-        "--any_base",
-        action="store_true",
-        help="do not compare the base with the one that the adapter names: merge into another of "
-        "the same shape, or unmerge all the same",
-    )
-    parser.add_argument("--dry_run", action="store_true", help="compute and report everything, write nothing")
-    parser.add_argument(
-        "--read_back", "--verify", action="store_true", help="read the output back and compare each tensor"
-    )
-    return parser
-
-
 def main(argv: list[str]) -> int:
     """argv -> exit code 0. Raises UserError for whatever cannot be merged, before the output is touched."""
-    args = build_parser().parse_args(argv)
+    args = merge_flags(argv)
     check_files(args)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this torch sees no CUDA device; leave --device out to merge on the CPU")
-    if args.scale == 0 or not torch.isfinite(torch.tensor(args.scale)):
-        raise UserError(f"--scale {args.scale}: a finite number other than 0 is due")
     base = open_base(args.base_model)
     adapters = [(path, source_of(args, path).read(base.tensors)) for path in args.adapters]
     options = MergeOptions(args.scale, output_dtype(args.output_dtype), args.quant, args.unmerge, args.device)

@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 import torch
 
-from ..cli import Parser
 from ..config import ModelConfig
 from ..errors import UserError
 from ..files.base import Base, open_base
 from ..files.pth_writer import TensorSpec, write_pth
 from ..models.state import is_time_state
+from .flags import verify_flags
 from .formats import vocabulary
-from .gguf import TYPES, write_gguf
+from .gguf import write_gguf
 from .logits import random_tokens, reference_logits
 from .runtimes import Runtime, all_runtimes
 
@@ -45,27 +45,10 @@ class Row(NamedTuple):
         )
 
 
-def build_parser() -> Parser:
-    parser = Parser(prog="rwkv-peft verify", description=__doc__.split("\n\n")[1])
-    parser.add_argument("model", help="the .pth to verify")
-    parser.add_argument("--base", metavar="PTH", help="also require the keys, order, shapes and dtypes of this base")
-    parser.add_argument("--tokens", type=int, default=50, help="length of the sequence (default 50)")
-    parser.add_argument(
-        "--gguf_types",
-        nargs="*",
-        choices=TYPES,
-        default=["f32", "f16"],
-        help="types of GGUF for llama.cpp (default f32 f16; none: leave it out)",
-    )
-    return parser
-
-
 def main(argv: list[str]) -> int:
     """Print the table; 0 where all is well, 1 where a runtime disagrees or breaks. Raises UserError for an unusable
     file."""
-    args = build_parser().parse_args(argv)
-    if args.tokens < 1:
-        raise UserError(f"--tokens {args.tokens}: at least one is needed")
+    args = verify_flags(argv)
     model = open_base(args.model)
     if args.base:
         compare_structure(model, open_base(args.base))

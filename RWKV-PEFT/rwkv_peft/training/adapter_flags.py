@@ -5,10 +5,10 @@ import json
 import sys
 from dataclasses import fields
 
-from ..adapters.methods import METHODS, NONE, forms, method_of
 from ..cli import alias, names
 from ..config import MODE_ALIASES, AdapterConfig
 from ..errors import UserError
+from ..names import MINIS, NONE, forms, words_with
 
 # key of the JSON forms -> AdapterConfig field
 LORA_KEYS = (
@@ -46,11 +46,6 @@ SINGLE_FLAGS = (
     ("bone_load", "bone"),
     ("loraplus_lr_ratio", "lora-plus"),
 )
-
-
-def words_with(json_flag):
-    """The words of --peft whose methods take their settings from a JSON flag."""
-    return tuple(dict.fromkeys(method.peft for method in METHODS.values() if method.json_flag == json_flag))
 
 
 def add_json_flags(parser):
@@ -107,8 +102,8 @@ def adapter_config(args):
         raise UserError(f"--quant {args.quant} keeps weights that adapters leave frozen, and --peft none has none")
     parts = tuple(dict.fromkeys(part for group in args.train_parts for part in group))
     adapter = AdapterConfig(method=args.peft, train_parts=parts, quant=args.quant, **settings)
-    if adapter.mini_rank and not method_of(adapter).mini:
-        minis = " or ".join(method.name for method in METHODS.values() if method.mini)
+    if adapter.mini_rank and adapter.mode not in MINIS:
+        minis = " or ".join(MINIS)
         raise UserError(
             f"--bone_mini_r {adapter.mini_rank} belongs to --bone_mode {minis}, and the mode is {adapter.mode}; "
             "give that mode, or leave bone_mini_r out"

@@ -1,55 +1,73 @@
 """The command line of train.py: flags -> one frozen RunConfig, and the base that it names, opened once.
 
 Names that RWKV-LM and RWKV-PEFT scripts use are kept. Every contradiction is refused here, in the flags' own words,
-before a weight is read.
+before a weight is read, and what the flags tell by themselves before torch is imported.
 """
 
 import importlib.util
 import re
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from ..adapters.inject import check_adapter
-from ..adapters.methods import NONE
-from ..config import DataConfig, RunConfig, TrainConfig
+from ..config import AdapterConfig, DataConfig, RunConfig, TrainConfig
 from ..errors import UserError
-from ..files.base import Base, open_base
-from ..models import family_named
-from ..models.state import is_time_state
+from ..names import NONE
 from .adapter_flags import adapter_config
 from .parser import DIMENSIONS, build_parser, settings_of
 
+if TYPE_CHECKING:
+    from ..files.base import Base
+
 
 class Request(NamedTuple):
-    """What a command line asks for: config; base, the model that it starts from, or None for a new one; and layers, the
-    names of the modules that get an adapter."""
+    """What a command line asks for: config; base, the model that it starts from, or None for a new one; layers, the
+    names of the modules that get an adapter; and whether nothing but the flags is to be checked."""
 
     config: RunConfig
-    base: Base | None
+    base: "Base | None"
     layers: tuple[str, ...]
+    check_flags: bool = False
+
+
+class Flags(NamedTuple):
+    """What the flags say by themselves: as parsed, and as settings."""
+
+    args: Namespace
+    adapter: AdapterConfig
+    data: DataConfig
+    train: TrainConfig
+
+
+def parse_flags(argv):
+    """argv -> Flags. Raises UserError for flags that are mistaken or contradict each other; torch is not imported."""
+    args = build_parser().parse_args(argv)
+    if args.train_type == "finetune" and args.peft != NONE:
+        raise UserError(f"--train_type finetune trains the model itself, and --peft is {args.peft}; add --peft none")
+    flags = Flags(args, adapter_config(args), data_config(args), settings_of(args, TrainConfig))
+    check_train(flags.train)
+    return flags
 
 
 def parse_run(argv):
     """argv -> Request. Raises UserError for whatever cannot work together."""
-    args = build_parser().parse_args(argv)
-    if args.train_type == "finetune" and args.peft != NONE:
-        raise UserError(f"--train_type finetune trains the model itself, and --peft is {args.peft}; add --peft none")
-    adapter = adapter_config(args)
-    data = data_config(args)
-    train = settings_of(args, TrainConfig)
-    check_train(train)
-    base = open_base(args.load_model) if args.load_model else None
-    if base is None and (adapter.method != NONE or adapter.load):
+    args, adapter, data, train = parse_flags(argv)
+    if not args.load_model and (adapter.method != NONE or adapter.load):
         raise UserError(
             f"--peft {args.peft} adapts a base model and none is given; "
             "name it with --load_model, or train a new model with --peft none"
         )
+    from ..adapters.inject import check_adapter
+    from ..files.base import open_base
+    from ..models import family_named
+
+    base = open_base(args.load_model) if args.load_model else None
     family = family_named(args.model_version) if base is None else base.family
     model = new_model(args, family) if base is None else check_base(args, base)
     adapter = replace(adapter, targets=targets_of(adapter.targets, family))
     layers = check_adapter(adapter, {} if base is None else base.linear_shapes, family.parts)
-    return Request(RunConfig(model, adapter, data, train), base, layers)
+    return Request(RunConfig(model, adapter, data, train), base, layers, args.check_flags)
 
 
 def targets_of(targets, family):
@@ -64,6 +82,8 @@ def targets_of(targets, family):
 
 def check_base(args, base):
     """Dimensions of the base; a flag that contradicts them is refused."""
+    from ..models.state import is_time_state
+
     if any(is_time_state(key) for key in base.tensors):
         raise UserError(
             f"{args.load_model} holds tuned time states, which training does not carry on; take the model without them"

@@ -5,17 +5,12 @@ python -m rwkv_peft.training.parser > docs/train_flags.md
 
 from dataclasses import fields
 
-from ..adapters.methods import CHOICES
 from ..cli import HelpFormatter, Parser, count, positive, switch
 from ..config import AdapterConfig, DataConfig, TrainConfig
-from ..data.masks import LOSS_MASKS
-from ..data.sources import DATALOADS
-from ..models import FAMILIES
+from ..names import CHOICES, DATALOADS, GENERATIONS, LOSS_MASKS, SCHEDULES
 from .adapter_flags import add_json_flags
 from .legacy import add_legacy_flags
-from .schedule import SCHEDULES
 
-# what a flag may be given, where another module's table says it
 CHOICES_OF = (("peft", CHOICES), ("dataload", DATALOADS), ("loss_mask", LOSS_MASKS), ("lr_schedule", SCHEDULES))
 DIMENSIONS = (
     ("n_layer", "blocks"),
@@ -39,8 +34,8 @@ def flag_of(field):
 
 def build_parser():
     """The parser, its flags grouped as --help shows them."""
-    versions = tuple(family.version for family in FAMILIES)
-    names = " or ".join(family.name for family in FAMILIES)
+    versions = tuple(version for _, version in GENERATIONS)
+    names = " or ".join(name for name, _ in GENERATIONS)
     parser = Parser(
         prog="train.py",
         usage="train.py --load_model PTH --data_file PREFIX [flags]",
@@ -73,8 +68,16 @@ def build_parser():
         metavar="0|1",
         help="0: samples come in the order of the file, in every epoch",
     )
-    for group in ("validation", "run", "optimizer", "machine"):
-        add_settings(parser.add_argument_group(group), TrainConfig, group)
+    for name in ("validation", "run", "optimizer", "machine"):
+        group = parser.add_argument_group(name)
+        add_settings(group, TrainConfig, name)
+        if name == "run":
+            group.add_argument(
+                "--check_flags",
+                action="store_true",
+                help="say whether these flags can work together, with the base and on this machine, and end; the data "
+                "is not read",
+            )
     add_legacy_flags(parser)
     return parser
 

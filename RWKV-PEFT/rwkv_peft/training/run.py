@@ -19,7 +19,7 @@ from ..adapters.load import load_tensors
 from ..adapters.methods import NONE, method_of
 from ..config import to_json
 from ..data.batches import TrainBatches
-from ..data.sources import build_samples, split_samples
+from ..data.sources import build_samples, check_config, split_samples
 from ..errors import UserError
 from ..files.adapter_file import DTYPES
 from ..files.adapters import read_adapter
@@ -53,7 +53,8 @@ class Plan:
 def main(argv):
     """train.py: returns the exit code."""
     try:
-        return run(parse_run(argv), say=print if is_first_process() else lambda *_, **__: None)
+        request = parse_run(argv)
+        return (check if request.check_flags else run)(request, print if is_first_process() else lambda *_, **__: None)
     except KeyboardInterrupt:
         print("interrupted; what was saved before is intact", file=sys.stderr)
         return 130
@@ -62,6 +63,19 @@ def main(argv):
 def is_first_process():
     """Whether this process is the one a user watches: rank 0, in every launcher's way of saying so."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK"))
+
+
+def check(request, say=print):
+    """Judge a Request by the base and this machine, before there is any data: --check_flags. Returns the exit code."""
+    config = request.config
+    accelerator = resolve_accelerator(config.train)
+    check_config(config.data)
+    folder = Path(config.train.proj_dir)
+    if not config.train.resume:  # what a checkpoint must agree with is known with the data
+        find_state(folder, config.train, {"adapter": asdict(config.adapter)})
+    check_output("--proj_dir", folder / "checkpoints" / "state.json", [])
+    say(f"these flags can work: {describe_adapter(config.adapter)}, {config.train.devices} {accelerator}")
+    return 0
 
 
 def run(request, say=print):

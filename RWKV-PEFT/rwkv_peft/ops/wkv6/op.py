@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from ..native.levels import LEVELS
 from . import cpu, reference
 from .checks import as_int64, check
+from .compiled import constant_when_compiled
 from .operators import backend_module
 
 KERNELS = ("cpu", "cuda")
@@ -88,7 +89,7 @@ def _common_dtype(r, k, v, w):
     return dtype
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _choose(backend, device_type, dtype):
     """_resolve, as a constant of a compiled graph."""
     return _resolve(backend, device_type, dtype)
