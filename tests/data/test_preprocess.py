@@ -244,7 +244,7 @@ def test_what_is_said(preprocess, capsys):
     said = capsys.readouterr().out
     for words in (
         "60 documents",
-        "count in the loss (--loss_mask file)",
+        "count in the loss (",
         "tokens a document",
         "up to",
         "--ctx_len 128",

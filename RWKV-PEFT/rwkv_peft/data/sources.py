@@ -7,7 +7,7 @@ import numpy as np
 
 from ..errors import UserError
 from .binidx import BinidxDataset
-from .masks import make_mask
+from .masks import describe_mask, make_mask
 from .order import Permutation
 from .pack import PackedSamples
 from .samples import PaddedSamples, SingleSamples, WindowSamples
@@ -37,7 +37,7 @@ def build_samples(config, vocab_size):
     else:
         mask = make_mask(dataset, config)
     samples = SAMPLINGS[config.dataload](dataset, config.ctx_len, config.seed, mask)
-    samples.notes = notes + samples.notes
+    samples.notes = [describe_mask(dataset, config), *notes, *samples.notes]
     return samples
 
 

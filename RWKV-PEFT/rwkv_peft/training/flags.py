@@ -13,6 +13,7 @@ from typing import NamedTuple
 from ..adapters.inject import check_adapter
 from ..adapters.methods import NONE
 from ..config import DataConfig, RunConfig, TrainConfig
+from ..data.masks import default_mask
 from ..errors import UserError
 from ..files.base import Base, open_base
 from ..models import family_named
@@ -90,7 +91,7 @@ def data_config(args):
         args,
         DataConfig,
         dataload=args.dataload or ("pad" if sft else "get"),
-        loss_mask=args.loss_mask or ("file" if sft else "none"),
+        loss_mask=args.loss_mask or ("file" if sft else default_mask(args.data_file)),
         seed=args.random_seed if args.data_shuffle else None,
     )
     check_data(data)

@@ -113,8 +113,11 @@ def find_samples(config):
     data, train, vocab_size = config.data, config.train, config.model.vocab_size
     if train.val_split:
         return split_samples(data, vocab_size, train.val_split)
-    held_out = build_samples(replace(data, path=train.val_data), vocab_size) if train.val_data else None
-    return build_samples(data, vocab_size), held_out
+    samples, held_out = build_samples(data, vocab_size), None
+    if train.val_data:
+        held_out = build_samples(replace(data, path=train.val_data), vocab_size)
+        samples.notes.append(f"validation on {len(held_out):,} samples of {train.val_data}: {held_out.notes[0]}")
+    return samples, held_out
 
 
 def resolve_accelerator(train):

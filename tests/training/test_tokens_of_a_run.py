@@ -1,0 +1,66 @@
+"""From rows to a run by the commands that a user types: which tokens count is said, and is what trains."""
+
+import json
+
+import pytest
+
+from rwkv_peft import commands
+from rwkv_peft.files.base import save_model
+from rwkv_peft.training import run
+
+ROWS = [{"query": f"{i} birds?", "response": f"{i}!"} for i in range(20)]
+TOTAL = sum(len(f"User: {i} birds?\n\nAssistant: {i}!") + 1 for i in range(20))
+ANSWERS = sum(len(f" {i}!") + 1 for i in range(20))
+
+
+@pytest.fixture
+def train(tmp_path, tiny_state, monkeypatch, capsys):
+    """train(*flags) -> (the run's header, the samples that the engine would be given); the engine is left out. The
+    data is that of ROWS, preprocessed."""
+    save_model(tmp_path / "base.pth", tiny_state(vocab_size=257))
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    given = []
+    monkeypatch.setattr(run, "fit", lambda config, family, model, trainable, samples, *rest: given.append(samples) or 0)
+
+    def main(*words):
+        assert commands.main([str(word) for word in words]) == 0
+        return capsys.readouterr().out
+
+    main("preprocess", tmp_path / "chat.jsonl", "--output", tmp_path / "chat", "--tokenizer", "bytes")
+
+    def run_it(*flags):
+        words = ["--load_model", tmp_path / "base.pth", "--proj_dir", tmp_path / "out", "--bone_r", 16]
+        data = [] if "--data_file" in flags else ["--data_file", tmp_path / "chat"]
+        header = main("train", *words, *data, "--ctx_len", 64, "--accelerator", "cpu", *flags)
+        return header, given[-1]
+
+    return run_it
+
+
+def counted(samples):
+    return sum(samples.count(n) for n in range(len(samples)))
+
+
+@pytest.mark.parametrize("dataload", ["get", "pad", "pack"])
+def test_a_mask_beside_the_data_is_used_and_said(train, dataload):
+    header, samples = train("--dataload", dataload)
+    assert f"loss on {ANSWERS:,} of {TOTAL:,} tokens (answers)" in header
+    assert counted(samples) == ANSWERS
+
+
+def test_a_mask_that_is_named_wins(train, tmp_path):
+    header, samples = train("--dataload", "pad", "--loss_mask", "none")
+    assert f"loss on all {TOTAL:,} tokens: --loss_mask none leaves {tmp_path / 'chat.mask'} aside" in header
+    assert counted(samples) == TOTAL - len(ROWS)
+
+
+def test_without_a_mask_all_tokens_count(train, tmp_path):
+    (tmp_path / "chat.mask").unlink()
+    header, samples = train("--dataload", "pad")
+    assert f"loss on all {TOTAL:,} tokens\n" in header
+    assert counted(samples) == TOTAL - len(ROWS)
+
+
+def test_validation_says_what_counts(train, tmp_path):
+    header, _ = train("--val_data", tmp_path / "chat", "--dataload", "pad")
+    assert f"validation on 20 samples of {tmp_path / 'chat'}: loss on {ANSWERS:,} of" in header
