@@ -10,6 +10,7 @@ import pytest
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.encoding import EncodeSettings, encode_all, shorten
 from rwkv_peft.data.preprocess import main
+from rwkv_peft.data.recorded import recorded_of_data, vocabulary_of
 from rwkv_peft.data.rows import read_chunks
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import UserError
@@ -233,6 +234,23 @@ def test_shuffle_and_repeat(preprocess):
     thrice = texts(preprocess(rows, "--shuffle", "1", "--repeat", "3"))
     assert [sorted(thrice[i : i + 20]) for i in (0, 20, 40)] == [sorted(plain)] * 3
     assert thrice[:20] != thrice[20:40]
+
+
+def test_the_tokenizer_is_recorded_beside_the_data(preprocess, tmp_path):
+    preprocess([{"text": "a"}])
+    record = recorded_of_data(tmp_path / "out" / "data")
+    assert record == vocabulary_of(load_tokenizer("bytes")) and (record.name, record.size) == ("bytes", 257)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["data.bin", "data.idx", "data.json"]
+
+
+def test_the_record_replaces_no_input_and_no_file_of_others(tmp_path):
+    rows = tmp_path / "data.json"
+    rows.write_text('[{"text": "a"}]')
+    for prefix, message in ((tmp_path / "data", "data.json, which is an input"), (tmp_path / "x", "another tool made")):
+        (tmp_path / "x.json").write_text("[]")
+        with pytest.raises(UserError, match=message):
+            main([str(rows), "--output", str(prefix), "--tokenizer", "bytes"])
+    assert rows.read_text() == '[{"text": "a"}]'
 
 
 def test_without_an_end_token(preprocess):

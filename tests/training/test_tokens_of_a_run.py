@@ -5,6 +5,8 @@ import json
 import pytest
 
 from rwkv_peft import commands
+from rwkv_peft.data.recorded import vocabulary_of
+from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.files.base import save_model
 from rwkv_peft.training import run
 
@@ -64,3 +66,12 @@ def test_without_a_mask_all_tokens_count(train, tmp_path):
 def test_validation_says_what_counts(train, tmp_path):
     header, _ = train("--val_data", tmp_path / "chat", "--dataload", "pad")
     assert f"validation on 20 samples of {tmp_path / 'chat'}: loss on {ANSWERS:,} of" in header
+
+
+def test_data_of_another_tokenizer_than_the_base_is_said(train, tmp_path):
+    (tmp_path / "own.txt").write_text("1 'a' 1\n")
+    record = vocabulary_of(load_tokenizer(tmp_path / "own.txt"))
+    (tmp_path / "config.json").write_text(json.dumps({"vocabulary": record._asdict()}))
+    header, _ = train("--dataload", "pad")
+    assert header.count("note:") == 1
+    assert "note: the data was made with bytes (257 tokens" in header and "own.txt (2 tokens" in header

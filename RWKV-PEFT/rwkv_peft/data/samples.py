@@ -26,7 +26,7 @@ class Samples:
 
     def __init__(self, units, seed):
         self.seed = seed
-        self.notes = []
+        self.notes, self.vocabulary = [], None
         self._choose(units)
 
     def _choose(self, units):

@@ -17,12 +17,13 @@ import time
 import torch
 
 from ..cli import Parser
+from ..data.recorded import find_tokenizer, recorded_beside
 from ..errors import UserError
 from ..files.adapters import add_source_flags, source_of
 from ..files.atomic import atomic_write, check_output
 from .decode import generate, prefill
 from .loading import load_model, read_state_file, save_state_file
-from .prompts import encode, find_tokenizer, read_prompt_file, unescaped
+from .prompts import encode, read_prompt_file, unescaped
 from .sampling import Sampling
 from .text import TextStream
 
@@ -51,7 +52,12 @@ def build_parser():
         help='.jsonl with a "prompt" in each line, or a text with a prompt a line; - reads lines',
     )
     add("--output", metavar="JSONL", help="write the lines of JSON to this file instead")
-    add("--tokenizer", metavar="NAME", help="world, bytes, or a file; default by the model's vocabulary (65536, 257)")
+    add(
+        "--tokenizer",
+        metavar="NAME",
+        help="world, bytes, or a file; default that of the run in whose folder the adapter or model lies, or by the "
+        "model's vocabulary (65536: world, 257: bytes)",
+    )
     add("--max_tokens", type=int, default=256, help="longest continuation (default 256)")
     add("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end a continuation")
     add("--escapes", action="store_true", help=r"read \n, \t and \\ in --prompt and --stop as newline, tab, backslash")
@@ -119,7 +125,8 @@ def run(args):
     model, start = load_model(args.model, sources, precision, device, args.any_base)
     if args.state:
         start = read_state_file(args.state, model)
-    tokenizer = find_tokenizer(args.tokenizer, model.config.vocab_size)
+    recorded = recorded_beside(*reversed(args.adapter), args.model)
+    tokenizer = find_tokenizer(args.tokenizer, model.config.vocab_size, recorded, warn)
     prompts = [encode(tokenizer, row["prompt"], number) for number, row in enumerate(rows)]
     streams = len(rows) == 1 and not args.output
     continuations = [Continuation(row, tokenizer, args.stop, show if streams else None) for row in rows]
@@ -187,6 +194,10 @@ class Continuation:
         self.text += text
         if self.show and text:
             self.show(text)
+
+
+def warn(text):
+    print(text, file=sys.stderr)
 
 
 def show(text):

@@ -12,14 +12,15 @@ from typing import NamedTuple
 import torch
 
 from ..cli import Parser
+from ..data.tokenizer import WorldTokenizer
 from ..errors import UserError
 from ..files.base import open_base
 from ..files.pth_writer import TensorSpec, write_pth
 from ..models.state import is_time_state
-from .formats import vocabulary
 from .gguf import TYPES, write_gguf
 from .logits import random_tokens, reference_logits
 from .runtimes import all_runtimes
+from .vocabulary import table_vocabulary
 
 # How far a format's logits may be from the reference, relative to the logits' spread (standard deviation).
 LIMITS = (("fp32", 1e-4), ("f32", 1e-3), ("f16", 2e-2), ("bf16", 1e-1), ("q8_0", 3e-1))
@@ -129,7 +130,8 @@ def written(folder, form, model):
         specs = {key: TensorSpec.of(tensor, torch.float32) for key, tensor in model.tensors.items()}
         write_pth(path, specs, ((key, tensor.float()) for key, tensor in model.tensors.items()))
     else:
-        write_gguf(path, model, form, vocabulary(model.config.vocab_size))
+        # any vocabulary will do, because the runtime is given ids
+        write_gguf(path, model, form, table_vocabulary(WorldTokenizer().token_bytes, model.config.vocab_size))
     return path
 
 
