@@ -16,6 +16,11 @@ FORMS = (
 )
 
 
+TURN_END = "\n\n"
+# (what opens a turn, what opens its answer)
+LAYOUTS = (("User:", "Assistant:"), ("Question:", "Answer:"), ("Instruction:", "Response:"))
+
+
 def segments(row):
     """A row (dict) -> [(text, counts)]; UserError where it has no form that is known."""
     if not isinstance(row, dict):
@@ -121,6 +126,17 @@ def exchange(prompt, answer):
     return [(prompt, False), (" " + answer.strip(), True)]
 
 
+def question(words):
+    """A user's turn and the opening of the answer, as the texts that `chat` makes of them."""
+    turns = ({"role": "user", "content": words}, {"role": "assistant", "content": ""})
+    return [text for text, counts in chat(list(turns)) if not counts]
+
+
+def stops_of(prompt):
+    """The texts that end the answer of a prompt in a layout that is known, by its last words; () for any other."""
+    return next(((TURN_END + opening,) for opening, last in LAYOUTS if prompt.rstrip().endswith(last)), ())
+
+
 def chat(messages):
     """Turns {role, content} or {from, value}: the assistant's words count, the others' do not.
 
@@ -139,7 +155,7 @@ def chat(messages):
             )
         role, words = speaker(field(turn, keys[0])), field(turn, keys[1]).strip()
         if parts:
-            parts[-1] = (parts[-1][0] + "\n\n", parts[-1][1])
+            parts[-1] = (parts[-1][0] + TURN_END, parts[-1][1])
         parts += [(f"{role}:", False), (" " + words, True)] if role == "Assistant" else [(f"{role}: {words}", False)]
     return parts
 

@@ -1,5 +1,6 @@
 """Continue prompts with an RWKV model.
 
+    rwkv-peft generate --model merged.pth --chat
     rwkv-peft generate --model merged.pth --prompt "Once upon a time"
     rwkv-peft generate --model base.pth --adapter adapter.safetensors --prompt_file questions.jsonl \\
         --output answers.jsonl --temperature 0 --stop "User:"
@@ -18,13 +19,16 @@ import torch
 
 from ..cli import Parser
 from ..data.recorded import find_tokenizer, recorded_beside
+from ..data.templates import stops_of
 from ..errors import UserError
 from ..files.adapters import add_source_flags, source_of
 from ..files.atomic import atomic_write, check_output
+from .chat import Chat
 from .decode import generate, prefill
 from .loading import load_model, read_state_file, save_state_file
 from .prompts import encode, read_prompt_file, unescaped
 from .sampling import Sampling
+from .session import Session
 from .text import TextStream
 
 
@@ -45,6 +49,7 @@ def build_parser():
     add("--any_base", action="store_true", help="use an adapter that was trained on another base of the same shape")
     add("--state", metavar="PTH", help="state to start from: time states, or what --save_state wrote")
     add("--save_state", metavar="PTH", help="write the state after the prompt and all that was generated")
+    add("--chat", action="store_true", help="talk in turns, User: and Assistant:, as chat data is trained")
     add("--prompt", nargs="+", metavar="TEXT", help="one prompt or several")
     add(
         "--prompt_file",
@@ -59,7 +64,14 @@ def build_parser():
         "model's vocabulary (65536: world, 257: bytes)",
     )
     add("--max_tokens", type=int, default=256, help="longest continuation (default 256)")
-    add("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end a continuation")
+    add(
+        "--stop",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="texts that end a continuation; default where a prompt ends in Assistant:, Answer: or Response:, as data "
+        "is laid out: the opening of the next turn, such as \\n\\nUser:; with --chat these besides it",
+    )
     add("--escapes", action="store_true", help=r"read \n, \t and \\ in --prompt and --stop as newline, tab, backslash")
     add(
         "--temperature",
@@ -116,7 +128,7 @@ def run(args):
     check_outputs(args)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
-    rows = read_prompt_file(args.prompt_file) if args.prompt is None else [{"prompt": text} for text in args.prompt]
+    rows = read_rows(args)
     if args.save_state and len(rows) > 1:
         raise UserError(f"--save_state keeps the state after one prompt, and there are {len(rows)}; give one")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -127,9 +139,15 @@ def run(args):
         start = read_state_file(args.state, model)
     recorded = recorded_beside(*reversed(args.adapter), args.model)
     tokenizer = find_tokenizer(args.tokenizer, model.config.vocab_size, recorded, warn)
+    if args.chat:
+        change = unescaped if args.escapes else str
+        stops = [*stops_of("Assistant:"), *args.stop]
+        return Chat(Session(model, tokenizer, sampling, start), stops, args.max_tokens, change, inputs_of(args)).run()
     prompts = [encode(tokenizer, row["prompt"], number) for number, row in enumerate(rows)]
     streams = len(rows) == 1 and not args.output
-    continuations = [Continuation(row, tokenizer, args.stop, show if streams else None) for row in rows]
+    continuations = [
+        Continuation(row, tokenizer, args.stop or stops_of(row["prompt"]), show if streams else None) for row in rows
+    ]
     steps = generate(
         model,
         prompts,
@@ -196,6 +214,13 @@ class Continuation:
             self.show(text)
 
 
+def read_rows(args):
+    """[{"prompt": text, …}] of the flags; none with --chat."""
+    if args.prompt_file is not None:
+        return read_prompt_file(args.prompt_file)
+    return [{"prompt": text} for text in args.prompt or ()]
+
+
 def warn(text):
     print(text, file=sys.stderr)
 
@@ -222,8 +247,7 @@ def complete_all(steps, continuations, prints):
 
 def check_outputs(args):
     """Raise UserError for outputs that are inputs, or cannot be written: known before the work, not after it."""
-    inputs = [(f"--{name}", getattr(args, name)) for name in ("model", "prompt_file", "lora_init", "tokenizer")]
-    inputs += [("--adapter", path) for path in args.adapter]
+    inputs = inputs_of(args)
     if args.output:
         check_output("--output", args.output, [*inputs, ("--state", args.state)])
     if args.save_state:  # a session may go on in its own file
@@ -232,10 +256,22 @@ def check_outputs(args):
         raise UserError(f"--output and --save_state are both {args.output}; give each a file of its own")
 
 
+def inputs_of(args):
+    """(flag, path) of each file that is read."""
+    inputs = [(f"--{name}", getattr(args, name)) for name in ("model", "prompt_file", "lora_init", "tokenizer")]
+    return inputs + [("--adapter", path) for path in args.adapter]
+
+
 def check_flags(args):
     """The Sampling of the flags; UserError for flags that contradict each other or are out of range."""
-    if (args.prompt is None) == (args.prompt_file is None):
-        raise UserError("give --prompt TEXT or --prompt_file FILE" + (", not both" if args.prompt else ""))
+    given = [f"--{name}" for name in ("prompt", "prompt_file", "chat") if getattr(args, name) not in (None, False)]
+    if len(given) != 1:
+        raise UserError(
+            "give --prompt TEXT, --prompt_file FILE or --chat" + (f", not both {' and '.join(given)}" if given else "")
+        )
+    for name, instead in (("output", "redirect the command's output"), ("save_state", "type /save FILE")):
+        if args.chat and getattr(args, name):
+            raise UserError(f"--{name} does not go with --chat; {instead}")
     for name, least in (("max_tokens", 0), ("batch", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)}: at least {least} is due")
@@ -244,6 +280,8 @@ def check_flags(args):
     if args.escapes:
         args.prompt = args.prompt and [unescaped(text) for text in args.prompt]
         args.stop = [unescaped(text) for text in args.stop]
+    elif any("\\n" in text for text in [*(args.prompt or ()), *args.stop]):
+        warn(r"note: \n in --prompt or --stop is a backslash and an n; add --escapes to read it as a newline")
     if "" in args.stop:
         raise UserError("--stop: an empty text would stop before the first token; leave it out")
     return Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__})
