@@ -75,3 +75,13 @@ def test_data_of_another_tokenizer_than_the_base_is_said(train, tmp_path):
     header, _ = train("--dataload", "pad")
     assert header.count("note:") == 1
     assert "note: the data was made with bytes (257 tokens" in header and "own.txt (2 tokens" in header
+
+
+@pytest.mark.parametrize("micro_bsz", [1, 4])
+def test_rows_are_read_in_another_order_in_every_epoch_and_not_by_length(train, micro_bsz):
+    _, samples = train("--dataload", "pad", "--micro_bsz", micro_bsz)
+    epochs = [[samples[20 * epoch + i][0].tolist() for i in range(20)] for epoch in range(4)]
+    assert all(sorted(rows) == sorted(epochs[0]) for rows in epochs)
+    assert len({str(rows) for rows in epochs}) == 4
+    if micro_bsz == 1:
+        assert not any(rows == sorted(rows, key=len) for rows in epochs)

@@ -41,6 +41,7 @@ def build_samples(config, vocab_size):
     else:
         mask = make_mask(dataset, config)
     samples = SAMPLINGS[config.dataload](dataset, config.ctx_len, config.seed, mask)
+    samples.share_batches(config.micro_bsz)
     samples.vocabulary = vocabulary
     samples.notes = [describe_mask(dataset, config), *notes, *samples.notes]
     return samples
