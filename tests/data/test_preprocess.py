@@ -111,7 +111,8 @@ def test_bad_templates_are_named(preprocess, tmp_path, text):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("{}\n", r"in\.jsonl, line 1: a row has the fields \(none\); known are text"),
+        ("{}\n", r"in\.jsonl, line 1: a row has the fields \(none\); known are text.*; name others with --fields\n"),
+        ("{}\n", r"\n\(--skip_bad_rows leaves such rows out, and counts them\)"),
         ('{"text": "a"}\n\n{"text": 3}\n', "line 3: field 'text' holds int, not text"),
         ('{"text": "a"}\n{"text": \n', "line 2: not JSON"),
         ("[" * 100000 + "\n", "line 1: not JSON"),

@@ -1,14 +1,19 @@
 """From rows to a run by the commands that a user types: which tokens count is said, and is what trains."""
 
 import json
+import re
+from dataclasses import fields
 
 import pytest
 
 from rwkv_peft import commands
+from rwkv_peft.config import DataConfig
 from rwkv_peft.data.recorded import vocabulary_of
 from rwkv_peft.data.tokenizer import load_tokenizer
+from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
 from rwkv_peft.training import run
+from rwkv_peft.training.parser import flag_of
 
 ROWS = [{"query": f"{i} birds?", "response": f"{i}!"} for i in range(20)]
 TOTAL = sum(len(f"User: {i} birds?\n\nAssistant: {i}!") + 1 for i in range(20))
@@ -85,3 +90,26 @@ def test_rows_are_read_in_another_order_in_every_epoch_and_not_by_length(train, 
     assert len({str(rows) for rows in epochs}) == 4
     if micro_bsz == 1:
         assert not any(rows == sorted(rows, key=len) for rows in epochs)
+
+
+@pytest.mark.parametrize(
+    "row, more, remedy",
+    [
+        ({"q": "a"}, [], "name others with --sft_field"),
+        ({"q": "a"}, ["--sft_field", "x"], "field 'x' is missing; the row has q; name others with --sft_field"),
+        ({"text": 3}, [], "rwkv-peft preprocess --skip_bad_rows makes token files"),
+        ({"text": "a"}, ["--sft_split", "nonsense["], "split 'nonsense[': write train, train[:1000]"),
+        ({"text": "a"}, ["--tokenizer", "endless.json"], "rwkv-peft preprocess --no-append_eod"),
+    ],
+)
+def test_rows_that_cannot_be_trained_on_are_mended_by_flags_that_exist(train, tmp_path, monkeypatch, row, more, remedy):
+    tokenizers = pytest.importorskip("tokenizers")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save("endless.json")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    more = ["--tokenizer", "bytes", *more] if "--tokenizer" not in more else more
+    with pytest.raises(UserError, match=re.escape(remedy)) as caught:
+        train("--data_file", tmp_path / "rows.jsonl", "--data_type", "sft", *more)
+    named = set(re.findall(r"--\w+", str(caught.value))) - {"--skip_bad_rows", "--no"}
+    assert named <= {f"--{flag_of(field)}" for field in fields(DataConfig)}

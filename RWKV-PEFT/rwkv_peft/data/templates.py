@@ -21,6 +21,10 @@ TURN_END = "\n\n"
 LAYOUTS = (("User:", "Assistant:"), ("Question:", "Answer:"), ("Instruction:", "Response:"))
 
 
+class UnknownForm(UserError):
+    """A row has none of the fields that are looked for."""
+
+
 def segments(row):
     """A row (dict) -> [(text, counts)]; UserError where it has no form that is known."""
     if not isinstance(row, dict):
@@ -39,9 +43,7 @@ def segments(row):
         return exchange(prompt + "Response:", field(row, "output"))
     if "prompt" in row and "completion" in row:
         return [(field(row, "prompt"), False), (field(row, "completion"), True)]
-    raise UserError(
-        f"a row has the fields {', '.join(map(str, row)) or '(none)'}; known are {FORMS}; name others with --fields"
-    )
+    raise UnknownForm(f"a row has the fields {', '.join(map(str, row)) or '(none)'}; known are {FORMS}")
 
 
 def named_segments(row, names):
@@ -50,7 +52,7 @@ def named_segments(row, names):
         raise UserError(f"a row is {type(row).__name__}, not an object with the fields {', '.join(names)}")
     for name in names:
         if name not in row:
-            raise UserError(f"field {name!r} is missing; the row has {', '.join(map(str, row)) or '(none)'}")
+            raise UnknownForm(f"field {name!r} is missing; the row has {', '.join(map(str, row)) or '(none)'}")
     if len(names) == 1:
         return [(field(row, names[0]), True)]
     if len(names) != 2:
