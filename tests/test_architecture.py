@@ -47,7 +47,11 @@ PARTS = (
     ),
     ("data", ("data",), ("base",)),
     ("merge", ("release",), ("bases", "adapter files")),
-    ("convert", ("release/convert", "release/formats", "release/gguf"), ("bases", "adapter files", "data")),
+    (
+        "convert",
+        ("release/convert", "release/formats", "release/gguf", "release/vocabulary"),
+        ("bases", "adapter files", "data"),
+    ),
     ("check", ("release/check", "release/verify", "release/logits", "release/runtimes"), ("convert",)),
     ("generate", ("generate",), ("merge", "data")),
     ("hf", ("hf",), ("adapters", "containers")),

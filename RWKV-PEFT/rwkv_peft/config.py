@@ -161,7 +161,8 @@ class DataConfig:
     loss_mask: str = setting(
         "none",
         "tokens that count: none and pad count all but padding, qa what follows --mask_id, se what stands between "
-        "--mask_id and --mask_end_id, file reads PREFIX.mask (default none; sft: file)",
+        "--mask_id and --mask_end_id, file reads PREFIX.mask, which preprocess writes where answers alone count "
+        "(default file where there is a PREFIX.mask, else none; sft: file)",
         unset=True,
     )
     mask_id: tuple[int, ...] = setting(

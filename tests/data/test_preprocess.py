@@ -10,6 +10,7 @@ import pytest
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.encoding import EncodeSettings, encode_all, shorten
 from rwkv_peft.data.preprocess import main
+from rwkv_peft.data.recorded import recorded_of_data, vocabulary_of
 from rwkv_peft.data.rows import read_chunks
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import UserError
@@ -110,7 +111,8 @@ def test_bad_templates_are_named(preprocess, tmp_path, text):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("{}\n", r"in\.jsonl, line 1: a row has the fields \(none\); known are text"),
+        ("{}\n", r"in\.jsonl, line 1: a row has the fields \(none\); known are text.*; name others with --fields\n"),
+        ("{}\n", r"\n\(--skip_bad_rows leaves such rows out, and counts them\)"),
         ('{"text": "a"}\n\n{"text": 3}\n', "line 3: field 'text' holds int, not text"),
         ('{"text": "a"}\n{"text": \n', "line 2: not JSON"),
         ("[" * 100000 + "\n", "line 1: not JSON"),
@@ -235,6 +237,23 @@ def test_shuffle_and_repeat(preprocess):
     assert thrice[:20] != thrice[20:40]
 
 
+def test_the_tokenizer_is_recorded_beside_the_data(preprocess, tmp_path):
+    preprocess([{"text": "a"}])
+    record = recorded_of_data(tmp_path / "out" / "data")
+    assert record == vocabulary_of(load_tokenizer("bytes")) and (record.name, record.size) == ("bytes", 257)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["data.bin", "data.idx", "data.json"]
+
+
+def test_the_record_replaces_no_input_and_no_file_of_others(tmp_path):
+    rows = tmp_path / "data.json"
+    rows.write_text('[{"text": "a"}]')
+    for prefix, message in ((tmp_path / "data", "data.json, which is an input"), (tmp_path / "x", "another tool made")):
+        (tmp_path / "x.json").write_text("[]")
+        with pytest.raises(UserError, match=message):
+            main([str(rows), "--output", str(prefix), "--tokenizer", "bytes"])
+    assert rows.read_text() == '[{"text": "a"}]'
+
+
 def test_without_an_end_token(preprocess):
     assert preprocess([{"text": "ab"}], "--no-append_eod")[0].tolist() == [98, 99]
 
@@ -244,7 +263,7 @@ def test_what_is_said(preprocess, capsys):
     said = capsys.readouterr().out
     for words in (
         "60 documents",
-        "count in the loss (--loss_mask file)",
+        "count in the loss (",
         "tokens a document",
         "up to",
         "--ctx_len 128",

@@ -70,6 +70,25 @@ def test_the_stop_string_is_not_printed(run, monkeypatch):
     assert run("--prompt", "x", "--stop", r"\nU", "--escapes") == "Hello.\n"
 
 
+def test_a_prompt_in_a_known_layout_stops_at_the_next_turn(run, monkeypatch):
+    script(monkeypatch, " Yo\n\nUser: no")
+    assert run("--prompt", "User: hi\n\nAssistant:") == " Yo\n"
+    assert run("--prompt", "User: hi\n\nAssistant:", "--stop", "no") == " Yo\n\nUser: \n"
+    assert run("--prompt", "hi") == " Yo\n\nUser: no\n"
+    script(monkeypatch, " 4\n\nQuestion: no", " 4\n\nInstruction: no")
+    prompts = ("Question: 2+2?\n\nAnswer:", "Instruction: Add\n\nInput: 2 2\n\nResponse:")
+    rows = [json.loads(line) for line in run("--prompt", *prompts).splitlines()]
+    assert [(row["generated"], row["end"]) for row in rows] == [(" 4", "stop")] * 2
+
+
+def test_a_backslash_and_n_in_a_prompt_are_told(model, capsys):
+    words = ["--model", str(model), "--max_tokens", "1", "--prompt", r"User: hi\n\nAssistant:"]
+    command.main(words)
+    assert capsys.readouterr().err.count("add --escapes to read it as a newline") == 1
+    command.main([*words, "--escapes"])
+    assert capsys.readouterr().err == ""
+
+
 def test_several_prompts_give_a_line_of_json_each(run, monkeypatch):
     script(monkeypatch, "one", "two|", "3")
     rows = [json.loads(line) for line in run("--prompt", "a", "b", "c", "--stop", "|").splitlines()]
@@ -146,8 +165,11 @@ def test_escapes(text, expected):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "--prompt TEXT or --prompt_file"),
+        ([], "--prompt TEXT, --prompt_file FILE or --chat"),
         (["--prompt", "a", "--prompt_file", "b"], "not both"),
+        (["--prompt", "a", "--chat"], "not both --prompt and --chat"),
+        (["--chat", "--output", "a.jsonl"], "--output does not go with --chat"),
+        (["--chat", "--save_state", "a.pth"], "type /save FILE"),
         (["--prompt", "a", "--max_tokens", "-1"], "max_tokens -1"),
         (["--prompt", "a", "--batch", "0"], "batch 0"),
         (["--prompt", "a", "--top_p", "7"], "top_p 7"),

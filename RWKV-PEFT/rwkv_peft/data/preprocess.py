@@ -4,7 +4,8 @@
 
 INPUT is .jsonl (a row a line; templates.py lists the forms that are recognised), .json, .txt (one
 document a file), .parquet, or a folder that datasets.save_to_disk wrote. Writes PREFIX.bin and
-PREFIX.idx, and PREFIX.mask where parts of the rows do not count in the loss.
+PREFIX.idx, PREFIX.mask where parts of the rows do not count in the loss, and PREFIX.json, which names the
+tokenizer.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from ..errors import UserError
 from .binidx import BinidxDataset, BinidxWriter, binidx_prefix
 from .encoding import Encoded, EncodeSettings, encode_all, encoder
 from .order import Permutation
+from .recorded import check_record, write_record
 from .report import describe
 from .rows import KINDS, read_chunks
 from .templates import TEMPLATES, read_template
@@ -38,6 +40,7 @@ def main(argv):
         options.skip_bad_rows,
     )
     output = binidx_prefix(options.output)
+    check_record(output, options.input)
     rewritten = options.shuffle is not None or options.repeat > 1
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=Path(output).parent, prefix=".preprocess-") as folder:
@@ -45,6 +48,7 @@ def main(argv):
         totals = write(options.input, first, settings, options.workers, options.split, progress=sys.stderr)
         if rewritten:
             rewrite(BinidxDataset(first), output, options.shuffle, options.repeat)
+        write_record(output, encoder(settings).tokenizer)
     print(describe(BinidxDataset(output), totals))
     return 0
 

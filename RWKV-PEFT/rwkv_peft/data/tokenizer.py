@@ -1,8 +1,9 @@
 """Tokenizers: text <-> token ids, for the World vocabulary, raw bytes, and any tokenizer.json.
 
 Every tokenizer has encode(str) -> list[int], decode(list[int]) -> str, vocab_size (ids are below
-it), name, end_id, the token that ends a document, or None where the vocabulary names none, and
-cuts_at_lines, whether a text cut where a line begins with a visible character has the same tokens.
+it), name, end_id, the token that ends a document, or None where the vocabulary names none,
+cuts_at_lines, whether a text cut where a line begins with a visible character has the same tokens, and
+content(), bytes that tell its vocabulary from any other.
 
     rwkv-peft tokenize world "Assistant:"      prints the ids of a text, as --mask_id takes them
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 from ..errors import UserError
 
 REPLACEMENT = "\ufffd"
+KNOWN_SIZES = ((65536, "world"), (257, "bytes"))  # vocabularies that a model's own size tells
 END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "<|im_end|>")
 
 
@@ -54,6 +56,9 @@ class BytesTokenizer:
     def decode(self, ids):
         check_ids(ids, self.vocab_size, self.name)
         return bytes(token - 1 for token in ids if token).decode("utf-8", "replace")
+
+    def content(self):
+        return repr(self.token_bytes).encode()
 
 
 class WorldTokenizer:
@@ -100,6 +105,9 @@ class WorldTokenizer:
         table, unknown = self.token_bytes, REPLACEMENT.encode()
         parts = (table[token] if token < len(table) else None for token in ids if token)
         return b"".join(unknown if part is None else part for part in parts).decode("utf-8", "replace")
+
+    def content(self):
+        return self.path.read_bytes().replace(b"\r\n", b"\n")  # the same vocabulary, whatever the line ends
 
 
 class GreedyEncoder:
@@ -171,7 +179,7 @@ class JsonTokenizer:
     def __init__(self, path):
         from tokenizers import Tokenizer
 
-        self.name = str(path)
+        self.name, self.path = str(path), Path(path)
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for any malformed file
@@ -182,7 +190,8 @@ class JsonTokenizer:
         if not vocabulary:
             raise UserError(f"tokenizer {path}: its vocabulary is empty")
         self.vocab_size = max(vocabulary.values()) + 1
-        self.end_id = next((vocabulary[token] for token in END_TOKENS if token in vocabulary), None)
+        self.end_token = next((token for token in END_TOKENS if token in vocabulary), None)
+        self.end_id = vocabulary.get(self.end_token)
 
     def encode(self, text):
         utf8(text)
@@ -191,6 +200,10 @@ class JsonTokenizer:
     def decode(self, ids):
         check_ids(ids, self.vocab_size, self.name)
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def content(self):
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        return repr(sorted(vocabulary.items())).encode()
 
 
 def utf8(text):

@@ -7,13 +7,17 @@ import time
 
 import torch
 
+from ..data.recorded import find_tokenizer, recorded_beside
+from ..data.templates import stops_of
 from ..errors import UserError
 from ..files.adapters import source_of
 from ..files.atomic import atomic_write, check_output
+from .chat import Chat
 from .decode import generate, prefill
-from .flags import parse_flags
+from .flags import parse_flags, unescaped
 from .loading import load_model, read_state_file, save_state_file
-from .prompts import encode, find_tokenizer, read_prompt_file
+from .prompts import encode, read_prompt_file
+from .session import Session
 from .text import TextStream
 
 
@@ -37,10 +41,12 @@ def run(args, sampling):
     """The command; returns 0."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this torch sees no CUDA device; leave --device out to run on the CPU")
+    if not args.escapes and any("\\n" in text for text in [*(args.prompt or ()), *args.stop]):
+        warn(r"note: \n in --prompt or --stop is a backslash and an n; add --escapes to read it as a newline")
     check_outputs(args)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
-    rows = read_prompt_file(args.prompt_file) if args.prompt is None else [{"prompt": text} for text in args.prompt]
+    rows = read_rows(args)
     if args.save_state and len(rows) > 1:
         raise UserError(f"--save_state keeps the state after one prompt, and there are {len(rows)}; give one")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,10 +55,17 @@ def run(args, sampling):
     model, start = load_model(args.model, sources, precision, device, args.any_base)
     if args.state:
         start = read_state_file(args.state, model)
-    tokenizer = find_tokenizer(args.tokenizer, model.config.vocab_size)
+    recorded = recorded_beside(*reversed(args.adapter), args.model)
+    tokenizer = find_tokenizer(args.tokenizer, model.config.vocab_size, recorded, warn)
+    if args.chat:
+        change = unescaped if args.escapes else str
+        stops = [*stops_of("Assistant:"), *args.stop]
+        return Chat(Session(model, tokenizer, sampling, start), stops, args.max_tokens, change, inputs_of(args)).run()
     prompts = [encode(tokenizer, row["prompt"], number) for number, row in enumerate(rows)]
     streams = len(rows) == 1 and not args.output
-    continuations = [Continuation(row, tokenizer, args.stop, show if streams else None) for row in rows]
+    continuations = [
+        Continuation(row, tokenizer, args.stop or stops_of(row["prompt"]), show if streams else None) for row in rows
+    ]
     steps = generate(
         model,
         prompts,
@@ -119,6 +132,17 @@ class Continuation:
             self.show(text)
 
 
+def read_rows(args):
+    """[{"prompt": text, …}] of the flags; none with --chat."""
+    if args.prompt_file is not None:
+        return read_prompt_file(args.prompt_file)
+    return [{"prompt": text} for text in args.prompt or ()]
+
+
+def warn(text):
+    print(text, file=sys.stderr)
+
+
 def show(text):
     print(text, end="", flush=True)
 
@@ -141,11 +165,16 @@ def complete_all(steps, continuations, prints):
 
 def check_outputs(args):
     """Raise UserError for outputs that are inputs, or cannot be written: known before the work, not after it."""
-    inputs = [(f"--{name}", getattr(args, name)) for name in ("model", "prompt_file", "lora_init", "tokenizer")]
-    inputs += [("--adapter", path) for path in args.adapter]
+    inputs = inputs_of(args)
     if args.output:
         check_output("--output", args.output, [*inputs, ("--state", args.state)])
     if args.save_state:  # a session may go on in its own file
         check_output("--save_state", args.save_state, inputs)
     if args.output and args.save_state and os.path.realpath(args.output) == os.path.realpath(args.save_state):
         raise UserError(f"--output and --save_state are both {args.output}; give each a file of its own")
+
+
+def inputs_of(args):
+    """(flag, path) of each file that is read."""
+    inputs = [(f"--{name}", getattr(args, name)) for name in ("model", "prompt_file", "lora_init", "tokenizer")]
+    return inputs + [("--adapter", path) for path in args.adapter]

@@ -9,6 +9,7 @@ from .settings import Sampling
 
 USAGE = """Continue prompts with an RWKV model.
 
+    rwkv-peft generate --model merged.pth --chat
     rwkv-peft generate --model merged.pth --prompt "Once upon a time"
     rwkv-peft generate --model base.pth --adapter adapter.safetensors --prompt_file questions.jsonl \\
         --output answers.jsonl --temperature 0 --stop "User:"
@@ -33,6 +34,7 @@ def build_parser():
     add("--any_base", action="store_true", help="use an adapter that was trained on another base of the same shape")
     add("--state", metavar="PTH", help="state to start from: time states, or what --save_state wrote")
     add("--save_state", metavar="PTH", help="write the state after the prompt and all that was generated")
+    add("--chat", action="store_true", help="talk in turns, User: and Assistant:, as chat data is trained")
     add("--prompt", nargs="+", metavar="TEXT", help="one prompt or several")
     add(
         "--prompt_file",
@@ -40,9 +42,21 @@ def build_parser():
         help='.jsonl with a "prompt" in each line, or a text with a prompt a line; - reads lines',
     )
     add("--output", metavar="JSONL", help="write the lines of JSON to this file instead")
-    add("--tokenizer", metavar="NAME", help="world, bytes, or a file; default by the model's vocabulary (65536, 257)")
+    add(
+        "--tokenizer",
+        metavar="NAME",
+        help="world, bytes, or a file; default that of the run in whose folder the adapter or model lies, or by the "
+        "model's vocabulary (65536: world, 257: bytes)",
+    )
     add("--max_tokens", type=int, default=256, help="longest continuation (default 256)")
-    add("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end a continuation")
+    add(
+        "--stop",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="texts that end a continuation; default where a prompt ends in Assistant:, Answer: or Response:, as data "
+        "is laid out: the opening of the next turn, such as \\n\\nUser:; with --chat these besides it",
+    )
     add("--escapes", action="store_true", help=r"read \n, \t and \\ in --prompt and --stop as newline, tab, backslash")
     add(
         "--temperature",
@@ -85,8 +99,14 @@ def parse_flags(argv):
 
 def check_flags(args):
     """The Sampling of the flags; UserError for flags that contradict each other or are out of range."""
-    if (args.prompt is None) == (args.prompt_file is None):
-        raise UserError("give --prompt TEXT or --prompt_file FILE" + (", not both" if args.prompt else ""))
+    given = [f"--{name}" for name in ("prompt", "prompt_file", "chat") if getattr(args, name) not in (None, False)]
+    if len(given) != 1:
+        raise UserError(
+            "give --prompt TEXT, --prompt_file FILE or --chat" + (f", not both {' and '.join(given)}" if given else "")
+        )
+    for name, instead in (("output", "redirect the command's output"), ("save_state", "type /save FILE")):
+        if args.chat and getattr(args, name):
+            raise UserError(f"--{name} does not go with --chat; {instead}")
     for name, least in (("max_tokens", 0), ("batch", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)}: at least {least} is due")

@@ -4,7 +4,6 @@ import json
 import sys
 from pathlib import Path
 
-from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
 
 
@@ -39,25 +38,6 @@ def read_line(path, number, line):
             '{"prompt": "Once upon a time"}'
         )
     return row
-
-
-def find_tokenizer(name, vocab_size):
-    """The tokenizer called name, or the one that a vocabulary of this size tells; UserError where none fits."""
-    if name is None:
-        known = {65536: "world", 257: "bytes"}
-        if vocab_size not in known:
-            raise UserError(
-                f"the model has a vocabulary of {vocab_size} tokens, which tells no tokenizer; give --tokenizer "
-                "world, bytes, or the file that it was trained with"
-            )
-        name = known[vocab_size]
-    tokenizer = load_tokenizer(name)
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"--tokenizer {name} has {tokenizer.vocab_size} tokens, and the model {vocab_size}; give the tokenizer "
-            "that it was trained with"
-        )
-    return tokenizer
 
 
 def encode(tokenizer, prompt, number):

@@ -104,8 +104,13 @@ def convert_flags(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="dtype of the output's tensors; default fp16 for models in .st and .safetensors, which "
-        "web-rwkv needs, else keep",
+        help="dtype of the output's tensors; default fp16 for models in .st, which web-rwkv needs, else keep",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        help="whose vocabulary goes into a GGUF or a Hugging Face folder: world, bytes, or a file; default that of "
+        "the run in whose folder the model lies, or by the model's vocabulary (65536: world, 257: bytes)",
     )
     parser.add_argument(
         "--gguf_type", choices=GGUF_TYPES, default="f16", help="type of a GGUF's large matrices (default f16)"

@@ -10,7 +10,6 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
-from ..data.tokenizer import parse_world_vocabulary, world_vocabulary
 from ..errors import UserError
 from ..files.atomic import atomic_write
 from ..files.base import Base
@@ -21,22 +20,34 @@ from ..models import FAMILIES
 from ..models.family import Family
 from ..models.state import is_time_state, swapped
 from .gguf import write_gguf
+from .vocabulary import WORLD_FILE, Tokenizer, gguf_vocabulary, hf_files
 
-VOCABULARY = "rwkv_vocab_v20230424.txt"
-HF_FILES = ("model.safetensors", "config.json", "tokenizer_config.json", VOCABULARY)
+HF_FILES = ("model.safetensors", "config.json", "tokenizer_config.json", "tokenizer.json", WORLD_FILE)
+
+
+class Wanted(NamedTuple):
+    """How a model is to be written: dtype of its tensors (None: each keeps its own), type of a GGUF's large matrices,
+    and the tokenizer whose vocabulary goes along, where the format holds one."""
+
+    dtype: torch.dtype | None = None
+    gguf_type: str = "f16"
+    tokenizer: Tokenizer | None = None
 
 
 class Format(NamedTuple):
-    """endings are those of its files' names, ("",) for a folder; files(path) are the paths that it writes; read(path)
-    -> {official key: tensor}; write_model(path, base, dtype, gguf_type) and write_states(path, tensors, dtype) write,
-    and the latter is None where there is no place for states; dtype is a model's where none is asked for (None: each
-    tensor keeps its own)."""
+    """endings are those of its files' names, ("",) for a folder; files(path) are the paths that it may write;
+    read(path) -> {official key: tensor}; write_model(path, base, wanted) and write_states(path, tensors, dtype) write,
+    and the latter is None where there is no place for states; loaded_by tells what loads a model of it; dtype is a
+    model's where none is asked for (None: each tensor keeps its own); vocabulary says whether a tokenizer goes into
+    it."""
 
     endings: tuple[str, ...]
     read: Callable[[Path], dict[str, torch.Tensor]]
-    write_model: Callable[[Path, Base, torch.dtype | None, str], None]
+    write_model: Callable[[Path, Base, Wanted], None]
     write_states: Callable[[Path, dict[str, torch.Tensor], torch.dtype | None], None] | None
+    loaded_by: str
     dtype: torch.dtype | None = None
+    vocabulary: bool = False
     files: Callable[[Path], list[Path]] = lambda path: [path]
 
 
@@ -53,21 +64,21 @@ def read_web(path: Path) -> dict[str, torch.Tensor]:
     return {key: swapped(tensor) if key in turned else tensor for key, tensor in tensors.items()}
 
 
-def write_web(path: Path, base: Base, dtype: torch.dtype | None, gguf_type: str) -> None:
+def write_web(path: Path, base: Base, wanted: Wanted) -> None:
     family = base.family
     tensors = {
         family.to_web(key): swapped(tensor) if family.swapped_in_web(key) or is_time_state(key) else tensor
         for key, tensor in base.tensors.items()
     }
-    _write(path, write_safetensors, tensors, dtype)
+    _write(path, write_safetensors, tensors, wanted.dtype)
 
 
 def write_web_states(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None) -> None:
     _write(path, write_safetensors, {key: swapped(tensor) for key, tensor in tensors.items()}, dtype)
 
 
-def write_official(path: Path, base: Base, dtype: torch.dtype | None, gguf_type: str) -> None:
-    _write(path, write_pth, base.tensors, dtype)
+def write_official(path: Path, base: Base, wanted: Wanted) -> None:
+    _write(path, write_pth, base.tensors, wanted.dtype)
 
 
 def write_official_states(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None) -> None:
@@ -78,9 +89,11 @@ def read_gguf(path: Path) -> NoReturn:
     raise UserError(f"{path}: GGUF files are written here and not read; give the .pth that it was made of")
 
 
-def write_llama_cpp(path: Path, base: Base, dtype: torch.dtype | None, gguf_type: str) -> None:
+def write_llama_cpp(path: Path, base: Base, wanted: Wanted) -> None:
+    assert wanted.tokenizer is not None  # the format's vocabulary is True
+    vocabulary = gguf_vocabulary(wanted.tokenizer, base.config.vocab_size)
     with atomic_write(path) as temporary:
-        write_gguf(temporary, base, gguf_type, vocabulary(base.config.vocab_size))
+        write_gguf(temporary, base, wanted.gguf_type, vocabulary)
 
 
 def read_hf_model(path: Path) -> dict[str, torch.Tensor]:
@@ -94,43 +107,45 @@ def read_hf_model(path: Path) -> dict[str, torch.Tensor]:
     return _official(found, lambda family: family.from_hf)[1]
 
 
-def write_hf_folder(folder: Path, base: Base, dtype: torch.dtype | None, gguf_type: str) -> None:
+def write_hf_folder(folder: Path, base: Base, wanted: Wanted) -> None:
     """A folder with the layout of the generation's Hugging Face models."""
-    family, config = base.family, base.config
-    tokenizer = {
-        "tokenizer_class": family.hf_tokenizer,
-        "bos_token": "<s>",
-        "eos_token": "<s>",
-        "unk_token": "<s>",
-        "add_prefix_space": False,
-    }
+    family, config, tokenizer = base.family, base.config, wanted.tokenizer
+    assert tokenizer is not None  # the format's vocabulary is True
+    end = tokenizer.end_id
+    settings = family.hf_settings(config) | {"bos_token_id": end, "eos_token_id": end}
     tensors = {family.to_hf(key): tensor for key, tensor in base.tensors.items()}
-    _write(folder / "model.safetensors", write_safetensors, tensors, dtype)
-    for name, settings in (("config.json", family.hf_settings(config)), ("tokenizer_config.json", tokenizer)):
+    _write(folder / "model.safetensors", write_safetensors, tensors, wanted.dtype)
+    files = {"config.json": (json.dumps(settings, indent=2) + "\n").encode()}
+    for name, content in (files | hf_files(tokenizer, config.vocab_size, family.hf_tokenizer)).items():
         with atomic_write(folder / name) as temporary:
-            temporary.write_text(json.dumps(settings, indent=2) + "\n")
-    with atomic_write(folder / VOCABULARY) as temporary:
-        temporary.write_bytes(world_vocabulary_file(config.vocab_size))
+            temporary.write_bytes(content)
 
 
-FORMATS = (
-    Format((".pth",), read_tensors, write_official, write_official_states),
-    # web-rwkv needs fp16
-    Format((".safetensors", ".st", ".state"), read_web, write_web, write_web_states, torch.float16),
-    Format((".gguf",), read_gguf, write_llama_cpp, None),
-    Format(("",), read_hf_model, write_hf_folder, None, files=lambda path: [path / name for name in HF_FILES]),
+HF_LOADER = (
+    "transformers loads it with trust_remote_code=True, once the Python files of a published RWKV-6 model (such as "
+    "RWKV/v6-Finch-1B6-HF) lie beside it and config.json has that model's auto_map"
 )
-
-
-def vocabulary(size: int) -> list[bytes | None]:
-    """Bytes of the first `size` tokens of the World vocabulary, of which every RWKV-6 vocabulary here is a prefix."""
-    return parse_world_vocabulary(world_vocabulary())[:size]
-
-
-def world_vocabulary_file(size: int) -> bytes:
-    """The first tokens of the World vocabulary's file, whose lines are: id, literal, length."""
-    lines = world_vocabulary().read_bytes().replace(b"\r\n", b"\n").splitlines(keepends=True)
-    return b"".join(line for line in lines if int(line.split(b" ", 1)[0]) < size)
+FORMATS = (
+    Format((".pth",), read_tensors, write_official, write_official_states, "rwkv, RWKV-Runner and ChatRWKV load it"),
+    Format(
+        (".safetensors",),
+        read_web,
+        write_web,
+        write_web_states,
+        "it has the names of web-rwkv and Ai00, which need float16 (.st, or --dtype fp16)",
+    ),
+    Format((".st", ".state"), read_web, write_web, write_web_states, "web-rwkv and Ai00 load it", torch.float16),
+    Format((".gguf",), read_gguf, write_llama_cpp, None, "llama.cpp loads it", vocabulary=True),
+    Format(
+        ("",),
+        read_hf_model,
+        write_hf_folder,
+        None,
+        HF_LOADER,
+        vocabulary=True,
+        files=lambda path: [path / name for name in HF_FILES],
+    ),
+)
 
 
 def _official(

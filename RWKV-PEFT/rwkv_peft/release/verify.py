@@ -13,15 +13,16 @@ from typing import NamedTuple
 import torch
 
 from ..config import ModelConfig
+from ..data.tokenizer import WorldTokenizer
 from ..errors import UserError
 from ..files.base import Base, open_base
 from ..files.pth_writer import TensorSpec, write_pth
 from ..models.state import is_time_state
 from .flags import verify_flags
-from .formats import vocabulary
 from .gguf import write_gguf
 from .logits import random_tokens, reference_logits
 from .runtimes import Runtime, all_runtimes
+from .vocabulary import table_vocabulary
 
 # How far a format's logits may be from the reference, relative to the logits' spread (standard deviation).
 LIMITS = (("fp32", 1e-4), ("f32", 1e-3), ("f16", 2e-2), ("bf16", 1e-1), ("q8_0", 3e-1))
@@ -118,7 +119,8 @@ def written(folder: Path, form: str, model: Base) -> Path:
         specs = {key: TensorSpec.of(tensor, torch.float32) for key, tensor in model.tensors.items()}
         write_pth(path, specs, ((key, tensor.float()) for key, tensor in model.tensors.items()))
     else:
-        write_gguf(path, model, form, vocabulary(model.config.vocab_size))
+        # any vocabulary will do, because the runtime is given ids
+        write_gguf(path, model, form, table_vocabulary(WorldTokenizer().token_bytes, model.config.vocab_size))
     return path
 
 

@@ -105,12 +105,14 @@ def new_model(args, family):
 
 def data_config(args):
     """The data's settings; what depends on --data_type filled in."""
+    from ..data.masks import default_mask  # after the flags are judged by themselves
+
     sft = args.data_type == "sft"
     data = settings_of(
         args,
         DataConfig,
         dataload=args.dataload or ("pad" if sft else "get"),
-        loss_mask=args.loss_mask or ("file" if sft else "none"),
+        loss_mask=args.loss_mask or ("file" if sft else default_mask(args.data_file)),
         seed=args.random_seed if args.data_shuffle else None,
     )
     check_data(data)

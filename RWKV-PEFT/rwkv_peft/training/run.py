@@ -3,6 +3,7 @@
 The only place where model, adapters, data and engine meet.
 """
 
+import json
 import logging
 import os
 import signal
@@ -19,11 +20,12 @@ from ..adapters.load import load_tensors
 from ..adapters.methods import NONE, method_of
 from ..config import to_json
 from ..data.batches import TrainBatches
+from ..data.recorded import ENTRY, RUN, recorded_beside, remarks
 from ..data.sources import build_samples, check_config, split_samples
 from ..errors import UserError
 from ..files.adapter_file import DTYPES
 from ..files.adapters import read_adapter
-from ..files.atomic import check_output
+from ..files.atomic import atomic_write, check_output
 from ..files.base import open_base
 from ..memory import keep_freed_memory
 from ..models import family_named
@@ -126,9 +128,14 @@ def find_samples(config):
     """(training samples, validation samples or None)."""
     data, train, vocab_size = config.data, config.train, config.model.vocab_size
     if train.val_split:
-        return split_samples(data, vocab_size, train.val_split)
-    held_out = build_samples(replace(data, path=train.val_data), vocab_size) if train.val_data else None
-    return build_samples(data, vocab_size), held_out
+        samples, held_out = split_samples(data, vocab_size, train.val_split)
+    else:
+        samples, held_out = build_samples(data, vocab_size), None
+    if train.val_data:
+        held_out = build_samples(replace(data, path=train.val_data), vocab_size)
+        samples.notes.append(f"validation on {len(held_out):,} samples of {train.val_data}: {held_out.notes[0]}")
+    samples.notes += remarks(samples.vocabulary, recorded_beside(train.load_model), vocab_size)
+    return samples, held_out
 
 
 def resolve_accelerator(train):
@@ -289,7 +296,9 @@ def fit(config, family, model, trainable, samples, validator, saver, checkpoint,
     first = is_first_process()
     loggers = []
     if first:
-        (folder / "config.json").write_text(to_json(config) + "\n")
+        with atomic_write(folder / RUN) as temporary:
+            record = {} if samples.vocabulary is None else {ENTRY: samples.vocabulary._asdict()}
+            temporary.write_text(json.dumps(json.loads(to_json(config)) | record, sort_keys=True) + "\n")
         loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
         if train.wandb:
             loggers.append(WandbLogger(project=train.wandb, save_dir=folder))

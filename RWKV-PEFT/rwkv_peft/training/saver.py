@@ -61,6 +61,8 @@ def data_identity(config, samples):
     settings = {
         name: value for name, value in asdict(config.data).items() if name not in ("path", "tokenizer", "micro_bsz")
     }
+    if config.data.dataload == "pad":  # the order of whose samples depends on this (data/samples.py)
+        settings["rows_share_batches"] = config.data.micro_bsz > 1
     digest = hashlib.sha256()
     for n in range(0, len(samples), -(-len(samples) // HASHED)):
         digest.update(collate([samples[n]])["tokens"].numpy().tobytes())
