@@ -52,7 +52,7 @@ PARTS = (
     ("hf", ("hf",), ("adapters", "containers")),
     ("plots", ("plots",), ("containers",)),
     ("doctor", ("doctor",), ("models",)),
-    ("training", ("training",), ("bases", "adapter files", "data", "plots")),
+    ("training", ("training",), ("bases", "adapter files", "data", "plots", "merge")),
     ("commands", ("commands", "__main__"), ("base",)),  # it imports a command when that is called, by its name
 )
 

@@ -39,6 +39,7 @@ def parse_run(argv):
     data = data_config(args)
     train = settings_of(args, TrainConfig)
     check_train(train)
+    check_products(train, adapter)
     base = open_base(args.load_model) if args.load_model else None
     if base is None and (adapter.method != NONE or adapter.load):
         raise UserError(
@@ -112,6 +113,18 @@ def check_data(data):
                 f"--{name} belongs to --data_type sft, and the data is {data.data_type}, whose tokens are made "
                 f"already; add --data_type sft, or leave --{name} out"
             )
+
+
+def check_products(train, adapter):
+    """Refuse flags of files that the run would not write."""
+    full = adapter.method == NONE
+    if train.merge_on_save and full:
+        raise UserError("--merge_on_save merges an adapter, and --peft none has none: rwkv.pth is the model already")
+    if train.save_dtype != "keep" and not full and not train.merge_on_save:
+        raise UserError(
+            f"--save_dtype {train.save_dtype} is the dtype of a model's file, and this run writes an adapter; give "
+            "--output_dtype to merge_bone.py, or add --merge_on_save"
+        )
 
 
 def check_train(train):

@@ -29,7 +29,8 @@ from ..memory import keep_freed_memory
 from ..models import family_named
 from .flags import parse_run
 from .gradients import estimate_gradients
-from .saver import ADAPTER, MODEL, Saver, data_identity, find_checkpoint, newest_name, read_run_state
+from .products import ADAPTER, MODEL, newest_name
+from .saver import Saver, data_identity, find_checkpoint, read_run_state
 from .start import start_adapter
 from .validate import Validator
 
@@ -103,7 +104,7 @@ def run(request, say=print):
         checkpoint = None  # its optimizer state belongs to other ranks
     describe(config, family, accelerator, samples, batches.notes, plan, report, state, say)
     folder.mkdir(parents=True, exist_ok=True)
-    saver = Saver(folder, config, plan, identity)
+    saver = Saver(folder, config, plan, identity, base)
     validator = Validator(held_out, config.data.micro_bsz, train, plan, saver) if held_out else None
     return fit(config, family, model, report.trainable, samples, validator, saver, checkpoint, accelerator, say)
 
