@@ -292,7 +292,14 @@ def test_lora_and_pissa_files_of_rwkv_peft_merge(folder):
     merged = run(folder, "--lora_init", folder / "init_p.pth", adapter="p.pth")
     expected = merged_tensors(base_of(base), [("a", Adapter(tensors, metadata))])
     assert all(torch.equal(merged[key], expected[key]) for key in base)
-    torch.save(dict(list(load_flat(folder / "init_p.pth").items())[:-1]), folder / "short.pth")
+    initial = load_flat(folder / "init_p.pth")
+    assert all(key.startswith("model.blocks.") for key in initial)  # as RWKV-PEFT writes it since 2025-02
+    torch.save({key.removeprefix("model."): tensor for key, tensor in initial.items()}, folder / "earlier.pth")
+    merged = run(folder, "--type", "pissa", "--lora_init", folder / "earlier.pth", adapter="p.pth", output="e.pth")
+    assert all(torch.equal(merged[key], expected[key]) for key in base)
+    with pytest.raises(UserError, match="--type bone contradicts .*p.pth, which holds a pissa adapter"):
+        run(folder, "--type", "bone", "--lora_init", folder / "init_p.pth", adapter="p.pth")
+    torch.save(dict(list(initial.items())[:-1]), folder / "short.pth")
     with pytest.raises(UserError, match="is not the init file"):
         run(folder, "--lora_init", folder / "short.pth", adapter="p.pth")
 

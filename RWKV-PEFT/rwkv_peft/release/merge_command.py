@@ -4,9 +4,11 @@ import os
 import shutil
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
+from ..adapters.methods import METHODS, NONE, forms
 from ..cli import Parser
 from ..config import QUANTIZATIONS
 from ..errors import UserError
@@ -16,7 +18,19 @@ from ..files.base import open_base
 from ..files.pth import stream_tensors
 from ..files.pth_writer import TensorSpec, write_pth
 from ..memory import keep_freed_memory
+from ..models.state import is_time_state
 from .merge import Merge, MergeOptions, check_fingerprints, check_unmerge, dtype_name, quantization_error
+
+# RWKV-PEFT's --type -> what files' metadata call it
+TYPES = MappingProxyType(
+    {
+        "bone": forms("bone"),
+        "disha": forms("bone"),
+        "lora": tuple(name for name, method in METHODS.items() if method.scaled and not method.constants),
+        "pissa": ("pissa",),
+        "state": (NONE,),
+    }
+)
 
 
 def build_parser():
@@ -29,12 +43,19 @@ def build_parser():
     parser.add_argument(
         "--bone_checkpoint",
         "--lora_checkpoint",
+        "--peft_checkpoint",
+        "--state_checkpoint",
         required=True,
         nargs="+",
         metavar="FILE",
         dest="adapters",
         help="adapters in order of application: .safetensors of train.py, flat .pth of RWKV-PEFT "
         "(.bone, .disha, LoRA, PiSSA, time states), or folders of Hugging Face peft",
+    )
+    parser.add_argument(
+        "--type",
+        choices=tuple(TYPES),
+        help="what the adapters are, as RWKV-PEFT's scripts say it; the files tell, and another kind is refused",
     )
     parser.add_argument("--output", metavar="PTH", help="the merged model; required unless --dry_run")
     parser.add_argument("--output_dtype", choices=("keep", "bf16", "fp16", "fp32"), default="keep")
@@ -72,6 +93,7 @@ def main(argv):
         raise UserError(f"--scale {args.scale}: a finite number other than 0 is due")
     base = open_base(args.base_model)
     adapters = [(path, source_of(args, path).read(base.tensors)) for path in args.adapters]
+    check_type(args.type, adapters)
     options = MergeOptions(args.scale, output_dtype(args.output_dtype), args.quant, args.unmerge, args.device)
     merge = Merge(base, adapters, options)
     if not args.any_base:
@@ -96,6 +118,16 @@ def main(argv):
         read_back(args.output, merge, args.base_model)
     print(f"wrote {args.output}: {len(merge.specs)} tensors, {os.path.getsize(args.output):,} bytes")
     return 0
+
+
+def check_type(told, adapters):
+    """Refuse a --type that is not what the (path, Adapter) pairs hold."""
+    for path, adapter in adapters:
+        variant = adapter.metadata.variant
+        if told and variant not in TYPES[told]:
+            is_state = any(is_time_state(key) for key in adapter.tensors)
+            kind = "time states" if is_state else "whole tensors" if variant == NONE else f"a {variant} adapter"
+            raise UserError(f"--type {told} contradicts {path}, which holds {kind}; leave --type out")
 
 
 def output_dtype(name):
