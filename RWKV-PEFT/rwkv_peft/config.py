@@ -165,7 +165,11 @@ class DataConfig:
         unset=True,
     )
     mask_id: tuple[int, ...] = setting(
-        (), "token ids that open an answer, for --loss_mask qa and se", type=count, nargs="+", metavar="ID"
+        (),
+        "token ids that open an answer, for --loss_mask qa and se; or RWKV-PEFT's JSON of two texts, mask1, which "
+        "opens what counts, and mask0, which closes it",
+        nargs="+",
+        metavar="ID",
     )
     mask_end_id: tuple[int, ...] = setting(
         (), "token ids that close it (se), or open the next question (qa)", type=count, nargs="+", metavar="ID"
@@ -245,7 +249,9 @@ class TrainConfig:
         group="run",
         action="store_true",
     )
-    random_seed: int = setting(42, "seed of initialization, dropout and data order", group="run", type=seed)
+    random_seed: int = setting(
+        42, "seed of initialization, dropout and data order; -1: one that is drawn and told", group="run", type=seed
+    )
     wandb: str = setting("", "also log to this Weights & Biases project", group="run", metavar="PROJECT")
     lr_init: float = setting(2e-5, "learning rate after warm-up", group="optimizer", type=not_negative)
     lr_final: float = setting(2e-5, "learning rate at the end", group="optimizer", type=not_negative)

@@ -18,16 +18,19 @@ from ..files.base import Base, open_base
 from ..models import family_named
 from ..models.state import is_time_state
 from .adapter_flags import adapter_config
+from .markers import markers_of
 from .parser import DIMENSIONS, build_parser, settings_of
+from .seed import DRAWN, draw_seed
 
 
 class Request(NamedTuple):
-    """What a command line asks for: config; base, the model that it starts from, or None for a new one; and layers, the
-    names of the modules that get an adapter."""
+    """What a command line asks for: config; base, the model that it starts from, or None for a new one; layers, the
+    names of the modules that get an adapter; drew, whether the seed was drawn."""
 
     config: RunConfig
     base: Base | None
     layers: tuple[str, ...]
+    drew: bool = False
 
 
 def parse_run(argv):
@@ -35,6 +38,9 @@ def parse_run(argv):
     args = build_parser().parse_args(argv)
     if args.train_type == "finetune" and args.peft != NONE:
         raise UserError(f"--train_type finetune trains the model itself, and --peft is {args.peft}; add --peft none")
+    drew = args.random_seed == DRAWN
+    if drew:
+        args.random_seed = draw_seed(args)
     adapter = adapter_config(args)
     data = data_config(args)
     train = settings_of(args, TrainConfig)
@@ -50,7 +56,7 @@ def parse_run(argv):
     model = new_model(args, family) if base is None else check_base(args, base)
     adapter = replace(adapter, targets=targets_of(adapter.targets, family))
     layers = check_adapter(adapter, {} if base is None else base.linear_shapes, family.parts)
-    return Request(RunConfig(model, adapter, data, train), base, layers)
+    return Request(RunConfig(model, adapter, data, train), base, layers, drew)
 
 
 def targets_of(targets, family):
@@ -93,6 +99,7 @@ def data_config(args):
         dataload=args.dataload or ("pad" if sft else "get"),
         loss_mask=args.loss_mask or ("file" if sft else "none"),
         seed=args.random_seed if args.data_shuffle else None,
+        **markers_of(args),
     )
     check_data(data)
     return data

@@ -29,8 +29,10 @@ from ..memory import keep_freed_memory
 from ..models import family_named
 from .flags import parse_run
 from .gradients import estimate_gradients
+from .header import describe
 from .products import ADAPTER, MODEL, newest_name
 from .saver import Saver, data_identity, find_checkpoint, read_run_state
+from .seed import share_seed
 from .start import start_adapter
 from .validate import Validator
 
@@ -54,7 +56,10 @@ class Plan:
 def main(argv):
     """train.py: returns the exit code."""
     try:
-        return run(parse_run(argv), say=print if is_first_process() else lambda *_, **__: None)
+        request = parse_run(argv)
+        if request.drew:
+            share_seed(request.config.train.random_seed)
+        return run(request, say=print if is_first_process() else lambda *_, **__: None)
     except KeyboardInterrupt:
         print("interrupted; what was saved before is intact", file=sys.stderr)
         return 130
@@ -195,45 +200,6 @@ def adapt(model, adapter, layers, family, base, batches, checkpoint=None):
     if loaded:
         load_tensors(model, loaded.tensors, str(checkpoint or adapter.load))
     return report
-
-
-def describe(config, family, accelerator, samples, notes, plan, report, state, say):
-    """What is about to happen, in a few lines."""
-    model, train, data, adapter = config.model, config.train, config.data, config.adapter
-    say(
-        f"model     {family.name}, {model.n_layer} layers, {model.n_embd} channels, {model.n_head} heads of "
-        f"{model.head_size}, "
-        f"vocabulary {model.vocab_size}" + (f", from {train.load_model}" if train.load_model else ", new")
-    )
-    say(f"training  {describe_adapter(adapter)}: {report}")
-    kernel = "cuda" if accelerator == "gpu" else "cpu"
-    reason = family.kernels()[kernel]
-    say(
-        f"machine   {train.num_nodes} x {train.devices} {accelerator}, {train.strategy}, {train.precision}, "
-        f"{family.kernel} kernel: {kernel if reason is None else f'reference, which is slow ({reason})'}"
-    )
-    say(f"data      {data.path}: {len(samples):,} samples of up to {data.ctx_len} tokens")
-    for note in notes:
-        say(f"          {note}")
-    say(
-        f"steps     {plan.total_steps:,} ({train.epoch_count} epochs of {plan.epoch_steps:,}), {plan.step_samples} "
-        "samples each" + (f"; resuming at step {plan.first_step:,}" if state else "")
-    )
-    say(f"output    {train.proj_dir}")
-
-
-def describe_adapter(adapter):
-    """What trains, in a few words."""
-    words, method = ["full model"], method_of(adapter)
-    if method is not None:
-        words = [method.label, f"rank {adapter.rank}"]
-    elif adapter.train_parts:
-        words = ["parts of the model"]
-    if adapter.quant != "none":
-        words.append(f"--quant {adapter.quant}")
-    if adapter.train_parts:
-        words.append(f"--train_parts {' '.join(adapter.train_parts)}")
-    return ", ".join(words)
 
 
 def quiet():
