@@ -47,7 +47,7 @@ PARTS = (
     ("data", ("data",), ("base",)),
     ("merge", ("release",), ("bases", "adapter files")),
     ("convert", ("release/convert", "release/formats", "release/gguf"), ("bases", "adapter files", "data")),
-    ("check", ("release/check", "release/verify", "release/logits", "release/runtimes"), ("convert",)),
+    ("check", ("release/check", "release/verify", "release/logits", "release/runtimes"), ("convert", "merge")),
     ("generate", ("generate",), ("merge", "data")),
     ("hf", ("hf",), ("adapters", "containers")),
     ("plots", ("plots",), ("containers",)),
