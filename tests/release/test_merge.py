@@ -24,6 +24,7 @@ from rwkv_peft.files.rwkv_peft_file import write_rwkv_peft
 from rwkv_peft.models.rwkv6.model import RWKV6
 from rwkv_peft.release import merge_command as merge_cli
 from rwkv_peft.release.merge import Merge, MergeOptions, merged_tensors
+from rwkv_peft.training.run import main as train
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = tuple(name for name in METHODS if is_saved(name))
@@ -302,6 +303,25 @@ def test_lora_and_pissa_files_of_rwkv_peft_merge(folder):
     torch.save(dict(list(initial.items())[:-1]), folder / "short.pth")
     with pytest.raises(UserError, match="is not the init file"):
         run(folder, "--lora_init", folder / "short.pth", adapter="p.pth")
+
+
+def test_the_folder_of_a_run_stands_for_its_adapter(folder):
+    adapter = adapter_of("bat-in", open_base(folder / "base.pth").tensors)
+    save_adapter(folder / "run" / "adapter.safetensors", *adapter)
+    save_adapter(folder / "a.safetensors", *adapter)
+    expected = run(folder)
+    for _ in range(2):  # what an earlier merge wrote into the folder is no input
+        merged = run(folder, adapter="run", output="run/merged.pth")
+        assert all(torch.equal(merged[key], expected[key]) for key in expected)
+    save_model(folder / "full" / "rwkv.pth", expected)
+    with pytest.raises(UserError, match="full/rwkv.pth is its model, nothing merges"):
+        run(folder, adapter="full")
+
+
+def test_an_adapter_that_is_given_as_the_base_is_told(folder):
+    save_adapter(folder / "a.safetensors", *adapter_of("bat-in", open_base(folder / "base.pth").tensors))
+    with pytest.raises(UserError, match="a.safetensors is an adapter, not a base model; give it as --bone_load"):
+        train(["--load_model", str(folder / "a.safetensors"), "--data_file", "data"])
 
 
 @pytest.mark.parametrize("odd", [torch.ones(2, 64), torch.ones(64), torch.tensor(1.0)])

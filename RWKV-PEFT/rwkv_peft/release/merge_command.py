@@ -12,7 +12,7 @@ from ..adapters.methods import METHODS, NONE, forms
 from ..cli import Parser
 from ..config import QUANTIZATIONS
 from ..errors import UserError
-from ..files.adapters import add_source_flags, source_of
+from ..files.adapters import adapter_of_run, add_source_flags, source_of
 from ..files.atomic import atomic_write, check_output, same_file
 from ..files.base import open_base
 from ..files.pth import stream_tensors
@@ -49,8 +49,8 @@ def build_parser():
         nargs="+",
         metavar="FILE",
         dest="adapters",
-        help="adapters in order of application: .safetensors of train.py, flat .pth of RWKV-PEFT "
-        "(.bone, .disha, LoRA, PiSSA, time states), or folders of Hugging Face peft",
+        help="adapters in order of application: .safetensors of train.py, or the folder of its run, flat .pth of "
+        "RWKV-PEFT (.bone, .disha, LoRA, PiSSA, time states), or folders of Hugging Face peft",
     )
     parser.add_argument(
         "--type",
@@ -86,6 +86,7 @@ def build_parser():
 def main(argv):
     """argv -> exit code 0. Raises UserError for whatever cannot be merged, before the output is touched."""
     args = build_parser().parse_args(argv)
+    args.adapters = [str(adapter_of_run(path)) for path in args.adapters]
     check_files(args)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this torch sees no CUDA device; leave --device out to merge on the CPU")

@@ -14,14 +14,14 @@ from tqdm import tqdm
 
 from ..adapters.methods import NONE
 from ..errors import UserError
-from ..files.adapter_file import DTYPES, Adapter, AdapterMetadata, save_adapter
+from ..files.adapter_file import ADAPTER, DTYPES, MODEL, Adapter, AdapterMetadata, save_adapter
 from ..files.atomic import atomic_write
 from ..files.pth import all_finite, stream_tensors
 from ..files.pth_writer import TensorSpec, write_pth
 from ..models import family_named
 from ..release.merge import Merge, MergeOptions
 
-ADAPTER, MODEL, MERGED = "adapter.safetensors", "rwkv.pth", "merged.pth"  # the newest of them
+MERGED = "merged.pth"  # the newest of them
 
 
 def newest_name(method):

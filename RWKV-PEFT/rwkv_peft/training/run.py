@@ -21,7 +21,7 @@ from ..config import to_json
 from ..data.batches import TrainBatches
 from ..data.sources import build_samples, split_samples
 from ..errors import UserError
-from ..files.adapter_file import DTYPES
+from ..files.adapter_file import ADAPTER, DTYPES, MODEL
 from ..files.adapters import read_adapter
 from ..files.atomic import check_output
 from ..files.base import open_base
@@ -30,7 +30,7 @@ from ..models import family_named
 from .flags import parse_run
 from .gradients import estimate_gradients
 from .header import describe
-from .products import ADAPTER, MODEL, newest_name
+from .products import newest_name
 from .saver import Saver, data_identity, find_checkpoint, read_run_state
 from .seed import share_seed
 from .start import start_adapter
