@@ -40,9 +40,32 @@ case "$DATA_FILE" in
 *) data="$DATA_FILE" ;;
 esac
 
+# What the flags say of the adapter stands for what is chosen here.
+method=bone json=false previous=
+for argument in "$@"; do
+    case "$previous" in
+    --peft) method="$argument" ;;
+    --bone_mode) mode="$argument" ;;
+    --bone_r) rank="$argument" ;;
+    esac
+    case "$argument" in
+    --peft=*) method="${argument#*=}" ;;
+    --bone_mode=*) mode="${argument#*=}" ;;
+    --bone_r=*) rank="${argument#*=}" ;;
+    --bone_config* | --disha_config* | --peft_config*) json=true ;;
+    esac
+    previous="$argument"
+done
+case "$method $json" in
+"bone false" | "disha false")
+    what="Bone $mode, rank $rank"
+    set -- --bone_mode "$mode" --bone_r "$rank" "$@"
+    ;;
+*) what="--peft $method" ;;
+esac
+
 train() {
-    "$python" "$root/train.py" --load_model "$base" --data_file "$data" --proj_dir "$out" --peft bone \
-        --bone_config "{\"bone_mode\":\"$mode\",\"bone_load\":\"\",\"bone_r\":$rank}" \
+    "$python" "$root/train.py" --load_model "$base" --data_file "$data" --proj_dir "$out" \
         --accelerator "${ACCELERATOR:-auto}" --devices "${DEVICES:-1}" --num_nodes "${NUM_NODES:-1}" \
         --strategy "${STRATEGY:-deepspeed_stage_1}" --precision "${PRECISION:-bf16}" "$@"
 }
@@ -78,10 +101,14 @@ case "$DATA_FILE" in
     ;;
 esac
 
-step "2. train: Bone $mode, rank $rank"
+step "2. train: $what"
 train "$@"
 
 [ "${NODE_RANK:-0}" = 0 ] || exit 0
+if [ "$method" = none ]; then
+    step "done: the model is $out/rwkv.pth"
+    exit 0
+fi
 
 step "3. merge: base + adapter -> $out/merged.pth"
 "$python" "$root/merge_bone.py" --base_model "$base" --bone_checkpoint "$out/adapter.safetensors" \

@@ -52,12 +52,12 @@ PARTS = (
         ("release/convert", "release/formats", "release/gguf", "release/vocabulary"),
         ("bases", "adapter files", "data"),
     ),
-    ("check", ("release/check", "release/verify", "release/logits", "release/runtimes"), ("convert",)),
+    ("check", ("release/check", "release/verify", "release/logits", "release/runtimes"), ("convert", "merge")),
     ("generate", ("generate",), ("merge", "data")),
     ("hf", ("hf",), ("adapters", "containers")),
     ("plots", ("plots",), ("containers",)),
     ("doctor", ("doctor",), ("models",)),
-    ("training", ("training",), ("bases", "adapter files", "data", "plots")),
+    ("training", ("training",), ("bases", "adapter files", "data", "plots", "merge")),
     ("commands", ("commands", "__main__"), ("flags",)),  # it imports a command when that is called, by its name
 )
 

@@ -5,7 +5,8 @@ import argparse
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 from .errors import UserError
@@ -22,19 +23,26 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags are never abbreviated; an unknown one is refused with the nearest that exists."""
+    """Flags are never abbreviated; an unknown one is refused with the one of its meaning, {flag: what is given here} of
+    synonyms, or else with the nearest that exists."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, synonyms: Mapping[str, str] | None = None, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
+        self.synonyms = synonyms or {}
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        args = list(sys.argv[1:] if args is None else args)
+        known = [option for action in self._actions for option in action.option_strings]
+        for flag in (argument.split("=")[0] for argument in args):
+            meant = self.synonyms.get("--" + flag[2:].replace("-", "_")) if flag.startswith("--") else None
+            if meant and flag not in known:
+                raise UserError(f"there is no {flag} here; it is {meant}")
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].split("=")[0]
-            known = [option for action in self._actions for option in action.option_strings]
             near = difflib.get_close_matches(flag, known, 1)
             raise UserError(
                 f"there is no {flag}" + (f"; did you mean {near[0]}?" if near else f"; see {self.prog} --help")

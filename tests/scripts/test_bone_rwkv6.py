@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from rwkv_peft.training.flags import parse_run
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -84,7 +86,7 @@ def test_a_failing_step_ends_the_script(tmp_path):
     "flags, message",
     [
         (["--lr_init", "x"], "--lr_init: 'x' is not a number"),
-        (["--bone_mode", "bat-out"], "give one of them"),
+        (["--bone_mode", "bat", "--bone_r", "0"], "--bone_r"),
         (["--dataload", "only"], "--micro_bsz 8"),
         (["--devices", "99", "--accelerator", "gpu"], "--devices 99"),
     ],
@@ -104,6 +106,34 @@ def test_a_folder_that_holds_a_run_is_told_before_the_demo_begins(tmp_path):
 def test_help_is_the_scripts_own():
     done = script({}, "--help")
     assert done.returncode == 0 and done.stdout.startswith("Trains Bone") and "LOAD_MODEL=base.pth" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("", {"method": "bone", "mode": "bat-in", "rank": 32}),
+        ("--bone_r 16 --bone_mode=bone", {"mode": "bone", "rank": 16}),
+        ("--peft lora", {"method": "lora", "rank": 64}),
+        ('--peft lora --lora_config {"lora_r":8}', {"method": "lora", "rank": 8}),
+        ('--bone_config {"bone_mode":"bat-out","bone_r":8}', {"mode": "bat-out", "rank": 8}),
+        ("--peft=none", {"method": "none"}),
+    ],
+)
+def test_a_users_flags_say_what_trains(tmp_path, tiny_state, flags, expected):
+    torch.save(tiny_state(), tmp_path / "base.pth")
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "bone_rwkv6.sh", tmp_path / "scripts")
+    stand_in = tmp_path / "python"
+    stand_in.write_text('#!/bin/sh\ncase "$1" in *train.py) printf "%s\\n" "$@" > "$(dirname "$0")/told" ;; esac\n')
+    stand_in.chmod(0o755)
+    (tmp_path / "scripts" / "setup.sh").write_text(f"root={tmp_path} python={stand_in}\n")
+    base, out = str(tmp_path / "base.pth"), str(tmp_path / "out")
+    variables = {"LOAD_MODEL": base, "DATA_FILE": "data", "PROJ_DIR": out, "BONE_R": "32"}
+    done = script(variables, *flags.split(), root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    adapter = parse_run((tmp_path / "told").read_text().splitlines()[1:]).config.adapter
+    assert {name: getattr(adapter, name) for name in expected} == expected
+    assert ("rwkv.pth" in done.stdout) == (adapter.method == "none")
 
 
 @pytest.mark.parametrize("flags", [[], ["--lr_init", "1e-3", "--resume"]])

@@ -23,6 +23,7 @@ from .atomic import atomic_write
 from .pth_writer import TensorSpec
 from .safetensors_file import read_safetensors, write_safetensors
 
+ADAPTER, MODEL = "adapter.safetensors", "rwkv.pth"  # the newest trained tensors in the folder of a run
 FORMAT_VERSION = 1
 METADATA_KEY = "rwkv_peft"  # the entry of the safetensors header that holds AdapterMetadata as JSON
 DTYPES = (("bf16", torch.bfloat16), ("fp32", torch.float32))  # by --precision, in which a run keeps its base

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from .adapter_file import Adapter, read_own
+from .adapter_file import ADAPTER, MODEL, Adapter, read_own
 from .peft_folder import read_hf_folder
 from .rwkv_peft_file import read_rwkv_peft
 
@@ -32,7 +32,7 @@ class AdapterSource:
         later format or no adapter; a form that contradicts mode or cannot be told; init or alpha beside a file that
         says otherwise; a tensor with NaN or Inf.
         """
-        path = Path(self.path)
+        path = adapter_of_run(self.path)
         if path.is_dir():
             adapter = read_hf_folder(path)
         elif path.suffix == ".safetensors":
@@ -69,6 +69,19 @@ class AdapterSource:
                 f"--lora_alpha {alpha:g} contradicts {path}, which was trained with "
                 f"{metadata.alpha:g} (scale {metadata.scale:g}, rank {metadata.rank}); leave it out"
             )
+
+
+def adapter_of_run(path: str | Path) -> Path:
+    """The adapter in the folder of a run of train.py; any other path, folders of Hugging Face peft among them, as it
+    is. Raises UserError for a run that trained the model itself."""
+    path = Path(path)
+    if not path.is_dir() or (path / "adapter_config.json").exists():
+        return path
+    if (path / ADAPTER).exists():
+        return path / ADAPTER
+    if (path / MODEL).exists():
+        raise UserError(f"{path} is the folder of a run with --peft none; {path / MODEL} is its model, nothing merges")
+    return path
 
 
 def read_adapter(path: str | Path, base: Mapping[str, torch.Tensor] | None = None, **told: Any) -> Adapter:

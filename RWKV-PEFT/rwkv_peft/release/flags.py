@@ -10,6 +10,7 @@ from ..files.source_flags import add_source_flags
 from ..names import GGUF_TYPES
 
 DTYPES = ("keep", "bf16", "fp16", "fp32")
+ADAPTER_TYPES = ("bone", "disha", "lora", "pissa", "state")  # RWKV-PEFT's words
 
 
 def merge_flags(argv: list[str]) -> argparse.Namespace:
@@ -22,12 +23,19 @@ def merge_flags(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--bone_checkpoint",
         "--lora_checkpoint",
+        "--peft_checkpoint",
+        "--state_checkpoint",
         required=True,
         nargs="+",
         metavar="FILE",
         dest="adapters",
-        help="adapters in order of application: .safetensors of train.py, flat .pth of RWKV-PEFT "
-        "(.bone, .disha, LoRA, PiSSA, time states), or folders of Hugging Face peft",
+        help="adapters in order of application: .safetensors of train.py, or the folder of its run, flat .pth of "
+        "RWKV-PEFT (.bone, .disha, LoRA, PiSSA, time states), or folders of Hugging Face peft",
+    )
+    parser.add_argument(
+        "--type",
+        choices=ADAPTER_TYPES,
+        help="what the adapters are, as RWKV-PEFT's scripts say it; the files tell, and another kind is refused",
     )
     parser.add_argument("--output", metavar="PTH", help="the merged model; required unless --dry_run")
     parser.add_argument("--output_dtype", choices=DTYPES, default="keep")
@@ -61,7 +69,15 @@ def merge_flags(argv: list[str]) -> argparse.Namespace:
 def check_flags(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="rwkv-peft check", description="Compare a merged model with base plus adapter.")
     parser.add_argument("--base_model", required=True, metavar="PTH", help="the base of the merge")
-    parser.add_argument("--bone_checkpoint", required=True, metavar="FILE", help="the adapter")
+    parser.add_argument(
+        "--bone_checkpoint",
+        "--lora_checkpoint",
+        "--peft_checkpoint",
+        "--state_checkpoint",
+        required=True,
+        metavar="FILE",
+        help="the adapter, or the folder of the run",
+    )
     add_source_flags(parser)
     parser.add_argument("--merged", required=True, metavar="PTH", help="what the merge wrote")
     parser.add_argument("--tokens", type=int, default=64, help="length of the random token sequence (default 64)")

@@ -6,16 +6,20 @@ import shutil
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
+from ..adapters.methods import METHODS, NONE, forms
 from ..errors import UserError
-from ..files.adapters import source_of
+from ..files.adapter_file import Adapter
+from ..files.adapters import adapter_of_run, source_of
 from ..files.atomic import atomic_write, check_output, same_file
 from ..files.base import Base, open_base
 from ..files.pth import stream_tensors
 from ..files.pth_writer import TensorSpec, write_pth
 from ..memory import keep_freed_memory
+from ..models.state import is_time_state
 from .flags import merge_flags
 from .merge import (
     Adapters,
@@ -28,15 +32,28 @@ from .merge import (
     quantization_error,
 )
 
+# RWKV-PEFT's --type -> what files' metadata call it
+TYPES = MappingProxyType(
+    {
+        "bone": forms("bone"),
+        "disha": forms("bone"),
+        "lora": tuple(name for name, method in METHODS.items() if method.scaled and not method.constants),
+        "pissa": ("pissa",),
+        "state": (NONE,),
+    }
+)
+
 
 def main(argv: list[str]) -> int:
     """argv -> exit code 0. Raises UserError for whatever cannot be merged, before the output is touched."""
     args = merge_flags(argv)
+    args.adapters = [str(adapter_of_run(path)) for path in args.adapters]
     check_files(args)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this torch sees no CUDA device; leave --device out to merge on the CPU")
     base = open_base(args.base_model)
     adapters = [(path, source_of(args, path).read(base.tensors)) for path in args.adapters]
+    check_type(args.type, adapters)
     options = MergeOptions(args.scale, output_dtype(args.output_dtype), args.quant, args.unmerge, args.device)
     merge = Merge(base, adapters, options)
     if not args.any_base:
@@ -61,6 +78,16 @@ def main(argv: list[str]) -> int:
         read_back(args.output, merge, args.base_model)
     print(f"wrote {args.output}: {len(merge.specs)} tensors, {os.path.getsize(args.output):,} bytes")
     return 0
+
+
+def check_type(told: str | None, adapters: Sequence[tuple[str, Adapter]]) -> None:
+    """Refuse a --type that is not what the (path, Adapter) pairs hold."""
+    for path, adapter in adapters:
+        variant = adapter.metadata.variant
+        if told and variant not in TYPES[told]:
+            is_state = any(is_time_state(key) for key in adapter.tensors)
+            kind = "time states" if is_state else "whole tensors" if variant == NONE else f"a {variant} adapter"
+            raise UserError(f"--type {told} contradicts {path}, which holds {kind}; leave --type out")
 
 
 def output_dtype(name: str) -> torch.dtype | None:

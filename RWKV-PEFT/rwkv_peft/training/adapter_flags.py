@@ -8,7 +8,7 @@ from dataclasses import fields
 from ..cli import alias, names
 from ..config import MODE_ALIASES, AdapterConfig
 from ..errors import UserError
-from ..names import MINIS, NONE, forms, words_with
+from ..names import CHOICES, MINIS, NONE, forms, words_with
 
 # key of the JSON forms -> AdapterConfig field
 LORA_KEYS = (
@@ -38,6 +38,8 @@ JSON_FLAGS = (
     ("lora_config", "lora_config", LORA_KEYS, '{"lora_load":"","lora_r":64,"lora_alpha":128,"lora_dropout":0}'),
     ("pissa_config", "pissa_config", PISSA_KEYS, '{"pissa_load":"","pissa_init":"","pissa_r":64,"svd_niter":4}'),
 )
+# --peft_config takes the keys of the method that --peft names, most of which are Hugging Face peft's, and its rank as r
+PEFT_FLAG = "peft_config"
 # the single flags that one word of --peft alone has
 SINGLE_FLAGS = (
     ("bone_mode", "bone"),
@@ -57,6 +59,20 @@ def add_json_flags(parser):
             metavar="JSON",
             help=f"settings of {', '.join(words_with(json_flag))} as one JSON value: {example}",
         )
+    parser.add_argument(
+        f"--{PEFT_FLAG}",
+        default=None,
+        metavar="JSON",
+        help='settings of any --peft under their names above, the rank also as r: {"r":8,"lora_alpha":32}',
+    )
+
+
+def json_flags(peft):
+    """(flag, the words of --peft that take it, its keys) of each flag with a JSON value."""
+    for flag, json_flag, keys, _ in JSON_FLAGS:
+        yield flag, words_with(json_flag), keys
+    own = [pair for _, json_flag, keys, _ in JSON_FLAGS for pair in keys if peft in words_with(json_flag)]
+    yield PEFT_FLAG, tuple(word for word in CHOICES if word != NONE), tuple(dict([*own, ("r", "rank")]).items())
 
 
 def adapter_config(args):
@@ -77,13 +93,12 @@ def adapter_config(args):
     for flag, word in SINGLE_FLAGS:
         if getattr(args, flag) is not None and args.peft != word:
             raise UserError(f"--{flag} belongs to --peft {word}, and --peft is {args.peft}")
-    for flag, json_flag, keys, _ in JSON_FLAGS:
+    for flag, words, keys in json_flags(args.peft):
         text = getattr(args, flag)
         if text is None:
             continue
-        if args.peft not in words_with(json_flag):
-            words = " or ".join(words_with(json_flag))
-            raise UserError(f"--{flag} belongs to --peft {words}, and --peft is {args.peft}")
+        if args.peft not in words:
+            raise UserError(f"--{flag} belongs to --peft {' or '.join(words)}, and --peft is {args.peft}")
         for key, value in parse_json_flag(flag, text, keys).items():
             if value == "" and given.get(key):
                 continue  # scripts write "bone_load":"" where they name none

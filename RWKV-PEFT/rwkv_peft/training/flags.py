@@ -15,7 +15,9 @@ from ..config import AdapterConfig, DataConfig, RunConfig, TrainConfig
 from ..errors import UserError
 from ..names import NONE
 from .adapter_flags import adapter_config
+from .markers import markers_of
 from .parser import DIMENSIONS, build_parser, settings_of
+from .seed import DRAWN, draw_seed
 
 if TYPE_CHECKING:
     from ..files.base import Base
@@ -23,21 +25,24 @@ if TYPE_CHECKING:
 
 class Request(NamedTuple):
     """What a command line asks for: config; base, the model that it starts from, or None for a new one; layers, the
-    names of the modules that get an adapter; and whether nothing but the flags is to be checked."""
+    names of the modules that get an adapter; drew, whether the seed was drawn; check_flags, whether nothing but the
+    flags is to be checked."""
 
     config: RunConfig
     base: "Base | None"
     layers: tuple[str, ...]
+    drew: bool = False
     check_flags: bool = False
 
 
 class Flags(NamedTuple):
-    """What the flags say by themselves: as parsed, and as settings."""
+    """What the flags say by themselves: as parsed, and as settings; drew as in Request."""
 
     args: Namespace
     adapter: AdapterConfig
     data: DataConfig
     train: TrainConfig
+    drew: bool
 
 
 def parse_flags(argv):
@@ -45,14 +50,18 @@ def parse_flags(argv):
     args = build_parser().parse_args(argv)
     if args.train_type == "finetune" and args.peft != NONE:
         raise UserError(f"--train_type finetune trains the model itself, and --peft is {args.peft}; add --peft none")
-    flags = Flags(args, adapter_config(args), data_config(args), settings_of(args, TrainConfig))
+    drew = args.random_seed == DRAWN
+    if drew:
+        args.random_seed = draw_seed(args)
+    flags = Flags(args, adapter_config(args), data_config(args), settings_of(args, TrainConfig), drew)
     check_train(flags.train)
+    check_products(flags.train, flags.adapter)
     return flags
 
 
 def parse_run(argv):
     """argv -> Request. Raises UserError for whatever cannot work together."""
-    args, adapter, data, train = parse_flags(argv)
+    args, adapter, data, train, drew = parse_flags(argv)
     if not args.load_model and (adapter.method != NONE or adapter.load):
         raise UserError(
             f"--peft {args.peft} adapts a base model and none is given; "
@@ -67,7 +76,7 @@ def parse_run(argv):
     model = new_model(args, family) if base is None else check_base(args, base)
     adapter = replace(adapter, targets=targets_of(adapter.targets, family))
     layers = check_adapter(adapter, {} if base is None else base.linear_shapes, family.parts)
-    return Request(RunConfig(model, adapter, data, train), base, layers, args.check_flags)
+    return Request(RunConfig(model, adapter, data, train), base, layers, drew, args.check_flags)
 
 
 def targets_of(targets, family):
@@ -114,6 +123,7 @@ def data_config(args):
         dataload=args.dataload or ("pad" if sft else "get"),
         loss_mask=args.loss_mask or ("file" if sft else default_mask(args.data_file)),
         seed=args.random_seed if args.data_shuffle else None,
+        **markers_of(args),
     )
     check_data(data)
     return data
@@ -134,6 +144,18 @@ def check_data(data):
                 f"--{name} belongs to --data_type sft, and the data is {data.data_type}, whose tokens are made "
                 f"already; add --data_type sft, or leave --{name} out"
             )
+
+
+def check_products(train, adapter):
+    """Refuse flags of files that the run would not write."""
+    full = adapter.method == NONE
+    if train.merge_on_save and full:
+        raise UserError("--merge_on_save merges an adapter, and --peft none has none: rwkv.pth is the model already")
+    if train.save_dtype != "keep" and not full and not train.merge_on_save:
+        raise UserError(
+            f"--save_dtype {train.save_dtype} is the dtype of a model's file, and this run writes an adapter; give "
+            "--output_dtype to merge_bone.py, or add --merge_on_save"
+        )
 
 
 def check_train(train):

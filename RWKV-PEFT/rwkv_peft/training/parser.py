@@ -3,6 +3,7 @@
 python -m rwkv_peft.training.parser > docs/train_flags.md
 """
 
+import argparse
 from dataclasses import fields
 
 from ..cli import HelpFormatter, Parser, count, positive, switch
@@ -10,8 +11,11 @@ from ..config import AdapterConfig, DataConfig, TrainConfig
 from ..names import CHOICES, DATALOADS, GENERATIONS, LOSS_MASKS, SCHEDULES
 from .adapter_flags import add_json_flags
 from .legacy import add_legacy_flags
+from .markers import marker
+from .synonyms import SYNONYMS
 
 CHOICES_OF = (("peft", CHOICES), ("dataload", DATALOADS), ("loss_mask", LOSS_MASKS), ("lr_schedule", SCHEDULES))
+TYPES = (("mask_id", marker),)  # that need more than the settings know
 DIMENSIONS = (
     ("n_layer", "blocks"),
     ("n_embd", "channels"),
@@ -20,6 +24,7 @@ DIMENSIONS = (
     ("dim_ffn", "feed-forward channels (new model: 3.5 n_embd, down to a multiple of 32)"),
     ("head_size", "head size (new model: 64)"),
 )
+OTHER_VERSIONS = (("x070", "RWKV-7"), ("x052", "RWKV-5"), ("x051", "RWKV-5"))
 HEAD = """# Flags of train.py
 
 Made by `python -m rwkv_peft.training.parser` of the settings in `rwkv_peft/config.py`; `python train.py --help` shows
@@ -40,6 +45,7 @@ def build_parser():
         prog="train.py",
         usage="train.py --load_model PTH --data_file PREFIX [flags]",
         formatter_class=HelpFormatter,
+        synonyms=SYNONYMS,
         description=f"Train an {names} model, or a Bone adapter on one, on CPU or GPU under DeepSpeed ZeRO.",
     )
     model = parser.add_argument_group("model")
@@ -48,6 +54,7 @@ def build_parser():
         "--model_version",
         "--my_testing",
         "--rwkv_version",
+        type=version,
         default=versions[0],
         choices=versions,
         help="architecture of a new model; that of a base is in its file",
@@ -82,6 +89,15 @@ def build_parser():
     return parser
 
 
+def version(text):
+    """A --model_version; generations that are not here are told by their names."""
+    other = dict(OTHER_VERSIONS).get(text)
+    if other is not None:
+        known = " or ".join(f"{known} ({name})" for name, known in GENERATIONS)
+        raise argparse.ArgumentTypeError(f"{text} is {other}, which is not supported yet; there is {known}")
+    return text
+
+
 def add_settings(parser, config, group=""):
     """Add the flags of a settings dataclass, those of one group, to a parser."""
     for field in fields(config):
@@ -89,6 +105,8 @@ def add_settings(parser, config, group=""):
         if flag is None or field.metadata["group"] != group:
             continue
         options = dict(field.metadata["options"])
+        if flag in dict(TYPES):
+            options["type"] = dict(TYPES)[flag]
         if flag in dict(CHOICES_OF):
             options["choices"] = dict(CHOICES_OF)[flag]
         if "required" not in options:

@@ -23,7 +23,7 @@ from ..data.batches import TrainBatches
 from ..data.recorded import ENTRY, RUN, recorded_beside, remarks
 from ..data.sources import build_samples, check_config, split_samples
 from ..errors import UserError
-from ..files.adapter_file import DTYPES
+from ..files.adapter_file import ADAPTER, DTYPES, MODEL
 from ..files.adapters import read_adapter
 from ..files.atomic import atomic_write, check_output
 from ..files.base import open_base
@@ -31,7 +31,10 @@ from ..memory import keep_freed_memory
 from ..models import family_named
 from .flags import parse_run
 from .gradients import estimate_gradients
-from .saver import ADAPTER, MODEL, Saver, data_identity, find_checkpoint, newest_name, read_run_state
+from .header import describe, describe_adapter
+from .products import newest_name
+from .saver import Saver, data_identity, find_checkpoint, read_run_state
+from .seed import share_seed
 from .start import start_adapter
 from .validate import Validator
 
@@ -56,7 +59,12 @@ def main(argv):
     """train.py: returns the exit code."""
     try:
         request = parse_run(argv)
-        return (check if request.check_flags else run)(request, print if is_first_process() else lambda *_, **__: None)
+        say = print if is_first_process() else lambda *_, **__: None
+        if request.check_flags:
+            return check(request, say)
+        if request.drew:
+            share_seed(request.config.train.random_seed)
+        return run(request, say)
     except KeyboardInterrupt:
         print("interrupted; what was saved before is intact", file=sys.stderr)
         return 130
@@ -119,7 +127,7 @@ def run(request, say=print):
         checkpoint = None  # its optimizer state belongs to other ranks
     describe(config, family, accelerator, samples, batches.notes, plan, report, state, say)
     folder.mkdir(parents=True, exist_ok=True)
-    saver = Saver(folder, config, plan, identity)
+    saver = Saver(folder, config, plan, identity, base)
     validator = Validator(held_out, config.data.micro_bsz, train, plan, saver) if held_out else None
     return fit(config, family, model, report.trainable, samples, validator, saver, checkpoint, accelerator, say)
 
@@ -215,45 +223,6 @@ def adapt(model, adapter, layers, family, base, batches, checkpoint=None):
     if loaded:
         load_tensors(model, loaded.tensors, str(checkpoint or adapter.load))
     return report
-
-
-def describe(config, family, accelerator, samples, notes, plan, report, state, say):
-    """What is about to happen, in a few lines."""
-    model, train, data, adapter = config.model, config.train, config.data, config.adapter
-    say(
-        f"model     {family.name}, {model.n_layer} layers, {model.n_embd} channels, {model.n_head} heads of "
-        f"{model.head_size}, "
-        f"vocabulary {model.vocab_size}" + (f", from {train.load_model}" if train.load_model else ", new")
-    )
-    say(f"training  {describe_adapter(adapter)}: {report}")
-    kernel = "cuda" if accelerator == "gpu" else "cpu"
-    reason = family.kernels()[kernel]
-    say(
-        f"machine   {train.num_nodes} x {train.devices} {accelerator}, {train.strategy}, {train.precision}, "
-        f"{family.kernel} kernel: {kernel if reason is None else f'reference, which is slow ({reason})'}"
-    )
-    say(f"data      {data.path}: {len(samples):,} samples of up to {data.ctx_len} tokens")
-    for note in notes:
-        say(f"          {note}")
-    say(
-        f"steps     {plan.total_steps:,} ({train.epoch_count} epochs of {plan.epoch_steps:,}), {plan.step_samples} "
-        "samples each" + (f"; resuming at step {plan.first_step:,}" if state else "")
-    )
-    say(f"output    {train.proj_dir}")
-
-
-def describe_adapter(adapter):
-    """What trains, in a few words."""
-    words, method = ["full model"], method_of(adapter)
-    if method is not None:
-        words = [method.label, f"rank {adapter.rank}"]
-    elif adapter.train_parts:
-        words = ["parts of the model"]
-    if adapter.quant != "none":
-        words.append(f"--quant {adapter.quant}")
-    if adapter.train_parts:
-        words.append(f"--train_parts {' '.join(adapter.train_parts)}")
-    return ", ".join(words)
 
 
 def quiet():

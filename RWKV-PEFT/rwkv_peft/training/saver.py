@@ -4,6 +4,8 @@ proj_dir/adapter-epoch-N.safetensors   the trained tensors after epoch N (--peft
 proj_dir/adapter.safetensors           the same, newest (--peft none: rwkv.pth)
 proj_dir/adapter-best.safetensors      the same, at the lowest validation loss
 proj_dir/checkpoints/step-NNNNNNNN/    optimizer state, the trained tensors, state.json; the last KEEP of them
+
+products.py writes the first three.
 """
 
 import hashlib
@@ -20,21 +22,15 @@ from ..adapters.methods import NONE, adapter_parameter
 from ..config import AdapterConfig, to_json
 from ..data.batches import collate
 from ..errors import UserError
-from ..files.adapter_file import AdapterMetadata, save_adapter
 from ..files.atomic import atomic_write
 from ..files.base import save_model
+from .products import Products, keeps_all, model_dtypes, share_file
 
-ADAPTER, MODEL = "adapter.safetensors", "rwkv.pth"  # the newest of them
 KEEP = 2
 HASHED = 64  # samples that tell one data set from another
 TAG = "zero"  # DeepSpeed's name for the folder of its own files
 SAME = ("adapter", "base", "data")  # what a resumed run must share with the first,
 SAME_OPTIMIZER = ("strategy", "world_size", "precision")  # and what its optimizer state needs besides
-
-
-def newest_name(method):
-    """The name of the file of the newest trained tensors, by --peft."""
-    return MODEL if method == NONE else ADAPTER
 
 
 def list_checkpoints(folder):
@@ -126,16 +122,17 @@ class Saver:
     """Writes checkpoints and trained tensors of one run; every method is called on all ranks at once.
 
     identity is the dict of SAME and SAME_OPTIMIZER keys; its "base" is the base model's fingerprint, "" for a model
-    that was never loaded from a file.
+    that was never loaded from a file; base is the Base itself, or None.
     """
 
-    def __init__(self, folder, config, plan, identity):
-        self.folder, self.config, self.plan, self.identity = folder, config, plan, identity
+    def __init__(self, folder, config, plan, identity, base=None):
+        self.folder, self.config, self.plan, self.identity, self.base = folder, config, plan, identity, base
+        self.products = Products(folder, config, identity.get("base", ""), base)
 
     @property
     def newest(self):
         """The file of the newest trained tensors."""
-        return self.folder / newest_name(self.config.adapter.method)
+        return self.products.newest
 
     def save(self, trainer, lit, done, epoch=None):
         """Save after `done` optimizer steps; `epoch` is the number of epochs done where one just ended."""
@@ -144,25 +141,22 @@ class Saver:
 
     def save_tensors(self, trainer, lit, labels):
         """Write what was trained once for each label: adapter-LABEL.safetensors, or rwkv-LABEL.pth (--peft none)."""
-        full = self.config.adapter.method == NONE
-        wanted = [(name, p) for name, p in lit.model.named_parameters() if full or p.requires_grad]
-        wanted += [(name, buffer) for name, buffer in lit.model.named_buffers() if adapter_parameter(name)]
-        tensors = gather(wanted, trainer.strategy.zero_stage_3, trainer.is_global_zero)
+        tensors = self.trained(trainer, lit)
         if trainer.is_global_zero:
-            newest = self.newest
-            for label in labels:
-                path = newest.with_stem(f"{newest.stem}-{label}") if label else newest
-                if full:
-                    save_model(path, tensors)
-                else:
-                    save_adapter(
-                        path,
-                        tensors,
-                        AdapterMetadata.from_config(
-                            self.config.adapter, self.identity["base"], self.identity["precision"]
-                        ),
-                    )
+            self.products.write(tensors, labels)
         trainer.strategy.barrier()
+
+    @property
+    def full(self):
+        """Whether the model itself trains."""
+        return self.config.adapter.method == NONE
+
+    def trained(self, trainer, lit):
+        """{name: tensor} of what the run saves, as it trains: the model, or the adapter and the parts that train along.
+        {} on other ranks than the first."""
+        wanted = [(name, p) for name, p in lit.model.named_parameters() if self.full or p.requires_grad]
+        wanted += [(name, buffer) for name, buffer in lit.model.named_buffers() if adapter_parameter(name)]
+        return gather(wanted, trainer.strategy.zero_stage_3, trainer.is_global_zero)
 
     def save_checkpoint(self, trainer, lit, done):
         """DeepSpeed's state and state.json into a hidden folder, which gets its name when it is complete."""
@@ -183,6 +177,8 @@ class Saver:
                 "--resume goes on from an earlier checkpoint, if there is one"
             ) from error
         trainer.strategy.barrier()
+        # a file of the base's dtype may hold less than what trains, and --fresh_optimizer goes on from the weights
+        exact = {} if not self.full or keeps_all(self.config, self.base) else self.trained(trainer, lit)
         if not trainer.is_global_zero:
             return
         state = {
@@ -193,7 +189,11 @@ class Saver:
             "config": asdict(self.config),
             **self.identity,
         }
-        share_file(self.newest, hidden / self.newest.name)
+        if exact:
+            order = model_dtypes(self.config, self.base)
+            save_model(hidden / self.newest.name, {key: exact[key] for key in order})
+        else:
+            share_file(self.newest, hidden / self.newest.name)
         state["files"] = {
             str(path.relative_to(hidden)): path.stat().st_size
             for path in (hidden / self.newest.name, *sorted((hidden / TAG).rglob("*")))
@@ -207,15 +207,6 @@ class Saver:
         hidden.rename(final)
         for old in list_checkpoints(self.folder)[:-KEEP]:
             shutil.rmtree(old)
-
-
-def share_file(path, copy):
-    """Give a file a second name, which keeps the content when `path` is replaced; a copy where the disk has no
-    links."""
-    try:
-        os.link(path, copy)
-    except OSError:
-        shutil.copyfile(path, copy)
 
 
 def sync_files(folder):
