@@ -119,7 +119,7 @@ def test_time_states_swap_both_ways(tmp_path):
         ({0: torch.zeros(2, 4, 8)}, "head size, head size"),
         ({0: torch.zeros(8, 8)}, "head size, head size"),
         ({0: torch.tensor(0.0)}, "head size, head size"),
-        ({0: torch.zeros(2, 8, 8, dtype=torch.int64)}, "int64; bfloat16, float16 or float32 is due"),
+        ({0: torch.zeros(2, 8, 8, dtype=torch.int64)}, "is int64; weights must be dense tensors of bfloat16"),
     ],
 )
 def test_time_states_that_fit_no_model_are_refused(tmp_path, states, message):

@@ -82,7 +82,10 @@ def read_template(path):
         raise UserError(
             f"--template {path}: no such file, and no layout of that name; named are {', '.join(TEMPLATES)}"
         )
-    text = Path(path).read_text(encoding="utf-8").rstrip("\n")
+    try:
+        text = Path(path).read_text(encoding="utf-8").rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--template {path} is not UTF-8 (byte {error.start}); convert it") from error
     Template(text)
     return text
 

@@ -43,6 +43,8 @@ class AdapterSource:
         if self.mode is not None and adapter.modules() and adapter.metadata.variant != self.mode:
             raise UserError(f"{path} is a {adapter.metadata.variant} adapter, not {self.mode}; leave --bone_mode out")
         for key, tensor in adapter.tensors.items():
+            if not tensor.numel():
+                raise UserError(f"{path}: {key} has shape {tuple(tensor.shape)}, which holds no value; copy it again")
             if not torch.isfinite(tensor).all():
                 raise UserError(
                     f"{path}: {key} holds NaN or Inf: the training that wrote it had diverged; take an earlier one"

@@ -95,6 +95,12 @@ def _read_bone(
         tall = {tensor.shape[0] > tensor.shape[1] for tensor in tensors.values()}
         square = [module for module, tensor in tensors.items() if tensor.shape[0] == tensor.shape[1]]
         if kind == "bone" and tall == {True}:  # the oldest files: (out, rank), the blocks of bat-out stacked
+            for module, tensor in tensors.items():
+                if not tensor.shape[1] or tensor.shape[0] % tensor.shape[1]:
+                    raise UserError(
+                        f"{path}: {module}.bone has shape {tuple(tensor.shape)}, and is no stack of square blocks; "
+                        "copy the file again"
+                    )
             tensors = {module: tensor.unflatten(0, (-1, tensor.shape[1])) for module, tensor in tensors.items()}
             variant, rank = "bat-out", next(iter(tensors.values())).shape[-1]
         elif tall == {False} and not square:

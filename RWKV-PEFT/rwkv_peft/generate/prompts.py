@@ -30,7 +30,7 @@ def read_prompt_file(path):
 def read_line(path, number, line):
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}, line {number}: not JSON ({error}); one object a line is due") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise UserError(

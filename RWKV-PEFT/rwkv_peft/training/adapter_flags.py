@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from ..cli import alias, names
 from ..config import MODE_ALIASES, AdapterConfig
-from ..errors import UserError
+from ..errors import UserError, short, told
 from ..names import CHOICES, MINIS, NONE, forms, words_with
 
 # key of the JSON forms -> AdapterConfig field
@@ -135,18 +135,19 @@ def parse_json_flag(flag, text, keys):
     """The JSON value of --flag -> {AdapterConfig field: value}; every key must be known."""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
-            f"--{flag} {text!r} is not JSON ({error}); quote it for the shell, e.g. --{flag} '{{\"{keys[0][0]}\": …}}'"
+            f"--{flag} {short(text)!r} is not JSON ({told(error)}); quote it for the shell, "
+            f"e.g. --{flag} '{{\"{keys[0][0]}\": …}}'"
         ) from error
     if not isinstance(value, dict):
-        raise UserError(f"--{flag} must be a JSON object, not {text!r}")
+        raise UserError(f"--{flag} must be a JSON object, not {short(text)!r}")
     known = dict(keys)
     for key in value:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             raise UserError(
-                f"--{flag} has the unknown key {key!r}"
+                f"--{flag} has the unknown key {short(key)!r}"
                 + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
             )
     return {known[key]: json_setting(flag, key, known[key], item) for key, item in value.items()}

@@ -21,7 +21,7 @@ import torch
 from ..adapters.methods import NONE, adapter_parameter
 from ..config import AdapterConfig, to_json
 from ..data.batches import collate
-from ..errors import UserError
+from ..errors import UserError, told
 from ..files.atomic import atomic_write
 from ..files.base import save_model
 from .products import Products, keeps_all, model_dtypes, share_file
@@ -32,6 +32,20 @@ TAG = "zero"  # DeepSpeed's name for the folder of its own files
 SAME = ("adapter", "base", "data")  # what a resumed run must share with the first,
 SAME_OPTIMIZER = ("strategy", "world_size", "precision")  # and what its optimizer state needs besides
 
+# what state.json must hold, each of which kind
+KINDS = (
+    ("samples_seen", int),
+    ("trained", list),
+    ("files", dict),
+    ("adapter", dict),
+    ("base", str),
+    ("data", dict),
+    ("strategy", str),
+    ("world_size", int),
+    ("precision", str),
+)
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError)  # of JSON that is not as due
+
 
 def list_checkpoints(folder):
     """Complete checkpoint folders under proj_dir, oldest first: by samples seen, as a step may have changed its
@@ -39,8 +53,8 @@ def list_checkpoints(folder):
 
     def seen(checkpoint):
         try:
-            return json.loads((checkpoint / "state.json").read_text())["samples_seen"]
-        except (OSError, ValueError, KeyError, TypeError):
+            return int(json.loads((checkpoint / "state.json").read_text())["samples_seen"])
+        except UNREADABLE:
             return math.inf  # read_run_state says what is wrong with it
 
     return sorted((path.parent for path in (folder / "checkpoints").glob("step-*/state.json")), key=seen)
@@ -71,10 +85,14 @@ def read_run_state(checkpoint, now, fresh_optimizer=False):
     older = f"delete {checkpoint} to resume from an older checkpoint"
     try:
         state = json.loads((checkpoint / "state.json").read_text())
-        adapter, sizes = state["adapter"], state.get("files", {})
-        state["samples_seen"], state["trained"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{checkpoint}/state.json cannot be read ({error!r}); {older}") from error
+        # earlier versions recorded neither sizes nor data
+        state = {"files": {}, "data": json.loads(json.dumps(now["data"]))} | state
+        for key, kind in KINDS:
+            if not isinstance(state[key], kind) or state[key] is True:
+                raise ValueError(f"{key} is a {type(state[key]).__name__}")
+    except UNREADABLE as error:
+        raise UserError(f"{checkpoint}/state.json cannot be read ({told(error)}); {older}") from error
+    adapter, sizes = state["adapter"], state["files"]
     for name, size in sizes.items():
         if (fresh_optimizer and name.startswith(TAG)) or is_of_size(checkpoint / name, size):
             continue
@@ -86,7 +104,6 @@ def read_run_state(checkpoint, now, fresh_optimizer=False):
     state["adapter"] = (
         json.loads(to_json(AdapterConfig())) | adapter
     )  # a setting that the saved run did not know had its default
-    state.setdefault("data", now["data"])  # which earlier versions did not record
     for key in SAME + (() if fresh_optimizer else SAME_OPTIMIZER):
         if state[key] != now[key]:
             then, today = differences(state[key], now[key])
@@ -107,7 +124,7 @@ def read_run_state(checkpoint, now, fresh_optimizer=False):
 
 def is_of_size(path, size):
     """Whether there is a file of `size` bytes."""
-    return path.is_file() and path.stat().st_size == size
+    return os.path.isfile(path) and path.stat().st_size == size
 
 
 def differences(then, now):
