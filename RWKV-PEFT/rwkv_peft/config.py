@@ -222,6 +222,13 @@ class TrainConfig:
         group="run",
         action="store_true",
     )
+    show_samples: int = setting(
+        0,
+        "print the first N samples as the run reads them, what counts in the loss marked, <end> for the end token, and "
+        "train nothing",
+        group="run",
+        type=count,
+    )
     epoch_steps: int = setting(0, "optimizer steps an epoch; 0: one pass over the data", group="run", type=count)
     epoch_count: int = setting(1, "epochs; the run ends after them", group="run", type=positive)
     epoch_begin: int = setting(

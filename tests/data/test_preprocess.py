@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from itertools import product
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from rwkv_peft.data.encoding import EncodeSettings, encode_all, shorten
 from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.recorded import recorded_of_data, vocabulary_of
 from rwkv_peft.data.rows import read_chunks
+from rwkv_peft.data.templates import TEMPLATES, segments
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import UserError
 
@@ -235,6 +237,29 @@ def test_shuffle_and_repeat(preprocess):
     thrice = texts(preprocess(rows, "--shuffle", "1", "--repeat", "3"))
     assert [sorted(thrice[i : i + 20]) for i in (0, 20, 40)] == [sorted(plain)] * 3
     assert thrice[:20] != thrice[20:40]
+
+
+def test_rows_are_shown_as_they_are_written(preprocess, capsys, monkeypatch):
+    turns = [("system", "Be."), ("user", "Hi"), ("assistant", "Yo"), ("user", "So?"), ("assistant", "No")]
+    rows = [{"messages": [{"role": role, "content": words} for role, words in turns]}, {"text": "plain"}, {"text": "x"}]
+    preprocess(rows, "--show", "2")
+    chat = "System: Be.\n\nUser: Hi\n\nAssistant:[[ Yo\n\n]]User: So?\n\nAssistant:[[ No<end>]]"
+    shown = capsys.readouterr().out
+    assert f"== document 1: 63 tokens, 9 count\n{chat}\n== document 2: 6 tokens, 6 count\n[[plain<end>]]\n" in shown
+    assert "document 3" not in shown
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    preprocess(rows, "--show", "1")
+    assert "Assistant:\033[1;32m No<end>\033[0m\n" in capsys.readouterr().out
+
+
+def test_the_documented_layouts_are_those_of_the_code():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "prompts.md").read_text(encoding="utf-8")
+    for name, text in TEMPLATES.items():
+        assert f"| `{name}` | `{text}` |".replace("\n", "⏎") in page
+    turns = [("system", "Be brief."), ("user", "2+2?"), ("assistant", "4"), ("user", "And 3+3?"), ("assistant", "6")]
+    parts = segments({"messages": [{"role": role, "content": words} for role, words in turns]})
+    text = "".join(f"[[{text}]]" if counts else text for text, counts in parts)
+    assert f"```\n{text[:-2]}<end>]]\n```" in page
 
 
 def test_the_tokenizer_is_recorded_beside_the_data(preprocess, tmp_path):

@@ -22,7 +22,7 @@ ANSWERS = sum(len(f" {i}!") + 1 for i in range(20))
 
 @pytest.fixture
 def train(tmp_path, tiny_state, monkeypatch, capsys):
-    """train(*flags) -> (the run's header, the samples that the engine would be given); the engine is left out. The
+    """train(*flags) -> (what is printed, the samples that the engine would be given); the engine is left out. The
     data is that of ROWS, preprocessed."""
     save_model(tmp_path / "base.pth", tiny_state(vocab_size=257))
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -39,7 +39,7 @@ def train(tmp_path, tiny_state, monkeypatch, capsys):
         words = ["--load_model", tmp_path / "base.pth", "--proj_dir", tmp_path / "out", "--bone_r", 16]
         data = [] if "--data_file" in flags else ["--data_file", tmp_path / "chat"]
         header = main("train", *words, *data, "--ctx_len", 64, "--accelerator", "cpu", *flags)
-        return header, given[-1]
+        return header, given[-1] if given else None
 
     return run_it
 
@@ -113,3 +113,18 @@ def test_rows_that_cannot_be_trained_on_are_mended_by_flags_that_exist(train, tm
         train("--data_file", tmp_path / "rows.jsonl", "--data_type", "sft", *more)
     named = set(re.findall(r"--\w+", str(caught.value))) - {"--skip_bad_rows", "--no"}
     assert named <= {f"--{flag_of(field)}" for field in fields(DataConfig)}
+
+
+@pytest.mark.parametrize("kind", ["binidx", "sft"])
+@pytest.mark.parametrize("dataload", ["pad", "pack", "get"])
+def test_samples_are_shown_and_nothing_trains(train, tmp_path, monkeypatch, kind, dataload):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    flags = ["--dataload", dataload, "--show_samples", 2, "--data_shuffle", 0]
+    if kind == "sft":
+        flags += ["--data_file", tmp_path / "chat.jsonl", "--data_type", "sft", "--tokenizer", "bytes"]
+    monkeypatch.setattr(run, "build_model", None)
+    shown, samples = train(*flags)
+    assert samples is None and not (tmp_path / "out").exists()
+    first = 10 if dataload == "pack" else 0  # which fills rows with the longest first
+    assert f"User: {first} birds?\n\nAssistant:[[ {first}!<end>]]" in shown
+    assert "sample 2" in shown and "sample 3" not in shown and "model  " not in shown

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..cli import count
 from ..errors import UserError
 from .binidx import BinidxDataset, BinidxWriter, binidx_prefix
 from .encoding import Encoded, EncodeSettings, encode_all, encoder
@@ -23,6 +24,7 @@ from .order import Permutation
 from .recorded import check_record, write_record
 from .report import describe
 from .rows import KINDS, read_chunks
+from .show import marks_for, show_documents
 from .templates import TEMPLATES, read_template
 
 INLINE_BYTES = 4 << 20
@@ -49,7 +51,10 @@ def main(argv):
         if rewritten:
             rewrite(BinidxDataset(first), output, options.shuffle, options.repeat)
         write_record(output, encoder(settings).tokenizer)
-    print(describe(BinidxDataset(output), totals))
+    written = BinidxDataset(output)
+    print(describe(written, totals))
+    if options.show:
+        print(show_documents(written, options.show, encoder(settings).tokenizer, marks_for(sys.stdout)))
     return 0
 
 
@@ -84,6 +89,13 @@ def parser():
     )
     result.add_argument(
         "--skip_bad_rows", action="store_true", help="leave out rows that cannot be read, and count them"
+    )
+    result.add_argument(
+        "--show",
+        type=count,
+        default=0,
+        metavar="N",
+        help="print the first N documents too: what counts in the loss marked, <end> for the end token",
     )
     result.add_argument("--shuffle", type=int, metavar="SEED", help="write the documents in the order of this seed")
     result.add_argument("--repeat", type=int, default=1, metavar="N", help="write the documents N times, shuffled anew")

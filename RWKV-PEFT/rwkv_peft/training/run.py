@@ -20,7 +20,8 @@ from ..adapters.load import load_tensors
 from ..adapters.methods import NONE, method_of
 from ..config import to_json
 from ..data.batches import TrainBatches
-from ..data.recorded import ENTRY, RUN, recorded_beside, remarks
+from ..data.recorded import ENTRY, RUN, find_tokenizer, recorded_beside, remarks
+from ..data.show import marks_for, show_samples
 from ..data.sources import build_samples, check_config, split_samples
 from ..errors import UserError
 from ..files.adapter_file import ADAPTER, DTYPES, MODEL
@@ -96,6 +97,10 @@ def run(request, say=print):
     world_size = train.devices * train.num_nodes
     step_samples = config.data.micro_bsz * world_size * train.accumulate_grad_batches
     samples, held_out = find_samples(config)
+    if train.show_samples:
+        tokenizer = find_tokenizer(None, config.model.vocab_size, samples.vocabulary)
+        say(show_samples(samples, train.show_samples, tokenizer, marks_for(sys.stdout)))
+        return 0
     folder = Path(train.proj_dir)
     identity = {
         "adapter": asdict(config.adapter),
