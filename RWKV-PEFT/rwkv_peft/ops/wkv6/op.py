@@ -7,10 +7,10 @@ import warnings
 import torch
 from torch.autograd import forward_ad
 
+from ..compiled import constant_when_compiled
 from ..native.levels import LEVELS
 from . import cpu, reference
 from .checks import as_int64, check
-from .compiled import constant_when_compiled
 from .operators import backend_module
 
 KERNELS = ("cpu", "cuda")
