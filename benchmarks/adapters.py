@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 from rwkv_peft.adapters.bat_out import bat_out
 from rwkv_peft.adapters.inject import inject
-from rwkv_peft.adapters.methods import forms
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.memory import keep_freed_memory
+from rwkv_peft.names import forms
 
 SHAPES = ("2048x7168", "7168x2048", "4096x14336", "14336x4096")
 METHODS = (

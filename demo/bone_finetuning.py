@@ -1,16 +1,22 @@
 """Fine-tune a Hugging Face model with Bone: python demo/bone_finetuning.py --help (see rwkv_peft/hf/finetune.py)."""
 
-from rwkv_peft.errors import UserError, exit_on_user_error
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-PEFT"))
+
+from rwkv_peft.commands import missing  # noqa: E402
+from rwkv_peft.errors import ending_at_ctrl_c, exit_on_user_error  # noqa: E402
 
 
 def main(argv):
     """The command; a library that is missing or unknown is a user's mistake like any other."""
     try:
-        from rwkv_peft.hf import finetune
-
+        with ending_at_ctrl_c():
+            from rwkv_peft.hf import finetune
         return finetune.main(argv)
     except ModuleNotFoundError as error:
-        raise UserError(f"{error}; pip install -r requirements-hf.txt") from error
+        raise missing(error, "requirements-hf.txt") from error
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@
 # the last step (it needs memory for two float32 copies of the model). --flags go to train.py, which checks them;
 # `python train.py --help` lists them.
 set -eu
+case " $* " in
+*" -h "* | *" --help "*) exec sed -n '/^set -eu/q; s/^# \{0,1\}//p' "$0" ;;
+esac
 . "$(dirname "$0")/setup.sh"
 here="$(pwd)"
 
@@ -25,17 +28,59 @@ if [ -n "${LOAD_MODEL:-}" ] || [ -n "${DATA_FILE:-}" ]; then
 else
     demo=true
     out="${PROJ_DIR:-$root/out/demo}"
-    # The demo writes only what it made itself, so a second run starts from nothing, unless it is to go on.
-    case " $* " in
-    *" --resume "*) ;;
-    *) [ -n "${PROJ_DIR:-}" ] || rm -rf "$out" ;;
-    esac
     tokenizer=bytes
     base="$root/demo/rwkv6-demo.pth" mode="${BONE_MODE:-bat-in}" rank="${BONE_R:-32}"
     DATA_FILE="$out/finetune.jsonl"
     # One document a row; the answers alone count, as the data's .mask says.
     set -- --dataload pad --loss_mask file --ctx_len 256 --micro_bsz 8 --lr_init 5e-3 --lr_final 1e-4 --warmup_steps 10 "$@"
     PRECISION="${PRECISION:-fp32}"
+fi
+case "$DATA_FILE" in
+*.jsonl) data="$out/data" ;;
+*) data="$DATA_FILE" ;;
+esac
+
+# What the flags say of the adapter stands for what is chosen here.
+method=bone json=false previous=
+for argument in "$@"; do
+    case "$previous" in
+    --peft) method="$argument" ;;
+    --bone_mode) mode="$argument" ;;
+    --bone_r) rank="$argument" ;;
+    esac
+    case "$argument" in
+    --peft=*) method="${argument#*=}" ;;
+    --bone_mode=*) mode="${argument#*=}" ;;
+    --bone_r=*) rank="${argument#*=}" ;;
+    --bone_config* | --disha_config* | --peft_config*) json=true ;;
+    esac
+    previous="$argument"
+done
+case "$method $json" in
+"bone false" | "disha false")
+    what="Bone $mode, rank $rank"
+    set -- --bone_mode "$mode" --bone_r "$rank" "$@"
+    ;;
+*) what="--peft $method" ;;
+esac
+
+train() {
+    "$python" "$root/train.py" --load_model "$base" --data_file "$data" --proj_dir "$out" \
+        --accelerator "${ACCELERATOR:-auto}" --devices "${DEVICES:-1}" --num_nodes "${NUM_NODES:-1}" \
+        --strategy "${STRATEGY:-deepspeed_stage_1}" --precision "${PRECISION:-bf16}" "$@"
+}
+
+# A mistake in the flags is told now, and not after minutes of other work.
+anew=false
+case " $* " in
+*" --resume "*) ;;
+*) [ -n "${PROJ_DIR:-}" ] || anew=$demo ;;
+esac
+if $anew; then  # The demo writes only what it made itself, so a second run starts from nothing.
+    train "$@" --proj_dir "$out/anew" --check_flags >/dev/null
+    rm -rf "$out"
+else
+    train "$@" --check_flags >/dev/null
 fi
 mkdir -p "$out"
 
@@ -51,20 +96,19 @@ case "$DATA_FILE" in
 *.jsonl)
     [ "${NUM_NODES:-1}" = 1 ] || fail "several nodes would write the same token files; make them once with" \
         "rwkv-peft preprocess, and give their prefix as DATA_FILE"
-    step "1. data: $DATA_FILE -> $out/data.bin, data.idx"
-    "$python" -m rwkv_peft preprocess "$DATA_FILE" --tokenizer "$tokenizer" --output "$out/data"
-    data="$out/data"
+    step "1. data: $DATA_FILE -> $data.bin, data.idx"
+    "$python" -m rwkv_peft preprocess "$DATA_FILE" --tokenizer "$tokenizer" --output "$data"
     ;;
-*) data="$DATA_FILE" ;;
 esac
 
-step "2. train: Bone $mode, rank $rank"
-"$python" "$root/train.py" --load_model "$base" --data_file "$data" --proj_dir "$out" --peft bone \
-    --bone_config "{\"bone_mode\":\"$mode\",\"bone_load\":\"\",\"bone_r\":$rank}" \
-    --accelerator "${ACCELERATOR:-auto}" --devices "${DEVICES:-1}" --num_nodes "${NUM_NODES:-1}" \
-    --strategy "${STRATEGY:-deepspeed_stage_1}" --precision "${PRECISION:-bf16}" "$@"
+step "2. train: $what"
+train "$@"
 
 [ "${NODE_RANK:-0}" = 0 ] || exit 0
+if [ "$method" = none ]; then
+    step "done: the model is $out/rwkv.pth"
+    exit 0
+fi
 
 step "3. merge: base + adapter -> $out/merged.pth"
 "$python" "$root/merge_bone.py" --base_model "$base" --bone_checkpoint "$out/adapter.safetensors" \
@@ -79,5 +123,23 @@ if $demo; then
     step "after: the same questions, the merged model in the rwkv package"
     "$python" "$root/demo/evaluate.py" --model "$out/merged.pth" --questions "$out/heldout.jsonl" --runtime rwkv \
         --at_least 0.9
-    step "done: the merged model is $out/merged.pth, the loss curve $out/loss.png"
 fi
+
+# What to do with it, in lines that a new shell takes as they are.
+case "$out" in /*) ;; *) out="$here/$out" ;; esac
+prompt='User: hi\n\nAssistant:' stop='\n\n' more=""
+if $demo; then
+    prompt='Two birds sing. Sue has 9 purple dolls.\nQ: What is there, as JSON?\nA:' stop='\n' more=" --temperature 0"
+elif [ "$tokenizer" != world ]; then
+    more=" --tokenizer $(quoted "$tokenizer")"
+fi
+step "done"
+say "adapter     $out/adapter.safetensors"
+say "merged      $out/merged.pth"
+say "loss curve  $out/loss.png"
+say ""
+say "Try it:"
+say ""
+say "    $(activate)"
+say "    rwkv-peft generate --model $(quoted "$out/merged.pth")$more --escapes --stop '$stop' \\"
+say "        --prompt '$prompt'"

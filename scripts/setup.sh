@@ -14,14 +14,14 @@ fail() {
 }
 
 supported() {  # PYTHON: is it one of the versions that every dependency has wheels for?
-    "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
+    "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null
 }
 
 version_of() { "$1" -c 'import platform; print(platform.python_version())' 2>/dev/null || echo "unknown"; }
 
 make_venv() {  # The first supported interpreter that can make an environment makes .venv.
     found=""
-    for candidate in python3 python3.13 python3.12 python3.11 python3.10 python; do
+    for candidate in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do
         { command -v "$candidate" >/dev/null 2>&1 && supported "$candidate"; } || continue
         found="$candidate"
         "$candidate" -c 'import venv, ensurepip' 2>/dev/null || continue
@@ -29,7 +29,7 @@ make_venv() {  # The first supported interpreter that can make an environment ma
         if "$candidate" -m venv "$root/.venv"; then return 0; fi
         rm -rf "$root/.venv"
     done
-    [ -z "$found" ] && fail "no Python 3.10 to 3.13 in PATH (python3 is $(version_of python3)); install one" \
+    [ -z "$found" ] && fail "no Python 3.10 to 3.14 in PATH (python3 is $(version_of python3)); install one" \
         "(Debian, Ubuntu: apt install python3 python3-venv), or activate an environment that has one"
     fail "$found cannot make a virtual environment: its venv or ensurepip module is missing; install it" \
         "(Debian, Ubuntu: apt install python3-venv), or activate an environment of your own"
@@ -41,7 +41,7 @@ choose_python() {
         python="$environment/bin/python"
         [ -x "$python" ] || fail "the active environment $environment has no bin/python; deactivate it, and run again"
         supported "$python" || fail "the active environment $environment has Python $(version_of "$python")," \
-            "and 3.10 to 3.13 is needed; deactivate it, and run again"
+            "and 3.10 to 3.14 is needed; deactivate it, and run again"
         return 0
     fi
     environment="$root/.venv"
@@ -72,6 +72,21 @@ install_tests() {  # what the tests need, those of Hugging Face models too
         "$root/requirements-hf.txt"
 }
 
+quoted() {  # PATH as a shell reads it
+    case "$1" in
+    *[!A-Za-z0-9_./-]*) printf "'%s'" "$(printf '%s' "$1" | sed "s/'/'\\\\''/g")" ;;
+    *) printf '%s' "$1" ;;
+    esac
+}
+
+activate() {  # the line that makes the environment's commands those of a shell
+    if [ -f "$environment/bin/activate" ]; then
+        say ". $(quoted "$environment/bin/activate")"
+    else
+        say "conda activate $(quoted "$environment")"
+    fi
+}
+
 root="$(cd "$(dirname "$0")/.." && pwd)"
 choose_python
 PATH="$(dirname "$python"):$PATH" # ninja is looked up there
@@ -81,5 +96,9 @@ GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-2000}"
 export GOMP_SPINCOUNT
 install requirements "-e ." "$root/requirements.txt" "$root/pyproject.toml"
 case "$0" in
-*setup.sh) say "setup: ready, $python (Python $(version_of "$python"))" ;;
+*setup.sh)
+    say "setup: ready, $python (Python $(version_of "$python")); in each new shell:"
+    say ""
+    say "    $(activate)"
+    ;;
 esac

@@ -32,12 +32,13 @@ HEAVY = (
 # (part, the modules that make it, the parts that it may import); whatever an imported part may import is open too. A
 # module stands for what is below it, unless that is named itself.
 PARTS = (
-    ("base", ("", "config", "errors", "cli", "memory"), ()),
+    ("base", ("", "config", "errors", "cli", "names", "memory"), ()),
+    ("flags", ("files/source_flags", "release/flags", "generate/flags", "generate/settings"), ("base",)),
     ("native", ("ops/native",), ("base",)),  # builds for kernels of which it knows none
     ("ops", ("ops",), ("native",)),
     ("models", ("models",), ("base", "ops")),
     ("adapters", ("adapters",), ("base", "ops")),
-    ("containers", ("files",), ("base",)),
+    ("containers", ("files",), ("flags",)),
     ("bases", ("files/base",), ("containers", "models", "adapters")),
     (
         "adapter files",
@@ -46,14 +47,18 @@ PARTS = (
     ),
     ("data", ("data",), ("base",)),
     ("merge", ("release",), ("bases", "adapter files")),
-    ("convert", ("release/convert", "release/formats", "release/gguf"), ("bases", "adapter files", "data")),
-    ("check", ("release/check", "release/verify", "release/logits", "release/runtimes"), ("convert",)),
+    (
+        "convert",
+        ("release/convert", "release/formats", "release/gguf", "release/vocabulary"),
+        ("bases", "adapter files", "data"),
+    ),
+    ("check", ("release/check", "release/verify", "release/logits", "release/runtimes"), ("convert", "merge")),
     ("generate", ("generate",), ("merge", "data")),
     ("hf", ("hf",), ("adapters", "containers")),
     ("plots", ("plots",), ("containers",)),
     ("doctor", ("doctor",), ("models",)),
-    ("training", ("training",), ("bases", "adapter files", "data", "plots")),
-    ("commands", ("commands", "__main__"), ("base",)),  # it imports a command when that is called, by its name
+    ("training", ("training",), ("bases", "adapter files", "data", "plots", "merge")),
+    ("commands", ("commands", "__main__"), ("flags",)),  # it imports a command when that is called, by its name
 )
 
 

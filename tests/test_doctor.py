@@ -31,6 +31,14 @@ def test_bounds_compare_numbers_and_not_text():
     assert parse_requirement("# only a comment") is None
 
 
+def test_what_is_for_other_pythons_is_no_requirement(monkeypatch):
+    line = 'pyrwkv-tokenizer>=0.9.1,<1; python_version < "3.14"  # why'
+    for version, name in (((3, 13, 2), "pyrwkv-tokenizer"), ((3, 14, 0), None)):
+        monkeypatch.setattr(sys, "version_info", version)
+        assert getattr(parse_requirement(line), "name", None) == name
+        assert doctor.check_python()[0].status == OK
+
+
 def test_an_absent_package_is_missing():
     finding = check_package(Requirement("no-such-package-at-all", ()))
     assert finding.status == MISSING and finding.remedy == "pip install -r requirements.txt"

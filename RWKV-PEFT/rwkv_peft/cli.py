@@ -5,7 +5,8 @@ import argparse
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 from .errors import UserError
@@ -22,19 +23,26 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags are never abbreviated; an unknown one is refused with the nearest that exists."""
+    """Flags are never abbreviated; an unknown one is refused with the one of its meaning, {flag: what is given here} of
+    synonyms, or else with the nearest that exists."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, synonyms: Mapping[str, str] | None = None, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
+        self.synonyms = synonyms or {}
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        args = list(sys.argv[1:] if args is None else args)
+        known = [option for action in self._actions for option in action.option_strings]
+        for flag in (argument.split("=")[0] for argument in args):
+            meant = self.synonyms.get("--" + flag[2:].replace("-", "_")) if flag.startswith("--") else None
+            if meant and flag not in known:
+                raise UserError(f"there is no {flag} here; it is {meant}")
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].split("=")[0]
-            known = [option for action in self._actions for option in action.option_strings]
             near = difflib.get_close_matches(flag, known, 1)
             raise UserError(
                 f"there is no {flag}" + (f"; did you mean {near[0]}?" if near else f"; see {self.prog} --help")
@@ -51,15 +59,25 @@ def switch(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither 0 nor 1")
 
 
+def whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
 def positive(text: str) -> int:
-    value = int(text)
+    value = whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is below 1")
     return value
 
 
 def finite(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number")
     return value
@@ -80,7 +98,7 @@ def above_zero(text: str) -> float:
 
 
 def count(text: str) -> int:
-    value = int(text)
+    value = whole(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return value
@@ -98,7 +116,7 @@ def alias(aliases: Iterable[tuple[str, str]]) -> Callable[[str], str]:
 
 
 def seed(text: str) -> int:
-    value = int(text)
+    value = whole(text)
     if not -(2**63) <= value < 2**63:
         raise argparse.ArgumentTypeError(f"{text} does not fit in 64 bits")
     return value

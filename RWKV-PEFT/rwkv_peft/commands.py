@@ -1,36 +1,73 @@
 """The table of commands: `rwkv-peft COMMAND …`, or `python -m rwkv_peft COMMAND …`.
 
-A command is a module with main(argv) -> exit code, which is imported when it is called and not before.
+A command is a module with main(argv) -> exit code, which is imported when it is called and not before. Where a function
+judges its flags without torch, that is called first: a mistake, or --help, is answered before torch is imported.
 """
 
 import difflib
 import importlib
-from typing import NamedTuple
+import sys
+from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 from . import __version__
-from .errors import UserError, exit_on_user_error
+from .errors import UserError, ending_at_ctrl_c, exit_on_user_error
 
 
 class Command(NamedTuple):
-    """module is where its main is, needs the file of requirements that it takes besides requirements.txt, or ""."""
+    """module is where its main is; flags is "module:function" of what judges argv by itself, or ""; needs is the file
+    of requirements that it takes besides requirements.txt, or ""."""
 
     name: str
     text: str
     module: str
+    flags: str = ""
     needs: str = ""
 
 
 COMMANDS = (
     Command("preprocess", "text and chat files -> token files (.bin, .idx, .mask)", "data.preprocess"),
     Command("tokenize", "print the token ids of a text, as --mask_id takes them", "data.tokenizer"),
-    Command("train", "train an adapter on a model, or the model itself (train.py)", "training.run"),
+    Command(
+        "train",
+        "train an adapter on a model, or the model itself (train.py)",
+        "training.run",
+        flags="training.flags:parse_flags",
+    ),
     Command("plot", "draw the loss curve of a run", "plots"),
-    Command("merge", "base + adapter -> a .pth that any runtime loads (merge_bone.py)", "release.merge_command"),
-    Command("check", "a merged model against base + adapter, and in the rwkv package", "release.check"),
-    Command("verify", "a model in every installed runtime, against float64", "release.verify"),
-    Command("convert", "models, states and adapters to and from other tools' formats", "release.convert"),
-    Command("generate", "continue prompts with a model, merged or with adapters", "generate.command"),
-    Command("bone2miss", "a BONE adapter folder of peft -> a MISS one, and back", "hf.folders", "requirements-hf.txt"),
+    Command(
+        "merge",
+        "base + adapter -> a .pth that any runtime loads (merge_bone.py)",
+        "release.merge_command",
+        flags="release.flags:merge_flags",
+    ),
+    Command(
+        "check",
+        "a merged model against base + adapter, and in the rwkv package",
+        "release.check",
+        flags="release.flags:check_flags",
+    ),
+    Command(
+        "verify",
+        "a model in every installed runtime, against float64",
+        "release.verify",
+        flags="release.flags:verify_flags",
+    ),
+    Command(
+        "convert",
+        "models, states and adapters to and from other tools' formats",
+        "release.convert",
+        flags="release.flags:convert_flags",
+    ),
+    Command(
+        "generate",
+        "continue prompts with a model, merged or with adapters",
+        "generate.command",
+        flags="generate.flags:parse_flags",
+    ),
+    Command(
+        "bone2miss", "a BONE adapter folder of peft -> a MISS one, and back", "hf.folders", needs="requirements-hf.txt"
+    ),
     Command("doctor", "what this machine can do, what is missing, what mends it", "doctor"),
 )
 
@@ -60,17 +97,33 @@ def main(argv: list[str]) -> int:
         )
     command = known[argv[0]]
     try:
-        module = importlib.import_module(f".{command.module}", __package__)
+        if command.flags:
+            flags, _, judge = command.flags.partition(":")
+            getattr(importlib.import_module(f".{flags}", __package__), judge)(argv[1:])
+        with ending_at_ctrl_c():
+            module = importlib.import_module(f".{command.module}", __package__)
+        return module.main(argv[1:])
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith(__package__):
-            raise
-        files = " -r ".join(filter(None, ("requirements.txt", command.needs)))
-        raise UserError(
-            f"{error}; activate the environment (. .venv/bin/activate), or pip install -r {files}"
-        ) from error
-    return module.main(argv[1:])
+        raise missing(error, command.needs) from error
 
 
-def run() -> None:
-    """The console script rwkv-peft."""
-    exit_on_user_error(main)
+def missing(error: ModuleNotFoundError, needs: str = "") -> Exception:
+    """The UserError of a package that is not installed in this Python; needs as in Command. A module of our own that is
+    not found is a bug, and `error` itself."""
+    package = (error.name or "").split(".")[0]
+    if package in ("", __package__):
+        return error
+    root = Path(__file__).resolve().parents[2]
+    files = " -r ".join(filter(None, ("requirements.txt", needs)))
+    remedy = f"pip install -r {files}"
+    activate = root / ".venv" / "bin" / "activate"
+    if activate.is_file() and Path(sys.prefix) != root / ".venv":
+        remedy = f"activate the environment that has it (. {activate}), or {remedy}"
+    elif (root / "scripts" / "setup.sh").is_file():
+        remedy = f"activate the environment that has it, make one (sh {root}/scripts/setup.sh), or {remedy}"
+    return UserError(f"this Python, {sys.executable}, has no package {package}; {remedy}")
+
+
+def run(*command: str) -> NoReturn:
+    """The console script rwkv-peft; `command` are words that stand before those of the command line."""
+    exit_on_user_error(lambda argv: main([*command, *argv]))

@@ -161,11 +161,16 @@ class DataConfig:
     loss_mask: str = setting(
         "none",
         "tokens that count: none and pad count all but padding, qa what follows --mask_id, se what stands between "
-        "--mask_id and --mask_end_id, file reads PREFIX.mask (default none; sft: file)",
+        "--mask_id and --mask_end_id, file reads PREFIX.mask, which preprocess writes where answers alone count "
+        "(default file where there is a PREFIX.mask, else none; sft: file)",
         unset=True,
     )
     mask_id: tuple[int, ...] = setting(
-        (), "token ids that open an answer, for --loss_mask qa and se", type=count, nargs="+", metavar="ID"
+        (),
+        "token ids that open an answer, for --loss_mask qa and se; or RWKV-PEFT's JSON of two texts, mask1, which "
+        "opens what counts, and mask0, which closes it",
+        nargs="+",
+        metavar="ID",
     )
     mask_end_id: tuple[int, ...] = setting(
         (), "token ids that close it (se), or open the next question (qa)", type=count, nargs="+", metavar="ID"
@@ -217,6 +222,13 @@ class TrainConfig:
         group="run",
         action="store_true",
     )
+    show_samples: int = setting(
+        0,
+        "print the first N samples as the run reads them, what counts in the loss marked, <end> for the end token, and "
+        "train nothing",
+        group="run",
+        type=count,
+    )
     epoch_steps: int = setting(0, "optimizer steps an epoch; 0: one pass over the data", group="run", type=count)
     epoch_count: int = setting(1, "epochs; the run ends after them", group="run", type=positive)
     epoch_begin: int = setting(
@@ -226,7 +238,28 @@ class TrainConfig:
         type=count,
     )
     epoch_save: int = setting(1, "save every so many epochs; 0: at the end alone", group="run", type=count)
-    random_seed: int = setting(42, "seed of initialization, dropout and data order", group="run", type=seed)
+    save_every: int = setting(
+        0,
+        "also save every so many optimizer steps, as at the end of an epoch; 0: at epochs alone",
+        group="run",
+        type=count,
+    )
+    save_dtype: str = setting(
+        "keep",
+        "dtype of rwkv.pth (--peft none) and of --merge_on_save's models: keep is that of the base, or for a new model "
+        "--precision",
+        group="run",
+        choices=("keep", "bf16", "fp32"),
+    )
+    merge_on_save: bool = setting(
+        False,
+        "also write the merged model, merged.pth, whenever the adapter is saved",
+        group="run",
+        action="store_true",
+    )
+    random_seed: int = setting(
+        42, "seed of initialization, dropout and data order; -1: one that is drawn and told", group="run", type=seed
+    )
     wandb: str = setting("", "also log to this Weights & Biases project", group="run", metavar="PROJECT")
     lr_init: float = setting(2e-5, "learning rate after warm-up", group="optimizer", type=not_negative)
     lr_final: float = setting(2e-5, "learning rate at the end", group="optimizer", type=not_negative)

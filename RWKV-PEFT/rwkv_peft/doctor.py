@@ -22,7 +22,7 @@ from typing import NamedTuple
 from .cli import Parser
 
 OK, NOTE, MISSING = "ok", "-", "MISSING"  # as it should be; good to know; training needs it
-PYTHONS = ((3, 10), (3, 13))
+PYTHONS = ((3, 10), (3, 14))
 INSTALL = "pip install -r requirements.txt"
 OPTIONAL = (
     ("rwkv-simple", "a second runtime for merged models"),
@@ -64,9 +64,11 @@ def version_numbers(text):
 
 
 def parse_requirement(line):
-    """A line of requirements.txt, e.g. "torch>=2.6,<3  # why" -> Requirement, or None for a blank or comment."""
-    line = line.split("#")[0].replace(" ", "")
-    if not line:
+    """A line of requirements.txt, e.g. "torch>=2.6,<3  # why" -> Requirement, or None for a blank or comment, and for
+    one that is for other Pythons, as in 'name; python_version < "3.14"'."""
+    line, _, marker = line.split("#")[0].replace(" ", "").partition(";")
+    limit = re.search(r"python_version<['\"]([\d.]+)", marker)
+    if not line or (limit and sys.version_info[:2] >= version_numbers(limit[1])):
         return None
     name = re.match(r"[\w.-]+", line)[0]
     bounds = re.findall(r"(>=|<)(\d+(?:\.\d+)*)", line[len(name) :])
@@ -92,7 +94,7 @@ def check_python():
         Finding(
             "python",
             MISSING,
-            f"{version}, and 3.10 to 3.13 is needed",
+            f"{version}, and 3.10 to 3.14 is needed",
             "python3.13 -m venv .venv && . .venv/bin/activate && " + INSTALL,
         )
     ]

@@ -1,17 +1,40 @@
-"""The one exception that means "what you gave us is wrong", and how a command reports it."""
+"""The one exception that means "what you gave us is wrong", and how a command reports it and Ctrl-C."""
 
+import io
+import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import NoReturn
+
+TOLD = 200  # characters of what is quoted that are worth reading
 
 
 class UserError(ValueError):
     """A user's mistake: the message gives the value, the rule and the remedy."""
 
 
+def told(error: BaseException) -> str:
+    """What another library's exception says, in one short line: some quote a whole file, or say nothing but a key."""
+    lines = str(error).strip().splitlines()
+    words = lines[0] if lines and not isinstance(error, LookupError) else " ".join([type(error).__name__, *lines[:1]])
+    return short(words)
+
+
+def short(text: str) -> str:
+    """A text to quote, cut where it is long."""
+    return text if len(text) <= TOLD else f"{text[:TOLD]}…"
+
+
 def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
     """Run a command's `main(argv) -> int`; a UserError becomes one message on stderr and exit code 2, Ctrl-C one word
-    and exit code 130."""
+    and exit code 130. What a file's names hold may be no Unicode, and is shown escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
@@ -21,3 +44,30 @@ def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
     sys.stdout.flush()
     print(message, file=sys.stderr)
     sys.exit(code)
+
+
+@contextmanager
+def ending_at_ctrl_c() -> Iterator[None]:
+    """While large packages are imported: Ctrl-C ends the process at once, with one word and exit code 130.
+
+    Some of them catch KeyboardInterrupt and go on without a part of themselves, others print it; nothing is open or
+    half written yet.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        with suppress(Exception):  # the interrupt may have come in the middle of a print
+            sys.stdout.flush()
+        os.write(2, b"interrupted\n")
+        os._exit(130)
+
+    if threading.current_thread() is not threading.main_thread():  # signals are not its business
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, before)

@@ -4,13 +4,16 @@ rwkv-peft plot out/metrics.jsonl out/loss.png
 """
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from .cli import Parser
-from .errors import UserError
+from .errors import UserError, told
 from .files.atomic import atomic_write
+
+LAST_STEP = 1 << 53  # the last that a float, in which it is drawn, can tell from its neighbours
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -21,25 +24,33 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; a run writes it into its --proj_dir")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().splitlines()
     records = []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
-            raise UserError(f"{path}, line {number}: not JSON ({error}); delete that line") from error
-        if not isinstance(record, dict) or type(record.get("step")) is not int:
-            raise UserError(f"{path}, line {number}: a metrics line is a JSON object with its step, not {line[:40]!r}")
+            raise UserError(f"{path}, line {number}: not JSON ({told(error)}); delete that line") from error
+        if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] <= LAST_STEP:
+            raise UserError(
+                f"{path}, line {number}: a metrics line is a JSON object with its step, not "
+                f"{line[:40].decode(errors='replace')!r}"
+            )
         records.append(record)
     return records
 
 
 def series(records: Iterable[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """([step], [value]) of the records that hold a number under `name`."""
-    pairs = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+    """([step], [value]) of the records that hold a number under `name`, of those that a float can be."""
+    pairs = [(record["step"], record[name]) for record in records if is_number(record.get(name))]
     return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of JSON is a number that can be drawn, NaN and infinity among them."""
+    return isinstance(value, float) or type(value) is int and abs(value) <= sys.float_info.max
 
 
 def smooth(values: Iterable[float], weight: float = 0.9) -> list[float]:

@@ -45,7 +45,7 @@ def gradient(model, batches):
 
 @pytest.mark.parametrize("dataload", ["pad", "get"])
 def test_the_gradient_is_the_same_for_every_split_of_a_step(model, data, dataload):
-    samples = data(dataload=dataload, loss_mask="file")
+    samples = data(dataload=dataload, loss_mask="file", micro_bsz=2)
 
     def of(micro_bsz, world_size, accumulate):
         return gradient(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxDataset, BinidxWriter
-from rwkv_peft.data.masks import find, make_mask
+from rwkv_peft.data.masks import default_mask, describe_mask, find, make_mask
 from rwkv_peft.errors import UserError
 
 
@@ -68,6 +68,21 @@ def test_qa_counts_each_answer_of_a_conversation(tmp_path):
 def test_file_reads_the_companion(tmp_path):
     dataset = dataset_of(tmp_path, [[1, 2, 3], [4, 5]], [[0, 1, 1], [0, 1]])
     assert make_mask(dataset, config(loss_mask="file"))(1, 5).tolist() == [True, True, False, True]
+
+
+def test_a_mask_that_is_there_is_used_unless_another_is_named(tmp_path):
+    dataset = dataset_of(tmp_path, [[1, 2, 3], [4, 5]], [[0, 1, 1], [0, 1]])
+    assert default_mask(tmp_path / "data") == default_mask(tmp_path / "data.bin") == "file"
+    assert default_mask(tmp_path / "other") == "none"
+    assert describe_mask(dataset, config(loss_mask="file")) == "loss on 3 of 5 tokens (answers)"
+    assert "all 5 tokens: --loss_mask none leaves" in describe_mask(dataset, config())
+    assert "behind --mask_id 7 (--loss_mask qa)" in describe_mask(dataset, config(loss_mask="qa", mask_id=(7,)))
+
+
+def test_a_mask_that_counts_nothing_is_refused(tmp_path):
+    dataset = dataset_of(tmp_path, [[1, 2, 3]], [[0, 0, 0]])
+    with pytest.raises(UserError, match=r"data\.mask counts none of 3 tokens"):
+        describe_mask(dataset, config(loss_mask="file"))
 
 
 def test_none_and_pad_count_everything(tmp_path):

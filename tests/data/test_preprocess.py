@@ -4,13 +4,16 @@ import json
 import subprocess
 import sys
 from itertools import product
+from pathlib import Path
 
 import pytest
 
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.encoding import EncodeSettings, encode_all, shorten
 from rwkv_peft.data.preprocess import main
+from rwkv_peft.data.recorded import recorded_of_data, vocabulary_of
 from rwkv_peft.data.rows import read_chunks
+from rwkv_peft.data.templates import TEMPLATES, segments
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import UserError
 
@@ -110,7 +113,8 @@ def test_bad_templates_are_named(preprocess, tmp_path, text):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("{}\n", r"in\.jsonl, line 1: a row has the fields \(none\); known are text"),
+        ("{}\n", r"in\.jsonl, line 1: a row has the fields \(none\); known are text.*; name others with --fields\n"),
+        ("{}\n", r"\n\(--skip_bad_rows leaves such rows out, and counts them\)"),
         ('{"text": "a"}\n\n{"text": 3}\n', "line 3: field 'text' holds int, not text"),
         ('{"text": "a"}\n{"text": \n', "line 2: not JSON"),
         ("[" * 100000 + "\n", "line 1: not JSON"),
@@ -235,6 +239,46 @@ def test_shuffle_and_repeat(preprocess):
     assert thrice[:20] != thrice[20:40]
 
 
+def test_rows_are_shown_as_they_are_written(preprocess, capsys, monkeypatch):
+    turns = [("system", "Be."), ("user", "Hi"), ("assistant", "Yo"), ("user", "So?"), ("assistant", "No")]
+    rows = [{"messages": [{"role": role, "content": words} for role, words in turns]}, {"text": "plain"}, {"text": "x"}]
+    preprocess(rows, "--show", "2")
+    chat = "System: Be.\n\nUser: Hi\n\nAssistant:[[ Yo\n\n]]User: So?\n\nAssistant:[[ No<end>]]"
+    shown = capsys.readouterr().out
+    assert f"== document 1: 63 tokens, 9 count\n{chat}\n== document 2: 6 tokens, 6 count\n[[plain<end>]]\n" in shown
+    assert "document 3" not in shown
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    preprocess(rows, "--show", "1")
+    assert "Assistant:\033[1;32m No<end>\033[0m\n" in capsys.readouterr().out
+
+
+def test_the_documented_layouts_are_those_of_the_code():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "prompts.md").read_text(encoding="utf-8")
+    for name, text in TEMPLATES.items():
+        assert f"| `{name}` | `{text}` |".replace("\n", "⏎") in page
+    turns = [("system", "Be brief."), ("user", "2+2?"), ("assistant", "4"), ("user", "And 3+3?"), ("assistant", "6")]
+    parts = segments({"messages": [{"role": role, "content": words} for role, words in turns]})
+    text = "".join(f"[[{text}]]" if counts else text for text, counts in parts)
+    assert f"```\n{text[:-2]}<end>]]\n```" in page
+
+
+def test_the_tokenizer_is_recorded_beside_the_data(preprocess, tmp_path):
+    preprocess([{"text": "a"}])
+    record = recorded_of_data(tmp_path / "out" / "data")
+    assert record == vocabulary_of(load_tokenizer("bytes")) and (record.name, record.size) == ("bytes", 257)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["data.bin", "data.idx", "data.json"]
+
+
+def test_the_record_replaces_no_input_and_no_file_of_others(tmp_path):
+    rows = tmp_path / "data.json"
+    rows.write_text('[{"text": "a"}]')
+    for prefix, message in ((tmp_path / "data", "data.json, which is an input"), (tmp_path / "x", "another tool made")):
+        (tmp_path / "x.json").write_text("[]")
+        with pytest.raises(UserError, match=message):
+            main([str(rows), "--output", str(prefix), "--tokenizer", "bytes"])
+    assert rows.read_text() == '[{"text": "a"}]'
+
+
 def test_without_an_end_token(preprocess):
     assert preprocess([{"text": "ab"}], "--no-append_eod")[0].tolist() == [98, 99]
 
@@ -244,7 +288,7 @@ def test_what_is_said(preprocess, capsys):
     said = capsys.readouterr().out
     for words in (
         "60 documents",
-        "count in the loss (--loss_mask file)",
+        "count in the loss (",
         "tokens a document",
         "up to",
         "--ctx_len 128",
@@ -265,11 +309,8 @@ def test_shortening_keeps_the_answer():
 
 
 def test_the_command_ends_a_mistake_with_one_line(tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-m", "rwkv_peft", "preprocess", str(tmp_path / "no.jsonl"), "--output", str(tmp_path / "x")],
-        capture_output=True,
-        text=True,
-    )
+    flags = [str(tmp_path / "no.jsonl"), "--tokenizer", "bytes", "--output", str(tmp_path / "x")]
+    result = subprocess.run([sys.executable, "-m", "rwkv_peft", "preprocess", *flags], capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.startswith("error: ") and "no such file" in result.stderr
 

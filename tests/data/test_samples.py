@@ -40,10 +40,22 @@ def test_an_epoch_of_the_stream_counts_every_token_but_the_first_once(make, tota
         assert seen == Counter(range(101, 100 + total))
 
 
-@pytest.mark.parametrize("dataload", ["pad", "only"])
-def test_an_epoch_of_documents_reads_each_once(make, dataload):
+@pytest.mark.parametrize("micro_bsz", [1, 8])
+@pytest.mark.parametrize("rows", [12, 200])
+def test_rows_are_not_seen_shortest_first(make, rows, micro_bsz):
+    samples = make([[1] * (2 + i) for i in range(rows)], ctx_len=256, dataload="pad", micro_bsz=micro_bsz)
+    orders = [[len(tokens) for tokens, _ in epoch_of(samples, epoch)] for epoch in range(20)]
+    assert len({tuple(order) for order in orders}) == 20
+    rising = sum(a < b for order in orders for a, b in zip(order, order[1:]))
+    assert 0.4 < rising / (20 * (rows - 1)) < 0.6  # of neighbours, as many rise as fall
+    first = sum(order[0] for order in orders) / 20
+    assert abs(first - (rows + 3) / 2) < rows / 4  # and the first is any of them
+
+
+@pytest.mark.parametrize("dataload, micro_bsz", [("pad", 1), ("pad", 8), ("only", 1)])
+def test_an_epoch_of_documents_reads_each_once(make, dataload, micro_bsz):
     documents = [[i + 1] * (2 + i % 7) for i in range(1100)]
-    samples = make(documents, ctx_len=16, dataload=dataload)
+    samples = make(documents, ctx_len=16, dataload=dataload, micro_bsz=micro_bsz)
     for epoch in (0, 1):
         assert sorted(tokens.tolist() for tokens, _ in epoch_of(samples, epoch)) == sorted(documents)
 
@@ -63,7 +75,8 @@ def test_bucketing_brings_like_lengths_together(make):
         rows = [len(tokens) for tokens, _ in epoch_of(samples)]
         return sum(8 * max(rows[i : i + 8]) for i in range(0, len(rows), 8)) / sum(rows) - 1
 
-    assert padding(make(documents, dataload="pad", ctx_len=128)) < 0.1
+    assert padding(make(documents, dataload="pad", ctx_len=128, micro_bsz=8)) < 0.1
+    assert padding(make(documents, dataload="pad", ctx_len=128, micro_bsz=1)) > 0.5
     assert padding(make(documents, dataload="only", ctx_len=128)) > 0.5
 
 
@@ -79,7 +92,9 @@ def test_the_order_depends_on_seed_and_epoch_alone(make, dataload):
     assert order(1) != order(2)
     assert order(1) != order(1, epoch=1)
     if dataload != "only":
-        assert order(1) == order(1, micro_bsz=4)
+        assert order(1, micro_bsz=2) == order(1, micro_bsz=4)
+    if dataload == "get":
+        assert order(1, micro_bsz=1) == order(1, micro_bsz=4)
 
 
 @pytest.mark.parametrize("dataload", ["get", "pad", "only"])

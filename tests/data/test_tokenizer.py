@@ -1,16 +1,30 @@
 """Tokenizers give back the text, agree with the runtime's own, and turn failures into messages."""
 
 import json
+import random
+import subprocess
+import sys
 from functools import lru_cache
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_peft.data.tokenizer import load_tokenizer, parse_world_vocabulary
+from rwkv_peft.data.tokenizer import GreedyEncoder, load_tokenizer, parse_world_vocabulary, say_slow, world_vocabulary
 from rwkv_peft.errors import UserError
 
 cached_tokenizer = lru_cache(load_tokenizer)  # one for all of a property's examples
+MIXED = (
+    "",
+    "\0",
+    "\0\0a",
+    "Natalia sold 48/2 = 24 clips.\r\n\r\n",
+    "def f(x):\n\treturn x  # \t\t\t\n",
+    "世界 мир שלום مرحبا नमस्ते ไทย 한국어 ελληνικά አማርኛ",
+    "\U0001f600\U0001f469\u200d\U0001f4bb\U0001f3f3\ufe0f\u200d\U0001f308 e\u0301 \ufeff\u2028\ufffd\U0010ffff",
+    "  \n \n\n\n  x" + " " * 200 + "=" * 300,
+    "<|endoftext|>User: hi\n\nAssistant:",
+)
 VOCABULARY = b"1 '\\x00' 1\n2 'a' 1\n3 b'\\xff' 1\n5 'ab' 2\n"
 
 
@@ -33,13 +47,94 @@ def test_world_agrees_with_the_runtimes_tokenizer(world):
     from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 
     peer = TRIE_TOKENIZER(str(world.path))
-    for text in (
-        "Natalia sold 48/2 = 24 clips.\n\n",
-        "def f(x):\n\treturn x\n",
-        "世界 мир \U0001f600",
-        "  \n \n\n\n  x",
-    ):
+    for text in MIXED:
         assert world.encode(text) == peer.encode(text)
+
+
+@pytest.fixture(scope="module")
+def greedy(world):
+    return GreedyEncoder(world.token_bytes)
+
+
+@pytest.fixture
+def without_package(monkeypatch):
+    """As on a Python that pyrwkv-tokenizer has no build for."""
+    monkeypatch.setitem(sys.modules, "pyrwkv_tokenizer", None)
+    say_slow.cache_clear()
+
+
+def test_our_encoder_agrees_on_every_token(world, greedy):
+    texts = []
+    for token in filter(None, world.token_bytes):
+        try:
+            texts.append(token.decode("utf-8"))
+        except UnicodeDecodeError:
+            continue
+    assert len(texts) > 65000
+    assert all(greedy.encode(text) == world.encode(text) for text in texts)
+    drawn = random.Random(0)
+    for _ in range(2000):
+        text = "".join(drawn.choices(texts, k=20))
+        assert greedy.encode(text) == world.encode(text)
+
+
+@pytest.mark.parametrize("text", MIXED)
+def test_our_encoder_agrees_on_mixed_text(world, greedy, text):
+    assert greedy.encode(text) == world.encode(text)
+    assert world.decode(greedy.encode(text)) == text
+
+
+@given(st.text(max_size=60))
+@settings(max_examples=200, deadline=None)
+def test_our_encoder_agrees_on_any_text(text):
+    world = cached_tokenizer("world")
+    assert cached_encoder().encode(text) == world.encode(text)
+
+
+@lru_cache
+def cached_encoder():
+    return GreedyEncoder(cached_tokenizer("world").token_bytes)
+
+
+def test_without_the_package_world_is_the_same(world, without_package, capsys):
+    assert world_vocabulary().parent.name == "rwkv"
+    for _ in range(2):
+        ours = load_tokenizer("world")
+    assert (ours.name, ours.vocab_size, ours.end_id, ours.token_bytes) == ("world", 65536, 0, world.token_bytes)
+    assert ours.cuts_at_lines and ours.encode(MIXED[6]) == world.encode(MIXED[6])
+    assert capsys.readouterr().err.count("encoding in Python") == 1
+    with pytest.raises(UserError, match="character 2"):
+        ours.encode("ab\ud800")
+    with pytest.raises(UserError, match="token 65536 at position 1 is outside the vocabulary of 65536"):
+        ours.decode([1, 65536])
+
+
+def test_without_any_vocabulary_the_packages_are_named(without_package, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pyrwkv-tokenizer and rwkv"):
+        load_tokenizer("world")
+
+
+def without_the_package(*command):
+    """A command as a user types it, in a Python without pyrwkv-tokenizer."""
+    code = "import sys; sys.modules['pyrwkv_tokenizer'] = None; from rwkv_peft.commands import run; run()"
+    return subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+
+
+def test_the_commands_work_without_the_package(world, tmp_path):
+    done = without_the_package("tokenize", "world", MIXED[5])
+    assert done.returncode == 0 and done.stdout.split() == [str(token) for token in world.encode(MIXED[5])]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"{i} {MIXED[4]}"}) + "\n" for i in range(3000)))
+    output = str(tmp_path / "data")
+    done = without_the_package("preprocess", str(tmp_path / "rows.jsonl"), "--output", output, "--workers", "2")
+    assert done.returncode == 0 and done.stderr.count("encoding in Python") == 1, done.stderr
+
+
+def test_a_byte_without_a_token_is_named_and_nothing_is_dropped(tmp_path):
+    path = tmp_path / "vocabulary.txt"
+    path.write_bytes(VOCABULARY)
+    with pytest.raises(UserError, match="no token for the byte 120 at byte 2"):
+        load_tokenizer(str(path)).encode("abx")
 
 
 def test_bytes_are_the_first_tokens_of_world(world):
@@ -101,6 +196,7 @@ def test_bad_vocabularies_are_named(tmp_path, content, message):
 def test_a_panic_of_the_rust_tokenizer_is_a_user_error(world):
     from rwkv_peft.data.tokenizer import guarded
 
+    pytest.importorskip("pyrwkv_tokenizer")
     with pytest.raises(UserError, match="World tokenizer failed"):
         guarded(world._encoder.decode, [129])  # byte 128 alone is not UTF-8
 

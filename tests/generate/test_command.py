@@ -15,7 +15,7 @@ from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
 from rwkv_peft.files.pth import read_tensors
-from rwkv_peft.generate import Step, command
+from rwkv_peft.generate import Step, command, flags
 
 PACKAGE = Path(command.__file__).resolve().parents[2]
 
@@ -68,6 +68,25 @@ def test_the_stop_string_is_not_printed(run, monkeypatch):
     script(monkeypatch, "Hello.\nUser: no")
     assert run("--prompt", "x", "--stop", "\nUser:", "never") == "Hello.\n"
     assert run("--prompt", "x", "--stop", r"\nU", "--escapes") == "Hello.\n"
+
+
+def test_a_prompt_in_a_known_layout_stops_at_the_next_turn(run, monkeypatch):
+    script(monkeypatch, " Yo\n\nUser: no")
+    assert run("--prompt", "User: hi\n\nAssistant:") == " Yo\n"
+    assert run("--prompt", "User: hi\n\nAssistant:", "--stop", "no") == " Yo\n\nUser: \n"
+    assert run("--prompt", "hi") == " Yo\n\nUser: no\n"
+    script(monkeypatch, " 4\n\nQuestion: no", " 4\n\nInstruction: no")
+    prompts = ("Question: 2+2?\n\nAnswer:", "Instruction: Add\n\nInput: 2 2\n\nResponse:")
+    rows = [json.loads(line) for line in run("--prompt", *prompts).splitlines()]
+    assert [(row["generated"], row["end"]) for row in rows] == [(" 4", "stop")] * 2
+
+
+def test_a_backslash_and_n_in_a_prompt_are_told(model, capsys):
+    words = ["--model", str(model), "--max_tokens", "1", "--prompt", r"User: hi\n\nAssistant:"]
+    command.main(words)
+    assert capsys.readouterr().err.count("add --escapes to read it as a newline") == 1
+    command.main([*words, "--escapes"])
+    assert capsys.readouterr().err == ""
 
 
 def test_several_prompts_give_a_line_of_json_each(run, monkeypatch):
@@ -140,14 +159,17 @@ def test_a_saved_session_includes_all_that_was_generated(run, tmp_path, monkeypa
     "text, expected", [(r"a\nb", "a\nb"), (r"a\\nb", r"a\nb"), (r"\t\q", "\t\\q"), ("\\\\\\n", "\\\n")]
 )
 def test_escapes(text, expected):
-    assert command.unescaped(text) == expected
+    assert flags.unescaped(text) == expected
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "--prompt TEXT or --prompt_file"),
+        ([], "--prompt TEXT, --prompt_file FILE or --chat"),
         (["--prompt", "a", "--prompt_file", "b"], "not both"),
+        (["--prompt", "a", "--chat"], "not both --prompt and --chat"),
+        (["--chat", "--output", "a.jsonl"], "--output does not go with --chat"),
+        (["--chat", "--save_state", "a.pth"], "type /save FILE"),
         (["--prompt", "a", "--max_tokens", "-1"], "max_tokens -1"),
         (["--prompt", "a", "--batch", "0"], "batch 0"),
         (["--prompt", "a", "--top_p", "7"], "top_p 7"),

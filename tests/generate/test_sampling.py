@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rwkv_peft.errors import UserError
-from rwkv_peft.generate.sampling import Sampling, candidates, count, most_probable, penalize, pick, sample
+from rwkv_peft.generate.sampling import candidates, count, most_probable, penalize, pick, sample
+from rwkv_peft.generate.settings import Sampling
 
 
 def logits_of(*probabilities):

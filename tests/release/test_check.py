@@ -101,10 +101,40 @@ def test_a_model_of_other_dimensions_is_refused(tmp_path, tiny_state):
         check(base, adapter, tmp_path / "other.pth")
 
 
-def test_time_states_are_not_compared():
-    with pytest.raises(UserError, match="rwkv-peft verify"):
-        tuned = Adapter({"blocks.0.att.time_state": torch.ones(4, 16, 16)}, AdapterMetadata("none"))
-        adapter_config(tuned, family_named("x060"))
+def test_a_merged_model_starts_from_its_time_states(tmp_path, tiny_state, capsys):
+    base, adapter, merged = make_files(tmp_path, tiny_state())
+    states = {f"blocks.{i}.att.time_state": torch.randn(4, 16, 16) for i in range(2)}
+    save_model(tmp_path / "tuned.pth", open_base(merged).tensors | states)
+    assert check(base, adapter, tmp_path / "tuned.pth") == 0
+    words = "do not explain, by |W' - W| / |W|: blocks.0.att.time_state (inf), blocks.1.att.time_state (inf)\n"
+    assert words in capsys.readouterr().out
+    torch.save(states, tmp_path / "states.pth")
+    both = ["--bone_checkpoint", str(adapter), str(tmp_path / "states.pth"), "--output", str(tmp_path / "both.pth")]
+    assert merge_cli.main(["--base_model", str(base), *both, "--any_base"]) == 0
+    assert check(base, adapter, tmp_path / "both.pth") == 0
+    capsys.readouterr()
+    save_model(tmp_path / "alone.pth", open_base(base).tensors | states)
+    assert check(base, tmp_path / "states.pth", tmp_path / "alone.pth") == 0
+    assert "do not explain" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("head", ["tied", "replaced"])
+def test_a_head_that_the_adapter_does_not_explain_is_named(tmp_path, tiny_state, capsys, head):
+    base, adapter, merged = make_files(tmp_path, tiny_state())
+    state = dict(open_base(merged).tensors)
+    state["head.weight"] = state["emb.weight"] if head == "tied" else torch.randn(80, 64)
+    torch.save(state, tmp_path / "other.pth")  # which keeps the storage that two tensors share
+    assert check(base, adapter, tmp_path / "other.pth") == 1
+    assert "|W|: head.weight (" in (out := capsys.readouterr().out) and out.count("(") == 1
+
+
+def test_a_runtime_that_fails_is_told_in_words(tmp_path, tiny_state, monkeypatch):
+    def broken(path):
+        raise RuntimeError("no such\ninstruction")
+
+    monkeypatch.setattr("rwkv_peft.release.check.rwkv_model", broken)
+    with pytest.raises(UserError, match="cannot compute .*RuntimeError: no such instruction"):
+        check(*make_files(tmp_path, tiny_state()))
 
 
 def test_an_adapter_on_a_base_that_was_quantized_or_changed_is_compared_on_that(tmp_path, tiny_state, capsys):

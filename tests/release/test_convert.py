@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.files.adapters import read_adapter
@@ -16,8 +17,8 @@ from rwkv_peft.files.pth_writer import TensorSpec
 from rwkv_peft.files.safetensors_file import write_safetensors
 from rwkv_peft.models.rwkv6.names import from_hf, from_web, to_hf, to_web
 from rwkv_peft.release.convert import main
-from rwkv_peft.release.formats import vocabulary
 from rwkv_peft.release.gguf import write_gguf
+from rwkv_peft.release.vocabulary import gguf_vocabulary
 
 
 def convert(*words):
@@ -32,8 +33,8 @@ def same(left, right):
 
 @pytest.fixture
 def model(tmp_path, tiny_state):
-    """Path of a bfloat16 model and its state dict."""
-    state = tiny_state(dtype=torch.bfloat16)
+    """Path of a bfloat16 model of the byte vocabulary, and its state dict."""
+    state = tiny_state(dtype=torch.bfloat16, vocab_size=257)
     save_model(tmp_path / "model.pth", state)
     return tmp_path / "model.pth", state
 
@@ -94,8 +95,8 @@ def test_hugging_face_folder_there_and_back_is_bitwise(tmp_path, model):
     assert same(open_base(tmp_path / "back.pth").tensors, state)
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (config["hidden_size"], config["head_size"], config["intermediate_size"]) == (64, 16, 96)
-    assert config["rescale_every"] == 0 and config["vocab_size"] == 80
-    assert len((tmp_path / "hf" / "rwkv_vocab_v20230424.txt").read_bytes().splitlines()) == 79  # token 0 has no line
+    assert config["rescale_every"] == 0 and config["vocab_size"] == 257
+    assert len((tmp_path / "hf" / "rwkv_vocab_v20230424.txt").read_bytes().splitlines()) == 256  # token 0 has no line
 
 
 def test_time_states_swap_both_ways(tmp_path):
@@ -118,7 +119,7 @@ def test_time_states_swap_both_ways(tmp_path):
         ({0: torch.zeros(2, 4, 8)}, "head size, head size"),
         ({0: torch.zeros(8, 8)}, "head size, head size"),
         ({0: torch.tensor(0.0)}, "head size, head size"),
-        ({0: torch.zeros(2, 8, 8, dtype=torch.int64)}, "int64; bfloat16, float16 or float32 is due"),
+        ({0: torch.zeros(2, 8, 8, dtype=torch.int64)}, "is int64; weights must be dense tensors of bfloat16"),
     ],
 )
 def test_time_states_that_fit_no_model_are_refused(tmp_path, states, message):
@@ -143,8 +144,8 @@ def test_8_bit_floats_are_refused(tmp_path):
 @pytest.mark.parametrize("kind, exact", [("f32", True), ("bf16", True), ("f16", False), ("q8_0", False)])
 def test_gguf_holds_the_weights(tmp_path, tiny_state, kind, exact):
     gguf = pytest.importorskip("gguf")
-    state = tiny_state(dtype=torch.bfloat16)
-    write_gguf(tmp_path / "m.gguf", base_of(state), kind, vocabulary(80))
+    state = tiny_state(dtype=torch.bfloat16, vocab_size=260)
+    write_gguf(tmp_path / "m.gguf", base_of(state), kind, gguf_vocabulary(BytesTokenizer(), 260))
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
     found = {
         tensor.name: torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
@@ -165,12 +166,12 @@ def test_gguf_holds_the_weights(tmp_path, tiny_state, kind, exact):
     fields = reader.fields
     assert fields["rwkv6.rescale_every_n_layers"].contents() == 0
     assert fields["rwkv6.wkv.head_size"].contents() == 16
-    assert len(fields["tokenizer.ggml.tokens"].contents()) == 80
+    assert len(fields["tokenizer.ggml.tokens"].contents()) == 260
 
 
 def test_gguf_refuses_time_states(tmp_path, tiny_state):
     pytest.importorskip("gguf")
-    state = tiny_state()
+    state = tiny_state(vocab_size=257)
     save_model(tmp_path / "m.pth", state | {f"blocks.{i}.att.time_state": torch.zeros(4, 16, 16) for i in range(2)})
     with pytest.raises(UserError, match="no place for initial states"):
         convert(tmp_path / "m.pth", tmp_path / "m.gguf")

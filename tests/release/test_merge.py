@@ -24,6 +24,7 @@ from rwkv_peft.files.rwkv_peft_file import write_rwkv_peft
 from rwkv_peft.models.rwkv6.model import RWKV6
 from rwkv_peft.release import merge_command as merge_cli
 from rwkv_peft.release.merge import Merge, MergeOptions, merged_tensors
+from rwkv_peft.training.run import main as train
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = tuple(name for name in METHODS if is_saved(name))
@@ -292,9 +293,35 @@ def test_lora_and_pissa_files_of_rwkv_peft_merge(folder):
     merged = run(folder, "--lora_init", folder / "init_p.pth", adapter="p.pth")
     expected = merged_tensors(base_of(base), [("a", Adapter(tensors, metadata))])
     assert all(torch.equal(merged[key], expected[key]) for key in base)
-    torch.save(dict(list(load_flat(folder / "init_p.pth").items())[:-1]), folder / "short.pth")
+    initial = load_flat(folder / "init_p.pth")
+    assert all(key.startswith("model.blocks.") for key in initial)  # as RWKV-PEFT writes it since 2025-02
+    torch.save({key.removeprefix("model."): tensor for key, tensor in initial.items()}, folder / "earlier.pth")
+    merged = run(folder, "--type", "pissa", "--lora_init", folder / "earlier.pth", adapter="p.pth", output="e.pth")
+    assert all(torch.equal(merged[key], expected[key]) for key in base)
+    with pytest.raises(UserError, match="--type bone contradicts .*p.pth, which holds a pissa adapter"):
+        run(folder, "--type", "bone", "--lora_init", folder / "init_p.pth", adapter="p.pth")
+    torch.save(dict(list(initial.items())[:-1]), folder / "short.pth")
     with pytest.raises(UserError, match="is not the init file"):
         run(folder, "--lora_init", folder / "short.pth", adapter="p.pth")
+
+
+def test_the_folder_of_a_run_stands_for_its_adapter(folder):
+    adapter = adapter_of("bat-in", open_base(folder / "base.pth").tensors)
+    save_adapter(folder / "run" / "adapter.safetensors", *adapter)
+    save_adapter(folder / "a.safetensors", *adapter)
+    expected = run(folder)
+    for _ in range(2):  # what an earlier merge wrote into the folder is no input
+        merged = run(folder, adapter="run", output="run/merged.pth")
+        assert all(torch.equal(merged[key], expected[key]) for key in expected)
+    save_model(folder / "full" / "rwkv.pth", expected)
+    with pytest.raises(UserError, match="full/rwkv.pth is its model, nothing merges"):
+        run(folder, adapter="full")
+
+
+def test_an_adapter_that_is_given_as_the_base_is_told(folder):
+    save_adapter(folder / "a.safetensors", *adapter_of("bat-in", open_base(folder / "base.pth").tensors))
+    with pytest.raises(UserError, match="a.safetensors is an adapter, not a base model; give it as --bone_load"):
+        train(["--load_model", str(folder / "a.safetensors"), "--data_file", "data"])
 
 
 @pytest.mark.parametrize("odd", [torch.ones(2, 64), torch.ones(64), torch.tensor(1.0)])

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from rwkv_peft.training.flags import parse_run
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -55,6 +57,17 @@ def test_a_users_model_and_jsonl(tmp_path, tiny_state, accelerator):
     assert list(base) == list(merged)
     assert not torch.equal(base["blocks.0.att.key.weight"], merged["blocks.0.att.key.weight"])
     assert torch.equal(base["emb.weight"], merged["emb.weight"])
+    for name in ("adapter.safetensors", "merged.pth", "loss.png"):
+        assert f" {tmp_path / 'out' / name}\n" in done.stdout
+    if "conda activate" in done.stdout:  # a function of the user's shell
+        return
+    tried = in_a_fresh_shell(done.stdout.split("Try it:")[1], tmp_path)
+    assert tried.returncode == 0 and tried.stderr == "" and tried.stdout.endswith("\n"), tried.stderr
+
+
+def in_a_fresh_shell(lines, folder):
+    """Run lines as a user does who opens a terminal somewhere."""
+    return subprocess.run(["sh", "-ec", lines], cwd=folder, env={"PATH": os.defpath}, text=True, capture_output=True)
 
 
 def test_half_of_a_users_input_is_refused(tmp_path):
@@ -69,13 +82,68 @@ def test_a_failing_step_ends_the_script(tmp_path):
     assert done.returncode == 2 and "base.pth" in done.stderr and "3. merge" not in done.stdout
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--lr_init", "x"], "--lr_init: 'x' is not a number"),
+        (["--bone_mode", "bat", "--bone_r", "0"], "--bone_r"),
+        (["--dataload", "only"], "--micro_bsz 8"),
+        (["--devices", "99", "--accelerator", "gpu"], "--devices 99"),
+    ],
+)
+def test_a_mistaken_flag_is_told_before_the_demo_begins(tmp_path, flags, message):
+    done = script({"PROJ_DIR": str(tmp_path / "out")}, *flags)
+    assert done.returncode == 2 and message in done.stderr and "==" not in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_holds_a_run_is_told_before_the_demo_begins(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    done = script({"PROJ_DIR": str(tmp_path)})
+    assert done.returncode == 2 and "already holds metrics.jsonl" in done.stderr and "==" not in done.stdout
+
+
+def test_help_is_the_scripts_own():
+    done = script({}, "--help")
+    assert done.returncode == 0 and done.stdout.startswith("Trains Bone") and "LOAD_MODEL=base.pth" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("", {"method": "bone", "mode": "bat-in", "rank": 32}),
+        ("--bone_r 16 --bone_mode=bone", {"mode": "bone", "rank": 16}),
+        ("--peft lora", {"method": "lora", "rank": 64}),
+        ('--peft lora --lora_config {"lora_r":8}', {"method": "lora", "rank": 8}),
+        ('--bone_config {"bone_mode":"bat-out","bone_r":8}', {"mode": "bat-out", "rank": 8}),
+        ("--peft=none", {"method": "none"}),
+    ],
+)
+def test_a_users_flags_say_what_trains(tmp_path, tiny_state, flags, expected):
+    torch.save(tiny_state(), tmp_path / "base.pth")
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "bone_rwkv6.sh", tmp_path / "scripts")
+    stand_in = tmp_path / "python"
+    stand_in.write_text('#!/bin/sh\ncase "$1" in *train.py) printf "%s\\n" "$@" > "$(dirname "$0")/told" ;; esac\n')
+    stand_in.chmod(0o755)
+    (tmp_path / "scripts" / "setup.sh").write_text(f"root={tmp_path} python={stand_in}\n")
+    base, out = str(tmp_path / "base.pth"), str(tmp_path / "out")
+    variables = {"LOAD_MODEL": base, "DATA_FILE": "data", "PROJ_DIR": out, "BONE_R": "32"}
+    done = script(variables, *flags.split(), root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    adapter = parse_run((tmp_path / "told").read_text().splitlines()[1:]).config.adapter
+    assert {name: getattr(adapter, name) for name in expected} == expected
+    assert ("rwkv.pth" in done.stdout) == (adapter.method == "none")
+
+
 @pytest.mark.parametrize("flags", [[], ["--lr_init", "1e-3", "--resume"]])
 def test_the_demo_starts_anew_unless_it_resumes(tmp_path, flags):
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / "scripts" / "bone_rwkv6.sh", tmp_path / "scripts")
-    (tmp_path / "scripts" / "setup.sh").write_text(
-        f"root={tmp_path} python=false\n"
-    )  # so that it ends at the first step
+    python = tmp_path / "python"  # it finds the flags right, and ends the script at the first step
+    python.write_text('#!/bin/sh\ncase "$*" in *--check_flags*) exit 0 ;; esac\nexit 1\n')
+    python.chmod(0o755)
+    (tmp_path / "scripts" / "setup.sh").write_text(f"root={tmp_path} python={python}\n")
     checkpoint = tmp_path / "out" / "demo" / "checkpoints" / "step-00000001"
     checkpoint.mkdir(parents=True)
     assert script({}, *flags, root=tmp_path).returncode == 1

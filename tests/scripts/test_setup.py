@@ -57,6 +57,9 @@ def test_without_an_environment_one_is_made_and_filled_once(machine):
         done = setup(machine)
         assert done.returncode == 0, done.stderr
     assert len(installs(machine / "repo/.venv")) == 1
+    assert done.stdout.endswith(f"\n    conda activate {machine}/repo/.venv\n")  # this one has no bin/activate
+    (machine / "repo/.venv/bin/activate").touch()
+    assert setup(machine).stdout.endswith(f"\n    . {machine}/repo/.venv/bin/activate\n")
 
 
 def test_changed_requirements_are_installed_again(machine):

@@ -15,8 +15,9 @@ from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.errors import UserError, exit_on_user_error
 from rwkv_peft.models.rwkv6.keys import TARGETS
 from rwkv_peft.training.flags import parse_run
+from rwkv_peft.training.header import describe_adapter
 from rwkv_peft.training.parser import DIMENSIONS, build_parser, flag_of, table
-from rwkv_peft.training.run import describe_adapter, main
+from rwkv_peft.training.run import main
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -5,13 +5,10 @@ Each case is a process of its own, because the engine keeps global state.
 
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,78 +18,7 @@ from safetensors.torch import load_file
 from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.files.base import open_base
 from rwkv_peft.training.saver import read_run_state
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory, tiny_state):
-    """A base model and data in which the next token follows from the last, so that there is something to learn."""
-    folder = tmp_path_factory.mktemp("run")
-    torch.save(tiny_state(dtype=torch.bfloat16), folder / "base.pth")
-    with BinidxWriter(folder / "data", vocab_size=80) as writer:
-        for start in range(40):
-            writer.add([1 + (start + 7 * i) % 79 for i in range(50 + start)] + [0])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def command(files, accelerator):
-    """(name of the run's folder, flags) -> the command that trains there; skips where there are too few GPUs for it."""
-
-    def build(name, *more):
-        devices = int(more[more.index("--devices") + 1]) if "--devices" in more else 1
-        if accelerator == "gpu" and torch.cuda.device_count() < devices:
-            pytest.skip(f"needs {devices} GPUs")
-        return [
-            sys.executable,
-            str(ROOT / "train.py"),
-            "--load_model",
-            str(files / "base.pth"),
-            "--data_file",
-            str(files / "data"),
-            "--proj_dir",
-            str(files / name),
-            "--ctx_len",
-            "24",
-            "--lr_init",
-            "1e-2",
-            "--lr_final",
-            "1e-3",
-            "--warmup_steps",
-            "2",
-            "--accelerator",
-            accelerator,
-            "--epoch_steps",
-            "4",
-            "--epoch_count",
-            "2",
-            *(() if "--peft" in more else ("--bone_r", "16")),
-            *more,
-        ]
-
-    return build
-
-
-def start(argv):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(argv, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
-
-
-def finish(process, code=0):
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
-    return out, err
-
-
-@pytest.fixture(scope="module")
-def train(command):
-    """Trains by `command` to the end; -> what it printed on stdout and stderr."""
-    return lambda name, *more, code=0: finish(start(command(name, *more)), code)
-
-
-def metrics(files, name):
-    return [json.loads(line) for line in (files / name / "metrics.jsonl").read_text().splitlines()]
+from training.runs import ROOT, finish, metrics, start
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,10 @@ from torch import nn
 
 from ..config import QUANTIZATIONS, AdapterConfig
 from ..errors import UserError
+from ..names import CHOICES
 from .layer import AdapterLinear
 from .method import Method, Params
-from .methods import CHOICES, METHODS, NONE, forms, method_of
+from .methods import METHODS, NONE, forms, method_of
 
 
 class Generation(Protocol):

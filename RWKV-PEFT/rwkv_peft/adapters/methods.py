@@ -1,8 +1,10 @@
 """The table of adapter methods, and how settings and files name one."""
 
 from types import MappingProxyType
+from typing import Any
 
 from ..config import AdapterConfig
+from ..names import NONE, forms
 from .bat_in import BatIn
 from .bat_out import BatOut
 from .bone import Bone, BoneMini
@@ -32,20 +34,12 @@ METHODS: MappingProxyType[str, Method] = MappingProxyType(
         )
     }
 )
-NONE = "none"  # what stands where no layer is adapted: the model itself trains, or whole tensors of it
-# what --peft takes: a method, a word for several forms of one, or NONE
-CHOICES = (*dict.fromkeys(method.peft for method in METHODS.values()), NONE)
 # tensor names by which other tools' files hold what METHODS know by theirs, or what none of them knows
 FOREIGN_TENSORS = ("disha", "bone_block", "miss_block", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 TENSORS = (
     tuple(dict.fromkeys(name for method in METHODS.values() for name in (*method.parameters, *method.constants)))
     + FOREIGN_TENSORS
 )
-
-
-def forms(peft: str) -> tuple[str, ...]:
-    """The names of the methods that one word of --peft stands for."""
-    return tuple(method.name for method in METHODS.values() if method.peft == peft)
 
 
 def method_of(config: AdapterConfig) -> Method | None:
@@ -55,7 +49,7 @@ def method_of(config: AdapterConfig) -> Method | None:
     return METHODS[config.mode if len(forms(config.method)) > 1 else config.method]
 
 
-def words_of(method: Method) -> dict[str, str]:
+def words_of(method: Method) -> dict[str, Any]:
     """{field: value} of the AdapterConfig fields that name a Method."""
     return {"method": method.peft} | ({"mode": method.name} if len(forms(method.peft)) > 1 else {})
 

@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 
 from ..errors import UserError
+from ..ops.compiled import constant_when_compiled
 
 ROW_ELEMENTS = 1 << 22  # dequantized elements held at a time
 
@@ -99,7 +100,7 @@ class QuantizedProduct:
         return functional.dequantize_blockwise(packed[start:stop], state).flatten().to(dtype)
 
 
-@torch.compiler.assume_constant_result  # torch.compile can neither trace how the code is made nor keep it
+@constant_when_compiled  # torch.compile can neither trace how the code is made nor keep it
 def _int8_code(device: torch.device) -> torch.Tensor:
     """The 256 values that an int8 weight can have, float32, on a device."""
     return _make_int8_code(device)

@@ -12,7 +12,9 @@ class TrainBatches:
     With the cursor at c when an optimizer step begins, row b of micro batch a on rank r is sample
     c + (a * world_size + r) * micro_bsz + b, and the step moves the cursor by
     micro_bsz * world_size * accumulate: every number of ranks, rows and micro batches with the same
-    product reads the same samples in the same step.
+    product reads the same samples in the same step, given the same order of samples. That depends on the seed, and
+    with --dataload pad also on whether rows share a batch (micro_bsz above 1, samples.py): there, 1 row x 8 micro
+    batches reads others than 8 rows x 1, and 2 x 4 the same as 8 x 1.
 
     Each batch is a dict: tokens, targets int64 (B, T), mask bool (B, T) (targets that count; rows
     are padded with token 0, which never counts), step_count (counted targets of the whole optimizer

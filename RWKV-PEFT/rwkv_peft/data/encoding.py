@@ -7,11 +7,35 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from multiprocessing import get_context
+from types import MappingProxyType
+from typing import NamedTuple
 
 from ..errors import UserError
 from .binidx import dtype_code
-from .templates import Template, named_segments, segments
+from .templates import Template, UnknownForm, named_segments, segments
 from .tokenizer import load_tokenizer
+
+
+class Remedies(NamedTuple):
+    """What mends a mistake, in the flags of the command that reads the rows."""
+
+    unknown_form: str
+    bad_row: str
+    no_end: str
+
+
+REMEDIES = MappingProxyType(
+    {
+        "preprocess": Remedies(
+            "name others with --fields", "--skip_bad_rows leaves such rows out, and counts them", "take --no-append_eod"
+        ),
+        "train": Remedies(
+            "name others with --sft_field",
+            "mend or remove that row; rwkv-peft preprocess --skip_bad_rows makes token files without such rows",
+            "make token files with rwkv-peft preprocess --no-append_eod",
+        ),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +47,7 @@ class EncodeSettings:
     recognised; template is the text of a template; skip_bad_rows counts rows that cannot be
     read instead of stopping. max_tokens (0: no limit) bounds a document: "left" removes tokens from the
     front of the prompt, and then from the end of the answer; "skip" leaves the document out.
+    command, one of REMEDIES, is the one whose flags messages name.
     """
 
     tokenizer: str = "world"
@@ -32,6 +57,7 @@ class EncodeSettings:
     skip_bad_rows: bool = False
     max_tokens: int = 0
     too_long: str = "left"
+    command: str = "preprocess"
 
 
 @dataclass
@@ -94,12 +120,13 @@ class Encoder:
     """A tokenizer and a template, ready to encode chunks."""
 
     def __init__(self, settings):
-        self.settings = settings
+        self.settings, self.remedies = settings, REMEDIES[settings.command]
         self.tokenizer = load_tokenizer(settings.tokenizer)
         self.code = "H" if dtype_code(self.tokenizer.vocab_size) == 8 else "i"
         if settings.end_token and self.tokenizer.end_id is None:
             raise UserError(
-                f"--append_eod: tokenizer {self.tokenizer.name} names no end-of-document token; take --no-append_eod"
+                f"--tokenizer {self.tokenizer.name} names no end-of-document token, which each document ends with; "
+                + self.remedies.no_end
             )
         if settings.template and settings.fields:
             raise UserError("--template and --fields both say which fields are read; give one of them")
@@ -120,8 +147,10 @@ class Encoder:
                 pieces = [(self.tokenizer.encode(text), counts) for text, counts in parts]
             except UserError as error:
                 message = f"{chunk.source}, {chunk.unit} {chunk.first + offset}: {error}"
+                if isinstance(error, UnknownForm):
+                    message += f"; {self.remedies.unknown_form}"
                 if not self.settings.skip_bad_rows:
-                    raise UserError(f"{message}\n(--skip_bad_rows leaves such rows out, and counts them)") from error
+                    raise UserError(f"{message}\n({self.remedies.bad_row})") from error
                 result.bad += 1
                 result.examples = (result.examples + [message])[:3]
                 continue

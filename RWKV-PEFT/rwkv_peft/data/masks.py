@@ -4,11 +4,39 @@ A mask is a function (start, stop) -> bool (stop - start,): whether each token o
 stream in [start, stop) counts when it is the target.
 """
 
+from pathlib import Path
+
 import numpy as np
 
 from ..errors import UserError
+from ..names import LOSS_MASKS
+from .binidx import binidx_prefix
 
-LOSS_MASKS = ("none", "pad", "qa", "se", "file")
+CHUNK = 1 << 24
+
+
+def default_mask(prefix):
+    """The --loss_mask of token files for which none is given: that of their .mask file where there is one."""
+    return "file" if Path(binidx_prefix(prefix) + ".mask").is_file() else "none"
+
+
+def describe_mask(dataset, config):
+    """Which tokens of a BinidxDataset count, in a line; the .mask file is counted piece by piece. Raises UserError
+    where it counts none."""
+    total, kind = len(dataset.tokens), config.loss_mask
+    if kind in ("qa", "se"):
+        return f"loss on what stands behind --mask_id {' '.join(map(str, config.mask_id))} (--loss_mask {kind})"
+    if dataset.mask is None:
+        return f"loss on all {total:,} tokens"
+    if kind != "file":
+        return f"loss on all {total:,} tokens: --loss_mask {kind} leaves {dataset.mask_path} aside"
+    counted = sum(int(np.count_nonzero(dataset.mask[i : i + CHUNK])) for i in range(0, total, CHUNK))
+    if not counted:
+        raise UserError(
+            f"{dataset.mask_path} counts none of {total:,} tokens, so that there is nothing to learn; preprocess rows "
+            "with answers, or take --loss_mask none"
+        )
+    return f"loss on {counted:,} of {total:,} tokens (answers)"
 
 
 def make_mask(dataset, config):

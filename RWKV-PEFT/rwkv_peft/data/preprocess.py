@@ -4,7 +4,8 @@
 
 INPUT is .jsonl (a row a line; templates.py lists the forms that are recognised), .json, .txt (one
 document a file), .parquet, or a folder that datasets.save_to_disk wrote. Writes PREFIX.bin and
-PREFIX.idx, and PREFIX.mask where parts of the rows do not count in the loss.
+PREFIX.idx, PREFIX.mask where parts of the rows do not count in the loss, and PREFIX.json, which names the
+tokenizer.
 """
 
 import argparse
@@ -15,12 +16,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..cli import count
 from ..errors import UserError
 from .binidx import BinidxDataset, BinidxWriter, binidx_prefix
 from .encoding import Encoded, EncodeSettings, encode_all, encoder
 from .order import Permutation
+from .recorded import check_record, write_record
 from .report import describe
 from .rows import KINDS, read_chunks
+from .show import marks_for, show_documents
 from .templates import TEMPLATES, read_template
 
 INLINE_BYTES = 4 << 20
@@ -38,6 +42,7 @@ def main(argv):
         options.skip_bad_rows,
     )
     output = binidx_prefix(options.output)
+    check_record(output, options.input)
     rewritten = options.shuffle is not None or options.repeat > 1
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=Path(output).parent, prefix=".preprocess-") as folder:
@@ -45,7 +50,11 @@ def main(argv):
         totals = write(options.input, first, settings, options.workers, options.split, progress=sys.stderr)
         if rewritten:
             rewrite(BinidxDataset(first), output, options.shuffle, options.repeat)
-    print(describe(BinidxDataset(output), totals))
+        write_record(output, encoder(settings).tokenizer)
+    written = BinidxDataset(output)
+    print(describe(written, totals))
+    if options.show:
+        print(show_documents(written, options.show, encoder(settings).tokenizer, marks_for(sys.stdout)))
     return 0
 
 
@@ -80,6 +89,13 @@ def parser():
     )
     result.add_argument(
         "--skip_bad_rows", action="store_true", help="leave out rows that cannot be read, and count them"
+    )
+    result.add_argument(
+        "--show",
+        type=count,
+        default=0,
+        metavar="N",
+        help="print the first N documents too: what counts in the loss marked, <end> for the end token",
     )
     result.add_argument("--shuffle", type=int, metavar="SEED", help="write the documents in the order of this seed")
     result.add_argument("--repeat", type=int, default=1, metavar="N", help="write the documents N times, shuffled anew")

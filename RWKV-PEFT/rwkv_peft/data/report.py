@@ -10,7 +10,8 @@ def describe(dataset, totals=None):
     sizes, tokens = np.asarray(dataset.sizes), len(dataset.tokens)
     lines = [f"{dataset.prefix}: {len(sizes)} documents, {tokens} tokens ({dataset.dtype.name})"]
     if dataset.mask is not None:
-        lines.append(f"{int(np.count_nonzero(dataset.mask))} tokens count in the loss (--loss_mask file)")
+        counted = int(np.count_nonzero(dataset.mask))
+        lines.append(f"{counted} tokens count in the loss ({dataset.mask_path}, which training reads)")
     if totals is not None:
         lines += left_out(totals)
     lines += histogram(sizes) + suggestions(sizes, tokens)

@@ -3,11 +3,12 @@
 import gzip
 import json
 import re
+import zlib
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, told
 
 CHUNK_BYTES = 1 << 20
 CHUNK_ROWS = 1000
@@ -68,9 +69,17 @@ def line_chunks(path):
     opened = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
     with opened as file:
         first = 1
-        while lines := file.readlines(CHUNK_BYTES):
+        while lines := read_lines(file, path):
             yield Chunk(str(path), first, tuple(lines))
             first += len(lines)
+
+
+def read_lines(file, path):
+    """The next lines of an open file, about a megabyte of them."""
+    try:
+        return file.readlines(CHUNK_BYTES)
+    except (OSError, EOFError, zlib.error) as error:  # a gzip file's damage has a type for each place that it is in
+        raise UserError(f"{path} cannot be read to its end: {told(error)}; copy it again") from error
 
 
 def json_chunks(path):
@@ -83,7 +92,7 @@ def json_chunks(path):
     try:
         rows = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
+        raise UserError(f"{path}: not JSON ({told(error)}); copy it again") from error
     yield from row_chunks(str(path), rows)
 
 
@@ -113,8 +122,8 @@ def parquet_chunks(path):
         for batch in ParquetFile(path).iter_batches(batch_size=CHUNK_ROWS):
             yield Chunk(str(path), first, tuple(batch.to_pylist()))
             first += batch.num_rows
-    except (ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a parquet file ({error})") from error
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a parquet file, or a damaged one ({told(error)}); copy it again") from error
 
 
 def folder_chunks(path, name):

@@ -14,7 +14,7 @@ import torch
 from ..errors import UserError
 from .order import Permutation
 
-BUCKET, RUN = 512, 16
+BUCKET, RUN = 512, 16  # documents that are sorted by length together, and those of like length that stay together
 
 
 class Samples:
@@ -24,9 +24,13 @@ class Samples:
     def refuse(config):
         """Raise UserError for settings (DataConfig) that this way of sampling cannot honour."""
 
+    def share_batches(self, rows):
+        """Be told how many rows share a batch, before the first sample is read: where their lengths matter, this may
+        change the order."""
+
     def __init__(self, units, seed):
         self.seed = seed
-        self.notes = []
+        self.notes, self.vocabulary = [], None
         self._choose(units)
 
     def _choose(self, units):
@@ -111,15 +115,14 @@ class WindowSamples(Samples):
 class DocumentSamples(Samples):
     """One document a row, cut to ctx_len + 1 tokens.
 
-    With `buckets` and a seed, documents of about one length come together: each 512 of the epoch's
-    order are sorted by length, and runs of 16 of them shuffled.
+    With `bucketed`, documents of about one length come together: each 512 of the epoch's order are sorted by length
+    and cut into runs of 16; the runs are shuffled, and so are the documents of each.
     """
 
-    buckets = False
+    bucketed = False
 
     def __init__(self, dataset, ctx_len, seed, mask=None):
         self.dataset, self.ctx_len, self._mask = dataset, ctx_len, mask
-        self.bucketed = self.buckets and seed is not None
         super().__init__(readable_documents(dataset), seed)
         self.notes += [f"{len(self)} documents an epoch", *not_read(dataset, ctx_len)]
 
@@ -163,14 +166,20 @@ class DocumentSamples(Samples):
         positions = range(number * BUCKET, min((number + 1) * BUCKET, len(self)))
         documents = self.units[[order[position] for position in positions]]
         documents = documents[np.argsort(self.dataset.sizes[documents], kind="stable")]
-        runs = Permutation(-(-len(documents) // RUN), self.seed, epoch, number)
-        return np.concatenate([documents[b * RUN : (b + 1) * RUN] for b in runs])
+        runs = [documents[first : first + RUN] for first in range(0, len(documents), RUN)]
+        mixed = [run[list(Permutation(len(run), self.seed, epoch, number, i))] for i, run in enumerate(runs)]
+        return np.concatenate([mixed[i] for i in Permutation(len(runs), self.seed, epoch, number)])
 
 
 class PaddedSamples(DocumentSamples):
-    """Dataload "pad": rows of one batch are padded to the longest, so that like lengths had better share one."""
+    """Dataload "pad": rows of one batch are padded to the longest, so that like lengths had better share one.
 
-    buckets = True
+    Where rows share a batch and there is a seed, the order is bucketed; it does not depend on how many share one. A row
+    that is alone in its batch pays for no other's length, and its order is a plain shuffle.
+    """
+
+    def share_batches(self, rows):
+        self.bucketed = rows > 1 and self.seed is not None
 
 
 class SingleSamples(DocumentSamples):

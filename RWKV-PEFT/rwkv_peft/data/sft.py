@@ -39,6 +39,7 @@ def prepare_sft(config, cache=None):
         config.tokenizer,
         fields=config.sft_field,
         too_long=config.sft_long,
+        command="train",
         max_tokens=0 if config.dataload == "get" else config.ctx_len + 1,
     )
     path = Path(config.path)

@@ -6,29 +6,33 @@ from types import MappingProxyType
 import numpy as np
 
 from ..errors import UserError
+from ..names import DATALOADS
 from .binidx import BinidxDataset
-from .masks import make_mask
+from .masks import describe_mask, make_mask
 from .order import Permutation
 from .pack import PackedSamples
+from .recorded import recorded_of_data, vocabulary_of
 from .samples import PaddedSamples, SingleSamples, WindowSamples
 from .sft import prepare_sft
+from .tokenizer import load_tokenizer
 
 # --dataload -> how a data set becomes samples; each refuses the settings that it cannot honour
 SAMPLINGS = MappingProxyType({"get": WindowSamples, "pad": PaddedSamples, "only": SingleSamples, "pack": PackedSamples})
-DATALOADS = tuple(SAMPLINGS)
 
 
 def build_samples(config, vocab_size):
-    """DataConfig -> the samples it names, over tokens checked to be below the model's vocab_size.
+    """DataConfig -> the samples it names, over tokens checked to be below the model's vocab_size; their `vocabulary` is
+    the Vocabulary that made the tokens, None where nothing tells.
 
     data_type "sft" tokenizes config.path first, once (sft.py). Raises UserError for files that are
     missing or damaged, ids outside the vocabulary, a ctx_len longer than the data, and settings that
     contradict each other.
     """
     check_config(config)
-    notes = []
+    notes, vocabulary = [], recorded_of_data(config.path)
     if config.data_type == "sft":
         prefix, notes = prepare_sft(config)
+        vocabulary = vocabulary_of(load_tokenizer(config.tokenizer))
         config = replace(config, path=prefix)
     dataset = BinidxDataset(config.path)
     dataset.check_vocab(vocab_size)
@@ -37,7 +41,9 @@ def build_samples(config, vocab_size):
     else:
         mask = make_mask(dataset, config)
     samples = SAMPLINGS[config.dataload](dataset, config.ctx_len, config.seed, mask)
-    samples.notes = notes + samples.notes
+    samples.share_batches(config.micro_bsz)
+    samples.vocabulary = vocabulary
+    samples.notes = [describe_mask(dataset, config), *notes, *samples.notes]
     return samples
 
 

@@ -16,6 +16,15 @@ FORMS = (
 )
 
 
+TURN_END = "\n\n"
+# (what opens a turn, what opens its answer)
+LAYOUTS = (("User:", "Assistant:"), ("Question:", "Answer:"), ("Instruction:", "Response:"))
+
+
+class UnknownForm(UserError):
+    """A row has none of the fields that are looked for."""
+
+
 def segments(row):
     """A row (dict) -> [(text, counts)]; UserError where it has no form that is known."""
     if not isinstance(row, dict):
@@ -34,9 +43,7 @@ def segments(row):
         return exchange(prompt + "Response:", field(row, "output"))
     if "prompt" in row and "completion" in row:
         return [(field(row, "prompt"), False), (field(row, "completion"), True)]
-    raise UserError(
-        f"a row has the fields {', '.join(map(str, row)) or '(none)'}; known are {FORMS}; name others with --fields"
-    )
+    raise UnknownForm(f"a row has the fields {', '.join(map(str, row)) or '(none)'}; known are {FORMS}")
 
 
 def named_segments(row, names):
@@ -45,7 +52,7 @@ def named_segments(row, names):
         raise UserError(f"a row is {type(row).__name__}, not an object with the fields {', '.join(names)}")
     for name in names:
         if name not in row:
-            raise UserError(f"field {name!r} is missing; the row has {', '.join(map(str, row)) or '(none)'}")
+            raise UnknownForm(f"field {name!r} is missing; the row has {', '.join(map(str, row)) or '(none)'}")
     if len(names) == 1:
         return [(field(row, names[0]), True)]
     if len(names) != 2:
@@ -75,7 +82,10 @@ def read_template(path):
         raise UserError(
             f"--template {path}: no such file, and no layout of that name; named are {', '.join(TEMPLATES)}"
         )
-    text = Path(path).read_text(encoding="utf-8").rstrip("\n")
+    try:
+        text = Path(path).read_text(encoding="utf-8").rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--template {path} is not UTF-8 (byte {error.start}); convert it") from error
     Template(text)
     return text
 
@@ -121,6 +131,17 @@ def exchange(prompt, answer):
     return [(prompt, False), (" " + answer.strip(), True)]
 
 
+def question(words):
+    """A user's turn and the opening of the answer, as the texts that `chat` makes of them."""
+    turns = ({"role": "user", "content": words}, {"role": "assistant", "content": ""})
+    return [text for text, counts in chat(list(turns)) if not counts]
+
+
+def stops_of(prompt):
+    """The texts that end the answer of a prompt in a layout that is known, by its last words; () for any other."""
+    return next(((TURN_END + opening,) for opening, last in LAYOUTS if prompt.rstrip().endswith(last)), ())
+
+
 def chat(messages):
     """Turns {role, content} or {from, value}: the assistant's words count, the others' do not.
 
@@ -139,7 +160,7 @@ def chat(messages):
             )
         role, words = speaker(field(turn, keys[0])), field(turn, keys[1]).strip()
         if parts:
-            parts[-1] = (parts[-1][0] + "\n\n", parts[-1][1])
+            parts[-1] = (parts[-1][0] + TURN_END, parts[-1][1])
         parts += [(f"{role}:", False), (" " + words, True)] if role == "Assistant" else [(f"{role}: {words}", False)]
     return parts
 

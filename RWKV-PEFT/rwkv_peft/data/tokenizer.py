@@ -1,20 +1,25 @@
 """Tokenizers: text <-> token ids, for the World vocabulary, raw bytes, and any tokenizer.json.
 
 Every tokenizer has encode(str) -> list[int], decode(list[int]) -> str, vocab_size (ids are below
-it), name, end_id, the token that ends a document, or None where the vocabulary names none, and
-cuts_at_lines, whether a text cut where a line begins with a visible character has the same tokens.
+it), name, end_id, the token that ends a document, or None where the vocabulary names none,
+cuts_at_lines, whether a text cut where a line begins with a visible character has the same tokens, and
+content(), bytes that tell its vocabulary from any other.
 
     rwkv-peft tokenize world "Assistant:"      prints the ids of a text, as --mask_id takes them
 """
 
 import argparse
 import ast
-from functools import cached_property
+import importlib.util
+import sys
+from functools import cache, cached_property
+from multiprocessing import parent_process
 from pathlib import Path
 
 from ..errors import UserError
 
 REPLACEMENT = "\ufffd"
+KNOWN_SIZES = ((65536, "world"), (257, "bytes"))  # vocabularies that a model's own size tells
 END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "<|im_end|>")
 
 
@@ -52,9 +57,15 @@ class BytesTokenizer:
         check_ids(ids, self.vocab_size, self.name)
         return bytes(token - 1 for token in ids if token).decode("utf-8", "replace")
 
+    def content(self):
+        return repr(self.token_bytes).encode()
+
 
 class WorldTokenizer:
     """The RWKV World vocabulary: greedy longest match over bytes; token 0 ends a document.
+
+    The pyrwkv-tokenizer package encodes where it is installed, and our own GreedyEncoder where it is not, as on Pythons
+    that it has no build for; they give the same tokens.
 
     vocab_size is 65536, the size of the models trained on it, for the standard vocabulary, and
     one more than the largest id for a file given by path (lines "id 'token' length", with any
@@ -65,16 +76,20 @@ class WorldTokenizer:
     cuts_at_lines = False
 
     def __init__(self, path=None):
-        import pyrwkv_tokenizer
-
         if path is None:
-            self.name, self.path = "world", Path(pyrwkv_tokenizer.__file__).with_name("rwkv_vocab_v20230424.txt")
+            self.name, self.path = "world", world_vocabulary()
             self.vocab_size = 65536
             self.cuts_at_lines = True  # no token of this vocabulary holds a visible character behind a newline
         else:
             self.name, self.path = str(path), Path(path)
             self.vocab_size = len(self.token_bytes)  # parsed here, so that a bad file stops here
-        self._encoder = guarded(pyrwkv_tokenizer.WorldTokenizer, str(self.path))
+        if path is not None and not {bytes([byte]) for byte in range(256)} <= set(self.token_bytes):
+            self._encoder = GreedyEncoder(self.token_bytes)  # the package drops the text behind a byte without a token
+        elif (package := rust_package()) is not None:
+            self._encoder = guarded(package.WorldTokenizer, str(self.path))
+        else:
+            self._encoder = GreedyEncoder(self.token_bytes)
+            say_slow()
 
     @cached_property
     def token_bytes(self):
@@ -91,6 +106,70 @@ class WorldTokenizer:
         parts = (table[token] if token < len(table) else None for token in ids if token)
         return b"".join(unknown if part is None else part for part in parts).decode("utf-8", "replace")
 
+    def content(self):
+        return self.path.read_bytes().replace(b"\r\n", b"\n")  # the same vocabulary, whatever the line ends
+
+
+class GreedyEncoder:
+    """encode(text) -> ids by the longest token that the text goes on with, at each place; table holds the bytes of each
+    token id, or None."""
+
+    def __init__(self, table):
+        self._ids = {token: number for number, token in enumerate(table) if token}
+        lengths = {}
+        for token in self._ids:
+            lengths.setdefault(token[:2], set()).add(len(token))
+        self._lengths = {start: sorted(found, reverse=True) for start, found in lengths.items()}
+
+    def encode(self, text):
+        data, ids, position = text.encode("utf-8"), [], 0
+        while position < len(data):
+            # at the end of the text, and where no longer token begins so, one byte is left
+            for length in (*self._lengths.get(data[position : position + 2], ()), 1):
+                token = self._ids.get(data[position : position + length])
+                if token is not None and position + length <= len(data):
+                    break
+            else:
+                raise UserError(
+                    f"the vocabulary has no token for the byte {data[position]} at byte {position} of the text; give a "
+                    "vocabulary that has one for every byte, such as rwkv_vocab_v20230424.txt"
+                )
+            ids.append(token)
+            position += length
+        return ids
+
+
+def rust_package():
+    """The pyrwkv_tokenizer module, None where it is not installed."""
+    try:
+        import pyrwkv_tokenizer
+    except ModuleNotFoundError:
+        return None
+    return pyrwkv_tokenizer
+
+
+def world_vocabulary():
+    """The World vocabulary's file, which lies in the pyrwkv-tokenizer and rwkv packages; neither is imported."""
+    for package in ("pyrwkv_tokenizer", "rwkv"):
+        spec = importlib.util.find_spec(package)
+        path = spec and spec.origin and Path(spec.origin).with_name("rwkv_vocab_v20230424.txt")
+        if path and path.is_file():
+            return path
+    raise UserError(
+        "tokenizer world: its vocabulary comes with the packages pyrwkv-tokenizer and rwkv, and neither is installed; "
+        "pip install -r requirements.txt"
+    )
+
+
+@cache
+def say_slow():
+    """Say once, and not once more in each worker, that encoding takes its time."""
+    if parent_process() is None:
+        print(
+            "tokenizer world: encoding in Python, which takes ten times as long as with the package pyrwkv-tokenizer",
+            file=sys.stderr,
+        )
+
 
 class JsonTokenizer:
     """A Hugging Face tokenizer.json, read by the tokenizers library; adds no special tokens."""
@@ -100,7 +179,7 @@ class JsonTokenizer:
     def __init__(self, path):
         from tokenizers import Tokenizer
 
-        self.name = str(path)
+        self.name, self.path = str(path), Path(path)
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for any malformed file
@@ -111,7 +190,8 @@ class JsonTokenizer:
         if not vocabulary:
             raise UserError(f"tokenizer {path}: its vocabulary is empty")
         self.vocab_size = max(vocabulary.values()) + 1
-        self.end_id = next((vocabulary[token] for token in END_TOKENS if token in vocabulary), None)
+        self.end_token = next((token for token in END_TOKENS if token in vocabulary), None)
+        self.end_id = vocabulary.get(self.end_token)
 
     def encode(self, text):
         utf8(text)
@@ -120,6 +200,10 @@ class JsonTokenizer:
     def decode(self, ids):
         check_ids(ids, self.vocab_size, self.name)
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def content(self):
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        return repr(sorted(vocabulary.items())).encode()
 
 
 def utf8(text):

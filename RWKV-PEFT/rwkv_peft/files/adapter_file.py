@@ -7,7 +7,8 @@ N key), as every RWKV file has them.
 """
 
 import json
-import math
+import reprlib
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -18,11 +19,12 @@ import torch
 from ..adapters.method import Method
 from ..adapters.methods import METHODS, NONE, adapter_parameter, is_saved, method_of
 from ..config import QUANTIZATIONS, AdapterConfig
-from ..errors import UserError
+from ..errors import UserError, told
 from .atomic import atomic_write
 from .pth_writer import TensorSpec
 from .safetensors_file import read_safetensors, write_safetensors
 
+ADAPTER, MODEL = "adapter.safetensors", "rwkv.pth"  # the newest trained tensors in the folder of a run
 FORMAT_VERSION = 1
 METADATA_KEY = "rwkv_peft"  # the entry of the safetensors header that holds AdapterMetadata as JSON
 DTYPES = (("bf16", torch.bfloat16), ("fp32", torch.float32))  # by --precision, in which a run keeps its base
@@ -145,8 +147,10 @@ def _parse_metadata(path: str | Path, text: str) -> AdapterMetadata:
     try:
         values = json.loads(text)
         version = int(values["format_version"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: its metadata cannot be read: {error!r}") from error
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise UserError(
+            f"{path}: its metadata cannot be read: {told(error)}; copy the file that the training wrote"
+        ) from error
     values = {key: value for key, value in values.items() if key not in FORGOTTEN}
     known = {field.name for field in fields(AdapterMetadata)}
     if version > FORMAT_VERSION or set(values) - known:
@@ -164,8 +168,8 @@ def _check_metadata(path: str | Path, values: dict[str, Any]) -> None:
 
     def refuse(name: str, due: str) -> NoReturn:
         raise UserError(
-            f"{path}: its metadata has {name} = {values.get(name)!r}, and {due} is due; copy the file that the "
-            "training wrote"
+            f"{path}: its metadata has {name} = {reprlib.repr(values.get(name))}, and {due} is due; copy the file "
+            "that the training wrote"
         )
 
     if not isinstance(values.get("variant"), str) or not is_saved(values["variant"]):
@@ -178,7 +182,7 @@ def _check_metadata(path: str | Path, values: dict[str, Any]) -> None:
         if type(values.get(name, 0)) is not int or values.get(name, 0) < 0:
             refuse(name, "a whole number")
     scale = values.get("scale", 1.0)
-    if type(scale) not in (int, float) or not math.isfinite(scale):
+    if type(scale) not in (int, float) or not abs(scale) <= sys.float_info.max:
         refuse("scale", "a finite number")
     for name in ("targets", "train_parts"):
         if not isinstance(values.get(name, ()), tuple) or not all(

@@ -1,4 +1,4 @@
-"""One reader above the formats of adapters, and the flags that tell what some of them do not say."""
+"""One reader above the formats of adapters."""
 
 import argparse
 import math
@@ -9,11 +9,8 @@ from typing import Any
 
 import torch
 
-from ..adapters.methods import forms
-from ..cli import alias
-from ..config import MODE_ALIASES
 from ..errors import UserError
-from .adapter_file import Adapter, read_own
+from .adapter_file import ADAPTER, MODEL, Adapter, read_own
 from .peft_folder import read_hf_folder
 from .rwkv_peft_file import read_rwkv_peft
 
@@ -35,7 +32,7 @@ class AdapterSource:
         later format or no adapter; a form that contradicts mode or cannot be told; init or alpha beside a file that
         says otherwise; a tensor with NaN or Inf.
         """
-        path = Path(self.path)
+        path = adapter_of_run(self.path)
         if path.is_dir():
             adapter = read_hf_folder(path)
         elif path.suffix == ".safetensors":
@@ -46,6 +43,8 @@ class AdapterSource:
         if self.mode is not None and adapter.modules() and adapter.metadata.variant != self.mode:
             raise UserError(f"{path} is a {adapter.metadata.variant} adapter, not {self.mode}; leave --bone_mode out")
         for key, tensor in adapter.tensors.items():
+            if not tensor.numel():
+                raise UserError(f"{path}: {key} has shape {tuple(tensor.shape)}, which holds no value; copy it again")
             if not torch.isfinite(tensor).all():
                 raise UserError(
                     f"{path}: {key} holds NaN or Inf: the training that wrote it had diverged; take an earlier one"
@@ -74,21 +73,22 @@ class AdapterSource:
             )
 
 
+def adapter_of_run(path: str | Path) -> Path:
+    """The adapter in the folder of a run of train.py; any other path, folders of Hugging Face peft among them, as it
+    is. Raises UserError for a run that trained the model itself."""
+    path = Path(path)
+    if not path.is_dir() or (path / "adapter_config.json").exists():
+        return path
+    if (path / ADAPTER).exists():
+        return path / ADAPTER
+    if (path / MODEL).exists():
+        raise UserError(f"{path} is the folder of a run with --peft none; {path / MODEL} is its model, nothing merges")
+    return path
+
+
 def read_adapter(path: str | Path, base: Mapping[str, torch.Tensor] | None = None, **told: Any) -> Adapter:
     """The Adapter at path; told are AdapterSource's other fields."""
     return AdapterSource(path, **told).read(base)
-
-
-def add_source_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say of an adapter what its file does not: the same for every command that takes one."""
-    parser.add_argument(
-        "--bone_mode",
-        type=alias(MODE_ALIASES),
-        choices=forms("bone"),
-        help="variant of a .bone file that does not tell it; bat is bat-in, as in RWKV-PEFT",
-    )
-    parser.add_argument("--lora_alpha", type=float, help="alpha of an RWKV-PEFT LoRA file, which does not record it")
-    parser.add_argument("--lora_init", metavar="PTH", help="init_pissa.pth of an RWKV-PEFT PiSSA file")
 
 
 def source_of(args: argparse.Namespace, path: str | Path) -> AdapterSource:

@@ -16,6 +16,7 @@ from .atomic import atomic_write
 from .fingerprint import fingerprint
 from .pth import read_tensors
 from .pth_writer import save_pth
+from .safetensors_file import read_safetensors
 
 # (ending of a file's name, what it is)
 OTHER_FORMATS = (
@@ -23,6 +24,8 @@ OTHER_FORMATS = (
     (".st", "a safetensors file of web-rwkv"),
     (".gguf", "a GGUF file"),
 )
+
+AS_ADAPTER = "as --bone_load (lora_load, pissa_load) of train.py, or as --bone_checkpoint elsewhere"
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,10 @@ def open_base(path: str | Path) -> Base:
         kind = "a Hugging Face folder"
     if kind == "a GGUF file":
         raise UserError(f"{path} is {kind}, and a .pth is due here; give the .pth that it was made of")
+    if kind == "a safetensors file" and any(adapter_parameter(key) for key in read_safetensors(path)[0]):
+        raise UserError(
+            f"{path} is an adapter, not a base model; give it {AS_ADAPTER}, and the base that it was trained on here"
+        )
     if kind:
         raise UserError(
             f"{path} is {kind}, and a .pth is due here; make one of a model with `rwkv-peft convert {path} model.pth`"
@@ -77,7 +84,7 @@ def base_of(tensors: dict[str, torch.Tensor], name: str | Path = "the checkpoint
                 "which were never merged and which runtimes ignore without a word; take the base model's own "
                 "file, and merge the adapter with merge_bone.py"
                 if whole
-                else "so it is an adapter, not a base model; give it as --bone_checkpoint or --bone_load"
+                else f"so it is an adapter, not a base model; give it {AS_ADAPTER}"
             )
         )
     family = family_of(tensors, name)

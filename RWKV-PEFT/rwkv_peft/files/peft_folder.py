@@ -4,7 +4,8 @@ What peft calls "bat" is bat-out; folders of rwkv_peft.hf's BoneConfig may also 
 """
 
 import json
-import math
+import reprlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..adapters.methods import METHODS, NONE, adapter_parameter, by_hf_name
-from ..errors import UserError
+from ..errors import UserError, told
 from ..models import official_key
 from .adapter_file import Adapter, AdapterMetadata, target_names
 from .pth import read_tensors, require_file
@@ -76,7 +77,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}; copy it again") from error
+        raise UserError(f"{path} is not JSON: {told(error)}; copy it again") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no settings, but a {type(config).__name__}; copy the file that peft saved")
     return config
@@ -85,10 +86,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _number(folder: Path, config: dict[str, Any], name: str, kind: type[Number]) -> Number:
     """A setting that must be a finite number above 0, whole where kind is int; booleans are none."""
     value = config.get(name)
-    if not isinstance(value, (int, kind)) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not isinstance(value, (int, kind)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         raise UserError(
-            f"{folder}: adapter_config.json has {name} = {value!r}, and a finite number above 0 is due; copy the file "
-            "that peft saved"
+            f"{folder}: adapter_config.json has {name} = {reprlib.repr(value)}, and a finite number above 0 is due; "
+            "copy the file that peft saved"
         )
     return value
 
@@ -113,7 +114,8 @@ def _bone_variant(folder: Path, config: dict[str, Any], tensors: Mapping[str, to
     if method is None:
         known = [name for method in METHODS.values() for name in method.hf_names if isinstance(name, str)]
         raise UserError(
-            f"{folder}: init_weights is {init!r} in adapter_config.json; known are true, false and {', '.join(known)}"
+            f"{folder}: init_weights is {reprlib.repr(init)} in adapter_config.json; known are true, false and "
+            f"{', '.join(known)}"
         )
     if dim != method.hf_dims:
         raise UserError(
@@ -141,7 +143,7 @@ def _check_plain_lora(folder: Path, config: dict[str, Any]) -> None:
         if config.get(name)
     ]
     if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
-        odd.append(f"init_lora_weights={config['init_lora_weights']!r}, which changes the base")
+        odd.append(f"init_lora_weights={reprlib.repr(config['init_lora_weights'])}, which changes the base")
     if odd:
         raise UserError(
             f"{folder}: this LoRA uses {', '.join(odd)}; only plain LoRA can be merged from peft's files: "

@@ -1,19 +1,41 @@
 """Reading .pth files safely: tensors alone, memory-mapped, each way of being broken with its own words."""
 
+import mmap
+import os
 import pickle
+import pickletools
+import reprlib
+import struct
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, short, told
 
 # Bytes that stream_tensors reads through one mapping, which stay in memory until the next; each mapping costs the
 # unpickling of all tensors' descriptions, 60 ms for a model of 32 layers.
 MAPPED = 1 << 28
+# What torch.load raises for files that are no checkpoints: its unpickler trusts the pickle's instructions to fit
+# together, the functions that they call to get arguments that fit, and the archive to be one that it can read.
+UNREADABLE = (
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    struct.error,
+    zipfile.BadZipFile,
+    OSError,
+    ImportError,
+    MemoryError,
+)
 
 
 def read_pth(path: str | Path) -> Any:
@@ -34,6 +56,8 @@ def read_pth(path: str | Path) -> Any:
         raise UserError(f"{path} is truncated: its end is missing; download or copy it again")
     if not zipped and not head.startswith(b"\x80"):
         raise UserError(f"{path} is not a PyTorch checkpoint (it is neither a zip archive nor a pickle)")
+    if not zipped:
+        _refuse_sizes_beyond(path)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # what it leads to is told below
@@ -46,8 +70,34 @@ def read_pth(path: str | Path) -> Any:
                 "was run. Ask its author for a plain state dict"
             ) from error
         raise UserError(f"{path} is damaged, or no PyTorch checkpoint; download or copy it again") from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path} cannot be read as a PyTorch checkpoint: {_first_line(error)}") from error
+    except UNREADABLE as error:
+        raise UserError(
+            f"{path} cannot be read as a PyTorch checkpoint: {told(error)}; download or copy it again"
+        ) from error
+
+
+def _refuse_sizes_beyond(path: Path) -> None:
+    """Raise UserError where a bare pickle names a size beyond its file's: torch allocates what a pickle says before it
+    reads it. The object is the fourth pickle of such a file, behind a number, a version and the system's widths."""
+    size = os.path.getsize(path)
+    # a file that is mapped gives as many bytes as it has, and a plain one makes room for as many as a pickle names
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        try:
+            numbers = [
+                value
+                for position in range(4)
+                for _, value, _ in pickletools.genops(cast(IO[bytes], mapped))
+                if position == 3 and isinstance(value, int)
+            ]
+        except ValueError as error:
+            raise UserError(
+                f"{path} is damaged, or no PyTorch checkpoint ({told(error)}); download or copy it again"
+            ) from error
+    if (largest := max(numbers, default=0)) > size:
+        raise UserError(
+            f"{path} is damaged: it names a size of {short(str(largest))}, and has {size} bytes; download or copy "
+            "it again"
+        )
 
 
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
@@ -61,9 +111,11 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise UserError(
-                f"{path} is not a flat dict of tensors: entry {key!r} is a {type(value).__name__}; "
+                f"{path} is not a flat dict of tensors: entry {reprlib.repr(key)} is a {type(value).__name__}; "
                 "if the weights are nested in it, save that inner dict as a .pth of its own"
             )
+        if not key.isascii() and key != key.encode("utf-8", "replace").decode():
+            raise UserError(f"{path}: the name {key!r} is no Unicode text; the file is damaged, copy it again")
     require_weights(state, path)
     return state
 
@@ -85,19 +137,24 @@ def stream_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def require_weights(state: Mapping[str, torch.Tensor], name: str | Path) -> None:
-    """Raise UserError for a tensor that nothing here computes with: sparse, without its data, or of less than 16
-    bits."""
+    """Raise UserError for a tensor that nothing here computes with: sparse, without its data, no floats, of less than
+    16 bits, a view that is more than the data behind it (which takes memory that no file tells)."""
     for key, tensor in state.items():
-        if tensor.layout != torch.strided:
-            kind = "sparse"
+        if tensor.layout != torch.strided or tensor.is_nested:
+            kind = "nested" if tensor.is_nested else "sparse"
         elif tensor.is_meta:
             kind = "without its data (on the meta device)"
-        elif tensor.is_quantized or tensor.is_floating_point() and tensor.element_size() < 2:
+        elif tensor.is_quantized or not tensor.is_floating_point() or tensor.element_size() < 2:
             kind = str(tensor.dtype).removeprefix("torch.")
+        elif tensor.is_neg():
+            kind = "a negated view"
+        elif tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            kind = "a view that repeats its values"
         else:
             continue
         raise UserError(
-            f"{name}: {key} is {kind}; weights must be dense tensors of bfloat16, float16 or float32. Save them so"
+            f"{name}: {key} is {kind}; weights must be dense tensors of bfloat16, float16 or float32, not quantized. "
+            "Save them so"
         )
 
 
@@ -119,7 +176,3 @@ def all_finite(tensor: torch.Tensor) -> bool:
 def _part_finite(part: torch.Tensor) -> bool:
     # a sum with NaN or Inf in it is neither finite, and it is the faster test; finite values may overflow it, too
     return bool(torch.isfinite(part.sum()) or torch.isfinite(part).all())
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

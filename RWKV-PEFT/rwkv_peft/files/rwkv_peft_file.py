@@ -19,6 +19,8 @@ from .atomic import atomic_write
 from .pth import read_tensors
 from .pth_writer import save_pth
 
+# what the keys of PiSSA's init files begin with since 2025-02, when RWKV-PEFT began to wrap the model
+PREFIX = "model."
 INITIAL = ("init_lora_A", "init_lora_B")  # what RWKV-PEFT's PiSSA keeps in a file of its own
 Modules = dict[str, dict[str, torch.Tensor]]  # {module name: {parameter name: tensor}}
 WHOLE_MODEL = ("emb.weight", "head.weight", "blocks.0.att.receptance.weight", "blocks.0.ffn.value.weight")
@@ -34,7 +36,8 @@ def read_rwkv_peft(
     """The Adapter in a flat .pth of RWKV-PEFT: .bone, .disha, LoRA, PiSSA, time states, whole tensors.
 
     mode names the variant of 3-D .bone tensors where neither the file nor base (a state dict, for its shapes)
-    tells it; init is the path of PiSSA's init file; alpha is LoRA's, which RWKV-PEFT does not save.
+    tells it; init is the path of PiSSA's init file, with or without PREFIX; alpha is LoRA's, which RWKV-PEFT does not
+    save.
     Raises UserError as read_tensors does, and for a file that is a whole model or mixes kinds of adapter.
     """
     state = read_tensors(path)
@@ -92,6 +95,12 @@ def _read_bone(
         tall = {tensor.shape[0] > tensor.shape[1] for tensor in tensors.values()}
         square = [module for module, tensor in tensors.items() if tensor.shape[0] == tensor.shape[1]]
         if kind == "bone" and tall == {True}:  # the oldest files: (out, rank), the blocks of bat-out stacked
+            for module, tensor in tensors.items():
+                if not tensor.shape[1] or tensor.shape[0] % tensor.shape[1]:
+                    raise UserError(
+                        f"{path}: {module}.bone has shape {tuple(tensor.shape)}, and is no stack of square blocks; "
+                        "copy the file again"
+                    )
             tensors = {module: tensor.unflatten(0, (-1, tensor.shape[1])) for module, tensor in tensors.items()}
             variant, rank = "bat-out", next(iter(tensors.values())).shape[-1]
         elif tall == {False} and not square:
@@ -150,7 +159,8 @@ def _read_lora(
         )
     own = {f"{module}.{name}": tensor for module, params in modules.items() for name, tensor in params.items()}
     if init is not None:
-        initial = {key: tensor for key, tensor in read_tensors(init).items() if adapter_parameter(key)}
+        named = {key.removeprefix(PREFIX): tensor for key, tensor in read_tensors(init).items()}
+        initial = {key: tensor for key, tensor in named.items() if adapter_parameter(key)}
         wanted = {f"{module}.init_{name}" for module in modules for name in ("lora_A", "lora_B")}
         if set(initial) != wanted:
             odd = sorted(set(initial) ^ wanted)
@@ -175,7 +185,8 @@ def write_rwkv_peft(
 
     parameter names Bone's tensors: "disha" (RWKV-PEFT since 2025-02) or "bone" (before). What a method becomes there,
     and which of them need base (a state dict), is the method's to say (Method.for_rwkv_peft). PiSSA writes a second
-    file, `init_<name>`, which must not exist yet. Raises UserError for a method that RWKV-PEFT does not have.
+    file, `init_<name>`, which must not exist yet; its keys have the PREFIX that RWKV-PEFT's newest merger asks for, and
+    which mergers from before 2025-02 do not know. Raises UserError for a method that RWKV-PEFT does not have.
     """
     path, metadata = Path(path), adapter.metadata
     own: dict[str, torch.Tensor] = {}
@@ -190,7 +201,10 @@ def write_rwkv_peft(
         module, name = adapter_parameter(key) or ("", "")
         if name == "bone":
             key = f"{module}.{parameter}"
-        (initial if name in INITIAL else main)[key] = tensor
+        if name in INITIAL:
+            initial[PREFIX + key] = tensor
+        else:
+            main[key] = tensor
     files = {path: main} | ({path.with_name(f"init_{path.name}"): initial} if initial else {})
     for file in list(files)[1:]:
         if file.exists():

@@ -1,8 +1,21 @@
-"""Text from a model: sampling, batched recurrent decoding, and the command `rwkv-peft generate`."""
+"""Text from a model: sampling, batched recurrent decoding, and the command `rwkv-peft generate`.
 
-from .decode import Step, generate, prefill
-from .loading import load_model, read_state_file, save_state_file
-from .sampling import Sampling
-from .text import TextStream
+What stands here is imported where it is asked for: flags.py, which is below this package, does without torch.
+"""
+
+import importlib
 
 __all__ = ["Sampling", "Step", "TextStream", "generate", "load_model", "prefill", "read_state_file", "save_state_file"]
+HOMES = (
+    ("decode", ("Step", "generate", "prefill")),
+    ("loading", ("load_model", "read_state_file", "save_state_file")),
+    ("settings", ("Sampling",)),
+    ("text", ("TextStream",)),
+)
+
+
+def __getattr__(name):
+    for module, names in HOMES:
+        if name in names:
+            return getattr(importlib.import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,14 +1,5 @@
-"""Continue prompts with an RWKV model.
+"""Continue prompts with an RWKV model: `rwkv-peft generate --help`."""
 
-    rwkv-peft generate --model merged.pth --prompt "Once upon a time"
-    rwkv-peft generate --model base.pth --adapter adapter.safetensors --prompt_file questions.jsonl \\
-        --output answers.jsonl --temperature 0 --stop "User:"
-
-One prompt streams its continuation to standard output; several are decoded together, and each gives one line of JSON,
-in the order of the prompts.
-"""
-
-import argparse
 import json
 import os
 import sys
@@ -16,83 +7,25 @@ import time
 
 import torch
 
-from ..cli import Parser
+from ..data.recorded import find_tokenizer, recorded_beside
+from ..data.templates import stops_of
 from ..errors import UserError
-from ..files.adapters import add_source_flags, source_of
+from ..files.adapters import source_of
 from ..files.atomic import atomic_write, check_output
+from .chat import Chat
 from .decode import generate, prefill
+from .flags import parse_flags, unescaped
 from .loading import load_model, read_state_file, save_state_file
-from .prompts import encode, find_tokenizer, read_prompt_file, unescaped
-from .sampling import Sampling
+from .prompts import encode, read_prompt_file
+from .session import Session
 from .text import TextStream
-
-
-def build_parser():
-    parser = Parser(
-        prog="rwkv-peft generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--model", required=True, metavar="PTH", help="an RWKV model")
-    add(
-        "--adapter",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="adapters to use it with, in order; not written anywhere",
-    )
-    add_source_flags(parser)
-    add("--any_base", action="store_true", help="use an adapter that was trained on another base of the same shape")
-    add("--state", metavar="PTH", help="state to start from: time states, or what --save_state wrote")
-    add("--save_state", metavar="PTH", help="write the state after the prompt and all that was generated")
-    add("--prompt", nargs="+", metavar="TEXT", help="one prompt or several")
-    add(
-        "--prompt_file",
-        metavar="FILE",
-        help='.jsonl with a "prompt" in each line, or a text with a prompt a line; - reads lines',
-    )
-    add("--output", metavar="JSONL", help="write the lines of JSON to this file instead")
-    add("--tokenizer", metavar="NAME", help="world, bytes, or a file; default by the model's vocabulary (65536, 257)")
-    add("--max_tokens", type=int, default=256, help="longest continuation (default 256)")
-    add("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end a continuation")
-    add("--escapes", action="store_true", help=r"read \n, \t and \\ in --prompt and --stop as newline, tab, backslash")
-    add(
-        "--temperature",
-        type=float,
-        default=Sampling.temperature,
-        help="0: always the most probable token (default %(default)s)",
-    )
-    add(
-        "--top_p",
-        type=float,
-        default=Sampling.top_p,
-        help="share of the probability to draw from (default %(default)s)",
-    )
-    add("--top_k", type=int, default=Sampling.top_k, help="most tokens to draw from, 0: all (default %(default)s)")
-    add(
-        "--presence_penalty",
-        type=float,
-        default=Sampling.presence_penalty,
-        help="off the logit of tokens generated before",
-    )
-    add("--frequency_penalty", type=float, default=Sampling.frequency_penalty, help="the same for each time they were")
-    add(
-        "--penalty_decay",
-        type=float,
-        default=Sampling.penalty_decay,
-        help="what a step leaves of those counts (default 1)",
-    )
-    add("--seed", type=int, default=Sampling.seed, help="of the draws; prompt i has seed + i (default 0)")
-    add("--batch", type=int, default=32, help="prompts decoded at once (default 32)")
-    add("--precision", choices=("fp32", "bf16"), help="default: fp32, on a GPU bf16")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    return parser
 
 
 def main(argv):
     """Returns the exit code; 130 after Ctrl-C. Raises UserError for whatever is wrong in flags and files."""
-    args = build_parser().parse_args(argv)
+    args, sampling = parse_flags(argv)
     try:
-        return run(args)
+        return run(args, sampling)
     except KeyboardInterrupt:
         print(
             "\ninterrupted" + (f"; the prompts that were complete are in {args.output}" if args.output else ""),
@@ -104,13 +37,16 @@ def main(argv):
         return 0
 
 
-def run(args):
+def run(args, sampling):
     """The command; returns 0."""
-    sampling = check_flags(args)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this torch sees no CUDA device; leave --device out to run on the CPU")
+    if not args.escapes and any("\\n" in text for text in [*(args.prompt or ()), *args.stop]):
+        warn(r"note: \n in --prompt or --stop is a backslash and an n; add --escapes to read it as a newline")
     check_outputs(args)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
-    rows = read_prompt_file(args.prompt_file) if args.prompt is None else [{"prompt": text} for text in args.prompt]
+    rows = read_rows(args)
     if args.save_state and len(rows) > 1:
         raise UserError(f"--save_state keeps the state after one prompt, and there are {len(rows)}; give one")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -119,10 +55,17 @@ def run(args):
     model, start = load_model(args.model, sources, precision, device, args.any_base)
     if args.state:
         start = read_state_file(args.state, model)
-    tokenizer = find_tokenizer(args.tokenizer, model.config.vocab_size)
+    recorded = recorded_beside(*reversed(args.adapter), args.model)
+    tokenizer = find_tokenizer(args.tokenizer, model.config.vocab_size, recorded, warn)
+    if args.chat:
+        change = unescaped if args.escapes else str
+        stops = [*stops_of("Assistant:"), *args.stop]
+        return Chat(Session(model, tokenizer, sampling, start), stops, args.max_tokens, change, inputs_of(args)).run()
     prompts = [encode(tokenizer, row["prompt"], number) for number, row in enumerate(rows)]
     streams = len(rows) == 1 and not args.output
-    continuations = [Continuation(row, tokenizer, args.stop, show if streams else None) for row in rows]
+    continuations = [
+        Continuation(row, tokenizer, args.stop or stops_of(row["prompt"]), show if streams else None) for row in rows
+    ]
     steps = generate(
         model,
         prompts,
@@ -189,6 +132,17 @@ class Continuation:
             self.show(text)
 
 
+def read_rows(args):
+    """[{"prompt": text, …}] of the flags; none with --chat."""
+    if args.prompt_file is not None:
+        return read_prompt_file(args.prompt_file)
+    return [{"prompt": text} for text in args.prompt or ()]
+
+
+def warn(text):
+    print(text, file=sys.stderr)
+
+
 def show(text):
     print(text, end="", flush=True)
 
@@ -211,8 +165,7 @@ def complete_all(steps, continuations, prints):
 
 def check_outputs(args):
     """Raise UserError for outputs that are inputs, or cannot be written: known before the work, not after it."""
-    inputs = [(f"--{name}", getattr(args, name)) for name in ("model", "prompt_file", "lora_init", "tokenizer")]
-    inputs += [("--adapter", path) for path in args.adapter]
+    inputs = inputs_of(args)
     if args.output:
         check_output("--output", args.output, [*inputs, ("--state", args.state)])
     if args.save_state:  # a session may go on in its own file
@@ -221,18 +174,7 @@ def check_outputs(args):
         raise UserError(f"--output and --save_state are both {args.output}; give each a file of its own")
 
 
-def check_flags(args):
-    """The Sampling of the flags; UserError for flags that contradict each other or are out of range."""
-    if (args.prompt is None) == (args.prompt_file is None):
-        raise UserError("give --prompt TEXT or --prompt_file FILE" + (", not both" if args.prompt else ""))
-    for name, least in (("max_tokens", 0), ("batch", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)}: at least {least} is due")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this torch sees no CUDA device; leave --device out to run on the CPU")
-    if args.escapes:
-        args.prompt = args.prompt and [unescaped(text) for text in args.prompt]
-        args.stop = [unescaped(text) for text in args.stop]
-    if "" in args.stop:
-        raise UserError("--stop: an empty text would stop before the first token; leave it out")
-    return Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__})
+def inputs_of(args):
+    """(flag, path) of each file that is read."""
+    inputs = [(f"--{name}", getattr(args, name)) for name in ("model", "prompt_file", "lora_init", "tokenizer")]
+    return inputs + [("--adapter", path) for path in args.adapter]

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 from ..errors import UserError
 from ..models.state import State
-from .sampling import Sampling, count, penalize, sample
+from .sampling import count, penalize, sample
+from .settings import Sampling
 
 PREFILL = 4096  # tokens of prompts read in one pass
 

@@ -4,14 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
-
-
-def unescaped(text):
-    r"""text with \n, \t and \\ read as newline, tab and backslash; other backslashes stand for themselves."""
-    parts = text.split("\\\\")
-    return "\\".join(part.replace("\\n", "\n").replace("\\t", "\t") for part in parts)
 
 
 def read_prompt_file(path):
@@ -37,7 +30,7 @@ def read_prompt_file(path):
 def read_line(path, number, line):
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}, line {number}: not JSON ({error}); one object a line is due") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise UserError(
@@ -45,25 +38,6 @@ def read_line(path, number, line):
             '{"prompt": "Once upon a time"}'
         )
     return row
-
-
-def find_tokenizer(name, vocab_size):
-    """The tokenizer called name, or the one that a vocabulary of this size tells; UserError where none fits."""
-    if name is None:
-        known = {65536: "world", 257: "bytes"}
-        if vocab_size not in known:
-            raise UserError(
-                f"the model has a vocabulary of {vocab_size} tokens, which tells no tokenizer; give --tokenizer "
-                "world, bytes, or the file that it was trained with"
-            )
-        name = known[vocab_size]
-    tokenizer = load_tokenizer(name)
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"--tokenizer {name} has {tokenizer.vocab_size} tokens, and the model {vocab_size}; give the tokenizer "
-            "that it was trained with"
-        )
-    return tokenizer
 
 
 def encode(tokenizer, prompt, number):

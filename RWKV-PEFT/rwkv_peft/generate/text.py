@@ -22,6 +22,11 @@ class TextStream:
             ByteDecoder(tokenizer.token_bytes) if hasattr(tokenizer, "token_bytes") else TailDecoder(tokenizer)
         )
 
+    @property
+    def held(self):
+        """The text that is withheld because it may be the start of a stop string."""
+        return self._held
+
     def feed(self, token):
         """The text that token makes certain, perhaps ""."""
         return "" if self.stopped else self._release(self._decoder.feed(token))

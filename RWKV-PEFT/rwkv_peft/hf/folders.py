@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from ..cli import Parser
-from ..errors import UserError
+from ..errors import UserError, told
 from ..files.atomic import atomic_write
 
 
@@ -61,8 +61,8 @@ def read_config(folder):
         raise UserError(f"{folder} has no adapter_config.json; give a folder that save_pretrained wrote")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON: {told(error)}; copy it again") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no settings, but {config!r}")
     return config

@@ -17,7 +17,6 @@ from ..config import ModelConfig
 from ..errors import UserError
 
 TIME_STATE = "time_state"
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class LayerState(NamedTuple):
@@ -134,7 +133,7 @@ def split_time_states(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, to
 
 
 def check_time_states(tensors: Mapping[str, torch.Tensor], name: str | Path) -> None:
-    """Raise UserError unless {key: tensor} is one time state (H, N, N) in floating point for each layer from 0 on."""
+    """Raise UserError unless {key: tensor} is one time state (H, N, N) for each layer from 0 on."""
     missing = [key for key in (layer_keys(i).wkv for i in range(len(tensors))) if key not in tensors]
     if missing:
         raise UserError(
@@ -148,12 +147,14 @@ def check_time_states(tensors: Mapping[str, torch.Tensor], name: str | Path) -> 
                 f"{name}: {key} has shape {tuple(tensor.shape)}; a time state is (heads, head size, head size), the "
                 "same in every layer"
             )
-        if tensor.dtype not in FLOATS:
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(f"{name}: {key} is {kind}; bfloat16, float16 or float32 is due")
 
 
 def count_layers(keys: Iterable[str]) -> int:
-    """The number of layers that keys such as blocks.N.… name; 0 where none does."""
-    numbers = [int(match[1]) for match in map(re.compile(r"blocks\.(\d+)\.").match, keys) if match]
-    return 1 + max(numbers, default=-1)
+    """The number of layers that keys such as blocks.N.… name; 0 where none does. Raises ValueError where there are
+    fewer keys than that: what is made for each layer must not grow with a number that one name holds."""
+    names = list(keys)
+    numbers = [int(match[1]) for match in map(re.compile(r"blocks\.([0-9]+)\.").match, names) if match]
+    layers = 1 + max(numbers, default=-1)
+    if layers > len(names):
+        raise ValueError(f"a name tells of layer {layers - 1}, and there are {len(names)} tensors in all")
+    return layers

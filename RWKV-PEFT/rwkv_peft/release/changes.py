@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..adapters.method import Method
+from ..adapters.method import Method, Params
 from ..adapters.quant import block_size
 from ..errors import UserError
 
@@ -24,30 +24,30 @@ class LayerChange:
     """
 
     method: Method
-    params: dict
+    params: Params
     scale: float = 1.0
     quant: str = "none"
     amount: float = 1.0
     dtype: torch.dtype = torch.float32
 
-    def unit(self, columns):
+    def unit(self, columns: int) -> int:
         """Bands of rows of a weight with this many columns must start and end at multiples of this."""
         unit = self.method.row_unit(self.params)
         if self.quant != "none":  # a block of weights with one scale may span rows
             unit = math.lcm(unit, block_size(self.quant) // math.gcd(block_size(self.quant), columns))
         return unit
 
-    def rows(self, start, stop):
+    def rows(self, start: int, stop: int) -> "LayerChange":
         """The same change for rows start to stop of the weight."""
         return replace(self, params=self.method.rows(self.params, start, stop))
 
-    def apply(self, weight):
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
         """weight (out, in) float32 -> float32, the weight that the trained layer computed with."""
         base = weight.to(self.dtype) if self.method.residual or self.quant != "none" else weight
         result = self.method.merged(base, self.params, scale=self.scale, quant=self.quant)
         return result if self.amount == 1 else torch.lerp(weight, result, self.amount)
 
-    def removal(self):
+    def removal(self) -> "Removal":
         """The change that takes this one off again, up to rounding. Raises UserError where nothing does."""
         return Removal(self.method, self.method.opposite(self.params, self.scale, self.amount), self.scale)
 
@@ -55,7 +55,7 @@ class LayerChange:
 class Removal(LayerChange):
     """The opposite of a LayerChange: nothing of the base's rounding is replayed."""
 
-    def apply(self, weight):
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
         return self.method.removed(weight, self.params, self.scale)
 
 
@@ -66,18 +66,18 @@ class WholeChange:
     tensor: torch.Tensor
     amount: float = 1.0
 
-    def unit(self, columns):
+    def unit(self, columns: int) -> int:
         return 1
 
-    def rows(self, start, stop):
+    def rows(self, start: int, stop: int) -> "WholeChange":
         return replace(self, tensor=self.tensor[start:stop])
 
-    def apply(self, weight):
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
         new = self.tensor.float()
         return new if self.amount == 1 else torch.lerp(weight, new, self.amount)
 
 
-def check_params(name, method, params, weight_shape):
+def check_params(name: str, method: Method | None, params: Params, weight_shape: tuple[int, ...]) -> None:
     """Raise UserError unless the tensors of a Method's adapter fit a weight (out, in); method is None where no layer is
     adapted."""
     if len(weight_shape) != 2:
@@ -85,12 +85,11 @@ def check_params(name, method, params, weight_shape):
             f"{name} is no linear layer: its weight has shape {weight_shape}, and an adapter changes a "
             "matrix; it was trained on another model"
         )
-    names = set() if method is None else {*method.parameters, *method.constants}
-    label = "none" if method is None else method.name
+    if method is None:
+        raise UserError(f"{name} holds {sorted(params)}, and a none adapter has no tensors of its own")
+    names, label = {*method.parameters, *method.constants}, method.name
     if set(params) != names:
-        raise UserError(
-            f"{name} holds {sorted(params)}, and a {label} adapter has {sorted(names) or 'no tensors of its own'}"
-        )
+        raise UserError(f"{name} holds {sorted(params)}, and a {label} adapter has {sorted(names)}")
     shapes = {name: tuple(tensor.shape) for name, tensor in params.items()}
     dims = {name: len(shape) for name, shape in method.shapes(1, 1, *weight_shape).items()}
     odd = [shape for key, shape in shapes.items() if 0 in shape or len(shape) != dims[key]]

@@ -6,7 +6,10 @@ Reads one random token sequence with base and adapter layers here, with the merg
 in the `rwkv` package, all in float32 on the CPU, and compares their logits. Needs memory for two float32 copies.
 """
 
+import argparse
+import importlib.util
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,43 +17,46 @@ import torch
 from ..adapters.inject import inject
 from ..adapters.load import load_tensors
 from ..adapters.methods import NONE, words_of
-from ..cli import Parser
 from ..config import AdapterConfig
 from ..errors import UserError
-from ..files.adapters import add_source_flags, source_of
-from ..files.base import open_base, save_model
-from ..models.state import is_time_state
+from ..files.adapter_file import Adapter
+from ..files.adapters import source_of
+from ..files.base import Base, open_base, save_model
+from ..models.family import Family
+from ..models.state import State, split_time_states, state_of
+from .flags import check_flags
 from .logits import Difference, random_tokens, reference_logits
 from .runtimes import rwkv_sequence
+from .unexplained import describe, unexplained
 
 SAME_FILE = 1e-4  # relative difference allowed between two float32 programs that read the same weights
 ROUNDED = 5e-2  # and between a merged file and the unmerged float32 sum that it rounds to its dtype
 
 
-def adapted_logits(base, source, tokens):
-    """Logits (T, V) of a Base over tokens (T,), in float32, with the layers of the adapter that an AdapterSource
-    names."""
+def adapted_logits(
+    base: Base, loaded: Adapter, name: str, tokens: torch.Tensor, states: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """Logits (T, V) of a Base over tokens (T,), in float32, with the layers of an Adapter, called `name`, from time
+    states where there are some."""
     model = base.family.load(base.tensors, base.config).float()
-    loaded = source.read(base.tensors)
     metadata = loaded.metadata
     if metadata.quant != "none" or (metadata.method is not None and metadata.method.residual):
         for name in loaded.modules():  # made of the weight as the training had it
             model.get_submodule(name).to(metadata.base_dtype() or base.tensors[f"{name}.weight"].dtype)
     inject(model, adapter_config(loaded, base.family), family=base.family, initial=loaded.tensors)
     model.float()
-    load_tensors(model, loaded.tensors, source.path)
+    if own := split_time_states(loaded.tensors)[0]:
+        load_tensors(model, own, str(name))
+    start = State.zeros(base.config, 1)
+    if states:
+        start = state_of(states, start, base.family.rows_are_keys, name)
     with torch.inference_mode():
-        return model(tokens[None])[0][0]
+        return model(tokens[None], start)[0][0]
 
 
-def adapter_config(adapter, family):
+def adapter_config(adapter: Adapter, family: Family) -> AdapterConfig:
     """The AdapterConfig that gives an Adapter's layers their places and shapes again."""
     metadata = adapter.metadata
-    if any(is_time_state(key) for key in adapter.tensors):
-        raise UserError(
-            "time states are where a sequence starts, for which the model has no parameters, so they are not "
-            "compared; rwkv-peft verify asks the runtimes for them"
-        )
     # files of other tools name single tensors here; a tensor is loaded whether or not it trains
     parts = tuple(part for part in metadata.train_parts if part in family.parts)
     targets = tuple(adapter.modules()) or tuple(metadata.targets)  # some files have not every layer's
@@ -67,32 +73,29 @@ def adapter_config(adapter, family):
     )
 
 
-def runtime_logits(base, tokens):
+def runtime_logits(base: Base, tokens: torch.Tensor) -> torch.Tensor:
     """Logits (T, V) that the `rwkv` package computes in float32 for a Base over tokens (T,).
 
-    A float32 copy is read, because the package folds blocks.0.ln0 into the embedding in the file's own dtype.
+    A float32 copy is read, because the package folds blocks.0.ln0 into the embedding in the file's own dtype. Raises
+    UserError where the package is missing or fails.
     """
+    if importlib.util.find_spec("rwkv") is None:
+        raise UserError("check asks the rwkv package, which is not installed: pip install rwkv")
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "float32.pth"
         save_model(copy, {key: tensor.float() for key, tensor in base.tensors.items()})
-        return rwkv_sequence(copy, tokens, base.config)
+        try:
+            return rwkv_sequence(copy, tokens, base.config)
+        except Exception as error:
+            words = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(
+                f"the rwkv package cannot compute {base.path} ({words}); rwkv-peft verify asks the other runtimes"
+            ) from error
 
 
-def build_parser():
-    parser = Parser(prog="rwkv-peft check", description="Compare a merged model with base plus adapter.")
-    parser.add_argument("--base_model", required=True, metavar="PTH", help="the base of the merge")
-    parser.add_argument("--bone_checkpoint", required=True, metavar="FILE", help="the adapter")
-    add_source_flags(parser)
-    parser.add_argument("--merged", required=True, metavar="PTH", help="what the merge wrote")
-    parser.add_argument("--tokens", type=int, default=64, help="length of the random token sequence (default 64)")
-    return parser
-
-
-def main(argv):
+def main(argv: list[str]) -> int:
     """Print the comparisons; 0 where all logits agree, else 1."""
-    args = build_parser().parse_args(argv)
-    if args.tokens < 1:
-        raise UserError(f"--tokens {args.tokens}: at least one is compared")
+    args = check_flags(argv)
     merged, base = open_base(args.merged), open_base(args.base_model)
     if merged.config != base.config:
         raise UserError(
@@ -101,13 +104,31 @@ def main(argv):
             "neither was made of the other; give the base of the merge"
         )
     tokens = random_tokens(base.config.vocab_size, args.tokens)
+    adapter = source_of(args, args.bone_checkpoint).read(base.tensors)
+    states = split_time_states(merged.tensors)[1]
+    if states:
+        print(f"time states: those of {args.merged} are where all of them start")
     ours = reference_logits(merged, tokens, torch.float32)
     theirs = runtime_logits(merged, tokens)
-    unmerged = adapted_logits(base, source_of(args, args.bone_checkpoint), tokens)
+    unmerged = adapted_logits(base, adapter, args.bone_checkpoint, tokens, states)
     comparisons = (
         ("merged file, rwkv package and ours", Difference.between(theirs, ours), SAME_FILE),
         ("merged file and base with adapter on", Difference.between(ours, unmerged), ROUNDED),
     )
     for text, difference, limit in comparisons:
         print(f"{text}: {difference}" + ("" if difference.relative <= limit else f", MORE THAN {limit:.0e}"))
-    return int(not all(difference.relative <= limit for _, difference, limit in comparisons))  # NaN is below no limit
+    agree = all(difference.relative <= limit for _, difference, limit in comparisons)  # NaN is below no limit
+    if not agree or states:
+        tell_unexplained(args, merged, base, adapter)
+    return int(not agree)
+
+
+def tell_unexplained(args: argparse.Namespace, merged: Base, base: Base, adapter: Adapter) -> None:
+    """Print which tensors of the merged file are not those of base and adapter, if any."""
+    try:
+        found = unexplained(merged, base, adapter, args.bone_checkpoint)
+    except UserError as error:
+        print(f"which tensors differ is not known: {error}")
+        return
+    if found:
+        print(f"what base and adapter do not explain, by |W' - W| / |W|: {describe(found)}")

@@ -2,76 +2,53 @@
 
 What is converted follows from INPUT's content and OUTPUT's ending:
 
-- model.pth -> .st or .safetensors (web-rwkv, Ai00), .gguf (llama.cpp), a folder (Hugging Face layout)
+- model.pth -> .st (web-rwkv, Ai00), .safetensors (the same, with the model's own dtype),
+  .gguf (llama.cpp), a folder (Hugging Face layout)
 - .st, .safetensors or a Hugging Face folder -> model.pth
 - a state file (.pth with time_state tensors alone) <-> .st, .state, .safetensors (Ai00)
 - an adapter (train.py's .safetensors, a folder of peft, RWKV-PEFT's .pth) -> .pth for RWKV-PEFT, or .safetensors
 """
 
+import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from ..adapters.methods import adapter_parameter
-from ..cli import Parser
+from ..data.recorded import find_tokenizer, recorded_beside
 from ..errors import UserError
-from ..files.adapter_file import METADATA_KEY, save_adapter
-from ..files.adapters import add_source_flags, source_of
+from ..files.adapter_file import METADATA_KEY, AdapterMetadata, save_adapter
+from ..files.adapters import source_of
 from ..files.atomic import check_output
-from ..files.base import base_of, open_base
+from ..files.base import Base, base_of, open_base
 from ..files.pth import read_tensors
 from ..files.rwkv_peft_file import write_rwkv_peft
 from ..files.safetensors_file import read_safetensors
 from ..models.state import check_time_states, is_time_state
-from .formats import format_of
-from .gguf import TYPES
+from .flags import convert_flags
+from .formats import Wanted, format_of
+from .vocabulary import Tokenizer
 
 DTYPES = (("keep", None), ("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32))
 
 
-def build_parser():
-    parser = Parser(prog="rwkv-peft convert", description=__doc__.split("\n\n")[0])
-    parser.add_argument("input")
-    parser.add_argument("output", help=".pth, .safetensors / .st / .state, .gguf, or the name of a folder")
-    parser.add_argument(
-        "--dtype",
-        choices=[name for name, _ in DTYPES],
-        help="dtype of the output's tensors; default fp16 for models in .st and .safetensors, which "
-        "web-rwkv needs, else keep",
-    )
-    parser.add_argument(
-        "--gguf_type", choices=TYPES, default="f16", help="type of a GGUF's large matrices (default f16)"
-    )
-    parser.add_argument(
-        "--bone_parameter",
-        choices=("disha", "bone"),
-        default="disha",
-        help="name of Bone's tensors in RWKV-PEFT's files: disha since 2025-02, bone before",
-    )
-    add_source_flags(parser)
-    parser.add_argument(
-        "--base_model",
-        metavar="PTH",
-        help="base of an adapter, whose shapes may tell the variant, and how wide bone-mini is as RWKV-PEFT's bone",
-    )
-    return parser
-
-
-def main(argv):
+def main(argv: list[str]) -> int:
     """argv -> exit code 0. Raises UserError for what cannot be read, or not be said in the other format."""
-    args = build_parser().parse_args(argv)
+    args = convert_flags(argv)
     source, target = Path(args.input), Path(args.output)
-    inputs = (("the input", source), ("--base_model", args.base_model), ("--lora_init", args.lora_init))
+    flags = ("base_model", "lora_init", "tokenizer")
+    inputs = [("the input", source), *((f"--{name}", getattr(args, name)) for name in flags)]
     form = format_of(target)
     for file in [target] if form is None else form.files(target):
         check_output("the output", file, inputs)
     written = convert_adapter(source, target, args) if is_adapter(source) else convert_model(source, target, args)
-    for path in written:
-        print(f"wrote {path}")
+    for line in written:
+        print(f"wrote {line}")
     return 0
 
 
-def is_adapter(path):
+def is_adapter(path: Path) -> bool:
     """Whether a file or folder holds an adapter; for what is unreadable, the reader that follows says so."""
     if path.is_dir():
         return (path / "adapter_config.json").is_file()
@@ -80,7 +57,7 @@ def is_adapter(path):
     return any(adapter_parameter(key) for key in read_tensors(path)) if path.suffix == ".pth" else False
 
 
-def convert_adapter(source, target, args):
+def convert_adapter(source: Path, target: Path, args: argparse.Namespace) -> list[Path]:
     """Write an adapter under the target's format; returns the paths written."""
     base = open_base(args.base_model).tensors if args.base_model else None
     adapter = source_of(args, source).read(base)
@@ -97,7 +74,7 @@ def convert_adapter(source, target, args):
     )
 
 
-def remark_on_export(metadata, paths):
+def remark_on_export(metadata: AdapterMetadata, paths: Sequence[Path]) -> str:
     """A line on what merging the files of write_rwkv_peft takes besides them, or ""."""
     if len(paths) > 1:
         return (
@@ -107,7 +84,7 @@ def remark_on_export(metadata, paths):
     return "" if metadata.method is None else metadata.method.remark_for_rwkv_peft(metadata.rank, metadata.scale)
 
 
-def read_model(path):
+def read_model(path: Path) -> dict[str, torch.Tensor]:
     """{official key: tensor} of a model, or of time states alone, in any format that is read, in official order but for
     a .pth, whose own order is kept."""
     form = format_of(path) if not path.is_dir() else format_of(Path("folder"))
@@ -124,8 +101,8 @@ def read_model(path):
     return {key: tensors[key] for key in sorted(tensors, key=lambda key: order.get(key, len(order)))}
 
 
-def convert_model(source, target, args):
-    """Write a model or time states under the target's format; returns the paths written."""
+def convert_model(source: Path, target: Path, args: argparse.Namespace) -> list[str]:
+    """Write a model or time states under the target's format; returns lines on what was written."""
     tensors, form = read_model(source), format_of(target)
     states = all(is_time_state(key) for key in tensors)
     if form is not None and states and form.write_states is None and target.suffix:
@@ -140,8 +117,24 @@ def convert_model(source, target, args):
             ".state, .gguf, and a name without ending for a folder of a model"
         )
     dtype = dict(DTYPES)[args.dtype] if args.dtype else None if states else form.dtype
-    if states:
+    if states and form.write_states is not None:
         form.write_states(target, tensors, dtype)
-    else:
-        form.write_model(target, base_of(tensors, source), dtype, args.gguf_type)
-    return form.files(target)
+        return [f"{target}: {describe(tensors, dtype)} (time states)"]
+    base = base_of(tensors, source)
+    tokenizer = vocabulary_for(base, source, args.tokenizer) if form.vocabulary else None
+    form.write_model(target, base, Wanted(dtype, args.gguf_type, tokenizer))
+    what = f"{len(tensors)} tensors, the large ones {args.gguf_type}" if target.suffix == ".gguf" else ""
+    line = f"{target}: {what or describe(tensors, dtype)}" + (f", vocabulary {tokenizer.name}" if tokenizer else "")
+    return [f"{line}; {form.loaded_by}"]
+
+
+def vocabulary_for(base: Base, source: Path, name: str | None) -> Tokenizer:
+    """The tokenizer whose vocabulary goes along with a Base: that called name, else that of the run in whose folder the
+    model lies, else the one that its size tells; UserError where nothing tells."""
+    return find_tokenizer(name, base.config.vocab_size, recorded_beside(source), lambda text: print(text))
+
+
+def describe(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> str:
+    """How many tensors, and of which dtypes they are once cast to dtype (None: they keep theirs)."""
+    dtypes = dict.fromkeys(str(dtype or tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
+    return f"{len(tensors)} tensors, {' and '.join(dtypes)}"

@@ -4,46 +4,59 @@ A model is read into {key: tensor} under official keys, and written from a Base;
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 
-from ..data.tokenizer import WorldTokenizer
 from ..errors import UserError
 from ..files.atomic import atomic_write
+from ..files.base import Base
 from ..files.pth import all_finite, read_tensors
 from ..files.pth_writer import TensorSpec, write_pth
 from ..files.safetensors_file import read_safetensors, write_safetensors
 from ..models import FAMILIES
+from ..models.family import Family
 from ..models.state import is_time_state, swapped
 from .gguf import write_gguf
+from .vocabulary import WORLD_FILE, Tokenizer, gguf_vocabulary, hf_files
 
-VOCABULARY = "rwkv_vocab_v20230424.txt"
-HF_FILES = ("model.safetensors", "config.json", "tokenizer_config.json", VOCABULARY)
+HF_FILES = ("model.safetensors", "config.json", "tokenizer_config.json", "tokenizer.json", WORLD_FILE)
+
+
+class Wanted(NamedTuple):
+    """How a model is to be written: dtype of its tensors (None: each keeps its own), type of a GGUF's large matrices,
+    and the tokenizer whose vocabulary goes along, where the format holds one."""
+
+    dtype: torch.dtype | None = None
+    gguf_type: str = "f16"
+    tokenizer: Tokenizer | None = None
 
 
 class Format(NamedTuple):
-    """endings are those of its files' names, ("",) for a folder; files(path) are the paths that it writes; read(path)
-    -> {official key: tensor}; write_model(path, base, dtype, gguf_type) and write_states(path, tensors, dtype) write,
-    None where it has no place for such; dtype is a model's where none is asked for (None: each tensor keeps its
-    own)."""
+    """endings are those of its files' names, ("",) for a folder; files(path) are the paths that it may write;
+    read(path) -> {official key: tensor}; write_model(path, base, wanted) and write_states(path, tensors, dtype) write,
+    and the latter is None where there is no place for states; loaded_by tells what loads a model of it; dtype is a
+    model's where none is asked for (None: each tensor keeps its own); vocabulary says whether a tokenizer goes into
+    it."""
 
     endings: tuple[str, ...]
-    read: Callable
-    write_model: Callable | None
-    write_states: Callable | None
+    read: Callable[[Path], dict[str, torch.Tensor]]
+    write_model: Callable[[Path, Base, Wanted], None]
+    write_states: Callable[[Path, dict[str, torch.Tensor], torch.dtype | None], None] | None
+    loaded_by: str
     dtype: torch.dtype | None = None
-    files: Callable = lambda path: [path]
+    vocabulary: bool = False
+    files: Callable[[Path], list[Path]] = lambda path: [path]
 
 
-def format_of(path):
+def format_of(path: Path) -> Format | None:
     """The Format that a path's ending names, None for an unknown ending."""
     return next((form for form in FORMATS if path.suffix in form.endings), None)
 
 
-def read_web(path):
+def read_web(path: Path) -> dict[str, torch.Tensor]:
     """A .st or .safetensors as web-rwkv and Ai00 have it."""
     found = read_safetensors(path)[0]
     family, tensors = _official(found, lambda family: family.from_web)
@@ -51,98 +64,109 @@ def read_web(path):
     return {key: swapped(tensor) if key in turned else tensor for key, tensor in tensors.items()}
 
 
-def write_web(path, base, dtype, gguf_type):
+def write_web(path: Path, base: Base, wanted: Wanted) -> None:
     family = base.family
     tensors = {
         family.to_web(key): swapped(tensor) if family.swapped_in_web(key) or is_time_state(key) else tensor
         for key, tensor in base.tensors.items()
     }
-    _write(path, write_safetensors, tensors, dtype)
+    _write(path, write_safetensors, tensors, wanted.dtype)
 
 
-def write_web_states(path, tensors, dtype):
+def write_web_states(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None) -> None:
     _write(path, write_safetensors, {key: swapped(tensor) for key, tensor in tensors.items()}, dtype)
 
 
-def write_official(path, base, dtype, gguf_type):
-    _write(path, write_pth, base.tensors, dtype)
+def write_official(path: Path, base: Base, wanted: Wanted) -> None:
+    _write(path, write_pth, base.tensors, wanted.dtype)
 
 
-def write_official_states(path, tensors, dtype):
+def write_official_states(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None) -> None:
     _write(path, write_pth, tensors, dtype)
 
 
-def read_gguf(path):
+def read_gguf(path: Path) -> NoReturn:
     raise UserError(f"{path}: GGUF files are written here and not read; give the .pth that it was made of")
 
 
-def write_llama_cpp(path, base, dtype, gguf_type):
+def write_llama_cpp(path: Path, base: Base, wanted: Wanted) -> None:
+    assert wanted.tokenizer is not None  # the format's vocabulary is True
+    vocabulary = gguf_vocabulary(wanted.tokenizer, base.config.vocab_size)
     with atomic_write(path) as temporary:
-        write_gguf(temporary, base, gguf_type, vocabulary(base.config.vocab_size))
+        write_gguf(temporary, base, wanted.gguf_type, vocabulary)
 
 
-def read_hf_model(path):
+def read_hf_model(path: Path) -> dict[str, torch.Tensor]:
     """A folder with the layout of a generation's Hugging Face model."""
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise UserError(f"{path} is a folder without .safetensors files; is it a Hugging Face model?")
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for file in files:
         found |= read_safetensors(file)[0]
     return _official(found, lambda family: family.from_hf)[1]
 
 
-def write_hf_folder(folder, base, dtype, gguf_type):
+def write_hf_folder(folder: Path, base: Base, wanted: Wanted) -> None:
     """A folder with the layout of the generation's Hugging Face models."""
-    family, config = base.family, base.config
-    tokenizer = {
-        "tokenizer_class": family.hf_tokenizer,
-        "bos_token": "<s>",
-        "eos_token": "<s>",
-        "unk_token": "<s>",
-        "add_prefix_space": False,
-    }
+    family, config, tokenizer = base.family, base.config, wanted.tokenizer
+    assert tokenizer is not None  # the format's vocabulary is True
+    end = tokenizer.end_id
+    settings = family.hf_settings(config) | {"bos_token_id": end, "eos_token_id": end}
     tensors = {family.to_hf(key): tensor for key, tensor in base.tensors.items()}
-    _write(folder / "model.safetensors", write_safetensors, tensors, dtype)
-    for name, settings in (("config.json", family.hf_settings(config)), ("tokenizer_config.json", tokenizer)):
+    _write(folder / "model.safetensors", write_safetensors, tensors, wanted.dtype)
+    files = {"config.json": (json.dumps(settings, indent=2) + "\n").encode()}
+    for name, content in (files | hf_files(tokenizer, config.vocab_size, family.hf_tokenizer)).items():
         with atomic_write(folder / name) as temporary:
-            temporary.write_text(json.dumps(settings, indent=2) + "\n")
-    with atomic_write(folder / VOCABULARY) as temporary:
-        temporary.write_bytes(world_vocabulary_file(config.vocab_size))
+            temporary.write_bytes(content)
 
 
+HF_LOADER = (
+    "transformers loads it with trust_remote_code=True, once the Python files of a published RWKV-6 model (such as "
+    "RWKV/v6-Finch-1B6-HF) lie beside it and config.json has that model's auto_map"
+)
 FORMATS = (
-    Format((".pth",), read_tensors, write_official, write_official_states),
-    # web-rwkv needs fp16
-    Format((".safetensors", ".st", ".state"), read_web, write_web, write_web_states, torch.float16),
-    Format((".gguf",), read_gguf, write_llama_cpp, None),
-    Format(("",), read_hf_model, write_hf_folder, None, files=lambda path: [path / name for name in HF_FILES]),
+    Format((".pth",), read_tensors, write_official, write_official_states, "rwkv, RWKV-Runner and ChatRWKV load it"),
+    Format(
+        (".safetensors",),
+        read_web,
+        write_web,
+        write_web_states,
+        "it has the names of web-rwkv and Ai00, which need float16 (.st, or --dtype fp16)",
+    ),
+    Format((".st", ".state"), read_web, write_web, write_web_states, "web-rwkv and Ai00 load it", torch.float16),
+    Format((".gguf",), read_gguf, write_llama_cpp, None, "llama.cpp loads it", vocabulary=True),
+    Format(
+        ("",),
+        read_hf_model,
+        write_hf_folder,
+        None,
+        HF_LOADER,
+        vocabulary=True,
+        files=lambda path: [path / name for name in HF_FILES],
+    ),
 )
 
 
-def vocabulary(size):
-    """Bytes of the first `size` tokens of the World vocabulary, of which every RWKV-6 vocabulary here is a prefix."""
-    return WorldTokenizer().token_bytes[:size]
-
-
-def world_vocabulary_file(size):
-    """The first tokens of the World vocabulary's file, whose lines are: id, literal, length."""
-    lines = WorldTokenizer().path.read_bytes().replace(b"\r\n", b"\n").splitlines(keepends=True)
-    return b"".join(line for line in lines if int(line.split(b" ", 1)[0]) < size)
-
-
-def _official(tensors, naming):
+def _official(
+    tensors: Mapping[str, torch.Tensor], naming: Callable[[Family], Callable[[str], str]]
+) -> tuple[Family, dict[str, torch.Tensor]]:
     """(the Family, {official key: tensor}) of tensors under other names, which naming(family) turns into official ones;
     the first Family where none knows them."""
     named = [(family, {naming(family)(key): tensor for key, tensor in tensors.items()}) for family in FAMILIES]
     return next((pair for pair in named if pair[0].sign in pair[1]), named[0])
 
 
-def _write(path, writer, tensors, dtype):
+def _write(
+    path: Path,
+    writer: Callable[[Path, dict[str, TensorSpec], Iterable[tuple[str, torch.Tensor]]], None],
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype | None,
+) -> None:
     """Write tensors with write_pth or write_safetensors, cast to a dtype (None: each keeps its own) that holds every
     value."""
 
-    def cast():
+    def cast() -> Iterator[tuple[str, torch.Tensor]]:
         for key, tensor in tensors.items():
             result = tensor.to(dtype or tensor.dtype)
             if not all_finite(result):

@@ -5,22 +5,27 @@ and low-rank factors stay float32, and the large matrices take the type asked fo
 """
 
 import math
+from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from ..errors import UserError
+from ..files.base import Base
 from ..models.state import is_time_state
+from .vocabulary import GgufVocabulary
 
-TYPES = ("f32", "f16", "bf16", "q8_0")
 Q8_RUN = 32  # q8_0 packs runs of this many values of a row
 
 
-def write_gguf(path, base, kind="f16", vocabulary=None):
+def write_gguf(path: str | Path, base: Base, kind: str, vocabulary: GgufVocabulary) -> None:
     """Write a Base as GGUF, tensor by tensor.
 
-    kind, one of TYPES, is the type of the large matrices (one whose rows q8_0 cannot hold becomes f16);
-    vocabulary is a list of bytes per token id (None for ids that stand for nothing), padded to the model's size.
+    kind, one of names.GGUF_TYPES, is the type of the large matrices (one whose rows q8_0 cannot hold becomes f16);
+    vocabulary is a GgufVocabulary of the model's size.
     Raises UserError where the gguf package is missing or the model holds time states, which GGUF cannot.
     """
     gguf = import_gguf()
@@ -35,7 +40,8 @@ def write_gguf(path, base, kind="f16", vocabulary=None):
     with closing(gguf.GGUFWriter(str(path), family.gguf_architecture)) as writer:
         for name, value in family.gguf_settings(config):
             getattr(writer, name)(value)
-        _write_vocabulary(writer, config, gguf.LlamaFileType[_file_type(kind)], vocabulary)
+        writer.add_file_type(gguf.LlamaFileType[_file_type(kind)])
+        _write_vocabulary(writer, vocabulary)
         types = {name: _type_of(gguf, shape, kind if large else "f32") for name, shape, _, large in plan}
         for name, shape, _, _ in plan:
             # the package takes every type as the bytes that it is stored in
@@ -48,7 +54,7 @@ def write_gguf(path, base, kind="f16", vocabulary=None):
             writer.write_tensor_data(gguf.quants.quantize(make().float().contiguous().numpy(), types[name]))
 
 
-def import_gguf():
+def import_gguf() -> ModuleType:
     """The gguf package, or a UserError that says how to get it."""
     try:
         import gguf
@@ -57,29 +63,26 @@ def import_gguf():
     return gguf
 
 
-def _type_of(gguf, shape, kind):
+def _type_of(gguf: ModuleType, shape: Sequence[int], kind: str) -> Any:
     """The type of a tensor that is to be of this kind."""
     if kind == "q8_0" and shape[-1] % Q8_RUN:
         kind = "f16"
     return gguf.GGMLQuantizationType[kind.upper()]
 
 
-def _file_type(kind):
+def _file_type(kind: str) -> str:
     return "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
 
 
-def _write_vocabulary(writer, config, file_type, vocabulary):
-    writer.add_file_type(file_type)
-    writer.add_tokenizer_model("rwkv")
-    tokens, types = [], []
-    for token in range(config.vocab_size):
-        content = vocabulary[token] if vocabulary is not None and token < len(vocabulary) else None
-        # llama.cpp reads a token as the inside of a Python bytes literal
-        text = "<s>" if token == 0 else f"[PAD{token}]" if content is None else repr(content)[2:-1]
-        tokens.append(text.encode())
-        types.append(3 if token == 0 else 5 if content is None else 1)  # control, unused, normal
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
+def _write_vocabulary(writer: Any, vocabulary: GgufVocabulary) -> None:
+    writer.add_tokenizer_model(vocabulary.model)
+    if vocabulary.pre:
+        writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.merges:
+        writer.add_token_merges(vocabulary.merges)
+    if vocabulary.end is not None:
+        writer.add_bos_token_id(vocabulary.end)
+        writer.add_eos_token_id(vocabulary.end)
     writer.add_add_bos_token(False)

@@ -4,15 +4,16 @@ from typing import NamedTuple
 
 import torch
 
+from ..files.base import Base
 from ..models.state import State, split_time_states, state_of
 
 
-def random_tokens(vocab_size, length):
+def random_tokens(vocab_size: int, length: int) -> torch.Tensor:
     """(length,) int64, the same on every run."""
     return torch.randint(vocab_size, (length,), generator=torch.Generator().manual_seed(0))
 
 
-def reference_logits(base, tokens, dtype=torch.float64):
+def reference_logits(base: Base, tokens: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Logits (T, V) of a Base, in float64 unless dtype says otherwise, from its time states where it has some; tokens
     (T,) int64."""
     family, (weights, states) = base.family, split_time_states(base.tensors)
@@ -31,11 +32,11 @@ class Difference(NamedTuple):
     top_agreement: float
 
     @classmethod
-    def between(cls, logits, reference):
+    def between(cls, logits: torch.Tensor, reference: torch.Tensor) -> "Difference":
         return cls(
             float((logits - reference).norm() / reference.norm()),
             float((logits.argmax(-1) == reference.argmax(-1)).float().mean()),
         )
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"relative difference {self.relative:.1e}, same top token in {self.top_agreement:.0%}"

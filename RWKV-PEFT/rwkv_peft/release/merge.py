@@ -5,15 +5,19 @@ through. A `Merge` knows what changes what; merge_bone.py is the command around 
 """
 
 import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 import torch
 
 from ..adapters.quant import roundtrip
+from ..config import ModelConfig
 from ..errors import UserError
+from ..files.adapter_file import Adapter
 from ..files.base import Base
 from ..files.fingerprint import fingerprint
 from ..files.pth import all_finite, stream_tensors
@@ -22,6 +26,8 @@ from ..models.state import time_state_shapes
 from .ahead import ahead
 from .changes import LayerChange, WholeChange, check_params
 
+Adapters = Sequence[tuple[str | Path, Adapter]]  # with their names, in the order of their application
+Pairs = Iterable[tuple[str, torch.Tensor]]
 BAND = 1 << 18  # elements computed at a time: enough for calls to cost little, few enough for caches to help
 
 
@@ -70,7 +76,7 @@ class Merge:
     adapter tensor has no place in the base, has the wrong shape or changes nothing.
     """
 
-    def __init__(self, base: Base, adapters, options=None):
+    def __init__(self, base: Base, adapters: Adapters, options: MergeOptions | None = None) -> None:
         self.options = options or MergeOptions()
         self.specs = {key: TensorSpec.of(tensor, self.options.dtype) for key, tensor in base.tensors.items()}
         self.changes: dict[str, list[LayerChange | WholeChange]] = {}  # in the order of their application
@@ -78,7 +84,7 @@ class Merge:
             self._bind(name, adapter, base)
         _check_states([name for name, _ in adapters], self.specs, base.config)
 
-    def _bind(self, name, adapter, base):
+    def _bind(self, name: str | Path, adapter: Adapter, base: Base) -> None:
         shapes = {key: tuple(tensor.shape) for key, tensor in base.tensors.items()} | time_state_shapes(base.config)
         _check_places(name, adapter, shapes)
         metadata, options = adapter.metadata, self.options
@@ -109,6 +115,7 @@ class Merge:
         for module, params in adapter.modules().items():
             key = f"{module}.weight"
             check_params(f"{name}: {module}", metadata.method, params, shapes[key])
+            assert metadata.method is not None  # check_params refuses tensors of none
             params = {parameter: tensor.to(options.device) for parameter, tensor in params.items()}
             changes = self.changes.setdefault(key, [])
             # a file that does not say how its base was kept had it as it is; between adapters nothing is rounded then
@@ -119,7 +126,9 @@ class Merge:
             else:
                 changes.append(change)
 
-    def bands(self, pairs, report=None):
+    def bands(
+        self, pairs: Pairs, report: Callable[[TensorReport], None] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the output's (key, rows) from the base's (key, tensor) pairs: each tensor in its turn, as one or more
         runs of its rows, in its dtype, on the CPU; tensors that are new come last.
 
@@ -141,7 +150,7 @@ class Merge:
         if self.changes and not any(report.differs for report in reports):
             self._refuse_the_base(reports)
 
-    def _refuse_the_base(self, reports):
+    def _refuse_the_base(self, reports: Sequence[TensorReport]) -> NoReturn:
         """Raise the UserError for an output that equals the base."""
         largest = max(reports, key=lambda report: report.change)
         if largest.change == 0:
@@ -155,14 +164,14 @@ class Merge:
             "nothing is written"
         )
 
-    def tensors(self, pairs):
+    def tensors(self, pairs: Pairs) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the output's (key, tensor), as `bands` with each tensor in one piece; one that does not change is the
         base's own."""
         for key, bands in groupby(self.bands(pairs), lambda band: band[0]):
             rows = [rows for _, rows in bands]
             yield key, torch.cat(rows) if len(rows) > 1 else rows[0]
 
-    def _tasks(self, pairs):
+    def _tasks(self, pairs: Pairs) -> Iterator[Callable[[], Band]]:
         """A callable -> Band for each band of each tensor of the output."""
         seen = set()
         for key, tensor in pairs:
@@ -172,7 +181,7 @@ class Merge:
             if key not in seen:
                 yield from self._tasks_of(key, torch.zeros(spec.shape))
 
-    def _tasks_of(self, key, tensor):
+    def _tasks_of(self, key: str, tensor: torch.Tensor) -> Iterator[Callable[[], Band]]:
         changes, row = self.changes.get(key, ()), math.prod(tensor.shape[1:])
         unit = math.lcm(*(change.unit(row) for change in changes))
         step = max(BAND // (row * unit), 1) * unit
@@ -183,7 +192,7 @@ class Merge:
             yield partial(self._band, key, tensor[start:stop], [change.rows(start, stop) for change in changes])
 
     @torch.no_grad()
-    def _band(self, key, source, changes):
+    def _band(self, key: str, source: torch.Tensor, changes: Sequence[LayerChange | WholeChange]) -> Band:
         dtype, squares, differs = self.specs[key].dtype, (0.0, 0.0, 0.0), False
         if changes:
             exact = weight = source.to(self.options.device, torch.float32)
@@ -201,7 +210,7 @@ class Merge:
         return Band(key, rows, squares, differs)
 
 
-def _cause_of_infinity(source, dtype):
+def _cause_of_infinity(source: torch.Tensor, dtype: torch.dtype) -> str:
     """Why a tensor that was made of the base's rows `source` holds NaN or Inf in dtype."""
     if not all_finite(source):
         return "in the base already"
@@ -210,7 +219,7 @@ def _cause_of_infinity(source, dtype):
     return f"after the merge, though not in the base: the change is too large for {dtype_name(dtype)}"
 
 
-def quantization_error(base, adapters):
+def quantization_error(base: Base, adapters: Adapters) -> float:
     """|Q(W) - W| / |W| over the weights W that were quantized to Q(W) while the (name, Adapter) pairs trained on
     them."""
     error = size = 0.0
@@ -223,26 +232,26 @@ def quantization_error(base, adapters):
     return ratio(error, size)
 
 
-def square(tensor):
+def square(tensor: torch.Tensor) -> float:
     """The sum of squares of a float32 tensor."""
     flat = tensor.reshape(-1)
     return torch.dot(flat, flat).item()
 
 
-def ratio(part, whole):
+def ratio(part: float, whole: float) -> float:
     """sqrt(part / whole) of two sums of squares; 0 where the part is 0, inf where only the whole is."""
     if part == 0:
         return 0.0
     return math.sqrt(part / whole) if whole else math.inf
 
 
-def merged_tensors(base, adapters, options=None):
+def merged_tensors(base: Base, adapters: Adapters, options: MergeOptions | None = None) -> dict[str, torch.Tensor]:
     """A Base with adapters merged in: {key: tensor}, the base's keys, order and (unless options.dtype
     says otherwise) dtypes. Arguments and errors as in Merge."""
     return dict(Merge(base, adapters, options).tensors(base.tensors.items()))
 
 
-def check_fingerprints(base, adapters):
+def check_fingerprints(base: Base, adapters: Adapters) -> None:
     """Raise UserError unless each of the (name, Adapter) pairs was trained on the Base,
     or on the base with the adapters before it merged. An adapter that names no base passes."""
     for position, (name, adapter) in enumerate(adapters):
@@ -257,7 +266,7 @@ def check_fingerprints(base, adapters):
         )
 
 
-def check_unmerge(base, adapters):
+def check_unmerge(base: Base, adapters: Adapters) -> None:
     """Raise UserError where the Base is what one of the (name, Adapter) pairs was trained
     on, so that the adapter is not merged into it."""
     for name, adapter in adapters:
@@ -268,11 +277,11 @@ def check_unmerge(base, adapters):
             )
 
 
-def dtype_name(dtype):
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_states(names, specs, config):
+def _check_states(names: Sequence[str | Path], specs: Mapping[str, TensorSpec], config: ModelConfig) -> None:
     """Raise UserError where some layers of the output have a time state and others have none."""
     due = time_state_shapes(config)
     without = [key for key in due if key not in specs]
@@ -284,7 +293,7 @@ def _check_states(names, specs, config):
         )
 
 
-def _check_places(name, adapter, shapes):
+def _check_places(name: str | Path, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise UserError where a tensor has no place among the base's, or none of them changes anything."""
     keys = [f"{module}.weight" for module in adapter.modules()] + list(adapter.whole())
     lost = [key for key in keys if key not in shapes]

@@ -1,77 +1,59 @@
 """The command that merges: merge_bone.py's flags, checks, writing and summary."""
 
+import argparse
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
-from ..cli import Parser
-from ..config import QUANTIZATIONS
+from ..adapters.methods import METHODS, NONE, forms
 from ..errors import UserError
-from ..files.adapters import add_source_flags, source_of
+from ..files.adapter_file import Adapter
+from ..files.adapters import adapter_of_run, source_of
 from ..files.atomic import atomic_write, check_output, same_file
-from ..files.base import open_base
+from ..files.base import Base, open_base
 from ..files.pth import stream_tensors
 from ..files.pth_writer import TensorSpec, write_pth
 from ..memory import keep_freed_memory
-from .merge import Merge, MergeOptions, check_fingerprints, check_unmerge, dtype_name, quantization_error
+from ..models.state import is_time_state
+from .flags import merge_flags
+from .merge import (
+    Adapters,
+    Merge,
+    MergeOptions,
+    TensorReport,
+    check_fingerprints,
+    check_unmerge,
+    dtype_name,
+    quantization_error,
+)
+
+# RWKV-PEFT's --type -> what files' metadata call it
+TYPES = MappingProxyType(
+    {
+        "bone": forms("bone"),
+        "disha": forms("bone"),
+        "lora": tuple(name for name, method in METHODS.items() if method.scaled and not method.constants),
+        "pissa": ("pissa",),
+        "state": (NONE,),
+    }
+)
 
 
-def build_parser():
-    parser = Parser(
-        prog="merge_bone.py",
-        description="Merge adapters into an RWKV base model: a .pth with exactly the base's keys, order, shapes and "
-        "dtypes, which any RWKV runtime loads.",
-    )
-    parser.add_argument("--base_model", required=True, metavar="PTH", help="the model that the adapter was trained on")
-    parser.add_argument(
-        "--bone_checkpoint",
-        "--lora_checkpoint",
-        required=True,
-        nargs="+",
-        metavar="FILE",
-        dest="adapters",
-        help="adapters in order of application: .safetensors of train.py, flat .pth of RWKV-PEFT "
-        "(.bone, .disha, LoRA, PiSSA, time states), or folders of Hugging Face peft",
-    )
-    parser.add_argument("--output", metavar="PTH", help="the merged model; required unless --dry_run")
-    parser.add_argument("--output_dtype", choices=("keep", "bf16", "fp16", "fp32"), default="keep")
-    add_source_flags(parser)
-    parser.add_argument(
-        "--quant",
-        choices=QUANTIZATIONS,
-        help="quantization of the frozen weights in training (default: what the adapter says)",
-    )
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the change, default 1.0")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the arithmetic runs")
-    parser.add_argument(
-        "--unmerge", action="store_true", help="take the adapters off a merged --base_model again, last first"
-    )
-    parser.add_argument(
-        "--any_base",
-        action="store_true",
-        help="do not compare the base with the one that the adapter names: merge into another of "
-        "the same shape, or unmerge all the same",
-    )
-    parser.add_argument("--dry_run", action="store_true", help="compute and report everything, write nothing")
-    parser.add_argument(
-        "--read_back", "--verify", action="store_true", help="read the output back and compare each tensor"
-    )
-    return parser
-
-
-def main(argv):
+def main(argv: list[str]) -> int:
     """argv -> exit code 0. Raises UserError for whatever cannot be merged, before the output is touched."""
-    args = build_parser().parse_args(argv)
+    args = merge_flags(argv)
+    args.adapters = [str(adapter_of_run(path)) for path in args.adapters]
     check_files(args)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this torch sees no CUDA device; leave --device out to merge on the CPU")
-    if args.scale == 0 or not torch.isfinite(torch.tensor(args.scale)):
-        raise UserError(f"--scale {args.scale}: a finite number other than 0 is due")
     base = open_base(args.base_model)
     adapters = [(path, source_of(args, path).read(base.tensors)) for path in args.adapters]
+    check_type(args.type, adapters)
     options = MergeOptions(args.scale, output_dtype(args.output_dtype), args.quant, args.unmerge, args.device)
     merge = Merge(base, adapters, options)
     if not args.any_base:
@@ -79,7 +61,7 @@ def main(argv):
     print_head(args, base, adapters)
     del base  # its pages would stay resident
     keep_freed_memory()  # bands are computed in temporaries of the same few sizes
-    reports = []
+    reports: list[TensorReport] = []
     outputs = merge.bands(stream_tensors(args.base_model), reports.append)
     if args.dry_run:
         for _ in outputs:
@@ -98,11 +80,21 @@ def main(argv):
     return 0
 
 
-def output_dtype(name):
+def check_type(told: str | None, adapters: Sequence[tuple[str, Adapter]]) -> None:
+    """Refuse a --type that is not what the (path, Adapter) pairs hold."""
+    for path, adapter in adapters:
+        variant = adapter.metadata.variant
+        if told and variant not in TYPES[told]:
+            is_state = any(is_time_state(key) for key in adapter.tensors)
+            kind = "time states" if is_state else "whole tensors" if variant == NONE else f"a {variant} adapter"
+            raise UserError(f"--type {told} contradicts {path}, which holds {kind}; leave --type out")
+
+
+def output_dtype(name: str) -> torch.dtype | None:
     return {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
-def check_files(args):
+def check_files(args: argparse.Namespace) -> None:
     """Refuse an adapter given twice, and an output that is missing from the flags, no .pth, one of the inputs by any
     name or link, or cannot be written."""
     for position, path in enumerate(args.adapters):
@@ -133,7 +125,7 @@ def check_files(args):
     )
 
 
-def check_space(output, specs):
+def check_space(output: str | Path, specs: Mapping[str, TensorSpec]) -> None:
     """Refuse before hours of work what the disk cannot hold."""
     folder = Path(os.path.realpath(output)).parent
     while not folder.exists():
@@ -147,7 +139,7 @@ def check_space(output, specs):
         )
 
 
-def print_head(args, base, adapters):
+def print_head(args: argparse.Namespace, base: Base, adapters: Adapters) -> None:
     dtypes = "/".join(sorted({dtype_name(tensor.dtype) for tensor in base.tensors.values()}))
     config = base.config
     print(
@@ -176,9 +168,9 @@ def print_head(args, base, adapters):
         )
 
 
-def print_reports(reports, specs):
+def print_reports(reports: Sequence[TensorReport], specs: Mapping[str, TensorSpec]) -> None:
     """A table of the relative change of each layer, and what the cast lost."""
-    layers = {}
+    layers: dict[str, dict[str, TensorReport]] = {}
     for report in reports:
         _, number, *rest = report.key.split(".") if report.key.startswith("blocks.") else ("", "-", report.key)
         layers.setdefault(number, {})[".".join(rest).removesuffix(".weight")] = report
@@ -192,8 +184,8 @@ def print_reports(reports, specs):
         others = [report.change for name, report in row.items() if name not in columns]
         other = f"{100 * max(others):.3g} (max)" if others else ""
         cells = (f"{100 * row[name].change:.3g}" if name in row else "" for name in columns)
-        worst = 100 * max(report.lost for report in row.values())
-        print(f"{number:>5}  " + "".join(f"{cell:>16}" for cell in cells) + f"{other:>16}{worst:>11.2g}%")
+        lost = 100 * max(report.lost for report in row.values())
+        print(f"{number:>5}  " + "".join(f"{cell:>16}" for cell in cells) + f"{other:>16}{lost:>11.2g}%")
     changed = [report for report in reports if report.change]
     worst = max(reports, key=lambda report: report.lost)
     dtype = specs[worst.key].dtype
@@ -204,16 +196,16 @@ def print_reports(reports, specs):
     )
 
 
-def _is_matrix(key, spec):
+def _is_matrix(key: str, spec: TensorSpec) -> bool:
     """Whether a tensor is the weight of a linear layer of a block."""
     return key.startswith("blocks.") and key.endswith(".weight") and len(spec.shape) == 2
 
 
-def read_back(output, merge, base):
+def read_back(output: str | Path, merge: Merge, base: str | Path) -> None:
     """Compare the file on disk with a second computation. Raises UserError where they differ."""
     written = stream_tensors(output)
     for key, bands in groupby(merge.bands(stream_tensors(base)), lambda band: band[0]):
-        name, tensor = next(written, (None, None))
+        name, tensor = next(written, ("", torch.empty(0)))
         start, same = 0, name == key and TensorSpec.of(tensor) == merge.specs[key]
         for _, rows in bands:
             same = same and torch.equal(tensor[start : start + len(rows)], rows)

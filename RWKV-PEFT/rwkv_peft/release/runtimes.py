@@ -14,9 +14,12 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+
+from ..config import ModelConfig
+from ..models.rwkv6.keys import RWKV6Config
 
 
 class Runtime(NamedTuple):
@@ -28,22 +31,22 @@ class Runtime(NamedTuple):
     package: str
     module: str
     form: str
-    logits: Callable
-    refuses: Callable
+    logits: Callable[[Path, torch.Tensor, Any], torch.Tensor]
+    refuses: Callable[[Any], str]
     shifted: bool = False
 
-    def missing(self):
+    def missing(self) -> str:
         """The command that installs what is needed of the runtime and of what writes its files, "" where all is
         there."""
         needed = ((self.module, self.package), *((("gguf", "gguf"),) if self.form == "gguf" else ()))
         packages = [package for module, package in needed if not importlib.util.find_spec(module)]
         return f"pip install {' '.join(packages)}" if packages else ""
 
-    def version(self):
+    def version(self) -> str:
         return importlib.metadata.version(self.package)
 
 
-def rwkv_sequence(path, tokens, config):
+def rwkv_sequence(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.Tensor:
     """The `rwkv` package, all tokens in one call."""
     if config.version != "x060":
         return rwkv_elsewhere(path, tokens, "sequence")
@@ -52,7 +55,7 @@ def rwkv_sequence(path, tokens, config):
         return model.forward(tokens.tolist(), None, full_output=True)[0].float()
 
 
-def rwkv_tokens(path, tokens, config):
+def rwkv_tokens(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.Tensor:
     """The `rwkv` package, one token at a time."""
     if config.version != "x060":
         return rwkv_elsewhere(path, tokens, "tokens")
@@ -64,7 +67,7 @@ def rwkv_tokens(path, tokens, config):
     return torch.stack(rows)
 
 
-def rwkv_elsewhere(path, tokens, mode):
+def rwkv_elsewhere(path: Path, tokens: torch.Tensor, mode: str) -> torch.Tensor:
     """The `rwkv` package on an RWKV-7 model, in a process of its own (rwkv7_process.py)."""
     with tempfile.TemporaryDirectory() as folder:
         given, answer = Path(folder) / "tokens.pt", Path(folder) / "logits.pt"
@@ -73,10 +76,11 @@ def rwkv_elsewhere(path, tokens, mode):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"the rwkv package failed: {done.stderr.strip().splitlines()[-1:]}")
-        return torch.load(answer, weights_only=True)
+        logits: torch.Tensor = torch.load(answer, weights_only=True)
+        return logits
 
 
-def rwkv_model(path):
+def rwkv_model(path: Path) -> Any:
     """The `rwkv` package's model of the .pth at path, in float32 on the CPU."""
     os.environ["RWKV_V7_ON"] = "0"  # read at import: under "1" the package takes every model for an RWKV-7
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -88,7 +92,7 @@ def rwkv_model(path):
         return RWKV(model=str(path).removesuffix(".pth"), strategy="cpu fp32", verbose=False)
 
 
-def rwkv_simple(path, tokens, config):
+def rwkv_simple(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.Tensor:
     """The `rwkv-simple` package, which loads strictly, one token at a time: over several it computes with decays of
     0.005 at the least, whatever the model says."""
     from rwkv_simple import RWKV
@@ -109,15 +113,15 @@ def rwkv_simple(path, tokens, config):
     return torch.stack(rows)
 
 
-def refused_by_rwkv_simple(config):
-    if config.version != "x060":
+def refused_by_rwkv_simple(config: ModelConfig) -> str:
+    if not isinstance(config, RWKV6Config):
         return "takes RWKV-6 alone"
     if (config.maa_rank, config.decay_rank, config.head_size) != (32, 64, 64) or config.dim_att != config.n_embd:
         return "takes head size 64 and low-rank widths 32 and 64 alone"
     return ""
 
 
-def llama_cpp(path, tokens, config):
+def llama_cpp(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.Tensor:
     """llama.cpp through `xllamacpp`: its log-probabilities of the whole vocabulary after the prompt (1, V)."""
     import xllamacpp
 
@@ -141,11 +145,11 @@ def llama_cpp(path, tokens, config):
     return row[None]
 
 
-def takes_all(config):
+def takes_all(config: ModelConfig) -> str:
     return ""
 
 
-def all_runtimes():
+def all_runtimes() -> tuple[Runtime, ...]:
     """Every runtime that can be asked, in the order of the table."""
     return (
         Runtime("rwkv, sequence", "rwkv", "rwkv", "pth", rwkv_sequence, takes_all),

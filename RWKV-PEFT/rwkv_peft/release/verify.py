@@ -6,20 +6,23 @@ reads GGUF files of each type asked for. Needs memory for the model in float64.
 """
 
 import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from ..cli import Parser
+from ..config import ModelConfig
+from ..data.tokenizer import WorldTokenizer
 from ..errors import UserError
-from ..files.base import open_base
+from ..files.base import Base, open_base
 from ..files.pth_writer import TensorSpec, write_pth
 from ..models.state import is_time_state
-from .formats import vocabulary
-from .gguf import TYPES, write_gguf
+from .flags import verify_flags
+from .gguf import write_gguf
 from .logits import random_tokens, reference_logits
-from .runtimes import all_runtimes
+from .runtimes import Runtime, all_runtimes
+from .vocabulary import table_vocabulary
 
 # How far a format's logits may be from the reference, relative to the logits' spread (standard deviation).
 LIMITS = (("fp32", 1e-4), ("f32", 1e-3), ("f16", 2e-2), ("bf16", 1e-1), ("q8_0", 3e-1))
@@ -37,31 +40,16 @@ class Row(NamedTuple):
     broke: bool = False
 
     @property
-    def failed(self):
-        return self.broke or (self.difference is not None and not self.difference <= self.limit)
+    def failed(self) -> bool:
+        return self.broke or (
+            self.difference is not None and self.limit is not None and not self.difference <= self.limit
+        )
 
 
-def build_parser():
-    parser = Parser(prog="rwkv-peft verify", description=__doc__.split("\n\n")[1])
-    parser.add_argument("model", help="the .pth to verify")
-    parser.add_argument("--base", metavar="PTH", help="also require the keys, order, shapes and dtypes of this base")
-    parser.add_argument("--tokens", type=int, default=50, help="length of the sequence (default 50)")
-    parser.add_argument(
-        "--gguf_types",
-        nargs="*",
-        choices=TYPES,
-        default=["f32", "f16"],
-        help="types of GGUF for llama.cpp (default f32 f16; none: leave it out)",
-    )
-    return parser
-
-
-def main(argv):
+def main(argv: list[str]) -> int:
     """Print the table; 0 where all is well, 1 where a runtime disagrees or breaks. Raises UserError for an unusable
     file."""
-    args = build_parser().parse_args(argv)
-    if args.tokens < 1:
-        raise UserError(f"--tokens {args.tokens}: at least one is needed")
+    args = verify_flags(argv)
     model = open_base(args.model)
     if args.base:
         compare_structure(model, open_base(args.base))
@@ -73,7 +61,7 @@ def main(argv):
     return int(any(row.failed for row in rows))
 
 
-def compare_structure(model, base):
+def compare_structure(model: Base, base: Base) -> None:
     """Raise UserError unless two Bases agree in all but their values (and time states that were added)."""
     added = [key for key in model.tensors if key not in base.tensors]
     own = [key for key in model.tensors if not (key in added and is_time_state(key))]
@@ -89,7 +77,7 @@ def compare_structure(model, base):
             )
 
 
-def verify(model, length=50, gguf_types=("f32", "f16")):
+def verify(model: Base, length: int = 50, gguf_types: Sequence[str] = ("f32", "f16")) -> list[Row]:
     """The table's rows for a Base."""
     config = model.config
     tokens = random_tokens(config.vocab_size, length)
@@ -109,7 +97,9 @@ def verify(model, length=50, gguf_types=("f32", "f16")):
     return rows
 
 
-def ask(runtime, path, form, tokens, config, reference):
+def ask(
+    runtime: Runtime, path: Path, form: str, tokens: torch.Tensor, config: ModelConfig, reference: torch.Tensor
+) -> Row:
     """The Row of one runtime that reads the file at path; whatever it raises is told in the row, so that the others are
     asked all the same."""
     try:
@@ -120,7 +110,7 @@ def ask(runtime, path, form, tokens, config, reference):
         return Row(runtime.name, "", form, None, None, f"failed: {words[:200]}", broke=True)
 
 
-def written(folder, form, model):
+def written(folder: Path, form: str, model: Base) -> Path:
     """Path of a Base as fp32 .pth or as GGUF of a type, written at the first demand."""
     path = folder / (f"{form}.pth" if form == "fp32" else f"{form}.gguf")
     if path.exists():
@@ -129,11 +119,12 @@ def written(folder, form, model):
         specs = {key: TensorSpec.of(tensor, torch.float32) for key, tensor in model.tensors.items()}
         write_pth(path, specs, ((key, tensor.float()) for key, tensor in model.tensors.items()))
     else:
-        write_gguf(path, model, form, vocabulary(model.config.vocab_size))
+        # any vocabulary will do, because the runtime is given ids
+        write_gguf(path, model, form, table_vocabulary(WorldTokenizer().token_bytes, model.config.vocab_size))
     return path
 
 
-def judge(logits, reference, form, shifted):
+def judge(logits: torch.Tensor, reference: torch.Tensor, form: str, shifted: bool) -> tuple[float, float]:
     """(largest absolute difference, largest allowed); log-probabilities are compared for the last positions that a
     runtime gives. A NaN counts as an infinite difference."""
     if shifted:
@@ -143,7 +134,7 @@ def judge(logits, reference, form, shifted):
     return (float("inf") if difference != difference else difference), limit
 
 
-def print_table(rows):
+def print_table(rows: Iterable[Row]) -> None:
     print(f"| {'runtime':<22} | {'version':<16} | {'format':<6} | max difference | allowed |")
     print(f"|{'-' * 24}|{'-' * 18}|{'-' * 8}|{'-' * 16}|{'-' * 9}|")
     for row in rows:

@@ -5,10 +5,10 @@ import json
 import sys
 from dataclasses import fields
 
-from ..adapters.methods import METHODS, NONE, forms, method_of
 from ..cli import alias, names
 from ..config import MODE_ALIASES, AdapterConfig
-from ..errors import UserError
+from ..errors import UserError, short, told
+from ..names import CHOICES, MINIS, NONE, forms, words_with
 
 # key of the JSON forms -> AdapterConfig field
 LORA_KEYS = (
@@ -38,6 +38,8 @@ JSON_FLAGS = (
     ("lora_config", "lora_config", LORA_KEYS, '{"lora_load":"","lora_r":64,"lora_alpha":128,"lora_dropout":0}'),
     ("pissa_config", "pissa_config", PISSA_KEYS, '{"pissa_load":"","pissa_init":"","pissa_r":64,"svd_niter":4}'),
 )
+# --peft_config takes the keys of the method that --peft names, most of which are Hugging Face peft's, and its rank as r
+PEFT_FLAG = "peft_config"
 # the single flags that one word of --peft alone has
 SINGLE_FLAGS = (
     ("bone_mode", "bone"),
@@ -46,11 +48,6 @@ SINGLE_FLAGS = (
     ("bone_load", "bone"),
     ("loraplus_lr_ratio", "lora-plus"),
 )
-
-
-def words_with(json_flag):
-    """The words of --peft whose methods take their settings from a JSON flag."""
-    return tuple(dict.fromkeys(method.peft for method in METHODS.values() if method.json_flag == json_flag))
 
 
 def add_json_flags(parser):
@@ -62,6 +59,20 @@ def add_json_flags(parser):
             metavar="JSON",
             help=f"settings of {', '.join(words_with(json_flag))} as one JSON value: {example}",
         )
+    parser.add_argument(
+        f"--{PEFT_FLAG}",
+        default=None,
+        metavar="JSON",
+        help='settings of any --peft under their names above, the rank also as r: {"r":8,"lora_alpha":32}',
+    )
+
+
+def json_flags(peft):
+    """(flag, the words of --peft that take it, its keys) of each flag with a JSON value."""
+    for flag, json_flag, keys, _ in JSON_FLAGS:
+        yield flag, words_with(json_flag), keys
+    own = [pair for _, json_flag, keys, _ in JSON_FLAGS for pair in keys if peft in words_with(json_flag)]
+    yield PEFT_FLAG, tuple(word for word in CHOICES if word != NONE), tuple(dict([*own, ("r", "rank")]).items())
 
 
 def adapter_config(args):
@@ -82,13 +93,12 @@ def adapter_config(args):
     for flag, word in SINGLE_FLAGS:
         if getattr(args, flag) is not None and args.peft != word:
             raise UserError(f"--{flag} belongs to --peft {word}, and --peft is {args.peft}")
-    for flag, json_flag, keys, _ in JSON_FLAGS:
+    for flag, words, keys in json_flags(args.peft):
         text = getattr(args, flag)
         if text is None:
             continue
-        if args.peft not in words_with(json_flag):
-            words = " or ".join(words_with(json_flag))
-            raise UserError(f"--{flag} belongs to --peft {words}, and --peft is {args.peft}")
+        if args.peft not in words:
+            raise UserError(f"--{flag} belongs to --peft {' or '.join(words)}, and --peft is {args.peft}")
         for key, value in parse_json_flag(flag, text, keys).items():
             if value == "" and given.get(key):
                 continue  # scripts write "bone_load":"" where they name none
@@ -107,8 +117,8 @@ def adapter_config(args):
         raise UserError(f"--quant {args.quant} keeps weights that adapters leave frozen, and --peft none has none")
     parts = tuple(dict.fromkeys(part for group in args.train_parts for part in group))
     adapter = AdapterConfig(method=args.peft, train_parts=parts, quant=args.quant, **settings)
-    if adapter.mini_rank and not method_of(adapter).mini:
-        minis = " or ".join(method.name for method in METHODS.values() if method.mini)
+    if adapter.mini_rank and adapter.mode not in MINIS:
+        minis = " or ".join(MINIS)
         raise UserError(
             f"--bone_mini_r {adapter.mini_rank} belongs to --bone_mode {minis}, and the mode is {adapter.mode}; "
             "give that mode, or leave bone_mini_r out"
@@ -125,18 +135,19 @@ def parse_json_flag(flag, text, keys):
     """The JSON value of --flag -> {AdapterConfig field: value}; every key must be known."""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
-            f"--{flag} {text!r} is not JSON ({error}); quote it for the shell, e.g. --{flag} '{{\"{keys[0][0]}\": …}}'"
+            f"--{flag} {short(text)!r} is not JSON ({told(error)}); quote it for the shell, "
+            f"e.g. --{flag} '{{\"{keys[0][0]}\": …}}'"
         ) from error
     if not isinstance(value, dict):
-        raise UserError(f"--{flag} must be a JSON object, not {text!r}")
+        raise UserError(f"--{flag} must be a JSON object, not {short(text)!r}")
     known = dict(keys)
     for key in value:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             raise UserError(
-                f"--{flag} has the unknown key {key!r}"
+                f"--{flag} has the unknown key {short(key)!r}"
                 + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
             )
     return {known[key]: json_setting(flag, key, known[key], item) for key, item in value.items()}

@@ -170,13 +170,15 @@ def forget_from(path, first_step):
 
 
 class Save(StepCallback):
-    """Restores `checkpoint` (a folder, or None) before the first step; saves every epoch_save epochs, at the end, and
-    when a stop was asked for or the validator has seen enough, and then stops the run."""
+    """Restores `checkpoint` (a folder, or None) before the first step; saves every epoch_save epochs, every
+    save_every steps, at the end, and when a stop was asked for or the validator has seen enough, and then stops the
+    run."""
 
     def __init__(self, saver, plan, train, checkpoint, validator=None):
         super().__init__(train.accumulate_grad_batches)
         self.validator = validator
-        self.saver, self.plan, self.every, self.checkpoint = saver, plan, train.epoch_save, checkpoint
+        self.saver, self.plan, self.checkpoint = saver, plan, checkpoint
+        self.epochs, self.steps = train.epoch_save, train.save_every
 
     def on_train_start(self, trainer, lit):
         if self.checkpoint is not None:
@@ -187,8 +189,9 @@ class Save(StepCallback):
         ending = (
             lit.stopping or done == self.plan.total_steps or (self.validator is not None and self.validator.exhausted)
         )
-        if ending or (rest == 0 and self.every and epoch % self.every == 0):
-            self.saver.save(trainer, lit, done, epoch if rest == 0 else None)
+        by_epoch = rest == 0 and self.epochs and epoch % self.epochs == 0
+        if ending or by_epoch or (self.steps and done % self.steps == 0):
+            self.saver.save(trainer, lit, done, epoch if rest == 0 and (ending or by_epoch) else None)
         if ending:
             trainer.should_stop = True
 

@@ -1,55 +1,82 @@
 """The command line of train.py: flags -> one frozen RunConfig, and the base that it names, opened once.
 
 Names that RWKV-LM and RWKV-PEFT scripts use are kept. Every contradiction is refused here, in the flags' own words,
-before a weight is read.
+before a weight is read, and what the flags tell by themselves before torch is imported.
 """
 
 import importlib.util
 import re
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from ..adapters.inject import check_adapter
-from ..adapters.methods import NONE
-from ..config import DataConfig, RunConfig, TrainConfig
+from ..config import AdapterConfig, DataConfig, RunConfig, TrainConfig
 from ..errors import UserError
-from ..files.base import Base, open_base
-from ..models import family_named
-from ..models.state import is_time_state
+from ..names import NONE
 from .adapter_flags import adapter_config
+from .markers import markers_of
 from .parser import DIMENSIONS, build_parser, settings_of
+from .seed import DRAWN, draw_seed
+
+if TYPE_CHECKING:
+    from ..files.base import Base
 
 
 class Request(NamedTuple):
-    """What a command line asks for: config; base, the model that it starts from, or None for a new one; and layers, the
-    names of the modules that get an adapter."""
+    """What a command line asks for: config; base, the model that it starts from, or None for a new one; layers, the
+    names of the modules that get an adapter; drew, whether the seed was drawn; check_flags, whether nothing but the
+    flags is to be checked."""
 
     config: RunConfig
-    base: Base | None
+    base: "Base | None"
     layers: tuple[str, ...]
+    drew: bool = False
+    check_flags: bool = False
+
+
+class Flags(NamedTuple):
+    """What the flags say by themselves: as parsed, and as settings; drew as in Request."""
+
+    args: Namespace
+    adapter: AdapterConfig
+    data: DataConfig
+    train: TrainConfig
+    drew: bool
+
+
+def parse_flags(argv):
+    """argv -> Flags. Raises UserError for flags that are mistaken or contradict each other; torch is not imported."""
+    args = build_parser().parse_args(argv)
+    if args.train_type == "finetune" and args.peft != NONE:
+        raise UserError(f"--train_type finetune trains the model itself, and --peft is {args.peft}; add --peft none")
+    drew = args.random_seed == DRAWN
+    if drew:
+        args.random_seed = draw_seed(args)
+    flags = Flags(args, adapter_config(args), data_config(args), settings_of(args, TrainConfig), drew)
+    check_train(flags.train)
+    check_products(flags.train, flags.adapter)
+    return flags
 
 
 def parse_run(argv):
     """argv -> Request. Raises UserError for whatever cannot work together."""
-    args = build_parser().parse_args(argv)
-    if args.train_type == "finetune" and args.peft != NONE:
-        raise UserError(f"--train_type finetune trains the model itself, and --peft is {args.peft}; add --peft none")
-    adapter = adapter_config(args)
-    data = data_config(args)
-    train = settings_of(args, TrainConfig)
-    check_train(train)
-    base = open_base(args.load_model) if args.load_model else None
-    if base is None and (adapter.method != NONE or adapter.load):
+    args, adapter, data, train, drew = parse_flags(argv)
+    if not args.load_model and (adapter.method != NONE or adapter.load):
         raise UserError(
             f"--peft {args.peft} adapts a base model and none is given; "
             "name it with --load_model, or train a new model with --peft none"
         )
+    from ..adapters.inject import check_adapter
+    from ..files.base import open_base
+    from ..models import family_named
+
+    base = open_base(args.load_model) if args.load_model else None
     family = family_named(args.model_version) if base is None else base.family
     model = new_model(args, family) if base is None else check_base(args, base)
     adapter = replace(adapter, targets=targets_of(adapter.targets, family))
     layers = check_adapter(adapter, {} if base is None else base.linear_shapes, family.parts)
-    return Request(RunConfig(model, adapter, data, train), base, layers)
+    return Request(RunConfig(model, adapter, data, train), base, layers, drew, args.check_flags)
 
 
 def targets_of(targets, family):
@@ -64,6 +91,8 @@ def targets_of(targets, family):
 
 def check_base(args, base):
     """Dimensions of the base; a flag that contradicts them is refused."""
+    from ..models.state import is_time_state
+
     if any(is_time_state(key) for key in base.tensors):
         raise UserError(
             f"{args.load_model} holds tuned time states, which training does not carry on; take the model without them"
@@ -85,13 +114,16 @@ def new_model(args, family):
 
 def data_config(args):
     """The data's settings; what depends on --data_type filled in."""
+    from ..data.masks import default_mask  # after the flags are judged by themselves
+
     sft = args.data_type == "sft"
     data = settings_of(
         args,
         DataConfig,
         dataload=args.dataload or ("pad" if sft else "get"),
-        loss_mask=args.loss_mask or ("file" if sft else "none"),
+        loss_mask=args.loss_mask or ("file" if sft else default_mask(args.data_file)),
         seed=args.random_seed if args.data_shuffle else None,
+        **markers_of(args),
     )
     check_data(data)
     return data
@@ -112,6 +144,18 @@ def check_data(data):
                 f"--{name} belongs to --data_type sft, and the data is {data.data_type}, whose tokens are made "
                 f"already; add --data_type sft, or leave --{name} out"
             )
+
+
+def check_products(train, adapter):
+    """Refuse flags of files that the run would not write."""
+    full = adapter.method == NONE
+    if train.merge_on_save and full:
+        raise UserError("--merge_on_save merges an adapter, and --peft none has none: rwkv.pth is the model already")
+    if train.save_dtype != "keep" and not full and not train.merge_on_save:
+        raise UserError(
+            f"--save_dtype {train.save_dtype} is the dtype of a model's file, and this run writes an adapter; give "
+            "--output_dtype to merge_bone.py, or add --merge_on_save"
+        )
 
 
 def check_train(train):

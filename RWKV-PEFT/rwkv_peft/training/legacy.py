@@ -2,7 +2,9 @@
 training does anyway, and refused at any other."""
 
 import argparse
+import json
 
+ANY = ("N",)  # of a flag that sets nothing here whatever number it gives
 # (flag, the values that change nothing, what any other value asks for)
 LEGACY = (
     (
@@ -22,12 +24,28 @@ LEGACY = (
     ("magic_prime", ("0",), "RWKV-LM's order of the data; here an order without repetition is made for any data"),
     ("my_qa_mask", ("0",), "RWKV-LM's mask of questions; give --loss_mask qa"),
     ("l2warp_sparse", ("0",), "L2Wrap in a sparse form; it is dense here"),
+    ("load_partial", ("0",), "a base with tensors missing, and a base is complete here"),
+    ("tiny_att_layer", ("-999",), "a tiny attention, which x060 models do not have"),
+    ("my_ffn_shift", ("1",), "a feed-forward without token shift, which x060 models do not have"),
+    ("my_att_shift", ("1",), "an attention without token shift, which x060 models do not have"),
+    ("my_pile_version", ("1",), "another version of RWKV-LM's Pile; the data is what --data_file names"),
+    ("my_pile_shift", ("-1", "0"), "RWKV-LM's way through the Pile; here an order without repetition is made"),
+    ("my_pile_edecay", ("0",), "RWKV-LM's way through the Pile; --lr_final and --lr_schedule say how the rate falls"),
+    ("my_sample_len", ("0",), "another length of the samples; --ctx_len sets it"),
+    ("my_random_steps", ("0",), "RWKV-LM's random steps; samples come in a random order without repetition"),
+    ("my_exit", ("99999999",), "an end after so many epochs; --epoch_count sets it"),
+    ("my_exit_tokens", ("0",), "an end after so many tokens; --epoch_steps and --epoch_count set it"),
+    ("chunk_ctx", ANY, "chunks of an infinite context, which --train_type none does not have; a number is taken"),
+    ("ds_bucket_mb", ANY, "buckets of communication, whose size follows from what trains; a number is taken"),
+    ("avg_loss", ("0",), "another mean of an infinite context's chunks; every token of a step weighs the same here"),
+    ("lisa_config", ('{"lisa_r":2,"lisa_k":100}',), "LISA, a method that is not here; --peft names those that are"),
+    ("merge", ("0",), "a merged model at each save; give --merge_on_save"),
     ("optim", ("none",), "another optimizer; it is AdamW here"),
 )
 
 
 def add_legacy_flags(parser):
-    """Add the flags of LEGACY, and --fla, to a parser, in a group of their own."""
+    """Add the flags of LEGACY, and the switches of kernels, to a parser, in a group of their own."""
     group = parser.add_argument_group("flags of RWKV-LM's and RWKV-PEFT's scripts, which set nothing here")
     for flag, values, otherwise in LEGACY:
         group.add_argument(
@@ -37,14 +55,16 @@ def add_legacy_flags(parser):
             metavar="|".join(values),
             help=f"anything else is refused: it asks for {otherwise}",
         )
-    group.add_argument("--fla", action="store_true", help="another kernel of wkv6, which computes the same")
+    for flag in ("fla", "fused_kernel", "compile"):
+        group.add_argument(f"--{flag}", action="store_true", help="other kernels, which compute the same")
 
 
 def inert(values, otherwise):
-    """An argparse type that takes one of `values` alone, numbers in any spelling."""
+    """An argparse type that takes one of `values` alone, numbers and JSON in any spelling; with ANY, every number."""
 
     def parse(text):
-        if not any(text == value or _number(text) == _number(value) is not None for value in values):
+        same = any(text == value or _meaning(text) == _meaning(value) is not None for value in values)
+        if not same and not (values is ANY and isinstance(_meaning(text), float)):
             raise argparse.ArgumentTypeError(
                 f"{text!r} asks for {otherwise}; give {' or '.join(values)}, or leave the flag out"
             )
@@ -53,9 +73,13 @@ def inert(values, otherwise):
     return parse
 
 
-def _number(text):
-    """The number that a text spells, or None."""
+def _meaning(text):
+    """The number or JSON object that a text spells, or None."""
     try:
         return float(text)
     except ValueError:
+        pass
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
         return None

@@ -3,28 +3,28 @@
 python -m rwkv_peft.training.parser > docs/train_flags.md
 """
 
+import argparse
 from dataclasses import fields
 
-from ..adapters.methods import CHOICES
 from ..cli import HelpFormatter, Parser, count, positive, switch
 from ..config import AdapterConfig, DataConfig, TrainConfig
-from ..data.masks import LOSS_MASKS
-from ..data.sources import DATALOADS
-from ..models import FAMILIES
+from ..names import CHOICES, DATALOADS, GENERATIONS, LOSS_MASKS, SCHEDULES
 from .adapter_flags import add_json_flags
 from .legacy import add_legacy_flags
-from .schedule import SCHEDULES
+from .markers import marker
+from .synonyms import SYNONYMS
 
-# what a flag may be given, where another module's table says it
 CHOICES_OF = (("peft", CHOICES), ("dataload", DATALOADS), ("loss_mask", LOSS_MASKS), ("lr_schedule", SCHEDULES))
+TYPES = (("mask_id", marker),)  # that need more than the settings know
 DIMENSIONS = (
     ("n_layer", "blocks"),
     ("n_embd", "channels"),
     ("vocab_size", "vocabulary"),
     ("dim_att", "attention channels (new model: n_embd)"),
-    ("dim_ffn", "feed-forward channels (new model: 3.5 n_embd, down to a multiple of 32)"),
+    ("dim_ffn", "feed-forward channels (new model: 3.5 n_embd down to a multiple of 32, RWKV-7 4 n_embd)"),
     ("head_size", "head size (new model: 64)"),
 )
+OTHER_VERSIONS = (("x052", "RWKV-5"), ("x051", "RWKV-5"))
 HEAD = """# Flags of train.py
 
 Made by `python -m rwkv_peft.training.parser` of the settings in `rwkv_peft/config.py`; `python train.py --help` shows
@@ -39,23 +39,26 @@ def flag_of(field):
 
 def build_parser():
     """The parser, its flags grouped as --help shows them."""
-    versions = tuple(family.version for family in FAMILIES)
-    names = " or ".join(family.name for family in FAMILIES)
+    versions = tuple(version for _, version in GENERATIONS)
+    names = " or ".join(name for name, _ in GENERATIONS)
     parser = Parser(
         prog="train.py",
         usage="train.py --load_model PTH --data_file PREFIX [flags]",
         formatter_class=HelpFormatter,
+        synonyms=SYNONYMS,
         description=f"Train an {names} model, or a Bone adapter on one, on CPU or GPU under DeepSpeed ZeRO.",
     )
     model = parser.add_argument_group("model")
     add_settings(model, TrainConfig, "model")
     model.add_argument(
         "--model_version",
+        "--generation",
         "--my_testing",
         "--rwkv_version",
+        type=version,
         default=versions[0],
         choices=versions,
-        help="architecture of a new model; that of a base is in its file",
+        help="architecture of a new model, 6 or 7 for short; that of a base is in its file",
     )
     for name, text in DIMENSIONS:
         flags = ["--head_size", "--head_size_a"] if name == "head_size" else [f"--{name}"]
@@ -73,10 +76,30 @@ def build_parser():
         metavar="0|1",
         help="0: samples come in the order of the file, in every epoch",
     )
-    for group in ("validation", "run", "optimizer", "machine"):
-        add_settings(parser.add_argument_group(group), TrainConfig, group)
+    for name in ("validation", "run", "optimizer", "machine"):
+        group = parser.add_argument_group(name)
+        add_settings(group, TrainConfig, name)
+        if name == "run":
+            group.add_argument(
+                "--check_flags",
+                action="store_true",
+                help="say whether these flags can work together, with the base and on this machine, and end; the data "
+                "is not read",
+            )
     add_legacy_flags(parser)
     return parser
+
+
+def version(text):
+    """A --model_version, or the number of a generation; those that are not here are told by their names."""
+    for name, known in GENERATIONS:
+        if text in (known, name.removeprefix("RWKV-")):
+            return known
+    other = dict(OTHER_VERSIONS).get(text)
+    if other is not None:
+        known = " or ".join(f"{known} ({name})" for name, known in GENERATIONS)
+        raise argparse.ArgumentTypeError(f"{text} is {other}, which is not supported yet; there is {known}")
+    return text
 
 
 def add_settings(parser, config, group=""):
@@ -86,6 +109,8 @@ def add_settings(parser, config, group=""):
         if flag is None or field.metadata["group"] != group:
             continue
         options = dict(field.metadata["options"])
+        if flag in dict(TYPES):
+            options["type"] = dict(TYPES)[flag]
         if flag in dict(CHOICES_OF):
             options["choices"] = dict(CHOICES_OF)[flag]
         if "required" not in options:

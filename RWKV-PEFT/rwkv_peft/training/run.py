@@ -3,6 +3,7 @@
 The only place where model, adapters, data and engine meet.
 """
 
+import json
 import logging
 import os
 import signal
@@ -19,17 +20,22 @@ from ..adapters.load import load_tensors
 from ..adapters.methods import NONE, method_of
 from ..config import to_json
 from ..data.batches import TrainBatches
-from ..data.sources import build_samples, split_samples
+from ..data.recorded import ENTRY, RUN, find_tokenizer, recorded_beside, remarks
+from ..data.show import marks_for, show_samples
+from ..data.sources import build_samples, check_config, split_samples
 from ..errors import UserError
-from ..files.adapter_file import DTYPES
+from ..files.adapter_file import ADAPTER, DTYPES, MODEL
 from ..files.adapters import read_adapter
-from ..files.atomic import check_output
+from ..files.atomic import atomic_write, check_output
 from ..files.base import open_base
 from ..memory import keep_freed_memory
 from ..models import family_named
 from .flags import parse_run
 from .gradients import estimate_gradients
-from .saver import ADAPTER, MODEL, Saver, data_identity, find_checkpoint, newest_name, read_run_state
+from .header import describe, describe_adapter
+from .products import newest_name
+from .saver import Saver, data_identity, find_checkpoint, read_run_state
+from .seed import share_seed
 from .start import start_adapter
 from .validate import Validator
 
@@ -53,7 +59,13 @@ class Plan:
 def main(argv):
     """train.py: returns the exit code."""
     try:
-        return run(parse_run(argv), say=print if is_first_process() else lambda *_, **__: None)
+        request = parse_run(argv)
+        say = print if is_first_process() else lambda *_, **__: None
+        if request.check_flags:
+            return check(request, say)
+        if request.drew:
+            share_seed(request.config.train.random_seed)
+        return run(request, say)
     except KeyboardInterrupt:
         print("interrupted; what was saved before is intact", file=sys.stderr)
         return 130
@@ -64,6 +76,19 @@ def is_first_process():
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK"))
 
 
+def check(request, say=print):
+    """Judge a Request by the base and this machine, before there is any data: --check_flags. Returns the exit code."""
+    config = request.config
+    accelerator = resolve_accelerator(config.train)
+    check_config(config.data)
+    folder = Path(config.train.proj_dir)
+    if not config.train.resume:  # what a checkpoint must agree with is known with the data
+        find_state(folder, config.train, {"adapter": asdict(config.adapter)})
+    check_output("--proj_dir", folder / "checkpoints" / "state.json", [])
+    say(f"these flags can work: {describe_adapter(config.adapter)}, {config.train.devices} {accelerator}")
+    return 0
+
+
 def run(request, say=print):
     """Train as a Request says; `say` prints for the user. Returns the exit code."""
     config, base = request.config, request.base
@@ -72,6 +97,10 @@ def run(request, say=print):
     world_size = train.devices * train.num_nodes
     step_samples = config.data.micro_bsz * world_size * train.accumulate_grad_batches
     samples, held_out = find_samples(config)
+    if train.show_samples:
+        tokenizer = find_tokenizer(None, config.model.vocab_size, samples.vocabulary)
+        say(show_samples(samples, train.show_samples, tokenizer, marks_for(sys.stdout)))
+        return 0
     folder = Path(train.proj_dir)
     identity = {
         "adapter": asdict(config.adapter),
@@ -103,7 +132,7 @@ def run(request, say=print):
         checkpoint = None  # its optimizer state belongs to other ranks
     describe(config, family, accelerator, samples, batches.notes, plan, report, state, say)
     folder.mkdir(parents=True, exist_ok=True)
-    saver = Saver(folder, config, plan, identity)
+    saver = Saver(folder, config, plan, identity, base)
     validator = Validator(held_out, config.data.micro_bsz, train, plan, saver) if held_out else None
     return fit(config, family, model, report.trainable, samples, validator, saver, checkpoint, accelerator, say)
 
@@ -112,9 +141,14 @@ def find_samples(config):
     """(training samples, validation samples or None)."""
     data, train, vocab_size = config.data, config.train, config.model.vocab_size
     if train.val_split:
-        return split_samples(data, vocab_size, train.val_split)
-    held_out = build_samples(replace(data, path=train.val_data), vocab_size) if train.val_data else None
-    return build_samples(data, vocab_size), held_out
+        samples, held_out = split_samples(data, vocab_size, train.val_split)
+    else:
+        samples, held_out = build_samples(data, vocab_size), None
+    if train.val_data:
+        held_out = build_samples(replace(data, path=train.val_data), vocab_size)
+        samples.notes.append(f"validation on {len(held_out):,} samples of {train.val_data}: {held_out.notes[0]}")
+    samples.notes += remarks(samples.vocabulary, recorded_beside(train.load_model), vocab_size)
+    return samples, held_out
 
 
 def resolve_accelerator(train):
@@ -196,45 +230,6 @@ def adapt(model, adapter, layers, family, base, batches, checkpoint=None):
     return report
 
 
-def describe(config, family, accelerator, samples, notes, plan, report, state, say):
-    """What is about to happen, in a few lines."""
-    model, train, data, adapter = config.model, config.train, config.data, config.adapter
-    say(
-        f"model     {family.name}, {model.n_layer} layers, {model.n_embd} channels, {model.n_head} heads of "
-        f"{model.head_size}, "
-        f"vocabulary {model.vocab_size}" + (f", from {train.load_model}" if train.load_model else ", new")
-    )
-    say(f"training  {describe_adapter(adapter)}: {report}")
-    kernel = "cuda" if accelerator == "gpu" else "cpu"
-    reason = family.kernels()[kernel]
-    say(
-        f"machine   {train.num_nodes} x {train.devices} {accelerator}, {train.strategy}, {train.precision}, "
-        f"{family.kernel} kernel: {kernel if reason is None else f'reference, which is slow ({reason})'}"
-    )
-    say(f"data      {data.path}: {len(samples):,} samples of up to {data.ctx_len} tokens")
-    for note in notes:
-        say(f"          {note}")
-    say(
-        f"steps     {plan.total_steps:,} ({train.epoch_count} epochs of {plan.epoch_steps:,}), {plan.step_samples} "
-        "samples each" + (f"; resuming at step {plan.first_step:,}" if state else "")
-    )
-    say(f"output    {train.proj_dir}")
-
-
-def describe_adapter(adapter):
-    """What trains, in a few words."""
-    words, method = ["full model"], method_of(adapter)
-    if method is not None:
-        words = [method.label, f"rank {adapter.rank}"]
-    elif adapter.train_parts:
-        words = ["parts of the model"]
-    if adapter.quant != "none":
-        words.append(f"--quant {adapter.quant}")
-    if adapter.train_parts:
-        words.append(f"--train_parts {' '.join(adapter.train_parts)}")
-    return ", ".join(words)
-
-
 def quiet():
     """Leave the user's terminal to us: the libraries' banners and tips are not about this run."""
     for name in (
@@ -275,7 +270,9 @@ def fit(config, family, model, trainable, samples, validator, saver, checkpoint,
     first = is_first_process()
     loggers = []
     if first:
-        (folder / "config.json").write_text(to_json(config) + "\n")
+        with atomic_write(folder / RUN) as temporary:
+            record = {} if samples.vocabulary is None else {ENTRY: samples.vocabulary._asdict()}
+            temporary.write_text(json.dumps(json.loads(to_json(config)) | record, sort_keys=True) + "\n")
         loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
         if train.wandb:
             loggers.append(WandbLogger(project=train.wandb, save_dir=folder))

@@ -4,6 +4,8 @@ proj_dir/adapter-epoch-N.safetensors   the trained tensors after epoch N (--peft
 proj_dir/adapter.safetensors           the same, newest (--peft none: rwkv.pth)
 proj_dir/adapter-best.safetensors      the same, at the lowest validation loss
 proj_dir/checkpoints/step-NNNNNNNN/    optimizer state, the trained tensors, state.json; the last KEEP of them
+
+products.py writes the first three.
 """
 
 import hashlib
@@ -19,22 +21,30 @@ import torch
 from ..adapters.methods import NONE, adapter_parameter
 from ..config import AdapterConfig, to_json
 from ..data.batches import collate
-from ..errors import UserError
-from ..files.adapter_file import AdapterMetadata, save_adapter
+from ..errors import UserError, told
 from ..files.atomic import atomic_write
 from ..files.base import save_model
+from .products import Products, keeps_all, model_dtypes, share_file
 
-ADAPTER, MODEL = "adapter.safetensors", "rwkv.pth"  # the newest of them
 KEEP = 2
 HASHED = 64  # samples that tell one data set from another
 TAG = "zero"  # DeepSpeed's name for the folder of its own files
 SAME = ("adapter", "base", "data")  # what a resumed run must share with the first,
 SAME_OPTIMIZER = ("strategy", "world_size", "precision")  # and what its optimizer state needs besides
 
-
-def newest_name(method):
-    """The name of the file of the newest trained tensors, by --peft."""
-    return MODEL if method == NONE else ADAPTER
+# what state.json must hold, each of which kind
+KINDS = (
+    ("samples_seen", int),
+    ("trained", list),
+    ("files", dict),
+    ("adapter", dict),
+    ("base", str),
+    ("data", dict),
+    ("strategy", str),
+    ("world_size", int),
+    ("precision", str),
+)
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError)  # of JSON that is not as due
 
 
 def list_checkpoints(folder):
@@ -43,8 +53,8 @@ def list_checkpoints(folder):
 
     def seen(checkpoint):
         try:
-            return json.loads((checkpoint / "state.json").read_text())["samples_seen"]
-        except (OSError, ValueError, KeyError, TypeError):
+            return int(json.loads((checkpoint / "state.json").read_text())["samples_seen"])
+        except UNREADABLE:
             return math.inf  # read_run_state says what is wrong with it
 
     return sorted((path.parent for path in (folder / "checkpoints").glob("step-*/state.json")), key=seen)
@@ -61,6 +71,8 @@ def data_identity(config, samples):
     settings = {
         name: value for name, value in asdict(config.data).items() if name not in ("path", "tokenizer", "micro_bsz")
     }
+    if config.data.dataload == "pad":  # the order of whose samples depends on this (data/samples.py)
+        settings["rows_share_batches"] = config.data.micro_bsz > 1
     digest = hashlib.sha256()
     for n in range(0, len(samples), -(-len(samples) // HASHED)):
         digest.update(collate([samples[n]])["tokens"].numpy().tobytes())
@@ -73,10 +85,14 @@ def read_run_state(checkpoint, now, fresh_optimizer=False):
     older = f"delete {checkpoint} to resume from an older checkpoint"
     try:
         state = json.loads((checkpoint / "state.json").read_text())
-        adapter, sizes = state["adapter"], state.get("files", {})
-        state["samples_seen"], state["trained"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{checkpoint}/state.json cannot be read ({error!r}); {older}") from error
+        # earlier versions recorded neither sizes nor data
+        state = {"files": {}, "data": json.loads(json.dumps(now["data"]))} | state
+        for key, kind in KINDS:
+            if not isinstance(state[key], kind) or state[key] is True:
+                raise ValueError(f"{key} is a {type(state[key]).__name__}")
+    except UNREADABLE as error:
+        raise UserError(f"{checkpoint}/state.json cannot be read ({told(error)}); {older}") from error
+    adapter, sizes = state["adapter"], state["files"]
     for name, size in sizes.items():
         if (fresh_optimizer and name.startswith(TAG)) or is_of_size(checkpoint / name, size):
             continue
@@ -88,7 +104,6 @@ def read_run_state(checkpoint, now, fresh_optimizer=False):
     state["adapter"] = (
         json.loads(to_json(AdapterConfig())) | adapter
     )  # a setting that the saved run did not know had its default
-    state.setdefault("data", now["data"])  # which earlier versions did not record
     for key in SAME + (() if fresh_optimizer else SAME_OPTIMIZER):
         if state[key] != now[key]:
             then, today = differences(state[key], now[key])
@@ -109,7 +124,7 @@ def read_run_state(checkpoint, now, fresh_optimizer=False):
 
 def is_of_size(path, size):
     """Whether there is a file of `size` bytes."""
-    return path.is_file() and path.stat().st_size == size
+    return os.path.isfile(path) and path.stat().st_size == size
 
 
 def differences(then, now):
@@ -124,16 +139,17 @@ class Saver:
     """Writes checkpoints and trained tensors of one run; every method is called on all ranks at once.
 
     identity is the dict of SAME and SAME_OPTIMIZER keys; its "base" is the base model's fingerprint, "" for a model
-    that was never loaded from a file.
+    that was never loaded from a file; base is the Base itself, or None.
     """
 
-    def __init__(self, folder, config, plan, identity):
-        self.folder, self.config, self.plan, self.identity = folder, config, plan, identity
+    def __init__(self, folder, config, plan, identity, base=None):
+        self.folder, self.config, self.plan, self.identity, self.base = folder, config, plan, identity, base
+        self.products = Products(folder, config, identity.get("base", ""), base)
 
     @property
     def newest(self):
         """The file of the newest trained tensors."""
-        return self.folder / newest_name(self.config.adapter.method)
+        return self.products.newest
 
     def save(self, trainer, lit, done, epoch=None):
         """Save after `done` optimizer steps; `epoch` is the number of epochs done where one just ended."""
@@ -142,25 +158,22 @@ class Saver:
 
     def save_tensors(self, trainer, lit, labels):
         """Write what was trained once for each label: adapter-LABEL.safetensors, or rwkv-LABEL.pth (--peft none)."""
-        full = self.config.adapter.method == NONE
-        wanted = [(name, p) for name, p in lit.model.named_parameters() if full or p.requires_grad]
-        wanted += [(name, buffer) for name, buffer in lit.model.named_buffers() if adapter_parameter(name)]
-        tensors = gather(wanted, trainer.strategy.zero_stage_3, trainer.is_global_zero)
+        tensors = self.trained(trainer, lit)
         if trainer.is_global_zero:
-            newest = self.newest
-            for label in labels:
-                path = newest.with_stem(f"{newest.stem}-{label}") if label else newest
-                if full:
-                    save_model(path, tensors)
-                else:
-                    save_adapter(
-                        path,
-                        tensors,
-                        AdapterMetadata.from_config(
-                            self.config.adapter, self.identity["base"], self.identity["precision"]
-                        ),
-                    )
+            self.products.write(tensors, labels)
         trainer.strategy.barrier()
+
+    @property
+    def full(self):
+        """Whether the model itself trains."""
+        return self.config.adapter.method == NONE
+
+    def trained(self, trainer, lit):
+        """{name: tensor} of what the run saves, as it trains: the model, or the adapter and the parts that train along.
+        {} on other ranks than the first."""
+        wanted = [(name, p) for name, p in lit.model.named_parameters() if self.full or p.requires_grad]
+        wanted += [(name, buffer) for name, buffer in lit.model.named_buffers() if adapter_parameter(name)]
+        return gather(wanted, trainer.strategy.zero_stage_3, trainer.is_global_zero)
 
     def save_checkpoint(self, trainer, lit, done):
         """DeepSpeed's state and state.json into a hidden folder, which gets its name when it is complete."""
@@ -181,6 +194,8 @@ class Saver:
                 "--resume goes on from an earlier checkpoint, if there is one"
             ) from error
         trainer.strategy.barrier()
+        # a file of the base's dtype may hold less than what trains, and --fresh_optimizer goes on from the weights
+        exact = {} if not self.full or keeps_all(self.config, self.base) else self.trained(trainer, lit)
         if not trainer.is_global_zero:
             return
         state = {
@@ -191,7 +206,11 @@ class Saver:
             "config": asdict(self.config),
             **self.identity,
         }
-        share_file(self.newest, hidden / self.newest.name)
+        if exact:
+            order = model_dtypes(self.config, self.base)
+            save_model(hidden / self.newest.name, {key: exact[key] for key in order})
+        else:
+            share_file(self.newest, hidden / self.newest.name)
         state["files"] = {
             str(path.relative_to(hidden)): path.stat().st_size
             for path in (hidden / self.newest.name, *sorted((hidden / TAG).rglob("*")))
@@ -205,15 +224,6 @@ class Saver:
         hidden.rename(final)
         for old in list_checkpoints(self.folder)[:-KEEP]:
             shutil.rmtree(old)
-
-
-def share_file(path, copy):
-    """Give a file a second name, which keeps the content when `path` is replaced; a copy where the disk has no
-    links."""
-    try:
-        os.link(path, copy)
-    except OSError:
-        shutil.copyfile(path, copy)
 
 
 def sync_files(folder):

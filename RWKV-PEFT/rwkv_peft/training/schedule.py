@@ -2,7 +2,6 @@
 
 import math
 
-SCHEDULES = ("cosine", "linear", "constant", "wsd")
 WSD_DECAY = 0.1  # the share of the run that warmup-stable-decay spends on its final descent
 
 

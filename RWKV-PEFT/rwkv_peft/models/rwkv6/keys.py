@@ -37,7 +37,7 @@ def dimensions(tensors: Mapping[str, torch.Tensor]) -> RWKV6Config:
             f"emb.weight must be (vocabulary, channels) and time_faaaa (heads, head size), and they are "
             f"{tuple(embedding)} and {tuple(bonus)}"
         )
-    return RWKV6Config(
+    config = RWKV6Config(
         n_layer=count_layers(tensors),
         n_embd=embedding[1],
         vocab_size=embedding[0],
@@ -47,6 +47,13 @@ def dimensions(tensors: Mapping[str, torch.Tensor]) -> RWKV6Config:
         maa_rank=tensors["blocks.0.att.time_maa_w2"].shape[1],
         decay_rank=tensors["blocks.0.att.time_decay_w1"].shape[1],
     )
+    if 0 in (config.n_head, config.dim_ffn, config.maa_rank, config.decay_rank):
+        raise ValueError(
+            f"none of its widths may be 0, and they are {config.dim_att} attention channels in heads of "
+            f"{config.head_size}, {config.dim_ffn} feed-forward channels, and {config.maa_rank} and "
+            f"{config.decay_rank} of the low-rank projections"
+        )
+    return config
 
 
 def new_dimensions(

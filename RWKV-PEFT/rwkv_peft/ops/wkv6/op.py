@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch.autograd import forward_ad
 
+from ..compiled import constant_when_compiled
 from ..native.levels import LEVELS
 from . import cpu, reference
 from .checks import as_int64, check
@@ -88,7 +89,7 @@ def _common_dtype(r, k, v, w):
     return dtype
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _choose(backend, device_type, dtype):
     """_resolve, as a constant of a compiled graph."""
     return _resolve(backend, device_type, dtype)

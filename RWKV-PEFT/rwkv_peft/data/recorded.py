@@ -1,0 +1,126 @@
+"""Which tokenizer tokens were made with: its name, a hash of its vocabulary and its size.
+
+preprocess writes that beside the data (PREFIX.json), and a run into its config.json, where the commands that read the
+model or adapter in its folder find it.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import UserError
+from .binidx import binidx_prefix
+from .tokenizer import KNOWN_SIZES, load_tokenizer
+
+ENTRY = "vocabulary"  # of the JSON object
+RUN = "config.json"
+
+
+class Vocabulary(NamedTuple):
+    """name is world, bytes or the path of a file; hash is equal where every token is; size is above the largest id."""
+
+    name: str
+    hash: str
+    size: int
+
+    def __str__(self):
+        return f"{self.name} ({self.size:,} tokens, {self.hash})"
+
+
+def vocabulary_of(tokenizer):
+    """The Vocabulary of a tokenizer; a file is named by its whole path, so that other folders find it."""
+    digest = hashlib.blake2b(tokenizer.content(), digest_size=8).hexdigest()
+    name = tokenizer.name if tokenizer.name in dict(KNOWN_SIZES).values() else str(Path(tokenizer.name).resolve())
+    return Vocabulary(name, digest, tokenizer.vocab_size)
+
+
+def record_path(prefix):
+    return Path(binidx_prefix(prefix) + ".json")
+
+
+def check_record(prefix, inputs):
+    """Raise UserError where the record of PREFIX would replace an input, or a file that is no record."""
+    path = record_path(prefix)
+    if path.exists() and any(os.path.exists(file) and os.path.samefile(path, file) for file in inputs):
+        raise UserError(f"--output {prefix} writes {path}, which is an input; choose another PREFIX")
+    if path.exists() and not isinstance(_entry(path), dict):
+        raise UserError(f"--output {prefix} writes {path}, which another tool made; choose another PREFIX")
+
+
+def write_record(prefix, tokenizer):
+    """Write the Vocabulary of a tokenizer as PREFIX.json, whole or not at all."""
+    path = record_path(prefix)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps({ENTRY: vocabulary_of(tokenizer)._asdict()}) + "\n")
+    os.replace(temporary, path)
+
+
+def read_record(path):
+    """The Vocabulary that a PREFIX.json or a run's config.json holds, None where it holds none."""
+    entry = _entry(path)
+    try:
+        return Vocabulary(str(entry["name"]), str(entry["hash"]), int(entry["size"]))
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def recorded_of_data(prefix):
+    return read_record(record_path(prefix))
+
+
+def recorded_beside(*paths):
+    """The Vocabulary of the first run in whose folder one of these files lies, or None."""
+    found = (read_record(Path(path).parent / RUN) for path in paths if path)
+    return next(filter(None, found), None)
+
+
+def remarks(data, base, vocab_size):
+    """Lines on a run over data of one Vocabulary and on a base of another (None: not told), of vocab_size tokens."""
+    if data is None:
+        return []
+    known = dict(KNOWN_SIZES).get(vocab_size)
+    if base is not None and base.hash != data.hash:
+        return [f"note: the data was made with {data}, and the base's run with {base}"]
+    if base is None and known and data.name in dict(KNOWN_SIZES).values() and data.name != known:
+        return [f"note: the data was made with {data}, and a vocabulary of {vocab_size:,} tokens is that of {known}"]
+    return [f"tokenizer {data}"]
+
+
+def find_tokenizer(name, vocab_size, recorded=None, say=None):
+    """The tokenizer called name; without a name, the recorded one (a Vocabulary), or the one that a vocabulary of this
+    size tells. say(text) is told, in a line, that the one called name is another than the recorded one. Raises
+    UserError where none fits the model."""
+    asked = name
+    if name is None and recorded is not None:
+        name = recorded.name
+        if not (name in dict(KNOWN_SIZES).values() or Path(name).is_file()):
+            raise UserError(f"the run's tokenizer was {recorded}, and that file is gone; give it as --tokenizer")
+    if name is None:
+        name = dict(KNOWN_SIZES).get(vocab_size)
+    if name is None:
+        raise UserError(
+            f"the model has a vocabulary of {vocab_size} tokens, which tells no tokenizer; give --tokenizer "
+            "world, bytes, or the file that it was trained with"
+        )
+    tokenizer = load_tokenizer(name)
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"--tokenizer {name} has {tokenizer.vocab_size} tokens, and the model {vocab_size}; give the tokenizer "
+            "that it was trained with"
+        )
+    if recorded is not None and say is not None and vocabulary_of(tokenizer).hash != recorded.hash:
+        remark = f"the run was trained with {recorded}"
+        now = vocabulary_of(tokenizer)
+        say(f"note: {remark}, and this is {now}" + ("" if asked else ": the file has changed since"))
+    return tokenizer
+
+
+def _entry(path):
+    """The record's part of a JSON file, None where there is none."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content.get(ENTRY) if isinstance(content, dict) else None

@@ -1,0 +1,59 @@
+"""Documents and samples as text again, with marks around what counts in the loss."""
+
+from itertools import groupby
+
+import numpy as np
+
+PLAIN, TERMINAL = ("[[", "]]"), ("\033[1;32m", "\033[0m")
+END = "<end>"
+
+
+def marks_for(stream):
+    """(what opens, what closes counted text) on a stream: bold and green on a terminal."""
+    return TERMINAL if stream.isatty() else PLAIN
+
+
+def show_documents(dataset, number, tokenizer, marks=PLAIN):
+    """The first `number` documents of a BinidxDataset, one below the other."""
+    blocks = []
+    for index in range(min(number, len(dataset))):
+        start, tokens = dataset.start(index), dataset[index]
+        counted = np.ones(len(tokens), dtype=bool)
+        if dataset.mask is not None:
+            counted = dataset.mask[start : start + len(tokens)] != 0
+        blocks.append(block(f"document {index + 1}", tokens, counted, tokenizer, marks))
+    return "\n".join(blocks)
+
+
+def show_samples(samples, number, tokenizer, marks=PLAIN):
+    """The first `number` samples of a run, in the order in which it reads them."""
+    blocks = []
+    for n in range(min(number, len(samples))):
+        sample = samples[n]
+        rows = sample if isinstance(sample, list) else [sample]
+        for part, (tokens, mask) in enumerate(rows, start=1):
+            title = f"sample {n + 1}" + (f", document {part}" if len(rows) > 1 else "")
+            counted = np.concatenate([[False], mask.numpy()])  # nothing predicts the first token
+            blocks.append(block(title, tokens.numpy(), counted, tokenizer, marks))
+    return "\n".join(blocks)
+
+
+def block(title, tokens, counted, tokenizer, marks):
+    """A heading, and tokens (n,) as text, of which counted (n,) tells those that count."""
+    heading = f"== {title}: {len(tokens)} tokens, {int(counted.sum())} count"
+    return f"{heading}\n{render(tokens, counted, tokenizer, marks)}"
+
+
+def render(tokens, counted, tokenizer, marks):
+    """The text of tokens, marks around each run of counted ones, the end token visible."""
+    parts = []
+    for counts, run in groupby(zip(tokens.tolist(), counted.tolist()), key=lambda pair: pair[1]):
+        text = plain_text([token for token, _ in run], tokenizer)
+        parts.append(f"{marks[0]}{text}{marks[1]}" if counts else text)
+    return "".join(parts)
+
+
+def plain_text(tokens, tokenizer):
+    """The text of a list of tokens, END where the tokenizer's end token stands."""
+    runs = groupby(tokens, key=lambda token: token == tokenizer.end_id)
+    return "".join(END * len(list(run)) if ends else tokenizer.decode(list(run)) for ends, run in runs)

@@ -1,0 +1,19 @@
+"""The flags that tell of an adapter what its file does not say; adapters.py reads it."""
+
+import argparse
+
+from ..cli import alias
+from ..config import MODE_ALIASES
+from ..names import forms
+
+
+def add_source_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say of an adapter what its file does not: the same for every command that takes one."""
+    parser.add_argument(
+        "--bone_mode",
+        type=alias(MODE_ALIASES),
+        choices=forms("bone"),
+        help="variant of a .bone file that does not tell it; bat is bat-in, as in RWKV-PEFT",
+    )
+    parser.add_argument("--lora_alpha", type=float, help="alpha of an RWKV-PEFT LoRA file, which does not record it")
+    parser.add_argument("--lora_init", metavar="PTH", help="init_pissa.pth of an RWKV-PEFT PiSSA file")

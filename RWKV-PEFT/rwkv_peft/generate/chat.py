@@ -1,0 +1,109 @@
+"""An interactive chat in the layout that chats are trained in (data/templates.py): `rwkv-peft generate --chat`.
+
+Lines come from standard input, a terminal or a pipe; answers stream to standard output, remarks to standard error.
+"""
+
+import sys
+from contextlib import suppress
+
+from ..data.templates import question
+from ..errors import UserError
+from ..files.atomic import check_output
+from .loading import save_state_file
+
+HELP = (
+    "/reset forgets the chat, /save FILE keeps it for --state, /exit or Ctrl-D ends it; Ctrl-C ends an answer, twice "
+    "the chat"
+)
+CODE = 130  # of a command that Ctrl-C ended
+
+
+class Chat:
+    """The loop over a Session; stops end an answer, change(line) is what becomes of a line before it is sent, inputs
+    are the (flag, path) pairs that /save may not overwrite."""
+
+    def __init__(self, session, stops, max_tokens, change, inputs):
+        self.session, self.stops, self.max_tokens, self.change = session, stops, max_tokens, change
+        self.inputs = inputs
+
+    def run(self):
+        """Talk until the input ends; -> the exit code."""
+        remark(HELP)
+        read, interrupted = line_reader(), False
+        while True:
+            try:
+                line = read()
+                if line is None:
+                    return 0
+                interrupted = False
+                if line.startswith("/"):
+                    if not self.command(*line.split(maxsplit=1)):
+                        return 0
+                elif line.strip():
+                    self.answer(self.change(line))
+            except KeyboardInterrupt:
+                if interrupted:
+                    remark("\ninterrupted")
+                    return CODE
+                interrupted = True
+                remark("\n(Ctrl-C again ends the chat)")
+
+    def answer(self, words):
+        show("Assistant:")
+        try:
+            for text in self.session.answer(question(words), self.stops, self.max_tokens):
+                show(text)
+        finally:
+            show("\n\n")
+
+    def command(self, name, argument=""):
+        """Do what a line with / asks for; False where it ends the chat."""
+        argument = argument.strip()
+        if name == "/exit":
+            return False
+        if name == "/reset":
+            self.session.reset()
+            remark("the chat is forgotten")
+        elif name == "/save" and argument:
+            self.save(argument)
+        else:
+            remark(HELP)
+        return True
+
+    def save(self, path):
+        """Write the state after the last turn; a mistake is told and ends nothing."""
+        try:
+            check_output("/save", path, self.inputs)
+            self.session.close()
+            if self.session.state is None:
+                raise UserError("/save: nothing was said yet")
+            save_state_file(path, self.session.state, self.session.model)
+            remark(f"saved; rwkv-peft generate --chat --state {path} goes on from here")
+        except UserError as error:
+            remark(f"error: {error}")
+
+
+def line_reader():
+    """A function that reads a line without its end, None at the end of the input; on a terminal with a prompt, and with
+    editing where there is readline."""
+    if not sys.stdin.isatty():
+        return lambda: line.rstrip("\r\n") if (line := sys.stdin.readline()) else None
+    with suppress(ImportError):  # which not every Python has
+        import readline  # noqa: F401  importing it is what makes input() edit lines
+
+    def ask():
+        try:
+            return input("User: ")
+        except EOFError:
+            show("\n")
+            return None
+
+    return ask
+
+
+def show(text):
+    print(text, end="", flush=True)
+
+
+def remark(text):
+    print(text, file=sys.stderr, flush=True)

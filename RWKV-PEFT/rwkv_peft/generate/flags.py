@@ -1,0 +1,124 @@
+"""The flags of `rwkv-peft generate`, judged before torch is imported."""
+
+import argparse
+
+from ..cli import Parser
+from ..errors import UserError
+from ..files.source_flags import add_source_flags
+from .settings import Sampling
+
+USAGE = """Continue prompts with an RWKV model.
+
+    rwkv-peft generate --model merged.pth --chat
+    rwkv-peft generate --model merged.pth --prompt "Once upon a time"
+    rwkv-peft generate --model base.pth --adapter adapter.safetensors --prompt_file questions.jsonl \\
+        --output answers.jsonl --temperature 0 --stop "User:"
+
+One prompt streams its continuation to standard output; several are decoded together, and each gives one line of JSON,
+in the order of the prompts.
+"""
+
+
+def build_parser():
+    parser = Parser(prog="rwkv-peft generate", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, metavar="PTH", help="an RWKV model")
+    add(
+        "--adapter",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="adapters to use it with, in order; not written anywhere",
+    )
+    add_source_flags(parser)
+    add("--any_base", action="store_true", help="use an adapter that was trained on another base of the same shape")
+    add("--state", metavar="PTH", help="state to start from: time states, or what --save_state wrote")
+    add("--save_state", metavar="PTH", help="write the state after the prompt and all that was generated")
+    add("--chat", action="store_true", help="talk in turns, User: and Assistant:, as chat data is trained")
+    add("--prompt", nargs="+", metavar="TEXT", help="one prompt or several")
+    add(
+        "--prompt_file",
+        metavar="FILE",
+        help='.jsonl with a "prompt" in each line, or a text with a prompt a line; - reads lines',
+    )
+    add("--output", metavar="JSONL", help="write the lines of JSON to this file instead")
+    add(
+        "--tokenizer",
+        metavar="NAME",
+        help="world, bytes, or a file; default that of the run in whose folder the adapter or model lies, or by the "
+        "model's vocabulary (65536: world, 257: bytes)",
+    )
+    add("--max_tokens", type=int, default=256, help="longest continuation (default 256)")
+    add(
+        "--stop",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="texts that end a continuation; default where a prompt ends in Assistant:, Answer: or Response:, as data "
+        "is laid out: the opening of the next turn, such as \\n\\nUser:; with --chat these besides it",
+    )
+    add("--escapes", action="store_true", help=r"read \n, \t and \\ in --prompt and --stop as newline, tab, backslash")
+    add(
+        "--temperature",
+        type=float,
+        default=Sampling.temperature,
+        help="0: always the most probable token (default %(default)s)",
+    )
+    add(
+        "--top_p",
+        type=float,
+        default=Sampling.top_p,
+        help="share of the probability to draw from (default %(default)s)",
+    )
+    add("--top_k", type=int, default=Sampling.top_k, help="most tokens to draw from, 0: all (default %(default)s)")
+    add(
+        "--presence_penalty",
+        type=float,
+        default=Sampling.presence_penalty,
+        help="off the logit of tokens generated before",
+    )
+    add("--frequency_penalty", type=float, default=Sampling.frequency_penalty, help="the same for each time they were")
+    add(
+        "--penalty_decay",
+        type=float,
+        default=Sampling.penalty_decay,
+        help="what a step leaves of those counts (default 1)",
+    )
+    add("--seed", type=int, default=Sampling.seed, help="of the draws; prompt i has seed + i (default 0)")
+    add("--batch", type=int, default=32, help="prompts decoded at once (default 32)")
+    add("--precision", choices=("fp32", "bf16"), help="default: fp32, on a GPU bf16")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    return parser
+
+
+def parse_flags(argv):
+    """argv -> the parsed flags and their Sampling. Raises UserError."""
+    args = build_parser().parse_args(argv)
+    return args, check_flags(args)
+
+
+def check_flags(args):
+    """The Sampling of the flags; UserError for flags that contradict each other or are out of range."""
+    given = [f"--{name}" for name in ("prompt", "prompt_file", "chat") if getattr(args, name) not in (None, False)]
+    if len(given) != 1:
+        raise UserError(
+            "give --prompt TEXT, --prompt_file FILE or --chat" + (f", not both {' and '.join(given)}" if given else "")
+        )
+    for name, instead in (("output", "redirect the command's output"), ("save_state", "type /save FILE")):
+        if args.chat and getattr(args, name):
+            raise UserError(f"--{name} does not go with --chat; {instead}")
+    for name, least in (("max_tokens", 0), ("batch", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)}: at least {least} is due")
+    if args.escapes:
+        args.prompt = args.prompt and [unescaped(text) for text in args.prompt]
+        args.stop = [unescaped(text) for text in args.stop]
+    if "" in args.stop:
+        raise UserError("--stop: an empty text would stop before the first token; leave it out")
+    return Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__})
+
+
+def unescaped(text):
+    r"""text with \n, \t and \\ read as newline, tab and backslash; other backslashes stand for themselves."""
+    parts = text.split("\\\\")
+    return "\\".join(part.replace("\\n", "\n").replace("\\t", "\t") for part in parts)

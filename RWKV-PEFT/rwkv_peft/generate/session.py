@@ -1,0 +1,84 @@
+"""One sequence that is read and continued in turns: a chat's memory is its State, and nothing is read twice."""
+
+import random
+
+import torch
+
+from ..data.templates import TURN_END
+from .decode import Sequence, check_finite, prefill
+from .sampling import count, penalize, sample
+from .text import TextStream
+
+
+class Session:
+    """A model's State after all turns so far, from `start` on (None: zeros).
+
+    Between turns the sequence ends in TURN_END, as the chats that are trained on have it, or is still to get it: `tail`
+    holds tokens that were drawn and not read yet, `closed` says whether TURN_END is behind them.
+    """
+
+    def __init__(self, model, tokenizer, sampling, start=None):
+        self.model, self.tokenizer, self.sampling, self.start = model, tokenizer, sampling, start
+        self.random = random.Random(sampling.seed)
+        self.reset()
+
+    def reset(self):
+        """Forget every turn."""
+        self.state, self.tail, self.closed = self.start, [], True
+
+    def close(self):
+        """Read what the last turn left, so that the state is behind all of it and its TURN_END."""
+        if not self.closed:
+            self.tail += self.tokenizer.encode(TURN_END)
+            self.closed = True
+        if self.tail:
+            self.state = prefill(self.model, [self.tail], self.state)[1]
+            self.tail = []
+
+    @torch.inference_mode()
+    def answer(self, texts, stops, max_tokens):
+        """Read texts, each tokenized alone as the data is, and continue them; yields the answer piece by piece.
+
+        It ends at a stop text, which is no part of it, at the token that ends a document, or after max_tokens. An
+        answer that is left half-way stays in the sequence as far as it was drawn.
+        """
+        self.close()
+        asked = [token for text in texts for token in self.tokenizer.encode(text)]
+        logits, state = prefill(self.model, [asked], self.state)
+        self.state, self.closed = state, False
+        stream, shown, turn_end = TextStream(self.tokenizer, stops), "", None
+        row, size = Sequence(0, self.random), min(self.tokenizer.vocab_size, self.model.config.vocab_size)
+        counts = logits.new_zeros(1, size, dtype=torch.float32)
+        for _ in range(max_tokens):
+            check_finite(logits, [row], self.model)
+            token = self._draw(logits[:, :size].float(), counts)
+            row.length += 1
+            if token == self.tokenizer.end_id:
+                break
+            self.tail = [token]
+            text = stream.feed(token)
+            shown += text
+            if text:
+                yield text
+            if stream.stopped:
+                self.tail = []
+                if turn_end is not None and turn_end[0] == shown + TURN_END:
+                    self.state, self.closed = turn_end[1], True  # before the words that open the next turn
+                return
+            new, state = self.model(torch.tensor([[token]], device=logits.device), self.state)
+            logits, self.state, self.tail = new[:, 0], state, []
+            if (whole := shown + stream.held).endswith(TURN_END):
+                turn_end = whole, state
+        rest = stream.finish()
+        self.closed = (shown + rest).endswith(TURN_END)
+        if rest:
+            yield rest
+
+    def _draw(self, logits, counts):
+        """The next token from logits (1, V); counts (1, V) of this answer's tokens are kept up to date."""
+        if self.sampling.penalizes:
+            logits = penalize(logits, counts, self.sampling)
+        tokens = sample(logits, [self.random.random()], self.sampling)
+        if self.sampling.penalizes:
+            count(counts, tokens, self.sampling.penalty_decay)
+        return int(tokens)

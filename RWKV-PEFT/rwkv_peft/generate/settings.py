@@ -1,0 +1,52 @@
+"""How tokens are drawn, as settings; sampling.py draws."""
+
+import math
+from dataclasses import dataclass, fields
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from logits; the order of the fields is the order in which they act.
+
+    presence_penalty is subtracted from the logit of each token generated before, frequency_penalty as often as it was
+    generated, where penalty_decay multiplies the counts at every step (1: none is forgotten). temperature divides the
+    logits; 0 takes the most probable token. top_k keeps the k most probable tokens (0: all), top_p then the fewest
+    most probable ones whose probabilities, among those kept, reach it. seed plus the number of a prompt seeds its
+    draws. Raises UserError for a value out of range.
+    """
+
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_decay: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 0.7
+    seed: int = 0
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not math.isfinite(value):
+                raise UserError(f"--{field.name} {value}: a finite number is due")
+        for name, rule, holds in (
+            # float32, in which the draw is computed, has no room for much larger penalties and smaller temperatures
+            ("presence_penalty", "a number from -1e30 to 1e30", abs(self.presence_penalty) <= 1e30),
+            ("frequency_penalty", "a number from -1e30 to 1e30", abs(self.frequency_penalty) <= 1e30),
+            ("penalty_decay", "a factor from 0 to 1 (1 forgets nothing)", 0 <= self.penalty_decay <= 1),
+            (
+                "temperature",
+                "0 (always the most probable token), or 1e-30 or more",
+                self.temperature == 0 or self.temperature >= 1e-30,
+            ),
+            ("top_k", "a number of tokens, 0 for all", self.top_k >= 0),
+            ("top_p", "a probability from 0 to 1 (1 keeps every token)", 0 <= self.top_p <= 1),
+        ):
+            if not holds:
+                raise UserError(f"--{name} {getattr(self, name)}: it is {rule}")
+
+    @property
+    def penalizes(self):
+        """Whether what was generated before matters."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0

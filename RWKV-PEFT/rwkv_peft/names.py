@@ -1,0 +1,47 @@
+"""The names that flags may say, beside the tables of what they name, so that flags are judged before torch is imported.
+
+adapters/methods.py, models/__init__.py, data/sources.py and training/schedule.py hold the things themselves;
+tests/test_names.py compares.
+"""
+
+from types import MappingProxyType
+from typing import NamedTuple
+
+
+class Word(NamedTuple):
+    """A word of --peft: the methods that it stands for, and the flag that takes their settings as JSON."""
+
+    forms: tuple[str, ...]
+    json_flag: str
+
+
+NONE = "none"  # what stands where no layer is adapted: the model itself trains, or whole tensors of it
+WORDS = MappingProxyType(
+    {
+        "bone": Word(("bone", "bone-mini", "bat-in", "bat-out"), "bone_config"),
+        "lora": Word(("lora",), "lora_config"),
+        "lora-plus": Word(("lora-plus",), "lora_config"),
+        "rslora": Word(("rslora",), "lora_config"),
+        "dora": Word(("dora",), "lora_config"),
+        "pissa": Word(("pissa",), "pissa_config"),
+        "olora": Word(("olora",), "lora_config"),
+        "lora-ga": Word(("lora-ga",), "lora_config"),
+    }
+)
+CHOICES = (*WORDS, NONE)  # what --peft takes
+MINIS = ("bone-mini",)  # the methods that have a mini_rank
+GENERATIONS = (("RWKV-6", "x060"), ("RWKV-7", "x070"))  # (name, version)
+DATALOADS = ("get", "pad", "only", "pack")
+LOSS_MASKS = ("none", "pad", "qa", "se", "file")
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
+
+
+def forms(peft: str) -> tuple[str, ...]:
+    """The names of the methods that one word of --peft stands for."""
+    return WORDS[peft].forms if peft in WORDS else ()
+
+
+def words_with(json_flag: str) -> tuple[str, ...]:
+    """The words of --peft whose methods take their settings from a JSON flag."""
+    return tuple(word for word, methods in WORDS.items() if methods.json_flag == json_flag)

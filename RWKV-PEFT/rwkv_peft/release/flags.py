@@ -1,0 +1,146 @@
+"""The flags of merge, check, verify and convert: argv -> the parsed flags, or UserError, before torch is imported."""
+
+import argparse
+import math
+
+from ..cli import Parser
+from ..config import QUANTIZATIONS
+from ..errors import UserError
+from ..files.source_flags import add_source_flags
+from ..names import GGUF_TYPES
+
+DTYPES = ("keep", "bf16", "fp16", "fp32")
+ADAPTER_TYPES = ("bone", "disha", "lora", "pissa", "state")  # RWKV-PEFT's words
+
+
+def merge_flags(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="merge_bone.py",
+        description="Merge adapters into an RWKV base model: a .pth with exactly the base's keys, order, shapes and "
+        "dtypes, which any RWKV runtime loads.",
+    )
+    parser.add_argument("--base_model", required=True, metavar="PTH", help="the model that the adapter was trained on")
+    parser.add_argument(
+        "--bone_checkpoint",
+        "--lora_checkpoint",
+        "--peft_checkpoint",
+        "--state_checkpoint",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        dest="adapters",
+        help="adapters in order of application: .safetensors of train.py, or the folder of its run, flat .pth of "
+        "RWKV-PEFT (.bone, .disha, LoRA, PiSSA, time states), or folders of Hugging Face peft",
+    )
+    parser.add_argument(
+        "--type",
+        choices=ADAPTER_TYPES,
+        help="what the adapters are, as RWKV-PEFT's scripts say it; the files tell, and another kind is refused",
+    )
+    parser.add_argument("--output", metavar="PTH", help="the merged model; required unless --dry_run")
+    parser.add_argument("--output_dtype", choices=DTYPES, default="keep")
+    add_source_flags(parser)
+    parser.add_argument(
+        "--quant",
+        choices=QUANTIZATIONS,
+        help="quantization of the frozen weights in training (default: what the adapter says)",
+    )
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the change, default 1.0")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the arithmetic runs")
+    parser.add_argument(
+        "--unmerge", action="store_true", help="take the adapters off a merged --base_model again, last first"
+    )
+    parser.add_argument(
+        "--any_base",
+        action="store_true",
+        help="do not compare the base with the one that the adapter names: merge into another of "
+        "the same shape, or unmerge all the same",
+    )
+    parser.add_argument("--dry_run", action="store_true", help="compute and report everything, write nothing")
+    parser.add_argument(
+        "--read_back", "--verify", action="store_true", help="read the output back and compare each tensor"
+    )
+    args = parser.parse_args(argv)
+    if args.scale == 0 or not math.isfinite(args.scale):
+        raise UserError(f"--scale {args.scale}: a finite number other than 0 is due")
+    return args
+
+
+def check_flags(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="rwkv-peft check", description="Compare a merged model with base plus adapter.")
+    parser.add_argument("--base_model", required=True, metavar="PTH", help="the base of the merge")
+    parser.add_argument(
+        "--bone_checkpoint",
+        "--lora_checkpoint",
+        "--peft_checkpoint",
+        "--state_checkpoint",
+        required=True,
+        metavar="FILE",
+        help="the adapter, or the folder of the run",
+    )
+    add_source_flags(parser)
+    parser.add_argument("--merged", required=True, metavar="PTH", help="what the merge wrote")
+    parser.add_argument("--tokens", type=int, default=64, help="length of the random token sequence (default 64)")
+    args = parser.parse_args(argv)
+    if args.tokens < 1:
+        raise UserError(f"--tokens {args.tokens}: at least one is compared")
+    return args
+
+
+def verify_flags(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="rwkv-peft verify",
+        description="Feeds one random token sequence to our model in float64 and to each installed runtime, and prints "
+        "the largest differences of their logits. Needs memory for the model in float64.",
+    )
+    parser.add_argument("model", help="the .pth to verify")
+    parser.add_argument("--base", metavar="PTH", help="also require the keys, order, shapes and dtypes of this base")
+    parser.add_argument("--tokens", type=int, default=50, help="length of the sequence (default 50)")
+    parser.add_argument(
+        "--gguf_types",
+        nargs="*",
+        choices=GGUF_TYPES,
+        default=["f32", "f16"],
+        help="types of GGUF for llama.cpp (default f32 f16; none: leave it out)",
+    )
+    args = parser.parse_args(argv)
+    if args.tokens < 1:
+        raise UserError(f"--tokens {args.tokens}: at least one is needed")
+    return args
+
+
+def convert_flags(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="rwkv-peft convert",
+        description="Models, states and adapters in the formats of other tools, which the names of input and output "
+        "tell.",
+    )
+    parser.add_argument("input")
+    parser.add_argument("output", help=".pth, .safetensors / .st / .state, .gguf, or the name of a folder")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="dtype of the output's tensors; default fp16 for models in .st, which web-rwkv needs, else keep",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        help="whose vocabulary goes into a GGUF or a Hugging Face folder: world, bytes, or a file; default that of "
+        "the run in whose folder the model lies, or by the model's vocabulary (65536: world, 257: bytes)",
+    )
+    parser.add_argument(
+        "--gguf_type", choices=GGUF_TYPES, default="f16", help="type of a GGUF's large matrices (default f16)"
+    )
+    parser.add_argument(
+        "--bone_parameter",
+        choices=("disha", "bone"),
+        default="disha",
+        help="name of Bone's tensors in RWKV-PEFT's files: disha since 2025-02, bone before",
+    )
+    add_source_flags(parser)
+    parser.add_argument(
+        "--base_model",
+        metavar="PTH",
+        help="base of an adapter, whose shapes may tell the variant, and how wide bone-mini is as RWKV-PEFT's bone",
+    )
+    return parser.parse_args(argv)

@@ -1,0 +1,96 @@
+"""A tokenizer's vocabulary as files of other tools hold it: GGUF's lists, the files of a Hugging Face folder."""
+
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ..data.tokenizer import BytesTokenizer, JsonTokenizer, WorldTokenizer
+from ..errors import UserError
+
+WORLD_FILE = "rwkv_vocab_v20230424.txt"
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
+Tokenizer = WorldTokenizer | BytesTokenizer | JsonTokenizer
+
+
+class GgufVocabulary(NamedTuple):
+    """model and pre are llama.cpp's names of the way text is cut; tokens and types have an entry for each id of the
+    model, merges those of byte-level BPE; end is the token that ends a document, or None."""
+
+    model: str
+    tokens: list[bytes]
+    types: list[int]
+    end: int | None
+    pre: str = ""
+    merges: tuple[str, ...] = ()
+
+
+def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> GgufVocabulary:
+    """The GgufVocabulary of a tokenizer, padded to the model's size. Raises UserError for a tokenizer.json that
+    llama.cpp cannot imitate."""
+    if isinstance(tokenizer, JsonTokenizer):
+        return _byte_level_bpe(tokenizer, size)
+    return table_vocabulary(tokenizer.token_bytes, size)
+
+
+def table_vocabulary(table: Sequence[bytes | None], size: int) -> GgufVocabulary:
+    """The GgufVocabulary of the first `size` entries of a table of bytes by id (None: stands for nothing), in the way
+    of RWKV's own vocabularies, where token 0 ends a document."""
+    tokens, types = [], []
+    for token in range(size):
+        content = table[token] if token < len(table) else None
+        # llama.cpp reads a token as the inside of a Python bytes literal
+        text = "<s>" if token == 0 else f"[PAD{token}]" if content is None else repr(content)[2:-1]
+        tokens.append(text.encode())
+        types.append(CONTROL if token == 0 else UNUSED if content is None else NORMAL)
+    return GgufVocabulary("rwkv", tokens, types, 0)
+
+
+def _byte_level_bpe(tokenizer: JsonTokenizer, size: int) -> GgufVocabulary:
+    """The byte-level BPE of GPT-2, which GPT-NeoX and the Pile models of RWKV share; llama.cpp knows it as gpt-2."""
+    content = json.loads(tokenizer.path.read_text(encoding="utf-8"))
+    model, before = content["model"], content.get("pre_tokenizer") or {}
+    normalizer = (content.get("normalizer") or {}).get("type")
+    if (
+        model.get("type") != "BPE"
+        or model.get("byte_fallback")
+        or before.get("type") != "ByteLevel"
+        or before.get("add_prefix_space")
+        or not before.get("use_regex", True)
+        or normalizer not in (None, "NFC")
+    ):
+        raise UserError(
+            f"--tokenizer {tokenizer.name} is no byte-level BPE as GPT-2 and GPT-NeoX have it, the one kind of "
+            "tokenizer.json that is written to GGUF here; convert to a Hugging Face folder, which holds any"
+        )
+    tokens = [f"[PAD{token}]".encode() for token in range(size)]
+    types = [UNUSED] * size
+    for text, token in model["vocab"].items():
+        tokens[token], types[token] = text.encode(), NORMAL
+    for added in content.get("added_tokens") or ():
+        kind = CONTROL if added.get("special") else USER_DEFINED
+        tokens[added["id"]], types[added["id"]] = added["content"].encode(), kind
+    merges = tuple(merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
+    return GgufVocabulary("gpt2", tokens, types, tokenizer.end_id, "gpt-2", merges)
+
+
+def hf_files(tokenizer: Tokenizer, size: int, tokenizer_class: str) -> dict[str, bytes]:
+    """{name: bytes} of the tokenizer's files in a Hugging Face folder; tokenizer_class is that of RWKV's own
+    vocabularies."""
+    if isinstance(tokenizer, JsonTokenizer):
+        end = tokenizer.end_token
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | ({"eos_token": end} if end else {})
+        files = {"tokenizer.json": tokenizer.path.read_bytes()}
+    else:
+        marks = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<s>")
+        settings = {"tokenizer_class": tokenizer_class, **marks, "add_prefix_space": False}
+        files = {WORLD_FILE: world_file(tokenizer, size)}
+    return files | {"tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode()}
+
+
+def world_file(tokenizer: WorldTokenizer | BytesTokenizer, size: int) -> bytes:
+    """The file of a World vocabulary, of which bytes is the beginning, up to the tokenizer's size and the model's; its
+    lines are: id, literal, length."""
+    source = WorldTokenizer() if isinstance(tokenizer, BytesTokenizer) else tokenizer
+    lines = source.path.read_bytes().replace(b"\r\n", b"\n").splitlines(keepends=True)
+    least = min(size, tokenizer.vocab_size)
+    return b"".join(line for line in lines if line.strip() and int(line.split(b" ", 1)[0]) < least)

@@ -1,0 +1,63 @@
+"""What a run prints before it begins: what trains, what does not, on what, and where it writes."""
+
+from collections import Counter
+
+from ..adapters.methods import NONE, method_of
+
+UPSTREAM_PARTS = ("time", "ln")  # what RWKV-PEFT trains along with an adapter by default
+
+
+def describe(config, family, accelerator, samples, notes, plan, report, state, say):
+    """What is about to happen, in a few lines."""
+    model, train, data, adapter = config.model, config.train, config.data, config.adapter
+    say(
+        f"model     {family.name}, {model.n_layer} layers, {model.n_embd} channels, {model.n_head} heads of "
+        f"{model.head_size}, "
+        f"vocabulary {model.vocab_size}" + (f", from {train.load_model}" if train.load_model else ", new")
+    )
+    say(f"training  {describe_adapter(adapter)}: {report}")
+    if adapter.method != NONE and (note := frozen_parts(adapter, family, family.shapes(model))):
+        say(f"          {note}")
+    kernel = "cuda" if accelerator == "gpu" else "cpu"
+    reason = family.kernels()[kernel]
+    say(
+        f"machine   {train.num_nodes} x {train.devices} {accelerator}, {train.strategy}, {train.precision}, "
+        f"{family.kernel} kernel: {kernel if reason is None else f'reference, which is slow ({reason})'}"
+    )
+    say(f"data      {data.path}: {len(samples):,} samples of up to {data.ctx_len} tokens")
+    for note in notes:
+        say(f"          {note}")
+    say(
+        f"steps     {plan.total_steps:,} ({train.epoch_count} epochs of {plan.epoch_steps:,}), {plan.step_samples} "
+        "samples each" + (f"; resuming at step {plan.first_step:,}" if state else "")
+    )
+    say(f"seed      {train.random_seed}")
+    say(f"output    {train.proj_dir}")
+
+
+def describe_adapter(adapter):
+    """What trains, in a few words."""
+    words, method = ["full model"], method_of(adapter)
+    if method is not None:
+        words = [method.label, f"rank {adapter.rank}"]
+    elif adapter.train_parts:
+        words = ["parts of the model"]
+    if adapter.quant != "none":
+        words.append(f"--quant {adapter.quant}")
+    if adapter.train_parts:
+        words.append(f"--train_parts {' '.join(adapter.train_parts)}")
+    return ", ".join(words)
+
+
+def frozen_parts(adapter, family, keys):
+    """What of the base an adapter leaves as it is, and the flag that trains it along; "" where all of it trains."""
+    tensors = Counter(family.part_of(key) for key in keys)
+    frozen = [part for part in family.parts if part not in adapter.train_parts]
+    if not frozen:
+        return ""
+    named = ", ".join(f"{part} ({tensors[part]})" for part in frozen)
+    usual = [part for part in UPSTREAM_PARTS if part in frozen]
+    advice = f"--train_parts {' '.join(dict.fromkeys([*adapter.train_parts, *(usual or frozen)]))} trains them along"
+    if usual:
+        advice = advice.replace("them", " and ".join(usual)) + ", as RWKV-PEFT does unless told otherwise"
+    return f"tensors of the base that do not train: {named}; {advice}"

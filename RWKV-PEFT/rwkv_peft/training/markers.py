@@ -1,0 +1,51 @@
+"""--mask_id and --mask_end_id: token ids, or RWKV-PEFT's JSON of two texts."""
+
+import argparse
+import json
+from types import MappingProxyType
+
+from ..cli import count
+from ..errors import UserError
+
+UNSET = MappingProxyType({"mask0": "0", "mask1": "1"})  # what RWKV-PEFT's scripts pass where no marker is meant
+
+
+def marker(text):
+    """An argparse type: a token id, or the JSON object {"mask0": …, "mask1": …} as a dict."""
+    if not text.lstrip().startswith("{"):
+        return count(text)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
+    if set(value) != set(UNSET):
+        raise argparse.ArgumentTypeError(f"{text!r} has other keys than mask0 and mask1, which are due")
+    return value
+
+
+def markers_of(args):
+    """{"mask_id", "mask_end_id": token ids} of the flags; the JSON's mask1 opens what counts, its mask0 closes it."""
+    given = [item for item in args.mask_id or () if isinstance(item, dict)]
+    if not given:
+        return {}
+    if len(args.mask_id) > 1 or args.mask_end_id:
+        raise UserError(f"--mask_id {json.dumps(given[0])} names both markers; leave other ids and --mask_end_id out")
+    texts = given[0]
+    if texts == UNSET:
+        return {"mask_id": (), "mask_end_id": ()}
+    return {
+        "mask_id": token_ids(texts["mask1"], args.tokenizer),
+        "mask_end_id": token_ids(texts["mask0"], args.tokenizer),
+    }
+
+
+def token_ids(marked, tokenizer):
+    """The ids of one of the JSON's values: a text, or the ids themselves."""
+    if isinstance(marked, str):
+        from ..data.tokenizer import load_tokenizer  # after the flags are judged by themselves
+
+        return tuple(load_tokenizer(tokenizer).encode(marked))
+    ids = marked if isinstance(marked, list) else [marked]
+    if not all(type(token) is int and token >= 0 for token in ids):
+        raise UserError(f"--mask_id: {json.dumps(marked)} is neither a text nor token ids")
+    return tuple(ids)

@@ -1,0 +1,120 @@
+"""The files of a run that people take away, each written for every label (an epoch, "best", "" for the newest):
+
+adapter-LABEL.safetensors   the trained tensors
+rwkv-LABEL.pth              --peft none: the model, with the keys, order and (--save_dtype) dtypes of its base
+merged-LABEL.pth            --merge_on_save: base and adapter, as merge_bone.py merges them
+"""
+
+import os
+import shutil
+import sys
+
+import torch
+from tqdm import tqdm
+
+from ..adapters.methods import NONE
+from ..errors import UserError
+from ..files.adapter_file import ADAPTER, DTYPES, MODEL, Adapter, AdapterMetadata, save_adapter
+from ..files.atomic import atomic_write
+from ..files.pth import all_finite, stream_tensors
+from ..files.pth_writer import TensorSpec, write_pth
+from ..models import family_named
+from ..release.merge import Merge, MergeOptions
+
+MERGED = "merged.pth"  # the newest of them
+
+
+def newest_name(method):
+    """The name of the file of the newest trained tensors, by --peft."""
+    return MODEL if method == NONE else ADAPTER
+
+
+def labelled(path, label):
+    """The file of one label: adapter.safetensors -> adapter-LABEL.safetensors; "" is the newest."""
+    return path.with_stem(f"{path.stem}-{label}") if label else path
+
+
+def model_dtypes(config, base):
+    """{key: dtype} of the file of a model that trains whole, in its order: the base's own, or for a new model that of
+    official files and the dtype of the training; --save_dtype names another dtype."""
+    train = config.train
+    if base is not None:
+        found = {key: tensor.dtype for key, tensor in base.tensors.items()}
+    else:
+        keys = family_named(config.model.version).shapes(config.model)
+        found = dict.fromkeys(keys, dict(DTYPES)[train.precision])
+    asked = dict(DTYPES).get(train.save_dtype)
+    return {key: asked or dtype for key, dtype in found.items()}
+
+
+def keeps_all(config, base):
+    """Whether the file of a model that trains whole holds every bit of what trains."""
+    kept = {torch.float32, dict(DTYPES)[config.train.precision]}
+    return set(model_dtypes(config, base).values()) <= kept
+
+
+class Products:
+    """Writes them; config is the RunConfig, fingerprint the base's, base a Base or None for a new model."""
+
+    def __init__(self, folder, config, fingerprint, base=None):
+        self.folder, self.config, self.base = folder, config, base
+        self.fingerprint = fingerprint
+
+    @property
+    def newest(self):
+        """The file of the newest trained tensors."""
+        return self.folder / newest_name(self.config.adapter.method)
+
+    def write(self, tensors, labels):
+        """Write {name: trained tensor} for each label, and what --merge_on_save makes of it."""
+        train = self.config.train
+        for label in labels:
+            path = labelled(self.newest, label)
+            if self.config.adapter.method == NONE:
+                write_model(path, tensors, model_dtypes(self.config, self.base))
+            else:
+                save_adapter(path, tensors, self.metadata())
+        if train.merge_on_save:
+            self.write_merged(tensors, [labelled(self.folder / MERGED, label) for label in labels])
+
+    def metadata(self):
+        """What the adapter's files say of it."""
+        return AdapterMetadata.from_config(self.config.adapter, self.fingerprint, self.config.train.precision)
+
+    def write_merged(self, tensors, paths):
+        """Merge once and give the file each of the paths. What keeps it from being written is told and no more: the
+        adapter is saved, and merge_bone.py can do it later."""
+        first, *others = paths
+        options = MergeOptions(dtype=dict(DTYPES).get(self.config.train.save_dtype))
+        try:
+            merge = Merge(self.base, [(self.newest, Adapter(tensors, self.metadata()))], options)
+            with atomic_write(first) as temporary:
+                write_pth(temporary, merge.specs, merge.bands(stream_tensors(self.base.path)))
+            for path in others:
+                with atomic_write(path) as temporary:
+                    temporary.unlink()
+                    share_file(first, temporary)
+        except UserError as error:
+            tqdm.write(f"--merge_on_save: {first} was not written: {error}", file=sys.stderr)
+
+
+def write_model(path, tensors, dtypes):
+    """Write {key: tensor} as a .pth in the order and dtypes of `dtypes`; in the dtype of the training, with a word
+    about it, where a value is too large for another."""
+    too_large = next((key for key, dtype in dtypes.items() if not all_finite(tensors[key].to(dtype))), None)
+    if too_large is not None:
+        name = str(dtypes[too_large]).removeprefix("torch.")
+        dtypes = {key: tensors[key].dtype for key in dtypes}
+        tqdm.write(f"{path}: {too_large} is too large for {name}; kept in the training's dtype", file=sys.stderr)
+    specs = {key: TensorSpec.of(tensors[key], dtype) for key, dtype in dtypes.items()}
+    with atomic_write(path) as temporary:
+        write_pth(temporary, specs, ((key, tensors[key].to(dtype)) for key, dtype in dtypes.items()))
+
+
+def share_file(path, copy):
+    """Give a file a second name, which keeps the content when `path` is replaced; a copy where the disk has no
+    links."""
+    try:
+        os.link(path, copy)
+    except OSError:
+        shutil.copyfile(path, copy)

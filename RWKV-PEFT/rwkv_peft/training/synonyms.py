@@ -1,0 +1,48 @@
+"""What other trainers' flags are called here, by meaning: an unknown flag's spelling may be near to another's."""
+
+from types import MappingProxyType
+
+# (what is given here, the flags by which Hugging Face's trainers and their like call it)
+MEANINGS = (
+    ("--lr_init (and --lr_final, where it ends)", ("learning_rate", "lr")),
+    ("--lr_final", ("min_lr", "min_learning_rate")),
+    ("--proj_dir", ("output_dir", "out_dir", "save_dir")),
+    ("--epoch_count", ("num_train_epochs", "num_epochs", "epochs")),
+    ("--epoch_steps with --epoch_count 1", ("max_steps", "max_train_steps", "num_steps")),
+    ("--micro_bsz", ("per_device_train_batch_size", "per_device_batch_size", "train_batch_size", "batch_size")),
+    ("--accumulate_grad_batches", ("gradient_accumulation_steps", "accumulation_steps", "grad_accum")),
+    ("--load_model", ("model_name_or_path", "base_model_name_or_path", "base_model", "pretrained_model", "model")),
+    ("--data_file", ("data_path", "dataset", "dataset_name", "dataset_path", "train_file", "train_data")),
+    ("--sft_field", ("dataset_field", "dataset_text_field")),
+    ("--sft_split", ("dataset_split", "train_split")),
+    ("--val_data", ("validation_file", "eval_dataset", "eval_file")),
+    ("--val_every", ("eval_steps", "evaluation_strategy", "eval_strategy")),
+    ("--early_stop", ("early_stopping_patience",)),
+    ("--ctx_len", ("max_seq_length", "max_length", "seq_length", "block_size", "cutoff_len")),
+    ("--dataload pack", ("packing", "sample_packing")),
+    ("lora_r in --lora_config", ("lora_r", "lora_rank")),
+    ("lora_alpha in --lora_config", ("lora_alpha",)),
+    ("lora_dropout in --lora_config", ("lora_dropout",)),
+    ("lora_load in --lora_config", ("lora_load",)),
+    ("--target_modules", ("lora_target_modules", "lora_target")),
+    ("--train_parts", ("modules_to_save", "additional_target")),
+    ("--bone_r", ("r", "rank")),
+    ("--quant nf4", ("load_in_4bit",)),
+    ("--quant int8", ("load_in_8bit",)),
+    ("--random_seed", ("seed", "data_seed")),
+    ("--precision", ("bf16", "fp16", "dtype", "torch_dtype", "mixed_precision")),
+    ("--grad_cp 1", ("gradient_checkpointing",)),
+    ("--gradient_clip_val", ("max_grad_norm", "grad_clip")),
+    ("--lr_schedule", ("lr_scheduler_type", "lr_scheduler")),
+    ("--warmup_steps, a number of steps", ("warmup_ratio",)),
+    ("--beta1", ("adam_beta1",)),
+    ("--beta2", ("adam_beta2",)),
+    ("--adam_eps", ("adam_epsilon", "eps")),
+    ("--save_every", ("save_steps",)),
+    ("--epoch_save or --save_every", ("save_strategy",)),
+    ("--resume", ("resume_from_checkpoint",)),
+    ("--wandb PROJECT", ("report_to", "wandb_project")),
+    ("--strategy", ("deepspeed", "fsdp")),
+    ("--merge_on_save", ("merge_and_save",)),
+)
+SYNONYMS = MappingProxyType({f"--{name}": ours for ours, names in MEANINGS for name in names})

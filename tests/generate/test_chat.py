@@ -1,0 +1,186 @@
+"""The chat: the layout of the training data, a memory that is the state alone, and an end for every way out."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_peft import commands
+from rwkv_peft.data.encoding import Encoder, EncodeSettings
+from rwkv_peft.data.rows import Chunk
+from rwkv_peft.data.tokenizer import BytesTokenizer
+from rwkv_peft.files.base import save_model
+from rwkv_peft.files.pth import read_tensors
+from rwkv_peft.generate import load_model, prefill, session
+
+PACKAGE = Path(session.__file__).resolve().parents[2]
+END = 0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tiny_state):
+    """The path of a random byte-vocabulary model, whose most probable token is never the end of text."""
+    state = tiny_state(vocab_size=257, seed=3)
+    state["head.weight"] = state["head.weight"] * 4
+    state["head.weight"][END] = 0
+    path = tmp_path_factory.mktemp("chat") / "model.pth"
+    save_model(path, state)
+    return path
+
+
+@pytest.fixture
+def chat(model, monkeypatch, capsys):
+    """chat(lines, *flags, says=texts) -> (stdout, stderr, the logits of every draw), the lines as a pipe would bring
+    them; with says the model draws these texts, one an answer (END, where a text ends in "|"; an int interrupts)."""
+
+    def run(lines, *flags, says=None):
+        logits, drawn = [], iter([token for text in says or () for token in tokens_of(text)])
+
+        def scripted(choices, uniforms, sampling):
+            logits.append(choices)
+            token = next(drawn)
+            if token < 0:
+                raise KeyboardInterrupt
+            return torch.tensor([token])
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+            if says is not None:
+                patch.setattr(session, "sample", scripted)
+            assert commands.main(["generate", "--model", str(model), "--chat", *map(str, flags)]) == 0
+        return *capsys.readouterr(), logits
+
+    return run
+
+
+def tokens_of(text):
+    body, ends, interrupted = text.rstrip("|^"), text.endswith("|"), text.endswith("^")
+    return BytesTokenizer().encode(body) + [END] * ends + [-1] * interrupted
+
+
+def trained(*turns):
+    """The tokens that the data path makes of a conversation, its end token left out."""
+    messages = [{"role": role, "content": words} for role, words in turns]
+    encoded = Encoder(EncodeSettings("bytes", end_token=False)).encode(Chunk("x", 1, ({"messages": messages},)))
+    return torch.frombuffer(bytearray(encoded.tokens), dtype=torch.int16).tolist()
+
+
+def after(model, tokens):
+    return prefill(load_model(model)[0], [tokens])[0]
+
+
+@pytest.mark.parametrize("says", ["Yo\n\nUser:", "Yo|"])
+def test_turns_have_the_layout_of_the_data_and_are_remembered(chat, model, says):
+    out, _, logits = chat(["Hi ", "So?"], says=[f" {says}", " No|"])
+    assert out == "Assistant: Yo\n\nAssistant: No\n\n"
+    first = trained(("user", "Hi"), ("assistant", ""))[:-1]  # up to the colon
+    second = trained(("user", "Hi"), ("assistant", "Yo"), ("user", "So?"), ("assistant", ""))[:-1]
+    begins = len(tokens_of(f" {says}"))
+    torch.testing.assert_close(logits[0], after(model, first), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[begins], after(model, second), rtol=1e-4, atol=1e-4)
+
+
+def test_a_paragraph_does_not_end_a_turn(chat, model):
+    out, _, logits = chat(["Hi", "So?"], says=[" a\n\nb\n\nUser:", " No|"])
+    assert out == "Assistant: a\n\nb\n\nAssistant: No\n\n"
+    expected = trained(("user", "Hi"), ("assistant", "a\n\nb"), ("user", "So?"), ("assistant", ""))[:-1]
+    torch.testing.assert_close(logits[-4], after(model, expected), rtol=1e-4, atol=1e-4)
+
+
+def test_a_turn_is_read_once(chat, monkeypatch):
+    read, plain = [], session.prefill
+
+    def counting(model, prompts, start=None):
+        read.append(len(prompts[0]))
+        return plain(model, prompts, start)
+
+    monkeypatch.setattr(session, "prefill", counting)
+    chat(["Hi", "So?", "Ah"], says=[" Yo\n\nUser:", " No\n\nUser:", " Go|"])
+    assert read == [len(f"User: {words}\n\nAssistant:") for words in ("Hi", "So?", "Ah")]
+
+
+def test_reset_forgets_and_exit_ends(chat):
+    out, error, logits = chat(["Hi", "/reset", "Hi", "/exit", "never"], says=[" a|", " b|"])
+    assert out == "Assistant: a\n\nAssistant: b\n\n"
+    assert torch.equal(logits[0], logits[3])
+    assert error.splitlines()[0].startswith("/reset forgets the chat, /save FILE")
+
+
+def test_a_saved_chat_goes_on(chat, tmp_path, model):
+    path = tmp_path / "chat.pth"
+    _, error, whole = chat(["Hi", f"/save {path}", "So?"], says=[" Yo|", " No|"])
+    assert f"--state {path} goes on" in error
+    _, _, resumed = chat(["So?"], "--state", path, says=[" No|"])
+    torch.testing.assert_close(resumed[0], whole[4], rtol=1e-4, atol=1e-4)
+    assert any(key.endswith("time_state") for key in read_tensors(path))
+
+
+def test_what_cannot_be_saved_is_told_and_ends_nothing(chat, model):
+    before = model.read_bytes()
+    out, error, _ = chat(["/save x.pth", f"/save {model}", "/save", "/nonsense", "", "Hi"], says=[" a|"])
+    assert out == "Assistant: a\n\n" and model.read_bytes() == before
+    assert "nothing was said yet" in error and "is the file given as --model" in error
+    assert error.count("/reset forgets the chat") == 3
+
+
+def test_an_interrupt_ends_the_answer_and_keeps_what_was_said(chat, model):
+    out, error, logits = chat(["Hi", "So?"], says=[" Yo^", " No|"])
+    assert out == "Assistant: Yo\n\nAssistant: No\n\n" and "Ctrl-C again" in error
+    expected = trained(("user", "Hi"), ("assistant", "Yo"), ("user", "So?"), ("assistant", ""))[:-1]
+    torch.testing.assert_close(logits[-4], after(model, expected), rtol=1e-4, atol=1e-4)
+
+
+def test_flags_of_sampling_and_length_hold(chat):
+    def said(*flags):
+        return chat(["Hi", "So?"], "--max_tokens", 9, *flags)[0]
+
+    assert said("--temperature", 0) == said("--temperature", 0, "--seed", 7)
+    assert said("--seed", 7) == said("--seed", 7) != said("--seed", 8)
+    assert said("--temperature", 0) != said("--temperature", 0, "--presence_penalty", -9)
+
+
+def test_escapes_hold_for_lines(chat, model):
+    _, _, logits = chat([r"a\nb"], "--escapes", says=[" c|"])
+    expected = trained(("user", "a\nb"), ("assistant", ""))[:-1]
+    torch.testing.assert_close(logits[0], after(model, expected), rtol=1e-4, atol=1e-4)
+
+
+def test_ctrl_c_ends_an_answer_and_twice_the_chat(model):
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "rwkv_peft", "generate", "--model", str(model), "--chat"),
+            *("--temperature", "0", "--max_tokens", "1000000"),
+        ],
+        env=os.environ | {"PYTHONPATH": str(PACKAGE)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+    def until(stream, words):
+        read = b""
+        while words not in read:
+            byte = stream.read(1)
+            assert byte, read
+            read += byte
+
+    process.stdin.write(b"Hi\n")
+    process.stdin.flush()
+    until(process.stdout, b"Assistant:")
+    assert process.stdout.read(4)
+    process.send_signal(signal.SIGINT)
+    until(process.stderr, b"Ctrl-C again")
+    process.stdin.write(b"So?\n")
+    process.stdin.flush()
+    until(process.stdout, b"\n\nAssistant:")
+    assert process.stdout.read(4)
+    process.send_signal(signal.SIGINT)
+    until(process.stderr, b"Ctrl-C again")
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"Traceback" not in error

@@ -1,0 +1,153 @@
+"""Conversions carry the vocabulary that the model was trained with, say what they wrote, and guess nothing."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from rwkv_peft import commands
+from rwkv_peft.data.recorded import vocabulary_of
+from rwkv_peft.data.tokenizer import load_tokenizer
+from rwkv_peft.errors import UserError
+from rwkv_peft.files.base import save_model
+
+SIZE = 300
+
+
+@pytest.fixture
+def bpe(tmp_path):
+    """Path of a byte-level BPE as GPT-NeoX has it, of fewer than SIZE tokens, whose end token is 0."""
+    tokenizers = pytest.importorskip("tokenizers")
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = byte_level(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=SIZE, special_tokens=["<|endoftext|>"], initial_alphabet=byte_level.alphabet()
+    )
+    tokenizer.train_from_iterator(["hello world, hello there"] * 9, trainer)
+    tokenizer.add_tokens(["  "])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+@pytest.fixture
+def convert(tmp_path, tiny_state, capsys):
+    """convert(output, *flags, size=) -> what the command printed for a bfloat16 model of so many tokens."""
+
+    def run(output, *flags, size=SIZE):
+        save_model(tmp_path / "model.pth", tiny_state(vocab_size=size, dtype=torch.bfloat16))
+        words = ["convert", tmp_path / "model.pth", tmp_path / output, *flags]
+        assert commands.main([str(word) for word in words]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def gguf_fields(path):
+    gguf = pytest.importorskip("gguf")
+    fields = gguf.GGUFReader(path).fields
+    return {name.removeprefix("tokenizer.ggml."): field.contents() for name, field in fields.items()}
+
+
+@pytest.mark.parametrize("output", ["m.gguf", "hf"])
+def test_a_size_that_tells_no_vocabulary_is_refused(convert, tmp_path, output):
+    with pytest.raises(UserError, match=f"vocabulary of {SIZE} tokens, which tells no tokenizer; give --tokenizer"):
+        convert(output)
+    with pytest.raises(UserError, match="--tokenizer world has 65536 tokens, and the model 300"):
+        convert(output, "--tokenizer", "world")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
+
+
+def test_formats_without_a_vocabulary_need_none(convert):
+    convert("m.st")
+    convert("m.safetensors")
+
+
+def test_gguf_holds_a_byte_level_bpe(convert, tmp_path, bpe):
+    assert "vocabulary" in convert("m.gguf", "--tokenizer", bpe)
+    fields, tokenizer = gguf_fields(tmp_path / "m.gguf"), load_tokenizer(bpe)
+    assert (fields["model"], fields["pre"], fields["eos_token_id"]) == ("gpt2", "gpt-2", 0)
+    vocabulary = json.loads(bpe.read_text())["model"]["vocab"]
+    assert all(fields["tokens"][token] == text for text, token in vocabulary.items())
+    double = tokenizer.encode("  ")[0]
+    assert (fields["token_type"][0], fields["token_type"][double], fields["token_type"][-1]) == (3, 4, 5)
+    assert len(fields["tokens"]) == SIZE and fields["merges"][0].count(" ") == 1
+
+
+def test_llama_cpp_cuts_text_with_it_as_the_tokenizer_does(convert, tmp_path, bpe):
+    xllamacpp = pytest.importorskip("xllamacpp")
+    convert("m.gguf", "--tokenizer", bpe, "--gguf_type", "f32")
+    params = xllamacpp.CommonParams()
+    params.model.path = str(tmp_path / "m.gguf")
+    params.n_ctx, params.n_parallel, params.verbosity, params.warmup = 256, 1, -1, False
+    server, text = xllamacpp.Server(params), "hello there,  hello world\n\nyes"
+
+    def answer(prompt):
+        asked = {"prompt": prompt, "n_predict": 1, "n_probs": 5, "temperature": 0.0, "cache_prompt": False}
+        return server.handle_completions(asked)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+
+    as_text, as_ids = (answer(prompt) for prompt in (text, load_tokenizer(bpe).encode(text)))
+    assert [entry["id"] for entry in as_text] == [entry["id"] for entry in as_ids]
+    assert as_text[0]["logprob"] == pytest.approx(as_ids[0]["logprob"], abs=1e-4)
+
+
+def test_a_hugging_face_folder_holds_it_too(convert, tmp_path, bpe):
+    transformers = pytest.importorskip("transformers")
+    said = convert("hf", "--tokenizer", bpe)
+    assert "transformers loads it with trust_remote_code=True" in said and "float" in said
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "hf")
+    assert tokenizer("hello  world")["input_ids"] == load_tokenizer(bpe).encode("hello  world")
+    assert tokenizer.eos_token_id == 0 == json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"]
+    assert not (tmp_path / "hf" / "rwkv_vocab_v20230424.txt").exists()
+
+
+def test_gguf_refuses_what_llama_cpp_cannot_imitate(convert, tmp_path, bpe):
+    content = json.loads(bpe.read_text())
+    content["pre_tokenizer"] = {"type": "Whitespace"}
+    bpe.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="no byte-level BPE .* convert to a Hugging Face folder"):
+        convert("m.gguf", "--tokenizer", bpe)
+    assert "wrote" in convert("hf", "--tokenizer", bpe)
+
+
+def test_a_world_file_of_ones_own(convert, tmp_path):
+    (tmp_path / "own.txt").write_bytes(b"1 'a' 1\r\n2 b'\\xff' 1\r\n5 'hi' 2\r\n")
+    convert("m.gguf", "--tokenizer", tmp_path / "own.txt", size=80)
+    fields = gguf_fields(tmp_path / "m.gguf")
+    assert fields["model"] == "rwkv" and fields["eos_token_id"] == 0
+    assert fields["tokens"][:6] == ["<s>", "a", "\\xff", "[PAD3]", "[PAD4]", "hi"]
+    convert("hf", "--tokenizer", tmp_path / "own.txt", size=80)
+    lines = (tmp_path / "hf" / "rwkv_vocab_v20230424.txt").read_bytes().splitlines()
+    assert lines == [b"1 'a' 1", b"2 b'\\xff' 1", b"5 'hi' 2"]
+
+
+def test_the_run_beside_the_model_tells_the_tokenizer(convert, tmp_path, bpe):
+    vocabulary = vocabulary_of(load_tokenizer(bpe))
+    (tmp_path / "config.json").write_text(json.dumps({"vocabulary": vocabulary._asdict()}))
+    said = convert("m.gguf")
+    assert str(bpe) in said and "note:" not in said
+    assert gguf_fields(tmp_path / "m.gguf")["model"] == "gpt2"
+    said = convert("other.gguf", "--tokenizer", "bytes")
+    assert said.count("note: the run was trained with") == 1 and "and this is bytes (257 tokens" in said
+    bpe.unlink()
+    with pytest.raises(UserError, match="that file is gone; give it as --tokenizer"):
+        convert("m.gguf")
+
+
+@pytest.mark.parametrize(
+    "output, flags, dtype",
+    [
+        ("m.safetensors", (), torch.bfloat16),
+        ("m.st", (), torch.float16),
+        ("m.safetensors", ("--dtype", "fp16"), torch.float16),
+        ("m.st", ("--dtype", "keep"), torch.bfloat16),
+    ],
+)
+def test_a_dtype_changes_where_that_is_asked_for_and_is_said(convert, tmp_path, output, flags, dtype):
+    said = convert(output, *flags)
+    with safe_open(tmp_path / output, framework="pt") as file:
+        names = list(file.keys())
+        assert {file.get_tensor(name).dtype for name in names} == {dtype}
+    assert f"wrote {tmp_path / output}: {len(names)} tensors, {str(dtype).removeprefix('torch.')}" in said
+    assert "web-rwkv" in said

@@ -1,0 +1,104 @@
+"""Commands as a user types them: in a Python without torch, interrupted in their first seconds, side by side."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rwkv_peft.commands import COMMANDS, missing
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULE = ("-m", "rwkv_peft")
+GENERATE = (*MODULE, "generate", "--model", "absent.pth", "--prompt", "x")
+MERGE = ("merge_bone.py", "--base_model", "b.pth", "--bone_checkpoint", "a.safetensors", "--output", "m.pth")
+TRAIN = ("train.py", "--data_file", "data", "--load_model", "b.pth")
+COMMAND_LINES = {"train.py": TRAIN, "merge_bone.py": MERGE, "generate": GENERATE}
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """A Python with nothing installed."""
+    folder = tmp_path_factory.mktemp("bare") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    return folder / "bin" / "python"
+
+
+def environment(**more):
+    return {**os.environ, "PYTHONPATH": str(ROOT / "RWKV-PEFT"), **more}
+
+
+def run(python, *arguments):
+    return subprocess.run([python, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", COMMAND_LINES)
+def test_without_torch_one_line_names_the_python_and_the_remedy(bare, name):
+    done = run(bare, *COMMAND_LINES[name])
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert f"this Python, {bare}, has no package " in done.stderr
+    assert "activate the environment" in done.stderr and "pip install -r requirements.txt" in done.stderr
+
+
+@pytest.mark.parametrize("name", COMMAND_LINES)
+def test_help_needs_no_torch(bare, name):
+    done = run(bare, *COMMAND_LINES[name], "--help")
+    assert done.returncode == 0 and done.stdout.startswith("usage:")
+
+
+def test_the_doctor_needs_no_environment_to_say_what_is_missing(bare):
+    venv = {"VIRTUAL_ENV": str(bare.parents[1]), "PATH": os.defpath}
+    done = subprocess.run(
+        ["sh", ROOT / "scripts" / "doctor.sh"], cwd=bare.parent, env=venv, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr == ""
+    for line in ("torch              MISSING  not installed", "training cannot run here: see torch, numpy"):
+        assert line in done.stdout
+    refused = run(bare, *MODULE, "doctor", "--fix")
+    assert refused.returncode == 2 and "there is no --fix" in refused.stderr
+
+
+def test_the_demo_for_hugging_face_models_names_its_own_requirements(bare):
+    done = run(bare, "demo/bone_finetuning.py", "--help")
+    assert done.returncode == 2 and "requirements.txt -r requirements-hf.txt" in done.stderr
+
+
+def test_an_environment_beside_the_files_is_named():
+    activate = ROOT / ".venv" / "bin" / "activate"
+    told = str(missing(ModuleNotFoundError(name="torch")))
+    assert (f". {activate}" in told) == (activate.is_file() and Path(sys.prefix) != ROOT / ".venv")
+
+
+def test_a_module_of_our_own_that_is_missing_is_a_bug():
+    bug = ModuleNotFoundError(name="rwkv_peft.absent")
+    assert missing(bug) is bug
+
+
+@pytest.mark.parametrize("name", COMMAND_LINES)
+@pytest.mark.parametrize("delay", [0.3, 0.9])
+def test_ctrl_c_in_the_first_seconds_is_one_line(name, delay):
+    command = subprocess.Popen(
+        [sys.executable, *COMMAND_LINES[name]], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(delay)
+    command.send_signal(signal.SIGINT)
+    _, error = command.communicate(timeout=60)
+    if command.returncode == 2:
+        pytest.skip("the command had ended before the interrupt")
+    assert command.returncode == 130 and error.split("\n") == ["interrupted", ""], error
+
+
+def test_threads_that_wait_do_not_spin_unless_the_user_says_so():
+    code = "import os, rwkv_peft; print(os.environ['GOMP_SPINCOUNT'])"
+    without = {key: value for key, value in environment().items() if key != "GOMP_SPINCOUNT"}
+    for settings, expected in ((without, "2000"), (environment(GOMP_SPINCOUNT="7"), "7")):
+        done = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True)
+        assert done.stdout.strip() == expected
+
+
+def test_every_command_is_named_once():
+    names = [command.name for command in COMMANDS]
+    assert len(set(names)) == len(names)

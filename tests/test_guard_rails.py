@@ -1,0 +1,87 @@
+"""The table of commands holds: each can be imported and asked for help, and what is wrong is said in one line."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rwkv_peft import commands
+from rwkv_peft.commands import COMMANDS
+from rwkv_peft.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = [command.name for command in COMMANDS]
+# what the console script does, and the package as a module
+ENTRIES = (["-c", "from rwkv_peft.commands import run; run()"], ["-m", "rwkv_peft"])
+
+
+def ask(entry, *arguments):
+    return subprocess.run([sys.executable, *entry, *arguments], capture_output=True, text=True)
+
+
+def test_the_console_script_is_what_is_tested_here():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.findall(r'^rwkv-peft = "(.*)"$', text, re.MULTILINE) == ["rwkv_peft.commands:run"]
+
+
+def test_names_are_unique():
+    assert len(set(NAMES)) == len(NAMES)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=NAMES)
+def test_each_command_is_a_module_with_main(command):
+    if command.needs:
+        pytest.importorskip("peft")
+    assert callable(importlib.import_module(f"rwkv_peft.{command.module}").main)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=NAMES)
+def test_each_command_helps(command, capsys):
+    if command.needs:
+        pytest.importorskip("peft")
+    with pytest.raises(SystemExit) as exit_info:
+        commands.main([command.name, "--help"])
+    assert exit_info.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: ")
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=["script", "module"])
+def test_help_lists_each_command_and_an_unknown_one_is_refused_with_the_nearest(entry):
+    done = ask(entry, "--help")
+    assert done.returncode == 0
+    for command in COMMANDS:
+        assert f"  {command.name} " in done.stdout and command.text in done.stdout
+    done = ask(entry, "preproces")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: there is no command preproces; did you mean preprocess?\n"
+
+
+def test_an_unknown_command_like_no_other_points_to_help():
+    with pytest.raises(UserError, match="there is no command xyzzy; see rwkv-peft --help"):
+        commands.main(["xyzzy"])
+
+
+@pytest.mark.parametrize(
+    "name, library, requirements",
+    [
+        ("preprocess", "numpy", "requirements.txt"),  # missed where the command is imported
+        ("plot", "matplotlib", "requirements.txt"),  # missed where it works
+        ("bone2miss", "peft", "requirements-hf.txt"),
+    ],
+)
+def test_a_command_without_its_libraries_says_so_in_one_line(name, library, requirements, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
+    code = f"import sys; sys.modules[{library!r}] = None; from rwkv_peft.commands import run; run()"
+    done = ask(["-c", code], name, str(tmp_path / "metrics.jsonl"), str(tmp_path / "loss.png"))
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert library in done.stderr and done.stderr.endswith(f"-r {requirements}\n")
+
+
+def test_a_module_of_our_own_that_is_missing_is_a_mistake_of_ours(monkeypatch):
+    monkeypatch.setattr(commands, "COMMANDS", (commands.Command("lost", "", "nowhere"),))
+    with pytest.raises(ModuleNotFoundError):
+        commands.main(["lost"])

@@ -1,0 +1,64 @@
+"""Fixtures of the tests that run train.py: a base with data, and the command that trains on it."""
+
+import sys
+
+import pytest
+import torch
+
+from rwkv_peft.data.binidx import BinidxWriter
+from training.runs import ROOT, finish, start
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, tiny_state):
+    """A base model and data in which the next token follows from the last, so that there is something to learn."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.save(tiny_state(dtype=torch.bfloat16), folder / "base.pth")
+    with BinidxWriter(folder / "data", vocab_size=80) as writer:
+        for start in range(40):
+            writer.add([1 + (start + 7 * i) % 79 for i in range(50 + start)] + [0])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(files, accelerator):
+    """(name of the run's folder, flags) -> the command that trains there; skips where there are too few GPUs for it."""
+
+    def build(name, *more):
+        devices = int(more[more.index("--devices") + 1]) if "--devices" in more else 1
+        if accelerator == "gpu" and torch.cuda.device_count() < devices:
+            pytest.skip(f"needs {devices} GPUs")
+        return [
+            sys.executable,
+            str(ROOT / "train.py"),
+            "--load_model",
+            str(files / "base.pth"),
+            "--data_file",
+            str(files / "data"),
+            "--proj_dir",
+            str(files / name),
+            "--ctx_len",
+            "24",
+            "--lr_init",
+            "1e-2",
+            "--lr_final",
+            "1e-3",
+            "--warmup_steps",
+            "2",
+            "--accelerator",
+            accelerator,
+            "--epoch_steps",
+            "4",
+            "--epoch_count",
+            "2",
+            *(() if "--peft" in more else ("--bone_r", "16")),
+            *more,
+        ]
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def train(command):
+    """Trains by `command` to the end; -> what it printed on stdout and stderr."""
+    return lambda name, *more, code=0: finish(start(command(name, *more)), code)

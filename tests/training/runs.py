@@ -1,0 +1,23 @@
+"""Running train.py as a process of its own, and reading what it wrote."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(argv):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(argv, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+
+
+def finish(process, code=0):
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+def metrics(files, name):
+    return [json.loads(line) for line in (files / name / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,52 @@
+"""What a run leaves for others: the model that trained whole has its base's keys, order and dtypes; the merged model
+stands beside the adapter on request."""
+
+import torch
+
+from rwkv_peft.files.base import open_base
+from rwkv_peft.release.merge_command import main as merge
+from rwkv_peft.release.verify import compare_structure
+from training.runs import finish, metrics, start
+
+FULL = ("--peft", "none", "--precision", "fp32", "--micro_bsz", "4", "--lr_init", "1e-4", "--lr_final", "1e-4")
+
+
+def test_a_model_that_trained_whole_has_the_structure_of_its_base(files, train):
+    train("full", *FULL)
+    base, model = open_base(files / "base.pth"), open_base(files / "full" / "rwkv.pth")
+    compare_structure(model, base)
+    checkpoint = torch.load(files / "full" / "checkpoints" / "step-00000008" / "rwkv.pth")
+    assert list(checkpoint) == list(base.tensors)
+    for key, tensor in model.tensors.items():  # the checkpoint's copy is what trained, to the last bit
+        assert checkpoint[key].dtype == torch.float32 and torch.equal(checkpoint[key].bfloat16(), tensor)
+    train("full", *FULL, "--epoch_count", "3", "--resume", "--save_dtype", "fp32")
+    model = open_base(files / "full" / "rwkv.pth")
+    assert {tensor.dtype for tensor in model.tensors.values()} == {torch.float32}
+    train("whole", *FULL, "--epoch_count", "3")
+    assert [line["loss"] for line in metrics(files, "full")] == [line["loss"] for line in metrics(files, "whole")]
+
+
+def test_a_new_model_has_the_order_of_official_files(files, train):
+    more = ("--load_model", "", "--n_layer", "2", "--n_embd", "64", "--vocab_size", "80", "--save_dtype", "bf16")
+    train("new", *FULL, "--epoch_count", "1", *more)
+    model = open_base(files / "new" / "rwkv.pth")
+    assert list(model.tensors) == list(model.family.shapes(model.config))
+    assert {tensor.dtype for tensor in model.tensors.values()} == {torch.bfloat16}
+
+
+def test_the_merged_model_stands_beside_every_adapter(files, train):
+    train("merged", "--merge_on_save", "--save_every", "3")
+    folder = files / "merged"
+    saved = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert saved == {"step-00000006", "step-00000008"}  # the newest two of 3, 4, 6 and 8
+    argv = ["--base_model", str(files / "base.pth"), "--bone_checkpoint"]
+    for name in ("", "-epoch-1"):
+        assert merge([*argv, str(folder / f"adapter{name}.safetensors"), "--output", str(files / "by_hand.pth")]) == 0
+        assert (folder / f"merged{name}.pth").read_bytes() == (files / "by_hand.pth").read_bytes()
+
+
+def test_a_merge_that_cannot_be_written_does_not_end_the_run(files, command):
+    still = ("--merge_on_save", "--lr_init", "0", "--lr_final", "0", "--epoch_count", "1")
+    _, err = finish(start(command("still", *still)))
+    assert "--merge_on_save: " in err and "changes nothing" in err and "Traceback" not in err
+    assert not (files / "still" / "merged.pth").exists() and (files / "still" / "adapter.safetensors").exists()

@@ -1,0 +1,130 @@
+"""From rows to a run by the commands that a user types: which tokens count is said, and is what trains."""
+
+import json
+import re
+from dataclasses import fields
+
+import pytest
+
+from rwkv_peft import commands
+from rwkv_peft.config import DataConfig
+from rwkv_peft.data.recorded import vocabulary_of
+from rwkv_peft.data.tokenizer import load_tokenizer
+from rwkv_peft.errors import UserError
+from rwkv_peft.files.base import save_model
+from rwkv_peft.training import run
+from rwkv_peft.training.parser import flag_of
+
+ROWS = [{"query": f"{i} birds?", "response": f"{i}!"} for i in range(20)]
+TOTAL = sum(len(f"User: {i} birds?\n\nAssistant: {i}!") + 1 for i in range(20))
+ANSWERS = sum(len(f" {i}!") + 1 for i in range(20))
+
+
+@pytest.fixture
+def train(tmp_path, tiny_state, monkeypatch, capsys):
+    """train(*flags) -> (what is printed, the samples that the engine would be given); the engine is left out. The
+    data is that of ROWS, preprocessed."""
+    save_model(tmp_path / "base.pth", tiny_state(vocab_size=257))
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    given = []
+    monkeypatch.setattr(run, "fit", lambda config, family, model, trainable, samples, *rest: given.append(samples) or 0)
+
+    def main(*words):
+        assert commands.main([str(word) for word in words]) == 0
+        return capsys.readouterr().out
+
+    main("preprocess", tmp_path / "chat.jsonl", "--output", tmp_path / "chat", "--tokenizer", "bytes")
+
+    def run_it(*flags):
+        words = ["--load_model", tmp_path / "base.pth", "--proj_dir", tmp_path / "out", "--bone_r", 16]
+        data = [] if "--data_file" in flags else ["--data_file", tmp_path / "chat"]
+        header = main("train", *words, *data, "--ctx_len", 64, "--accelerator", "cpu", *flags)
+        return header, given[-1] if given else None
+
+    return run_it
+
+
+def counted(samples):
+    return sum(samples.count(n) for n in range(len(samples)))
+
+
+@pytest.mark.parametrize("dataload", ["get", "pad", "pack"])
+def test_a_mask_beside_the_data_is_used_and_said(train, dataload):
+    header, samples = train("--dataload", dataload)
+    assert f"loss on {ANSWERS:,} of {TOTAL:,} tokens (answers)" in header
+    assert counted(samples) == ANSWERS
+
+
+def test_a_mask_that_is_named_wins(train, tmp_path):
+    header, samples = train("--dataload", "pad", "--loss_mask", "none")
+    assert f"loss on all {TOTAL:,} tokens: --loss_mask none leaves {tmp_path / 'chat.mask'} aside" in header
+    assert counted(samples) == TOTAL - len(ROWS)
+
+
+def test_without_a_mask_all_tokens_count(train, tmp_path):
+    (tmp_path / "chat.mask").unlink()
+    header, samples = train("--dataload", "pad")
+    assert f"loss on all {TOTAL:,} tokens\n" in header
+    assert counted(samples) == TOTAL - len(ROWS)
+
+
+def test_validation_says_what_counts(train, tmp_path):
+    header, _ = train("--val_data", tmp_path / "chat", "--dataload", "pad")
+    assert f"validation on 20 samples of {tmp_path / 'chat'}: loss on {ANSWERS:,} of" in header
+
+
+def test_data_of_another_tokenizer_than_the_base_is_said(train, tmp_path):
+    (tmp_path / "own.txt").write_text("1 'a' 1\n")
+    record = vocabulary_of(load_tokenizer(tmp_path / "own.txt"))
+    (tmp_path / "config.json").write_text(json.dumps({"vocabulary": record._asdict()}))
+    header, _ = train("--dataload", "pad")
+    assert header.count("note:") == 1
+    assert "note: the data was made with bytes (257 tokens" in header and "own.txt (2 tokens" in header
+
+
+@pytest.mark.parametrize("micro_bsz", [1, 4])
+def test_rows_are_read_in_another_order_in_every_epoch_and_not_by_length(train, micro_bsz):
+    _, samples = train("--dataload", "pad", "--micro_bsz", micro_bsz)
+    epochs = [[samples[20 * epoch + i][0].tolist() for i in range(20)] for epoch in range(4)]
+    assert all(sorted(rows) == sorted(epochs[0]) for rows in epochs)
+    assert len({str(rows) for rows in epochs}) == 4
+    if micro_bsz == 1:
+        assert not any(rows == sorted(rows, key=len) for rows in epochs)
+
+
+@pytest.mark.parametrize(
+    "row, more, remedy",
+    [
+        ({"q": "a"}, [], "name others with --sft_field"),
+        ({"q": "a"}, ["--sft_field", "x"], "field 'x' is missing; the row has q; name others with --sft_field"),
+        ({"text": 3}, [], "rwkv-peft preprocess --skip_bad_rows makes token files"),
+        ({"text": "a"}, ["--sft_split", "nonsense["], "split 'nonsense[': write train, train[:1000]"),
+        ({"text": "a"}, ["--tokenizer", "endless.json"], "rwkv-peft preprocess --no-append_eod"),
+    ],
+)
+def test_rows_that_cannot_be_trained_on_are_mended_by_flags_that_exist(train, tmp_path, monkeypatch, row, more, remedy):
+    tokenizers = pytest.importorskip("tokenizers")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save("endless.json")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    more = ["--tokenizer", "bytes", *more] if "--tokenizer" not in more else more
+    with pytest.raises(UserError, match=re.escape(remedy)) as caught:
+        train("--data_file", tmp_path / "rows.jsonl", "--data_type", "sft", *more)
+    named = set(re.findall(r"--\w+", str(caught.value))) - {"--skip_bad_rows", "--no"}
+    assert named <= {f"--{flag_of(field)}" for field in fields(DataConfig)}
+
+
+@pytest.mark.parametrize("kind", ["binidx", "sft"])
+@pytest.mark.parametrize("dataload", ["pad", "pack", "get"])
+def test_samples_are_shown_and_nothing_trains(train, tmp_path, monkeypatch, kind, dataload):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    flags = ["--dataload", dataload, "--show_samples", 2, "--data_shuffle", 0]
+    if kind == "sft":
+        flags += ["--data_file", tmp_path / "chat.jsonl", "--data_type", "sft", "--tokenizer", "bytes"]
+    monkeypatch.setattr(run, "build_model", None)
+    shown, samples = train(*flags)
+    assert samples is None and not (tmp_path / "out").exists()
+    first = 10 if dataload == "pack" else 0  # which fills rows with the longest first
+    assert f"User: {first} birds?\n\nAssistant:[[ {first}!<end>]]" in shown
+    assert "sample 2" in shown and "sample 3" not in shown and "model  " not in shown

@@ -1,0 +1,101 @@
+"""Flags as people of RWKV-LM, RWKV-PEFT and the Hugging Face world type them: taken where they say what happens anyway,
+else told by their meaning."""
+
+import json
+import re
+
+import pytest
+
+from rwkv_peft.errors import UserError
+from rwkv_peft.training.flags import parse_run
+from rwkv_peft.training.run import main
+from rwkv_peft.training.synonyms import SYNONYMS
+
+INERT = (
+    "--chunk_ctx 512 --avg_loss 0 --fused_kernel --compile --ds_bucket_mb 2 --load_partial 0 --my_pile_version 1 "
+    "--my_pile_shift -1 --my_pile_edecay 0 --my_exit_tokens 0 --my_exit 99999999 --my_sample_len 0 --my_ffn_shift 1 "
+    "--my_att_shift 1 --my_random_steps 0 --tiny_att_layer -999 --merge 0"
+).split()
+
+
+def flags(files, *more):
+    where = ["--load_model", str(files / "base.pth"), "--data_file", str(files / "data")]
+    return [*where, "--proj_dir", str(files / "flags"), "--ctx_len", "16", *more]
+
+
+def config(files, *more):
+    return parse_run(flags(files, *more)).config
+
+
+@pytest.mark.parametrize("lisa", ['{"lisa_r":2,"lisa_k":100}', '{"lisa_k": 100, "lisa_r": 2}'])
+def test_what_sets_nothing_here_is_taken(files, lisa):
+    plain = config(files, "--bone_r", "16")
+    assert config(files, "--bone_r", "16", *INERT, "--lisa_config", lisa) == plain
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ("--my_exit_tokens 100", "an end after so many tokens; --epoch_steps and --epoch_count set it"),
+        ("--load_partial 1", "a base is complete here"),
+        ("--avg_loss 1", "every token of a step weighs the same"),
+        ("--chunk_ctx many", "chunks of an infinite context"),
+        ('--lisa_config {"lisa_r":4}', "LISA, a method that is not here"),
+        ("--merge 1", "give --merge_on_save"),
+        ("--my_testing x070", "x070 is RWKV-7, which is not supported yet; there is x060 (RWKV-6)"),
+        ("--model_version x070", "x070 is RWKV-7"),
+        ("--learning_rate 1e-4", "there is no --learning_rate here; it is --lr_init"),
+        ("--learning-rate=1e-4", "there is no --learning-rate here; it is --lr_init"),
+        ("--output_dir out", "--proj_dir"),
+        ("--num_train_epochs 3", "--epoch_count"),
+        ("--max_steps 3", "--epoch_steps with --epoch_count 1"),
+        ("--lora_r 8", "lora_r in --lora_config"),
+        ("--per_device_train_batch_size 4", "--micro_bsz"),
+        ("--gradient_accumulation_steps 4", "--accumulate_grad_batches"),
+        ("--mask_id {mask0", "is not JSON"),
+        ('--mask_id {"mask0":"a"}', "other keys than mask0 and mask1"),
+        ('--bone_r 16 --loss_mask qa --mask_id {"mask0":"0","mask1":"1"}', "needs --mask_id"),
+        ('--loss_mask qa --mask_id {"mask0":"","mask1":[1,-2]}', "neither a text nor token ids"),
+        ('--peft lora --peft_config {"rank":8}', "unknown key 'rank'"),
+        ('--peft none --peft_config {"r":8}', "--peft_config belongs to --peft bone or"),
+        ("--random_seed -1 --num_nodes 2", "give a number"),
+    ],
+)
+def test_what_is_not_here_is_told_by_its_meaning(files, more, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        main(flags(files, *more.split()))
+
+
+def test_a_meaning_is_never_that_of_a_flag_that_exists():
+    from rwkv_peft.training.parser import build_parser
+
+    known = {option for action in build_parser()._actions for option in action.option_strings}
+    assert not known & SYNONYMS.keys()
+    assert all(set(re.findall(r"--\w+", ours)) <= known for ours in SYNONYMS.values())
+
+
+def test_peft_config_is_the_json_of_any_method(files):
+    lora = config(files, "--peft", "lora", "--peft_config", '{"r":8,"lora_alpha":32,"lora_dropout":0.05}').adapter
+    assert (lora.rank, lora.alpha, lora.dropout) == (8, 32, 0.05)
+    bone = config(files, "--peft_config", '{"mode":"bat","load":"","r":16}').adapter
+    assert (bone.mode, bone.rank) == ("bat-in", 16)
+
+
+def test_markers_of_rwkv_peft_are_texts_or_ids(files):
+    masked = ("--loss_mask", "se", "--dataload", "pad", "--bone_r", "16", "--mask_id")
+    data = config(files, *masked, '{"mask0":[7],"mask1":[8, 15]}').data
+    assert (data.mask_id, data.mask_end_id) == ((8, 15), (7,))
+    data = config(files, *masked, '{"mask0":"User:","mask1":"Assistant:"}').data
+    assert (data.mask_id, data.mask_end_id) == ((5585, 41693, 59), (24281, 59))
+    assert config(files, "--bone_r", "16", "--mask_id", '{"mask0":"0","mask1":"1"}').data.mask_id == ()
+
+
+def test_a_drawn_seed_is_one_for_all_ranks_and_kept(files, train):
+    more = ("--random_seed", "-1", "--devices", "2", "--precision", "fp32", "--epoch_count")
+    out, _ = train("drawn", *more, "1")
+    seed = int(re.search(r"^seed +(\d+)$", out, re.M)[1])
+    recorded = json.loads((files / "drawn" / "config.json").read_text())
+    assert recorded["train"]["random_seed"] == recorded["data"]["seed"] == seed
+    assert "do not train: time (" in out and "--train_parts time ln trains time and ln along, as RWKV-PEFT" in out
+    out, _ = train("drawn", *more, "2", "--resume")
+    assert re.search(rf"^seed +{seed}$", out, re.M)
