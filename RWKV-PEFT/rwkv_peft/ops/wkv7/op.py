@@ -1,0 +1,89 @@
+"""wkv7: the one entry to the RWKV-7 recurrence. Checks its arguments and hands them to a backend."""
+
+import functools
+import logging
+
+import torch
+from torch import Tensor
+
+from ..recurrence import as_int64, common_dtype, is_traced, plain, refuse_tangents
+from . import reference
+from .checks import check
+from .operators import backend_module, call_forward
+
+BACKENDS = ("chunked",)
+
+
+def wkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """RWKV-7's recurrence ("Goose", Peng et al. 2025, arXiv 2503.14456): y_t = S_t r_t,
+    S_t = S_{t-1} diag(exp(-e^(-1/2) sigmoid(w_t))) + (S_{t-1} a_t) b_tᵀ + v_t k_tᵀ.
+
+    r w k v a b (B, T, H, N), w before the sigmoid; state (B, H, N, N), rows the value dimension (in wkv6 the key
+    dimension), or None for zeros -> y (B, T, H, N) in v's dtype, final state (B, H, N, N) float32. With cu_seqlens
+    (n + 1,), int32 or int64, B is 1, the row holds n sequences bounded by its entries, and the states are (n, H, N, N).
+
+    Differentiable once in r w k v a b and state, through both outputs. backend: "auto" takes "chunked", products of
+    matrices in plain torch on any device; a named backend is never replaced. All compute in float32. float64 needs
+    "reference", one step at a time, which "auto" takes for it, and so does forward-mode differentiation. Raises
+    ValueError where arguments do not fit, NotImplementedError for forward mode of another backend than "reference".
+    """
+    check(r, w, k, v, a, b, state, cu_seqlens)
+    dtype = common_dtype(v, r, w, k, a, b)
+    chosen = _choose(backend, v.device.type, dtype)
+    if chosen == "reference":
+        return reference.wkv7(r, w, k, v, a, b, state, cu_seqlens)
+
+    out_dtype = v.dtype
+    kernel_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    r, w, k, v, a, b = inputs = tuple(plain(x, kernel_dtype) for x in (r, w, k, v, a, b))
+    state = None if state is None else plain(state, torch.float32)
+    cu_seqlens = None if cu_seqlens is None else as_int64(cu_seqlens, v.shape[1])
+    inputs = inputs if state is None else (*inputs, state)
+    refuse_tangents("wkv7", inputs, chosen)
+    save = torch.is_grad_enabled() and any([x.requires_grad for x in inputs])
+    forward = torch.ops.rwkv_peft.wkv7_forward if save or is_traced(v) else call_forward
+    y, final_state, _ = forward(r, w, k, v, a, b, state, cu_seqlens, save, chosen)
+    return y.to(out_dtype), final_state
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend's name -> None where it can be used here, else the reason and the remedy. May compile them."""
+    return {"reference": None, **{name: backend_module(name).unavailable() for name in BACKENDS}}
+
+
+@torch.compiler.assume_constant_result
+def _choose(backend, device_type, dtype):
+    """_resolve, as a constant of a compiled graph."""
+    return _resolve(backend, device_type, dtype)
+
+
+@functools.cache
+def _resolve(backend, device_type, dtype):
+    """The backend to call: `backend` itself, or what "auto" means for this device and dtype."""
+    if backend == "auto":
+        return _resolve_auto(device_type, dtype)
+    if backend == "reference":
+        return backend
+    if backend not in BACKENDS:
+        raise ValueError(f"wkv7: backend {backend!r} is unknown; take one of auto, reference, {', '.join(BACKENDS)}")
+    if dtype == torch.float64:
+        raise ValueError(f"wkv7: backend {backend!r} computes in float32, not {dtype}; convert, or take 'reference'")
+    return backend
+
+
+def _resolve_auto(device_type, dtype):
+    if dtype == torch.float64:
+        return "reference"
+    logging.getLogger(__name__).info("wkv7 takes backend 'chunked' for tensors on %s", device_type)
+    return "chunked"
