@@ -1,13 +1,15 @@
 """wkv7's contract with its callers and with torch: what it accepts, what it refuses and how, dtypes, one graph."""
 
+import warnings
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
-from rwkv_peft.ops.wkv7 import backends, wkv7
+from rwkv_peft.ops.wkv7 import backends, cpu, op, wkv7
 
-BACKENDS = ("chunked",)
+BACKENDS = ("chunked", "cpu")
 
 
 def random_inputs(B, T, H, N):
@@ -163,6 +165,7 @@ def changed(**changes):
         ({x: torch.zeros(2, 3, 2, 8) for x in SEQUENCES} | {"cu_seqlens": torch.tensor([0, 3])}, "B is 2 with cu_seq"),
         ({"backend": "tpu"}, "'tpu' is unknown; take one of auto, reference, chunked"),
         ({"backend": "chunked:avx2"}, "'chunked:avx2' is unknown"),
+        ({"backend": "cpu:sse9"}, "'cpu:sse9' is unknown"),
         ({"backend": None}, "None is unknown"),
         (
             {x: torch.zeros(1, 6, 2, 8).double() for x in SEQUENCES} | {"backend": "chunked"},
@@ -173,6 +176,22 @@ def changed(**changes):
 def test_arguments_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         wkv7(**changed(**changes))
+
+
+def test_auto_says_once_what_it_took_and_a_named_backend_never_falls_back(monkeypatch):
+    monkeypatch.setattr(cpu, "unavailable", lambda level="": "no g++ on this machine; install one")
+    op._resolve.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="takes backend 'chunked'.*no g\\+\\+.*install one"):
+            wkv7(**changed())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            wkv7(**changed())
+        for name in ("cpu", "cpu:portable"):
+            with pytest.raises(RuntimeError, match="cannot be used: no g\\+\\+"):
+                wkv7(**changed(), backend=name)
+    finally:
+        op._resolve.cache_clear()
 
 
 def test_float64_takes_the_reference():

@@ -5,22 +5,23 @@ import functools
 import pytest
 import torch
 
-from rwkv_peft.ops.wkv7 import backends, chunked, wkv7
+from rwkv_peft.ops.native import levels
+from rwkv_peft.ops.wkv7 import chunked, cpu, wkv7
 
 INPUTS = ("r", "w", "k", "v", "a", "b", "state")
 NAMES = ("y", "final state", *(f"g{name}" for name in INPUTS))
-BACKENDS = ("chunked",)
+BACKENDS = ("chunked", *(f"cpu:{level}" for level in levels.LEVELS))
 DTYPES = (torch.float32, torch.bfloat16)
 LENGTHS = (1, 2, 15, 16, 17, 64, 100, 257)
 DECAYS = {"usual": (-6.0, 2.0), "none": (-40.0, -20.0), "strong": (6.0, 95.0), "mixed": (-8.0, 8.0)}
 
 
-def device_of(backend):
-    """The device of a backend's tensors; skips the test where this machine cannot run it."""
-    reason = backends()[backend]
+def skip_unless_usable(backend):
+    """Skips the test where this machine cannot run a backend."""
+    name, _, level = backend.partition(":")
+    reason = cpu.unavailable(level) if name == "cpu" else None
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
-    return "cpu"
 
 
 def random_inputs(B, T, H, N, dtype=torch.float32, decay="usual", with_state=True, sequences=None, seed=0):
@@ -57,7 +58,7 @@ def case(*shape, bounds=None, **choices):
 
 def assert_as_accurate(backend, *shape, **choices):
     """Each result is at most twice as far from float64 as plain torch's, plus a few roundings of the scale."""
-    device_of(backend)
+    skip_unless_usable(backend)
     inputs, gradients, cu_seqlens, truth, plain = case(*shape, **choices)
     out = run(backend, inputs, gradients, cu_seqlens=cu_seqlens)
     largest = max(t.norm().item() for t in truth)
@@ -115,7 +116,7 @@ def test_packed_sequences_are_computed_apart(backend, with_state, dtype):
 @pytest.mark.parametrize("split", (1, 31, 64, 90))
 @pytest.mark.parametrize("backend", ("reference", *BACKENDS))
 def test_a_sequence_in_two_parts_equals_the_whole(backend, split):
-    device_of(backend)
+    skip_unless_usable(backend)
     inputs, (gy, gfinal) = random_inputs(2, 100, 2, 64)
     whole = run(backend, inputs, (gy, gfinal))
     leaves = [x.clone().requires_grad_() for x in inputs]
@@ -129,7 +130,7 @@ def test_a_sequence_in_two_parts_equals_the_whole(backend, split):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_at_a_time_equals_a_sequence(backend):
-    device_of(backend)
+    skip_unless_usable(backend)
     (*inputs, state), _ = random_inputs(2, 9, 3, 64)
     y, final = wkv7(*inputs, state, backend=backend)
     steps = []
@@ -142,7 +143,7 @@ def test_a_step_at_a_time_equals_a_sequence(backend):
 
 @pytest.mark.parametrize("backend", ("reference", *BACKENDS))
 def test_one_output_alone_can_be_differentiated(backend):
-    device_of(backend)
+    skip_unless_usable(backend)
     inputs, _ = random_inputs(1, 20, 2, 32)
     for output in (0, 1):
         results = []

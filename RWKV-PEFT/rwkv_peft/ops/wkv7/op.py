@@ -2,16 +2,18 @@
 
 import functools
 import logging
+import warnings
 
 import torch
 from torch import Tensor
 
+from ..native.levels import LEVELS
 from ..recurrence import as_int64, common_dtype, is_traced, plain, refuse_tangents
-from . import reference
+from . import cpu, reference
 from .checks import check
 from .operators import backend_module, call_forward
 
-BACKENDS = ("chunked",)
+BACKENDS = ("chunked", "cpu")
 
 
 def wkv7(
@@ -33,10 +35,12 @@ def wkv7(
     dimension), or None for zeros -> y (B, T, H, N) in v's dtype, final state (B, H, N, N) float32. With cu_seqlens
     (n + 1,), int32 or int64, B is 1, the row holds n sequences bounded by its entries, and the states are (n, H, N, N).
 
-    Differentiable once in r w k v a b and state, through both outputs. backend: "auto" takes "chunked", products of
-    matrices in plain torch on any device; a named backend is never replaced. All compute in float32. float64 needs
-    "reference", one step at a time, which "auto" takes for it, and so does forward-mode differentiation. Raises
-    ValueError where arguments do not fit, NotImplementedError for forward mode of another backend than "reference".
+    Differentiable once in r w k v a b and state, through both outputs. backend: "auto" takes the kernel of the tensors'
+    device ("cpu") where it can be used, else "chunked", products of matrices in plain torch on any device, and says so
+    once; a named backend is never replaced. "cpu:avx512bf16", "cpu:avx512", "cpu:avx2" and "cpu:portable" name the CPU
+    kernel's instruction set. All compute in float32. float64 needs "reference", one step at a time, which "auto" takes
+    for it, and so does forward-mode differentiation. Raises ValueError where arguments do not fit, RuntimeError where a
+    named backend is unusable, NotImplementedError for forward mode of another backend than "reference".
     """
     check(r, w, k, v, a, b, state, cu_seqlens)
     dtype = common_dtype(v, r, w, k, a, b)
@@ -75,8 +79,15 @@ def _resolve(backend, device_type, dtype):
         return _resolve_auto(device_type, dtype)
     if backend == "reference":
         return backend
-    if backend not in BACKENDS:
-        raise ValueError(f"wkv7: backend {backend!r} is unknown; take one of auto, reference, {', '.join(BACKENDS)}")
+    name, _, level = str(backend).partition(":")
+    if name not in BACKENDS or (level and (name != "cpu" or level not in LEVELS)):
+        known = ", ".join(("auto", "reference", *BACKENDS, *(f"cpu:{level}" for level in LEVELS)))
+        raise ValueError(f"wkv7: backend {backend!r} is unknown; take one of {known}")
+    reason = backend_module(name).unavailable(level)
+    if reason is not None:
+        raise RuntimeError(f"wkv7: backend {backend!r} cannot be used: {reason}")
+    if name == "cpu" and device_type not in ("cpu", "meta"):
+        raise ValueError(f"wkv7: backend {name!r} with tensors on {device_type}; move them to {name}, or take 'auto'")
     if dtype == torch.float64:
         raise ValueError(f"wkv7: backend {backend!r} computes in float32, not {dtype}; convert, or take 'reference'")
     return backend
@@ -85,5 +96,11 @@ def _resolve(backend, device_type, dtype):
 def _resolve_auto(device_type, dtype):
     if dtype == torch.float64:
         return "reference"
-    logging.getLogger(__name__).info("wkv7 takes backend 'chunked' for tensors on %s", device_type)
-    return "chunked"
+    if device_type == "meta":
+        return "chunked"
+    reason = cpu.unavailable() if device_type == "cpu" else None
+    if reason is not None:
+        warnings.warn(f"wkv7 takes backend 'chunked', which is slow: {reason}", RuntimeWarning, stacklevel=5)
+    chosen = "cpu" if device_type == "cpu" and reason is None else "chunked"
+    logging.getLogger(__name__).info("wkv7 takes backend %r for tensors on %s", chosen, device_type)
+    return chosen
