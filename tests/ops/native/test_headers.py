@@ -14,6 +14,7 @@ from rwkv_peft.ops.native.levels import level_flags
 from rwkv_peft.ops.native.sources import included_files, source_directory
 from rwkv_peft.ops.wkv6 import cpu as wkv6_cpu
 from rwkv_peft.ops.wkv6 import cuda as wkv6_cuda
+from rwkv_peft.ops.wkv7 import cpu as wkv7_cpu
 
 CPU, CUDA = source_directory("cpu"), source_directory("cuda")
 SHIM = Path(__file__).resolve().parents[2] / "cuda_shim"
@@ -22,6 +23,7 @@ FOR_GPUS = ("common/ptx.cuh",)  # which the shim replaces
 STRUCTURES = (
     (wkv6_cpu.Arguments, CPU, "wkv6/arguments.h"),
     (wkv6_cuda.Arguments, CUDA, "wkv6/arguments.cuh"),
+    (wkv7_cpu.Arguments, CPU, "wkv7/arguments.h"),
     (cross_entropy.CrossEntropyArguments, CPU, "cross_entropy/arguments.h"),
     *((getattr(mix, name), CPU, "mix/arguments.h") for name in dir(mix) if name.endswith("Arguments")),
     *((getattr(bone, name), CPU, "bone/arguments.h") for name in dir(bone) if name.endswith("Arguments")),

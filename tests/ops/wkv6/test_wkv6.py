@@ -359,7 +359,7 @@ def test_bounds_that_only_a_compiled_graph_sees_are_checked_when_it_runs():
 def test_a_tensor_that_passed_is_not_read_again_until_it_changes():
     """As on a GPU, where reading it waits: a mark of having passed stands for the values, also in a converted copy."""
     bounds = torch.tensor([0, 99], dtype=torch.int32)  # would not pass
-    bounds._wkv6_checked = 6, bounds._version
+    bounds._checked_bounds = 6, bounds._version
     checks.check_bounds(checks.as_int64(bounds, 6), 6)
     for changed_bounds, tokens in ((bounds, 7), (bounds.add_(0), 6)):
         with pytest.raises(ValueError, match="it must start at 0"):

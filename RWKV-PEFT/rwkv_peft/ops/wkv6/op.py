@@ -5,12 +5,12 @@ import logging
 import warnings
 
 import torch
-from torch.autograd import forward_ad
 
 from ..compiled import constant_when_compiled
 from ..native.levels import LEVELS
+from ..recurrence import as_int64, common_dtype, is_traced, plain, refuse_tangents
 from . import cpu, reference
-from .checks import as_int64, check
+from .checks import check
 from .operators import backend_module
 
 KERNELS = ("cpu", "cuda")
@@ -34,7 +34,7 @@ def wkv6(r, k, v, w, u, state=None, cu_seqlens=None, *, backend="auto"):
     do not fit, RuntimeError where a named backend is unusable, NotImplementedError for a kernel's forward mode.
     """
     check(r, k, v, w, u, state, cu_seqlens)
-    dtype = _common_dtype(r, k, v, w)
+    dtype = common_dtype(v, r, k, w)
     chosen = _choose(backend, v.device.type, dtype)
     if chosen == "reference":
         return reference.wkv6(r, k, v, w, u, state, cu_seqlens)
@@ -42,14 +42,14 @@ def wkv6(r, k, v, w, u, state=None, cu_seqlens=None, *, backend="auto"):
 
     out_dtype = v.dtype
     kernel_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    r, k, v, w = (_plain(x, kernel_dtype) for x in (r, k, v, w))
-    u = _plain(u, torch.float32)
-    state = None if state is None else _plain(state, torch.float32)
+    r, k, v, w = (plain(x, kernel_dtype) for x in (r, k, v, w))
+    u = plain(u, torch.float32)
+    state = None if state is None else plain(state, torch.float32)
     cu_seqlens = None if cu_seqlens is None else as_int64(cu_seqlens, v.shape[1])
     inputs = (r, k, v, w, u) if state is None else (r, k, v, w, u, state)
-    _refuse_tangents(inputs, chosen)
+    refuse_tangents("wkv6", inputs, chosen)
     save = torch.is_grad_enabled() and any([x.requires_grad for x in inputs])
-    forward = torch.ops.rwkv_peft.wkv6_forward if save or _is_traced(v) else backend_module(v.device.type).forward
+    forward = torch.ops.rwkv_peft.wkv6_forward if save or is_traced(v) else backend_module(v.device.type).forward
     y, final_state, _ = forward(r, k, v, w, u, state, cu_seqlens, save, level)
     return y.to(out_dtype), final_state
 
@@ -57,36 +57,6 @@ def wkv6(r, k, v, w, u, state=None, cu_seqlens=None, *, backend="auto"):
 def backends():
     """Every backend's name -> None where it can be used here, else the reason and the remedy. May compile them."""
     return {"reference": None, **{name: backend_module(name).unavailable() for name in KERNELS}}
-
-
-def _is_traced(x):
-    """Whether x stands for a tensor under torch.compile, FakeTensor or the meta device: the operator must be seen.
-    Elsewhere generation's single steps go straight to the kernel, as calling the operator costs as much as a small one.
-    """
-    return torch.compiler.is_compiling() or type(x) is not torch.Tensor or x.device.type == "meta"
-
-
-def _refuse_tangents(inputs, backend):
-    if getattr(forward_ad, "_current_level", -1) < 0 or torch.compiler.is_compiling():
-        return
-    if any([forward_ad.unpack_dual(x).tangent is not None for x in inputs]):
-        raise NotImplementedError(
-            f"wkv6: backend {backend!r} has no forward-mode derivative; take backend='reference', or differentiate "
-            "backward"
-        )
-
-
-def _plain(x, dtype):
-    return x.to(dtype).contiguous()
-
-
-def _common_dtype(r, k, v, w):
-    """The dtype that holds all four: under autocast the decay is float32 beside bfloat16 projections."""
-    dtype = v.dtype
-    for x in (r, k, w):
-        if x.dtype != dtype:
-            dtype = torch.promote_types(dtype, x.dtype)
-    return dtype
 
 
 @constant_when_compiled

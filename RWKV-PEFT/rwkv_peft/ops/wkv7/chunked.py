@@ -1,0 +1,201 @@
+"""The chunked form of wkv7 in plain torch as a backend, for any device: products of matrices instead of single steps.
+
+With c the sums of the decays' logarithms from a chunk's start, the factors exp(c) and 1 / exp(c) turn all that happens
+between a chunk's steps into triangular matrices (C, C), and what passes through the state S into products with it. The
+rows of U are S_{t-1} a_t, which depend on each other: a unit triangular system. Its backward is derived by hand, and
+takes the states between chunks from a second pass forward over a segment, never by stepping a state back, which would
+lose accuracy with each division by a decay.
+
+Chunkwise forms of the delta rule: Yang et al. 2024, arXiv 2406.06484; RWKV-7: Peng et al. 2025, arXiv 2503.14456.
+Computes in float64 where the tensors are float64, else in float32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .layout import CHUNK, SEGMENT, Layout, segment_count
+from .reference import DECAY_SCALE
+
+
+def unavailable(level: str = "") -> None:
+    """None: torch alone is enough."""
+
+
+def checkpoint_count(tokens: int, rows: int, sequences: int) -> int:
+    """States kept for backward, at most, for `rows` rows of `tokens` tokens in all."""
+    return segment_count(rows, tokens // rows, sequences)
+
+
+@dataclass(frozen=True)
+class Products:
+    """Some chunks' operands: G = B H heads, n chunks of C steps."""
+
+    v: Tensor  # (G, n, C, N), as are the next six
+    incl: Tensor  # product of the decays up to a step, itself included
+    excl: Tensor  # and without itself
+    wq: Tensor  # r incl
+    wa: Tensor  # a excl
+    kwi: Tensor  # k / incl
+    bwi: Tensor  # b / incl
+    fw: Tensor  # (G, n, 1, N), incl of the last step
+    ab: Tensor  # (G, n, C, C), as are the next four: what a step reads of an earlier one's write
+    ak: Tensor
+    qk: Tensor
+    qb: Tensor
+    inverse: Tensor  # (I - ab)⁻¹
+
+
+def _prepare(r, w, k, v, a, b) -> Products:
+    logs = DECAY_SCALE * torch.sigmoid(w)
+    sums = logs.cumsum(-2)
+    incl, excl = sums.exp(), (sums - logs).exp()
+    wq, wa, kwi, bwi = r * incl, a * excl, k / incl, b / incl
+    ab, ak = (wa @ bwi.mT).tril(-1), (wa @ kwi.mT).tril(-1)
+    qk, qb = (wq @ kwi.mT).tril(), (wq @ bwi.mT).tril()
+    identity = torch.eye(CHUNK, dtype=v.dtype, device=v.device)
+    inverse = torch.linalg.solve_triangular(identity - ab, identity.expand_as(ab), upper=False, unitriangular=True)
+    return Products(v, incl, excl, wq, wa, kwi, bwi, incl[..., -1:, :], ab, ak, qk, qb, inverse)
+
+
+def _states(p: Products, first: int, S: Tensor, starts: dict[int, Tensor], ends: dict[int, Tensor]):
+    """(states before each chunk, U, the state after the last), from chunk number `first` on. starts: a chunk -> the
+    state that it begins with; ends: a chunk -> where the state after it goes."""
+    own, through = p.inverse @ (p.ak @ p.v), p.inverse @ p.wa  # U = own + through Sᵀ
+    bf, written = p.bwi * p.fw, p.v.mT @ (p.kwi * p.fw)
+    states, us = [], []
+    for c in range(p.v.shape[1]):
+        S = starts.get(first + c, S)
+        states.append(S)
+        U = torch.baddbmm(own[:, c], through[:, c], S.mT)
+        S = torch.baddbmm(torch.addcmul(written[:, c], S, p.fw[:, c]), U.mT, bf[:, c])
+        us.append(U)
+        if first + c in ends:
+            ends[first + c].copy_(S)
+    return torch.stack(states, 1), torch.stack(us, 1), S
+
+
+class _Call:
+    """A call's tensors, laid out in chunks and read a segment at a time."""
+
+    def __init__(self, inputs, state, cu_seqlens):
+        r = inputs[0]
+        self.layout = Layout(r.shape, cu_seqlens)
+        self.dtype = torch.promote_types(r.dtype, torch.float32)
+        fillers = (0.0, -torch.inf, 0.0, 0.0, 0.0, 0.0)  # such a step leaves the state alone
+        self.inputs = [self.layout.pad(x, filler) for x, filler in zip(inputs, fillers)]
+        self.initial = self.states(state, r)
+
+    def states(self, state, like):
+        """`state`, or zeros, in the dtype of the computation."""
+        at = self.layout
+        shape = (at.states, at.H, at.N, at.N)
+        return like.new_zeros(shape, dtype=self.dtype) if state is None else state.to(self.dtype)
+
+    def parts(self, states, chunks):
+        """A sequence's first or last chunk -> its states, (B H, N, N)."""
+        return {chunk: states[at].flatten(0, 1) for chunk, at in chunks.items()}
+
+    def segments(self):
+        """The chunks of each segment: (first, after)."""
+        chunks = self.layout.chunks
+        return [(first, min(first + SEGMENT, chunks)) for first in range(0, chunks, SEGMENT)]
+
+    def take(self, x, first, after):
+        """Chunks of a padded tensor as (B H, n, C, N)."""
+        return x[:, :, first:after].flatten(0, 1).to(self.dtype)
+
+    def products(self, first, after):
+        """The operands of a segment's chunks."""
+        return _prepare(*(self.take(x, first, after) for x in self.inputs))
+
+    def empty(self, like):
+        """Room for all chunks' results, (B, steps, H, N), in the dtype of `like`."""
+        at = self.layout
+        return like.new_empty(at.B, at.chunks * CHUNK, at.H, at.N)
+
+    def put(self, to, first, after, x):
+        """x (B H, n, C, N) goes to its chunks' place."""
+        at = self.layout
+        to[:, first * CHUNK : after * CHUNK] = x.reshape(at.B, at.H, -1, at.N).transpose(1, 2)
+
+
+def forward(r, w, k, v, a, b, state, cu_seqlens, save, level):
+    """r w k v a b (B, T, H, N) of one dtype; state (n, H, N, N) or None; cu_seqlens (n + 1,) int64 or None
+    -> y, final state, the states that the segments begin with (none unless `save`)."""
+    call = _Call((r, w, k, v, a, b), state, cu_seqlens)
+    at = call.layout
+    count = checkpoint_count(at.B * at.T, at.B, at.states) if save else 0
+    checkpoints = call.initial.new_zeros(count, at.H, at.N, at.N)
+    kept = checkpoints.view(-1, at.B * at.H, at.N, at.N)
+    final, y = torch.empty_like(call.initial), call.empty(r)
+    starts, ends = call.parts(call.initial, at.starts), call.parts(final, at.ends)
+    S = starts[0]
+    for number, (first, after) in enumerate(call.segments()):
+        if save:
+            kept[number] = S
+        p = call.products(first, after)
+        states, U, S = _states(p, first, S, starts, ends)
+        call.put(y, first, after, p.qk @ p.v + p.qb @ U + p.wq @ states.mT)
+    return at.cut(y).contiguous(), final, checkpoints
+
+
+def backward(r, w, k, v, a, b, state, cu_seqlens, checkpoints, gy, gfinal, level):
+    """The gradients of r w k v a b and state, given those of y and of the final state (None for zeros)."""
+    inputs = (r, w, k, v, a, b)
+    call = _Call(inputs, state, cu_seqlens)
+    at = call.layout
+    kept = checkpoints.view(-1, at.B * at.H, at.N, at.N)
+    gy = at.pad(torch.zeros_like(r) if gy is None else gy)
+    gfinal, gstate = call.states(gfinal, r), torch.empty_like(call.initial)
+    starts, begun = call.parts(call.initial, at.starts), call.parts(gstate, at.starts)
+    ended = call.parts(gfinal, at.ends)
+    outs = [call.empty(x) for x in inputs]
+    dS = torch.zeros_like(kept[0])
+    segments = call.segments()
+    for number in reversed(range(len(segments))):
+        first, after = segments[number]
+        p = call.products(first, after)
+        states, U, _ = _states(p, first, kept[number], starts, {})
+        dY = call.take(gy, first, after)
+        dS, gradients = _backward_segment(p, states, U, dY, dS, first, begun, ended)
+        dr, dl, *others = gradients
+        sigmoids = torch.sigmoid(w_ := call.take(call.inputs[1], first, after)) * torch.sigmoid(-w_)
+        for out, x in zip(outs, (dr, DECAY_SCALE * sigmoids * dl, *others)):
+            call.put(out, first, after, x)
+    return *(at.cut(x).contiguous() for x in outs), gstate
+
+
+def _backward_segment(p: Products, states, U, dY, dS, first, begun, ended):
+    """(gradient of the state before the segment, gradients of r, log decay, k, v, a, b). states: S before each chunk;
+    dS: gradient of the state after the segment; begun: a chunk -> where the gradient of the state before it goes;
+    ended: a chunk -> the gradient of the state after it."""
+    bf, kf = p.bwi * p.fw, p.kwi * p.fw
+    own, through = p.inverse.mT @ (p.qb.mT @ dY), p.inverse.mT @ bf  # X = own + through dSᵀ
+    read = dY.mT @ p.wq
+    after, xs = [], []
+    for c in reversed(range(dY.shape[1])):
+        dS = ended.get(first + c, dS)
+        after.append(dS)
+        X = torch.baddbmm(own[:, c], through[:, c], dS.mT)
+        dS = torch.baddbmm(torch.addcmul(read[:, c], dS, p.fw[:, c]), X.mT, p.wa[:, c])
+        xs.append(X)
+        if first + c in begun:
+            begun[first + c].copy_(dS)
+    D, X = torch.stack(after[::-1], 1), torch.stack(xs[::-1], 1)
+
+    dv = p.qk.mT @ dY + kf @ D.mT + p.ak.mT @ X
+    dab, dak = (X @ U.mT).tril(-1), (X @ p.v.mT).tril(-1)
+    dqb, dqk = (dY @ U.mT).tril(), (dY @ p.v.mT).tril()
+    vs, us = (p.v @ D) * p.fw, (U @ D) * p.fw
+    dwq = dY @ states + dqk @ p.kwi + dqb @ p.bwi
+    dwa = X @ states + dab @ p.bwi + dak @ p.kwi
+    dkwi = dqk.mT @ p.wq + dak.mT @ p.wa + vs
+    dbwi = dqb.mT @ p.wq + dab.mT @ p.wa + us
+
+    # A decay's logarithm takes part in incl from its step on, in excl from the next.
+    g, h = dwq * p.wq - dkwi * p.kwi - dbwi * p.bwi, dwa * p.wa
+    g[..., -1:, :] += (states * D).sum(-2, keepdim=True) * p.fw + (p.kwi * vs + p.bwi * us).sum(-2, keepdim=True)
+    dl = (g + h).flip(-2).cumsum(-2).flip(-2) - h
+    return dS, (dwq * p.incl, dl, dkwi / p.incl, dv, dwa * p.excl, dbwi / p.incl)

@@ -1,0 +1,87 @@
+"""The CPU kernel as a wkv7 backend: builds cpu/wkv7 on first use and calls it through its C interface."""
+
+import ctypes
+import functools
+
+import torch
+
+from ..native import levels
+from ..native.arguments import fields, fill
+from ..native.cpu import cpu_library
+from ..native.errors import BuildError
+
+TILE = 64  # steps between two saved states; cpu/wkv7/chunk.h's kTile
+
+
+class Arguments(ctypes.Structure):
+    """cpu/wkv7/arguments.h's structure of the same name."""
+
+    _fields_ = fields(
+        "r w k v a b state checkpoints y final_state gy gfinal gr gw gk gv ga gb gstate cu_seqlens",
+        "sequences tokens heads head_size",
+    )
+
+
+FUNCTIONS = tuple((name, ctypes.c_int, Arguments) for name in ("wkv7_cpu_forward", "wkv7_cpu_backward"))
+
+
+@functools.cache
+def unavailable(level: str = "") -> str | None:
+    """None where the kernel works here (at `level`, or at any), else why it does not and what would help."""
+    if level and not levels.is_here(level):
+        return f"this processor has no {level}; its best is cpu:{levels.best_level()}"
+    try:
+        library(level or levels.best_level())
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+def checkpoint_count(tokens: int, rows: int, sequences: int) -> int:
+    """States kept for backward: one at each 64th step of a sequence, except its first (that one is the input)."""
+    return tokens // TILE
+
+
+def forward(r, w, k, v, a, b, state, cu_seqlens, save, level):
+    """Contiguous r w k v a b (B, T, H, N), float32 or bfloat16; state (n, H, N, N) or None, float32;
+    cu_seqlens (n + 1,) int64 or None -> y, final state, checkpoints (float32, empty unless `save`)."""
+    B, T, H, N = r.shape
+    sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    y = torch.empty_like(r)
+    final_state = r.new_empty(sequences, H, N, N, dtype=torch.float32)
+    count = checkpoint_count(B * T, B, sequences) if save else 0
+    checkpoints = r.new_empty(count, H, N, N, dtype=torch.float32)
+    tensors = dict(r=r, w=w, k=k, v=v, a=a, b=b, state=state, cu_seqlens=cu_seqlens, y=y, final_state=final_state)
+    arguments = _arguments(sequences, tensors | dict(checkpoints=checkpoints if save else None))
+    _check(library(level or levels.best_level()).wkv7_cpu_forward(arguments))
+    return y, final_state, checkpoints
+
+
+def backward(r, w, k, v, a, b, state, cu_seqlens, checkpoints, gy, gfinal, level):
+    """The gradients of r w k v a b and state, given those of y and of the final state (None for zeros)."""
+    _, _, H, N = r.shape
+    sequences = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    gradients = [torch.empty_like(x) for x in (r, w, k, v, a, b)]
+    gradients.append(r.new_empty(sequences, H, N, N, dtype=torch.float32))
+    tensors = dict(r=r, w=w, k=k, v=v, a=a, b=b, state=state, cu_seqlens=cu_seqlens, checkpoints=checkpoints)
+    tensors |= dict(gy=gy, gfinal=gfinal, **dict(zip("gr gw gk gv ga gb gstate".split(), gradients)))
+    _check(library(level or levels.best_level()).wkv7_cpu_backward(_arguments(sequences, tensors)))
+    return tuple(gradients)
+
+
+def _arguments(sequences, tensors):
+    r = tensors["r"]
+    B, T, H, N = r.shape
+    return fill(Arguments, r, tensors, sequences=sequences, tokens=B * T, heads=H, head_size=N)
+
+
+def _check(status):
+    if status != 0:
+        raise MemoryError("wkv7: the CPU kernel found no memory for its work buffers; lower the batch or the threads")
+
+
+@functools.cache
+def library(level: str) -> ctypes.CDLL:
+    """A level's loaded library; BuildError where it cannot be built or loaded (not cached, so that a mended setup
+    works)."""
+    return cpu_library(f"wkv7_cpu_{level}", "wkv7/wkv7.cpp", levels.level_flags()[level], FUNCTIONS)

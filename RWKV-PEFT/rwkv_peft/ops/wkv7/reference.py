@@ -1,0 +1,52 @@
+"""The wkv7 recurrence in plain torch, one step at a time: the definition that every other backend is tested against."""
+
+import math
+
+import torch
+from torch import Tensor
+
+# A decay's logarithm is -e^(-1/2) sigmoid(w), so that no step keeps less than 0.545 of the state.
+DECAY_SCALE = -math.exp(-0.5)
+
+
+def wkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RWKV-7's recurrence ("Goose", Peng et al. 2025, arXiv 2503.14456), differentiable any number of times.
+
+    With S a head's state, rows the value dimension, columns the key dimension:
+        S_t = S_{t-1} diag(exp(-e^(-1/2) sigmoid(w_t))) + (S_{t-1} a_t) b_tᵀ + v_t k_tᵀ
+        y_t = S_t r_t
+
+    r w k v a b (B, T, H, N), state (B, H, N, N) or None for zeros -> y (B, T, H, N) in v's dtype, final state
+    (B, H, N, N). With cu_seqlens (n + 1,), B is 1, the row holds n sequences and the states are (n, H, N, N).
+    Computes in float64 where v is float64, else in float32.
+    """
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        parts = []
+        for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
+            pieces = [x[:, start:end] for x in (r, w, k, v, a, b)]
+            initial = None if state is None else state[n : n + 1]
+            parts.append(wkv7(*pieces, initial))  # type: ignore[call-arg]
+        return torch.cat([y for y, _ in parts], dim=1), torch.cat([final for _, final in parts])
+
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    B, T, H, N = v.shape
+    out_dtype = v.dtype
+    r, w, k, v, a, b = (x.to(dtype) for x in (r, w, k, v, a, b))
+    decay = torch.exp(DECAY_SCALE * torch.sigmoid(w))
+    S = v.new_zeros(B, H, N, N) if state is None else state.to(dtype)
+    ys = []
+    for t in range(T):
+        removed = S @ a[:, t, :, :, None]  # (B, H, N, 1)
+        S = S * decay[:, t, :, None, :] + removed * b[:, t, :, None, :] + v[:, t, :, :, None] * k[:, t, :, None, :]
+        ys.append((S @ r[:, t, :, :, None]).squeeze(-1))  # (B, H, N)
+    return torch.stack(ys, dim=1).to(out_dtype), S

@@ -1,0 +1,81 @@
+// Forward of one head of one sequence.
+#pragma once
+#include "wkv7/states.h"
+#include "wkv7/triangles.h"
+
+namespace {
+
+// Where a sequence's head lies: its steps, its head size with and without padding, and how far apart its saved states.
+struct Task { int64_t length, n, N, checkpoint; };
+
+struct ForwardWork {
+    Chunk chunk;
+    float *reads, *turned;  // kStack x N, N x kStack
+    ForwardWork(Parts parts, int64_t N)
+        : chunk(parts, N), reads(parts.take(kStack * N)), turned(parts.take(kStack * N)) {}
+    static int64_t floats(int64_t N) { return Chunk::floats(N) + 2 * (kStack * N + Parts::kGap); }
+};
+
+// One step, the state read once and written once.
+template <class E>
+void single_step(float* row, const Task& task, const Rows<const E>& rows, const float* state, E* y,
+                 float* final_state) {
+    const int64_t n = task.n, N = task.N;
+    float *r = row, *d = r + N, *k = d + N, *a = k + N, *b = a + N, *old = b + N;
+    for (int64_t c = 0; c < N; c += kLanes) {
+        Vec log[kChunk] = {}, slope[kChunk];
+        log[0] = load_lanes(rows.w, c, n);
+        log_decays(log, slope, 1);
+        exp_bounded<1>(log);
+        store(d + c, log[0]);
+        store(r + c, load_lanes(rows.r, c, n));
+        store(k + c, load_lanes(rows.k, c, n));
+        store(a + c, load_lanes(rows.a, c, n));
+        store(b + c, load_lanes(rows.b, c, n));
+        store(old + c, zero());
+    }
+    for (int64_t i = 0; i < n; i++) {
+        const float* S = state ? state + i * n : old;
+        float* to = final_state + i * n;
+        Vec removed_lanes = zero(), y_lanes = zero();
+        for (int64_t c = 0; c < n; c += kLanes) removed_lanes += load_lanes(S, c, n) * load(a + c);
+        float removed = 0.0f, sum = 0.0f;
+        for (int l = 0; l < kLanes; l++) removed += removed_lanes[l];
+        const Vec value = broadcast(to_float(rows.v[i])), taken = broadcast(removed);
+        for (int64_t c = 0; c < n; c += kLanes) {
+            const Vec next = load_lanes(S, c, n) * load(d + c) + taken * load(b + c) + value * load(k + c);
+            y_lanes += next * load(r + c);
+            store_lanes(to, next, c, n);
+        }
+        for (int l = 0; l < kLanes; l++) sum += y_lanes[l];
+        y[i] = from_float<E>(sum);
+    }
+}
+
+// checkpoints: the first tile starts from `state`, the second's start goes to checkpoints[0], and so on; may be null.
+template <class E>
+void forward_head(float* memory, const Task& task, const Rows<const E>& rows, const float* state, E* y,
+                  float* final_state, float* checkpoints) {
+    const int64_t n = task.n, N = task.N;
+    if (task.length == 1) return single_step(memory, task, rows, state, y, final_state);
+    ForwardWork q(Parts(memory), N);
+    const Chunk& chunk = q.chunk;
+    load_transposed_state(chunk.S, N, state, n);
+    for (int64_t start = 0; start < task.length; start += kChunk) {
+        if (checkpoints && start && start % kTile == 0)
+            store_state(checkpoints + (start / kTile - 1) * task.checkpoint, n, chunk.S, N);
+        const int64_t left = task.length - start, steps = left < kChunk ? left : kChunk;
+        prepare<E>(chunk, rows.at(start), steps, n, N);
+        pair_products(chunk.pairs, chunk.left, chunk.right, q.turned, N);
+        product<4>(q.reads, chunk.left, chunk.S, kStack, N, N);
+        solve_forward(chunk, q.reads, N);
+        finish_forward(chunk, q.reads + kChunk * N, N);
+        for (int64_t t = 0; t < steps; t++)
+            for (int64_t c = 0; c < n; c += kLanes)
+                store_lanes(y + (start + t) * rows.stride, load(q.reads + (kChunk + t) * N + c), c, n);
+        advance(chunk.S, chunk, N);
+    }
+    transpose(final_state, n, chunk.S, N, n, n);
+}
+
+}  // namespace

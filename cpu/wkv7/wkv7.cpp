@@ -1,0 +1,113 @@
+// The RWKV-7 recurrence on CPUs, forward and backward.
+//
+// What it computes ("Goose", Peng et al. 2025, arXiv 2503.14456), for each sequence and head, S a matrix of head_size
+// rows (values) and columns (keys), d_t = exp(-e^(-1/2) sigmoid(w_t)) the decay:
+//
+//     S_t = S_{t-1} diag(d_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T
+//     y_t = S_t r_t
+//
+// 1. Chunks of 16 steps (chunk.h). With c_t the product of the decays since the chunk's start, the chunk's reads are
+//    left = [a_t c_{t-1}; r_t c_t] and its writes right = [b_t / c_t; k_t / c_t]: what the read at i takes of the write
+//    at j is left_i . right_j, and of the state before the chunk S left_i. No decay is below 0.545, so 1 / c stays
+//    below 2e4. The values written with b, u_t = S_{t-1} a_t, depend on each other: a unit triangular system
+//    (triangles.h).
+// 2. All else is products of 32 rows with a matrix of head_size (states.h), inside the kernel with rows of S the keys:
+//    reads = left S, then S <- diag(c) (S + right^T [u; v]).
+// 3. Backward, in tiles of 64 steps (backward.h): forward saves S at the start of each, backward recomputes S and u
+//    chunk by chunk, never stepping a state back, which would divide errors by decays. With D the gradient of S, faded
+//    by the chunk's decays, the gradients of u and v are right D^T and triangular sums, with a transposed solve; those
+//    of left [x; gy] S and of right [u; v] D, and triangular sums again; then D <- D + [x; gy]^T left.
+// 4. A decay's logarithm takes part in c from its step on: its gradient is a sum over later reads, less later writes,
+//    and what passes through the whole chunk.
+//
+// Parallel over sequences and heads. Head sizes are padded with zeros to multiples of 16.
+#include <algorithm>
+
+#include "common/denormals.h"
+#include "common/dispatch.h"
+#include "wkv7/arguments.h"
+#include "wkv7/backward.h"
+
+namespace {
+
+constexpr int64_t kStepsForThreads = 1 << 18;  // state elements x steps below which waking a thread costs more
+
+template <class T>
+T* offset(const void* base, int64_t elements) {
+    return base ? static_cast<T*>(const_cast<void*>(base)) + elements : nullptr;
+}
+
+// What a call is split into: head after head, sequence after sequence.
+struct Place {
+    Task task;
+    int64_t first, index, saved;  // elements into r (and its like), the states, the checkpoints
+};
+
+Place place(const Arguments& a, int64_t number) {
+    const int64_t head = number % a.heads, sequence = number / a.heads, even = a.tokens / a.sequences;
+    const int64_t begin = a.cu_seqlens ? a.cu_seqlens[sequence] : sequence * even;
+    const int64_t end = a.cu_seqlens ? a.cu_seqlens[sequence + 1] : begin + even;
+    const int64_t n = a.head_size, size = n * n;
+    // A sequence saves one state less than it has tiles, so that counting from begin / kTile never overlaps.
+    return {{end - begin, n, round_up(n, 16), a.heads * size},
+            (begin * a.heads + head) * n,
+            number * size,
+            (begin / kTile * a.heads + head) * size};
+}
+
+template <class E>
+Rows<const E> inputs(const Arguments& a, int64_t first) {
+    return {in<E>(a.r) + first, in<E>(a.w) + first, in<E>(a.k) + first,   in<E>(a.v) + first,
+            in<E>(a.a) + first, in<E>(a.b) + first, a.heads * a.head_size};
+}
+
+// run(memory, place) for each head of each sequence, with `floats` floats of a thread's own; whether there was memory.
+template <class Run>
+bool for_each_head(const Arguments& a, int64_t floats, const Run& run) {
+    const int64_t tasks = a.sequences * a.heads, work = a.tokens * a.heads * a.head_size * a.head_size;
+    const int threads = work < kStepsForThreads ? 1 : static_cast<int>(std::min<int64_t>(a.threads, tasks));
+    bool failed = false;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) reduction(|| : failed) if (threads > 1)
+    for (int64_t number = 0; number < tasks; number++) {
+        const FlushDenormals flush;
+        static thread_local Workspace workspace;
+        float* memory = static_cast<float*>(workspace.get(floats * sizeof(float)));
+        failed = failed || !memory;
+        if (!failed) run(memory, place(a, number));
+    }
+    return !failed;
+}
+
+template <class E>
+bool forward_all(const Arguments& a) {
+    return for_each_head(a, ForwardWork::floats(round_up(a.head_size, 16)), [&](float* memory, const Place& at) {
+        forward_head<E>(memory, at.task, inputs<E>(a, at.first), offset<float>(a.state, at.index),
+                        out<E>(a.y) + at.first, a.final_state + at.index, offset<float>(a.checkpoints, at.saved));
+    });
+}
+
+template <class E>
+bool backward_all(const Arguments& a) {
+    return for_each_head(a, BackwardWork::floats(round_up(a.head_size, 16)), [&](float* memory, const Place& at) {
+        const Rows<E> to{out<E>(a.gr) + at.first, out<E>(a.gw) + at.first, out<E>(a.gk) + at.first,
+                         out<E>(a.gv) + at.first, out<E>(a.ga) + at.first, out<E>(a.gb) + at.first,
+                         a.heads * a.head_size};
+        backward_head<E>(memory, at.task, inputs<E>(a, at.first), offset<float>(a.state, at.index),
+                         offset<float>(a.checkpoints, at.saved), offset<E>(a.gy, at.first),
+                         offset<float>(a.gfinal, at.index), to, a.gstate + at.index);
+    });
+}
+
+}  // namespace
+
+extern "C" {
+
+// Both return 0, or 1 where memory for work buffers is missing.
+int wkv7_cpu_forward(const Arguments* a) {
+    return !by_type(a->bfloat16, [=](auto element) { return forward_all<decltype(element)>(*a); });
+}
+
+int wkv7_cpu_backward(const Arguments* a) {
+    return !by_type(a->bfloat16, [=](auto element) { return backward_all<decltype(element)>(*a); });
+}
+}
