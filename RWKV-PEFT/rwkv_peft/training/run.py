@@ -33,6 +33,7 @@ from ..models import family_named
 from .flags import parse_run
 from .gradients import estimate_gradients
 from .header import describe, describe_adapter
+from .loggers import make_loggers
 from .products import newest_name
 from .saver import Saver, data_identity, find_checkpoint, read_run_state
 from .seed import share_seed
@@ -258,7 +259,6 @@ def fit(config, family, model, trainable, samples, validator, saver, checkpoint,
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take a GPU that is there
         keep_freed_memory()
     import lightning.pytorch as pl
-    from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
     from ..plots import plot_loss
     from .callbacks import FiniteGradients, Record, Save, StopSignals
@@ -273,9 +273,7 @@ def fit(config, family, model, trainable, samples, validator, saver, checkpoint,
         with atomic_write(folder / RUN) as temporary:
             record = {} if samples.vocabulary is None else {ENTRY: samples.vocabulary._asdict()}
             temporary.write_text(json.dumps(json.loads(to_json(config)) | record, sort_keys=True) + "\n")
-        loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
-        if train.wandb:
-            loggers.append(WandbLogger(project=train.wandb, save_dir=folder))
+        loggers = make_loggers(config, folder)
     ratios = learning_ratios(method_of(config.adapter), config.adapter)
     lit = Lit(model, train, plan.total_steps, plan.first_step, family if train.layerwise_lr else None, ratios)
     accumulate = train.accumulate_grad_batches
