@@ -376,6 +376,16 @@ def test_adapter_files_carry_what_they_are(tmp_path):
         read_adapter(tmp_path / "a.safetensors", mode="bat-in")
 
 
+def test_equal_adapters_are_equal_files_in_any_order(tmp_path):
+    tensors = {f"{LAYER}.bone": torch.randn(4, 16, 16), "blocks.0.ln1.weight": torch.randn(64).bfloat16()}
+    metadata = AdapterMetadata("bat-in", rank=16, targets=("att.key",))
+    for name, order in (("first", tensors), ("again", tensors), ("other", reversed(tensors.items()))):
+        save_adapter(tmp_path / name, dict(order), metadata)
+    first, again, other = ((tmp_path / name).read_bytes() for name in ("first", "again", "other"))
+    assert first == again == other
+    assert (int.from_bytes(first[:8], "little") + 8) % 8 == 0  # the data is aligned
+
+
 @pytest.mark.parametrize(
     "variant, flags, words",
     [
