@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -20,7 +21,7 @@ from rwkv_peft.errors import UserError, exit_on_user_error
 from rwkv_peft.files import pth
 from rwkv_peft.files.adapter_file import METADATA_KEY, AdapterMetadata, save_adapter
 from rwkv_peft.files.adapters import read_adapter
-from rwkv_peft.files.atomic import atomic_write, check_output
+from rwkv_peft.files.atomic import atomic_write, check_output, place
 from rwkv_peft.files.base import base_of, open_base, save_model
 from rwkv_peft.files.fingerprint import fingerprint
 from rwkv_peft.files.pth import stream_tensors
@@ -283,6 +284,27 @@ def test_atomic_write_replaces_or_leaves_untouched(tmp_path):
     assert path.read_text() == "one" and os.listdir(path.parent) == ["file"]
     with pytest.raises(UserError, match="is a folder"), atomic_write(tmp_path):
         pass
+
+
+WRITER = """
+import os, signal, sys
+from rwkv_peft.files.atomic import atomic_write
+with atomic_write(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_writers_file_is_removed_by_the_next_and_a_living_ones_is_not(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", WRITER, str(tmp_path / "file")], env=environment)
+    (killed,) = os.listdir(tmp_path)
+    assert killed.startswith(f".file.{place()}-") and killed.endswith(".tmp")
+    other = f".file.00000000-{killed.split('-')[1]}-00000000.tmp"  # of another machine, where the number may live
+    (tmp_path / other).touch()
+    with atomic_write(tmp_path / "living") as living, atomic_write(tmp_path / "new"):
+        assert living.exists() and killed not in os.listdir(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted([other, "living", "new"])
 
 
 @pytest.mark.parametrize(
