@@ -86,6 +86,11 @@ def read_hf_model(path):
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise UserError(f"{path} is a folder without .safetensors files; is it a Hugging Face model?")
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"{path} has no config.json, which is written last: its conversion or download was interrupted, and its "
+            "files may be of two models; make it again"
+        )
     found = {}
     for file in files:
         found |= read_safetensors(file)[0]
@@ -93,7 +98,9 @@ def read_hf_model(path):
 
 
 def write_hf_folder(folder, base, dtype, gguf_type):
-    """A folder with the layout of the generation's Hugging Face models."""
+    """A folder with the layout of the generation's Hugging Face models. config.json goes before the others change
+    and comes when they have: a folder that was left between an old model and a new one has none, which readers refuse.
+    """
     family, config = base.family, base.config
     tokenizer = {
         "tokenizer_class": family.hf_tokenizer,
@@ -103,12 +110,17 @@ def write_hf_folder(folder, base, dtype, gguf_type):
         "add_prefix_space": False,
     }
     tensors = {family.to_hf(key): tensor for key, tensor in base.tensors.items()}
-    _write(folder / "model.safetensors", write_safetensors, tensors, dtype)
-    for name, settings in (("config.json", family.hf_settings(config)), ("tokenizer_config.json", tokenizer)):
-        with atomic_write(folder / name) as temporary:
-            temporary.write_text(json.dumps(settings, indent=2) + "\n")
-    with atomic_write(folder / VOCABULARY) as temporary:
-        temporary.write_bytes(world_vocabulary_file(config.vocab_size))
+    with (  # the files get their names when all are written, the last of them first
+        atomic_write(folder / "config.json") as settings,
+        atomic_write(folder / "model.safetensors") as weights,
+        atomic_write(folder / "tokenizer_config.json") as tokenizer_settings,
+        atomic_write(folder / VOCABULARY) as words,
+    ):
+        settings.write_text(json.dumps(family.hf_settings(config), indent=2) + "\n")
+        _fill(weights, write_safetensors, tensors, dtype)
+        tokenizer_settings.write_text(json.dumps(tokenizer, indent=2) + "\n")
+        words.write_bytes(world_vocabulary_file(config.vocab_size))
+        (folder / "config.json").unlink(missing_ok=True)
 
 
 FORMATS = (
@@ -139,8 +151,14 @@ def _official(tensors, naming):
 
 
 def _write(path, writer, tensors, dtype):
-    """Write tensors with write_pth or write_safetensors, cast to a dtype (None: each keeps its own) that holds every
-    value."""
+    """Write tensors to a file as _fill does, atomically."""
+    with atomic_write(Path(path)) as temporary:
+        _fill(temporary, writer, tensors, dtype)
+
+
+def _fill(path, writer, tensors, dtype):
+    """Write tensors in place with write_pth or write_safetensors, cast to a dtype (None: each keeps its own) that holds
+    every value."""
 
     def cast():
         for key, tensor in tensors.items():
@@ -149,5 +167,4 @@ def _write(path, writer, tensors, dtype):
                 raise UserError(f"{key} holds NaN, Inf or values beyond {result.dtype}; choose another --dtype")
             yield key, result
 
-    with atomic_write(Path(path)) as temporary:
-        writer(temporary, {key: TensorSpec.of(tensor, dtype) for key, tensor in tensors.items()}, cast())
+    writer(path, {key: TensorSpec.of(tensor, dtype) for key, tensor in tensors.items()}, cast())
