@@ -1,6 +1,7 @@
 """Base checkpoints, adapter files and writing: what is read is right, what is wrong is refused in words."""
 
 import errno
+import io
 import json
 import os
 import pickle
@@ -95,6 +96,12 @@ def renamed(old, new):
         (with_entry(f"{LAYER}.bone", torch.zeros(4, 16, 16)), "never merged"),
         (with_entry(f"{LAYER}.lora_A", torch.zeros(4, 16)), "never merged"),
         (with_entry("epoch", 3), "entry 'epoch' is a int"),
+        (with_entry("blocks.99999999999.x", torch.zeros(2)), "tells of layer 99999999999, and there are"),
+        (with_entry("blocks.0.ffn.key.weight", torch.zeros(0, 64)), "none of its widths may be 0.* 0 feed-forward"),
+        (with_entry("\ud800", torch.zeros(2)), r"the name '.ud800' is no Unicode"),
+        (with_entry("ln_out.bias", torch.zeros(1).expand(1 << 40)), "is a view that repeats its values"),
+        (with_entry("ln_out.bias", torch._neg_view(torch.ones(64))), "is a negated view"),
+        (with_entry("ln_out.bias", torch.ones(64, dtype=torch.uint16)), "is uint16"),
         (with_entry("blocks.0.att.time_state", torch.zeros(4, 16, 16)), "1 missing tensors .blocks.1.att.time_state"),
         (with_entry("other.att.time_state", torch.zeros(4, 16, 16)), "1 unexpected tensors .other.att.time_state"),
         (
@@ -384,6 +391,34 @@ def test_an_interrupt_ends_a_command_with_one_word(monkeypatch, capsys):
     assert ended.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
+def test_what_is_no_unicode_is_printed_escaped(monkeypatch):
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2)]
+    for name, stream in zip(("stdout", "stderr"), streams):
+        monkeypatch.setattr(sys, name, stream)
+
+    def refusing(argv):
+        print("\ud800")
+        raise UserError("\udfff")
+
+    with pytest.raises(SystemExit) as ended:
+        exit_on_user_error(refusing)
+    for stream in streams:
+        stream.flush()
+    assert ended.value.code == 2
+    assert [stream.buffer.getvalue() for stream in streams] == [b"\\ud800\n", b"error: \\udfff\n"]
+
+
+def test_a_bare_pickle_that_names_more_than_its_file_holds_is_refused(base):
+    path, state = base
+    torch.save({"emb.weight": state["emb.weight"]}, path, _use_new_zipfile_serialization=False)
+    size = state["emb.weight"].numel()
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"M" + size.to_bytes(2, "little"), b"J\xff\xff\xff\x7f"))
+    assert path.read_bytes() != content
+    with pytest.raises(UserError, match="names a size of 2147483647"):
+        open_base(path)
+
+
 def test_adapter_files_carry_what_they_are(tmp_path):
     tensors = {f"{LAYER}.bone": torch.randn(4, 16, 16), "blocks.0.ln1.weight": torch.randn(64).bfloat16()}
     metadata = AdapterMetadata.from_config(AdapterConfig(mode="bat-out", rank=16, train_parts=("ln",)), "abc")
@@ -455,7 +490,7 @@ def test_adapter_files_that_are_wrong_are_refused(tmp_path):
     "changes, message",
     [
         ({"variant": None}, "variant = None"),
-        ({"variant": "dora"}, "variant = 'dora', and one of bone,"),
+        ({"variant": "vera"}, "variant = 'vera', and one of bone,"),
         ({"variant": "none"}, "names no method .*tensors of an adapter on 1 layers"),
         ({"quant": "q4"}, "quant = 'q4'"),
         ({"rank": "x"}, "rank = 'x'"),
@@ -476,7 +511,7 @@ def test_adapter_descriptions_that_are_broken_are_refused(tmp_path, changes, mes
 
 
 def test_every_adapter_has_a_variant_in_files():
-    assert {name for name in (*METHODS, "none") if is_saved(name)} == {*METHODS, "none"} - {"lora-plus"}
+    assert {name for name in (*METHODS, "none") if is_saved(name)} == {*METHODS, "none"} - {"lora-plus", "rslora"}
 
 
 def adapted_model():
