@@ -12,6 +12,7 @@ small operations down: read them as proportions.
 """
 
 import argparse
+import os
 import statistics
 import time
 from functools import partial
@@ -64,6 +65,8 @@ def main():
         "--fresh_pages", action="store_true", help="do not keep freed memory, as the trainer does on the CPU"
     )
     args = parser.parse_args()
+    # the profiler's library takes its settings from the environment alone; at any other it prints a line a session
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     torch.set_num_threads(args.threads)
     if args.device == "cpu" and not args.fresh_pages:
         keep_freed_memory()

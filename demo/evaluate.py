@@ -8,16 +8,19 @@ continues each prompt greedily up to the end of the line, and compares with the 
 """
 
 import json
+import sys
+import time
 from pathlib import Path
 
-from rwkv_peft.cli import Parser
-from rwkv_peft.data.tokenizer import load_tokenizer
-from rwkv_peft.errors import UserError, exit_on_user_error
-from rwkv_peft.files.base import open_base
-from rwkv_peft.generate import Sampling, generate, load_model
-from rwkv_peft.release.runtimes import rwkv_model
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-PEFT"))
+
+from rwkv_peft.cli import Parser  # noqa: E402
+from rwkv_peft.commands import missing  # noqa: E402
+from rwkv_peft.data.tokenizer import load_tokenizer  # noqa: E402
+from rwkv_peft.errors import UserError, ending_at_ctrl_c, exit_on_user_error  # noqa: E402
 
 LONGEST = 80  # tokens of an answer
+QUIET = 10  # seconds between the lines of a log
 
 
 def read_questions(path, limit):
@@ -47,11 +50,39 @@ def read_questions(path, limit):
     return questions
 
 
-def answer(path, prompts, stop):
+class Progress:
+    """How many of `total` questions are answered: a moving bar on a terminal, in a log a line now and then."""
+
+    def __init__(self, total):
+        self.total, self.done, self.tokens, self.bar, self.last = total, 0, 0, None, time.monotonic()
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, unit="answer", dynamic_ncols=True, leave=False)
+
+    def update(self, tokens, done):
+        """Count tokens drawn, and answers that ended."""
+        self.tokens, self.done = self.tokens + tokens, self.done + done
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"{self.tokens:,} tokens", refresh=False)
+            self.bar.update(done)
+        elif time.monotonic() - self.last >= QUIET and self.done < self.total:
+            self.last = time.monotonic()
+            print(f"{self.done} of {self.total} answered, {self.tokens:,} tokens", file=sys.stderr, flush=True)
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+
+
+def answer(path, prompts, stop, expected=None, progress=None):
     """Greedy continuations (lists of ids) of prompts (lists of ids) by this package: all prompts at once.
 
-    Each answer ends with its first id in `stop`.
+    Each answer ends with its first id in `stop`. expected is there for answer_with_rwkv's sake.
     """
+    from rwkv_peft.generate import Sampling, generate, load_model
+
+    progress = progress or Progress(len(prompts))
     model, start = load_model(path)
     answers = [[] for _ in prompts]
 
@@ -60,21 +91,47 @@ def answer(path, prompts, stop):
 
     for step in generate(model, prompts, Sampling(temperature=0), LONGEST, ends, start, batch=len(prompts)):
         answers[step.number].append(step.token)
+        progress.update(1, bool(step.end))
     return answers
 
 
-def answer_with_rwkv(path, prompts, stop):
-    """The same by the `rwkv` package in float32, one prompt after the other."""
+def answer_with_rwkv(path, prompts, stop, expected=None, progress=None):
+    """The same by the `rwkv` package in float32, one prompt after the other.
+
+    expected are answers (lists of ids) that may come. One pass over a prompt and its expected answer gives the most
+    probable token behind each beginning of it, and so the greedy answer up to where it leaves the expected one; only
+    from there on it is drawn token by token, which takes ten times as long.
+    """
+    import torch
+
+    from rwkv_peft.release.runtimes import rwkv_model
+
+    progress = progress or Progress(len(prompts))
     model = rwkv_model(path)
-    answers = []
-    for prompt in prompts:
-        logits, memory = model.forward(prompt, None)
-        tokens = [int(logits.argmax())]
-        while len(tokens) < LONGEST and tokens[-1] not in stop:
-            logits, memory = model.forward(tokens[-1:], memory)
-            tokens.append(int(logits.argmax()))
-        answers.append(tokens)
+    threads, answers = torch.get_num_threads(), []
+    torch.set_num_threads(1)  # the package computes by small products, for which threads cost more than they give
+    with torch.inference_mode():
+        for prompt, draft in zip(prompts, expected or [[] for _ in prompts]):
+            draft = draft[: LONGEST - 1]
+            logits, _ = model.forward(prompt + draft, None, full_output=True)
+            best = logits.view(-1, logits.shape[-1])[len(prompt) - 1 :].argmax(-1).tolist()
+            agreed = next((n for n, token in enumerate(draft) if best[n] != token), len(draft))
+            tokens = until(best[: agreed + 1], stop)
+            memory = None
+            while len(tokens) < LONGEST and tokens[-1] not in stop:
+                unread = tokens[-1:] if memory is not None else prompt + tokens
+                logits, memory = model.forward(unread, memory)
+                tokens.append(int(logits.argmax()))
+            answers.append(tokens)
+            progress.update(len(tokens), 1)
+    torch.set_num_threads(threads)
     return answers
+
+
+def until(tokens, stop):
+    """The tokens up to the first in `stop`, which is kept."""
+    end = next((n for n, token in enumerate(tokens) if token in stop), len(tokens))
+    return tokens[: end + 1]
 
 
 def build_parser():
@@ -91,6 +148,11 @@ def build_parser():
 def main(argv):
     """Print the examples and the score; 0, or 1 below --at_least."""
     args = build_parser().parse_args(argv)
+    try:
+        with ending_at_ctrl_c():
+            from rwkv_peft.files.base import open_base
+    except ModuleNotFoundError as error:
+        raise missing(error) from error
     if args.limit < 1:
         raise UserError(f"--limit {args.limit}: at least one question is asked")
     if not 0 <= args.at_least <= 1:
@@ -105,11 +167,14 @@ def main(argv):
         )
     prompts = [tokenizer.encode(prompt) for prompt, _ in questions]
     stop = {tokenizer.end_id, *tokenizer.encode("\n")}
+    expected = [tokenizer.encode(completion) for _, completion in questions]
     run = answer_with_rwkv if args.runtime == "rwkv" else answer
-    answers = [
-        tokenizer.decode([token for token in tokens if token != tokenizer.end_id])
-        for tokens in run(args.model, prompts, stop)
-    ]
+    progress = Progress(len(questions))
+    try:
+        drawn = run(args.model, prompts, stop, expected, progress)
+    finally:
+        progress.close()
+    answers = [tokenizer.decode([token for token in tokens if token != tokenizer.end_id]) for tokens in drawn]
     for (prompt, _), given in list(zip(questions, answers))[: args.examples]:
         print("\n".join(f"    {line}" for line in (prompt + given.rstrip("\n")).splitlines()) + "\n")
     exact = sum(given == wanted for (_, wanted), given in zip(questions, answers))

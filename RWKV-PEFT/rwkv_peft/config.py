@@ -260,7 +260,12 @@ class TrainConfig:
     random_seed: int = setting(
         42, "seed of initialization, dropout and data order; -1: one that is drawn and told", group="run", type=seed
     )
-    wandb: str = setting("", "also log to this Weights & Biases project", group="run", metavar="PROJECT")
+    wandb: str = setting(
+        "",
+        "also log to this Weights & Biases project (after `wandb login`, or with WANDB_MODE=offline)",
+        group="run",
+        metavar="PROJECT",
+    )
     lr_init: float = setting(2e-5, "learning rate after warm-up", group="optimizer", type=not_negative)
     lr_final: float = setting(2e-5, "learning rate at the end", group="optimizer", type=not_negative)
     lr_schedule: str = setting(
@@ -301,4 +306,4 @@ class RunConfig:
 
 def to_json(config: RunConfig | AdapterConfig) -> str:
     """A config dataclass as stable JSON text, for config.json."""
-    return json.dumps(asdict(config), sort_keys=True)
+    return json.dumps(asdict(config), sort_keys=True, indent=2)

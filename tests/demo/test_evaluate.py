@@ -1,6 +1,14 @@
 """Held-out questions: both runtimes give the same answers, and the score counts exact ones alone."""
 
+import fcntl
 import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +45,58 @@ def test_the_rwkv_package_answers_alike(evaluate, model):
     assert [answer[:20] for answer in ours] == [answer[:20] for answer in theirs]
 
 
+def test_an_expected_answer_changes_nothing_but_the_time(evaluate, model):
+    prompts = [[66, 5, 9], [7, 8], [100]]
+    free = evaluate.answer_with_rwkv(model, prompts, stop={0})
+    stop = {0, free[0][30]}
+    plain = evaluate.answer_with_rwkv(model, prompts, stop)
+    for wrong in (0, 3, 20):  # where the expectation leaves the answer; a stop within it; too long a one
+        drafts = [[*tokens[:wrong], 255 - tokens[wrong], *tokens[wrong + 1 :], 9, 9] for tokens in free]
+        assert evaluate.answer_with_rwkv(model, prompts, stop, drafts) == plain
+    assert evaluate.answer_with_rwkv(model, prompts, stop, free) == plain
+
+
+class Log:
+    """Standard error that is no terminal."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+    def isatty(self):
+        return False
+
+
+def test_a_log_hears_of_answers_every_ten_seconds(evaluate, monkeypatch):
+    log, clock = Log(), iter([0.0, 4.0, 11.0, 11.0, 12.0, 22.0, 22.0, 40.0])
+    monkeypatch.setattr(evaluate.sys, "stderr", log)
+    monkeypatch.setattr(evaluate.time, "monotonic", lambda: next(clock))
+    progress = evaluate.Progress(9)
+    for _ in range(4):
+        progress.update(1000, 2)
+    progress.update(1000, 1)
+    assert log.text.splitlines() == ["4 of 9 answered, 2,000 tokens", "8 of 9 answered, 4,000 tokens"]
+
+
+@pytest.mark.parametrize("runtime", ["rwkv_peft", "rwkv"])
+def test_a_terminal_sees_a_bar_while_it_waits(evaluate, model, tmp_path, runtime):
+    questions = write_questions(tmp_path / "q.jsonl", [{"prompt": "ab", "completion": " c\n"}] * 3)
+    command = [sys.executable, str(Path(evaluate.__file__)), "--model", str(model), "--questions", str(questions)]
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    os.set_blocking(ours, False)
+    done = subprocess.run([*command, "--runtime", runtime], stdout=subprocess.PIPE, stderr=theirs, text=True)
+    assert done.returncode == 0 and "exact match" in done.stdout
+    assert "/3" in os.read(ours, 100000).decode()
+    os.close(theirs)
+    os.close(ours)
+
+
 def test_an_answer_ends_with_its_first_stop(evaluate, model):
     (free,) = evaluate.answer(model, [[66, 5, 9]], stop=set())
     assert len(free) == evaluate.LONGEST
@@ -47,7 +107,7 @@ def test_an_answer_ends_with_its_first_stop(evaluate, model):
 def test_the_score_counts_exact_answers(evaluate, model, tmp_path, capsys, monkeypatch):
     rows = [{"prompt": "a", "completion": " yes\n"}, {"prompt": "b", "completion": " no\n"}]
     questions = write_questions(tmp_path / "questions.jsonl", rows)
-    monkeypatch.setattr(evaluate, "answer", lambda path, prompts, stop: [[byte + 1 for byte in b" yes\n"]] * 2)
+    monkeypatch.setattr(evaluate, "answer", lambda path, prompts, *rest: [[byte + 1 for byte in b" yes\n"]] * 2)
     arguments = ["--model", str(model), "--questions", str(questions)]
     assert evaluate.main(arguments + ["--at_least", "0.5"]) == 0
     assert evaluate.main(arguments + ["--at_least", "0.6"]) == 1

@@ -1,9 +1,11 @@
 """Base checkpoints, adapter files and writing: what is read is right, what is wrong is refused in words."""
 
 import errno
+import io
 import json
 import os
 import pickle
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -20,7 +22,7 @@ from rwkv_peft.errors import UserError, exit_on_user_error
 from rwkv_peft.files import pth
 from rwkv_peft.files.adapter_file import METADATA_KEY, AdapterMetadata, save_adapter
 from rwkv_peft.files.adapters import read_adapter
-from rwkv_peft.files.atomic import atomic_write, check_output
+from rwkv_peft.files.atomic import atomic_write, check_output, place
 from rwkv_peft.files.base import base_of, open_base, save_model
 from rwkv_peft.files.fingerprint import fingerprint
 from rwkv_peft.files.pth import stream_tensors
@@ -94,6 +96,12 @@ def renamed(old, new):
         (with_entry(f"{LAYER}.bone", torch.zeros(4, 16, 16)), "never merged"),
         (with_entry(f"{LAYER}.lora_A", torch.zeros(4, 16)), "never merged"),
         (with_entry("epoch", 3), "entry 'epoch' is a int"),
+        (with_entry("blocks.99999999999.x", torch.zeros(2)), "tells of layer 99999999999, and there are"),
+        (with_entry("blocks.0.ffn.key.weight", torch.zeros(0, 64)), "none of its widths may be 0.* 0 feed-forward"),
+        (with_entry("\ud800", torch.zeros(2)), r"the name '.ud800' is no Unicode"),
+        (with_entry("ln_out.bias", torch.zeros(1).expand(1 << 40)), "is a view that repeats its values"),
+        (with_entry("ln_out.bias", torch._neg_view(torch.ones(64))), "is a negated view"),
+        (with_entry("ln_out.bias", torch.ones(64, dtype=torch.uint16)), "is uint16"),
         (with_entry("blocks.0.att.time_state", torch.zeros(4, 16, 16)), "1 missing tensors .blocks.1.att.time_state"),
         (with_entry("other.att.time_state", torch.zeros(4, 16, 16)), "1 unexpected tensors .other.att.time_state"),
         (
@@ -285,6 +293,27 @@ def test_atomic_write_replaces_or_leaves_untouched(tmp_path):
         pass
 
 
+WRITER = """
+import os, signal, sys
+from rwkv_peft.files.atomic import atomic_write
+with atomic_write(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_writers_file_is_removed_by_the_next_and_a_living_ones_is_not(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", WRITER, str(tmp_path / "file")], env=environment)
+    (killed,) = os.listdir(tmp_path)
+    assert killed.startswith(f".file.{place()}-") and killed.endswith(".tmp")
+    other = f".file.00000000-{killed.split('-')[1]}-00000000.tmp"  # of another machine, where the number may live
+    (tmp_path / other).touch()
+    with atomic_write(tmp_path / "living") as living, atomic_write(tmp_path / "new"):
+        assert living.exists() and killed not in os.listdir(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted([other, "living", "new"])
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -362,6 +391,34 @@ def test_an_interrupt_ends_a_command_with_one_word(monkeypatch, capsys):
     assert ended.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
+def test_what_is_no_unicode_is_printed_escaped(monkeypatch):
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2)]
+    for name, stream in zip(("stdout", "stderr"), streams):
+        monkeypatch.setattr(sys, name, stream)
+
+    def refusing(argv):
+        print("\ud800")
+        raise UserError("\udfff")
+
+    with pytest.raises(SystemExit) as ended:
+        exit_on_user_error(refusing)
+    for stream in streams:
+        stream.flush()
+    assert ended.value.code == 2
+    assert [stream.buffer.getvalue() for stream in streams] == [b"\\ud800\n", b"error: \\udfff\n"]
+
+
+def test_a_bare_pickle_that_names_more_than_its_file_holds_is_refused(base):
+    path, state = base
+    torch.save({"emb.weight": state["emb.weight"]}, path, _use_new_zipfile_serialization=False)
+    size = state["emb.weight"].numel()
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"M" + size.to_bytes(2, "little"), b"J\xff\xff\xff\x7f"))
+    assert path.read_bytes() != content
+    with pytest.raises(UserError, match="names a size of 2147483647"):
+        open_base(path)
+
+
 def test_adapter_files_carry_what_they_are(tmp_path):
     tensors = {f"{LAYER}.bone": torch.randn(4, 16, 16), "blocks.0.ln1.weight": torch.randn(64).bfloat16()}
     metadata = AdapterMetadata.from_config(AdapterConfig(mode="bat-out", rank=16, train_parts=("ln",)), "abc")
@@ -374,6 +431,16 @@ def test_adapter_files_carry_what_they_are(tmp_path):
     assert set(adapter.modules()) == {LAYER} and set(adapter.whole()) == {"blocks.0.ln1.weight"}
     with pytest.raises(UserError, match="is a bat-out adapter, not bat-in"):
         read_adapter(tmp_path / "a.safetensors", mode="bat-in")
+
+
+def test_equal_adapters_are_equal_files_in_any_order(tmp_path):
+    tensors = {f"{LAYER}.bone": torch.randn(4, 16, 16), "blocks.0.ln1.weight": torch.randn(64).bfloat16()}
+    metadata = AdapterMetadata("bat-in", rank=16, targets=("att.key",))
+    for name, order in (("first", tensors), ("again", tensors), ("other", reversed(tensors.items()))):
+        save_adapter(tmp_path / name, dict(order), metadata)
+    first, again, other = ((tmp_path / name).read_bytes() for name in ("first", "again", "other"))
+    assert first == again == other
+    assert (int.from_bytes(first[:8], "little") + 8) % 8 == 0  # the data is aligned
 
 
 @pytest.mark.parametrize(
@@ -423,7 +490,7 @@ def test_adapter_files_that_are_wrong_are_refused(tmp_path):
     "changes, message",
     [
         ({"variant": None}, "variant = None"),
-        ({"variant": "dora"}, "variant = 'dora', and one of bone,"),
+        ({"variant": "vera"}, "variant = 'vera', and one of bone,"),
         ({"variant": "none"}, "names no method .*tensors of an adapter on 1 layers"),
         ({"quant": "q4"}, "quant = 'q4'"),
         ({"rank": "x"}, "rank = 'x'"),
@@ -444,7 +511,7 @@ def test_adapter_descriptions_that_are_broken_are_refused(tmp_path, changes, mes
 
 
 def test_every_adapter_has_a_variant_in_files():
-    assert {name for name in (*METHODS, "none") if is_saved(name)} == {*METHODS, "none"} - {"lora-plus"}
+    assert {name for name in (*METHODS, "none") if is_saved(name)} == {*METHODS, "none"} - {"lora-plus", "rslora"}
 
 
 def adapted_model():

@@ -57,6 +57,19 @@ def test_safetensors_there_and_back_is_bitwise(tmp_path, model, ending, dtype):
     assert same(open_base(tmp_path / "back.pth").tensors, state)
 
 
+def test_a_folder_between_two_models_is_refused_and_a_failure_leaves_the_old_one(tmp_path, model, tiny_state):
+    path, state = model
+    convert(path, tmp_path / "hf", "--dtype", "keep")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "hf").iterdir()}
+    save_model(tmp_path / "large.pth", tiny_state() | {"ln_out.bias": torch.full((64,), 1e30)})
+    with pytest.raises(UserError, match="choose another --dtype"):
+        convert(tmp_path / "large.pth", tmp_path / "hf", "--dtype", "fp16")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "hf").iterdir()} == before
+    (tmp_path / "hf" / "config.json").unlink()
+    with pytest.raises(UserError, match="has no config.json.* was interrupted"):
+        convert(tmp_path / "hf", tmp_path / "back.pth")
+
+
 def test_safetensors_has_the_layout_of_web_rwkv(tmp_path, model):
     path, state = model
     convert(path, tmp_path / "m.st")

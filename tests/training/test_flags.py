@@ -14,10 +14,11 @@ from rwkv_peft.config import AdapterConfig, DataConfig, TrainConfig
 from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.errors import UserError, exit_on_user_error
 from rwkv_peft.models.rwkv6.keys import TARGETS
+from rwkv_peft.training.alone import alone_in
 from rwkv_peft.training.flags import parse_run
 from rwkv_peft.training.header import describe_adapter
 from rwkv_peft.training.parser import DIMENSIONS, build_parser, flag_of, table
-from rwkv_peft.training.run import main
+from rwkv_peft.training.run import find_state, main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -326,13 +327,32 @@ def test_a_folder_that_cannot_be_written_is_told_before_any_work(files, monkeypa
     assert "a file stands where" in refused(monkeypatch, capsys, flags(files))
 
 
-@pytest.mark.parametrize("leftover", ["metrics.jsonl", "adapter.safetensors"])
+@pytest.mark.parametrize("leftover", ["adapter.safetensors", "adapter-best.safetensors"])
 def test_what_a_new_run_would_overwrite_is_named_with_or_without_resume(files, monkeypatch, capsys, leftover):
     (files / "out").mkdir()
-    (files / "out" / leftover).touch()
+    for name in ("metrics.jsonl", leftover):
+        (files / "out" / name).touch()
     fresh, resumed = (refused(monkeypatch, capsys, flags(files, *more)) for more in ([], ["--resume"]))
     assert f"already holds {leftover}" in fresh and "add --resume" not in fresh
     assert f"{leftover} away and leave --resume out" in resumed
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_ended_before_its_first_checkpoint_starts_anew(tmp_path, resume):
+    train, identity = TrainConfig(resume=resume), {"adapter": {"method": "bone"}}
+    (tmp_path / "metrics.jsonl").touch()
+    assert find_state(tmp_path, train, identity) == (None, None)
+    (tmp_path / "adapter-epoch-1.safetensors").touch()
+    with pytest.raises(UserError, match="already holds adapter-epoch-1|move .*adapter-epoch-1"):
+        find_state(tmp_path, train, identity)
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path):
+    with alone_in(tmp_path), pytest.raises(UserError, match="another process is training there"), alone_in(tmp_path):
+        pass
+    with alone_in(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def damaged_base(path, kind, tiny_state):

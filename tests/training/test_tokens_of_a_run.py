@@ -128,3 +128,13 @@ def test_samples_are_shown_and_nothing_trains(train, tmp_path, monkeypatch, kind
     first = 10 if dataload == "pack" else 0  # which fills rows with the longest first
     assert f"User: {first} birds?\n\nAssistant:[[ {first}!<end>]]" in shown
     assert "sample 2" in shown and "sample 3" not in shown and "model  " not in shown
+
+
+@pytest.mark.parametrize("dataload, same", [("get", True), ("pad", False)])
+def test_resuming_refuses_a_change_of_rows_that_changes_the_order(train, monkeypatch, dataload, same):
+    seen = []
+    monkeypatch.setattr(run, "find_state", lambda folder, settings, identity: seen.append(identity) or (None, None))
+    for micro_bsz in (1, 2, 4):
+        train("--dataload", dataload, "--micro_bsz", micro_bsz)
+    alone, two, four = (identity["data"] for identity in seen)
+    assert two == four and (alone == two) is same

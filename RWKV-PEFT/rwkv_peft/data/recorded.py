@@ -107,7 +107,8 @@ def find_tokenizer(name, vocab_size, recorded=None, say=None):
     tokenizer = load_tokenizer(name)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"--tokenizer {name} has {tokenizer.vocab_size} tokens, and the model {vocab_size}; give the tokenizer "
+            f"{'--tokenizer' if asked else 'the tokenizer'} {name} has {tokenizer.vocab_size} tokens, and the model "
+            f"{vocab_size}; give the tokenizer "
             "that it was trained with"
         )
     if recorded is not None and say is not None and vocabulary_of(tokenizer).hash != recorded.hash:

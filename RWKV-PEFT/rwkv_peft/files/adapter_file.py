@@ -110,7 +110,8 @@ def target_names(modules: Iterable[str]) -> tuple[str, ...]:
 
 
 def save_adapter(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: AdapterMetadata) -> None:
-    """Write {name: tensor} and AdapterMetadata to a .safetensors file, atomically.
+    """Write {name: tensor} and AdapterMetadata to a .safetensors file, atomically. The tensors lie in the order of
+    their names, so that equal adapters are equal files, whichever order they were gathered or read in.
 
     Raises UserError for a disk that is full or closed, ValueError for a tensor that is not finite.
     """
@@ -118,9 +119,10 @@ def save_adapter(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{key} holds NaN or Inf; an adapter with it is of no use, so nothing is written")
     header = {"format": "pt", METADATA_KEY: json.dumps(asdict(metadata), sort_keys=True)}
-    specs = {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}
+    ordered = sorted(tensors.items())
+    specs = {key: TensorSpec.of(tensor) for key, tensor in ordered}
     with atomic_write(path) as temporary:
-        write_safetensors(temporary, specs, tensors.items(), header)
+        write_safetensors(temporary, specs, ordered, header)
 
 
 def read_own(path: str | Path) -> Adapter:

@@ -1,7 +1,15 @@
-"""Writing a file so that a reader sees the old one or the whole new one, never a part, and never over an input."""
+"""Writing a file so that a reader sees the old one or the whole new one, never a part, and never over an input.
+
+A temporary file is called `.NAME.PLACE-PID-TOKEN.tmp`: PLACE stands for the machine and, in a container, its own count
+of processes, PID for the process that writes it. One whose process is gone is removed by the next writer in its folder;
+in a folder that several machines share, each knows of its own processes alone and leaves the others' files. A name says
+so everywhere, where a lock depends on the file system, and is lost when a writer makes the file anew.
+"""
 
 import errno
+import hashlib
 import os
+import platform
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
@@ -75,8 +83,9 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
             raise UserError(
                 f"{path} is a device or a pipe, which cannot be replaced; give the name of the file to write"
             )
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        temporary = path.with_name(f".{path.name}.{place()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent)
         temporary.touch(exist_ok=False)
         try:
             yield temporary
@@ -87,6 +96,40 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
         if reason is None:
             raise
         raise UserError(f"cannot write {path}: {reason}; nothing was changed there") from error
+
+
+def place() -> str:
+    """A short name for where process numbers count: this machine, or this container on it."""
+    identity = [platform.node()]
+    for source in (Path("/etc/machine-id"), Path("/proc/self/ns/pid")):
+        try:
+            identity.append(os.readlink(source) if source.is_symlink() else source.read_text())
+        except OSError:  # other systems have neither, and their names tell them apart
+            identity.append("")
+    return hashlib.sha256("\n".join(identity).encode()).hexdigest()[:8]
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files in a folder whose process, of this place, is gone."""
+    if os.name == "nt":  # where asking for a process ends it
+        return
+    for file in folder.glob(f".*.{place()}-*.tmp"):
+        if (match := re.search(r"-([0-9]{1,9})-[0-9a-f]{8}\.tmp$", file.name)) and not is_alive(int(match[1])):
+            try:
+                file.unlink(missing_ok=True)
+            except PermissionError:  # another user's, which is no reason not to write beside it
+                continue
+
+
+def is_alive(process: int) -> bool:
+    """Whether there is a process of this number here."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
 
 
 def _fsync(path: Path) -> None:

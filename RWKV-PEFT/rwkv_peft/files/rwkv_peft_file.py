@@ -7,6 +7,7 @@ square.
 
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,7 @@ def write_rwkv_peft(
                 f"{file} exists, and is where PiSSA's initial factors would go; move it away, or choose another "
                 f"name than {path.name}"
             )
-    for file, tensors in files.items():
-        with atomic_write(file) as temporary:
-            save_pth(temporary, tensors)
+    with ExitStack() as stack:  # the two get their names when both are written, and the adapter's own last
+        for file, tensors in files.items():
+            save_pth(stack.enter_context(atomic_write(file)), tensors)
     return list(files)

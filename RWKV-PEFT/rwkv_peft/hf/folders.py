@@ -83,17 +83,19 @@ def rename(settings, old, new):
 
 
 def write(folder, config, tensors):
-    """Write an adapter folder, each file atomically."""
+    """Write an adapter folder; its files get their names when both are written."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, and an adapter is a folder; name another")
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / "adapter_model.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    with atomic_write(folder / "adapter_config.json") as temporary:
-        Path(temporary).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    with (
+        atomic_write(folder / "adapter_config.json") as settings,
+        atomic_write(folder / "adapter_model.safetensors") as weights,
+    ):
+        save_file(tensors, weights, metadata={"format": "pt"})
+        settings.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def main(argv):

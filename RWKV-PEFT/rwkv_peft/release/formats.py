@@ -5,6 +5,7 @@ A model is read into {key: tensor} under official keys, and written from a Base;
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -23,6 +24,9 @@ from .gguf import write_gguf
 from .vocabulary import WORLD_FILE, Tokenizer, gguf_vocabulary, hf_files
 
 HF_FILES = ("model.safetensors", "config.json", "tokenizer_config.json", "tokenizer.json", WORLD_FILE)
+
+
+Writer = Callable[[Path, dict[str, TensorSpec], Iterable[tuple[str, torch.Tensor]]], None]
 
 
 class Wanted(NamedTuple):
@@ -101,6 +105,11 @@ def read_hf_model(path: Path) -> dict[str, torch.Tensor]:
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise UserError(f"{path} is a folder without .safetensors files; is it a Hugging Face model?")
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"{path} has no config.json, which is written last: its conversion or download was interrupted, and its "
+            "files may be of two models; make it again"
+        )
     found: dict[str, torch.Tensor] = {}
     for file in files:
         found |= read_safetensors(file)[0]
@@ -108,17 +117,21 @@ def read_hf_model(path: Path) -> dict[str, torch.Tensor]:
 
 
 def write_hf_folder(folder: Path, base: Base, wanted: Wanted) -> None:
-    """A folder with the layout of the generation's Hugging Face models."""
+    """A folder with the layout of the generation's Hugging Face models. config.json goes before the others change
+    and comes when they have: a folder that was left between an old model and a new one has none, which readers refuse.
+    """
     family, config, tokenizer = base.family, base.config, wanted.tokenizer
     assert tokenizer is not None  # the format's vocabulary is True
     end = tokenizer.end_id
     settings = family.hf_settings(config) | {"bos_token_id": end, "eos_token_id": end}
     tensors = {family.to_hf(key): tensor for key, tensor in base.tensors.items()}
-    _write(folder / "model.safetensors", write_safetensors, tensors, wanted.dtype)
     files = {"config.json": (json.dumps(settings, indent=2) + "\n").encode()}
-    for name, content in (files | hf_files(tokenizer, config.vocab_size, family.hf_tokenizer)).items():
-        with atomic_write(folder / name) as temporary:
-            temporary.write_bytes(content)
+    with ExitStack() as stack:  # the files get their names when all are written, the last of them first
+        for name, content in (files | hf_files(tokenizer, config.vocab_size, family.hf_tokenizer)).items():
+            stack.enter_context(atomic_write(folder / name)).write_bytes(content)
+        weights = stack.enter_context(atomic_write(folder / "model.safetensors"))
+        _fill(weights, write_safetensors, tensors, wanted.dtype)
+        (folder / "config.json").unlink(missing_ok=True)
 
 
 HF_LOADER = (
@@ -157,14 +170,15 @@ def _official(
     return next((pair for pair in named if pair[0].sign in pair[1]), named[0])
 
 
-def _write(
-    path: Path,
-    writer: Callable[[Path, dict[str, TensorSpec], Iterable[tuple[str, torch.Tensor]]], None],
-    tensors: Mapping[str, torch.Tensor],
-    dtype: torch.dtype | None,
-) -> None:
-    """Write tensors with write_pth or write_safetensors, cast to a dtype (None: each keeps its own) that holds every
-    value."""
+def _write(path: Path, writer: Writer, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> None:
+    """Write tensors to a file as _fill does, atomically."""
+    with atomic_write(Path(path)) as temporary:
+        _fill(temporary, writer, tensors, dtype)
+
+
+def _fill(path: Path, writer: Writer, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> None:
+    """Write tensors in place with write_pth or write_safetensors, cast to a dtype (None: each keeps its own) that holds
+    every value."""
 
     def cast() -> Iterator[tuple[str, torch.Tensor]]:
         for key, tensor in tensors.items():
@@ -173,5 +187,4 @@ def _write(
                 raise UserError(f"{key} holds NaN, Inf or values beyond {result.dtype}; choose another --dtype")
             yield key, result
 
-    with atomic_write(Path(path)) as temporary:
-        writer(temporary, {key: TensorSpec.of(tensor, dtype) for key, tensor in tensors.items()}, cast())
+    writer(path, {key: TensorSpec.of(tensor, dtype) for key, tensor in tensors.items()}, cast())

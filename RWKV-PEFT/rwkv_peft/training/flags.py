@@ -4,8 +4,6 @@ Names that RWKV-LM and RWKV-PEFT scripts use are kept. Every contradiction is re
 before a weight is read, and what the flags tell by themselves before torch is imported.
 """
 
-import importlib.util
-import re
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ from ..config import AdapterConfig, DataConfig, RunConfig, TrainConfig
 from ..errors import UserError
 from ..names import NONE
 from .adapter_flags import adapter_config
+from .loggers import check_wandb
 from .markers import markers_of
 from .parser import DIMENSIONS, build_parser, settings_of
 from .seed import DRAWN, draw_seed
@@ -167,8 +166,6 @@ def check_train(train):
         raise UserError(
             f"--epoch_begin {train.epoch_begin} leaves no epoch of --epoch_count {train.epoch_count} to train"
         )
-    if train.wandb and re.search(r"[/\\#?%:]", train.wandb):
-        raise UserError(f"--wandb {train.wandb!r} is a project name and may not contain / \\ # ? % :")
     if train.fresh_optimizer and not train.resume:
         raise UserError(
             "--fresh_optimizer says how to --resume, which is not given; a new run has a fresh optimizer anyway"
@@ -178,8 +175,8 @@ def check_train(train):
     for name in ("val_every", "early_stop"):
         if getattr(train, name) and not (train.val_data or train.val_split):
             raise UserError(f"--{name} {getattr(train, name)} needs samples to validate on: --val_data or --val_split")
-    if train.wandb and importlib.util.find_spec("wandb") is None:
-        raise UserError(f"--wandb {train.wandb} needs the wandb package: pip install wandb")
+    if train.wandb:
+        check_wandb(train.wandb)
     if not train.proj_dir:
         raise UserError("--proj_dir is empty; name the folder of the run")
     folder = Path(train.proj_dir)

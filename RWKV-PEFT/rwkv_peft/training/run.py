@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import warnings
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -30,14 +31,18 @@ from ..files.atomic import atomic_write, check_output
 from ..files.base import open_base
 from ..memory import keep_freed_memory
 from ..models import family_named
+from .alone import alone_in
 from .flags import parse_run
 from .gradients import estimate_gradients
 from .header import describe, describe_adapter
+from .loggers import make_loggers
 from .products import newest_name
 from .saver import Saver, data_identity, find_checkpoint, read_run_state
 from .seed import share_seed
 from .start import start_adapter
 from .validate import Validator
+
+METRICS = "metrics.jsonl"  # which a run begins with its first step
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,10 @@ def run(request, say=print):
     folder.mkdir(parents=True, exist_ok=True)
     saver = Saver(folder, config, plan, identity, base)
     validator = Validator(held_out, config.data.micro_bsz, train, plan, saver) if held_out else None
-    return fit(config, family, model, report.trainable, samples, validator, saver, checkpoint, accelerator, say)
+    with alone_in(folder, say) if is_first_process() else nullcontext():
+        if state is None and (folder / METRICS).exists():
+            say("          a run there ended before it saved anything: nothing trained is lost, and it starts anew")
+        return fit(config, family, model, report.trainable, samples, validator, saver, checkpoint, accelerator, say)
 
 
 def find_samples(config):
@@ -164,10 +172,12 @@ def resolve_accelerator(train):
 
 
 def find_state(folder, train, identity):
-    """(checkpoint folder, its state.json) to resume from, or (None, None) for a fresh run."""
+    """(checkpoint folder, its state.json) to resume from, or (None, None) for a fresh run. A run that ended before its
+    first checkpoint left nothing to go on from and nothing to lose, so that it starts anew, with --resume or
+    without."""
     checkpoint = find_checkpoint(folder)
-    newest = newest_name(identity["adapter"]["method"])
-    leftover = next((name for name in ("metrics.jsonl", newest) if (folder / name).exists()), None)
+    leftover = find_trained(folder, newest_name(identity["adapter"]["method"]))
+    begun = (folder / METRICS).exists()
     if not train.resume:
         if checkpoint is not None:
             raise UserError(
@@ -178,6 +188,8 @@ def find_state(folder, train, identity):
                 f"--proj_dir {folder} already holds {leftover}, which a new run would overwrite, and no checkpoint "
                 "to --resume from; move it away, or name another folder"
             )
+        return None, None
+    if checkpoint is None and begun and not leftover:
         return None, None
     if checkpoint is None:
         raise UserError(
@@ -190,6 +202,15 @@ def find_state(folder, train, identity):
             + ", or give the --proj_dir of the run"
         )
     return checkpoint, read_run_state(checkpoint, identity, train.fresh_optimizer)
+
+
+def find_trained(folder, newest):
+    """The name of a file of trained tensors that a new run would overwrite: the newest of its kind, or any in the
+    folder of a run; None where there is none."""
+    if (folder / newest).exists():
+        return newest
+    files = [file for name in (ADAPTER, MODEL) for file in folder.glob(name.replace(".", "*."))]
+    return min(files).name if files and (folder / METRICS).exists() else None
 
 
 def make_plan(train, samples, step_samples, state):
@@ -258,7 +279,6 @@ def fit(config, family, model, trainable, samples, validator, saver, checkpoint,
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take a GPU that is there
         keep_freed_memory()
     import lightning.pytorch as pl
-    from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
     from ..plots import plot_loss
     from .callbacks import FiniteGradients, Record, Save, StopSignals
@@ -273,9 +293,7 @@ def fit(config, family, model, trainable, samples, validator, saver, checkpoint,
         with atomic_write(folder / RUN) as temporary:
             record = {} if samples.vocabulary is None else {ENTRY: samples.vocabulary._asdict()}
             temporary.write_text(json.dumps(json.loads(to_json(config)) | record, sort_keys=True) + "\n")
-        loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
-        if train.wandb:
-            loggers.append(WandbLogger(project=train.wandb, save_dir=folder))
+        loggers = make_loggers(config, folder)
     ratios = learning_ratios(method_of(config.adapter), config.adapter)
     lit = Lit(model, train, plan.total_steps, plan.first_step, family if train.layerwise_lr else None, ratios)
     accumulate = train.accumulate_grad_batches
@@ -318,7 +336,7 @@ def fit(config, family, model, trainable, samples, validator, saver, checkpoint,
             torch.distributed.destroy_process_group()
     if not first:
         return 0
-    plot_loss(folder / "metrics.jsonl", folder / "loss.png")
+    plot_loss(folder / METRICS, folder / "loss.png")
     if lit.stopping:
         say(
             f"stopped after {lit.step:,} of {plan.total_steps:,} steps, saved in {folder}; "

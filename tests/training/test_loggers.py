@@ -1,0 +1,57 @@
+"""Loggers: a missing login is told before any work, and the whole config is logged."""
+
+import json
+
+import pytest
+
+from rwkv_peft.errors import UserError
+from rwkv_peft.training.flags import parse_run
+
+HERE = "rwkv_peft.training.loggers"
+
+
+@pytest.fixture
+def wandb(files, monkeypatch, tmp_path):
+    """Parses a command with --wandb on a machine that has the package and no login."""
+    monkeypatch.setattr(f"{HERE}.importlib.util.find_spec", lambda name: object())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "NETRC", "WANDB_BASE_URL", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    where = ["--load_model", str(files / "base.pth"), "--data_file", str(files / "data"), "--bone_r", "16"]
+    return lambda project="mine": parse_run([*where, "--wandb", project])
+
+
+def test_a_missing_login_is_one_message(wandb):
+    with pytest.raises(UserError, match="--wandb mine: this machine is not logged in .* run `wandb login`"):
+        wandb()
+    with pytest.raises(UserError, match="may not contain"):
+        wandb("a/b")
+
+
+def test_a_login_or_a_run_without_one_is_taken(wandb, monkeypatch, tmp_path):
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password key\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    assert wandb().config.train.wandb == "mine"
+    (tmp_path / ".netrc").unlink()
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "settings").write_text("[default]\nmode = offline\n")
+    assert wandb()
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with pytest.raises(UserError, match="not logged in"):
+        wandb()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert wandb()
+
+
+def test_the_whole_config_is_logged(files, train):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train("logged", "--epoch_count", "1", "--epoch_steps", "1")
+    text = (files / "logged" / "config.json").read_text()
+    assert len(text.splitlines()) > 40 and json.loads(text)["train"]["epoch_count"] == 1
+    events = EventAccumulator(str(files / "logged" / "tensorboard"))
+    events.Reload()
+    logged = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content.decode(errors="replace")
+    for name in ("model/n_layer", "adapter/rank", "data/ctx_len", "train/lr_init"):
+        assert name in logged
