@@ -135,8 +135,8 @@ def write_hf_folder(folder: Path, base: Base, wanted: Wanted) -> None:
 
 
 HF_LOADER = (
-    "transformers loads it with trust_remote_code=True, once the Python files of a published RWKV-6 model (such as "
-    "RWKV/v6-Finch-1B6-HF) lie beside it and config.json has that model's auto_map"
+    "transformers loads it with trust_remote_code=True, once the Python files of a published model of its generation "
+    "(of RWKV-6 such as RWKV/v6-Finch-1B6-HF) lie beside it and config.json has that model's auto_map"
 )
 FORMATS = (
     Format((".pth",), read_tensors, write_official, write_official_states, "rwkv, RWKV-Runner and ChatRWKV load it"),

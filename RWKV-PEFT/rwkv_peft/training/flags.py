@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..config import AdapterConfig, DataConfig, RunConfig, TrainConfig
 from ..errors import UserError
-from ..names import NONE
+from ..names import GENERATIONS, NONE
 from .adapter_flags import adapter_config
 from .loggers import check_wandb
 from .markers import markers_of
@@ -71,7 +71,7 @@ def parse_run(argv):
     from ..models import family_named
 
     base = open_base(args.load_model) if args.load_model else None
-    family = family_named(args.model_version) if base is None else base.family
+    family = family_named(args.model_version or GENERATIONS[0][1]) if base is None else base.family
     model = new_model(args, family) if base is None else check_base(args, base)
     adapter = replace(adapter, targets=targets_of(adapter.targets, family))
     layers = check_adapter(adapter, {} if base is None else base.linear_shapes, family.parts)
@@ -89,12 +89,17 @@ def targets_of(targets, family):
 
 
 def check_base(args, base):
-    """Dimensions of the base; a flag that contradicts them is refused."""
+    """Dimensions of the base; a flag that contradicts them, or its generation, is refused."""
     from ..models.state import is_time_state
 
     if any(is_time_state(key) for key in base.tensors):
         raise UserError(
             f"{args.load_model} holds tuned time states, which training does not carry on; take the model without them"
+        )
+    if args.model_version not in (None, base.config.version):
+        raise UserError(
+            f"--model_version {args.model_version} contradicts {args.load_model}, which is {base.family.name} "
+            f"({base.config.version}); leave the flag out"
         )
     for name, _ in DIMENSIONS:
         given, real = getattr(args, name), getattr(base.config, name)

@@ -56,9 +56,9 @@ def build_parser():
         "--my_testing",
         "--rwkv_version",
         type=version,
-        default=versions[0],
+        default=None,
         choices=versions,
-        help="architecture of a new model, 6 or 7 for short; that of a base is in its file",
+        help=f"architecture of a new model, 6 or 7 for short (default {versions[0]}); that of a base is in its file",
     )
     for name, text in DIMENSIONS:
         flags = ["--head_size", "--head_size_a"] if name == "head_size" else [f"--{name}"]
