@@ -141,6 +141,22 @@ def test_runtimes_that_cannot_take_a_model_are_not_asked(tiny_state):
     assert rows["rwkv-simple"].difference is None and "not asked" in rows["rwkv-simple"].note
 
 
+@pytest.mark.parametrize("changes", [{"head_size": 16}, {"head_size": 32}, {"head_size": 16, "dim_ffn": 100}])
+def test_rwkv_simple_is_asked_for_every_head_size(tmp_path, tiny_state, capsys, changes):
+    pytest.importorskip("rwkv_simple")
+    save_model(tmp_path / "m.pth", official(tiny_state, **changes))
+    assert main([str(tmp_path / "m.pth"), "--gguf_types"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if "rwkv-simple" in line)
+    assert "not asked" not in row and "FAILED" not in row
+
+
+def test_a_variant_of_rwkv_6_is_named(tmp_path, tiny_state):
+    state = {key.replace("time_maa_w1", "time_maa_rkvw_w1"): tensor for key, tensor in tiny_state().items()}
+    save_model(tmp_path / "m.pth", state)
+    with pytest.raises(UserError, match="an experimental variant of RWKV-6"):
+        main([str(tmp_path / "m.pth")])
+
+
 def test_a_nan_is_a_failure(tiny_state):
     reference = torch.randn(3, 5).double()
     difference, limit = judge(torch.full((3, 5), float("nan")), reference, "fp32", False)

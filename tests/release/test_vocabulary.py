@@ -65,7 +65,9 @@ def test_formats_without_a_vocabulary_need_none(convert):
 
 
 def test_gguf_holds_a_byte_level_bpe(convert, tmp_path, bpe):
-    assert "vocabulary" in convert("m.gguf", "--tokenizer", bpe)
+    said = convert("m.gguf", "--tokenizer", bpe)
+    number = len(pytest.importorskip("gguf").GGUFReader(tmp_path / "m.gguf").tensors)
+    assert f"m.gguf: {number} tensors, the large ones f16, vocabulary {bpe}; llama.cpp loads it" in said
     fields, tokenizer = gguf_fields(tmp_path / "m.gguf"), load_tokenizer(bpe)
     assert (fields["model"], fields["pre"], fields["eos_token_id"]) == ("gpt2", "gpt-2", 0)
     vocabulary = json.loads(bpe.read_text())["model"]["vocab"]

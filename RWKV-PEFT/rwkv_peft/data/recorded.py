@@ -106,15 +106,14 @@ def find_tokenizer(name, vocab_size, recorded=None, say=None):
         )
     tokenizer = load_tokenizer(name)
     if tokenizer.vocab_size > vocab_size:
+        what = "--tokenizer" if asked else "the tokenizer"
         raise UserError(
-            f"{'--tokenizer' if asked else 'the tokenizer'} {name} has {tokenizer.vocab_size} tokens, and the model "
-            f"{vocab_size}; give the tokenizer "
-            "that it was trained with"
+            f"{what} {name} has {tokenizer.vocab_size} tokens, and the model {vocab_size}; give the tokenizer that it "
+            "was trained with"
         )
     if recorded is not None and say is not None and vocabulary_of(tokenizer).hash != recorded.hash:
-        remark = f"the run was trained with {recorded}"
-        now = vocabulary_of(tokenizer)
-        say(f"note: {remark}, and this is {now}" + ("" if asked else ": the file has changed since"))
+        changed = "" if asked else ": the file has changed since"
+        say(f"note: the run was trained with {recorded}, and this is {vocabulary_of(tokenizer)}{changed}")
     return tokenizer
 
 

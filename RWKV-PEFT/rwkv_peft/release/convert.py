@@ -123,8 +123,10 @@ def convert_model(source: Path, target: Path, args: argparse.Namespace) -> list[
     base = base_of(tensors, source)
     tokenizer = vocabulary_for(base, source, args.tokenizer) if form.vocabulary else None
     form.write_model(target, base, Wanted(dtype, args.gguf_type, tokenizer))
-    what = f"{len(tensors)} tensors, the large ones {args.gguf_type}" if target.suffix == ".gguf" else ""
-    line = f"{target}: {what or describe(tensors, dtype)}" + (f", vocabulary {tokenizer.name}" if tokenizer else "")
+    what = describe(tensors, dtype)
+    if target.suffix == ".gguf":
+        what = f"{len(list(base.family.gguf_tensors(tensors, base.config)))} tensors, the large ones {args.gguf_type}"
+    line = f"{target}: {what}" + (f", vocabulary {tokenizer.name}" if tokenizer else "")
     return [f"{line}; {form.loaded_by}"]
 
 

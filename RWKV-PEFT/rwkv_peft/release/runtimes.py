@@ -114,10 +114,13 @@ def rwkv_simple(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.
 
 
 def refused_by_rwkv_simple(config: ModelConfig) -> str:
+    """Its head size is an argument (4, 8, 12, 16, 32 and 64 were tried with 0.1.1); the other widths are fixed."""
     if not isinstance(config, RWKV6Config):
         return "takes RWKV-6 alone"
-    if (config.maa_rank, config.decay_rank, config.head_size) != (32, 64, 64) or config.dim_att != config.n_embd:
-        return "takes head size 64 and low-rank widths 32 and 64 alone"
+    if (config.maa_rank, config.decay_rank) != (32, 64):
+        return f"takes low-rank widths 32 and 64 alone, and these are {config.maa_rank} and {config.decay_rank}"
+    if config.dim_att != config.n_embd:
+        return f"takes as many attention channels as channels, and these are {config.dim_att} and {config.n_embd}"
     return ""
 
 

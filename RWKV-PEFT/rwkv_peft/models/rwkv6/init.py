@@ -13,7 +13,8 @@ def init_weights(model: RWKV6) -> None:
     """Fill every parameter in place by RWKV-LM's x060 recipe; draws from torch's global generator.
 
     The embedding starts tiny, so that ln0 makes its direction, not its size, what matters; every block starts as
-    the identity, because output, ffn.receptance and ffn.value start at zero.
+    the identity, because output, ffn.receptance and ffn.value start at zero. ffn.time_maa_k and ffn.time_maa_r start
+    as the recipe had them until 2024-11, at 1 - channel**height.
     """
     config = model.config
     C, A, V, L = config.n_embd, config.dim_att, config.vocab_size, config.n_layer
