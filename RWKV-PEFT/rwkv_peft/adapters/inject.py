@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from ..cli import counted
 from ..config import QUANTIZATIONS
 from ..errors import UserError
 from ..names import CHOICES
@@ -21,7 +22,7 @@ class InjectReport:
     total: int
 
     def __str__(self):
-        adapted = f"{len(self.replaced)} layers adapted; " if self.replaced else ""
+        adapted = f"{counted(len(self.replaced), 'layer')} adapted; " if self.replaced else ""
         return (
             f"{adapted}trainable params: {self.trainable:,} || "
             f"all params: {self.total:,} || trainable%: {100 * self.trainable / self.total:.4f}"

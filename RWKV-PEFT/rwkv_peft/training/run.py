@@ -17,10 +17,11 @@ from ..adapters.groups import learning_ratios
 from ..adapters.inject import inject
 from ..adapters.load import load_tensors
 from ..adapters.methods import NONE, method_of
+from ..cli import counted
 from ..config import to_json
 from ..data.batches import TrainBatches
 from ..data.sources import build_samples, check_config, split_samples
-from ..errors import UserError
+from ..errors import UserError, ending_at_ctrl_c
 from ..files.adapter_file import DTYPES
 from ..files.adapters import read_adapter
 from ..files.atomic import check_output
@@ -137,7 +138,7 @@ def resolve_accelerator(train):
     accelerator = train.accelerator if train.accelerator != "auto" else "gpu" if gpus else "cpu"
     if accelerator == "gpu" and train.devices > gpus:
         raise UserError(
-            f"--devices {train.devices} and this machine has {gpus} GPU{'s' * (gpus != 1)}; lower --devices"
+            f"--devices {train.devices} and this machine has {counted(gpus, 'GPU')}; lower --devices"
             + (", or use --accelerator cpu" if not gpus else "")
         )
     return accelerator
@@ -214,9 +215,9 @@ def describe(config, family, accelerator, samples, notes, plan, report, state, s
     """What is about to happen, in a few lines."""
     model, train, data, adapter = config.model, config.train, config.data, config.adapter
     say(
-        f"model     {family.name}, {model.n_layer} layers, {model.n_embd} channels, {model.n_head} heads of "
-        f"{model.head_size}, "
-        f"vocabulary {model.vocab_size}" + (f", from {train.load_model}" if train.load_model else ", new")
+        f"model     {family.name}, {counted(model.n_layer, 'layer')}, {model.n_embd} channels, "
+        f"{counted(model.n_head, 'head')} of {model.head_size}, vocabulary {model.vocab_size}"
+        + (f", from {train.load_model}" if train.load_model else ", new")
     )
     say(f"training  {describe_adapter(adapter)}: {report}")
     kernel = "cuda" if accelerator == "gpu" else "cpu"
@@ -225,12 +226,12 @@ def describe(config, family, accelerator, samples, notes, plan, report, state, s
         f"machine   {train.num_nodes} x {train.devices} {accelerator}, {train.strategy}, {train.precision}, "
         f"{family.kernel} kernel: {kernel if reason is None else f'reference, which is slow ({reason})'}"
     )
-    say(f"data      {data.path}: {len(samples):,} samples of up to {data.ctx_len} tokens")
+    say(f"data      {data.path}: {counted(len(samples), 'sample')} of up to {data.ctx_len} tokens")
     for note in notes:
         say(f"          {note}")
     say(
-        f"steps     {plan.total_steps:,} ({train.epoch_count} epochs of {plan.epoch_steps:,}), {plan.step_samples} "
-        "samples each" + (f"; resuming at step {plan.first_step:,}" if state else "")
+        f"steps     {plan.total_steps:,} ({counted(train.epoch_count, 'epoch')} of {plan.epoch_steps:,}), "
+        f"{counted(plan.step_samples, 'sample')} each" + (f"; resuming at step {plan.first_step:,}" if state else "")
     )
     say(f"output    {train.proj_dir}")
 
@@ -276,14 +277,15 @@ def fit(config, family, model, trainable, samples, validator, saver, checkpoint,
     if accelerator == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take a GPU that is there
         keep_freed_memory()
-    import lightning.pytorch as pl
-    from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+    with ending_at_ctrl_c():
+        import lightning.pytorch as pl
+        from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
-    from ..plots import plot_loss
-    from .callbacks import FiniteGradients, Record, Save, StopSignals
-    from .data_module import RunData
-    from .lit import Diverged, Lit
-    from .strategy import make_strategy
+        from ..plots import plot_loss
+        from .callbacks import FiniteGradients, Record, Save, StopSignals
+        from .data_module import RunData
+        from .lit import Diverged, Lit
+        from .strategy import make_strategy
 
     quiet()
     first = is_first_process()
@@ -330,6 +332,10 @@ def fit(config, family, model, trainable, samples, validator, saver, checkpoint,
             file=sys.stderr,
         )
         return 1 if first else 0
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # what Lightning makes of a Ctrl-C between steps
+            raise KeyboardInterrupt from None
+        raise
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -338,14 +344,18 @@ def fit(config, family, model, trainable, samples, validator, saver, checkpoint,
     plot_loss(folder / "metrics.jsonl", folder / "loss.png")
     if lit.stopping:
         say(
-            f"stopped after {lit.step:,} of {plan.total_steps:,} steps, saved in {folder}; "
+            f"stopped after {lit.step:,} of {counted(plan.total_steps, 'step')}, saved in {folder}; "
             "the same command with --resume goes on"
         )
         return 128 + (lit.stop_requested or signal.SIGTERM)
     if validator is not None:
         say(
             f"validation  lowest loss {validator.best:.4f}"
-            + (f"; stopped after {train.early_stop} validations without a lower one" if validator.exhausted else "")
+            + (
+                f"; stopped after {counted(train.early_stop, 'validation')} without a lower one"
+                if validator.exhausted
+                else ""
+            )
         )
     say(f"finished  {saver.newest}, {folder / 'loss.png'}, {folder / 'metrics.jsonl'}")
     return 0
