@@ -99,6 +99,17 @@ def test_threads_that_wait_do_not_spin_unless_the_user_says_so():
         assert done.stdout.strip() == expected
 
 
+def test_a_warning_of_bitsandbytes_about_a_download_is_kept_from_users():
+    pytest.importorskip("bitsandbytes")
+    done = run(sys.executable, "-c", "import rwkv_peft, bitsandbytes")
+    assert done.returncode == 0 and "kernels-community" not in done.stderr
+
+
+def test_switches_are_shown_as_they_are_written():
+    done = run(sys.executable, "train.py", "--help")
+    assert "(default: 1)" in done.stdout and "True" not in done.stdout
+
+
 def test_every_command_is_named_once():
     names = [command.name for command in COMMANDS]
     assert len(set(names)) == len(names)

@@ -12,10 +12,17 @@ from typing import Any, NoReturn
 from .errors import UserError
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 epoch", "2 epochs"."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something, and N for a flag that takes a number."""
+    """Shows the defaults that say something, those of 0|1 flags as such, and N for a flag that takes a number."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is True:
+            return f"{action.help} (default: 1)"
         return action.help if action.default in (None, "", False, []) else super()._get_help_string(action)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:

@@ -751,3 +751,21 @@ def test_the_command_exits_with_2_and_one_message(folder):
         bad = subprocess.run([*command, *flags], capture_output=True, text=True)
         assert bad.returncode == 2
         assert bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1
+
+
+def test_the_table_fits_into_80_columns(tmp_path, tiny_state, capsys):
+    base = tiny_state(dtype=torch.bfloat16)
+    save_model(tmp_path / "base.pth", base)
+    matrices = tuple(f"att.{n}" for n in ("receptance", "key", "value", "gate", "output"))
+    matrices += tuple(f"ffn.{n}" for n in ("key", "receptance", "value"))
+    tensors, metadata = adapter_of("bat-in", base, targets=matrices)
+    whole = {f"blocks.{i}.ln1.weight": 300 * base[f"blocks.{i}.ln1.weight"] for i in range(2)}
+    save_adapter(tmp_path / "a.safetensors", tensors | whole, metadata)
+    for dtype, cast in (("keep", True), ("fp32", False)):
+        run(tmp_path, "--output_dtype", dtype)
+        printed = capsys.readouterr().out
+        table = printed[printed.index("block  ") :].splitlines()[:3]
+        for name in ("att.r", "att.k", "att.v", "att.g", "att.o", "ffn.k", "ffn.r", "ffn.v", "others"):
+            assert f" {name} " in table[0] + " "
+        assert all(len(line) <= 80 and len(line) == len(table[0]) for line in table)
+        assert ("cast lost" in table[0], "the cast to bfloat16 lost at most" in printed) == (cast, cast)

@@ -3,6 +3,7 @@
 Each case is a process of its own, because the engine keeps global state.
 """
 
+import io
 import json
 import math
 import shutil
@@ -34,6 +35,7 @@ def test_a_run_leaves_what_it_says(files, one_process):
         assert (folder / name).stat().st_size > 0, name
     assert any((folder / "tensorboard").iterdir())
     assert "trainable%" in one_process and "ETA" in one_process and "tokens/s" in one_process
+    assert "(2 epochs of 4), 4 samples each" in one_process
     lines = metrics(files, "one")
     assert [line["step"] for line in lines] == list(range(8))
     assert lines[-1]["loss"] < lines[0]["loss"]
@@ -54,6 +56,48 @@ def test_a_run_leaves_what_it_says(files, one_process):
         )
     }
     assert all(tensor.abs().max() > 0 for tensor in tensors.values())
+
+
+def test_one_is_no_plural(train):
+    out, _ = train(
+        "single", "--epoch_count", "1", "--epoch_steps", "1", "--micro_bsz", "1", "--target_modules", "att.key"
+    )
+    assert "steps     1 (1 epoch of 1), 1 sample each\n" in out
+
+
+@pytest.mark.parametrize("delay", [0.1, 0.7, 1.6])
+def test_ctrl_c_before_the_first_step_is_one_line(command, delay):
+    process = start(command(f"early-{delay}", "--precision", "fp32"))
+    while not process.stdout.readline().startswith("output "):
+        assert process.poll() is None
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=240)
+    if "stopping after this step" in out or process.returncode == 0:
+        return  # this machine had begun to train, and Ctrl-C saves
+    assert process.returncode == 130
+    assert err in ("interrupted\n", "interrupted; what was saved before is intact\n")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_bar_fits_into_80_columns_with_all_its_numbers(monkeypatch):
+    from rwkv_peft.training.callbacks import Progress
+    from rwkv_peft.training.run import Plan
+
+    monkeypatch.setenv("COLUMNS", "81")  # tqdm leaves the last one free
+    monkeypatch.setenv("LINES", "24")
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    progress = Progress(Plan(8, 123456, 123456, 0, 0))
+    progress.bar.mininterval = 0
+    progress.update("loss 10.1234, lr 1.0e-04, 123,456 tokens/s", 1)
+    progress.close()
+    frames = sys.stdout.getvalue().split("\r")
+    assert all(len(frame.rstrip("\n")) <= 80 for frame in frames)
+    assert any("| 1/123456, ETA " in frame and frame.rstrip().endswith("123,456 tokens/s") for frame in frames), frames
 
 
 @pytest.mark.parametrize(

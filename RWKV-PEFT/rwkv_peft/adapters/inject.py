@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from ..cli import counted
 from ..config import QUANTIZATIONS, AdapterConfig
 from ..errors import UserError
 from ..names import CHOICES
@@ -34,7 +35,7 @@ class InjectReport:
     total: int
 
     def __str__(self) -> str:
-        adapted = f"{len(self.replaced)} layers adapted; " if self.replaced else ""
+        adapted = f"{counted(len(self.replaced), 'layer')} adapted; " if self.replaced else ""
         return (
             f"{adapted}trainable params: {self.trainable:,} || "
             f"all params: {self.total:,} || trainable%: {100 * self.trainable / self.total:.4f}"

@@ -11,6 +11,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from ..cli import counted
 from ..errors import UserError
 from .order import Permutation
 
@@ -83,7 +84,7 @@ class WindowSamples(Samples):
         self._last = -(-targets // ctx_len) - 1
         super().__init__(range(self._last + 1), seed)
         self._overlap = len(self) * ctx_len - targets  # targets that the last window must not count again
-        self.notes.append(f"{targets + 1} tokens, {len(self)} windows of {ctx_len} an epoch")
+        self.notes.append(f"{targets + 1:,} tokens, {counted(len(self), 'window')} of {ctx_len} an epoch")
         if self._overlap:
             self.notes.append(f"the last window shares {self._overlap} targets with the one before; they count once")
 
@@ -124,7 +125,7 @@ class DocumentSamples(Samples):
     def __init__(self, dataset, ctx_len, seed, mask=None):
         self.dataset, self.ctx_len, self._mask = dataset, ctx_len, mask
         super().__init__(readable_documents(dataset), seed)
-        self.notes += [f"{len(self)} documents an epoch", *not_read(dataset, ctx_len)]
+        self.notes += [f"{counted(len(self), 'document')} an epoch", *not_read(dataset, ctx_len)]
 
     def _choose(self, units):
         super()._choose(units)

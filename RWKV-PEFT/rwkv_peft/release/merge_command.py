@@ -11,6 +11,7 @@ from types import MappingProxyType
 import torch
 
 from ..adapters.methods import METHODS, NONE, forms
+from ..cli import counted
 from ..errors import UserError
 from ..files.adapter_file import Adapter
 from ..files.adapters import adapter_of_run, source_of
@@ -169,7 +170,8 @@ def print_head(args: argparse.Namespace, base: Base, adapters: Adapters) -> None
 
 
 def print_reports(reports: Sequence[TensorReport], specs: Mapping[str, TensorSpec]) -> None:
-    """A table of the relative change of each layer, and what the cast lost."""
+    """A table of the relative change of each layer, and what the cast lost, if anything was cast; it fits into 80
+    columns."""
     layers: dict[str, dict[str, TensorReport]] = {}
     for report in reports:
         _, number, *rest = report.key.split(".") if report.key.startswith("blocks.") else ("", "-", report.key)
@@ -178,22 +180,46 @@ def print_reports(reports: Sequence[TensorReport], specs: Mapping[str, TensorSpe
         return
     matrices = {key.split(".", 2)[2].removesuffix(".weight") for key, spec in specs.items() if _is_matrix(key, spec)}
     columns = [name for name in dict.fromkeys(name for row in layers.values() for name in row) if name in matrices]
-    print("change of each layer, |W' - W| / |W| in percent")
-    print("block  " + "".join(f"{name:>16}" for name in columns) + f"{'other tensors':>16}{'cast lost':>12}")
-    for number, row in layers.items():
-        others = [report.change for name, report in row.items() if name not in columns]
-        other = f"{100 * max(others):.3g} (max)" if others else ""
-        cells = (f"{100 * row[name].change:.3g}" if name in row else "" for name in columns)
-        lost = 100 * max(report.lost for report in row.values())
-        print(f"{number:>5}  " + "".join(f"{cell:>16}" for cell in cells) + f"{other:>16}{lost:>11.2g}%")
-    changed = [report for report in reports if report.change]
     worst = max(reports, key=lambda report: report.lost)
+    has_others = any(name not in columns for row in layers.values() for name in row)
+    print("change of each layer, |W' - W| / |W| in percent" + ("; the largest of others" if has_others else ""))
+    heads = [*map(short, columns), *(["others"] if has_others else []), *(["cast lost"] if worst.lost else [])]
+    print("block" + "".join(f"{head:>{width(head)}}" for head in heads))
+    for number, row in layers.items():
+        cells = [percent(row[name].change) if name in row else "" for name in columns]
+        if has_others:
+            others = [report.change for name, report in row.items() if name not in columns]
+            cells.append(percent(max(others)) if others else "")
+        if worst.lost:
+            cells.append(percent(max(report.lost for report in row.values())))
+        print(f"{number:>5}" + "".join(f"{cell:>{width(head)}}" for head, cell in zip(heads, cells)))
+    changed = [report for report in reports if report.change]
     dtype = specs[worst.key].dtype
     print(
-        f"changed {len(changed)} of {len(specs)} tensors; the cast to {dtype_name(dtype)} lost at most "
-        f"{100 * worst.lost:.2g} % of a change ({worst.key})"
+        f"changed {len(changed)} of {counted(len(specs), 'tensor')}"
+        + (
+            f"; the cast to {dtype_name(dtype)} lost at most {percent(worst.lost)} % of a change ({worst.key})"
+            if worst.lost
+            else ""
+        )
         + ("; --output_dtype fp32 keeps it" if worst.lost > 0.1 and dtype != torch.float32 else "")
     )
+
+
+def short(name: str) -> str:
+    """ "att.receptance" -> "att.r": the papers' letters."""
+    part, _, leaf = name.rpartition(".")
+    return f"{part}.{leaf[:1]}" if part else leaf[:6]
+
+
+def width(head: str) -> int:
+    return max(7, len(head) + 1)
+
+
+def percent(share: float) -> str:
+    """A share in percent, in at most six characters."""
+    value = 100 * share
+    return f"{value:.2g}" if value < 10 or value >= 1e5 else f"{value:.0f}"
 
 
 def _is_matrix(key: str, spec: TensorSpec) -> bool:

@@ -103,7 +103,7 @@ class Record(StepCallback):
             self.progress.say(
                 f"step {done:,}: validation loss {validation['val_loss']:.4f}, perplexity {validation['val_ppl']:.2f}"
             )
-        self.progress.update(f"loss {lit.step_loss:.4f}, lr {lit.lr:.2e}, {rate:,.0f} tokens/s", done)
+        self.progress.update(f"loss {lit.step_loss:.4f}, lr {lit.lr:.1e}, {rate:,.0f} tokens/s", done)
 
     def on_train_batch_start(self, trainer, lit, batch, batch_idx):
         if batch_idx % self.accumulate == 0:
@@ -131,7 +131,8 @@ class Progress:
             self.bar = tqdm(
                 total=plan.total_steps,
                 initial=plan.first_step,
-                unit="step",
+                # what is seen in 80 columns: the rest of a bar gives way to the numbers
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, ETA {remaining}{postfix}",
                 dynamic_ncols=True,
                 file=sys.stdout,
                 mininterval=0.2,

@@ -3,6 +3,7 @@
 from collections import Counter
 
 from ..adapters.methods import NONE, method_of
+from ..cli import counted
 
 UPSTREAM_PARTS = ("time", "ln")  # what RWKV-PEFT trains along with an adapter by default
 
@@ -11,25 +12,25 @@ def describe(config, family, accelerator, samples, notes, plan, report, state, s
     """What is about to happen, in a few lines."""
     model, train, data, adapter = config.model, config.train, config.data, config.adapter
     say(
-        f"model     {family.name}, {model.n_layer} layers, {model.n_embd} channels, {model.n_head} heads of "
-        f"{model.head_size}, "
-        f"vocabulary {model.vocab_size}" + (f", from {train.load_model}" if train.load_model else ", new")
+        f"model     {family.name}, {counted(model.n_layer, 'layer')}, {model.n_embd} channels, "
+        f"{counted(model.n_head, 'head')} of {model.head_size}, vocabulary {model.vocab_size}"
+        + (f", from {train.load_model}" if train.load_model else ", new")
     )
     say(f"training  {describe_adapter(adapter)}: {report}")
     if adapter.method != NONE and (note := frozen_parts(adapter, family, family.shapes(model))):
         say(f"          {note}")
     kernel = "cuda" if accelerator == "gpu" else "cpu"
-    reason = family.kernels()[kernel]
+    reason = family.kernels().get(kernel, f"{family.name} has none for a {accelerator} yet")
     say(
         f"machine   {train.num_nodes} x {train.devices} {accelerator}, {train.strategy}, {train.precision}, "
-        f"{family.kernel} kernel: {kernel if reason is None else f'reference, which is slow ({reason})'}"
+        f"{family.kernel} kernel: {kernel if reason is None else f'plain torch, which is slow ({reason})'}"
     )
-    say(f"data      {data.path}: {len(samples):,} samples of up to {data.ctx_len} tokens")
+    say(f"data      {data.path}: {counted(len(samples), 'sample')} of up to {data.ctx_len} tokens")
     for note in notes:
         say(f"          {note}")
     say(
-        f"steps     {plan.total_steps:,} ({train.epoch_count} epochs of {plan.epoch_steps:,}), {plan.step_samples} "
-        "samples each" + (f"; resuming at step {plan.first_step:,}" if state else "")
+        f"steps     {plan.total_steps:,} ({counted(train.epoch_count, 'epoch')} of {plan.epoch_steps:,}), "
+        f"{counted(plan.step_samples, 'sample')} each" + (f"; resuming at step {plan.first_step:,}" if state else "")
     )
     say(f"seed      {train.random_seed}")
     say(f"output    {train.proj_dir}")

@@ -19,12 +19,13 @@ from ..adapters.groups import learning_ratios
 from ..adapters.inject import inject
 from ..adapters.load import load_tensors
 from ..adapters.methods import NONE, method_of
+from ..cli import counted
 from ..config import to_json
 from ..data.batches import TrainBatches
 from ..data.recorded import ENTRY, RUN, find_tokenizer, recorded_beside, remarks
 from ..data.show import marks_for, show_samples
 from ..data.sources import build_samples, check_config, split_samples
-from ..errors import UserError
+from ..errors import UserError, ending_at_ctrl_c
 from ..files.adapter_file import ADAPTER, DTYPES, MODEL
 from ..files.adapters import read_adapter
 from ..files.atomic import atomic_write, check_output
@@ -165,7 +166,7 @@ def resolve_accelerator(train):
     accelerator = train.accelerator if train.accelerator != "auto" else "gpu" if gpus else "cpu"
     if accelerator == "gpu" and train.devices > gpus:
         raise UserError(
-            f"--devices {train.devices} and this machine has {gpus} GPU{'s' * (gpus != 1)}; lower --devices"
+            f"--devices {train.devices} and this machine has {counted(gpus, 'GPU')}; lower --devices"
             + (", or use --accelerator cpu" if not gpus else "")
         )
     return accelerator
@@ -278,13 +279,14 @@ def fit(config, family, model, trainable, samples, validator, saver, checkpoint,
     if accelerator == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take a GPU that is there
         keep_freed_memory()
-    import lightning.pytorch as pl
+    with ending_at_ctrl_c():
+        import lightning.pytorch as pl
 
-    from ..plots import plot_loss
-    from .callbacks import FiniteGradients, Record, Save, StopSignals
-    from .data_module import RunData
-    from .lit import Diverged, Lit
-    from .strategy import make_strategy
+        from ..plots import plot_loss
+        from .callbacks import FiniteGradients, Record, Save, StopSignals
+        from .data_module import RunData
+        from .lit import Diverged, Lit
+        from .strategy import make_strategy
 
     quiet()
     first = is_first_process()
@@ -331,6 +333,10 @@ def fit(config, family, model, trainable, samples, validator, saver, checkpoint,
             file=sys.stderr,
         )
         return 1 if first else 0
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # what Lightning makes of a Ctrl-C between steps
+            raise KeyboardInterrupt from None
+        raise
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -339,14 +345,18 @@ def fit(config, family, model, trainable, samples, validator, saver, checkpoint,
     plot_loss(folder / METRICS, folder / "loss.png")
     if lit.stopping:
         say(
-            f"stopped after {lit.step:,} of {plan.total_steps:,} steps, saved in {folder}; "
+            f"stopped after {lit.step:,} of {counted(plan.total_steps, 'step')}, saved in {folder}; "
             "the same command with --resume goes on"
         )
         return 128 + (lit.stop_requested or signal.SIGTERM)
     if validator is not None:
         say(
             f"validation  lowest loss {validator.best:.4f}"
-            + (f"; stopped after {train.early_stop} validations without a lower one" if validator.exhausted else "")
+            + (
+                f"; stopped after {counted(train.early_stop, 'validation')} without a lower one"
+                if validator.exhausted
+                else ""
+            )
         )
     say(f"finished  {saver.newest}, {folder / 'loss.png'}, {folder / 'metrics.jsonl'}")
     return 0
