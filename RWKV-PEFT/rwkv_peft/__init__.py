@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
-def _concerns_users(record):
+def _concerns_users(record: logging.LogRecord) -> bool:
     """Not the warning of bitsandbytes, at import, that a kernel could be downloaded: nothing here would take it."""
     return "kernels-community" not in str(record.msg)
 
