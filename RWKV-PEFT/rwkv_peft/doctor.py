@@ -230,11 +230,12 @@ def matmul_speed(dtype, device, size=1024):
 
 
 def check_kernels():
-    """The wkv6 backends, compiled where that is possible."""
-    from .ops.wkv6 import backends
+    """The backends of each generation's recurrence, compiled where that is possible."""
+    from .models import FAMILIES
 
-    for name, reason in backends().items():
-        yield Finding(f"wkv6 {name}", OK if reason is None else NOTE, reason or "usable")
+    for family in FAMILIES:
+        for name, reason in family.kernels().items():
+            yield Finding(f"{family.kernel} {name}", OK if reason is None else NOTE, reason or "usable")
 
 
 def check_deepspeed():
