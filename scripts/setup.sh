@@ -91,7 +91,7 @@ root="$(cd "$(dirname "$0")/.." && pwd)"
 choose_python
 PATH="$(dirname "$python"):$PATH" # ninja is looked up there
 export PATH
-# Threads that wait give the core back soon; spinning for long costs a busy machine nearly all of its speed.
+# As rwkv_peft/__init__.py does, which says why, for programs that load torch before it, such as the tests.
 GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-2000}"
 export GOMP_SPINCOUNT
 install requirements "-e ." "$root/requirements.txt" "$root/pyproject.toml"

@@ -55,7 +55,7 @@ def add_member(name):
     if PeftType(name) is not member or getattr(PeftType, name) is not member or member not in list(PeftType):
         raise RuntimeError(
             f"PeftType could not be extended by {name}: this Python keeps the members of an Enum in "
-            "another way than 3.10 to 3.13 do"
+            "another way than 3.10 to 3.14 do"
         )
     return member
 
