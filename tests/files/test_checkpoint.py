@@ -144,6 +144,7 @@ def test_load_base_refuses_what_is_not_a_base(tmp_path, tiny_state, change, mess
 def test_other_formats_name_the_converter(tmp_path, name, message):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("{}")
+    save_file({"emb.weight": torch.ones(2, 2)}, tmp_path / "m.safetensors")
     with pytest.raises(UserError, match=message):
         open_base(tmp_path / name)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from conftest import make_tiny_state
 from fuzz.mutations import BYTES
 from fuzz.specimens import SPECIMENS, write_all
 from rwkv_peft.errors import UserError
@@ -23,11 +22,11 @@ LONGEST = 2000  # characters of a message that a person reads
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, tiny_state):
     """A folder with every file of SPECIMENS, whole."""
     folder = tmp_path_factory.mktemp("files")
     write_all(
-        folder, make_tiny_state(n_layer=1, n_embd=16, dim_ffn=16, head_size=8, vocab_size=257, maa_rank=2, decay_rank=2)
+        folder, tiny_state(n_layer=1, n_embd=16, dim_ffn=16, head_size=8, vocab_size=257, maa_rank=2, decay_rank=2)
     )
     return folder
 

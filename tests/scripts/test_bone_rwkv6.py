@@ -98,9 +98,9 @@ def test_a_mistaken_flag_is_told_before_the_demo_begins(tmp_path, flags, message
 
 
 def test_a_folder_that_holds_a_run_is_told_before_the_demo_begins(tmp_path):
-    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "adapter.safetensors").touch()
     done = script({"PROJ_DIR": str(tmp_path)})
-    assert done.returncode == 2 and "already holds metrics.jsonl" in done.stderr and "==" not in done.stdout
+    assert done.returncode == 2 and "already holds adapter.safetensors" in done.stderr and "==" not in done.stdout
 
 
 def test_help_is_the_scripts_own():
@@ -126,7 +126,8 @@ def test_a_users_flags_say_what_trains(tmp_path, tiny_state, flags, expected):
     stand_in = tmp_path / "python"
     stand_in.write_text('#!/bin/sh\ncase "$1" in *train.py) printf "%s\\n" "$@" > "$(dirname "$0")/told" ;; esac\n')
     stand_in.chmod(0o755)
-    (tmp_path / "scripts" / "setup.sh").write_text(f"root={tmp_path} python={stand_in}\n")
+    words = 'say() { echo "$*"; }; quoted() { echo "$1"; }; activate() { echo .; }'
+    (tmp_path / "scripts" / "setup.sh").write_text(f"root={tmp_path} python={stand_in}\n{words}\n")
     base, out = str(tmp_path / "base.pth"), str(tmp_path / "out")
     variables = {"LOAD_MODEL": base, "DATA_FILE": "data", "PROJ_DIR": out, "BONE_R": "32"}
     done = script(variables, *flags.split(), root=tmp_path)

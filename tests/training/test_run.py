@@ -296,8 +296,9 @@ def test_a_checkpoint_that_does_not_know_a_setting_has_its_default(tmp_path):
     from rwkv_peft.errors import UserError
 
     known = {name: value for name, value in asdict(AdapterConfig(rank=16)).items() if name != "init"}
+    machine = {"strategy": "deepspeed_stage_1", "world_size": 1, "precision": "bf16"}
     (tmp_path / "state.json").write_text(
-        json.dumps({"adapter": known, "base": "abc", "samples_seen": 1, "trained": []})
+        json.dumps({"adapter": known, "base": "abc", "samples_seen": 1, "trained": [], **machine})
     )
     now = {"adapter": asdict(AdapterConfig(rank=16)), "base": "abc", "data": {"ctx_len": 16}}
     assert read_run_state(tmp_path, now, True)["base"] == "abc"

@@ -294,7 +294,7 @@ def fit(config, family, model, trainable, samples, validator, saver, checkpoint,
     if first:
         with atomic_write(folder / RUN) as temporary:
             record = {} if samples.vocabulary is None else {ENTRY: samples.vocabulary._asdict()}
-            temporary.write_text(json.dumps(json.loads(to_json(config)) | record, sort_keys=True) + "\n")
+            temporary.write_text(json.dumps(json.loads(to_json(config)) | record, indent=2, sort_keys=True) + "\n")
         loggers = make_loggers(config, folder)
     ratios = learning_ratios(method_of(config.adapter), config.adapter)
     lit = Lit(model, train, plan.total_steps, plan.first_step, family if train.layerwise_lr else None, ratios)
