@@ -61,7 +61,7 @@ def test_a_folder_between_two_models_is_refused_and_a_failure_leaves_the_old_one
     path, state = model
     convert(path, tmp_path / "hf", "--dtype", "keep", "--tokenizer", "bytes")
     before = {file.name: file.read_bytes() for file in (tmp_path / "hf").iterdir()}
-    save_model(tmp_path / "large.pth", tiny_state() | {"ln_out.bias": torch.full((64,), 1e30)})
+    save_model(tmp_path / "large.pth", tiny_state(vocab_size=257) | {"ln_out.bias": torch.full((64,), 1e30)})
     with pytest.raises(UserError, match="choose another --dtype"):
         convert(tmp_path / "large.pth", tmp_path / "hf", "--dtype", "fp16", "--tokenizer", "bytes")
     assert {file.name: file.read_bytes() for file in (tmp_path / "hf").iterdir()} == before
