@@ -3,51 +3,29 @@
 The low-rank factors are transposed, the five token-shift lerps stacked, and the other time vectors flat.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from ..family import GgufTensor
+from ..gguf import CONTEXT, GgufTensors, flat
 from .keys import RWKV6Config
 
 LERPS = "wkvrg"  # the order in which llama.cpp stacks time_maa_*
 MATRICES = ("receptance", "key", "value", "gate", "output")  # of time-mix; channel-mix has three of these names
-CONTEXT = 1 << 20  # a recurrent model has no limit; llama.cpp's own converter writes this
 
 
 def tensors(base: Mapping[str, torch.Tensor], config: RWKV6Config) -> Iterator[GgufTensor]:
     """(GGUF name, shape, function that makes the float tensor, whether it is a large matrix) of each tensor, in
     order."""
-
-    def entry(
-        name: str, key: str, change: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor, large: bool = False
-    ) -> GgufTensor:
-        return name, tuple(change(base[key].to("meta")).shape), lambda: change(base[key]), large
-
-    def flat(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.reshape(-1)
-
-    def stacked(keys: list[str]) -> torch.Tensor:
-        return torch.stack([base[key] for key in keys])
-
-    yield entry("token_embd.weight", "emb.weight", large=True)
-    for part in ("weight", "bias"):
-        yield entry(f"token_embd_norm.{part}", f"blocks.0.ln0.{part}")
+    told = GgufTensors(base)
+    entry = told.entry
+    yield from told.embedding()
     for i in range(config.n_layer):
         att, ffn, block = f"blocks.{i}.att.", f"blocks.{i}.ffn.", f"blk.{i}."
-        norms = (("attn_norm", f"blocks.{i}.ln1"), ("attn_norm_2", f"blocks.{i}.ln2"), ("time_mix_ln", f"{att}ln_x"))
-        for norm, key in norms:
-            for part in ("weight", "bias"):
-                yield entry(f"{block}{norm}.{part}", f"{key}.{part}")
+        yield from told.norms(i)
         yield entry(f"{block}time_mix_lerp_x.weight", f"{att}time_maa_x")
-        keys = [f"{att}time_maa_{letter}" for letter in LERPS]
-        yield (
-            f"{block}time_mix_lerp_fused.weight",
-            (len(keys), *base[keys[0]].shape),
-            partial(stacked, keys),  # (5, 1, 1, C)
-            False,
-        )
+        yield told.stacked(f"{block}time_mix_lerp_fused.weight", [f"{att}time_maa_{letter}" for letter in LERPS])
         yield entry(f"{block}time_mix_w1.weight", f"{att}time_maa_w1", torch.t)
         yield entry(f"{block}time_mix_w2.weight", f"{att}time_maa_w2", lambda tensor: tensor.permute(0, 2, 1))
         yield entry(f"{block}time_mix_first.weight", f"{att}time_faaaa")
@@ -60,9 +38,7 @@ def tensors(base: Mapping[str, torch.Tensor], config: RWKV6Config) -> Iterator[G
             yield entry(f"{block}channel_mix_lerp_{letter}.weight", f"{ffn}time_maa_{letter}")
         for name in ("key", "receptance", "value"):
             yield entry(f"{block}channel_mix_{name}.weight", f"{ffn}{name}.weight", large=True)
-    for part in ("weight", "bias"):
-        yield entry(f"output_norm.{part}", f"ln_out.{part}")
-    yield entry("output.weight", "head.weight", large=True)
+    yield from told.head()
 
 
 def settings(config: RWKV6Config) -> tuple[tuple[str, float], ...]:

@@ -4,49 +4,26 @@ Low-rank factors are transposed, the six token-shift amounts stacked, the other 
 residual there, though it uses none: copies of its in-context learning rate's stand in where the file has none.
 """
 
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from ..family import GgufTensor
+from ..gguf import CONTEXT, GgufTensors, flat
 from .keys import SHIFTS, RWKV7Config
-
-CONTEXT = 1 << 20  # a recurrent model has no limit; llama.cpp's own converter writes this
 
 
 def tensors(base: Mapping[str, torch.Tensor], config: RWKV7Config) -> Iterator[GgufTensor]:
     """(GGUF name, shape, function that makes the float tensor, whether it is a large matrix) of each tensor, in
     order."""
-
-    def entry(
-        name: str, key: str, change: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor, large: bool = False
-    ) -> GgufTensor:
-        return name, tuple(change(base[key].to("meta")).shape), lambda: change(base[key]), large
-
-    def flat(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.reshape(-1)
-
-    def stack(keys: Sequence[str]) -> torch.Tensor:
-        return torch.stack([base[key] for key in keys])
-
-    yield entry("token_embd.weight", "emb.weight", large=True)
-    for part in ("weight", "bias"):
-        yield entry(f"token_embd_norm.{part}", f"blocks.0.ln0.{part}")
+    told = GgufTensors(base)
+    entry = told.entry
+    yield from told.embedding()
     for i in range(config.n_layer):
         att, ffn, block = f"blocks.{i}.att.", f"blocks.{i}.ffn.", f"blk.{i}."
-        norms = (("attn_norm", f"blocks.{i}.ln1"), ("attn_norm_2", f"blocks.{i}.ln2"), ("time_mix_ln", f"{att}ln_x"))
-        for norm, key in norms:
-            for part in ("weight", "bias"):
-                yield entry(f"{block}{norm}.{part}", f"{key}.{part}")
-        keys = [f"{att}x_{name}" for name in SHIFTS]
-        yield (
-            f"{block}time_mix_lerp_fused.weight",
-            (len(keys), *base[keys[0]].shape),
-            functools.partial(stack, keys),
-            False,
-        )
+        yield from told.norms(i)
+        yield told.stacked(f"{block}time_mix_lerp_fused.weight", [f"{att}x_{name}" for name in SHIFTS])
         for name in "wav":
             source = name if f"{att}{name}0" in base else "a"
             yield entry(f"{block}time_mix_{name}0.weight", f"{att}{source}0", flat)
@@ -61,9 +38,7 @@ def tensors(base: Mapping[str, torch.Tensor], config: RWKV7Config) -> Iterator[G
         yield entry(f"{block}channel_mix_lerp_k.weight", f"{ffn}x_k")
         for name in ("key", "value"):
             yield entry(f"{block}channel_mix_{name}.weight", f"{ffn}{name}.weight", large=True)
-    for part in ("weight", "bias"):
-        yield entry(f"output_norm.{part}", f"ln_out.{part}")
-    yield entry("output.weight", "head.weight", large=True)
+    yield from told.head()
 
 
 def settings(config: RWKV7Config) -> tuple[tuple[str, Any], ...]:

@@ -1,0 +1,56 @@
+"""What llama.cpp's forms of all generations share: how a tensor is told, and the tensors around time-mix."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+
+from .family import GgufTensor
+
+CONTEXT = 1 << 20  # a recurrent model has no limit; llama.cpp's own converter writes this
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1)
+
+
+class GgufTensors:
+    """Tells tensors of a state dict as Family.gguf_tensors does, each made when it is asked for."""
+
+    def __init__(self, base: Mapping[str, torch.Tensor]) -> None:
+        self.base = base
+
+    def entry(
+        self,
+        name: str,
+        key: str,
+        change: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+        large: bool = False,
+    ) -> GgufTensor:
+        base = self.base
+        return name, tuple(change(base[key].to("meta")).shape), lambda: change(base[key]), large
+
+    def stacked(self, name: str, keys: Sequence[str]) -> GgufTensor:
+        """Tensors of one shape on top of each other."""
+        base = self.base
+        return name, (len(keys), *base[keys[0]].shape), lambda: torch.stack([base[key] for key in keys]), False
+
+    def affine(self, name: str, key: str) -> Iterator[GgufTensor]:
+        """The weight and bias of a norm."""
+        for part in ("weight", "bias"):
+            yield self.entry(f"{name}.{part}", f"{key}.{part}")
+
+    def embedding(self) -> Iterator[GgufTensor]:
+        """What stands before the blocks."""
+        yield self.entry("token_embd.weight", "emb.weight", large=True)
+        yield from self.affine("token_embd_norm", "blocks.0.ln0")
+
+    def norms(self, i: int) -> Iterator[GgufTensor]:
+        """The norms of block i."""
+        yield from self.affine(f"blk.{i}.attn_norm", f"blocks.{i}.ln1")
+        yield from self.affine(f"blk.{i}.attn_norm_2", f"blocks.{i}.ln2")
+        yield from self.affine(f"blk.{i}.time_mix_ln", f"blocks.{i}.att.ln_x")
+
+    def head(self) -> Iterator[GgufTensor]:
+        """What stands after the blocks."""
+        yield from self.affine("output_norm", "ln_out")
+        yield self.entry("output.weight", "head.weight", large=True)
