@@ -1,10 +1,9 @@
 """Initialization of a new RWKV-6, by RWKV-LM's x060 recipe (RWKV-v5/src/model.py)."""
 
-import math
-
 import torch
 from torch import nn
 
+from ..parts import init_around_blocks
 from .model import RWKV6, Block
 
 
@@ -17,16 +16,11 @@ def init_weights(model: RWKV6) -> None:
     as the recipe had them until 2024-11, at 1 - channel**height.
     """
     config = model.config
-    C, A, V, L = config.n_embd, config.dim_att, config.vocab_size, config.n_layer
+    C, A, L = config.n_embd, config.dim_att, config.n_layer
     channel = torch.arange(C) / C  # 0 .. 1 over the channels
     ramp = torch.arange(A) / max(A - 1, 1)
     zigzag = ((torch.arange(A) + 1) % 3 - 1) * 0.1
-    nn.init.uniform_(model.emb.weight, -1e-4, 1e-4)
-    nn.init.orthogonal_(model.head.weight, gain=0.5 * math.sqrt(max(V / C, 1)))
-    for module in model.modules():
-        if isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
+    init_around_blocks(model)
     for layer, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         depth = layer / max(L - 1, 1)  # 0 at the first block, 1 at the last

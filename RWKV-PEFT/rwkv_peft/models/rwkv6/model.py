@@ -9,12 +9,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ...ops.mix import lerp, norm_gate, relu_square, sigmoid_gate
 from ...ops.wkv6 import wkv6
-from ..parts import Head, HeadFunction, last_token
-from ..state import LayerState, State
+from ..parts import LanguageModel, last_token
+from ..state import LayerState
 from .keys import RWKV6Config
 
 
@@ -134,41 +133,7 @@ class Block(nn.Module):
         return x + y, LayerState(att_shift, wkv, ffn_shift)
 
 
-class RWKV6(nn.Module):
-    """RWKV-6 language model with RWKV-LM's parameter names.
+class RWKV6(LanguageModel):
+    """RWKV-6 language model with RWKV-LM's parameter names."""
 
-    grad_checkpoint recomputes each block in the backward pass instead of keeping its activations. Parameters are
-    empty until `init_weights` or `load_state_dict` fills them.
-    """
-
-    def __init__(self, config: RWKV6Config, grad_checkpoint: bool = False) -> None:
-        super().__init__()
-        self.config = config
-        self.grad_checkpoint = grad_checkpoint
-        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_out = nn.LayerNorm(config.n_embd)
-        self.head = Head(config.n_embd, config.vocab_size, bias=False)
-
-    def forward(
-        self,
-        tokens: torch.Tensor,
-        state: State | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-        head: HeadFunction | None = None,
-    ) -> tuple[torch.Tensor, State]:
-        """tokens (B, T) int64, state State or None -> logits (B, T, V), State.
-
-        cu_seqlens (n + 1,) marks the boundaries of n sequences packed in one row (B = 1, state for n sequences);
-        nothing crosses them. `head(x, weight)`, where given, takes the place of the logits (see Head).
-        """
-        x = self.emb(tokens)
-        states = []
-        for layer, block in enumerate(self.blocks):
-            layer_state = None if state is None else state[layer]
-            if self.grad_checkpoint and torch.is_grad_enabled():
-                x, layer_state = checkpoint(block, x, layer_state, cu_seqlens, use_reentrant=False)
-            else:
-                x, layer_state = block(x, layer_state, cu_seqlens)
-            states.append(layer_state)
-        return self.head(self.ln_out(x), head), State(states)
+    make_block = Block

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from ..parts import init_around_blocks
 from .model import RWKV7, Block
 
 # name of a token-shift amount -> (power of the channel, whether that is times the height of the layer)
@@ -19,17 +20,12 @@ def init_weights(model: RWKV7) -> None:
     the identity, because output and ffn.value start at zero, and so do the first factors of all low-rank projections.
     """
     config = model.config
-    C, N, V, L = config.n_embd, config.head_size, config.vocab_size, config.n_layer
+    C, N, L = config.n_embd, config.head_size, config.n_layer
     index = torch.arange(C)
     channel, linear = index / C, index / max(C - 1, 1) - 0.5
     within = (index % N - (N - 1) / 2) / ((N - 1) / 2)
     zigzag = within * within.abs()
-    nn.init.uniform_(model.emb.weight, -1e-4, 1e-4)
-    nn.init.orthogonal_(model.head.weight, gain=0.5 * math.sqrt(max(V / C, 1)))
-    for module in model.modules():
-        if isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
+    init_around_blocks(model)
     for layer, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         depth = layer / max(L - 1, 1)  # 0 at the first block, 1 at the last

@@ -8,12 +8,11 @@ B batch, T time, C channels (n_embd), F feed-forward channels, H heads, N head s
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ...ops.mix import lerp, relu_square
 from ...ops.wkv7 import wkv7
-from ..parts import Head, HeadFunction, last_token
-from ..state import LayerState, State
+from ..parts import LanguageModel, last_token
+from ..state import LayerState
 from .keys import SHIFTS, RWKV7Config
 
 NORM_EPS = 64e-5  # of ln_x, at every size
@@ -40,7 +39,7 @@ class TimeMix(nn.Module):
     def __init__(self, config: RWKV7Config, layer: int) -> None:
         super().__init__()
         C, H, N = config.n_embd, config.n_head, config.head_size
-        self.first, self.n_head, self.head_size = layer == 0, H, N
+        self.n_head, self.head_size = H, N
         vectors = [f"x_{name}" for name in SHIFTS] + ["w0", "a0", "k_k", "k_a"]
         ranks = {"w": config.decay_rank, "a": config.iclr_rank, "g": config.gate_rank}
         if layer > 0 or config.first_value:
@@ -138,41 +137,8 @@ class Block(nn.Module):
         return x + y, v_first, LayerState(att_shift, wkv, ffn_shift)
 
 
-class RWKV7(nn.Module):
-    """RWKV-7 language model with RWKV-LM's parameter names.
+class RWKV7(LanguageModel):
+    """RWKV-7 language model with RWKV-LM's parameter names."""
 
-    grad_checkpoint recomputes each block in the backward pass instead of keeping its activations. Parameters are
-    empty until `init_weights` or `load_state_dict` fills them.
-    """
-
-    def __init__(self, config: RWKV7Config, grad_checkpoint: bool = False) -> None:
-        super().__init__()
-        self.config = config
-        self.grad_checkpoint = grad_checkpoint
-        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_out = nn.LayerNorm(config.n_embd)
-        self.head = Head(config.n_embd, config.vocab_size, bias=False)
-
-    def forward(
-        self,
-        tokens: torch.Tensor,
-        state: State | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-        head: HeadFunction | None = None,
-    ) -> tuple[torch.Tensor, State]:
-        """tokens (B, T) int64, state State or None -> logits (B, T, V), State.
-
-        cu_seqlens (n + 1,) marks the boundaries of n sequences packed in one row (B = 1, state for n sequences);
-        nothing crosses them. `head(x, weight)`, where given, takes the place of the logits (see Head).
-        """
-        x, v_first = self.emb(tokens), None
-        states = []
-        for layer, block in enumerate(self.blocks):
-            layer_state = None if state is None else state[layer]
-            if self.grad_checkpoint and torch.is_grad_enabled():
-                x, v_first, layer_state = checkpoint(block, x, v_first, layer_state, cu_seqlens, use_reentrant=False)
-            else:
-                x, v_first, layer_state = block(x, v_first, layer_state, cu_seqlens)
-            states.append(layer_state)
-        return self.head(self.ln_out(x), head), State(states)
+    make_block = Block
+    carried = (None,)  # v_first, which block 0 makes
