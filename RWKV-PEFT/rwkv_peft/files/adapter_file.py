@@ -21,13 +21,14 @@ from ..adapters.methods import METHODS, NONE, adapter_parameter, is_saved, metho
 from ..config import QUANTIZATIONS, AdapterConfig
 from ..errors import UserError, told
 from .atomic import atomic_write
+from .dtypes import DTYPES
 from .pth_writer import TensorSpec
 from .safetensors_file import read_safetensors, write_safetensors
 
 ADAPTER, MODEL = "adapter.safetensors", "rwkv.pth"  # the newest trained tensors in the folder of a run
 FORMAT_VERSION = 1
 METADATA_KEY = "rwkv_peft"  # the entry of the safetensors header that holds AdapterMetadata as JSON
-DTYPES = (("bf16", torch.bfloat16), ("fp32", torch.float32))  # by --precision, in which a run keeps its base
+PRECISIONS = ("bf16", "fp32")  # of --precision, in which a run keeps its base
 FORGOTTEN = ("config",)  # metadata that earlier versions wrote and nothing reads
 
 
@@ -82,7 +83,7 @@ class AdapterMetadata:
 
     def base_dtype(self) -> torch.dtype | None:
         """The dtype that `precision` names; None where it names none."""
-        return dict(DTYPES).get(self.precision)
+        return DTYPES.get(self.precision)
 
 
 class Adapter(NamedTuple):
@@ -176,7 +177,7 @@ def _check_metadata(path: str | Path, values: dict[str, Any]) -> None:
 
     if not isinstance(values.get("variant"), str) or not is_saved(values["variant"]):
         refuse("variant", "one of " + ", ".join((*filter(is_saved, METHODS), NONE)))
-    precisions = ("", *(name for name, _ in DTYPES))
+    precisions = ("", *PRECISIONS)
     for name, known, default in (("quant", QUANTIZATIONS, "none"), ("precision", precisions, "")):
         if values.get(name, default) not in known:
             refuse(name, "one of " + ", ".join(filter(None, known)))

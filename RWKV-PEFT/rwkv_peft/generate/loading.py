@@ -1,16 +1,14 @@
 """What generation starts from: a model with its adapters folded in, and the states that files hold
 (models/state.py)."""
 
-import torch
 from torch import nn
 
 from ..files.base import base_of, open_base, save_model
+from ..files.dtypes import DTYPES
 from ..files.pth import read_tensors
 from ..models import family_named
 from ..models.state import State, split_time_states, state_of, state_tensors
 from ..release.merge import check_fingerprints, merged_tensors
-
-DTYPES = (("fp32", torch.float32), ("bf16", torch.bfloat16))
 
 
 def load_model(path, adapters=(), precision="fp32", device="cpu", any_base=False):
@@ -29,7 +27,7 @@ def load_model(path, adapters=(), precision="fp32", device="cpu", any_base=False
         base = base_of(merged_tensors(base, named), path)
     weights, states = split_time_states(base.tensors)
     model = base.family.load(weights, base.config)
-    model = model.to(device=device, dtype=dict(DTYPES)[precision]).requires_grad_(False).eval()
+    model = model.to(device=device, dtype=DTYPES[precision]).requires_grad_(False).eval()
     if device == "cpu" and precision == "fp32":
         store_by_columns(model)
     return model, read_state(states, model, path) if states else None

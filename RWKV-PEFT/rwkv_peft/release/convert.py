@@ -22,6 +22,7 @@ from ..files.adapter_file import METADATA_KEY, AdapterMetadata, save_adapter
 from ..files.adapters import source_of
 from ..files.atomic import check_output
 from ..files.base import Base, base_of, open_base
+from ..files.dtypes import DTYPES
 from ..files.pth import read_tensors
 from ..files.rwkv_peft_file import write_rwkv_peft
 from ..files.safetensors_file import read_safetensors
@@ -29,8 +30,6 @@ from ..models.state import check_time_states, is_time_state
 from .flags import convert_flags
 from .formats import Wanted, format_of
 from .vocabulary import Tokenizer
-
-DTYPES = (("keep", None), ("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32))
 
 
 def main(argv: list[str]) -> int:
@@ -116,7 +115,9 @@ def convert_model(source: Path, target: Path, args: argparse.Namespace) -> list[
             f"{target}: its ending names no format for {source}; known are .pth, .safetensors, .st, "
             ".state, .gguf, and a name without ending for a folder of a model"
         )
-    dtype = dict(DTYPES)[args.dtype] if args.dtype else None if states else form.dtype
+    dtype = None if states else form.dtype
+    if args.dtype is not None:
+        dtype = DTYPES.get(args.dtype)  # none for keep
     if states and form.write_states is not None:
         form.write_states(target, tensors, dtype)
         return [f"{target}: {describe(tensors, dtype)} (time states)"]

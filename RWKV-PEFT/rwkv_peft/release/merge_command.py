@@ -17,6 +17,7 @@ from ..files.adapter_file import Adapter
 from ..files.adapters import adapter_of_run, source_of
 from ..files.atomic import atomic_write, check_output, same_file
 from ..files.base import Base, open_base
+from ..files.dtypes import DTYPES
 from ..files.pth import stream_tensors
 from ..files.pth_writer import TensorSpec, write_pth
 from ..memory import keep_freed_memory
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
     base = open_base(args.base_model)
     adapters = [(path, source_of(args, path).read(base.tensors)) for path in args.adapters]
     check_type(args.type, adapters)
-    options = MergeOptions(args.scale, output_dtype(args.output_dtype), args.quant, args.unmerge, args.device)
+    options = MergeOptions(args.scale, DTYPES.get(args.output_dtype), args.quant, args.unmerge, args.device)
     merge = Merge(base, adapters, options)
     if not args.any_base:
         (check_unmerge if args.unmerge else check_fingerprints)(base, adapters)
@@ -89,10 +90,6 @@ def check_type(told: str | None, adapters: Sequence[tuple[str, Adapter]]) -> Non
             is_state = any(is_time_state(key) for key in adapter.tensors)
             kind = "time states" if is_state else "whole tensors" if variant == NONE else f"a {variant} adapter"
             raise UserError(f"--type {told} contradicts {path}, which holds {kind}; leave --type out")
-
-
-def output_dtype(name: str) -> torch.dtype | None:
-    return {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
 def check_files(args: argparse.Namespace) -> None:

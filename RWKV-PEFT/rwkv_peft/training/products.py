@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from ..adapters.methods import NONE
 from ..errors import UserError
-from ..files.adapter_file import ADAPTER, DTYPES, MODEL, Adapter, AdapterMetadata, save_adapter
+from ..files.adapter_file import ADAPTER, MODEL, Adapter, AdapterMetadata, save_adapter
 from ..files.atomic import atomic_write
+from ..files.dtypes import DTYPES
 from ..files.pth import all_finite, stream_tensors
 from ..files.pth_writer import TensorSpec, write_pth
 from ..models import family_named
@@ -42,14 +43,14 @@ def model_dtypes(config, base):
         found = {key: tensor.dtype for key, tensor in base.tensors.items()}
     else:
         keys = family_named(config.model.version).shapes(config.model)
-        found = dict.fromkeys(keys, dict(DTYPES)[train.precision])
-    asked = dict(DTYPES).get(train.save_dtype)
+        found = dict.fromkeys(keys, DTYPES[train.precision])
+    asked = DTYPES.get(train.save_dtype)
     return {key: asked or dtype for key, dtype in found.items()}
 
 
 def keeps_all(config, base):
     """Whether the file of a model that trains whole holds every bit of what trains."""
-    kept = {torch.float32, dict(DTYPES)[config.train.precision]}
+    kept = {torch.float32, DTYPES[config.train.precision]}
     return set(model_dtypes(config, base).values()) <= kept
 
 
@@ -85,7 +86,7 @@ class Products:
         """Merge once and give the file each of the paths. What keeps it from being written is told and no more: the
         adapter is saved, and merge_bone.py can do it later."""
         first, *others = paths
-        options = MergeOptions(dtype=dict(DTYPES).get(self.config.train.save_dtype))
+        options = MergeOptions(dtype=DTYPES.get(self.config.train.save_dtype))
         try:
             merge = Merge(self.base, [(self.newest, Adapter(tensors, self.metadata()))], options)
             with atomic_write(first) as temporary:

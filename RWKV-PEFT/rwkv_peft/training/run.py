@@ -20,16 +20,16 @@ from ..adapters.inject import inject
 from ..adapters.load import load_tensors
 from ..adapters.methods import NONE, method_of
 from ..cli import counted
-from ..config import to_json
 from ..data.batches import TrainBatches
 from ..data.recorded import ENTRY, RUN, find_tokenizer, recorded_beside, remarks
 from ..data.show import marks_for, show_samples
 from ..data.sources import build_samples, check_config, split_samples
 from ..errors import UserError, ending_at_ctrl_c
-from ..files.adapter_file import ADAPTER, DTYPES, MODEL
+from ..files.adapter_file import ADAPTER, MODEL
 from ..files.adapters import read_adapter
 from ..files.atomic import atomic_write, check_output
 from ..files.base import open_base
+from ..files.dtypes import DTYPES
 from ..memory import keep_freed_memory
 from ..models import family_named
 from .alone import alone_in
@@ -227,7 +227,7 @@ def make_plan(train, samples, step_samples, state):
 
 def build_model(config, family, base):
     """The model in the run's precision: the base's memory-mapped tensors where dtypes agree, or fresh weights."""
-    dtype, grad_cp = dict(DTYPES)[config.train.precision], config.train.grad_cp
+    dtype, grad_cp = DTYPES[config.train.precision], config.train.grad_cp
     if base is not None:
         return family.load(base.tensors, config.model, grad_cp).to(dtype)
     model = family.build(config.model, grad_cp)
@@ -294,7 +294,7 @@ def fit(config, family, model, trainable, samples, validator, saver, checkpoint,
     if first:
         with atomic_write(folder / RUN) as temporary:
             record = {} if samples.vocabulary is None else {ENTRY: samples.vocabulary._asdict()}
-            temporary.write_text(json.dumps(json.loads(to_json(config)) | record, indent=2, sort_keys=True) + "\n")
+            temporary.write_text(json.dumps(asdict(config) | record, indent=2, sort_keys=True) + "\n")
         loggers = make_loggers(config, folder)
     ratios = learning_ratios(method_of(config.adapter), config.adapter)
     lit = Lit(model, train, plan.total_steps, plan.first_step, family if train.layerwise_lr else None, ratios)

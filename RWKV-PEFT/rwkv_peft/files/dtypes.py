@@ -1,0 +1,7 @@
+"""The dtypes of weights, by the names that flags and files give them."""
+
+from types import MappingProxyType
+
+import torch
+
+DTYPES = MappingProxyType({"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32})
