@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.autograd import forward_ad
 
+from .native.levels import LEVELS
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 128
 
@@ -131,6 +133,16 @@ def is_traced(x: torch.Tensor) -> bool:
     Elsewhere generation's single steps go straight to the kernel, as calling the operator costs as much as a small one.
     """
     return torch.compiler.is_compiling() or type(x) is not torch.Tensor or x.device.type == "meta"
+
+
+def split_backend(op: str, backend: str, names: Sequence[str]) -> tuple[str, str]:
+    """A named backend -> its name and, of "cpu:LEVEL", the instruction set, else "". Raises ValueError for one that is
+    neither among `names` nor such."""
+    name, _, level = str(backend).partition(":")
+    if name not in names or (level and (name != "cpu" or level not in LEVELS)):
+        known = ", ".join(("auto", "reference", *names, *(f"cpu:{level}" for level in LEVELS)))
+        raise ValueError(f"{op}: backend {backend!r} is unknown; take one of {known}")
+    return name, level
 
 
 def refuse_tangents(op: str, inputs: Sequence[torch.Tensor], backend: str) -> None:

@@ -7,8 +7,7 @@ import warnings
 import torch
 
 from ..compiled import constant_when_compiled
-from ..native.levels import LEVELS
-from ..recurrence import as_int64, common_dtype, is_traced, plain, refuse_tangents
+from ..recurrence import as_int64, common_dtype, is_traced, plain, refuse_tangents, split_backend
 from . import cpu, reference
 from .checks import check
 from .operators import backend_module
@@ -72,10 +71,7 @@ def _resolve(backend, device_type, dtype):
         return _resolve_auto(device_type, dtype)
     if backend == "reference":
         return backend
-    name, _, level = str(backend).partition(":")
-    if name not in KERNELS or (level and (name != "cpu" or level not in LEVELS)):
-        known = ", ".join(("auto", "reference", *KERNELS, *(f"cpu:{level}" for level in LEVELS)))
-        raise ValueError(f"wkv6: backend {backend!r} is unknown; take one of {known}")
+    name, level = split_backend("wkv6", backend, KERNELS)
     reason = cpu.unavailable(level) if name == "cpu" else backend_module(name).unavailable()
     if reason is not None:
         raise RuntimeError(f"wkv6: backend {backend!r} cannot be used: {reason}")

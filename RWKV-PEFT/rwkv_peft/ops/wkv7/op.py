@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ..compiled import constant_when_compiled
-from ..native.levels import LEVELS
-from ..recurrence import as_int64, common_dtype, is_traced, plain, refuse_tangents
+from ..recurrence import as_int64, common_dtype, is_traced, plain, refuse_tangents, split_backend
 from . import cpu, reference
 from .checks import check
 from .operators import backend_module, call_forward
@@ -80,10 +79,7 @@ def _resolve(backend, device_type, dtype):
         return _resolve_auto(device_type, dtype)
     if backend == "reference":
         return backend
-    name, _, level = str(backend).partition(":")
-    if name not in BACKENDS or (level and (name != "cpu" or level not in LEVELS)):
-        known = ", ".join(("auto", "reference", *BACKENDS, *(f"cpu:{level}" for level in LEVELS)))
-        raise ValueError(f"wkv7: backend {backend!r} is unknown; take one of {known}")
+    name, level = split_backend("wkv7", backend, BACKENDS)
     reason = backend_module(name).unavailable(level)
     if reason is not None:
         raise RuntimeError(f"wkv7: backend {backend!r} cannot be used: {reason}")
