@@ -14,7 +14,7 @@ def start(argv):
 
 
 def finish(process, code=0):
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=480)
     assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
     return out, err
 

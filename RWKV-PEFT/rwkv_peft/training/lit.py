@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ..adapters.groups import parameter_groups
+from .cpu_adam import cpu_adam
 from .loss import linear_cross_entropy
 from .schedule import learning_rate
 
@@ -56,9 +57,7 @@ class Lit(pl.LightningModule):
         groups = parameter_groups(self.model, train.weight_decay, self.family, self.ratios)
         settings = {"lr": self.lr, "betas": (train.beta1, train.beta2), "eps": train.adam_eps}
         if train.strategy.endswith("offload"):
-            from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-            return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+            return cpu_adam(groups, **settings)
         return torch.optim.AdamW(groups, fused=True, **settings)
 
     def on_train_batch_start(self, batch, batch_idx):

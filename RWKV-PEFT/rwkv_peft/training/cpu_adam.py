@@ -1,0 +1,36 @@
+"""DeepSpeed's Adam for optimizer states in CPU memory, built on first use, whatever an earlier build left behind.
+
+torch guards the build by a file that exists while one goes on. A build that was killed leaves that file, and each later
+one waits for it without a word and without an end; here it counts only while some process has it open.
+"""
+
+from pathlib import Path
+
+import psutil
+from filelock import FileLock
+
+
+def cpu_adam(groups, **settings):
+    """DeepSpeedCPUAdam in its AdamW form over parameter groups. The first on a machine compiles it, for a minute or
+    so; other processes of this package wait meanwhile."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+    from torch.utils.cpp_extension import _get_build_directory
+
+    build = Path(_get_build_directory(CPUAdamBuilder().name, verbose=False))
+    with FileLock(build / "rwkv_peft.lock"):  # which ends with its process
+        remove_stale_lock(build / "lock")
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+
+
+def remove_stale_lock(lock):
+    """Remove torch's build lock, a path, unless a process has it open."""
+    if lock.exists() and not any(_has_open(process, lock) for process in psutil.process_iter()):
+        lock.unlink(missing_ok=True)
+
+
+def _has_open(process, path):
+    try:
+        return any(Path(file.path) == path.resolve() for file in process.open_files())
+    except (psutil.AccessDenied, psutil.NoSuchProcess):  # another user's, who cannot write in this folder; or ended
+        return False
