@@ -64,6 +64,7 @@ def main():
     parser.add_argument(
         "--fresh_pages", action="store_true", help="do not keep freed memory, as the trainer does on the CPU"
     )
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="the N operations that take most of a step")
     args = parser.parse_args()
     # the profiler's library takes its settings from the environment alone; at any other it prints a line a session
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
@@ -110,6 +111,27 @@ def table(config, dtype, args):
             + " |",
             flush=True,
         )
+    for method in args.methods if args.profile else ():
+        print(f"\n{method}{peak_of(steps[method], args.device)}:\n{longest(steps[method], args)}", flush=True)
+
+
+def peak_of(step, device):
+    """ ", peak N GiB" of a GPU's memory during a step."""
+    if device != "cuda":
+        return ""
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return f", peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+
+
+def longest(step, args):
+    """The profiler's table of the operations, on a GPU its kernels, that take most of a step."""
+    activities, key = [torch.profiler.ProfilerActivity.CPU], "self_cpu_time_total"
+    if args.device == "cuda":
+        activities, key = [*activities, torch.profiler.ProfilerActivity.CUDA], "self_device_time_total"
+    with torch.profiler.profile(activities=activities) as profile:
+        timed(step, args.device, time.perf_counter)
+    return profile.key_averages().table(sort_by=key, row_limit=args.profile, max_name_column_width=60)
 
 
 def random_weights(config, kind):

@@ -1,75 +1,33 @@
-# Checks the CUDA kernels on this machine's GPU, and prints one table: what was checked, the result, the seconds.
+# What this machine's GPU makes of the kernels and of a training step, in ten minutes: one JSON line a result, at once.
 #
-#   sh scripts/gpu_check.sh
+#   sh scripts/gpu_check.sh                       sets up what is missing, then runs the checks
+#   sh scripts/gpu_check.sh --offline             takes the python at hand, skips what it lacks
+#   sh scripts/gpu_check.sh --wheels FOLDER       installs from that folder alone, without a network
+#   sh scripts/gpu_check.sh --full                the whole test suite at the end, however long
 #
-# Builds the kernels; runs their tests on the device, every kernel on packed sequences under compute-sanitizer where
-# that is installed, the whole test suite, and benchmarks/wkv6.py. Each step's output goes to out/gpu_check. Exit code 0
-# when every step passed, 1 when one failed, 2 where there is no usable GPU.
-set -u
-. "$(dirname "$0")/setup.sh"
-export PYTHONPATH="$root/RWKV-PEFT${PYTHONPATH:+:$PYTHONPATH}"
-cd "$root" || exit 2
-
-if ! card=$("$python" - <<'PYTHON'
-import sys
-import torch
-
-if not torch.cuda.is_available():
-    print(f"torch {torch.__version__} sees no NVIDIA GPU")
-    sys.exit(2)
-capability = ".".join(map(str, torch.cuda.get_device_capability()))
-print(f"{torch.cuda.get_device_name()}, compute capability {capability}, torch {torch.__version__}")
-PYTHON
-); then
-    say "no GPU check: ${card:-torch does not start}."
-    say "Run this on a machine with an NVIDIA GPU and a CUDA build of torch."
-    exit 2
-fi
-
-install_tests
-logs="$root/out/gpu_check"
-mkdir -p "$logs"
-table="$logs/table.md"
-failed=0
-printf '%s\n\n| step | result | seconds |\n| --- | --- | --- |\n' "$card" > "$table"
-
-row() { printf '| %s | %s | %s |\n' "$1" "$2" "$3" >> "$table"; }
-
-step() {  # NAME LOG COMMAND...: runs the command into its log, adds a row
-    name=$1 log=$logs/$2
-    shift 2
-    say "$name ..."
-    start=$(date +%s)
-    if "$@" > "$log" 2>&1; then
-        result=passed
-    else
-        result="FAILED: see $log"
-        failed=1
+# Other flags go to benchmarks/gpu_check.py, and `sh scripts/gpu_check.sh --offline --help` lists them. Results are in
+# out/gpu_check. Exit code 0 when every step passed or was skipped, 1 when one failed, 2 where there is no usable GPU.
+set -eu
+root="$(cd "$(dirname "$0")/.." && pwd)"
+offline=false wheels="" previous=""
+for argument in "$@"; do
+    [ "$previous" != --wheels ] || wheels="$argument"
+    case "$argument" in
+    --offline) offline=true ;;
+    --wheels=*) wheels="${argument#*=}" ;;
+    esac
+    previous="$argument"
+done
+if $offline || [ -n "$wheels" ]; then
+    python="${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/}python3"
+    PYTHONPATH="$root/RWKV-PEFT${PYTHONPATH:+:$PYTHONPATH}"
+    export PYTHONPATH
+    if [ -n "$wheels" ]; then
+        "$python" -m pip install --quiet --no-index --find-links "$wheels" -r "$root/requirements.txt" \
+            -r "$root/requirements-test.txt" || printf '%s\n' "some wheels are missing in $wheels; going on without"
     fi
-    row "$name" "$result" $(($(date +%s) - start))
-}
-
-step "build" build.log "$python" -c '
-from rwkv_peft.ops.wkv6 import cuda
-reason = cuda.unavailable()
-raise SystemExit(reason and f"the kernels cannot be used: {reason}")'
-step "op tests on the device" ops.log "$python" -m pytest -q tests/ops
-sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
-if [ -n "$sanitizer" ]; then
-    for tool in memcheck racecheck synccheck; do
-        step "compute-sanitizer $tool" "$tool.log" "$sanitizer" --tool "$tool" --error-exitcode 1 \
-            "$python" -m pytest -q tests/ops/wkv6/test_cuda.py -k 'packed_sequences and gpu'
-    done
 else
-    row "compute-sanitizer" "not installed" -
+    . "$root/scripts/setup.sh"
+    install_tests
 fi
-step "whole test suite, training on the GPU" suite.log "$python" -m pytest -q tests --accelerator gpu
-step "benchmarks/wkv6.py" benchmark.log "$python" benchmarks/wkv6.py --device cuda --dtype bfloat16
-
-say ""
-cat "$table"
-if [ -s "$logs/benchmark.log" ]; then
-    say ""
-    cat "$logs/benchmark.log"
-fi
-exit "$failed"
+exec "$python" "$root/benchmarks/gpu_check.py" "$@"

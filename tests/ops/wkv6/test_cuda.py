@@ -260,9 +260,10 @@ def test_nvcc_compiles_without_warnings_or_spills(assembler_reports, architectur
         assert found.groups() == ("0", "0"), f"{kernel} uses local memory: {found.group()}"
 
 
-def test_nvcc_compiles_the_benchmarks_baseline(nvcc, tmp_path):
-    (unit,), _, _ = gpu.recipe(BASELINE, nvcc, "90")
-    command = [*unit.command, "-Werror", "all-warnings", "-cubin", str(BASELINE)]
+@pytest.mark.parametrize("source", [BASELINE, BASELINE.with_name("wkv6_driver.cu")], ids=lambda path: path.stem)
+def test_nvcc_compiles_what_the_benchmarks_bring(nvcc, tmp_path, source):
+    (unit,), _, _ = gpu.recipe(source, nvcc, "90")
+    command = [*unit.command, "-Werror", "all-warnings", "-cubin", str(source)]
     done = subprocess.run([*command, "-o", str(tmp_path / "baseline.cubin")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -1,0 +1,226 @@
+"""What a GPU is and what wkv6's kernels do on it: one JSON object a line.
+
+    python benchmarks/gpu_probe.py card       name, driver, clocks, copy bandwidth, the rate of an 8192 x 8192 product
+    python benchmarks/gpu_probe.py build      the kernels by nvcc and by NVRTC: seconds, or why not
+    python benchmarks/gpu_probe.py smoke      12 cases against float64, poisoned memory, 20 equal repetitions
+    python benchmarks/gpu_probe.py kernels    microseconds, GB/s, share of the traffic's floor; peers where installed
+    python benchmarks/gpu_probe.py once       one forward and backward, for a profiler around it
+
+scripts/gpu_check.sh runs them in this order. Exit code 1 where something is wrong, 2 without a usable GPU.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+from rwkv_peft.ops.native import gpu, nvrtc
+from rwkv_peft.ops.native.build import build_library
+from rwkv_peft.ops.native.compilers import find_nvcc
+from rwkv_peft.ops.native.errors import BuildError
+from rwkv_peft.ops.wkv6 import cuda, wkv6
+
+SHAPES = ((8, 4096, 32), (1, 4096, 64), (1, 1024, 32), (8, 1024, 8))  # B, T, H of head size 64
+CASES = tuple(
+    (N, dtype, packed) for N in (32, 64, 128) for dtype in ("float32", "bfloat16") for packed in (False, True)
+)
+REPEATS, SEGMENT = 20, cuda.SEGMENT
+
+
+def tell(**entry):
+    print(json.dumps(entry), flush=True)
+
+
+def milliseconds(function, repeats=20):
+    """The median time of `function` on the GPU, by events."""
+    function(), function()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def card():
+    query = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+    try:
+        said = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True)
+        tell(nvidia_smi=dict(zip(query.split(","), said.stdout.decode().strip().split(", "))))
+    except OSError as error:
+        tell(nvidia_smi=str(error))
+    properties = torch.cuda.get_device_properties(0)
+    tell(
+        name=properties.name,
+        capability=list(torch.cuda.get_device_capability()),
+        multiprocessors=properties.multi_processor_count,
+        memory_gib=round(properties.total_memory / 2**30, 1),
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+    )
+    tell(copy_gb_s=round(copy_bandwidth()))
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    tell(matmul_tflop_s=round(2 * 8192**3 / (1e9 * milliseconds(lambda: a @ b))))
+
+
+def copy_bandwidth():
+    """GB a second, read and written, of a copy of 1 GiB."""
+    x = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * x.numel() / 1e6 / milliseconds(lambda: y.copy_(x))
+
+
+def build():
+    capability = "".join(map(str, torch.cuda.get_device_capability()))
+    worked = 0
+    for name in ("nvcc", "nvrtc"):
+        start = time.perf_counter()
+        try:
+            if name == "nvcc":
+                path = build_library(f"wkv6_cuda_sm{capability}", *gpu.recipe(cuda.SOURCE, find_nvcc(), capability))
+                tell(builder=name, seconds=round(time.perf_counter() - start, 1), usage=resource_usage(path))
+            else:
+                compiler = nvrtc.find_nvrtc()
+                if compiler is None:
+                    raise BuildError("no NVRTC library")
+                nvrtc.cubin("wkv6_cuda", cuda.SOURCE, f"sm_{capability}", compiler)
+                tell(builder=name, seconds=round(time.perf_counter() - start, 1))
+            worked += 1
+        except BuildError as error:
+            tell(builder=name, error=str(error)[:2000])
+    reason = cuda.unavailable()
+    tell(usable=reason is None, reason=reason)
+    return int(reason is not None or not worked)
+
+
+def resource_usage(path):
+    """What cuobjdump says of the kernels' registers and memory, where it is there."""
+    try:
+        said = subprocess.run(["cuobjdump", "--dump-resource-usage", str(path)], capture_output=True, text=True)
+    except OSError:
+        return None
+    return [line.strip() for line in said.stdout.splitlines() if "REG:" in line or "Function" in line]
+
+
+def inputs(B, T, H, N, dtype):
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    random = lambda *shape: torch.randn(*shape, generator=generator, device="cuda")  # noqa: E731
+    r, k, v = (0.5 * random(B, T, H, N) for _ in range(3))
+    w = -6 + 7 * torch.rand(B, T, H, N, generator=generator, device="cuda")
+    leaves = [x.to(dtype).requires_grad_() for x in (r, k, v, w, 0.5 * random(H, N))]
+    return leaves, (0.5 * random(B, T, H, N)).to(dtype)
+
+
+def gradients(backend, leaves, gy, bounds, dtype=None, device=None):
+    """[y, the gradients of r k v w u] by a backend, in float64."""
+    leaves = [x.detach().to(dtype=dtype or x.dtype, device=device).requires_grad_() for x in leaves]
+    bounds = None if bounds is None else bounds.to(leaves[0].device)
+    y, _ = wkv6(*leaves, cu_seqlens=bounds, backend=backend)
+    y.backward(gy.to(y))
+    return [x.detach().double().cpu() for x in (y, *(leaf.grad for leaf in leaves))]
+
+
+def poison():
+    """Leave NaN in the memory that the allocator gives out next."""
+    blocks = [torch.full((2**size,), float("nan"), device="cuda") for size in range(8, 24)]
+    torch.cuda.synchronize()
+    del blocks
+
+
+def smoke():
+    wrong = 0
+    for N, name, packed in CASES:
+        dtype = getattr(torch, name)
+        leaves, gy = inputs(1, 280, 3, N, dtype)
+        bounds = torch.tensor([0, 1, 18, 82, 147, 277, 280]) if packed else None
+        truth = gradients("reference", leaves, gy, bounds, torch.float64, "cpu")
+        plain = gradients("reference", leaves, gy, bounds)
+        poison()
+        ours = gradients("cuda", leaves, gy, bounds)
+        repeated = all(all(map(torch.equal, ours, gradients("cuda", leaves, gy, bounds))) for _ in range(REPEATS - 1))
+        errors = {}
+        for what, x, y, exact in zip(("y", "gr", "gk", "gv", "gw", "gu"), ours, plain, truth):
+            scale = exact.norm()
+            errors[what] = [float((x - exact).norm() / scale), float((y - exact).norm() / scale)]
+        least = 1e-6 if dtype == torch.float32 else 1e-3
+        right = all(mine <= 2 * theirs + least for mine, theirs in errors.values())  # NaN is not
+        wrong += not (right and repeated)
+        tell(head_size=N, dtype=name, packed=packed, right=right, repeated=repeated, errors_ours_and_torch=errors)
+    return int(wrong > 0)
+
+
+def kernels():
+    bandwidth = copy_bandwidth()
+    for B, T, H in SHAPES:
+        leaves, gy = inputs(B, T, H, 64, torch.bfloat16)
+        r, k, v, w, u = (x.detach() for x in leaves)
+        u = u.float()
+        checkpoints = cuda.forward(r, k, v, w, u, None, None, True, None)[2]
+        elements, states = r.numel() * r.element_size(), checkpoints.numel() * 4
+        runs = {
+            "forward": (lambda: cuda.forward(r, k, v, w, u, None, None, True, None), 5 * elements + states),  # noqa: B023
+            "backward": (
+                lambda: cuda.backward(r, k, v, w, u, None, None, checkpoints, gy, None, None),  # noqa: B023
+                9 * elements + states,
+            ),
+        }
+        for direction, (function, traffic) in runs.items():
+            time_ = milliseconds(function)
+            floor = traffic / 1e6 / bandwidth
+            tell(
+                shape=[B, T, H],
+                kernel=f"wkv6 {direction}",
+                us=round(1e3 * time_, 1),
+                gb_s=round(traffic / 1e6 / time_),
+                floor_us=round(1e3 * floor, 1),
+                of_floor=round(floor / time_, 2),
+            )
+        peers(B, T, H, leaves, gy)
+
+
+def peers(B, T, H, leaves, gy):
+    """Forward and backward through autograd: ours, a token at a time, and flash-linear-attention's."""
+    from wkv6 import SLOW, contenders  # benchmarks/wkv6.py
+
+    for name, function in contenders("cuda").items():
+        if name in SLOW:
+            continue
+
+        def both(function=function):
+            for x in leaves:
+                x.grad = None
+            function(*leaves).backward(gy)
+
+        tell(shape=[B, T, H], forward_and_backward=name, us=round(1e3 * milliseconds(both, repeats=5), 1))
+
+
+def once():
+    leaves, gy = inputs(1, 4096, 64, 64, torch.bfloat16)
+    wkv6(*leaves, backend="cuda")[0].backward(gy)
+    torch.cuda.synchronize()
+
+
+PROBES = {"card": card, "build": build, "smoke": smoke, "kernels": kernels, "once": once}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("probe", choices=PROBES)
+    args = parser.parse_args(argv)
+    reason = gpu.unavailable()
+    if reason is not None:
+        tell(gpu=reason)
+        return 2
+    return PROBES[args.probe]() or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

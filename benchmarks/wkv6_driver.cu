@@ -1,0 +1,100 @@
+// wkv6's kernels in a program of their own, without Python and torch around them, for compute-sanitizer: forward and
+// backward over packed sequences, all head sizes, both dtypes. Exit code 1 where CUDA reports an error or a result is
+// not finite.
+//
+//   nvcc -std=c++17 -O2 -lineinfo -arch=native -I cuda benchmarks/wkv6_driver.cu -o driver && ./driver
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+#include "wkv6/wkv6.cu"
+
+constexpr int HEADS = 2;
+const std::vector<index_t> BOUNDS = {0, 1, 18, 82, 147, 277, 280};
+
+// Memory on the GPU that ends with its owner.
+template <class T>
+struct Device {
+    T* at = nullptr;
+    size_t count;
+    explicit Device(const std::vector<T>& values) : count(values.size()) {
+        cudaMalloc(&at, count * sizeof(T));
+        cudaMemcpy(at, values.data(), count * sizeof(T), cudaMemcpyHostToDevice);
+    }
+    explicit Device(size_t count) : count(count) { cudaMalloc(&at, count * sizeof(T)); }
+    Device(const Device&) = delete;
+    ~Device() { cudaFree(at); }
+    std::vector<T> host() const {
+        std::vector<T> values(count);
+        cudaMemcpy(values.data(), at, count * sizeof(T), cudaMemcpyDeviceToHost);
+        return values;
+    }
+};
+
+static void assign(float& to, float value) { to = value; }
+static void assign(bf16& to, float value) {
+    unsigned bits;
+    std::memcpy(&bits, &value, 4);
+    bits >>= 16;  // truncated, which serves here
+    std::memcpy(&to, &bits, 2);
+}
+static float read(float value) { return value; }
+static float read(bf16 value) {
+    unsigned bits = 0;
+    std::memcpy(reinterpret_cast<char*>(&bits) + 2, &value, 2);
+    float whole;
+    std::memcpy(&whole, &bits, 4);
+    return whole;
+}
+
+// Numbers between low and high that look random and are the same on every machine.
+template <class T>
+static std::vector<T> numbers(size_t count, unsigned seed, float low, float high) {
+    std::vector<T> values(count);
+    for (T& value : values) {
+        seed = seed * 1664525u + 1013904223u;
+        assign(value, low + (high - low) * (seed >> 8) / 16777216.0f);
+    }
+    return values;
+}
+
+template <class T>
+static bool finite(const Device<T>& values) {
+    for (const T value : values.host())
+        if (!std::isfinite(read(value))) return false;
+    return true;
+}
+
+template <class T>
+static bool run(int head_size, int scalar) {
+    const size_t tokens = BOUNDS.back(), sequences = BOUNDS.size() - 1;
+    const size_t elements = tokens * HEADS * head_size, state = size_t(HEADS) * head_size * head_size;
+    Device<index_t> bounds(BOUNDS);
+    Device<T> r(numbers<T>(elements, 1, -1, 1)), k(numbers<T>(elements, 2, -1, 1)), v(numbers<T>(elements, 3, -1, 1));
+    Device<T> w(numbers<T>(elements, 4, -6, 1)), gy(numbers<T>(elements, 5, -1, 1));
+    Device<T> y(elements), gr(elements), gk(elements), gv(elements), gw(elements);
+    Device<float> u(numbers<float>(HEADS * head_size, 6, -1, 1)), initial(numbers<float>(sequences * state, 7, -1, 1));
+    Device<float> final_state(sequences * state), checkpoints((tokens / SEGMENT + sequences) * state);
+    Device<float> gfinal(numbers<float>(sequences * state, 8, -1, 1)), gu(sequences * HEADS * head_size);
+    Device<float> gstate(sequences * state);
+    Arguments a = {r.at,           k.at,  v.at,      w.at,  u.at,  initial.at, bounds.at, y.at,  final_state.at,
+                   checkpoints.at, gy.at, gfinal.at, gr.at, gk.at, gv.at,      gw.at,     gu.at, gstate.at};
+    a.sequences = int(sequences), a.length = int(tokens), a.heads = HEADS, a.head_size = head_size, a.scalar = scalar;
+    const int forward = wkv6_forward(&a, nullptr), backward = wkv6_backward(&a, nullptr);
+    const cudaError_t error = cudaDeviceSynchronize();
+    const bool right = forward == 0 && backward == 0 && error == cudaSuccess && finite(y) && finite(final_state) &&
+                       finite(gr) && finite(gk) && finite(gv) && finite(gw) && finite(gu) && finite(gstate);
+    std::printf("{\"head_size\": %d, \"dtype\": \"%s\", \"right\": %s, \"error\": \"%s\"}\n", head_size,
+                scalar == FLOAT32 ? "float32" : "bfloat16", right ? "true" : "false", cudaGetErrorString(error));
+    return right;
+}
+
+int main() {
+    bool right = true;
+    for (const int head_size : {32, 64, 128}) {
+        right &= run<float>(head_size, FLOAT32);
+        right &= run<bf16>(head_size, BFLOAT16);
+    }
+    return right ? 0 : 1;
+}
