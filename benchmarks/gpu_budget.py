@@ -1,0 +1,160 @@
+"""What a block costs a GPU outside its large matrix products, counted without one: launches and bytes on its code path.
+
+    python benchmarks/gpu_budget.py [--generations x060 x070] [--tokens 4096] [--verbose]
+
+A block runs forward and backward on meta tensors, in bfloat16; each of torch's operations that computes something is
+one launch, and its bytes are those of its inputs (expanded ones at their real size) and outputs. A unit is one read or
+write of (T, C). The products with the block's large matrices are left out: they are the floor, as benchmarks/step.py
+calls it. "step / floor" is what follows for a whole block on an H100 (650 TFLOP/s, 2.8 TB/s for torch's operations), if
+nothing else waits; launches come on top where they are shorter than 5 us apart.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rwkv_peft.adapters.inject import inject
+from rwkv_peft.config import AdapterConfig
+from rwkv_peft.models import FAMILIES, family_named
+
+SHAPES = {"1.6B": (2048, 24), "7B": (4096, 32)}  # channels, layers
+METHODS = ("frozen", "bat-in", "bone", "bat-out", "lora")
+RANK = 64
+FLOPS, BANDWIDTH = 650e12, 2.8e12
+# operations that only look at a tensor in another way, or allocate
+FREE = {
+    *(
+        "view",
+        "_unsafe_view",
+        "t",
+        "transpose",
+        "permute",
+        "expand",
+        "slice",
+        "select",
+        "unsqueeze",
+        "squeeze",
+        "detach",
+    ),
+    *("alias", "as_strided", "unbind", "split", "split_with_sizes", "chunk", "reshape", "unflatten", "narrow"),
+    *("lift_fresh", "_reshape_alias", "is_same_size", "empty", "empty_like", "new_empty", "new_empty_strided"),
+    *("empty_strided", "diagonal"),
+}
+PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "linear"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One operation: its name, its bytes, the shapes that it reads, whether it is a product with a large matrix."""
+
+    name: str
+    bytes: int
+    shapes: tuple
+    is_large: bool
+
+
+class Counter(TorchDispatchMode):
+    """Records the Launches of what runs under it; matrices: the shapes, sorted, of the large ones."""
+
+    def __init__(self, matrices):
+        super().__init__()
+        self.matrices, self.launches = matrices, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[1]
+        if name.rstrip("_") not in FREE:
+            read = {id(x): x for x in tensors_in((args, kwargs or {}))}.values()
+            written = tensors_in(out)
+            shapes = tuple(tuple(x.shape) for x in read)
+            is_large = name in PRODUCTS and any(tuple(sorted(shape)) in self.matrices for shape in shapes)
+            self.launches.append(Launch(name, sum(map(real_bytes, [*read, *written])), shapes, is_large))
+        return out
+
+
+def tensors_in(tree):
+    """The tensors among nested lists, tuples and dicts."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (list, tuple)):
+        return []
+    return [tensor for branch in tree for tensor in tensors_in(branch)]
+
+
+def real_bytes(x):
+    """Bytes that x has in memory."""
+    count = 1
+    for size, stride in zip(x.shape, x.stride()):
+        count *= size if stride else 1
+    return count * x.element_size()
+
+
+def count(family, channels, tokens, method):
+    """(Launches of a block's forward and backward, its large matrices' elements): block 1 of two, one row of tokens."""
+    config = family.new_dimensions(2, channels, 65536)
+    with torch.device("meta"):
+        model = family.build(config).to(torch.bfloat16)
+    if method == "frozen":
+        model.requires_grad_(False)
+    else:
+        name = "lora" if method == "lora" else "bone"
+        adapter = AdapterConfig(method=name, mode=method if name == "bone" else "bat-in", rank=RANK)
+        inject(model, adapter, family=family)
+    block = model.blocks[1]
+    weights = [module.weight for name, module in block.named_modules() if name.endswith(family.targets)]
+    x = torch.empty(1, tokens, channels, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    carried = [torch.empty_like(x, requires_grad=True) for _ in model.carried]
+    counter = Counter({tuple(sorted(weight.shape)) for weight in weights})
+    autocast, torch.is_autocast_enabled = torch.is_autocast_enabled, lambda *_: False  # which knows no meta device
+    try:
+        with counter:
+            y = block(x, *carried)[0]
+            y.backward(torch.empty_like(y))
+    finally:
+        torch.is_autocast_enabled = autocast
+    return counter.launches, sum(weight.numel() for weight in weights)
+
+
+def figures(family, channels, tokens, method):
+    """{launches, units, ratio} of a block."""
+    launches, elements = count(family, channels, tokens, method)
+    moved = sum(launch.bytes for launch in launches if not launch.is_large)
+    floor = 4 * elements * tokens / FLOPS  # output and input gradient, 2 operations each
+    return {"launches": len(launches), "units": moved / (2 * tokens * channels), "ratio": 1 + moved / BANDWIDTH / floor}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--generations", nargs="+", default=[family.version for family in FAMILIES])
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--verbose", action="store_true", help="each launch of the first shape")
+    args = parser.parse_args(argv)
+    print("| generation | method | launches | " + " | ".join(f"units, {s} | step / floor, {s}" for s in SHAPES) + " |")
+    print("|---|---|---|" + "---|---|" * len(SHAPES))
+    for version in args.generations:
+        family = family_named(version)
+        for method in args.methods:
+            found = [figures(family, channels, args.tokens, method) for channels, _ in SHAPES.values()]
+            cells = " | ".join(f"{one['units']:.0f} | {one['ratio']:.2f}" for one in found)
+            print(f"| {family.name} | {method} | {found[0]['launches']} | {cells} |", flush=True)
+            if args.verbose:
+                show(family, method, args.tokens)
+    return 0
+
+
+def show(family, method, tokens):
+    """Print each launch that is no large product, with its units."""
+    channels = next(iter(SHAPES.values()))[0]
+    for launch in count(family, channels, tokens, method)[0]:
+        if not launch.is_large:
+            print(f"    {launch.name:<32} {launch.bytes / (2 * tokens * channels):7.2f} {launch.shapes}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

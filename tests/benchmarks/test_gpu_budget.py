@@ -1,0 +1,48 @@
+"""What a block moves and launches on a GPU's code path does not grow unseen; benchmarks/README.md has the aims."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_peft.models import family_named
+
+SOURCE = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_budget.py"
+# launches, units of (T, C) at 2048 channels
+LIMITS = {
+    ("x060", "frozen"): (129, 328),
+    ("x060", "bat-in"): (241, 563),
+    ("x060", "bone"): (169, 403),
+    ("x060", "bat-out"): (927, 504),
+    ("x060", "lora"): (193, 415),
+    ("x070", "frozen"): (162, 368),
+    ("x070", "bat-in"): (246, 569),
+}
+
+
+@pytest.fixture(scope="module")
+def budget():
+    spec = importlib.util.spec_from_file_location("gpu_budget", SOURCE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("version, method", LIMITS)
+def test_a_block_stays_within_its_budget(budget, version, method):
+    found = budget.figures(family_named(version), 2048, 4096, method)
+    launches, units = LIMITS[version, method]
+    assert found["launches"] <= launches and found["units"] <= units + 1, found
+
+
+def test_bytes_are_counted_as_they_lie_in_memory(budget):
+    x = torch.empty(4, 8, dtype=torch.bfloat16, device="meta")
+    counter = budget.Counter({(8, 8)})
+    with counter:
+        torch.add(x, x[:1].expand(4, 8))
+        x @ torch.empty(8, 8, dtype=torch.bfloat16, device="meta")
+        x.view(32)
+    add, product = counter.launches
+    assert (add.name, add.bytes, add.is_large) == ("add", 2 * (32 + 8 + 32), False)
+    assert (product.bytes, product.is_large) == (2 * (32 + 64 + 32), True)
