@@ -1,17 +1,18 @@
-"""Time of a whole training step of an RWKV-6, by method, and where it goes.
+"""Time of a whole training step, by generation and method, and where it goes.
 
-    python benchmarks/step.py                                   (both shapes, every method)
-    python benchmarks/step.py --shapes 768x2688x12 --methods bat-in --dtypes fp32 bf16 --tokens 512
+    python benchmarks/step.py                                   (both shapes, every method, RWKV-6)
+    python benchmarks/step.py --models x060 x070 --shapes 768x3072x12 --methods bat-in --dtypes fp32 bf16 --tokens 512
 
 Shapes are CxFxL: channels, feed-forward channels, layers (2048x7168 are the 1.6B's, at a reduced depth); the
-vocabulary is World's. A step is forward, loss, backward, gradient clipping and AdamW, as the trainer runs it. "floor"
-is the frozen matrix products alone, output and input gradient of every linear layer and of the head: what no adapter
-can avoid. Floor and methods run once a round, in turn, so that a machine's drift meets all of them; the medians of
-times and of ratios within a round are printed. The shares are of one more step under torch's profiler, which slows
-small operations down: read them as proportions.
+vocabulary is World's, and low-rank widths are those of a new model. A step is forward, loss, backward, gradient
+clipping and AdamW, as the trainer runs it. "floor" is the frozen matrix products alone, output and input gradient of
+every linear layer and of the head: what no adapter can avoid. Floor and methods run once a round, in turn, so that a
+machine's drift meets all of them; the medians of times and of ratios within a round are printed. The shares are of one
+more step under torch's profiler, which slows small operations down: read them as proportions.
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import time
@@ -25,19 +26,18 @@ from rwkv_peft.adapters.groups import parameter_groups
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.memory import keep_freed_memory
-from rwkv_peft.models import family_named
-from rwkv_peft.models.rwkv6.keys import RWKV6Config
-from rwkv_peft.models.rwkv6.model import RWKV6
+from rwkv_peft.models import FAMILIES, family_named
 from rwkv_peft.training.loss import linear_cross_entropy
 
 SHAPES = ("768x2688x12", "2048x7168x2")
 METHODS = ("bat-in", "bone", "bat-out", "lora", "none")
 PARTS = ("gemm", "adapter", "wkv", "norm", "mix", "loss", "optimizer", "other")
+DECAYS = ("time_decay", "w0")
 MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
 
 # What the profiler calls the operations of each part, theirs of the backward pass included.
 WORDS = (
-    ("wkv", ("wkv6",)),
+    ("wkv", ("wkv6", "wkv7")),
     ("adapter", ("_Bat", "_Bone", "_Lora", "_Linear")),
     ("loss", ("LinearCrossEntropy",)),
     ("optimizer", ("Optimizer", "clip", "AccumulateGrad")),
@@ -48,6 +48,7 @@ WORDS = (
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=[family.version for family in FAMILIES], default=("x060",))
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=("fp32",))
@@ -75,22 +76,22 @@ def main():
     print(f"torch {torch.__version__}, {where}, rank {args.rank}, median of {args.rounds} rounds")
     for shape in args.shapes:
         C, F_, L = map(int, shape.split("x"))
-        config = RWKV6Config(n_layer=L, n_embd=C, vocab_size=args.vocab, dim_att=C, dim_ffn=F_)
-        for dtype in args.dtypes:
-            table(config, dtype, args)
+        for version, dtype in itertools.product(args.models, args.dtypes):
+            family = family_named(version)
+            table(family, family.new_dimensions(L, C, args.vocab, dim_ffn=F_), dtype, args)
 
 
-def table(config, dtype, args):
+def table(family, config, dtype, args):
     """Print one table: a row for each method."""
     kind = {"device": args.device, "dtype": torch.float32 if dtype == "fp32" else torch.bfloat16}
     print(
-        f"\nC {config.n_embd}, F {config.dim_ffn}, {config.n_layer} layers, vocabulary {config.vocab_size}, "
-        f"{args.batch} x {args.tokens} tokens, {dtype}\n"
+        f"\n{family.name}, C {config.n_embd}, F {config.dim_ffn}, {config.n_layer} layers, "
+        f"vocabulary {config.vocab_size}, {args.batch} x {args.tokens} tokens, {dtype}\n"
     )
-    weights = random_weights(config, kind)
-    steps = {"floor": make_floor(weights, args.batch * args.tokens)}
+    weights = random_weights(family, config, kind)
+    steps = {"floor": make_floor(linear_weights(family, weights), args.batch * args.tokens)}
     for method in args.methods:
-        steps[method] = make_step(config, weights, method, kind, args)
+        steps[method] = make_step(family, config, weights, method, kind, args)
     clock = time.process_time if args.processor_time else time.perf_counter
     times = {name: [] for name in steps}
     for round_ in range(args.rounds + 1):  # the first warms up
@@ -104,7 +105,7 @@ def table(config, dtype, args):
     print(f"| floor | {1e3 * statistics.median(floor):.0f} | 1 | 100 % |" + " |" * (len(PARTS) - 1), flush=True)
     for method, seconds in times.items():
         ratio = statistics.median(a / b for a, b in zip(seconds, floor))
-        parts = shares(steps[method], weights)
+        parts = shares(steps[method], linear_weights(family, weights))
         print(
             f"| {method} | {1e3 * statistics.median(seconds):.0f} | {ratio:.2f} | "
             + " | ".join(f"{100 * parts[part]:.1f} %" for part in PARTS)
@@ -134,32 +135,28 @@ def longest(step, args):
     return profile.key_averages().table(sort_by=key, row_limit=args.profile, max_name_column_width=60)
 
 
-def random_weights(config, kind):
+def random_weights(family, config, kind):
     """A state dict of plausible scale."""
     torch.manual_seed(0)
     state = {}
-    for name, parameter in RWKV6(config).state_dict().items():
-        if name.endswith("time_decay"):
-            state[name] = torch.empty_like(parameter).uniform_(-6, -1)
-        elif "ln" in name or "time_maa_" in name and parameter.shape[0] == 1:
-            state[name] = torch.empty_like(parameter).uniform_(0, 1)
+    for name, shape in family.shapes(config).items():
+        tensor = torch.empty(shape)
+        if name.endswith(DECAYS):
+            state[name] = tensor.uniform_(-6, -1)
+        elif len(shape) == 1 or shape[:2] == (1, 1):
+            state[name] = tensor.uniform_(0, 1)
         else:
-            state[name] = torch.randn_like(parameter) / parameter.shape[-1] ** 0.5
+            state[name] = tensor.normal_() / shape[-1] ** 0.5
     return {name: tensor.to(**kind) for name, tensor in state.items()}
 
 
-def linear_weights(weights):
-    """The matrices of the model's linear layers, the head's included."""
-    return [
-        weight
-        for name, weight in weights.items()
-        if weight.dim() == 2 and ".time_" not in name and name != "emb.weight"
-    ]
+def linear_weights(family, weights):
+    """The matrices of the model's linear layers, the head's at the end."""
+    return [weight for name, weight in weights.items() if weight.dim() == 2 and family.part_of(name) in (None, "head")]
 
 
-def make_floor(weights, tokens):
+def make_floor(matrices, tokens):
     """A function that multiplies by every linear layer's weight, forward and for the input's gradient."""
-    matrices = linear_weights(weights)
     inputs = {n: torch.randn(tokens, n).to(matrices[0]) for weight in matrices[:-1] for n in weight.shape}
     head = matrices[-1]
     chunk = max(1, 2**25 // head.shape[0])  # the loss never holds all logits, so neither does its floor
@@ -175,18 +172,14 @@ def make_floor(weights, tokens):
     return step
 
 
-def make_step(config, weights, method, kind, args):
+def make_step(family, config, weights, method, kind, args):
     """A function that trains one step on random tokens."""
-    with torch.device("meta"):
-        model = RWKV6(config)
-    model.load_state_dict(
-        weights if method != "none" else {name: w.clone() for name, w in weights.items()}, assign=True
-    )
+    model = family.load(weights if method != "none" else {name: w.clone() for name, w in weights.items()}, config)
     rank = args.rank
     if method == "lora":  # as many parameters as bat-in, at a square matrix
         rank = max(1, args.rank // 2)
     adapter = AdapterConfig(method=method if method in ("lora", "none") else "bone", mode=method, rank=rank)
-    inject(model, adapter, family=family_named("x060"))
+    inject(model, adapter, family=family)
     trained = [p for p in model.parameters() if p.requires_grad]
     if method != "none":
         for parameter in trained:
@@ -219,9 +212,9 @@ def timed(step, device, clock):
     return clock() - start
 
 
-def shares(step, weights):
+def shares(step, matrices):
     """Which share of a step's time each of PARTS takes; what the profiler sees in no operation is "other"."""
-    shapes = {tuple(sorted(weight.shape)) for weight in linear_weights(weights)}
+    shapes = {tuple(sorted(weight.shape)) for weight in matrices}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         start = time.perf_counter()
         step()

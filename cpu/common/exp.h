@@ -76,5 +76,10 @@ inline float exp_of(float x) {
 }
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exp_of(-x)); }
+INLINE Vec sigmoid(Vec x) {
+    Vec power = at_most(at_least(-x, -kLargestExponent), kLargestExponent);
+    exp_bounded<1>(&power);
+    return 1.0f / (1.0f + power);
+}
 
 }  // namespace

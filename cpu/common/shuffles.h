@@ -37,6 +37,12 @@ INLINE Quad sum_of_quads(Vec x) {
     return sum;
 }
 
+// The sum of a vector's lanes.
+INLINE float total(Vec x) {
+    const Quad sum = sum_of_quads(x);
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+
 // For four vectors x[i], each in quads: out[i] = the sum of the quads of x[i].
 INLINE void sums_of_quads(const Vec* x, Quad* out) {
 #if defined(__AVX512F__)

@@ -42,9 +42,44 @@ struct SigmoidGateArguments {
 // All (count).
 struct ReluSquareArguments {
     const void* x;
-    void* out;
-    const void* grad;
+    void* out;         // forward's result, backward's input
+    const void* grad;  // backward's other input and result
     void* gx;
     int64_t count;
+    int bfloat16, threads;
+};
+
+// See delta_keys.h. k, low, key, a, b and their gradients (tokens, heads * size); a0, k_k, k_a and theirs (heads *
+// size).
+struct DeltaKeysArguments {
+    const void *k, *low, *a0, *k_k, *k_a;
+    void *key, *a, *b;           // forward's results
+    const void *gkey, *ga, *gb;  // backward's inputs and results
+    void *gk, *glow;
+    float *ga0, *gk_k, *gk_a;  // all null or none
+    int64_t tokens, heads, size;
+    int bfloat16, threads;
+};
+
+// v, first, low, out and their gradients (tokens, channels); v0 and its (channels).
+struct ValueResidualArguments {
+    const void *v, *first, *low, *v0;
+    void* out;         // forward's result
+    const void* grad;  // backward's input and results
+    void *gv, *gfirst, *glow;
+    float* gv0;  // may be null
+    int64_t tokens, channels;
+    int bfloat16, threads;
+};
+
+// y, r, k, v, g, out and their gradients (tokens, heads * size); r_k, weight, bias and theirs (heads * size).
+struct NormBonusGateArguments {
+    const void *y, *r, *k, *v, *g, *r_k, *weight, *bias;
+    void* out;         // forward's result
+    const void* grad;  // backward's input and results
+    void *gy, *gr, *gk, *gv, *gg;
+    float *gr_k, *gweight, *gbias;  // all null or none
+    int64_t tokens, heads, size;
+    float eps;
     int bfloat16, threads;
 };

@@ -36,13 +36,12 @@ void relu_square_forward(const E* x, E* out, int64_t count, int threads) {
     });
 }
 
+// From out, which a linear layer may keep in any case, rather than from x: 2 max(x, 0) = 2 sqrt(out).
 template <class E>
-void relu_square_backward(const E* x, const E* grad, E* gx, int64_t count, int threads) {
+void relu_square_backward(const E* out, const E* grad, E* gx, int64_t count, int threads) {
     parallel(count, count, threads, [=](int64_t first, int64_t end, int) {
-        for (int64_t i = first; i < end; i++) {
-            const float a = to_float(x[i]), positive = a < 0.0f ? 0.0f : a;
-            gx[i] = from_float<E>(2.0f * positive * to_float(grad[i]));
-        }
+        for (int64_t i = first; i < end; i++)
+            gx[i] = from_float<E>(2.0f * __builtin_sqrtf(to_float(out[i])) * to_float(grad[i]));
     });
 }
 

@@ -108,18 +108,17 @@ struct Lerp {
     };
 
     void backward(const E* const* grads, const Gradients& to, int threads) const {
-        const int64_t width = n * channels, count = std::max(1, threads);
-        std::vector<float> maa_sums(to.maa ? width * count : 0, 0.0f), up_sums(to.up ? width * rank * count : 0, 0.0f);
+        const int64_t width = n * channels;
+        Sums maa_sums(to.maa, width, threads), up_sums(to.up, width * rank, threads);
         parallel(sequences.tokens, sequences.tokens * width, threads, [&](int64_t first, int64_t end, int thread) {
-            Tile tile(*this, to.maa ? maa_sums.data() + thread * width : nullptr,
-                      to.up ? up_sums.data() + thread * width * rank : nullptr);
+            Tile tile(*this, maa_sums.of(thread), up_sums.of(thread));
             if (first < end && end < sequences.tokens && sequences.start(sequences.of(end)) < end)
                 tile.look_at(grads, end);
             for (int64_t stop = end; stop > first; stop -= kTileRows)
                 tile.backward(grads, to, std::max(first, stop - kTileRows), stop);
         });
-        if (to.maa) add_up(to.maa, maa_sums, width);
-        if (to.up) add_up(to.up, up_sums, width * rank);
+        maa_sums.add_up();
+        up_sums.add_up();
     }
 
     // A tile of rows on its way back.

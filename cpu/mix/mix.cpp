@@ -1,20 +1,36 @@
-// What RWKV-6 computes between its matrix products, on CPUs: forward and backward, each in one pass over memory.
+// What the models compute between their matrix products, on CPUs: forward and backward, each in one pass over memory.
 //
-//     lerp          out_i = x + (previous - x) m_i,  m_i = maa_i (+ low_i up_i)     previous: the token before, or
-//     `last` norm_gate     out = (normalized y * weight + bias) silu(g)                    normalized within each head
-//     sigmoid_gate  out = sigmoid(r) v
-//     relu_square   out = max(x, 0)^2
+//     lerp             out_i = x + (previous - x) m_i,  m_i = maa_i (+ low_i up_i)
+//     relu_square      out = max(x, 0)^2
+//
+// RWKV-6 alone:
+//
+//     norm_gate        out = (normalized y * weight + bias) silu(g)
+//     sigmoid_gate     out = sigmoid(r) v
+//
+// RWKV-7 alone:
+//
+//     delta_keys       key = k (1 + (rate - 1) k_a),  a = -n,  b = n rate
+//                      rate = sigmoid(a0 + low),  n = k k_k, made of length 1
+//     value_residual   out = v + (first - v) sigmoid(v0 + low)
+//     norm_bonus_gate  out = (normalized y * weight + bias + s v) g,  s = sum of r k r_k
+//
+// What stands before a sequence's first token is given; norms, lengths and s are each head's own.
 //
 // Tensors are contiguous, of one type, float or bfloat16; sums are taken in float. Rows are tokens. The loops are
-// plain, for the compiler to vectorize; the library is compiled for one instruction set.
+// plain, for the compiler to vectorize, or over vectors where that is faster; the library is compiled for one
+// instruction set.
 #include <cstdint>
 #include <vector>
 
 #include "common/dispatch.h"
 #include "mix/arguments.h"
+#include "mix/delta_keys.h"
 #include "mix/gates.h"
 #include "mix/lerp.h"
+#include "mix/norm_bonus_gate.h"
 #include "mix/norm_gate.h"
+#include "mix/value_residual.h"
 
 namespace {
 
@@ -42,6 +58,22 @@ Lerp<E> lerp(const LerpArguments& a, std::vector<float>& floats) {
 template <class E>
 NormGate<E> norm_gate(const NormGateArguments& a) {
     return {in<E>(a.y), in<E>(a.g), in<E>(a.weight), in<E>(a.bias), a.tokens, a.heads, a.size, a.eps};
+}
+
+template <class E>
+DeltaKeys<E> delta_keys(const DeltaKeysArguments& a) {
+    return {in<E>(a.k), in<E>(a.low), in<E>(a.a0), in<E>(a.k_k), in<E>(a.k_a), a.tokens, a.heads, a.size};
+}
+
+template <class E>
+ValueResidual<E> value_residual(const ValueResidualArguments& a) {
+    return {in<E>(a.v), in<E>(a.first), in<E>(a.low), in<E>(a.v0), a.tokens, a.channels};
+}
+
+template <class E>
+NormBonusGate<E> norm_bonus_gate(const NormBonusGateArguments& a) {
+    return {in<E>(a.y),      in<E>(a.r),    in<E>(a.k), in<E>(a.v), in<E>(a.g), in<E>(a.r_k),
+            in<E>(a.weight), in<E>(a.bias), a.tokens,   a.heads,    a.size,     a.eps};
 }
 
 }  // namespace
@@ -105,7 +137,54 @@ void mix_relu_square_forward(const ReluSquareArguments* a) {
 void mix_relu_square_backward(const ReluSquareArguments* a) {
     by_type(a->bfloat16, [=](auto element) {
         using E = decltype(element);
-        relu_square_backward(in<E>(a->x), in<E>(a->grad), out<E>(a->gx), a->count, a->threads);
+        relu_square_backward(in<E>(a->out), in<E>(a->grad), out<E>(a->gx), a->count, a->threads);
+    });
+}
+
+void mix_delta_keys_forward(const DeltaKeysArguments* a) {
+    by_type(a->bfloat16, [=](auto element) {
+        using E = decltype(element);
+        delta_keys<E>(*a).forward(out<E>(a->key), out<E>(a->a), out<E>(a->b), a->threads);
+    });
+}
+
+void mix_delta_keys_backward(const DeltaKeysArguments* a) {
+    by_type(a->bfloat16, [=](auto element) {
+        using E = decltype(element);
+        delta_keys<E>(*a).backward(in<E>(a->gkey), in<E>(a->ga), in<E>(a->gb),
+                                   {out<E>(a->gk), out<E>(a->glow), a->ga0, a->gk_k, a->gk_a}, a->threads);
+    });
+}
+
+void mix_value_residual_forward(const ValueResidualArguments* a) {
+    by_type(a->bfloat16, [=](auto element) {
+        using E = decltype(element);
+        value_residual<E>(*a).forward(out<E>(a->out), a->threads);
+    });
+}
+
+void mix_value_residual_backward(const ValueResidualArguments* a) {
+    by_type(a->bfloat16, [=](auto element) {
+        using E = decltype(element);
+        value_residual<E>(*a).backward(in<E>(a->grad), out<E>(a->gv), out<E>(a->gfirst), out<E>(a->glow), a->gv0,
+                                       a->threads);
+    });
+}
+
+void mix_norm_bonus_gate_forward(const NormBonusGateArguments* a) {
+    by_type(a->bfloat16, [=](auto element) {
+        using E = decltype(element);
+        norm_bonus_gate<E>(*a).forward(out<E>(a->out), a->threads);
+    });
+}
+
+void mix_norm_bonus_gate_backward(const NormBonusGateArguments* a) {
+    by_type(a->bfloat16, [=](auto element) {
+        using E = decltype(element);
+        norm_bonus_gate<E>(*a).backward(
+            in<E>(a->grad),
+            {out<E>(a->gy), out<E>(a->gr), out<E>(a->gk), out<E>(a->gv), out<E>(a->gg), a->gr_k, a->gweight, a->gbias},
+            a->threads);
     });
 }
 }

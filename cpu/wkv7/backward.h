@@ -65,19 +65,20 @@ inline void decays_after(float* out, const BackwardWork& q, const Chunk& chunk, 
 }
 
 template <class E>
-void backward_chunk(BackwardWork& q, const Chunk& chunk, const Task& task, const E* gy, const Rows<E>& to, int steps) {
+void backward_chunk(BackwardWork& q, const Chunk& chunk, const Task& task, const E* gy, const Rows<E>& to, int steps,
+                    Ahead& ahead) {
     const int64_t n = task.n, N = task.N;
     for (int t = 0; t < kChunk; t++)
         for (int64_t c = 0; c < N; c += kLanes)
             store(q.xg + (kChunk + t) * N + c, gy && t < steps ? load_lanes(gy + t * to.stride, c, n) : zero());
     scale_lanes(q.D, chunk.fade(N), N);
     transpose(q.turned_state, N, q.D, N, N, N);
-    product<4>(q.through, chunk.right, q.turned_state, kStack, N, N);
+    product<4>(q.through, chunk.right, q.turned_state, kStack, N, N, ahead, 1);
     solve_backward(chunk, q.xg, q.through, N);
-    pair_products(q.gpairs, q.xg, chunk.uv, q.turned, N);
+    pair_products(q.gpairs, q.xg, chunk.uv, q.turned, N, ahead, 0);
     transpose(q.S, N, chunk.S, N, N, N);
-    product<4>(q.reads, q.xg, q.S, kStack, N, N);
-    product<4>(q.writes, chunk.uv, q.D, kStack, N, N);
+    product<4>(q.reads, q.xg, q.S, kStack, N, N, ahead, 1);
+    product<4>(q.writes, chunk.uv, q.D, kStack, N, N, ahead, 0);
     decays_after(q.turned, q, chunk, N);
     finish_backward(chunk, q.gpairs, q.reads, q.writes, N);
     store_gradients(q, chunk, to, steps, n, N, q.turned);
@@ -98,20 +99,29 @@ void backward_head(float* memory, const Task& task, const Rows<const E>& rows, c
             load_state(tile[0].S, N, checkpoints + (start / kTile - 1) * task.checkpoint, n);
         else
             load_transposed_state(tile[0].S, N, state, n);
+        Ahead outputs;
+        to.at(start).ask(outputs, std::min<int64_t>(kTile, left), n);
         for (int64_t m = 0; m < chunks; m++) {
             const Chunk& chunk = tile[m];
             prepare<E>(chunk, rows.at(start + m * kChunk), left - m * kChunk < kChunk ? left - m * kChunk : kChunk, n,
                        N);
-            pair_products(chunk.pairs, chunk.left, chunk.right, q.turned, N);
-            product<4>(q.reads, chunk.left, chunk.S, kChunk, N, N);
+            pair_products(chunk.pairs, chunk.left, chunk.right, q.turned, N, outputs, 2);
+            product<4>(q.reads, chunk.left, chunk.S, kChunk, N, N, outputs, 2);
             solve_forward(chunk, q.reads, N);
             if (m + 1 == chunks) break;
             memcpy(tile[m + 1].S, chunk.S, sizeof(float) * N * N);
             advance(tile[m + 1].S, chunk, N);
         }
+        Ahead inputs;
+        if (start) {
+            const int64_t previous = start - kTile;
+            rows.at(previous).ask(inputs, kTile, n);
+            if (gy) inputs.add(gy + previous * rows.stride, rows.stride, kTile, n);
+            inputs.add(previous ? checkpoints + (previous / kTile - 1) * task.checkpoint : state, n, n, n);
+        }
         for (int64_t m = chunks - 1; m >= 0; m--) {
             const int64_t first = start + m * kChunk, steps = left - m * kChunk < kChunk ? left - m * kChunk : kChunk;
-            backward_chunk<E>(q, tile[m], task, gy ? gy + first * rows.stride : nullptr, to.at(first), steps);
+            backward_chunk<E>(q, tile[m], task, gy ? gy + first * rows.stride : nullptr, to.at(first), steps, inputs);
         }
     }
     store_state(gstate, n, q.D, N);

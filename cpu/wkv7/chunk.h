@@ -1,6 +1,9 @@
 // A chunk of 16 steps of one head: its operands in floats, from rows of a tensor.
 #pragma once
+#include <initializer_list>
+
 #include "common/exp.h"
+#include "common/prefetch.h"
 #include "common/scratch.h"
 #include "common/vectors.h"
 
@@ -74,6 +77,10 @@ struct Rows {
     Rows at(int64_t step) const {
         const int64_t x = step * stride;
         return {r + x, w + x, k + x, v + x, a + x, b + x, stride};
+    }
+    // Asks for `steps` steps of n elements.
+    void ask(Ahead& ahead, int64_t steps, int n) const {
+        for (E* row : {r, w, k, v, a, b}) ahead.add(row, stride, steps, n);
     }
 };
 

@@ -1,5 +1,7 @@
 // Forward of one head of one sequence.
 #pragma once
+#include <algorithm>
+
 #include "wkv7/states.h"
 #include "wkv7/triangles.h"
 
@@ -66,8 +68,11 @@ void forward_head(float* memory, const Task& task, const Rows<const E>& rows, co
             store_state(checkpoints + (start / kTile - 1) * task.checkpoint, n, chunk.S, N);
         const int64_t left = task.length - start, steps = left < kChunk ? left : kChunk;
         prepare<E>(chunk, rows.at(start), steps, n, N);
-        pair_products(chunk.pairs, chunk.left, chunk.right, q.turned, N);
-        product<4>(q.reads, chunk.left, chunk.S, kStack, N, N);
+        Ahead ahead;
+        rows.at(start + kChunk).ask(ahead, std::min<int64_t>(kChunk, left - kChunk), n);
+        ahead.add(y + start * rows.stride, rows.stride, steps, n);
+        pair_products(chunk.pairs, chunk.left, chunk.right, q.turned, N, ahead, 0);
+        product<4>(q.reads, chunk.left, chunk.S, kStack, N, N, ahead, 2);
         solve_forward(chunk, q.reads, N);
         finish_forward(chunk, q.reads + kChunk * N, N);
         for (int64_t t = 0; t < steps; t++)

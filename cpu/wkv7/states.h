@@ -28,11 +28,13 @@ inline void store_state(float* to, int64_t n, const float* S, int64_t N) {
     for (int64_t i = 0; i < n; i++) memcpy(to + i * n, S + i * N, sizeof(float) * n);
 }
 
-// out (rows x width) = left (rows x K) right (K x width); all side by side.
+// out (rows x width) = left (rows x K) right (K x width); all side by side. After each kRows rows, `steps` steps are
+// fetched of what is asked for.
 template <int kRows>
-void product(float* out, const float* left, const float* right, int64_t rows, int64_t K, int64_t width) {
+void product(float* out, const float* left, const float* right, int64_t rows, int64_t K, int64_t width, Ahead& ahead,
+             int steps) {
     multiply<Kind<false, false>, kRows>(Product<FloatWords>{out, width, left, K, right, width, K, width}, rows,
-                                        [](int64_t, int64_t) {});
+                                        [&](int64_t, int64_t) { ahead.fetch(steps); });
 }
 
 // out (N x N) += left^T right, of kStack rows each.
@@ -42,9 +44,10 @@ inline void add_outer(float* out, const float* left, const float* right, int64_t
 }
 
 // out (kStack x kStack) = left right^T, of kStack rows each; turned: room for right^T.
-inline void pair_products(float* out, const float* left, const float* right, float* turned, int64_t N) {
+inline void pair_products(float* out, const float* left, const float* right, float* turned, int64_t N, Ahead& ahead,
+                          int steps) {
     transpose(turned, kStack, right, N, kStack, N);
-    product<8>(out, left, turned, kStack, N, kStack);
+    product<8>(out, left, turned, kStack, N, kStack, ahead, steps);
 }
 
 inline void scale_rows(float* S, const float* factors, int64_t N) {

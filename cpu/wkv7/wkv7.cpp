@@ -19,6 +19,8 @@
 //    of left [x; gy] S and of right [u; v] D, and triangular sums again; then D <- D + [x; gy]^T left.
 // 4. A decay's logarithm takes part in c from its step on: its gradient is a sum over later reads, less later writes,
 //    and what passes through the whole chunk.
+// 5. A head's rows lie too far apart for the processor to foresee them: products fetch the next chunk's, or, backward,
+//    those where the tile's gradients go and the inputs of the tile before.
 //
 // Parallel over sequences and heads. Head sizes are padded with zeros to multiples of 16.
 #include <algorithm>

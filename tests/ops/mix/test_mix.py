@@ -4,14 +4,26 @@ import pytest
 import torch
 
 from rwkv_peft.ops import mix
-from rwkv_peft.ops.mix import cpu, lerp, norm_gate, relu_square, sigmoid_gate
+from rwkv_peft.ops.mix import (
+    delta_keys,
+    lerp,
+    library,
+    norm_bonus_gate,
+    norm_gate,
+    relu_square,
+    sigmoid_gate,
+    value_residual,
+)
+from rwkv_peft.ops.native import levels
 
 DTYPES = (torch.float32, torch.bfloat16)
+HEADS = [(1, 1, 1, 4), (2, 9, 3, 8), (1, 70, 2, 64), (2, 33, 5, 20)]
+KERNELS = "Lerp NormGate SigmoidGate ReluSquare DeltaKeys ValueResidual NormBonusGate".split()
 
 
 @pytest.fixture(autouse=True)
 def needs_a_compiler():
-    if not cpu.available():
+    if not library.available():
         pytest.skip("no C++ compiler")
 
 
@@ -23,17 +35,15 @@ def run(function, inputs, dtype, plain, monkeypatch):
     """Outputs and the gradients of all inputs, in dtype, with kernels or without."""
     with monkeypatch.context() as patch:
         if plain:
-            patch.setattr(cpu, "available", lambda: False)
+            patch.setattr(library, "available", lambda: False)
         leaves = [
             None if x is None else x.to(dtype).requires_grad_()
             for x in (None if x is None else x.clone() for x in inputs)
         ]
         outs = function(*leaves)
         outs = outs if isinstance(outs, tuple) else (outs,)
-        assert (
-            type(outs[0].grad_fn).__name__
-            in ("LerpBackward", "NormGateBackward", "SigmoidGateBackward", "ReluSquareBackward")
-        ) == (not plain and dtype != torch.float64)
+        by_kernel = type(outs[0].grad_fn).__name__.removesuffix("Backward") in KERNELS
+        assert by_kernel == (not plain and dtype != torch.float64)
         torch.autograd.backward(outs, [randn(*out.shape, seed=7 + i).to(dtype) for i, out in enumerate(outs)])
     return [*outs, *(x.grad for x in leaves if x is not None)]
 
@@ -51,7 +61,7 @@ def assert_as_accurate(function, inputs, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("B, T, C, m", [(1, 1, 4, 1), (2, 7, 33, 2), (3, 5, 300, 5), (1, 130, 257, 5)])
+@pytest.mark.parametrize("B, T, C, m", [(1, 1, 4, 1), (2, 7, 33, 2), (3, 5, 300, 6), (1, 130, 257, 5)])
 @pytest.mark.parametrize("with_last, rank", [(False, None), (True, 4), (True, None), (False, 7)])
 def test_lerp(B, T, C, m, with_last, rank, dtype, monkeypatch):
     inputs = [randn(B, T, C), randn(B, C) if with_last else None, randn(m, C), *low_rank(B, T, C, m, rank)]
@@ -71,23 +81,6 @@ def test_packed_lerp(with_last, dtype, monkeypatch):
     assert_as_accurate(lambda *x: lerp(*x, bounds), inputs, dtype, monkeypatch)
 
 
-@pytest.mark.parametrize("threads", (2, 3))
-def test_threads_change_nothing_but_the_order_of_sums(threads, monkeypatch):
-    inputs = [randn(2, 150, 130), randn(2, 130), randn(2, 130), *low_rank(2, 150, 130, 2, 5)]
-    one = run(lerp, inputs, torch.float32, False, monkeypatch)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        several = run(lerp, inputs, torch.float32, False, monkeypatch)
-    finally:
-        torch.set_num_threads(before)
-    for i, (a, b) in enumerate(zip(one, several)):
-        if i in (4, 6):  # the gradients of maa and up add up over all tokens
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-        else:  # tiles of rows begin elsewhere, and their last rows are computed one by one
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize("split", (1, 8, 18))
 def test_a_sequence_in_two_parts_equals_the_whole(split):
     x, maa, (low, up) = randn(2, 19, 24), randn(5, 24), low_rank(2, 19, 24, 5, 4)
@@ -99,10 +92,102 @@ def test_a_sequence_in_two_parts_equals_the_whole(split):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("B, T, H, N", [(1, 1, 1, 4), (2, 9, 3, 8), (1, 70, 2, 64), (2, 33, 5, 20)])
+@pytest.mark.parametrize("B, T, H, N", HEADS)
 def test_norm_gate(B, T, H, N, dtype, monkeypatch):
     inputs = [randn(B, T, H, N) + 0.5, 3 * randn(B, T, H * N), randn(H * N, seed=1), randn(H * N, seed=2)]
     assert_as_accurate(lambda *x: norm_gate(*x, 64e-5), inputs, dtype, monkeypatch)
+
+
+def keys_inputs(B, T, H, N):
+    """What delta_keys takes."""
+    k, low = randn(B, T, H, N), 2 * randn(B, T, H, N, seed=1)
+    return [k, low, *(randn(1, 1, H * N, seed=seed) for seed in (2, 3, 4))]
+
+
+def reads_inputs(B, T, H, N):
+    """What norm_bonus_gate takes, but for eps."""
+    y, r, k, v = (randn(B, T, H, N, seed=seed) + 0.5 for seed in range(4))
+    weight, bias = randn(H * N, seed=6), randn(H * N, seed=7)
+    return [y, r, k, v, randn(B, T, H * N, seed=4), randn(H, N, seed=5), weight, bias]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", HEADS)
+def test_delta_keys(shape, dtype, monkeypatch):
+    assert_as_accurate(delta_keys, keys_inputs(*shape), dtype, monkeypatch)
+
+
+def test_keys_of_no_length_are_divided_by_the_least_one(monkeypatch):
+    """A head of zeros has a gradient, as one of next to nothing has."""
+    k, *others = keys_inputs(1, 3, 2, 12)
+    k[0, 1, 0], k[0, 2] = 0, 1e-14 * k[0, 2]
+    kernel, plain = (run(delta_keys, [k, *others], torch.float32, plain, monkeypatch) for plain in (False, True))
+    for one, two in zip(kernel, plain):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", HEADS)
+def test_norm_bonus_gate(shape, dtype, monkeypatch):
+    assert_as_accurate(lambda *x: norm_bonus_gate(*x, 64e-5), reads_inputs(*shape), dtype, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("B, T, C", [(1, 1, 3), (2, 7, 33), (3, 50, 257)])
+def test_value_residual(B, T, C, dtype, monkeypatch):
+    inputs = [randn(B, T, C), randn(B, T, C, seed=1), 2 * randn(B, T, C, seed=2), randn(1, 1, C)]
+    assert_as_accurate(value_residual, inputs, dtype, monkeypatch)
+
+
+THREADED = {  # function, inputs, which results add up over all tokens
+    "lerp": (lerp, [randn(2, 150, 130), randn(2, 130), randn(2, 130), None, None], (4,)),
+    "lerp of low rank": (
+        lerp,
+        [randn(2, 150, 130), randn(2, 130), randn(2, 130), *low_rank(2, 150, 130, 2, 5)],
+        (4, 6),
+    ),
+    "delta_keys": (delta_keys, keys_inputs(2, 150, 2, 64), (5, 6, 7)),
+    "norm_bonus_gate": (lambda *x: norm_bonus_gate(*x, 64e-5), reads_inputs(2, 150, 2, 64), (6, 7, 8)),
+    "value_residual": (value_residual, [randn(2, 150, 130)] * 3 + [randn(1, 1, 130)], (4,)),
+}
+
+
+@pytest.mark.parametrize("threads", (2, 3))
+@pytest.mark.parametrize("name", THREADED)
+def test_threads_change_nothing_but_the_order_of_sums(name, threads, monkeypatch):
+    function, inputs, sums = THREADED[name]
+    one = run(function, inputs, torch.float32, False, monkeypatch)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        several = run(function, inputs, torch.float32, False, monkeypatch)
+    finally:
+        torch.set_num_threads(before)
+    for i, (a, b) in enumerate(zip(one, several)):
+        if i in sums:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        else:  # tiles of rows begin elsewhere, and their last rows are computed one by one
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture
+def portable(monkeypatch):
+    """The kernels without any of this processor's extensions."""
+    with monkeypatch.context() as patch:
+        patch.setattr(levels, "best_level", lambda: "portable")
+        library.library.cache_clear()
+        yield
+    library.library.cache_clear()
+
+
+def test_any_processor_computes_the_same(portable, monkeypatch):
+    for dtype in DTYPES:
+        assert_as_accurate(delta_keys, keys_inputs(2, 9, 3, 20), dtype, monkeypatch)
+        assert_as_accurate(lambda *x: norm_bonus_gate(*x, 64e-5), reads_inputs(2, 9, 3, 20), dtype, monkeypatch)
+        inputs = [randn(2, 9, 33, seed=seed) for seed in range(3)] + [randn(1, 1, 33)]
+        assert_as_accurate(value_residual, inputs, dtype, monkeypatch)
+        assert_as_accurate(lerp, [randn(2, 9, 33), None, randn(6, 33)], dtype, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -110,6 +195,11 @@ def test_norm_gate(B, T, H, N, dtype, monkeypatch):
 def test_gates(shape, dtype, monkeypatch):
     assert_as_accurate(relu_square, [randn(*shape)], dtype, monkeypatch)
     assert_as_accurate(sigmoid_gate, [4 * randn(*shape), randn(*shape, seed=1)], dtype, monkeypatch)
+
+
+def test_relu_square_keeps_its_result_alone():
+    out = relu_square(randn(2, 3).requires_grad_())
+    assert [x.data_ptr() for x in out.grad_fn.saved_tensors] == [out.data_ptr()]
 
 
 def test_extreme_gates_are_finite_and_nan_comes_through():
@@ -128,6 +218,9 @@ def test_frozen_inputs_get_no_gradient():
     y, g = randn(1, 6, 2, 4), randn(1, 6, 8).requires_grad_()
     norm_gate(y, g, randn(8), randn(8), 1e-5).sum().backward()
     assert g.grad is not None
+    k, low, *parameters = keys_inputs(1, 6, 2, 4)
+    torch.stack(delta_keys(k.requires_grad_(), low, *parameters)).sum().backward()
+    assert k.grad is not None and all(x.grad is None for x in (low, *parameters))
 
 
 def test_an_unused_output_counts_as_zero(monkeypatch):
@@ -163,6 +256,12 @@ def test_gradcheck_of_the_plain_forms():
     assert torch.autograd.gradcheck(
         lambda *x: norm_gate(*x, 1e-3), (double(1, 3, 2, 4), double(1, 3, 8), double(8), double(8))
     )
+    leaves = [x.double().requires_grad_() for x in reads_inputs(1, 3, 2, 4)]
+    assert torch.autograd.gradcheck(lambda *x: norm_bonus_gate(*x, 1e-3), leaves)
+    assert torch.autograd.gradcheck(delta_keys, [x.double().requires_grad_() for x in keys_inputs(1, 3, 2, 4)])
+    assert torch.autograd.gradcheck(
+        value_residual, [double(1, 3, 4), double(1, 3, 4), double(1, 3, 4), double(1, 1, 4)]
+    )
 
 
 def test_a_second_derivative_is_refused():
@@ -195,5 +294,5 @@ def test_one_compiled_graph():
 
 
 def test_without_a_compiler_the_plain_form_serves(monkeypatch):
-    monkeypatch.setattr(cpu, "available", lambda: False)
+    monkeypatch.setattr(library, "available", lambda: False)
     assert type(mix.relu_square(randn(2, 3).requires_grad_()).grad_fn).__name__ == "PowBackward0"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_peft.ops import bone, cross_entropy
-from rwkv_peft.ops.mix import cpu as mix
+from rwkv_peft.ops.mix import library as mix
 from rwkv_peft.ops.native.compilers import compiler_knows, find_compiler, find_nvcc
 from rwkv_peft.ops.native.errors import BuildError
 from rwkv_peft.ops.native.levels import level_flags

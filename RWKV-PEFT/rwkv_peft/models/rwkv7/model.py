@@ -7,15 +7,24 @@ B batch, T time, C channels (n_embd), F feed-forward channels, H heads, N head s
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from ...ops.mix import lerp, relu_square
+from ...ops.mix import delta_keys, lerp, norm_bonus_gate, relu_square, value_residual
 from ...ops.wkv7 import wkv7
 from ..parts import LanguageModel, last_token
 from ..state import LayerState
 from .keys import SHIFTS, RWKV7Config
 
 NORM_EPS = 64e-5  # of ln_x, at every size
+
+
+class BonusNorm(nn.GroupNorm):
+    """Normalizes each head, adds the current token's bonus and multiplies by the gate."""
+
+    def forward(  # type: ignore[override]
+        self, y: torch.Tensor, r: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, r_k: torch.Tensor
+    ) -> torch.Tensor:
+        """y, r, k, v (B, T, H, N), g (B, T, C), r_k (H, N) -> (B, T, C)."""
+        return norm_bonus_gate(y, r, k, v, g, r_k, self.weight, self.bias, self.eps)
 
 
 class TimeMix(nn.Module):
@@ -55,7 +64,7 @@ class TimeMix(nn.Module):
         self.key = nn.Linear(C, C, bias=False)
         self.value = nn.Linear(C, C, bias=False)
         self.output = nn.Linear(C, C, bias=False)
-        self.ln_x = nn.GroupNorm(H, C, eps=NORM_EPS)
+        self.ln_x = BonusNorm(H, C, eps=NORM_EPS)
 
     def forward(
         self,
@@ -76,16 +85,14 @@ class TimeMix(nn.Module):
         if v_first is None:
             v_first = v
         else:
-            v = v + (v_first - v) * torch.sigmoid(self.v0 + xv @ self.v1 @ self.v2)
-        a = torch.sigmoid(self.a0 + xa @ self.a1 @ self.a2)  # in-context learning rate
+            v = value_residual(v, v_first, xv @ self.v1 @ self.v2, self.v0)
         g = torch.sigmoid(xg @ self.g1) @ self.g2
-        kk = F.normalize((k * self.k_k).view(heads), dim=-1)
-        k = k * (1 + (a - 1) * self.k_a)
+        a = xa @ self.a1 @ self.a2
         r, w, k, v, a = (tensor.view(heads) for tensor in (r, w, k, v, a))
-        y, wkv_state = wkv7(r, w, k, v, -kk, kk * a, wkv_state, cu_seqlens)
-        y = self.ln_x(y.reshape(B * T, C)).view(heads)
-        y = y + (r * k * self.r_k).sum(-1, keepdim=True) * v
-        return self.output(y.view(B, T, C) * g), v_first, last_token(x, cu_seqlens), wkv_state
+        k, a, b = delta_keys(k, a, self.a0, self.k_k, self.k_a)
+        y, wkv_state = wkv7(r, w, k, v, a, b, wkv_state, cu_seqlens)
+        y = self.ln_x(y, r, k, v, g, self.r_k)
+        return self.output(y), v_first, last_token(x, cu_seqlens), wkv_state
 
 
 class ChannelMix(nn.Module):

@@ -1,5 +1,15 @@
-"""What RWKV-6 does between its matrix products: token shift with interpolation, gates, the normalization of heads."""
+"""What the models do between their matrix products: token shift with interpolation, gates, keys, the normalization of
+heads."""
 
-from .op import lerp, norm_gate, relu_square, sigmoid_gate, token_shift
+from .op import delta_keys, lerp, norm_bonus_gate, norm_gate, relu_square, sigmoid_gate, token_shift, value_residual
 
-__all__ = ["lerp", "norm_gate", "relu_square", "sigmoid_gate", "token_shift"]
+__all__ = [
+    "delta_keys",
+    "lerp",
+    "norm_bonus_gate",
+    "norm_gate",
+    "relu_square",
+    "sigmoid_gate",
+    "token_shift",
+    "value_residual",
+]

@@ -1,15 +1,16 @@
-"""What RWKV-6 does between its matrix products: token shift with interpolation, gates, the normalization of heads.
+"""What the models do between their matrix products: token shift with interpolation, gates, keys, the normalization of
+heads.
 
 Each operation is written out in plain torch, which takes any device and dtype, is differentiable twice and is what
 torch.compile sees. On the CPU, float32 and bfloat16 tensors go through one C++ pass forward and one backward instead
-(cpu.py), where a compiler exists; those are differentiable once.
+(cpu.py, heads.py), where a compiler exists; those are differentiable once.
 """
 
 import torch
 import torch.nn.functional as F
 
 from ..native.arguments import takes
-from . import cpu
+from . import cpu, heads, library
 
 
 def token_shift(x, last=None, cu_seqlens=None):
@@ -45,9 +46,9 @@ def lerp(x, last, maa, low=None, up=None, cu_seqlens=None):
     if (low is None) != (up is None) or up is not None and low.shape[-1] != up.shape[0] * up.shape[1]:
         shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (low, up)]
         raise ValueError(f"low and up must be (B, T, m K) and (m, K, C), or both None, not {shapes[0]} and {shapes[1]}")
-    if takes(x, last, maa, low, up) and cpu.available():
+    if takes(x, last, maa, low, up) and library.available():
         bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
-        return cpu.run(cpu.Lerp, *_contiguous(x, last, maa, low, up), bounds)
+        return library.run(cpu.Lerp, *_contiguous(x, last, maa, low, up), bounds)
     delta = token_shift(x, last, cu_seqlens) - x
     weights = maa if low is None else maa[:, None, None] + _offsets(low, up)
     return tuple(torch.addcmul(x, delta, weight) for weight in weights)
@@ -65,24 +66,62 @@ def norm_gate(y, g, weight, bias, eps):
 
     y (B, T, H, N), g (B, T, H N), weight and bias (H N,) -> (B, T, H N).
     """
-    if takes(y, g, weight, bias) and cpu.available():
-        return cpu.run(cpu.NormGate, *_contiguous(y, g, weight, bias), eps)
+    if takes(y, g, weight, bias) and library.available():
+        return library.run(heads.NormGate, *_contiguous(y, g, weight, bias), eps)
     B, T, H, N = y.shape
     return F.group_norm(y.reshape(B * T, H * N), H, weight, bias, eps).view(B, T, H * N) * F.silu(g)
 
 
 def sigmoid_gate(r, v):
     """sigmoid(r) · v, for r and v of one shape."""
-    if takes(r, v) and cpu.available():
-        return cpu.run(cpu.SigmoidGate, *_contiguous(r, v))
+    if takes(r, v) and library.available():
+        return library.run(cpu.SigmoidGate, *_contiguous(r, v))
     return torch.sigmoid(r) * v
 
 
 def relu_square(x):
     """max(x, 0)²."""
-    if takes(x) and cpu.available():
-        return cpu.run(cpu.ReluSquare, *_contiguous(x))
+    if takes(x) and library.available():
+        return library.run(cpu.ReluSquare, *_contiguous(x))
     return torch.relu(x).square()
+
+
+def delta_keys(k, low, a0, k_k, k_a):
+    """The keys of RWKV-7's delta rule (Peng et al. 2025, arXiv 2503.14456, section 4): of a key k and an in-context
+    learning rate, sigmoid(a0 + low), what is written at, what is taken away, and that times the rate.
+
+    k, low (B, T, H, N); a0, k_k, k_a (1, 1, H N) -> key, a, b (B, T, H, N): k · (1 + (rate - 1) k_a), -n and n · rate,
+    n being k · k_k, in each head divided by its length (by 1e-12 at the least).
+    """
+    if takes(k, low, a0, k_k, k_a) and library.available():
+        return library.run(heads.DeltaKeys, *_contiguous(k, low, a0, k_k, k_a))
+    a0, k_k, k_a = (x.view(k.shape[2:]) for x in (a0, k_k, k_a))
+    rate = torch.sigmoid(a0 + low)
+    n = F.normalize(k * k_k, dim=-1)
+    return k * (1 + (rate - 1) * k_a), -n, n * rate
+
+
+def value_residual(v, first, low, v0):
+    """RWKV-7's values: v + (first - v) · sigmoid(v0 + low), first being layer 0's.
+
+    v, first, low (B, T, C); v0 (1, 1, C) -> (B, T, C).
+    """
+    if takes(v, first, low, v0) and library.available():
+        return library.run(cpu.ValueResidual, *_contiguous(v, first, low, v0))
+    return v + (first - v) * torch.sigmoid(v0 + low)
+
+
+def norm_bonus_gate(y, r, k, v, g, r_k, weight, bias, eps):
+    """Normalizes each head, adds the current token's bonus and gates it: (normalized y · weight + bias + s v) · g,
+    s being the sum of r · k · r_k over the head.
+
+    y, r, k, v (B, T, H, N), g (B, T, H N), r_k (H, N), weight and bias (H N,) -> (B, T, H N).
+    """
+    if takes(y, r, k, v, g, r_k, weight, bias) and library.available():
+        return library.run(heads.NormBonusGate, *_contiguous(y, r, k, v, g, r_k, weight, bias), eps)
+    B, T, H, N = y.shape
+    normal = F.group_norm(y.reshape(B * T, H * N), H, weight, bias, eps).view(y.shape)
+    return (normal + (r * k * r_k).sum(-1, keepdim=True) * v).view(g.shape) * g
 
 
 def _contiguous(*tensors):

@@ -1,0 +1,94 @@
+"""The mix operations on the CPU that work within heads: autograd Functions over cpu/mix.
+
+Tensors are contiguous and share one dtype, float32 or bfloat16; op.py sees to that.
+"""
+
+import torch
+from torch.autograd import Function
+
+from ..native.arguments import fill
+from .library import (
+    DeltaKeysArguments,
+    NormBonusGateArguments,
+    NormGateArguments,
+    differentiable_once,
+    library,
+    rounded,
+    sums_like,
+)
+
+
+class NormGate(Function):
+    """y (B, T, H, N), g (B, T, H N), weight and bias (H N,), eps -> (B, T, H N)."""
+
+    @staticmethod
+    def forward(ctx, y, g, weight, bias, eps):
+        ctx.save_for_backward(y, g, weight, bias)
+        ctx.eps = eps
+        out = torch.empty_like(g)
+        library().mix_norm_gate_forward(
+            _fill(NormGateArguments, y, dict(y=y, g=g, weight=weight, bias=bias, out=out), eps=eps)
+        )
+        return out
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, grad):
+        y, g, weight, bias = ctx.saved_tensors
+        gy, gg = torch.empty_like(y), torch.empty_like(g)
+        sums = sums_like((weight, bias), any(ctx.needs_input_grad[2:4]))
+        tensors = dict(y=y, g=g, weight=weight, bias=bias, grad=grad, gy=gy, gg=gg, gweight=sums[0], gbias=sums[1])
+        library().mix_norm_gate_backward(_fill(NormGateArguments, y, tensors, eps=ctx.eps))
+        return gy, gg, *rounded(sums, weight.dtype), None
+
+
+class DeltaKeys(Function):
+    """k, low (B, T, H, N), a0, k_k, k_a of H N elements -> key, a, b (B, T, H, N)."""
+
+    @staticmethod
+    def forward(ctx, k, low, a0, k_k, k_a):
+        ctx.save_for_backward(k, low, a0, k_k, k_a)
+        key, a, b = outs = tuple(torch.empty_like(k) for _ in range(3))
+        tensors = dict(k=k, low=low, a0=a0, k_k=k_k, k_a=k_a, key=key, a=a, b=b)
+        library().mix_delta_keys_forward(_fill(DeltaKeysArguments, k, tensors))
+        return outs
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, gkey, ga, gb):
+        k, low, a0, k_k, k_a = ctx.saved_tensors
+        gk, glow = torch.empty_like(k), torch.empty_like(low)
+        sums = sums_like((a0, k_k, k_a), any(ctx.needs_input_grad[2:]))
+        tensors = dict(k=k, low=low, a0=a0, k_k=k_k, k_a=k_a, gkey=gkey, ga=ga, gb=gb, gk=gk, glow=glow)
+        tensors |= dict(zip(("ga0", "gk_k", "gk_a"), sums))
+        library().mix_delta_keys_backward(_fill(DeltaKeysArguments, k, tensors))
+        return gk, glow, *rounded(sums, k.dtype)
+
+
+class NormBonusGate(Function):
+    """y, r, k, v (B, T, H, N), g (B, T, H N), r_k, weight and bias of H N elements, eps -> (B, T, H N)."""
+
+    @staticmethod
+    def forward(ctx, y, r, k, v, g, r_k, weight, bias, eps):
+        ctx.save_for_backward(y, r, k, v, g, r_k, weight, bias)
+        ctx.eps = eps
+        out = torch.empty_like(g)
+        tensors = dict(y=y, r=r, k=k, v=v, g=g, r_k=r_k, weight=weight, bias=bias, out=out)
+        library().mix_norm_bonus_gate_forward(_fill(NormBonusGateArguments, y, tensors, eps=eps))
+        return out
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, grad):
+        y, r, k, v, g, r_k, weight, bias = ctx.saved_tensors
+        gradients = [torch.empty_like(x) for x in (y, r, k, v, g)]
+        sums = sums_like((r_k, weight, bias), any(ctx.needs_input_grad[5:8]))
+        tensors = dict(y=y, r=r, k=k, v=v, g=g, r_k=r_k, weight=weight, bias=bias, grad=grad)
+        tensors |= dict(zip("gy gr gk gv gg gr_k gweight gbias".split(), (*gradients, *sums)))
+        library().mix_norm_bonus_gate_backward(_fill(NormBonusGateArguments, y, tensors, eps=ctx.eps))
+        return *gradients, *rounded(sums, weight.dtype), None
+
+
+def _fill(structure, like, tensors, **others):
+    B, T, H, N = like.shape
+    return fill(structure, like, tensors, tokens=B * T, heads=H, size=N, **others)
