@@ -25,6 +25,8 @@ def describe(config, family, accelerator, samples, notes, plan, report, state, s
         f"machine   {train.num_nodes} x {train.devices} {accelerator}, {train.strategy}, {train.precision}, "
         f"{family.kernel} kernel: {kernel if reason is None else f'plain torch, which is slow ({reason})'}"
     )
+    if accelerator == "gpu":
+        say("          token shifts, gates, the loss and adapters: plain torch, as they have kernels for CPUs alone")
     say(f"data      {data.path}: {counted(len(samples), 'sample')} of up to {data.ctx_len} tokens")
     for note in notes:
         say(f"          {note}")

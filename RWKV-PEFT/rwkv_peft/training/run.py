@@ -136,7 +136,8 @@ def run(request, say=print):
         if config.adapter.method == NONE:
             model.load_state_dict(open_base(checkpoint / MODEL).tensors, strict=True)
         checkpoint = None  # its optimizer state belongs to other ranks
-    describe(config, family, accelerator, samples, batches.notes, plan, report, state, say)
+    if is_first_process():  # the others would each open GPU 0 to see whether the kernels work
+        describe(config, family, accelerator, samples, batches.notes, plan, report, state, say)
     folder.mkdir(parents=True, exist_ok=True)
     saver = Saver(folder, config, plan, identity, base)
     validator = Validator(held_out, config.data.micro_bsz, train, plan, saver) if held_out else None
@@ -303,7 +304,7 @@ def fit(config, family, model, trainable, samples, validator, saver, checkpoint,
         accelerator=accelerator,
         devices=train.devices,
         num_nodes=train.num_nodes,
-        strategy=make_strategy(train, config.data.micro_bsz, trainable),
+        strategy=make_strategy(train, config.data.micro_bsz, trainable, accelerator),
         precision={"bf16": "bf16-true", "fp32": "32-true"}[train.precision],
         accumulate_grad_batches=accumulate,
         gradient_clip_val=train.gradient_clip_val,

@@ -16,12 +16,17 @@ class ZeroStrategy(DeepSpeedStrategy):
         super(DeepSpeedStrategy, self).setup_environment()
 
 
-def make_strategy(train, micro_bsz, trainable):
-    """The strategy that train (TrainConfig) names; `trainable` parameters set the size of communication buckets."""
-    import deepspeed
+WHOLE = 1_000_000  # parameters of at most so many elements stay on every rank under stage 3: each matrix of an adapter
 
-    # On CPU, init_distributed would compile this shared-memory all-reduce for a minute; gloo serves.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+def make_strategy(train, micro_bsz, trainable, accelerator):
+    """The strategy that train (TrainConfig) names, for a "cpu" or "gpu"; `trainable` parameters set the size of
+    communication buckets."""
+    if accelerator == "cpu":
+        import deepspeed
+
+        # init_distributed would compile this shared-memory all-reduce for a minute; gloo serves.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     stage = int(train.strategy.split("_")[2])
     offload = train.strategy.endswith("offload")
     bucket = int(min(2e8, max(trainable, 1)))
@@ -29,12 +34,15 @@ def make_strategy(train, micro_bsz, trainable):
         stage=stage,
         offload_optimizer=offload,
         offload_parameters=offload and stage == 3,
+        pin_memory=offload and accelerator == "gpu",  # else a GPU reads what is offloaded at a fraction of its speed
         allgather_bucket_size=bucket,
         reduce_bucket_size=bucket,
         exclude_frozen_parameters=True,
         logging_batch_size_per_gpu=micro_bsz,
         logging_level=logging.ERROR,
     )
+    if stage == 3:
+        strategy.config["zero_optimization"]["stage3_param_persistence_threshold"] = WHOLE
     if stage == 2 and train.precision == "bf16" and train.accumulate_grad_batches > 1:
         strategy.config["data_types"] = {"grad_accum_dtype": "fp32"}  # else micro batches add up in bfloat16
     return strategy

@@ -30,23 +30,33 @@ def unavailable():
     return None
 
 
-def build_kernels(name, source, device, from_library, from_image):
+def build_kernels(name, source, device, from_library, from_image, trial):
     """The kernels of `source`, a path below cuda/, for GPU number `device`.
 
-    from_library(path) where nvcc compiles them, else from_image(cubin) with the GPU's context current. Raises
-    BuildError where neither works.
+    from_library(path) where nvcc compiles them, else from_image(cubin) with the GPU's context current. trial(kernels)
+    launches one and raises RuntimeError where that fails. Raises BuildError where neither works.
     """
     capability = "".join(map(str, torch.cuda.get_device_capability(device)))
     try:
-        return from_library(build_library(f"{name}_sm{capability}", *recipe(source, find_nvcc(), capability)))
-    except BuildError:  # there is no nvcc, or it is too old for this GPU, or has no C++ compiler that it likes
+        library = build_library(f"{name}_sm{capability}", *recipe(source, find_nvcc(), capability))
+        return _tried(from_library(library), trial, "nvcc's code; it may be newer than the driver")
+    except BuildError:  # there is no nvcc, or it does not fit this GPU, its driver or the C++ compiler
         compiler = nvrtc.find_nvrtc()
         if compiler is None:
             raise
     image = nvrtc.cubin(name, source, f"sm_{capability}", compiler)
     with torch.cuda.device(device):
         torch.cuda.synchronize()  # makes torch's context the thread's current one
-        return from_image(image)
+        return _tried(from_image(image), trial, "NVRTC's code")
+
+
+def _tried(kernels, trial, whose):
+    """kernels, after a launch that worked."""
+    try:
+        trial(kernels)
+    except RuntimeError as error:
+        raise BuildError(f"{error} ({whose}); see nvidia-smi for the driver's version and state") from error
+    return kernels
 
 
 def recipe(source, nvcc, architecture):

@@ -130,4 +130,11 @@ def _stream(x):
 @functools.cache
 def kernels(device):
     """The kernels for GPU number `device`, built on first use; BuildError where that fails (and is not cached)."""
-    return gpu.build_kernels("wkv6_cuda", SOURCE, device, Library, Module)
+
+    def trial(kernels):
+        x, u = torch.zeros(1, 1, 1, 32, device=device), torch.zeros(1, 32, device=device)
+        with torch.cuda.device(device):
+            run_forward(kernels, _stream(x), x, x, x, x, u, None, None, False)
+            torch.cuda.synchronize()
+
+    return gpu.build_kernels("wkv6_cuda", SOURCE, device, Library, Module, trial)
