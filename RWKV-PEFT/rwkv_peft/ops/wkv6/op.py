@@ -3,10 +3,12 @@
 import functools
 import logging
 import warnings
+from functools import partial
 
 import torch
 
 from ..compiled import constant_when_compiled
+from ..eager import Recurrence
 from ..recurrence import as_int64, common_dtype, is_traced, plain, refuse_tangents, split_backend
 from . import cpu, reference
 from .checks import check
@@ -48,8 +50,15 @@ def wkv6(r, k, v, w, u, state=None, cu_seqlens=None, *, backend="auto"):
     inputs = (r, k, v, w, u) if state is None else (r, k, v, w, u, state)
     refuse_tangents("wkv6", inputs, chosen)
     save = torch.is_grad_enabled() and any([x.requires_grad for x in inputs])
-    forward = torch.ops.rwkv_peft.wkv6_forward if save or is_traced(v) else backend_module(v.device.type).forward
-    y, final_state, _ = forward(r, k, v, w, u, state, cu_seqlens, save, level)
+    arguments = (r, k, v, w, u, state, cu_seqlens)
+    if is_traced(v):
+        y, final_state, _ = torch.ops.rwkv_peft.wkv6_forward(*arguments, save, level)
+    elif save:
+        module = backend_module(v.device.type)
+        forward, backward = partial(module.forward, save=True, level=level), partial(module.backward, level=level)
+        y, final_state = Recurrence.apply("wkv6", forward, backward, *arguments)
+    else:
+        y, final_state, _ = backend_module(v.device.type).forward(*arguments, save, level)
     return y.to(out_dtype), final_state
 
 

@@ -14,6 +14,7 @@ import importlib
 
 import torch
 
+from ..eager import second_derivative
 from .checks import check_bounds
 
 _library = torch.library.Library("rwkv_peft", "DEF")
@@ -91,9 +92,7 @@ def _differentiate(ctx, gy, gfinal, _):
 
 
 def _refuse(ctx, *_):
-    raise RuntimeError(
-        "wkv6's kernels have no second derivative; differentiate twice with wkv6(..., backend='reference')"
-    )
+    raise second_derivative("wkv6")
 
 
 torch.library.register_autograd("rwkv_peft::wkv6_forward", _differentiate, setup_context=_save, lib=_library)

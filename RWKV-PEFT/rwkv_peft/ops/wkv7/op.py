@@ -3,15 +3,17 @@
 import functools
 import logging
 import warnings
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..compiled import constant_when_compiled
+from ..eager import Recurrence
 from ..recurrence import as_int64, common_dtype, is_traced, plain, refuse_tangents, split_backend
 from . import cpu, reference
 from .checks import check
-from .operators import backend_module, call_forward
+from .operators import backend_module, call_backward, call_forward
 
 BACKENDS = ("chunked", "cpu")
 
@@ -56,8 +58,14 @@ def wkv7(
     inputs = inputs if state is None else (*inputs, state)
     refuse_tangents("wkv7", inputs, chosen)
     save = torch.is_grad_enabled() and any([x.requires_grad for x in inputs])
-    forward = torch.ops.rwkv_peft.wkv7_forward if save or is_traced(v) else call_forward
-    y, final_state, _ = forward(r, w, k, v, a, b, state, cu_seqlens, save, chosen)
+    arguments = (r, w, k, v, a, b, state, cu_seqlens)
+    if is_traced(v):
+        y, final_state, _ = torch.ops.rwkv_peft.wkv7_forward(*arguments, save, chosen)
+    elif save:
+        forward, backward = partial(call_forward, save=True, backend=chosen), partial(call_backward, backend=chosen)
+        y, final_state = Recurrence.apply("wkv7", forward, backward, *arguments)
+    else:
+        y, final_state, _ = call_forward(*arguments, save, chosen)
     return y.to(out_dtype), final_state
 
 

@@ -15,6 +15,7 @@ from types import ModuleType
 
 import torch
 
+from ..eager import second_derivative
 from ..recurrence import check_bounds
 
 _library = torch.library.Library("rwkv_peft", "FRAGMENT")
@@ -39,10 +40,14 @@ def call_forward(r, w, k, v, a, b, state, cu_seqlens, save, backend):
     return backend_module(name).forward(r, w, k, v, a, b, state, cu_seqlens, save, level)
 
 
-def _backward(*arguments):
-    *tensors, backend = arguments
+def call_backward(*tensors, backend):
+    """A backend's backward, past torch's operators."""
     name, _, level = backend.partition(":")
     return backend_module(name).backward(*tensors, level)
+
+
+def _backward(*arguments):
+    return call_backward(*arguments[:-1], backend=arguments[-1])
 
 
 _library.impl("wkv7_forward", call_forward, "CompositeExplicitAutograd")
@@ -90,9 +95,7 @@ def _differentiate(ctx, gy, gfinal, _):
 
 
 def _refuse(ctx, *_):
-    raise RuntimeError(
-        "wkv7's kernels have no second derivative; differentiate twice with wkv7(..., backend='reference')"
-    )
+    raise second_derivative("wkv7")
 
 
 torch.library.register_autograd("rwkv_peft::wkv7_forward", _differentiate, setup_context=_save, lib=_library)
