@@ -61,7 +61,7 @@ def examine(sources, work, site):
         name, (start, end), text = site
         source = (folder / name).read_text()
         (folder / name).write_text(source[:start] + " " * (end - start) + source[end:])
-    shim.build(folder, cache=folder)
+    shim.build(sources=folder, cache=folder)
     letters = ""
     while len(letters) < len(shim.ORDERS):
         letters += run_alone(folder, shim.ORDERS[len(letters) :])
@@ -88,7 +88,7 @@ def run_alone(folder, orders):
 
 def compare(folder, orders, sender):
     torch.set_num_threads(1)
-    whole, mutated = shim.build(), shim.build(folder, cache=folder)
+    whole, mutated = shim.build(), shim.build(sources=folder, cache=folder)
     inputs = [
         cases.make_case(1, 129, 1, N, dtype, lengths=[81, 48])
         for N, dtype in ((64, torch.bfloat16), (40, torch.float32))
