@@ -69,6 +69,11 @@ inline float __shfl_xor_sync(unsigned, float x, int mask) {
     return data.out;
 }
 
+inline void __syncwarp() {
+    char nothing = 0;
+    shim::warp_operation<char>(nothing, [](char* const*, unsigned) {});
+}
+
 namespace shim {
 
 // Element (row, column) of an 8x8 bf16 matrix held one pair a lane.

@@ -1,7 +1,7 @@
 """Does the shim notice a missing barrier? Removes each barrier and each wait of the CUDA sources in turn, builds the
 rest for the CPU, and compares its results under several orders of the threads with those of the whole.
 
-    python tests/cuda_shim/mutate.py
+    python tests/cuda_shim/mutate.py [wkv6] [wkv7]
 
 Prints a line a mutation: `X` for each order that showed it, `.` for each that did not. Exit code 1 where the whole
 differs between orders, or a mutation went unnoticed.
@@ -18,42 +18,48 @@ from pathlib import Path
 import cases
 import shim
 import torch
+import wkv7_cases
 
 from rwkv_peft.ops.native.sources import source_directory
+from rwkv_peft.ops.wkv6 import cuda as wkv6
+from rwkv_peft.ops.wkv7 import cuda as wkv7
 
-MUTATED = re.compile(r"(__syncthreads|cp_async_wait_all)\(\);")
+FAMILIES = {"wkv6": (wkv6, cases), "wkv7": (wkv7, wkv7_cases)}
+MUTATED = re.compile(r"(__syncthreads|__syncwarp|cp_async_wait_all)\(\);")
 SECONDS = 60  # for one order's run; a mutated kernel may hang
 
 
 def main():
     torch.set_num_threads(1)
+    families = sys.argv[1:] or list(FAMILIES)
     sources = source_directory("cuda")
     sites = [
-        (path.relative_to(sources), m.span(), m.group())
-        for path in sorted((sources / "wkv6").glob("*.cuh"))
+        (family, (path.relative_to(sources), m.span(), m.group()))
+        for family in families
+        for path in sorted((sources / family).glob("*.cuh"))
         for m in MUTATED.finditer(path.read_text())
     ]
     good = True
     with tempfile.TemporaryDirectory() as work, concurrent.futures.ThreadPoolExecutor(2) as pool:
-        jobs = [None, *sites]
-        results = pool.map(lambda job: examine(sources, Path(work), job), jobs)
-        for job, result in zip(jobs, results):
-            expected = ("X" in result) == (job is not None)
+        jobs = [*((family, None) for family in families), *sites]
+        results = pool.map(lambda job: examine(sources, Path(work), *job), jobs)
+        for (family, site), result in zip(jobs, results):
+            expected = ("X" in result) == (site is not None)
             good &= expected
-            print(f"{result}  {describe(sources, job)}{'' if expected else '   <-- unexpected'}", flush=True)
+            print(f"{result}  {describe(sources, family, site)}{'' if expected else '   <-- unexpected'}", flush=True)
     print(f"orders: {', '.join(shim.ORDERS)}")
     return 0 if good else 1
 
 
-def describe(sources, site):
+def describe(sources, family, site):
     if site is None:
-        return "nothing removed"
+        return f"{family}: nothing removed"
     name, (start, _), text = site
     line = (sources / name).read_text()[:start].count("\n") + 1
     return f"{name}:{line} without {text}"
 
 
-def examine(sources, work, site):
+def examine(sources, work, family, site):
     """One letter an order: X where the results are wrong, or there are none."""
     folder = Path(tempfile.mkdtemp(dir=work))
     shutil.copytree(sources, folder, dirs_exist_ok=True)
@@ -61,18 +67,18 @@ def examine(sources, work, site):
         name, (start, end), text = site
         source = (folder / name).read_text()
         (folder / name).write_text(source[:start] + " " * (end - start) + source[end:])
-    shim.build(folder, cache=folder)
+    shim.build(FAMILIES[family][0], folder, cache=folder)
     letters = ""
     while len(letters) < len(shim.ORDERS):
-        letters += run_alone(folder, shim.ORDERS[len(letters) :])
+        letters += run_alone(family, folder, shim.ORDERS[len(letters) :])
     return letters
 
 
-def run_alone(folder, orders):
+def run_alone(family, folder, orders):
     """The letters of as many orders as one process lives through: a mutated kernel may abort or hang."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=compare, args=(folder, orders, sender))
+    process = context.Process(target=compare, args=(family, folder, orders, sender))
     process.start()
     sender.close()
     letters = ""
@@ -86,9 +92,10 @@ def run_alone(folder, orders):
     return letters if len(letters) == len(orders) else letters + "X"
 
 
-def compare(folder, orders, sender):
+def compare(family, folder, orders, sender):
     torch.set_num_threads(1)
-    whole, mutated = shim.build(), shim.build(folder, cache=folder)
+    module, cases = FAMILIES[family]
+    whole, mutated = shim.build(module), shim.build(module, folder, cache=folder)
     inputs = [
         cases.make_case(1, 129, 1, N, dtype, lengths=[81, 48])
         for N, dtype in ((64, torch.bfloat16), (40, torch.float32))

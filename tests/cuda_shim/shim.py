@@ -1,37 +1,39 @@
 """Builds the CUDA sources for the CPU, with cuda_shim.h in place of the GPU."""
 
+import ctypes
 from pathlib import Path
 
 from rwkv_peft.ops.native.build import Unit, build_library
 from rwkv_peft.ops.native.compilers import find_compiler
 from rwkv_peft.ops.native.sources import included_files, source_directory
-from rwkv_peft.ops.wkv6 import cuda
+from rwkv_peft.ops.wkv6 import cuda as wkv6
 
 # fibers.h's Order, by name.
 ORDERS = ("ascending", "descending", "shuffled", "warps ascending", "warps descending")
 
 
-class Shim(cuda.Library):
-    """The kernels on the CPU: cuda.Library, and the order in which a block's threads take turns."""
+class Shim:
+    """The kernels on the CPU: forward and backward as a family's Library has them, and the order in which a block's
+    threads take turns."""
 
-    def __init__(self, path):
-        import ctypes
-
-        super().__init__(path)
+    def __init__(self, family, path):
+        library = family.Library(path)
+        self.forward, self.backward = library.forward, library.backward
         self._set_order = ctypes.CDLL(str(path)).shim_set_order
 
     def set_order(self, name):
         self._set_order(ORDERS.index(name))
 
 
-def build(sources=None, cache=None, source=None):
-    """A Shim of the kernels in the folder `sources`, which is like cuda/, or of `source`, which includes files from
-    there; BuildError where there is no C++ compiler."""
+def build(family=wkv6, sources=None, cache=None, source=None):
+    """A Shim of the kernels of `family`, a cuda.py, in the folder `sources`, which is like cuda/, or of `source`, which
+    includes files from there; BuildError where there is no C++ compiler."""
     sources = source_directory("cuda") if sources is None else Path(sources)
-    source = sources / cuda.SOURCE if source is None else Path(source)
+    source = sources / family.SOURCE if source is None else Path(source)
     shim = Path(__file__).resolve().parent
     compiler = find_compiler()
     flags = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-pthread")
     unit = Unit(source, (compiler, *flags, "-fno-strict-aliasing", f"-I{shim}", f"-I{sources}", "-x", "c++"))
     headers = [*included_files(source, sources), shim / "cuda_shim.h", shim / "fibers.h"]
-    return Shim(build_library(f"{source.stem}_shim", [unit], (compiler, "-shared", "-pthread"), headers, cache))
+    path = build_library(f"{source.stem}_shim", [unit], (compiler, "-shared", "-pthread"), headers, cache)
+    return Shim(family, path)

@@ -15,6 +15,7 @@ from rwkv_peft.ops.native.sources import included_files, source_directory
 from rwkv_peft.ops.wkv6 import cpu as wkv6_cpu
 from rwkv_peft.ops.wkv6 import cuda as wkv6_cuda
 from rwkv_peft.ops.wkv7 import cpu as wkv7_cpu
+from rwkv_peft.ops.wkv7 import cuda as wkv7_cuda
 
 CPU, CUDA = source_directory("cpu"), source_directory("cuda")
 SHIM = Path(__file__).resolve().parents[2] / "cuda_shim"
@@ -24,6 +25,7 @@ STRUCTURES = (
     (wkv6_cpu.Arguments, CPU, "wkv6/arguments.h"),
     (wkv6_cuda.Arguments, CUDA, "wkv6/arguments.cuh"),
     (wkv7_cpu.Arguments, CPU, "wkv7/arguments.h"),
+    (wkv7_cuda.Arguments, CUDA, "wkv7/arguments.cuh"),
     (cross_entropy.CrossEntropyArguments, CPU, "cross_entropy/arguments.h"),
     *((getattr(mix, name), CPU, "mix/arguments.h") for name in dir(mix) if name.endswith("Arguments")),
     *((getattr(bone, name), CPU, "bone/arguments.h") for name in dir(bone) if name.endswith("Arguments")),

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cuda_shim import cases, shim
-from rwkv_peft.ops.native import driver, gpu
+from cuda_shim import cases, shim, toolchain
+from rwkv_peft.ops.native import driver, gpu, launch
 from rwkv_peft.ops.native import nvrtc as nvrtc_compiler
 from rwkv_peft.ops.native.build import build_library
 from rwkv_peft.ops.native.compilers import find_nvcc
@@ -23,7 +23,6 @@ LENGTHS = (1, 2, 15, 16, 17, 64, 100, 257)
 HEAD_SIZES = (8, 32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float32)
 DEVICES = ("shim", "gpu") if torch.cuda.is_available() else ("shim",)
-ARCHITECTURES = ("80", "89", "90")
 HOT_KERNELS = ("wkv6_forward_32", "wkv6_forward_64", "wkv6_forward_128", "wkv6_backward_32", "wkv6_backward_64")
 
 
@@ -171,7 +170,7 @@ def test_inputs_off_the_16_byte_grid(run):
 
 def test_what_a_kernel_is_given_lies_on_its_grid():
     shifted = torch.zeros(65)[1:]
-    assert shifted.data_ptr() % 16 and cuda._aligned(shifted).data_ptr() % 16 == 0
+    assert shifted.data_ptr() % 16 and launch.aligned(shifted).data_ptr() % 16 == 0
     inputs = {}
 
     class Recorded:
@@ -237,27 +236,12 @@ def nvcc():
 @pytest.fixture(scope="module")
 def assembler_reports(nvcc, tmp_path_factory):
     """What ptxas says of each architecture, compiled side by side with warnings as errors."""
-    folder = tmp_path_factory.mktemp("cubin")
-    running = {}
-    for architecture in ARCHITECTURES:
-        (unit,), _, _ = gpu.recipe(cuda.SOURCE, nvcc, architecture)
-        command = [*unit.command, "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin", str(unit.source)]
-        command += ["-o", str(folder / f"{architecture}.cubin")]
-        running[architecture] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    reports = {architecture: process.communicate()[1] for architecture, process in running.items()}
-    return {architecture: (process.returncode, reports[architecture]) for architecture, process in running.items()}
+    return toolchain.assembler_reports(cuda.SOURCE, nvcc, tmp_path_factory.mktemp("cubin"))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", toolchain.ARCHITECTURES)
 def test_nvcc_compiles_without_warnings_or_spills(assembler_reports, architecture):
-    status, report = assembler_reports[architecture]
-    assert status == 0, report
-    for kernel in HOT_KERNELS:
-        found = re.search(
-            rf"Function properties for {kernel}\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores", report
-        )
-        assert found, f"no report on {kernel}"
-        assert found.groups() == ("0", "0"), f"{kernel} uses local memory: {found.group()}"
+    toolchain.check_without_spills(*assembler_reports[architecture], HOT_KERNELS)
 
 
 @pytest.mark.parametrize("source", [BASELINE, BASELINE.with_name("wkv6_driver.cu")], ids=lambda path: path.stem)
@@ -287,43 +271,13 @@ def test_nvrtc_compiles_every_kernel(tmp_path, monkeypatch):
     assert nvrtc_compiler.cubin("wkv6_cuda", cuda.SOURCE, "sm_90", None) == image  # the second time from the cache
 
 
-class RecordingDriver:
-    """A driver whose every call succeeds; keeps the arguments of the launches."""
-
-    def __init__(self):
-        self.launches, self.current = [], None
-
-    def cuCtxGetCurrent(self, context):
-        context._obj.value = 55
-        return 0
-
-    def cuCtxSetCurrent(self, context):
-        self.current = context.value
-        return 0
-
-    def cuMemcpyDtoH_v2(self, target, source, size):
-        target._obj.value = 1234  # the shared memory that every chunked kernel asks for
-        return 0
-
-    def cuLaunchKernel(self, kernel, *rest):
-        *sizes, stream, parameters, extra = rest
-        arguments = cuda.Arguments.from_buffer_copy(cuda.Arguments.from_address(parameters[0]))
-        self.launches.append(([size.value for size in sizes], stream.value, arguments, extra))
-        assert self.current == 55  # also on autograd's threads, which start without a context
-        self.current = None
-        return 0
-
-    def __getattr__(self, name):
-        return lambda *arguments: 0
-
-
 def test_the_driver_is_asked_for_a_block_a_head_and_sequence(monkeypatch):
-    recorder = RecordingDriver()
+    recorder = toolchain.RecordingDriver(cuda.Arguments)
     monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: recorder)
     cases.run(nvrtc.Module(b"image"), cases.make_case(2, 5, 3, 64, torch.bfloat16), stream=7)
     cases.run(nvrtc.Module(b"image"), cases.make_case(2, 5, 3, 20, torch.bfloat16), stream=7)
-    for launch, block, shared in zip(recorder.launches, [(128, 1)] * 2 + [(20, 2)] * 2, [1234, 1234, 0, 0]):
-        sizes, stream, arguments, extra = launch
+    for recorded, block, shared in zip(recorder.launches, [(128, 1)] * 2 + [(20, 2)] * 2, [1234, 1234, 0, 0]):
+        sizes, stream, arguments, extra = recorded
         assert sizes == [3 * 2, 1, 1, *block, 1, shared]
         assert stream == 7 and extra is None
         assert (arguments.sequences, arguments.length, arguments.heads) == (2, 5, 3)
@@ -346,7 +300,10 @@ def test_both_launchers_choose_the_same_kernel(direction, scalar, head_size):
 
 
 def test_every_header_counts_for_the_cache():
-    assert set(gpu.recipe(cuda.SOURCE, "nvcc", "90")[2]) == set(source_directory("cuda").rglob("*.cuh"))
+    folders = [source_directory("cuda") / name for name in ("common", "wkv6")]
+    assert set(gpu.recipe(cuda.SOURCE, "nvcc", "90")[2]) == {
+        path for folder in folders for path in folder.glob("*.cuh")
+    }
 
 
 @pytest.mark.parametrize(

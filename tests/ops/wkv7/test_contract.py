@@ -201,5 +201,5 @@ def test_float64_takes_the_reference():
 
 def test_backends_lists_every_name():
     found = backends()
-    assert tuple(found) == ("reference", *BACKENDS) and found["reference"] is None
+    assert tuple(found) == ("reference", *BACKENDS, "cuda") and found["reference"] is None
     assert all(reason is None or ";" in reason for reason in found.values())

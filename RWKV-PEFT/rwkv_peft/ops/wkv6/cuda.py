@@ -4,15 +4,14 @@ nvcc makes a library with a C interface where it works; else NVRTC, which CUDA b
 module that the driver loads (nvrtc.py). Both take one structure, Arguments.
 """
 
-import contextlib
 import ctypes
 import functools
 
 import torch
 
-from ..native import gpu
+from ..native import gpu, launch
 from ..native.errors import BuildError
-from ..native.library import load
+from ..native.launch import aligned, stream
 from .nvrtc import Module
 
 SOURCE = "wkv6/wkv6.cu"
@@ -22,22 +21,16 @@ POINTERS = (
     *("r", "k", "v", "w", "u", "state", "bounds", "y", "final_state", "checkpoints"),
     *("gy", "gfinal", "gr", "gk", "gv", "gw", "gu", "gstate"),
 )
-INTEGERS = ("sequences", "length", "heads", "head_size", "scalar", "device")
 
 
 class Arguments(ctypes.Structure):
     """cuda/wkv6/arguments.cuh's structure of the same name."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in POINTERS] + [(name, ctypes.c_int) for name in INTEGERS]
+    _fields_ = launch.structure_fields(POINTERS)
 
 
-class Library:
-    """A compiled library's C interface: forward and backward(arguments, stream) -> CUDA's error code."""
-
-    def __init__(self, path):
-        signature = (ctypes.c_int, Arguments, ctypes.c_void_p)
-        library = load(path, ("wkv6_forward", *signature), ("wkv6_backward", *signature))
-        self.forward, self.backward = library.wkv6_forward, library.wkv6_backward
+# A compiled library's C interface, given its path.
+Library = functools.partial(launch.Library, "wkv6", Arguments)
 
 
 def unavailable():
@@ -61,13 +54,13 @@ def forward(r, k, v, w, u, state, cu_seqlens, save, level):
     """Contiguous r k v w (B, T, H, N), float32 or bfloat16; u (H, N), state (n, H, N, N) or None, float32;
     cu_seqlens (n + 1,) int64 or None -> y, final state, checkpoints (float32, empty unless `save`)."""
     del level  # the CPU kernel's instruction set
-    return run_forward(kernels(r.device.index), _stream(r), r, k, v, w, u, state, cu_seqlens, save)
+    return run_forward(kernels(r.device.index), stream(r), r, k, v, w, u, state, cu_seqlens, save)
 
 
 def backward(r, k, v, w, u, state, cu_seqlens, checkpoints, gy, gfinal, level):
     """The gradients of r k v w u and state, given those of y and of the final state (either None for zeros)."""
     del state, level  # the first checkpoint is the state
-    return run_backward(kernels(r.device.index), _stream(r), r, k, v, w, u, cu_seqlens, checkpoints, gy, gfinal)
+    return run_backward(kernels(r.device.index), stream(r), r, k, v, w, u, cu_seqlens, checkpoints, gy, gfinal)
 
 
 def run_forward(kernels, stream, r, k, v, w, u, state, cu_seqlens, save):
@@ -77,9 +70,10 @@ def run_forward(kernels, stream, r, k, v, w, u, state, cu_seqlens, save):
     y = torch.empty_like(r)
     final_state = u.new_empty(sequences, H, N, N)
     checkpoints = u.new_empty(checkpoint_count(B * T, sequences) if save else 0, H, N, N)
-    r, k, v, w, state = (None if x is None else _aligned(x) for x in (r, k, v, w, state))
+    r, k, v, w, state = (aligned(x) for x in (r, k, v, w, state))
     tensors = dict(r=r, k=k, v=v, w=w, u=u, state=state, bounds=cu_seqlens, y=y, final_state=final_state)
-    _launch(kernels.forward, stream, sequences, **tensors, checkpoints=checkpoints if save else None)
+    tensors["checkpoints"] = checkpoints if save else None
+    launch.launch("wkv6", kernels.forward, stream, Arguments, sequences, tensors)
     return y, final_state, checkpoints
 
 
@@ -88,43 +82,14 @@ def run_backward(kernels, stream, r, k, v, w, u, cu_seqlens, checkpoints, gy, gf
     H, N = u.shape
     sequences = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     gy = torch.zeros_like(r) if gy is None else gy
-    r, k, v, w, gy, gfinal = (None if x is None else _aligned(x) for x in (r, k, v, w, gy, gfinal))
+    r, k, v, w, gy, gfinal = (aligned(x) for x in (r, k, v, w, gy, gfinal))
     gr, gk, gv, gw = (torch.empty_like(x) for x in (r, k, v, w))
     gu = u.new_empty(sequences, H, N)
     gstate = u.new_empty(sequences, H, N, N)
     tensors = dict(r=r, k=k, v=v, w=w, u=u, bounds=cu_seqlens, checkpoints=checkpoints, gy=gy, gfinal=gfinal)
     gradients = dict(gr=gr, gk=gk, gv=gv, gw=gw, gu=gu, gstate=gstate)
-    _launch(kernels.backward, stream, sequences, **tensors, **gradients)
+    launch.launch("wkv6", kernels.backward, stream, Arguments, sequences, tensors | gradients)
     return gr, gk, gv, gw, gu.sum(0), gstate
-
-
-def _launch(function, stream, sequences, **tensors):
-    r = tensors["r"]
-    B, T, H, N = r.shape
-    if sequences == 0 or H == 0:
-        return
-    arguments = Arguments(
-        **{name: None if x is None else x.data_ptr() for name, x in tensors.items()},
-        sequences=sequences,
-        length=T,
-        heads=H,
-        head_size=N,
-        scalar=int(r.dtype == torch.bfloat16),
-        device=r.device.index or 0,
-    )
-    with torch.cuda.device(r.device) if r.is_cuda else contextlib.nullcontext():
-        status = function(ctypes.byref(arguments), stream)
-    if status != 0:
-        raise RuntimeError(f"wkv6: launching the CUDA kernel failed with CUDA error {status}")
-
-
-def _aligned(x):
-    """x where the kernels' copies of 8 and 16 bytes can read it, else a copy of it."""
-    return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
-def _stream(x):
-    return torch.cuda.current_stream(x.device).cuda_stream
 
 
 @functools.cache

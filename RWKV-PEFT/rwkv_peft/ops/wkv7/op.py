@@ -11,11 +11,12 @@ from torch import Tensor
 from ..compiled import constant_when_compiled
 from ..eager import Recurrence
 from ..recurrence import as_int64, common_dtype, is_traced, plain, refuse_tangents, split_backend
-from . import cpu, reference
+from . import reference
 from .checks import check
 from .operators import backend_module, call_backward, call_forward
 
-BACKENDS = ("chunked", "cpu")
+KERNELS = ("cpu", "cuda")
+BACKENDS = ("chunked", *KERNELS)
 
 
 def wkv7(
@@ -38,11 +39,13 @@ def wkv7(
     (n + 1,), int32 or int64, B is 1, the row holds n sequences bounded by its entries, and the states are (n, H, N, N).
 
     Differentiable once in r w k v a b and state, through both outputs. backend: "auto" takes the kernel of the tensors'
-    device ("cpu") where it can be used, else "chunked", products of matrices in plain torch on any device, and says so
-    once; a named backend is never replaced. "cpu:avx512bf16", "cpu:avx512", "cpu:avx2" and "cpu:portable" name the CPU
-    kernel's instruction set. All compute in float32. float64 needs "reference", one step at a time, which "auto" takes
-    for it, and so does forward-mode differentiation. Raises ValueError where arguments do not fit, RuntimeError where a
-    named backend is unusable, NotImplementedError for forward mode of another backend than "reference".
+    device ("cpu", "cuda") where it can be used, else "chunked", products of matrices in plain torch on any device, and
+    says so once; a named backend is never replaced. "cpu:avx512bf16", "cpu:avx512", "cpu:avx2" and "cpu:portable" name
+    the CPU kernel's instruction set. All compute in float32, but for one case that is much less work: on a GPU, where
+    r w k v a b are all bfloat16 and N is 64, products take bfloat16 operands, with float32 sums and state. float64
+    needs "reference", one step at a time, which "auto" takes for it, and so does forward-mode differentiation. Raises
+    ValueError where arguments do not fit, RuntimeError where a named backend is unusable, NotImplementedError for
+    forward mode of another backend than "reference".
     """
     check(r, w, k, v, a, b, state, cu_seqlens)
     dtype = common_dtype(v, r, w, k, a, b)
@@ -91,7 +94,7 @@ def _resolve(backend, device_type, dtype):
     reason = backend_module(name).unavailable(level)
     if reason is not None:
         raise RuntimeError(f"wkv7: backend {backend!r} cannot be used: {reason}")
-    if name == "cpu" and device_type not in ("cpu", "meta"):
+    if name in KERNELS and device_type not in (name, "meta"):
         raise ValueError(f"wkv7: backend {name!r} with tensors on {device_type}; move them to {name}, or take 'auto'")
     if dtype == torch.float64:
         raise ValueError(f"wkv7: backend {backend!r} computes in float32, not {dtype}; convert, or take 'reference'")
@@ -103,9 +106,11 @@ def _resolve_auto(device_type, dtype):
         return "reference"
     if device_type == "meta":
         return "chunked"
-    reason = cpu.unavailable() if device_type == "cpu" else None
+    reason = f"there is no kernel for {device_type}"
+    if device_type in KERNELS:
+        reason = backend_module(device_type).unavailable()
     if reason is not None:
         warnings.warn(f"wkv7 takes backend 'chunked', which is slow: {reason}", RuntimeWarning, stacklevel=5)
-    chosen = "cpu" if device_type == "cpu" and reason is None else "chunked"
+    chosen = device_type if reason is None else "chunked"
     logging.getLogger(__name__).info("wkv7 takes backend %r for tensors on %s", chosen, device_type)
     return chosen

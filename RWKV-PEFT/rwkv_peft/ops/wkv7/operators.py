@@ -28,7 +28,7 @@ _library.define(
 
 
 def backend_module(name: str) -> ModuleType:
-    """The backend "chunked" or "cpu"; loaded on first use."""
+    """The backend "chunked", "cpu" or "cuda"; loaded on first use."""
     return importlib.import_module(f".{name}", __package__)
 
 

@@ -1,0 +1,62 @@
+// A chunk of 16 tokens in shared memory, and a head's state in registers: what the chunked kernels of the recurrences
+// have in common.
+#pragma once
+#include "common/tile.cuh"
+
+constexpr int CHUNK = 16;
+constexpr float LOG2_E = 1.4426950408889634f;
+
+// A block has 2 N threads: warps of 16 rows for the matrix products, four tokens of two channels each for the decays,
+// and one 16-byte copy each for a chunk of one tensor.
+template <int N>
+struct Shape {
+    static constexpr int threads = 2 * N;
+    static constexpr int tiles = N / 16;
+    static constexpr int stride = N + 8;  // rows of a chunk, padded so that eight of them touch all banks once
+    using Rows = bf16[CHUNK][stride];
+};
+
+// Starts the copy of the chunk that begins at token t0, zeros past the sequence's end.
+template <int N, class Sequence>
+__device__ __forceinline__ void fetch(typename Shape<N>::Rows& rows, const void* tensor, const Sequence& s, int t0) {
+    const int row = threadIdx.x / (N / 8), column = threadIdx.x % (N / 8) * 8;
+    const bool valid = t0 + row < s.length;
+    const bf16* source = (const bf16*)tensor + s.elements + (valid ? (t0 + row) * s.stride + column : 0);
+    cp_async_16(&rows[row][column], source, valid);
+}
+
+// A head's state in global memory to a warp's 16 rows of accumulators: rows row0 + 0..15 of S, or of Sᵀ where
+// `transposed`. A null source is zeros.
+template <int N>
+__device__ __forceinline__ void load_state(Accumulator (&S)[N / 16], const float* source, int row0, bool transposed) {
+    const int lane = lane_id();
+    #pragma unroll
+    for (int b = 0; b < N / 16; b++)
+        #pragma unroll
+        for (int e = 0; e < 8; e += 2) {
+            const int row = row0 + tile_row(lane, e), column = b * 16 + tile_column(lane, e);
+            Pair pair = {{0.f, 0.f}};
+            if (source && transposed) pair = Pair{{source[column * N + row], source[(column + 1) * N + row]}};
+            if (source && !transposed) pair = *(const Pair*)&source[row * N + column];
+            S[b].c[e] = pair.x[0];
+            S[b].c[e + 1] = pair.x[1];
+        }
+}
+
+// The same, back.
+template <int N>
+__device__ __forceinline__ void store_state(float* target, const Accumulator (&S)[N / 16], int row0, bool transposed) {
+    const int lane = lane_id();
+    #pragma unroll
+    for (int b = 0; b < N / 16; b++)
+        #pragma unroll
+        for (int e = 0; e < 8; e += 2) {
+            const int row = row0 + tile_row(lane, e), column = b * 16 + tile_column(lane, e);
+            if (transposed) {
+                target[column * N + row] = S[b].c[e];
+                target[(column + 1) * N + row] = S[b].c[e + 1];
+            } else {
+                *(Pair*)&target[row * N + column] = Pair{{S[b].c[e], S[b].c[e + 1]}};
+            }
+        }
+}

@@ -1,0 +1,198 @@
+// What the two chunked kernels share: a chunk's operands, and what its tokens read of one another's writes. The head
+// comment of wkv7.cu explains the names.
+#pragma once
+#include "common/chunk.cuh"
+#include "wkv7/arguments.cuh"
+
+// The operands made of one chunk, all relative to its start: element (t, c) is that of token t times
+//     r: the decays up to t    a: those before t    k, b: the reciprocal of those up to t
+template <int N>
+struct Operands {
+    typename Shape<N>::Rows r, a, k, b;
+    float whole[N];  // the product of all decays
+};
+
+// A thread's share of a chunk's decays: channels c and c + 1, four tokens from t. A warp has 16 channels, so that the
+// products of other tokens come from its own lanes.
+template <int N>
+struct Decays {
+    int c, t;
+    Pair decay[4], before, after;  // before, after: products of the decays before token t, and up to t + 3
+
+    __device__ __forceinline__ Decays(const typename Shape<N>::Rows& w, int valid, Operands<N>& o) {
+        const int lane = lane_id(), part = lane / 8;
+        c = threadIdx.x / 32 * 16 + lane % 8 * 2;
+        t = part * 4;
+        Pair own = {{1.f, 1.f}}, whole;
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const uint32_t pair = *(const uint32_t*)&w[t + i][c];
+            decay[i].x[0] = t + i < valid ? of(low_half(pair)) : 1.f;
+            decay[i].x[1] = t + i < valid ? of(high_half(pair)) : 1.f;
+            own.x[0] *= decay[i].x[0];
+            own.x[1] *= decay[i].x[1];
+        }
+        #pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const float near = __shfl_xor_sync(~0u, own.x[j], 8);
+            const float far = __shfl_xor_sync(~0u, own.x[j] * near, 16);
+            before.x[j] = (part & 1 ? near : 1.f) * (part & 2 ? far : 1.f);
+            after.x[j] = before.x[j] * own.x[j];
+            whole.x[j] = own.x[j] * near * far;
+        }
+        if (part == 0) *(Pair*)&o.whole[c] = whole;
+    }
+
+    // A step's decay, from the raw w. A NaN stays one.
+    static __device__ __forceinline__ float of(float w) {
+        return exp2_approx(DECAY_RATE * LOG2_E * reciprocal_approx(1.f + exp2_approx(-w * LOG2_E)));
+    }
+
+    // Makes the operands r and a.
+    __device__ __forceinline__ void reads(const typename Shape<N>::Rows& r, const typename Shape<N>::Rows& a,
+                                          Operands<N>& o) const {
+        const Four from_r(&r[t][c]), from_a(&a[t][c]);
+        Pair product = before;
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            from_a.scaled(i, product, &o.a[t + i][c]);
+            product.x[0] *= decay[i].x[0];
+            product.x[1] *= decay[i].x[1];
+            from_r.scaled(i, product, &o.r[t + i][c]);
+        }
+    }
+
+    // Makes the operands k and b.
+    __device__ __forceinline__ void writes(const typename Shape<N>::Rows& k, const typename Shape<N>::Rows& b,
+                                           Operands<N>& o) const {
+        const Four from_k(&k[t][c]), from_b(&b[t][c]);
+        Pair product = {{reciprocal_approx(after.x[0]), reciprocal_approx(after.x[1])}};
+        #pragma unroll
+        for (int i = 3; i >= 0; i--) {
+            from_k.scaled(i, product, &o.k[t + i][c]);
+            from_b.scaled(i, product, &o.b[t + i][c]);
+            product.x[0] *= decay[i].x[0];
+            product.x[1] *= decay[i].x[1];
+        }
+    }
+
+    // Keeps the products of the decays before each token where the epilogue finds them, those of all in the last row.
+    __device__ __forceinline__ void keep(float (*products)[N + 4]) const {
+        Pair product = before;
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            *(Pair*)&products[t + i][c] = product;
+            product.x[0] *= decay[i].x[0];
+            product.x[1] *= decay[i].x[1];
+        }
+        if (t + 4 == CHUNK) *(Pair*)&products[CHUNK][c] = product;
+    }
+
+  private:
+    // Two channels of four tokens, all loaded before anything is stored: loads do not pass stores.
+    struct Four {
+        uint32_t pair[4];
+        __device__ __forceinline__ explicit Four(const bf16* from) {
+            #pragma unroll
+            for (int i = 0; i < 4; i++) pair[i] = *(const uint32_t*)(from + i * Shape<N>::stride);
+        }
+        __device__ __forceinline__ void scaled(int i, const Pair& factor, bf16* to) const {
+            *(uint32_t*)to = pack_bf16(low_half(pair[i]) * factor.x[0], high_half(pair[i]) * factor.x[1]);
+        }
+    };
+};
+
+// A 16x16 matrix of token pairs in bf16, (reader, writer), padded so that eight rows touch different banks.
+using PairMatrix = bf16[CHUNK][CHUNK + 8];
+enum PairName { A_B, A_K, R_B, R_K, PAIRS };
+
+// What the chunk's tokens read of one another's writes, a's only of earlier ones, r's of their own too. In the place
+// of a's of b stands the inverse of I less it, in two parts that add up.
+struct PairMatrices {
+    PairMatrix of[PAIRS], low;
+    float lower[CHUNK][CHUNK];  // a's of b in float32, writers in rows, for the inversion
+};
+
+// Zeros above the diagonal, and on it unless `diagonal`.
+__device__ __forceinline__ void keep_earlier(Accumulator& pairs, bool diagonal) {
+    const int lane = lane_id();
+    #pragma unroll
+    for (int e = 0; e < 8; e++) {
+        const int read = tile_row(lane, e), write = tile_column(lane, e);
+        if (write > read || (write == read && !diagonal)) pairs.c[e] = 0.f;
+    }
+}
+
+// (I - lower)⁻¹ by one warp: a column of it a lane, by forward substitution in float32. In bf16, or as a product of
+// powers, tokens that take away each other's writes would drown it in roundings.
+__device__ __forceinline__ void invert(PairMatrices& pairs) {
+    const int lane = lane_id(), column = lane % CHUNK;
+    float x[CHUNK];
+    #pragma unroll
+    for (int i = 0; i < CHUNK; i++) x[i] = i == column ? 1.f : 0.f;
+    #pragma unroll
+    for (int j = 0; j < CHUNK - 1; j++)
+        #pragma unroll
+        for (int i = j + 1; i < CHUNK; i++) x[i] += pairs.lower[j][i] * x[j];
+    #pragma unroll
+    for (int i = 0; i < CHUNK; i++) {
+        bf16 high;
+        store(&high, x[i]);
+        if (lane < CHUNK)
+            pairs.of[A_B][i][column] = high;
+        else
+            store(&pairs.low[i][column], x[i] - to_float(high));
+    }
+}
+
+// Matrix number `name` of all: its product of rows a or r with rows b or k, masked.
+template <int N>
+__device__ __forceinline__ Accumulator pair_product(int name, const typename Shape<N>::Rows& a,
+                                                    const typename Shape<N>::Rows& r, const typename Shape<N>::Rows& b,
+                                                    const typename Shape<N>::Rows& k) {
+    constexpr int stride = Shape<N>::stride;
+    const bool of_a = name == A_B || name == A_K;
+    const auto& reads = of_a ? a : r;
+    const auto& writes = name == A_B || name == R_B ? b : k;
+    Accumulator product = zeros();
+    #pragma unroll
+    for (int i = 0; i < Shape<N>::tiles; i++)
+        multiply(product, load_tile(&reads[0][i * 16], stride), load_tile(&writes[0][i * 16], stride));
+    keep_earlier(product, !of_a);
+    return product;
+}
+
+// Warp i makes matrix i.
+template <int N>
+__device__ __forceinline__ void make_pairs(PairMatrices& pairs, const Operands<N>& o) {
+    static_assert(Shape<N>::tiles == PAIRS, "a matrix a warp");
+    const int warp = threadIdx.x / 32, lane = lane_id();
+    const Accumulator product = pair_product<N>(warp, o.a, o.r, o.b, o.k);
+    if (warp != A_B) return store_tile(&pairs.of[warp][0][0], CHUNK + 8, CHUNK, rounded(product));
+    #pragma unroll
+    for (int e = 0; e < 8; e++) pairs.lower[tile_column(lane, e)][tile_row(lane, e)] = product.c[e];
+    __syncwarp();
+    invert(pairs);
+}
+
+// c += a bᵀ, a rounded to twice bf16's digits and b given so.
+__device__ __forceinline__ void multiply_finely(Accumulator& c, const Accumulator& a, const Tile& b,
+                                                const Tile& b_low) {
+    const Tile high = rounded(a);
+    const Accumulator of_high = widened(high);
+    Accumulator rest;
+    #pragma unroll
+    for (int e = 0; e < 8; e++) rest.c[e] = a.c[e] - of_high.c[e];
+    multiply(c, high, b_low);
+    multiply(c, rounded(rest), b);
+    multiply(c, high, b);
+}
+
+// removed of a chunk, (v, t) of a warp's 16 values: from S a_t, (v, t) too, and v, (v, t), the inverse undoes what the
+// chunk's own tokens have written.
+__device__ __forceinline__ Accumulator solve(Accumulator read, const Tile& v, const PairMatrices& pairs) {
+    multiply(read, v, load_tile(&pairs.of[A_K][0][0], CHUNK + 8));
+    Accumulator removed = zeros();
+    multiply_finely(removed, read, load_tile(&pairs.of[A_B][0][0], CHUNK + 8), load_tile(&pairs.low[0][0], CHUNK + 8));
+    return removed;
+}

@@ -1,0 +1,102 @@
+// RWKV-7's recurrence ("Goose", Peng et al. 2025, arXiv 2503.14456) on NVIDIA GPUs, forward and backward, with a C
+// interface.
+//
+// For one head, S its state (V, K):  S_t = S_{t-1} diag(d_t) + (S_{t-1} a_t) b_tᵀ + v_t k_tᵀ,  y_t = S_t r_t,
+// d_t = exp(-e^(-1/2) sigmoid(w_t)).
+//
+// Backward, with dS_t = dL/dS_t once y_t's share is in it, S_{t-1} a_t called removed and its gradient gremoved:
+//     dS_t = (dS_{t+1} diag(d_{t+1}) + gremoved_{t+1} a_{t+1}ᵀ) + gy_t r_tᵀ
+//     gr = S_tᵀ gy    gk = dSᵀ v    gv = dS k    gb = dSᵀ removed    gremoved = dS b    ga = S_{t-1}ᵀ gremoved
+//     gradient of d = for each column the sum of dS S_{t-1}
+// The states are made anew from those that forward has kept, never stepped back in time, which would divide their
+// errors by the decays.
+//
+// The chunked kernels: bf16, head size 64. One thread block walks one head of one sequence in chunks of 16 tokens; the
+// sequence may be any length, and its state (or that one's gradient) stays in registers throughout. As in other
+// recurrences with a delta rule (Yang et al. 2024, arXiv 2406.06484), a chunk unrolls into matrix products. With c_t
+// the product of the decays from the chunk's start to token t, per channel, and S the state at the chunk's start, the
+// operands (rows of tokens)
+//     r_t c_t    a_t c_{t-1}    k_t / c_t    b_t / c_t
+// make matrices of token pairs, a's of earlier tokens and r's of the own one too, e.g. a_k(t, s) = (a_t c_{t-1}) .
+// (k_s / c_s), and with whole = c of the last token and the rows of removed, V, Y being tokens:
+//     removed = (I - a_b)⁻¹ (a Sᵀ + a_k V)
+//     Y       = r Sᵀ + r_k V + r_b removed
+//     S_end   = (S + removedᵀ b + Vᵀ k) diag(whole)
+// No decay is below 0.545, so 1 / c stays below 2e4: neither bf16 nor float32 needs more care. Products run on tensor
+// cores in bf16 with float32 sums (common/tile.cuh); but the triangular system is inverted in float32, and applied in
+// twice bf16's digits: its entries may cancel where tokens take away what others of the chunk have written.
+//
+// Forward keeps the state before each chunk, in bf16, as backward reads it in products alone. With dS the gradient of
+// S_end times whole, and g before a name for a gradient, its chunk is
+//     gremoved = (I - a_b)⁻ᵀ (r_bᵀ gY + b dSᵀ)
+//     gV       = r_kᵀ gY + a_kᵀ gremoved + k dSᵀ
+//     ga_b, ga_k, gr_b, gr_k = gremoved removedᵀ, gremoved Vᵀ, gY removedᵀ, gY Vᵀ, masked as the pairs are
+//     gr = gY S + gr_k k + gr_b b                  ga = gremoved S + ga_k k + ga_b b    (of the operands)
+//     gk = V dS + gr_kᵀ r + ga_kᵀ a                gb = removed dS + gr_bᵀ r + ga_bᵀ a
+//     dS_start = dS + gYᵀ r + gremovedᵀ a
+// and the log of a token's decay has, per channel, what passes through the whole chunk or is read after it, and the
+// operands that have it as a factor or a divisor:
+//     sum over v of S dS + sum over s of (k V dS + b removed dS)_s
+//         + sum over s >= t of (r gr - k gk - b gb)_s + sum over s > t of (a ga)_s
+// where all terms that cancel are the same rounded numbers. All else goes through the plain kernels (plain.cuh).
+//
+// nvcc compiles this file into a library, NVRTC into a module of the kernels alone, and a C++ compiler, with
+// tests/cuda_shim, into a library that runs on the CPU.
+#include "common/device.cuh"
+#include "wkv7/arguments.cuh"
+#include "wkv7/backward.cuh"
+#include "wkv7/forward.cuh"
+#include "wkv7/plain.cuh"
+
+// Every kernel: its name, its code, its threads a block, and the blocks that should fit a multiprocessor's registers.
+#define WKV7_KERNEL(name, code, threads, blocks) \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name(const Arguments a) { code(a); }
+WKV7_KERNEL(wkv7_forward_64, chunked_forward<64>, 128, 4)
+WKV7_KERNEL(wkv7_backward_64, chunked_backward<64>, 128, 3)
+WKV7_KERNEL(wkv7_forward_plain_float32, plain_forward<float>, 1024, 1)
+WKV7_KERNEL(wkv7_forward_plain_bfloat16, plain_forward<bf16>, 1024, 1)
+WKV7_KERNEL(wkv7_backward_plain_float32, plain_backward<float>, 1024, 1)
+WKV7_KERNEL(wkv7_backward_plain_bfloat16, plain_backward<bf16>, 1024, 1)
+
+// What a block may ask for on every GPU since Ampere.
+constexpr int MOST_SHARED = 99 * 1024;
+static_assert(sizeof(BackwardShared<64>) <= MOST_SHARED, "backward needs too much shared memory");
+static_assert(sizeof(PlainShared) <= MOST_SHARED, "the plain kernels need too much shared memory");
+
+#ifndef __CUDACC_RTC__
+// One block a head and sequence.
+template <class Kernel>
+static int run_chunked(Kernel kernel, int shared_bytes, const Arguments& a, void* stream) {
+    return launch(kernel, dim3(a.heads * a.sequences), dim3(2 * a.head_size), shared_bytes, stream, a);
+}
+
+// The same: strips of a row side by side, a power of two of them, and whole warps.
+template <class Kernel>
+static int run_plain(Kernel kernel, const Arguments& a, void* stream) {
+    int strips = 1;
+    while (strips * STRIP < a.head_size) strips *= 2;
+    const int rows = 32 / strips;  // of a warp
+    const dim3 block(strips, (a.head_size + rows - 1) / rows * rows);
+    return launch(kernel, dim3(a.heads * a.sequences), block, sizeof(PlainShared), stream, a);
+}
+
+// Both enqueue their kernel on `stream` and return CUDA's error code, 0 for success.
+extern "C" int wkv7_forward(const Arguments* a, void* stream) {
+    if (a->scalar == FLOAT32) return run_plain(wkv7_forward_plain_float32, *a, stream);
+    if (a->head_size == 64) return run_chunked(wkv7_forward_64, sizeof(ForwardShared<64>), *a, stream);
+    return run_plain(wkv7_forward_plain_bfloat16, *a, stream);
+}
+
+extern "C" int wkv7_backward(const Arguments* a, void* stream) {
+    if (a->scalar == FLOAT32) return run_plain(wkv7_backward_plain_float32, *a, stream);
+    if (a->head_size == 64) return run_chunked(wkv7_backward_64, sizeof(BackwardShared<64>), *a, stream);
+    return run_plain(wkv7_backward_plain_bfloat16, *a, stream);
+}
+#else
+// Launchers outside read here how much shared memory a kernel asks for.
+extern "C" {
+__constant__ int wkv7_forward_64_shared = sizeof(ForwardShared<64>);
+__constant__ int wkv7_backward_64_shared = sizeof(BackwardShared<64>);
+__constant__ int wkv7_plain_shared = sizeof(PlainShared);
+}
+#endif

@@ -1,0 +1,61 @@
+"""NVIDIA's tools where there is no GPU: what the assembler says of the CUDA kernels, and a driver that records."""
+
+import re
+import subprocess
+
+from rwkv_peft.ops.native import gpu
+
+ARCHITECTURES = ("80", "89", "90", "120")
+
+
+def assembler_reports(source, nvcc, folder):
+    """An architecture -> (status, what ptxas says of `source`), compiled side by side with warnings as errors."""
+    running = {}
+    for architecture in ARCHITECTURES:
+        (unit,), _, _ = gpu.recipe(source, nvcc, architecture)
+        command = [*unit.command, "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin", str(unit.source)]
+        command += ["-o", str(folder / f"{architecture}.cubin")]
+        running[architecture] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    reports = {architecture: process.communicate()[1] for architecture, process in running.items()}
+    return {architecture: (process.returncode, reports[architecture]) for architecture, process in running.items()}
+
+
+def check_without_spills(status, report, kernels):
+    """That a report is of a compilation without warnings, and that `kernels` use registers alone."""
+    assert status == 0, report
+    for kernel in kernels:
+        found = re.search(
+            rf"Function properties for {kernel}\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores", report
+        )
+        assert found, f"no report on {kernel}"
+        assert found.groups() == ("0", "0"), f"{kernel} uses local memory: {found.group()}"
+
+
+class RecordingDriver:
+    """A driver whose every call succeeds; keeps the launches' structures `arguments`."""
+
+    def __init__(self, arguments):
+        self.arguments, self.launches, self.current = arguments, [], None
+
+    def cuCtxGetCurrent(self, context):
+        context._obj.value = 55
+        return 0
+
+    def cuCtxSetCurrent(self, context):
+        self.current = context.value
+        return 0
+
+    def cuMemcpyDtoH_v2(self, target, source, size):
+        target._obj.value = 1234  # the shared memory that a kernel asks for
+        return 0
+
+    def cuLaunchKernel(self, kernel, *rest):
+        *sizes, stream, parameters, extra = rest
+        arguments = self.arguments.from_buffer_copy(self.arguments.from_address(parameters[0]))
+        self.launches.append(([size.value for size in sizes], stream.value, arguments, extra))
+        assert self.current == 55  # also on autograd's threads, which start without a context
+        self.current = None
+        return 0
+
+    def __getattr__(self, name):
+        return lambda *arguments: 0

@@ -1,0 +1,94 @@
+"""Inputs for the wkv7 kernels, the true results in float64, and those of plain torch in low precision."""
+
+from dataclasses import dataclass
+
+import torch
+
+from rwkv_peft.ops.wkv7 import cuda, reference
+
+INPUTS = ("r", "w", "k", "v", "a", "b")
+RESULTS = ("y", "final state", "gr", "gw", "gk", "gv", "ga", "gb", "gstate")
+DECAYS = {"usual": (-6.0, 2.0), "none": (-40.0, -20.0), "strong": (6.0, 95.0), "mixed": (-8.0, 8.0)}  # bounds of w
+
+
+@dataclass(frozen=True)
+class Case:
+    """r w k v a b gy (B, T, H, N) in one dtype, state and gfinal (n, H, N, N) float32 or None, cu_seqlens."""
+
+    r: torch.Tensor
+    w: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
+    state: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+    gy: torch.Tensor
+    gfinal: torch.Tensor | None
+
+    @property
+    def inputs(self):
+        return tuple(getattr(self, name) for name in INPUTS)
+
+
+def make_case(B, T, H, N, dtype, *, decay="usual", with_state=True, lengths=None, repeated=False, seed=0):
+    """A random case, a and b as the model makes them: a direction taken away, and put back at a learning rate.
+
+    lengths, whose sum is T, packs that many sequences into one row. repeated: all tokens share one direction and a
+    learning rate of 1, so that each takes away what the one before has written.
+    """
+    g = torch.Generator().manual_seed(seed)
+    low, high = DECAYS[decay]
+    r, k, v, direction, gy = (0.5 * torch.randn(B, T, H, N, generator=g) for _ in range(5))
+    direction = torch.nn.functional.normalize(direction[:, :1].expand(B, T, H, N) if repeated else direction, dim=-1)
+    rate = torch.ones(B, T, H, N) if repeated else torch.rand(B, T, H, N, generator=g)
+    k = direction if repeated else k
+    w = low + (high - low) * torch.rand(B, T, H, N, generator=g)
+    n = B if lengths is None else len(lengths)
+    bounds = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
+    states = [scale * torch.randn(n, H, N, N, generator=g) if with_state else None for scale in (0.3, 0.1)]
+    r, w, k, v, a, b, gy = (x.to(dtype).contiguous() for x in (r, w, k, v, -direction, direction * rate, gy))
+    return Case(r, w, k, v, a, b, states[0], bounds, gy, states[1])
+
+
+def run(kernels, case, stream=None):
+    """The kernels' results, in the order of RESULTS, without gstate where there is no state."""
+    c = case
+    y, final, checkpoints = cuda.run_forward(kernels, stream, *c.inputs, c.state, c.cu_seqlens, True)
+    gradients = cuda.run_backward(kernels, stream, *c.inputs, c.cu_seqlens, checkpoints, c.gy, c.gfinal)
+    return (y, final, *gradients)[: None if c.state is not None else -1]
+
+
+def truth(case):
+    """The results in float64, by autograd through the reference."""
+    return _differentiate(case, torch.float64, reference.wkv7)
+
+
+def plain(case):
+    """The results of a plain torch loop that does everything in the case's dtype."""
+    return _differentiate(case, case.r.dtype, reference.wkv7 if case.r.dtype == torch.float32 else _loop)
+
+
+def _differentiate(case, dtype, forward):
+    leaves = [None if x is None else x.detach().to(dtype).requires_grad_() for x in (*case.inputs, case.state)]
+    y, final = forward(*leaves, case.cu_seqlens)
+    loss = (y * case.gy.to(dtype)).sum()
+    if case.gfinal is not None:
+        loss = loss + (final * case.gfinal.to(dtype)).sum()
+    gradients = torch.autograd.grad(loss, [x for x in leaves if x is not None])
+    return [x.detach() for x in (y, final, *gradients)]
+
+
+def _loop(r, w, k, v, a, b, state, cu_seqlens):
+    B, T, H, N = r.shape
+    bounds = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
+    decay = torch.exp(reference.DECAY_SCALE * torch.sigmoid(w))
+    ys, finals = [], []
+    for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
+        S = r.new_zeros(B, H, N, N) if state is None else state if cu_seqlens is None else state[n : n + 1]
+        for t in range(start, end):
+            removed = S @ a[:, t, :, :, None]  # (B, H, N, 1)
+            S = S * decay[:, t, :, None] + removed * b[:, t, :, None] + v[:, t, :, :, None] * k[:, t, :, None]
+            ys.append((S @ r[:, t, :, :, None]).squeeze(-1))
+        finals.append(S)
+    return torch.stack(ys, dim=1), torch.cat(finals)
