@@ -11,7 +11,9 @@ nothing else waits; launches come on top where they are shorter than 5 us apart.
 
 import argparse
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.models import FAMILIES, family_named
+from rwkv_peft.ops.mix import cpu, cuda, gpu_lerp, op
 
 SHAPES = {"1.6B": (2048, 24), "7B": (4096, 32)}  # channels, layers
 METHODS = ("frozen", "bat-in", "bone", "bat-out", "lora")
@@ -41,7 +44,7 @@ FREE = {
     ),
     *("alias", "as_strided", "unbind", "split", "split_with_sizes", "chunk", "reshape", "unflatten", "narrow"),
     *("lift_fresh", "_reshape_alias", "is_same_size", "empty", "empty_like", "new_empty", "new_empty_strided"),
-    *("empty_strided", "diagonal"),
+    *("empty_strided", "diagonal", "promote_types"),
 }
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "linear"}
 
@@ -73,6 +76,14 @@ class Counter(TorchDispatchMode):
             is_large = name in PRODUCTS and any(tuple(sorted(shape)) in self.matrices for shape in shapes)
             self.launches.append(Launch(name, sum(map(real_bytes, [*read, *written])), shapes, is_large))
         return out
+
+    def kernel(self, name, like, tensors, **others):
+        """Records a mix kernel's launch, and those that add up its strips' sums."""
+        given = {id(x): x for x in tensors_in([tensors, others])}.values()
+        self.launches.append(Launch(name, sum(map(real_bytes, given)), (tuple(like.shape),), False))
+        for target in cuda.LAYOUTS[name].sums:
+            if tensors.get(target) is not None:
+                self.launches.append(Launch("sum", real_bytes(tensors[target]), (), False))
 
 
 def tensors_in(tree):
@@ -110,13 +121,17 @@ def count(family, channels, tokens, method):
     x = torch.empty(1, tokens, channels, device="meta", dtype=torch.bfloat16, requires_grad=True)
     carried = [torch.empty_like(x, requires_grad=True) for _ in model.carried]
     counter = Counter({tuple(sorted(weight.shape)) for weight in weights})
-    autocast, torch.is_autocast_enabled = torch.is_autocast_enabled, lambda *_: False  # which knows no meta device
-    try:
-        with counter:
-            y = block(x, *carried)[0]
-            y.backward(torch.empty_like(y))
-    finally:
-        torch.is_autocast_enabled = autocast
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (torch, "is_autocast_enabled", lambda *_: False),  # which knows no meta device
+            (op, "fused", lambda *_: True),  # what would take a GPU's kernels takes these
+            (op, "cpu_lerp", gpu_lerp),
+            (cpu, "call", counter.kernel),
+        ):
+            stack.enter_context(patch.object(owner, name, value))
+        stack.enter_context(counter)
+        y = block(x, *carried)[0]
+        y.backward(torch.empty_like(y))
     return counter.launches, sum(weight.numel() for weight in weights)
 
 

@@ -11,13 +11,13 @@ from rwkv_peft.models import family_named
 SOURCE = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_budget.py"
 # launches, units of (T, C) at 2048 channels
 LIMITS = {
-    ("x060", "frozen"): (129, 328),
-    ("x060", "bat-in"): (241, 563),
-    ("x060", "bone"): (169, 403),
-    ("x060", "bat-out"): (927, 504),
-    ("x060", "lora"): (193, 415),
-    ("x070", "frozen"): (162, 368),
-    ("x070", "bat-in"): (246, 569),
+    ("x060", "frozen"): (58, 146),
+    ("x060", "bat-in"): (162, 381),
+    ("x060", "bone"): (98, 221),
+    ("x060", "bat-out"): (856, 323),
+    ("x060", "lora"): (122, 233),
+    ("x070", "frozen"): (60, 156),
+    ("x070", "bat-in"): (138, 356),
 }
 
 

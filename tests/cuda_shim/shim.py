@@ -13,13 +13,14 @@ ORDERS = ("ascending", "descending", "shuffled", "warps ascending", "warps desce
 
 
 class Shim:
-    """The kernels on the CPU: forward and backward as a family's Library has them, and the order in which a block's
-    threads take turns."""
+    """The kernels on the CPU: what a family's Library has, and the order in which a block's threads take turns."""
 
     def __init__(self, family, path):
-        library = family.Library(path)
-        self.forward, self.backward = library.forward, library.backward
+        self._library = family.Library(path)
         self._set_order = ctypes.CDLL(str(path)).shim_set_order
+
+    def __getattr__(self, name):
+        return getattr(self._library, name)
 
     def set_order(self, name):
         self._set_order(ORDERS.index(name))

@@ -4,6 +4,7 @@ from collections import Counter
 
 from ..adapters.methods import NONE, method_of
 from ..cli import counted
+from ..ops.mix import cuda as mix_cuda
 
 UPSTREAM_PARTS = ("time", "ln")  # what RWKV-PEFT trains along with an adapter by default
 
@@ -26,7 +27,9 @@ def describe(config, family, accelerator, samples, notes, plan, report, state, s
         f"{family.kernel} kernel: {kernel if reason is None else f'plain torch, which is slow ({reason})'}"
     )
     if accelerator == "gpu":
-        say("          token shifts, gates, the loss and adapters: plain torch, as they have kernels for CPUs alone")
+        reason = mix_cuda.unavailable()
+        taken = "cuda" if reason is None else f"plain torch ({reason})"
+        say(f"          token shift, gates, norms: {taken}; loss and adapters: plain torch, which has no kernel there")
     say(f"data      {data.path}: {counted(len(samples), 'sample')} of up to {data.ctx_len} tokens")
     for note in notes:
         say(f"          {note}")

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from ops.mix.cases import HEADS, assert_as_accurate, keys_inputs, low_rank, randn, reads_inputs, run
 from rwkv_peft.ops import mix
 from rwkv_peft.ops.mix import (
+    cpu,
     delta_keys,
     lerp,
-    library,
     norm_bonus_gate,
     norm_gate,
     relu_square,
@@ -17,47 +18,12 @@ from rwkv_peft.ops.mix import (
 from rwkv_peft.ops.native import levels
 
 DTYPES = (torch.float32, torch.bfloat16)
-HEADS = [(1, 1, 1, 4), (2, 9, 3, 8), (1, 70, 2, 64), (2, 33, 5, 20)]
-KERNELS = "Lerp NormGate SigmoidGate ReluSquare DeltaKeys ValueResidual NormBonusGate".split()
 
 
 @pytest.fixture(autouse=True)
 def needs_a_compiler():
-    if not library.available():
+    if not cpu.available():
         pytest.skip("no C++ compiler")
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
-
-
-def run(function, inputs, dtype, plain, monkeypatch):
-    """Outputs and the gradients of all inputs, in dtype, with kernels or without."""
-    with monkeypatch.context() as patch:
-        if plain:
-            patch.setattr(library, "available", lambda: False)
-        leaves = [
-            None if x is None else x.to(dtype).requires_grad_()
-            for x in (None if x is None else x.clone() for x in inputs)
-        ]
-        outs = function(*leaves)
-        outs = outs if isinstance(outs, tuple) else (outs,)
-        by_kernel = type(outs[0].grad_fn).__name__.removesuffix("Backward") in KERNELS
-        assert by_kernel == (not plain and dtype != torch.float64)
-        torch.autograd.backward(outs, [randn(*out.shape, seed=7 + i).to(dtype) for i, out in enumerate(outs)])
-    return [*outs, *(x.grad for x in leaves if x is not None)]
-
-
-def assert_as_accurate(function, inputs, dtype, monkeypatch):
-    """Each result is at most twice as far from float64 as plain torch in the same dtype, plus two roundings."""
-    rounded = [None if x is None else x.to(dtype) for x in inputs]
-    truth = run(function, [None if x is None else x.double() for x in rounded], torch.float64, True, monkeypatch)
-    plain = run(function, rounded, dtype, True, monkeypatch)
-    kernel = run(function, rounded, dtype, False, monkeypatch)
-    for i, (t, p, k) in enumerate(zip(truth, plain, kernel, strict=True)):
-        assert k.dtype == dtype and k.shape == t.shape
-        allowed = 2 * (p.double() - t).norm() + 2 * torch.finfo(dtype).eps * t.norm()
-        assert (k.double() - t).norm() <= allowed, i
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -66,11 +32,6 @@ def assert_as_accurate(function, inputs, dtype, monkeypatch):
 def test_lerp(B, T, C, m, with_last, rank, dtype, monkeypatch):
     inputs = [randn(B, T, C), randn(B, C) if with_last else None, randn(m, C), *low_rank(B, T, C, m, rank)]
     assert_as_accurate(lerp, inputs, dtype, monkeypatch)
-
-
-def low_rank(B, T, C, m, rank):
-    """Factors of weights that depend on the token, or none."""
-    return (None, None) if rank is None else (randn(B, T, m * rank), randn(m, rank, C) / rank)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,19 +57,6 @@ def test_a_sequence_in_two_parts_equals_the_whole(split):
 def test_norm_gate(B, T, H, N, dtype, monkeypatch):
     inputs = [randn(B, T, H, N) + 0.5, 3 * randn(B, T, H * N), randn(H * N, seed=1), randn(H * N, seed=2)]
     assert_as_accurate(lambda *x: norm_gate(*x, 64e-5), inputs, dtype, monkeypatch)
-
-
-def keys_inputs(B, T, H, N):
-    """What delta_keys takes."""
-    k, low = randn(B, T, H, N), 2 * randn(B, T, H, N, seed=1)
-    return [k, low, *(randn(1, 1, H * N, seed=seed) for seed in (2, 3, 4))]
-
-
-def reads_inputs(B, T, H, N):
-    """What norm_bonus_gate takes, but for eps."""
-    y, r, k, v = (randn(B, T, H, N, seed=seed) + 0.5 for seed in range(4))
-    weight, bias = randn(H * N, seed=6), randn(H * N, seed=7)
-    return [y, r, k, v, randn(B, T, H * N, seed=4), randn(H, N, seed=5), weight, bias]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -176,9 +124,9 @@ def portable(monkeypatch):
     """The kernels without any of this processor's extensions."""
     with monkeypatch.context() as patch:
         patch.setattr(levels, "best_level", lambda: "portable")
-        library.library.cache_clear()
+        cpu.library.cache_clear()
         yield
-    library.library.cache_clear()
+    cpu.library.cache_clear()
 
 
 def test_any_processor_computes_the_same(portable, monkeypatch):
@@ -294,5 +242,5 @@ def test_one_compiled_graph():
 
 
 def test_without_a_compiler_the_plain_form_serves(monkeypatch):
-    monkeypatch.setattr(library, "available", lambda: False)
+    monkeypatch.setattr(cpu, "available", lambda: False)
     assert type(mix.relu_square(randn(2, 3).requires_grad_()).grad_fn).__name__ == "PowBackward0"

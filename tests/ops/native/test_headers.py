@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from rwkv_peft.ops import bone, cross_entropy
-from rwkv_peft.ops.mix import library as mix
+from rwkv_peft.ops.mix import cpu as mix
+from rwkv_peft.ops.mix import cuda as mix_cuda
 from rwkv_peft.ops.native.compilers import compiler_knows, find_compiler, find_nvcc
 from rwkv_peft.ops.native.errors import BuildError
 from rwkv_peft.ops.native.levels import level_flags
@@ -25,6 +26,7 @@ STRUCTURES = (
     (wkv6_cpu.Arguments, CPU, "wkv6/arguments.h"),
     (wkv6_cuda.Arguments, CUDA, "wkv6/arguments.cuh"),
     (wkv7_cpu.Arguments, CPU, "wkv7/arguments.h"),
+    (mix_cuda.MixArguments, CUDA, "mix/arguments.cuh"),
     (wkv7_cuda.Arguments, CUDA, "wkv7/arguments.cuh"),
     (cross_entropy.CrossEntropyArguments, CPU, "cross_entropy/arguments.h"),
     *((getattr(mix, name), CPU, "mix/arguments.h") for name in dir(mix) if name.endswith("Arguments")),
@@ -92,7 +94,9 @@ def test_python_and_cpp_agree_on_a_structure(compiler, structure, root, header, 
         facts.append(f"offsetof({name}, {field}) == {getattr(structure, field).offset}")
         facts.append(f"sizeof({name}::{field}) == {ctypes.sizeof(kind)}")
         kinds = {ctypes.c_void_p: "pointer", ctypes.c_float: "floating_point"}
-        facts.append(f"std::is_{kinds.get(kind, 'integral')}<decltype({name}::{field})>::value")
+        is_array = issubclass(kind, ctypes.Array)
+        trait = kinds.get(kind._type_ if is_array else kind, "integral")
+        facts.append(f"std::is_{trait}<std::remove_extent_t<decltype({name}::{field})>>::value")
     text = f'#include <cstddef>\n#include <type_traits>\n#include "{header}"\n'
     text += "".join(f'static_assert({fact}, "{fact}");\n' for fact in facts)
     compile_text(on_cpu(compiler) if root == CPU else on_shim(compiler), text, ".cpp", tmp_path)

@@ -1,4 +1,4 @@
-"""The mix operations on the CPU that work within heads: autograd Functions over cpu/mix.
+"""The mix operations that work within heads: autograd Functions over cpu/mix and cuda/mix.
 
 Tensors are contiguous and share one dtype, float32 or bfloat16; op.py sees to that.
 """
@@ -6,16 +6,7 @@ Tensors are contiguous and share one dtype, float32 or bfloat16; op.py sees to t
 import torch
 from torch.autograd import Function
 
-from ..native.arguments import fill
-from .library import (
-    DeltaKeysArguments,
-    NormBonusGateArguments,
-    NormGateArguments,
-    differentiable_once,
-    library,
-    rounded,
-    sums_like,
-)
+from .functions import call, differentiable_once, rounded, sums_like
 
 
 class NormGate(Function):
@@ -26,9 +17,7 @@ class NormGate(Function):
         ctx.save_for_backward(y, g, weight, bias)
         ctx.eps = eps
         out = torch.empty_like(g)
-        library().mix_norm_gate_forward(
-            _fill(NormGateArguments, y, dict(y=y, g=g, weight=weight, bias=bias, out=out), eps=eps)
-        )
+        call("norm_gate_forward", y, dict(y=y, g=g, weight=weight, bias=bias, out=out), eps=eps, **_sizes(y))
         return out
 
     @staticmethod
@@ -38,7 +27,7 @@ class NormGate(Function):
         gy, gg = torch.empty_like(y), torch.empty_like(g)
         sums = sums_like((weight, bias), any(ctx.needs_input_grad[2:4]))
         tensors = dict(y=y, g=g, weight=weight, bias=bias, grad=grad, gy=gy, gg=gg, gweight=sums[0], gbias=sums[1])
-        library().mix_norm_gate_backward(_fill(NormGateArguments, y, tensors, eps=ctx.eps))
+        call("norm_gate_backward", y, tensors, eps=ctx.eps, **_sizes(y))
         return gy, gg, *rounded(sums, weight.dtype), None
 
 
@@ -50,7 +39,7 @@ class DeltaKeys(Function):
         ctx.save_for_backward(k, low, a0, k_k, k_a)
         key, a, b = outs = tuple(torch.empty_like(k) for _ in range(3))
         tensors = dict(k=k, low=low, a0=a0, k_k=k_k, k_a=k_a, key=key, a=a, b=b)
-        library().mix_delta_keys_forward(_fill(DeltaKeysArguments, k, tensors))
+        call("delta_keys_forward", k, tensors, **_sizes(k))
         return outs
 
     @staticmethod
@@ -61,7 +50,7 @@ class DeltaKeys(Function):
         sums = sums_like((a0, k_k, k_a), any(ctx.needs_input_grad[2:]))
         tensors = dict(k=k, low=low, a0=a0, k_k=k_k, k_a=k_a, gkey=gkey, ga=ga, gb=gb, gk=gk, glow=glow)
         tensors |= dict(zip(("ga0", "gk_k", "gk_a"), sums))
-        library().mix_delta_keys_backward(_fill(DeltaKeysArguments, k, tensors))
+        call("delta_keys_backward", k, tensors, **_sizes(k))
         return gk, glow, *rounded(sums, k.dtype)
 
 
@@ -74,7 +63,7 @@ class NormBonusGate(Function):
         ctx.eps = eps
         out = torch.empty_like(g)
         tensors = dict(y=y, r=r, k=k, v=v, g=g, r_k=r_k, weight=weight, bias=bias, out=out)
-        library().mix_norm_bonus_gate_forward(_fill(NormBonusGateArguments, y, tensors, eps=eps))
+        call("norm_bonus_gate_forward", y, tensors, eps=eps, **_sizes(y))
         return out
 
     @staticmethod
@@ -85,10 +74,10 @@ class NormBonusGate(Function):
         sums = sums_like((r_k, weight, bias), any(ctx.needs_input_grad[5:8]))
         tensors = dict(y=y, r=r, k=k, v=v, g=g, r_k=r_k, weight=weight, bias=bias, grad=grad)
         tensors |= dict(zip("gy gr gk gv gg gr_k gweight gbias".split(), (*gradients, *sums)))
-        library().mix_norm_bonus_gate_backward(_fill(NormBonusGateArguments, y, tensors, eps=ctx.eps))
+        call("norm_bonus_gate_backward", y, tensors, eps=ctx.eps, **_sizes(y))
         return *gradients, *rounded(sums, weight.dtype), None
 
 
-def _fill(structure, like, tensors, **others):
+def _sizes(like):
     B, T, H, N = like.shape
-    return fill(structure, like, tensors, tokens=B * T, heads=H, size=N, **others)
+    return dict(tokens=B * T, heads=H, size=N)

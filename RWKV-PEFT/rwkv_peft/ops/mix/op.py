@@ -2,15 +2,21 @@
 heads.
 
 Each operation is written out in plain torch, which takes any device and dtype, is differentiable twice and is what
-torch.compile sees. On the CPU, float32 and bfloat16 tensors go through one C++ pass forward and one backward instead
-(cpu.py, heads.py), where a compiler exists; those are differentiable once.
+torch.compile sees. Float32 and bfloat16 tensors go through one pass forward and one backward instead (elements.py,
+heads.py, cpu_lerp.py, gpu_lerp.py), where a compiler exists; those are differentiable once.
 """
 
 import torch
 import torch.nn.functional as F
 
 from ..native.arguments import takes
-from . import cpu, heads, library
+from . import cpu, cpu_lerp, cuda, elements, gpu_lerp, heads
+from .functions import run
+
+
+def fused(first, *others):
+    """Whether tensors, or None, go through a kernel: the one place that decides."""
+    return cuda.takes(first, *others) if first.is_cuda else takes(first, *others) and cpu.available()
 
 
 def token_shift(x, last=None, cu_seqlens=None):
@@ -46,9 +52,10 @@ def lerp(x, last, maa, low=None, up=None, cu_seqlens=None):
     if (low is None) != (up is None) or up is not None and low.shape[-1] != up.shape[0] * up.shape[1]:
         shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (low, up)]
         raise ValueError(f"low and up must be (B, T, m K) and (m, K, C), or both None, not {shapes[0]} and {shapes[1]}")
-    if takes(x, last, maa, low, up) and library.available():
+    if fused(x, last, maa, low, up):
+        kernel = gpu_lerp if x.is_cuda else cpu_lerp
         bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
-        return library.run(cpu.Lerp, *_contiguous(x, last, maa, low, up), bounds)
+        return run(kernel.Lerp, *_contiguous(x, last, maa, low, up), bounds)
     delta = token_shift(x, last, cu_seqlens) - x
     weights = maa if low is None else maa[:, None, None] + _offsets(low, up)
     return tuple(torch.addcmul(x, delta, weight) for weight in weights)
@@ -66,23 +73,23 @@ def norm_gate(y, g, weight, bias, eps):
 
     y (B, T, H, N), g (B, T, H N), weight and bias (H N,) -> (B, T, H N).
     """
-    if takes(y, g, weight, bias) and library.available():
-        return library.run(heads.NormGate, *_contiguous(y, g, weight, bias), eps)
+    if fused(y, g, weight, bias):
+        return run(heads.NormGate, *_contiguous(y, g, weight, bias), eps)
     B, T, H, N = y.shape
     return F.group_norm(y.reshape(B * T, H * N), H, weight, bias, eps).view(B, T, H * N) * F.silu(g)
 
 
 def sigmoid_gate(r, v):
     """sigmoid(r) · v, for r and v of one shape."""
-    if takes(r, v) and library.available():
-        return library.run(cpu.SigmoidGate, *_contiguous(r, v))
+    if fused(r, v):
+        return run(elements.SigmoidGate, *_contiguous(r, v))
     return torch.sigmoid(r) * v
 
 
 def relu_square(x):
     """max(x, 0)²."""
-    if takes(x) and library.available():
-        return library.run(cpu.ReluSquare, *_contiguous(x))
+    if fused(x):
+        return run(elements.ReluSquare, *_contiguous(x))
     return torch.relu(x).square()
 
 
@@ -93,8 +100,8 @@ def delta_keys(k, low, a0, k_k, k_a):
     k, low (B, T, H, N); a0, k_k, k_a (1, 1, H N) -> key, a, b (B, T, H, N): k · (1 + (rate - 1) k_a), -n and n · rate,
     n being k · k_k, in each head divided by its length (by 1e-12 at the least).
     """
-    if takes(k, low, a0, k_k, k_a) and library.available():
-        return library.run(heads.DeltaKeys, *_contiguous(k, low, a0, k_k, k_a))
+    if fused(k, low, a0, k_k, k_a):
+        return run(heads.DeltaKeys, *_contiguous(k, low, a0, k_k, k_a))
     a0, k_k, k_a = (x.view(k.shape[2:]) for x in (a0, k_k, k_a))
     rate = torch.sigmoid(a0 + low)
     n = F.normalize(k * k_k, dim=-1)
@@ -106,8 +113,8 @@ def value_residual(v, first, low, v0):
 
     v, first, low (B, T, C); v0 (1, 1, C) -> (B, T, C).
     """
-    if takes(v, first, low, v0) and library.available():
-        return library.run(cpu.ValueResidual, *_contiguous(v, first, low, v0))
+    if fused(v, first, low, v0):
+        return run(elements.ValueResidual, *_contiguous(v, first, low, v0))
     return v + (first - v) * torch.sigmoid(v0 + low)
 
 
@@ -117,8 +124,8 @@ def norm_bonus_gate(y, r, k, v, g, r_k, weight, bias, eps):
 
     y, r, k, v (B, T, H, N), g (B, T, H N), r_k (H, N), weight and bias (H N,) -> (B, T, H N).
     """
-    if takes(y, r, k, v, g, r_k, weight, bias) and library.available():
-        return library.run(heads.NormBonusGate, *_contiguous(y, r, k, v, g, r_k, weight, bias), eps)
+    if fused(y, r, k, v, g, r_k, weight, bias):
+        return run(heads.NormBonusGate, *_contiguous(y, r, k, v, g, r_k, weight, bias), eps)
     B, T, H, N = y.shape
     normal = F.group_norm(y.reshape(B * T, H * N), H, weight, bias, eps).view(y.shape)
     return (normal + (r * k * r_k).sum(-1, keepdim=True) * v).view(g.shape) * g

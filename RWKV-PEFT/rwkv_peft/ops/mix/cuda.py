@@ -1,0 +1,215 @@
+"""cuda/mix as Python sees it: built on first use, by nvcc or NVRTC, and launched on torch's stream."""
+
+import ctypes
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from ..native import gpu
+from ..native.driver import Module as DriverModule
+from ..native.errors import BuildError
+from ..native.launch import stream
+from ..native.library import load
+
+SOURCE = "mix/mix.cu"
+WARPS = 4  # of a block; cuda/mix/arguments.cuh's WARPS
+MOST_SIZE = 128  # channels of a group, which one warp has of a token
+MOST_POINTS = 6  # of a lerp
+FEW_TOKENS = 8192  # up to which short strips fill a GPU with blocks
+
+
+class Layout(NamedTuple):
+    """In which order an operation's tensors stand in MixArguments."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    parameters: tuple[str, ...] = ()
+    sums: tuple[str, ...] = ()
+
+
+def _layout(*names: str) -> Layout:
+    return Layout(*(tuple(text.split()) for text in names))
+
+
+_POINTS = range(MOST_POINTS)
+LAYOUTS: Mapping[str, Layout] = MappingProxyType(
+    {
+        "lerp_forward": _layout("x offsets", " ".join(f"out{i}" for i in _POINTS), "maa"),
+        "lerp_backward": _layout(
+            "x offsets " + " ".join(f"grad{i}" for i in _POINTS),
+            "gx goffsets",
+            "maa",
+            " ".join(f"gmaa{i}" for i in _POINTS),
+        ),
+        "relu_square_forward": _layout("x", "out"),
+        "relu_square_backward": _layout("out grad", "gx"),
+        "sigmoid_gate_forward": _layout("r v", "out"),
+        "sigmoid_gate_backward": _layout("r v grad", "gr gv"),
+        "value_residual_forward": _layout("v first low", "out", "v0"),
+        "value_residual_backward": _layout("v first low grad", "gv gfirst glow", "v0", "gv0"),
+        "norm_gate_forward": _layout("y g", "out", "weight bias"),
+        "norm_gate_backward": _layout("y g grad", "gy gg", "weight bias", "gweight gbias"),
+        "delta_keys_forward": _layout("k low", "key a b", "a0 k_k k_a"),
+        "delta_keys_backward": _layout("k low gkey ga gb", "gk glow", "a0 k_k k_a", "ga0 gk_k gk_a"),
+        "norm_bonus_gate_forward": _layout("y r k v g", "out", "r_k weight bias"),
+        "norm_bonus_gate_backward": _layout(
+            "y r k v g grad", "gy gr gk gv gg", "r_k weight bias", "gr_k gweight gbias"
+        ),
+    }
+)
+DTYPES = MappingProxyType({torch.float32: "float32", torch.bfloat16: "bfloat16"})
+KERNELS = tuple(f"mix_{name}_{dtype}" for name in LAYOUTS for dtype in DTYPES.values())
+
+
+class MixArguments(ctypes.Structure):
+    """cuda/mix/arguments.cuh's structure of the same name."""
+
+    _fields_ = [
+        ("inputs", ctypes.c_void_p * 12),
+        ("outputs", ctypes.c_void_p * 6),
+        ("parameters", ctypes.c_void_p * 4),
+        ("sums", ctypes.c_void_p * 6),
+        *((name, ctypes.c_void_p) for name in ("bounds", "last", "glast")),
+        ("tokens", ctypes.c_longlong),
+        *((name, ctypes.c_int) for name in ("channels", "size", "strip", "n", "length", "sequences")),
+        ("eps", ctypes.c_float),
+        ("device", ctypes.c_int),
+    ]
+
+
+class Kernels(Protocol):
+    """Built kernels."""
+
+    def run(self, name: str, arguments: MixArguments, blocks: int, stream: int | None) -> int:
+        """Enqueue a kernel; -> CUDA's error code."""
+
+
+class Library:
+    """Kernels that nvcc compiled, or the tests' shim."""
+
+    def __init__(self, path: str) -> None:
+        signature = (ctypes.c_int, MixArguments, ctypes.c_int, ctypes.c_void_p)
+        self._library = load(path, *((f"{name}_run", *signature) for name in KERNELS))
+
+    def run(self, name: str, arguments: MixArguments, blocks: int, stream: int | None) -> int:
+        return getattr(self._library, f"{name}_run")(ctypes.byref(arguments), blocks, stream)
+
+
+class Module:
+    """Kernels that NVRTC compiled."""
+
+    def __init__(self, image: bytes) -> None:
+        """image: a cubin for the GPU whose context is the current one."""
+        self._module = DriverModule(image)
+        self._kernels = {name: self._module.kernel(name, 0) for name in KERNELS}
+
+    def run(self, name: str, arguments: MixArguments, blocks: int, stream: int | None) -> int:
+        return self._module.launch(self._kernels[name], blocks, (32 * WARPS, 1, 1), arguments, stream)
+
+
+def call(name: str, like: torch.Tensor, tensors: Mapping[str, torch.Tensor | None], **sizes: Any) -> None:
+    """Enqueue the operation `name` on the GPU of `like`; tensors by the names of its Layout and sizes as `launch` takes
+    them."""
+    index = like.device.index
+    with torch.cuda.device(index):
+        launch(kernels(index), stream(like), name, like, tensors, **sizes)
+
+
+def launch(
+    built: Kernels,
+    on: int | None,
+    name: str,
+    like: torch.Tensor,
+    tensors: Mapping[str, torch.Tensor | None],
+    tokens: int = 0,
+    channels: int = 0,
+    heads: int = 0,
+    size: int = MOST_SIZE,
+    count: int = 0,
+    **others: Any,
+) -> None:
+    """`call` with given kernels, on a given stream. tokens of `channels`, or of `heads` of `size` channels; `count` of
+    elements that are all alike lie as rows of `like`. others: further fields of MixArguments; tensors become addresses.
+    """
+    layout = LAYOUTS[name]
+    if count:
+        channels = like.shape[-1]
+        tokens = count // channels
+    channels = heads * size if heads else channels
+    strip = 8 * WARPS if tokens <= FEW_TOKENS else 32 * WARPS
+    strips, groups = -(-tokens // strip), -(-channels // size)
+    wanted = [tensors.get(sum_) for sum_ in layout.sums]
+    room = like.new_empty(sum(x is not None for x in wanted), strips, channels, dtype=torch.float32)
+    parts = iter(room)
+    partial = [None if x is None else next(parts) for x in wanted]
+    arguments = MixArguments(
+        inputs=_addresses(12, [tensors.get(input_) for input_ in layout.inputs]),
+        outputs=_addresses(6, [tensors.get(output) for output in layout.outputs]),
+        parameters=_addresses(4, [tensors[parameter] for parameter in layout.parameters]),
+        sums=_addresses(6, partial),
+        tokens=tokens,
+        channels=channels,
+        size=size,
+        strip=strip,
+        device=like.device.index or 0,
+        **{key: x.data_ptr() if isinstance(x, torch.Tensor) else x for key, x in others.items()},
+    )
+    status = built.run(f"mix_{name}_{DTYPES[like.dtype]}", arguments, strips * groups, on)
+    if status != 0:
+        raise RuntimeError(f"mix: launching the CUDA kernel of {name} failed with CUDA error {status}")
+    for target, part in zip(wanted, partial):
+        if target is not None and part is not None:
+            torch.sum(part, 0, out=target.view(-1))
+
+
+def _addresses(count: int, tensors: list[torch.Tensor | None]) -> ctypes.Array:
+    return (ctypes.c_void_p * count)(*(None if x is None else x.data_ptr() for x in tensors))
+
+
+def takes(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether tensors, or None, are what the kernels take: real, on one GPU, of one dtype, float32 or bfloat16, with an
+    even number of channels."""
+    return (
+        first.is_cuda
+        and first.dtype in DTYPES
+        and all([x is None or (x.dtype == first.dtype and x.device == first.device) for x in others])
+        and first.numel() > 0
+        and first.shape[-1] % 2 == 0
+        and not torch.compiler.is_compiling()
+        and type(first) is torch.Tensor  # not a fake one
+        and available(first.device.index)
+    )
+
+
+@functools.cache
+def available(device: int) -> bool:
+    """Whether the kernels work on GPU number `device`."""
+    return unavailable(device) is None
+
+
+def unavailable(device: int | None = None) -> str | None:
+    """None where the kernels work on a GPU, by default the current one, else why they do not and what would help."""
+    reason = gpu.unavailable()
+    if reason is not None:
+        return reason
+    try:
+        kernels(torch.cuda.current_device() if device is None else device)
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def kernels(device: int) -> Kernels:
+    """The kernels for GPU number `device`, built on first use; BuildError where that fails (and is not cached)."""
+
+    def trial(built: Kernels) -> None:
+        x = torch.zeros(1, 2, device=device)
+        with torch.cuda.device(device):
+            launch(built, stream(x), "relu_square_forward", x, dict(x=x, out=torch.empty_like(x)), count=2)
+            torch.cuda.synchronize()
+
+    return gpu.build_kernels("mix_cuda", SOURCE, device, Library, Module, trial)

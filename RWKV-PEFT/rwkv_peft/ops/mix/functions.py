@@ -1,0 +1,52 @@
+"""What the autograd Functions of the mix operations share, whatever the device."""
+
+import functools
+
+import torch
+
+from . import cpu, cuda
+
+
+def call(name, like, tensors, **sizes):
+    """Run an operation, "relu_square_forward" or the like, where the tensor `like` is: tensors by name, or None, and
+    sizes."""
+    (cuda.call if like.is_cuda else cpu.call)(name, like, tensors, **sizes)
+
+
+class _NoGradient:
+    """Stands for an autograd context where nothing will be differentiated."""
+
+    def save_for_backward(self, *tensors):
+        """Nothing is saved."""
+
+
+def run(function, *arguments):
+    """function.apply(*arguments), past autograd where gradients are off: on one token its bookkeeping costs several
+    times the kernel."""
+    if torch.is_grad_enabled():
+        return function.apply(*arguments)
+    return function.forward(_NoGradient(), *arguments)
+
+
+def differentiable_once(backward):
+    """A backward that refuses create_graph=True, which would take its result for a constant."""
+
+    @functools.wraps(backward)
+    def checked(ctx, *grads):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the mix kernels have no second derivative; differentiate twice in float64, which takes the plain form"
+            )
+        return backward(ctx, *(grad.contiguous() for grad in grads))
+
+    return checked
+
+
+def sums_like(parameters, wanted):
+    """Room for the gradients of parameters, sums over tokens: float32; None each where not wanted."""
+    return [torch.empty_like(parameter, dtype=torch.float32) if wanted else None for parameter in parameters]
+
+
+def rounded(sums, dtype):
+    """Those gradients in the parameters' dtype."""
+    return [None if x is None else x.to(dtype) for x in sums]

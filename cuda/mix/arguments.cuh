@@ -1,0 +1,26 @@
+// What a launch of a mix kernel is told, and how its block finds its part of the work.
+#pragma once
+#include "common/device.cuh"
+
+// One structure for all; ops/mix/cuda.py mirrors it field by field, and says in which order an operation's tensors
+// stand. Elements are float32 or bf16, by the kernel's name; tensors are (tokens, channels) and contiguous, aligned to
+// two elements; a null pointer marks what the caller does not have or want.
+struct MixArguments {
+    const void* inputs[12];
+    void* outputs[6];
+    const void* parameters[4];  // (channels) each
+    float* sums[6];             // (strips, channels): sums over a strip's tokens, to be added up
+    const index_t* bounds;      // lerp: sequence n is tokens bounds[n] to bounds[n + 1]; null: each is `length` tokens
+    const void* last;           // lerp: (sequences, channels), what precedes the sequences, or null for zeros
+    void* glast;
+    index_t tokens;
+    int channels, size;  // size: channels of a group, which one warp has of a token; even, at most 128
+    int strip;           // tokens of a block
+    int n;               // lerp: how many points
+    int length, sequences;
+    float eps;
+    int device;
+};
+
+constexpr int WARPS = 4;        // of a block; they take a strip's tokens in turn
+constexpr int MOST_SIZE = 128;  // four channels a lane

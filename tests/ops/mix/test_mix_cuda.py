@@ -1,0 +1,176 @@
+"""The mix operations' CUDA kernels, run on the CPU through tests/cuda_shim: against the float64 plain form, every
+gradient, packing and states; under several orders of the threads; and what nvcc and NVRTC make of them."""
+
+import ctypes
+from pathlib import Path
+
+import pytest
+import torch
+
+from cuda_shim import shim, toolchain
+from ops.mix.cases import HEADS, assert_as_accurate, keys_inputs, low_rank, randn, reads_inputs
+from ops.mix.cases import run as run_both
+from rwkv_peft.ops.mix import (
+    cpu,
+    cuda,
+    delta_keys,
+    gpu_lerp,
+    lerp,
+    norm_bonus_gate,
+    norm_gate,
+    op,
+    relu_square,
+    sigmoid_gate,
+    value_residual,
+)
+from rwkv_peft.ops.native import driver
+from rwkv_peft.ops.native import nvrtc as nvrtc_compiler
+from rwkv_peft.ops.native.compilers import find_nvcc
+from rwkv_peft.ops.native.errors import BuildError
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    try:
+        return shim.build(cuda)
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(autouse=True)
+def on_shim(request, monkeypatch):
+    """The operations' CPU tensors go through the CUDA kernels."""
+    if "kernels" not in request.fixturenames:
+        return
+    kernels = request.getfixturevalue("kernels")
+    kernels.set_order("ascending")
+    monkeypatch.setattr(
+        cpu, "call", lambda name, like, *rest, **sizes: cuda.launch(kernels, None, name, like, *rest, **sizes)
+    )
+    monkeypatch.setattr(op, "cpu_lerp", gpu_lerp)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("B, T, C, m", [(1, 1, 4, 1), (2, 7, 34, 2), (3, 45, 132, 6)])
+@pytest.mark.parametrize("with_last, rank", [(False, None), (True, 4), (True, None), (False, 7)])
+def test_lerp(kernels, B, T, C, m, with_last, rank, dtype, monkeypatch):
+    inputs = [randn(B, T, C), randn(B, C) if with_last else None, randn(m, C), *low_rank(B, T, C, m, rank)]
+    assert_as_accurate(lerp, inputs, dtype, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_last", (False, True))
+def test_packed_lerp(kernels, with_last, dtype, monkeypatch):
+    bounds = torch.tensor([0, 1, 5, 6, 64, 101], dtype=torch.int32)
+    inputs = [randn(1, 101, 40), randn(5, 40) if with_last else None, randn(5, 40), *low_rank(1, 101, 40, 5, 8)]
+    assert_as_accurate(lambda *x: lerp(*x, bounds), inputs, dtype, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("B, T, H, N", [*HEADS, (1, 3, 1, 128)])
+def test_heads(kernels, B, T, H, N, dtype, monkeypatch):
+    inputs = [randn(B, T, H, N) + 0.5, 3 * randn(B, T, H * N), randn(H * N, seed=1), randn(H * N, seed=2)]
+    assert_as_accurate(lambda *x: norm_gate(*x, 64e-5), inputs, dtype, monkeypatch)
+    assert_as_accurate(delta_keys, keys_inputs(B, T, H, N), dtype, monkeypatch)
+    assert_as_accurate(lambda *x: norm_bonus_gate(*x, 64e-5), reads_inputs(B, T, H, N), dtype, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 2), (2, 7, 34), (1, 50, 258)])
+def test_elements(kernels, shape, dtype, monkeypatch):
+    assert_as_accurate(relu_square, [randn(*shape)], dtype, monkeypatch)
+    assert_as_accurate(sigmoid_gate, [4 * randn(*shape), randn(*shape, seed=1)], dtype, monkeypatch)
+    inputs = [randn(*shape), randn(*shape, seed=1), 2 * randn(*shape, seed=2), randn(1, 1, shape[-1])]
+    assert_as_accurate(value_residual, inputs, dtype, monkeypatch)
+
+
+def test_keys_of_no_length_are_divided_by_the_least_one(kernels, monkeypatch):
+    k, *others = keys_inputs(1, 3, 2, 12)
+    k[0, 1, 0], k[0, 2] = 0, 1e-14 * k[0, 2]
+    kernel, plain = (run_both(delta_keys, [k, *others], torch.float32, plain, monkeypatch) for plain in (False, True))
+    for one, two in zip(kernel, plain):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+
+
+def test_nan_comes_through(kernels):
+    r = torch.tensor([[-1e30, -100.0, 0.0, 100.0, 1e30, float("nan")]])
+    out = sigmoid_gate(r, torch.ones(1, 6))
+    expected = torch.tensor([[0.0, 0.0, 0.5, 1.0, 1.0, float("nan")]])
+    torch.testing.assert_close(out, expected, equal_nan=True, rtol=0, atol=1e-30)
+    assert relu_square(r)[0, -1].isnan()
+
+
+@pytest.mark.parametrize("order", shim.ORDERS[1:])
+def test_the_order_of_threads_changes_no_bit(kernels, order, monkeypatch):
+    """Over more tokens than one strip has, so that sums over strips are added up, too."""
+    function, inputs = (lambda *x: norm_bonus_gate(*x, 64e-5)), reads_inputs(1, 70, 2, 20)
+    points = [randn(1, 70, 36), randn(1, 36), randn(6, 36), *low_rank(1, 70, 36, 6, 4)]
+    expected = [
+        *run_both(function, inputs, torch.float32, False, monkeypatch),
+        *run_both(lerp, points, torch.float32, False, monkeypatch),
+    ]
+    kernels.set_order(order)
+    found = [
+        *run_both(function, inputs, torch.float32, False, monkeypatch),
+        *run_both(lerp, points, torch.float32, False, monkeypatch),
+    ]
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_frozen_parameters_have_no_sums(kernels, monkeypatch):
+    wanted = []
+    launch = cuda.launch
+    monkeypatch.setattr(cuda, "launch", lambda *rest, **sizes: (wanted.append(rest[4]), launch(*rest, **sizes)))
+    y, r, k, v, g, *parameters = reads_inputs(1, 5, 2, 4)
+    norm_bonus_gate(y.requires_grad_(), r, k, v, g, *parameters, 64e-5).sum().backward()
+    assert y.grad is not None and all(wanted[-1][name] is None for name in ("gr_k", "gweight", "gbias"))
+
+
+def test_each_kernel_has_its_layout():
+    source = (Path(cuda.__file__).parents[2] / "cuda" / cuda.SOURCE).read_text(encoding="utf-8")
+    assert [
+        line.split("(")[1].split(",")[0] for line in source.splitlines() if line.startswith("MIX_OPERATION(")
+    ] == list(cuda.LAYOUTS)
+    for layout in cuda.LAYOUTS.values():
+        sizes = [len(names) for names in layout]
+        limits = [kind._length_ for _, kind in cuda.MixArguments._fields_ if issubclass(kind, ctypes.Array)]
+        assert all(size <= limit for size, limit in zip(sizes, limits, strict=True))
+
+
+@pytest.fixture(scope="module")
+def nvcc():
+    try:
+        return find_nvcc()
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+def test_nvcc_compiles_without_warnings_or_spills(nvcc, tmp_path):
+    hot = [name for name in cuda.KERNELS if name.endswith("bfloat16")]
+    for status, report in toolchain.assembler_reports(cuda.SOURCE, nvcc, tmp_path).values():
+        toolchain.check_without_spills(status, report, hot)
+
+
+def test_nvrtc_compiles_every_kernel(tmp_path, monkeypatch):
+    compiler = nvrtc_compiler.find_nvrtc()
+    if compiler is None:
+        pytest.skip("needs NVRTC: pip install nvidia-cuda-nvrtc")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    image = nvrtc_compiler.cubin("mix_cuda", cuda.SOURCE, "sm_90", compiler)
+    for name in cuda.KERNELS:
+        assert name.encode() in image
+
+
+def test_the_driver_is_asked_for_a_block_a_group_and_strip(monkeypatch):
+    recorder = toolchain.RecordingDriver(cuda.MixArguments)
+    monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: recorder)
+    x = randn(70, 300)
+    module = cuda.Module(b"image")
+    cuda.launch(module, 7, "relu_square_forward", x, dict(x=x, out=torch.empty_like(x)), count=x.numel())
+    ((sizes, stream, arguments, extra),) = recorder.launches
+    assert sizes == [3 * 3, 1, 1, 128, 1, 1, 0] and stream == 7 and extra is None
+    assert (arguments.tokens, arguments.channels, arguments.size, arguments.strip) == (70, 300, 128, 32)
+    assert arguments.inputs[0] == x.data_ptr() and arguments.inputs[1] is None
