@@ -94,4 +94,11 @@ def run_backward(kernels, stream, r, w, k, v, a, b, cu_seqlens, checkpoints, gy,
 @functools.cache
 def kernels(device):
     """The kernels for GPU number `device`, built on first use; BuildError where that fails (and is not cached)."""
-    return gpu.build_kernels("wkv7_cuda", SOURCE, device, Library, Module)
+
+    def trial(kernels):
+        x = torch.zeros(1, 1, 1, 32, device=device)
+        with torch.cuda.device(device):
+            run_forward(kernels, stream(x), x, x, x, x, x, x, None, None, False)
+            torch.cuda.synchronize()
+
+    return gpu.build_kernels("wkv7_cuda", SOURCE, device, Library, Module, trial)
