@@ -48,8 +48,6 @@ def steps(folder, full):
     step_py = (sys.executable, str(ROOT / "benchmarks" / "step.py"), "--shapes", "2048x7168x24", "--dtypes", "bf16")
     once = (*PROBE, "once")
     tests = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
-    driver = str(folder / "driver")
-    build_driver = ("nvcc", "-std=c++17", "-O2", "-lineinfo", "-arch=native", "-I", str(ROOT / "cuda"))
     found = [
         Step("card", 60, ((*PROBE, "card"),), modules=("torch",)),
         Step("build", 120, ((*PROBE, "build"),)),
@@ -66,22 +64,20 @@ def steps(folder, full):
         ),
         Step("train", 120, training(folder), modules=ENGINE),
         Step("ops", 120, ((*tests, "tests/ops", "-k", "cuda or gpu"),), modules=("pytest", "hypothesis")),
-        Step(
-            "sanitizer",
-            90,
-            (
-                (*build_driver, str(ROOT / "benchmarks" / "wkv6_driver.cu"), "-o", driver),
-                *(("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", driver) for tool in SANITIZERS),
-            ),
-            programs=("nvcc", "compute-sanitizer"),
-        ),
+        Step("sanitizer", 120, sanitizing(str(folder / "driver")), programs=("nvcc", "compute-sanitizer")),
     ]
     if full:
         found.append(Step("suite", 3600, ((*tests, "tests", "--accelerator", "gpu"),), modules=("pytest", *ENGINE)))
     return found
 
 
-SANITIZERS = ("memcheck", "racecheck", "synccheck")
+def sanitizing(driver):
+    """The commands that build `driver` of each generation's kernels and run it under compute-sanitizer's tools."""
+    build = ("nvcc", "-std=c++17", "-O2", "-lineinfo", "-arch=native", "-I", str(ROOT / "cuda"))
+    build += (str(ROOT / "benchmarks" / "kernel_driver.cu"), "-o", driver)
+    sanitize = ("compute-sanitizer", "--error-exitcode", "1", "--tool")
+    runs = tuple((*sanitize, tool, driver) for tool in ("memcheck", "racecheck", "synccheck"))
+    return ((*build, "-DGENERATION=6"), *runs, (*build, "-DGENERATION=7"), *runs)
 
 
 def training(folder):

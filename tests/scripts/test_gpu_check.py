@@ -89,6 +89,7 @@ def test_every_step_runs_in_order_and_its_results_are_kept(check):
         "--batch 8 --tokens 4096",
         "--resume",
         "merge --base_model",
+        "-DGENERATION=7",
         "--tool racecheck",
     ):
         assert words in check.calls()

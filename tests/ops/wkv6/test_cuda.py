@@ -244,11 +244,12 @@ def test_nvcc_compiles_without_warnings_or_spills(assembler_reports, architectur
     toolchain.check_without_spills(*assembler_reports[architecture], HOT_KERNELS)
 
 
-@pytest.mark.parametrize("source", [BASELINE, BASELINE.with_name("wkv6_driver.cu")], ids=lambda path: path.stem)
-def test_nvcc_compiles_what_the_benchmarks_bring(nvcc, tmp_path, source):
+@pytest.mark.parametrize("name, generation", [("wkv6_sequential", 6), ("kernel_driver", 6), ("kernel_driver", 7)])
+def test_nvcc_compiles_what_the_benchmarks_bring(nvcc, tmp_path, name, generation):
+    source = BASELINE.with_name(name + ".cu")
     (unit,), _, _ = gpu.recipe(source, nvcc, "90")
-    command = [*unit.command, "-Werror", "all-warnings", "-cubin", str(source)]
-    done = subprocess.run([*command, "-o", str(tmp_path / "baseline.cubin")], capture_output=True, text=True)
+    command = [*unit.command, "-Werror", "all-warnings", f"-DGENERATION={generation}", "-cubin", str(source)]
+    done = subprocess.run([*command, "-o", str(tmp_path / "cubin")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

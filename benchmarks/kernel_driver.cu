@@ -1,14 +1,18 @@
-// wkv6's kernels in a program of their own, without Python and torch around them, for compute-sanitizer: forward and
-// backward over packed sequences, all head sizes, both dtypes. Exit code 1 where CUDA reports an error or a result is
-// not finite.
+// A recurrence's kernels in a program of their own, without Python and torch around them, for compute-sanitizer:
+// forward and backward over packed sequences, all head sizes, both dtypes. Exit code 1 where CUDA reports an error or a
+// result is not finite. GENERATION is 6 or 7.
 //
-//   nvcc -std=c++17 -O2 -lineinfo -arch=native -I cuda benchmarks/wkv6_driver.cu -o driver && ./driver
+//   nvcc -std=c++17 -O2 -lineinfo -arch=native -DGENERATION=7 -I cuda benchmarks/kernel_driver.cu -o driver && ./driver
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <vector>
 
+#if GENERATION == 7
+#include "wkv7/wkv7.cu"
+#else
 #include "wkv6/wkv6.cu"
+#endif
 
 constexpr int HEADS = 2;
 const std::vector<index_t> BOUNDS = {0, 1, 18, 82, 147, 277, 280};
@@ -74,19 +78,34 @@ static bool run(int head_size, int scalar) {
     Device<T> r(numbers<T>(elements, 1, -1, 1)), k(numbers<T>(elements, 2, -1, 1)), v(numbers<T>(elements, 3, -1, 1));
     Device<T> w(numbers<T>(elements, 4, -6, 1)), gy(numbers<T>(elements, 5, -1, 1));
     Device<T> y(elements), gr(elements), gk(elements), gv(elements), gw(elements);
-    Device<float> u(numbers<float>(HEADS * head_size, 6, -1, 1)), initial(numbers<float>(sequences * state, 7, -1, 1));
-    Device<float> final_state(sequences * state), checkpoints((tokens / SEGMENT + sequences) * state);
-    Device<float> gfinal(numbers<float>(sequences * state, 8, -1, 1)), gu(sequences * HEADS * head_size);
-    Device<float> gstate(sequences * state);
-    Arguments a = {r.at,           k.at,  v.at,      w.at,  u.at,  initial.at, bounds.at, y.at,  final_state.at,
-                   checkpoints.at, gy.at, gfinal.at, gr.at, gk.at, gv.at,      gw.at,     gu.at, gstate.at};
+    Device<float> initial(numbers<float>(sequences * state, 7, -1, 1)), final_state(sequences * state);
+    Device<float> checkpoints((tokens / SEGMENT + sequences) * state);
+    Device<float> gfinal(numbers<float>(sequences * state, 8, -1, 1)), gstate(sequences * state);
+    Arguments a = {};
+    a.r = r.at, a.k = k.at, a.v = v.at, a.w = w.at, a.state = initial.at, a.bounds = bounds.at;
+    a.y = y.at, a.final_state = final_state.at, a.checkpoints = checkpoints.at;
+    a.gy = gy.at, a.gfinal = gfinal.at, a.gr = gr.at, a.gk = gk.at, a.gv = gv.at, a.gw = gw.at, a.gstate = gstate.at;
     a.sequences = int(sequences), a.length = int(tokens), a.heads = HEADS, a.head_size = head_size, a.scalar = scalar;
+#if GENERATION == 7
+    const float small = 1 / std::sqrt(float(head_size));  // else states grow without bound
+    Device<T> taken(numbers<T>(elements, 6, -small, small)), put(numbers<T>(elements, 9, -small, small));
+    Device<T> ga(elements), gb(elements);
+    a.a = taken.at, a.b = put.at, a.ga = ga.at, a.gb = gb.at;
+    const int forward = wkv7_forward(&a, nullptr), backward = wkv7_backward(&a, nullptr);
+    const cudaError_t error = cudaDeviceSynchronize();
+    const bool own = finite(ga) && finite(gb);
+#else
+    Device<float> u(numbers<float>(HEADS * head_size, 6, -1, 1)), gu(sequences * HEADS * head_size);
+    a.u = u.at, a.gu = gu.at;
     const int forward = wkv6_forward(&a, nullptr), backward = wkv6_backward(&a, nullptr);
     const cudaError_t error = cudaDeviceSynchronize();
-    const bool right = forward == 0 && backward == 0 && error == cudaSuccess && finite(y) && finite(final_state) &&
-                       finite(gr) && finite(gk) && finite(gv) && finite(gw) && finite(gu) && finite(gstate);
-    std::printf("{\"head_size\": %d, \"dtype\": \"%s\", \"right\": %s, \"error\": \"%s\"}\n", head_size,
-                scalar == FLOAT32 ? "float32" : "bfloat16", right ? "true" : "false", cudaGetErrorString(error));
+    const bool own = finite(gu);
+#endif
+    const bool right = forward == 0 && backward == 0 && error == cudaSuccess && own && finite(y) &&
+                       finite(final_state) && finite(gr) && finite(gk) && finite(gv) && finite(gw) && finite(gstate);
+    std::printf("{\"generation\": %d, \"head_size\": %d, \"dtype\": \"%s\", \"right\": %s, \"error\": \"%s\"}\n",
+                GENERATION, head_size, scalar == FLOAT32 ? "float32" : "bfloat16", right ? "true" : "false",
+                cudaGetErrorString(error));
     return right;
 }
 
