@@ -41,8 +41,8 @@ WORDS = (
     ("adapter", ("_Bat", "_Bone", "_Lora", "_Linear")),
     ("loss", ("LinearCrossEntropy",)),
     ("optimizer", ("Optimizer", "clip", "AccumulateGrad")),
-    ("norm", ("layer_norm", "group_norm", "NormBackward", "NormGate")),
-    ("mix", ("Lerp", "SigmoidGate", "ReluSquare")),
+    ("norm", ("layer_norm", "group_norm", "NormBackward", "NormGate", "NormBonusGate")),
+    ("mix", ("Lerp", "SigmoidGate", "ReluSquare", "DeltaKeys", "ValueResidual")),
 )
 
 

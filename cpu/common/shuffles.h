@@ -62,6 +62,37 @@ INLINE void sums_of_quads(const Vec* x, Quad* out) {
 #endif
 }
 
+// A vector whose quads lie `apart` from one another.
+INLINE Vec load_quads(const float* p, int64_t apart) {
+#if defined(__AVX512F__)
+    __m512 x = _mm512_castps128_ps512(_mm_loadu_ps(p));
+    x = _mm512_insertf32x4(x, _mm_loadu_ps(p + apart), 1);
+    x = _mm512_insertf32x4(x, _mm_loadu_ps(p + 2 * apart), 2);
+    return reinterpret_cast<Vec>(_mm512_insertf32x4(x, _mm_loadu_ps(p + 3 * apart), 3));
+#elif defined(__AVX2__)
+    return reinterpret_cast<Vec>(
+        _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + apart), 1));
+#else
+    (void)apart;
+    return load(p);
+#endif
+}
+
+// kLanes rows of four floats, `from_row` apart, become four rows of kLanes, `to_row` apart, transposed.
+INLINE void transpose_lanes(float* to, int64_t to_row, const float* from, int64_t from_row) {
+    constexpr int L = kLanes;
+    Vec rows[4], pairs[4];
+    UNROLL for (int i = 0; i < 4; i++) rows[i] = load_quads(from + i * from_row, 4 * from_row);
+    UNROLL for (int i = 0; i < 4; i += 2) {
+        pairs[i] = SHUFFLE(rows[i], rows[i + 1], IN_EACH_QUAD(0, L, 1, L + 1));
+        pairs[i + 1] = SHUFFLE(rows[i], rows[i + 1], IN_EACH_QUAD(2, L + 2, 3, L + 3));
+    }
+    UNROLL for (int i = 0; i < 2; i++) {
+        store(to + 2 * i * to_row, SHUFFLE(pairs[i], pairs[i + 2], IN_EACH_QUAD(0, 1, L, L + 1)));
+        store(to + (2 * i + 1) * to_row, SHUFFLE(pairs[i], pairs[i + 2], IN_EACH_QUAD(2, 3, L + 2, L + 3)));
+    }
+}
+
 // Four rows of four elements, `from_row` apart, become four rows of floats, `to_row` apart, transposed.
 template <class E>
 INLINE void transpose_quads(float* to, int64_t to_row, const E* from, int64_t from_row) {

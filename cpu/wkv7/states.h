@@ -10,9 +10,13 @@ namespace {
 
 // rows x columns, both multiples of 4, become columns x rows.
 inline void transpose(float* to, int64_t to_row, const float* from, int64_t from_row, int64_t rows, int64_t columns) {
-    for (int64_t i = 0; i < rows; i += 4)
-        for (int64_t j = 0; j < columns; j += 4)
+    const int64_t whole = rows / kLanes * kLanes;
+    for (int64_t j = 0; j < columns; j += 4) {
+        for (int64_t i = 0; i < whole; i += kLanes)
+            transpose_lanes(to + j * to_row + i, to_row, from + i * from_row + j, from_row);
+        for (int64_t i = whole; i < rows; i += 4)
             transpose_quads(to + j * to_row + i, to_row, from + i * from_row + j, from_row);
+    }
 }
 
 // An n x n state in memory <-> N x N floats, zeros beyond n; null is all zeros.

@@ -113,6 +113,22 @@ def test_packed_sequences_are_computed_apart(backend, with_state, dtype):
             torch.testing.assert_close(whole, part, rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_change_nothing(dtype):
+    """Sequences and heads are shared out, and each is computed alike by whoever takes it."""
+    skip_unless_usable("cpu")
+    inputs, gradients = random_inputs(2, 130, 3, 64, dtype)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(run("cpu", inputs, gradients))
+    finally:
+        torch.set_num_threads(before)
+    for name, one, *others in zip(NAMES, *results):
+        assert all(torch.equal(one, other) for other in others), name
+
+
 @pytest.mark.parametrize("split", (1, 31, 64, 90))
 @pytest.mark.parametrize("backend", ("reference", *BACKENDS))
 def test_a_sequence_in_two_parts_equals_the_whole(backend, split):
