@@ -142,7 +142,7 @@ def check_data(data):
                 f"leave --{name} out"
             )
     plain = DataConfig(data.path)
-    for name in ("tokenizer", "sft_field", "sft_split", "sft_long"):
+    for name in ("tokenizer", "sft_field", "sft_split", "sft_long", "sft_think"):
         if data.data_type != "sft" and getattr(data, name) != getattr(plain, name):
             raise UserError(
                 f"--{name} belongs to --data_type sft, and the data is {data.data_type}, whose tokens are made "
