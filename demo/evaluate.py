@@ -1,6 +1,6 @@
 """How many held-out questions does a model answer exactly?
 
-    python demo/evaluate.py --model demo/rwkv6-demo.pth --questions heldout.jsonl
+    python demo/evaluate.py --model demo/rwkv7-demo.pth --questions heldout.jsonl
     python demo/evaluate.py --model merged.pth --questions heldout.jsonl --runtime rwkv --at_least 0.9
 
 Reads the .pth of a byte-vocabulary model with this package, or with the `rwkv` package from PyPI (--runtime rwkv),
@@ -104,10 +104,11 @@ def answer_with_rwkv(path, prompts, stop, expected=None, progress=None):
     """
     import torch
 
-    from rwkv_peft.release.runtimes import rwkv_model
+    from rwkv_peft.files.base import open_base
+    from rwkv_peft.release.rwkv_package import rwkv_model
 
     progress = progress or Progress(len(prompts))
-    model = rwkv_model(path)
+    model = rwkv_model(path, open_base(path).config.version)
     threads, answers = torch.get_num_threads(), []
     torch.set_num_threads(1)  # the package computes by small products, for which threads cost more than they give
     with torch.inference_mode():
@@ -163,7 +164,7 @@ def main(argv):
     if vocab_size != tokenizer.vocab_size:
         raise UserError(
             f"--model {args.model} has a vocabulary of {vocab_size} tokens, and the questions are put in "
-            f"{tokenizer.vocab_size}, a byte each; give demo/rwkv6-demo.pth or a model made of it"
+            f"{tokenizer.vocab_size}, a byte each; give demo/rwkv6-demo.pth, demo/rwkv7-demo.pth or a model made of one"
         )
     prompts = [tokenizer.encode(prompt) for prompt, _ in questions]
     stop = {tokenizer.end_id, *tokenizer.encode("\n")}

@@ -151,6 +151,12 @@ class DataConfig:
         "sft: rows longer than --ctx_len lose the front of their prompt, or are left out",
         choices=("left", "skip"),
     )
+    sft_think: str = setting(
+        "",
+        "sft: how chats open their answers for RWKV-7 G1: on with the thinking that rows hold, off with an empty one "
+        "(default: as rows have them)",
+        choices=("on", "off"),
+    )
     ctx_len: int = setting(1024, "tokens a sample", type=positive)
     dataload: str = setting(
         "get",

@@ -73,10 +73,11 @@ def test_rows_are_tokenized_once_for_each_content_and_setting(config, monkeypatc
         replace(first, tokenizer="world"),
         replace(first, sft_split="train[:3]"),
         replace(first, sft_long="skip"),
+        replace(first, sft_think="off"),
     ):
         assert prepare_sft(other)[0] != prefix
     assert prepare_sft(config(ROWS[:5]))[0] != prefix  # other content in the same file
-    assert len(calls) == 6
+    assert len(calls) == 7
 
 
 def test_a_run_that_was_cut_off_is_made_again(config):

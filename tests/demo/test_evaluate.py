@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pty
+import random
 import struct
 import subprocess
 import sys
@@ -95,6 +96,32 @@ def test_a_terminal_sees_a_bar_while_it_waits(evaluate, model, tmp_path, runtime
     assert "/3" in os.read(ours, 100000).decode()
     os.close(theirs)
     os.close(ours)
+
+
+@pytest.mark.parametrize("base, runtime", [("rwkv6", "rwkv_peft"), ("rwkv7", "rwkv_peft"), ("rwkv7", "rwkv")])
+def test_the_bundled_bases_answer_in_words(evaluate, task, tmp_path, base, runtime):
+    pytest.importorskip("rwkv")
+    rng = random.Random("words")
+    facts = [task.draw_fact(rng, held_out=True) for _ in range(24)]
+    rows = [
+        {
+            "prompt": f"{task.tell(rng, fact)}Q: What is there?\nA:",
+            "completion": f" {fact.count} {fact.color} {fact.item}\n",
+        }
+        for fact in facts
+    ]
+    questions = write_questions(tmp_path / "q.jsonl", rows)
+    program = Path(evaluate.__file__)
+    # a process of its own, as the package computes one generation a process
+    done = subprocess.run(
+        [
+            *(sys.executable, str(program), "--model", str(program.with_name(f"{base}-demo.pth"))),
+            *("--questions", str(questions), "--runtime", runtime, "--at_least", "0.9"),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_an_answer_ends_with_its_first_stop(evaluate, model):

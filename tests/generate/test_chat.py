@@ -63,10 +63,12 @@ def tokens_of(text):
     return BytesTokenizer().encode(body) + [END] * ends + [-1] * interrupted
 
 
-def trained(*turns):
+def trained(*turns, think=""):
     """The tokens that the data path makes of a conversation, its end token left out."""
     messages = [{"role": role, "content": words} for role, words in turns]
-    encoded = Encoder(EncodeSettings("bytes", end_token=False)).encode(Chunk("x", 1, ({"messages": messages},)))
+    encoded = Encoder(EncodeSettings("bytes", end_token=False, think=think)).encode(
+        Chunk("x", 1, ({"messages": messages},))
+    )
     return torch.frombuffer(bytearray(encoded.tokens), dtype=torch.int16).tolist()
 
 
@@ -83,6 +85,24 @@ def test_turns_have_the_layout_of_the_data_and_are_remembered(chat, model, says)
     begins = len(tokens_of(f" {says}"))
     torch.testing.assert_close(logits[0], after(model, first), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits[begins], after(model, second), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("think, opening", [("on", " <think"), ("off", " <think></think")])
+def test_an_answer_is_opened_as_the_data_is(chat, model, think, opening):
+    out, _, logits = chat(["Hi", "So?"], "--think", think, says=[">\na</think>\nYo\n\nUser:", ">\nNo|"])
+    assert out == f"Assistant:{opening}>\na</think>\nYo\n\nAssistant:{opening}>\nNo\n\n"
+    hi, thought, again, last = (
+        ("user", "Hi"),
+        "<think>\na</think>\nYo",
+        ("user", "So?"),
+        ("assistant", "<think>b</think>c"),
+    )
+    drawn = len(">b</think>\nc" if think == "on" else ">\nc")
+    expected = trained(hi, last, think=think)[:-drawn]
+    torch.testing.assert_close(logits[0], after(model, expected), rtol=1e-4, atol=1e-4)
+    if think == "on":  # without, the data leaves thinking out
+        expected = trained(hi, ("assistant", thought), again, last, think=think)[:-drawn]
+        torch.testing.assert_close(logits[-len(">\nNo|")], after(model, expected), rtol=1e-4, atol=1e-4)
 
 
 def test_a_paragraph_does_not_end_a_turn(chat, model):

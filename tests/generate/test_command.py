@@ -75,6 +75,13 @@ def test_a_prompt_in_a_known_layout_stops_at_the_next_turn(run, monkeypatch):
     assert run("--prompt", "User: hi\n\nAssistant:") == " Yo\n"
     assert run("--prompt", "User: hi\n\nAssistant:", "--stop", "no") == " Yo\n\nUser: \n"
     assert run("--prompt", "hi") == " Yo\n\nUser: no\n"
+    script(monkeypatch, *[" Yo\n\nUser: no"] * 3, " Yo\n\nTool: no")
+    openings = ("<think", "<think></think", "<think>\n</think>\n", "")
+    rows = [
+        json.loads(line)
+        for line in run("--prompt", *(f"User: hi\n\nAssistant: {text}" for text in openings)).splitlines()
+    ]
+    assert [(row["generated"], row["end"]) for row in rows] == [(" Yo", "stop")] * 4
     script(monkeypatch, " 4\n\nQuestion: no", " 4\n\nInstruction: no")
     prompts = ("Question: 2+2?\n\nAnswer:", "Instruction: Add\n\nInput: 2 2\n\nResponse:")
     rows = [json.loads(line) for line in run("--prompt", *prompts).splitlines()]

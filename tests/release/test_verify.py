@@ -14,7 +14,7 @@ from rwkv_peft.release.verify import compare_structure, judge, main, verify, wri
 
 # (format, largest absolute difference of logits that the runtimes' own arithmetic may make)
 BOUNDS = (("fp32", 1e-5), ("f32", 1e-5), ("f16", 4e-3), ("bf16", 2.5e-2), ("q8_0", 1e-1))
-DEMO = Path(__file__).resolve().parents[2] / "demo" / "rwkv6-demo.pth"
+DEMO = Path(__file__).resolve().parents[2] / "demo"
 
 
 def official(tiny_state, **changes):
@@ -39,6 +39,8 @@ def ask(runtime, form, state, folder, length=50):
         pytest.skip(runtime.missing() or "pip install gguf")
     model = base_of(state)
     config = model.config
+    if config.version == "x070" and runtime.name == "rwkv-simple":
+        pytest.skip(runtime.refuses(config))
     assert not runtime.refuses(config)
     tokens = torch.randint(config.vocab_size, (length,), generator=torch.Generator().manual_seed(1))
     logits = runtime.logits(written(folder, form, model), tokens, config)
@@ -62,11 +64,11 @@ def test_runtimes_agree_with_the_reference(tmp_path, tiny_state, runtime, form):
     assert ask(runtime, form, official(tiny_state), tmp_path) < dict(BOUNDS)[form]
 
 
+@pytest.mark.parametrize("generation", [6, 7])
 @pytest.mark.parametrize("runtime, form", list(cases()))
-def test_runtimes_agree_on_a_trained_model_whose_decays_are_strong(tmp_path, runtime, form):
-    assert (
-        ask(runtime, form, open_base(DEMO).tensors, tmp_path) < 2 * dict(BOUNDS)[form]
-    )  # its logits spread more widely
+def test_runtimes_agree_on_a_trained_model_whose_decays_are_strong(tmp_path, runtime, form, generation):
+    base = open_base(DEMO / f"rwkv{generation}-demo.pth")
+    assert ask(runtime, form, base.tensors, tmp_path) < 2 * dict(BOUNDS)[form]  # its logits spread more widely
 
 
 @pytest.mark.parametrize("name, form", [("rwkv, sequence", "fp32"), ("llama.cpp", "f32")])

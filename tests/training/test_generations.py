@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rwkv_peft import commands
 from rwkv_peft.files.base import open_base
 from rwkv_peft.release.check import main as check
 from rwkv_peft.release.merge_command import main as merge
@@ -52,8 +53,51 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one(files, base, train):
     assert first == second
 
 
-def test_an_adapter_of_rwkv6_is_refused(files, base, train):
+@pytest.fixture(scope="module")
+def wrong(files, base, train):
+    """Files that no command takes for an RWKV-7, and an adapter of an RWKV-6."""
     train("six", "--epoch_count", "1", "--epoch_steps", "1")
-    adapter = str(files / "six" / "adapter.safetensors")
-    _, err = train("refused", "--load_model", str(base), "--bone_load", adapter, code=2)
-    assert "Traceback" not in err
+    tensors = open_base(base).tensors
+    torch.save(tensors | {"blocks.0.ffn.s_emb.weight": torch.ones(80, 8)}, files / "v7a.pth")
+    torch.save(tensors | {"blocks.0.qkv.qq.weight": torch.ones(8, 8)}, files / "v7b.pth")
+    torch.save({key: tensor for key, tensor in tensors.items() if key != "blocks.1.att.v0"}, files / "no_v0.pth")
+    return files
+
+
+TRAIN = "train --data_file data --proj_dir refused --bone_r 16 --load_model {}"
+MERGE = "merge --output refused.pth --bone_checkpoint six --base_model {}"
+GENERATE = "generate --prompt a --tokenizer bytes --model {}"
+CHECK = "check --bone_checkpoint six --merged base.pth --base_model {}"
+COMMANDS = (TRAIN, MERGE, GENERATE, CHECK, "convert {} refused.gguf", "verify {}")
+OURS = "new/rwkv.pth"
+
+
+@pytest.mark.parametrize(
+    "line, file, words",
+    [
+        (f"{TRAIN} --generation 6", OURS, f"--model_version x060 (RWKV-6) contradicts {OURS}, which is RWKV-7"),
+        (
+            f"{TRAIN} --my_testing x070",
+            "base.pth",
+            "--model_version x070 (RWKV-7) contradicts base.pth, which is RWKV-6",
+        ),
+        (f"{TRAIN} --generation 8", OURS, "'8' names no generation; there is x060 (RWKV-6) or x070 (RWKV-7)"),
+        (f"{TRAIN} --target_modules att.gate", OURS, "att.gate"),
+        (f"{TRAIN} --bone_load six/adapter.safetensors", OURS, "was trained on another base"),
+        (MERGE, OURS, "att.gate is a layer of RWKV-6, and the base is an RWKV-7"),
+        (f"{MERGE} --any_base", OURS, "att.gate is a layer of RWKV-6, and the base is an RWKV-7"),
+        (f"{GENERATE} --adapter six", OURS, "was trained on another base"),
+        *((line, "v7a.pth", "RWKV-7 with DeepEmbed (v7a)") for line in COMMANDS),
+        *((line, "v7b.pth", "RWKV-7 with DeepEmbed attention (v7b)") for line in COMMANDS),
+        *((line, "no_v0.pth", "1 missing tensors (blocks.1.att.v0); take the file as") for line in COMMANDS),
+    ],
+)
+def test_what_is_of_another_generation_is_refused_by_every_command(wrong, monkeypatch, capsys, line, file, words):
+    monkeypatch.chdir(wrong)
+    monkeypatch.setattr("sys.argv", ["rwkv-peft", *line.format(file).split()])
+    before = sorted(path.name for path in wrong.iterdir())
+    with pytest.raises(SystemExit) as ended:
+        commands.run()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and words in error and error.count("\n") == 1, error
+    assert sorted(path.name for path in wrong.iterdir()) == before

@@ -44,7 +44,8 @@ class EncodeSettings:
 
     tokenizer as load_tokenizer takes it; end_token ends each document with the tokenizer's end_id;
     fields names the row's text (one field) or its prompt and answer (two) where they are not
-    recognised; template is the text of a template; skip_bad_rows counts rows that cannot be
+    recognised; template is the text of a template; think ("", "on", "off") is how answers of chats are opened
+    (thinking.py); skip_bad_rows counts rows that cannot be
     read instead of stopping. max_tokens (0: no limit) bounds a document: "left" removes tokens from the
     front of the prompt, and then from the end of the answer; "skip" leaves the document out.
     command, one of REMEDIES, is the one whose flags messages name.
@@ -54,6 +55,7 @@ class EncodeSettings:
     end_token: bool = True
     fields: tuple[str, ...] = ()
     template: str = ""
+    think: str = ""
     skip_bad_rows: bool = False
     max_tokens: int = 0
     too_long: str = "left"
@@ -130,12 +132,17 @@ class Encoder:
             )
         if settings.template and settings.fields:
             raise UserError("--template and --fields both say which fields are read; give one of them")
+        if settings.template and settings.think:
+            raise UserError(
+                "--template and --think both say what opens an answer; write it into the template, as the templates "
+                "think and no-think do"
+            )
         if settings.template:
             self.segments = Template(settings.template)
         elif settings.fields:
-            self.segments = lambda row: named_segments(row, settings.fields)
+            self.segments = lambda row: named_segments(row, settings.fields, settings.think)
         else:
-            self.segments = segments
+            self.segments = lambda row: segments(row, settings.think)
 
     def encode(self, chunk):
         result, tokens, mask = Encoded(continues=chunk.continues), array(self.code), bytearray()

@@ -26,6 +26,7 @@ from .report import describe
 from .rows import KINDS, read_chunks
 from .show import marks_for, show_documents
 from .templates import TEMPLATES, read_template
+from .thinking import OPENINGS
 
 INLINE_BYTES = 4 << 20
 
@@ -39,6 +40,7 @@ def main(argv):
         options.append_eod,
         tuple(options.fields),
         read_template(options.template) if options.template else "",
+        options.think,
         options.skip_bad_rows,
     )
     output = binidx_prefix(options.output)
@@ -83,6 +85,13 @@ def parser():
         default="",
         metavar="NAME|FILE",
         help=f"{', '.join(TEMPLATES)}, or a text with {{field}} for fields and [[ ]] around what counts in the loss",
+    )
+    result.add_argument(
+        "--think",
+        default="",
+        choices=tuple(OPENINGS),
+        help="chats of RWKV-7 G1: on opens answers with <think where rows hold thinking, off with <think></think, and "
+        "leaves what rows hold out (default: answers as rows have them)",
     )
     result.add_argument(
         "--split", default="", metavar="TRAIN[A:B]", help="rows to read, such as train[:1000] or [10%%:]"

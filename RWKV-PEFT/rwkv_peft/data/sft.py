@@ -17,7 +17,7 @@ from .encoding import EncodeSettings
 from .preprocess import write
 from .report import left_out
 
-FORMAT = 1
+FORMAT = 2
 
 
 def prepare_sft(config, cache=None):
@@ -38,6 +38,7 @@ def prepare_sft(config, cache=None):
     settings = EncodeSettings(
         config.tokenizer,
         fields=config.sft_field,
+        think=config.sft_think,
         too_long=config.sft_long,
         command="train",
         max_tokens=0 if config.dataload == "get" else config.ctx_len + 1,

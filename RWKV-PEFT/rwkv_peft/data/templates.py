@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ..errors import UserError
+from .thinking import FIELDS, OPENINGS, answered, without_opening
 
 FORMS = (
     "text; messages or conversations; query and response; question and answer; instruction, input "
@@ -16,27 +17,33 @@ FORMS = (
 )
 
 
-TURN_END = "\n\n"
-# (what opens a turn, what opens its answer)
-LAYOUTS = (("User:", "Assistant:"), ("Question:", "Answer:"), ("Instruction:", "Response:"))
+TURN_END = "\n\n"  # token 261 of the World vocabulary
+# (what may open the turn behind an answer, what opens the answer)
+LAYOUTS = ((("User:", "System:", "Tool:"), "Assistant:"), (("Question:",), "Answer:"), (("Instruction:",), "Response:"))
 
 
 class UnknownForm(UserError):
     """A row has none of the fields that are looked for."""
 
 
-def segments(row):
-    """A row (dict) -> [(text, counts)]; UserError where it has no form that is known."""
+def segments(row, think=""):
+    """A row (dict) -> [(text, counts)]; UserError where it has no form that is known. think ("", "on", "off") is how
+    answers of a chat are opened (thinking.py)."""
     if not isinstance(row, dict):
         raise UserError(f"a row is {type(row).__name__}, not an object with fields such as {FORMS}")
-    if "text" in row:
+    if "text" in row and not think:
         return [(field(row, "text"), True)]
     for name in ("messages", "conversations"):
         if name in row:
-            return chat(row[name])
+            return chat(row[name], think)
     for question, answer in (("query", "response"), ("question", "answer")):
         if question in row and answer in row:
-            return exchange(f"User: {field(row, question)}\n\nAssistant:", field(row, answer))
+            return named_segments(row, (question, answer), think)
+    if think:
+        raise UserError(
+            "thinking stands before the answers of chats (messages, or query and response), and this row has the "
+            f"fields {', '.join(map(str, row)) or '(none)'}; leave the flag out for such rows"
+        )
     if "instruction" in row and "output" in row:
         extra = field(row, "input") if row.get("input") else ""
         prompt = f"Instruction: {field(row, 'instruction')}\n\n" + (f"Input: {extra}\n\n" if extra else "")
@@ -46,18 +53,21 @@ def segments(row):
     raise UnknownForm(f"a row has the fields {', '.join(map(str, row)) or '(none)'}; known are {FORMS}")
 
 
-def named_segments(row, names):
-    """A row whose text is in the field names[0], or whose prompt and answer are in names[0] and names[1]."""
+def named_segments(row, names, think=""):
+    """A row whose text is in the field names[0], or whose prompt and answer are in names[0] and names[1]; think as in
+    segments."""
     if not isinstance(row, dict):
         raise UserError(f"a row is {type(row).__name__}, not an object with the fields {', '.join(names)}")
     for name in names:
         if name not in row:
             raise UnknownForm(f"field {name!r} is missing; the row has {', '.join(map(str, row)) or '(none)'}")
+    if len(names) > 2 or (len(names) == 1 and think):
+        due = "one is a text, two are a prompt and its answer" + (", which thinking needs" if think else "")
+        raise UserError(f"{len(names)} fields named; {due}")
     if len(names) == 1:
         return [(field(row, names[0]), True)]
-    if len(names) != 2:
-        raise UserError(f"{len(names)} fields named; one is a text, two are a prompt and its answer")
-    return exchange(f"User: {field(row, names[0])}\n\nAssistant:", field(row, names[1]))
+    opening, rest = answered(field(row, names[1]), row, think)
+    return thoughtful([(f"User: {field(row, names[0])}\n\nAssistant:{opening}", False), (rest, True)], think)
 
 
 # Layouts by name, for --template; see Template for the signs.
@@ -67,6 +77,8 @@ TEMPLATES = MappingProxyType(
         "question": "Question: {question}\n\nAnswer:[[ {answer}]]",
         "instruction": "Instruction: {instruction}\n\nResponse:[[ {output}]]",
         "input": "Instruction: {instruction}\n\nInput: {input}\n\nResponse:[[ {output}]]",
+        "think": "User: {query}\n\nAssistant: <think[[>\n{reasoning}\n</think>\n{response}]]",
+        "no-think": "User: {query}\n\nAssistant: <think></think[[>\n{response}]]",
     }
 )
 
@@ -131,21 +143,36 @@ def exchange(prompt, answer):
     return [(prompt, False), (" " + answer.strip(), True)]
 
 
-def question(words):
+def thoughtful(parts, think):
+    """The segments, where thinking that is asked for ("on") opens one of them; UserError where none."""
+    if think == "on" and not any(text.endswith(OPENINGS["on"]) for text, counts in parts if not counts):
+        raise UserError(
+            "no answer of this row holds thinking: neither <think> … </think> before its words, nor a field "
+            f"{' or '.join(FIELDS)}; off lays it out as an answer at once"
+        )
+    return parts
+
+
+def question(words, think=""):
     """A user's turn and the opening of the answer, as the texts that `chat` makes of them."""
     turns = ({"role": "user", "content": words}, {"role": "assistant", "content": ""})
-    return [text for text, counts in chat(list(turns)) if not counts]
+    *texts, opening = (text for text, counts in chat(list(turns)) if not counts)
+    return [*texts, opening + OPENINGS.get(think, "")]
 
 
 def stops_of(prompt):
     """The texts that end the answer of a prompt in a layout that is known, by its last words; () for any other."""
-    return next(((TURN_END + opening,) for opening, last in LAYOUTS if prompt.rstrip().endswith(last)), ())
+    asked = without_opening(prompt).rstrip()
+    openings = next((openings for openings, last in LAYOUTS if asked.endswith(last)), ())
+    return tuple(TURN_END + opening for opening in openings)
 
 
-def chat(messages):
-    """Turns {role, content} or {from, value}: the assistant's words count, the others' do not.
+def chat(messages, think=""):
+    """Turns {role, content} or {from, value}: the assistant's words count, the others' do not; think as in segments.
 
-    The blank line behind an assistant's turn counts too: with it the model says that it is done.
+    The blank line behind an assistant's turn counts too, and who speaks then: with both the model says that it is done,
+    where a blank line alone may part two paragraphs (stops_of). They are no part of what stands before them, so that
+    the blank line is the token that runtimes know, whatever the words end in.
     """
     if not isinstance(messages, list) or not messages:
         raise UserError("messages must be a list of turns, each with role and content (or from and value)")
@@ -159,10 +186,17 @@ def chat(messages):
                 f"a turn has the fields {', '.join(map(str, turn))}; it needs role and content, or from and value"
             )
         role, words = speaker(field(turn, keys[0])), field(turn, keys[1]).strip()
-        if parts:
-            parts[-1] = (parts[-1][0] + TURN_END, parts[-1][1])
-        parts += [(f"{role}:", False), (" " + words, True)] if role == "Assistant" else [(f"{role}: {words}", False)]
-    return parts
+        answered_before = bool(parts) and parts[-1][1]
+        if answered_before:
+            parts.append((TURN_END, True))
+        elif parts:
+            parts[-1] = (parts[-1][0] + TURN_END, False)
+        if role == "Assistant":
+            opening, rest = answered(words, turn, think)
+            parts += [(f"{role}:{opening}", False), (rest, True)]
+        else:
+            parts += [(f"{role}:", answered_before), (f" {words}", False)]
+    return thoughtful(parts, think)
 
 
 def speaker(role):

@@ -20,11 +20,12 @@ CODE = 130  # of a command that Ctrl-C ended
 
 class Chat:
     """The loop over a Session; stops end an answer, change(line) is what becomes of a line before it is sent, inputs
-    are the (flag, path) pairs that /save may not overwrite."""
+    are the (flag, path) pairs that /save may not overwrite, think ("", "on", "off") opens the answers
+    (data/thinking.py)."""
 
-    def __init__(self, session, stops, max_tokens, change, inputs):
+    def __init__(self, session, stops, max_tokens, change, inputs, think=""):
         self.session, self.stops, self.max_tokens, self.change = session, stops, max_tokens, change
-        self.inputs = inputs
+        self.inputs, self.think = inputs, think
 
     def run(self):
         """Talk until the input ends; -> the exit code."""
@@ -49,9 +50,10 @@ class Chat:
                 remark("\n(Ctrl-C again ends the chat)")
 
     def answer(self, words):
-        show("Assistant:")
+        texts = question(words, self.think)
+        show(texts[-1])
         try:
-            for text in self.session.answer(question(words), self.stops, self.max_tokens):
+            for text in self.session.answer(texts, self.stops, self.max_tokens):
                 show(text)
         finally:
             show("\n\n")

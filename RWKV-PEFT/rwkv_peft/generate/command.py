@@ -60,7 +60,8 @@ def run(args, sampling):
     if args.chat:
         change = unescaped if args.escapes else str
         stops = [*stops_of("Assistant:"), *args.stop]
-        return Chat(Session(model, tokenizer, sampling, start), stops, args.max_tokens, change, inputs_of(args)).run()
+        session = Session(model, tokenizer, sampling, start)
+        return Chat(session, stops, args.max_tokens, change, inputs_of(args), args.think or "").run()
     prompts = [encode(tokenizer, row["prompt"], number) for number, row in enumerate(rows)]
     streams = len(rows) == 1 and not args.output
     continuations = [

@@ -35,6 +35,11 @@ def build_parser():
     add("--state", metavar="PTH", help="state to start from: time states, or what --save_state wrote")
     add("--save_state", metavar="PTH", help="write the state after the prompt and all that was generated")
     add("--chat", action="store_true", help="talk in turns, User: and Assistant:, as chat data is trained")
+    add(
+        "--think",
+        choices=("on", "off"),
+        help="with --chat, as RWKV-7 G1 is prompted: open each answer with <think, or with <think></think",
+    )
     add("--prompt", nargs="+", metavar="TEXT", help="one prompt or several")
     add(
         "--prompt_file",
@@ -55,7 +60,8 @@ def build_parser():
         default=[],
         metavar="TEXT",
         help="texts that end a continuation; default where a prompt ends in Assistant:, Answer: or Response:, as data "
-        "is laid out: the opening of the next turn, such as \\n\\nUser:; with --chat these besides it",
+        "is laid out, or in what opens a thinking behind it: the opening of the next turn, such as \\n\\nUser:; with "
+        "--chat these besides it",
     )
     add("--escapes", action="store_true", help=r"read \n, \t and \\ in --prompt and --stop as newline, tab, backslash")
     add(
@@ -107,6 +113,11 @@ def check_flags(args):
     for name, instead in (("output", "redirect the command's output"), ("save_state", "type /save FILE")):
         if args.chat and getattr(args, name):
             raise UserError(f"--{name} does not go with --chat; {instead}")
+    if args.think and not args.chat:
+        raise UserError(
+            f"--think {args.think} opens the answers of --chat; a prompt says so itself, in its last words: "
+            "Assistant: <think, or Assistant: <think></think"
+        )
     for name, least in (("max_tokens", 0), ("batch", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)}: at least {least} is due")

@@ -134,6 +134,7 @@ class Family(ABC, Generic[Config, Model]):
                     for word, keys in (("missing", missing), ("unexpected", unexpected))
                     if keys
                 )
+                + "; take the file as its release or training wrote it"
             )
         for key, shape in shapes.items():
             if tuple(tensors[key].shape) != shape:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -22,6 +22,8 @@ from ..files.base import Base
 from ..files.fingerprint import fingerprint
 from ..files.pth import all_finite, stream_tensors
 from ..files.pth_writer import TensorSpec
+from ..models import FAMILIES
+from ..models.family import Family
 from ..models.state import time_state_shapes
 from .ahead import ahead
 from .changes import LayerChange, WholeChange, check_params
@@ -86,7 +88,7 @@ class Merge:
 
     def _bind(self, name: str | Path, adapter: Adapter, base: Base) -> None:
         shapes = {key: tuple(tensor.shape) for key, tensor in base.tensors.items()} | time_state_shapes(base.config)
-        _check_places(name, adapter, shapes)
+        _check_places(name, adapter, shapes, base.family)
         metadata, options = adapter.metadata, self.options
         quant = metadata.quant if options.quant is None else options.quant
         if metadata.quant != "none" and quant not in ("none", metadata.quant):
@@ -293,15 +295,25 @@ def _check_states(names: Sequence[str | Path], specs: Mapping[str, TensorSpec], 
         )
 
 
-def _check_places(name: str | Path, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _other_model(key: str, family: Family[Any, Any]) -> str:
+    """What a base of this family is not, for whose adapter it lacks a key."""
+    layer = ".".join(key.split(".")[2:-1])
+    owner = next((other.name for other in FAMILIES if layer in other.targets), family.name)
+    if layer in family.targets or owner == family.name:
+        return "it was trained on a model of other names or of more layers"
+    return f"{layer} is a layer of {owner}, and the base is an {family.name}: give the adapter's own base"
+
+
+def _check_places(
+    name: str | Path, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], family: Family[Any, Any]
+) -> None:
     """Raise UserError where a tensor has no place among the base's, or none of them changes anything."""
     keys = [f"{module}.weight" for module in adapter.modules()] + list(adapter.whole())
     lost = [key for key in keys if key not in shapes]
     if lost:
         raise UserError(
             f"{name}: {len(lost)} of its {len(keys)} tensors have no place in the base: there is no "
-            f"{lost[0]}, where the base has keys such as {list(shapes)[1]}; it was trained on a model of "
-            "other names or of more layers"
+            f"{lost[0]}, where the base has keys such as {list(shapes)[1]}; {_other_model(lost[0], family)}"
         )
     method = adapter.metadata.method
     idle = () if method is None else method.idle

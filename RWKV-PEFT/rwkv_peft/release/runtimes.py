@@ -3,15 +3,11 @@
 Each runtime is optional: Runtime.missing says how to install it, Runtime.refuses whether it takes a model at all.
 """
 
-import contextlib
 import importlib.metadata
 import importlib.util
-import io
-import os
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +16,7 @@ import torch
 
 from ..config import ModelConfig
 from ..models.rwkv6.keys import RWKV6Config
+from .rwkv_package import rwkv_model
 
 
 class Runtime(NamedTuple):
@@ -50,7 +47,7 @@ def rwkv_sequence(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torc
     """The `rwkv` package, all tokens in one call."""
     if config.version != "x060":
         return rwkv_elsewhere(path, tokens, "sequence")
-    model = rwkv_model(path)
+    model = rwkv_model(path, config.version)
     with torch.inference_mode():
         return model.forward(tokens.tolist(), None, full_output=True)[0].float()
 
@@ -59,7 +56,7 @@ def rwkv_tokens(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.
     """The `rwkv` package, one token at a time."""
     if config.version != "x060":
         return rwkv_elsewhere(path, tokens, "tokens")
-    model, state, rows = rwkv_model(path), None, []
+    model, state, rows = rwkv_model(path, config.version), None, []
     with torch.inference_mode():
         for token in tokens.tolist():
             logits, state = model.forward([token], state)
@@ -78,18 +75,6 @@ def rwkv_elsewhere(path: Path, tokens: torch.Tensor, mode: str) -> torch.Tensor:
             raise RuntimeError(f"the rwkv package failed: {done.stderr.strip().splitlines()[-1:]}")
         logits: torch.Tensor = torch.load(answer, weights_only=True)
         return logits
-
-
-def rwkv_model(path: Path) -> Any:
-    """The `rwkv` package's model of the .pth at path, in float32 on the CPU."""
-    os.environ["RWKV_V7_ON"] = "0"  # read at import: under "1" the package takes every model for an RWKV-7
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "`torch.jit", FutureWarning
-        )  # which the package uses, and newer torch deprecates
-        from rwkv.model import RWKV
-
-        return RWKV(model=str(path).removesuffix(".pth"), strategy="cpu fp32", verbose=False)
 
 
 def rwkv_simple(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.Tensor:

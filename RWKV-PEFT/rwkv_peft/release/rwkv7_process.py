@@ -2,30 +2,21 @@
 
     python -m rwkv_peft.release.rwkv7_process MODEL.pth TOKENS.pt LOGITS.pt sequence|tokens
 
-The package decides once, when it is imported, whether its models are RWKV-7 (RWKV_V7_ON), so that one process cannot
-ask it for both generations. It does not look for tuned states in a model's file: they are put into its list of states.
+A process can ask the package for one generation alone (rwkv_package.py), and the caller's may have asked for RWKV-6. It
+does not look for tuned states in a model's file: they are put into its list of states.
 """
 
-import contextlib
-import io
-import os
 import sys
-import warnings
 
 import torch
+
+from .rwkv_package import rwkv_model
 
 
 def main(model_path: str, tokens_path: str, output_path: str, mode: str) -> None:
     """Write the logits (T, V) float32 of tokens (T,) int64, all in one call or one after the other."""
-    os.environ["RWKV_V7_ON"] = "1"  # read at import
     tokens = torch.load(tokens_path, weights_only=True).tolist()
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # of torch.jit, which the package uses, and newer torch deprecates
-        from rwkv.model import RWKV
-
-        model = RWKV(model=model_path.removesuffix(".pth"), strategy="cpu fp32")
+    model = rwkv_model(model_path, "x070")
     tensors = torch.load(model_path, weights_only=True, mmap=True)
     state = model.generate_zero_state()
     for layer in range(len(state) // 3):

@@ -90,6 +90,7 @@ def targets_of(targets, family):
 
 def check_base(args, base):
     """Dimensions of the base; a flag that contradicts them, or its generation, is refused."""
+    from ..models import family_named
     from ..models.state import is_time_state
 
     if any(is_time_state(key) for key in base.tensors):
@@ -98,8 +99,8 @@ def check_base(args, base):
         )
     if args.model_version not in (None, base.config.version):
         raise UserError(
-            f"--model_version {args.model_version} contradicts {args.load_model}, which is {base.family.name} "
-            f"({base.config.version}); leave the flag out"
+            f"--model_version {args.model_version} ({family_named(args.model_version).name}) contradicts "
+            f"{args.load_model}, which is {base.family.name} ({base.config.version}); leave the flag (--generation) out"
         )
     for name, _ in DIMENSIONS:
         given, real = getattr(args, name), getattr(base.config, name)
@@ -142,7 +143,7 @@ def check_data(data):
                 f"leave --{name} out"
             )
     plain = DataConfig(data.path)
-    for name in ("tokenizer", "sft_field", "sft_split", "sft_long"):
+    for name in ("tokenizer", "sft_field", "sft_split", "sft_long", "sft_think"):
         if data.data_type != "sft" and getattr(data, name) != getattr(plain, name):
             raise UserError(
                 f"--{name} belongs to --data_type sft, and the data is {data.data_type}, whose tokens are made "

@@ -95,11 +95,11 @@ def version(text):
     for name, known in GENERATIONS:
         if text in (known, name.removeprefix("RWKV-")):
             return known
-    other = dict(OTHER_VERSIONS).get(text)
-    if other is not None:
-        known = " or ".join(f"{known} ({name})" for name, known in GENERATIONS)
+    known = " or ".join(f"{known} ({name})" for name, known in GENERATIONS)
+    if text in dict(OTHER_VERSIONS):
+        other = dict(OTHER_VERSIONS)[text]
         raise argparse.ArgumentTypeError(f"{text} is {other}, which is not supported yet; there is {known}")
-    return text
+    raise argparse.ArgumentTypeError(f"{text!r} names no generation; there is {known}, 6 or 7 for short")
 
 
 def add_settings(parser, config, group=""):

@@ -1,5 +1,5 @@
-"""scripts/bone_rwkv6.sh with a user's model and data: jsonl in, a merged model out that a foreign runtime agrees
-with."""
+"""scripts/bone_rwkv6.sh and bone_rwkv7.sh with a user's model and data: jsonl in, a merged model out that a foreign
+runtime agrees with."""
 
 import json
 import os
@@ -15,20 +15,24 @@ from rwkv_peft.training.flags import parse_run
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def script(variables, *flags, root=ROOT):
+def script(variables, *flags, root=ROOT, generation=6):
     environment = {
         key: value for key, value in os.environ.items() if key not in ("LOAD_MODEL", "DATA_FILE", "PROJ_DIR")
     }
     return subprocess.run(
-        ["sh", str(root / "scripts" / "bone_rwkv6.sh"), *flags],
+        ["sh", str(root / "scripts" / f"bone_rwkv{generation}.sh"), *flags],
         env=environment | variables,
         text=True,
         capture_output=True,
     )
 
 
-def test_a_users_model_and_jsonl(tmp_path, tiny_state, accelerator):
-    torch.save(tiny_state(vocab_size=257, head_size=64, maa_rank=32, decay_rank=64), tmp_path / "base.pth")
+@pytest.mark.parametrize("generation", [6, 7])
+def test_a_users_model_and_jsonl(tmp_path, tiny_state, accelerator, generation):
+    if generation == 6:
+        torch.save(tiny_state(vocab_size=257, head_size=64, maa_rank=32, decay_rank=64), tmp_path / "base.pth")
+    else:
+        shutil.copy(ROOT / "demo" / "rwkv7-demo.pth", tmp_path / "base.pth")
     rows = [{"text": f"line {i}: " + "to be or not to be " * 3} for i in range(20)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = script(
@@ -49,6 +53,7 @@ def test_a_users_model_and_jsonl(tmp_path, tiny_state, accelerator):
         "5",
         "--lr_init",
         "1e-2",
+        generation=generation,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for step in ("1. data", "2. train", "3. merge", "4. check"):
@@ -63,6 +68,13 @@ def test_a_users_model_and_jsonl(tmp_path, tiny_state, accelerator):
         return
     tried = in_a_fresh_shell(done.stdout.split("Try it:")[1], tmp_path)
     assert tried.returncode == 0 and tried.stderr == "" and tried.stdout.endswith("\n"), tried.stderr
+
+
+def copy_scripts(root):
+    """The scripts of the main job in root/scripts, without setup.sh."""
+    (root / "scripts").mkdir()
+    for name in ("bone.sh", "bone_rwkv6.sh", "bone_rwkv7.sh"):
+        shutil.copy(ROOT / "scripts" / name, root / "scripts")
 
 
 def in_a_fresh_shell(lines, folder):
@@ -103,8 +115,9 @@ def test_a_folder_that_holds_a_run_is_told_before_the_demo_begins(tmp_path):
     assert done.returncode == 2 and "already holds adapter.safetensors" in done.stderr and "==" not in done.stdout
 
 
-def test_help_is_the_scripts_own():
-    done = script({}, "--help")
+@pytest.mark.parametrize("generation", [6, 7])
+def test_help_is_the_scripts_own(generation):
+    done = script({}, "--help", generation=generation)
     assert done.returncode == 0 and done.stdout.startswith("Trains Bone") and "LOAD_MODEL=base.pth" in done.stdout
 
 
@@ -121,8 +134,7 @@ def test_help_is_the_scripts_own():
 )
 def test_a_users_flags_say_what_trains(tmp_path, tiny_state, flags, expected):
     torch.save(tiny_state(), tmp_path / "base.pth")
-    (tmp_path / "scripts").mkdir()
-    shutil.copy(ROOT / "scripts" / "bone_rwkv6.sh", tmp_path / "scripts")
+    copy_scripts(tmp_path)
     stand_in = tmp_path / "python"
     stand_in.write_text('#!/bin/sh\ncase "$1" in *train.py) printf "%s\\n" "$@" > "$(dirname "$0")/told" ;; esac\n')
     stand_in.chmod(0o755)
@@ -137,15 +149,23 @@ def test_a_users_flags_say_what_trains(tmp_path, tiny_state, flags, expected):
     assert ("rwkv.pth" in done.stdout) == (adapter.method == "none")
 
 
+@pytest.mark.parametrize("generation, folder", [(6, "demo"), (7, "demo-rwkv7")])
 @pytest.mark.parametrize("flags", [[], ["--lr_init", "1e-3", "--resume"]])
-def test_the_demo_starts_anew_unless_it_resumes(tmp_path, flags):
-    (tmp_path / "scripts").mkdir()
-    shutil.copy(ROOT / "scripts" / "bone_rwkv6.sh", tmp_path / "scripts")
+def test_the_demo_starts_anew_unless_it_resumes(tmp_path, flags, generation, folder):
+    copy_scripts(tmp_path)
     python = tmp_path / "python"  # it finds the flags right, and ends the script at the first step
-    python.write_text('#!/bin/sh\ncase "$*" in *--check_flags*) exit 0 ;; esac\nexit 1\n')
+    python.write_text(
+        '#!/bin/sh\ncase "$*" in *--check_flags*) echo "$@" > "$(dirname "$0")/told"; exit 0 ;; esac\nexit 1\n'
+    )
     python.chmod(0o755)
     (tmp_path / "scripts" / "setup.sh").write_text(f"root={tmp_path} python={python}\n")
-    checkpoint = tmp_path / "out" / "demo" / "checkpoints" / "step-00000001"
+    checkpoint = tmp_path / "out" / folder / "checkpoints" / "step-00000001"
     checkpoint.mkdir(parents=True)
-    assert script({}, *flags, root=tmp_path).returncode == 1
+    assert script({}, *flags, root=tmp_path, generation=generation).returncode == 1
+    assert f"--load_model {tmp_path}/demo/rwkv{generation}-demo.pth" in (tmp_path / "told").read_text()
     assert checkpoint.exists() == bool(flags)
+
+
+def test_the_body_alone_says_what_to_run():
+    done = subprocess.run(["sh", str(ROOT / "scripts" / "bone.sh")], text=True, capture_output=True)
+    assert done.returncode != 0 and "bone_rwkv6.sh and bone_rwkv7.sh" in done.stderr

@@ -1,0 +1,25 @@
+"""The `rwkv` package: a .pth opened in it.
+
+It decides once, when it is imported, whether its models are RWKV-7 (RWKV_V7_ON), so that a process can ask it for one
+generation alone.
+"""
+
+import contextlib
+import io
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+
+def rwkv_model(path: str | Path, version: str) -> Any:
+    """The `rwkv` package's model of the .pth at path, whose generation is `version` (x060 or x070), in float32 on the
+    CPU. The process must not have opened one of the other generation before."""
+    os.environ["RWKV_V7_ON"] = "1" if version == "x070" else "0"  # read at import
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "`torch.jit", FutureWarning
+        )  # which the package uses, and newer torch deprecates
+        from rwkv.model import RWKV
+
+        return RWKV(model=str(path).removesuffix(".pth"), strategy="cpu fp32")
