@@ -1,5 +1,6 @@
 """train.py's command line: what it accepts, and that each mistake is one message with exit code 2, before any work."""
 
+import os
 import pickle
 import shlex
 import subprocess
@@ -347,12 +348,13 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_anew(tmp_path, resu
         find_state(tmp_path, train, identity)
 
 
-def test_a_folder_has_one_run_at_a_time(tmp_path):
-    with alone_in(tmp_path), pytest.raises(UserError, match="another process is training there"), alone_in(tmp_path):
-        pass
-    with alone_in(tmp_path):
-        pass
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_a_folder_has_one_run_at_a_time(files, monkeypatch, capsys, more):
+    with alone_in(files / "out"):
+        assert f"a run is training there (process {os.getpid()} on " in refused(
+            monkeypatch, capsys, flags(files, *more)
+        )
+    assert not (files / "out").exists()
 
 
 def damaged_base(path, kind, tiny_state):

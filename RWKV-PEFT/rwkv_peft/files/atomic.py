@@ -51,14 +51,20 @@ def check_output(flag: str, path: str | Path, inputs: Iterable[tuple[str, str | 
                 f"{flag} {path} is the file given as {name}, which must not be overwritten; choose another name"
             )
     path = Path(os.path.realpath(path))
-    missing = [folder for folder in path.parents if not os.path.lexists(folder)]  # the innermost first
+    with without_empty_folders(path.parent), _temporary_beside(path):
+        pass
+
+
+@contextmanager
+def without_empty_folders(folder: Path) -> Iterator[None]:
+    """Afterwards `folder` and those above it that were missing are removed again where nothing lies in them."""
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]  # the innermost first
     try:
-        with _temporary_beside(path):
-            pass
+        yield
     finally:
-        for folder in missing:
-            if folder.is_dir():
-                folder.rmdir()
+        for path in missing:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
 
 
 def _files_of(source: str | Path | None) -> Sequence[str | Path]:
