@@ -38,8 +38,9 @@ UNREADABLE = (
 )
 
 
-def read_pth(path: str | Path) -> Any:
-    """The object in a .pth as tensors mapped from the file: no byte of a tensor is read before its use.
+def read_pth(path: str | Path, mapped: bool = True) -> Any:
+    """The object in a .pth as tensors mapped from the file, so that no byte of a tensor is read before its use; in
+    memory where not `mapped`.
 
     Code in the pickle is never run (weights_only). Raises UserError: a missing file, a folder, an
     empty, truncated or foreign file, a pickle that holds anything but tensors and plain containers.
@@ -62,7 +63,7 @@ def read_pth(path: str | Path) -> Any:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # what it leads to is told below
             # files from before torch 1.6 are bare pickles, which cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipped)
     except pickle.UnpicklingError as error:
         if any(sign in str(error) for sign in ("Unsupported global", "Unsupported class", "Trying to ")):
             raise UserError(

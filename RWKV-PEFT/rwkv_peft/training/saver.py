@@ -245,6 +245,8 @@ def load_checkpoint(trainer, lit, checkpoint):
     Frozen parameters come from the base, so the engine must load without them; that nothing else is missing is
     checked here, against the list in state.json.
     """
+    from .optimizer_files import tensors_alone
+
     saved, now = json.loads((checkpoint / "state.json").read_text())["trained"], trained_names(lit)
     if saved != now:
         different = sorted(set(saved) ^ set(now))
@@ -252,9 +254,9 @@ def load_checkpoint(trainer, lit, checkpoint):
             f"--resume: {checkpoint} and this run train different parameters ({different[0]} and "
             f"{len(different) - 1} more); give the first run's flags"
         )
-    trainer.strategy.deepspeed_engine.load_checkpoint(
-        checkpoint, tag=TAG, load_module_strict=False, load_lr_scheduler_states=False
-    )
+    engine = trainer.strategy.deepspeed_engine
+    with tensors_alone(engine):
+        engine.load_checkpoint(checkpoint, tag=TAG, load_module_strict=False, load_lr_scheduler_states=False)
 
 
 def gather(pairs, zero_stage_3, keep):
