@@ -1,5 +1,6 @@
 """train.py's command line: what it accepts, and that each mistake is one message with exit code 2, before any work."""
 
+import math
 import os
 import pickle
 import shlex
@@ -399,6 +400,30 @@ def test_bad_data_files(files, monkeypatch, capsys, name, size):
     path = files / name
     path.unlink() if size is None else path.write_bytes(path.read_bytes()[:size])
     assert name in refused(monkeypatch, capsys, flags(files))
+
+
+def test_a_base_that_is_not_finite_is_named_before_any_step(files, tiny_state, monkeypatch, capsys):
+    """Also in a row of the embedding that no token reads."""
+    state = tiny_state()
+    state["emb.weight"][79, 3] = math.nan
+    torch.save(state, files / "base.pth")
+    error = refused(monkeypatch, capsys, flags(files))
+    assert "base.pth is not finite: emb.weight holds NaN or Inf, at [79, 3] first" in error
+    assert not (files / "out").exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--dataload", "pad"], ["--dataload", "pack"], ["--val_split", "0.2"]])
+@pytest.mark.parametrize("counts", [False, True])
+def test_a_mask_that_leaves_nothing_to_learn_is_refused(files, monkeypatch, capsys, more, counts):
+    """Where it counts no token, and where it counts those alone that are never read: the first, and with --dataload
+    pad those behind --ctx_len."""
+    mask = bytearray(300)
+    mask[0] = counts
+    if "--dataload" in more:
+        mask[99] = counts
+    (files / "data.mask").write_bytes(mask)
+    words = "the loss counts no token of" if counts else "data.mask counts none of 300 tokens"
+    assert words in refused(monkeypatch, capsys, flags(files, *more))
 
 
 def test_tokens_outside_the_vocabulary(files, monkeypatch, capsys):

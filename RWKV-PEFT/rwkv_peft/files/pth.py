@@ -15,6 +15,7 @@ from typing import IO, Any, cast
 import torch
 
 from ..errors import UserError, short, told
+from .pth_records import record_sizes, require_records
 
 # Bytes that stream_tensors reads through one mapping, which stay in memory until the next; each mapping costs the
 # unpickling of all tensors' descriptions, 60 ms for a model of 32 layers.
@@ -38,9 +39,8 @@ UNREADABLE = (
 )
 
 
-def read_pth(path: str | Path, mapped: bool = True) -> Any:
-    """The object in a .pth as tensors mapped from the file, so that no byte of a tensor is read before its use; in
-    memory where not `mapped`.
+def read_pth(path: str | Path) -> Any:
+    """The object in a .pth as tensors mapped from the file: no byte of a tensor is read before its use.
 
     Code in the pickle is never run (weights_only). Raises UserError: a missing file, a folder, an
     empty, truncated or foreign file, a pickle that holds anything but tensors and plain containers.
@@ -57,13 +57,15 @@ def read_pth(path: str | Path, mapped: bool = True) -> Any:
         raise UserError(f"{path} is truncated: its end is missing; download or copy it again")
     if not zipped and not head.startswith(b"\x80"):
         raise UserError(f"{path} is not a PyTorch checkpoint (it is neither a zip archive nor a pickle)")
-    if not zipped:
+    if zipped:
+        record_sizes(path)  # refuses what is packed
+    else:
         _refuse_sizes_beyond(path)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # what it leads to is told below
             # files from before torch 1.6 are bare pickles, which cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipped)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         if any(sign in str(error) for sign in ("Unsupported global", "Unsupported class", "Trying to ")):
             raise UserError(
@@ -118,6 +120,8 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
         if not key.isascii() and key != key.encode("utf-8", "replace").decode():
             raise UserError(f"{path}: the name {key!r} is no Unicode text; the file is damaged, copy it again")
     require_weights(state, path)
+    if zipfile.is_zipfile(path):
+        require_records(path, state.values())
     return state
 
 

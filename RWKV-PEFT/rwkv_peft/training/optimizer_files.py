@@ -4,6 +4,7 @@ DeepSpeed unpickles them whole, so that a run's folder from a stranger could exe
 tensors, plain containers and three small classes of its own, and here nothing else is read.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,7 +25,7 @@ class TensorsAlone(TorchCheckpointEngine):
     def load(self, path, map_location=None):
         """What the file at `path` holds, on the CPU, whatever map_location says. Raises UserError as read_pth does."""
         with torch.serialization.safe_globals(KNOWN):
-            return read_pth(path, mapped=False)
+            return copy.deepcopy(read_pth(path))  # the file may go while the run lasts, and a mapping would hold it
 
 
 @contextmanager

@@ -132,6 +132,8 @@ def run(request, say=print):
             f"--resume: the run in {folder} is complete ({plan.first_step} steps); raise --epoch_count to go on"
         )
 
+    if base is not None:
+        base.require_finite()
     torch.manual_seed(train.random_seed)
     family = family_named(config.model.version)
     model = build_model(config, family, base)
