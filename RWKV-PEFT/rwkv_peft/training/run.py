@@ -38,6 +38,7 @@ from .gradients import estimate_gradients
 from .header import describe, describe_adapter
 from .loggers import make_loggers
 from .products import newest_name
+from .saved_files import require_files
 from .saver import Saver, data_identity, find_checkpoint, read_run_state
 from .seed import share_seed
 from .start import start_adapter
@@ -126,6 +127,8 @@ def run(request, say=print):
         "precision": train.precision,
     }
     checkpoint, state = find_state(folder, train, identity)
+    if checkpoint is not None and is_first_process():
+        require_files(checkpoint, state["files"], train.fresh_optimizer, contents=True)
     plan = make_plan(train, samples, step_samples, state)
     if state and plan.first_step >= plan.total_steps:
         raise UserError(
