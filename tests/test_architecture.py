@@ -45,7 +45,7 @@ PARTS = (
         ("files/adapter_file", "files/adapters", "files/rwkv_peft_file", "files/peft_folder"),
         ("containers", "models", "adapters"),
     ),
-    ("data", ("data",), ("base",)),
+    ("data", ("data",), ("containers",)),
     ("merge", ("release",), ("bases", "adapter files")),
     (
         "convert",

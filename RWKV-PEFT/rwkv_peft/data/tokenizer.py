@@ -17,6 +17,7 @@ from multiprocessing import parent_process
 from pathlib import Path
 
 from ..errors import UserError
+from ..files.readable import require_readable
 
 REPLACEMENT = "\ufffd"
 KNOWN_SIZES = ((65536, "world"), (257, "bytes"))  # vocabularies that a model's own size tells
@@ -32,12 +33,11 @@ def load_tokenizer(name):
         return WorldTokenizer()
     if name == "bytes":
         return BytesTokenizer()
-    path = Path(name)
-    if not path.is_file():
-        raise UserError(
-            f"tokenizer {str(name)!r}: no such file; give world, bytes, the path of a "
-            "tokenizer.json, or the path of a World vocabulary (.txt)"
-        )
+    path = require_readable(
+        name,
+        f"tokenizer {str(name)!r}: no such file; give world, bytes, the path of a "
+        "tokenizer.json, or the path of a World vocabulary (.txt)",
+    )
     return WorldTokenizer(path) if path.suffix == ".txt" else JsonTokenizer(path)
 
 

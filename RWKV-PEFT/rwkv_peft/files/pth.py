@@ -16,6 +16,7 @@ import torch
 
 from ..errors import UserError, short, told
 from .pth_records import record_sizes, require_records
+from .readable import require_readable
 
 # Bytes that stream_tensors reads through one mapping, which stay in memory until the next; each mapping costs the
 # unpickling of all tensors' descriptions, 60 ms for a model of 32 layers.
@@ -164,13 +165,8 @@ def require_weights(state: Mapping[str, torch.Tensor], name: str | Path) -> None
 
 
 def require_file(path: str | Path) -> Path:
-    """`path` as a Path to a file that exists, or a UserError."""
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, where a file is expected")
-    if not path.exists():
-        raise UserError(f"{path} does not exist; check the name")
-    return path
+    """`path` as a Path to a file that can be read, or a UserError."""
+    return require_readable(path, f"{path} does not exist; check the name")
 
 
 def all_finite(tensor: torch.Tensor) -> bool:

@@ -10,7 +10,6 @@ import io
 import os
 import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..config import ModelConfig
+from ..files.atomic import scratch_folder
 from ..models.rwkv6.keys import RWKV6Config
 
 
@@ -69,8 +69,8 @@ def rwkv_tokens(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.
 
 def rwkv_elsewhere(path: Path, tokens: torch.Tensor, mode: str) -> torch.Tensor:
     """The `rwkv` package on an RWKV-7 model, in a process of its own (rwkv7_process.py)."""
-    with tempfile.TemporaryDirectory() as folder:
-        given, answer = Path(folder) / "tokens.pt", Path(folder) / "logits.pt"
+    with scratch_folder() as folder:
+        given, answer = folder / "tokens.pt", folder / "logits.pt"
         torch.save(tokens, given)
         command = [sys.executable, "-m", "rwkv_peft.release.rwkv7_process", str(path), str(given), str(answer), mode]
         done = subprocess.run(command, capture_output=True, text=True)
