@@ -8,8 +8,8 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
 from ..errors import told
 
@@ -23,21 +23,20 @@ def hold(path: Path) -> Iterator[None]:
     """Hold `path`, a file in a folder that exists, which is made for this and removed afterwards. Raises Busy where
     another process holds it, OSError where the file system has no locks or the file cannot be made."""
     with _locked(path) as file:
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
-        file.truncate()
-        file.write(json.dumps({"host": platform.node(), "process": os.getpid(), "since": now}))
-        file.flush()
         try:
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.truncate()
+            file.write(json.dumps({"host": platform.node(), "process": os.getpid(), "since": now}).encode())
             yield
         finally:
             path.unlink(missing_ok=True)  # while it is held: whoever has opened it finds that it is gone
 
 
-def _locked(path: Path) -> TextIO:
+def _locked(path: Path) -> FileIO:
     """The file at `path`, made if it is missing, open and locked."""
     while True:
         # a link at its place would lead what is written here elsewhere
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8")
+        file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -51,14 +50,14 @@ def _locked(path: Path) -> TextIO:
         file.close()  # its holder removed it after it was opened here
 
 
-def _is_at(file: TextIO, path: Path) -> bool:
+def _is_at(file: FileIO, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
     except FileNotFoundError:
         return False
 
 
-def _holder(file: TextIO) -> str:
+def _holder(file: FileIO) -> str:
     """Who holds the file, by what it wrote in it."""
     try:
         values = json.loads(file.read())
