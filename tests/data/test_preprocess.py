@@ -18,7 +18,7 @@ from rwkv_peft.data.recorded import recorded_of_data, vocabulary_of
 from rwkv_peft.data.rows import read_chunks
 from rwkv_peft.data.templates import TEMPLATES, read_template, segments
 from rwkv_peft.data.tokenizer import load_tokenizer
-from rwkv_peft.errors import UserError
+from rwkv_peft.errors import UserError, exit_on_user_error
 from rwkv_peft.files.pth import read_pth
 from rwkv_peft.plots import read_metrics
 
@@ -399,14 +399,16 @@ def test_a_kill_between_the_names_leaves_no_set_of_two_halves(tmp_path, monkeypa
 
 @pytest.fixture
 def unreadable():
-    """unreadable(name) -> the path of a file that exists and may not be read; for root, as another user."""
+    """unreadable(name) -> the path of a file that exists and may not be read, or in a folder "shut" that may not be
+    entered; for root, as another user."""
     with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)
+        os.chmod(folder, 0o777)
 
         def make(name):
             path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("{}")
-            path.chmod(0)
+            (Path(folder) / name.split("/")[0]).chmod(0)
             if os.geteuid() == 0:
                 os.seteuid(65534)
             return path
@@ -414,6 +416,19 @@ def unreadable():
         yield make
         if os.getuid() == 0:
             os.seteuid(0)
+        for path in Path(folder).iterdir():
+            path.chmod(0o700)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".txt"])
+def test_a_folder_that_may_not_be_entered_is_one_message(unreadable, monkeypatch, capsys, ending):
+    path = unreadable("shut/below/in" + ending)
+    monkeypatch.setattr(sys, "argv", ["preprocess", str(path), "--output", str(path.parents[2] / "out")])
+    with pytest.raises(SystemExit) as exit_info:
+        exit_on_user_error(main)
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 2 and error.count("\n") == 1
+    assert error.startswith("error: ") and f"in{ending}" in error and "permission denied" in error
 
 
 @pytest.mark.parametrize("name", ["in.jsonl", "in.txt", "in.parquet", "in.json"])
