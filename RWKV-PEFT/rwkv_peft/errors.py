@@ -30,8 +30,9 @@ def short(text: str) -> str:
 
 
 def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
-    """Run a command's `main(argv) -> int`; a UserError becomes one message on stderr and exit code 2, Ctrl-C one word
-    and exit code 130. What a file's names hold may be no Unicode, and is shown escaped."""
+    """Run a command's `main(argv) -> int`; a UserError becomes one message on stderr and exit code 2, and so does what
+    may not be looked at; Ctrl-C one word and exit code 130. What a file's names hold may be no Unicode, and is shown
+    escaped."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -39,6 +40,9 @@ def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
         message, code = f"error: {error}", 2
+    except PermissionError as error:  # of a folder that may not be entered, which any look at a name in it finds
+        message = f"error: {error.filename}: permission denied; give yourself the permission, or name another place"
+        code = 2
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     sys.stdout.flush()

@@ -12,6 +12,7 @@ from typing import Any
 from .cli import Parser
 from .errors import UserError, told
 from .files.atomic import atomic_write
+from .files.readable import require_readable
 
 LAST_STEP = 1 << 53  # the last that a float, in which it is drawn, can tell from its neighbours
 
@@ -21,9 +22,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
     Raises UserError where the file is missing or another line is no JSON object with a step.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; a run writes it into its --proj_dir")
+    path = require_readable(path, f"{path}: no such file; a run writes it into its --proj_dir")
     lines = path.read_bytes().splitlines()
     records = []
     for number, line in enumerate(lines, start=1):

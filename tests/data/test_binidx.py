@@ -2,6 +2,7 @@
 
 import random
 import struct
+import subprocess
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from rwkv_peft.data.binidx import BinidxDataset, BinidxWriter, binidx_prefix
 from rwkv_peft.errors import UserError
+from rwkv_peft.files.atomic import place
 
 IDX = (
     b"MMIDIDX\x00\x00"
@@ -200,8 +202,13 @@ def test_two_writers_of_one_data_set_do_not_mix(tmp_path):
     assert documents(BinidxDataset(tmp_path / "data")) == [[1, 2]]
 
 
-def test_a_writer_after_one_that_was_killed_begins_anew(tmp_path):
-    (tmp_path / ".data.bin.tmp").write_bytes(b"left over")
+def test_a_writer_after_one_that_was_killed_clears_what_it_left(tmp_path):
+    process = subprocess.Popen(["true"])
+    process.wait()
+    left = tmp_path / f".data.bin.{place()}-{process.pid}-01234567.tmp"
+    left.write_bytes(b"left over")
+    left.with_name(left.name.replace(".bin", "")).mkdir()  # what --shuffle writes first
+    (left.with_name(left.name.replace(".bin", "")) / "data.bin").write_bytes(b"left over")
     with BinidxWriter(tmp_path / "data") as writer:
         writer.add([1, 2])
     assert documents(BinidxDataset(tmp_path / "data")) == [[1, 2]]

@@ -116,3 +116,10 @@ def test_a_folder_that_datasets_wrote(config, tmp_path):
     assert samples_of(replace(made, sft_split="test"))[0] == [("User: 0?\n\nAssistant: 0!", " 0!")]
     with pytest.raises(UserError, match="no split 'other'; it has train, test"):
         build_samples(replace(made, sft_split="other"), 257)
+
+
+def test_a_cache_that_cannot_be_written_names_the_variable(config, tmp_path):
+    rows = config(ROWS)
+    (tmp_path / "cache").touch()
+    with pytest.raises(UserError, match="kept in .*cache.*Not a directory.*point XDG_CACHE_HOME elsewhere"):
+        prepare_sft(rows)

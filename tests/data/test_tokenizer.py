@@ -184,6 +184,8 @@ def test_vocabulary_files_load_with_any_line_ends(tmp_path, content):
         (b"1 'a' one\n", "line 1"),
         (b"1 __import__('os') 1\n", "line 1"),
         (b"-4 'a' 1\n", "line 1"),
+        (b"1 'a' 9999999999999\n", "line 1.*1 bytes where the line says 9999999999999"),
+        (b"1 'a' 1\n16777215 'b' 1\n", "line 2: token 16777215, and ids of a file of 23 bytes are from 1 to 65,535"),
     ],
 )
 def test_bad_vocabularies_are_named(tmp_path, content, message):

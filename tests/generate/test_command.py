@@ -56,6 +56,14 @@ def script(monkeypatch, *texts):
     monkeypatch.setattr(command, "generate", says)
 
 
+def test_a_model_that_is_not_finite_is_named(tiny_state, tmp_path):
+    state = tiny_state(vocab_size=257)
+    state["emb.weight"][256] = float("inf")
+    save_model(tmp_path / "model.pth", state)
+    with pytest.raises(UserError, match=r"model.pth is not finite: emb.weight holds NaN or Inf, at \[256, 0\] first"):
+        command.main(["--model", str(tmp_path / "model.pth"), "--prompt", "a"])
+
+
 def test_one_prompt_streams_its_text(run, monkeypatch):
     script(monkeypatch, "né 你好")
     shown = []

@@ -324,6 +324,37 @@ def test_an_adapter_that_is_given_as_the_base_is_told(folder):
         train(["--load_model", str(folder / "a.safetensors"), "--data_file", "data"])
 
 
+@pytest.mark.parametrize(
+    "missing", [("head.weight",), ("emb.weight", "head.weight"), ("blocks.0.att.receptance.weight",)]
+)
+def test_a_model_that_lacks_a_part_is_no_adapter(folder, tiny_state, missing):
+    torch.save({key: tensor for key, tensor in tiny_state().items() if key not in missing}, folder / "part.pth")
+    with pytest.raises(UserError, match=f"part.pth is a model without {' and '.join(missing)}, and no adapter"):
+        run(folder, adapter="part.pth")
+    assert not (folder / "merged.pth").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.uint8, torch.int64])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_an_adapter_that_is_no_floats_is_refused(folder, dtype, suffix):
+    tensors = {"blocks.0.att.key.bone": torch.ones(8, 8, 8, dtype=dtype)}
+    if suffix == "pth":
+        torch.save(tensors, folder / "a.pth")
+    else:
+        metadata = json.dumps({"variant": "bat-in", "rank": 8, "format_version": 1})
+        save_file(tensors, folder / "a.safetensors", {"rwkv_peft": metadata})
+    with pytest.raises(UserError, match=f"a.{suffix}: blocks.0.att.key.bone is {str(dtype)[6:]}; weights must be"):
+        run(folder, adapter=f"a.{suffix}")
+
+
+@pytest.mark.parametrize("version", ["Infinity", "NaN", "1e400", "-Infinity", "null", "[]"])
+def test_an_adapter_whose_format_is_no_number_is_refused(folder, version):
+    metadata = f'{{"variant": "bat-in", "rank": 8, "format_version": {version}}}'
+    save_file({"blocks.0.att.key.bone": torch.ones(8, 8, 8)}, folder / "a.safetensors", {"rwkv_peft": metadata})
+    with pytest.raises(UserError, match="metadata cannot be read"):
+        run(folder)
+
+
 @pytest.mark.parametrize("odd", [torch.ones(2, 64), torch.ones(64), torch.tensor(1.0)])
 def test_a_lora_file_of_several_ranks_is_refused(folder, odd):
     tensors, _ = adapter_of("lora", open_base(folder / "base.pth").tensors)

@@ -1,5 +1,7 @@
 """train.py's command line: what it accepts, and that each mistake is one message with exit code 2, before any work."""
 
+import math
+import os
 import pickle
 import shlex
 import subprocess
@@ -347,12 +349,13 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_anew(tmp_path, resu
         find_state(tmp_path, train, identity)
 
 
-def test_a_folder_has_one_run_at_a_time(tmp_path):
-    with alone_in(tmp_path), pytest.raises(UserError, match="another process is training there"), alone_in(tmp_path):
-        pass
-    with alone_in(tmp_path):
-        pass
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_a_folder_has_one_run_at_a_time(files, monkeypatch, capsys, more):
+    with alone_in(files / "out"):
+        assert f"a run is training there (process {os.getpid()} on " in refused(
+            monkeypatch, capsys, flags(files, *more)
+        )
+    assert not (files / "out").exists()
 
 
 def damaged_base(path, kind, tiny_state):
@@ -397,6 +400,30 @@ def test_bad_data_files(files, monkeypatch, capsys, name, size):
     path = files / name
     path.unlink() if size is None else path.write_bytes(path.read_bytes()[:size])
     assert name in refused(monkeypatch, capsys, flags(files))
+
+
+def test_a_base_that_is_not_finite_is_named_before_any_step(files, tiny_state, monkeypatch, capsys):
+    """Also in a row of the embedding that no token reads."""
+    state = tiny_state()
+    state["emb.weight"][79, 3] = math.nan
+    torch.save(state, files / "base.pth")
+    error = refused(monkeypatch, capsys, flags(files))
+    assert "base.pth is not finite: emb.weight holds NaN or Inf, at [79, 3] first" in error
+    assert not (files / "out").exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--dataload", "pad"], ["--dataload", "pack"], ["--val_split", "0.2"]])
+@pytest.mark.parametrize("counts", [False, True])
+def test_a_mask_that_leaves_nothing_to_learn_is_refused(files, monkeypatch, capsys, more, counts):
+    """Where it counts no token, and where it counts those alone that are never read: the first, and with --dataload
+    pad those behind --ctx_len."""
+    mask = bytearray(300)
+    mask[0] = counts
+    if "--dataload" in more:
+        mask[99] = counts
+    (files / "data.mask").write_bytes(mask)
+    words = "the loss counts no token of" if counts else "data.mask counts none of 300 tokens"
+    assert words in refused(monkeypatch, capsys, flags(files, *more))
 
 
 def test_tokens_outside_the_vocabulary(files, monkeypatch, capsys):

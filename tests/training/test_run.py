@@ -20,8 +20,9 @@ from torch.utils.cpp_extension import _get_build_directory
 
 from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.files.base import open_base
+from rwkv_peft.training.saved_files import record_of
 from rwkv_peft.training.saver import read_run_state
-from training.runs import ROOT, finish, metrics, start
+from training.runs import ROOT, Planted, finish, metrics, start
 
 
 @pytest.fixture(scope="module")
@@ -210,9 +211,27 @@ def test_resume_refuses_other_data_and_a_checkpoint_with_pieces_missing(files, t
     assert "has data {'content': " in err
     shutil.copytree(unbroken, files / "damaged")
     optimizer = next((files / "damaged" / "checkpoints" / "step-00000060").rglob("*optim_states.pt"))
-    optimizer.write_bytes(optimizer.read_bytes()[:1000])
-    _, err = train("damaged", *more, code=2)
-    assert f"{optimizer.name} is missing or not of the" in err and "--fresh_optimizer" in err and "Traceback" not in err
+    whole = optimizer.read_bytes()
+    for content, what in (
+        (whole[:1000], "is missing or not of the"),
+        (whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:], "is not what was saved: its checksum is another"),
+    ):
+        optimizer.write_bytes(content)
+        _, err = train("damaged", *more, code=2)
+        assert f"{optimizer.name} {what}" in err and "--fresh_optimizer" in err and "Traceback" not in err
+
+
+def test_resuming_in_a_strangers_folder_runs_nothing_of_it(files, train, unbroken):
+    shutil.copytree(unbroken, files / "strange")
+    checkpoint = files / "strange" / "checkpoints" / "step-00000060"
+    optimizer = next(checkpoint.rglob("*optim_states.pt"))
+    torch.save(torch.load(optimizer, weights_only=False) | {"planted": Planted(files / "ran")}, optimizer)
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["files"][str(optimizer.relative_to(checkpoint))] = record_of(optimizer)
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    _, err = train("strange", *LONG, "--epoch_count", "4", "--resume", code=2)
+    assert f"{optimizer.name} holds code or objects besides tensors" in err and "Traceback" not in err
+    assert not (files / "ran").exists()
 
 
 @pytest.mark.parametrize("method", [(), ("--peft", "none", "--train_parts", "ln")])

@@ -10,12 +10,15 @@ does). An optional PREFIX.mask holds a byte a token: 1 where the token counts in
 import os
 import struct
 from array import array
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from ..errors import UserError
+from ..files.atomic import temporary_beside
+from ..files.lock import Busy, hold
+from ..files.readable import require_readable
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -98,8 +101,7 @@ class BinidxDataset:
                 f"{self.prefix}: a file of rows or text, where the PREFIX of PREFIX.bin and PREFIX.idx is "
                 "meant; tokenize it with rwkv-peft preprocess, or give --data_type sft"
             )
-        if not os.path.isfile(path):
-            raise UserError(f"{path}: no such file; a data set is a PREFIX.bin with its PREFIX.idx; {REMEDY}")
+        require_readable(path, f"{path}: no such file; a data set is a PREFIX.bin with its PREFIX.idx; {REMEDY}")
         length = os.path.getsize(path)
         with open(path, "rb") as file:
             header = file.read(HEADER.size)
@@ -159,8 +161,7 @@ class BinidxDataset:
             )
 
     def _map_tokens(self):
-        if not os.path.isfile(self.bin_path):
-            raise UserError(f"{self.bin_path}: no such file beside {self.idx_path}; {REMEDY}")
+        require_readable(self.bin_path, f"{self.bin_path}: no such file beside {self.idx_path}; {REMEDY}")
         length = os.path.getsize(self.bin_path)
         if length != self._bytes:
             raise UserError(
@@ -175,6 +176,7 @@ class BinidxDataset:
     def _map_mask(self):
         if not os.path.isfile(self.mask_path):
             return None
+        require_readable(self.mask_path, f"{self.mask_path}: no such file")
         length = os.path.getsize(self.mask_path)
         if length != len(self.tokens):
             raise UserError(
@@ -185,16 +187,17 @@ class BinidxDataset:
 
 
 class BinidxWriter:
-    """Writes PREFIX.bin, PREFIX.idx and, with mask=True, PREFIX.mask; a context manager.
+    """Writes PREFIX.bin, PREFIX.idx, with mask=True PREFIX.mask, and PREFIX.json where its text is given as `record`; a
+    context manager.
 
-    The files appear, whole, when the block ends without an exception, the index last; until then
-    they are hidden temporary files in the same folder, removed when the block fails and written
-    anew by the next writer where the process was killed. A mask that counts every token is not
-    kept: it says nothing. Raises UserError where another process is writing the same data set.
+    The files appear, whole, when the block ends without an exception, the index last; until then they are hidden
+    temporary files in the same folder, removed when the block fails, and by the next writer there where the process was
+    killed. A mask that counts every token is not kept: it says nothing. Raises UserError where another process is
+    writing the same data set, and for what the disk refuses.
     """
 
-    def __init__(self, path, vocab_size=65536, mask=False):
-        self.prefix = binidx_prefix(path)
+    def __init__(self, path, vocab_size=65536, mask=False, record=None):
+        self.prefix, self.record = binidx_prefix(path), record
         self.code = dtype_code(vocab_size)
         self.dtype = token_dtype(self.code)
         self.with_mask = mask
@@ -202,17 +205,30 @@ class BinidxWriter:
         self.sizes = array("i")
 
     def __enter__(self):
-        parent = Path(self.prefix).parent
-        parent.mkdir(parents=True, exist_ok=True)
-        endings = (".bin", ".mask", ".idx") if self.with_mask else (".bin", ".idx")
-        name = Path(self.prefix).name
-        self._lock = FileLock(parent / f".{name}.lock")
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"{self.prefix}: another process is writing it; wait, or give another name") from None
-        self._files = {end: open(parent / f".{name}{end}.tmp", "wb") for end in endings}
+        wanted = {".bin": True, ".mask": self.with_mask, ".json": self.record is not None, ".idx": True}
+        endings = [end for end, is_wanted in wanted.items() if is_wanted]
+        with ExitStack() as stack:
+            # the first temporary file makes the folder
+            names = {end: stack.enter_context(temporary_beside(Path(self.prefix + end))) for end in endings}
+            stack.enter_context(self._alone())
+            self._files = {end: stack.enter_context(open(name, "wb")) for end, name in names.items()}
+            if self.record is not None:
+                self._files[".json"].write(self.record.encode())
+            self._stack = stack.pop_all()
         return self
+
+    @contextmanager
+    def _alone(self):
+        """Hold the data set against other writers."""
+        path = Path(self.prefix)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(hold(path.with_name(f".{path.name}.lock")))
+            except Busy as error:
+                raise UserError(
+                    f"{self.prefix}: another process is writing it ({error}); wait, or give another name"
+                ) from None
+            yield
 
     def add(self, tokens, mask=None):
         """Append one document: token ids (n,), and its mask (n,) where the writer keeps one."""
@@ -254,25 +270,25 @@ class BinidxWriter:
             ) from None
 
     def __exit__(self, kind, error, trace):
-        try:
-            if kind is None:
-                self._write_index(self._files[".idx"])
-                for file in self._files.values():
-                    file.flush()
-                    os.fsync(file.fileno())
-                for end, file in self._files.items():
-                    file.close()
-                    if end == ".mask" and not self._something_masked:
-                        continue
-                    os.replace(file.name, self.prefix + end)
-                if not self._something_masked:  # an older data set's mask would not fit these tokens
-                    Path(self.prefix + ".mask").unlink(missing_ok=True)
-        finally:
-            for file in self._files.values():
-                file.close()
-                Path(file.name).unlink(missing_ok=True)
-            Path(self._lock.lock_file).unlink(missing_ok=True)  # while it is held: nobody waits for it
-            self._lock.release()
+        if kind is not None:
+            return self._stack.__exit__(kind, error, trace)
+        with self._stack:  # which tells of what the system refuses
+            self._finish()
+        return False
+
+    def _finish(self):
+        """Give the files their names. The old index goes first and the new one comes last, so that a kill in between
+        leaves a set that is refused, not one of two halves."""
+        self._write_index(self._files[".idx"])
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        gone = (".idx",) if self._something_masked else (".idx", ".mask")  # an old mask would not fit these tokens
+        for end in gone:
+            Path(self.prefix + end).unlink(missing_ok=True)
+        for end, file in self._files.items():
+            if end != ".mask" or self._something_masked:
+                os.replace(file.name, self.prefix + end)
 
     def _write_index(self, file):
         count = len(self.sizes)

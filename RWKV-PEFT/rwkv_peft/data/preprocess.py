@@ -11,17 +11,17 @@ tokenizer.
 import argparse
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ..cli import count
 from ..errors import UserError
+from ..files.atomic import check_output, temporary_beside
 from .binidx import BinidxDataset, BinidxWriter, binidx_prefix
 from .encoding import Encoded, EncodeSettings, encode_all, encoder
 from .order import Permutation
-from .recorded import check_record, write_record
+from .recorded import check_record, record_of
 from .report import describe
 from .rows import KINDS, read_chunks
 from .show import marks_for, show_documents
@@ -45,14 +45,19 @@ def main(argv):
     )
     output = binidx_prefix(options.output)
     check_record(output, options.input)
-    rewritten = options.shuffle is not None or options.repeat > 1
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=Path(output).parent, prefix=".preprocess-") as folder:
-        first = str(Path(folder) / "data") if rewritten else output
-        totals = write(options.input, first, settings, options.workers, options.split, progress=sys.stderr)
-        if rewritten:
-            rewrite(BinidxDataset(first), output, options.shuffle, options.repeat)
-        write_record(output, encoder(settings).tokenizer)
+    for end in (".bin", ".idx", ".mask"):
+        check_output("--output", output + end, [("an input", path) for path in options.input])
+    record = record_of(encoder(settings).tokenizer)
+
+    def encode(prefix, record=None):
+        return write(options.input, prefix, settings, options.workers, options.split, sys.stderr, record)
+
+    if options.shuffle is None and options.repeat == 1:
+        totals = encode(output, record)
+    else:
+        with temporary_beside(Path(output), folder=True) as folder:
+            totals = encode(folder / "data")
+            rewrite(BinidxDataset(folder / "data"), output, options.shuffle, options.repeat, record)
     written = BinidxDataset(output)
     print(describe(written, totals))
     if options.show:
@@ -114,11 +119,11 @@ def parser():
     return result
 
 
-def write(inputs, output, settings, workers=1, split="", progress=None):
+def write(inputs, output, settings, workers=1, split="", progress=None, record=None):
     """Encode the inputs into PREFIX `output`; returns an Encoded that holds the counts of all chunks.
 
-    progress is a stream for a progress bar, or None. Raises UserError for inputs that cannot be read
-    and where no document is left.
+    progress is a stream for a progress bar, or None; record as in BinidxWriter. Raises UserError for inputs that cannot
+    be read and where no document is left.
     """
     tokenizer = encoder(settings).tokenizer  # a wrong setting stops here, before any worker starts
     size = sum(Path(path).stat().st_size for path in inputs if Path(path).is_file())
@@ -137,7 +142,7 @@ def write(inputs, output, settings, workers=1, split="", progress=None):
         file=progress,
         disable=progress is None,
     )
-    with bar, BinidxWriter(output, tokenizer.vocab_size, mask=True) as writer:
+    with bar, BinidxWriter(output, tokenizer.vocab_size, mask=True, record=record) as writer:
         for part in encode_all(chunks, settings, workers):
             writer.add_documents(part.tokens, part.sizes, part.mask, part.continues)
             totals.add_counts(part)
@@ -152,9 +157,11 @@ def write(inputs, output, settings, workers=1, split="", progress=None):
     return totals
 
 
-def rewrite(source, output, seed, repeat):
-    """Write a BinidxDataset's documents `repeat` times, each time in another order where a seed is given."""
-    with BinidxWriter(output, 65536 if source.dtype.itemsize == 2 else 1 << 31, mask=source.mask is not None) as writer:
+def rewrite(source, output, seed, repeat, record=None):
+    """Write a BinidxDataset's documents `repeat` times, each time in another order where a seed is given; record as in
+    BinidxWriter."""
+    vocab_size = 65536 if source.dtype.itemsize == 2 else 1 << 31
+    with BinidxWriter(output, vocab_size, mask=source.mask is not None, record=record) as writer:
         for turn in range(repeat):
             for index in range(len(source)) if seed is None else Permutation(len(source), seed, turn):
                 start, size = source.start(index), int(source.sizes[index])

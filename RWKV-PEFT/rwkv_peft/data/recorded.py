@@ -49,12 +49,9 @@ def check_record(prefix, inputs):
         raise UserError(f"--output {prefix} writes {path}, which another tool made; choose another PREFIX")
 
 
-def write_record(prefix, tokenizer):
-    """Write the Vocabulary of a tokenizer as PREFIX.json, whole or not at all."""
-    path = record_path(prefix)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps({ENTRY: vocabulary_of(tokenizer)._asdict()}) + "\n")
-    os.replace(temporary, path)
+def record_of(tokenizer):
+    """The text of PREFIX.json: the Vocabulary of a tokenizer."""
+    return json.dumps({ENTRY: vocabulary_of(tokenizer)._asdict()}) + "\n"
 
 
 def read_record(path):

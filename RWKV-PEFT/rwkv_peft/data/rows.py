@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..errors import UserError, told
+from ..files.readable import require_readable
 
 CHUNK_BYTES = 1 << 20
 CHUNK_ROWS = 1000
@@ -44,8 +45,8 @@ def read_chunks(path, split="", pieces=False):
     with a visible character.
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such file; inputs are {KINDS}")
+    if not path.is_dir():
+        require_readable(path, f"{path}: no such file; inputs are {KINDS}")
     name, bounds = parse_split(split)
     suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
     if path.is_dir():

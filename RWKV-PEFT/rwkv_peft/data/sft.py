@@ -12,7 +12,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from ..errors import UserError
+from ..errors import UserError, told
+from ..files.atomic import atomic_write
+from ..files.readable import require_readable
 from .encoding import EncodeSettings
 from .preprocess import write
 from .report import left_out
@@ -44,21 +46,27 @@ def prepare_sft(config, cache=None):
         max_tokens=0 if config.dataload == "get" else config.ctx_len + 1,
     )
     path = Path(config.path)
-    if not path.exists():
-        raise UserError(
+    if not path.is_dir():
+        require_readable(
+            path,
             f"--data_file {path}: no such file; --data_type sft takes a .jsonl, .json or .parquet file, "
-            "or a datasets folder"
+            "or a datasets folder",
         )
     cache = Path(cache or cache_folder())
-    cache.mkdir(parents=True, exist_ok=True)
     prefix = cache / key_of(path, settings, config.sft_split)
     done = prefix.with_suffix(".json")
-    with FileLock(prefix.with_suffix(".lock")):  # one rank writes, the others wait for it
-        if not done.exists():
-            totals = write([path], prefix, settings, split=config.sft_split)
-            temporary = done.with_suffix(".tmp")
-            temporary.write_text(json.dumps(left_out(totals)))
-            temporary.replace(done)  # last: it says that the files before it are whole
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(prefix.with_suffix(".lock")):  # one rank writes, the others wait for it
+            if not done.exists():
+                totals = write([path], prefix, settings, split=config.sft_split)
+                with atomic_write(done) as temporary:  # last: it says that the files before it are whole
+                    temporary.write_text(json.dumps(left_out(totals)))
+    except OSError as error:
+        raise UserError(
+            f"the tokens of --data_type sft are kept in {cache}, which cannot be written ({told(error)}); make it "
+            "writable, or point XDG_CACHE_HOME elsewhere"
+        ) from error
     return str(prefix), json.loads(done.read_text())
 
 

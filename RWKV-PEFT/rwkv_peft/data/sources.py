@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from ..cli import counted
 from ..errors import UserError
 from ..names import DATALOADS
 from .binidx import BinidxDataset
@@ -44,6 +45,7 @@ def build_samples(config, vocab_size):
     samples.share_batches(config.micro_bsz)
     samples.vocabulary = vocabulary
     samples.notes = [describe_mask(dataset, config), *notes, *samples.notes]
+    require_counted(samples, config)
     return samples
 
 
@@ -63,8 +65,20 @@ def split_samples(config, vocab_size, fraction):
     validation = np.sort(np.fromiter((drawn[i] for i in range(count)), dtype=np.int64, count=count))
     training = np.setdiff1d(np.arange(len(samples)), validation, assume_unique=True)
     train, held_out = samples.subset(training), samples.subset(validation)
+    require_counted(train, config)
+    require_counted(held_out, config)
     train.notes.append(f"{len(validation)} of {len(samples)} samples are kept for validation")
     return train, held_out
+
+
+def require_counted(samples, config):
+    """UserError where none of the samples has a target that counts in the loss."""
+    if not any(samples.count(n) for n in range(len(samples))):
+        raise UserError(
+            f"{config.path}: the loss counts no token of {counted(len(samples), 'sample')} of up to --ctx_len "
+            f"{config.ctx_len}, so that there is nothing to learn; what counts may lie behind what is read of a "
+            "document (a longer --ctx_len), or take --loss_mask none"
+        )
 
 
 def check_config(config):

@@ -5,10 +5,10 @@ that text. The layouts are the ones that RWKV World models were trained on.
 """
 
 import re
-from pathlib import Path
 from types import MappingProxyType
 
 from ..errors import UserError
+from ..files.readable import require_readable
 from .thinking import FIELDS, OPENINGS, answered, without_opening
 
 FORMS = (
@@ -90,12 +90,9 @@ def read_template(path):
     """
     if path in TEMPLATES:
         return TEMPLATES[path]
-    if not Path(path).is_file():
-        raise UserError(
-            f"--template {path}: no such file, and no layout of that name; named are {', '.join(TEMPLATES)}"
-        )
+    missing = f"--template {path}: no such file, and no layout of that name; named are {', '.join(TEMPLATES)}"
     try:
-        text = Path(path).read_text(encoding="utf-8").rstrip("\n")
+        text = require_readable(path, missing).read_text(encoding="utf-8").rstrip("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"--template {path} is not UTF-8 (byte {error.start}); convert it") from error
     Template(text)

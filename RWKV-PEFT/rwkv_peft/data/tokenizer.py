@@ -17,6 +17,7 @@ from multiprocessing import parent_process
 from pathlib import Path
 
 from ..errors import UserError
+from ..files.readable import require_readable
 
 REPLACEMENT = "\ufffd"
 KNOWN_SIZES = ((65536, "world"), (257, "bytes"))  # vocabularies that a model's own size tells
@@ -32,12 +33,11 @@ def load_tokenizer(name):
         return WorldTokenizer()
     if name == "bytes":
         return BytesTokenizer()
-    path = Path(name)
-    if not path.is_file():
-        raise UserError(
-            f"tokenizer {str(name)!r}: no such file; give world, bytes, the path of a "
-            "tokenizer.json, or the path of a World vocabulary (.txt)"
-        )
+    path = require_readable(
+        name,
+        f"tokenizer {str(name)!r}: no such file; give world, bytes, the path of a "
+        "tokenizer.json, or the path of a World vocabulary (.txt)",
+    )
     return WorldTokenizer(path) if path.suffix == ".txt" else JsonTokenizer(path)
 
 
@@ -239,8 +239,9 @@ def guarded(function, *arguments):
 
 def parse_world_vocabulary(path):
     """Read a World vocabulary -> list of bytes or None by token id; UserError names the bad line."""
-    table = [None]
-    for number, line in enumerate(Path(path).read_bytes().decode("utf-8", "replace").split("\n"), start=1):
+    table, content = [None], Path(path).read_bytes()
+    most = max(65536, len(content))  # the table grows with the ids, and ids without gaps take more bytes than that
+    for number, line in enumerate(content.decode("utf-8", "replace").split("\n"), start=1):
         line = line.rstrip("\r")
         if not line:
             continue
@@ -254,7 +255,12 @@ def parse_world_vocabulary(path):
                 f"{path}, line {number}: {line[:60]!r} is not \"id 'token' length\"; "
                 "give a World vocabulary such as rwkv_vocab_v20230424.txt"
             ) from None
-        if len(value) != size or not 0 < token < 1 << 24:
+        if not 0 < token < most:
+            raise UserError(
+                f"{path}, line {number}: token {token}, and ids of a file of {len(content):,} bytes are from 1 to "
+                f"{most - 1:,}; give a World vocabulary such as rwkv_vocab_v20230424.txt"
+            )
+        if len(value) != size:
             raise UserError(
                 f"{path}, line {number}: token {token} has {len(value)} bytes where the "
                 f"line says {size}; the file is damaged, download it again"

@@ -12,6 +12,8 @@ import os
 import platform
 import re
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +32,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     made, a name that is too long or that of a folder or device.
     """
     path = Path(os.path.realpath(path))
-    with _temporary_beside(path) as temporary:
+    with temporary_beside(path) as temporary:
         mode = temporary.stat().st_mode & 0o777  # what the user's umask grants
         yield temporary
         temporary.chmod(mode)  # a writer may have made the file anew, for the owner alone
@@ -51,14 +53,20 @@ def check_output(flag: str, path: str | Path, inputs: Iterable[tuple[str, str | 
                 f"{flag} {path} is the file given as {name}, which must not be overwritten; choose another name"
             )
     path = Path(os.path.realpath(path))
-    missing = [folder for folder in path.parents if not os.path.lexists(folder)]  # the innermost first
+    with without_empty_folders(path.parent), temporary_beside(path):
+        pass
+
+
+@contextmanager
+def without_empty_folders(folder: Path) -> Iterator[None]:
+    """Afterwards `folder` and those above it that were missing are removed again where nothing lies in them."""
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]  # the innermost first
     try:
-        with _temporary_beside(path):
-            pass
+        yield
     finally:
-        for folder in missing:
-            if folder.is_dir():
-                folder.rmdir()
+        for path in missing:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
 
 
 def _files_of(source: str | Path | None) -> Sequence[str | Path]:
@@ -73,9 +81,21 @@ def same_file(left: str | Path, right: str | Path) -> bool:
 
 
 @contextmanager
-def _temporary_beside(path: Path) -> Iterator[Path]:
-    """Yield a new empty file in the folder of `path`, which is removed afterwards; failures to write become
+def scratch_folder() -> Iterator[Path]:
+    """Yield a new empty folder among the system's temporary ones, which is removed afterwards; failures to write become
     UserErrors."""
+    try:
+        place = tempfile.gettempdir()
+    except OSError as error:
+        raise UserError(f"no temporary folder can be written: {error}; name one by TMPDIR") from error
+    with temporary_beside(Path(place) / "rwkv_peft", folder=True, remedy="TMPDIR names another folder") as folder:
+        yield folder
+
+
+@contextmanager
+def temporary_beside(path: Path, folder: bool = False, remedy: str = "nothing was changed there") -> Iterator[Path]:
+    """Yield a new empty file, or folder, in the folder of `path`, which is removed afterwards; failures to write become
+    UserErrors that end in `remedy`."""
     try:
         if os.path.isdir(path):
             raise UserError(f"{path} is a folder; give the name of the file to write")
@@ -86,16 +106,16 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
         temporary = path.with_name(f".{path.name}.{place()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent)
-        temporary.touch(exist_ok=False)
+        temporary.mkdir(mode=0o700) if folder else temporary.touch(exist_ok=False)
         try:
             yield temporary
         finally:
-            temporary.unlink(missing_ok=True)
+            _remove(temporary)
     except Exception as error:
         reason = _write_failure(error, path)
         if reason is None:
             raise
-        raise UserError(f"cannot write {path}: {reason}; nothing was changed there") from error
+        raise UserError(f"cannot write {path}: {reason}; {remedy}") from error
 
 
 def place() -> str:
@@ -110,15 +130,22 @@ def place() -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files in a folder whose process, of this place, is gone."""
+    """Remove the temporary files and folders in a folder whose process, of this place, is gone."""
     if os.name == "nt":  # where asking for a process ends it
         return
     for file in folder.glob(f".*.{place()}-*.tmp"):
         if (match := re.search(r"-([0-9]{1,9})-[0-9a-f]{8}\.tmp$", file.name)) and not is_alive(int(match[1])):
             try:
-                file.unlink(missing_ok=True)
+                _remove(file)
             except PermissionError:  # another user's, which is no reason not to write beside it
                 continue
+
+
+def _remove(temporary: Path) -> None:
+    if temporary.is_dir() and not temporary.is_symlink():
+        shutil.rmtree(temporary)
+    else:
+        temporary.unlink(missing_ok=True)
 
 
 def is_alive(process: int) -> bool:

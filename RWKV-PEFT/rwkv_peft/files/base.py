@@ -14,7 +14,7 @@ from ..models import family_of
 from ..models.family import Family
 from .atomic import atomic_write
 from .fingerprint import fingerprint
-from .pth import read_tensors
+from .pth import all_finite, read_tensors
 from .pth_writer import save_pth
 from .safetensors_file import read_safetensors
 
@@ -41,6 +41,16 @@ class Base:
     @cached_property
     def fingerprint(self) -> str:
         return fingerprint(self.tensors)
+
+    def require_finite(self) -> None:
+        """Raise UserError for NaN or Inf anywhere, by where it is first; reads every value."""
+        for key, tensor in self.tensors.items():
+            if not all_finite(tensor):
+                place = torch.isfinite(tensor).logical_not().nonzero()[0].tolist()
+                raise UserError(
+                    f"{self.path} is not finite: {key} holds NaN or Inf, at {place} first; download or copy it again, "
+                    "or take an earlier checkpoint of its training"
+                )
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:

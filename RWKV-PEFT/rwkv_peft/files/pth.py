@@ -15,6 +15,8 @@ from typing import IO, Any, cast
 import torch
 
 from ..errors import UserError, short, told
+from .pth_records import record_sizes, require_records
+from .readable import require_readable
 
 # Bytes that stream_tensors reads through one mapping, which stay in memory until the next; each mapping costs the
 # unpickling of all tensors' descriptions, 60 ms for a model of 32 layers.
@@ -56,7 +58,9 @@ def read_pth(path: str | Path) -> Any:
         raise UserError(f"{path} is truncated: its end is missing; download or copy it again")
     if not zipped and not head.startswith(b"\x80"):
         raise UserError(f"{path} is not a PyTorch checkpoint (it is neither a zip archive nor a pickle)")
-    if not zipped:
+    if zipped:
+        record_sizes(path)  # refuses what is packed
+    else:
         _refuse_sizes_beyond(path)
     try:
         with warnings.catch_warnings():
@@ -117,6 +121,8 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
         if not key.isascii() and key != key.encode("utf-8", "replace").decode():
             raise UserError(f"{path}: the name {key!r} is no Unicode text; the file is damaged, copy it again")
     require_weights(state, path)
+    if zipfile.is_zipfile(path):
+        require_records(path, state.values())
     return state
 
 
@@ -159,13 +165,8 @@ def require_weights(state: Mapping[str, torch.Tensor], name: str | Path) -> None
 
 
 def require_file(path: str | Path) -> Path:
-    """`path` as a Path to a file that exists, or a UserError."""
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, where a file is expected")
-    if not path.exists():
-        raise UserError(f"{path} does not exist; check the name")
-    return path
+    """`path` as a Path to a file that can be read, or a UserError."""
+    return require_readable(path, f"{path} does not exist; check the name")
 
 
 def all_finite(tensor: torch.Tensor) -> bool:

@@ -24,7 +24,8 @@ from .pth_writer import save_pth
 PREFIX = "model."
 INITIAL = ("init_lora_A", "init_lora_B")  # what RWKV-PEFT's PiSSA keeps in a file of its own
 Modules = dict[str, dict[str, torch.Tensor]]  # {module name: {parameter name: tensor}}
-WHOLE_MODEL = ("emb.weight", "head.weight", "blocks.0.att.receptance.weight", "blocks.0.ffn.value.weight")
+OUTSIDE = ("emb.weight", "head.weight")  # of the blocks; both may be trained beside an adapter
+WHOLE_MODEL = (*OUTSIDE, "blocks.0.att.receptance.weight", "blocks.0.ffn.value.weight")
 
 
 def read_rwkv_peft(
@@ -44,7 +45,13 @@ def read_rwkv_peft(
     state = read_tensors(path)
     adapter = Adapter(state, AdapterMetadata(NONE, source="RWKV-PEFT"))
     modules = adapter.modules()
-    if all(key in state for key in WHOLE_MODEL):
+    missing = [key for key in WHOLE_MODEL if key not in state]
+    if not modules and len(missing) > 0 and (len(missing) == 1 or set(missing) <= set(OUTSIDE)):
+        raise UserError(
+            f"{path} is a model without {' and '.join(missing)}, and no adapter; copy it again, whole, and give it as "
+            "the base (--load_model of train.py, --base_model elsewhere)"
+        )
+    if not missing:
         if modules:
             raise UserError(
                 f"{path} is a whole model beside an adapter on {len(modules)} layers that was never merged, "

@@ -25,6 +25,8 @@ def load_model(path, adapters=(), precision="fp32", device="cpu", any_base=False
         if not any_base:
             check_fingerprints(base, named)
         base = base_of(merged_tensors(base, named), path)
+    else:
+        base.require_finite()  # which merging looks into, too
     weights, states = split_time_states(base.tensors)
     model = base.family.load(weights, base.config)
     model = model.to(device=device, dtype=DTYPES[precision]).requires_grad_(False).eval()

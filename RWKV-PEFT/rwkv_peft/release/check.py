@@ -8,9 +8,7 @@ in the `rwkv` package, all in float32 on the CPU, and compares their logits. Nee
 
 import argparse
 import importlib.util
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
@@ -21,6 +19,7 @@ from ..config import AdapterConfig
 from ..errors import UserError
 from ..files.adapter_file import Adapter
 from ..files.adapters import source_of
+from ..files.atomic import scratch_folder
 from ..files.base import Base, open_base, save_model
 from ..models.family import Family
 from ..models.state import State, split_time_states, state_of
@@ -81,8 +80,8 @@ def runtime_logits(base: Base, tokens: torch.Tensor) -> torch.Tensor:
     """
     if importlib.util.find_spec("rwkv") is None:
         raise UserError("check asks the rwkv package, which is not installed: pip install rwkv")
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "float32.pth"
+    with scratch_folder() as folder:
+        copy = folder / "float32.pth"
         save_model(copy, {key: tensor.float() for key, tensor in base.tensors.items()})
         try:
             return rwkv_sequence(copy, tokens, base.config)

@@ -7,7 +7,6 @@ import importlib.metadata
 import importlib.util
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..config import ModelConfig
+from ..files.atomic import scratch_folder
 from ..models.rwkv6.keys import RWKV6Config
 from .rwkv_package import rwkv_model
 
@@ -66,8 +66,8 @@ def rwkv_tokens(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.
 
 def rwkv_elsewhere(path: Path, tokens: torch.Tensor, mode: str) -> torch.Tensor:
     """The `rwkv` package on an RWKV-7 model, in a process of its own (rwkv7_process.py)."""
-    with tempfile.TemporaryDirectory() as folder:
-        given, answer = Path(folder) / "tokens.pt", Path(folder) / "logits.pt"
+    with scratch_folder() as folder:
+        given, answer = folder / "tokens.pt", folder / "logits.pt"
         torch.save(tokens, given)
         command = [sys.executable, "-m", "rwkv_peft.release.rwkv7_process", str(path), str(given), str(answer), mode]
         done = subprocess.run(command, capture_output=True, text=True)

@@ -5,7 +5,6 @@ their logits. Runtimes read a float32 copy of the file, so that their arithmetic
 reads GGUF files of each type asked for. Needs memory for the model in float64.
 """
 
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +14,7 @@ import torch
 from ..config import ModelConfig
 from ..data.tokenizer import WorldTokenizer
 from ..errors import UserError
+from ..files.atomic import scratch_folder
 from ..files.base import Base, open_base
 from ..files.pth_writer import TensorSpec, write_pth
 from ..models.state import is_time_state
@@ -84,7 +84,7 @@ def verify(model: Base, length: int = 50, gguf_types: Sequence[str] = ("f32", "f
     reference = reference_logits(model, tokens)
     stateful = any(is_time_state(key) for key in model.tensors)
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         for runtime in all_runtimes():
             without = "takes no initial state" if stateful and runtime.package != "rwkv" else ""
             reason = runtime.missing() or runtime.refuses(config) or without
@@ -92,7 +92,7 @@ def verify(model: Base, length: int = 50, gguf_types: Sequence[str] = ("f32", "f
                 if reason:
                     rows.append(Row(runtime.name, "", form, None, None, f"not asked: {reason}"))
                 else:
-                    path = written(Path(folder), form, model)
+                    path = written(folder, form, model)
                     rows.append(ask(runtime, path, form, tokens, config, reference))
     return rows
 

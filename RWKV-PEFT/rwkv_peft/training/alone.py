@@ -1,31 +1,30 @@
-"""One run at a time in a folder: a lock that the system lets go of when the process ends, however it ends."""
+"""One run at a time in a folder."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from ..errors import UserError
+from ..files.atomic import check_output, without_empty_folders
+from ..files.lock import Busy, hold
+
+LOCK = ".run.lock"
 
 
 @contextmanager
 def alone_in(folder: Path, say: Callable[..., object] = print) -> Iterator[None]:
-    """Hold a run's folder, which exists. Raises UserError where another process holds it; where the file system has no
-    locks, that is told and the run goes on."""
-    lock = FileLock(folder / ".run.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"--proj_dir {folder}: another process is training there; wait for it, or name another folder"
-        ) from None
-    except (OSError, NotImplementedError) as error:
-        say(f"output    {folder} cannot be locked ({error}): start no second run there")
+    """Hold a run's folder, which is made where it is missing and removed again where nothing came of it. Raises
+    UserError where it cannot be written or another process holds it; where the file system has no locks, that is told
+    and the run goes on."""
+    with without_empty_folders(folder), ExitStack() as stack:
+        check_output("--proj_dir", folder / "checkpoints" / "state.json", [])
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            stack.enter_context(hold(folder / LOCK))
+        except Busy as error:
+            raise UserError(
+                f"--proj_dir {folder}: a run is training there ({error}); wait for it, or name another folder"
+            ) from None
+        except OSError as error:
+            say(f"output    {folder} cannot be locked ({error}): start no second run there")
         yield
-        return
-    try:
-        yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: nobody waits for it
-        lock.release()

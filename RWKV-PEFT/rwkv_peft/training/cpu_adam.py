@@ -9,18 +9,33 @@ from pathlib import Path
 import psutil
 from filelock import FileLock
 
+from ..errors import UserError, told
+
 
 def cpu_adam(groups, **settings):
     """DeepSpeedCPUAdam in its AdamW form over parameter groups. The first on a machine compiles it, for a minute or
-    so; other processes of this package wait meanwhile."""
+    so; other processes of this package wait meanwhile. Raises UserError where that is not possible."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
     from deepspeed.ops.op_builder import CPUAdamBuilder
     from torch.utils.cpp_extension import _get_build_directory
 
-    build = Path(_get_build_directory(CPUAdamBuilder().name, verbose=False))
-    with FileLock(build / "rwkv_peft.lock"):  # which ends with its process
-        remove_stale_lock(build / "lock")
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    try:
+        build = Path(_get_build_directory(CPUAdamBuilder().name, verbose=False))
+        with FileLock(build / "rwkv_peft.lock"):  # which ends with its process
+            remove_stale_lock(build / "lock")
+            return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"an offload strategy needs DeepSpeed's Adam for the CPU, which cannot be built here: {told(root(error))}; "
+            "it takes a C++ compiler (Debian, Ubuntu: apt install g++), ninja (pip install ninja) and a folder for "
+            "torch's extensions that can be written (TORCH_EXTENSIONS_DIR names another); or take a --strategy without "
+            "offload"
+        ) from error
+
+
+def root(error):
+    """The exception that the others of its chain were raised from."""
+    return error if error.__cause__ is None else root(error.__cause__)
 
 
 def remove_stale_lock(lock):

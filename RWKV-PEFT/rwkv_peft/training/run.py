@@ -38,6 +38,7 @@ from .gradients import estimate_gradients
 from .header import describe, describe_adapter
 from .loggers import make_loggers
 from .products import newest_name
+from .saved_files import require_files
 from .saver import Saver, data_identity, find_checkpoint, read_run_state
 from .seed import share_seed
 from .start import start_adapter
@@ -67,11 +68,15 @@ def main(argv):
     try:
         request = parse_run(argv)
         say = print if is_first_process() else lambda *_, **__: None
+        train = request.config.train
         if request.check_flags:
             return check(request, say)
+        if train.show_samples:
+            return show(request, say)
         if request.drew:
-            share_seed(request.config.train.random_seed)
-        return run(request, say)
+            share_seed(train.random_seed)
+        with alone_in(Path(train.proj_dir), say) if is_first_process() else nullcontext():
+            return run(request, say)
     except KeyboardInterrupt:
         print("interrupted; what was saved before is intact", file=sys.stderr)
         return 130
@@ -95,6 +100,15 @@ def check(request, say=print):
     return 0
 
 
+def show(request, say=print):
+    """Print samples as the model would see them: --show_samples. Returns the exit code."""
+    config = request.config
+    samples, _ = find_samples(config)
+    tokenizer = find_tokenizer(None, config.model.vocab_size, samples.vocabulary)
+    say(show_samples(samples, config.train.show_samples, tokenizer, marks_for(sys.stdout)))
+    return 0
+
+
 def run(request, say=print):
     """Train as a Request says; `say` prints for the user. Returns the exit code."""
     config, base = request.config, request.base
@@ -103,10 +117,6 @@ def run(request, say=print):
     world_size = train.devices * train.num_nodes
     step_samples = config.data.micro_bsz * world_size * train.accumulate_grad_batches
     samples, held_out = find_samples(config)
-    if train.show_samples:
-        tokenizer = find_tokenizer(None, config.model.vocab_size, samples.vocabulary)
-        say(show_samples(samples, train.show_samples, tokenizer, marks_for(sys.stdout)))
-        return 0
     folder = Path(train.proj_dir)
     identity = {
         "adapter": asdict(config.adapter),
@@ -117,14 +127,16 @@ def run(request, say=print):
         "precision": train.precision,
     }
     checkpoint, state = find_state(folder, train, identity)
+    if checkpoint is not None and is_first_process():
+        require_files(checkpoint, state["files"], train.fresh_optimizer, contents=True)
     plan = make_plan(train, samples, step_samples, state)
     if state and plan.first_step >= plan.total_steps:
         raise UserError(
             f"--resume: the run in {folder} is complete ({plan.first_step} steps); raise --epoch_count to go on"
         )
-    if is_first_process():
-        check_output("--proj_dir", folder / "checkpoints" / "state.json", [])
 
+    if base is not None:
+        base.require_finite()
     torch.manual_seed(train.random_seed)
     family = family_named(config.model.version)
     model = build_model(config, family, base)
@@ -141,10 +153,9 @@ def run(request, say=print):
     folder.mkdir(parents=True, exist_ok=True)
     saver = Saver(folder, config, plan, identity, base)
     validator = Validator(held_out, config.data.micro_bsz, train, plan, saver) if held_out else None
-    with alone_in(folder, say) if is_first_process() else nullcontext():
-        if state is None and (folder / METRICS).exists():
-            say("          a run there ended before it saved anything: nothing trained is lost, and it starts anew")
-        return fit(config, family, model, report.trainable, samples, validator, saver, checkpoint, accelerator, say)
+    if state is None and (folder / METRICS).exists():
+        say("          a run there ended before it saved anything: nothing trained is lost, and it starts anew")
+    return fit(config, family, model, report.trainable, samples, validator, saver, checkpoint, accelerator, say)
 
 
 def find_samples(config):

@@ -25,10 +25,10 @@ from ..errors import UserError, told
 from ..files.atomic import atomic_write
 from ..files.base import save_model
 from .products import Products, keeps_all, model_dtypes, share_file
+from .saved_files import TAG, check_records, record_of, require_files
 
 KEEP = 2
 HASHED = 64  # samples that tell one data set from another
-TAG = "zero"  # DeepSpeed's name for the folder of its own files
 SAME = ("adapter", "base", "data")  # what a resumed run must share with the first,
 SAME_OPTIMIZER = ("strategy", "world_size", "precision")  # and what its optimizer state needs besides
 
@@ -90,19 +90,13 @@ def read_run_state(checkpoint, now, fresh_optimizer=False):
         for key, kind in KINDS:
             if not isinstance(state[key], kind) or state[key] is True:
                 raise ValueError(f"{key} is a {type(state[key]).__name__}")
+        check_records(state["files"])
     except UNREADABLE as error:
         raise UserError(f"{checkpoint}/state.json cannot be read ({told(error)}); {older}") from error
-    adapter, sizes = state["adapter"], state["files"]
-    for name, size in sizes.items():
-        if (fresh_optimizer and name.startswith(TAG)) or is_of_size(checkpoint / name, size):
-            continue
-        raise UserError(
-            f"--resume: {checkpoint / name} is missing or not of the {size:,} bytes that were saved; {older}"
-            + (", or add --fresh_optimizer to go on without the optimizer's state" if name.startswith(TAG) else "")
-        )
+    require_files(checkpoint, state["files"], fresh_optimizer)
     now = json.loads(json.dumps(now))
     state["adapter"] = (
-        json.loads(to_json(AdapterConfig())) | adapter
+        json.loads(to_json(AdapterConfig())) | state["adapter"]
     )  # a setting that the saved run did not know had its default
     for key in SAME + (() if fresh_optimizer else SAME_OPTIMIZER):
         if state[key] != now[key]:
@@ -120,11 +114,6 @@ def read_run_state(checkpoint, now, fresh_optimizer=False):
                 )
             )
     return state
-
-
-def is_of_size(path, size):
-    """Whether there is a file of `size` bytes."""
-    return os.path.isfile(path) and path.stat().st_size == size
 
 
 def differences(then, now):
@@ -212,7 +201,7 @@ class Saver:
         else:
             share_file(self.newest, hidden / self.newest.name)
         state["files"] = {
-            str(path.relative_to(hidden)): path.stat().st_size
+            str(path.relative_to(hidden)): record_of(path)
             for path in (hidden / self.newest.name, *sorted((hidden / TAG).rglob("*")))
             if path.is_file()
         }
@@ -245,6 +234,8 @@ def load_checkpoint(trainer, lit, checkpoint):
     Frozen parameters come from the base, so the engine must load without them; that nothing else is missing is
     checked here, against the list in state.json.
     """
+    from .optimizer_files import tensors_alone
+
     saved, now = json.loads((checkpoint / "state.json").read_text())["trained"], trained_names(lit)
     if saved != now:
         different = sorted(set(saved) ^ set(now))
@@ -252,9 +243,9 @@ def load_checkpoint(trainer, lit, checkpoint):
             f"--resume: {checkpoint} and this run train different parameters ({different[0]} and "
             f"{len(different) - 1} more); give the first run's flags"
         )
-    trainer.strategy.deepspeed_engine.load_checkpoint(
-        checkpoint, tag=TAG, load_module_strict=False, load_lr_scheduler_states=False
-    )
+    engine = trainer.strategy.deepspeed_engine
+    with tensors_alone(engine):
+        engine.load_checkpoint(checkpoint, tag=TAG, load_module_strict=False, load_lr_scheduler_states=False)
 
 
 def gather(pairs, zero_stage_3, keep):

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from ..data.batches import EvalBatches
-from ..plots import read_metrics
+from ..plots import is_number, read_metrics
 from .loss import linear_cross_entropy
 
 
@@ -30,7 +30,7 @@ class Validator:
     def restore(self, path, first_step):
         """Take up best and since_best from the metrics.jsonl of the run that is resumed."""
         for metrics in read_metrics(path) if path.exists() else ():
-            if metrics["step"] < first_step and "val_loss" in metrics:
+            if metrics["step"] < first_step and is_number(metrics.get("val_loss")):
                 self.note(metrics["val_loss"])
 
     def note(self, loss):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_peft.ops.native import build
-from rwkv_peft.ops.native.build import Unit, build_library
+from rwkv_peft.ops.native.build import Unit, build_library, kept_library
 from rwkv_peft.ops.native.compilers import find_program
 from rwkv_peft.ops.native.errors import BuildError
 
@@ -38,6 +38,26 @@ def test_a_library_is_built_once_and_found_again(tmp_path, compiler):
     assert build_library("answer", units, link, cache=tmp_path / "cache") == first
     assert first.stat().st_mtime_ns == written
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) in ([".so"], [".lock", ".so"])
+
+
+@pytest.mark.parametrize("change", [lambda c: c[:-1], lambda c: c[:4096], lambda c: b"", lambda c: bytes(len(c))])
+def test_a_library_that_was_cut_short_is_built_anew(tmp_path, compiler, change):
+    """Loading one would end the process by a signal, where a page is missing."""
+    units, link = recipe(tmp_path, compiler)
+    path = build_library("answer", units, link, cache=tmp_path / "cache")
+    path.write_bytes(change(path.read_bytes()))
+    assert kept_library("answer", units, link, cache=tmp_path / "cache") is None
+    assert build_library("answer", units, link, cache=tmp_path / "cache") == path
+    assert answer(path) == 42
+
+
+def test_a_library_serves_where_no_compiler_is(tmp_path, compiler):
+    units, link = recipe(tmp_path, compiler, flags=("-O1",))
+    made = build_library("answer", units, link, cache=tmp_path / "cache")
+    without = [Unit(units[0].source, ("", *units[0].command[1:]))]
+    assert kept_library("answer", without, ("", *link[1:]), cache=tmp_path / "cache") == made
+    units[0].source.write_text('extern "C" int answer() { return 43; }')
+    assert kept_library("answer", without, ("", *link[1:]), cache=tmp_path / "cache") is None
 
 
 def test_source_header_and_flags_decide_the_file(tmp_path, compiler):
@@ -83,11 +103,13 @@ def test_a_dead_builders_lock_and_leftovers_do_not_hinder(tmp_path, compiler):
     units, link = recipe(tmp_path, compiler)
     path = build_library("answer", units, link, cache=tmp_path / "cache")
     path.unlink()
-    path.with_suffix(".lock").touch()
-    (path.parent / "tmpdead").mkdir()
+    (path.parent / "answer.lock").touch()
+    (path.parent / "answer.build").mkdir()
+    (path.parent / "answer.build" / "library.so").touch()
     start = time.monotonic()
     assert answer(build_library("answer", units, link, cache=tmp_path / "cache")) == 42
     assert time.monotonic() - start < 60
+    assert not (path.parent / "answer.build").exists()
 
 
 def test_a_failing_compiler_is_quoted_and_leaves_nothing(tmp_path, compiler):

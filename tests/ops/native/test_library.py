@@ -6,6 +6,7 @@ import pytest
 
 from rwkv_peft.ops.native.build import Unit, build_library
 from rwkv_peft.ops.native.compilers import find_compiler
+from rwkv_peft.ops.native.cpu import cpu_library
 from rwkv_peft.ops.native.errors import BuildError
 from rwkv_peft.ops.native.library import load
 from rwkv_peft.ops.native.sources import source_directory
@@ -31,6 +32,18 @@ def test_a_file_that_is_no_library_is_to_be_deleted(tmp_path):
     (tmp_path / "a.so").write_text("not a library")
     with pytest.raises(BuildError, match="cannot load .*a.so.*; delete that file so that it is built anew"):
         load(tmp_path / "a.so")
+
+
+def test_a_full_cache_serves_where_no_compiler_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    wanted = ("cross_entropy", "cross_entropy/cross_entropy.cpp", ("-O0",), ())
+    cpu_library(*wanted)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    cpu_library(*wanted)
+    (library,) = (tmp_path / "rwkv_peft").glob("*.so")
+    library.write_bytes(library.read_bytes()[:-1])
+    with pytest.raises(BuildError, match="no g.. or clang.. on this machine's PATH; install one"):
+        cpu_library(*wanted)
 
 
 @pytest.mark.parametrize("kind, source", [("cpu", "wkv6/wkv6.cpp"), ("cuda", "wkv6/wkv6.cu")])

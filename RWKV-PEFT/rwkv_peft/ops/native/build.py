@@ -1,23 +1,20 @@
 """Compile native sources into a shared library, once: cached by content, safe when several processes build at once.
 
-A library's file name carries a hash of everything that decides its content (sources, commands, compiler version), so
-that a change of any of them builds anew and nothing stale is ever loaded. Processes that want the same library wait
-for one another on a lock file; the finished library appears under its name in one atomic rename.
+A library's file name carries two hashes of all that decides its content: of its recipe (sources and flags), and of the
+compilers and their versions. A change of either builds anew, so that nothing stale is loaded; where a machine has no
+compiler, a library that one made of the same recipe serves (kept_library).
 """
 
 import hashlib
-import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from filelock import FileLock
-
 from .compilers import find_program
 from .errors import BuildError
+from .kept import cache_directory, is_whole, make_once
 
 
 @dataclass(frozen=True)
@@ -26,12 +23,6 @@ class Unit:
 
     source: Path
     command: tuple[str, ...]
-
-
-def cache_directory():
-    """Where libraries are kept: rwkv_peft under the user's cache folder (XDG base directory rules)."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "rwkv_peft"
 
 
 def build_library(name, units, link_command, headers=(), cache=None):
@@ -44,15 +35,9 @@ def build_library(name, units, link_command, headers=(), cache=None):
     if missing:
         raise BuildError(f"the sources of {name} are missing: {', '.join(missing)}; reinstall, or clone the repository")
     cache = Path(cache) if cache is not None else cache_directory()
-    library = cache / f"{name}-{_digest(units, link_command, headers)}.so"
-    if library.exists():
-        return library
+    library = cache / f"{name}-{_recipe(units, link_command, headers)}-{_compilers(units, link_command)}.so"
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(library.with_suffix(".lock")):
-            if not library.exists():  # another process may have built it while this one waited
-                with tempfile.TemporaryDirectory(dir=cache) as work:
-                    os.replace(_compile(Path(work), units, link_command), library)
+        make_once(library, name, lambda work: _compile(work, units, link_command))
     except OSError as error:
         raise BuildError(
             f"cannot build {name} in {cache}: {error}; make that folder writable, or point XDG_CACHE_HOME elsewhere"
@@ -60,17 +45,30 @@ def build_library(name, units, link_command, headers=(), cache=None):
     return library
 
 
-def _digest(units, link_command, headers):
+def kept_library(name, units, link_command, headers=(), cache=None):
+    """The library that a compiler, whichever, made of this recipe earlier, or None; arguments as in build_library."""
+    cache = Path(cache) if cache is not None else cache_directory()
+    found = cache.glob(f"{name}-{_recipe(units, link_command, headers)}-*.so")
+    return next(filter(is_whole, sorted(found)), None)
+
+
+def _recipe(units, link_command, headers):
+    """A hash of what is compiled and how, whatever the compilers."""
     digest = hashlib.sha256()
-    programs = {link_command[0], *(unit.command[0] for unit in units)}
-    for program in sorted(programs):
-        digest.update(_version(program))
     for unit in units:
-        digest.update("\0".join((unit.source.name, *unit.command, "\n")).encode())
-    digest.update("\0".join(link_command).encode())
+        digest.update("\0".join((unit.source.name, *unit.command[1:], "\n")).encode())
+    digest.update("\0".join(link_command[1:]).encode())
     for path in (*(unit.source for unit in units), *headers):
         digest.update(Path(path).read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _compilers(units, link_command):
+    """A hash of the compilers by path and version."""
+    digest = hashlib.sha256()
+    for program in sorted({link_command[0], *(unit.command[0] for unit in units)}):
+        digest.update(program.encode() + _version(program))
+    return digest.hexdigest()[:8]
 
 
 def _version(program):

@@ -7,14 +7,10 @@ ctypes, so that nothing else needs to be installed.
 import ctypes
 import hashlib
 import importlib.util
-import os
-import tempfile
 from pathlib import Path
 
-from filelock import FileLock
-
-from .build import cache_directory
 from .errors import BuildError
+from .kept import cache_directory, content_of, make_once
 from .sources import included_files, source_directory
 
 SONAMES = ("libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12")
@@ -50,15 +46,15 @@ def cubin(name, source, architecture, nvrtc):
     for path in (source, *included_files(source, root)):
         digest.update(path.read_bytes())
     cached = cache_directory() / f"{name}_{architecture}-{digest.hexdigest()[:16]}.cubin"
+
+    def make(work):
+        finished = work / cached.name
+        finished.write_bytes(_compile(nvrtc, source, root, architecture))
+        return finished
+
     try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(cached.with_suffix(".lock")):
-            if not cached.exists():
-                with tempfile.TemporaryDirectory(dir=cached.parent) as work:
-                    finished = Path(work) / cached.name
-                    finished.write_bytes(_compile(nvrtc, source, root, architecture))
-                    os.replace(finished, cached)
-        return cached.read_bytes()
+        make_once(cached, f"{name}_{architecture}", make)
+        return content_of(cached)
     except OSError as error:
         raise BuildError(
             f"cannot keep the CUDA kernels at {cached}: {error}; make that folder writable, or point XDG_CACHE_HOME "

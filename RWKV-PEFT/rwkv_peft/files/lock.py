@@ -1,0 +1,66 @@
+"""A file that one process holds at a time, and that says which: the system lets go of it when the process ends, however
+it ends."""
+
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+
+from ..errors import told
+
+
+class Busy(Exception):
+    """Another process holds the file; the text says which, where, and since when."""
+
+
+@contextmanager
+def hold(path: Path) -> Iterator[None]:
+    """Hold `path`, a file in a folder that exists, which is made for this and removed afterwards. Raises Busy where
+    another process holds it, OSError where the file system has no locks or the file cannot be made."""
+    with _locked(path) as file:
+        try:
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.truncate()
+            file.write(json.dumps({"host": platform.node(), "process": os.getpid(), "since": now}).encode())
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # while it is held: whoever has opened it finds that it is gone
+
+
+def _locked(path: Path) -> FileIO:
+    """The file at `path`, made if it is missing, open and locked."""
+    while True:
+        # a link at its place would lead what is written here elsewhere
+        file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                raise Busy(_holder(file)) from None
+        except BaseException:
+            file.close()
+            raise
+        if _is_at(file, path):
+            return file
+        file.close()  # its holder removed it after it was opened here
+
+
+def _is_at(file: FileIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _holder(file: FileIO) -> str:
+    """Who holds the file, by what it wrote in it."""
+    try:
+        values = json.loads(file.read())
+        return f"process {values['process']} on {values['host']}, since {values['since']}"
+    except (ValueError, LookupError, TypeError) as error:  # it has only just opened it
+        return f"another process, which does not say who it is ({told(error)})"

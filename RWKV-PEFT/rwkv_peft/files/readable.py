@@ -1,0 +1,28 @@
+"""Whether a file that a user names can be read, before anything is: what is not there and what may not be read are two
+things."""
+
+import os
+from pathlib import Path
+
+from ..errors import UserError
+
+
+def require_readable(path: str | Path, missing: str) -> Path:
+    """`path` as a Path to a file that opens for reading. Raises UserError: with the text `missing` where nothing is
+    there, for a folder, and for what exists and may not be read."""
+    path = Path(path)
+    try:
+        if os.path.isfile(path):  # opening a pipe would wait for its other end
+            open(path, "rb").close()
+        else:
+            os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(missing) from None
+    except OSError as error:
+        raise UserError(
+            f"{path} exists, and may not be read ({os.strerror(error.errno or 0).lower()}); give yourself the "
+            "permission, or copy it"
+        ) from error
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, where a file is expected")
+    return path

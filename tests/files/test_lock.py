@@ -1,0 +1,58 @@
+"""A held file: against every other process, by name, and for no longer than its process lives."""
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from rwkv_peft.files.lock import Busy, hold
+
+HOLD = "import sys; from pathlib import Path; from rwkv_peft.files.lock import hold\n"
+
+
+def test_one_holds_it_and_is_named(tmp_path):
+    words = f"process {os.getpid()} on {platform.node()}, since 20"
+    with hold(tmp_path / "lock"), pytest.raises(Busy, match=words), hold(tmp_path / "lock"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_process_holds_nothing(tmp_path):
+    code = HOLD + "with hold(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        process.stdout.readline()
+        with pytest.raises(Busy, match=f"process {process.pid} on"), hold(tmp_path / "lock"):
+            pass
+        process.send_signal(signal.SIGKILL)
+    assert json.loads((tmp_path / "lock").read_text())["process"] == process.pid
+    with hold(tmp_path / "lock"):
+        pass
+
+
+def test_two_never_hold_it_at_once(tmp_path):
+    """Each removes the file as it lets go, while others open it."""
+    code = HOLD + (
+        "from rwkv_peft.files.lock import Busy; import os\n"
+        "path, won = Path(sys.argv[1]), 0\n"
+        "while won < 300:\n"
+        "    try:\n"
+        "        with hold(path / 'lock'):\n"
+        "            os.mkdir(path / 'held'); os.rmdir(path / 'held'); won += 1\n"
+        "    except Busy: pass\n"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code, tmp_path]) for _ in range(3)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
+
+
+def test_a_link_at_its_place_is_not_followed(tmp_path):
+    (tmp_path / "lock").symlink_to(tmp_path / "other")
+    (tmp_path / "other").write_text("kept")
+    with pytest.raises(OSError), hold(tmp_path / "lock"):
+        pass
+    assert (tmp_path / "other").read_text() == "kept"

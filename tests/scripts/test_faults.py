@@ -1,0 +1,16 @@
+"""benchmarks/faults.py in small: killed writers, two at once, and a full disk where one can be mounted."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "faults.py"
+
+
+def test_killed_racing_and_refused_writers_leave_what_they_should():
+    command = [sys.executable, SCRIPT, "--kills", "6", "--races", "6", "--mutants", "70", "--seed", "3"]
+    done = subprocess.run(command, text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.endswith("| 0 |")]
+    assert len(rows) == 6 and "broken files, 0 faults" in done.stdout

@@ -1,0 +1,49 @@
+"""What a checkpoint says of its files, and each way in which one is no longer so."""
+
+import pytest
+
+from rwkv_peft.errors import UserError
+from rwkv_peft.training.saved_files import check_records, record_of, require_files
+
+NAMES = ("adapter.safetensors", "zero/optim_states.pt")
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    (tmp_path / "zero").mkdir()
+    for name in NAMES:
+        (tmp_path / name).write_bytes(bytes(range(256)) * 8)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "change, what",
+    [
+        (lambda content: content[:-1], "not of the 2,048 bytes"),
+        (lambda content: bytes(2048), "is not what was saved: its checksum"),
+        (lambda content: content[::-1], "is not what was saved: its checksum"),
+        (lambda content: content[:700] + bytes([content[700] ^ 16]) + content[701:], "is not what was saved"),
+    ],
+    ids=["truncated", "zeros", "foreign", "flipped"],
+)
+def test_damage_is_told_with_the_older_checkpoint_as_the_remedy(checkpoint, name, change, what):
+    records = {name: record_of(checkpoint / name) for name in NAMES}
+    require_files(checkpoint, records, fresh_optimizer=False, contents=True)
+    (checkpoint / name).write_bytes(change((checkpoint / name).read_bytes()))
+    with pytest.raises(UserError, match=f"{name} .*{what}.*delete {checkpoint} to resume from an older") as error:
+        require_files(checkpoint, records, fresh_optimizer=False, contents=True)
+    assert ("--fresh_optimizer" in str(error.value)) == name.startswith("zero")
+    if name.startswith("zero"):
+        require_files(checkpoint, records, fresh_optimizer=True, contents=True)
+
+
+def test_a_size_alone_is_what_earlier_versions_recorded(checkpoint):
+    check_records({NAMES[0]: 2048})
+    require_files(checkpoint, {NAMES[0]: 2048}, fresh_optimizer=False, contents=True)
+
+
+@pytest.mark.parametrize("record", [None, "2048", True, [], {}, {"bytes": "1"}, {"bytes": 1.5}])
+def test_a_record_of_another_type_is_refused(record):
+    with pytest.raises(ValueError, match="no whole number"):
+        check_records({"a": record})
