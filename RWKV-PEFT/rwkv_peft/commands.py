@@ -32,7 +32,7 @@ COMMANDS = (
         "train",
         "train an adapter on a model, or the model itself (train.py)",
         "training.run",
-        flags="training.flags:parse_flags",
+        flags="training.flags:judge",
     ),
     Command("plot", "draw the loss curve of a run", "plots"),
     Command(

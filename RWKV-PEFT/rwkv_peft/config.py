@@ -215,11 +215,15 @@ class TrainConfig:
         0, "end after so many validations without a lower loss; 0: never", group="validation", type=count
     )
     proj_dir: str = setting("out", "where the run writes", group="run", metavar="DIR")
-    resume: bool = setting(
-        False,
-        "continue the run in --proj_dir exactly where it stopped, on the same data",
+    resume: str = setting(
+        "",
+        "continue the run in --proj_dir exactly where it stopped, on the same data; auto: or begin it where there is "
+        "no checkpoint yet, for a command that is run again and again",
         group="run",
-        action="store_true",
+        nargs="?",
+        const="must",
+        choices=("must", "auto"),
+        metavar="auto",
     )
     fresh_optimizer: bool = setting(
         False,
@@ -292,7 +296,21 @@ class TrainConfig:
     accumulate_grad_batches: int = setting(1, "forward passes a step", group="optimizer", type=positive)
     accelerator: str = setting("auto", "where to train", group="machine", choices=("auto", "cpu", "gpu"))
     devices: int = setting(1, "GPUs, or CPU processes, a node", group="machine", type=positive)
-    num_nodes: int = setting(1, "nodes", group="machine", type=positive)
+    num_nodes: int = setting(
+        1,
+        "nodes, on each of which this command runs, with MASTER_ADDR and NODE_RANK set, or started by torchrun or srun",
+        group="machine",
+        type=positive,
+    )
+    join_minutes: float = setting(
+        10.0, "how long the processes of a run wait for each other to come", group="machine", type=above_zero
+    )
+    stall_minutes: float = setting(
+        30.0,
+        "end a run in which no step, validation batch or save has ended for so long; 0: never",
+        group="machine",
+        type=not_negative,
+    )
     strategy: str = setting("deepspeed_stage_1", "how memory is shared", group="machine", choices=STRATEGIES)
     precision: str = setting("bf16", "weights and activations", group="machine", choices=("bf16", "fp32"))
     grad_cp: bool = setting(

@@ -248,7 +248,7 @@ def test_another_number_of_devices_goes_on_at_the_next_sample(files, train, meth
 
 
 def test_larger_steps_count_from_their_own_checkpoint(tmp_path):
-    from rwkv_peft.training.saver import find_checkpoint
+    from rwkv_peft.training.checkpoints import find_checkpoint
 
     for step, seen in ((12, 12), (4, 16)):
         folder = tmp_path / "checkpoints" / f"step-{step:08d}"
@@ -260,7 +260,7 @@ def test_larger_steps_count_from_their_own_checkpoint(tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"samples_seen": 1}'])
 def test_a_damaged_state_is_named(tmp_path, text):
     from rwkv_peft.errors import UserError
-    from rwkv_peft.training.saver import find_checkpoint
+    from rwkv_peft.training.checkpoints import find_checkpoint
 
     folder = tmp_path / "checkpoints" / "step-00000001"
     folder.mkdir(parents=True)
@@ -277,7 +277,7 @@ def test_a_line_of_metrics_that_was_cut_off_does_not_hinder_resuming(tmp_path):
     path = tmp_path / "metrics.jsonl"
     whole = [json.dumps({"step": step, "loss": 0.1, "val_loss": 3.5 - step}) + "\n" for step in range(3)]
     path.write_text("".join(whole) + '{"step": 3, "lo')
-    validator = Validator([], 1, TrainConfig(val_every=1), None, None)
+    validator = Validator([], 1, TrainConfig(val_every=1), None, None, None)
     validator.restore(path, 2)
     assert validator.best == 2.5
     forget_from(path, 2)
@@ -287,7 +287,8 @@ def test_a_line_of_metrics_that_was_cut_off_does_not_hinder_resuming(tmp_path):
 def test_a_disk_that_refuses_a_checkpoint_is_told_and_leaves_the_earlier_ones(tmp_path):
     from rwkv_peft.config import AdapterConfig
     from rwkv_peft.errors import UserError
-    from rwkv_peft.training.saver import Saver, list_checkpoints
+    from rwkv_peft.training.checkpoints import list_checkpoints
+    from rwkv_peft.training.saver import Saver
 
     def refuse(*args, **settings):
         raise RuntimeError("unexpected pos 348864 vs 348752")

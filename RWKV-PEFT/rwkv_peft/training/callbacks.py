@@ -43,6 +43,19 @@ def gradient_norm(trainer):
     return math.nan if norm < 0 else float(norm)  # DeepSpeed writes -1 for a norm that is not finite
 
 
+class Moves(pl.Callback):
+    """Tells the watch (training/watch.py) of every micro batch."""
+
+    def __init__(self, watch):
+        self.watch = watch
+
+    def on_train_batch_start(self, trainer, lit, batch, batch_idx):
+        self.watch.moved(f"step {lit.step}")
+
+    def on_train_batch_end(self, trainer, lit, outputs, batch, batch_idx):
+        self.watch.moved(f"what follows step {lit.step}")
+
+
 class FiniteGradients(StepCallback):
     """Ends a run whose gradient norm is not finite, since clipping then makes zeros or NaN of the step: raises
     Diverged, on all ranks, which share the norm. It stands before the callbacks that record and save."""

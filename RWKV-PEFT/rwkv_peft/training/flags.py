@@ -4,6 +4,7 @@ Names that RWKV-LM and RWKV-PEFT scripts use are kept. Every contradiction is re
 before a weight is read, and what the flags tell by themselves before torch is imported.
 """
 
+import os
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from .loggers import check_wandb
 from .markers import markers_of
 from .parser import DIMENSIONS, build_parser, settings_of
 from .seed import DRAWN, draw_seed
+from .world import World, find_world
 
 if TYPE_CHECKING:
     from ..files.base import Base
@@ -24,24 +26,33 @@ if TYPE_CHECKING:
 
 class Request(NamedTuple):
     """What a command line asks for: config; base, the model that it starts from, or None for a new one; layers, the
-    names of the modules that get an adapter; drew, whether the seed was drawn; check_flags, whether nothing but the
-    flags is to be checked."""
+    names of the modules that get an adapter; world, this process among those of the run; argv, the flags for the
+    others, with the seed where one was drawn; check_flags, whether nothing but the flags is to be checked."""
 
     config: RunConfig
     base: "Base | None"
     layers: tuple[str, ...]
-    drew: bool = False
+    world: World
+    argv: tuple[str, ...] = ()
     check_flags: bool = False
 
 
 class Flags(NamedTuple):
-    """What the flags say by themselves: as parsed, and as settings; drew as in Request."""
+    """What the flags say by themselves: as parsed, and as settings; world and argv as in Request."""
 
     args: Namespace
     adapter: AdapterConfig
     data: DataConfig
     train: TrainConfig
-    drew: bool
+    world: World
+    argv: tuple[str, ...]
+
+
+def judge(argv):
+    """Before torch is imported: parse_flags, and for several ranks what torch reads once, at its import. A rank that
+    is gone is told in our words, and not in torch's stacks of C++ frames."""
+    if parse_flags(argv).world.size > 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 
 def parse_flags(argv):
@@ -49,10 +60,11 @@ def parse_flags(argv):
     args = build_parser().parse_args(argv)
     if args.train_type == "finetune" and args.peft != NONE:
         raise UserError(f"--train_type finetune trains the model itself, and --peft is {args.peft}; add --peft none")
-    drew = args.random_seed == DRAWN
-    if drew:
-        args.random_seed = draw_seed(args)
-    flags = Flags(args, adapter_config(args), data_config(args), settings_of(args, TrainConfig), drew)
+    world = find_world(settings_of(args, TrainConfig))
+    if args.random_seed == DRAWN:
+        args.random_seed = draw_seed(args, world)
+        argv = [*argv, "--random_seed", str(args.random_seed)]
+    flags = Flags(args, adapter_config(args), data_config(args), settings_of(args, TrainConfig), world, tuple(argv))
     check_train(flags.train)
     check_products(flags.train, flags.adapter)
     return flags
@@ -60,7 +72,7 @@ def parse_flags(argv):
 
 def parse_run(argv):
     """argv -> Request. Raises UserError for whatever cannot work together."""
-    args, adapter, data, train, drew = parse_flags(argv)
+    args, adapter, data, train, world, argv = parse_flags(argv)
     if not args.load_model and (adapter.method != NONE or adapter.load):
         raise UserError(
             f"--peft {args.peft} adapts a base model and none is given; "
@@ -75,7 +87,7 @@ def parse_run(argv):
     model = new_model(args, family) if base is None else check_base(args, base)
     adapter = replace(adapter, targets=targets_of(adapter.targets, family))
     layers = check_adapter(adapter, {} if base is None else base.linear_shapes, family.parts)
-    return Request(RunConfig(model, adapter, data, train), base, layers, drew, args.check_flags)
+    return Request(RunConfig(model, adapter, data, train), base, layers, world, argv, args.check_flags)
 
 
 def targets_of(targets, family):

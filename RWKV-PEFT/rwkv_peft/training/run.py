@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import warnings
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -32,19 +32,19 @@ from ..files.base import open_base
 from ..files.dtypes import DTYPES
 from ..memory import keep_freed_memory
 from ..models import family_named
+from .agreement import digest_of_file, passport
 from .alone import alone_in
+from .checkpoints import UNSAVED, clear_unsaved, find_checkpoint
 from .flags import parse_run
 from .gradients import estimate_gradients
 from .header import describe, describe_adapter
 from .loggers import make_loggers
-from .products import newest_name
+from .meeting import Ranks
+from .resume import AUTO, METRICS, find_state, made
 from .saved_files import require_files
-from .saver import Saver, data_identity, find_checkpoint, read_run_state
-from .seed import share_seed
+from .saver import Saver, data_identity
 from .start import start_adapter
 from .validate import Validator
-
-METRICS = "metrics.jsonl"  # which a run begins with its first step
 
 
 @dataclass(frozen=True)
@@ -65,26 +65,22 @@ class Plan:
 
 def main(argv):
     """train.py: returns the exit code."""
+    request = parse_run(argv)
+    say = print if request.world.rank == 0 else silent
     try:
-        request = parse_run(argv)
-        say = print if is_first_process() else lambda *_, **__: None
-        train = request.config.train
         if request.check_flags:
             return check(request, say)
-        if train.show_samples:
+        if request.config.train.show_samples:
             return show(request, say)
-        if request.drew:
-            share_seed(train.random_seed)
-        with alone_in(Path(train.proj_dir), say) if is_first_process() else nullcontext():
-            return run(request, say)
+        return run(request, say)
     except KeyboardInterrupt:
-        print("interrupted; what was saved before is intact", file=sys.stderr)
+        if request.world.leads:
+            print("interrupted; what was saved before is intact", file=sys.stderr)
         return 130
 
 
-def is_first_process():
-    """Whether this process is the one a user watches: rank 0, in every launcher's way of saying so."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK"))
+def silent(*words, **options):
+    """Print nothing: what a rank says that nobody watches."""
 
 
 def check(request, say=print):
@@ -111,29 +107,48 @@ def show(request, say=print):
 
 def run(request, say=print):
     """Train as a Request says; `say` prints for the user. Returns the exit code."""
-    config, base = request.config, request.base
-    train = config.train
-    accelerator = resolve_accelerator(train)
-    world_size = train.devices * train.num_nodes
-    step_samples = config.data.micro_bsz * world_size * train.accumulate_grad_batches
-    samples, held_out = find_samples(config)
+    world, train = request.world, request.config.train
     folder = Path(train.proj_dir)
+    with ExitStack() as held:
+        ranks = held.enter_context(Ranks(world, request.argv, train.join_minutes, print if world.leads else silent))
+        if world.rank == 0:
+            check_output("--proj_dir", folder / "checkpoints" / "state.json", [])
+            held.enter_context(made(folder))
+            held.enter_context(alone_in(folder, say))
+        return run_on(ranks, request, say)
+
+
+def run_on(ranks, request, say):
+    """The same on Ranks that are yet to meet."""
+    config, base, world = request.config, request.base, request.world
+    train, folder = config.train, Path(config.train.proj_dir)
+    accelerator = resolve_accelerator(train)
+    step_samples = config.data.micro_bsz * world.size * train.accumulate_grad_batches
+    samples, held_out = find_samples(config)
     identity = {
         "adapter": asdict(config.adapter),
         "base": "" if base is None else base.fingerprint,
         "data": data_identity(config, samples),
         "strategy": train.strategy,
-        "world_size": world_size,
+        "world_size": world.size,
         "precision": train.precision,
     }
     checkpoint, state = find_state(folder, train, identity)
-    if checkpoint is not None and is_first_process():
+    if checkpoint is not None and world.rank == 0:
         require_files(checkpoint, state["files"], train.fresh_optimizer, contents=True)
     plan = make_plan(train, samples, step_samples, state)
     if state and plan.first_step >= plan.total_steps:
-        raise UserError(
-            f"--resume: the run in {folder} is complete ({plan.first_step} steps); raise --epoch_count to go on"
-        )
+        complete = f"the run in {folder} is complete ({plan.first_step} steps)"
+        if train.resume == AUTO:
+            say(complete)
+            return 0
+        raise UserError(f"--resume: {complete}; raise --epoch_count to go on")
+    others = {
+        "the checkpoint to go on from": checkpoint and checkpoint.name,
+        "the adapter to start from": "" if checkpoint else digest_of_file(config.adapter.load),
+        "the validation data": held_out and data_identity(config, held_out)["content"],
+    }
+    ranks.meet(passport(config, identity, others), folder, train.stall_minutes)
 
     if base is not None:
         base.require_finite()
@@ -141,21 +156,24 @@ def run(request, say=print):
     family = family_named(config.model.version)
     model = build_model(config, family, base)
     batches = TrainBatches(
-        samples, config.data.micro_bsz, world_size=world_size, accumulate=train.accumulate_grad_batches
+        samples, config.data.micro_bsz, world_size=world.size, accumulate=train.accumulate_grad_batches
     )
     report = adapt(model, config.adapter, request.layers, family, base, batches, checkpoint)
     if state and train.fresh_optimizer:
         if config.adapter.method == NONE:
             model.load_state_dict(open_base(checkpoint / MODEL).tensors, strict=True)
         checkpoint = None  # its optimizer state belongs to other ranks
-    if is_first_process():  # the others would each open GPU 0 to see whether the kernels work
+    if world.rank == 0:  # the others would each open GPU 0 to see whether the kernels work
         describe(config, family, accelerator, samples, batches.notes, plan, report, state, say)
-    folder.mkdir(parents=True, exist_ok=True)
+    if world.rank == 0 and state is None:
+        if (folder / METRICS).exists():
+            say("          a run there ended before it saved anything: nothing trained is lost, and it starts anew")
+        clear_unsaved(folder)
+        (folder / UNSAVED).touch()
     saver = Saver(folder, config, plan, identity, base)
-    validator = Validator(held_out, config.data.micro_bsz, train, plan, saver) if held_out else None
-    if state is None and (folder / METRICS).exists():
-        say("          a run there ended before it saved anything: nothing trained is lost, and it starts anew")
-    return fit(config, family, model, report.trainable, samples, validator, saver, checkpoint, accelerator, say)
+    validator = Validator(held_out, config.data.micro_bsz, train, plan, saver, ranks.watch) if held_out else None
+    trainable = report.trainable
+    return fit(config, family, model, trainable, samples, validator, saver, checkpoint, accelerator, ranks, say)
 
 
 def find_samples(config):
@@ -182,48 +200,6 @@ def resolve_accelerator(train):
             + (", or use --accelerator cpu" if not gpus else "")
         )
     return accelerator
-
-
-def find_state(folder, train, identity):
-    """(checkpoint folder, its state.json) to resume from, or (None, None) for a fresh run. A run that ended before its
-    first checkpoint left nothing to go on from and nothing to lose, so that it starts anew, with --resume or
-    without."""
-    checkpoint = find_checkpoint(folder)
-    leftover = find_trained(folder, newest_name(identity["adapter"]["method"]))
-    begun = (folder / METRICS).exists()
-    if not train.resume:
-        if checkpoint is not None:
-            raise UserError(
-                f"--proj_dir {folder} already holds a run; add --resume to continue it, or name another folder"
-            )
-        if leftover:
-            raise UserError(
-                f"--proj_dir {folder} already holds {leftover}, which a new run would overwrite, and no checkpoint "
-                "to --resume from; move it away, or name another folder"
-            )
-        return None, None
-    if checkpoint is None and begun and not leftover:
-        return None, None
-    if checkpoint is None:
-        raise UserError(
-            f"--resume: there is no complete checkpoint under {folder / 'checkpoints'}; "
-            + (
-                f"move {folder / leftover} away and leave --resume out to start anew"
-                if leftover
-                else "leave --resume out to start"
-            )
-            + ", or give the --proj_dir of the run"
-        )
-    return checkpoint, read_run_state(checkpoint, identity, train.fresh_optimizer)
-
-
-def find_trained(folder, newest):
-    """The name of a file of trained tensors that a new run would overwrite: the newest of its kind, or any in the
-    folder of a run; None where there is none."""
-    if (folder / newest).exists():
-        return newest
-    files = [file for name in (ADAPTER, MODEL) for file in folder.glob(name.replace(".", "*."))]
-    return min(files).name if files and (folder / METRICS).exists() else None
 
 
 def make_plan(train, samples, step_samples, state):
@@ -285,9 +261,11 @@ def quiet():
         warnings.filterwarnings("ignore", text)
 
 
-def fit(config, family, model, trainable, samples, validator, saver, checkpoint, accelerator, say):
-    """Run Lightning's Trainer over the plan and report how it ended; returns the exit code."""
+def fit(config, family, model, trainable, samples, validator, saver, checkpoint, accelerator, ranks, say):
+    """Run Lightning's Trainer over the plan, on Ranks that have met, and report how it ended; returns the exit
+    code."""
     train, folder, plan = config.train, saver.folder, saver.plan
+    ranks.watch.moved("the start")
     if accelerator == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take a GPU that is there
         keep_freed_memory()
@@ -295,13 +273,13 @@ def fit(config, family, model, trainable, samples, validator, saver, checkpoint,
         import lightning.pytorch as pl
 
         from ..plots import plot_loss
-        from .callbacks import FiniteGradients, Record, Save, StopSignals
+        from .callbacks import FiniteGradients, Moves, Record, Save, StopSignals
         from .data_module import RunData
         from .lit import Diverged, Lit
         from .strategy import make_strategy
 
     quiet()
-    first = is_first_process()
+    first = ranks.world.rank == 0
     loggers = []
     if first:
         with atomic_write(folder / RUN) as temporary:
@@ -315,7 +293,7 @@ def fit(config, family, model, trainable, samples, validator, saver, checkpoint,
         accelerator=accelerator,
         devices=train.devices,
         num_nodes=train.num_nodes,
-        strategy=make_strategy(train, config.data.micro_bsz, trainable, accelerator),
+        strategy=make_strategy(train, config.data.micro_bsz, trainable, accelerator, ranks),
         precision={"bf16": "bf16-true", "fp32": "32-true"}[train.precision],
         accumulate_grad_batches=accumulate,
         gradient_clip_val=train.gradient_clip_val,
@@ -328,6 +306,7 @@ def fit(config, family, model, trainable, samples, validator, saver, checkpoint,
         use_distributed_sampler=False,
         default_root_dir=folder,
         callbacks=[
+            Moves(ranks.watch),
             FiniteGradients(accumulate),
             Record(folder, plan, accumulate, validator),
             Save(saver, plan, train, checkpoint, validator),

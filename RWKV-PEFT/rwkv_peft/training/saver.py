@@ -10,7 +10,6 @@ products.py writes the first three.
 
 import hashlib
 import json
-import math
 import os
 import shutil
 from contextlib import nullcontext
@@ -24,6 +23,7 @@ from ..data.batches import collate
 from ..errors import UserError, told
 from ..files.atomic import atomic_write
 from ..files.base import save_model
+from .checkpoints import UNREADABLE, UNSAVED, list_checkpoints
 from .products import Products, keeps_all, model_dtypes, share_file
 from .saved_files import TAG, check_records, record_of, require_files
 
@@ -44,25 +44,6 @@ KINDS = (
     ("world_size", int),
     ("precision", str),
 )
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError)  # of JSON that is not as due
-
-
-def list_checkpoints(folder):
-    """Complete checkpoint folders under proj_dir, oldest first: by samples seen, as a step may have changed its
-    size."""
-
-    def seen(checkpoint):
-        try:
-            return int(json.loads((checkpoint / "state.json").read_text())["samples_seen"])
-        except UNREADABLE:
-            return math.inf  # read_run_state says what is wrong with it
-
-    return sorted((path.parent for path in (folder / "checkpoints").glob("step-*/state.json")), key=seen)
-
-
-def find_checkpoint(folder):
-    """Newest complete checkpoint folder under proj_dir, or None."""
-    return next(reversed(list_checkpoints(folder)), None)
 
 
 def data_identity(config, samples):
@@ -211,6 +192,7 @@ class Saver:
         if final.exists():
             shutil.rmtree(final)
         hidden.rename(final)
+        (self.folder / UNSAVED).unlink(missing_ok=True)
         for old in list_checkpoints(self.folder)[:-KEEP]:
             shutil.rmtree(old)
 

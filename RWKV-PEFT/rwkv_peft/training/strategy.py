@@ -1,13 +1,61 @@
-"""DeepSpeed ZeRO under Lightning on any device: CPU processes over gloo as well as GPUs over NCCL."""
+"""DeepSpeed ZeRO under Lightning on any device: CPU processes over gloo as well as GPUs over NCCL, on the ranks that
+have met already."""
 
 import logging
+from datetime import timedelta
 
 import torch
+from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.strategies import DeepSpeedStrategy
+
+FOREVER = timedelta(days=365)  # for a collective: what hangs is the watch's business (watch.py)
+
+
+class MetRanks(ClusterEnvironment):
+    """The processes of a run as Lightning asks for them: they are all there."""
+
+    def __init__(self, world):
+        self.world = world
+
+    creates_processes_externally = True
+
+    @property
+    def main_address(self):
+        return self.world.address
+
+    @property
+    def main_port(self):
+        return self.world.port
+
+    @staticmethod
+    def detect():
+        return False
+
+    def world_size(self):
+        return self.world.size
+
+    def set_world_size(self, size):
+        """It is known."""
+
+    def global_rank(self):
+        return self.world.rank
+
+    def set_global_rank(self, rank):
+        """It is known."""
+
+    def local_rank(self):
+        return self.world.local_rank
+
+    def node_rank(self):
+        return self.world.node
 
 
 class ZeroStrategy(DeepSpeedStrategy):
-    """Lightning's DeepSpeedStrategy without its refusal of everything but CUDA."""
+    """Lightning's DeepSpeedStrategy without its refusal of everything but CUDA; ranks (a Ranks) have met."""
+
+    def __init__(self, ranks, **settings):
+        super().__init__(cluster_environment=MetRanks(ranks.world), **settings)
+        self.ranks = ranks
 
     def setup_environment(self):
         if self.root_device.type == "cpu":
@@ -15,13 +63,22 @@ class ZeroStrategy(DeepSpeedStrategy):
             self.parallel_devices = [torch.device("cpu", index) for index in range(len(self.parallel_devices))]
         super(DeepSpeedStrategy, self).setup_environment()
 
+    def setup_distributed(self):
+        world = self.ranks.world
+        backend = self._get_process_group_backend()
+        # DeepSpeed takes a group that is there, and would look for another meeting place for one of its own.
+        torch.distributed.init_process_group(
+            backend, store=self.ranks.store, rank=world.rank, world_size=world.size, timeout=FOREVER
+        )
+        super().setup_distributed()
+
 
 WHOLE = 1_000_000  # parameters of at most so many elements stay on every rank under stage 3: each matrix of an adapter
 
 
-def make_strategy(train, micro_bsz, trainable, accelerator):
-    """The strategy that train (TrainConfig) names, for a "cpu" or "gpu"; `trainable` parameters set the size of
-    communication buckets."""
+def make_strategy(train, micro_bsz, trainable, accelerator, ranks):
+    """The strategy that train (TrainConfig) names, for a "cpu" or "gpu", on ranks (a Ranks) that have met; `trainable`
+    parameters set the size of communication buckets."""
     if accelerator == "cpu":
         import deepspeed
 
@@ -31,6 +88,7 @@ def make_strategy(train, micro_bsz, trainable, accelerator):
     offload = train.strategy.endswith("offload")
     bucket = int(min(2e8, max(trainable, 1)))
     strategy = ZeroStrategy(
+        ranks,
         stage=stage,
         offload_optimizer=offload,
         offload_parameters=offload and stage == 3,

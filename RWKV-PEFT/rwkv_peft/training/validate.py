@@ -15,11 +15,11 @@ class Validator:
     """Called on all ranks after each step; every val_every steps (0: every epoch) it goes through `samples` once.
 
     A new lowest loss saves the trained tensors under the name "best". After early_stop validations in a row without
-    one (0: never) `exhausted` becomes true.
+    one (0: never) `exhausted` becomes true. `watch` (training/watch.py) hears of every batch.
     """
 
-    def __init__(self, samples, micro_bsz, train, plan, saver):
-        self.samples, self.micro_bsz, self.saver = samples, micro_bsz, saver
+    def __init__(self, samples, micro_bsz, train, plan, saver, watch):
+        self.samples, self.micro_bsz, self.saver, self.watch = samples, micro_bsz, saver, watch
         self.every, self.patience = train.val_every or plan.epoch_steps, train.early_stop
         self.best, self.since_best = math.inf, 0
 
@@ -55,6 +55,7 @@ class Validator:
         total = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens
         lit.model.eval()
         for batch in EvalBatches(self.samples, self.micro_bsz, trainer.global_rank, trainer.world_size):
+            self.watch.moved(f"the validation after step {lit.step}")
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             head = partial(linear_cross_entropy, targets=batch["targets"], mask=batch["mask"], count=1)
             loss, _ = lit.model(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"), head=head)

@@ -1,0 +1,76 @@
+"""What the ranks of a run must agree on before it begins: their flags, data, base, checkpoint and code."""
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..config import RunConfig
+from .parser import DIMENSIONS, flag_of
+from .world import World
+
+# where files lie and what is seen of a run, which may differ from node to node: contents are compared instead
+FREE = ("load_model", "path", "tokenizer", "val_data", "proj_dir", "load", "init", "wandb", "join_minutes")
+LIBRARIES = ("torch", "deepspeed", "lightning", "numpy")
+SHOWN = 4  # differences that are worth reading
+
+
+def passport(config: RunConfig, identity: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """{what is compared: its value} of this process; identity is what a resumed run must share with the first
+    (training/saver.py), others are further values."""
+    found = {}
+    for settings in (config.model, config.adapter, config.data, config.train):
+        for field in fields(settings):
+            if field.name not in FREE:
+                flag = flag_of(field)
+                named = flag or (field.name if field.name in dict(DIMENSIONS) else None)
+                found[f"--{named}" if named else field.name] = getattr(settings, field.name)
+    data = identity["data"]
+    found |= {
+        "the data": f"{data['content']} ({data['samples']:,} samples)",
+        "the base's fingerprint": identity["base"],
+        "the code of rwkv_peft": digest_of_code(),
+        "the version of Python": ".".join(platform.python_version_tuple()[:2]),
+    }
+    found |= {f"the version of {name}": version(name) for name in LIBRARIES}
+    return json.loads(json.dumps(found | dict(others)))
+
+
+def digest_of_code() -> str:
+    """Of the package's sources, those of its kernels among them."""
+    package = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for folder in (package, package / "cpu", package / "cuda"):  # the last two may be links, which rglob passes by
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".py", ".cpp", ".cu", ".h", ".cuh"):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def digest_of_file(path: str) -> str:
+    """Of a file's content, "" for what is no file."""
+    if not Path(path).is_file():
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()[:16]
+
+
+def disagreement(world: World, passports: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> str:
+    """How the first rank that differs from rank 0 does, in words; "" where all agree. `hosts` are the ranks' machines,
+    passports their values."""
+    for rank, theirs in enumerate(passports):
+        ours = passports[0]
+        different = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+        if not different:
+            continue
+        told = "; ".join(f"{name} is {ours.get(name)!r} and {theirs.get(name)!r}" for name in different[:SHOWN])
+        more = f"; and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
+        return (
+            f"{world.name(0)} on {hosts[0]} and {world.name(rank)} on {hosts[rank]} disagree: {told}{more}; give "
+            "every node the same command, data, base and code"
+        )
+    return ""

@@ -1,0 +1,46 @@
+"""The checkpoints of a run: which there are, how a run that ended goes on, and what one leaves that died before its
+first."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError)  # of JSON that is not as due
+
+UNSAVED = ".unsaved"  # in the folder of a run until its first checkpoint is complete: all else there is of no use
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoint folders under proj_dir, oldest first: by samples seen, as a step may have changed its
+    size."""
+
+    def seen(checkpoint: Path) -> float:
+        try:
+            return int(json.loads((checkpoint / "state.json").read_text())["samples_seen"])
+        except UNREADABLE:
+            return math.inf  # read_run_state says what is wrong with it
+
+    return sorted((path.parent for path in (folder / "checkpoints").glob("step-*/state.json")), key=seen)
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """Newest complete checkpoint folder under proj_dir, or None."""
+    return next(reversed(list_checkpoints(folder)), None)
+
+
+def how_to_go_on(folder: Path) -> str:
+    """What is left of a run that ended, and how it goes on."""
+    last = find_checkpoint(folder)
+    if last is None:
+        return "no checkpoint had been saved yet; the same command with --resume auto begins anew"
+    return f"the last checkpoint is {last}; the same command with --resume goes on from there"
+
+
+def clear_unsaved(folder: Path) -> None:
+    """Remove the trained tensors that a run left which ended before its first checkpoint; nothing where none did."""
+    if not (folder / UNSAVED).exists():
+        return
+    for file in folder.iterdir():
+        if re.fullmatch(r"(adapter|rwkv|merged)(-epoch-\d+|-best)?\.(safetensors|pth)", file.name):
+            file.unlink()

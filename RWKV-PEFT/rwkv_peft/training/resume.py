@@ -1,0 +1,63 @@
+"""Whether a run begins or goes on, by what its folder holds and --resume; and the folder itself."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import UserError
+from ..files.adapter_file import ADAPTER, MODEL
+from .checkpoints import UNSAVED, find_checkpoint
+from .products import newest_name
+from .saver import read_run_state
+
+METRICS = "metrics.jsonl"  # which a run begins with its first step
+MUST, AUTO = "must", "auto"  # --resume by itself, and --resume auto
+
+
+def find_state(folder, train, identity):
+    """(checkpoint folder, its state.json) to resume from, or (None, None) for a fresh run. A run that ended before its
+    first checkpoint left nothing to go on from and nothing to lose, so that it starts anew: with --resume or without
+    where it had written no trained tensors yet, else with --resume auto."""
+    checkpoint = find_checkpoint(folder)
+    if checkpoint is not None and train.resume:
+        return checkpoint, read_run_state(checkpoint, identity, train.fresh_optimizer)
+    if checkpoint is not None:
+        raise UserError(f"--proj_dir {folder} already holds a run; add --resume to continue it, or name another folder")
+    leftover = find_trained(folder, newest_name(identity["adapter"]["method"]))
+    unsaved = (folder / UNSAVED).exists()
+    if leftover and not (unsaved and train.resume == AUTO):
+        remedy = f"move {folder / leftover} away" + " and leave --resume out to start anew" * (train.resume == MUST)
+        if unsaved:
+            remedy = "--resume auto clears what that run left"
+        raise UserError(
+            f"--proj_dir {folder} already holds {leftover}, which a new run would overwrite, and no complete "
+            f"checkpoint to --resume from; {remedy}, or name another folder"
+        )
+    if train.resume == MUST and not (folder / METRICS).exists():
+        raise UserError(
+            f"--resume: there is no complete checkpoint under {folder / 'checkpoints'}; leave --resume out to start, "
+            "write --resume auto to start or go on, or give the --proj_dir of the run"
+        )
+    return None, None
+
+
+def find_trained(folder, newest):
+    """The name of a file of trained tensors that a new run would overwrite: the newest of its kind, or any in the
+    folder of a run; None where there is none."""
+    if (folder / newest).exists():
+        return newest
+    files = [file for name in (ADAPTER, MODEL) for file in folder.glob(name.replace(".", "*."))]
+    return min(files).name if files and (folder / METRICS).exists() else None
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """The folder of a run, made where it is missing; where nothing came into it, it goes again."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]  # the innermost first
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for path in missing:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()

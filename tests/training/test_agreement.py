@@ -1,0 +1,49 @@
+"""What ranks compare before a run: every setting that steers it, by its flag; where files lie is their own."""
+
+from dataclasses import fields, replace
+
+import pytest
+
+from rwkv_peft.config import AdapterConfig, DataConfig, RunConfig, TrainConfig
+from rwkv_peft.models.rwkv6.keys import RWKV6Config
+from rwkv_peft.training.agreement import FREE, disagreement, passport
+from rwkv_peft.training.parser import flag_of
+from rwkv_peft.training.world import World
+
+CONFIG = RunConfig(
+    RWKV6Config(n_layer=2, n_embd=64, vocab_size=80, dim_att=64, dim_ffn=96),
+    AdapterConfig(),
+    DataConfig("data"),
+    TrainConfig(),
+)
+IDENTITY = {"base": "abc", "data": {"content": "0123", "samples": 40}}
+SETTINGS = [(part, field) for part in ("adapter", "data", "train") for field in fields(getattr(CONFIG, part))]
+
+
+def compare(config, identity=IDENTITY, **others):
+    passports = [passport(CONFIG, IDENTITY, {}), passport(config, identity, others)]
+    return disagreement(World(2, 1), passports, ["first", "second"])
+
+
+@pytest.mark.parametrize("part, field", SETTINGS, ids=lambda value: getattr(value, "name", value))
+def test_every_setting_that_differs_is_named_with_both_values(part, field):
+    ours = getattr(getattr(CONFIG, part), field.name)
+    theirs = ("other",) if isinstance(ours, tuple) else f"other {ours}"
+    told = compare(replace(CONFIG, **{part: replace(getattr(CONFIG, part), **{field.name: theirs})}))
+    if field.name in FREE:
+        assert told == ""
+        return
+    ours, theirs = (list(value) if isinstance(value, tuple) else value for value in (ours, theirs))
+    name = f"--{flag_of(field)}" if flag_of(field) else field.name
+    assert f"rank 1 (node 1 of 2) on second disagree: {name} is {ours!r} and {theirs!r}; give every node" in told
+
+
+def test_data_base_and_checkpoint_are_compared_and_a_long_list_is_cut():
+    other = {"base": "abd", "data": {"content": "4567", "samples": 41}}
+    told = compare(CONFIG, other)
+    assert "the data is '0123 (40 samples)' and '4567 (41 samples)'" in told
+    assert "the base's fingerprint is 'abc' and 'abd'" in told
+    assert "the checkpoint is None and 'step-00000004'" in compare(CONFIG, **{"the checkpoint": "step-00000004"})
+    train = replace(CONFIG.train, lr_init=1.0, lr_final=1.0, beta1=0.5, beta2=0.5, weight_decay=1.0)
+    assert "--beta2 is 0.99 and 0.5; and 1 more; give" in compare(replace(CONFIG, train=train))
+    assert compare(CONFIG) == ""

@@ -1,0 +1,69 @@
+"""How ranks meet, within one process: nodes that count themselves wrongly, and one that is done for."""
+
+import pytest
+import torch.distributed as dist
+
+from rwkv_peft.errors import UserError
+from rwkv_peft.training.meeting import Ranks, call
+from rwkv_peft.training.watch import END
+from rwkv_peft.training.world import LOOPBACK, World
+
+
+def silent(*words, **options):
+    pass
+
+
+@pytest.fixture
+def first():
+    """Rank 0 of two nodes, which keeps the store."""
+    ranks = Ranks(World(2, 1), [], 0.02, silent)
+    with ranks:
+        yield ranks
+
+
+def other(first, world):
+    """A rank that has come to it."""
+    ranks = Ranks(world, [], 0.02, silent)
+    ranks.connect(call(LOOPBACK, first.server.port))
+    return ranks
+
+
+def test_two_processes_that_say_they_are_one_node_are_told(first):
+    other(first, World(2, 1, 1)).gather_nodes()
+    with pytest.raises(UserError, match="both say that they are node 1; give each node its own NODE_RANK"):
+        other(first, World(2, 1, 1)).gather_nodes()
+
+
+@pytest.mark.parametrize(
+    "world, words",
+    [(World(2, 4, 4), "--devices is 1 on node 0 .* and 4 on node 1"), (World(3, 1, 1), "--num_nodes is 2 .* and 3 on")],
+)
+def test_nodes_that_count_differently_are_told(first, world, words):
+    second = other(first, world)
+    second.gather_nodes()
+    with pytest.raises(UserError, match=words + ".*give every node the same command"):
+        first.gather_nodes()
+    assert second.store.check([END])
+
+
+def test_whoever_does_not_come_is_named(first):
+    with pytest.raises(UserError, match="node 1 of 2 at .* did not come within 0.02 minutes"):
+        first.gather_nodes()
+
+
+def test_the_end_of_one_is_the_reason_of_the_others_and_the_first_reason_counts(first):
+    second = other(first, World(2, 1, 1))
+    second.tell(UserError("the disk is full"))
+    second.tell(RuntimeError("of no matter"))
+    with pytest.raises(UserError, match="^rank 1 \\(node 1 of 2\\) on .* ended: the disk is full$"):
+        first.gather_nodes()
+
+
+def test_a_port_that_is_taken_is_told(first):
+    with pytest.raises(UserError, match=f"MASTER_PORT {first.server.port} is taken by another process"):
+        Ranks(World(2, 1, port=first.server.port), [], 1.0, silent).__enter__()
+
+
+def test_nobody_is_there_to_call():
+    with pytest.raises((OSError, dist.DistError)):
+        call(LOOPBACK, 1)

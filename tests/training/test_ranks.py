@@ -1,0 +1,205 @@
+"""Several ranks and nodes, as commands on one machine's loopback: they meet, agree, and end together.
+
+The nodes of a run are two processes that know each other by MASTER_ADDR alone.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from training.runs import finish, metrics
+
+LONG = ("--precision", "fp32", "--epoch_steps", "40", "--epoch_count", "3", "--strategy", "deepspeed_stage_2")
+PAIR = (*LONG, "--devices", "2")
+
+
+def launch(argv, **variables):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.Popen(argv, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
+
+
+def node(argv, number, port):
+    argv = [*argv, "--num_nodes", "2"]
+    return launch(argv, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, NODE_RANK=str(number))
+
+
+def task(argv, number, port):
+    """One of two tasks on two nodes, as srun starts them."""
+    srun = {"STEP_NUM_TASKS": "2", "STEP_NUM_NODES": "2", "STEP_NODELIST": "localhost", "NODEID": str(number)}
+    variables = {f"SLURM_{name}": value for name, value in srun.items()}
+    return launch([*argv, "--num_nodes", "2"], MASTER_PORT=port, SLURM_LOCALID="0", **variables)
+
+
+def two_nodes(first, second):
+    port = free_port()
+    return [node(first, 0, port), node(second, 1, port)]
+
+
+def children(process, count):
+    """The further processes that a run has started, once there are `count`."""
+    while len(found := psutil.Process(process.pid).children()) < count:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    return found
+
+
+def is_over(process):
+    """Whether a process has ended, be it that nobody has asked for its exit code yet."""
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def wait_for_steps(files, name, steps, process):
+    path = files / name / "metrics.jsonl"
+    while not path.exists() or path.read_text().count("\n") < steps:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def history(files, name):
+    return [[line[key] for key in ("step", "loss", "lr", "grad_norm")] for line in metrics(files, name)]
+
+
+@pytest.fixture(scope="module")
+def unbroken(files, command):
+    """The losses of a run on two nodes, which any other way to run two ranks repeats, with or without interruptions."""
+    argv = command("nodes", *LONG)
+    for process in two_nodes(argv, argv):
+        finish(process)
+    lines = history(files, "nodes")
+    assert len(lines) == 120 and lines[-1][1] < lines[0][1]
+    return lines
+
+
+@pytest.mark.parametrize("stage", ["1", "3"])
+def test_nodes_train_the_same_under_every_stage(files, command, unbroken, stage):
+    argv = command(f"stage-{stage}", *LONG, "--strategy", f"deepspeed_stage_{stage}")
+    for process in two_nodes(argv, argv):
+        finish(process)
+    lines = history(files, f"stage-{stage}")
+    assert len(lines) == len(unbroken)
+    for mine, theirs in zip(lines[:20], unbroken):  # later, roundings grow
+        assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+def test_nodes_that_disagree_end_with_one_message_that_names_the_flags_and_both_values(files, command):
+    first = command("disagree", "--epoch_steps", "20", "--lr_init", "3e-3")
+    second = command("disagree", "--epoch_steps", "10", "--lr_init", "1e-3")
+    for process in two_nodes(first, second):
+        _, err = finish(process, 2)
+        assert err.count("\n") == 1 and "node 0 of 2" in err and "node 1 of 2" in err
+        assert "--epoch_steps is 20 and 10; --lr_init is 0.003 and 0.001; give every node the same command" in err
+    assert not (files / "disagree" / "metrics.jsonl").exists()
+
+
+def test_a_folder_that_nodes_do_not_share_is_refused(files, command):
+    for process in two_nodes(command("here"), command("there")):
+        _, err = finish(process, 2)
+        assert err.count("\n") == 1 and "name a folder on a disk that all nodes share" in err
+    assert [path.name for path in files.glob("*here/*")] == []
+
+
+def test_a_node_that_is_refused_says_so_to_the_other(files, command):
+    first, second = two_nodes(command("lonely"), command("lonely", "--data_file", str(files / "absent")))
+    assert "absent" in finish(second, 2)[1]
+    _, err = finish(first, 2)
+    assert err.startswith("error: rank 1 (node 1 of 2) on ") and "absent" in err
+
+
+def test_waiting_is_told_and_ends(command):
+    port = free_port()
+    out, err = finish(node(command("late", "--join_minutes", "0.02"), 1, port), 2)
+    assert f"waiting for node 0 of 2 at 127.0.0.1:{port}, 0 s" in out
+    assert "node 0 of 2 at 127.0.0.1:" in err and "did not come within 0.02 minutes (--join_minutes)" in err
+    process = node(command("late"), 0, port)
+    while "waiting for node 1 of 2" not in (line := process.stdout.readline()):
+        assert line, process.communicate()
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, err = finish(process, 130)
+    assert err == "interrupted; what was saved before is intact\n" and time.monotonic() - began < 20
+
+
+def test_what_a_launcher_leaves_behind_and_a_taken_port_are_told(command):
+    for variables, words in (
+        ({"RANK": "1"}, "unset RANK"),
+        ({"NODE_RANK": "x"}, "NODE_RANK is 'x'"),
+        ({"NODE_RANK": "1"}, "unset NODE_RANK"),
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, "give --devices 2"),
+    ):
+        _, err = finish(launch(command("stray"), **variables), 2)
+        assert words in err and err.count("\n") == 1
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        _, err = finish(launch(command("stray", "--devices", "2"), MASTER_PORT=port), 2)
+    assert f"MASTER_PORT {port} is taken by another process; set MASTER_PORT to a free one" in err
+
+
+def test_a_dead_node_ends_the_other_within_a_minute(files, command):
+    argv, port = command("dead", *LONG, "--epoch_count", "50"), free_port()
+    first, second = (task(argv, number, port) for number in range(2))
+    wait_for_steps(files, "dead", 45, first)
+    second.kill()
+    began = time.monotonic()
+    out, err = finish(first, 1)
+    assert time.monotonic() - began < 60
+    assert "error: rank 1 (node 1 of 2) has given no sign for" in err and "Traceback" not in err
+    assert "the last checkpoint is" in err and "the same command with --resume goes on from there" in err
+    second.communicate()
+
+
+def test_no_process_outlives_the_one_that_started_it(files, command, unbroken):
+    process = launch(command("pair", *PAIR))
+    (child,) = children(process, 1)
+    process.kill()  # while the other starts up
+    began = time.monotonic()
+    process.communicate()  # which the end of the other closes
+    assert time.monotonic() - began < 10 and is_over(child)
+
+    process = launch(command("pair", *PAIR, "--resume", "auto"))
+    wait_for_steps(files, "pair", 45, process)
+    (child,) = children(process, 1)
+    process.kill()
+    began = time.monotonic()
+    _, err = process.communicate()
+    assert time.monotonic() - began < 10 and is_over(child)
+    assert err.count("\n") == 1 and "rank 0, which had started the others, is gone; the last checkpoint is" in err
+
+    out, _ = finish(launch(command("pair", *PAIR, "--resume", "auto")))
+    assert "resuming at step 40" in out
+    assert history(files, "pair") == unbroken
+
+
+def test_one_command_goes_on_through_two_restarts(files, command, unbroken):
+    """A rank is killed before the first checkpoint, and another after it; torchrun starts the same command again."""
+    argv = command("restarts", *PAIR, "--resume", "auto")[1:]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "2"]
+    process = launch([*torchrun, "--monitor_interval", "0.1", "--master_port", free_port(), *argv])
+    wait_for_steps(files, "restarts", 5, process)
+    (files / "restarts" / "adapter-best.safetensors").write_bytes(b"of a run that died before its first checkpoint")
+    ranks = children(process, 2)
+    ranks[1].kill()
+    psutil.wait_procs(ranks)
+    wait_for_steps(files, "restarts", 45, process)
+    children(process, 2)[0].kill()
+    out, err = finish(process)
+    assert "resuming at step" in out and history(files, "restarts") == unbroken
+    assert not (files / "restarts" / "adapter-best.safetensors").exists()
+
+
+def test_a_run_that_no_longer_moves_says_where_and_ends(command):
+    began = "error: nothing has moved for 0.001 minutes (--stall_minutes): rank 0 is at the start, in "
+    _, err = finish(launch(command("stalled", "--stall_minutes", "0.001")), 1)
+    assert began in err and ", line " in err and "no checkpoint had been saved yet" in err
+    _, err = finish(launch(command("stalled", "--stall_minutes", "0.001", "--devices", "2")), 1)
+    assert began in err and "; rank 1 is at the start, in " in err

@@ -1,0 +1,77 @@
+"""Which process of a run this one is: what the flags and a launcher's variables say together, and what they may not."""
+
+import pytest
+
+from rwkv_peft.config import TrainConfig
+from rwkv_peft.errors import UserError
+from rwkv_peft.training.world import LOOPBACK, World, find_world, first_host
+
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29511",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+}
+SRUN = {
+    "SLURM_JOB_ID": "1234567",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NODELIST": "gpu[03-04]",
+    "SLURM_NODEID": "1",
+    "SLURM_LOCALID": "1",
+}
+FIRST = {"MASTER_ADDR": "10.0.0.1", "NODE_RANK": "1"}
+
+
+@pytest.mark.parametrize(
+    "devices, nodes, environment, expected",
+    [
+        (1, 1, {}, World()),
+        (2, 1, {"MASTER_ADDR": "10.0.0.1", "NODE_RANK": "0"}, World(1, 2, 0, LOOPBACK, 0)),
+        (2, 1, {"MASTER_PORT": "29511"}, World(1, 2, 0, LOOPBACK, 29511)),
+        (2, 2, FIRST, World(2, 2, 2, "10.0.0.1", 29500)),
+        (2, 2, TORCHRUN, World(2, 2, 3, "10.0.0.1", 29511, starts=False, hosted=True)),
+        (2, 2, SRUN, World(2, 2, 3, "gpu03", 19567, starts=False)),
+        (8, 2, SRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}, World(2, 8, 8, "gpu03", 19567)),
+        (8, 1, SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, World(1, 8, 0)),  # an interactive step
+    ],
+)
+def test_every_way_of_starting_says_who_this_process_is(devices, nodes, environment, expected):
+    assert find_world(TrainConfig(devices=devices, num_nodes=nodes), environment) == expected
+
+
+def test_a_rank_is_named_with_its_node():
+    world = World(2, 4, 6)
+    assert (world.size, world.node, world.local_rank, world.leads) == (8, 1, 2, False)
+    assert world.name(6) == "rank 6 (node 1 of 2)" and World(1, 4).name(2) == "rank 2"
+
+
+@pytest.mark.parametrize(
+    "devices, nodes, environment, words",
+    [
+        (1, 2, {"NODE_RANK": "0"}, "MASTER_ADDR is not set, .* set it to the address of node 0"),
+        (1, 2, {"MASTER_ADDR": "10.0.0.1"}, "--num_nodes 2 and NODE_RANK is not set; set it to .* 0 to 1"),
+        (1, 1, {"NODE_RANK": "1"}, "NODE_RANK is 1 and --num_nodes 1, .* unset NODE_RANK"),
+        (1, 2, FIRST | {"NODE_RANK": "2"}, "NODE_RANK is 2 and --num_nodes 2, .* 0 to 1; set NODE_RANK to one"),
+        (1, 1, {"NODE_RANK": "x"}, "NODE_RANK is 'x', and a whole number is due"),
+        (1, 1, {"RANK": "1"}, "RANK is set, .* and WORLD_SIZE is not; unset RANK"),
+        (2, 1, {"LOCAL_RANK": "1"}, "LOCAL_RANK is set, .* and RANK is not; unset LOCAL_RANK"),
+        (1, 2, TORCHRUN, "4 processes were started, 2 of them here .* give --devices 2 --num_nodes 2"),
+        (2, 2, TORCHRUN | {"LOCAL_RANK": "0"}, "RANK 3 and LOCAL_RANK 0 are not those of one of 4 processes"),
+        (2, 2, FIRST | {"MASTER_PORT": "70000"}, "MASTER_PORT is 70000; a port is at most 65535"),
+        (1, 1, SRUN, "srun started 4 tasks on 2 nodes, .* give --num_nodes 2 --devices 2"),
+    ],
+)
+def test_what_contradicts_itself_or_leaves_the_meeting_open_is_refused(devices, nodes, environment, words):
+    with pytest.raises(UserError, match=words):
+        find_world(TrainConfig(devices=devices, num_nodes=nodes), environment)
+
+
+@pytest.mark.parametrize(
+    "hosts, first", [("gpu7", "gpu7"), ("gpu[03-05,9],login", "gpu03"), ("a,b", "a"), ("r[1-2]n.site,c", "r1n.site")]
+)
+def test_the_first_host_of_a_list_of_slurm(hosts, first):
+    assert first_host(hosts) == first
