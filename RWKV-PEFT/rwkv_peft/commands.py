@@ -34,6 +34,12 @@ COMMANDS = (
         "training.run",
         flags="training.flags:parse_flags",
     ),
+    Command(
+        "plan",
+        "what a run would take in memory and on disk, and whether it fits",
+        "plan.command",
+        flags="plan.flags:parse_flags",
+    ),
     Command("plot", "draw the loss curve of a run", "plots"),
     Command(
         "merge",
