@@ -3,7 +3,7 @@
 import argparse
 import math
 
-from ..cli import Parser
+from ..cli import Parser, positive
 from ..config import QUANTIZATIONS
 from ..errors import UserError
 from ..files.source_flags import add_source_flags
@@ -137,10 +137,26 @@ def convert_flags(argv: list[str]) -> argparse.Namespace:
         default="disha",
         help="name of Bone's tensors in RWKV-PEFT's files: disha since 2025-02, bone before",
     )
+    parser.add_argument(
+        "--to",
+        choices=("lora",),
+        help="write an adapter as plain LoRA: into a folder (Hugging Face peft), .gguf (llama.cpp), .pth (RWKV-PEFT) "
+        "or .safetensors; bone exactly, bat-in by its largest singular values, with the error told",
+    )
+    parser.add_argument(
+        "--lora_rank",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="--to lora: rank where there is no exact form (default twice the adapter's)",
+    )
     add_source_flags(parser)
     parser.add_argument(
         "--base_model",
         metavar="PTH",
         help="base of an adapter, whose shapes may tell the variant, and how wide bone-mini is as RWKV-PEFT's bone",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.lora_rank and not args.to:
+        raise UserError(f"--lora_rank {args.lora_rank} is the rank of --to lora, which is not given; add it")
+    return args
