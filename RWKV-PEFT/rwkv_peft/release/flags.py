@@ -1,4 +1,5 @@
-"""The flags of merge, check, verify and convert: argv -> the parsed flags, or UserError, before torch is imported."""
+"""The flags of merge, check, verify, inspect and convert: argv -> the parsed flags, or UserError, before torch is
+imported."""
 
 import argparse
 import math
@@ -106,6 +107,25 @@ def verify_flags(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.tokens < 1:
         raise UserError(f"--tokens {args.tokens}: at least one is needed")
+    return args
+
+
+def inspect_flags(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="rwkv-peft inspect",
+        description="What a file or folder is: a model, merged or not, an adapter, states; ours or another tool's.",
+    )
+    parser.add_argument("file", help="a .pth, .safetensors, .st, .gguf, or the folder of a run, of peft or of a model")
+    parser.add_argument(
+        "--base_model", metavar="PTH", help="also print how far each layer's matrices moved from this model"
+    )
+    parser.add_argument("--output", metavar="PNG", help="with --base_model: draw that, too")
+    add_source_flags(parser)
+    args = parser.parse_args(argv)
+    if args.output and not args.base_model:
+        raise UserError(f"--output {args.output} is a picture of the change from --base_model; name the base")
+    if args.output and not args.output.endswith(".png"):
+        raise UserError(f"--output {args.output} does not end in .png, which is what is drawn")
     return args
 
 
