@@ -99,7 +99,7 @@ def kernels(device):
     def trial(kernels):
         x, u = torch.zeros(1, 1, 1, 32, device=device), torch.zeros(1, 32, device=device)
         with torch.cuda.device(device):
-            run_forward(kernels, _stream(x), x, x, x, x, u, None, None, False)
+            run_forward(kernels, stream(x), x, x, x, x, u, None, None, False)
             torch.cuda.synchronize()
 
     return gpu.build_kernels("wkv6_cuda", SOURCE, device, Library, Module, trial)
