@@ -56,12 +56,15 @@ SIZES = (  # generation, name, layers, channels
     ("x060", "7B", 32, 4096),
     ("x060", "14B", 61, 4096),
 )
-METHODS = (
-    ("bat-in", ()),
-    ("bat-in, nf4", ("--quant", "nf4")),
-    ("bone", ("--bone_mode", "bone")),
-    ("lora", ("--peft", "lora")),
-    ("full", ("--peft", "none")),
+RECOMPUTED, KEPT = ("--grad_cp", "1"), ("--grad_cp", "0")
+METHODS = (  # name, flags
+    ("bat-in", RECOMPUTED),
+    ("bat-in, int8", (*RECOMPUTED, "--quant", "int8")),
+    ("bat-in, nf4", (*RECOMPUTED, "--quant", "nf4")),
+    ("bat-in, blocks kept", KEPT),
+    ("bone, blocks kept", (*KEPT, "--bone_mode", "bone")),
+    ("lora", (*RECOMPUTED, "--peft", "lora")),
+    ("full", (*RECOMPUTED, "--peft", "none")),
 )
 CARDS = (8, 12, 16, 24, 32, 48, 80, 141)  # GiB
 
@@ -129,14 +132,15 @@ def tensor(key, shape):
 
 
 def table():
-    """Print the smallest GPU's peak by size and method, at 1 x 1024 tokens, --grad_cp 1, rank 64, bf16."""
-    print(f"| model | parameters | {' | '.join(name for name, _ in METHODS)} | bat-in: least card, tokens in 24 GiB |")
-    print("|---|---|" + "---|" * len(METHODS) + "---|")
+    """Print a GPU's peak by size and method, at 1 x 1024 tokens, rank 64, bf16; blocks are recomputed (--grad_cp 1) but
+    where they are kept. Last, for bat-in: the smallest card, and the tokens of a micro batch that fit 24 GiB."""
+    print(f"| model | parameters | {' | '.join(name for name, _ in METHODS)} | least card | tokens in 24 GiB |")
+    print("|---|---|" + "---|" * (len(METHODS) + 2))
     for version, name, layers, channels in SIZES:
         cells = []
         shape = ("--n_layer", layers, "--n_embd", channels, "--vocab_size", VOCABULARY, "--model_version", version)
         for _, flags in METHODS:
-            config = request_of(parse_flags([*map(str, shape), "--grad_cp", "1", *flags])).config
+            config = request_of(parse_flags([*map(str, shape), *flags])).config
             estimate = Estimate.of(config, GPU)
             cells.append((peak(estimate.parts(1, 1024), GPU), estimate))
         total = cells[0][1].counts.total - cells[0][1].counts.own
@@ -145,7 +149,7 @@ def table():
         print(
             f"| {family_named(version).name} {name} | {total / 1e9:.2f} G | "
             + " | ".join(f"{size / 2**30:.1f}" for size, _ in cells)
-            + f" | {least} GiB, {tokens:,} |",
+            + f" | {least} GiB | {tokens or '-'} |",
             flush=True,
         )
 

@@ -62,9 +62,10 @@ def test_what_is_kept_is_what_autograd_keeps_of_the_whole_model(family, name):
 def test_any_depth_and_batch_follow_from_three_blocks(device, grad_cp):
     for family in FAMILIES:
         adapter, config = adapter_of("bat-in", family), family.new_dimensions(5, 64, 80, head_size=32)
-        kept, work = step_bytes(family, config, adapter, torch.bfloat16, device, grad_cp, 3, 256)
+        kept, states, work = step_bytes(family, config, adapter, torch.bfloat16, device, grad_cp, 3, 256)
         told = rehearse(family, config, adapter, torch.bfloat16, device, grad_cp)
         assert told.kept.at(3, 256) == pytest.approx(kept, rel=0.01)
+        assert told.kept.at(3, 256) + told.states.at(3, 256) == pytest.approx(kept + states, rel=0.01)
         assert told.kept.at(3, 256) + told.work.at(3, 256) == pytest.approx(kept + work, rel=0.03)
 
 

@@ -131,6 +131,7 @@ class Estimate:
         hidden = (rows * tokens + 2 * chunk) * model.n_embd * item
         return [
             Part("activations", here, self.step.kept.at(rows, tokens), (LOSS, BACKWARD)),
+            Part("states of the layers", here, self.step.states.at(rows, tokens), (LOSS,)),
             Part("work of a block", here, self.step.work.at(rows, tokens), (BACKWARD,)),
             Part("logits", here, round(chunk * self.logits), (LOSS,)),
             Part("hidden states of the loss", here, hidden, (LOSS,)),

@@ -103,9 +103,11 @@ class Linear:
 
 @dataclass(frozen=True)
 class Step:
-    """kept: what the forward pass leaves for the backward pass; work: what the backward pass needs at once besides."""
+    """kept: what the forward pass leaves for the backward pass; states: what the layers' states hold besides, until the
+    loss is there; work: what the backward pass needs at once besides."""
 
     kept: Linear
+    states: Linear
     work: Linear
 
 
@@ -129,9 +131,11 @@ def rehearse(
         batches = ((1, TOKENS), (1, 2 * TOKENS), (2, TOKENS))
         return Linear.through(*(found[blocks, rows, tokens][part] for rows, tokens in batches))
 
-    less, more = fitted(shallow, 0), fitted(depth, 0)
-    kept = more.plus(more.plus(less, -1), model.n_layer - depth)
-    return Step(kept, fitted(depth, 1))
+    def deep(part: int) -> Linear:
+        less, more = fitted(shallow, part), fitted(depth, part)
+        return more.plus(more.plus(less, -1), model.n_layer - depth)
+
+    return Step(deep(0), deep(1), fitted(depth, 2))
 
 
 def step_bytes(
@@ -143,8 +147,9 @@ def step_bytes(
     grad_cp: bool,
     rows: int,
     tokens: int,
-) -> tuple[int, int]:
-    """(bytes kept for the backward pass, bytes that it needs at once besides) of one step."""
+) -> tuple[int, int, int]:
+    """Bytes of one step: kept for the backward pass, held by states until the loss is there, needed by the backward
+    pass at once."""
     model = build(family, replace(config, vocab_size=VOCABULARY), adapter, grad_cp).to(dtype).to_empty(device=device)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -153,11 +158,12 @@ def step_bytes(
     tracker = Tracker()
     tracker.ignore([*model.parameters(), *model.buffers(), batch])
     with tracker:
-        loss = model(batch, head=lambda x, weight: (x @ weight.t()).sum())[0]
-        kept = tracker.live
-        tracker.peak = kept
+        loss, states = model(batch, head=lambda x, weight: (x @ weight.t()).sum())
+        held = tracker.live
+        del states
+        kept = tracker.peak = tracker.live
         loss.backward()
-    return kept, tracker.peak - kept
+    return kept, held - kept, tracker.peak - kept
 
 
 def _drop(parameter: torch.Tensor) -> None:
