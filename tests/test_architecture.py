@@ -49,15 +49,17 @@ PARTS = (
     ("merge", ("release",), ("bases", "adapter files")),
     (
         "convert",
-        ("release/convert", "release/formats", "release/gguf", "release/vocabulary"),
+        ("release/convert", "release/formats", "release/gguf", "release/lora", "release/vocabulary"),
         ("bases", "adapter files", "data"),
     ),
     ("check", ("release/check", "release/verify", "release/logits", "release/runtimes"), ("convert", "merge")),
     ("generate", ("generate",), ("merge", "data")),
     ("hf", ("hf",), ("adapters", "containers")),
-    ("plots", ("plots",), ("containers",)),
+    ("plots", ("plots", "comparison"), ("containers",)),
+    ("inspect", ("release/contents", "release/heat", "release/inspect_command"), ("convert", "merge", "plots")),
     ("doctor", ("doctor",), ("models",)),
     ("training", ("training",), ("bases", "adapter files", "data", "plots", "merge")),
+    ("plan", ("plan",), ("training",)),
     ("commands", ("commands", "__main__"), ("flags",)),  # it imports a command when that is called, by its name
 )
 
@@ -168,11 +170,11 @@ def test_no_file_imports_itself_by_way_of_others():
         visit(module, ())
 
 
-def test_adapters_are_put_into_models_by_the_run_and_its_check_alone():
+def test_adapters_are_put_into_models_by_the_run_its_rehearsal_and_its_check_alone():
     injecting = [
         module for module, path in MODULES.items() if re.search(r"inject import .*\binject\b", path.read_text())
     ]
-    assert injecting == [("release", "check"), ("training", "run")]
+    assert injecting == [("plan", "rehearsal"), ("release", "check"), ("training", "run")]
 
 
 def test_heavy_packages_are_imported_by_the_files_whose_job_they_are():

@@ -34,7 +34,14 @@ COMMANDS = (
         "training.run",
         flags="training.flags:judge",
     ),
+    Command(
+        "plan",
+        "what a run would take in memory and on disk, and whether it fits",
+        "plan.command",
+        flags="plan.flags:parse_flags",
+    ),
     Command("plot", "draw the loss curve of a run", "plots"),
+    Command("plots", "draw the curves of several runs into one picture", "comparison"),
     Command(
         "merge",
         "base + adapter -> a .pth that any runtime loads (merge_bone.py)",
@@ -52,6 +59,12 @@ COMMANDS = (
         "a model in every installed runtime, against float64",
         "release.verify",
         flags="release.flags:verify_flags",
+    ),
+    Command(
+        "inspect",
+        "what a file holds, and how far its matrices moved from the base",
+        "release.inspect_command",
+        flags="release.flags:inspect_flags",
     ),
     Command(
         "convert",

@@ -15,6 +15,7 @@ METHOD_ALIASES = (("disha", "bone"),)
 SCHEDULE_ALIASES = (("cos_decay", "cosine"), ("cos", "cosine"))
 QUANTIZATIONS = ("none", "nf4", "int8")
 STRATEGIES = tuple(f"deepspeed_stage_{stage}" for stage in ("1", "2", "2_offload", "3", "3_offload"))
+BUCKET = 200_000_000  # the most elements of a bucket in which ranks exchange gradients
 Value = TypeVar("Value")
 
 
@@ -316,6 +317,16 @@ class TrainConfig:
     grad_cp: bool = setting(
         False, "recompute blocks in the backward pass, to save memory", group="machine", type=switch, metavar="0|1"
     )
+
+    @property
+    def stage(self) -> int:
+        """ZeRO's stage."""
+        return int(self.strategy.split("_")[2])
+
+    @property
+    def offload(self) -> bool:
+        """Whether the optimizer lives in main memory."""
+        return self.strategy.endswith("offload")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ compiled, since that is the only honest answer to whether they work.
 
 import importlib
 import io
-import os
 import re
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .cli import Parser
+from .memory import main_memory
 
 OK, NOTE, MISSING = "ok", "-", "MISSING"  # as it should be; good to know; training needs it
 PYTHONS = ((3, 10), (3, 14))
@@ -259,7 +259,7 @@ def check_deepspeed():
 
 def check_memory():
     """Main memory, and the disk under the current folder."""
-    total, free = memory()
+    total, free = main_memory()
     if total:
         yield Finding(
             "memory", OK, f"{total / 2**30:.1f} GiB" + (f", {free / 2**30:.1f} GiB available" if free else "")
@@ -272,18 +272,6 @@ def check_memory():
         f"{disk / 2**30:.0f} GiB free in {Path.cwd()}"
         + (": a 7B model and its checkpoints need 30 GiB" if low else ""),
     )
-
-
-def memory():
-    """(total, available) bytes of main memory; 0 for what the system does not tell."""
-    try:
-        page = os.sysconf("SC_PAGE_SIZE")
-        total = page * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 0, 0
-    meminfo = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.is_file() else None
-    return total, int(found[1]) * 1024 if found else 0
 
 
 def check_optional():

@@ -1,7 +1,10 @@
-"""The C library's heap, set up for large tensors that come and go."""
+"""Main memory: how much of it there is, and the C library's heap, set up for large tensors that come and go."""
 
 import ctypes
+import os
+import re
 import sys
+from pathlib import Path
 
 # glibc's names for mallopt (malloc.h), and the largest value that it takes.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -17,3 +20,15 @@ def keep_freed_memory() -> bool:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     return mallopt is not None and all([mallopt(name, LARGEST) for name in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD)])
+
+
+def main_memory() -> tuple[int, int]:
+    """(total, available) bytes of main memory; 0 for what the system does not tell."""
+    try:
+        page = os.sysconf("SC_PAGE_SIZE")
+        total = page * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0, 0
+    meminfo = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.is_file() else None
+    return total, int(found[1]) * 1024 if found else 0

@@ -1,11 +1,11 @@
-"""Pictures of a run: the loss curve that train.py leaves beside its metrics.
+"""Pictures of a run: the loss curve that train.py leaves beside its metrics, and how far each matrix moved.
 
 rwkv-peft plot out/metrics.jsonl out/loss.png
 """
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,27 @@ def plot_loss(metrics_jsonl: str | Path, out_png: str | Path) -> None:
         right.spines["top"].set_visible(False)
     if shown:
         figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    with atomic_write(out_png) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def plot_heat(
+    rows: Sequence[int], columns: Sequence[str], cells: Mapping[tuple[int, str], float], out_png: str | Path
+) -> None:
+    """Draw a grid of numbers in percent: a row for each layer, a column for each matrix; white without one."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    values = [[100 * cells.get((layer, name), float("nan")) for name in columns] for layer in rows]
+    figure = Figure(figsize=(2.5 + 0.5 * len(columns), 2.4 + 0.22 * len(rows)), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if values:
+        image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=0)
+        figure.colorbar(image, label="|W' - W| / |W| in %")
+        axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(0, len(rows), max(1, len(rows) // 16)), list(map(str, rows[:: max(1, len(rows) // 16)])))
+    axes.set(ylabel="layer")
     with atomic_write(out_png) as temporary:
         figure.savefig(temporary, format="png")
 

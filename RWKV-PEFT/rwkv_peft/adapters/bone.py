@@ -60,6 +60,13 @@ class Bone(Method):
         """The change does not depend on W, and is subtracted."""
         return {"bone": -amount * wide(params["bone"])}
 
+    def as_lora(self, params: Params, scale: float, out_features: int, in_features: int) -> Params | None:
+        """lora_A = [I I …], cut at in; lora_B = Dᵀ."""
+        update = params["bone"].float()
+        rank, width = update.shape
+        identity = torch.eye(rank).repeat(1, -(-in_features // rank))[:, :in_features]
+        return {"lora_A": identity.contiguous(), "lora_B": update.t()[torch.arange(out_features) % width].contiguous()}
+
     def for_rwkv_peft(self, module: str, params: Params, scale: float, weight: torch.Tensor | None) -> Params:
         return params
 

@@ -95,6 +95,9 @@ class Dora(Lora):
         factor = ((half.square() - rest * last).sqrt() - half) / (a * rest)
         return (weight - (a * factor)[:, None] * update) / (1 - a + a * factor)[:, None]
 
+    def as_lora(self, params: Params, scale: float, out_features: int, in_features: int) -> Params | None:
+        return None
+
     def for_rwkv_peft(self, module: str, params: Params, scale: float, weight: torch.Tensor | None) -> Params:
         raise UserError("RWKV-PEFT has no dora; merge the adapter with merge_bone.py instead")
 

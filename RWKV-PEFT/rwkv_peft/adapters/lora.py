@@ -72,6 +72,9 @@ class Lora(Method):
         """The change does not depend on W, and is subtracted."""
         return {name: -amount * wide(tensor) if name.endswith("B") else tensor for name, tensor in params.items()}
 
+    def as_lora(self, params: Params, scale: float, out_features: int, in_features: int) -> Params | None:
+        return {"lora_A": params["lora_A"].float(), "lora_B": scale * params["lora_B"].float()}
+
     def for_rwkv_peft(self, module: str, params: Params, scale: float, weight: torch.Tensor | None) -> Params:
         return params
 

@@ -171,6 +171,11 @@ class Method(ABC):
         """W from W' (out, in), up to rounding, by the params that `opposite` gives."""
         return weight + self.delta(weight, opposite, scale)
 
+    def as_lora(self, params: Params, scale: float, out_features: int, in_features: int) -> Params | None:
+        """The change of a layer as LoRA's: `lora_A` (r, in) and `lora_B` (out, r), float32, whose product lora_B lora_A
+        it is exactly; None where it has no such form."""
+        return None
+
     def for_rwkv_peft(self, module: str, params: Params, scale: float, weight: torch.Tensor | None) -> Params:
         """{tensor name: tensor} as RWKV-PEFT's files hold the adapter of a layer ("bone" for Bone's tensors); weight is
         the base's, or None. Raises UserError where RWKV-PEFT has no such form."""

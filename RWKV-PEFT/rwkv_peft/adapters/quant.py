@@ -22,6 +22,11 @@ def block_size(kind: str) -> int:
     return 64 if kind == "nf4" else 256
 
 
+def stored_bytes(weights: int, kind: str) -> int:
+    """What so many quantized weights take, their scales (float32) included."""
+    return weights // (2 if kind == "nf4" else 1) + 4 * -(-weights // block_size(kind))
+
+
 def quantize(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     """weight (out, in), any float dtype -> packed (uint8, 1-D), scales (int32, 1-D).
 

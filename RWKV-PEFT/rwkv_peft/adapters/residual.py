@@ -41,6 +41,11 @@ class ResidualLora(Lora):
         params = cast(params, weight.dtype)
         return super().delta(weight, params, scale) - scale * (params["init_lora_B"] @ params["init_lora_A"])
 
+    def as_lora(self, params: Params, scale: float, out_features: int, in_features: int) -> Params | None:
+        """Of twice the rank: B A - B0 A0."""
+        A, B, A0, B0 = (params[name].float() for name in (*self.parameters, *self.constants))
+        return {"lora_A": torch.cat([A, A0]), "lora_B": scale * torch.cat([B, -B0], dim=1)}
+
     def for_rwkv_peft(self, module: str, params: Params, scale: float, weight: torch.Tensor | None) -> Params:
         """As PiSSA, which is the same but for where it starts; RWKV-PEFT's has scale 1."""
         if scale == 1:

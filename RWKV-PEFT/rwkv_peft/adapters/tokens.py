@@ -34,7 +34,7 @@ def apply_to_tokens(
 ) -> torch.Tensor:
     """Apply an autograd Function over the flattened tokens of x, in one dtype."""
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         x = x.to(torch.get_autocast_dtype(device_type))
         with torch.autocast(device_type, enabled=False):
             return apply_to_tokens(function, x, weight, bias, *params, product=product, extra=extra)

@@ -55,10 +55,13 @@ class Base:
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Module name -> (out, in) of every 2-D weight."""
-        weights = (
-            (key, tensor) for key, tensor in self.tensors.items() if key.endswith(".weight") and tensor.ndim == 2
-        )
-        return {key.removesuffix(".weight"): (tensor.shape[0], tensor.shape[1]) for key, tensor in weights}
+        return linear_shapes({key: tuple(tensor.shape) for key, tensor in self.tensors.items()})
+
+
+def linear_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
+    """Module name -> (out, in) of every 2-D weight among {key: shape}."""
+    weights = {key: shape for key, shape in shapes.items() if key.endswith(".weight") and len(shape) == 2}
+    return {key.removesuffix(".weight"): (shape[0], shape[1]) for key, shape in weights.items()}
 
 
 def open_base(path: str | Path) -> Base:

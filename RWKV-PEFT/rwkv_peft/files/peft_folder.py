@@ -7,6 +7,7 @@ import json
 import reprlib
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,10 +17,13 @@ from ..adapters.methods import METHODS, NONE, adapter_parameter, by_hf_name
 from ..errors import UserError, told
 from ..models import official_key
 from .adapter_file import Adapter, AdapterMetadata, target_names
+from .atomic import atomic_write
 from .pth import read_tensors, require_file
-from .safetensors_file import read_safetensors
+from .pth_writer import TensorSpec
+from .safetensors_file import read_safetensors, write_safetensors
 
 HF_PREFIX = "base_model.model."
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 Number = TypeVar("Number", int, float)
 
 
@@ -70,6 +74,34 @@ def read_hf_folder(folder: str | Path) -> Adapter:
         _check_rank(folder, f"{key.removesuffix('bone')}{parameter}", tensor, 0 if tensor.dim() == 2 else -1, rank)
     mini_rank = _number(folder, config, "mini_r", int) if variant == "bone-mini" else 0
     return Adapter(own | whole, AdapterMetadata(variant, rank=rank, mini_rank=mini_rank, **common))
+
+
+def write_lora_folder(folder: Path, adapter: Adapter, base: str) -> None:
+    """Write an Adapter of plain LoRA, of adapted layers alone, as a folder of Hugging Face peft; base is the path that
+    it names as its base model's. adapter_config.json goes before the tensors change and comes when they have."""
+    metadata = adapter.metadata
+    settings = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "r": metadata.rank,
+        "lora_alpha": metadata.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": list(adapter.modules()),  # in full: a target would match all layers of its name
+        "inference_mode": True,
+        "task_type": None,
+    }
+    tensors = {
+        f"{HF_PREFIX}{module}.{name}.weight": tensor.contiguous()
+        for module, params in adapter.modules().items()
+        for name, tensor in params.items()
+    }
+    specs = {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}
+    with ExitStack() as stack:
+        config = stack.enter_context(atomic_write(folder / CONFIG))
+        config.write_text(json.dumps(settings, indent=2) + "\n")
+        write_safetensors(stack.enter_context(atomic_write(folder / TENSORS)), specs, tensors.items())
+        (folder / CONFIG).unlink(missing_ok=True)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -13,6 +13,12 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1)
 
 
+def gguf_module(module: str) -> str:
+    """The name of a layer that takes adapters: blocks.0.att.key -> blk.0.time_mix_key, ffn -> channel_mix."""
+    _, block, part, name = module.split(".")
+    return f"blk.{block}.{'time' if part == 'att' else 'channel'}_mix_{name}"
+
+
 class GgufTensors:
     """Tells tensors of a state dict as Family.gguf_tensors does, each made when it is asked for."""
 

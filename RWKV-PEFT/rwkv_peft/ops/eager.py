@@ -28,11 +28,12 @@ class Recurrence(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        saved = ctx.saved_tensors  # read once: where blocks are recomputed, a second reading is an error
         if all([x is None for x in gradients]):
-            return (None,) * (2 + len(ctx.saved_tensors))
+            return (None,) * (2 + len(saved))
         gy, gfinal = (None if x is None else x.contiguous() for x in gradients)
-        *found, gstate = _Gradients.apply(ctx.op, ctx.gradients_of, *ctx.saved_tensors, gy, gfinal)
-        state = ctx.saved_tensors[-3]
+        *found, gstate = _Gradients.apply(ctx.op, ctx.gradients_of, *saved, gy, gfinal)
+        state = saved[-3]
         return None, None, None, *found, None if state is None else gstate, None
 
 

@@ -6,6 +6,7 @@ What is converted follows from INPUT's content and OUTPUT's ending:
   .gguf (llama.cpp), a folder (Hugging Face layout)
 - .st, .safetensors or a Hugging Face folder -> model.pth
 - a state file (.pth with time_state tensors alone) <-> .st, .state, .safetensors (Ai00)
+- with --to lora, an adapter as plain LoRA (lora.py)
 - an adapter (train.py's .safetensors, a folder of peft, RWKV-PEFT's .pth) -> .pth for RWKV-PEFT, or .safetensors
 """
 
@@ -18,7 +19,7 @@ import torch
 from ..adapters.methods import adapter_parameter
 from ..data.recorded import find_tokenizer, recorded_beside
 from ..errors import UserError
-from ..files.adapter_file import METADATA_KEY, AdapterMetadata, save_adapter
+from ..files.adapter_file import METADATA_KEY, Adapter, AdapterMetadata, save_adapter
 from ..files.adapters import source_of
 from ..files.atomic import check_output
 from ..files.base import Base, base_of, open_base
@@ -29,6 +30,7 @@ from ..files.safetensors_file import read_safetensors
 from ..models.state import check_time_states, is_time_state
 from .flags import convert_flags
 from .formats import Wanted, format_of
+from .lora import as_lora, describe_errors, lora_files, write_lora
 from .vocabulary import Tokenizer
 
 
@@ -39,8 +41,11 @@ def main(argv: list[str]) -> int:
     flags = ("base_model", "lora_init", "tokenizer")
     inputs = [("the input", source), *((f"--{name}", getattr(args, name)) for name in flags)]
     form = format_of(target)
-    for file in [target] if form is None else form.files(target):
+    files = [target] if form is None else form.files(target)
+    for file in lora_files(target) if args.to else files:
         check_output("the output", file, inputs)
+    if args.to and not is_adapter(source):
+        raise UserError(f"{source} holds no adapter, which alone has a form as LoRA; leave --to {args.to} out")
     written = convert_adapter(source, target, args) if is_adapter(source) else convert_model(source, target, args)
     for line in written:
         print(f"wrote {line}")
@@ -56,10 +61,13 @@ def is_adapter(path: Path) -> bool:
     return any(adapter_parameter(key) for key in read_tensors(path)) if path.suffix == ".pth" else False
 
 
-def convert_adapter(source: Path, target: Path, args: argparse.Namespace) -> list[Path]:
-    """Write an adapter under the target's format; returns the paths written."""
-    base = open_base(args.base_model).tensors if args.base_model else None
+def convert_adapter(source: Path, target: Path, args: argparse.Namespace) -> Sequence[Path | str]:
+    """Write an adapter under the target's format; returns the paths written, or lines on them."""
+    model = open_base(args.base_model) if args.base_model else None
+    base = None if model is None else model.tensors
     adapter = source_of(args, source).read(base)
+    if args.to:
+        return [convert_to_lora(adapter, target, model, args.lora_rank)]
     if target.suffix == ".pth":
         paths = write_rwkv_peft(target, adapter, args.bone_parameter, base)
         print(remark_on_export(adapter.metadata, paths), end="")
@@ -71,6 +79,22 @@ def convert_adapter(source: Path, target: Path, args: argparse.Namespace) -> lis
         f"{source} is an adapter, which {target.name} cannot hold: name a .pth (RWKV-PEFT) or a "
         ".safetensors; for other formats merge it with merge_bone.py first"
     )
+
+
+def convert_to_lora(adapter: Adapter, target: Path, base: Base | None, rank: int) -> str:
+    """Write an adapter as LoRA; returns a line on it."""
+    theirs = adapter.metadata.base_fingerprint
+    if base is not None and theirs and theirs != base.fingerprint:
+        raise UserError(
+            f"--base_model {base.path} is another model than the adapter was trained on (fingerprint {theirs}, this "
+            f"one's is {base.fingerprint}); give its own base"
+        )
+    form = as_lora(adapter, None if base is None else base.tensors, rank)
+    loader = write_lora(target, form, base)
+    what = f"LoRA of rank {form.adapter.metadata.rank} of {len(form.adapter.modules())} layers"
+    quant = adapter.metadata.quant
+    kept = "" if quant == "none" else f", for the base as --quant {quant} keeps it"
+    return f"{target}: {what}, {describe_errors(form.errors)}{kept}; {loader}"
 
 
 def remark_on_export(metadata: AdapterMetadata, paths: Sequence[Path]) -> str:

@@ -1,9 +1,10 @@
-"""The flags of merge, check, verify and convert: argv -> the parsed flags, or UserError, before torch is imported."""
+"""The flags of merge, check, verify, inspect and convert: argv -> the parsed flags, or UserError, before torch is
+imported."""
 
 import argparse
 import math
 
-from ..cli import Parser
+from ..cli import Parser, positive
 from ..config import QUANTIZATIONS
 from ..errors import UserError
 from ..files.source_flags import add_source_flags
@@ -109,6 +110,25 @@ def verify_flags(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def inspect_flags(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="rwkv-peft inspect",
+        description="What a file or folder is: a model, merged or not, an adapter, states; ours or another tool's.",
+    )
+    parser.add_argument("file", help="a .pth, .safetensors, .st, .gguf, or the folder of a run, of peft or of a model")
+    parser.add_argument(
+        "--base_model", metavar="PTH", help="also print how far each layer's matrices moved from this model"
+    )
+    parser.add_argument("--output", metavar="PNG", help="with --base_model: draw that, too")
+    add_source_flags(parser)
+    args = parser.parse_args(argv)
+    if args.output and not args.base_model:
+        raise UserError(f"--output {args.output} is a picture of the change from --base_model; name the base")
+    if args.output and not args.output.endswith(".png"):
+        raise UserError(f"--output {args.output} does not end in .png, which is what is drawn")
+    return args
+
+
 def convert_flags(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="rwkv-peft convert",
@@ -137,10 +157,26 @@ def convert_flags(argv: list[str]) -> argparse.Namespace:
         default="disha",
         help="name of Bone's tensors in RWKV-PEFT's files: disha since 2025-02, bone before",
     )
+    parser.add_argument(
+        "--to",
+        choices=("lora",),
+        help="write an adapter as plain LoRA: into a folder (Hugging Face peft), .gguf (llama.cpp), .pth (RWKV-PEFT) "
+        "or .safetensors; bone exactly, bat-in by its largest singular values, with the error told",
+    )
+    parser.add_argument(
+        "--lora_rank",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="--to lora: rank where there is no exact form (default twice the adapter's)",
+    )
     add_source_flags(parser)
     parser.add_argument(
         "--base_model",
         metavar="PTH",
         help="base of an adapter, whose shapes may tell the variant, and how wide bone-mini is as RWKV-PEFT's bone",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.lora_rank and not args.to:
+        raise UserError(f"--lora_rank {args.lora_rank} is the rank of --to lora, which is not given; add it")
+    return args

@@ -5,16 +5,19 @@ and low-rank factors stay float32, and the large matrices take the type asked fo
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..errors import UserError
 from ..files.base import Base
+from ..models.family import Family
+from ..models.gguf import gguf_module
 from ..models.state import is_time_state
 from .vocabulary import GgufVocabulary
 
@@ -52,6 +55,23 @@ def write_gguf(path: str | Path, base: Base, kind: str, vocabulary: GgufVocabula
         writer.write_ti_data_to_file()
         for name, _, make, _ in plan:
             writer.write_tensor_data(gguf.quants.quantize(make().float().contiguous().numpy(), types[name]))
+
+
+def write_gguf_lora(path: str | Path, family: Family, factors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """Write {module: {lora_A (r, in), lora_B (out, r)}} of adapted layers as llama.cpp's LoRA adapter, in float32, at a
+    scale of 1. Raises UserError where the gguf package is missing."""
+    gguf = import_gguf()
+    rank = next(iter(factors.values()))["lora_A"].shape[0]
+    with closing(gguf.GGUFWriter(str(path), family.gguf_architecture)) as writer:
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))  # llama.cpp divides it by the rank
+        for module, tensors in factors.items():
+            for name, tensor in tensors.items():
+                writer.add_tensor(f"{gguf_module(module)}.weight.{name.lower()}", tensor.float().contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
 
 
 def import_gguf() -> ModuleType:

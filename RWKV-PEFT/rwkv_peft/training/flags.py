@@ -58,13 +58,18 @@ def judge(argv):
 def parse_flags(argv):
     """argv -> Flags. Raises UserError for flags that are mistaken or contradict each other; torch is not imported."""
     args = build_parser().parse_args(argv)
-    if args.train_type == "finetune" and args.peft != NONE:
-        raise UserError(f"--train_type finetune trains the model itself, and --peft is {args.peft}; add --peft none")
     world = find_world(settings_of(args, TrainConfig))
     if args.random_seed == DRAWN:
         args.random_seed = draw_seed(args, world)
         argv = [*argv, "--random_seed", str(args.random_seed)]
-    flags = Flags(args, adapter_config(args), data_config(args), settings_of(args, TrainConfig), world, tuple(argv))
+    return flags_of(args, world, tuple(argv))
+
+
+def flags_of(args, world, argv=()):
+    """What a parser made of argv, on a World -> Flags."""
+    if args.train_type == "finetune" and args.peft != NONE:
+        raise UserError(f"--train_type finetune trains the model itself, and --peft is {args.peft}; add --peft none")
+    flags = Flags(args, adapter_config(args), data_config(args), settings_of(args, TrainConfig), world, argv)
     check_train(flags.train)
     check_products(flags.train, flags.adapter)
     return flags
@@ -72,21 +77,30 @@ def parse_flags(argv):
 
 def parse_run(argv):
     """argv -> Request. Raises UserError for whatever cannot work together."""
-    args, adapter, data, train, world, argv = parse_flags(argv)
+    flags = parse_flags(argv)
+    args, adapter = flags.args, flags.adapter
     if not args.load_model and (adapter.method != NONE or adapter.load):
         raise UserError(
             f"--peft {args.peft} adapts a base model and none is given; "
             "name it with --load_model, or train a new model with --peft none"
         )
+    return request_of(flags)
+
+
+def request_of(flags):
+    """Flags -> Request; an adapter without a base is one for a new model's shapes. Raises UserError for whatever cannot
+    work together."""
     from ..adapters.inject import check_adapter
-    from ..files.base import open_base
+    from ..files.base import linear_shapes, open_base
     from ..models import family_named
 
+    args, adapter, data, train, world, argv = flags
     base = open_base(args.load_model) if args.load_model else None
     family = family_named(args.model_version or GENERATIONS[0][1]) if base is None else base.family
     model = new_model(args, family) if base is None else check_base(args, base)
     adapter = replace(adapter, targets=targets_of(adapter.targets, family))
-    layers = check_adapter(adapter, {} if base is None else base.linear_shapes, family.parts)
+    shapes = linear_shapes(family.shapes(model)) if base is None else base.linear_shapes
+    layers = check_adapter(adapter, shapes, family.parts)
     return Request(RunConfig(model, adapter, data, train), base, layers, world, argv, args.check_flags)
 
 

@@ -56,7 +56,7 @@ class Lit(pl.LightningModule):
         train = self.train_config
         groups = parameter_groups(self.model, train.weight_decay, self.family, self.ratios)
         settings = {"lr": self.lr, "betas": (train.beta1, train.beta2), "eps": train.adam_eps}
-        if train.strategy.endswith("offload"):
+        if train.offload:
             return cpu_adam(groups, **settings)
         return torch.optim.AdamW(groups, fused=True, **settings)
 

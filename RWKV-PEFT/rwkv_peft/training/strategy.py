@@ -8,6 +8,8 @@ import torch
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
+from ..config import BUCKET
+
 FOREVER = timedelta(days=365)  # for a collective: what hangs is the watch's business (watch.py)
 
 
@@ -84,23 +86,22 @@ def make_strategy(train, micro_bsz, trainable, accelerator, ranks):
 
         # init_distributed would compile this shared-memory all-reduce for a minute; gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    stage = int(train.strategy.split("_")[2])
-    offload = train.strategy.endswith("offload")
-    bucket = int(min(2e8, max(trainable, 1)))
+    bucket = min(BUCKET, max(trainable, 1))
     strategy = ZeroStrategy(
         ranks,
-        stage=stage,
-        offload_optimizer=offload,
-        offload_parameters=offload and stage == 3,
-        pin_memory=offload and accelerator == "gpu",  # else a GPU reads what is offloaded at a fraction of its speed
+        stage=train.stage,
+        offload_optimizer=train.offload,
+        offload_parameters=train.offload and train.stage == 3,
+        # else a GPU reads what is offloaded at a fraction of its speed
+        pin_memory=train.offload and accelerator == "gpu",
         allgather_bucket_size=bucket,
         reduce_bucket_size=bucket,
         exclude_frozen_parameters=True,
         logging_batch_size_per_gpu=micro_bsz,
         logging_level=logging.ERROR,
     )
-    if stage == 3:
+    if train.stage == 3:
         strategy.config["zero_optimization"]["stage3_param_persistence_threshold"] = WHOLE
-    if stage == 2 and train.precision == "bf16" and train.accumulate_grad_batches > 1:
+    if train.stage == 2 and train.precision == "bf16" and train.accumulate_grad_batches > 1:
         strategy.config["data_types"] = {"grad_accum_dtype": "fp32"}  # else micro batches add up in bfloat16
     return strategy

@@ -104,8 +104,8 @@ def _resolve(backend, device_type, dtype):
 def _resolve_auto(device_type, dtype):
     if dtype == torch.float64:
         return "reference"
-    if device_type == "meta":
-        return "chunked"
+    if device_type == "meta":  # where a GPU's memory is planned
+        return "cuda"
     reason = f"there is no kernel for {device_type}"
     if device_type in KERNELS:
         reason = backend_module(device_type).unavailable()

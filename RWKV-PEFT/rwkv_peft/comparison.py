@@ -1,0 +1,148 @@
+"""One picture of one run or several: loss, validation loss, learning rate, gradient norm and speed, side by side.
+
+rwkv-peft plots out/bone out/lora --output compare.png
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .cli import Parser, finite
+from .errors import UserError
+from .files.atomic import atomic_write, check_output
+from .plots import read_metrics, series, smooth
+
+METRICS = "metrics.jsonl"
+ENDINGS = (".png", ".svg", ".pdf")
+# Okabe and Ito's colours, which people with any colour vision tell apart, without the yellow that print loses; the
+# styles of lines tell them apart in grey
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", "-.", ":")
+FEW = 20  # points that are drawn as they are
+
+
+class Panel(NamedTuple):
+    """name of the value in metrics.jsonl; what the axis says; whether the value is noisy, and so smoothed; whether the
+    axis may be a logarithm."""
+
+    name: str
+    label: str
+    noisy: bool = False
+    logarithm: bool = False
+
+
+PANELS = (
+    Panel("loss", "loss (nats per token)", noisy=True, logarithm=True),
+    Panel("val_loss", "validation loss (nats per token)", logarithm=True),
+    Panel("lr", "learning rate"),
+    Panel("grad_norm", "gradient norm", noisy=True, logarithm=True),
+    Panel("tokens_per_s", "tokens per second", noisy=True),
+)
+
+
+class Run(NamedTuple):
+    """What stands in the legend, and the records of its metrics.jsonl."""
+
+    label: str
+    records: list[dict[str, Any]]
+
+
+def read_runs(paths: Sequence[str]) -> list[Run]:
+    """The Runs of folders, or of their metrics.jsonl; labels are the ends of their paths in which they differ. Raises
+    UserError as read_metrics does."""
+    files = [Path(path) / METRICS if Path(path).is_dir() else Path(path) for path in paths]
+    return [Run(label, read_metrics(file)) for label, file in zip(labels([file.parent for file in files]), files)]
+
+
+def labels(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of folders' paths that tell them apart; equal folders are numbered."""
+    parts = [folder.absolute().parts for folder in folders]
+    longest = max(map(len, parts))
+    found = ["/".join(part[-1:]) for part in parts]
+    for length in range(2, longest + 1):
+        if len(set(found)) == len(found):
+            return found
+        found = ["/".join(part[-length:]) for part in parts]
+    return found if len(set(found)) == len(found) else [f"{label} ({n})" for n, label in enumerate(found, 1)]
+
+
+def places(run: Run, by_tokens: bool) -> dict[int, float]:
+    """{step: where it stands}: the step itself, or the millions of tokens up to it."""
+    if not by_tokens:
+        return {record["step"]: record["step"] for record in run.records}
+    counts = [record.get("tokens") or 0 for record in run.records]
+    return {record["step"]: total / 1e6 for record, total in zip(run.records, accumulate(counts))}
+
+
+def plot_runs(runs: Sequence[Run], output: str | Path, weight: float = 0.9, by_tokens: bool = False) -> None:
+    """Draw the panels that some run has values for; smoothed with `weight` (0: as they are); output's ending names the
+    format."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = [panel for panel in PANELS if any(series(run.records, panel.name)[1] for run in runs)] or [PANELS[0]]
+    rows = 1 + -(-(len(panels) - 1) // 2)
+    figure = Figure(figsize=(9, 1 + 2.6 * rows), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(rows, 2)
+    for number, panel in enumerate(panels):
+        row, column = divmod(number + 1, 2)
+        axes = figure.add_subplot(grid[0, :] if number == 0 else grid[row, column])
+        draw(axes, panel, runs, weight, by_tokens)
+        axes.set(ylabel=panel.label, xlabel="million tokens" if by_tokens else "step")
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    if names:
+        figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)), frameon=False)
+    with atomic_write(output) as temporary:
+        figure.savefig(temporary, format=Path(output).suffix[1:])
+
+
+def draw(axes: Any, panel: Panel, runs: Sequence[Run], weight: float, by_tokens: bool) -> None:
+    """One panel: a line a run, and the raw values behind it where it is smoothed."""
+    shown: list[float] = []
+    for number, run in enumerate(runs):
+        steps, values = series(run.records, panel.name)
+        where = places(run, by_tokens)
+        x = [where[step] for step in steps]
+        look = dict(color=COLOURS[number % len(COLOURS)], linestyle=STYLES[number % len(STYLES)])
+        smoothed = panel.noisy and weight > 0 and len(values) >= FEW
+        if smoothed:
+            axes.plot(x, values, color=look["color"], alpha=0.2, linewidth=0.8)
+        marker = "o" if len(values) < FEW else None
+        line = smooth(values, weight) if smoothed else values
+        axes.plot(x, line, linewidth=1.8, marker=marker, markersize=3.5, label=run.label, **look)
+        shown += values
+    if panel.logarithm and shown and min(shown) > 0 and max(shown) > 20 * min(shown):
+        axes.set_yscale("log")
+    if panel.name == "lr":
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    if panel.name in ("lr", "tokens_per_s") and shown:
+        axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def main(argv: list[str]) -> int:
+    """Draw the runs; returns the exit code."""
+    parser = Parser(prog="rwkv-peft plots", description="Draw the curves of one run or several into one picture.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, or its metrics.jsonl")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the .png, .svg or .pdf to write")
+    parser.add_argument("--x", choices=("steps", "tokens"), default="steps", help="what runs along (default steps)")
+    parser.add_argument(
+        "--smooth",
+        type=finite,
+        default=0.9,
+        metavar="SHARE",
+        help="of the last mean in the next (default 0.9; 0: none)",
+    )
+    args = parser.parse_args(argv)
+    if Path(args.output).suffix not in ENDINGS:
+        raise UserError(f"--output {args.output} does not end in {', '.join(ENDINGS)}, which are drawn")
+    if not 0 <= args.smooth < 1:
+        raise UserError(f"--smooth {args.smooth:g} is not in [0, 1)")
+    runs = read_runs(args.runs)
+    check_output("--output", Path(args.output), [("a run", Path(path)) for path in args.runs])
+    plot_runs(runs, args.output, args.smooth, by_tokens=args.x == "tokens")
+    print(f"wrote {args.output}")
+    return 0

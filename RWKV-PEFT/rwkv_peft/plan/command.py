@@ -1,0 +1,180 @@
+"""`rwkv-peft plan`: prints what a run of train.py will take, whether it fits, and what would help.
+
+rwkv-peft plan --load_model rwkv6-7b.pth --ctx_len 1024 --gpu 24GiB
+"""
+
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from ..adapters.inject import InjectReport
+from ..cli import counted
+from ..errors import UserError
+from ..files.dtypes import DTYPES
+from ..memory import main_memory
+from ..models import family_named
+from ..training.flags import Request, request_of
+from ..training.header import describe_adapter
+from .disk import written
+from .fits import LARGEST, TOKENS, changes, largest_rows, largest_tokens, usable
+from .flags import parse_flags
+from .parts import ALWAYS, CPU, GPU, Estimate, Part, peak
+
+NAMES = ((GPU, "GPU"), (CPU, "main memory"))
+MOMENTS = "at the loss", "in the backward pass", "in the update"
+
+
+def main(argv: list[str]) -> int:
+    """argv -> 0 where the run fits, 1 where it does not. Raises UserError as train.py does."""
+    flags = parse_flags(argv)
+    request = request_of(flags)
+    memory = memory_of(flags.args.gpu, flags.args.accelerator)
+    accelerator = GPU if GPU in memory else CPU
+    estimate = Estimate.of(request.config, accelerator, is_mapped(request))
+    for line in (
+        *head(request, estimate),
+        "",
+        *table(estimate, memory),
+        "",
+        *advice(estimate, memory),
+        "",
+        *disk(estimate),
+    ):
+        print(line)
+    return 0 if fits(estimate, memory) else 1
+
+
+def memory_of(size: int | None, accelerator: str) -> dict[str, int]:
+    """{device: bytes that it has}, 0 for what is not known: of a GPU of `size`, or of this machine."""
+    if size is not None:
+        return {GPU: size, CPU: 0}
+    main, _ = main_memory()
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise UserError(
+            "--accelerator gpu: this machine has no GPU to plan for; name the memory of one with --gpu 24GiB"
+        )
+    if accelerator != "cpu" and torch.cuda.is_available():
+        return {GPU: torch.cuda.get_device_properties(0).total_memory, CPU: main}
+    return {CPU: main}
+
+
+def is_mapped(request: Request) -> bool:
+    """Whether the base's tensors have the dtype of the training."""
+    dtype = DTYPES[request.config.train.precision]
+    return request.base is not None and all(tensor.dtype == dtype for tensor in request.base.tensors.values())
+
+
+def processes(estimate: Estimate, device: str) -> int:
+    """How many processes of a node share a device."""
+    return estimate.config.train.devices if device == CPU else 1
+
+
+def fits(estimate: Estimate, memory: dict[str, int]) -> bool:
+    """Whether the run fits each device of which the memory is known."""
+    data = estimate.config.data
+    parts = estimate.parts(data.micro_bsz, data.ctx_len)
+    return all(
+        peak(parts, device) * processes(estimate, device) <= usable(device, size)
+        for device, size in memory.items()
+        if size
+    )
+
+
+def head(request: Request, estimate: Estimate) -> Iterator[str]:
+    """The run in a few lines."""
+    model, train, data = estimate.config.model, estimate.config.train, estimate.config.data
+    family, counts = family_named(model.version), estimate.counts
+    yield (
+        f"model     {family.name}, {counted(model.n_layer, 'layer')}, {model.n_embd} channels, vocabulary "
+        f"{model.vocab_size}" + (f", from {train.load_model}" if train.load_model else "")
+    )
+    report = InjectReport(request.layers, counts.trains, counts.total)
+    yield f"training  {describe_adapter(estimate.config.adapter)}: {report}"
+    yield (
+        f"batch     {data.micro_bsz} x {data.ctx_len} tokens a device, {train.num_nodes} x {train.devices} "
+        f"{estimate.accelerator}, {train.strategy}, {train.precision}, --grad_cp {int(train.grad_cp)}"
+    )
+
+
+def table(estimate: Estimate, memory: dict[str, int]) -> Iterator[str]:
+    """The parts of each device, and their peak."""
+    data = estimate.config.data
+    parts = estimate.parts(data.micro_bsz, data.ctx_len)
+    for device, name in NAMES:
+        if device not in memory:
+            continue
+        size = memory[device]
+        yield f"{name}{f' of {gib(size)}' if size else ''}, each process" + moments(parts, device)
+        for part in parts:
+            if part.device == device:
+                yield f"  {part.name:34}{gib(part.size):>12}{when(part)}"
+        total = peak(parts, device)
+        yield f"  {'peak':34}{gib(total):>12}{verdict(estimate, device, total, size)}"
+    if pages := estimate.file_pages():
+        yield f"besides, pages of the base's file, {gib(pages)}, which the system takes back when it is short of memory"
+
+
+def moments(parts: Iterable[Part], device: str) -> str:
+    """Which moment of a step is the peak."""
+    here = [part for part in parts if part.device == device]
+    totals = [sum(part.size for part in here if moment in part.when) for moment in ALWAYS]
+    same = len(set(totals)) == 1
+    return "" if same else f"; most of it {MOMENTS[totals.index(max(totals))]}"
+
+
+def when(part: Part) -> str:
+    """The moments of a part that is not always there."""
+    if part.when == ALWAYS:
+        return ""
+    return "  " + " and ".join(MOMENTS[ALWAYS.index(moment)] for moment in part.when)
+
+
+def verdict(estimate: Estimate, device: str, total: int, size: int) -> str:
+    """What a peak means for a device of a known size."""
+    if not size:
+        return ""
+    several, room = processes(estimate, device), usable(device, size)
+    needed = total * several
+    times = f", {gib(needed)} for {several} processes" if several > 1 else ""
+    return times + (", fits" if needed <= room else f", does not fit: {gib(room)} can be used")
+
+
+def advice(estimate: Estimate, memory: dict[str, int]) -> Iterator[str]:
+    """The largest batch and context, and what other flags would change."""
+    here, data = estimate.accelerator, estimate.config.data
+    room = usable(here, memory[here]) // processes(estimate, here)
+    rows, tokens = largest_rows(estimate, room), largest_tokens(estimate, room)
+    yield (
+        f"fits      --micro_bsz up to {shown(rows)} at --ctx_len {data.ctx_len}; --ctx_len up to "
+        f"{shown(tokens, TOKENS)} at --micro_bsz {data.micro_bsz}"
+    )
+    yield f"{'instead':34}{'peak':>12}{'less':>12}   --micro_bsz up to"
+    now = peak(estimate.parts(data.micro_bsz, data.ctx_len), here)
+    for change in changes(estimate, room):
+        yield f"{change.flags:34}{gib(change.peak):>12}{gib(now - change.peak):>12}   {shown(change.rows)}"
+
+
+def shown(number: int, step: int = 1) -> str:
+    """A largest number; one without end, or below the least, says so."""
+    if not number:
+        return "none"
+    return f"{number:,}" if number < (LARGEST // 2) * step else "any"
+
+
+def disk(estimate: Estimate) -> Iterator[str]:
+    """What the run writes, and the room for it."""
+    files, folder = written(estimate), Path(estimate.config.train.proj_dir).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.is_dir())
+    total, free = sum(file.copies * file.size for file in files), shutil.disk_usage(there).free
+    yield f"disk      {gib(total)} in {estimate.config.train.proj_dir}, where {gib(free)} are free" + (
+        "" if total <= free else ": it does not fit"
+    )
+    for file in files:
+        yield f"  {file.name:34}{gib(file.size):>12} x {file.copies}"
+
+
+def gib(size: float) -> str:
+    """Bytes for people."""
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:,.1f} MiB"

@@ -1,0 +1,89 @@
+"""What fits a device: the largest batch and the longest context, and what other flags would change."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from ..adapters.methods import METHODS, NONE, method_of, words_of
+from ..config import STRATEGIES, RunConfig
+from ..models import family_named
+from .parts import GPU, Estimate, peak
+
+SPARE = 0.95  # of a GPU's memory that is planned with: the allocator's blocks do not fit without gaps
+TOKENS = 64  # a context grows by
+LARGEST = 1 << 24  # rows or tokens that are asked about
+
+
+class Change(NamedTuple):
+    """Other flags, the peak that they lead to in bytes, and the largest micro_bsz that fits at the run's ctx_len."""
+
+    flags: str
+    peak: int
+    rows: int
+
+
+def usable(device: str, total: int) -> int:
+    """Bytes of a device that are planned with."""
+    return int(SPARE * total) if device == GPU else total
+
+
+def largest(fits: Callable[[int], bool]) -> int:
+    """The largest number that fits, 0 where none does, LARGEST where all do; what fits has all below it fit."""
+    low, high = 0, 1
+    while high < LARGEST and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def largest_rows(estimate: Estimate, room: int) -> int:
+    """The largest micro_bsz whose peak is within `room` bytes, at the run's ctx_len."""
+    tokens, here = estimate.config.data.ctx_len, estimate.accelerator
+    return largest(lambda rows: peak(estimate.parts(rows, tokens), here) <= room)
+
+
+def largest_tokens(estimate: Estimate, room: int) -> int:
+    """The largest ctx_len, a multiple of TOKENS, whose peak is within `room` bytes, at the run's micro_bsz."""
+    rows, here = estimate.config.data.micro_bsz, estimate.accelerator
+    return TOKENS * largest(lambda times: peak(estimate.parts(rows, TOKENS * times), here) <= room)
+
+
+def changes(estimate: Estimate, room: int) -> list[Change]:
+    """Each Change of one flag that lowers the peak, the one that lowers it most first."""
+    data, here = estimate.config.data, estimate.accelerator
+    now = peak(estimate.parts(data.micro_bsz, data.ctx_len), here)
+    found = []
+    for flags, config in alternatives(estimate.config):
+        other = Estimate.of(config, here, estimate.mapped and config.train.precision == estimate.config.train.precision)
+        then = peak(other.parts(data.micro_bsz, data.ctx_len), here)
+        if then < now:
+            found.append(Change(flags, then, largest_rows(other, room)))
+    return sorted(found, key=lambda change: change.peak)
+
+
+def alternatives(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
+    """(flags, RunConfig) of what a run might do instead, one thing at a time."""
+    adapter, train = config.adapter, config.train
+    if not train.grad_cp:
+        yield "--grad_cp 1", replace(config, train=replace(train, grad_cp=True))
+    if train.precision == "fp32":
+        yield "--precision bf16", replace(config, train=replace(train, precision="bf16"))
+    for strategy in STRATEGIES:
+        if strategy != train.strategy:
+            yield f"--strategy {strategy}", replace(config, train=replace(train, strategy=strategy))
+    method = method_of(adapter)
+    if method is None:
+        targets = family_named(config.model.version).targets
+        if adapter.method == NONE and not adapter.train_parts:
+            yield (
+                "--peft bone",
+                replace(config, adapter=replace(adapter, **words_of(METHODS["bat-in"]), targets=targets)),
+            )
+        return
+    for quant in ("nf4", "int8"):
+        if adapter.quant == "none":
+            yield f"--quant {quant}", replace(config, adapter=replace(adapter, quant=quant))
+    if method.name in ("bat-in", "bat-out"):
+        yield "--bone_mode bone", replace(config, adapter=replace(adapter, mode="bone"))

@@ -1,0 +1,42 @@
+"""The flags of the plan: those of train.py, of which it needs no data, and --gpu."""
+
+import argparse
+import re
+
+from ..errors import UserError
+from ..training.flags import Flags, flags_of
+from ..training.parser import build_parser
+from ..training.world import World
+
+UNITS = (("", 30), ("g", 30), ("m", 20))
+
+
+def parse_flags(argv: list[str]) -> Flags:
+    """argv -> Flags. Raises UserError for flags that are mistaken or contradict each other; torch is not imported."""
+    parser = build_parser()
+    parser.prog, parser.usage = "rwkv-peft plan", "rwkv-peft plan [--load_model PTH] [--gpu SIZE] [flags of train.py]"
+    parser.description = (
+        "What a run will take in memory and on disk, before it begins: nothing is read but the header of --load_model, "
+        "and without one the model is that of --n_layer, --n_embd and --vocab_size. Exit code 1 where it does not fit."
+    )
+    for action in parser._actions:
+        if action.dest == "data_file":
+            action.required, action.default = False, ""
+    parser.add_argument(
+        "--gpu",
+        type=memory_size,
+        metavar="SIZE",
+        help="plan for a GPU of this memory, such as 24GiB (or 24GB, as its box says), instead of this machine",
+    )
+    args = parser.parse_args(argv)
+    if args.gpu and args.accelerator == "cpu":
+        raise UserError("--gpu plans for a GPU, and --accelerator cpu trains on none; leave one of them out")
+    return flags_of(args, World(args.num_nodes, args.devices))  # of a run somewhere else, however that is started
+
+
+def memory_size(text: str) -> int:
+    """ "24GiB" -> bytes; the letters after the first are decoration, and without any they are GiB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([gm]?)(?:i?b)?", text.lower())
+    if found is None or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size of a memory; write it as 24GiB")
+    return int(float(found[1]) * 2 ** dict(UNITS)[found[2]])

@@ -1,0 +1,152 @@
+"""What a run holds in memory and on disk, part by part: formulas over what a rehearsal tells.
+
+Optimizer and gradients are DeepSpeed's (ZeRO; Rajbhandari et al. 2020, arXiv 1910.02054, section 3): a float32 copy and
+two moments of whatever trains, 12 bytes a parameter, whatever the precision.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from ..adapters.methods import NONE
+from ..adapters.quant import ROW_ELEMENTS, stored_bytes
+from ..config import BUCKET, RunConfig
+from ..files.dtypes import DTYPES
+from ..models import family_named
+from ..training.loss import CHUNK_ELEMENTS
+from .rehearsal import Counts, Step, count, logit_bytes, rehearse
+
+CPU, GPU = "cpu", "gpu"
+LOSS, BACKWARD, UPDATE = "loss", "backward", "update"  # the moments of a step of which one is the peak
+ALWAYS = (LOSS, BACKWARD, UPDATE)
+OPTIMIZER = 12  # bytes of a float32 copy and Adam's two moments
+LIVE = 1_000_000_000  # parameters that ZeRO-3 keeps gathered at most (DeepSpeed's stage3_max_live_parameters)
+# What a process holds without a model: Python, torch, Lightning and DeepSpeed in main memory; on a GPU CUDA's context
+# and the workspaces of its libraries, which no run here has measured.
+PROCESS, CONTEXT = 640 << 20, 600 << 20
+
+
+class Part(NamedTuple):
+    """Bytes of one process on a device (CPU or GPU), held at the given moments of a step."""
+
+    name: str
+    device: str
+    size: int
+    when: tuple[str, ...] = ALWAYS
+
+
+def peak(parts: Iterable[Part], device: str) -> int:
+    """The most bytes that a device holds at one moment."""
+    here = [part for part in parts if part.device == device]
+    return max(sum(part.size for part in here if moment in part.when) for moment in ALWAYS)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A run's memory: config and accelerator (CPU or GPU) as the run has them, and what was rehearsed of it. mapped
+    says whether the base's file has the dtype of the training, so that its pages serve as weights on a CPU."""
+
+    config: RunConfig
+    accelerator: str
+    counts: Counts
+    step: Step
+    logits: float
+    mapped: bool = False
+
+    @classmethod
+    def of(cls, config: RunConfig, accelerator: str, mapped: bool = False) -> "Estimate":
+        """Rehearse a RunConfig."""
+        model, adapter, train = config.model, config.adapter, config.train
+        family, dtype = family_named(model.version), DTYPES[train.precision]
+        device = "cpu" if accelerator == CPU else "meta"
+        dense = replace(adapter, quant="none", load="", init="")
+        step = rehearse(family, model, dense, dtype, device, train.grad_cp)
+        counts = count(family, model, adapter)
+        return cls(config, accelerator, counts, step, logit_bytes(model.vocab_size, dtype, device), mapped)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.config.train.precision]
+
+    @property
+    def ranks(self) -> int:
+        return self.config.train.devices * self.config.train.num_nodes
+
+    def parts(self, rows: int, tokens: int) -> list[Part]:
+        """The parts of one process at micro batches of `rows` rows of `tokens` tokens. In a CPU's heap what is freed
+        leaves gaps, into which few of the other parts fit: there all of them count together."""
+        process = [Part("Python, torch, DeepSpeed", CPU, PROCESS)]
+        if self.accelerator == GPU:
+            process.append(Part("CUDA's context", GPU, CONTEXT))
+        found = [*process, *self.weights(), *self.optimizer(), *self.batch(rows, tokens)]
+        if self.accelerator == CPU:
+            found = [part._replace(when=ALWAYS) for part in found]
+        return [part for part in found if part.size]
+
+    def weights(self) -> list[Part]:
+        """The model, frozen and trained; ZeRO-3 shares both among the ranks."""
+        counts, train, item = self.counts, self.config.train, self.dtype.itemsize
+        share = self.ranks if train.stage == 3 else 1
+        place = CPU if train.stage == 3 and train.offload else self.accelerator
+        frozen = (counts.total - counts.trains - counts.quantized + counts.constants) * item // share
+        quantized = stored_bytes(counts.quantized, self.config.adapter.quant) if counts.quantized else 0
+        parts = [
+            Part("weights, frozen", place, frozen),
+            Part("weights, frozen and quantized", self.accelerator, quantized),
+            Part("weights that train", place, counts.trains * item // share),
+        ]
+        if counts.quantized:
+            rows = min(ROW_ELEMENTS, counts.quantized)
+            parts.append(Part("rows that are dequantized", self.accelerator, rows * item, (BACKWARD,)))
+        if train.stage == 3:
+            parts.append(Part("weights, gathered", self.accelerator, min(counts.total, LIVE) * item))
+        return parts
+
+    def optimizer(self) -> list[Part]:
+        """Gradients and optimizer. ZeRO shares the optimizer among the ranks, and from its second stage on the
+        gradients."""
+        train, item, trains = self.config.train, self.dtype.itemsize, self.counts.trains
+        own = trains // self.ranks
+        place = CPU if train.offload else self.accelerator
+        buffers = 2 if self.accelerator == GPU else 1  # of two, a CPU touches the second when the first is full
+        beyond = max(0, trains - BUCKET) // (self.ranks if train.stage >= 2 else 1)
+        parts = [
+            Part("optimizer", place, OPTIMIZER * own),
+            Part("gradients, in buckets", self.accelerator, buffers * min(BUCKET, trains) * item, (BACKWARD,)),
+            Part("gradients beyond the buckets", self.accelerator, beyond * item, (BACKWARD,)),
+            Part("gradients of the update, float32", place, 4 * own, (UPDATE,)),
+            Part("gradients of the update", self.accelerator, 2 * item * own, (UPDATE,)),  # a part each, and in one
+        ]
+        if train.accumulate_grad_batches > 1:
+            size = 4 if train.stage == 2 else item
+            parts.append(Part("gradients, accumulated", place, size * own))
+        return parts
+
+    def batch(self, rows: int, tokens: int) -> list[Part]:
+        """What follows from the batch."""
+        model, item, here = self.config.model, self.dtype.itemsize, self.accelerator
+        chunk = min(rows * tokens, max(1, CHUNK_ELEMENTS // model.vocab_size))
+        hidden = (rows * tokens + 2 * chunk) * model.n_embd * item
+        return [
+            Part("activations", here, self.step.kept.at(rows, tokens), (LOSS, BACKWARD)),
+            Part("states of the layers", here, self.step.states.at(rows, tokens), (LOSS,)),
+            Part("work of a block", here, self.step.work.at(rows, tokens), (BACKWARD,)),
+            Part("logits", here, round(chunk * self.logits), (LOSS,)),
+            Part("hidden states of the loss", here, hidden, (LOSS,)),
+            Part("gradient of the head", here, self.head_gradient(), (LOSS,)),
+        ]
+
+    def head_gradient(self) -> int:
+        """Bytes of the head's gradient, summed in float32, where the head trains."""
+        model, adapter = self.config.model, self.config.adapter
+        trains = "head" in adapter.train_parts or adapter.method == NONE and not adapter.train_parts
+        return 2 * 4 * model.vocab_size * model.n_embd if trains else 0
+
+    def file_pages(self) -> int:
+        """Pages of the base's file that a process reads and does not keep: the system takes them back when memory is
+        short."""
+        counts, in_place = self.counts, self.mapped and self.accelerator == CPU
+        pages = counts.quantized + counts.trains - counts.own if in_place else counts.total - counts.own
+        return pages * self.dtype.itemsize if self.config.train.load_model else 0

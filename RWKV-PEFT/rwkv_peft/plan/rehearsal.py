@@ -1,0 +1,228 @@
+"""What a training step holds in memory besides weights and optimizer, found by taking one on a model of three blocks.
+
+The model is the run's own, of the run's widths and with its adapters, so that every method, generation and kernel
+counts as it is. Its weights are memory that nothing was written to; for a GPU the tensors have no data at all (torch's
+meta device), and operations take their plain forms. Bytes are linear in the blocks, in the rows and in the tokens of a
+batch, so that a few small steps tell those of any.
+"""
+
+import functools
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from ..adapters.inject import count_parameters, inject
+from ..adapters.layer import AdapterLinear
+from ..adapters.methods import method_of
+from ..config import AdapterConfig, ModelConfig
+from ..models.family import Family
+from ..ops.cross_entropy import cross_entropy_
+from ..training.loss import L2WRAP
+
+DEPTH = 3  # of the model rehearsed: its last block is like all that follow
+TOKENS = 64  # of the smallest row rehearsed: the recurrences' kernels keep a state at each 64th
+VOCABULARY = 64  # of the model rehearsed; the true one counts in logit_bytes alone
+
+
+# What is not computed: products of matrices, whose values do not matter, so that no weight is read; where a mask is not
+# zero, which tensors without data cannot tell: everywhere.
+SHORTCUTS: Mapping[Any, Callable[..., torch.Tensor]] = MappingProxyType(
+    {
+        torch.ops.aten.mm.default: lambda a, b: a.new_empty(a.shape[0], b.shape[1]),
+        torch.ops.aten.bmm.default: lambda a, b: a.new_empty(*a.shape[:2], b.shape[2]),
+        torch.ops.aten.addmm_.default: lambda total, *factors: total,
+        torch.ops.aten.baddbmm_.default: lambda total, *factors: total,
+        torch.ops.aten.nonzero.default: lambda x: torch.arange(x.numel(), device=x.device)[:, None],
+    }
+)
+
+
+class Tracker(TorchDispatchMode):
+    """While it is entered: the bytes of tensors made and still alive (live), and the most that they were (peak)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def ignore(self, tensors: Any) -> None:
+        """Leave tensors that exist already out of the count."""
+        self.known.update(tensor.untyped_storage() for tensor in tensors)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        shortcut = SHORTCUTS.get(function)
+        result = function(*args, **(kwargs or {})) if shortcut is None else shortcut(*args)
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self.known:
+            return
+        self.known.add(storage)
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.live -= size
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Bytes of a batch of `rows` rows of `tokens` tokens each: fixed + by_row rows + by_token rows tokens."""
+
+    fixed: float
+    by_row: float
+    by_token: float
+
+    @classmethod
+    def through(cls, one: float, longer: float, wider: float) -> "Linear":
+        """From the bytes of 1 x TOKENS, of 1 x 2 TOKENS and of 2 x TOKENS."""
+        by_token = (longer - one) / TOKENS
+        by_row = wider - longer
+        return cls(one - by_row - by_token * TOKENS, by_row, by_token)
+
+    def at(self, rows: int, tokens: int) -> int:
+        return max(0, round(self.fixed + self.by_row * rows + self.by_token * rows * tokens))
+
+    def plus(self, other: "Linear", times: int = 1) -> "Linear":
+        return Linear(
+            self.fixed + times * other.fixed, self.by_row + times * other.by_row, self.by_token + times * other.by_token
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """kept: what the forward pass leaves for the backward pass; states: what the layers' states hold besides, until the
+    loss is there; work: what the backward pass needs at once besides."""
+
+    kept: Linear
+    states: Linear
+    work: Linear
+
+
+@functools.cache
+def rehearse(
+    family: Family, model: ModelConfig, adapter: AdapterConfig, dtype: torch.dtype, device: str, grad_cp: bool
+) -> Step:
+    """The Step of a model (its dimensions) and an adapter; dtype that of weights and activations; device "cpu" or
+    "meta", which stands for a GPU. Allocates the weights of three blocks on a CPU, without writing to them."""
+    depth = min(DEPTH, model.n_layer)
+    shallow = max(1, depth - 1)
+    found = {
+        (blocks, rows, tokens): step_bytes(
+            family, replace(model, n_layer=blocks), adapter, dtype, device, grad_cp, rows, tokens
+        )
+        for blocks in {shallow, depth}
+        for rows, tokens in ((1, TOKENS), (1, 2 * TOKENS), (2, TOKENS))
+    }
+
+    def fitted(blocks: int, part: int) -> Linear:
+        batches = ((1, TOKENS), (1, 2 * TOKENS), (2, TOKENS))
+        return Linear.through(*(found[blocks, rows, tokens][part] for rows, tokens in batches))
+
+    def deep(part: int) -> Linear:
+        less, more = fitted(shallow, part), fitted(depth, part)
+        return more.plus(more.plus(less, -1), model.n_layer - depth)
+
+    return Step(deep(0), deep(1), fitted(depth, 2))
+
+
+def step_bytes(
+    family: Family,
+    config: ModelConfig,
+    adapter: AdapterConfig,
+    dtype: torch.dtype,
+    device: str,
+    grad_cp: bool,
+    rows: int,
+    tokens: int,
+) -> tuple[int, int, int]:
+    """Bytes of one step: kept for the backward pass, held by states until the loss is there, needed by the backward
+    pass at once."""
+    model = build(family, replace(config, vocab_size=VOCABULARY), adapter, grad_cp).to(dtype).to_empty(device=device)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_drop)
+    batch = torch.zeros(rows, tokens, dtype=torch.long, device=device)
+    tracker = Tracker()
+    tracker.ignore([*model.parameters(), *model.buffers(), batch])
+    with tracker:
+        loss, states = model(batch, head=lambda x, weight: (x @ weight.t()).sum())
+        held = tracker.live
+        del states
+        kept = tracker.peak = tracker.live
+        loss.backward()
+    return kept, held - kept, tracker.peak - kept
+
+
+def _drop(parameter: torch.Tensor) -> None:
+    """Gradients of parameters are counted by themselves."""
+    parameter.grad = None
+
+
+def build(family: Family, config: ModelConfig, adapter: AdapterConfig, grad_cp: bool) -> torch.nn.Module:
+    """The model with its adapters, on the meta device."""
+    with torch.device("meta"):
+        model = family.build(config, grad_cp)
+        inject(model, replace(adapter, quant="none"), family=family, initial=_constants(model, adapter, family))
+    return model.train()
+
+
+def _constants(model: torch.nn.Module, adapter: AdapterConfig, family: Family) -> Mapping[str, torch.Tensor]:
+    """{"<module>.<constant>": tensor} in place of the factors that a method would compute from the weights."""
+    method = method_of(adapter)
+    if method is None or not method.constants:
+        return {}
+    found: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name.startswith("blocks."):
+            shapes = method.shapes(adapter.rank, adapter.mini_rank, module.out_features, module.in_features)
+            found |= {f"{name}.{constant}": torch.empty(shapes[constant]) for constant in method.constants}
+    return found
+
+
+@functools.cache
+def logit_bytes(vocabulary: int, dtype: torch.dtype, device: str) -> float:
+    """What the loss needs at once for each token of a chunk: its logits and their gradient, in whichever form."""
+    hidden = torch.empty(TOKENS, 1, dtype=dtype, device=device)
+    weight = torch.empty(vocabulary, 1, dtype=dtype, device=device)
+    targets = torch.zeros(TOKENS, dtype=torch.long, device=device)
+    tracker = Tracker()
+    tracker.ignore([hidden, weight, targets])
+    with tracker:
+        cross_entropy_(F.linear(hidden, weight), targets, 1.0, L2WRAP)
+    return tracker.peak / TOKENS
+
+
+class Counts(NamedTuple):
+    """Numbers of a model with its adapters: parameters in all; those that train; the adapters' own; those that are
+    quantized; constants that adapters keep besides."""
+
+    total: int
+    trains: int
+    own: int
+    quantized: int
+    constants: int
+
+
+@functools.cache
+def count(family: Family, model: ModelConfig, adapter: AdapterConfig) -> Counts:
+    """The Counts of a model (its dimensions) and an adapter."""
+    built = build(family, model, adapter, grad_cp=False)
+    adapted = [module for module in built.modules() if isinstance(module, AdapterLinear)]
+    weights = sum(module.weight.numel() for module in adapted)
+    constants = sum(buffer.numel() for module in adapted for buffer in module.buffers())
+    own = sum(module.get_parameter(name).numel() for module in adapted for name in module.method.parameters)
+    trains, total = count_parameters(built)
+    return Counts(total, trains, own, weights if adapter.quant != "none" else 0, constants)

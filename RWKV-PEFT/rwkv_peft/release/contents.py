@@ -1,0 +1,154 @@
+"""What a file or folder holds, as lines for people: a model, an adapter or states, in any format that is known here."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..adapters.methods import adapter_parameter
+from ..errors import UserError, told
+from ..files.adapter_file import METADATA_KEY, MODEL, Adapter
+from ..files.adapters import AdapterSource, adapter_of_run
+from ..files.base import Base, base_of
+from ..files.pth import read_tensors
+from ..files.safetensors_file import read_safetensors
+from ..models.state import check_time_states, is_time_state
+from .formats import read_hf_model, read_web
+from .gguf import import_gguf
+
+Line = tuple[str, str]
+SHOWN = 3  # keys of a foreign file that are quoted
+
+
+class Contents(NamedTuple):
+    """lines: (what, its value); holds: what a change can be computed of, a Base or an Adapter, or None."""
+
+    lines: list[Line]
+    holds: Base | Adapter | None = None
+
+
+def contents_of(source: AdapterSource) -> Contents:
+    """The Contents of source.path, a file or a folder. Raises UserError for what is no file of tensors at all."""
+    path = Path(source.path)
+    if path.is_dir() and not (path / "adapter_config.json").is_file():
+        path = path / MODEL if (path / MODEL).is_file() else adapter_of_run(path)
+    if path.suffix == ".gguf":
+        return Contents(list(gguf_lines(path)))
+    if path.is_dir():
+        is_adapter = (path / "adapter_config.json").is_file()
+        return adapter_contents(source) if is_adapter else tensor_contents(read_hf_model(path), path, "Hugging Face")
+    if path.suffix in (".safetensors", ".st", ".state"):
+        tensors, header = read_safetensors(path)
+        if METADATA_KEY in header:
+            return adapter_contents(source)
+        return tensor_contents(read_web(path), path, "web-rwkv, Ai00")
+    tensors = read_tensors(path)
+    if any(adapter_parameter(key) for key in tensors) and "emb.weight" not in tensors:
+        return foreign_adapter_contents(source, tensors)
+    return tensor_contents(tensors, path, "official")
+
+
+def foreign_adapter_contents(source: AdapterSource, tensors: Mapping[str, torch.Tensor]) -> Contents:
+    """An adapter's flat .pth, which may not tell enough of itself to be read."""
+    try:
+        return adapter_contents(source)
+    except UserError as error:
+        names = Counter(split[1] for key in tensors if (split := adapter_parameter(key)))
+        found = ", ".join(f"{count} {name}" for name, count in names.items())
+        return Contents([("kind", f"adapter of RWKV-PEFT: {found}"), *numbers(tensors), ("not read", str(error))])
+
+
+def adapter_contents(source: AdapterSource) -> Contents:
+    """An adapter that its reader understands."""
+    adapter = source.read()
+    metadata, method = adapter.metadata, adapter.metadata.method
+    modules, whole = adapter.modules(), adapter.whole()
+    lines = [("kind", f"adapter, written by {metadata.source.strip()}")]
+    if method is not None:
+        scale = f", scale {metadata.scale:g} (alpha {metadata.alpha:g})" if method.scaled else ""
+        mini = f", mini_r {metadata.mini_rank}" if metadata.mini_rank else ""
+        lines += [
+            ("method", f"{method.label}, rank {metadata.rank}{mini}{scale}"),
+            ("layers", f"{len(modules)}: {' '.join(metadata.targets)}"),
+        ]
+    if whole:
+        states = sum(map(is_time_state, whole))
+        lines.append(("trained whole", f"{len(whole)} tensors of the base" + (f", {states} states" if states else "")))
+    lines += [
+        *numbers(adapter.tensors),
+        ("trained on", f"{metadata.precision or 'a dtype that is not told'}, --quant {metadata.quant}"),
+        ("base", metadata.base_fingerprint or "not told"),
+    ]
+    return Contents(lines, adapter)
+
+
+def tensor_contents(tensors: dict[str, torch.Tensor], path: Path, names: str) -> Contents:
+    """A model, or time states alone, under official keys; names says whose names the file has."""
+    states = {key: tensor for key, tensor in tensors.items() if is_time_state(key)}
+    if len(states) == len(tensors):
+        check_time_states(states, path)
+        shape = tuple(next(iter(states.values())).shape)
+        return Contents([("kind", f"time states of {len(states)} layers, (heads, N, N) = {shape}"), *numbers(tensors)])
+    try:
+        base = base_of(tensors, path)
+    except UserError as error:
+        keys = ", ".join(list(tensors)[:SHOWN])
+        return Contents([("kind", "foreign"), *numbers(tensors), ("keys", f"{keys}, …"), ("not read", str(error))])
+    lines = [
+        ("kind", f"model, {base.family.name} ({base.family.version}), {names} names"),
+        ("dimensions", ", ".join(f"{name} {value}" for name, value in asdict(base.config).items())),
+        *numbers(tensors),
+        ("fingerprint", base.fingerprint),
+    ]
+    if states:
+        lines.append(("states", f"tuned, of {len(states)} layers"))
+    return Contents(lines, base)
+
+
+def numbers(tensors: Mapping[str, torch.Tensor]) -> Iterator[Line]:
+    """How many tensors and numbers, of which dtypes."""
+    sizes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    yield "parameters", f"{sum(sizes.values()):,} in {len(tensors):,} tensors"
+    yield "dtype", shares(sizes)
+
+
+def shares(sizes: Mapping[str, int]) -> str:
+    """ "bfloat16", or "bfloat16 (1,000), float32 (24)"."""
+    return next(iter(sizes)) if len(sizes) == 1 else ", ".join(f"{name} ({size:,})" for name, size in sizes.items())
+
+
+def gguf_lines(path: Path) -> Iterator[Line]:
+    """What a GGUF says of itself."""
+    gguf = import_gguf()
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, OSError, IndexError, KeyError) as error:
+        raise UserError(f"{path} is no readable GGUF: {told(error)}; copy it again") from error
+    fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    kind = fields["general.type"].contents() if "general.type" in fields else "model"
+    architecture = fields["general.architecture"].contents() if "general.architecture" in fields else "unknown"
+    sizes: Counter[str] = Counter()
+    for tensor in reader.tensors:
+        sizes[tensor.tensor_type.name.lower()] += math.prod(map(int, tensor.shape))
+    yield "kind", f"GGUF {kind}, {architecture}"
+    yield "parameters", f"{sum(sizes.values()):,} in {len(reader.tensors):,} tensors"
+    yield "dtype", shares(sizes)
+    own = (f"{architecture}.", "adapter.")
+    settings = {name.partition(".")[2]: fields[name].contents() for name in fields if name.startswith(own)}
+    yield "settings", ", ".join(f"{name} {json.dumps(value)}" for name, value in settings.items())
+    if "tokenizer.ggml.tokens" in fields:
+        yield "vocabulary", f"{len(fields['tokenizer.ggml.tokens'].data):,} tokens"
+
+
+def formatted(lines: Iterable[Line]) -> str:
+    """Lines under each other, their values aligned."""
+    pairs = list(lines)
+    width = max(len(name) for name, _ in pairs) + 2
+    return "\n".join(f"{name:<{width}}{text}" for name, text in pairs)

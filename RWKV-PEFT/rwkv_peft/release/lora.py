@@ -1,0 +1,153 @@
+"""Adapters as plain LoRA, which more tools read: `rwkv-peft convert ADAPTER OUTPUT --to lora`.
+
+bone and the LoRA family have that form exactly. The change of others, such as bat-in's W_ab B_b + B_b, has full rank:
+its largest singular values are kept (Eckart and Young 1936), and the rest is told as an error.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ..adapters.method import Method, Params
+from ..adapters.methods import METHODS
+from ..adapters.quant import roundtrip
+from ..adapters.residual import svd_lowrank
+from ..errors import UserError
+from ..files.adapter_file import Adapter, save_adapter
+from ..files.atomic import atomic_write
+from ..files.base import Base
+from ..files.peft_folder import CONFIG, TENSORS, write_lora_folder
+from ..files.rwkv_peft_file import write_rwkv_peft
+from .gguf import write_gguf_lora
+
+NITER = 8  # power iterations of the randomized SVD: its error is then that of an exact one to a thousandth
+
+
+@dataclass(frozen=True)
+class LoraForm:
+    """adapter: an Adapter of plain LoRA at scale 1; errors: module -> |change - B A| / |change| (Frobenius), of the
+    layers that have no exact form."""
+
+    adapter: Adapter
+    errors: Mapping[str, float]
+
+
+def as_lora(adapter: Adapter, base: Mapping[str, torch.Tensor] | None = None, rank: int = 0) -> LoraForm:
+    """An Adapter as LoRA. base is {key: tensor} of the model that it was trained on, needed by all but the LoRA family;
+    rank that of the LoRA where there is no exact form (0: twice the adapter's). Raises UserError: no layer is adapted,
+    tensors trained whole, no base where one is due or another model's, a rank beyond a layer's or for an exact form."""
+    metadata, method = adapter.metadata, adapter.metadata.method
+    if method is None:
+        raise UserError("there is no adapted layer in it, which alone LoRA can hold; merge it with merge_bone.py")
+    if method.residual and metadata.quant != "none":
+        raise UserError(
+            f"{method.label} on a base that was quantized after factors were taken out of it is no LoRA on any base; "
+            "merge it with merge_bone.py"
+        )
+    if whole := adapter.whole():
+        raise UserError(
+            f"{len(whole)} tensors of the base trained along (such as {next(iter(whole))}), and LoRA has no place for "
+            "them; merge it with merge_bone.py"
+        )
+    factors: dict[str, Params] = {}
+    errors = {}
+    for module, params in adapter.modules().items():
+        out_features, in_features = layer_shape(method, module, params, base)
+        exact = method.as_lora(params, metadata.scale, out_features, in_features)
+        if exact is None:
+            change = change_of(adapter, module, params, base)
+            exact, errors[module] = truncated(change, rank or 2 * metadata.rank, module)
+        factors[module] = exact
+    if rank and not errors:
+        raise UserError(f"--lora_rank {rank}: {method.label} has a LoRA form of its own, which is exact; leave it out")
+    tensors = {f"{module}.{name}": tensor for module, params in factors.items() for name, tensor in params.items()}
+    width = next(iter(factors.values()))["lora_A"].shape[0]
+    told = replace(metadata, variant=METHODS["lora"].name, rank=width, mini_rank=0, scale=1.0)
+    return LoraForm(Adapter(tensors, told), errors)
+
+
+def layer_shape(
+    method: Method, module: str, params: Params, base: Mapping[str, torch.Tensor] | None
+) -> tuple[int, int]:
+    """(out, in) of a layer: as LoRA's own tensors tell it, else as the base does."""
+    if "lora_A" in params:
+        return params["lora_B"].shape[0], params["lora_A"].shape[1]
+    weight = None if base is None else base.get(f"{module}.weight")
+    if weight is None:
+        raise UserError(
+            f"{method.label} as LoRA depends on the layers' weights"
+            + (f", and the base has no {module}.weight" if base is not None else "")
+            + "; give --base_model, the model that it was trained on"
+        )
+    if method.shapes(*method.sizes(params), *weight.shape)[method.parameters[0]] != params[method.parameters[0]].shape:
+        raise UserError(
+            f"{module}: the adapter does not fit the base's weight {tuple(weight.shape)}; give --base_model, the model "
+            "that it was trained on"
+        )
+    return weight.shape[0], weight.shape[1]
+
+
+def change_of(adapter: Adapter, module: str, params: Params, base: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
+    """W' - W of a layer in float32, from the weight that the training had."""
+    metadata, key = adapter.metadata, f"{module}.weight"
+    if base is None or key not in base or metadata.method is None:
+        raise UserError(
+            f"{metadata.variant} as LoRA depends on the layers' weights; give --base_model, the model that it was "
+            "trained on"
+        )
+    weight = base[key].to(metadata.base_dtype() or base[key].dtype)
+    weight = roundtrip(weight, metadata.quant) if metadata.quant != "none" else weight.float()
+    return metadata.method.delta(weight, params, metadata.scale)
+
+
+def truncated(change: torch.Tensor, rank: int, module: str) -> tuple[Params, float]:
+    """({lora_A, lora_B} of the largest `rank` singular values of a change (out, in), the relative error left)."""
+    if rank > min(change.shape):
+        raise UserError(
+            f"--lora_rank {rank} is more than {module} has, which is {tuple(change.shape)}; take at most "
+            f"{min(change.shape)}"
+        )
+    U, S, V = svd_lowrank(change, rank, NITER)
+    root = S[:rank].sqrt()
+    factors = {"lora_A": (V[:, :rank] * root).t().contiguous(), "lora_B": (U[:, :rank] * root).contiguous()}
+    size = change.norm()
+    error = (change - factors["lora_B"] @ factors["lora_A"]).norm() / size if size else size
+    return factors, float(error)
+
+
+def lora_files(path: Path) -> list[Path]:
+    """The paths that write_lora may write."""
+    return [path] if path.suffix else [path / CONFIG, path / TENSORS]
+
+
+def write_lora(path: Path, form: LoraForm, base: Base | None) -> str:
+    """Write a LoraForm as the ending of a path says: a folder of peft, llama.cpp's .gguf, RWKV-PEFT's .pth or our
+    .safetensors; base is the Base that it is for. -> what loads it. Raises UserError for another ending."""
+    adapter = form.adapter
+    if not path.suffix:
+        write_lora_folder(path, adapter, "" if base is None else str(base.path))
+        return "Hugging Face peft loads it (PeftModel.from_pretrained)"
+    if path.suffix == ".gguf":
+        if base is None:
+            raise UserError(f"{path}: a GGUF names its model's generation; give --base_model")
+        with atomic_write(path) as temporary:
+            write_gguf_lora(temporary, base.family, adapter.modules())
+        return "llama.cpp loads it beside the GGUF of its base (--lora)"
+    if path.suffix == ".pth":
+        write_rwkv_peft(path, adapter)
+        return f"RWKV-PEFT merges it (--lora_alpha {adapter.metadata.alpha:g})"
+    if path.suffix == ".safetensors":
+        save_adapter(path, adapter.tensors, adapter.metadata)
+        return "merge_bone.py and train.py load it"
+    raise UserError(f"{path}: LoRA goes into a folder (peft), .gguf (llama.cpp), .pth (RWKV-PEFT) or .safetensors")
+
+
+def describe_errors(errors: Mapping[str, float]) -> str:
+    """What a LoRA leaves out of the change, in a line; "exact" for nothing."""
+    if not errors:
+        return "the same change, exactly"
+    worst = max(errors, key=lambda module: errors[module])
+    mean = sum(errors.values()) / len(errors)
+    return f"without {mean:.1%} of the change on the mean (Frobenius norm), at the worst {errors[worst]:.1%} ({worst})"

@@ -1,0 +1,158 @@
+"""What `rwkv-peft plan` tells, against what runs take; and its table of official sizes.
+
+    python benchmarks/plan.py measure --folder out/plan            (five runs on the CPU, two steps each; 6 GB of disk)
+    python benchmarks/plan.py table                                (memory by size, method and quantization on a GPU)
+
+A measured peak is the largest resident size of train.py (getrusage's ru_maxrss), the pages of the base's file that it
+has read among them; models are random, and of an official shape where the name says so.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.models import family_named
+from rwkv_peft.plan.fits import largest_rows, usable
+from rwkv_peft.plan.flags import parse_flags
+from rwkv_peft.plan.parts import CPU, GPU, Estimate, peak
+from rwkv_peft.training.flags import request_of
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCABULARY = 65536
+# name: version, layers, channels, dtype of the file, flags
+RUNS = {
+    "RWKV-6 1.6B, bat-in, bf16, 1 x 128": ("x060", 24, 2048, "bfloat16", ("--ctx_len", "128")),
+    "RWKV-6 0.2B, bone, fp32, 1 x 512": (
+        "x060",
+        12,
+        768,
+        "float32",
+        ("--ctx_len", "512", "--precision", "fp32", "--bone_mode", "bone"),
+    ),
+    "RWKV-6 0.2B, none, bf16, 1 x 512": ("x060", 12, 768, "bfloat16", ("--ctx_len", "512", "--peft", "none")),
+    "RWKV-6 0.2B, lora, bf16, 2 x 512, --grad_cp 1": (
+        "x060",
+        12,
+        768,
+        "bfloat16",
+        ("--ctx_len", "512", "--micro_bsz", "2", "--peft", "lora", "--grad_cp", "1"),
+    ),
+    "RWKV-7 0.2B, bat-in, bf16, 1 x 512": ("x070", 12, 768, "bfloat16", ("--ctx_len", "512")),
+}
+SIZES = (  # generation, name, layers, channels
+    ("x070", "0.1B", 12, 768),
+    ("x070", "0.4B", 24, 1024),
+    ("x070", "1.5B", 24, 2048),
+    ("x070", "2.9B", 32, 2560),
+    ("x070", "7.2B", 32, 4096),
+    ("x070", "13.3B", 61, 4096),
+    ("x060", "1.6B", 24, 2048),
+    ("x060", "3B", 32, 2560),
+    ("x060", "7B", 32, 4096),
+    ("x060", "14B", 61, 4096),
+)
+RECOMPUTED, KEPT = ("--grad_cp", "1"), ("--grad_cp", "0")
+METHODS = (  # name, flags
+    ("bat-in", RECOMPUTED),
+    ("bat-in, int8", (*RECOMPUTED, "--quant", "int8")),
+    ("bat-in, nf4", (*RECOMPUTED, "--quant", "nf4")),
+    ("bat-in, blocks kept", KEPT),
+    ("bone, blocks kept", (*KEPT, "--bone_mode", "bone")),
+    ("lora", (*RECOMPUTED, "--peft", "lora")),
+    ("full", (*RECOMPUTED, "--peft", "none")),
+)
+CARDS = (8, 12, 16, 24, 32, 48, 80, 141)  # GiB
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("measure", "table"))
+    parser.add_argument("--folder", type=Path, default=Path("out/plan"), help="where measure puts models and runs")
+    parser.add_argument("--only", default="", help="measure the runs with this in their names")
+    args = parser.parse_args()
+    if args.what == "table":
+        return table()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    print("| run | planned, GiB | measured, GiB | planned / measured |\n|---|---|---|---|")
+    for name, run in RUNS.items():
+        if args.only in name:
+            measure(args.folder, name, *run)
+
+
+def measure(folder, name, version, layers, channels, dtype, flags):
+    """Print one line: what was planned, and what a run took."""
+    model, data, out = folder / f"{version}-{channels}-{dtype}.pth", folder / "data", folder / "run"
+    if not model.exists():
+        write_model(model, family_named(version), layers, channels, getattr(torch, dtype))
+    if not data.with_suffix(".bin").exists():
+        with BinidxWriter(data, vocab_size=VOCABULARY) as writer:
+            for document in torch.randint(1, VOCABULARY, (20, 1200)):
+                writer.add(document.tolist())
+    subprocess.run(["rm", "-rf", out], check=True)
+    flags = (
+        "--load_model",
+        str(model),
+        "--data_file",
+        str(data),
+        "--proj_dir",
+        str(out),
+        "--accelerator",
+        "cpu",
+        *flags,
+    )
+    config = request_of(parse_flags(list(flags))).config
+    estimate = Estimate.of(config, CPU, mapped=True)
+    planned = peak(estimate.parts(config.data.micro_bsz, config.data.ctx_len), CPU) + estimate.file_pages()
+    command = [sys.executable, ROOT / "train.py", *flags, "--epoch_steps", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{name}: train.py ended with status {status}")
+    taken = usage.ru_maxrss * 1024
+    print(f"| {name} | {planned / 2**30:.2f} | {taken / 2**30:.2f} | {planned / taken:.2f} |", flush=True)
+
+
+def write_model(path, family, layers, channels, dtype):
+    """A random model in a file."""
+    torch.manual_seed(0)
+    shapes = family.shapes(family.new_dimensions(layers, channels, VOCABULARY))
+    torch.save({key: tensor(key, shape).to(dtype) for key, shape in shapes.items()}, path)
+
+
+def tensor(key, shape):
+    """A tensor of plausible scale."""
+    if key.endswith(("time_decay", ".w0")):
+        return torch.full(shape, -3.0)
+    return torch.ones(shape) if ".ln" in key and key.endswith("weight") else 0.02 * torch.randn(shape)
+
+
+def table():
+    """Print a GPU's peak by size and method, at 1 x 1024 tokens, rank 64, bf16; blocks are recomputed (--grad_cp 1) but
+    where they are kept. Last, for bat-in: the smallest card, and the tokens of a micro batch that fit 24 GiB."""
+    print(f"| model | parameters | {' | '.join(name for name, _ in METHODS)} | least card | tokens in 24 GiB |")
+    print("|---|---|" + "---|" * (len(METHODS) + 2))
+    for version, name, layers, channels in SIZES:
+        cells = []
+        shape = ("--n_layer", layers, "--n_embd", channels, "--vocab_size", VOCABULARY, "--model_version", version)
+        for _, flags in METHODS:
+            config = request_of(parse_flags([*map(str, shape), *flags])).config
+            estimate = Estimate.of(config, GPU)
+            cells.append((peak(estimate.parts(1, 1024), GPU), estimate))
+        total = cells[0][1].counts.total - cells[0][1].counts.own
+        least = next((card for card in CARDS if cells[0][0] <= usable(GPU, card << 30)), None)
+        tokens = 1024 * largest_rows(cells[0][1], usable(GPU, 24 << 30))
+        print(
+            f"| {family_named(version).name} {name} | {total / 1e9:.2f} G | "
+            + " | ".join(f"{size / 2**30:.1f}" for size, _ in cells)
+            + f" | {least} GiB | {tokens or '-'} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

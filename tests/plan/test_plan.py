@@ -1,0 +1,143 @@
+"""`rwkv-peft plan`: what it prints agrees with what a run has, with its own limits, and with what ZeRO shares."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rwkv_peft.commands import main
+from rwkv_peft.errors import UserError
+from rwkv_peft.plan.disk import written
+from rwkv_peft.plan.fits import alternatives, changes, largest, largest_rows, largest_tokens
+from rwkv_peft.plan.flags import memory_size, parse_flags
+from rwkv_peft.plan.parts import CPU, GPU, OPTIMIZER, Estimate, peak
+from rwkv_peft.training.flags import request_of
+
+NEW = ("--n_layer", "4", "--n_embd", "64", "--vocab_size", "80", "--dim_ffn", "256", "--ctx_len", "128")
+
+
+def estimate(*flags, accelerator=GPU):
+    return Estimate.of(request_of(parse_flags([*NEW, *flags])).config, accelerator)
+
+
+def size(parts, name):
+    return sum(part.size for part in parts if part.name == name)
+
+
+def test_a_base_is_planned_from_its_header(tmp_path, tiny_state, capsys):
+    torch.save(tiny_state(dtype=torch.bfloat16), tmp_path / "base.pth")
+    flags = ("--load_model", str(tmp_path / "base.pth"), "--bone_r", "16", "--ctx_len", "32", "--gpu", "2GiB")
+    assert main(["plan", *flags, "--proj_dir", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    adapted = 2 * (7 * 64 * 16 + 96 * 16)  # bat-in: in x rank numbers a layer, ffn.value's in is 96
+    total = sum(tensor.numel() for tensor in tiny_state().values()) + adapted
+    assert f"16 layers adapted; trainable params: {adapted:,} || all params: {total:,}" in out
+    assert (
+        f"weights, frozen {(total - adapted) * 2 / 2**20:18.1f} MiB".split()
+        == re.search("weights, frozen .*", out)[0].split()
+    )
+    for words in ("GPU of 2.00 GiB", "fits      --micro_bsz up to ", "--grad_cp 1 ", "disk "):
+        assert words in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_does_not_fit_says_so_and_exits_with_1(capsys):
+    assert main(["plan", *NEW, "--gpu", "600MiB"]) == 1
+    out = capsys.readouterr().out
+    assert "does not fit: 0.56 GiB can be used" in out and "--micro_bsz up to none at --ctx_len 128" in out
+
+
+def test_a_cpu_is_planned_with_what_this_machine_has(capsys):
+    main(["plan", *NEW, "--accelerator", "cpu"])
+    assert "main memory of" in capsys.readouterr().out
+
+
+def test_the_largest_batch_and_context_fit_and_no_larger_ones():
+    told = estimate()
+    room = 2 * peak(told.parts(1, 128), GPU)
+    rows, tokens = largest_rows(told, room), largest_tokens(told, room)
+    assert peak(told.parts(rows, 128), GPU) <= room < peak(told.parts(rows + 1, 128), GPU)
+    assert peak(told.parts(1, tokens), GPU) <= room < peak(told.parts(1, tokens + 64), GPU)
+    assert largest(lambda number: number <= 37) == 37 and largest(lambda number: False) == 0
+
+
+def test_each_change_that_is_named_lowers_the_peak_and_none_that_does_is_left_out():
+    told = estimate("--micro_bsz", "8")
+    now, room = peak(told.parts(8, 128), GPU), 4 << 30
+    found = changes(told, room)
+    assert [change.peak for change in found] == sorted(change.peak for change in found)
+    assert all(change.peak < now for change in found)
+    assert {"--grad_cp 1", "--bone_mode bone"} <= {change.flags for change in found}
+    assert {flags for flags, _ in alternatives(told.config)} >= {change.flags for change in found}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_ranks_share_what_zero_shares(stage):
+    alone, shared = (
+        estimate("--strategy", f"deepspeed_stage_{stage}", "--devices", str(devices), "--peft", "none")
+        for devices in (1, 4)
+    )
+    trains = alone.counts.trains
+    one, four = alone.parts(1, 128), shared.parts(1, 128)
+    assert size(one, "optimizer") == OPTIMIZER * trains and size(four, "optimizer") == OPTIMIZER * (trains // 4)
+    held = trains if stage < 3 else trains // 4
+    assert size(four, "weights that train") == held * 2
+    assert size(four, "activations") == size(one, "activations")
+
+
+def test_offload_moves_the_optimizer_and_quantization_shrinks_the_frozen_layers():
+    plain, moved = estimate().parts(1, 128), estimate("--strategy", "deepspeed_stage_2_offload").parts(1, 128)
+    where = {part.device for part in moved if part.name == "optimizer"}
+    assert where == {CPU} and size(moved, "optimizer") == size(plain, "optimizer")
+    told = estimate("--quant", "nf4")
+    weights = 4 * (6 * 64 * 64 + 2 * 64 * 256)
+    assert size(told.parts(1, 128), "weights, frozen and quantized") == weights // 2 + weights // 64 * 4
+    assert size(told.parts(1, 128), "weights, frozen") == size(plain, "weights, frozen") - 2 * weights
+
+
+def test_files_are_counted_with_their_copies():
+    told = estimate("--epoch_count", "6", "--epoch_save", "2", "--val_data", "x", "--merge_on_save")
+    adapter, merged, checkpoints = written(told)
+    assert adapter.copies == merged.copies == 1 + 3 + 1  # the newest, three epochs, the best
+    assert adapter.size == 2 * told.counts.own and merged.size == 2 * (told.counts.total - told.counts.own)
+    assert checkpoints.size == (OPTIMIZER + 2) * told.counts.trains
+
+
+@pytest.mark.parametrize(
+    "text, value", [("24GiB", 24 << 30), ("24gb", 24 << 30), ("1.5", 3 << 29), ("512 MiB", 512 << 20)]
+)
+def test_sizes_of_memory(text, value):
+    assert memory_size(text) == value
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ((*NEW, "--gpu", "large"), "'large' is no size of a memory; write it as 24GiB"),
+        ((*NEW, "--gpu", "0"), "'0' is no size"),
+        ((*NEW, "--gpu", "24GiB", "--accelerator", "cpu"), "--accelerator cpu trains on none"),
+        (("--gpu", "24GiB"), "a new model needs --n_layer"),
+        ((*NEW, "--gpu", "24GiB", "--bone_r", "48"), "does not divide"),
+        ((*NEW, "--micro_bsz", "0"), "0 is below 1"),
+    ],
+)
+def test_mistakes_are_told(flags, message):
+    with pytest.raises(UserError, match=message):
+        main(["plan", *flags])
+
+
+def test_accumulated_gradients_and_a_head_that_trains_are_counted():
+    plain, more = (
+        estimate().parts(1, 128),
+        estimate("--accumulate_grad_batches", "2", "--train_parts", "head").parts(1, 128),
+    )
+    assert size(more, "gradients, accumulated") > 0 == size(plain, "gradients, accumulated")
+    assert size(more, "gradient of the head") == 8 * 80 * 64 > 0 == size(plain, "gradient of the head")
+
+
+def test_pages_of_a_file_in_the_dtype_of_the_training_are_the_weights():
+    told = estimate(accelerator=CPU)
+    told = replace(told, config=replace(told.config, train=replace(told.config.train, load_model="base.pth")))
+    model = 2 * (told.counts.total - told.counts.own)
+    assert (told.file_pages(), replace(told, mapped=True).file_pages()) == (model, 0)

@@ -1,0 +1,121 @@
+"""`rwkv-peft inspect`: every kind of file is named for what it is, and changes are those that were made."""
+
+import pytest
+import torch
+
+from rwkv_peft.commands import main
+from rwkv_peft.errors import UserError
+from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
+from rwkv_peft.files.base import base_of, save_model
+from rwkv_peft.release.heat import heat_of, text_of
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_state):
+    """A folder with a model and an adapter on it."""
+    state = tiny_state(dtype=torch.bfloat16, vocab_size=257)
+    save_model(tmp_path / "base.pth", state)
+    bone = {"blocks.1.att.key.bone": torch.ones(8, 64), "blocks.0.ln1.weight": state["blocks.0.ln1.weight"]}
+    settings = dict(rank=8, targets=("att.key",), base_fingerprint=base_of(state).fingerprint, precision="bf16")
+    save_adapter(tmp_path / "bone.safetensors", bone, AdapterMetadata("bone", **settings))
+    return tmp_path
+
+
+def inspect(capsys, *words):
+    capsys.readouterr()
+    assert main(["inspect", *map(str, words)]) == 0
+    return capsys.readouterr().out
+
+
+def convert(folder, *words):
+    main(["convert", *(str(folder / word) if "." in word or word == "hf" else word for word in words)])
+
+
+def test_a_model_is_the_same_in_every_format(folder, capsys):
+    convert(folder, "base.pth", "m.safetensors")
+    convert(folder, "base.pth", "hf")
+    plain = inspect(capsys, folder / "base.pth")
+    for words in ("model, RWKV-6 (x060), official names", "n_layer 2, n_embd 64, vocab_size 257", "bfloat16"):
+        assert words in plain
+    for name, names in (("m.safetensors", "web-rwkv, Ai00"), ("hf", "Hugging Face")):
+        assert inspect(capsys, folder / name) == plain.replace("official", names)
+
+
+def test_an_adapter_says_what_it_is_and_what_it_was_trained_on(folder, capsys):
+    out = inspect(capsys, folder / "bone.safetensors")
+    for words in (
+        "written by rwkv_peft",
+        "Bone bone, rank 8",
+        "1: att.key",
+        "1 tensors of the base",
+        "bf16, --quant none",
+    ):
+        assert words in out
+    assert base_of(torch.load(folder / "base.pth")).fingerprint in out
+    convert(folder, "bone.safetensors", "flat.pth")
+    assert "adapter, written by RWKV-PEFT" in inspect(capsys, folder / "flat.pth")
+    torch.save({"blocks.0.att.key.bone": torch.ones(4, 16, 16)}, folder / "old.pth")
+    out = inspect(capsys, folder / "old.pth")
+    assert "adapter of RWKV-PEFT: 1 bone" in out and "--bone_mode" in out
+    assert "Bone bat-out, rank 16" in inspect(capsys, folder / "old.pth", "--bone_mode", "bat-out")
+
+
+def test_states_foreign_files_and_gguf(folder, capsys, tiny_state):
+    torch.save({f"blocks.{i}.att.time_state": torch.zeros(4, 16, 16) for i in range(2)}, folder / "state.pth")
+    assert "time states of 2 layers, (heads, N, N) = (4, 16, 16)" in inspect(capsys, folder / "state.pth")
+    torch.save({"model.x": torch.ones(3), "y": torch.ones(2, 2).half()}, folder / "foreign.pth")
+    out = inspect(capsys, folder / "foreign.pth")
+    assert "foreign" in out and "float32 (3), float16 (4)" in out and "not read" in out
+    pytest.importorskip("gguf")
+    convert(folder, "base.pth", "m.gguf", "--gguf_type", "q8_0")
+    out = inspect(capsys, folder / "m.gguf")
+    assert "GGUF model, rwkv6" in out and "q8_0" in out and "block_count 2" in out and "257 tokens" in out
+    (folder / "broken.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="broken.gguf is no readable GGUF"):
+        main(["inspect", str(folder / "broken.gguf")])
+
+
+def test_the_change_of_an_adapter_and_of_its_merged_model_is_told(folder, capsys):
+    base, adapter = folder / "base.pth", folder / "bone.safetensors"
+    weight = torch.load(base)["blocks.1.att.key.weight"].float()
+    expected = 100 * float(torch.ones_like(weight).norm() / weight.norm())
+    picture = folder / "heat.png"
+    out = inspect(capsys, adapter, "--base_model", base, "--output", picture)
+    row = next(line.split() for line in out.splitlines() if line.startswith("    1 "))
+    assert row[1] == "-" and float(row[2]) == pytest.approx(expected, rel=0.01)  # of ln1, which stayed, and att.key
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    main(
+        ["merge", "--base_model", str(base), "--bone_checkpoint", str(adapter), "--output", str(folder / "merged.pth")]
+    )
+    out = inspect(capsys, folder / "merged.pth", "--base_model", base)
+    assert float(out.splitlines()[-1].split()[1]) == pytest.approx(expected, rel=0.01) and "ln1" not in out
+    assert "none: it is the base" in inspect(capsys, base, "--base_model", base)
+
+
+def test_a_grid_has_a_place_for_every_tensor():
+    heat = heat_of({"blocks.0.att.key.weight": 0.1, "blocks.2.ffn.value.weight": 0.2, "emb.weight": 0.05})
+    assert (heat.rows, heat.columns, heat.outside) == ([0, 2], ["att.key", "ffn.value"], {"emb.weight": 0.05})
+    lines = text_of(heat).splitlines()
+    assert lines[1].split() == ["0", "10", "▒", "-"] and lines[2].split() == ["2", "-", "20", "█"]
+    assert lines[3].split() == ["emb.weight", "5", "░"]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("absent.pth",), "does not exist"),
+        (("base.pth", "--output", "x.png"), "name the base"),
+        (("bone.safetensors", "--base_model", "base.pth", "--output", "x.jpg"), "does not end in .png"),
+        (("bone.safetensors", "--base_model", "other.pth"), "was trained on another base"),
+        (("base.pth", "--base_model", "small.pth"), "has other dimensions"),
+        (("state.pth", "--base_model", "base.pth"), "neither a model nor an adapter"),
+        (("base.pth", "--base_model", "base.pth", "--output", "base.png/x.png"), "a file stands where"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(folder, tiny_state, words, message):
+    save_model(folder / "other.pth", tiny_state(vocab_size=257, seed=5))
+    save_model(folder / "small.pth", tiny_state(n_layer=1))
+    torch.save({"blocks.0.att.time_state": torch.zeros(4, 16, 16)}, folder / "state.pth")
+    (folder / "base.png").write_bytes(b"")
+    with pytest.raises(UserError, match=message):
+        main(["inspect", *(str(folder / word) if "." in word else word for word in words)])

@@ -1,0 +1,79 @@
+"""Pictures of several runs: which runs are told apart, what is drawn of them, and what is refused."""
+
+import json
+import re
+
+import pytest
+
+from rwkv_peft.commands import main
+from rwkv_peft.comparison import Run, labels, places
+from rwkv_peft.errors import UserError
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Folders of two runs, one of them validated."""
+    for name, steps in (("bone", 50), ("lora", 5)):
+        (tmp_path / name).mkdir()
+        with open(tmp_path / name / "metrics.jsonl", "w") as file:
+            for step in range(steps):
+                record = {"step": step, "loss": 2 / (step + 1), "lr": 1e-3, "grad_norm": 1.0, "tokens": 2_000_000}
+                record |= {"tokens_per_s": 100.0} | ({"val_loss": 3.0} if name == "bone" and step % 10 == 9 else {})
+                file.write(json.dumps(record) + "\n")
+    return tmp_path
+
+
+def texts(svg):
+    """What an SVG of matplotlib says: its texts are drawn as paths, and told in comments beside them."""
+    return re.findall(r"<!-- (.*?) -->", svg.read_text())
+
+
+def test_a_picture_names_its_runs_and_the_units_of_its_axes(runs):
+    output = runs / "compare.svg"
+    assert main(["plots", str(runs / "bone"), str(runs / "lora" / "metrics.jsonl"), "--output", str(output)]) == 0
+    for words in (
+        "bone", "lora", "step", "loss (nats per token)", "validation loss (nats per token)", "learning rate",
+        "gradient norm", "tokens per second",
+    ):  # fmt: skip
+        assert words in texts(output)
+
+
+def test_what_no_run_recorded_has_no_panel_and_tokens_may_run_along(runs):
+    output = runs / "one.svg"
+    assert main(["plots", str(runs / "lora"), "--output", str(output), "--x", "tokens", "--smooth", "0"]) == 0
+    found = texts(output)
+    assert "million tokens" in found and "step" not in found and "validation loss (nats per token)" not in found
+
+
+def test_a_run_without_a_step_makes_a_picture(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert main(["plots", str(tmp_path), "--output", str(tmp_path / "x.png")]) == 0
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_stand_at_their_steps_or_at_the_tokens_up_to_them():
+    run = Run("x", [{"step": 3, "tokens": 500_000}, {"step": 4}, {"step": 5, "tokens": 1_000_000}])
+    assert places(run, by_tokens=False) == {3: 3, 4: 4, 5: 5}
+    assert places(run, by_tokens=True) == {3: 0.5, 4: 0.5, 5: 1.5}
+
+
+def test_labels_are_the_shortest_ends_that_differ(tmp_path):
+    a, b = tmp_path / "x" / "run", tmp_path / "y" / "run"
+    assert labels([a, b]) == ["x/run", "y/run"] and labels([a]) == ["run"]
+    assert labels([a, a]) == [f"{'/'.join(a.parts)} (1)", f"{'/'.join(a.parts)} (2)"]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("bone", "--output", "x.jpg"), "does not end in .png, .svg, .pdf"),
+        (("none", "--output", "x.png"), "none: no such file"),
+        (("bone", "--output", "x.png", "--smooth", "1"), r"--smooth 1 is not in \[0, 1\)"),
+        (("bone",), "the following arguments are required: --output"),
+    ],
+)
+def test_mistakes_are_told(runs, words, message):
+    paths = [str(runs / word) if word in ("bone", "none") or "." in word else word for word in words]
+    with pytest.raises(UserError, match=message):
+        main(["plots", *paths])
+    assert not (runs / "x.png").exists()
