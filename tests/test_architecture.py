@@ -58,6 +58,7 @@ PARTS = (
     ("plots", ("plots",), ("containers",)),
     ("doctor", ("doctor",), ("models",)),
     ("training", ("training",), ("bases", "adapter files", "data", "plots", "merge")),
+    ("compare", ("compare",), ("training",)),
     ("commands", ("commands", "__main__"), ("flags",)),  # it imports a command when that is called, by its name
 )
 

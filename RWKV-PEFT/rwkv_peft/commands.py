@@ -34,6 +34,12 @@ COMMANDS = (
         "training.run",
         flags="training.flags:parse_flags",
     ),
+    Command(
+        "compare",
+        "adapter methods on a model and data of yours, each at its best rate",
+        "compare.command",
+        flags="compare.flags:parse_flags",
+    ),
     Command("plot", "draw the loss curve of a run", "plots"),
     Command(
         "merge",
