@@ -72,6 +72,13 @@ COMMANDS = (
         flags="generate.flags:parse_flags",
     ),
     Command(
+        "eval",
+        "how well a model answers: gsm8k, math, rows of yours, choices, lambada",
+        "evals.command",
+        flags="evals.flags:parse_flags",
+        needs="requirements-eval.txt",
+    ),
+    Command(
         "bone2miss", "a BONE adapter folder of peft -> a MISS one, and back", "hf.folders", needs="requirements-hf.txt"
     ),
     Command("doctor", "what this machine can do, what is missing, what mends it", "doctor"),
