@@ -16,6 +16,7 @@ from rwkv_peft.compare.plan import Cell
 from rwkv_peft.compare.runs import Process, finish, run_cells, start
 from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.errors import UserError
+from rwkv_peft.training.alone import alone_in
 
 MODEL = ("--load_model", "base.pth", "--data_file", "data", "--ctx_len", "16", "--accelerator", "cpu")
 TRAIN = (*MODEL, "--val_split", "0.2")
@@ -73,6 +74,8 @@ def test_what_is_due_is_run_and_what_is_there_is_kept(files, capsys):
     assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-3)
     assert main([*command, "--", *TRAIN]) == 0  # and now nothing is due
     assert "due" not in (out := capsys.readouterr().out) and text in out
+    with alone_in(folder), pytest.raises(UserError, match="--output .*: a run is training there"):
+        main([*command, "--", *TRAIN])
     with pytest.raises(UserError, match=r"other settings \(steps: 2, and now 3\)"):
         main([*command, "--steps", "3", "--", *TRAIN])
 
@@ -146,6 +149,8 @@ def test_a_run_that_left_no_checkpoint_begins_anew(tmp_path, monkeypatch):
     comparison = parse_flags(["--output", str(tmp_path), *OWN, "--", *TRAIN])
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
+    with alone_in(tmp_path / "run"), pytest.raises(UserError, match="a run is training there"):
+        start(comparison, Cell("bone", -6, 7), runs.Size(8, 0, 100), tmp_path / "run")
     argvs = []
     monkeypatch.setattr(runs.subprocess, "Popen", lambda argv, **rest: argvs.append(argv))
     size = runs.Size(8, 0, 100)

@@ -12,7 +12,8 @@ from types import FrameType
 from ..adapters.methods import METHODS
 from ..cli import counted
 from ..errors import UserError, told
-from ..files.atomic import atomic_write, check_output
+from ..files.atomic import atomic_write
+from ..training.alone import alone_in
 from ..training.flags import parse_run
 from .flags import FULL, Comparison, method_flags, parse_flags
 from .pictures import draw
@@ -30,10 +31,15 @@ def main(argv: list[str]) -> int:
     runs."""
     comparison = parse_flags(argv)
     folder = Path(comparison.output)
-    check_output("--output", folder / RECORD, [])
     sizes, fingerprint = measure(comparison)
-    check_record(folder / RECORD, comparison, sizes, fingerprint)
-    print_sizes(sizes)
+    with alone_in(folder, flag="--output"):
+        check_record(folder / RECORD, comparison, sizes, fingerprint)
+        print_sizes(sizes)
+        return run_and_report(comparison, sizes)
+
+
+def run_and_report(comparison: Comparison, sizes: Mapping[str, Size]) -> int:
+    """Run whatever is due and report, after an interrupt too; -> the exit code."""
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         complete = run(comparison, sizes)

@@ -32,6 +32,9 @@ def draw(folder: Path, rows: Sequence[Row], methods: Sequence[str], seed: int, r
     save(figure, axes, folder, "time")
     figure, axes = new_figure("learning rate", "final validation loss (nats per token)")
     axes.set_xscale("log")
+    tried = sorted({rate_of(cell.rate) for cell in runs if cell.seed == seed})
+    axes.set_xticks(tried, [f"{rate:g}" for rate in tried])
+    axes.set_xticks([], minor=True)
     for row in rows:
         swept = sorted((rate_of(cell.rate), run.loss) for cell, run in runs.items() if cell[::2] == (row.method, seed))
         points = [(rate, loss) for rate, loss in swept if math.isfinite(loss)]

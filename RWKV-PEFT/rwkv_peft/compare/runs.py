@@ -19,6 +19,7 @@ from typing import NamedTuple
 from ..errors import UserError
 from ..files.atomic import atomic_write
 from ..plots import is_number, read_metrics
+from ..training.alone import alone_in
 from ..training.saver import find_checkpoint
 from .flags import Comparison, method_flags
 from .plan import Cell
@@ -101,7 +102,8 @@ def start(comparison: Comparison, cell: Cell, size: Size, folder: Path) -> Proce
     """Begin a run, or go on with one that stopped at a checkpoint."""
     resume = find_checkpoint(folder) is not None and read_metrics(folder / METRICS)[-1]["step"] + 1 < comparison.steps
     if folder.exists() and not resume:
-        shutil.rmtree(folder)
+        with alone_in(folder):  # a run whose comparison was killed may go on in it
+            shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     argv = [sys.executable, "-m", __package__.split(".")[0], "train", *train_flags(comparison, cell, size, folder)]
     paths = (str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", ""))
