@@ -7,6 +7,10 @@ import torch
 from torch import nn
 
 from adapters.layers import merged_weight
+from rwkv_peft.adapters.groups import learning_ratios
+from rwkv_peft.adapters.methods import METHODS
+from rwkv_peft.config import AdapterConfig
+from rwkv_peft.training.header import rate_hint
 
 OUT, IN, RANK, RATE = 120, 96, 8, 1e-4
 
@@ -32,24 +36,44 @@ FORMULAS = {
     "bat-out": block_affine,
     "lora": lora(),
     "rslora": lora(2.0 / math.sqrt(RANK)),
+    "lora-plus": lora(16.0),
     "pissa": pissa,
 }
 
 
 @pytest.mark.parametrize("variant", FORMULAS)
 @pytest.mark.parametrize("size", [0.05, 0.4])
-def test_the_first_step_moves_a_weight_as_far_as_the_formula_says(variant, size, adapt):
+def test_the_first_step_moves_a_weight_as_far_as_the_formula_says(variant, size, adapt, adapter_config):
     layer = nn.Linear(IN, OUT, bias=False)
     layer.weight.data.normal_(std=size)
     weight = layer.weight.detach().clone()
-    alpha = 2.0 if variant == "rslora" else 0.0
-    adapted = adapt(layer, variant, train=False, rank=RANK, mini_rank=60, alpha=alpha, svd_niter=0)
-    before = merged_weight(adapted)
-    optimizer = torch.optim.AdamW(
-        [getattr(adapted, name) for name in adapted.method.parameters], lr=RATE, weight_decay=0
-    )
+    settings = {"rank": RANK, "mini_rank": 60, "alpha": 2.0 if variant == "rslora" else 0.0, "svd_niter": 0}
+    adapted = adapt(layer, variant, train=False, **settings)
+    method, config, before = adapted.method, adapter_config(variant, **settings), merged_weight(adapted)
+    ratios = dict(learning_ratios(method, config))
+    groups = [{"params": [getattr(adapted, name)], "lr": RATE * ratios.get(name, 1.0)} for name in method.parameters]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0)
     x = torch.randn(256, IN)
     (adapted(x) * torch.randn(256, OUT)).sum().backward()
     optimizer.step()
     change = (merged_weight(adapted) - before).square().mean().sqrt() / RATE
     assert change.item() == pytest.approx(float(FORMULAS[variant](weight)), rel=0.15)
+    told = method.first_step(config, IN)
+    if told is not None:
+        assert change.item() == pytest.approx(told, rel=0.15 if method.scaled or size < 0.1 else 0.6)
+
+
+def test_a_method_whose_step_depends_on_the_weight_names_none():
+    assert [name for name in METHODS if METHODS[name].first_step(AdapterConfig(), IN) is None] == [
+        "dora",
+        "pissa",
+        "olora",
+        "lora-ga",
+    ]
+
+
+@pytest.mark.parametrize("method, hint", [("lora", True), ("rslora", True), ("lora-plus", False), ("pissa", False)])
+def test_the_hint_tells_by_how_much_a_rate_is_smaller(method, hint):
+    told = rate_hint(AdapterConfig(method=method, rank=32), 4096, 2e-5)
+    assert bool(told) is hint and ("as far as 1e-06 does with bone; begin with rates 20 times bone's" in told) is hint
+    assert rate_hint(AdapterConfig(method="none"), 4096, 2e-5) == rate_hint(AdapterConfig(), 4096, 2e-5) == ""
