@@ -93,6 +93,7 @@ def test_what_is_due_is_run_and_what_is_there_is_kept(files, capsys):
         (["--methods", "bona", "--", *TRAIN], "invalid choice: 'bona'"),
         (["--methods", "full", "bone", "--", *TRAIN], "begin with another"),
         (["--methods", "bone", "full", "--", *TRAIN, "--train_parts", "ln"], "keep full from training all"),
+        (["--steps", "20", "--val_every", "6", "--", *TRAIN], "6 does not divide --steps 20"),
         (["--rates", "2e-3", "--", *TRAIN], "take 0.003"),
         (["--rank", "5", "--methods", "bat-in", "--", *TRAIN], "5"),
         (["--", *TRAIN, "--load_model", "absent.pth"], "absent.pth"),
@@ -102,6 +103,11 @@ def test_mistakes_are_told_before_a_run_begins(files, arguments, message):
     with pytest.raises(UserError, match=message):
         main(["--output", "refused", *arguments])
     assert not (files / "refused").exists()
+
+
+@pytest.mark.parametrize("steps, every", [(1000, 100), (205, 41), (7, 1), (13, 13), (1, 1)])
+def test_the_last_step_is_validated(steps, every):
+    assert parse_flags(["--output", "out", "--steps", str(steps), "--", *TRAIN]).val_every == every
 
 
 def sleeping(comparison, cell, size, folder):

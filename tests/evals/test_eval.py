@@ -63,6 +63,7 @@ def test_it_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
     assert run(*words) == whole and asked == [0, 2]
     assert output.read_text() == "".join(lines)
     assert run(*words) == whole and asked == [0, 2]  # nothing is due any more
+    assert [command.main([*map(str, words), *MODEL, "--at_least", share]) for share in ("0.3", "0.4")] == [0, 1]
     with pytest.raises(UserError, match=r"answers of other settings \(max_tokens: 512, and now 9\)"):
         run(*words, "--max_tokens", 9)
     write(tmp_path / "rows.jsonl", ROWS[:2])
@@ -155,6 +156,7 @@ def test_examples_stand_before_the_question(run, tmp_path, monkeypatch):
         (["lambada", "--data", "d.jsonl", "--stop", "x"], "lambada writes none"),
         (["gsm8k", "--data", "d.jsonl", "--stop", ""], "empty text"),
         (["gsm8k", "--data", "d.jsonl", "--batch", "0"], "--batch 0"),
+        (["gsm8k", "--data", "d.jsonl", "--at_least", "90"], "--at_least 90.0: a share"),
     ],
 )
 def test_mistaken_flags_are_told(arguments, message):

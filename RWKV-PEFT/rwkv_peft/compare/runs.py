@@ -110,7 +110,7 @@ def start(comparison: Comparison, cell: Cell, size: Size, folder: Path) -> Proce
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     if comparison.jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // comparison.jobs)))
-    with open(folder / LOG, "ab") as log:
+    with open(folder / LOG, "wb") as log:
         child = subprocess.Popen(
             argv + ["--resume"] * resume,
             stdout=log,

@@ -17,7 +17,7 @@ from .equivalence import require_math_verify
 from .flags import parse_flags
 from .layouts import example, read_layout
 from .records import Records
-from .tally import summary
+from .tally import share_of, summary
 from .task import Problem, Task
 from .tasks import TASKS
 
@@ -28,7 +28,8 @@ SETTINGS = (*INPUTS, "task", "adapter", "split", "template", "shots", "max_token
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code; 130 after Ctrl-C. Raises UserError for whatever is wrong in flags and files."""
+    """Returns the exit code: 1 below --at_least, 130 after Ctrl-C. Raises UserError for whatever is wrong in flags and
+    files."""
     args = parse_flags(argv)
     task = TASKS[args.task]
     if args.task == "math":
@@ -53,8 +54,9 @@ def main(argv: list[str]) -> int:
         kept = f"; {args.output} has {len(records.found):,} of {len(problems):,}, and the same command goes on"
         print("\ninterrupted" + (kept if args.output else ""), file=sys.stderr)
         return INTERRUPTED
-    print("\n".join(summary(args.task, task.measures, records.ordered())))
-    return 0
+    found = records.ordered()
+    print("\n".join(summary(args.task, task.measures, found)))
+    return int(share_of(task.measures[0], found) < args.at_least)
 
 
 def stamps(args: Any) -> dict[str, list[int]]:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..cli import Parser, count, positive
+from ..cli import Parser, count, not_negative, positive
 from ..errors import UserError
 from ..generate.flags import add_model_flags, unescaped
 
@@ -47,6 +47,13 @@ def build_parser() -> Parser:
     add("--max_tokens", type=positive, default=512, help="longest answer (default 512)")
     add("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end an answer, besides the layout's own")
     add("--escapes", action="store_true", help=r"read \n, \t and \\ in --stop as newline, tab, backslash")
+    add(
+        "--at_least",
+        type=not_negative,
+        default=0.0,
+        metavar="SHARE",
+        help="exit with 1 where the first measure is below, such as 0.9",
+    )
     return parser
 
 
@@ -55,6 +62,8 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     args = build_parser().parse_args(argv)
     if args.batch < 1:
         raise UserError(f"--batch {args.batch}: at least 1 is due")
+    if args.at_least > 1:
+        raise UserError(f"--at_least {args.at_least}: a share from 0 to 1 is due, as 0.9 for 90 %")
     if bool(args.shots) != bool(args.shots_data):
         raise UserError(
             "--shots N takes its examples from --shots_data FILE; give both, and another file than --data, or neither"

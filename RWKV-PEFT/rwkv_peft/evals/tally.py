@@ -6,6 +6,11 @@ from collections.abc import Sequence
 from .records import Record
 
 
+def share_of(measure: str, records: Sequence[Record]) -> float:
+    """The share of records that are right by a measure."""
+    return sum(bool(record[measure]) for record in records) / len(records)
+
+
 def standard_error(share: float, total: int) -> float:
     """Of a share of right answers among independent ones, from their sample variance; NaN for a single one."""
     return math.sqrt(share * (1 - share) / (total - 1)) if total > 1 else math.nan
@@ -16,10 +21,10 @@ def summary(task: str, measures: Sequence[str], records: Sequence[Record]) -> li
     total = len(records)
     lines = [f"{task}: {total:,} problems"]
     for name in measures:
-        right = sum(bool(record[name]) for record in records)
-        share, error = right / total, standard_error(right / total, total)
+        share = share_of(name, records)
+        error = standard_error(share, total)
         spread = f" ± {error:.1%} (standard error)" if math.isfinite(error) else ""
-        lines.append(f"{name:<10} {share:7.1%}{spread}, {right:,} of {total:,}")
+        lines.append(f"{name:<10} {share:7.1%}{spread}, {share * total:,.0f} of {total:,}")
     long = sum(record.get("end") == "length" for record in records)
     if long:
         lines.append(f"{long:,} answers were cut off at --max_tokens")
