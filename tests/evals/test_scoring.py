@@ -1,8 +1,12 @@
 """A continuation's log-probability is that of the whole sequence read at once, in float64."""
 
+import copy
+
 import pytest
 import torch
 
+from rwkv_peft.errors import UserError
+from rwkv_peft.evals import scoring
 from rwkv_peft.evals.scoring import score
 from rwkv_peft.generate import prefill
 from rwkv_peft.models import FAMILIES
@@ -32,8 +36,9 @@ def reference(model, prompt, continuation, start):
     return rows.gather(1, tokens[:, None]).sum().item(), bool((rows.argmax(-1) == tokens).all())
 
 
-@pytest.mark.parametrize("started", [False, True])
-def test_scores_are_those_of_whole_sequences(model, started):
+@pytest.mark.parametrize("started, piece", [(False, 256), (True, 3)])
+def test_scores_are_those_of_whole_sequences(model, started, piece, monkeypatch):
+    monkeypatch.setattr(scoring, "PIECE", piece)
     start = prefill(model, [[3, 1, 4]])[1] if started else None
     for prompt, texts, found in zip(PROMPTS, CONTINUATIONS, score(model, PROMPTS, CONTINUATIONS, start)):
         assert len(found) == len(texts)
@@ -50,3 +55,10 @@ def test_the_greedy_continuation_is_told(model):
     best = sequence[len(PROMPTS[0]) :]
     (found,) = score(model, PROMPTS[:1], [[best, [*best[:-1], (best[-1] + 1) % 80]]])
     assert [greedy for _, greedy in found] == [True, False]
+
+
+def test_scores_that_are_no_numbers_are_refused(model):
+    broken = copy.deepcopy(model)
+    broken.head.weight[3, 5] = torch.nan
+    with pytest.raises(UserError, match="log-probabilities are NaN"):
+        score(broken, PROMPTS, CONTINUATIONS)

@@ -1,14 +1,18 @@
 """How probable continuations are behind their prompts: a prompt is read once, whatever follows it."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from ..errors import UserError
 from ..generate.decode import prefill
 from ..models.state import State
 from .task import Score
+
+PIECE = 256  # tokens whose logits are formed at a time
 
 
 @torch.inference_mode()
@@ -17,7 +21,7 @@ def score(
 ) -> list[list[Score]]:
     """For each prompt (a list of token ids, not empty) a Score of each of its continuations (lists of token ids, not
     empty); start is the State of one sequence before each prompt (None: zeros). Log-probabilities are summed in
-    float64."""
+    float64. Raises UserError where one is not finite."""
     logits, state = prefill(model, prompts, start)
     owner = [number for number, texts in enumerate(continuations) for _ in texts]
     flat = [tokens for texts in continuations for tokens in texts]
@@ -31,6 +35,11 @@ def score(
         values = read_and_score(model, read, due, state.selected(rows[places]))
         for number, pairs in zip(longer, values):
             scores[number] += pairs
+    if not all(math.isfinite(logprob) for pairs in scores for logprob, _ in pairs):
+        raise UserError(
+            "the model's log-probabilities are NaN or infinite: its weights are damaged, or too large for their dtype "
+            "(try --precision fp32)"
+        )
     found = iter([Score(sum(logprob for logprob, _ in pairs), all(greedy for _, greedy in pairs)) for pairs in scores])
     return [[next(found) for _ in texts] for texts in continuations]
 
@@ -50,11 +59,14 @@ def read_and_score(
     tokens = torch.tensor([token for piece in read for token in piece], device=device)
     targets = torch.tensor([token for piece in due for token in piece], device=device)
     ends = torch.tensor([len(piece) for piece in read], device=device).cumsum(0)
-    (logprobs, greedy), _ = model(
-        tokens[None],
-        state,
-        cu_seqlens=F.pad(ends, (1, 0)),
-        head=lambda x, weight: token_scores(F.linear(x[0], weight), targets),
-    )
-    pairs = iter(list(zip(logprobs.tolist(), greedy.tolist())))
+
+    def head(x: torch.Tensor, weight: torch.Tensor) -> list[tuple[float, bool]]:
+        found = []
+        for piece, right in zip(x[0].split(PIECE), targets.split(PIECE)):  # (n, C), (n,)
+            logprobs, greedy = token_scores(F.linear(piece, weight), right)
+            found += list(zip(logprobs.tolist(), greedy.tolist()))
+        return found
+
+    found, _ = model(tokens[None], state, cu_seqlens=F.pad(ends, (1, 0)), head=head)
+    pairs = iter(found)
     return [[next(pairs) for _ in piece] for piece in due]
