@@ -63,13 +63,9 @@ def test_the_first_step_moves_a_weight_as_far_as_the_formula_says(variant, size,
         assert change.item() == pytest.approx(told, rel=0.15 if method.scaled or size < 0.1 else 0.6)
 
 
-def test_a_method_whose_step_depends_on_the_weight_names_none():
-    assert [name for name in METHODS if METHODS[name].first_step(AdapterConfig(), IN) is None] == [
-        "dora",
-        "pissa",
-        "olora",
-        "lora-ga",
-    ]
+@pytest.mark.parametrize("variant", ["dora", "pissa", "olora", "lora-ga"])
+def test_a_method_whose_step_depends_on_the_weight_tells_none(variant):
+    assert METHODS[variant].first_step(AdapterConfig(), IN) is None
 
 
 @pytest.mark.parametrize("method, hint", [("lora", True), ("rslora", True), ("lora-plus", False), ("pissa", False)])

@@ -119,6 +119,13 @@ def test_a_choice_is_the_continuation_that_the_model_finds_likelier(run, tmp_pat
     assert record["logprobs"][0] == max(record["logprobs"]) and len(record["logprobs"]) == 3
 
 
+def test_a_backslash_and_n_in_a_stop_are_told(tmp_path, capsys):
+    data = write(tmp_path / "rows.jsonl", ROWS[:1])
+    for more, told in (((), 1), (("--escapes",), 0)):
+        assert command.main(["jsonl", *MODEL, "--data", data, "--max_tokens", "2", "--stop", r"\n", *more]) == 0
+        assert capsys.readouterr().err.count("add --escapes") == told
+
+
 def test_the_last_word_and_its_perplexity(run, tmp_path):
     rows = [{"text": STORY.format("How many?") + word} for word in (" 3", " golden")]
     lines = run("lambada", "--data", write(tmp_path / "l.jsonl", rows))

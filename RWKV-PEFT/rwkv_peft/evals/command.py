@@ -37,6 +37,8 @@ def main(argv: list[str]) -> int:
     if args.output:
         inputs = [(f"--{name}", getattr(args, name)) for name in INPUTS]
         check_output("--output", args.output, [*inputs, *(("--adapter", path) for path in args.adapter)])
+    if not args.escapes and any("\\n" in text for text in args.stop):
+        print(r"note: \n in --stop is a backslash and an n; add --escapes to read it as a newline", file=sys.stderr)
     layout = read_layout(args.template or task.layout) if args.template or task.layout else ""
     problems = read_problems(task, args.data, args.split, layout)
     shots = read_shots(task, args, layout)
