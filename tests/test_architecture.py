@@ -33,7 +33,7 @@ HEAVY = (
 # module stands for what is below it, unless that is named itself.
 PARTS = (
     ("base", ("", "config", "errors", "cli", "names", "memory"), ()),
-    ("flags", ("files/source_flags", "release/flags", "generate/flags", "generate/settings"), ("base",)),
+    ("flags", ("files/source_flags", "release/flags", "generate/flags", "generate/settings", "evals/flags"), ("base",)),
     ("native", ("ops/native",), ("base",)),  # builds for kernels of which it knows none
     ("ops", ("ops",), ("native",)),
     ("models", ("models",), ("base", "ops")),
@@ -54,12 +54,14 @@ PARTS = (
     ),
     ("check", ("release/check", "release/verify", "release/logits", "release/runtimes"), ("convert", "merge")),
     ("generate", ("generate",), ("merge", "data")),
+    ("evals", ("evals",), ("generate",)),
     ("hf", ("hf",), ("adapters", "containers")),
     ("plots", ("plots", "comparison"), ("containers",)),
     ("inspect", ("release/contents", "release/heat", "release/inspect_command"), ("convert", "merge", "plots")),
     ("doctor", ("doctor",), ("models",)),
     ("training", ("training",), ("bases", "adapter files", "data", "plots", "merge")),
     ("plan", ("plan",), ("training",)),
+    ("compare", ("compare",), ("training",)),
     ("commands", ("commands", "__main__"), ("flags",)),  # it imports a command when that is called, by its name
 )
 

@@ -40,6 +40,12 @@ COMMANDS = (
         "plan.command",
         flags="plan.flags:parse_flags",
     ),
+    Command(
+        "compare",
+        "adapter methods on a model and data of yours, each at its best rate",
+        "compare.command",
+        flags="compare.flags:parse_flags",
+    ),
     Command("plot", "draw the loss curve of a run", "plots"),
     Command("plots", "draw the curves of several runs into one picture", "comparison"),
     Command(
@@ -77,6 +83,13 @@ COMMANDS = (
         "continue prompts with a model, merged or with adapters",
         "generate.command",
         flags="generate.flags:parse_flags",
+    ),
+    Command(
+        "eval",
+        "how well a model answers: gsm8k, math, rows of yours, choices, lambada",
+        "evals.command",
+        flags="evals.flags:parse_flags",
+        needs="requirements-eval.txt",
     ),
     Command(
         "bone2miss", "a BONE adapter folder of peft -> a MISS one, and back", "hf.folders", needs="requirements-hf.txt"

@@ -29,6 +29,7 @@ OPTIONAL = (
     ("transformers", "Hugging Face models"),
     ("peft", "Bone as a plug-in of Hugging Face peft"),
     ("bitsandbytes", "quantized bases"),
+    ("math-verify", "rwkv-peft eval math"),
     ("wandb", "--wandb"),
 )
 

@@ -253,7 +253,7 @@ def test_a_session_may_go_on_in_its_own_file_but_not_in_the_output(run, model, t
 @pytest.mark.parametrize("flag", ["--output", "--save_state"])
 def test_outputs_that_cannot_be_written_are_refused_before_the_model_is_read(tmp_path, flag, monkeypatch):
     (tmp_path / "plain").write_text("")
-    monkeypatch.setattr(command, "load_model", None)
+    monkeypatch.setattr(command, "load_subject", None)
     with pytest.raises(UserError, match="a file stands where"):
         command.main(["--model", "m.pth", "--prompt", "a", flag, str(tmp_path / "plain" / "x")])
 

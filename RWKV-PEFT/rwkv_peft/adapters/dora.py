@@ -24,6 +24,9 @@ class Dora(Lora):
     constants = ("lora_row_norm",)
     idle = ("lora_A", "lora_row_norm")
 
+    def first_step(self, config: AdapterConfig, in_features: int) -> float | None:
+        return None  # a gain moves its row by as much of it as the rate says
+
     def shapes(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Shapes:
         rows = (out_features,)
         return super().shapes(rank, mini_rank, out_features, in_features) | {"lora_gain": rows, "lora_row_norm": rows}

@@ -29,6 +29,11 @@ class Lora(Method):
     def scale(self, config: AdapterConfig) -> float:
         return config.alpha / config.rank if config.alpha else 1.0
 
+    def first_step(self, config: AdapterConfig, in_features: int) -> float | None:
+        """B is zero, so that A's entries, of variance 1 / (3 in), carry the step of B."""
+        ratio = math.prod(getattr(config, field) for tensor, field in self.learning_rates if tensor == "lora_B")
+        return self.scale(config) * ratio * math.sqrt(config.rank / (3 * in_features))
+
     def fit(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Misfit | None:
         limit = self.most(out_features, in_features)
         if rank <= limit:

@@ -95,6 +95,11 @@ class Method(ABC):
         """The alpha that gives this scale."""
         return scale * rank
 
+    def first_step(self, config: AdapterConfig, in_features: int) -> float | None:
+        """How far Adam's first step moves a layer's weight: the root mean square of the change of its entries over the
+        learning rate (docs/learning_rates.md). None where that depends on the weight."""
+        return 1.0
+
     @abstractmethod
     def fit(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Misfit | None:
         """The Misfit of a rank and a layer, or None where they fit."""

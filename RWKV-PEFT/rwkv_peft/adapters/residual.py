@@ -6,6 +6,7 @@ into the adapter file, and merging starts from the original weight.
 
 import torch
 
+from ..config import AdapterConfig
 from .lora import Lora
 from .method import Layer, Params, Shapes, cast
 
@@ -15,6 +16,9 @@ class ResidualLora(Lora):
 
     constants = ("init_lora_A", "init_lora_B")
     residual = True
+
+    def first_step(self, config: AdapterConfig, in_features: int) -> float | None:
+        return None  # its factors are as large as what was taken out of the weight
 
     def shapes(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Shapes:
         shapes = super().shapes(rank, mini_rank, out_features, in_features)

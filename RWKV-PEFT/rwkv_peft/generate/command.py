@@ -5,17 +5,13 @@ import os
 import sys
 import time
 
-import torch
-
-from ..data.recorded import find_tokenizer, recorded_beside
 from ..data.templates import stops_of
 from ..errors import UserError
-from ..files.adapters import source_of
 from ..files.atomic import atomic_write, check_output
 from .chat import Chat
 from .decode import generate, prefill
 from .flags import parse_flags, unescaped
-from .loading import load_model, read_state_file, save_state_file
+from .loading import check_device, load_subject, save_state_file
 from .prompts import encode, read_prompt_file
 from .session import Session
 from .text import TextStream
@@ -39,8 +35,7 @@ def main(argv):
 
 def run(args, sampling):
     """The command; returns 0."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this torch sees no CUDA device; leave --device out to run on the CPU")
+    check_device(args)
     if not args.escapes and any("\\n" in text for text in [*(args.prompt or ()), *args.stop]):
         warn(r"note: \n in --prompt or --stop is a backslash and an n; add --escapes to read it as a newline")
     check_outputs(args)
@@ -49,14 +44,7 @@ def run(args, sampling):
     rows = read_rows(args)
     if args.save_state and len(rows) > 1:
         raise UserError(f"--save_state keeps the state after one prompt, and there are {len(rows)}; give one")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    precision = args.precision or ("bf16" if device == "cuda" else "fp32")
-    sources = [source_of(args, path) for path in args.adapter]
-    model, start = load_model(args.model, sources, precision, device, args.any_base)
-    if args.state:
-        start = read_state_file(args.state, model)
-    recorded = recorded_beside(*reversed(args.adapter), args.model)
-    tokenizer = find_tokenizer(args.tokenizer, model.config.vocab_size, recorded, warn)
+    model, start, tokenizer = load_subject(args, warn)
     if args.chat:
         change = unescaped if args.escapes else str
         stops = [*stops_of("Assistant:"), *args.stop]

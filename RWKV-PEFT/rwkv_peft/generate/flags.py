@@ -21,18 +21,8 @@ in the order of the prompts.
 
 def build_parser():
     parser = Parser(prog="rwkv-peft generate", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_flags(parser)
     add = parser.add_argument
-    add("--model", required=True, metavar="PTH", help="an RWKV model")
-    add(
-        "--adapter",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="adapters to use it with, in order; not written anywhere",
-    )
-    add_source_flags(parser)
-    add("--any_base", action="store_true", help="use an adapter that was trained on another base of the same shape")
-    add("--state", metavar="PTH", help="state to start from: time states, or what --save_state wrote")
     add("--save_state", metavar="PTH", help="write the state after the prompt and all that was generated")
     add("--chat", action="store_true", help="talk in turns, User: and Assistant:, as chat data is trained")
     add(
@@ -47,12 +37,6 @@ def build_parser():
         help='.jsonl with a "prompt" in each line, or a text with a prompt a line; - reads lines',
     )
     add("--output", metavar="JSONL", help="write the lines of JSON to this file instead")
-    add(
-        "--tokenizer",
-        metavar="NAME",
-        help="world, bytes, or a file; default that of the run in whose folder the adapter or model lies, or by the "
-        "model's vocabulary (65536: world, 257: bytes)",
-    )
     add("--max_tokens", type=int, default=256, help="longest continuation (default 256)")
     add(
         "--stop",
@@ -91,10 +75,32 @@ def build_parser():
         help="what a step leaves of those counts (default 1)",
     )
     add("--seed", type=int, default=Sampling.seed, help="of the draws; prompt i has seed + i (default 0)")
+    return parser
+
+
+def add_model_flags(parser):
+    """Add the flags that say which model, with what, and how it runs: the same for every command that asks one."""
+    add = parser.add_argument
+    add("--model", required=True, metavar="PTH", help="an RWKV model")
+    add(
+        "--adapter",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="adapters to use it with, in order; not written anywhere",
+    )
+    add_source_flags(parser)
+    add("--any_base", action="store_true", help="use an adapter that was trained on another base of the same shape")
+    add("--state", metavar="PTH", help="state to start from: time states, or what --save_state wrote")
+    add(
+        "--tokenizer",
+        metavar="NAME",
+        help="world, bytes, or a file; default that of the run in whose folder the adapter or model lies, or by the "
+        "model's vocabulary (65536: world, 257: bytes)",
+    )
     add("--batch", type=int, default=32, help="prompts decoded at once (default 32)")
     add("--precision", choices=("fp32", "bf16"), help="default: fp32, on a GPU bf16")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    return parser
 
 
 def parse_flags(argv):

@@ -1,8 +1,14 @@
 """What generation starts from: a model with its adapters folded in, and the states that files hold
 (models/state.py)."""
 
+from typing import Any, NamedTuple
+
+import torch
 from torch import nn
 
+from ..data.recorded import find_tokenizer, recorded_beside
+from ..errors import UserError
+from ..files.adapters import source_of
 from ..files.base import base_of, open_base, save_model
 from ..files.dtypes import DTYPES
 from ..files.pth import read_tensors
@@ -33,6 +39,34 @@ def load_model(path, adapters=(), precision="fp32", device="cpu", any_base=False
     if device == "cpu" and precision == "fp32":
         store_by_columns(model)
     return model, read_state(states, model, path) if states else None
+
+
+def check_device(args):
+    """Raise UserError where --device asks for what torch does not see."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this torch sees no CUDA device; leave --device out to run on the CPU")
+
+
+class Subject(NamedTuple):
+    """A model ready to generate, the State of one sequence that it starts from, or None, and its tokenizer."""
+
+    model: nn.Module
+    start: State | None
+    tokenizer: Any
+
+
+def load_subject(args, say):
+    """The Subject that the flags of add_model_flags name. say(text) is told where the tokenizer is another than the one
+    recorded. Raises UserError."""
+    check_device(args)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    precision = args.precision or ("bf16" if device == "cuda" else "fp32")
+    sources = [source_of(args, path) for path in args.adapter]
+    model, start = load_model(args.model, sources, precision, device, args.any_base)
+    if args.state:
+        start = read_state_file(args.state, model)
+    recorded = recorded_beside(*reversed(args.adapter), args.model)
+    return Subject(model, start, find_tokenizer(args.tokenizer, model.config.vocab_size, recorded, say))
 
 
 def store_by_columns(model):

@@ -12,18 +12,18 @@ LOCK = ".run.lock"
 
 
 @contextmanager
-def alone_in(folder: Path, say: Callable[..., object] = print) -> Iterator[None]:
-    """Hold a run's folder, which is made where it is missing and removed again where nothing came of it. Raises
-    UserError where it cannot be written or another process holds it; where the file system has no locks, that is told
-    and the run goes on."""
+def alone_in(folder: Path, say: Callable[..., object] = print, flag: str = "--proj_dir") -> Iterator[None]:
+    """Hold a run's folder, given as `flag`, which is made where it is missing and removed again where nothing came of
+    it. Raises UserError where it cannot be written or another process holds it; where the file system has no locks,
+    that is told and the run goes on."""
     with without_empty_folders(folder), ExitStack() as stack:
-        check_output("--proj_dir", folder / "checkpoints" / "state.json", [])
+        check_output(flag, folder / "checkpoints" / "state.json", [])
         folder.mkdir(parents=True, exist_ok=True)
         try:
             stack.enter_context(hold(folder / LOCK))
         except Busy as error:
             raise UserError(
-                f"--proj_dir {folder}: a run is training there ({error}); wait for it, or name another folder"
+                f"{flag} {folder}: a run is training there ({error}); wait for it, or name another folder"
             ) from None
         except OSError as error:
             say(f"output    {folder} cannot be locked ({error}): start no second run there")

@@ -8,6 +8,8 @@ from ..ops.mix import cuda as mix_cuda
 
 UPSTREAM_PARTS = ("time", "ln")  # what RWKV-PEFT trains along with an adapter by default
 
+SMALL_STEP = 0.5  # of Bone's
+
 
 def describe(config, family, accelerator, samples, notes, plan, report, state, say):
     """What is about to happen, in a few lines."""
@@ -37,6 +39,8 @@ def describe(config, family, accelerator, samples, notes, plan, report, state, s
         f"steps     {plan.total_steps:,} ({counted(train.epoch_count, 'epoch')} of {plan.epoch_steps:,}), "
         f"{counted(plan.step_samples, 'sample')} each" + (f"; resuming at step {plan.first_step:,}" if state else "")
     )
+    if hint := rate_hint(adapter, model.n_embd, train.lr_init):
+        say(f"rate      {hint}")
     say(f"seed      {train.random_seed}")
     say(f"output    {train.proj_dir}")
 
@@ -67,3 +71,15 @@ def frozen_parts(adapter, family, keys):
     if usual:
         advice = advice.replace("them", " and ".join(usual)) + ", as RWKV-PEFT does unless told otherwise"
     return f"tensors of the base that do not train: {named}; {advice}"
+
+
+def rate_hint(adapter, n_embd, lr_init):
+    """What the learning rate means by Bone's, for a method whose steps are much smaller; "" for any other."""
+    method = method_of(adapter)
+    step = None if method is None else method.first_step(adapter, n_embd)
+    if step is None or step > SMALL_STEP:
+        return ""
+    return (
+        f"{lr_init:g} moves a weight of {method.label} at first as far as {lr_init * step:.1g} does with bone; begin "
+        f"with rates {1 / step:.0f} times bone's (docs/learning_rates.md)"
+    )

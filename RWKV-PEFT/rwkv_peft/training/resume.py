@@ -1,9 +1,5 @@
 """Whether a run begins or goes on, by what its folder holds and --resume; and the folder itself."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
 from ..errors import UserError
 from ..files.adapter_file import ADAPTER, MODEL
 from .checkpoints import UNSAVED, find_checkpoint
@@ -48,16 +44,3 @@ def find_trained(folder, newest):
         return newest
     files = [file for name in (ADAPTER, MODEL) for file in folder.glob(name.replace(".", "*."))]
     return min(files).name if files and (folder / METRICS).exists() else None
-
-
-@contextmanager
-def made(folder: Path) -> Iterator[None]:
-    """The folder of a run, made where it is missing; where nothing came into it, it goes again."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]  # the innermost first
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
-        for path in missing:
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()

@@ -40,7 +40,7 @@ from .gradients import estimate_gradients
 from .header import describe, describe_adapter
 from .loggers import make_loggers
 from .meeting import Ranks
-from .resume import AUTO, METRICS, find_state, made
+from .resume import AUTO, METRICS, find_state
 from .saved_files import require_files
 from .saver import Saver, data_identity
 from .start import start_adapter
@@ -112,8 +112,6 @@ def run(request, say=print):
     with ExitStack() as held:
         ranks = held.enter_context(Ranks(world, request.argv, train.join_minutes, print if world.leads else silent))
         if world.rank == 0:
-            check_output("--proj_dir", folder / "checkpoints" / "state.json", [])
-            held.enter_context(made(folder))
             held.enter_context(alone_in(folder, say))
         return run_on(ranks, request, say)
 

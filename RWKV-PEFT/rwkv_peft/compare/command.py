@@ -1,0 +1,159 @@
+"""`rwkv-peft compare`: sweep, repeat, report; see flags.py for what a user types."""
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+
+from ..adapters.methods import METHODS
+from ..cli import counted
+from ..errors import UserError, told
+from ..files.atomic import atomic_write
+from ..training.alone import alone_in
+from ..training.flags import parse_run
+from .flags import FULL, Comparison, method_flags, parse_flags
+from .pictures import draw
+from .plan import Cell, next_cells
+from .report import lines_of_json, rows_of, table
+from .runs import RESULT, Outcome, read_outcome, run_cells
+from .sizes import Layers, Size, matched_size, parameter_count
+
+RECORD = "compare.json"  # what all runs of a folder share
+INTERRUPTED = 130
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code; 130 after Ctrl-C or SIGTERM. Raises UserError for whatever is wrong in flags, files, and
+    runs."""
+    comparison = parse_flags(argv)
+    folder = Path(comparison.output)
+    sizes, fingerprint = measure(comparison)
+    with alone_in(folder, flag="--output"):
+        check_record(folder / RECORD, comparison, sizes, fingerprint)
+        print_sizes(sizes)
+        return run_and_report(comparison, sizes)
+
+
+def run_and_report(comparison: Comparison, sizes: Mapping[str, Size]) -> int:
+    """Run whatever is due and report, after an interrupt too; -> the exit code."""
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        complete = run(comparison, sizes)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        report(comparison, sizes)
+        return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    report(comparison, sizes)
+    if not complete:
+        print(
+            f"the budget of {comparison.budget:g} minutes is spent before all runs were done; the same command goes on"
+        )
+    return 0
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def measure(comparison: Comparison) -> tuple[dict[str, Size], str]:
+    """{method: Size}, and the fingerprint of the base. Raises UserError where a rank does not fit, or train.py would
+    refuse its flags."""
+    first = comparison.methods[0]
+    output = ["--proj_dir", comparison.output]
+    request = parse_run([*comparison.train, *output, *method_flags(first, comparison.rank)])
+    assert request.base is not None  # parse_run refuses an adapter without one
+    layers = Layers(request.base.linear_shapes[name] for name in request.layers)
+    wanted = parameter_count(METHODS[first], comparison.rank, 0, layers)
+    sizes = {first: Size(comparison.rank, 0, wanted)}
+    for method in comparison.methods[1:]:
+        if method == FULL:
+            sizes[method] = Size(0, 0, sum(tensor.numel() for tensor in request.base.tensors.values()))
+            continue
+        sizes[method] = matched_size(METHODS[method], wanted, layers)
+        parse_run([*comparison.train, *output, *method_flags(method, *sizes[method][:2])])
+    return sizes, request.base.fingerprint
+
+
+def check_record(path: Path, comparison: Comparison, sizes: Mapping[str, Size], fingerprint: str) -> None:
+    """Write what all runs of the folder share, or compare with what stands there. Raises UserError where it is another
+    comparison's."""
+    now = {
+        "train": list(comparison.train),
+        "steps": comparison.steps,
+        "val_every": comparison.val_every,
+        "lr_final": comparison.lr_final,
+        "parameters": sizes[comparison.methods[0]].parameters,
+        "base": fingerprint,
+    }
+    if not path.exists():
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(now, indent=2) + "\n")
+        return
+    try:
+        before = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({told(error)}); give another --output") from error
+    for name, value in now.items():
+        if not isinstance(before, dict) or before.get(name) != value:
+            was = before.get(name) if isinstance(before, dict) else before
+            raise UserError(
+                f"--output {path.parent} holds a comparison of other settings ({name}: {was}, and now {value}); give "
+                "another folder, or the same settings"
+            )
+
+
+def print_sizes(sizes: Mapping[str, Size]) -> None:
+    for method, size in sizes.items():
+        rank = f"rank {size.rank}" + (f", mini_rank {size.mini_rank}" if size.mini_rank else "")
+        print(f"{method:<10} {size.parameters:>14,} trained parameters, {rank if size.rank else 'the whole model'}")
+
+
+def run(comparison: Comparison, sizes: Mapping[str, Size]) -> bool:
+    """Run whatever is due until nothing is; False where the budget ended it."""
+    deadline = time.monotonic() + 60 * comparison.budget if comparison.budget else math.inf
+
+    def say(outcome: Outcome, seconds: float) -> None:
+        loss = f"validation loss {outcome.loss:.4f}" if math.isfinite(outcome.loss) else "diverged"
+        print(f"{outcome.cell}: {loss}, {seconds:.0f} s", flush=True)
+
+    while cells := due(comparison):
+        print(f"{counted(len(cells), 'run')} due", flush=True)
+        if not run_cells(comparison, cells, sizes, deadline, say):
+            return False
+    return True
+
+
+def due(comparison: Comparison) -> list[Cell]:
+    losses = {cell: outcome.loss for cell, outcome in read_outcomes(comparison).items()}
+    return next_cells(comparison.methods, comparison.rates, comparison.seeds, losses)
+
+
+def read_outcomes(comparison: Comparison) -> dict[Cell, Outcome]:
+    """{cell: Outcome} of the complete runs of the comparison's methods and seeds."""
+    found = (read_outcome(path.parent) for path in sorted(Path(comparison.output).glob(f"runs/*/{RESULT}")))
+    return {
+        outcome.cell: outcome
+        for outcome in found
+        if outcome.cell.method in comparison.methods and outcome.cell.seed in comparison.seeds
+    }
+
+
+def report(comparison: Comparison, sizes: Mapping[str, Size]) -> None:
+    """Print the table of the complete runs, and write it, its numbers and its figures."""
+    outcomes = read_outcomes(comparison)
+    rows = rows_of(comparison.methods, comparison.seeds, sizes, outcomes)
+    if not rows:
+        print("no run with the first seed is complete yet")
+        return
+    text, folder = table(rows, comparison.seeds[0], outcomes), Path(comparison.output)
+    for name, content in (("table.md", text), ("results.jsonl", lines_of_json(sizes, outcomes))):
+        with atomic_write(folder / name) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+    draw(folder, rows, comparison.methods, comparison.seeds[0], outcomes)
+    print(f"\n{text}\nwrote table.md, results.jsonl, and the figures steps, time and rates into {folder}")

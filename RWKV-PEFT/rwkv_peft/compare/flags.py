@@ -1,0 +1,180 @@
+"""The flags of `rwkv-peft compare`, judged before torch is imported: argv -> a Comparison."""
+
+import argparse
+import json
+from dataclasses import dataclass
+
+from ..cli import Parser, count, not_negative, positive, seed
+from ..errors import UserError
+from ..names import MINIS, NONE, WORDS, forms
+from ..training.flags import parse_flags as parse_train_flags
+from .rates import grid_rate
+
+FULL = "full"  # the method that trains the model itself
+METHODS = (*(form for word in WORDS for form in forms(word)), FULL)
+SEEDS = (42, 43, 44)
+RATES = ("3e-4", "1e-3", "3e-3")
+# flags of train.py that differ from run to run, or follow from the comparison's own
+OURS = (
+    "--peft",
+    "--peft_config",
+    "--bone_mode",
+    "--bone_r",
+    "--bone_mini_r",
+    "--bone_load",
+    "--bone_config",
+    "--disha_config",
+    "--lora_config",
+    "--pissa_config",
+    "--lr_init",
+    "--lr_final",
+    "--random_seed",
+    "--proj_dir",
+    "--resume",
+    "--fresh_optimizer",
+    "--epoch_steps",
+    "--epoch_count",
+    "--epoch_begin",
+    "--epoch_save",
+    "--val_every",
+    "--early_stop",
+    "--check_flags",
+    "--show_samples",
+)
+USAGE = """Compare adapter methods on a model and data of yours, at about as many trained parameters each.
+
+    rwkv-peft compare --output out/compare --methods bat-in bone lora pissa --rank 64 --steps 1000 -- \\
+        --load_model base.pth --data_file data/mine --val_split 0.01 --ctx_len 1024 --micro_bsz 8
+
+What stands behind -- are flags of train.py, the same for all runs. Each method sweeps the learning rate with the first
+seed, wider until its best rate lies between two that are worse, and repeats the best one with the other seeds; a seed
+means the same order of the data for every method. Runs are processes, kept in DIR/runs; the same command goes on where
+it stopped. Writes table.md, results.jsonl and figures (.png, .svg) into DIR.
+"""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared. rates are numbers of the grid (rates.py), rank is that of the first of methods; train are the
+    flags of train.py that all runs have; lr_final is a share of each run's rate; budget is in minutes, 0 for any."""
+
+    output: str
+    methods: tuple[str, ...]
+    rank: int
+    rates: tuple[int, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    val_every: int
+    lr_final: float
+    jobs: int
+    budget: float
+    train: tuple[str, ...]
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="rwkv-peft compare",
+        usage="rwkv-peft compare --output DIR [flags] -- [flags of train.py]",
+        description=USAGE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--output", required=True, metavar="DIR", help="folder of the runs, the table and the figures")
+    add(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        metavar="NAME",
+        default=["bat-in", "bone", "lora", "pissa"],
+        help=f"of {', '.join(METHODS)} (default bat-in bone lora pissa)",
+    )
+    add(
+        "--rank",
+        type=positive,
+        default=64,
+        help="rank of the first method; the others get the rank with the nearest number of parameters (default 64)",
+    )
+    add(
+        "--rates",
+        nargs="+",
+        type=grid_rate,
+        default=[grid_rate(text) for text in RATES],
+        metavar="LR",
+        help=f"learning rates that every method begins with, 1 or 3 times a power of ten (default {' '.join(RATES)})",
+    )
+    add("--seeds", nargs="+", type=seed, default=list(SEEDS), metavar="N", help="the first sweeps (default 42 43 44)")
+    add("--steps", type=positive, default=1000, help="optimizer steps a run (default 1000)")
+    add("--val_every", type=count, default=0, help="steps between validations, a divisor of --steps; 0: ten or fewer")
+    add(
+        "--lr_final",
+        type=not_negative,
+        default=0.1,
+        metavar="SHARE",
+        help="learning rate at the end of a run, as a share of its rate (default 0.1)",
+    )
+    add("--jobs", type=positive, default=1, help="runs side by side (default 1)")
+    add(
+        "--budget_minutes",
+        type=not_negative,
+        default=0.0,
+        metavar="M",
+        help="start no run that would not end in so many minutes, stop one that does not, and report what there is "
+        "(default 0: any)",
+    )
+    return parser
+
+
+def parse_flags(argv: list[str]) -> Comparison:
+    """argv -> Comparison. Raises UserError for flags that are mistaken or contradict each other, those of train.py
+    included."""
+    own, train = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    args = build_parser().parse_args(own)
+    if not train:
+        raise UserError(
+            "the flags of train.py are missing: give them behind --, as in `rwkv-peft compare --output out/compare -- "
+            "--load_model base.pth --data_file data/mine --val_split 0.01`"
+        )
+    for word in train:
+        if word.split("=")[0] in OURS:
+            raise UserError(f"{word} behind -- is what the comparison sets for each run; leave it out")
+    if args.methods[0] in (FULL, *MINIS):
+        raise UserError(
+            f"--methods {' '.join(args.methods)}: --rank is that of the first, and {args.methods[0]} is not told by a "
+            "rank alone; begin with another"
+        )
+    if args.val_every and args.steps % args.val_every:
+        raise UserError(
+            f"--val_every {args.val_every} does not divide --steps {args.steps}, so that the last step would not be "
+            "validated; give a divisor, or leave it out"
+        )
+    comparison = Comparison(
+        output=args.output,
+        methods=tuple(dict.fromkeys(args.methods)),
+        rank=args.rank,
+        rates=tuple(sorted(set(args.rates))),
+        seeds=tuple(dict.fromkeys(args.seeds)),
+        steps=args.steps,
+        val_every=args.val_every or next(n for n in range(-(-args.steps // 10), args.steps + 1) if args.steps % n == 0),
+        lr_final=args.lr_final,
+        jobs=args.jobs,
+        budget=args.budget_minutes,
+        train=tuple(train),
+    )
+    for method in comparison.methods:
+        flags = parse_train_flags([*train, "--proj_dir", args.output, *method_flags(method)])
+        if not (flags.train.val_data or flags.train.val_split):
+            raise UserError("methods are compared by their validation loss; add --val_data or --val_split behind --")
+        if method == FULL and flags.adapter.train_parts:
+            raise UserError("--train_parts behind -- would keep full from training all of the model; leave one out")
+    return comparison
+
+
+def method_flags(method: str, rank: int = 0, mini_rank: int = 0) -> list[str]:
+    """The flags of train.py that choose a method; 0 leaves a rank out."""
+    if method == FULL:
+        return ["--peft", NONE]
+    word = next(word for word in WORDS if method in forms(word))
+    settings: dict[str, str | int] = {"bone_mode": method} if len(forms(word)) > 1 else {}
+    settings |= {"r": rank} if rank else {}
+    settings |= {"bone_mini_r": mini_rank} if mini_rank else {}
+    return ["--peft", word, "--peft_config", json.dumps(settings)]

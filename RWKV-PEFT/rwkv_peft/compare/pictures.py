@@ -1,0 +1,90 @@
+"""The figures of a comparison: loss against steps, against time, and against the learning rate, a line a method."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..files.atomic import atomic_write
+from .plan import Cell
+from .rates import rate_of
+from .report import Row, mean_curve
+from .runs import Outcome
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; line and marker tell them apart in print
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "d")
+FORMATS = ("png", "svg")
+
+
+def draw(folder: Path, rows: Sequence[Row], methods: Sequence[str], seed: int, runs: Mapping[Cell, Outcome]) -> None:
+    """Write steps, time and rates (.png, .svg) into a folder; methods give each its colour."""
+    looks = {method: look(position) for position, method in enumerate(methods)}
+    figure, axes = new_figure("optimizer steps", "validation loss (nats per token)")
+    for row in rows:
+        band(axes, row, looks[row.method], lambda done, seconds: done)
+    save(figure, axes, folder, "steps")
+    figure, axes = new_figure("seconds of training", "validation loss (nats per token)")
+    for row in rows:
+        band(axes, row, looks[row.method], lambda done, seconds: seconds)
+    save(figure, axes, folder, "time")
+    figure, axes = new_figure("learning rate", "final validation loss (nats per token)")
+    axes.set_xscale("log")
+    tried = sorted({rate_of(cell.rate) for cell in runs if cell.seed == seed})
+    axes.set_xticks(tried, [f"{rate:g}" for rate in tried])
+    axes.set_xticks([], minor=True)
+    for row in rows:
+        swept = sorted((rate_of(cell.rate), run.loss) for cell, run in runs.items() if cell[::2] == (row.method, seed))
+        points = [(rate, loss) for rate, loss in swept if math.isfinite(loss)]
+        axes.plot(*zip(*points), label=row.method, **looks[row.method]) if points else None
+        for rate in (rate for rate, loss in swept if not math.isfinite(loss)):  # a cross at the upper edge
+            axes.plot([rate], [0.98], "x", color=looks[row.method]["color"], transform=axes.get_xaxis_transform())
+    save(figure, axes, folder, "rates")
+
+
+def look(position: int) -> dict[str, Any]:
+    """Colour, line and marker of the method at a position."""
+    return {
+        "color": COLORS[position % len(COLORS)],
+        "linestyle": STYLES[position % len(STYLES)],
+        "marker": MARKERS[position % len(MARKERS)],
+        "markersize": 4,
+        "linewidth": 1.5,
+    }
+
+
+def band(axes: Any, row: Row, style: dict[str, Any], place: Any) -> None:
+    """The mean over the seeds, and a band from the lowest to the highest; place(steps, seconds) is the abscissa."""
+    curve = mean_curve(row.runs)
+    x = [place(done, seconds) for done, seconds, _ in curve]
+    axes.plot(x, [statistics.fmean(losses) for _, _, losses in curve], label=row.method, **style)
+    axes.fill_between(
+        x,
+        [min(losses) for *_, losses in curve],
+        [max(losses) for *_, losses in curve],
+        color=style["color"],
+        alpha=0.15,
+    )
+
+
+def new_figure(xlabel: str, ylabel: str) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save(figure: Any, axes: Any, folder: Path, name: str) -> None:
+    """Add the legend and write NAME.png and NAME.svg."""
+    axes.legend(frameon=False)
+    for form in FORMATS:
+        with atomic_write(folder / f"{name}.{form}") as temporary:
+            figure.savefig(temporary, format=form)

@@ -1,0 +1,64 @@
+"""Which run is due next: a sweep of learning rates for each method, then the other seeds at its best rate."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from .rates import HIGHEST, LOWEST, rate_of
+
+
+class Cell(NamedTuple):
+    """One run: its method, the number of its learning rate (rates.py), its seed."""
+
+    method: str
+    rate: int
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.method}, rate {rate_of(self.rate):g}, seed {self.seed}"
+
+    @property
+    def folder(self) -> str:
+        return f"{self.method}-{rate_of(self.rate):g}-{self.seed}"
+
+
+def best_rate(method: str, seed: int, losses: Mapping[Cell, float]) -> int | None:
+    """The number of the rate at which a method's loss with a seed is lowest, the lower one of two equal ones; None
+    where no run is complete."""
+    tried = [cell for cell in losses if (cell.method, cell.seed) == (method, seed)]
+    return min(tried, key=lambda cell: (losses[cell], cell.rate)).rate if tried else None
+
+
+def next_cells(
+    methods: Sequence[str], rates: Sequence[int], seeds: Sequence[int], losses: Mapping[Cell, float]
+) -> list[Cell]:
+    """The runs that are due, which do not depend on each other; none when the comparison is complete.
+
+    losses: the complete runs' validation losses, infinite where a run diverged. With the first seed each method has
+    every one of rates, and then the neighbours of its best rate, until that stands between two that are worse or at
+    the end of the grid; the other seeds follow, when all sweeps are done, at the best rate alone. Methods take turns,
+    so that a comparison that is cut short is cut for all of them.
+    """
+    sweeps = [
+        cell
+        for method in methods
+        for cell in (Cell(method, rate, seeds[0]) for rate in due_rates(method, rates, seeds[0], losses))
+        if cell not in losses
+    ]
+    if sweeps:
+        return sorted(sweeps, key=lambda cell: cell.rate)
+    finals = [
+        Cell(method, best, seed)
+        for seed in seeds[1:]
+        for method in methods
+        if (best := best_rate(method, seeds[0], losses)) is not None
+    ]
+    return [cell for cell in finals if cell not in losses]
+
+
+def due_rates(method: str, rates: Sequence[int], seed: int, losses: Mapping[Cell, float]) -> list[int]:
+    """The rates that a sweep needs by now, done or not."""
+    if any(Cell(method, rate, seed) not in losses for rate in rates):
+        return list(rates)
+    best = best_rate(method, seed, losses)
+    assert best is not None  # there are rates, and all of them are done
+    return [rate for rate in (best - 1, best + 1) if LOWEST <= rate <= HIGHEST]

@@ -1,0 +1,26 @@
+"""The grid of learning rates: 1 and 3 times the powers of ten, each known by its number, a whole one."""
+
+import argparse
+import math
+
+from ..cli import above_zero
+
+DIGITS = (1, 3)  # of each decade
+LOWEST, HIGHEST = -16, 2  # 1e-8 and 1e1, between which a sweep widens
+
+
+def rate_of(number: int) -> float:
+    """The learning rate of a number: -6 is 1e-3, -5 is 3e-3."""
+    decade, place = divmod(number, len(DIGITS))
+    return float(f"{DIGITS[place]}e{decade}")
+
+
+def grid_rate(text: str) -> int:
+    """The number of a learning rate, as an argparse type."""
+    value = above_zero(text)
+    nearest = min(range(LOWEST, HIGHEST + 1), key=lambda number: abs(math.log(value / rate_of(number))))
+    if value != rate_of(nearest):
+        raise argparse.ArgumentTypeError(
+            f"{text} is not on the grid of 1 and 3 times the powers of ten; take {rate_of(nearest):g}"
+        )
+    return nearest

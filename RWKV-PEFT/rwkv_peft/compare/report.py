@@ -1,0 +1,131 @@
+"""What a comparison found, as rows of one table and as lines of JSON."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from .plan import Cell, best_rate
+from .rates import rate_of
+from .runs import Outcome
+from .sizes import Size
+
+REFERENCE = "lora"  # whose final loss the others' steps are counted to
+
+
+class Row(NamedTuple):
+    """A method at its best rate: losses are the final ones of all seeds, runs their Outcomes."""
+
+    method: str
+    size: Size
+    rate: int
+    losses: tuple[float, ...]
+    runs: tuple[Outcome, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.losses)
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation over the seeds, NaN where fewer than two runs did not diverge."""
+        finite = [loss for loss in self.losses if math.isfinite(loss)]
+        return statistics.stdev(finite) if len(finite) > 1 else math.nan
+
+
+def rows_of(
+    methods: Sequence[str], seeds: Sequence[int], sizes: Mapping[str, Size], outcomes: Mapping[Cell, Outcome]
+) -> list[Row]:
+    """A Row for each method with a complete run, the lowest mean loss first."""
+    losses = {cell: outcome.loss for cell, outcome in outcomes.items()}
+    rows = []
+    for method in methods:
+        rate = best_rate(method, seeds[0], losses)
+        if rate is None:
+            continue
+        runs = tuple(outcomes[cell] for seed in seeds if (cell := Cell(method, rate, seed)) in outcomes)
+        rows.append(Row(method, sizes[method], rate, tuple(run.loss for run in runs), runs))
+    return sorted(rows, key=lambda row: row.mean)
+
+
+def common_rate(methods: Sequence[str], seed: int, losses: Mapping[Cell, float]) -> int | None:
+    """The number of the rate with the lowest mean loss over methods, of those that none diverges at; None where there
+    is none that all have run."""
+    rates = {cell.rate for cell in losses}
+    means = {
+        rate: statistics.fmean(losses.get(Cell(method, rate, seed), math.inf) for method in methods) for rate in rates
+    }
+    finite = {rate: mean for rate, mean in means.items() if math.isfinite(mean)}
+    return min(finite, key=lambda rate: (finite[rate], rate)) if finite else None
+
+
+def mean_curve(runs: Iterable[Outcome]) -> list[tuple[int, float, list[float]]]:
+    """[(steps done, mean seconds, losses)] of runs with the same validations, those of the shortest run."""
+    return [
+        (points[0][0], statistics.fmean(point[1] for point in points), [point[2] for point in points])
+        for points in zip(*(run.validations for run in runs))
+    ]
+
+
+def steps_to(row: Row, loss: float) -> int | None:
+    """The first validation, in steps, at which a row's mean loss is at most `loss`, None where it never is."""
+    return next((done for done, _, losses in mean_curve(row.runs) if statistics.fmean(losses) <= loss), None)
+
+
+def table(rows: Sequence[Row], seed: int, outcomes: Mapping[Cell, Outcome]) -> str:
+    """The rows as Markdown. The loss at one rate for all is that of the first seed."""
+    columns = list(columns_of(rows, seed, outcomes))
+    lines = ["| " + " | ".join(head for head, _ in columns) + " |", "|---" * len(columns) + "|"]
+    lines += ["| " + " | ".join(show(row) for _, show in columns) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def columns_of(
+    rows: Sequence[Row], seed: int, outcomes: Mapping[Cell, Outcome]
+) -> Iterator[tuple[str, Callable[[Row], str]]]:
+    """(head, what a row shows below it) of each column."""
+    yield "method", lambda row: row.method
+    yield "rank", lambda row: ", ".join(str(rank) for rank in row.size[:2] if rank)
+    yield "trained parameters", lambda row: f"{row.size.parameters:,}"
+    yield "best rate", lambda row: f"{rate_of(row.rate):g}"
+    yield "seeds", lambda row: str(len(row.losses))
+    yield "validation loss", lambda row: number(row.mean, ".4f")
+    yield "± (standard deviation)", lambda row: number(row.spread, ".4f")
+    losses = {cell: outcome.loss for cell, outcome in outcomes.items()}
+    shared = common_rate([row.method for row in rows], seed, losses)
+    if shared is not None:
+        yield f"loss at {rate_of(shared):g}", lambda row: number(losses[Cell(row.method, shared, seed)], ".4f")
+    reference = next((row.mean for row in rows if row.method == REFERENCE), None)
+    if reference is not None:
+        yield f"steps to {REFERENCE}'s loss", lambda row: str(steps_to(row, reference) or "")
+    yield "ms a step", lambda row: number(statistics.median(run.step_ms for run in row.runs), ".0f")
+    yield "peak memory, MB", lambda row: number(max(run.peak_mb for run in row.runs), ".0f")
+
+
+def number(value: float, form: str) -> str:
+    """A number of the table; a loss of a run that diverged says so, and what is unknown is empty."""
+    if math.isnan(value):
+        return ""
+    return "diverged" if math.isinf(value) else format(value, form)
+
+
+def lines_of_json(sizes: Mapping[str, Size], outcomes: Mapping[Cell, Outcome]) -> str:
+    """A line of JSON for each run, with its curve; a loss of null is that of a run that diverged."""
+    lines = []
+    for cell, outcome in sorted(outcomes.items()):
+        size = sizes[cell.method]
+        record = {
+            "method": cell.method,
+            "rank": size.rank,
+            "mini_rank": size.mini_rank,
+            "parameters": size.parameters,
+            "rate": rate_of(cell.rate),
+            "seed": cell.seed,
+            "val_loss": outcome.loss if math.isfinite(outcome.loss) else None,
+            "step_ms": outcome.step_ms if math.isfinite(outcome.step_ms) else None,
+            "peak_mb": outcome.peak_mb if math.isfinite(outcome.peak_mb) else None,
+            "validations": outcome.validations,
+        }
+        lines.append(json.dumps(record) + "\n")
+    return "".join(lines)

@@ -1,0 +1,48 @@
+"""Ranks at which methods train about as many parameters as one of them does."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from ..adapters.method import Method
+from ..errors import UserError
+
+Layers = Counter[tuple[int, int]]  # how many layers have an (out_features, in_features)
+
+
+class Size(NamedTuple):
+    """A method's rank and mini_rank (0: it has none), and the parameters that it trains then; rank 0 stands for all
+    parameters of the model."""
+
+    rank: int
+    mini_rank: int
+    parameters: int
+
+
+def parameter_count(method: Method, rank: int, mini_rank: int, layers: Layers) -> int:
+    """What a method trains on layers that the rank fits."""
+    return sum(
+        number * sum(math.prod(method.shapes(rank, mini_rank, *layer)[name]) for name in method.parameters)
+        for layer, number in layers.items()
+    )
+
+
+def matched_size(method: Method, wanted: int, layers: Layers) -> Size:
+    """The Size whose parameters are nearest to a wanted number, of two equally near ones the smaller; of those of a
+    mini form the one whose rank and mini_rank are nearest to each other. Raises UserError where no rank fits."""
+    outs = math.gcd(*(out_features for out_features, _ in layers))
+    minis = [width for width in range(1, outs + 1) if outs % width == 0] if method.mini else [0]
+    found = [
+        Size(rank, mini, parameter_count(method, rank, mini, layers))
+        for rank in range(1, max(max(layer) for layer in layers) + 1)
+        for mini in minis
+        if fits(method, rank, mini, layers)
+    ]
+    if not found:
+        raise UserError(f"no rank of {method.name} fits every layer of this model; leave it out of --methods")
+    return min(found, key=lambda size: (abs(size.parameters - wanted), abs(size.rank - size.mini_rank)))
+
+
+def fits(method: Method, rank: int, mini_rank: int, layers: Iterable[tuple[int, int]]) -> bool:
+    return all(method.fit(rank, mini_rank, *layer) is None for layer in layers)

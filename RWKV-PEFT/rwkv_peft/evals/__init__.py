@@ -1,0 +1,1 @@
+"""How well a model answers: the command `rwkv-peft eval`."""

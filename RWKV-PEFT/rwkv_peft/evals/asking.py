@@ -1,0 +1,67 @@
+"""The model on the problems: answers that it writes, continuations that it finds more or less probable."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..generate.command import Continuation
+from ..generate.decode import generate
+from ..generate.loading import Subject
+from ..generate.prompts import encode
+from ..generate.settings import Sampling
+from .layouts import stops_of_prompt
+from .records import Record
+from .scoring import score
+from .task import AnswerTask, ChoiceTask, Problem, Task
+
+
+def ask(args: Any, task: Task, subject: Subject, problems: Mapping[int, Problem]) -> Iterator[Record]:
+    """The Record of each problem, {number: Problem}, as it is done; args are the parsed flags."""
+    prompts = {number: encode(subject.tokenizer, problem.prompt, number) for number, problem in problems.items()}
+    if isinstance(task, AnswerTask):
+        found = write_answers(args, task, subject, problems, prompts)
+    else:
+        assert isinstance(task, ChoiceTask)
+        found = score_continuations(args, task, subject, problems, prompts)
+    for number, told in found:
+        yield {"number": number, "prompt": problems[number].prompt, "answer": problems[number].answer, **told}
+
+
+def write_answers(
+    args: Any, task: AnswerTask, subject: Subject, problems: Mapping[int, Problem], prompts: Mapping[int, list[int]]
+) -> Iterator[tuple[int, Record]]:
+    """(number, what is told of it) of each problem as its answer ends."""
+    numbers = list(problems)
+    answers = [
+        Continuation({}, subject.tokenizer, (*stops_of_prompt(problem.prompt), *args.stop))
+        for problem in problems.values()
+    ]
+    steps = generate(
+        subject.model,
+        [prompts[number] for number in numbers],
+        Sampling(temperature=0),
+        args.max_tokens,
+        lambda place, token: answers[place].feed(token),
+        subject.start,
+        args.batch,
+        subject.tokenizer.vocab_size,
+    )
+    for step in steps:
+        if step.end:
+            answer, number = answers[step.number], numbers[step.number]
+            answer.finish(step.end)
+            told = {"generated": answer.text, "end": answer.end}
+            yield number, told | task.judge(answer.text, problems[number])
+
+
+def score_continuations(
+    args: Any, task: ChoiceTask, subject: Subject, problems: Mapping[int, Problem], prompts: Mapping[int, list[int]]
+) -> Iterator[tuple[int, Record]]:
+    """(number, what is told of it) of each problem, --batch of them at a time, those of like length together."""
+    order = sorted(problems, key=lambda number: len(prompts[number]))
+    for first in range(0, len(order), args.batch):
+        batch = order[first : first + args.batch]
+        texts = [[subject.tokenizer.encode(text) for text in problems[number].continuations] for number in batch]
+        scored = score(subject.model, [prompts[number] for number in batch], texts, subject.start)
+        for number, scores in zip(batch, scored):
+            logprobs = [score.logprob for score in scores]
+            yield number, {"logprobs": logprobs} | task.judge(scores, problems[number])

@@ -1,0 +1,106 @@
+"""`rwkv-peft eval`: problems in, answers judged, a score out; see flags.py for what a user types."""
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+from ..data.encoding import parse
+from ..data.rows import read_chunks
+from ..errors import UserError
+from ..files.atomic import check_output, same_file
+from ..generate.loading import load_subject
+from .asking import ask
+from .equivalence import require_math_verify
+from .flags import parse_flags
+from .layouts import example, read_layout
+from .records import Records
+from .tally import share_of, summary
+from .task import Problem, Task
+from .tasks import TASKS
+
+INTERRUPTED = 130
+INPUTS = ("model", "data", "shots_data", "state", "tokenizer")
+# flags on which answers depend, and which must agree for a file of them to be gone on with
+SETTINGS = (*INPUTS, "task", "adapter", "split", "template", "shots", "max_tokens", "stop")
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code: 1 below --at_least, 130 after Ctrl-C. Raises UserError for whatever is wrong in flags and
+    files."""
+    args = parse_flags(argv)
+    task = TASKS[args.task]
+    if args.task == "math":
+        require_math_verify()
+    if args.output:
+        inputs = [(f"--{name}", getattr(args, name)) for name in INPUTS]
+        check_output("--output", args.output, [*inputs, *(("--adapter", path) for path in args.adapter)])
+    if not args.escapes and any("\\n" in text for text in args.stop):
+        print(r"note: \n in --stop is a backslash and an n; add --escapes to read it as a newline", file=sys.stderr)
+    layout = read_layout(args.template or task.layout) if args.template or task.layout else ""
+    problems = read_problems(task, args.data, args.split, layout)
+    shots = read_shots(task, args, layout)
+    records = Records(args.output, {name: getattr(args, name) for name in SETTINGS} | {"files": stamps(args)})
+    due = {
+        number: problem._replace(prompt=shots + problem.prompt)
+        for number, problem in enumerate(problems)
+        if number not in records.found
+    }
+    try:
+        with records:
+            if due:
+                answer_due(args, task, due, records)
+    except KeyboardInterrupt:
+        kept = f"; {args.output} has {len(records.found):,} of {len(problems):,}, and the same command goes on"
+        print("\ninterrupted" + (kept if args.output else ""), file=sys.stderr)
+        return INTERRUPTED
+    found = records.ordered()
+    print("\n".join(summary(args.task, task.measures, found)))
+    return int(share_of(task.measures[0], found) < args.at_least)
+
+
+def stamps(args: Any) -> dict[str, list[int]]:
+    """{path: [size, time of its last change]} of what is read, which another file of the same name changes."""
+    paths = [path for name in INPUTS if (path := getattr(args, name))] + args.adapter
+    found = {str(path): os.stat(path) for path in paths if os.path.exists(path)}
+    return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in found.items()}
+
+
+def read_problems(task: Task, path: str, split: str, layout: str) -> list[Problem]:
+    """The Problems of a file. Raises UserError for a row that is none, with its place."""
+    problems = []
+    for chunk in read_chunks(path, split):
+        for number, item in enumerate(chunk.items, start=chunk.first):
+            if isinstance(item, bytes) and not item.strip():
+                continue
+            try:
+                problems.append(task.problem(parse(item), layout))
+            except UserError as error:
+                raise UserError(f"{path}, {chunk.unit} {number}: {error}") from error
+    if not problems:
+        raise UserError(f"{path} holds no problem" + (f" in {split}" if split else ""))
+    return problems
+
+
+def read_shots(task: Task, args: Any, layout: str) -> str:
+    """The solved problems that stand before each question, one text; "" without --shots."""
+    if not args.shots:
+        return ""
+    if same_file(args.shots_data, args.data):
+        raise UserError(f"--shots_data {args.shots_data} is --data, whose answers would be told; give another file")
+    found = read_problems(task, args.shots_data, f"[:{args.shots}]", layout)
+    if len(found) < args.shots:
+        raise UserError(f"--shots {args.shots}: {args.shots_data} holds {len(found)}; give fewer, or another file")
+    return "".join(example(problem.prompt, problem.solution) for problem in found)
+
+
+def answer_due(args: Any, task: Task, due: Mapping[int, Problem], records: Records) -> None:
+    """Load the model, and add the Record of each problem that is due, {number: Problem}."""
+    subject = load_subject(args, lambda text: print(text, file=sys.stderr))
+    every = 0.2 if sys.stderr.isatty() else 10  # seconds between looks at the bar
+    with tqdm(total=len(due), unit="problem", mininterval=every, dynamic_ncols=True) as bar:
+        for record in ask(args, task, subject, due):
+            records.add(record)
+            bar.update()

@@ -1,0 +1,45 @@
+"""Numbers in people's and models' words: 1,234; $5.00; 3/4; \\frac{3}{4}; 50%; -7 apples."""
+
+import re
+from fractions import Fraction
+
+# what stands before a final answer: GSM8K's sign, and MetaMath's words
+MARKER = re.compile(r"####|[Tt]he (?:final )?answer is:?")
+NUMBER = re.compile(
+    r"(?P<sign>(?<![\w)}\]])[-\u2212]\s?)?(?:\\?\$\s?(?P<inner>[-\u2212])?)?"
+    r"(?:\\[dt]?frac\s?\{(?P<over>-?\d+)\}\s?\{(?P<under>\d+)\}"
+    r"|(?P<whole>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:\s?/\s?(?P<by>\d+)(?![\d.]))?)"
+)
+
+
+def numbers_in(text: str) -> list[Fraction]:
+    """The numbers of a text, in order; units and percent signs are no part of them, and what divides by 0 is none."""
+    found = (value_of(match) for match in NUMBER.finditer(text))
+    return [value for value in found if value is not None]
+
+
+def value_of(match: re.Match[str]) -> Fraction | None:
+    """The value of a match of NUMBER."""
+    over, under = match["over"] or match["whole"].replace(",", ""), int(match["under"] or match["by"] or 1)
+    if under == 0:
+        return None
+    value = Fraction(over) / under
+    return -value if bool(match["sign"]) != bool(match["inner"]) else value
+
+
+def marked(text: str) -> str | None:
+    """What stands behind the last marker of a final answer, up to the end of its line; None without a marker."""
+    ends = [match.end() for match in MARKER.finditer(text)]
+    return text[ends[-1] :].lstrip(" *").split("\n")[0].strip() if ends else None
+
+
+def strict_number(text: str) -> Fraction | None:
+    """The number behind the last marker; None where there is none."""
+    found = numbers_in(marked(text) or "")
+    return found[0] if found else None
+
+
+def flexible_number(text: str) -> Fraction | None:
+    """The last number anywhere; None where there is none."""
+    found = numbers_in(text)
+    return found[-1] if found else None

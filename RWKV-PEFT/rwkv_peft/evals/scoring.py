@@ -1,0 +1,72 @@
+"""How probable continuations are behind their prompts: a prompt is read once, whatever follows it."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import UserError
+from ..generate.decode import prefill
+from ..models.state import State
+from .task import Score
+
+PIECE = 256  # tokens whose logits are formed at a time
+
+
+@torch.inference_mode()
+def score(
+    model: Any, prompts: Sequence[list[int]], continuations: Sequence[Sequence[list[int]]], start: State | None = None
+) -> list[list[Score]]:
+    """For each prompt (a list of token ids, not empty) a Score of each of its continuations (lists of token ids, not
+    empty); start is the State of one sequence before each prompt (None: zeros). Log-probabilities are summed in
+    float64. Raises UserError where one is not finite."""
+    logits, state = prefill(model, prompts, start)
+    owner = [number for number, texts in enumerate(continuations) for _ in texts]
+    flat = [tokens for texts in continuations for tokens in texts]
+    rows = torch.tensor(owner, device=logits.device)
+    first = token_scores(logits[rows], torch.tensor([tokens[0] for tokens in flat], device=logits.device))
+    scores = [[pair] for pair in zip(*(values.tolist() for values in first))]
+    longer = [number for number, tokens in enumerate(flat) if len(tokens) > 1]
+    if longer:
+        places = torch.tensor(longer, device=logits.device)
+        read, due = [flat[number][:-1] for number in longer], [flat[number][1:] for number in longer]
+        values = read_and_score(model, read, due, state.selected(rows[places]))
+        for number, pairs in zip(longer, values):
+            scores[number] += pairs
+    if not all(math.isfinite(logprob) for pairs in scores for logprob, _ in pairs):
+        raise UserError(
+            "the model's log-probabilities are NaN or infinite: its weights are damaged, or too large for their dtype "
+            "(try --precision fp32)"
+        )
+    found = iter([Score(sum(logprob for logprob, _ in pairs), all(greedy for _, greedy in pairs)) for pairs in scores])
+    return [[next(found) for _ in texts] for texts in continuations]
+
+
+def token_scores(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits (n, V), tokens (n,) -> their log-probabilities (n,) float64, and whether each is the most probable one."""
+    logprobs = F.log_softmax(logits.double(), -1)
+    return logprobs.gather(1, tokens[:, None])[:, 0], logits.argmax(-1) == tokens
+
+
+def read_and_score(
+    model: Any, read: Sequence[list[int]], due: Sequence[list[int]], state: State
+) -> list[list[tuple[float, bool]]]:
+    """Read a list of tokens behind each sequence of state, packed into one row -> (log-probability, is it the most
+    probable) of each token of due, which are what should follow each token that is read."""
+    device = state[0].wkv.device
+    tokens = torch.tensor([token for piece in read for token in piece], device=device)
+    targets = torch.tensor([token for piece in due for token in piece], device=device)
+    ends = torch.tensor([len(piece) for piece in read], device=device).cumsum(0)
+
+    def head(x: torch.Tensor, weight: torch.Tensor) -> list[tuple[float, bool]]:
+        found = []
+        for piece, right in zip(x[0].split(PIECE), targets.split(PIECE)):  # (n, C), (n,)
+            logprobs, greedy = token_scores(F.linear(piece, weight), right)
+            found += list(zip(logprobs.tolist(), greedy.tolist()))
+        return found
+
+    found, _ = model(tokens[None], state, cu_seqlens=F.pad(ends, (1, 0)), head=head)
+    pairs = iter(found)
+    return [[next(pairs) for _ in piece] for piece in due]

@@ -1,0 +1,35 @@
+"""The score of a task's records: shares with their standard errors."""
+
+import math
+from collections.abc import Sequence
+
+from .records import Record
+
+
+def share_of(measure: str, records: Sequence[Record]) -> float:
+    """The share of records that are right by a measure."""
+    return sum(bool(record[measure]) for record in records) / len(records)
+
+
+def standard_error(share: float, total: int) -> float:
+    """Of a share of right answers among independent ones, from their sample variance; NaN for a single one."""
+    return math.sqrt(share * (1 - share) / (total - 1)) if total > 1 else math.nan
+
+
+def summary(task: str, measures: Sequence[str], records: Sequence[Record]) -> list[str]:
+    """The lines that tell the score."""
+    total = len(records)
+    lines = [f"{task}: {total:,} problems"]
+    for name in measures:
+        share = share_of(name, records)
+        error = standard_error(share, total)
+        spread = f" ± {error:.1%} (standard error)" if math.isfinite(error) else ""
+        lines.append(f"{name:<10} {share:7.1%}{spread}, {share * total:,.0f} of {total:,}")
+    long = sum(record.get("end") == "length" for record in records)
+    if long:
+        lines.append(f"{long:,} answers were cut off at --max_tokens")
+    alone = [record["logprobs"][0] for record in records if len(record.get("logprobs", ())) == 1]
+    if alone:
+        mean = sum(alone) / len(alone)
+        lines.append(f"perplexity {math.exp(min(-mean, 700.0)):.4g} of the last word")
+    return lines

@@ -1,0 +1,61 @@
+"""Which adapter method fits best, each at its own best learning rate: drives rwkv-peft compare on a small model.
+
+    python demo/task.py finetune --documents 4000 --seed 1 --output out/finetune.jsonl
+    python benchmarks/methods.py --rows out/finetune.jsonl --rank 16 --steps 200             (the demo's base and task)
+    python benchmarks/methods.py --model rwkv6-tiny-1m-bf16.pth --rows gsm8k/train.jsonl --template question --utf16 \\
+        --rank 8 --rates 1e-3 3e-3 1e-2 --steps 200 --val_every 40 --jobs 2
+
+Rows are laid out as rwkv-peft preprocess does it, or by --template; every token counts, and the last --held_out rows
+are what is validated on. Tokens are the bytes of UTF-8 and an end token (the demo's vocabulary), or with --utf16 the
+bytes of UTF-16, on which the tiny models of rwkv.cpp's tests were trained. Further flags are those of rwkv-peft
+compare, and behind -- those of train.py; --train_flags says which are given anyway.
+"""
+
+import argparse
+from pathlib import Path
+
+from rwkv_peft.compare.command import main as compare
+from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.encoding import parse
+from rwkv_peft.data.rows import read_chunks
+from rwkv_peft.data.templates import TURN_END, Template, read_template, segments
+from rwkv_peft.data.tokenizer import BytesTokenizer
+from rwkv_peft.errors import exit_on_user_error
+
+TRAIN = ("--ctx_len", "256", "--micro_bsz", "2", "--precision", "fp32", "--warmup_steps", "10")
+
+
+def main(argv):
+    own, train = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo/rwkv6-demo.pth", metavar="PTH")
+    parser.add_argument("--rows", required=True, metavar="FILE")
+    parser.add_argument("--template", metavar="NAME", help="as preprocess takes it")
+    parser.add_argument("--utf16", action="store_true")
+    parser.add_argument("--held_out", type=int, default=16, help="rows to validate on (default 16)")
+    parser.add_argument("--output", default="out/methods", metavar="DIR")
+    parser.add_argument(
+        "--train_flags", action="version", version=" ".join(TRAIN), help="flags of train.py given anyway"
+    )
+    args, further = parser.parse_known_args(own)
+    layout = Template(read_template(args.template)) if args.template else segments
+    rows = [parse(item) for chunk in read_chunks(args.rows) for item in chunk.items]
+    texts = ["".join(text for text, _ in layout(row)) for row in rows]
+    folder = Path(args.output)
+    for name, part in (("train", texts[: -args.held_out]), ("held-out", texts[-args.held_out :])):
+        with BinidxWriter(folder / name, 256 if args.utf16 else BytesTokenizer.vocab_size) as writer:
+            for text in part:
+                writer.add(tokens_of(text, args.utf16))
+    data = ("--load_model", args.model, "--data_file", str(folder / "train"), "--val_data", str(folder / "held-out"))
+    return compare(["--output", args.output, *further, "--", *data, *TRAIN, *train])
+
+
+def tokens_of(text, utf16):
+    """The tokens of one document."""
+    if utf16:
+        return list((text + TURN_END).encode("utf-16-le"))
+    return [*BytesTokenizer().encode(text), BytesTokenizer.end_id]
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,75 @@
+"""How far the first step of Adam moves a weight, by method: the formulas of docs/learning_rates.md."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from adapters.layers import merged_weight
+from rwkv_peft.adapters.groups import learning_ratios
+from rwkv_peft.adapters.methods import METHODS
+from rwkv_peft.config import AdapterConfig
+from rwkv_peft.training.header import rate_hint
+
+OUT, IN, RANK, RATE = 120, 96, 8, 1e-4
+
+
+def lora(scale=1.0):
+    return lambda weight: scale * math.sqrt(RANK / (3 * IN))
+
+
+def block_affine(weight):
+    return math.sqrt(1 + RANK * weight.square().mean())
+
+
+def pissa(weight):
+    largest = torch.linalg.svdvals(weight)[:RANK]
+    return math.sqrt(largest.sum() * (1 / IN + 1 / OUT))
+
+
+# the root mean square of a weight's change over the learning rate
+FORMULAS = {
+    "bone": lambda weight: 1.0,
+    "bone-mini": lambda weight: 1.0,
+    "bat-in": block_affine,
+    "bat-out": block_affine,
+    "lora": lora(),
+    "rslora": lora(2.0 / math.sqrt(RANK)),
+    "lora-plus": lora(16.0),
+    "pissa": pissa,
+}
+
+
+@pytest.mark.parametrize("variant", FORMULAS)
+@pytest.mark.parametrize("size", [0.05, 0.4])
+def test_the_first_step_moves_a_weight_as_far_as_the_formula_says(variant, size, adapt, adapter_config):
+    layer = nn.Linear(IN, OUT, bias=False)
+    layer.weight.data.normal_(std=size)
+    weight = layer.weight.detach().clone()
+    settings = {"rank": RANK, "mini_rank": 60, "alpha": 2.0 if variant == "rslora" else 0.0, "svd_niter": 0}
+    adapted = adapt(layer, variant, train=False, **settings)
+    method, config, before = adapted.method, adapter_config(variant, **settings), merged_weight(adapted)
+    ratios = dict(learning_ratios(method, config))
+    groups = [{"params": [getattr(adapted, name)], "lr": RATE * ratios.get(name, 1.0)} for name in method.parameters]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0)
+    x = torch.randn(256, IN)
+    (adapted(x) * torch.randn(256, OUT)).sum().backward()
+    optimizer.step()
+    change = (merged_weight(adapted) - before).square().mean().sqrt() / RATE
+    assert change.item() == pytest.approx(float(FORMULAS[variant](weight)), rel=0.15)
+    told = method.first_step(config, IN)
+    if told is not None:
+        assert change.item() == pytest.approx(told, rel=0.15 if method.scaled or size < 0.1 else 0.6)
+
+
+@pytest.mark.parametrize("variant", ["dora", "pissa", "olora", "lora-ga"])
+def test_a_method_whose_step_depends_on_the_weight_tells_none(variant):
+    assert METHODS[variant].first_step(AdapterConfig(), IN) is None
+
+
+@pytest.mark.parametrize("method, hint", [("lora", True), ("rslora", True), ("lora-plus", False), ("pissa", False)])
+def test_the_hint_tells_by_how_much_a_rate_is_smaller(method, hint):
+    told = rate_hint(AdapterConfig(method=method, rank=32), 4096, 2e-5)
+    assert bool(told) is hint and ("as far as 1e-06 does with bone; begin with rates 20 times bone's" in told) is hint
+    assert rate_hint(AdapterConfig(method="none"), 4096, 2e-5) == rate_hint(AdapterConfig(), 4096, 2e-5) == ""

@@ -1,0 +1,171 @@
+"""The command as a user types it: runs that are there are kept, what is due is run, and mistakes are told first."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from rwkv_peft.compare import runs
+from rwkv_peft.compare.command import main
+from rwkv_peft.compare.flags import parse_flags
+from rwkv_peft.compare.plan import Cell
+from rwkv_peft.compare.runs import Process, finish, run_cells, start
+from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.errors import UserError
+from rwkv_peft.training.alone import alone_in
+
+MODEL = ("--load_model", "base.pth", "--data_file", "data", "--ctx_len", "16", "--accelerator", "cpu")
+TRAIN = (*MODEL, "--val_split", "0.2")
+OWN = ("--methods", "bone", "lora", "--rank", "8", "--seeds", "7", "--steps", "2")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, tiny_state):
+    folder = tmp_path_factory.mktemp("compare")
+    torch.save(tiny_state(n_layer=1), folder / "base.pth")
+    with BinidxWriter(folder / "data", vocab_size=80) as writer:
+        for first in range(20):
+            writer.add([1 + (first + 7 * i) % 79 for i in range(30)] + [0])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def there(files, monkeypatch):
+    monkeypatch.chdir(files)
+
+
+def keep(folder, cell, loss):
+    """A complete run, as one before left it."""
+    path = folder / "runs" / cell.folder
+    path.mkdir(parents=True)
+    record = {"step": 1, "val_loss": loss, "tokens": 32, "tokens_per_s": 64.0}
+    (path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    (path / "result.json").write_text(json.dumps(cell._asdict() | {"diverged": False, "peak_mb": 500.0}))
+
+
+def test_what_is_due_is_run_and_what_is_there_is_kept(files, capsys):
+    folder = files / "out"
+    for method in ("bone", "lora"):
+        for rate in (-6, -4):
+            keep(folder, Cell(method, rate, 7), 99.0)
+    command = [*OWN, "--output", str(folder), "--rates", "1e-3", "1e-2", "3e-3", "--jobs", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "rwkv_peft", "compare", *command, "--", *TRAIN], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 runs due\n" in done.stdout
+    assert re.search(r"^lora, rate 0.003, seed 7: validation loss \d\.\d{4}, ", done.stdout, re.MULTILINE)
+    records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert len(records) == 6 and {record["parameters"] for record in records} == {8 * (6 * 64 + 64 + 96)}
+    text = (folder / "table.md").read_text()
+    assert text in done.stdout and text.count("| 0.003 | 1 |") == 2
+    assert (folder / "rates.png").is_file()
+    flags = json.loads((folder / "runs" / "bone-0.003-7" / "config.json").read_text())
+    assert flags["train"]["lr_init"] == 0.003 and flags["train"]["lr_final"] == pytest.approx(3e-4)
+    first = [
+        json.loads((folder / "runs" / f"{method}-0.003-7" / "metrics.jsonl").read_text().splitlines()[0])
+        for method in ("bone", "lora")
+    ]
+    # fresh adapters change nothing, so that equal losses mean equal data
+    assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-3)
+    logs = {method: (folder / "runs" / f"{method}-0.003-7" / "log.txt").read_text() for method in ("bone", "lora")}
+    assert "begin with rates 7 times bone's" in logs["lora"] and "times bone's" not in logs["bone"]
+    assert main([*command, "--", *TRAIN]) == 0  # and now nothing is due
+    assert "due" not in (out := capsys.readouterr().out) and text in out
+    with alone_in(folder), pytest.raises(UserError, match="--output .*: a run is training there"):
+        main([*command, "--", *TRAIN])
+    with pytest.raises(UserError, match=r"other settings \(steps: 2, and now 3\)"):
+        main([*command, "--steps", "3", "--", *TRAIN])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "flags of train.py are missing"),
+        (["--"], "flags of train.py are missing"),
+        (["--", *MODEL], "add --val_data or --val_split"),
+        (["--", *TRAIN, "--lr_init=1e-3"], "--lr_init=1e-3 behind -- is what the comparison sets"),
+        (["--", *TRAIN, "--lerning_rate", "1"], "there is no --lerning_rate"),
+        (["--methods", "bona", "--", *TRAIN], "invalid choice: 'bona'"),
+        (["--methods", "full", "bone", "--", *TRAIN], "begin with another"),
+        (["--methods", "bone", "full", "--", *TRAIN, "--train_parts", "ln"], "keep full from training all"),
+        (["--steps", "20", "--val_every", "6", "--", *TRAIN], "6 does not divide --steps 20"),
+        (["--rates", "2e-3", "--", *TRAIN], "take 0.003"),
+        (["--rank", "5", "--methods", "bat-in", "--", *TRAIN], "5"),
+        (["--", *TRAIN, "--load_model", "absent.pth"], "absent.pth"),
+    ],
+)
+def test_mistakes_are_told_before_a_run_begins(files, arguments, message):
+    with pytest.raises(UserError, match=message):
+        main(["--output", "refused", *arguments])
+    assert not (files / "refused").exists()
+
+
+@pytest.mark.parametrize("steps, every", [(1000, 100), (205, 41), (7, 1), (13, 13), (1, 1)])
+def test_the_last_step_is_validated(steps, every):
+    assert parse_flags(["--output", "out", "--steps", str(steps), "--", *TRAIN]).val_every == every
+
+
+def sleeping(comparison, cell, size, folder):
+    folder.mkdir(parents=True)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    return Process(cell, folder, time.monotonic(), child)
+
+
+def test_the_budget_ends_what_runs_and_starts_nothing_more(tmp_path, monkeypatch):
+    comparison = parse_flags(["--output", str(tmp_path), *OWN, "--", *TRAIN])
+    begun = []
+
+    def begin(*arguments):
+        begun.append(sleeping(*arguments))
+        return begun[-1]
+
+    monkeypatch.setattr(runs, "start", begin)
+    cells, sizes = [Cell("bone", -6, 7), Cell("bone", -5, 7)], {"bone": None}
+    assert not run_cells(comparison, cells, sizes, time.monotonic() + 0.3, lambda *rest: None)
+    assert [process.child.returncode for process in begun] == [-15]
+    assert not run_cells(comparison, cells[1:], sizes, time.monotonic() - 1, lambda *rest: None)
+    assert len(begun) == 1
+
+
+@pytest.mark.parametrize(
+    "code, log, diverged",
+    [
+        (0, "finished", False),
+        (1, "error: the loss became nan at step 3; …", True),
+        (1, "Traceback …", None),
+        (2, "", None),
+    ],
+)
+def test_a_run_that_diverged_is_a_result_and_one_that_failed_is_not(tmp_path, code, log, diverged):
+    (tmp_path / "log.txt").write_text(log + "\n\n")
+    process = Process(Cell("bone", -6, 7), tmp_path, 0.0, None, code, 500.0)
+    if diverged is None:
+        with pytest.raises(UserError, match=f"bone, rate 0.001, seed 7 ended with exit code {code}: {log[:9]}"):
+            finish(process)
+        assert not (tmp_path / "result.json").exists()
+        return
+    finish(process)
+    assert json.loads((tmp_path / "result.json").read_text())["diverged"] is diverged
+
+
+def test_a_run_that_left_no_checkpoint_begins_anew(tmp_path, monkeypatch):
+    comparison = parse_flags(["--output", str(tmp_path), *OWN, "--", *TRAIN])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
+    with alone_in(tmp_path / "run"), pytest.raises(UserError, match="a run is training there"):
+        start(comparison, Cell("bone", -6, 7), runs.Size(8, 0, 100), tmp_path / "run")
+    argvs = []
+    monkeypatch.setattr(runs.subprocess, "Popen", lambda argv, **rest: argvs.append(argv))
+    size = runs.Size(8, 0, 100)
+    start(comparison, Cell("bone", -6, 7), size, tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() and "--resume" not in argvs[0]
+    monkeypatch.setattr(runs, "find_checkpoint", lambda folder: folder)
+    for step, resumed in ((0, True), (1, False)):  # a run of two steps, after one and after both
+        (tmp_path / "run" / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
+        start(comparison, Cell("bone", -6, 7), size, tmp_path / "run")
+        assert ("--resume" in argvs[-1]) is resumed

@@ -1,0 +1,85 @@
+"""The table tells each method's best rate, and what it tells beside it follows from the runs."""
+
+import json
+import math
+
+import pytest
+
+from rwkv_peft.compare.pictures import draw
+from rwkv_peft.compare.plan import Cell
+from rwkv_peft.compare.report import common_rate, lines_of_json, rows_of, steps_to, table
+from rwkv_peft.compare.runs import Outcome
+from rwkv_peft.compare.sizes import Size
+
+SIZES = {"bone": Size(8, 0, 1000), "lora": Size(4, 0, 1000), "bone-mini": Size(10, 20, 900)}
+
+
+def outcome(method, rate, seed, *losses, diverged=False):
+    validations = tuple((10 * n, 0.5 * n, loss) for n, loss in enumerate(losses, start=1))
+    return Outcome(Cell(method, rate, seed), math.inf if diverged else losses[-1], validations, 50.0, 600.0)
+
+
+RUNS = {
+    run.cell: run
+    for run in (
+        outcome("bone", -6, 1, 3.0, 2.5),
+        outcome("bone", -5, 1, 2.8, 2.0),
+        outcome("bone", -5, 2, 2.4, 2.2),
+        outcome("bone", -4, 1, 9.0, diverged=True),
+        outcome("lora", -6, 1, 3.5, 3.0),
+        outcome("lora", -5, 1, 3.0, 2.6),
+        outcome("lora", -4, 1, 2.9, 2.7),
+    )
+}
+METHODS = ["lora", "bone", "bone-mini"]
+
+
+@pytest.fixture
+def rows():
+    return rows_of(METHODS, [1, 2], SIZES, RUNS)
+
+
+def test_rows_stand_at_the_best_rate_of_the_first_seed_with_all_its_seeds(rows):
+    assert [(row.method, row.rate, row.losses) for row in rows] == [("bone", -5, (2.0, 2.2)), ("lora", -5, (2.6,))]
+    assert rows[0].mean == pytest.approx(2.1) and rows[0].spread == pytest.approx(math.sqrt(0.02))
+    assert math.isnan(rows[1].spread)
+
+
+def test_the_common_rate_is_one_that_all_have_run_and_none_diverged_at():
+    losses = {cell: run.loss for cell, run in RUNS.items()}
+    assert common_rate(["bone", "lora"], 1, losses) == -5
+    assert common_rate(METHODS, 1, losses) is None
+
+
+def test_steps_are_counted_on_the_mean_of_the_seeds(rows):
+    assert [steps_to(rows[0], loss) for loss in (2.6, 2.59, 2.1, 1.0)] == [10, 20, 20, None]
+
+
+def test_the_table_says_so(rows):
+    assert table(rows, 1, RUNS).splitlines() == [
+        "| method | rank | trained parameters | best rate | seeds | validation loss | ± (standard deviation) "
+        "| loss at 0.003 | steps to lora's loss | ms a step | peak memory, MB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| bone | 8 | 1,000 | 0.003 | 2 | 2.1000 | 0.1414 | 2.0000 | 10 | 50 | 600 |",
+        "| lora | 4 | 1,000 | 0.003 | 1 | 2.6000 |  | 2.6000 | 20 | 50 | 600 |",
+    ]
+
+
+def test_a_method_that_diverges_everywhere_is_told():
+    runs = {run.cell: run for run in (outcome("bone-mini", -5, 1, 9.0, diverged=True),)}
+    text = table(rows_of(["bone-mini"], [1], SIZES, runs), 1, runs)
+    assert "| bone-mini | 10, 20 | 900 | 0.003 | 1 | diverged |" in text and "loss at" not in text
+
+
+def test_each_run_is_a_line_of_json():
+    records = [json.loads(line) for line in lines_of_json(SIZES, RUNS).splitlines()]
+    assert len(records) == len(RUNS)
+    found = {(record["method"], record["rate"], record["seed"]): record["val_loss"] for record in records}
+    assert found["bone", 0.003, 2] == 2.2 and found["bone", 0.01, 1] is None
+
+
+def test_the_figures_are_drawn(rows, tmp_path):
+    draw(tmp_path, rows, METHODS, 1, RUNS)
+    for name in ("steps", "time", "rates"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+        assert ">bone<" not in (svg := (tmp_path / f"{name}.svg").read_text()) and "<svg" in svg

@@ -1,0 +1,195 @@
+"""The command as a user types it, on the demo's base, which answers what it was trained to answer."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rwkv_peft.errors import UserError
+from rwkv_peft.evals import command, flags
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ("--model", str(ROOT / "demo" / "rwkv6-demo.pth"))
+STORY = "The sun is up. Tom has 3 brown grapes. A dog sleeps.\nQ: {}\nA:"
+ROWS = [
+    {"prompt": STORY.format("How many?"), "completion": " 3"},
+    {"prompt": STORY.format("What is there?"), "completion": " 3 Brown grapes."},
+    {"prompt": STORY.format("What color?"), "completion": " never"},
+]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*arguments):
+        assert command.main([*map(str, arguments), *MODEL]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def test_answers_are_judged_and_kept(tmp_path):
+    data, output = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "answers.jsonl"
+    words = ["eval", "jsonl", *MODEL, "--data", data, "--output", str(output), "--stop", r"\n", "--escapes"]
+    done = subprocess.run([sys.executable, "-m", "rwkv_peft", *words], capture_output=True, text=True)
+    assert done.returncode == 0 and "3/3" in done.stderr, done.stderr
+    assert done.stdout.splitlines() == [
+        "jsonl: 3 problems",
+        "strict       33.3% ± 33.3% (standard error), 1 of 3",
+        "flexible     66.7% ± 33.3% (standard error), 2 of 3",
+    ]
+    head, *records = map(json.loads, output.read_text().splitlines())
+    assert head["eval"]["task"] == "jsonl"
+    assert [record["number"] for record in records] == [0, 1, 2]
+    assert [record["generated"] for record in records[:2]] == [" 3", " 3 brown grapes"]
+
+
+def test_it_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
+    data, output = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "answers.jsonl"
+    words = ("jsonl", "--data", data, "--output", output, "--stop", "\n")
+    whole = run(*words)
+    lines = output.read_text().splitlines(keepends=True)
+    output.write_text(lines[0] + lines[2] + lines[1][:30])  # the last line was cut off in writing
+    asked = []
+    monkeypatch.setattr(
+        command, "ask", lambda args, task, subject, due: asked.extend(due) or original(args, task, subject, due)
+    )
+    assert run(*words) == whole and asked == [0, 2]
+    assert output.read_text() == "".join(lines)
+    assert run(*words) == whole and asked == [0, 2]  # nothing is due any more
+    assert [command.main([*map(str, words), *MODEL, "--at_least", share]) for share in ("0.3", "0.4")] == [0, 1]
+    with pytest.raises(UserError, match=r"answers of other settings \(max_tokens: 512, and now 9\)"):
+        run(*words, "--max_tokens", 9)
+    write(tmp_path / "rows.jsonl", ROWS[:2])
+    with pytest.raises(UserError, match=r"answers of other settings \(files: "):
+        run(*words)
+
+
+original = command.ask
+
+
+def test_an_interrupt_keeps_what_was_answered(tmp_path, monkeypatch, capsys):
+    def interrupted(args, task, subject, due):
+        yield from list(original(args, task, subject, {0: due[0]}))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "ask", interrupted)
+    data, output = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "answers.jsonl"
+    words = ["jsonl", *MODEL, "--data", data, "--output", str(output), "--stop", "\n"]
+    assert command.main(words) == 130
+    assert "has 1 of 3, and the same command goes on" in capsys.readouterr().err
+    assert len(output.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("task, told", [("gsm8k", "#### {}"), ("math", "so \\boxed{{{}}}")])
+def test_numbers_and_formulas_are_found_in_what_it_writes(run, tmp_path, task, told):
+    if task == "math":
+        pytest.importorskip("math_verify")
+    layout, output = tmp_path / "layout.txt", tmp_path / "o.jsonl"
+    layout.write_text("{question}\nA:")
+    rows = [{"query": ROWS[0]["prompt"].removesuffix("\nA:"), "response": told.format(n)} for n in ("3", "4")]
+    words = ("--data", write(tmp_path / "d.jsonl", rows), "--template", layout, "--stop", "\n", "--output", output)
+    lines = run(task, *words)
+    assert [line.split()[1] for line in lines[1:]] == ["0.0%", "50.0%"]  # it writes a bare number
+    assert [json.loads(line)["flexible"] for line in output.read_text().splitlines()[1:]] == [True, False]
+
+
+def test_a_choice_is_the_continuation_that_the_model_finds_likelier(run, tmp_path):
+    rows = [
+        {
+            "question": STORY.format("What is there?"),
+            "choices": ["3 brown grapes", "4 red dolls", "5 hats"],
+            "answer": 0,
+        },
+        {"question": STORY.format("How many?"), "choices": ["9", "3"], "answer": "A"},
+    ]
+    output = tmp_path / "o.jsonl"
+    lines = run("choices", "--template", "plain", "--data", write(tmp_path / "c.jsonl", rows), "--output", output)
+    assert lines[1:] == [
+        "by sum       50.0% ± 50.0% (standard error), 1 of 2",
+        "by byte      50.0% ± 50.0% (standard error), 1 of 2",
+    ]
+    record = json.loads(output.read_text().splitlines()[1])
+    assert record["logprobs"][0] == max(record["logprobs"]) and len(record["logprobs"]) == 3
+
+
+def test_a_backslash_and_n_in_a_stop_are_told(tmp_path, capsys):
+    data = write(tmp_path / "rows.jsonl", ROWS[:1])
+    for more, told in (((), 1), (("--escapes",), 0)):
+        assert command.main(["jsonl", *MODEL, "--data", data, "--max_tokens", "2", "--stop", r"\n", *more]) == 0
+        assert capsys.readouterr().err.count("add --escapes") == told
+
+
+def test_the_last_word_and_its_perplexity(run, tmp_path):
+    rows = [{"text": STORY.format("How many?") + word} for word in (" 3", " golden")]
+    lines = run("lambada", "--data", write(tmp_path / "l.jsonl", rows))
+    assert lines[1] == "last word    50.0% ± 50.0% (standard error), 1 of 2"
+    assert lines[2].startswith("perplexity ") and float(lines[2].split()[1]) > 10
+
+
+def test_examples_stand_before_the_question(run, tmp_path, monkeypatch):
+    rows = [{"question": f"{n}+1?", "answer": f"{n}+1={n + 1}\n#### {n + 1}"} for n in range(4)]
+    prompts = []
+    monkeypatch.setattr(
+        command,
+        "ask",
+        lambda args, task, subject, due: [
+            prompts.append(problem.prompt) or {"number": number, "strict": True, "flexible": True}
+            for number, problem in due.items()
+        ],
+    )
+    data, shots = write(tmp_path / "d.jsonl", rows[2:]), write(tmp_path / "s.jsonl", rows[:2])
+    run("gsm8k", "--data", data, "--shots", 2, "--shots_data", shots)
+    assert prompts[0] == (
+        "User: 0+1?\n\nAssistant: 0+1=1\n#### 1\n\nUser: 1+1?\n\nAssistant: 1+1=2\n#### 2\n\nUser: 2+1?\n\nAssistant:"
+    )
+    with pytest.raises(UserError, match="is --data, whose answers would be told"):
+        run("gsm8k", "--data", data, "--shots", 1, "--shots_data", data)
+    with pytest.raises(UserError, match="--shots 3: .* holds 2"):
+        run("gsm8k", "--data", data, "--shots", 3, "--shots_data", shots)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["gsmk", "--data", "d.jsonl"], "invalid choice: 'gsmk'"),
+        (["gsm8k", "--data", "d.jsonl", "--shots", "2"], "--shots_data FILE; give both"),
+        (["lambada", "--data", "d.jsonl", "--stop", "x"], "lambada writes none"),
+        (["gsm8k", "--data", "d.jsonl", "--stop", ""], "empty text"),
+        (["gsm8k", "--data", "d.jsonl", "--batch", "0"], "--batch 0"),
+        (["gsm8k", "--data", "d.jsonl", "--at_least", "90"], "--at_least 90.0: a share"),
+    ],
+)
+def test_mistaken_flags_are_told(arguments, message):
+    with pytest.raises(UserError, match=message):
+        flags.parse_flags([*arguments, *MODEL])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--data", "absent.jsonl"], "absent.jsonl: no such file"),
+        (["--data", "empty.jsonl"], "empty.jsonl holds no problem"),
+        (["--data", "bad.jsonl"], "bad.jsonl, line 2: its answer"),
+        (["--data", "good.jsonl", "--template", "absent"], "--template absent"),
+        (["--data", "good.jsonl", "--output", "good.jsonl"], "is the file given as --data"),
+        (["--data", "good.jsonl", "--output", "other.jsonl"], "another tool's file|no line of rwkv-peft eval"),
+        (["--data", "good.jsonl", "--model", "absent.pth"], "absent.pth"),
+    ],
+)
+def test_files_that_cannot_serve_are_told(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    good = {"question": "q", "answer": "#### 1"}
+    write(tmp_path / "good.jsonl", [good])
+    write(tmp_path / "bad.jsonl", [good, {"question": "q", "answer": "none"}])
+    write(tmp_path / "empty.jsonl", [])
+    before = Path(write(tmp_path / "other.jsonl", [{"prompt": "x"}])).read_bytes()
+    with pytest.raises(UserError, match=message):
+        command.main(["gsm8k", *MODEL, *arguments])
+    assert (tmp_path / "other.jsonl").read_bytes() == before
