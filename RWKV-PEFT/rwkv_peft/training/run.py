@@ -141,6 +141,8 @@ def run_on(ranks, request, say):
             say(complete)
             return 0
         raise UserError(f"--resume: {complete}; raise --epoch_count to go on")
+    if base is not None:
+        base.require_finite()
     others = {
         "the checkpoint to go on from": checkpoint and checkpoint.name,
         "the adapter to start from": "" if checkpoint else digest_of_file(config.adapter.load),
@@ -148,8 +150,6 @@ def run_on(ranks, request, say):
     }
     ranks.meet(passport(config, identity, others), folder, train.stall_minutes)
 
-    if base is not None:
-        base.require_finite()
     torch.manual_seed(train.random_seed)
     family = family_named(config.model.version)
     model = build_model(config, family, base)
