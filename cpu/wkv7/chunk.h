@@ -30,7 +30,11 @@ class Parts {
     float* memory_;
 };
 
-// Rows of N floats, zeros past the head size. With c the product of the decays since the chunk's start:
+// Some values of a head, all of them where threads are few: `count` from `first` on, in rows of W floats.
+struct Values { int64_t first, count, W; };
+
+// Rows of N floats, of uv and S of W, zeros past the head size. With c the product of the decays since the chunk's
+// start:
 struct Chunk {
     float* left;   // a c_{t-1}, then r c_t
     float* right;  // b / c_t, then k / c_t
@@ -103,7 +107,7 @@ INLINE void log_decays(Vec* w, Vec* slope, int steps) {
 
 // A chunk's operands, from rows of n elements; steps past the sequence's end leave the state alone.
 template <class E>
-void prepare(const Chunk& q, const Rows<const E>& rows, int steps, int64_t n, int64_t N) {
+void prepare(const Chunk& q, const Rows<const E>& rows, int steps, int64_t n, int64_t N, const Values& values) {
     steps = steps < kChunk ? steps : kChunk;
     for (int64_t c = 0; c < N; c += kLanes) {
         Vec log[kChunk], slope[kChunk];
@@ -119,13 +123,18 @@ void prepare(const Chunk& q, const Rows<const E>& rows, int steps, int64_t n, in
             store(q.left + second, present ? load_lanes(rows.r + from, c, n) * incl : zero());
             store(q.right + at, present ? load_lanes(rows.b + from, c, n) * inv : zero());
             store(q.right + second, present ? load_lanes(rows.k + from, c, n) * inv : zero());
-            store(q.uv + second, present ? load_lanes(rows.v + from, c, n) : zero());
             store(q.incl + at, incl);
             store(q.inv + at, inv);
             store(q.slope + at, slope[t]);
             before = incl;
         }
     }
+    const int64_t W = values.W;
+    for (int t = 0; t < kChunk; t++)
+        for (int64_t c = 0; c < W; c += kLanes) {
+            const E* v = rows.v + t * rows.stride + values.first;
+            store(q.uv + (kChunk + t) * W + c, t < steps ? load_lanes(v, c, values.count) : zero());
+        }
 }
 
 }  // namespace

@@ -7,8 +7,12 @@
 
 namespace {
 
-// Where a sequence's head lies: its steps, its head size with and without padding, and how far apart its saved states.
-struct Task { int64_t length, n, N, checkpoint; };
+// A sequence's head, or some of its values: its steps, its head size with and without padding, how far apart its saved
+// states lie.
+struct Task {
+    int64_t length, n, N, checkpoint;
+    Values values;
+};
 
 struct ForwardWork {
     Chunk chunk;
@@ -36,7 +40,7 @@ void single_step(float* row, const Task& task, const Rows<const E>& rows, const 
         store(b + c, load_lanes(rows.b, c, n));
         store(old + c, zero());
     }
-    for (int64_t i = 0; i < n; i++) {
+    for (int64_t i = task.values.first; i < task.values.first + task.values.count; i++) {
         const float* S = state ? state + i * n : old;
         float* to = final_state + i * n;
         Vec removed_lanes = zero(), y_lanes = zero();
@@ -58,29 +62,31 @@ void single_step(float* row, const Task& task, const Rows<const E>& rows, const 
 template <class E>
 void forward_head(float* memory, const Task& task, const Rows<const E>& rows, const float* state, E* y,
                   float* final_state, float* checkpoints) {
-    const int64_t n = task.n, N = task.N;
+    const Values& values = task.values;
+    const int64_t n = task.n, N = task.N, W = values.W;
     if (task.length == 1) return single_step(memory, task, rows, state, y, final_state);
     ForwardWork q(Parts(memory), N);
     const Chunk& chunk = q.chunk;
-    load_transposed_state(chunk.S, N, state, n);
+    load_turned_state(chunk.S, N, state, n, values);
     for (int64_t start = 0; start < task.length; start += kChunk) {
         if (checkpoints && start && start % kTile == 0)
-            store_state(checkpoints + (start / kTile - 1) * task.checkpoint, n, chunk.S, N);
+            save_state(checkpoints + (start / kTile - 1) * task.checkpoint, n, chunk.S, values);
         const int64_t left = task.length - start, steps = left < kChunk ? left : kChunk;
-        prepare<E>(chunk, rows.at(start), steps, n, N);
+        prepare<E>(chunk, rows.at(start), steps, n, N, values);
         Ahead ahead;
         rows.at(start + kChunk).ask(ahead, std::min<int64_t>(kChunk, left - kChunk), n);
         ahead.add(y + start * rows.stride, rows.stride, steps, n);
         pair_products(chunk.pairs, chunk.left, chunk.right, q.turned, N, ahead, 0);
-        product<4>(q.reads, chunk.left, chunk.S, kStack, N, N, ahead, 2);
-        solve_forward(chunk, q.reads, N);
-        finish_forward(chunk, q.reads + kChunk * N, N);
+        product<4>(q.reads, chunk.left, chunk.S, kStack, N, W, ahead, 2);
+        solve_forward(chunk, q.reads, W);
+        finish_forward(chunk, q.reads + kChunk * W, W);
         for (int64_t t = 0; t < steps; t++)
-            for (int64_t c = 0; c < n; c += kLanes)
-                store_lanes(y + (start + t) * rows.stride, load(q.reads + (kChunk + t) * N + c), c, n);
-        advance(chunk.S, chunk, N);
+            for (int64_t c = 0; c < W; c += kLanes)
+                store_lanes(y + (start + t) * rows.stride + values.first, load(q.reads + (kChunk + t) * W + c), c,
+                            values.count);
+        advance(chunk.S, chunk, N, W);
     }
-    transpose(final_state, n, chunk.S, N, n, n);
+    transpose(final_state + values.first * n, n, chunk.S, W, n, values.count);
 }
 
 }  // namespace

@@ -43,44 +43,44 @@ INLINE void store_rows(float* to, const Vec* x, int64_t N) {
 }
 
 // uv's first half, U = (I - ab)^-1 (ak V + reads), reads being a's of the state before the chunk.
-inline void solve_forward(const Chunk& q, const float* reads, int64_t N) {
-    for (int64_t c = 0; c < N; c += kLanes) {
+inline void solve_forward(const Chunk& q, const float* reads, int64_t W) {
+    for (int64_t c = 0; c < W; c += kLanes) {
         Vec u[kChunk];
-        load_rows(u, reads + c, N);
-        add_earlier<false>(u, ak(q.pairs), q.uv + kChunk * N + c, N);
+        load_rows(u, reads + c, W);
+        add_earlier<false>(u, ak(q.pairs), q.uv + kChunk * W + c, W);
         UNROLL for (int j = 0; j < kChunk; j++)
             UNROLL for (int i = j + 1; i < kChunk; i++) u[i] += ab(q.pairs).at(i, j) * u[j];
-        store_rows(q.uv + c, u, N);
+        store_rows(q.uv + c, u, W);
     }
 }
 
 // y = qk V + qb U + reads, r's of the state before the chunk; written over these.
-inline void finish_forward(const Chunk& q, float* reads, int64_t N) {
-    for (int64_t c = 0; c < N; c += kLanes) {
+inline void finish_forward(const Chunk& q, float* reads, int64_t W) {
+    for (int64_t c = 0; c < W; c += kLanes) {
         Vec y[kChunk];
-        load_rows(y, reads + c, N);
-        add_earlier<true>(y, qb(q.pairs), q.uv + c, N);
-        add_earlier<true>(y, qk(q.pairs), q.uv + kChunk * N + c, N);
-        store_rows(reads + c, y, N);
+        load_rows(y, reads + c, W);
+        add_earlier<true>(y, qb(q.pairs), q.uv + c, W);
+        add_earlier<true>(y, qk(q.pairs), q.uv + kChunk * W + c, W);
+        store_rows(reads + c, y, W);
     }
 }
 
 // From xg's second half, y's gradients, and what reaches U and V by way of the state after the chunk (through): xg's
 // first half, X = (I - ab)^-T (qb^T dY + through), and V's gradient in place of through's second half.
-inline void solve_backward(const Chunk& q, float* xg, float* through, int64_t N) {
-    for (int64_t c = 0; c < N; c += kLanes) {
-        float *X = xg + c, *gv = through + kChunk * N + c;
-        const float* gy = xg + kChunk * N + c;
+inline void solve_backward(const Chunk& q, float* xg, float* through, int64_t W) {
+    for (int64_t c = 0; c < W; c += kLanes) {
+        float *X = xg + c, *gv = through + kChunk * W + c;
+        const float* gy = xg + kChunk * W + c;
         Vec x[kChunk];
-        load_rows(x, through + c, N);
-        add_later<true>(x, qb(q.pairs), gy, N);
+        load_rows(x, through + c, W);
+        add_later<true>(x, qb(q.pairs), gy, W);
         UNROLL for (int i = kChunk - 1; i > 0; i--)
             UNROLL for (int j = 0; j < i; j++) x[j] += ab(q.pairs).at(i, j) * x[i];
-        store_rows(X, x, N);
-        load_rows(x, gv, N);
-        add_later<true>(x, qk(q.pairs), gy, N);
-        add_later<false>(x, ak(q.pairs), X, N);
-        store_rows(gv, x, N);
+        store_rows(X, x, W);
+        load_rows(x, gv, W);
+        add_later<true>(x, qk(q.pairs), gy, W);
+        add_later<false>(x, ak(q.pairs), X, W);
+        store_rows(gv, x, W);
     }
 }
 

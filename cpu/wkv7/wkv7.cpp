@@ -22,11 +22,15 @@
 // 5. A head's rows lie too far apart for the processor to foresee them: products fetch the next chunk's, or, backward,
 //    those where the tile's gradients go and the inputs of the tile before.
 //
-// Parallel over sequences and heads. Head sizes are padded with zeros to multiples of 16.
+// Parallel over sequences and heads, and where threads are more, over the values of a head. Head sizes are padded with
+// zeros to multiples of 16.
 #include <algorithm>
+#include <memory>
+#include <new>
 
 #include "common/denormals.h"
 #include "common/dispatch.h"
+#include "common/threads.h"
 #include "wkv7/arguments.h"
 #include "wkv7/backward.h"
 
@@ -39,22 +43,36 @@ T* offset(const void* base, int64_t elements) {
     return base ? static_cast<T*>(const_cast<void*>(base)) + elements : nullptr;
 }
 
-// What a call is split into: head after head, sequence after sequence.
+// What a call is split into: head after head, sequence after sequence; a head into `parts` parts by its values.
 struct Place {
     Task task;
     int64_t first, index, saved;  // elements into r (and its like), the states, the checkpoints
+    int part;
 };
 
-Place place(const Arguments& a, int64_t number) {
+Place place(const Arguments& a, int64_t number, int parts) {
+    const int part = static_cast<int>(number % parts);
+    number /= parts;
     const int64_t head = number % a.heads, sequence = number / a.heads, even = a.tokens / a.sequences;
     const int64_t begin = a.cu_seqlens ? a.cu_seqlens[sequence] : sequence * even;
     const int64_t end = a.cu_seqlens ? a.cu_seqlens[sequence + 1] : begin + even;
-    const int64_t n = a.head_size, size = n * n;
+    const int64_t n = a.head_size, size = n * n, N = round_up(n, 16);
+    const Range values = share(N / 16, part, parts);
+    const int64_t value = values.begin * 16, W = values.end * 16 - value;
     // A sequence saves one state less than it has tiles, so that counting from begin / kTile never overlaps.
-    return {{end - begin, n, round_up(n, 16), a.heads * size},
+    return {{end - begin, n, N, a.heads * size, {value, std::min(W, n - value), W}},
             (begin * a.heads + head) * n,
             number * size,
-            (begin / kTile * a.heads + head) * size};
+            (begin / kTile * a.heads + head) * size,
+            part};
+}
+
+// How many parts a head is cut into: one, unless threads would have no head of their own. Each repeats what the values
+// have in common.
+int parts_of_a_head(const Arguments& a) {
+    const int64_t heads = a.sequences * a.heads, work = a.tokens * a.heads * a.head_size * a.head_size;
+    if (work < kStepsForThreads) return 1;
+    return static_cast<int>(std::max<int64_t>(1, std::min(a.threads / heads, round_up(a.head_size, 16) / 16)));
 }
 
 template <class E>
@@ -63,10 +81,11 @@ Rows<const E> inputs(const Arguments& a, int64_t first) {
             in<E>(a.a) + first, in<E>(a.b) + first, a.heads * a.head_size};
 }
 
-// run(memory, place) for each head of each sequence, with `floats` floats of a thread's own; whether there was memory.
+// run(memory, place) for each part of each head of each sequence, with `floats` floats of a thread's own; whether there
+// was memory.
 template <class Run>
-bool for_each_head(const Arguments& a, int64_t floats, const Run& run) {
-    const int64_t tasks = a.sequences * a.heads, work = a.tokens * a.heads * a.head_size * a.head_size;
+bool for_each_part(const Arguments& a, int parts, int64_t floats, const Run& run) {
+    const int64_t tasks = a.sequences * a.heads * parts, work = a.tokens * a.heads * a.head_size * a.head_size;
     const int threads = work < kStepsForThreads ? 1 : static_cast<int>(std::min<int64_t>(a.threads, tasks));
     bool failed = false;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) reduction(|| : failed) if (threads > 1)
@@ -75,29 +94,58 @@ bool for_each_head(const Arguments& a, int64_t floats, const Run& run) {
         static thread_local Workspace workspace;
         float* memory = static_cast<float*>(workspace.get(floats * sizeof(float)));
         failed = failed || !memory;
-        if (!failed) run(memory, place(a, number));
+        if (!failed) run(memory, place(a, number, parts));
     }
     return !failed;
 }
 
 template <class E>
 bool forward_all(const Arguments& a) {
-    return for_each_head(a, ForwardWork::floats(round_up(a.head_size, 16)), [&](float* memory, const Place& at) {
+    const int64_t floats = ForwardWork::floats(round_up(a.head_size, 16));
+    return for_each_part(a, parts_of_a_head(a), floats, [&](float* memory, const Place& at) {
         forward_head<E>(memory, at.task, inputs<E>(a, at.first), offset<float>(a.state, at.index),
                         out<E>(a.y) + at.first, a.final_state + at.index, offset<float>(a.checkpoints, at.saved));
     });
 }
 
+// to(part): where that part's gradients go.
+template <class E, class To>
+bool backward_parts(const Arguments& a, int parts, const To& to) {
+    const int64_t floats = BackwardWork::floats(round_up(a.head_size, 16));
+    return for_each_part(a, parts, floats, [&](float* memory, const Place& at) {
+        auto rows = to(at.part);
+        for (auto** row : {&rows.r, &rows.w, &rows.k, &rows.v, &rows.a, &rows.b}) *row += at.first;
+        backward_head(memory, at.task, inputs<E>(a, at.first), offset<float>(a.state, at.index),
+                      offset<float>(a.checkpoints, at.saved), offset<E>(a.gy, at.first),
+                      offset<float>(a.gfinal, at.index), rows, a.gstate + at.index);
+    });
+}
+
 template <class E>
 bool backward_all(const Arguments& a) {
-    return for_each_head(a, BackwardWork::floats(round_up(a.head_size, 16)), [&](float* memory, const Place& at) {
-        const Rows<E> to{out<E>(a.gr) + at.first, out<E>(a.gw) + at.first, out<E>(a.gk) + at.first,
-                         out<E>(a.gv) + at.first, out<E>(a.ga) + at.first, out<E>(a.gb) + at.first,
-                         a.heads * a.head_size};
-        backward_head<E>(memory, at.task, inputs<E>(a, at.first), offset<float>(a.state, at.index),
-                         offset<float>(a.checkpoints, at.saved), offset<E>(a.gy, at.first),
-                         offset<float>(a.gfinal, at.index), to, a.gstate + at.index);
+    const int parts = parts_of_a_head(a);
+    const int64_t stride = a.heads * a.head_size, size = a.tokens * stride;
+    const Rows<E> result{out<E>(a.gr), out<E>(a.gw), out<E>(a.gk), out<E>(a.gv), out<E>(a.ga), out<E>(a.gb), stride};
+    if (parts == 1) return backward_parts<E>(a, parts, [&](int) { return result; });
+    // v's gradient is each value's own; of the others each part has a share, which are added up here.
+    const std::unique_ptr<float[]> shares(new (std::nothrow) float[size * (5 * parts + 1)]);
+    if (!shares) return false;
+    float* const gv = shares.get() + size * 5 * parts;
+    const bool done = backward_parts<E>(a, parts, [&](int part) {
+        float* own = shares.get() + size * 5 * part;
+        return Rows<float>{own, own + size, own + 2 * size, gv, own + 3 * size, own + 4 * size, stride};
     });
+    E* const results[] = {result.r, result.w, result.k, result.a, result.b};
+    parallel(size, size, a.threads, [&](int64_t begin, int64_t end, int) {
+        for (int i = 0; i < 5; i++)
+            for (int64_t x = begin; x < end; x++) {
+                float sum = 0.0f;
+                for (int part = 0; part < parts; part++) sum += shares.get()[size * (5 * part + i) + x];
+                results[i][x] = from_float<E>(sum);
+            }
+        for (int64_t x = begin; x < end; x++) result.v[x] = from_float<E>(gv[x]);
+    });
+    return done;
 }
 
 }  // namespace

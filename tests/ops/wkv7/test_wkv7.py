@@ -113,20 +113,36 @@ def test_packed_sequences_are_computed_apart(backend, with_state, dtype):
             torch.testing.assert_close(whole, part, rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-2)
 
 
+def with_threads(counts, *arguments, **choices):
+    """The results of `run` by the CPU's kernel, for each count of threads."""
+    skip_unless_usable("cpu")
+    before = torch.get_num_threads()
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            yield run("cpu", *arguments, **choices)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_change_nothing(dtype):
     """Sequences and heads are shared out, and each is computed alike by whoever takes it."""
-    skip_unless_usable("cpu")
-    inputs, gradients = random_inputs(2, 130, 3, 64, dtype)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(run("cpu", inputs, gradients))
-    finally:
-        torch.set_num_threads(before)
-    for name, one, *others in zip(NAMES, *results):
+    for name, one, *others in zip(NAMES, *with_threads((1, 2, 5), *random_inputs(2, 130, 3, 64, dtype))):
         assert all(torch.equal(one, other) for other in others), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N, bounds", [(64, None), (40, (0, 1, 70, 290)), (128, None)])
+def test_threads_share_the_values_of_a_head(N, bounds, dtype):
+    """Where they are more than heads; gradients that sum over the values may round otherwise."""
+    sequences = None if bounds is None else len(bounds) - 1
+    inputs, gradients = random_inputs(1, 290, 1, N, dtype, sequences=sequences)
+    cu_seqlens = None if bounds is None else torch.tensor(bounds)
+    one, *others = with_threads((1, 2, 8, 9), inputs, gradients, cu_seqlens=cu_seqlens)
+    for results in others:
+        for name, a, b in zip(NAMES, results, one):
+            assert (a - b).norm() <= 10 * torch.finfo(a.dtype).eps * b.norm(), name
 
 
 @pytest.mark.parametrize("split", (1, 31, 64, 90))
