@@ -1,29 +1,32 @@
-"""Tokens a second of decoding, beside the `rwkv` package with the same model.
+"""Tokens a second of decoding, beside the `rwkv` package and llama.cpp (`xllamacpp`) with the same model.
 
-    python benchmarks/generate.py [--layers 12] [--channels 768] [--threads 1 2] [--batches 1 16] [--precision fp32]
+    python benchmarks/generate.py [--generation 6 7] [--layers 12] [--channels 768] [--threads 1 2] [--batches 1 16]
 
-Makes a random model in a temporary folder. Both continue greedily, from prompts of 8 tokens, each number of threads in
-a process of its own; the two take turns, and the best of the rounds counts, because other work on the machine can only
-slow one down. The package has no batches: it advances the sequences one after the other. For one thread the tokens a
-second of processor time stand beside those of the clock.
+Makes a random model in a temporary folder. All continue greedily, from prompts of 8 tokens, each generation and number
+of threads in a process of its own; they take turns, and the best of the rounds counts, because other work on the
+machine can only slow one down. Beside it stands the median, over the rounds, of our tokens a second over the other's in
+the same round. The package has no batches: it advances the sequences one after the other; llama.cpp, of a GGUF in the
+same precision, is asked for one sequence alone. For one thread the tokens a second of processor time stand beside those
+of the clock.
 """
 
 import argparse
-import contextlib
-import io
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
 PROMPT = 8
+GGUF = {"fp32": "f32", "bf16": "bf16"}
+VERSIONS = {"6": "x060", "7": "x070"}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--generation", nargs="+", choices=("6", "7"), default=("6", "7"))
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--channels", type=int, default=768)
     parser.add_argument("--threads", type=int, nargs="+", default=(1, 2))
@@ -35,78 +38,89 @@ def main():
     args = parser.parse_args()
     if args.model:
         return measure(args)
-    print(
-        "| threads | sequences | clock | rwkv_peft, tokens/s | rwkv, tokens/s | ratio |\n|---|---|---|---|---|---|",
-        flush=True,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.pth"
-        make_model(path, args.layers, args.channels)
-        for threads in args.threads:
-            environment = os.environ | {"OMP_NUM_THREADS": str(threads), "RWKV_V7_ON": "0"}
-            command = [
-                sys.executable,
-                __file__,
-                "--model",
-                str(path),
-                "--threads",
-                str(threads),
-                "--precision",
-                args.precision,
-                "--tokens",
-                str(args.tokens),
-                "--rounds",
-                str(args.rounds),
-                "--batches",
-                *map(str, args.batches),
-            ]
-            subprocess.run(command, env=environment, check=True)
+    print("| RWKV | threads | sequences | clock | rwkv_peft, tokens/s | beside | tokens/s | median ratio |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    for generation in args.generation:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.pth"
+            make_model(path, VERSIONS[generation], args.layers, args.channels)
+            for threads in args.threads:
+                flags = {"model": path, "generation": generation, "threads": threads, "precision": args.precision}
+                flags |= {"tokens": args.tokens, "rounds": args.rounds}
+                command = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+                batches = ["--batches", *map(str, args.batches)]
+                environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+                subprocess.run([sys.executable, __file__, *command, *batches], env=environment, check=True)
 
 
-def make_model(path, layers, channels):
+def make_model(path, version, layers, channels):
     """A random World-vocabulary model of the official widths, float32."""
     import torch
 
     from rwkv_peft.files.base import save_model
-    from rwkv_peft.models.rwkv6.keys import RWKV6Config, shapes
+    from rwkv_peft.models import family_named
 
     torch.manual_seed(0)
-    config = RWKV6Config(
-        n_layer=layers, n_embd=channels, vocab_size=65536, dim_att=channels, dim_ffn=int(channels * 3.5) // 32 * 32
-    )
+    family = family_named(version)
+    shapes = family.shapes(family.new_dimensions(n_layer=layers, n_embd=channels, vocab_size=65536))
     save_model(
         path,
-        {
-            key: torch.ones(shape) if len(shape) == 1 else 0.02 * torch.randn(shape)
-            for key, shape in shapes(config).items()
-        },
+        {key: torch.ones(shape) if len(shape) == 1 else 0.02 * torch.randn(shape) for key, shape in shapes.items()},
     )
 
 
 def measure(args):
-    """Print the rows of the table for one number of threads."""
+    """Print the rows of the table for one generation and number of threads."""
     import torch
 
     from rwkv_peft.generate import load_model
 
-    torch.set_num_threads(args.threads[0])
+    generation, threads = args.generation[0], args.threads[0]
+    torch.set_num_threads(threads)
     ours, _ = load_model(args.model, precision=args.precision)
-    with contextlib.redirect_stdout(io.StringIO()):
-        from rwkv.model import RWKV
-
-        theirs = RWKV(model=args.model.removesuffix(".pth"), strategy=f"cpu {args.precision}", verbose=False)
+    package = rwkv_package(args.model, generation, args.precision)
+    server = llama_cpp(args.model, args.precision, threads)
     for batch in args.batches:
         prompts = torch.randint(1, 60000, (batch, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
         tokens = args.tokens if batch == 1 else max(args.tokens // 4, 2)
-        rates = [[], []]
+        others = {"rwkv": (package_rates, package)} | ({"llama.cpp": (llama_rates, server)} if batch == 1 else {})
+        rounds = []
         for _ in range(args.rounds + 1):  # the first warms up
-            rates[0].append(our_rates(ours, prompts, tokens))
-            rates[1].append(their_rates(theirs, prompts, tokens))
-        for clock, name in enumerate(("wall", "processor")[: 2 if args.threads[0] == 1 else 1]):
-            mine, other = (max(rate[clock] for rate in side[1:]) for side in rates)
-            print(
-                f"| {args.threads[0]} | {batch} | {name} | {mine:.1f} | {other:.1f} | {mine / other:.2f} |", flush=True
-            )
+            rates = {name: ask(model, prompts, tokens) for name, (ask, model) in others.items()}
+            rounds.append((our_rates(ours, prompts, tokens), rates))
+        for name in others:
+            for clock, word in enumerate(("wall", "processor")[: 2 if threads == 1 else 1]):
+                pairs = [(mine[clock], rates[name][clock]) for mine, rates in rounds[1:]]
+                mine, other = (max(side) for side in zip(*pairs))
+                ratio = statistics.median(a / b for a, b in pairs)
+                cells = generation, threads, batch, word, f"{mine:.1f}", name, f"{other:.1f}", f"{ratio:.2f}"
+                print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def rwkv_package(path, generation, precision):
+    """The `rwkv` package's model; it reads the generation when it is imported."""
+    import contextlib
+    import io
+
+    os.environ["RWKV_V7_ON"] = "1" if generation == "7" else "0"
+    with contextlib.redirect_stdout(io.StringIO()):
+        from rwkv.model import RWKV
+
+        return RWKV(model=path.removesuffix(".pth"), strategy=f"cpu {precision}")
+
+
+def llama_cpp(path, precision, threads):
+    """llama.cpp's server, on a GGUF of the same precision beside the model."""
+    import xllamacpp
+
+    from rwkv_peft.files.base import open_base
+    from rwkv_peft.release.verify import written
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(written(Path(path).parent, GGUF[precision], open_base(path)))
+    params.n_ctx, params.n_parallel, params.verbosity, params.warmup = 512, 1, -1, False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    return xllamacpp.Server(params)
 
 
 def our_rates(model, prompts, tokens):
@@ -121,7 +135,7 @@ def our_rates(model, prompts, tokens):
     return drawn / (time.perf_counter() - began[0]), drawn / (time.process_time() - began[1])
 
 
-def their_rates(model, prompts, tokens):
+def package_rates(model, prompts, tokens):
     """The same for the package."""
     import torch
 
@@ -132,6 +146,15 @@ def their_rates(model, prompts, tokens):
             rows = [model.forward([int(logits.argmax())], state) for logits, state in rows]
         drawn = tokens * len(prompts)
         return drawn / (time.perf_counter() - began[0]), drawn / (time.process_time() - began[1])
+
+
+def llama_rates(server, prompts, tokens):
+    """The same for llama.cpp, one prompt; its own clock leaves the prompt out, its processor time does not."""
+    began = time.process_time()
+    answer = server.handle_completions(
+        {"prompt": prompts[0], "n_predict": tokens, "temperature": 0.0, "ignore_eos": True, "cache_prompt": False}
+    )
+    return answer["timings"]["predicted_per_second"], (tokens + len(prompts[0])) / (time.process_time() - began)
 
 
 if __name__ == "__main__":

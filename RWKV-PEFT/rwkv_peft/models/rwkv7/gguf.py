@@ -1,7 +1,8 @@
 """RWKV-7 as llama.cpp has it (architecture rwkv7).
 
 Low-rank factors are transposed, the six token-shift amounts stacked, the other vectors flat. Layer 0 must have a value
-residual there, though it uses none: copies of its in-context learning rate's stand in where the file has none.
+residual there, though it uses none, as wide as its in-context learning rate's: copies of that one stand in, whether the
+file has one or not.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ def tensors(base: Mapping[str, torch.Tensor], config: RWKV7Config) -> Iterator[G
         yield from told.norms(i)
         yield told.stacked(f"{block}time_mix_lerp_fused.weight", [f"{att}x_{name}" for name in SHIFTS])
         for name in "wav":
-            source = name if f"{att}{name}0" in base else "a"
+            source = "a" if i == 0 and name == "v" else name
             yield entry(f"{block}time_mix_{name}0.weight", f"{att}{source}0", flat)
             yield entry(f"{block}time_mix_{name}1.weight", f"{att}{source}1", torch.t)
             yield entry(f"{block}time_mix_{name}2.weight", f"{att}{source}2", torch.t)

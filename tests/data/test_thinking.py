@@ -1,0 +1,124 @@
+"""Chats with thinking: opened as RWKV-7 G1 is asked, with the tokens of a prompt, or refused."""
+
+import json
+import re
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rwkv_peft.data.binidx import BinidxDataset
+from rwkv_peft.data.encoding import EncodeSettings, encode_all
+from rwkv_peft.data.preprocess import main
+from rwkv_peft.data.rows import Chunk
+from rwkv_peft.data.templates import segments
+from rwkv_peft.data.tokenizer import load_tokenizer
+from rwkv_peft.errors import UserError
+
+
+@pytest.fixture
+def preprocess(tmp_path):
+    """preprocess(rows, *flags) -> the text of each document, [[ ]] around what counts, byte tokens."""
+
+    def run(rows, *flags):
+        (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        prefix = str(tmp_path / "data")
+        assert main([str(tmp_path / "in.jsonl"), "--output", prefix, "--tokenizer", "bytes", *flags]) == 0
+        data, decode = BinidxDataset(prefix), load_tokenizer("bytes").decode
+        masks = [data.mask[data.start(i) : data.start(i) + len(data[i])].tolist() for i in range(len(data))]
+        return [
+            marked([(decode([token]), count) for token, count in zip(row.tolist(), mask)])
+            for row, mask in zip(data, masks)
+        ]
+
+    return run
+
+
+def marked(parts):
+    """The text of segments, [[ ]] around each run of what counts."""
+    runs = groupby(parts, key=lambda part: part[1])
+    texts = [("".join(text for text, _ in run), counts) for counts, run in runs]
+    return "".join(f"[[{text}]]" if counts else text for text, counts in texts)
+
+
+def turns(*contents):
+    """A row of turns that a user and an assistant take in turn."""
+    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]}
+
+
+@pytest.mark.parametrize(
+    "row, think, expected",
+    [
+        (turns("Q", "<think>\nhm\n</think>\n\nA"), "on", "Assistant: <think[[>\nhm\n</think>\nA]]"),
+        (turns("Q", "<think>hm</think>A"), "on", "Assistant: <think[[>hm</think>\nA]]"),
+        (turns("Q", "<think>hm</think>A"), "off", "Assistant: <think></think[[>\nA]]"),
+        (turns("Q", "<think>hm</think>A"), "", "Assistant:[[ <think>hm</think>A]]"),
+        (turns("Q", "A"), "off", "Assistant: <think></think[[>\nA]]"),
+        ({"query": "Q", "response": "A", "thinking": " hm "}, "on", "Assistant: <think[[>\nhm\n</think>\nA]]"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "Q"},
+                    {"role": "assistant", "content": "A", "reasoning_content": "hm"},
+                ]
+            },
+            "on",
+            "Assistant: <think[[>\nhm\n</think>\nA]]",
+        ),
+        (
+            turns("Q", "A", "R", "<think>hm</think>B"),
+            "on",
+            "Assistant:[[ A\n\nUser:]] R\n\nAssistant: <think[[>hm</think>\nB]]",
+        ),
+    ],
+)
+def test_thinking_is_opened_as_g1_is_asked(row, think, expected):
+    assert marked(segments(row, think)) == f"User: Q\n\n{expected}"
+
+
+def test_fields_and_templates_have_thinking_too(preprocess):
+    row = {"q": "Q", "query": "Q", "a": "<think>\nhm\n</think>\nA", "response": "A", "reasoning": "hm"}
+    for think, template in (("on", "think"), ("off", "no-think")):
+        made = preprocess([row], "--fields", "q", "a", "--think", think)
+        assert made == preprocess([row], "--template", template) and "<think" in made[0]
+
+
+def test_what_a_prompt_gives_has_the_tokens_of_the_prompt():
+    world, prompt = load_tokenizer("world"), "User: Q。\n\nAssistant: <think"
+    (chunk,) = encode_all(
+        [Chunk("x", 1, (turns("Q。", "<think>hm</think>好。", "R", "<think>m</think>S"),))],
+        EncodeSettings("world", think="on"),
+    )
+    tokens = np.frombuffer(chunk.tokens, dtype=np.uint16).tolist()
+    counts = [int(count) for count in chunk.mask]
+    asked = world.encode(prompt)
+    assert tokens[: len(asked)] == asked and not any(counts[: len(asked)])
+    end = tokens.index(261, len(asked))  # behind the assistant's turn, and nowhere before
+    assert world.decode(tokens[len(asked) : end]) == ">hm</think>\n好。"
+    assert world.decode(tokens[end : end + 3]) == "\n\nUser:" and counts[end : end + 4] == [1, 1, 1, 0]
+    assert tokens[-1] == 0 and counts[-1] == 1
+
+
+@pytest.mark.parametrize(
+    "row, flags, message",
+    [
+        (turns("Q", "A"), ["--think", "on"], "line 1: no answer of this row holds thinking"),
+        (turns("Q", "<think>hm"), ["--think", "on"], "line 1: an answer opens <think> and has no </think>"),
+        ({"text": "t"}, ["--think", "off"], "line 1: thinking stands before the answers of chats"),
+        ({"prompt": "a", "completion": "b"}, ["--think", "off"], "line 1: thinking stands before"),
+        ({"a": "b"}, ["--think", "on", "--fields", "a"], "two are a prompt and its answer, which thinking needs"),
+        ({"query": "Q", "response": "A"}, ["--think", "on", "--template", "chat"], "--template and --think both"),
+    ],
+)
+def test_thinking_that_has_no_place_is_refused(preprocess, row, flags, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        preprocess([row], *flags)
+
+
+def test_the_documented_ways_are_those_of_the_code():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "prompts.md").read_text(encoding="utf-8")
+    for think in ("", "on", "off"):
+        text = marked(segments({"query": "2+2?", "response": "4", "reasoning": "2 and 2."}, think))
+        answer = text.removeprefix("User: 2+2?\n\n").replace("\n", "⏎")
+        assert f"| `{answer}` | {f'`{think}`' if think else ''} |".replace("|  |", "| |") in page
