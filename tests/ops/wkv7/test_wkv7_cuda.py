@@ -104,6 +104,20 @@ def test_an_empty_sequence_hands_its_state_on(run, N):
         assert torch.equal(x, expected)
 
 
+@pytest.mark.parametrize("N", [20, 64])
+def test_nothing_is_read_before_it_is_written(run, N):
+    """Results and checkpoints begin as NaN in torch's deterministic mode, shared memory does in the shim."""
+    case = cases.make_case(1, 54, 2, N, torch.bfloat16, lengths=[1, 50, 3])
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        results = run(case)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for x, expected in zip(results, run(case), strict=True):
+        assert torch.equal(x, expected)
+
+
 @pytest.mark.parametrize("N", [12, 64])
 @pytest.mark.parametrize("at", [16, 33])
 def test_two_halves_with_the_state_carried_over_equal_the_whole(run, at, N):
