@@ -41,6 +41,14 @@ __device__ __forceinline__ Accumulator sums_after(const Accumulator& x) {
     return sums;
 }
 
+// gremoved of a chunk, (v, t) of a warp's 16 values, from what reaches removed by way of r's reads and of dS.
+__device__ __forceinline__ Accumulator solve_turned(const Accumulator& given, const PairMatrices& pairs) {
+    Accumulator gremoved = zeros();
+    multiply_finely(gremoved, given, load_transposed(&pairs.of[A_B][0][0], CHUNK + 8),
+                    load_transposed(&pairs.low[0][0], CHUNK + 8));
+    return gremoved;
+}
+
 // The gradients of r, w, k, a and b, by rows of channels: c0 .. c0 + 15, (k, t).
 template <int N>
 __device__ __forceinline__ void channel_gradients(const Arguments& a, BackwardShared<N>& shared,
@@ -160,33 +168,31 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         if (t0 > 0) start_fetch(t0 - CHUNK);
 
         make_pairs<N>(pairs, o);
-        Accumulator read = zeros(), gremoved = zeros(), gv = zeros();  // S a, (v, t); (v, t); (t, v)
+        Accumulator read = zeros(), given = zeros(), gv = zeros();  // S a, (v, t); to removed, (v, t); (t, v)
         #pragma unroll
         for (int b = 0; b < tiles; b++) {
-            multiply(read, load_tile(&shared.state[v0][b * 16], stride), load_tile(&o.a[0][b * 16], stride));
             scale_columns(dS[b], &o.whole[b * 16]);
             const Tile faded = rounded(dS[b]);
-            store_tile(&shared.dS[v0][b * 16], stride, 16, faded);
-            multiply(gremoved, faded, load_tile(&o.b[0][b * 16], stride));
+            multiply(read, load_tile(&shared.state[v0][b * 16], stride), load_tile(&o.a[0][b * 16], stride));
+            multiply(given, faded, load_tile(&o.b[0][b * 16], stride));
             multiply(gv, load_tile(&o.k[0][b * 16], stride), faded);
         }
+        #pragma unroll
+        for (int b = 0; b < tiles; b++) store_tile(&shared.dS[v0][b * 16], stride, 16, rounded(dS[b]));
         __syncthreads();  // the pairs are complete
 
         const Tile v = load_transposed(&in.v[0][v0], stride), gy = load_transposed(&in.gy[0][v0], stride);  // (v, t)
         store_tile(&shared.removed[0][v0], stride, CHUNK, transposed(rounded(solve(read, v, pairs))));
-        multiply(gremoved, gy, load_transposed(&pairs.of[R_B][0][0], CHUNK + 8));
-        Accumulator x = zeros();
-        multiply_finely(x, gremoved, load_transposed(&pairs.of[A_B][0][0], CHUNK + 8),
-                        load_transposed(&pairs.low[0][0], CHUNK + 8));
-        const Tile solved = rounded(x);
-        store_tile(&shared.gremoved[0][v0], stride, CHUNK, transposed(solved));
+        multiply(given, gy, load_transposed(&pairs.of[R_B][0][0], CHUNK + 8));
+        const Tile gremoved = rounded(solve_turned(given, pairs));
+        store_tile(&shared.gremoved[0][v0], stride, CHUNK, transposed(gremoved));
         multiply(gv, load_transposed(&pairs.of[R_K][0][0], CHUNK + 8), gy);
-        multiply(gv, load_transposed(&pairs.of[A_K][0][0], CHUNK + 8), solved);
+        multiply(gv, load_transposed(&pairs.of[A_K][0][0], CHUNK + 8), gremoved);
         store_tile((bf16*)a.gv + at, s.stride, valid, rounded(gv));
         #pragma unroll
         for (int b = 0; b < tiles; b++) {
             multiply(dS[b], gy, load_transposed(&o.r[0][b * 16], stride));
-            multiply(dS[b], solved, load_transposed(&o.a[0][b * 16], stride));
+            multiply(dS[b], gremoved, load_transposed(&o.a[0][b * 16], stride));
         }
         __syncthreads();  // removed and its gradient are complete, and nobody reads the pairs any more
 

@@ -1,4 +1,4 @@
-// CUDA on a CPU, as far as the wkv6 kernels need it: what common/ptx.cuh and CUDA itself provide, in plain C++.
+// CUDA on a CPU, as far as the kernels need it: what common/ptx.cuh and CUDA itself provide, in plain C++.
 //
 //     g++ -std=c++17 -fPIC -shared -pthread -fno-strict-aliasing -I tests/cuda_shim -I cuda -x c++ cuda/wkv6/wkv6.cu
 //

@@ -23,7 +23,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 DEVICES = ("shim", "gpu") if torch.cuda.is_available() else ("shim",)
 # Every value of every parameter, in rotation, rather than every combination.
 CASES = [(T, HEAD_SIZES[i % 4], tuple(cases.DECAYS)[(i // 2) % 4]) for i, T in enumerate(LENGTHS)]
-CASES += [(T, 64, tuple(cases.DECAYS)[i % 4]) for i, T in enumerate(LENGTHS)]
+CASES += [(T, 64, tuple(cases.DECAYS)[i % 4]) for i, T in enumerate(LENGTHS) if T not in (16, 257)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -101,6 +101,20 @@ def test_an_empty_sequence_hands_its_state_on(run, N):
         case, state=case.state[keep], gfinal=case.gfinal[keep], cu_seqlens=torch.tensor([0, 12, 30])
     )
     for x, expected in zip((y, final[keep], *gradients, gstate[keep]), run(without), strict=True):
+        assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("N", [20, 64])
+def test_nothing_is_read_before_it_is_written(run, N):
+    """Results and checkpoints begin as NaN in torch's deterministic mode, shared memory does in the shim."""
+    case = cases.make_case(1, 54, 2, N, torch.bfloat16, lengths=[1, 50, 3])
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        results = run(case)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for x, expected in zip(results, run(case), strict=True):
         assert torch.equal(x, expected)
 
 
