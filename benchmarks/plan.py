@@ -17,6 +17,7 @@ import torch
 
 from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.models import family_named
+from rwkv_peft.plan.command import estimate_of
 from rwkv_peft.plan.fits import largest_rows, usable
 from rwkv_peft.plan.flags import parse_flags
 from rwkv_peft.plan.parts import CPU, GPU, Estimate, peak
@@ -105,9 +106,9 @@ def measure(folder, name, version, layers, channels, dtype, flags):
         "cpu",
         *flags,
     )
-    config = request_of(parse_flags(list(flags))).config
-    estimate = Estimate.of(config, CPU, mapped=True)
-    planned = peak(estimate.parts(config.data.micro_bsz, config.data.ctx_len), CPU) + estimate.file_pages()
+    estimate = estimate_of(request_of(parse_flags(list(flags))), CPU)
+    batch = estimate.config.data
+    planned = peak(estimate.parts(batch.micro_bsz, batch.ctx_len), CPU) + estimate.file_pages()
     command = [sys.executable, ROOT / "train.py", *flags, "--epoch_steps", "2"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

@@ -75,8 +75,8 @@ def test_each_change_that_is_named_lowers_the_peak_and_none_that_does_is_left_ou
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_ranks_share_what_zero_shares(stage):
     alone, shared = (
-        estimate("--strategy", f"deepspeed_stage_{stage}", "--devices", str(devices), "--peft", "none")
-        for devices in (1, 4)
+        estimate("--strategy", f"deepspeed_stage_{stage}", "--devices", str(n), "--num_nodes", str(n), "--peft", "none")
+        for n in (1, 2)
     )
     trains = alone.counts.trains
     one, four = alone.parts(1, 128), shared.parts(1, 128)
@@ -137,7 +137,11 @@ def test_accumulated_gradients_and_a_head_that_trains_are_counted():
 
 
 def test_pages_of_a_file_in_the_dtype_of_the_training_are_the_weights():
-    told = estimate(accelerator=CPU)
-    told = replace(told, config=replace(told.config, train=replace(told.config.train, load_model="base.pth")))
-    model = 2 * (told.counts.total - told.counts.own)
-    assert (told.file_pages(), replace(told, mapped=True).file_pages()) == (model, 0)
+    told = replace(estimate(accelerator=CPU), file=1000)
+    assert (told.file_pages(), replace(told, mapped=False).file_pages()) == (0, 1000)
+    rows = 128 * (64 * 2 + 4096)  # a step reads so much of the embedding, and no more than it has
+    assert size(told.parts(1, 128), "embedding, rows that are read") == min(rows, 80 * 64 * 2)
+    assert size(told.parts(1, 128), "weights, frozen") == 2 * (told.counts.total - told.counts.own - 80 * 64)
+    for mapped, moved in ((True, 0), (False, 2 * (told.counts.total - told.counts.own))):
+        parts = replace(told, accelerator=GPU, mapped=mapped).parts(1, 128)
+        assert size(parts, "weights, on their way to the GPU") == moved

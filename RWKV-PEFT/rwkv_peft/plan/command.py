@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..adapters.inject import InjectReport
+from ..adapters.methods import NONE
 from ..cli import counted
 from ..errors import UserError
 from ..files.dtypes import DTYPES
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> int:
     request = request_of(flags)
     memory = memory_of(flags.args.gpu, flags.args.accelerator)
     accelerator = GPU if GPU in memory else CPU
-    estimate = Estimate.of(request.config, accelerator, is_mapped(request))
+    estimate = estimate_of(request, accelerator)
     for line in (
         *head(request, estimate),
         "",
@@ -60,10 +61,16 @@ def memory_of(size: int | None, accelerator: str) -> dict[str, int]:
     return {CPU: main}
 
 
-def is_mapped(request: Request) -> bool:
-    """Whether the base's tensors have the dtype of the training."""
-    dtype = DTYPES[request.config.train.precision]
-    return request.base is not None and all(tensor.dtype == dtype for tensor in request.base.tensors.values())
+def estimate_of(request: Request, accelerator: str) -> Estimate:
+    """The Estimate of a Request. A base that is not there is taken to have the dtype of the training; a new model is
+    made in memory."""
+    config, base = request.config, request.base
+    if base is None:
+        return Estimate.of(config, accelerator, mapped=config.adapter.method != NONE)
+    dtype = DTYPES[config.train.precision]
+    size = sum(tensor.nbytes for tensor in base.tensors.values())
+    mapped = all(tensor.dtype == dtype for tensor in base.tensors.values())
+    return Estimate.of(config, accelerator, size, mapped)
 
 
 def processes(estimate: Estimate, device: str) -> int:

@@ -56,7 +56,8 @@ def changes(estimate: Estimate, room: int) -> list[Change]:
     now = peak(estimate.parts(data.micro_bsz, data.ctx_len), here)
     found = []
     for flags, config in alternatives(estimate.config):
-        other = Estimate.of(config, here, estimate.mapped and config.train.precision == estimate.config.train.precision)
+        same = config.train.precision == estimate.config.train.precision
+        other = Estimate.of(config, here, estimate.file, estimate.mapped and same)
         then = peak(other.parts(data.micro_bsz, data.ctx_len), here)
         if then < now:
             found.append(Change(flags, then, largest_rows(other, room)))

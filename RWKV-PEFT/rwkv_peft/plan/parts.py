@@ -22,6 +22,7 @@ CPU, GPU = "cpu", "gpu"
 LOSS, BACKWARD, UPDATE = "loss", "backward", "update"  # the moments of a step of which one is the peak
 ALWAYS = (LOSS, BACKWARD, UPDATE)
 OPTIMIZER = 12  # bytes of a float32 copy and Adam's two moments
+PAGE = 4096  # of a file that is mapped
 LIVE = 1_000_000_000  # parameters that ZeRO-3 keeps gathered at most (DeepSpeed's stage3_max_live_parameters)
 # What a process holds without a model: Python, torch, Lightning and DeepSpeed in main memory; on a GPU CUDA's context
 # and the workspaces of its libraries, which no run here has measured.
@@ -45,26 +46,28 @@ def peak(parts: Iterable[Part], device: str) -> int:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A run's memory: config and accelerator (CPU or GPU) as the run has them, and what was rehearsed of it. mapped
-    says whether the base's file has the dtype of the training, so that its pages serve as weights on a CPU."""
+    """A run's memory: config and accelerator (CPU or GPU) as the run has them, and what was rehearsed of it; file is
+    the size of the base's tensors in its file (0: there is none), mapped whether they have the dtype of the training,
+    so that the file's pages serve as weights."""
 
     config: RunConfig
     accelerator: str
     counts: Counts
     step: Step
     logits: float
-    mapped: bool = False
+    file: int = 0
+    mapped: bool = True
 
     @classmethod
-    def of(cls, config: RunConfig, accelerator: str, mapped: bool = False) -> "Estimate":
-        """Rehearse a RunConfig."""
+    def of(cls, config: RunConfig, accelerator: str, file: int = 0, mapped: bool = True) -> "Estimate":
+        """Rehearse a RunConfig; file and mapped as in the class."""
         model, adapter, train = config.model, config.adapter, config.train
         family, dtype = family_named(model.version), DTYPES[train.precision]
         device = "cpu" if accelerator == CPU else "meta"
         dense = replace(adapter, quant="none", load="", init="")
         step = rehearse(family, model, dense, dtype, device, train.grad_cp)
         counts = count(family, model, adapter)
-        return cls(config, accelerator, counts, step, logit_bytes(model.vocab_size, dtype, device), mapped)
+        return cls(config, accelerator, counts, step, logit_bytes(model.vocab_size, dtype, device), file, mapped)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,7 +93,7 @@ class Estimate:
         counts, train, item = self.counts, self.config.train, self.dtype.itemsize
         share = self.ranks if train.stage == 3 else 1
         place = CPU if train.stage == 3 and train.offload else self.accelerator
-        frozen = (counts.total - counts.trains - counts.quantized + counts.constants) * item // share
+        frozen = (counts.total - counts.trains - counts.quantized + counts.constants) * item // share - self.unread()
         quantized = stored_bytes(counts.quantized, self.config.adapter.quant) if counts.quantized else 0
         parts = [
             Part("weights, frozen", place, frozen),
@@ -100,6 +103,9 @@ class Estimate:
         if counts.quantized:
             rows = min(ROW_ELEMENTS, counts.quantized)
             parts.append(Part("rows that are dequantized", self.accelerator, rows * item, (BACKWARD,)))
+        if self.accelerator == GPU and not self.mapped:
+            whole = (counts.total - counts.own) * item
+            parts.append(Part("weights, on their way to the GPU", CPU, whole))
         if train.stage == 3:
             parts.append(Part("weights, gathered", self.accelerator, min(counts.total, LIVE) * item))
         return parts
@@ -129,7 +135,9 @@ class Estimate:
         model, item, here = self.config.model, self.dtype.itemsize, self.accelerator
         chunk = min(rows * tokens, max(1, CHUNK_ELEMENTS // model.vocab_size))
         hidden = (rows * tokens + 2 * chunk) * model.n_embd * item
+        read = min(self.unread(), rows * tokens * (model.n_embd * item + PAGE))
         return [
+            Part("embedding, rows that are read", here, read),
             Part("activations", here, self.step.kept.at(rows, tokens), (LOSS, BACKWARD)),
             Part("states of the layers", here, self.step.states.at(rows, tokens), (LOSS,)),
             Part("work of a block", here, self.step.work.at(rows, tokens), (BACKWARD,)),
@@ -138,6 +146,13 @@ class Estimate:
             Part("gradient of the head", here, self.head_gradient(), (LOSS,)),
         ]
 
+    def unread(self) -> int:
+        """Bytes of an embedding whose file is mapped, of which memory holds the pages of the rows that tokens read."""
+        model, adapter = self.config.model, self.config.adapter
+        trains = "emb" in adapter.train_parts or adapter.method == NONE and not adapter.train_parts
+        mapped = self.accelerator == CPU and self.mapped and self.file and not trains
+        return model.vocab_size * model.n_embd * self.dtype.itemsize if mapped else 0
+
     def head_gradient(self) -> int:
         """Bytes of the head's gradient, summed in float32, where the head trains."""
         model, adapter = self.config.model, self.config.adapter
@@ -145,8 +160,8 @@ class Estimate:
         return 2 * 4 * model.vocab_size * model.n_embd if trains else 0
 
     def file_pages(self) -> int:
-        """Pages of the base's file that a process reads and does not keep: the system takes them back when memory is
+        """Bytes of the base's file that a process reads and does not keep: the system takes them back when memory is
         short."""
-        counts, in_place = self.counts, self.mapped and self.accelerator == CPU
-        pages = counts.quantized + counts.trains - counts.own if in_place else counts.total - counts.own
-        return pages * self.dtype.itemsize if self.config.train.load_model else 0
+        if not self.mapped or self.accelerator == GPU:
+            return self.file
+        return min(self.file, (self.counts.quantized + self.counts.trains - self.counts.own) * self.dtype.itemsize)

@@ -63,7 +63,10 @@ FUNCTIONS = tuple(
 
 
 def call(name, like, tensors, **sizes):
-    """Run an operation, "relu_square_forward" or the like: tensors by name, or None, and the rest of its structure."""
+    """Run an operation, "relu_square_forward" or the like: tensors by name, or None, and the rest of its structure.
+    Where they have no data there is nothing to do."""
+    if like.is_meta:
+        return
     structure = STRUCTURES[name.rpartition("_")[0]]
     getattr(library(), f"mix_{name}")(fill(structure, like, tensors, **sizes))
 

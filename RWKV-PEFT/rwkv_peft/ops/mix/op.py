@@ -15,7 +15,10 @@ from .functions import run
 
 
 def fused(first, *others):
-    """Whether tensors, or None, go through a kernel: the one place that decides."""
+    """Whether tensors, or None, go through a kernel: the one place that decides. Tensors without data, by which a GPU's
+    memory is planned, do as a GPU's would."""
+    if first.is_meta and type(first) is torch.Tensor and not torch.compiler.is_compiling():
+        return first.dtype in cuda.DTYPES and all([x is None or x.dtype == first.dtype for x in others])
     return cuda.takes(first, *others) if first.is_cuda else takes(first, *others) and cpu.available()
 
 
@@ -53,7 +56,7 @@ def lerp(x, last, maa, low=None, up=None, cu_seqlens=None):
         shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (low, up)]
         raise ValueError(f"low and up must be (B, T, m K) and (m, K, C), or both None, not {shapes[0]} and {shapes[1]}")
     if fused(x, last, maa, low, up):
-        kernel = gpu_lerp if x.is_cuda else cpu_lerp
+        kernel = cpu_lerp if x.is_cpu else gpu_lerp
         bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
         return run(kernel.Lerp, *_contiguous(x, last, maa, low, up), bounds)
     delta = token_shift(x, last, cu_seqlens) - x
