@@ -13,9 +13,9 @@ LOCK = ".run.lock"
 
 @contextmanager
 def alone_in(folder: Path, say: Callable[..., object] = print, flag: str = "--proj_dir") -> Iterator[None]:
-    """Hold a run's folder, given as `flag`, which is made where it is missing and removed again where nothing came of it. Raises
-    UserError where it cannot be written or another process holds it; where the file system has no locks, that is told
-    and the run goes on."""
+    """Hold a run's folder, given as `flag`, which is made where it is missing and removed again where nothing came of
+    it. Raises UserError where it cannot be written or another process holds it; where the file system has no locks,
+    that is told and the run goes on."""
     with without_empty_folders(folder), ExitStack() as stack:
         check_output(flag, folder / "checkpoints" / "state.json", [])
         folder.mkdir(parents=True, exist_ok=True)
