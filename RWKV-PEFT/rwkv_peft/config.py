@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from .cli import above_zero, alias, count, names, not_negative, positive, seed, switch
+from .names import NONE, STATE
 
 MODE_ALIASES = (("bat", "bat-in"),)  # RWKV-PEFT's name for it
 METHOD_ALIASES = (("disha", "bone"),)
@@ -16,6 +17,7 @@ SCHEDULE_ALIASES = (("cos_decay", "cosine"), ("cos", "cosine"))
 QUANTIZATIONS = ("none", "nf4", "int8")
 STRATEGIES = tuple(f"deepspeed_stage_{stage}" for stage in ("1", "2", "2_offload", "3", "3_offload"))
 BUCKET = 200_000_000  # the most elements of a bucket in which ranks exchange gradients
+STATE_LR = 1e-3  # of time states; benchmarks/README.md holds the measurement
 Value = TypeVar("Value")
 
 
@@ -112,11 +114,26 @@ class AdapterConfig:
         metavar="NAME",
     )
     train_parts: tuple[str, ...] = setting(
-        (), "parameters of the base that train along: some of time ln emb head", nargs="*", type=names, metavar="PART"
+        (),
+        "what trains along: some of time ln emb head, parameters of the base, and state, the wkv states before the "
+        "first token, which start at zero or from --state_load",
+        nargs="*",
+        type=names,
+        metavar="PART",
     )
     quant: str = setting("none", "keep the frozen matrices quantized (needs bitsandbytes)", choices=QUANTIZATIONS)
     load: str = setting("", "adapter to start from", flag="bone_load", unset=True, metavar="FILE")
     init: str = setting("")
+
+    @property
+    def states_alone(self) -> bool:
+        """Whether nothing but time states trains."""
+        return self.method == NONE and self.train_parts == (STATE,)
+
+    @property
+    def whole_model(self) -> bool:
+        """Whether a run's file is a model: no layer is adapted, and parameters of the model itself train."""
+        return self.method == NONE and not self.states_alone
 
 
 @dataclass(frozen=True)
@@ -277,8 +294,34 @@ class TrainConfig:
         group="run",
         metavar="PROJECT",
     )
-    lr_init: float = setting(2e-5, "learning rate after warm-up", group="optimizer", type=not_negative)
-    lr_final: float = setting(2e-5, "learning rate at the end", group="optimizer", type=not_negative)
+    state_load: str = setting(
+        "",
+        "time states that --train_parts state starts from: a .pth, a .st, or a run that tuned states alone",
+        group="run",
+        metavar="FILE",
+    )
+    lr_init: float = setting(
+        2e-5,
+        f"learning rate after warm-up (default 2e-5; where states alone train, {STATE_LR:g})",
+        group="optimizer",
+        unset=True,
+        type=not_negative,
+    )
+    lr_final: float = setting(
+        2e-5,
+        f"learning rate at the end (default 2e-5; where states alone train, {STATE_LR:g})",
+        group="optimizer",
+        unset=True,
+        type=not_negative,
+    )
+    state_lr: float = setting(
+        STATE_LR,
+        "learning rate of --train_parts state beside others, whose own is --lr_init; it follows the same schedule "
+        f"(default {STATE_LR:g})",
+        group="optimizer",
+        unset=True,
+        type=not_negative,
+    )
     lr_schedule: str = setting(
         "cosine",
         "from lr_init to lr_final; cosine is also called cos_decay",

@@ -15,6 +15,7 @@ class Word(NamedTuple):
     json_flag: str
 
 
+STATE = "state"  # the part of --train_parts that no model's parameters are: the wkv states before the first token
 NONE = "none"  # what stands where no layer is adapted: the model itself trains, or whole tensors of it
 WORDS = MappingProxyType(
     {
@@ -33,6 +34,7 @@ MINIS = ("bone-mini",)  # the methods that have a mini_rank
 GENERATIONS = (("RWKV-6", "x060"), ("RWKV-7", "x070"))  # (name, version)
 DATALOADS = ("get", "pad", "only", "pack")
 LOSS_MASKS = ("none", "pad", "qa", "se", "file")
+TRAIN_TYPES = ("none", "finetune", "state")  # RWKV-PEFT's
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 

@@ -178,7 +178,7 @@ def test_rows_in_the_order_of_the_file(files):
         (["--pre_ffn", "1"], "--pre_ffn: '1' asks for a feed-forward layer in place of the first attention"),
         (["--head_size_divisor", "16"], "give 8, or leave the flag out"),
         (["--op", "triton"], "give cuda or fla"),
-        (["--train_type", "state"], "--train_type: 'state' asks for another way to train"),
+        (["--train_type", "lisa"], "--train_type: invalid choice: 'lisa'"),
         (["--train_type", "finetune"], "add --peft none"),
         (["--dropout", "0.1"], "lora_dropout"),
         (["--train_parts", '["time", "lm"]'], "--train_parts lm"),

@@ -7,11 +7,6 @@ import json
 ANY = ("N",)  # of a flag that sets nothing here whatever number it gives
 # (flag, the values that change nothing, what any other value asks for)
 LEGACY = (
-    (
-        "train_type",
-        ("none", "finetune"),
-        "another way to train (time states, infinite context), which train.py does not have",
-    ),
     ("op", ("cuda", "fla"), "a kernel for another model; those of wkv6 here are chosen by the device"),
     ("pre_ffn", ("0",), "a feed-forward layer in place of the first attention, which x060 models do not have"),
     ("head_qk", ("0",), "a copying head, which x060 models do not have"),
