@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from .cli import above_zero, alias, count, names, not_negative, positive, seed, switch
-from .names import NONE, STATE
+from .names import NONE, SCHEDULES, STATE
 
 MODE_ALIASES = (("bat", "bat-in"),)  # RWKV-PEFT's name for it
 METHOD_ALIASES = (("disha", "bone"),)
-SCHEDULE_ALIASES = (("cos_decay", "cosine"), ("cos", "cosine"))
+SCHEDULE_ALIASES = (("cos_decay", "rwkv-peft"), ("cos", "cosine"))
 QUANTIZATIONS = ("none", "nf4", "int8")
 STRATEGIES = tuple(f"deepspeed_stage_{stage}" for stage in ("1", "2", "2_offload", "3", "3_offload"))
 BUCKET = 200_000_000  # the most elements of a bucket in which ranks exchange gradients
@@ -324,11 +324,14 @@ class TrainConfig:
     )
     lr_schedule: str = setting(
         "cosine",
-        "from lr_init to lr_final; cosine is also called cos_decay",
+        "how the learning rate goes from a = lr_init to z = lr_final, at step s = 0 … S - 1 of S, W of them warm-up: "
+        + "; ".join(f"{name}: {formula}" for name, formula in SCHEDULES.items())
+        + ". exp is RWKV-LM's, rwkv-lm what --my_exit_tokens makes of it there; rwkv-peft is RWKV-PEFT's cos_decay, "
+        "which has no warm-up; its wsd is another, our cosine to a z of 0",
         group="optimizer",
         type=alias(SCHEDULE_ALIASES),
     )
-    warmup_steps: int = setting(0, "steps of linear warm-up", group="optimizer", type=count)
+    warmup_steps: int = setting(0, "steps of linear warm-up, as --lr_schedule says", group="optimizer", type=count)
     beta1: float = setting(0.9, "Adam", group="optimizer", type=not_negative)
     beta2: float = setting(0.99, "Adam", group="optimizer", type=not_negative)
     adam_eps: float = setting(1e-8, "Adam", group="optimizer", type=above_zero)

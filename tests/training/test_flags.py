@@ -163,7 +163,8 @@ def test_rwkv_pefts_commands_mean_here_what_they_say(files, text, expected):
     script = SCRIPT.format(base=files / "base.pth", out=files / "out", data=files / "data")
     config = parse_run(shlex.split(script + text)).config
     assert {name: getattr(config.adapter, name) for name in expected} == expected
-    assert (config.train.lr_schedule, config.data.micro_bsz, config.train.grad_cp) == ("cosine", 8, True)
+    schedule = "rwkv-peft" if "cos_decay" in text else "cosine"
+    assert (config.train.lr_schedule, config.data.micro_bsz, config.train.grad_cp) == (schedule, 8, True)
 
 
 def test_rows_in_the_order_of_the_file(files):
