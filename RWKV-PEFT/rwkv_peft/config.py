@@ -17,6 +17,7 @@ SCHEDULE_ALIASES = (("cos_decay", "rwkv-peft"), ("cos", "cosine"))
 QUANTIZATIONS = ("none", "nf4", "int8")
 STRATEGIES = tuple(f"deepspeed_stage_{stage}" for stage in ("1", "2", "2_offload", "3", "3_offload"))
 BUCKET = 200_000_000  # the most elements of a bucket in which ranks exchange gradients
+CHUNK_CTX = 512  # tokens a segment
 STATE_LR = 1e-2  # of time states; benchmarks/README.md holds the measurement
 Value = TypeVar("Value")
 
@@ -209,7 +210,7 @@ class TrainConfig:
 
     A step is one optimizer step of devices x num_nodes x micro_bsz x accumulate_grad_batches samples; an epoch is
     epoch_steps of them. Learning rates are per step, epoch_save counts epochs. Validation runs on val_data, or on the
-    share val_split of the data.
+    share val_split of the data. Rows are computed in segments of chunk_ctx tokens where that is not 0.
     """
 
     load_model: str = setting(
@@ -360,6 +361,20 @@ class TrainConfig:
     )
     strategy: str = setting("deepspeed_stage_1", "how memory is shared", group="machine", choices=STRATEGIES)
     precision: str = setting("bf16", "weights and activations", group="machine", choices=("bf16", "fp32"))
+    chunk_ctx: int = setting(
+        0,
+        "with --train_type infctx: tokens a segment (default 512); taken and not used with another",
+        group="machine",
+        unset=True,
+        type=positive,
+    )
+    bptt_segments: int = setting(
+        0,
+        "with --train_type infctx: the gradient of the states stops at every so many segments; 0: it goes back to the "
+        "row's first token",
+        group="machine",
+        type=count,
+    )
     grad_cp: bool = setting(
         False, "recompute blocks in the backward pass, to save memory", group="machine", type=switch, metavar="0|1"
     )

@@ -34,7 +34,8 @@ MINIS = ("bone-mini",)  # the methods that have a mini_rank
 GENERATIONS = (("RWKV-6", "x060"), ("RWKV-7", "x070"))  # (name, version)
 DATALOADS = ("get", "pad", "only", "pack")
 LOSS_MASKS = ("none", "pad", "qa", "se", "file")
-TRAIN_TYPES = ("none", "finetune", "state")  # RWKV-PEFT's
+FINETUNE, INFCTX = "finetune", "infctx"
+TRAIN_TYPES = (NONE, FINETUNE, STATE, INFCTX)  # RWKV-PEFT's
 # --lr_schedule -> the rate at step s = 0 … S - 1 of a run of S steps, W of them warm-up, from a = lr_init to z =
 # lr_final; clip keeps a number within 0 and 1, and W = 0 is no warm-up
 SCHEDULES = MappingProxyType(

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..config import STATE_LR, AdapterConfig, DataConfig, RunConfig, TrainConfig
+from ..config import CHUNK_CTX, STATE_LR, AdapterConfig, DataConfig, RunConfig, TrainConfig
 from ..errors import UserError
-from ..names import GENERATIONS, NONE, STATE
+from ..names import FINETUNE, GENERATIONS, INFCTX, NONE, STATE
 from .adapter_flags import adapter_config
 from .loggers import check_wandb
 from .markers import markers_of
@@ -67,7 +67,7 @@ def parse_flags(argv):
 
 def flags_of(args, world, argv=()):
     """What a parser made of argv, on a World -> Flags."""
-    if args.train_type != NONE:
+    if args.train_type in (FINETUNE, STATE):
         check_train_type(args)
     adapter = adapter_config(args)
     flags = Flags(args, adapter, data_config(args), train_config(args, adapter), world, argv)
@@ -78,7 +78,7 @@ def flags_of(args, world, argv=()):
 
 def check_train_type(args):
     """Refuse a --train_type that contradicts what trains; state names that part."""
-    what = {"finetune": "the model itself", STATE: "the states alone"}[args.train_type]
+    what = {FINETUNE: "the model itself", STATE: "the states alone"}[args.train_type]
     if args.peft != NONE:
         raise UserError(
             f"--train_type {args.train_type} trains {what}, and --peft is {args.peft}; add --peft none"
@@ -106,7 +106,13 @@ def train_config(args, adapter):
         raise UserError(f"--state_lr {args.state_lr:g}: where states alone train, their rate is --lr_init; give that")
     if args.lr_init == 0 and states and not adapter.states_alone:
         raise UserError("--lr_init 0: --state_lr follows its schedule, of which 0 leaves nothing; give a rate above 0")
-    train = settings_of(args, TrainConfig)
+    if args.bptt_segments and args.train_type != INFCTX:
+        raise UserError(
+            f"--bptt_segments {args.bptt_segments} counts segments of --train_type infctx, and the type is "
+            f"{args.train_type}; give that type, or leave --bptt_segments out"
+        )
+    segment = (args.chunk_ctx or CHUNK_CTX) if args.train_type == INFCTX else 0
+    train = settings_of(args, TrainConfig, chunk_ctx=segment)
     if adapter.states_alone:
         given = {name: getattr(args, name) for name in ("lr_init", "lr_final")}
         train = replace(train, **{name: STATE_LR if rate is None else rate for name, rate in given.items()})

@@ -38,6 +38,9 @@ def describe(config, family, accelerator, samples, notes, plan, report, state, s
     say(f"data      {data.path}: {counted(len(samples), 'sample')} of up to {data.ctx_len} tokens")
     for note in notes:
         say(f"          {note}")
+    if train.chunk_ctx:
+        cut = f"; its gradient stops at every {train.bptt_segments} of them" if train.bptt_segments else ""
+        say(f"          computed in segments of {train.chunk_ctx:,} tokens, the state carried over{cut}")
     say(
         f"steps     {plan.total_steps:,} ({counted(train.epoch_count, 'epoch')} of {plan.epoch_steps:,}), "
         f"{counted(plan.step_samples, 'sample')} each" + (f"; resuming at step {plan.first_step:,}" if state else "")

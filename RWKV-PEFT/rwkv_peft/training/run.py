@@ -46,6 +46,7 @@ from .resume import AUTO, METRICS, find_state
 from .saved_files import require_files
 from .saver import Saver, data_identity
 from .start import start_adapter, start_states
+from .steps import Segments, Whole
 from .validate import Validator
 
 
@@ -158,7 +159,7 @@ def run_on(ranks, request, say):
     batches = TrainBatches(
         samples, config.data.micro_bsz, world_size=world.size, accumulate=train.accumulate_grad_batches
     )
-    report = adapt(model, config.adapter, request.layers, family, base, batches, checkpoint)
+    report = adapt(model, config, request.layers, family, base, batches, checkpoint)
     if state and train.fresh_optimizer:
         if config.adapter.whole_model:
             model.load_state_dict(open_base(checkpoint / MODEL).tensors, strict=True)
@@ -228,21 +229,29 @@ def build_model(config, family, base):
     return model
 
 
-def adapt(model, adapter, layers, family, base, batches, checkpoint=None):
+def adapt(model, config, layers, family, base, batches, checkpoint=None):
     """Inject the adapter into the model: as the checkpoint to resume from holds it, with the factors that it began
     with; from --bone_load and its kin; or fresh. -> InjectReport."""
+    adapter = config.adapter
     method, loaded, gradients = method_of(adapter), None, {}
     if checkpoint is not None and not adapter.whole_model:
         loaded = read_adapter(checkpoint / ADAPTER)
     elif adapter.load:
         loaded = start_adapter(adapter, base)
     elif method is not None and method.from_gradient:
-        gradients = estimate_gradients(model, layers, batches.batch(0, 0))
+        gradients = estimate_gradients(model, layers, batches.batch(0, 0), config.train.chunk_ctx)
     initial = loaded.tensors if loaded else {}
     report = inject(model, adapter, layers, family=family, initial=initial, gradients=gradients)
     if loaded:
         load_tensors(model, loaded.tensors, str(checkpoint or adapter.load))
     return report
+
+
+def step_of(train):
+    """What a step computes of a batch: whole rows, or segments of them."""
+    if not train.chunk_ctx:
+        return Whole()
+    return Segments(train.chunk_ctx, train.bptt_segments, together="stage_3" in train.strategy)
 
 
 def quiet():
@@ -294,7 +303,8 @@ def fit(config, family, model, trainable, samples, validator, saver, checkpoint,
     ratios = learning_ratios(method_of(config.adapter), config.adapter)
     if STATE in config.adapter.train_parts and not config.adapter.states_alone:
         ratios += ((TIME_STATE, train.state_lr / train.lr_init),)
-    lit = Lit(model, train, plan.total_steps, plan.first_step, family if train.layerwise_lr else None, ratios)
+    rates = family if train.layerwise_lr else None
+    lit = Lit(model, train, step_of(train), plan.total_steps, plan.first_step, rates, ratios)
     accumulate = train.accumulate_grad_batches
     trainer = pl.Trainer(
         accelerator=accelerator,
