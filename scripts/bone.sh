@@ -107,7 +107,7 @@ step "2. train: $what"
 train "$@"
 
 [ "${NODE_RANK:-0}" = 0 ] || exit 0
-if [ "$method" = none ]; then
+if [ "$method" = none ] && [ ! -f "$out/adapter.safetensors" ]; then
     step "done: the model is $out/rwkv.pth"
     exit 0
 fi

@@ -42,8 +42,8 @@ PARTS = (
     ("bases", ("files/base",), ("containers", "models", "adapters")),
     (
         "adapter files",
-        ("files/adapter_file", "files/adapters", "files/rwkv_peft_file", "files/peft_folder"),
-        ("containers", "models", "adapters"),
+        ("files/adapter_file", "files/adapters", "files/rwkv_peft_file", "files/peft_folder", "files/state_file"),
+        ("bases", "containers", "models", "adapters"),
     ),
     ("data", ("data",), ("containers",)),
     ("merge", ("release",), ("bases", "adapter files")),

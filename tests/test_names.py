@@ -10,7 +10,7 @@ from rwkv_peft.adapters.methods import METHODS
 from rwkv_peft.commands import COMMANDS
 from rwkv_peft.data.sources import SAMPLINGS
 from rwkv_peft.models import FAMILIES
-from rwkv_peft.training.schedule import learning_rate
+from rwkv_peft.training.schedule import SCHEDULES
 
 
 def test_words_of_peft_are_those_of_the_methods():
@@ -23,8 +23,7 @@ def test_words_of_peft_are_those_of_the_methods():
 def test_generations_samplings_and_schedules():
     assert tuple((family.name, family.version) for family in FAMILIES) == names.GENERATIONS
     assert tuple(SAMPLINGS) == names.DATALOADS
-    ends = {learning_rate(9, total_steps=20, lr_init=1, lr_final=0.5, schedule=name) for name in names.SCHEDULES}
-    assert len(ends) == 3  # "constant" and "wsd" agree before the last tenth
+    assert tuple(SCHEDULES) == tuple(names.SCHEDULES)
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.flags], ids=lambda c: c.name)

@@ -9,13 +9,16 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from .cli import above_zero, alias, count, names, not_negative, positive, seed, switch
+from .names import NONE, SCHEDULES, STATE
 
 MODE_ALIASES = (("bat", "bat-in"),)  # RWKV-PEFT's name for it
 METHOD_ALIASES = (("disha", "bone"),)
-SCHEDULE_ALIASES = (("cos_decay", "cosine"), ("cos", "cosine"))
+SCHEDULE_ALIASES = (("cos_decay", "rwkv-peft"), ("cos", "cosine"))
 QUANTIZATIONS = ("none", "nf4", "int8")
 STRATEGIES = tuple(f"deepspeed_stage_{stage}" for stage in ("1", "2", "2_offload", "3", "3_offload"))
 BUCKET = 200_000_000  # the most elements of a bucket in which ranks exchange gradients
+CHUNK_CTX = 512  # tokens a segment
+STATE_LR = 1e-2  # of time states; benchmarks/README.md holds the measurement
 Value = TypeVar("Value")
 
 
@@ -112,11 +115,26 @@ class AdapterConfig:
         metavar="NAME",
     )
     train_parts: tuple[str, ...] = setting(
-        (), "parameters of the base that train along: some of time ln emb head", nargs="*", type=names, metavar="PART"
+        (),
+        "what trains along: some of time ln emb head, parameters of the base, and state, the wkv states before the "
+        "first token, which start at zero or from --state_load",
+        nargs="*",
+        type=names,
+        metavar="PART",
     )
     quant: str = setting("none", "keep the frozen matrices quantized (needs bitsandbytes)", choices=QUANTIZATIONS)
     load: str = setting("", "adapter to start from", flag="bone_load", unset=True, metavar="FILE")
     init: str = setting("")
+
+    @property
+    def states_alone(self) -> bool:
+        """Whether nothing but time states trains."""
+        return self.method == NONE and self.train_parts == (STATE,)
+
+    @property
+    def whole_model(self) -> bool:
+        """Whether a run's file is a model: no layer is adapted, and parameters of the model itself train."""
+        return self.method == NONE and not self.states_alone
 
 
 @dataclass(frozen=True)
@@ -192,7 +210,7 @@ class TrainConfig:
 
     A step is one optimizer step of devices x num_nodes x micro_bsz x accumulate_grad_batches samples; an epoch is
     epoch_steps of them. Learning rates are per step, epoch_save counts epochs. Validation runs on val_data, or on the
-    share val_split of the data.
+    share val_split of the data. Rows are computed in segments of chunk_ctx tokens where that is not 0.
     """
 
     load_model: str = setting(
@@ -277,15 +295,44 @@ class TrainConfig:
         group="run",
         metavar="PROJECT",
     )
-    lr_init: float = setting(2e-5, "learning rate after warm-up", group="optimizer", type=not_negative)
-    lr_final: float = setting(2e-5, "learning rate at the end", group="optimizer", type=not_negative)
+    state_load: str = setting(
+        "",
+        "time states that --train_parts state starts from: a .pth, a .st, or a run that tuned states alone",
+        group="run",
+        metavar="FILE",
+    )
+    lr_init: float = setting(
+        2e-5,
+        f"learning rate after warm-up (default 2e-5; where states alone train, {STATE_LR:g})",
+        group="optimizer",
+        unset=True,
+        type=not_negative,
+    )
+    lr_final: float = setting(
+        2e-5,
+        f"learning rate at the end (default 2e-5; where states alone train, {STATE_LR:g})",
+        group="optimizer",
+        unset=True,
+        type=not_negative,
+    )
+    state_lr: float = setting(
+        STATE_LR,
+        "learning rate of --train_parts state beside others, whose own is --lr_init; it follows the same schedule "
+        f"(default {STATE_LR:g})",
+        group="optimizer",
+        unset=True,
+        type=not_negative,
+    )
     lr_schedule: str = setting(
         "cosine",
-        "from lr_init to lr_final; cosine is also called cos_decay",
+        "how the learning rate goes from a = lr_init to z = lr_final, at step s = 0 … S - 1 of S, W of them warm-up: "
+        + "; ".join(f"{name}: {formula}" for name, formula in SCHEDULES.items())
+        + ". exp is RWKV-LM's, rwkv-lm what --my_exit_tokens makes of it there; rwkv-peft is RWKV-PEFT's cos_decay, "
+        "which has no warm-up; its wsd is another, our cosine to a z of 0",
         group="optimizer",
         type=alias(SCHEDULE_ALIASES),
     )
-    warmup_steps: int = setting(0, "steps of linear warm-up", group="optimizer", type=count)
+    warmup_steps: int = setting(0, "steps of linear warm-up, as --lr_schedule says", group="optimizer", type=count)
     beta1: float = setting(0.9, "Adam", group="optimizer", type=not_negative)
     beta2: float = setting(0.99, "Adam", group="optimizer", type=not_negative)
     adam_eps: float = setting(1e-8, "Adam", group="optimizer", type=above_zero)
@@ -314,6 +361,20 @@ class TrainConfig:
     )
     strategy: str = setting("deepspeed_stage_1", "how memory is shared", group="machine", choices=STRATEGIES)
     precision: str = setting("bf16", "weights and activations", group="machine", choices=("bf16", "fp32"))
+    chunk_ctx: int = setting(
+        0,
+        "with --train_type infctx: tokens a segment (default 512); taken and not used with another",
+        group="machine",
+        unset=True,
+        type=positive,
+    )
+    bptt_segments: int = setting(
+        0,
+        "with --train_type infctx: the gradient of the states stops at every so many segments; 0: it goes back to the "
+        "row's first token",
+        group="machine",
+        type=count,
+    )
     grad_cp: bool = setting(
         False, "recompute blocks in the backward pass, to save memory", group="machine", type=switch, metavar="0|1"
     )

@@ -15,6 +15,7 @@ class Word(NamedTuple):
     json_flag: str
 
 
+STATE = "state"  # the part of --train_parts that no model's parameters are: the wkv states before the first token
 NONE = "none"  # what stands where no layer is adapted: the model itself trains, or whole tensors of it
 WORDS = MappingProxyType(
     {
@@ -33,7 +34,21 @@ MINIS = ("bone-mini",)  # the methods that have a mini_rank
 GENERATIONS = (("RWKV-6", "x060"), ("RWKV-7", "x070"))  # (name, version)
 DATALOADS = ("get", "pad", "only", "pack")
 LOSS_MASKS = ("none", "pad", "qa", "se", "file")
-SCHEDULES = ("cosine", "linear", "constant", "wsd")
+FINETUNE, INFCTX = "finetune", "infctx"
+TRAIN_TYPES = (NONE, FINETUNE, STATE, INFCTX)  # RWKV-PEFT's
+# --lr_schedule -> the rate at step s = 0 … S - 1 of a run of S steps, W of them warm-up, from a = lr_init to z =
+# lr_final; clip keeps a number within 0 and 1, and W = 0 is no warm-up
+SCHEDULES = MappingProxyType(
+    {
+        "cosine": "min(1, (s + 1) / W) * (z + (a - z) * (1 + cos(pi * clip((s - W) / (S - 1 - W)))) / 2)",
+        "linear": "min(1, (s + 1) / W) * (a + (z - a) * clip((s - W) / (S - 1 - W)))",
+        "constant": "min(1, (s + 1) / W) * a",
+        "wsd": "min(1, (s + 1) / W) * (a + (z - a) * clip((s - D) / (S - 1 - D))), D = max(W, S - ceil(S / 10))",
+        "exp": "min(1, 0.01 + 0.99 * s / W) * a * (z / a) ** clip((s - W + 1) / (S - W))",
+        "rwkv-lm": "min(1, 0.01 + 0.99 * s / W) * (z + (a - z) * (1 + cos(pi * clip((s - W) / (S - W)))) / 2)",
+        "rwkv-peft": "z + (a - z) * (1 + cos(pi * s / S)) / 2",
+    }
+)
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 

@@ -1,4 +1,7 @@
-"""Learning-rate schedules hit their corners exactly."""
+"""Learning-rate schedules hit their corners exactly, and follow the formulas that --help gives."""
+
+import runpy
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +12,28 @@ RUN = {"total_steps": 100, "lr_init": 1e-3, "lr_final": 1e-5}
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_is_its_formula(schedule):
+    drawing = runpy.run_path(str(Path(__file__).resolve().parents[2] / "benchmarks" / "schedules.py"))
+    ours, formula = drawing["rates"](schedule)
+    assert ours == pytest.approx(formula, rel=1e-12) and len(set(ours[:20])) == 20
+
+
+@pytest.mark.parametrize("schedule", ["exp", "rwkv-lm", "rwkv-peft"])
+def test_the_corners_of_upstreams_schedules(schedule):
+    rate = [learning_rate(step, warmup_steps=10, schedule=schedule, **RUN) for step in range(100)]
+    if schedule == "rwkv-peft":  # which warms up nothing, and reaches lr_final a step after the run
+        assert (rate[0], rate[50]) == (1e-3, pytest.approx((1e-3 + 1e-5) / 2))
+    else:
+        assert (rate[0], rate[5]) == (pytest.approx(1e-5), pytest.approx(1e-3 * 0.505))
+    if schedule == "exp":
+        assert (rate[54], rate[99]) == (pytest.approx(1e-4), pytest.approx(1e-5))  # half-way in the exponent
+        assert learning_rate(49, schedule=schedule, total_steps=100, lr_init=1e-3, lr_final=0) == pytest.approx(5e-4)
+    if schedule == "rwkv-lm":
+        assert (rate[10], rate[55]) == (pytest.approx(1e-3), pytest.approx((1e-3 + 1e-5) / 2))
+    assert learning_rate(0, schedule=schedule, **RUN) == pytest.approx(1e-3, rel=0.05)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
 def test_warm_up_rises_to_lr_init(schedule):
     rates = [learning_rate(step, warmup_steps=10, schedule=schedule, **RUN) for step in range(11)]
     assert rates[0] == pytest.approx(1e-4)

@@ -11,7 +11,7 @@ from torch import nn
 from ..cli import counted
 from ..config import QUANTIZATIONS, AdapterConfig
 from ..errors import UserError
-from ..names import CHOICES
+from ..names import CHOICES, STATE
 from .layer import AdapterLinear
 from .method import Method, Params
 from .methods import METHODS, NONE, forms, method_of
@@ -105,7 +105,7 @@ def inject(
     if names is None:
         if family is not None and not config.targets:
             config = replace(config, targets=family.targets)
-        names = check_adapter(config, linear_shapes(model), () if family is None else family.parts)
+        names = check_adapter(config, linear_shapes(model), () if family is None else (*family.parts, STATE))
     parts = [] if not config.train_parts else _match_parts(config.train_parts, model, family)
     model.requires_grad_(config.method == NONE and not parts)
     for name in names:

@@ -12,6 +12,7 @@ from ..config import ModelConfig
 from ..errors import UserError
 from ..models import family_of
 from ..models.family import Family
+from ..models.state import is_time_state
 from .atomic import atomic_write
 from .fingerprint import fingerprint
 from .pth import all_finite, read_tensors
@@ -51,6 +52,11 @@ class Base:
                     f"{self.path} is not finite: {key} holds NaN or Inf, at {place} first; download or copy it again, "
                     "or take an earlier checkpoint of its training"
                 )
+
+    @property
+    def has_states(self) -> bool:
+        """Whether it holds tuned time states."""
+        return any(map(is_time_state, self.tensors))
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:

@@ -90,8 +90,16 @@ def add_model_flags(parser):
         help="adapters to use it with, in order; not written anywhere",
     )
     add_source_flags(parser)
-    add("--any_base", action="store_true", help="use an adapter that was trained on another base of the same shape")
-    add("--state", metavar="PTH", help="state to start from: time states, or what --save_state wrote")
+    add(
+        "--any_base",
+        action="store_true",
+        help="use an adapter or states that were trained on another base of the same shape",
+    )
+    add(
+        "--state",
+        metavar="PTH",
+        help="state to start from: time states (.pth, .st, or a run that tuned them alone), or what --save_state wrote",
+    )
     add(
         "--tokenizer",
         metavar="NAME",

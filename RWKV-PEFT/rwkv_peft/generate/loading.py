@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..files.adapters import source_of
 from ..files.base import base_of, open_base, save_model
 from ..files.dtypes import DTYPES
-from ..files.pth import read_tensors
+from ..files.state_file import read_states
 from ..models import family_named
 from ..models.state import State, split_time_states, state_of, state_tensors
 from ..release.merge import check_fingerprints, merged_tensors
@@ -64,7 +64,7 @@ def load_subject(args, say):
     sources = [source_of(args, path) for path in args.adapter]
     model, start = load_model(args.model, sources, precision, device, args.any_base)
     if args.state:
-        start = read_state_file(args.state, model)
+        start = read_state_file(args.state, model, None if args.any_base else open_base(args.model))
     recorded = recorded_beside(*reversed(args.adapter), args.model)
     return Subject(model, start, find_tokenizer(args.tokenizer, model.config.vocab_size, recorded, say))
 
@@ -80,9 +80,13 @@ def store_by_columns(model):
             module.weight.data = module.weight.data.t().contiguous().t()
 
 
-def read_state_file(path, model):
-    """The State of one sequence in a state file or saved session. Raises UserError where it does not fit the model."""
-    return read_state(read_tensors(path), model, path)
+def read_state_file(path, model, base=None):
+    """The State of one sequence in a file of time states of any layout, a run that tuned them, or a saved session.
+    Raises UserError where it does not fit the model, or names another base than a Base that is given."""
+    file = read_states(path)
+    if base is not None:
+        file.check_base(base)
+    return read_state(file.tensors, model, path)
 
 
 def save_state_file(path, state, model):

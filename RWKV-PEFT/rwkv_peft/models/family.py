@@ -27,7 +27,8 @@ class Family(ABC, Generic[Config, Model]):
     """One generation, over its own ModelConfig and model. name is what a user calls it, version what --model_version
     does; sign is a key that its checkpoints alone have; targets are the linear layers of a block that take adapters,
     as ends of their names; parts are the groups of other parameters that --train_parts names; rows_are_keys tells the
-    axes of a wkv state in the model (state.py).
+    axes of a wkv state in the model (state.py), states_in_model whether the `rwkv` package looks for time states in a
+    model's file.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Family(ABC, Generic[Config, Model]):
     targets: tuple[str, ...]
     parts: tuple[str, ...]
     rows_are_keys: bool
+    states_in_model: bool
     kernel: str  # the name of its recurrence, as people see it
     gguf_architecture: str
     hf_tokenizer: str  # tokenizer_class of its Hugging Face folders

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
-from .state import State
+from .state import TIME_STATE, LayerState, State, swapped
 
 HeadFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, weight of the head) -> what stands for logits
 
@@ -17,6 +18,38 @@ HeadFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, weigh
 def last_token(x: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
     """The last token of each sequence of x (B, T, C) -> (B, C), or (n, C) where cu_seqlens packs n of them."""
     return x[:, -1] if cu_seqlens is None else x[0, cu_seqlens[1:].long() - 1]
+
+
+class Recurrent(nn.Module):
+    """A time mix whose wkv state before the first token may be tuned: time_state (H, N value, N key), as files have it;
+    None stands for zeros. rows_are_keys tells the axes of the state that it computes with (Family.rows_are_keys).
+    """
+
+    rows_are_keys: bool
+    time_state: nn.Parameter | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter(TIME_STATE, None)
+
+    def begun(self, carried: torch.Tensor | None, sequences: int) -> torch.Tensor | None:
+        """The wkv states (sequences, H, N, N) to begin with, None for zeros: carried (m, H, N, N), those of the first m
+        sequences, or None; the others begin from time_state."""
+        missing = sequences - (0 if carried is None else carried.shape[0])
+        if missing == 0 or (carried is None and self.time_state is None):
+            return carried
+        if self.time_state is None:
+            assert carried is not None
+            return torch.cat([carried, carried.new_zeros(missing, *carried.shape[1:])])
+        start = swapped(self.time_state) if self.rows_are_keys else self.time_state
+        # summed over the sequences in float32 on the way back, also for a bfloat16 model
+        fresh = start.to(torch.promote_types(start.dtype, torch.float32)).expand(missing, -1, -1, -1)
+        return fresh if carried is None else torch.cat([carried, fresh])
+
+
+def count_sequences(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:
+    """How many sequences x (B, T, …) holds: B, or as many as cu_seqlens (n + 1,) packs."""
+    return x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
 
 
 class Head(nn.Linear):
@@ -61,19 +94,45 @@ class LanguageModel(nn.Module):
     ) -> tuple[torch.Tensor, State]:
         """tokens (B, T) int64, state State or None -> logits (B, T, V), State.
 
-        cu_seqlens (n + 1,) marks the boundaries of n sequences packed in one row (B = 1, state for n sequences);
-        nothing crosses them. `head(x, weight)`, where given, takes the place of the logits (see Head).
+        cu_seqlens (n + 1,) marks the boundaries of n sequences packed in one row (B = 1); nothing crosses them. The
+        state is of n sequences, or of the first of them, and the others begin where tuned time states or zeros let
+        them. `head(x, weight)`, where given, takes the place of the logits (see Head).
         """
         x, carried = self.emb(tokens), self.carried
+        sequences = count_sequences(tokens, cu_seqlens)
         states = []
         for layer, block in enumerate(self.blocks):
-            inputs = (x, *carried, None if state is None else state[layer], cu_seqlens)
+            before = None if state is None else shifts_begun(state[layer], sequences)
+            inputs = (x, *carried, before, cu_seqlens)
             if self.grad_checkpoint and torch.is_grad_enabled():
                 x, *carried, layer_state = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x, *carried, layer_state = block(*inputs)
             states.append(layer_state)
         return self.head(self.ln_out(x), head), State(states)
+
+    def tune_states(self, start: State | None = None) -> None:
+        """Give every layer a time_state that trains, from the State of one sequence, or from zeros."""
+        weight = self.emb.weight
+        for layer, block in enumerate(self.blocks):
+            att = block.att
+            assert isinstance(att, Recurrent)
+            if start is None:
+                shape = (self.config.n_head, self.config.head_size, self.config.head_size)
+                values = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+            else:
+                wkv = start[layer].wkv[0]
+                values = (swapped(wkv) if att.rows_are_keys else wkv).to(weight, copy=True).contiguous()
+            att.time_state = nn.Parameter(values)
+
+
+def shifts_begun(state: LayerState, sequences: int) -> LayerState:
+    """A LayerState of the first of some sequences with shifts for all of them: the others had no token before."""
+    missing = sequences - state.att_shift.shape[0]
+    if missing <= 0:
+        return state
+    att_shift, ffn_shift = (F.pad(shift, (0, 0, 0, missing)) for shift in (state.att_shift, state.ffn_shift))
+    return LayerState(att_shift, state.wkv, ffn_shift)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-from ..adapters.methods import NONE
 from ..config import TrainConfig
 from ..files.dtypes import DTYPES
 from ..training.saver import KEEP
@@ -20,7 +19,7 @@ class Written(NamedTuple):
 def written(estimate: Estimate) -> list[Written]:
     """The files of a run's folder. Sizes are those of the tensors; headers add some kilobytes."""
     config, counts = estimate.config, estimate.counts
-    train, full = config.train, config.adapter.method == NONE
+    train, full = config.train, config.adapter.whole_model
     item = estimate.dtype.itemsize
     trained = (counts.trains + counts.constants) * item
     model = (counts.total - counts.own) * DTYPES.get(train.save_dtype, estimate.dtype).itemsize

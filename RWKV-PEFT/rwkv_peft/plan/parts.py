@@ -23,6 +23,7 @@ LOSS, BACKWARD, UPDATE = "loss", "backward", "update"  # the moments of a step o
 ALWAYS = (LOSS, BACKWARD, UPDATE)
 OPTIMIZER = 12  # bytes of a float32 copy and Adam's two moments
 PAGE = 4096  # of a file that is mapped
+SUM = 4  # bytes of a float32 sum of gradients
 LIVE = 1_000_000_000  # parameters that ZeRO-3 keeps gathered at most (DeepSpeed's stage3_max_live_parameters)
 # What a process holds without a model: Python, torch, Lightning and DeepSpeed in main memory; on a GPU CUDA's context
 # and the workspaces of its libraries, which no run here has measured.
@@ -83,6 +84,9 @@ class Estimate:
         process = [Part("Python, torch, DeepSpeed", CPU, PROCESS)]
         if self.accelerator == GPU:
             process.append(Part("CUDA's context", GPU, CONTEXT))
+        if segment := self.config.train.chunk_ctx:
+            tokens = min(tokens, segment)
+            process.append(Part("gradients, summed over segments", self.accelerator, SUM * self.counts.trains))
         found = [*process, *self.weights(), *self.optimizer(), *self.batch(rows, tokens)]
         if self.accelerator == CPU:
             found = [part._replace(when=ALWAYS) for part in found]

@@ -23,6 +23,7 @@ from ..adapters.layer import AdapterLinear
 from ..adapters.methods import method_of
 from ..config import AdapterConfig, ModelConfig
 from ..models.family import Family
+from ..names import STATE
 from ..ops.cross_entropy import cross_entropy_
 from ..training.loss import L2WRAP
 
@@ -175,6 +176,8 @@ def build(family: Family, config: ModelConfig, adapter: AdapterConfig, grad_cp: 
     """The model with its adapters, on the meta device."""
     with torch.device("meta"):
         model = family.build(config, grad_cp)
+        if STATE in adapter.train_parts:
+            model.tune_states()
         inject(model, replace(adapter, quant="none"), family=family, initial=_constants(model, adapter, family))
     return model.train()
 

@@ -21,11 +21,12 @@ from ..files.adapter_file import Adapter
 from ..files.adapters import source_of
 from ..files.atomic import scratch_folder
 from ..files.base import Base, open_base, save_model
+from ..files.state_file import read_states
 from ..models.family import Family
 from ..models.state import State, split_time_states, state_of
 from .flags import check_flags
 from .logits import Difference, random_tokens, reference_logits
-from .runtimes import rwkv_sequence
+from .runtimes import NOT_LOOKED_FOR, rwkv_sequence
 from .unexplained import describe, unexplained
 
 SAME_FILE = 1e-4  # relative difference allowed between two float32 programs that read the same weights
@@ -36,7 +37,7 @@ def adapted_logits(
     base: Base, loaded: Adapter, name: str, tokens: torch.Tensor, states: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
     """Logits (T, V) of a Base over tokens (T,), in float32, with the layers of an Adapter, called `name`, from time
-    states where there are some."""
+    states of its own, or else from these, where there are some."""
     model = base.family.load(base.tensors, base.config).float()
     metadata = loaded.metadata
     if metadata.quant != "none" or (metadata.method is not None and metadata.method.residual):
@@ -44,11 +45,12 @@ def adapted_logits(
             model.get_submodule(name).to(metadata.base_dtype() or base.tensors[f"{name}.weight"].dtype)
     inject(model, adapter_config(loaded, base.family), family=base.family, initial=loaded.tensors)
     model.float()
-    if own := split_time_states(loaded.tensors)[0]:
+    own, tuned = split_time_states(loaded.tensors)
+    if own:
         load_tensors(model, own, str(name))
     start = State.zeros(base.config, 1)
-    if states:
-        start = state_of(states, start, base.family.rows_are_keys, name)
+    if tuned or states:
+        start = state_of(tuned or states, start, base.family.rows_are_keys, name)
     with torch.inference_mode():
         return model(tokens[None], start)[0][0]
 
@@ -104,9 +106,20 @@ def main(argv: list[str]) -> int:
         )
     tokens = random_tokens(base.config.vocab_size, args.tokens)
     adapter = source_of(args, args.bone_checkpoint).read(base.tensors)
+    if args.state:
+        file = read_states(args.state)
+        file.check_base(base)
+        merged = file.added_to(merged)
     states = split_time_states(merged.tensors)[1]
+    if split_time_states(adapter.tensors)[1] and not states:
+        raise UserError(
+            f"{args.bone_checkpoint} holds time states, and {args.merged} none; give the file that the merge wrote "
+            "them to as --state"
+        )
     if states:
-        print(f"time states: those of {args.merged} are where all of them start")
+        print(f"time states: those of {args.state or args.merged} are where the merged model starts")
+        if not merged.family.states_in_model:
+            print(NOT_LOOKED_FOR.format(merged.family.name))
     ours = reference_logits(merged, tokens, torch.float32)
     theirs = runtime_logits(merged, tokens)
     unmerged = adapted_logits(base, adapter, args.bone_checkpoint, tokens, states)

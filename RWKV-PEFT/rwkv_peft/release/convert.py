@@ -5,7 +5,8 @@ What is converted follows from INPUT's content and OUTPUT's ending:
 - model.pth -> .st (web-rwkv, Ai00), .safetensors (the same, with the model's own dtype),
   .gguf (llama.cpp), a folder (Hugging Face layout)
 - .st, .safetensors or a Hugging Face folder -> model.pth
-- a state file (.pth with time_state tensors alone) <-> .st, .state, .safetensors (Ai00)
+- a state file (.pth with time_state tensors alone) <-> .st, .state, .safetensors (Ai00); an adapter that is nothing but
+  time states -> the same
 - with --to lora, an adapter as plain LoRA (lora.py)
 - an adapter (train.py's .safetensors, a folder of peft, RWKV-PEFT's .pth) -> .pth for RWKV-PEFT, or .safetensors
 """
@@ -27,6 +28,7 @@ from ..files.dtypes import DTYPES
 from ..files.pth import read_tensors
 from ..files.rwkv_peft_file import write_rwkv_peft
 from ..files.safetensors_file import read_safetensors
+from ..files.state_file import is_own, read_states
 from ..models.state import check_time_states, is_time_state
 from .flags import convert_flags
 from .formats import Wanted, format_of
@@ -53,11 +55,13 @@ def main(argv: list[str]) -> int:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a file or folder holds an adapter; for what is unreadable, the reader that follows says so."""
+    """Whether a file or folder holds an adapter, time states alone aside; for what is unreadable, the reader that
+    follows says so."""
     if path.is_dir():
         return (path / "adapter_config.json").is_file()
     if path.suffix in (".safetensors", ".st", ".state"):
-        return METADATA_KEY in read_safetensors(path)[1]
+        tensors, header = read_safetensors(path)
+        return METADATA_KEY in header and not all(map(is_time_state, tensors))
     return any(adapter_parameter(key) for key in read_tensors(path)) if path.suffix == ".pth" else False
 
 
@@ -110,8 +114,7 @@ def remark_on_export(metadata: AdapterMetadata, paths: Sequence[Path]) -> str:
 def read_model(path: Path) -> dict[str, torch.Tensor]:
     """{official key: tensor} of a model, or of time states alone, in any format that is read, in official order but for
     a .pth, whose own order is kept."""
-    form = format_of(path) if not path.is_dir() else format_of(Path("folder"))
-    tensors = read_tensors(path) if form is None else form.read(path)
+    tensors = read_any(path)
     if not tensors:
         raise UserError(f"{path} holds no tensor; copy it again")
     if all(is_time_state(key) for key in tensors):
@@ -122,6 +125,14 @@ def read_model(path: Path) -> dict[str, torch.Tensor]:
         return tensors
     order = {key: place for place, key in enumerate(base.family.shapes(base.config))}
     return {key: tensors[key] for key in sorted(tensors, key=lambda key: order.get(key, len(order)))}
+
+
+def read_any(path: Path) -> dict[str, torch.Tensor]:
+    """{official key: tensor} of a file or folder in any format that is read."""
+    if is_own(path):
+        return read_states(path).tensors  # with the axes of a .pth, unlike web-rwkv's .safetensors
+    form = format_of(path) if not path.is_dir() else format_of(Path("folder"))
+    return read_tensors(path) if form is None else form.read(path)
 
 
 def convert_model(source: Path, target: Path, args: argparse.Namespace) -> list[str]:

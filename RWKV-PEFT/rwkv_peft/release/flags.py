@@ -39,6 +39,12 @@ def merge_flags(argv: list[str]) -> argparse.Namespace:
         help="what the adapters are, as RWKV-PEFT's scripts say it; the files tell, and another kind is refused",
     )
     parser.add_argument("--output", metavar="PTH", help="the merged model; required unless --dry_run")
+    parser.add_argument(
+        "--state_output",
+        metavar="FILE",
+        help="write tuned time states to a file of their own (.pth for RWKV-Runner and ChatRWKV, .st for web-rwkv and "
+        "Ai00), and leave them out of --output",
+    )
     parser.add_argument("--output_dtype", choices=DTYPES, default="keep")
     add_source_flags(parser)
     parser.add_argument(
@@ -81,6 +87,7 @@ def check_flags(argv: list[str]) -> argparse.Namespace:
     )
     add_source_flags(parser)
     parser.add_argument("--merged", required=True, metavar="PTH", help="what the merge wrote")
+    parser.add_argument("--state", metavar="FILE", help="time states that lie beside it (merge_bone.py --state_output)")
     parser.add_argument("--tokens", type=int, default=64, help="length of the random token sequence (default 64)")
     args = parser.parse_args(argv)
     if args.tokens < 1:
@@ -95,6 +102,7 @@ def verify_flags(argv: list[str]) -> argparse.Namespace:
         "the largest differences of their logits. Needs memory for the model in float64.",
     )
     parser.add_argument("model", help="the .pth to verify")
+    parser.add_argument("--state", metavar="FILE", help="time states that it starts from, in a file of their own")
     parser.add_argument("--base", metavar="PTH", help="also require the keys, order, shapes and dtypes of this base")
     parser.add_argument("--tokens", type=int, default=50, help="length of the sequence (default 50)")
     parser.add_argument(

@@ -17,6 +17,7 @@ from ..files.base import Base
 from ..files.pth import all_finite, read_tensors
 from ..files.pth_writer import TensorSpec, write_pth
 from ..files.safetensors_file import read_safetensors, write_safetensors
+from ..files.state_file import swapped_states
 from ..models import FAMILIES
 from ..models.family import Family
 from ..models.state import is_time_state, swapped
@@ -78,7 +79,7 @@ def write_web(path: Path, base: Base, wanted: Wanted) -> None:
 
 
 def write_web_states(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None) -> None:
-    _write(path, write_safetensors, {key: swapped(tensor) for key, tensor in tensors.items()}, dtype)
+    _write(path, write_safetensors, swapped_states(tensors), dtype)
 
 
 def write_official(path: Path, base: Base, wanted: Wanted) -> None:

@@ -20,6 +20,7 @@ from ..files.base import Base, open_base
 from ..files.dtypes import DTYPES
 from ..files.pth import stream_tensors
 from ..files.pth_writer import TensorSpec, write_pth
+from ..files.state_file import write_states
 from ..memory import keep_freed_memory
 from ..models.state import is_time_state
 from .flags import merge_flags
@@ -33,6 +34,7 @@ from .merge import (
     dtype_name,
     quantization_error,
 )
+from .states import check_separate, check_written, diverted, note_inside, without_states
 
 # RWKV-PEFT's --type -> what files' metadata call it
 TYPES = MappingProxyType(
@@ -61,24 +63,37 @@ def main(argv: list[str]) -> int:
     if not args.any_base:
         (check_unmerge if args.unmerge else check_fingerprints)(base, adapters)
     print_head(args, base, adapters)
+    if args.state_output:
+        check_separate(args.state_output, args.output, merge, inputs_of(args))
+    elif any(map(is_time_state, merge.specs)):
+        print(note_inside(base))
     del base  # its pages would stay resident
     keep_freed_memory()  # bands are computed in temporaries of the same few sizes
     reports: list[TensorReport] = []
+    states: dict[str, torch.Tensor] = {}  # that go into a file of their own
     outputs = merge.bands(stream_tensors(args.base_model), reports.append)
     if args.dry_run:
         for _ in outputs:
             pass
     else:
         check_space(args.output, merge.specs)
+        specs = merge.specs
+        if args.state_output:
+            specs, outputs = without_states(specs), diverted(outputs, states)
         with atomic_write(args.output) as temporary:
-            write_pth(temporary, merge.specs, outputs)
+            write_pth(temporary, specs, outputs)
+            if args.state_output:
+                write_states(args.state_output, states)
+                print(f"states   {args.state_output}: {len(states)} time states, left out of the model's file")
     print_reports(reports, merge.specs)
     if args.dry_run:
         print("dry run: nothing was written")
         return 0
     if args.read_back:
-        read_back(args.output, merge, args.base_model)
-    print(f"wrote {args.output}: {len(merge.specs)} tensors, {os.path.getsize(args.output):,} bytes")
+        read_back(args.output, merge, args.base_model, specs)
+        if args.state_output:
+            check_written(args.state_output, states)
+    print(f"wrote {args.output}: {len(specs)} tensors, {os.path.getsize(args.output):,} bytes")
     return 0
 
 
@@ -112,15 +127,13 @@ def check_files(args: argparse.Namespace) -> None:
             f"--output {args.output}: a name that ends in .pth is due; other formats are made of it by "
             "rwkv-peft convert"
         )
-    check_output(
-        "--output",
-        args.output,
-        [
-            ("--base_model", args.base_model),
-            ("--lora_init", args.lora_init),
-            *(("--bone_checkpoint", path) for path in args.adapters),
-        ],
-    )
+    check_output("--output", args.output, inputs_of(args))
+
+
+def inputs_of(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """(flag, path) of each file that is read."""
+    inputs = [("--base_model", args.base_model), ("--lora_init", args.lora_init)]
+    return inputs + [("--bone_checkpoint", path) for path in args.adapters]
 
 
 def check_space(output: str | Path, specs: Mapping[str, TensorSpec]) -> None:
@@ -224,10 +237,12 @@ def _is_matrix(key: str, spec: TensorSpec) -> bool:
     return key.startswith("blocks.") and key.endswith(".weight") and len(spec.shape) == 2
 
 
-def read_back(output: str | Path, merge: Merge, base: str | Path) -> None:
-    """Compare the file on disk with a second computation. Raises UserError where they differ."""
+def read_back(output: str | Path, merge: Merge, base: str | Path, specs: Mapping[str, TensorSpec]) -> None:
+    """Compare the file on disk, which has the tensors of specs, with a second computation. Raises UserError where they
+    differ."""
     written = stream_tensors(output)
-    for key, bands in groupby(merge.bands(stream_tensors(base)), lambda band: band[0]):
+    due = (band for band in merge.bands(stream_tensors(base)) if band[0] in specs)
+    for key, bands in groupby(due, lambda band: band[0]):
         name, tensor = next(written, ("", torch.empty(0)))
         start, same = 0, name == key and TensorSpec.of(tensor) == merge.specs[key]
         for _, rows in bands:

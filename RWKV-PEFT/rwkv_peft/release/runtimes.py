@@ -18,6 +18,11 @@ from ..files.atomic import scratch_folder
 from ..models.rwkv6.keys import RWKV6Config
 from .rwkv_package import rwkv_model
 
+NOT_LOOKED_FOR = (
+    "time states: the rwkv package does not look for them in an {} file; here they are put into its list of states, as "
+    "a program that uses them must"
+)
+
 
 class Runtime(NamedTuple):
     """How to ask one runtime: package is its name on PyPI, module what it is imported as, form what it reads ("pth", a

@@ -17,11 +17,12 @@ from ..errors import UserError
 from ..files.atomic import scratch_folder
 from ..files.base import Base, open_base
 from ..files.pth_writer import TensorSpec, write_pth
+from ..files.state_file import read_states
 from ..models.state import is_time_state
 from .flags import verify_flags
 from .gguf import write_gguf
 from .logits import random_tokens, reference_logits
-from .runtimes import Runtime, all_runtimes
+from .runtimes import NOT_LOOKED_FOR, Runtime, all_runtimes
 from .vocabulary import table_vocabulary
 
 # How far a format's logits may be from the reference, relative to the logits' spread (standard deviation).
@@ -54,6 +55,12 @@ def main(argv: list[str]) -> int:
     if args.base:
         compare_structure(model, open_base(args.base))
         print(f"{args.model} has the keys, order, shapes and dtypes of {args.base}")
+    if args.state:
+        states = read_states(args.state)
+        states.check_base(model)
+        model = states.added_to(model)
+    if model.has_states and not model.family.states_in_model:
+        print(NOT_LOOKED_FOR.format(model.family.name))
     rows = verify(model, args.tokens, tuple(args.gguf_types))
     print_table(rows)
     if not any(row.broke or row.difference is not None for row in rows):
@@ -82,11 +89,10 @@ def verify(model: Base, length: int = 50, gguf_types: Sequence[str] = ("f32", "f
     config = model.config
     tokens = random_tokens(config.vocab_size, length)
     reference = reference_logits(model, tokens)
-    stateful = any(is_time_state(key) for key in model.tensors)
     rows = []
     with scratch_folder() as folder:
         for runtime in all_runtimes():
-            without = "takes no initial state" if stateful and runtime.package != "rwkv" else ""
+            without = "takes no initial state" if model.has_states and runtime.package != "rwkv" else ""
             reason = runtime.missing() or runtime.refuses(config) or without
             for form in ("fp32",) if runtime.form == "pth" else gguf_types:
                 if reason:

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..config import AdapterConfig, DataConfig, RunConfig, TrainConfig
+from ..config import CHUNK_CTX, STATE_LR, AdapterConfig, DataConfig, RunConfig, TrainConfig
 from ..errors import UserError
-from ..names import GENERATIONS, NONE
+from ..names import FINETUNE, GENERATIONS, INFCTX, NONE, STATE
 from .adapter_flags import adapter_config
 from .loggers import check_wandb
 from .markers import markers_of
@@ -67,12 +67,56 @@ def parse_flags(argv):
 
 def flags_of(args, world, argv=()):
     """What a parser made of argv, on a World -> Flags."""
-    if args.train_type == "finetune" and args.peft != NONE:
-        raise UserError(f"--train_type finetune trains the model itself, and --peft is {args.peft}; add --peft none")
-    flags = Flags(args, adapter_config(args), data_config(args), settings_of(args, TrainConfig), world, argv)
+    if args.train_type in (FINETUNE, STATE):
+        check_train_type(args)
+    adapter = adapter_config(args)
+    flags = Flags(args, adapter, data_config(args), train_config(args, adapter), world, argv)
     check_train(flags.train)
     check_products(flags.train, flags.adapter)
     return flags
+
+
+def check_train_type(args):
+    """Refuse a --train_type that contradicts what trains; state names that part."""
+    what = {FINETUNE: "the model itself", STATE: "the states alone"}[args.train_type]
+    if args.peft != NONE:
+        raise UserError(
+            f"--train_type {args.train_type} trains {what}, and --peft is {args.peft}; add --peft none"
+            + ("" if args.train_type != STATE else ", or give --train_parts state instead to tune them along")
+        )
+    if args.train_type == STATE:
+        others = [part for group in args.train_parts for part in group if part != STATE]
+        if others:
+            raise UserError(
+                f"--train_type state trains {what}, and --train_parts names {others[0]}; leave one of the two out"
+            )
+        args.train_parts = [(STATE,)]
+
+
+def train_config(args, adapter):
+    """The run's settings; the learning rates' defaults depend on what trains."""
+    states = STATE in adapter.train_parts
+    if args.state_load and not states:
+        raise UserError(
+            f"--state_load {args.state_load} is where states start from, and none train; add --train_parts state"
+        )
+    if args.state_lr is not None and not states:
+        raise UserError(f"--state_lr {args.state_lr:g} is that of states, and none train; add --train_parts state")
+    if args.state_lr is not None and adapter.states_alone:
+        raise UserError(f"--state_lr {args.state_lr:g}: where states alone train, their rate is --lr_init; give that")
+    if args.lr_init == 0 and states and not adapter.states_alone:
+        raise UserError("--lr_init 0: --state_lr follows its schedule, of which 0 leaves nothing; give a rate above 0")
+    if args.bptt_segments and args.train_type != INFCTX:
+        raise UserError(
+            f"--bptt_segments {args.bptt_segments} counts segments of --train_type infctx, and the type is "
+            f"{args.train_type}; give that type, or leave --bptt_segments out"
+        )
+    segment = (args.chunk_ctx or CHUNK_CTX) if args.train_type == INFCTX else 0
+    train = settings_of(args, TrainConfig, chunk_ctx=segment)
+    if adapter.states_alone:
+        given = {name: getattr(args, name) for name in ("lr_init", "lr_final")}
+        train = replace(train, **{name: STATE_LR if rate is None else rate for name, rate in given.items()})
+    return train
 
 
 def parse_run(argv):
@@ -100,7 +144,12 @@ def request_of(flags):
     model = new_model(args, family) if base is None else check_base(args, base)
     adapter = replace(adapter, targets=targets_of(adapter.targets, family))
     shapes = linear_shapes(family.shapes(model)) if base is None else base.linear_shapes
-    layers = check_adapter(adapter, shapes, family.parts)
+    layers = check_adapter(adapter, shapes, (*family.parts, STATE))
+    if STATE not in adapter.train_parts and base is not None and base.has_states:
+        raise UserError(
+            f"{args.load_model} holds tuned time states, which training does not carry on unless they train; add "
+            "--train_parts state, or take the model without them"
+        )
     return Request(RunConfig(model, adapter, data, train), base, layers, world, argv, args.check_flags)
 
 
@@ -117,12 +166,7 @@ def targets_of(targets, family):
 def check_base(args, base):
     """Dimensions of the base; a flag that contradicts them, or its generation, is refused."""
     from ..models import family_named
-    from ..models.state import is_time_state
 
-    if any(is_time_state(key) for key in base.tensors):
-        raise UserError(
-            f"{args.load_model} holds tuned time states, which training does not carry on; take the model without them"
-        )
     if args.model_version not in (None, base.config.version):
         raise UserError(
             f"--model_version {args.model_version} ({family_named(args.model_version).name}) contradicts "
@@ -179,7 +223,7 @@ def check_data(data):
 
 def check_products(train, adapter):
     """Refuse flags of files that the run would not write."""
-    full = adapter.method == NONE
+    full = adapter.whole_model
     if train.merge_on_save and full:
         raise UserError("--merge_on_save merges an adapter, and --peft none has none: rwkv.pth is the model already")
     if train.save_dtype != "keep" and not full and not train.merge_on_save:

@@ -1,16 +1,16 @@
 """Gradients of a base model's matrices on some data, which LoRA-GA starts from (Wang et al. 2024, arXiv 2407.05000)."""
 
-from functools import partial
-
 import torch
 
-from .loss import linear_cross_entropy
+from .segments import segments_of
+from .steps import run
 
 
-def estimate_gradients(model, names, batch):
+def estimate_gradients(model, names, batch, length=0):
     """Gradient of the mean loss on one batch with respect to the weight of each module in `names`.
 
-    batch as TrainBatches gives it. -> {module name: (out, in) tensor}; each gradient leaves the backward pass as soon
+    batch as TrainBatches gives it; of its segments of `length` positions, where that is not 0, the one that counts most
+    stands for all. -> {module name: (out, in) tensor}; each gradient leaves the backward pass as soon
     as it is complete, so one layer's at a time is alive beside the activations. Requires-grad flags are left as found.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -26,11 +26,9 @@ def estimate_gradients(model, names, batch):
 
         hooks.append(weight.register_post_accumulate_grad_hook(keep))
     with torch.enable_grad():
-        head = partial(
-            linear_cross_entropy, targets=batch["targets"], mask=batch["mask"], count=max(1, int(batch["mask"].sum()))
-        )
-        loss, _ = model(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"), head=head)
-        loss.backward()
+        segments = segments_of(batch, length or batch["tokens"].shape[1])
+        segment = max(segments, key=lambda segment: int(segment.mask.sum()))
+        run(model, segment, None, max(1, int(segment.mask.sum())))[0].backward()
     for hook in hooks:
         hook.remove()
     for parameter, flag in flags:

@@ -4,6 +4,7 @@ from collections import Counter
 
 from ..adapters.methods import NONE, method_of
 from ..cli import counted
+from ..names import STATE
 from ..ops.mix import cuda as mix_cuda
 
 UPSTREAM_PARTS = ("time", "ln")  # what RWKV-PEFT trains along with an adapter by default
@@ -22,6 +23,8 @@ def describe(config, family, accelerator, samples, notes, plan, report, state, s
     say(f"training  {describe_adapter(adapter)}: {report}")
     if adapter.method != NONE and (note := frozen_parts(adapter, family, family.shapes(model))):
         say(f"          {note}")
+    if STATE in adapter.train_parts and not adapter.states_alone:
+        say(f"          the states' learning rate is {train.state_lr:g} after warm-up (--state_lr)")
     kernel = "cuda" if accelerator == "gpu" else "cpu"
     reason = family.kernels().get(kernel, f"{family.name} has none for a {accelerator} yet")
     say(
@@ -35,6 +38,9 @@ def describe(config, family, accelerator, samples, notes, plan, report, state, s
     say(f"data      {data.path}: {counted(len(samples), 'sample')} of up to {data.ctx_len} tokens")
     for note in notes:
         say(f"          {note}")
+    if train.chunk_ctx:
+        cut = f"; its gradient stops at every {train.bptt_segments} of them" if train.bptt_segments else ""
+        say(f"          computed in segments of {train.chunk_ctx:,} tokens, the state carried over{cut}")
     say(
         f"steps     {plan.total_steps:,} ({counted(train.epoch_count, 'epoch')} of {plan.epoch_steps:,}), "
         f"{counted(plan.step_samples, 'sample')} each" + (f"; resuming at step {plan.first_step:,}" if state else "")
@@ -50,6 +56,8 @@ def describe_adapter(adapter):
     words, method = ["full model"], method_of(adapter)
     if method is not None:
         words = [method.label, f"rank {adapter.rank}"]
+    elif adapter.states_alone:
+        words = ["time states"]
     elif adapter.train_parts:
         words = ["parts of the model"]
     if adapter.quant != "none":

@@ -7,11 +7,6 @@ import json
 ANY = ("N",)  # of a flag that sets nothing here whatever number it gives
 # (flag, the values that change nothing, what any other value asks for)
 LEGACY = (
-    (
-        "train_type",
-        ("none", "finetune"),
-        "another way to train (time states, infinite context), which train.py does not have",
-    ),
     ("op", ("cuda", "fla"), "a kernel for another model; those of wkv6 here are chosen by the device"),
     ("pre_ffn", ("0",), "a feed-forward layer in place of the first attention, which x060 models do not have"),
     ("head_qk", ("0",), "a copying head, which x060 models do not have"),
@@ -35,7 +30,6 @@ LEGACY = (
     ("my_random_steps", ("0",), "RWKV-LM's random steps; samples come in a random order without repetition"),
     ("my_exit", ("99999999",), "an end after so many epochs; --epoch_count sets it"),
     ("my_exit_tokens", ("0",), "an end after so many tokens; --epoch_steps and --epoch_count set it"),
-    ("chunk_ctx", ANY, "chunks of an infinite context, which --train_type none does not have; a number is taken"),
     ("ds_bucket_mb", ANY, "buckets of communication, whose size follows from what trains; a number is taken"),
     ("avg_loss", ("0",), "another mean of an infinite context's chunks; every token of a step weighs the same here"),
     ("lisa_config", ('{"lisa_r":2,"lisa_k":100}',), "LISA, a method that is not here; --peft names those that are"),

@@ -1,7 +1,6 @@
 """The training step as a LightningModule: loss, learning rate, optimizer, and what the ranks agree on each step."""
 
 import math
-from functools import partial
 
 import lightning.pytorch as pl
 import torch
@@ -9,7 +8,6 @@ import torch.distributed as dist
 
 from ..adapters.groups import parameter_groups
 from .cpu_adam import cpu_adam
-from .loss import linear_cross_entropy
 from .schedule import learning_rate
 
 
@@ -19,8 +17,8 @@ class Diverged(Exception):
 
 
 class Lit(pl.LightningModule):
-    """Trains `model` (adapters injected) by `train` (TrainConfig), optimizer steps numbered from first_step; family and
-    ratios as parameter_groups takes them.
+    """Trains `model` (adapters injected) by `train` (TrainConfig), optimizer steps numbered from first_step; compute (a
+    steps.Step) is what a step does with a batch; family and ratios as parameter_groups takes them.
 
     Each micro batch is a dict of tokens, targets, mask (B, T), cu_seqlens where rows are packed, and step_count, the
     counted tokens of the whole optimizer step: every token of a step weighs the same, whatever the number of ranks and
@@ -31,10 +29,10 @@ class Lit(pl.LightningModule):
     all of them in the same micro batch).
     """
 
-    def __init__(self, model, train, total_steps, first_step=0, family=None, ratios=()):
+    def __init__(self, model, train, compute, total_steps, first_step=0, family=None, ratios=()):
         super().__init__()
         self.model, self.train_config, self.total_steps = model, train, total_steps
-        self.step, self.family, self.ratios = first_step, family, ratios
+        self.step, self.family, self.ratios, self.compute = first_step, family, ratios, compute
         self.step_loss = 0.0
         self.stop_requested = 0
         self.stopping = False
@@ -74,13 +72,7 @@ class Lit(pl.LightningModule):
         # The engine averages gradients over ranks and micro batches; this denominator turns that into the mean over
         # the counted tokens of the whole step.
         parts = self.trainer.world_size * self.train_config.accumulate_grad_batches
-        head = partial(
-            linear_cross_entropy,
-            targets=batch["targets"],
-            mask=batch["mask"],
-            count=max(1, batch["step_count"]) / parts,
-        )
-        loss, _ = self.model(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"), head=head)
+        loss = self.compute.loss(self.model, batch, max(1, batch["step_count"]) / parts)
         self.agree(loss.detach(), parts)
         # Lightning and the engine both divide by the number of micro batches; once is right.
         return loss * self.train_config.accumulate_grad_batches

@@ -8,7 +8,7 @@ from dataclasses import fields
 
 from ..cli import HelpFormatter, Parser, count, positive, switch
 from ..config import AdapterConfig, DataConfig, TrainConfig
-from ..names import CHOICES, DATALOADS, GENERATIONS, LOSS_MASKS, SCHEDULES
+from ..names import CHOICES, DATALOADS, GENERATIONS, LOSS_MASKS, SCHEDULES, TRAIN_TYPES
 from .adapter_flags import add_json_flags
 from .legacy import add_legacy_flags
 from .markers import marker
@@ -65,6 +65,13 @@ def build_parser():
         # RWKV-PEFT's scripts write 0 for widths that follow from others
         model.add_argument(*flags, type=count if name in ("dim_att", "dim_ffn") else positive, default=None, help=text)
     adapter = parser.add_argument_group("adapter")
+    adapter.add_argument(
+        "--train_type",
+        choices=TRAIN_TYPES,
+        default=TRAIN_TYPES[0],
+        help="RWKV-PEFT's word for what trains: finetune is --peft none, state is --peft none --train_parts state; "
+        "infctx: rows of any length, in segments whose states are carried over (--chunk_ctx)",
+    )
     add_settings(adapter, AdapterConfig)
     add_json_flags(adapter)
     data = parser.add_argument_group("data")

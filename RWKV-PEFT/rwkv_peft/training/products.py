@@ -3,6 +3,7 @@
 adapter-LABEL.safetensors   the trained tensors
 rwkv-LABEL.pth              --peft none: the model, with the keys, order and (--save_dtype) dtypes of its base
 merged-LABEL.pth            --merge_on_save: base and adapter, as merge_bone.py merges them
+state-LABEL.pth             --train_parts state: the time states alone, as runtimes take them beside a model
 """
 
 import os
@@ -12,22 +13,24 @@ import sys
 import torch
 from tqdm import tqdm
 
-from ..adapters.methods import NONE
 from ..errors import UserError
 from ..files.adapter_file import ADAPTER, MODEL, Adapter, AdapterMetadata, save_adapter
 from ..files.atomic import atomic_write
 from ..files.dtypes import DTYPES
 from ..files.pth import all_finite, stream_tensors
 from ..files.pth_writer import TensorSpec, write_pth
+from ..files.state_file import write_states
 from ..models import family_named
+from ..models.state import split_time_states, time_state_shapes
+from ..names import STATE
 from ..release.merge import Merge, MergeOptions
 
-MERGED = "merged.pth"  # the newest of them
+MERGED, STATES = "merged.pth", "state.pth"  # the newest of them
 
 
-def newest_name(method):
-    """The name of the file of the newest trained tensors, by --peft."""
-    return MODEL if method == NONE else ADAPTER
+def newest_name(adapter):
+    """The name of the file of the newest trained tensors, by an AdapterConfig."""
+    return MODEL if adapter.whole_model else ADAPTER
 
 
 def labelled(path, label):
@@ -44,6 +47,8 @@ def model_dtypes(config, base):
     else:
         keys = family_named(config.model.version).shapes(config.model)
         found = dict.fromkeys(keys, DTYPES[train.precision])
+    if STATE in config.adapter.train_parts:
+        found |= dict.fromkeys(time_state_shapes(config.model), found["emb.weight"]) | found
     asked = DTYPES.get(train.save_dtype)
     return {key: asked or dtype for key, dtype in found.items()}
 
@@ -64,17 +69,19 @@ class Products:
     @property
     def newest(self):
         """The file of the newest trained tensors."""
-        return self.folder / newest_name(self.config.adapter.method)
+        return self.folder / newest_name(self.config.adapter)
 
     def write(self, tensors, labels):
         """Write {name: trained tensor} for each label, and what --merge_on_save makes of it."""
         train = self.config.train
         for label in labels:
             path = labelled(self.newest, label)
-            if self.config.adapter.method == NONE:
+            if self.config.adapter.whole_model:
                 write_model(path, tensors, model_dtypes(self.config, self.base))
             else:
                 save_adapter(path, tensors, self.metadata())
+            if states := split_time_states(tensors)[1]:
+                write_states(labelled(self.folder / STATES, label), states)
         if train.merge_on_save:
             self.write_merged(tensors, [labelled(self.folder / MERGED, label) for label in labels])
 

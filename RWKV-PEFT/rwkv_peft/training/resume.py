@@ -1,5 +1,6 @@
 """Whether a run begins or goes on, by what its folder holds and --resume; and the folder itself."""
 
+from ..config import AdapterConfig
 from ..errors import UserError
 from ..files.adapter_file import ADAPTER, MODEL
 from .checkpoints import UNSAVED, find_checkpoint
@@ -19,7 +20,7 @@ def find_state(folder, train, identity):
         return checkpoint, read_run_state(checkpoint, identity, train.fresh_optimizer)
     if checkpoint is not None:
         raise UserError(f"--proj_dir {folder} already holds a run; add --resume to continue it, or name another folder")
-    leftover = find_trained(folder, newest_name(identity["adapter"]["method"]))
+    leftover = find_trained(folder, newest_name(AdapterConfig(**identity["adapter"])))
     unsaved = (folder / UNSAVED).exists()
     if leftover and not (unsaved and train.resume == AUTO):
         remedy = f"move {folder / leftover} away" + " and leave --resume out to start anew" * (train.resume == MUST)

@@ -18,7 +18,7 @@ import torch
 from ..adapters.groups import learning_ratios
 from ..adapters.inject import inject
 from ..adapters.load import load_tensors
-from ..adapters.methods import NONE, method_of
+from ..adapters.methods import method_of
 from ..cli import counted
 from ..data.batches import TrainBatches
 from ..data.recorded import ENTRY, RUN, find_tokenizer, recorded_beside, remarks
@@ -32,6 +32,8 @@ from ..files.base import open_base
 from ..files.dtypes import DTYPES
 from ..memory import keep_freed_memory
 from ..models import family_named
+from ..models.state import TIME_STATE
+from ..names import STATE
 from .agreement import digest_of_file, passport
 from .alone import alone_in
 from .checkpoints import UNSAVED, clear_unsaved, find_checkpoint
@@ -43,7 +45,8 @@ from .meeting import Ranks
 from .resume import AUTO, METRICS, find_state
 from .saved_files import require_files
 from .saver import Saver, data_identity
-from .start import start_adapter
+from .start import start_adapter, start_states
+from .steps import Segments, Whole
 from .validate import Validator
 
 
@@ -90,7 +93,7 @@ def check(request, say=print):
     check_config(config.data)
     folder = Path(config.train.proj_dir)
     if not config.train.resume:  # what a checkpoint must agree with is known with the data
-        find_state(folder, config.train, {"adapter": asdict(config.adapter)})
+        find_state(folder, config, {"adapter": asdict(config.adapter)})
     check_output("--proj_dir", folder / "checkpoints" / "state.json", [])
     say(f"these flags can work: {describe_adapter(config.adapter)}, {config.train.devices} {accelerator}")
     return 0
@@ -156,9 +159,9 @@ def run_on(ranks, request, say):
     batches = TrainBatches(
         samples, config.data.micro_bsz, world_size=world.size, accumulate=train.accumulate_grad_batches
     )
-    report = adapt(model, config.adapter, request.layers, family, base, batches, checkpoint)
+    report = adapt(model, config, request.layers, family, base, batches, checkpoint)
     if state and train.fresh_optimizer:
-        if config.adapter.method == NONE:
+        if config.adapter.whole_model:
             model.load_state_dict(open_base(checkpoint / MODEL).tensors, strict=True)
         checkpoint = None  # its optimizer state belongs to other ranks
     if world.rank == 0:  # the others would each open GPU 0 to see whether the kernels work
@@ -212,30 +215,43 @@ def make_plan(train, samples, step_samples, state):
 
 
 def build_model(config, family, base):
-    """The model in the run's precision: the base's memory-mapped tensors where dtypes agree, or fresh weights."""
+    """The model in the run's precision: the base's memory-mapped tensors where dtypes agree, or fresh weights; with the
+    states to tune, if any."""
     dtype, grad_cp = DTYPES[config.train.precision], config.train.grad_cp
     if base is not None:
-        return family.load(base.tensors, config.model, grad_cp).to(dtype)
-    model = family.build(config.model, grad_cp)
-    family.init_weights(model)
-    return model.to(dtype)
+        model = family.load(base.tensors, config.model, grad_cp)
+    else:
+        model = family.build(config.model, grad_cp)
+        family.init_weights(model)
+    model = model.to(dtype)
+    if STATE in config.adapter.train_parts:
+        model.tune_states(start_states(config.train.state_load, config.model, family, base))
+    return model
 
 
-def adapt(model, adapter, layers, family, base, batches, checkpoint=None):
+def adapt(model, config, layers, family, base, batches, checkpoint=None):
     """Inject the adapter into the model: as the checkpoint to resume from holds it, with the factors that it began
     with; from --bone_load and its kin; or fresh. -> InjectReport."""
+    adapter = config.adapter
     method, loaded, gradients = method_of(adapter), None, {}
-    if checkpoint is not None and method is not None:
+    if checkpoint is not None and not adapter.whole_model:
         loaded = read_adapter(checkpoint / ADAPTER)
     elif adapter.load:
         loaded = start_adapter(adapter, base)
     elif method is not None and method.from_gradient:
-        gradients = estimate_gradients(model, layers, batches.batch(0, 0))
+        gradients = estimate_gradients(model, layers, batches.batch(0, 0), config.train.chunk_ctx)
     initial = loaded.tensors if loaded else {}
     report = inject(model, adapter, layers, family=family, initial=initial, gradients=gradients)
     if loaded:
         load_tensors(model, loaded.tensors, str(checkpoint or adapter.load))
     return report
+
+
+def step_of(train):
+    """What a step computes of a batch: whole rows, or segments of them."""
+    if not train.chunk_ctx:
+        return Whole()
+    return Segments(train.chunk_ctx, train.bptt_segments, together="stage_3" in train.strategy)
 
 
 def quiet():
@@ -285,7 +301,10 @@ def fit(config, family, model, trainable, samples, validator, saver, checkpoint,
             temporary.write_text(json.dumps(asdict(config) | record, indent=2, sort_keys=True) + "\n")
         loggers = make_loggers(config, folder)
     ratios = learning_ratios(method_of(config.adapter), config.adapter)
-    lit = Lit(model, train, plan.total_steps, plan.first_step, family if train.layerwise_lr else None, ratios)
+    if STATE in config.adapter.train_parts and not config.adapter.states_alone:
+        ratios += ((TIME_STATE, train.state_lr / train.lr_init),)
+    rates = family if train.layerwise_lr else None
+    lit = Lit(model, train, step_of(train), plan.total_steps, plan.first_step, rates, ratios)
     accumulate = train.accumulate_grad_batches
     trainer = pl.Trainer(
         accelerator=accelerator,

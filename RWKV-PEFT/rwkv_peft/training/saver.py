@@ -3,9 +3,10 @@
 proj_dir/adapter-epoch-N.safetensors   the trained tensors after epoch N (--peft none: rwkv-epoch-N.pth, the model)
 proj_dir/adapter.safetensors           the same, newest (--peft none: rwkv.pth)
 proj_dir/adapter-best.safetensors      the same, at the lowest validation loss
+proj_dir/state.pth                     tuned time states alone, under the same labels
 proj_dir/checkpoints/step-NNNNNNNN/    optimizer state, the trained tensors, state.json; the last KEEP of them
 
-products.py writes the first three.
+products.py writes the first four.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from dataclasses import asdict
 
 import torch
 
-from ..adapters.methods import NONE, adapter_parameter
+from ..adapters.methods import adapter_parameter
 from ..config import AdapterConfig, to_json
 from ..data.batches import collate
 from ..errors import UserError, told
@@ -135,8 +136,8 @@ class Saver:
 
     @property
     def full(self):
-        """Whether the model itself trains."""
-        return self.config.adapter.method == NONE
+        """Whether what is saved is a model."""
+        return self.config.adapter.whole_model
 
     def trained(self, trainer, lit):
         """{name: tensor} of what the run saves, as it trains: the model, or the adapter and the parts that train along.

@@ -1,27 +1,105 @@
-"""Learning-rate schedules as functions of the optimizer step."""
+"""Learning-rate schedules as functions of the optimizer step; names.py has their formulas."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MappingProxyType
 
 WSD_DECAY = 0.1  # the share of the run that warmup-stable-decay spends on its final descent
 
 
-def learning_rate(step, *, total_steps, lr_init, lr_final, warmup_steps=0, schedule="cosine"):
-    """The learning rate of optimizer step `step` (0-based) of `total_steps`.
+@dataclass(frozen=True)
+class Run:
+    """What a schedule knows: total steps, warm-up steps, and the learning rates of the flags' names."""
 
-    Rises linearly from lr_init / warmup_steps to lr_init over warmup_steps, then goes to lr_final by the last step:
-    "cosine" and "linear" over what remains, "wsd" (warmup, stable, decay) in the last tenth of the run, "constant" not
-    at all.
+    total_steps: int
+    warmup_steps: int
+    lr_init: float
+    lr_final: float
+
+    def progress(self, step: int, start: int, end: int) -> float:
+        """0 up to step `start`, 1 from step `end` on, and evenly between them."""
+        return min(1.0, max(0.0, (step - start) / max(1, end - start)))
+
+    def line(self, progress: float) -> float:
+        return self.lr_init + (self.lr_final - self.lr_init) * progress
+
+    def half_wave(self, progress: float) -> float:
+        return self.lr_final + (self.lr_init - self.lr_final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def constant(run: Run, step: int) -> float:
+    return run.lr_init
+
+
+def linear(run: Run, step: int) -> float:
+    return run.line(run.progress(step, run.warmup_steps, run.total_steps - 1))
+
+
+def cosine(run: Run, step: int) -> float:
+    return run.half_wave(run.progress(step, run.warmup_steps, run.total_steps - 1))
+
+
+def wsd(run: Run, step: int) -> float:
+    start = max(run.warmup_steps, run.total_steps - math.ceil(run.total_steps * WSD_DECAY))
+    return run.line(run.progress(step, start, run.total_steps - 1))
+
+
+def exp(run: Run, step: int) -> float:
+    """RWKV-LM's without --my_exit_tokens: a line where a rate is 0."""
+    progress = run.progress(step, run.warmup_steps - 1, run.total_steps - 1)
+    if run.lr_init == 0 or run.lr_final == 0:
+        return run.line(progress)
+    return run.lr_init * (run.lr_final / run.lr_init) ** progress
+
+
+def rwkv_lm(run: Run, step: int) -> float:
+    """RWKV-LM's with --my_exit_tokens, which would reach lr_final one step after the run."""
+    return run.half_wave(run.progress(step, run.warmup_steps, run.total_steps))
+
+
+def rwkv_peft(run: Run, step: int) -> float:
+    """RWKV-PEFT's cos_decay, which would reach lr_final one step after the run."""
+    return run.half_wave(run.progress(step, 0, run.total_steps))
+
+
+def from_the_first(run: Run, step: int) -> float:
+    """The share of the rate in a warm-up whose first step counts: 1 / W to 1."""
+    return (step + 1) / run.warmup_steps
+
+
+def from_a_hundredth(run: Run, step: int) -> float:
+    """The share of the rate in RWKV-LM's warm-up: 0.01 in the first step, 1 in the first after it."""
+    return 0.01 + 0.99 * step / run.warmup_steps
+
+
+def at_once(run: Run, step: int) -> float:
+    return 1.0
+
+
+# --lr_schedule -> (the rate after warm-up, the share of it that the steps of warm-up take)
+SCHEDULES: MappingProxyType[str, tuple[Callable[[Run, int], float], Callable[[Run, int], float]]] = MappingProxyType(
+    {
+        "cosine": (cosine, from_the_first),
+        "linear": (linear, from_the_first),
+        "constant": (constant, from_the_first),
+        "wsd": (wsd, from_the_first),
+        "exp": (exp, from_a_hundredth),
+        "rwkv-lm": (rwkv_lm, from_a_hundredth),
+        "rwkv-peft": (rwkv_peft, at_once),
+    }
+)
+
+
+def learning_rate(
+    step: int, *, total_steps: int, lr_init: float, lr_final: float, warmup_steps: int = 0, schedule: str = "cosine"
+) -> float:
+    """The learning rate of optimizer step `step` (0-based) of `total_steps`, by the formula in names.SCHEDULES.
+
+    Sources of those of other projects: RWKV-LM's RWKV-v5/src/trainer.py (exp, rwkv-lm), RWKV-PEFT's
+    rwkvt/trick/lrs.py (rwkv-peft).
     """
-    if step < warmup_steps:
-        return lr_init * (step + 1) / warmup_steps
-    if schedule == "constant":
-        return lr_init
-    start = warmup_steps
-    if schedule == "wsd":
-        start = max(warmup_steps, total_steps - math.ceil(total_steps * WSD_DECAY))
-        if step < start:
-            return lr_init
-    progress = min(1.0, (step - start) / max(1, total_steps - 1 - start))
-    if schedule == "cosine":
-        return lr_final + (lr_init - lr_final) * 0.5 * (1 + math.cos(math.pi * progress))
-    return lr_init + (lr_final - lr_init) * progress
+    run = Run(total_steps, warmup_steps, lr_init, lr_final)
+    rate, warm_up = SCHEDULES[schedule]
+    share = warm_up(run, step) if step < warmup_steps else 1.0
+    return rate(run, step) * share

@@ -7,6 +7,9 @@ from ..adapters.methods import forms, method_of
 from ..errors import UserError
 from ..files.adapter_file import AdapterMetadata
 from ..files.adapters import AdapterSource
+from ..files.state_file import read_states
+from ..models.state import State, split_time_states, state_of
+from ..names import STATE
 
 
 def start_adapter(adapter, base):
@@ -68,6 +71,18 @@ def start_adapter(adapter, base):
     return loaded
 
 
+def start_states(path, config, family, base):
+    """The State of one sequence that --train_parts state starts from: of the file at path (--state_load), of the base
+    (a Base, or None), or None for zeros. Raises UserError where it is not the model's."""
+    tensors = {} if base is None else split_time_states(base.tensors)[1]
+    if path:
+        file = read_states(path)
+        if base is not None:
+            file.check_base(base)
+        tensors = file.time_states()
+    return state_of(tensors, State.zeros(config, 1), family.rows_are_keys, path or base.path) if tensors else None
+
+
 def check_parts(adapter, loaded, family):
     """Refuse tensors of the base that the earlier run trained and this one would not save with its adapter."""
     frozen = [key for key in loaded.whole() if family.part_of(key) not in adapter.train_parts]
@@ -75,7 +90,7 @@ def check_parts(adapter, loaded, family):
         return
     parts = [family.part_of(key) for key in frozen]
     named = " ".join(dict.fromkeys([*adapter.train_parts, *filter(None, parts)]))
-    trainable = all(part in family.parts for part in parts)
+    trainable = all(part in (*family.parts, STATE) for part in parts)
     raise UserError(
         f"{adapter.load} holds {len(frozen)} tensors of the base that trained along (such as {frozen[0]}), and "
         "this run would neither train nor save them; "

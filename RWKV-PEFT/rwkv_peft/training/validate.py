@@ -1,14 +1,12 @@
 """Validation while training: loss and perplexity over held-out samples, the best adapter kept, early stopping."""
 
 import math
-from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from ..data.batches import EvalBatches
 from ..plots import is_number, read_metrics
-from .loss import linear_cross_entropy
 
 
 class Validator:
@@ -57,8 +55,7 @@ class Validator:
         for batch in EvalBatches(self.samples, self.micro_bsz, trainer.global_rank, trainer.world_size):
             self.watch.moved(f"the validation after step {lit.step}")
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            head = partial(linear_cross_entropy, targets=batch["targets"], mask=batch["mask"], count=1)
-            loss, _ = lit.model(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"), head=head)
+            loss = lit.compute.total(lit.model, batch)
             total += torch.stack([loss.double(), batch["mask"].sum().double()])
         lit.model.train()
         if trainer.world_size > 1:

@@ -4,7 +4,7 @@ from ...ops.wkv6 import backends
 from ..family import Family
 from . import gguf, keys, names
 from .init import init_weights
-from .model import RWKV6
+from .model import RWKV6, TimeMix
 
 
 class RWKV6Family(Family[keys.RWKV6Config, RWKV6]):
@@ -12,7 +12,8 @@ class RWKV6Family(Family[keys.RWKV6Config, RWKV6]):
 
     name, version, sign = "RWKV-6", "x060", keys.SIGN
     targets, parts = keys.TARGETS, keys.PARTS
-    rows_are_keys = True
+    rows_are_keys = TimeMix.rows_are_keys
+    states_in_model = True
     kernel = "wkv6"
     gguf_architecture, hf_tokenizer = "rwkv6", "Rwkv6Tokenizer"
 

@@ -8,12 +8,12 @@ import torch
 
 from ...config import ModelConfig
 from ...errors import UserError
+from ...names import STATE
 from ..state import count_layers, is_time_state
 
 SIGN = "blocks.0.att.time_maa_w1"
 TARGETS = ("att.receptance", "att.key", "att.value", "att.gate", "att.output", "ffn.key", "ffn.receptance", "ffn.value")
 PARTS = ("time", "ln", "emb", "head")  # time_*; ln0, ln1, ln2, ln_x, ln_out; emb; head
-STATE = "state"  # time_state, a part of its own
 LARGEST_HEAD = 128
 
 

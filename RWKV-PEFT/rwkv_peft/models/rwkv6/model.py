@@ -12,7 +12,7 @@ from torch import nn
 
 from ...ops.mix import lerp, norm_gate, relu_square, sigmoid_gate
 from ...ops.wkv6 import wkv6
-from ..parts import LanguageModel, last_token
+from ..parts import LanguageModel, Recurrent, count_sequences, last_token
 from ..state import LayerState
 from .keys import RWKV6Config
 
@@ -25,9 +25,10 @@ class GatedNorm(nn.GroupNorm):
         return norm_gate(y, gate, self.weight, self.bias, self.eps)
 
 
-class TimeMix(nn.Module):
+class TimeMix(Recurrent):
     """Attention's counterpart: data-dependent token shift, data-dependent decay, the wkv6 recurrence."""
 
+    rows_are_keys = True
     time_maa_x: nn.Parameter
     time_maa_w: nn.Parameter
     time_maa_k: nn.Parameter
@@ -80,6 +81,7 @@ class TimeMix(nn.Module):
         k = self.key(xk).view(heads)
         v = self.value(xv).view(heads)
         w = (self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2).view(heads)
+        wkv_state = self.begun(wkv_state, count_sequences(x, cu_seqlens))
         y, wkv_state = wkv6(r, k, v, w, self.time_faaaa, wkv_state, cu_seqlens)
         return self.output(self.ln_x(y, self.gate(xg))), last_token(x, cu_seqlens), wkv_state
 

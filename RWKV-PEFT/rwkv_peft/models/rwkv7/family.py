@@ -4,7 +4,7 @@ from ...ops.wkv7 import backends
 from ..family import Family
 from . import gguf, keys, names
 from .init import init_weights
-from .model import RWKV7
+from .model import RWKV7, TimeMix
 
 
 class RWKV7Family(Family[keys.RWKV7Config, RWKV7]):
@@ -12,7 +12,8 @@ class RWKV7Family(Family[keys.RWKV7Config, RWKV7]):
 
     name, version, sign = "RWKV-7", "x070", keys.SIGN
     targets, parts = keys.TARGETS, keys.PARTS
-    rows_are_keys = False
+    rows_are_keys = TimeMix.rows_are_keys
+    states_in_model = False
     kernel = "wkv7"
     gguf_architecture, hf_tokenizer = "rwkv7", "Rwkv7Tokenizer"
 

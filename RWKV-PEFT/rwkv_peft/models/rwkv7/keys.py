@@ -11,12 +11,12 @@ import torch
 
 from ...config import ModelConfig
 from ...errors import UserError
-from ..state import count_layers, is_time_state
+from ...names import STATE
+from ..state import TIME_STATE, count_layers, is_time_state
 
 SIGN = "blocks.0.att.r_k"
 TARGETS = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")
 PARTS = ("time", "ln", "emb", "head")  # the mixes' own parameters; ln0, ln1, ln2, ln_x, ln_out; emb; head
-STATE = "state"  # time_state, a part of its own
 SHIFTS = "rwkvag"  # the inputs that token shift makes, in the order in which they are stacked
 LOW_RANK = ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2")
 TIME = (*(f"x_{name}" for name in SHIFTS), "w0", "a0", "v0", *LOW_RANK, "k_k", "k_a", "r_k")
@@ -161,4 +161,4 @@ def learning_rate(key: str) -> tuple[float, bool]:
     """RWKV-LM's rule: w0 learns at twice the rate, and of the model's own parameters only matrices named weight
     decay."""
     leaf = key.rpartition(".")[2]
-    return 2.0 if leaf == "w0" else 1.0, leaf not in TIME
+    return 2.0 if leaf == "w0" else 1.0, leaf not in (*TIME, TIME_STATE)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...ops.mix import delta_keys, lerp, norm_bonus_gate, relu_square, value_residual
 from ...ops.wkv7 import wkv7
-from ..parts import LanguageModel, last_token
+from ..parts import LanguageModel, Recurrent, count_sequences, last_token
 from ..state import LayerState
 from .keys import SHIFTS, RWKV7Config
 
@@ -27,10 +27,11 @@ class BonusNorm(nn.GroupNorm):
         return norm_bonus_gate(y, r, k, v, g, r_k, self.weight, self.bias, self.eps)
 
 
-class TimeMix(nn.Module):
+class TimeMix(Recurrent):
     """Attention's counterpart: token shift, decay and in-context learning rate by low-rank projections, the wkv7
     recurrence, a bonus for the current token, a gate."""
 
+    rows_are_keys = False
     w0: nn.Parameter  # (1, 1, C), as the other vectors: one 0, two factors 1 (C, rank) and 2 (rank, C) each
     w1: nn.Parameter
     w2: nn.Parameter
@@ -90,6 +91,7 @@ class TimeMix(nn.Module):
         a = xa @ self.a1 @ self.a2
         r, w, k, v, a = (tensor.view(heads) for tensor in (r, w, k, v, a))
         k, a, b = delta_keys(k, a, self.a0, self.k_k, self.k_a)
+        wkv_state = self.begun(wkv_state, count_sequences(x, cu_seqlens))
         y, wkv_state = wkv7(r, w, k, v, a, b, wkv_state, cu_seqlens)
         y = self.ln_x(y, r, k, v, g, self.r_k)
         return self.output(y), v_first, last_token(x, cu_seqlens), wkv_state

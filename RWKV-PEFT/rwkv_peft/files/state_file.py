@@ -1,0 +1,99 @@
+"""Files of time states, in every layout: one reader, which generation, training and the checks share, and writers.
+
+- .pth: {blocks.N.att.time_state: (H, N value, N key)}, as RWKV-Runner and ChatRWKV read them; a saved session besides
+  has the shifts
+- .st, .state, .safetensors: the same keys with the last two axes exchanged, as web-rwkv and Ai00 have them
+- the adapter.safetensors of a run that tuned states alone, or the run's folder: as .pth, and it names its base
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..errors import UserError
+from ..models.state import State, is_time_state, state_of, swapped
+from .adapter_file import METADATA_KEY, read_own
+from .adapters import adapter_of_run
+from .atomic import atomic_write
+from .base import Base, save_model
+from .pth import read_tensors
+from .pth_writer import TensorSpec
+from .safetensors_file import read_safetensors, write_safetensors
+
+WEB = (".st", ".state", ".safetensors")
+
+
+class StateFile(NamedTuple):
+    """What a file of states holds: path, {key: tensor} in the layout of a .pth, and the fingerprint of the base that
+    they were tuned on, "" where the file does not say."""
+
+    path: Path
+    tensors: dict[str, torch.Tensor]
+    base_fingerprint: str = ""
+
+    def check_base(self, base: Base) -> None:
+        """Raise UserError where the states name another base."""
+        if self.base_fingerprint not in ("", base.fingerprint):
+            raise UserError(
+                f"{self.path} was tuned on another base: it names the fingerprint {self.base_fingerprint}, and "
+                f"{base.path} has {base.fingerprint}; find the base it was tuned on, or give the state.pth beside it, "
+                "which names none"
+            )
+
+    def time_states(self) -> dict[str, torch.Tensor]:
+        """Its {key: tensor}. Raises UserError for a saved session."""
+        if any(key.endswith(".shift") for key in self.tensors):
+            raise UserError(
+                f"{self.path} is a saved session, which is behind some tokens; give time states, as state tuning makes "
+                "them"
+            )
+        return self.tensors
+
+    def added_to(self, base: Base) -> Base:
+        """A Base with these time states in place of its own. Raises UserError where they are not the model's."""
+        state_of(self.time_states(), State.zeros(base.config, 1), base.family.rows_are_keys, self.path)
+        return Base(base.path, base.tensors | self.tensors, base.family, base.config)
+
+
+def is_own(path: str | Path) -> bool:
+    """Whether a file is an adapter that train.py saved."""
+    return Path(path).suffix == ".safetensors" and METADATA_KEY in read_safetensors(path)[1]
+
+
+def read_states(path: str | Path) -> StateFile:
+    """The StateFile at path. Raises UserError for a file that is missing or broken, and for an adapter's."""
+    path = adapter_of_run(path)
+    if is_own(path):
+        adapter = read_own(path)
+        others = [key for key in adapter.tensors if not is_time_state(key)]
+        if others:
+            raise UserError(
+                f"{path} holds {len(others)} tensors besides time states (such as {others[0]}); merge it, or give the "
+                "state.pth beside it"
+            )
+        return StateFile(path, adapter.tensors, adapter.metadata.base_fingerprint)
+    if path.suffix in WEB:
+        return StateFile(path, swapped_states(read_safetensors(path)[0]))
+    return StateFile(path, read_tensors(path))
+
+
+def check_state_output(flag: str, path: str | Path) -> None:
+    """Raise UserError unless a flag's path ends as a file of time states does."""
+    if Path(path).suffix not in (".pth", *WEB):
+        raise UserError(f"{flag} {path}: a name that ends in .pth, or in {', '.join(WEB)} (web-rwkv, Ai00), is due")
+
+
+def write_states(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write {key: time state} in the layout that the path's ending names, atomically."""
+    if Path(path).suffix == ".pth":
+        return save_model(path, tensors)
+    turned = {key: tensor.contiguous() for key, tensor in swapped_states(tensors).items()}
+    with atomic_write(path) as temporary:
+        write_safetensors(temporary, {key: TensorSpec.of(tensor) for key, tensor in turned.items()}, turned.items())
+
+
+def swapped_states(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """{key: time state} of a .pth as web-rwkv and Ai00 have it, or the other way round."""
+    return {key: swapped(tensor) if tensor.dim() > 1 else tensor for key, tensor in tensors.items()}

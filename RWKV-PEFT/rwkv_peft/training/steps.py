@@ -1,0 +1,188 @@
+"""What a training step does with a batch: all positions at once, or segment by segment with the states carried over.
+
+Both give the loss of a batch, differentiable in the parameters that train, and its sum without gradients.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..models.state import LayerState, State
+from .loss import linear_cross_entropy
+from .segments import Segment, filler, segments_of
+
+Batch = Mapping[str, torch.Tensor]
+Tensors = Sequence[torch.Tensor]
+Gradient = Sequence[torch.Tensor | None]  # of some tensors, None for those that it does not reach
+
+
+class Step(Protocol):
+    """What a run is given to train and validate with. batch is one of TrainBatches or EvalBatches; count is the number
+    that the sum of the counted tokens' losses is divided by."""
+
+    def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor: ...
+
+    def total(self, model: nn.Module, batch: Batch) -> torch.Tensor: ...
+
+
+class Whole:
+    """All positions of a batch at once."""
+
+    def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
+        head = partial(linear_cross_entropy, targets=batch["targets"], mask=batch["mask"], count=count)
+        loss: torch.Tensor = model(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"), head=head)[0]
+        return loss
+
+    @torch.no_grad()
+    def total(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        return self.loss(model, batch, 1)
+
+
+class Gradients(NamedTuple):
+    """What going back through a segment gives: the gradients of the parameters and of the state before it (None where
+    there are none), the loss, and the state after it."""
+
+    parameters: Gradient
+    before: Gradient
+    loss: torch.Tensor
+    after: State
+
+
+class Segments:
+    """Segments of `length` positions, whose activations are in memory one segment at a time.
+
+    The gradients are those of the whole row, up to rounding: a first pass keeps the state at each border, and a second
+    one goes back from the last segment to the first, computes each anew and carries the gradient of its initial state
+    to the one before. With bptt above 0 that gradient stops at every bptt-th border. together: every rank goes through
+    the same number of segments, as ZeRO-3's collective operations need.
+    """
+
+    def __init__(self, length: int, bptt: int = 0, together: bool = False) -> None:
+        self.length, self.bptt, self.together = length, bptt, together
+
+    def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
+        segments = self.segments(batch)
+        seeds = torch.randint(2**62, (len(segments),)).tolist()  # a segment draws the same in both passes
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        sums: list[torch.Tensor] = []
+        total, state = torch.zeros((), device=batch["tokens"].device), None
+        group = self.bptt or len(segments)
+        for first in range(0, len(segments), group):
+            chain, draws = segments[first : first + group], seeds[first : first + group]
+            befores = self.states(model, chain, draws, state)
+            gradient: Gradient = ()
+            for position in reversed(range(len(chain))):
+                torch.manual_seed(draws[position])
+                found = go_back(model, chain[position], befores[position], gradient, parameters, count)
+                gradient, total = found.before, total + found.loss
+                add(sums, found.parameters, parameters)
+                if position == len(chain) - 1:
+                    after = found.after
+            state = following(segments, first + group, after)
+        return delivered(total, sums, parameters)
+
+    @torch.no_grad()
+    def total(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        total, state = torch.zeros((), device=batch["tokens"].device), None
+        segments = self.segments(batch)
+        for position, segment in enumerate(segments):
+            loss, after = run(model, segment, state, 1)
+            total, state = total + loss, following(segments, position + 1, kept(segment.state_after(after)))
+        return total
+
+    def segments(self, batch: Batch) -> list[Segment]:
+        """The batch's segments, and as many fillers as the other ranks have more."""
+        segments = segments_of(batch, self.length)
+        if self.together and dist.is_initialized():
+            most = torch.tensor(len(segments), device=batch["tokens"].device)
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+            segments += [filler(segments[0])] * (int(most) - len(segments))
+        return segments
+
+    @torch.no_grad()
+    def states(
+        self, model: nn.Module, chain: Sequence[Segment], draws: Sequence[int], state: State | None
+    ) -> list[State | None]:
+        """The State before each segment of a chain, from the one before the first."""
+        befores = [state]
+        for position, segment in enumerate(chain[:-1]):
+            torch.manual_seed(draws[position])
+            after = model(segment.tokens, befores[-1], segment.cu_seqlens, head=no_head)[1]
+            befores.append(following(chain, position + 1, kept(segment.state_after(after))))
+        return befores
+
+
+def no_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What stands for the logits where only the state is asked for."""
+    return x.new_zeros(())
+
+
+def following(segments: Sequence[Segment], position: int, after: State) -> State | None:
+    """The State before the segment at a position, from what the one before left; None where it begins anew."""
+    return after if position < len(segments) and segments[position].carries else None
+
+
+def kept(state: State) -> State:
+    """A State in memory of its own: shifts are views of all the inputs of which they are the last."""
+    return State(LayerState(*(tensor.detach().clone() for tensor in layer)) for layer in state)
+
+
+def run(model: nn.Module, segment: Segment, state: State | None, count: float) -> tuple[torch.Tensor, State]:
+    head = partial(linear_cross_entropy, targets=segment.targets, mask=segment.mask, count=count)
+    loss, after = model(segment.tokens, state, segment.cu_seqlens, head=head)
+    return loss, after
+
+
+def go_back(
+    model: nn.Module, segment: Segment, before: State | None, gradient: Gradient, parameters: Tensors, count: float
+) -> Gradients:
+    """The Gradients of a segment from the State before it; gradient is that of the tensors of the State after it, ()
+    where nothing goes on from there."""
+    inputs = [tensor.detach().requires_grad_() for layer in before or () for tensor in layer]
+    start = None if before is None else State(LayerState(*inputs[i : i + 3]) for i in range(0, len(inputs), 3))
+    loss, state = run(model, segment, start, count)
+    after = segment.state_after(state)
+    ends = [tensor for layer in after for tensor in layer]
+    pairs = [(loss, None)] + [(end, grad) for end, grad in zip(ends, gradient) if grad is not None]
+    outputs, grads = zip(*((output, grad) for output, grad in pairs if output.requires_grad))
+    found = torch.autograd.grad(outputs, [*parameters, *inputs], grads, allow_unused=True)
+    return Gradients(found[: len(parameters)], found[len(parameters) :], loss.detach(), kept(after))
+
+
+def add(sums: list[torch.Tensor], gradients: Gradient, parameters: Tensors) -> None:
+    """Add gradients to the sums, which are empty at first, and float32 for smaller dtypes: many segments add up."""
+    if not sums:
+        shapes = [getattr(parameter, "ds_shape", parameter.shape) for parameter in parameters]  # ZeRO-3's are cut
+        wide = torch.promote_types(torch.float32, parameters[0].dtype)
+        sums += [torch.zeros(shape, dtype=wide, device=parameters[0].device) for shape in shapes]
+    for total, gradient in zip(sums, gradients):
+        if gradient is not None:
+            total += gradient
+
+
+def delivered(loss: torch.Tensor, gradients: Tensors, parameters: Tensors) -> torch.Tensor:
+    """A loss whose gradients are known already, and are handed to the parameters when it is differentiated: once for
+    each, which is what ZeRO's bookkeeping asks for."""
+    cut = [p for p in parameters if p.shape != getattr(p, "ds_shape", p.shape)]
+    if cut:  # by ZeRO-3, which does so again behind the backward pass; a gradient needs the shape
+        cut[0].all_gather(param_list=cut)  # type: ignore[attr-defined]
+    result: torch.Tensor = Delivered.apply(loss, gradients, *parameters)
+    return result
+
+
+class Delivered(torch.autograd.Function):
+    """The loss as it is; backward gives the parameters gradients that were computed before."""
+
+    @staticmethod
+    def forward(ctx, loss, gradients, *parameters):
+        ctx.gradients, ctx.dtypes = gradients, [parameter.dtype for parameter in parameters]
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return None, None, *((total * grad).to(dtype) for total, dtype in zip(ctx.gradients, ctx.dtypes))

@@ -1,0 +1,57 @@
+"""Every --lr_schedule drawn against the formula that `train.py --help` gives for it: docs/schedules.png.
+
+    python benchmarks/schedules.py [--output docs/schedules.png]
+
+Prints the largest difference between the two, relative to lr_init.
+"""
+
+import argparse
+import math
+
+from rwkv_peft.names import SCHEDULES
+from rwkv_peft.training.schedule import learning_rate
+
+STEPS, WARM_UP, FIRST, LAST = 200, 20, 1e-3, 1e-4
+
+
+def by_formula(name, step):
+    """The learning rate at a step as the formula of a schedule says it: Python, but for definitions behind a comma."""
+    formula, *definitions = SCHEDULES[name].split(", D = ")
+    known = {"s": step, "S": STEPS, "W": WARM_UP, "a": FIRST, "z": LAST, "pi": math.pi, "cos": math.cos}
+    known |= {"min": min, "max": max, "ceil": math.ceil, "clip": lambda x: min(1.0, max(0.0, x))}
+    for definition in definitions:
+        known["D"] = eval(definition, {}, known)
+    return eval(formula, {}, known)
+
+
+def rates(name):
+    """(learning rates of every step, the same by the formula)."""
+    settings = dict(total_steps=STEPS, warmup_steps=WARM_UP, lr_init=FIRST, lr_final=LAST, schedule=name)
+    steps = range(STEPS)
+    return [learning_rate(step, **settings) for step in steps], [by_formula(name, step) for step in steps]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", default="docs/schedules.png")
+    output = parser.parse_args().output
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 4, figsize=(12, 5), sharex=True, sharey=True, layout="constrained")
+    for name, axis in zip(SCHEDULES, axes.flat):
+        ours, formula = rates(name)
+        axis.plot(formula, color="0.7", linewidth=4, label="formula")
+        axis.plot(ours, color="C0", linewidth=1, label="learning rate")
+        axis.set_title(name)
+        print(f"{name:<10} largest difference {max(abs(a - b) for a, b in zip(ours, formula)) / FIRST:.1e}")
+    axes.flat[0].legend()
+    axes.flat[-1].set_axis_off()
+    figure.supxlabel(f"step of {STEPS}, {WARM_UP} of them warm-up; from {FIRST:g} to {LAST:g}")
+    figure.savefig(output, dpi=80)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Rows in segments by the command that a user types: the losses and gradient norms of whole rows under every stage,
+with packing, tuned states, validation and masks; resumed bitwise."""
+
+import pytest
+from safetensors.torch import load_file
+
+from training.runs import metrics
+
+CUT = ("--train_type", "infctx", "--chunk_ctx", "7")
+PLAIN = ("--precision", "fp32", "--epoch_count", "1")
+PACKED = ("--precision", "fp32", "--dataload", "pack", "--ctx_len", "80", "--train_parts", "state", "ln")
+PACKED += ("--loss_mask", "qa", "--mask_id", "30", "--mask_end_id", "60", "--lr_schedule", "constant")
+PACKED += ("--val_split", "0.2", "--strategy", "deepspeed_stage_2")
+
+
+@pytest.fixture(scope="module")
+def whole(files, train):
+    train("whole", *PLAIN, "--micro_bsz", "4")
+    return metrics(files, "whole")
+
+
+@pytest.fixture(scope="module")
+def packed(files, train):
+    """Of packed rows in segments: the metrics."""
+    out, _ = train("packed", *PACKED, *CUT)
+    assert "computed in segments of 7 tokens, the state carried over" in out
+    return metrics(files, "packed")
+
+
+def agree(mine, theirs, rel):
+    assert len(mine) == len(theirs) and sum(line["loss"] > 0 for line in theirs) > len(theirs) / 2
+    for ours, other in zip(mine, theirs):
+        assert ours["tokens"] == other["tokens"]
+        for key in {"loss", "grad_norm", "val_loss"} & other.keys():
+            assert ours[key] == pytest.approx(other[key], rel=rel), key
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--micro_bsz", "4", "--strategy", "deepspeed_stage_1"),
+        ("--strategy", "deepspeed_stage_3", "--devices", "2", "--accumulate_grad_batches", "2", "--grad_cp", "1"),
+    ],
+    ids=["stage 1", "stage 3, two ranks"],
+)
+def test_segments_train_as_whole_rows_do(files, train, whole, more):
+    name = f"cut-{len(more)}"
+    train(name, *PLAIN, *CUT, *more)
+    agree(metrics(files, name), whole, 1e-3)
+    expected = load_file(files / "whole" / "adapter.safetensors")
+    for key, tensor in load_file(files / name / "adapter.safetensors").items():
+        assert (tensor - expected[key]).norm() <= 2e-2 * expected[key].norm(), key
+
+
+def test_packed_rows_with_tuned_states_and_validation_do_too(files, train, packed):
+    train("packed-whole", *PACKED)
+    agree(packed, metrics(files, "packed-whole"), 1e-3)
+    assert "val_loss" in packed[3]
+
+
+def test_a_resumed_run_has_the_bits_of_a_whole_one(files, train, packed):
+    train("resumed", *PACKED, *CUT, "--epoch_count", "1")
+    train("resumed", *PACKED, *CUT, "--resume")
+    first, second = (load_file(files / name / "adapter.safetensors") for name in ("packed", "resumed"))
+    assert all((first[key] == tensor).all() for key, tensor in second.items()) and first.keys() == second.keys()
+
+
+def test_a_gradient_that_is_cut_differs(files, train, whole):
+    out, _ = train("truncated", *PLAIN, *CUT, "--micro_bsz", "4", "--bptt_segments", "1", "--epoch_steps", "1")
+    assert "its gradient stops at every 1 of them" in out
+    mine, theirs = metrics(files, "truncated")[0], whole[0]
+    assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert abs(mine["grad_norm"] / theirs["grad_norm"] - 1) > 1e-4

@@ -1,0 +1,181 @@
+"""State tuning by the commands that a user types: trained, resumed, merged, checked, converted, generated from; alone
+and along with an adapter; for every generation."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rwkv_peft.errors import UserError
+from rwkv_peft.files.adapter_file import read_own
+from rwkv_peft.files.base import open_base, save_model
+from rwkv_peft.files.pth import read_tensors
+from rwkv_peft.files.state_file import read_states
+from rwkv_peft.generate.command import main as generate
+from rwkv_peft.models import FAMILIES
+from rwkv_peft.models.state import time_state_shapes
+from rwkv_peft.release.check import main as check
+from rwkv_peft.release.convert import main as convert
+from rwkv_peft.release.merge_command import main as merge
+from rwkv_peft.release.verify import main as verify
+from rwkv_peft.training.flags import parse_run
+from training.runs import metrics
+
+ALONE = ("--peft", "none", "--train_type", "state", "--precision", "fp32", "--lr_init", "1e-1", "--lr_final", "1e-1")
+BY_VERSION = pytest.mark.parametrize("version", [family.version for family in FAMILIES])
+
+
+@pytest.fixture(scope="module")
+def bases(files):
+    """{version: path of a base of 257 tokens, of which nothing is zero}."""
+    paths = {}
+    for family in FAMILIES:
+        config = family.new_dimensions(n_layer=2, n_embd=64, vocab_size=257, head_size=16)
+        torch.manual_seed(0)
+        model = family.build(config)
+        family.init_weights(model)
+        tensors = {key: tensor + 0.05 * torch.randn(tensor.shape) for key, tensor in model.state_dict().items()}
+        paths[family.version] = files / f"{family.version}.pth"
+        save_model(paths[family.version], tensors)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def tuned(files, train, bases):
+    """{version: folder of a run that tuned states alone}, and what the runs printed under "out"."""
+    folders = {"out": ""}
+    for version, base in bases.items():
+        folders["out"] += train(f"alone-{version}", "--load_model", str(base), *ALONE)[0]
+        folders[version] = files / f"alone-{version}"
+    return folders
+
+
+def memory(folder, model, *more):
+    """What `generate` remembers of a prompt: {key: tensor} of --save_state."""
+    words = ("--prompt", "abc", "--temperature", "0", "--max_tokens", "1", "--save_state", str(folder / "session.pth"))
+    assert generate(["--model", model, *more, *words]) == 0
+    return read_tensors(folder / "session.pth")
+
+
+@BY_VERSION
+def test_a_run_leaves_the_states_and_their_base(files, bases, tuned, version):
+    base, folder = open_base(bases[version]), tuned[version]
+    adapter = read_own(folder / "adapter.safetensors")
+    assert adapter.metadata.base_fingerprint == base.fingerprint and adapter.metadata.train_parts == ("state",)
+    assert {key: tuple(tensor.shape) for key, tensor in adapter.tensors.items()} == time_state_shapes(base.config)
+    states = read_tensors(folder / "state.pth")  # as runtimes take it: nothing else is in it
+    assert all(torch.equal(states[key], tensor) and tensor.any() for key, tensor in adapter.tensors.items())
+    assert (folder / "state-epoch-1.pth").exists() and not (folder / "rwkv.pth").exists()
+    assert "time states, --train_parts state: trainable params: 2,048" in tuned["out"]
+    lines = metrics(files, folder.name)
+    assert lines[-1]["loss"] < lines[0]["loss"] and lines[0]["lr"] == pytest.approx(5e-2)  # of two steps of warm-up
+
+
+@BY_VERSION
+def test_merged_they_are_what_foreign_runtimes_start_from(bases, tuned, tmp_path, capsys, version):
+    pytest.importorskip("rwkv")
+    base, merged = str(bases[version]), str(tmp_path / "merged.pth")
+    of_base = ["--base_model", base, "--bone_checkpoint", str(tuned[version])]
+    assert merge([*of_base, "--output", merged, "--read_back"]) == 0
+    assert ("does not look for them in an RWKV-7 file" in capsys.readouterr().out) == (version == "x070")
+    assert check([*of_base, "--merged", merged]) == 0
+    assert check([*of_base, "--merged", base, "--state", str(tuned[version] / "state.pth")]) == 0
+    assert ("they are put into its list of states" in capsys.readouterr().out) == (version == "x070")
+    with pytest.raises(UserError, match="give the file that the merge wrote them to as --state"):
+        check([*of_base, "--merged", base])
+    assert verify([merged, "--gguf_types"]) == 0
+    assert verify([base, "--state", str(tuned[version]), "--gguf_types"]) == 0
+    capsys.readouterr()
+    for given in ([merged], [base, "--state", str(tuned[version])], [base, "--adapter", str(tuned[version])]):
+        for key, tensor in memory(tmp_path, *given).items():
+            torch.testing.assert_close(tensor, memory(tmp_path, merged)[key], rtol=1e-4, atol=1e-5)
+    last = "blocks.1.att.time_state"
+    assert not torch.allclose(memory(tmp_path, base)[last], memory(tmp_path, merged)[last], rtol=1e-2)
+
+
+@BY_VERSION
+def test_they_lead_through_every_layout_and_back(bases, tuned, tmp_path, version):
+    states = read_tensors(tuned[version] / "state.pth")
+    web = tmp_path / "web.st"
+    assert convert([str(tuned[version] / "adapter.safetensors"), str(web)]) == 0
+    assert all(torch.equal(load_file(web)[key], tensor.mT) for key, tensor in states.items())
+    for source in (tuned[version] / "adapter.safetensors", web):
+        assert convert([str(source), str(tmp_path / "back.pth")]) == 0
+        assert all(torch.equal(read_tensors(tmp_path / "back.pth")[key], tensor) for key, tensor in states.items())
+    first, second = (
+        memory(tmp_path, str(bases[version]), "--state", str(path)) for path in (tuned[version] / "state.pth", web)
+    )
+    assert all(torch.equal(second[key], tensor) for key, tensor in first.items())
+
+
+def test_states_of_another_base_are_refused(bases, tuned):
+    with pytest.raises(UserError, match="was tuned on another base"):
+        generate(["--model", str(bases["x070"]), "--state", str(tuned["x060"]), "--prompt", "a"])
+
+
+def test_a_resumed_run_has_the_bits_of_a_whole_one(files, train, bases, tuned):
+    command = ("resumed", "--load_model", str(bases["x060"]), *ALONE)
+    train(*command, "--epoch_count", "1")
+    out, _ = train(*command, "--resume")
+    assert "resuming at step 4" in out
+    first, second = ((files / name / "adapter.safetensors").read_bytes() for name in ("alone-x060", "resumed"))
+    assert first == second
+    train(*command, "--resume", "--fresh_optimizer", "--devices", "2", "--epoch_count", "3", "--epoch_save", "3")
+    assert len(metrics(files, "resumed")) == 12  # of which four were taken before the step grew
+
+
+def test_states_train_along_with_an_adapter_under_every_stage(files, train, bases, tuned, tmp_path, capsys):
+    base, start = str(bases["x070"]), str(tuned["x070"] / "state.pth")
+    both = ("--load_model", base, "--train_parts", "state", "--state_load", start, "--state_lr", "3e-2")
+    both += ("--precision", "fp32", "--epoch_count", "1")
+    out, _ = train("both", *both, "--micro_bsz", "4", "--merge_on_save")
+    assert "the states' learning rate is 0.03 after warm-up" in out
+    train("both-3", *both, "--strategy", "deepspeed_stage_3", "--devices", "2", "--micro_bsz", "2", "--grad_cp", "1")
+    for mine, theirs in zip(metrics(files, "both-3"), metrics(files, "both")):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    moved = read_tensors(files / "both" / "state.pth")
+    for key, tensor in read_tensors(start).items():
+        assert 0.02 < (moved[key] - tensor).abs().max() < 0.12  # four steps of Adam at the states' own rate
+    adapter, merged = files / "both", tmp_path / "merged.pth"
+    of_base = ["--base_model", base, "--bone_checkpoint", str(adapter)]
+    assert merge([*of_base, "--output", str(merged), "--state_output", str(tmp_path / "s.st"), "--read_back"]) == 0
+    assert list(open_base(merged).tensors) == list(open_base(base).tensors)
+    assert all(torch.equal(read_states(tmp_path / "s.st").tensors[key], tensor) for key, tensor in moved.items())
+    assert check([*of_base, "--merged", str(merged), "--state", str(tmp_path / "s.st")]) == 0
+    assert "do not explain" not in capsys.readouterr().out
+    inside = open_base(adapter / "merged.pth").tensors
+    assert all(torch.equal(inside[key], tensor) for key, tensor in moved.items())
+
+
+def test_states_train_along_with_the_model_itself(files, train, bases, tuned, tmp_path):
+    base = open_base(bases["x060"])
+    save_model(tmp_path / "tuned.pth", base.tensors | read_tensors(tuned["x060"] / "state.pth"))
+    parts = ("--load_model", str(tmp_path / "tuned.pth"), "--peft", "none", "--train_parts", "ln", "state")
+    train("parts", *parts, "--precision", "fp32", "--epoch_count", "1")
+    model = open_base(files / "parts" / "rwkv.pth")
+    assert list(model.tensors) == [*base.tensors, *time_state_shapes(base.config)]
+    assert not torch.equal(model.tensors["blocks.0.ln1.weight"], base.tensors["blocks.0.ln1.weight"])
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ("--train_type state", "add --peft none, or give --train_parts state instead"),
+        ("--peft none --train_type state --train_parts ln", "leave one of the two out"),
+        ("--state_lr 1e-3", "add --train_parts state"),
+        ("--state_load nowhere.pth", "add --train_parts state"),
+        ("--peft none --train_parts state --state_lr 1e-3", "their rate is --lr_init"),
+        ("--train_parts state --lr_init 0", "--state_lr follows its schedule"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(files, more, words):
+    with pytest.raises(UserError, match=words):
+        parse_run(["--load_model", str(files / "base.pth"), "--data_file", str(files / "data"), *more.split()])
+
+
+def test_a_separate_file_of_states_needs_states_and_more(bases, tuned, tmp_path):
+    argv = ["--base_model", str(bases["x060"]), "--bone_checkpoint", str(tuned["x060"])]
+    argv += ["--output", str(tmp_path / "m.pth"), "--state_output", str(tmp_path / "s.pth")]
+    with pytest.raises(UserError, match="make a file of the states with `rwkv-peft convert`"):
+        merge(argv)
+    assert not any(tmp_path.iterdir())

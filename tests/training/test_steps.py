@@ -1,0 +1,117 @@
+"""Rows in segments have the gradients of whole rows: every parameter's, for every generation, with adapters, tuned
+states, packing and masks; truncated on request."""
+
+import pytest
+import torch
+
+from rwkv_peft.adapters.inject import inject
+from rwkv_peft.config import AdapterConfig
+from rwkv_peft.data.batches import collate
+from rwkv_peft.models import FAMILIES
+from rwkv_peft.models.state import State
+from rwkv_peft.training import steps
+from rwkv_peft.training.segments import segments_of
+from rwkv_peft.training.steps import Segments, Whole, run
+
+pytestmark = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+VOCABULARY = 30
+
+
+def shaken(family, dtype=torch.float64, adapter=None, grad_checkpoint=False):
+    """A model of which nothing is zero, with tuned states; all of it trains, or an adapter and the states."""
+    config = family.new_dimensions(n_layer=2, n_embd=16, vocab_size=VOCABULARY, head_size=8)
+    torch.manual_seed(0)
+    model = family.build(config, grad_checkpoint)
+    family.init_weights(model)
+    model.tune_states()
+    if adapter is not None:
+        inject(model, adapter, family=family)
+        for block in model.blocks:
+            block.att.time_state.requires_grad_(True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.to(dtype)
+
+
+def a_batch(packed, T=23):
+    """A batch of three documents of up to T tokens, of which some count, and none in the last ones."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = (T // 2, 1, T - T // 2 - 1) if packed else (T, T - 4, 1)
+    documents = []
+    for size in sizes:
+        mask = torch.rand(size, generator=generator) < 0.5
+        documents.append((torch.randint(VOCABULARY, (size + 1,), generator=generator), mask))
+    documents[-1][1][-3:] = False
+    return collate([documents] if packed else documents)
+
+
+def gradients(model, loss):
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    found = torch.autograd.grad(loss, [parameter for _, parameter in trained], allow_unused=True)
+    return {name: torch.zeros(()) if grad is None else grad for (name, _), grad in zip(trained, found)}
+
+
+def compare(found, expected, rtol=1e-9):
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert (found[name] - grad).norm() <= rtol * grad.norm() + 1e-13, name
+
+
+ADAPTERS = (None, AdapterConfig(rank=8), AdapterConfig(method="lora", rank=4, train_parts=("ln", "time")))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("length, adapter", [(1, ADAPTERS[1]), (4, None), (7, ADAPTERS[2]), (22, None), (99, None)])
+def test_gradients_are_those_of_whole_rows(family, packed, length, adapter):
+    model, batch = shaken(family, adapter=adapter, grad_checkpoint=length == 7), a_batch(packed)
+    expected = Whole().loss(model, batch, 5.0)
+    loss = Segments(length).loss(model, batch, 5.0)
+    torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-10, atol=0, check_dtype=False)
+    compare(gradients(model, 3 * loss), gradients(model, 3 * expected))
+    torch.testing.assert_close(Segments(length).total(model, batch), Whole().total(model, batch), check_dtype=False)
+
+
+def in_order(model, batch, length, group, seeds):
+    """The loss of a batch segment by segment, in one graph that is cut at every group-th border."""
+    total, state = 0.0, None
+    for number, segment in enumerate(segments_of(batch, length)):
+        if state is not None and number % group == 0:
+            state = State(type(layer)(*(tensor.detach() for tensor in layer)) for layer in state)
+        torch.manual_seed(seeds[number])
+        loss, after = run(model, segment, state if segment.carries else None, 5.0)
+        total, state = total + loss, segment.state_after(after)
+    return total
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("bptt", [1, 2, 0])
+def test_truncation_cuts_where_it_says_and_dropout_is_drawn_alike(family, packed, bptt):
+    model = shaken(family, adapter=AdapterConfig(method="lora", rank=4, dropout=0.4)).train()
+    batch = a_batch(packed)
+    torch.manual_seed(7)
+    seeds = torch.randint(2**62, (len(segments_of(batch, 4)),)).tolist()
+    expected = gradients(model, in_order(model, batch, 4, bptt or 99, seeds))
+    torch.manual_seed(7)
+    compare(gradients(model, Segments(4, bptt).loss(model, batch, 5.0)), expected)
+
+
+def test_kernels_lose_no_more_than_in_whole_rows(family):
+    batch = a_batch(False, T=130)
+    exact = gradients(model := shaken(family), Whole().loss(model, batch, 5.0))
+    low = shaken(family, torch.float32)
+    whole, found = (gradients(low, step.loss(low, batch, 5.0)) for step in (Whole(), Segments(33)))
+    for name, grad in exact.items():
+        error = (whole[name].double() - grad).norm()
+        assert (found[name].double() - grad).norm() <= 3 * error + 1e-6 * grad.norm(), name
+
+
+def test_segments_behind_the_last_counted_target_are_not_computed(family, monkeypatch):
+    model, batch, seen = shaken(family), a_batch(False), []
+    batch["mask"][:, 6:] = False
+    expected = gradients(model, Whole().loss(model, batch, 5.0))
+    monkeypatch.setattr(steps, "run", lambda model, segment, *rest: seen.append(1) or run(model, segment, *rest))
+    compare(gradients(model, Segments(3).loss(model, batch, 5.0)), expected)
+    assert len(seen) == 2
+    batch["mask"][:] = False
+    assert all((grad == 0).all() for grad in gradients(model, Segments(3).loss(model, batch, 1.0)).values())
