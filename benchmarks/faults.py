@@ -217,7 +217,7 @@ def mounted(folder):
 
 
 def try_mutants(count, seed, folder):
-    """(how many mutants of tests/fuzz were tried, the seconds of the slowest, the faults)."""
+    """(how many mutants of tests/fuzz were tried, (seconds, name) of the slowest, the faults)."""
     sys.path.insert(0, str(ROOT / "tests"))
     import conftest
     from fuzz import specimens
@@ -228,7 +228,7 @@ def try_mutants(count, seed, folder):
     warnings.simplefilter("ignore")  # of torch, on the tensors that a mutation makes
     here = [specimen for specimen in specimens.SPECIMENS if (folder / specimen.file).exists()]
     others = {item.file: (folder / item.file).read_bytes() for item in here}
-    faults, tried, slowest = [], 0, 0.0
+    faults, tried, slowest = [], 0, (0.0, "")
     for specimen in here:
         for number in range(seed * count, seed * count + count // len(here)):
             what, data = broken(specimen, number, others)
@@ -241,10 +241,10 @@ def try_mutants(count, seed, folder):
                     pass  # which is what a broken file is to end in
                 except Exception as error:  # whatever it is, it is a fault
                     faults.append(f"{specimen.file}, mutant {number}, {what}: {type(error).__name__}: {error}")
-            slowest = max(slowest, time.perf_counter() - began)
+            slowest = max(slowest, (time.perf_counter() - began, f"{specimen.file}, mutant {number}, {what}"))
         (folder / specimen.file).write_bytes(others[specimen.file])
-    if slowest > SLOWEST:
-        faults.append(f"a broken file took {slowest:.0f} s")
+    if slowest[0] > SLOWEST:
+        faults.append(f"{slowest[1]}: {slowest[0]:.0f} s")
     return tried, slowest, faults
 
 
@@ -280,9 +280,8 @@ def main():
             (folder / "fuzz").mkdir()
             tried, slowest, found = try_mutants(args.mutants, args.seed, folder / "fuzz")
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-            print(
-                f"{tried} broken files, {len(found)} faults; the slowest took {slowest:.1f} s, peak memory {peak} MiB"
-            )
+            print(f"{tried} broken files, {len(found)} faults, peak memory {peak} MiB")
+            print(f"the slowest: {slowest[0]:.1f} s, {slowest[1]}")
             faults += found
     print(*faults, sep="\n", end="\n" * bool(faults))
     return int(bool(faults))
