@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rwkv_peft.compare import runs
-from rwkv_peft.compare.command import main
+from rwkv_peft.compare.command import main, measure
 from rwkv_peft.compare.flags import parse_flags
 from rwkv_peft.compare.plan import Cell
 from rwkv_peft.compare.runs import Process, finish, run_cells, start
@@ -92,7 +92,7 @@ def test_what_is_due_is_run_and_what_is_there_is_kept(files, capsys):
         (["--", *TRAIN, "--lerning_rate", "1"], "there is no --lerning_rate"),
         (["--methods", "bona", "--", *TRAIN], "invalid choice: 'bona'"),
         (["--methods", "full", "bone", "--", *TRAIN], "begin with another"),
-        (["--methods", "bone", "full", "--", *TRAIN, "--train_parts", "ln"], "keep full from training all"),
+        (["--methods", "bone", "full", "--", *TRAIN, "--train_parts", "ln"], "would change what full trains"),
         (["--steps", "20", "--val_every", "6", "--", *TRAIN], "6 does not divide --steps 20"),
         (["--rates", "2e-3", "--", *TRAIN], "take 0.003"),
         (["--rank", "5", "--methods", "bat-in", "--", *TRAIN], "5"),
@@ -108,6 +108,14 @@ def test_mistakes_are_told_before_a_run_begins(files, arguments, message):
 @pytest.mark.parametrize("steps, every", [(1000, 100), (205, 41), (7, 1), (13, 13), (1, 1)])
 def test_the_last_step_is_validated(steps, every):
     assert parse_flags(["--output", "out", "--steps", str(steps), "--", *TRAIN]).val_every == every
+
+
+def test_what_has_no_rank_trains_what_the_model_has_of_it(files):
+    comparison = parse_flags(["--output", "out2", "--methods", "bone", "full", "state", "--rank", "8", "--", *TRAIN])
+    sizes, _ = measure(comparison)
+    base = torch.load(files / "base.pth", mmap=True)
+    assert sizes["full"] == (0, 0, sum(tensor.numel() for tensor in base.values()))
+    assert sizes["state"] == (0, 0, 4 * 16 * 16)  # one layer of four heads
 
 
 def sleeping(comparison, cell, size, folder):

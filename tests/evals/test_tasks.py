@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from rwkv_peft.data.templates import stops_of
 from rwkv_peft.errors import UserError
 from rwkv_peft.evals import flags
 from rwkv_peft.evals.layouts import LAYOUTS, example, read_layout, stops_of_prompt
@@ -132,7 +133,7 @@ def test_rows_that_are_no_problem_are_refused(task, row, message):
 
 
 def test_layouts_and_what_ends_their_answers(tmp_path):
-    assert stops_of_prompt(CHAT) == ("\n\nUser:",)
+    assert stops_of_prompt(CHAT) == stops_of(CHAT) and "\n\nUser:" in stops_of(CHAT)
     assert stops_of_prompt(LAYOUTS["metamath"]) == ("\n\n### Instruction",)
     assert stops_of_prompt(LAYOUTS["plain"]) == ()
     (tmp_path / "mine.txt").write_text("Q {question} A\n")

@@ -13,6 +13,8 @@ from ..adapters.methods import METHODS
 from ..cli import counted
 from ..errors import UserError, told
 from ..files.atomic import atomic_write
+from ..models.state import time_state_shapes
+from ..names import STATE
 from ..training.alone import alone_in
 from ..training.flags import parse_run
 from .flags import FULL, Comparison, method_flags, parse_flags
@@ -74,8 +76,10 @@ def measure(comparison: Comparison) -> tuple[dict[str, Size], str]:
     for method in comparison.methods[1:]:
         if method == FULL:
             sizes[method] = Size(0, 0, sum(tensor.numel() for tensor in request.base.tensors.values()))
-            continue
-        sizes[method] = matched_size(METHODS[method], wanted, layers)
+        elif method == STATE:
+            sizes[method] = Size(0, 0, sum(map(math.prod, time_state_shapes(request.base.config).values())))
+        else:
+            sizes[method] = matched_size(METHODS[method], wanted, layers)
         parse_run([*comparison.train, *output, *method_flags(method, *sizes[method][:2])])
     return sizes, request.base.fingerprint
 
@@ -110,8 +114,9 @@ def check_record(path: Path, comparison: Comparison, sizes: Mapping[str, Size], 
 
 def print_sizes(sizes: Mapping[str, Size]) -> None:
     for method, size in sizes.items():
-        rank = f"rank {size.rank}" + (f", mini_rank {size.mini_rank}" if size.mini_rank else "")
-        print(f"{method:<10} {size.parameters:>14,} trained parameters, {rank if size.rank else 'the whole model'}")
+        rank = f", rank {size.rank}" if size.rank else ""
+        mini = f", mini_rank {size.mini_rank}" if size.mini_rank else ""
+        print(f"{method:<10} {size.parameters:>14,} trained parameters{rank}{mini}")
 
 
 def run(comparison: Comparison, sizes: Mapping[str, Size]) -> bool:

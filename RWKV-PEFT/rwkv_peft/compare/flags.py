@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from ..cli import Parser, count, not_negative, positive, seed
 from ..errors import UserError
-from ..names import MINIS, NONE, WORDS, forms
+from ..names import MINIS, NONE, STATE, WORDS, forms
 from ..training.flags import parse_flags as parse_train_flags
 from .rates import grid_rate
 
 FULL = "full"  # the method that trains the model itself
-METHODS = (*(form for word in WORDS for form in forms(word)), FULL)
+RANKLESS = (FULL, STATE)  # whose number of parameters is the model's to say
+METHODS = (*(form for word in WORDS for form in forms(word)), *RANKLESS)
 SEEDS = (42, 43, 44)
 RATES = ("3e-4", "1e-3", "3e-3")
 # flags of train.py that differ from run to run, or follow from the comparison's own
@@ -137,7 +138,7 @@ def parse_flags(argv: list[str]) -> Comparison:
     for word in train:
         if word.split("=")[0] in OURS:
             raise UserError(f"{word} behind -- is what the comparison sets for each run; leave it out")
-    if args.methods[0] in (FULL, *MINIS):
+    if args.methods[0] in (*RANKLESS, *MINIS):
         raise UserError(
             f"--methods {' '.join(args.methods)}: --rank is that of the first, and {args.methods[0]} is not told by a "
             "rank alone; begin with another"
@@ -164,15 +165,15 @@ def parse_flags(argv: list[str]) -> Comparison:
         flags = parse_train_flags([*train, "--proj_dir", args.output, *method_flags(method)])
         if not (flags.train.val_data or flags.train.val_split):
             raise UserError("methods are compared by their validation loss; add --val_data or --val_split behind --")
-        if method == FULL and flags.adapter.train_parts:
-            raise UserError("--train_parts behind -- would keep full from training all of the model; leave one out")
+        if method in RANKLESS and any(word.split("=")[0] == "--train_parts" for word in train):
+            raise UserError(f"--train_parts behind -- would change what {method} trains; leave one of them out")
     return comparison
 
 
 def method_flags(method: str, rank: int = 0, mini_rank: int = 0) -> list[str]:
     """The flags of train.py that choose a method; 0 leaves a rank out."""
-    if method == FULL:
-        return ["--peft", NONE]
+    if method in RANKLESS:
+        return ["--peft", NONE, *(("--train_parts", STATE) if method == STATE else ())]
     word = next(word for word in WORDS if method in forms(word))
     settings: dict[str, str | int] = {"bone_mode": method} if len(forms(word)) > 1 else {}
     settings |= {"r": rank} if rank else {}

@@ -12,8 +12,8 @@ Layers = Counter[tuple[int, int]]  # how many layers have an (out_features, in_f
 
 
 class Size(NamedTuple):
-    """A method's rank and mini_rank (0: it has none), and the parameters that it trains then; rank 0 stands for all
-    parameters of the model."""
+    """A method's rank and mini_rank (0: it has none), and the parameters that it trains then; rank 0 is that of what
+    has none: the whole model, or its states."""
 
     rank: int
     mini_rank: int
