@@ -14,7 +14,18 @@ from .parser import DIMENSIONS, flag_of
 from .world import World
 
 # where files lie and what is seen of a run, which may differ from node to node: contents are compared instead
-FREE = ("load_model", "path", "tokenizer", "val_data", "proj_dir", "load", "init", "wandb", "join_minutes")
+FREE = (
+    "load_model",
+    "path",
+    "tokenizer",
+    "val_data",
+    "proj_dir",
+    "load",
+    "init",
+    "state_load",
+    "wandb",
+    "join_minutes",
+)
 LIBRARIES = ("torch", "deepspeed", "lightning", "numpy")
 SHOWN = 4  # differences that are worth reading
 

@@ -149,6 +149,7 @@ def run_on(ranks, request, say):
     others = {
         "the checkpoint to go on from": checkpoint and checkpoint.name,
         "the adapter to start from": "" if checkpoint else digest_of_file(config.adapter.load),
+        "the states to start from": "" if checkpoint else digest_of_file(train.state_load),
         "the validation data": held_out and data_identity(config, held_out)["content"],
     }
     ranks.meet(passport(config, identity, others), folder, train.stall_minutes)
