@@ -1,24 +1,29 @@
-// The chunked forward kernel. Warp i owns rows v = 16 i .. 16 i + 15 of S, in registers from the first token to the
-// last; the head comment of wkv7.cu explains the algorithm.
+// The chunked forward kernel. Half of a block's warps make operands and pairs of the next chunk while the other half
+// takes the state through this one: alone, either would wait for its own results most of the time. Warp i of the
+// latter owns rows v = 16 i .. 16 i + 15 of S, in registers from the first token to the last. The head comment of
+// wkv7.cu explains the algorithm.
 #pragma once
 #include "wkv7/chunk.cuh"
 
 template <int N>
 struct ForwardShared {
     struct { typename Shape<N>::Rows r, w, k, v, a, b; } chunk[2];  // one in use, one arriving
-    Operands<N> operands;
-    PairMatrices pairs;
+    struct Made {
+        Operands<N> operands;
+        PairMatrices pairs;
+    } made[2];  // one in use, one in the making
 };
 
 template <int N>
 __device__ __forceinline__ void chunked_forward(const Arguments& a) {
     constexpr int tiles = Shape<N>::tiles, stride = Shape<N>::stride;
     ForwardShared<N>& shared = *(ForwardShared<N>*)dynamic_shared();
-    Operands<N>& o = shared.operands;
-    PairMatrices& pairs = shared.pairs;
     const Sequence s(a);
-    const int v0 = threadIdx.x / 32 * 16;  // the warp's rows
+    const int warp = threadIdx.x / 32;
+    const bool maker = warp < tiles;
+    const int v0 = warp % tiles * 16;  // the rows of a warp that is no maker
 
+    // The makers' steps, also for chunks after the last, of zeros.
     const auto start_fetch = [&](int t0) {
         auto& next = shared.chunk[t0 / CHUNK % 2];
         fetch<N>(next.r, a.r, s, t0);
@@ -28,46 +33,64 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
         fetch<N>(next.a, a.a, s, t0);
         fetch<N>(next.b, a.b, s, t0);
     };
-
-    Accumulator S[tiles];
-    load_state<N>(S, a.state ? a.state + s.state : nullptr, v0, false);
-    if (s.length > 0) start_fetch(0);
-
-    for (int t0 = 0; t0 < s.length; t0 += CHUNK) {
-        const int valid = min(CHUNK, s.length - t0);
+    const auto make_operands = [&](int t0) {
         const auto& in = shared.chunk[t0 / CHUNK % 2];
-        cp_async_wait_all();
-        __syncthreads();  // the chunk has arrived, and nobody reads the previous one or its operands any more
-        if (t0 + CHUNK < s.length) start_fetch(t0 + CHUNK);
-
-        const Decays<N> decays(in.w, valid, o);
+        Operands<N>& o = shared.made[t0 / CHUNK % 2].operands;
+        const Decays<N> decays(in.w, s.length - t0, o);
         decays.reads(in.r, in.a, o);
         decays.writes(in.k, in.b, o);
-        __syncthreads();  // the operands are complete
+    };
+    const auto make_pairs_and_fetch = [&](int t0) {
+        auto& made = shared.made[t0 / CHUNK % 2];
+        start_fetch(t0 + CHUNK);
+        make_pairs<N>(made.pairs, made.operands);
+        cp_async_wait_all();
+    };
 
-        make_pairs<N>(pairs, o);
-        bf16* checkpoint = a.checkpoints ? s.chunk_state(a, t0) + v0 * N : nullptr;
+    Accumulator S[tiles];
+    load_state<N>(S, a.state && !maker ? a.state + s.state : nullptr, v0, false);
+    if (maker) start_fetch(0);
+    cp_async_wait_all();
+    __syncthreads();  // the first chunk has arrived
+    if (maker) make_operands(0);
+    __syncthreads();  // its operands are complete
+    if (maker) make_pairs_and_fetch(0);
+
+    for (int t0 = 0; t0 < s.length; t0 += CHUNK) {
+        const auto& made = shared.made[t0 / CHUNK % 2];
+        const Operands<N>& o = made.operands;
         Accumulator read = zeros(), y = zeros();  // S a, (v, t); (t, v)
-        #pragma unroll
-        for (int b = 0; b < tiles; b++) {
-            const Tile state = rounded(S[b]);
-            if (checkpoint) store_tile(checkpoint + b * 16, N, 16, state);
-            multiply(read, state, load_tile(&o.a[0][b * 16], stride));
-            multiply(y, load_tile(&o.r[0][b * 16], stride), state);
+        Tile v;                                   // (v, t)
+        __syncthreads();  // this chunk's pairs are complete, the next has arrived, and nobody reads the previous one
+        if (maker) {
+            make_operands(t0 + CHUNK);
+        } else {
+            v = load_transposed(&shared.chunk[t0 / CHUNK % 2].v[0][v0], stride);
+            bf16* checkpoint = a.checkpoints ? s.chunk_state(a, t0) + v0 * N : nullptr;
+            #pragma unroll
+            for (int b = 0; b < tiles; b++) {
+                const Tile state = rounded(S[b]);
+                if (checkpoint) store_tile(checkpoint + b * 16, N, 16, state);
+                multiply(read, state, load_tile(&o.a[0][b * 16], stride));
+                multiply(y, load_tile(&o.r[0][b * 16], stride), state);
+            }
         }
-        __syncthreads();  // the pairs are complete
-
-        const Tile v = load_transposed(&in.v[0][v0], stride);  // (v, t)
-        const Tile removed = rounded(solve(read, v, pairs));
-        multiply(y, load_tile(&pairs.of[R_B][0][0], CHUNK + 8), removed);
-        multiply(y, load_tile(&pairs.of[R_K][0][0], CHUNK + 8), v);
-        store_tile((bf16*)a.y + s.elements + t0 * s.stride + v0, s.stride, valid, rounded(y));
-        #pragma unroll
-        for (int b = 0; b < tiles; b++) {
-            multiply(S[b], removed, load_transposed(&o.b[0][b * 16], stride));
-            multiply(S[b], v, load_transposed(&o.k[0][b * 16], stride));
-            scale_columns(S[b], &o.whole[b * 16]);
+        __syncthreads();  // the next chunk's operands are complete, and this one's tokens are read
+        if (maker) {
+            make_pairs_and_fetch(t0 + CHUNK);
+        } else {
+            const Tile removed = rounded(solve(read, v, made.pairs));
+            multiply(y, load_tile(&made.pairs.of[R_B][0][0], CHUNK + 8), removed);
+            multiply(y, load_tile(&made.pairs.of[R_K][0][0], CHUNK + 8), v);
+            bf16* to = (bf16*)a.y + s.elements + t0 * s.stride + v0;
+            store_tile(to, s.stride, s.length - t0, rounded(y));
+            #pragma unroll
+            for (int b = 0; b < tiles; b++) {
+                multiply(S[b], removed, load_transposed(&o.b[0][b * 16], stride));
+                multiply(S[b], v, load_transposed(&o.k[0][b * 16], stride));
+                scale_columns(S[b], &o.whole[b * 16]);
+            }
         }
     }
-    if (a.final_state) store_state<N>(a.final_state + s.state, S, v0, false);
+    if (a.final_state && !maker) store_state<N>(a.final_state + s.state, S, v0, false);
 }

@@ -51,7 +51,7 @@
 // Every kernel: its name, its code, its threads a block, and the blocks that should fit a multiprocessor's registers.
 #define WKV7_KERNEL(name, code, threads, blocks) \
     extern "C" __global__ void __launch_bounds__(threads, blocks) name(const Arguments a) { code(a); }
-WKV7_KERNEL(wkv7_forward_64, chunked_forward<64>, 128, 4)
+WKV7_KERNEL(wkv7_forward_64, chunked_forward<64>, 256, 2)
 WKV7_KERNEL(wkv7_backward_64, chunked_backward<64>, 128, 3)
 WKV7_KERNEL(wkv7_forward_plain_float32, plain_forward<float>, 1024, 1)
 WKV7_KERNEL(wkv7_forward_plain_bfloat16, plain_forward<bf16>, 1024, 1)
@@ -60,14 +60,15 @@ WKV7_KERNEL(wkv7_backward_plain_bfloat16, plain_backward<bf16>, 1024, 1)
 
 // What a block may ask for on every GPU since Ampere.
 constexpr int MOST_SHARED = 99 * 1024;
+static_assert(sizeof(ForwardShared<64>) <= MOST_SHARED, "forward needs too much shared memory");
 static_assert(sizeof(BackwardShared<64>) <= MOST_SHARED, "backward needs too much shared memory");
 static_assert(sizeof(PlainShared) <= MOST_SHARED, "the plain kernels need too much shared memory");
 
 #ifndef __CUDACC_RTC__
 // One block a head and sequence.
 template <class Kernel>
-static int run_chunked(Kernel kernel, int shared_bytes, const Arguments& a, void* stream) {
-    return launch(kernel, dim3(a.heads * a.sequences), dim3(2 * a.head_size), shared_bytes, stream, a);
+static int run_chunked(Kernel kernel, int threads, int shared_bytes, const Arguments& a, void* stream) {
+    return launch(kernel, dim3(a.heads * a.sequences), dim3(threads), shared_bytes, stream, a);
 }
 
 // The same: strips of a row side by side, a power of two of them, and whole warps.
@@ -83,13 +84,13 @@ static int run_plain(Kernel kernel, const Arguments& a, void* stream) {
 // Both enqueue their kernel on `stream` and return CUDA's error code, 0 for success.
 extern "C" int wkv7_forward(const Arguments* a, void* stream) {
     if (a->scalar == FLOAT32) return run_plain(wkv7_forward_plain_float32, *a, stream);
-    if (a->head_size == 64) return run_chunked(wkv7_forward_64, sizeof(ForwardShared<64>), *a, stream);
+    if (a->head_size == 64) return run_chunked(wkv7_forward_64, 256, sizeof(ForwardShared<64>), *a, stream);
     return run_plain(wkv7_forward_plain_bfloat16, *a, stream);
 }
 
 extern "C" int wkv7_backward(const Arguments* a, void* stream) {
     if (a->scalar == FLOAT32) return run_plain(wkv7_backward_plain_float32, *a, stream);
-    if (a->head_size == 64) return run_chunked(wkv7_backward_64, sizeof(BackwardShared<64>), *a, stream);
+    if (a->head_size == 64) return run_chunked(wkv7_backward_64, 128, sizeof(BackwardShared<64>), *a, stream);
     return run_plain(wkv7_backward_plain_bfloat16, *a, stream);
 }
 #else

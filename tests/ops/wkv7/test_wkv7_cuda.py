@@ -244,7 +244,7 @@ def test_the_driver_is_asked_for_a_block_a_head_and_sequence(monkeypatch):
     monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: recorder)
     for N in (64, 20):
         cases.run(nvrtc.Module(b"image"), cases.make_case(2, 5, 3, N, torch.bfloat16), stream=7)
-    for recorded, block in zip(recorder.launches, [(128, 1)] * 2 + [(2, 32)] * 2, strict=True):
+    for recorded, block in zip(recorder.launches, [(256, 1), (128, 1), (2, 32), (2, 32)], strict=True):
         sizes, stream, arguments, extra = recorded
         assert sizes == [3 * 2, 1, 1, *block, 1, 1234]
         assert stream == 7 and extra is None
@@ -257,6 +257,7 @@ def test_both_launchers_choose_the_same_kernel(direction):
     source = (source_directory("cuda") / cuda.SOURCE).read_text(encoding="utf-8")
     body = source[source.index(f"int wkv7_{direction}(") :].split("\n}\n")[0]
     first, chunked, plain = re.findall(r"return run_\w+\((\w+),", body)
+    assert f"{chunked}, {nvrtc.CHUNKED[chunked]}," in body
     assert re.search(r"scalar == FLOAT32\).*\n.*head_size == 64\)", body)
     for scalar, head_size, name in ((0, 64, first), (0, 20, first), (1, 64, chunked), (1, 20, plain), (1, 128, plain)):
         assert nvrtc.plan(direction, head_size, scalar)[0] == name

@@ -1,9 +1,11 @@
 """The CUDA kernels where NVRTC compiled them: which to launch, as wkv7.cu's C interface chooses where nvcc did."""
 
+from types import MappingProxyType
+
 from ..native.driver import Module as DriverModule
 
 STRIP = 16  # state elements a thread in the plain kernels; plain.cuh's STRIP
-CHUNKED = ("wkv7_forward_64", "wkv7_backward_64")
+CHUNKED = MappingProxyType({"wkv7_forward_64": 256, "wkv7_backward_64": 128})  # threads a block
 PLAIN = ("float32", "bfloat16")  # by Arguments.scalar
 
 
@@ -36,7 +38,8 @@ class Module:
 def plan(direction: str, head_size: int, scalar: int) -> tuple[str, tuple[int, int, int]]:
     """(the kernel's name, its block): what wkv7.cu's C interface chooses for the same arguments."""
     if PLAIN[scalar] == "bfloat16" and head_size == 64:
-        return f"wkv7_{direction}_64", (2 * head_size, 1, 1)
+        name = f"wkv7_{direction}_64"
+        return name, (CHUNKED[name], 1, 1)
     strips = 1
     while strips * STRIP < head_size:
         strips *= 2
