@@ -145,3 +145,11 @@ def test_pages_of_a_file_in_the_dtype_of_the_training_are_the_weights():
     for mapped, moved in ((True, 0), (False, 2 * (told.counts.total - told.counts.own))):
         parts = replace(told, accelerator=GPU, mapped=mapped).parts(1, 128)
         assert size(parts, "weights, on their way to the GPU") == moved
+
+
+def test_segments_bound_what_a_row_takes_and_tuned_states_count():
+    told = estimate("--train_type", "infctx", "--chunk_ctx", "64", "--train_parts", "state", "--head_size", "16")
+    assert told.parts(1, 64) == told.parts(1, 65536)
+    states = told.counts.trains - estimate("--head_size", "16").counts.trains
+    assert states == 4 * 4 * 16 * 16  # layers, heads and their matrices
+    assert size(told.parts(1, 64), "gradients, summed over segments") == 4 * told.counts.trains
