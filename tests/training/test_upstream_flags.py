@@ -61,12 +61,18 @@ def test_what_sets_nothing_here_is_taken(files, lisa):
         ('--loss_mask qa --mask_id {"mask0":"","mask1":[1,-2]}', "neither a text nor token ids"),
         ('--peft lora --peft_config {"rank":8}', "unknown key 'rank'"),
         ('--peft none --peft_config {"r":8}', "--peft_config belongs to --peft bone or"),
-        ("--random_seed -1 --num_nodes 2", "give a number"),
     ],
 )
 def test_what_is_not_here_is_told_by_its_meaning(files, more, words):
     with pytest.raises(UserError, match=re.escape(words)):
         main(flags(files, *more.split()))
+
+
+def test_a_seed_of_several_nodes_is_given(files, monkeypatch):
+    monkeypatch.setenv("NODE_RANK", "0")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(UserError, match="--random_seed -1 draws a seed, and each.*give a number"):
+        main(flags(files, "--random_seed", "-1", "--num_nodes", "2"))
 
 
 def test_a_meaning_is_never_that_of_a_flag_that_exists():
