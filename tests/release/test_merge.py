@@ -762,7 +762,7 @@ def test_reading_back_notices_a_file_that_is_another(folder):
     save_model(folder / "other.pth", merged)
     with pytest.raises(UserError, match="does not read back"):
         merge = Merge(base_of(base), [("a", Adapter(tensors, metadata))])
-        merge_cli.read_back(folder / "other.pth", merge, folder / "base.pth")
+        merge_cli.read_back(folder / "other.pth", merge, folder / "base.pth", merge.specs)
 
 
 def test_the_command_exits_with_2_and_one_message(folder):

@@ -84,7 +84,7 @@ def check(request, say=print):
     check_config(config.data)
     folder = Path(config.train.proj_dir)
     if not config.train.resume:  # what a checkpoint must agree with is known with the data
-        find_state(folder, config, {"adapter": asdict(config.adapter)})
+        find_state(folder, config.train, {"adapter": asdict(config.adapter)})
     check_output("--proj_dir", folder / "checkpoints" / "state.json", [])
     say(f"these flags can work: {describe_adapter(config.adapter)}, {config.train.devices} {accelerator}")
     return 0
@@ -151,7 +151,7 @@ def run_on(ranks, request, say):
     batches = TrainBatches(
         samples, config.data.micro_bsz, world_size=world.size, accumulate=train.accumulate_grad_batches
     )
-    report = adapt(model, config, request.layers, family, base, batches, checkpoint)
+    report = adapt(model, config.adapter, request.layers, family, base, batches, checkpoint, train.chunk_ctx)
     if state and train.fresh_optimizer:
         if config.adapter.whole_model:
             model.load_state_dict(open_base(checkpoint / MODEL).tensors, strict=True)
@@ -221,17 +221,17 @@ def build_model(config, family, base):
     return model
 
 
-def adapt(model, config, layers, family, base, batches, checkpoint=None):
+def adapt(model, adapter, layers, family, base, batches, checkpoint=None, segment=0):
     """Inject the adapter into the model: as the checkpoint to resume from holds it, with the factors that it began
-    with; from --bone_load and its kin; or fresh. -> InjectReport."""
-    adapter = config.adapter
+    with; from --bone_load and its kin; or fresh, from gradients of one segment of so many positions where a method asks
+    for them, 0 for whole rows. -> InjectReport."""
     method, loaded, gradients = method_of(adapter), None, {}
     if checkpoint is not None and not adapter.whole_model:
         loaded = read_adapter(checkpoint / ADAPTER)
     elif adapter.load:
         loaded = start_adapter(adapter, base)
     elif method is not None and method.from_gradient:
-        gradients = estimate_gradients(model, layers, batches.batch(0, 0), config.train.chunk_ctx)
+        gradients = estimate_gradients(model, layers, batches.batch(0, 0), segment)
     initial = loaded.tensors if loaded else {}
     report = inject(model, adapter, layers, family=family, initial=initial, gradients=gradients)
     if loaded:
