@@ -1,0 +1,219 @@
+"""Training that faults.py kills: while it saves, and after some steps of every method, ZeRO stage and number of ranks.
+
+A run ends as it should where its files of trained tensors and its numbers (but the times) are bitwise those of the
+unbroken one, and nothing else is hidden in its folder.
+"""
+
+import contextlib
+import importlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from fault_processes import ended, started
+
+from rwkv_peft import commands
+from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.errors import UserError
+from rwkv_peft.files.base import save_model
+from rwkv_peft.models import family_named
+from rwkv_peft.training.checkpoints import list_checkpoints
+from rwkv_peft.training.saved_files import require_files
+
+METHODS = MappingProxyType(
+    {
+        "bone": ("--bone_mode", "bone", "--bone_r", "8"),
+        "bat-in": ("--bone_mode", "bat-in", "--bone_r", "8"),
+        "bat-out": ("--bone_mode", "bat-out", "--bone_r", "8"),
+        "lora": ("--peft", "lora", "--lora_config", '{"lora_r": 8}'),
+        "pissa": ("--peft", "pissa", "--pissa_config", '{"pissa_r": 8}'),
+        "none": ("--peft", "none"),
+        "state": ("--peft", "none", "--train_parts", "state"),
+    }
+)
+SHORT = ("--epoch_steps", "2", "--epoch_count", "3")  # three saves, and the first checkpoint gives way to the third
+LONG = ("--epoch_steps", "20", "--epoch_count", "3")
+STOPPED = 25  # steps of LONG after which a run is stopped
+SIGNALS = (signal.SIGKILL, signal.SIGTERM)
+AGAIN = ("--resume", "auto")
+NUMBERS = ("step", "epoch", "loss", "lr", "grad_norm", "tokens")
+LIMIT = 240  # seconds that a run may take
+
+
+class Outcome(NamedTuple):
+    """What a run left: {name: bytes} of its trained tensors, a dict of NUMBERS a step, the names of hidden files."""
+
+    files: dict
+    numbers: list
+    hidden: list
+
+
+class Configuration(NamedTuple):
+    """A run of a method under a ZeRO stage on so many ranks, and the signal that stops it."""
+
+    method: str
+    stage: int
+    ranks: int
+    number: signal.Signals
+
+
+class Training:
+    """Runs of train.py in folders of `folder`, on one tiny base; faults is a list of what did not hold."""
+
+    def __init__(self, folder):
+        self.folder, self.faults = folder, []
+        folder.mkdir()
+        torch.manual_seed(0)
+        family = family_named("x060")
+        model = family.build(family.new_dimensions(2, 64, 80))
+        family.init_weights(model)
+        save_model(folder / "base.pth", model.state_dict())
+        with BinidxWriter(folder / "data", vocab_size=80) as writer:
+            for first in range(40):
+                writer.add([1 + (first + 7 * i) % 79 for i in range(50 + first)] + [0])
+        import_libraries()
+
+    def start(self, name, *flags, node=0, operation=0, **variables):
+        """The first process of a node of a run in the folder `name`; operation as in started()."""
+        run = self.folder / name
+        inputs = ("--load_model", self.folder / "base.pth", "--data_file", self.folder / "data", "--proj_dir", run)
+        fixed = ("--ctx_len", "24", "--lr_init", "1e-2", "--precision", "fp32", "--accelerator", "cpu")
+        argv = [*map(str, inputs), *fixed, *flags]
+        return started(train, argv, self.log(name, node), variables, operation=operation, folder=run)
+
+    def log(self, name, node=0):
+        """The file of what a node of the run in the folder `name` said last."""
+        return self.folder / f"{name}.{node}"
+
+    def expect(self, holds, name, what):
+        if not holds:
+            said = self.log(name).read_text().strip().splitlines()
+            self.faults.append(f"training, {name}: {what}" + f"; it said last: {said[-1]}" * bool(said))
+
+    def whole(self, name, *flags):
+        """What an unbroken run leaves, which runs once."""
+        if not (self.folder / name).exists():
+            assert wait(self.start(name, *flags)) == 0, self.log(name).read_text()
+        return self.outcome(name)
+
+    def outcome(self, name):
+        """The Outcome of the run in the folder `name`."""
+        run = self.folder / name
+        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        hidden = sorted(path.name for path in run.rglob(".*"))
+        return Outcome(trained_files(run), [{key: line[key] for key in NUMBERS} for line in lines], hidden)
+
+    def goes_on(self, name, unbroken, processes):
+        """Expect the processes of a run that goes on to end well, with the Outcome of the unbroken one."""
+        codes = [wait(process) for process in processes]
+        well = set(codes) == {0}
+        self.expect(well, name, f"going on ended with the exit codes {codes}")
+        self.expect(not well or self.outcome(name) == unbroken, name, "a run that went on ended otherwise")
+
+    def kill_at_operations(self, every):
+        """Kill a run before each `every`-th of its operations on the files of its folder; yields True for each."""
+        flags, newest, names = (*METHODS["bat-in"], *SHORT), 0, set()
+        unbroken = self.whole("saves", *flags)
+        for operation in itertools.count(1, every):
+            name = f"operation-{operation}"
+            if wait(self.start(name, *flags, *AGAIN, operation=operation)) != -signal.SIGKILL:
+                return
+            left = trained_files(self.folder / name)
+            self.expect(set(left.values()) <= set(unbroken.files.values()), name, "a file is torn")
+            done = self.newest_checkpoint(name)
+            kept = done >= newest and names <= left.keys()
+            self.expect(kept, name, "a checkpoint or a file was lost that an earlier kill had left")
+            newest, names = done, left.keys()
+            self.goes_on(name, unbroken, [self.start(name, *flags, *AGAIN)])
+            shutil.rmtree(self.folder / name)
+            yield True
+
+    def newest_checkpoint(self, name):
+        """The step of the newest checkpoint, 0 where there is none; expects each to be whole."""
+        done = 0
+        for checkpoint in list_checkpoints(self.folder / name):
+            try:
+                state = json.loads((checkpoint / "state.json").read_text())
+                require_files(checkpoint, state["files"], fresh_optimizer=False, contents=True)
+                done = state["step"]
+            except (UserError, ValueError) as error:
+                self.expect(False, name, f"a checkpoint is torn: {error}")
+        return done
+
+    def stop_and_resume(self, configuration):
+        """Stop a run of a Configuration after some steps, go on; -> whether that met it at work."""
+        method, stage, ranks, number = configuration
+        name = f"{method}, stage {stage}, {ranks} of {number.name}"
+        flags = (*METHODS[method], *LONG, "--strategy", f"deepspeed_stage_{stage}", "--devices", str(ranks))
+        unbroken = self.whole(f"{name}, unbroken", *flags)
+        process = self.start(name, *flags)
+        wait_for_steps(self.folder / name, STOPPED, process)
+        os.kill(process, number)
+        code = wait(process)
+        stopped = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 128 + signal.SIGTERM}[number]
+        self.expect(code in (0, stopped), name, f"{number.name} ended it with exit code {code}")
+        if code == stopped:
+            self.goes_on(name, unbroken, [self.start(name, *flags, *AGAIN)])
+        return code == stopped
+
+
+def configurations():
+    """The Configurations of the whole matrix; its first 14 hold each method on each number of ranks."""
+    return [
+        Configuration(method, (shift + place + ranks) % 3 + 1, ranks, SIGNALS[(shift + place) % 2])
+        for shift, (place, method), ranks in itertools.product(range(3), enumerate(METHODS), (1, 2))
+    ]
+
+
+def import_libraries():
+    """Import what a run would, once for all that are forked from here."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # as the run itself would before it imports DeepSpeed
+    for name in ("plots", "training.callbacks", "training.data_module", "training.lit", "training.strategy"):
+        importlib.import_module(f"rwkv_peft.{name}")
+
+
+def train(argv, log, variables):
+    """train.py in this process, which says what it says to the file `log`; -> its exit code."""
+    os.environ.update(variables)
+    sys.argv = ["train.py", *argv]
+    with open(log, "w", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        os.dup2(file.fileno(), 1)  # for the processes that it starts
+        os.dup2(file.fileno(), 2)
+        try:
+            commands.run("train")
+        except SystemExit as end:
+            return end.code
+
+
+def is_over(process):
+    """Whether a process that this one started has ended; its exit code stays to be asked for."""
+    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def wait(process, seconds=LIMIT):
+    """The exit code of a process, which is killed after so long."""
+    deadline = time.monotonic() + seconds
+    while not is_over(process) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if not is_over(process):
+        os.kill(process, signal.SIGUSR1)  # an end that no trial takes for its own
+    return ended(process)
+
+
+def wait_for_steps(folder, steps, process):
+    """Until a run has taken so many steps, or is over."""
+    path = folder / "metrics.jsonl"
+    while not is_over(process) and not (path.exists() and path.read_text().count("\n") >= steps):
+        time.sleep(0.005)
+
+
+def trained_files(folder):
+    """{name: bytes} of the newest files of trained tensors in a run's folder, and of each epoch."""
+    return {path.name: path.read_bytes() for path in folder.glob("*.*") if path.suffix in (".safetensors", ".pth")}
