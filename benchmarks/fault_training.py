@@ -39,8 +39,9 @@ METHODS = MappingProxyType(
     }
 )
 SHORT = ("--epoch_steps", "2", "--epoch_count", "3")  # three saves, and the first checkpoint gives way to the third
-LONG = ("--epoch_steps", "20", "--epoch_count", "3")
-STOPPED = 25  # steps of LONG after which a run is stopped
+LONG = ("--epoch_steps", "20", "--epoch_count", "3", "--save_every", "5")
+STOPPED = 25  # steps of LONG after which a run is stopped, which is when a save begins,
+SAVING = 0.05  # or up to so many seconds later
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 AGAIN = ("--resume", "auto")
 NUMBERS = ("step", "epoch", "loss", "lr", "grad_norm", "tokens")
@@ -67,8 +68,8 @@ class Configuration(NamedTuple):
 class Training:
     """Runs of train.py in folders of `folder`, on one tiny base; faults is a list of what did not hold."""
 
-    def __init__(self, folder):
-        self.folder, self.faults = folder, []
+    def __init__(self, folder, rng):
+        self.folder, self.rng, self.faults = folder, rng, []
         folder.mkdir()
         torch.manual_seed(0)
         family = family_named("x060")
@@ -155,6 +156,7 @@ class Training:
         unbroken = self.whole(f"{name}, unbroken", *flags)
         process = self.start(name, *flags)
         wait_for_steps(self.folder / name, STOPPED, process)
+        time.sleep(self.rng.uniform(0, SAVING))
         os.kill(process, number)
         code = wait(process)
         stopped = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 128 + signal.SIGTERM}[number]

@@ -74,9 +74,9 @@ def try_mutants(count, seed, folder):
     return tried, slowest, faults
 
 
-def try_writers(args, folder):
+def try_writers(args, folder, rng):
     """Print a row for each writer; -> the faults."""
-    rng, faults = random.Random(args.seed), []
+    faults = []
     make_inputs(folder)
     disk = mounted(folder / "disk")
     print("| writer | kills that hit | at operations | with leftovers | races | full disk | faults |")
@@ -99,9 +99,9 @@ def try_writers(args, folder):
     return faults
 
 
-def try_training(args, folder):
+def try_training(args, folder, rng):
     """Print a row for each way to end a run; -> the faults."""
-    training = Training(folder)
+    training = Training(folder, rng)
     print("\n| training | trials | that hit | faults |")
     print("|---|---|---|---|")
 
@@ -128,17 +128,17 @@ def main():
     )
     parser.add_argument("--races", type=int, default=40, help="over all writers")
     parser.add_argument("--mutants", type=int, default=0, help="over all readers")
-    parser.add_argument("--saves", type=int, default=4, help="kill at each N-th file operation of a run; 0: none")
+    parser.add_argument("--saves", type=int, default=6, help="kill at each N-th file operation of a run; 0: none")
     parser.add_argument("--resumes", type=int, default=14, help="runs that are stopped; 42: each method, stage, ranks")
     parser.add_argument("--ends", type=int, default=len(CASES), help="ways to kill one of several ranks or nodes")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        faults = try_writers(args, folder)
+        folder, rng = Path(folder), random.Random(args.seed)
+        faults = try_writers(args, folder, rng)
         if args.saves or args.resumes or args.ends:
-            faults += try_training(args, folder / "training")
+            faults += try_training(args, folder / "training", rng)
         if args.mutants:
             (folder / "fuzz").mkdir()
             tried, slowest, found = try_mutants(args.mutants, args.seed, folder / "fuzz")
