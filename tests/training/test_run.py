@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch.utils.cpp_extension import _get_build_directory
 
 from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import open_base
 from rwkv_peft.training.saved_files import record_of
 from rwkv_peft.training.saver import read_run_state
@@ -198,6 +199,9 @@ def test_resume_refuses_another_number_of_ranks_and_a_finished_run(train, unbrok
     assert "complete" in err
     _, err = train("unbroken", *LONG, code=2)
     assert "already holds a run" in err
+    (unbroken / "loss.png").unlink()  # as a run leaves it that was killed after its last save
+    out, _ = train("unbroken", *LONG, "--resume", "auto")
+    assert "is complete" in out and (unbroken / "loss.png").exists()
 
 
 def test_resume_refuses_other_data_and_a_checkpoint_with_pieces_missing(files, train, unbroken):
@@ -259,7 +263,6 @@ def test_larger_steps_count_from_their_own_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"samples_seen": 1}'])
 def test_a_damaged_state_is_named(tmp_path, text):
-    from rwkv_peft.errors import UserError
     from rwkv_peft.training.checkpoints import find_checkpoint
 
     folder = tmp_path / "checkpoints" / "step-00000001"
@@ -284,21 +287,31 @@ def test_a_line_of_metrics_that_was_cut_off_does_not_hinder_resuming(tmp_path):
     assert path.read_text() == "".join(whole[:2])
 
 
-def test_a_disk_that_refuses_a_checkpoint_is_told_and_leaves_the_earlier_ones(tmp_path):
+@pytest.mark.parametrize(
+    "reason, kind, words",
+    [
+        (
+            "unexpected pos 348864 vs 348752",
+            UserError,
+            r"is the disk full\?.*adapter.safetensors, and --resume goes on",
+        ),
+        ("[gloo/transport/tcp/pair.cc] Connection closed by peer", RuntimeError, "closed by peer"),
+    ],
+)
+def test_what_keeps_a_checkpoint_from_being_saved_is_told_and_leaves_the_earlier_ones(tmp_path, reason, kind, words):
     from rwkv_peft.config import AdapterConfig
-    from rwkv_peft.errors import UserError
     from rwkv_peft.training.checkpoints import list_checkpoints
     from rwkv_peft.training.saver import Saver
 
     def refuse(*args, **settings):
-        raise RuntimeError("unexpected pos 348864 vs 348752")
+        raise RuntimeError(reason)
 
     earlier = tmp_path / "checkpoints" / "step-00000004"
     earlier.mkdir(parents=True)
     (earlier / "state.json").write_text('{"samples_seen": 4}')
     strategy = SimpleNamespace(barrier=lambda: None, deepspeed_engine=SimpleNamespace(save_checkpoint=refuse))
     saver = Saver(tmp_path, SimpleNamespace(adapter=AdapterConfig()), None, {})
-    with pytest.raises(UserError, match=r"is the disk full\?.*adapter.safetensors, and --resume goes on"):
+    with pytest.raises(kind, match=words):
         saver.save_checkpoint(SimpleNamespace(is_global_zero=True, strategy=strategy), None, 8)
     assert list_checkpoints(tmp_path) == [earlier]
 
@@ -316,7 +329,6 @@ def test_a_checkpoint_that_does_not_know_a_setting_has_its_default(tmp_path):
     from dataclasses import asdict
 
     from rwkv_peft.config import AdapterConfig
-    from rwkv_peft.errors import UserError
 
     known = {name: value for name, value in asdict(AdapterConfig(rank=16)).items() if name != "init"}
     machine = {"strategy": "deepspeed_stage_1", "world_size": 1, "precision": "bf16"}

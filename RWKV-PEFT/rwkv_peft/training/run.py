@@ -26,6 +26,7 @@ from ..files.base import open_base
 from ..files.dtypes import DTYPES
 from ..models import family_named
 from ..names import STATE
+from ..plots import plot_loss
 from .agreement import digest_of_file, passport
 from .alone import alone_in
 from .checkpoints import UNSAVED, clear_unsaved
@@ -132,6 +133,10 @@ def run_on(ranks, request, say):
     if state and plan.first_step >= plan.total_steps:
         complete = f"the run in {folder} is complete ({plan.first_step} steps)"
         if train.resume == AUTO:
+            if world.rank == 0:
+                plot_loss(
+                    folder / METRICS, folder / "loss.png"
+                )  # all that a run may lack which had saved its last step
             say(complete)
             return 0
         raise UserError(f"--resume: {complete}; raise --epoch_count to go on")

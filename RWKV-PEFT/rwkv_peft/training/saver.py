@@ -25,6 +25,7 @@ from ..errors import UserError, told
 from ..files.atomic import atomic_write
 from ..files.base import save_model
 from .checkpoints import UNREADABLE, UNSAVED, list_checkpoints
+from .meeting import is_of_connection
 from .products import Products, keeps_all, model_dtypes, share_file
 from .saved_files import TAG, check_records, record_of, require_files
 
@@ -160,6 +161,8 @@ class Saver:
                 hidden, tag=TAG, client_state={}, save_latest=False, exclude_frozen_parameters=True
             )
         except (OSError, RuntimeError) as error:  # torch's word for a disk that refuses is a RuntimeError
+            if is_of_connection(error):
+                raise
             raise UserError(
                 f"cannot write {hidden} (is the disk full?): {error}; the trained tensors are in {self.newest}, and "
                 "--resume goes on from an earlier checkpoint, if there is one"
