@@ -116,7 +116,7 @@ def try_training(args, folder, rng):
         if chosen:
             row(f"stopped after {STOPPED} steps, {counted(ranks, 'rank')}", map(training.stop_and_resume, chosen))
     for case in CASES[: args.ends]:
-        row(case.name, [end_and_resume(training, case)])
+        row(case.name, (end_and_resume(training, chosen) for chosen in [case]))
     return training.faults
 
 
