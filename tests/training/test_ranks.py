@@ -202,3 +202,10 @@ def test_one_command_goes_on_through_two_restarts(files, command, unbroken):
     out, err = finish(process)
     assert "resuming at step" in out and history(files, "restarts") == unbroken
     assert not (files / "restarts" / "adapter-best.safetensors").exists()
+
+
+def test_a_run_that_no_longer_moves_says_where_and_ends(command):
+    """A limit below the watch's own turn, in a run of more steps than one turn has."""
+    _, err = finish(launch(command("stalled", "--stall_minutes", "0.001", "--epoch_steps", "100000")), 1)
+    began = "error: nothing has moved for 0.001 minutes (--stall_minutes): rank 0 is at "
+    assert began in err and ", line " in err and "no checkpoint had been saved yet" in err
