@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #if GENERATION == 7
@@ -70,8 +71,34 @@ static bool finite(const Device<T>& values) {
     return true;
 }
 
+using Launcher = int (*)(const Arguments*, int, int, int, void*);  // a kernel's NAME_run
+
+// Launches forward and backward as ops/wkv6/cuda.py and ops/wkv7/cuda.py plan them; -> CUDA's error code.
+static int launch_both(const Arguments& a, bool is_float32) {
+    const int N = a.head_size;
+#if GENERATION == 7
+    const dim3 plain(N / STRIP, N);
+    Launcher forward = wkv7_forward_plain_bfloat16_run, backward = wkv7_backward_plain_bfloat16_run;
+    if (is_float32) forward = wkv7_forward_plain_float32_run, backward = wkv7_backward_plain_float32_run;
+    const bool chunked = !is_float32 && N == 64;
+    if (chunked) forward = wkv7_forward_64_run, backward = wkv7_backward_64_run;
+    const dim3 forward_block = chunked ? dim3(256) : plain, backward_block = chunked ? dim3(128) : plain;
+#else
+    const dim3 plain(N, N / STRIP), chunked(2 * N);
+    Launcher forward = wkv6_forward_128_run, backward = wkv6_backward_plain_bfloat16_run;
+    if (N == 32) forward = wkv6_forward_32_run, backward = wkv6_backward_32_run;
+    if (N == 64) forward = wkv6_forward_64_run, backward = wkv6_backward_64_run;
+    if (is_float32) forward = wkv6_forward_plain_float32_run, backward = wkv6_backward_plain_float32_run;
+    const dim3 forward_block = is_float32 ? plain : chunked, backward_block = is_float32 || N == 128 ? plain : chunked;
+#endif
+    const int blocks = a.heads * a.sequences;
+    const int status = forward(&a, blocks, forward_block.x, forward_block.y, nullptr);
+    return status ? status : backward(&a, blocks, backward_block.x, backward_block.y, nullptr);
+}
+
 template <class T>
-static bool run(int head_size, int scalar) {
+static bool run(int head_size) {
+    constexpr bool is_float32 = std::is_same_v<T, float>;
     const size_t tokens = BOUNDS.back(), sequences = BOUNDS.size() - 1;
     const size_t elements = tokens * HEADS * head_size, state = size_t(HEADS) * head_size * head_size;
     Device<index_t> bounds(BOUNDS);
@@ -85,26 +112,26 @@ static bool run(int head_size, int scalar) {
     a.r = r.at, a.k = k.at, a.v = v.at, a.w = w.at, a.state = initial.at, a.bounds = bounds.at;
     a.y = y.at, a.final_state = final_state.at, a.checkpoints = checkpoints.at;
     a.gy = gy.at, a.gfinal = gfinal.at, a.gr = gr.at, a.gk = gk.at, a.gv = gv.at, a.gw = gw.at, a.gstate = gstate.at;
-    a.sequences = int(sequences), a.length = int(tokens), a.heads = HEADS, a.head_size = head_size, a.scalar = scalar;
+    a.sequences = int(sequences), a.length = int(tokens), a.heads = HEADS, a.head_size = head_size;
 #if GENERATION == 7
     const float small = 1 / std::sqrt(float(head_size));  // else states grow without bound
     Device<T> taken(numbers<T>(elements, 6, -small, small)), put(numbers<T>(elements, 9, -small, small));
     Device<T> ga(elements), gb(elements);
     a.a = taken.at, a.b = put.at, a.ga = ga.at, a.gb = gb.at;
-    const int forward = wkv7_forward(&a, nullptr), backward = wkv7_backward(&a, nullptr);
+    const int status = launch_both(a, is_float32);
     const cudaError_t error = cudaDeviceSynchronize();
     const bool own = finite(ga) && finite(gb);
 #else
     Device<float> u(numbers<float>(HEADS * head_size, 6, -1, 1)), gu(sequences * HEADS * head_size);
     a.u = u.at, a.gu = gu.at;
-    const int forward = wkv6_forward(&a, nullptr), backward = wkv6_backward(&a, nullptr);
+    const int status = launch_both(a, is_float32);
     const cudaError_t error = cudaDeviceSynchronize();
     const bool own = finite(gu);
 #endif
-    const bool right = forward == 0 && backward == 0 && error == cudaSuccess && own && finite(y) &&
-                       finite(final_state) && finite(gr) && finite(gk) && finite(gv) && finite(gw) && finite(gstate);
+    const bool right = status == 0 && error == cudaSuccess && own && finite(y) && finite(final_state) && finite(gr) &&
+                       finite(gk) && finite(gv) && finite(gw) && finite(gstate);
     std::printf("{\"generation\": %d, \"head_size\": %d, \"dtype\": \"%s\", \"right\": %s, \"error\": \"%s\"}\n",
-                GENERATION, head_size, scalar == FLOAT32 ? "float32" : "bfloat16", right ? "true" : "false",
+                GENERATION, head_size, is_float32 ? "float32" : "bfloat16", right ? "true" : "false",
                 cudaGetErrorString(error));
     return right;
 }
@@ -112,8 +139,8 @@ static bool run(int head_size, int scalar) {
 int main() {
     bool right = true;
     for (const int head_size : {32, 64, 128}) {
-        right &= run<float>(head_size, FLOAT32);
-        right &= run<bf16>(head_size, BFLOAT16);
+        right &= run<float>(head_size);
+        right &= run<bf16>(head_size);
     }
     return right ? 0 : 1;
 }

@@ -26,13 +26,14 @@ from pathlib import Path
 import torch
 
 from rwkv_peft.memory import keep_freed_memory
+from rwkv_peft.ops.cuda_recurrence import CudaRecurrence
 from rwkv_peft.ops.native import gpu, levels
 from rwkv_peft.ops.native.arguments import fill
 from rwkv_peft.ops.native.build import build_library
 from rwkv_peft.ops.native.compilers import find_nvcc
 from rwkv_peft.ops.native.cpu import cpu_library
 from rwkv_peft.ops.native.errors import BuildError
-from rwkv_peft.ops.wkv6 import backends, cpu, cuda, wkv6
+from rwkv_peft.ops.wkv6 import backends, cpu, wkv6
 
 HEAD_SIZE = 64
 SHAPES = {  # B,T,H
@@ -94,26 +95,38 @@ def torch_chunks(r, k, v, w, u, chunk=64, part=16):
     return y.flatten(2, 3)[:, :, :T].transpose(1, 2).to(u.dtype)
 
 
+def sequential_plan(direction, head_size, dtype):
+    """wkv6_sequential.cu's kernels of a direction, and their blocks."""
+    scalar = "bfloat16" if dtype == torch.bfloat16 else "float32"
+    passes = ("forward",) if direction == "forward" else ("rows", "columns")
+    return [(f"sequential_{name}_{scalar}", (head_size, 1)) for name in passes]
+
+
+SEQUENTIAL_KERNELS = tuple(
+    name
+    for direction in ("forward", "backward")
+    for dtype in (torch.float32, torch.bfloat16)
+    for name, _ in sequential_plan(direction, HEAD_SIZE, dtype)
+)
+SEQUENTIAL = CudaRecurrence("wkv6", "r k v w", "u", 1, SEQUENTIAL_KERNELS, sequential_plan)
+
+
 class Sequential(torch.autograd.Function):
-    """wkv6_sequential.cu: kernels (a cuda.Library of it), r k v w (B, T, H, 64), u (H, 64) -> y."""
+    """wkv6_sequential.cu: kernels (a SEQUENTIAL.Library of it), r k v w (B, T, H, 64), u (H, 64) -> y."""
 
     @staticmethod
     def forward(ctx, kernels, r, k, v, w, u):
         ctx.kernels = kernels
         ctx.save_for_backward(r, k, v, w, u)
-        return cuda.run_forward(kernels, stream(r), r, k, v, w, u.float(), None, None, False)[0]
+        return SEQUENTIAL.run_forward(kernels, r, k, v, w, u.float(), None, None, save=False)[0]
 
     @staticmethod
     def backward(ctx, gy):
         r, k, v, w, u = ctx.saved_tensors
         scratch = torch.empty_like(r, dtype=torch.float32)
-        inputs = (r, k, v, w, u.float(), None, scratch, gy.contiguous(), None)
-        *gradients, gu, _ = cuda.run_backward(ctx.kernels, stream(r), *inputs)
+        inputs = (r, k, v, w, u.float(), None, None, scratch, gy.contiguous(), None)
+        *gradients, gu, _ = SEQUENTIAL.run_backward(ctx.kernels, *inputs)
         return None, *gradients, gu.to(u.dtype)
-
-
-def stream(x):
-    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
 
 
 @functools.cache
@@ -125,7 +138,7 @@ def sequential_kernels():
         return None
     source = Path(__file__).resolve().with_name("wkv6_sequential.cu")
     recipe = gpu.recipe(source, nvcc, "".join(map(str, torch.cuda.get_device_capability())))
-    return cuda.Library(build_library("wkv6_sequential", *recipe))
+    return SEQUENTIAL.Library(build_library("wkv6_sequential", *recipe))
 
 
 def contenders(device):

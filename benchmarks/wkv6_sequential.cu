@@ -24,7 +24,7 @@ __device__ void forward_columns(const Arguments& a) {
     const Sequence s(a);
     const int j = threadIdx.x;
     float S[N] = {};
-    u[j] = a.u[s.bonus + j];
+    u[j] = a.u[s.channel(a) + j];
     for (int t = 0; t < s.length; t++) {
         const index_t at = s.elements + t * s.stride + j;
         __syncthreads();
@@ -52,7 +52,7 @@ __device__ void backward_rows(const Arguments& a) {
     __shared__ float v[N], gy[N];
     const Sequence s(a);
     const int i = threadIdx.x;
-    const float u = a.u[s.bonus + i];
+    const float u = a.u[s.channel(a) + i];
     float S[N] = {}, gu = 0.f;
     for (int t = 0; t < s.length; t++) {
         const index_t at = s.elements + t * s.stride + i;
@@ -105,7 +105,7 @@ __device__ void backward_columns(const Arguments& a) {
     const Sequence s(a);
     const int j = threadIdx.x;
     float D[N] = {};
-    u[j] = a.u[s.bonus + j];
+    u[j] = a.u[s.channel(a) + j];
     for (int t = s.length - 1; t >= 0; t--) {
         const index_t at = s.elements + t * s.stride + j;
         __syncthreads();
@@ -124,27 +124,9 @@ __device__ void backward_columns(const Arguments& a) {
     }
 }
 
-#define KERNEL(name, code, scalar) \
-    static __global__ void __launch_bounds__(N) name##_##scalar(const Arguments a) { code<scalar>(a); }
-KERNEL(forward, forward_columns, float)
-KERNEL(forward, forward_columns, bf16)
-KERNEL(rows, backward_rows, float)
-KERNEL(rows, backward_rows, bf16)
-KERNEL(columns, backward_columns, float)
-KERNEL(columns, backward_columns, bf16)
-
-template <class Kernel>
-static int run(Kernel kernel, const Arguments& a, void* stream) {
-    return launch(kernel, dim3(a.heads * a.sequences), dim3(N), 0, stream, a);
-}
-
-// Both enqueue their kernels on `stream` and return CUDA's error code, 0 for success.
-extern "C" int wkv6_forward(const Arguments* a, void* stream) {
-    return a->scalar == FLOAT32 ? run(forward_float, *a, stream) : run(forward_bf16, *a, stream);
-}
-
-extern "C" int wkv6_backward(const Arguments* a, void* stream) {
-    const int status = a->scalar == FLOAT32 ? run(rows_float, *a, stream) : run(rows_bf16, *a, stream);
-    if (status != 0) return status;
-    return a->scalar == FLOAT32 ? run(columns_float, *a, stream) : run(columns_bf16, *a, stream);
-}
+RECURRENCE_KERNEL(sequential_forward_float32, forward_columns<float>, N, 1, 0)
+RECURRENCE_KERNEL(sequential_forward_bfloat16, forward_columns<bf16>, N, 1, 0)
+RECURRENCE_KERNEL(sequential_rows_float32, backward_rows<float>, N, 1, 0)
+RECURRENCE_KERNEL(sequential_rows_bfloat16, backward_rows<bf16>, N, 1, 0)
+RECURRENCE_KERNEL(sequential_columns_float32, backward_columns<float>, N, 1, 0)
+RECURRENCE_KERNEL(sequential_columns_bfloat16, backward_columns<bf16>, N, 1, 0)

@@ -76,7 +76,7 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         stage ^= 1;
     };
 
-    if (tid < N) shared.u[tid] = a.u[s.bonus + tid];
+    if (tid < N) shared.u[tid] = a.u[s.channel(a) + tid];
     const float* gfinal = a.gfinal ? a.gfinal + s.state : nullptr;
     Accumulator dS[tiles], dSt[tiles];
     load_state<N>(dS, gfinal, c0, false);
@@ -88,7 +88,7 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         const int begin = segment * SEGMENT;
         const int chunks = min(CHUNKS, (s.length - begin + CHUNK - 1) / CHUNK);
         Accumulator S[tiles];
-        load_state<N>(S, a.checkpoints + s.checkpoint + segment * s.checkpoint_stride, c0, false);
+        load_state<N>(S, s.slot(a, begin), c0, false);
         for (int i = 0;; i++) {
             #pragma unroll
             for (int b = 0; b < tiles; b++) shared.states[i][b][tid] = rounded(S[b]);

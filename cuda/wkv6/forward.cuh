@@ -27,7 +27,7 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
         fetch<N>(next.w, a.w, s, t0);
     };
 
-    if (threadIdx.x < N) shared.u[threadIdx.x] = a.u[s.bonus + threadIdx.x];
+    if (threadIdx.x < N) shared.u[threadIdx.x] = a.u[s.channel(a) + threadIdx.x];
     Accumulator St[tiles];
     load_state<N>(St, a.state ? a.state + s.state : nullptr, v0, true);
     if (s.length > 0) start_fetch(0);
@@ -38,8 +38,7 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
         cp_async_wait_all();
         __syncthreads();  // the chunk has arrived, and nobody reads the previous one or its operands any more
         if (t0 + CHUNK < s.length) start_fetch(t0 + CHUNK);
-        if (a.checkpoints && t0 % SEGMENT == 0)
-            store_state<N>(a.checkpoints + s.checkpoint + t0 / SEGMENT * s.checkpoint_stride, St, v0, true);
+        if (a.checkpoints && t0 % SEGMENT == 0) store_state<N>(s.slot(a, t0), St, v0, true);
 
         Decays<N> decays(in.w, valid, o);
         const float bonus = row_dot<N>(&in.r[dot_row][dot_column], &in.k[dot_row][dot_column], &shared.u[dot_column]);

@@ -30,7 +30,7 @@ __device__ void load_token(TokenShared& token, const Arguments& a, const Sequenc
         token.k[c] = valid ? to_float(((const T*)a.k)[at + c]) : 0.f;
         token.v[c] = valid ? to_float(((const T*)a.v)[at + c]) : 0.f;
         token.decay[c] = valid ? expf(-expf(to_float(((const T*)a.w)[at + c]))) : 0.f;
-        token.u[c] = valid ? a.u[s.bonus + c] : 0.f;
+        token.u[c] = valid ? a.u[s.channel(a) + c] : 0.f;
         token.gy[c] = valid && a.gy ? to_float(((const T*)a.gy)[at + c]) : 0.f;
     }
     __syncthreads();
@@ -75,8 +75,7 @@ __device__ void plain_forward(const Arguments& a) {
     load_strip(S, a.state ? a.state + s.state : nullptr, N, true);
 
     for (int t = 0; t < s.length; t++) {
-        if (a.checkpoints && t % SEGMENT == 0)
-            store_strip(a.checkpoints + s.checkpoint + t / SEGMENT * s.checkpoint_stride, S, N, true);
+        if (a.checkpoints && t % SEGMENT == 0) store_strip(s.slot(a, t), S, N, true);
         load_token<T>(token, a, s, t);
         const float v = token.v[x];
         float sum = 0.f;
@@ -111,7 +110,7 @@ __device__ void plain_backward(const Arguments& a) {
 
     for (int begin = (s.length - 1) / SEGMENT * SEGMENT; begin >= 0 && s.length > 0; begin -= SEGMENT) {
         const int end = min(begin + SEGMENT, s.length);
-        load_strip(S, a.checkpoints + s.checkpoint + begin / SEGMENT * s.checkpoint_stride, N, false);
+        load_strip(S, s.slot(a, begin), N, false);
         for (int t = begin; t < end; t++) {
             load_token<T>(token, a, s, t);
             partial[0][y][x] = strip_dot(S, &token.gy[c0]);

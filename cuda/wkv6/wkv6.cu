@@ -1,4 +1,4 @@
-// RWKV-6's recurrence (Peng et al. 2024, arXiv 2404.05892) on NVIDIA GPUs, forward and backward, with a C interface.
+// RWKV-6's recurrence (Peng et al. 2024, arXiv 2404.05892) on NVIDIA GPUs, forward and backward.
 //
 // For one head, S its state (K, V):  y_t = r_tᵀ (S_{t-1} + diag(u) k_t v_tᵀ),  S_t = diag(d_t) S_{t-1} + k_t v_tᵀ,
 // d_t = exp(-exp(w_t)).
@@ -36,72 +36,22 @@
 // there of the same rounded numbers on both sides; and gw_x = -exp(w_x) times that.
 //
 // Chunked kernels exist for bf16 and head sizes 64 and 32, and forward for 128, whose backward would not fit the
-// registers; all else goes through the plain kernels, one token at a time (plain.cuh).
+// registers; all else goes through the plain kernels, one token at a time (plain.cuh). ops/wkv6/cuda.py chooses.
 //
-// nvcc compiles this file into a library, NVRTC into a module of the kernels alone, and a C++ compiler, with
-// tests/cuda_shim, into a library that runs on the CPU.
+// nvcc compiles this file into a library, NVRTC into a module, and a C++ compiler, with tests/cuda_shim, into a library
+// that runs on the CPU.
 #include "common/device.cuh"
 #include "wkv6/arguments.cuh"
 #include "wkv6/backward.cuh"
 #include "wkv6/forward.cuh"
 #include "wkv6/plain.cuh"
 
-// Every kernel: its name, its code, its threads a block, and the blocks that should fit a multiprocessor's registers.
-#define WKV6_KERNEL(name, code, threads, blocks) \
-    extern "C" __global__ void __launch_bounds__(threads, blocks) name(const Arguments a) { code(a); }
-WKV6_KERNEL(wkv6_forward_32, chunked_forward<32>, 64, 8)
-WKV6_KERNEL(wkv6_forward_64, chunked_forward<64>, 128, 5)
-WKV6_KERNEL(wkv6_forward_128, chunked_forward<128>, 256, 2)
-WKV6_KERNEL(wkv6_backward_32, chunked_backward<32>, 64, 6)
-WKV6_KERNEL(wkv6_backward_64, chunked_backward<64>, 128, 3)
-WKV6_KERNEL(wkv6_forward_plain_float32, plain_forward<float>, 1024, 1)
-WKV6_KERNEL(wkv6_forward_plain_bfloat16, plain_forward<bf16>, 1024, 1)
-WKV6_KERNEL(wkv6_backward_plain_float32, plain_backward<float>, 1024, 1)
-WKV6_KERNEL(wkv6_backward_plain_bfloat16, plain_backward<bf16>, 1024, 1)
-
-// What a block may ask for on every GPU since Ampere.
-constexpr int MOST_SHARED = 99 * 1024;
-static_assert(sizeof(BackwardShared<64>) <= MOST_SHARED, "backward needs too much shared memory");
-static_assert(sizeof(ForwardShared<128>) <= MOST_SHARED, "forward needs too much shared memory");
-
-#ifndef __CUDACC_RTC__
-// One block a head and sequence.
-template <class Kernel>
-static int run_chunked(Kernel kernel, int shared_bytes, const Arguments& a, void* stream) {
-    return launch(kernel, dim3(a.heads * a.sequences), dim3(2 * a.head_size), shared_bytes, stream, a);
-}
-template <class Kernel>
-static int run_plain(Kernel kernel, const Arguments& a, void* stream) {
-    const dim3 block(a.head_size, (a.head_size + STRIP - 1) / STRIP);
-    return launch(kernel, dim3(a.heads * a.sequences), block, 0, stream, a);
-}
-
-// Both enqueue their kernel on `stream` and return CUDA's error code, 0 for success.
-extern "C" int wkv6_forward(const Arguments* a, void* stream) {
-    if (a->scalar == FLOAT32) return run_plain(wkv6_forward_plain_float32, *a, stream);
-    switch (a->head_size) {
-        case 32: return run_chunked(wkv6_forward_32, sizeof(ForwardShared<32>), *a, stream);
-        case 64: return run_chunked(wkv6_forward_64, sizeof(ForwardShared<64>), *a, stream);
-        case 128: return run_chunked(wkv6_forward_128, sizeof(ForwardShared<128>), *a, stream);
-        default: return run_plain(wkv6_forward_plain_bfloat16, *a, stream);
-    }
-}
-
-extern "C" int wkv6_backward(const Arguments* a, void* stream) {
-    if (a->scalar == FLOAT32) return run_plain(wkv6_backward_plain_float32, *a, stream);
-    switch (a->head_size) {
-        case 32: return run_chunked(wkv6_backward_32, sizeof(BackwardShared<32>), *a, stream);
-        case 64: return run_chunked(wkv6_backward_64, sizeof(BackwardShared<64>), *a, stream);
-        default: return run_plain(wkv6_backward_plain_bfloat16, *a, stream);
-    }
-}
-#else
-// Launchers outside read here how much shared memory a chunked kernel asks for.
-extern "C" {
-__constant__ int wkv6_forward_32_shared = sizeof(ForwardShared<32>);
-__constant__ int wkv6_forward_64_shared = sizeof(ForwardShared<64>);
-__constant__ int wkv6_forward_128_shared = sizeof(ForwardShared<128>);
-__constant__ int wkv6_backward_32_shared = sizeof(BackwardShared<32>);
-__constant__ int wkv6_backward_64_shared = sizeof(BackwardShared<64>);
-}
-#endif
+RECURRENCE_KERNEL(wkv6_forward_32, chunked_forward<32>, 64, 8, sizeof(ForwardShared<32>))
+RECURRENCE_KERNEL(wkv6_forward_64, chunked_forward<64>, 128, 5, sizeof(ForwardShared<64>))
+RECURRENCE_KERNEL(wkv6_forward_128, chunked_forward<128>, 256, 2, sizeof(ForwardShared<128>))
+RECURRENCE_KERNEL(wkv6_backward_32, chunked_backward<32>, 64, 6, sizeof(BackwardShared<32>))
+RECURRENCE_KERNEL(wkv6_backward_64, chunked_backward<64>, 128, 3, sizeof(BackwardShared<64>))
+RECURRENCE_KERNEL(wkv6_forward_plain_float32, plain_forward<float>, 1024, 1, 0)
+RECURRENCE_KERNEL(wkv6_forward_plain_bfloat16, plain_forward<bf16>, 1024, 1, 0)
+RECURRENCE_KERNEL(wkv6_backward_plain_float32, plain_backward<float>, 1024, 1, 0)
+RECURRENCE_KERNEL(wkv6_backward_plain_bfloat16, plain_backward<bf16>, 1024, 1, 0)

@@ -139,7 +139,7 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         fetch<N>(next.gy, a.gy, s, t0);
     };
     const auto start_fetch_of_state = [&](int t0) {
-        const bf16* source = s.chunk_state(a, t0);
+        const bf16* source = chunk_state(a, s, t0);
         #pragma unroll
         for (int i = 0; i < N / 16; i++) {
             const int row = i * 16 + threadIdx.x / (N / 8), column = threadIdx.x % (N / 8) * 8;

@@ -66,7 +66,7 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
             make_operands(t0 + CHUNK);
         } else {
             v = load_transposed(&shared.chunk[t0 / CHUNK % 2].v[0][v0], stride);
-            bf16* checkpoint = a.checkpoints ? s.chunk_state(a, t0) + v0 * N : nullptr;
+            bf16* checkpoint = a.checkpoints ? chunk_state(a, s, t0) + v0 * N : nullptr;
             #pragma unroll
             for (int b = 0; b < tiles; b++) {
                 const Tile state = rounded(S[b]);

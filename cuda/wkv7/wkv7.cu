@@ -1,5 +1,4 @@
-// RWKV-7's recurrence ("Goose", Peng et al. 2025, arXiv 2503.14456) on NVIDIA GPUs, forward and backward, with a C
-// interface.
+// RWKV-7's recurrence ("Goose", Peng et al. 2025, arXiv 2503.14456) on NVIDIA GPUs, forward and backward.
 //
 // For one head, S its state (V, K):  S_t = S_{t-1} diag(d_t) + (S_{t-1} a_t) b_tᵀ + v_t k_tᵀ,  y_t = S_t r_t,
 // d_t = exp(-e^(-1/2) sigmoid(w_t)).
@@ -38,66 +37,20 @@
 // operands that have it as a factor or a divisor:
 //     sum over v of S dS + sum over s of (k V dS + b removed dS)_s
 //         + sum over s >= t of (r gr - k gk - b gb)_s + sum over s > t of (a ga)_s
-// where all terms that cancel are the same rounded numbers. All else goes through the plain kernels (plain.cuh).
+// where all terms that cancel are the same rounded numbers. All else goes through the plain kernels (plain.cuh);
+// ops/wkv7/cuda.py chooses.
 //
-// nvcc compiles this file into a library, NVRTC into a module of the kernels alone, and a C++ compiler, with
-// tests/cuda_shim, into a library that runs on the CPU.
+// nvcc compiles this file into a library, NVRTC into a module, and a C++ compiler, with tests/cuda_shim, into a library
+// that runs on the CPU.
 #include "common/device.cuh"
 #include "wkv7/arguments.cuh"
 #include "wkv7/backward.cuh"
 #include "wkv7/forward.cuh"
 #include "wkv7/plain.cuh"
 
-// Every kernel: its name, its code, its threads a block, and the blocks that should fit a multiprocessor's registers.
-#define WKV7_KERNEL(name, code, threads, blocks) \
-    extern "C" __global__ void __launch_bounds__(threads, blocks) name(const Arguments a) { code(a); }
-WKV7_KERNEL(wkv7_forward_64, chunked_forward<64>, 256, 2)
-WKV7_KERNEL(wkv7_backward_64, chunked_backward<64>, 128, 3)
-WKV7_KERNEL(wkv7_forward_plain_float32, plain_forward<float>, 1024, 1)
-WKV7_KERNEL(wkv7_forward_plain_bfloat16, plain_forward<bf16>, 1024, 1)
-WKV7_KERNEL(wkv7_backward_plain_float32, plain_backward<float>, 1024, 1)
-WKV7_KERNEL(wkv7_backward_plain_bfloat16, plain_backward<bf16>, 1024, 1)
-
-// What a block may ask for on every GPU since Ampere.
-constexpr int MOST_SHARED = 99 * 1024;
-static_assert(sizeof(ForwardShared<64>) <= MOST_SHARED, "forward needs too much shared memory");
-static_assert(sizeof(BackwardShared<64>) <= MOST_SHARED, "backward needs too much shared memory");
-static_assert(sizeof(PlainShared) <= MOST_SHARED, "the plain kernels need too much shared memory");
-
-#ifndef __CUDACC_RTC__
-// One block a head and sequence.
-template <class Kernel>
-static int run_chunked(Kernel kernel, int threads, int shared_bytes, const Arguments& a, void* stream) {
-    return launch(kernel, dim3(a.heads * a.sequences), dim3(threads), shared_bytes, stream, a);
-}
-
-// The same: strips of a row side by side, a power of two of them, and whole warps.
-template <class Kernel>
-static int run_plain(Kernel kernel, const Arguments& a, void* stream) {
-    int strips = 1;
-    while (strips * STRIP < a.head_size) strips *= 2;
-    const int rows = 32 / strips;  // of a warp
-    const dim3 block(strips, (a.head_size + rows - 1) / rows * rows);
-    return launch(kernel, dim3(a.heads * a.sequences), block, sizeof(PlainShared), stream, a);
-}
-
-// Both enqueue their kernel on `stream` and return CUDA's error code, 0 for success.
-extern "C" int wkv7_forward(const Arguments* a, void* stream) {
-    if (a->scalar == FLOAT32) return run_plain(wkv7_forward_plain_float32, *a, stream);
-    if (a->head_size == 64) return run_chunked(wkv7_forward_64, 256, sizeof(ForwardShared<64>), *a, stream);
-    return run_plain(wkv7_forward_plain_bfloat16, *a, stream);
-}
-
-extern "C" int wkv7_backward(const Arguments* a, void* stream) {
-    if (a->scalar == FLOAT32) return run_plain(wkv7_backward_plain_float32, *a, stream);
-    if (a->head_size == 64) return run_chunked(wkv7_backward_64, 128, sizeof(BackwardShared<64>), *a, stream);
-    return run_plain(wkv7_backward_plain_bfloat16, *a, stream);
-}
-#else
-// Launchers outside read here how much shared memory a kernel asks for.
-extern "C" {
-__constant__ int wkv7_forward_64_shared = sizeof(ForwardShared<64>);
-__constant__ int wkv7_backward_64_shared = sizeof(BackwardShared<64>);
-__constant__ int wkv7_plain_shared = sizeof(PlainShared);
-}
-#endif
+RECURRENCE_KERNEL(wkv7_forward_64, chunked_forward<64>, 256, 2, sizeof(ForwardShared<64>))
+RECURRENCE_KERNEL(wkv7_backward_64, chunked_backward<64>, 128, 3, sizeof(BackwardShared<64>))
+RECURRENCE_KERNEL(wkv7_forward_plain_float32, plain_forward<float>, 1024, 1, sizeof(PlainShared))
+RECURRENCE_KERNEL(wkv7_forward_plain_bfloat16, plain_forward<bf16>, 1024, 1, sizeof(PlainShared))
+RECURRENCE_KERNEL(wkv7_backward_plain_float32, plain_backward<float>, 1024, 1, sizeof(PlainShared))
+RECURRENCE_KERNEL(wkv7_backward_plain_bfloat16, plain_backward<bf16>, 1024, 1, sizeof(PlainShared))

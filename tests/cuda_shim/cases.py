@@ -23,6 +23,10 @@ class Case:
     gy: torch.Tensor
     gfinal: torch.Tensor | None
 
+    @property
+    def inputs(self):
+        return self.r, self.k, self.v, self.w, self.u
+
 
 def decays(kind, shape, generator):
     """Raw w: "ordinary" decays, "none" (exp(-exp(w)) rounds to 1), "all" (it underflows), or a "mix" of all."""
@@ -47,13 +51,12 @@ def make_case(B, T, H, N, dtype, *, decay="ordinary", with_state=True, lengths=N
     return Case(r, k, v, w, u, states[0], bounds, gy, states[1])
 
 
-def run(kernels, case, stream=None):
+def run(kernels, case):
     """The kernels' results, in the order of RESULTS, without gstate where there is no state."""
-    c = case
-    y, final, checkpoints = cuda.run_forward(kernels, stream, c.r, c.k, c.v, c.w, c.u, c.state, c.cu_seqlens, True)
-    inputs = (c.r, c.k, c.v, c.w, c.u, c.cu_seqlens)
-    gradients = cuda.run_backward(kernels, stream, *inputs, checkpoints, c.gy, c.gfinal)
-    return (y, final, *gradients)[: None if c.state is not None else -1]
+    given = (*case.inputs, case.state, case.cu_seqlens)
+    y, final, checkpoints = cuda.RECURRENCE.run_forward(kernels, *given, save=True)
+    gradients = cuda.RECURRENCE.run_backward(kernels, *given, checkpoints, case.gy, case.gfinal)
+    return (y, final, *gradients)[: None if case.state is not None else -1]
 
 
 def truth(case):

@@ -31,6 +31,12 @@ def check_without_spills(status, report, kernels):
         assert found.groups() == ("0", "0"), f"{kernel} uses local memory: {found.group()}"
 
 
+def kernels_of(source):
+    """(name, most threads a block) of every kernel of a recurrence's source."""
+    found = re.findall(r"^RECURRENCE_KERNEL\((\w+), .*?, (\d+), \d+, ", source, re.MULTILINE)
+    return [(name, int(threads)) for name, threads in found]
+
+
 class RecordingDriver:
     """A driver whose every call succeeds; keeps the launches' structures `arguments`."""
 

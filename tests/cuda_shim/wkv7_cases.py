@@ -51,12 +51,12 @@ def make_case(B, T, H, N, dtype, *, decay="usual", with_state=True, lengths=None
     return Case(r, w, k, v, a, b, states[0], bounds, gy, states[1])
 
 
-def run(kernels, case, stream=None):
+def run(kernels, case):
     """The kernels' results, in the order of RESULTS, without gstate where there is no state."""
-    c = case
-    y, final, checkpoints = cuda.run_forward(kernels, stream, *c.inputs, c.state, c.cu_seqlens, True)
-    gradients = cuda.run_backward(kernels, stream, *c.inputs, c.cu_seqlens, checkpoints, c.gy, c.gfinal)
-    return (y, final, *gradients)[: None if c.state is not None else -1]
+    given = (*case.inputs, case.state, case.cu_seqlens)
+    y, final, checkpoints = cuda.RECURRENCE.run_forward(kernels, *given, save=True)
+    gradients = cuda.RECURRENCE.run_backward(kernels, *given, checkpoints, case.gy, case.gfinal)
+    return (y, final, *gradients)[: None if case.state is not None else -1]
 
 
 def truth(case):

@@ -6,11 +6,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from cuda_shim import shim
 from rwkv_peft.ops.native import gpu
 from rwkv_peft.ops.native.errors import BuildError
-from rwkv_peft.ops.wkv6 import cuda as wkv6
-from rwkv_peft.ops.wkv7 import cuda as wkv7
 
 
 @pytest.fixture
@@ -64,19 +61,3 @@ def test_code_that_a_driver_refuses_gives_way_to_nvrtcs(build):
 def test_where_nothing_works_the_reason_is_told(build, settings, message):
     with pytest.raises(BuildError, match=message):
         build(**settings)
-
-
-@pytest.mark.parametrize("family", [wkv6, wkv7], ids=["wkv6", "wkv7"])
-def test_a_recurrences_trial_launches_its_kernels(family, monkeypatch):
-    try:
-        kernels = shim.build(family)
-    except BuildError as error:
-        pytest.skip(str(error))
-    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(family, "stream", lambda x: None)
-    monkeypatch.setattr(gpu, "build_kernels", lambda *arguments: arguments[-1](kernels))
-    launched, forward = [], kernels.forward
-    kernels.forward = lambda *arguments: launched.append(family) or forward(*arguments)
-    family.kernels.__wrapped__("cpu")
-    assert launched == [family]

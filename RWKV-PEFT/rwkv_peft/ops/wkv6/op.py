@@ -58,7 +58,7 @@ def wkv6(r, k, v, w, u, state=None, cu_seqlens=None, *, backend="auto"):
         forward, backward = partial(module.forward, save=True, level=level), partial(module.backward, level=level)
         y, final_state = Recurrence.apply("wkv6", forward, backward, *arguments)
     else:
-        y, final_state, _ = backend_module(v.device.type).forward(*arguments, save, level)
+        y, final_state, _ = backend_module(v.device.type).forward(*arguments, save=save, level=level)
     return y.to(out_dtype), final_state
 
 

@@ -5,7 +5,7 @@ one kernel dtype, u and the states float32, cu_seqlens int64. torch.compile and 
 single operations. Each device's kernel is a backend module (cpu.py, cuda.py) with
 
     unavailable() -> None, or why it cannot be used and what would help
-    checkpoint_count(tokens, sequences) -> how many states (H, N, N) its forward keeps for its backward
+    checkpoint_count(tokens, rows, sequences) -> how many states (H, N, N) its forward keeps for its backward
     forward(r, k, v, w, u, state, cu_seqlens, save, level) -> y, final state, checkpoints
     backward(r, k, v, w, u, state, cu_seqlens, checkpoints, gy, gfinal, level) -> gr, gk, gv, gw, gu, gstate
 """
@@ -34,14 +34,15 @@ def backend_module(device_type):
     return importlib.import_module(f".{device_type}", __package__)
 
 
-def _forward(r, k, v, w, u, state, cu_seqlens, *rest):
+def _forward(r, k, v, w, u, state, cu_seqlens, save, level):
     if cu_seqlens is not None:  # a compiled graph comes here with values that nobody has seen yet
         check_bounds(cu_seqlens, r.shape[1])
-    return backend_module(r.device.type).forward(r, k, v, w, u, state, cu_seqlens, *rest)
+    return backend_module(r.device.type).forward(r, k, v, w, u, state, cu_seqlens, save=save, level=level)
 
 
-def _backward(r, *rest):
-    return backend_module(r.device.type).backward(r, *rest)
+def _backward(*arguments):
+    *tensors, level = arguments
+    return backend_module(tensors[0].device.type).backward(*tensors, level=level)
 
 
 for _key in ("CPU", "CUDA"):
@@ -59,7 +60,7 @@ def _forward_fake(r, k, v, w, u, state, cu_seqlens, save, level):
     B, T = r.shape[:2]
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     device = "cuda" if r.device.type == "cuda" else "cpu"
-    count = backend_module(device).checkpoint_count(B * T, sequences) if save else 0
+    count = backend_module(device).checkpoint_count(B * T, B, sequences) if save else 0
     return torch.empty_like(r), _states_like(u, sequences), _states_like(u, count)
 
 

@@ -37,13 +37,13 @@ def call_forward(r, w, k, v, a, b, state, cu_seqlens, save, backend):
     if cu_seqlens is not None:  # a compiled graph comes here with values that nobody has seen yet
         check_bounds("wkv7", cu_seqlens, r.shape[1])
     name, _, level = backend.partition(":")
-    return backend_module(name).forward(r, w, k, v, a, b, state, cu_seqlens, save, level)
+    return backend_module(name).forward(r, w, k, v, a, b, state, cu_seqlens, save=save, level=level)
 
 
 def call_backward(*tensors, backend):
     """A backend's backward, past torch's operators."""
     name, _, level = backend.partition(":")
-    return backend_module(name).backward(*tensors, level)
+    return backend_module(name).backward(*tensors, level=level)
 
 
 def _backward(*arguments):

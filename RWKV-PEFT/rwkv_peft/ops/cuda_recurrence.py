@@ -1,0 +1,134 @@
+"""A recurrence's CUDA kernels as its backend: what wkv6/cuda.py and wkv7/cuda.py have in common.
+
+nvcc makes a library where it works; else NVRTC, which CUDA builds of torch bring along, makes a module that the driver
+loads. Both launch kernels by their names, and a plan says which.
+"""
+
+import contextlib
+import ctypes
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .native import gpu
+from .native.errors import BuildError
+from .native.kernels import Kernels, Library, Module
+from .native.launch import aligned, stream
+
+INTEGERS = ("sequences", "length", "heads", "head_size", "device")
+
+# (direction, head size, dtype) -> the kernels to launch, one after the other, each with its block's (x, y) threads.
+Plan = Callable[[str, int, torch.dtype], Sequence[tuple[str, tuple[int, int]]]]
+
+
+def structure(inputs: Sequence[str]) -> type[ctypes.Structure]:
+    """cuda/OP/arguments.cuh's Arguments, of an operation with these inputs."""
+    given = (*inputs, "state", "bounds", "y", "final_state", "checkpoints", "gy", "gfinal")
+    pointers = (*given, *(f"g{name}" for name in inputs), "gstate")
+    fields = [*((name, ctypes.c_void_p) for name in pointers), *((name, ctypes.c_int) for name in INTEGERS)]
+    return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
+
+
+class CudaRecurrence:
+    """The kernels of cuda/OP: built on first use, and launched on torch's stream."""
+
+    def __init__(self, op: str, rows: str, shared: str, segment: int, names: Sequence[str], plan: Plan):
+        """rows: the names of the operation's inputs (B, T, H, N); shared: of those (H, N), which follow. segment: steps
+        that share a slot among the checkpoints, arguments.cuh's SEGMENT. names: every kernel's."""
+        self.op, self.source, self.segment, self.plan = op, f"{op}/{op}.cu", segment, plan
+        self.rows, self.shared = rows.split(), shared.split()
+        self.Arguments = structure([*self.rows, *self.shared])
+        self.Library = functools.partial(Library, names, self.Arguments)
+        self.Module = functools.partial(Module, names)
+
+    def unavailable(self, level: str = "") -> str | None:
+        """None where the kernels work on the current GPU, else why they do not and what would help."""
+        del level  # the CPU kernel's instruction set
+        reason = gpu.unavailable()
+        if reason is not None:
+            return reason
+        try:
+            self.kernels(torch.cuda.current_device())
+        except BuildError as error:
+            return str(error)
+        return None
+
+    def checkpoint_count(self, tokens: int, rows: int, sequences: int) -> int:
+        """Slots of states kept for backward: one for each segment of a sequence, and a gap of at most one."""
+        return tokens // self.segment + sequences
+
+    def forward(self, *tensors, save: bool, level: str = "") -> tuple[Tensor, Tensor, Tensor]:
+        """The inputs, contiguous, those (B, T, H, N) float32 or bfloat16, the shared ones float32; state (n, H, N, N)
+        float32 or None; cu_seqlens (n + 1,) int64 or None -> y, final state, checkpoints (empty unless `save`)."""
+        return self.run_forward(self.kernels(tensors[0].device.index), *tensors, save=save)
+
+    def backward(self, *tensors, level: str = "") -> tuple[Tensor, ...]:
+        """What forward took, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
+        gradients of the inputs and of the state."""
+        return self.run_backward(self.kernels(tensors[0].device.index), *tensors)
+
+    def run_forward(self, kernels: Kernels, *tensors, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """forward, on the given kernels."""
+        *inputs, state, bounds = tensors
+        r = inputs[0]
+        B, T, H, N = r.shape
+        sequences = _sequences(r, bounds)
+        y = torch.empty_like(r)
+        count = self.checkpoint_count(B * T, B, sequences) if save else 0
+        final_state, checkpoints = (r.new_empty(n, H, N, N, dtype=torch.float32) for n in (sequences, count))
+        arguments = self._given(inputs) | dict(state=aligned(state), bounds=bounds, y=y, final_state=final_state)
+        self._launch(kernels, "forward", r, sequences, arguments | dict(checkpoints=checkpoints if save else None))
+        return y, final_state, checkpoints
+
+    def run_backward(self, kernels: Kernels, *tensors) -> tuple[Tensor, ...]:
+        """backward, on the given kernels."""
+        *inputs, _, bounds, checkpoints, gy, gfinal = tensors  # the first checkpoint is the state
+        r = inputs[0]
+        H, N = r.shape[2:]
+        sequences = _sequences(r, bounds)
+        gy = torch.zeros_like(r) if gy is None else gy
+        arguments = self._given(inputs) | dict(bounds=bounds, checkpoints=checkpoints)
+        arguments |= dict(gy=aligned(gy), gfinal=aligned(gfinal))
+        of_rows = {f"g{name}": torch.empty_like(r) for name in self.rows}
+        of_shared = {f"g{name}": r.new_empty(sequences, H, N, dtype=torch.float32) for name in self.shared}
+        gstate = r.new_empty(sequences, H, N, N, dtype=torch.float32)
+        self._launch(kernels, "backward", r, sequences, arguments | of_rows | of_shared | dict(gstate=gstate))
+        return *of_rows.values(), *(x.sum(0) for x in of_shared.values()), gstate
+
+    def _given(self, inputs: Sequence[Tensor]) -> dict[str, Tensor | None]:
+        return {name: aligned(x) for name, x in zip((*self.rows, *self.shared), inputs)}
+
+    def _launch(
+        self, kernels: Kernels, direction: str, r: Tensor, sequences: int, tensors: Mapping[str, Tensor | None]
+    ) -> None:
+        """Enqueue a direction's kernels, given their arguments by name. Raises RuntimeError where that fails."""
+        _, T, H, N = r.shape
+        if sequences == 0 or H == 0:
+            return
+        addresses = {name: None if x is None else x.data_ptr() for name, x in tensors.items()}
+        sizes = dict(sequences=sequences, length=T, heads=H, head_size=N, device=r.device.index or 0)
+        arguments = self.Arguments(**addresses, **sizes)
+        with torch.cuda.device(r.device) if r.is_cuda else contextlib.nullcontext():
+            for name, block in self.plan(direction, N, r.dtype):
+                status = kernels.run(name, arguments, sequences * H, block, stream(r))
+                if status != 0:
+                    raise RuntimeError(f"{self.op}: launching the CUDA kernel {name} failed with CUDA error {status}")
+
+    @functools.cache  # noqa: B019 # it lives as long as its module
+    def kernels(self, device: int) -> Kernels:
+        """The kernels for GPU number `device`, built on first use; BuildError where that fails (and is not cached)."""
+
+        def trial(kernels: Kernels) -> None:
+            x = torch.zeros(1, 1, 1, 32, device=device)
+            inputs = [*(x for _ in self.rows), *(x[0, 0] for _ in self.shared)]
+            with torch.cuda.device(device):
+                self.run_forward(kernels, *inputs, None, None, save=False)
+                torch.cuda.synchronize()
+
+        return gpu.build_kernels(f"{self.op}_cuda", self.source, device, self.Library, self.Module, trial)
+
+
+def _sequences(r: Tensor, bounds: Tensor | None) -> int:
+    return r.shape[0] if bounds is None else bounds.shape[0] - 1

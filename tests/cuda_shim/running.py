@@ -1,0 +1,49 @@
+"""Where a recurrence's cases run: through the shim, and on a GPU where there is one."""
+
+import dataclasses
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from cuda_shim import cases as wkv6_cases
+from cuda_shim import shim, wkv7_cases
+from rwkv_peft.ops.native.errors import BuildError
+from rwkv_peft.ops.wkv6 import cuda as wkv6_cuda
+from rwkv_peft.ops.wkv7 import cuda as wkv7_cuda
+
+FAMILIES = {"wkv6": (wkv6_cuda, wkv6_cases), "wkv7": (wkv7_cuda, wkv7_cases)}  # a cuda.py and its cases
+DEVICES = ("shim", "gpu") if torch.cuda.is_available() else ("shim",)
+
+
+def shim_kernels(family):
+    """A family's kernels on the CPU, or skips where there is no compiler."""
+    try:
+        kernels = shim.build(FAMILIES[family][0])
+    except BuildError as error:
+        pytest.skip(str(error))
+    kernels.set_order("ascending")
+    return kernels
+
+
+def runner(family, device):
+    """case -> the kernels' results on one of DEVICES."""
+    module, cases = FAMILIES[family]
+    if device == "shim":
+        kernels = shim_kernels(family)
+        return lambda case: cases.run(kernels, case)
+    return lambda case: tuple(x.cpu() for x in cases.run(module.RECURRENCE.kernels(0), _on_gpu(case)))
+
+
+def _on_gpu(case):
+    fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
+    return type(case)(**{name: None if x is None else x.to("cuda:0") for name, x in fields.items()})
+
+
+@contextmanager
+def one_torch_thread():
+    """The references' many small operations gain nothing from more, and crawl on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

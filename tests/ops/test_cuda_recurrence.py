@@ -1,0 +1,278 @@
+"""What holds for the CUDA kernels of every recurrence: sequences, states and gradients handed on, memory and the order
+of threads, and what NVIDIA's tools make of the sources. Run on the CPU through tests/cuda_shim, and on a GPU where
+there is one; each family's own test has its results against float64."""
+
+import dataclasses
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from cuda_shim import shim, toolchain
+from cuda_shim.cases import error, rms
+from cuda_shim.running import DEVICES, FAMILIES, one_torch_thread, runner, shim_kernels
+from rwkv_peft.ops.native import driver, gpu, launch
+from rwkv_peft.ops.native import kernels as native_kernels
+from rwkv_peft.ops.native import nvrtc as nvrtc_compiler
+from rwkv_peft.ops.native.build import build_library
+from rwkv_peft.ops.native.compilers import find_nvcc
+from rwkv_peft.ops.native.errors import BuildError
+from rwkv_peft.ops.native.sources import source_directory
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet_torch():
+    with one_torch_thread():
+        yield
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def cuda(family):
+    """A family's cuda.py."""
+    return FAMILIES[family][0]
+
+
+@pytest.fixture(scope="module")
+def cases(family):
+    return FAMILIES[family][1]
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def run(request, family):
+    """case -> the kernels' results."""
+    return runner(family, request.param)
+
+
+@pytest.mark.parametrize("N", [20, 64])
+def test_an_empty_sequence_hands_its_state_on(run, cases, N):
+    case = cases.make_case(1, 30, 2, N, torch.bfloat16, lengths=[12, 0, 18])
+    y, final, *gradients, gstate = run(case)
+    assert torch.equal(final[1], case.state[1]) and torch.equal(gstate[1], case.gfinal[1])
+    keep = torch.tensor([0, 2])
+    without = dataclasses.replace(
+        case, state=case.state[keep], gfinal=case.gfinal[keep], cu_seqlens=torch.tensor([0, 12, 30])
+    )
+    for x, expected in zip((y, final[keep], *gradients, gstate[keep]), run(without), strict=True):
+        assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("N", [8, 64])
+def test_no_tokens_hand_the_state_on(run, cases, N):
+    case = cases.make_case(2, 0, 2, N, torch.bfloat16)
+    y, final, *gradients, gstate = run(case)
+    assert y.shape == (2, 0, 2, N) and not any(x.any() for x in gradients)
+    assert torch.equal(final, case.state) and torch.equal(gstate, case.gfinal)
+
+
+@pytest.mark.parametrize("N", [12, 64])
+@pytest.mark.parametrize("at", [16, 33])
+def test_two_halves_with_the_state_carried_over_equal_the_whole(run, cuda, cases, at, N):
+    whole = cases.make_case(2, 70, 2, N, torch.bfloat16, seed=at)
+
+    def part(span, state, gfinal):
+        cut = {name: getattr(whole, name)[:, span].contiguous() for name in (*cuda.RECURRENCE.rows, "gy")}
+        return dataclasses.replace(whole, **cut, state=state, gfinal=gfinal)
+
+    middle = run(part(slice(0, at), whole.state, whole.gfinal))[1]
+    second = run(part(slice(at, None), middle, whole.gfinal))
+    first = run(part(slice(0, at), whole.state, second[-1]))
+    join = {"final state": lambda a, b: b, "gstate": lambda a, b: a, "gu": torch.add}
+    for name, a, b, expected in zip(cases.RESULTS, first, second, run(whole), strict=True):
+        joined = join.get(name, lambda a, b: torch.cat([a, b], dim=1))(a, b)
+        assert error(joined, expected.double()) <= 0.01 * rms(expected), name
+
+
+@pytest.mark.parametrize("N", [20, 64])
+def test_nothing_is_read_before_it_is_written(run, cases, N):
+    """Results and checkpoints begin as NaN in torch's deterministic mode, shared memory does in the shim."""
+    case = cases.make_case(1, 54, 2, N, torch.bfloat16, lengths=[1, 50, 3])
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        results = run(case)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for x, expected in zip(results, run(case), strict=True):
+        assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("N", [8, 64])
+def test_without_gradients_wanted_nothing_is_kept(family, cuda, cases, N):
+    case = cases.make_case(1, 70, 1, N, torch.bfloat16)
+    kernels = shim_kernels(family)
+    given = (*case.inputs, case.state, case.cu_seqlens)
+    y, final, checkpoints = cuda.RECURRENCE.run_forward(kernels, *given, save=False)
+    assert checkpoints.shape[0] == 0
+    for x, expected in zip((y, final), cases.run(kernels, case)):
+        assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("N", [8, 64])
+def test_no_gradient_of_y_is_zeros(family, cuda, cases, N):
+    case = cases.make_case(1, 40, 1, N, torch.bfloat16)
+    kernels = shim_kernels(family)
+    given = (*case.inputs, case.state, None)
+    checkpoints = cuda.RECURRENCE.run_forward(kernels, *given, save=True)[2]
+    found = cuda.RECURRENCE.run_backward(kernels, *given, checkpoints, None, case.gfinal)
+    expected = cases.run(kernels, dataclasses.replace(case, gy=torch.zeros_like(case.gy)))[2:]
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_inputs_off_the_16_byte_grid(run, cases):
+    case = cases.make_case(1, 20, 1, 64, torch.bfloat16)
+    storage = torch.zeros(case.k.numel() + 1, dtype=torch.bfloat16)
+    storage[1:] = case.k.flatten()
+    shifted = dataclasses.replace(case, k=storage[1:].view(case.k.shape))
+    assert shifted.k.data_ptr() % 16 != 0
+    for x, expected in zip(run(shifted), run(case), strict=True):
+        assert torch.equal(x, expected)
+
+
+def test_what_a_kernel_is_given_lies_on_its_grid(cuda, cases):
+    shifted = torch.zeros(65)[1:]
+    assert shifted.data_ptr() % 16 and launch.aligned(shifted).data_ptr() % 16 == 0
+    inputs = {}
+
+    class Recorded:
+        @staticmethod
+        def run(name, arguments, *_):
+            inputs.update({name: getattr(arguments, name) for name in ("state", "gy", "gfinal", "r")})
+            return 0
+
+    case = cases.make_case(1, 20, 1, 8, torch.float32)
+    gfinal = torch.cat([torch.zeros(1), case.gfinal.flatten()])[1:].view(case.gfinal.shape)
+    cuda.RECURRENCE.run_backward(Recorded, *case.inputs, None, None, torch.zeros(2, 1, 8, 8), None, gfinal)
+    assert gfinal.data_ptr() % 16 and inputs["gfinal"] % 16 == 0 and inputs["gy"] % 16 == 0
+
+
+@pytest.mark.parametrize("N", [8, 64])
+def test_a_nan_is_not_hidden(run, cuda, cases, N):
+    case = cases.make_case(1, 40, 1, N, torch.bfloat16)
+    for name in cuda.RECURRENCE.rows:
+        poisoned = getattr(case, name).clone()
+        poisoned[0, 20, 0, 7] = float("nan")
+        y, final, *_ = run(dataclasses.replace(case, **{name: poisoned}))
+        assert not y[0, :16].isnan().any() and y[0, 20:].isnan().any(), name
+        assert name == "r" or (y[0, 32:].isnan().any() and final.isnan().any()), name
+
+
+@pytest.mark.parametrize("order", shim.ORDERS)
+def test_the_order_of_the_threads_does_not_matter(family, cases, order):
+    kernels = shim_kernels(family)
+    for N in (20, 64):
+        case = cases.make_case(1, 100, 1, N, torch.bfloat16)
+        kernels.set_order("ascending")
+        expected = cases.run(kernels, case)
+        kernels.set_order(order)
+        for x, y in zip(cases.run(kernels, case), expected, strict=True):
+            assert torch.equal(x, y)
+
+
+def test_the_trial_launches_a_kernel(family, cuda, monkeypatch):
+    kernels = shim_kernels(family)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(gpu, "build_kernels", lambda *arguments: arguments[-1](kernels))
+    launched, run_one = [], kernels.run
+    kernels.run = lambda *arguments: launched.append(family) or run_one(*arguments)
+    cuda.RECURRENCE.kernels.__wrapped__(cuda.RECURRENCE, "cpu")
+    assert launched == [family]
+
+
+@pytest.fixture(scope="module")
+def nvcc():
+    try:
+        return find_nvcc()
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def assembler_reports(cuda, nvcc, tmp_path_factory):
+    """What ptxas says of each architecture."""
+    return toolchain.assembler_reports(cuda.SOURCE, nvcc, tmp_path_factory.mktemp("cubin"))
+
+
+@pytest.mark.parametrize("architecture", toolchain.ARCHITECTURES)
+def test_nvcc_compiles_without_warnings_or_spills(assembler_reports, cuda, architecture):
+    toolchain.check_without_spills(*assembler_reports[architecture], cuda.CHUNKED)
+
+
+def test_a_failed_launch_is_an_error(nvcc):
+    if torch.cuda.is_available():
+        pytest.skip("launches do not fail where there is a GPU")
+    cuda, cases = FAMILIES["wkv6"]
+    library = cuda.Library(build_library("wkv6_cuda_sm90", *gpu.recipe(cuda.SOURCE, nvcc, "90")))
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        cases.run(library, cases.make_case(1, 4, 1, 64, torch.bfloat16))
+
+
+def test_nvrtc_compiles_every_kernel(tmp_path, cuda, monkeypatch):
+    compiler = nvrtc_compiler.find_nvrtc()
+    if compiler is None:
+        pytest.skip("needs NVRTC: pip install nvidia-cuda-nvrtc")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    image = nvrtc_compiler.cubin("kernels", cuda.SOURCE, "sm_90", compiler)
+    for kernel in (*cuda.CHUNKED, *cuda.PLAIN):
+        assert f"{kernel}_shared".encode() in image
+    assert nvrtc_compiler.cubin("kernels", cuda.SOURCE, "sm_90", None) == image  # the second time from the cache
+
+
+def test_the_driver_is_asked_for_a_block_a_head_and_sequence(cuda, cases, monkeypatch):
+    recorder = toolchain.RecordingDriver(cuda.Arguments)
+    monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: recorder)
+    monkeypatch.setattr(native_kernels, "load", None)
+    for N in (64, 20):
+        cases.run(cuda.RECURRENCE.Module(b"image"), cases.make_case(2, 5, 3, N, torch.bfloat16))
+    planned = [
+        block
+        for N in (64, 20)
+        for direction in ("forward", "backward")
+        for _, block in cuda.plan(direction, N, torch.bfloat16)
+    ]
+    for recorded, block in zip(recorder.launches, planned, strict=True):
+        sizes, _, arguments, extra = recorded
+        assert sizes == [3 * 2, 1, 1, *block, 1, 1234] and extra is None
+        assert (arguments.sequences, arguments.length, arguments.heads) == (2, 5, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_plan_names_kernels_that_there_are(family, cuda, dtype):
+    """And blocks no larger than they are compiled for."""
+    source = (source_directory("cuda") / cuda.SOURCE).read_text(encoding="utf-8")
+    bounds = dict(toolchain.kernels_of(source))
+    assert bounds.keys() == {*cuda.CHUNKED, *cuda.PLAIN}
+    for direction in ("forward", "backward"):
+        for head_size in range(4, 132, 4):
+            for name, (x, y) in cuda.plan(direction, head_size, dtype):
+                assert direction in name and (name in cuda.PLAIN or dtype == torch.bfloat16)
+                assert x * y == bounds[name] if name in cuda.CHUNKED else x * y <= bounds[name]
+
+
+def test_every_header_counts_for_the_cache(cuda):
+    folders = [source_directory("cuda") / name for name in ("common", cuda.RECURRENCE.op)]
+    headers = {path for folder in folders for path in folder.glob("*.cuh")}
+    assert set(gpu.recipe(cuda.SOURCE, "nvcc", "90")[2]) == headers
+
+
+@pytest.mark.parametrize(
+    "cuda_version, available, words", [(None, False, "CUDA build of torch"), ("13.0", False, "no NVIDIA GPU")]
+)
+def test_the_reason_why_it_is_unavailable(cuda, monkeypatch, cuda_version, available, words):
+    monkeypatch.setattr(torch.version, "cuda", cuda_version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    assert words in cuda.unavailable()
+
+
+def test_an_old_gpu_is_named(cuda, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for name, value in dict(is_available=True, current_device=0, get_device_name="Tesla T4").items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    assert "Tesla T4 has compute capability 7.5" in cuda.unavailable()
