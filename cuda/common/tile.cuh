@@ -42,7 +42,21 @@ __device__ __forceinline__ Accumulator widened(const Tile& t) {
     return a;
 }
 
+// A tile as a product's second operand: in the order in which the instruction takes the registers, so that none has to
+// be moved to bring a pair side by side.
+struct Right { uint32_t x[4]; };
+
+__device__ __forceinline__ Right right(const Accumulator& a) {
+    return Right{
+        {pack_bf16(a.c[0], a.c[1]), pack_bf16(a.c[4], a.c[5]), pack_bf16(a.c[2], a.c[3]), pack_bf16(a.c[6], a.c[7])}};
+}
+__device__ __forceinline__ Right right(const Tile& t) { return Right{{t.x[0], t.x[2], t.x[1], t.x[3]}}; }
+
 // c += a bᵀ
+__device__ __forceinline__ void multiply(Accumulator& c, const Tile& a, const Right& b) {
+    mma_m16n8k16(c.c, a.x, b.x[0], b.x[1]);
+    mma_m16n8k16(c.c + 4, a.x, b.x[2], b.x[3]);
+}
 __device__ __forceinline__ void multiply(Accumulator& c, const Tile& a, const Tile& b) {
     mma_m16n8k16(c.c, a.x, b.x[0], b.x[2]);
     mma_m16n8k16(c.c + 4, a.x, b.x[1], b.x[3]);
@@ -65,6 +79,20 @@ __device__ __forceinline__ Tile load_transposed(const bf16* p, int stride) {
     const int lane = lane_id();
     Tile t;
     ldmatrix_x4_trans(t.x, p + (lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8);
+    return t;
+}
+
+// The same two as second operands.
+__device__ __forceinline__ Right load_right(const bf16* p, int stride) {
+    const int lane = lane_id();
+    Right t;
+    ldmatrix_x4(t.x, p + (lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8);
+    return t;
+}
+__device__ __forceinline__ Right load_right_transposed(const bf16* p, int stride) {
+    const int lane = lane_id();
+    Right t;
+    ldmatrix_x4_trans(t.x, p + lane % 16 * stride + lane / 16 * 8);
     return t;
 }
 

@@ -108,7 +108,7 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
             #pragma unroll
             for (int b = 0; b < tiles; b++) {
                 scale_rows(S[b], &o.whole[c0]);
-                multiply(S[b], k_end, load_transposed(&in.v[0][b * 16], stride));
+                multiply(S[b], k_end, load_right_transposed(&in.v[0][b * 16], stride));
             }
         }
 
@@ -123,8 +123,8 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
 
             Decays<N> decays(in.w, valid, o);
             const float bonus =
-                row_dot<N>(&in.r[dot_row][dot_column], &in.k[dot_row][dot_column], &shared.u[dot_column]);
-            const float gy_v = row_dot<N>(&in.gy[dot_row][dot_column], &in.v[dot_row][dot_column], nullptr);
+                row_dot<N, true>(&in.r[dot_row][dot_column], &in.k[dot_row][dot_column], &shared.u[dot_column]);
+            const float gy_v = row_dot<N, false>(&in.gy[dot_row][dot_column], &in.v[dot_row][dot_column]);
             if (dot_column == 0) {
                 o.bonus[dot_row] = bonus;
                 shared.gy_v[dot_row] = gy_v;
@@ -145,12 +145,12 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
             #pragma unroll
             for (int b = 0; b < tiles; b++) {
                 multiply(scores_t, load_tile(&o.k_middle[0][b * 16], stride),
-                         load_tile(&o.r_middle[0][b * 16], stride));
-                multiply(gv, load_tile(&o.k_end[0][b * 16], stride), rounded(dSt[b]));
+                         load_right(&o.r_middle[0][b * 16], stride));
+                multiply(gv, load_tile(&o.k_end[0][b * 16], stride), right(dSt[b]));
             }
             mask(scores_t, true, o.bonus);
             const Tile gy_t = load_transposed(&in.gy[0][c0], stride);  // (v, t)
-            multiply(gv, rounded(scores_t), gy_t);
+            multiply(gv, rounded(scores_t), right(gy_t));
             store_tile((bf16*)a.gv + s.elements + t0 * s.stride + c0, s.stride, valid, rounded(gv));
 
             // The rest by rows of channels; each warp its 16 rows k. "across": through the state at the chunk's start
@@ -160,10 +160,11 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
             float state_gradient[2] = {0.f, 0.f};                  // <S before the chunk, dS after it>
             #pragma unroll
             for (int b = 0; b < tiles; b++) {
-                const Tile gy = load_tile(&in.gy[0][b * 16], stride), v = load_tile(&in.v[0][b * 16], stride);
+                const Tile gy = load_tile(&in.gy[0][b * 16], stride);
+                const Right v = load_right(&in.v[0][b * 16], stride);
                 const Tile state = shared.states[i][b][tid];
                 multiply(gscores, gy, v);
-                multiply(gr_across, state, gy);
+                multiply(gr_across, state, right(gy));
                 multiply(gk_across, rounded(dS[b]), v);
                 const Accumulator before = widened(state);
                 #pragma unroll
@@ -174,17 +175,17 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
             const Tile r_middle = load_transposed(&o.r_middle[0][c0], stride);  // (k, t)
             const Tile k_middle = load_transposed(&o.k_middle[0][c0], stride);  // (k, s)
             Accumulator gr_inside = zeros(), gk_inside = zeros();
-            multiply(gr_inside, k_middle, gscores_rounded);
-            multiply(gk_inside, r_middle, transposed(gscores_rounded));
+            multiply(gr_inside, k_middle, right(gscores_rounded));
+            multiply(gk_inside, r_middle, right(transposed(gscores_rounded)));
 
             // dS = dS * whole + r_startᵀ gy
             const Tile r_start = load_transposed(&o.r_start[0][c0], stride);  // (k, t)
             #pragma unroll
             for (int b = 0; b < tiles; b++) {
                 scale_columns(dSt[b], &o.whole[b * 16]);
-                multiply(dSt[b], gy_t, load_transposed(&o.r_start[0][b * 16], stride));
+                multiply(dSt[b], gy_t, load_right_transposed(&o.r_start[0][b * 16], stride));
                 scale_rows(dS[b], &o.whole[c0]);
-                multiply(dS[b], r_start, load_transposed(&in.gy[0][b * 16], stride));
+                multiply(dS[b], r_start, load_right_transposed(&in.gy[0][b * 16], stride));
             }
 
             // Epilogue, element by element over the (k, t) tile: the gradients, and the four sums that make up gw.
@@ -215,7 +216,7 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
             for (int e = 0; e < 8; e++) {
                 const float x = log2_decay(w.c[e]);
                 const float glog = state_gradient[e / 2 % 2] + past.before.c[e] + (future.after.c[e] - k_inside.c[e]);
-                gw.c[e] = x == DECAY_CAP ? 0.f : -x / LOG2_E * glog;
+                gw.c[e] = x == DECAY_CAP ? 0.f : -x * LN_2 * glog;
             }
             const index_t at = s.elements + t0 * s.stride + c0;
             store_tile((bf16*)a.gr + at, s.stride, valid, transposed(rounded(gr)));

@@ -7,6 +7,7 @@
 // A step's decay is taken as 2^-x with x at most this, so that eight of them, and the reciprocal of their product,
 // stay well inside bf16's range. A decay below 2^-14 leaves nothing that bf16 could show anyway.
 constexpr float DECAY_CAP = 14.0f;
+constexpr float LN_2 = 0.6931471805599453f;
 
 // The operands made of one chunk; element (t, c) as the head comment of wkv6.cu defines them.
 template <int N>
@@ -100,10 +101,12 @@ struct Decays {
     // middle = x factor, and outer = x factor half.
     __device__ __forceinline__ void scale(const typename Shape<N>::Rows& x, const Pair (&factor)[4], const Pair& half,
                                           typename Shape<N>::Rows& middle, typename Shape<N>::Rows& outer) const {
+        uint32_t pair[4];
+        #pragma unroll
+        for (int i = 0; i < 4; i++) pair[i] = *(const uint32_t*)&x[t + i][c];
         #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const uint32_t pair = *(const uint32_t*)&x[t + i][c];
-            const float x0 = low_half(pair) * factor[i].x[0], x1 = high_half(pair) * factor[i].x[1];
+            const float x0 = low_half(pair[i]) * factor[i].x[0], x1 = high_half(pair[i]) * factor[i].x[1];
             *(uint32_t*)&middle[t + i][c] = pack_bf16(x0, x1);
             *(uint32_t*)&outer[t + i][c] = pack_bf16(x0 * half.x[0], x1 * half.x[1]);
         }
@@ -116,17 +119,17 @@ struct Decays {
     }
 };
 
-// The dot product of eight elements of two rows, each product scaled by `factor` where there is one, summed over the
-// N / 8 threads that share the rows. All are 16-byte aligned.
-template <int N>
-__device__ __forceinline__ float row_dot(const bf16* x, const bf16* y, const float* factor) {
+// The dot product of eight elements of two rows, each product scaled by `factor` where SCALED, summed over the N / 8
+// threads that share the rows. All are 16-byte aligned.
+template <int N, bool SCALED>
+__device__ __forceinline__ float row_dot(const bf16* x, const bf16* y, const float* factor = nullptr) {
     const Tile a = *(const Tile*)x, b = *(const Tile*)y;  // for their 16 bytes
     float sum = 0.f;
     #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const Pair scale = factor ? *(const Pair*)&factor[2 * i] : Pair{{1.f, 1.f}};
-        sum += low_half(a.x[i]) * low_half(b.x[i]) * scale.x[0];
-        sum += high_half(a.x[i]) * high_half(b.x[i]) * scale.x[1];
+        const float low = low_half(a.x[i]) * low_half(b.x[i]), high = high_half(a.x[i]) * high_half(b.x[i]);
+        sum += SCALED ? low * factor[2 * i] : low;
+        sum += SCALED ? high * factor[2 * i + 1] : high;
     }
     #pragma unroll
     for (int lanes = 1; lanes < N / 8; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);

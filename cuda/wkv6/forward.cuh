@@ -41,7 +41,8 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
         if (a.checkpoints && t0 % SEGMENT == 0) store_state<N>(s.slot(a, t0), St, v0, true);
 
         Decays<N> decays(in.w, valid, o);
-        const float bonus = row_dot<N>(&in.r[dot_row][dot_column], &in.k[dot_row][dot_column], &shared.u[dot_column]);
+        const float bonus =
+            row_dot<N, true>(&in.r[dot_row][dot_column], &in.k[dot_row][dot_column], &shared.u[dot_column]);
         if (dot_column == 0) o.bonus[dot_row] = bonus;
         __syncthreads();  // the quarters are known
         Pair factor[4];
@@ -55,17 +56,17 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
         Accumulator scores = zeros(), y = zeros();  // (t, s), (t, v)
         #pragma unroll
         for (int b = 0; b < tiles; b++) {
-            multiply(scores, load_tile(&o.r_middle[0][b * 16], stride), load_tile(&o.k_middle[0][b * 16], stride));
-            multiply(y, load_tile(&o.r_start[0][b * 16], stride), rounded(St[b]));
+            multiply(scores, load_tile(&o.r_middle[0][b * 16], stride), load_right(&o.k_middle[0][b * 16], stride));
+            multiply(y, load_tile(&o.r_start[0][b * 16], stride), right(St[b]));
         }
         mask(scores, false, o.bonus);
         const Tile v = load_transposed(&in.v[0][v0], stride);  // (v, s)
-        multiply(y, rounded(scores), v);
+        multiply(y, rounded(scores), right(v));
         store_tile((bf16*)a.y + s.elements + t0 * s.stride + v0, s.stride, valid, rounded(y));
         #pragma unroll
         for (int b = 0; b < tiles; b++) {
             scale_columns(St[b], &o.whole[b * 16]);
-            multiply(St[b], v, load_transposed(&o.k_end[0][b * 16], stride));
+            multiply(St[b], v, load_right_transposed(&o.k_end[0][b * 16], stride));
         }
     }
     if (a.final_state) store_state<N>(a.final_state + s.state, St, v0, true);
