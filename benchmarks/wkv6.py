@@ -272,7 +272,7 @@ def kernel_calls(T, H, dtype):
     u = u.detach().float()
     y, *gradients = (torch.zeros_like(r) for _ in range(5))
     final, gstate = torch.zeros(2, H, HEAD_SIZE, HEAD_SIZE)
-    checkpoints, gu = torch.zeros(cpu.checkpoint_count(T, 1), H, HEAD_SIZE, HEAD_SIZE), torch.zeros_like(u)
+    checkpoints, gu = torch.zeros(cpu.checkpoint_count(r, 1), H, HEAD_SIZE, HEAD_SIZE), torch.zeros_like(u)
     library = cpu._library(levels.best_level())
     gr, gk, gv, gw = gradients
     tensors = dict(r=r, k=k, v=v, w=w, u=u, checkpoints=checkpoints, y=y, final_state=final)

@@ -2,29 +2,50 @@
 #pragma once
 #include "common/device.cuh"
 
-// Block n * heads + h works on head h of sequence n: one dimension of the grid, since the others end at 65,535.
+// The tokens that a block walks, of one head: a sequence or, where time is split, a group of it. Block g * heads + h
+// works on head h of group g: one dimension of the grid, since the others end at 65,535.
 template <int SEGMENT>
 struct SequenceOf {
-    int length;
+    int length;          // of the tokens; negative where no group has the place
     index_t stride;      // elements from one token to the next
     index_t elements;    // of the first token's head
-    index_t channels;    // of the head, in (sequences, heads, head_size)
-    index_t state;       // of the head, in (sequences, heads, head_size, head_size)
+    index_t channels;    // of the head, in (sequences or groups, heads, head_size)
+    index_t state;       // of the head, in (sequences or groups, heads, head_size, head_size)
     index_t checkpoint;  // of the first slot's head
     index_t checkpoint_stride;
 
     template <class Arguments>
     __device__ explicit SequenceOf(const Arguments& a) {
-        const int h = blockIdx.x % a.heads, n = blockIdx.x / a.heads, N = a.head_size;
-        const index_t first = a.bounds ? a.bounds[n] : (index_t)n * a.length;
-        length = a.bounds ? (int)(a.bounds[n + 1] - first) : a.length;
+        const int h = blockIdx.x % a.heads, g = blockIdx.x / a.heads, N = a.head_size;
+        int n = 0;
+        for (int after = a.sequences; after - n > 1;) {
+            const int middle = (n + after) / 2;
+            (first_group(a, middle) <= g ? n : after) = middle;
+        }
+        const index_t start = a.bounds ? a.bounds[n] : (index_t)n * a.length;
+        const int from = (g - first_group(a, n)) * a.group;
+        length = whole_length(a, n) - from;
+        if (a.group) length = from > 0 && length <= 0 ? -1 : min(length, a.group);
         stride = (index_t)a.heads * N;
-        elements = first * stride + h * N;
-        channels = n * stride + h * N;
+        elements = (start + from) * stride + h * N;
+        channels = (index_t)blockIdx.x * N;
         state = channels * N;
-        // No two sequences share a slot: sequence n ends before slot (first + length) / SEGMENT + n + 1.
+        // No two sequences share a slot: sequence n ends before slot (start + its length) / SEGMENT + n + 1.
         checkpoint_stride = stride * N;
-        checkpoint = (first / SEGMENT + n) * checkpoint_stride + (index_t)h * N * N;
+        checkpoint = (start / SEGMENT + n + from / SEGMENT) * checkpoint_stride + (index_t)h * N * N;
+    }
+
+    template <class Arguments>
+    static __device__ int whole_length(const Arguments& a, int n) {
+        return a.bounds ? (int)(a.bounds[n + 1] - a.bounds[n]) : a.length;
+    }
+
+    // The place of a sequence's first group. Like slots, places lie between, so that nobody needs to count the groups;
+    // a sequence without tokens has one, which hands its state on.
+    template <class Arguments>
+    static __device__ int first_group(const Arguments& a, int n) {
+        if (!a.group) return n;
+        return a.bounds ? (int)(a.bounds[n] / a.group) + n : a.groups / a.sequences * n;
     }
 
     // The head's first element in a tensor (heads, head_size).

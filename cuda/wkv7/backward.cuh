@@ -41,14 +41,6 @@ __device__ __forceinline__ Accumulator sums_after(const Accumulator& x) {
     return sums;
 }
 
-// gremoved of a chunk, (v, t) of a warp's 16 values, from what reaches removed by way of r's reads and of dS.
-__device__ __forceinline__ Accumulator solve_turned(const Accumulator& given, const PairMatrices& pairs) {
-    Accumulator gremoved = zeros();
-    multiply_finely(gremoved, given, load_transposed(&pairs.of[A_B][0][0], CHUNK + 8),
-                    load_transposed(&pairs.low[0][0], CHUNK + 8));
-    return gremoved;
-}
-
 // The gradients of r, w, k, a and b, by rows of channels: c0 .. c0 + 15, (k, t).
 template <int N>
 __device__ __forceinline__ void channel_gradients(const Arguments& a, BackwardShared<N>& shared,
@@ -125,6 +117,7 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
     Operands<N>& o = shared.operands;
     PairMatrices& pairs = shared.pairs;
     const Sequence s(a);
+    if (s.length < 0) return;
     const int warp = threadIdx.x / 32;
     const int v0 = warp * 16;  // the warp's rows
 
@@ -148,7 +141,8 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
     };
 
     Accumulator dS[tiles];
-    load_state<N>(dS, a.gfinal ? a.gfinal + s.state : nullptr, v0, false);
+    const float* end = a.group ? a.parts : a.gfinal;
+    load_state<N>(dS, end ? end + s.state : nullptr, v0, false);
     const int last = (s.length - 1) / CHUNK * CHUNK;
     if (s.length > 0) start_fetch(last);
 
@@ -167,7 +161,7 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         __syncthreads();  // the operands are complete, and the state has arrived
         if (t0 > 0) start_fetch(t0 - CHUNK);
 
-        make_pairs<N>(pairs, o);
+        make_pairs<N>(warp, pairs, o);
         Accumulator read = zeros(), given = zeros(), gv = zeros();  // S a, (v, t); to removed, (v, t); (t, v)
         #pragma unroll
         for (int b = 0; b < tiles; b++) {
@@ -182,7 +176,8 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         __syncthreads();  // the pairs are complete
 
         const Tile v = load_transposed(&in.v[0][v0], stride), gy = load_transposed(&in.gy[0][v0], stride);  // (v, t)
-        store_tile(&shared.removed[0][v0], stride, CHUNK, transposed(rounded(solve(read, v, pairs))));
+        multiply(read, v, load_tile(&pairs.of[A_K][0][0], CHUNK + 8));
+        store_tile(&shared.removed[0][v0], stride, CHUNK, transposed(rounded(solve(read, pairs))));
         multiply(given, gy, load_transposed(&pairs.of[R_B][0][0], CHUNK + 8));
         const Tile gremoved = rounded(solve_turned(given, pairs));
         store_tile(&shared.gremoved[0][v0], stride, CHUNK, transposed(gremoved));
@@ -201,5 +196,5 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         __syncthreads();  // the pairs' gradients are complete
         channel_gradients<N>(a, shared, in, v0, at, s.stride, valid);
     }
-    if (a.gstate) store_state<N>(a.gstate + s.state, dS, v0, false);
+    if (a.gstate && !a.group) store_state<N>(a.gstate + s.state, dS, v0, false);
 }

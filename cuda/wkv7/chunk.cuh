@@ -48,7 +48,8 @@ struct Decays {
         return exp2_approx(DECAY_RATE * LOG2_E * reciprocal_approx(1.f + exp2_approx(-w * LOG2_E)));
     }
 
-    // Makes the operands r and a.
+    // Makes the operands a and, if asked, r.
+    template <bool WITH_R = true>
     __device__ __forceinline__ void reads(const typename Shape<N>::Rows& r, const typename Shape<N>::Rows& a,
                                           Operands<N>& o) const {
         const Four from_r(&r[t][c]), from_a(&a[t][c]);
@@ -58,18 +59,19 @@ struct Decays {
             from_a.scaled(i, product, &o.a[t + i][c]);
             product.x[0] *= decay[i].x[0];
             product.x[1] *= decay[i].x[1];
-            from_r.scaled(i, product, &o.r[t + i][c]);
+            if (WITH_R) from_r.scaled(i, product, &o.r[t + i][c]);
         }
     }
 
-    // Makes the operands k and b.
+    // Makes the operands b and, if asked, k.
+    template <bool WITH_K = true>
     __device__ __forceinline__ void writes(const typename Shape<N>::Rows& k, const typename Shape<N>::Rows& b,
                                            Operands<N>& o) const {
         const Four from_k(&k[t][c]), from_b(&b[t][c]);
         Pair product = {{reciprocal_approx(after.x[0]), reciprocal_approx(after.x[1])}};
         #pragma unroll
         for (int i = 3; i >= 0; i--) {
-            from_k.scaled(i, product, &o.k[t + i][c]);
+            if (WITH_K) from_k.scaled(i, product, &o.k[t + i][c]);
             from_b.scaled(i, product, &o.b[t + i][c]);
             product.x[0] *= decay[i].x[0];
             product.x[1] *= decay[i].x[1];
@@ -162,13 +164,12 @@ __device__ __forceinline__ Accumulator pair_product(int name, const typename Sha
     return product;
 }
 
-// Warp i makes matrix i.
+// A warp makes matrix number `name`.
 template <int N>
-__device__ __forceinline__ void make_pairs(PairMatrices& pairs, const Operands<N>& o) {
-    static_assert(Shape<N>::tiles == PAIRS, "a matrix a warp");
-    const int warp = threadIdx.x / 32, lane = lane_id();
-    const Accumulator product = pair_product<N>(warp, o.a, o.r, o.b, o.k);
-    if (warp != A_B) return store_tile(&pairs.of[warp][0][0], CHUNK + 8, CHUNK, rounded(product));
+__device__ __forceinline__ void make_pairs(int name, PairMatrices& pairs, const Operands<N>& o) {
+    const int lane = lane_id();
+    const Accumulator product = pair_product<N>(name, o.a, o.r, o.b, o.k);
+    if (name != A_B) return store_tile(&pairs.of[name][0][0], CHUNK + 8, CHUNK, rounded(product));
     #pragma unroll
     for (int e = 0; e < 8; e++) pairs.lower[tile_column(lane, e)][tile_row(lane, e)] = product.c[e];
     __syncwarp();
@@ -188,11 +189,18 @@ __device__ __forceinline__ void multiply_finely(Accumulator& c, const Accumulato
     multiply(c, high, b);
 }
 
-// removed of a chunk, (v, t) of a warp's 16 values: from S a_t, (v, t) too, and v, (v, t), the inverse undoes what the
-// chunk's own tokens have written.
-__device__ __forceinline__ Accumulator solve(Accumulator read, const Tile& v, const PairMatrices& pairs) {
-    multiply(read, v, load_tile(&pairs.of[A_K][0][0], CHUNK + 8));
+// removed of a chunk, (v, t) of a warp's 16 values: of what a's reads find, (v, t) too, the inverse undoes what the
+// chunk's own tokens take away.
+__device__ __forceinline__ Accumulator solve(const Accumulator& read, const PairMatrices& pairs) {
     Accumulator removed = zeros();
     multiply_finely(removed, read, load_tile(&pairs.of[A_B][0][0], CHUNK + 8), load_tile(&pairs.low[0][0], CHUNK + 8));
     return removed;
+}
+
+// gremoved of a chunk, (v, t) of a warp's 16 values, from what reaches removed by way of r's reads and of dS.
+__device__ __forceinline__ Accumulator solve_turned(const Accumulator& given, const PairMatrices& pairs) {
+    Accumulator gremoved = zeros();
+    multiply_finely(gremoved, given, load_transposed(&pairs.of[A_B][0][0], CHUNK + 8),
+                    load_transposed(&pairs.low[0][0], CHUNK + 8));
+    return gremoved;
 }

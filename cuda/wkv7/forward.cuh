@@ -17,8 +17,10 @@ struct ForwardShared {
 template <int N>
 __device__ __forceinline__ void chunked_forward(const Arguments& a) {
     constexpr int tiles = Shape<N>::tiles, stride = Shape<N>::stride;
+    static_assert(tiles == PAIRS, "a matrix a maker");
     ForwardShared<N>& shared = *(ForwardShared<N>*)dynamic_shared();
     const Sequence s(a);
+    if (s.length < 0) return;
     const int warp = threadIdx.x / 32;
     const bool maker = warp < tiles;
     const int v0 = warp % tiles * 16;  // the rows of a warp that is no maker
@@ -43,12 +45,13 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
     const auto make_pairs_and_fetch = [&](int t0) {
         auto& made = shared.made[t0 / CHUNK % 2];
         start_fetch(t0 + CHUNK);
-        make_pairs<N>(made.pairs, made.operands);
+        make_pairs<N>(warp, made.pairs, made.operands);
         cp_async_wait_all();
     };
 
     Accumulator S[tiles];
-    load_state<N>(S, a.state && !maker ? a.state + s.state : nullptr, v0, false);
+    const float* start = a.group ? a.parts : a.state;
+    load_state<N>(S, start && !maker ? start + s.state : nullptr, v0, false);
     if (maker) start_fetch(0);
     cp_async_wait_all();
     __syncthreads();  // the first chunk has arrived
@@ -79,7 +82,8 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
         if (maker) {
             make_pairs_and_fetch(t0 + CHUNK);
         } else {
-            const Tile removed = rounded(solve(read, v, made.pairs));
+            multiply(read, v, load_tile(&made.pairs.of[A_K][0][0], CHUNK + 8));
+            const Tile removed = rounded(solve(read, made.pairs));
             multiply(y, load_tile(&made.pairs.of[R_B][0][0], CHUNK + 8), removed);
             multiply(y, load_tile(&made.pairs.of[R_K][0][0], CHUNK + 8), v);
             bf16* to = (bf16*)a.y + s.elements + t0 * s.stride + v0;
@@ -92,5 +96,5 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
             }
         }
     }
-    if (a.final_state && !maker) store_state<N>(a.final_state + s.state, S, v0, false);
+    if (a.final_state && !a.group && !maker) store_state<N>(a.final_state + s.state, S, v0, false);
 }

@@ -46,10 +46,15 @@
 #include "wkv7/arguments.cuh"
 #include "wkv7/backward.cuh"
 #include "wkv7/forward.cuh"
+#include "wkv7/groups.cuh"
 #include "wkv7/plain.cuh"
 
 RECURRENCE_KERNEL(wkv7_forward_64, chunked_forward<64>, 256, 2, sizeof(ForwardShared<64>))
 RECURRENCE_KERNEL(wkv7_backward_64, chunked_backward<64>, 128, 3, sizeof(BackwardShared<64>))
+RECURRENCE_KERNEL(wkv7_forward_groups_64, forward_groups<64>, 256, 2, sizeof(GroupShared<64>))
+RECURRENCE_KERNEL(wkv7_backward_groups_64, backward_groups<64>, 256, 2, sizeof(GroupShared<64>))
+RECURRENCE_KERNEL(wkv7_forward_scan_64, forward_scan<64>, 128, 4, sizeof(ScanShared<64>))
+RECURRENCE_KERNEL(wkv7_backward_scan_64, backward_scan<64>, 128, 4, sizeof(ScanShared<64>))
 RECURRENCE_KERNEL(wkv7_forward_plain_float32, plain_forward<float>, 1024, 1, sizeof(PlainShared))
 RECURRENCE_KERNEL(wkv7_forward_plain_bfloat16, plain_forward<bf16>, 1024, 1, sizeof(PlainShared))
 RECURRENCE_KERNEL(wkv7_backward_plain_float32, plain_backward<float>, 1024, 1, sizeof(PlainShared))

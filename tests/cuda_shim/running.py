@@ -27,12 +27,12 @@ def shim_kernels(family):
 
 
 def runner(family, device):
-    """case -> the kernels' results on one of DEVICES."""
+    """case, and what else the cases' `run` takes -> the kernels' results on one of DEVICES."""
     module, cases = FAMILIES[family]
     if device == "shim":
         kernels = shim_kernels(family)
-        return lambda case: cases.run(kernels, case)
-    return lambda case: tuple(x.cpu() for x in cases.run(module.RECURRENCE.kernels(0), _on_gpu(case)))
+        return lambda case, **way: cases.run(kernels, case, **way)
+    return lambda case, **way: tuple(x.cpu() for x in cases.run(module.RECURRENCE.kernels(0), _on_gpu(case), **way))
 
 
 def _on_gpu(case):

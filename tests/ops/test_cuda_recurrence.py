@@ -48,6 +48,12 @@ def run(request, family):
     return runner(family, request.param)
 
 
+def chunked(cuda):
+    """The names of a family's kernels that are not plain."""
+    split = cuda.RECURRENCE.split
+    return (*cuda.CHUNKED, *(() if split is None else split.names()))
+
+
 @pytest.mark.parametrize("N", [20, 64])
 def test_an_empty_sequence_hands_its_state_on(run, cases, N):
     case = cases.make_case(1, 30, 2, N, torch.bfloat16, lengths=[12, 0, 18])
@@ -201,7 +207,7 @@ def assembler_reports(cuda, nvcc, tmp_path_factory):
 
 @pytest.mark.parametrize("architecture", toolchain.ARCHITECTURES)
 def test_nvcc_compiles_without_warnings_or_spills(assembler_reports, cuda, architecture):
-    toolchain.check_without_spills(*assembler_reports[architecture], cuda.CHUNKED)
+    toolchain.check_without_spills(*assembler_reports[architecture], chunked(cuda))
 
 
 def test_a_failed_launch_is_an_error(nvcc):
@@ -219,7 +225,7 @@ def test_nvrtc_compiles_every_kernel(tmp_path, cuda, monkeypatch):
         pytest.skip("needs NVRTC: pip install nvidia-cuda-nvrtc")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     image = nvrtc_compiler.cubin("kernels", cuda.SOURCE, "sm_90", compiler)
-    for kernel in (*cuda.CHUNKED, *cuda.PLAIN):
+    for kernel in (*chunked(cuda), *cuda.PLAIN):
         assert f"{kernel}_shared".encode() in image
     assert nvrtc_compiler.cubin("kernels", cuda.SOURCE, "sm_90", None) == image  # the second time from the cache
 
@@ -247,7 +253,7 @@ def test_a_plan_names_kernels_that_there_are(family, cuda, dtype):
     """And blocks no larger than they are compiled for."""
     source = (source_directory("cuda") / cuda.SOURCE).read_text(encoding="utf-8")
     bounds = dict(toolchain.kernels_of(source))
-    assert bounds.keys() == {*cuda.CHUNKED, *cuda.PLAIN}
+    assert bounds.keys() == {*chunked(cuda), *cuda.PLAIN}
     for direction in ("forward", "backward"):
         for head_size in range(4, 132, 4):
             for name, (x, y) in cuda.plan(direction, head_size, dtype):

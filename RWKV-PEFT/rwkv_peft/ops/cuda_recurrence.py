@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .groups import Split, places
 from .native import gpu
 from .native.errors import BuildError
 from .native.kernels import Kernels, Library, Module
 from .native.launch import aligned, stream
 
-INTEGERS = ("sequences", "length", "heads", "head_size", "device")
+INTEGERS = ("sequences", "length", "heads", "head_size", "device", "group", "groups")
 
 # (direction, head size, dtype) -> the kernels to launch, one after the other, each with its block's (x, y) threads.
 Plan = Callable[[str, int, torch.dtype], Sequence[tuple[str, tuple[int, int]]]]
@@ -26,7 +27,7 @@ Plan = Callable[[str, int, torch.dtype], Sequence[tuple[str, tuple[int, int]]]]
 def structure(inputs: Sequence[str]) -> type[ctypes.Structure]:
     """cuda/OP/arguments.cuh's Arguments, of an operation with these inputs."""
     given = (*inputs, "state", "bounds", "y", "final_state", "checkpoints", "gy", "gfinal")
-    pointers = (*given, *(f"g{name}" for name in inputs), "gstate")
+    pointers = (*given, *(f"g{name}" for name in inputs), "gstate", "parts", "transitions")
     fields = [*((name, ctypes.c_void_p) for name in pointers), *((name, ctypes.c_int) for name in INTEGERS)]
     return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
 
@@ -34,10 +35,20 @@ def structure(inputs: Sequence[str]) -> type[ctypes.Structure]:
 class CudaRecurrence:
     """The kernels of cuda/OP: built on first use, and launched on torch's stream."""
 
-    def __init__(self, op: str, rows: str, shared: str, segment: int, names: Sequence[str], plan: Plan):
+    def __init__(
+        self,
+        op: str,
+        rows: str,
+        shared: str,
+        segment: int,
+        names: Sequence[str],
+        plan: Plan,
+        split: Split | None = None,
+    ):
         """rows: the names of the operation's inputs (B, T, H, N); shared: of those (H, N), which follow. segment: steps
-        that share a slot among the checkpoints, arguments.cuh's SEGMENT. names: every kernel's."""
-        self.op, self.source, self.segment, self.plan = op, f"{op}/{op}.cu", segment, plan
+        that share a slot among the checkpoints, arguments.cuh's SEGMENT. names: every kernel's. split: how time is split where that
+        pays."""
+        self.op, self.source, self.segment, self.plan, self.split = op, f"{op}/{op}.cu", segment, plan, split
         self.rows, self.shared = rows.split(), shared.split()
         self.Arguments = structure([*self.rows, *self.shared])
         self.Library = functools.partial(Library, names, self.Arguments)
@@ -55,64 +66,90 @@ class CudaRecurrence:
             return str(error)
         return None
 
-    def checkpoint_count(self, tokens: int, rows: int, sequences: int) -> int:
-        """Slots of states kept for backward: one for each segment of a sequence, and a gap of at most one."""
-        return tokens // self.segment + sequences
+    def checkpoint_count(self, r: Tensor, sequences: int) -> int:
+        """States kept for backward: slots of one for each segment of a sequence, and a gap of at most one; and, where
+        time is split, the groups' transitions."""
+        B, T = r.shape[:2]
+        return self._slots(r, sequences) + places(B, T, sequences, self.group_of(r, sequences))
+
+    def group_of(self, r: Tensor, sequences: int) -> int:
+        """The tokens of a group where time is split, else 0."""
+        return 0 if self.split is None else self.split.group_of(r, sequences)
+
+    def _slots(self, r: Tensor, sequences: int) -> int:
+        return r.shape[0] * r.shape[1] // self.segment + sequences
 
     def forward(self, *tensors, save: bool, level: str = "") -> tuple[Tensor, Tensor, Tensor]:
         """The inputs, contiguous, those (B, T, H, N) float32 or bfloat16, the shared ones float32; state (n, H, N, N)
         float32 or None; cu_seqlens (n + 1,) int64 or None -> y, final state, checkpoints (empty unless `save`)."""
-        return self.run_forward(self.kernels(tensors[0].device.index), *tensors, save=save)
+        group = self.group_of(tensors[0], _sequences(tensors[0], tensors[-1]))
+        return self.run_forward(self.kernels(tensors[0].device.index), *tensors, save=save, group=group)
 
     def backward(self, *tensors, level: str = "") -> tuple[Tensor, ...]:
         """What forward took, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
         gradients of the inputs and of the state."""
-        return self.run_backward(self.kernels(tensors[0].device.index), *tensors)
+        group = self.group_of(tensors[0], _sequences(tensors[0], tensors[-4]))
+        return self.run_backward(self.kernels(tensors[0].device.index), *tensors, group=group)
 
-    def run_forward(self, kernels: Kernels, *tensors, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """forward, on the given kernels."""
+    def run_forward(self, kernels: Kernels, *tensors, save: bool, group: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """forward, on the given kernels. group: the tokens of one where time is split, a multiple of 64, else 0."""
         *inputs, state, bounds = tensors
         r = inputs[0]
         B, T, H, N = r.shape
         sequences = _sequences(r, bounds)
+        groups, slots = places(B, T, sequences, group), self._slots(r, sequences) if save else 0
+        counts = (sequences, slots + groups, groups)
+        final_state, checkpoints, parts = (r.new_empty(n, H, N, N, dtype=torch.float32) for n in counts)
         y = torch.empty_like(r)
-        count = self.checkpoint_count(B * T, B, sequences) if save else 0
-        final_state, checkpoints = (r.new_empty(n, H, N, N, dtype=torch.float32) for n in (sequences, count))
         arguments = self._given(inputs) | dict(state=aligned(state), bounds=bounds, y=y, final_state=final_state)
-        self._launch(kernels, "forward", r, sequences, arguments | dict(checkpoints=checkpoints if save else None))
-        return y, final_state, checkpoints
+        arguments |= dict(checkpoints=checkpoints if save else None, parts=parts, transitions=checkpoints[slots:])
+        self._launch(kernels, "forward", r, sequences, group, arguments)
+        return y, final_state, checkpoints if save else checkpoints[:0]
 
-    def run_backward(self, kernels: Kernels, *tensors) -> tuple[Tensor, ...]:
-        """backward, on the given kernels."""
+    def run_backward(self, kernels: Kernels, *tensors, group: int = 0) -> tuple[Tensor, ...]:
+        """backward, on the given kernels, with forward's `group`."""
         *inputs, _, bounds, checkpoints, gy, gfinal = tensors  # the first checkpoint is the state
         r = inputs[0]
-        H, N = r.shape[2:]
+        B, T, H, N = r.shape
         sequences = _sequences(r, bounds)
         gy = torch.zeros_like(r) if gy is None else gy
         arguments = self._given(inputs) | dict(bounds=bounds, checkpoints=checkpoints)
-        arguments |= dict(gy=aligned(gy), gfinal=aligned(gfinal))
+        arguments |= dict(gy=aligned(gy), gfinal=aligned(gfinal), transitions=checkpoints[self._slots(r, sequences) :])
         of_rows = {f"g{name}": torch.empty_like(r) for name in self.rows}
         of_shared = {f"g{name}": r.new_empty(sequences, H, N, dtype=torch.float32) for name in self.shared}
-        gstate = r.new_empty(sequences, H, N, N, dtype=torch.float32)
-        self._launch(kernels, "backward", r, sequences, arguments | of_rows | of_shared | dict(gstate=gstate))
+        counts = (sequences, places(B, T, sequences, group))
+        gstate, parts = (r.new_empty(n, H, N, N, dtype=torch.float32) for n in counts)
+        arguments |= of_rows | of_shared | dict(gstate=gstate, parts=parts)
+        self._launch(kernels, "backward", r, sequences, group, arguments)
         return *of_rows.values(), *(x.sum(0) for x in of_shared.values()), gstate
 
     def _given(self, inputs: Sequence[Tensor]) -> dict[str, Tensor | None]:
         return {name: aligned(x) for name, x in zip((*self.rows, *self.shared), inputs)}
 
     def _launch(
-        self, kernels: Kernels, direction: str, r: Tensor, sequences: int, tensors: Mapping[str, Tensor | None]
+        self,
+        kernels: Kernels,
+        direction: str,
+        r: Tensor,
+        sequences: int,
+        group: int,
+        tensors: Mapping[str, Tensor | None],
     ) -> None:
         """Enqueue a direction's kernels, given their arguments by name. Raises RuntimeError where that fails."""
-        _, T, H, N = r.shape
+        B, T, H, N = r.shape
         if sequences == 0 or H == 0:
             return
+        groups = places(B, T, sequences, group) or sequences
         addresses = {name: None if x is None else x.data_ptr() for name, x in tensors.items()}
         sizes = dict(sequences=sequences, length=T, heads=H, head_size=N, device=r.device.index or 0)
-        arguments = self.Arguments(**addresses, **sizes)
+        arguments = self.Arguments(**addresses, **sizes, group=group, groups=groups)
+        launches = [(name, H * groups, block) for name, block in self.plan(direction, N, r.dtype)]
+        if group:
+            assert self.split is not None
+            launches = self.split.launches(direction, H, sequences, groups) + launches
         with torch.cuda.device(r.device) if r.is_cuda else contextlib.nullcontext():
-            for name, block in self.plan(direction, N, r.dtype):
-                status = kernels.run(name, arguments, sequences * H, block, stream(r))
+            for name, blocks, block in launches:
+                status = kernels.run(name, arguments, blocks, block, stream(r))
                 if status != 0:
                     raise RuntimeError(f"{self.op}: launching the CUDA kernel {name} failed with CUDA error {status}")
 

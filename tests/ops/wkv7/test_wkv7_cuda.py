@@ -1,17 +1,30 @@
 """The CUDA kernels' source against the float64 reference: run on the CPU through tests/cuda_shim, and on the GPU where
 there is one."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from cuda_shim import shim, toolchain
 from cuda_shim import wkv7_cases as cases
 from cuda_shim.cases import error, rms
 from cuda_shim.running import DEVICES, one_torch_thread, runner, shim_kernels
+from rwkv_peft.ops import groups
+from rwkv_peft.ops.native import driver
 from rwkv_peft.ops.wkv7 import cuda, op, wkv7
 
 LENGTHS = (1, 2, 15, 16, 17, 64, 100, 257)
 HEAD_SIZES = (128, 8, 20, 64)
 DTYPES = (torch.bfloat16, torch.float32)
+# Of groups of 64 tokens: B, the lengths of packed sequences, decays, whether all tokens share a direction, and a state.
+SPLIT_CASES = [
+    (2, None, "none", False, True),
+    (1, None, "none", True, True),
+    (1, [1, 130, 64, 65], "mixed", False, True),
+    (1, [200], "strong", False, True),
+    (1, None, "usual", False, False),
+]
 # Every value of every parameter, in rotation, rather than every combination.
 CASES = [(T, HEAD_SIZES[i % 4], tuple(cases.DECAYS)[(i // 2) % 4]) for i, T in enumerate(LENGTHS)]
 CASES += [(T, 64, tuple(cases.DECAYS)[i % 4]) for i, T in enumerate(LENGTHS) if T not in (16, 257)]
@@ -61,14 +74,93 @@ def test_packed_sequences_are_independent(run, N, dtype):
     check(run, cases.make_case(1, sum(lengths), 2, N, dtype, lengths=lengths, seed=N))
 
 
-@pytest.mark.parametrize("bounds", [None, (0, 20, 50)])
-def test_the_operation_calls_them(monkeypatch, bounds):
+@pytest.mark.parametrize("B, lengths, decay, repeated, with_state", SPLIT_CASES)
+def test_split_time_is_as_exact_as_the_whole(run, B, lengths, decay, repeated, with_state):
+    """At both ends of the decays' range, and where nothing fades and a group takes one direction away for good."""
+    T = 129 if lengths is None else sum(lengths)
+    kinds = dict(decay=decay, repeated=repeated, with_state=with_state)
+    case = cases.make_case(B, T, 1, 64, torch.bfloat16, lengths=lengths, seed=T, **kinds)
+    check(lambda case: run(case, group=64), case)
+
+
+def test_no_group_reads_what_none_has_written(run):
+    """Results, checkpoints and what lies between the kernels begin as NaN in torch's deterministic mode; one sequence
+    has no tokens, and some places no group."""
+    case = cases.make_case(1, 135, 2, 64, torch.bfloat16, lengths=[1, 0, 130, 4])
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = run(case, group=64)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(results[1][1], case.state[1]) and torch.equal(results[-1][1], case.gfinal[1])
+    for x, expected in zip(results, run(case, group=64), strict=True):
+        assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("order", shim.ORDERS[1:])
+def test_the_order_of_the_threads_in_groups_does_not_matter(order):
+    kernels = shim_kernels("wkv7")
+    case = cases.make_case(1, 100, 1, 64, torch.bfloat16)
+    expected = cases.run(kernels, case, group=64)
+    kernels.set_order(order)
+    for x, y in zip(cases.run(kernels, case, group=64), expected, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_groups_are_launched_in_their_order(monkeypatch):
+    recorder = toolchain.RecordingDriver(cuda.Arguments)
+    monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: recorder)
+    cases.run(cuda.RECURRENCE.Module(b"image"), cases.make_case(2, 130, 3, 64, torch.bfloat16), group=64)
+    groups_of, scan = (2 * 3 * 3, 1, 1, 256), (2 * 3 * 4, 1, 1, 128)  # three groups a sequence; four blocks a head
+    last = [(18, 1, 1, 256), (18, 1, 1, 128)]  # forward, backward
+    expected = [x for launches in zip((groups_of,) * 2, (scan,) * 2, last) for x in launches]
+    assert [tuple(sizes[:4]) for sizes, *_ in recorder.launches] == expected
+    assert all((a.group, a.groups, a.sequences, a.length) == (64, 6, 2, 130) for _, _, a, _ in recorder.launches)
+
+
+@pytest.mark.parametrize(
+    "B, T, H, sequences, group",
+    [
+        (1, 4096, 64, 1, 1024),  # 256 blocks
+        (1, 1024, 32, 1, 128),
+        (1, 4000, 64, 1, 1024),
+        (2, 4096, 32, 2, 1024),
+        (1, 8192, 32, 2, 1408),  # packed, of which each may leave a place unused
+        (8, 4096, 32, 8, 0),  # the blocks are enough as they are
+        (1, 4096, 128, 1, 0),  # 2 groups would not pay
+        (1, 256, 12, 1, 0),  # nor would 3 as short as these
+    ],
+)
+def test_time_is_split_where_that_pays(B, T, H, sequences, group):
+    resident = 264  # two blocks on each of an H100's multiprocessors
+    assert groups.choose_group(B, T, H, sequences, resident) == group
+    assert H * groups.places(B, T, sequences, group) <= resident
+
+
+def test_only_the_chunked_kernels_on_a_gpu_split_time(monkeypatch):
+    monkeypatch.setattr(groups, "resident_blocks", lambda device: 264)
+    for N, dtype, on_gpu, expected in (
+        (64, torch.bfloat16, True, 1024),
+        (64, torch.float32, True, 0),
+        (32, torch.bfloat16, True, 0),
+        (64, torch.bfloat16, False, 0),  # where memory is planned without a GPU
+    ):
+        r = SimpleNamespace(is_cuda=on_gpu, dtype=dtype, shape=(1, 4096, 64, N), device=torch.device("cuda", 0))
+        assert cuda.RECURRENCE.group_of(r, 1) == expected
+
+
+@pytest.mark.parametrize(
+    "bounds, N, group", [(None, 8, 0), ((0, 20, 50), 8, 0), (None, 64, 64), ((0, 20, 150), 64, 64)]
+)
+def test_the_operation_calls_them(monkeypatch, bounds, N, group):
     """wkv7 itself, and torch's operators and derivatives below it, as on a GPU."""
     monkeypatch.setattr(op, "_choose", lambda *_: "cuda")
     kernels = shim_kernels("wkv7")
     monkeypatch.setattr(cuda.RECURRENCE, "kernels", lambda device: kernels)
+    monkeypatch.setattr(cuda.RECURRENCE, "group_of", lambda *_: group)
     lengths = None if bounds is None else [b - a for a, b in zip(bounds, bounds[1:])]
-    case = cases.make_case(1, 50, 2, 8, torch.float32, lengths=lengths)
+    T, dtype = 80 if bounds is None else bounds[-1], torch.bfloat16 if group else torch.float32
+    case = cases.make_case(1, T, 2, N, dtype, lengths=lengths)
 
     def compute(case):
         leaves = [x.clone().requires_grad_() for x in (*case.inputs, case.state)]
@@ -78,6 +170,8 @@ def test_the_operation_calls_them(monkeypatch, bounds):
 
     check(compute, case)
     assert wkv7(*case.inputs, case.state, case.cu_seqlens)[0].grad_fn is None
+    kept = cuda.forward(*case.inputs, case.state, case.cu_seqlens, save=True)[2]
+    assert kept.shape[0] == cuda.checkpoint_count(case.r, case.state.shape[0])
 
 
 @pytest.mark.parametrize("reason, chosen", [(None, "cuda"), ("no driver; install one", "chunked")])

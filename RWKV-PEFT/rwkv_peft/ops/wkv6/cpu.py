@@ -41,9 +41,9 @@ def _unavailable(level):
     return None
 
 
-def checkpoint_count(tokens, rows, sequences):
+def checkpoint_count(r, sequences):
     """States kept for backward: one at each 64th step of a sequence, except its first (that one is the input)."""
-    return tokens // TILE
+    return r.shape[0] * r.shape[1] // TILE
 
 
 def forward(r, k, v, w, u, state, cu_seqlens, save, level):
@@ -53,7 +53,7 @@ def forward(r, k, v, w, u, state, cu_seqlens, save, level):
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     y = torch.empty_like(r)
     final_state = u.new_empty(sequences, H, N, N)
-    checkpoints = u.new_empty(checkpoint_count(B * T, B, sequences) if save else 0, H, N, N)
+    checkpoints = u.new_empty(checkpoint_count(r, sequences) if save else 0, H, N, N)
     tensors = dict(r=r, k=k, v=v, w=w, u=u, state=state, cu_seqlens=cu_seqlens, y=y, final_state=final_state)
     arguments = _arguments(sequences, tensors | dict(checkpoints=checkpoints if save else None))
     _check(_library(level or levels.best_level()).wkv6_cpu_forward(arguments))

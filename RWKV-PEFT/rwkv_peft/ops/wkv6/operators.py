@@ -5,7 +5,7 @@ one kernel dtype, u and the states float32, cu_seqlens int64. torch.compile and 
 single operations. Each device's kernel is a backend module (cpu.py, cuda.py) with
 
     unavailable() -> None, or why it cannot be used and what would help
-    checkpoint_count(tokens, rows, sequences) -> how many states (H, N, N) its forward keeps for its backward
+    checkpoint_count(r, sequences) -> how many states (H, N, N) its forward keeps for its backward
     forward(r, k, v, w, u, state, cu_seqlens, save, level) -> y, final state, checkpoints
     backward(r, k, v, w, u, state, cu_seqlens, checkpoints, gy, gfinal, level) -> gr, gk, gv, gw, gu, gstate
 """
@@ -57,10 +57,9 @@ def _states_like(u, count):
 
 @torch.library.register_fake("rwkv_peft::wkv6_forward", lib=_library)
 def _forward_fake(r, k, v, w, u, state, cu_seqlens, save, level):
-    B, T = r.shape[:2]
-    sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     device = "cuda" if r.device.type == "cuda" else "cpu"
-    count = backend_module(device).checkpoint_count(B * T, B, sequences) if save else 0
+    count = backend_module(device).checkpoint_count(r, sequences) if save else 0
     return torch.empty_like(r), _states_like(u, sequences), _states_like(u, count)
 
 

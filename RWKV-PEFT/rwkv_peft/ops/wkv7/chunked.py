@@ -23,9 +23,9 @@ def unavailable(level: str = "") -> None:
     """None: torch alone is enough."""
 
 
-def checkpoint_count(tokens: int, rows: int, sequences: int) -> int:
-    """States kept for backward, at most, for `rows` rows of `tokens` tokens in all."""
-    return segment_count(rows, tokens // rows, sequences)
+def checkpoint_count(r: Tensor, sequences: int) -> int:
+    """States kept for backward, at most."""
+    return segment_count(r.shape[0], r.shape[1], sequences)
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def forward(r, w, k, v, a, b, state, cu_seqlens, save, level):
     -> y, final state, the states that the segments begin with (none unless `save`)."""
     call = _Call((r, w, k, v, a, b), state, cu_seqlens)
     at = call.layout
-    count = checkpoint_count(at.B * at.T, at.B, at.states) if save else 0
+    count = checkpoint_count(r, at.states) if save else 0
     checkpoints = call.initial.new_zeros(count, at.H, at.N, at.N)
     kept = checkpoints.view(-1, at.B * at.H, at.N, at.N)
     final, y = torch.empty_like(call.initial), call.empty(r)

@@ -37,9 +37,9 @@ def unavailable(level: str = "") -> str | None:
     return None
 
 
-def checkpoint_count(tokens: int, rows: int, sequences: int) -> int:
+def checkpoint_count(r: torch.Tensor, sequences: int) -> int:
     """States kept for backward: one at each 64th step of a sequence, except its first (that one is the input)."""
-    return tokens // TILE
+    return r.shape[0] * r.shape[1] // TILE
 
 
 def forward(r, w, k, v, a, b, state, cu_seqlens, save, level):
@@ -49,7 +49,7 @@ def forward(r, w, k, v, a, b, state, cu_seqlens, save, level):
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     y = torch.empty_like(r)
     final_state = r.new_empty(sequences, H, N, N, dtype=torch.float32)
-    count = checkpoint_count(B * T, B, sequences) if save else 0
+    count = checkpoint_count(r, sequences) if save else 0
     checkpoints = r.new_empty(count, H, N, N, dtype=torch.float32)
     tensors = dict(r=r, w=w, k=k, v=v, a=a, b=b, state=state, cu_seqlens=cu_seqlens, y=y, final_state=final_state)
     arguments = _arguments(sequences, tensors | dict(checkpoints=checkpoints if save else None))

@@ -5,7 +5,7 @@ of one dtype, the states float32, cu_seqlens int64. torch.compile and FakeTensor
 operations. `backend` names a module here and, after a colon, an instruction set; a module has
 
     unavailable(level) -> None, or why it cannot be used and what would help
-    checkpoint_count(tokens, rows, sequences) -> how many states (H, N, N) its forward keeps for its backward
+    checkpoint_count(r, sequences) -> how many states (H, N, N) its forward keeps for its backward
     forward(r, w, k, v, a, b, state, cu_seqlens, save, level) -> y, final state, checkpoints
     backward(r, w, k, v, a, b, state, cu_seqlens, checkpoints, gy, gfinal, level) -> gr, gw, gk, gv, ga, gb, gstate
 """
@@ -65,10 +65,9 @@ def _sequences(r, cu_seqlens):
 
 @torch.library.register_fake("rwkv_peft::wkv7_forward", lib=_library)
 def _forward_fake(r, w, k, v, a, b, state, cu_seqlens, save, backend):
-    B, T = r.shape[:2]
     sequences = _sequences(r, cu_seqlens)
     module = backend_module(backend.partition(":")[0])
-    count = module.checkpoint_count(B * T, B, sequences) if save else 0
+    count = module.checkpoint_count(r, sequences) if save else 0
     return torch.empty_like(r), _states_like(r, sequences), _states_like(r, count)
 
 

@@ -1,0 +1,213 @@
+// Time split into groups of tokens, which different blocks walk at once: where there are few heads, they alone leave
+// most of a GPU idle. What a group makes of the state S before it is linear,
+//     S_end = S transition + local
+// with transition the product of its tokens' diag(d) + a bᵀ, and local what it makes of zeros. So a pass over all
+// groups at once, by states alone, finds both, transition as what becomes of the identity where no token writes; a scan
+// finds the states that the groups start with; and then each is as good as a sequence of its own. Backward is the same
+// from the end, with dS the gradient of the state after a group:
+//     dS_start = dS transitionᵀ + local
+// The passes keep states in float32, as all kernels do, and the scan multiplies in float32.
+#pragma once
+#include "wkv7/chunk.cuh"
+
+template <int N>
+struct GroupShared {
+    struct { typename Shape<N>::Rows w, a, b, driver, x; } chunk[2];  // one in use, one arriving
+    struct Made {
+        Operands<N> operands;
+        PairMatrices pairs;
+    } made[2];  // one in use, one in the making
+};
+
+// A group's local state, and forward its transition; backward has that one from forward. What drives the state from
+// outside is v by way of k, backward gy by way of r. Half of the warps are makers, as in chunked_forward.
+template <int N, bool BACKWARD>
+__device__ __forceinline__ void chunked_groups(const Arguments& a) {
+    constexpr int tiles = Shape<N>::tiles, stride = Shape<N>::stride, states = BACKWARD ? 1 : 2;
+    constexpr PairName driven = BACKWARD ? R_B : A_K;
+    GroupShared<N>& shared = *(GroupShared<N>*)dynamic_shared();
+    const Sequence s(a);
+    if (s.length < 0) return;
+    const int warp = threadIdx.x / 32;
+    const bool maker = warp < tiles;
+    const int v0 = warp % tiles * 16;  // the rows of a warp that is no maker
+    const int chunks = (s.length + CHUNK - 1) / CHUNK;
+
+    // The makers' steps, for the chunk that is number i in the order of the walk.
+    const auto start = [&](int i) { return (BACKWARD ? chunks - 1 - i : i) * CHUNK; };
+    const auto start_fetch = [&](int i) {
+        if (i == chunks) return;
+        auto& next = shared.chunk[i % 2];
+        fetch<N>(next.w, a.w, s, start(i));
+        fetch<N>(next.a, a.a, s, start(i));
+        fetch<N>(next.b, a.b, s, start(i));
+        fetch<N>(next.driver, BACKWARD ? a.r : a.k, s, start(i));
+        fetch<N>(next.x, BACKWARD ? a.gy : a.v, s, start(i));
+    };
+    const auto make_operands = [&](int i) {
+        if (i == chunks) return;
+        const auto& in = shared.chunk[i % 2];
+        Operands<N>& o = shared.made[i % 2].operands;
+        const Decays<N> decays(in.w, s.length - start(i), o);
+        decays.template reads<BACKWARD>(in.driver, in.a, o);
+        decays.template writes<!BACKWARD>(in.driver, in.b, o);
+    };
+    const auto make_pairs_and_fetch = [&](int i) {
+        if (i == chunks) return;
+        auto& made = shared.made[i % 2];
+        start_fetch(i + 1);
+        if (warp == 0) make_pairs<N>(A_B, made.pairs, made.operands);
+        if (warp == 1) make_pairs<N>(driven, made.pairs, made.operands);
+        cp_async_wait_all();
+    };
+
+    Accumulator S[states][tiles];  // local, transition
+    const int lane = lane_id();
+    #pragma unroll
+    for (int b = 0; b < tiles; b++)
+        #pragma unroll
+        for (int e = 0; e < 8; e++) {
+            S[0][b].c[e] = 0.f;
+            if (!BACKWARD) S[states - 1][b].c[e] = v0 + tile_row(lane, e) == b * 16 + tile_column(lane, e) ? 1.f : 0.f;
+        }
+    if (maker) start_fetch(0);
+    cp_async_wait_all();
+    __syncthreads();  // the first chunk has arrived
+    if (maker) make_operands(0);
+    __syncthreads();  // its operands are complete
+    if (maker) make_pairs_and_fetch(0);
+
+    for (int i = 0; i < chunks; i++) {
+        const auto& made = shared.made[i % 2];
+        const Operands<N>& o = made.operands;
+        const auto& reads = BACKWARD ? o.b : o.a;
+        const auto& writes = BACKWARD ? o.a : o.b;
+        const auto& driver = BACKWARD ? o.r : o.k;
+        Accumulator read[states];  // what a chunk's tokens find, (v, t)
+        __syncthreads();  // this chunk's pairs are complete, the next has arrived, and nobody reads the previous one
+        if (maker) {
+            make_operands(i + 1);
+        } else {
+            const Tile x = load_transposed(&shared.chunk[i % 2].x[0][v0], stride);  // (v, t)
+            const bf16* pair = &made.pairs.of[driven][0][0];
+            #pragma unroll
+            for (int j = 0; j < states; j++) read[j] = zeros();
+            multiply(read[0], x, BACKWARD ? load_transposed(pair, CHUNK + 8) : load_tile(pair, CHUNK + 8));
+            #pragma unroll
+            for (int b = 0; b < tiles; b++) {
+                const Tile operand = load_tile(&reads[0][b * 16], stride);
+                #pragma unroll
+                for (int j = 0; j < states; j++) {
+                    if (BACKWARD) scale_columns(S[j][b], &o.whole[b * 16]);
+                    multiply(read[j], rounded(S[j][b]), operand);
+                }
+                multiply(S[0][b], x, load_transposed(&driver[0][b * 16], stride));
+            }
+        }
+        __syncthreads();  // the next chunk's operands are complete, and this one's tokens are read
+        if (maker) {
+            make_pairs_and_fetch(i + 1);
+        } else {
+            Tile solved[states];
+            #pragma unroll
+            for (int j = 0; j < states; j++)
+                solved[j] = rounded(BACKWARD ? solve_turned(read[j], made.pairs) : solve(read[j], made.pairs));
+            #pragma unroll
+            for (int b = 0; b < tiles; b++) {
+                const Tile operand = load_transposed(&writes[0][b * 16], stride);
+                #pragma unroll
+                for (int j = 0; j < states; j++) {
+                    multiply(S[j][b], solved[j], operand);
+                    if (!BACKWARD) scale_columns(S[j][b], &o.whole[b * 16]);
+                }
+            }
+        }
+    }
+    if (maker) return;
+    store_state<N>(a.parts + s.state, S[0], v0, false);
+    if (!BACKWARD) store_state<N>(a.transitions + s.state, S[states - 1], v0, false);
+}
+
+template <int N>
+struct ScanShared {
+    float S[16][N];
+    float transition[N][N + 1];  // padded, as it is read by rows or by columns
+};
+
+// From the groups' local states to those that they start with, in their place, and the final state; backward, to the
+// gradients of those that they end with, and that of the initial state. A block takes 16 rows of a sequence's head: no
+// row of a state depends on another.
+template <int N, bool BACKWARD>
+__device__ __forceinline__ void scan_groups(const Arguments& a) {
+    constexpr int rows = 4, columns = N / 32;  // of a thread
+    ScanShared<N>& shared = *(ScanShared<N>*)dynamic_shared();
+    const int head = blockIdx.x / (N / 16), h = head % a.heads, n = head / a.heads;
+    const int row = threadIdx.x / 32 * rows, column = threadIdx.x % 32;
+    const index_t of_head = (index_t)N * N, here = (blockIdx.x % (N / 16) * 16 + row) * N + column;
+    const int groups = max(1, (Sequence::whole_length(a, n) + a.group - 1) / a.group);
+    const int first = Sequence::first_group(a, n);
+
+    float S[rows][columns];
+    const float* start = BACKWARD ? a.gfinal : a.state;
+    #pragma unroll
+    for (int i = 0; i < rows; i++)
+        #pragma unroll
+        for (int j = 0; j < columns; j++) S[i][j] = start ? start[head * of_head + here + i * N + j * 32] : 0.f;
+
+    for (int done = 0; done < groups; done++) {
+        const index_t group = ((index_t)(first + (BACKWARD ? groups - 1 - done : done)) * a.heads + h) * of_head;
+        float next[rows][columns];
+        #pragma unroll
+        for (int i = 0; i < rows; i++)
+            #pragma unroll
+            for (int j = 0; j < columns; j++) {
+                float& part = a.parts[group + here + i * N + j * 32];
+                next[i][j] = part;
+                part = S[i][j];
+            }
+        __syncthreads();  // nobody reads the group before
+        #pragma unroll
+        for (int i = 0; i < rows; i++)
+            #pragma unroll
+            for (int j = 0; j < columns; j++) shared.S[row + i][column + j * 32] = S[i][j];
+        #pragma unroll 16
+        for (int i = threadIdx.x; i < N * N; i += 128) shared.transition[i / N][i % N] = a.transitions[group + i];
+        __syncthreads();  // the state and the transition are there
+        #pragma unroll 8
+        for (int k = 0; k < N; k++)
+            #pragma unroll
+            for (int j = 0; j < columns; j++) {
+                const int c = column + j * 32;
+                const float factor = BACKWARD ? shared.transition[c][k] : shared.transition[k][c];
+                #pragma unroll
+                for (int i = 0; i < rows; i++) next[i][j] += shared.S[row + i][k] * factor;
+            }
+        #pragma unroll
+        for (int i = 0; i < rows; i++)
+            #pragma unroll
+            for (int j = 0; j < columns; j++) S[i][j] = next[i][j];
+    }
+    float* end = BACKWARD ? a.gstate : a.final_state;
+    if (!end) return;
+    #pragma unroll
+    for (int i = 0; i < rows; i++)
+        #pragma unroll
+        for (int j = 0; j < columns; j++) end[head * of_head + here + i * N + j * 32] = S[i][j];
+}
+
+template <int N>
+__device__ __forceinline__ void forward_groups(const Arguments& a) {
+    chunked_groups<N, false>(a);
+}
+template <int N>
+__device__ __forceinline__ void backward_groups(const Arguments& a) {
+    chunked_groups<N, true>(a);
+}
+template <int N>
+__device__ __forceinline__ void forward_scan(const Arguments& a) {
+    scan_groups<N, false>(a);
+}
+template <int N>
+__device__ __forceinline__ void backward_scan(const Arguments& a) {
+    scan_groups<N, true>(a);
+}
