@@ -92,6 +92,13 @@ COMMANDS = (
         needs="requirements-eval.txt",
     ),
     Command(
+        "lm_eval",
+        "a model on the tasks of EleutherAI's lm-evaluation-harness",
+        "evals.harness_command",
+        flags="evals.harness_flags:parse_flags",
+        needs="requirements-eval.txt",
+    ),
+    Command(
         "bone2miss", "a BONE adapter folder of peft -> a MISS one, and back", "hf.folders", needs="requirements-hf.txt"
     ),
     Command("doctor", "what this machine can do, what is missing, what mends it", "doctor"),

@@ -1,6 +1,6 @@
 """The model on the problems: answers that it writes, continuations that it finds more or less probable."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..generate.command import Continuation
@@ -12,6 +12,8 @@ from .layouts import stops_of_prompt
 from .records import Record
 from .scoring import score
 from .task import AnswerTask, ChoiceTask, Problem, Task
+
+GREEDY = Sampling(temperature=0)
 
 
 def ask(args: Any, task: Task, subject: Subject, problems: Mapping[int, Problem]) -> Iterator[Record]:
@@ -31,26 +33,37 @@ def write_answers(
 ) -> Iterator[tuple[int, Record]]:
     """(number, what is told of it) of each problem as its answer ends."""
     numbers = list(problems)
-    answers = [
-        Continuation({}, subject.tokenizer, (*stops_of_prompt(problem.prompt), *args.stop))
-        for problem in problems.values()
-    ]
+    stops = [(*stops_of_prompt(problem.prompt), *args.stop) for problem in problems.values()]
+    for place, answer in write(subject, [prompts[n] for n in numbers], stops, GREEDY, args.max_tokens, args.batch):
+        told = {"generated": answer.text, "end": answer.end}
+        yield numbers[place], told | task.judge(answer.text, problems[numbers[place]])
+
+
+def write(
+    subject: Subject,
+    prompts: Sequence[list[int]],
+    stops: Sequence[tuple[str, ...]],
+    sampling: Sampling,
+    max_tokens: int,
+    batch: int,
+) -> Iterator[tuple[int, Continuation]]:
+    """(its place, the Continuation) of each prompt (a list of token ids) as it ends: at one of its stops, at the end of
+    the document, or after max_tokens; `batch` of them are written at a time."""
+    answers = [Continuation({}, subject.tokenizer, texts) for texts in stops]
     steps = generate(
         subject.model,
-        [prompts[number] for number in numbers],
-        Sampling(temperature=0),
-        args.max_tokens,
+        prompts,
+        sampling,
+        max_tokens,
         lambda place, token: answers[place].feed(token),
         subject.start,
-        args.batch,
+        batch,
         subject.tokenizer.vocab_size,
     )
     for step in steps:
         if step.end:
-            answer, number = answers[step.number], numbers[step.number]
-            answer.finish(step.end)
-            told = {"generated": answer.text, "end": answer.end}
-            yield number, told | task.judge(answer.text, problems[number])
+            answers[step.number].finish(step.end)
+            yield step.number, answers[step.number]
 
 
 def score_continuations(

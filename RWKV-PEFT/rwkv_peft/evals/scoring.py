@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UserError
-from ..generate.decode import prefill
+from ..generate.decode import PREFILL, prefill
 from ..models.state import State
 from .task import Score
 
@@ -53,8 +53,25 @@ def token_scores(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tens
 def read_and_score(
     model: Any, read: Sequence[list[int]], due: Sequence[list[int]], state: State
 ) -> list[list[tuple[float, bool]]]:
-    """Read a list of tokens behind each sequence of state, packed into one row -> (log-probability, is it the most
-    probable) of each token of due, which are what should follow each token that is read."""
+    """Read a list of tokens behind each sequence of state -> (log-probability, is it the most probable) of each token
+    of due, which are what should follow each token that is read; about PREFILL tokens a pass. state is used up."""
+    width = max(PREFILL // len(read), 1)
+    found: list[list[tuple[float, bool]]] = [[] for _ in read]
+    for first in range(0, max(map(len, read)), width):
+        reading = [i for i, tokens in enumerate(read) if len(tokens) > first]
+        rows = torch.tensor(reading, device=state[0].wkv.device)
+        pieces, following = ([lists[i][first : first + width] for i in reading] for lists in (read, due))
+        values, after = score_packed(model, pieces, following, state.selected(rows))
+        state.put(rows, after)
+        for i, pairs in zip(reading, values):
+            found[i] += pairs
+    return found
+
+
+def score_packed(
+    model: Any, read: Sequence[list[int]], due: Sequence[list[int]], state: State
+) -> tuple[list[list[tuple[float, bool]]], State]:
+    """The same in one pass, and the State after what was read."""
     device = state[0].wkv.device
     tokens = torch.tensor([token for piece in read for token in piece], device=device)
     targets = torch.tensor([token for piece in due for token in piece], device=device)
@@ -67,6 +84,6 @@ def read_and_score(
             found += list(zip(logprobs.tolist(), greedy.tolist()))
         return found
 
-    found, _ = model(tokens[None], state, cu_seqlens=F.pad(ends, (1, 0)), head=head)
+    found, after = model(tokens[None], state, cu_seqlens=F.pad(ends, (1, 0)), head=head)
     pairs = iter(found)
-    return [[next(pairs) for _ in piece] for piece in due]
+    return [[next(pairs) for _ in piece] for piece in due], after

@@ -107,9 +107,7 @@ def prefill(model, prompts, start=None):
         pieces = [prompts[i][first : first + width] for i in reading]
         rows = torch.tensor(reading, device=parameter.device)
         logits[rows], after = read_packed(model, pieces, state.selected(rows))
-        for layer, news in zip(state, after):
-            for tensor, new in zip(layer, news):
-                tensor[rows] = new.to(tensor.dtype)
+        state.put(rows, after)
     return logits, state
 
 

@@ -59,6 +59,12 @@ class State(tuple[LayerState, ...]):
         """The State of n copies of each of its sequences, side by side."""
         return State(LayerState(*(tensor.repeat_interleave(n, 0) for tensor in layer)) for layer in self)
 
+    def put(self, rows: torch.Tensor, other: "State") -> None:
+        """Replace some of its sequences, rows (m,) int64, by those of another State."""
+        for layer, news in zip(self, other):
+            for tensor, new in zip(layer, news):
+                tensor[rows] = new.to(tensor.dtype)
+
     def joined(self, other: "State") -> "State":
         """The State of the sequences of both."""
         return State(LayerState(*(torch.cat(pair) for pair in zip(*layers))) for layers in zip(self, other))
