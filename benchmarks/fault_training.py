@@ -118,18 +118,21 @@ class Training:
         self.expect(well, name, f"going on ended with the exit codes {codes}")
         self.expect(not well or self.outcome(name) == unbroken, name, "a run that went on ended otherwise")
 
-    def kill_at_operations(self, every):
-        """Kill a run before each `every`-th of its operations on the files of its folder; yields True for each."""
-        flags, newest, names = (*METHODS["bat-in"], *SHORT), 0, set()
-        unbroken = self.whole("saves", *flags)
+    def kill_at_operations(self, every, *more):
+        """Kill a run before each `every`-th of its operations on the files of its folder; yields True for each. Files
+        of epochs may go where `more` flags say so, but for those of the newest checkpoint."""
+        flags, newest, names = (*METHODS["bat-in"], *SHORT, *more), 0, set()
+        title = " ".join(("saves", *more))
+        unbroken = self.whole(title, *flags)
         for operation in itertools.count(1, every):
-            name = f"operation-{operation}"
+            name = f"{title}, operation {operation}"
             if wait(self.start(name, *flags, *AGAIN, operation=operation)) != -signal.SIGKILL:
                 return
             left = trained_files(self.folder / name)
             self.expect(set(left.values()) <= set(unbroken.files.values()), name, "a file is torn")
             done = self.newest_checkpoint(name)
-            kept = done >= newest and names <= left.keys()
+            due = {f"adapter-epoch-{done // 2}.safetensors"} - {"adapter-epoch-0.safetensors"} if more else names
+            kept = done >= newest and due <= left.keys()
             self.expect(kept, name, "a checkpoint or a file was lost that an earlier kill had left")
             newest, names = done, left.keys()
             self.goes_on(name, unbroken, [self.start(name, *flags, *AGAIN)])

@@ -111,6 +111,7 @@ def try_training(args, folder, rng):
 
     if args.saves:
         row("kill -9 at file operations", training.kill_at_operations(args.saves))
+        row("the same, --keep_checkpoints 1", training.kill_at_operations(args.saves, "--keep_checkpoints", "1"))
     for ranks in (1, 2):
         chosen = [configuration for configuration in configurations()[: args.resumes] if configuration.ranks == ranks]
         if chosen:

@@ -273,6 +273,19 @@ class TrainConfig:
         group="run",
         type=count,
     )
+    save_minutes: float = setting(
+        0.0,
+        "also save when so many minutes have passed since the last save, at the end of a step; 0: never",
+        group="run",
+        type=not_negative,
+    )
+    keep_checkpoints: int | None = setting(
+        None,
+        "keep the newest so many checkpoints, and the files of the newest so many epochs; 0: all (default: 2 "
+        "checkpoints, and the files of all epochs)",
+        group="run",
+        type=count,
+    )
     save_dtype: str = setting(
         "keep",
         "dtype of rwkv.pth (--peft none) and of --merge_on_save's models: keep is that of the base, or for a new model "

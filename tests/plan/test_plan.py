@@ -105,6 +105,22 @@ def test_files_are_counted_with_their_copies():
 
 
 @pytest.mark.parametrize(
+    "flags, adapters, checkpoints, name",
+    [
+        ("", 7, 3, "checkpoints"),  # two stay while the third is written
+        ("--keep_checkpoints 1", 3, 2, "checkpoints"),
+        ("--keep_checkpoints 0", 7, 6, "checkpoints"),
+        ("--keep_checkpoints 0 --epoch_save 0 --epoch_steps 10 --save_every 7", 2, 9, "checkpoints"),  # 7, … 56, and 60
+        ("--keep_checkpoints 0 --save_every 4", 7, 6, "checkpoints, or more"),
+        ("--keep_checkpoints 0 --save_minutes 5", 7, 6, "checkpoints, or more"),
+    ],
+)
+def test_what_stays_of_a_run_is_counted(flags, adapters, checkpoints, name):
+    files = written(estimate("--epoch_count", "6", *flags.split()))
+    assert [file.copies for file in files] == [adapters, checkpoints] and files[-1].name == name
+
+
+@pytest.mark.parametrize(
     "text, value", [("24GiB", 24 << 30), ("24gb", 24 << 30), ("1.5", 3 << 29), ("512 MiB", 512 << 20)]
 )
 def test_sizes_of_memory(text, value):

@@ -213,6 +213,7 @@ def lora(files, method, settings, *more):
                 "adam_eps",
                 "gradient_clip_val",
                 "val_split",
+                "save_minutes",
             )
         ),
         ("lr_init", "1e400"),
@@ -240,6 +241,20 @@ def test_flags_take_finite_numbers(files, monkeypatch, capsys, flag, value):
 )
 def test_numbers_of_the_json_forms_have_bounds(files, monkeypatch, capsys, method, settings, words):
     assert words in refused(monkeypatch, capsys, lora(files, method, settings))
+
+
+@pytest.mark.parametrize(
+    "flag, value, words",
+    [
+        ("keep_checkpoints", "-1", "-1 is negative"),
+        ("keep_checkpoints", "2.5", "'2.5' is not a whole number"),
+        ("save_every", "-1", "-1 is negative"),
+        ("save_minutes", "-1", "-1 is negative"),
+        ("save_total_limit", "3", "it is --keep_checkpoints"),
+    ],
+)
+def test_how_often_and_how_much_is_saved_is_a_number_that_can_be_meant(files, monkeypatch, capsys, flag, value, words):
+    assert words in refused(monkeypatch, capsys, flags(files, f"--{flag}={value}"))
 
 
 @pytest.mark.parametrize(

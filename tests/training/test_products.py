@@ -19,7 +19,10 @@ def test_a_model_that_trained_whole_has_the_structure_of_its_base(files, train):
     assert list(checkpoint) == list(base.tensors)
     for key, tensor in model.tensors.items():  # the checkpoint's copy is what trained, to the last bit
         assert checkpoint[key].dtype == torch.float32 and torch.equal(checkpoint[key].bfloat16(), tensor)
-    train("full", *FULL, "--epoch_count", "3", "--resume", "--save_dtype", "fp32")
+    train("full", *FULL, "--epoch_count", "3", "--resume", "--save_dtype", "fp32", "--keep_checkpoints", "1")
+    left = {str(path.relative_to(files / "full")) for path in (files / "full").rglob("*[0-9].pth")}
+    assert left == {"rwkv-epoch-3.pth"}  # and not those that the run had saved before it went on
+    assert [path.name for path in (files / "full" / "checkpoints").iterdir()] == ["step-00000012"]
     model = open_base(files / "full" / "rwkv.pth")
     assert {tensor.dtype for tensor in model.tensors.values()} == {torch.float32}
     train("whole", *FULL, "--epoch_count", "3")

@@ -119,8 +119,13 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one(files, train, bases, tuned):
     assert "resuming at step 4" in out
     first, second = ((files / name / "adapter.safetensors").read_bytes() for name in ("alone-x060", "resumed"))
     assert first == second
-    train(*command, "--resume", "--fresh_optimizer", "--devices", "2", "--epoch_count", "3", "--epoch_save", "3")
+    more = ("--epoch_save", "3", "--save_minutes", "1e-9", "--keep_checkpoints", "3")
+    train(*command, "--resume", "--fresh_optimizer", "--devices", "2", "--epoch_count", "3", *more)
     assert len(metrics(files, "resumed")) == 12  # of which four were taken before the step grew
+    folder = files / "resumed"
+    saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert saved == [f"step-{step:08d}" for step in (10, 11, 12)]  # every step's, since a minute's part had passed
+    assert {path.stem for path in folder.glob("state*")} == {"state", *(f"state-epoch-{n}" for n in (1, 2, 3))}
 
 
 def test_states_train_along_with_an_adapter_under_every_stage(files, train, bases, tuned, tmp_path, capsys):

@@ -38,7 +38,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temporary.chmod(mode)  # a writer may have made the file anew, for the owner alone
         _fsync(temporary)
         os.replace(temporary, path)
-        _fsync_folder(path.parent)
+        fsync_folder(path.parent)
 
 
 def check_output(flag: str, path: str | Path, inputs: Iterable[tuple[str, str | Path | None]]) -> None:
@@ -164,8 +164,8 @@ def _fsync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _fsync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where the system can open a folder (Windows cannot)."""
+def fsync_folder(folder: Path) -> None:
+    """Make what was renamed and made in a folder durable, where the system can open a folder (Windows cannot)."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)

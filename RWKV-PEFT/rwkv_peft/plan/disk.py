@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from ..config import TrainConfig
 from ..files.dtypes import DTYPES
-from ..training.saver import KEEP
+from ..training.keeping import KEPT
 from .parts import OPTIMIZER, Estimate
 
 
@@ -29,12 +29,35 @@ def written(estimate: Estimate) -> list[Written]:
         files.append(Written("adapter.safetensors, and one an epoch", labels, trained))
     if train.merge_on_save:
         files.append(Written("merged.pth, and one an epoch", labels, model))
-    files.append(Written("checkpoints", KEEP + 1, OPTIMIZER * counts.trains + counts.trains * item))
+    copies, all_told = checkpoint_count(train)
+    name = "checkpoints" if all_told else "checkpoints, or more"
+    files.append(Written(name, copies, OPTIMIZER * counts.trains + counts.trains * item))
     return files
+
+
+def checkpoint_count(train: TrainConfig) -> tuple[int, bool]:
+    """(how many checkpoints are there at once, whether that is all): those that stay and the next, or all that are
+    saved, which the clock (--save_minutes) and a pass over the data of unknown length may make more."""
+    keep = KEPT if train.keep_checkpoints is None else train.keep_checkpoints
+    if keep:
+        return keep + 1, True
+    epochs = saved_epochs(train)
+    first, last = train.epoch_begin * train.epoch_steps, train.epoch_count * train.epoch_steps
+    steps = {epoch * train.epoch_steps for epoch in epochs} if train.epoch_steps else set()
+    if train.save_every:
+        steps |= {step for step in range(first + 1, last + 1) if step % train.save_every == 0}
+    return max(len(epochs), len(steps)), not train.save_minutes and bool(train.epoch_steps or not train.save_every)
 
 
 def label_count(train: TrainConfig) -> int:
     """How many files of trained tensors a run leaves: the newest, one an epoch that is saved, the best."""
-    epochs = train.epoch_count - train.epoch_begin
-    saved = epochs // train.epoch_save if train.epoch_save else 0
+    saved, keep = len(saved_epochs(train)), train.keep_checkpoints
+    if keep:
+        saved = min(saved, keep + 1)  # an old one goes when the next is there
     return 1 + saved + bool(train.val_data or train.val_split)
+
+
+def saved_epochs(train: TrainConfig) -> list[int]:
+    """The epochs that are saved, among them the last."""
+    epochs = range(train.epoch_begin + 1, train.epoch_count + 1)
+    return [n for n in epochs if n == train.epoch_count or (train.epoch_save and n % train.epoch_save == 0)]

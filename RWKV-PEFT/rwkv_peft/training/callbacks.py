@@ -185,18 +185,26 @@ def forget_from(path, first_step):
 
 class Save(StepCallback):
     """Restores `checkpoint` (a folder, or None) before the first step; saves every epoch_save epochs, every
-    save_every steps, at the end, and when a stop was asked for or the validator has seen enough, and then stops the
-    run."""
+    save_every steps, save_minutes after the last save, at the end, and when a stop was asked for or the validator has
+    seen enough, and then stops the run.
+
+    The first rank's clock counts the minutes; one that is set anew does not matter to it, nor a machine's sleep.
+    """
 
     def __init__(self, saver, plan, train, checkpoint, validator=None):
         super().__init__(train.accumulate_grad_batches)
         self.validator = validator
         self.saver, self.plan, self.checkpoint = saver, plan, checkpoint
-        self.epochs, self.steps = train.epoch_save, train.save_every
+        self.epochs, self.steps, self.minutes = train.epoch_save, train.save_every, train.save_minutes
 
     def on_train_start(self, trainer, lit):
         if self.checkpoint is not None:
             load_checkpoint(trainer, lit, self.checkpoint)
+        self.saved = time.monotonic()
+
+    def on_train_batch_start(self, trainer, lit, batch, batch_idx):
+        passed = time.monotonic() - self.saved
+        lit.save_requested = trainer.is_global_zero and 0 < self.minutes * 60 <= passed
 
     def on_step(self, trainer, lit, done):
         epoch, rest = divmod(done, self.plan.epoch_steps)
@@ -204,8 +212,9 @@ class Save(StepCallback):
             lit.stopping or done == self.plan.total_steps or (self.validator is not None and self.validator.exhausted)
         )
         by_epoch = rest == 0 and self.epochs and epoch % self.epochs == 0
-        if ending or by_epoch or (self.steps and done % self.steps == 0):
+        if ending or by_epoch or lit.saving or (self.steps and done % self.steps == 0):
             self.saver.save(trainer, lit, done, epoch if rest == 0 and (ending or by_epoch) else None)
+            self.saved = time.monotonic()
         if ending:
             trainer.should_stop = True
 

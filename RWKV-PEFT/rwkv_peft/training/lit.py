@@ -26,7 +26,7 @@ class Lit(pl.LightningModule):
 
     Public: step (the current optimizer step), step_loss (mean loss of the step's micro batches so far, over all
     ranks), stop_requested (the signal that asked for a stop, 0 for none; set on any rank, it makes `stopping` true on
-    all of them in the same micro batch).
+    all of them in the same micro batch), save_requested (which makes `saving` true likewise).
     """
 
     def __init__(self, model, train, compute, total_steps, first_step=0, family=None, ratios=()):
@@ -36,6 +36,7 @@ class Lit(pl.LightningModule):
         self.step_loss = 0.0
         self.stop_requested = 0
         self.stopping = False
+        self.save_requested = self.saving = False
 
     @property
     def lr(self):
@@ -78,15 +79,16 @@ class Lit(pl.LightningModule):
         return loss * self.train_config.accumulate_grad_batches
 
     def agree(self, loss, parts):
-        """One small reduction a micro batch: the loss over all ranks, and whether any rank wants to stop."""
-        status = torch.stack([loss.float(), loss.new_tensor(self.stop_requested != 0, dtype=torch.float32)])
+        """One small reduction a micro batch: the loss over all ranks, and whether any rank wants to stop or save."""
+        requests = loss.new_tensor([self.stop_requested != 0, self.save_requested], dtype=torch.float32)
+        status = torch.cat([loss.float().view(1), requests])
         if self.trainer.world_size > 1:
             dist.all_reduce(status)
-        total, stop = status.tolist()
+        total, stop, save = status.tolist()
         if not math.isfinite(total):
             raise Diverged(f"the loss became {total} at step {self.step}")
         self.step_loss += total / parts
-        self.stopping = stop > 0
+        self.stopping, self.saving = stop > 0, save > 0
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
         if (batch_idx + 1) % self.train_config.accumulate_grad_batches == 0:

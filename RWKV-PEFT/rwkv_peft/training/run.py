@@ -34,6 +34,7 @@ from .fit import fit
 from .flags import parse_run
 from .gradients import estimate_gradients
 from .header import describe, describe_adapter
+from .keeping import discard_old
 from .meeting import Ranks
 from .resume import AUTO, METRICS, find_state
 from .saved_files import require_files
@@ -133,10 +134,9 @@ def run_on(ranks, request, say):
     if state and plan.first_step >= plan.total_steps:
         complete = f"the run in {folder} is complete ({plan.first_step} steps)"
         if train.resume == AUTO:
-            if world.rank == 0:
-                plot_loss(
-                    folder / METRICS, folder / "loss.png"
-                )  # all that a run may lack which had saved its last step
+            if world.rank == 0:  # what a run may lack which had saved its last step
+                plot_loss(folder / METRICS, folder / "loss.png")
+                discard_old(folder, train.keep_checkpoints)
             say(complete)
             return 0
         raise UserError(f"--resume: {complete}; raise --epoch_count to go on")

@@ -4,16 +4,15 @@ proj_dir/adapter-epoch-N.safetensors   the trained tensors after epoch N (--peft
 proj_dir/adapter.safetensors           the same, newest (--peft none: rwkv.pth)
 proj_dir/adapter-best.safetensors      the same, at the lowest validation loss
 proj_dir/state.pth                     tuned time states alone, under the same labels
-proj_dir/checkpoints/step-NNNNNNNN/    optimizer state, the trained tensors, state.json; the last KEEP of them
+proj_dir/checkpoints/step-NNNNNNNN/    optimizer state, the trained tensors, state.json
 
-products.py writes the first four.
+products.py writes the first four; keeping.py says how many of them stay.
 """
 
 import hashlib
 import json
 import os
-import shutil
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 
 import torch
@@ -22,14 +21,14 @@ from ..adapters.methods import adapter_parameter
 from ..config import AdapterConfig, to_json
 from ..data.batches import collate
 from ..errors import UserError, told
-from ..files.atomic import atomic_write
+from ..files.atomic import atomic_write, fsync_folder
 from ..files.base import save_model
-from .checkpoints import UNREADABLE, UNSAVED, list_checkpoints
+from .checkpoints import UNREADABLE, UNSAVED
+from .keeping import HIDDEN, clear_hidden, discard_old, remove
 from .meeting import is_of_connection
 from .products import Products, keeps_all, model_dtypes, share_file
 from .saved_files import TAG, check_records, record_of, require_files
 
-KEEP = 2
 HASHED = 64  # samples that tell one data set from another
 SAME = ("adapter", "base", "data")  # what a resumed run must share with the first,
 SAME_OPTIMIZER = ("strategy", "world_size", "precision")  # and what its optimizer state needs besides
@@ -149,24 +148,16 @@ class Saver:
 
     def save_checkpoint(self, trainer, lit, done):
         """DeepSpeed's state and state.json into a hidden folder, which gets its name when it is complete."""
-        checkpoints = self.folder / "checkpoints"
-        hidden, final = checkpoints / f".step-{done:08d}", checkpoints / f"step-{done:08d}"
+        hidden = self.folder / "checkpoints" / f"{HIDDEN}{done:08d}"
         if trainer.is_global_zero:
-            for leftover in checkpoints.glob(".step-*"):
-                shutil.rmtree(leftover)
-            hidden.mkdir(parents=True)
+            with self.telling(hidden):
+                clear_hidden(self.folder)
+                hidden.mkdir(parents=True)
         trainer.strategy.barrier()
-        try:
+        with self.telling(hidden):
             trainer.strategy.deepspeed_engine.save_checkpoint(
                 hidden, tag=TAG, client_state={}, save_latest=False, exclude_frozen_parameters=True
             )
-        except (OSError, RuntimeError) as error:  # torch's word for a disk that refuses is a RuntimeError
-            if is_of_connection(error):
-                raise
-            raise UserError(
-                f"cannot write {hidden} (is the disk full?): {error}; the trained tensors are in {self.newest}, and "
-                "--resume goes on from an earlier checkpoint, if there is one"
-            ) from error
         trainer.strategy.barrier()
         # a file of the base's dtype may hold less than what trains, and --fresh_optimizer goes on from the weights
         exact = {} if not self.full or keeps_all(self.config, self.base) else self.trained(trainer, lit)
@@ -180,6 +171,13 @@ class Saver:
             "config": asdict(self.config),
             **self.identity,
         }
+        with self.telling(hidden):
+            self.complete(hidden, state, exact)
+            discard_old(self.folder, self.config.train.keep_checkpoints)
+
+    def complete(self, hidden, state, exact):
+        """Add to a checkpoint what DeepSpeed does not write, its trained tensors (`exact`, or the newest file) and
+        state.json, and give it its name."""
         if exact:
             order = model_dtypes(self.config, self.base)
             save_model(hidden / self.newest.name, {key: exact[key] for key in order})
@@ -193,18 +191,35 @@ class Saver:
         with atomic_write(hidden / "state.json") as temporary:
             temporary.write_text(json.dumps(state, indent=1))
         sync_files(hidden)
+        final = hidden.with_name(hidden.name.removeprefix("."))
+        if (final / "state.json").exists():  # of a run whose steps were smaller, which goes once this one is there
+            final = final.with_name(f"{final.name}-{state['samples_seen']}")
         if final.exists():
-            shutil.rmtree(final)
+            remove(final)
         hidden.rename(final)
+        fsync_folder(final.parent)
         (self.folder / UNSAVED).unlink(missing_ok=True)
-        for old in list_checkpoints(self.folder)[:-KEEP]:
-            shutil.rmtree(old)
+
+    @contextmanager
+    def telling(self, hidden):
+        """Make a UserError of what the system refuses while a checkpoint is written."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch's word for a disk that refuses is a RuntimeError
+            if is_of_connection(error):
+                raise
+            raise UserError(
+                f"cannot write {hidden} (is the disk full?): {error}; the trained tensors are in {self.newest}, and "
+                "--resume goes on from an earlier checkpoint, if there is one"
+            ) from error
 
 
 def sync_files(folder):
-    """Force the files below `folder` to disk, so that its rename cannot outrun them."""
-    for path in folder.rglob("*"):
-        if path.is_file():
+    """Force all below `folder` to disk, so that its rename cannot outrun them."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir():
+            fsync_folder(path)
+        else:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
 

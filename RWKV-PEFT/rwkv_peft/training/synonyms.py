@@ -40,6 +40,7 @@ MEANINGS = (
     ("--adam_eps", ("adam_epsilon", "eps")),
     ("--save_every", ("save_steps",)),
     ("--epoch_save or --save_every", ("save_strategy",)),
+    ("--keep_checkpoints", ("save_total_limit", "keep_last_n", "max_checkpoints", "max_to_keep")),
     ("--resume", ("resume_from_checkpoint",)),
     ("--wandb PROJECT", ("report_to", "wandb_project")),
     ("--strategy", ("deepspeed", "fsdp")),

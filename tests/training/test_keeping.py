@@ -1,0 +1,101 @@
+"""What stays of a run's saves: the newest, whole, wherever the removal of older ones is broken off; and saving by the
+clock."""
+
+import itertools
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from rwkv_peft.config import TrainConfig
+from rwkv_peft.training.callbacks import Save
+from rwkv_peft.training.checkpoints import list_checkpoints
+from rwkv_peft.training.keeping import discard_old
+from rwkv_peft.training.run import Plan
+
+FILES = ("adapter.safetensors", "state.json", "zero/optimizer.pt")
+CHANGES = ("os.rename", "os.remove", "os.rmdir")
+BY_EPOCH = [f"{kind}-epoch-{epoch}.{end}" for kind, end in (("adapter", "safetensors"), ("merged", "pth"))
+            for epoch in (2, 9, 10)]  # fmt: skip
+OTHERS = ["adapter.safetensors", "adapter-best.safetensors", "state.pth", "my-adapter-epoch-1.safetensors"]
+
+
+def a_run(folder, steps=(2, 9, 10)):
+    """A folder as a run leaves it, its checkpoints after so many steps of one sample."""
+    for step in steps:
+        for name in FILES:
+            file = folder / "checkpoints" / f"step-{step:08d}" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps({"samples_seen": step}))
+    for name in (*BY_EPOCH, *OTHERS):
+        (folder / name).touch()
+    return folder
+
+
+def found(folder):
+    """(the steps of its checkpoints, the names of its other files)."""
+    steps = [int(path.name[5:]) for path in list_checkpoints(folder)]
+    return steps, {path.name for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("keep, steps, epochs", [
+    (None, [9, 10], {2, 9, 10}), (0, [2, 9, 10], {2, 9, 10}), (1, [10], {10}), (2, [9, 10], {9, 10}),
+    (5, [2, 9, 10], {2, 9, 10}),
+])  # fmt: skip
+def test_the_newest_stay(tmp_path, keep, steps, epochs):
+    folder = a_run(tmp_path)
+    discard_old(folder, keep)
+    kept = {name for name in BY_EPOCH if int(name.split("-")[2].split(".")[0]) in epochs}
+    assert found(folder) == (steps, kept | set(OTHERS))
+
+
+def killed(folder, operation):
+    """Whether a process that keeps one of the run's saves kills itself before its `operation`-th change."""
+    process = os.fork()
+    if process == 0:
+        count = itertools.count(1)
+
+        def look(event, arguments):
+            if event in CHANGES and next(count) == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(look)
+        discard_old(folder, 1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+
+
+def test_a_kill_at_any_file_leaves_whole_checkpoints_and_the_next_save_the_rest(tmp_path):
+    for operation in itertools.count(1):
+        folder = a_run(tmp_path / str(operation))
+        if not killed(folder, operation):
+            break
+        for checkpoint in list_checkpoints(folder):
+            assert all((checkpoint / name).exists() for name in FILES)
+        steps, files = found(folder)
+        assert steps[-1] == 10 and "adapter-epoch-10.safetensors" in files
+        discard_old(folder, 1)
+        assert found(folder) == ([10], {"adapter-epoch-10.safetensors", "merged-epoch-10.pth", *OTHERS})
+        assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000010"]
+    assert operation > 2 * (2 + len(FILES))  # of two checkpoints: the name, each file, the two folders
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_first_rank_asks_for_a_save_by_a_clock_that_nobody_sets(monkeypatch, first):
+    now, saves = [100.0], []
+    monkeypatch.setattr("rwkv_peft.training.callbacks.time", SimpleNamespace(monotonic=lambda: now[0]))
+    saver = SimpleNamespace(save=lambda trainer, lit, done, epoch: saves.append((done, epoch)))
+    save = Save(saver, Plan(1, 100, 100, 0, 0), TrainConfig(save_minutes=0.5), None)
+    trainer, lit = SimpleNamespace(is_global_zero=first), SimpleNamespace(step=0, stopping=False)
+    save.on_train_start(trainer, lit)
+    for step, seconds in enumerate((20, 9, 2, 20, 20)):
+        now[0] += seconds
+        save.on_train_batch_start(trainer, lit, None, 0)
+        lit.saving = lit.save_requested  # which the ranks agree on
+        lit.step = step
+        save.on_train_batch_end(trainer, lit, None, {"tokens": Path()}, 0)
+    assert saves == ([(3, None), (5, None)] if first else [])
