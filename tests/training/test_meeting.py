@@ -5,7 +5,8 @@ import torch.distributed as dist
 
 from rwkv_peft.errors import UserError
 from rwkv_peft.training.meeting import Ranks, call
-from rwkv_peft.training.watch import END
+from rwkv_peft.training.processes import Processes
+from rwkv_peft.training.watch import END, Watch
 from rwkv_peft.training.world import LOOPBACK, World
 
 
@@ -67,3 +68,17 @@ def test_a_port_that_is_taken_is_told(first):
 def test_nobody_is_there_to_call():
     with pytest.raises((OSError, dist.DistError)):
         call(LOOPBACK, 1)
+
+
+def test_a_run_hangs_once_it_has_not_moved_for_its_minutes_however_slow_it_was(tmp_path):
+    watch = Watch(World(), tmp_path, 1.0, Processes(), None)
+    assert not any(watch.look() for _ in range(200))  # before it begins to move, any time is allowed
+    for step in range(4):
+        watch.moved(f"step {step}")
+        assert not any(watch.look() for _ in range(59))
+    assert watch.look().startswith(
+        "nothing has moved for 1 minutes (--stall_minutes): rank 0 is at step 3, in training/"
+    )
+    patient = Watch(World(), tmp_path, 0.0, Processes(), None)
+    patient.moved("step 0")
+    assert not any(patient.look() for _ in range(10_000))

@@ -4,6 +4,7 @@ The nodes of a run are two processes that know each other by MASTER_ADDR alone.
 """
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import time
 import psutil
 import pytest
 
-from training.runs import finish, metrics
+from training.runs import ROOT, finish, metrics
 
 LONG = ("--precision", "fp32", "--epoch_steps", "40", "--epoch_count", "3", "--strategy", "deepspeed_stage_2")
 PAIR = (*LONG, "--devices", "2")
@@ -204,8 +205,41 @@ def test_one_command_goes_on_through_two_restarts(files, command, unbroken):
     assert not (files / "restarts" / "adapter-best.safetensors").exists()
 
 
-def test_a_run_that_no_longer_moves_says_where_and_ends(command):
-    """A limit below the watch's own turn, in a run of more steps than one turn has."""
-    _, err = finish(launch(command("stalled", "--stall_minutes", "0.001", "--epoch_steps", "100000")), 1)
-    began = "error: nothing has moved for 0.001 minutes (--stall_minutes): rank 0 is at "
-    assert began in err and ", line " in err and "no checkpoint had been saved yet" in err
+HANGING = """
+import sys, time
+sys.path.insert(0, {root!r})
+from rwkv_peft.commands import run
+from rwkv_peft.training.steps import Whole
+from rwkv_peft.training.watch import Watch
+
+loss, moved, steps = Whole.loss, Watch.moved, iter({pauses})
+
+def slowly(self, *batch):
+    time.sleep(next(steps, 0))
+    return loss(self, *batch)
+
+def from_the_first_step_on(self, doing):
+    if doing != "the start":  # which takes long on a busy machine
+        moved(self, doing)
+
+Whole.loss, Watch.moved = slowly, from_the_first_step_on
+run("train")
+"""
+
+
+def test_a_rank_that_hangs_ends_all_and_says_where_and_a_slow_one_does_not(files, command):
+    """Three steps of nearly half the limit each, and one without end."""
+    argv, port = command("hanging", *LONG, "--stall_minutes", "0.08")[2:], free_port()
+    first, second = (
+        node([sys.executable, "-c", HANGING.format(root=str(ROOT / "RWKV-PEFT"), pauses=pauses), *argv], number, port)
+        for number, pauses in enumerate(([], [2, 2, 2, 1e6]))
+    )
+    wait_for_steps(files, "hanging", 3, first)
+    began = time.monotonic()
+    for process in (first, second):
+        _, err = finish(process, 1)
+        assert "error: nothing has moved for 0.08 minutes (--stall_minutes): " in err and "Traceback" not in err
+        assert re.search(r"rank 0 \(node 0 of 2\) is at step 3, in training/lit.py, line \d+ \(agree\); ", err), err
+        assert re.search(r"rank 1 \(node 1 of 2\) is at step 3, in training/lit.py, line \d+ \(training_step\)", err)
+        assert "no checkpoint had been saved yet" in err
+    assert time.monotonic() - began < 60
