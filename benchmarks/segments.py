@@ -62,7 +62,8 @@ def take(model, step, T):
     """Forward and backward of one random row."""
     tokens = torch.randint(VOCABULARY, (1, T + 1))
     mask = torch.ones(1, T, dtype=torch.bool)
-    step.loss(model, {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": mask}, T).backward()
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": mask, "counted": torch.arange(T)}
+    step.loss(model, batch, T).backward()
 
 
 def peak():

@@ -190,7 +190,7 @@ def make_step(family, config, weights, method, kind, args):
         linear_cross_entropy,
         targets=tokens[:, 1:],
         count=args.batch * args.tokens,
-        mask=torch.ones_like(tokens[:, 1:], dtype=torch.bool),
+        counted=torch.arange(args.batch * args.tokens, device=args.device),
     )
 
     def step():

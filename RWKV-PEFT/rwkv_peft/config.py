@@ -391,6 +391,13 @@ class TrainConfig:
     grad_cp: bool = setting(
         False, "recompute blocks in the backward pass, to save memory", group="machine", type=switch, metavar="0|1"
     )
+    compile: bool = setting(
+        False,
+        "have torch.compile fuse what each block does between its products and kernels; the first steps take a minute "
+        "or more, and stage 3 does not allow it",
+        group="machine",
+        action="store_true",
+    )
 
     @property
     def stage(self) -> int:

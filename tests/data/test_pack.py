@@ -45,7 +45,7 @@ def test_a_packed_batch_holds_the_documents_and_where_they_begin(config):
         batch = next(batches)
         begins = batch["cu_seqlens"].tolist()
         assert batch["tokens"].shape == batch["targets"].shape == batch["mask"].shape == (1, begins[-1])
-        assert batch["cu_seqlens"].dtype == torch.int32 and batch["mask"].all()
+        assert batch["cu_seqlens"].dtype == torch.int64 and batch["mask"].all()
         assert begins[-1] <= 2 * 16 and batch["step_count"] == int(batch["mask"].sum())
         for begin, end in zip(begins, begins[1:]):
             seen.append([*batch["tokens"][0, begin:end].tolist(), int(batch["targets"][0, end - 1])])

@@ -313,6 +313,7 @@ def test_the_table_of_flags_is_what_the_parser_says():
         (["--micro_bsz", "0"], "below 1"),
         (["--beta2", "1.5"], "--beta2 1.5"),
         (["--epoch_begin", "3"], "leaves no epoch"),
+        (["--compile", "--strategy", "deepspeed_stage_3"], "leave --compile out"),
         (["--resume"], "no complete checkpoint"),
         (["--bone_load", "nothing.safetensors"], "nothing.safetensors"),
         (["--my_testing", "x070"], "x060"),

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from rwkv_peft.training import loss as module
+from rwkv_peft.data.batches import positions
 from rwkv_peft.training.loss import linear_cross_entropy
 
 
@@ -33,7 +34,7 @@ def test_value_and_gradients(monkeypatch, elements, l2wrap):
     hidden, weight, targets, mask = problem()
     value, with_penalty = plain(hidden, weight, targets, mask, 5, l2wrap)
     expected = torch.autograd.grad(3 * with_penalty, (hidden, weight))
-    ours = linear_cross_entropy(hidden, weight, targets, mask, 5, l2wrap)
+    ours = linear_cross_entropy(hidden, weight, targets, positions(mask), 5, l2wrap)
     torch.testing.assert_close(ours, value, rtol=1e-12, atol=1e-12)
     for mine, theirs in zip(torch.autograd.grad(3 * ours, (hidden, weight)), expected):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
@@ -42,9 +43,10 @@ def test_value_and_gradients(monkeypatch, elements, l2wrap):
 def test_micro_batches_add_up_to_the_whole_batch():
     hidden, weight, targets, mask = problem(B=4)
     count = int(mask.sum())
-    whole = linear_cross_entropy(hidden, weight, targets, mask, count)
+    whole = linear_cross_entropy(hidden, weight, targets, positions(mask), count)
     parts = [
-        linear_cross_entropy(hidden[i : i + 1], weight, targets[i : i + 1], mask[i : i + 1], count) for i in range(4)
+        linear_cross_entropy(hidden[i : i + 1], weight, targets[i : i + 1], positions(mask[i : i + 1]), count)
+        for i in range(4)
     ]
     torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=0)
     expected = torch.autograd.grad(whole, weight)[0]
@@ -53,7 +55,7 @@ def test_micro_batches_add_up_to_the_whole_batch():
 
 def test_nothing_to_learn_is_zero_not_nan():
     hidden, weight, targets, mask = problem()
-    value = linear_cross_entropy(hidden, weight, targets, torch.zeros_like(mask), 1)
+    value = linear_cross_entropy(hidden, weight, targets, positions(torch.zeros_like(mask)), 1)
     assert value.item() == 0
     assert all((grad == 0).all() for grad in torch.autograd.grad(value, (hidden, weight)))
 
@@ -67,7 +69,7 @@ def test_tokens_that_do_not_count_get_no_logits(monkeypatch):
         "cross_entropy_",
         lambda logits, *rest, **more: rows.append(len(logits)) or original(logits, *rest, **more),
     )
-    gradient = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, mask, 5), hidden)[0]
+    gradient = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, positions(mask), 5), hidden)[0]
     assert sum(rows) == mask.sum() and (gradient[~mask] == 0).all() and (gradient[mask] != 0).any(dim=1).all()
 
 
@@ -76,7 +78,7 @@ def test_frozen_head_gets_no_gradient_and_saves_no_logits():
     weight = weight.detach()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        value = linear_cross_entropy(hidden, weight, targets, mask, 5)
+        value = linear_cross_entropy(hidden, weight, targets, positions(mask), 5)
     value.backward()
     assert hidden.grad is not None
     assert sum(saved) == hidden.numel()
@@ -87,7 +89,7 @@ def test_bfloat16_loses_no_more_than_plain_bfloat16():
     exact_value, exact = plain(hidden.double(), weight.double(), targets, mask, 70, 0.0)
     exact_grad = torch.autograd.grad(exact, hidden)[0]
     low_hidden, low_weight = (t.detach().bfloat16().requires_grad_() for t in (hidden, weight))
-    low = linear_cross_entropy(low_hidden, low_weight, targets, mask, 70, 0.0)
+    low = linear_cross_entropy(low_hidden, low_weight, targets, positions(mask), 70, 0.0)
     naive_value, naive = plain(low_hidden, low_weight, targets, mask, 70, 0.0)
     naive_grad, grad = (torch.autograd.grad(value, low_hidden, retain_graph=True)[0] for value in (naive, low))
     assert (low - exact_value).abs() <= 2 * (naive_value - exact_value).abs() + 1e-3

@@ -134,9 +134,9 @@ def test_stages_ranks_and_micro_batches_train_the_same(files, train, one_process
         assert (tensor - expected[key]).norm() <= 2e-2 * expected[key].norm(), key
 
 
-def test_offload_trains_the_same_after_a_build_that_was_killed(files, train, one_process):
+def test_offload_after_a_killed_build_and_compiled_blocks_train_the_same(files, train, one_process):
     (Path(_get_build_directory("cpu_adam", verbose=False)) / "lock").touch()  # what such a build leaves behind
-    train("offload", "--precision", "fp32", "--strategy", "deepspeed_stage_2_offload", "--micro_bsz", "4")
+    train("offload", "--precision", "fp32", "--strategy", "deepspeed_stage_2_offload", "--micro_bsz", "4", "--compile")
     for mine, theirs in zip(metrics(files, "offload"), metrics(files, "one")):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
 

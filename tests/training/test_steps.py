@@ -6,7 +6,7 @@ import torch
 
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig
-from rwkv_peft.data.batches import collate
+from rwkv_peft.data.batches import collate, positions
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.models.state import State
 from rwkv_peft.training import steps
@@ -46,6 +46,11 @@ def a_batch(packed, T=23):
     return collate([documents] if packed else documents)
 
 
+def count(batch, mask):
+    """Have the targets of a mask count."""
+    batch.update(mask=mask, counted=positions(mask))
+
+
 def gradients(model, loss):
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     found = torch.autograd.grad(loss, [parameter for _, parameter in trained], allow_unused=True)
@@ -70,6 +75,15 @@ def test_gradients_are_those_of_whole_rows(family, packed, length, adapter):
     torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-10, atol=0, check_dtype=False)
     compare(gradients(model, 3 * loss), gradients(model, 3 * expected))
     torch.testing.assert_close(Segments(length).total(model, batch), Whole().total(model, batch), check_dtype=False)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_step_asks_for_no_value_before_it_has_gone_back(family, packed):
+    """On the meta device, where there are none; a GPU would have to be waited for."""
+    model = shaken(family, torch.float32, AdapterConfig(rank=8)).to("meta")
+    batch = {name: tensor.to("meta") for name, tensor in a_batch(packed).items()}
+    found = gradients(model, Whole().loss(model, batch, 5.0))
+    assert all(grad.is_meta for grad in found.values())
 
 
 def in_order(model, batch, length, group, seeds):
@@ -108,10 +122,10 @@ def test_kernels_lose_no_more_than_in_whole_rows(family):
 
 def test_segments_behind_the_last_counted_target_are_not_computed(family, monkeypatch):
     model, batch, seen = shaken(family), a_batch(False), []
-    batch["mask"][:, 6:] = False
+    count(batch, batch["mask"] & (torch.arange(batch["mask"].shape[1]) < 6))
     expected = gradients(model, Whole().loss(model, batch, 5.0))
     monkeypatch.setattr(steps, "run", lambda model, segment, *rest: seen.append(1) or run(model, segment, *rest))
     compare(gradients(model, Segments(3).loss(model, batch, 5.0)), expected)
     assert len(seen) == 2
-    batch["mask"][:] = False
+    count(batch, torch.zeros_like(batch["mask"]))
     assert all((grad == 0).all() for grad in gradients(model, Segments(3).loss(model, batch, 1.0)).values())

@@ -17,10 +17,11 @@ class TrainBatches:
     batches reads others than 8 rows x 1, and 2 x 4 the same as 8 x 1.
 
     Each batch is a dict: tokens, targets int64 (B, T), mask bool (B, T) (targets that count; rows
-    are padded with token 0, which never counts), step_count (counted targets of the whole optimizer
+    are padded with token 0, which never counts), counted int64 (n,), where the mask is true in B * T:
+    a GPU would have to be waited for to tell, step_count (counted targets of the whole optimizer
     step, over all ranks and micro batches), samples_seen (the cursor once this batch is done; it
     moves with a step's last micro batch). Packed samples lie one behind the other in a single row,
-    with cu_seqlens int32 (documents + 1,), the positions where they begin and the end.
+    with cu_seqlens int64 (documents + 1,), the positions where they begin and the end.
 
     samples_seen is the cursor of the batches handed out, not of those read ahead, and always stands at
     the beginning of an optimizer step.
@@ -70,7 +71,7 @@ class TrainBatches:
 class EvalBatches:
     """Every sample once, for one rank of world_size: validation.
 
-    Batches are dicts of tokens, targets and mask as TrainBatches gives them. All ranks get the same
+    Batches are dicts of tokens, targets, mask and counted as TrainBatches gives them. All ranks get the same
     number of batches, as collective operations need; rows that fill up the last ones do not count.
     """
 
@@ -95,7 +96,7 @@ class EvalBatches:
 
 
 def collate(rows):
-    """[(tokens (T_i + 1,), mask (T_i,))] -> tokens, targets, mask, each (B, T), T the longest.
+    """[(tokens (T_i + 1,), mask (T_i,))] -> tokens, targets, mask, each (B, T), T the longest, and counted.
 
     Rows that are lists of such documents give (1, sum of T_i) and cu_seqlens.
     """
@@ -108,18 +109,25 @@ def collate(rows):
     for row, (sequence, counted) in enumerate(rows):
         size = len(counted)
         tokens[row, :size], targets[row, :size], mask[row, :size] = sequence[:-1], sequence[1:], counted
-    return {"tokens": tokens, "targets": targets, "mask": mask}
+    return {"tokens": tokens, "targets": targets, "mask": mask, "counted": positions(mask)}
 
 
 def collate_packed(documents):
-    """[(tokens (T_i + 1,), mask (T_i,))] -> tokens, targets, mask (1, sum of T_i), cu_seqlens (n + 1,)."""
+    """[(tokens (T_i + 1,), mask (T_i,))] -> tokens, targets, mask (1, sum of T_i), counted, cu_seqlens (n + 1,)."""
+    mask = torch.cat([mask for _, mask in documents])[None]
     ends = torch.tensor([0] + [len(mask) for _, mask in documents]).cumsum(0)
     return {
         "tokens": torch.cat([tokens[:-1] for tokens, _ in documents])[None],
         "targets": torch.cat([tokens[1:] for tokens, _ in documents])[None],
-        "mask": torch.cat([mask for _, mask in documents])[None],
-        "cu_seqlens": ends.to(torch.int32),
+        "mask": mask,
+        "counted": positions(mask),
+        "cu_seqlens": ends,
     }
+
+
+def positions(mask):
+    """Where a mask (B, T) is true, in its B * T elements: int64 (n,)."""
+    return mask.flatten().nonzero()[:, 0]
 
 
 def read_ahead(iterable, depth):

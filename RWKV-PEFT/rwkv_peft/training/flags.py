@@ -238,6 +238,11 @@ def check_train(train):
     for name in ("beta1", "beta2"):
         if getattr(train, name) >= 1:
             raise UserError(f"--{name} {getattr(train, name)} must be below 1")
+    if train.compile and train.stage == 3:
+        raise UserError(
+            f"--compile with --strategy {train.strategy}: stage 3 gathers and frees weights between the operations that "
+            "would be compiled as one; take stage 1 or 2, or leave --compile out"
+        )
     if train.epoch_begin >= train.epoch_count:
         raise UserError(
             f"--epoch_begin {train.epoch_begin} leaves no epoch of --epoch_count {train.epoch_count} to train"

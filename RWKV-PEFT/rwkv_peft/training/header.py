@@ -31,6 +31,8 @@ def describe(config, family, accelerator, samples, notes, plan, report, state, s
         f"machine   {train.num_nodes} x {train.devices} {accelerator}, {train.strategy}, {train.precision}, "
         f"{family.kernel} kernel: {kernel if reason is None else f'plain torch, which is slow ({reason})'}"
     )
+    if train.compile:
+        say("          blocks are compiled: the first steps take a minute or more")
     if accelerator == "gpu":
         reason = mix_cuda.unavailable()
         taken = "cuda" if reason is None else f"plain torch ({reason})"

@@ -49,7 +49,7 @@ def add_legacy_flags(parser):
             metavar="|".join(values),
             help=f"anything else is refused: it asks for {otherwise}",
         )
-    for flag in ("fla", "fused_kernel", "compile"):
+    for flag in ("fla", "fused_kernel"):
         group.add_argument(f"--{flag}", action="store_true", help="other kernels, which compute the same")
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from ..adapters.groups import parameter_groups
+from ..ops.recurrence import vouch
 from .cpu_adam import cpu_adam
 from .schedule import learning_rate
 
@@ -69,25 +70,35 @@ class Lit(pl.LightningModule):
         micro = self.step * accumulate + batch_idx % accumulate
         torch.manual_seed(((self.train_config.random_seed * 1_000_003 + micro) * 65_537 + self.global_rank) % 2**63)
 
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        if "cu_seqlens" in batch:  # checked here, where nobody has to wait for its values
+            vouch(moved["cu_seqlens"], batch["cu_seqlens"], batch["tokens"].shape[1])
+        return moved
+
     def training_step(self, batch, batch_idx):
         # The engine averages gradients over ranks and micro batches; this denominator turns that into the mean over
         # the counted tokens of the whole step.
         parts = self.trainer.world_size * self.train_config.accumulate_grad_batches
         loss = self.compute.loss(self.model, batch, max(1, batch["step_count"]) / parts)
-        self.agree(loss.detach(), parts)
+        self.ask_ranks(loss.detach())
         # Lightning and the engine both divide by the number of micro batches; once is right.
         return loss * self.train_config.accumulate_grad_batches
 
-    def agree(self, loss, parts):
+    def ask_ranks(self, loss):
         """One small reduction a micro batch: the loss over all ranks, and whether any rank wants to stop or save."""
         requests = loss.new_tensor([self.stop_requested != 0, self.save_requested], dtype=torch.float32)
-        status = torch.cat([loss.float().view(1), requests])
+        self.status = torch.cat([loss.float().view(1), requests])
         if self.trainer.world_size > 1:
-            dist.all_reduce(status)
-        total, stop, save = status.tolist()
+            dist.all_reduce(self.status)
+
+    def on_after_backward(self):
+        """Read what the ranks said: before the optimizer's step, and after backward, for which a GPU would have to be
+        waited for otherwise."""
+        total, stop, save = self.status.tolist()
         if not math.isfinite(total):
             raise Diverged(f"the loss became {total} at step {self.step}")
-        self.step_loss += total / parts
+        self.step_loss += total / (self.trainer.world_size * self.train_config.accumulate_grad_batches)
         self.stopping, self.saving = stop > 0, save > 0
 
     def on_train_batch_end(self, outputs, batch, batch_idx):

@@ -16,7 +16,7 @@ L2WRAP = 1e-4  # RWKV-LM's pull on each token's largest logit, which keeps logit
 
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, mask, count, l2wrap):
+    def forward(ctx, hidden, weight, targets, counted, count, l2wrap):
         rows = hidden.reshape(-1, hidden.shape[-1])  # (B * T, C)
         needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         # float32 sums, also for a bfloat16 model: thousands of tokens add up here.
@@ -25,7 +25,6 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=accumulate) if needs_weight else None
         total = torch.zeros((), dtype=accumulate, device=rows.device)
         targets = targets.reshape(-1)
-        counted = mask.reshape(-1).nonzero()[:, 0]  # only these tokens need logits
         for chunk in counted.split(max(1, CHUNK_ELEMENTS // weight.shape[0])):
             inputs = rows[chunk]  # (n, C)
             loss, grad = cross_entropy_(
@@ -51,13 +50,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None
 
 
-def linear_cross_entropy(hidden, weight, targets, mask, count, l2wrap=L2WRAP):
+def linear_cross_entropy(hidden, weight, targets, counted, count, l2wrap=L2WRAP):
     """Sum of the counted tokens' cross-entropy, divided by `count`.
 
-    hidden (B, T, C), weight (V, C) of the same dtype, targets (B, T) int64, mask (B, T) bool: which targets count;
+    hidden (B, T, C), weight (V, C) of the same dtype, targets (B, T) int64, counted (n,) int64: the positions, in
+    B * T, of the targets that count, which alone need logits;
     count: the number of counted tokens that the average is over, a number or a 0-dim tensor (a whole optimizer
     step's, over all ranks and micro batches; at least 1). Returns a float32 scalar (float64 for float64 input).
     l2wrap adds l2wrap · (largest logit) to the gradient of each counted token's largest logit, scaled as the loss
     is (RWKV-LM's L2Wrap); it does not show in the value.
     """
-    return LinearCrossEntropy.apply(hidden, weight, targets, mask, count, l2wrap)
+    return LinearCrossEntropy.apply(hidden, weight, targets, counted, count, l2wrap)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..data.batches import positions
 from ..models.state import LayerState, State
 from .loss import linear_cross_entropy
 from .segments import Segment, filler, segments_of
@@ -33,7 +34,7 @@ class Whole:
     """All positions of a batch at once."""
 
     def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
-        head = partial(linear_cross_entropy, targets=batch["targets"], mask=batch["mask"], count=count)
+        head = partial(linear_cross_entropy, targets=batch["targets"], counted=batch["counted"], count=count)
         loss: torch.Tensor = model(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"), head=head)[0]
         return loss
 
@@ -132,7 +133,7 @@ def kept(state: State) -> State:
 
 
 def run(model: nn.Module, segment: Segment, state: State | None, count: float) -> tuple[torch.Tensor, State]:
-    head = partial(linear_cross_entropy, targets=segment.targets, mask=segment.mask, count=count)
+    head = partial(linear_cross_entropy, targets=segment.targets, counted=positions(segment.mask), count=count)
     loss, after = model(segment.tokens, state, segment.cu_seqlens, head=head)
     return loss, after
 
