@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rwkv_peft.training import loss as module
 from rwkv_peft.data.batches import positions
+from rwkv_peft.training import loss as module
 from rwkv_peft.training.loss import linear_cross_entropy
 
 

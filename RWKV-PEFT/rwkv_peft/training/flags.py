@@ -240,7 +240,7 @@ def check_train(train):
             raise UserError(f"--{name} {getattr(train, name)} must be below 1")
     if train.compile and train.stage == 3:
         raise UserError(
-            f"--compile with --strategy {train.strategy}: stage 3 gathers and frees weights between the operations that "
+            f"--compile with --strategy {train.strategy}: stage 3 gathers and frees weights between operations that "
             "would be compiled as one; take stage 1 or 2, or leave --compile out"
         )
     if train.epoch_begin >= train.epoch_count:
