@@ -75,7 +75,8 @@ class AdapterConfig:
     )
     mode: str = setting(
         "bat-in",
-        "bat-in (block affine by input block, also called bat), bat-out, bone or bone-mini (default bat-in)",
+        "bat-in (block affine by input block, also called bat), bat-out, bone, bone-mini or bone-signed (default "
+        "bat-in)",
         flag="bone_mode",
         unset=True,
         type=alias(MODE_ALIASES),

@@ -32,6 +32,7 @@ def pissa(weight):
 FORMULAS = {
     "bone": lambda weight: 1.0,
     "bone-mini": lambda weight: 1.0,
+    "bone-signed": lambda weight: 1.0,
     "bat-in": block_affine,
     "bat-out": block_affine,
     "lora": lora(),

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rwkv_peft.adapters import bat_in, bat_out, bone, lora
+from rwkv_peft.adapters import bat_in, bat_out, bone, bone_signed, lora
 from rwkv_peft.adapters.methods import METHODS
 
 RANK = 4
@@ -20,6 +20,7 @@ FUNCTIONS = MappingProxyType(
         "bat-out by activations": lambda x, w, p, b: bat_out.bat_out(x, w, p["bone"], b, side="activation"),
         "bone": lambda x, w, p, b: bone.bone(x, w, p["bone"], b),
         "bone-mini": lambda x, w, p, b: bone.bone(x, w, p["bone"], b),
+        "bone-signed": lambda x, w, p, b: bone_signed.bone_signed(x, w, p["bone"], p["bone_signs"], b),
         "lora": lambda x, w, p, b: lora.lora(x, w, p["lora_A"], p["lora_B"], b, scale=0.5),
     }
 )
@@ -37,6 +38,7 @@ def shapes(name, in_features, out_features):
         "bat-out": {"bone": (out_features // rank, rank, rank)},
         "bone": {"bone": (rank, out_features)},
         "bone-mini": {"bone": (rank, 2)},
+        "bone-signed": {"bone": (rank, out_features), "bone_signs": (in_features,)},
         "lora": {"lora_A": (rank, in_features), "lora_B": (out_features, rank)},
     }[variant_of(name)]
 
@@ -84,7 +86,7 @@ def test_values_and_gradients_equal_the_merged_weights(name, lead, sizes):
 
 
 @pytest.mark.parametrize("in_features", [3, 5, 22, 23])
-@pytest.mark.parametrize("name", ["bone", "bone-mini"])
+@pytest.mark.parametrize("name", ["bone", "bone-mini", "bone-signed"])
 def test_bone_pads_inputs_that_rank_does_not_divide(name, in_features):
     inputs = tensors(name, in_features=in_features)
     train = ("x", "weight", "params")
@@ -161,12 +163,13 @@ def test_saves_activations_and_no_copy_of_a_weight(name):
     """x is (T, in) and S (T, rank); the weight and the parameters are there anyway."""
     x, weight, params, bias = tensors(name, lead=(10,), in_features=48, out_features=64, dtype=torch.float32)
     x.requires_grad_()
-    params = {k: p.requires_grad_() for k, p in params.items()}
+    params = {k: p.requires_grad_(k != "bone_signs") for k, p in params.items()}
     saved = saved_tensors(lambda: FUNCTIONS[name](x, weight, params, bias))
     for owned in (weight, *params.values()):
         saved.pop(owned.untyped_storage().data_ptr(), None)
     elements = sum(tensor.numel() for tensor in saved.values())
     expected = {"bone": 10 * RANK, "bone-mini": 10 * RANK, "lora": 10 * (48 + RANK)}
+    expected["bone-signed"] = 10 * RANK + RANK * 48  # and its sketch
     assert elements == expected.get(name, 10 * 48)
 
 

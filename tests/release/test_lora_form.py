@@ -16,7 +16,7 @@ from rwkv_peft.release.convert import main
 from rwkv_peft.release.lora import as_lora
 
 RANK, MINI, SCALE = 8, 4, 1.5
-EXACT = ("bone", "bone-mini", "lora", "lora-plus", "rslora", "pissa", "olora", "lora-ga")
+EXACT = ("bone", "bone-mini", "bone-signed", "lora", "lora-plus", "rslora", "pissa", "olora", "lora-ga")
 LAYERS = {"blocks.0.ffn.key": (96, 64), "blocks.1.ffn.value": (64, 96), "blocks.1.att.key": (64, 64)}
 
 

@@ -441,11 +441,12 @@ def test_a_new_model_trains_from_scratch_and_is_a_base(files, train):
     assert metrics(files, "new")[-1]["loss"] < metrics(files, "new")[0]["loss"]
 
 
-@pytest.mark.parametrize("method", ["bone-mini", "bat-out", "lora-plus", "dora", "pissa", "lora-ga", "nf4"])
+@pytest.mark.parametrize("method", ["bone-mini", "bone-signed", "bat-out", "lora-plus", "dora", "pissa", "lora-ga", "nf4"])
 def test_every_method_trains_validates_and_merges(files, accelerator, method):
     """In one short run each: packed documents, a validation split, the best adapter, and the merge of it."""
     flags = {
         "bone-mini": ["--bone_mode", "bone-mini", "--bone_r", "8", "--bone_mini_r", "4"],
+        "bone-signed": ["--bone_mode", "bone-signed", "--bone_r", "16"],
         "bat-out": ["--bone_mode", "bat-out", "--bone_r", "16"],
         "nf4": ["--quant", "nf4", "--bone_r", "16"],
         "pissa": ["--peft", "pissa", "--pissa_config", '{"pissa_r": 4, "svd_niter": 2}'],

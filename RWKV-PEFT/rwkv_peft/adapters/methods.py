@@ -8,6 +8,7 @@ from ..names import NONE, forms
 from .bat_in import BatIn
 from .bat_out import BatOut
 from .bone import Bone, BoneMini
+from .bone_signed import BoneSigned
 from .dora import Dora
 from .lora import Lora, LoraPlus
 from .lora_ga import LoraGa
@@ -22,6 +23,7 @@ METHODS: MappingProxyType[str, Method] = MappingProxyType(
         for method in (
             Bone(),
             BoneMini(),
+            BoneSigned(),
             BatIn(),
             BatOut(),
             Lora(),
