@@ -441,7 +441,9 @@ def test_a_new_model_trains_from_scratch_and_is_a_base(files, train):
     assert metrics(files, "new")[-1]["loss"] < metrics(files, "new")[0]["loss"]
 
 
-@pytest.mark.parametrize("method", ["bone-mini", "bone-signed", "bat-out", "lora-plus", "dora", "pissa", "lora-ga", "nf4"])
+@pytest.mark.parametrize(
+    "method", ["bone-mini", "bone-signed", "bat-out", "lora-plus", "dora", "pissa", "lora-ga", "nf4"]
+)
 def test_every_method_trains_validates_and_merges(files, accelerator, method):
     """In one short run each: packed documents, a validation split, the best adapter, and the merge of it."""
     flags = {

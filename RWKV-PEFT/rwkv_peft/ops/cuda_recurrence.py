@@ -46,8 +46,8 @@ class CudaRecurrence:
         split: Split | None = None,
     ):
         """rows: the names of the operation's inputs (B, T, H, N); shared: of those (H, N), which follow. segment: steps
-        that share a slot among the checkpoints, arguments.cuh's SEGMENT. names: every kernel's. split: how time is split where that
-        pays."""
+        that share a slot among the checkpoints, arguments.cuh's SEGMENT. names: every kernel's. split: how time is
+        split where that pays."""
         self.op, self.source, self.segment, self.plan, self.split = op, f"{op}/{op}.cu", segment, plan, split
         self.rows, self.shared = rows.split(), shared.split()
         self.Arguments = structure([*self.rows, *self.shared])
