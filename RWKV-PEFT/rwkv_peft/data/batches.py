@@ -2,8 +2,21 @@
 
 import queue
 import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+
+from .samples import Document, Sample, Samples
+
+TrainBatch = dict[str, Any]  # the tensors of a batch, and the numbers step_count and samples_seen
+Item = TypeVar("Item")
+
+
+class Ended(NamedTuple):
+    """What comes behind the last item: the exception that ended them, None where there are no more."""
+
+    error: BaseException | None
 
 
 class TrainBatches:
@@ -28,8 +41,16 @@ class TrainBatches:
     """
 
     def __init__(
-        self, samples, micro_bsz, rank=0, world_size=1, accumulate=1, samples_seen=0, read_ahead=4, pin_memory=False
-    ):
+        self,
+        samples: Samples,
+        micro_bsz: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+        samples_seen: int = 0,
+        read_ahead: int = 4,
+        pin_memory: bool = False,
+    ) -> None:
         self.samples, self.micro_bsz, self.rank, self.world_size = samples, micro_bsz, rank, world_size
         self.accumulate, self.samples_seen = accumulate, samples_seen
         self.read_ahead, self.pin_memory = read_ahead, pin_memory
@@ -41,7 +62,7 @@ class TrainBatches:
                 "a step goes on into the following epochs"
             )
 
-    def batch(self, cursor, micro_batch):
+    def batch(self, cursor: int, micro_batch: int) -> TrainBatch:
         """Micro batch `micro_batch` of this rank in the optimizer step that begins at sample `cursor`."""
         first = cursor + (micro_batch * self.world_size + self.rank) * self.micro_bsz
         batch = collate([self.samples[first + row] for row in range(self.micro_bsz)])
@@ -50,11 +71,11 @@ class TrainBatches:
         last = micro_batch == self.accumulate - 1
         return batch | {"samples_seen": cursor + self.step_samples if last else cursor}
 
-    def step_count(self, cursor):
+    def step_count(self, cursor: int) -> int:
         """Counted targets of the optimizer step that begins at sample `cursor`."""
         return sum(self.samples.count(n) for n in range(cursor, cursor + self.step_samples))
 
-    def _batches(self):
+    def _batches(self) -> Iterator[TrainBatch]:
         cursor = self.samples_seen
         while True:
             count = self.step_count(cursor)
@@ -62,7 +83,7 @@ class TrainBatches:
                 yield self.batch(cursor, micro_batch) | {"step_count": count}
             cursor += self.step_samples
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[TrainBatch]:
         for batch in read_ahead(self._batches(), self.read_ahead):
             self.samples_seen = batch["samples_seen"]
             yield batch
@@ -75,18 +96,18 @@ class EvalBatches:
     number of batches, as collective operations need; rows that fill up the last ones do not count.
     """
 
-    def __init__(self, samples, micro_bsz, rank=0, world_size=1):
+    def __init__(self, samples: Samples, micro_bsz: int, rank: int = 0, world_size: int = 1) -> None:
         self.samples, self.micro_bsz, self.rank, self.world_size = samples, micro_bsz, rank, world_size
 
-    def __len__(self):
+    def __len__(self) -> int:
         return -(-len(self.samples) // (self.micro_bsz * self.world_size))
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for index in range(len(self)):
             first = (index * self.world_size + self.rank) * self.micro_bsz
             yield collate([self._row(n) for n in range(first, first + self.micro_bsz)])
 
-    def _row(self, n):
+    def _row(self, n: int) -> Sample:
         if n < len(self.samples):
             return self.samples[n]
         filler = self.samples[0]
@@ -95,24 +116,26 @@ class EvalBatches:
         return filler[0], torch.zeros_like(filler[1])
 
 
-def collate(rows):
+def collate(rows: Sequence[Sample]) -> dict[str, torch.Tensor]:
     """[(tokens (T_i + 1,), mask (T_i,))] -> tokens, targets, mask, each (B, T), T the longest, and counted.
 
     Rows that are lists of such documents give (1, sum of T_i) and cu_seqlens.
     """
-    if isinstance(rows[0], list):
-        return collate_packed([document for row in rows for document in row])
-    length = max(len(mask) for _, mask in rows)
+    packed = [document for row in rows if isinstance(row, list) for document in row]
+    if packed:
+        return collate_packed(packed)
+    documents = [row for row in rows if isinstance(row, tuple)]
+    length = max(len(mask) for _, mask in documents)
     tokens = torch.zeros(len(rows), length, dtype=torch.int64)
     targets = torch.zeros_like(tokens)
     mask = torch.zeros(len(rows), length, dtype=torch.bool)
-    for row, (sequence, counted) in enumerate(rows):
+    for row, (sequence, counted) in enumerate(documents):
         size = len(counted)
         tokens[row, :size], targets[row, :size], mask[row, :size] = sequence[:-1], sequence[1:], counted
     return {"tokens": tokens, "targets": targets, "mask": mask, "counted": positions(mask)}
 
 
-def collate_packed(documents):
+def collate_packed(documents: Sequence[Document]) -> dict[str, torch.Tensor]:
     """[(tokens (T_i + 1,), mask (T_i,))] -> tokens, targets, mask (1, sum of T_i), counted, cu_seqlens (n + 1,)."""
     mask = torch.cat([mask for _, mask in documents])[None]
     ends = torch.tensor([0] + [len(mask) for _, mask in documents]).cumsum(0)
@@ -125,12 +148,12 @@ def collate_packed(documents):
     }
 
 
-def positions(mask):
+def positions(mask: torch.Tensor) -> torch.Tensor:
     """Where a mask (B, T) is true, in its B * T elements: int64 (n,)."""
     return mask.flatten().nonzero()[:, 0]
 
 
-def read_ahead(iterable, depth):
+def read_ahead(iterable: Iterable[Item], depth: int) -> Iterator[Item]:
     """Yield from `iterable`, which a thread keeps `depth` items ahead (0: no thread).
 
     The iterable's exceptions are raised here. The thread ends when the generator is closed, and with
@@ -139,9 +162,10 @@ def read_ahead(iterable, depth):
     if depth == 0:
         yield from iterable
         return
-    ready, stop = queue.Queue(maxsize=depth), threading.Event()
+    ready: queue.Queue[Item | Ended] = queue.Queue(maxsize=depth)
+    stop = threading.Event()
 
-    def put(item):
+    def put(item: Item | Ended) -> bool:
         """Whether the consumer is still there to take it."""
         while not stop.is_set() and threading.main_thread().is_alive():
             try:
@@ -151,25 +175,26 @@ def read_ahead(iterable, depth):
                 continue
         return False
 
-    def work():
+    def work() -> None:
         try:
             for item in iterable:
-                if not put((item, None)):
+                if not put(item):
                     return
-            put((None, StopIteration()))
+            put(Ended(None))
         except BaseException as error:  # handed to the consumer, who raises it
-            put((None, error))
+            put(Ended(error))
 
     thread = threading.Thread(target=work, name="read-ahead")
     thread.start()
     try:
         while True:
-            item, error = ready.get()
-            if isinstance(error, StopIteration):
+            item = ready.get()
+            if not isinstance(item, Ended):
+                yield item
+            elif item.error is None:
                 return
-            if error is not None:
-                raise error
-            yield item
+            else:
+                raise item.error
     finally:
         stop.set()
         thread.join()

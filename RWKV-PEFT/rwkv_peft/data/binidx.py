@@ -10,10 +10,14 @@ does). An optional PREFIX.mask holds a byte a token: 1 where the token counts in
 import os
 import struct
 from array import array
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 
 from ..errors import UserError
 from ..files.atomic import temporary_beside
@@ -24,26 +28,22 @@ MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 REMEDY = "make it again with rwkv-peft preprocess"
 CHUNK = 1 << 22
+# the numpy type of each .idx token code: integers only, little-endian
+TOKEN_TYPES = MappingProxyType({1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"})
 
 
-def token_dtype(code):
-    """The numpy type of an .idx token code, or None: integers only, little-endian."""
-    names = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-    return np.dtype(names[code]) if code in names else None
-
-
-def dtype_code(vocab_size):
+def dtype_code(vocab_size: int) -> int:
     """The token code for a vocabulary: uint16 (8) where it fits, else int32 (4)."""
     return 8 if vocab_size <= 65536 else 4
 
 
-def binidx_prefix(path):
+def binidx_prefix(path: str | Path) -> str:
     """PREFIX, PREFIX.bin or PREFIX.idx -> PREFIX."""
     text = str(path)
     return text[:-4] if text.endswith((".bin", ".idx")) else text
 
 
-def map_file(path, dtype):
+def map_file(path: str | Path, dtype: DTypeLike) -> np.ndarray:
     """A file as a read-only 1-D array; a plain one, whose slices cost less than np.memmap's own."""
     return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
 
@@ -56,29 +56,29 @@ class BinidxDataset:
     from the index. Raises UserError for files that are missing, truncated, or disagree.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path) -> None:
         self.prefix = binidx_prefix(path)
         self.idx_path, self.bin_path, self.mask_path = (self.prefix + end for end in (".idx", ".bin", ".mask"))
         self._read_index()
         self._map_tokens()
         self.mask = self._map_mask()
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.sizes)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> np.ndarray:
         start = self.start(index)
         return self.tokens[start : start + int(self.sizes[index])]
 
-    def start(self, index):
+    def start(self, index: int) -> int:
         """Where document `index` begins in `tokens`."""
         return int(self.pointers[index]) // self.dtype.itemsize
 
-    def document_at(self, position):
+    def document_at(self, position: int) -> int:
         """The document that holds the token at `position`."""
         return int(np.searchsorted(self.pointers, position * self.dtype.itemsize, side="right")) - 1
 
-    def check_vocab(self, vocab_size):
+    def check_vocab(self, vocab_size: int) -> None:
         """UserError where a token is not below vocab_size; reads .bin once unless its type rules it out."""
         if self.dtype.kind == "u" and np.iinfo(self.dtype).max < vocab_size:
             return
@@ -94,7 +94,7 @@ class BinidxDataset:
                 "tokenize the text with the model's own tokenizer, or take a model with a larger vocabulary"
             )
 
-    def _read_index(self):
+    def _read_index(self) -> None:
         path = self.idx_path
         if os.path.isfile(self.prefix) and not os.path.isfile(path):
             raise UserError(
@@ -116,9 +116,9 @@ class BinidxDataset:
             )
         if version != 1:
             raise UserError(f"{path}: version {version}; only version 1 is read; {REMEDY}")
-        self.dtype = token_dtype(code)
-        if self.dtype is None:
+        if code not in TOKEN_TYPES:
             raise UserError(f"{path}: dtype code {code}; integer tokens have code 1, 2, 3, 4, 5 or 8; {REMEDY}")
+        self.dtype = np.dtype(TOKEN_TYPES[code])
         expected = HEADER.size + 12 * count + 8 * boundaries
         if length != expected:
             raise UserError(
@@ -134,7 +134,7 @@ class BinidxDataset:
         self._check_documents()
         self._check_boundaries(raw[pointers_end:].view("<i8"), count)
 
-    def _check_documents(self):
+    def _check_documents(self) -> None:
         """Documents lie one after the other: pointers are the running sum of the sizes."""
         expected = 0
         for start in range(0, len(self.sizes), CHUNK):
@@ -154,13 +154,13 @@ class BinidxDataset:
             expected = int(ends[-1])
         self._bytes = expected
 
-    def _check_boundaries(self, boundaries, count):
+    def _check_boundaries(self, boundaries: np.ndarray, count: int) -> None:
         if len(boundaries) and (boundaries.min() < 0 or boundaries.max() > count or np.any(np.diff(boundaries) < 0)):
             raise UserError(
                 f"{self.idx_path}: doc_idx is not a rising list within 0..{count}; the index is damaged; {REMEDY}"
             )
 
-    def _map_tokens(self):
+    def _map_tokens(self) -> None:
         require_readable(self.bin_path, f"{self.bin_path}: no such file beside {self.idx_path}; {REMEDY}")
         length = os.path.getsize(self.bin_path)
         if length != self._bytes:
@@ -173,7 +173,7 @@ class BinidxDataset:
             raise UserError(f"{self.bin_path}: holds no token; {REMEDY}")
         self.tokens = map_file(self.bin_path, self.dtype)
 
-    def _map_mask(self):
+    def _map_mask(self) -> np.ndarray | None:
         if not os.path.isfile(self.mask_path):
             return None
         require_readable(self.mask_path, f"{self.mask_path}: no such file")
@@ -196,15 +196,17 @@ class BinidxWriter:
     writing the same data set, and for what the disk refuses.
     """
 
-    def __init__(self, path, vocab_size=65536, mask=False, record=None):
+    def __init__(
+        self, path: str | Path, vocab_size: int = 65536, mask: bool = False, record: str | None = None
+    ) -> None:
         self.prefix, self.record = binidx_prefix(path), record
         self.code = dtype_code(vocab_size)
-        self.dtype = token_dtype(self.code)
+        self.dtype = np.dtype(TOKEN_TYPES[self.code])
         self.with_mask = mask
         self._something_masked = False
         self.sizes = array("i")
 
-    def __enter__(self):
+    def __enter__(self) -> "BinidxWriter":
         wanted = {".bin": True, ".mask": self.with_mask, ".json": self.record is not None, ".idx": True}
         endings = [end for end, is_wanted in wanted.items() if is_wanted]
         with ExitStack() as stack:
@@ -218,7 +220,7 @@ class BinidxWriter:
         return self
 
     @contextmanager
-    def _alone(self):
+    def _alone(self) -> Iterator[None]:
         """Hold the data set against other writers."""
         path = Path(self.prefix)
         with ExitStack() as stack:
@@ -230,7 +232,7 @@ class BinidxWriter:
                 ) from None
             yield
 
-    def add(self, tokens, mask=None):
+    def add(self, tokens: ArrayLike, mask: ArrayLike | None = None) -> None:
         """Append one document: token ids (n,), and its mask (n,) where the writer keeps one."""
         tokens = np.asarray(tokens)
         info = np.iinfo(self.dtype)
@@ -245,7 +247,9 @@ class BinidxWriter:
             None if mask is None else np.asarray(mask, dtype=np.uint8).tobytes(),
         )
 
-    def add_documents(self, tokens, sizes, mask=None, continues=False):
+    def add_documents(
+        self, tokens: bytes, sizes: Sequence[int], mask: bytes | None = None, continues: bool = False
+    ) -> None:
         """Append documents given as bytes: tokens in this writer's dtype, and a byte of mask a token.
 
         With continues=True the first of them goes on with the document before.
@@ -269,14 +273,16 @@ class BinidxWriter:
                 "the format holds; split the text into documents"
             ) from None
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
         if kind is not None:
             return self._stack.__exit__(kind, error, trace)
         with self._stack:  # which tells of what the system refuses
             self._finish()
         return False
 
-    def _finish(self):
+    def _finish(self) -> None:
         """Give the files their names. The old index goes first and the new one comes last, so that a kill in between
         leaves a set that is refused, not one of two halves."""
         self._write_index(self._files[".idx"])
@@ -290,7 +296,7 @@ class BinidxWriter:
             if end != ".mask" or self._something_masked:
                 os.replace(file.name, self.prefix + end)
 
-    def _write_index(self, file):
+    def _write_index(self, file: BinaryIO) -> None:
         count = len(self.sizes)
         sizes = np.frombuffer(self.sizes, dtype=np.int32) if count else np.zeros(0, np.int32)
         ends = np.cumsum(sizes, dtype=np.int64) * self.dtype.itemsize

@@ -3,17 +3,21 @@
 import json
 from array import array
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from multiprocessing import get_context
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import UserError
 from .binidx import dtype_code
-from .templates import Template, UnknownForm, named_segments, segments
+from .rows import Chunk
+from .templates import Segment, Template, UnknownForm, named_segments, segments
 from .tokenizer import load_tokenizer
+
+Piece = tuple[list[int], bool]  # the tokens of a text, and whether they count in the loss
 
 
 class Remedies(NamedTuple):
@@ -70,32 +74,32 @@ class Encoded:
     first of them; empty, shortened and too_long count documents.
     """
 
-    sizes: list = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
     tokens: bytes = b""
     mask: bytes = b""
     continues: bool = False
     characters: int = 0
     bad: int = 0
-    examples: list = field(default_factory=list)
+    examples: list[str] = field(default_factory=list)
     empty: int = 0
     shortened: int = 0
     too_long: int = 0
 
-    def add_counts(self, other):
+    def add_counts(self, other: "Encoded") -> None:
         """Add another's counts, but not its documents."""
         for name in ("characters", "bad", "empty", "shortened", "too_long"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.examples = (self.examples + other.examples)[:3]
 
 
-def encode_all(chunks, settings, workers=1):
+def encode_all(chunks: Iterable[Chunk], settings: EncodeSettings, workers: int = 1) -> Iterator[Encoded]:
     """Yield the Encoded of every chunk, in order; at most two chunks a worker are in memory."""
     if workers <= 1:
         for chunk in chunks:
             yield encode_chunk(chunk, settings)
         return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        waiting = deque()
+        waiting: deque[Future[Encoded]] = deque()
         try:
             for chunk in chunks:
                 waiting.append(pool.submit(encode_chunk, chunk, settings))
@@ -107,13 +111,13 @@ def encode_all(chunks, settings, workers=1):
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def encode_chunk(chunk, settings):
+def encode_chunk(chunk: Chunk, settings: EncodeSettings) -> Encoded:
     """Chunk -> Encoded; UserError names the line of the first bad row unless skip_bad_rows."""
     return encoder(settings).encode(chunk)
 
 
 @lru_cache(maxsize=4)
-def encoder(settings):
+def encoder(settings: EncodeSettings) -> "Encoder":
     """The Encoder of these settings, made once in each process."""
     return Encoder(settings)
 
@@ -121,11 +125,12 @@ def encoder(settings):
 class Encoder:
     """A tokenizer and a template, ready to encode chunks."""
 
-    def __init__(self, settings):
+    def __init__(self, settings: EncodeSettings) -> None:
         self.settings, self.remedies = settings, REMEDIES[settings.command]
         self.tokenizer = load_tokenizer(settings.tokenizer)
         self.code = "H" if dtype_code(self.tokenizer.vocab_size) == 8 else "i"
-        if settings.end_token and self.tokenizer.end_id is None:
+        self.end_id = self.tokenizer.end_id if settings.end_token else None
+        if settings.end_token and self.end_id is None:
             raise UserError(
                 f"--tokenizer {self.tokenizer.name} names no end-of-document token, which each document ends with; "
                 + self.remedies.no_end
@@ -137,6 +142,7 @@ class Encoder:
                 "--template and --think both say what opens an answer; write it into the template, as the templates "
                 "think and no-think do"
             )
+        self.segments: Callable[[object], list[Segment]]
         if settings.template:
             self.segments = Template(settings.template)
         elif settings.fields:
@@ -144,7 +150,7 @@ class Encoder:
         else:
             self.segments = lambda row: segments(row, settings.think)
 
-    def encode(self, chunk):
+    def encode(self, chunk: Chunk) -> Encoded:
         result, tokens, mask = Encoded(continues=chunk.continues), array(self.code), bytearray()
         for offset, item in enumerate(chunk.items):
             if isinstance(item, bytes) and not item.strip():
@@ -166,13 +172,13 @@ class Encoder:
         result.tokens, result.mask = tokens.tobytes(), bytes(mask)
         return result
 
-    def _add(self, pieces, chunk, result, tokens, mask):
+    def _add(self, pieces: list[Piece], chunk: Chunk, result: Encoded, tokens: "array[int]", mask: bytearray) -> None:
         """Append one document, or a piece of one, [(ids, counts)], to the chunk's tokens and mask."""
         if not chunk.continues and not any(ids for ids, _ in pieces):
             result.empty += 1
             return
-        if self.settings.end_token and chunk.ends:
-            pieces.append(([self.tokenizer.end_id], pieces[-1][1]))
+        if self.end_id is not None and chunk.ends:
+            pieces.append(([self.end_id], pieces[-1][1]))
         size, limit = sum(len(ids) for ids, _ in pieces), self.settings.max_tokens
         if limit and size > limit:
             if self.settings.too_long == "skip":
@@ -187,7 +193,7 @@ class Encoder:
         result.sizes.append(size)
 
 
-def shorten(pieces, excess):
+def shorten(pieces: list[Piece], excess: int) -> list[Piece]:
     """Remove `excess` tokens: first of the prompt's front, all but its last token, then at the end."""
     prompt = 0
     for ids, counts in pieces:
@@ -209,7 +215,7 @@ def shorten(pieces, excess):
     return shorter
 
 
-def parse(item):
+def parse(item: object) -> Any:
     """A line of JSON, or a row that is read already -> the row."""
     if not isinstance(item, bytes):
         return item

@@ -4,23 +4,26 @@ A mask is a function (start, stop) -> bool (stop - start,): whether each token o
 stream in [start, stop) counts when it is the target.
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from ..config import DataConfig
 from ..errors import UserError
 from ..names import LOSS_MASKS
-from .binidx import binidx_prefix
+from .binidx import BinidxDataset, binidx_prefix
 
+Mask = Callable[[int, int], np.ndarray]  # (start, stop) -> bool (stop - start,)
 CHUNK = 1 << 24
 
 
-def default_mask(prefix):
+def default_mask(prefix: str | Path) -> str:
     """The --loss_mask of token files for which none is given: that of their .mask file where there is one."""
     return "file" if Path(binidx_prefix(prefix) + ".mask").is_file() else "none"
 
 
-def describe_mask(dataset, config):
+def describe_mask(dataset: BinidxDataset, config: DataConfig) -> str:
     """Which tokens of a BinidxDataset count, in a line; the .mask file is counted piece by piece. Raises UserError
     where it counts none."""
     total, kind = len(dataset.tokens), config.loss_mask
@@ -39,7 +42,7 @@ def describe_mask(dataset, config):
     return f"loss on {counted:,} of {total:,} tokens (answers)"
 
 
-def make_mask(dataset, config):
+def make_mask(dataset: BinidxDataset, config: DataConfig) -> Mask | None:
     """The mask that config.loss_mask names over a BinidxDataset; None where every token counts.
 
     "file" reads the .mask companion. "qa" counts from behind each config.mask_id (the tokens that
@@ -51,12 +54,13 @@ def make_mask(dataset, config):
     if kind in ("none", "pad"):
         return None
     if kind == "file":
-        if dataset.mask is None:
+        stored = dataset.mask
+        if stored is None:
             raise UserError(
                 f"--loss_mask file: {dataset.mask_path} does not exist; preprocess chat or question and "
                 "answer rows, which writes it, or take --loss_mask none or qa"
             )
-        return lambda start, stop: dataset.mask[start:stop] != 0
+        return lambda start, stop: stored[start:stop] != 0
     if kind not in LOSS_MASKS:
         raise UserError(f"--loss_mask {kind}: one of {', '.join(LOSS_MASKS)}")
     if not config.mask_id:
@@ -72,7 +76,7 @@ def make_mask(dataset, config):
 class MarkerMask:
     """Counts the tokens between an opening marker and a closing one, document by document."""
 
-    def __init__(self, dataset, begin, end, end_counts):
+    def __init__(self, dataset: BinidxDataset, begin: Sequence[int], end: Sequence[int], end_counts: bool) -> None:
         self.dataset, self.begin, self.end, self.end_counts = dataset, begin, end, end_counts
         if not any(len(find(dataset[i], begin)) for i in range(len(dataset))):
             raise UserError(
@@ -81,7 +85,7 @@ class MarkerMask:
                 "text (the World tokenizer merges it with what precedes and follows)"
             )
 
-    def __call__(self, start, stop):
+    def __call__(self, start: int, stop: int) -> np.ndarray:
         parts, position = [], start
         index = self.dataset.document_at(start)
         while position < stop:
@@ -92,7 +96,7 @@ class MarkerMask:
             index += 1
         return np.concatenate(parts) if parts else np.zeros(0, dtype=bool)
 
-    def _document(self, tokens):
+    def _document(self, tokens: np.ndarray) -> np.ndarray:
         """tokens (n,) of one document, or its first n -> bool (n,)."""
         change = np.zeros(len(tokens) + 1, dtype=np.int8)
         if self.end:
@@ -102,7 +106,7 @@ class MarkerMask:
         return change[last][:-1] == 1
 
 
-def find(tokens, pattern):
+def find(tokens: np.ndarray, pattern: Sequence[int]) -> np.ndarray:
     """Positions in tokens (n,) where the id sequence `pattern` begins."""
     count = len(tokens) - len(pattern) + 1
     if count <= 0:

@@ -1,6 +1,7 @@
 """The order in which samples are visited: a permutation computed one position at a time."""
 
 import hashlib
+from collections.abc import Iterator
 
 
 class Permutation:
@@ -12,7 +13,7 @@ class Permutation:
     a (x + b)^3 + c, their constants hashed from the key, give each key an order of its own.
     """
 
-    def __init__(self, size, *key):
+    def __init__(self, size: int, *key: object) -> None:
         self.size = size
         self.prime = next(n for n in range(max(size, 2), 2 * size + 8) if n % 3 == 2 and is_prime(n))
         digest = hashlib.blake2b(repr(key).encode(), digest_size=48).digest()
@@ -20,10 +21,10 @@ class Permutation:
         prime = self.prime
         self._rounds = [(1 + draw[i] % (prime - 1), draw[i + 1] % prime, draw[i + 2] % prime) for i in (0, 3)]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, position):
+    def __getitem__(self, position: int) -> int:
         if not 0 <= position < self.size:
             raise IndexError(position)
         value = self._map(position)
@@ -31,19 +32,22 @@ class Permutation:
             value = self._map(value)
         return value
 
-    def _map(self, x):
+    def __iter__(self) -> Iterator[int]:
+        return map(self.__getitem__, range(self.size))
+
+    def _map(self, x: int) -> int:
         for a, b, c in self._rounds:
             x = (a * pow(x + b, 3, self.prime) + c) % self.prime
         return x
 
 
-def magic_prime(tokens, ctx_len):
+def magic_prime(tokens: int, ctx_len: int) -> int | None:
     """RWKV-LM's --magic_prime for this many tokens: the largest prime p = 2 (mod 3) with
     p <= tokens / ctx_len - 1, or None where there is none."""
     return next((n for n in range(tokens // ctx_len - 1, 1, -1) if n % 3 == 2 and is_prime(n)), None)
 
 
-def is_prime(n):
+def is_prime(n: int) -> bool:
     """Miller-Rabin with bases that decide every n below 3.3e24 (Sorenson and Webster 2015)."""
     bases = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
     if n < 2 or any(n % p == 0 for p in bases):

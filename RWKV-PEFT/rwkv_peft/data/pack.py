@@ -4,7 +4,9 @@ from bisect import bisect_left, insort
 
 import numpy as np
 
-from .samples import DocumentSamples
+from .binidx import BinidxDataset
+from .masks import Mask
+from .samples import Document, DocumentSamples
 
 
 class PackedSamples(DocumentSamples):
@@ -15,7 +17,7 @@ class PackedSamples(DocumentSamples):
     Documents longer than ctx_len are cut, as with "pad".
     """
 
-    def __init__(self, dataset, ctx_len, seed, mask=None):
+    def __init__(self, dataset: BinidxDataset, ctx_len: int, seed: int | None, mask: Mask | None = None) -> None:
         super().__init__(dataset, ctx_len, seed, mask)
         documents = self.units
         shuffled = documents[[self._order(0)[i] for i in range(len(documents))]]
@@ -25,17 +27,19 @@ class PackedSamples(DocumentSamples):
         filled = int(lengths.sum()) / (len(self._rows) * ctx_len)
         self.notes.insert(1, f"packed into {len(self._rows)} rows of --ctx_len {ctx_len}, {filled:.1%} full")
 
-    def __getitem__(self, n):
+    def __getitem__(self, n: int) -> list[Document]:
         return [self.document(index) for index in self._rows[self.unit(n)]]
 
-    def count(self, n):
+    def count(self, n: int) -> int:
         """How many targets of sample n count."""
         return sum(self.document_count(index) for index in self._rows[self.unit(n)])
 
 
-def pack(lengths, room):
+def pack(lengths: np.ndarray, room: int) -> list[list[int]]:
     """Best fit, longest first: lengths (n,), each at most `room` -> lists of positions, each sum <= room."""
-    rows, by_free, free_sizes = [], {}, []  # rows with `free` room left, and the sorted values of free
+    rows: list[list[int]] = []
+    by_free: dict[int, list[int]] = {}  # rows with `free` room left
+    free_sizes: list[int] = []  # the sorted values of free
     for position in np.argsort(-lengths, kind="stable"):
         length = int(lengths[position])
         at = bisect_left(free_sizes, length)

@@ -11,7 +11,9 @@ tokenizer.
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -31,7 +33,7 @@ from .thinking import OPENINGS
 INLINE_BYTES = 4 << 20
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     if options.repeat < 1:
         raise UserError(f"--repeat {options.repeat}: at least 1")
@@ -49,7 +51,7 @@ def main(argv):
         check_output("--output", output + end, [("an input", path) for path in options.input])
     record = record_of(encoder(settings).tokenizer)
 
-    def encode(prefix, record=None):
+    def encode(prefix: str | Path, record: str | None = None) -> Encoded:
         return write(options.input, prefix, settings, options.workers, options.split, sys.stderr, record)
 
     if options.shuffle is None and options.repeat == 1:
@@ -65,7 +67,7 @@ def main(argv):
     return 0
 
 
-def parser():
+def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="rwkv-peft preprocess", allow_abbrev=False, description="Text files to token files (.bin and .idx)."
     )
@@ -119,7 +121,15 @@ def parser():
     return result
 
 
-def write(inputs, output, settings, workers=1, split="", progress=None, record=None):
+def write(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    settings: EncodeSettings,
+    workers: int = 1,
+    split: str = "",
+    progress: TextIO | None = None,
+    record: str | None = None,
+) -> Encoded:
     """Encode the inputs into PREFIX `output`; returns an Encoded that holds the counts of all chunks.
 
     progress is a stream for a progress bar, or None; record as in BinidxWriter. Raises UserError for inputs that cannot
@@ -157,7 +167,9 @@ def write(inputs, output, settings, workers=1, split="", progress=None, record=N
     return totals
 
 
-def rewrite(source, output, seed, repeat, record=None):
+def rewrite(
+    source: BinidxDataset, output: str | Path, seed: int | None, repeat: int, record: str | None = None
+) -> None:
     """Write a BinidxDataset's documents `repeat` times, each time in another order where a seed is given; record as in
     BinidxWriter."""
     vocab_size = 65536 if source.dtype.itemsize == 2 else 1 << 31

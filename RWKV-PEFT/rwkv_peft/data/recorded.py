@@ -7,12 +7,13 @@ model or adapter in its folder find it.
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import UserError
 from .binidx import binidx_prefix
-from .tokenizer import KNOWN_SIZES, load_tokenizer
+from .tokenizer import KNOWN_SIZES, Tokenizer, load_tokenizer
 
 ENTRY = "vocabulary"  # of the JSON object
 RUN = "config.json"
@@ -25,22 +26,22 @@ class Vocabulary(NamedTuple):
     hash: str
     size: int
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.name} ({self.size:,} tokens, {self.hash})"
 
 
-def vocabulary_of(tokenizer):
+def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     """The Vocabulary of a tokenizer; a file is named by its whole path, so that other folders find it."""
     digest = hashlib.blake2b(tokenizer.content(), digest_size=8).hexdigest()
     name = tokenizer.name if tokenizer.name in dict(KNOWN_SIZES).values() else str(Path(tokenizer.name).resolve())
     return Vocabulary(name, digest, tokenizer.vocab_size)
 
 
-def record_path(prefix):
+def record_path(prefix: str | Path) -> Path:
     return Path(binidx_prefix(prefix) + ".json")
 
 
-def check_record(prefix, inputs):
+def check_record(prefix: str | Path, inputs: Iterable[str | Path]) -> None:
     """Raise UserError where the record of PREFIX would replace an input, or a file that is no record."""
     path = record_path(prefix)
     if path.exists() and any(os.path.exists(file) and os.path.samefile(path, file) for file in inputs):
@@ -49,12 +50,12 @@ def check_record(prefix, inputs):
         raise UserError(f"--output {prefix} writes {path}, which another tool made; choose another PREFIX")
 
 
-def record_of(tokenizer):
+def record_of(tokenizer: Tokenizer) -> str:
     """The text of PREFIX.json: the Vocabulary of a tokenizer."""
     return json.dumps({ENTRY: vocabulary_of(tokenizer)._asdict()}) + "\n"
 
 
-def read_record(path):
+def read_record(path: str | Path) -> Vocabulary | None:
     """The Vocabulary that a PREFIX.json or a run's config.json holds, None where it holds none."""
     entry = _entry(path)
     try:
@@ -63,17 +64,17 @@ def read_record(path):
         return None
 
 
-def recorded_of_data(prefix):
+def recorded_of_data(prefix: str | Path) -> Vocabulary | None:
     return read_record(record_path(prefix))
 
 
-def recorded_beside(*paths):
+def recorded_beside(*paths: str | Path | None) -> Vocabulary | None:
     """The Vocabulary of the first run in whose folder one of these files lies, or None."""
     found = (read_record(Path(path).parent / RUN) for path in paths if path)
     return next(filter(None, found), None)
 
 
-def remarks(data, base, vocab_size):
+def remarks(data: Vocabulary | None, base: Vocabulary | None, vocab_size: int) -> list[str]:
     """Lines on a run over data of one Vocabulary and on a base of another (None: not told), of vocab_size tokens."""
     if data is None:
         return []
@@ -85,7 +86,9 @@ def remarks(data, base, vocab_size):
     return [f"tokenizer {data}"]
 
 
-def find_tokenizer(name, vocab_size, recorded=None, say=None):
+def find_tokenizer(
+    name: str | None, vocab_size: int, recorded: Vocabulary | None = None, say: Callable[[str], object] | None = None
+) -> Tokenizer:
     """The tokenizer called name; without a name, the recorded one (a Vocabulary), or the one that a vocabulary of this
     size tells. say(text) is told, in a line, that the one called name is another than the recorded one. Raises
     UserError where none fits the model."""
@@ -114,7 +117,7 @@ def find_tokenizer(name, vocab_size, recorded=None, say=None):
     return tokenizer
 
 
-def _entry(path):
+def _entry(path: str | Path) -> Any:
     """The record's part of a JSON file, None where there is none."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -2,10 +2,12 @@
 
 import numpy as np
 
+from .binidx import BinidxDataset
+from .encoding import Encoded
 from .order import magic_prime
 
 
-def describe(dataset, totals=None):
+def describe(dataset: BinidxDataset, totals: Encoded | None = None) -> str:
     """A BinidxDataset, and the counts of what preprocess left out (an Encoded) -> several lines."""
     sizes, tokens = np.asarray(dataset.sizes), len(dataset.tokens)
     lines = [f"{dataset.prefix}: {len(sizes)} documents, {tokens} tokens ({dataset.dtype.name})"]
@@ -18,7 +20,7 @@ def describe(dataset, totals=None):
     return "\n".join(lines)
 
 
-def left_out(totals):
+def left_out(totals: Encoded) -> list[str]:
     """Lines on rows that were not written, or not whole."""
     lines = []
     if totals.bad:
@@ -34,7 +36,7 @@ def left_out(totals):
     return lines
 
 
-def histogram(sizes):
+def histogram(sizes: np.ndarray) -> list[str]:
     """Lines of a histogram of document lengths, by powers of two."""
     classes = np.ceil(np.log2(np.maximum(sizes, 1))).astype(int)  # class c holds lengths in (2^(c-1), 2^c]
     counts = np.bincount(classes)
@@ -45,7 +47,7 @@ def histogram(sizes):
     return lines
 
 
-def suggestions(sizes, tokens):
+def suggestions(sizes: np.ndarray, tokens: int) -> list[str]:
     """Lines on ctx_len (room for 95 % of the documents, a power of two within 16..4096) and the steps it makes."""
     room = 1 << int(np.ceil(np.log2(max(np.percentile(sizes, 95) - 1, 1))))
     ctx_len = min(max(room, 16), 4096, max(tokens - 1, 1))

@@ -3,8 +3,11 @@
 import gzip
 import json
 import re
+import sys
 import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from io import BufferedIOBase
 from itertools import islice
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from ..files.readable import require_readable
 CHUNK_BYTES = 1 << 20
 CHUNK_ROWS = 1000
 KINDS = ".jsonl (or .jsonl.gz), .json, .txt, .parquet, or a folder that datasets.save_to_disk wrote"
+Bounds = tuple[str | None, str | None]  # of rows, as --split has them: numbers, or percentages with their sign
 
 
 @dataclass(frozen=True)
@@ -27,17 +31,17 @@ class Chunk:
 
     source: str
     first: int
-    items: tuple
+    items: tuple[object, ...]
     continues: bool = False
     ends: bool = True
 
     @property
-    def unit(self):
+    def unit(self) -> str:
         """What the source calls an item: a line or a row."""
         return "line" if self.items and isinstance(self.items[0], bytes) else "row"
 
 
-def read_chunks(path, split="", pieces=False):
+def read_chunks(path: str | Path, split: str = "", pieces: bool = False) -> Iterator[Chunk]:
     """Yield the Chunks of one input; UserError where it is missing or of no known kind.
 
     split selects rows as datasets writes it: "train[:1000]", "[10%:]"; the name matters in a folder of
@@ -66,7 +70,7 @@ def read_chunks(path, split="", pieces=False):
     return select(chunks, bounds, lambda: read_chunks(path, name)) if bounds else chunks
 
 
-def line_chunks(path):
+def line_chunks(path: Path) -> Iterator[Chunk]:
     opened = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
     with opened as file:
         first = 1
@@ -75,7 +79,7 @@ def line_chunks(path):
             first += len(lines)
 
 
-def read_lines(file, path):
+def read_lines(file: BufferedIOBase, path: Path) -> list[bytes]:
     """The next lines of an open file, about a megabyte of them."""
     try:
         return file.readlines(CHUNK_BYTES)
@@ -83,7 +87,7 @@ def read_lines(file, path):
         raise UserError(f"{path} cannot be read to its end: {told(error)}; copy it again") from error
 
 
-def json_chunks(path):
+def json_chunks(path: Path) -> Iterator[Chunk]:
     """A .json file holds a list of rows, or else a row a line."""
     with open(path, "rb") as file:
         head = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
@@ -97,7 +101,7 @@ def json_chunks(path):
     yield from row_chunks(str(path), rows)
 
 
-def text_chunks(path, pieces):
+def text_chunks(path: Path, pieces: bool) -> Iterator[Chunk]:
     try:
         with open(path, encoding="utf-8") as file:
             rest, continues = "", False
@@ -112,7 +116,7 @@ def text_chunks(path, pieces):
         raise UserError(f"{path}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
 
 
-def parquet_chunks(path):
+def parquet_chunks(path: Path) -> Iterator[Chunk]:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -127,7 +131,7 @@ def parquet_chunks(path):
         raise UserError(f"{path}: not a parquet file, or a damaged one ({told(error)}); copy it again") from error
 
 
-def folder_chunks(path, name):
+def folder_chunks(path: Path, name: str) -> Iterator[Chunk]:
     try:
         from datasets import DatasetDict, load_from_disk
     except ImportError:
@@ -144,14 +148,14 @@ def folder_chunks(path, name):
     yield from row_chunks(str(path), data)
 
 
-def row_chunks(source, rows):
+def row_chunks(source: str, rows: Iterable[object]) -> Iterator[Chunk]:
     iterator, first = iter(rows), 1
     while items := tuple(islice(iterator, CHUNK_ROWS)):
         yield Chunk(source, first, items)
         first += len(items)
 
 
-def parse_split(split):
+def parse_split(split: str) -> tuple[str, Bounds | None]:
     """ "train[10:20]" -> ("train", ("10", "20")); "" -> ("", None)."""
     match = re.fullmatch(r"([\w.-]*)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
     if not match:
@@ -160,20 +164,20 @@ def parse_split(split):
     return name, (begin, end) if split.endswith("]") else None
 
 
-def select(chunks, bounds, again):
+def select(chunks: Iterable[Chunk], bounds: Bounds, again: Callable[[], Iterable[Chunk]]) -> Iterator[Chunk]:
     """The rows of `chunks` within bounds; percentages and negative numbers read the input once more to count."""
-    total = None
+    total = 0
     if any(bound and not bound.isdigit() for bound in bounds):
         total = sum(len(chunk.items) for chunk in again())
 
-    def number(bound, default):
+    def number(bound: str | None, default: int) -> int:
         if bound is None:
             return default
         value = int(bound.rstrip("%"))
         value = round(total * value / 100) if bound.endswith("%") else value
         return value + total if value < 0 else value
 
-    begin, end = number(bounds[0], 0), number(bounds[1], float("inf"))
+    begin, end = number(bounds[0], 0), number(bounds[1], sys.maxsize)
     for chunk in chunks:
         low, high = max(begin - chunk.first + 1, 0), min(end - chunk.first + 1, len(chunk.items))
         if low < high:

@@ -6,52 +6,69 @@ targets tokens[1:], and mask bool (T,) says which targets count. (A packed sampl
 """
 
 import copy
+from abc import ABC, abstractmethod
 from functools import lru_cache
 
 import numpy as np
 import torch
 
 from ..cli import counted
+from ..config import DataConfig
 from ..errors import UserError
+from .binidx import BinidxDataset
+from .masks import Mask
 from .order import Permutation
+from .recorded import Vocabulary
 
 BUCKET, RUN = 512, 16  # documents that are sorted by length together, and those of like length that stay together
+Units = range | np.ndarray
+Document = tuple[torch.Tensor, torch.Tensor]  # its tokens and its mask
+Sample = Document | list[Document]
 
 
-class Samples:
+class Samples(ABC):
     """`units` numbers of things to visit (windows, documents, rows), each once an epoch."""
 
-    @staticmethod
-    def refuse(config):
+    @staticmethod  # noqa: B027 (some can honour all)
+    def refuse(config: DataConfig) -> None:
         """Raise UserError for settings (DataConfig) that this way of sampling cannot honour."""
 
-    def share_batches(self, rows):
+    def share_batches(self, rows: int) -> None:  # noqa: B027 (most have nothing to do)
         """Be told how many rows share a batch, before the first sample is read: where their lengths matter, this may
         change the order."""
 
-    def __init__(self, units, seed):
+    def __init__(self, units: Units, seed: int | None) -> None:
         self.seed = seed
-        self.notes, self.vocabulary = [], None
+        self.notes: list[str] = []
+        self.vocabulary: Vocabulary | None = None
         self._choose(units)
 
-    def _choose(self, units):
+    def _choose(self, units: Units) -> None:
         self.units = units
         self._order = lru_cache(maxsize=4)(self._make_order)
 
-    def _make_order(self, epoch):
+    def _make_order(self, epoch: int) -> range | Permutation:
         return range(len(self)) if self.seed is None else Permutation(len(self), self.seed, epoch)
 
-    def subset(self, chosen):
+    def subset(self, chosen: np.ndarray) -> "Samples":
         """The same kind of samples over the chosen positions of `units` alone."""
         result = copy.copy(self)
         result.notes = list(self.notes)
         result._choose(np.asarray(self.units)[chosen])
         return result
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.units)
 
-    def unit(self, n):
+    @abstractmethod
+    def __getitem__(self, n: int) -> Sample:
+        """Sample n."""
+
+    @abstractmethod
+    def count(self, n: int) -> int:
+        """How many targets of sample n count."""
+
+    def unit(self, n: int) -> int:
         """Sample n -> the number of what it visits."""
         epoch, position = divmod(n, len(self.units))
         return int(self.units[self._order(epoch)[position]])
@@ -66,14 +83,14 @@ class WindowSamples(Samples):
     """
 
     @staticmethod
-    def refuse(config):
+    def refuse(config: DataConfig) -> None:
         if config.loss_mask == "pad":
             raise UserError(
                 "--loss_mask pad: --dataload get reads a stream, which has no padding; "
                 "take --loss_mask none, or --dataload pad"
             )
 
-    def __init__(self, dataset, ctx_len, seed, mask=None):
+    def __init__(self, dataset: BinidxDataset, ctx_len: int, seed: int | None, mask: Mask | None = None) -> None:
         targets = len(dataset.tokens) - 1
         if targets < ctx_len:
             raise UserError(
@@ -88,23 +105,23 @@ class WindowSamples(Samples):
         if self._overlap:
             self.notes.append(f"the last window shares {self._overlap} targets with the one before; they count once")
 
-    def __getitem__(self, n):
+    def __getitem__(self, n: int) -> Sample:
         start, repeated = self._window(n)
         tokens = self.dataset.tokens[start : start + self.ctx_len + 1].astype(np.int64)
         return torch.from_numpy(tokens), torch.from_numpy(self._counted(start, repeated))
 
-    def count(self, n):
+    def count(self, n: int) -> int:
         """How many targets of sample n count."""
         start, repeated = self._window(n)
         return self.ctx_len - repeated if self._mask is None else int(self._counted(start, repeated).sum())
 
-    def _window(self, n):
+    def _window(self, n: int) -> tuple[int, int]:
         """Sample n -> the window's first token, and how many of its first targets are not its own."""
         index = self.unit(n)
         repeated = self._overlap if index == self._last else 0
         return index * self.ctx_len - repeated, repeated
 
-    def _counted(self, start, repeated):
+    def _counted(self, start: int, repeated: int) -> np.ndarray:
         if self._mask is None:
             counted = np.ones(self.ctx_len, dtype=bool)
         else:
@@ -121,47 +138,48 @@ class DocumentSamples(Samples):
     """
 
     bucketed = False
+    units: np.ndarray
 
-    def __init__(self, dataset, ctx_len, seed, mask=None):
+    def __init__(self, dataset: BinidxDataset, ctx_len: int, seed: int | None, mask: Mask | None = None) -> None:
         self.dataset, self.ctx_len, self._mask = dataset, ctx_len, mask
         super().__init__(readable_documents(dataset), seed)
         self.notes += [f"{counted(len(self), 'document')} an epoch", *not_read(dataset, ctx_len)]
 
-    def _choose(self, units):
+    def _choose(self, units: Units) -> None:
         super()._choose(units)
         self._bucket = lru_cache(maxsize=8)(self._make_bucket)
 
-    def __getitem__(self, n):
+    def __getitem__(self, n: int) -> Sample:
         return self.document(self.unit(n))
 
-    def count(self, n):
+    def count(self, n: int) -> int:
         """How many targets of sample n count."""
         return self.document_count(self.unit(n))
 
-    def unit(self, n):
+    def unit(self, n: int) -> int:
         if not self.bucketed:
             return super().unit(n)
         epoch, position = divmod(n, len(self))
         return int(self._bucket(epoch, position // BUCKET)[position % BUCKET])
 
-    def document(self, index):
+    def document(self, index: int) -> Document:
         """(tokens, mask) of document `index`, cut to ctx_len + 1 tokens."""
         start, size = self._extent(index)
         tokens = self.dataset.tokens[start : start + size].astype(np.int64)
         return torch.from_numpy(tokens), torch.from_numpy(self._counted(start, size))
 
-    def document_count(self, index):
+    def document_count(self, index: int) -> int:
         """How many targets of document `index` count."""
         start, size = self._extent(index)
         return size - 1 if self._mask is None else int(self._counted(start, size).sum())
 
-    def _extent(self, index):
+    def _extent(self, index: int) -> tuple[int, int]:
         return self.dataset.start(index), min(int(self.dataset.sizes[index]), self.ctx_len + 1)
 
-    def _counted(self, start, size):
+    def _counted(self, start: int, size: int) -> np.ndarray:
         return np.ones(size - 1, dtype=bool) if self._mask is None else self._mask(start + 1, start + size)
 
-    def _make_bucket(self, epoch, number):
+    def _make_bucket(self, epoch: int, number: int) -> np.ndarray:
         """Documents at the positions [512 number, 512 number + 512) of an epoch, runs of like length."""
         order = self._order(epoch)
         positions = range(number * BUCKET, min((number + 1) * BUCKET, len(self)))
@@ -179,7 +197,7 @@ class PaddedSamples(DocumentSamples):
     that is alone in its batch pays for no other's length, and its order is a plain shuffle.
     """
 
-    def share_batches(self, rows):
+    def share_batches(self, rows: int) -> None:
         self.bucketed = rows > 1 and self.seed is not None
 
 
@@ -187,7 +205,7 @@ class SingleSamples(DocumentSamples):
     """Dataload "only": one document at a time, never padded."""
 
     @staticmethod
-    def refuse(config):
+    def refuse(config: DataConfig) -> None:
         if config.micro_bsz != 1:
             raise UserError(
                 f"--dataload only reads one document at a time: --micro_bsz {config.micro_bsz} must be 1; "
@@ -195,7 +213,7 @@ class SingleSamples(DocumentSamples):
             )
 
 
-def readable_documents(dataset):
+def readable_documents(dataset: BinidxDataset) -> np.ndarray:
     """Numbers of the documents that have a target; UserError where none has."""
     documents = np.flatnonzero(dataset.sizes >= 2)
     if not len(documents):
@@ -203,9 +221,10 @@ def readable_documents(dataset):
     return documents
 
 
-def not_read(dataset, ctx_len):
+def not_read(dataset: BinidxDataset, ctx_len: int) -> list[str]:
     """Notes on documents that are left out, and on tokens that are cut off."""
-    sizes, notes = dataset.sizes, []
+    sizes = dataset.sizes
+    notes: list[str] = []
     short = int((sizes < 2).sum())
     if short:
         notes.append(f"{short} documents of fewer than 2 tokens are left out")

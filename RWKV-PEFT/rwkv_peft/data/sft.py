@@ -12,6 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from ..config import DataConfig
 from ..errors import UserError, told
 from ..files.atomic import atomic_write
 from ..files.readable import require_readable
@@ -22,7 +23,7 @@ from .report import left_out
 FORMAT = 2
 
 
-def prepare_sft(config, cache=None):
+def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[str, list[str]]:
     """DataConfig -> (prefix of the token files, notes on rows left out or shortened).
 
     config.path is a .jsonl, .json or .parquet file or a folder that datasets.save_to_disk wrote;
@@ -70,11 +71,11 @@ def prepare_sft(config, cache=None):
     return str(prefix), json.loads(done.read_text())
 
 
-def cache_folder():
+def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rwkv_peft" / "data"
 
 
-def key_of(path, settings, split):
+def key_of(path: Path, settings: EncodeSettings, split: str) -> str:
     """A hash of the files' content, the tokenizer's and the settings."""
     digest = hashlib.blake2b(json.dumps([FORMAT, asdict(settings), split], sort_keys=True).encode(), digest_size=16)
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]

@@ -1,21 +1,28 @@
 """Documents and samples as text again, with marks around what counts in the loss."""
 
+from collections.abc import Sequence
 from itertools import groupby
+from typing import TextIO
 
 import numpy as np
 
+from .binidx import BinidxDataset
+from .samples import Samples
+from .tokenizer import Tokenizer
+
+Marks = tuple[str, str]  # what opens and what closes counted text
 PLAIN, TERMINAL = ("[[", "]]"), ("\033[1;32m", "\033[0m")
 END = "<end>"
 
 
-def marks_for(stream):
+def marks_for(stream: TextIO) -> Marks:
     """(what opens, what closes counted text) on a stream: bold and green on a terminal."""
     return TERMINAL if stream.isatty() else PLAIN
 
 
-def show_documents(dataset, number, tokenizer, marks=PLAIN):
+def show_documents(dataset: BinidxDataset, number: int, tokenizer: Tokenizer, marks: Marks = PLAIN) -> str:
     """The first `number` documents of a BinidxDataset, one below the other."""
-    blocks = []
+    blocks: list[str] = []
     for index in range(min(number, len(dataset))):
         start, tokens = dataset.start(index), dataset[index]
         counted = np.ones(len(tokens), dtype=bool)
@@ -25,7 +32,7 @@ def show_documents(dataset, number, tokenizer, marks=PLAIN):
     return "\n".join(blocks)
 
 
-def show_samples(samples, number, tokenizer, marks=PLAIN):
+def show_samples(samples: Samples, number: int, tokenizer: Tokenizer, marks: Marks = PLAIN) -> str:
     """The first `number` samples of a run, in the order in which it reads them."""
     blocks = []
     for n in range(min(number, len(samples))):
@@ -38,13 +45,13 @@ def show_samples(samples, number, tokenizer, marks=PLAIN):
     return "\n".join(blocks)
 
 
-def block(title, tokens, counted, tokenizer, marks):
+def block(title: str, tokens: np.ndarray, counted: np.ndarray, tokenizer: Tokenizer, marks: Marks) -> str:
     """A heading, and tokens (n,) as text, of which counted (n,) tells those that count."""
     heading = f"== {title}: {len(tokens)} tokens, {int(counted.sum())} count"
     return f"{heading}\n{render(tokens, counted, tokenizer, marks)}"
 
 
-def render(tokens, counted, tokenizer, marks):
+def render(tokens: np.ndarray, counted: np.ndarray, tokenizer: Tokenizer, marks: Marks) -> str:
     """The text of tokens, marks around each run of counted ones, the end token visible."""
     parts = []
     for counts, run in groupby(zip(tokens.tolist(), counted.tolist()), key=lambda pair: pair[1]):
@@ -53,7 +60,7 @@ def render(tokens, counted, tokenizer, marks):
     return "".join(parts)
 
 
-def plain_text(tokens, tokenizer):
+def plain_text(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
     """The text of a list of tokens, END where the tokenizer's end token stands."""
     runs = groupby(tokens, key=lambda token: token == tokenizer.end_id)
     return "".join(END * len(list(run)) if ends else tokenizer.decode(list(run)) for ends, run in runs)

@@ -6,6 +6,7 @@ from types import MappingProxyType
 import numpy as np
 
 from ..cli import counted
+from ..config import DataConfig
 from ..errors import UserError
 from ..names import DATALOADS
 from .binidx import BinidxDataset
@@ -13,15 +14,17 @@ from .masks import describe_mask, make_mask
 from .order import Permutation
 from .pack import PackedSamples
 from .recorded import recorded_of_data, vocabulary_of
-from .samples import PaddedSamples, SingleSamples, WindowSamples
+from .samples import DocumentSamples, PaddedSamples, Samples, SingleSamples, WindowSamples
 from .sft import prepare_sft
 from .tokenizer import load_tokenizer
 
 # --dataload -> how a data set becomes samples; each refuses the settings that it cannot honour
-SAMPLINGS = MappingProxyType({"get": WindowSamples, "pad": PaddedSamples, "only": SingleSamples, "pack": PackedSamples})
+SAMPLINGS: MappingProxyType[str, type[WindowSamples] | type[DocumentSamples]] = MappingProxyType(
+    {"get": WindowSamples, "pad": PaddedSamples, "only": SingleSamples, "pack": PackedSamples}
+)
 
 
-def build_samples(config, vocab_size):
+def build_samples(config: DataConfig, vocab_size: int) -> Samples:
     """DataConfig -> the samples it names, over tokens checked to be below the model's vocab_size; their `vocabulary` is
     the Vocabulary that made the tokens, None where nothing tells.
 
@@ -30,7 +33,8 @@ def build_samples(config, vocab_size):
     contradict each other.
     """
     check_config(config)
-    notes, vocabulary = [], recorded_of_data(config.path)
+    notes: list[str] = []
+    vocabulary = recorded_of_data(config.path)
     if config.data_type == "sft":
         prefix, notes = prepare_sft(config)
         vocabulary = vocabulary_of(load_tokenizer(config.tokenizer))
@@ -49,7 +53,7 @@ def build_samples(config, vocab_size):
     return samples
 
 
-def split_samples(config, vocab_size, fraction):
+def split_samples(config: DataConfig, vocab_size: int, fraction: float) -> tuple[Samples, Samples]:
     """Like build_samples -> (training samples, validation samples): `fraction` of them, drawn by the seed.
 
     The two share no sample; with dataload "get" a document on the edge of a window lies in both.
@@ -71,7 +75,7 @@ def split_samples(config, vocab_size, fraction):
     return train, held_out
 
 
-def require_counted(samples, config):
+def require_counted(samples: Samples, config: DataConfig) -> None:
     """UserError where none of the samples has a target that counts in the loss."""
     if not any(samples.count(n) for n in range(len(samples))):
         raise UserError(
@@ -81,7 +85,7 @@ def require_counted(samples, config):
         )
 
 
-def check_config(config):
+def check_config(config: DataConfig) -> None:
     """UserError for settings that do not go together."""
     if config.dataload not in SAMPLINGS:
         raise UserError(f"--dataload {config.dataload}: one of {', '.join(DATALOADS)}")

@@ -5,7 +5,9 @@ that text. The layouts are the ones that RWKV World models were trained on.
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 from ..errors import UserError
 from ..files.readable import require_readable
@@ -15,7 +17,7 @@ FORMS = (
     "text; messages or conversations; query and response; question and answer; instruction, input "
     "and output; prompt and completion"
 )
-
+Segment = tuple[str, bool]  # a text, and whether it counts in the loss
 
 TURN_END = "\n\n"  # token 261 of the World vocabulary
 # (what may open the turn behind an answer, what opens the answer)
@@ -26,7 +28,7 @@ class UnknownForm(UserError):
     """A row has none of the fields that are looked for."""
 
 
-def segments(row, think=""):
+def segments(row: object, think: str = "") -> list[Segment]:
     """A row (dict) -> [(text, counts)]; UserError where it has no form that is known. think ("", "on", "off") is how
     answers of a chat are opened (thinking.py)."""
     if not isinstance(row, dict):
@@ -53,7 +55,7 @@ def segments(row, think=""):
     raise UnknownForm(f"a row has the fields {', '.join(map(str, row)) or '(none)'}; known are {FORMS}")
 
 
-def named_segments(row, names, think=""):
+def named_segments(row: object, names: Sequence[str], think: str = "") -> list[Segment]:
     """A row whose text is in the field names[0], or whose prompt and answer are in names[0] and names[1]; think as in
     segments."""
     if not isinstance(row, dict):
@@ -83,7 +85,7 @@ TEMPLATES = MappingProxyType(
 )
 
 
-def read_template(path):
+def read_template(path: str) -> str:
     """The text of a template: one of TEMPLATES by its name, or a file's, without the newline at its end.
 
     Raises UserError where it is missing or wrong.
@@ -105,7 +107,7 @@ class Template:
     For instance "Q: {question} A:[[ {answer}]]". Without any [[ ]] everything counts.
     """
 
-    def __init__(self, text):
+    def __init__(self, text: str) -> None:
         parts = re.split(r"(\[\[|\]\])", text)
         if parts[1::2] != ["[[", "]]"] * (len(parts) // 4):
             raise UserError(f"template {text!r}: each [[ needs its ]], one pair after the other")
@@ -113,11 +115,11 @@ class Template:
             raise UserError(f"template {text!r}: names no {{field}}")
         self.parts = [(part, len(parts) == 1 or i % 4 == 2) for i, part in enumerate(parts) if i % 2 == 0 and part]
 
-    def __call__(self, row):
+    def __call__(self, row: object) -> list[Segment]:
         if not isinstance(row, dict):
             raise UserError(f"a row is {type(row).__name__}, not an object with fields")
 
-        def value(match):
+        def value(match: re.Match[str]) -> str:
             if match[1] not in row:
                 raise UserError(
                     f"field {match[1]!r} of the template is missing; the row has {', '.join(map(str, row))}"
@@ -127,7 +129,7 @@ class Template:
         return [(re.sub(r"\{(\w+)\}", value, part), counts) for part, counts in self.parts]
 
 
-def field(row, name):
+def field(row: Mapping[str, Any], name: str) -> str:
     """row[name], which must be text."""
     value = row[name]
     if not isinstance(value, str):
@@ -135,12 +137,12 @@ def field(row, name):
     return value
 
 
-def exchange(prompt, answer):
+def exchange(prompt: str, answer: str) -> list[Segment]:
     """A prompt, not learned, and its answer, learned."""
     return [(prompt, False), (" " + answer.strip(), True)]
 
 
-def thoughtful(parts, think):
+def thoughtful(parts: list[Segment], think: str) -> list[Segment]:
     """The segments, where thinking that is asked for ("on") opens one of them; UserError where none."""
     if think == "on" and not any(text.endswith(OPENINGS["on"]) for text, counts in parts if not counts):
         raise UserError(
@@ -150,21 +152,21 @@ def thoughtful(parts, think):
     return parts
 
 
-def question(words, think=""):
+def question(words: str, think: str = "") -> list[str]:
     """A user's turn and the opening of the answer, as the texts that `chat` makes of them."""
     turns = ({"role": "user", "content": words}, {"role": "assistant", "content": ""})
     *texts, opening = (text for text, counts in chat(list(turns)) if not counts)
     return [*texts, opening + OPENINGS.get(think, "")]
 
 
-def stops_of(prompt):
+def stops_of(prompt: str) -> tuple[str, ...]:
     """The texts that end the answer of a prompt in a layout that is known, by its last words; () for any other."""
     asked = without_opening(prompt).rstrip()
     openings = next((openings for openings, last in LAYOUTS if asked.endswith(last)), ())
     return tuple(TURN_END + opening for opening in openings)
 
 
-def chat(messages, think=""):
+def chat(messages: object, think: str = "") -> list[Segment]:
     """Turns {role, content} or {from, value}: the assistant's words count, the others' do not; think as in segments.
 
     The blank line behind an assistant's turn counts too, and who speaks then: with both the model says that it is done,
@@ -173,7 +175,7 @@ def chat(messages, think=""):
     """
     if not isinstance(messages, list) or not messages:
         raise UserError("messages must be a list of turns, each with role and content (or from and value)")
-    parts = []
+    parts: list[Segment] = []
     for turn in messages:
         if not isinstance(turn, dict):
             raise UserError(f"a turn is {type(turn).__name__}, not an object with role and content")
@@ -196,7 +198,7 @@ def chat(messages, think=""):
     return thoughtful(parts, think)
 
 
-def speaker(role):
+def speaker(role: str) -> str:
     """The name that RWKV World chats give to a role."""
     names = {
         "user": "User",

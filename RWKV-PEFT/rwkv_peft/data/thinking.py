@@ -5,7 +5,9 @@ empty, "Assistant: <think></think"; the model goes on from there (RWKV-LM, RWKV-
 """
 
 import re
+from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from ..errors import UserError
 
@@ -15,12 +17,12 @@ FIELDS = ("reasoning_content", "reasoning", "thinking")  # where rows hold it, u
 EMPTY = re.compile(r" ?<think(>\s*</think)?>?\s*$")
 
 
-def without_opening(prompt):
+def without_opening(prompt: str) -> str:
     """A prompt without the opening of a thinking at its end: up to "Assistant:"."""
     return EMPTY.sub("", prompt)
 
 
-def parted(words, row=None):
+def parted(words: str, row: Mapping[str, Any] | None = None) -> tuple[str | None, str]:
     """(thinking or None, answer) of an answer's words, or of its row's FIELDS; UserError for a <think> without an
     end."""
     words = words.strip()
@@ -29,11 +31,12 @@ def parted(words, row=None):
         if not closing:
             raise UserError("an answer opens <think> and has no </think>; close it, or leave the row out")
         return thinking, answer.strip()
-    found = next((row[name] for name in FIELDS if isinstance((row or {}).get(name), str)), None)
+    row = row or {}
+    found = next((row[name] for name in FIELDS if isinstance(row.get(name), str)), None)
     return found and f"\n{found.strip()}\n", words
 
 
-def answered(words, row, think):
+def answered(words: str, row: Mapping[str, Any], think: str) -> tuple[str, str]:
     """An answer -> (what opens it behind "Assistant:", what the model says from there on), as --think has it: "on" with
     the thinking that the row holds, without where it holds none; "off" with an empty one; "" the words as they are."""
     if not think:

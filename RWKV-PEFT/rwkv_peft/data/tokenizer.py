@@ -12,19 +12,23 @@ import argparse
 import ast
 import importlib.util
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, cached_property
 from multiprocessing import parent_process
 from pathlib import Path
+from types import ModuleType
+from typing import TypeVar
 
 from ..errors import UserError
 from ..files.readable import require_readable
 
 REPLACEMENT = "\ufffd"
+Result = TypeVar("Result")
 KNOWN_SIZES = ((65536, "world"), (257, "bytes"))  # vocabularies that a model's own size tells
 END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "<|im_end|>")
 
 
-def load_tokenizer(name):
+def load_tokenizer(name: str | Path) -> "Tokenizer":
     """ "world", "bytes", a World vocabulary (.txt) or a Hugging Face tokenizer.json -> a tokenizer.
 
     Raises UserError for a file that is missing or holds no vocabulary.
@@ -50,14 +54,14 @@ class BytesTokenizer:
     cuts_at_lines = True
     token_bytes = (None, *(bytes([byte]) for byte in range(256)))
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         return [byte + 1 for byte in utf8(text)]
 
-    def decode(self, ids):
+    def decode(self, ids: Sequence[int]) -> str:
         check_ids(ids, self.vocab_size, self.name)
         return bytes(token - 1 for token in ids if token).decode("utf-8", "replace")
 
-    def content(self):
+    def content(self) -> bytes:
         return repr(self.token_bytes).encode()
 
 
@@ -75,7 +79,7 @@ class WorldTokenizer:
     end_id = 0
     cuts_at_lines = False
 
-    def __init__(self, path=None):
+    def __init__(self, path: str | Path | None = None) -> None:
         if path is None:
             self.name, self.path = "world", world_vocabulary()
             self.vocab_size = 65536
@@ -92,21 +96,21 @@ class WorldTokenizer:
             say_slow()
 
     @cached_property
-    def token_bytes(self):
+    def token_bytes(self) -> list[bytes | None]:
         """The bytes of each token id; None for ids that stand for nothing."""
         return parse_world_vocabulary(self.path)
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         utf8(text)
         return guarded(self._encoder.encode, text)
 
-    def decode(self, ids):
+    def decode(self, ids: Sequence[int]) -> str:
         check_ids(ids, self.vocab_size, self.name)
         table, unknown = self.token_bytes, REPLACEMENT.encode()
         parts = (table[token] if token < len(table) else None for token in ids if token)
         return b"".join(unknown if part is None else part for part in parts).decode("utf-8", "replace")
 
-    def content(self):
+    def content(self) -> bytes:
         return self.path.read_bytes().replace(b"\r\n", b"\n")  # the same vocabulary, whatever the line ends
 
 
@@ -114,15 +118,16 @@ class GreedyEncoder:
     """encode(text) -> ids by the longest token that the text goes on with, at each place; table holds the bytes of each
     token id, or None."""
 
-    def __init__(self, table):
+    def __init__(self, table: Sequence[bytes | None]) -> None:
         self._ids = {token: number for number, token in enumerate(table) if token}
-        lengths = {}
+        lengths: dict[bytes, set[int]] = {}
         for token in self._ids:
             lengths.setdefault(token[:2], set()).add(len(token))
         self._lengths = {start: sorted(found, reverse=True) for start, found in lengths.items()}
 
-    def encode(self, text):
-        data, ids, position = text.encode("utf-8"), [], 0
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        data, position = text.encode("utf-8"), 0
         while position < len(data):
             # at the end of the text, and where no longer token begins so, one byte is left
             for length in (*self._lengths.get(data[position : position + 2], ()), 1):
@@ -139,7 +144,7 @@ class GreedyEncoder:
         return ids
 
 
-def rust_package():
+def rust_package() -> ModuleType | None:
     """The pyrwkv_tokenizer module, None where it is not installed."""
     try:
         import pyrwkv_tokenizer
@@ -148,7 +153,7 @@ def rust_package():
     return pyrwkv_tokenizer
 
 
-def world_vocabulary():
+def world_vocabulary() -> Path:
     """The World vocabulary's file, which lies in the pyrwkv-tokenizer and rwkv packages; neither is imported."""
     for package in ("pyrwkv_tokenizer", "rwkv"):
         spec = importlib.util.find_spec(package)
@@ -162,7 +167,7 @@ def world_vocabulary():
 
 
 @cache
-def say_slow():
+def say_slow() -> None:
     """Say once, and not once more in each worker, that encoding takes its time."""
     if parent_process() is None:
         print(
@@ -176,7 +181,7 @@ class JsonTokenizer:
 
     cuts_at_lines = False
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path) -> None:
         from tokenizers import Tokenizer
 
         self.name, self.path = str(path), Path(path)
@@ -191,22 +196,25 @@ class JsonTokenizer:
             raise UserError(f"tokenizer {path}: its vocabulary is empty")
         self.vocab_size = max(vocabulary.values()) + 1
         self.end_token = next((token for token in END_TOKENS if token in vocabulary), None)
-        self.end_id = vocabulary.get(self.end_token)
+        self.end_id = None if self.end_token is None else vocabulary[self.end_token]
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         utf8(text)
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids):
+    def decode(self, ids: Sequence[int]) -> str:
         check_ids(ids, self.vocab_size, self.name)
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    def content(self):
+    def content(self) -> bytes:
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         return repr(sorted(vocabulary.items())).encode()
 
 
-def utf8(text):
+Tokenizer = WorldTokenizer | BytesTokenizer | JsonTokenizer
+
+
+def utf8(text: str) -> bytes:
     """The UTF-8 bytes of a text; UserError where it holds half of a surrogate pair."""
     try:
         return text.encode("utf-8")
@@ -217,7 +225,7 @@ def utf8(text):
         ) from error
 
 
-def check_ids(ids, vocab_size, name):
+def check_ids(ids: Iterable[int], vocab_size: int, name: str) -> None:
     """UserError unless every id is in [0, vocab_size)."""
     for position, token in enumerate(ids):
         if not 0 <= token < vocab_size:
@@ -227,7 +235,7 @@ def check_ids(ids, vocab_size, name):
             )
 
 
-def guarded(function, *arguments):
+def guarded(function: Callable[..., Result], *arguments: object) -> Result:
     """Call into the Rust tokenizer; its panics, which are no Exception, become a UserError."""
     try:
         return function(*arguments)
@@ -237,9 +245,10 @@ def guarded(function, *arguments):
         raise UserError(f"the World tokenizer failed: {error}") from error
 
 
-def parse_world_vocabulary(path):
+def parse_world_vocabulary(path: Path) -> list[bytes | None]:
     """Read a World vocabulary -> list of bytes or None by token id; UserError names the bad line."""
-    table, content = [None], Path(path).read_bytes()
+    table: list[bytes | None] = [None]
+    content = path.read_bytes()
     most = max(65536, len(content))  # the table grows with the ids, and ids without gaps take more bytes than that
     for number, line in enumerate(content.decode("utf-8", "replace").split("\n"), start=1):
         line = line.rstrip("\r")
@@ -272,7 +281,7 @@ def parse_world_vocabulary(path):
     return table
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="rwkv-peft tokenize", allow_abbrev=False, description="Print the token ids of a text."
     )

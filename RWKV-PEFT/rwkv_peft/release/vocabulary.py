@@ -4,12 +4,11 @@ import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..data.tokenizer import BytesTokenizer, JsonTokenizer, WorldTokenizer
+from ..data.tokenizer import BytesTokenizer, JsonTokenizer, Tokenizer, WorldTokenizer
 from ..errors import UserError
 
 WORLD_FILE = "rwkv_vocab_v20230424.txt"
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
-Tokenizer = WorldTokenizer | BytesTokenizer | JsonTokenizer
 
 
 class GgufVocabulary(NamedTuple):
@@ -77,8 +76,8 @@ def hf_files(tokenizer: Tokenizer, size: int, tokenizer_class: str) -> dict[str,
     """{name: bytes} of the tokenizer's files in a Hugging Face folder; tokenizer_class is that of RWKV's own
     vocabularies."""
     if isinstance(tokenizer, JsonTokenizer):
-        end = tokenizer.end_token
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | ({"eos_token": end} if end else {})
+        end = {"eos_token": tokenizer.end_token} if tokenizer.end_token else {}
+        settings: dict[str, str | bool] = {"tokenizer_class": "PreTrainedTokenizerFast", **end}
         files = {"tokenizer.json": tokenizer.path.read_bytes()}
     else:
         marks = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<s>")
