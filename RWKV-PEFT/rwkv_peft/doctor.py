@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import metadata
 from pathlib import Path
@@ -47,36 +48,36 @@ class Requirement(NamedTuple):
     """A package and its bounds, e.g. ((">=", (2, 6)), ("<", (3,)))."""
 
     name: str
-    bounds: tuple
+    bounds: tuple[tuple[str, tuple[int, ...]], ...]
 
-    def admits(self, version):
+    def admits(self, version: str) -> bool:
         """Whether the version string lies within the bounds; only its leading numbers are compared."""
         numbers = version_numbers(version)
         return all(numbers >= bound if sign == ">=" else numbers < bound for sign, bound in self.bounds)
 
     @property
-    def spec(self):
+    def spec(self) -> str:
         return ",".join(sign + ".".join(map(str, bound)) for sign, bound in self.bounds)
 
 
-def version_numbers(text):
-    """ "2.13.0+cpu" -> (2, 13, 0)."""
-    return tuple(int(part) for part in re.match(r"\d+(\.\d+)*", text)[0].split("."))
+def version_numbers(text: str) -> tuple[int, ...]:
+    """ "2.13.0+cpu" -> (2, 13, 0); () where no number leads."""
+    return tuple(int(part) for part in re.split(r"[^\d.]", text, maxsplit=1)[0].split(".") if part)
 
 
-def parse_requirement(line):
+def parse_requirement(line: str) -> Requirement | None:
     """A line of requirements.txt, e.g. "torch>=2.6,<3  # why" -> Requirement, or None for a blank or comment, and for
     one that is for other Pythons, as in 'name; python_version < "3.14"'."""
     line, _, marker = line.split("#")[0].replace(" ", "").partition(";")
     limit = re.search(r"python_version<['\"]([\d.]+)", marker)
     if not line or (limit and sys.version_info[:2] >= version_numbers(limit[1])):
         return None
-    name = re.match(r"[\w.-]+", line)[0]
+    name = re.split(r"[^\w.-]", line, maxsplit=1)[0]
     bounds = re.findall(r"(>=|<)(\d+(?:\.\d+)*)", line[len(name) :])
     return Requirement(name, tuple((sign, version_numbers(number)) for sign, number in bounds))
 
 
-def requirements():
+def requirements() -> list[Requirement]:
     """What training needs: requirements.txt of the source tree, or the metadata of the installed package."""
     path = Path(__file__).resolve().parents[2] / "requirements.txt"
     if path.is_file():
@@ -86,7 +87,7 @@ def requirements():
     return [requirement for requirement in map(parse_requirement, lines) if requirement]
 
 
-def check_python():
+def check_python() -> list[Finding]:
     """The interpreter: within the versions that the dependencies have wheels for."""
     version = sys.version.split()[0]
     if PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
@@ -101,7 +102,7 @@ def check_python():
     ]
 
 
-def check_package(requirement):
+def check_package(requirement: Requirement) -> Finding:
     """A required package: installed, of a fitting version, and importable."""
     name = requirement.name
     try:
@@ -123,7 +124,7 @@ def check_package(requirement):
     return Finding(name, OK, version)
 
 
-def check_tools():
+def check_tools() -> Iterator[Finding]:
     """The C++ compiler, ninja and nvcc."""
     compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
     yield (
@@ -153,18 +154,18 @@ def check_tools():
     )
 
 
-def first_line(program, *arguments):
+def first_line(program: str, *arguments: str) -> str:
     """The first line that a program prints."""
     return run(program, *arguments).splitlines()[0]
 
 
-def last_release(nvcc):
+def last_release(nvcc: str) -> str:
     """nvcc's path and release, e.g. "/usr/local/cuda/bin/nvcc, release 12.6"."""
     found = re.search(r"release [\d.]+", run(nvcc, "--version"))
     return f"{nvcc}, {found[0] if found else 'unknown release'}"
 
 
-def run(program, *arguments):
+def run(program: str, *arguments: str) -> str:
     """A program's output, or what kept it from running."""
     try:
         return (
@@ -174,7 +175,7 @@ def run(program, *arguments):
         return f"{program} does not run: {error}"
 
 
-def check_devices():
+def check_devices() -> Iterator[Finding]:
     """GPUs, and how fast this machine multiplies matrices in the two precisions."""
     import torch
 
@@ -201,9 +202,7 @@ def check_devices():
             "GPU", NOTE, "torch sees none: training runs on the CPU", "if there is one, see that `nvidia-smi` lists it"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    speed = {
-        name: matmul_speed(getattr(torch, dtype), device) for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16"))
-    }
+    speed = {name: matmul_speed(dtype, device) for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16"))}
     advice = (
         "bf16 is faster and takes half the memory"
         if speed["bf16"] > speed["fp32"]
@@ -217,11 +216,11 @@ def check_devices():
     )
 
 
-def matmul_speed(dtype, device, size=1024):
-    """GFLOP/s of a square matrix product."""
+def matmul_speed(dtype: str, device: str, size: int = 1024) -> float:
+    """GFLOP/s of a square matrix product, in the dtype of torch's that has this name."""
     import torch
 
-    a = torch.ones(size, size, dtype=dtype, device=device)
+    a = torch.ones(size, size, dtype=getattr(torch, dtype), device=device)
     best = float("inf")
     for _ in range(4):
         start = time.perf_counter()
@@ -230,7 +229,7 @@ def matmul_speed(dtype, device, size=1024):
     return 2 * size**3 / best / 1e9
 
 
-def check_kernels():
+def check_kernels() -> Iterator[Finding]:
     """The backends of each generation's recurrence, compiled where that is possible."""
     from .models import FAMILIES
 
@@ -239,7 +238,7 @@ def check_kernels():
             yield Finding(f"{family.kernel} {name}", OK if reason is None else NOTE, reason or "usable")
 
 
-def check_deepspeed():
+def check_deepspeed() -> list[Finding]:
     """DeepSpeed's CPU Adam, which the offload strategies compile on first use."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         from deepspeed.ops.op_builder import CPUAdamBuilder
@@ -258,7 +257,7 @@ def check_deepspeed():
     ]
 
 
-def check_memory():
+def check_memory() -> Iterator[Finding]:
     """Main memory, and the disk under the current folder."""
     total, free = main_memory()
     if total:
@@ -275,7 +274,7 @@ def check_memory():
     )
 
 
-def check_optional():
+def check_optional() -> Iterator[Finding]:
     """Packages that some features use."""
     for name, use in OPTIONAL:
         try:
@@ -284,7 +283,7 @@ def check_optional():
             yield Finding(name, NOTE, f"not installed ({use})", f"pip install {name}")
 
 
-def examine():
+def examine() -> Iterator[Finding]:
     """Yield every Finding, the cheap ones first; parts that need a missing package are left out."""
     yield from check_python()
     standing = {}
@@ -302,7 +301,7 @@ def examine():
     yield from check_optional()
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
     """Print the report; 0 where nothing that training needs is missing, else 1."""
     Parser(prog="rwkv-peft doctor", description="Say what this machine can do and what is missing.").parse_args(argv)
     missing = []
