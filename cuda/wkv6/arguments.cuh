@@ -20,10 +20,10 @@ struct Arguments {
     const void* gy;             // gradients, named after what they belong to
     const float* gfinal;        // or null for zeros
     void *gr, *gk, *gv, *gw;
-    float* gu;           // (sequences, heads, head_size): to be summed over the sequences
+    float* gu;           // (sequences or groups, heads, head_size): to be summed over the first
     float* gstate;       // or null
     float* parts;        // where time is split: (groups, heads, K, V), states at the groups' bounds
-    float* transitions;  // and (groups, heads, K, K), what becomes of a state from a group's start to its end
+    float* transitions;  // and (groups, heads, K), what a state is scaled by from a group's start to its end
     int sequences, length, heads, head_size, device;  // device: the GPU that holds all of it
     int group, groups;  // a group's tokens, a multiple of 64, or 0; and the groups' places, or the sequences
 };

@@ -54,6 +54,10 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
     Operands<N>& o = shared.operands;
     const Sequence s(a);
     const int tid = threadIdx.x, lane = lane_id();
+    if (s.length < 0) {  // no group has the place
+        if (tid < N) a.gu[s.channels + tid] = 0.f;
+        return;
+    }
     const int c0 = tid / 32 * 16;  // the warp's rows
     const int dot_row = tid / (N / 8), dot_column = tid % (N / 8) * 8;
     const int segments = (s.length + SEGMENT - 1) / SEGMENT;
@@ -77,10 +81,11 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
     };
 
     if (tid < N) shared.u[tid] = a.u[s.channel(a) + tid];
-    const float* gfinal = a.gfinal ? a.gfinal + s.state : nullptr;
+    const float* ends = a.group ? a.parts : a.gfinal;
+    const float* end = ends ? ends + s.state : nullptr;
     Accumulator dS[tiles], dSt[tiles];
-    load_state<N>(dS, gfinal, c0, false);
-    load_state<N>(dSt, gfinal, c0, true);
+    load_state<N>(dS, end, c0, false);
+    load_state<N>(dSt, end, c0, true);
     float gu[2] = {0.f, 0.f};
     if (segments > 0) start_fetch(1, (segments - 1) * SEGMENT, s.length - (segments - 1) * SEGMENT <= CHUNK);
 
@@ -230,5 +235,5 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         const float sum = quad_sum(gu[half]);
         if (lane % 4 == 0) a.gu[s.channels + c0 + lane / 4 + half * 8] = sum;
     }
-    if (a.gstate) store_state<N>(a.gstate + s.state, dS, c0, false);
+    if (a.gstate && !a.group) store_state<N>(a.gstate + s.state, dS, c0, false);
 }

@@ -9,13 +9,18 @@
 constexpr float DECAY_CAP = 14.0f;
 constexpr float LN_2 = 0.6931471805599453f;
 
+// Products of a chunk's decays.
+template <int N>
+struct Products {
+    Pair quarter[4][N / 2];               // of tokens 0-3, 4-7, 8-11, 12-15
+    float first[N], second[N], whole[N];  // of tokens 0-7, 8-15, 0-15
+};
+
 // The operands made of one chunk; element (t, c) as the head comment of wkv6.cu defines them.
 template <int N>
-struct Operands {
+struct Operands : Products<N> {
     typename Shape<N>::Rows r_start, r_middle, k_middle, k_end;
-    Pair quarter[4][N / 2];               // product of the decays of tokens 0-3, 4-7, 8-11, 12-15
-    float first[N], second[N], whole[N];  // of tokens 0-7, 8-15, 0-15
-    float bonus[CHUNK];                   // sum over c of r u k
+    float bonus[CHUNK];  // sum over c of r u k
 };
 
 // log2 of a decay's reciprocal, from the raw w. A NaN stays one.
@@ -31,7 +36,7 @@ struct Decays {
     Pair decay[4], quarter[4], first, second;
 
     // Reads w and writes the products of the quarters.
-    __device__ __forceinline__ Decays(const typename Shape<N>::Rows& w, int valid, Operands<N>& o) {
+    __device__ __forceinline__ Decays(const typename Shape<N>::Rows& w, int valid, Products<N>& o) {
         c = threadIdx.x % (N / 2) * 2;
         part = threadIdx.x / (N / 2);
         t = part * 4;
@@ -48,7 +53,7 @@ struct Decays {
     }
 
     // Takes the halves' products from the quarters, which all threads must have written, and shares them.
-    __device__ __forceinline__ void halves(Operands<N>& o) {
+    __device__ __forceinline__ void halves(Products<N>& o) {
         #pragma unroll
         for (int i = 0; i < 4; i++) quarter[i] = o.quarter[i][c / 2];
         Pair whole;
@@ -96,6 +101,50 @@ struct Decays {
                 x *= decay[i].x[j];
             }
         }
+    }
+
+    // start[i]: the decays between the chunk's start and token t + i's read of the state.
+    __device__ __forceinline__ void starts(Pair (&start)[4]) const {
+        #pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float x = part == 0   ? 1.f
+                      : part == 1 ? quarter[0].x[j]
+                      : part == 2 ? first.x[j]
+                                  : first.x[j] * quarter[2].x[j];
+            #pragma unroll
+            for (int i = 0; i < 4; i++) {
+                start[i].x[j] = x;
+                x *= decay[i].x[j];
+            }
+        }
+    }
+
+    // end[i]: the decays between token t + i's write of the state and the chunk's end.
+    __device__ __forceinline__ void ends(Pair (&end)[4]) const {
+        #pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float x = part == 3   ? 1.f
+                      : part == 2 ? quarter[3].x[j]
+                      : part == 1 ? second.x[j]
+                                  : second.x[j] * quarter[1].x[j];
+            #pragma unroll
+            for (int i = 3; i >= 0; i--) {
+                end[i].x[j] = x;
+                x *= decay[i].x[j];
+            }
+        }
+    }
+
+    // out = x factor.
+    __device__ __forceinline__ void scale(const typename Shape<N>::Rows& x, const Pair (&factor)[4],
+                                          typename Shape<N>::Rows& out) const {
+        uint32_t pair[4];
+        #pragma unroll
+        for (int i = 0; i < 4; i++) pair[i] = *(const uint32_t*)&x[t + i][c];
+        #pragma unroll
+        for (int i = 0; i < 4; i++)
+            *(uint32_t*)&out[t + i][c] =
+                pack_bf16(low_half(pair[i]) * factor[i].x[0], high_half(pair[i]) * factor[i].x[1]);
     }
 
     // middle = x factor, and outer = x factor half.

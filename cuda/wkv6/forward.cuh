@@ -16,6 +16,7 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
     ForwardShared<N>& shared = *(ForwardShared<N>*)dynamic_shared();
     Operands<N>& o = shared.operands;
     const Sequence s(a);
+    if (s.length < 0) return;
     const int v0 = threadIdx.x / 32 * 16;  // the warp's rows
     const int dot_row = threadIdx.x / (N / 8), dot_column = threadIdx.x % (N / 8) * 8;
 
@@ -29,7 +30,8 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
 
     if (threadIdx.x < N) shared.u[threadIdx.x] = a.u[s.channel(a) + threadIdx.x];
     Accumulator St[tiles];
-    load_state<N>(St, a.state ? a.state + s.state : nullptr, v0, true);
+    const float* start = a.group ? a.parts : a.state;
+    load_state<N>(St, start ? start + s.state : nullptr, v0, true);
     if (s.length > 0) start_fetch(0);
 
     for (int t0 = 0; t0 < s.length; t0 += CHUNK) {
@@ -69,5 +71,5 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
             multiply(St[b], v, load_right_transposed(&o.k_end[0][b * 16], stride));
         }
     }
-    if (a.final_state) store_state<N>(a.final_state + s.state, St, v0, true);
+    if (a.final_state && !a.group) store_state<N>(a.final_state + s.state, St, v0, true);
 }

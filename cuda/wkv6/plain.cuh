@@ -102,10 +102,11 @@ __device__ void plain_backward(const Arguments& a) {
     __shared__ float r_gr[SEGMENT][MAX_HEAD_SIZE];
     const Sequence s(a);
     const int x = threadIdx.x, y = threadIdx.y, N = a.head_size, c0 = y * STRIP;
-    const float* gfinal = a.gfinal ? a.gfinal + s.state : nullptr;
+    const float* ends = a.group ? a.parts : a.gfinal;
+    const float* final = ends && s.length >= 0 ? ends + s.state : nullptr;
     float S[STRIP], dS[STRIP], dSt[STRIP];  // row x of S and of dS, column x of dS; the others c0 + i
-    load_strip(dS, gfinal, N, false);
-    load_strip(dSt, gfinal, N, true);
+    load_strip(dS, final, N, false);
+    load_strip(dSt, final, N, true);
     float gu = 0.f, G = 0.f;
 
     for (int begin = (s.length - 1) / SEGMENT * SEGMENT; begin >= 0 && s.length > 0; begin -= SEGMENT) {
@@ -165,5 +166,5 @@ __device__ void plain_backward(const Arguments& a) {
         }
     }
     if (y == 0) a.gu[s.channels + x] = gu;
-    if (a.gstate) store_strip(a.gstate + s.state, dS, N, false);
+    if (a.gstate && !a.group) store_strip(a.gstate + s.state, dS, N, false);
 }

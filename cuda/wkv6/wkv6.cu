@@ -44,6 +44,7 @@
 #include "wkv6/arguments.cuh"
 #include "wkv6/backward.cuh"
 #include "wkv6/forward.cuh"
+#include "wkv6/groups.cuh"
 #include "wkv6/plain.cuh"
 
 RECURRENCE_KERNEL(wkv6_forward_32, chunked_forward<32>, 64, 8, sizeof(ForwardShared<32>))
@@ -51,6 +52,14 @@ RECURRENCE_KERNEL(wkv6_forward_64, chunked_forward<64>, 128, 5, sizeof(ForwardSh
 RECURRENCE_KERNEL(wkv6_forward_128, chunked_forward<128>, 256, 2, sizeof(ForwardShared<128>))
 RECURRENCE_KERNEL(wkv6_backward_32, chunked_backward<32>, 64, 6, sizeof(BackwardShared<32>))
 RECURRENCE_KERNEL(wkv6_backward_64, chunked_backward<64>, 128, 3, sizeof(BackwardShared<64>))
+RECURRENCE_KERNEL(wkv6_forward_groups_32, (chunked_groups<32, false>), 64, 8, sizeof(GroupShared<32>))
+RECURRENCE_KERNEL(wkv6_backward_groups_32, (chunked_groups<32, true>), 64, 8, sizeof(GroupShared<32>))
+RECURRENCE_KERNEL(wkv6_forward_groups_64, (chunked_groups<64, false>), 128, 5, sizeof(GroupShared<64>))
+RECURRENCE_KERNEL(wkv6_backward_groups_64, (chunked_groups<64, true>), 128, 5, sizeof(GroupShared<64>))
+RECURRENCE_KERNEL(wkv6_forward_groups_128, (chunked_groups<128, false>), 256, 2, sizeof(GroupShared<128>))
+RECURRENCE_KERNEL(wkv6_backward_groups_128, (chunked_groups<128, true>), 256, 2, sizeof(GroupShared<128>))
+RECURRENCE_KERNEL(wkv6_forward_scan, scan_groups<false>, 128, 4, 0)
+RECURRENCE_KERNEL(wkv6_backward_scan, scan_groups<true>, 128, 4, 0)
 RECURRENCE_KERNEL(wkv6_forward_plain_float32, plain_forward<float>, 1024, 1, 0)
 RECURRENCE_KERNEL(wkv6_forward_plain_bfloat16, plain_forward<bf16>, 1024, 1, 0)
 RECURRENCE_KERNEL(wkv6_backward_plain_float32, plain_backward<float>, 1024, 1, 0)

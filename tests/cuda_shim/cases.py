@@ -51,11 +51,12 @@ def make_case(B, T, H, N, dtype, *, decay="ordinary", with_state=True, lengths=N
     return Case(r, k, v, w, u, states[0], bounds, gy, states[1])
 
 
-def run(kernels, case):
-    """The kernels' results, in the order of RESULTS, without gstate where there is no state."""
+def run(kernels, case, group=0):
+    """The kernels' results, in the order of RESULTS, without gstate where there is no state. group: the tokens of one
+    where time is split."""
     given = (*case.inputs, case.state, case.cu_seqlens)
-    y, final, checkpoints = cuda.RECURRENCE.run_forward(kernels, *given, save=True)
-    gradients = cuda.RECURRENCE.run_backward(kernels, *given, checkpoints, case.gy, case.gfinal)
+    y, final, checkpoints = cuda.RECURRENCE.run_forward(kernels, *given, save=True, group=group)
+    gradients = cuda.RECURRENCE.run_backward(kernels, *given, checkpoints, case.gy, case.gfinal, group=group)
     return (y, final, *gradients)[: None if case.state is not None else -1]
 
 

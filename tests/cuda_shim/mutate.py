@@ -24,8 +24,9 @@ from rwkv_peft.ops.native.sources import source_directory
 from rwkv_peft.ops.wkv6 import cuda as wkv6
 from rwkv_peft.ops.wkv7 import cuda as wkv7
 
-# A family's module, its cases, and ways to run them.
-FAMILIES = {"wkv6": (wkv6, cases, ({},)), "wkv7": (wkv7, wkv7_cases, ({}, {"group": 64}))}
+# A family's module and its cases, and what runs: head sizes, dtypes, and the ways to run them.
+KINDS = ((64, torch.bfloat16, {}), (40, torch.float32, {}), (64, torch.bfloat16, {"group": 64}))
+FAMILIES = {"wkv6": (wkv6, cases, KINDS), "wkv7": (wkv7, wkv7_cases, KINDS)}
 MUTATED = re.compile(r"(__syncthreads|__syncwarp|cp_async_wait_all)\(\);")
 SECONDS = 60  # for one order's run; a mutated kernel may hang
 
@@ -95,16 +96,13 @@ def run_alone(family, folder, orders):
 
 def compare(family, folder, orders, sender):
     torch.set_num_threads(1)
-    module, cases, ways = FAMILIES[family]
+    module, cases, kinds = FAMILIES[family]
     whole, mutated = shim.build(module), shim.build(module, folder, cache=folder)
-    inputs = [
-        cases.make_case(1, 129, 1, N, dtype, lengths=[81, 48])
-        for N, dtype in ((64, torch.bfloat16), (40, torch.float32))
-    ]
-    expected = [cases.run(whole, case, **way) for case in inputs for way in ways]
+    inputs = [(cases.make_case(1, 129, 1, N, dtype, lengths=[81, 48]), way) for N, dtype, way in kinds]
+    expected = [cases.run(whole, case, **way) for case, way in inputs]
     for order in orders:
         mutated.set_order(order)
-        results = [cases.run(mutated, case, **way) for case in inputs for way in ways]
+        results = [cases.run(mutated, case, **way) for case, way in inputs]
         same = all(torch.equal(x, y) for a, b in zip(results, expected) for x, y in zip(a, b))
         sender.send("." if same else "X")
 

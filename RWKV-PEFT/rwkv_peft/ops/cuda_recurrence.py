@@ -8,11 +8,12 @@ import contextlib
 import ctypes
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from .groups import Split, places
+from .groups import Split, group_of, places
 from .native import gpu
 from .native.errors import BuildError
 from .native.kernels import Kernels, Library, Module
@@ -43,16 +44,17 @@ class CudaRecurrence:
         segment: int,
         names: Sequence[str],
         plan: Plan,
-        split: Split | None = None,
+        splits: Mapping[int, Split] = MappingProxyType({}),
     ):
         """rows: the names of the operation's inputs (B, T, H, N); shared: of those (H, N), which follow. segment: steps
-        that share a slot among the checkpoints, arguments.cuh's SEGMENT. names: every kernel's. split: how time is
-        split where that pays."""
-        self.op, self.source, self.segment, self.plan, self.split = op, f"{op}/{op}.cu", segment, plan, split
+        that share a slot among the checkpoints, arguments.cuh's SEGMENT. names: of the kernels that `plan` plans.
+        splits: how time is split where that pays, by head size."""
+        self.op, self.source, self.segment, self.plan, self.splits = op, f"{op}/{op}.cu", segment, plan, splits
         self.rows, self.shared = rows.split(), shared.split()
         self.Arguments = structure([*self.rows, *self.shared])
-        self.Library = functools.partial(Library, names, self.Arguments)
-        self.Module = functools.partial(Module, names)
+        self.names = tuple(dict.fromkeys((*names, *(name for split in splits.values() for name in split.names()))))
+        self.Library = functools.partial(Library, self.names, self.Arguments)
+        self.Module = functools.partial(Module, self.names)
 
     def unavailable(self, level: str = "") -> str | None:
         """None where the kernels work on the current GPU, else why they do not and what would help."""
@@ -74,7 +76,7 @@ class CudaRecurrence:
 
     def group_of(self, r: Tensor, sequences: int) -> int:
         """The tokens of a group where time is split, else 0."""
-        return 0 if self.split is None else self.split.group_of(r, sequences)
+        return group_of(r, sequences) if r.shape[3] in self.splits else 0
 
     def _slots(self, r: Tensor, sequences: int) -> int:
         return r.shape[0] * r.shape[1] // self.segment + sequences
@@ -116,8 +118,10 @@ class CudaRecurrence:
         arguments = self._given(inputs) | dict(bounds=bounds, checkpoints=checkpoints)
         arguments |= dict(gy=aligned(gy), gfinal=aligned(gfinal), transitions=checkpoints[self._slots(r, sequences) :])
         of_rows = {f"g{name}": torch.empty_like(r) for name in self.rows}
-        of_shared = {f"g{name}": r.new_empty(sequences, H, N, dtype=torch.float32) for name in self.shared}
-        counts = (sequences, places(B, T, sequences, group))
+        groups = places(B, T, sequences, group)
+        shape = (groups or sequences, H, N)  # of what blocks sum by themselves
+        of_shared = {f"g{name}": r.new_empty(shape, dtype=torch.float32) for name in self.shared}
+        counts = (sequences, groups)
         gstate, parts = (r.new_empty(n, H, N, N, dtype=torch.float32) for n in counts)
         arguments |= of_rows | of_shared | dict(gstate=gstate, parts=parts)
         self._launch(kernels, "backward", r, sequences, group, arguments)
@@ -145,8 +149,7 @@ class CudaRecurrence:
         arguments = self.Arguments(**addresses, **sizes, group=group, groups=groups)
         launches = [(name, H * groups, block) for name, block in self.plan(direction, N, r.dtype)]
         if group:
-            assert self.split is not None
-            launches = self.split.launches(direction, H, sequences, groups) + launches
+            launches = self.splits[N].launches(direction, H, sequences, groups) + launches
         with torch.cuda.device(r.device) if r.is_cuda else contextlib.nullcontext():
             for name, blocks, block in launches:
                 status = kernels.run(name, arguments, blocks, block, stream(r))

@@ -1,5 +1,5 @@
 """Whether a recurrence's CUDA kernels split time, and into what: with few heads, each walked by a block of its own,
-most of a GPU would idle (cuda/wkv7/groups.cuh)."""
+most of a GPU would idle (cuda/wkv6/groups.cuh, cuda/wkv7/groups.cuh)."""
 
 import functools
 from dataclasses import dataclass
@@ -19,10 +19,9 @@ SMALL = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
 
 @dataclass(frozen=True)
 class Split:
-    """What comes before a recurrence's own kernels where time is split: a pass over all groups by their states alone,
-    one block each, and a scan over each sequence's. Both take bfloat16."""
+    """What comes before a recurrence's own kernels of a head size where time is split: a pass over all groups by their
+    states alone, one block each, and a scan over each sequence's. Both take bfloat16."""
 
-    head_size: int
     groups: str  # the kernel's name with {} for "forward" or "backward", as is the scan's
     groups_threads: int
     scan: str
@@ -43,16 +42,17 @@ class Split:
             (self.scan.format(direction), scan_blocks, (self.scan_threads, 1)),
         ]
 
-    def group_of(self, r: Tensor, sequences: int) -> int:
-        """The tokens of a group where to split r (B, T, H, N), B rows or one row of packed sequences, pays, else 0."""
-        if not r.is_cuda or r.dtype != torch.bfloat16 or r.shape[3] != self.head_size:
-            return 0
-        B, T, H, _ = r.shape
-        return choose_group(B, T, H, sequences, resident_blocks(r.device.index or 0))
+
+def group_of(r: Tensor, sequences: int) -> int:
+    """The tokens of a group where to split r (B, T, H, N), B rows or one row of packed sequences, pays, else 0."""
+    if not r.is_cuda or r.dtype != torch.bfloat16:
+        return 0
+    B, T, H, _ = r.shape
+    return choose_group(B, T, H, sequences, resident_blocks(r.device.index or 0))
 
 
 def choose_group(B: int, T: int, H: int, sequences: int, resident: int) -> int:
-    """Split.group_of, for a GPU that holds `resident` blocks at once. Packed sequences are taken to be alike."""
+    """group_of, for a GPU that holds `resident` blocks at once. Packed sequences are taken to be alike."""
     groups = resident // (H * sequences)  # of each
     if groups < LEAST_GROUPS:
         return 0

@@ -1,6 +1,7 @@
 """The CUDA kernels' source against the float64 reference: run on the CPU through tests/cuda_shim, and on the GPU where
 there is one."""
 
+import functools
 import importlib.util
 import subprocess
 from pathlib import Path
@@ -9,10 +10,12 @@ import pytest
 import torch
 
 from cuda_shim import cases, shim
-from cuda_shim.running import DEVICES, one_torch_thread, runner
+from cuda_shim.running import DEVICES, one_torch_thread, runner, shim_kernels
+from rwkv_peft.ops.groups import choose_group
 from rwkv_peft.ops.native import gpu
 from rwkv_peft.ops.native.compilers import find_nvcc
 from rwkv_peft.ops.native.errors import BuildError
+from rwkv_peft.ops.wkv6 import cuda, op, wkv6
 
 LENGTHS = (1, 2, 15, 16, 17, 64, 100, 257)
 HEAD_SIZES = (8, 32, 64, 128)
@@ -68,6 +71,48 @@ def test_extreme_decays(run, decay, N, dtype):
 def test_packed_sequences_are_independent(run, N, dtype):
     lengths = [1, 17, 64, 65, 3]
     check(run, cases.make_case(1, sum(lengths), 1, N, dtype, lengths=lengths, seed=N))
+
+
+SPLIT_CASES = [  # B, T or the lengths of packed sequences, N, a group's tokens, decays, with a state
+    (2, 200, 64, 64, "mix", True),
+    (1, 161, 32, 128, "ordinary", False),
+    (1, 130, 128, 64, "mix", True),
+    (1, [1, 70, 64, 3, 200, 129], 64, 64, "none", True),
+    (1, [300, 2, 17], 32, 128, "mix", True),
+    (1, [100, 150], 64, 1024, "ordinary", False),
+]
+
+
+@pytest.mark.parametrize("B, lengths, N, group, decay, with_state", SPLIT_CASES)
+def test_split_time_is_as_exact_as_the_whole(run, B, lengths, N, group, decay, with_state):
+    packed = isinstance(lengths, list)
+    T = sum(lengths) if packed else lengths
+    kinds = dict(decay=decay, with_state=with_state, lengths=lengths if packed else None)
+    check(functools.partial(run, group=group), cases.make_case(B, T, 2, N, torch.bfloat16, seed=N + group, **kinds))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp32"])
+def test_the_operation_splits_time_where_a_gpu_is_not_filled(monkeypatch, dtype):
+    """wkv6 itself, as on a GPU that holds eight blocks: of its kernels, those that can take groups do."""
+    monkeypatch.setattr(op, "_choose", lambda *_: "cuda")
+    monkeypatch.setattr(op, "backend_module", lambda _: cuda)
+    fits = lambda r: choose_group(*r.shape[:3], 1, 8) if r.dtype == torch.bfloat16 else 0  # noqa: E731
+    monkeypatch.setattr(cuda.RECURRENCE, "group_of", lambda r, _: fits(r))
+    kernels = shim_kernels("wkv6")
+    monkeypatch.setattr(cuda.RECURRENCE, "kernels", lambda device: kernels)
+    launched, run_one = [], kernels.run
+    kernels.run = lambda name, *arguments: launched.append(name) or run_one(name, *arguments)
+
+    def compute(case):
+        leaves = [x.detach().clone().requires_grad_() for x in (*case.inputs, case.state)]
+        y, final = wkv6(*leaves)
+        torch.autograd.backward([y, final], [case.gy, case.gfinal])
+        return y.detach(), final.detach(), *(x.grad for x in leaves)
+
+    for N in (32, 64, 128):
+        check(compute, cases.make_case(1, 260, 2, N, dtype))
+    splits = {name for split in cuda.SPLITS.values() for name in split.names()}
+    assert splits & {*launched} == (splits if dtype == torch.bfloat16 else set())
 
 
 BENCHMARK = Path(__file__).resolve().parents[3] / "benchmarks" / "wkv6.py"

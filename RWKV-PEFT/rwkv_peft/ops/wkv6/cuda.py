@@ -1,11 +1,21 @@
 """The CUDA kernels as a wkv6 backend: cuda/wkv6, and which of its kernels serves what."""
 
+from types import MappingProxyType
+
 import torch
 
 from ..cuda_recurrence import CudaRecurrence
+from ..groups import Split
 
 STRIP = 16  # state elements a thread in the plain kernels; cuda/wkv6/plain.cuh's STRIP
 CHUNKED = tuple(f"wkv6_{shape}" for shape in ("forward_32", "forward_64", "forward_128", "backward_32", "backward_64"))
+SCAN_BLOCK = 512  # elements of a state; cuda/wkv6/groups.cuh's 4 SCAN_THREADS
+SPLITS = MappingProxyType(  # by head size
+    {
+        N: Split(f"wkv6_{{}}_groups_{N}", 2 * N, "wkv6_{}_scan", SCAN_BLOCK // 4, N * N // SCAN_BLOCK)
+        for N in (32, 64, 128)
+    }
+)
 PLAIN = tuple(f"wkv6_{way}_plain_{dtype}" for way in ("forward", "backward") for dtype in ("float32", "bfloat16"))
 
 
@@ -18,7 +28,7 @@ def plan(direction: str, head_size: int, dtype: torch.dtype) -> list[tuple[str, 
     return [(f"wkv6_{direction}_plain_{scalar}", (head_size, -(-head_size // STRIP)))]
 
 
-RECURRENCE = CudaRecurrence("wkv6", "r k v w", "u", 64, (*CHUNKED, *PLAIN), plan)
+RECURRENCE = CudaRecurrence("wkv6", "r k v w", "u", 64, (*CHUNKED, *PLAIN), plan, SPLITS)
 Arguments, Library, SOURCE = RECURRENCE.Arguments, RECURRENCE.Library, RECURRENCE.source
 
 # What operators.py asks of a backend.

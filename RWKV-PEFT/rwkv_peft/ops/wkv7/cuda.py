@@ -9,7 +9,7 @@ from ..groups import Split
 
 STRIP = 16  # state elements a thread in the plain kernels; cuda/wkv7/plain.cuh's STRIP
 CHUNKED = MappingProxyType({"wkv7_forward_64": 256, "wkv7_backward_64": 128})  # threads a block
-SPLIT = Split(64, "wkv7_{}_groups_64", 256, "wkv7_{}_scan_64", 128, 4)
+SPLITS = MappingProxyType({64: Split("wkv7_{}_groups_64", 256, "wkv7_{}_scan_64", 128, 4)})  # by head size
 PLAIN = tuple(f"wkv7_{way}_plain_{dtype}" for way in ("forward", "backward") for dtype in ("float32", "bfloat16"))
 
 
@@ -26,7 +26,7 @@ def plan(direction: str, head_size: int, dtype: torch.dtype) -> list[tuple[str, 
     return [(f"wkv7_{direction}_plain_{scalar}", (strips, -(-head_size // rows) * rows))]
 
 
-RECURRENCE = CudaRecurrence("wkv7", "r w k v a b", "", 32, (*CHUNKED, *SPLIT.names(), *PLAIN), plan, SPLIT)
+RECURRENCE = CudaRecurrence("wkv7", "r w k v a b", "", 32, (*CHUNKED, *PLAIN), plan, SPLITS)
 Arguments, Library, SOURCE = RECURRENCE.Arguments, RECURRENCE.Library, RECURRENCE.source
 
 # What operators.py asks of a backend.
