@@ -18,7 +18,9 @@ def runs(tmp_path):
         with open(tmp_path / name / "metrics.jsonl", "w") as file:
             for step in range(steps):
                 record = {"step": step, "loss": 2 / (step + 1), "lr": 1e-3, "grad_norm": 1.0, "tokens": 2_000_000}
-                record |= {"tokens_per_s": 100.0} | ({"val_loss": 3.0} if name == "bone" and step % 10 == 9 else {})
+                record |= {"tokens_per_s": 100.0} | (
+                    {"val_loss": 3.0, "eval_score": 0.5} if name == "bone" and step % 10 == 9 else {}
+                )
                 file.write(json.dumps(record) + "\n")
     return tmp_path
 
@@ -33,7 +35,7 @@ def test_a_picture_names_its_runs_and_the_units_of_its_axes(runs):
     assert main(["plots", str(runs / "bone"), str(runs / "lora" / "metrics.jsonl"), "--output", str(output)]) == 0
     for words in (
         "bone", "lora", "step", "loss (nats per token)", "validation loss (nats per token)", "learning rate",
-        "gradient norm", "tokens per second",
+        "gradient norm", "tokens per second", "right answers (share)",
     ):  # fmt: skip
         assert words in texts(output)
 

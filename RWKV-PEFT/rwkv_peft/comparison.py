@@ -35,6 +35,7 @@ class Panel(NamedTuple):
 PANELS = (
     Panel("loss", "loss (nats per token)", noisy=True, logarithm=True),
     Panel("val_loss", "validation loss (nats per token)", logarithm=True),
+    Panel("eval_score", "right answers (share)"),
     Panel("lr", "learning rate"),
     Panel("grad_norm", "gradient norm", noisy=True, logarithm=True),
     Panel("tokens_per_s", "tokens per second", noisy=True),
@@ -117,7 +118,7 @@ def draw(axes: Any, panel: Panel, runs: Sequence[Run], weight: float, by_tokens:
         axes.set_yscale("log")
     if panel.name == "lr":
         axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    if panel.name in ("lr", "tokens_per_s") and shown:
+    if panel.name in ("eval_score", "lr", "tokens_per_s") and shown:
         axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

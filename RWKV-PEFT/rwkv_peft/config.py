@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from .cli import above_zero, alias, count, names, not_negative, positive, seed, switch
-from .names import NONE, SCHEDULES, STATE
+from .names import EVAL_TASKS, NONE, SCHEDULES, STATE
 
 MODE_ALIASES = (("bat", "bat-in"),)  # RWKV-PEFT's name for it
 METHOD_ALIASES = (("disha", "bone"),)
@@ -234,6 +234,35 @@ class TrainConfig:
     early_stop: int = setting(
         0, "end after so many validations without a lower loss; 0: never", group="validation", type=count
     )
+    eval_data: str = setting(
+        "",
+        "questions that the model answers while it trains, rows as rwkv-peft eval takes them; scored, and written with "
+        "the answers to answers.jsonl in --proj_dir",
+        group="validation",
+        metavar="FILE",
+    )
+    eval_task: str = setting(
+        "jsonl", "what they are, as rwkv-peft eval says", group="validation", choices=EVAL_TASKS, metavar="TASK"
+    )
+    eval_every: int = setting(
+        0,
+        "steps between such rounds of questions, beside the one at the end; 0: every epoch",
+        group="validation",
+        type=count,
+    )
+    eval_limit: int = setting(100, "ask the first so many of them; 0: all", group="validation", type=count)
+    eval_template: str = setting(
+        "", "how a question is put, as --template of rwkv-peft eval", group="validation", metavar="NAME"
+    )
+    eval_max_tokens: int = setting(256, "longest answer", group="validation", type=positive)
+    eval_stop: tuple[str, ...] = setting(
+        (),
+        "texts that end an answer, besides the template's own; \\n and \\t are newline and tab",
+        group="validation",
+        nargs="+",
+        metavar="TEXT",
+    )
+    eval_batch: int = setting(16, "answers written at once, on each device", group="validation", type=positive)
     proj_dir: str = setting("out", "where the run writes", group="run", metavar="DIR")
     resume: str = setting(
         "",

@@ -1,7 +1,7 @@
 """The names that flags may say, beside the tables of what they name, so that flags are judged before torch is imported.
 
-adapters/methods.py, models/__init__.py, data/sources.py and training/schedule.py hold the things themselves;
-tests/test_names.py compares.
+adapters/methods.py, models/__init__.py, data/sources.py, training/schedule.py and evals/tasks.py hold the things
+themselves; tests/test_names.py compares.
 """
 
 from types import MappingProxyType
@@ -49,6 +49,8 @@ SCHEDULES = MappingProxyType(
         "rwkv-peft": "z + (a - z) * (1 + cos(pi * s / S)) / 2",
     }
 )
+EVAL_TASKS = ("gsm8k", "math", "jsonl", "choices", "lambada")
+WRITTEN = ("gsm8k", "math", "jsonl")  # those whose answers the model writes
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 

@@ -63,7 +63,8 @@ def smooth(values: Iterable[float], weight: float = 0.9) -> list[float]:
 
 
 def plot_loss(metrics_jsonl: str | Path, out_png: str | Path) -> None:
-    """Draw loss (raw and smoothed), validation loss where recorded, and learning rate over the steps of a run.
+    """Draw loss (raw and smoothed), validation loss where recorded, and learning rate over the steps of a run; below
+    them the share of right answers where it was asked for.
 
     metrics_jsonl: a run's metrics.jsonl; out_png is written anew. Any number of points will do, none included.
     """
@@ -72,10 +73,19 @@ def plot_loss(metrics_jsonl: str | Path, out_png: str | Path) -> None:
 
     records = read_metrics(metrics_jsonl)
     steps, losses = series(records, "loss")
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    asked, scores = series(records, "eval_score")
+    figure = Figure(figsize=(8, 6 if scores else 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes, *below = figure.subplots(
+        2 if scores else 1, sharex=True, squeeze=False, height_ratios=[3, 1][: 1 + bool(scores)]
+    )[:, 0]
+    axes.set(ylabel="loss (nats per token)")
+    for last in below:
+        last.plot(asked, scores, color="tab:green", linewidth=2, marker="o", markersize=3, label="right answers")
+        last.set(ylabel="share", ylim=(0, 1.05))
+        last.grid(alpha=0.25)
+        last.spines[["top", "right"]].set_visible(False)
+    figure.axes[-1].set_xlabel("step")
     axes.grid(alpha=0.25)
     axes.spines["top"].set_visible(False)
     if not losses:

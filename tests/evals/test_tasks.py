@@ -6,18 +6,18 @@ import pytest
 
 from rwkv_peft.data.templates import stops_of
 from rwkv_peft.errors import UserError
-from rwkv_peft.evals import flags
 from rwkv_peft.evals.layouts import LAYOUTS, example, read_layout, stops_of_prompt
 from rwkv_peft.evals.tally import standard_error, summary
 from rwkv_peft.evals.task import AnswerTask, Score
 from rwkv_peft.evals.tasks import TASKS
+from rwkv_peft.names import EVAL_TASKS, WRITTEN
 
 CHAT = LAYOUTS["chat"]
 
 
-def test_flags_name_the_tasks_that_there_are():
-    assert tuple(TASKS) == flags.TASKS
-    assert tuple(name for name, task in TASKS.items() if isinstance(task, AnswerTask)) == flags.WRITTEN
+def test_names_are_those_of_the_tasks():
+    assert tuple(TASKS) == EVAL_TASKS
+    assert tuple(name for name, task in TASKS.items() if isinstance(task, AnswerTask)) == WRITTEN
     assert all(task.layout in ("", *LAYOUTS) for task in TASKS.values())
 
 

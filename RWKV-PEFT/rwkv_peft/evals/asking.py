@@ -1,7 +1,7 @@
 """The model on the problems: answers that it writes, continuations that it finds more or less probable."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
 from ..generate.command import Continuation
 from ..generate.decode import generate
@@ -16,25 +16,37 @@ from .task import AnswerTask, ChoiceTask, Problem, Task
 GREEDY = Sampling(temperature=0)
 
 
-def ask(args: Any, task: Task, subject: Subject, problems: Mapping[int, Problem]) -> Iterator[Record]:
-    """The Record of each problem, {number: Problem}, as it is done; args are the parsed flags."""
+class Manner(NamedTuple):
+    """The longest answer in tokens, the sequences at a time, and what ends an answer besides its layout's own."""
+
+    max_tokens: int
+    batch: int
+    stop: Sequence[str] = ()
+
+
+def ask(manner: Manner, task: Task, subject: Subject, problems: Mapping[int, Problem]) -> Iterator[Record]:
+    """The Record of each problem, {number: Problem}, as it is done."""
     prompts = {number: encode(subject.tokenizer, problem.prompt, number) for number, problem in problems.items()}
     if isinstance(task, AnswerTask):
-        found = write_answers(args, task, subject, problems, prompts)
+        found = write_answers(manner, task, subject, problems, prompts)
     else:
         assert isinstance(task, ChoiceTask)
-        found = score_continuations(args, task, subject, problems, prompts)
+        found = score_continuations(manner, task, subject, problems, prompts)
     for number, told in found:
         yield {"number": number, "prompt": problems[number].prompt, "answer": problems[number].answer, **told}
 
 
 def write_answers(
-    args: Any, task: AnswerTask, subject: Subject, problems: Mapping[int, Problem], prompts: Mapping[int, list[int]]
+    manner: Manner,
+    task: AnswerTask,
+    subject: Subject,
+    problems: Mapping[int, Problem],
+    prompts: Mapping[int, list[int]],
 ) -> Iterator[tuple[int, Record]]:
     """(number, what is told of it) of each problem as its answer ends."""
     numbers = list(problems)
-    stops = [(*stops_of_prompt(problem.prompt), *args.stop) for problem in problems.values()]
-    for place, answer in write(subject, [prompts[n] for n in numbers], stops, GREEDY, args.max_tokens, args.batch):
+    stops = [(*stops_of_prompt(problem.prompt), *manner.stop) for problem in problems.values()]
+    for place, answer in write(subject, [prompts[n] for n in numbers], stops, GREEDY, manner.max_tokens, manner.batch):
         told = {"generated": answer.text, "end": answer.end}
         yield numbers[place], told | task.judge(answer.text, problems[numbers[place]])
 
@@ -67,12 +79,16 @@ def write(
 
 
 def score_continuations(
-    args: Any, task: ChoiceTask, subject: Subject, problems: Mapping[int, Problem], prompts: Mapping[int, list[int]]
+    manner: Manner,
+    task: ChoiceTask,
+    subject: Subject,
+    problems: Mapping[int, Problem],
+    prompts: Mapping[int, list[int]],
 ) -> Iterator[tuple[int, Record]]:
-    """(number, what is told of it) of each problem, --batch of them at a time, those of like length together."""
+    """(number, what is told of it) of each problem, manner.batch of them at a time, those of like length together."""
     order = sorted(problems, key=lambda number: len(prompts[number]))
-    for first in range(0, len(order), args.batch):
-        batch = order[first : first + args.batch]
+    for first in range(0, len(order), manner.batch):
+        batch = order[first : first + manner.batch]
         texts = [[subject.tokenizer.encode(text) for text in problems[number].continuations] for number in batch]
         scored = score(subject.model, [prompts[number] for number in batch], texts, subject.start)
         for number, scores in zip(batch, scored):

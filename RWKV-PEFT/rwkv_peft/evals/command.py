@@ -7,15 +7,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..data.encoding import parse
-from ..data.rows import read_chunks
 from ..errors import UserError
 from ..files.atomic import check_output, same_file
 from ..generate.loading import load_subject
-from .asking import ask
+from .asking import Manner, ask
 from .equivalence import require_math_verify
 from .flags import parse_flags
-from .layouts import example, read_layout
+from .layouts import example
+from .problems import layout_of, read_problems
 from .records import Records
 from .tally import share_of, summary
 from .task import Problem, Task
@@ -39,7 +38,7 @@ def main(argv: list[str]) -> int:
         check_output("--output", args.output, [*inputs, *(("--adapter", path) for path in args.adapter)])
     if not args.escapes and any("\\n" in text for text in args.stop):
         print(r"note: \n in --stop is a backslash and an n; add --escapes to read it as a newline", file=sys.stderr)
-    layout = read_layout(args.template or task.layout) if args.template or task.layout else ""
+    layout = layout_of(task, args.template)
     problems = read_problems(task, args.data, args.split, layout)
     shots = read_shots(task, args, layout)
     records = Records(args.output, {name: getattr(args, name) for name in SETTINGS} | {"files": stamps(args)})
@@ -68,22 +67,6 @@ def stamps(args: Any) -> dict[str, list[int]]:
     return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in found.items()}
 
 
-def read_problems(task: Task, path: str, split: str, layout: str) -> list[Problem]:
-    """The Problems of a file. Raises UserError for a row that is none, with its place."""
-    problems = []
-    for chunk in read_chunks(path, split):
-        for number, item in enumerate(chunk.items, start=chunk.first):
-            if isinstance(item, bytes) and not item.strip():
-                continue
-            try:
-                problems.append(task.problem(parse(item), layout))
-            except UserError as error:
-                raise UserError(f"{path}, {chunk.unit} {number}: {error}") from error
-    if not problems:
-        raise UserError(f"{path} holds no problem" + (f" in {split}" if split else ""))
-    return problems
-
-
 def read_shots(task: Task, args: Any, layout: str) -> str:
     """The solved problems that stand before each question, one text; "" without --shots."""
     if not args.shots:
@@ -101,6 +84,6 @@ def answer_due(args: Any, task: Task, due: Mapping[int, Problem], records: Recor
     subject = load_subject(args, lambda text: print(text, file=sys.stderr))
     every = 0.2 if sys.stderr.isatty() else 10  # seconds between looks at the bar
     with tqdm(total=len(due), unit="problem", mininterval=every, dynamic_ncols=True) as bar:
-        for record in ask(args, task, subject, due):
+        for record in ask(Manner(args.max_tokens, args.batch, args.stop), task, subject, due):
             records.add(record)
             bar.update()

@@ -5,9 +5,8 @@ import argparse
 from ..cli import Parser, count, not_negative, positive
 from ..errors import UserError
 from ..generate.flags import add_model_flags, unescaped
+from ..names import EVAL_TASKS, WRITTEN
 
-TASKS = ("gsm8k", "math", "jsonl", "choices", "lambada")  # tasks.py holds the things themselves
-WRITTEN = ("gsm8k", "math", "jsonl")  # those whose answers the model writes
 USAGE = """How well does a model answer?
 
     rwkv-peft eval gsm8k --model merged.pth --data test.jsonl --output answers.jsonl
@@ -31,7 +30,7 @@ where it stopped.
 def build_parser() -> Parser:
     parser = Parser(prog="rwkv-peft eval", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("task", choices=TASKS, help=f"one of {', '.join(TASKS)}", metavar="TASK")
+    add("task", choices=EVAL_TASKS, help=f"one of {', '.join(EVAL_TASKS)}", metavar="TASK")
     add_model_flags(parser)
     add("--data", required=True, metavar="FILE", help="problems: .jsonl, .json, .parquet, or a datasets folder")
     add("--split", default="", metavar="SPLIT", help="rows to take, such as test or [:200]")

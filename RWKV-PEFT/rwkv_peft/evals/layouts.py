@@ -21,7 +21,7 @@ LAYOUTS = MappingProxyType(
 METAMATH_STOP = "\n\n### Instruction"
 
 
-def read_layout(name: str) -> str:
+def read_layout(name: str, flag: str = "--template") -> str:
     """The text of a layout, by its name or from a file (without the newline at its end). Raises UserError where there
     is neither, or it has no {question}."""
     if name in LAYOUTS:
@@ -30,12 +30,12 @@ def read_layout(name: str) -> str:
         text = Path(name).read_text(encoding="utf-8").removesuffix("\n")
     except OSError:
         raise UserError(
-            f"--template {name}: no such file, and no layout of that name; named are {', '.join(LAYOUTS)}"
+            f"{flag} {name}: no such file, and no layout of that name; named are {', '.join(LAYOUTS)}"
         ) from None
     except UnicodeDecodeError as error:
-        raise UserError(f"--template {name} is not UTF-8 (byte {error.start}); convert it") from error
+        raise UserError(f"{flag} {name} is not UTF-8 (byte {error.start}); convert it") from error
     if FIELD not in text:
-        raise UserError(f"--template {name}: it has no {FIELD}, where a question goes")
+        raise UserError(f"{flag} {name}: it has no {FIELD}, where a question goes")
     return text
 
 

@@ -125,6 +125,20 @@ class LanguageModel(nn.Module):
                 values = (swapped(wkv) if att.rows_are_keys else wkv).to(weight, copy=True).contiguous()
             att.time_state = nn.Parameter(values)
 
+    def tuned_states(self) -> State | None:
+        """The State of one sequence that the tuned time states make, without gradients; None where there are none."""
+        layers = []
+        for zeros, block in zip(
+            State.zeros(self.config, 1, self.emb.weight.device, self.emb.weight.dtype), self.blocks
+        ):
+            att = block.att
+            assert isinstance(att, Recurrent)
+            wkv = att.begun(None, 1)
+            if wkv is None:
+                return None
+            layers.append(zeros._replace(wkv=wkv.detach()))
+        return State(layers)
+
 
 def shifts_begun(state: LayerState, sequences: int) -> LayerState:
     """A LayerState of the first of some sequences with shifts for all of them: the others had no token before."""

@@ -19,6 +19,8 @@ FREE = (
     "path",
     "tokenizer",
     "val_data",
+    "eval_data",
+    "eval_template",
     "proj_dir",
     "load",
     "init",

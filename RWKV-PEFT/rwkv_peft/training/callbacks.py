@@ -68,14 +68,15 @@ class FiniteGradients(StepCallback):
 
 class Record(StepCallback):
     """Writes one line a step to metrics.jsonl (rank 0), feeds the loggers, draws the progress bar, and calls the
-    validator (a Validator, or None), whose results join the line.
+    validator (a Validator, or None) and the examiner (an Examiner, or None), whose results join the line.
 
-    tokens_per_s counts the tokens of all ranks over the step's wall time, validation and saving excluded.
+    tokens_per_s counts the tokens of all ranks over the step's wall time, validation, questions and saving excluded.
     """
 
-    def __init__(self, folder, plan, accumulate, validator=None):
+    def __init__(self, folder, plan, accumulate, validator=None, examiner=None):
         super().__init__(accumulate)
         self.path, self.plan, self.validator = folder / "metrics.jsonl", plan, validator
+        self.examiner = examiner
         self.tokens = 0
 
     def on_train_start(self, trainer, lit):
@@ -84,6 +85,8 @@ class Record(StepCallback):
             trainer.strategy.barrier()
         if trainer.is_global_zero:
             forget_from(self.path, self.plan.first_step)
+            if self.examiner is not None:
+                forget_from(self.examiner.path, self.plan.first_step)
             self.file = open(self.path, "a", buffering=1)
             self.progress = Progress(self.plan)
         self.start = time.perf_counter()
@@ -96,6 +99,8 @@ class Record(StepCallback):
         rate = self.tokens / (now - self.start)
         tokens, self.tokens = self.tokens, 0
         validation = {} if self.validator is None else self.validator(trainer, lit, done)
+        ending = done == self.plan.total_steps or (self.validator is not None and self.validator.exhausted)
+        scores = {} if self.examiner is None else self.examiner(trainer, lit, done, ending)
         if not trainer.is_global_zero:
             return
         metrics = {
@@ -107,6 +112,7 @@ class Record(StepCallback):
             "tokens": tokens,
             "tokens_per_s": round(rate, 1),
             **validation,
+            **scores,
         }
         self.file.write(json.dumps(metrics) + "\n")
         numbers = {key: value for key, value in metrics.items() if value is not None and key != "step"}
@@ -116,6 +122,9 @@ class Record(StepCallback):
             self.progress.say(
                 f"step {done:,}: validation loss {validation['val_loss']:.4f}, perplexity {validation['val_ppl']:.2f}"
             )
+        if scores:
+            shares = ", ".join(f"{name.removeprefix('eval_')} {share:.1%}" for name, share in scores.items())
+            self.progress.say(f"step {done:,}: of {len(self.examiner.exam):,} questions right: {shares}")
         self.progress.update(f"loss {lit.step_loss:.4f}, lr {lit.lr:.1e}, {rate:,.0f} tokens/s", done)
 
     def on_train_batch_start(self, trainer, lit, batch, batch_idx):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError)  # of JSON that is not as due
 
+ANSWERS = "answers.jsonl"  # of --eval_data
 UNSAVED = ".unsaved"  # in the folder of a run until its first checkpoint is complete: all else there is of no use
 
 
@@ -38,9 +39,11 @@ def how_to_go_on(folder: Path) -> str:
 
 
 def clear_unsaved(folder: Path) -> None:
-    """Remove the trained tensors that a run left which ended before its first checkpoint; nothing where none did."""
+    """Remove the trained tensors and answers that a run left which ended before its first checkpoint; nothing where
+    none did."""
     if not (folder / UNSAVED).exists():
         return
     for file in folder.iterdir():
-        if re.fullmatch(r"(adapter|rwkv|merged)(-epoch-\d+|-best)?\.(safetensors|pth)", file.name):
+        trained = re.fullmatch(r"(adapter|rwkv|merged)(-epoch-\d+|-best)?\.(safetensors|pth)", file.name)
+        if trained or file.name == ANSWERS:
             file.unlink()

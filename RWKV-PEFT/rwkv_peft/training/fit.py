@@ -53,7 +53,7 @@ def quiet():
         warnings.filterwarnings("ignore", text)
 
 
-def fit(config, family, model, trainable, samples, validator, saver, checkpoint, accelerator, ranks, say):
+def fit(config, family, model, trainable, samples, validator, examiner, saver, checkpoint, accelerator, ranks, say):
     """Run Lightning's Trainer over the plan, on Ranks that have met, and report how it ended; returns the exit
     code."""
     train, folder, plan = config.train, saver.folder, saver.plan
@@ -103,7 +103,7 @@ def fit(config, family, model, trainable, samples, validator, saver, checkpoint,
         callbacks=[
             Moves(ranks.watch),
             FiniteGradients(accumulate),
-            Record(folder, plan, accumulate, validator),
+            Record(folder, plan, accumulate, validator, examiner),
             Save(saver, plan, train, checkpoint, validator),
             StopSignals(say),
         ],

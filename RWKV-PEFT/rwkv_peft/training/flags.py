@@ -6,13 +6,13 @@ before a weight is read, and what the flags tell by themselves before torch is i
 
 import os
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..config import CHUNK_CTX, STATE_LR, AdapterConfig, DataConfig, RunConfig, TrainConfig
 from ..errors import UserError
-from ..names import FINETUNE, GENERATIONS, INFCTX, NONE, STATE
+from ..names import FINETUNE, GENERATIONS, INFCTX, NONE, STATE, WRITTEN
 from .adapter_flags import adapter_config
 from .loggers import check_wandb
 from .markers import markers_of
@@ -256,6 +256,7 @@ def check_train(train):
     for name in ("val_every", "early_stop"):
         if getattr(train, name) and not (train.val_data or train.val_split):
             raise UserError(f"--{name} {getattr(train, name)} needs samples to validate on: --val_data or --val_split")
+    check_questions(train)
     if train.wandb:
         check_wandb(train.wandb)
     if not train.proj_dir:
@@ -263,3 +264,26 @@ def check_train(train):
     folder = Path(train.proj_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--proj_dir {folder} is a file; name a folder")
+
+
+def check_questions(train):
+    """Contradictions among the flags of the questions that are put while training."""
+    if not train.eval_data:
+        for field in fields(TrainConfig):
+            if field.name.startswith("eval_") and getattr(train, field.name) != field.default:
+                raise UserError(
+                    f"--{field.name} is about questions, and there are none; name their file with --eval_data"
+                )
+        return
+    if train.stage == 3:
+        raise UserError(
+            f"--eval_data and --strategy {train.strategy}: each rank holds a part of every layer and could not answer "
+            "by itself; take stage 1 or 2, or ask what the run has saved with rwkv-peft eval"
+        )
+    for name, default in (("eval_max_tokens", TrainConfig.eval_max_tokens), ("eval_stop", ())):
+        if getattr(train, name) != default and train.eval_task not in WRITTEN:
+            raise UserError(
+                f"--{name} bounds an answer that is written, and {train.eval_task} writes none; leave it out"
+            )
+    if "" in train.eval_stop:
+        raise UserError("--eval_stop: an empty text would stop before the first token; leave it out")

@@ -18,7 +18,9 @@ from ..data.batches import TrainBatches
 from ..data.recorded import find_tokenizer, recorded_beside, remarks
 from ..data.show import marks_for, show_samples
 from ..data.sources import build_samples, check_config, split_samples
+from ..data.tokenizer import KNOWN_SIZES
 from ..errors import UserError
+from ..evals.exam import Exam
 from ..files.adapter_file import ADAPTER, MODEL
 from ..files.adapters import read_adapter
 from ..files.atomic import check_output
@@ -30,6 +32,7 @@ from ..plots import plot_loss
 from .agreement import digest_of_file, passport
 from .alone import alone_in
 from .checkpoints import UNSAVED, clear_unsaved
+from .examiner import Examiner
 from .fit import fit
 from .flags import parse_run
 from .gradients import estimate_gradients
@@ -142,11 +145,13 @@ def run_on(ranks, request, say):
         raise UserError(f"--resume: {complete}; raise --epoch_count to go on")
     if base is not None:
         base.require_finite()
+    exam = find_exam(config, samples)
     others = {
         "the checkpoint to go on from": checkpoint and checkpoint.name,
         "the adapter to start from": "" if checkpoint else digest_of_file(config.adapter.load),
         "the states to start from": "" if checkpoint else digest_of_file(train.state_load),
         "the validation data": held_out and data_identity(config, held_out)["content"],
+        "the questions": exam and exam.digest,
     }
     ranks.meet(passport(config, identity, others), folder, train.stall_minutes)
 
@@ -173,8 +178,11 @@ def run_on(ranks, request, say):
         (folder / UNSAVED).touch()
     saver = Saver(folder, config, plan, identity, base)
     validator = Validator(held_out, config.data.micro_bsz, train, plan, saver, ranks.watch) if held_out else None
+    examiner = Examiner(exam, train, plan, folder, ranks.watch) if exam else None
     trainable = report.trainable
-    return fit(config, family, model, trainable, samples, validator, saver, checkpoint, accelerator, ranks, say)
+    return fit(
+        config, family, model, trainable, samples, validator, examiner, saver, checkpoint, accelerator, ranks, say
+    )
 
 
 def find_samples(config):
@@ -189,6 +197,22 @@ def find_samples(config):
         samples.notes.append(f"validation on {len(held_out):,} samples of {train.val_data}: {held_out.notes[0]}")
     samples.notes += remarks(samples.vocabulary, recorded_beside(train.load_model), vocab_size)
     return samples, held_out
+
+
+def find_exam(config, samples):
+    """The Exam that --eval_data asks for, or None; it is put in the tokens that the data is made of."""
+    train, vocab_size = config.train, config.model.vocab_size
+    if not train.eval_data:
+        return None
+    if samples.vocabulary is None and vocab_size not in dict(KNOWN_SIZES):
+        raise UserError(
+            f"--eval_data {train.eval_data}: no record beside {config.data.path} tells its tokenizer, and a vocabulary "
+            f"of {vocab_size} tokens does not either; make the data with rwkv-peft preprocess, which records it"
+        )
+    exam = Exam(train, find_tokenizer(None, vocab_size, samples.vocabulary))
+    often = f"every {counted(train.eval_every, 'step')}" if train.eval_every else "every epoch"
+    samples.notes.append(f"{counted(len(exam), 'question')} of {train.eval_data}, asked {often} and at the end")
+    return exam
 
 
 def resolve_accelerator(train):

@@ -1,0 +1,50 @@
+"""The questions that a run puts to its model while it trains: read and judged before it begins, asked of any model."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..config import TrainConfig
+from ..generate.flags import unescaped
+from ..generate.loading import Subject
+from ..generate.prompts import encode
+from .asking import Manner, ask
+from .equivalence import require_math_verify
+from .problems import layout_of, read_problems
+from .records import Record
+from .tally import share_of
+from .tasks import TASKS
+
+
+class Exam:
+    """The first rows of --eval_data as problems of --eval_task, in the tokens of a tokenizer. Raises UserError for rows
+    that are none, and for what the task needs and is not there."""
+
+    def __init__(self, train: TrainConfig, tokenizer: Any) -> None:
+        if train.eval_task == "math":
+            require_math_verify()
+        self.task, self.tokenizer = TASKS[train.eval_task], tokenizer
+        self.manner = Manner(train.eval_max_tokens, train.eval_batch, [unescaped(text) for text in train.eval_stop])
+        layout = layout_of(self.task, train.eval_template, "--eval_template")
+        rows = f"[:{train.eval_limit}]" if train.eval_limit else ""
+        self.problems = read_problems(self.task, train.eval_data, rows, layout)
+        for number, problem in enumerate(self.problems):
+            encode(tokenizer, problem.prompt, number)  # which refuses what cannot be asked
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    @property
+    def digest(self) -> str:
+        """Of what is asked, and what is right."""
+        return hashlib.sha256(repr(self.problems).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+    def ask(self, model: Any, rank: int = 0, ranks: int = 1) -> Iterator[Record]:
+        """The Record of every `ranks`-th problem from number `rank` on, as it is done. The model is asked from the
+        states that it tunes, if any; its mode and its numbers stay as they are."""
+        due = {number: self.problems[number] for number in range(rank, len(self.problems), ranks)}
+        return ask(self.manner, self.task, Subject(model, model.tuned_states(), self.tokenizer), due)
+
+    def shares(self, records: Sequence[Record]) -> dict[str, float]:
+        """{measure: the share of records that are right by it}, the strictest first."""
+        return {measure: share_of(measure, records) for measure in self.task.measures}

@@ -1,0 +1,28 @@
+"""The problems of a file, in the text of a layout."""
+
+from ..data.encoding import parse
+from ..data.rows import read_chunks
+from ..errors import UserError
+from .layouts import read_layout
+from .task import Problem, Task
+
+
+def layout_of(task: Task, name: str | None, flag: str = "--template") -> str:
+    """The text of the layout that a flag names, or that the task has; "" for the rows' own. Raises UserError."""
+    return read_layout(name or task.layout, flag) if name or task.layout else ""
+
+
+def read_problems(task: Task, path: str, split: str, layout: str) -> list[Problem]:
+    """The Problems of a file. Raises UserError for a row that is none, with its place."""
+    problems = []
+    for chunk in read_chunks(path, split):
+        for number, item in enumerate(chunk.items, start=chunk.first):
+            if isinstance(item, bytes) and not item.strip():
+                continue
+            try:
+                problems.append(task.problem(parse(item), layout))
+            except UserError as error:
+                raise UserError(f"{path}, {chunk.unit} {number}: {error}") from error
+    if not problems:
+        raise UserError(f"{path} holds no problem" + (f" in {split}" if split else ""))
+    return problems

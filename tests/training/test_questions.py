@@ -1,0 +1,185 @@
+"""Questions while training: asked of the model as it is, scored as `rwkv-peft eval` scores, without a trace in the run.
+
+The base is the demo's, which answers questions about little stories.
+"""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rwkv_peft.config import TrainConfig
+from rwkv_peft.data.preprocess import main as preprocess
+from rwkv_peft.data.tokenizer import load_tokenizer
+from rwkv_peft.errors import UserError
+from rwkv_peft.evals.command import main as evaluate
+from rwkv_peft.evals.exam import Exam
+from rwkv_peft.generate.loading import load_model
+from rwkv_peft.training.flags import parse_flags
+from training.runs import ROOT, finish, metrics, start
+
+BASE = str(ROOT / "demo" / "rwkv6-demo.pth")
+STORY = "The sun is up. Tom has {} brown grapes. A dog sleeps.\nQ: {}\nA:"
+QUESTIONS = [
+    {"prompt": STORY.format(n, question), "completion": f" {right}"}
+    for n, question, right in [
+        (3, "How many?", "3"),
+        (4, "What is there?", "4 Brown grapes."),
+        (5, "How many?", "nine"),
+        (6, "What color?", "brown"),
+        (7, "How many?", "never asked"),
+    ]
+]
+ASK = ("--eval_every", "2", "--eval_limit", "4", "--eval_max_tokens", "24", "--eval_batch", "3", "--eval_stop", r"\n")
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Stories that end at a line's end, as data; and questions about others."""
+    folder = tmp_path_factory.mktemp("questions")
+    rows = [{"text": STORY.format(2 + n % 7, "How many?") + f" {2 + n % 7}"} for n in range(60)]
+    preprocess([write(folder / "rows.jsonl", rows), "--tokenizer", "bytes", "--output", str(folder / "data")])
+    write(folder / "questions.jsonl", QUESTIONS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def train(files):
+    """(name of the run's folder, flags) -> what train.py printed on stdout and stderr; two ranks, with dropout."""
+
+    def run(name, *more, code=0):
+        words = {
+            "--load_model": BASE,
+            "--data_file": files / "data",
+            "--proj_dir": files / name,
+            "--ctx_len": 64,
+            "--epoch_steps": 3,
+            "--epoch_count": 2,
+            "--peft": "lora",
+            "--lora_config": '{"lora_r":4,"lora_dropout":0.2}',
+            "--lr_init": "3e-3",
+            "--lr_schedule": "constant",
+            "--accelerator": "cpu",
+            "--devices": 2,
+            "--strategy": "deepspeed_stage_2",
+            "--precision": "fp32",
+            "--val_split": 0.1,
+        }
+        flags = [str(word) for pair in words.items() for word in pair]
+        return finish(start([sys.executable, str(ROOT / "train.py"), *flags, *more]), code)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def asked(files, train):
+    """A run of six steps that is asked every second one, and ended after three and went on: what it printed."""
+    questions = ("--eval_data", str(files / "questions.jsonl"), *ASK)
+    train("asked", *questions, "--epoch_count", "1")
+    assert sorted({answer["step"] for answer in answers(files, "asked")}) == [1, 2]  # the last step ended that run
+    with open(files / "asked" / "answers.jsonl", "a") as file:
+        file.write('{"step": 3, "number": 0}\n{"step": 4, "nu')  # of steps that were not saved
+    return train("asked", *questions, "--resume")[0]
+
+
+def answers(files, name):
+    return [json.loads(line) for line in (files / name / "answers.jsonl").read_text().splitlines()]
+
+
+def numbers(files, name):
+    return [(line["step"], line["loss"], line["grad_norm"], line.get("val_loss")) for line in metrics(files, name)]
+
+
+def test_the_scores_are_logged_and_the_answers_kept(files, asked):
+    lines = metrics(files, "asked")
+    assert [line["step"] for line in lines if "eval_score" in line] == [1, 2, 3, 5]
+    found = answers(files, "asked")
+    assert [(answer["step"], answer["number"]) for answer in found] == [(s, n) for s in (1, 2, 3, 5) for n in range(4)]
+    for line in (lines[3], lines[5]):
+        mine = [answer for answer in found if answer["step"] == line["step"]]
+        assert line["eval_score"] == sum(answer["strict"] for answer in mine) / 4
+        assert line["eval_flexible"] == sum(answer["flexible"] for answer in mine) / 4
+        assert line["eval_flexible"] > line["eval_score"] > 0
+        assert f"step {line['step'] + 1}: of 4 questions right: score {line['eval_score']:.1%}" in asked
+    assert found[0]["prompt"] == QUESTIONS[0]["prompt"] and found[0]["answer"] == "3" and found[0]["generated"] == " 3"
+    assert f"4 questions of {files / 'questions.jsonl'}, asked every 2 steps and at the end" in asked
+
+
+def test_the_last_answers_are_those_that_eval_finds_of_what_is_saved(files, asked):
+    words = ["jsonl", "--model", BASE, "--adapter", str(files / "asked"), "--data", str(files / "questions.jsonl")]
+    output = files / "eval.jsonl"
+    assert evaluate([*words, "--max_tokens", "24", "--split", "[:4]", "--stop", "\n", "--output", str(output)]) == 0
+    records = [json.loads(line) for line in output.read_text().splitlines()[1:]]
+    assert [{"step": 5} | record for record in records] == answers(files, "asked")[-4:]
+
+
+def test_what_the_run_computes_does_not_change(files, train, asked):
+    """With dropout, whose draws asking must leave alone, and ranks that share the questions."""
+    train("silent")
+    assert numbers(files, "silent") == numbers(files, "asked")
+    silent, other = (load_file(files / name / "adapter.safetensors") for name in ("silent", "asked"))
+    assert silent and all(torch.equal(tensor, other[key]) for key, tensor in silent.items())
+
+
+def test_the_model_answers_from_the_states_that_it_tunes(tmp_path):
+    model, _ = load_model(BASE)
+    model.tune_states()
+    for block in model.blocks:
+        torch.nn.init.normal_(block.att.time_state, std=9.0)
+    path = write(tmp_path / "questions.jsonl", [{"prompt": "Q", "completion": "?"}])
+    exam, tokenizer = (
+        Exam(TrainConfig(eval_data=path, eval_max_tokens=8), load_tokenizer("bytes")),
+        load_tokenizer("bytes"),
+    )
+    tokens = tokenizer.encode("Q")
+    with torch.no_grad():
+        for _ in range(8):
+            tokens.append(int(model(torch.tensor([tokens]))[0][0, -1].argmax()))
+    (record,) = exam.ask(model)
+    assert record["generated"] == tokenizer.decode(tokens[1:]) and record["end"] == "length"
+
+
+@pytest.mark.parametrize(
+    "rows, more, message",
+    [
+        ([{"prompt": "x"}], (), r"questions.jsonl, line 1: "),
+        ([{"text": "no question"}], (), "no question before an answer"),
+        ([{"question": "q", "answer": "none"}], ("--eval_task", "gsm8k"), "line 1: its answer 'none' has no number"),
+        ([], (), "holds no problem"),
+        ([QUESTIONS[0]], ("--eval_template", "absent"), "--eval_template absent: no such file"),
+    ],
+)
+def test_bad_questions_are_told(tmp_path, rows, more, message):
+    path = write(tmp_path / "questions.jsonl", rows)
+    train = parse_flags(["--data_file", "x", "--load_model", "y", "--eval_data", path, *more]).train
+    with pytest.raises(UserError, match=message):
+        Exam(train, load_tokenizer("bytes"))
+
+
+def test_bad_questions_are_told_before_the_run_begins(files, train):
+    path = write(files / "bad.jsonl", [*QUESTIONS[:2], {"prompt": "x"}])
+    _, err = train("refused", "--eval_data", path, code=2)
+    assert err.startswith(f"error: {path}, line 3: ") and err.count("\n") == 1
+    assert not (files / "refused").exists() or not any((files / "refused").glob("*.json*"))
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--eval_every", "3"), "--eval_every is about questions, and there are none"),
+        (("--eval_data", "q", "--strategy", "deepspeed_stage_3"), "take stage 1 or 2"),
+        (("--eval_data", "q", "--eval_task", "choices", "--eval_max_tokens", "9"), "choices writes none"),
+        (("--eval_data", "q", "--eval_task", "gsmk"), "invalid choice: 'gsmk'"),
+        (("--eval_data", "q", "--eval_batch", "0"), "0 is below 1"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_told(more, message):
+    with pytest.raises(UserError, match=message):
+        parse_flags(["--data_file", "x", "--load_model", "y", *more])
