@@ -121,15 +121,16 @@ class Training:
     def kill_at_operations(self, every, *more):
         """Kill a run before each `every`-th of its operations on the files of its folder; yields True for each. Files
         of epochs may go where `more` flags say so, but for those of the newest checkpoint."""
-        flags, newest, names = (*METHODS["bat-in"], *SHORT, *more), 0, set()
-        title = " ".join(("saves", *more))
+        flags, newest, names = (*METHODS["bat-in"], *SHORT), 0, set()
+        title, whole = " ".join(("saves", *more)), set(self.whole("saves", *flags).files.values())
+        flags += more
         unbroken = self.whole(title, *flags)
         for operation in itertools.count(1, every):
             name = f"{title}, operation {operation}"
             if wait(self.start(name, *flags, *AGAIN, operation=operation)) != -signal.SIGKILL:
                 return
             left = trained_files(self.folder / name)
-            self.expect(set(left.values()) <= set(unbroken.files.values()), name, "a file is torn")
+            self.expect(set(left.values()) <= whole, name, "a file is torn")
             done = self.newest_checkpoint(name)
             due = {f"adapter-epoch-{done // 2}.safetensors"} - {"adapter-epoch-0.safetensors"} if more else names
             kept = done >= newest and due <= left.keys()

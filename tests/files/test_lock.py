@@ -56,3 +56,14 @@ def test_a_link_at_its_place_is_not_followed(tmp_path):
     with pytest.raises(OSError), hold(tmp_path / "lock"):
         pass
     assert (tmp_path / "other").read_text() == "kept"
+
+
+def test_what_ended_its_holder_is_told_where_the_folder_may_not_be_written_any_more(tmp_path, monkeypatch):
+    def refuse(path, **options):
+        raise PermissionError(path)
+
+    with pytest.raises(KeyError), hold(tmp_path / "lock"):
+        monkeypatch.setattr("pathlib.Path.unlink", refuse)
+        raise KeyError
+    with hold(tmp_path / "lock"):  # which is free, be it that its file is there
+        pass

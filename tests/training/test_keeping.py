@@ -1,6 +1,7 @@
 """What stays of a run's saves: the newest, whole, wherever the removal of older ones is broken off; and saving by the
 clock."""
 
+import errno
 import itertools
 import json
 import os
@@ -12,8 +13,9 @@ from types import SimpleNamespace
 import pytest
 
 from rwkv_peft.config import TrainConfig
+from rwkv_peft.errors import UserError
 from rwkv_peft.training.callbacks import Save
-from rwkv_peft.training.checkpoints import list_checkpoints
+from rwkv_peft.training.checkpoints import list_checkpoints, telling_refusals
 from rwkv_peft.training.keeping import discard_old
 from rwkv_peft.training.run import Plan
 
@@ -51,6 +53,14 @@ def test_the_newest_stay(tmp_path, keep, steps, epochs):
     discard_old(folder, keep)
     kept = {name for name in BY_EPOCH if int(name.split("-")[2].split(".")[0]) in epochs}
     assert found(folder) == (steps, kept | set(OTHERS))
+
+
+@pytest.mark.parametrize("number, kind", [(errno.ENOSPC, UserError), (errno.EACCES, UserError),
+                                          (errno.ECONNRESET, OSError)])  # fmt: skip
+def test_a_disk_that_refuses_is_told_with_what_is_left(tmp_path, number, kind):
+    words = f"{os.strerror(number)}.*the last checkpoint is .*step-00000010" if kind is UserError else "reset"
+    with pytest.raises(kind, match=f"(?i){words}"), telling_refusals(a_run(tmp_path)):
+        raise OSError(number, os.strerror(number))
 
 
 def killed(folder, operation):

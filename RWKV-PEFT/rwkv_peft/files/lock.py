@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
@@ -29,7 +29,8 @@ def hold(path: Path) -> Iterator[None]:
             file.write(json.dumps({"host": platform.node(), "process": os.getpid(), "since": now}).encode())
             yield
         finally:
-            path.unlink(missing_ok=True)  # while it is held: whoever has opened it finds that it is gone
+            with suppress(OSError):  # of a folder that may not be written any more, which is not what ended the body
+                path.unlink()  # while it is held: whoever has opened it finds that it is gone
 
 
 def _locked(path: Path) -> FileIO:

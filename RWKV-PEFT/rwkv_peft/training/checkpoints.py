@@ -1,14 +1,21 @@
 """The checkpoints of a run: which there are, how a run that ended goes on, and what one leaves that died before its
 first."""
 
+import errno
 import json
 import math
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from ..errors import UserError
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError)  # of JSON that is not as due
 
 ANSWERS = "answers.jsonl"  # of --eval_data
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # of a disk
 UNSAVED = ".unsaved"  # in the folder of a run until its first checkpoint is complete: all else there is of no use
 
 
@@ -36,6 +43,19 @@ def how_to_go_on(folder: Path) -> str:
     if last is None:
         return "no checkpoint had been saved yet; the same command with --resume auto begins anew"
     return f"the last checkpoint is {last}; the same command with --resume goes on from there"
+
+
+@contextmanager
+def telling_refusals(folder: Path) -> Iterator[None]:
+    """Make a UserError of what a disk refuses to those who write into a run's folder and do not say so themselves:
+    metrics.jsonl, and loggers, as they write or close."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        reason = os.strerror(error.errno).lower()
+        raise UserError(f"cannot write in {folder}: {reason}; {how_to_go_on(folder)}") from error
 
 
 def clear_unsaved(folder: Path) -> None:

@@ -19,7 +19,7 @@ from ..files.atomic import atomic_write
 from ..memory import keep_freed_memory
 from ..models.state import TIME_STATE
 from ..names import STATE
-from .checkpoints import find_checkpoint
+from .checkpoints import find_checkpoint, telling_refusals
 from .loggers import make_loggers
 from .resume import METRICS
 from .steps import Segments, Whole
@@ -109,7 +109,8 @@ def fit(config, family, model, trainable, samples, validator, examiner, saver, c
         ],
     )
     try:
-        trainer.fit(lit, datamodule=RunData(samples, plan, config.data.micro_bsz, accumulate))
+        with telling_refusals(folder):
+            trainer.fit(lit, datamodule=RunData(samples, plan, config.data.micro_bsz, accumulate))
     except Diverged as error:
         last = find_checkpoint(folder)
         say(
