@@ -3,7 +3,8 @@ of threads, and what NVIDIA's tools make of the sources. Run on the CPU through 
 there is one; each family's own test has its results against float64."""
 
 import dataclasses
-from contextlib import nullcontext
+import importlib
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -282,3 +283,26 @@ def test_an_old_gpu_is_named(cuda, monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     assert "Tesla T4 has compute capability 7.5" in cuda.unavailable()
+
+
+def test_each_gpu_has_a_verdict_of_its_own(cuda, monkeypatch):
+    op = importlib.import_module(f"rwkv_peft.ops.{cuda.RECURRENCE.op}.op")
+    current = []
+
+    @contextmanager
+    def device(index):
+        current.append(index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(cuda, "unavailable", lambda level="": None if current[-1] == 0 else "this GPU is too old")
+    op._resolve.cache_clear()
+    try:
+        assert op._resolve("auto", "cuda", 0, torch.bfloat16) == "cuda"
+        with pytest.warns(RuntimeWarning, match="this GPU is too old"):
+            assert op._resolve("auto", "cuda", 1, torch.bfloat16) != "cuda"
+        with pytest.raises(RuntimeError, match="this GPU is too old"):
+            op._resolve("cuda", "cuda", 1, torch.bfloat16)
+    finally:
+        op._resolve.cache_clear()

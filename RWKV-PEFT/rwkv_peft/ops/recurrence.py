@@ -1,6 +1,7 @@
 """What the recurrences wkv6 and wkv7 share at their entry: the rules of their arguments, and conversions."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch.autograd import forward_ad
@@ -140,6 +141,11 @@ def is_traced(x: torch.Tensor) -> bool:
     Elsewhere generation's single steps go straight to the kernel, as calling the operator costs as much as a small one.
     """
     return torch.compiler.is_compiling() or type(x) is not torch.Tensor or x.device.type == "meta"
+
+
+def current_gpu(device_type: str, index: int | None) -> AbstractContextManager[object]:
+    """Makes a GPU the current one, which is what backends are asked about; nothing for other devices."""
+    return torch.cuda.device(index) if device_type == "cuda" and index is not None else nullcontext()
 
 
 def split_backend(op: str, backend: str, names: Sequence[str]) -> tuple[str, str]:

@@ -9,7 +9,7 @@ import torch
 
 from ..compiled import constant_when_compiled
 from ..eager import Recurrence
-from ..recurrence import as_int64, common_dtype, is_traced, plain, refuse_tangents, split_backend
+from ..recurrence import as_int64, common_dtype, current_gpu, is_traced, plain, refuse_tangents, split_backend
 from . import cpu, reference
 from .checks import check
 from .operators import backend_module
@@ -36,7 +36,7 @@ def wkv6(r, k, v, w, u, state=None, cu_seqlens=None, *, backend="auto"):
     """
     check(r, k, v, w, u, state, cu_seqlens)
     dtype = common_dtype(v, r, k, w)
-    chosen = _choose(backend, v.device.type, dtype)
+    chosen = _choose(backend, v.device.type, v.device.index, dtype)
     if chosen == "reference":
         return reference.wkv6(r, k, v, w, u, state, cu_seqlens)
     level = chosen.partition(":")[2]
@@ -68,14 +68,19 @@ def backends():
 
 
 @constant_when_compiled
-def _choose(backend, device_type, dtype):
+def _choose(backend, device_type, index, dtype):
     """_resolve, as a constant of a compiled graph."""
-    return _resolve(backend, device_type, dtype)
+    return _resolve(backend, device_type, index, dtype)
 
 
 @functools.cache
-def _resolve(backend, device_type, dtype):
-    """The backend to call: `backend` itself, or what "auto" means for this device and dtype."""
+def _resolve(backend, device_type, index, dtype):
+    """The backend to call: `backend` itself, or what "auto" means for this device (GPUs differ) and dtype."""
+    with current_gpu(device_type, index):
+        return _resolve_here(backend, device_type, dtype)
+
+
+def _resolve_here(backend, device_type, dtype):
     if backend == "auto":
         return _resolve_auto(device_type, dtype)
     if backend == "reference":
