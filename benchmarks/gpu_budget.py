@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.models import FAMILIES, family_named
+from rwkv_peft.ops.bone import cuda as bone
 from rwkv_peft.ops.mix import cpu, cuda, gpu_lerp, op
 
 SHAPES = {"1.6B": (2048, 24), "7B": (4096, 32)}  # channels, layers
@@ -77,10 +78,14 @@ class Counter(TorchDispatchMode):
             self.launches.append(Launch(name, sum(map(real_bytes, [*read, *written])), shapes, is_large))
         return out
 
-    def kernel(self, name, like, tensors, **others):
-        """Records a mix kernel's launch, and those that add up its strips' sums."""
-        given = {id(x): x for x in tensors_in([tensors, others])}.values()
-        self.launches.append(Launch(name, sum(map(real_bytes, given)), (tuple(like.shape),), False))
+    def kernel(self, name, like, tensors, *sizes, **others):
+        """Records a kernel's launch, given its tensors by name; one of two names is read and written."""
+        moved = sum(real_bytes(x) for x in (*tensors.values(), *others.values()) if isinstance(x, torch.Tensor))
+        self.launches.append(Launch(name, moved, (tuple(like.shape),), False))
+
+    def mix_kernel(self, name, like, tensors, **others):
+        """The same for a mix kernel, and the launches that add up its strips' sums."""
+        self.kernel(name, like, tensors, **others)
         for target in cuda.LAYOUTS[name].sums:
             if tensors.get(target) is not None:
                 self.launches.append(Launch("sum", real_bytes(tensors[target]), (), False))
@@ -126,7 +131,8 @@ def count(family, channels, tokens, method):
             (torch, "is_autocast_enabled", lambda *_: False),  # which knows no meta device
             (op, "fused", lambda *_: True),  # what would take a GPU's kernels takes these
             (op, "cpu_lerp", gpu_lerp),
-            (cpu, "call", counter.kernel),
+            (cpu, "call", counter.mix_kernel),
+            (bone, "call", counter.kernel),
         ):
             stack.enter_context(patch.object(owner, name, value))
         stack.enter_context(counter)

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rwkv_peft.adapters import bat_in, bat_out, bone, bone_signed, lora
 from rwkv_peft.adapters.methods import METHODS
+from rwkv_peft.ops.bone import op as bone_op
 
 RANK = 4
 # variant -> how to call it on (x, weight, params, bias)
@@ -116,7 +117,7 @@ def test_no_bias_an_empty_batch_and_a_transposed_batch(name):
 def test_many_chunks_equal_one(name, monkeypatch):
     """Loops over tokens and over output blocks, here of one to a few steps, leave the result alone."""
     monkeypatch.setattr(bat_out, "CHUNK_ELEMENTS", 2 * RANK * 24)
-    monkeypatch.setattr(bat_in, "_token_chunks", lambda x: [slice(i, i + 3) for i in range(0, x.shape[0], 3)])
+    monkeypatch.setattr(bone_op, "_token_chunks", lambda x: [slice(i, i + 3) for i in range(0, x.shape[0], 3)])
     inputs = tensors(name)
     train = ("x", "weight", "params")
     assert_close(run(FUNCTIONS[name], *inputs, train), run(partial(plain, name), *inputs, train), 1e-12)

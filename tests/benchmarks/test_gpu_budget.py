@@ -12,12 +12,12 @@ SOURCE = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_budget.py"
 # launches, units of (T, C) at 2048 channels
 LIMITS = {
     ("x060", "frozen"): (58, 146),
-    ("x060", "bat-in"): (162, 381),
+    ("x060", "bat-in"): (98, 237),
     ("x060", "bone"): (98, 221),
-    ("x060", "bat-out"): (856, 323),
+    ("x060", "bat-out"): (156, 323),
     ("x060", "lora"): (122, 233),
     ("x070", "frozen"): (60, 163),
-    ("x070", "bat-in"): (138, 364),
+    ("x070", "bat-in"): (90, 240),
 }
 
 

@@ -17,6 +17,7 @@
 #define threadIdx (shim::block().fiber().thread)
 #define blockIdx (shim::block().index)
 #define blockDim (shim::block().shape)
+#define gridDim (shim::block().grid)
 #define __syncthreads() shim::block_barrier()
 
 using std::max;

@@ -40,6 +40,8 @@ def kernels_of(source):
 class RecordingDriver:
     """A driver whose every call succeeds; keeps the launches' structures `arguments`."""
 
+    constant = 1234  # what a module's constants are: the threads or the shared memory that a kernel asks for
+
     def __init__(self, arguments):
         self.arguments, self.launches, self.current = arguments, [], None
 
@@ -52,7 +54,7 @@ class RecordingDriver:
         return 0
 
     def cuMemcpyDtoH_v2(self, target, source, size):
-        target._obj.value = 1234  # the shared memory that a kernel asks for
+        target._obj.value = self.constant
         return 0
 
     def cuLaunchKernel(self, kernel, *rest):

@@ -16,11 +16,12 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..errors import UserError
-from ..ops import bone as kernels
+from ..ops.bone import cpu as kernels
+from ..ops.bone import shard_sum, split_shards
 from .block_affine import BlockAffine
 from .method import Params, Shapes
 from .product import DENSE, Product
-from .tokens import apply_to_tokens, shard_sum, split_shards, weight_gradient
+from .tokens import apply_to_tokens, weight_gradient
 
 CHUNK_ELEMENTS = 1 << 23  # of W' held at a time in backward
 CACHED_ELEMENTS = 1 << 18  # elements of W' that a CPU's cache holds while they are made
@@ -150,7 +151,7 @@ def _merge_rows(rows: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
         return kernels.merge(rows, bone)
     parts = _by_block(rows, bone)  # (a, r in/r, r)
     merged = torch.empty_like(parts)
-    step = len(bone) if rows.device.type == "cuda" else max(1, CACHED_ELEMENTS // parts[0].numel())
+    step = len(bone) if not rows.is_cpu else max(1, CACHED_ELEMENTS // parts[0].numel())
     for start in range(0, len(bone), step):
         some = slice(start, start + step)
         torch.baddbmm(parts[some], parts[some], bone[some], out=merged[some])

@@ -11,9 +11,10 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..errors import UserError
+from ..ops.bone import add_tiled_, shard_sum, split_shards
 from .method import Method, Misfit, Params, Shapes, nearest_divisor, wide
 from .product import DENSE, Product
-from .tokens import add_tiled_, apply_to_tokens, shard_sum, split_shards, weight_gradient
+from .tokens import apply_to_tokens, weight_gradient
 
 
 class Bone(Method):

@@ -1,4 +1,4 @@
-"""What evaluations without a merged weight share: autograd Functions over the flattened tokens, shards of inputs.
+"""What evaluations without a merged weight share: autograd Functions over the flattened tokens.
 
 Each method's function computes y = x W'ᵀ + bias for x (..., in) with a hand-derived backward that saves the least. None
 saves a tensor of the weight's size besides the weight itself, which may be frozen or trainable, dense or quantized (see
@@ -12,7 +12,7 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..ops import bone as kernels
+from ..ops.bone import cpu as kernels
 from .product import DENSE, Product
 
 
@@ -46,35 +46,6 @@ def apply_to_tokens(
 def weight_gradient(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """gᵀ x: g (T, out), x (T, in) -> (out, in)."""
     return kernels.transposed(g) @ x
-
-
-def split_shards(x: torch.Tensor, rank: int) -> torch.Tensor:
-    """(T, n r) -> (T, n, r)."""
-    return x.unflatten(1, (-1, rank))
-
-
-def shard_sum(x: torch.Tensor, rank: int) -> torch.Tensor:
-    """Σ_b x_b, the last shard padded with zeros: (T, in) -> (T, r)."""
-    if kernels.takes(x):
-        return kernels.shard_sum(x, rank)
-    full = x.shape[1] // rank * rank
-    total = split_shards(x[:, :full], rank).sum(1) if full else x.new_zeros(x.shape[0], rank)
-    rest = x.shape[1] - full
-    if rest:
-        total[:, :rest] += x[:, full:]
-    return total
-
-
-def add_tiled_(x: torch.Tensor, tile: torch.Tensor) -> None:
-    """x (T, in) += tile (T, r) repeated along the channels, cut at in."""
-    if kernels.takes(x, tile) and x.is_contiguous():
-        return kernels.add_tiled_(x, tile)
-    rank = tile.shape[1]
-    full = x.shape[1] // rank * rank
-    if full:
-        split_shards(x[:, :full], rank).add_(tile[:, None])
-    if full != x.shape[1]:
-        x[:, full:] += tile[:, : x.shape[1] - full]
 
 
 class _Linear(Function):

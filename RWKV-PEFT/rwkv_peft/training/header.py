@@ -5,6 +5,7 @@ from collections import Counter
 from ..adapters.methods import NONE, method_of
 from ..cli import counted
 from ..names import STATE
+from ..ops.bone import cuda as bone_cuda
 from ..ops.mix import cuda as mix_cuda
 
 UPSTREAM_PARTS = ("time", "ln")  # what RWKV-PEFT trains along with an adapter by default
@@ -34,9 +35,10 @@ def describe(config, family, accelerator, samples, notes, plan, report, state, s
     if train.compile:
         say("          blocks are compiled: the first steps take a minute or more")
     if accelerator == "gpu":
-        reason = mix_cuda.unavailable()
-        taken = "cuda" if reason is None else f"plain torch ({reason})"
-        say(f"          token shift, gates, norms: {taken}; loss and adapters: plain torch, which has no kernel there")
+        for what, cuda in (("token shift, gates, norms", mix_cuda), ("bat-in, Bone's shards", bone_cuda)):
+            reason = cuda.FAMILY.unavailable()
+            say(f"          {what}: {'cuda' if reason is None else f'plain torch ({reason})'}")
+        say("          loss: plain torch, which has no kernel there")
     say(f"data      {data.path}: {counted(len(samples), 'sample')} of up to {data.ctx_len} tokens")
     for note in notes:
         say(f"          {note}")

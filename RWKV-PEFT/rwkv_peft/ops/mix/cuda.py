@@ -1,18 +1,14 @@
 """cuda/mix as Python sees it: built on first use, by nvcc or NVRTC, and launched on torch's stream."""
 
 import ctypes
-import functools
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
-from ..native import gpu
-from ..native.driver import Module as DriverModule
-from ..native.errors import BuildError
+from ..native.family import DTYPES, Family, Kernels
 from ..native.launch import stream
-from ..native.library import load
 
 SOURCE = "mix/mix.cu"
 WARPS = 4  # of a block; cuda/mix/arguments.cuh's WARPS
@@ -60,7 +56,6 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         ),
     }
 )
-DTYPES = MappingProxyType({torch.float32: "float32", torch.bfloat16: "bfloat16"})
 KERNELS = tuple(f"mix_{name}_{dtype}" for name in LAYOUTS for dtype in DTYPES.values())
 
 
@@ -80,42 +75,12 @@ class MixArguments(ctypes.Structure):
     ]
 
 
-class Kernels(Protocol):
-    """Built kernels."""
-
-    def run(self, name: str, arguments: MixArguments, blocks: int, stream: int | None) -> int:
-        """Enqueue a kernel; -> CUDA's error code."""
-
-
-class Library:
-    """Kernels that nvcc compiled, or the tests' shim."""
-
-    def __init__(self, path: str) -> None:
-        signature = (ctypes.c_int, MixArguments, ctypes.c_int, ctypes.c_void_p)
-        self._library = load(path, *((f"{name}_run", *signature) for name in KERNELS))
-
-    def run(self, name: str, arguments: MixArguments, blocks: int, stream: int | None) -> int:
-        return getattr(self._library, f"{name}_run")(ctypes.byref(arguments), blocks, stream)
-
-
-class Module:
-    """Kernels that NVRTC compiled."""
-
-    def __init__(self, image: bytes) -> None:
-        """image: a cubin for the GPU whose context is the current one."""
-        self._module = DriverModule(image)
-        self._kernels = {name: self._module.kernel(name, 0) for name in KERNELS}
-
-    def run(self, name: str, arguments: MixArguments, blocks: int, stream: int | None) -> int:
-        return self._module.launch(self._kernels[name], blocks, (32 * WARPS, 1, 1), arguments, stream)
-
-
 def call(name: str, like: torch.Tensor, tensors: Mapping[str, torch.Tensor | None], **sizes: Any) -> None:
     """Enqueue the operation `name` on the GPU of `like`; tensors by the names of its Layout and sizes as `launch` takes
     them."""
     index = like.device.index
     with torch.cuda.device(index):
-        launch(kernels(index), stream(like), name, like, tensors, **sizes)
+        launch(FAMILY.kernels(index), stream(like), name, like, tensors, **sizes)
 
 
 def launch(
@@ -157,9 +122,7 @@ def launch(
         device=like.device.index or 0,
         **{key: x.data_ptr() if isinstance(x, torch.Tensor) else x for key, x in others.items()},
     )
-    status = built.run(f"mix_{name}_{DTYPES[like.dtype]}", arguments, strips * groups, on)
-    if status != 0:
-        raise RuntimeError(f"mix: launching the CUDA kernel of {name} failed with CUDA error {status}")
+    FAMILY.run(built, f"mix_{name}_{DTYPES[like.dtype]}", arguments, strips * groups, on)
     for target, part in zip(wanted, partial):
         if target is not None and part is not None:
             torch.sum(part, 0, out=target.view(-1))
@@ -170,46 +133,14 @@ def _addresses(count: int, tensors: list[torch.Tensor | None]) -> ctypes.Array:
 
 
 def takes(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether tensors, or None, are what the kernels take: real, on one GPU, of one dtype, float32 or bfloat16, with an
-    even number of channels."""
-    return (
-        first.is_cuda
-        and first.dtype in DTYPES
-        and all([x is None or (x.dtype == first.dtype and x.device == first.device) for x in others])
-        and first.numel() > 0
-        and first.shape[-1] % 2 == 0
-        and not torch.compiler.is_compiling()
-        and type(first) is torch.Tensor  # not a fake one
-        and available(first.device.index)
-    )
+    """Whether tensors, or None, are what the kernels take: Family.takes' with an even number of channels."""
+    return first.shape[-1] % 2 == 0 and FAMILY.takes(first, *others)
 
 
-@functools.cache
-def available(device: int) -> bool:
-    """Whether the kernels work on GPU number `device`."""
-    return unavailable(device) is None
+def _trial(built: Kernels, device: int) -> None:
+    x = torch.zeros(1, 2, device=device)
+    launch(built, stream(x), "relu_square_forward", x, dict(x=x, out=torch.empty_like(x)), count=2)
 
 
-def unavailable(device: int | None = None) -> str | None:
-    """None where the kernels work on a GPU, by default the current one, else why they do not and what would help."""
-    reason = gpu.unavailable()
-    if reason is not None:
-        return reason
-    try:
-        kernels(torch.cuda.current_device() if device is None else device)
-    except BuildError as error:
-        return str(error)
-    return None
-
-
-@functools.cache
-def kernels(device: int) -> Kernels:
-    """The kernels for GPU number `device`, built on first use; BuildError where that fails (and is not cached)."""
-
-    def trial(built: Kernels) -> None:
-        x = torch.zeros(1, 2, device=device)
-        with torch.cuda.device(device):
-            launch(built, stream(x), "relu_square_forward", x, dict(x=x, out=torch.empty_like(x)), count=2)
-            torch.cuda.synchronize()
-
-    return gpu.build_kernels("mix_cuda", SOURCE, device, Library, Module, trial)
+FAMILY = Family("mix", SOURCE, KERNELS, MixArguments, _trial)
+Library, Module = FAMILY.library, FAMILY.module

@@ -15,11 +15,8 @@ from .functions import run
 
 
 def fused(first, *others):
-    """Whether tensors, or None, go through a kernel: the one place that decides. Tensors without data, by which a GPU's
-    memory is planned, do as a GPU's would."""
-    if first.is_meta and type(first) is torch.Tensor and not torch.compiler.is_compiling():
-        return first.dtype in cuda.DTYPES and all([x is None or x.dtype == first.dtype for x in others])
-    return cuda.takes(first, *others) if first.is_cuda else takes(first, *others) and cpu.available()
+    """Whether tensors, or None, go through a kernel: the one place that decides."""
+    return takes(first, *others) and cpu.available() if first.is_cpu else cuda.takes(first, *others)
 
 
 def token_shift(x, last=None, cu_seqlens=None):

@@ -1,9 +1,8 @@
 """Products with the small square matrices of Bone's block affine forms on the CPU: builds cpu/bone on first use and
 calls it through its C interface.
 
-float32 and bfloat16 tensors; where `takes` says no, the callers' plain torch form serves. Rows of tensors that are only
-read may lie apart; the others are contiguous. Gradients of these functions are in adapters/functional.py and
-adapters/weight_side.py.
+float32 and bfloat16 tensors; where `takes` says no, plain torch serves: op.py's, and for `merge` that of
+adapters/bat_out.py. Rows of tensors that are only read may lie apart; the others are contiguous.
 """
 
 import ctypes
@@ -11,10 +10,10 @@ import functools
 
 import torch
 
-from .native import arguments, levels
-from .native.arguments import fields, fill
-from .native.cpu import cpu_library
-from .native.errors import BuildError
+from ..native import arguments, levels
+from ..native.arguments import fields, fill
+from ..native.cpu import cpu_library
+from ..native.errors import BuildError
 
 # Instruction sets, fastest first: for bfloat16 the matrix unit of recent Xeons, then those of every kernel.
 LEVELS = ("amx", *levels.LEVELS)

@@ -9,21 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_peft.ops import bone as blocks
+from ops.bone.cases import SIZES, assert_as_exact_as_torch, plain, tensors, tiled, total
+from rwkv_peft.ops.bone import affine
+from rwkv_peft.ops.bone import cpu as blocks
 from rwkv_peft.ops.native.compilers import compiler_knows
-
-# tokens, in, out, rank: odd counts of tokens, ranks that are no whole number of vectors, one shard, many tiles
-SIZES = [
-    (1, 480, 96, 32),
-    (7, 128, 192, 64),
-    (301, 192, 64, 64),
-    (530, 36, 24, 12),
-    (131, 30, 15, 5),
-    (33, 80, 40, 20),
-    (300, 80, 32, 16),
-    (260, 96, 48, 48),
-    (40, 256, 384, 128),
-]
 
 
 @pytest.fixture(params=blocks.LEVELS)
@@ -43,7 +32,7 @@ def amx_shim():
     it."""
     if not blocks.available("avx512") or not compiler_knows(blocks.level_flags()["amx"]):
         return None
-    header = Path(__file__).parents[1] / "amx_shim" / "amx_shim.h"
+    header = Path(__file__).parents[2] / "amx_shim" / "amx_shim.h"
     library = blocks.build("amx", "_shim", ("-include", str(header)), [header])
     return library if library.amx_shim_runs() else None
 
@@ -56,42 +45,9 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-def tensors(sizes, dtype, spread=1):
-    """x, bone, g, dz; x and g are rows that lie `spread` rows apart."""
-    tokens, in_features, out_features, rank = sizes
-    generator = torch.Generator().manual_seed(0)
-    shapes = (spread * tokens, in_features), (in_features // rank, rank, rank), (spread * tokens, out_features)
-    x, bone, g, dz = (torch.randn(shape, generator=generator) for shape in (*shapes, (tokens, in_features)))
-    return [t.to(dtype) for t in (x, 0.1 * bone, g, dz)], [
-        x.to(dtype)[::spread],
-        (0.1 * bone).to(dtype),
-        g.to(dtype)[::spread],
-        dz.to(dtype),
-    ]
-
-
-def plain(x, bone, g, dz):
-    """z, shift, dx and the gradient of bone, as the formula has them."""
-    rank = bone.shape[-1]
-    shards = x.unflatten(1, (-1, rank))
-    u = torch.einsum("bij,tbj->tbi", bone, shards)
-    du = dz.unflatten(1, (-1, rank)) + g.unflatten(1, (-1, rank)).sum(1)[:, None]
-    dx = dz + torch.einsum("tbi,bij->tbj", du, bone).flatten(1)
-    return (shards + u).flatten(1), u.sum(1), dx, torch.einsum("tbi,tbj->bij", du, shards)
-
-
 def ours(x, bone, g, dz, level):
     dx = dz.clone()
     return *blocks.affine(x, bone, level), dx, blocks.affine_backward_(dx, g, x, bone, level)
-
-
-def assert_as_exact_as_torch(results, inputs, formula):
-    """Within twice the error of the formula in the inputs' own dtype, or of rounding to that dtype."""
-    exact = formula(*(t.double() for t in inputs))
-    for result, low, true in zip(results, formula(*inputs), exact):
-        rounding = (true.to(result.dtype).double() - true).norm()
-        assert result.dtype == inputs[0].dtype
-        assert (result.double() - true).norm() <= 2 * torch.maximum((low.double() - true).norm(), rounding)
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -164,14 +120,6 @@ def test_transposed(level, dtype, shape, threads):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_shards_add_up_and_tiles_repeat_with_a_short_last_one(level, dtype, width, threads):
     x, tile = torch.randn(131, width).to(dtype), torch.randn(131, 20).to(dtype)
-    short = -width % 20
-
-    def total(x, tile):
-        return (torch.nn.functional.pad(x, (0, short)).unflatten(1, (-1, 20)).sum(1),)
-
-    def tiled(x, tile):
-        return (x + tile.repeat(1, width // 20 + 1)[:, :width],)
-
     assert_as_exact_as_torch([blocks.shard_sum(x, 20, level)], (x, tile), total)
     y = x.clone()
     blocks.add_tiled_(y, tile, level)
@@ -190,11 +138,8 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 def test_a_machine_without_a_compiler_takes_plain_torch(monkeypatch):
-    from rwkv_peft.adapters.bat_in import bat_in
-
     _, (x, bone, _, _) = tensors((8, 64, 32, 16), torch.float32)
-    weight = torch.randn(32, 64)
-    compiled = bat_in(x, weight, bone)
+    compiled = affine(x, bone)
     monkeypatch.setattr(blocks, "best_level", lambda: None)
     assert not blocks.takes(x, bone)
-    torch.testing.assert_close(bat_in(x, weight, bone), compiled)
+    torch.testing.assert_close(affine(x, bone), compiled)

@@ -1,0 +1,158 @@
+"""cuda/bone as Python sees it: bat-in's affine form, sums over shards and what is added to them, on NVIDIA GPUs.
+
+The functions are those of cpu.py, for float32 and bfloat16 tensors of one GPU; on tensors without data they allocate
+what they would.
+"""
+
+import ctypes
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..native.family import DTYPES, Family, Kernels
+from ..native.launch import stream
+
+SOURCE = "bone/bone.cu"
+PRODUCT_RANKS = (16, 32, 64, 128)  # whose products run on tensor cores, in bfloat16
+MOST_RANK = 64  # of the kernels for any rank
+TOKENS, PLAIN_TOKENS = 64, 16  # of a block's tile; products.cuh has 32 for rank 128
+BLOCKS = 256  # that fill a GPU, whichever: results do not depend on it
+MOST_GROUPS = 8  # parts of a sum over shards
+SHARD_THREADS = 128  # cuda/bone/shards.cuh's
+OF_DTYPE = ("affine_forward", "affine_backward", "shard_sum", "add_tiled", "sum_parts")
+KERNELS = (
+    *(f"bone_affine_{way}_products_{rank}" for way in ("forward", "backward") for rank in PRODUCT_RANKS),
+    *(f"bone_{name}_{dtype}" for name in OF_DTYPE for dtype in DTYPES.values()),
+)
+
+
+class BoneArguments(ctypes.Structure):
+    """cuda/bone/arguments.cuh's structure of the same name."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "x bone z shift d dx g parts tile y tiled total".split()),
+        *((name, ctypes.c_longlong) for name in ("tokens", "count")),
+        *((name, ctypes.c_int) for name in "width rank groups strip device".split()),
+    ]
+
+
+def affine(x: Tensor, bone: Tensor) -> tuple[Tensor, Tensor]:
+    """z = x + u and the parts of Σ_b u_b, where u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in),
+    (groups, T, r), which add_tiled_ adds up."""
+    x, bone, rank = _whole(x), _whole(bone), bone.shape[-1]
+    tile = _tile(x, rank)
+    tiles = -(-x.shape[0] // tile)
+    groups = min(MOST_GROUPS, bone.shape[0], -(-BLOCKS // tiles))
+    z, shift = torch.empty_like(x), x.new_empty(groups, x.shape[0], rank)
+    tensors = dict(x=x, bone=bone, z=z, shift=shift)
+    sizes = dict(tokens=x.shape[0], width=x.shape[1], rank=rank, groups=groups)
+    call(_affine_kernel("forward", x, rank), x, tensors, tiles * groups, **sizes)
+    return z, shift
+
+
+def affine_backward_(dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor) -> Tensor | None:
+    """Turn dz (T, in), contiguous, into dx, given g (T, out), the gradient of the output that the shift was added to.
+
+    x (T, in) or None; bone (in/r, r, r) -> the gradient of bone, summed in float32, or None without x.
+    """
+    (tokens, width), (shards, rank, _) = dz.shape, bone.shape
+    x, bone = None if x is None else _whole(x), _whole(bone)
+    tile = _tile(dz, rank)
+    strip = tile * max(1, -(-tokens // (-(-BLOCKS // shards) * tile)))
+    strips = -(-tokens // strip)
+    parts = None if x is None else dz.new_empty(strips, *bone.shape, dtype=torch.float32)
+    tensors = dict(x=x, bone=bone, d=dz, dx=dz, g=shard_sum(g, rank), parts=parts)
+    sizes = dict(tokens=tokens, width=width, rank=rank, strip=strip)
+    call(_affine_kernel("backward", dz, rank), dz, tensors, shards * strips, **sizes)
+    if parts is None:
+        return None
+    d_bone = torch.empty_like(bone)
+    count = bone.numel()
+    call("sum_parts", bone, dict(parts=parts, total=d_bone), -(-count // SHARD_THREADS), groups=strips, count=count)
+    return d_bone
+
+
+def shard_sum(x: Tensor, rank: int) -> Tensor:
+    """Σ_b x_b, the last shard padded with zeros: (T, in) -> (T, r)."""
+    x = _whole(x)
+    total = x.new_empty(x.shape[0], rank)
+    call("shard_sum", x, dict(x=x, total=total), _blocks(total), tokens=x.shape[0], width=x.shape[1], rank=rank)
+    return total
+
+
+def add_tiled_(y: Tensor, tile: Tensor) -> None:
+    """y (T, n), contiguous, += tile (T, r), or the sum of (groups, T, r), repeated along its rows, cut at n."""
+    tile = _whole(tile)
+    groups = tile.shape[0] if tile.dim() == 3 else 1
+    sizes = dict(tokens=y.shape[0], width=y.shape[1], rank=tile.shape[-1], groups=groups)
+    call("add_tiled", y, dict(y=y, tiled=y, tile=tile), _blocks(tile), **sizes)
+
+
+def takes(first: Tensor, *others: Tensor | None, rank: int = 0) -> bool:
+    """Whether the kernels take these tensors, or None, and products of a rank: any up to MOST_RANK, those on tensor
+    cores beyond it too."""
+    return (rank <= MOST_RANK or has_products(first, rank)) and FAMILY.takes(first, *others)
+
+
+def call(name: str, like: Tensor, tensors: Mapping[str, Tensor | None], blocks: int, **sizes: int) -> None:
+    """Enqueue a kernel on the GPU of `like`: its name in KERNELS without bone_, and the dtype where that is all that it
+    lacks; tensors and sizes by the names of BoneArguments. Where tensors have no data there is nothing to do."""
+    if like.is_meta:
+        return
+    with torch.cuda.device(like.device):
+        launch(FAMILY.kernels(like.device.index), stream(like), name, like, tensors, blocks, **sizes)
+
+
+def launch(
+    built: Kernels,
+    on: int | None,
+    name: str,
+    like: Tensor,
+    tensors: Mapping[str, Tensor | None],
+    blocks: int,
+    **sizes: int,
+) -> None:
+    """`call` with given kernels, on a given stream."""
+    addresses = {key: None if x is None else x.data_ptr() for key, x in tensors.items()}
+    arguments = BoneArguments(**addresses, **sizes, device=like.device.index or 0)
+    kernel = f"bone_{name}" if f"bone_{name}" in KERNELS else f"bone_{name}_{DTYPES[like.dtype]}"
+    if blocks:
+        FAMILY.run(built, kernel, arguments, blocks, on)
+
+
+def has_products(like: Tensor, rank: int) -> bool:
+    """Whether products of a rank run on tensor cores."""
+    return like.dtype == torch.bfloat16 and rank in PRODUCT_RANKS
+
+
+def _affine_kernel(way: str, like: Tensor, rank: int) -> str:
+    return f"affine_{way}_products_{rank}" if has_products(like, rank) else f"affine_{way}"
+
+
+def _tile(like: Tensor, rank: int) -> int:
+    """Tokens of a block's tile."""
+    if not has_products(like, rank):
+        return PLAIN_TOKENS
+    return TOKENS if rank < PRODUCT_RANKS[-1] else TOKENS // 2
+
+
+def _blocks(tile: Tensor) -> int:
+    """Blocks for one element of a (T, r) each thread: more than the kernels need, which walk over their share."""
+    return -(-tile.shape[-1] * tile.shape[-2] // SHARD_THREADS)
+
+
+def _whole(x: Tensor) -> Tensor:
+    """x contiguous, where copies of 16 bytes can read it."""
+    whole = x.contiguous()
+    return whole if whole.is_meta or whole.data_ptr() % 16 == 0 else whole.clone()
+
+
+def _trial(built: Kernels, device: int) -> None:
+    x = torch.zeros(1, 16, device=device)
+    tensors = dict(x=x, total=torch.empty_like(x))
+    launch(built, stream(x), "shard_sum", x, tensors, 1, tokens=1, width=16, rank=16)
+
+
+FAMILY = Family("bone", SOURCE, KERNELS, BoneArguments, _trial)
+Library, Module = FAMILY.library, FAMILY.module

@@ -1,0 +1,107 @@
+"""What Bone's forms do to activations besides their product with the weight: bat-in's affine form, sums over shards,
+what is added to each shard.
+
+Each operation is written out in plain torch, which takes any device and dtype and is what torch.compile sees. float32
+and bfloat16 tensors go through the kernels of cpu.py and cuda.py where those can be built. No operation is
+differentiable: the autograd Functions are in adapters/.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import cpu, cuda
+
+
+def backend(first: Tensor, *others: Tensor | None, rank: int = 0) -> ModuleType | None:
+    """cpu or cuda, whose kernels take tensors, or None, and products of a rank; None where plain torch does: the one
+    place that decides."""
+    if first.is_cpu:
+        return cpu if cpu.takes(first, *others) else None
+    return cuda if cuda.takes(first, *others, rank=rank) else None
+
+
+def affine(x: Tensor, bone: Tensor) -> tuple[Tensor, Tensor]:
+    """z = x + u and s = Σ_b u_b where u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in), and what add_tiled_ takes
+    for s."""
+    kernels = backend(x, bone, rank=bone.shape[-1])
+    if kernels is not None:
+        return kernels.affine(x, bone)
+    rank = bone.shape[-1]
+    z, shift = torch.empty_like(x), x.new_empty(x.shape[0], rank)
+    for tokens in _token_chunks(x):
+        z[tokens] = x[tokens]  # in memory's order, so that the strided reads below find it in the cache
+        shards = split_shards(z[tokens], rank).transpose(0, 1)  # (in/r, t, r)
+        u = torch.bmm(shards, bone.transpose(1, 2))
+        torch.sum(u, 0, out=shift[tokens])
+        shards += u
+    return z, shift
+
+
+def affine_backward_(dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor) -> Tensor | None:
+    """Turn dz (T, in) into dx in place, given g (T, out), the gradient of the output that s was added to; -> the
+    gradient of bone where x (T, in) is given, else None.
+
+    du_b = dz_b + Σ_a g_a, dB_b = du_bᵀ x_b, dx_b = dz_b + B_bᵀ du_b.
+    """
+    kernels = backend(dz, g, x, bone, rank=bone.shape[-1])
+    if kernels is not None and dz.is_contiguous():
+        return kernels.affine_backward_(dz, g, x, bone)
+    rank = bone.shape[-1]
+    g_shift = split_shards(g, rank).sum(1)  # (T, r)
+    d_bone = None if x is None else bone.new_zeros(bone.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    for tokens in _token_chunks(dz):
+        shards = split_shards(dz[tokens], rank).transpose(0, 1)  # (in/r, t, r)
+        du = torch.add(shards, g_shift[tokens], out=shards.new_empty(shards.shape))
+        if x is not None and d_bone is not None:
+            _accumulate_bmm(d_bone, du.transpose(1, 2), split_shards(x[tokens], rank).transpose(0, 1))
+        shards += torch.bmm(du, bone)
+    return None if d_bone is None else d_bone.to(bone.dtype)
+
+
+def shard_sum(x: Tensor, rank: int) -> Tensor:
+    """Σ_b x_b, the last shard padded with zeros: (T, in) -> (T, r)."""
+    kernels = backend(x)
+    if kernels is not None:
+        return kernels.shard_sum(x, rank)
+    full = x.shape[1] // rank * rank
+    total = split_shards(x[:, :full], rank).sum(1) if full else x.new_zeros(x.shape[0], rank)
+    rest = x.shape[1] - full
+    if rest:
+        total[:, :rest] += x[:, full:]
+    return total
+
+
+def add_tiled_(x: Tensor, tile: Tensor) -> None:
+    """x (T, in) += tile (T, r), or what `affine` gives, repeated along the channels, cut at in."""
+    kernels = backend(x, tile)
+    if kernels is not None and x.is_contiguous():
+        return kernels.add_tiled_(x, tile)
+    tile = tile.sum(0) if tile.dim() == 3 else tile
+    rank = tile.shape[-1]
+    full = x.shape[1] // rank * rank
+    if full:
+        split_shards(x[:, :full], rank).add_(tile[:, None])
+    if full != x.shape[1]:
+        x[:, full:] += tile[:, : x.shape[1] - full]
+
+
+def split_shards(x: Tensor, rank: int) -> Tensor:
+    """(T, n r) -> (T, n, r)."""
+    return x.unflatten(1, (-1, rank))
+
+
+def _token_chunks(x: Tensor) -> list[slice]:
+    """Slices of tokens that hold little enough of x (T, in) to stay in the cache (CPU) or in memory (GPU)."""
+    elements = 1 << 18 if x.device.type == "cpu" else 1 << 26
+    step = max(64, elements // max(1, x.shape[1]) // 64 * 64)
+    return [slice(start, start + step) for start in range(0, x.shape[0], step)]
+
+
+def _accumulate_bmm(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left right, where total may have a wider dtype."""
+    if total.dtype == left.dtype:
+        total.baddbmm_(left, right)
+    else:
+        total += torch.bmm(left, right)

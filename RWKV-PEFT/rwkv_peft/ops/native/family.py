@@ -1,0 +1,109 @@
+"""CUDA kernels that take one structure each, by value: built on first use, by nvcc or NVRTC, and launched by name."""
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from types import MappingProxyType
+from typing import Protocol
+
+import torch
+
+from . import gpu
+from .driver import Module as DriverModule
+from .errors import BuildError
+from .library import load
+
+DTYPES = MappingProxyType({torch.float32: "float32", torch.bfloat16: "bfloat16"})  # as kernels' names have them
+
+
+class Kernels(Protocol):
+    """Built kernels."""
+
+    def run(self, name: str, arguments: ctypes.Structure, blocks: int, stream: int | None) -> int:
+        """Enqueue a kernel; -> CUDA's error code."""
+
+
+class Library:
+    """Kernels that nvcc compiled, or the tests' shim."""
+
+    def __init__(self, names: Sequence[str], structure: type[ctypes.Structure], path: str) -> None:
+        signature = (ctypes.c_int, structure, ctypes.c_int, ctypes.c_void_p)
+        self._library = load(path, *((f"{name}_run", *signature) for name in names))
+
+    def run(self, name: str, arguments: ctypes.Structure, blocks: int, stream: int | None) -> int:
+        return getattr(self._library, f"{name}_run")(ctypes.byref(arguments), blocks, stream)
+
+
+class Module:
+    """Kernels that NVRTC compiled."""
+
+    def __init__(self, names: Sequence[str], image: bytes) -> None:
+        """image: a cubin for the GPU whose context is the current one; it says each kernel's threads and memory."""
+        module = self._module = DriverModule(image)
+        self._kernels = {name: module.kernel(name, module.constant(f"{name}_shared")) for name in names}
+        self._threads = {name: module.constant(f"{name}_threads") for name in names}
+
+    def run(self, name: str, arguments: ctypes.Structure, blocks: int, stream: int | None) -> int:
+        return self._module.launch(self._kernels[name], blocks, (self._threads[name], 1, 1), arguments, stream)
+
+
+class Family:
+    """The kernels of one source below cuda/. trial(kernels, device) launches one of them on a GPU."""
+
+    def __init__(
+        self,
+        op: str,
+        source: str,
+        names: Sequence[str],
+        structure: type[ctypes.Structure],
+        trial: Callable[[Kernels, int], None],
+    ) -> None:
+        self.op, self.source, self._trial = op, source, trial
+        self.library = functools.partial(Library, names, structure)
+        self.module = functools.partial(Module, names)
+
+    @functools.cache  # noqa: B019 - families live as long as their modules
+    def kernels(self, device: int) -> Kernels:
+        """Those for GPU number `device`, built on first use; BuildError where that fails (and is not cached)."""
+
+        def trial(built: Kernels) -> None:
+            with torch.cuda.device(device):
+                self._trial(built, device)
+                torch.cuda.synchronize()
+
+        return gpu.build_kernels(f"{self.op}_cuda", self.source, device, self.library, self.module, trial)
+
+    @functools.cache  # noqa: B019
+    def available(self, device: int) -> bool:
+        """Whether they work on GPU number `device`."""
+        return self.unavailable(device) is None
+
+    def unavailable(self, device: int | None = None) -> str | None:
+        """None where they work on a GPU, by default the current one, else why they do not and what would help."""
+        reason = gpu.unavailable()
+        if reason is not None:
+            return reason
+        try:
+            self.kernels(torch.cuda.current_device() if device is None else device)
+        except BuildError as error:
+            return str(error)
+        return None
+
+    def takes(self, first: torch.Tensor, *others: torch.Tensor | None) -> bool:
+        """Whether tensors, or None, are what the kernels take: real, on one GPU, of one dtype, float32 or bfloat16.
+        Tensors without data, by which a GPU's memory is planned, do as a GPU's would."""
+        if (
+            first.dtype not in DTYPES
+            or first.numel() == 0
+            or not all([x is None or (x.dtype == first.dtype and x.device == first.device) for x in others])
+            or torch.compiler.is_compiling()
+            or type(first) is not torch.Tensor  # a fake one
+        ):
+            return False
+        return first.is_meta or first.is_cuda and self.available(first.device.index)
+
+    def run(self, built: Kernels, name: str, arguments: ctypes.Structure, blocks: int, stream: int | None) -> None:
+        """Enqueue a kernel; RuntimeError where that fails."""
+        status = built.run(name, arguments, blocks, stream)
+        if status != 0:
+            raise RuntimeError(f"{self.op}: launching the CUDA kernel {name} failed with CUDA error {status}")

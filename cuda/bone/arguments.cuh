@@ -1,0 +1,24 @@
+// What a launch of a bone kernel is told.
+#pragma once
+#include "common/device.cuh"
+
+// One structure for all; ops/bone/cuda.py mirrors it field by field. Elements are float32 or bf16, by the kernel's
+// name. Tensors are contiguous and aligned to 16 bytes; shards are columns b rank to (b + 1) rank of a row.
+struct BoneArguments {
+    const void* x;     // (tokens, width): affine's and the shard sum's input; null in backward: no gradient of bone
+    const void* bone;  // (shards, rank, rank)
+    void* z;           // (tokens, width)
+    void* shift;       // (groups, tokens, rank): each group's part of the sum over shards
+    const void* d;     // (tokens, width): the gradient of z
+    void* dx;          // (tokens, width): that of x; may be d
+    const void* g;     // (tokens, rank): the gradient of the shift
+    float* parts;      // (strips, shards, rank, rank): that of bone, a strip's tokens' part
+    const void* tile;  // (groups, tokens, rank): what is added up and to each shard of y
+    const void* y;     // (tokens, width)
+    void* tiled;       // (tokens, width): y with the tile added; may be y
+    void* total;       // (tokens, rank): the sum over shards; or `count` elements: the sum of `groups` parts
+    index_t tokens, count;
+    int width, rank;
+    int groups, strip;  // strip: tokens of a block in backward
+    int device;
+};

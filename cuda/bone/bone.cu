@@ -1,0 +1,34 @@
+// What Bone's forms do besides their product with the weight, on NVIDIA GPUs: bat-in's affine form of the activations
+// and its gradients, sums over shards, and what is added to each shard.
+//
+// nvcc compiles this file into a library with a C interface, NVRTC into a module of the kernels alone, and a C++
+// compiler, with tests/cuda_shim, into a library that runs on the CPU.
+#include "bone/arguments.cuh"
+#include "bone/plain.cuh"
+#include "bone/products.cuh"
+#include "bone/shards.cuh"
+#include "common/kernel.cuh"
+
+// What a block may ask for on every GPU since Ampere.
+constexpr int MOST_SHARED = 99 * 1024;
+
+#define PRODUCTS(R)                                                                                              \
+    KERNEL(BoneArguments, bone_affine_forward_products_##R, products_forward<R>, ForwardProducts<R>::threads,    \
+           sizeof(ForwardShared<R>))                                                                             \
+    KERNEL(BoneArguments, bone_affine_backward_products_##R, products_backward<R>, BackwardProducts<R>::threads, \
+           sizeof(BackwardShared<R>))                                                                            \
+    static_assert(sizeof(ForwardShared<R>) <= MOST_SHARED && sizeof(BackwardShared<R>) <= MOST_SHARED,           \
+                  "rank " #R " needs too much shared memory");
+PRODUCTS(16)
+PRODUCTS(32)
+PRODUCTS(64)
+PRODUCTS(128)
+
+#define OF_DTYPE(E, dtype)                                                                                     \
+    KERNEL(BoneArguments, bone_affine_forward_##dtype, plain_forward<E>, PLAIN_THREADS, sizeof(PlainShared))   \
+    KERNEL(BoneArguments, bone_affine_backward_##dtype, plain_backward<E>, PLAIN_THREADS, sizeof(PlainShared)) \
+    KERNEL(BoneArguments, bone_shard_sum_##dtype, shard_sum<E>, SHARD_THREADS, 0)                              \
+    KERNEL(BoneArguments, bone_add_tiled_##dtype, add_tiled<E>, SHARD_THREADS, 0)                              \
+    KERNEL(BoneArguments, bone_sum_parts_##dtype, sum_parts<E>, SHARD_THREADS, 0)
+OF_DTYPE(float, float32)
+OF_DTYPE(bf16, bfloat16)

@@ -1,0 +1,105 @@
+// Sums over shards, what is added to each of them, and sums of parts. Rows may be of any width: the last shard is cut
+// where the row ends.
+#pragma once
+#include "bone/arguments.cuh"
+#include "common/tile.cuh"
+
+constexpr int SHARD_THREADS = 128;
+
+template <class E, int V>
+struct alignas(sizeof(E) * V) Vector {
+    E x[V];
+};
+
+template <class E, int V>
+__device__ __forceinline__ void add_to(float (&sum)[V], const E* p) {
+    const Vector<E, V> v = *(const Vector<E, V>*)p;
+    #pragma unroll
+    for (int e = 0; e < V; e++) sum[e] += to_float(v.x[e]);
+}
+template <class E, int V>
+__device__ __forceinline__ void put(E* p, const float (&sum)[V]) {
+    Vector<E, V> v;
+    #pragma unroll
+    for (int e = 0; e < V; e++) store(&v.x[e], sum[e]);
+    *(Vector<E, V>*)p = v;
+}
+
+// f(t, j) for each token t and each V neighbours j, j + 1, … of a shard.
+template <int V, class F>
+__device__ __forceinline__ void each_column(const BoneArguments& a, F f) {
+    const int columns = a.rank / V;
+    const index_t step = (index_t)gridDim.x * SHARD_THREADS;
+    for (index_t at = (index_t)blockIdx.x * SHARD_THREADS + threadIdx.x; at < a.tokens * columns; at += step)
+        f(at / columns, (int)(at % columns) * V);
+}
+
+template <class E, int V>
+__device__ void shard_sum_by(const BoneArguments& a) {
+    each_column<V>(a, [&](index_t t, int j) {
+        float sum[V] = {};
+        const E* x = (const E*)a.x + t * a.width;
+        #pragma unroll 8
+        for (int c = j; c < a.width; c += a.rank) add_to<E, V>(sum, x + c);
+        put<E, V>((E*)a.total + t * a.rank + j, sum);
+    });
+}
+
+template <class E, int V>
+__device__ void add_tiled_by(const BoneArguments& a) {
+    each_column<V>(a, [&](index_t t, int j) {
+        float tile[V] = {};
+        for (int group = 0; group < a.groups; group++)
+            add_to<E, V>(tile, (const E*)a.tile + (group * a.tokens + t) * a.rank + j);
+        const E* y = (const E*)a.y + t * a.width;
+        E* tiled = (E*)a.tiled + t * a.width;
+        #pragma unroll 4
+        for (int c = j; c < a.width; c += a.rank) {
+            float sum[V] = {};
+            add_to<E, V>(sum, y + c);
+            #pragma unroll
+            for (int e = 0; e < V; e++) sum[e] += tile[e];
+            put<E, V>(tiled + c, sum);
+        }
+    });
+}
+
+// Sixteen bytes at once where shards and rows consist of them, pairs where they are even, else single elements.
+template <class E>
+__device__ __forceinline__ int width_of(const BoneArguments& a) {
+    constexpr int WIDE = 16 / sizeof(E);
+    if (a.rank % WIDE == 0 && a.width % WIDE == 0) return WIDE;
+    return a.rank % 2 == 0 && a.width % 2 == 0 ? 2 : 1;
+}
+template <class E>
+__device__ void shard_sum(const BoneArguments& a) {
+    const int width = width_of<E>(a);
+    if (width == 1)
+        shard_sum_by<E, 1>(a);
+    else if (width == 2)
+        shard_sum_by<E, 2>(a);
+    else
+        shard_sum_by<E, 16 / sizeof(E)>(a);
+}
+template <class E>
+__device__ void add_tiled(const BoneArguments& a) {
+    const int width = width_of<E>(a);
+    if (width == 1)
+        add_tiled_by<E, 1>(a);
+    else if (width == 2)
+        add_tiled_by<E, 2>(a);
+    else
+        add_tiled_by<E, 16 / sizeof(E)>(a);
+}
+
+// total = the sum of `groups` parts of `count` float32 elements each.
+template <class E>
+__device__ void sum_parts(const BoneArguments& a) {
+    const index_t step = (index_t)gridDim.x * SHARD_THREADS;
+    for (index_t at = (index_t)blockIdx.x * SHARD_THREADS + threadIdx.x; at < a.count; at += step) {
+        float sum = 0.f;
+        #pragma unroll 8
+        for (int group = 0; group < a.groups; group++) sum += a.parts[group * a.count + at];
+        store((E*)a.total + at, sum);
+    }
+}

@@ -1,0 +1,148 @@
+"""Bone's CUDA kernels, run on the CPU through tests/cuda_shim: against the float64 formulas, every kernel, odd sizes;
+through the adapters; under several orders of the threads; and what nvcc and NVRTC make of them."""
+
+import pytest
+import torch
+
+from cuda_shim import shim, toolchain
+from ops.bone.cases import SIZES, assert_as_exact_as_torch, plain, tensors, tiled, total
+from rwkv_peft.adapters.bat_in import bat_in
+from rwkv_peft.adapters.bone import bone as bone_of
+from rwkv_peft.ops.bone import cuda, op
+from rwkv_peft.ops.native import driver
+from rwkv_peft.ops.native import nvrtc as nvrtc_compiler
+from rwkv_peft.ops.native.compilers import find_nvcc
+from rwkv_peft.ops.native.errors import BuildError
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def built():
+    try:
+        return shim.build(cuda)
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def kernels(built, monkeypatch):
+    """CPU tensors go through the CUDA kernels; what they are to fill begins as NaN."""
+    built.set_order("ascending")
+
+    def call(name, like, given, blocks, **sizes):
+        for key in ("z", "shift", "parts", "total"):
+            if given.get(key) is not None and (key, name) != ("parts", "sum_parts"):
+                given[key].fill_(float("nan"))
+        cuda.launch(built, None, name, like, given, blocks, **sizes)
+
+    monkeypatch.setattr(cuda, "call", call)
+    monkeypatch.setattr(op, "backend", lambda first, *others, rank=0: cuda if first.dtype in cuda.DTYPES else None)
+    return built
+
+
+def ours(x, bone, g, dz):
+    dx, (z, shift) = dz.clone(), cuda.affine(x, bone)
+    return z, shift.sum(0), dx, cuda.affine_backward_(dx, g, x, bone)
+
+
+@pytest.mark.parametrize("sizes", [*SIZES, (70, 1024, 64, 64), (33, 34, 17, 17), (20, 63, 21, 3)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_affine_forward_and_backward(kernels, dtype, sizes, monkeypatch):
+    """With few blocks a sum over shards is one part, and a block has several tiles of tokens in backward."""
+    if sizes[-1] > cuda.MOST_RANK and dtype == torch.float32:
+        pytest.skip("plain torch, which is fast there")
+    _, inputs = tensors(sizes, dtype, spread=2)
+    assert_as_exact_as_torch(ours(*inputs), inputs, plain)
+    monkeypatch.setattr(cuda, "BLOCKS", 2)
+    assert_as_exact_as_torch(ours(*inputs), inputs, plain)
+
+
+@pytest.mark.parametrize("rank", (16, 17))
+def test_affine_without_the_gradient_of_the_matrices(kernels, rank):
+    _, (x, bone, g, dz) = tensors((70, 4 * rank, 2 * rank, rank), torch.bfloat16)
+    assert cuda.affine_backward_(dx := dz.clone(), g, None, bone) is None
+    assert torch.equal(dx, ours(x, bone, g, dz)[2])
+
+
+@pytest.mark.parametrize("rank", (20, 21, 24, 22))
+@pytest.mark.parametrize("width", (3, 22, 64, 200))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_shards_add_up_and_tiles_repeat_with_a_short_last_one(kernels, dtype, width, rank):
+    x, tile = torch.randn(131, width).to(dtype), torch.randn(131, rank).to(dtype)
+    assert_as_exact_as_torch([cuda.shard_sum(x, rank)], (x, tile), total)
+    y = x.clone()
+    cuda.add_tiled_(y, tile)
+    assert_as_exact_as_torch([y], (x, tile), tiled)
+
+
+@pytest.mark.parametrize("function", (bat_in, bone_of))
+def test_an_adapter_through_the_kernels(kernels, function):
+    """x and g in steps of a larger tensor, from an address that is no multiple of 16 bytes."""
+    shape = (4, 32, 32) if function is bat_in else (32, 64)
+    whole, weight = torch.randn(2, 9, 130), torch.randn(64, 128) / 11
+    parameter = 0.1 * torch.randn(shape)
+
+    def run(dtype):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (whole, parameter)]
+        y = function(leaves[0][..., 1:129], weight.to(dtype), leaves[1])
+        y.backward(torch.ones((), dtype=dtype).expand_as(y))
+        return [y.detach(), *(x.grad for x in leaves)]
+
+    for found, true in zip(run(torch.float32), run(torch.float64), strict=True):
+        torch.testing.assert_close(found.double(), true, rtol=1e-4, atol=1e-4)
+
+
+def test_a_rank_beyond_the_kernels_takes_plain_torch():
+    low = torch.empty(8, 512, device="meta", dtype=torch.bfloat16)
+    takes = {(dtype, rank): cuda.takes(low.to(dtype), rank=rank) for dtype in DTYPES for rank in (64, 96, 128, 256)}
+    assert [key for key, taken in takes.items() if taken] == [(DTYPES[0], 64), (DTYPES[1], 64), (DTYPES[1], 128)]
+    z, shift = op.affine(low, low.new_empty(2, 256, 256))
+    assert z.shape == low.shape and shift.shape == (8, 256)
+
+
+@pytest.mark.parametrize("order", shim.ORDERS[1:])
+def test_the_order_of_threads_changes_no_bit(kernels, order, monkeypatch):
+    monkeypatch.setattr(cuda, "BLOCKS", 2)
+    cases = [tensors((150, 256, 64, rank), dtype)[1] for rank, dtype in ((64, DTYPES[1]), (16, DTYPES[0]))]
+    cases.append(tensors((70, 256, 128, 128), DTYPES[1])[1])
+    expected = [ours(*case) for case in cases]
+    kernels.set_order(order)
+    for case, results in zip(cases, expected):
+        assert all(torch.equal(x, y) for x, y in zip(ours(*case), results, strict=True))
+
+
+@pytest.fixture(scope="module")
+def nvcc():
+    try:
+        return find_nvcc()
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+def test_nvcc_compiles_without_warnings_or_spills(nvcc, tmp_path):
+    for status, report in toolchain.assembler_reports(cuda.SOURCE, nvcc, tmp_path).values():
+        toolchain.check_without_spills(status, report, cuda.KERNELS)
+
+
+def test_nvrtc_compiles_every_kernel(tmp_path, monkeypatch):
+    compiler = nvrtc_compiler.find_nvrtc()
+    if compiler is None:
+        pytest.skip("needs NVRTC: pip install nvidia-cuda-nvrtc")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    image = nvrtc_compiler.cubin("bone_cuda", cuda.SOURCE, "sm_90", compiler)
+    for name in cuda.KERNELS:
+        assert name.encode() in image and f"{name}_threads".encode() in image
+
+
+def test_the_driver_is_asked_for_a_block_a_tile_and_group(monkeypatch):
+    recorder = toolchain.RecordingDriver(cuda.BoneArguments)
+    monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: recorder)
+    module = cuda.Module(b"image")
+    monkeypatch.setattr(cuda, "call", lambda *rest, **sizes: cuda.launch(module, 7, *rest, **sizes))
+    x = torch.randn(130, 512).bfloat16()
+    cuda.affine(x, torch.randn(8, 64, 64).bfloat16())
+    ((sizes, stream, arguments, extra),) = recorder.launches
+    assert sizes == [3 * 8, 1, 1, recorder.constant, 1, 1, recorder.constant] and stream == 7 and extra is None
+    assert (arguments.tokens, arguments.width, arguments.rank, arguments.groups) == (130, 512, 64, 8)
+    assert arguments.x == x.data_ptr() and arguments.g is None
