@@ -22,6 +22,8 @@ from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.models import FAMILIES, family_named
 from rwkv_peft.ops.bone import cuda as bone
+from rwkv_peft.ops.cross_entropy import cross_entropy_
+from rwkv_peft.ops.cross_entropy import cuda as cross_entropy
 from rwkv_peft.ops.mix import cpu, cuda, gpu_lerp, op
 
 SHAPES = {"1.6B": (2048, 24), "7B": (4096, 32)}  # channels, layers
@@ -149,6 +151,16 @@ def figures(family, channels, tokens, method):
     return {"launches": len(launches), "units": moved / (2 * tokens * channels), "ratio": 1 + moved / BANDWIDTH / floor}
 
 
+def loss_passes(rows=64, vocabulary=65536):
+    """How often the loss with its gradient reads or writes the logits, in bfloat16."""
+    logits = torch.empty(rows, vocabulary, device="meta", dtype=torch.bfloat16)
+    targets = torch.empty(rows, device="meta", dtype=torch.int64)
+    counter = Counter(set())
+    with patch.object(cross_entropy, "call", lambda *rest, **others: counter.kernel("loss", *rest, **others)), counter:
+        cross_entropy_(logits, targets, 1.0, 1e-4)
+    return sum(launch.bytes for launch in counter.launches) / real_bytes(logits)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generations", nargs="+", default=[family.version for family in FAMILIES])
@@ -166,6 +178,7 @@ def main(argv=None):
             print(f"| {family.name} | {method} | {found[0]['launches']} | {cells} |", flush=True)
             if args.verbose:
                 show(family, method, args.tokens)
+    print(f"\nThe loss reads or writes the logits {loss_passes():.1f} times.")
     return 0
 
 

@@ -1,4 +1,4 @@
-// What cross_entropy.cpp's C interface is told; ops/cross_entropy.py mirrors it field by field.
+// What cross_entropy.cpp's C interface is told; ops/cross_entropy/cpu.py mirrors it field by field.
 #pragma once
 #include <cstdint>
 

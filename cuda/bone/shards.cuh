@@ -2,27 +2,16 @@
 // where the row ends.
 #pragma once
 #include "bone/arguments.cuh"
-#include "common/tile.cuh"
+#include "common/vector.cuh"
 
 constexpr int SHARD_THREADS = 128;
 
 template <class E, int V>
-struct alignas(sizeof(E) * V) Vector {
-    E x[V];
-};
-
-template <class E, int V>
 __device__ __forceinline__ void add_to(float (&sum)[V], const E* p) {
-    const Vector<E, V> v = *(const Vector<E, V>*)p;
+    float x[V];
+    load_vector<E, V>(x, p);
     #pragma unroll
-    for (int e = 0; e < V; e++) sum[e] += to_float(v.x[e]);
-}
-template <class E, int V>
-__device__ __forceinline__ void put(E* p, const float (&sum)[V]) {
-    Vector<E, V> v;
-    #pragma unroll
-    for (int e = 0; e < V; e++) store(&v.x[e], sum[e]);
-    *(Vector<E, V>*)p = v;
+    for (int e = 0; e < V; e++) sum[e] += x[e];
 }
 
 // f(t, j) for each token t and each V neighbours j, j + 1, … of a shard.
@@ -41,7 +30,7 @@ __device__ void shard_sum_by(const BoneArguments& a) {
         const E* x = (const E*)a.x + t * a.width;
         #pragma unroll 8
         for (int c = j; c < a.width; c += a.rank) add_to<E, V>(sum, x + c);
-        put<E, V>((E*)a.total + t * a.rank + j, sum);
+        store_vector<E, V>((E*)a.total + t * a.rank + j, sum);
     });
 }
 
@@ -59,7 +48,7 @@ __device__ void add_tiled_by(const BoneArguments& a) {
             add_to<E, V>(sum, y + c);
             #pragma unroll
             for (int e = 0; e < V; e++) sum[e] += tile[e];
-            put<E, V>(tiled + c, sum);
+            store_vector<E, V>(tiled + c, sum);
         }
     });
 }
@@ -67,8 +56,7 @@ __device__ void add_tiled_by(const BoneArguments& a) {
 // Sixteen bytes at once where shards and rows consist of them, pairs where they are even, else single elements.
 template <class E>
 __device__ __forceinline__ int width_of(const BoneArguments& a) {
-    constexpr int WIDE = 16 / sizeof(E);
-    if (a.rank % WIDE == 0 && a.width % WIDE == 0) return WIDE;
+    if (a.rank % WIDEST<E> == 0 && a.width % WIDEST<E> == 0) return WIDEST<E>;
     return a.rank % 2 == 0 && a.width % 2 == 0 ? 2 : 1;
 }
 template <class E>
@@ -79,7 +67,7 @@ __device__ void shard_sum(const BoneArguments& a) {
     else if (width == 2)
         shard_sum_by<E, 2>(a);
     else
-        shard_sum_by<E, 16 / sizeof(E)>(a);
+        shard_sum_by<E, WIDEST<E>>(a);
 }
 template <class E>
 __device__ void add_tiled(const BoneArguments& a) {
@@ -89,7 +77,7 @@ __device__ void add_tiled(const BoneArguments& a) {
     else if (width == 2)
         add_tiled_by<E, 2>(a);
     else
-        add_tiled_by<E, 16 / sizeof(E)>(a);
+        add_tiled_by<E, WIDEST<E>>(a);
 }
 
 // total = the sum of `groups` parts of `count` float32 elements each.

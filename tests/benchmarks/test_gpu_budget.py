@@ -36,6 +36,10 @@ def test_a_block_stays_within_its_budget(budget, version, method):
     assert found["launches"] <= launches and found["units"] <= units + 1, found
 
 
+def test_the_loss_reads_and_writes_the_logits_once(budget):
+    assert budget.loss_passes() < 2.01
+
+
 def test_bytes_are_counted_as_they_lie_in_memory(budget):
     x = torch.empty(4, 8, dtype=torch.bfloat16, device="meta")
     counter = budget.Counter({(8, 8)})

@@ -1,20 +1,49 @@
-"""Cross-entropy with its gradient: the CPU kernel and the plain form against torch's own in float64."""
+"""Cross-entropy with its gradient: the CPU kernel, the GPU's on tests/cuda_shim and the plain form against torch's own
+in float64."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from rwkv_peft.ops import cross_entropy
-from rwkv_peft.ops.cross_entropy import cross_entropy_
+from cuda_shim import shim, toolchain
+from rwkv_peft.ops.cross_entropy import cpu, cross_entropy_, cuda, op
+from rwkv_peft.ops.native import driver
+from rwkv_peft.ops.native import nvrtc as nvrtc_compiler
+from rwkv_peft.ops.native.compilers import find_nvcc
+from rwkv_peft.ops.native.errors import BuildError
 
-FORMS = ("plain", "kernel")
+FORMS = ("plain", "cpu", "cuda")
+
+
+@pytest.fixture(scope="module")
+def built():
+    return shim.build(cuda)
+
+
+@pytest.fixture
+def on_shim(request, monkeypatch):
+    """CPU tensors go through the CUDA kernel; the losses that it is to fill begin as NaN."""
+    if not cpu.available():
+        pytest.skip("no C++ compiler")
+    built = request.getfixturevalue("built")
+    built.set_order("ascending")
+
+    def call(logits, tensors, **numbers):
+        tensors["losses"].fill_(float("nan"))
+        cuda.launch(built, None, logits, tensors, **numbers)
+
+    monkeypatch.setattr(cuda, "call", call)
+    monkeypatch.setattr(op, "backend", lambda logits: cuda if logits.dtype in cuda.DTYPES else None)
+    return built
 
 
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
     if request.param == "plain":
-        monkeypatch.setattr(cross_entropy, "available", lambda: False)
-    elif not cross_entropy.available():
+        monkeypatch.setattr(cpu, "available", lambda: False)
+    elif request.param == "cuda":
+        request.getfixturevalue("on_shim")
+    elif not cpu.available():
         pytest.skip("no C++ compiler")
     return request.param
 
@@ -33,7 +62,7 @@ def truth(logits, targets, scale, pull):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("n, V", [(1, 1), (3, 7), (5, 257), (4, 1000), (2, 65536)])
+@pytest.mark.parametrize("n, V", [(1, 1), (3, 7), (5, 257), (4, 1000), (3, 4100), (2, 65536)])
 @pytest.mark.parametrize("pull", (0.0, 0.01))
 def test_loss_and_gradient(form, n, V, dtype, pull):
     logits, targets = problem(n, V)
@@ -71,7 +100,63 @@ def test_float64_takes_the_plain_form():
 
 @pytest.mark.parametrize("target", (-1, 40))
 def test_a_target_outside_the_vocabulary_is_refused(target):
-    if not cross_entropy.available():
+    if not cpu.available():
         pytest.skip("no C++ compiler")
     with pytest.raises(IndexError, match="40 logits.*tokenizer"):
         cross_entropy_(torch.randn(2, 40), torch.tensor([0, target]), 1.0)
+
+
+def test_a_target_outside_the_vocabulary_is_nan_on_a_gpu(on_shim):
+    logits, _ = problem(3, 40)
+    loss, gradient = cross_entropy_(logits, torch.tensor([0, 40, -1]), 1.0)
+    assert loss.isnan() and gradient.isfinite().all()
+
+
+def test_minus_infinity_is_no_probability(form):
+    logits, targets = problem(2, 5000)
+    targets[:] = 4999
+    logits[:, :4990] = -float("inf")
+    loss, gradient = truth(logits, targets, 1.0, 0.0)
+    ours, ours_gradient = cross_entropy_(logits, targets, 1.0)
+    torch.testing.assert_close((ours.double(), ours_gradient.double()), (loss, gradient), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", shim.ORDERS[1:])
+def test_the_order_of_threads_changes_no_bit(on_shim, order):
+    logits, targets = problem(3, 5001)
+    expected = cross_entropy_(logits.clone(), targets, 1.0, 0.01)
+    on_shim.set_order(order)
+    found = cross_entropy_(logits.clone(), targets, 1.0, 0.01)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected))
+
+
+def test_nvcc_compiles_without_warnings_or_spills(tmp_path):
+    try:
+        nvcc = find_nvcc()
+    except BuildError as error:
+        pytest.skip(str(error))
+    for status, report in toolchain.assembler_reports(cuda.SOURCE, nvcc, tmp_path).values():
+        toolchain.check_without_spills(status, report, cuda.KERNELS)
+
+
+def test_nvrtc_compiles_every_kernel(tmp_path, monkeypatch):
+    compiler = nvrtc_compiler.find_nvrtc()
+    if compiler is None:
+        pytest.skip("needs NVRTC: pip install nvidia-cuda-nvrtc")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    image = nvrtc_compiler.cubin("cross_entropy_cuda", cuda.SOURCE, "sm_90", compiler)
+    for name in cuda.KERNELS:
+        assert name.encode() in image
+
+
+def test_the_driver_is_asked_for_a_block_a_row(monkeypatch):
+    recorder = toolchain.RecordingDriver(cuda.CrossEntropyArguments)
+    monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: recorder)
+    module = cuda.Module(b"image")
+    monkeypatch.setattr(cuda, "call", lambda *rest, **numbers: cuda.launch(module, 7, *rest, **numbers))
+    logits, targets = problem(5, 48)
+    cuda.losses_(logits, targets, 0.5, 0.25, True)
+    ((sizes, stream, arguments, _),) = recorder.launches
+    assert sizes[:4] == [5, 1, 1, recorder.constant] and stream == 7
+    assert (arguments.vocabulary, arguments.scale, arguments.pull) == (48, 0.5, 0.25)
+    assert arguments.logits == arguments.gradient == logits.data_ptr()

@@ -15,7 +15,7 @@ from ..adapters.quant import ROW_ELEMENTS, stored_bytes
 from ..config import BUCKET, RunConfig
 from ..files.dtypes import DTYPES
 from ..models import family_named
-from ..training.loss import CHUNK_ELEMENTS
+from ..training.loss import chunk_rows
 from .rehearsal import Counts, Step, count, logit_bytes, rehearse
 
 CPU, GPU = "cpu", "gpu"
@@ -137,7 +137,7 @@ class Estimate:
     def batch(self, rows: int, tokens: int) -> list[Part]:
         """What follows from the batch."""
         model, item, here = self.config.model, self.dtype.itemsize, self.accelerator
-        chunk = min(rows * tokens, max(1, CHUNK_ELEMENTS // model.vocab_size))
+        chunk = min(rows * tokens, chunk_rows(model.vocab_size, here == GPU))
         hidden = (rows * tokens + 2 * chunk) * model.n_embd * item
         read = min(self.unread(), rows * tokens * (model.n_embd * item + PAGE))
         return [

@@ -6,7 +6,11 @@ from ..adapters.methods import NONE, method_of
 from ..cli import counted
 from ..names import STATE
 from ..ops.bone import cuda as bone_cuda
+from ..ops.cross_entropy import cuda as cross_entropy_cuda
 from ..ops.mix import cuda as mix_cuda
+
+# what a GPU has kernels for, besides the recurrence
+KERNELS = (("token shift, gates, norms", mix_cuda), ("bat-in, Bone's shards", bone_cuda), ("loss", cross_entropy_cuda))
 
 UPSTREAM_PARTS = ("time", "ln")  # what RWKV-PEFT trains along with an adapter by default
 
@@ -35,10 +39,9 @@ def describe(config, family, accelerator, samples, notes, plan, report, state, s
     if train.compile:
         say("          blocks are compiled: the first steps take a minute or more")
     if accelerator == "gpu":
-        for what, cuda in (("token shift, gates, norms", mix_cuda), ("bat-in, Bone's shards", bone_cuda)):
+        for what, cuda in KERNELS:
             reason = cuda.FAMILY.unavailable()
             say(f"          {what}: {'cuda' if reason is None else f'plain torch ({reason})'}")
-        say("          loss: plain torch, which has no kernel there")
     say(f"data      {data.path}: {counted(len(samples), 'sample')} of up to {data.ctx_len} tokens")
     for note in notes:
         say(f"          {note}")

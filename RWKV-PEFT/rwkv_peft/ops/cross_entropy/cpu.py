@@ -1,0 +1,61 @@
+"""cpu/cross_entropy as Python sees it, built on first use."""
+
+import ctypes
+import functools
+
+import torch
+
+from ..native import arguments, levels
+from ..native.arguments import fields, fill
+from ..native.cpu import cpu_library
+from ..native.errors import BuildError
+
+
+class CrossEntropyArguments(ctypes.Structure):
+    """cpu/cross_entropy/arguments.h's structure of the same name."""
+
+    _fields_ = fields("logits targets losses", "rows vocabulary", "scale pull", "gradient bfloat16 threads")
+
+
+def takes(logits):
+    """Whether the kernel takes these logits, and can be built here."""
+    return arguments.takes(logits) and available()
+
+
+def losses_(logits, targets, scale, pull, gradient):
+    """logits (n, V), which become scale times their gradient where `gradient`; targets (n,) int64 -> losses (n,)
+    float32. Raises IndexError for a target outside the vocabulary."""
+    check_range(targets, logits.shape[1])
+    losses = torch.empty(logits.shape[0])
+    tensors = dict(logits=logits, targets=targets, losses=losses)
+    numbers = dict(zip(("rows", "vocabulary"), logits.shape), scale=scale, pull=pull, gradient=gradient)
+    _library().cross_entropy(fill(CrossEntropyArguments, logits, tensors, **numbers))
+    return losses
+
+
+def check_range(targets, vocabulary):
+    """The kernel reads logits at these positions."""
+    if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary:
+        raise IndexError(
+            f"targets from {int(targets.min())} to {int(targets.max())} for {vocabulary} logits; a target is a "
+            "token of the model's vocabulary: check the tokenizer that made the data"
+        )
+
+
+@functools.cache
+def available():
+    """Whether the kernel can be built and loaded here."""
+    try:
+        _library()
+    except BuildError:
+        return False
+    return True
+
+
+@functools.cache
+def _library():
+    level = levels.best_level()
+    functions = (("cross_entropy", None, CrossEntropyArguments),)
+    return cpu_library(
+        f"cross_entropy_cpu_{level}", "cross_entropy/cross_entropy.cpp", levels.level_flags()[level], functions
+    )

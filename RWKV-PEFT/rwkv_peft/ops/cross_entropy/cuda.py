@@ -1,0 +1,66 @@
+"""cuda/cross_entropy as Python sees it: one kernel, a block a row of logits."""
+
+import ctypes
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..native.family import DTYPES, Family, Kernels
+from ..native.launch import stream
+
+SOURCE = "cross_entropy/cross_entropy.cu"
+KERNELS = tuple(f"cross_entropy_{dtype}" for dtype in DTYPES.values())
+
+
+class CrossEntropyArguments(ctypes.Structure):
+    """cuda/cross_entropy/arguments.cuh's structure of the same name."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("logits", "gradient", "targets", "losses")),
+        ("vocabulary", ctypes.c_longlong),
+        *((name, ctypes.c_float) for name in ("scale", "pull")),
+        ("device", ctypes.c_int),
+    ]
+
+
+def takes(logits: Tensor) -> bool:
+    """Whether the kernel takes these logits: where 16 bytes of them can be read at once."""
+    return FAMILY.takes(logits) and (logits.is_meta or logits.data_ptr() % 16 == 0)
+
+
+def losses_(logits: Tensor, targets: Tensor, scale: float, pull: float, gradient: bool) -> Tensor:
+    """logits (n, V), which become scale times their gradient where `gradient`; targets (n,) int64 -> losses (n,)
+    float32: NaN for a target outside the vocabulary, since a message would have to wait for the GPU."""
+    losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    tensors = dict(logits=logits, gradient=logits if gradient else None, targets=targets, losses=losses)
+    call(logits, tensors, vocabulary=logits.shape[1], scale=scale, pull=pull)
+    return losses
+
+
+def call(logits: Tensor, tensors: Mapping[str, Tensor | None], **numbers: float) -> None:
+    """Enqueue the kernel on the GPU of the logits; tensors, or None, and numbers by the names of CrossEntropyArguments.
+    Where tensors have no data there is nothing to do."""
+    if logits.is_meta:
+        return
+    with torch.cuda.device(logits.device):
+        launch(FAMILY.kernels(logits.device.index), stream(logits), logits, tensors, **numbers)
+
+
+def launch(
+    built: Kernels, on: int | None, logits: Tensor, tensors: Mapping[str, Tensor | None], **numbers: float
+) -> None:
+    """`call` with given kernels, on a given stream."""
+    addresses = {name: None if x is None else x.data_ptr() for name, x in tensors.items()}
+    arguments = CrossEntropyArguments(**addresses, **numbers, device=logits.device.index or 0)
+    FAMILY.run(built, f"cross_entropy_{DTYPES[logits.dtype]}", arguments, logits.shape[0], on)
+
+
+def _trial(built: Kernels, device: int) -> None:
+    logits, targets = torch.zeros(1, 8, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    tensors = dict(logits=logits, targets=targets, losses=logits.new_empty(1))
+    launch(built, stream(logits), logits, tensors, vocabulary=8, scale=1.0, pull=0.0)
+
+
+FAMILY = Family("cross_entropy", SOURCE, KERNELS, CrossEntropyArguments, _trial)
+Library, Module = FAMILY.library, FAMILY.module

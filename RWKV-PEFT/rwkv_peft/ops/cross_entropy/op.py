@@ -1,0 +1,39 @@
+"""Cross-entropy of given logits together with its gradient, which takes the logits' place: plain torch for any device
+and dtype, kernels for float32 and bfloat16 where they can be built."""
+
+import torch
+
+from . import cpu, cuda
+
+
+def cross_entropy_(logits, targets, scale, pull=0.0, gradient=True):
+    """The losses of some tokens, scaled and added up, and the gradient of that sum.
+
+    logits (n, V), of which nothing is left afterwards; targets (n,) int64; scale a number, or a 0-dim tensor. pull adds
+    pull · (largest logit) to the unscaled gradient of each row's largest logit. -> (scale · Σ losses, a scalar of
+    float32, or float64 for float64 logits; the gradient (n, V) in logits' dtype, or None where not `gradient`).
+    """
+    kernels = backend(logits)
+    if kernels is not None:
+        losses = kernels.losses_(logits, targets.contiguous(), float(scale), pull, gradient)
+        return losses.sum() * scale, logits if gradient else None
+    dtype = logits.dtype
+    logits = logits.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    picked = targets[:, None]
+    largest, where = logits.max(dim=1, keepdim=True)
+    logits.sub_(largest)
+    true_logit = logits.gather(1, picked)
+    log_sum = logits.exp().sum(dim=1, keepdim=True).log()
+    loss = (log_sum - true_logit).sum() * scale
+    if not gradient:
+        return loss, None
+    grad = logits.sub_(log_sum).exp_()  # the softmax, in the logits' own memory
+    grad.scatter_add_(1, picked, torch.full_like(largest, -1.0))
+    grad.scatter_add_(1, where, largest * pull)
+    return loss, grad.mul_(scale).to(dtype)
+
+
+def backend(logits):
+    """cpu or cuda, whose kernel takes the logits; None where plain torch does: the one place that decides."""
+    kernels = cpu if logits.is_cpu else cuda
+    return kernels if logits.is_contiguous() and kernels.takes(logits) else None

@@ -1,0 +1,15 @@
+// What a launch of a cross-entropy kernel is told.
+#pragma once
+#include "common/device.cuh"
+
+// ops/cross_entropy/cuda.py mirrors it field by field. Elements are float32 or bf16, by the kernel's name; logits are
+// contiguous and aligned to 16 bytes.
+struct CrossEntropyArguments {
+    const void* logits;      // (rows, vocabulary)
+    void* gradient;          // (rows, vocabulary), or null; may be the logits
+    const index_t* targets;  // (rows)
+    float* losses;           // (rows)
+    index_t vocabulary;
+    float scale, pull;
+    int device;
+};

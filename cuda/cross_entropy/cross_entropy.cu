@@ -1,0 +1,10 @@
+// Cross-entropy of given logits on NVIDIA GPUs, and its gradient in the logits' place.
+//
+// nvcc compiles this file into a library with a C interface, NVRTC into a module of the kernels alone, and a C++
+// compiler, with tests/cuda_shim, into a library that runs on the CPU.
+#include "common/kernel.cuh"
+#include "cross_entropy/arguments.cuh"
+#include "cross_entropy/row.cuh"
+
+KERNEL(CrossEntropyArguments, cross_entropy_float32, row<float>, ROW_THREADS, 0)
+KERNEL(CrossEntropyArguments, cross_entropy_bfloat16, row<bf16>, ROW_THREADS, 0)

@@ -1,0 +1,82 @@
+// A row of logits, which one block has: its loss, log sum exp(logits) - logits[target], and its gradient in the logits'
+// place. The row comes from memory once: sums and the largest logit are found in one pass (Milakov and Gimelshein 2018,
+// arXiv 1805.02867), and the pass that writes the gradient finds the row in the cache.
+#pragma once
+#include "common/vector.cuh"
+#include "cross_entropy/arguments.cuh"
+
+constexpr int ROW_THREADS = 512;
+constexpr float LOWEST = -3.402823466e38f;  // what no finite logit is below
+
+// The largest of some logits, the first place where it is, and the sum of exp(logit - largest).
+struct Softmax {
+    float largest, sum;
+    index_t where;
+};
+
+__device__ __forceinline__ Softmax merged(const Softmax& a, const Softmax& b) {
+    const bool first = a.largest > b.largest || (a.largest == b.largest && a.where <= b.where);
+    const Softmax &high = first ? a : b, &low = first ? b : a;
+    return Softmax{high.largest, high.sum + low.sum * expf(low.largest - high.largest), high.where};
+}
+
+template <class E, int V>
+__device__ __forceinline__ Softmax softmax_of(const E* x, index_t vocabulary) {
+    Softmax mine{LOWEST, 0.f, vocabulary};
+    #pragma unroll 2
+    for (index_t at = threadIdx.x * V; at < vocabulary; at += ROW_THREADS * V) {
+        float v[V];
+        load_vector<E, V>(v, x + at);
+        float largest = mine.largest;
+        #pragma unroll
+        for (int e = 0; e < V; e++)
+            if (v[e] > largest) largest = v[e], mine.where = at + e;
+        mine.sum *= expf(mine.largest - largest);
+        #pragma unroll
+        for (int e = 0; e < V; e++) mine.sum += expf(v[e] - largest);
+        mine.largest = largest;
+    }
+    __shared__ Softmax shared[ROW_THREADS];
+    shared[threadIdx.x] = mine;
+    __syncthreads();
+    for (int step = ROW_THREADS / 2; step > 0; step /= 2) {
+        if ((int)threadIdx.x < step) shared[threadIdx.x] = merged(shared[threadIdx.x], shared[threadIdx.x + step]);
+        __syncthreads();
+    }
+    return shared[0];
+}
+
+template <class E, int V>
+__device__ void row_by(const CrossEntropyArguments& a) {
+    const index_t row = blockIdx.x, target = a.targets[row];
+    const E* x = (const E*)a.logits + row * a.vocabulary;
+    E* gradient = (E*)a.gradient + row * a.vocabulary;
+    const Softmax all = softmax_of<E, V>(x, a.vocabulary);
+    const bool known = 0 <= target && target < a.vocabulary;
+    const float at_target = known ? to_float(x[target]) : 0.f;
+    __syncthreads();  // the target's logit is read before it is written over
+    if (threadIdx.x == 0)
+        a.losses[row] = known ? logf(all.sum) + (all.largest - at_target) : __uint_as_float(0x7fc00000);
+    if (!a.gradient) return;
+    const float factor = a.scale / all.sum;
+    #pragma unroll 2
+    for (index_t at = threadIdx.x * V; at < a.vocabulary; at += ROW_THREADS * V) {
+        float v[V];
+        load_vector<E, V>(v, x + at);
+        #pragma unroll
+        for (int e = 0; e < V; e++) {
+            v[e] = expf(v[e] - all.largest) * factor;
+            if (at + e == target) v[e] -= a.scale;
+            if (at + e == all.where) v[e] += a.scale * a.pull * all.largest;
+        }
+        store_vector<E, V>(gradient + at, v);
+    }
+}
+
+template <class E>
+__device__ void row(const CrossEntropyArguments& a) {
+    if (a.vocabulary % WIDEST<E> == 0)
+        row_by<E, WIDEST<E>>(a);
+    else
+        row_by<E, 1>(a);
+}
