@@ -88,7 +88,7 @@ class Counter(TorchDispatchMode):
     def mix_kernel(self, name, like, tensors, **others):
         """The same for a mix kernel, and the launches that add up its strips' sums."""
         self.kernel(name, like, tensors, **others)
-        for target in cuda.LAYOUTS[name].sums:
+        for target in {**cuda.LAYOUTS, **cuda.LOW_LAYOUTS}[name].sums:
             if tensors.get(target) is not None:
                 self.launches.append(Launch("sum", real_bytes(tensors[target]), (), False))
 

@@ -9,9 +9,6 @@
 #include "bone/shards.cuh"
 #include "common/kernel.cuh"
 
-// What a block may ask for on every GPU since Ampere.
-constexpr int MOST_SHARED = 99 * 1024;
-
 #define PRODUCTS(R)                                                                                              \
     KERNEL(BoneArguments, bone_affine_forward_products_##R, products_forward<R>, ForwardProducts<R>::threads,    \
            sizeof(ForwardShared<R>))                                                                             \

@@ -2,6 +2,7 @@
 // b, z = x + u and shift = sum over b of u_b; and its gradients.
 #pragma once
 #include "bone/arguments.cuh"
+#include "common/fetch.cuh"
 #include "common/tile.cuh"
 
 // A block's tile of tokens, and how its warps share it: each has 16 tokens and one of `splits` parts of the columns.
@@ -12,7 +13,7 @@ struct Products {
     static constexpr int splits = WARPS / (tokens / 16);
     static constexpr int tiles = R / 16;            // of a row of a shard
     static constexpr int columns = tiles / splits;  // of these, a warp's
-    static constexpr int stride = R + 8;            // padded so that eight rows touch all banks once
+    static constexpr int stride = R + PADDING;
     static_assert(splits >= 1 && tiles % splits == 0, "the warps do not divide the columns");
     using Rows = bf16[tokens][stride];
     using Matrix = bf16[R][stride];
@@ -32,15 +33,6 @@ struct BackwardShared {
     typename BackwardProducts<R>::Rows d[2], g[2], x[2];
     typename BackwardProducts<R>::Matrix bone;
 };
-
-// Starts the copy of `rows` rows of R elements, which lie `width` apart, zeros past the first `valid` of them.
-template <int R>
-__device__ __forceinline__ void fetch_rows(bf16 (*to)[R + 8], const bf16* from, index_t width, int rows, int valid) {
-    for (int i = threadIdx.x; i < rows * (R / 8); i += blockDim.x) {
-        const int row = i / (R / 8), column = i % (R / 8) * 8;
-        cp_async_16(&to[row][column], from + (row < valid ? row * width + column : 0), row < valid);
-    }
-}
 
 __device__ __forceinline__ void add(Accumulator& c, const Accumulator& d) {
     #pragma unroll

@@ -1,33 +1,33 @@
 // Token shift with interpolation: out_i = x + (previous - x) m_i, m_i = maa_i + offset_i, where `previous` is the token
 // before, and the offsets, of each token and channel, are null where maa is all there is. cpu/mix/lerp.h has the
-// formulas; here the offsets' low-rank product is a matrix product outside.
+// formulas; here the offsets' low-rank product is a matrix product outside, but where low_rank.cuh has it inside.
 #pragma once
 #include "mix/rows.cuh"
 
 constexpr int MOST_POINTS = 6;
 
+// The sequence of a token, and whether it is its first.
+struct Place {
+    int sequence;
+    bool first;
+};
+__device__ __forceinline__ Place place_of(const MixArguments& a, index_t t) {
+    if (!a.bounds) return Place{(int)(t / a.length), t % a.length == 0};
+    int low = 0, high = a.sequences;  // bounds[low] <= t < bounds[high]
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (a.bounds[middle] <= t)
+            low = middle;
+        else
+            high = middle;
+    }
+    return Place{low, a.bounds[low] == t};
+}
+
 template <class E>
 struct Lerp : Operation<E> {
     using Operation<E>::Operation;
 
-    // The sequence of token t, and whether t is its first.
-    struct Place {
-        int sequence;
-        bool first;
-    };
-    __device__ Place place(index_t t) const {
-        const index_t* bounds = this->a.bounds;
-        if (!bounds) return Place{(int)(t / this->a.length), t % this->a.length == 0};
-        int low = 0, high = this->a.sequences;  // bounds[low] <= t < bounds[high]
-        while (high - low > 1) {
-            const int middle = (low + high) / 2;
-            if (bounds[middle] <= t)
-                low = middle;
-            else
-                high = middle;
-        }
-        return Place{low, bounds[low] == t};
-    }
     __device__ index_t last_at(const Place& place) const {
         return (index_t)place.sequence * this->a.channels + this->part.channel;
     }
@@ -51,7 +51,7 @@ struct LerpForward : Lerp<E> {  // x, offsets (n, tokens, channels); maa (n, cha
     static constexpr int SUMS = 0;
     using Lerp<E>::Lerp;
     __device__ void row(index_t t) {
-        const Values x = this->in(0, t), before = this->previous(t, this->place(t));
+        const Values x = this->in(0, t), before = this->previous(t, place_of(this->a, t));
         #pragma unroll
         for (int i = 0; i < MOST_POINTS; i++) {
             if (i >= this->a.n) break;
@@ -69,9 +69,10 @@ struct LerpBackward
     using Lerp<E>::Lerp;
     __device__ void row(index_t t) {
         const auto& a = this->a;
-        const auto place = this->place(t);
-        const Values x = this->in(0, t), before = this->previous(t, place);
-        const bool passes_on = t + 1 < a.tokens && !this->place(t + 1).first;
+        const Place place = place_of(a, t);
+        Values x = zero_values(), before = zero_values();  // wanted for the gradients of the weights alone
+        if (a.inputs[0]) x = this->in(0, t), before = this->previous(t, place);
+        const bool passes_on = t + 1 < a.tokens && !place_of(a, t + 1).first;
         Values gx = zero_values(), glast = zero_values();
         #pragma unroll
         for (int i = 0; i < MOST_POINTS; i++) {

@@ -7,6 +7,7 @@
 #include "mix/elements.cuh"
 #include "mix/heads.cuh"
 #include "mix/lerp.cuh"
+#include "mix/low_rank.cuh"
 
 #define MIX_OPERATION(name, Op)                                                    \
     KERNEL(MixArguments, mix_##name##_float32, run_rows<Op<float>>, 32 * WARPS, 0) \
@@ -26,3 +27,13 @@ MIX_OPERATION(delta_keys_forward, DeltaKeysForward)
 MIX_OPERATION(delta_keys_backward, DeltaKeysBackward)
 MIX_OPERATION(norm_bonus_gate_forward, NormBonusGateForward)
 MIX_OPERATION(norm_bonus_gate_backward, NormBonusGateBackward)
+
+// A lerp's weights of rank K.
+#define MIX_LOW_RANK(K)                                                                                      \
+    KERNEL(MixArguments, mix_lerp_low_forward_##K, low_forward<K>, LOW_THREADS, sizeof(LowForwardShared<K>)) \
+    KERNEL(MixArguments, mix_lerp_low_backward_##K, low_backward<K>, LOW_THREADS* LOW_SPLITS<K>,             \
+           sizeof(LowBackwardShared<K>))                                                                     \
+    static_assert(sizeof(LowForwardShared<K>) <= MOST_SHARED && sizeof(LowBackwardShared<K>) <= MOST_SHARED, \
+                  "rank " #K " needs too much shared memory");
+MIX_LOW_RANK(32)
+MIX_LOW_RANK(64)

@@ -9,6 +9,7 @@ from rwkv_peft.adapters.inject import inject
 from rwkv_peft.adapters.methods import METHODS, NONE, words_of
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.models import FAMILIES
+from rwkv_peft.ops.cross_entropy import cuda as cross_entropy
 from rwkv_peft.plan.rehearsal import Tracker, build, count, logit_bytes, rehearse, step_bytes
 
 ROWS, TOKENS = 3, 192
@@ -87,9 +88,11 @@ def test_a_tracker_counts_what_is_alive():
         assert (tracker.live, tracker.peak) == (4000, 8000)
 
 
-def test_logits_on_a_cpu_take_their_own_place_and_without_its_kernel_float32_copies():
-    assert logit_bytes(1000, torch.bfloat16, "cpu") == pytest.approx(2 * 1000, rel=0.05)
-    assert logit_bytes(1000, torch.bfloat16, "meta") == pytest.approx(8 * 1000, rel=0.05)
+def test_logits_take_their_own_place_and_without_a_kernel_float32_copies(monkeypatch):
+    for device in ("cpu", "meta"):
+        assert logit_bytes(1000, torch.bfloat16, device) == pytest.approx(2 * 1000, rel=0.05)
+    monkeypatch.setattr(cross_entropy, "takes", lambda logits: False)
+    assert logit_bytes(1001, torch.bfloat16, "meta") == pytest.approx(8 * 1001, rel=0.05)
 
 
 def test_a_model_of_14b_is_counted_without_its_memory():

@@ -15,6 +15,9 @@ WARPS = 4  # of a block; cuda/mix/arguments.cuh's WARPS
 MOST_SIZE = 128  # channels of a group, which one warp has of a token
 MOST_POINTS = 6  # of a lerp
 FEW_TOKENS = 8192  # up to which short strips fill a GPU with blocks
+LOW_RANKS = (32, 64)  # of a lerp whose product of low rank is inside its kernel, in bfloat16
+LOW_POINTS = 5  # that such a lerp has
+LOW_TOKENS, LOW_CHANNELS = 64, 64  # of a block's tile there; in backward it shares a token with the next one
 
 
 class Layout(NamedTuple):
@@ -31,6 +34,7 @@ def _layout(*names: str) -> Layout:
 
 
 _POINTS = range(MOST_POINTS)
+_LOW_OUTS, _LOW_GRADS = (" ".join(f"{kind}{i}" for i in range(LOW_POINTS)) for kind in ("out", "grad"))
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {
         "lerp_forward": _layout("x offsets", " ".join(f"out{i}" for i in _POINTS), "maa"),
@@ -56,7 +60,17 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         ),
     }
 )
-KERNELS = tuple(f"mix_{name}_{dtype}" for name in LAYOUTS for dtype in DTYPES.values())
+# Those of a lerp's product of low rank, a kernel a rank
+LOW_LAYOUTS: Mapping[str, Layout] = MappingProxyType(
+    {
+        "lerp_low_forward": _layout("x low up", _LOW_OUTS, "maa"),
+        "lerp_low_backward": _layout(f"x low up {_LOW_GRADS}", "gx glow", "maa"),
+    }
+)
+KERNELS = (
+    *(f"mix_{name}_{dtype}" for name in LAYOUTS for dtype in DTYPES.values()),
+    *(f"mix_{name}_{rank}" for name in LOW_LAYOUTS for rank in LOW_RANKS),
+)
 
 
 class MixArguments(ctypes.Structure):
@@ -76,11 +90,12 @@ class MixArguments(ctypes.Structure):
 
 
 def call(name: str, like: torch.Tensor, tensors: Mapping[str, torch.Tensor | None], **sizes: Any) -> None:
-    """Enqueue the operation `name` on the GPU of `like`; tensors by the names of its Layout and sizes as `launch` takes
-    them."""
+    """Enqueue the operation `name` on the GPU of `like`; tensors by the names of its Layout, or None, and sizes as
+    `launch` or `launch_low` takes them."""
     index = like.device.index
     with torch.cuda.device(index):
-        launch(FAMILY.kernels(index), stream(like), name, like, tensors, **sizes)
+        enqueue = launch_low if name in LOW_LAYOUTS else launch
+        enqueue(FAMILY.kernels(index), stream(like), name, like, tensors, **sizes)
 
 
 def launch(
@@ -110,22 +125,48 @@ def launch(
     room = like.new_empty(sum(x is not None for x in wanted), strips, channels, dtype=torch.float32)
     parts = iter(room)
     partial = [None if x is None else next(parts) for x in wanted]
-    arguments = MixArguments(
-        inputs=_addresses(12, [tensors.get(input_) for input_ in layout.inputs]),
-        outputs=_addresses(6, [tensors.get(output) for output in layout.outputs]),
-        parameters=_addresses(4, [tensors[parameter] for parameter in layout.parameters]),
-        sums=_addresses(6, partial),
-        tokens=tokens,
-        channels=channels,
-        size=size,
-        strip=strip,
-        device=like.device.index or 0,
-        **{key: x.data_ptr() if isinstance(x, torch.Tensor) else x for key, x in others.items()},
-    )
+    arguments = _arguments(layout, like, tensors, partial, **others)
+    arguments.tokens, arguments.channels, arguments.size, arguments.strip = tokens, channels, size, strip
     FAMILY.run(built, f"mix_{name}_{DTYPES[like.dtype]}", arguments, strips * groups, on)
     for target, part in zip(wanted, partial):
         if target is not None and part is not None:
             torch.sum(part, 0, out=target.view(-1))
+
+
+def launch_low(
+    built: Kernels,
+    on: int | None,
+    name: str,
+    like: torch.Tensor,
+    tensors: Mapping[str, torch.Tensor | None],
+    rank: int,
+    tokens: int,
+    channels: int,
+    size: int = LOW_CHANNELS,
+    **others: Any,
+) -> None:
+    """The same for a lerp whose product of low rank is inside: `size` channels a block."""
+    arguments = _arguments(LOW_LAYOUTS[name], like, tensors, [], **others)
+    arguments.tokens, arguments.channels, arguments.size = tokens, channels, size
+    tile = LOW_TOKENS if name == "lerp_low_forward" else LOW_TOKENS - 1
+    FAMILY.run(built, f"mix_{name}_{rank}", arguments, -(-tokens // tile) * -(-channels // size), on)
+
+
+def _arguments(
+    layout: Layout,
+    like: torch.Tensor,
+    tensors: Mapping[str, torch.Tensor | None],
+    sums: list[torch.Tensor | None],
+    **others: Any,
+) -> MixArguments:
+    return MixArguments(
+        inputs=_addresses(12, [tensors.get(input_) for input_ in layout.inputs]),
+        outputs=_addresses(6, [tensors.get(output) for output in layout.outputs]),
+        parameters=_addresses(4, [tensors[parameter] for parameter in layout.parameters]),
+        sums=_addresses(6, sums),
+        device=like.device.index or 0,
+        **{key: x.data_ptr() if isinstance(x, torch.Tensor) else x for key, x in others.items()},
+    )
 
 
 def _addresses(count: int, tensors: list[torch.Tensor | None]) -> ctypes.Array:

@@ -1,5 +1,8 @@
-"""Token shift with interpolation on a GPU, where the weights' product of low rank is a matrix product outside the
-kernel: an autograd Function like cpu.Lerp, over cuda/mix/lerp.cuh."""
+"""Token shift with interpolation on a GPU: an autograd Function like cpu_lerp.Lerp.
+
+The weights' product of low rank is inside the kernels of cuda/mix/low_rank.cuh where those take it, and in backward
+where `up` and maa are frozen, too. Else it is a matrix product outside the kernels of cuda/mix/lerp.cuh.
+"""
 
 from typing import Any
 
@@ -7,7 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from . import cuda
 from .functions import call, differentiable_once, rounded
+
+BLOCKS, MOST_GROUPS = 256, 8  # blocks that fill a GPU, whichever; parts of a sum over channels
+STEP = 32  # channels that a block of the backward kernel takes at once
 
 
 class Lerp(Function):
@@ -18,8 +25,12 @@ class Lerp(Function):
     def forward(ctx: Any, x: Tensor, last: Tensor | None, maa: Tensor, low, up, cu_seqlens) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, last, maa, low, up, cu_seqlens)
         outs = tuple(torch.empty_like(x) for _ in range(maa.shape[0]))
-        tensors = dict(x=x, offsets=offsets(low, up), maa=maa) | {f"out{i}": out for i, out in enumerate(outs)}
-        call("lerp_forward", x, tensors, last=last, **_sizes(x, maa, cu_seqlens))
+        tensors = dict(x=x, maa=maa) | {f"out{i}": out for i, out in enumerate(outs)}
+        sizes = _sizes(x, maa, cu_seqlens)
+        if has_product_inside(x, last, maa, low, up):
+            call("lerp_low_forward", x, tensors | dict(low=low, up=up), last=last, rank=up.shape[1], **sizes)
+        else:
+            call("lerp_forward", x, tensors | dict(offsets=offsets(low, up)), last=last, **sizes)
         return outs
 
     @staticmethod
@@ -27,17 +38,46 @@ class Lerp(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, last, maa, low, up, cu_seqlens = ctx.saved_tensors
         gx, glast = torch.empty_like(x), None if last is None else torch.empty_like(last)
+        tensors = dict(maa=maa, gx=gx) | {f"grad{i}": grad for i, grad in enumerate(grads)}
+        sizes = _sizes(x, maa, cu_seqlens) | dict(last=last, glast=glast)
+        trained = ctx.needs_input_grad[2] or ctx.needs_input_grad[4]
+        if not trained and has_product_inside(x, last, maa, low, up, *grads):
+            parts, size = _parts(low, x)
+            tensors |= dict(x=x, low=low, up=up, glow=parts)
+            call("lerp_low_backward", x, tensors, rank=up.shape[1], size=size, **sizes)
+            return gx, glast, None, parts.sum(0) if len(parts) > 1 else parts[0], None, None
         goffsets = None if low is None else x.new_empty(maa.shape[0], x[..., 0].numel(), x.shape[2])
         gmaa = torch.empty_like(maa, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        tensors = dict(x=x, offsets=offsets(low, up), maa=maa, gx=gx, goffsets=goffsets)
-        tensors |= {f"grad{i}": grad for i, grad in enumerate(grads)}
+        tensors |= dict(x=None if goffsets is None and gmaa is None else x, offsets=offsets(low, up), goffsets=goffsets)
         tensors |= {} if gmaa is None else {f"gmaa{i}": row for i, row in enumerate(gmaa)}
-        call("lerp_backward", x, tensors, last=last, glast=glast, **_sizes(x, maa, cu_seqlens))
+        call("lerp_backward", x, tensors, **sizes)
         glow = gup = None
         if goffsets is not None:
             glow = (goffsets @ up.mT).transpose(0, 1).reshape(low.shape)
-            gup = _by_point(low, up).mT @ goffsets
+            gup = _by_point(low, up).mT @ goffsets if ctx.needs_input_grad[4] else None
         return gx, glast, *rounded([gmaa], x.dtype), glow, gup, None
+
+
+def has_product_inside(
+    x: Tensor, last: Tensor | None, maa: Tensor, low: Tensor | None, up: Tensor | None, *grads: Tensor
+) -> bool:
+    """Whether kernels have the product of low rank inside: their tiles are whole, and 16 bytes can be read at once."""
+    return (
+        up is not None
+        and x.dtype == torch.bfloat16
+        and up.shape[0] == cuda.LOW_POINTS
+        and up.shape[1] in cuda.LOW_RANKS
+        and x.shape[2] % cuda.LOW_CHANNELS == 0
+        and all([y is None or y.is_meta or y.data_ptr() % 16 == 0 for y in (x, last, maa, low, up, *grads)])
+    )
+
+
+def _parts(low: Tensor, x: Tensor) -> tuple[Tensor, int]:
+    """Room for low's gradient by groups of channels, (groups, B, T, m K), and how many channels a group has."""
+    tiles, channels = -(-x[..., 0].numel() // (cuda.LOW_TOKENS - 1)), x.shape[2]
+    groups = min(MOST_GROUPS, -(-BLOCKS // tiles))
+    size = -(-channels // (groups * STEP)) * STEP
+    return low.new_empty(-(-channels // size), *low.shape), size
 
 
 def offsets(low: Tensor | None, up: Tensor | None) -> Tensor | None:
