@@ -1,12 +1,13 @@
 """What a block costs a GPU outside its large matrix products, counted without one: launches and bytes on its code path.
 
-    python benchmarks/gpu_budget.py [--generations x060 x070] [--tokens 4096] [--verbose]
+    python benchmarks/gpu_budget.py [--generations x060 x070] [--verbose]
 
 A block runs forward and backward on meta tensors, in bfloat16; each of torch's operations that computes something is
 one launch, and its bytes are those of its inputs (expanded ones at their real size) and outputs. A unit is one read or
 write of (T, C). The products with the block's large matrices are left out: they are the floor, as benchmarks/step.py
 calls it. "step / floor" is what follows for a whole block on an H100 (650 TFLOP/s, 2.8 TB/s for torch's operations), if
-nothing else waits; launches come on top where they are shorter than 5 us apart.
+nothing else waits; launches come on top where they are shorter than 5 us apart. A micro batch has twice as many tokens
+as channels, so that no activation has a matrix's shape.
 """
 
 import argparse
@@ -88,7 +89,7 @@ class Counter(TorchDispatchMode):
     def mix_kernel(self, name, like, tensors, **others):
         """The same for a mix kernel, and the launches that add up its strips' sums."""
         self.kernel(name, like, tensors, **others)
-        for target in {**cuda.LAYOUTS, **cuda.LOW_LAYOUTS}[name].sums:
+        for target in {**cuda.LAYOUTS, **cuda.TILED}[name].sums:
             if tensors.get(target) is not None:
                 self.launches.append(Launch("sum", real_bytes(tensors[target]), (), False))
 
@@ -165,7 +166,6 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generations", nargs="+", default=[family.version for family in FAMILIES])
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
-    parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--verbose", action="store_true", help="each launch of the first shape")
     args = parser.parse_args(argv)
     print("| generation | method | launches | " + " | ".join(f"units, {s} | step / floor, {s}" for s in SHAPES) + " |")
@@ -173,18 +173,19 @@ def main(argv=None):
     for version in args.generations:
         family = family_named(version)
         for method in args.methods:
-            found = [figures(family, channels, args.tokens, method) for channels, _ in SHAPES.values()]
+            found = [figures(family, channels, 2 * channels, method) for channels, _ in SHAPES.values()]
             cells = " | ".join(f"{one['units']:.0f} | {one['ratio']:.2f}" for one in found)
             print(f"| {family.name} | {method} | {found[0]['launches']} | {cells} |", flush=True)
             if args.verbose:
-                show(family, method, args.tokens)
+                show(family, method)
     print(f"\nThe loss reads or writes the logits {loss_passes():.1f} times.")
     return 0
 
 
-def show(family, method, tokens):
+def show(family, method):
     """Print each launch that is no large product, with its units."""
     channels = next(iter(SHAPES.values()))[0]
+    tokens = 2 * channels
     for launch in count(family, channels, tokens, method)[0]:
         if not launch.is_large:
             print(f"    {launch.name:<32} {launch.bytes / (2 * tokens * channels):7.2f} {launch.shapes}")

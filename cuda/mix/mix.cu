@@ -6,6 +6,7 @@
 #include "common/kernel.cuh"
 #include "mix/elements.cuh"
 #include "mix/heads.cuh"
+#include "mix/layer_norm.cuh"
 #include "mix/lerp.cuh"
 #include "mix/low_rank.cuh"
 
@@ -27,6 +28,14 @@ MIX_OPERATION(delta_keys_forward, DeltaKeysForward)
 MIX_OPERATION(delta_keys_backward, DeltaKeysBackward)
 MIX_OPERATION(norm_bonus_gate_forward, NormBonusGateForward)
 MIX_OPERATION(norm_bonus_gate_backward, NormBonusGateBackward)
+MIX_OPERATION(add_norm_sums, AddNormSums)
+
+// Those whose blocks have a token.
+#define MIX_TOKENS(name)                                                     \
+    KERNEL(MixArguments, mix_##name##_float32, name<float>, NORM_THREADS, 0) \
+    KERNEL(MixArguments, mix_##name##_bfloat16, name<bf16>, NORM_THREADS, 0)
+MIX_TOKENS(add_norm_forward)
+MIX_TOKENS(add_norm_backward)
 
 // A lerp's weights of rank K.
 #define MIX_LOW_RANK(K)                                                                                      \

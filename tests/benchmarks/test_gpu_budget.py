@@ -11,13 +11,13 @@ from rwkv_peft.models import family_named
 SOURCE = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_budget.py"
 # launches, units of (T, C) at 2048 channels
 LIMITS = {
-    ("x060", "frozen"): (54, 109),
-    ("x060", "bat-in"): (94, 201),
-    ("x060", "bone"): (94, 185),
-    ("x060", "bat-out"): (152, 286),
-    ("x060", "lora"): (118, 197),
-    ("x070", "frozen"): (60, 161),
-    ("x070", "bat-in"): (90, 238),
+    ("x060", "frozen"): (50, 102),
+    ("x060", "bat-in"): (90, 194),
+    ("x060", "bone"): (90, 178),
+    ("x060", "bat-out"): (148, 279),
+    ("x060", "lora"): (98, 189),
+    ("x070", "frozen"): (56, 154),
+    ("x070", "bat-in"): (86, 231),
 }
 
 

@@ -114,6 +114,11 @@ def lora(
     return apply_to_tokens(_Lora, x, weight, bias, lora_A, lora_B, product=product, extra=(scale,))
 
 
+def scaled_product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale a b, for matrices, in one operation."""
+    return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scale)
+
+
 class _Lora(Function):
     @staticmethod
     def forward(
@@ -142,13 +147,13 @@ class _Lora(Function):
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, lora_A, lora_B, inner = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
-        g_inner = (g @ lora_B).mul_(ctx.scale) if need_x or need_A else None  # (T, r)
+        g_inner = scaled_product(g, lora_B, ctx.scale) if need_x or need_A else None  # (T, r)
         return (
             ctx.product.backward(g, weight).addmm_(g_inner, lora_A) if need_x else None,
             weight_gradient(g, x).to(weight.dtype) if need_weight else None,
             g.sum(0) if need_bias else None,
             g_inner.t() @ x if need_A and g_inner is not None else None,
-            (g.t() @ inner).mul_(ctx.scale) if need_B else None,
+            scaled_product(g.t(), inner, ctx.scale) if need_B else None,
             None,
             None,
         )

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
+from ..ops.mix import add_norm
 from .state import TIME_STATE, LayerState, State, swapped
 
 HeadFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, weight of the head) -> what stands for logits
@@ -18,6 +19,16 @@ HeadFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, weigh
 def last_token(x: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
     """The last token of each sequence of x (B, T, C) -> (B, C), or (n, C) where cu_seqlens packs n of them."""
     return x[:, -1] if cu_seqlens is None else x[0, cu_seqlens[1:].long() - 1]
+
+
+class ResidualNorm(nn.LayerNorm):
+    """Adds a residual, and normalizes the sum."""
+
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, y: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (B, T, C), y (B, T, C) or None -> x + y, that normalized, both (B, T, C)."""
+        return add_norm(x, y, self.weight, self.bias, self.eps)
 
 
 class Recurrent(nn.Module):

@@ -11,6 +11,7 @@ from cuda_shim import shim, toolchain
 from ops.mix.cases import HEADS, assert_as_accurate, keys_inputs, low_rank, randn, reads_inputs
 from ops.mix.cases import run as run_both
 from rwkv_peft.ops.mix import (
+    add_norm,
     cpu,
     cuda,
     delta_keys,
@@ -50,11 +51,11 @@ def on_shim(request, monkeypatch):
 
     def call(name, like, tensors, **sizes):
         """What is to be filled begins as NaN."""
-        layout = {**cuda.LAYOUTS, **cuda.LOW_LAYOUTS}[name]
+        layout = {**cuda.LAYOUTS, **cuda.TILED}[name]
         for x in (tensors.get(name) for name in (*layout.outputs, *layout.sums)):
             if x is not None:
                 x.fill_(float("nan"))
-        launch = cuda.launch_low if name in cuda.LOW_LAYOUTS else cuda.launch
+        launch = cuda.launch_tiled if name in cuda.TILED else cuda.launch
         launch(kernels, None, name, like, tensors, **sizes)
 
     monkeypatch.setattr(cpu, "call", call)
@@ -127,6 +128,34 @@ def test_heads(kernels, B, T, H, N, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape, offset", [((1, 1, 2), 0), ((2, 7, 34), 0), ((1, 45, 520), 0), ((1, 3, 2080), 2)])
+@pytest.mark.parametrize("with_residual, trained", [(False, False), (True, False), (True, True)])
+def test_residual_and_layer_norm(kernels, shape, offset, with_residual, trained, dtype, monkeypatch):
+    """Of any width, from an address that is no multiple of 16 bytes too; the parameters frozen and trained."""
+    C = shape[-1]
+    whole = torch.randn(randn(*shape).numel() + offset) + 0.5
+    inputs = [whole, randn(*shape, seed=1) if with_residual else None, randn(C, seed=2), randn(C, seed=3)]
+    inputs = [x if x is None else x.to(dtype) for x in inputs]
+
+    def results(dtype, kernel):
+        monkeypatch.setattr(op, "norms_fused", lambda *_: kernel)
+        wanted = (True, True, trained, trained)
+        leaves = [
+            x if x is None else x.to(dtype, copy=True).requires_grad_(w) for x, w in zip(inputs, wanted, strict=True)
+        ]
+        total, out = add_norm(leaves[0][offset:].view(shape), *leaves[1:], 1e-5)
+        assert ("AddNorm" in type(out.grad_fn).__name__) == kernel
+        torch.autograd.backward([total, out], [randn(*shape, seed=seed).to(dtype) for seed in (7, 8)])
+        return [total, out, *(x.grad for x, w in zip(leaves, wanted) if w and x is not None)]
+
+    found, plain, true = results(dtype, True), results(dtype, False), results(torch.float64, False)
+    for i, (x, low, exact) in enumerate(zip(found, plain, true, strict=True)):
+        assert x.dtype == dtype
+        allowed = 2 * (low.double() - exact).norm() + 2 * torch.finfo(dtype).eps * exact.norm()
+        assert (x.double() - exact).norm() <= allowed, i
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1, 2), (2, 7, 34), (1, 50, 258)])
 def test_elements(kernels, shape, dtype, monkeypatch):
     assert_as_accurate(relu_square, [randn(*shape)], dtype, monkeypatch)
@@ -156,15 +185,25 @@ def test_nan_comes_through(kernels):
 def test_the_order_of_threads_changes_no_bit(kernels, order, monkeypatch):
     """Over more tokens than one strip has, so that sums over strips are added up, too."""
     function, inputs = (lambda *x: norm_bonus_gate(*x, 64e-5)), reads_inputs(1, 70, 2, 20)
+    monkeypatch.setattr(op, "norms_fused", lambda *_: True)
+
+    def norms():
+        leaves = [x.requires_grad_() for x in (randn(1, 3, 300), randn(1, 3, 300), randn(300), randn(300))]
+        outs = add_norm(*leaves, 1e-5)
+        torch.autograd.backward(outs, [randn(1, 3, 300, seed=seed) for seed in (7, 8)])
+        return [*outs, *(x.grad for x in leaves)]
+
     points = [randn(1, 70, 36), randn(1, 36), randn(6, 36), *low_rank(1, 70, 36, 6, 4)]
     expected = [
         *run_both(function, inputs, torch.float32, False, monkeypatch),
         *run_both(lerp, points, torch.float32, False, monkeypatch),
+        *norms(),
     ]
     kernels.set_order(order)
     found = [
         *run_both(function, inputs, torch.float32, False, monkeypatch),
         *run_both(lerp, points, torch.float32, False, monkeypatch),
+        *norms(),
     ]
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
@@ -183,7 +222,7 @@ def test_each_kernel_has_its_layout():
     assert [
         line.split("(")[1].split(",")[0] for line in source.splitlines() if line.startswith("MIX_OPERATION(")
     ] == list(cuda.LAYOUTS)
-    for layout in {**cuda.LAYOUTS, **cuda.LOW_LAYOUTS}.values():
+    for layout in {**cuda.LAYOUTS, **cuda.TILED}.values():
         sizes = [len(names) for names in layout]
         limits = [kind._length_ for _, kind in cuda.MixArguments._fields_ if issubclass(kind, ctypes.Array)]
         assert all(size <= limit for size, limit in zip(sizes, limits, strict=True))

@@ -8,11 +8,12 @@ B batch, T time, C channels (n_embd), A attention channels, F feed-forward chann
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ...ops.mix import lerp, norm_gate, relu_square, sigmoid_gate
 from ...ops.wkv6 import wkv6
-from ..parts import LanguageModel, Recurrent, count_sequences, last_token
+from ..parts import LanguageModel, Recurrent, ResidualNorm, count_sequences, last_token
 from ..state import LayerState
 from .keys import RWKV6Config
 
@@ -80,7 +81,7 @@ class TimeMix(Recurrent):
         r = self.receptance(xr).view(heads)
         k = self.key(xk).view(heads)
         v = self.value(xv).view(heads)
-        w = (self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2).view(heads)
+        w = F.linear(torch.tanh(xw @ self.time_decay_w1), self.time_decay_w2.t(), self.time_decay.flatten()).view(heads)
         wkv_state = self.begun(wkv_state, count_sequences(x, cu_seqlens))
         y, wkv_state = wkv6(r, k, v, w, self.time_faaaa, wkv_state, cu_seqlens)
         return self.output(self.ln_x(y, self.gate(xg))), last_token(x, cu_seqlens), wkv_state
@@ -117,8 +118,8 @@ class Block(nn.Module):
         if layer == 0:
             self.ln0 = nn.LayerNorm(C)
         self.first = layer == 0
-        self.ln1 = nn.LayerNorm(C)
-        self.ln2 = nn.LayerNorm(C)
+        self.ln1 = ResidualNorm(C)
+        self.ln2 = ResidualNorm(C)
         self.att = TimeMix(config)
         self.ffn = ChannelMix(config)
 
@@ -129,9 +130,10 @@ class Block(nn.Module):
         att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
         if self.first:
             x = self.ln0(x)
-        y, att_shift, wkv = self.att(self.ln1(x), att_shift, wkv, cu_seqlens)
-        x = x + y
-        y, ffn_shift = self.ffn(self.ln2(x), ffn_shift, cu_seqlens)
+        x, normal = self.ln1(x)
+        y, att_shift, wkv = self.att(normal, att_shift, wkv, cu_seqlens)
+        x, normal = self.ln2(x, y)
+        y, ffn_shift = self.ffn(normal, ffn_shift, cu_seqlens)
         return x + y, LayerState(att_shift, wkv, ffn_shift)
 
 

@@ -6,11 +6,12 @@ B batch, T time, C channels (n_embd), F feed-forward channels, H heads, N head s
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ...ops.mix import delta_keys, lerp, norm_bonus_gate, relu_square, value_residual
 from ...ops.wkv7 import wkv7
-from ..parts import LanguageModel, Recurrent, count_sequences, last_token
+from ..parts import LanguageModel, Recurrent, ResidualNorm, count_sequences, last_token
 from ..state import LayerState
 from .keys import SHIFTS, RWKV7Config
 
@@ -82,7 +83,7 @@ class TimeMix(Recurrent):
         amounts = torch.cat([getattr(self, f"x_{name}") for name in SHIFTS]).flatten(1)  # (6, C)
         xr, xw, xk, xv, xa, xg = lerp(x, shift, amounts, cu_seqlens=cu_seqlens)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        w = self.w0 + torch.tanh(xw @ self.w1) @ self.w2
+        w = F.linear(torch.tanh(xw @ self.w1), self.w2.t(), self.w0.flatten())
         if v_first is None:
             v_first = v
         else:
@@ -123,8 +124,8 @@ class Block(nn.Module):
         if layer == 0:
             self.ln0 = nn.LayerNorm(C)
         self.first = layer == 0
-        self.ln1 = nn.LayerNorm(C)
-        self.ln2 = nn.LayerNorm(C)
+        self.ln1 = ResidualNorm(C)
+        self.ln2 = ResidualNorm(C)
         self.att = TimeMix(config, layer)
         self.ffn = ChannelMix(config)
 
@@ -140,9 +141,10 @@ class Block(nn.Module):
         att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
         if self.first:
             x = self.ln0(x)
-        y, v_first, att_shift, wkv = self.att(self.ln1(x), v_first, att_shift, wkv, cu_seqlens)
-        x = x + y
-        y, ffn_shift = self.ffn(self.ln2(x), ffn_shift, cu_seqlens)
+        x, normal = self.ln1(x)
+        y, v_first, att_shift, wkv = self.att(normal, v_first, att_shift, wkv, cu_seqlens)
+        x, normal = self.ln2(x, y)
+        y, ffn_shift = self.ffn(normal, ffn_shift, cu_seqlens)
         return x + y, v_first, LayerState(att_shift, wkv, ffn_shift)
 
 

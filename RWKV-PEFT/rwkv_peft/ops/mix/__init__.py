@@ -1,9 +1,20 @@
 """What the models do between their matrix products: token shift with interpolation, gates, keys, the normalization of
 heads."""
 
-from .op import delta_keys, lerp, norm_bonus_gate, norm_gate, relu_square, sigmoid_gate, token_shift, value_residual
+from .op import (
+    add_norm,
+    delta_keys,
+    lerp,
+    norm_bonus_gate,
+    norm_gate,
+    relu_square,
+    sigmoid_gate,
+    token_shift,
+    value_residual,
+)
 
 __all__ = [
+    "add_norm",
     "delta_keys",
     "lerp",
     "norm_bonus_gate",

@@ -14,6 +14,7 @@ SOURCE = "mix/mix.cu"
 WARPS = 4  # of a block; cuda/mix/arguments.cuh's WARPS
 MOST_SIZE = 128  # channels of a group, which one warp has of a token
 MOST_POINTS = 6  # of a lerp
+MOST_CHANNELS = 8192  # of a norm of whole tokens
 FEW_TOKENS = 8192  # up to which short strips fill a GPU with blocks
 LOW_RANKS = (32, 64)  # of a lerp whose product of low rank is inside its kernel, in bfloat16
 LOW_POINTS = 5  # that such a lerp has
@@ -58,18 +59,22 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "norm_bonus_gate_backward": _layout(
             "y r k v g grad", "gy gr gk gv gg", "r_k weight bias", "gr_k gweight gbias"
         ),
+        "add_norm_sums": _layout("sum grad stats", "", "", "gweight gbias"),
     }
 )
-# Those of a lerp's product of low rank, a kernel a rank
-LOW_LAYOUTS: Mapping[str, Layout] = MappingProxyType(
+# Those whose blocks have tiles: a lerp with its product of low rank inside, a kernel a rank, and norms of whole tokens
+TILED: Mapping[str, Layout] = MappingProxyType(
     {
         "lerp_low_forward": _layout("x low up", _LOW_OUTS, "maa"),
         "lerp_low_backward": _layout(f"x low up {_LOW_GRADS}", "gx glow", "maa"),
+        "add_norm_forward": _layout("x y", "sum out stats", "weight bias"),
+        "add_norm_backward": _layout("sum grad passed stats", "gx", "weight"),
     }
 )
 KERNELS = (
     *(f"mix_{name}_{dtype}" for name in LAYOUTS for dtype in DTYPES.values()),
-    *(f"mix_{name}_{rank}" for name in LOW_LAYOUTS for rank in LOW_RANKS),
+    *(f"mix_{name}_{rank}" for name in TILED if name.startswith("lerp") for rank in LOW_RANKS),
+    *(f"mix_{name}_{dtype}" for name in TILED if name.startswith("add") for dtype in DTYPES.values()),
 )
 
 
@@ -91,10 +96,10 @@ class MixArguments(ctypes.Structure):
 
 def call(name: str, like: torch.Tensor, tensors: Mapping[str, torch.Tensor | None], **sizes: Any) -> None:
     """Enqueue the operation `name` on the GPU of `like`; tensors by the names of its Layout, or None, and sizes as
-    `launch` or `launch_low` takes them."""
+    `launch` or `launch_tiled` takes them."""
     index = like.device.index
     with torch.cuda.device(index):
-        enqueue = launch_low if name in LOW_LAYOUTS else launch
+        enqueue = launch_tiled if name in TILED else launch
         enqueue(FAMILY.kernels(index), stream(like), name, like, tensors, **sizes)
 
 
@@ -133,23 +138,28 @@ def launch(
             torch.sum(part, 0, out=target.view(-1))
 
 
-def launch_low(
+def launch_tiled(
     built: Kernels,
     on: int | None,
     name: str,
     like: torch.Tensor,
     tensors: Mapping[str, torch.Tensor | None],
-    rank: int,
     tokens: int,
     channels: int,
+    rank: int = 0,
     size: int = LOW_CHANNELS,
     **others: Any,
 ) -> None:
-    """The same for a lerp whose product of low rank is inside: `size` channels a block."""
-    arguments = _arguments(LOW_LAYOUTS[name], like, tensors, [], **others)
+    """The same for an operation of TILED. rank: of a lerp's product, whose blocks have `size` channels."""
+    arguments = _arguments(TILED[name], like, tensors, [], **others)
     arguments.tokens, arguments.channels, arguments.size = tokens, channels, size
-    tile = LOW_TOKENS if name == "lerp_low_forward" else LOW_TOKENS - 1
-    FAMILY.run(built, f"mix_{name}_{rank}", arguments, -(-tokens // tile) * -(-channels // size), on)
+    if rank:
+        tile = LOW_TOKENS if name == "lerp_low_forward" else LOW_TOKENS - 1
+        return FAMILY.run(built, f"mix_{name}_{rank}", arguments, -(-tokens // tile) * -(-channels // size), on)
+    widest = 16 // like.element_size()  # elements that a thread reads at once, where they lie so
+    addresses = [x.data_ptr() for x in tensors.values() if x is not None]
+    arguments.size = 2 if channels % widest or any([address % 16 for address in addresses]) else widest
+    FAMILY.run(built, f"mix_{name}_{DTYPES[like.dtype]}", arguments, tokens, on)
 
 
 def _arguments(

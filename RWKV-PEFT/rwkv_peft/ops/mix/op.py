@@ -3,20 +3,25 @@ heads.
 
 Each operation is written out in plain torch, which takes any device and dtype, is differentiable twice and is what
 torch.compile sees. Float32 and bfloat16 tensors go through one pass forward and one backward instead (elements.py,
-heads.py, cpu_lerp.py, gpu_lerp.py), where a compiler exists; those are differentiable once.
+heads.py, norms.py, cpu_lerp.py, gpu_lerp.py), where a compiler exists; those are differentiable once.
 """
 
 import torch
 import torch.nn.functional as F
 
 from ..native.arguments import takes
-from . import cpu, cpu_lerp, cuda, elements, gpu_lerp, heads
+from . import cpu, cpu_lerp, cuda, elements, gpu_lerp, heads, norms
 from .functions import run
 
 
 def fused(first, *others):
     """Whether tensors, or None, go through a kernel: the one place that decides."""
     return takes(first, *others) and cpu.available() if first.is_cpu else cuda.takes(first, *others)
+
+
+def norms_fused(first, *others):
+    """Whether residual and layer norm go through a kernel, which GPUs have alone: torch's is fast enough on CPUs."""
+    return not first.is_cpu and first.shape[-1] <= cuda.MOST_CHANNELS and fused(first, *others)
 
 
 def token_shift(x, last=None, cu_seqlens=None):
@@ -77,6 +82,17 @@ def norm_gate(y, g, weight, bias, eps):
         return run(heads.NormGate, *_contiguous(y, g, weight, bias), eps)
     B, T, H, N = y.shape
     return F.group_norm(y.reshape(B * T, H * N), H, weight, bias, eps).view(B, T, H * N) * F.silu(g)
+
+
+def add_norm(x, y, weight, bias, eps):
+    """A residual and the layer norm that follows: x + y, and that normalized over its channels · weight + bias.
+
+    x (B, T, C), y (B, T, C) or None for zeros, weight and bias (C,) -> (B, T, C), (B, T, C).
+    """
+    if norms_fused(x, y, weight, bias):
+        return run(norms.AddNorm, *_contiguous(x, y, weight, bias), eps)
+    x = x if y is None else x + y
+    return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def sigmoid_gate(r, v):

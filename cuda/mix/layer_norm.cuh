@@ -1,0 +1,128 @@
+// Residual and layer norm in one: sum = x + y, out = (sum - mean) scale weight + bias, over all channels of a token,
+// which a block has; and the gradient. Mean and scale, 1 / standard deviation, are kept for backward.
+#pragma once
+#include "common/vector.cuh"
+#include "mix/rows.cuh"
+
+constexpr int NORM_THREADS = 256;
+constexpr int MOST_CHANNELS = 8192;
+
+// The sum of x over a block's threads.
+__device__ __forceinline__ float block_total(float x) {
+    __shared__ float shared[NORM_THREADS / 32];
+    #pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) x += __shfl_xor_sync(0xffffffffu, x, mask);
+    if (lane_id() == 0) shared[threadIdx.x / 32] = x;
+    __syncthreads();
+    float sum = 0.f;
+    #pragma unroll
+    for (int warp = 0; warp < NORM_THREADS / 32; warp++) sum += shared[warp];
+    __syncthreads();  // read before the next call writes
+    return sum;
+}
+
+// f(c) for each V neighbours c, c + 1, … that a thread has of the channels.
+template <int V, class F>
+__device__ __forceinline__ void each_own(const MixArguments& a, F f) {
+    for (int c = threadIdx.x * V; c < a.channels; c += NORM_THREADS * V) f(c);
+}
+
+template <class E, int V>
+__device__ void add_norm_forward_by(
+    const MixArguments& a) {  // x, y or null; weight, bias -> sum where y is, out, stats
+    __shared__ float row[MOST_CHANNELS];
+    const index_t t = blockIdx.x, at = t * a.channels;
+    float sum = 0.f;
+    each_own<V>(a, [&](int c) {
+        float x[V];
+        load_vector<E, V>(x, (const E*)a.inputs[0] + at + c);
+        if (a.inputs[1]) {
+            float y[V];
+            load_vector<E, V>(y, (const E*)a.inputs[1] + at + c);
+            #pragma unroll
+            for (int e = 0; e < V; e++) x[e] += y[e];
+            E* total = (E*)a.outputs[0] + at + c;
+            store_vector<E, V>(total, x);
+            load_vector<E, V>(x, total);  // as backward will read it
+        }
+        #pragma unroll
+        for (int e = 0; e < V; e++) row[c + e] = x[e], sum += x[e];
+    });
+    const float mean = block_total(sum) / a.channels;
+    float squares = 0.f;
+    each_own<V>(a, [&](int c) {
+        #pragma unroll
+        for (int e = 0; e < V; e++) squares += (row[c + e] - mean) * (row[c + e] - mean);
+    });
+    const float scale = 1.f / sqrtf(block_total(squares) / a.channels + a.eps);
+    each_own<V>(a, [&](int c) {
+        float weight[V], out[V];
+        load_vector<E, V>(weight, (const E*)a.parameters[0] + c);
+        load_vector<E, V>(out, (const E*)a.parameters[1] + c);
+        #pragma unroll
+        for (int e = 0; e < V; e++) out[e] += (row[c + e] - mean) * scale * weight[e];
+        store_vector<E, V>((E*)a.outputs[1] + at + c, out);
+    });
+    if (threadIdx.x == 0) ((float*)a.outputs[2])[2 * t] = mean, ((float*)a.outputs[2])[2 * t + 1] = scale;
+}
+
+// sum, grad of out, grad of sum, stats; weight -> the gradient of x, which is that of y
+template <class E, int V>
+__device__ void add_norm_backward_by(const MixArguments& a) {
+    __shared__ float row[MOST_CHANNELS];  // the gradient of the normalized values
+    const index_t t = blockIdx.x, at = t * a.channels;
+    const float mean = ((const float*)a.inputs[3])[2 * t], scale = ((const float*)a.inputs[3])[2 * t + 1];
+    float sum = 0.f, along = 0.f;
+    each_own<V>(a, [&](int c) {
+        float x[V], grad[V], weight[V];
+        load_vector<E, V>(x, (const E*)a.inputs[0] + at + c);
+        load_vector<E, V>(grad, (const E*)a.inputs[1] + at + c);
+        load_vector<E, V>(weight, (const E*)a.parameters[0] + c);
+        #pragma unroll
+        for (int e = 0; e < V; e++) {
+            row[c + e] = grad[e] * weight[e];
+            sum += row[c + e];
+            along += row[c + e] * (x[e] - mean) * scale;
+        }
+    });
+    sum = block_total(sum) / a.channels;
+    along = block_total(along) / a.channels;
+    each_own<V>(a, [&](int c) {
+        float x[V], gx[V];
+        load_vector<E, V>(x, (const E*)a.inputs[0] + at + c);
+        load_vector<E, V>(gx, (const E*)a.inputs[2] + at + c);
+        #pragma unroll
+        for (int e = 0; e < V; e++) gx[e] += scale * (row[c + e] - sum - (x[e] - mean) * scale * along);
+        store_vector<E, V>((E*)a.outputs[0] + at + c, gx);
+    });
+}
+
+// a.size: how many neighbours are read at once, the widest that there is, or two.
+template <class E>
+__device__ void add_norm_forward(const MixArguments& a) {
+    if (a.size == WIDEST<E>)
+        add_norm_forward_by<E, WIDEST<E>>(a);
+    else
+        add_norm_forward_by<E, 2>(a);
+}
+template <class E>
+__device__ void add_norm_backward(const MixArguments& a) {
+    if (a.size == WIDEST<E>)
+        add_norm_backward_by<E, WIDEST<E>>(a);
+    else
+        add_norm_backward_by<E, 2>(a);
+}
+
+template <class E>
+struct AddNormSums : Operation<E> {  // sum, grad of out, stats -> gweight, gbias
+    static constexpr int SUMS = 2;
+    Values sums[SUMS] = {zero_values(), zero_values()};
+    using Operation<E>::Operation;
+    __device__ void row(index_t t) {
+        const float mean = ((const float*)this->a.inputs[2])[2 * t],
+                    scale = ((const float*)this->a.inputs[2])[2 * t + 1];
+        const Values x = this->in(0, t), grad = this->in(1, t);
+        sums[0] = each([&](int e) { return sums[0].x[e] + grad.x[e] * (x.x[e] - mean) * scale; });
+        sums[1] = each([&](int e) { return sums[1].x[e] + grad.x[e]; });
+    }
+};
