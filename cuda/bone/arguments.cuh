@@ -5,7 +5,8 @@
 // One structure for all; ops/bone/cuda.py mirrors it field by field. Elements are float32 or bf16, by the kernel's
 // name. Tensors are contiguous and aligned to 16 bytes; shards are columns b rank to (b + 1) rank of a row.
 struct BoneArguments {
-    const void* x;     // (tokens, width): affine's and the shard sum's input; null in backward: no gradient of bone
+    const void* x;     // (tokens, width): affine's and the shard sum's input; null in backward: no gradient of bone;
+                       // or the weight that merges, (blocks rank, width)
     const void* bone;  // (shards, rank, rank)
     void* z;           // (tokens, width)
     void* shift;       // (groups, tokens, rank): each group's part of the sum over shards
@@ -19,6 +20,6 @@ struct BoneArguments {
     void* total;       // (tokens, rank): the sum over shards; or `count` elements: the sum of `groups` parts
     index_t tokens, count;
     int width, rank;
-    int groups, strip;  // strip: tokens of a block in backward
+    int groups, strip;  // strip: tokens, or rows of rank elements of a weight, that a block has
     int device;
 };

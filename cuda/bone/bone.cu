@@ -1,5 +1,5 @@
 // What Bone's forms do besides their product with the weight, on NVIDIA GPUs: bat-in's affine form of the activations
-// and its gradients, sums over shards, and what is added to each shard.
+// and its gradients, bat-out's merged weight, sums over shards, and what is added to each shard.
 //
 // nvcc compiles this file into a library with a C interface, NVRTC into a module of the kernels alone, and a C++
 // compiler, with tests/cuda_shim, into a library that runs on the CPU.
@@ -14,6 +14,8 @@
            sizeof(ForwardShared<R>))                                                                             \
     KERNEL(BoneArguments, bone_affine_backward_products_##R, products_backward<R>, BackwardProducts<R>::threads, \
            sizeof(BackwardShared<R>))                                                                            \
+    KERNEL(BoneArguments, bone_merge_products_##R, products_merge<R>, ForwardProducts<R>::threads,               \
+           sizeof(MergeShared<R>))                                                                               \
     static_assert(sizeof(ForwardShared<R>) <= MOST_SHARED && sizeof(BackwardShared<R>) <= MOST_SHARED,           \
                   "rank " #R " needs too much shared memory");
 PRODUCTS(16)

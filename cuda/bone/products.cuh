@@ -155,3 +155,53 @@ __device__ void products_backward(const BoneArguments& a) {
                 Pair{{sums[m].c[e], sums[m].c[e + 1]}};
     }
 }
+
+template <int R>
+struct MergeShared {
+    typename ForwardProducts<R>::Rows x[2];
+    typename ForwardProducts<R>::Matrix bone;
+};
+
+// bat-out's merged weight, z = x + x B_a + B_a for the output blocks a of x: (a R, width), that is R width / R rows of
+// R for each block, of which a block of threads has `strip`. B_a is added to each shard.
+template <int R>
+__device__ void products_merge(const BoneArguments& a) {
+    using P = ForwardProducts<R>;
+    auto& shared = *(MergeShared<R>*)dynamic_shared();
+    const int shards = a.width / R, rows = R * shards, strips = (rows + a.strip - 1) / a.strip;
+    const int block = blockIdx.x / strips, begin = blockIdx.x % strips * a.strip, end = min(begin + a.strip, rows);
+    const int warp = threadIdx.x / 32, row0 = warp / P::splits * 16, tile0 = warp % P::splits * P::columns;
+    const index_t first = (index_t)block * rows * R;
+    const auto fetch = [&](int row, int stage) {
+        fetch_rows<R>(shared.x[stage], (const bf16*)a.x + first + (index_t)row * R, R, P::tokens, end - row);
+    };
+    fetch_rows<R>(shared.bone, (const bf16*)a.bone + (index_t)block * R * R, R, R, R);
+    fetch(begin, 0);
+    int stage = 0;
+    for (int row = begin; row < end; row += P::tokens, stage ^= 1) {
+        cp_async_wait_all();
+        __syncthreads();  // the tile has arrived, and nobody reads the one before any more
+        if (row + P::tokens < end) fetch(row + P::tokens, stage ^ 1);
+        const bf16* x = shared.x[stage][row0];
+        Tile left[P::tiles];
+        #pragma unroll
+        for (int k = 0; k < P::tiles; k++) left[k] = load_tile(x + k * 16, P::stride);
+        #pragma unroll
+        for (int i = 0; i < P::columns; i++) {
+            const int column = (tile0 + i) * 16;
+            Accumulator z = zeros();
+            #pragma unroll
+            for (int k = 0; k < P::tiles; k++)
+                multiply(z, left[k], load_transposed(&shared.bone[k * 16][column], P::stride));
+            #pragma unroll
+            for (int e = 0; e < 8; e += 2) {
+                const int own = min(row + row0 + tile_row(lane_id(), e), rows - 1) / shards;  // of the block's outputs
+                const uint32_t b = *(const uint32_t*)&shared.bone[own][column + tile_column(lane_id(), e)];
+                z.c[e] += low_half(b), z.c[e + 1] += high_half(b);
+            }
+            add(z, widened(load_tile(x + column, P::stride)));
+            bf16* to = (bf16*)a.z + first + (index_t)(row + row0) * R + column;
+            store_tile(to, R, end - row - row0, rounded(z));
+        }
+    }
+}

@@ -16,15 +16,14 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..errors import UserError
-from ..ops.bone import cpu as kernels
-from ..ops.bone import shard_sum, split_shards
+from ..ops.bone import merge, merge_backward_, rows_by_block, shard_sum, split_shards
 from .block_affine import BlockAffine
 from .method import Params, Shapes
 from .product import DENSE, Product
 from .tokens import apply_to_tokens, weight_gradient
 
 CHUNK_ELEMENTS = 1 << 23  # of W' held at a time in backward
-CACHED_ELEMENTS = 1 << 18  # elements of W' that a CPU's cache holds while they are made
+GPU_CHUNK_ELEMENTS = 1 << 26  # on a GPU, which few of them leave idle: 128 MiB in bfloat16
 
 
 class BatOut(BlockAffine):
@@ -94,7 +93,7 @@ class _BatOut(Function):
         if side == "weight":
             # Whole, and not by chunks as in backward: one product, the same as without an adapter, keeps a
             # fresh adapter's output bitwise equal.
-            merged = _merge_rows(product.rows(weight, slice(0, product.shape(weight)[0]), x.dtype), bone)
+            merged = merge(product.rows(weight, slice(0, product.shape(weight)[0]), x.dtype), bone)
             return DENSE.forward(x, merged, bias)
         y = product.forward(x, weight, bias)
         total = shard_sum(x, bone.shape[-1])
@@ -116,13 +115,13 @@ class _BatOut(Function):
             # (a r, in): the gradient of W' as yet, where that is needed
             merged = weight_gradient(g_rows, x) if need_weight or need_bone else w_rows
             if d_weight is not None:
-                d_merged = _by_block(merged, b_rows)
+                d_merged = rows_by_block(merged, b_rows)
                 d_rows = torch.baddbmm(d_merged, d_merged, b_rows.transpose(1, 2))
                 d_weight[rows] = d_rows.view(-1, in_features).to(weight.dtype)
             if d_bone is not None:
-                d_bone[some] = _merge_backward_(merged, w_rows, b_rows)
+                merged, d_bone[some] = merge_backward_(merged, w_rows, b_rows)
             elif dx is not None:
-                merged = _merge_rows(w_rows, b_rows)
+                merged = merge(w_rows, b_rows)
             if dx is not None and rows.start == 0:
                 torch.mm(g_rows, merged, out=dx)
             elif dx is not None:
@@ -134,39 +133,11 @@ class _BatOut(Function):
 def _row_chunks(bone: torch.Tensor, in_features: int) -> Iterator[tuple[slice, slice]]:
     """(slice of output blocks, slice of the same blocks' rows), a few blocks at a time."""
     count, rank = bone.shape[:2]
-    step = max(1, CHUNK_ELEMENTS // (rank * in_features))
+    elements = CHUNK_ELEMENTS if bone.is_cpu else GPU_CHUNK_ELEMENTS
+    step = max(1, elements // (rank * in_features))
     for start in range(0, count, step):
         stop = min(start + step, count)
         yield slice(start, stop), slice(start * rank, stop * rank)
-
-
-def _by_block(rows: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
-    """Rows of a weight (a r, in) -> (a, r in/r, r), so that B_a multiplies from the right. A view."""
-    return rows.view(bone.shape[0], -1, bone.shape[-1])
-
-
-def _merge_rows(rows: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
-    """W + W B + B for some output blocks: rows (a r, in), bone (a, r, r) -> (a r, in)."""
-    if kernels.takes(rows, bone):
-        return kernels.merge(rows, bone)
-    parts = _by_block(rows, bone)  # (a, r in/r, r)
-    merged = torch.empty_like(parts)
-    step = len(bone) if not rows.is_cpu else max(1, CACHED_ELEMENTS // parts[0].numel())
-    for start in range(0, len(bone), step):
-        some = slice(start, start + step)
-        torch.baddbmm(parts[some], parts[some], bone[some], out=merged[some])
-        merged[some].unflatten(1, (bone.shape[-1], -1)).add_(bone[some, :, None])
-    return merged.view_as(rows)
-
-
-def _merge_backward_(d: torch.Tensor, rows: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
-    """Turn d (a r, in), the gradient of _merge_rows(rows, bone), into that matrix; -> the gradient of bone."""
-    if kernels.takes(d, rows, bone) and d.is_contiguous():
-        return kernels.merge_backward_(d, rows, bone)
-    d_bone = torch.bmm(_by_block(rows, bone).transpose(1, 2), _by_block(d, bone))
-    d_bone += _by_block(d, bone).unflatten(1, (bone.shape[-1], -1)).sum(2)
-    d.copy_(_merge_rows(rows, bone))
-    return d_bone
 
 
 def _activation_rows(x: torch.Tensor, total: torch.Tensor, rows: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:

@@ -40,6 +40,20 @@ def plain(x, bone, g, dz):
     return (shards + u).flatten(1), u.sum(1), dx, torch.einsum("tbi,tbj->bij", du, shards)
 
 
+def merged(rows, bone):
+    """W + W B + B by output block."""
+    count, rank, _ = bone.shape
+    blocks_ = rows.view(count, rank, -1, rank)  # (a, i, b, j)
+    return (blocks_ + torch.einsum("aibk,akj->aibj", blocks_, bone) + bone[:, :, None]).reshape(rows.shape)
+
+
+def merged_gradient(rows, bone, d):
+    """The gradient of bone, given that of merged(rows, bone)."""
+    count, rank, _ = bone.shape
+    rows, d = rows.view(count, rank, -1, rank), d.view(count, rank, -1, rank)
+    return torch.einsum("aibk,aibj->akj", rows, d) + d.sum(2)
+
+
 def total(x, tile):
     """Sums over shards of tile's width, the last one padded."""
     rank = tile.shape[1]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ops.bone.cases import SIZES, assert_as_exact_as_torch, plain, tensors, tiled, total
+from ops.bone.cases import SIZES, assert_as_exact_as_torch, merged, merged_gradient, plain, tensors, tiled, total
 from rwkv_peft.ops.bone import affine
 from rwkv_peft.ops.bone import cpu as blocks
 from rwkv_peft.ops.native.compilers import compiler_knows
@@ -74,20 +74,6 @@ def test_zero_matrices_leave_every_row_as_it_is(level):
     _, (x, bone, g, dz) = tensors((301, 192, 64, 64), torch.bfloat16)
     z, shift, dx, _ = ours(x, torch.zeros_like(bone), g, dz, level)
     assert torch.equal(z, x) and torch.equal(dx, dz) and not shift.any()
-
-
-def merged(rows, bone):
-    """W + W B + B by output block."""
-    count, rank, _ = bone.shape
-    blocks_ = rows.view(count, rank, -1, rank)  # (a, i, b, j)
-    return (blocks_ + torch.einsum("aibk,akj->aibj", blocks_, bone) + bone[:, :, None]).reshape(rows.shape)
-
-
-def merged_gradient(rows, bone, d):
-    """The gradient of bone, given that of merged(rows, bone)."""
-    count, rank, _ = bone.shape
-    rows, d = rows.view(count, rank, -1, rank), d.view(count, rank, -1, rank)
-    return torch.einsum("aibk,aibj->akj", rows, d) + d.sum(2)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cuda_shim import shim, toolchain
-from ops.bone.cases import SIZES, assert_as_exact_as_torch, plain, tensors, tiled, total
+from ops.bone.cases import SIZES, assert_as_exact_as_torch, merged, merged_gradient, plain, tensors, tiled, total
 from rwkv_peft.adapters.bat_in import bat_in
 from rwkv_peft.adapters.bone import bone as bone_of
 from rwkv_peft.ops.bone import cuda, op
@@ -58,6 +58,19 @@ def test_affine_forward_and_backward(kernels, dtype, sizes, monkeypatch):
     assert_as_exact_as_torch(ours(*inputs), inputs, plain)
 
 
+@pytest.mark.parametrize("count, width, rank", [(3, 64, 16), (1, 320, 32), (2, 1088, 64), (2, 256, 128)])
+def test_merging_by_output_block_and_its_gradient(kernels, count, width, rank, monkeypatch):
+    rows, d = (torch.randn(count * rank, width).bfloat16() for _ in range(2))
+    bone = (0.1 * torch.randn(count, rank, rank)).bfloat16()
+    for blocks in (256, 2):
+        monkeypatch.setattr(cuda, "BLOCKS", blocks)
+        assert_as_exact_as_torch([cuda.merge(rows, bone)], (rows, bone), lambda *x: (merged(*x),))
+    again, gradient = op.merge_backward_(d, rows, bone)
+    assert torch.equal(again, cuda.merge(rows, bone))
+    assert_as_exact_as_torch([gradient], (rows, bone, d), lambda *x: (merged_gradient(*x),))
+    assert torch.equal(cuda.merge(rows, torch.zeros_like(bone)), rows)
+
+
 @pytest.mark.parametrize("rank", (16, 17))
 def test_affine_without_the_gradient_of_the_matrices(kernels, rank):
     _, (x, bone, g, dz) = tensors((70, 4 * rank, 2 * rank, rank), torch.bfloat16)
@@ -106,10 +119,14 @@ def test_the_order_of_threads_changes_no_bit(kernels, order, monkeypatch):
     monkeypatch.setattr(cuda, "BLOCKS", 2)
     cases = [tensors((150, 256, 64, rank), dtype)[1] for rank, dtype in ((64, DTYPES[1]), (16, DTYPES[0]))]
     cases.append(tensors((70, 256, 128, 128), DTYPES[1])[1])
-    expected = [ours(*case) for case in cases]
+    rows, bone = torch.randn(64, 192).bfloat16(), torch.randn(1, 64, 64).bfloat16()
+
+    def results():
+        return [*(x for case in cases for x in ours(*case)), cuda.merge(rows, bone)]
+
+    expected = results()
     kernels.set_order(order)
-    for case, results in zip(cases, expected):
-        assert all(torch.equal(x, y) for x, y in zip(ours(*case), results, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(results(), expected, strict=True))
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """Products with the small square matrices of Bone's block affine forms on the CPU: builds cpu/bone on first use and
 calls it through its C interface.
 
-float32 and bfloat16 tensors; where `takes` says no, plain torch serves: op.py's, and for `merge` that of
-adapters/bat_out.py. Rows of tensors that are only read may lie apart; the others are contiguous.
+float32 and bfloat16 tensors; where `takes` says no, plain torch serves (op.py). Rows of tensors that are only read may
+lie apart; the others are contiguous.
 """
 
 import ctypes

@@ -1,4 +1,5 @@
-"""cuda/bone as Python sees it: bat-in's affine form, sums over shards and what is added to them, on NVIDIA GPUs.
+"""cuda/bone as Python sees it: bat-in's affine form, bat-out's merged weight, sums over shards and what is added to
+them, on NVIDIA GPUs.
 
 The functions are those of cpu.py, for float32 and bfloat16 tensors of one GPU; on tensors without data they allocate
 what they would.
@@ -17,12 +18,13 @@ SOURCE = "bone/bone.cu"
 PRODUCT_RANKS = (16, 32, 64, 128)  # whose products run on tensor cores, in bfloat16
 MOST_RANK = 64  # of the kernels for any rank
 TOKENS, PLAIN_TOKENS = 64, 16  # of a block's tile; products.cuh has 32 for rank 128
-BLOCKS = 256  # that fill a GPU, whichever: results do not depend on it
+BLOCKS = 256  # that fill a GPU; the same on every one, so that results are
 MOST_GROUPS = 8  # parts of a sum over shards
 SHARD_THREADS = 128  # cuda/bone/shards.cuh's
+OF_RANK = ("affine_forward", "affine_backward", "merge")
 OF_DTYPE = ("affine_forward", "affine_backward", "shard_sum", "add_tiled", "sum_parts")
 KERNELS = (
-    *(f"bone_affine_{way}_products_{rank}" for way in ("forward", "backward") for rank in PRODUCT_RANKS),
+    *(f"bone_{name}_products_{rank}" for name in OF_RANK for rank in PRODUCT_RANKS),
     *(f"bone_{name}_{dtype}" for name in OF_DTYPE for dtype in DTYPES.values()),
 )
 
@@ -71,6 +73,16 @@ def affine_backward_(dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor) -> T
     count = bone.numel()
     call("sum_parts", bone, dict(parts=parts, total=d_bone), -(-count // SHARD_THREADS), groups=strips, count=count)
     return d_bone
+
+
+def merge(rows: Tensor, bone: Tensor) -> Tensor:
+    """W_ab + W_ab B_a + B_a for output blocks a: rows (a r, in), bone (a, r, r) of PRODUCT_RANKS -> (a r, in)."""
+    rows, bone, (count, rank, _) = _whole(rows), _whole(bone), bone.shape
+    merged, width, tile = torch.empty_like(rows), rows.shape[1], _tile(rows, rank)
+    strip = tile * max(1, -(-width // (-(-BLOCKS // count) * tile)))  # of an output block's `width` rows of r elements
+    blocks = count * -(-width // strip)
+    call(f"merge_products_{rank}", rows, dict(x=rows, bone=bone, z=merged), blocks, width=width, rank=rank, strip=strip)
+    return merged
 
 
 def shard_sum(x: Tensor, rank: int) -> Tensor:

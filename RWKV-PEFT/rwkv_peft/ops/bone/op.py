@@ -1,5 +1,5 @@
-"""What Bone's forms do to activations besides their product with the weight: bat-in's affine form, sums over shards,
-what is added to each shard.
+"""What Bone's forms do besides their product with the weight: bat-in's affine form of the activations, bat-out's merged
+weight, sums over shards, what is added to each shard.
 
 Each operation is written out in plain torch, which takes any device and dtype and is what torch.compile sees. float32
 and bfloat16 tensors go through the kernels of cpu.py and cuda.py where those can be built. No operation is
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from . import cpu, cuda
+
+CACHED_ELEMENTS = 1 << 18  # elements of merged rows that a CPU's cache holds while they are made
 
 
 def backend(first: Tensor, *others: Tensor | None, rank: int = 0) -> ModuleType | None:
@@ -58,6 +60,37 @@ def affine_backward_(dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor) -> T
             _accumulate_bmm(d_bone, du.transpose(1, 2), split_shards(x[tokens], rank).transpose(0, 1))
         shards += torch.bmm(du, bone)
     return None if d_bone is None else d_bone.to(bone.dtype)
+
+
+def merge(rows: Tensor, bone: Tensor) -> Tensor:
+    """W + W B + B for some output blocks of bat-out: rows (a r, in), bone (a, r, r) -> (a r, in)."""
+    kernels = backend(rows, bone, rank=bone.shape[-1])
+    if kernels is cpu or kernels is cuda and cuda.has_products(rows, bone.shape[-1]):
+        return kernels.merge(rows, bone)
+    parts = rows_by_block(rows, bone)  # (a, r in/r, r)
+    merged = torch.empty_like(parts)
+    step = len(bone) if not rows.is_cpu else max(1, CACHED_ELEMENTS // parts[0].numel())
+    for start in range(0, len(bone), step):
+        some = slice(start, start + step)
+        torch.baddbmm(parts[some], parts[some], bone[some], out=merged[some])
+        merged[some].unflatten(1, (bone.shape[-1], -1)).add_(bone[some, :, None])
+    return merged.view_as(rows)
+
+
+def merge_backward_(d: Tensor, rows: Tensor, bone: Tensor) -> tuple[Tensor, Tensor]:
+    """merge(rows, bone), and the gradient of bone, given d (a r, in), that of the merged rows, whose memory the first
+    may take."""
+    if backend(d, rows, bone) is cpu and d.is_contiguous():
+        d_bone = cpu.merge_backward_(d, rows, bone)
+        return d, d_bone
+    d_bone = torch.bmm(rows_by_block(rows, bone).transpose(1, 2), rows_by_block(d, bone))
+    d_bone += rows_by_block(d, bone).unflatten(1, (bone.shape[-1], -1)).sum(2)
+    return merge(rows, bone), d_bone
+
+
+def rows_by_block(rows: Tensor, bone: Tensor) -> Tensor:
+    """Rows of a weight (a r, in) -> (a, r in/r, r), so that B_a multiplies from the right. A view."""
+    return rows.view(bone.shape[0], -1, bone.shape[-1])
 
 
 def shard_sum(x: Tensor, rank: int) -> Tensor:
