@@ -1,9 +1,12 @@
 """BoneConfig: the settings of Bone on a Hugging Face model, saved as adapter_config.json."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
+from peft import PeftType
 from peft.config import PeftConfig
 
+from ..adapters.method import Method
 from ..adapters.methods import by_hf_name
 from ..errors import UserError
 from .installed import add_member, configs
@@ -49,43 +52,45 @@ class BoneConfig(PeftConfig):
         default=None, metadata={"help": "Other modules to train whole and to save with the adapter."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.from_file = (
             self.peft_type is not None
         )  # adapter_config.json names the method, who calls this class does not
-        self.peft_type = add_member("BONE")
+        self.peft_type: PeftType = add_member("BONE")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
         self._check()
 
     @property
-    def method(self):
-        """The Method of the form that init_weights names; None for a value that names none."""
-        return by_hf_name(self.init_weights)
+    def method(self) -> Method:
+        """The Method of the form that init_weights names; UserError for a value that names none."""
+        method = by_hf_name(self.init_weights)
+        if method is None:
+            raise UserError(
+                f"init_weights={self.init_weights!r} is unknown; give True (bone), 'bat-in', 'bat-out' "
+                "(which peft calls 'bat'), 'mini', or False (random)"
+            )
+        return method
 
-    def _check(self):
+    def _check(self) -> None:
         if not issubclass(configs()[self.peft_type], BoneConfig):
             raise UserError(
                 "the installed peft has a Bone of its own, and would take this BoneConfig for it: call "
                 "rwkv_peft.hf.register(replace=True) to put this one in its place, or use peft.BoneConfig"
             )
-        if self.method is None:
-            raise UserError(
-                f"init_weights={self.init_weights!r} is unknown; give True (bone), 'bat-in', 'bat-out' "
-                "(which peft calls 'bat'), 'mini', or False (random)"
-            )
+        method = self.method
         for name in ("r", "mini_r"):
             if type(getattr(self, name)) is not int:
                 raise UserError(f"{name}={getattr(self, name)!r} is not a whole number; give one, such as 64")
         if self.r < 1:
             raise UserError(f"r={self.r} is not a rank; give 1 or more, usually 64")
-        if self.method.mini and self.mini_r < 1:
+        if method.mini and self.mini_r < 1:
             raise UserError(
                 f"init_weights='mini' needs mini_r, a width that divides the layers' outputs, and it is {self.mini_r}"
             )
-        if not self.method.mini and self.mini_r:
+        if not method.mini and self.mini_r:
             raise UserError(
                 f"mini_r={self.mini_r} is for init_weights='mini', and that is {self.init_weights!r}; leave mini_r "
                 "out, "
@@ -114,7 +119,7 @@ class BoneConfig(PeftConfig):
                         "expression; name the layers in it, or give a list"
                     )
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """The settings as they are saved: in the words that peft 0.14 to 0.18 know, wherever they know the thing."""
         settings = super().to_dict()
         settings["init_weights"] = self.method.hf_names[0] if self.init_weights is not False else False

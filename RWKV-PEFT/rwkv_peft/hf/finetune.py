@@ -11,10 +11,13 @@ Only the answers count in the loss (--completion_only_loss False: the questions 
 
 import contextlib
 import difflib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
+from torch import nn
 
 from ..errors import UserError
 from .config import BoneConfig
@@ -63,7 +66,7 @@ class BoneArguments:
     merge_and_save: bool = field(default=False, metadata={"help": "Also write the merged model."})
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
     """Train, save, and merge if asked; -> 0. Raises UserError for arguments that cannot be honoured."""
     from transformers import AutoTokenizer
     from trl import SFTTrainer
@@ -118,7 +121,7 @@ def main(argv):
 
 
 @contextlib.contextmanager
-def refusals_of(what):
+def refusals_of(what: str) -> Iterator[None]:
     """What a library says of its arguments or files, as a UserError about `what`."""
     from safetensors import SafetensorError
 
@@ -130,7 +133,7 @@ def refusals_of(what):
         raise UserError(f"{what}: {error}") from error
 
 
-def checkpoint_to_resume(config, adapter_config):
+def checkpoint_to_resume(config: Any, adapter_config: BoneConfig) -> str | None:
     """The checkpoint of --resume_from_checkpoint, a folder, or True for the newest in --output_dir; None without it.
 
     Raises UserError where there is none, or where its adapter has other settings than the arguments say.
@@ -161,7 +164,7 @@ def checkpoint_to_resume(config, adapter_config):
     return str(given)
 
 
-def check_layers(checkpoint, model):
+def check_layers(checkpoint: str, model: nn.Module) -> None:
     """UserError where a checkpoint's adapter is one of other layers than the model's."""
     from peft import get_peft_model_state_dict, load_peft_weights
 
@@ -174,7 +177,7 @@ def check_layers(checkpoint, model):
         )
 
 
-def parse(argv):
+def parse(argv: list[str]) -> tuple[BoneArguments, Any]:
     """argv -> (BoneArguments, SFTConfig)."""
     from transformers import HfArgumentParser
     from trl import SFTConfig
@@ -201,20 +204,19 @@ def parse(argv):
         )
     if not 0 <= config.learning_rate < float("inf"):
         raise UserError(f"--learning_rate {config.learning_rate} is no rate; give a number such as 2e-5")
-    if len(arguments.target_modules or ()) > 1 and "all-linear" in arguments.target_modules:
-        raise UserError(
-            f"--target_modules {' '.join(arguments.target_modules)}: all-linear stands alone; leave the names or it out"
-        )
+    targets = arguments.target_modules or ()
+    if len(targets) > 1 and "all-linear" in targets:
+        raise UserError(f"--target_modules {' '.join(targets)}: all-linear stands alone; leave the names or it out")
     if len(arguments.dataset_field) != 2:
         raise UserError(f"--dataset_field takes two columns, question and answer, and got {arguments.dataset_field}")
     return arguments, config
 
 
-def refuse(message):
+def refuse(message: str) -> NoReturn:
     raise UserError(f"{message}; see bone_finetuning.py --help")
 
 
-def adapt(argv, known, accelerator, cuda):
+def adapt(argv: list[str], known: Collection[str], accelerator: bool, cuda: bool) -> list[str]:
     """Arguments as the installed trl and transformers take them, with a word about each that is changed.
 
     known: the names of SFTConfig's arguments; accelerator, cuda: whether this machine has any device beside the CPU,
@@ -242,7 +244,7 @@ def adapt(argv, known, accelerator, cuda):
     return argv
 
 
-def drop(argv, flag):
+def drop(argv: list[str], flag: str) -> None:
     """Remove a flag and its value, if it has one, wherever it is given."""
     while flag in argv:
         at = argv.index(flag)
@@ -250,7 +252,7 @@ def drop(argv, flag):
         del argv[at : at + 1 + has_value]
 
 
-def bone_config(arguments):
+def bone_config(arguments: BoneArguments) -> BoneConfig:
     """The BoneConfig that the arguments describe."""
     init_weights = {"true": True, "false": False}.get(arguments.init_weights.lower(), arguments.init_weights)
     targets = arguments.target_modules or ["all-linear"]
@@ -264,7 +266,7 @@ def bone_config(arguments):
     )
 
 
-def model_settings(config):
+def model_settings(config: Any) -> dict[str, Any]:
     """--trust_remote_code and --model_init_kwargs, which trl heeds only for a model that it loads itself, taken from
     config."""
     settings = {"trust_remote_code": True} if getattr(config, "trust_remote_code", False) else {}
@@ -278,7 +280,7 @@ def model_settings(config):
     return settings
 
 
-def load_model(path, bits, settings):
+def load_model(path: str, bits: str, settings: Mapping[str, Any]) -> Any:
     """The base model, its frozen weights kept as `bits` says."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -291,7 +293,7 @@ def load_model(path, bits, settings):
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=quantization, **settings)
 
 
-def load_data(arguments, end):
+def load_data(arguments: BoneArguments, end: str | None) -> Any:
     """The rows as prompt and completion. Raises UserError where there is no such data or column."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
@@ -326,7 +328,7 @@ def load_data(arguments, end):
         )
     question, answer = arguments.dataset_field
 
-    def as_prompt(row, index):
+    def as_prompt(row: Mapping[str, Any], index: int) -> dict[str, str]:
         for name in (question, answer):
             if row[name] is None:
                 raise UserError(f"row {index + 1} of {arguments.data_path} has no {name}; drop such rows from the file")
@@ -336,16 +338,18 @@ def load_data(arguments, end):
         return data.map(as_prompt, with_indices=True, remove_columns=data.column_names)
 
 
-def check_targets(targets, model):
+def check_targets(targets: Sequence[str], model: nn.Module) -> None:
     """UserError for a target that is the end of no module's name."""
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for target in targets:
         if target != "all-linear" and not any(name == target or name.endswith("." + target) for name in names):
             leaves = sorted({name.rpartition(".")[2] for name in names})
             raise UserError(f"--target_modules {target} matches no linear layer; there are {', '.join(leaves)}")
 
 
-def merge_and_save(arguments, settings, adapter, target, tokenizer):
+def merge_and_save(
+    arguments: BoneArguments, settings: Mapping[str, Any], adapter: Path, target: Path, tokenizer: Any
+) -> None:
     """Merge a saved adapter into the base model, read anew without quantization, and save the result."""
     from peft import PeftModel
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config

@@ -6,14 +6,18 @@ MiSS is Bone's later name in peft, with the same tensors and arithmetic under ot
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ..cli import Parser
 from ..errors import UserError, told
 from ..files.atomic import atomic_write
 
 
-def bone_to_miss(source, target):
+def bone_to_miss(source: str | Path, target: str | Path) -> None:
     """Write the BONE folder `source` as a MISS folder `target`; raises UserError for bat-in, which MiSS lacks."""
     config, tensors = read(source, "BONE")
     if config.get("init_weights") == "bat-in":
@@ -24,7 +28,7 @@ def bone_to_miss(source, target):
     write(target, rename(config, "bone", "miss"), rename(tensors, "bone", "miss"))
 
 
-def miss_to_bone(source, target):
+def miss_to_bone(source: str | Path, target: str | Path) -> None:
     """Write the MISS folder `source` as a BONE folder `target`."""
     config, tensors = read(source, "MISS")
     if config.get("init_weights") != "mini":
@@ -32,7 +36,7 @@ def miss_to_bone(source, target):
     write(target, rename(config, "miss", "bone"), rename(tensors, "miss", "bone"))
 
 
-def read(folder, kind):
+def read(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """(config, tensors) of an adapter folder; raises UserError where it is not one of this kind."""
     folder = Path(folder)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -54,7 +58,7 @@ def read(folder, kind):
     return config, tensors
 
 
-def read_config(folder):
+def read_config(folder: str | Path) -> dict[str, Any]:
     """adapter_config.json as a dict; raises UserError where there is none that can be read."""
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
@@ -68,7 +72,7 @@ def read_config(folder):
     return config
 
 
-def rename(settings, old, new):
+def rename(settings: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
     """Settings or tensors with the method's name changed in keys and, for peft_type and bias, in values."""
     renamed = {}
     for key, value in settings.items():
@@ -82,7 +86,7 @@ def rename(settings, old, new):
     return renamed
 
 
-def write(folder, config, tensors):
+def write(folder: str | Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     """Write an adapter folder; its files get their names when both are written."""
     from safetensors.torch import save_file
 
@@ -98,7 +102,7 @@ def write(folder, config, tensors):
         settings.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
     """Convert one folder into the other kind."""
     parser = Parser(prog="rwkv-peft bone2miss", description="Turn a BONE adapter folder into a MISS one, or back.")
     parser.add_argument("source", help="a folder that save_pretrained wrote")

@@ -16,8 +16,9 @@ tests/hf/versions.sh runs the tests under each of them.
 """
 
 import peft
-from peft import PeftType
+from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
 
 from ..errors import UserError
 
@@ -25,12 +26,12 @@ FIRST_KNOWN, FIRST_UNKNOWN = (0, 14), (0, 22)
 TABLES_IN_ONE_PLACE, TUNER_DOES_ALL, WITHOUT_BONE, SAVES_BIASES = (0, 15), (0, 18), (0, 19), (0, 21)
 
 
-def version():
+def version() -> tuple[int, ...]:
     """The installed peft's version as (major, minor)."""
     return tuple(int(part) for part in peft.__version__.split(".")[:2])
 
 
-def check_version():
+def check_version() -> None:
     """Raises UserError for a peft on which Bone was not tried."""
     if not FIRST_KNOWN <= version() < FIRST_UNKNOWN:
         first, last = ".".join(map(str, FIRST_KNOWN)), f"{FIRST_UNKNOWN[0]}.{FIRST_UNKNOWN[1] - 1}"
@@ -40,7 +41,7 @@ def check_version():
         )
 
 
-def add_member(name):
+def add_member(name: str) -> PeftType:
     """Add PeftType.<name> with the value <name>, unless it is there; -> the member."""
     if name not in PeftType.__members__:
         member = str.__new__(PeftType, name)
@@ -60,12 +61,12 @@ def add_member(name):
     return member
 
 
-def configs():
+def configs() -> dict[PeftType, type[PeftConfig]]:
     """peft's table of configuration classes, by PeftType."""
     return peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
 
 
-def enter(member, config, model):
+def enter(member: PeftType, config: type[PeftConfig], model: type[BaseTuner]) -> None:
     """Enter a method's classes in all tables of peft."""
     if version() < TABLES_IN_ONE_PLACE:
         from peft.peft_model import PEFT_TYPE_TO_MODEL_MAPPING
@@ -79,7 +80,7 @@ def enter(member, config, model):
     PEFT_TYPE_TO_PREFIX_MAPPING[member] = model.prefix
 
 
-def tuner_for(layer):
+def tuner_for(layer: type[nn.Module]) -> type[BaseTuner]:
     """The class that BoneModel extends so that it does what all of peft's models do with layers of class `layer`."""
     if not FIRST_KNOWN <= version() < TUNER_DOES_ALL:
         return BaseTuner

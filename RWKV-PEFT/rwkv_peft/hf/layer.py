@@ -5,6 +5,8 @@ the base layer's weight and do not call it, except where hooks wait for that cal
 """
 
 import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
@@ -12,8 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..adapters.methods import METHODS
+from ..adapters.product import Product
 from ..adapters.tokens import linear
 from ..errors import UserError
+from .config import BoneConfig
 from .offload import device_of, offload, offloaded, onload
 from .products import Dequantized, check_parameter, product_for
 
@@ -29,22 +33,28 @@ class BoneLinear(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("bone_block",)
     other_param_names = ("bone_config", "bone_dropout")
+    # what peft's class gives: of the base layer, and of the adapters
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    get_base_layer: Callable[[], nn.Linear]
+    active_adapters: list[str]
+    set_adapter: Callable[[list[str]], None]
 
-    def __init__(self, base_layer, adapter_name, config, name="the layer"):
+    def __init__(self, base_layer: nn.Linear, adapter_name: str, config: BoneConfig, name: str = "the layer") -> None:
         super().__init__()
-        self._product = base_layer, product_for(base_layer, name)
+        self._product: tuple[nn.Linear, Product] = base_layer, product_for(base_layer, name)
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.name = name
-        self.bone_config = {}
+        self.bone_config: dict[str, BoneConfig] = {}
         self.bone_dropout = nn.ModuleDict()
         self.bone_block = nn.ParameterDict()
         self._disable_adapters = False
-        self.merged_adapters = []
+        self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
-    def update_layer(self, adapter_name, config):
+    def update_layer(self, adapter_name: str, config: BoneConfig) -> None:
         """Add an adapter. Raises UserError where the config's rank does not fit the layer."""
         shape = block_shape(config, self.in_features, self.out_features, self.name)
         self.bone_config[adapter_name] = config
@@ -58,23 +68,23 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         if config.inference_mode:
             self.bone_block[adapter_name].requires_grad_(False)
 
-    def drop_layer(self, adapter_name):
+    def drop_layer(self, adapter_name: str) -> None:
         """Forget an adapter that was added, as if it had not been."""
         for adapters in (self.bone_block, self.bone_dropout, self.bone_config):
             del adapters[adapter_name]
 
     @property
-    def product(self):
+    def product(self) -> Product:
         """How to multiply by the base layer's weight, also after another layer took its place (quantizing does so)."""
         if self._product[0] is not self.base_layer:
             self._product = self.base_layer, product_for(self.base_layer, self.name)
         return self._product[1]
 
     @property
-    def quantized(self):
+    def quantized(self) -> bool:
         return isinstance(self.product, Dequantized)
 
-    def forward(self, x, *args, **kwargs):
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x (..., in) -> (..., out) in x's dtype."""
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -89,7 +99,7 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         self._gather()
         dtype = x.dtype
         x = onload((self.base_layer, self.bone_block), x)
-        if self.quantized:
+        if isinstance(self.product, Dequantized):
             x = x.to(self.product.compute_dtype(x))
         if watched(self.base_layer):
             y = self._beside(x, names)
@@ -98,29 +108,29 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         y = offload((self.base_layer, self.bone_block), y)
         return y.to(dtype) if not torch.is_autocast_enabled(x.device.type) else y
 
-    def _adapted(self, x, name):
+    def _adapted(self, x: torch.Tensor, name: str) -> torch.Tensor:
         seen = self._seen(x, [name])
         if seen is x:
             return self._apply_adapter(x, name, self.bias)
         # What is hidden from the adapter still meets the frozen weight.
         return self._apply_adapter(seen, name, self.bias) + linear(x - seen, self.weight, product=self.product)
 
-    def _apply_adapter(self, x, name, bias):
+    def _apply_adapter(self, x: torch.Tensor, name: str, bias: torch.Tensor | None) -> torch.Tensor:
         method, params = self.bone_config[name].method, {PARAMETER: self.bone_block[name]}
         return method.apply(x, self.weight, params, bias, product=self.product)
 
-    def _composed(self, x, names):
+    def _composed(self, x: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
         """Several adapters at once, as after merging them."""
         x = self._seen(x, names)
         weight, change = self._change(names)
         return F.linear(x, (weight + change).to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
-    def _beside(self, x, names):
+    def _beside(self, x: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
         """The base layer's own output, for the hooks that wait for it, and what the adapters add."""
         _, change = self._change(names)
         return self.base_layer(x) + F.linear(self._seen(x, names), change.to(x.dtype))
 
-    def _seen(self, x, names):
+    def _seen(self, x: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
         """x as the adapters see it: dropout hides some of it."""
         if not self.training or not any(self.bone_dropout[name].p for name in names):
             return x
@@ -131,7 +141,7 @@ class BoneLinear(nn.Module, BaseTunerLayer):
             )
         return self.bone_dropout[names[0]](x)
 
-    def _change(self, names):
+    def _change(self, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """The base weight, and what the adapters add to it, each to what the one before it left: (out, in) twice."""
         weight = self.product.rows(self.weight, slice(0, self.out_features), exact(self.weight))
         change = torch.zeros_like(weight)
@@ -139,11 +149,11 @@ class BoneLinear(nn.Module, BaseTunerLayer):
             change = change + self._delta(name, weight + change)
         return weight, change
 
-    def _delta(self, name, weight):
+    def _delta(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """What one adapter adds to a weight (out, in)."""
         return self.bone_config[name].method.delta(weight, {PARAMETER: self.bone_block[name]})
 
-    def _removed(self, name, weight):
+    def _removed(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """A weight (out, in) without one adapter that was merged into it."""
         method, params = self.bone_config[name].method, {PARAMETER: self.bone_block[name].detach()}
         try:
@@ -151,16 +161,17 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         except UserError as error:
             raise UserError(f"{self.name}: merging cannot be undone: {error}") from error
 
-    def _gather(self):
+    def _gather(self) -> None:
         """Under ZeRO-3 a parameter is gathered for the module that owns it; this layer uses its base layer's."""
-        for parameter in (self.weight, self.bias):
+        parameters: tuple[Any, ...] = self.weight, self.bias  # DeepSpeed's under ZeRO-3, with methods of its own
+        for parameter in parameters:
             if hasattr(parameter, "ds_id") and id(parameter) not in getattr(self, "_external_params", {}):
                 from deepspeed.zero import register_external_parameter
 
                 register_external_parameter(self, parameter)
                 parameter.all_gather()
 
-    def merge(self, safe_merge=False, adapter_names=None):
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Change the base weight by the adapters (all active ones by default), in float32 or float64, rounded once.
 
         safe_merge refuses a weight that is not finite. Raises UserError on a quantized base, whose rounding
@@ -178,7 +189,8 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         weight = self.get_base_layer().weight
         if weight.is_meta and offloaded(self.base_layer):
             with onload_layer(self):
-                return self.merge(safe_merge, names)
+                self.merge(safe_merge, names)
+            return
         if weight.numel() != self.in_features * self.out_features:
             raise UserError(
                 f"the weight of {self.name} is spread over processes by ZeRO-3; save the adapter, and merge it "
@@ -195,7 +207,7 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         weight.data = merged.to(weight.dtype)
         self.merged_adapters += names
 
-    def unmerge(self):
+    def unmerge(self) -> None:
         """Take all merged adapters out of the base weight again, up to the rounding of its dtype."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
@@ -203,7 +215,8 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         weight = self.get_base_layer().weight
         if weight.is_meta and offloaded(self.base_layer):
             with onload_layer(self):
-                return self.unmerge()
+                self.unmerge()
+            return
         original = weight.data.to(exact(weight))
         for name in reversed(self.merged_adapters):
             if name in self.bone_block:
@@ -212,11 +225,13 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     @torch.no_grad()
-    def get_delta_weight(self, adapter_name):
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """What one adapter adds to the base weight: (out, in), float32 or the float64 of the base."""
         return self._change([adapter_name])[1]
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, torch.Tensor], prefix: str, local_metadata: Mapping[str, Any], *args: Any
+    ) -> None:
         for name, config in self.bone_config.items():
             saved = state_dict.get(f"{prefix}bone_block.{name}")
             if saved is None:
@@ -243,35 +258,35 @@ class BoneLinear(nn.Module, BaseTunerLayer):
                 self.bone_block[name] = nn.Parameter(old.new_zeros(shape), requires_grad=old.requires_grad)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
-    def scale_layer(self, scale):
+    def scale_layer(self, scale: float) -> None:
         """Bone has no scale."""
         if scale != 1:
             warnings.warn("Bone has no scale; it stays 1.", stacklevel=2)
 
-    def unscale_layer(self, scale=None):
+    def unscale_layer(self, scale: float | None = None) -> None:
         """Bone has no scale."""
         self.scale_layer(1 if scale is None else scale)
 
-    def supports_lora_conversion(self, adapter_name="default"):
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether peft could turn the adapter into a LoRA: not by its own converter, which knows this layer not."""
         return False
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return "bone." + super().__repr__()
 
 
-def exact(weight):
+def exact(weight: torch.Tensor) -> torch.dtype:
     """The dtype in which adapters are added to a weight: float32, or float64 where the weight is that."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def watched(layer):
+def watched(layer: nn.Linear) -> bool:
     """Whether hooks wait for a layer to be called. DeepSpeed's, which every layer has under ZeRO-3, need no call."""
     hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
     return any(hooks) and not hasattr(layer.weight, "ds_id")
 
 
-def block_shape(config, in_features, out_features, name):
+def block_shape(config: BoneConfig, in_features: int, out_features: int, name: str) -> tuple[int, ...]:
     """The shape of an adapter's parameter; raises UserError where the rank does not fit."""
     method, sizes = config.method, (config.r, config.mini_r, out_features, in_features)
     misfit = method.fit(*sizes)

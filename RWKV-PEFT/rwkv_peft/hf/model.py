@@ -1,8 +1,10 @@
 """BoneModel: puts Bone's layers into a Hugging Face model, through peft's machinery."""
 
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-from peft import utils
+from peft import PeftConfig, utils
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -34,7 +36,7 @@ NEVER_CALLED = (
 )
 
 
-def default_targets():
+def default_targets() -> dict[str, list[str]]:
     """peft's own choice of target modules by model type: that of MiSS, or of LoRA where MiSS has none."""
     names = ("TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING", "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING")
     return next((dict(getattr(utils, name)) for name in names if hasattr(utils, name)), {})
@@ -51,7 +53,7 @@ class BoneModel(tuner_for(BoneLinear)):
     tuner_layer_cls = BoneLinear
     target_module_mapping = default_targets()
 
-    def _check_new_adapter_config(self, config):
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
         if not isinstance(config, BoneConfig):
             raise UserError(
@@ -64,9 +66,9 @@ class BoneModel(tuner_for(BoneLinear)):
                 f"take peft {'.'.join(map(str, SAVES_BIASES))} or newer, or bias='none'"
             )
 
-    def inject_adapter(self, model, adapter_name, *args, **settings):
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **settings: Any) -> None:
         """As peft has it; what cannot be honoured leaves the model as it was."""
-        self._undo = []
+        self._undo: list[Callable[[], object]] = []
         try:
             super().inject_adapter(model, adapter_name, *args, **settings)
         except Exception:
@@ -77,7 +79,9 @@ class BoneModel(tuner_for(BoneLinear)):
             del self._undo
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args, adapter_names=None, **_):
+    def _enable_peft_forward_hooks(
+        self, *args: Any, adapter_names: Sequence[str] | None = None, **_: Any
+    ) -> Iterator[None]:
         if adapter_names is not None:
             raise UserError(
                 "Bone cannot give each row of a batch an adapter of its own (adapter_names); make a batch of rows "
@@ -85,7 +89,16 @@ class BoneModel(tuner_for(BoneLinear)):
             )
         yield
 
-    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **_):
+    def _create_and_replace(
+        self,
+        peft_config: BoneConfig,
+        adapter_name: str,
+        target: Any,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
         if isinstance(target, BoneLinear):
             target.update_layer(adapter_name, peft_config)
             self._undo.append(lambda: target.drop_layer(adapter_name))

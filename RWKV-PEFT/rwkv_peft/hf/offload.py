@@ -5,29 +5,36 @@ BoneLinear reads its base layer's weight and never calls that forward, so it run
 Autograd keeps a weight that was used until the backward pass, as it does for any linear layer.
 """
 
+from collections.abc import Sequence
 
-def device_of(layer):
+import torch
+from torch import nn
+
+
+def device_of(layer: nn.Linear) -> torch.device:
     """Where a layer computes: on its hook's device where it has one, else where its weight is."""
     device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
     return layer.weight.device if device is None else device
 
 
-def offloaded(layer):
+def offloaded(layer: nn.Linear) -> bool:
     """Whether a layer's weight is away between uses."""
     return getattr(getattr(layer, "_hf_hook", None), "offload", False)
 
 
-def onload(modules, x):
+def onload(modules: Sequence[nn.Module], x: torch.Tensor) -> torch.Tensor:
     """Bring the modules' tensors in; -> x on the device where they are."""
     for module in modules:
-        if hasattr(module, "_hf_hook"):
-            (x,), _ = module._hf_hook.pre_forward(module, x)
+        hook = getattr(module, "_hf_hook", None)
+        if hook is not None:
+            (x,), _ = hook.pre_forward(module, x)
     return x
 
 
-def offload(modules, y):
+def offload(modules: Sequence[nn.Module], y: torch.Tensor) -> torch.Tensor:
     """Take away what onload brought in; -> y on the device where it is due."""
     for module in reversed(modules):
-        if hasattr(module, "_hf_hook"):
-            y = module._hf_hook.post_forward(module, y)
+        hook = getattr(module, "_hf_hook", None)
+        if hook is not None:
+            y = hook.post_forward(module, y)
     return y

@@ -5,17 +5,19 @@ are dequantized for the time of one product, so that memory in training stays th
 """
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..adapters.product import DENSE
+from ..adapters.product import DENSE, Product
 from ..errors import UserError
 
 DENSE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def product_for(layer, name):
+def product_for(layer: nn.Module, name: str) -> Product:
     """The product (see adapters/product.py) for a base layer; raises UserError for one that is not linear."""
     bitsandbytes = sys.modules.get("bitsandbytes")  # a layer of its kind exists only once it is imported
     if bitsandbytes is not None and isinstance(layer, bitsandbytes.nn.Linear4bit):
@@ -36,7 +38,7 @@ def product_for(layer, name):
     )
 
 
-def check_parameter(layer, name):
+def check_parameter(layer: nn.Module, name: str) -> None:
     """UserError where a layer's weight is no parameter, but computed anew for each forward."""
     if "weight" not in layer._parameters:
         raise UserError(
@@ -46,7 +48,7 @@ def check_parameter(layer, name):
         )
 
 
-def keep_unpacked(layer):
+def keep_unpacked(layer: Any) -> None:
     """Let a Linear4bit keep the form of its weight that `dequantize` reads.
 
     On processors with AVX512-BF16 its own forward without gradients would repack the weight in place, once, in a form
@@ -60,14 +62,14 @@ def keep_unpacked(layer):
         layer.weight.data, layer.weight.quant_state = unpack(layer.weight.data, layer.weight.quant_state)
 
 
-def dequantize_4bit(layer):
+def dequantize_4bit(layer: Any) -> torch.Tensor:
     """The weight (out, in) of a bitsandbytes Linear4bit."""
     from bitsandbytes.functional import dequantize_4bit as dequantize
 
     return dequantize(layer.weight.data, layer.weight.quant_state)
 
 
-def dequantize_8bit(layer):
+def dequantize_8bit(layer: Any) -> torch.Tensor:
     """The weight (out, in) of a bitsandbytes Linear8bitLt: int8, with one scale a row."""
     from bitsandbytes.functional import int8_vectorwise_dequant
 
@@ -81,21 +83,21 @@ class Dequantized:
     """Products with a quantized layer's weight. The tensors given as `weight` are not read: what a quantized
     parameter needs beside its numbers is kept by the layer."""
 
-    def __init__(self, layer, dequantize):
+    def __init__(self, layer: Any, dequantize: Callable[[Any], torch.Tensor]) -> None:
         self.layer, self.dequantize = layer, dequantize
 
-    def shape(self, weight):
+    def shape(self, weight: torch.Tensor) -> tuple[int, int]:
         return self.layer.out_features, self.layer.in_features
 
-    def rows(self, weight, rows, dtype):
+    def rows(self, weight: torch.Tensor, rows: slice, dtype: torch.dtype) -> torch.Tensor:
         return self.dequantize(self.layer)[rows].to(dtype)
 
-    def forward(self, z, weight, bias=None):
+    def forward(self, z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return DENSE.forward(z, self.dequantize(self.layer), bias)
 
-    def backward(self, g, weight):
+    def backward(self, g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return DENSE.backward(g, self.dequantize(self.layer))
 
-    def compute_dtype(self, x):
+    def compute_dtype(self, x: torch.Tensor) -> torch.dtype:
         """The dtype in which the layer itself would compute with x."""
         return getattr(self.layer, "compute_dtype", None) or (x.dtype if x.is_floating_point() else torch.float32)

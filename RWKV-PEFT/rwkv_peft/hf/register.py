@@ -7,7 +7,7 @@ from .installed import add_member, check_version, configs, enter
 from .model import BoneModel
 
 
-def register(replace=False):
+def register(replace: bool = False) -> None:
     """Make the installed peft know BONE, so that its own functions build, load and save it.
 
     Where peft has a Bone of its own (0.14 to 0.18), that is left alone unless `replace` is true, and this
