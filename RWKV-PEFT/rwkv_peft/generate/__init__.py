@@ -4,6 +4,7 @@ What stands here is imported where it is asked for: flags.py, which is below thi
 """
 
 import importlib
+from typing import Any
 
 __all__ = ["Sampling", "Step", "TextStream", "generate", "load_model", "prefill", "read_state_file", "save_state_file"]
 HOMES = (
@@ -14,7 +15,7 @@ HOMES = (
 )
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     for module, names in HOMES:
         if name in names:
             return getattr(importlib.import_module(f".{module}", __name__), name)

@@ -4,12 +4,14 @@ Lines come from standard input, a terminal or a pipe; answers stream to standard
 """
 
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from ..data.templates import question
 from ..errors import UserError
 from ..files.atomic import check_output
 from .loading import save_state_file
+from .session import Session
 
 HELP = (
     "/reset forgets the chat, /save FILE keeps it for --state, /exit or Ctrl-D ends it; Ctrl-C ends an answer, twice "
@@ -23,11 +25,19 @@ class Chat:
     are the (flag, path) pairs that /save may not overwrite, think ("", "on", "off") opens the answers
     (data/thinking.py)."""
 
-    def __init__(self, session, stops, max_tokens, change, inputs, think=""):
+    def __init__(
+        self,
+        session: Session,
+        stops: Sequence[str],
+        max_tokens: int,
+        change: Callable[[str], str],
+        inputs: Sequence[tuple[str, str | None]],
+        think: str = "",
+    ) -> None:
         self.session, self.stops, self.max_tokens, self.change = session, stops, max_tokens, change
         self.inputs, self.think = inputs, think
 
-    def run(self):
+    def run(self) -> int:
         """Talk until the input ends; -> the exit code."""
         remark(HELP)
         read, interrupted = line_reader(), False
@@ -49,7 +59,7 @@ class Chat:
                 interrupted = True
                 remark("\n(Ctrl-C again ends the chat)")
 
-    def answer(self, words):
+    def answer(self, words: str) -> None:
         texts = question(words, self.think)
         show(texts[-1])
         try:
@@ -58,7 +68,7 @@ class Chat:
         finally:
             show("\n\n")
 
-    def command(self, name, argument=""):
+    def command(self, name: str, argument: str = "") -> bool:
         """Do what a line with / asks for; False where it ends the chat."""
         argument = argument.strip()
         if name == "/exit":
@@ -72,7 +82,7 @@ class Chat:
             remark(HELP)
         return True
 
-    def save(self, path):
+    def save(self, path: str) -> None:
         """Write the state after the last turn; a mistake is told and ends nothing."""
         try:
             check_output("/save", path, self.inputs)
@@ -85,7 +95,7 @@ class Chat:
             remark(f"error: {error}")
 
 
-def line_reader():
+def line_reader() -> Callable[[], str | None]:
     """A function that reads a line without its end, None at the end of the input; on a terminal with a prompt, and with
     editing where there is readline."""
     if not sys.stdin.isatty():
@@ -93,7 +103,7 @@ def line_reader():
     with suppress(ImportError):  # which not every Python has
         import readline  # noqa: F401  importing it is what makes input() edit lines
 
-    def ask():
+    def ask() -> str | None:
         try:
             return input("User: ")
         except EOFError:
@@ -103,9 +113,9 @@ def line_reader():
     return ask
 
 
-def show(text):
+def show(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def remark(text):
+def remark(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

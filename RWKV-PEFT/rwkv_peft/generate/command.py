@@ -4,20 +4,25 @@ import json
 import os
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from ..data.templates import stops_of
+from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..files.atomic import atomic_write, check_output
 from .chat import Chat
-from .decode import generate, prefill
+from .decode import Step, generate, prefill
 from .flags import parse_flags, unescaped
 from .loading import check_device, load_subject, save_state_file
 from .prompts import encode, read_prompt_file
 from .session import Session
+from .settings import Sampling
 from .text import TextStream
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
     """Returns the exit code; 130 after Ctrl-C. Raises UserError for whatever is wrong in flags and files."""
     args, sampling = parse_flags(argv)
     try:
@@ -33,7 +38,7 @@ def main(argv):
         return 0
 
 
-def run(args, sampling):
+def run(args: Namespace, sampling: Sampling) -> int:
     """The command; returns 0."""
     check_device(args)
     if not args.escapes and any("\\n" in text for text in [*(args.prompt or ()), *args.stop]):
@@ -46,7 +51,7 @@ def run(args, sampling):
         raise UserError(f"--save_state keeps the state after one prompt, and there are {len(rows)}; give one")
     model, start, tokenizer = load_subject(args, warn)
     if args.chat:
-        change = unescaped if args.escapes else str
+        change: Callable[[str], str] = unescaped if args.escapes else str
         stops = [*stops_of("Assistant:"), *args.stop]
         session = Session(model, tokenizer, sampling, start)
         return Chat(session, stops, args.max_tokens, change, inputs_of(args), args.think or "").run()
@@ -92,12 +97,19 @@ class Continuation:
     end is "end" (of the document), "stop" or "length". show, where given, is called with each piece of text.
     """
 
-    def __init__(self, row, tokenizer, stops, show=None):
+    def __init__(
+        self,
+        row: dict[str, Any],
+        tokenizer: Tokenizer,
+        stops: Iterable[str],
+        show: Callable[[str], object] | None = None,
+    ) -> None:
         self.row, self.show = row, show
-        self.tokens, self.text, self.end = [], "", ""
+        self.tokens: list[int] = []
+        self.text, self.end = "", ""
         self._end_id, self._stream = tokenizer.end_id, TextStream(tokenizer, stops)
 
-    def feed(self, token):
+    def feed(self, token: int) -> str:
         """Take a token; the reason to end here, or ""."""
         self.tokens.append(token)
         if token == self._end_id:
@@ -105,38 +117,38 @@ class Continuation:
         self._add(self._stream.feed(token))
         return "stop" if self._stream.stopped else ""
 
-    def finish(self, end):
+    def finish(self, end: str) -> None:
         self._add(self._stream.finish())
         self.end = "stop" if self._stream.stopped else end
 
-    def line(self):
+    def line(self) -> str:
         """The row with what was generated, as JSON."""
         return json.dumps(
             self.row | {"generated": self.text, "tokens": len(self.tokens), "end": self.end}, ensure_ascii=False
         )
 
-    def _add(self, text):
+    def _add(self, text: str) -> None:
         self.text += text
         if self.show and text:
             self.show(text)
 
 
-def read_rows(args):
+def read_rows(args: Namespace) -> list[dict[str, Any]]:
     """[{"prompt": text, …}] of the flags; none with --chat."""
     if args.prompt_file is not None:
         return read_prompt_file(args.prompt_file)
     return [{"prompt": text} for text in args.prompt or ()]
 
 
-def warn(text):
+def warn(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def show(text):
+def show(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def complete_all(steps, continuations, prints):
+def complete_all(steps: Iterable[Step], continuations: Sequence[Continuation], prints: bool) -> None:
     """Take every step; where `prints`, print the line of each continuation once those before it are complete."""
     printed = 0
     for step in steps:
@@ -152,7 +164,7 @@ def complete_all(steps, continuations, prints):
             show(continuation.line() + "\n")
 
 
-def check_outputs(args):
+def check_outputs(args: Namespace) -> None:
     """Raise UserError for outputs that are inputs, or cannot be written: known before the work, not after it."""
     inputs = inputs_of(args)
     if args.output:
@@ -163,7 +175,7 @@ def check_outputs(args):
         raise UserError(f"--output and --save_state are both {args.output}; give each a file of its own")
 
 
-def inputs_of(args):
+def inputs_of(args: Namespace) -> list[tuple[str, str | None]]:
     """(flag, path) of each file that is read."""
     inputs = [(f"--{name}", getattr(args, name)) for name in ("model", "prompt_file", "lora_init", "tokenizer")]
     return inputs + [("--adapter", path) for path in args.adapter]

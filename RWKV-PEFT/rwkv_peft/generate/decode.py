@@ -4,7 +4,8 @@ A sequence costs one State, whatever its length; one that ends leaves the batch,
 """
 
 import random
-from collections import deque
+from collections import abc, deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UserError
+from ..models.parts import LanguageModel
 from ..models.state import State
 from .sampling import count, penalize, sample
 from .settings import Sampling
@@ -38,7 +40,16 @@ class Sequence:
 
 
 @torch.inference_mode()
-def generate(model, prompts, sampling=Sampling(), max_tokens=256, ends=None, start=None, batch=32, vocab_size=None):
+def generate(
+    model: LanguageModel,
+    prompts: abc.Sequence[list[int]],
+    sampling: Sampling = Sampling(),
+    max_tokens: int = 256,
+    ends: Callable[[int, int], str] | None = None,
+    start: State | None = None,
+    batch: int = 32,
+    vocab_size: int | None = None,
+) -> Iterator[Step]:
     """Continue prompts (lists of token ids, none empty); yields a Step for each token as it is drawn.
 
     ends(number, token) -> "" or a reason to end that sequence there; start is the State of one sequence before each
@@ -52,7 +63,8 @@ def generate(model, prompts, sampling=Sampling(), max_tokens=256, ends=None, sta
     waiting = deque(enumerate(prompts) if max_tokens > 0 else ())
     config, device = model.config, model.emb.weight.device
     vocab_size = min(vocab_size or config.vocab_size, config.vocab_size)
-    rows, logits, state = [], torch.empty(0, config.vocab_size, device=device), None
+    rows: list[Sequence] = []
+    logits, state = torch.empty(0, config.vocab_size, device=device), None
     counts = torch.empty(0, vocab_size, device=device)
     while waiting or rows:
         if waiting and len(rows) < batch:
@@ -62,6 +74,7 @@ def generate(model, prompts, sampling=Sampling(), max_tokens=256, ends=None, sta
             logits, state = torch.cat([logits, read.float()]), memory if state is None else state.joined(memory)
             if sampling.penalizes:
                 counts = torch.cat([counts, counts.new_zeros(len(fresh), vocab_size)])
+        assert state is not None  # there is a row
         check_finite(logits, rows, model)
         choices = logits[:, :vocab_size]
         if sampling.penalizes:
@@ -89,7 +102,9 @@ def generate(model, prompts, sampling=Sampling(), max_tokens=256, ends=None, sta
 
 
 @torch.inference_mode()
-def prefill(model, prompts, start=None):
+def prefill(
+    model: LanguageModel, prompts: abc.Sequence[list[int]], start: State | None = None
+) -> tuple[torch.Tensor, State]:
     """Read n prompts (lists of token ids, none empty), each from start, the State of one sequence (None: zeros) ->
     logits after each (n, V), their State.
 
@@ -111,7 +126,7 @@ def prefill(model, prompts, start=None):
     return logits, state
 
 
-def read_packed(model, pieces, state):
+def read_packed(model: LanguageModel, pieces: abc.Sequence[list[int]], state: State) -> tuple[torch.Tensor, State]:
     """pieces: lists of tokens, one for each sequence of state -> logits after the last of each (n, V), State."""
     tokens = torch.tensor([token for piece in pieces for token in piece], device=state[0].wkv.device)
     ends = torch.tensor([len(piece) for piece in pieces], device=tokens.device).cumsum(0)
@@ -120,7 +135,7 @@ def read_packed(model, pieces, state):
     )
 
 
-def check_finite(logits, rows, model):
+def check_finite(logits: torch.Tensor, rows: abc.Sequence[Sequence], model: LanguageModel) -> None:
     """Raise UserError where a sequence's logits hold NaN or Inf."""
     finite = torch.isfinite(logits.sum(-1))  # a sum of NaN or Inf is neither
     if not finite.all():

@@ -19,7 +19,7 @@ in the order of the prompts.
 """
 
 
-def build_parser():
+def build_parser() -> Parser:
     parser = Parser(prog="rwkv-peft generate", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
     add = parser.add_argument
@@ -78,7 +78,7 @@ def build_parser():
     return parser
 
 
-def add_model_flags(parser):
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which model, with what, and how it runs: the same for every command that asks one."""
     add = parser.add_argument
     add("--model", required=True, metavar="PTH", help="an RWKV model")
@@ -111,13 +111,13 @@ def add_model_flags(parser):
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
 
 
-def parse_flags(argv):
+def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, Sampling]:
     """argv -> the parsed flags and their Sampling. Raises UserError."""
     args = build_parser().parse_args(argv)
     return args, check_flags(args)
 
 
-def check_flags(args):
+def check_flags(args: argparse.Namespace) -> Sampling:
     """The Sampling of the flags; UserError for flags that contradict each other or are out of range."""
     given = [f"--{name}" for name in ("prompt", "prompt_file", "chat") if getattr(args, name) not in (None, False)]
     if len(given) != 1:
@@ -143,7 +143,7 @@ def check_flags(args):
     return Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__})
 
 
-def unescaped(text):
+def unescaped(text: str) -> str:
     r"""text with \n, \t and \\ read as newline, tab and backslash; other backslashes stand for themselves."""
     parts = text.split("\\\\")
     return "\\".join(part.replace("\\n", "\n").replace("\\t", "\t") for part in parts)

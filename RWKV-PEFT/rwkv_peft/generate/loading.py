@@ -1,23 +1,34 @@
 """What generation starts from: a model with its adapters folded in, and the states that files hold
 (models/state.py)."""
 
-from typing import Any, NamedTuple
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ..data.recorded import find_tokenizer, recorded_beside
+from ..data.tokenizer import Tokenizer
 from ..errors import UserError
-from ..files.adapters import source_of
-from ..files.base import base_of, open_base, save_model
+from ..files.adapters import AdapterSource, source_of
+from ..files.base import Base, base_of, open_base, save_model
 from ..files.dtypes import DTYPES
 from ..files.state_file import read_states
 from ..models import family_named
+from ..models.parts import LanguageModel
 from ..models.state import State, split_time_states, state_of, state_tensors
 from ..release.merge import check_fingerprints, merged_tensors
 
 
-def load_model(path, adapters=(), precision="fp32", device="cpu", any_base=False):
+def load_model(
+    path: str | Path,
+    adapters: Sequence[AdapterSource] = (),
+    precision: str = "fp32",
+    device: str = "cpu",
+    any_base: bool = False,
+) -> tuple[LanguageModel, State | None]:
     """The .pth at path, with adapters (AdapterSources) merged into it in memory -> the model, ready to generate, and
     the State of one sequence that it starts from, or None where neither file holds time states.
 
@@ -41,7 +52,7 @@ def load_model(path, adapters=(), precision="fp32", device="cpu", any_base=False
     return model, read_state(states, model, path) if states else None
 
 
-def check_device(args):
+def check_device(args: Namespace) -> None:
     """Raise UserError where --device asks for what torch does not see."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this torch sees no CUDA device; leave --device out to run on the CPU")
@@ -50,12 +61,12 @@ def check_device(args):
 class Subject(NamedTuple):
     """A model ready to generate, the State of one sequence that it starts from, or None, and its tokenizer."""
 
-    model: nn.Module
+    model: LanguageModel
     start: State | None
-    tokenizer: Any
+    tokenizer: Tokenizer
 
 
-def load_subject(args, say):
+def load_subject(args: Namespace, say: Callable[[str], object]) -> Subject:
     """The Subject that the flags of add_model_flags name. say(text) is told where the tokenizer is another than the one
     recorded. Raises UserError."""
     check_device(args)
@@ -69,7 +80,7 @@ def load_subject(args, say):
     return Subject(model, start, find_tokenizer(args.tokenizer, model.config.vocab_size, recorded, say))
 
 
-def store_by_columns(model):
+def store_by_columns(model: nn.Module) -> None:
     """Keep the linear layers' weights (out, in) column by column in memory; values and shapes stay.
 
     One token's product is then a sum of scaled columns, which reads memory faster than many dot products do: a tenth
@@ -80,7 +91,7 @@ def store_by_columns(model):
             module.weight.data = module.weight.data.t().contiguous().t()
 
 
-def read_state_file(path, model, base=None):
+def read_state_file(path: str | Path, model: LanguageModel, base: Base | None = None) -> State:
     """The State of one sequence in a file of time states of any layout, a run that tuned them, or a saved session.
     Raises UserError where it does not fit the model, or names another base than a Base that is given."""
     file = read_states(path)
@@ -89,12 +100,12 @@ def read_state_file(path, model, base=None):
     return read_state(file.tensors, model, path)
 
 
-def save_state_file(path, state, model):
+def save_state_file(path: str | Path, state: State, model: LanguageModel) -> None:
     """Write the State of one sequence as a saved session, in float32. Raises UserError where the disk refuses."""
     save_model(path, state_tensors(state, family_named(model.config.version).rows_are_keys))
 
 
-def read_state(tensors, model, name):
+def read_state(tensors: Mapping[str, torch.Tensor], model: LanguageModel, name: str | Path) -> State:
     """The State of one sequence from the {key: tensor} of a file."""
     zeros = State.zeros(model.config, 1, model.emb.weight.device, model.emb.weight.dtype)
     return state_of(tensors, zeros, family_named(model.config.version).rows_are_keys, name)

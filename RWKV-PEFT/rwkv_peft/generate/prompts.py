@@ -3,11 +3,13 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
+from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 
 
-def read_prompt_file(path):
+def read_prompt_file(path: str) -> list[dict[str, Any]]:
     """[{"prompt": text, …}] of a .jsonl, or of a text with a prompt a line ("-": standard input); blank lines are left
     out. What a .jsonl holds besides the prompt stays with it. Raises UserError."""
     try:
@@ -27,7 +29,7 @@ def read_prompt_file(path):
     return [read_line(path, number, line) for number, line in lines]
 
 
-def read_line(path, number, line):
+def read_line(path: str, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -40,12 +42,14 @@ def read_line(path, number, line):
     return row
 
 
-def encode(tokenizer, prompt, number):
+def encode(tokenizer: Tokenizer, prompt: str, number: int) -> list[int]:
     """The tokens of a prompt; an empty one is the start of a document."""
     tokens = tokenizer.encode(prompt)
-    if not tokens and tokenizer.end_id is None:
+    if tokens:
+        return tokens
+    if tokenizer.end_id is None:
         raise UserError(
             f"prompt {number} is empty, and tokenizer {tokenizer.name} has no token that starts a document; "
             "give a prompt"
         )
-    return tokens or [tokenizer.end_id]
+    return [tokenizer.end_id]

@@ -4,12 +4,16 @@ n sequences, V tokens in the vocabulary, k candidates. Top-p is nucleus sampling
 arXiv 1904.09751).
 """
 
+from collections.abc import Sequence
+
 import torch
+
+from .settings import Sampling
 
 FIRST_CANDIDATES = 64  # top-p looks at this many tokens first, and at more where they do not reach its share
 
 
-def sample(logits, uniforms, sampling):
+def sample(logits: torch.Tensor, uniforms: Sequence[float], sampling: Sampling) -> torch.Tensor:
     """logits (n, V), one number in [0, 1) for each row -> tokens (n,) int64. Equal rows and numbers give equal tokens,
     whatever else is in the batch."""
     if sampling.temperature == 0:
@@ -18,19 +22,19 @@ def sample(logits, uniforms, sampling):
     return tokens.gather(-1, pick(weights, uniforms))[:, 0]
 
 
-def penalize(logits, counts, sampling):
+def penalize(logits: torch.Tensor, counts: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """logits (n, V) less the penalties for counts (n, V), float32, of the tokens generated before."""
     return logits - sampling.presence_penalty * (counts > 0) - sampling.frequency_penalty * counts
 
 
-def count(counts, tokens, decay):
+def count(counts: torch.Tensor, tokens: torch.Tensor, decay: float) -> None:
     """Age counts (n, V) by a step and add tokens (n,), in place."""
     if decay != 1:
         counts.mul_(decay)
     counts.scatter_add_(1, tokens[:, None], counts.new_ones(len(tokens), 1))
 
 
-def candidates(logits, sampling):
+def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """logits (n, V) -> weights (n, k) float64, in proportion to the probabilities, and their tokens (n, k) int64.
 
     A token that top-k or top-p leaves out has the weight 0, or no place among the k.
@@ -53,7 +57,7 @@ def candidates(logits, sampling):
     return weights, tokens
 
 
-def most_probable(probabilities, share):
+def most_probable(probabilities: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The most probable tokens, in order, until each row of probabilities (n, V) has reached a share of 1 ->
     probabilities (n, k) float64, tokens (n, k). Sorts a small part of a large vocabulary in the usual case."""
     size = probabilities.shape[-1]
@@ -66,7 +70,7 @@ def most_probable(probabilities, share):
         k = min(16 * k, size) if k < 1000 else size
 
 
-def pick(weights, uniforms):
+def pick(weights: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
     """Index (n, 1) of the weight (n, k) at which the running sum passes a uniform share of the whole."""
     sums = weights.cumsum(-1)
     targets = torch.as_tensor(uniforms, dtype=sums.dtype, device=sums.device)[:, None] * sums[:, -1:]

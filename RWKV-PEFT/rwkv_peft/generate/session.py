@@ -1,12 +1,17 @@
 """One sequence that is read and continued in turns: a chat's memory is its State, and nothing is read twice."""
 
 import random
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from ..data.templates import TURN_END
+from ..data.tokenizer import Tokenizer
+from ..models.parts import LanguageModel
+from ..models.state import State
 from .decode import Sequence, check_finite, prefill
 from .sampling import count, penalize, sample
+from .settings import Sampling
 from .text import TextStream
 
 
@@ -17,16 +22,19 @@ class Session:
     holds tokens that were drawn and not read yet, `closed` says whether TURN_END is behind them.
     """
 
-    def __init__(self, model, tokenizer, sampling, start=None):
+    def __init__(
+        self, model: LanguageModel, tokenizer: Tokenizer, sampling: Sampling, start: State | None = None
+    ) -> None:
         self.model, self.tokenizer, self.sampling, self.start = model, tokenizer, sampling, start
         self.random = random.Random(sampling.seed)
         self.reset()
 
-    def reset(self):
+    def reset(self) -> None:
         """Forget every turn."""
-        self.state, self.tail, self.closed = self.start, [], True
+        self.state, self.closed = self.start, True
+        self.tail: list[int] = []
 
-    def close(self):
+    def close(self) -> None:
         """Read what the last turn left, so that the state is behind all of it and its TURN_END."""
         if not self.closed:
             self.tail += self.tokenizer.encode(TURN_END)
@@ -36,7 +44,7 @@ class Session:
             self.tail = []
 
     @torch.inference_mode()
-    def answer(self, texts, stops, max_tokens):
+    def answer(self, texts: Iterable[str], stops: Iterable[str], max_tokens: int) -> Iterator[str]:
         """Read texts, each tokenized alone as the data is, and continue them; yields the answer piece by piece.
 
         It ends at a stop text, which is no part of it, at the token that ends a document, or after max_tokens. An
@@ -46,7 +54,8 @@ class Session:
         asked = [token for text in texts for token in self.tokenizer.encode(text)]
         logits, state = prefill(self.model, [asked], self.state)
         self.state, self.closed = state, False
-        stream, shown, turn_end = TextStream(self.tokenizer, stops), "", None
+        stream, shown = TextStream(self.tokenizer, stops), ""
+        turn_end: tuple[str, State] | None = None  # the text whose end is TURN_END, and the state behind it
         row, size = Sequence(0, self.random), min(self.tokenizer.vocab_size, self.model.config.vocab_size)
         counts = logits.new_zeros(1, size, dtype=torch.float32)
         for _ in range(max_tokens):
@@ -74,7 +83,7 @@ class Session:
         if rest:
             yield rest
 
-    def _draw(self, logits, counts):
+    def _draw(self, logits: torch.Tensor, counts: torch.Tensor) -> int:
         """The next token from logits (1, V); counts (1, V) of this answer's tokens are kept up to date."""
         if self.sampling.penalizes:
             logits = penalize(logits, counts, self.sampling)

@@ -25,7 +25,7 @@ class Sampling:
     top_p: float = 0.7
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if not math.isfinite(value):
@@ -47,6 +47,6 @@ class Sampling:
                 raise UserError(f"--{name} {getattr(self, name)}: it is {rule}")
 
     @property
-    def penalizes(self):
+    def penalizes(self) -> bool:
         """Whether what was generated before matters."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0

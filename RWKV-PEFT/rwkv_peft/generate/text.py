@@ -1,8 +1,9 @@
 """Tokens to text as they come: characters and stop strings may lie across the borders of tokens."""
 
 import codecs
+from collections.abc import Iterable, Sequence
 
-from ..data.tokenizer import REPLACEMENT
+from ..data.tokenizer import REPLACEMENT, Tokenizer
 
 LONGEST_CHARACTER = 4  # tokens: UTF-8 takes four bytes at most
 
@@ -14,30 +15,30 @@ class TextStream:
     `stopped` is True from the first stop string on, which is not given out.
     """
 
-    def __init__(self, tokenizer, stops=()):
+    def __init__(self, tokenizer: Tokenizer, stops: Iterable[str] = ()) -> None:
         self.stops = tuple(stops)
         self.stopped = False
         self._held = ""
-        self._decoder = (
+        self._decoder: ByteDecoder | TailDecoder = (
             ByteDecoder(tokenizer.token_bytes) if hasattr(tokenizer, "token_bytes") else TailDecoder(tokenizer)
         )
 
     @property
-    def held(self):
+    def held(self) -> str:
         """The text that is withheld because it may be the start of a stop string."""
         return self._held
 
-    def feed(self, token):
+    def feed(self, token: int) -> str:
         """The text that token makes certain, perhaps ""."""
         return "" if self.stopped else self._release(self._decoder.feed(token))
 
-    def finish(self):
+    def finish(self) -> str:
         """The text still withheld, when no token follows."""
         text = "" if self.stopped else self._release(self._decoder.finish())
         held, self._held = self._held, ""
         return text + held
 
-    def _release(self, text):
+    def _release(self, text: str) -> str:
         self._held += text
         found = [position for stop in self.stops if (position := self._held.find(stop)) >= 0]
         if found:
@@ -49,7 +50,7 @@ class TextStream:
         return text
 
 
-def overlap(text, stop):
+def overlap(text: str, stop: str) -> int:
     """How many characters at the end of text are the start of stop, less than all of it."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
@@ -58,17 +59,17 @@ class ByteDecoder:
     """For vocabularies of bytes: table holds the bytes of each token, None for one that stands for nothing. Token 0
     ends a document and has no text."""
 
-    def __init__(self, table):
+    def __init__(self, table: Sequence[bytes | None]) -> None:
         self._table = table
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def feed(self, token):
+    def feed(self, token: int) -> str:
         if token == 0:
             return ""
         piece = self._table[token] if token < len(self._table) else None
         return self._utf8.decode(REPLACEMENT.encode() if piece is None else piece)
 
-    def finish(self):
+    def finish(self) -> str:
         return self._utf8.decode(b"", final=True)
 
 
@@ -76,11 +77,12 @@ class TailDecoder:
     """For any tokenizer that decodes lists: decodes the last tokens with and without the new one, because a token's
     text may depend on the one before it."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._decode = tokenizer.decode
-        self._before, self._new = [], []  # tokens whose text is out, as context; tokens whose text is not
+        self._before: list[int] = []  # tokens whose text is out, as context
+        self._new: list[int] = []  # tokens whose text is not
 
-    def feed(self, token):
+    def feed(self, token: int) -> str:
         self._new.append(token)
         text = self._text()
         if text.endswith(REPLACEMENT) and len(self._new) < LONGEST_CHARACTER:
@@ -90,10 +92,10 @@ class TailDecoder:
         self._new = []
         return text
 
-    def finish(self):
+    def finish(self) -> str:
         text = self._text() if self._new else ""
         self._new = []
         return text
 
-    def _text(self):
+    def _text(self) -> str:
         return self._decode(self._before + self._new)[len(self._decode(self._before)) :]
