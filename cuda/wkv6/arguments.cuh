@@ -16,9 +16,10 @@ struct Arguments {
                                 // each sequence is `length` tokens
     void* y;                    // elements (tokens, heads, head_size)
     float* final_state;         // (sequences, heads, K, V)
-    float* checkpoints;         // (tokens / SEGMENT + sequences, heads, K, V); null in a forward without backward
-    const void* gy;             // gradients, named after what they belong to
-    const float* gfinal;        // or null for zeros
+    float* checkpoints;   // (tokens / SEGMENT + sequences, heads, K, V), or as chunk.cuh's Checkpoint has it; null
+                          // in a forward without backward
+    const void* gy;       // gradients, named after what they belong to
+    const float* gfinal;  // or null for zeros
     void *gr, *gk, *gv, *gw;
     float* gu;           // (sequences or groups, heads, head_size): to be summed over the first
     float* gstate;       // or null

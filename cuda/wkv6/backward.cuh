@@ -49,6 +49,7 @@ __device__ __forceinline__ RowSums row_sums(const Accumulator& x) {
 
 template <int N>
 __device__ __forceinline__ void chunked_backward(const Arguments& a) {
+    static_assert(HAS_CHUNKED_BACKWARD<N>, "forward keeps what this reads");
     constexpr int tiles = Shape<N>::tiles, stride = Shape<N>::stride;
     BackwardShared<N>& shared = *(BackwardShared<N>*)dynamic_shared();
     Operands<N>& o = shared.operands;
@@ -93,7 +94,9 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         const int begin = segment * SEGMENT;
         const int chunks = min(CHUNKS, (s.length - begin + CHUNK - 1) / CHUNK);
         Accumulator S[tiles];
-        load_state<N>(S, s.slot(a, begin), c0, false);
+        const Checkpoint<N> checkpoint(a, s, begin);
+        #pragma unroll
+        for (int b = 0; b < tiles; b++) S[b] = widened(checkpoint(c0 / 16, b));
         for (int i = 0;; i++) {
             #pragma unroll
             for (int b = 0; b < tiles; b++) shared.states[i][b][tid] = rounded(S[b]);

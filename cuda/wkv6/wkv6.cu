@@ -22,8 +22,8 @@
 // Products run on tensor cores in bf16 with float32 sums (common/tile.cuh). The state is float32; its transpose is
 // kept in the layout of a product's result, so that it serves as an operand where it lies.
 //
-// Backward needs the states in reverse. Forward stores one every 64 tokens (SEGMENT); backward rebuilds the three
-// between, and carries dS = dL/dS from the last token to the first:
+// Backward needs the states in reverse. Forward stores one every 64 tokens (SEGMENT), in bf16; backward rebuilds the
+// three between, and carries dS = dL/dS from the last token to the first:
 //     dS_start = diag(whole) dS + sum over t of (r_t start(t)) gy_tᵀ
 //     gr_t = start(t) S gy_t + read factor * (gscores k_middle)_t + u k_t (gy_t . v_t)
 //     gk_s = end(s) dS v_s + write factor * (gscoresᵀ r_middle)_s + u r_s (gy_s . v_s)

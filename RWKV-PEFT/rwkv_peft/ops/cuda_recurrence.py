@@ -45,11 +45,14 @@ class CudaRecurrence:
         names: Sequence[str],
         plan: Plan,
         splits: Mapping[int, Split] = MappingProxyType({}),
+        halved: Sequence[int] = (),
     ):
         """rows: the names of the operation's inputs (B, T, H, N); shared: of those (H, N), which follow. segment: steps
         that share a slot among the checkpoints, arguments.cuh's SEGMENT. names: of the kernels that `plan` plans.
-        splits: how time is split where that pays, by head size."""
+        splits: how time is split where that pays, by head size. halved: head sizes of which bfloat16 keeps two slots in
+        the room of one."""
         self.op, self.source, self.segment, self.plan, self.splits = op, f"{op}/{op}.cu", segment, plan, splits
+        self.halved = halved
         self.rows, self.shared = rows.split(), shared.split()
         self.Arguments = structure([*self.rows, *self.shared])
         self.names = tuple(dict.fromkeys((*names, *(name for split in splits.values() for name in split.names()))))
@@ -69,8 +72,8 @@ class CudaRecurrence:
         return None
 
     def checkpoint_count(self, r: Tensor, sequences: int) -> int:
-        """States kept for backward: slots of one for each segment of a sequence, and a gap of at most one; and, where
-        time is split, the groups' transitions."""
+        """Room for states that backward needs, each (H, N, N) in float32: a slot for each segment of a sequence, and a
+        gap of at most one; and, where time is split, the groups' transitions."""
         B, T = r.shape[:2]
         return self._slots(r, sequences) + places(B, T, sequences, self.group_of(r, sequences))
 
@@ -79,7 +82,8 @@ class CudaRecurrence:
         return group_of(r, sequences) if r.shape[3] in self.splits else 0
 
     def _slots(self, r: Tensor, sequences: int) -> int:
-        return r.shape[0] * r.shape[1] // self.segment + sequences
+        slots = r.shape[0] * r.shape[1] // self.segment + sequences
+        return -(-slots // 2) if r.dtype == torch.bfloat16 and r.shape[3] in self.halved else slots
 
     def forward(self, *tensors, save: bool, level: str = "") -> tuple[Tensor, Tensor, Tensor]:
         """The inputs, contiguous, those (B, T, H, N) float32 or bfloat16, the shared ones float32; state (n, H, N, N)

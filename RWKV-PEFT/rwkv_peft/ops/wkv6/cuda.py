@@ -28,7 +28,7 @@ def plan(direction: str, head_size: int, dtype: torch.dtype) -> list[tuple[str, 
     return [(f"wkv6_{direction}_plain_{scalar}", (head_size, -(-head_size // STRIP)))]
 
 
-RECURRENCE = CudaRecurrence("wkv6", "r k v w", "u", 64, (*CHUNKED, *PLAIN), plan, SPLITS)
+RECURRENCE = CudaRecurrence("wkv6", "r k v w", "u", 64, (*CHUNKED, *PLAIN), plan, SPLITS, halved=(32, 64))
 Arguments, Library, SOURCE = RECURRENCE.Arguments, RECURRENCE.Library, RECURRENCE.source
 
 # What operators.py asks of a backend.
