@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 from .errors import UserError
+from .names import AUTO
 
 
 def counted(number: int, noun: str) -> str:
@@ -95,6 +96,11 @@ def not_negative(text: str) -> float:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return value
+
+
+def rate(text: str) -> float | str:
+    """A learning rate, or the word for one that is chosen."""
+    return text if text == AUTO else not_negative(text)
 
 
 def above_zero(text: str) -> float:

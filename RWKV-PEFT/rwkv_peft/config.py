@@ -8,7 +8,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, TypeVar
 
-from .cli import above_zero, alias, count, names, not_negative, positive, seed, switch
+from .cli import above_zero, alias, count, names, not_negative, positive, rate, seed, switch
 from .names import EVAL_TASKS, NONE, SCHEDULES, STATE
 
 MODE_ALIASES = (("bat", "bat-in"),)  # RWKV-PEFT's name for it
@@ -210,8 +210,9 @@ class TrainConfig:
     """How a run trains, on what, and where it writes.
 
     A step is one optimizer step of devices x num_nodes x micro_bsz x accumulate_grad_batches samples; an epoch is
-    epoch_steps of them. Learning rates are per step, epoch_save counts epochs. Validation runs on val_data, or on the
-    share val_split of the data. Rows are computed in segments of chunk_ctx tokens where that is not 0.
+    epoch_steps of them. Learning rates are per step, and lr_chosen names those that --lr_init auto chose; epoch_save
+    counts epochs. Validation runs on val_data, or on the share val_split of the data. Rows are computed in segments of
+    chunk_ctx tokens where that is not 0.
     """
 
     load_model: str = setting(
@@ -346,18 +347,21 @@ class TrainConfig:
     )
     lr_init: float = setting(
         2e-5,
-        f"learning rate after warm-up (default 2e-5; where states alone train, {STATE_LR:g})",
+        f"learning rate after warm-up (default 2e-5; where states alone train, {STATE_LR:g}); auto: one by the method, "
+        "its rank and the model's width, where docs/learning_rates.md has a rule for them",
         group="optimizer",
         unset=True,
-        type=not_negative,
+        type=rate,
     )
     lr_final: float = setting(
         2e-5,
-        f"learning rate at the end (default 2e-5; where states alone train, {STATE_LR:g})",
+        f"learning rate at the end (default 2e-5; where states alone train, {STATE_LR:g}; with --lr_init auto a tenth "
+        "of it)",
         group="optimizer",
         unset=True,
         type=not_negative,
     )
+    lr_chosen: tuple[str, ...] = setting(())
     state_lr: float = setting(
         STATE_LR,
         "learning rate of --train_parts state beside others, whose own is --lr_init; it follows the same schedule "

@@ -49,6 +49,7 @@ SCHEDULES = MappingProxyType(
         "rwkv-peft": "z + (a - z) * (1 + cos(pi * s / S)) / 2",
     }
 )
+AUTO = "auto"  # of --lr_init: a rate that is chosen
 EVAL_TASKS = ("gsm8k", "math", "jsonl", "choices", "lambada")
 WRITTEN = ("gsm8k", "math", "jsonl")  # those whose answers the model writes
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")

@@ -64,7 +64,7 @@ def train(files):
             "--epoch_count": 2,
             "--peft": "lora",
             "--lora_config": '{"lora_r":4,"lora_dropout":0.2}',
-            "--lr_init": "3e-3",
+            "--lr_init": "auto",
             "--lr_schedule": "constant",
             "--accelerator": "cpu",
             "--devices": 2,
@@ -86,7 +86,9 @@ def asked(files, train):
     assert sorted({answer["step"] for answer in answers(files, "asked")}) == [1, 2]  # the last step ended that run
     with open(files / "asked" / "answers.jsonl", "a") as file:
         file.write('{"step": 3, "number": 0}\n{"step": 4, "nu')  # of steps that were not saved
-    return train("asked", *questions, "--resume")[0]
+    out, _ = train("asked", *questions, "--resume")
+    assert "rate      0.0061 to 0.00061 (--lr_init auto: as the run began; docs/learning_rates.md)" in out
+    return out
 
 
 def answers(files, name):

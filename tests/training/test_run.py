@@ -62,11 +62,11 @@ def test_a_run_leaves_what_it_says(files, one_process):
     assert all(tensor.abs().max() > 0 for tensor in tensors.values())
 
 
-def test_one_is_no_plural(train):
-    out, _ = train(
-        "single", "--epoch_count", "1", "--epoch_steps", "1", "--micro_bsz", "1", "--target_modules", "att.key"
-    )
+def test_one_is_no_plural_and_a_chosen_rate_is_told(train):
+    few = ("--epoch_count", "1", "--epoch_steps", "1", "--micro_bsz", "1", "--target_modules", "att.key")
+    out, _ = train("single", *few, "--lr_init", "auto")
     assert "steps     1 (1 epoch of 1), 1 sample each\n" in out
+    assert "rate      0.0013 to 0.001 (--lr_init auto: 0.08 / 64 channels; docs/learning_rates.md)\n" in out
 
 
 @pytest.mark.parametrize("delay", [0.1, 0.7, 1.6])

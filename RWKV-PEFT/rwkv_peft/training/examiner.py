@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 
 from ..config import TrainConfig
@@ -32,7 +34,7 @@ class Examiner:
 
     def __init__(self, exam: Exam, train: TrainConfig, plan: Any, folder: Path, watch: Watch) -> None:
         self.exam, self.path, self.watch = exam, folder / ANSWERS, watch
-        self.every = train.eval_every or plan.epoch_steps
+        self.every, self.compiled = train.eval_every or plan.epoch_steps, train.compile
 
     def __call__(self, trainer: Any, lit: Any, done: int, ending: bool) -> dict[str, float]:
         """{"eval_score": the share right by the exam's first measure, "eval_" and the name of each other: its share}
@@ -50,10 +52,13 @@ class Examiner:
     def answers(self, trainer: Any, lit: Any) -> list[dict[str, Any]]:
         """The records of all problems in order, on every rank."""
         records: list[dict[str, Any]] = []
+        # answers have shapes of all kinds, each of which would be compiled
+        plain = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
         lit.model.eval()
-        for record in self.exam.ask(lit.model, trainer.global_rank, trainer.world_size):
-            self.watch.moved(f"the questions after step {lit.step}")
-            records.append(record)
+        with plain:
+            for record in self.exam.ask(lit.model, trainer.global_rank, trainer.world_size):
+                self.watch.moved(f"the questions after step {lit.step}")
+                records.append(record)
         lit.model.train()
         if trainer.world_size > 1:
             parts: list[Any] = [None] * trainer.world_size

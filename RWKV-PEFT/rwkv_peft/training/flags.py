@@ -6,17 +6,18 @@ before a weight is read, and what the flags tell by themselves before torch is i
 
 import os
 from argparse import Namespace
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..config import CHUNK_CTX, STATE_LR, AdapterConfig, DataConfig, RunConfig, TrainConfig
 from ..errors import UserError
-from ..names import FINETUNE, GENERATIONS, INFCTX, NONE, STATE, WRITTEN
+from ..names import AUTO, FINETUNE, GENERATIONS, INFCTX, NONE, STATE
 from .adapter_flags import adapter_config
 from .loggers import check_wandb
 from .markers import markers_of
 from .parser import DIMENSIONS, build_parser, settings_of
+from .question_flags import check_questions
 from .seed import DRAWN, draw_seed
 from .world import World, find_world
 
@@ -112,7 +113,10 @@ def train_config(args, adapter):
             f"{args.train_type}; give that type, or leave --bptt_segments out"
         )
     segment = (args.chunk_ctx or CHUNK_CTX) if args.train_type == INFCTX else 0
-    train = settings_of(args, TrainConfig, chunk_ctx=segment)
+    chosen = ()
+    if args.lr_init == AUTO:  # request_of knows the model that it depends on
+        chosen, args.lr_init = (("lr_init",) if args.lr_final is not None else ("lr_init", "lr_final")), None
+    train = settings_of(args, TrainConfig, chunk_ctx=segment, lr_chosen=chosen)
     if adapter.states_alone:
         given = {name: getattr(args, name) for name in ("lr_init", "lr_final")}
         train = replace(train, **{name: STATE_LR if rate is None else rate for name, rate in given.items()})
@@ -137,6 +141,7 @@ def request_of(flags):
     from ..adapters.inject import check_adapter
     from ..files.base import linear_shapes, open_base
     from ..models import family_named
+    from .rates import automatic_rate, with_chosen_rates
 
     args, adapter, data, train, world, argv = flags
     base = open_base(args.load_model) if args.load_model else None
@@ -145,6 +150,8 @@ def request_of(flags):
     adapter = replace(adapter, targets=targets_of(adapter.targets, family))
     shapes = linear_shapes(family.shapes(model)) if base is None else base.linear_shapes
     layers = check_adapter(adapter, shapes, (*family.parts, STATE))
+    if train.lr_chosen:
+        train = with_chosen_rates(train, automatic_rate(adapter, model.n_embd).value)
     if STATE not in adapter.train_parts and base is not None and base.has_states:
         raise UserError(
             f"{args.load_model} holds tuned time states, which training does not carry on unless they train; add "
@@ -264,26 +271,3 @@ def check_train(train):
     folder = Path(train.proj_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--proj_dir {folder} is a file; name a folder")
-
-
-def check_questions(train):
-    """Contradictions among the flags of the questions that are put while training."""
-    if not train.eval_data:
-        for field in fields(TrainConfig):
-            if field.name.startswith("eval_") and getattr(train, field.name) != field.default:
-                raise UserError(
-                    f"--{field.name} is about questions, and there are none; name their file with --eval_data"
-                )
-        return
-    if train.stage == 3:
-        raise UserError(
-            f"--eval_data and --strategy {train.strategy}: each rank holds a part of every layer and could not answer "
-            "by itself; take stage 1 or 2, or ask what the run has saved with rwkv-peft eval"
-        )
-    for name, default in (("eval_max_tokens", TrainConfig.eval_max_tokens), ("eval_stop", ())):
-        if getattr(train, name) != default and train.eval_task not in WRITTEN:
-            raise UserError(
-                f"--{name} bounds an answer that is written, and {train.eval_task} writes none; leave it out"
-            )
-    if "" in train.eval_stop:
-        raise UserError("--eval_stop: an empty text would stop before the first token; leave it out")

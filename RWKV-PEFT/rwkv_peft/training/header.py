@@ -8,6 +8,7 @@ from ..names import STATE
 from ..ops.bone import cuda as bone_cuda
 from ..ops.cross_entropy import cuda as cross_entropy_cuda
 from ..ops.mix import cuda as mix_cuda
+from .rates import automatic_rate
 
 # what a GPU has kernels for, besides the recurrence
 KERNELS = (("token shift, gates, norms", mix_cuda), ("bat-in, Bone's shards", bone_cuda), ("loss", cross_entropy_cuda))
@@ -52,7 +53,10 @@ def describe(config, family, accelerator, samples, notes, plan, report, state, s
         f"steps     {plan.total_steps:,} ({counted(train.epoch_count, 'epoch')} of {plan.epoch_steps:,}), "
         f"{counted(plan.step_samples, 'sample')} each" + (f"; resuming at step {plan.first_step:,}" if state else "")
     )
-    if hint := rate_hint(adapter, model.n_embd, train.lr_init):
+    if train.lr_chosen:
+        why = "as the run began" if state else automatic_rate(adapter, model.n_embd).reason
+        say(f"rate      {train.lr_init:g} to {train.lr_final:g} (--lr_init auto: {why}; docs/learning_rates.md)")
+    elif hint := rate_hint(adapter, model.n_embd, train.lr_init):
         say(f"rate      {hint}")
     say(f"seed      {train.random_seed}")
     say(f"output    {train.proj_dir}")

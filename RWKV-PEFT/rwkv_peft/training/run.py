@@ -39,6 +39,7 @@ from .gradients import estimate_gradients
 from .header import describe, describe_adapter
 from .keeping import discard_old
 from .meeting import Ranks
+from .rates import with_first_rates
 from .resume import AUTO, METRICS, find_state
 from .saved_files import require_files
 from .saver import Saver, data_identity
@@ -133,6 +134,9 @@ def run_on(ranks, request, say):
     checkpoint, state = find_state(folder, train, identity)
     if checkpoint is not None and world.rank == 0:
         require_files(checkpoint, state["files"], train.fresh_optimizer, contents=True)
+    if state:
+        train = with_first_rates(train, state)
+        config = replace(config, train=train)
     plan = make_plan(train, samples, step_samples, state)
     if state and plan.first_step >= plan.total_steps:
         complete = f"the run in {folder} is complete ({plan.first_step} steps)"

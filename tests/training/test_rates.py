@@ -1,0 +1,83 @@
+"""--lr_init auto: the formulas of docs/learning_rates.md, as train.py's flags give them."""
+
+import json
+import math
+
+import pytest
+
+from rwkv_peft.config import TrainConfig
+from rwkv_peft.errors import UserError
+from rwkv_peft.training.flags import parse_run
+from rwkv_peft.training.rates import ANCHOR, with_first_rates
+from training.runs import ROOT
+
+BASE = ROOT / "demo" / "rwkv6-demo.pth"  # of 128 channels
+BONE = ANCHOR / 128
+
+
+def parse(*more):
+    return parse_run(["--data_file", str(BASE), "--load_model", str(BASE), "--lr_init", "auto", *more]).config.train
+
+
+def lora(method, rank, alpha=None):
+    settings = {"lora_r": rank} | ({} if alpha is None else {"lora_alpha": alpha})
+    return ("--peft", method, "--lora_config", json.dumps(settings))
+
+
+@pytest.mark.parametrize(
+    "flags, rate",
+    [
+        (("--bone_mode", "bone", "--bone_r", "16"), BONE),
+        (("--bone_mode", "bat", "--bone_r", "32"), BONE),
+        (("--bone_mode", "bone-mini", "--bone_r", "16", "--bone_mini_r", "16"), BONE),
+        (lora("lora", 8), BONE * math.sqrt(3 * 128 / 8)),
+        (lora("lora", 8, alpha=16), BONE * math.sqrt(3 * 128 / 8) / 2),
+        (lora("rslora", 16, alpha=16), BONE * math.sqrt(3 * 128 / 16) / 4),
+        ((*lora("lora-plus", 8), "--loraplus_lr_ratio", "4"), BONE * math.sqrt(3 * 128 / 8) / 4),
+        (("--peft", "none", "--train_parts", "state"), 1e-2),
+    ],
+)
+def test_the_rate_is_the_formulas_to_two_digits(flags, rate):
+    train = parse(*flags)
+    assert train.lr_init == pytest.approx(rate, rel=0.05) and float(f"{train.lr_init:.2g}") == train.lr_init
+    assert train.lr_final == pytest.approx(train.lr_init / 10, rel=0.05)
+
+
+def test_the_rate_falls_with_the_width_and_meets_both_ends_of_what_is_known():
+    """1e-3 was best at 64 channels, and 2e-5 is usual at 4096: RWKV-6 7B's, whose LoRA has 2e-4 to 4e-4."""
+    assert pytest.approx(1e-3, rel=0.3) == ANCHOR / 64 and pytest.approx(2e-5, rel=0.05) == ANCHOR / 4096
+    new = ("--n_layer", "1", "--n_embd", "4096", "--vocab_size", "80")
+    with pytest.raises(UserError, match="no rule for the model itself"):
+        parse_run(["--data_file", "x", "--peft", "none", "--lr_init", "auto", *new])
+
+
+def test_what_is_given_stays():
+    train = parse("--bone_r", "16", "--lr_final", "1e-6")
+    assert train.lr_final == 1e-6 and train.lr_chosen == ("lr_init",)
+    given = parse_run(["--data_file", "x", "--load_model", str(BASE), "--bone_r", "16"]).config.train
+    assert (given.lr_init, given.lr_final, given.lr_chosen) == (2e-5, 2e-5, ())
+
+
+def test_a_resumed_run_keeps_the_rates_that_it_began_with():
+    state = {"config": {"train": {"lr_init": 0.5, "lr_final": 0.25}}}
+    train = parse("--bone_r", "16")
+    assert (with_first_rates(train, state).lr_init, with_first_rates(train, state).lr_final) == (0.5, 0.25)
+    assert with_first_rates(parse("--bone_r", "16", "--lr_final", "1e-6"), state).lr_final == 1e-6
+    assert with_first_rates(TrainConfig(lr_init=0.125), state).lr_init == 0.125
+    assert with_first_rates(train, {}) == train
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--peft", "none"), "no rule for the model itself"),
+        (("--peft", "none", "--train_parts", "ln"), "no rule for the model itself"),
+        (("--peft", "pissa", "--pissa_config", '{"pissa_r":8}'), "pissa moves .* 0.0006 to 0.006 to begin with"),
+        (lora("dora", 8), "dora moves a weight depends on the weight"),
+        (("--lr_init", "automatic"), "'automatic' is not a number"),
+        (("--lr_init", "-1"), "-1 is negative"),
+    ],
+)
+def test_what_there_is_no_rule_for_is_told(flags, message):
+    with pytest.raises(UserError, match=message):
+        parse(*flags)
