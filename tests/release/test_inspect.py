@@ -73,6 +73,8 @@ def test_states_foreign_files_and_gguf(folder, capsys, tiny_state):
     (folder / "broken.gguf").write_bytes(b"GGUF")
     with pytest.raises(UserError, match="broken.gguf is no readable GGUF"):
         main(["inspect", str(folder / "broken.gguf")])
+    with pytest.raises(UserError, match="gone.gguf does not exist; check the name"):
+        main(["inspect", str(folder / "gone.gguf")])
 
 
 def test_the_change_of_an_adapter_and_of_its_merged_model_is_told(folder, capsys):

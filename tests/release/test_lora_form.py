@@ -112,6 +112,22 @@ def test_what_is_written_is_read_as_the_same_change(files, target, capsys):
     assert far(changes(back, base.tensors), expected) < 1e-6
 
 
+def test_the_folder_of_a_run_stands_for_what_it_trained(files):
+    folder, _ = files
+    for run, file, product in (
+        ("adapted", "bone.safetensors", "adapter.safetensors"),
+        ("full", "base.pth", "rwkv.pth"),
+    ):
+        (folder / run).mkdir()
+        (folder / run / product).write_bytes((folder / file).read_bytes())
+    for source, target in (("bone.safetensors", "a.safetensors"), ("adapted", "b.safetensors")):
+        convert(folder, source, target)
+    assert (folder / "a.safetensors").read_bytes() == (folder / "b.safetensors").read_bytes()
+    for source, target in (("base.pth", "a.st"), ("full", "b.st")):
+        assert main([str(folder / source), str(folder / target)]) == 0
+    assert (folder / "a.st").read_bytes() == (folder / "b.st").read_bytes()
+
+
 def test_the_error_of_bat_in_is_told(files, capsys):
     folder, base = files
     convert(folder, "bat-in.safetensors", "folder", "--lora_rank", 24)

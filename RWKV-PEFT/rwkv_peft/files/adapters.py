@@ -86,6 +86,13 @@ def adapter_of_run(path: str | Path) -> Path:
     return path
 
 
+def product_of_run(path: str | Path) -> Path:
+    """What the folder of a run of train.py holds: the model that it trained, or the adapter; any other path as it
+    is."""
+    path = Path(path)
+    return path / MODEL if (path / MODEL).is_file() else adapter_of_run(path)
+
+
 def read_adapter(path: str | Path, base: Mapping[str, torch.Tensor] | None = None, **told: Any) -> Adapter:
     """The Adapter at path; told are AdapterSource's other fields."""
     return AdapterSource(path, **told).read(base)

@@ -12,10 +12,11 @@ import torch
 
 from ..adapters.methods import adapter_parameter
 from ..errors import UserError, told
-from ..files.adapter_file import METADATA_KEY, MODEL, Adapter
-from ..files.adapters import AdapterSource, adapter_of_run
+from ..files.adapter_file import METADATA_KEY, Adapter
+from ..files.adapters import AdapterSource, product_of_run
 from ..files.base import Base, base_of
 from ..files.pth import read_tensors
+from ..files.readable import require_readable
 from ..files.safetensors_file import read_safetensors
 from ..models.state import check_time_states, is_time_state
 from .formats import read_hf_model, read_web
@@ -34,9 +35,7 @@ class Contents(NamedTuple):
 
 def contents_of(source: AdapterSource) -> Contents:
     """The Contents of source.path, a file or a folder. Raises UserError for what is no file of tensors at all."""
-    path = Path(source.path)
-    if path.is_dir() and not (path / "adapter_config.json").is_file():
-        path = path / MODEL if (path / MODEL).is_file() else adapter_of_run(path)
+    path = product_of_run(source.path)
     if path.suffix == ".gguf":
         return Contents(list(gguf_lines(path)))
     if path.is_dir():
@@ -127,6 +126,7 @@ def shares(sizes: Mapping[str, int]) -> str:
 def gguf_lines(path: Path) -> Iterator[Line]:
     """What a GGUF says of itself."""
     gguf = import_gguf()
+    require_readable(path, f"{path} does not exist; check the name")
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, OSError, IndexError, KeyError) as error:

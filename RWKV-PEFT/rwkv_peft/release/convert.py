@@ -9,6 +9,8 @@ What is converted follows from INPUT's content and OUTPUT's ending:
   time states -> the same
 - with --to lora, an adapter as plain LoRA (lora.py)
 - an adapter (train.py's .safetensors, a folder of peft, RWKV-PEFT's .pth) -> .pth for RWKV-PEFT, or .safetensors
+
+The folder of a run of train.py stands for what it trained.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from ..adapters.methods import adapter_parameter
 from ..data.recorded import find_tokenizer, recorded_beside
 from ..errors import UserError
 from ..files.adapter_file import METADATA_KEY, Adapter, AdapterMetadata, save_adapter
-from ..files.adapters import source_of
+from ..files.adapters import product_of_run, source_of
 from ..files.atomic import check_output
 from ..files.base import Base, base_of, open_base
 from ..files.dtypes import DTYPES
@@ -39,7 +41,7 @@ from .vocabulary import Tokenizer
 def main(argv: list[str]) -> int:
     """argv -> exit code 0. Raises UserError for what cannot be read, or not be said in the other format."""
     args = convert_flags(argv)
-    source, target = Path(args.input), Path(args.output)
+    source, target = product_of_run(args.input), Path(args.output)
     flags = ("base_model", "lora_init", "tokenizer")
     inputs = [("the input", source), *((f"--{name}", getattr(args, name)) for name in flags)]
     form = format_of(target)
