@@ -239,7 +239,7 @@ def test_a_rank_that_hangs_ends_all_and_says_where_and_a_slow_one_does_not(files
     for process in (first, second):
         _, err = finish(process, 1)
         assert "error: nothing has moved for 0.08 minutes (--stall_minutes): " in err and "Traceback" not in err
-        assert re.search(r"rank 0 \(node 0 of 2\) is at step 3, in training/lit.py, line \d+ \(agree\); ", err), err
+        assert re.search(r"rank 0 \(node 0 of 2\) is at step 3, in training/lit.py, line \d+ \(ask_ranks\); ", err), err
         assert re.search(r"rank 1 \(node 1 of 2\) is at step 3, in training/lit.py, line \d+ \(training_step\)", err)
         assert "no checkpoint had been saved yet" in err
     assert time.monotonic() - began < 60
