@@ -499,6 +499,7 @@ def test_adapter_files_that_are_wrong_are_refused(tmp_path):
         ({"scale": float("nan")}, "scale = nan"),
         ({"targets": "att.key"}, "targets = 'att.key'"),
         ({"base_fingerprint": 3}, "base_fingerprint = 3"),
+        ({"generation": "x050"}, "generation = 'x050', and one of x060, x070"),
     ],
 )
 def test_adapter_descriptions_that_are_broken_are_refused(tmp_path, changes, message):

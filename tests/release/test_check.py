@@ -1,5 +1,7 @@
 """The check tells a merged model that says what base plus adapter say from one that does not."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -92,6 +94,18 @@ def test_files_of_rwkv_peft_are_compared(tmp_path, tiny_state, tensors, flags):
     if flags:
         with pytest.raises(UserError, match=f"give {flags[0]}"):
             main(command)
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path, tiny_state):
+    """In the words of the merge, and taken where that would take it."""
+    base, adapter, merged = make_files(tmp_path, tiny_state())
+    mine = read_adapter(adapter)
+    save_adapter(adapter, mine.tensors, replace(mine.metadata, base_fingerprint="0" * 32))
+    command = ["--base_model", str(base), "--bone_checkpoint", str(adapter), "--merged", str(merged)]
+    words = f"{adapter} was trained on another base: it names the fingerprint {'0' * 32}, and {base} has "
+    with pytest.raises(UserError, match=words):
+        main(command)
+    assert main([*command, "--any_base"]) == 0
 
 
 def test_a_model_of_other_dimensions_is_refused(tmp_path, tiny_state):

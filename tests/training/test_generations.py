@@ -1,9 +1,13 @@
 """RWKV-7 by the commands that a user types: a new model, an adapter on it, resumed, merged, checked."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from rwkv_peft import commands
+from rwkv_peft.files.adapter_file import save_adapter
+from rwkv_peft.files.adapters import read_adapter
 from rwkv_peft.files.base import open_base
 from rwkv_peft.release.check import main as check
 from rwkv_peft.release.merge_command import main as merge
@@ -57,6 +61,10 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one(files, base, train):
 def wrong(files, base, train):
     """Files that no command takes for an RWKV-7, and an adapter of an RWKV-6."""
     train("six", "--epoch_count", "1", "--epoch_steps", "1")
+    adapter = read_adapter(files / "six" / "adapter.safetensors")
+    shared = {key: tensor for key, tensor in adapter.tensors.items() if ".att.key." in key}  # RWKV-7 has them, too
+    save_adapter(files / "shared.safetensors", shared, adapter.metadata)
+    save_adapter(files / "untold.safetensors", adapter.tensors, replace(adapter.metadata, generation=""))
     tensors = open_base(base).tensors
     torch.save(tensors | {"blocks.0.ffn.s_emb.weight": torch.ones(80, 8)}, files / "v7a.pth")
     torch.save(tensors | {"blocks.0.qkv.qq.weight": torch.ones(8, 8)}, files / "v7b.pth")
@@ -67,7 +75,9 @@ def wrong(files, base, train):
 TRAIN = "train --data_file data --proj_dir refused --bone_r 16 --load_model {}"
 MERGE = "merge --output refused.pth --bone_checkpoint six --base_model {}"
 GENERATE = "generate --prompt a --tokenizer bytes --model {}"
+SHARED, UNTOLD = (MERGE.replace("six", name + ".safetensors") for name in ("shared", "untold"))
 CHECK = "check --bone_checkpoint six --merged base.pth --base_model {}"
+CHECK_SHARED = "check --bone_checkpoint shared.safetensors --merged new/rwkv.pth --base_model {}"
 COMMANDS = (TRAIN, MERGE, GENERATE, CHECK, "convert {} refused.gguf", "verify {}")
 OURS = "new/rwkv.pth"
 
@@ -84,8 +94,12 @@ OURS = "new/rwkv.pth"
         (f"{TRAIN} --generation 8", OURS, "'8' names no generation; there is x060 (RWKV-6) or x070 (RWKV-7)"),
         (f"{TRAIN} --target_modules att.gate", OURS, "att.gate"),
         (f"{TRAIN} --bone_load six/adapter.safetensors", OURS, "was trained on another base"),
-        (MERGE, OURS, "att.gate is a layer of RWKV-6, and the base is an RWKV-7"),
-        (f"{MERGE} --any_base", OURS, "att.gate is a layer of RWKV-6, and the base is an RWKV-7"),
+        (MERGE, OURS, "was trained on an RWKV-6, and new/rwkv.pth is an RWKV-7: give the adapter's own base"),
+        (f"{MERGE} --any_base", OURS, "was trained on an RWKV-6"),
+        (f"{SHARED} --any_base", OURS, "was trained on an RWKV-6"),
+        (f"{GENERATE} --adapter shared.safetensors --any_base", OURS, "was trained on an RWKV-6"),
+        (f"{CHECK_SHARED} --any_base", OURS, "was trained on an RWKV-6"),
+        (f"{UNTOLD} --any_base", OURS, "att.gate is a layer of RWKV-6, and the base is an RWKV-7"),
         (f"{GENERATE} --adapter six", OURS, "was trained on another base"),
         *((line, "v7a.pth", "RWKV-7 with DeepEmbed (v7a)") for line in COMMANDS),
         *((line, "v7b.pth", "RWKV-7 with DeepEmbed attention (v7b)") for line in COMMANDS),

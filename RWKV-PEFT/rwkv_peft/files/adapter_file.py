@@ -20,6 +20,7 @@ from ..adapters.method import Method
 from ..adapters.methods import METHODS, NONE, adapter_parameter, is_saved, method_of
 from ..config import QUANTIZATIONS, AdapterConfig
 from ..errors import UserError, told
+from ..names import GENERATIONS
 from .atomic import atomic_write
 from .dtypes import DTYPES
 from .pth_writer import TensorSpec
@@ -38,9 +39,9 @@ class AdapterMetadata:
 
     variant is a method's name ("none": whole tensors alone); rank and mini_rank as in AdapterConfig;
     scale multiplies lora_B lora_A; targets and train_parts say what was trained; quant how the frozen
-    weights were quantized; base_fingerprint names the base ("" where the file does not say), and precision what it was
-    cast to for training, before anything was quantized or taken out of it ("": nothing, or not told); source the
-    tool whose file it was.
+    weights were quantized; base_fingerprint names the base ("" where the file does not say), generation the
+    --model_version of it ("": not told), and precision what it was cast to for training, before anything was quantized
+    or taken out of it ("": nothing, or not told); source the tool whose file it was.
     """
 
     variant: str
@@ -51,12 +52,15 @@ class AdapterMetadata:
     train_parts: tuple[str, ...] = ()
     quant: str = "none"
     base_fingerprint: str = ""
+    generation: str = ""
     precision: str = ""
     source: str = "rwkv_peft"
     format_version: int = FORMAT_VERSION
 
     @classmethod
-    def from_config(cls, config: AdapterConfig, base_fingerprint: str = "", precision: str = "") -> "AdapterMetadata":
+    def from_config(
+        cls, config: AdapterConfig, base_fingerprint: str = "", precision: str = "", generation: str = ""
+    ) -> "AdapterMetadata":
         """Metadata of an adapter that was made with an AdapterConfig."""
         method = method_of(config)
         return cls(
@@ -68,6 +72,7 @@ class AdapterMetadata:
             train_parts=tuple(config.train_parts),
             quant=config.quant,
             base_fingerprint=base_fingerprint,
+            generation=generation,
             precision=precision,
         )
 
@@ -177,8 +182,12 @@ def _check_metadata(path: str | Path, values: dict[str, Any]) -> None:
 
     if not isinstance(values.get("variant"), str) or not is_saved(values["variant"]):
         refuse("variant", "one of " + ", ".join((*filter(is_saved, METHODS), NONE)))
-    precisions = ("", *PRECISIONS)
-    for name, known, default in (("quant", QUANTIZATIONS, "none"), ("precision", precisions, "")):
+    precisions, versions = ("", *PRECISIONS), ("", *(version for _, version in GENERATIONS))
+    for name, known, default in (
+        ("quant", QUANTIZATIONS, "none"),
+        ("precision", precisions, ""),
+        ("generation", versions, ""),
+    ):
         if values.get(name, default) not in known:
             refuse(name, "one of " + ", ".join(filter(None, known)))
     for name in ("rank", "mini_rank"):

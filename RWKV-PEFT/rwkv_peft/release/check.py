@@ -26,6 +26,7 @@ from ..models.family import Family
 from ..models.state import State, split_time_states, state_of
 from .flags import check_flags
 from .logits import Difference, random_tokens, reference_logits
+from .merge import check_fingerprints, check_generations
 from .runtimes import NOT_LOOKED_FOR, rwkv_sequence
 from .unexplained import describe, unexplained
 
@@ -106,6 +107,9 @@ def main(argv: list[str]) -> int:
         )
     tokens = random_tokens(base.config.vocab_size, args.tokens)
     adapter = source_of(args, args.bone_checkpoint).read(base.tensors)
+    check_generations(base, [(args.bone_checkpoint, adapter)])
+    if not args.any_base:
+        check_fingerprints(base, [(args.bone_checkpoint, adapter)])
     if args.state:
         file = read_states(args.state)
         file.check_base(base)

@@ -88,6 +88,9 @@ def check_flags(argv: list[str]) -> argparse.Namespace:
     add_source_flags(parser)
     parser.add_argument("--merged", required=True, metavar="PTH", help="what the merge wrote")
     parser.add_argument("--state", metavar="FILE", help="time states that lie beside it (merge_bone.py --state_output)")
+    parser.add_argument(
+        "--any_base", action="store_true", help="do not compare the base with the one that the adapter names"
+    )
     parser.add_argument("--tokens", type=int, default=64, help="length of the random token sequence (default 64)")
     args = parser.parse_args(argv)
     if args.tokens < 1:

@@ -22,7 +22,7 @@ from ..files.base import Base
 from ..files.fingerprint import fingerprint
 from ..files.pth import all_finite, stream_tensors
 from ..files.pth_writer import TensorSpec
-from ..models import FAMILIES
+from ..models import FAMILIES, family_named
 from ..models.family import Family
 from ..models.state import time_state_shapes
 from .ahead import ahead
@@ -75,13 +75,15 @@ class Merge:
     """Adapters bound to a base: which tensors the output has, and how each comes about.
 
     base is a Base; adapters are (name, Adapter) pairs in the order of their application. Raises UserError where an
-    adapter tensor has no place in the base, has the wrong shape or changes nothing.
+    adapter tensor has no place in the base, has the wrong shape or changes nothing, and where an adapter is of another
+    generation.
     """
 
     def __init__(self, base: Base, adapters: Adapters, options: MergeOptions | None = None) -> None:
         self.options = options or MergeOptions()
         self.specs = {key: TensorSpec.of(tensor, self.options.dtype) for key, tensor in base.tensors.items()}
         self.changes: dict[str, list[LayerChange | WholeChange]] = {}  # in the order of their application
+        check_generations(base, adapters)
         for name, adapter in adapters:
             self._bind(name, adapter, base)
         _check_states([name for name, _ in adapters], self.specs, base.config)
@@ -266,6 +268,18 @@ def check_fingerprints(base: Base, adapters: Adapters) -> None:
             f"{name} was trained on another base: it names the fingerprint {wanted}, and {base.path} has "
             f"{base.fingerprint}; find the base it was trained on, or force it with --any_base"
         )
+
+
+def check_generations(base: Base, adapters: Adapters) -> None:
+    """Raise UserError where one of the (name, Adapter) pairs was trained on another generation than the Base is of:
+    some of their layers share names and shapes, and mean something else."""
+    for name, adapter in adapters:
+        version = adapter.metadata.generation
+        if version not in ("", base.family.version):
+            raise UserError(
+                f"{name} was trained on an {family_named(version).name}, and {base.path} is an {base.family.name}: give "
+                "the adapter's own base"
+            )
 
 
 def check_unmerge(base: Base, adapters: Adapters) -> None:

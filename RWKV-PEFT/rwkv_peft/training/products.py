@@ -87,7 +87,9 @@ class Products:
 
     def metadata(self):
         """What the adapter's files say of it."""
-        return AdapterMetadata.from_config(self.config.adapter, self.fingerprint, self.config.train.precision)
+        return AdapterMetadata.from_config(
+            self.config.adapter, self.fingerprint, self.config.train.precision, self.config.model.version
+        )
 
     def write_merged(self, tensors, paths):
         """Merge once and give the file each of the paths. What keeps it from being written is told and no more: the
