@@ -89,3 +89,12 @@ def test_gguf_takes_every_value_once(family, config, model):
     assert all(tuple(make().shape) == shape for _, shape, make, _ in made)
     assert sum(make().numel() for _, _, make, _ in made) == sum(tensor.numel() for tensor in tensors.values())
     assert all(name.startswith("add_") for name, _ in family.gguf_settings(config))
+
+
+def test_a_state_keeps_no_more_than_its_own_numbers(family, model):
+    """Of a block's inputs, its shifts are the last token alone: where blocks are checkpointed, nothing else of them
+    stays."""
+    _, state = model(torch.arange(9)[None])
+    for layer in state:
+        for shift in (layer.att_shift, layer.ffn_shift):
+            assert shift.untyped_storage().nbytes() == shift.numel() * shift.element_size()

@@ -18,7 +18,10 @@ HeadFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, weigh
 
 def last_token(x: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
     """The last token of each sequence of x (B, T, C) -> (B, C), or (n, C) where cu_seqlens packs n of them."""
-    return x[:, -1] if cu_seqlens is None else x[0, cu_seqlens[1:].long() - 1]
+    if cu_seqlens is not None:
+        return x[0, cu_seqlens[1:].long() - 1]
+    # A view would keep x as long as the state lives, where checkpointed blocks keep nothing else of it.
+    return x[:, -1] if x.shape[1] == 1 else x[:, -1].clone()
 
 
 class ResidualNorm(nn.LayerNorm):

@@ -277,8 +277,8 @@ def check_generations(base: Base, adapters: Adapters) -> None:
         version = adapter.metadata.generation
         if version not in ("", base.family.version):
             raise UserError(
-                f"{name} was trained on an {family_named(version).name}, and {base.path} is an {base.family.name}: give "
-                "the adapter's own base"
+                f"{name} was trained on an {family_named(version).name}, and {base.path} is an {base.family.name}: "
+                "give the adapter's own base"
             )
 
 
