@@ -12,7 +12,7 @@ from rwkv_peft.training.run import main
 from rwkv_peft.training.synonyms import SYNONYMS
 
 INERT = (
-    "--chunk_ctx 512 --avg_loss 0 --fused_kernel --compile --ds_bucket_mb 2 --load_partial 0 --my_pile_version 1 "
+    "--chunk_ctx 512 --avg_loss 0 --fused_kernel --ds_bucket_mb 2 --load_partial 0 --my_pile_version 1 "
     "--my_pile_shift -1 --my_pile_edecay 0 --my_exit_tokens 0 --my_exit 99999999 --my_sample_len 0 --my_ffn_shift 1 "
     "--my_att_shift 1 --my_random_steps 0 --tiny_att_layer -999 --merge 0"
 ).split()
