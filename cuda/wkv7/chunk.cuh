@@ -109,7 +109,7 @@ using PairMatrix = bf16[CHUNK][CHUNK + 8];
 enum PairName { A_B, A_K, R_B, R_K, PAIRS };
 
 // What the chunk's tokens read of one another's writes, a's only of earlier ones, r's of their own too. In the place
-// of a's of b stands the inverse of I less it, in two parts that add up.
+// of a's of b stands the inverse of I less it, turned, (writer, reader), in two parts that add up.
 struct PairMatrices {
     PairMatrix of[PAIRS], low;
     float lower[CHUNK][CHUNK];  // a's of b in float32, writers in rows, for the inversion
@@ -136,14 +136,19 @@ __device__ __forceinline__ void invert(PairMatrices& pairs) {
     for (int j = 0; j < CHUNK - 1; j++)
         #pragma unroll
         for (int i = j + 1; i < CHUNK; i++) x[i] += pairs.lower[j][i] * x[j];
+    // Of the two lanes that have a column, the second has what rounding takes from the first.
+    const uint32_t all_of_second = lane < CHUNK ? 0 : ~0u;
+    bf16* row = lane >= CHUNK ? pairs.low[column] : pairs.of[A_B][column];
     #pragma unroll
-    for (int i = 0; i < CHUNK; i++) {
-        bf16 high;
-        store(&high, x[i]);
-        if (lane < CHUNK)
-            pairs.of[A_B][i][column] = high;
-        else
-            store(&pairs.low[i][column], x[i] - to_float(high));
+    for (int half = 0; half < CHUNK; half += 8) {
+        Tile packed;
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float left = x[half + 2 * i], right = x[half + 2 * i + 1];
+            const uint32_t taken = pack_bf16(left, right) & all_of_second;
+            packed.x[i] = pack_bf16(left - low_half(taken), right - high_half(taken));
+        }
+        *(Tile*)(row + half) = packed;
     }
 }
 
@@ -193,14 +198,15 @@ __device__ __forceinline__ void multiply_finely(Accumulator& c, const Accumulato
 // chunk's own tokens take away.
 __device__ __forceinline__ Accumulator solve(const Accumulator& read, const PairMatrices& pairs) {
     Accumulator removed = zeros();
-    multiply_finely(removed, read, load_tile(&pairs.of[A_B][0][0], CHUNK + 8), load_tile(&pairs.low[0][0], CHUNK + 8));
+    multiply_finely(removed, read, load_transposed(&pairs.of[A_B][0][0], CHUNK + 8),
+                    load_transposed(&pairs.low[0][0], CHUNK + 8));
     return removed;
 }
 
 // gremoved of a chunk, (v, t) of a warp's 16 values, from what reaches removed by way of r's reads and of dS.
 __device__ __forceinline__ Accumulator solve_turned(const Accumulator& given, const PairMatrices& pairs) {
     Accumulator gremoved = zeros();
-    multiply_finely(gremoved, given, load_transposed(&pairs.of[A_B][0][0], CHUNK + 8),
-                    load_transposed(&pairs.low[0][0], CHUNK + 8));
+    multiply_finely(gremoved, given, load_tile(&pairs.of[A_B][0][0], CHUNK + 8),
+                    load_tile(&pairs.low[0][0], CHUNK + 8));
     return gremoved;
 }

@@ -31,12 +31,12 @@ __device__ __forceinline__ void chunked_groups(const Arguments& a) {
     const int warp = threadIdx.x / 32;
     const bool maker = warp < tiles;
     const int v0 = warp % tiles * 16;  // the rows of a warp that is no maker
-    const int chunks = (s.length + CHUNK - 1) / CHUNK;
 
     // The makers' steps, for the chunk that is number i in the order of the walk.
-    const auto start = [&](int i) { return (BACKWARD ? chunks - 1 - i : i) * CHUNK; };
+    const auto start = [&](int i) { return (BACKWARD ? (s.length - 1) / CHUNK - i : i) * CHUNK; };
+    const auto is_past = [&](int i) { return i * CHUNK >= s.length; };
     const auto start_fetch = [&](int i) {
-        if (i == chunks) return;
+        if (is_past(i)) return;
         auto& next = shared.chunk[i % 2];
         fetch<N>(next.w, a.w, s, start(i));
         fetch<N>(next.a, a.a, s, start(i));
@@ -45,7 +45,7 @@ __device__ __forceinline__ void chunked_groups(const Arguments& a) {
         fetch<N>(next.x, BACKWARD ? a.gy : a.v, s, start(i));
     };
     const auto make_operands = [&](int i) {
-        if (i == chunks) return;
+        if (is_past(i)) return;
         const auto& in = shared.chunk[i % 2];
         Operands<N>& o = shared.made[i % 2].operands;
         const Decays<N> decays(in.w, s.length - start(i), o);
@@ -53,7 +53,7 @@ __device__ __forceinline__ void chunked_groups(const Arguments& a) {
         decays.template writes<!BACKWARD>(in.driver, in.b, o);
     };
     const auto make_pairs_and_fetch = [&](int i) {
-        if (i == chunks) return;
+        if (is_past(i)) return;
         auto& made = shared.made[i % 2];
         start_fetch(i + 1);
         if (warp == 0) make_pairs<N>(A_B, made.pairs, made.operands);
@@ -77,7 +77,7 @@ __device__ __forceinline__ void chunked_groups(const Arguments& a) {
     __syncthreads();  // its operands are complete
     if (maker) make_pairs_and_fetch(0);
 
-    for (int i = 0; i < chunks; i++) {
+    for (int i = 0; !is_past(i); i++) {
         const auto& made = shared.made[i % 2];
         const Operands<N>& o = made.operands;
         const auto& reads = BACKWARD ? o.b : o.a;
@@ -108,16 +108,12 @@ __device__ __forceinline__ void chunked_groups(const Arguments& a) {
         if (maker) {
             make_pairs_and_fetch(i + 1);
         } else {
-            Tile solved[states];
             #pragma unroll
-            for (int j = 0; j < states; j++)
-                solved[j] = rounded(BACKWARD ? solve_turned(read[j], made.pairs) : solve(read[j], made.pairs));
-            #pragma unroll
-            for (int b = 0; b < tiles; b++) {
-                const Tile operand = load_transposed(&writes[0][b * 16], stride);
+            for (int j = 0; j < states; j++) {
+                const Tile solved = rounded(BACKWARD ? solve_turned(read[j], made.pairs) : solve(read[j], made.pairs));
                 #pragma unroll
-                for (int j = 0; j < states; j++) {
-                    multiply(S[j][b], solved[j], operand);
+                for (int b = 0; b < tiles; b++) {
+                    multiply(S[j][b], solved, load_transposed(&writes[0][b * 16], stride));
                     if (!BACKWARD) scale_columns(S[j][b], &o.whole[b * 16]);
                 }
             }
@@ -154,8 +150,8 @@ __device__ __forceinline__ void scan_groups(const Arguments& a) {
         #pragma unroll
         for (int j = 0; j < columns; j++) S[i][j] = start ? start[head * of_head + here + i * N + j * 32] : 0.f;
 
-    for (int done = 0; done < groups; done++) {
-        const index_t group = ((index_t)(first + (BACKWARD ? groups - 1 - done : done)) * a.heads + h) * of_head;
+    for (int turn = 0; turn < groups; turn++) {
+        const index_t group = ((index_t)(first + (BACKWARD ? groups - 1 - turn : turn)) * a.heads + h) * of_head;
         float next[rows][columns];
         #pragma unroll
         for (int i = 0; i < rows; i++)
@@ -170,8 +166,11 @@ __device__ __forceinline__ void scan_groups(const Arguments& a) {
         for (int i = 0; i < rows; i++)
             #pragma unroll
             for (int j = 0; j < columns; j++) shared.S[row + i][column + j * 32] = S[i][j];
-        #pragma unroll 16
-        for (int i = threadIdx.x; i < N * N; i += 128) shared.transition[i / N][i % N] = a.transitions[group + i];
+        #pragma unroll
+        for (int done = 0; done < N * N; done += 128) {
+            const int i = done + threadIdx.x;
+            shared.transition[i / N][i % N] = a.transitions[group + i];
+        }
         __syncthreads();  // the state and the transition are there
         #pragma unroll 8
         for (int k = 0; k < N; k++)

@@ -37,7 +37,8 @@
 // operands that have it as a factor or a divisor:
 //     sum over v of S dS + sum over s of (k V dS + b removed dS)_s
 //         + sum over s >= t of (r gr - k gk - b gb)_s + sum over s > t of (a ga)_s
-// where all terms that cancel are the same rounded numbers. All else goes through the plain kernels (plain.cuh);
+// where all terms that cancel are the same rounded numbers. Where there are few heads, groups of tokens take a
+// sequence's place (groups.cuh). All else goes through the plain kernels (plain.cuh);
 // ops/wkv7/cuda.py chooses.
 //
 // nvcc compiles this file into a library, NVRTC into a module, and a C++ compiler, with tests/cuda_shim, into a library

@@ -9,8 +9,8 @@ from torch import Tensor
 
 GRAIN = 64  # a group is a multiple of so many tokens, which two saved states and the chunks divide
 LEAST_TOKENS = 128  # of a group: fewer do not pay for three launches instead of one
-# A sequence's groups, fewer of which do not pay: by the model of benchmarks/README.md, a pass over the groups by their
-# states alone takes 0.6 times the pass itself, and a block that shares its multiprocessor 1.5 times as long.
+# A sequence's groups, fewer of which do not pay: by the model of benchmarks/README.md, to find the states takes half of
+# the time that the kernels themselves take, and a block that shares its multiprocessor 1.4 times as long.
 LEAST_GROUPS = 3
 # Blocks of these kernels that a multiprocessor holds, by its shared memory: 164 KB or more, else 100 KB.
 RESIDENT, RESIDENT_SMALL = 2, 1
