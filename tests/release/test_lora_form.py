@@ -1,6 +1,7 @@
 """Adapters as plain LoRA: the same change, exactly or with the error that is told, and in the tools that read it."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from rwkv_peft.config import AdapterConfig
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapter_file import Adapter, AdapterMetadata, save_adapter
 from rwkv_peft.files.adapters import read_adapter
-from rwkv_peft.files.base import base_of, save_model
+from rwkv_peft.files.base import base_of, open_base, save_model
 from rwkv_peft.models import family_named
 from rwkv_peft.release.convert import main
 from rwkv_peft.release.lora import as_lora
@@ -197,6 +198,27 @@ def test_llama_cpp_computes_the_merged_model_with_the_lora_beside_the_base(files
     torch.testing.assert_close(
         log_probabilities(folder / "base.gguf", folder / "lora.gguf"), expected, rtol=0, atol=1e-4
     )
+    assert (plain - expected).abs().max() > 0.1
+
+
+def test_llama_cpp_takes_the_lora_of_every_layer_of_an_rwkv7(tmp_path):
+    pytest.importorskip("gguf")
+    pytest.importorskip("xllamacpp")
+    tensors = open_base(Path(__file__).resolve().parents[2] / "demo" / "rwkv7-demo.pth").tensors
+    base = base_of({key: tensor.float() for key, tensor in tensors.items()})
+    save_model(tmp_path / "base.pth", base.tensors)
+    torch.manual_seed(0)
+    layers = [f"blocks.{i}.{target}" for i in range(base.config.n_layer) for target in base.family.targets]
+    bones = {f"{name}.bone": 0.05 * torch.randn(RANK, base.tensors[f"{name}.weight"].shape[0]) for name in layers}
+    adapter = Adapter(bones, AdapterMetadata("bone", rank=RANK, targets=base.family.targets))
+    save_adapter(tmp_path / "bone.safetensors", *adapter)
+    save_model(tmp_path / "merged.pth", merged(base, adapter))
+    for name in ("base", "merged"):
+        main([str(tmp_path / f"{name}.pth"), str(tmp_path / f"{name}.gguf"), "--gguf_type", "f32"])
+    convert(tmp_path, "bone.safetensors", "lora.gguf")
+    plain, expected = (log_probabilities(tmp_path / f"{name}.gguf") for name in ("base", "merged"))
+    with_lora = log_probabilities(tmp_path / "base.gguf", tmp_path / "lora.gguf")
+    torch.testing.assert_close(with_lora, expected, rtol=0, atol=1e-4)
     assert (plain - expected).abs().max() > 0.1
 
 
