@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rwkv_peft import commands
-from rwkv_peft.files.adapter_file import save_adapter
+from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.files.adapters import read_adapter
 from rwkv_peft.files.base import open_base
 from rwkv_peft.release.check import main as check
@@ -65,6 +65,9 @@ def wrong(files, base, train):
     shared = {key: tensor for key, tensor in adapter.tensors.items() if ".att.key." in key}  # RWKV-7 has them, too
     save_adapter(files / "shared.safetensors", shared, adapter.metadata)
     save_adapter(files / "untold.safetensors", adapter.tensors, replace(adapter.metadata, generation=""))
+    states = {f"blocks.{i}.att.time_state": torch.ones(1, 64, 64) for i in range(2)}
+    of_states = AdapterMetadata("none", train_parts=("state",), generation="x060")
+    save_adapter(files / "states.safetensors", states, of_states)
     tensors = open_base(base).tensors
     torch.save(tensors | {"blocks.0.ffn.s_emb.weight": torch.ones(80, 8)}, files / "v7a.pth")
     torch.save(tensors | {"blocks.0.qkv.qq.weight": torch.ones(8, 8)}, files / "v7b.pth")
@@ -98,6 +101,11 @@ OURS = "new/rwkv.pth"
         (f"{MERGE} --any_base", OURS, "was trained on an RWKV-6"),
         (f"{SHARED} --any_base", OURS, "was trained on an RWKV-6"),
         (f"{GENERATE} --adapter shared.safetensors --any_base", OURS, "was trained on an RWKV-6"),
+        (
+            f"{GENERATE} --state states.safetensors --any_base",
+            OURS,
+            "was tuned on an RWKV-6, and the model is an RWKV-7",
+        ),
         (f"{CHECK_SHARED} --any_base", OURS, "was trained on an RWKV-6"),
         (f"{UNTOLD} --any_base", OURS, "att.gate is a layer of RWKV-6, and the base is an RWKV-7"),
         (f"{GENERATE} --adapter six", OURS, "was trained on another base"),

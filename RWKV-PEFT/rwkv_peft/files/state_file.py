@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import UserError
+from ..models import family_named
 from ..models.state import State, is_time_state, state_of, swapped
 from .adapter_file import METADATA_KEY, read_own
 from .adapters import adapter_of_run
@@ -26,12 +27,19 @@ WEB = (".st", ".state", ".safetensors")
 
 
 class StateFile(NamedTuple):
-    """What a file of states holds: path, {key: tensor} in the layout of a .pth, and the fingerprint of the base that
-    they were tuned on, "" where the file does not say."""
+    """What a file of states holds: path, {key: tensor} in the layout of a .pth, and the fingerprint and the generation
+    (its version) of the base that they were tuned on, "" where the file does not say."""
 
     path: Path
     tensors: dict[str, torch.Tensor]
     base_fingerprint: str = ""
+    generation: str = ""
+
+    def check_generation(self, version: str) -> None:
+        """Raise UserError where the states name another generation than a model's version."""
+        if self.generation not in ("", version):
+            theirs, ours = (family_named(name).name for name in (self.generation, version))
+            raise UserError(f"{self.path} was tuned on an {theirs}, and the model is an {ours}; give its own base")
 
     def check_base(self, base: Base) -> None:
         """Raise UserError where the states name another base."""
@@ -73,7 +81,7 @@ def read_states(path: str | Path) -> StateFile:
                 f"{path} holds {len(others)} tensors besides time states (such as {others[0]}); merge it, or give the "
                 "state.pth beside it"
             )
-        return StateFile(path, adapter.tensors, adapter.metadata.base_fingerprint)
+        return StateFile(path, adapter.tensors, adapter.metadata.base_fingerprint, adapter.metadata.generation)
     if path.suffix in WEB:
         return StateFile(path, swapped_states(read_safetensors(path)[0]))
     return StateFile(path, read_tensors(path))

@@ -93,8 +93,10 @@ def store_by_columns(model: nn.Module) -> None:
 
 def read_state_file(path: str | Path, model: LanguageModel, base: Base | None = None) -> State:
     """The State of one sequence in a file of time states of any layout, a run that tuned them, or a saved session.
-    Raises UserError where it does not fit the model, or names another base than a Base that is given."""
+    Raises UserError where it does not fit the model, is of another generation, or names another base than a Base that
+    is given."""
     file = read_states(path)
+    file.check_generation(model.config.version)
     if base is not None:
         file.check_base(base)
     return read_state(file.tensors, model, path)
