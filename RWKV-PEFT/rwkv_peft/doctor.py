@@ -31,6 +31,7 @@ OPTIONAL = (
     ("peft", "Bone as a plug-in of Hugging Face peft"),
     ("bitsandbytes", "quantized bases"),
     ("math-verify", "rwkv-peft eval math"),
+    ("lm_eval", "rwkv-peft lm_eval"),
     ("wandb", "--wandb"),
 )
 

@@ -5,6 +5,7 @@ The base is the demo's, which answers questions about little stories.
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ from safetensors.torch import load_file
 
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.preprocess import main as preprocess
+from rwkv_peft.data.recorded import vocabulary_of
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import UserError
 from rwkv_peft.evals.command import main as evaluate
 from rwkv_peft.evals.exam import Exam
 from rwkv_peft.generate.loading import load_model
 from rwkv_peft.training.flags import parse_flags
+from rwkv_peft.training.run import find_exam
 from training.runs import ROOT, finish, metrics, start
 
 BASE = str(ROOT / "demo" / "rwkv6-demo.pth")
@@ -163,6 +166,22 @@ def test_bad_questions_are_told(tmp_path, rows, more, message):
     train = parse_flags(["--data_file", "x", "--load_model", "y", "--eval_data", path, *more]).train
     with pytest.raises(UserError, match=message):
         Exam(train, load_tokenizer("bytes"))
+
+
+def test_a_tokenizer_that_nothing_tells_is_refused(tmp_path):
+    """Data without a record of it, and a vocabulary of no usual size."""
+    train = TrainConfig(eval_data=write(tmp_path / "questions.jsonl", QUESTIONS))
+    samples = SimpleNamespace(vocabulary=None, notes=[])
+
+    def config(size):
+        return SimpleNamespace(train=train, model=SimpleNamespace(vocab_size=size), data=SimpleNamespace(path="d"))
+
+    with pytest.raises(UserError, match="a vocabulary of 80 tokens does not either; make the data with rwkv-peft"):
+        find_exam(config(80), samples)
+    assert len(find_exam(config(257), samples)) == 5 and "5 questions of " in samples.notes[0]
+    samples.vocabulary = vocabulary_of(load_tokenizer("bytes"))
+    with pytest.raises(UserError, match="the tokenizer bytes has 257 tokens, and the model 80"):
+        find_exam(config(80), samples)
 
 
 def test_bad_questions_are_told_before_the_run_begins(files, train):
