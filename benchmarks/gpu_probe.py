@@ -1,4 +1,4 @@
-"""What a GPU is and what the recurrences' kernels do on it: one JSON object a line.
+"""What a GPU is and what our kernels do on it, those of the recurrences above all: one JSON object a line.
 
     python benchmarks/gpu_probe.py card       name, driver, clocks, copy bandwidth, the rate of an 8192 x 8192 product
     python benchmarks/gpu_probe.py build      the kernels by nvcc and by NVRTC: seconds, or why not
@@ -20,8 +20,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
+import gpu_ops
 import torch
 
+from rwkv_peft.ops.bone import cuda as bone_cuda
+from rwkv_peft.ops.cross_entropy import cuda as cross_entropy_cuda
+from rwkv_peft.ops.mix import cuda as mix_cuda
 from rwkv_peft.ops.native import gpu, nvrtc
 from rwkv_peft.ops.native.build import build_library
 from rwkv_peft.ops.native.compilers import find_nvcc
@@ -31,6 +35,7 @@ from rwkv_peft.ops.wkv6 import wkv6
 from rwkv_peft.ops.wkv7 import cuda as wkv7_cuda
 from rwkv_peft.ops.wkv7 import wkv7
 
+FAMILIES = tuple(cuda.FAMILY for cuda in (mix_cuda, bone_cuda, cross_entropy_cuda))  # of the other kernels
 SHAPES = ((8, 4096, 32), (1, 4096, 64), (1, 1024, 32), (8, 1024, 8))  # B, T, H of head size 64
 CASES = tuple(
     (N, dtype, packed) for N in (32, 64, 128) for dtype in ("float32", "bfloat16") for packed in (False, True)
@@ -106,12 +111,14 @@ def copy_bandwidth():
 
 
 def build():
-    return max(map(build_one, RECURRENCES))
+    built = [build_one(op.name, op.cuda.SOURCE, op.cuda.unavailable) for op in RECURRENCES]
+    return max(built + [build_one(family.op, family.source, family.unavailable) for family in FAMILIES])
 
 
-def build_one(op):
+def build_one(op, source, unavailable):
+    """The kernels of an operation by both compilers; unavailable() says why they do not work, or None."""
     capability = "".join(map(str, torch.cuda.get_device_capability()))
-    name, source, worked = f"{op.name}_cuda", op.cuda.SOURCE, 0
+    name, worked = f"{op}_cuda", 0
     for builder in ("nvcc", "nvrtc"):
         start = time.perf_counter()
         try:
@@ -124,12 +131,12 @@ def build_one(op):
                 if compiler is None:
                     raise BuildError("no NVRTC library")
                 nvrtc.cubin(name, source, f"sm_{capability}", compiler)
-            tell(kernels=op.name, builder=builder, seconds=round(time.perf_counter() - start, 1), usage=usage)
+            tell(kernels=op, builder=builder, seconds=round(time.perf_counter() - start, 1), usage=usage)
             worked += 1
         except BuildError as error:
-            tell(kernels=op.name, builder=builder, error=str(error)[:2000])
-    reason = op.cuda.unavailable()
-    tell(kernels=op.name, usable=reason is None, reason=reason)
+            tell(kernels=op, builder=builder, error=str(error)[:2000])
+    reason = unavailable()
+    tell(kernels=op, usable=reason is None, reason=reason)
     return int(reason is not None or not worked)
 
 
@@ -172,7 +179,16 @@ def poison():
 
 
 def smoke():
-    return max(map(smoke_one, RECURRENCES))
+    return max(*map(smoke_one, RECURRENCES), smoke_others())
+
+
+def smoke_others():
+    poison()
+    entries = []
+    for entry in gpu_ops.check("cuda"):
+        tell(**entry)
+        entries.append(entry)
+    return int(not all(entry["right"] and entry["repeated"] for entry in entries))
 
 
 def smoke_one(op):

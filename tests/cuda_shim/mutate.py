@@ -1,7 +1,7 @@
 """Does the shim notice a missing barrier? Removes each barrier and each wait of the CUDA sources in turn, builds the
 rest for the CPU, and compares its results under several orders of the threads with those of the whole.
 
-    python tests/cuda_shim/mutate.py [wkv6] [wkv7]
+    python tests/cuda_shim/mutate.py [wkv6] [wkv7] [mix] [bone] [cross_entropy]
 
 Prints a line a mutation: `X` for each order that showed it, `.` for each that did not. Exit code 1 where the whole
 differs between orders, or a mutation went unnoticed.
@@ -16,17 +16,39 @@ import tempfile
 from pathlib import Path
 
 import cases
+import kernel_cases
 import shim
 import torch
 import wkv7_cases
 
+from rwkv_peft.ops.bone import cuda as bone
+from rwkv_peft.ops.cross_entropy import cuda as cross_entropy
+from rwkv_peft.ops.mix import cuda as mix
 from rwkv_peft.ops.native.sources import source_directory
 from rwkv_peft.ops.wkv6 import cuda as wkv6
 from rwkv_peft.ops.wkv7 import cuda as wkv7
 
-# A family's module and its cases, and what runs: head sizes, dtypes, and the ways to run them.
+# What runs of a recurrence: head sizes, dtypes, and the ways to run them.
 KINDS = ((64, torch.bfloat16, {}), (40, torch.float32, {}), (64, torch.bfloat16, {"group": 64}))
-FAMILIES = {"wkv6": (wkv6, cases, KINDS), "wkv7": (wkv7, wkv7_cases, KINDS)}
+
+
+def recurrence(cases):
+    """kernels -> the results of a recurrence's cases."""
+
+    def run(kernels):
+        made = [(cases.make_case(1, 129, 1, N, dtype, lengths=[81, 48]), way) for N, dtype, way in KINDS]
+        return [x for case, way in made for x in cases.run(kernels, case, **way)]
+
+    return run
+
+
+FAMILIES = {  # a module, and what its kernels give
+    "wkv6": (wkv6, recurrence(cases)),
+    "wkv7": (wkv7, recurrence(wkv7_cases)),
+    "mix": (mix, kernel_cases.mix),
+    "bone": (bone, kernel_cases.bone),
+    "cross_entropy": (cross_entropy, kernel_cases.cross_entropy),
+}
 MUTATED = re.compile(r"(__syncthreads|__syncwarp|cp_async_wait_all)\(\);")
 SECONDS = 60  # for one order's run; a mutated kernel may hang
 
@@ -96,14 +118,12 @@ def run_alone(family, folder, orders):
 
 def compare(family, folder, orders, sender):
     torch.set_num_threads(1)
-    module, cases, kinds = FAMILIES[family]
+    module, results = FAMILIES[family]
     whole, mutated = shim.build(module), shim.build(module, folder, cache=folder)
-    inputs = [(cases.make_case(1, 129, 1, N, dtype, lengths=[81, 48]), way) for N, dtype, way in kinds]
-    expected = [cases.run(whole, case, **way) for case, way in inputs]
+    expected = results(whole)
     for order in orders:
         mutated.set_order(order)
-        results = [cases.run(mutated, case, **way) for case, way in inputs]
-        same = all(torch.equal(x, y) for a, b in zip(results, expected) for x, y in zip(a, b))
+        same = all(torch.equal(x, y) for x, y in zip(results(mutated), expected, strict=True))
         sender.send("." if same else "X")
 
 

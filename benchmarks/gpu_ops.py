@@ -1,0 +1,123 @@
+"""What stands between a GPU's matrix products, checked on it: mix's, bone's and the loss's kernels against float64.
+
+    python benchmarks/gpu_ops.py [--device cpu]
+
+One JSON object an operation and dtype: the errors of results and gradients, ours and plain torch's, relative to
+float64 on the CPU, and whether repetitions are equal. Exit code 1 where an error is more than twice plain torch's.
+gpu_probe.py smoke runs it.
+"""
+
+import argparse
+import json
+import sys
+from contextlib import ExitStack
+from unittest.mock import patch
+
+import torch
+
+from rwkv_peft.adapters.bat_in import bat_in
+from rwkv_peft.adapters.bat_out import bat_out
+from rwkv_peft.adapters.bone import bone
+from rwkv_peft.ops import bone as bone_ops
+from rwkv_peft.ops import cross_entropy as loss_ops
+from rwkv_peft.ops import mix
+
+T, C, H, N = 300, 512, 8, 64
+REPEATS = 20
+ROWS, HEADS = (2, T, C), (2, T, H, N)
+VECTOR, HEADS_VECTOR = (1, 1, C), (H, N)
+LOW = ((2, T, 5 * 32), (5, 32, C))
+BOUNDS = (0, 1, 64, 128, 300)
+
+
+def packed_lerp(x, last, maa, low, up):
+    """A row of several sequences, as `cu_seqlens` has them."""
+    return mix.lerp(x[:1], last, maa, low[:1], up, torch.tensor(BOUNDS, device=x.device))
+
+
+def loss(logits):
+    """The loss and its gradient, as if that were a result."""
+    targets = torch.arange(logits.shape[0], device=logits.device)
+    return loss_ops.cross_entropy_(logits.detach().clone(), targets, 0.5, 0.01)
+
+
+# name -> (function, shapes of its inputs, which of them have gradients: all, where None)
+OPS = {
+    "lerp": (lambda x, maa: mix.lerp(x, None, maa), (ROWS, (6, C)), None),
+    "lerp of low rank": (lambda *inputs: mix.lerp(inputs[0], None, *inputs[1:]), (ROWS, (5, C), *LOW), (0, 2)),
+    "lerp of low rank, packed": (packed_lerp, (ROWS, (len(BOUNDS) - 1, C), (5, C), *LOW), (0, 1, 3)),
+    "lerp of low rank, trained": (packed_lerp, (ROWS, (len(BOUNDS) - 1, C), (5, C), *LOW), None),
+    "norm_gate": (lambda *inputs: mix.norm_gate(*inputs, 64e-5), (HEADS, ROWS, (C,), (C,)), None),
+    "norm_bonus_gate": (
+        lambda *inputs: mix.norm_bonus_gate(*inputs, 64e-5),
+        (HEADS, HEADS, HEADS, HEADS, ROWS, HEADS_VECTOR, (C,), (C,)),
+        None,
+    ),
+    "delta_keys": (mix.delta_keys, (HEADS, HEADS, VECTOR, VECTOR, VECTOR), None),
+    "value_residual": (mix.value_residual, (ROWS, ROWS, ROWS, VECTOR), None),
+    "relu_square": (mix.relu_square, (ROWS,), None),
+    "sigmoid_gate": (mix.sigmoid_gate, (ROWS, ROWS), None),
+    "add_norm": (lambda *inputs: mix.add_norm(*inputs, 1e-5), (ROWS, ROWS, (C,), (C,)), None),
+    "bat-in": (bat_in, (ROWS, (256, C), (C // 64, 64, 64)), (0, 2)),
+    "bat-in, rank 128": (bat_in, (ROWS, (256, C), (C // 128, 128, 128)), (0, 2)),
+    "bat-in, rank 8": (bat_in, (ROWS, (256, C), (C // 8, 8, 8)), (0, 2)),
+    "bat-out": (bat_out, (ROWS, (256, C), (4, 64, 64)), (0, 2)),
+    "bone": (bone, (ROWS, (256, C), (64, 256)), (0, 2)),
+    "loss": (loss, ((300, 65536),), ()),
+}
+
+
+def inputs_of(shapes, device):
+    """Random tensors; parameters, which come after the first tensors of (B, T, …), are small."""
+    generator = torch.Generator().manual_seed(0)
+    scale = [1.0 if shape[:2] in ((2, T), (300, 65536)) else 0.2 for shape in shapes]
+    return [(s * torch.randn(shape, generator=generator)).to(device) for s, shape in zip(scale, shapes)]
+
+
+def results(name, inputs, dtype, device, kernels=True):
+    """The outputs of an operation and its gradients, in dtype."""
+    function, _, wanted = OPS[name]
+    wanted = range(len(inputs)) if wanted is None else wanted
+    leaves = [x.to(device=device, dtype=dtype, copy=True).requires_grad_(i in wanted) for i, x in enumerate(inputs)]
+    with ExitStack() as stack:
+        if not kernels:
+            stack.enter_context(patch.object(mix.op, "fused", lambda *_: False))
+            stack.enter_context(patch.object(bone_ops.op, "backend", lambda *_, **__: None))
+            stack.enter_context(patch.object(loss_ops.op, "backend", lambda *_: None))
+        outs = function(*leaves)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        if wanted:
+            torch.autograd.backward(outs, [torch.cos(3 * out.detach()) for out in outs])
+    return [x.detach().double().cpu() for x in (*outs, *(leaves[i].grad for i in wanted))]
+
+
+def check(device):
+    """{operation, dtype, right, repeated, errors} of each operation."""
+    for name, (_, shapes, _) in OPS.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            inputs = [x.to(dtype) for x in inputs_of(shapes, device)]
+            truth = results(name, inputs, torch.float64, "cpu", kernels=False)
+            plain = results(name, inputs, dtype, device, kernels=False)
+            ours = results(name, inputs, dtype, device)
+            repeated = all(
+                all(map(torch.equal, ours, results(name, inputs, dtype, device))) for _ in range(REPEATS - 1)
+            )
+            errors = [[float((x - true).norm() / true.norm()) for x in both] for *both, true in zip(ours, plain, truth)]
+            least = 1e-5 if dtype == torch.float32 else 4e-3
+            right = all(mine <= 2 * theirs + least for mine, theirs in errors)  # NaN is not
+            kind = str(dtype).removeprefix("torch.")
+            yield dict(kernels=name, dtype=kind, right=right, repeated=repeated, errors_ours_and_torch=errors)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    wrong = 0
+    for entry in check(parser.parse_args(argv).device):
+        print(json.dumps(entry), flush=True)
+        wrong += not (entry["right"] and entry["repeated"])
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

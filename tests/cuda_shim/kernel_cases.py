@@ -1,0 +1,71 @@
+"""What the CUDA kernels besides the recurrences' make of some random inputs: mix, bone and cross_entropy(kernels), on
+the shim, each give all results; every tile, strip and group that they have more than one of is there."""
+
+from unittest.mock import patch
+
+import torch
+
+from rwkv_peft.ops.bone import cuda as bone_cuda
+from rwkv_peft.ops.cross_entropy import cuda as cross_entropy_cuda
+from rwkv_peft.ops.mix import cpu as mix_cpu
+from rwkv_peft.ops.mix import cuda as mix_cuda
+from rwkv_peft.ops.mix import gpu_lerp, heads, norms
+
+
+def draws(dtype, seed=0):
+    """randn of a seed: shape -> a tensor in dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator).to(dtype)
+
+
+def differentiated(function, wanted, *inputs):
+    """Outputs of an autograd Function, and the gradients of those inputs that are `wanted`."""
+    leaves = [x.requires_grad_() if i in wanted else x for i, x in enumerate(inputs)]
+    outs = function.apply(*leaves)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    torch.autograd.backward(outs, [torch.ones_like(out) for out in outs])
+    return [*(out.detach() for out in outs), *(leaves[i].grad for i in wanted)]
+
+
+def mix(kernels):
+    def call(name, like, *rest, **sizes):
+        launch = mix_cuda.launch_tiled if name in mix_cuda.TILED else mix_cuda.launch
+        launch(kernels, None, name, like, *rest, **sizes)
+
+    results = []
+    with patch.object(mix_cpu, "call", call):
+        low, wide = draws(torch.bfloat16), draws(torch.float32)
+        for rank in mix_cuda.LOW_RANKS:
+            inputs = low(1, 129, 128), low(1, 128), low(5, 128), low(1, 129, 5 * rank), low(5, rank, 128), None
+            results += differentiated(gpu_lerp.Lerp, (0, 1, 3), *inputs)
+        for randn in (low, wide):
+            y, g, (weight, bias) = randn(1, 70, 2, 20), randn(1, 70, 40), randn(2, 40)
+            results += differentiated(heads.NormGate, (0, 1, 2, 3), y, g, weight.clone(), bias.clone(), 1e-5)
+            x, y, (weight, bias) = randn(1, 3, 2100), randn(1, 3, 2100), randn(2, 2100)
+            results += differentiated(norms.AddNorm, (0, 1, 2, 3), x, y, weight.clone(), bias.clone(), 1e-5)
+    return results
+
+
+def bone(kernels):
+    results = []
+    with (
+        patch.object(bone_cuda, "call", lambda *rest, **sizes: bone_cuda.launch(kernels, None, *rest, **sizes)),
+        patch.object(bone_cuda, "BLOCKS", 2),
+    ):
+        for dtype, rank in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.bfloat16, 20), (torch.float32, 64)):
+            randn = draws(dtype)
+            x, matrices, g, dz = randn(150, 4 * rank), randn(4, rank, rank), randn(150, 2 * rank), randn(150, 4 * rank)
+            results += [*bone_cuda.affine(x, matrices), bone_cuda.affine_backward_(dz, g, x, matrices), dz]
+            if bone_cuda.has_products(x, rank):
+                results.append(bone_cuda.merge(randn(2 * rank, 4 * rank), matrices[:2]))
+    return results
+
+
+def cross_entropy(kernels):
+    results = []
+    call = cross_entropy_cuda.launch
+    with patch.object(cross_entropy_cuda, "call", lambda *rest, **numbers: call(kernels, None, *rest, **numbers)):
+        for dtype, vocabulary in ((torch.bfloat16, 9000), (torch.float32, 5001)):
+            logits, targets = draws(dtype)(3, vocabulary), torch.tensor([0, 700, vocabulary - 1])
+            results += [cross_entropy_cuda.losses_(logits, targets, 0.5, 0.25, True), logits]
+    return results
