@@ -1,6 +1,7 @@
 """Processes forked to be killed, and the files that they leave: what faults.py and the files beside it share."""
 
 import contextlib
+import ctypes
 import io
 import itertools
 import os
@@ -13,6 +14,7 @@ from rwkv_peft.errors import UserError
 
 REFUSED, FAILED = 2, 3  # exit codes of a process: a UserError, anything else
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.truncate")
+CAPABILITIES = (0x20080522, 0), (0,) * 6  # of Linux: this version, this process; and none
 TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -48,6 +50,13 @@ def die_before(operation, folder):
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(look)
+
+
+def drop_privileges():
+    """Let the permissions of files mean to root what they mean to others."""
+    versions, none = ((ctypes.c_uint32 * len(values))(*values) for values in CAPABILITIES)
+    if ctypes.CDLL(None).capset(versions, none):
+        raise OSError("this system keeps root's privileges")
 
 
 def is_below(path, place):

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
-from fault_processes import ended, started
+from fault_processes import drop_privileges, ended, started
 
 from rwkv_peft import commands
 from rwkv_peft.data.binidx import BinidxWriter
@@ -81,13 +81,14 @@ class Training:
                 writer.add([1 + (first + 7 * i) % 79 for i in range(50 + first)] + [0])
         import_libraries()
 
-    def start(self, name, *flags, node=0, operation=0, **variables):
-        """The first process of a node of a run in the folder `name`; operation as in started()."""
+    def start(self, name, *flags, node=0, operation=0, action=None, **variables):
+        """The first process of a node of a run in the folder `name`; operation as in started(), action what runs in
+        place of train()."""
         run = self.folder / name
         inputs = ("--load_model", self.folder / "base.pth", "--data_file", self.folder / "data", "--proj_dir", run)
         fixed = ("--ctx_len", "24", "--lr_init", "1e-2", "--precision", "fp32", "--accelerator", "cpu")
         argv = [*map(str, inputs), *fixed, *flags]
-        return started(train, argv, self.log(name, node), variables, operation=operation, folder=run)
+        return started(action or train, argv, self.log(name, node), variables, operation=operation, folder=run)
 
     def log(self, name, node=0):
         """The file of what a node of the run in the folder `name` said last."""
@@ -196,6 +197,12 @@ def train(argv, log, variables):
             commands.run("train")
         except SystemExit as end:
             return end.code
+
+
+def train_unprivileged(argv, log, variables):
+    """train() by one whom permissions bind."""
+    drop_privileges()
+    return train(argv, log, variables)
 
 
 def is_over(process):

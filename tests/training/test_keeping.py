@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,6 +62,20 @@ def test_a_disk_that_refuses_is_told_with_what_is_left(tmp_path, number, kind):
     words = f"{os.strerror(number)}.*the last checkpoint is .*step-00000010" if kind is UserError else "reset"
     with pytest.raises(kind, match=f"(?i){words}"), telling_refusals(a_run(tmp_path)):
         raise OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize("error, told", [(OSError(errno.ENOSPC, "full"), 0), (OSError("other"), 1)])
+def test_what_a_loggers_thread_is_refused_is_told_by_who_writes_next(tmp_path, monkeypatch, error, told):
+    def write():
+        raise error
+
+    seen = []
+    monkeypatch.setattr("threading.excepthook", lambda thread: seen.append(thread.exc_value))
+    with telling_refusals(tmp_path):
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join()
+    assert seen == [error] * told
 
 
 def killed(folder, operation):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,14 +49,29 @@ def how_to_go_on(folder: Path) -> str:
 @contextmanager
 def telling_refusals(folder: Path) -> Iterator[None]:
     """Make a UserError of what a disk refuses to those who write into a run's folder and do not say so themselves:
-    metrics.jsonl, and loggers, as they write or close."""
+    metrics.jsonl, and loggers, as they write or close. A logger's thread hands what it was refused to whoever writes
+    next, so that its own stack says nothing more."""
+    hook = threading.excepthook
+
+    def tell_others(thread: threading.ExceptHookArgs) -> None:
+        if not is_refusal(thread.exc_value):
+            hook(thread)
+
+    threading.excepthook = tell_others
     try:
         yield
     except OSError as error:
-        if error.errno not in REFUSALS:
+        if not is_refusal(error) or error.errno is None:
             raise
         reason = os.strerror(error.errno).lower()
         raise UserError(f"cannot write in {folder}: {reason}; {how_to_go_on(folder)}") from error
+    finally:
+        threading.excepthook = hook
+
+
+def is_refusal(error: BaseException | None) -> bool:
+    """Whether a disk refused something."""
+    return isinstance(error, OSError) and error.errno in REFUSALS
 
 
 def clear_unsaved(folder: Path) -> None:

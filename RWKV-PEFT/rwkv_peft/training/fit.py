@@ -46,6 +46,7 @@ def quiet():
     for text in (
         ".*does not have many workers.*",
         ".*`IterableDataset`.*",
+        ".*overridden `transfer_batch_to_device`.*",
         ".*isinstance.treespec.*",
         ".*barrier.*device under current context.*",
         ".*torch.distributed.*deprecated.*",
