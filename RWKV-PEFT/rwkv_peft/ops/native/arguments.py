@@ -1,11 +1,15 @@
 """What a CPU kernel is given: which tensors it takes, and the structure in which they reach it."""
 
 import ctypes
+from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 
+Structure = TypeVar("Structure", bound=ctypes.Structure)
 
-def takes(first, *others):
+
+def takes(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
     """Whether tensors, or None, are what the kernels take: real, on the CPU, of one dtype, float32 or bfloat16."""
     return (
         first.is_cpu
@@ -17,13 +21,17 @@ def takes(first, *others):
     )
 
 
-def fields(pointers, sizes, numbers="", flags="bfloat16 threads"):
+def fields(
+    pointers: str, sizes: str, numbers: str = "", flags: str = "bfloat16 threads"
+) -> list[tuple[str, type[ctypes._SimpleCData]]]:
     """The fields of a structure in cpu/: names of pointers, of 64-bit sizes, of float32 numbers and of int flags."""
     kinds = ((pointers, ctypes.c_void_p), (sizes, ctypes.c_int64), (numbers, ctypes.c_float), (flags, ctypes.c_int))
     return [(name, kind) for names, kind in kinds for name in names.split()]
 
 
-def fill(structure, like, tensors, **others):
+def fill(
+    structure: type[Structure], like: torch.Tensor, tensors: Mapping[str, torch.Tensor | None], **others: float
+) -> Structure:
     """A structure of fields, given the tensors by name, or None, and the `others`; of the kind of the tensor `like`."""
     return structure(
         bfloat16=like.dtype == torch.bfloat16,

@@ -8,6 +8,7 @@ compiler, a library that one made of the same recipe serves (kept_library).
 import hashlib
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +26,13 @@ class Unit:
     command: tuple[str, ...]
 
 
-def build_library(name, units, link_command, headers=(), cache=None):
+def build_library(
+    name: str,
+    units: Sequence[Unit],
+    link_command: Sequence[str],
+    headers: Sequence[str | Path] = (),
+    cache: str | Path | None = None,
+) -> Path:
     """Compile `units`, link their objects with `link_command` (linker and flags), and return the library's path.
 
     headers: files whose content matters besides the units' sources. cache: a folder, by default cache_directory().
@@ -45,14 +52,20 @@ def build_library(name, units, link_command, headers=(), cache=None):
     return library
 
 
-def kept_library(name, units, link_command, headers=(), cache=None):
+def kept_library(
+    name: str,
+    units: Sequence[Unit],
+    link_command: Sequence[str],
+    headers: Sequence[str | Path] = (),
+    cache: str | Path | None = None,
+) -> Path | None:
     """The library that a compiler, whichever, made of this recipe earlier, or None; arguments as in build_library."""
     cache = Path(cache) if cache is not None else cache_directory()
     found = cache.glob(f"{name}-{_recipe(units, link_command, headers)}-*.so")
     return next(filter(is_whole, sorted(found)), None)
 
 
-def _recipe(units, link_command, headers):
+def _recipe(units: Sequence[Unit], link_command: Sequence[str], headers: Sequence[str | Path]) -> str:
     """A hash of what is compiled and how, whatever the compilers."""
     digest = hashlib.sha256()
     for unit in units:
@@ -63,7 +76,7 @@ def _recipe(units, link_command, headers):
     return digest.hexdigest()[:16]
 
 
-def _compilers(units, link_command):
+def _compilers(units: Sequence[Unit], link_command: Sequence[str]) -> str:
     """A hash of the compilers by path and version."""
     digest = hashlib.sha256()
     for program in sorted({link_command[0], *(unit.command[0] for unit in units)}):
@@ -71,14 +84,14 @@ def _compilers(units, link_command):
     return digest.hexdigest()[:8]
 
 
-def _version(program):
+def _version(program: str) -> bytes:
     try:
         return subprocess.run([program, "--version"], capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise BuildError(f"cannot run the compiler {program}: {error}; install a working one") from error
 
 
-def _compile(work, units, link_command):
+def _compile(work: Path, units: Sequence[Unit], link_command: Sequence[str]) -> Path:
     """Run the whole build in the folder `work`; the path of the linked library."""
     lines = ["rule run", "  command = $command", "  description = $out"]
     objects = []
@@ -94,14 +107,14 @@ def _compile(work, units, link_command):
     return work / "library.so"
 
 
-def _edge(output, inputs, command):
+def _edge(output: str, inputs: Sequence[str | Path], command: Sequence[str | Path]) -> list[str]:
     """One build statement: a shell-quoted command in ninja's own quoting."""
     command = " ".join("'" + str(part).replace("'", "'\\''") + "'" for part in command)
     inputs = " ".join(str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:") for path in inputs)
     return [f"build {output}: run {inputs}", "  command = " + command.replace("$", "$$")]
 
 
-def _ninja():
+def _ninja() -> list[str]:
     if find_spec("ninja") is not None:
         return [sys.executable, "-m", "ninja"]
     return [find_program("ninja", remedy="pip install ninja")]

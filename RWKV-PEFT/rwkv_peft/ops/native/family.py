@@ -3,6 +3,7 @@
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
@@ -26,7 +27,7 @@ class Kernels(Protocol):
 class Library:
     """Kernels that nvcc compiled, or the tests' shim."""
 
-    def __init__(self, names: Sequence[str], structure: type[ctypes.Structure], path: str) -> None:
+    def __init__(self, names: Sequence[str], structure: type[ctypes.Structure], path: str | Path) -> None:
         signature = (ctypes.c_int, structure, ctypes.c_int, ctypes.c_void_p)
         self._library = load(path, *((f"{name}_run", *signature) for name in names))
 
@@ -59,8 +60,8 @@ class Family:
         trial: Callable[[Kernels, int], None],
     ) -> None:
         self.op, self.source, self._trial = op, source, trial
-        self.library = functools.partial(Library, names, structure)
-        self.module = functools.partial(Module, names)
+        self.library: Callable[[str | Path], Kernels] = functools.partial(Library, names, structure)
+        self.module: Callable[[bytes], Kernels] = functools.partial(Module, names)
 
     @functools.cache  # noqa: B019 - families live as long as their modules
     def kernels(self, device: int) -> Kernels:

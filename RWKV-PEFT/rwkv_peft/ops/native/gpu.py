@@ -1,5 +1,9 @@
 """From a family's CUDA source to kernels on a GPU: a library by nvcc where it works, else a module by NVRTC."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
 import torch
 
 from . import nvrtc
@@ -8,11 +12,12 @@ from .compilers import find_nvcc
 from .errors import BuildError
 from .sources import included_files, source_directory
 
+Built = TypeVar("Built")
 OLDEST_CAPABILITY = (8, 0)  # the first with cp.async and bf16 products
 NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC")
 
 
-def unavailable():
+def unavailable() -> str | None:
     """None where there is a GPU that the kernels are written for, else why not and what would help."""
     if torch.version.hip is not None:
         return "this torch is built for AMD GPUs, and the kernels are CUDA; take backend 'reference'"
@@ -30,7 +35,14 @@ def unavailable():
     return None
 
 
-def build_kernels(name, source, device, from_library, from_image, trial):
+def build_kernels(
+    name: str,
+    source: str,
+    device: int,
+    from_library: Callable[[Path], Built],
+    from_image: Callable[[bytes], Built],
+    trial: Callable[[Built], object],
+) -> Built:
     """The kernels of `source`, a path below cuda/, for GPU number `device`.
 
     from_library(path) where nvcc compiles them, else from_image(cubin) with the GPU's context current. trial(kernels)
@@ -50,7 +62,7 @@ def build_kernels(name, source, device, from_library, from_image, trial):
         return _tried(from_image(image), trial, "NVRTC's code")
 
 
-def _tried(kernels, trial, whose):
+def _tried(kernels: Built, trial: Callable[[Built], object], whose: str) -> Built:
     """kernels, after a launch that worked."""
     try:
         trial(kernels)
@@ -59,7 +71,7 @@ def _tried(kernels, trial, whose):
     return kernels
 
 
-def recipe(source, nvcc, architecture):
+def recipe(source: str | Path, nvcc: str, architecture: str) -> tuple[list[Unit], tuple[str, ...], list[Path]]:
     """(units, link command, headers) of a library for one architecture: "80", "90", ...; source: a path below cuda/, or
     a whole one."""
     root = source_directory("cuda")

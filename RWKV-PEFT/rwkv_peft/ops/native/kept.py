@@ -8,6 +8,7 @@ and not behind it.
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
@@ -15,13 +16,13 @@ from filelock import FileLock
 SEAL = hashlib.sha256().digest_size  # bytes
 
 
-def cache_directory():
+def cache_directory() -> Path:
     """Where they are kept: rwkv_peft under the user's cache folder (XDG base directory rules)."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "rwkv_peft"
 
 
-def make_once(path, name, make):
+def make_once(path: Path, name: str, make: Callable[[Path], Path]) -> None:
     """Have the file `path` made where it is missing or not whole, sealed, and appear at once; make(folder) makes it in
     an empty folder and returns where.
 
@@ -49,7 +50,7 @@ def make_once(path, name, make):
             shutil.rmtree(work)
 
 
-def is_whole(path):
+def is_whole(path: Path) -> bool:
     """Whether there is a file at `path`, and it is as it was made."""
     try:
         content = path.read_bytes()
@@ -58,10 +59,10 @@ def is_whole(path):
     return content[-SEAL:] == _seal(content[:-SEAL])
 
 
-def content_of(path):
+def content_of(path: Path) -> bytes:
     """The bytes of a file that is whole, without its seal."""
     return path.read_bytes()[:-SEAL]
 
 
-def _seal(content):
+def _seal(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()

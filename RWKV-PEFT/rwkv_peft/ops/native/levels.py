@@ -18,7 +18,7 @@ X86 = ("x86_64", "AMD64")
 
 
 @functools.cache
-def best_level():
+def best_level() -> str:
     """The fastest of LEVELS that this processor has; of those for bfloat16 also that the compiler knows."""
     found = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "portable")
     if found not in level_flags():
@@ -27,12 +27,12 @@ def best_level():
     return "avx512bf16" if has_bfloat16 and compiler_knows(AVX512BF16_FLAGS) else found
 
 
-def is_here(level):
+def is_here(level: str) -> bool:
     """Whether this processor has one of LEVELS."""
     return LEVELS.index(level) >= LEVELS.index(best_level())
 
 
-def level_flags():
+def level_flags() -> dict[str, tuple[str, ...]]:
     """The instruction sets of this machine's architecture, best first -> the compiler's flags."""
     x86 = (
         {"avx512bf16": AVX512BF16_FLAGS, "avx512": AVX512_FLAGS, "avx2": AVX2_FLAGS}

@@ -1,11 +1,15 @@
 """Loading a compiled library."""
 
 import ctypes
+from pathlib import Path
+from typing import Any
 
 from .errors import BuildError
 
+Declaration = tuple[Any, ...]  # of a C function, as `load` takes it
 
-def load(path, *functions):
+
+def load(path: str | Path, *functions: Declaration) -> ctypes.CDLL:
     """The library at `path`, its C functions declared: each of `functions` is (name, result type or None, *argument
     types), where a structure's class stands for a pointer to it. Raises BuildError where it cannot be loaded."""
     try:

@@ -17,7 +17,7 @@ SONAMES = ("libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12")
 OPTIONS = ("-std=c++17",)
 
 
-def find_nvrtc():
+def find_nvrtc() -> ctypes.CDLL | None:
     """The loaded NVRTC library, from the nvidia wheels or the system; None where there is none."""
     for path in _wheel_libraries():
         for builtins in sorted(path.parent.glob("libnvrtc-builtins.so.*")):
@@ -31,25 +31,25 @@ def find_nvrtc():
     return None
 
 
-def _wheel_libraries():
+def _wheel_libraries() -> list[Path]:
     spec = importlib.util.find_spec("nvidia")
     folders = [] if spec is None else spec.submodule_search_locations or []
     return [path for folder in folders for path in sorted(Path(folder).glob("*/lib/libnvrtc.so.*"))]
 
 
-def cubin(name, source, architecture, nvrtc):
+def cubin(name: str, source: str, architecture: str, nvrtc: ctypes.CDLL) -> bytes:
     """`source`, a path below cuda/, compiled by the library `nvrtc` for one architecture ("sm_90", ...), as bytes;
     cached by content under `name`."""
     root = source_directory("cuda")
-    source = root / source
+    file = root / source
     digest = hashlib.sha256(" ".join((architecture, *OPTIONS)).encode())
-    for path in (source, *included_files(source, root)):
+    for path in (file, *included_files(file, root)):
         digest.update(path.read_bytes())
     cached = cache_directory() / f"{name}_{architecture}-{digest.hexdigest()[:16]}.cubin"
 
-    def make(work):
+    def make(work: Path) -> Path:
         finished = work / cached.name
-        finished.write_bytes(_compile(nvrtc, source, root, architecture))
+        finished.write_bytes(_compile(nvrtc, file, root, architecture))
         return finished
 
     try:
@@ -62,7 +62,7 @@ def cubin(name, source, architecture, nvrtc):
         ) from error
 
 
-def _compile(nvrtc, source, root, architecture):
+def _compile(nvrtc: ctypes.CDLL, source: Path, root: Path, architecture: str) -> bytes:
     program = ctypes.c_void_p()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.read_bytes(), source.name.encode(), 0, None, None)
     try:
@@ -76,7 +76,7 @@ def _compile(nvrtc, source, root, architecture):
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def _text(nvrtc, program, what):
+def _text(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
     size = ctypes.c_size_t()
     getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
     text = ctypes.create_string_buffer(size.value)

@@ -8,19 +8,20 @@ from .errors import BuildError
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
 
-def source_directory(kind):
+def source_directory(kind: str) -> Path:
     """The folder of the "cpu" or the "cuda" sources: in the package (in the repository a link), or beside it."""
     package = Path(__file__).resolve().parents[2]
     installed = package / kind
     return installed if installed.is_dir() else package.parents[1] / kind
 
 
-def included_files(source, root):
+def included_files(source: str | Path, root: str | Path) -> list[Path]:
     """Every file that `source` includes in quotes, directly or by way of others, each named from the folder `root`.
 
     Includes in branches that a compiler would skip count too. Raises BuildError where a file is missing.
     """
-    found, waiting = set(), [Path(source)]
+    found: set[Path] = set()
+    waiting = [Path(source)]
     while waiting:
         path = waiting.pop()
         try:
