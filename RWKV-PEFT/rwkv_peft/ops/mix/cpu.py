@@ -2,7 +2,10 @@
 
 import ctypes
 import functools
+from collections.abc import Mapping
 from types import MappingProxyType
+
+import torch
 
 from ..native import levels
 from ..native.arguments import fields, fill
@@ -62,7 +65,7 @@ FUNCTIONS = tuple(
 )
 
 
-def call(name, like, tensors, **sizes):
+def call(name: str, like: torch.Tensor, tensors: Mapping[str, torch.Tensor | None], **sizes: float) -> None:
     """Run an operation, "relu_square_forward" or the like: tensors by name, or None, and the rest of its structure.
     Where they have no data there is nothing to do."""
     if like.is_meta:
@@ -72,7 +75,7 @@ def call(name, like, tensors, **sizes):
 
 
 @functools.cache
-def available():
+def available() -> bool:
     """Whether the kernels can be built and loaded here."""
     try:
         library()
@@ -82,7 +85,7 @@ def available():
 
 
 @functools.cache
-def library():
+def library() -> ctypes.CDLL:
     """The loaded library, of this processor's best instruction set; BuildError where it cannot be built or loaded."""
     level = levels.best_level()
     return cpu_library(f"mix_cpu_{level}", "mix/mix.cpp", levels.level_flags()[level], FUNCTIONS)

@@ -5,14 +5,17 @@ Tensors are contiguous and share one dtype, float32 or bfloat16; op.py sees to t
 """
 
 import ctypes
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 
 from .functions import call, differentiable_once, rounded
 
 
-def _table(tensors):
+def _table(tensors: Sequence[Tensor]) -> ctypes.Array:
     """A table of tensors' addresses."""
     return (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
 
@@ -22,7 +25,15 @@ class Lerp(Function):
     -> m times (B, T, C)."""
 
     @staticmethod
-    def forward(ctx, x, last, maa, low, up, cu_seqlens):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        last: Tensor | None,
+        maa: Tensor,
+        low: Tensor | None,
+        up: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, last, maa, low, up, cu_seqlens)
         outs = tuple(torch.empty_like(x) for _ in range(maa.shape[0]))
         tensors = dict(x=x, last=last, maa=maa, low=low, up=up, cu_seqlens=cu_seqlens)
@@ -32,7 +43,7 @@ class Lerp(Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, last, maa, low, up, cu_seqlens = ctx.saved_tensors
         need_x, need_last, need_maa, need_low, need_up = ctx.needs_input_grad[:5]
         gx = torch.empty_like(x) if need_x else None
@@ -48,7 +59,7 @@ class Lerp(Function):
         return gx, glast, gmaa, glow, gup, None
 
 
-def _sizes(x, maa, up, cu_seqlens):
+def _sizes(x: Tensor, maa: Tensor, up: Tensor | None, cu_seqlens: Tensor | None) -> dict[str, int]:
     B, T, C = x.shape
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return dict(n=maa.shape[0], tokens=B * T, channels=C, rank=0 if up is None else up.shape[1], sequences=sequences)

@@ -3,7 +3,10 @@
 Tensors are contiguous and share one dtype, float32 or bfloat16; op.py sees to that.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.autograd import Function
 
 from .functions import call, differentiable_once, rounded, sums_like
@@ -13,7 +16,7 @@ class ReluSquare(Function):
     """x -> max(x, 0)². Backward needs the result alone, which a linear layer after it may keep in any case."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         out = torch.empty_like(x)
         ctx.save_for_backward(out)
         call("relu_square_forward", x, dict(x=x, out=out), count=x.numel())
@@ -21,7 +24,7 @@ class ReluSquare(Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (out,) = ctx.saved_tensors
         gx = torch.empty_like(out)
         call("relu_square_backward", out, dict(out=out, grad=grad, gx=gx), count=out.numel())
@@ -32,7 +35,7 @@ class SigmoidGate(Function):
     """r, v of one shape -> sigmoid(r) v."""
 
     @staticmethod
-    def forward(ctx, r, v):
+    def forward(ctx: Any, r: Tensor, v: Tensor) -> Tensor:
         ctx.save_for_backward(r, v)
         out = torch.empty_like(v)
         call("sigmoid_gate_forward", v, dict(r=r, v=v, out=out), count=v.numel())
@@ -40,7 +43,7 @@ class SigmoidGate(Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         r, v = ctx.saved_tensors
         gr, gv = torch.empty_like(r), torch.empty_like(v)
         tensors = dict(r=r, v=v, grad=grad, gr=gr, gv=gv)
@@ -52,7 +55,7 @@ class ValueResidual(Function):
     """v, first, low (B, T, C), v0 of C elements -> v + (first - v) sigmoid(v0 + low)."""
 
     @staticmethod
-    def forward(ctx, v, first, low, v0):
+    def forward(ctx: Any, v: Tensor, first: Tensor, low: Tensor, v0: Tensor) -> Tensor:
         ctx.save_for_backward(v, first, low, v0)
         out = torch.empty_like(v)
         call("value_residual_forward", v, dict(v=v, first=first, low=low, v0=v0, out=out), **_rows(v))
@@ -60,7 +63,7 @@ class ValueResidual(Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         v, first, low, v0 = ctx.saved_tensors
         gv, gfirst, glow = (torch.empty_like(v) for _ in range(3))
         sums = sums_like([v0], ctx.needs_input_grad[3])
@@ -69,5 +72,5 @@ class ValueResidual(Function):
         return gv, gfirst, glow, *rounded(sums, v.dtype)
 
 
-def _rows(v):
+def _rows(v: Tensor) -> dict[str, int]:
     return dict(tokens=v.shape[:-1].numel(), channels=v.shape[-1])

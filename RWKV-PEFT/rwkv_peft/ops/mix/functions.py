@@ -1,13 +1,18 @@
 """What the autograd Functions of the mix operations share, whatever the device."""
 
 import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
+from torch.autograd import Function
 
 from . import cpu, cuda
 
+Gradients = TypeVar("Gradients")
 
-def call(name, like, tensors, **sizes):
+
+def call(name: str, like: torch.Tensor, tensors: Mapping[str, torch.Tensor | None], **sizes: Any) -> None:
     """Run an operation, "relu_square_forward" or the like, where the tensor `like` is: tensors by name, or None, and
     sizes."""
     (cuda.call if like.is_cuda else cpu.call)(name, like, tensors, **sizes)
@@ -16,11 +21,11 @@ def call(name, like, tensors, **sizes):
 class _NoGradient:
     """Stands for an autograd context where nothing will be differentiated."""
 
-    def save_for_backward(self, *tensors):
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
         """Nothing is saved."""
 
 
-def run(function, *arguments):
+def run(function: type[Function], *arguments: Any) -> Any:
     """function.apply(*arguments), past autograd where gradients are off: on one token its bookkeeping costs several
     times the kernel."""
     if torch.is_grad_enabled():
@@ -28,11 +33,11 @@ def run(function, *arguments):
     return function.forward(_NoGradient(), *arguments)
 
 
-def differentiable_once(backward):
+def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
     """A backward that refuses create_graph=True, which would take its result for a constant."""
 
     @functools.wraps(backward)
-    def checked(ctx, *grads):
+    def checked(ctx: Any, *grads: torch.Tensor) -> Gradients:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "the mix kernels have no second derivative; differentiate twice in float64, which takes the plain form"
@@ -42,11 +47,11 @@ def differentiable_once(backward):
     return checked
 
 
-def sums_like(parameters, wanted):
+def sums_like(parameters: Sequence[torch.Tensor], wanted: bool) -> list[torch.Tensor | None]:
     """Room for the gradients of parameters, sums over tokens: float32; None each where not wanted."""
     return [torch.empty_like(parameter, dtype=torch.float32) if wanted else None for parameter in parameters]
 
 
-def rounded(sums, dtype):
+def rounded(sums: Sequence[torch.Tensor | None], dtype: torch.dtype) -> list[torch.Tensor | None]:
     """Those gradients in the parameters' dtype."""
     return [None if x is None else x.to(dtype) for x in sums]

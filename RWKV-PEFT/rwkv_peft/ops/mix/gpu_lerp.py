@@ -22,12 +22,20 @@ class Lerp(Function):
     -> m times (B, T, C)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, last: Tensor | None, maa: Tensor, low, up, cu_seqlens) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        last: Tensor | None,
+        maa: Tensor,
+        low: Tensor | None,
+        up: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, last, maa, low, up, cu_seqlens)
         outs = tuple(torch.empty_like(x) for _ in range(maa.shape[0]))
         tensors = dict(x=x, maa=maa) | {f"out{i}": out for i, out in enumerate(outs)}
         sizes = _sizes(x, maa, cu_seqlens)
-        if has_product_inside(x, last, maa, low, up):
+        if up is not None and has_product_inside(x, last, maa, low, up):
             call("lerp_low_forward", x, tensors | dict(low=low, up=up), last=last, rank=up.shape[1], **sizes)
         else:
             call("lerp_forward", x, tensors | dict(offsets=offsets(low, up)), last=last, **sizes)

@@ -3,7 +3,10 @@
 Tensors are contiguous and share one dtype, float32 or bfloat16; op.py sees to that.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.autograd import Function
 
 from .functions import call, differentiable_once, rounded, sums_like
@@ -13,7 +16,7 @@ class NormGate(Function):
     """y (B, T, H, N), g (B, T, H N), weight and bias (H N,), eps -> (B, T, H N)."""
 
     @staticmethod
-    def forward(ctx, y, g, weight, bias, eps):
+    def forward(ctx: Any, y: Tensor, g: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(y, g, weight, bias)
         ctx.eps = eps
         out = torch.empty_like(g)
@@ -22,7 +25,7 @@ class NormGate(Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, g, weight, bias = ctx.saved_tensors
         gy, gg = torch.empty_like(y), torch.empty_like(g)
         sums = sums_like((weight, bias), any(ctx.needs_input_grad[2:4]))
@@ -35,7 +38,7 @@ class DeltaKeys(Function):
     """k, low (B, T, H, N), a0, k_k, k_a of H N elements -> key, a, b (B, T, H, N)."""
 
     @staticmethod
-    def forward(ctx, k, low, a0, k_k, k_a):
+    def forward(ctx: Any, k: Tensor, low: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(k, low, a0, k_k, k_a)
         key, a, b = outs = tuple(torch.empty_like(k) for _ in range(3))
         tensors = dict(k=k, low=low, a0=a0, k_k=k_k, k_a=k_a, key=key, a=a, b=b)
@@ -44,7 +47,7 @@ class DeltaKeys(Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, gkey, ga, gb):
+    def backward(ctx: Any, gkey: Tensor, ga: Tensor, gb: Tensor) -> tuple[Tensor | None, ...]:
         k, low, a0, k_k, k_a = ctx.saved_tensors
         gk, glow = torch.empty_like(k), torch.empty_like(low)
         sums = sums_like((a0, k_k, k_a), any(ctx.needs_input_grad[2:]))
@@ -58,7 +61,18 @@ class NormBonusGate(Function):
     """y, r, k, v (B, T, H, N), g (B, T, H N), r_k, weight and bias of H N elements, eps -> (B, T, H N)."""
 
     @staticmethod
-    def forward(ctx, y, r, k, v, g, r_k, weight, bias, eps):
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        r: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        r_k: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+    ) -> Tensor:
         ctx.save_for_backward(y, r, k, v, g, r_k, weight, bias)
         ctx.eps = eps
         out = torch.empty_like(g)
@@ -68,7 +82,7 @@ class NormBonusGate(Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, r, k, v, g, r_k, weight, bias = ctx.saved_tensors
         gradients = [torch.empty_like(x) for x in (y, r, k, v, g)]
         sums = sums_like((r_k, weight, bias), any(ctx.needs_input_grad[5:8]))
@@ -78,6 +92,6 @@ class NormBonusGate(Function):
         return *gradients, *rounded(sums, weight.dtype), None
 
 
-def _sizes(like):
+def _sizes(like: Tensor) -> dict[str, int]:
     B, T, H, N = like.shape
     return dict(tokens=B * T, heads=H, size=N)

@@ -6,25 +6,28 @@ torch.compile sees. Float32 and bfloat16 tensors go through one pass forward and
 heads.py, norms.py, cpu_lerp.py, gpu_lerp.py), where a compiler exists; those are differentiable once.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..native.arguments import takes
 from . import cpu, cpu_lerp, cuda, elements, gpu_lerp, heads, norms
 from .functions import run
 
 
-def fused(first, *others):
+def fused(first: Tensor, *others: Tensor | None) -> bool:
     """Whether tensors, or None, go through a kernel: the one place that decides."""
     return takes(first, *others) and cpu.available() if first.is_cpu else cuda.takes(first, *others)
 
 
-def norms_fused(first, *others):
+def norms_fused(first: Tensor, *others: Tensor | None) -> bool:
     """Whether residual and layer norm go through a kernel, which GPUs have alone: torch's is fast enough on CPUs."""
     return not first.is_cpu and first.shape[-1] <= cuda.MOST_CHANNELS and fused(first, *others)
 
 
-def token_shift(x, last=None, cu_seqlens=None):
+def token_shift(x: Tensor, last: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
     """Each token's predecessor.
 
     x (B, T, C); last (B, C) or None precedes the first token. With cu_seqlens (n + 1,), B is 1, the row holds n
@@ -42,7 +45,14 @@ def token_shift(x, last=None, cu_seqlens=None):
     return previous.index_copy(1, starts, last[None])
 
 
-def lerp(x, last, maa, low=None, up=None, cu_seqlens=None):
+def lerp(
+    x: Tensor,
+    last: Tensor | None,
+    maa: Tensor,
+    low: Tensor | None = None,
+    up: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """Points between each token and its predecessor p: x + (p - x) m_i, where m_i = maa_i + low_i up_i, for each i.
 
     x (B, T, C), last and cu_seqlens as in token_shift; maa (m, C); low (B, T, m K), i after i, and up (m, K, C) make
@@ -54,7 +64,7 @@ def lerp(x, last, maa, low=None, up=None, cu_seqlens=None):
             f"the state's shift is {tuple(last.shape)}; it must be one vector of the model's width for each "
             f"of the {sequences} sequences: {(sequences, x.shape[2])}"
         )
-    if (low is None) != (up is None) or up is not None and low.shape[-1] != up.shape[0] * up.shape[1]:
+    if not _fit(low, up):
         shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (low, up)]
         raise ValueError(f"low and up must be (B, T, m K) and (m, K, C), or both None, not {shapes[0]} and {shapes[1]}")
     if fused(x, last, maa, low, up):
@@ -62,18 +72,25 @@ def lerp(x, last, maa, low=None, up=None, cu_seqlens=None):
         bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
         return run(kernel.Lerp, *_contiguous(x, last, maa, low, up), bounds)
     delta = token_shift(x, last, cu_seqlens) - x
-    weights = maa if low is None else maa[:, None, None] + _offsets(low, up)
+    weights = maa if low is None or up is None else maa[:, None, None] + _offsets(low, up)
     return tuple(torch.addcmul(x, delta, weight) for weight in weights)
 
 
-def _offsets(low, up):
+def _fit(low: Tensor | None, up: Tensor | None) -> bool:
+    """Whether (B, T, m K) and (m, K, C) go together, or are both None."""
+    if low is None or up is None:
+        return low is up
+    return low.shape[-1] == up.shape[0] * up.shape[1]
+
+
+def _offsets(low: Tensor, up: Tensor) -> Tensor:
     """low_i up_i: (B, T, m K), (m, K, C) -> (m, B, T, C)."""
     B, T, _ = low.shape
     m, K, C = up.shape
     return torch.bmm(low.reshape(B * T, m, K).transpose(0, 1), up).view(m, B, T, C)
 
 
-def norm_gate(y, g, weight, bias, eps):
+def norm_gate(y: Tensor, g: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Normalizes each head and gates it: (normalized y · weight + bias) · silu(g).
 
     y (B, T, H, N), g (B, T, H N), weight and bias (H N,) -> (B, T, H N).
@@ -84,7 +101,7 @@ def norm_gate(y, g, weight, bias, eps):
     return F.group_norm(y.reshape(B * T, H * N), H, weight, bias, eps).view(B, T, H * N) * F.silu(g)
 
 
-def add_norm(x, y, weight, bias, eps):
+def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """A residual and the layer norm that follows: x + y, and that normalized over its channels · weight + bias.
 
     x (B, T, C), y (B, T, C) or None for zeros, weight and bias (C,) -> (B, T, C), (B, T, C).
@@ -95,21 +112,21 @@ def add_norm(x, y, weight, bias, eps):
     return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-def sigmoid_gate(r, v):
+def sigmoid_gate(r: Tensor, v: Tensor) -> Tensor:
     """sigmoid(r) · v, for r and v of one shape."""
     if fused(r, v):
         return run(elements.SigmoidGate, *_contiguous(r, v))
     return torch.sigmoid(r) * v
 
 
-def relu_square(x):
+def relu_square(x: Tensor) -> Tensor:
     """max(x, 0)²."""
     if fused(x):
         return run(elements.ReluSquare, *_contiguous(x))
     return torch.relu(x).square()
 
 
-def delta_keys(k, low, a0, k_k, k_a):
+def delta_keys(k: Tensor, low: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The keys of RWKV-7's delta rule (Peng et al. 2025, arXiv 2503.14456, section 4): of a key k and an in-context
     learning rate, sigmoid(a0 + low), what is written at, what is taken away, and that times the rate.
 
@@ -124,7 +141,7 @@ def delta_keys(k, low, a0, k_k, k_a):
     return k * (1 + (rate - 1) * k_a), -n, n * rate
 
 
-def value_residual(v, first, low, v0):
+def value_residual(v: Tensor, first: Tensor, low: Tensor, v0: Tensor) -> Tensor:
     """RWKV-7's values: v + (first - v) · sigmoid(v0 + low), first being layer 0's.
 
     v, first, low (B, T, C); v0 (1, 1, C) -> (B, T, C).
@@ -134,7 +151,9 @@ def value_residual(v, first, low, v0):
     return v + (first - v) * torch.sigmoid(v0 + low)
 
 
-def norm_bonus_gate(y, r, k, v, g, r_k, weight, bias, eps):
+def norm_bonus_gate(
+    y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor, r_k: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
     """Normalizes each head, adds the current token's bonus and gates it: (normalized y · weight + bias + s v) · g,
     s being the sum of r · k · r_k over the head.
 
@@ -147,5 +166,5 @@ def norm_bonus_gate(y, r, k, v, g, r_k, weight, bias, eps):
     return (normal + (r * k * r_k).sum(-1, keepdim=True) * v).view(g.shape) * g
 
 
-def _contiguous(*tensors):
+def _contiguous(*tensors: Tensor | None) -> Iterator[Tensor | None]:
     return (None if x is None else x.contiguous() for x in tensors)
