@@ -7,8 +7,11 @@ lie apart; the others are contiguous.
 
 import ctypes
 import functools
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..native import arguments, levels
 from ..native.arguments import fields, fill
@@ -52,23 +55,23 @@ FUNCTIONS = (
 AMX_FUNCTIONS = (("bone_transpose", None, TransposeArguments),)
 
 
-def takes(first, *others):
+def takes(first: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernels take these tensors, or None, and can be built here."""
     return arguments.takes(first, *others) and best_level() is not None
 
 
-def affine(x, bone, level=None):
+def affine(x: Tensor, bone: Tensor, level: str | None = None) -> tuple[Tensor, Tensor]:
     """z = x + u and Σ_b u_b, where u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in), (T, r)."""
     x, rank = _rows(x), bone.shape[-1]
     _check_shards(x, rank, bone.shape[0])
     z, shift = x.new_empty(x.shape), x.new_empty(x.shape[0], rank)
     tensors = dict(x=x, bone=bone.contiguous(), z=z, shift=shift)
     sizes = dict(x_stride=x.stride(0), tokens=x.shape[0], in_features=x.shape[1], rank=rank)
-    _library(level or best_level()).bone_affine(fill(AffineArguments, x, tensors, **sizes))
+    _kernels(level).bone_affine(fill(AffineArguments, x, tensors, **sizes))
     return z, shift
 
 
-def affine_backward_(dz, g, x, bone, level=None):
+def affine_backward_(dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor, level: str | None = None) -> Tensor | None:
     """Turn dz (T, in), contiguous, into dx, given g (T, out), the gradient of the output that the shift was added to.
 
     x (T, in) or None; bone (in/r, r, r) -> the gradient of bone, or None without x.
@@ -80,18 +83,18 @@ def affine_backward_(dz, g, x, bone, level=None):
     tensors = dict(d=dz, g=g, x=x, bone=bone.contiguous(), d_bone=d_bone)
     strides = dict(g_stride=g.stride(0), x_stride=0 if x is None else x.stride(0))
     sizes = dict(tokens=dz.shape[0], in_features=dz.shape[1], out_features=g.shape[1], rank=bone.shape[-1])
-    _library(level or best_level()).bone_affine_backward(fill(AffineArguments, dz, tensors, **strides, **sizes))
-    return None if x is None else d_bone.to(bone.dtype)
+    _kernels(level).bone_affine_backward(fill(AffineArguments, dz, tensors, **strides, **sizes))
+    return None if d_bone is None else d_bone.to(bone.dtype)
 
 
-def merge(rows, bone, level=None):
+def merge(rows: Tensor, bone: Tensor, level: str | None = None) -> Tensor:
     """W_ab + W_ab B_a + B_a for output blocks a: rows (a r, in), bone (a, r, r) -> (a r, in)."""
     merged = rows.new_empty(rows.shape)
     _merge(rows, bone, merged, None, level)
     return merged
 
 
-def merge_backward_(d, rows, bone, level=None):
+def merge_backward_(d: Tensor, rows: Tensor, bone: Tensor, level: str | None = None) -> Tensor:
     """Turn d (a r, in), contiguous, the gradient of merge(rows, bone), into that matrix itself; -> the gradient of
     bone."""
     d_bone = torch.zeros(bone.shape)
@@ -99,17 +102,17 @@ def merge_backward_(d, rows, bone, level=None):
     return d_bone.to(bone.dtype)
 
 
-def _merge(rows, bone, merged, d_bone, level):
+def _merge(rows: Tensor, bone: Tensor, merged: Tensor, d_bone: Tensor | None, level: str | None) -> None:
     rows, (count, rank, _) = rows.contiguous(), bone.shape
     _check_shards(rows, rank)
     if rows.shape[0] != count * rank:
         raise ValueError(f"{rows.shape[0]} rows are not {count} blocks of {rank}")
     tensors = dict(w=rows, bone=bone.contiguous(), merged=merged, d_bone=d_bone)
     sizes = dict(count=count, in_features=rows.shape[1], rank=rank)
-    _library(level or best_level()).bone_merge(fill(MergeArguments, rows, tensors, **sizes))
+    _kernels(level).bone_merge(fill(MergeArguments, rows, tensors, **sizes))
 
 
-def transposed(x, level=None):
+def transposed(x: Tensor, level: str | None = None) -> Tensor:
     """x (T, n) -> (n, T): a view, except where the matrix unit's products take a copy in half the time (bfloat16 on
     AMX)."""
     if x.dtype != torch.bfloat16 or not takes(x) or (level or best_level()) != "amx":
@@ -121,24 +124,32 @@ def transposed(x, level=None):
     return turned
 
 
-def shard_sum(x, rank, level=None):
+def shard_sum(x: Tensor, rank: int, level: str | None = None) -> Tensor:
     """Σ_b x_b, the last shard padded with zeros: (T, in) -> (T, r)."""
     x = _rows(x)
     total = x.new_empty(x.shape[0], rank)
     sizes = dict(x_stride=x.stride(0), tokens=x.shape[0], in_features=x.shape[1], rank=rank)
-    _library(level or best_level()).bone_shard_sum(fill(ShardSumArguments, x, dict(x=x, total=total), **sizes))
+    _kernels(level).bone_shard_sum(fill(ShardSumArguments, x, dict(x=x, total=total), **sizes))
     return total
 
 
-def add_tiled_(y, tile, level=None):
+def add_tiled_(y: Tensor, tile: Tensor, level: str | None = None) -> None:
     """y (T, n), contiguous, += tile (T, r) repeated along its rows, cut at n."""
     sizes = dict(tokens=y.shape[0], width=y.shape[1], rank=tile.shape[1])
     tensors = dict(y=y, tile=tile.contiguous())
-    _library(level or best_level()).bone_add_tiled(fill(AddTiledArguments, y, tensors, **sizes))
+    _kernels(level).bone_add_tiled(fill(AddTiledArguments, y, tensors, **sizes))
+
+
+def _kernels(level: str | None) -> ctypes.CDLL:
+    """The library of a level, by default of the best one. Raises BuildError where none can be built."""
+    level = level or best_level()
+    if level is None:
+        raise BuildError("no kernels of cpu/bone can be built here; install a C++ compiler (apt install g++)")
+    return _library(level)
 
 
 @functools.cache
-def best_level():
+def best_level() -> str | None:
     """The fastest of LEVELS that works here; None where no compiler is."""
     best = levels.best_level()
     for level in ("amx", best) if best == "avx512bf16" else (best,):
@@ -148,7 +159,7 @@ def best_level():
 
 
 @functools.cache
-def available(level):
+def available(level: str) -> bool:
     """Whether this processor has one of LEVELS and its kernels can be built."""
     if not (levels.best_level() == "avx512bf16" if level == "amx" else levels.is_here(level)):
         return False
@@ -159,16 +170,16 @@ def available(level):
 
 
 @functools.cache
-def _library(level):
+def _library(level: str) -> ctypes.CDLL:
     return build(level)
 
 
-def level_flags():
+def level_flags() -> dict[str, tuple[str, ...]]:
     """The instruction sets of this machine's architecture -> the compiler's flags."""
     return {"amx": (*levels.AVX512BF16_FLAGS, "-mamx-tile", "-mamx-bf16"), **levels.level_flags()}
 
 
-def build(level, name="", flags=(), headers=()):
+def build(level: str, name: str = "", flags: Sequence[str] = (), headers: Sequence[str | Path] = ()) -> ctypes.CDLL:
     """A level's kernels as a loaded library, `name` and `flags` added to its own; built anew where one of `headers`
     changes. Raises BuildError where that fails."""
     functions = FUNCTIONS + (AMX_FUNCTIONS if level == "amx" else ())
@@ -176,11 +187,11 @@ def build(level, name="", flags=(), headers=()):
     return cpu_library(f"bone_cpu_{level}{name}", "bone/bone.cpp", flags, functions, headers)
 
 
-def _check_shards(x, rank, count=None):
+def _check_shards(x: Tensor, rank: int, count: int | None = None) -> None:
     if x.shape[1] % rank or count not in (None, x.shape[1] // rank):
         raise ValueError(f"rows of {x.shape[1]} are not {'shards' if count is None else f'{count} shards'} of {rank}")
 
 
-def _rows(x):
+def _rows(x: Tensor) -> Tensor:
     """x with whole rows, which may lie apart."""
     return x if x.stride(1) == 1 else x.contiguous()

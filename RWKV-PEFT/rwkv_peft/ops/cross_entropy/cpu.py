@@ -4,6 +4,7 @@ import ctypes
 import functools
 
 import torch
+from torch import Tensor
 
 from ..native import arguments, levels
 from ..native.arguments import fields, fill
@@ -17,23 +18,24 @@ class CrossEntropyArguments(ctypes.Structure):
     _fields_ = fields("logits targets losses", "rows vocabulary", "scale pull", "gradient bfloat16 threads")
 
 
-def takes(logits):
+def takes(logits: Tensor) -> bool:
     """Whether the kernel takes these logits, and can be built here."""
     return arguments.takes(logits) and available()
 
 
-def losses_(logits, targets, scale, pull, gradient):
+def losses_(logits: Tensor, targets: Tensor, scale: float, pull: float, gradient: bool) -> Tensor:
     """logits (n, V), which become scale times their gradient where `gradient`; targets (n,) int64 -> losses (n,)
     float32. Raises IndexError for a target outside the vocabulary."""
     check_range(targets, logits.shape[1])
     losses = torch.empty(logits.shape[0])
     tensors = dict(logits=logits, targets=targets, losses=losses)
-    numbers = dict(zip(("rows", "vocabulary"), logits.shape), scale=scale, pull=pull, gradient=gradient)
+    rows, vocabulary = logits.shape
+    numbers = dict(rows=rows, vocabulary=vocabulary, scale=scale, pull=pull, gradient=gradient)
     _library().cross_entropy(fill(CrossEntropyArguments, logits, tensors, **numbers))
     return losses
 
 
-def check_range(targets, vocabulary):
+def check_range(targets: Tensor, vocabulary: int) -> None:
     """The kernel reads logits at these positions."""
     if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary:
         raise IndexError(
@@ -43,7 +45,7 @@ def check_range(targets, vocabulary):
 
 
 @functools.cache
-def available():
+def available() -> bool:
     """Whether the kernel can be built and loaded here."""
     try:
         _library()
@@ -53,7 +55,7 @@ def available():
 
 
 @functools.cache
-def _library():
+def _library() -> ctypes.CDLL:
     level = levels.best_level()
     functions = (("cross_entropy", None, CrossEntropyArguments),)
     return cpu_library(

@@ -1,12 +1,17 @@
 """Cross-entropy of given logits together with its gradient, which takes the logits' place: plain torch for any device
 and dtype, kernels for float32 and bfloat16 where they can be built."""
 
+from types import ModuleType
+
 import torch
+from torch import Tensor
 
 from . import cpu, cuda
 
 
-def cross_entropy_(logits, targets, scale, pull=0.0, gradient=True):
+def cross_entropy_(
+    logits: Tensor, targets: Tensor, scale: float | Tensor, pull: float = 0.0, gradient: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """The losses of some tokens, scaled and added up, and the gradient of that sum.
 
     logits (n, V), of which nothing is left afterwards; targets (n,) int64; scale a number, or a 0-dim tensor. pull adds
@@ -33,7 +38,7 @@ def cross_entropy_(logits, targets, scale, pull=0.0, gradient=True):
     return loss, grad.mul_(scale).to(dtype)
 
 
-def backend(logits):
+def backend(logits: Tensor) -> ModuleType | None:
     """cpu or cuda, whose kernel takes the logits; None where plain torch does: the one place that decides."""
     kernels = cpu if logits.is_cpu else cuda
     return kernels if logits.is_contiguous() and kernels.takes(logits) else None
