@@ -8,7 +8,9 @@ import contextlib
 import ctypes
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +48,7 @@ class CudaRecurrence:
         plan: Plan,
         splits: Mapping[int, Split] = MappingProxyType({}),
         halved: Sequence[int] = (),
-    ):
+    ) -> None:
         """rows: the names of the operation's inputs (B, T, H, N); shared: of those (H, N), which follow. segment: steps
         that share a slot among the checkpoints, arguments.cuh's SEGMENT. names: of the kernels that `plan` plans.
         splits: how time is split where that pays, by head size. halved: head sizes of which bfloat16 keeps two slots in
@@ -56,8 +58,8 @@ class CudaRecurrence:
         self.rows, self.shared = rows.split(), shared.split()
         self.Arguments = structure([*self.rows, *self.shared])
         self.names = tuple(dict.fromkeys((*names, *(name for split in splits.values() for name in split.names()))))
-        self.Library = functools.partial(Library, self.names, self.Arguments)
-        self.Module = functools.partial(Module, self.names)
+        self.Library: Callable[[str | Path], Kernels] = functools.partial(Library, self.names, self.Arguments)
+        self.Module: Callable[[bytes], Kernels] = functools.partial(Module, self.names)
 
     def unavailable(self, level: str = "") -> str | None:
         """None where the kernels work on the current GPU, else why they do not and what would help."""
@@ -85,19 +87,19 @@ class CudaRecurrence:
         slots = r.shape[0] * r.shape[1] // self.segment + sequences
         return -(-slots // 2) if r.dtype == torch.bfloat16 and r.shape[3] in self.halved else slots
 
-    def forward(self, *tensors, save: bool, level: str = "") -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, *tensors: Any, save: bool, level: str = "") -> tuple[Tensor, Tensor, Tensor]:
         """The inputs, contiguous, those (B, T, H, N) float32 or bfloat16, the shared ones float32; state (n, H, N, N)
         float32 or None; cu_seqlens (n + 1,) int64 or None -> y, final state, checkpoints (empty unless `save`)."""
         group = self.group_of(tensors[0], _sequences(tensors[0], tensors[-1]))
         return self.run_forward(self.kernels(tensors[0].device.index), *tensors, save=save, group=group)
 
-    def backward(self, *tensors, level: str = "") -> tuple[Tensor, ...]:
+    def backward(self, *tensors: Any, level: str = "") -> tuple[Tensor, ...]:
         """What forward took, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
         gradients of the inputs and of the state."""
         group = self.group_of(tensors[0], _sequences(tensors[0], tensors[-4]))
         return self.run_backward(self.kernels(tensors[0].device.index), *tensors, group=group)
 
-    def run_forward(self, kernels: Kernels, *tensors, save: bool, group: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    def run_forward(self, kernels: Kernels, *tensors: Any, save: bool, group: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """forward, on the given kernels. group: the tokens of one where time is split, a multiple of 64, else 0."""
         *inputs, state, bounds = tensors
         r = inputs[0]
@@ -112,7 +114,7 @@ class CudaRecurrence:
         self._launch(kernels, "forward", r, sequences, group, arguments)
         return y, final_state, checkpoints if save else checkpoints[:0]
 
-    def run_backward(self, kernels: Kernels, *tensors, group: int = 0) -> tuple[Tensor, ...]:
+    def run_backward(self, kernels: Kernels, *tensors: Any, group: int = 0) -> tuple[Tensor, ...]:
         """backward, on the given kernels, with forward's `group`."""
         *inputs, _, bounds, checkpoints, gy, gfinal = tensors  # the first checkpoint is the state
         r = inputs[0]

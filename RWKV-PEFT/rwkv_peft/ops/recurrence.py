@@ -60,7 +60,7 @@ def check(
             raise ValueError(f"{op}: {name} is {tensor.dtype}; it must be a float type: convert it with {name}.float()")
 
 
-def _check_cu_seqlens(op, cu_seqlens, B, T):
+def _check_cu_seqlens(op: str, cu_seqlens: torch.Tensor, B: int, T: int) -> int:
     """The number of sequences that cu_seqlens packs into the one row of T tokens."""
     if not isinstance(cu_seqlens, torch.Tensor):
         raise ValueError(
@@ -78,7 +78,7 @@ def _check_cu_seqlens(op, cu_seqlens, B, T):
     return len(cu_seqlens) - 1
 
 
-def _has_values(x):
+def _has_values(x: torch.Tensor) -> bool:
     """Whether x is a real tensor rather than a fake or meta one."""
     return type(x) is torch.Tensor and x.device.type != "meta"
 
@@ -117,7 +117,7 @@ def as_int64(cu_seqlens: torch.Tensor, T: int) -> torch.Tensor:
     return plain
 
 
-def _mark(cu_seqlens, T):
+def _mark(cu_seqlens: torch.Tensor, T: int) -> tuple[int, int]:
     """What a tensor that bounds sequences of T tokens remembers, as long as nobody writes to it."""
     return T, 0 if cu_seqlens.is_inference() else cu_seqlens._version
 

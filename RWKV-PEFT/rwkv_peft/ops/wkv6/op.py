@@ -6,6 +6,7 @@ import warnings
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from ..compiled import constant_when_compiled
 from ..eager import Recurrence
@@ -17,7 +18,17 @@ from .operators import backend_module
 KERNELS = ("cpu", "cuda")
 
 
-def wkv6(r, k, v, w, u, state=None, cu_seqlens=None, *, backend="auto"):
+def wkv6(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
     """RWKV-6's recurrence (Peng et al. 2024, arXiv 2404.05892, eq. 19): y_t = r_tᵀ (S_{t-1} + diag(u) k_t v_tᵀ),
     S_t = diag(exp(-exp(w_t))) S_{t-1} + k_t v_tᵀ.
 
@@ -62,25 +73,25 @@ def wkv6(r, k, v, w, u, state=None, cu_seqlens=None, *, backend="auto"):
     return y.to(out_dtype), final_state
 
 
-def backends():
+def backends() -> dict[str, str | None]:
     """Every backend's name -> None where it can be used here, else the reason and the remedy. May compile them."""
     return {"reference": None, **{name: backend_module(name).unavailable() for name in KERNELS}}
 
 
 @constant_when_compiled
-def _choose(backend, device_type, index, dtype):
+def _choose(backend: str, device_type: str, index: int | None, dtype: torch.dtype) -> str:
     """_resolve, as a constant of a compiled graph."""
     return _resolve(backend, device_type, index, dtype)
 
 
 @functools.cache
-def _resolve(backend, device_type, index, dtype):
+def _resolve(backend: str, device_type: str, index: int | None, dtype: torch.dtype) -> str:
     """The backend to call: `backend` itself, or what "auto" means for this device (GPUs differ) and dtype."""
     with current_gpu(device_type, index):
         return _resolve_here(backend, device_type, dtype)
 
 
-def _resolve_here(backend, device_type, dtype):
+def _resolve_here(backend: str, device_type: str, dtype: torch.dtype) -> str:
     if backend == "auto":
         return _resolve_auto(device_type, dtype)
     if backend == "reference":
@@ -96,7 +107,7 @@ def _resolve_here(backend, device_type, dtype):
     return backend
 
 
-def _resolve_auto(device_type, dtype):
+def _resolve_auto(device_type: str, dtype: torch.dtype) -> str:
     log = logging.getLogger(__name__)
     if dtype == torch.float64:
         return "reference"

@@ -11,8 +11,11 @@ single operations. Each device's kernel is a backend module (cpu.py, cuda.py) wi
 """
 
 import importlib
+from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..eager import second_derivative
 from .checks import check_bounds
@@ -29,18 +32,28 @@ _library.define(
 )
 
 
-def backend_module(device_type):
+def backend_module(device_type: str) -> ModuleType:
     """The backend of a device type, "cpu" or "cuda"; loaded on first use."""
     return importlib.import_module(f".{device_type}", __package__)
 
 
-def _forward(r, k, v, w, u, state, cu_seqlens, save, level):
+def _forward(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    save: bool,
+    level: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     if cu_seqlens is not None:  # a compiled graph comes here with values that nobody has seen yet
         check_bounds(cu_seqlens, r.shape[1])
     return backend_module(r.device.type).forward(r, k, v, w, u, state, cu_seqlens, save=save, level=level)
 
 
-def _backward(*arguments):
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     *tensors, level = arguments
     return backend_module(tensors[0].device.type).backward(*tensors, level=level)
 
@@ -50,13 +63,23 @@ for _key in ("CPU", "CUDA"):
     _library.impl("wkv6_backward", _backward, _key)
 
 
-def _states_like(u, count):
+def _states_like(u: Tensor, count: int) -> Tensor:
     H, N = u.shape
     return u.new_empty(count, H, N, N)
 
 
 @torch.library.register_fake("rwkv_peft::wkv6_forward", lib=_library)
-def _forward_fake(r, k, v, w, u, state, cu_seqlens, save, level):
+def _forward_fake(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    save: bool,
+    level: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     sequences = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     device = "cuda" if r.device.type == "cuda" else "cpu"
     count = backend_module(device).checkpoint_count(r, sequences) if save else 0
@@ -64,12 +87,24 @@ def _forward_fake(r, k, v, w, u, state, cu_seqlens, save, level):
 
 
 @torch.library.register_fake("rwkv_peft::wkv6_backward", lib=_library)
-def _backward_fake(r, k, v, w, u, state, cu_seqlens, checkpoints, gy, gfinal, level):
+def _backward_fake(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    checkpoints: Tensor,
+    gy: Tensor | None,
+    gfinal: Tensor | None,
+    level: str,
+) -> tuple[Tensor, ...]:
     sequences = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return (*(torch.empty_like(x) for x in (r, k, v, w, u)), _states_like(u, sequences))
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     r, k, v, w, u, state, cu_seqlens, _, level = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2])
@@ -77,7 +112,7 @@ def _save(ctx, inputs, output):
     ctx.level = level
 
 
-def _differentiate(ctx, gy, gfinal, _):
+def _differentiate(ctx: Any, gy: Tensor | None, gfinal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     r, k, v, w, u, state, cu_seqlens, checkpoints = ctx.saved_tensors
     if gy is None and gfinal is None:
         return (None,) * 9
@@ -91,7 +126,7 @@ def _differentiate(ctx, gy, gfinal, _):
     return gr, gk, gv, gw, gu, None if state is None else gstate, None, None, None
 
 
-def _refuse(ctx, *_):
+def _refuse(ctx: Any, *_: Tensor | None) -> None:
     raise second_derivative("wkv6")
 
 

@@ -1,9 +1,12 @@
 """The wkv6 recurrence in plain torch, one step at a time: the definition that every other backend is tested against."""
 
 import torch
+from torch import Tensor
 
 
-def wkv6(r, k, v, w, u, state=None, cu_seqlens=None):
+def wkv6(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """RWKV-6's recurrence (Peng et al. 2024, arXiv 2404.05892, eq. 19), differentiable any number of times.
 
     With S a head's state, rows the key dimension, columns the value dimension:
@@ -18,8 +21,8 @@ def wkv6(r, k, v, w, u, state=None, cu_seqlens=None):
         bounds = cu_seqlens.tolist()
         parts = []
         for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
-            piece = [x[:, start:end] for x in (r, k, v, w)]
-            parts.append(wkv6(*piece, u, None if state is None else state[n : n + 1]))
+            at, initial = slice(start, end), None if state is None else state[n : n + 1]
+            parts.append(wkv6(r[:, at], k[:, at], v[:, at], w[:, at], u, initial))
         return torch.cat([y for y, _ in parts], dim=1), torch.cat([final for _, final in parts])
 
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32

@@ -10,6 +10,7 @@ Chunkwise forms of the delta rule: Yang et al. 2024, arXiv 2406.06484; RWKV-7: P
 Computes in float64 where the tensors are float64, else in float32.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +48,7 @@ class Products:
     inverse: Tensor  # (I - ab)⁻¹
 
 
-def _prepare(r, w, k, v, a, b) -> Products:
+def _prepare(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Products:
     logs = DECAY_SCALE * torch.sigmoid(w)
     sums = logs.cumsum(-2)
     incl, excl = sums.exp(), (sums - logs).exp()
@@ -59,7 +60,9 @@ def _prepare(r, w, k, v, a, b) -> Products:
     return Products(v, incl, excl, wq, wa, kwi, bwi, incl[..., -1:, :], ab, ak, qk, qb, inverse)
 
 
-def _states(p: Products, first: int, S: Tensor, starts: dict[int, Tensor], ends: dict[int, Tensor]):
+def _states(
+    p: Products, first: int, S: Tensor, starts: dict[int, Tensor], ends: dict[int, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     """(states before each chunk, U, the state after the last), from chunk number `first` on. starts: a chunk -> the
     state that it begins with; ends: a chunk -> where the state after it goes."""
     own, through = p.inverse @ (p.ak @ p.v), p.inverse @ p.wa  # U = own + through Sᵀ
@@ -79,7 +82,7 @@ def _states(p: Products, first: int, S: Tensor, starts: dict[int, Tensor], ends:
 class _Call:
     """A call's tensors, laid out in chunks and read a segment at a time."""
 
-    def __init__(self, inputs, state, cu_seqlens):
+    def __init__(self, inputs: Sequence[Tensor], state: Tensor | None, cu_seqlens: Tensor | None) -> None:
         r = inputs[0]
         self.layout = Layout(r.shape, cu_seqlens)
         self.dtype = torch.promote_types(r.dtype, torch.float32)
@@ -87,41 +90,52 @@ class _Call:
         self.inputs = [self.layout.pad(x, filler) for x, filler in zip(inputs, fillers)]
         self.initial = self.states(state, r)
 
-    def states(self, state, like):
+    def states(self, state: Tensor | None, like: Tensor) -> Tensor:
         """`state`, or zeros, in the dtype of the computation."""
         at = self.layout
         shape = (at.states, at.H, at.N, at.N)
         return like.new_zeros(shape, dtype=self.dtype) if state is None else state.to(self.dtype)
 
-    def parts(self, states, chunks):
+    def parts(self, states: Tensor, chunks: Mapping[int, slice]) -> dict[int, Tensor]:
         """A sequence's first or last chunk -> its states, (B H, N, N)."""
         return {chunk: states[at].flatten(0, 1) for chunk, at in chunks.items()}
 
-    def segments(self):
+    def segments(self) -> list[tuple[int, int]]:
         """The chunks of each segment: (first, after)."""
         chunks = self.layout.chunks
         return [(first, min(first + SEGMENT, chunks)) for first in range(0, chunks, SEGMENT)]
 
-    def take(self, x, first, after):
+    def take(self, x: Tensor, first: int, after: int) -> Tensor:
         """Chunks of a padded tensor as (B H, n, C, N)."""
         return x[:, :, first:after].flatten(0, 1).to(self.dtype)
 
-    def products(self, first, after):
+    def products(self, first: int, after: int) -> Products:
         """The operands of a segment's chunks."""
         return _prepare(*(self.take(x, first, after) for x in self.inputs))
 
-    def empty(self, like):
+    def empty(self, like: Tensor) -> Tensor:
         """Room for all chunks' results, (B, steps, H, N), in the dtype of `like`."""
         at = self.layout
         return like.new_empty(at.B, at.chunks * CHUNK, at.H, at.N)
 
-    def put(self, to, first, after, x):
+    def put(self, to: Tensor, first: int, after: int, x: Tensor) -> None:
         """x (B H, n, C, N) goes to its chunks' place."""
         at = self.layout
         to[:, first * CHUNK : after * CHUNK] = x.reshape(at.B, at.H, -1, at.N).transpose(1, 2)
 
 
-def forward(r, w, k, v, a, b, state, cu_seqlens, save, level):
+def forward(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    save: bool,
+    level: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     """r w k v a b (B, T, H, N) of one dtype; state (n, H, N, N) or None; cu_seqlens (n + 1,) int64 or None
     -> y, final state, the states that the segments begin with (none unless `save`)."""
     call = _Call((r, w, k, v, a, b), state, cu_seqlens)
@@ -141,7 +155,20 @@ def forward(r, w, k, v, a, b, state, cu_seqlens, save, level):
     return at.cut(y).contiguous(), final, checkpoints
 
 
-def backward(r, w, k, v, a, b, state, cu_seqlens, checkpoints, gy, gfinal, level):
+def backward(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    checkpoints: Tensor,
+    gy: Tensor | None,
+    gfinal: Tensor | None,
+    level: str,
+) -> tuple[Tensor, ...]:
     """The gradients of r w k v a b and state, given those of y and of the final state (None for zeros)."""
     inputs = (r, w, k, v, a, b)
     call = _Call(inputs, state, cu_seqlens)
@@ -167,7 +194,16 @@ def backward(r, w, k, v, a, b, state, cu_seqlens, checkpoints, gy, gfinal, level
     return *(at.cut(x).contiguous() for x in outs), gstate
 
 
-def _backward_segment(p: Products, states, U, dY, dS, first, begun, ended):
+def _backward_segment(
+    p: Products,
+    states: Tensor,
+    U: Tensor,
+    dY: Tensor,
+    dS: Tensor,
+    first: int,
+    begun: Mapping[int, Tensor],
+    ended: Mapping[int, Tensor],
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(gradient of the state before the segment, gradients of r, log decay, k, v, a, b). states: S before each chunk;
     dS: gradient of the state after the segment; begun: a chunk -> where the gradient of the state before it goes;
     ended: a chunk -> the gradient of the state after it."""

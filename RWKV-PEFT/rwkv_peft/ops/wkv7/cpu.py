@@ -4,6 +4,7 @@ import ctypes
 import functools
 
 import torch
+from torch import Tensor
 
 from ..native import levels
 from ..native.arguments import fields, fill
@@ -42,7 +43,18 @@ def checkpoint_count(r: torch.Tensor, sequences: int) -> int:
     return r.shape[0] * r.shape[1] // TILE
 
 
-def forward(r, w, k, v, a, b, state, cu_seqlens, save, level):
+def forward(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    save: bool,
+    level: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Contiguous r w k v a b (B, T, H, N), float32 or bfloat16; state (n, H, N, N) or None, float32;
     cu_seqlens (n + 1,) int64 or None -> y, final state, checkpoints (float32, empty unless `save`)."""
     B, T, H, N = r.shape
@@ -52,12 +64,25 @@ def forward(r, w, k, v, a, b, state, cu_seqlens, save, level):
     count = checkpoint_count(r, sequences) if save else 0
     checkpoints = r.new_empty(count, H, N, N, dtype=torch.float32)
     tensors = dict(r=r, w=w, k=k, v=v, a=a, b=b, state=state, cu_seqlens=cu_seqlens, y=y, final_state=final_state)
-    arguments = _arguments(sequences, tensors | dict(checkpoints=checkpoints if save else None))
+    arguments = _arguments(r, sequences, tensors | dict(checkpoints=checkpoints if save else None))
     _check(library(level or levels.best_level()).wkv7_cpu_forward(arguments))
     return y, final_state, checkpoints
 
 
-def backward(r, w, k, v, a, b, state, cu_seqlens, checkpoints, gy, gfinal, level):
+def backward(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    checkpoints: Tensor,
+    gy: Tensor | None,
+    gfinal: Tensor | None,
+    level: str,
+) -> tuple[Tensor, ...]:
     """The gradients of r w k v a b and state, given those of y and of the final state (None for zeros)."""
     _, _, H, N = r.shape
     sequences = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -65,17 +90,16 @@ def backward(r, w, k, v, a, b, state, cu_seqlens, checkpoints, gy, gfinal, level
     gradients.append(r.new_empty(sequences, H, N, N, dtype=torch.float32))
     tensors = dict(r=r, w=w, k=k, v=v, a=a, b=b, state=state, cu_seqlens=cu_seqlens, checkpoints=checkpoints)
     tensors |= dict(gy=gy, gfinal=gfinal, **dict(zip("gr gw gk gv ga gb gstate".split(), gradients)))
-    _check(library(level or levels.best_level()).wkv7_cpu_backward(_arguments(sequences, tensors)))
+    _check(library(level or levels.best_level()).wkv7_cpu_backward(_arguments(r, sequences, tensors)))
     return tuple(gradients)
 
 
-def _arguments(sequences, tensors):
-    r = tensors["r"]
+def _arguments(r: Tensor, sequences: int, tensors: dict[str, Tensor | None]) -> Arguments:
     B, T, H, N = r.shape
     return fill(Arguments, r, tensors, sequences=sequences, tokens=B * T, heads=H, head_size=N)
 
 
-def _check(status):
+def _check(status: int) -> None:
     if status != 0:
         raise MemoryError("wkv7: the CPU kernel found no memory for its work buffers; lower the batch or the threads")
 

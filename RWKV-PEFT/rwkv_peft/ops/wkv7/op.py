@@ -78,19 +78,19 @@ def backends() -> dict[str, str | None]:
 
 
 @constant_when_compiled
-def _choose(backend, device_type, index, dtype):
+def _choose(backend: str, device_type: str, index: int | None, dtype: torch.dtype) -> str:
     """_resolve, as a constant of a compiled graph."""
     return _resolve(backend, device_type, index, dtype)
 
 
 @functools.cache
-def _resolve(backend, device_type, index, dtype):
+def _resolve(backend: str, device_type: str, index: int | None, dtype: torch.dtype) -> str:
     """The backend to call: `backend` itself, or what "auto" means for this device (GPUs differ) and dtype."""
     with current_gpu(device_type, index):
         return _resolve_here(backend, device_type, dtype)
 
 
-def _resolve_here(backend, device_type, dtype):
+def _resolve_here(backend: str, device_type: str, dtype: torch.dtype) -> str:
     if backend == "auto":
         return _resolve_auto(device_type, dtype)
     if backend == "reference":
@@ -106,7 +106,7 @@ def _resolve_here(backend, device_type, dtype):
     return backend
 
 
-def _resolve_auto(device_type, dtype):
+def _resolve_auto(device_type: str, dtype: torch.dtype) -> str:
     if dtype == torch.float64:
         return "reference"
     if device_type == "meta":  # where a GPU's memory is planned

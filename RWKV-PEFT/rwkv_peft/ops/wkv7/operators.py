@@ -12,8 +12,10 @@ operations. `backend` names a module here and, after a colon, an instruction set
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..eager import second_derivative
 from ..recurrence import check_bounds
@@ -32,7 +34,18 @@ def backend_module(name: str) -> ModuleType:
     return importlib.import_module(f".{name}", __package__)
 
 
-def call_forward(r, w, k, v, a, b, state, cu_seqlens, save, backend):
+def call_forward(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    save: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     """A backend's forward, past torch's operators."""
     if cu_seqlens is not None:  # a compiled graph comes here with values that nobody has seen yet
         check_bounds("wkv7", cu_seqlens, r.shape[1])
@@ -40,13 +53,13 @@ def call_forward(r, w, k, v, a, b, state, cu_seqlens, save, backend):
     return backend_module(name).forward(r, w, k, v, a, b, state, cu_seqlens, save=save, level=level)
 
 
-def call_backward(*tensors, backend):
+def call_backward(*tensors: Tensor | None, backend: str) -> tuple[Tensor, ...]:
     """A backend's backward, past torch's operators."""
     name, _, level = backend.partition(":")
     return backend_module(name).backward(*tensors, level=level)
 
 
-def _backward(*arguments):
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     return call_backward(*arguments[:-1], backend=arguments[-1])
 
 
@@ -54,17 +67,28 @@ _library.impl("wkv7_forward", call_forward, "CompositeExplicitAutograd")
 _library.impl("wkv7_backward", _backward, "CompositeExplicitAutograd")
 
 
-def _states_like(r, count):
+def _states_like(r: Tensor, count: int) -> Tensor:
     _, _, H, N = r.shape
     return r.new_empty(count, H, N, N, dtype=torch.float32)
 
 
-def _sequences(r, cu_seqlens):
+def _sequences(r: Tensor, cu_seqlens: Tensor | None) -> int:
     return r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 @torch.library.register_fake("rwkv_peft::wkv7_forward", lib=_library)
-def _forward_fake(r, w, k, v, a, b, state, cu_seqlens, save, backend):
+def _forward_fake(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    save: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     sequences = _sequences(r, cu_seqlens)
     module = backend_module(backend.partition(":")[0])
     count = module.checkpoint_count(r, sequences) if save else 0
@@ -72,11 +96,24 @@ def _forward_fake(r, w, k, v, a, b, state, cu_seqlens, save, backend):
 
 
 @torch.library.register_fake("rwkv_peft::wkv7_backward", lib=_library)
-def _backward_fake(r, w, k, v, a, b, state, cu_seqlens, checkpoints, gy, gfinal, backend):
+def _backward_fake(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    checkpoints: Tensor,
+    gy: Tensor | None,
+    gfinal: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, ...]:
     return (*(torch.empty_like(x) for x in (r, w, k, v, a, b)), _states_like(r, _sequences(r, cu_seqlens)))
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, _, backend = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2])
@@ -84,7 +121,7 @@ def _save(ctx, inputs, output):
     ctx.backend = backend
 
 
-def _differentiate(ctx, gy, gfinal, _):
+def _differentiate(ctx: Any, gy: Tensor | None, gfinal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     *tensors, checkpoints = ctx.saved_tensors
     if gy is None and gfinal is None:
         return (None,) * 10
@@ -93,7 +130,7 @@ def _differentiate(ctx, gy, gfinal, _):
     return *gradients, None if tensors[6] is None else gstate, None, None, None
 
 
-def _refuse(ctx, *_):
+def _refuse(ctx: Any, *_: Tensor | None) -> None:
     raise second_derivative("wkv7")
 
 

@@ -33,9 +33,8 @@ def wkv7(
         bounds = cu_seqlens.tolist()
         parts = []
         for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
-            pieces = [x[:, start:end] for x in (r, w, k, v, a, b)]
-            initial = None if state is None else state[n : n + 1]
-            parts.append(wkv7(*pieces, initial))  # type: ignore[call-arg]
+            at, initial = slice(start, end), None if state is None else state[n : n + 1]
+            parts.append(wkv7(r[:, at], w[:, at], k[:, at], v[:, at], a[:, at], b[:, at], initial))
         return torch.cat([y for y, _ in parts], dim=1), torch.cat([final for _, final in parts])
 
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
