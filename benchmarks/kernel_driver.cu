@@ -72,6 +72,11 @@ static bool finite(const Device<T>& values) {
 }
 
 using Launcher = int (*)(const Arguments*, int, int, int, void*);  // a kernel's NAME_run
+struct Step {
+    Launcher kernel;
+    int blocks;
+    dim3 block;
+};
 
 // Launches forward and backward as ops/wkv6/cuda.py and ops/wkv7/cuda.py plan them; -> CUDA's error code.
 static int launch_both(const Arguments& a, bool is_float32) {
@@ -91,13 +96,25 @@ static int launch_both(const Arguments& a, bool is_float32) {
     if (is_float32) forward = wkv6_forward_plain_float32_run, backward = wkv6_backward_plain_float32_run;
     const dim3 forward_block = is_float32 ? plain : chunked, backward_block = is_float32 || N == 128 ? plain : chunked;
 #endif
-    const int blocks = a.heads * a.sequences;
-    const int status = forward(&a, blocks, forward_block.x, forward_block.y, nullptr);
-    return status ? status : backward(&a, blocks, backward_block.x, backward_block.y, nullptr);
+    const int blocks = a.heads * a.groups;
+    std::vector<Step> steps = {{forward, blocks, forward_block}, {backward, blocks, backward_block}};
+#if GENERATION == 7
+    if (a.group) {
+        const dim3 passes(256), scans(128);
+        const int scan_blocks = 4 * a.heads * a.sequences;
+        steps = {
+            {wkv7_forward_groups_64_run, blocks, passes},  {wkv7_forward_scan_64_run, scan_blocks, scans},  steps[0],
+            {wkv7_backward_groups_64_run, blocks, passes}, {wkv7_backward_scan_64_run, scan_blocks, scans}, steps[1]};
+    }
+#endif
+    for (const Step& step : steps)
+        if (const int status = step.kernel(&a, step.blocks, step.block.x, step.block.y, nullptr)) return status;
+    return 0;
 }
 
+// group: the tokens of one where time is split, or 0.
 template <class T>
-static bool run(int head_size) {
+static bool run(int head_size, int group = 0) {
     constexpr bool is_float32 = std::is_same_v<T, float>;
     const size_t tokens = BOUNDS.back(), sequences = BOUNDS.size() - 1;
     const size_t elements = tokens * HEADS * head_size, state = size_t(HEADS) * head_size * head_size;
@@ -113,6 +130,9 @@ static bool run(int head_size) {
     a.y = y.at, a.final_state = final_state.at, a.checkpoints = checkpoints.at;
     a.gy = gy.at, a.gfinal = gfinal.at, a.gr = gr.at, a.gk = gk.at, a.gv = gv.at, a.gw = gw.at, a.gstate = gstate.at;
     a.sequences = int(sequences), a.length = int(tokens), a.heads = HEADS, a.head_size = head_size;
+    const size_t groups = group ? tokens / group + sequences : sequences;
+    Device<float> parts(groups * state), transitions(groups * state);
+    a.group = group, a.groups = int(groups), a.parts = parts.at, a.transitions = transitions.at;
 #if GENERATION == 7
     const float small = 1 / std::sqrt(float(head_size));  // else states grow without bound
     Device<T> taken(numbers<T>(elements, 6, -small, small)), put(numbers<T>(elements, 9, -small, small));
@@ -130,9 +150,10 @@ static bool run(int head_size) {
 #endif
     const bool right = status == 0 && error == cudaSuccess && own && finite(y) && finite(final_state) && finite(gr) &&
                        finite(gk) && finite(gv) && finite(gw) && finite(gstate);
-    std::printf("{\"generation\": %d, \"head_size\": %d, \"dtype\": \"%s\", \"right\": %s, \"error\": \"%s\"}\n",
-                GENERATION, head_size, is_float32 ? "float32" : "bfloat16", right ? "true" : "false",
-                cudaGetErrorString(error));
+    std::printf(
+        "{\"generation\": %d, \"head_size\": %d, \"dtype\": \"%s\", \"group\": %d, \"right\": %s, \"error\": \"%s\"}\n",
+        GENERATION, head_size, is_float32 ? "float32" : "bfloat16", group, right ? "true" : "false",
+        cudaGetErrorString(error));
     return right;
 }
 
@@ -142,5 +163,8 @@ int main() {
         right &= run<float>(head_size);
         right &= run<bf16>(head_size);
     }
+#if GENERATION == 7
+    right &= run<bf16>(64, 64);
+#endif
     return right ? 0 : 1;
 }
