@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from rwkv_peft.config import TrainConfig
@@ -19,6 +20,7 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.evals.command import main as evaluate
 from rwkv_peft.evals.exam import Exam
 from rwkv_peft.generate.loading import load_model
+from rwkv_peft.training.examiner import Examiner
 from rwkv_peft.training.flags import parse_flags
 from rwkv_peft.training.run import find_exam
 from training.runs import ROOT, finish, metrics, start
@@ -55,7 +57,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def train(files):
-    """(name of the run's folder, flags) -> what train.py printed on stdout and stderr; two ranks, with dropout."""
+    """(name of the run's folder, flags) -> what train.py printed on stdout and stderr; with dropout."""
 
     def run(name, *more, code=0):
         words = {
@@ -70,7 +72,7 @@ def train(files):
             "--lr_init": "auto",
             "--lr_schedule": "constant",
             "--accelerator": "cpu",
-            "--devices": 2,
+            "--devices": 1,
             "--strategy": "deepspeed_stage_2",
             "--precision": "fp32",
             "--val_split": 0.1,
@@ -126,7 +128,7 @@ def test_the_last_answers_are_those_that_eval_finds_of_what_is_saved(files, aske
 
 
 def test_what_the_run_computes_does_not_change(files, train, asked):
-    """With dropout, whose draws asking must leave alone, and ranks that share the questions."""
+    """With dropout, whose draws asking must leave alone."""
     train("silent")
     assert numbers(files, "silent") == numbers(files, "asked")
     silent, other = (load_file(files / name / "adapter.safetensors") for name in ("silent", "asked"))
@@ -149,6 +151,30 @@ def test_the_model_answers_from_the_states_that_it_tunes(tmp_path):
             tokens.append(int(model(torch.tensor([tokens]))[0][0, -1].argmax()))
     (record,) = exam.ask(model)
     assert record["generated"] == tokenizer.decode(tokens[1:]) and record["end"] == "length"
+
+
+def test_ranks_share_the_questions_and_each_has_all_answers(tmp_path, monkeypatch):
+    """Two ranks one after the other; what one gathers stands for both."""
+    train = TrainConfig(eval_data=write(tmp_path / "questions.jsonl", QUESTIONS), eval_max_tokens=2, eval_every=1)
+    model, _ = load_model(BASE)
+    examiner = Examiner(
+        Exam(train, load_tokenizer("bytes")), train, None, tmp_path, SimpleNamespace(moved=lambda text: None)
+    )
+    lit, asked = SimpleNamespace(model=model, step=7), {}
+
+    def gather(parts, records):
+        asked[len(asked)] = records
+        parts[:] = [asked.get(rank, []) for rank in range(2)]
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    for rank in range(2):
+        trainer = SimpleNamespace(global_rank=rank, world_size=2, is_global_zero=rank == 1)
+        scores = examiner(trainer, lit, done=8, ending=False)
+    assert [[record["number"] for record in records] for records in asked.values()] == [[0, 2, 4], [1, 3]]
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["number"]) for line in lines] == [(7, number) for number in range(5)]
+    assert scores["eval_score"] == sum(line["strict"] for line in lines) / 5
+    assert model.training
 
 
 @pytest.mark.parametrize(
