@@ -2,7 +2,7 @@
 
     python benchmarks/trainer.py [--methods bat-in none] [--dtypes fp32] [--rounds 20] [--profile 30]
 
-A new RWKV-6 of 20 M parameters trains on rows of 512 tokens on the CPU through train.py's own code. After each of its
+An RWKV-6 of 23 M parameters trains on rows of 512 tokens on the CPU through train.py's own code. After each of its
 steps, all that belongs to it included, the same model takes one in a bare loop in the same process: forward, loss,
 backward, clipping and AdamW, on the same batch. The two take turns, so that a machine's drift meets both. Times are of
 the processor, over all threads of the process; printed are their medians and the median of the ratios within a round.

@@ -1,7 +1,7 @@
 """Whether every ZeRO strategy trains as one process does, resumes bitwise and writes the same file; and its memory.
 
     python benchmarks/zero.py matrix                (100 runs of train.py of six steps, and each resumed from the third)
-    python benchmarks/zero.py memory --folder out/zero                       (full training of 71 M parameters, 2 ranks)
+    python benchmarks/zero.py memory --folder out/zero                       (full training of 73 M parameters, 2 ranks)
 
 The matrix: the five strategies x 1 and 2 ranks x float32 and bfloat16 x accumulation 1 and 2 x grad_cp 0 and 1, for
 bat-in; for full training accumulation 2 with grad_cp 1, on a model whose embedding and head are above the size from
