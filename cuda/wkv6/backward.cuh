@@ -12,7 +12,6 @@ struct BackwardShared {
     Operands<N> operands;
     float read[CHUNK][N + 4], write[CHUNK][N + 4];  // Decays::reads and writes, for the epilogue
     float u[N], gy_v[CHUNK];                        // gy_v: sum over v of gy v
-    Tile states[CHUNKS][N / 16][2 * N];             // S before each chunk of the segment, one tile a thread
 };
 
 // Sums over time of a tile with time along its columns: in each row, the sum over the columns before each element's
@@ -81,6 +80,13 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         stage ^= 1;
     };
 
+    // The states inside a segment wait where the gradients of the chunk before will be written, once nobody reads them
+    // any more: tile b of the thread, of the state after the chunk that begins at token t0.
+    const auto waiting = [&](int t0, int b) -> Tile& {
+        void* const room = b == 0 ? a.gr : b == 1 ? a.gk : b == 2 ? a.gv : a.gw;
+        return *(Tile*)((bf16*)room + s.elements + (t0 + dot_row) * s.stride + dot_column);
+    };
+
     if (tid < N) shared.u[tid] = a.u[s.channel(a) + tid];
     const float* ends = a.group ? a.parts : a.gfinal;
     const float* end = ends ? ends + s.state : nullptr;
@@ -97,10 +103,7 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         const Checkpoint<N> checkpoint(a, s, begin);
         #pragma unroll
         for (int b = 0; b < tiles; b++) S[b] = widened(checkpoint(c0 / 16, b));
-        for (int i = 0;; i++) {
-            #pragma unroll
-            for (int b = 0; b < tiles; b++) shared.states[i][b][tid] = rounded(S[b]);
-            if (i == chunks - 1) break;
+        for (int i = 0; i < chunks - 1; i++) {
             arrive();
             start_fetch(stage ^ 1, begin + (i + 1) * CHUNK, i + 1 == chunks - 1);
             const auto& in = shared.chunk[stage];
@@ -108,15 +111,16 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
             __syncthreads();  // the quarters are known
             Pair factor[4];
             decays.halves(o);
-            decays.writes(factor);
-            decays.scale(in.k, factor, decays.second, o.k_middle, o.k_end);
-            __syncthreads();  // the operands are complete
+            decays.ends(factor);
+            decays.scale(in.k, factor, o.k_end);
+            __syncthreads();  // the operand is complete
 
             const Tile k_end = load_transposed(&o.k_end[0][c0], stride);  // (k, s)
             #pragma unroll
             for (int b = 0; b < tiles; b++) {
                 scale_rows(S[b], &o.whole[c0]);
                 multiply(S[b], k_end, load_right_transposed(&in.v[0][b * 16], stride));
+                waiting(begin + i * CHUNK, b) = rounded(S[b]);
             }
         }
 
@@ -170,7 +174,7 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
             for (int b = 0; b < tiles; b++) {
                 const Tile gy = load_tile(&in.gy[0][b * 16], stride);
                 const Right v = load_right(&in.v[0][b * 16], stride);
-                const Tile state = shared.states[i][b][tid];
+                const Tile state = i > 0 ? waiting(t0 - CHUNK, b) : checkpoint(c0 / 16, b);
                 multiply(gscores, gy, v);
                 multiply(gr_across, state, right(gy));
                 multiply(gk_across, rounded(dS[b]), v);
