@@ -81,7 +81,8 @@ class CudaRecurrence:
 
     def group_of(self, r: Tensor, sequences: int) -> int:
         """The tokens of a group where time is split, else 0."""
-        return group_of(r, sequences) if r.shape[3] in self.splits else 0
+        split = self.splits.get(r.shape[3])
+        return 0 if split is None else group_of(r, sequences, split)
 
     def _slots(self, r: Tensor, sequences: int) -> int:
         slots = r.shape[0] * r.shape[1] // self.segment + sequences

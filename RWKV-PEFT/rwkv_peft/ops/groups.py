@@ -12,9 +12,14 @@ LEAST_TOKENS = 128  # of a group: fewer do not pay for three launches instead of
 # A sequence's groups, fewer of which do not pay: by the model of benchmarks/README.md, to find the states takes half of
 # the time that the kernels themselves take, and a block that shares its multiprocessor 1.4 times as long.
 LEAST_GROUPS = 3
-# Blocks of these kernels that a multiprocessor holds, by its shared memory: 164 KB or more, else 100 KB.
-RESIDENT, RESIDENT_SMALL = 2, 1
-SMALL = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
+RESIDENT = 2  # blocks of a multiprocessor, with which it hides most of what one waits for
+SMALL = (
+    (8, 6),
+    (8, 7),
+    (8, 9),
+    (12, 0),
+    (12, 1),
+)  # capabilities with 100 KB of shared memory, others have 164 KB or more
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Split:
     scan: str
     scan_threads: int
     scan_blocks: int  # a sequence's head
+    on_small: int = 1  # blocks of the recurrence's own kernels that a multiprocessor with 100 KB of shared memory holds
 
     def names(self) -> list[str]:
         """Every kernel's."""
@@ -43,12 +49,12 @@ class Split:
         ]
 
 
-def group_of(r: Tensor, sequences: int) -> int:
+def group_of(r: Tensor, sequences: int, split: Split) -> int:
     """The tokens of a group where to split r (B, T, H, N), B rows or one row of packed sequences, pays, else 0."""
     if not r.is_cuda or r.dtype != torch.bfloat16:
         return 0
     B, T, H, _ = r.shape
-    return choose_group(B, T, H, sequences, resident_blocks(r.device.index or 0))
+    return choose_group(B, T, H, sequences, resident_blocks(r.device.index or 0, split.on_small))
 
 
 def choose_group(B: int, T: int, H: int, sequences: int, resident: int) -> int:
@@ -71,8 +77,8 @@ def places(B: int, T: int, sequences: int, group: int) -> int:
 
 
 @functools.cache
-def resident_blocks(device: int) -> int:
-    """How many blocks GPU number `device` holds at once."""
+def resident_blocks(device: int, on_small: int) -> int:
+    """How many blocks GPU number `device` is to hold at once, given Split's on_small."""
     properties = torch.cuda.get_device_properties(device)
     small = (properties.major, properties.minor) in SMALL
-    return properties.multi_processor_count * (RESIDENT_SMALL if small else RESIDENT)
+    return properties.multi_processor_count * (on_small if small else RESIDENT)

@@ -5,13 +5,14 @@ import functools
 import importlib.util
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cuda_shim import cases, shim
 from cuda_shim.running import DEVICES, one_torch_thread, runner, shim_kernels
-from rwkv_peft.ops.groups import choose_group
+from rwkv_peft.ops.groups import choose_group, resident_blocks
 from rwkv_peft.ops.native import gpu
 from rwkv_peft.ops.native.compilers import find_nvcc
 from rwkv_peft.ops.native.errors import BuildError
@@ -113,6 +114,13 @@ def test_the_operation_splits_time_where_a_gpu_is_not_filled(monkeypatch, dtype)
         check(compute, cases.make_case(1, 260, 2, N, dtype))
     splits = {name for split in cuda.SPLITS.values() for name in split.names()}
     assert splits & {*launched} == (splits if dtype == torch.bfloat16 else set())
+
+
+@pytest.mark.parametrize("capability, N, blocks", [((9, 0), 64, 264), ((8, 9), 64, 264), ((8, 9), 128, 132)])
+def test_a_gpu_holds_two_blocks_a_multiprocessor_where_they_fit(monkeypatch, capability, N, blocks):
+    properties = SimpleNamespace(major=capability[0], minor=capability[1], multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    assert resident_blocks.__wrapped__(0, cuda.SPLITS[N].on_small) == blocks
 
 
 BENCHMARK = Path(__file__).resolve().parents[3] / "benchmarks" / "wkv6.py"

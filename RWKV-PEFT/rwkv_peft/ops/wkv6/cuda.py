@@ -10,12 +10,14 @@ from ..groups import Split
 STRIP = 16  # state elements a thread in the plain kernels; cuda/wkv6/plain.cuh's STRIP
 CHUNKED = tuple(f"wkv6_{shape}" for shape in ("forward_32", "forward_64", "forward_128", "backward_32", "backward_64"))
 SCAN_BLOCK = 512  # elements of a state; cuda/wkv6/groups.cuh's 4 SCAN_THREADS
-SPLITS = MappingProxyType(  # by head size
-    {
-        N: Split(f"wkv6_{{}}_groups_{N}", 2 * N, "wkv6_{}_scan", SCAN_BLOCK // 4, N * N // SCAN_BLOCK)
-        for N in (32, 64, 128)
-    }
-)
+
+
+def _split(N: int) -> Split:
+    scan_blocks = N * N // SCAN_BLOCK
+    return Split(f"wkv6_{{}}_groups_{N}", 2 * N, "wkv6_{}_scan", SCAN_BLOCK // 4, scan_blocks, 2 if N <= 64 else 1)
+
+
+SPLITS = MappingProxyType({N: _split(N) for N in (32, 64, 128)})
 PLAIN = tuple(f"wkv6_{way}_plain_{dtype}" for way in ("forward", "backward") for dtype in ("float32", "bfloat16"))
 
 
