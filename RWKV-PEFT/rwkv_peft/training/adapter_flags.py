@@ -1,16 +1,20 @@
 """The flags that say what trains: single flags, and the JSON values of RWKV-PEFT's scripts -> AdapterConfig."""
 
+import argparse
 import difflib
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
+from typing import Any
 
 from ..cli import alias, names
 from ..config import MODE_ALIASES, AdapterConfig
 from ..errors import UserError, short, told
 from ..names import CHOICES, MINIS, NONE, forms, words_with
 
-# key of the JSON forms -> AdapterConfig field
+Keys = tuple[tuple[str, str], ...]  # (key of a JSON form, AdapterConfig field)
+
 LORA_KEYS = (
     ("lora_r", "rank"),
     ("lora_alpha", "alpha"),
@@ -50,7 +54,7 @@ SINGLE_FLAGS = (
 )
 
 
-def add_json_flags(parser):
+def add_json_flags(parser: argparse._ArgumentGroup) -> None:
     """Add the flags that take settings as one JSON value."""
     for flag, json_flag, _, example in JSON_FLAGS:
         parser.add_argument(
@@ -67,7 +71,7 @@ def add_json_flags(parser):
     )
 
 
-def json_flags(peft):
+def json_flags(peft: str) -> Iterator[tuple[str, tuple[str, ...], Keys]]:
     """(flag, the words of --peft that take it, its keys) of each flag with a JSON value."""
     for flag, json_flag, keys, _ in JSON_FLAGS:
         yield flag, words_with(json_flag), keys
@@ -75,9 +79,9 @@ def json_flags(peft):
     yield PEFT_FLAG, tuple(word for word in CHOICES if word != NONE), tuple(dict([*own, ("r", "rank")]).items())
 
 
-def adapter_config(args):
+def adapter_config(args: argparse.Namespace) -> AdapterConfig:
     """The adapter's settings, from single flags or from a --*_config JSON value."""
-    given = {
+    given: dict[str, Any] = {
         "mode": args.bone_mode,
         "rank": args.bone_r,
         "mini_rank": args.bone_mini_r,
@@ -131,7 +135,7 @@ def adapter_config(args):
     return adapter
 
 
-def parse_json_flag(flag, text, keys):
+def parse_json_flag(flag: str, text: str, keys: Keys) -> dict[str, Any]:
     """The JSON value of --flag -> {AdapterConfig field: value}; every key must be known."""
     try:
         value = json.loads(text)
@@ -153,10 +157,12 @@ def parse_json_flag(flag, text, keys):
     return {known[key]: json_setting(flag, key, known[key], item) for key, item in value.items()}
 
 
-def json_setting(flag, key, field, item):
+def json_setting(flag: str, key: str, field: str, item: Any) -> Any:
     """One entry of a JSON flag as AdapterConfig's field wants it."""
-    wanted = str if field == "targets" else {f.name: f.type for f in fields(AdapterConfig)}[field]
-    if isinstance(item, bool) or not isinstance(item, (int, float) if wanted is float else wanted):
+    types: dict[str, Any] = {f.name: f.type for f in fields(AdapterConfig)}
+    wanted = str if field == "targets" else types[field]
+    kinds: Any = (int, float) if wanted is float else wanted
+    if isinstance(item, bool) or not isinstance(item, kinds):
         raise UserError(f"--{flag}: {key} {item!r} has the wrong type")
     if wanted is float and not abs(item) <= sys.float_info.max:  # false for NaN too, which json reads
         raise UserError(f"--{flag}: {key} {item} is not a finite number")
@@ -170,7 +176,7 @@ def json_setting(flag, key, field, item):
     return parts_targets(flag, key, item) if field == "targets" else item
 
 
-def parts_targets(flag, key, text):
+def parts_targets(flag: str, key: str, text: str) -> tuple[str, ...]:
     """RWKV-PEFT's parts of a block ("att,ffn") -> the linear layers in them."""
     parts = names(text)
     if not parts or not set(parts) <= {"att", "ffn"}:

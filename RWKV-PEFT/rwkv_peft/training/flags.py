@@ -6,11 +6,12 @@ before a weight is read, and what the flags tell by themselves before torch is i
 
 import os
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..config import CHUNK_CTX, STATE_LR, AdapterConfig, DataConfig, RunConfig, TrainConfig
+from ..config import CHUNK_CTX, STATE_LR, AdapterConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from ..errors import UserError
 from ..names import AUTO, FINETUNE, GENERATIONS, INFCTX, NONE, STATE
 from .adapter_flags import adapter_config
@@ -23,6 +24,7 @@ from .world import World, find_world
 
 if TYPE_CHECKING:
     from ..files.base import Base
+    from ..models.family import Family
 
 
 class Request(NamedTuple):
@@ -49,14 +51,14 @@ class Flags(NamedTuple):
     argv: tuple[str, ...]
 
 
-def judge(argv):
+def judge(argv: Sequence[str]) -> None:
     """Before torch is imported: parse_flags, and for several ranks what torch reads once, at its import. A rank that
     is gone is told in our words, and not in torch's stacks of C++ frames."""
     if parse_flags(argv).world.size > 1:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 
-def parse_flags(argv):
+def parse_flags(argv: Sequence[str]) -> Flags:
     """argv -> Flags. Raises UserError for flags that are mistaken or contradict each other; torch is not imported."""
     args = build_parser().parse_args(argv)
     world = find_world(settings_of(args, TrainConfig))
@@ -66,7 +68,7 @@ def parse_flags(argv):
     return flags_of(args, world, tuple(argv))
 
 
-def flags_of(args, world, argv=()):
+def flags_of(args: Namespace, world: World, argv: tuple[str, ...] = ()) -> Flags:
     """What a parser made of argv, on a World -> Flags."""
     if args.train_type in (FINETUNE, STATE):
         check_train_type(args)
@@ -77,7 +79,7 @@ def flags_of(args, world, argv=()):
     return flags
 
 
-def check_train_type(args):
+def check_train_type(args: Namespace) -> None:
     """Refuse a --train_type that contradicts what trains; state names that part."""
     what = {FINETUNE: "the model itself", STATE: "the states alone"}[args.train_type]
     if args.peft != NONE:
@@ -94,7 +96,7 @@ def check_train_type(args):
         args.train_parts = [(STATE,)]
 
 
-def train_config(args, adapter):
+def train_config(args: Namespace, adapter: AdapterConfig) -> TrainConfig:
     """The run's settings; the learning rates' defaults depend on what trains."""
     states = STATE in adapter.train_parts
     if args.state_load and not states:
@@ -113,17 +115,18 @@ def train_config(args, adapter):
             f"{args.train_type}; give that type, or leave --bptt_segments out"
         )
     segment = (args.chunk_ctx or CHUNK_CTX) if args.train_type == INFCTX else 0
-    chosen = ()
+    chosen: tuple[str, ...] = ()
     if args.lr_init == AUTO:  # request_of knows the model that it depends on
         chosen, args.lr_init = (("lr_init",) if args.lr_final is not None else ("lr_init", "lr_final")), None
     train = settings_of(args, TrainConfig, chunk_ctx=segment, lr_chosen=chosen)
     if adapter.states_alone:
         given = {name: getattr(args, name) for name in ("lr_init", "lr_final")}
-        train = replace(train, **{name: STATE_LR if rate is None else rate for name, rate in given.items()})
+        rates: dict[str, Any] = {name: STATE_LR if rate is None else rate for name, rate in given.items()}
+        train = replace(train, **rates)
     return train
 
 
-def parse_run(argv):
+def parse_run(argv: Sequence[str]) -> Request:
     """argv -> Request. Raises UserError for whatever cannot work together."""
     flags = parse_flags(argv)
     args, adapter = flags.args, flags.adapter
@@ -135,7 +138,7 @@ def parse_run(argv):
     return request_of(flags)
 
 
-def request_of(flags):
+def request_of(flags: Flags) -> Request:
     """Flags -> Request; an adapter without a base is one for a new model's shapes. Raises UserError for whatever cannot
     work together."""
     from ..adapters.inject import check_adapter
@@ -160,7 +163,7 @@ def request_of(flags):
     return Request(RunConfig(model, adapter, data, train), base, layers, world, argv, args.check_flags)
 
 
-def targets_of(targets, family):
+def targets_of(targets: tuple[str, ...], family: "Family") -> tuple[str, ...]:
     """The linear layers that get an adapter: all of a generation's where none are named, and all of a half of the block
     where that is ("att", "ffn")."""
     if not targets:
@@ -170,7 +173,7 @@ def targets_of(targets, family):
     return targets
 
 
-def check_base(args, base):
+def check_base(args: Namespace, base: "Base") -> ModelConfig:
     """Dimensions of the base; a flag that contradicts them, or its generation, is refused."""
     from ..models import family_named
 
@@ -186,7 +189,7 @@ def check_base(args, base):
     return base.config
 
 
-def new_model(args, family):
+def new_model(args: Namespace, family: "Family") -> ModelConfig:
     """Dimensions of a new model, upstream's defaults filled in."""
     for name in ("n_layer", "n_embd", "vocab_size"):
         if getattr(args, name) is None:
@@ -194,7 +197,7 @@ def new_model(args, family):
     return family.new_dimensions(**{name: getattr(args, name) or 0 for name, _ in DIMENSIONS})
 
 
-def data_config(args):
+def data_config(args: Namespace) -> DataConfig:
     """The data's settings; what depends on --data_type filled in."""
     from ..data.masks import default_mask  # after the flags are judged by themselves
 
@@ -211,7 +214,7 @@ def data_config(args):
     return data
 
 
-def check_data(data):
+def check_data(data: DataConfig) -> None:
     """Refuse flags of the data that nothing would read."""
     for name in ("mask_id", "mask_end_id"):
         if getattr(data, name) and data.loss_mask not in ("qa", "se"):
@@ -228,7 +231,7 @@ def check_data(data):
             )
 
 
-def check_products(train, adapter):
+def check_products(train: TrainConfig, adapter: AdapterConfig) -> None:
     """Refuse flags of files that the run would not write."""
     full = adapter.whole_model
     if train.merge_on_save and full:
@@ -240,7 +243,7 @@ def check_products(train, adapter):
         )
 
 
-def check_train(train):
+def check_train(train: TrainConfig) -> None:
     """Contradictions among the remaining flags."""
     for name in ("beta1", "beta2"):
         if getattr(train, name) >= 1:

@@ -3,6 +3,7 @@ training does anyway, and refused at any other."""
 
 import argparse
 import json
+from collections.abc import Callable, Sequence
 
 ANY = ("N",)  # of a flag that sets nothing here whatever number it gives
 # (flag, the values that change nothing, what any other value asks for)
@@ -38,7 +39,7 @@ LEGACY = (
 )
 
 
-def add_legacy_flags(parser):
+def add_legacy_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of LEGACY, and the switches of kernels, to a parser, in a group of their own."""
     group = parser.add_argument_group("flags of RWKV-LM's and RWKV-PEFT's scripts, which set nothing here")
     for flag, values, otherwise in LEGACY:
@@ -53,10 +54,10 @@ def add_legacy_flags(parser):
         group.add_argument(f"--{flag}", action="store_true", help="other kernels, which compute the same")
 
 
-def inert(values, otherwise):
+def inert(values: Sequence[str], otherwise: str) -> Callable[[str], str]:
     """An argparse type that takes one of `values` alone, numbers and JSON in any spelling; with ANY, every number."""
 
-    def parse(text):
+    def parse(text: str) -> str:
         same = any(text == value or _meaning(text) == _meaning(value) is not None for value in values)
         if not same and not (values is ANY and isinstance(_meaning(text), float)):
             raise argparse.ArgumentTypeError(
@@ -67,7 +68,7 @@ def inert(values, otherwise):
     return parse
 
 
-def _meaning(text):
+def _meaning(text: str) -> object:
     """The number or JSON object that a text spells, or None."""
     try:
         return float(text)

@@ -8,14 +8,16 @@ import os
 import re
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
+from ..config import RunConfig
 from ..errors import UserError
 
 OFFLINE = ("offline", "dryrun", "disabled")
 
 
-def check_wandb(project):
+def check_wandb(project: str) -> None:
     """Raise UserError, before any work, for a project that Weights & Biases would refuse or ask a login for."""
     if re.search(r"[/\\#?%:]", project):
         raise UserError(f"--wandb {project!r} is a project name and may not contain / \\ # ? % :")
@@ -28,7 +30,7 @@ def check_wandb(project):
         )
 
 
-def wandb_is_offline():
+def wandb_is_offline() -> bool:
     """Whether wandb writes to disk alone, as its variable or the settings of `wandb offline` say."""
     mode = os.environ.get("WANDB_MODE")
     if mode is not None:
@@ -42,7 +44,7 @@ def wandb_is_offline():
     return settings.get("default", "mode", fallback="") in OFFLINE
 
 
-def wandb_has_key():
+def wandb_has_key() -> bool:
     """Whether there is a key: in the environment, or where `wandb login` puts it."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
@@ -53,7 +55,7 @@ def wandb_has_key():
         return False
 
 
-def make_loggers(config, folder):
+def make_loggers(config: RunConfig, folder: Path) -> list[Any]:
     """Lightning's loggers of a RunConfig, writing below `folder`; they hold the config already. Raises UserError where
     Weights & Biases cannot be reached."""
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger

@@ -3,6 +3,7 @@
 import argparse
 import json
 from types import MappingProxyType
+from typing import Any
 
 from ..cli import count
 from ..errors import UserError
@@ -10,7 +11,7 @@ from ..errors import UserError
 UNSET = MappingProxyType({"mask0": "0", "mask1": "1"})  # what RWKV-PEFT's scripts pass where no marker is meant
 
 
-def marker(text):
+def marker(text: str) -> int | dict[str, Any]:
     """An argparse type: a token id, or the JSON object {"mask0": …, "mask1": …} as a dict."""
     if not text.lstrip().startswith("{"):
         return count(text)
@@ -23,7 +24,7 @@ def marker(text):
     return value
 
 
-def markers_of(args):
+def markers_of(args: argparse.Namespace) -> dict[str, tuple[int, ...]]:
     """{"mask_id", "mask_end_id": token ids} of the flags; the JSON's mask1 opens what counts, its mask0 closes it."""
     given = [item for item in args.mask_id or () if isinstance(item, dict)]
     if not given:
@@ -39,7 +40,7 @@ def markers_of(args):
     }
 
 
-def token_ids(marked, tokenizer):
+def token_ids(marked: object, tokenizer: str) -> tuple[int, ...]:
     """The ids of one of the JSON's values: a text, or the ids themselves."""
     if isinstance(marked, str):
         from ..data.tokenizer import load_tokenizer  # after the flags are judged by themselves

@@ -4,7 +4,8 @@ python -m rwkv_peft.training.parser > docs/train_flags.md
 """
 
 import argparse
-from dataclasses import fields
+from dataclasses import Field, fields
+from typing import Any, TypeVar
 
 from ..cli import HelpFormatter, Parser, count, positive, switch
 from ..config import AdapterConfig, DataConfig, TrainConfig
@@ -14,6 +15,7 @@ from .legacy import add_legacy_flags
 from .markers import marker
 from .synonyms import SYNONYMS
 
+Settings = TypeVar("Settings", AdapterConfig, DataConfig, TrainConfig)
 CHOICES_OF = (("peft", CHOICES), ("dataload", DATALOADS), ("loss_mask", LOSS_MASKS), ("lr_schedule", SCHEDULES))
 TYPES = (("mask_id", marker),)  # that need more than the settings know
 DIMENSIONS = (
@@ -32,12 +34,12 @@ the same. An unknown flag is refused with the nearest that exists.
 """
 
 
-def flag_of(field):
+def flag_of(field: Field[Any]) -> str | None:
     """The name of a setting's flag, None where it has none of its own."""
     return None if field.metadata.get("help") is None else field.metadata["flag"] or field.name
 
 
-def build_parser():
+def build_parser() -> Parser:
     """The parser, its flags grouped as --help shows them."""
     versions = tuple(version for _, version in GENERATIONS)
     names = " or ".join(name for name, _ in GENERATIONS)
@@ -97,7 +99,7 @@ def build_parser():
     return parser
 
 
-def version(text):
+def version(text: str) -> str:
     """A --model_version, or the number of a generation; those that are not here are told by their names."""
     for name, known in GENERATIONS:
         if text in (known, name.removeprefix("RWKV-")):
@@ -109,7 +111,9 @@ def version(text):
     raise argparse.ArgumentTypeError(f"{text!r} names no generation; there is {known}, 6 or 7 for short")
 
 
-def add_settings(parser, config, group=""):
+def add_settings(
+    parser: argparse._ArgumentGroup, config: type[AdapterConfig | DataConfig | TrainConfig], group: str = ""
+) -> None:
     """Add the flags of a settings dataclass, those of one group, to a parser."""
     for field in fields(config):
         flag = flag_of(field)
@@ -122,22 +126,24 @@ def add_settings(parser, config, group=""):
             options["choices"] = dict(CHOICES_OF)[flag]
         if "required" not in options:
             many = options.get("nargs") in ("*", "+")
-            options["default"] = None if field.metadata["unset"] else list(field.default) if many else field.default
+            default: Any = field.default
+            options["default"] = None if field.metadata["unset"] else list(default) if many else default
         parser.add_argument(f"--{flag}", help=field.metadata["help"], **options)
 
 
-def settings_of(args, config, **others):
+def settings_of(args: argparse.Namespace, config: type[Settings], **others: Any) -> Settings:
     """A settings dataclass from parsed flags: others say what is not simply a flag's value; a flag that was not given
     leaves the field's default."""
-    values = {}
+    values: dict[str, Any] = {}
     for field in fields(config):
-        value = getattr(args, flag_of(field), None) if flag_of(field) else None
+        flag = flag_of(field)
+        value = getattr(args, flag, None) if flag else None
         if value is not None:
             values[field.name] = tuple(value) if isinstance(value, list) else value
     return config(**values | others)
 
 
-def table():
+def table() -> str:
     """Every flag with its default and help, as Markdown."""
     lines = [HEAD]
     for group in build_parser()._action_groups:

@@ -2,15 +2,17 @@
 
 import json
 import secrets
+from argparse import Namespace
 from pathlib import Path
 
 from ..errors import UserError
 from .checkpoints import find_checkpoint
+from .world import World
 
 DRAWN = -1  # the seed that asks for one
 
 
-def draw_seed(args, world):
+def draw_seed(args: Namespace, world: World) -> int:
     """The seed of a command with --random_seed -1: the run's own where it resumes, else a new one. Raises UserError
     where several processes of a World would each draw theirs."""
     checkpoint = find_checkpoint(Path(args.proj_dir)) if args.resume else None
