@@ -4,7 +4,9 @@ torch guards the build by a file that exists while one goes on. A build that was
 one waits for it without a word and without an end; here it counts only while some process has it open.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 from filelock import FileLock
@@ -12,7 +14,7 @@ from filelock import FileLock
 from ..errors import UserError, told
 
 
-def cpu_adam(groups, **settings):
+def cpu_adam(groups: Sequence[dict[str, Any]], **settings: Any) -> Any:
     """DeepSpeedCPUAdam in its AdamW form over parameter groups. The first on a machine compiles it, for a minute or
     so; other processes of this package wait meanwhile. Raises UserError where that is not possible."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -33,18 +35,18 @@ def cpu_adam(groups, **settings):
         ) from error
 
 
-def root(error):
+def root(error: BaseException) -> BaseException:
     """The exception that the others of its chain were raised from."""
     return error if error.__cause__ is None else root(error.__cause__)
 
 
-def remove_stale_lock(lock):
+def remove_stale_lock(lock: Path) -> None:
     """Remove torch's build lock, a path, unless a process has it open."""
     if lock.exists() and not any(_has_open(process, lock) for process in psutil.process_iter()):
         lock.unlink(missing_ok=True)
 
 
-def _has_open(process, path):
+def _has_open(process: psutil.Process, path: Path) -> bool:
     try:
         return any(Path(file.path) == path.resolve() for file in process.open_files())
     except (psutil.AccessDenied, psutil.NoSuchProcess):  # another user's, who cannot write in this folder; or ended

@@ -1,12 +1,17 @@
 """Gradients of a base model's matrices on some data, which LoRA-GA starts from (Wang et al. 2024, arXiv 2407.05000)."""
 
+from collections.abc import Iterable
+
 import torch
+from torch import nn
 
 from .segments import segments_of
-from .steps import run
+from .steps import Batch, run
 
 
-def estimate_gradients(model, names, batch, length=0):
+def estimate_gradients(
+    model: nn.Module, names: Iterable[str], batch: Batch, length: int = 0
+) -> dict[str, torch.Tensor]:
     """Gradient of the mean loss on one batch with respect to the weight of each module in `names`.
 
     batch as TrainBatches gives it; of its segments of `length` positions, where that is not 0, the one that counts most
@@ -15,12 +20,13 @@ def estimate_gradients(model, names, batch, length=0):
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
-    gradients = {}
+    gradients: dict[str, torch.Tensor] = {}
     hooks = []
     for name in names:
-        weight = model.get_submodule(name).weight.requires_grad_(True)
+        weight = model.get_parameter(f"{name}.weight").requires_grad_(True)
 
-        def keep(parameter, name=name):
+        def keep(parameter: torch.Tensor, name: str = name) -> None:
+            assert parameter.grad is not None  # the hook runs behind it
             gradients[name] = parameter.grad.to("cpu", copy=True)
             parameter.grad = None
 

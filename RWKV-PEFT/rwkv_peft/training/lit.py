@@ -1,15 +1,21 @@
 """The training step as a LightningModule: loss, learning rate, optimizer, and what the ranks agree on each step."""
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from ..adapters.groups import parameter_groups
+from ..adapters.groups import LearningRates, parameter_groups
+from ..config import TrainConfig
+from ..data.batches import TrainBatch
 from ..ops.recurrence import vouch
 from .cpu_adam import cpu_adam
 from .schedule import learning_rate
+from .steps import Step
 
 
 class Diverged(Exception):
@@ -30,7 +36,16 @@ class Lit(pl.LightningModule):
     all of them in the same micro batch), save_requested (which makes `saving` true likewise).
     """
 
-    def __init__(self, model, train, compute, total_steps, first_step=0, family=None, ratios=()):
+    def __init__(
+        self,
+        model: nn.Module,
+        train: TrainConfig,
+        compute: Step,
+        total_steps: int,
+        first_step: int = 0,
+        family: LearningRates | None = None,
+        ratios: Iterable[tuple[str, float]] = (),
+    ) -> None:
         super().__init__()
         self.model, self.train_config, self.total_steps = model, train, total_steps
         self.step, self.family, self.ratios, self.compute = first_step, family, ratios, compute
@@ -40,7 +55,7 @@ class Lit(pl.LightningModule):
         self.save_requested = self.saving = False
 
     @property
-    def lr(self):
+    def lr(self) -> float:
         """The current step's base learning rate."""
         train = self.train_config
         return learning_rate(
@@ -52,15 +67,15 @@ class Lit(pl.LightningModule):
             schedule=train.lr_schedule,
         )
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> Any:
         train = self.train_config
         groups = parameter_groups(self.model, train.weight_decay, self.family, self.ratios)
-        settings = {"lr": self.lr, "betas": (train.beta1, train.beta2), "eps": train.adam_eps}
+        settings: dict[str, Any] = {"lr": self.lr, "betas": (train.beta1, train.beta2), "eps": train.adam_eps}
         if train.offload:
             return cpu_adam(groups, **settings)
         return torch.optim.AdamW(groups, fused=True, **settings)
 
-    def on_train_batch_start(self, batch, batch_idx):
+    def on_train_batch_start(self, batch: TrainBatch, batch_idx: int) -> None:
         accumulate = self.train_config.accumulate_grad_batches
         if batch_idx % accumulate == 0:
             self.step_loss = 0.0
@@ -70,13 +85,13 @@ class Lit(pl.LightningModule):
         micro = self.step * accumulate + batch_idx % accumulate
         torch.manual_seed(((self.train_config.random_seed * 1_000_003 + micro) * 65_537 + self.global_rank) % 2**63)
 
-    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+    def transfer_batch_to_device(self, batch: TrainBatch, device: torch.device, dataloader_idx: int) -> TrainBatch:
         moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
         if "cu_seqlens" in batch:  # checked here, where nobody has to wait for its values
             vouch(moved["cu_seqlens"], batch["cu_seqlens"], batch["tokens"].shape[1])
         return moved
 
-    def training_step(self, batch, batch_idx):
+    def training_step(self, batch: TrainBatch, batch_idx: int) -> torch.Tensor:
         # The engine averages gradients over ranks and micro batches; this denominator turns that into the mean over
         # the counted tokens of the whole step.
         parts = self.trainer.world_size * self.train_config.accumulate_grad_batches
@@ -85,14 +100,14 @@ class Lit(pl.LightningModule):
         # Lightning and the engine both divide by the number of micro batches; once is right.
         return loss * self.train_config.accumulate_grad_batches
 
-    def ask_ranks(self, loss):
+    def ask_ranks(self, loss: torch.Tensor) -> None:
         """One small reduction a micro batch: the loss over all ranks, and whether any rank wants to stop or save."""
         requests = loss.new_tensor([self.stop_requested != 0, self.save_requested], dtype=torch.float32)
         self.status = torch.cat([loss.float().view(1), requests])
         if self.trainer.world_size > 1:
             dist.all_reduce(self.status)
 
-    def on_after_backward(self):
+    def on_after_backward(self) -> None:
         """Read what the ranks said: before the optimizer's step, and after backward, for which a GPU would have to be
         waited for otherwise."""
         total, stop, save = self.status.tolist()
@@ -101,6 +116,6 @@ class Lit(pl.LightningModule):
         self.step_loss += total / (self.trainer.world_size * self.train_config.accumulate_grad_batches)
         self.stopping, self.saving = stop > 0, save > 0
 
-    def on_train_batch_end(self, outputs, batch, batch_idx):
+    def on_train_batch_end(self, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
         if (batch_idx + 1) % self.train_config.accumulate_grad_batches == 0:
             self.step += 1

@@ -5,8 +5,11 @@ formed while a chunk's logits are at hand, as Liger Kernel does (Hsu et al. 2024
 pass costs nothing more.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..ops.cross_entropy import cross_entropy_
 
@@ -17,7 +20,9 @@ L2WRAP = 1e-4  # RWKV-LM's pull on each token's largest logit, which keeps logit
 
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, counted, count, l2wrap):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, counted: Tensor, count: float | Tensor, l2wrap: float
+    ) -> Tensor:
         rows = hidden.reshape(-1, hidden.shape[-1])  # (B * T, C)
         needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         # float32 sums, also for a bfloat16 model: thousands of tokens add up here.
@@ -32,9 +37,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                 F.linear(inputs, weight), targets[chunk], 1 / count, l2wrap, gradient=needs_hidden or needs_weight
             )  # (n, V)
             total += loss
-            if needs_hidden:
+            if grad_hidden is not None and grad is not None:
                 grad_hidden[chunk] = grad @ weight
-            if needs_weight:
+            if grad_weight is not None and grad is not None:
                 grad_weight += (grad.t() @ inputs).to(accumulate)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.shape, ctx.weight_dtype = hidden.shape, weight.dtype
@@ -42,7 +47,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = (grad_hidden * grad_output).view(ctx.shape)
@@ -51,12 +56,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None
 
 
-def chunk_rows(vocabulary, on_gpu):
+def chunk_rows(vocabulary: int, on_gpu: bool) -> int:
     """How many tokens' logits are alive at once."""
     return max(1, (GPU_CHUNK_ELEMENTS if on_gpu else CHUNK_ELEMENTS) // vocabulary)
 
 
-def linear_cross_entropy(hidden, weight, targets, counted, count, l2wrap=L2WRAP):
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, counted: Tensor, count: float | Tensor, l2wrap: float = L2WRAP
+) -> Tensor:
     """Sum of the counted tokens' cross-entropy, divided by `count`.
 
     hidden (B, T, C), weight (V, C) of the same dtype, targets (B, T) int64, counted (n,) int64: the positions, in

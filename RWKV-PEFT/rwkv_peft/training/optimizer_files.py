@@ -7,6 +7,7 @@ tensors, plain containers and three small classes of its own, and here nothing e
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
@@ -22,14 +23,14 @@ KNOWN = (LossScaler, ZeroStageEnum, fragment_address)  # which hold numbers and 
 class TensorsAlone(TorchCheckpointEngine):
     """DeepSpeed's reader and writer, whose reading is read_pth's."""
 
-    def load(self, path, map_location=None):
+    def load(self, path: str, map_location: Any = None) -> Any:
         """What the file at `path` holds, on the CPU, whatever map_location says. Raises UserError as read_pth does."""
-        with torch.serialization.safe_globals(KNOWN):
+        with torch.serialization.safe_globals(list(KNOWN)):
             return copy.deepcopy(read_pth(path))  # the file may go while the run lasts, and a mapping would hold it
 
 
 @contextmanager
-def tensors_alone(engine) -> Iterator[None]:
+def tensors_alone(engine: Any) -> Iterator[None]:
     """While it lasts, a DeepSpeed engine reads its files by TensorsAlone."""
     before = engine.checkpoint_engine
     engine.checkpoint_engine = TensorsAlone()

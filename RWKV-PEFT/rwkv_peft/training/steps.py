@@ -5,7 +5,7 @@ Both give the loss of a batch, differentiable in the parameters that train, and 
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -179,11 +179,11 @@ class Delivered(torch.autograd.Function):
     """The loss as it is; backward gives the parameters gradients that were computed before."""
 
     @staticmethod
-    def forward(ctx, loss, gradients, *parameters):
+    def forward(ctx: Any, loss: torch.Tensor, gradients: Tensors, *parameters: torch.Tensor) -> torch.Tensor:
         ctx.gradients, ctx.dtypes = gradients, [parameter.dtype for parameter in parameters]
         return loss.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return None, None, *((total * grad).to(dtype) for total, dtype in zip(ctx.gradients, ctx.dtypes))

@@ -3,12 +3,15 @@ have met already."""
 
 import logging
 from datetime import timedelta
+from typing import Any
 
 import torch
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
-from ..config import BUCKET
+from ..config import BUCKET, TrainConfig
+from .meeting import Ranks
+from .world import World
 
 FOREVER = timedelta(days=365)  # for a collective: what hangs is the watch's business (watch.py)
 
@@ -16,56 +19,58 @@ FOREVER = timedelta(days=365)  # for a collective: what hangs is the watch's bus
 class MetRanks(ClusterEnvironment):
     """The processes of a run as Lightning asks for them: they are all there."""
 
-    def __init__(self, world):
+    def __init__(self, world: World) -> None:
         self.world = world
 
     creates_processes_externally = True
 
     @property
-    def main_address(self):
+    def main_address(self) -> str:
         return self.world.address
 
     @property
-    def main_port(self):
+    def main_port(self) -> int:
         return self.world.port
 
     @staticmethod
-    def detect():
+    def detect() -> bool:
         return False
 
-    def world_size(self):
+    def world_size(self) -> int:
         return self.world.size
 
-    def set_world_size(self, size):
+    def set_world_size(self, size: int) -> None:
         """It is known."""
 
-    def global_rank(self):
+    def global_rank(self) -> int:
         return self.world.rank
 
-    def set_global_rank(self, rank):
+    def set_global_rank(self, rank: int) -> None:
         """It is known."""
 
-    def local_rank(self):
+    def local_rank(self) -> int:
         return self.world.local_rank
 
-    def node_rank(self):
+    def node_rank(self) -> int:
         return self.world.node
 
 
 class ZeroStrategy(DeepSpeedStrategy):
     """Lightning's DeepSpeedStrategy without its refusal of everything but CUDA; ranks (a Ranks) have met."""
 
-    def __init__(self, ranks, **settings):
+    def __init__(self, ranks: Ranks, **settings: Any) -> None:
         super().__init__(cluster_environment=MetRanks(ranks.world), **settings)
         self.ranks = ranks
 
-    def setup_environment(self):
+    def setup_environment(self) -> None:
         if self.root_device.type == "cpu":
             # The engine wants an index on every device.
-            self.parallel_devices = [torch.device("cpu", index) for index in range(len(self.parallel_devices))]
+            self.parallel_devices: list[torch.device] = [
+                torch.device("cpu", index) for index in range(len(self.parallel_devices))
+            ]
         super(DeepSpeedStrategy, self).setup_environment()
 
-    def setup_distributed(self):
+    def setup_distributed(self) -> None:
         world = self.ranks.world
         backend = self._get_process_group_backend()
         # DeepSpeed takes a group that is there, and would look for another meeting place for one of its own.
@@ -78,7 +83,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 WHOLE = 1_000_000  # parameters of at most so many elements stay on every rank under stage 3: each matrix of an adapter
 
 
-def make_strategy(train, micro_bsz, trainable, accelerator, ranks):
+def make_strategy(train: TrainConfig, micro_bsz: int, trainable: int, accelerator: str, ranks: Ranks) -> ZeroStrategy:
     """The strategy that train (TrainConfig) names, for a "cpu" or "gpu", on ranks (a Ranks) that have met; `trainable`
     parameters set the size of communication buckets."""
     if accelerator == "cpu":
