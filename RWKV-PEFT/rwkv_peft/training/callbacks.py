@@ -6,35 +6,45 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import lightning.pytorch as pl
 from tqdm import tqdm
 
+from ..config import TrainConfig
+from ..data.batches import TrainBatch
 from ..files.atomic import atomic_write
 from ..plots import read_metrics
-from .lit import Diverged
-from .saver import load_checkpoint
+from .examiner import Examiner
+from .lit import Diverged, Lit
+from .plan import Plan
+from .saver import Saver, load_checkpoint
+from .validate import Validator
+from .watch import Watch
 
 
 class StepCallback(pl.Callback):
     """Calls on_step after each optimizer step; `done` counts the steps finished since the run first began."""
 
-    def __init__(self, accumulate):
+    def __init__(self, accumulate: int) -> None:
         self.accumulate = accumulate
 
-    def on_train_batch_end(self, trainer, lit, outputs, batch, batch_idx):
+    def on_train_batch_end(self, trainer: Any, lit: Lit, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
         self.count_tokens(trainer, batch)
         if (batch_idx + 1) % self.accumulate == 0:
             self.on_step(trainer, lit, done=lit.step + 1)
 
-    def count_tokens(self, trainer, batch):
+    def count_tokens(self, trainer: Any, batch: TrainBatch) -> None:
         """Called for each micro batch."""
 
-    def on_step(self, trainer, lit, done):
+    def on_step(self, trainer: Any, lit: Lit, done: int) -> None:
         """Called after each optimizer step."""
 
 
-def gradient_norm(trainer):
+def gradient_norm(trainer: Any) -> float | None:
     """The norm of the gradient of the step just done, over all ranks and before clipping; None where the engine has
     none."""
     norm = trainer.strategy.deepspeed_engine.get_global_grad_norm()
@@ -46,13 +56,13 @@ def gradient_norm(trainer):
 class Moves(pl.Callback):
     """Tells the watch (training/watch.py) of every micro batch."""
 
-    def __init__(self, watch):
+    def __init__(self, watch: Watch) -> None:
         self.watch = watch
 
-    def on_train_batch_start(self, trainer, lit, batch, batch_idx):
+    def on_train_batch_start(self, trainer: Any, lit: Lit, batch: TrainBatch, batch_idx: int) -> None:
         self.watch.moved(f"step {lit.step}")
 
-    def on_train_batch_end(self, trainer, lit, outputs, batch, batch_idx):
+    def on_train_batch_end(self, trainer: Any, lit: Lit, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
         self.watch.moved(f"what follows step {lit.step}")
 
 
@@ -60,7 +70,7 @@ class FiniteGradients(StepCallback):
     """Ends a run whose gradient norm is not finite, since clipping then makes zeros or NaN of the step: raises
     Diverged, on all ranks, which share the norm. It stands before the callbacks that record and save."""
 
-    def on_step(self, trainer, lit, done):
+    def on_step(self, trainer: Any, lit: Lit, done: int) -> None:
         norm = gradient_norm(trainer)
         if norm is not None and not math.isfinite(norm):
             raise Diverged(f"the gradient norm became {norm} at step {lit.step}")
@@ -73,13 +83,20 @@ class Record(StepCallback):
     tokens_per_s counts the tokens of all ranks over the step's wall time, validation, questions and saving excluded.
     """
 
-    def __init__(self, folder, plan, accumulate, validator=None, examiner=None):
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan,
+        accumulate: int,
+        validator: Validator | None = None,
+        examiner: Examiner | None = None,
+    ) -> None:
         super().__init__(accumulate)
         self.path, self.plan, self.validator = folder / "metrics.jsonl", plan, validator
         self.examiner = examiner
         self.tokens = 0
 
-    def on_train_start(self, trainer, lit):
+    def on_train_start(self, trainer: Any, lit: Lit) -> None:
         if self.validator is not None:
             self.validator.restore(self.path, self.plan.first_step)
             trainer.strategy.barrier()
@@ -91,10 +108,10 @@ class Record(StepCallback):
             self.progress = Progress(self.plan)
         self.start = time.perf_counter()
 
-    def count_tokens(self, trainer, batch):
+    def count_tokens(self, trainer: Any, batch: TrainBatch) -> None:
         self.tokens += batch["tokens"].numel() * trainer.world_size
 
-    def on_step(self, trainer, lit, done):
+    def on_step(self, trainer: Any, lit: Lit, done: int) -> None:
         now = time.perf_counter()
         rate = self.tokens / (now - self.start)
         tokens, self.tokens = self.tokens, 0
@@ -122,22 +139,22 @@ class Record(StepCallback):
             self.progress.say(
                 f"step {done:,}: validation loss {validation['val_loss']:.4f}, perplexity {validation['val_ppl']:.2f}"
             )
-        if scores:
+        if scores and self.examiner is not None:
             shares = ", ".join(f"{name.removeprefix('eval_')} {share:.1%}" for name, share in scores.items())
             self.progress.say(f"step {done:,}: of {len(self.examiner.exam):,} questions right: {shares}")
         self.progress.update(f"loss {lit.step_loss:.4f}, lr {lit.lr:.1e}, {rate:,.0f} tokens/s", done)
 
-    def on_train_batch_start(self, trainer, lit, batch, batch_idx):
+    def on_train_batch_start(self, trainer: Any, lit: Lit, batch: TrainBatch, batch_idx: int) -> None:
         if batch_idx % self.accumulate == 0:
             self.start = time.perf_counter()
 
-    def on_train_end(self, trainer, lit):
+    def on_train_end(self, trainer: Any, lit: Lit) -> None:
         self.close(trainer)
 
-    def on_exception(self, trainer, lit, exception):
+    def on_exception(self, trainer: Any, lit: Lit, exception: BaseException) -> None:
         self.close(trainer)
 
-    def close(self, trainer):
+    def close(self, trainer: Any) -> None:
         if trainer.is_global_zero and hasattr(self, "file"):
             self.file.close()
             self.progress.close()
@@ -146,9 +163,9 @@ class Record(StepCallback):
 class Progress:
     """The run's progress with its ETA: a moving bar on a terminal; in a log file a line every ten seconds."""
 
-    def __init__(self, plan):
+    def __init__(self, plan: Plan) -> None:
         self.plan, self.began, self.last_line = plan, time.perf_counter(), 0.0
-        self.bar = None
+        self.bar: tqdm | None = None
         if sys.stdout.isatty():
             self.bar = tqdm(
                 total=plan.total_steps,
@@ -161,7 +178,7 @@ class Progress:
                 smoothing=0.05,
             )
 
-    def update(self, text, done):
+    def update(self, text: str, done: int) -> None:
         """Show `text` after `done` steps."""
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
@@ -174,16 +191,16 @@ class Progress:
         left = (now - self.began) / (done - self.plan.first_step) * (self.plan.total_steps - done)
         print(f"step {done:,}/{self.plan.total_steps:,}, {text}, ETA {tqdm.format_interval(left)}", flush=True)
 
-    def say(self, text):
+    def say(self, text: str) -> None:
         """Print a line of its own."""
         self.bar.write(text, file=sys.stdout) if self.bar is not None else print(text, flush=True)
 
-    def close(self):
+    def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
 
 
-def forget_from(path, first_step):
+def forget_from(path: Path, first_step: int) -> None:
     """Drop the lines of metrics.jsonl that a resumed run is about to write again."""
     if not path.exists():
         return
@@ -200,22 +217,24 @@ class Save(StepCallback):
     The first rank's clock counts the minutes; one that is set anew does not matter to it, nor a machine's sleep.
     """
 
-    def __init__(self, saver, plan, train, checkpoint, validator=None):
+    def __init__(
+        self, saver: Saver, plan: Plan, train: TrainConfig, checkpoint: Path | None, validator: Validator | None = None
+    ) -> None:
         super().__init__(train.accumulate_grad_batches)
         self.validator = validator
         self.saver, self.plan, self.checkpoint = saver, plan, checkpoint
         self.epochs, self.steps, self.minutes = train.epoch_save, train.save_every, train.save_minutes
 
-    def on_train_start(self, trainer, lit):
+    def on_train_start(self, trainer: Any, lit: Lit) -> None:
         if self.checkpoint is not None:
             load_checkpoint(trainer, lit, self.checkpoint)
         self.saved = time.monotonic()
 
-    def on_train_batch_start(self, trainer, lit, batch, batch_idx):
+    def on_train_batch_start(self, trainer: Any, lit: Lit, batch: TrainBatch, batch_idx: int) -> None:
         passed = time.monotonic() - self.saved
         lit.save_requested = trainer.is_global_zero and 0 < self.minutes * 60 <= passed
 
-    def on_step(self, trainer, lit, done):
+    def on_step(self, trainer: Any, lit: Lit, done: int) -> None:
         epoch, rest = divmod(done, self.plan.epoch_steps)
         ending = (
             lit.stopping or done == self.plan.total_steps or (self.validator is not None and self.validator.exhausted)
@@ -234,11 +253,11 @@ class StopSignals(pl.Callback):
     Installed when training starts, after Lightning's own SIGTERM handler, which would end the run without saving.
     """
 
-    def __init__(self, say):
+    def __init__(self, say: Callable[..., object]) -> None:
         self.say = say
 
-    def on_train_start(self, trainer, lit):
-        def ask(number, frame):
+    def on_train_start(self, trainer: Any, lit: Lit) -> None:
+        def ask(number: int, frame: FrameType | None) -> None:
             if lit.stop_requested:
                 raise KeyboardInterrupt
             lit.stop_requested = number
@@ -246,6 +265,6 @@ class StopSignals(pl.Callback):
 
         self.previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def on_train_end(self, trainer, lit):
+    def on_train_end(self, trainer: Any, lit: Lit) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from ..config import TrainConfig
 from .checkpoints import ANSWERS
+from .plan import Plan
 from .watch import Watch
 
 
@@ -32,7 +33,7 @@ class Examiner:
     hears of every answer.
     """
 
-    def __init__(self, exam: Exam, train: TrainConfig, plan: Any, folder: Path, watch: Watch) -> None:
+    def __init__(self, exam: Exam, train: TrainConfig, plan: Plan, folder: Path, watch: Watch) -> None:
         self.exam, self.path, self.watch = exam, folder / ANSWERS, watch
         self.every, self.compiled = train.eval_every or plan.epoch_steps, train.compile
 

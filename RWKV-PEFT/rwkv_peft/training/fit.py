@@ -6,33 +6,43 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
 from ..adapters.groups import learning_ratios
 from ..adapters.methods import method_of
 from ..cli import counted
+from ..config import RunConfig, TrainConfig
 from ..data.recorded import ENTRY, RUN
+from ..data.samples import Samples
 from ..errors import ending_at_ctrl_c
 from ..files.atomic import atomic_write
 from ..memory import keep_freed_memory
+from ..models.family import Family
+from ..models.parts import LanguageModel
 from ..models.state import TIME_STATE
 from ..names import STATE
 from .checkpoints import find_checkpoint, telling_refusals
+from .examiner import Examiner
 from .loggers import make_loggers
+from .meeting import Ranks
 from .resume import METRICS
-from .steps import Segments, Whole
+from .saver import Saver
+from .steps import Segments, Step, Whole
+from .validate import Validator
 
 
-def step_of(train):
+def step_of(train: TrainConfig) -> Step:
     """What a step computes of a batch: whole rows, or segments of them."""
     if not train.chunk_ctx:
         return Whole()
     return Segments(train.chunk_ctx, train.bptt_segments, together="stage_3" in train.strategy)
 
 
-def quiet():
+def quiet() -> None:
     """Leave the user's terminal to us: the libraries' banners and tips are not about this run."""
     for name in (
         "lightning",
@@ -54,11 +64,25 @@ def quiet():
         warnings.filterwarnings("ignore", text)
 
 
-def fit(config, family, model, trainable, samples, validator, examiner, saver, checkpoint, accelerator, ranks, say):
+def fit(
+    config: RunConfig,
+    family: Family,
+    model: LanguageModel,
+    trainable: int,
+    samples: Samples,
+    validator: Validator | None,
+    examiner: Examiner | None,
+    saver: Saver,
+    checkpoint: Path | None,
+    accelerator: str,
+    ranks: Ranks,
+    say: Callable[..., object],
+) -> int:
     """Run Lightning's Trainer over the plan, on Ranks that have met, and report how it ended; returns the exit
     code."""
-    train, folder, plan = config.train, saver.folder, saver.plan
-    ranks.watch.moved("the start")
+    train, folder, plan, watch = config.train, saver.folder, saver.plan, ranks.watch
+    assert watch is not None  # since they have met
+    watch.moved("the start")
     if accelerator == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take a GPU that is there
         keep_freed_memory()
@@ -102,7 +126,7 @@ def fit(config, family, model, trainable, samples, validator, examiner, saver, c
         use_distributed_sampler=False,
         default_root_dir=folder,
         callbacks=[
-            Moves(ranks.watch),
+            Moves(watch),
             FiniteGradients(accumulate),
             Record(folder, plan, accumulate, validator, examiner),
             Save(saver, plan, train, checkpoint, validator),

@@ -1,13 +1,20 @@
 """What a run prints before it begins: what trains, what does not, on what, and where it writes."""
 
 from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
+from ..adapters.inject import InjectReport
 from ..adapters.methods import NONE, method_of
 from ..cli import counted
+from ..config import AdapterConfig, RunConfig
+from ..data.samples import Samples
+from ..models.family import Family
 from ..names import STATE
 from ..ops.bone import cuda as bone_cuda
 from ..ops.cross_entropy import cuda as cross_entropy_cuda
 from ..ops.mix import cuda as mix_cuda
+from .plan import Plan
 from .rates import automatic_rate
 
 # what a GPU has kernels for, besides the recurrence
@@ -18,7 +25,17 @@ UPSTREAM_PARTS = ("time", "ln")  # what RWKV-PEFT trains along with an adapter b
 SMALL_STEP = 0.5  # of Bone's
 
 
-def describe(config, family, accelerator, samples, notes, plan, report, state, say):
+def describe(
+    config: RunConfig,
+    family: Family,
+    accelerator: str,
+    samples: Samples,
+    notes: Sequence[str],
+    plan: Plan,
+    report: InjectReport,
+    state: Mapping[str, Any] | None,
+    say: Callable[..., object],
+) -> None:
     """What is about to happen, in a few lines."""
     model, train, data, adapter = config.model, config.train, config.data, config.adapter
     say(
@@ -62,7 +79,7 @@ def describe(config, family, accelerator, samples, notes, plan, report, state, s
     say(f"output    {train.proj_dir}")
 
 
-def describe_adapter(adapter):
+def describe_adapter(adapter: AdapterConfig) -> str:
     """What trains, in a few words."""
     words, method = ["full model"], method_of(adapter)
     if method is not None:
@@ -78,7 +95,7 @@ def describe_adapter(adapter):
     return ", ".join(words)
 
 
-def frozen_parts(adapter, family, keys):
+def frozen_parts(adapter: AdapterConfig, family: Family, keys: Iterable[str]) -> str:
     """What of the base an adapter leaves as it is, and the flag that trains it along; "" where all of it trains."""
     tensors = Counter(family.part_of(key) for key in keys)
     frozen = [part for part in family.parts if part not in adapter.train_parts]
@@ -92,10 +109,12 @@ def frozen_parts(adapter, family, keys):
     return f"tensors of the base that do not train: {named}; {advice}"
 
 
-def rate_hint(adapter, n_embd, lr_init):
+def rate_hint(adapter: AdapterConfig, n_embd: int, lr_init: float) -> str:
     """What the learning rate means by Bone's, for a method whose steps are much smaller; "" for any other."""
     method = method_of(adapter)
-    step = None if method is None else method.first_step(adapter, n_embd)
+    if method is None:
+        return ""
+    step = method.first_step(adapter, n_embd)
     if step is None or step > SMALL_STEP:
         return ""
     return (

@@ -9,13 +9,17 @@ state-LABEL.pth             --train_parts state: the time states alone, as runti
 import os
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from ..config import AdapterConfig, RunConfig
 from ..errors import UserError
 from ..files.adapter_file import ADAPTER, MODEL, Adapter, AdapterMetadata, save_adapter
 from ..files.atomic import atomic_write
+from ..files.base import Base
 from ..files.dtypes import DTYPES
 from ..files.pth import all_finite, stream_tensors
 from ..files.pth_writer import TensorSpec, write_pth
@@ -28,17 +32,17 @@ from ..release.merge import Merge, MergeOptions
 MERGED, STATES = "merged.pth", "state.pth"  # the newest of them
 
 
-def newest_name(adapter):
+def newest_name(adapter: AdapterConfig) -> str:
     """The name of the file of the newest trained tensors, by an AdapterConfig."""
     return MODEL if adapter.whole_model else ADAPTER
 
 
-def labelled(path, label):
+def labelled(path: Path, label: str) -> Path:
     """The file of one label: adapter.safetensors -> adapter-LABEL.safetensors; "" is the newest."""
     return path.with_stem(f"{path.stem}-{label}") if label else path
 
 
-def model_dtypes(config, base):
+def model_dtypes(config: RunConfig, base: Base | None) -> dict[str, torch.dtype]:
     """{key: dtype} of the file of a model that trains whole, in its order: the base's own, or for a new model that of
     official files and the dtype of the training; --save_dtype names another dtype."""
     train = config.train
@@ -53,7 +57,7 @@ def model_dtypes(config, base):
     return {key: asked or dtype for key, dtype in found.items()}
 
 
-def keeps_all(config, base):
+def keeps_all(config: RunConfig, base: Base | None) -> bool:
     """Whether the file of a model that trains whole holds every bit of what trains."""
     kept = {torch.float32, DTYPES[config.train.precision]}
     return set(model_dtypes(config, base).values()) <= kept
@@ -62,16 +66,16 @@ def keeps_all(config, base):
 class Products:
     """Writes them; config is the RunConfig, fingerprint the base's, base a Base or None for a new model."""
 
-    def __init__(self, folder, config, fingerprint, base=None):
+    def __init__(self, folder: Path, config: RunConfig, fingerprint: str, base: Base | None = None) -> None:
         self.folder, self.config, self.base = folder, config, base
         self.fingerprint = fingerprint
 
     @property
-    def newest(self):
+    def newest(self) -> Path:
         """The file of the newest trained tensors."""
         return self.folder / newest_name(self.config.adapter)
 
-    def write(self, tensors, labels):
+    def write(self, tensors: dict[str, torch.Tensor], labels: Sequence[str]) -> None:
         """Write {name: trained tensor} for each label, and what --merge_on_save makes of it."""
         train = self.config.train
         for label in labels:
@@ -85,15 +89,16 @@ class Products:
         if train.merge_on_save:
             self.write_merged(tensors, [labelled(self.folder / MERGED, label) for label in labels])
 
-    def metadata(self):
+    def metadata(self) -> AdapterMetadata:
         """What the adapter's files say of it."""
         return AdapterMetadata.from_config(
             self.config.adapter, self.fingerprint, self.config.train.precision, self.config.model.version
         )
 
-    def write_merged(self, tensors, paths):
+    def write_merged(self, tensors: dict[str, torch.Tensor], paths: Sequence[Path]) -> None:
         """Merge once and give the file each of the paths. What keeps it from being written is told and no more: the
         adapter is saved, and merge_bone.py can do it later."""
+        assert self.base is not None  # an adapter has one
         first, *others = paths
         options = MergeOptions(dtype=DTYPES.get(self.config.train.save_dtype))
         try:
@@ -108,7 +113,7 @@ class Products:
             tqdm.write(f"--merge_on_save: {first} was not written: {error}", file=sys.stderr)
 
 
-def write_model(path, tensors, dtypes):
+def write_model(path: Path, tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
     """Write {key: tensor} as a .pth in the order and dtypes of `dtypes`; in the dtype of the training, with a word
     about it, where a value is too large for another."""
     too_large = next((key for key, dtype in dtypes.items() if not all_finite(tensors[key].to(dtype))), None)
@@ -121,7 +126,7 @@ def write_model(path, tensors, dtypes):
         write_pth(temporary, specs, ((key, tensors[key].to(dtype)) for key, dtype in dtypes.items()))
 
 
-def share_file(path, copy):
+def share_file(path: Path, copy: Path) -> None:
     """Give a file a second name, which keeps the content when `path` is replaced; a copy where the disk has no
     links."""
     try:

@@ -1,6 +1,10 @@
 """Whether a run begins or goes on, by what its folder holds and --resume; and the folder itself."""
 
-from ..config import AdapterConfig
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config import AdapterConfig, TrainConfig
 from ..errors import UserError
 from ..files.adapter_file import ADAPTER, MODEL
 from .checkpoints import UNSAVED, find_checkpoint
@@ -11,7 +15,9 @@ METRICS = "metrics.jsonl"  # which a run begins with its first step
 MUST, AUTO = "must", "auto"  # --resume by itself, and --resume auto
 
 
-def find_state(folder, train, identity):
+def find_state(
+    folder: Path, train: TrainConfig, identity: Mapping[str, Any]
+) -> tuple[Path | None, dict[str, Any] | None]:
     """(checkpoint folder, its state.json) to resume from, or (None, None) for a fresh run. A run that ended before its
     first checkpoint left nothing to go on from and nothing to lose, so that it starts anew: with --resume or without
     where it had written no trained tensors yet, else with --resume auto."""
@@ -38,7 +44,7 @@ def find_state(folder, train, identity):
     return None, None
 
 
-def find_trained(folder, newest):
+def find_trained(folder: Path, newest: str) -> str | None:
     """The name of a file of trained tensors that a new run would overwrite: the newest of its kind, or any in the
     folder of a run; None where there is none."""
     if (folder / newest).exists():

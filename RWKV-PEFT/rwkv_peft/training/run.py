@@ -4,18 +4,22 @@ The only place where model, adapters, data and engine meet.
 """
 
 import sys
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..adapters.inject import inject
+from ..adapters.inject import InjectReport, inject
 from ..adapters.load import load_tensors
 from ..adapters.methods import method_of
 from ..cli import counted
+from ..config import AdapterConfig, RunConfig, TrainConfig
 from ..data.batches import TrainBatches
 from ..data.recorded import find_tokenizer, recorded_beside, remarks
+from ..data.samples import Samples
 from ..data.show import marks_for, show_samples
 from ..data.sources import build_samples, check_config, split_samples
 from ..data.tokenizer import KNOWN_SIZES
@@ -24,9 +28,11 @@ from ..evals.exam import Exam
 from ..files.adapter_file import ADAPTER, MODEL
 from ..files.adapters import read_adapter
 from ..files.atomic import check_output
-from ..files.base import open_base
+from ..files.base import Base, open_base
 from ..files.dtypes import DTYPES
 from ..models import family_named
+from ..models.family import Family
+from ..models.parts import LanguageModel
 from ..names import STATE
 from ..plots import plot_loss
 from .agreement import digest_of_file, passport
@@ -34,11 +40,12 @@ from .alone import alone_in
 from .checkpoints import UNSAVED, clear_unsaved
 from .examiner import Examiner
 from .fit import fit
-from .flags import parse_run
+from .flags import Request, parse_run
 from .gradients import estimate_gradients
 from .header import describe, describe_adapter
 from .keeping import discard_old
 from .meeting import Ranks
+from .plan import Plan
 from .rates import with_first_rates
 from .resume import AUTO, METRICS, find_state
 from .saved_files import require_files
@@ -47,23 +54,7 @@ from .start import start_adapter, start_states
 from .validate import Validator
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Steps of a run: step_samples samples each, epoch_steps an epoch, numbered first_step to total_steps - 1; the
-    first of them begins at sample first_sample."""
-
-    step_samples: int
-    epoch_steps: int
-    total_steps: int
-    first_step: int
-    first_sample: int
-
-    def samples_seen(self, done):
-        """The sample cursor after `done` steps."""
-        return self.first_sample + (done - self.first_step) * self.step_samples
-
-
-def main(argv):
+def main(argv: list[str]) -> int:
     """train.py: returns the exit code."""
     request = parse_run(argv)
     say = print if request.world.rank == 0 else silent
@@ -79,11 +70,11 @@ def main(argv):
         return 130
 
 
-def silent(*words, **options):
+def silent(*words: object, **options: object) -> None:
     """Print nothing: what a rank says that nobody watches."""
 
 
-def check(request, say=print):
+def check(request: Request, say: Callable[..., object] = print) -> int:
     """Judge a Request by the base and this machine, before there is any data: --check_flags. Returns the exit code."""
     config = request.config
     accelerator = resolve_accelerator(config.train)
@@ -96,7 +87,7 @@ def check(request, say=print):
     return 0
 
 
-def show(request, say=print):
+def show(request: Request, say: Callable[..., object] = print) -> int:
     """Print samples as the model would see them: --show_samples. Returns the exit code."""
     config = request.config
     samples, _ = find_samples(config)
@@ -105,7 +96,7 @@ def show(request, say=print):
     return 0
 
 
-def run(request, say=print):
+def run(request: Request, say: Callable[..., object] = print) -> int:
     """Train as a Request says; `say` prints for the user. Returns the exit code."""
     world, train = request.world, request.config.train
     folder = Path(train.proj_dir)
@@ -116,7 +107,7 @@ def run(request, say=print):
         return run_on(ranks, request, say)
 
 
-def run_on(ranks, request, say):
+def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> int:
     """The same on Ranks that are yet to meet."""
     config, base, world = request.config, request.base, request.world
     train, folder = config.train, Path(config.train.proj_dir)
@@ -132,7 +123,7 @@ def run_on(ranks, request, say):
         "precision": train.precision,
     }
     checkpoint, state = find_state(folder, train, identity)
-    if checkpoint is not None and world.rank == 0:
+    if checkpoint is not None and state is not None and world.rank == 0:
         require_files(checkpoint, state["files"], train.fresh_optimizer, contents=True)
     if state:
         train = with_first_rates(train, state)
@@ -158,6 +149,7 @@ def run_on(ranks, request, say):
         "the questions": exam and exam.digest,
     }
     ranks.meet(passport(config, identity, others), folder, train.stall_minutes)
+    assert ranks.watch is not None  # since they have met
 
     torch.manual_seed(train.random_seed)
     family = family_named(config.model.version)
@@ -169,7 +161,7 @@ def run_on(ranks, request, say):
     if train.compile:
         for block in model.blocks:
             block.compile()
-    if state and train.fresh_optimizer:
+    if checkpoint is not None and train.fresh_optimizer:
         if config.adapter.whole_model:
             model.load_state_dict(open_base(checkpoint / MODEL).tensors, strict=True)
         checkpoint = None  # its optimizer state belongs to other ranks
@@ -189,7 +181,7 @@ def run_on(ranks, request, say):
     )
 
 
-def find_samples(config):
+def find_samples(config: RunConfig) -> tuple[Samples, Samples | None]:
     """(training samples, validation samples or None)."""
     data, train, vocab_size = config.data, config.train, config.model.vocab_size
     if train.val_split:
@@ -203,7 +195,7 @@ def find_samples(config):
     return samples, held_out
 
 
-def find_exam(config, samples):
+def find_exam(config: RunConfig, samples: Samples) -> Exam | None:
     """The Exam that --eval_data asks for, or None; it is put in the tokens that the data is made of."""
     train, vocab_size = config.train, config.model.vocab_size
     if not train.eval_data:
@@ -219,7 +211,7 @@ def find_exam(config, samples):
     return exam
 
 
-def resolve_accelerator(train):
+def resolve_accelerator(train: TrainConfig) -> str:
     """cpu or gpu, checked against what the machine has."""
     gpus = torch.cuda.device_count()
     accelerator = train.accelerator if train.accelerator != "auto" else "gpu" if gpus else "cpu"
@@ -231,7 +223,7 @@ def resolve_accelerator(train):
     return accelerator
 
 
-def make_plan(train, samples, step_samples, state):
+def make_plan(train: TrainConfig, samples: Samples, step_samples: int, state: Mapping[str, Any] | None) -> Plan:
     """The run's Plan. A resumed run starts at its sample cursor, whatever the size of a step was when it got there."""
     epoch_steps = train.epoch_steps or -(-len(samples) // step_samples)
     first_step = train.epoch_begin * epoch_steps
@@ -242,7 +234,7 @@ def make_plan(train, samples, step_samples, state):
     return Plan(step_samples, epoch_steps, train.epoch_count * epoch_steps, first_step, first_sample)
 
 
-def build_model(config, family, base):
+def build_model(config: RunConfig, family: Family, base: Base | None) -> LanguageModel:
     """The model in the run's precision: the base's memory-mapped tensors where dtypes agree, or fresh weights; with the
     states to tune, if any."""
     dtype, grad_cp = DTYPES[config.train.precision], config.train.grad_cp
@@ -257,7 +249,16 @@ def build_model(config, family, base):
     return model
 
 
-def adapt(model, adapter, layers, family, base, batches, checkpoint=None, segment=0):
+def adapt(
+    model: LanguageModel,
+    adapter: AdapterConfig,
+    layers: tuple[str, ...],
+    family: Family,
+    base: Base | None,
+    batches: TrainBatches,
+    checkpoint: Path | None = None,
+    segment: int = 0,
+) -> InjectReport:
     """Inject the adapter into the model: as the checkpoint to resume from holds it, with the factors that it began
     with; from --bone_load and its kin; or fresh, from gradients of one segment of so many positions where a method asks
     for them, 0 for whole rows. -> InjectReport."""
@@ -265,6 +266,7 @@ def adapt(model, adapter, layers, family, base, batches, checkpoint=None, segmen
     if checkpoint is not None and not adapter.whole_model:
         loaded = read_adapter(checkpoint / ADAPTER)
     elif adapter.load:
+        assert base is not None  # as the flags were judged
         loaded = start_adapter(adapter, base)
     elif method is not None and method.from_gradient:
         gradients = estimate_gradients(model, layers, batches.batch(0, 0), segment)

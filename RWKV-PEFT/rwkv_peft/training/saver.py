@@ -12,22 +12,30 @@ products.py writes the first four; keeping.py says how many of them stay.
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..adapters.methods import adapter_parameter
-from ..config import AdapterConfig, to_json
+from ..config import AdapterConfig, RunConfig, to_json
 from ..data.batches import collate
+from ..data.samples import Samples
 from ..errors import UserError, told
 from ..files.atomic import atomic_write, fsync_folder
-from ..files.base import save_model
+from ..files.base import Base, save_model
 from .checkpoints import UNREADABLE, UNSAVED
 from .keeping import HIDDEN, clear_hidden, discard_old, remove
 from .meeting import is_of_connection
+from .plan import Plan
 from .products import Products, keeps_all, model_dtypes, share_file
 from .saved_files import TAG, check_records, record_of, require_files
+
+if TYPE_CHECKING:
+    from .lit import Lit
 
 HASHED = 64  # samples that tell one data set from another
 SAME = ("adapter", "base", "data")  # what a resumed run must share with the first,
@@ -47,7 +55,7 @@ KINDS = (
 )
 
 
-def data_identity(config, samples):
+def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
     """What the place in the data is counted in: the settings that choose and order samples, how many there are, and a
     hash of a few of them, which stands for the files, wherever they lie."""
     settings = {
@@ -61,7 +69,7 @@ def data_identity(config, samples):
     return settings | {"val_split": config.train.val_split, "samples": len(samples), "content": digest.hexdigest()[:16]}
 
 
-def read_run_state(checkpoint, now, fresh_optimizer=False):
+def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bool = False) -> dict[str, Any]:
     """state.json of a checkpoint, compared with what the resuming run says of itself (a dict of SAME, SAME_OPTIMIZER),
     and its other files with the sizes in it."""
     older = f"delete {checkpoint} to resume from an older checkpoint"
@@ -98,7 +106,7 @@ def read_run_state(checkpoint, now, fresh_optimizer=False):
     return state
 
 
-def differences(then, now):
+def differences(then: Any, now: Any) -> tuple[Any, Any]:
     """The entries in which two dicts differ, of each; other values as they are."""
     if not isinstance(now, dict):
         return then, now
@@ -113,21 +121,23 @@ class Saver:
     that was never loaded from a file; base is the Base itself, or None.
     """
 
-    def __init__(self, folder, config, plan, identity, base=None):
+    def __init__(
+        self, folder: Path, config: RunConfig, plan: Plan, identity: Mapping[str, Any], base: Base | None = None
+    ) -> None:
         self.folder, self.config, self.plan, self.identity, self.base = folder, config, plan, identity, base
         self.products = Products(folder, config, identity.get("base", ""), base)
 
     @property
-    def newest(self):
+    def newest(self) -> Path:
         """The file of the newest trained tensors."""
         return self.products.newest
 
-    def save(self, trainer, lit, done, epoch=None):
+    def save(self, trainer: Any, lit: "Lit", done: int, epoch: int | None = None) -> None:
         """Save after `done` optimizer steps; `epoch` is the number of epochs done where one just ended."""
         self.save_tensors(trainer, lit, [""] if epoch is None else [f"epoch-{epoch}", ""])
         self.save_checkpoint(trainer, lit, done)
 
-    def save_tensors(self, trainer, lit, labels):
+    def save_tensors(self, trainer: Any, lit: "Lit", labels: Sequence[str]) -> None:
         """Write what was trained once for each label: adapter-LABEL.safetensors, or rwkv-LABEL.pth (--peft none)."""
         tensors = self.trained(trainer, lit)
         if trainer.is_global_zero:
@@ -135,18 +145,18 @@ class Saver:
         trainer.strategy.barrier()
 
     @property
-    def full(self):
+    def full(self) -> bool:
         """Whether what is saved is a model."""
         return self.config.adapter.whole_model
 
-    def trained(self, trainer, lit):
+    def trained(self, trainer: Any, lit: "Lit") -> dict[str, torch.Tensor]:
         """{name: tensor} of what the run saves, as it trains: the model, or the adapter and the parts that train along.
         {} on other ranks than the first."""
-        wanted = [(name, p) for name, p in lit.model.named_parameters() if self.full or p.requires_grad]
-        wanted += [(name, buffer) for name, buffer in lit.model.named_buffers() if adapter_parameter(name)]
-        return gather(wanted, trainer.strategy.zero_stage_3, trainer.is_global_zero)
+        parameters = [(name, p) for name, p in lit.model.named_parameters() if self.full or p.requires_grad]
+        buffers = [(name, buffer) for name, buffer in lit.model.named_buffers() if adapter_parameter(name)]
+        return gather([*parameters, *buffers], trainer.strategy.zero_stage_3, trainer.is_global_zero)
 
-    def save_checkpoint(self, trainer, lit, done):
+    def save_checkpoint(self, trainer: Any, lit: "Lit", done: int) -> None:
         """DeepSpeed's state and state.json into a hidden folder, which gets its name when it is complete."""
         hidden = self.folder / "checkpoints" / f"{HIDDEN}{done:08d}"
         if trainer.is_global_zero:
@@ -175,7 +185,7 @@ class Saver:
             self.complete(hidden, state, exact)
             discard_old(self.folder, self.config.train.keep_checkpoints)
 
-    def complete(self, hidden, state, exact):
+    def complete(self, hidden: Path, state: dict[str, Any], exact: Mapping[str, torch.Tensor]) -> None:
         """Add to a checkpoint what DeepSpeed does not write, its trained tensors (`exact`, or the newest file) and
         state.json, and give it its name."""
         if exact:
@@ -201,7 +211,7 @@ class Saver:
         (self.folder / UNSAVED).unlink(missing_ok=True)
 
     @contextmanager
-    def telling(self, hidden):
+    def telling(self, hidden: Path) -> Iterator[None]:
         """Make a UserError of what the system refuses while a checkpoint is written."""
         try:
             yield
@@ -214,7 +224,7 @@ class Saver:
             ) from error
 
 
-def sync_files(folder):
+def sync_files(folder: Path) -> None:
     """Force all below `folder` to disk, so that its rename cannot outrun them."""
     for path in (*folder.rglob("*"), folder):
         if path.is_dir():
@@ -224,12 +234,12 @@ def sync_files(folder):
                 os.fsync(file.fileno())
 
 
-def trained_names(lit):
+def trained_names(lit: "Lit") -> list[str]:
     """What a checkpoint holds: the names of the parameters that train."""
     return sorted(name for name, parameter in lit.model.named_parameters() if parameter.requires_grad)
 
 
-def load_checkpoint(trainer, lit, checkpoint):
+def load_checkpoint(trainer: Any, lit: "Lit", checkpoint: Path) -> None:
     """Restore weights and optimizer into the engine, on all ranks.
 
     Frozen parameters come from the base, so the engine must load without them; that nothing else is missing is
@@ -249,7 +259,7 @@ def load_checkpoint(trainer, lit, checkpoint):
         engine.load_checkpoint(checkpoint, tag=TAG, load_module_strict=False, load_lr_scheduler_states=False)
 
 
-def gather(pairs, zero_stage_3, keep):
+def gather(pairs: Iterable[tuple[str, torch.Tensor]], zero_stage_3: bool, keep: bool) -> dict[str, torch.Tensor]:
     """(name, parameter or buffer) pairs -> {name: tensor on the CPU}, gathered one by one under ZeRO-3; {} on ranks
     that do not keep. Raises Diverged, on all ranks, for a tensor that is not finite, before anything is written."""
     import deepspeed

@@ -4,18 +4,22 @@ import math
 from pathlib import Path
 
 from ..adapters.methods import forms, method_of
+from ..config import AdapterConfig, ModelConfig
 from ..errors import UserError
-from ..files.adapter_file import AdapterMetadata
+from ..files.adapter_file import Adapter, AdapterMetadata
 from ..files.adapters import AdapterSource
+from ..files.base import Base
 from ..files.state_file import read_states
+from ..models.family import Family
 from ..models.state import State, split_time_states, state_of
 from ..names import STATE
 
 
-def start_adapter(adapter, base):
+def start_adapter(adapter: AdapterConfig, base: Base) -> Adapter:
     """The adapter to start from, refused unless it is of this run's variant, rank, scale, quantization, parts and
     base (a Base)."""
     path, method = Path(adapter.load), method_of(adapter)
+    assert method is not None  # --peft none has nothing to load
     flat = path.is_file() and path.suffix != ".safetensors"  # as RWKV-PEFT writes them
     if adapter.init and path.exists() and not flat:
         raise UserError(
@@ -71,7 +75,7 @@ def start_adapter(adapter, base):
     return loaded
 
 
-def start_states(path, config, family, base):
+def start_states(path: str, config: ModelConfig, family: Family, base: Base | None) -> State | None:
     """The State of one sequence that --train_parts state starts from: of the file at path (--state_load), of the base
     (a Base, or None), or None for zeros. Raises UserError where it is not the model's."""
     tensors = {} if base is None else split_time_states(base.tensors)[1]
@@ -80,10 +84,11 @@ def start_states(path, config, family, base):
         if base is not None:
             file.check_base(base)
         tensors = file.time_states()
-    return state_of(tensors, State.zeros(config, 1), family.rows_are_keys, path or base.path) if tensors else None
+    name = path or ("" if base is None else base.path)
+    return state_of(tensors, State.zeros(config, 1), family.rows_are_keys, name) if tensors else None
 
 
-def check_parts(adapter, loaded, family):
+def check_parts(adapter: AdapterConfig, loaded: Adapter, family: Family) -> None:
     """Refuse tensors of the base that the earlier run trained and this one would not save with its adapter."""
     frozen = [key for key in loaded.whole() if family.part_of(key) not in adapter.train_parts]
     if not frozen:

@@ -1,12 +1,22 @@
 """Validation while training: loss and perplexity over held-out samples, the best adapter kept, early stopping."""
 
 import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from ..config import TrainConfig
 from ..data.batches import EvalBatches
+from ..data.samples import Samples
 from ..plots import is_number, read_metrics
+from .plan import Plan
+from .saver import Saver
+from .watch import Watch
+
+if TYPE_CHECKING:
+    from .lit import Lit
 
 
 class Validator:
@@ -16,28 +26,30 @@ class Validator:
     one (0: never) `exhausted` becomes true. `watch` (training/watch.py) hears of every batch.
     """
 
-    def __init__(self, samples, micro_bsz, train, plan, saver, watch):
+    def __init__(
+        self, samples: Samples, micro_bsz: int, train: TrainConfig, plan: Plan, saver: Saver, watch: Watch
+    ) -> None:
         self.samples, self.micro_bsz, self.saver, self.watch = samples, micro_bsz, saver, watch
         self.every, self.patience = train.val_every or plan.epoch_steps, train.early_stop
         self.best, self.since_best = math.inf, 0
 
     @property
-    def exhausted(self):
+    def exhausted(self) -> bool:
         return 0 < self.patience <= self.since_best
 
-    def restore(self, path, first_step):
+    def restore(self, path: Path, first_step: int) -> None:
         """Take up best and since_best from the metrics.jsonl of the run that is resumed."""
         for metrics in read_metrics(path) if path.exists() else ():
             if metrics["step"] < first_step and is_number(metrics.get("val_loss")):
                 self.note(metrics["val_loss"])
 
-    def note(self, loss):
+    def note(self, loss: float) -> bool:
         """Remember one validation loss; whether it is the lowest so far."""
         better = loss < self.best
         self.best, self.since_best = (loss, 0) if better else (self.best, self.since_best + 1)
         return better
 
-    def __call__(self, trainer, lit, done):
+    def __call__(self, trainer: Any, lit: "Lit", done: int) -> dict[str, float]:
         """{"val_loss", "val_ppl"} where this step validates, else {}."""
         if done % self.every:
             return {}
@@ -47,7 +59,7 @@ class Validator:
         return {"val_loss": loss, "val_ppl": math.exp(min(loss, 700.0))}
 
     @torch.no_grad()
-    def measure(self, trainer, lit):
+    def measure(self, trainer: Any, lit: "Lit") -> float:
         """Mean loss over the counted tokens of all validation samples, over all ranks."""
         device = trainer.strategy.root_device
         total = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens
