@@ -30,7 +30,7 @@ __device__ __forceinline__ void each_own(const MixArguments& a, F f) {
 template <class E, int V>
 __device__ void add_norm_forward_by(
     const MixArguments& a) {  // x, y or null; weight, bias -> sum where y is, out, stats
-    __shared__ float row[MOST_CHANNELS];
+    float* row = (float*)dynamic_shared();
     const index_t t = blockIdx.x, at = t * a.channels;
     float sum = 0.f;
     each_own<V>(a, [&](int c) {
@@ -69,7 +69,7 @@ __device__ void add_norm_forward_by(
 // sum, grad of out, grad of sum, stats; weight -> the gradient of x, which is that of y
 template <class E, int V>
 __device__ void add_norm_backward_by(const MixArguments& a) {
-    __shared__ float row[MOST_CHANNELS];  // the gradient of the normalized values
+    float* row = (float*)dynamic_shared();  // the gradient of the normalized values
     const index_t t = blockIdx.x, at = t * a.channels;
     const float mean = ((const float*)a.inputs[3])[2 * t], scale = ((const float*)a.inputs[3])[2 * t + 1];
     float sum = 0.f, along = 0.f;

@@ -31,9 +31,9 @@ MIX_OPERATION(norm_bonus_gate_backward, NormBonusGateBackward)
 MIX_OPERATION(add_norm_sums, AddNormSums)
 
 // Those whose blocks have a token.
-#define MIX_TOKENS(name)                                                     \
-    KERNEL(MixArguments, mix_##name##_float32, name<float>, NORM_THREADS, 0) \
-    KERNEL(MixArguments, mix_##name##_bfloat16, name<bf16>, NORM_THREADS, 0)
+#define MIX_TOKENS(name)                                                                                 \
+    KERNEL(MixArguments, mix_##name##_float32, name<float>, NORM_THREADS, MOST_CHANNELS * sizeof(float)) \
+    KERNEL(MixArguments, mix_##name##_bfloat16, name<bf16>, NORM_THREADS, MOST_CHANNELS * sizeof(float))
 MIX_TOKENS(add_norm_forward)
 MIX_TOKENS(add_norm_backward)
 

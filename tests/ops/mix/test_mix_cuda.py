@@ -133,7 +133,7 @@ def test_heads(kernels, B, T, H, N, dtype, monkeypatch):
 def test_residual_and_layer_norm(kernels, shape, offset, with_residual, trained, dtype, monkeypatch):
     """Of any width, from an address that is no multiple of 16 bytes too; the parameters frozen and trained."""
     C = shape[-1]
-    whole = torch.randn(randn(*shape).numel() + offset) + 0.5
+    whole = randn(randn(*shape).numel() + offset) + 0.5
     inputs = [whole, randn(*shape, seed=1) if with_residual else None, randn(C, seed=2), randn(C, seed=3)]
     inputs = [x if x is None else x.to(dtype) for x in inputs]
 
