@@ -26,7 +26,8 @@ from rwkv_peft.models.state import layer_keys
 from rwkv_peft.plots import plot_loss, read_metrics, series
 from rwkv_peft.release import convert, merge_command
 from rwkv_peft.training.adapter_flags import JSON_FLAGS, parse_json_flag
-from rwkv_peft.training.saver import list_checkpoints, read_run_state
+from rwkv_peft.training.checkpoints import list_checkpoints
+from rwkv_peft.training.saver import read_run_state
 
 LAYER = "blocks.0.att.key"
 ROW = {

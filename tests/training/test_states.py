@@ -107,9 +107,13 @@ def test_they_lead_through_every_layout_and_back(bases, tuned, tmp_path, version
     assert all(torch.equal(second[key], tensor) for key, tensor in first.items())
 
 
-def test_states_of_another_base_are_refused(bases, tuned):
-    with pytest.raises(UserError, match="was tuned on another base"):
+def test_states_of_another_base_are_refused(bases, tuned, tmp_path):
+    with pytest.raises(UserError, match="was tuned on an RWKV-6, and the model is an RWKV-7"):
         generate(["--model", str(bases["x070"]), "--state", str(tuned["x060"]), "--prompt", "a"])
+    tensors = read_tensors(bases["x060"])
+    torch.save(tensors | {"head.weight": 2 * tensors["head.weight"]}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="was tuned on another base"):
+        generate(["--model", str(tmp_path / "other.pth"), "--state", str(tuned["x060"]), "--prompt", "a"])
 
 
 def test_a_resumed_run_has_the_bits_of_a_whole_one(files, train, bases, tuned):
