@@ -1,7 +1,17 @@
 """From tensors to a launch of a CUDA kernel: alignment, and torch's stream."""
 
+from typing import overload
+
 import torch
 from torch import Tensor
+
+
+@overload
+def aligned(x: Tensor) -> Tensor: ...
+
+
+@overload
+def aligned(x: None) -> None: ...
 
 
 def aligned(x: Tensor | None) -> Tensor | None:
