@@ -7,3 +7,6 @@
 #endif
 
 typedef long long index_t;
+
+// Bytes of shared memory that a block may ask for on every GPU since Ampere.
+constexpr int MOST_SHARED = 99 * 1024;

@@ -3,9 +3,6 @@
 #pragma once
 #include "common/device.cuh"
 
-// What a block may ask for on every GPU since Ampere.
-constexpr int MOST_SHARED = 99 * 1024;
-
 // threads: of a block; shared: its bytes of dynamic shared memory.
 #ifdef __CUDACC_RTC__
 #define KERNEL_RUN(Arguments, name, threads, shared)  \

@@ -61,9 +61,6 @@ struct SequenceOf {
     }
 };
 
-// What a block may ask for on every GPU since Ampere.
-constexpr int MOST_SHARED = 99 * 1024;
-
 // A kernel: its name, its code, its threads a block, the blocks that should fit a multiprocessor's registers, and its
 // bytes of dynamic shared memory; with NAME_run(arguments, blocks, x, y, stream), which enqueues it over blocks of (x,
 // y) threads and returns CUDA's error code, 0 for success, or, in a module, those bytes as NAME_shared.
