@@ -24,7 +24,6 @@ ALWAYS = (LOSS, BACKWARD, UPDATE)
 OPTIMIZER = 12  # bytes of a float32 copy and Adam's two moments
 PAGE = 4096  # of a file that is mapped
 SUM = 4  # bytes of a float32 sum of gradients
-LIVE = 1_000_000_000  # parameters that ZeRO-3 keeps gathered at most (DeepSpeed's stage3_max_live_parameters)
 # What a process holds without a model: Python, torch, Lightning and DeepSpeed in main memory; on a GPU CUDA's context
 # and the workspaces of its libraries, which no run here has measured.
 PROCESS, CONTEXT = 640 << 20, 600 << 20
@@ -111,7 +110,7 @@ class Estimate:
             whole = (counts.total - counts.own) * item
             parts.append(Part("weights, on their way to the GPU", CPU, whole))
         if train.stage == 3:
-            parts.append(Part("weights, gathered", self.accelerator, min(counts.total, LIVE) * item))
+            parts.append(Part("weights, gathered", self.accelerator, counts.live * item))
         return parts
 
     def optimizer(self) -> list[Part]:

@@ -23,8 +23,10 @@ from ..adapters.layer import AdapterLinear
 from ..adapters.methods import method_of
 from ..config import AdapterConfig, ModelConfig
 from ..models.family import Family
+from ..models.parts import LanguageModel
 from ..names import STATE
 from ..ops.cross_entropy import cross_entropy_
+from ..training.gathering import live_parameters
 from ..training.loss import L2WRAP
 
 DEPTH = 3  # of the model rehearsed: its last block is like all that follow
@@ -172,7 +174,7 @@ def _drop(parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
-def build(family: Family, config: ModelConfig, adapter: AdapterConfig, grad_cp: bool) -> torch.nn.Module:
+def build(family: Family, config: ModelConfig, adapter: AdapterConfig, grad_cp: bool) -> LanguageModel:
     """The model with its adapters, on the meta device."""
     with torch.device("meta"):
         model = family.build(config, grad_cp)
@@ -210,13 +212,14 @@ def logit_bytes(vocabulary: int, dtype: torch.dtype, device: str) -> float:
 
 class Counts(NamedTuple):
     """Numbers of a model with its adapters: parameters in all; those that train; the adapters' own; those that are
-    quantized; constants that adapters keep besides."""
+    quantized; constants that adapters keep besides; what ZeRO-3 keeps gathered."""
 
     total: int
     trains: int
     own: int
     quantized: int
     constants: int
+    live: int
 
 
 @functools.cache
@@ -228,4 +231,4 @@ def count(family: Family, model: ModelConfig, adapter: AdapterConfig) -> Counts:
     constants = sum(buffer.numel() for module in adapted for buffer in module.buffers())
     own = sum(module.get_parameter(name).numel() for module in adapted for name in module.method.parameters)
     trains, total = count_parameters(built)
-    return Counts(total, trains, own, weights if adapter.quant != "none" else 0, constants)
+    return Counts(total, trains, own, weights if adapter.quant != "none" else 0, constants, live_parameters(built))

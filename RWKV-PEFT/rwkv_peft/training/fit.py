@@ -27,6 +27,7 @@ from ..models.state import TIME_STATE
 from ..names import STATE
 from .checkpoints import find_checkpoint, telling_refusals
 from .examiner import Examiner
+from .gathering import live_parameters
 from .loggers import make_loggers
 from .meeting import Ranks
 from .resume import METRICS
@@ -113,7 +114,7 @@ def fit(
         accelerator=accelerator,
         devices=train.devices,
         num_nodes=train.num_nodes,
-        strategy=make_strategy(train, config.data.micro_bsz, trainable, accelerator, ranks),
+        strategy=make_strategy(train, config.data.micro_bsz, trainable, live_parameters(model), accelerator, ranks),
         precision={"bf16": "bf16-true", "fp32": "32-true"}[train.precision],
         accumulate_grad_batches=accumulate,
         gradient_clip_val=train.gradient_clip_val,

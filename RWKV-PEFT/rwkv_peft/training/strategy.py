@@ -83,9 +83,11 @@ class ZeroStrategy(DeepSpeedStrategy):
 WHOLE = 1_000_000  # parameters of at most so many elements stay on every rank under stage 3: each matrix of an adapter
 
 
-def make_strategy(train: TrainConfig, micro_bsz: int, trainable: int, accelerator: str, ranks: Ranks) -> ZeroStrategy:
+def make_strategy(
+    train: TrainConfig, micro_bsz: int, trainable: int, live: int, accelerator: str, ranks: Ranks
+) -> ZeroStrategy:
     """The strategy that train (TrainConfig) names, for a "cpu" or "gpu", on ranks (a Ranks) that have met; `trainable`
-    parameters set the size of communication buckets."""
+    parameters set the size of communication buckets, and `live` how much stage 3 keeps gathered."""
     if accelerator == "cpu":
         import deepspeed
 
@@ -106,7 +108,11 @@ def make_strategy(train: TrainConfig, micro_bsz: int, trainable: int, accelerato
         logging_level=logging.ERROR,
     )
     if train.stage == 3:
-        strategy.config["zero_optimization"]["stage3_param_persistence_threshold"] = WHOLE
+        zero = strategy.config["zero_optimization"]
+        zero["stage3_param_persistence_threshold"] = WHOLE
+        zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = live
+        if accelerator == "cpu":
+            zero["stage3_prefetch_bucket_size"] = 0  # gloo's threads would compete with the step's
     if train.stage == 2 and train.precision == "bf16" and train.accumulate_grad_batches > 1:
         strategy.config["data_types"] = {"grad_accum_dtype": "fp32"}  # else micro batches add up in bfloat16
     return strategy
