@@ -66,14 +66,17 @@ def end_and_resume(training, case):
     return True
 
 
-def start_nodes(training, case):
-    """The first processes of a run's nodes."""
+def start_nodes(training, case, *more, action=None):
+    """The first processes of a run's nodes; action as in Training.start."""
     if case.nodes == 1:
-        return [training.start(case.name, *FLAGS, *AGAIN, "--devices", "2")]
+        return [training.start(case.name, *FLAGS, *AGAIN, *more, "--devices", "2", action=action)]
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
-    flags, meeting = (*FLAGS, *AGAIN, "--num_nodes", "2"), {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [training.start(case.name, *flags, node=place, NODE_RANK=str(place), **meeting) for place in range(2)]
+    flags, meeting = (*FLAGS, *AGAIN, *more, "--num_nodes", "2"), {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        training.start(case.name, *flags, node=place, action=action, NODE_RANK=str(place), **meeting)
+        for place in range(2)
+    ]
 
 
 def gone(process, deadline):

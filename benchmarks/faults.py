@@ -1,7 +1,7 @@
 """What is left where writers and runs are killed, race or meet a full disk, and what broken files do to readers.
 
     python benchmarks/faults.py --kills 100 --operations 1 --races 40 --mutants 2000
-    python benchmarks/faults.py --kills 0 --operations 0 --races 0 --saves 1 --resumes 42 --disks 3 --ends 8
+    python benchmarks/faults.py --kills 0 --operations 0 --races 0 --saves 1 --resumes 42 --disks 3 --ends 8 --sleeps 2
 
 Each writer (an adapter and a model saved, a merge, a conversion, preprocessing) writes over an earlier output. One that
 is killed, at a moment drawn from the time that it takes or before a file operation, must leave the earlier output or
@@ -13,8 +13,9 @@ A run of train.py is killed before its file operations, so before, while and aft
 after some steps, under every method, ZeRO stage and number of ranks; and loses a rank or a node. No checkpoint may be
 torn or lost, the other ranks must end within a minute with one message, and --resume auto must end with the bits of an
 unbroken run. Where its disk fills or the folder may not be written any more, it must say so, keep the checkpoint that
-it had, and go on so too. Offload is left out, which is not bitwise by design: DeepSpeed's Adam for CPUs multiplies the
-powers of its betas up from step to step, and computes them anew, with other roundings, after a break.
+it had, and go on so too. A machine that sleeps must lose nothing at all, wherever its clock jumps. Offload is left
+out, which is not bitwise by design: DeepSpeed's Adam for CPUs multiplies the powers of its betas up from step to step,
+and computes them anew, with other roundings, after a break.
 
 Mutants are those of tests/fuzz under other seeds. Prints counts; the exit code is 1 where one of these did not hold.
 """
@@ -35,6 +36,8 @@ import torch
 from fault_disks import CASES as DISKS
 from fault_disks import lose_and_resume
 from fault_ranks import CASES, end_and_resume
+from fault_sleep import CASES as SLEEPS
+from fault_sleep import sleep_and_wake
 from fault_training import STOPPED, Training, configurations
 from fault_writers import WRITERS, Trials, make_inputs, mounted
 
@@ -123,6 +126,8 @@ def try_training(args, folder, rng):
         row(case.name, (lose_and_resume(training, chosen) for chosen in [case]))
     for case in CASES[: args.ends]:
         row(case.name, (end_and_resume(training, chosen) for chosen in [case]))
+    for case in SLEEPS[: args.sleeps]:
+        row(case.name, (sleep_and_wake(training, chosen) for chosen in [case]))
     return training.faults
 
 
@@ -138,13 +143,14 @@ def main():
     parser.add_argument("--resumes", type=int, default=14, help="runs that are stopped; 42: each method, stage, ranks")
     parser.add_argument("--disks", type=int, default=len(DISKS), help="ways to take the disk away from a run")
     parser.add_argument("--ends", type=int, default=len(CASES), help="ways to kill one of several ranks or nodes")
+    parser.add_argument("--sleeps", type=int, default=len(SLEEPS), help="ways to let the machine sleep")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         folder, rng = Path(folder), random.Random(args.seed)
         faults = try_writers(args, folder, rng)
-        if args.saves or args.resumes or args.disks or args.ends:
+        if args.saves or args.resumes or args.disks or args.ends or args.sleeps:
             faults += try_training(args, folder / "training", rng)
         if args.mutants:
             (folder / "fuzz").mkdir()
