@@ -35,7 +35,7 @@ from rwkv_peft.ops.wkv6 import wkv6
 from rwkv_peft.ops.wkv7 import cuda as wkv7_cuda
 from rwkv_peft.ops.wkv7 import wkv7
 
-FAMILIES = tuple(cuda.FAMILY for cuda in (mix_cuda, bone_cuda, cross_entropy_cuda))  # of the other kernels
+FAMILIES = tuple(cuda.FAMILY for cuda in (wkv6_cuda, wkv7_cuda, mix_cuda, bone_cuda, cross_entropy_cuda))
 SHAPES = ((8, 4096, 32), (1, 4096, 64), (1, 1024, 32), (8, 1024, 8))  # B, T, H of head size 64
 CASES = tuple(
     (N, dtype, packed) for N in (32, 64, 128) for dtype in ("float32", "bfloat16") for packed in (False, True)
@@ -111,14 +111,13 @@ def copy_bandwidth():
 
 
 def build():
-    built = [build_one(op.name, op.cuda.SOURCE, op.cuda.unavailable) for op in RECURRENCES]
-    return max(built + [build_one(family.op, family.source, family.unavailable) for family in FAMILIES])
+    return max(map(build_one, FAMILIES))
 
 
-def build_one(op, source, unavailable):
-    """The kernels of an operation by both compilers; unavailable() says why they do not work, or None."""
+def build_one(family):
+    """The kernels of a Family by both compilers."""
     capability = "".join(map(str, torch.cuda.get_device_capability()))
-    name, worked = f"{op}_cuda", 0
+    op, source, name, worked = family.op, family.source, f"{family.op}_cuda", 0
     for builder in ("nvcc", "nvrtc"):
         start = time.perf_counter()
         try:
@@ -135,7 +134,7 @@ def build_one(op, source, unavailable):
             worked += 1
         except BuildError as error:
             tell(kernels=op, builder=builder, error=str(error)[:2000])
-    reason = unavailable()
+    reason = family.unavailable()
     tell(kernels=op, usable=reason is None, reason=reason)
     return int(reason is not None or not worked)
 

@@ -96,10 +96,10 @@ def torch_chunks(r, k, v, w, u, chunk=64, part=16):
 
 
 def sequential_plan(direction, head_size, dtype):
-    """wkv6_sequential.cu's kernels of a direction, and their blocks."""
+    """wkv6_sequential.cu's kernels of a direction, whose blocks have a thread a channel."""
     scalar = "bfloat16" if dtype == torch.bfloat16 else "float32"
     passes = ("forward",) if direction == "forward" else ("rows", "columns")
-    return [(f"sequential_{name}_{scalar}", (head_size, 1)) for name in passes]
+    return [(f"sequential_{name}_{scalar}", None) for name in passes]
 
 
 SEQUENTIAL_KERNELS = tuple(
@@ -112,7 +112,7 @@ SEQUENTIAL = CudaRecurrence("wkv6", "r k v w", "u", 1, SEQUENTIAL_KERNELS, seque
 
 
 class Sequential(torch.autograd.Function):
-    """wkv6_sequential.cu: kernels (a SEQUENTIAL.Library of it), r k v w (B, T, H, 64), u (H, 64) -> y."""
+    """wkv6_sequential.cu: kernels (built), r k v w (B, T, H, 64), u (H, 64) -> y."""
 
     @staticmethod
     def forward(ctx, kernels, r, k, v, w, u):
@@ -138,7 +138,7 @@ def sequential_kernels():
         return None
     source = Path(__file__).resolve().with_name("wkv6_sequential.cu")
     recipe = gpu.recipe(source, nvcc, "".join(map(str, torch.cuda.get_device_capability())))
-    return SEQUENTIAL.Library(build_library("wkv6_sequential", *recipe))
+    return SEQUENTIAL.family.library(build_library("wkv6_sequential", *recipe))
 
 
 def contenders(device):

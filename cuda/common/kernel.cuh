@@ -1,23 +1,29 @@
-// What stands around a kernel that takes one structure by value: NAME_run(arguments, blocks, stream), which enqueues it
-// and returns CUDA's error code; or, in a module, what a launcher outside has to know of it.
+// What stands around a kernel that takes one structure by value: its threads a block in NAME_threads, and, in a
+// library, NAME_run(arguments, blocks, x, y, stream), which enqueues it over blocks of (x, y) threads and returns
+// CUDA's error code, 0 for success; in a module, its bytes of dynamic shared memory in NAME_shared.
 #pragma once
 #include "common/device.cuh"
 
-// threads: of a block; shared: its bytes of dynamic shared memory.
 #ifdef __CUDACC_RTC__
-#define KERNEL_RUN(Arguments, name, threads, shared)  \
-    extern "C" {                                      \
-    __constant__ int name##_threads = (int)(threads); \
-    __constant__ int name##_shared = (int)(shared);   \
+#define KERNEL_LAUNCH(Arguments, name, threads, shared) \
+    extern "C" {                                        \
+    __constant__ int name##_threads = (int)(threads);   \
+    __constant__ int name##_shared = (int)(shared);     \
     }
 #else
-#define KERNEL_RUN(Arguments, name, threads, shared)                                 \
-    extern "C" int name##_run(const Arguments* a, int blocks, void* stream) {        \
-        return launch(name, dim3(blocks), dim3(threads), (int)(shared), stream, *a); \
+#define KERNEL_LAUNCH(Arguments, name, threads, shared)                           \
+    extern "C" {                                                                  \
+    extern const int name##_threads;                                              \
+    const int name##_threads = (int)(threads);                                    \
+    int name##_run(const Arguments* a, int blocks, int x, int y, void* stream) {  \
+        return launch(name, dim3(blocks), dim3(x, y), (int)(shared), stream, *a); \
+    }                                                                             \
     }
 #endif
 
-// A kernel whose code is code(arguments), and its launch.
-#define KERNEL(Arguments, name, code, threads, shared)                                            \
-    extern "C" __global__ void __launch_bounds__(threads, 1) name(const Arguments a) { code(a); } \
-    KERNEL_RUN(Arguments, name, threads, shared)
+// A kernel whose code is code(arguments), and its launch. threads: that its block has, or at most where the launcher
+// says how many; resident: blocks that should fit a multiprocessor's registers; shared: bytes of dynamic shared memory.
+#define KERNEL(Arguments, name, code, threads, resident, shared)                                         \
+    static_assert((shared) <= MOST_SHARED, #name " needs too much shared memory");                       \
+    extern "C" __global__ void __launch_bounds__(threads, resident) name(const Arguments a) { code(a); } \
+    KERNEL_LAUNCH(Arguments, name, threads, shared)

@@ -1,6 +1,6 @@
 // What the kernels of the recurrences have in common: how a block finds its sequence, and how a kernel is made known.
 #pragma once
-#include "common/device.cuh"
+#include "common/kernel.cuh"
 
 // The tokens that a block walks, of one head: a sequence or, where time is split, a group of it. Block g * heads + h
 // works on head h of group g: one dimension of the grid, since the others end at 65,535.
@@ -61,18 +61,5 @@ struct SequenceOf {
     }
 };
 
-// A kernel: its name, its code, its threads a block, the blocks that should fit a multiprocessor's registers, and its
-// bytes of dynamic shared memory; with NAME_run(arguments, blocks, x, y, stream), which enqueues it over blocks of (x,
-// y) threads and returns CUDA's error code, 0 for success, or, in a module, those bytes as NAME_shared.
-#define RECURRENCE_KERNEL(name, code, threads, blocks, shared)                                         \
-    static_assert(shared <= MOST_SHARED, #name " needs too much shared memory");                       \
-    extern "C" __global__ void __launch_bounds__(threads, blocks) name(const Arguments a) { code(a); } \
-    RECURRENCE_RUN(name, shared)
-#ifdef __CUDACC_RTC__
-#define RECURRENCE_RUN(name, shared) extern "C" __constant__ int name##_shared = shared;
-#else
-#define RECURRENCE_RUN(name, shared)                                                        \
-    extern "C" int name##_run(const Arguments* a, int blocks, int x, int y, void* stream) { \
-        return launch(name, dim3(blocks), dim3(x, y), shared, stream, *a);                  \
-    }
-#endif
+// A recurrence's kernel, as common/kernel.cuh has it.
+#define RECURRENCE_KERNEL(...) KERNEL(Arguments, __VA_ARGS__)

@@ -10,9 +10,9 @@
 #include "mix/lerp.cuh"
 #include "mix/low_rank.cuh"
 
-#define MIX_OPERATION(name, Op)                                                    \
-    KERNEL(MixArguments, mix_##name##_float32, run_rows<Op<float>>, 32 * WARPS, 0) \
-    KERNEL(MixArguments, mix_##name##_bfloat16, run_rows<Op<bf16>>, 32 * WARPS, 0)
+#define MIX_OPERATION(name, Op)                                                       \
+    KERNEL(MixArguments, mix_##name##_float32, run_rows<Op<float>>, 32 * WARPS, 1, 0) \
+    KERNEL(MixArguments, mix_##name##_bfloat16, run_rows<Op<bf16>>, 32 * WARPS, 1, 0)
 
 MIX_OPERATION(lerp_forward, LerpForward)
 MIX_OPERATION(lerp_backward, LerpBackward)
@@ -31,18 +31,16 @@ MIX_OPERATION(norm_bonus_gate_backward, NormBonusGateBackward)
 MIX_OPERATION(add_norm_sums, AddNormSums)
 
 // Those whose blocks have a token.
-#define MIX_TOKENS(name)                                                                                 \
-    KERNEL(MixArguments, mix_##name##_float32, name<float>, NORM_THREADS, MOST_CHANNELS * sizeof(float)) \
-    KERNEL(MixArguments, mix_##name##_bfloat16, name<bf16>, NORM_THREADS, MOST_CHANNELS * sizeof(float))
+#define MIX_TOKENS(name)                                                                                    \
+    KERNEL(MixArguments, mix_##name##_float32, name<float>, NORM_THREADS, 1, MOST_CHANNELS * sizeof(float)) \
+    KERNEL(MixArguments, mix_##name##_bfloat16, name<bf16>, NORM_THREADS, 1, MOST_CHANNELS * sizeof(float))
 MIX_TOKENS(add_norm_forward)
 MIX_TOKENS(add_norm_backward)
 
 // A lerp's weights of rank K.
-#define MIX_LOW_RANK(K)                                                                                      \
-    KERNEL(MixArguments, mix_lerp_low_forward_##K, low_forward<K>, LOW_THREADS, sizeof(LowForwardShared<K>)) \
-    KERNEL(MixArguments, mix_lerp_low_backward_##K, low_backward<K>, LOW_THREADS* LOW_SPLITS<K>,             \
-           sizeof(LowBackwardShared<K>))                                                                     \
-    static_assert(sizeof(LowForwardShared<K>) <= MOST_SHARED && sizeof(LowBackwardShared<K>) <= MOST_SHARED, \
-                  "rank " #K " needs too much shared memory");
+#define MIX_LOW_RANK(K)                                                                                         \
+    KERNEL(MixArguments, mix_lerp_low_forward_##K, low_forward<K>, LOW_THREADS, 1, sizeof(LowForwardShared<K>)) \
+    KERNEL(MixArguments, mix_lerp_low_backward_##K, low_backward<K>, LOW_THREADS* LOW_SPLITS<K>, 1,             \
+           sizeof(LowBackwardShared<K>))
 MIX_LOW_RANK(32)
 MIX_LOW_RANK(64)

@@ -21,12 +21,12 @@ import shim
 import torch
 import wkv7_cases
 
-from rwkv_peft.ops.bone import cuda as bone
-from rwkv_peft.ops.cross_entropy import cuda as cross_entropy
-from rwkv_peft.ops.mix import cuda as mix
+from rwkv_peft.ops.bone.cuda import FAMILY as BONE
+from rwkv_peft.ops.cross_entropy.cuda import FAMILY as CROSS_ENTROPY
+from rwkv_peft.ops.mix.cuda import FAMILY as MIX
 from rwkv_peft.ops.native.sources import source_directory
-from rwkv_peft.ops.wkv6 import cuda as wkv6
-from rwkv_peft.ops.wkv7 import cuda as wkv7
+from rwkv_peft.ops.wkv6.cuda import FAMILY as WKV6
+from rwkv_peft.ops.wkv7.cuda import FAMILY as WKV7
 
 # What runs of a recurrence: head sizes, dtypes, and the ways to run them.
 KINDS = ((64, torch.bfloat16, {}), (40, torch.float32, {}), (64, torch.bfloat16, {"group": 64}))
@@ -42,12 +42,12 @@ def recurrence(cases):
     return run
 
 
-FAMILIES = {  # a module, and what its kernels give
-    "wkv6": (wkv6, recurrence(cases)),
-    "wkv7": (wkv7, recurrence(wkv7_cases)),
-    "mix": (mix, kernel_cases.mix),
-    "bone": (bone, kernel_cases.bone),
-    "cross_entropy": (cross_entropy, kernel_cases.cross_entropy),
+FAMILIES = {  # a Family, and what its kernels give
+    "wkv6": (WKV6, recurrence(cases)),
+    "wkv7": (WKV7, recurrence(wkv7_cases)),
+    "mix": (MIX, kernel_cases.mix),
+    "bone": (BONE, kernel_cases.bone),
+    "cross_entropy": (CROSS_ENTROPY, kernel_cases.cross_entropy),
 }
 MUTATED = re.compile(r"(__syncthreads|__syncwarp|cp_async_wait_all)\(\);")
 SECONDS = 60  # for one order's run; a mutated kernel may hang
@@ -118,8 +118,8 @@ def run_alone(family, folder, orders):
 
 def compare(family, folder, orders, sender):
     torch.set_num_threads(1)
-    module, results = FAMILIES[family]
-    whole, mutated = shim.build(module), shim.build(module, folder, cache=folder)
+    kernels, results = FAMILIES[family]
+    whole, mutated = shim.build(kernels), shim.build(kernels, folder, cache=folder)
     expected = results(whole)
     for order in orders:
         mutated.set_order(order)

@@ -19,7 +19,7 @@ DEVICES = ("shim", "gpu") if torch.cuda.is_available() else ("shim",)
 def shim_kernels(family):
     """A family's kernels on the CPU, or skips where there is no compiler."""
     try:
-        kernels = shim.build(FAMILIES[family][0])
+        kernels = shim.build(FAMILIES[family][0].FAMILY)
     except BuildError as error:
         pytest.skip(str(error))
     kernels.set_order("ascending")
@@ -32,7 +32,7 @@ def runner(family, device):
     if device == "shim":
         kernels = shim_kernels(family)
         return lambda case, **way: cases.run(kernels, case, **way)
-    return lambda case, **way: tuple(x.cpu() for x in cases.run(module.RECURRENCE.kernels(0), _on_gpu(case), **way))
+    return lambda case, **way: tuple(x.cpu() for x in cases.run(module.FAMILY.kernels(0), _on_gpu(case), **way))
 
 
 def _on_gpu(case):

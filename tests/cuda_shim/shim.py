@@ -6,17 +6,17 @@ from pathlib import Path
 from rwkv_peft.ops.native.build import Unit, build_library
 from rwkv_peft.ops.native.compilers import find_compiler
 from rwkv_peft.ops.native.sources import included_files, source_directory
-from rwkv_peft.ops.wkv6 import cuda as wkv6
+from rwkv_peft.ops.wkv6.cuda import FAMILY as WKV6
 
 # fibers.h's Order, by name.
 ORDERS = ("ascending", "descending", "shuffled", "warps ascending", "warps descending")
 
 
 class Shim:
-    """The kernels on the CPU: what a family's Library has, and the order in which a block's threads take turns."""
+    """The kernels on the CPU: what a Family's library has, and the order in which a block's threads take turns."""
 
     def __init__(self, family, path):
-        self._library = family.Library(path)
+        self._library = family.library(path)
         self._set_order = ctypes.CDLL(str(path)).shim_set_order
 
     def __getattr__(self, name):
@@ -26,11 +26,11 @@ class Shim:
         self._set_order(ORDERS.index(name))
 
 
-def build(family=wkv6, sources=None, cache=None, source=None):
-    """A Shim of the kernels of `family`, a cuda.py, in the folder `sources`, which is like cuda/, or of `source`, which
+def build(family=WKV6, sources=None, cache=None, source=None):
+    """A Shim of the kernels of `family`, a Family, in the folder `sources`, which is like cuda/, or of `source`, which
     includes files from there; BuildError where there is no C++ compiler."""
     sources = source_directory("cuda") if sources is None else Path(sources)
-    source = sources / family.SOURCE if source is None else Path(source)
+    source = sources / family.source if source is None else Path(source)
     shim = Path(__file__).resolve().parent
     compiler = find_compiler()
     flags = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-pthread")

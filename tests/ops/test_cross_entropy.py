@@ -17,7 +17,7 @@ FORMS = ("plain", "cpu", "cuda")
 
 @pytest.fixture(scope="module")
 def built():
-    return shim.build(cuda)
+    return shim.build(cuda.FAMILY)
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_nvcc_compiles_without_warnings_or_spills(tmp_path):
         nvcc = find_nvcc()
     except BuildError as error:
         pytest.skip(str(error))
-    for status, report in toolchain.assembler_reports(cuda.SOURCE, nvcc, tmp_path).values():
+    for status, report in toolchain.assembler_reports(cuda.FAMILY.source, nvcc, tmp_path).values():
         toolchain.check_without_spills(status, report, cuda.KERNELS)
 
 
@@ -144,7 +144,7 @@ def test_nvrtc_compiles_every_kernel(tmp_path, monkeypatch):
     if compiler is None:
         pytest.skip("needs NVRTC: pip install nvidia-cuda-nvrtc")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    image = nvrtc_compiler.cubin("cross_entropy_cuda", cuda.SOURCE, "sm_90", compiler)
+    image = nvrtc_compiler.cubin("cross_entropy_cuda", cuda.FAMILY.source, "sm_90", compiler)
     for name in cuda.KERNELS:
         assert name.encode() in image
 
@@ -152,7 +152,7 @@ def test_nvrtc_compiles_every_kernel(tmp_path, monkeypatch):
 def test_the_driver_is_asked_for_a_block_a_row(monkeypatch):
     recorder = toolchain.RecordingDriver(cuda.CrossEntropyArguments)
     monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: recorder)
-    module = cuda.Module(b"image")
+    module = cuda.FAMILY.module(b"image")
     monkeypatch.setattr(cuda, "call", lambda *rest, **numbers: cuda.launch(module, 7, *rest, **numbers))
     logits, targets = problem(5, 48)
     cuda.losses_(logits, targets, 0.5, 0.25, True)

@@ -4,6 +4,7 @@ there is one; each family's own test has its results against float64."""
 
 import dataclasses
 import importlib
+import math
 import re
 from contextlib import contextmanager, nullcontext
 
@@ -189,7 +190,7 @@ def test_the_trial_launches_a_kernel(family, cuda, monkeypatch):
     monkeypatch.setattr(gpu, "build_kernels", lambda *arguments: arguments[-1](kernels))
     launched, run_one = [], kernels.run
     kernels.run = lambda *arguments: launched.append(family) or run_one(*arguments)
-    cuda.RECURRENCE.kernels.__wrapped__(cuda.RECURRENCE, "cpu")
+    cuda.FAMILY.kernels.__wrapped__(cuda.FAMILY, "cpu")
     assert launched == [family]
 
 
@@ -204,7 +205,7 @@ def nvcc():
 @pytest.fixture(scope="module")
 def assembler_reports(cuda, nvcc, tmp_path_factory):
     """What ptxas says of each architecture."""
-    return toolchain.assembler_reports(cuda.SOURCE, nvcc, tmp_path_factory.mktemp("cubin"))
+    return toolchain.assembler_reports(cuda.FAMILY.source, nvcc, tmp_path_factory.mktemp("cubin"))
 
 
 @pytest.mark.parametrize("architecture", toolchain.ARCHITECTURES)
@@ -216,7 +217,7 @@ def test_a_failed_launch_is_an_error(nvcc):
     if torch.cuda.is_available():
         pytest.skip("launches do not fail where there is a GPU")
     cuda, cases = FAMILIES["wkv6"]
-    library = cuda.Library(build_library("wkv6_cuda_sm90", *gpu.recipe(cuda.SOURCE, nvcc, "90")))
+    library = cuda.FAMILY.library(build_library("wkv6_cuda_sm90", *gpu.recipe(cuda.FAMILY.source, nvcc, "90")))
     with pytest.raises(RuntimeError, match="CUDA error"):
         cases.run(library, cases.make_case(1, 4, 1, 64, torch.bfloat16))
 
@@ -226,10 +227,10 @@ def test_nvrtc_compiles_every_kernel(tmp_path, cuda, monkeypatch):
     if compiler is None:
         pytest.skip("needs NVRTC: pip install nvidia-cuda-nvrtc")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    image = nvrtc_compiler.cubin("kernels", cuda.SOURCE, "sm_90", compiler)
+    image = nvrtc_compiler.cubin("kernels", cuda.FAMILY.source, "sm_90", compiler)
     for kernel in (*chunked(cuda), *cuda.PLAIN):
         assert f"{kernel}_shared".encode() in image
-    assert nvrtc_compiler.cubin("kernels", cuda.SOURCE, "sm_90", None) == image  # the second time from the cache
+    assert nvrtc_compiler.cubin("kernels", cuda.FAMILY.source, "sm_90", None) == image  # the second time from the cache
 
 
 def test_the_driver_is_asked_for_a_block_a_head_and_sequence(cuda, cases, monkeypatch):
@@ -237,9 +238,9 @@ def test_the_driver_is_asked_for_a_block_a_head_and_sequence(cuda, cases, monkey
     monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: recorder)
     monkeypatch.setattr(native_kernels, "load", None)
     for N in (64, 20):
-        cases.run(cuda.RECURRENCE.Module(b"image"), cases.make_case(2, 5, 3, N, torch.bfloat16))
+        cases.run(cuda.FAMILY.module(b"image"), cases.make_case(2, 5, 3, N, torch.bfloat16))
     planned = [
-        block
+        block or (recorder.constant, 1)
         for N in (64, 20)
         for direction in ("forward", "backward")
         for _, block in cuda.plan(direction, N, torch.bfloat16)
@@ -253,21 +254,21 @@ def test_the_driver_is_asked_for_a_block_a_head_and_sequence(cuda, cases, monkey
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_plan_names_kernels_that_there_are(family, cuda, dtype):
     """And blocks no larger than they are compiled for."""
-    source = (source_directory("cuda") / cuda.SOURCE).read_text(encoding="utf-8")
+    source = (source_directory("cuda") / cuda.FAMILY.source).read_text(encoding="utf-8")
     bounds = dict(toolchain.kernels_of(source))
     assert bounds.keys() == {*chunked(cuda), *cuda.PLAIN}
     for direction in ("forward", "backward"):
         for head_size in range(4, 132, 4):
-            for name, (x, y) in cuda.plan(direction, head_size, dtype):
+            for name, block in cuda.plan(direction, head_size, dtype):
                 assert direction in name and (name in cuda.PLAIN or dtype == torch.bfloat16)
-                assert x * y == bounds[name] if name in cuda.CHUNKED else x * y <= bounds[name]
+                assert block is None if name in cuda.CHUNKED else math.prod(block) <= bounds[name]
 
 
 def test_every_header_counts_for_the_cache(cuda):
     root = source_directory("cuda")
-    headers = set(gpu.recipe(cuda.SOURCE, "nvcc", "90")[2])
+    headers = set(gpu.recipe(cuda.FAMILY.source, "nvcc", "90")[2])
     assert headers >= set((root / cuda.RECURRENCE.op).glob("*.cuh"))
-    for path in (root / cuda.SOURCE, *headers):
+    for path in (root / cuda.FAMILY.source, *headers):
         assert headers >= {root / name for name in re.findall(r'#include "(.+)"', path.read_text(encoding="utf-8"))}
 
 

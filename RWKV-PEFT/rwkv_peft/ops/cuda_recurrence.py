@@ -1,14 +1,8 @@
-"""A recurrence's CUDA kernels as its backend: what wkv6/cuda.py and wkv7/cuda.py have in common.
-
-nvcc makes a library where it works; else NVRTC, which CUDA builds of torch bring along, makes a module that the driver
-loads. Both launch kernels by their names, and a plan says which.
-"""
+"""A recurrence's CUDA kernels as its backend: what wkv6/cuda.py and wkv7/cuda.py have in common."""
 
 import contextlib
 import ctypes
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -16,15 +10,14 @@ import torch
 from torch import Tensor
 
 from .groups import Split, group_of, places
-from .native import gpu
-from .native.errors import BuildError
-from .native.kernels import Kernels, Library, Module
+from .native.family import Family
+from .native.kernels import Block, Kernels
 from .native.launch import aligned, stream
 
 INTEGERS = ("sequences", "length", "heads", "head_size", "device", "group", "groups")
 
-# (direction, head size, dtype) -> the kernels to launch, one after the other, each with its block's (x, y) threads.
-Plan = Callable[[str, int, torch.dtype], Sequence[tuple[str, tuple[int, int]]]]
+# (direction, head size, dtype) -> the kernels to launch, one after the other, each with its block, None for its own.
+Plan = Callable[[str, int, torch.dtype], Sequence[tuple[str, Block | None]]]
 
 
 def structure(inputs: Sequence[str]) -> type[ctypes.Structure]:
@@ -36,7 +29,7 @@ def structure(inputs: Sequence[str]) -> type[ctypes.Structure]:
 
 
 class CudaRecurrence:
-    """The kernels of cuda/OP: built on first use, and launched on torch's stream."""
+    """The kernels of cuda/OP, planned and launched on torch's stream."""
 
     def __init__(
         self,
@@ -53,25 +46,16 @@ class CudaRecurrence:
         that share a slot among the checkpoints, arguments.cuh's SEGMENT. names: of the kernels that `plan` plans.
         splits: how time is split where that pays, by head size. halved: head sizes of which bfloat16 keeps two slots in
         the room of one."""
-        self.op, self.source, self.segment, self.plan, self.splits = op, f"{op}/{op}.cu", segment, plan, splits
-        self.halved = halved
+        self.op, self.segment, self.plan, self.splits, self.halved = op, segment, plan, splits, halved
         self.rows, self.shared = rows.split(), shared.split()
         self.Arguments = structure([*self.rows, *self.shared])
         self.names = tuple(dict.fromkeys((*names, *(name for split in splits.values() for name in split.names()))))
-        self.Library: Callable[[str | Path], Kernels] = functools.partial(Library, self.names, self.Arguments)
-        self.Module: Callable[[bytes], Kernels] = functools.partial(Module, self.names)
+        self.family = Family(op, f"{op}/{op}.cu", self.names, self.Arguments, self._trial)
 
     def unavailable(self, level: str = "") -> str | None:
         """None where the kernels work on the current GPU, else why they do not and what would help."""
         del level  # the CPU kernel's instruction set
-        reason = gpu.unavailable()
-        if reason is not None:
-            return reason
-        try:
-            self.kernels(torch.cuda.current_device())
-        except BuildError as error:
-            return str(error)
-        return None
+        return self.family.unavailable()
 
     def checkpoint_count(self, r: Tensor, sequences: int) -> int:
         """Room for states that backward needs, each (H, N, N) in float32: a slot for each segment of a sequence, and a
@@ -92,13 +76,13 @@ class CudaRecurrence:
         """The inputs, contiguous, those (B, T, H, N) float32 or bfloat16, the shared ones float32; state (n, H, N, N)
         float32 or None; cu_seqlens (n + 1,) int64 or None -> y, final state, checkpoints (empty unless `save`)."""
         group = self.group_of(tensors[0], _sequences(tensors[0], tensors[-1]))
-        return self.run_forward(self.kernels(tensors[0].device.index), *tensors, save=save, group=group)
+        return self.run_forward(self.family.kernels(tensors[0].device.index), *tensors, save=save, group=group)
 
     def backward(self, *tensors: Any, level: str = "") -> tuple[Tensor, ...]:
         """What forward took, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
         gradients of the inputs and of the state."""
         group = self.group_of(tensors[0], _sequences(tensors[0], tensors[-4]))
-        return self.run_backward(self.kernels(tensors[0].device.index), *tensors, group=group)
+        return self.run_backward(self.family.kernels(tensors[0].device.index), *tensors, group=group)
 
     def run_forward(self, kernels: Kernels, *tensors: Any, save: bool, group: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """forward, on the given kernels. group: the tokens of one where time is split, a multiple of 64, else 0."""
@@ -154,27 +138,17 @@ class CudaRecurrence:
         addresses = {name: None if x is None else x.data_ptr() for name, x in tensors.items()}
         sizes = dict(sequences=sequences, length=T, heads=H, head_size=N, device=r.device.index or 0)
         arguments = self.Arguments(**addresses, **sizes, group=group, groups=groups)
-        launches = [(name, H * groups, block) for name, block in self.plan(direction, N, r.dtype)]
-        if group:
-            launches = self.splits[N].launches(direction, H, sequences, groups) + launches
         with torch.cuda.device(r.device) if r.is_cuda else contextlib.nullcontext():
-            for name, blocks, block in launches:
-                status = kernels.run(name, arguments, blocks, block, stream(r))
-                if status != 0:
-                    raise RuntimeError(f"{self.op}: launching the CUDA kernel {name} failed with CUDA error {status}")
+            if group:
+                for name, blocks in self.splits[N].launches(direction, H, sequences, groups):
+                    self.family.run(kernels, name, arguments, blocks, stream(r))
+            for name, block in self.plan(direction, N, r.dtype):
+                self.family.run(kernels, name, arguments, H * groups, stream(r), block)
 
-    @functools.cache  # noqa: B019 # it lives as long as its module
-    def kernels(self, device: int) -> Kernels:
-        """The kernels for GPU number `device`, built on first use; BuildError where that fails (and is not cached)."""
-
-        def trial(kernels: Kernels) -> None:
-            x = torch.zeros(1, 1, 1, 32, device=device)
-            inputs = [*(x for _ in self.rows), *(x[0, 0] for _ in self.shared)]
-            with torch.cuda.device(device):
-                self.run_forward(kernels, *inputs, None, None, save=False)
-                torch.cuda.synchronize()
-
-        return gpu.build_kernels(f"{self.op}_cuda", self.source, device, self.Library, self.Module, trial)
+    def _trial(self, kernels: Kernels, device: int) -> None:
+        x = torch.zeros(1, 1, 1, 32, device=device)
+        inputs = [*(x for _ in self.rows), *(x[0, 0] for _ in self.shared)]
+        self.run_forward(kernels, *inputs, None, None, save=False)
 
 
 def _sequences(r: Tensor, bounds: Tensor | None) -> int:

@@ -28,9 +28,7 @@ class Split:
     states alone, one block each, and a scan over each sequence's. Both take bfloat16."""
 
     groups: str  # the kernel's name with {} for "forward" or "backward", as is the scan's
-    groups_threads: int
     scan: str
-    scan_threads: int
     scan_blocks: int  # a sequence's head
     on_small: int = 1  # blocks of the recurrence's own kernels that a multiprocessor with 100 KB of shared memory holds
 
@@ -38,14 +36,11 @@ class Split:
         """Every kernel's."""
         return [name.format(way) for way in ("forward", "backward") for name in (self.groups, self.scan)]
 
-    def launches(
-        self, direction: str, heads: int, sequences: int, groups: int
-    ) -> list[tuple[str, int, tuple[int, int]]]:
-        """The kernel, the blocks and a block's (x, y) threads of both."""
-        scan_blocks = heads * sequences * self.scan_blocks
+    def launches(self, direction: str, heads: int, sequences: int, groups: int) -> list[tuple[str, int]]:
+        """The kernel and the blocks of both."""
         return [
-            (self.groups.format(direction), heads * groups, (self.groups_threads, 1)),
-            (self.scan.format(direction), scan_blocks, (self.scan_threads, 1)),
+            (self.groups.format(direction), heads * groups),
+            (self.scan.format(direction), heads * sequences * self.scan_blocks),
         ]
 
 

@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 @pytest.fixture(scope="module")
 def built():
     try:
-        return shim.build(cuda)
+        return shim.build(cuda.FAMILY)
     except BuildError as error:
         pytest.skip(str(error))
 
@@ -138,7 +138,7 @@ def nvcc():
 
 
 def test_nvcc_compiles_without_warnings_or_spills(nvcc, tmp_path):
-    for status, report in toolchain.assembler_reports(cuda.SOURCE, nvcc, tmp_path).values():
+    for status, report in toolchain.assembler_reports(cuda.FAMILY.source, nvcc, tmp_path).values():
         toolchain.check_without_spills(status, report, cuda.KERNELS)
 
 
@@ -147,7 +147,7 @@ def test_nvrtc_compiles_every_kernel(tmp_path, monkeypatch):
     if compiler is None:
         pytest.skip("needs NVRTC: pip install nvidia-cuda-nvrtc")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    image = nvrtc_compiler.cubin("bone_cuda", cuda.SOURCE, "sm_90", compiler)
+    image = nvrtc_compiler.cubin("bone_cuda", cuda.FAMILY.source, "sm_90", compiler)
     for name in cuda.KERNELS:
         assert name.encode() in image and f"{name}_threads".encode() in image
 
@@ -155,7 +155,7 @@ def test_nvrtc_compiles_every_kernel(tmp_path, monkeypatch):
 def test_the_driver_is_asked_for_a_block_a_tile_and_group(monkeypatch):
     recorder = toolchain.RecordingDriver(cuda.BoneArguments)
     monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: recorder)
-    module = cuda.Module(b"image")
+    module = cuda.FAMILY.module(b"image")
     monkeypatch.setattr(cuda, "call", lambda *rest, **sizes: cuda.launch(module, 7, *rest, **sizes))
     x = torch.randn(130, 512).bfloat16()
     cuda.affine(x, torch.randn(8, 64, 64).bfloat16())

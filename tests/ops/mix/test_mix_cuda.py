@@ -36,7 +36,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 @pytest.fixture(scope="module")
 def kernels():
     try:
-        return shim.build(cuda)
+        return shim.build(cuda.FAMILY)
     except BuildError as error:
         pytest.skip(str(error))
 
@@ -218,7 +218,7 @@ def test_frozen_parameters_have_no_sums(kernels, monkeypatch):
 
 
 def test_each_kernel_has_its_layout():
-    source = (Path(cuda.__file__).parents[2] / "cuda" / cuda.SOURCE).read_text(encoding="utf-8")
+    source = (Path(cuda.__file__).parents[2] / "cuda" / cuda.FAMILY.source).read_text(encoding="utf-8")
     assert [
         line.split("(")[1].split(",")[0] for line in source.splitlines() if line.startswith("MIX_OPERATION(")
     ] == list(cuda.LAYOUTS)
@@ -238,7 +238,7 @@ def nvcc():
 
 def test_nvcc_compiles_without_warnings_or_spills(nvcc, tmp_path):
     hot = [name for name in cuda.KERNELS if not name.endswith("float32")]
-    for status, report in toolchain.assembler_reports(cuda.SOURCE, nvcc, tmp_path).values():
+    for status, report in toolchain.assembler_reports(cuda.FAMILY.source, nvcc, tmp_path).values():
         toolchain.check_without_spills(status, report, hot)
 
 
@@ -247,7 +247,7 @@ def test_nvrtc_compiles_every_kernel(tmp_path, monkeypatch):
     if compiler is None:
         pytest.skip("needs NVRTC: pip install nvidia-cuda-nvrtc")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    image = nvrtc_compiler.cubin("mix_cuda", cuda.SOURCE, "sm_90", compiler)
+    image = nvrtc_compiler.cubin("mix_cuda", cuda.FAMILY.source, "sm_90", compiler)
     for name in cuda.KERNELS:
         assert name.encode() in image
 
@@ -256,7 +256,7 @@ def test_the_driver_is_asked_for_a_block_a_group_and_strip(monkeypatch):
     recorder = toolchain.RecordingDriver(cuda.MixArguments)
     monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: recorder)
     x = randn(70, 300)
-    module = cuda.Module(b"image")
+    module = cuda.FAMILY.module(b"image")
     cuda.launch(module, 7, "relu_square_forward", x, dict(x=x, out=torch.empty_like(x)), count=x.numel())
     ((sizes, stream, arguments, extra),) = recorder.launches
     assert sizes == [3 * 3, 1, 1, recorder.constant, 1, 1, recorder.constant] and stream == 7 and extra is None

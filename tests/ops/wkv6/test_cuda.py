@@ -100,7 +100,7 @@ def test_the_operation_splits_time_where_a_gpu_is_not_filled(monkeypatch, dtype)
     fits = lambda r: choose_group(*r.shape[:3], 1, 8) if r.dtype == torch.bfloat16 else 0  # noqa: E731
     monkeypatch.setattr(cuda.RECURRENCE, "group_of", lambda r, _: fits(r))
     kernels = shim_kernels("wkv6")
-    monkeypatch.setattr(cuda.RECURRENCE, "kernels", lambda device: kernels)
+    monkeypatch.setattr(cuda.FAMILY, "kernels", lambda device: kernels)
     launched, run_one = [], kernels.run
     kernels.run = lambda name, *arguments: launched.append(name) or run_one(name, *arguments)
 
@@ -134,7 +134,7 @@ def test_the_benchmarks_baseline_computes_the_same(dtype):
     spec.loader.exec_module(benchmark)
     case = cases.make_case(2, 70, 2, 64, dtype, with_state=False)
     inputs = [x.clone().requires_grad_() for x in (case.r, case.k, case.v, case.w, case.u)]
-    y = benchmark.Sequential.apply(shim.build(benchmark.SEQUENTIAL, source=BASELINE), *inputs)
+    y = benchmark.Sequential.apply(shim.build(benchmark.SEQUENTIAL.family, source=BASELINE), *inputs)
     y.backward(case.gy)
     true = cases.truth(case)
     found = (y, *(x.grad for x in inputs))

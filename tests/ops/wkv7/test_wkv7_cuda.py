@@ -86,11 +86,9 @@ def test_split_time_is_as_exact_as_the_whole(run, B, lengths, decay, repeated, w
 def test_groups_are_launched_in_their_order(monkeypatch):
     recorder = toolchain.RecordingDriver(cuda.Arguments)
     monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: recorder)
-    cases.run(cuda.RECURRENCE.Module(b"image"), cases.make_case(2, 130, 3, 64, torch.bfloat16), group=64)
-    groups_of, scan = (2 * 3 * 3, 1, 1, 256), (2 * 3 * 4, 1, 1, 128)  # three groups a sequence; four blocks a head
-    last = [(18, 1, 1, 256), (18, 1, 1, 128)]  # forward, backward
-    expected = [x for launches in zip((groups_of,) * 2, (scan,) * 2, last) for x in launches]
-    assert [tuple(sizes[:4]) for sizes, *_ in recorder.launches] == expected
+    cases.run(cuda.FAMILY.module(b"image"), cases.make_case(2, 130, 3, 64, torch.bfloat16), group=64)
+    groups_of, scan = 2 * 3 * 3, 2 * 3 * 4  # three groups a sequence; four blocks a head
+    assert [sizes[0] for sizes, *_ in recorder.launches] == 2 * [groups_of, scan, groups_of]  # forward, backward
     assert all((a.group, a.groups, a.sequences, a.length) == (64, 6, 2, 130) for _, _, a, _ in recorder.launches)
 
 
@@ -132,7 +130,7 @@ def test_the_operation_calls_them(monkeypatch, bounds, N, group):
     """wkv7 itself, and torch's operators and derivatives below it, as on a GPU."""
     monkeypatch.setattr(op, "_choose", lambda *_: "cuda")
     kernels = shim_kernels("wkv7")
-    monkeypatch.setattr(cuda.RECURRENCE, "kernels", lambda device: kernels)
+    monkeypatch.setattr(cuda.FAMILY, "kernels", lambda device: kernels)
     monkeypatch.setattr(cuda.RECURRENCE, "group_of", lambda *_: group)
     lengths = None if bounds is None else [b - a for a, b in zip(bounds, bounds[1:])]
     T, dtype = 80 if bounds is None else bounds[-1], torch.bfloat16 if group else torch.float32

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..native.family import DTYPES, Family, Kernels
+from ..native.family import DTYPES, Family
+from ..native.kernels import Kernels
 from ..native.launch import aligned, stream
 
-SOURCE = "bone/bone.cu"
 PRODUCT_RANKS = (16, 32, 64, 128)  # whose products run on tensor cores, in bfloat16
 MOST_RANK = 64  # of the kernels for any rank
 TOKENS, PLAIN_TOKENS = 64, 16  # of a block's tile; products.cuh has 32 for rank 128
@@ -165,5 +165,4 @@ def _trial(built: Kernels, device: int) -> None:
     launch(built, stream(x), "shard_sum", x, tensors, 1, tokens=1, width=16, rank=16)
 
 
-FAMILY = Family("bone", SOURCE, KERNELS, BoneArguments, _trial)
-Library, Module = FAMILY.library, FAMILY.module
+FAMILY = Family("bone", "bone/bone.cu", KERNELS, BoneArguments, _trial)

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..native.family import DTYPES, Family, Kernels
+from ..native.family import DTYPES, Family
+from ..native.kernels import Kernels
 from ..native.launch import stream
 
-SOURCE = "cross_entropy/cross_entropy.cu"
 KERNELS = tuple(f"cross_entropy_{dtype}" for dtype in DTYPES.values())
 
 
@@ -62,5 +62,4 @@ def _trial(built: Kernels, device: int) -> None:
     launch(built, stream(logits), logits, tensors, vocabulary=8, scale=1.0, pull=0.0)
 
 
-FAMILY = Family("cross_entropy", SOURCE, KERNELS, CrossEntropyArguments, _trial)
-Library, Module = FAMILY.library, FAMILY.module
+FAMILY = Family("cross_entropy", "cross_entropy/cross_entropy.cu", KERNELS, CrossEntropyArguments, _trial)

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..native.family import DTYPES, Family, Kernels
+from ..native.family import DTYPES, Family
+from ..native.kernels import Kernels
 from ..native.launch import stream
 
-SOURCE = "mix/mix.cu"
 WARPS = 4  # of a block; cuda/mix/arguments.cuh's WARPS
 MOST_SIZE = 128  # channels of a group, which one warp has of a token
 MOST_POINTS = 6  # of a lerp
@@ -193,5 +193,4 @@ def _trial(built: Kernels, device: int) -> None:
     launch(built, stream(x), "relu_square_forward", x, dict(x=x, out=torch.empty_like(x)), count=2)
 
 
-FAMILY = Family("mix", SOURCE, KERNELS, MixArguments, _trial)
-Library, Module = FAMILY.library, FAMILY.module
+FAMILY = Family("mix", "mix/mix.cu", KERNELS, MixArguments, _trial)

@@ -1,51 +1,19 @@
-"""CUDA kernels that take one structure each, by value: built on first use, by nvcc or NVRTC, and launched by name."""
+"""The CUDA kernels of one source, which take one structure by value: built on first use, with one verdict a GPU."""
 
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
 
 import torch
 
 from . import gpu
-from .driver import Module as DriverModule
+from .driver import Module
 from .errors import BuildError
-from .library import load
+from .kernels import Block, Kernels, Library
 
 DTYPES = MappingProxyType({torch.float32: "float32", torch.bfloat16: "bfloat16"})  # as kernels' names have them
-
-
-class Kernels(Protocol):
-    """Built kernels."""
-
-    def run(self, name: str, arguments: ctypes.Structure, blocks: int, stream: int | None) -> int:
-        """Enqueue a kernel; -> CUDA's error code."""
-
-
-class Library:
-    """Kernels that nvcc compiled, or the tests' shim."""
-
-    def __init__(self, names: Sequence[str], structure: type[ctypes.Structure], path: str | Path) -> None:
-        signature = (ctypes.c_int, structure, ctypes.c_int, ctypes.c_void_p)
-        self._library = load(path, *((f"{name}_run", *signature) for name in names))
-
-    def run(self, name: str, arguments: ctypes.Structure, blocks: int, stream: int | None) -> int:
-        return getattr(self._library, f"{name}_run")(ctypes.byref(arguments), blocks, stream)
-
-
-class Module:
-    """Kernels that NVRTC compiled."""
-
-    def __init__(self, names: Sequence[str], image: bytes) -> None:
-        """image: a cubin for the GPU whose context is the current one; it says each kernel's threads and memory."""
-        module = self._module = DriverModule(image)
-        self._kernels = {name: module.kernel(name, module.constant(f"{name}_shared")) for name in names}
-        self._threads = {name: module.constant(f"{name}_threads") for name in names}
-
-    def run(self, name: str, arguments: ctypes.Structure, blocks: int, stream: int | None) -> int:
-        return self._module.launch(self._kernels[name], blocks, (self._threads[name], 1, 1), arguments, stream)
 
 
 class Family:
@@ -103,8 +71,16 @@ class Family:
             return False
         return first.is_meta or first.is_cuda and self.available(first.device.index)
 
-    def run(self, built: Kernels, name: str, arguments: ctypes.Structure, blocks: int, stream: int | None) -> None:
-        """Enqueue a kernel; RuntimeError where that fails."""
-        status = built.run(name, arguments, blocks, stream)
+    def run(
+        self,
+        built: Kernels,
+        name: str,
+        arguments: ctypes.Structure,
+        blocks: int,
+        stream: int | None,
+        block: Block | None = None,
+    ) -> None:
+        """Enqueue a kernel over `blocks` blocks of `block` threads, None for its own; RuntimeError where that fails."""
+        status = built.run(name, arguments, blocks, block, stream)
         if status != 0:
             raise RuntimeError(f"{self.op}: launching the CUDA kernel {name} failed with CUDA error {status}")

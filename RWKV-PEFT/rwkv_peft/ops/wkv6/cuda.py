@@ -6,32 +6,31 @@ import torch
 
 from ..cuda_recurrence import CudaRecurrence
 from ..groups import Split
+from ..native.kernels import Block
 
 STRIP = 16  # state elements a thread in the plain kernels; cuda/wkv6/plain.cuh's STRIP
 CHUNKED = tuple(f"wkv6_{shape}" for shape in ("forward_32", "forward_64", "forward_128", "backward_32", "backward_64"))
 SCAN_BLOCK = 512  # elements of a state; cuda/wkv6/groups.cuh's 4 SCAN_THREADS
-
-
-def _split(N: int) -> Split:
-    scan_blocks = N * N // SCAN_BLOCK
-    return Split(f"wkv6_{{}}_groups_{N}", 2 * N, "wkv6_{}_scan", SCAN_BLOCK // 4, scan_blocks, 2 if N <= 64 else 1)
-
-
-SPLITS = MappingProxyType({N: _split(N) for N in (32, 64, 128)})
+SPLITS = MappingProxyType(
+    {
+        N: Split(f"wkv6_{{}}_groups_{N}", "wkv6_{}_scan", N * N // SCAN_BLOCK, on_small=2 if N <= 64 else 1)
+        for N in (32, 64, 128)
+    }
+)
 PLAIN = tuple(f"wkv6_{way}_plain_{dtype}" for way in ("forward", "backward") for dtype in ("float32", "bfloat16"))
 
 
-def plan(direction: str, head_size: int, dtype: torch.dtype) -> list[tuple[str, tuple[int, int]]]:
+def plan(direction: str, head_size: int, dtype: torch.dtype) -> list[tuple[str, Block | None]]:
     """The kernel of a direction, and its block."""
     chunked = f"wkv6_{direction}_{head_size}"
     if dtype == torch.bfloat16 and chunked in CHUNKED:
-        return [(chunked, (2 * head_size, 1))]
+        return [(chunked, None)]
     scalar = "bfloat16" if dtype == torch.bfloat16 else "float32"
     return [(f"wkv6_{direction}_plain_{scalar}", (head_size, -(-head_size // STRIP)))]
 
 
 RECURRENCE = CudaRecurrence("wkv6", "r k v w", "u", 64, (*CHUNKED, *PLAIN), plan, SPLITS, halved=(32, 64))
-Arguments, Library, SOURCE = RECURRENCE.Arguments, RECURRENCE.Library, RECURRENCE.source
+Arguments, FAMILY = RECURRENCE.Arguments, RECURRENCE.family
 
 # What operators.py asks of a backend.
 unavailable, checkpoint_count = RECURRENCE.unavailable, RECURRENCE.checkpoint_count

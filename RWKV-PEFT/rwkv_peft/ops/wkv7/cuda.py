@@ -6,18 +6,19 @@ import torch
 
 from ..cuda_recurrence import CudaRecurrence
 from ..groups import Split
+from ..native.kernels import Block
 
 STRIP = 16  # state elements a thread in the plain kernels; cuda/wkv7/plain.cuh's STRIP
-CHUNKED = MappingProxyType({"wkv7_forward_64": 256, "wkv7_backward_64": 128})  # threads a block
-SPLITS = MappingProxyType({64: Split("wkv7_{}_groups_64", 256, "wkv7_{}_scan_64", 128, 4)})  # by head size
+CHUNKED = ("wkv7_forward_64", "wkv7_backward_64")
+SPLITS = MappingProxyType({64: Split("wkv7_{}_groups_64", "wkv7_{}_scan_64", scan_blocks=4)})  # by head size
 PLAIN = tuple(f"wkv7_{way}_plain_{dtype}" for way in ("forward", "backward") for dtype in ("float32", "bfloat16"))
 
 
-def plan(direction: str, head_size: int, dtype: torch.dtype) -> list[tuple[str, tuple[int, int]]]:
+def plan(direction: str, head_size: int, dtype: torch.dtype) -> list[tuple[str, Block | None]]:
     """The kernel of a direction, and its block."""
     chunked = f"wkv7_{direction}_{head_size}"
     if dtype == torch.bfloat16 and chunked in CHUNKED:
-        return [(chunked, (CHUNKED[chunked], 1))]
+        return [(chunked, None)]
     strips = 1  # of a row, side by side, a power of two of them; and whole warps
     while strips * STRIP < head_size:
         strips *= 2
@@ -27,7 +28,7 @@ def plan(direction: str, head_size: int, dtype: torch.dtype) -> list[tuple[str, 
 
 
 RECURRENCE = CudaRecurrence("wkv7", "r w k v a b", "", 32, (*CHUNKED, *PLAIN), plan, SPLITS)
-Arguments, Library, SOURCE = RECURRENCE.Arguments, RECURRENCE.Library, RECURRENCE.source
+Arguments, FAMILY = RECURRENCE.Arguments, RECURRENCE.family
 
 # What operators.py asks of a backend.
 unavailable, checkpoint_count = RECURRENCE.unavailable, RECURRENCE.checkpoint_count
