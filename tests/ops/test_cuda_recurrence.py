@@ -134,6 +134,18 @@ def test_no_gradient_of_y_is_zeros(family, cuda, cases, N):
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize(
+    "N, dtype, group", [(64, torch.float32, 64), (20, torch.bfloat16, 64), (64, torch.bfloat16, 96)]
+)
+def test_a_group_that_the_kernels_do_not_take_is_refused(cuda, cases, N, dtype, group):
+    case = cases.make_case(1, 3, 1, N, dtype)
+    rule = "a multiple of 64 tokens, for torch.bfloat16 and head size .*64.*: give such, or 0"
+    for way, more in ((cuda.RECURRENCE.run_forward, ()), (cuda.RECURRENCE.run_backward, (None, case.gy, None))):
+        saving = {} if more else dict(save=True)
+        with pytest.raises(ValueError, match=f"group {group} for {dtype} and head size {N}; .*{rule}"):
+            way(None, *case.inputs, None, None, *more, group=group, **saving)
+
+
 def test_inputs_off_the_16_byte_grid(run, cases):
     case = cases.make_case(1, 20, 1, 64, torch.bfloat16)
     storage = torch.zeros(case.k.numel() + 1, dtype=torch.bfloat16)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .groups import Split, group_of, places
+from .groups import GRAIN, Split, group_of, places
 from .native.family import Family
 from .native.kernels import Block, Kernels
 from .native.launch import aligned, stream
@@ -85,9 +85,11 @@ class CudaRecurrence:
         return self.run_backward(self.family.kernels(tensors[0].device.index), *tensors, group=group)
 
     def run_forward(self, kernels: Kernels, *tensors: Any, save: bool, group: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """forward, on the given kernels. group: the tokens of one where time is split, a multiple of 64, else 0."""
+        """forward, on the given kernels. group: the tokens of one where time is split, a multiple of 64, else 0. Raises
+        ValueError for a group that the kernels do not take."""
         *inputs, state, bounds = tensors
         r = inputs[0]
+        self._check_group(r, group)
         B, T, H, N = r.shape
         sequences = _sequences(r, bounds)
         groups, slots = places(B, T, sequences, group), self._slots(r, sequences) if save else 0
@@ -100,9 +102,10 @@ class CudaRecurrence:
         return y, final_state, checkpoints if save else checkpoints[:0]
 
     def run_backward(self, kernels: Kernels, *tensors: Any, group: int = 0) -> tuple[Tensor, ...]:
-        """backward, on the given kernels, with forward's `group`."""
+        """backward, on the given kernels, with forward's `group`. Raises ValueError as run_forward does."""
         *inputs, _, bounds, checkpoints, gy, gfinal = tensors  # the first checkpoint is the state
         r = inputs[0]
+        self._check_group(r, group)
         B, T, H, N = r.shape
         sequences = _sequences(r, bounds)
         gy = torch.zeros_like(r) if gy is None else gy
@@ -117,6 +120,15 @@ class CudaRecurrence:
         arguments |= of_rows | of_shared | dict(gstate=gstate, parts=parts)
         self._launch(kernels, "backward", r, sequences, group, arguments)
         return *of_rows.values(), *(x.sum(0) for x in of_shared.values()), gstate
+
+    def _check_group(self, r: Tensor, group: int) -> None:
+        """Raise ValueError for a group of which the kernels would read past their tensors."""
+        if group and (r.dtype != torch.bfloat16 or r.shape[3] not in self.splits or group % GRAIN or group < 0):
+            sizes = " or ".join(map(str, self.splits)) or "none"
+            raise ValueError(
+                f"{self.op}: group {group} for {r.dtype} and head size {r.shape[3]}; time is split in groups of a "
+                f"multiple of {GRAIN} tokens, for torch.bfloat16 and head size {sizes}: give such, or 0 for no groups"
+            )
 
     def _given(self, inputs: Sequence[Tensor]) -> dict[str, Tensor | None]:
         return {name: aligned(x) for name, x in zip((*self.rows, *self.shared), inputs)}
