@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
 import gpu_ops
 import torch
@@ -30,6 +29,7 @@ from rwkv_peft.ops.native import gpu, nvrtc
 from rwkv_peft.ops.native.build import build_library
 from rwkv_peft.ops.native.compilers import find_nvcc
 from rwkv_peft.ops.native.errors import BuildError
+from rwkv_peft.ops.recurrence.cuda import CudaRecurrence
 from rwkv_peft.ops.wkv6 import cuda as wkv6_cuda
 from rwkv_peft.ops.wkv6 import wkv6
 from rwkv_peft.ops.wkv7 import cuda as wkv7_cuda
@@ -45,22 +45,25 @@ REPEATS = 20
 
 @dataclass(frozen=True)
 class Recurrence:
-    """An operation, its cuda.py, and the names of its inputs, those of (B, T, H, N) first."""
+    """An operation and its CUDA kernels."""
 
     call: Callable
-    cuda: ModuleType
-    rows: tuple
-    others: tuple = ()
+    kernels: CudaRecurrence
 
     @property
     def name(self):
-        return self.call.__name__
+        return self.kernels.signature.op
+
+    @property
+    def rows(self):
+        return self.kernels.signature.rows
+
+    @property
+    def others(self):
+        return self.kernels.signature.shared
 
 
-RECURRENCES = (
-    Recurrence(wkv6, wkv6_cuda, ("r", "k", "v", "w"), ("u",)),
-    Recurrence(wkv7, wkv7_cuda, ("r", "w", "k", "v", "a", "b")),
-)
+RECURRENCES = (Recurrence(wkv6, wkv6_cuda.RECURRENCE), Recurrence(wkv7, wkv7_cuda.RECURRENCE))
 
 
 def tell(**entry):
@@ -233,13 +236,13 @@ def time_kernels(op, shape, bandwidth):
     B, T, H = shape
     leaves, gy = inputs(op, B, T, H, 64, torch.bfloat16)
     tensors = [x.detach() for x in leaves]
-    checkpoints = op.cuda.forward(*tensors, None, None, True, None)[2]
+    checkpoints = op.kernels.forward(*tensors, None, None, save=True)[2]
     elements, states = gy.numel() * gy.element_size(), checkpoints.numel() * 4
     rows = len(op.rows)
     runs = {
-        "forward": (lambda: op.cuda.forward(*tensors, None, None, True, None), (rows + 1) * elements + states),
+        "forward": (lambda: op.kernels.forward(*tensors, None, None, save=True), (rows + 1) * elements + states),
         "backward": (
-            lambda: op.cuda.backward(*tensors, None, None, checkpoints, gy, None, None),
+            lambda: op.kernels.backward(*tensors, None, None, checkpoints, gy, None),
             (2 * rows + 1) * elements + states,
         ),
     }

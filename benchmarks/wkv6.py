@@ -26,14 +26,16 @@ from pathlib import Path
 import torch
 
 from rwkv_peft.memory import keep_freed_memory
-from rwkv_peft.ops.cuda_recurrence import CudaRecurrence
 from rwkv_peft.ops.native import gpu, levels
 from rwkv_peft.ops.native.arguments import fill
 from rwkv_peft.ops.native.build import build_library
 from rwkv_peft.ops.native.compilers import find_nvcc
 from rwkv_peft.ops.native.cpu import cpu_library
 from rwkv_peft.ops.native.errors import BuildError
-from rwkv_peft.ops.wkv6 import backends, cpu, wkv6
+from rwkv_peft.ops.recurrence.cuda import CudaRecurrence
+from rwkv_peft.ops.wkv6 import backends, wkv6
+from rwkv_peft.ops.wkv6.cpu import RECURRENCE as kernel
+from rwkv_peft.ops.wkv6.signature import SIGNATURE
 
 HEAD_SIZE = 64
 SHAPES = {  # B,T,H
@@ -108,7 +110,7 @@ SEQUENTIAL_KERNELS = tuple(
     for dtype in (torch.float32, torch.bfloat16)
     for name, _ in sequential_plan(direction, HEAD_SIZE, dtype)
 )
-SEQUENTIAL = CudaRecurrence("wkv6", "r k v w", "u", 1, SEQUENTIAL_KERNELS, sequential_plan)
+SEQUENTIAL = CudaRecurrence(SIGNATURE, 1, SEQUENTIAL_KERNELS, sequential_plan)
 
 
 class Sequential(torch.autograd.Function):
@@ -272,13 +274,13 @@ def kernel_calls(T, H, dtype):
     u = u.detach().float()
     y, *gradients = (torch.zeros_like(r) for _ in range(5))
     final, gstate = torch.zeros(2, H, HEAD_SIZE, HEAD_SIZE)
-    checkpoints, gu = torch.zeros(cpu.checkpoint_count(r, 1), H, HEAD_SIZE, HEAD_SIZE), torch.zeros_like(u)
-    library = cpu._library(levels.best_level())
+    checkpoints, gu = torch.zeros(kernel.checkpoint_count(r, 1), H, HEAD_SIZE, HEAD_SIZE), torch.zeros_like(u)
+    library = kernel.library(levels.best_level())
     gr, gk, gv, gw = gradients
     tensors = dict(r=r, k=k, v=v, w=w, u=u, checkpoints=checkpoints, y=y, final_state=final)
     tensors |= dict(gy=gy, gr=gr, gk=gk, gv=gv, gw=gw, gu=gu, gstate=gstate)
     sizes = dict(sequences=1, tokens=T, heads=H, head_size=HEAD_SIZE)
-    arguments = fill(cpu.Arguments, r, tensors, **sizes)
+    arguments = fill(kernel.Arguments, r, tensors, **sizes)
     arguments.threads = 1
     steps = [functools.partial(call, arguments) for call in (library.wkv6_cpu_forward, library.wkv6_cpu_backward)]
     steps[0](), steps[1]()

@@ -23,7 +23,8 @@ import torch
 from wkv6 import fma_peak, memory_of  # beside this file
 
 from rwkv_peft.memory import keep_freed_memory
-from rwkv_peft.ops.wkv7 import backends, cpu, wkv7
+from rwkv_peft.ops.wkv7 import backends, wkv7
+from rwkv_peft.ops.wkv7.cpu import RECURRENCE as kernel
 from rwkv_peft.ops.wkv7.reference import DECAY_SCALE
 
 HEAD_SIZE = 64
@@ -138,10 +139,10 @@ def kernel_table(peak, calls):
         for T, H in ((512, 1), (1024, 4), (1024, 32)):
             inputs, gy = random_inputs((1, T, H), dtype, "cpu")
             inputs = [x.detach() for x in inputs]
-            checkpoints = cpu.forward(*inputs, None, None, True, "")[2]
+            checkpoints = kernel.forward(*inputs, None, None, save=True)[2]
             runs = (
-                functools.partial(cpu.forward, *inputs, None, None, True, ""),
-                functools.partial(cpu.backward, *inputs, None, None, checkpoints, gy, None, ""),
+                functools.partial(kernel.forward, *inputs, None, None, save=True),
+                functools.partial(kernel.backward, *inputs, None, None, checkpoints, gy, None),
             )
             cells = []
             for run, nominal in zip(runs, (NOMINAL_FORWARD, NOMINAL_BACKWARD)):

@@ -3,7 +3,6 @@ of threads, and what NVIDIA's tools make of the sources. Run on the CPU through 
 there is one; each family's own test has its results against float64."""
 
 import dataclasses
-import importlib
 import math
 import re
 from contextlib import contextmanager, nullcontext
@@ -21,6 +20,8 @@ from rwkv_peft.ops.native.build import build_library
 from rwkv_peft.ops.native.compilers import find_nvcc
 from rwkv_peft.ops.native.errors import BuildError
 from rwkv_peft.ops.native.sources import source_directory
+from rwkv_peft.ops.wkv6.op import WKV6
+from rwkv_peft.ops.wkv7.op import WKV7
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,7 +84,7 @@ def test_two_halves_with_the_state_carried_over_equal_the_whole(run, cuda, cases
     whole = cases.make_case(2, 70, 2, N, torch.bfloat16, seed=at)
 
     def part(span, state, gfinal):
-        cut = {name: getattr(whole, name)[:, span].contiguous() for name in (*cuda.RECURRENCE.rows, "gy")}
+        cut = {name: getattr(whole, name)[:, span].contiguous() for name in (*cuda.RECURRENCE.signature.rows, "gy")}
         return dataclasses.replace(whole, **cut, state=state, gfinal=gfinal)
 
     middle = run(part(slice(0, at), whole.state, whole.gfinal))[1]
@@ -176,7 +177,7 @@ def test_what_a_kernel_is_given_lies_on_its_grid(cuda, cases):
 @pytest.mark.parametrize("N", [8, 64])
 def test_a_nan_is_not_hidden(run, cuda, cases, N):
     case = cases.make_case(1, 40, 1, N, torch.bfloat16)
-    for name in cuda.RECURRENCE.rows:
+    for name in cuda.RECURRENCE.signature.rows:
         poisoned = getattr(case, name).clone()
         poisoned[0, 20, 0, 7] = float("nan")
         y, final, *_ = run(dataclasses.replace(case, **{name: poisoned}))
@@ -246,7 +247,7 @@ def test_nvrtc_compiles_every_kernel(tmp_path, cuda, monkeypatch):
 
 
 def test_the_driver_is_asked_for_a_block_a_head_and_sequence(cuda, cases, monkeypatch):
-    recorder = toolchain.RecordingDriver(cuda.Arguments)
+    recorder = toolchain.RecordingDriver(cuda.RECURRENCE.Arguments)
     monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: recorder)
     monkeypatch.setattr(native_kernels, "load", None)
     for N in (64, 20):
@@ -279,7 +280,7 @@ def test_a_plan_names_kernels_that_there_are(family, cuda, dtype):
 def test_every_header_counts_for_the_cache(cuda):
     root = source_directory("cuda")
     headers = set(gpu.recipe(cuda.FAMILY.source, "nvcc", "90")[2])
-    assert headers >= set((root / cuda.RECURRENCE.op).glob("*.cuh"))
+    assert headers >= set((root / cuda.FAMILY.op).glob("*.cuh"))
     for path in (root / cuda.FAMILY.source, *headers):
         assert headers >= {root / name for name in re.findall(r'#include "(.+)"', path.read_text(encoding="utf-8"))}
 
@@ -290,7 +291,7 @@ def test_every_header_counts_for_the_cache(cuda):
 def test_the_reason_why_it_is_unavailable(cuda, monkeypatch, cuda_version, available, words):
     monkeypatch.setattr(torch.version, "cuda", cuda_version)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    assert words in cuda.unavailable()
+    assert words in cuda.FAMILY.unavailable()
 
 
 def test_an_old_gpu_is_named(cuda, monkeypatch):
@@ -298,11 +299,11 @@ def test_an_old_gpu_is_named(cuda, monkeypatch):
     for name, value in dict(is_available=True, current_device=0, get_device_name="Tesla T4").items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    assert "Tesla T4 has compute capability 7.5" in cuda.unavailable()
+    assert "Tesla T4 has compute capability 7.5" in cuda.FAMILY.unavailable()
 
 
-def test_each_gpu_has_a_verdict_of_its_own(cuda, monkeypatch):
-    op = importlib.import_module(f"rwkv_peft.ops.{cuda.RECURRENCE.op}.op")
+def test_each_gpu_has_a_verdict_of_its_own(family, cuda, monkeypatch):
+    backends = {"wkv6": WKV6, "wkv7": WKV7}[family].backends
     current = []
 
     @contextmanager
@@ -312,13 +313,13 @@ def test_each_gpu_has_a_verdict_of_its_own(cuda, monkeypatch):
         current.pop()
 
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(cuda, "unavailable", lambda level="": None if current[-1] == 0 else "this GPU is too old")
-    op._resolve.cache_clear()
+    monkeypatch.setattr(cuda.FAMILY, "unavailable", lambda: None if current[-1] == 0 else "this GPU is too old")
+    backends._resolve.cache_clear()
     try:
-        assert op._resolve("auto", "cuda", 0, torch.bfloat16) == "cuda"
+        assert backends.choose("auto", "cuda", 0, torch.bfloat16) == "cuda"
         with pytest.warns(RuntimeWarning, match="this GPU is too old"):
-            assert op._resolve("auto", "cuda", 1, torch.bfloat16) != "cuda"
+            assert backends.choose("auto", "cuda", 1, torch.bfloat16) != "cuda"
         with pytest.raises(RuntimeError, match="this GPU is too old"):
-            op._resolve("cuda", "cuda", 1, torch.bfloat16)
+            backends.choose("cuda", "cuda", 1, torch.bfloat16)
     finally:
-        op._resolve.cache_clear()
+        backends._resolve.cache_clear()

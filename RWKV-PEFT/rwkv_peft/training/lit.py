@@ -12,7 +12,7 @@ from torch import nn
 from ..adapters.groups import LearningRates, parameter_groups
 from ..config import TrainConfig
 from ..data.batches import TrainBatch
-from ..ops.recurrence import vouch
+from ..ops.recurrence.checks import vouch
 from .cpu_adam import cpu_adam
 from .schedule import learning_rate
 from .steps import Step

@@ -26,12 +26,12 @@ SHIM = Path(__file__).resolve().parents[2] / "cuda_shim"
 NEEDS = {"bone/pairs.h": "avx512bf16", "bone/amx.h": "amx"}  # headers for some instruction sets alone
 FOR_GPUS = ("common/ptx.cuh",)  # which the shim replaces
 STRUCTURES = (
-    (wkv6_cpu.Arguments, CPU, "wkv6/arguments.h"),
-    (wkv6_cuda.Arguments, CUDA, "wkv6/arguments.cuh"),
-    (wkv7_cpu.Arguments, CPU, "wkv7/arguments.h"),
+    (wkv6_cpu.RECURRENCE.Arguments, CPU, "wkv6/arguments.h"),
+    (wkv6_cuda.RECURRENCE.Arguments, CUDA, "wkv6/arguments.cuh"),
+    (wkv7_cpu.RECURRENCE.Arguments, CPU, "wkv7/arguments.h"),
     (mix_cuda.MixArguments, CUDA, "mix/arguments.cuh"),
     (bone_cuda.BoneArguments, CUDA, "bone/arguments.cuh"),
-    (wkv7_cuda.Arguments, CUDA, "wkv7/arguments.cuh"),
+    (wkv7_cuda.RECURRENCE.Arguments, CUDA, "wkv7/arguments.cuh"),
     (cross_entropy_cuda.CrossEntropyArguments, CUDA, "cross_entropy/arguments.cuh"),
     (cross_entropy.CrossEntropyArguments, CPU, "cross_entropy/arguments.h"),
     *((getattr(mix, name), CPU, "mix/arguments.h") for name in dir(mix) if name.endswith("Arguments")),

@@ -12,11 +12,12 @@ import torch
 
 from cuda_shim import cases, shim
 from cuda_shim.running import DEVICES, one_torch_thread, runner, shim_kernels
-from rwkv_peft.ops.groups import choose_group, resident_blocks
 from rwkv_peft.ops.native import gpu
 from rwkv_peft.ops.native.compilers import find_nvcc
 from rwkv_peft.ops.native.errors import BuildError
-from rwkv_peft.ops.wkv6 import cuda, op, wkv6
+from rwkv_peft.ops.recurrence.groups import choose_group, resident_blocks
+from rwkv_peft.ops.wkv6 import cuda, wkv6
+from rwkv_peft.ops.wkv6.op import WKV6
 
 LENGTHS = (1, 2, 15, 16, 17, 64, 100, 257)
 HEAD_SIZES = (8, 32, 64, 128)
@@ -95,8 +96,7 @@ def test_split_time_is_as_exact_as_the_whole(run, B, lengths, N, group, decay, w
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp32"])
 def test_the_operation_splits_time_where_a_gpu_is_not_filled(monkeypatch, dtype):
     """wkv6 itself, as on a GPU that holds eight blocks: of its kernels, those that can take groups do."""
-    monkeypatch.setattr(op, "_choose", lambda *_: "cuda")
-    monkeypatch.setattr(op, "backend_module", lambda _: cuda)
+    monkeypatch.setattr(WKV6.backends, "choose", lambda *_: "cuda")
     fits = lambda r: choose_group(*r.shape[:3], 1, 8) if r.dtype == torch.bfloat16 else 0  # noqa: E731
     monkeypatch.setattr(cuda.RECURRENCE, "group_of", lambda r, _: fits(r))
     kernels = shim_kernels("wkv6")

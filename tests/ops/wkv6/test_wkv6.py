@@ -10,7 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from rwkv_peft.ops.native import levels
-from rwkv_peft.ops.wkv6 import backends, checks, cpu, op, wkv6
+from rwkv_peft.ops.recurrence import checks
+from rwkv_peft.ops.wkv6 import backends, cpu, wkv6
+from rwkv_peft.ops.wkv6.op import WKV6
 
 NAMES = ("y", "final state", "gr", "gk", "gv", "gw", "gu", "gstate")
 KERNELS = (*(f"cpu:{level}" for level in levels.LEVELS), "cuda")
@@ -23,7 +25,7 @@ DECAYS = {"usual": (-6.0, 1.0), "none": (-40.0, -20.0), "total": (4.0, 95.0), "m
 def why_not(backend):
     """Why this machine cannot run a backend, or None."""
     name, _, level = backend.partition(":")
-    return cpu.unavailable(level) if name == "cpu" else backends()[name]
+    return cpu.RECURRENCE.unavailable(level) if name == "cpu" else backends()[name]
 
 
 def device_of(backend):
@@ -180,8 +182,8 @@ def test_one_output_alone_can_be_differentiated(backend):
 def test_nothing_is_kept_when_no_gradient_is_needed():
     inputs, _ = random_inputs(1, 200, 2, 64)
     forward = torch.ops.rwkv_peft.wkv6_forward
-    assert forward(*inputs, None, False, "")[2].numel() == 0
-    assert forward(*inputs, None, True, "")[2].shape == (3, 2, 64, 64)
+    assert forward(*inputs, None, False, "cpu")[2].numel() == 0
+    assert forward(*inputs, None, True, "cpu")[2].shape == (3, 2, 64, 64)
     y, final = wkv6(*inputs, backend="cpu")
     assert y.grad_fn is None and final.grad_fn is None
 
@@ -272,11 +274,11 @@ def test_the_operators_keep_torchs_contract():
     inputs, gradients = random_inputs(1, 70, 2, 8)
     forward, backward = torch.ops.rwkv_peft.wkv6_forward.default, torch.ops.rwkv_peft.wkv6_backward.default
     utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(forward, (*inputs, None, True, ""), test_utils=utils)
-    checkpoints = forward(*inputs, None, True, "")[2]
-    torch.library.opcheck(backward, (*inputs, None, checkpoints, *gradients, ""), test_utils=utils)
+    torch.library.opcheck(forward, (*inputs, None, True, "cpu"), test_utils=utils)
+    checkpoints = forward(*inputs, None, True, "cpu")[2]
+    torch.library.opcheck(backward, (*inputs, None, checkpoints, *gradients, "cpu"), test_utils=utils)
     leaves = [x.clone().requires_grad_() for x in inputs]
-    torch.library.opcheck(forward, (*leaves, None, True, ""), test_utils=("test_autograd_registration",))
+    torch.library.opcheck(forward, (*leaves, None, True, "cpu"), test_utils=("test_autograd_registration",))
 
 
 def test_fake_tensors_and_one_compiled_graph_pass_through():
@@ -360,10 +362,10 @@ def test_a_tensor_that_passed_is_not_read_again_until_it_changes():
     """As on a GPU, where reading it waits: a mark of having passed stands for the values, also in a converted copy."""
     bounds = torch.tensor([0, 99], dtype=torch.int32)  # would not pass
     bounds._checked_bounds = 6, bounds._version
-    checks.check_bounds(checks.as_int64(bounds, 6), 6)
+    checks.check_bounds("wkv6", checks.as_int64(bounds, 6), 6)
     for changed_bounds, tokens in ((bounds, 7), (bounds.add_(0), 6)):
         with pytest.raises(ValueError, match="it must start at 0"):
-            checks.check_bounds(checks.as_int64(changed_bounds, tokens), tokens)
+            checks.check_bounds("wkv6", checks.as_int64(changed_bounds, tokens), tokens)
 
 
 def test_packed_rows_need_one_batch():
@@ -373,8 +375,8 @@ def test_packed_rows_need_one_batch():
 
 
 def test_auto_says_once_what_it_took_and_a_named_backend_never_falls_back(monkeypatch):
-    monkeypatch.setattr(cpu, "unavailable", lambda level="": "no g++ on this machine; install one")
-    op._resolve.cache_clear()
+    monkeypatch.setattr(cpu.RECURRENCE, "unavailable", lambda level="": "no g++ on this machine; install one")
+    WKV6.backends._resolve.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="takes backend 'reference'.*no g\\+\\+.*install one"):
             wkv6(**changed())
@@ -385,7 +387,7 @@ def test_auto_says_once_what_it_took_and_a_named_backend_never_falls_back(monkey
             with pytest.raises(RuntimeError, match="cannot be used: no g\\+\\+"):
                 wkv6(**changed(), backend=name)
     finally:
-        op._resolve.cache_clear()
+        WKV6.backends._resolve.cache_clear()
 
 
 def test_float64_takes_the_reference():

@@ -7,7 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
-from rwkv_peft.ops.wkv7 import backends, cpu, op, wkv7
+from rwkv_peft.ops.wkv7 import backends, cpu, wkv7
+from rwkv_peft.ops.wkv7.op import WKV7
 
 BACKENDS = ("chunked", "cpu")
 
@@ -179,8 +180,8 @@ def test_arguments_that_do_not_fit_are_refused(changes, message):
 
 
 def test_auto_says_once_what_it_took_and_a_named_backend_never_falls_back(monkeypatch):
-    monkeypatch.setattr(cpu, "unavailable", lambda level="": "no g++ on this machine; install one")
-    op._resolve.cache_clear()
+    monkeypatch.setattr(cpu.RECURRENCE, "unavailable", lambda level="": "no g++ on this machine; install one")
+    WKV7.backends._resolve.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="takes backend 'chunked'.*no g\\+\\+.*install one"):
             wkv7(**changed())
@@ -191,7 +192,7 @@ def test_auto_says_once_what_it_took_and_a_named_backend_never_falls_back(monkey
             with pytest.raises(RuntimeError, match="cannot be used: no g\\+\\+"):
                 wkv7(**changed(), backend=name)
     finally:
-        op._resolve.cache_clear()
+        WKV7.backends._resolve.cache_clear()
 
 
 def test_float64_takes_the_reference():

@@ -19,7 +19,7 @@ DECAYS = {"usual": (-6.0, 2.0), "none": (-40.0, -20.0), "strong": (6.0, 95.0), "
 def skip_unless_usable(backend):
     """Skips the test where this machine cannot run a backend."""
     name, _, level = backend.partition(":")
-    reason = cpu.unavailable(level) if name == "cpu" else None
+    reason = cpu.RECURRENCE.unavailable(level) if name == "cpu" else None
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
 

@@ -10,9 +10,10 @@ from cuda_shim import toolchain
 from cuda_shim import wkv7_cases as cases
 from cuda_shim.cases import error, rms
 from cuda_shim.running import DEVICES, one_torch_thread, runner, shim_kernels
-from rwkv_peft.ops import groups
 from rwkv_peft.ops.native import driver
-from rwkv_peft.ops.wkv7 import cuda, op, wkv7
+from rwkv_peft.ops.recurrence import groups
+from rwkv_peft.ops.wkv7 import cuda, wkv7
+from rwkv_peft.ops.wkv7.op import WKV7
 
 LENGTHS = (1, 2, 15, 16, 17, 64, 100, 257)
 HEAD_SIZES = (128, 8, 20, 64)
@@ -84,7 +85,7 @@ def test_split_time_is_as_exact_as_the_whole(run, B, lengths, decay, repeated, w
 
 
 def test_groups_are_launched_in_their_order(monkeypatch):
-    recorder = toolchain.RecordingDriver(cuda.Arguments)
+    recorder = toolchain.RecordingDriver(cuda.RECURRENCE.Arguments)
     monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: recorder)
     cases.run(cuda.FAMILY.module(b"image"), cases.make_case(2, 130, 3, 64, torch.bfloat16), group=64)
     groups_of, scan = 2 * 3 * 3, 2 * 3 * 4  # three groups a sequence; four blocks a head
@@ -128,7 +129,7 @@ def test_only_the_chunked_kernels_on_a_gpu_split_time(monkeypatch):
 )
 def test_the_operation_calls_them(monkeypatch, bounds, N, group):
     """wkv7 itself, and torch's operators and derivatives below it, as on a GPU."""
-    monkeypatch.setattr(op, "_choose", lambda *_: "cuda")
+    monkeypatch.setattr(WKV7.backends, "choose", lambda *_: "cuda")
     kernels = shim_kernels("wkv7")
     monkeypatch.setattr(cuda.FAMILY, "kernels", lambda device: kernels)
     monkeypatch.setattr(cuda.RECURRENCE, "group_of", lambda *_: group)
@@ -144,12 +145,12 @@ def test_the_operation_calls_them(monkeypatch, bounds, N, group):
 
     check(compute, case)
     assert wkv7(*case.inputs, case.state, case.cu_seqlens)[0].grad_fn is None
-    kept = cuda.forward(*case.inputs, case.state, case.cu_seqlens, save=True)[2]
-    assert kept.shape[0] == cuda.checkpoint_count(case.r, case.state.shape[0])
+    kept = cuda.RECURRENCE.forward(*case.inputs, case.state, case.cu_seqlens, save=True)[2]
+    assert kept.shape[0] == cuda.RECURRENCE.checkpoint_count(case.r, case.state.shape[0])
 
 
 @pytest.mark.parametrize("reason, chosen", [(None, "cuda"), ("no driver; install one", "chunked")])
-@pytest.mark.filterwarnings("ignore:wkv7 takes backend 'chunked', which is slow. no driver")
+@pytest.mark.filterwarnings("ignore:wkv7 takes backend 'chunked', which is slow.*no driver")
 def test_what_auto_takes_on_a_gpu(monkeypatch, reason, chosen):
-    monkeypatch.setattr(cuda, "unavailable", lambda level="": reason)
-    assert op._resolve_auto("cuda", torch.bfloat16) == chosen
+    monkeypatch.setattr(cuda.FAMILY, "unavailable", lambda: reason)
+    assert WKV7.backends._resolve_auto("cuda", torch.bfloat16) == chosen

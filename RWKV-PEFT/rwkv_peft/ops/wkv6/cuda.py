@@ -4,9 +4,10 @@ from types import MappingProxyType
 
 import torch
 
-from ..cuda_recurrence import CudaRecurrence
-from ..groups import Split
 from ..native.kernels import Block
+from ..recurrence.cuda import CudaRecurrence
+from ..recurrence.groups import Split
+from .signature import SIGNATURE
 
 STRIP = 16  # state elements a thread in the plain kernels; cuda/wkv6/plain.cuh's STRIP
 CHUNKED = tuple(f"wkv6_{shape}" for shape in ("forward_32", "forward_64", "forward_128", "backward_32", "backward_64"))
@@ -29,9 +30,5 @@ def plan(direction: str, head_size: int, dtype: torch.dtype) -> list[tuple[str, 
     return [(f"wkv6_{direction}_plain_{scalar}", (head_size, -(-head_size // STRIP)))]
 
 
-RECURRENCE = CudaRecurrence("wkv6", "r k v w", "u", 64, (*CHUNKED, *PLAIN), plan, SPLITS, halved=(32, 64))
-Arguments, FAMILY = RECURRENCE.Arguments, RECURRENCE.family
-
-# What operators.py asks of a backend.
-unavailable, checkpoint_count = RECURRENCE.unavailable, RECURRENCE.checkpoint_count
-forward, backward = RECURRENCE.forward, RECURRENCE.backward
+RECURRENCE = CudaRecurrence(SIGNATURE, 64, (*CHUNKED, *PLAIN), plan, SPLITS, halved=(32, 64))
+FAMILY = RECURRENCE.family

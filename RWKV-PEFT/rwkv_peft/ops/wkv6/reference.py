@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..recurrence.packed import one_by_one
+
 
 def wkv6(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -18,12 +20,7 @@ def wkv6(
     Computes in float64 where v is float64, else in float32.
     """
     if cu_seqlens is not None:
-        bounds = cu_seqlens.tolist()
-        parts = []
-        for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
-            at, initial = slice(start, end), None if state is None else state[n : n + 1]
-            parts.append(wkv6(r[:, at], k[:, at], v[:, at], w[:, at], u, initial))
-        return torch.cat([y for y, _ in parts], dim=1), torch.cat([final for _, final in parts])
+        return one_by_one(wkv6, (r, k, v, w), (u,), state, cu_seqlens)
 
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     B, T, H, N = v.shape

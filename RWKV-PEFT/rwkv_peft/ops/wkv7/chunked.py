@@ -12,6 +12,7 @@ Computes in float64 where the tensors are float64, else in float32.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,21 +125,11 @@ class _Call:
         to[:, first * CHUNK : after * CHUNK] = x.reshape(at.B, at.H, -1, at.N).transpose(1, 2)
 
 
-def forward(
-    r: Tensor,
-    w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    save: bool,
-    level: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(*tensors: Any, save: bool, level: str) -> tuple[Tensor, Tensor, Tensor]:
     """r w k v a b (B, T, H, N) of one dtype; state (n, H, N, N) or None; cu_seqlens (n + 1,) int64 or None
     -> y, final state, the states that the segments begin with (none unless `save`)."""
-    call = _Call((r, w, k, v, a, b), state, cu_seqlens)
+    *inputs, state, cu_seqlens = tensors
+    call, r = _Call(inputs, state, cu_seqlens), inputs[0]
     at = call.layout
     count = checkpoint_count(r, at.states) if save else 0
     checkpoints = call.initial.new_zeros(count, at.H, at.N, at.N)
@@ -155,23 +146,11 @@ def forward(
     return at.cut(y).contiguous(), final, checkpoints
 
 
-def backward(
-    r: Tensor,
-    w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    checkpoints: Tensor,
-    gy: Tensor | None,
-    gfinal: Tensor | None,
-    level: str,
-) -> tuple[Tensor, ...]:
-    """The gradients of r w k v a b and state, given those of y and of the final state (None for zeros)."""
-    inputs = (r, w, k, v, a, b)
-    call = _Call(inputs, state, cu_seqlens)
+def backward(*tensors: Any, level: str) -> tuple[Tensor, ...]:
+    """What forward took, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
+    gradients of r w k v a b and state."""
+    *inputs, state, cu_seqlens, checkpoints, gy, gfinal = tensors
+    call, r = _Call(inputs, state, cu_seqlens), inputs[0]
     at = call.layout
     kept = checkpoints.view(-1, at.B * at.H, at.N, at.N)
     gy = at.pad(torch.zeros_like(r) if gy is None else gy)

@@ -4,9 +4,10 @@ from types import MappingProxyType
 
 import torch
 
-from ..cuda_recurrence import CudaRecurrence
-from ..groups import Split
 from ..native.kernels import Block
+from ..recurrence.cuda import CudaRecurrence
+from ..recurrence.groups import Split
+from .signature import SIGNATURE
 
 STRIP = 16  # state elements a thread in the plain kernels; cuda/wkv7/plain.cuh's STRIP
 CHUNKED = ("wkv7_forward_64", "wkv7_backward_64")
@@ -27,9 +28,5 @@ def plan(direction: str, head_size: int, dtype: torch.dtype) -> list[tuple[str, 
     return [(f"wkv7_{direction}_plain_{scalar}", (strips, -(-head_size // rows) * rows))]
 
 
-RECURRENCE = CudaRecurrence("wkv7", "r w k v a b", "", 32, (*CHUNKED, *PLAIN), plan, SPLITS)
-Arguments, FAMILY = RECURRENCE.Arguments, RECURRENCE.family
-
-# What operators.py asks of a backend.
-unavailable, checkpoint_count = RECURRENCE.unavailable, RECURRENCE.checkpoint_count
-forward, backward = RECURRENCE.forward, RECURRENCE.backward
+RECURRENCE = CudaRecurrence(SIGNATURE, 32, (*CHUNKED, *PLAIN), plan, SPLITS)
+FAMILY = RECURRENCE.family

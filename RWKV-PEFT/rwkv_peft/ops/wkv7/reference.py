@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..recurrence.packed import one_by_one
+
 # A decay's logarithm is -e^(-1/2) sigmoid(w), so that no step keeps less than 0.545 of the state.
 DECAY_SCALE = -math.exp(-0.5)
 
@@ -30,12 +32,7 @@ def wkv7(
     Computes in float64 where v is float64, else in float32.
     """
     if cu_seqlens is not None:
-        bounds = cu_seqlens.tolist()
-        parts = []
-        for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
-            at, initial = slice(start, end), None if state is None else state[n : n + 1]
-            parts.append(wkv7(r[:, at], w[:, at], k[:, at], v[:, at], a[:, at], b[:, at], initial))
-        return torch.cat([y for y, _ in parts], dim=1), torch.cat([final for _, final in parts])
+        return one_by_one(wkv7, (r, w, k, v, a, b), (), state, cu_seqlens)
 
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     B, T, H, N = v.shape

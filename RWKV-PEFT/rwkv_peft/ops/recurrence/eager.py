@@ -1,29 +1,25 @@
-"""A recurrence's kernels under autograd, past torch's operators, whose dispatch costs more than a small call does.
+"""A recurrence's backends under autograd, past torch's operators, whose dispatch costs more than a small call does.
 
-torch.compile and FakeTensor need the operators (wkv6/operators.py, wkv7/operators.py); nothing else does.
+torch.compile and FakeTensor need the operators (operators.py); nothing else does.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.autograd import Function
 
+from .backends import Backend
 
-class Recurrence(Function):
-    """(op, forward, backward, tensors …, state, cu_seqlens) -> y, final state.
 
-    op: the recurrence's name; forward(tensors …, state, cu_seqlens) -> y, final state, checkpoints;
-    backward(tensors …, state, cu_seqlens, checkpoints, gy, gfinal) -> the gradients of the tensors and of the state.
-    Differentiable once.
-    """
+class Differentiable(Function):
+    """(operation's name, backend, its level, *inputs, state, cu_seqlens) -> y, final state, differentiable once."""
 
     @staticmethod
-    def forward(ctx: Any, op: str, forward: Callable, backward: Callable, *inputs: torch.Tensor | None) -> Any:
-        y, final_state, checkpoints = forward(*inputs)
+    def forward(ctx: Any, op: str, backend: Backend, level: str, *tensors: torch.Tensor | None) -> Any:
+        y, final_state, checkpoints = backend.forward(*tensors, save=True, level=level)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, checkpoints)
-        ctx.op, ctx.gradients_of = op, backward
+        ctx.save_for_backward(*tensors, checkpoints)
+        ctx.op, ctx.backend, ctx.level = op, backend, level
         return y, final_state
 
     @staticmethod
@@ -32,7 +28,7 @@ class Recurrence(Function):
         if all([x is None for x in gradients]):
             return (None,) * (2 + len(saved))
         gy, gfinal = (None if x is None else x.contiguous() for x in gradients)
-        *found, gstate = _Gradients.apply(ctx.op, ctx.gradients_of, *saved, gy, gfinal)
+        *found, gstate = _Gradients.apply(ctx.op, ctx.backend, ctx.level, *saved, gy, gfinal)
         state = saved[-3]
         return None, None, None, *found, None if state is None else gstate, None
 
@@ -41,9 +37,9 @@ class _Gradients(Function):
     """The gradients as a Function of their own, so that a second derivative is refused in words."""
 
     @staticmethod
-    def forward(ctx: Any, op: str, backward: Callable, *inputs: torch.Tensor | None) -> Any:
+    def forward(ctx: Any, op: str, backend: Backend, level: str, *tensors: torch.Tensor | None) -> Any:
         ctx.op = op
-        return backward(*inputs)
+        return backend.backward(*tensors, level=level)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:

@@ -1,4 +1,4 @@
-"""A recurrence's CUDA kernels as its backend: what wkv6/cuda.py and wkv7/cuda.py have in common."""
+"""A recurrence's CUDA kernels as its backend."""
 
 import contextlib
 import ctypes
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..native.family import Family
+from ..native.kernels import Block, Kernels
+from ..native.launch import aligned, stream
 from .groups import GRAIN, Split, group_of, places
-from .native.family import Family
-from .native.kernels import Block, Kernels
-from .native.launch import aligned, stream
+from .signature import Signature, sequences_of
 
 INTEGERS = ("sequences", "length", "heads", "head_size", "device", "group", "groups")
 
@@ -20,10 +21,10 @@ INTEGERS = ("sequences", "length", "heads", "head_size", "device", "group", "gro
 Plan = Callable[[str, int, torch.dtype], Sequence[tuple[str, Block | None]]]
 
 
-def structure(inputs: Sequence[str]) -> type[ctypes.Structure]:
-    """cuda/OP/arguments.cuh's Arguments, of an operation with these inputs."""
-    given = (*inputs, "state", "bounds", "y", "final_state", "checkpoints", "gy", "gfinal")
-    pointers = (*given, *(f"g{name}" for name in inputs), "gstate", "parts", "transitions")
+def structure(signature: Signature) -> type[ctypes.Structure]:
+    """cuda/OP/arguments.cuh's Arguments."""
+    given = (*signature.inputs, "state", "bounds", "y", "final_state", "checkpoints", "gy", "gfinal")
+    pointers = (*given, *signature.gradients, "gstate", "parts", "transitions")
     fields = [*((name, ctypes.c_void_p) for name in pointers), *((name, ctypes.c_int) for name in INTEGERS)]
     return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
 
@@ -33,22 +34,19 @@ class CudaRecurrence:
 
     def __init__(
         self,
-        op: str,
-        rows: str,
-        shared: str,
+        signature: Signature,
         segment: int,
         names: Sequence[str],
         plan: Plan,
         splits: Mapping[int, Split] = MappingProxyType({}),
         halved: Sequence[int] = (),
     ) -> None:
-        """rows: the names of the operation's inputs (B, T, H, N); shared: of those (H, N), which follow. segment: steps
-        that share a slot among the checkpoints, arguments.cuh's SEGMENT. names: of the kernels that `plan` plans.
-        splits: how time is split where that pays, by head size. halved: head sizes of which bfloat16 keeps two slots in
-        the room of one."""
-        self.op, self.segment, self.plan, self.splits, self.halved = op, segment, plan, splits, halved
-        self.rows, self.shared = rows.split(), shared.split()
-        self.Arguments = structure([*self.rows, *self.shared])
+        """segment: steps that share a slot among the checkpoints, arguments.cuh's SEGMENT. names: of the kernels that
+        `plan` plans. splits: how time is split where that pays, by head size. halved: head sizes of which bfloat16
+        keeps two slots in the room of one."""
+        self.segment, self.plan, self.splits, self.halved = segment, plan, splits, halved
+        op, self.signature = signature.op, signature
+        self.Arguments = structure(signature)
         self.names = tuple(dict.fromkeys((*names, *(name for split in splits.values() for name in split.names()))))
         self.family = Family(op, f"{op}/{op}.cu", self.names, self.Arguments, self._trial)
 
@@ -75,13 +73,13 @@ class CudaRecurrence:
     def forward(self, *tensors: Any, save: bool, level: str = "") -> tuple[Tensor, Tensor, Tensor]:
         """The inputs, contiguous, those (B, T, H, N) float32 or bfloat16, the shared ones float32; state (n, H, N, N)
         float32 or None; cu_seqlens (n + 1,) int64 or None -> y, final state, checkpoints (empty unless `save`)."""
-        group = self.group_of(tensors[0], _sequences(tensors[0], tensors[-1]))
+        group = self.group_of(tensors[0], sequences_of(tensors[0], tensors[-1]))
         return self.run_forward(self.family.kernels(tensors[0].device.index), *tensors, save=save, group=group)
 
     def backward(self, *tensors: Any, level: str = "") -> tuple[Tensor, ...]:
         """What forward took, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
         gradients of the inputs and of the state."""
-        group = self.group_of(tensors[0], _sequences(tensors[0], tensors[-4]))
+        group = self.group_of(tensors[0], sequences_of(tensors[0], tensors[-4]))
         return self.run_backward(self.family.kernels(tensors[0].device.index), *tensors, group=group)
 
     def run_forward(self, kernels: Kernels, *tensors: Any, save: bool, group: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,7 +89,7 @@ class CudaRecurrence:
         r = inputs[0]
         self._check_group(r, group)
         B, T, H, N = r.shape
-        sequences = _sequences(r, bounds)
+        sequences = sequences_of(r, bounds)
         groups, slots = places(B, T, sequences, group), self._slots(r, sequences) if save else 0
         counts = (sequences, slots + groups, groups)
         final_state, checkpoints, parts = (r.new_empty(n, H, N, N, dtype=torch.float32) for n in counts)
@@ -107,14 +105,14 @@ class CudaRecurrence:
         r = inputs[0]
         self._check_group(r, group)
         B, T, H, N = r.shape
-        sequences = _sequences(r, bounds)
+        sequences = sequences_of(r, bounds)
         gy = torch.zeros_like(r) if gy is None else gy
         arguments = self._given(inputs) | dict(bounds=bounds, checkpoints=checkpoints)
         arguments |= dict(gy=aligned(gy), gfinal=aligned(gfinal), transitions=checkpoints[self._slots(r, sequences) :])
-        of_rows = {f"g{name}": torch.empty_like(r) for name in self.rows}
+        of_rows = {f"g{name}": torch.empty_like(r) for name in self.signature.rows}
         groups = places(B, T, sequences, group)
         shape = (groups or sequences, H, N)  # of what blocks sum by themselves
-        of_shared = {f"g{name}": r.new_empty(shape, dtype=torch.float32) for name in self.shared}
+        of_shared = {f"g{name}": r.new_empty(shape, dtype=torch.float32) for name in self.signature.shared}
         counts = (sequences, groups)
         gstate, parts = (r.new_empty(n, H, N, N, dtype=torch.float32) for n in counts)
         arguments |= of_rows | of_shared | dict(gstate=gstate, parts=parts)
@@ -124,14 +122,14 @@ class CudaRecurrence:
     def _check_group(self, r: Tensor, group: int) -> None:
         """Raise ValueError for a group of which the kernels would read past their tensors."""
         if group and (r.dtype != torch.bfloat16 or r.shape[3] not in self.splits or group % GRAIN or group < 0):
-            sizes = " or ".join(map(str, self.splits)) or "none"
+            op, sizes = self.signature.op, " or ".join(map(str, self.splits)) or "none"
             raise ValueError(
-                f"{self.op}: group {group} for {r.dtype} and head size {r.shape[3]}; time is split in groups of a "
-                f"multiple of {GRAIN} tokens, for torch.bfloat16 and head size {sizes}: give such, or 0 for no groups"
+                f"{op}: group {group} for {r.dtype} and head size {r.shape[3]}; time is split in groups of a multiple "
+                f"of {GRAIN} tokens, for torch.bfloat16 and head size {sizes}: give such, or 0 for no groups"
             )
 
     def _given(self, inputs: Sequence[Tensor]) -> dict[str, Tensor | None]:
-        return {name: aligned(x) for name, x in zip((*self.rows, *self.shared), inputs)}
+        return {name: aligned(x) for name, x in zip(self.signature.inputs, inputs)}
 
     def _launch(
         self,
@@ -159,9 +157,5 @@ class CudaRecurrence:
 
     def _trial(self, kernels: Kernels, device: int) -> None:
         x = torch.zeros(1, 1, 1, 32, device=device)
-        inputs = [*(x for _ in self.rows), *(x[0, 0] for _ in self.shared)]
+        inputs = [*(x for _ in self.signature.rows), *(x[0, 0] for _ in self.signature.shared)]
         self.run_forward(kernels, *inputs, None, None, save=False)
-
-
-def _sequences(r: Tensor, bounds: Tensor | None) -> int:
-    return r.shape[0] if bounds is None else bounds.shape[0] - 1

@@ -1,0 +1,115 @@
+"""A recurrence's backends by name, and which of them a call takes."""
+
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..compiled import constant_when_compiled
+from ..native.levels import LEVELS
+
+KERNELS = ("cpu", "cuda")  # backends that are for one type of device, that of their name; others are for any
+
+
+class Backend(Protocol):
+    """A form of a recurrence with a backward of its own. level: the instruction set of a CPU kernel, or ""."""
+
+    @property
+    def unavailable(self) -> Callable[[str], str | None]:
+        """(level) -> None, or why it cannot be used and what would help."""
+
+    @property
+    def checkpoint_count(self) -> Callable[[Tensor, int], int]:
+        """(one of the tensors (B, T, H, N), sequences) -> how many states (H, N, N) forward keeps for backward."""
+
+    @property
+    def forward(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+        """(*inputs, state, cu_seqlens, save=, level=) -> y, final state, checkpoints."""
+
+    @property
+    def backward(self) -> Callable[..., tuple[Tensor, ...]]:
+        """(*inputs, state, cu_seqlens, checkpoints, gy, gfinal, level=) -> gradients of the inputs and of the state."""
+
+
+class Backends:
+    """The backends of an operation besides "reference", which is plain torch, differentiated by autograd."""
+
+    def __init__(self, op: str, table: Mapping[str, Backend], fallback: str, on_meta: str) -> None:
+        """fallback: what "auto" takes where there is no kernel; on_meta: what it takes for tensors without data."""
+        self.op, self.table, self.fallback, self.on_meta = op, table, fallback, on_meta
+
+        @constant_when_compiled  # which takes no methods
+        def choose(backend: str, device_type: str, index: int | None, dtype: torch.dtype) -> str:
+            return self._resolve(backend, device_type, index, dtype)
+
+        self.choose = choose
+
+    def __getitem__(self, chosen: str) -> tuple[Backend, str]:
+        """What `choose` has chosen, and its level."""
+        name, _, level = chosen.partition(":")
+        return self.table[name], level
+
+    def reasons(self) -> dict[str, str | None]:
+        """Every name -> None where it can be used here, else the reason and the remedy. May compile them."""
+        return {"reference": None, **{name: backend.unavailable("") for name, backend in self.table.items()}}
+
+    @functools.cache  # noqa: B019 - they live as long as their modules
+    def _resolve(self, backend: str, device_type: str, index: int | None, dtype: torch.dtype) -> str:
+        """The backend to call: `backend` itself, or what "auto" means for this device (GPUs differ) and dtype."""
+        with _current_gpu(device_type, index):
+            return self._resolve_here(backend, device_type, dtype)
+
+    def _resolve_here(self, backend: str, device_type: str, dtype: torch.dtype) -> str:
+        if backend == "auto":
+            return self._resolve_auto(device_type, dtype)
+        if backend == "reference":
+            return backend
+        op, (name, level) = self.op, self._split(backend)
+        reason = self.table[name].unavailable(level)
+        if reason is not None:
+            raise RuntimeError(f"{op}: backend {backend!r} cannot be used: {reason}")
+        if name in KERNELS and device_type not in (name, "meta"):
+            raise ValueError(
+                f"{op}: backend {name!r} with tensors on {device_type}; move them to {name}, or take 'auto'"
+            )
+        if dtype == torch.float64:
+            raise ValueError(
+                f"{op}: backend {backend!r} computes in float32, not {dtype}; convert, or take 'reference'"
+            )
+        return backend
+
+    def _split(self, backend: str) -> tuple[str, str]:
+        """A backend's name and, of "cpu:LEVEL", the instruction set, else "". Raises ValueError for an unknown one."""
+        name, _, level = str(backend).partition(":")
+        if name not in self.table or (level and (name != "cpu" or level not in LEVELS)):
+            known = ", ".join(("auto", "reference", *self.table, *(f"cpu:{level}" for level in LEVELS)))
+            raise ValueError(f"{self.op}: backend {backend!r} is unknown; take one of {known}")
+        return name, level
+
+    def _resolve_auto(self, device_type: str, dtype: torch.dtype) -> str:
+        if dtype == torch.float64:
+            return "reference"
+        if device_type == "meta":
+            return self.on_meta
+        reason: str | None = f"there is no kernel for {device_type}"
+        if device_type in KERNELS:
+            reason = self.table[device_type].unavailable("")
+        if reason is not None:
+            warnings.warn(
+                f"{self.op} takes backend {self.fallback!r}, which is slow, for tensors on {device_type}: {reason}",
+                RuntimeWarning,
+                stacklevel=6,
+            )
+        chosen = device_type if reason is None else self.fallback
+        logging.getLogger(__name__).info("%s takes backend %r for tensors on %s", self.op, chosen, device_type)
+        return chosen
+
+
+def _current_gpu(device_type: str, index: int | None) -> AbstractContextManager[object]:
+    """Makes a GPU the current one, which is what backends are asked about; nothing for other devices."""
+    return torch.cuda.device(index) if device_type == "cuda" and index is not None else nullcontext()

@@ -1,0 +1,116 @@
+"""What a recurrence accepts: each rule is checked once, here, before any backend sees a tensor."""
+
+from collections.abc import Sequence
+
+import torch
+
+from .signature import Signature
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_SIZE = 128
+
+
+def check(
+    signature: Signature, inputs: Sequence[torch.Tensor], state: torch.Tensor | None, cu_seqlens: torch.Tensor | None
+) -> torch.Tensor:
+    """v, which tells shape, device and dtype. Raises ValueError, with the value, the rule and the remedy, where the
+    arguments do not fit together."""
+    op, rows = signature.op, signature.rows
+    v = inputs[rows.index("v")]
+    shape, device = v.shape, v.device
+    if len(shape) != 4:
+        raise ValueError(f"{op}: v has shape {tuple(shape)}; it must be (B, T, H, N): view it so")
+    B, T, H, N = shape
+    for name, x in zip(rows, inputs):
+        if x.shape != shape:
+            raise ValueError(
+                f"{op}: {name} is {tuple(x.shape)} and v {tuple(shape)}; {' '.join(rows)} share one (B, T, H, N)"
+            )
+    if T == 0 or B == 0 or H == 0:
+        raise ValueError(f"{op}: v is {tuple(shape)}; B, T and H must be at least 1: skip the call for an empty batch")
+    if N % 4 or not 0 < N <= MAX_HEAD_SIZE:
+        raise ValueError(
+            f"{op}: head size {N}; it must be a multiple of 4, from 4 to {MAX_HEAD_SIZE}: "
+            "set head_size to one such as 64"
+        )
+    count = B if cu_seqlens is None else _check_cu_seqlens(op, cu_seqlens, B, T)
+    if state is not None and state.shape != (count, H, N, N):
+        raise ValueError(
+            f"{op}: state is {tuple(state.shape)}; it must be one (N, N) a sequence and head, rows the "
+            f"{signature.state_rows} dimension: {(count, H, N, N)}; expand a shared state over the sequences"
+        )
+    for name, tensor in zip((*signature.inputs, "state", "cu_seqlens"), (*inputs, state, cu_seqlens)):
+        if tensor is None:
+            continue
+        if tensor.device != device:
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device} and v on {device}; move it with {name}.to({str(device)!r})"
+            )
+        if name != "cu_seqlens" and tensor.dtype not in DTYPES:
+            raise ValueError(f"{op}: {name} is {tensor.dtype}; it must be a float type: convert it with {name}.float()")
+    for name, x in zip(signature.shared, inputs[len(rows) :]):
+        if x.shape != shape[2:]:
+            raise ValueError(f"{op}: {name} is {tuple(x.shape)}; it must be (H, N) = {tuple(shape[2:])}: view it so")
+    return v
+
+
+def _check_cu_seqlens(op: str, cu_seqlens: torch.Tensor, B: int, T: int) -> int:
+    """The number of sequences that cu_seqlens packs into the one row of T tokens."""
+    if not isinstance(cu_seqlens, torch.Tensor):
+        raise ValueError(
+            f"{op}: cu_seqlens is a {type(cu_seqlens).__name__}; give a tensor, torch.tensor([0, ..., {T}])"
+        )
+    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+        raise ValueError(
+            f"{op}: cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; it must be (n + 1,) int32 or int64, "
+            f"the bounds of n sequences: [0, ..., {T}]"
+        )
+    if B != 1:
+        raise ValueError(f"{op}: B is {B} with cu_seqlens; packed sequences share one row: reshape to (1, B * T, H, N)")
+    if not torch.compiler.is_compiling() and _has_values(cu_seqlens):
+        check_bounds(op, cu_seqlens, T)
+    return len(cu_seqlens) - 1
+
+
+def _has_values(x: torch.Tensor) -> bool:
+    """Whether x is a real tensor rather than a fake or meta one."""
+    return type(x) is torch.Tensor and x.device.type != "meta"
+
+
+def check_bounds(op: str, cu_seqlens: torch.Tensor, T: int) -> None:
+    """Raise ValueError unless cu_seqlens bounds sequences of T tokens in all.
+
+    Reading a GPU's tensor waits for the GPU, so such a tensor remembers that it passed, as long as nobody writes to it.
+    """
+    if getattr(cu_seqlens, "_checked_bounds", None) == _mark(cu_seqlens, T):
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != T or any(a >= b for a, b in zip(bounds, bounds[1:])):
+        shown = bounds if len(bounds) <= 12 else f"[{bounds[0]}, {bounds[1]}, ..., {bounds[-1]}]"
+        raise ValueError(
+            f"{op}: cu_seqlens is {shown} for {T} tokens; it must start at 0, increase, and end at {T}: "
+            "drop empty sequences and count the padding as one"
+        )
+    if cu_seqlens.device.type != "cpu":
+        cu_seqlens._checked_bounds = _mark(cu_seqlens, T)  # type: ignore[attr-defined]
+
+
+def vouch(copy: torch.Tensor, cu_seqlens: torch.Tensor, T: int) -> None:
+    """Spare a GPU's copy of cu_seqlens, which lies on the CPU, the reading of check_bounds. Raises its ValueError."""
+    check_bounds("packing", cu_seqlens, T)
+    if copy.device.type != "cpu":
+        copy._checked_bounds = _mark(copy, T)  # type: ignore[attr-defined]
+
+
+def as_int64(cu_seqlens: torch.Tensor, T: int) -> torch.Tensor:
+    """cu_seqlens as the kernels take it; a converted copy of a tensor that passed has passed, too."""
+    plain = cu_seqlens.to(torch.int64).contiguous()
+    converted = plain is not cu_seqlens and not torch.compiler.is_compiling()
+    if converted and getattr(cu_seqlens, "_checked_bounds", None) == _mark(cu_seqlens, T):
+        plain._checked_bounds = _mark(plain, T)  # type: ignore[attr-defined]
+    return plain
+
+
+def _mark(cu_seqlens: torch.Tensor, T: int) -> tuple[int, int]:
+    """What a tensor that bounds sequences of T tokens remembers, as long as nobody writes to it."""
+    return T, 0 if cu_seqlens.is_inference() else cu_seqlens._version

@@ -1,0 +1,90 @@
+"""A recurrence's CPU kernel as its backend: built on first use for an instruction set, and called through its C
+interface."""
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..native import levels
+from ..native.arguments import fields, fill
+from ..native.cpu import cpu_library
+from ..native.errors import BuildError
+from .signature import Signature, sequences_of
+
+
+class CpuRecurrence:
+    """The kernel of cpu/OP."""
+
+    def __init__(self, signature: Signature, tile: int) -> None:
+        """tile: steps between two saved states, its kTile."""
+        self.op, self.inputs, self.tile = signature.op, signature.inputs, tile
+        self.gradients = (*signature.gradients, "gstate")
+        pointers = (*self.inputs, "state checkpoints y final_state gy gfinal", *self.gradients, "cu_seqlens")
+        members = {"_fields_": fields(" ".join(pointers), "sequences tokens heads head_size")}
+        # cpu/OP/arguments.h's structure of the same name
+        self.Arguments: type[ctypes.Structure] = type("Arguments", (ctypes.Structure,), members)
+
+    @functools.cache  # noqa: B019 - it lives as long as its module
+    def unavailable(self, level: str = "") -> str | None:
+        """None where the kernel works here (at `level`, or at any), else why it does not and what would help."""
+        if level and not levels.is_here(level):
+            return f"this processor has no {level}; its best is cpu:{levels.best_level()}"
+        try:
+            self.library(level or levels.best_level())
+        except BuildError as error:
+            return str(error)
+        return None
+
+    def checkpoint_count(self, r: Tensor, sequences: int) -> int:
+        """States kept for backward: one at each tile's start, except a sequence's first (that one is the input)."""
+        return r.shape[0] * r.shape[1] // self.tile
+
+    def forward(self, *tensors: Any, save: bool, level: str = "") -> tuple[Tensor, Tensor, Tensor]:
+        """The inputs, those (B, T, H, N) float32 or bfloat16, the others float32; state (n, H, N, N) float32 or None;
+        cu_seqlens (n + 1,) int64 or None; all contiguous -> y, final state, checkpoints (float32, empty unless `save`).
+        """
+        *inputs, state, cu_seqlens = tensors
+        r = inputs[0]
+        B, T, H, N = r.shape
+        sequences = sequences_of(r, cu_seqlens)
+        count = self.checkpoint_count(r, sequences) if save else 0
+        final_state, checkpoints = (r.new_empty(n, H, N, N, dtype=torch.float32) for n in (sequences, count))
+        given: dict[str, Tensor | None] = dict(zip(self.inputs, inputs), state=state, cu_seqlens=cu_seqlens)
+        y = given["y"] = torch.empty_like(r)
+        given |= dict(final_state=final_state, checkpoints=checkpoints if save else None)
+        self._call("forward", level, r, sequences, given)
+        return y, final_state, checkpoints
+
+    def backward(self, *tensors: Any, level: str = "") -> tuple[Tensor, ...]:
+        """What forward took, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
+        gradients of the inputs and of the state."""
+        *inputs, state, cu_seqlens, checkpoints, gy, gfinal = tensors
+        r = inputs[0]
+        _, _, H, N = r.shape
+        sequences = sequences_of(r, cu_seqlens)
+        gradients = [torch.empty_like(x) for x in inputs]
+        gradients.append(r.new_empty(sequences, H, N, N, dtype=torch.float32))
+        given = dict(zip(self.inputs, inputs), state=state, cu_seqlens=cu_seqlens, checkpoints=checkpoints)
+        given |= dict(zip(self.gradients, gradients), gy=gy, gfinal=gfinal)
+        self._call("backward", level, r, sequences, given)
+        return tuple(gradients)
+
+    def _call(self, way: str, level: str, r: Tensor, sequences: int, given: dict[str, Tensor | None]) -> None:
+        B, T, H, N = r.shape
+        arguments = fill(self.Arguments, r, given, sequences=sequences, tokens=B * T, heads=H, head_size=N)
+        function = getattr(self.library(level or levels.best_level()), f"{self.op}_cpu_{way}")
+        if function(arguments) != 0:
+            raise MemoryError(
+                f"{self.op}: the CPU kernel found no memory for its work buffers; lower the batch or the threads"
+            )
+
+    @functools.cache  # noqa: B019
+    def library(self, level: str) -> ctypes.CDLL:
+        """A level's loaded library; BuildError where it cannot be built or loaded (not cached, so that a mended setup
+        works)."""
+        functions = [(f"{self.op}_cpu_{way}", ctypes.c_int, self.Arguments) for way in ("forward", "backward")]
+        flags = levels.level_flags()[level]
+        return cpu_library(f"{self.op}_cpu_{level}", f"{self.op}/{self.op}.cpp", flags, functions)
