@@ -17,6 +17,22 @@ struct Products {
     static_assert(splits >= 1 && tiles % splits == 0, "the warps do not divide the columns");
     using Rows = bf16[tokens][stride];
     using Matrix = bf16[R][stride];
+
+    // A warp's rows in shared memory, of R elements each.
+    static __device__ __forceinline__ void load_rows(Tile (&rows)[tiles], const bf16* from) {
+        #pragma unroll
+        for (int k = 0; k < tiles; k++) rows[k] = load_tile(from + k * 16, stride);
+    }
+
+    // c += 16 columns, from `column` on, of what these rows give times B or, TURNED, times Bᵀ.
+    template <bool TURNED>
+    static __device__ __forceinline__ void multiply_rows(Accumulator& c, const Tile (&rows)[tiles], const Matrix& B,
+                                                         int column) {
+        #pragma unroll
+        for (int k = 0; k < tiles; k++)
+            multiply(c, rows[k],
+                     TURNED ? load_tile(&B[column][k * 16], stride) : load_transposed(&B[k * 16][column], stride));
+    }
 };
 template <int R>
 using ForwardProducts = Products<R, 4>;
@@ -65,15 +81,12 @@ __device__ void products_forward(const BoneArguments& a) {
         if (b + 1 < last) fetch(b + 1);
         const bf16* x = shared.x[stage][row0];
         Tile left[P::tiles];
-        #pragma unroll
-        for (int k = 0; k < P::tiles; k++) left[k] = load_tile(x + k * 16, P::stride);
+        P::load_rows(left, x);
         #pragma unroll
         for (int i = 0; i < P::columns; i++) {
             const int column = (tile0 + i) * 16;
             Accumulator u = zeros();
-            #pragma unroll
-            for (int k = 0; k < P::tiles; k++)
-                multiply(u, left[k], load_tile(&shared.bone[stage][column][k * 16], P::stride));
+            P::template multiply_rows<true>(u, left, shared.bone[stage], column);
             add(sums[i], u);
             add(u, widened(load_tile(x + column, P::stride)));
             store_tile((bf16*)a.z + (t0 + row0) * a.width + b * R + column, a.width, valid - row0, rounded(u));
@@ -120,15 +133,12 @@ __device__ void products_backward(const BoneArguments& a) {
         }
         __syncthreads();
         Tile left[P::tiles];
-        #pragma unroll
-        for (int k = 0; k < P::tiles; k++) left[k] = load_tile(&du[row0][k * 16], P::stride);
+        P::load_rows(left, du[row0]);
         #pragma unroll
         for (int i = 0; i < P::columns; i++) {
             const int column = (tile0 + i) * 16;
             Accumulator dx = widened(load_tile(&d[row0][column], P::stride));
-            #pragma unroll
-            for (int k = 0; k < P::tiles; k++)
-                multiply(dx, left[k], load_transposed(&shared.bone[k * 16][column], P::stride));
+            P::template multiply_rows<false>(dx, left, shared.bone, column);
             bf16* to = (bf16*)a.dx + (t0 + row0) * a.width + b * R + column;
             store_tile(to, a.width, (int)min((index_t)16, end - t0 - row0), rounded(dx));
         }
@@ -184,15 +194,12 @@ __device__ void products_merge(const BoneArguments& a) {
         if (row + P::tokens < end) fetch(row + P::tokens, stage ^ 1);
         const bf16* x = shared.x[stage][row0];
         Tile left[P::tiles];
-        #pragma unroll
-        for (int k = 0; k < P::tiles; k++) left[k] = load_tile(x + k * 16, P::stride);
+        P::load_rows(left, x);
         #pragma unroll
         for (int i = 0; i < P::columns; i++) {
             const int column = (tile0 + i) * 16;
             Accumulator z = zeros();
-            #pragma unroll
-            for (int k = 0; k < P::tiles; k++)
-                multiply(z, left[k], load_transposed(&shared.bone[k * 16][column], P::stride));
+            P::template multiply_rows<false>(z, left, shared.bone, column);
             #pragma unroll
             for (int e = 0; e < 8; e += 2) {
                 const int own = min(row + row0 + tile_row(lane_id(), e), rows - 1) / shards;  // of the block's outputs
