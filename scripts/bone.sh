@@ -7,8 +7,8 @@
 #       sh scripts/bone_rwkv7.sh [--flags]    your model, of which its file says what it is, and your data
 #
 # DATA_FILE is a .jsonl (made into PROJ_DIR/data.bin and .idx) or the prefix of a .bin/.idx pair. Also read: TOKENIZER
-# (world, bytes or a tokenizer.json), BONE_MODE, BONE_R, ACCELERATOR, NUM_NODES, PRECISION, and CHECK=0, which leaves out
-# the last step (it needs memory for two float32 copies of the model). --flags go to train.py, which checks them;
+# (world, bytes or a tokenizer.json), BONE_MODE, BONE_R, ACCELERATOR, NUM_NODES, PRECISION, and CHECK=0, which leaves
+# out the last step (it needs memory for two float32 copies of the model). --flags go to train.py, which checks them;
 # `python train.py --help` lists them.
 set -eu
 case " $* " in
@@ -22,7 +22,8 @@ step() { printf '\n== %s\n' "$*"; }
 if [ -n "${LOAD_MODEL:-}" ] || [ -n "${DATA_FILE:-}" ]; then
     demo=false
     [ -n "${LOAD_MODEL:-}" ] || fail "DATA_FILE is given without LOAD_MODEL; name the base model (.pth)"
-    [ -n "${DATA_FILE:-}" ] || fail "LOAD_MODEL is given without DATA_FILE; name a .jsonl or the prefix of a .bin/.idx pair"
+    [ -n "${DATA_FILE:-}" ] ||
+        fail "LOAD_MODEL is given without DATA_FILE; name a .jsonl or the prefix of a .bin/.idx pair"
     out="${PROJ_DIR:-$here/out/bone}"
     tokenizer="${TOKENIZER:-world}"
     base="$LOAD_MODEL" mode="${BONE_MODE:-bat-in}" rank="${BONE_R:-64}"
@@ -34,7 +35,8 @@ else
     mode="${BONE_MODE:-bat-in}" rank="${BONE_R:-32}"
     DATA_FILE="$out/finetune.jsonl"
     # One document a row; the answers alone count, as the data's .mask says.
-    set -- --dataload pad --loss_mask file --ctx_len 256 --micro_bsz 8 --lr_init 5e-3 --lr_final 1e-4 --warmup_steps 10 "$@"
+    set -- --dataload pad --loss_mask file --ctx_len 256 --micro_bsz 8 --lr_init 5e-3 --lr_final 1e-4 \
+        --warmup_steps 10 "$@"
     PRECISION="${PRECISION:-fp32}"
 fi
 case "$DATA_FILE" in

@@ -20,7 +20,10 @@ if [ -n "${BASE_MODEL:-}" ] || [ -n "${DATA_PATH:-}" ]; then
     set -- --bf16 True --num_train_epochs 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 8 \
         --save_strategy steps --save_steps 1000 --save_total_limit 1 --logging_steps 1 --learning_rate 2e-5 \
         --weight_decay 0. --tf32 True --report_to none "$@"
-    case " $*" in *" --warmup"*) ;; *) set -- --warmup_ratio 0.03 "$@" ;; esac  # it and --warmup_steps exclude each other
+    case " $*" in
+    *" --warmup"*) ;; # --warmup_steps and --warmup_ratio exclude each other
+    *) set -- --warmup_ratio 0.03 "$@" ;;
+    esac
 else
     out="${OUTPUT_DIR:-$root/out/bone_llama}"
     rank="${BONE_R:-16}" bits="${BITS:-fp32}" split="${DATASET_SPLIT:-train}"

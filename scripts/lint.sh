@@ -1,6 +1,6 @@
 # Sets up the linters, and runs them: sh scripts/lint.sh [TOOL…]
 #
-#   sh scripts/lint.sh             ruff, format, mypy, clang-format and shell, a line each
+#   sh scripts/lint.sh             ruff, format, mypy, clang-format, shell and columns, a line each
 #   sh scripts/lint.sh ruff mypy   these two
 #
 # A tool's findings stand below its line. Exit code 0 when all passed, 1 when one found something.
@@ -21,14 +21,18 @@ check() {  # NAME COMMAND…: runs the command, and prints its output where it f
     fi
 }
 
+sources() {  # the sources that are not Python
+    find . -path ./.venv -prune -o -path ./out -prune -o -type f \
+        \( -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' "$@" \) -print
+}
+
 clang_format() {
     if [ ! -f .clang-format ]; then
         say "lint: clang-format skipped, there is no .clang-format"
         return 0
     fi
     # shellcheck disable=SC2046 # no name of a source has a space in it
-    check clang-format clang-format --dry-run --Werror $(find . -path ./.venv -prune -o -path ./out -prune -o -type f \
-        \( -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' \) -print)
+    check clang-format clang-format --dry-run --Werror $(sources)
 }
 
 # shellcheck disable=SC2329 # called through check
@@ -39,7 +43,13 @@ shell_scripts() {
     shellcheck --shell sh --external-sources --source-path SCRIPTDIR scripts/*.sh demo/*.sh
 }
 
-[ $# -gt 0 ] || set -- ruff format mypy clang-format shell
+# shellcheck disable=SC2329 # called through check
+columns() {  # lines of more than 120, some of which clang-format overlooks; of Python ruff says them
+    # shellcheck disable=SC2046 # no name of a source has a space in it
+    ! LC_ALL=C.UTF-8 grep -nE '^.{121}' $(sources -o -name '*.sh' -o -name '*.toml')
+}
+
+[ $# -gt 0 ] || set -- ruff format mypy clang-format shell columns
 for tool in "$@"; do
     case "$tool" in
     ruff) check ruff ruff check --output-format concise . ;;
@@ -47,7 +57,8 @@ for tool in "$@"; do
     mypy) check mypy mypy ;;
     clang-format) clang_format ;;
     shell) check shell shell_scripts ;;
-    *) fail "there is no linter $tool; choose among ruff, format, mypy, clang-format, shell" ;;
+    columns) check columns columns ;;
+    *) fail "there is no linter $tool; choose among ruff, format, mypy, clang-format, shell, columns" ;;
     esac
 done
 exit "$failed"

@@ -30,7 +30,8 @@ INLINE void transpose_words(char* to, int64_t to_row, const char* from, int64_t 
         a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
     }
     UNROLL for (int c = 0; c < 4; c++) {
-        const Words low01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x44), high01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xee);
+        const Words low01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x44);
+        const Words high01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xee);
         const Words low23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x44);
         const Words high23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xee);
         store_words(to + c * to_row, _mm512_shuffle_i32x4(low01, low23, 0x88));
@@ -42,7 +43,8 @@ INLINE void transpose_words(char* to, int64_t to_row, const char* from, int64_t 
 
 // Two rows of 32 bfloat16, one after the other in words.
 INLINE void pair_rows(Bfloat16* to, const Bfloat16* even, const Bfloat16* odd) {
-    const Words first = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), second = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
+    const Words first = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0);
+    const Words second = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
     const Words low = _mm512_unpacklo_epi16(load_words(even), load_words(odd));
     const Words high = _mm512_unpackhi_epi16(load_words(even), load_words(odd));
     store_words(to, _mm512_permutex2var_epi64(low, first, high));
@@ -52,7 +54,10 @@ INLINE void pair_rows(Bfloat16* to, const Bfloat16* even, const Bfloat16* odd) {
 // rows (count, width) -> (count / 2, width) words.
 INLINE void pair(Bfloat16* to, const Bfloat16* rows, int64_t count, int64_t width) {
     for (int64_t t = 0; t < count; t += 2)
-        for (int64_t c = 0; c < width; c += 32) pair_rows(to + t * width + 2 * c, rows + t * width + c, rows + (t + 1) * width + c);
+        for (int64_t c = 0; c < width; c += 32) {
+            const Bfloat16* even = rows + t * width + c;
+            pair_rows(to + t * width + 2 * c, even, even + width);
+        }
 }
 
 // (rows, columns) words -> (columns, rows) words; both are multiples of 16.
@@ -96,13 +101,17 @@ struct Pairs {
 
     template <class Finish>
     void rows(float* out, const Bfloat16* left, const Bfloat16* packed, int64_t count, const Finish& finish) {
-        multiply<Kind<false, false>, kRows>(Product<PairWords>{out, width_, words(left), width_ / 2, words(packed), width_, width_ / 2, width_}, count, finish);
+        const int64_t pairs = width_ / 2;
+        const Product<PairWords> product{out, width_, words(left), pairs, words(packed), width_, pairs, width_};
+        multiply<Kind<false, false>, kRows>(product, count, finish);
     }
     void outer(float* sum, const Bfloat16* left, const Bfloat16* right, int64_t count) {
         const int64_t even = round_up(count, 2);
         pair(left_.data(), left, even, width_);
         pair(right_.data(), right, even, width_);
-        multiply<Kind<true, true>, kRows>(Product<PairWords>{sum, width_, words(left_.data()), width_, words(right_.data()), width_, even / 2, width_}, width_, [](int64_t, int64_t) {});
+        const PairWords *lefts = words(left_.data()), *rights = words(right_.data());
+        const Product<PairWords> product{sum, width_, lefts, width_, rights, width_, even / 2, width_};
+        multiply<Kind<true, true>, kRows>(product, width_, [](int64_t, int64_t) {});
     }
 
   private:

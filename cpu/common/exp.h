@@ -67,7 +67,8 @@ INLINE void exp_bounded(Vec* x) {
 }
 #endif
 
-// exp(x) of any x, which beyond the bounds counts as the nearest; a NaN stays one. For loops that the compiler vectorizes.
+// exp(x) of any x, which beyond the bounds counts as the nearest; a NaN stays one. For loops that the compiler
+// vectorizes.
 inline float exp_of(float x) {
     x = x < -kLargestExponent ? -kLargestExponent : x;
     x = x > kLargestExponent ? kLargestExponent : x;

@@ -2,7 +2,8 @@
 #pragma once
 #include "common/vectors.h"
 
-// Lanes picked from a (0 to kLanes - 1) and b (from kLanes on); IN_EACH_QUAD repeats a pattern in every four lanes.
+// Lanes picked from a (0 to kLanes - 1) and b (from kLanes on); IN_EACH_QUAD repeats a pattern in every four lanes,
+// QUADS names the first lanes of four whole quads.
 #if defined(__clang__)
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #define SHUFFLE_QUADS(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -11,6 +12,7 @@
 #define SHUFFLE_QUADS(a, b, ...) __builtin_shuffle(a, b, (int32_t __attribute__((vector_size(16)))){__VA_ARGS__})
 #endif
 #define QUAD(o, i, j, k, l) (i) + (o), (j) + (o), (k) + (o), (l) + (o)
+#define QUADS(a, b, c, d) QUAD(a, 0, 1, 2, 3), QUAD(b, 0, 1, 2, 3), QUAD(c, 0, 1, 2, 3), QUAD(d, 0, 1, 2, 3)
 #if defined(__AVX512F__)
 #define IN_EACH_QUAD(...) QUAD(0, __VA_ARGS__), QUAD(4, __VA_ARGS__), QUAD(8, __VA_ARGS__), QUAD(12, __VA_ARGS__)
 #elif defined(__AVX2__)
@@ -46,12 +48,9 @@ INLINE float total(Vec x) {
 // For four vectors x[i], each in quads: out[i] = the sum of the quads of x[i].
 INLINE void sums_of_quads(const Vec* x, Quad* out) {
 #if defined(__AVX512F__)
-    const Vec x01 = SHUFFLE(x[0], x[1], QUAD(0, 0, 1, 2, 3), QUAD(4, 0, 1, 2, 3), QUAD(16, 0, 1, 2, 3), QUAD(20, 0, 1, 2, 3)) +
-                    SHUFFLE(x[0], x[1], QUAD(8, 0, 1, 2, 3), QUAD(12, 0, 1, 2, 3), QUAD(24, 0, 1, 2, 3), QUAD(28, 0, 1, 2, 3));
-    const Vec x23 = SHUFFLE(x[2], x[3], QUAD(0, 0, 1, 2, 3), QUAD(4, 0, 1, 2, 3), QUAD(16, 0, 1, 2, 3), QUAD(20, 0, 1, 2, 3)) +
-                    SHUFFLE(x[2], x[3], QUAD(8, 0, 1, 2, 3), QUAD(12, 0, 1, 2, 3), QUAD(24, 0, 1, 2, 3), QUAD(28, 0, 1, 2, 3));
-    const Vec all = SHUFFLE(x01, x23, QUAD(0, 0, 1, 2, 3), QUAD(8, 0, 1, 2, 3), QUAD(16, 0, 1, 2, 3), QUAD(24, 0, 1, 2, 3)) +
-                    SHUFFLE(x01, x23, QUAD(4, 0, 1, 2, 3), QUAD(12, 0, 1, 2, 3), QUAD(20, 0, 1, 2, 3), QUAD(28, 0, 1, 2, 3));
+    const Vec x01 = SHUFFLE(x[0], x[1], QUADS(0, 4, 16, 20)) + SHUFFLE(x[0], x[1], QUADS(8, 12, 24, 28));
+    const Vec x23 = SHUFFLE(x[2], x[3], QUADS(0, 4, 16, 20)) + SHUFFLE(x[2], x[3], QUADS(8, 12, 24, 28));
+    const Vec all = SHUFFLE(x01, x23, QUADS(0, 8, 16, 24)) + SHUFFLE(x01, x23, QUADS(4, 12, 20, 28));
     const __m512 sum = reinterpret_cast<__m512>(all);
     out[0] = reinterpret_cast<Quad>(_mm512_castps512_ps128(sum));
     out[1] = reinterpret_cast<Quad>(_mm512_extractf32x4_ps(sum, 1));

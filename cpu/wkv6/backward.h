@@ -38,8 +38,8 @@ struct BackwardWork {
     alignas(64) float history[kChunks * kHistoryStride<N>];  // S before each chunk
 };
 
-// S^T through a tile: P_i = S gy_i, then S = W S + sum_j K_j v_j^T; history keeps S before each chunk. S ends in registers:
-// what it is after the tile, the next tile's checkpoint tells.
+// S^T through a tile: P_i = S gy_i, then S = W S + sum_j K_j v_j^T; history keeps S before each chunk. S ends in
+// registers: what it is after the tile, the next tile's checkpoint tells.
 template <int N>
 void state_pass(BackwardWork<N>& q, Range values, int chunks, Ahead& ahead) {
     using Registers = Block<N, block_rows(block_vectors(N)), block_vectors(N)>;
@@ -59,8 +59,8 @@ void state_pass(BackwardWork<N>& q, Range values, int chunks, Ahead& ahead) {
         }
 }
 
-// D^T backward through a span, its chunks by their numbers in the tile: Q_j = D v_j, gv_j = D^T K_j, SD = sum over values of S D, with S before the chunk and D
-// after it, then D = W D + sum_i R_i gy_i^T.
+// D^T backward through a span, its chunks by their numbers in the tile: Q_j = D v_j, gv_j = D^T K_j, SD = sum over
+// values of S D, with S before the chunk and D after it, then D = W D + sum_i R_i gy_i^T.
 template <int N>
 void gradient_pass(BackwardWork<N>& q, Range values, Range span, Ahead& ahead) {
     using Registers = Block<N, block_rows(gradient_vectors(N)), gradient_vectors(N)>;
@@ -137,10 +137,11 @@ struct HalfRows {
     int64_t stride;
 };
 
-// Gradients of a half, kLanes channels. P, Q: what its reads and writes meet outside of it; through: dL / d log d by what is
-// written before and read after it; gu advances.
+// Gradients of a half, kLanes channels. P, Q: what its reads and writes meet outside of it; through: dL / d log d by
+// what is written before and read after it; gu advances.
 template <int N, class Gradient>
-INLINE void finish_half(const HalfRows<Gradient>& at, const Vec P[kHalf], const Vec Q[kHalf], Vec through, Vec bonus, Vec& gu) {
+INLINE void finish_half(const HalfRows<Gradient>& at, const Vec P[kHalf], const Vec Q[kHalf], Vec through, Vec bonus,
+                        Vec& gu) {
     const float *r = at.r, *k = at.k, *d = at.d, *G = at.G;
     const Vec d0 = load(d), d1 = load(d + N), d2 = load(d + 2 * N), d3 = load(d + 3 * N);
     const Vec d01 = d0 * d1, d23 = d2 * d3;
@@ -213,7 +214,8 @@ void finish_chunk(BackwardWork<N>& q, Range values, int m, const ChunkGradients<
         const Vec d4 = load(d_second), d45 = d4 * load(d_second + N), d456 = d45 * load(d_second + 2 * N);
         const Vec W1 = d456 * load(d_second + 3 * N);
         const Vec K[kHalf] = {load(k) * d123, load(k + N) * d23, load(k + 2 * N) * d3, load(k + 3 * N)};
-        const Vec R[kHalf] = {load(r_second), load(r_second + N) * d4, load(r_second + 2 * N) * d45, load(r_second + 3 * N) * d456};
+        const Vec R[kHalf] = {load(r_second), load(r_second + N) * d4, load(r_second + 2 * N) * d45,
+                              load(r_second + 3 * N) * d456};
 
         // What each half meets outside of it: the state beyond the chunk, and the other half.
         Vec P0[kHalf], Q0[kHalf], P1[kHalf], Q1[kHalf];
@@ -235,7 +237,8 @@ void finish_chunk(BackwardWork<N>& q, Range values, int m, const ChunkGradients<
         }
         const Vec bonus = load(q.u + c);
         Vec gu = load(q.gu + c);
-        finish_half<N, Gradient>({r, k, d, e, G, to.r + c, to.k + c, to.w + c, to.stride}, P0, Q0, W0 * read, bonus, gu);
+        finish_half<N, Gradient>({r, k, d, e, G, to.r + c, to.k + c, to.w + c, to.stride}, P0, Q0, W0 * read, bonus,
+                                 gu);
         const int64_t second = kHalf * to.stride + c;
         finish_half<N, Gradient>({r_second, k + kSecond, d_second, e + kSecond, G_second, to.r + second, to.k + second,
                                   to.w + second, to.stride}, P1, Q1, W1 * written, bonus, gu);
@@ -275,7 +278,8 @@ void backward_head(BackwardWork<N>& q, const Task& task, const Element* r, const
             pad_rows<N>(q.padded[2], v + offset, stride, left, n);
             pad_rows<N>(q.padded[3], w + offset, stride, left, n, kNoDecay);
             if (gy) pad_rows<N>(padded_gy, chunk_gy, stride, left, n);
-            start_chunk<N, float>(q, m, q.padded[0], q.padded[1], q.padded[2], q.padded[3], gy ? padded_gy : nullptr, N);
+            start_chunk<N, float>(q, m, q.padded[0], q.padded[1], q.padded[2], q.padded[3], gy ? padded_gy : nullptr,
+                                  N);
         }
         state_pass<N>(q, values, chunks, outputs);
         const int64_t previous = (start - kTile) * stride;
@@ -291,14 +295,17 @@ void backward_head(BackwardWork<N>& q, const Task& task, const Element* r, const
             for (int64_t m = span.end - 1; m >= span.begin; m--) {
                 const int left = steps - m * kChunk, present = left < kChunk ? left : kChunk;
                 const int64_t first = start + m * kChunk;
-                const ChunkGradients<Element, Gradient> rows{to.r + first * to.stride, to.k + first * to.stride,
-                                                             to.w + first * to.stride, to.stride, to.v + first * stride, stride};
+                const int64_t key = first * to.stride;
+                const ChunkGradients<Element, Gradient> rows{
+                    to.r + key, to.k + key, to.w + key, to.stride, to.v + first * stride, stride};
                 if (left >= kChunk && n == N) {
                     finish_chunk<N>(q, values, m, rows);
                     continue;
                 }
                 const int chunk = m * kChunk * N;  // P, Q, e and gv of this chunk have served when they are written
-                finish_chunk<N>(q, values, m, ChunkGradients<float, float>{q.P + chunk, q.Q + chunk, q.e + chunk, N, q.gv + chunk, N});
+                const ChunkGradients<float, float> own{
+                    q.P + chunk, q.Q + chunk, q.e + chunk, N, q.gv + chunk, N};
+                finish_chunk<N>(q, values, m, own);
                 store_rows<N>(rows.r, q.P + chunk, to.stride, present, key_columns);
                 store_rows<N>(rows.k, q.Q + chunk, to.stride, present, key_columns);
                 store_rows<N>(rows.w, q.e + chunk, to.stride, present, key_columns);

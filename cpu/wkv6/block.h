@@ -16,14 +16,16 @@ struct Block {
     Vec s[kRows][kVectors];
 
     INLINE void load_from(const float* S) {
-        UNROLL for (int a = 0; a < kRows; a++) UNROLL for (int b = 0; b < kVectors; b++) s[a][b] = load(S + a * N + b * kLanes);
+        UNROLL for (int a = 0; a < kRows; a++)
+            UNROLL for (int b = 0; b < kVectors; b++) s[a][b] = load(S + a * N + b * kLanes);
     }
     INLINE void store_to(float* S) const {
-        UNROLL for (int a = 0; a < kRows; a++) UNROLL for (int b = 0; b < kVectors; b++) store(S + a * N + b * kLanes, s[a][b]);
+        UNROLL for (int a = 0; a < kRows; a++)
+            UNROLL for (int b = 0; b < kVectors; b++) store(S + a * N + b * kLanes, s[a][b]);
     }
 
-    // out_i[lane] = sum over rows of factors_i[row] S[row][lane], for the kChunk rows of `factors` and `out`; added to what is
-    // there unless `first`.
+    // out_i[lane] = sum over rows of factors_i[row] S[row][lane], for the kChunk rows of `factors` and `out`; added to
+    // what is there unless `first`.
     INLINE void read(const float* factors, float* out, bool first) const {
         UNROLL for (int i = 0; i < kChunk; i++) read_step(factors + i * N, out + i * N, first);
     }
@@ -66,7 +68,8 @@ struct Block {
     INLINE void dot(const float* x, Vec* sums, bool first) const {
         UNROLL for (int b = 0; b < kVectors; b++) {
             const Vec lane = load(x + b * kLanes);
-            UNROLL for (int a = 0; a < kRows; a++) sums[a] = first && b == 0 ? lane * s[a][0] : sums[a] + lane * s[a][b];
+            UNROLL for (int a = 0; a < kRows; a++)
+                sums[a] = first && b == 0 ? lane * s[a][0] : sums[a] + lane * s[a][b];
         }
     }
 

@@ -30,7 +30,8 @@ INLINE void store_pairs(float* A, const Vec a[kHalf][kHalf]) {
     UNROLL for (int j = 0; j < kHalf; j++) store_quad(A + j * kChunk, columns[j]);
 }
 
-// <x_i, y_j> for rows i and j of kHalf each, with kAcross all of them, else those with j <= i -> A, from A's first pair on.
+// <x_i, y_j> for rows i and j of kHalf each, with kAcross all of them, else those with j <= i -> A, from A's first pair
+// on.
 template <int N, bool kAcross>
 INLINE void pair_sums(float* A, const float* x, const float* y, Range lanes) {
     constexpr int kColumns = kAccumulators < kHalf * kHalf ? kHalf / 2 : kHalf;  // at once, to stay in registers
@@ -45,7 +46,8 @@ INLINE void pair_sums(float* A, const float* x, const float* y, Range lanes) {
     store_pairs(A, a);
 }
 
-// All of it: where prepare leaves what the passes need (rows of N floats), and with kKeepDecays d and e for the end of backward.
+// All of it: where prepare leaves what the passes need (rows of N floats), and with kKeepDecays d and e for the end of
+// backward.
 struct Prepared {
     float *R, *K, *W, *A, *d, *e;
 
@@ -70,8 +72,10 @@ INLINE void prepare_half(const Element* r, const Element* k, const Element* w, i
                 store(to.d + i * N + c, d[i]);
                 store(to.e + i * N + c, e[i]);
             }
-        const Vec r0 = load(r + c), r1 = load(r + stride + c), r2 = load(r + 2 * stride + c), r3 = load(r + 3 * stride + c);
-        const Vec k0 = load(k + c), k1 = load(k + stride + c), k2 = load(k + 2 * stride + c), k3 = load(k + 3 * stride + c);
+        const Vec r0 = load(r + c), r1 = load(r + stride + c);
+        const Vec r2 = load(r + 2 * stride + c), r3 = load(r + 3 * stride + c);
+        const Vec k0 = load(k + c), k1 = load(k + stride + c);
+        const Vec k2 = load(k + 2 * stride + c), k3 = load(k + 3 * stride + c);
         const Vec bonus = load(u + c);
         const Vec d01 = d[0] * d[1], d23 = d[2] * d[3];
         const Vec k0_1 = k0 * d[1], k0_12 = k0_1 * d[2], k1_2 = k1 * d[2];  // k0_1: k_0 as decayed by step 1
@@ -100,7 +104,8 @@ INLINE void prepare_half(const Element* r, const Element* k, const Element* w, i
     store_pairs(to.A, a);
 }
 
-// r k w (kChunk rows of N elements, `stride` apart) and u -> R, K, d, e (kChunk rows of N floats), W (one row), A (kPairs).
+// r k w (kChunk rows of N elements, `stride` apart) and u -> R, K, d, e (kChunk rows of N floats), W (one row), A
+// (kPairs).
 template <int N, bool kKeepDecays, class Element>
 INLINE void prepare(const Element* r, const Element* k, const Element* w, int64_t stride, const float* u,
                     const Prepared& to) {
