@@ -118,7 +118,7 @@ def build():
 
 
 def build_one(family):
-    """The kernels of a Family by both compilers."""
+    """The kernels of a CudaFamily by both compilers."""
     capability = "".join(map(str, torch.cuda.get_device_capability()))
     op, source, name, worked = family.op, family.source, f"{family.op}_cuda", 0
     for builder in ("nvcc", "nvrtc"):

@@ -275,7 +275,7 @@ def kernel_calls(T, H, dtype):
     y, *gradients = (torch.zeros_like(r) for _ in range(5))
     final, gstate = torch.zeros(2, H, HEAD_SIZE, HEAD_SIZE)
     checkpoints, gu = torch.zeros(kernel.checkpoint_count(r, 1), H, HEAD_SIZE, HEAD_SIZE), torch.zeros_like(u)
-    library = kernel.library(levels.best_level())
+    library = kernel.family.library()
     gr, gk, gv, gw = gradients
     tensors = dict(r=r, k=k, v=v, w=w, u=u, checkpoints=checkpoints, y=y, final_state=final)
     tensors |= dict(gy=gy, gr=gr, gk=gk, gv=gv, gw=gw, gu=gu, gstate=gstate)

@@ -42,7 +42,7 @@ def recurrence(cases):
     return run
 
 
-FAMILIES = {  # a Family, and what its kernels give
+FAMILIES = {  # a CudaFamily, and what its kernels give
     "wkv6": (WKV6, recurrence(cases)),
     "wkv7": (WKV7, recurrence(wkv7_cases)),
     "mix": (MIX, kernel_cases.mix),

@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @pytest.fixture(autouse=True)
 def needs_a_compiler():
-    if not cpu.available():
+    if cpu.FAMILY.unavailable():
         pytest.skip("no C++ compiler")
 
 
@@ -124,9 +124,9 @@ def portable(monkeypatch):
     """The kernels without any of this processor's extensions."""
     with monkeypatch.context() as patch:
         patch.setattr(levels, "best_level", lambda: "portable")
-        cpu.library.cache_clear()
+        cpu.FAMILY.library.cache_clear()
         yield
-    cpu.library.cache_clear()
+    cpu.FAMILY.library.cache_clear()
 
 
 def test_any_processor_computes_the_same(portable, monkeypatch):
@@ -242,5 +242,5 @@ def test_one_compiled_graph():
 
 
 def test_without_a_compiler_the_plain_form_serves(monkeypatch):
-    monkeypatch.setattr(cpu, "available", lambda: False)
+    monkeypatch.setattr(cpu.FAMILY, "unavailable", lambda: "no compiler")
     assert type(mix.relu_square(randn(2, 3).requires_grad_()).grad_fn).__name__ == "PowBackward0"

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..native.family import DTYPES, Family
+from ..native.family import DTYPES, CudaFamily
 from ..native.kernels import Kernels
 from ..native.launch import aligned, stream
 
@@ -165,4 +165,4 @@ def _trial(built: Kernels, device: int) -> None:
     launch(built, stream(x), "shard_sum", x, tensors, 1, tokens=1, width=16, rank=16)
 
 
-FAMILY = Family("bone", "bone/bone.cu", KERNELS, BoneArguments, _trial)
+FAMILY = CudaFamily("bone", "bone/bone.cu", KERNELS, BoneArguments, _trial)

@@ -1,15 +1,12 @@
 """cpu/cross_entropy as Python sees it, built on first use."""
 
 import ctypes
-import functools
 
 import torch
 from torch import Tensor
 
-from ..native import arguments, levels
 from ..native.arguments import fields, fill
-from ..native.cpu import cpu_library
-from ..native.errors import BuildError
+from ..native.cpu import CpuFamily
 
 
 class CrossEntropyArguments(ctypes.Structure):
@@ -18,9 +15,12 @@ class CrossEntropyArguments(ctypes.Structure):
     _fields_ = fields("logits targets losses", "rows vocabulary", "scale pull", "gradient bfloat16 threads")
 
 
+FAMILY = CpuFamily("cross_entropy", (("cross_entropy", None, CrossEntropyArguments),))
+
+
 def takes(logits: Tensor) -> bool:
     """Whether the kernel takes these logits, and can be built here."""
-    return arguments.takes(logits) and available()
+    return FAMILY.takes(logits)
 
 
 def losses_(logits: Tensor, targets: Tensor, scale: float, pull: float, gradient: bool) -> Tensor:
@@ -31,7 +31,7 @@ def losses_(logits: Tensor, targets: Tensor, scale: float, pull: float, gradient
     tensors = dict(logits=logits, targets=targets, losses=losses)
     rows, vocabulary = logits.shape
     numbers = dict(rows=rows, vocabulary=vocabulary, scale=scale, pull=pull, gradient=gradient)
-    _library().cross_entropy(fill(CrossEntropyArguments, logits, tensors, **numbers))
+    FAMILY.library().cross_entropy(fill(CrossEntropyArguments, logits, tensors, **numbers))
     return losses
 
 
@@ -42,22 +42,3 @@ def check_range(targets: Tensor, vocabulary: int) -> None:
             f"targets from {int(targets.min())} to {int(targets.max())} for {vocabulary} logits; a target is a "
             "token of the model's vocabulary: check the tokenizer that made the data"
         )
-
-
-@functools.cache
-def available() -> bool:
-    """Whether the kernel can be built and loaded here."""
-    try:
-        _library()
-    except BuildError:
-        return False
-    return True
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    level = levels.best_level()
-    functions = (("cross_entropy", None, CrossEntropyArguments),)
-    return cpu_library(
-        f"cross_entropy_cpu_{level}", "cross_entropy/cross_entropy.cpp", levels.level_flags()[level], functions
-    )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..native.family import DTYPES, Family
+from ..native.family import DTYPES, CudaFamily
 from ..native.kernels import Kernels
 from ..native.launch import stream
 
@@ -62,4 +62,4 @@ def _trial(built: Kernels, device: int) -> None:
     launch(built, stream(logits), logits, tensors, vocabulary=8, scale=1.0, pull=0.0)
 
 
-FAMILY = Family("cross_entropy", "cross_entropy/cross_entropy.cu", KERNELS, CrossEntropyArguments, _trial)
+FAMILY = CudaFamily("cross_entropy", "cross_entropy/cross_entropy.cu", KERNELS, CrossEntropyArguments, _trial)

@@ -1,16 +1,13 @@
 """cpu/mix as Python sees it: built on first use, and its structures."""
 
 import ctypes
-import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 
 import torch
 
-from ..native import levels
 from ..native.arguments import fields, fill
-from ..native.cpu import cpu_library
-from ..native.errors import BuildError
+from ..native.cpu import CpuFamily
 
 
 class LerpArguments(ctypes.Structure):
@@ -63,6 +60,7 @@ FUNCTIONS = tuple(
     for name, structure in STRUCTURES.items()
     for direction in ("forward", "backward")
 )
+FAMILY = CpuFamily("mix", FUNCTIONS)
 
 
 def call(name: str, like: torch.Tensor, tensors: Mapping[str, torch.Tensor | None], **sizes: float) -> None:
@@ -71,21 +69,4 @@ def call(name: str, like: torch.Tensor, tensors: Mapping[str, torch.Tensor | Non
     if like.is_meta:
         return
     structure = STRUCTURES[name.rpartition("_")[0]]
-    getattr(library(), f"mix_{name}")(fill(structure, like, tensors, **sizes))
-
-
-@functools.cache
-def available() -> bool:
-    """Whether the kernels can be built and loaded here."""
-    try:
-        library()
-    except BuildError:
-        return False
-    return True
-
-
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The loaded library, of this processor's best instruction set; BuildError where it cannot be built or loaded."""
-    level = levels.best_level()
-    return cpu_library(f"mix_cpu_{level}", "mix/mix.cpp", levels.level_flags()[level], FUNCTIONS)
+    getattr(FAMILY.library(), f"mix_{name}")(fill(structure, like, tensors, **sizes))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..native.family import DTYPES, Family
+from ..native.family import DTYPES, CudaFamily
 from ..native.kernels import Kernels
 from ..native.launch import stream
 
@@ -184,7 +184,7 @@ def _addresses(count: int, tensors: list[torch.Tensor | None]) -> ctypes.Array:
 
 
 def takes(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether tensors, or None, are what the kernels take: Family.takes' with an even number of channels."""
+    """Whether tensors, or None, are what the kernels take: CudaFamily.takes' with an even number of channels."""
     return first.shape[-1] % 2 == 0 and FAMILY.takes(first, *others)
 
 
@@ -193,4 +193,4 @@ def _trial(built: Kernels, device: int) -> None:
     launch(built, stream(x), "relu_square_forward", x, dict(x=x, out=torch.empty_like(x)), count=2)
 
 
-FAMILY = Family("mix", "mix/mix.cu", KERNELS, MixArguments, _trial)
+FAMILY = CudaFamily("mix", "mix/mix.cu", KERNELS, MixArguments, _trial)

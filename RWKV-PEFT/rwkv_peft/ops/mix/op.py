@@ -12,14 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..native.arguments import takes
 from . import cpu, cpu_lerp, cuda, elements, gpu_lerp, heads, norms
 from .functions import run
 
 
 def fused(first: Tensor, *others: Tensor | None) -> bool:
     """Whether tensors, or None, go through a kernel: the one place that decides."""
-    return takes(first, *others) and cpu.available() if first.is_cpu else cuda.takes(first, *others)
+    return cpu.FAMILY.takes(first, *others) if first.is_cpu else cuda.takes(first, *others)
 
 
 def norms_fused(first: Tensor, *others: Tensor | None) -> bool:

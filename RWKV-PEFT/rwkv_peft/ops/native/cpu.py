@@ -1,9 +1,13 @@
-"""From a family's C++ source to its loaded library."""
+"""From a family's C++ source to its loaded library, one for each instruction set that is used."""
 
 import ctypes
+import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import torch
+
+from . import arguments, levels
 from .build import Unit, build_library, kept_library
 from .compilers import find_compiler
 from .errors import BuildError
@@ -34,3 +38,34 @@ def cpu_library(
             raise
         library = kept
     return load(library, *functions)
+
+
+class CpuFamily:
+    """The functions of cpu/OP/OP.cpp, compiled on first use for an instruction set, with one verdict each. `level` is
+    one of LEVELS, or "" for the best that this processor has."""
+
+    def __init__(self, op: str, functions: Sequence[Declaration]) -> None:
+        self.op, self.functions = op, functions
+
+    @functools.cache  # noqa: B019 - families live as long as their modules
+    def library(self, level: str = "") -> ctypes.CDLL:
+        """The loaded library; BuildError where it cannot be built or loaded (not cached, so that a mended setup
+        works)."""
+        level = level or levels.best_level()
+        flags = levels.level_flags()[level]
+        return cpu_library(f"{self.op}_cpu_{level}", f"{self.op}/{self.op}.cpp", flags, self.functions)
+
+    @functools.cache  # noqa: B019
+    def unavailable(self, level: str = "") -> str | None:
+        """None where they work here, else why they do not and what would help."""
+        if level and not levels.is_here(level):
+            return f"this processor has no {level}; its best is cpu:{levels.best_level()}"
+        try:
+            self.library(level)
+        except BuildError as error:
+            return str(error)
+        return None
+
+    def takes(self, first: torch.Tensor, *others: torch.Tensor | None) -> bool:
+        """Whether tensors, or None, are what the kernels take (arguments.takes), and can be built here."""
+        return arguments.takes(first, *others) and self.unavailable() is None

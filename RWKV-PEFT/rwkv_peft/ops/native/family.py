@@ -16,7 +16,7 @@ from .kernels import Block, Kernels, Library
 DTYPES = MappingProxyType({torch.float32: "float32", torch.bfloat16: "bfloat16"})  # as kernels' names have them
 
 
-class Family:
+class CudaFamily:
     """The kernels of one source below cuda/. trial(kernels, device) launches one of them on a GPU."""
 
     def __init__(

@@ -1,17 +1,13 @@
-"""A recurrence's CPU kernel as its backend: built on first use for an instruction set, and called through its C
-interface."""
+"""A recurrence's CPU kernel as its backend."""
 
 import ctypes
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..native import levels
 from ..native.arguments import fields, fill
-from ..native.cpu import cpu_library
-from ..native.errors import BuildError
+from ..native.cpu import CpuFamily
 from .signature import Signature, sequences_of
 
 
@@ -26,17 +22,12 @@ class CpuRecurrence:
         members = {"_fields_": fields(" ".join(pointers), "sequences tokens heads head_size")}
         # cpu/OP/arguments.h's structure of the same name
         self.Arguments: type[ctypes.Structure] = type("Arguments", (ctypes.Structure,), members)
+        functions = [(f"{self.op}_cpu_{way}", ctypes.c_int, self.Arguments) for way in ("forward", "backward")]
+        self.family = CpuFamily(self.op, functions)
 
-    @functools.cache  # noqa: B019 - it lives as long as its module
     def unavailable(self, level: str = "") -> str | None:
         """None where the kernel works here (at `level`, or at any), else why it does not and what would help."""
-        if level and not levels.is_here(level):
-            return f"this processor has no {level}; its best is cpu:{levels.best_level()}"
-        try:
-            self.library(level or levels.best_level())
-        except BuildError as error:
-            return str(error)
-        return None
+        return self.family.unavailable(level)
 
     def checkpoint_count(self, r: Tensor, sequences: int) -> int:
         """States kept for backward: one at each tile's start, except a sequence's first (that one is the input)."""
@@ -75,16 +66,8 @@ class CpuRecurrence:
     def _call(self, way: str, level: str, r: Tensor, sequences: int, given: dict[str, Tensor | None]) -> None:
         B, T, H, N = r.shape
         arguments = fill(self.Arguments, r, given, sequences=sequences, tokens=B * T, heads=H, head_size=N)
-        function = getattr(self.library(level or levels.best_level()), f"{self.op}_cpu_{way}")
+        function = getattr(self.family.library(level), f"{self.op}_cpu_{way}")
         if function(arguments) != 0:
             raise MemoryError(
                 f"{self.op}: the CPU kernel found no memory for its work buffers; lower the batch or the threads"
             )
-
-    @functools.cache  # noqa: B019
-    def library(self, level: str) -> ctypes.CDLL:
-        """A level's loaded library; BuildError where it cannot be built or loaded (not cached, so that a mended setup
-        works)."""
-        functions = [(f"{self.op}_cpu_{way}", ctypes.c_int, self.Arguments) for way in ("forward", "backward")]
-        flags = levels.level_flags()[level]
-        return cpu_library(f"{self.op}_cpu_{level}", f"{self.op}/{self.op}.cpp", flags, functions)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..native.family import Family
+from ..native.family import CudaFamily
 from ..native.kernels import Block, Kernels
 from ..native.launch import aligned, stream
 from .groups import GRAIN, Split, group_of, places
@@ -48,7 +48,7 @@ class CudaRecurrence:
         op, self.signature = signature.op, signature
         self.Arguments = structure(signature)
         self.names = tuple(dict.fromkeys((*names, *(name for split in splits.values() for name in split.names()))))
-        self.family = Family(op, f"{op}/{op}.cu", self.names, self.Arguments, self._trial)
+        self.family = CudaFamily(op, f"{op}/{op}.cu", self.names, self.Arguments, self._trial)
 
     def unavailable(self, level: str = "") -> str | None:
         """None where the kernels work on the current GPU, else why they do not and what would help."""
