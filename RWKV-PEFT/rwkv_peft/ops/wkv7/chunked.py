@@ -125,7 +125,7 @@ class _Call:
         to[:, first * CHUNK : after * CHUNK] = x.reshape(at.B, at.H, -1, at.N).transpose(1, 2)
 
 
-def forward(*tensors: Any, save: bool, level: str) -> tuple[Tensor, Tensor, Tensor]:
+def forward(*tensors: Any, save: bool, level: str = "") -> tuple[Tensor, Tensor, Tensor]:
     """r w k v a b (B, T, H, N) of one dtype; state (n, H, N, N) or None; cu_seqlens (n + 1,) int64 or None
     -> y, final state, the states that the segments begin with (none unless `save`)."""
     *inputs, state, cu_seqlens = tensors
@@ -146,7 +146,7 @@ def forward(*tensors: Any, save: bool, level: str) -> tuple[Tensor, Tensor, Tens
     return at.cut(y).contiguous(), final, checkpoints
 
 
-def backward(*tensors: Any, level: str) -> tuple[Tensor, ...]:
+def backward(*tensors: Any, level: str = "") -> tuple[Tensor, ...]:
     """What forward took, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
     gradients of r w k v a b and state."""
     *inputs, state, cu_seqlens, checkpoints, gy, gfinal = tensors
