@@ -5,7 +5,7 @@
 // Tokens between two checkpoints: the states that forward keeps so that backward need not start at token 0.
 constexpr int SEGMENT = 64;
 
-// One structure for both directions; ops/cuda_recurrence.py mirrors it field by field. Tensors are contiguous;
+// One structure for both directions; ops/recurrence/cuda.py mirrors it field by field. Tensors are contiguous;
 // "elements" are float32 or bf16, as the kernel says, 16-byte aligned; a null pointer marks what the caller does not
 // have or want.
 struct Arguments {
