@@ -5,12 +5,17 @@ import os
 import subprocess
 from pathlib import Path
 
+from warm import Command
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(argv):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(argv, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+def start(argv, cold=False, **variables):
+    """A command under way; cold: in an interpreter that begins with it, and with pipes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    if cold or "gpu" in argv:  # what is forked cannot use a GPU that was looked at before
+        return subprocess.Popen(argv, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    return Command(argv, environment)
 
 
 def finish(process, code=0):
