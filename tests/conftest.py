@@ -7,9 +7,18 @@ import torch
 
 from rwkv_peft.models.rwkv6.keys import RWKV6Config, shapes
 
+LONG = ("training", "scripts")  # folders whose tests run whole commands
+
 
 def pytest_addoption(parser):
     parser.addoption("--accelerator", choices=("cpu", "gpu"), default="cpu", help="where the tests of train.py train")
+
+
+def pytest_collection_modifyitems(items):
+    """The long ones first: of two workers one begins with them, the other helps it out once it is done with short
+    ones, and neither waits at the end for one long test of the other."""
+    here = Path(__file__).parent
+    items.sort(key=lambda item: item.path.relative_to(here).parts[0] not in LONG)
 
 
 @pytest.fixture(scope="session")
