@@ -1,10 +1,7 @@
 """The tokenizer is recorded by preprocess and goes with the run, so that nobody retypes it; another one is said."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,8 +9,7 @@ from rwkv_peft import commands
 from rwkv_peft.data.recorded import read_record, vocabulary_of
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.files.base import save_model
-
-ROOT = Path(__file__).resolve().parents[2]
+from training.runs import ROOT, finish, start
 
 
 @pytest.fixture(scope="module")
@@ -22,22 +18,15 @@ def trained(tmp_path_factory, tiny_state):
     folder = tmp_path_factory.mktemp("tokenizer")
     save_model(folder / "base.pth", tiny_state(vocab_size=300))
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": f"{i} birds"}) + "\n" for i in range(8)))
-    for line in (
-        "preprocess rows.jsonl --output data --tokenizer bytes",
-        "train --load_model base.pth --data_file data --proj_dir out --bone_r 16 --ctx_len 8 --dataload pad "
-        "--epoch_steps 1 --accelerator cpu --precision fp32",
-        "merge --base_model base.pth --bone_checkpoint out/adapter.safetensors --output out/merged.pth",
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "rwkv_peft", *line.split()],
-            cwd=folder,
-            env=os.environ | {"PYTHONPATH": str(ROOT / "RWKV-PEFT"), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        if line.startswith("train"):
-            assert "tokenizer bytes (257 tokens" in done.stdout
+    assert commands.main(f"preprocess {folder}/rows.jsonl --output {folder}/data --tokenizer bytes".split()) == 0
+    flags = (
+        f"--load_model {folder}/base.pth --data_file {folder}/data --proj_dir {folder}/out --bone_r 16 --ctx_len 8 "
+        "--dataload pad --epoch_steps 1 --accelerator cpu --precision fp32"
+    )
+    out, _ = finish(start([sys.executable, str(ROOT / "train.py"), *flags.split()]))
+    assert "tokenizer bytes (257 tokens" in out
+    files = f"--base_model {folder}/base.pth --bone_checkpoint {folder}/out/adapter.safetensors"
+    assert commands.main(f"merge {files} --output {folder}/out/merged.pth".split()) == 0
     return folder
 
 
