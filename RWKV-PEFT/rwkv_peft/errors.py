@@ -32,10 +32,10 @@ def short(text: str) -> str:
 def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
     """Run a command's `main(argv) -> int`; a UserError becomes one message on stderr and exit code 2, and so does what
     may not be looked at; Ctrl-C one word and exit code 130. What a file's names hold may be no Unicode, and is shown
-    escaped."""
+    escaped; each line is written at once, into a pipe or a log too."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:

@@ -71,7 +71,7 @@ def test_one_is_no_plural_and_a_chosen_rate_is_told(train):
 
 @pytest.mark.parametrize("delay", [0.1, 0.7, 1.6])
 def test_ctrl_c_before_the_first_step_is_one_line(command, delay):
-    process = start(command(f"early-{delay}", "--precision", "fp32"), cold=True, PYTHONUNBUFFERED="1")
+    process = start(command(f"early-{delay}", "--precision", "fp32"), cold=True)
     while not process.stdout.readline().startswith("output "):
         assert process.poll() is None
     time.sleep(delay)
