@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from ..config import BUCKET, TrainConfig
 from .meeting import Ranks
+from .norms import gradient_norm
 from .world import World
 
 FOREVER = timedelta(days=365)  # for a collective: what hangs is the watch's business (watch.py)
@@ -79,6 +80,14 @@ class ZeroStrategy(DeepSpeedStrategy):
         )
         super().setup_distributed()
 
+    def _setup_model_and_optimizer(self, *arguments: Any, **named: Any) -> Any:
+        from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+        engine, optimizer = super()._setup_model_and_optimizer(*arguments, **named)
+        if isinstance(optimizer, DeepSpeedZeroOptimizer):
+            optimizer.get_grad_norm_direct = lambda gradients, *_, **__: gradient_norm(optimizer, gradients)
+        return engine, optimizer
+
 
 WHOLE = 1_000_000  # parameters of at most so many elements stay on every rank under stage 3: each matrix of an adapter
 
@@ -101,6 +110,8 @@ def make_strategy(
         offload_parameters=train.offload and train.stage == 3,
         # else a GPU reads what is offloaded at a fraction of its speed
         pin_memory=train.offload and accelerator == "gpu",
+        # a rank alone has nothing to share, and need not divide by one
+        reduce_scatter=ranks.world.size > 1,
         allgather_bucket_size=bucket,
         reduce_bucket_size=bucket,
         exclude_frozen_parameters=True,
