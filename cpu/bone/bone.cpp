@@ -67,7 +67,7 @@ void bone_affine(const AffineArguments* a) {
     by_type(a->bfloat16, [=](auto element) {
         using E = decltype(element);
         affine<MathOf<E>, E>({in<E>(a->x), a->x_stride}, in<E>(a->bone), out<E>(a->z), out<E>(a->shift), a->tokens,
-                             a->in_features, a->rank, a->threads);
+                             a->in_features, a->rank, a->factor, a->threads);
     });
 }
 
@@ -76,7 +76,7 @@ void bone_affine_backward(const AffineArguments* a) {
         using E = decltype(element);
         affine_backward<MathOf<E>, E>(out<E>(a->d), {in<E>(a->g), a->g_stride}, {in<E>(a->x), a->x_stride},
                                       in<E>(a->bone), a->d_bone, a->tokens, a->in_features, a->out_features, a->rank,
-                                      a->threads);
+                                      a->factor, a->threads);
     });
 }
 

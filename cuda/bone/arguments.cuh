@@ -22,4 +22,5 @@ struct BoneArguments {
     int width, rank;
     int groups, strip;  // strip: tokens, or rows of rank elements of a weight, that a block has
     int device;
+    float factor;  // of the shift: in forward of its sums, in backward of g
 };

@@ -55,7 +55,7 @@ def bone(kernels):
         for dtype, rank in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.bfloat16, 20), (torch.float32, 64)):
             randn = draws(dtype)
             x, matrices, g, dz = randn(150, 4 * rank), randn(4, rank, rank), randn(150, 2 * rank), randn(150, 4 * rank)
-            results += [*bone_cuda.affine(x, matrices), bone_cuda.affine_backward_(dz, g, x, matrices), dz]
+            results += [*bone_cuda.affine(x, matrices, 0.3), bone_cuda.affine_backward_(dz, g, x, matrices, 0.3), dz]
             if bone_cuda.has_products(x, rank):
                 results.append(bone_cuda.merge(randn(2 * rank, 4 * rank), matrices[:2]))
     return results

@@ -21,7 +21,7 @@ class BatIn(BlockAffine):
     """One matrix for each block of inputs: `bone` (in/rank, rank, rank). RWKV-PEFT's bat."""
 
     name, label, index = "bat-in", "Bone bat-in", "b"
-    hf_names = ("bat-in",)
+    hf_names: tuple[bool | str, ...] = ("bat-in",)
 
     def shapes(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Shapes:
         return {"bone": (in_features // rank, rank, rank)}
@@ -48,24 +48,34 @@ def bat_in(
     bone: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
+    scale: float | torch.Tensor = 1.0,
     product: Product = DENSE,
 ) -> torch.Tensor:
-    """Block affine by input block: W'_ab = W_ab + W_ab B_b + B_b.
+    """Block affine by input block: W'_ab = W_ab + scale W_ab B_b + B_b.
 
     x (..., in), weight (out, in), bone (in/r, r, r), bias (out,) or None -> (..., out) in x's dtype.
-    r must divide in and out. Costs 4 T in out + 6 T in r FLOPs forward and backward.
+    r must divide in and out; scale, which is not 0, is a number or, under torch.compile, a tensor (). Costs
+    4 T in out + 6 T in r FLOPs forward and backward.
     """
-    return apply_to_tokens(_BatIn, x, weight, bias, bone, product=product)
+    return apply_to_tokens(_BatIn, x, weight, bias, bone, product=product, extra=(scale,))
 
 
 class _BatIn(Function):
+    """With the scale a: u_b = a B_b x_b and y = W (x + u) + tile(Σ_b u_b) / a."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, bone: torch.Tensor, product: Product
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        bone: torch.Tensor,
+        product: Product,
+        scale: float | torch.Tensor,
     ) -> torch.Tensor:
-        ctx.product = product
+        ctx.product, ctx.scale = product, scale
         ctx.save_for_backward(x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None, weight, bone)
-        z, shift = affine(x, bone)
+        z, shift = affine(x, _scaled(bone, scale), 1 / scale)
         y = product.forward(z, weight, bias)
         add_tiled_(y, shift)
         return y
@@ -76,9 +86,15 @@ class _BatIn(Function):
         x, weight, bone = ctx.saved_tensors
         need_x, need_weight, need_bias, need_bone = ctx.needs_input_grad[:4]
         dx = d_weight = d_bone = None
+        scaled = _scaled(bone, ctx.scale)  # made again, and not kept
         if need_weight:
-            d_weight = weight_gradient(g, affine(x, bone)[0]).to(weight.dtype)
+            d_weight = weight_gradient(g, affine(x, scaled)[0]).to(weight.dtype)
         if need_x or need_bone:
             dx = ctx.product.backward(g, weight)  # holds dz, and becomes dx a few tokens at a time
-            d_bone = affine_backward_(dx, g, x if need_bone else None, bone)
-        return dx if need_x else None, d_weight, g.sum(0) if need_bias else None, d_bone, None
+            d_scaled = affine_backward_(dx, g, x if need_bone else None, scaled, 1 / ctx.scale)
+            d_bone = None if d_scaled is None else _scaled(d_scaled, ctx.scale)
+        return dx if need_x else None, d_weight, g.sum(0) if need_bias else None, d_bone, None, None
+
+
+def _scaled(bone: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    return bone if isinstance(scale, float) and scale == 1 else scale * bone

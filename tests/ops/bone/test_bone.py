@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from ops.bone.cases import SIZES, assert_as_exact_as_torch, merged, merged_gradient, plain, tensors, tiled, total
+from ops.bone.cases import (
+    FACTOR,
+    SIZES,
+    assert_as_exact_as_torch,
+    merged,
+    merged_gradient,
+    plain,
+    tensors,
+    tiled,
+    total,
+)
 from rwkv_peft.ops.bone import affine
 from rwkv_peft.ops.bone import cpu as blocks
 from rwkv_peft.ops.native.compilers import compiler_knows
@@ -47,7 +57,7 @@ def threads(request):
 
 def ours(x, bone, g, dz, level):
     dx = dz.clone()
-    return *blocks.affine(x, bone, level), dx, blocks.affine_backward_(dx, g, x, bone, level)
+    return *blocks.affine(x, bone, level, FACTOR), dx, blocks.affine_backward_(dx, g, x, bone, level, FACTOR)
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -59,7 +69,7 @@ def test_affine_forward_and_backward(level, dtype, sizes, threads):
 
 def test_affine_without_the_gradient_of_the_matrices(level):
     _, (x, bone, g, dz) = tensors((70, 64, 32, 16), torch.float32)
-    assert blocks.affine_backward_(dx := dz.clone(), g, None, bone, level) is None
+    assert blocks.affine_backward_(dx := dz.clone(), g, None, bone, level, FACTOR) is None
     assert torch.equal(dx, ours(x, bone, g, dz, level)[2])
 
 

@@ -1,11 +1,23 @@
 """Bone's CUDA kernels, run on the CPU through tests/cuda_shim: against the float64 formulas, every kernel, odd sizes;
 through the adapters; under several orders of the threads; and what nvcc and NVRTC make of them."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from cuda_shim import shim, toolchain
-from ops.bone.cases import SIZES, assert_as_exact_as_torch, merged, merged_gradient, plain, tensors, tiled, total
+from ops.bone.cases import (
+    FACTOR,
+    SIZES,
+    assert_as_exact_as_torch,
+    merged,
+    merged_gradient,
+    plain,
+    tensors,
+    tiled,
+    total,
+)
 from rwkv_peft.adapters.bat_in import bat_in
 from rwkv_peft.adapters.bone import bone as bone_of
 from rwkv_peft.ops.bone import cuda, op
@@ -42,8 +54,8 @@ def kernels(built, monkeypatch):
 
 
 def ours(x, bone, g, dz):
-    dx, (z, shift) = dz.clone(), cuda.affine(x, bone)
-    return z, shift.sum(0), dx, cuda.affine_backward_(dx, g, x, bone)
+    dx, (z, shift) = dz.clone(), cuda.affine(x, bone, FACTOR)
+    return z, shift.sum(0), dx, cuda.affine_backward_(dx, g, x, bone, FACTOR)
 
 
 @pytest.mark.parametrize("sizes", [*SIZES, (70, 1024, 64, 64), (33, 34, 17, 17), (20, 63, 21, 3)], ids=str)
@@ -74,7 +86,7 @@ def test_merging_by_output_block_and_its_gradient(kernels, count, width, rank, m
 @pytest.mark.parametrize("rank", (16, 17))
 def test_affine_without_the_gradient_of_the_matrices(kernels, rank):
     _, (x, bone, g, dz) = tensors((70, 4 * rank, 2 * rank, rank), torch.bfloat16)
-    assert cuda.affine_backward_(dx := dz.clone(), g, None, bone) is None
+    assert cuda.affine_backward_(dx := dz.clone(), g, None, bone, FACTOR) is None
     assert torch.equal(dx, ours(x, bone, g, dz)[2])
 
 
@@ -89,10 +101,10 @@ def test_shards_add_up_and_tiles_repeat_with_a_short_last_one(kernels, dtype, wi
     assert_as_exact_as_torch([y], (x, tile), tiled)
 
 
-@pytest.mark.parametrize("function", (bat_in, bone_of))
+@pytest.mark.parametrize("function", (bat_in, partial(bat_in, scale=6.5), bone_of), ids=("bat-in", "scaled", "bone"))
 def test_an_adapter_through_the_kernels(kernels, function):
     """x and g in steps of a larger tensor, from an address that is no multiple of 16 bytes."""
-    shape = (4, 32, 32) if function is bat_in else (32, 64)
+    shape = (32, 64) if function is bone_of else (4, 32, 32)
     whole, weight = torch.randn(2, 9, 130), torch.randn(64, 128) / 11
     parameter = 0.1 * torch.randn(shape)
 

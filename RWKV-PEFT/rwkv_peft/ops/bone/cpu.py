@@ -25,7 +25,7 @@ LEVELS = ("amx", *levels.LEVELS)
 class AffineArguments(ctypes.Structure):
     """cpu/bone/arguments.h's structure of the same name, as are the others."""
 
-    _fields_ = fields("x bone z shift d g d_bone", "x_stride g_stride tokens in_features out_features rank")
+    _fields_ = fields("x bone z shift d g d_bone", "x_stride g_stride tokens in_features out_features rank", "factor")
 
 
 class MergeArguments(ctypes.Structure):
@@ -60,18 +60,20 @@ def takes(first: Tensor, *others: Tensor | None) -> bool:
     return arguments.takes(first, *others) and best_level() is not None
 
 
-def affine(x: Tensor, bone: Tensor, level: str | None = None) -> tuple[Tensor, Tensor]:
-    """z = x + u and Σ_b u_b, where u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in), (T, r)."""
+def affine(x: Tensor, bone: Tensor, level: str | None = None, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """z = x + u and factor Σ_b u_b, where u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in), (T, r)."""
     x, rank = _rows(x), bone.shape[-1]
     _check_shards(x, rank, bone.shape[0])
     z, shift = x.new_empty(x.shape), x.new_empty(x.shape[0], rank)
     tensors = dict(x=x, bone=bone.contiguous(), z=z, shift=shift)
     sizes = dict(x_stride=x.stride(0), tokens=x.shape[0], in_features=x.shape[1], rank=rank)
-    _kernels(level).bone_affine(fill(AffineArguments, x, tensors, **sizes))
+    _kernels(level).bone_affine(fill(AffineArguments, x, tensors, **sizes, factor=factor))
     return z, shift
 
 
-def affine_backward_(dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor, level: str | None = None) -> Tensor | None:
+def affine_backward_(
+    dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor, level: str | None = None, factor: float = 1.0
+) -> Tensor | None:
     """Turn dz (T, in), contiguous, into dx, given g (T, out), the gradient of the output that the shift was added to.
 
     x (T, in) or None; bone (in/r, r, r) -> the gradient of bone, or None without x.
@@ -83,7 +85,7 @@ def affine_backward_(dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor, leve
     tensors = dict(d=dz, g=g, x=x, bone=bone.contiguous(), d_bone=d_bone)
     strides = dict(g_stride=g.stride(0), x_stride=0 if x is None else x.stride(0))
     sizes = dict(tokens=dz.shape[0], in_features=dz.shape[1], out_features=g.shape[1], rank=bone.shape[-1])
-    _kernels(level).bone_affine_backward(fill(AffineArguments, dz, tensors, **strides, **sizes))
+    _kernels(level).bone_affine_backward(fill(AffineArguments, dz, tensors, **strides, **sizes, factor=factor))
     return None if d_bone is None else d_bone.to(bone.dtype)
 
 

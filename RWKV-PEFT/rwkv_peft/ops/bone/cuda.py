@@ -36,11 +36,12 @@ class BoneArguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in "x bone z shift d dx g parts tile y tiled total".split()),
         *((name, ctypes.c_longlong) for name in ("tokens", "count")),
         *((name, ctypes.c_int) for name in "width rank groups strip device".split()),
+        ("factor", ctypes.c_float),
     ]
 
 
-def affine(x: Tensor, bone: Tensor) -> tuple[Tensor, Tensor]:
-    """z = x + u and the parts of Σ_b u_b, where u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in),
+def affine(x: Tensor, bone: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """z = x + u and the parts of factor Σ_b u_b, where u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in),
     (groups, T, r), which add_tiled_ adds up."""
     x, bone, rank = _whole(x), _whole(bone), bone.shape[-1]
     tile = _tile(x, rank)
@@ -48,12 +49,12 @@ def affine(x: Tensor, bone: Tensor) -> tuple[Tensor, Tensor]:
     groups = min(MOST_GROUPS, bone.shape[0], -(-BLOCKS // tiles))
     z, shift = torch.empty_like(x), x.new_empty(groups, x.shape[0], rank)
     tensors = dict(x=x, bone=bone, z=z, shift=shift)
-    sizes = dict(tokens=x.shape[0], width=x.shape[1], rank=rank, groups=groups)
+    sizes = dict(tokens=x.shape[0], width=x.shape[1], rank=rank, groups=groups, factor=factor)
     call(_affine_kernel("forward", x, rank), x, tensors, tiles * groups, **sizes)
     return z, shift
 
 
-def affine_backward_(dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor) -> Tensor | None:
+def affine_backward_(dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor, factor: float = 1.0) -> Tensor | None:
     """Turn dz (T, in), contiguous, into dx, given g (T, out), the gradient of the output that the shift was added to.
 
     x (T, in) or None; bone (in/r, r, r) -> the gradient of bone, summed in float32, or None without x.
@@ -65,7 +66,7 @@ def affine_backward_(dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor) -> T
     strips = -(-tokens // strip)
     parts = None if x is None else dz.new_empty(strips, *bone.shape, dtype=torch.float32)
     tensors = dict(x=x, bone=bone, d=dz, dx=dz, g=shard_sum(g, rank), parts=parts)
-    sizes = dict(tokens=tokens, width=width, rank=rank, strip=strip)
+    sizes = dict(tokens=tokens, width=width, rank=rank, strip=strip, factor=factor)
     call(_affine_kernel("backward", dz, rank), dz, tensors, shards * strips, **sizes)
     if parts is None:
         return None
@@ -107,7 +108,7 @@ def takes(first: Tensor, *others: Tensor | None, rank: int = 0) -> bool:
     return (rank <= MOST_RANK or has_products(first, rank)) and FAMILY.takes(first, *others)
 
 
-def call(name: str, like: Tensor, tensors: Mapping[str, Tensor | None], blocks: int, **sizes: int) -> None:
+def call(name: str, like: Tensor, tensors: Mapping[str, Tensor | None], blocks: int, **sizes: float) -> None:
     """Enqueue a kernel on the GPU of `like`: its name in KERNELS without bone_, and the dtype where that is all that it
     lacks; tensors and sizes by the names of BoneArguments. Where tensors have no data there is nothing to do."""
     if like.is_meta:
@@ -123,7 +124,7 @@ def launch(
     like: Tensor,
     tensors: Mapping[str, Tensor | None],
     blocks: int,
-    **sizes: int,
+    **sizes: float,
 ) -> None:
     """`call` with given kernels, on a given stream."""
     addresses = {key: None if x is None else x.data_ptr() for key, x in tensors.items()}

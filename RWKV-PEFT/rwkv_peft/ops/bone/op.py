@@ -3,7 +3,8 @@ weight, sums over shards, what is added to each shard.
 
 Each operation is written out in plain torch, which takes any device and dtype and is what torch.compile sees. float32
 and bfloat16 tensors go through the kernels of cpu.py and cuda.py where those can be built. No operation is
-differentiable: the autograd Functions are in adapters/.
+differentiable: the autograd Functions are in adapters/. A factor is a number, or, under torch.compile, a tensor of one
+element and no dimension.
 """
 
 from types import ModuleType
@@ -24,12 +25,12 @@ def backend(first: Tensor, *others: Tensor | None, rank: int = 0) -> ModuleType 
     return cuda if cuda.takes(first, *others, rank=rank) else None
 
 
-def affine(x: Tensor, bone: Tensor) -> tuple[Tensor, Tensor]:
-    """z = x + u and s = Σ_b u_b where u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in), and what add_tiled_ takes
-    for s."""
+def affine(x: Tensor, bone: Tensor, factor: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+    """z = x + u and s = factor Σ_b u_b where u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in), and what
+    add_tiled_ takes for s."""
     kernels = backend(x, bone, rank=bone.shape[-1])
     if kernels is not None:
-        return kernels.affine(x, bone)
+        return kernels.affine(x, bone, factor=factor)
     rank = bone.shape[-1]
     z, shift = torch.empty_like(x), x.new_empty(x.shape[0], rank)
     for tokens in _token_chunks(x):
@@ -38,20 +39,22 @@ def affine(x: Tensor, bone: Tensor) -> tuple[Tensor, Tensor]:
         u = torch.bmm(shards, bone.transpose(1, 2))
         torch.sum(u, 0, out=shift[tokens])
         shards += u
-    return z, shift
+    return z, shift.mul_(factor)
 
 
-def affine_backward_(dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor) -> Tensor | None:
-    """Turn dz (T, in) into dx in place, given g (T, out), the gradient of the output that s was added to; -> the
-    gradient of bone where x (T, in) is given, else None.
+def affine_backward_(
+    dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor, factor: float | Tensor = 1.0
+) -> Tensor | None:
+    """Turn dz (T, in) into dx in place, given g (T, out), the gradient of the output that s was added to;
+    -> the gradient of bone where x (T, in) is given, else None.
 
-    du_b = dz_b + Σ_a g_a, dB_b = du_bᵀ x_b, dx_b = dz_b + B_bᵀ du_b.
+    du_b = dz_b + factor Σ_a g_a, dB_b = du_bᵀ x_b, dx_b = dz_b + B_bᵀ du_b.
     """
     kernels = backend(dz, g, x, bone, rank=bone.shape[-1])
     if kernels is not None and dz.is_contiguous():
-        return kernels.affine_backward_(dz, g, x, bone)
+        return kernels.affine_backward_(dz, g, x, bone, factor=factor)
     rank = bone.shape[-1]
-    g_shift = split_shards(g, rank).sum(1)  # (T, r)
+    g_shift = factor * split_shards(g, rank).sum(1)  # (T, r)
     d_bone = None if x is None else bone.new_zeros(bone.shape, dtype=torch.promote_types(x.dtype, torch.float32))
     for tokens in _token_chunks(dz):
         shards = split_shards(dz[tokens], rank).transpose(0, 1)  # (in/r, t, r)
