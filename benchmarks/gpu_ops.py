@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from contextlib import ExitStack
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -61,6 +62,7 @@ OPS = {
     "bat-in": (bat_in, (ROWS, (256, C), (C // 64, 64, 64)), (0, 2)),
     "bat-in, rank 128": (bat_in, (ROWS, (256, C), (C // 128, 128, 128)), (0, 2)),
     "bat-in, rank 8": (bat_in, (ROWS, (256, C), (C // 8, 8, 8)), (0, 2)),
+    "bat-in-scaled": (partial(bat_in, scale=5.0), (ROWS, (256, C), (C // 64, 64, 64)), (0, 2)),
     "bat-out": (bat_out, (ROWS, (256, C), (4, 64, 64)), (0, 2)),
     "bone": (bone, (ROWS, (256, C), (64, 256)), (0, 2)),
     "loss": (loss, ((300, 65536),), ()),

@@ -75,8 +75,8 @@ class AdapterConfig:
     )
     mode: str = setting(
         "bat-in",
-        "bat-in (block affine by input block, also called bat), bat-out, bone, bone-mini or bone-signed (default "
-        "bat-in)",
+        "bat-in (block affine by input block, also called bat), bat-in-scaled (its two terms of one size), bat-out, "
+        "bone, bone-mini or bone-signed (default bat-in)",
         flag="bone_mode",
         unset=True,
         type=alias(MODE_ALIASES),
@@ -84,7 +84,7 @@ class AdapterConfig:
     )
     rank: int = setting(
         64,
-        "block size r (default 64); for bat-in and bat-out it divides all dimensions",
+        "block size r (default 64); for the bat modes it divides all dimensions",
         flag="bone_r",
         unset=True,
         type=positive,

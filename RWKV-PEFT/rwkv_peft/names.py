@@ -19,7 +19,7 @@ STATE = "state"  # the part of --train_parts that no model's parameters are: the
 NONE = "none"  # what stands where no layer is adapted: the model itself trains, or whole tensors of it
 WORDS = MappingProxyType(
     {
-        "bone": Word(("bone", "bone-mini", "bone-signed", "bat-in", "bat-out"), "bone_config"),
+        "bone": Word(("bone", "bone-mini", "bone-signed", "bat-in", "bat-in-scaled", "bat-out"), "bone_config"),
         "lora": Word(("lora",), "lora_config"),
         "lora-plus": Word(("lora-plus",), "lora_config"),
         "rslora": Word(("rslora",), "lora_config"),

@@ -23,6 +23,10 @@ def block_affine(weight):
     return math.sqrt(1 + RANK * weight.square().mean())
 
 
+def block_affine_scaled(weight):
+    return math.sqrt(2)
+
+
 def pissa(weight):
     largest = torch.linalg.svdvals(weight)[:RANK]
     return math.sqrt(largest.sum() * (1 / IN + 1 / OUT))
@@ -34,6 +38,7 @@ FORMULAS = {
     "bone-mini": lambda weight: 1.0,
     "bone-signed": lambda weight: 1.0,
     "bat-in": block_affine,
+    "bat-in-scaled": block_affine_scaled,
     "bat-out": block_affine,
     "lora": lora(),
     "rslora": lora(2.0 / math.sqrt(RANK)),

@@ -17,6 +17,7 @@ RANK = 4
 FUNCTIONS = MappingProxyType(
     {
         "bat-in": lambda x, w, p, b: bat_in.bat_in(x, w, p["bone"], b),
+        "bat-in-scaled": lambda x, w, p, b: bat_in.bat_in(x, w, p["bone"], b, scale=2.5),
         "bat-out": lambda x, w, p, b: bat_out.bat_out(x, w, p["bone"], b, side="weight"),
         "bat-out by activations": lambda x, w, p, b: bat_out.bat_out(x, w, p["bone"], b, side="activation"),
         "bone": lambda x, w, p, b: bone.bone(x, w, p["bone"], b),
@@ -25,6 +26,8 @@ FUNCTIONS = MappingProxyType(
         "lora": lambda x, w, p, b: lora.lora(x, w, p["lora_A"], p["lora_B"], b, scale=0.5),
     }
 )
+# variant -> constants that its call holds as numbers
+NUMBERS = MappingProxyType({"bat-in-scaled": {"bone_scale": torch.tensor([2.5])}})
 
 
 def variant_of(name):
@@ -36,6 +39,7 @@ def shapes(name, in_features, out_features):
     rank = RANK
     return {
         "bat-in": {"bone": (in_features // rank, rank, rank)},
+        "bat-in-scaled": {"bone": (in_features // rank, rank, rank)},
         "bat-out": {"bone": (out_features // rank, rank, rank)},
         "bone": {"bone": (rank, out_features)},
         "bone-mini": {"bone": (rank, 2)},
@@ -54,7 +58,9 @@ def tensors(name, lead=(2, 5), in_features=24, out_features=16, dtype=torch.floa
 
 def plain(name, x, weight, params, bias):
     """The definition: one linear layer with the merged weight."""
-    return F.linear(x, weight + METHODS[variant_of(name)].delta(weight, params, scale=0.5), bias)
+    return F.linear(
+        x, weight + METHODS[variant_of(name)].delta(weight, params | NUMBERS.get(name, {}), scale=0.5), bias
+    )
 
 
 def run(function, x, weight, params, bias, train=("x", "params")):

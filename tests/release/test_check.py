@@ -153,7 +153,12 @@ def test_a_runtime_that_fails_is_told_in_words(tmp_path, tiny_state, monkeypatch
 
 def test_an_adapter_on_a_base_that_was_quantized_or_changed_is_compared_on_that(tmp_path, tiny_state, capsys):
     pytest.importorskip("bitsandbytes")
-    for settings in ({"quant": "nf4"}, {"quant": "int8"}, {"method": "pissa"}, {"method": "olora"}):
+    for settings in (
+        {"quant": "nf4", "mode": "bat-in-scaled"},
+        {"quant": "int8"},
+        {"method": "pissa"},
+        {"method": "olora"},
+    ):
         state = tiny_state(dtype=torch.float16)
         model = RWKV6(base_of(state).config)
         model.load_state_dict(state)

@@ -39,7 +39,7 @@ def params_of(variant, weight, rank=RANK, std=0.05, seed=0):
     params = {
         name: std * torch.randn(shapes[name], generator=generator) for name in (*method.parameters, *method.constants)
     }
-    told = {} if method.residual else method.initial_factors(weight, None)
+    told = {} if method.residual else method.initial_factors(weight, AdapterConfig(rank=rank))
     return params | told
 
 

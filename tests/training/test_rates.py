@@ -30,6 +30,7 @@ def lora(method, rank, alpha=None):
         (("--bone_mode", "bone", "--bone_r", "16"), BONE),
         (("--bone_mode", "bone-signed", "--bone_r", "16"), BONE),
         (("--bone_mode", "bat", "--bone_r", "32"), BONE),
+        (("--bone_mode", "bat-in-scaled", "--bone_r", "32"), BONE / math.sqrt(2)),
         (("--bone_mode", "bone-mini", "--bone_r", "16", "--bone_mini_r", "16"), BONE),
         (lora("lora", 8), BONE * math.sqrt(3 * 128 / 8)),
         (lora("lora", 8, alpha=16), BONE * math.sqrt(3 * 128 / 8) / 2),

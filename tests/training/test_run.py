@@ -442,18 +442,18 @@ def test_a_new_model_trains_from_scratch_and_is_a_base(files, train):
 
 
 @pytest.mark.parametrize(
-    "method", ["bone-mini", "bone-signed", "bat-out", "lora-plus", "dora", "pissa", "lora-ga", "nf4"]
+    "method", ["bone-mini", "bone-signed", "bat-in-scaled", "bat-out nf4", "lora-plus", "dora", "pissa", "lora-ga"]
 )
 def test_every_method_trains_validates_and_merges(files, accelerator, method):
     """In one short run each: packed documents, a validation split, the best adapter, and the merge of it."""
     flags = {
         "bone-mini": ["--bone_mode", "bone-mini", "--bone_r", "8", "--bone_mini_r", "4"],
         "bone-signed": ["--bone_mode", "bone-signed", "--bone_r", "16"],
-        "bat-out": ["--bone_mode", "bat-out", "--bone_r", "16"],
-        "nf4": ["--quant", "nf4", "--bone_r", "16"],
+        "bat-in-scaled": ["--bone_mode", "bat-in-scaled", "--bone_r", "16"],
+        "bat-out nf4": ["--bone_mode", "bat-out", "--quant", "nf4", "--bone_r", "16"],
         "pissa": ["--peft", "pissa", "--pissa_config", '{"pissa_r": 4, "svd_niter": 2}'],
     }.get(method, ["--peft", method, "--lora_config", '{"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.1}'])
-    if method == "nf4":
+    if "nf4" in method:
         pytest.importorskip("bitsandbytes")
     base, data, folder = files / "base.pth", files / "data", files / method
     finish(

@@ -9,7 +9,7 @@ import math
 import torch
 
 from ..errors import UserError
-from .method import Method, Misfit, Params, nearest_divisor
+from .method import Method, Misfit, Params, cast, nearest_divisor
 
 
 class BlockAffine(Method):
@@ -31,19 +31,24 @@ class BlockAffine(Method):
         return params["bone"].shape[-1], 0
 
     def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:
-        bone = params["bone"].to(weight.dtype)
-        return self._change(blocks_of(weight, bone.shape[-1]), bone).reshape(weight.shape)
+        params = cast(params, weight.dtype)
+        return self._change(blocks_of(weight, params["bone"].shape[-1]), params).reshape(weight.shape)
 
     def merged_with(self, base: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
         """Added block by block, which spares `delta`'s copy into the weight's order."""
-        bone = params["bone"].float()
-        blocks = blocks_of(base, bone.shape[-1])
-        return (blocks + self._change(blocks, bone)).reshape(base.shape)
+        params = cast(params, torch.float32)
+        blocks = blocks_of(base, params["bone"].shape[-1])
+        return (blocks + self._change(blocks, params)).reshape(base.shape)
 
-    def _change(self, blocks: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
+    def multiplied(self, params: Params) -> torch.Tensor:
+        """What blocks are multiplied by, where `bone` is added to them."""
+        return params["bone"]
+
+    def _change(self, blocks: torch.Tensor, params: Params) -> torch.Tensor:
         """-> the change of each block, (out/r, r, in/r, r), in no particular order in memory."""
+        bone = params["bone"]
         addend = bone.transpose(0, 1) if self.index == "b" else bone[:, :, None]  # (r, in/r, r) or (out/r, r, 1, r)
-        return torch.einsum(f"aobj,{self.index}ji->aobi", blocks, bone).add_(addend)
+        return torch.einsum(f"aobj,{self.index}ji->aobi", blocks, self.multiplied(params)).add_(addend)
 
     def row_unit(self, params: Params) -> int:
         return params["bone"].shape[-1]

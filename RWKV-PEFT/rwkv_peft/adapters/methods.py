@@ -6,6 +6,7 @@ from typing import Any
 from ..config import AdapterConfig
 from ..names import NONE, forms
 from .bat_in import BatIn
+from .bat_in_scaled import BatInScaled
 from .bat_out import BatOut
 from .bone import Bone, BoneMini
 from .bone_signed import BoneSigned
@@ -25,6 +26,7 @@ METHODS: MappingProxyType[str, Method] = MappingProxyType(
             BoneMini(),
             BoneSigned(),
             BatIn(),
+            BatInScaled(),
             BatOut(),
             Lora(),
             LoraPlus(),

@@ -86,5 +86,5 @@ def alternatives(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     for quant in ("nf4", "int8"):
         if adapter.quant == "none":
             yield f"--quant {quant}", replace(config, adapter=replace(adapter, quant=quant))
-    if method.name in ("bat-in", "bat-out"):
+    if method.name in ("bat-in", "bat-in-scaled", "bat-out"):
         yield "--bone_mode bone", replace(config, adapter=replace(adapter, mode="bone"))
