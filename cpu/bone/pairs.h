@@ -109,7 +109,7 @@ struct Pairs {
         const int64_t even = round_up(count, 2);
         pair(left_.data(), left, even, width_);
         pair(right_.data(), right, even, width_);
-        const PairWords *lefts = words(left_.data()), *rights = words(right_.data());
+        const uint32_t *lefts = words(left_.data()), *rights = words(right_.data());
         const Product<PairWords> product{sum, width_, lefts, width_, rights, width_, even / 2, width_};
         multiply<Kind<true, true>, kRows>(product, width_, [](int64_t, int64_t) {});
     }
