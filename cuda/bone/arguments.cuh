@@ -14,9 +14,8 @@ struct BoneArguments {
     void* dx;          // (tokens, width): that of x; may be d
     const void* g;     // (tokens, rank): the gradient of the shift
     float* parts;      // (strips, shards, rank, rank): that of bone, a strip's tokens' part
-    const void* tile;  // (groups, tokens, rank): what is added up and to each shard of y
-    const void* y;     // (tokens, width)
-    void* tiled;       // (tokens, width): y with the tile added; may be y
+    const void* tile;  // (groups, tokens, rank): what is added up
+    void* tiled;       // (tokens, width): that, repeated along the rows
     void* total;       // (tokens, rank): the sum over shards; or `count` elements: the sum of `groups` parts
     index_t tokens, count;
     int width, rank;

@@ -1,5 +1,5 @@
 // What Bone's forms do besides their product with the weight, on NVIDIA GPUs: bat-in's affine form of the activations
-// and its gradients, bat-out's merged weight, sums over shards, and what is added to each shard.
+// and its gradients, bat-out's merged weight, sums over shards, and what each shard of a result begins as.
 //
 // nvcc compiles this file into a library with a C interface, NVRTC into a module of the kernels alone, and a C++
 // compiler, with tests/cuda_shim, into a library that runs on the CPU.
@@ -25,7 +25,7 @@ PRODUCTS(128)
     KERNEL(BoneArguments, bone_affine_forward_##dtype, plain_forward<E>, PLAIN_THREADS, 1, sizeof(PlainShared))   \
     KERNEL(BoneArguments, bone_affine_backward_##dtype, plain_backward<E>, PLAIN_THREADS, 1, sizeof(PlainShared)) \
     KERNEL(BoneArguments, bone_shard_sum_##dtype, shard_sum<E>, SHARD_THREADS, 1, 0)                              \
-    KERNEL(BoneArguments, bone_add_tiled_##dtype, add_tiled<E>, SHARD_THREADS, 1, 0)                              \
+    KERNEL(BoneArguments, bone_tiled_##dtype, tiled<E>, SHARD_THREADS, 1, 0)                                      \
     KERNEL(BoneArguments, bone_sum_parts_##dtype, sum_parts<E>, SHARD_THREADS, 1, 0)
 OF_DTYPE(float, float32)
 OF_DTYPE(bf16, bfloat16)

@@ -1,5 +1,5 @@
-// Sums over shards, what is added to each of them, and sums of parts. Rows may be of any width: the last shard is cut
-// where the row ends.
+// Sums over shards, what each shard of a result begins as, and sums of parts. Rows may be of any width: the last shard
+// is cut where the row ends.
 #pragma once
 #include "bone/arguments.cuh"
 #include "common/vector.cuh"
@@ -35,21 +35,14 @@ __device__ void shard_sum_by(const BoneArguments& a) {
 }
 
 template <class E, int V>
-__device__ void add_tiled_by(const BoneArguments& a) {
+__device__ void tiled_by(const BoneArguments& a) {
     each_column<V>(a, [&](index_t t, int j) {
         float tile[V] = {};
         for (int group = 0; group < a.groups; group++)
             add_to<E, V>(tile, (const E*)a.tile + (group * a.tokens + t) * a.rank + j);
-        const E* y = (const E*)a.y + t * a.width;
-        E* tiled = (E*)a.tiled + t * a.width;
+        E* row = (E*)a.tiled + t * a.width;
         #pragma unroll 4
-        for (int c = j; c < a.width; c += a.rank) {
-            float sum[V] = {};
-            add_to<E, V>(sum, y + c);
-            #pragma unroll
-            for (int e = 0; e < V; e++) sum[e] += tile[e];
-            store_vector<E, V>(tiled + c, sum);
-        }
+        for (int c = j; c < a.width; c += a.rank) store_vector<E, V>(row + c, tile);
     });
 }
 
@@ -70,14 +63,14 @@ __device__ void shard_sum(const BoneArguments& a) {
         shard_sum_by<E, WIDEST<E>>(a);
 }
 template <class E>
-__device__ void add_tiled(const BoneArguments& a) {
+__device__ void tiled(const BoneArguments& a) {
     const int width = width_of<E>(a);
     if (width == 1)
-        add_tiled_by<E, 1>(a);
+        tiled_by<E, 1>(a);
     else if (width == 2)
-        add_tiled_by<E, 2>(a);
+        tiled_by<E, 2>(a);
     else
-        add_tiled_by<E, WIDEST<E>>(a);
+        tiled_by<E, WIDEST<E>>(a);
 }
 
 // total = the sum of `groups` parts of `count` float32 elements each.

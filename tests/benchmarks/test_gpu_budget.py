@@ -12,12 +12,12 @@ SOURCE = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_budget.py"
 # launches, units of (T, C) at 2048 channels
 LIMITS = {
     ("x060", "frozen"): (52, 102),
-    ("x060", "bat-in"): (92, 194),
-    ("x060", "bone"): (92, 178),
+    ("x060", "bat-in"): (92, 183),
+    ("x060", "bone"): (92, 157),
     ("x060", "bat-out"): (108, 177),
-    ("x060", "lora"): (100, 189),
+    ("x060", "lora"): (100, 168),
     ("x070", "frozen"): (58, 154),
-    ("x070", "bat-in"): (88, 231),
+    ("x070", "bat-in"): (88, 222),
 }
 
 

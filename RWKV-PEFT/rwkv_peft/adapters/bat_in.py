@@ -10,7 +10,7 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..ops.bone import add_tiled_, affine, affine_backward_
+from ..ops.bone import affine, affine_backward_, plus_tiled
 from .block_affine import BlockAffine
 from .method import Params, Shapes
 from .product import DENSE, Product
@@ -76,9 +76,12 @@ class _BatIn(Function):
         ctx.product, ctx.scale = product, scale
         ctx.save_for_backward(x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None, weight, bone)
         z, shift = affine(x, _scaled(bone, scale), 1 / scale)
-        y = product.forward(z, weight, bias)
-        add_tiled_(y, shift)
-        return y
+        return plus_tiled(
+            shift,
+            product.shape(weight)[0],
+            lambda: product.forward(z, weight, bias),
+            lambda y: product.add_forward_(y, z, weight, bias),
+        )
 
     @staticmethod
     @once_differentiable

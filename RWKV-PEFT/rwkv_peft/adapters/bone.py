@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..errors import UserError
-from ..ops.bone import add_tiled_, shard_sum, split_shards
+from ..ops.bone import plus_tiled, shard_sum, split_shards
 from .method import Method, Misfit, Params, Shapes, nearest_divisor, wide
 from .product import DENSE, Product
 from .tokens import apply_to_tokens, weight_gradient
@@ -141,12 +141,16 @@ class _Bone(Function):
         ctx.save_for_backward(
             x if ctx.needs_input_grad[1] else None, weight, bone, total if ctx.needs_input_grad[3] else None
         )
-        y = product.forward(x, weight, bias)
-        if width == y.shape[1]:
-            y.addmm_(total, bone)
-        else:
-            split_shards(y, width).add_((total @ bone)[:, None])
-        return y
+        own, out_features = total @ bone, product.shape(weight)[0]
+        if width < out_features:
+            return plus_tiled(
+                own,
+                out_features,
+                lambda: product.forward(x, weight, bias),
+                lambda y: product.add_forward_(y, x, weight, bias),
+            )
+        product.add_forward_(own, x, weight, bias)
+        return own
 
     @staticmethod
     @once_differentiable
@@ -157,8 +161,12 @@ class _Bone(Function):
         folded = g if width == g.shape[1] else split_shards(g, width).sum(1)  # (T, m)
         dx = None
         if need_x:
-            dx = ctx.product.backward(g, weight)
-            add_tiled_(dx, folded @ bone.t())
+            dx = plus_tiled(
+                folded @ bone.t(),
+                ctx.product.shape(weight)[1],
+                lambda: ctx.product.backward(g, weight),
+                lambda dx: ctx.product.add_backward_(dx, g, weight),
+            )
         return (
             dx,
             weight_gradient(g, x).to(weight.dtype) if need_weight else None,

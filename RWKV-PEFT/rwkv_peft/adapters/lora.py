@@ -140,7 +140,9 @@ class _Lora(Function):
             lora_B,
             inner if ctx.needs_input_grad[4] else None,
         )
-        return product.forward(x, weight, bias).addmm_(inner, lora_B.t(), alpha=scale)
+        y = scaled_product(inner, lora_B.t(), scale)
+        product.add_forward_(y, x, weight, bias)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -148,8 +150,12 @@ class _Lora(Function):
         x, weight, lora_A, lora_B, inner = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
         g_inner = scaled_product(g, lora_B, ctx.scale) if need_x or need_A else None  # (T, r)
+        dx = None
+        if need_x and g_inner is not None:
+            dx = g_inner @ lora_A
+            ctx.product.add_backward_(dx, g, weight)
         return (
-            ctx.product.backward(g, weight).addmm_(g_inner, lora_A) if need_x else None,
+            dx,
             weight_gradient(g, x).to(weight.dtype) if need_weight else None,
             g.sum(0) if need_bias else None,
             g_inner.t() @ x if need_A and g_inner is not None else None,

@@ -74,9 +74,20 @@ class QuantizedProduct:
 
     def backward(self, g: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
         dz = g.new_zeros(g.shape[0], self.in_features)
+        self.add_backward_(dz, g, packed)
+        return dz
+
+    def add_forward_(
+        self, y: torch.Tensor, z: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> None:
+        if bias is not None:
+            y += bias
+        for rows in self._row_chunks():
+            y[:, rows].addmm_(z, self.rows(packed, rows, z.dtype).t())
+
+    def add_backward_(self, dz: torch.Tensor, g: torch.Tensor, packed: torch.Tensor) -> None:
         for rows in self._row_chunks():
             dz.addmm_(g[:, rows], self.rows(packed, rows, g.dtype))
-        return dz
 
     def _row_chunks(self) -> Iterator[slice]:
         step = max(1, ROW_ELEMENTS // self.in_features)

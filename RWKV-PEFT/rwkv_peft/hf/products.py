@@ -98,6 +98,14 @@ class Dequantized:
     def backward(self, g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return DENSE.backward(g, self.dequantize(self.layer))
 
+    def add_forward_(
+        self, y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> None:
+        DENSE.add_forward_(y, z, self.dequantize(self.layer), bias)
+
+    def add_backward_(self, dz: torch.Tensor, g: torch.Tensor, weight: torch.Tensor) -> None:
+        DENSE.add_backward_(dz, g, self.dequantize(self.layer))
+
     def compute_dtype(self, x: torch.Tensor) -> torch.dtype:
         """The dtype in which the layer itself would compute with x."""
         return getattr(self.layer, "compute_dtype", None) or (x.dtype if x.is_floating_point() else torch.float32)

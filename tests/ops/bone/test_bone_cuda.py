@@ -43,7 +43,7 @@ def kernels(built, monkeypatch):
     built.set_order("ascending")
 
     def call(name, like, given, blocks, **sizes):
-        for key in ("z", "shift", "parts", "total"):
+        for key in ("z", "shift", "parts", "total", "tiled"):
             if given.get(key) is not None and (key, name) != ("parts", "sum_parts"):
                 given[key].fill_(float("nan"))
         cuda.launch(built, None, name, like, given, blocks, **sizes)
@@ -96,9 +96,9 @@ def test_affine_without_the_gradient_of_the_matrices(kernels, rank):
 def test_shards_add_up_and_tiles_repeat_with_a_short_last_one(kernels, dtype, width, rank):
     x, tile = torch.randn(131, width).to(dtype), torch.randn(131, rank).to(dtype)
     assert_as_exact_as_torch([cuda.shard_sum(x, rank)], (x, tile), total)
-    y = x.clone()
-    cuda.add_tiled_(y, tile)
-    assert_as_exact_as_torch([y], (x, tile), tiled)
+    parts = torch.stack((tile, tile.flip(0)))
+    for given, whole in ((tile, tile), (parts, parts.sum(0))):
+        assert_as_exact_as_torch([cuda.tiled(given, width)], (torch.zeros_like(x), whole), tiled)
 
 
 @pytest.mark.parametrize("function", (bat_in, partial(bat_in, scale=6.5), bone_of), ids=("bat-in", "scaled", "bone"))

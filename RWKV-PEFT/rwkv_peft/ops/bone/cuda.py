@@ -1,5 +1,5 @@
-"""cuda/bone as Python sees it: bat-in's affine form, bat-out's merged weight, sums over shards and what is added to
-them, on NVIDIA GPUs.
+"""cuda/bone as Python sees it: bat-in's affine form, bat-out's merged weight, sums over shards and what the shards
+of a result begin as, on NVIDIA GPUs.
 
 The functions are those of cpu.py, for float32 and bfloat16 tensors of one GPU; on tensors without data they allocate
 what they would.
@@ -22,7 +22,7 @@ BLOCKS = 256  # that fill a GPU; the same on every one, so that results are
 MOST_GROUPS = 8  # parts of a sum over shards
 SHARD_THREADS = 128  # cuda/bone/shards.cuh's
 OF_RANK = ("affine_forward", "affine_backward", "merge")
-OF_DTYPE = ("affine_forward", "affine_backward", "shard_sum", "add_tiled", "sum_parts")
+OF_DTYPE = ("affine_forward", "affine_backward", "shard_sum", "tiled", "sum_parts")
 KERNELS = (
     *(f"bone_{name}_products_{rank}" for name in OF_RANK for rank in PRODUCT_RANKS),
     *(f"bone_{name}_{dtype}" for name in OF_DTYPE for dtype in DTYPES.values()),
@@ -33,7 +33,7 @@ class BoneArguments(ctypes.Structure):
     """cuda/bone/arguments.cuh's structure of the same name."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in "x bone z shift d dx g parts tile y tiled total".split()),
+        *((name, ctypes.c_void_p) for name in "x bone z shift d dx g parts tile tiled total".split()),
         *((name, ctypes.c_longlong) for name in ("tokens", "count")),
         *((name, ctypes.c_int) for name in "width rank groups strip device".split()),
         ("factor", ctypes.c_float),
@@ -42,7 +42,7 @@ class BoneArguments(ctypes.Structure):
 
 def affine(x: Tensor, bone: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     """z = x + u and the parts of factor Σ_b u_b, where u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in),
-    (groups, T, r), which add_tiled_ adds up."""
+    (groups, T, r), which `tiled` adds up."""
     x, bone, rank = _whole(x), _whole(bone), bone.shape[-1]
     tile = _tile(x, rank)
     tiles = -(-x.shape[0] // tile)
@@ -94,12 +94,14 @@ def shard_sum(x: Tensor, rank: int) -> Tensor:
     return total
 
 
-def add_tiled_(y: Tensor, tile: Tensor) -> None:
-    """y (T, n), contiguous, += tile (T, r), or the sum of (groups, T, r), repeated along its rows, cut at n."""
+def tiled(tile: Tensor, width: int) -> Tensor:
+    """tile (T, r), or the sum of (groups, T, r), repeated along its rows, cut at `width`: -> (T, width)."""
     tile = _whole(tile)
-    groups = tile.shape[0] if tile.dim() == 3 else 1
-    sizes = dict(tokens=y.shape[0], width=y.shape[1], rank=tile.shape[-1], groups=groups)
-    call("add_tiled", y, dict(y=y, tiled=y, tile=tile), _blocks(tile), **sizes)
+    groups, (tokens, rank) = tile.shape[0] if tile.dim() == 3 else 1, tile.shape[-2:]
+    to = tile.new_empty(tokens, width)
+    sizes = dict(tokens=tokens, width=width, rank=rank, groups=groups)
+    call("tiled", to, dict(tiled=to, tile=tile), _blocks(tile), **sizes)
+    return to
 
 
 def takes(first: Tensor, *others: Tensor | None, rank: int = 0) -> bool:

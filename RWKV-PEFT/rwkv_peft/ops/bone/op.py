@@ -7,6 +7,7 @@ differentiable: the autograd Functions are in adapters/. A factor is a number, o
 element and no dimension.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -27,7 +28,7 @@ def backend(first: Tensor, *others: Tensor | None, rank: int = 0) -> ModuleType 
 
 def affine(x: Tensor, bone: Tensor, factor: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
     """z = x + u and s = factor Σ_b u_b where u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in), and what
-    add_tiled_ takes for s."""
+    plus_tiled takes for s."""
     kernels = backend(x, bone, rank=bone.shape[-1])
     if kernels is not None:
         return kernels.affine(x, bone, factor=factor)
@@ -109,11 +110,26 @@ def shard_sum(x: Tensor, rank: int) -> Tensor:
     return total
 
 
-def add_tiled_(x: Tensor, tile: Tensor) -> None:
-    """x (T, in) += tile (T, r), or what `affine` gives, repeated along the channels, cut at in."""
-    kernels = backend(x, tile)
-    if kernels is not None and x.is_contiguous():
-        return kernels.add_tiled_(x, tile)
+def plus_tiled(
+    tile: Tensor, width: int, product: Callable[[], Tensor], add_product_: Callable[[Tensor], None]
+) -> Tensor:
+    """A product (T, width) plus tile (T, r), or what `affine` gives, repeated along the channels, cut at width.
+
+    product() makes the product, add_product_(y) adds it to y: on a GPU it reads the tiles while it computes, and no
+    pass over its result is left; a CPU takes that pass while the result is in its cache.
+    """
+    if backend(tile) is cuda:
+        y = cuda.tiled(tile, width)
+        add_product_(y)
+    else:
+        y = product()
+        _add_tiled_(y, tile)
+    return y
+
+
+def _add_tiled_(x: Tensor, tile: Tensor) -> None:
+    if backend(x, tile) is cpu and x.is_contiguous():
+        return cpu.add_tiled_(x, tile)
     tile = tile.sum(0) if tile.dim() == 3 else tile
     rank = tile.shape[-1]
     full = x.shape[1] // rank * rank
