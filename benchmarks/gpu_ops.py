@@ -36,6 +36,12 @@ def packed_lerp(x, last, maa, low, up):
     return mix.lerp(x[:1], last, maa, low[:1], up, torch.tensor(BOUNDS, device=x.device))
 
 
+def norm_lerp(x, y, last, weight, bias, maa):
+    """Its results side by side."""
+    total, ends, points = mix.norm_lerp(x, y, weight, bias, 1e-5, last, maa, whole=True)
+    return total, ends, *points
+
+
 def loss(logits):
     """The loss and its gradient, as if that were a result."""
     targets = torch.arange(logits.shape[0], device=logits.device)
@@ -59,6 +65,8 @@ OPS = {
     "relu_square": (mix.relu_square, (ROWS,), None),
     "sigmoid_gate": (mix.sigmoid_gate, (ROWS, ROWS), None),
     "add_norm": (lambda *inputs: mix.add_norm(*inputs, 1e-5), (ROWS, ROWS, (C,), (C,)), None),
+    "norm_lerp": (norm_lerp, (ROWS, ROWS, (2, C), (C,), (C,), (2, C)), (0, 1, 2)),
+    "gated_residual": (mix.gated_residual, (ROWS, ROWS, ROWS), None),
     "bat-in": (bat_in, (ROWS, (256, C), (C // 64, 64, 64)), (0, 2)),
     "bat-in, rank 128": (bat_in, (ROWS, (256, C), (C // 128, 128, 128)), (0, 2)),
     "bat-in, rank 8": (bat_in, (ROWS, (256, C), (C // 8, 8, 8)), (0, 2)),

@@ -7,7 +7,7 @@
 // two elements; a null pointer marks what the caller does not have or want.
 struct MixArguments {
     const void* inputs[12];
-    void* outputs[6];
+    void* outputs[10];
     const void* parameters[4];  // (channels) each
     float* sums[6];             // (strips, channels): sums over a strip's tokens, to be added up
     const index_t* bounds;      // lerp: sequence n is tokens bounds[n] to bounds[n + 1]; null: each is `length` tokens

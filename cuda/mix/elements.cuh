@@ -1,4 +1,4 @@
-// Operations of single elements: max(x, 0)^2, sigmoid(r) v, and RWKV-7's residual of values.
+// Operations of single elements: max(x, 0)^2, sigmoid(r) v, x + sigmoid(r) v, and RWKV-7's residual of values.
 #pragma once
 #include "mix/rows.cuh"
 
@@ -44,6 +44,16 @@ struct SigmoidGateBackward : Operation<E> {  // r, v, grad -> gr, gv
         const Values gate = each([&](int e) { return sigmoid(r.x[e]); });
         this->out(0, t, each([&](int e) { return grad.x[e] * v.x[e] * gate.x[e] * (1.f - gate.x[e]); }));
         this->out(1, t, each([&](int e) { return grad.x[e] * gate.x[e]; }));
+    }
+};
+
+template <class E>
+struct GatedResidualForward : Operation<E> {  // x, r, v -> x + sigmoid(r) v
+    static constexpr int SUMS = 0;
+    using Operation<E>::Operation;
+    __device__ void row(index_t t) {
+        const Values x = this->in(0, t), r = this->in(1, t), v = this->in(2, t);
+        this->out(0, t, each([&](int e) { return x.x[e] + sigmoid(r.x[e]) * v.x[e]; }));
     }
 };
 

@@ -27,11 +27,25 @@ __device__ __forceinline__ void each_own(const MixArguments& a, F f) {
     for (int c = threadIdx.x * V; c < a.channels; c += NORM_THREADS * V) f(c);
 }
 
+// x as an E has it.
+template <class E>
+__device__ __forceinline__ float rounded(float x) {
+    E e;
+    store(&e, x);
+    return to_float(e);
+}
+
+struct RowStats { float mean, scale; };  // scale: 1 / standard deviation
+
+__device__ __forceinline__ RowStats stats_of(const MixArguments& a, index_t t) {
+    return RowStats{((const float*)a.inputs[3])[2 * t], ((const float*)a.inputs[3])[2 * t + 1]};
+}
+
+// row = token t of x + y, or of x where y is null, as backward will read it; written out, with its stats, where it is
+// the block's own.
 template <class E, int V>
-__device__ void add_norm_forward_by(
-    const MixArguments& a) {  // x, y or null; weight, bias -> sum where y is, out, stats
-    float* row = (float*)dynamic_shared();
-    const index_t t = blockIdx.x, at = t * a.channels;
+__device__ RowStats sum_row(const MixArguments& a, index_t t, float* row, bool own) {
+    const index_t at = t * a.channels;
     float sum = 0.f;
     each_own<V>(a, [&](int c) {
         float x[V];
@@ -40,10 +54,8 @@ __device__ void add_norm_forward_by(
             float y[V];
             load_vector<E, V>(y, (const E*)a.inputs[1] + at + c);
             #pragma unroll
-            for (int e = 0; e < V; e++) x[e] += y[e];
-            E* total = (E*)a.outputs[0] + at + c;
-            store_vector<E, V>(total, x);
-            load_vector<E, V>(x, total);  // as backward will read it
+            for (int e = 0; e < V; e++) x[e] = rounded<E>(x[e] + y[e]);
+            if (own) store_vector<E, V>((E*)a.outputs[0] + at + c, x);
         }
         #pragma unroll
         for (int e = 0; e < V; e++) row[c + e] = x[e], sum += x[e];
@@ -55,36 +67,39 @@ __device__ void add_norm_forward_by(
         for (int e = 0; e < V; e++) squares += (row[c + e] - mean) * (row[c + e] - mean);
     });
     const float scale = 1.f / sqrtf(block_total(squares) / a.channels + a.eps);
-    each_own<V>(a, [&](int c) {
-        float weight[V], out[V];
-        load_vector<E, V>(weight, (const E*)a.parameters[0] + c);
-        load_vector<E, V>(out, (const E*)a.parameters[1] + c);
-        #pragma unroll
-        for (int e = 0; e < V; e++) out[e] += (row[c + e] - mean) * scale * weight[e];
-        store_vector<E, V>((E*)a.outputs[1] + at + c, out);
-    });
-    if (threadIdx.x == 0) ((float*)a.outputs[2])[2 * t] = mean, ((float*)a.outputs[2])[2 * t + 1] = scale;
+    if (own && threadIdx.x == 0) ((float*)a.outputs[2])[2 * t] = mean, ((float*)a.outputs[2])[2 * t + 1] = scale;
+    return RowStats{mean, scale};
+}
+template <class E, int V>
+__device__ __forceinline__ void normalize_row(const MixArguments& a, const RowStats& stats, const float* row, int c,
+                                              float (&out)[V]) {
+    float weight[V];
+    load_vector<E, V>(weight, (const E*)a.parameters[0] + c);
+    load_vector<E, V>(out, (const E*)a.parameters[1] + c);
+    #pragma unroll
+    for (int e = 0; e < V; e++) out[e] += (row[c + e] - stats.mean) * stats.scale * weight[e];
 }
 
-// sum, grad of out, grad of sum, stats; weight -> the gradient of x, which is that of y
+// row = the gradient of the normalized values, from that of the norm's result; sum and along add up, for this thread,
+// it and its product with those values.
 template <class E, int V>
-__device__ void add_norm_backward_by(const MixArguments& a) {
-    float* row = (float*)dynamic_shared();  // the gradient of the normalized values
-    const index_t t = blockIdx.x, at = t * a.channels;
-    const float mean = ((const float*)a.inputs[3])[2 * t], scale = ((const float*)a.inputs[3])[2 * t + 1];
-    float sum = 0.f, along = 0.f;
-    each_own<V>(a, [&](int c) {
-        float x[V], grad[V], weight[V];
-        load_vector<E, V>(x, (const E*)a.inputs[0] + at + c);
-        load_vector<E, V>(grad, (const E*)a.inputs[1] + at + c);
-        load_vector<E, V>(weight, (const E*)a.parameters[0] + c);
-        #pragma unroll
-        for (int e = 0; e < V; e++) {
-            row[c + e] = grad[e] * weight[e];
-            sum += row[c + e];
-            along += row[c + e] * (x[e] - mean) * scale;
-        }
-    });
+__device__ __forceinline__ void gather_row(const MixArguments& a, const RowStats& stats, index_t t, int c,
+                                           const float (&grad)[V], float* row, float& sum, float& along) {
+    float x[V], weight[V];
+    load_vector<E, V>(x, (const E*)a.inputs[0] + t * a.channels + c);
+    load_vector<E, V>(weight, (const E*)a.parameters[0] + c);
+    #pragma unroll
+    for (int e = 0; e < V; e++) {
+        row[c + e] = grad[e] * weight[e];
+        sum += row[c + e];
+        along += row[c + e] * (x[e] - stats.mean) * stats.scale;
+    }
+}
+// The gradient of x, which is that of y, from the row and the threads' sums, and from that of x + y.
+template <class E, int V>
+__device__ __forceinline__ void store_row_gradient(const MixArguments& a, const RowStats& stats, index_t t,
+                                                   const float* row, float sum, float along) {
+    const index_t at = t * a.channels;
     sum = block_total(sum) / a.channels;
     along = block_total(along) / a.channels;
     each_own<V>(a, [&](int c) {
@@ -92,9 +107,37 @@ __device__ void add_norm_backward_by(const MixArguments& a) {
         load_vector<E, V>(x, (const E*)a.inputs[0] + at + c);
         load_vector<E, V>(gx, (const E*)a.inputs[2] + at + c);
         #pragma unroll
-        for (int e = 0; e < V; e++) gx[e] += scale * (row[c + e] - sum - (x[e] - mean) * scale * along);
+        for (int e = 0; e < V; e++)
+            gx[e] += stats.scale * (row[c + e] - sum - (x[e] - stats.mean) * stats.scale * along);
         store_vector<E, V>((E*)a.outputs[0] + at + c, gx);
     });
+}
+
+// x, y or null; weight, bias -> sum where y is, out, stats
+template <class E, int V>
+__device__ void add_norm_forward_by(const MixArguments& a) {
+    float* row = (float*)dynamic_shared();
+    const RowStats stats = sum_row<E, V>(a, blockIdx.x, row, true);
+    each_own<V>(a, [&](int c) {
+        float out[V];
+        normalize_row<E, V>(a, stats, row, c, out);
+        store_vector<E, V>((E*)a.outputs[1] + (index_t)blockIdx.x * a.channels + c, out);
+    });
+}
+
+// sum, grad of out, grad of sum, stats; weight -> the gradient of x, which is that of y
+template <class E, int V>
+__device__ void add_norm_backward_by(const MixArguments& a) {
+    float* row = (float*)dynamic_shared();
+    const index_t t = blockIdx.x;
+    const RowStats stats = stats_of(a, t);
+    float sum = 0.f, along = 0.f;
+    each_own<V>(a, [&](int c) {
+        float grad[V];
+        load_vector<E, V>(grad, (const E*)a.inputs[1] + t * a.channels + c);
+        gather_row<E, V>(a, stats, t, c, grad, row, sum, along);
+    });
+    store_row_gradient<E, V>(a, stats, t, row, sum, along);
 }
 
 // a.size: how many neighbours are read at once, the widest that there is, or two.

@@ -9,6 +9,7 @@
 #include "mix/layer_norm.cuh"
 #include "mix/lerp.cuh"
 #include "mix/low_rank.cuh"
+#include "mix/norm_lerp.cuh"
 
 #define MIX_OPERATION(name, Op)                                                       \
     KERNEL(MixArguments, mix_##name##_float32, run_rows<Op<float>>, 32 * WARPS, 1, 0) \
@@ -20,6 +21,7 @@ MIX_OPERATION(relu_square_forward, ReluSquareForward)
 MIX_OPERATION(relu_square_backward, ReluSquareBackward)
 MIX_OPERATION(sigmoid_gate_forward, SigmoidGateForward)
 MIX_OPERATION(sigmoid_gate_backward, SigmoidGateBackward)
+MIX_OPERATION(gated_residual_forward, GatedResidualForward)
 MIX_OPERATION(value_residual_forward, ValueResidualForward)
 MIX_OPERATION(value_residual_backward, ValueResidualBackward)
 MIX_OPERATION(norm_gate_forward, NormGateForward)
@@ -30,12 +32,14 @@ MIX_OPERATION(norm_bonus_gate_forward, NormBonusGateForward)
 MIX_OPERATION(norm_bonus_gate_backward, NormBonusGateBackward)
 MIX_OPERATION(add_norm_sums, AddNormSums)
 
-// Those whose blocks have a token.
-#define MIX_TOKENS(name)                                                                                    \
-    KERNEL(MixArguments, mix_##name##_float32, name<float>, NORM_THREADS, 1, MOST_CHANNELS * sizeof(float)) \
-    KERNEL(MixArguments, mix_##name##_bfloat16, name<bf16>, NORM_THREADS, 1, MOST_CHANNELS * sizeof(float))
-MIX_TOKENS(add_norm_forward)
-MIX_TOKENS(add_norm_backward)
+// Those whose blocks have whole tokens.
+#define MIX_TOKENS(name, floats)                                                                     \
+    KERNEL(MixArguments, mix_##name##_float32, name<float>, NORM_THREADS, 1, floats * sizeof(float)) \
+    KERNEL(MixArguments, mix_##name##_bfloat16, name<bf16>, NORM_THREADS, 1, floats * sizeof(float))
+MIX_TOKENS(add_norm_forward, MOST_CHANNELS)
+MIX_TOKENS(add_norm_backward, MOST_CHANNELS)
+MIX_TOKENS(norm_lerp_forward, 2 * MOST_MIXED)
+MIX_TOKENS(norm_lerp_backward, 2 * MOST_MIXED)
 
 // A lerp's weights of rank K.
 #define MIX_LOW_RANK(K)                                                                                         \

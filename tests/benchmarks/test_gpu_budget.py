@@ -11,13 +11,13 @@ from rwkv_peft.models import family_named
 SOURCE = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_budget.py"
 # launches, units of (T, C) at 2048 channels
 LIMITS = {
-    ("x060", "frozen"): (52, 102),
-    ("x060", "bat-in"): (92, 183),
-    ("x060", "bone"): (92, 157),
-    ("x060", "bat-out"): (108, 177),
-    ("x060", "lora"): (100, 168),
-    ("x070", "frozen"): (58, 154),
-    ("x070", "bat-in"): (88, 222),
+    ("x060", "frozen"): (46, 91),
+    ("x060", "bat-in"): (86, 172),
+    ("x060", "bone"): (86, 146),
+    ("x060", "bat-out"): (102, 166),
+    ("x060", "lora"): (94, 157),
+    ("x070", "frozen"): (54, 146),
+    ("x070", "bat-in"): (84, 214),
 }
 
 

@@ -10,28 +10,28 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
-from ..ops.mix import add_norm
+from ..ops.mix import norm_lerp
 from .state import TIME_STATE, LayerState, State, swapped
 
 HeadFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, weight of the head) -> what stands for logits
 
 
-def last_token(x: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
-    """The last token of each sequence of x (B, T, C) -> (B, C), or (n, C) where cu_seqlens packs n of them."""
-    if cu_seqlens is not None:
-        return x[0, cu_seqlens[1:].long() - 1]
-    # A view would keep x as long as the state lives, where checkpointed blocks keep nothing else of it.
-    return x[:, -1] if x.shape[1] == 1 else x[:, -1].clone()
-
-
-class ResidualNorm(nn.LayerNorm):
-    """Adds a residual, and normalizes the sum."""
+class MixedNorm(nn.LayerNorm):
+    """Adds a residual, normalizes the sum, and moves each of its tokens towards the one before."""
 
     def forward(  # type: ignore[override]
-        self, x: torch.Tensor, y: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x (B, T, C), y (B, T, C) or None -> x + y, that normalized, both (B, T, C)."""
-        return add_norm(x, y, self.weight, self.bias, self.eps)
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor | None,
+        maa: torch.Tensor,
+        shift: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None = None,
+        whole: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+        """x (B, T, C), y (B, T, C) or None, maa (m, C), shift (B, C) or None, what precedes the norm's first token
+        -> x + y, the norm's last token (B, C), m points between its tokens and those before (B, T, C), first of all the
+        norm itself where `whole`."""
+        return norm_lerp(x, y, self.weight, self.bias, self.eps, shift, maa, cu_seqlens, whole)
 
 
 class Recurrent(nn.Module):

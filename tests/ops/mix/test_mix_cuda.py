@@ -16,10 +16,13 @@ from rwkv_peft.ops.mix import (
     cuda,
     delta_keys,
     functions,
+    gated_residual,
     gpu_lerp,
     lerp,
     norm_bonus_gate,
     norm_gate,
+    norm_lerp,
+    norms,
     op,
     relu_square,
     sigmoid_gate,
@@ -60,6 +63,7 @@ def on_shim(request, monkeypatch):
 
     monkeypatch.setattr(cpu, "call", call)
     monkeypatch.setattr(op, "cpu_lerp", gpu_lerp)
+    monkeypatch.setattr(op, "norms_fused", lambda *tensors: op.fused(*tensors))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -155,11 +159,64 @@ def test_residual_and_layer_norm(kernels, shape, offset, with_residual, trained,
         assert (x.double() - exact).norm() <= allowed, i
 
 
+def norm_and_lerp(inputs, dtype, bounds, whole, offset=0):
+    """Results of norm_lerp, and the gradients of x, y and last; x lies `offset` elements into its memory."""
+    x, y, last, weight, bias, maa = (x if x is None else x.to(dtype, copy=True) for x in inputs)
+    memory = torch.cat([x.new_zeros(offset), x.flatten()]).requires_grad_()
+    leaves = [memory, *(x.requires_grad_() for x in (y, last) if x is not None)]
+    x = memory[offset:].view(x.shape)
+    total, ends, points = norm_lerp(x, y, weight, bias, 1e-5, last, maa, bounds, whole)
+    outs = [total, ends, *points]
+    torch.autograd.backward(outs, [randn(*out.shape, seed=7 + i).to(dtype) for i, out in enumerate(outs)])
+    return [*outs, *(x.grad for x in leaves)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape, offset, lengths, with_residual, with_last, points, whole",
+    [
+        ((2, 9, 34), 0, None, True, True, 2, False),
+        ((2, 9, 34), 0, None, False, False, 6, False),
+        ((1, 21, 520), 2, (1, 4, 1, 15), True, True, 2, True),
+        ((1, 21, 34), 0, (6, 15), True, False, 1, False),
+        ((1, 6, 2080), 0, None, False, True, 1, True),
+    ],
+)
+def test_residual_norm_and_lerp_in_one(
+    kernels, shape, offset, lengths, with_residual, with_last, points, whole, dtype, monkeypatch
+):
+    """Sequences that begin and end within strips and with them; of any width and address."""
+    monkeypatch.setattr(norms, "STRIPS", 4)
+    bounds = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
+    sequences = shape[0] if lengths is None else len(lengths)
+    y = randn(*shape, seed=1) if with_residual else None
+    last = randn(sequences, shape[2], seed=2) if with_last else None
+    inputs = [randn(*shape) + 0.5, y, last, *(randn(shape[2], seed=i) for i in (3, 4)), randn(points, shape[2])]
+    inputs = [x if x is None else x.to(dtype) for x in inputs]
+    found = norm_and_lerp(inputs, dtype, bounds, whole, offset)
+    assert "NormLerp" in type(found[1].grad_fn).__name__
+    monkeypatch.setattr(op, "fused", lambda *_: False)
+    plain, true = (norm_and_lerp(inputs, d, bounds, whole, offset) for d in (dtype, torch.float64))
+    for i, (x, low, exact) in enumerate(zip(found, plain, true, strict=True)):
+        assert x.dtype == dtype
+        allowed = 2 * (low.double() - exact).norm() + 2 * torch.finfo(dtype).eps * exact.norm()
+        assert (x.double() - exact).norm() <= allowed, i
+
+
+def test_trained_norms_and_points_take_two_kernels(kernels):
+    x, (weight, bias), maa = randn(1, 5, 8), randn(2, 8), randn(2, 8).requires_grad_()
+    _, _, points = norm_lerp(x, None, weight, bias, 1e-5, None, maa)
+    sum(point.sum() for point in points).backward()
+    assert "NormLerp" not in type(points[0].grad_fn).__name__ and maa.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1, 2), (2, 7, 34), (1, 50, 258)])
 def test_elements(kernels, shape, dtype, monkeypatch):
     assert_as_accurate(relu_square, [randn(*shape)], dtype, monkeypatch)
     assert_as_accurate(sigmoid_gate, [4 * randn(*shape), randn(*shape, seed=1)], dtype, monkeypatch)
+    inputs = [randn(*shape, seed=2), 4 * randn(*shape), randn(*shape, seed=1)]
+    assert_as_accurate(gated_residual, inputs, dtype, monkeypatch)
     inputs = [randn(*shape), randn(*shape, seed=1), 2 * randn(*shape, seed=2), randn(1, 1, shape[-1])]
     assert_as_accurate(value_residual, inputs, dtype, monkeypatch)
 
@@ -187,23 +244,26 @@ def test_the_order_of_threads_changes_no_bit(kernels, order, monkeypatch):
     function, inputs = (lambda *x: norm_bonus_gate(*x, 64e-5)), reads_inputs(1, 70, 2, 20)
     monkeypatch.setattr(op, "norms_fused", lambda *_: True)
 
-    def norms():
+    def whole_tokens():
         leaves = [x.requires_grad_() for x in (randn(1, 3, 300), randn(1, 3, 300), randn(300), randn(300))]
         outs = add_norm(*leaves, 1e-5)
         torch.autograd.backward(outs, [randn(1, 3, 300, seed=seed) for seed in (7, 8)])
-        return [*outs, *(x.grad for x in leaves)]
+        inputs = [randn(1, 9, 300), randn(1, 9, 300, seed=1), randn(1, 300), *randn(2, 300), randn(2, 300, seed=1)]
+        mixed = norm_and_lerp(inputs, torch.float32, None, True)
+        return [*outs, *(x.grad for x in leaves), *mixed]
 
     points = [randn(1, 70, 36), randn(1, 36), randn(6, 36), *low_rank(1, 70, 36, 6, 4)]
     expected = [
         *run_both(function, inputs, torch.float32, False, monkeypatch),
         *run_both(lerp, points, torch.float32, False, monkeypatch),
-        *norms(),
+        *whole_tokens(),
     ]
     kernels.set_order(order)
+    monkeypatch.setattr(norms, "STRIPS", 2)  # nor does a block's length
     found = [
         *run_both(function, inputs, torch.float32, False, monkeypatch),
         *run_both(lerp, points, torch.float32, False, monkeypatch),
-        *norms(),
+        *whole_tokens(),
     ]
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...ops.mix import lerp, norm_gate, relu_square, sigmoid_gate
+from ...ops.mix import gated_residual, lerp, norm_gate, relu_square
 from ...ops.wkv6 import wkv6
-from ..parts import LanguageModel, Recurrent, ResidualNorm, count_sequences, last_token
+from ..parts import LanguageModel, MixedNorm, Recurrent, count_sequences
 from ..state import LayerState
 from .keys import RWKV6Config
 
@@ -57,10 +57,10 @@ class TimeMix(Recurrent):
         self.ln_x = GatedNorm(H, A, eps=1e-5 * config.head_size_divisor**2)
 
     def mix(
-        self, x: torch.Tensor, shift: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None
+        self, x: torch.Tensor, mixed: torch.Tensor, shift: torch.Tensor | None, cu_seqlens: torch.Tensor | None
     ) -> Sequence[torch.Tensor]:
-        """Data-dependent lerp between x and its predecessor (eq. 12 to 14) -> w, k, v, r, g inputs, each (B, T, C)."""
-        (mixed,) = lerp(x, shift, self.time_maa_x[0], cu_seqlens=cu_seqlens)
+        """Data-dependent lerp between x and its predecessor (eq. 12 to 14), by way of `mixed`, one that is not
+        -> w, k, v, r, g inputs, each (B, T, C)."""
         low = torch.tanh(mixed @ self.time_maa_w1)  # (B, T, 5 * maa_rank), order w, k, v, r, g as in time_maa_w2
         maa = torch.cat((self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)).flatten(
             1
@@ -69,14 +69,17 @@ class TimeMix(Recurrent):
 
     def forward(
         self,
+        norm: MixedNorm,
         x: torch.Tensor,
         shift: torch.Tensor | None = None,
         wkv_state: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x (B, T, C) -> output (B, T, C), last input (B, C), final wkv state (B, H, N, N)."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x (B, T, C), which `norm` normalizes -> x, output (B, T, C), last normalized token (B, C), final wkv state
+        (B, H, N, N)."""
         B, T, _ = x.shape
-        xw, xk, xv, xr, xg = self.mix(x, shift, cu_seqlens)
+        x, last, (normal, mixed) = norm(x, None, self.time_maa_x[0], shift, cu_seqlens, whole=True)
+        xw, xk, xv, xr, xg = self.mix(normal, mixed, shift, cu_seqlens)
         heads = (B, T, self.n_head, self.head_size)
         r = self.receptance(xr).view(heads)
         k = self.key(xk).view(heads)
@@ -84,7 +87,7 @@ class TimeMix(Recurrent):
         w = F.linear(torch.tanh(xw @ self.time_decay_w1), self.time_decay_w2.t(), self.time_decay.flatten()).view(heads)
         wkv_state = self.begun(wkv_state, count_sequences(x, cu_seqlens))
         y, wkv_state = wkv6(r, k, v, w, self.time_faaaa, wkv_state, cu_seqlens)
-        return self.output(self.ln_x(y, self.gate(xg))), last_token(x, cu_seqlens), wkv_state
+        return x, self.output(self.ln_x(y, self.gate(xg))), last, wkv_state
 
 
 class ChannelMix(nn.Module):
@@ -100,13 +103,19 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(config.dim_ffn, C, bias=False)
 
     def forward(
-        self, x: torch.Tensor, shift: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None
+        self,
+        norm: MixedNorm,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        shift: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x (B, T, C) -> output (B, T, C), last input (B, C)."""
+        """x, y (B, T, C), whose sum `norm` normalizes -> the sum and the feed-forward of it (B, T, C), last normalized
+        token (B, C)."""
         maa = torch.cat((self.time_maa_k, self.time_maa_r)).view(2, -1)
-        xk, xr = lerp(x, shift, maa, cu_seqlens=cu_seqlens)
+        x, last, (xk, xr) = norm(x, y, maa, shift, cu_seqlens)
         value = self.value(relu_square(self.key(xk)))
-        return sigmoid_gate(self.receptance(xr), value), last_token(x, cu_seqlens)
+        return gated_residual(x, self.receptance(xr), value), last
 
 
 class Block(nn.Module):
@@ -118,8 +127,8 @@ class Block(nn.Module):
         if layer == 0:
             self.ln0 = nn.LayerNorm(C)
         self.first = layer == 0
-        self.ln1 = ResidualNorm(C)
-        self.ln2 = ResidualNorm(C)
+        self.ln1 = MixedNorm(C)
+        self.ln2 = MixedNorm(C)
         self.att = TimeMix(config)
         self.ffn = ChannelMix(config)
 
@@ -130,11 +139,9 @@ class Block(nn.Module):
         att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
         if self.first:
             x = self.ln0(x)
-        x, normal = self.ln1(x)
-        y, att_shift, wkv = self.att(normal, att_shift, wkv, cu_seqlens)
-        x, normal = self.ln2(x, y)
-        y, ffn_shift = self.ffn(normal, ffn_shift, cu_seqlens)
-        return x + y, LayerState(att_shift, wkv, ffn_shift)
+        x, y, att_shift, wkv = self.att(self.ln1, x, att_shift, wkv, cu_seqlens)
+        x, ffn_shift = self.ffn(self.ln2, x, y, ffn_shift, cu_seqlens)
+        return x, LayerState(att_shift, wkv, ffn_shift)
 
 
 class RWKV6(LanguageModel):

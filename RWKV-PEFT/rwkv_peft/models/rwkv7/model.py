@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...ops.mix import delta_keys, lerp, norm_bonus_gate, relu_square, value_residual
+from ...ops.mix import delta_keys, norm_bonus_gate, relu_square, value_residual
 from ...ops.wkv7 import wkv7
-from ..parts import LanguageModel, Recurrent, ResidualNorm, count_sequences, last_token
+from ..parts import LanguageModel, MixedNorm, Recurrent, count_sequences
 from ..state import LayerState
 from .keys import SHIFTS, RWKV7Config
 
@@ -70,18 +70,19 @@ class TimeMix(Recurrent):
 
     def forward(
         self,
+        norm: MixedNorm,
         x: torch.Tensor,
         v_first: torch.Tensor | None,
         shift: torch.Tensor | None = None,
         wkv_state: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x (B, T, C), v_first (B, T, C), the values of layer 0 (None there) -> output (B, T, C), v_first, last input
-        (B, C), final wkv state (B, H, N value, N key)."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x (B, T, C), which `norm` normalizes, v_first (B, T, C), the values of layer 0 (None there) -> x, output
+        (B, T, C), v_first, last normalized token (B, C), final wkv state (B, H, N value, N key)."""
         B, T, C = x.shape
         heads = (B, T, self.n_head, self.head_size)
         amounts = torch.cat([getattr(self, f"x_{name}") for name in SHIFTS]).flatten(1)  # (6, C)
-        xr, xw, xk, xv, xa, xg = lerp(x, shift, amounts, cu_seqlens=cu_seqlens)
+        x, last, (xr, xw, xk, xv, xa, xg) = norm(x, None, amounts, shift, cu_seqlens)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         w = F.linear(torch.tanh(xw @ self.w1), self.w2.t(), self.w0.flatten())
         if v_first is None:
@@ -95,7 +96,7 @@ class TimeMix(Recurrent):
         wkv_state = self.begun(wkv_state, count_sequences(x, cu_seqlens))
         y, wkv_state = wkv7(r, w, k, v, a, b, wkv_state, cu_seqlens)
         y = self.ln_x(y, r, k, v, g, self.r_k)
-        return self.output(y), v_first, last_token(x, cu_seqlens), wkv_state
+        return x, self.output(y), v_first, last, wkv_state
 
 
 class ChannelMix(nn.Module):
@@ -108,11 +109,17 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
 
     def forward(
-        self, x: torch.Tensor, shift: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None
+        self,
+        norm: MixedNorm,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        shift: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x (B, T, C) -> output (B, T, C), last input (B, C)."""
-        (xk,) = lerp(x, shift, self.x_k[0], cu_seqlens=cu_seqlens)
-        return self.value(relu_square(self.key(xk))), last_token(x, cu_seqlens)
+        """x, y (B, T, C), whose sum `norm` normalizes -> the sum and the feed-forward of it (B, T, C), last normalized
+        token (B, C)."""
+        x, last, (xk,) = norm(x, y, self.x_k[0], shift, cu_seqlens)
+        return x + self.value(relu_square(self.key(xk))), last
 
 
 class Block(nn.Module):
@@ -124,8 +131,8 @@ class Block(nn.Module):
         if layer == 0:
             self.ln0 = nn.LayerNorm(C)
         self.first = layer == 0
-        self.ln1 = ResidualNorm(C)
-        self.ln2 = ResidualNorm(C)
+        self.ln1 = MixedNorm(C)
+        self.ln2 = MixedNorm(C)
         self.att = TimeMix(config, layer)
         self.ffn = ChannelMix(config)
 
@@ -141,11 +148,9 @@ class Block(nn.Module):
         att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
         if self.first:
             x = self.ln0(x)
-        x, normal = self.ln1(x)
-        y, v_first, att_shift, wkv = self.att(normal, v_first, att_shift, wkv, cu_seqlens)
-        x, normal = self.ln2(x, y)
-        y, ffn_shift = self.ffn(normal, ffn_shift, cu_seqlens)
-        return x + y, v_first, LayerState(att_shift, wkv, ffn_shift)
+        x, y, v_first, att_shift, wkv = self.att(self.ln1, x, v_first, att_shift, wkv, cu_seqlens)
+        x, ffn_shift = self.ffn(self.ln2, x, y, ffn_shift, cu_seqlens)
+        return x, v_first, LayerState(att_shift, wkv, ffn_shift)
 
 
 class RWKV7(LanguageModel):

@@ -4,9 +4,11 @@ heads."""
 from .op import (
     add_norm,
     delta_keys,
+    gated_residual,
     lerp,
     norm_bonus_gate,
     norm_gate,
+    norm_lerp,
     relu_square,
     sigmoid_gate,
     token_shift,
@@ -16,9 +18,11 @@ from .op import (
 __all__ = [
     "add_norm",
     "delta_keys",
+    "gated_residual",
     "lerp",
     "norm_bonus_gate",
     "norm_gate",
+    "norm_lerp",
     "relu_square",
     "sigmoid_gate",
     "token_shift",

@@ -15,6 +15,7 @@ WARPS = 4  # of a block; cuda/mix/arguments.cuh's WARPS
 MOST_SIZE = 128  # channels of a group, which one warp has of a token
 MOST_POINTS = 6  # of a lerp
 MOST_CHANNELS = 8192  # of a norm of whole tokens
+MOST_MIXED = 4096  # of one with token shift
 FEW_TOKENS = 8192  # up to which short strips fill a GPU with blocks
 LOW_RANKS = (32, 64)  # of a lerp whose product of low rank is inside its kernel, in bfloat16
 LOW_POINTS = 5  # that such a lerp has
@@ -36,19 +37,16 @@ def _layout(*names: str) -> Layout:
 
 _POINTS = range(MOST_POINTS)
 _LOW_OUTS, _LOW_GRADS = (" ".join(f"{kind}{i}" for i in range(LOW_POINTS)) for kind in ("out", "grad"))
+_OUTS, _GRADS = (" ".join(f"{kind}{i}" for i in _POINTS) for kind in ("out", "grad"))
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {
-        "lerp_forward": _layout("x offsets", " ".join(f"out{i}" for i in _POINTS), "maa"),
-        "lerp_backward": _layout(
-            "x offsets " + " ".join(f"grad{i}" for i in _POINTS),
-            "gx goffsets",
-            "maa",
-            " ".join(f"gmaa{i}" for i in _POINTS),
-        ),
+        "lerp_forward": _layout("x offsets", _OUTS, "maa"),
+        "lerp_backward": _layout(f"x offsets {_GRADS}", "gx goffsets", "maa", " ".join(f"gmaa{i}" for i in _POINTS)),
         "relu_square_forward": _layout("x", "out"),
         "relu_square_backward": _layout("out grad", "gx"),
         "sigmoid_gate_forward": _layout("r v", "out"),
         "sigmoid_gate_backward": _layout("r v grad", "gr gv"),
+        "gated_residual_forward": _layout("x r v", "out"),
         "value_residual_forward": _layout("v first low", "out", "v0"),
         "value_residual_backward": _layout("v first low grad", "gv gfirst glow", "v0", "gv0"),
         "norm_gate_forward": _layout("y g", "out", "weight bias"),
@@ -69,12 +67,14 @@ TILED: Mapping[str, Layout] = MappingProxyType(
         "lerp_low_backward": _layout(f"x low up {_LOW_GRADS}", "gx glow", "maa"),
         "add_norm_forward": _layout("x y", "sum out stats", "weight bias"),
         "add_norm_backward": _layout("sum grad passed stats", "gx", "weight"),
+        "norm_lerp_forward": _layout("x y", f"sum out stats ends {_OUTS}", "weight bias maa"),
+        "norm_lerp_backward": _layout(f"sum grad passed stats gends {_GRADS}", "gx", "weight maa"),
     }
 )
 KERNELS = (
     *(f"mix_{name}_{dtype}" for name in LAYOUTS for dtype in DTYPES.values()),
     *(f"mix_{name}_{rank}" for name in TILED if name.startswith("lerp") for rank in LOW_RANKS),
-    *(f"mix_{name}_{dtype}" for name in TILED if name.startswith("add") for dtype in DTYPES.values()),
+    *(f"mix_{name}_{dtype}" for name in TILED if "norm" in name for dtype in DTYPES.values()),
 )
 
 
@@ -83,7 +83,7 @@ class MixArguments(ctypes.Structure):
 
     _fields_ = [
         ("inputs", ctypes.c_void_p * 12),
-        ("outputs", ctypes.c_void_p * 6),
+        ("outputs", ctypes.c_void_p * 10),
         ("parameters", ctypes.c_void_p * 4),
         ("sums", ctypes.c_void_p * 6),
         *((name, ctypes.c_void_p) for name in ("bounds", "last", "glast")),
@@ -148,18 +148,20 @@ def launch_tiled(
     channels: int,
     rank: int = 0,
     size: int = LOW_CHANNELS,
+    strip: int = 1,
     **others: Any,
 ) -> None:
-    """The same for an operation of TILED. rank: of a lerp's product, whose blocks have `size` channels."""
-    arguments = _arguments(TILED[name], like, tensors, [], **others)
+    """The same for an operation of TILED. rank: of a lerp's product, whose blocks have `size` channels; strip: tokens
+    of a norm's block."""
+    arguments = _arguments(TILED[name], like, tensors, [], strip=strip, **others)
     arguments.tokens, arguments.channels, arguments.size = tokens, channels, size
     if rank:
         tile = LOW_TOKENS if name == "lerp_low_forward" else LOW_TOKENS - 1
         return FAMILY.run(built, f"mix_{name}_{rank}", arguments, -(-tokens // tile) * -(-channels // size), on)
     widest = 16 // like.element_size()  # elements that a thread reads at once, where they lie so
-    addresses = [x.data_ptr() for x in tensors.values() if x is not None]
+    addresses = [x.data_ptr() for x in (*tensors.values(), *others.values()) if isinstance(x, torch.Tensor)]
     arguments.size = 2 if channels % widest or any([address % 16 for address in addresses]) else widest
-    FAMILY.run(built, f"mix_{name}_{DTYPES[like.dtype]}", arguments, tokens, on)
+    FAMILY.run(built, f"mix_{name}_{DTYPES[like.dtype]}", arguments, -(-tokens // strip), on)
 
 
 def _arguments(
@@ -171,7 +173,7 @@ def _arguments(
 ) -> MixArguments:
     return MixArguments(
         inputs=_addresses(12, [tensors.get(input_) for input_ in layout.inputs]),
-        outputs=_addresses(6, [tensors.get(output) for output in layout.outputs]),
+        outputs=_addresses(10, [tensors.get(output) for output in layout.outputs]),
         parameters=_addresses(4, [tensors[parameter] for parameter in layout.parameters]),
         sums=_addresses(6, sums),
         device=like.device.index or 0,

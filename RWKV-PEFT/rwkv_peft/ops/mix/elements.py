@@ -45,10 +45,31 @@ class SigmoidGate(Function):
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         r, v = ctx.saved_tensors
-        gr, gv = torch.empty_like(r), torch.empty_like(v)
-        tensors = dict(r=r, v=v, grad=grad, gr=gr, gv=gv)
-        call("sigmoid_gate_backward", v, tensors, count=v.numel())
-        return gr, gv
+        return _gate_backward(r, v, grad)
+
+
+class GatedResidual(Function):
+    """x, r, v of one shape -> x + sigmoid(r) v, on a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, r: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(r, v)
+        out = torch.empty_like(x)
+        call("gated_residual_forward", x, dict(x=x, r=r, v=v, out=out), count=x.numel())
+        return out
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        r, v = ctx.saved_tensors
+        return grad, *_gate_backward(r, v, grad)
+
+
+def _gate_backward(r: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of r and v."""
+    gr, gv = torch.empty_like(r), torch.empty_like(v)
+    call("sigmoid_gate_backward", v, dict(r=r, v=v, grad=grad, gr=gr, gv=gv), count=v.numel())
+    return gr, gv
 
 
 class ValueResidual(Function):

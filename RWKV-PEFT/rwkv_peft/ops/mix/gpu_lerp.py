@@ -34,7 +34,7 @@ class Lerp(Function):
         ctx.save_for_backward(x, last, maa, low, up, cu_seqlens)
         outs = tuple(torch.empty_like(x) for _ in range(maa.shape[0]))
         tensors = dict(x=x, maa=maa) | {f"out{i}": out for i, out in enumerate(outs)}
-        sizes = _sizes(x, maa, cu_seqlens)
+        sizes = sizes_of(x, maa, cu_seqlens)
         if up is not None and has_product_inside(x, last, maa, low, up):
             call("lerp_low_forward", x, tensors | dict(low=low, up=up), last=last, rank=up.shape[1], **sizes)
         else:
@@ -47,7 +47,7 @@ class Lerp(Function):
         x, last, maa, low, up, cu_seqlens = ctx.saved_tensors
         gx, glast = torch.empty_like(x), None if last is None else torch.empty_like(last)
         tensors = dict(maa=maa, gx=gx) | {f"grad{i}": grad for i, grad in enumerate(grads)}
-        sizes = _sizes(x, maa, cu_seqlens) | dict(last=last, glast=glast)
+        sizes = sizes_of(x, maa, cu_seqlens) | dict(last=last, glast=glast)
         trained = ctx.needs_input_grad[2] or ctx.needs_input_grad[4]
         if not trained and has_product_inside(x, last, maa, low, up, *grads):
             parts, size = _parts(low, x)
@@ -99,7 +99,8 @@ def _by_point(low: Tensor, up: Tensor) -> Tensor:
     return low.reshape(-1, m, K).transpose(0, 1)
 
 
-def _sizes(x: Tensor, maa: Tensor, cu_seqlens: Tensor | None) -> dict[str, Any]:
+def sizes_of(x: Tensor, maa: Tensor, cu_seqlens: Tensor | None) -> dict[str, Any]:
+    """What a launch is told of x (B, T, C), points maa (m, C) and packed sequences."""
     B, T, C = x.shape
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return dict(tokens=B * T, channels=C, n=maa.shape[0], length=T, sequences=sequences, bounds=cu_seqlens)

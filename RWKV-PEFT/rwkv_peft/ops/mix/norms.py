@@ -1,8 +1,10 @@
-"""Residual and layer norm in one, on a GPU: an autograd Function over cuda/mix/layer_norm.cuh.
+"""Residual and layer norm in one, with token shift and interpolation or without, on a GPU: autograd Functions over
+cuda/mix/layer_norm.cuh and norm_lerp.cuh.
 
 Tensors are contiguous and share one dtype, float32 or bfloat16; op.py sees to that.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +12,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .functions import call, differentiable_once, rounded, sums_like
+from .gpu_lerp import sizes_of
+
+STRIPS, MOST_STRIP = 1024, 8  # blocks that a GPU has enough of, whichever; tokens that one has at most
 
 
 class AddNorm(Function):
@@ -38,6 +43,58 @@ class AddNorm(Function):
             tensors = dict(sum=total, grad=grad, stats=stats, gweight=sums[0], gbias=sums[1])
             call("add_norm_sums", total, tensors, **_rows(total))
         return gx, gx if ctx.needs_input_grad[1] else None, *rounded(sums, weight.dtype), None
+
+
+class NormLerp(Function):
+    """x (B, T, C), y (B, T, C) or None, last (n, C) or None, weight and bias (C,), maa (m, C), none of them trained,
+    eps, cu_seqlens int64 or None, whether the norm itself is wanted -> x + y, the last of each sequence's norms (n, C),
+    the norm where wanted, m times (B, T, C)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor | None,
+        last: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        maa: Tensor,
+        eps: float,
+        cu_seqlens: Tensor | None,
+        whole: bool,
+    ) -> tuple[Tensor, ...]:
+        total = x if y is None else torch.empty_like(x)
+        sizes = sizes_of(x, maa, cu_seqlens)
+        ends, stats = x.new_empty(sizes["sequences"], x.shape[2]), x.new_empty(sizes["tokens"], 2, dtype=torch.float32)
+        outs = tuple(torch.empty_like(x) for _ in range(whole + len(maa)))
+        ctx.save_for_backward(total, last, weight, maa, stats, cu_seqlens)
+        ctx.whole = whole
+        tensors = dict(x=x, y=y, sum=None if y is None else total, stats=stats, ends=ends)
+        tensors |= dict(weight=weight, bias=bias, maa=maa) | _named("out", outs, whole)
+        call("norm_lerp_forward", x, tensors, last=last, eps=eps, strip=_strip(sizes["tokens"]), **sizes)
+        return total, ends, *outs
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, passed: Tensor, gends: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        total, last, weight, maa, stats, cu_seqlens = ctx.saved_tensors
+        gx, glast = torch.empty_like(total), None if last is None else torch.empty_like(last)
+        sizes = sizes_of(total, maa, cu_seqlens)
+        tensors = dict(sum=total, passed=passed, stats=stats, gends=gends, weight=weight, maa=maa, gx=gx)
+        tensors |= _named("grad", grads, ctx.whole)
+        call("norm_lerp_backward", total, tensors, glast=glast, strip=_strip(sizes["tokens"]), **sizes)
+        return gx, gx if ctx.needs_input_grad[1] else None, glast, *6 * (None,)
+
+
+def _named(kind: str, tensors: Sequence[Tensor], whole: bool) -> dict[str, Tensor]:
+    """The norm's, where it is the first, as `kind`, and the points' as kind0, kind1, …"""
+    points = {f"{kind}{i}": x for i, x in enumerate(tensors[whole:])}
+    return {kind: tensors[0], **points} if whole else points
+
+
+def _strip(tokens: int) -> int:
+    """Tokens of a block."""
+    return max(1, min(MOST_STRIP, tokens // STRIPS))
 
 
 def _rows(x: Tensor) -> dict[str, int]:

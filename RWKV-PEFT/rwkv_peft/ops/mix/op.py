@@ -22,7 +22,8 @@ def fused(first: Tensor, *others: Tensor | None) -> bool:
 
 
 def norms_fused(first: Tensor, *others: Tensor | None) -> bool:
-    """Whether residual and layer norm go through a kernel, which GPUs have alone: torch's is fast enough on CPUs."""
+    """Whether residuals, with a layer norm or a gate, go through a kernel, which GPUs have alone: torch's are fast
+    enough on CPUs."""
     return not first.is_cpu and first.shape[-1] <= cuda.MOST_CHANNELS and fused(first, *others)
 
 
@@ -57,22 +58,29 @@ def lerp(
     x (B, T, C), last and cu_seqlens as in token_shift; maa (m, C); low (B, T, m K), i after i, and up (m, K, C) make
     the weights depend on the token, both None: they do not -> m tensors (B, T, C).
     """
+    _check_shift(x, last, cu_seqlens)
+    if not _fit(low, up):
+        shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (low, up)]
+        raise ValueError(f"low and up must be (B, T, m K) and (m, K, C), or both None, not {shapes[0]} and {shapes[1]}")
+    if fused(x, last, maa, low, up):
+        kernel = cpu_lerp if x.is_cpu else gpu_lerp
+        return run(kernel.Lerp, *_contiguous(x, last, maa, low, up), _bounds(cu_seqlens))
+    delta = token_shift(x, last, cu_seqlens) - x
+    weights = maa if low is None or up is None else maa[:, None, None] + _offsets(low, up)
+    return tuple(torch.addcmul(x, delta, weight) for weight in weights)
+
+
+def _check_shift(x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None) -> None:
     sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     if last is not None and last.shape != (sequences, x.shape[2]):
         raise ValueError(
             f"the state's shift is {tuple(last.shape)}; it must be one vector of the model's width for each "
             f"of the {sequences} sequences: {(sequences, x.shape[2])}"
         )
-    if not _fit(low, up):
-        shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (low, up)]
-        raise ValueError(f"low and up must be (B, T, m K) and (m, K, C), or both None, not {shapes[0]} and {shapes[1]}")
-    if fused(x, last, maa, low, up):
-        kernel = cpu_lerp if x.is_cpu else gpu_lerp
-        bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
-        return run(kernel.Lerp, *_contiguous(x, last, maa, low, up), bounds)
-    delta = token_shift(x, last, cu_seqlens) - x
-    weights = maa if low is None or up is None else maa[:, None, None] + _offsets(low, up)
-    return tuple(torch.addcmul(x, delta, weight) for weight in weights)
+
+
+def _bounds(cu_seqlens: Tensor | None) -> Tensor | None:
+    return None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
 
 
 def _fit(low: Tensor | None, up: Tensor | None) -> bool:
@@ -109,6 +117,49 @@ def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, eps: flo
         return run(norms.AddNorm, *_contiguous(x, y, weight, bias), eps)
     x = x if y is None else x + y
     return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def norm_lerp(
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    last: Tensor | None,
+    maa: Tensor,
+    cu_seqlens: Tensor | None = None,
+    whole: bool = False,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """add_norm, and `lerp` of what it normalizes: on a GPU in one pass, where neither norm nor points are trained.
+
+    x, y, weight, bias as in add_norm; last (B, C) or None, maa (m, C) and cu_seqlens as in lerp -> x + y, the last
+    normalized token of each sequence (B, C), m points (B, T, C), preceded by what is normalized where `whole`.
+    """
+    _check_shift(x, last, cu_seqlens)
+    trained = torch.is_grad_enabled() and any([parameter.requires_grad for parameter in (weight, bias, maa)])
+    narrow = x.shape[-1] <= cuda.MOST_MIXED and len(maa) <= cuda.MOST_POINTS
+    if not trained and narrow and norms_fused(x, y, last, weight, bias, maa):
+        tensors = _contiguous(x, y, last, weight, bias, maa)
+        total, ends, *points = run(norms.NormLerp, *tensors, eps, _bounds(cu_seqlens), whole)
+        return total, ends, tuple(points)
+    total, normal = add_norm(x, y, weight, bias, eps)
+    points = lerp(normal, last, maa, cu_seqlens=cu_seqlens)
+    return total, last_token(normal, cu_seqlens), (normal, *points) if whole else points
+
+
+def last_token(x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """The last token of each sequence of x (B, T, C) -> (B, C), or (n, C) where cu_seqlens packs n of them."""
+    if cu_seqlens is not None:
+        return x[0, cu_seqlens[1:].long() - 1]
+    # A view would keep x as long as the state lives, where checkpointed blocks keep nothing else of it.
+    return x[:, -1] if x.shape[1] == 1 else x[:, -1].clone()
+
+
+def gated_residual(x: Tensor, r: Tensor, v: Tensor) -> Tensor:
+    """x + sigmoid(r) · v, for tensors of one shape."""
+    if norms_fused(x, r, v):
+        return run(elements.GatedResidual, *_contiguous(x, r, v))
+    return x + sigmoid_gate(r, v)
 
 
 def sigmoid_gate(r: Tensor, v: Tensor) -> Tensor:
