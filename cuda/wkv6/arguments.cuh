@@ -22,8 +22,8 @@ struct Arguments {
     const float* gfinal;  // or null for zeros
     void *gr, *gk, *gv, *gw;
     float* gu;           // (sequences or groups, heads, head_size): to be summed over the first
-    float* gstate;       // or null
-    float* parts;        // where time is split: (groups, heads, K, V), states at the groups' bounds
+    float* gstate;       // the chunked kernel of head size 128 keeps states here in between; or null, but there
+    float* parts;        // where time is split: (groups, heads, K, V), states at the groups' bounds; then as gstate
     float* transitions;  // and (groups, heads, K), what a state is scaled by from a group's start to its end
     int sequences, length, heads, head_size, device;  // device: the GPU that holds all of it
     int group, groups;  // a group's tokens, a multiple of 64, or 0; and the groups' places, or the sequences

@@ -48,7 +48,6 @@ __device__ __forceinline__ RowSums row_sums(const Accumulator& x) {
 
 template <int N>
 __device__ __forceinline__ void chunked_backward(const Arguments& a) {
-    static_assert(HAS_CHUNKED_BACKWARD<N>, "forward keeps what this reads");
     constexpr int tiles = Shape<N>::tiles, stride = Shape<N>::stride;
     BackwardShared<N>& shared = *(BackwardShared<N>*)dynamic_shared();
     Operands<N>& o = shared.operands;
@@ -80,9 +79,14 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         stage ^= 1;
     };
 
-    // The states inside a segment wait where the gradients of the chunk before will be written, once nobody reads them
-    // any more: tile b of the thread, of the state after the chunk that begins at token t0.
+    // The states inside a segment wait where nobody has written yet: four tiles of a thread where the gradients of the
+    // chunk before will be, once nobody reads them any more; the rest, where N is 128, in the place of the state's
+    // gradient, which is written last, or of the group's, which has been read. Tile b of the thread, of the state after
+    // the chunk that begins at token t0.
+    static_assert((CHUNKS - 1) * (tiles - 4) * 32 * (int)sizeof(Tile) <= 16 * N * (int)sizeof(float), "a warp's share");
     const auto waiting = [&](int t0, int b) -> Tile& {
+        const int place = (t0 % SEGMENT / CHUNK * (tiles - 4) + b - 4) * Shape<N>::threads + tid;
+        if (b >= 4) return ((Tile*)((a.group ? a.parts : a.gstate) + s.state))[place];
         void* const room = b == 0 ? a.gr : b == 1 ? a.gk : b == 2 ? a.gv : a.gw;
         return *(Tile*)((bf16*)room + s.elements + (t0 + dot_row) * s.stride + dot_column);
     };
@@ -174,10 +178,13 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
             for (int b = 0; b < tiles; b++) {
                 const Tile gy = load_tile(&in.gy[0][b * 16], stride);
                 const Right v = load_right(&in.v[0][b * 16], stride);
-                const Tile state = i > 0 ? waiting(t0 - CHUNK, b) : checkpoint(c0 / 16, b);
                 multiply(gscores, gy, v);
-                multiply(gr_across, state, right(gy));
                 multiply(gk_across, rounded(dS[b]), v);
+            }
+            #pragma unroll
+            for (int b = 0; b < tiles; b++) {
+                const Tile state = i > 0 ? waiting(t0 - CHUNK, b) : checkpoint(c0 / 16, b);
+                multiply(gr_across, state, load_right(&in.gy[0][b * 16], stride));
                 const Accumulator before = widened(state);
                 #pragma unroll
                 for (int e = 0; e < 8; e++) state_gradient[e / 2 % 2] += before.c[e] * dS[b].c[e];

@@ -168,8 +168,8 @@ struct Decays {
     }
 };
 
-// The state before token t of a block, as the chunked kernels keep it where both directions have one: in bf16, tile by
-// tile of S, (K / 16, V / 16), each spread over a warp's lanes.
+// The state before token t of a block, as the chunked kernels keep it: in bf16, tile by tile of S, (K / 16, V / 16),
+// each spread over a warp's lanes.
 template <int N>
 struct Checkpoint {
     Tile* tiles;  // the lane's share of the first
@@ -178,8 +178,6 @@ struct Checkpoint {
         : tiles((Tile*)((bf16*)a.checkpoints + s.checkpoint + t / SEGMENT * s.checkpoint_stride) + lane_id()) {}
     __device__ __forceinline__ Tile& operator()(int k, int v) const { return tiles[(k * (N / 16) + v) * 32]; }
 };
-template <int N>
-constexpr bool HAS_CHUNKED_BACKWARD = N <= 64;
 
 // The dot product of eight elements of two rows, each product scaled by `factor` where SCALED, summed over the N / 8
 // threads that share the rows. All are 16-byte aligned.

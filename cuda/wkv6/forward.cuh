@@ -41,13 +41,9 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
         __syncthreads();  // the chunk has arrived, and nobody reads the previous one or its operands any more
         if (t0 + CHUNK < s.length) start_fetch(t0 + CHUNK);
         if (a.checkpoints && t0 % SEGMENT == 0) {
-            if constexpr (HAS_CHUNKED_BACKWARD<N>) {
-                const Checkpoint<N> checkpoint(a, s, t0);
-                #pragma unroll
-                for (int b = 0; b < tiles; b++) checkpoint(b, v0 / 16) = transposed(rounded(St[b]));
-            } else {
-                store_state<N>(s.slot(a, t0), St, v0, true);
-            }
+            const Checkpoint<N> checkpoint(a, s, t0);
+            #pragma unroll
+            for (int b = 0; b < tiles; b++) checkpoint(b, v0 / 16) = transposed(rounded(St[b]));
         }
 
         Decays<N> decays(in.w, valid, o);

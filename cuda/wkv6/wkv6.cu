@@ -35,8 +35,8 @@
 // (across: the first terms of gr and gk above; inside: the second), which is a difference only within the chunk, and
 // there of the same rounded numbers on both sides; and gw_x = -exp(w_x) times that.
 //
-// Chunked kernels exist for bf16 and head sizes 64 and 32, and forward for 128, whose backward would not fit the
-// registers; all else goes through the plain kernels, one token at a time (plain.cuh). ops/wkv6/cuda.py chooses.
+// Chunked kernels exist for bf16 and head sizes 32, 64 and 128; all else goes through the plain kernels, one token at a
+// time (plain.cuh). ops/wkv6/cuda.py chooses.
 //
 // nvcc compiles this file into a library, NVRTC into a module, and a C++ compiler, with tests/cuda_shim, into a library
 // that runs on the CPU.
@@ -52,6 +52,7 @@ RECURRENCE_KERNEL(wkv6_forward_64, chunked_forward<64>, 128, 5, sizeof(ForwardSh
 RECURRENCE_KERNEL(wkv6_forward_128, chunked_forward<128>, 256, 2, sizeof(ForwardShared<128>))
 RECURRENCE_KERNEL(wkv6_backward_32, chunked_backward<32>, 64, 6, sizeof(BackwardShared<32>))
 RECURRENCE_KERNEL(wkv6_backward_64, chunked_backward<64>, 128, 3, sizeof(BackwardShared<64>))
+RECURRENCE_KERNEL(wkv6_backward_128, chunked_backward<128>, 256, 1, sizeof(BackwardShared<128>))
 RECURRENCE_KERNEL(wkv6_forward_groups_32, (chunked_groups<32, false>), 64, 8, sizeof(GroupShared<32>))
 RECURRENCE_KERNEL(wkv6_backward_groups_32, (chunked_groups<32, true>), 64, 8, sizeof(GroupShared<32>))
 RECURRENCE_KERNEL(wkv6_forward_groups_64, (chunked_groups<64, false>), 128, 5, sizeof(GroupShared<64>))

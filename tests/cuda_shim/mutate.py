@@ -30,20 +30,21 @@ from rwkv_peft.ops.wkv7.cuda import FAMILY as WKV7
 
 # What runs of a recurrence: head sizes, dtypes, and the ways to run them.
 KINDS = ((64, torch.bfloat16, {}), (40, torch.float32, {}), (64, torch.bfloat16, {"group": 64}))
+WIDE = (128, torch.bfloat16, {})
 
 
-def recurrence(cases):
-    """kernels -> the results of a recurrence's cases."""
+def recurrence(cases, *more):
+    """kernels -> the results of a recurrence's cases, of KINDS and `more`."""
 
     def run(kernels):
-        made = [(cases.make_case(1, 129, 1, N, dtype, lengths=[81, 48]), way) for N, dtype, way in KINDS]
+        made = [(cases.make_case(1, 129, 1, N, dtype, lengths=[81, 48]), way) for N, dtype, way in (*KINDS, *more)]
         return [x for case, way in made for x in cases.run(kernels, case, **way)]
 
     return run
 
 
 FAMILIES = {  # a CudaFamily, and what its kernels give
-    "wkv6": (WKV6, recurrence(cases)),
+    "wkv6": (WKV6, recurrence(cases, WIDE)),
     "wkv7": (WKV7, recurrence(wkv7_cases)),
     "mix": (MIX, kernel_cases.mix),
     "bone": (BONE, kernel_cases.bone),

@@ -10,7 +10,7 @@ from ..recurrence.groups import Split
 from .signature import SIGNATURE
 
 STRIP = 16  # state elements a thread in the plain kernels; cuda/wkv6/plain.cuh's STRIP
-CHUNKED = tuple(f"wkv6_{shape}" for shape in ("forward_32", "forward_64", "forward_128", "backward_32", "backward_64"))
+CHUNKED = tuple(f"wkv6_{direction}_{N}" for direction in ("forward", "backward") for N in (32, 64, 128))
 SCAN_BLOCK = 512  # elements of a state; cuda/wkv6/groups.cuh's 4 SCAN_THREADS
 SPLITS = MappingProxyType(
     {
@@ -30,5 +30,5 @@ def plan(direction: str, head_size: int, dtype: torch.dtype) -> list[tuple[str, 
     return [(f"wkv6_{direction}_plain_{scalar}", (head_size, -(-head_size // STRIP)))]
 
 
-RECURRENCE = CudaRecurrence(SIGNATURE, 64, (*CHUNKED, *PLAIN), plan, SPLITS, halved=(32, 64))
+RECURRENCE = CudaRecurrence(SIGNATURE, 64, (*CHUNKED, *PLAIN), plan, SPLITS, halved=(32, 64, 128))
 FAMILY = RECURRENCE.family

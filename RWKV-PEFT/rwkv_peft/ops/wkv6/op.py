@@ -28,7 +28,7 @@ def wkv6(
     int64, B is 1, the row holds n sequences bounded by its entries, and the states are (n, H, N, N).
 
     Kernels compute in float32, but for one case that is much less work: on a GPU, where r k v w are all bfloat16 and N
-    is 32 or 64 (forward: or 128), products take bfloat16 operands, with float32 sums and state.
+    is 32, 64 or 128, products take bfloat16 operands, with float32 sums and state.
 
     Differentiable once in r k v w u and state, through both outputs. backend: "auto" takes the kernel of the tensors'
     device ("cpu", "cuda") where it can be used, else "reference", and says so once; a named backend is never replaced.
