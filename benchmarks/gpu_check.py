@@ -64,7 +64,7 @@ def steps(folder, full):
         ),
         Step("train", 120, training(folder), modules=ENGINE),
         Step("ops", 120, ((*tests, "tests/ops", "-k", "cuda or gpu"),), modules=("pytest", "hypothesis")),
-        Step("sanitizer", 120, sanitizing(str(folder / "driver")), programs=("nvcc", "compute-sanitizer")),
+        Step("sanitizer", 180, sanitizing(str(folder / "driver")), programs=("nvcc", "compute-sanitizer")),
     ]
     if full:
         found.append(Step("suite", 3600, ((*tests, "tests", "--accelerator", "gpu"),), modules=("pytest", *ENGINE)))
@@ -72,12 +72,21 @@ def steps(folder, full):
 
 
 def sanitizing(driver):
-    """The commands that build `driver` of each generation's kernels and run it under compute-sanitizer's tools."""
-    build = ("nvcc", "-std=c++17", "-O2", "-lineinfo", "-arch=native", "-I", str(ROOT / "cuda"))
-    build += (str(ROOT / "benchmarks" / "kernel_driver.cu"), "-o", driver)
+    """The commands that build `driver` of each family's kernels and run it under compute-sanitizer's tools."""
+    build = ("nvcc", "-std=c++17", "-O2", "-lineinfo", "-arch=native", "-I", str(ROOT / "cuda"), "-o", driver)
+    programs = (
+        ("recurrence", "-DGENERATION=6"),
+        ("recurrence", "-DGENERATION=7"),
+        ("mix",),
+        ("bone",),
+        ("cross_entropy",),
+    )
     sanitize = ("compute-sanitizer", "--error-exitcode", "1", "--tool")
     runs = tuple((*sanitize, tool, driver) for tool in ("memcheck", "racecheck", "synccheck"))
-    return ((*build, "-DGENERATION=6"), *runs, (*build, "-DGENERATION=7"), *runs)
+    source = ROOT / "benchmarks" / "kernel_driver"
+    return tuple(
+        command for name, *flags in programs for command in ((*build, *flags, str(source / f"{name}.cu")), *runs)
+    )
 
 
 def training(folder):

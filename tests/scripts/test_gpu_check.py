@@ -90,6 +90,7 @@ def test_every_step_runs_in_order_and_its_results_are_kept(check):
         "--resume",
         "merge --base_model",
         "-DGENERATION=7",
+        "kernel_driver/mix.cu",
         "--tool racecheck",
     ):
         assert words in check.calls()

@@ -1,0 +1,67 @@
+// Bone's kernels: bat-in's affine form and its gradients, bat-out's merged weight, sums over shards and what is added
+// to them; products on tensor cores for each rank that has them, and the plain ones.
+#include "bone/bone.cu"
+#include "case.cuh"
+
+using Launcher = int (*)(const BoneArguments*, int, void*);  // a kernel's NAME_run
+struct Rank {
+    int rank, tile;  // tile: tokens that a block takes at once
+    Launcher forward, backward, merge;
+};
+
+constexpr int TOKENS = 150, SHARDS = 3, GROUPS = 2;
+
+template <class E>
+static bool products(const Rank& of) {
+    Case c("bone affine, rank " + std::to_string(of.rank) + " " + DTYPE<E>);
+    const int rank = of.rank, width = SHARDS * rank, tiles = quotient_up(TOKENS, of.tile);
+    const int strip = of.tile, strips = tiles;
+    const size_t matrices = size_t(SHARDS) * rank * rank;
+    BoneArguments a = {};
+    a.tokens = TOKENS, a.width = width, a.rank = rank, a.groups = GROUPS, a.strip = strip;
+    a.x = c.input<E>(TOKENS * width), a.bone = c.input<E>(matrices, -0.1f, 0.1f), a.z = c.result<E>(TOKENS * width);
+    a.shift = c.result<E>(GROUPS * TOKENS * rank);
+    c.launched(of.forward(&a, tiles * GROUPS, nullptr));
+    a.d = c.input<E>(TOKENS * width), a.g = c.input<E>(TOKENS * rank), a.dx = c.result<E>(TOKENS * width);
+    a.parts = c.result<float>(strips * matrices);
+    c.launched(of.backward(&a, SHARDS * strips, nullptr));
+    if (of.merge) {  // two output blocks
+        a.x = c.input<E>(2 * rank * width), a.z = c.result<E>(2 * rank * width);
+        c.launched(of.merge(&a, 2 * quotient_up(width, strip), nullptr));
+    }
+    return c.right();
+}
+
+template <class E>
+static bool shards(Launcher sum, Launcher add, Launcher parts) {
+    Case c(std::string("bone shards ") + DTYPE<E>);
+    const int rank = 20, width = 70;  // the last shard is half a one
+    BoneArguments a = {};
+    a.tokens = TOKENS, a.width = width, a.rank = rank, a.groups = GROUPS, a.count = 1000;
+    const int blocks = quotient_up(TOKENS * rank, SHARD_THREADS);
+    a.x = c.input<E>(TOKENS * width), a.total = c.result<E>(TOKENS * rank);
+    c.launched(sum(&a, blocks, nullptr));
+    a.y = c.input<E>(TOKENS * width), a.tile = c.input<E>(GROUPS * TOKENS * rank);
+    a.tiled = c.result<E>(TOKENS * width);
+    c.launched(add(&a, blocks, nullptr));
+    a.parts = c.input<float>(GROUPS * a.count), a.total = c.result<E>(a.count);
+    c.launched(parts(&a, quotient_up(a.count, SHARD_THREADS), nullptr));
+    return c.right();
+}
+
+#define OF_RANK(R)                                                                 \
+    Rank {                                                                         \
+        R, ForwardProducts<R>::tokens, bone_affine_forward_products_##R##_run,     \
+            bone_affine_backward_products_##R##_run, bone_merge_products_##R##_run \
+    }
+
+int main() {
+    bool right = true;
+    for (const Rank& rank : {OF_RANK(16), OF_RANK(32), OF_RANK(64), OF_RANK(128)}) right &= products<bf16>(rank);
+    right &=
+        products<bf16>({20, PLAIN_TOKENS, bone_affine_forward_bfloat16_run, bone_affine_backward_bfloat16_run, {}});
+    right &= products<float>({64, PLAIN_TOKENS, bone_affine_forward_float32_run, bone_affine_backward_float32_run, {}});
+    right &= shards<float>(bone_shard_sum_float32_run, bone_add_tiled_float32_run, bone_sum_parts_float32_run);
+    right &= shards<bf16>(bone_shard_sum_bfloat16_run, bone_add_tiled_bfloat16_run, bone_sum_parts_bfloat16_run);
+    return right ? 0 : 1;
+}

@@ -1,0 +1,130 @@
+// The kernels of what stands between a block's matrix products, each by itself. ops/mix/cuda.py says in which order an
+// operation's tensors stand.
+#include "case.cuh"
+#include "mix/mix.cu"
+
+using Launcher = int (*)(const MixArguments*, int, void*);  // a kernel's NAME_run
+struct RowsOperation {
+    const char* name;
+    Launcher float32, bfloat16;
+    int inputs, outputs, parameters, sums;
+    bool heads;
+};
+#define ROWS(name, ...) {#name, mix_##name##_float32_run, mix_##name##_bfloat16_run, __VA_ARGS__}
+
+constexpr index_t TOKENS = 130;
+constexpr int STRIP = 32;
+const std::vector<index_t> BOUNDS = {0, 1, 64, 129, 130};
+
+static MixArguments arguments(int channels, int size) {
+    MixArguments a = {};
+    a.tokens = TOKENS, a.channels = channels, a.size = size, a.strip = STRIP, a.eps = 1e-5f;
+    return a;
+}
+static int row_blocks(const MixArguments& a) {
+    return quotient_up(a.tokens, a.strip) * quotient_up(a.channels, a.size);
+}
+template <class E>
+static float* strip_sums(Case& c, const MixArguments& a) {
+    return c.result<float>(quotient_up(a.tokens, a.strip) * a.channels);
+}
+
+template <class E>
+static bool rows(const RowsOperation& of) {
+    Case c(std::string("mix ") + of.name + " " + DTYPE<E>);
+    MixArguments a = of.heads ? arguments(2 * 20, 20) : arguments(200, MOST_SIZE);
+    for (int i = 0; i < of.inputs; i++) a.inputs[i] = c.input<E>(TOKENS * a.channels, 0.1f, 1);  // of which roots are
+    for (int i = 0; i < of.outputs; i++) a.outputs[i] = c.result<E>(TOKENS * a.channels);
+    for (int i = 0; i < of.parameters; i++) a.parameters[i] = c.input<E>(a.channels);
+    for (int i = 0; i < of.sums; i++) a.sums[i] = strip_sums<E>(c, a);
+    c.launched((std::is_same_v<E, float> ? of.float32 : of.bfloat16)(&a, row_blocks(a), nullptr));
+    return c.right();
+}
+
+// Packed sequences, and what precedes them.
+template <class E>
+static void give_sequences(Case& c, MixArguments& a, bool backward) {
+    a.bounds = c.given(BOUNDS), a.sequences = int(BOUNDS.size()) - 1;
+    a.last = c.input<E>(a.sequences * a.channels);
+    if (backward) a.glast = c.result<E>(a.sequences * a.channels);
+}
+
+template <class E>
+static bool lerp(Launcher forward, Launcher backward) {
+    Case c(std::string("mix lerp ") + DTYPE<E>);
+    MixArguments a = arguments(200, MOST_SIZE);
+    const size_t elements = TOKENS * a.channels;
+    a.n = MOST_POINTS;
+    give_sequences<E>(c, a, true);
+    a.inputs[0] = c.input<E>(elements), a.inputs[1] = c.input<E>(a.n * elements);
+    a.parameters[0] = c.input<E>(a.n * a.channels);
+    for (int i = 0; i < a.n; i++) a.outputs[i] = c.result<E>(elements);
+    c.launched(forward(&a, row_blocks(a), nullptr));
+    for (int i = 0; i < a.n; i++) a.inputs[2 + i] = c.input<E>(elements), a.sums[i] = strip_sums<E>(c, a);
+    a.outputs[0] = c.result<E>(elements), a.outputs[1] = c.result<E>(a.n * elements);
+    c.launched(backward(&a, row_blocks(a), nullptr));
+    return c.right();
+}
+
+static bool low_rank(int rank, Launcher forward, Launcher backward) {
+    Case c("mix lerp_low " + std::to_string(rank));
+    MixArguments a = arguments(2 * WIDE, WIDE);
+    const size_t elements = TOKENS * a.channels, low = TOKENS * LOW_POINTS * rank;
+    const int groups = a.channels / a.size;
+    give_sequences<bf16>(c, a, true);
+    a.inputs[0] = c.input<bf16>(elements), a.inputs[1] = c.input<bf16>(low);
+    a.inputs[2] = c.input<bf16>(LOW_POINTS * rank * a.channels),
+    a.parameters[0] = c.input<bf16>(LOW_POINTS * a.channels);
+    for (int i = 0; i < LOW_POINTS; i++) a.outputs[i] = c.result<bf16>(elements);
+    c.launched(forward(&a, quotient_up(TOKENS, LOW_TOKENS) * groups, nullptr));
+    for (int i = 0; i < LOW_POINTS; i++) a.inputs[3 + i] = c.input<bf16>(elements);
+    a.outputs[0] = c.result<bf16>(elements), a.outputs[1] = c.result<bf16>(groups * low);
+    c.launched(backward(&a, quotient_up(TOKENS, LOW_TOKENS - 1) * groups, nullptr));
+    return c.right();
+}
+
+// width: elements that a thread reads at once.
+template <class E>
+static bool add_norm(Launcher forward, Launcher backward, Launcher sums, int channels, int width) {
+    Case c("mix add_norm " + std::to_string(channels) + " " + DTYPE<E>);
+    MixArguments a = arguments(channels, width);
+    const size_t elements = TOKENS * channels;
+    float* const stats = c.result<float>(2 * TOKENS);
+    E* const sum = c.result<E>(elements);
+    a.inputs[0] = c.input<E>(elements), a.inputs[1] = c.input<E>(elements);
+    a.outputs[0] = sum, a.outputs[1] = c.result<E>(elements), a.outputs[2] = stats;
+    a.parameters[0] = c.input<E>(channels), a.parameters[1] = c.input<E>(channels);
+    c.launched(forward(&a, TOKENS, nullptr));
+    a.inputs[0] = sum, a.inputs[1] = c.input<E>(elements), a.inputs[2] = c.input<E>(elements), a.inputs[3] = stats;
+    a.outputs[0] = c.result<E>(elements);
+    c.launched(backward(&a, TOKENS, nullptr));
+    a.inputs[2] = stats, a.size = MOST_SIZE, a.sums[0] = strip_sums<E>(c, a), a.sums[1] = strip_sums<E>(c, a);
+    c.launched(sums(&a, row_blocks(a), nullptr));
+    return c.right();
+}
+#define ADD_NORM(E, dtype, ...)                                                          \
+    add_norm<E>(mix_add_norm_forward_##dtype##_run, mix_add_norm_backward_##dtype##_run, \
+                mix_add_norm_sums_##dtype##_run, __VA_ARGS__)
+
+int main() {
+    const RowsOperation operations[] = {
+        ROWS(relu_square_forward, 1, 1, 0, 0, false),    ROWS(relu_square_backward, 2, 1, 0, 0, false),
+        ROWS(sigmoid_gate_forward, 2, 1, 0, 0, false),   ROWS(sigmoid_gate_backward, 3, 2, 0, 0, false),
+        ROWS(value_residual_forward, 3, 1, 1, 0, false), ROWS(value_residual_backward, 4, 3, 1, 1, false),
+        ROWS(norm_gate_forward, 2, 1, 2, 0, true),       ROWS(norm_gate_backward, 3, 2, 2, 2, true),
+        ROWS(delta_keys_forward, 2, 3, 3, 0, true),      ROWS(delta_keys_backward, 5, 2, 3, 3, true),
+        ROWS(norm_bonus_gate_forward, 5, 1, 3, 0, true), ROWS(norm_bonus_gate_backward, 6, 5, 3, 3, true)};
+    bool right = true;
+    for (const RowsOperation& operation : operations) {
+        right &= rows<float>(operation);
+        right &= rows<bf16>(operation);
+    }
+    right &= lerp<float>(mix_lerp_forward_float32_run, mix_lerp_backward_float32_run);
+    right &= lerp<bf16>(mix_lerp_forward_bfloat16_run, mix_lerp_backward_bfloat16_run);
+    right &= low_rank(32, mix_lerp_low_forward_32_run, mix_lerp_low_backward_32_run);
+    right &= low_rank(64, mix_lerp_low_forward_64_run, mix_lerp_low_backward_64_run);
+    right &= ADD_NORM(float, float32, 2104, WIDEST<float>);
+    right &= ADD_NORM(bf16, bfloat16, 2104, WIDEST<bf16>);
+    right &= ADD_NORM(bf16, bfloat16, 2102, 2);
+    return right ? 0 : 1;
+}
