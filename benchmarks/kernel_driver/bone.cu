@@ -3,7 +3,7 @@
 #include "bone/bone.cu"
 #include "case.cuh"
 
-using Launcher = int (*)(const BoneArguments*, int, void*);  // a kernel's NAME_run
+using Launcher = Kernel<BoneArguments>;
 struct Rank {
     int rank, tile;  // tile: tokens that a block takes at once
     Launcher forward, backward, merge;
@@ -21,13 +21,13 @@ static bool products(const Rank& of) {
     a.tokens = TOKENS, a.width = width, a.rank = rank, a.groups = GROUPS, a.strip = strip;
     a.x = c.input<E>(TOKENS * width), a.bone = c.input<E>(matrices, -0.1f, 0.1f), a.z = c.result<E>(TOKENS * width);
     a.shift = c.result<E>(GROUPS * TOKENS * rank);
-    c.launched(of.forward(&a, tiles * GROUPS, nullptr));
+    c.launched(of.forward(a, tiles * GROUPS));
     a.d = c.input<E>(TOKENS * width), a.g = c.input<E>(TOKENS * rank), a.dx = c.result<E>(TOKENS * width);
     a.parts = c.result<float>(strips * matrices);
-    c.launched(of.backward(&a, SHARDS * strips, nullptr));
-    if (of.merge) {  // two output blocks
+    c.launched(of.backward(a, SHARDS * strips));
+    if (of.merge.run) {  // two output blocks
         a.x = c.input<E>(2 * rank * width), a.z = c.result<E>(2 * rank * width);
-        c.launched(of.merge(&a, 2 * quotient_up(width, strip), nullptr));
+        c.launched(of.merge(a, 2 * quotient_up(width, strip)));
     }
     return c.right();
 }
@@ -40,28 +40,31 @@ static bool shards(Launcher sum, Launcher add, Launcher parts) {
     a.tokens = TOKENS, a.width = width, a.rank = rank, a.groups = GROUPS, a.count = 1000;
     const int blocks = quotient_up(TOKENS * rank, SHARD_THREADS);
     a.x = c.input<E>(TOKENS * width), a.total = c.result<E>(TOKENS * rank);
-    c.launched(sum(&a, blocks, nullptr));
+    c.launched(sum(a, blocks));
     a.y = c.input<E>(TOKENS * width), a.tile = c.input<E>(GROUPS * TOKENS * rank);
     a.tiled = c.result<E>(TOKENS * width);
-    c.launched(add(&a, blocks, nullptr));
+    c.launched(add(a, blocks));
     a.parts = c.input<float>(GROUPS * a.count), a.total = c.result<E>(a.count);
-    c.launched(parts(&a, quotient_up(a.count, SHARD_THREADS), nullptr));
+    c.launched(parts(a, quotient_up(a.count, SHARD_THREADS)));
     return c.right();
 }
 
-#define OF_RANK(R)                                                                 \
-    Rank {                                                                         \
-        R, ForwardProducts<R>::tokens, bone_affine_forward_products_##R##_run,     \
-            bone_affine_backward_products_##R##_run, bone_merge_products_##R##_run \
+#define OF_RANK(R)                                                                         \
+    Rank {                                                                                 \
+        R, ForwardProducts<R>::tokens, LAUNCHER(bone_affine_forward_products_##R),         \
+            LAUNCHER(bone_affine_backward_products_##R), LAUNCHER(bone_merge_products_##R) \
     }
 
 int main() {
     bool right = true;
     for (const Rank& rank : {OF_RANK(16), OF_RANK(32), OF_RANK(64), OF_RANK(128)}) right &= products<bf16>(rank);
-    right &=
-        products<bf16>({20, PLAIN_TOKENS, bone_affine_forward_bfloat16_run, bone_affine_backward_bfloat16_run, {}});
-    right &= products<float>({64, PLAIN_TOKENS, bone_affine_forward_float32_run, bone_affine_backward_float32_run, {}});
-    right &= shards<float>(bone_shard_sum_float32_run, bone_add_tiled_float32_run, bone_sum_parts_float32_run);
-    right &= shards<bf16>(bone_shard_sum_bfloat16_run, bone_add_tiled_bfloat16_run, bone_sum_parts_bfloat16_run);
+    right &= products<bf16>(
+        {20, PLAIN_TOKENS, LAUNCHER(bone_affine_forward_bfloat16), LAUNCHER(bone_affine_backward_bfloat16), {}});
+    right &= products<float>(
+        {64, PLAIN_TOKENS, LAUNCHER(bone_affine_forward_float32), LAUNCHER(bone_affine_backward_float32), {}});
+    right &= shards<float>(LAUNCHER(bone_shard_sum_float32), LAUNCHER(bone_add_tiled_float32),
+                           LAUNCHER(bone_sum_parts_float32));
+    right &= shards<bf16>(LAUNCHER(bone_shard_sum_bfloat16), LAUNCHER(bone_add_tiled_bfloat16),
+                          LAUNCHER(bone_sum_parts_bfloat16));
     return right ? 0 : 1;
 }

@@ -25,6 +25,20 @@ inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 #endif
 
+// A kernel whose blocks have as many threads as it is compiled for, launched: CUDA's error code.
+template <class Arguments>
+struct Kernel {
+    int (*run)(const Arguments*, int, int, int, void*);  // common/kernel.cuh's NAME_run
+    int threads;                                         // and NAME_threads
+
+    int operator()(const Arguments& a, int blocks) const { return run(&a, blocks, threads, 1, nullptr); }
+};
+template <class Arguments>
+Kernel<Arguments> kernel_of(int (*run)(const Arguments*, int, int, int, void*), int threads) {
+    return {run, threads};
+}
+#define LAUNCHER(name) kernel_of(name##_run, name##_threads)
+
 inline int quotient_up(index_t x, index_t y) { return int((x + y - 1) / y); }
 
 template <class E>

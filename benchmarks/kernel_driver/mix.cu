@@ -3,14 +3,14 @@
 #include "case.cuh"
 #include "mix/mix.cu"
 
-using Launcher = int (*)(const MixArguments*, int, void*);  // a kernel's NAME_run
+using Launcher = Kernel<MixArguments>;
 struct RowsOperation {
     const char* name;
     Launcher float32, bfloat16;
     int inputs, outputs, parameters, sums;
     bool heads;
 };
-#define ROWS(name, ...) {#name, mix_##name##_float32_run, mix_##name##_bfloat16_run, __VA_ARGS__}
+#define ROWS(name, ...) {#name, LAUNCHER(mix_##name##_float32), LAUNCHER(mix_##name##_bfloat16), __VA_ARGS__}
 
 constexpr index_t TOKENS = 130;
 constexpr int STRIP = 32;
@@ -37,7 +37,7 @@ static bool rows(const RowsOperation& of) {
     for (int i = 0; i < of.outputs; i++) a.outputs[i] = c.result<E>(TOKENS * a.channels);
     for (int i = 0; i < of.parameters; i++) a.parameters[i] = c.input<E>(a.channels);
     for (int i = 0; i < of.sums; i++) a.sums[i] = strip_sums<E>(c, a);
-    c.launched((std::is_same_v<E, float> ? of.float32 : of.bfloat16)(&a, row_blocks(a), nullptr));
+    c.launched((std::is_same_v<E, float> ? of.float32 : of.bfloat16)(a, row_blocks(a)));
     return c.right();
 }
 
@@ -59,10 +59,10 @@ static bool lerp(Launcher forward, Launcher backward) {
     a.inputs[0] = c.input<E>(elements), a.inputs[1] = c.input<E>(a.n * elements);
     a.parameters[0] = c.input<E>(a.n * a.channels);
     for (int i = 0; i < a.n; i++) a.outputs[i] = c.result<E>(elements);
-    c.launched(forward(&a, row_blocks(a), nullptr));
+    c.launched(forward(a, row_blocks(a)));
     for (int i = 0; i < a.n; i++) a.inputs[2 + i] = c.input<E>(elements), a.sums[i] = strip_sums<E>(c, a);
     a.outputs[0] = c.result<E>(elements), a.outputs[1] = c.result<E>(a.n * elements);
-    c.launched(backward(&a, row_blocks(a), nullptr));
+    c.launched(backward(a, row_blocks(a)));
     return c.right();
 }
 
@@ -76,10 +76,10 @@ static bool low_rank(int rank, Launcher forward, Launcher backward) {
     a.inputs[2] = c.input<bf16>(LOW_POINTS * rank * a.channels),
     a.parameters[0] = c.input<bf16>(LOW_POINTS * a.channels);
     for (int i = 0; i < LOW_POINTS; i++) a.outputs[i] = c.result<bf16>(elements);
-    c.launched(forward(&a, quotient_up(TOKENS, LOW_TOKENS) * groups, nullptr));
+    c.launched(forward(a, quotient_up(TOKENS, LOW_TOKENS) * groups));
     for (int i = 0; i < LOW_POINTS; i++) a.inputs[3 + i] = c.input<bf16>(elements);
     a.outputs[0] = c.result<bf16>(elements), a.outputs[1] = c.result<bf16>(groups * low);
-    c.launched(backward(&a, quotient_up(TOKENS, LOW_TOKENS - 1) * groups, nullptr));
+    c.launched(backward(a, quotient_up(TOKENS, LOW_TOKENS - 1) * groups));
     return c.right();
 }
 
@@ -94,17 +94,17 @@ static bool add_norm(Launcher forward, Launcher backward, Launcher sums, int cha
     a.inputs[0] = c.input<E>(elements), a.inputs[1] = c.input<E>(elements);
     a.outputs[0] = sum, a.outputs[1] = c.result<E>(elements), a.outputs[2] = stats;
     a.parameters[0] = c.input<E>(channels), a.parameters[1] = c.input<E>(channels);
-    c.launched(forward(&a, TOKENS, nullptr));
+    c.launched(forward(a, TOKENS));
     a.inputs[0] = sum, a.inputs[1] = c.input<E>(elements), a.inputs[2] = c.input<E>(elements), a.inputs[3] = stats;
     a.outputs[0] = c.result<E>(elements);
-    c.launched(backward(&a, TOKENS, nullptr));
+    c.launched(backward(a, TOKENS));
     a.inputs[2] = stats, a.size = MOST_SIZE, a.sums[0] = strip_sums<E>(c, a), a.sums[1] = strip_sums<E>(c, a);
-    c.launched(sums(&a, row_blocks(a), nullptr));
+    c.launched(sums(a, row_blocks(a)));
     return c.right();
 }
-#define ADD_NORM(E, dtype, ...)                                                          \
-    add_norm<E>(mix_add_norm_forward_##dtype##_run, mix_add_norm_backward_##dtype##_run, \
-                mix_add_norm_sums_##dtype##_run, __VA_ARGS__)
+#define ADD_NORM(E, dtype, ...)                                                                  \
+    add_norm<E>(LAUNCHER(mix_add_norm_forward_##dtype), LAUNCHER(mix_add_norm_backward_##dtype), \
+                LAUNCHER(mix_add_norm_sums_##dtype), __VA_ARGS__)
 
 int main() {
     const RowsOperation operations[] = {
@@ -119,10 +119,10 @@ int main() {
         right &= rows<float>(operation);
         right &= rows<bf16>(operation);
     }
-    right &= lerp<float>(mix_lerp_forward_float32_run, mix_lerp_backward_float32_run);
-    right &= lerp<bf16>(mix_lerp_forward_bfloat16_run, mix_lerp_backward_bfloat16_run);
-    right &= low_rank(32, mix_lerp_low_forward_32_run, mix_lerp_low_backward_32_run);
-    right &= low_rank(64, mix_lerp_low_forward_64_run, mix_lerp_low_backward_64_run);
+    right &= lerp<float>(LAUNCHER(mix_lerp_forward_float32), LAUNCHER(mix_lerp_backward_float32));
+    right &= lerp<bf16>(LAUNCHER(mix_lerp_forward_bfloat16), LAUNCHER(mix_lerp_backward_bfloat16));
+    right &= low_rank(32, LAUNCHER(mix_lerp_low_forward_32), LAUNCHER(mix_lerp_low_backward_32));
+    right &= low_rank(64, LAUNCHER(mix_lerp_low_forward_64), LAUNCHER(mix_lerp_low_backward_64));
     right &= ADD_NORM(float, float32, 2104, WIDEST<float>);
     right &= ADD_NORM(bf16, bfloat16, 2104, WIDEST<bf16>);
     right &= ADD_NORM(bf16, bfloat16, 2102, 2);
