@@ -28,12 +28,13 @@ class Ahead {
                            n * int64_t(sizeof(Element))};
     }
 
-    // Fetches the next `count` rows of each.
+    // Fetches the next `count` rows, of one part after the other.
     INLINE void fetch(int count) {
-        for (int i = 0; i < parts_; i++) {
-            Part& part = part_[i];
-            for (int t = 0; t < count && part.steps > 0; t++, part.steps--, part.row += part.stride)
-                for (int64_t byte = 0; byte < part.bytes; byte += 64) __builtin_prefetch(part.row + byte, 0, 2);
+        for (; count > 0 && next_ < parts_; count--) {
+            Part& part = part_[next_];
+            for (int64_t byte = 0; byte < part.bytes; byte += 64) __builtin_prefetch(part.row + byte, 0, 2);
+            part.row += part.stride;
+            next_ += --part.steps == 0;
         }
     }
 
@@ -43,7 +44,7 @@ class Ahead {
         int64_t stride, steps, bytes;
     };
     Part part_[10];
-    int parts_ = 0;
+    int parts_ = 0, next_ = 0;
 };
 
 }  // namespace

@@ -15,6 +15,9 @@
 #define QUADS(a, b, c, d) QUAD(a, 0, 1, 2, 3), QUAD(b, 0, 1, 2, 3), QUAD(c, 0, 1, 2, 3), QUAD(d, 0, 1, 2, 3)
 #if defined(__AVX512F__)
 #define IN_EACH_QUAD(...) QUAD(0, __VA_ARGS__), QUAD(4, __VA_ARGS__), QUAD(8, __VA_ARGS__), QUAD(12, __VA_ARGS__)
+#define IN_QUADS(i, j, k, l) QUAD(i, 0, 1, 2, 3), QUAD(j, 0, 1, 2, 3), QUAD(k, 0, 1, 2, 3), QUAD(l, 0, 1, 2, 3)
+#define EVEN_QUADS(a, b) SHUFFLE(a, b, IN_QUADS(0, 8, 16, 24))
+#define ODD_QUADS(a, b) SHUFFLE(a, b, IN_QUADS(4, 12, 20, 28))
 #elif defined(__AVX2__)
 #define IN_EACH_QUAD(...) QUAD(0, __VA_ARGS__), QUAD(4, __VA_ARGS__)
 #else
@@ -90,6 +93,35 @@ INLINE void transpose_lanes(float* to, int64_t to_row, const float* from, int64_
         store(to + 2 * i * to_row, SHUFFLE(pairs[i], pairs[i + 2], IN_EACH_QUAD(0, 1, L, L + 1)));
         store(to + (2 * i + 1) * to_row, SHUFFLE(pairs[i], pairs[i + 2], IN_EACH_QUAD(2, 3, L + 2, L + 3)));
     }
+}
+
+// 16 rows of 16 floats, side by side, become their transpose.
+INLINE void transpose_block(float* to, const float* from) {
+#if defined(__AVX512F__)
+    Vec rows[16];
+    UNROLL for (int i = 0; i < 16; i++) rows[i] = load(from + i * 16);
+    UNROLL for (int i = 0; i < 16; i += 4) {  // in each quad of lanes
+        const Vec a = SHUFFLE(rows[i], rows[i + 2], IN_EACH_QUAD(0, 16, 1, 17));
+        const Vec b = SHUFFLE(rows[i], rows[i + 2], IN_EACH_QUAD(2, 18, 3, 19));
+        const Vec c = SHUFFLE(rows[i + 1], rows[i + 3], IN_EACH_QUAD(0, 16, 1, 17));
+        const Vec d = SHUFFLE(rows[i + 1], rows[i + 3], IN_EACH_QUAD(2, 18, 3, 19));
+        rows[i] = SHUFFLE(a, c, IN_EACH_QUAD(0, 16, 1, 17));
+        rows[i + 1] = SHUFFLE(a, c, IN_EACH_QUAD(2, 18, 3, 19));
+        rows[i + 2] = SHUFFLE(b, d, IN_EACH_QUAD(0, 16, 1, 17));
+        rows[i + 3] = SHUFFLE(b, d, IN_EACH_QUAD(2, 18, 3, 19));
+    }
+    UNROLL for (int i = 0; i < 4; i++) {  // the quads
+        const Vec a = EVEN_QUADS(rows[i], rows[4 + i]), b = EVEN_QUADS(rows[8 + i], rows[12 + i]);
+        const Vec c = ODD_QUADS(rows[i], rows[4 + i]), d = ODD_QUADS(rows[8 + i], rows[12 + i]);
+        store(to + i * 16, EVEN_QUADS(a, b));
+        store(to + (4 + i) * 16, EVEN_QUADS(c, d));
+        store(to + (8 + i) * 16, ODD_QUADS(a, b));
+        store(to + (12 + i) * 16, ODD_QUADS(c, d));
+    }
+#else
+    for (int j = 0; j < 16; j += 4)
+        UNROLL for (int i = 0; i < 16; i += kLanes) transpose_lanes(to + j * 16 + i, 16, from + i * 16 + j, 16);
+#endif
 }
 
 // Four rows of four elements, `from_row` apart, become four rows of floats, `to_row` apart, transposed.

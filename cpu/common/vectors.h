@@ -102,4 +102,14 @@ INLINE Vec at_least(Vec x, float bound) { return broadcast(bound) > x ? broadcas
 INLINE Vec at_most(Vec x, float bound) { return broadcast(bound) < x ? broadcast(bound) : x; }
 #endif
 
+// 1 / x within about one unit in the last place, for normal x whose reciprocal is one.
+INLINE Vec reciprocal(Vec x) {
+#if defined(__AVX512F__)
+    const Vec near = reinterpret_cast<Vec>(_mm512_rcp14_ps(reinterpret_cast<__m512>(x)));
+    return near + near * (1.0f - x * near);
+#else
+    return 1.0f / x;
+#endif
+}
+
 }  // namespace

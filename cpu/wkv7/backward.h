@@ -1,97 +1,111 @@
 // Backward of one head of one sequence.
 #pragma once
 #include "wkv7/forward.h"
+#include "wkv7/gradients.h"
 
 namespace {
 
 struct BackwardWork {
-    float *D, *turned_state, *S;  // the state's gradient, W x N; it turned; a chunk's state, W x N
-    float *xg, *through;          // kStack x W: X and y's gradients; what the state after the chunk brings
-    float *reads, *writes;        // kStack x N: gradients of a chunk's left and right
-    float *gpairs, *turned;       // kStack x kStack; N x kStack
+    Matrix D, after;                  // the state's gradient and the state after a sequence, N x W
+    Matrix xg, turned_xg, turned_uv;  // X, then y's gradients, kStack x W; it and a chunk's uv turned
+    Matrix through;                   // what the state after the chunk brings to uv, kStack x W
+    Matrix turned;                    // a stack before it is turned, N x kStack
+    Gradients gradients;
     Parts chunks;
     BackwardWork(Parts parts, int64_t N)
-        : D(parts.take(N * N)),
-          turned_state(parts.take(N * N)),
-          S(parts.take(N * N)),
-          xg(parts.take(kStack * N)),
-          through(parts.take(kStack * N)),
-          reads(parts.take(kStack * N)),
-          writes(parts.take(kStack * N)),
-          gpairs(parts.take(kStack * kStack)),
-          turned(parts.take(kStack * N)),
+        : D(parts.take(N + kApart, N)),
+          after(parts.take(N + kApart, N)),
+          xg(parts.take(kStack, N)),
+          turned_xg(parts.take(N, kStack)),
+          turned_uv(parts.take(N, kStack)),
+          through(parts.take(kStack, N)),
+          turned(parts.take(N, kStack)),
+          gradients{parts.take(kStack, N), parts.take(kStack, N), parts.take(kStack, kStack), parts.take(1, N).data},
           chunks(parts) {}
     static int64_t floats(int64_t N) {
-        return 3 * N * N + 5 * kStack * N + kStack * kStack + 9 * Parts::kGap + kChunks * Chunk::floats(N);
+        return 2 * Parts::floats(N + kApart, N) + 7 * Parts::floats(kStack, N) + Parts::floats(kStack, kStack) +
+               Parts::floats(1, N) + kChunks * Chunk::floats(N);
     }
 };
 
-// The gradients that leave a chunk, kLanes channels at a time: from left's and right's to those of r, k, a, b, and by
-// all that a decay fades to w's. Of all but v they are sums over the values, linear in reads and writes, so that those
-// of some values add up to them.
-template <class Gradient>
-void store_gradients(const BackwardWork& q, const Chunk& chunk, const Task& task, const Rows<Gradient>& to, int steps,
-                     const float* through) {
-    const int64_t n = task.n, N = task.N;
-    const int64_t second = kChunk * N;
-    for (int64_t c = 0; c < n; c += kLanes) {
-        Vec later = load(through + c);  // gradient of log decays, by what comes after
-        for (int t = kChunk - 1; t >= 0; t--) {
-            const int64_t at = t * N + c, to_step = t * to.stride;
-            const Vec ga = load(q.reads + at), gr = load(q.reads + second + at);
-            const Vec gb = load(q.writes + at), gk = load(q.writes + second + at);
-            const Vec incl = load(chunk.incl + at), inv = load(chunk.inv + at);
-            later += gr * load(chunk.left + second + at) - gk * load(chunk.right + second + at) -
-                     gb * load(chunk.right + at);
-            if (t < steps) {
-                store_lanes(to.r + to_step, gr * incl, c, n);
-                store_lanes(to.k + to_step, gk * inv, c, n);
-                store_lanes(to.b + to_step, gb * inv, c, n);
-                store_lanes(to.a + to_step, t ? ga * load(chunk.incl + at - N) : ga, c, n);
-                store_lanes(to.w + to_step, load(chunk.slope + at) * later, c, n);
-            }
-            later += ga * load(chunk.left + at);  // a reads what the steps before its own have faded
+// The gradient of the state before a chunk. What all decays before bring, `later`, are the products of its elements
+// with the state's, summed over the values. Then, unless there is no chunk before in the tile, that one's decays fade
+// it.
+struct Faded : Added {
+    const Matrix S;
+    float* later;
+    const Chunk* before;
+    Faded(const Matrix& S, float* later, const Chunk* before) : S(S), later(later), before(before) {}
+
+    template <int M, int V>
+    INLINE void change(Vec (*sum)[M], int64_t m, int64_t c) const {
+        static_assert(M == 4, "a quad of rows");
+        const float* state = S.at(m, c);
+        const int64_t next = S.next_vector();
+        Vec total[4] = {};
+        UNROLL for (int v = 0; v < V; v++)
+            UNROLL for (int i = 0; i < 4; i++) total[i] += load(state + v * next + i * kPanel) * sum[v][i];
+        const Quad totals = sum_of_quads(quad_sums(total[0], total[1], total[2], total[3]));
+        store_quad(later + m, c ? load_quad(later + m) + totals : totals);
+        if (!before) return;
+        const float* factors = before->fade().at(0, m);
+        UNROLL for (int i = 0; i < 4; i++) {
+            const Vec factor = broadcast(factors[i]);
+            UNROLL for (int v = 0; v < V; v++) sum[v][i] *= factor;
         }
     }
-    const Values& values = task.values;
-    for (int t = 0; t < steps; t++)
-        for (int64_t c = 0; c < values.W; c += kLanes)
-            store_lanes(to.v + t * to.stride + values.first, load(q.through + (kChunk + t) * values.W + c), c,
-                        values.count);
-}
+};
 
-// gradient of log decays by what passes through the whole chunk: the state, and writes that are read after it.
-inline void decays_after(float* out, const BackwardWork& q, const Chunk& chunk, int64_t N, int64_t W) {
-    for (int64_t c = 0; c < N; c += kLanes) {
+// `later` at a sequence's end, by the state there.
+inline void sum_later(float* later, const Matrix& S, const Matrix& D, int64_t N, int64_t W) {
+    for (int64_t m = 0; m < N; m++) {
         Vec sum = zero();
-        for (int64_t i = 0; i < W; i++) sum += load(q.S + i * N + c) * load(q.D + i * N + c);
-        for (int t = 0; t < kStack; t++) sum += load(chunk.right + t * N + c) * load(q.writes + t * N + c);
-        store(out + c, sum);
+        for (int64_t c = 0; c < W; c += kLanes) sum += load(S.at(m, c)) * load(D.at(m, c));
+        later[m] = total(sum);
     }
 }
 
+inline void fade_rows(const Matrix& D, const Matrix& fade, int64_t N, int64_t W) {
+    for (int64_t c = 0; c < W; c += kLanes)
+        for (int64_t m = 0; m < N; m++) store(D.at(m, c), load(D.at(m, c)) * broadcast(*fade.at(0, m)));
+}
+
+// before: the chunk before in the tile, or null. Products with S and D turned are turned themselves, for stacks are the
+// smaller to turn.
 template <class E, class Gradient>
-void backward_chunk(BackwardWork& q, const Chunk& chunk, const Task& task, const E* gy, const Rows<Gradient>& to,
-                    int steps, Ahead& ahead) {
+void backward_chunk(const BackwardWork& q, const Chunk& chunk, const Task& task, const E* gy,
+                    const Rows<Gradient>& to, int64_t steps, const Chunk* before, Ahead& ahead) {
     const Values& values = task.values;
     const int64_t N = task.N, W = values.W;
-    for (int t = 0; t < kChunk; t++)
-        for (int64_t c = 0; c < W; c += kLanes) {
-            const E* row = gy + t * to.stride + values.first;
-            store(q.xg + (kChunk + t) * W + c, gy && t < steps ? load_lanes(row, c, values.count) : zero());
-        }
-    scale_lanes(q.D, chunk.fade(N), W, N);
-    transpose(q.turned_state, W, q.D, N, W, N);
-    product<4>(q.through, chunk.right, q.turned_state, kStack, N, W, ahead, 1);
-    solve_backward(chunk, q.xg, q.through, W);
-    pair_products(q.gpairs, q.xg, chunk.uv, q.turned, W, ahead, 0);
-    transpose(q.S, N, chunk.S, W, N, W);
-    product<4>(q.reads, q.xg, q.S, kStack, W, N, ahead, 1);
-    product<4>(q.writes, chunk.uv, q.D, kStack, W, N, ahead, 0);
-    decays_after(q.turned, q, chunk, N, W);
-    finish_backward(chunk, q.gpairs, q.reads, q.writes, N);
-    store_gradients(q, chunk, task, to, steps, q.turned);
-    add_outer(q.D, q.xg, chunk.left, W, N);
+    const Gradients& g = q.gradients;
+    load_second(q.xg, gy, to.stride, steps, values);
+    product<false>(q.through, chunk.right, q.D, kStack, N, W, ahead, 2, Stored());
+    solve_backward(chunk, q.xg, q.through, to.v, to.stride, steps, values);
+    transpose(q.turned_uv, chunk.uv, kStack, W);
+    product<false, kTall>(g.pairs, q.xg, q.turned_uv, kStack, W, kStack, ahead, 2, Stored());
+    product<false, kTall>(q.turned, q.D, q.turned_uv, N, W, kStack, ahead, 2, Stored());
+    transpose(g.writes, q.turned, N, kStack);
+    transpose(q.turned_xg, q.xg, kStack, W);
+    product<false, kTall>(q.turned, chunk.S, q.turned_xg, N, W, kStack, ahead, 2, Stored());
+    transpose(g.reads, q.turned, N, kStack);
+    store_gradients(g, chunk, to, steps, task.n, N);
+    product<true>(q.D, chunk.left, q.xg, N, kStack, W, ahead, 2, Faded(chunk.S, g.later, before));
+}
+
+// A tile's chunks, each with the state before it and its uv; `last`, unless null, receives the state after the tile.
+template <class E>
+void recompute(const BackwardWork& q, const Chunk* tile, int64_t chunks, const Task& task, const Rows<const E>& rows,
+               int64_t steps, const Matrix* last, Ahead& ahead) {
+    const int64_t N = task.N, W = task.values.W;
+    for (int64_t m = 0; m < chunks; m++) {
+        const Chunk& chunk = tile[m];
+        prepare<true>(chunk, rows.at(m * kChunk), steps - m * kChunk, task.n, N, task.values);
+        pair_products(chunk, q.turned, N, ahead);
+        product<false>(q.through, chunk.left, chunk.S, kChunk, N, W, ahead, 3, Stored());
+        solve_forward(chunk, q.through, W);
+        const Matrix* const after = m + 1 < chunks ? &tile[m + 1].S : last;
+        if (after) advance(*after, chunk, q.turned, N, W, ahead);
+    }
 }
 
 template <class E, class Gradient>
@@ -101,27 +115,24 @@ void backward_head(float* memory, const Task& task, const Rows<const E>& rows, c
     const Values& values = task.values;
     const int64_t n = task.n, N = task.N, W = values.W;
     BackwardWork q(Parts(memory), N);
+    float* const later = q.gradients.later;
+    memset(later, 0, sizeof(float) * N);
     load_state(q.D, N, gfinal, n, values);
     for (int64_t start = (task.length - 1) / kTile * kTile; start >= 0; start -= kTile) {
-        const int64_t left = task.length - start, chunks = ((left < kTile ? left : kTile) + kChunk - 1) / kChunk;
+        const int64_t left = std::min<int64_t>(task.length - start, kTile), chunks = (left + kChunk - 1) / kChunk;
         Parts parts = q.chunks;
-        Chunk tile[kChunks] = {{parts, N}, {parts, N}, {parts, N}, {parts, N}};
+        const Chunk tile[kChunks] = {{parts, N}, {parts, N}, {parts, N}, {parts, N},
+                                     {parts, N}, {parts, N}, {parts, N}, {parts, N}};
         if (start)
             load_saved_state(tile[0].S, N, checkpoints + (start / kTile - 1) * task.checkpoint, n, values);
         else
-            load_turned_state(tile[0].S, N, state, n, values);
+            load_state(tile[0].S, N, state, n, values);
         Ahead outputs;
-        to.at(start).ask(outputs, std::min<int64_t>(kTile, left), n);
-        for (int64_t m = 0; m < chunks; m++) {
-            const Chunk& chunk = tile[m];
-            prepare<E>(chunk, rows.at(start + m * kChunk), std::min<int64_t>(kChunk, left - m * kChunk), n, N, values);
-            pair_products(chunk.pairs, chunk.left, chunk.right, q.turned, N, outputs, 2);
-            product<4>(q.reads, chunk.left, chunk.S, kChunk, N, W, outputs, 2);
-            solve_forward(chunk, q.reads, W);
-            if (m + 1 == chunks) break;
-            memcpy(tile[m + 1].S, chunk.S, sizeof(float) * N * W);
-            advance(tile[m + 1].S, chunk, N, W);
-        }
+        to.at(start).ask(outputs, left, n);
+        const bool final = gfinal && start + left == task.length;
+        recompute(q, tile, chunks, task, rows.at(start), left, final ? &q.after : nullptr, outputs);
+        if (final) sum_later(later, q.after, q.D, N, W);
+        fade_rows(q.D, tile[chunks - 1].fade(), N, W);
         Ahead inputs;
         if (start) {
             const int64_t previous = start - kTile;
@@ -130,11 +141,12 @@ void backward_head(float* memory, const Task& task, const Rows<const E>& rows, c
             inputs.add(previous ? checkpoints + (previous / kTile - 1) * task.checkpoint : state, n, n, n);
         }
         for (int64_t m = chunks - 1; m >= 0; m--) {
-            const int64_t first = start + m * kChunk, steps = left - m * kChunk < kChunk ? left - m * kChunk : kChunk;
-            backward_chunk(q, tile[m], task, gy ? gy + first * rows.stride : nullptr, to.at(first), steps, inputs);
+            const int64_t first = start + m * kChunk, steps = std::min<int64_t>(left - m * kChunk, kChunk);
+            backward_chunk(q, tile[m], task, gy ? gy + first * rows.stride : nullptr, to.at(first),
+                           steps, m ? &tile[m - 1] : nullptr, inputs);
         }
     }
-    store_state(gstate, n, q.D, N, values);
+    store_state(gstate, n, q.D, values);
 }
 
 }  // namespace

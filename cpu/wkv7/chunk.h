@@ -1,17 +1,18 @@
-// A chunk of 16 steps of one head: its operands in floats, from rows of a tensor.
+// A chunk of 8 steps of one head: its operands in floats, from rows of a tensor.
 #pragma once
+#include <algorithm>
 #include <initializer_list>
 
 #include "common/exp.h"
-#include "common/prefetch.h"
 #include "common/scratch.h"
-#include "common/vectors.h"
+#include "wkv7/panels.h"
 
 namespace {
 
-constexpr int kChunk = 16, kTile = 64;  // steps: of a chunk, and from one saved state to the next
+constexpr int kChunk = 8, kTile = 64;  // steps: of a chunk, and from one saved state to the next
 constexpr int kChunks = kTile / kChunk;
-constexpr int kStack = 2 * kChunk;              // rows of two arrays that share products
+constexpr int kStack = 2 * kChunk;              // rows of two arrays that share products, one after the other
+constexpr int64_t kSecond = kChunk * kPanel;    // from a row of the first to that of the second
 constexpr float kDecayScale = -0.60653065971f;  // -e^(-1/2): log decay = kDecayScale sigmoid(w)
 
 // Hands out parts of a piece of memory. The gap after each keeps arrays that are walked in step from lying a multiple
@@ -19,12 +20,12 @@ constexpr float kDecayScale = -0.60653065971f;  // -e^(-1/2): log decay = kDecay
 class Parts {
   public:
     explicit Parts(float* memory) : memory_(memory) {}
-    float* take(int64_t count) {
+    Matrix take(int64_t rows, int64_t columns) {
         float* part = memory_;
-        memory_ += count + kGap;
-        return part;
+        memory_ += floats(rows, columns);
+        return {part, rows};
     }
-    static constexpr int64_t kGap = 5 * 16;
+    static int64_t floats(int64_t rows, int64_t columns) { return rows * columns + 5 * kPanel; }
 
   private:
     float* memory_;
@@ -33,42 +34,43 @@ class Parts {
 // Some values of a head, all of them where threads are few: `count` from `first` on, in rows of W floats.
 struct Values { int64_t first, count, W; };
 
-// Rows of N floats, of uv and S of W, zeros past the head size. With c the product of the decays since the chunk's
-// start:
-struct Chunk {
-    float* left;   // a c_{t-1}, then r c_t
-    float* right;  // b / c_t, then k / c_t
-    float* uv;     // S_{t-1} a_t, then v
-    float* incl;   // c_t
-    float* inv;    // 1 / c_t
-    float* slope;  // derivative of a step's log decay by w
-    float* pairs;  // left right^T, kStack x kStack
-    float* S;      // the state before the chunk, rows keys
+constexpr int64_t kApart = 4;  // spare rows of a state, lest its panels begin a multiple of 4 KB apart
 
-    static constexpr int kArrays = 8;
+// Of N columns, uv and S of W, zeros past the head size. With c the product of the decays since the chunk's start:
+struct Chunk {
+    Matrix left;   // a c_{t-1}, then r c_t
+    Matrix right;  // b / c_t, then k / c_t
+    Matrix uv;     // S_{t-1} a_t, then v
+    Matrix incl;   // c_t; where no backward follows, of the last step alone
+    Matrix slope;  // derivative of a step's log decay by w, for backward
+    Matrix pairs;  // left right^T
+    Matrix S;      // the state before the chunk, rows keys
+
     static int64_t floats(int64_t N) {
-        return 3 * kStack * N + 3 * kChunk * N + kStack * kStack + N * N + kArrays * Parts::kGap;
+        return 3 * Parts::floats(kStack, N) + 2 * Parts::floats(kChunk, N) + Parts::floats(kStack, kStack) +
+               Parts::floats(N + kApart, N);
     }
     Chunk(Parts& parts, int64_t N)
-        : left(parts.take(kStack * N)),
-          right(parts.take(kStack * N)),
-          uv(parts.take(kStack * N)),
-          incl(parts.take(kChunk * N)),
-          inv(parts.take(kChunk * N)),
-          slope(parts.take(kChunk * N)),
-          pairs(parts.take(kStack * kStack)),
-          S(parts.take(N * N)) {}
+        : left(parts.take(kStack, N)),
+          right(parts.take(kStack, N)),
+          uv(parts.take(kStack, N)),
+          incl(parts.take(kChunk, N)),
+          slope(parts.take(kChunk, N)),
+          pairs(parts.take(kStack, kStack)),
+          S(parts.take(N + kApart, N)) {}
 
-    const float* fade(int64_t N) const { return incl + (kChunk - 1) * N; }  // all decays of the chunk
+    Matrix fade() const { return incl.from(kChunk - 1); }  // a row: all decays of the chunk
 };
 
-// Lanes c and on of a row of n elements, zeros past its end.
-template <class E>
+// Lanes c and on of a row of n elements, zeros past its end; `whole` says that there are enough.
+template <bool whole = false, class E>
 INLINE Vec load_lanes(const E* row, int64_t c, int64_t n) {
+    if constexpr (whole) return load(row + c);
     return c < n ? load_some(row + c, n - c) : zero();
 }
-template <class E>
+template <bool whole = false, class E>
 INLINE void store_lanes(E* row, Vec x, int64_t c, int64_t n) {
+    if constexpr (whole) return store(row + c, x);
     if (c < n) store_some(row + c, x, n - c);
 }
 
@@ -88,53 +90,75 @@ struct Rows {
     }
 };
 
-// w of a chunk's steps, kLanes channels -> logarithms of the decays' products up to each step, and the slopes.
-INLINE void log_decays(Vec* w, Vec* slope, int steps) {
-    UNROLL for (int t = 0; t < kChunk; t++) {
-        const Vec negative = reinterpret_cast<Vec>(reinterpret_cast<VecBits>(w[t]) | 0x80000000u);  // -|w|
-        slope[t] = at_least(negative, -kLargestExponent);
-    }
-    for (int t = 0; t < kChunk; t += 4) exp_bounded<4>(slope + t);
-    Vec sum = zero();
-    for (int t = 0; t < kChunk; t++) {
-        // sigmoid(|w|) and sigmoid(-|w|), the smaller without a difference, which would lose its digits
-        const Vec large = 1.0f / (1.0f + slope[t]), small = slope[t] * large;
-        slope[t] = kDecayScale * (large * small);
-        if (t < steps) sum += kDecayScale * (w[t] < 0.0f ? small : large);
-        w[t] = sum;
+// w of kCount vectors -> decays, and the slopes of their logarithms.
+template <int kCount>
+INLINE void decays(Vec* w, Vec* slope) {
+    UNROLL for (int i = 0; i < kCount; i++) w[i] = at_most(at_least(-w[i], -kLargestExponent), kLargestExponent);
+    exp_bounded<kCount>(w);
+    UNROLL for (int i = 0; i < kCount; i++) {
+        const Vec x = reciprocal(1.0f + w[i]);  // sigmoid(w); w times it is sigmoid(-w), with all its digits
+        slope[i] = kDecayScale * x * (w[i] * x);
+        Vec p = x * 5.25714895e-5f - 6.64896099e-4f;  // exp(kDecayScale x) within 1e-8, and exactly 1 at 0
+        for (const float coefficient : {5.62840886e-3f, -3.71857174e-2f, 0.183939517f, kDecayScale, 1.0f})
+            p = p * x + coefficient;
+        w[i] = p;
     }
 }
 
-// A chunk's operands, from rows of n elements; steps past the sequence's end leave the state alone.
-template <class E>
-void prepare(const Chunk& q, const Rows<const E>& rows, int steps, int64_t n, int64_t N, const Values& values) {
-    steps = steps < kChunk ? steps : kChunk;
-    for (int64_t c = 0; c < N; c += kLanes) {
-        Vec log[kChunk], slope[kChunk];
-        for (int t = 0; t < kChunk; t++) log[t] = t < steps ? load_lanes(rows.w + t * rows.stride, c, n) : zero();
-        log_decays(log, slope, steps);
-        for (int t = 0; t < kChunk; t += 4) exp_bounded<4>(log + t);
-        Vec before = broadcast(1.0f);
-        for (int t = 0; t < kChunk; t++) {
-            const Vec incl = log[t], inv = 1.0f / incl;
-            const int64_t at = t * N + c, second = at + kChunk * N, from = t * rows.stride;
-            const bool present = t < steps;
-            store(q.left + at, present ? load_lanes(rows.a + from, c, n) * before : zero());
-            store(q.left + second, present ? load_lanes(rows.r + from, c, n) * incl : zero());
-            store(q.right + at, present ? load_lanes(rows.b + from, c, n) * inv : zero());
-            store(q.right + second, present ? load_lanes(rows.k + from, c, n) * inv : zero());
-            store(q.incl + at, incl);
-            store(q.inv + at, inv);
-            store(q.slope + at, slope[t]);
-            before = incl;
+// V vectors of channels from c on of a chunk's operands; kept: for a backward.
+template <bool kept, bool whole, int V, class E>
+INLINE void prepare_lanes(const Chunk& q, const Rows<const E>& rows, int64_t steps, int64_t c, int64_t n) {
+    constexpr int64_t kNext = kLanes < kPanel ? kLanes : kStack * kPanel;
+    constexpr int64_t kNextSingle = kLanes < kPanel ? kLanes : kChunk * kPanel;
+    Vec before[V];
+    UNROLL for (int v = 0; v < V; v++) before[v] = broadcast(1.0f);
+    for (int t = 0; t < kChunk; t++) {
+        float *left = q.left.at(t, c), *right = q.right.at(t, c), *incl = q.incl.at(t, c), *slope = q.slope.at(t, c);
+        if (t >= steps) {  // past the sequence's end, which leaves the state alone
+            UNROLL for (int v = 0; v < V; v++) {
+                for (float* row : {left, left + kSecond, right, right + kSecond}) store(row + v * kNext, zero());
+                if (kept) store(incl + v * kNextSingle, before[v]);
+            }
+            continue;
+        }
+        const int64_t from = t * rows.stride;
+        Vec decay[V], slopes[V];
+        UNROLL for (int v = 0; v < V; v++) decay[v] = load_lanes<whole>(rows.w + from, c + v * kLanes, n);
+        decays<V>(decay, slopes);
+        UNROLL for (int v = 0; v < V; v++) {
+            const int64_t at = c + v * kLanes;
+            const Vec product = before[v] * decay[v], inv = reciprocal(product);
+            store(left + v * kNext, load_lanes<whole>(rows.a + from, at, n) * before[v]);
+            store(left + kSecond + v * kNext, load_lanes<whole>(rows.r + from, at, n) * product);
+            store(right + v * kNext, load_lanes<whole>(rows.b + from, at, n) * inv);
+            store(right + kSecond + v * kNext, load_lanes<whole>(rows.k + from, at, n) * inv);
+            if (kept) store(incl + v * kNextSingle, product);
+            if (kept) store(slope + v * kNextSingle, slopes[v]);
+            before[v] = product;
         }
     }
-    const int64_t W = values.W;
+    if (!kept)
+        UNROLL for (int v = 0; v < V; v++) store(q.fade().at(0, c + v * kLanes), before[v]);
+}
+
+// Steps of a tensor's rows, the values' channels, to the second rows of a stack; past `steps` and where there are none,
+// zeros.
+template <class E>
+void load_second(const Matrix& stack, const E* rows, int64_t stride, int64_t steps, const Values& values) {
     for (int t = 0; t < kChunk; t++)
-        for (int64_t c = 0; c < W; c += kLanes) {
-            const E* v = rows.v + t * rows.stride + values.first;
-            store(q.uv + (kChunk + t) * W + c, t < steps ? load_lanes(v, c, values.count) : zero());
-        }
+        for (int64_t c = 0; c < values.W; c += kLanes)
+            store(stack.at(kChunk + t, c),
+                  rows && t < steps ? load_lanes(rows + t * stride + values.first, c, values.count) : zero());
+}
+
+// A chunk's operands, from rows of n elements, `steps` of them or kChunk.
+template <bool kept, class E>
+void prepare(const Chunk& q, const Rows<const E>& rows, int64_t steps, int64_t n, int64_t N, const Values& values) {
+    constexpr int kMost = kLanes == 16 ? 4 : 2;
+    int64_t c = 0;
+    for (; c + kMost * kLanes <= n; c += kMost * kLanes) prepare_lanes<kept, true, kMost>(q, rows, steps, c, n);
+    for (; c < N; c += kLanes) prepare_lanes<kept, false, 1>(q, rows, steps, c, n);
+    load_second(q.uv, rows.v, rows.stride, steps, values);
 }
 
 }  // namespace

@@ -16,10 +16,10 @@ struct Task {
 
 struct ForwardWork {
     Chunk chunk;
-    float *reads, *turned;  // kStack x N, N x kStack
+    Matrix reads, turned;  // kStack x W; N x kStack
     ForwardWork(Parts parts, int64_t N)
-        : chunk(parts, N), reads(parts.take(kStack * N)), turned(parts.take(kStack * N)) {}
-    static int64_t floats(int64_t N) { return Chunk::floats(N) + 2 * (kStack * N + Parts::kGap); }
+        : chunk(parts, N), reads(parts.take(kStack, N)), turned(parts.take(N, kStack)) {}
+    static int64_t floats(int64_t N) { return Chunk::floats(N) + 2 * Parts::floats(kStack, N); }
 };
 
 // One step, the state read once and written once.
@@ -29,11 +29,9 @@ void single_step(float* row, const Task& task, const Rows<const E>& rows, const 
     const int64_t n = task.n, N = task.N;
     float *r = row, *d = r + N, *k = d + N, *a = k + N, *b = a + N, *old = b + N;
     for (int64_t c = 0; c < N; c += kLanes) {
-        Vec log[kChunk] = {}, slope[kChunk];
-        log[0] = load_lanes(rows.w, c, n);
-        log_decays(log, slope, 1);
-        exp_bounded<1>(log);
-        store(d + c, log[0]);
+        Vec decay = load_lanes(rows.w, c, n), slope;
+        decays<1>(&decay, &slope);
+        store(d + c, decay);
         store(r + c, load_lanes(rows.r, c, n));
         store(k + c, load_lanes(rows.k, c, n));
         store(a + c, load_lanes(rows.a, c, n));
@@ -67,26 +65,22 @@ void forward_head(float* memory, const Task& task, const Rows<const E>& rows, co
     if (task.length == 1) return single_step(memory, task, rows, state, y, final_state);
     ForwardWork q(Parts(memory), N);
     const Chunk& chunk = q.chunk;
-    load_turned_state(chunk.S, N, state, n, values);
+    load_state(chunk.S, N, state, n, values);
     for (int64_t start = 0; start < task.length; start += kChunk) {
         if (checkpoints && start && start % kTile == 0)
             save_state(checkpoints + (start / kTile - 1) * task.checkpoint, n, chunk.S, values);
-        const int64_t left = task.length - start, steps = left < kChunk ? left : kChunk;
-        prepare<E>(chunk, rows.at(start), steps, n, N, values);
+        const int64_t left = task.length - start, steps = std::min<int64_t>(left, kChunk);
+        prepare<false>(chunk, rows.at(start), steps, n, N, values);
         Ahead ahead;
-        rows.at(start + kChunk).ask(ahead, std::min<int64_t>(kChunk, left - kChunk), n);
         ahead.add(y + start * rows.stride, rows.stride, steps, n);
-        pair_products(chunk.pairs, chunk.left, chunk.right, q.turned, N, ahead, 0);
-        product<4>(q.reads, chunk.left, chunk.S, kStack, N, W, ahead, 2);
+        rows.at(start + kChunk).ask(ahead, std::min<int64_t>(kChunk, left - kChunk), n);
+        pair_products(chunk, q.turned, N, ahead);
+        product<false>(q.reads, chunk.left, chunk.S, kStack, N, W, ahead, 3, Stored());
         solve_forward(chunk, q.reads, W);
-        finish_forward(chunk, q.reads + kChunk * W, W);
-        for (int64_t t = 0; t < steps; t++)
-            for (int64_t c = 0; c < W; c += kLanes)
-                store_lanes(y + (start + t) * rows.stride + values.first, load(q.reads + (kChunk + t) * W + c), c,
-                            values.count);
-        advance(chunk.S, chunk, N, W);
+        finish_forward(chunk, q.reads, y + start * rows.stride, rows.stride, steps, values);
+        advance(chunk.S, chunk, q.turned, N, W, ahead);
     }
-    transpose(final_state + values.first * n, n, chunk.S, W, n, values.count);
+    store_state(final_state, n, chunk.S, values);
 }
 
 }  // namespace

@@ -6,19 +6,20 @@
 //     S_t = S_{t-1} diag(d_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T
 //     y_t = S_t r_t
 //
-// 1. Chunks of 16 steps (chunk.h). With c_t the product of the decays since the chunk's start, the chunk's reads are
-//    left = [a_t c_{t-1}; r_t c_t] and its writes right = [b_t / c_t; k_t / c_t]: what the read at i takes of the write
-//    at j is left_i . right_j, and of the state before the chunk S left_i. No decay is below 0.545, so 1 / c stays
-//    below 2e4. The values written with b, u_t = S_{t-1} a_t, depend on each other: a unit triangular system
+// 1. Chunks of 8 steps (chunk.h): what every step costs by way of the state does not depend on their length, what
+//    passes between the steps grows with it. With c_t the product of the decays since the chunk's start, the chunk's
+//    reads are left = [a_t c_{t-1}; r_t c_t] and its writes right = [b_t / c_t; k_t / c_t]: what the read at i takes of
+//    the write at j is left_i . right_j, and of the state before the chunk S left_i. No decay is below 0.545, so 1 / c
+//    stays below 130. The values written with b, u_t = S_{t-1} a_t, depend on each other: a unit triangular system
 //    (triangles.h).
-// 2. All else is products of 32 rows with a matrix of head_size (states.h), inside the kernel with rows of S the keys:
-//    reads = left S, then S <- diag(c) (S + right^T [u; v]).
+// 2. All else is products of 16 rows with a matrix of head_size (panels.h), inside the kernel with rows of S and of its
+//    gradient the keys: reads = left S, then S <- diag(c) (S + right^T [u; v]).
 // 3. Backward, in tiles of 64 steps (backward.h): forward saves S at the start of each, backward recomputes S and u
 //    chunk by chunk, never stepping a state back, which would divide errors by decays. With D the gradient of S, faded
-//    by the chunk's decays, the gradients of u and v are right D^T and triangular sums, with a transposed solve; those
-//    of left [x; gy] S and of right [u; v] D, and triangular sums again; then D <- D + [x; gy]^T left.
+//    by the chunk's decays, the gradients of u and v are right D and triangular sums, with a transposed solve; those
+//    of left [x; gy] S^T and of right [u; v] D^T, and triangular sums again; then D <- D + left^T [x; gy].
 // 4. A decay's logarithm takes part in c from its step on: its gradient is a sum over later reads, less later writes,
-//    and what passes through the whole chunk.
+//    and what passes the chunk's end, the products of S's elements there with D's, summed over the values.
 // 5. A head's rows lie too far apart for the processor to foresee them: products fetch the next chunk's, or, backward,
 //    those where the tile's gradients go and the inputs of the tile before.
 //
