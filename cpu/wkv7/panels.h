@@ -62,8 +62,8 @@ void multiply(const Matrix& out, const Matrix& left, const Matrix& right, int64_
         UNROLL for (int i = 0; i < M; i++) store(to + v * out_next + i * kPanel, sum[v][i]);
 }
 
-// `rows` rows and `width` columns of out = left right, M rows at a time, after which `steps` rows are fetched of what is
-// asked for.
+// `rows` rows and `width` columns of out = left right, M rows at a time, after which `steps` rows are fetched of what
+// is asked for.
 template <bool turned, int M = 4, class Then>
 void product(const Matrix& out, const Matrix& left, const Matrix& right, int64_t rows, int64_t K, int64_t width,
              Ahead& ahead, int steps, const Then& then) {
