@@ -69,20 +69,34 @@ struct Decays {
         *(Pair*)&o.whole[c] = whole;
     }
 
+    // out[i] of channel c + j: x times the decays of the thread's tokens before its i-th.
+    __device__ __forceinline__ void onwards(Pair (&out)[4], int j, float x) const {
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            out[i].x[j] = x;
+            x *= decay[i].x[j];
+        }
+    }
+
+    // The same with the decays of those after it.
+    __device__ __forceinline__ void backwards(Pair (&out)[4], int j, float x) const {
+        #pragma unroll
+        for (int i = 3; i >= 0; i--) {
+            out[i].x[j] = x;
+            x *= decay[i].x[j];
+        }
+    }
+
     // read[i]: the decays between the chunk's middle and token t + i's read of the state; their reciprocal before
     // the middle.
     __device__ __forceinline__ void reads(Pair (&read)[4]) const {
         #pragma unroll
         for (int j = 0; j < 2; j++) {
-            float x = part == 0   ? reciprocal_approx(first.x[j])
-                      : part == 1 ? reciprocal_approx(quarter[1].x[j])
-                      : part == 2 ? 1.f
-                                  : quarter[2].x[j];
-            #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                read[i].x[j] = x;
-                x *= decay[i].x[j];
-            }
+            const float x = part == 0   ? reciprocal_approx(first.x[j])
+                            : part == 1 ? reciprocal_approx(quarter[1].x[j])
+                            : part == 2 ? 1.f
+                                        : quarter[2].x[j];
+            onwards(read, j, x);
         }
     }
 
@@ -91,15 +105,11 @@ struct Decays {
     __device__ __forceinline__ void writes(Pair (&write)[4]) const {
         #pragma unroll
         for (int j = 0; j < 2; j++) {
-            float x = part == 3   ? reciprocal_approx(second.x[j])
-                      : part == 2 ? reciprocal_approx(quarter[2].x[j])
-                      : part == 1 ? 1.f
-                                  : quarter[1].x[j];
-            #pragma unroll
-            for (int i = 3; i >= 0; i--) {
-                write[i].x[j] = x;
-                x *= decay[i].x[j];
-            }
+            const float x = part == 3   ? reciprocal_approx(second.x[j])
+                            : part == 2 ? reciprocal_approx(quarter[2].x[j])
+                            : part == 1 ? 1.f
+                                        : quarter[1].x[j];
+            backwards(write, j, x);
         }
     }
 
@@ -107,15 +117,11 @@ struct Decays {
     __device__ __forceinline__ void starts(Pair (&start)[4]) const {
         #pragma unroll
         for (int j = 0; j < 2; j++) {
-            float x = part == 0   ? 1.f
-                      : part == 1 ? quarter[0].x[j]
-                      : part == 2 ? first.x[j]
-                                  : first.x[j] * quarter[2].x[j];
-            #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                start[i].x[j] = x;
-                x *= decay[i].x[j];
-            }
+            const float x = part == 0   ? 1.f
+                            : part == 1 ? quarter[0].x[j]
+                            : part == 2 ? first.x[j]
+                                        : first.x[j] * quarter[2].x[j];
+            onwards(start, j, x);
         }
     }
 
@@ -123,15 +129,11 @@ struct Decays {
     __device__ __forceinline__ void ends(Pair (&end)[4]) const {
         #pragma unroll
         for (int j = 0; j < 2; j++) {
-            float x = part == 3   ? 1.f
-                      : part == 2 ? quarter[3].x[j]
-                      : part == 1 ? second.x[j]
-                                  : second.x[j] * quarter[1].x[j];
-            #pragma unroll
-            for (int i = 3; i >= 0; i--) {
-                end[i].x[j] = x;
-                x *= decay[i].x[j];
-            }
+            const float x = part == 3   ? 1.f
+                            : part == 2 ? quarter[3].x[j]
+                            : part == 1 ? second.x[j]
+                                        : second.x[j] * quarter[1].x[j];
+            backwards(end, j, x);
         }
     }
 
