@@ -18,7 +18,7 @@ static bool products(const Rank& of) {
     const int strip = of.tile, strips = tiles;
     const size_t matrices = size_t(SHARDS) * rank * rank;
     BoneArguments a = {};
-    a.tokens = TOKENS, a.width = width, a.rank = rank, a.groups = GROUPS, a.strip = strip;
+    a.tokens = TOKENS, a.width = width, a.rank = rank, a.groups = GROUPS, a.strip = strip, a.factor = 0.5f;
     a.x = c.input<E>(TOKENS * width), a.bone = c.input<E>(matrices, -0.1f, 0.1f), a.z = c.result<E>(TOKENS * width);
     a.shift = c.result<E>(GROUPS * TOKENS * rank);
     c.launched(of.forward(a, tiles * GROUPS));
@@ -33,7 +33,7 @@ static bool products(const Rank& of) {
 }
 
 template <class E>
-static bool shards(Launcher sum, Launcher add, Launcher parts) {
+static bool shards(Launcher sum, Launcher tiled, Launcher parts) {
     Case c(std::string("bone shards ") + DTYPE<E>);
     const int rank = 20, width = 70;  // the last shard is half a one
     BoneArguments a = {};
@@ -41,9 +41,9 @@ static bool shards(Launcher sum, Launcher add, Launcher parts) {
     const int blocks = quotient_up(TOKENS * rank, SHARD_THREADS);
     a.x = c.input<E>(TOKENS * width), a.total = c.result<E>(TOKENS * rank);
     c.launched(sum(a, blocks));
-    a.y = c.input<E>(TOKENS * width), a.tile = c.input<E>(GROUPS * TOKENS * rank);
+    a.tile = c.input<E>(GROUPS * TOKENS * rank);
     a.tiled = c.result<E>(TOKENS * width);
-    c.launched(add(a, blocks));
+    c.launched(tiled(a, blocks));
     a.parts = c.input<float>(GROUPS * a.count), a.total = c.result<E>(a.count);
     c.launched(parts(a, quotient_up(a.count, SHARD_THREADS)));
     return c.right();
@@ -62,9 +62,9 @@ int main() {
         {20, PLAIN_TOKENS, LAUNCHER(bone_affine_forward_bfloat16), LAUNCHER(bone_affine_backward_bfloat16), {}});
     right &= products<float>(
         {64, PLAIN_TOKENS, LAUNCHER(bone_affine_forward_float32), LAUNCHER(bone_affine_backward_float32), {}});
-    right &= shards<float>(LAUNCHER(bone_shard_sum_float32), LAUNCHER(bone_add_tiled_float32),
-                           LAUNCHER(bone_sum_parts_float32));
-    right &= shards<bf16>(LAUNCHER(bone_shard_sum_bfloat16), LAUNCHER(bone_add_tiled_bfloat16),
+    right &=
+        shards<float>(LAUNCHER(bone_shard_sum_float32), LAUNCHER(bone_tiled_float32), LAUNCHER(bone_sum_parts_float32));
+    right &= shards<bf16>(LAUNCHER(bone_shard_sum_bfloat16), LAUNCHER(bone_tiled_bfloat16),
                           LAUNCHER(bone_sum_parts_bfloat16));
     return right ? 0 : 1;
 }

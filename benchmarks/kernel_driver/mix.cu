@@ -102,18 +102,42 @@ static bool add_norm(Launcher forward, Launcher backward, Launcher sums, int cha
     c.launched(sums(a, row_blocks(a)));
     return c.right();
 }
+template <class E>
+static bool norm_lerp(Launcher forward, Launcher backward, int channels, int width) {
+    Case c("mix norm_lerp " + std::to_string(channels) + " " + DTYPE<E>);
+    MixArguments a = arguments(channels, width);
+    const size_t elements = TOKENS * channels;
+    const int blocks = quotient_up(TOKENS, STRIP);
+    a.n = LOW_POINTS;
+    give_sequences<E>(c, a, true);
+    float* const stats = c.result<float>(2 * TOKENS);
+    E *const sum = c.result<E>(elements), *const weight = c.input<E>(channels), *const maa = c.input<E>(a.n * channels);
+    a.inputs[0] = c.input<E>(elements), a.inputs[1] = c.input<E>(elements);
+    a.parameters[0] = weight, a.parameters[1] = c.input<E>(channels), a.parameters[2] = maa;
+    a.outputs[0] = sum, a.outputs[1] = c.result<E>(elements), a.outputs[2] = stats;
+    a.outputs[3] = c.result<E>(a.sequences * channels);
+    for (int i = 0; i < a.n; i++) a.outputs[4 + i] = c.result<E>(elements);
+    c.launched(forward(a, blocks));
+    a.inputs[0] = sum, a.inputs[1] = c.input<E>(elements), a.inputs[2] = c.input<E>(elements), a.inputs[3] = stats;
+    a.inputs[4] = c.input<E>(a.sequences * channels), a.parameters[1] = maa, a.outputs[0] = c.result<E>(elements);
+    for (int i = 0; i < a.n; i++) a.inputs[5 + i] = c.input<E>(elements);
+    c.launched(backward(a, blocks));
+    return c.right();
+}
+
 #define ADD_NORM(E, dtype, ...)                                                                  \
     add_norm<E>(LAUNCHER(mix_add_norm_forward_##dtype), LAUNCHER(mix_add_norm_backward_##dtype), \
                 LAUNCHER(mix_add_norm_sums_##dtype), __VA_ARGS__)
 
 int main() {
     const RowsOperation operations[] = {
-        ROWS(relu_square_forward, 1, 1, 0, 0, false),    ROWS(relu_square_backward, 2, 1, 0, 0, false),
-        ROWS(sigmoid_gate_forward, 2, 1, 0, 0, false),   ROWS(sigmoid_gate_backward, 3, 2, 0, 0, false),
-        ROWS(value_residual_forward, 3, 1, 1, 0, false), ROWS(value_residual_backward, 4, 3, 1, 1, false),
-        ROWS(norm_gate_forward, 2, 1, 2, 0, true),       ROWS(norm_gate_backward, 3, 2, 2, 2, true),
-        ROWS(delta_keys_forward, 2, 3, 3, 0, true),      ROWS(delta_keys_backward, 5, 2, 3, 3, true),
-        ROWS(norm_bonus_gate_forward, 5, 1, 3, 0, true), ROWS(norm_bonus_gate_backward, 6, 5, 3, 3, true)};
+        ROWS(relu_square_forward, 1, 1, 0, 0, false),     ROWS(relu_square_backward, 2, 1, 0, 0, false),
+        ROWS(sigmoid_gate_forward, 2, 1, 0, 0, false),    ROWS(sigmoid_gate_backward, 3, 2, 0, 0, false),
+        ROWS(gated_residual_forward, 3, 1, 0, 0, false),  ROWS(value_residual_forward, 3, 1, 1, 0, false),
+        ROWS(value_residual_backward, 4, 3, 1, 1, false), ROWS(norm_gate_forward, 2, 1, 2, 0, true),
+        ROWS(norm_gate_backward, 3, 2, 2, 2, true),       ROWS(delta_keys_forward, 2, 3, 3, 0, true),
+        ROWS(delta_keys_backward, 5, 2, 3, 3, true),      ROWS(norm_bonus_gate_forward, 5, 1, 3, 0, true),
+        ROWS(norm_bonus_gate_backward, 6, 5, 3, 3, true)};
     bool right = true;
     for (const RowsOperation& operation : operations) {
         right &= rows<float>(operation);
@@ -126,5 +150,9 @@ int main() {
     right &= ADD_NORM(float, float32, 2104, WIDEST<float>);
     right &= ADD_NORM(bf16, bfloat16, 2104, WIDEST<bf16>);
     right &= ADD_NORM(bf16, bfloat16, 2102, 2);
+    right &= norm_lerp<float>(LAUNCHER(mix_norm_lerp_forward_float32), LAUNCHER(mix_norm_lerp_backward_float32), 2104,
+                              WIDEST<float>);
+    right &= norm_lerp<bf16>(LAUNCHER(mix_norm_lerp_forward_bfloat16), LAUNCHER(mix_norm_lerp_backward_bfloat16), 2104,
+                             WIDEST<bf16>);
     return right ? 0 : 1;
 }
