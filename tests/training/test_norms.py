@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import distributed
 
 from rwkv_peft.training.norms import NOT_FINITE, SHORT, gradient_norm, square_sum
@@ -24,3 +25,9 @@ def test_the_norm_of_several_and_one_that_is_not_finite(monkeypatch):
     assert gradient_norm(optimizer, gradients).item() == 8.0 and groups == ["all"]
     for value in (float("inf"), float("nan")):
         assert gradient_norm(optimizer, [*gradients, torch.tensor([value])]).item() == NOT_FINITE
+
+
+@pytest.mark.parametrize("name", ["get_grad_norm_direct", "reduce_independent_p_g_buckets_and_remove_grads"])
+def test_the_engine_has_what_the_strategy_replaces(name):
+    """Else the strategy would give a name to nothing, and say nothing."""
+    assert callable(getattr(DeepSpeedZeroOptimizer, name))

@@ -15,6 +15,7 @@ from ..adapters.quant import ROW_ELEMENTS, stored_bytes
 from ..config import BUCKET, RunConfig
 from ..files.dtypes import DTYPES
 from ..models import family_named
+from ..training.gathering import exchanges_gradients, sums_apart
 from ..training.loss import chunk_rows
 from .rehearsal import Counts, Step, count, logit_bytes, rehearse
 
@@ -120,16 +121,19 @@ class Estimate:
         own = trains // self.ranks
         place = CPU if train.offload else self.accelerator
         buffers = 2 if self.accelerator == GPU else 1  # of two, a CPU touches the second when the first is full
-        beyond = max(0, trains - BUCKET) // (self.ranks if train.stage >= 2 else 1)
+        exchange = exchanges_gradients(train)
+        bucket = min(BUCKET, trains) if exchange else 0
+        beyond = (trains - bucket) // (self.ranks if train.stage >= 2 else 1)
         parts = [
             Part("optimizer", place, OPTIMIZER * own),
-            Part("gradients, in buckets", self.accelerator, buffers * min(BUCKET, trains) * item, (BACKWARD,)),
+            Part("gradients, in buckets", self.accelerator, buffers * bucket * item, (BACKWARD,)),
             Part("gradients beyond the buckets", self.accelerator, beyond * item, (BACKWARD,)),
             Part("gradients of the update, float32", place, 4 * own, (UPDATE,)),
-            Part("gradients of the update", self.accelerator, 2 * item * own, (UPDATE,)),  # a part each, and in one
+            # in one part, and before that, where they come from buckets, in a part each
+            Part("gradients of the update", self.accelerator, (2 if exchange else 1) * item * own, (UPDATE,)),
         ]
         if train.accumulate_grad_batches > 1:
-            size = 4 if train.stage == 2 else item
+            size = 4 if sums_apart(train) else item
             parts.append(Part("gradients, accumulated", place, size * own))
         return parts
 

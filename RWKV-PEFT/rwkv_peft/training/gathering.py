@@ -1,7 +1,8 @@
-"""How much of a model ZeRO-3 holds whole on each rank at a time."""
+"""What ranks hold under ZeRO besides their share: of the model at a time, and of the gradients on their way."""
 
 from torch import nn
 
+from ..config import TrainConfig
 from ..models.parts import LanguageModel
 
 
@@ -10,6 +11,19 @@ def live_parameters(model: LanguageModel) -> int:
     have more. DeepSpeed's own bound is a thousand million, by which a model of 1.6B would be shared by name alone."""
     blocks = sorted(map(_size, model.blocks))
     return max(sum(blocks[-2:]), _size(model.emb), _size(model.head))
+
+
+def sums_apart(train: TrainConfig) -> bool:
+    """Whether micro batches add their gradients up in a float32 buffer of the engine, as they would in bfloat16
+    otherwise."""
+    return train.stage == 2 and train.precision == "bf16" and train.accumulate_grad_batches > 1
+
+
+def exchanges_gradients(train: TrainConfig) -> bool:
+    """Whether gradients go through the engine's buckets. They need not on a rank alone, where the optimizer takes them
+    from where backward left them."""
+    alone = train.devices * train.num_nodes == 1
+    return not alone or train.stage == 3 or train.offload or sums_apart(train)
 
 
 def _size(module: nn.Module) -> int:

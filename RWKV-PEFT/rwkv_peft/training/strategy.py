@@ -10,6 +10,7 @@ from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from ..config import BUCKET, TrainConfig
+from .gathering import exchanges_gradients, sums_apart
 from .meeting import Ranks
 from .norms import gradient_norm
 from .world import World
@@ -59,9 +60,10 @@ class MetRanks(ClusterEnvironment):
 class ZeroStrategy(DeepSpeedStrategy):
     """Lightning's DeepSpeedStrategy without its refusal of everything but CUDA; ranks (a Ranks) have met."""
 
-    def __init__(self, ranks: Ranks, **settings: Any) -> None:
+    def __init__(self, ranks: Ranks, exchange: bool, **settings: Any) -> None:
+        """exchange: whether gradients go through buckets (exchanges_gradients)."""
         super().__init__(cluster_environment=MetRanks(ranks.world), **settings)
-        self.ranks = ranks
+        self.ranks, self.exchange = ranks, exchange
 
     def setup_environment(self) -> None:
         if self.root_device.type == "cpu":
@@ -86,6 +88,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         engine, optimizer = super()._setup_model_and_optimizer(*arguments, **named)
         if isinstance(optimizer, DeepSpeedZeroOptimizer):
             optimizer.get_grad_norm_direct = lambda gradients, *_, **__: gradient_norm(optimizer, gradients)
+            if not self.exchange:
+                optimizer.reduce_independent_p_g_buckets_and_remove_grads = lambda parameter, group: None
         return engine, optimizer
 
 
@@ -102,18 +106,17 @@ def make_strategy(
 
         # init_distributed would compile this shared-memory all-reduce for a minute; gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    bucket = min(BUCKET, max(trainable, 1))
+    bucket, exchange = min(BUCKET, max(trainable, 1)), exchanges_gradients(train)
     strategy = ZeroStrategy(
         ranks,
+        exchange,
         stage=train.stage,
         offload_optimizer=train.offload,
         offload_parameters=train.offload and train.stage == 3,
         # else a GPU reads what is offloaded at a fraction of its speed
         pin_memory=train.offload and accelerator == "gpu",
-        # a rank alone has nothing to share, and need not divide by one
-        reduce_scatter=ranks.world.size > 1,
         allgather_bucket_size=bucket,
-        reduce_bucket_size=bucket,
+        reduce_bucket_size=bucket if exchange else 1,
         exclude_frozen_parameters=True,
         logging_batch_size_per_gpu=micro_bsz,
         logging_level=logging.ERROR,
@@ -124,6 +127,6 @@ def make_strategy(
         zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = live
         if accelerator == "cpu":
             zero["stage3_prefetch_bucket_size"] = 0  # gloo's threads would compete with the step's
-    if train.stage == 2 and train.precision == "bf16" and train.accumulate_grad_batches > 1:
-        strategy.config["data_types"] = {"grad_accum_dtype": "fp32"}  # else micro batches add up in bfloat16
+    if sums_apart(train):
+        strategy.config["data_types"] = {"grad_accum_dtype": "fp32"}
     return strategy
