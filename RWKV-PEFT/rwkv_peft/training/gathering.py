@@ -14,7 +14,7 @@ def live_parameters(model: LanguageModel) -> int:
 
 
 def sums_apart(train: TrainConfig) -> bool:
-    """Whether micro batches add their gradients up in a float32 buffer of the engine, as they would in bfloat16
+    """Whether micro batches add their gradients up in float32, in a buffer of the engine: they would add up in bfloat16
     otherwise."""
     return train.stage == 2 and train.precision == "bf16" and train.accumulate_grad_batches > 1
 
