@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+from ..adapters.block_affine import BlockAffine
 from ..adapters.methods import METHODS, NONE, method_of, words_of
 from ..config import STRATEGIES, RunConfig
 from ..models import family_named
@@ -86,5 +87,5 @@ def alternatives(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     for quant in ("nf4", "int8"):
         if adapter.quant == "none":
             yield f"--quant {quant}", replace(config, adapter=replace(adapter, quant=quant))
-    if method.name in ("bat-in", "bat-in-scaled", "bat-out"):
+    if isinstance(method, BlockAffine):
         yield "--bone_mode bone", replace(config, adapter=replace(adapter, mode="bone"))
