@@ -39,9 +39,9 @@ class Backend(Protocol):
 class Backends:
     """The backends of an operation besides "reference", which is plain torch, differentiated by autograd."""
 
-    def __init__(self, op: str, table: Mapping[str, Backend], fallback: str, on_meta: str) -> None:
-        """fallback: what "auto" takes where there is no kernel; on_meta: what it takes for tensors without data."""
-        self.op, self.table, self.fallback, self.on_meta = op, table, fallback, on_meta
+    def __init__(self, op: str, table: Mapping[str, Backend], fallback: str) -> None:
+        """fallback: what "auto" takes where there is no kernel."""
+        self.op, self.table, self.fallback = op, table, fallback
 
         @constant_when_compiled  # which takes no methods
         def choose(backend: str, device_type: str, index: int | None, dtype: torch.dtype) -> str:
@@ -95,7 +95,7 @@ class Backends:
         if dtype == torch.float64:
             return "reference"
         if device_type == "meta":
-            return self.on_meta
+            return "cuda"  # what is counted without data is counted for GPUs
         reason: str | None = f"there is no kernel for {device_type}"
         if device_type in KERNELS:
             reason = self.table[device_type].unavailable("")

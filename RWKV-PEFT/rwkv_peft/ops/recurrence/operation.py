@@ -22,11 +22,10 @@ class Recurrence:
         reference: Callable[..., tuple[Tensor, Tensor]],
         backends: Mapping[str, Backend],
         fallback: str = "reference",
-        on_meta: str = "cuda",
     ) -> None:
-        """reference: the operation in plain torch; backends, fallback and on_meta as Backends has them."""
+        """reference: the operation in plain torch; backends and fallback as Backends has them."""
         self.signature, self.reference, self.row_count = signature, reference, len(signature.rows)
-        self.backends = Backends(signature.op, backends, fallback, on_meta)
+        self.backends = Backends(signature.op, backends, fallback)
         self.operators = Operators(signature, self.backends)
 
     def compute(

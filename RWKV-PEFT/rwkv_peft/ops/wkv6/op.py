@@ -6,7 +6,7 @@ from ..recurrence.operation import Recurrence
 from . import cpu, cuda, reference
 from .signature import SIGNATURE
 
-WKV6 = Recurrence(SIGNATURE, reference.wkv6, {"cpu": cpu.RECURRENCE, "cuda": cuda.RECURRENCE}, on_meta="cpu")
+WKV6 = Recurrence(SIGNATURE, reference.wkv6, {"cpu": cpu.RECURRENCE, "cuda": cuda.RECURRENCE})
 
 
 def wkv6(
