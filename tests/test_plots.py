@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rwkv_peft.errors import UserError
-from rwkv_peft.plots import main, plot_loss, read_metrics, series, smooth
+from rwkv_peft.plots import main, plot_loss, read_metrics, series, shares, smooth
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -16,6 +16,7 @@ def write_metrics(path, count, every=10):
             record = {"step": step, "loss": 2 / (step + 1), "lr": 1e-3, "tokens_per_s": 100.0}
             if step % every == every - 1:
                 record |= {"val_loss": 2.5 / (step + 1), "eval_score": 0.5}
+                record |= {"lm_eval/t/acc": 0.4, "lm_eval/t/perplexity": 9.0}
             file.write(json.dumps(record) + "\n")
     return path
 
@@ -38,6 +39,12 @@ def test_a_series_holds_the_steps_that_have_the_value(tmp_path):
     records = read_metrics(write_metrics(tmp_path / "metrics.jsonl", 20))
     assert series(records, "val_loss") == ([9, 19], [0.25, 0.125])
     assert series(records, "absent") == ([], [])
+
+
+def test_the_shares_of_right_answers_are_drawn(tmp_path):
+    records = read_metrics(write_metrics(tmp_path / "metrics.jsonl", 20))
+    assert shares(records) == {"right answers": ([9, 19], [0.5, 0.5]), "t/acc": ([9, 19], [0.4, 0.4])}
+    assert shares(records[:5]) == {}
 
 
 def test_a_null_is_no_point():

@@ -247,11 +247,14 @@ class TrainConfig:
     )
     eval_every: int = setting(
         0,
-        "steps between such rounds of questions, beside the one at the end; 0: every epoch",
+        "steps between such rounds of questions, of --eval_data and --lm_eval, beside the one at the end; 0: every "
+        "epoch",
         group="validation",
         type=count,
     )
-    eval_limit: int = setting(100, "ask the first so many of them; 0: all", group="validation", type=count)
+    eval_limit: int = setting(
+        100, "ask the first so many of them, and of each task of --lm_eval; 0: all", group="validation", type=count
+    )
     eval_template: str = setting(
         "", "how a question is put, as --template of rwkv-peft eval", group="validation", metavar="NAME"
     )
@@ -263,7 +266,27 @@ class TrainConfig:
         nargs="+",
         metavar="TEXT",
     )
-    eval_batch: int = setting(16, "answers written at once, on each device", group="validation", type=positive)
+    eval_batch: int = setting(
+        16, "answers written or scored at once, on each device", group="validation", type=positive
+    )
+    lm_eval: tuple[str, ...] = setting(
+        (),
+        "tasks of EleutherAI's lm-evaluation-harness, groups or patterns of them, that the model is asked while it "
+        "trains; scored, and the results written to lm_eval.jsonl in --proj_dir (pip install -r requirements-eval.txt)",
+        group="validation",
+        nargs="+",
+        metavar="TASK",
+    )
+    lm_eval_include_path: str = setting(
+        "", "a folder with tasks of your own, as --include_path of rwkv-peft lm_eval", group="validation", metavar="DIR"
+    )
+    lm_eval_num_fewshot: int | None = setting(
+        None,
+        "solved examples before each question, as --num_fewshot of rwkv-peft lm_eval (default: the task's)",
+        group="validation",
+        type=count,
+        metavar="N",
+    )
     proj_dir: str = setting("out", "where the run writes", group="run", metavar="DIR")
     resume: str = setting(
         "",

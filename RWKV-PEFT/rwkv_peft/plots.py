@@ -14,6 +14,9 @@ from .errors import UserError, told
 from .files.atomic import atomic_write
 from .files.readable import require_readable
 
+SHARES = ("acc", "acc_norm", "exact_match")  # of lm_eval's metrics, those that are shares of right answers
+COLORS = ("tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
+DRAWN = len(COLORS) - 1  # of them, the first, which groups of tasks are
 LAST_STEP = 1 << 53  # the last that a float, in which it is drawn, can tell from its neighbours
 
 
@@ -62,9 +65,19 @@ def smooth(values: Iterable[float], weight: float = 0.9) -> list[float]:
     return result
 
 
+def shares(records: Sequence[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
+    """{name: its series} of the shares of right answers that a run's records hold: of its own questions, and of the
+    first few tasks of lm_eval."""
+    names = dict.fromkeys(name for record in records for name in record if name.startswith("lm_eval/"))
+    tasks = [name for name in names if name.split("/")[2:3] and name.split("/")[2] in SHARES]
+    shown = {"right answers": "eval_score"} | {name.removeprefix("lm_eval/"): name for name in tasks[:DRAWN]}
+    found = {label: series(records, name) for label, name in shown.items()}
+    return {label: points for label, points in found.items() if points[0]}
+
+
 def plot_loss(metrics_jsonl: str | Path, out_png: str | Path) -> None:
     """Draw loss (raw and smoothed), validation loss where recorded, and learning rate over the steps of a run; below
-    them the share of right answers where it was asked for.
+    them the shares of right answers where they were asked for.
 
     metrics_jsonl: a run's metrics.jsonl; out_png is written anew. Any number of points will do, none included.
     """
@@ -73,7 +86,7 @@ def plot_loss(metrics_jsonl: str | Path, out_png: str | Path) -> None:
 
     records = read_metrics(metrics_jsonl)
     steps, losses = series(records, "loss")
-    asked, scores = series(records, "eval_score")
+    scores = shares(records)
     figure = Figure(figsize=(8, 6 if scores else 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes, *below = figure.subplots(
@@ -81,7 +94,8 @@ def plot_loss(metrics_jsonl: str | Path, out_png: str | Path) -> None:
     )[:, 0]
     axes.set(ylabel="loss (nats per token)")
     for last in below:
-        last.plot(asked, scores, color="tab:green", linewidth=2, marker="o", markersize=3, label="right answers")
+        for color, (name, (asked, values)) in zip(COLORS, scores.items()):
+            last.plot(asked, values, color=color, linewidth=2, marker="o", markersize=3, label=name)
         last.set(ylabel="share", ylim=(0, 1.05))
         last.grid(alpha=0.25)
         last.spines[["top", "right"]].set_visible(False)

@@ -8,64 +8,23 @@ from pathlib import Path
 
 import pytest
 
+from evals.local_tasks import PASSAGES, TASKS, write_tasks
+from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import UserError
 from rwkv_peft.evals import command, harness_command, harness_flags
-from rwkv_peft.generate.loading import Subject
+from rwkv_peft.evals.requests import ROLLING, Question, in_two, manner, question, share, stops_of_request
+from rwkv_peft.evals.scoring import score
+from rwkv_peft.generate.loading import Subject, load_model
+from rwkv_peft.generate.settings import Sampling
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ("--model", str(ROOT / "demo" / "rwkv6-demo.pth"))
-STORY = "The sun is up. Tom has 3 brown grapes. A dog sleeps.\nQ: {}\nA:"
-CHOICES = [
-    {"question": STORY.format("What is there?"), "choices": ["3 brown grapes", "4 red dolls", "5 hats"], "answer": 0},
-    {"question": STORY.format("How many?"), "choices": ["9", "3"], "answer": 0},
-]
-PASSAGES = [{"text": STORY.format("How many?") + word} for word in (" 3", " golden")]
-NUMBERS = [{"query": STORY.format("How many?").removesuffix("\nA:"), "response": f"#### {n}"} for n in ("3", "4")]
-TASKS = {
-    "choices": """output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: answer
-metric_list: [{metric: acc}]
-""",
-    "lambada": """output_type: loglikelihood
-doc_to_text: "{{text.rsplit(' ', 1)[0]}}"
-doc_to_target: "{{' ' + text.rsplit(' ', 1)[1]}}"
-target_delimiter: ""
-metric_list: [{metric: acc}, {metric: perplexity}]
-""",
-    "rolling": """output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{text}}"
-metric_list: [{metric: byte_perplexity}]
-""",
-    "gsm8k": """output_type: generate_until
-doc_to_text: "{{query}}\\nA:"
-doc_to_target: "{{response.split('#### ')[1]}}"
-generation_kwargs: {until: ["\\n"], do_sample: false, max_gen_toks: 20}
-filter_list: [{name: number, filter: [{function: regex, regex_pattern: "([0-9]+)"}, {function: take_first}]}]
-metric_list: [{metric: exact_match}]
-""",
-}
-DATA = {"choices": CHOICES, "lambada": PASSAGES, "rolling": PASSAGES, "gsm8k": NUMBERS}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder of tasks over files of rows."""
-    folder = tmp_path_factory.mktemp("tasks")
-    for name, text in TASKS.items():
-        data = folder / f"{name}.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in DATA[name]))
-        head = f"task: our_{name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\n"
-        (folder / f"{name}.yaml").write_text(f"{head}test_split: test\n{text}")
-    (folder / "gone.yaml").write_text(
-        "task: gone\ndataset_path: nobody/has-this\ntest_split: test\n" + TASKS["rolling"]
-    )
-    (folder / "beams.yaml").write_text(
-        (folder / "gsm8k.yaml").read_text().replace("our_gsm8k", "beams").replace("max_gen_toks: 20", "num_beams: 4")
-    )
-    return folder
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +71,6 @@ def test_last_words_are_as_probable_as_ours(done, folder):
 
 
 def test_a_whole_text_is_as_probable_as_its_tokens(done, folder):
-    from rwkv_peft.evals.scoring import score
-
     _, _, samples = done
     model, start, tokenizer = subject()
     for row, sample in zip(PASSAGES, samples["our_rolling"], strict=True):
@@ -131,18 +88,11 @@ def test_answers_are_those_that_we_write(done, folder):
 
 
 def subject():
-    from rwkv_peft.data.tokenizer import load_tokenizer
-    from rwkv_peft.generate.loading import load_model
-
     model, start = load_model(MODEL[1])
     return Subject(model, start, load_tokenizer("bytes"))
 
 
 def test_what_a_task_asks_of_its_answers():
-    pytest.importorskip("lm_eval")
-    from rwkv_peft.evals.harness import manner, stops_of_request
-    from rwkv_peft.generate.settings import Sampling
-
     assert manner({"until": ["x"], "do_sample": False, "temperature": 0.7}) == (Sampling(temperature=0), 256)
     assert manner({"max_new_tokens": 9, "num_beams": 1}) == (Sampling(temperature=0), 9)
     assert manner({"do_sample": True, "temperature": 0.7, "top_p": 0.9}) == (Sampling(temperature=0.7, top_p=0.9), 256)
@@ -151,17 +101,20 @@ def test_what_a_task_asks_of_its_answers():
 
 
 def test_all_of_a_context_and_its_continuation_is_read():
-    pytest.importorskip("lm_eval")
-    from rwkv_peft.data.tokenizer import load_tokenizer
-    from rwkv_peft.evals.harness import Harness
-
     world = load_tokenizer("world")
-    harness = Harness(Subject(None, None, world), 1)
     for context, continuation in (("Answer:", " Paris"), ("Answer: ", "Paris"), ("is", "n't"), ("\n", "word")):
-        before, behind = harness._encode_pair(context, continuation)
+        before, behind = in_two(world, context, continuation)
         assert world.decode(before + behind) == (context + continuation) and before
         assert world.decode(behind) == context[len(context.rstrip()) :] + continuation
-    assert harness.eot_token_id == 0
+    assert in_two(world, "", "word")[0] == question(ROLLING, ("word",), world, 0).context == [0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_ranks_share_questions_and_those_of_one_context_stay_together(ranks):
+    contexts = [[1], [2], [1], [3], [2]]
+    shares = [share([Question(context, [0]) for context in contexts], rank, ranks) for rank in range(ranks)]
+    assert sorted(sum(shares, [])) == list(range(5))
+    assert not any(contexts[a] == contexts[b] for mine in shares for a in mine for b in set(range(5)) - set(mine))
 
 
 @pytest.mark.parametrize(

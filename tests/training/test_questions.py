@@ -3,15 +3,19 @@
 The base is the demo's, which answers questions about little stories.
 """
 
+import importlib.util
 import json
+import random
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from evals.local_tasks import write_tasks
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.preprocess import main as preprocess
 from rwkv_peft.data.recorded import vocabulary_of
@@ -19,13 +23,18 @@ from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import UserError
 from rwkv_peft.evals.command import main as evaluate
 from rwkv_peft.evals.exam import Exam
+from rwkv_peft.evals.harness_command import main as run_harness
+from rwkv_peft.evals.harness_exam import HarnessExam
 from rwkv_peft.generate.loading import load_model
 from rwkv_peft.training.examiner import Examiner
 from rwkv_peft.training.flags import parse_flags
-from rwkv_peft.training.run import find_exam
+from rwkv_peft.training.run import find_exams
+from rwkv_peft.training.run import main as run_training
 from training.runs import ROOT, finish, metrics, start
 
 BASE = str(ROOT / "demo" / "rwkv6-demo.pth")
+LM_EVAL = importlib.util.find_spec("lm_eval") is not None
+needs_lm_eval = pytest.mark.skipif(not LM_EVAL, reason="lm_eval is not installed")
 STORY = "The sun is up. Tom has {} brown grapes. A dog sleeps.\nQ: {}\nA:"
 QUESTIONS = [
     {"prompt": STORY.format(n, question), "completion": f" {right}"}
@@ -37,6 +46,7 @@ QUESTIONS = [
         (7, "How many?", "never asked"),
     ]
 ]
+TASKS = ("ours", "our_rolling", "our_gsm8k")
 ASK = ("--eval_every", "2", "--eval_limit", "4", "--eval_max_tokens", "24", "--eval_batch", "3", "--eval_stop", r"\n")
 
 
@@ -52,6 +62,8 @@ def files(tmp_path_factory):
     rows = [{"text": STORY.format(2 + n % 7, "How many?") + f" {2 + n % 7}"} for n in range(60)]
     preprocess([write(folder / "rows.jsonl", rows), "--tokenizer", "bytes", "--output", str(folder / "data")])
     write(folder / "questions.jsonl", QUESTIONS)
+    (folder / "tasks").mkdir()
+    write_tasks(folder / "tasks")
     return folder
 
 
@@ -86,18 +98,31 @@ def train(files):
 @pytest.fixture(scope="module")
 def asked(files, train):
     """A run of six steps that is asked every second one, and ended after three and went on: what it printed."""
-    questions = ("--eval_data", str(files / "questions.jsonl"), *ASK)
+    questions = ("--eval_data", str(files / "questions.jsonl"), *ASK, *lm_eval_flags(files))
     train("asked", *questions, "--epoch_count", "1")
     assert sorted({answer["step"] for answer in answers(files, "asked")}) == [1, 2]  # the last step ended that run
     with open(files / "asked" / "answers.jsonl", "a") as file:
         file.write('{"step": 3, "number": 0}\n{"step": 4, "nu')  # of steps that were not saved
+    if LM_EVAL:
+        with open(files / "asked" / "lm_eval.jsonl", "a") as file:
+            file.write('{"step": 3, "results": {}}\n')
     out, _ = train("asked", *questions, "--resume")
     assert "rate      0.0061 to 0.00061 (--lr_init auto: as the run began; docs/learning_rates.md)" in out
     return out
 
 
+def lm_eval_flags(files):
+    """--lm_eval, where its package is there."""
+    folder = str(files / "tasks")
+    return ("--lm_eval", *TASKS, "--lm_eval_include_path", folder, "--lm_eval_num_fewshot", "1") if LM_EVAL else ()
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def answers(files, name):
-    return [json.loads(line) for line in (files / name / "answers.jsonl").read_text().splitlines()]
+    return lines_of(files / name / "answers.jsonl")
 
 
 def numbers(files, name):
@@ -125,6 +150,103 @@ def test_the_last_answers_are_those_that_eval_finds_of_what_is_saved(files, aske
     assert evaluate([*words, "--max_tokens", "24", "--split", "[:4]", "--stop", "\n", "--output", str(output)]) == 0
     records = [json.loads(line) for line in output.read_text().splitlines()[1:]]
     assert [{"step": 5} | record for record in records] == answers(files, "asked")[-4:]
+
+
+@needs_lm_eval
+def test_the_scores_of_lm_eval_are_logged_and_kept(files, asked):
+    rounds = lines_of(files / "asked" / "lm_eval.jsonl")
+    assert [line["step"] for line in rounds] == [1, 2, 3, 5]
+    logged = {line["step"]: line for line in metrics(files, "asked")}
+    for line in rounds:
+        results, scores = line["results"], logged[line["step"]]
+        assert scores["lm_eval/ours/acc"] == line["groups"]["ours"]["acc,none"] == 0.5
+        assert scores["lm_eval/our_gsm8k/exact_match/number"] == results["our_gsm8k"]["exact_match,number"]
+        assert scores["lm_eval/our_lambada/perplexity"] == results["our_lambada"]["perplexity,none"]
+        assert results["our_lambada"]["perplexity_stderr,none"] > 0
+        assert line["n-shot"]["our_gsm8k"] == 1 and line["versions"]["our_gsm8k"] and line["lm_eval"]
+        byte = f"{results['our_rolling']['byte_perplexity,none']:#.4g}"
+        assert f"step {line['step'] + 1}: lm_eval our_rolling: byte_perplexity {byte}\n" in asked
+        assert f"step {line['step'] + 1}: lm_eval ours: acc 0.5000 ± 0." in asked
+    assert "lm_eval our_choices" not in asked  # which ours tells of
+    assert "8 questions of lm_eval ours our_rolling our_gsm8k, asked every 2 steps and at the end" in asked
+    assert len({line["results"]["our_rolling"]["byte_perplexity,none"] for line in rounds}) == len(rounds)
+
+
+@needs_lm_eval
+def test_the_last_scores_are_those_that_lm_eval_finds_of_what_is_saved(files, asked):
+    words = [*TASKS, "--include_path", str(files / "tasks"), "--num_fewshot", "1", "--model", BASE]
+    output = files / "results.json"
+    assert run_harness([*words, "--adapter", str(files / "asked"), "--output", str(output)]) == 0
+    results, last = json.loads(output.read_text()), lines_of(files / "asked" / "lm_eval.jsonl")[-1]
+    for name in ("versions", "n-shot", "n-samples", "higher_is_better", "group_subtasks"):
+        assert last[name] == results[name]
+    assert last["results"].keys() == results["results"].keys()
+    for task, found in results["results"].items():
+        found.pop("perplexity_stderr,none", None)  # which is drawn
+        ours = {name: last["results"][task][name] for name in found}
+        for name, value in found.items():  # the command's model has the adapter folded in
+            assert ours[name] == (pytest.approx(value, rel=1e-3) if "perplexity" in name and value != "N/A" else value)
+
+
+@pytest.fixture(scope="module")
+def harness(files):
+    """The tasks of lm_eval, as a run asks them."""
+    flags = ["--data_file", "x", "--load_model", "y", "--eval_batch", "2", *lm_eval_flags(files)]
+    return HarnessExam(parse_flags(flags).train, load_tokenizer("bytes"))
+
+
+@needs_lm_eval
+def test_ranks_share_the_questions_of_lm_eval(harness):
+    model, _ = load_model(BASE)
+    whole = list(harness.ask(model))
+    parts = [list(harness.ask(model, rank, 2)) for rank in range(2)]
+    assert all(len(part) >= 4 for part in parts)
+    scores = harness.judge(sorted(whole, key=lambda record: record["number"])).metrics
+    shared = harness.judge(sorted(parts[0] + parts[1], key=lambda record: record["number"])).metrics
+    assert shared == pytest.approx(scores, rel=1e-4) and len(scores) == 6
+
+
+@needs_lm_eval
+def test_judging_leaves_no_trace(harness, capfd):
+    model, _ = load_model(BASE)
+    records = sorted(harness.ask(model), key=lambda record: record["number"])
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    first, second = harness.judge(records), harness.judge(records)
+    assert first == second
+    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    assert capfd.readouterr() == ("", "")
+
+
+@needs_lm_eval
+@pytest.mark.parametrize(
+    "task, message",
+    [
+        ("gone", "the data of gone is not on this disk, .* of your own with --lm_eval_include_path"),
+        ("beams", "asks for num_beams 4 in its generation_kwargs"),
+        ("fickle", "--lm_eval fickle: a task asks other questions each time"),
+        ("our_choice", "there is no task our_choice in lm_eval or in .*; is it our_choices"),
+    ],
+)
+def test_tasks_that_cannot_serve_are_told_before_the_run_begins(files, monkeypatch, task, message):
+    from lm_eval.tasks import TaskManager
+
+    everything = TaskManager.__init__
+    monkeypatch.setattr(  # whose half a minute is not what is tested
+        TaskManager, "__init__", lambda self, **options: everything(self, **options | {"include_defaults": False})
+    )
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    words = ["--load_model", BASE, "--data_file", str(files / "data"), "--ctx_len", "64", "--accelerator", "cpu"]
+    more = ["--proj_dir", str(files / "none"), "--lm_eval", task, "--lm_eval_include_path", str(files / "tasks")]
+    with pytest.raises(UserError, match=message):
+        run_training([*words, *more])
+    assert not list((files / "none").rglob("*.json*"))
+
+
+def test_lm_eval_without_its_package_is_told(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--lm_eval arc_easy needs the package lm_eval; pip install -r req"):
+        parse_flags(["--data_file", "x", "--load_model", "y", "--lm_eval", "arc_easy"])
 
 
 def test_what_the_run_computes_does_not_change(files, train, asked):
@@ -158,7 +280,7 @@ def test_ranks_share_the_questions_and_each_has_all_answers(tmp_path, monkeypatc
     train = TrainConfig(eval_data=write(tmp_path / "questions.jsonl", QUESTIONS), eval_max_tokens=2, eval_every=1)
     model, _ = load_model(BASE)
     examiner = Examiner(
-        Exam(train, load_tokenizer("bytes")), train, None, tmp_path, SimpleNamespace(moved=lambda text: None)
+        Exam(train, load_tokenizer("bytes")), tmp_path / "answers.jsonl", train, None, SimpleNamespace(moved=print)
     )
     lit, asked = SimpleNamespace(model=model, step=7), {}
 
@@ -169,7 +291,7 @@ def test_ranks_share_the_questions_and_each_has_all_answers(tmp_path, monkeypatc
     monkeypatch.setattr(dist, "all_gather_object", gather)
     for rank in range(2):
         trainer = SimpleNamespace(global_rank=rank, world_size=2, is_global_zero=rank == 1)
-        scores = examiner(trainer, lit, done=8, ending=False)
+        scores, words = examiner(trainer, lit, done=8, ending=False)
     assert [[record["number"] for record in records] for records in asked.values()] == [[0, 2, 4], [1, 3]]
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [(line["step"], line["number"]) for line in lines] == [(7, number) for number in range(5)]
@@ -203,11 +325,11 @@ def test_a_tokenizer_that_nothing_tells_is_refused(tmp_path):
         return SimpleNamespace(train=train, model=SimpleNamespace(vocab_size=size), data=SimpleNamespace(path="d"))
 
     with pytest.raises(UserError, match="a vocabulary of 80 tokens does not either; make the data with rwkv-peft"):
-        find_exam(config(80), samples)
-    assert len(find_exam(config(257), samples)) == 5 and "5 questions of " in samples.notes[0]
+        find_exams(config(80), samples)
+    assert len(find_exams(config(257), samples)["answers.jsonl"]) == 5 and "5 questions of " in samples.notes[0]
     samples.vocabulary = vocabulary_of(load_tokenizer("bytes"))
     with pytest.raises(UserError, match="the tokenizer bytes has 257 tokens, and the model 80"):
-        find_exam(config(80), samples)
+        find_exams(config(80), samples)
 
 
 def test_bad_questions_are_told_before_the_run_begins(files, train):
@@ -221,6 +343,10 @@ def test_bad_questions_are_told_before_the_run_begins(files, train):
     "more, message",
     [
         (("--eval_every", "3"), "--eval_every is about questions, and there are none"),
+        (("--lm_eval", "t", "--eval_task", "gsm8k"), "--eval_task is about questions of a file"),
+        (("--eval_data", "q", "--lm_eval_num_fewshot", "0"), "--lm_eval_num_fewshot is about tasks of lm_eval"),
+        (("--lm_eval", "t", "--strategy", "deepspeed_stage_3"), "take stage 1 or 2, .* rwkv-peft lm_eval"),
+        (("--lm_eval", "t", "--lm_eval_include_path", "absent"), "--lm_eval_include_path absent is no folder"),
         (("--eval_data", "q", "--strategy", "deepspeed_stage_3"), "take stage 1 or 2"),
         (("--eval_data", "q", "--eval_task", "choices", "--eval_max_tokens", "9"), "choices writes none"),
         (("--eval_data", "q", "--eval_task", "gsmk"), "invalid choice: 'gsmk'"),

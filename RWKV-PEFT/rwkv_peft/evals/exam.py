@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..config import TrainConfig
 from ..generate.flags import unescaped
@@ -14,6 +14,15 @@ from .problems import layout_of, read_problems
 from .records import Record
 from .tally import share_of
 from .tasks import TASKS
+
+
+class Judgement(NamedTuple):
+    """What a round of questions comes to: numbers for the run's metrics by name, the lines of a file (JSON), and what
+    is told of it."""
+
+    metrics: dict[str, float]
+    lines: Sequence[Record]
+    words: list[str]
 
 
 class Exam:
@@ -45,6 +54,14 @@ class Exam:
         due = {number: self.problems[number] for number in range(rank, len(self.problems), ranks)}
         return ask(self.manner, self.task, Subject(model, model.tuned_states(), self.tokenizer), due)
 
-    def shares(self, records: Sequence[Record]) -> dict[str, float]:
-        """{measure: the share of records that are right by it}, the strictest first."""
-        return {measure: share_of(measure, records) for measure in self.task.measures}
+    def judge(self, records: Sequence[Record]) -> Judgement:
+        """The Judgement of all records: the share that is right by the strictest measure is the score."""
+        strictest, *others = self.task.measures
+        shares = {"score": share_of(strictest, records)}
+        shares |= {name.replace(" ", "_"): share_of(name, records) for name in others}
+        told = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+        return Judgement(
+            {f"eval_{name}": share for name, share in shares.items()},
+            records,
+            [f"of {len(records):,} questions right: {told}"],
+        )

@@ -1,132 +1,62 @@
-"""A model as EleutherAI's lm-evaluation-harness asks one: its TemplateLM over what `rwkv-peft generate` loads.
+"""A model as EleutherAI's lm-evaluation-harness asks one, and what that says of the answers.
 
 The one file that knows the package lm_eval.
 """
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from operator import itemgetter
 from typing import Any
 
-from lm_eval import simple_evaluate
-from lm_eval.api.model import TemplateLM
+import numpy as np
+import torch
+from lm_eval import evaluator, simple_evaluate
+from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
 from tqdm import tqdm
 
 from ..errors import UserError, told
 from ..generate.loading import Subject
-from ..generate.prompts import encode
-from ..generate.settings import Sampling
-from .asking import GREEDY, write
-from .contexts import score_pairs
-from .task import Score
+from .aside import aside
+from .requests import ROLLING, SCORED, WRITTEN, Answer, answers, question
 
-MAX_TOKENS = 256  # where a task names no other, as lm_eval has it
-LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given counts
-SAMPLES = ("do_sample", "temperature", "top_p", "top_k")
-NEUTRAL = {"num_beams": 1}.items()  # what a task may say that is so anyway
+ALONE = "DISABLE_MULTIPROC"  # the variable by which lm_eval is told so
+SEED = 1234  # from which lm_eval draws the examples before a question, and most else
 Results = dict[str, Any]
+Respond = Callable[[str, Sequence[Any]], list[Answer]]
 
 
-class Harness(TemplateLM):
-    """Answers lm_eval's requests with a Subject, `batch` sequences at a time, in the order of the requests.
+class Respondent(LM):
+    """Hands lm_eval's requests to respond(kind, requests), which has an answer to each, in their order."""
 
-    A context that several continuations share is read once, and so is the opening that many contexts share. No text is
-    cut: a state holds any length.
-    """
-
-    def __init__(self, subject: Subject, batch: int) -> None:
+    def __init__(self, respond: Respond) -> None:
         super().__init__()
-        self.subject, self.batch = subject, batch
+        self.respond = respond
 
-    @property
-    def eot_token_id(self) -> int:
-        """The token that starts and ends a document. Raises UserError where the tokenizer has none."""
-        return encode(self.subject.tokenizer, "", 0)[0]
+    def loglikelihood(self, requests: list[Any]) -> Any:
+        return self.respond(SCORED, requests)
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **others: Any) -> list[int]:
-        tokens: list[int] = self.subject.tokenizer.encode(string)
-        return tokens
+    def loglikelihood_rolling(self, requests: list[Any]) -> Any:
+        return self.respond(ROLLING, requests)
 
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """As lm_eval's, space at the end of the context counted to the continuation; but where a token of the whole
-        text would reach over the border, each part is encoded by itself, so that all of both is read."""
-        text = context.rstrip()
-        continuation = context[len(text) :] + continuation
-        before, whole = self.tok_encode(text), self.tok_encode(text + continuation)
-        if whole[: len(before)] != before:
-            return before, self.tok_encode(continuation)
-        return before or [self.prefix_token_id], whole[len(before) :]
-
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """lm_eval's, with one progress bar instead of two."""
-        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        return found
-
-    def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **others: Any
-    ) -> list[tuple[float, bool]]:
-        pairs = [(context, continuation) for _, context, continuation in requests]
-        found = [Score(0.0, True)] * len(pairs)
-        scores = score_pairs(self.subject.model, pairs, self.batch, self.subject.start)
-        for number, score in tqdm(scores, total=len(pairs), unit=" continuations", dynamic_ncols=True):
-            found[number] = score
-        return [(score.logprob, score.greedy) for score in found]
-
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of each whole text behind the token that starts a document."""
-        start = [self.prefix_token_id]
-        texts = [(None, start, self.tok_encode(*request.args)) for request in requests]
-        return [logprob for logprob, _ in self._loglikelihood_tokens(texts)]
-
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes behind each context, up to one of the texts that the task says."""
-        kinds: dict[tuple[Sampling, int], list[int]] = {}
-        for number, request in enumerate(requests):
-            kinds.setdefault(manner(request.args[1]), []).append(number)
-        texts = [""] * len(requests)
-        written = self.written(requests, kinds)
-        for number, text in tqdm(written, total=len(requests), unit=" answers", dynamic_ncols=True):
-            texts[number] = text
-        return texts
-
-    def written(
-        self, requests: Sequence[Any], kinds: Mapping[tuple[Sampling, int], list[int]]
-    ) -> Iterator[tuple[int, str]]:
-        """(number, text) of each request as it ends; kinds are {how it is written: its numbers}."""
-        for (sampling, length), numbers in kinds.items():
-            prompts = [encode(self.subject.tokenizer, requests[number].args[0], number) for number in numbers]
-            stops = [stops_of_request(requests[number].args[1]) for number in numbers]
-            for place, answer in write(self.subject, prompts, stops, sampling, length, self.batch):
-                yield numbers[place], answer.text
-
-
-def manner(settings: Mapping[str, Any]) -> tuple[Sampling, int]:
-    """How a task wants its answers written, and how long at most; greedily unless it says do_sample, or a temperature
-    and not do_sample. Raises UserError for what is not offered."""
-    for name, value in settings.items():
-        if name not in ("until", *LENGTHS, *SAMPLES) and (name, value) not in NEUTRAL:
-            raise UserError(f"a task asks for {name} {value!r} in its generation_kwargs, which is not offered here")
-    length = next((int(settings[name]) for name in LENGTHS if settings.get(name) is not None), MAX_TOKENS)
-    temperature = float(settings.get("temperature") or 0.0)
-    if not settings.get("do_sample", temperature > 0) or temperature == 0:
-        return GREEDY, length
-    top_p, top_k = settings.get("top_p", 1.0), settings.get("top_k", 0)
-    return Sampling(temperature=temperature, top_p=float(top_p), top_k=int(top_k)), length
-
-
-def stops_of_request(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """The texts that end an answer; an empty one would end it before it began, and counts for none."""
-    until = settings.get("until") or ()
-    return tuple(filter(None, [until] if isinstance(until, str) else until))
+    def generate_until(self, requests: list[Any]) -> Any:
+        return self.respond(WRITTEN, requests)
 
 
 class Tasks(TaskManager):
     """lm_eval's tasks and those of a folder; what cannot be loaded is told in words, and what can is loaded once."""
 
-    def __init__(self, folder: str | None, alone: bool = False) -> None:
-        """alone: the folder's tasks and no others, since reading the files of all of lm_eval's takes half a minute."""
+    def __init__(self, folder: str | None, flag: str, alone: bool = False) -> None:
+        """flag: what names the folder; alone: the folder's tasks and no others, since reading the files of all of
+        lm_eval's takes half a minute."""
         super().__init__(include_path=folder, include_defaults=not alone)
+        self.flag = flag
         self.loaded: dict[tuple[str, ...], Any] = {}
 
     def load(self, task_list: Any) -> Any:
@@ -135,7 +65,7 @@ class Tasks(TaskManager):
             try:
                 self.loaded[names] = super().load(list(names))
             except Exception as error:  # whatever a task's file, its code and its data may raise
-                raise UserError(unloadable(names, error)) from error
+                raise UserError(unloadable(names, error, self.flag)) from error
         for name, task in self.loaded[names]["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False):
                 raise UserError(f"{name} runs code that the model writes, which is not offered here")
@@ -144,8 +74,8 @@ class Tasks(TaskManager):
         return self.loaded[names]
 
 
-def unloadable(names: Sequence[str], error: Exception) -> str:
-    """What became of loading tasks, in words."""
+def unloadable(names: Sequence[str], error: Exception, flag: str) -> str:
+    """What became of loading tasks, in words; flag names a folder of others."""
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
@@ -155,23 +85,24 @@ def unloadable(names: Sequence[str], error: Exception) -> str:
         return (
             f"the data of {listed} is not on this disk, and the Hugging Face hub cannot be reached "
             f"({told(error)}); run it once where there is a network (unset HF_HUB_OFFLINE), or give tasks over files "
-            "of your own with --include_path"
+            f"of your own with {flag}"
         )
     return f"{listed} cannot be loaded: {told(error)}"
 
 
-def load_tasks(names: Sequence[str], folder: str | None) -> tuple[Tasks, list[str]]:
-    """(the tasks that there are, those that are meant loaded; their names: patterns such as mmlu_* stand for all that
-    match). Raises UserError for a name that is none, and for what cannot be loaded."""
-    tasks = Tasks(folder, alone=folder is not None)
+def load_tasks(names: Sequence[str], folder: str | None, flag: str = "--include_path") -> tuple[Tasks, list[str]]:
+    """(the tasks that there are, with those of a folder that a flag names, those that are meant loaded; their names:
+    patterns such as mmlu_* stand for all that match). Raises UserError for a name that is none, and for what cannot be
+    loaded."""
+    tasks = Tasks(folder, flag, alone=folder is not None)
     if not set(names) <= set(tasks.all_subtasks):  # groups in the folder may name tasks of lm_eval's
-        tasks = Tasks(folder)
+        tasks = Tasks(folder, flag)
     found: list[str] = []
     for name in names:
         matches = tasks.match_tasks([name])
         if not matches:
             near = difflib.get_close_matches(name, tasks.all_tasks, 3)
-            where = f"in lm_eval or in {folder}" if folder else "in lm_eval, and no --include_path with others"
+            where = f"in lm_eval or in {folder}" if folder else f"in lm_eval, and no {flag} with others"
             raise UserError(f"there is no task {name} {where}" + (f"; is it {' or '.join(near)}?" if near else ""))
         found += matches
     found = list(dict.fromkeys(found))
@@ -182,9 +113,16 @@ def load_tasks(names: Sequence[str], folder: str | None) -> tuple[Tasks, list[st
 def evaluate(
     subject: Subject, tasks: Tasks, names: list[str], batch: int, num_fewshot: int | None, limit: int | None
 ) -> Results:
-    """lm_eval's results of a model on tasks."""
+    """lm_eval's results of a model on tasks, with bars that tell how far it is."""
+
+    def respond(kind: str, requests: Sequence[Any]) -> list[Answer]:
+        asked = [question(kind, request.args, subject.tokenizer, number) for number, request in enumerate(requests)]
+        unit = " answers" if kind == WRITTEN else " continuations"
+        found = tqdm(answers(subject, kind, asked, batch), total=len(asked), unit=unit, dynamic_ncols=True)
+        return [answer for _, answer in sorted(found, key=itemgetter(0))]
+
     found: Results = simple_evaluate(
-        model=Harness(subject, batch),
+        model=Respondent(respond),
         tasks=names,
         task_manager=tasks,
         num_fewshot=num_fewshot,
@@ -192,6 +130,42 @@ def evaluate(
         batch_size=batch,
     )
     return found
+
+
+def set_shots(tasks: Tasks, names: Sequence[str], num_fewshot: int | None) -> None:
+    """Have tasks show so many examples before a question, as simple_evaluate does; None: as many as each says."""
+    for task in tasks.load(names)["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if own != 0:
+            task.set_config(key="num_fewshot", value=(own or 0) if num_fewshot is None else num_fewshot)
+
+
+def results_of(tasks: Tasks, names: Sequence[str], respond: Respond, limit: int | None, draws: int) -> Results:
+    """lm_eval's results of tasks, plain JSON, where respond(kind, requests) has the answers: what simple_evaluate finds
+    with its seeds, but without a word, in this process alone, and without a look at the machine. Standard errors that
+    have no formula are those of so many draws; with 0 there are none."""
+    loaded = tasks.load(names)
+    with aside(), unforked():
+        random.seed(0)
+        np.random.seed(SEED)
+        torch.manual_seed(SEED)
+        for task in loaded["tasks"].values():
+            task.set_fewshot_seed(seed=SEED)
+        found = evaluator.evaluate(Respondent(respond), loaded, limit=limit, bootstrap_iters=draws, log_samples=False)
+    return json.loads(json.dumps(found | {"lm_eval": version("lm_eval")}, default=plain))
+
+
+@contextmanager
+def unforked() -> Iterator[None]:
+    """lm_eval forks no processes to draw, as it would of a run's, with all its threads and signal handlers."""
+    before = os.environ.get(ALONE)
+    os.environ[ALONE] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(ALONE)
+        if before is not None:
+            os.environ[ALONE] = before
 
 
 def tables(results: Results) -> str:

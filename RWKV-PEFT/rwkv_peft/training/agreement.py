@@ -21,6 +21,7 @@ FREE = (
     "val_data",
     "eval_data",
     "eval_template",
+    "lm_eval_include_path",
     "proj_dir",
     "load",
     "init",

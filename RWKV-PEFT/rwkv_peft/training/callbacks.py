@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -78,7 +78,7 @@ class FiniteGradients(StepCallback):
 
 class Record(StepCallback):
     """Writes one line a step to metrics.jsonl (rank 0), feeds the loggers, draws the progress bar, and calls the
-    validator (a Validator, or None) and the examiner (an Examiner, or None), whose results join the line.
+    validator (a Validator, or None) and the examiners, whose results join the line.
 
     tokens_per_s counts the tokens of all ranks over the step's wall time, validation, questions and saving excluded.
     """
@@ -89,11 +89,11 @@ class Record(StepCallback):
         plan: Plan,
         accumulate: int,
         validator: Validator | None = None,
-        examiner: Examiner | None = None,
+        examiners: Sequence[Examiner] = (),
     ) -> None:
         super().__init__(accumulate)
         self.path, self.plan, self.validator = folder / "metrics.jsonl", plan, validator
-        self.examiner = examiner
+        self.examiners = examiners
         self.tokens = 0
 
     def on_train_start(self, trainer: Any, lit: Lit) -> None:
@@ -102,8 +102,8 @@ class Record(StepCallback):
             trainer.strategy.barrier()
         if trainer.is_global_zero:
             forget_from(self.path, self.plan.first_step)
-            if self.examiner is not None:
-                forget_from(self.examiner.path, self.plan.first_step)
+            for examiner in self.examiners:
+                forget_from(examiner.path, self.plan.first_step)
             self.file = open(self.path, "a", buffering=1)
             self.progress = Progress(self.plan)
         self.start = time.perf_counter()
@@ -117,7 +117,12 @@ class Record(StepCallback):
         tokens, self.tokens = self.tokens, 0
         validation = {} if self.validator is None else self.validator(trainer, lit, done)
         ending = done == self.plan.total_steps or (self.validator is not None and self.validator.exhausted)
-        scores = {} if self.examiner is None else self.examiner(trainer, lit, done, ending)
+        scores: dict[str, float] = {}
+        told: list[str] = []
+        for examiner in self.examiners:
+            found, words = examiner(trainer, lit, done, ending)
+            scores |= found
+            told += words
         if not trainer.is_global_zero:
             return
         metrics = {
@@ -139,9 +144,8 @@ class Record(StepCallback):
             self.progress.say(
                 f"step {done:,}: validation loss {validation['val_loss']:.4f}, perplexity {validation['val_ppl']:.2f}"
             )
-        if scores and self.examiner is not None:
-            shares = ", ".join(f"{name.removeprefix('eval_')} {share:.1%}" for name, share in scores.items())
-            self.progress.say(f"step {done:,}: of {len(self.examiner.exam):,} questions right: {shares}")
+        for line in told:
+            self.progress.say(f"step {done:,}: {line}")
         self.progress.update(f"loss {lit.step_loss:.4f}, lr {lit.lr:.1e}, {rate:,.0f} tokens/s", done)
 
     def on_train_batch_start(self, trainer: Any, lit: Lit, batch: TrainBatch, batch_idx: int) -> None:

@@ -15,7 +15,7 @@ from ..errors import UserError
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError)  # of JSON that is not as due
 
-ANSWERS = "answers.jsonl"  # of --eval_data
+ANSWERS, LM_EVAL = "answers.jsonl", "lm_eval.jsonl"  # of --eval_data, of --lm_eval
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # of a disk
 UNSAVED = ".unsaved"  # in the folder of a run until its first checkpoint is complete: all else there is of no use
 
@@ -81,5 +81,5 @@ def clear_unsaved(folder: Path) -> None:
         return
     for file in folder.iterdir():
         trained = re.fullmatch(r"(adapter|rwkv|merged)(-epoch-\d+|-best)?\.(safetensors|pth)", file.name)
-        if trained or file.name == ANSWERS:
+        if trained or file.name in (ANSWERS, LM_EVAL):
             file.unlink()

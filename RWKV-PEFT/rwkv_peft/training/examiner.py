@@ -10,49 +10,52 @@ import torch
 import torch.distributed as dist
 
 from ..config import TrainConfig
-from .checkpoints import ANSWERS
 from .plan import Plan
 from .watch import Watch
 
+Answer = dict[str, Any]  # with the number of its question
+
 
 class Exam(Protocol):
-    """What a run is given to ask; evals/exam.py has one."""
+    """What a run is given to ask; evals/exam.py has one, evals/harness_exam.py another."""
 
     def __len__(self) -> int: ...
 
-    def ask(self, model: Any, rank: int, ranks: int) -> Iterator[dict[str, Any]]: ...
+    def ask(self, model: Any, rank: int, ranks: int) -> Iterator[Answer]: ...
 
-    def shares(self, records: Sequence[dict[str, Any]]) -> dict[str, float]: ...
+    def judge(self, records: Sequence[Answer]) -> tuple[dict[str, float], Sequence[dict[str, Any]], list[str]]:
+        """Numbers for the run's metrics by name, the lines of a file (JSON), and what is told."""
 
 
 class Examiner:
     """Called on all ranks after each step; every eval_every steps (0: every epoch), and when the run ends, the model
-    answers the exam, each rank a share of it.
+    answers the exam, each rank a share of it, and rank 0 judges.
 
-    The answers are added to answers.jsonl in the run's folder, a line each with its step. `watch` (training/watch.py)
-    hears of every answer.
+    What the answers come to is added to the file at `path`, each line with its step. `watch` (training/watch.py) hears
+    of every answer.
     """
 
-    def __init__(self, exam: Exam, train: TrainConfig, plan: Plan, folder: Path, watch: Watch) -> None:
-        self.exam, self.path, self.watch = exam, folder / ANSWERS, watch
+    def __init__(self, exam: Exam, path: Path, train: TrainConfig, plan: Plan, watch: Watch) -> None:
+        self.exam, self.path, self.watch = exam, path, watch
         self.every, self.compiled = train.eval_every or plan.epoch_steps, train.compile
 
-    def __call__(self, trainer: Any, lit: Any, done: int, ending: bool) -> dict[str, float]:
-        """{"eval_score": the share right by the exam's first measure, "eval_" and the name of each other: its share}
-        where this step asks, else {}."""
+    def __call__(self, trainer: Any, lit: Any, done: int, ending: bool) -> tuple[dict[str, float], list[str]]:
+        """(numbers by name, what is told of them) where this step asks and this is rank 0, else nothing of either."""
         if done % self.every and not ending:
-            return {}
+            return {}, []
         records = self.answers(trainer, lit)
-        if trainer.is_global_zero:
-            with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
-                for record in records:
-                    file.write(json.dumps({"step": lit.step} | record, ensure_ascii=False) + "\n")
-        (first, share), *others = self.exam.shares(records).items()
-        return {"eval_score": share} | {f"eval_{name.replace(' ', '_')}": other for name, other in others}
+        if not trainer.is_global_zero:
+            return {}, []
+        self.watch.moved(f"the scores after step {lit.step}")
+        metrics, lines, words = self.exam.judge(records)
+        with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            for line in lines:
+                file.write(json.dumps({"step": lit.step} | line, ensure_ascii=False) + "\n")
+        return metrics, words
 
-    def answers(self, trainer: Any, lit: Any) -> list[dict[str, Any]]:
+    def answers(self, trainer: Any, lit: Any) -> list[Answer]:
         """The records of all problems in order, on every rank."""
-        records: list[dict[str, Any]] = []
+        records: list[Answer] = []
         # answers have shapes of all kinds, each of which would be compiled
         plain = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
         lit.model.eval()

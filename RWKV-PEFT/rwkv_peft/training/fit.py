@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def fit(
     trainable: int,
     samples: Samples,
     validator: Validator | None,
-    examiner: Examiner | None,
+    examiners: Sequence[Examiner],
     saver: Saver,
     checkpoint: Path | None,
     accelerator: str,
@@ -129,7 +129,7 @@ def fit(
         callbacks=[
             Moves(watch),
             FiniteGradients(accumulate),
-            Record(folder, plan, accumulate, validator, examiner),
+            Record(folder, plan, accumulate, validator, examiners),
             Save(saver, plan, train, checkpoint, validator),
             StopSignals(say),
         ],

@@ -1,26 +1,48 @@
-"""The flags of the questions that a model answers while it trains (--eval_data), judged together."""
+"""The flags of the questions that a model answers while it trains (--eval_data, --lm_eval), judged together."""
 
+import importlib.util
 from dataclasses import fields
+from pathlib import Path
 
 from ..config import TrainConfig
 from ..errors import UserError
 from ..names import WRITTEN
 
+SHARED = ("eval_every", "eval_limit", "eval_batch")  # by the questions of a file and those of lm_eval
+
 
 def check_questions(train: TrainConfig) -> None:
     """Contradictions among the flags of the questions that are put while training."""
-    if not train.eval_data:
-        for field in fields(TrainConfig):
-            if field.name.startswith("eval_") and getattr(train, field.name) != field.default:
-                raise UserError(
-                    f"--{field.name} is about questions, and there are none; name their file with --eval_data"
-                )
-        return
-    if train.stage == 3:
+    for field in fields(TrainConfig):
+        if getattr(train, field.name) != field.default:
+            check_asked(train, field.name)
+    if train.stage == 3 and (train.eval_data or train.lm_eval):
+        flag, command = ("--eval_data", "eval") if train.eval_data else ("--lm_eval", "lm_eval")
         raise UserError(
-            f"--eval_data and --strategy {train.strategy}: each rank holds a part of every layer and could not answer "
-            "by itself; take stage 1 or 2, or ask what the run has saved with rwkv-peft eval"
+            f"{flag} and --strategy {train.strategy}: each rank holds a part of every layer and could not answer "
+            f"by itself; take stage 1 or 2, or ask what the run has saved with rwkv-peft {command}"
         )
+    if train.eval_data:
+        check_answers(train)
+    if train.lm_eval:
+        check_harness(train)
+
+
+def check_asked(train: TrainConfig, name: str) -> None:
+    """Refuse a flag, which is given, that is about questions where there are none."""
+    if name in SHARED and not (train.eval_data or train.lm_eval):
+        raise UserError(
+            f"--{name} is about questions, and there are none; name their file with --eval_data, or tasks with "
+            "--lm_eval"
+        )
+    if name.startswith("eval_") and name not in SHARED and not train.eval_data:
+        raise UserError(f"--{name} is about questions of a file, and there is none; name it with --eval_data")
+    if name.startswith("lm_eval_") and not train.lm_eval:
+        raise UserError(f"--{name} is about tasks of lm_eval, and there are none; name them with --lm_eval")
+
+
+def check_answers(train: TrainConfig) -> None:
+    """Refuse flags that do not fit the task of --eval_data."""
     for name, default in (("eval_max_tokens", TrainConfig.eval_max_tokens), ("eval_stop", ())):
         if getattr(train, name) != default and train.eval_task not in WRITTEN:
             raise UserError(
@@ -28,3 +50,14 @@ def check_questions(train: TrainConfig) -> None:
             )
     if "" in train.eval_stop:
         raise UserError("--eval_stop: an empty text would stop before the first token; leave it out")
+
+
+def check_harness(train: TrainConfig) -> None:
+    """Refuse --lm_eval without its package, or with a folder that is none."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            f"--lm_eval {' '.join(train.lm_eval)} needs the package lm_eval; pip install -r requirements-eval.txt"
+        )
+    folder = train.lm_eval_include_path
+    if folder and not Path(folder).is_dir():
+        raise UserError(f"--lm_eval_include_path {folder} is no folder; name the one that the tasks' .yaml lie in")

@@ -25,6 +25,7 @@ from ..data.sources import build_samples, check_config, split_samples
 from ..data.tokenizer import KNOWN_SIZES
 from ..errors import UserError
 from ..evals.exam import Exam
+from ..evals.harness_exam import HarnessExam
 from ..files.adapter_file import ADAPTER, MODEL
 from ..files.adapters import read_adapter
 from ..files.atomic import check_output
@@ -37,7 +38,7 @@ from ..names import STATE
 from ..plots import plot_loss
 from .agreement import digest_of_file, passport
 from .alone import alone_in
-from .checkpoints import UNSAVED, clear_unsaved
+from .checkpoints import ANSWERS, LM_EVAL, UNSAVED, clear_unsaved
 from .examiner import Examiner
 from .fit import fit
 from .flags import Request, parse_run
@@ -140,13 +141,13 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> int:
         raise UserError(f"--resume: {complete}; raise --epoch_count to go on")
     if base is not None:
         base.require_finite()
-    exam = find_exam(config, samples)
+    exams = find_exams(config, samples, speaks=world.rank == 0)
     others = {
         "the checkpoint to go on from": checkpoint and checkpoint.name,
         "the adapter to start from": "" if checkpoint else digest_of_file(config.adapter.load),
         "the states to start from": "" if checkpoint else digest_of_file(train.state_load),
         "the validation data": held_out and data_identity(config, held_out)["content"],
-        "the questions": exam and exam.digest,
+        **{f"the questions of {name}": exam.digest for name, exam in exams.items()},
     }
     ranks.meet(passport(config, identity, others), folder, train.stall_minutes)
     assert ranks.watch is not None  # since they have met
@@ -174,10 +175,10 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> int:
         (folder / UNSAVED).touch()
     saver = Saver(folder, config, plan, identity, base)
     validator = Validator(held_out, config.data.micro_bsz, train, plan, saver, ranks.watch) if held_out else None
-    examiner = Examiner(exam, train, plan, folder, ranks.watch) if exam else None
+    examiners = [Examiner(exam, folder / name, train, plan, ranks.watch) for name, exam in exams.items()]
     trainable = report.trainable
     return fit(
-        config, family, model, trainable, samples, validator, examiner, saver, checkpoint, accelerator, ranks, say
+        config, family, model, trainable, samples, validator, examiners, saver, checkpoint, accelerator, ranks, say
     )
 
 
@@ -195,20 +196,29 @@ def find_samples(config: RunConfig) -> tuple[Samples, Samples | None]:
     return samples, held_out
 
 
-def find_exam(config: RunConfig, samples: Samples) -> Exam | None:
-    """The Exam that --eval_data asks for, or None; it is put in the tokens that the data is made of."""
+def find_exams(config: RunConfig, samples: Samples, speaks: bool = True) -> dict[str, Exam | HarnessExam]:
+    """{the file of what it comes to: an exam}, those that --eval_data and --lm_eval ask for; they are put in the tokens
+    that the data is made of. What is read is told where this process speaks."""
     train, vocab_size = config.train, config.model.vocab_size
-    if not train.eval_data:
-        return None
+    if not train.eval_data and not train.lm_eval:
+        return {}
     if samples.vocabulary is None and vocab_size not in dict(KNOWN_SIZES):
+        given = f"--eval_data {train.eval_data}" if train.eval_data else f"--lm_eval {' '.join(train.lm_eval)}"
         raise UserError(
-            f"--eval_data {train.eval_data}: no record beside {config.data.path} tells its tokenizer, and a vocabulary "
-            f"of {vocab_size} tokens does not either; make the data with rwkv-peft preprocess, which records it"
+            f"{given}: no record beside {config.data.path} tells its tokenizer, and a vocabulary of {vocab_size} "
+            "tokens does not either; make the data with rwkv-peft preprocess, which records it"
         )
-    exam = Exam(train, find_tokenizer(None, vocab_size, samples.vocabulary))
+    tokenizer = find_tokenizer(None, vocab_size, samples.vocabulary)
+    exams: dict[str, Exam | HarnessExam] = {}
     often = f"every {counted(train.eval_every, 'step')}" if train.eval_every else "every epoch"
-    samples.notes.append(f"{counted(len(exam), 'question')} of {train.eval_data}, asked {often} and at the end")
-    return exam
+    if train.eval_data:
+        exams[ANSWERS] = exam = Exam(train, tokenizer)
+        samples.notes.append(f"{counted(len(exam), 'question')} of {train.eval_data}, asked {often} and at the end")
+    if train.lm_eval:
+        exams[LM_EVAL] = harness = HarnessExam(train, tokenizer, speaks)
+        source = f"lm_eval {' '.join(train.lm_eval)}"
+        samples.notes.append(f"{counted(len(harness), 'question')} of {source}, asked {often} and at the end")
+    return exams
 
 
 def resolve_accelerator(train: TrainConfig) -> str:

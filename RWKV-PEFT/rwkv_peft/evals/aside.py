@@ -1,0 +1,44 @@
+"""A foreign package at work in the midst of a run, which must not notice."""
+
+import io
+import random
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import TextIO
+
+import numpy as np
+import torch
+
+
+class OtherThreads(io.TextIOBase):
+    """A stream on which this thread says nothing; what others say, as the watch over a run may have to, goes where it
+    would have gone."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.silent = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self.silent else self.stream.write(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """What is done meanwhile draws no bar, prints nothing, and leaves the random numbers of Python, NumPy and torch as
+    they were."""
+    numbers, arrays = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with (
+            torch.random.fork_rng(devices),
+            redirect_stdout(OtherThreads(sys.stdout)),
+            redirect_stderr(OtherThreads(sys.stderr)),
+        ):
+            yield
+    finally:
+        random.setstate(numbers)
+        np.random.set_state(arrays)

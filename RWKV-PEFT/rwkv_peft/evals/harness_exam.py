@@ -1,0 +1,143 @@
+"""The tasks of the lm-evaluation-harness that a run puts to its model while it trains: loaded and judged before it
+begins, asked of any model.
+
+lm_eval is asked once what it wants to know. The model answers that, on as many ranks as there are; lm_eval then asks
+again, and is given the answers.
+"""
+
+import hashlib
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+from ..config import TrainConfig
+from ..data.tokenizer import Tokenizer
+from ..errors import UserError, told
+from ..generate.loading import Subject
+from .aside import aside
+from .exam import Judgement
+from .records import Record
+from .requests import ROLLING, SCORED, WRITTEN, Answer, Question, answers, question, share
+
+SILENCE: tuple[tuple[str, Answer], ...] = ((SCORED, (-1.0, False)), (ROLLING, -1.0), (WRITTEN, ""))  # to rehearse with
+KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better", "lm_eval")
+DRAWS = 1000  # with replacement, for the standard errors that have no formula
+SHOWN = 8  # tasks whose scores are worth a line while training
+
+
+class Measure(NamedTuple):
+    """A task's value by one of its metrics, named with its filter where it has one ("exact_match,strict-match"), and
+    the standard error, None where there is none."""
+
+    task: str
+    name: str
+    value: float
+    error: float | None
+
+    def __str__(self) -> str:
+        spread = f" ± {self.error:#.4g}" if self.error is not None else ""
+        return f"{self.name.replace(',', ' by ')} {self.value:#.4g}{spread}"
+
+
+class HarnessExam:
+    """The first questions of each task of --lm_eval, in the tokens of a tokenizer; what is read is told by a bar where
+    this process `speaks`. Raises UserError for tasks that are none, or cannot be loaded, and for questions that cannot
+    be asked."""
+
+    def __init__(self, train: TrainConfig, tokenizer: Tokenizer, speaks: bool = True) -> None:
+        from .harness import load_tasks, set_shots
+
+        self.tokenizer, self.batch, self.limit = tokenizer, train.eval_batch, train.eval_limit or None
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of each thing that a task leaves to it
+        folder = train.lm_eval_include_path or None
+        with nullcontext() if speaks else aside():
+            self.tasks, self.names = load_tasks(train.lm_eval, folder, "--lm_eval_include_path")
+        set_shots(self.tasks, self.names, train.lm_eval_num_fewshot)
+        self.asked: dict[str, list[Question]] = {}
+        try:
+            results = self.results(self.note)
+            silence = dict(SILENCE)
+            self.judge([{"answer": silence[kind]} for kind, questions in self.asked.items() for _ in questions])
+        except UserError:
+            raise
+        except Exception as error:  # whatever a task's code may raise
+            raise UserError(f"--lm_eval {' '.join(train.lm_eval)} cannot be asked: {told(error)}") from error
+        self.size = sum(count["effective"] for count in results["n-samples"].values())
+
+    def __len__(self) -> int:
+        return self.size
+
+    @property
+    def digest(self) -> str:
+        """Of what is asked."""
+        return hashlib.sha256(repr(self.asked).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+    def results(self, respond: Any, draws: int = 0) -> dict[str, Any]:
+        """lm_eval's results where respond(kind, requests) answers, with standard errors of so many draws."""
+        from .harness import results_of
+
+        return results_of(self.tasks, self.names, respond, self.limit, draws)
+
+    def note(self, kind: str, requests: Sequence[Any]) -> list[Answer]:
+        """Note what is asked, and say nothing."""
+        self.asked[kind] = self.questions(kind, requests)
+        return [dict(SILENCE)[kind]] * len(requests)
+
+    def questions(self, kind: str, requests: Sequence[Any]) -> list[Question]:
+        return [question(kind, request.args, self.tokenizer, number) for number, request in enumerate(requests)]
+
+    def ask(self, model: Any, rank: int = 0, ranks: int = 1) -> Iterator[Record]:
+        """The answer to each question that is this rank's, with its number, as it is found. The model is asked from the
+        states that it tunes, if any; its mode and its numbers stay as they are."""
+        subject, first = Subject(model, model.tuned_states(), self.tokenizer), 0
+        for kind, questions in self.asked.items():
+            mine = share(questions, rank, ranks)
+            for place, answer in answers(subject, kind, [questions[number] for number in mine], self.batch):
+                yield {"number": first + mine[place], "answer": answer}
+            first += len(questions)
+
+    def judge(self, records: Sequence[Record]) -> Judgement:
+        """The Judgement of all answers, by their numbers. Raises UserError where a task asks
+        otherwise than it did before."""
+        given = iter([record["answer"] for record in records])
+
+        def respond(kind: str, requests: Sequence[Any]) -> list[Answer]:
+            if self.questions(kind, requests) != self.asked.get(kind):
+                raise UserError(
+                    f"--lm_eval {' '.join(self.names)}: a task asks other questions each time, and no two "
+                    "scores of it could be compared; leave it out"
+                )
+            return [next(given) for _ in requests]
+
+        results = self.results(respond, DRAWS)
+        found = list(measures(results))
+        return Judgement(
+            {f"lm_eval/{measure.task}/{measure.name.replace(',', '/')}": measure.value for measure in found},
+            [{name: results[name] for name in KEPT if name in results}],
+            words(results, found),
+        )
+
+
+def measures(results: Mapping[str, Any]) -> Iterator[Measure]:
+    """What lm_eval's results hold, groups of tasks first."""
+    for task, found in (results.get("groups", {}) | results["results"]).items():
+        for key, value in found.items():
+            metric, comma, kind = key.partition(",")
+            if comma and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+                error = found.get(f"{metric}_stderr,{kind}")
+                known = isinstance(error, (int, float)) and math.isfinite(error)
+                yield Measure(task, metric if kind == "none" else key, float(value), float(error) if known else None)
+
+
+def words(results: Mapping[str, Any], found: Sequence[Measure]) -> list[str]:
+    """A line for each task, but for those whose group has a score."""
+    within = {task for group in results.get("groups", ()) for task in results["group_subtasks"][group]}
+    told: dict[str, list[str]] = {}
+    for measure in found:
+        if measure.task not in within:
+            told.setdefault(measure.task, []).append(str(measure))
+    lines = [f"lm_eval {task}: {', '.join(values)}" for task, values in told.items()]
+    more = [f"lm_eval: and {len(lines) - SHOWN} more tasks, in the run's folder"] if len(lines) > SHOWN else []
+    return lines[:SHOWN] + more

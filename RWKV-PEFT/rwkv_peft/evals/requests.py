@@ -1,0 +1,99 @@
+"""What the lm-evaluation-harness asks of a model, in its tokens, and the answers; the package lm_eval is not needed."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ..data.tokenizer import Tokenizer
+from ..errors import UserError
+from ..generate.loading import Subject
+from ..generate.prompts import encode
+from ..generate.settings import Sampling
+from .asking import GREEDY, write
+from .contexts import score_pairs
+
+SCORED, ROLLING, WRITTEN = "loglikelihood", "loglikelihood_rolling", "generate_until"  # lm_eval's kinds of requests
+MAX_TOKENS = 256  # where a task names no other, as lm_eval has it
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given counts
+SAMPLES = ("do_sample", "temperature", "top_p", "top_k")
+NEUTRAL = {"num_beams": 1}.items()  # what a task may say that is so anyway
+
+Answer = tuple[float, bool] | float | str  # of a continuation, of a whole text, of what is written
+
+
+class Question(NamedTuple):
+    """A context (token ids, not empty), and the continuation (token ids) whose probability is asked; or how what
+    follows is written, how long at most, and the texts that end it."""
+
+    context: list[int]
+    continuation: list[int]
+    sampling: Sampling = GREEDY
+    length: int = 0
+    stops: tuple[str, ...] = ()
+
+
+def question(kind: str, arguments: Sequence[Any], tokenizer: Tokenizer, number: int) -> Question:
+    """The Question of a request of lm_eval's, by its kind and arguments. Raises UserError for what is not offered, and
+    for an empty context where the tokenizer has no token that starts a document."""
+    if kind == SCORED:
+        return Question(*in_two(tokenizer, *arguments))
+    if kind == ROLLING:
+        return Question(encode(tokenizer, "", number), tokenizer.encode(arguments[0]))
+    context, settings = arguments
+    return Question(encode(tokenizer, context, number), [], *manner(settings), stops_of_request(settings))
+
+
+def in_two(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """The tokens of a context and of its continuation, as lm_eval has them: space at the end of the context counts to
+    the continuation, an empty context is the token that starts a document. But where a token of the whole text would
+    reach over the border, each part is encoded by itself, so that all of both is read."""
+    text = context.rstrip()
+    continuation = context[len(text) :] + continuation
+    before, whole = tokenizer.encode(text), tokenizer.encode(text + continuation)
+    if whole[: len(before)] != before:
+        return before, tokenizer.encode(continuation)
+    return before or encode(tokenizer, "", 0), whole[len(before) :]
+
+
+def manner(settings: Mapping[str, Any]) -> tuple[Sampling, int]:
+    """How a task wants its answers written, and how long at most; greedily unless it says do_sample, or a temperature
+    and not do_sample. Raises UserError for what is not offered."""
+    for name, value in settings.items():
+        if name not in ("until", *LENGTHS, *SAMPLES) and (name, value) not in NEUTRAL:
+            raise UserError(f"a task asks for {name} {value!r} in its generation_kwargs, which is not offered here")
+    length = next((int(settings[name]) for name in LENGTHS if settings.get(name) is not None), MAX_TOKENS)
+    temperature = float(settings.get("temperature") or 0.0)
+    if not settings.get("do_sample", temperature > 0) or temperature == 0:
+        return GREEDY, length
+    top_p, top_k = settings.get("top_p", 1.0), settings.get("top_k", 0)
+    return Sampling(temperature=temperature, top_p=float(top_p), top_k=int(top_k)), length
+
+
+def stops_of_request(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """The texts that end an answer; an empty one would end it before it began, and counts for none."""
+    until = settings.get("until") or ()
+    return tuple(filter(None, [until] if isinstance(until, str) else until))
+
+
+def answers(subject: Subject, kind: str, questions: Sequence[Question], batch: int) -> Iterator[tuple[int, Answer]]:
+    """(its place, the answer) of each Question of one kind as it is found, `batch` sequences at a time. A context that
+    several continuations share is read once, and so is the opening that many contexts share. No text is cut: a state
+    holds any length."""
+    if kind != WRITTEN:
+        pairs = [(question.context, question.continuation) for question in questions]
+        for place, score in score_pairs(subject.model, pairs, batch, subject.start):
+            yield place, score.logprob if kind == ROLLING else (score.logprob, score.greedy)
+        return
+    alike: dict[tuple[Sampling, int], list[int]] = {}
+    for place, question in enumerate(questions):
+        alike.setdefault((question.sampling, question.length), []).append(place)
+    for (sampling, length), places in alike.items():
+        contexts, stops = zip(*((questions[place].context, questions[place].stops) for place in places))
+        for number, answer in write(subject, contexts, stops, sampling, length, batch):
+            yield places[number], answer.text
+
+
+def share(questions: Sequence[Question], rank: int, ranks: int) -> list[int]:
+    """The places of the Questions that one of several ranks answers; those of one context stay together."""
+    contexts: dict[tuple[int, ...], int] = {}
+    of = [contexts.setdefault(tuple(question.context), len(contexts)) for question in questions]
+    return [place for place, context in enumerate(of) if context % ranks == rank]
