@@ -164,8 +164,9 @@ def test_the_scores_of_lm_eval_are_logged_and_kept(files, asked):
         assert scores["lm_eval/our_lambada/perplexity"] == results["our_lambada"]["perplexity,none"]
         assert results["our_lambada"]["perplexity_stderr,none"] > 0
         assert line["n-shot"]["our_gsm8k"] == 1 and line["versions"]["our_gsm8k"] and line["lm_eval"]
-        byte = f"{results['our_rolling']['byte_perplexity,none']:#.4g}"
-        assert f"step {line['step'] + 1}: lm_eval our_rolling: byte_perplexity {byte}\n" in asked
+    for line in rounds[2:]:  # those of the command that went on
+        value = f"{line['results']['our_rolling']['byte_perplexity,none']:#.4g}"
+        assert f"step {line['step'] + 1}: lm_eval our_rolling: byte_perplexity {value}\n" in asked
         assert f"step {line['step'] + 1}: lm_eval ours: acc 0.5000 ± 0." in asked
     assert "lm_eval our_choices" not in asked  # which ours tells of
     assert "8 questions of lm_eval ours our_rolling our_gsm8k, asked every 2 steps and at the end" in asked
@@ -184,8 +185,8 @@ def test_the_last_scores_are_those_that_lm_eval_finds_of_what_is_saved(files, as
     for task, found in results["results"].items():
         found.pop("perplexity_stderr,none", None)  # which is drawn
         ours = {name: last["results"][task][name] for name in found}
-        for name, value in found.items():  # the command's model has the adapter folded in
-            assert ours[name] == (pytest.approx(value, rel=1e-3) if "perplexity" in name and value != "N/A" else value)
+        for name, value in found.items():  # the command folds the adapter into weights of the base's dtype, bfloat16
+            assert ours[name] == (pytest.approx(value, rel=1e-2) if "perplexity" in name and value != "N/A" else value)
 
 
 @pytest.fixture(scope="module")
