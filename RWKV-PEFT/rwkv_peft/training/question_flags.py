@@ -53,11 +53,11 @@ def check_answers(train: TrainConfig) -> None:
 
 
 def check_harness(train: TrainConfig) -> None:
-    """Refuse --lm_eval without its package, or with a folder that is none."""
+    """Refuse --lm_eval with a folder that is none, or without its package."""
+    folder = train.lm_eval_include_path
+    if folder and not Path(folder).is_dir():
+        raise UserError(f"--lm_eval_include_path {folder} is no folder; name the one that the tasks' .yaml lie in")
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
             f"--lm_eval {' '.join(train.lm_eval)} needs the package lm_eval; pip install -r requirements-eval.txt"
         )
-    folder = train.lm_eval_include_path
-    if folder and not Path(folder).is_dir():
-        raise UserError(f"--lm_eval_include_path {folder} is no folder; name the one that the tasks' .yaml lie in")
