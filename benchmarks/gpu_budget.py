@@ -118,12 +118,7 @@ def count(family, channels, tokens, method):
     config = family.new_dimensions(2, channels, 65536)
     with torch.device("meta"):
         model = family.build(config).to(torch.bfloat16)
-    if method == "frozen":
-        model.requires_grad_(False)
-    else:
-        name = "lora" if method == "lora" else "bone"
-        adapter = AdapterConfig(method=name, mode=method if name == "bone" else "bat-in", rank=RANK)
-        inject(model, adapter, family=family)
+    adapt(model, method, RANK, family)
     block = model.blocks[1]
     weights = [module.weight for name, module in block.named_modules() if name.endswith(family.targets)]
     x = torch.empty(1, tokens, channels, device="meta", dtype=torch.bfloat16, requires_grad=True)
@@ -144,12 +139,23 @@ def count(family, channels, tokens, method):
     return counter.launches, sum(weight.numel() for weight in weights)
 
 
+def adapt(model, method, rank, family):
+    """Inject the adapter of a member of METHODS, or freeze the model."""
+    if method == "frozen":
+        model.requires_grad_(False)
+        return
+    name = "lora" if method == "lora" else "bone"
+    inject(model, AdapterConfig(method=name, mode=method if name == "bone" else "bat-in", rank=rank), family=family)
+
+
 def figures(family, channels, tokens, method):
-    """{launches, units, ratio} of a block."""
+    """{launches, units, ratio, seconds} of a block; ratio: its seconds to those of its floor."""
     launches, elements = count(family, channels, tokens, method)
     moved = sum(launch.bytes for launch in launches if not launch.is_large)
     floor = 4 * elements * tokens / FLOPS  # output and input gradient, 2 operations each
-    return {"launches": len(launches), "units": moved / (2 * tokens * channels), "ratio": 1 + moved / BANDWIDTH / floor}
+    seconds = floor + moved / BANDWIDTH
+    units = moved / (2 * tokens * channels)
+    return {"launches": len(launches), "units": units, "ratio": seconds / floor, "seconds": seconds}
 
 
 def loss_passes(rows=64, vocabulary=65536):

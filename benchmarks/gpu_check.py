@@ -62,6 +62,7 @@ def steps(folder, full):
             )
             for batch, tokens in ((1, 1024), (1, 4096), (8, 4096))
         ),
+        Step("graphs", 180, ((sys.executable, str(ROOT / "benchmarks" / "gpu_graphs.py")),), modules=("torch",)),
         Step("train", 120, training(folder), modules=ENGINE),
         Step("ops", 120, ((*tests, "tests/ops", "-k", "cuda or gpu"),), modules=("pytest", "hypothesis")),
         Step("sanitizer", 180, sanitizing(str(folder / "driver")), programs=("nvcc", "compute-sanitizer")),
@@ -90,20 +91,24 @@ def sanitizing(driver):
 
 
 def training(folder):
-    """The commands of a short run on the demo's base: data, 10 steps, 10 more by --resume, merge, check."""
+    """The commands of a short run on the demo's base: data, 10 steps, 10 more by --resume, merge, check; and the first
+    10 with CUDA graphs."""
     base, data, run = ROOT / "demo" / "rwkv6-demo.pth", folder / "data", folder / "run"
     rwkv_peft = (sys.executable, "-m", "rwkv_peft")
     task = (sys.executable, str(ROOT / "demo" / "task.py"), "finetune", "--documents", "400")
-    train = (*rwkv_peft, "train", "--load_model", str(base), "--data_file", str(data), "--proj_dir", str(run))
+    train = (*rwkv_peft, "train", "--load_model", str(base), "--data_file", str(data))
+    graphs = ("--proj_dir", str(folder / "graphs"), "--cuda_graphs", "1", "--accumulate_grad_batches", "2")
     flags = ("--accelerator", "gpu", "--bone_mode", "bat-in", "--bone_r", "32", "--ctx_len", "256", "--micro_bsz", "8")
+    here = (*flags, "--proj_dir", str(run))
     merged = ("--base_model", str(base), "--bone_checkpoint", str(run / "adapter.safetensors"))
     return (
         (*task, "--output", str(folder / "data.jsonl")),
         (*rwkv_peft, "preprocess", str(folder / "data.jsonl"), "--tokenizer", "bytes", "--output", str(data)),
-        (*train, *flags, "--epoch_steps", "10", "--epoch_count", "1"),
-        (*train, *flags, "--epoch_steps", "10", "--epoch_count", "2", "--resume"),
+        (*train, *here, "--epoch_steps", "10", "--epoch_count", "1"),
+        (*train, *here, "--epoch_steps", "10", "--epoch_count", "2", "--resume"),
         (*rwkv_peft, "merge", *merged, "--output", str(folder / "merged.pth")),
         (*rwkv_peft, "check", *merged, "--merged", str(folder / "merged.pth")),
+        (*train, *flags, *graphs, "--epoch_steps", "10", "--epoch_count", "1"),
     )
 
 
@@ -185,7 +190,8 @@ def main(argv=None):
     known = steps(folder, args.full)
     if unknown := set(args.only or ()) - {step.name for step in known}:
         parser.error(f"--only {' '.join(sorted(unknown))}: the steps are {', '.join(step.name for step in known)}")
-    shutil.rmtree(folder / "run", ignore_errors=True)  # a run of an earlier check
+    for name in ("run", "graphs"):  # runs of an earlier check
+        shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     results = Results(folder)
     began, failed = time.monotonic(), False

@@ -455,6 +455,15 @@ class TrainConfig:
         group="machine",
         action="store_true",
     )
+    cuda_graphs: bool = setting(
+        False,
+        "on a GPU, record the launches of all blocks, forward and backward, in the first step and replay them: for "
+        "small micro batches, whose launches take longer than they do; --dataload get alone gives rows of one length, "
+        "which it takes",
+        group="machine",
+        type=switch,
+        metavar="0|1",
+    )
 
     @property
     def stage(self) -> int:

@@ -35,7 +35,7 @@ def check(tmp_path):
         (repo / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, repo / name)
     stand_in = STAND_IN.format(python=sys.executable)
-    for name in ("benchmarks/gpu_probe.py", "benchmarks/step.py", "demo/task.py"):
+    for name in ("benchmarks/gpu_probe.py", "benchmarks/gpu_graphs.py", "benchmarks/step.py", "demo/task.py"):
         (repo / name).parent.mkdir(parents=True, exist_ok=True)
         (repo / name).write_text(stand_in)
     for module in ("rwkv_peft", "pytest", "torch", "deepspeed", "lightning", "safetensors", "hypothesis"):
@@ -81,13 +81,15 @@ def test_every_step_runs_in_order_and_its_results_are_kept(check):
     done = check()
     assert (done.returncode, done.stderr) == (0, "")
     names = ["card", "build", "smoke", "kernels", "ncu", "step 1 x 1024", "step 1 x 4096", "step 8 x 4096"]
-    assert list(outcomes(check)) == [*names, "train", "ops", "sanitizer"]
+    assert list(outcomes(check)) == [*names, "graphs", "train", "ops", "sanitizer"]
     assert set(outcomes(check).values()) == {"passed"}
     assert {entry["step"] for entry in check.results() if entry.get("found") == 1} == set(outcomes(check))
     for words in (
         "gpu_probe.py smoke",
         "--batch 8 --tokens 4096",
+        "gpu_graphs.py",
         "--resume",
+        "--cuda_graphs 1",
         "merge --base_model",
         "-DGENERATION=7",
         "kernel_driver/mix.cu",

@@ -112,8 +112,15 @@ class LanguageModel(nn.Module):
         state is of n sequences, or of the first of them, and the others begin where tuned time states or zeros let
         them. `head(x, weight)`, where given, takes the place of the logits (see Head).
         """
-        x, carried = self.emb(tokens), self.carried
-        sequences = count_sequences(tokens, cu_seqlens)
+        x, after = self.through_blocks(self.emb(tokens), state, cu_seqlens)
+        return self.head(self.ln_out(x), head), after
+
+    def through_blocks(
+        self, x: torch.Tensor, state: State | None = None, cu_seqlens: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, State]:
+        """The part of forward between embedding and norm: x (B, T, C) -> x (B, T, C), State."""
+        carried = self.carried
+        sequences = count_sequences(x, cu_seqlens)
         states = []
         for layer, block in enumerate(self.blocks):
             before = None if state is None else shifts_begun(state[layer], sequences)
@@ -123,7 +130,7 @@ class LanguageModel(nn.Module):
             else:
                 x, *carried, layer_state = block(*inputs)
             states.append(layer_state)
-        return self.head(self.ln_out(x), head), State(states)
+        return x, State(states)
 
     def tune_states(self, start: State | None = None) -> None:
         """Give every layer a time_state that trains, from the State of one sequence, or from zeros."""

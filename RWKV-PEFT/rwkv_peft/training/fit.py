@@ -28,6 +28,7 @@ from ..names import STATE
 from .checkpoints import find_checkpoint, telling_refusals
 from .examiner import Examiner
 from .gathering import live_parameters
+from .graphs import Graphed
 from .loggers import make_loggers
 from .meeting import Ranks
 from .resume import METRICS
@@ -37,9 +38,9 @@ from .validate import Validator
 
 
 def step_of(train: TrainConfig) -> Step:
-    """What a step computes of a batch: whole rows, or segments of them."""
+    """What a step computes of a batch: whole rows, their blocks replayed where they are to be, or segments of them."""
     if not train.chunk_ctx:
-        return Whole()
+        return Graphed() if train.cuda_graphs else Whole()
     return Segments(train.chunk_ctx, train.bptt_segments, together="stage_3" in train.strategy)
 
 

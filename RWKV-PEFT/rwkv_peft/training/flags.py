@@ -15,6 +15,7 @@ from ..config import CHUNK_CTX, STATE_LR, AdapterConfig, DataConfig, ModelConfig
 from ..errors import UserError
 from ..names import AUTO, FINETUNE, GENERATIONS, INFCTX, NONE, STATE
 from .adapter_flags import adapter_config
+from .graph_flags import check_graphs
 from .loggers import check_wandb
 from .markers import markers_of
 from .parser import DIMENSIONS, build_parser, settings_of
@@ -76,6 +77,7 @@ def flags_of(args: Namespace, world: World, argv: tuple[str, ...] = ()) -> Flags
     flags = Flags(args, adapter, data_config(args), train_config(args, adapter), world, argv)
     check_train(flags.train)
     check_products(flags.train, flags.adapter)
+    check_graphs(flags.train, flags.adapter, flags.data)
     return flags
 
 

@@ -56,6 +56,8 @@ def describe(
     )
     if train.compile:
         say("          blocks are compiled: the first steps take a minute or more")
+    if train.cuda_graphs:
+        say("          blocks are recorded as CUDA graphs in the first step, and replayed")
     if accelerator == "gpu":
         for what, cuda in KERNELS:
             reason = cuda.FAMILY.unavailable()

@@ -230,6 +230,8 @@ def resolve_accelerator(train: TrainConfig) -> str:
             f"--devices {train.devices} and this machine has {counted(gpus, 'GPU')}; lower --devices"
             + (", or use --accelerator cpu" if not gpus else "")
         )
+    if train.cuda_graphs and accelerator == "cpu":
+        raise UserError("--cuda_graphs 1 records what a GPU is told to do, and this run is on a cpu; leave it out")
     return accelerator
 
 

@@ -3,7 +3,7 @@
 Both give the loss of a batch, differentiable in the parameters that train, and its sum without gradients.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -34,13 +34,17 @@ class Whole:
     """All positions of a batch at once."""
 
     def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
-        head = partial(linear_cross_entropy, targets=batch["targets"], counted=batch["counted"], count=count)
-        loss: torch.Tensor = model(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"), head=head)[0]
+        loss: torch.Tensor = model(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"), head=loss_of(batch, count))[0]
         return loss
 
     @torch.no_grad()
     def total(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         return self.loss(model, batch, 1)
+
+
+def loss_of(batch: Batch, count: float) -> Callable[..., torch.Tensor]:
+    """The loss of a batch as a model's head takes it: (x, weight of the head) -> loss."""
+    return partial(linear_cross_entropy, targets=batch["targets"], counted=batch["counted"], count=count)
 
 
 class Gradients(NamedTuple):

@@ -1,0 +1,23 @@
+"""What --cuda_graphs does not go with, judged before there is a model."""
+
+from ..config import AdapterConfig, DataConfig, TrainConfig
+from ..errors import UserError
+
+
+def check_graphs(train: TrainConfig, adapter: AdapterConfig, data: DataConfig) -> None:
+    """Refuse what a recorded step cannot repeat."""
+    if not train.cuda_graphs:
+        return
+    zero = f"--strategy {train.strategy}"
+    for contradicts, flag, why in (
+        (train.stage == 3, zero, "stage 3 gathers and frees the weights, which have to stay where they are"),
+        (train.offload, zero, "a step waits for the optimizer in main memory, not for launches"),
+        (train.grad_cp, "--grad_cp 1", "a graph keeps what backward needs"),
+        (train.compile, "--compile", "both take the blocks"),
+        (train.chunk_ctx > 0, f"--chunk_ctx {train.chunk_ctx}", "segments hand states on, and a graph takes none"),
+        (data.dataload != "get", f"--dataload {data.dataload}", "a graph is of one shape, as the rows of get are"),
+        (adapter.quant != "none", f"--quant {adapter.quant}", "a quantized weight's tables are made at each product"),
+        (adapter.dropout > 0, f"dropout {adapter.dropout:g}", "a graph repeats what was drawn"),
+    ):
+        if contradicts:
+            raise UserError(f"--cuda_graphs 1 does not go with {flag}: {why}; leave one of them out")

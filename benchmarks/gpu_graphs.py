@@ -1,0 +1,115 @@
+"""A training step whose blocks are replayed as CUDA graphs (train.py's --cuda_graphs) beside the same step without.
+
+    python benchmarks/gpu_graphs.py [--generations x060 x070] [--methods bat-in lora] [--tokens 1024]
+
+Both begin with the same adapter and see the same micro batches, two a step, which add their gradients up; then steps of
+one micro batch are timed. One JSON object a line: milliseconds of both, the median; whether the losses of both have the
+same bits, and by how much they differ at most; and the peak of memory with graphs. Exit code 1 where they differ by
+more than 1 %: a library may choose other kernels under recording, but not other numbers.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+
+import gpu_budget as budget
+import step as steps
+import torch
+
+from rwkv_peft.models import FAMILIES, family_named
+from rwkv_peft.training.graphs import Graphed
+from rwkv_peft.training.steps import Whole
+
+STEPS, CLOSE = 4, 0.01  # optimizer steps whose losses are compared; how near these have to be
+
+
+def micro_batch(seed, tokens, vocabulary, device):
+    torch.manual_seed(seed)
+    row = torch.randint(vocabulary, (1, tokens + 1), device=device)
+    return {"tokens": row[:, :-1], "targets": row[:, 1:], "counted": torch.arange(tokens, device=device)}
+
+
+def made(family, config, weights, method, rank):
+    """(a model with an adapter that is not zero, the optimizer of its parameters)."""
+    torch.manual_seed(0)
+    model = family.load(weights, config)
+    budget.adapt(model, method, rank, family)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        torch.nn.init.normal_(parameter, std=1e-3)
+    return model, torch.optim.AdamW(trained, lr=1e-3, fused=True)
+
+
+def train(step, model, optimizer, batches):
+    """One optimizer step over micro batches; -> their losses."""
+    losses = []
+    for batch in batches:
+        loss = step.loss(model, batch, batch["targets"].numel() * len(batches))
+        loss.backward()
+        losses.append(loss.detach())
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return losses
+
+
+def run(step, model, optimizer, args, vocabulary, device):
+    """(the losses of STEPS steps of two micro batches, the median milliseconds of a step of one)."""
+    losses, times = [], []
+    for number in range(STEPS):
+        pair = [micro_batch(2 * number + i, args.tokens, vocabulary, device) for i in (0, 1)]
+        losses += train(step, model, optimizer, pair)
+    batch = micro_batch(0, args.tokens, vocabulary, device)
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    for _ in range(args.rounds):
+        wait()
+        start = time.perf_counter()
+        train(step, model, optimizer, [batch])
+        wait()
+        times.append(time.perf_counter() - start)
+    return torch.stack(losses).float(), 1e3 * statistics.median(times)
+
+
+def compare(version, method, args, device):
+    """The JSON object of a generation and a method, and whether the losses are close."""
+    family = family_named(version)
+    channels, ffn, layers = map(int, args.shape.split("x"))
+    config = family.new_dimensions(layers, channels, args.vocab, dim_ffn=ffn)
+    weights = steps.random_weights(family, config, {"device": device, "dtype": torch.bfloat16})
+    found = {}
+    for name, step in (("eager", Whole()), ("graphs", Graphed())):
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        found[name] = run(step, *made(family, config, weights, method, args.rank), args, args.vocab, device)
+    (eager, eager_ms), (graphs, graphs_ms) = found.values()
+    difference = ((eager - graphs).abs() / eager.abs()).max().item()
+    entry = {"generation": family.name, "method": method, "shape": args.shape, "tokens": args.tokens}
+    entry |= {"eager_ms": round(eager_ms, 3), "graphs_ms": round(graphs_ms, 3)}
+    entry |= {"same_bits": torch.equal(eager, graphs), "difference": difference}
+    if device == "cuda":
+        entry["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return entry, difference <= CLOSE
+
+
+def main(argv=None, device="cuda"):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--generations", nargs="+", default=[family.version for family in FAMILIES])
+    parser.add_argument("--methods", nargs="+", default=("bat-in",), choices=budget.METHODS[1:])
+    parser.add_argument("--shape", default="2048x7168x24", help="channels, feed-forward channels, layers")
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--vocab", type=int, default=65536)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=10)
+    args = parser.parse_args(argv)
+    failed = False
+    for version, method in itertools.product(args.generations, args.methods):
+        entry, close = compare(version, method, args, device)
+        print(json.dumps(entry), flush=True)
+        failed |= not close
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

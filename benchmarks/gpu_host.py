@@ -1,0 +1,117 @@
+"""What a block costs the processor that drives a GPU, measured without one: Python and torch's own work, and launches.
+
+    python benchmarks/gpu_host.py [--generations x060 x070] [--methods frozen bat-in …] [--rounds 200]
+
+A block runs forward and backward over one token of 64 channels on a GPU's code path, where our kernels' launches are
+made ready and then dropped: next to nothing is computed, and what remains is the time that the processor takes (the
+least of all rounds, so that a busy machine's neighbours count little) before a GPU can begin. A driver takes some 3 us
+more for each launch, which is counted in ("host"). "GPU" is what a block would take on an H100 by
+benchmarks/gpu_budget.py, at the size and tokens of each column; the greater of the two is what a block takes, and a
+CUDA graph (--cuda_graphs) leaves the GPU's.
+"""
+
+import argparse
+import sys
+import time
+from contextlib import ExitStack
+from unittest.mock import patch
+
+import gpu_budget as budget
+import torch
+
+from rwkv_peft.models import FAMILIES, family_named
+from rwkv_peft.ops.bone import cuda as bone
+from rwkv_peft.ops.bone import op as bone_op
+from rwkv_peft.ops.mix import cpu, cuda, gpu_lerp, op
+from rwkv_peft.ops.wkv6 import op as wkv6
+from rwkv_peft.ops.wkv7 import op as wkv7
+
+CHANNELS = 64  # of which next to nothing is computed
+DRIVER = 3e-6  # seconds of a launch that no Python sees
+TOKENS = (256, 1024, 4096)
+
+
+class Dropped:
+    """Kernels that are launched nowhere."""
+
+    def run(self, *arguments):
+        return 0
+
+
+def call(name, like, tensors, **sizes):
+    """cuda.call without a GPU."""
+    (cuda.launch_tiled if name in cuda.TILED else cuda.launch)(Dropped(), None, name, like, tensors, **sizes)
+
+
+def call_bone(name, like, tensors, blocks, **sizes):
+    bone.launch(Dropped(), None, name, like, tensors, blocks, **sizes)
+
+
+def gpu_path():
+    """Within it a CPU's tensors take a GPU's code path."""
+    stack = ExitStack()
+    for owner, name, value in (
+        (op, "fused", lambda *_: True),
+        (op, "norms_fused", lambda *_: True),
+        (op, "cpu_lerp", gpu_lerp),
+        (cpu, "call", call),
+        (bone, "call", call_bone),
+        (bone_op, "backend", lambda *_, **__: bone),
+    ):
+        stack.enter_context(patch.object(owner, name, value))
+    for recurrence in (wkv6.WKV6, wkv7.WKV7):
+        stack.enter_context(patch.object(recurrence.backends, "choose", lambda *_: "cuda"))
+        family = recurrence.backends.table["cuda"].family
+        stack.enter_context(patch.object(family, "kernels", lambda _: Dropped()))
+    return stack
+
+
+def host_seconds(family, method, rounds):
+    """The least time of the processor for a block's forward and backward: block 1 of two."""
+    torch.manual_seed(0)
+    model = family.build(family.new_dimensions(2, CHANNELS, 256)).to(torch.bfloat16)
+    budget.adapt(model, method, 16, family)
+    block, trained = model.blocks[1], [p for p in model.blocks[1].parameters() if p.requires_grad]
+    x = torch.zeros(1, 1, CHANNELS, dtype=torch.bfloat16, requires_grad=True)
+    carried = [torch.zeros_like(x, requires_grad=True) for _ in model.carried]
+    g, times = torch.zeros_like(x), []
+    with gpu_path():
+        for _ in range(rounds):
+            start = time.process_time()
+            y = block(x, *carried)[0]
+            y.backward(g)
+            times.append(time.process_time() - start)
+            for tensor in (x, *carried, *trained):
+                tensor.grad = None
+    return min(times)
+
+
+def gpu_seconds(family, method, size, tokens):
+    """What a block takes on an H100 that waits for nothing: its floor, and the bytes outside it."""
+    channels = budget.SHAPES[size][0]
+    found = budget.figures(family, channels, 2 * channels, method)
+    return found["seconds"] * tokens / (2 * channels)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--generations", nargs="+", default=[family.version for family in FAMILIES])
+    parser.add_argument("--methods", nargs="+", default=("frozen", "bat-in", "lora"), choices=budget.METHODS)
+    parser.add_argument("--rounds", type=int, default=200)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    columns = [(size, tokens) for size in budget.SHAPES for tokens in TOKENS]
+    print("| generation | method | launches | host, us | " + " | ".join(f"GPU, {s}, {t}" for s, t in columns) + " |")
+    print("|---|---|---|---|" + "---|" * len(columns))
+    for version in args.generations:
+        family = family_named(version)
+        for method in args.methods:
+            launches = len(budget.count(family, 2048, 4096, method)[0])
+            host = host_seconds(family, method, args.rounds) + DRIVER * launches
+            cells = " | ".join(f"{1e6 * gpu_seconds(family, method, *column):.0f}" for column in columns)
+            print(f"| {family.name} | {method} | {launches} | {1e6 * host:.0f} | {cells} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""CUDA graphs on a CPU: torch's operations are recorded, and replayed into the memory that they wrote when recorded.
+
+As on a GPU, recording computes nothing (what it wrote is NaN afterwards), nothing may be read while it goes on, and a
+replay reads its inputs where they lay and overwrites what it left before. What is no operation of torch's, as our
+kernels are not, is not repeated: `emulate` also has the blocks take plain torch.
+"""
+
+from contextlib import contextmanager, nullcontext
+from unittest.mock import MagicMock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")  # what a host would wait for
+
+
+class Graph(TorchDispatchMode):
+    """Stands for torch.cuda.CUDAGraph, and records while it is entered."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        assert name not in READS, f"{name} reads a result while a graph is recorded"
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def results(self, func, out):
+        """The tensors of a call's result that it made itself, in order."""
+        made = [result.alias_info is None for result in func._schema.returns]
+        outs = out if isinstance(out, (tuple, list)) and len(made) > 1 else [out]
+        pairs = zip(made, outs) if len(made) == len(outs) else ((made[0], one) for one in outs)
+        return [leaf for own, one in pairs if own for leaf in tree_leaves(one) if isinstance(leaf, torch.Tensor)]
+
+    def spoil(self):
+        for func, _, _, out in self.calls:
+            for tensor in self.results(func, out):
+                tensor.data.fill_(float("nan") if tensor.is_floating_point() else 0)
+
+    def replay(self):
+        with torch.no_grad():
+            for func, args, kwargs, out in self.calls:
+                again = func(*args, **kwargs)
+                for tensor, value in zip(self.results(func, out), self.results(func, again)):
+                    tensor.data.copy_(value)
+
+
+@contextmanager
+def record(graph, pool, capture_error_mode):
+    """Stands for torch.cuda.graph."""
+    assert pool == "pool" and capture_error_mode == "thread_local" and not graph.calls
+    with graph:
+        yield
+    with torch.no_grad():
+        graph.spoil()
+
+
+def emulate(patch):
+    """patch(owner, name, value) -> there are CUDA graphs."""
+    from rwkv_peft.ops.bone import op as bone
+    from rwkv_peft.ops.mix import cpu
+    from rwkv_peft.ops.wkv6 import op as wkv6
+    from rwkv_peft.ops.wkv7 import op as wkv7
+
+    patch(torch.cuda, "CUDAGraph", Graph)
+    patch(torch.cuda, "graph", record)
+    patch(torch.cuda, "graph_pool_handle", lambda: "pool")
+    patch(torch.cuda, "Stream", MagicMock)
+    patch(torch.cuda, "current_stream", MagicMock)
+    patch(torch.cuda, "stream", lambda stream: nullcontext())
+    patch(cpu.FAMILY, "takes", lambda *_: False)
+    patch(bone, "backend", lambda *_, **__: None)
+    for recurrence in (wkv6.WKV6, wkv7.WKV7):
+        patch(recurrence.backends, "choose", lambda *_: "reference")
