@@ -320,6 +320,7 @@ def test_the_table_of_flags_is_what_the_parser_says():
         (["--loss_mask", "qa"], "--mask_id"),
         (["--dataload", "only", "--micro_bsz", "2"], "--micro_bsz 2"),
         (["--accelerator", "gpu", "--devices", "99"], "--devices 99"),
+        (["--accelerator", "cpu", "--cuda_graphs", "1"], "--cuda_graphs 1 records what a GPU is told to do, and this"),
         (["--mask_id", "5"], "--mask_id belongs to --loss_mask qa or se, and the mask is none"),
         (["--loss_mask", "pad", "--dataload", "pad", "--mask_end_id", "5"], "--mask_end_id belongs to"),
         (["--tokenizer", "bytes"], "--tokenizer belongs to --data_type sft"),

@@ -121,13 +121,6 @@ def test_what_a_recorded_step_cannot_repeat_is_refused(more, words):
     assert words in str(error.value)
 
 
-def test_a_cpu_is_refused_before_any_work(train, files):
-    out, err = train("no-gpu", "--cuda_graphs", "1", "--accelerator", "cpu", code=2)
-    assert out == "" and err.count("\n") == 1
-    assert err.startswith("error: --cuda_graphs 1 records what a GPU is told to do, and this run is on a cpu")
-    assert not (files / "no-gpu").exists()
-
-
 def test_a_run_has_the_same_bits_replayed(files, command):
     """Under the engine, which moves parameters, hooks their gradients and adds up those of micro batches."""
     flags = ("--micro_bsz", "2", "--accumulate_grad_batches", "2", "--val_split", "0.2")
