@@ -53,6 +53,19 @@ def test_a_cpu_is_planned_with_what_this_machine_has(capsys):
     assert "main memory of" in capsys.readouterr().out
 
 
+def test_cuda_graphs_hold_what_a_step_would_free_and_one_more_gradient():
+    plain, graphs = (estimate("--cuda_graphs", graphs) for graphs in "01")
+    parts = graphs.parts(2, 128)
+    assert size(parts, "gradients, in the CUDA graph") == 2 * graphs.counts.trains
+    assert all("update" in part.when for part in parts if part.name in ("activations", "work of a block"))
+    assert size(parts, "activations") == size(plain.parts(2, 128), "activations")
+    assert peak(parts, GPU) >= peak(plain.parts(2, 128), GPU) + 2 * graphs.counts.trains
+    words = {change.flags for change in changes(graphs, 2 << 30)}
+    assert "--cuda_graphs 0" in words and words.isdisjoint(
+        {"--grad_cp 1", "--quant nf4", "--strategy deepspeed_stage_3"}
+    )
+
+
 def test_the_largest_batch_and_context_fit_and_no_larger_ones():
     told = estimate()
     room = 2 * peak(told.parts(1, 128), GPU)

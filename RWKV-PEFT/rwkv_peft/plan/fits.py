@@ -7,7 +7,9 @@ from typing import NamedTuple
 from ..adapters.block_affine import BlockAffine
 from ..adapters.methods import METHODS, NONE, method_of, words_of
 from ..config import STRATEGIES, RunConfig
+from ..errors import UserError
 from ..models import family_named
+from ..training.graph_flags import check_graphs
 from .parts import GPU, Estimate, peak
 
 SPARE = 0.95  # of a GPU's memory that is planned with: the allocator's blocks do not fit without gaps
@@ -56,7 +58,7 @@ def changes(estimate: Estimate, room: int) -> list[Change]:
     data, here = estimate.config.data, estimate.accelerator
     now = peak(estimate.parts(data.micro_bsz, data.ctx_len), here)
     found = []
-    for flags, config in alternatives(estimate.config):
+    for flags, config in filter(_goes_with_graphs, alternatives(estimate.config)):
         same = config.train.precision == estimate.config.train.precision
         other = Estimate.of(config, here, estimate.file, estimate.mapped and same)
         then = peak(other.parts(data.micro_bsz, data.ctx_len), here)
@@ -65,11 +67,23 @@ def changes(estimate: Estimate, room: int) -> list[Change]:
     return sorted(found, key=lambda change: change.peak)
 
 
+def _goes_with_graphs(alternative: tuple[str, RunConfig]) -> bool:
+    """Whether train.py takes an alternative's flags with the run's --cuda_graphs."""
+    config = alternative[1]
+    try:
+        check_graphs(config.train, config.adapter, config.data)
+    except UserError:
+        return False
+    return True
+
+
 def alternatives(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     """(flags, RunConfig) of what a run might do instead, one thing at a time."""
     adapter, train = config.adapter, config.train
     if not train.grad_cp:
         yield "--grad_cp 1", replace(config, train=replace(train, grad_cp=True))
+    if train.cuda_graphs:
+        yield "--cuda_graphs 0", replace(config, train=replace(train, cuda_graphs=False))
     if train.precision == "fp32":
         yield "--precision bf16", replace(config, train=replace(train, precision="bf16"))
     for strategy in STRATEGIES:

@@ -135,6 +135,8 @@ class Estimate:
         if train.accumulate_grad_batches > 1:
             size = 4 if sums_apart(train) else item
             parts.append(Part("gradients, accumulated", place, size * own))
+        if train.cuda_graphs:
+            parts.append(Part("gradients, in the CUDA graph", self.accelerator, trains * item))
         return parts
 
     def batch(self, rows: int, tokens: int) -> list[Part]:
@@ -143,11 +145,12 @@ class Estimate:
         chunk = min(rows * tokens, chunk_rows(model.vocab_size, here == GPU))
         hidden = (rows * tokens + 2 * chunk) * model.n_embd * item
         read = min(self.unread(), rows * tokens * (model.n_embd * item + PAGE))
+        graphs = self.config.train.cuda_graphs  # whose memory is theirs until the run ends
         return [
             Part("embedding, rows that are read", here, read),
-            Part("activations", here, self.step.kept.at(rows, tokens), (LOSS, BACKWARD)),
+            Part("activations", here, self.step.kept.at(rows, tokens), ALWAYS if graphs else (LOSS, BACKWARD)),
             Part("states of the layers", here, self.step.states.at(rows, tokens), (LOSS,)),
-            Part("work of a block", here, self.step.work.at(rows, tokens), (BACKWARD,)),
+            Part("work of a block", here, self.step.work.at(rows, tokens), ALWAYS if graphs else (BACKWARD,)),
             Part("logits", here, round(chunk * self.logits), (LOSS,)),
             Part("hidden states of the loss", here, hidden, (LOSS,)),
             Part("gradient of the head", here, self.head_gradient(), (LOSS,)),
