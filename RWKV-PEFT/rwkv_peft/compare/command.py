@@ -116,7 +116,7 @@ def print_sizes(sizes: Mapping[str, Size]) -> None:
     for method, size in sizes.items():
         rank = f", rank {size.rank}" if size.rank else ""
         mini = f", mini_rank {size.mini_rank}" if size.mini_rank else ""
-        print(f"{method:<12} {size.parameters:>14,} trained parameters{rank}{mini}")
+        print(f"{method:<13} {size.parameters:>14,} trained parameters{rank}{mini}")
 
 
 def run(comparison: Comparison, sizes: Mapping[str, Size]) -> bool:
