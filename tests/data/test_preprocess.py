@@ -204,14 +204,16 @@ def test_a_split_that_is_none_is_named(tmp_path):
         list(read_chunks(tmp_path / "in.jsonl", "train[oops]"))
 
 
-def test_text_in_pieces_has_the_same_tokens(tmp_path, monkeypatch):
+@pytest.mark.parametrize("visible", ["x", "é", "中", "\u3000"])
+def test_text_in_pieces_has_the_same_tokens(tmp_path, monkeypatch, visible):
     import rwkv_peft.data.rows as rows
 
-    text = "".join(f"line {i}\n{'  ' * (i % 3)}\n\n\tx{'é' * (i % 5)}\n" for i in range(200))
-    (tmp_path / "in.txt").write_text(text)
+    text = "".join(f"{visible} line {i}\n{'  ' * (i % 3)}\n\n\t{visible * (i % 5)}\n" for i in range(200)) + visible
+    (tmp_path / "in.txt").write_text(text, encoding="utf-8")
     monkeypatch.setattr(rows, "CHUNK_BYTES", 64)
     chunks = list(read_chunks(tmp_path / "in.txt", pieces=True))
-    assert len(chunks) > 8
+    assert "".join(item for chunk in chunks for item in chunk.items) == text
+    assert len(chunks) == 1 if visible.isspace() else len(chunks) > 8  # which no line begins with
     assert main([str(tmp_path / "in.txt"), "--output", str(tmp_path / "data")]) == 0
     (document,) = BinidxDataset(tmp_path / "data")
     assert document.tolist() == load_tokenizer("world").encode(text) + [0]

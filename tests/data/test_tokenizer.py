@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from functools import lru_cache
@@ -107,6 +108,12 @@ def test_without_the_package_world_is_the_same(world, without_package, capsys):
         ours.encode("ab\ud800")
     with pytest.raises(UserError, match="token 65536 at position 1 is outside the vocabulary of 65536"):
         ours.decode([1, 65536])
+
+
+def test_no_token_of_the_world_holds_a_visible_character_behind_a_newline():
+    world = load_tokenizer("world")
+    behind = {following for token in world.token_bytes for following in re.findall(rb"\n(?=(.))", token or b"", re.S)}
+    assert world.cuts_at_lines and behind <= {b"\n", b"\r", b"\t", b" "}
 
 
 def test_without_any_vocabulary_the_packages_are_named(without_package, monkeypatch):

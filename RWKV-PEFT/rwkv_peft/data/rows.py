@@ -104,16 +104,29 @@ def json_chunks(path: Path) -> Iterator[Chunk]:
 def text_chunks(path: Path, pieces: bool) -> Iterator[Chunk]:
     try:
         with open(path, encoding="utf-8") as file:
-            rest, continues = "", False
-            while pieces and (read := file.read(4 * CHUNK_BYTES)):
-                rest += read
-                cuts = re.search(r"(?s).*\n(?=[!-~])", rest)
-                if cuts:
-                    yield Chunk(str(path), 1, (rest[: cuts.end()],), continues, ends=False)
-                    rest, continues = rest[cuts.end() :], True
-            yield Chunk(str(path), 1, (rest + file.read(),), continues)
+            rest: list[str] = []  # what was read since the last cut
+            continues = False
+            # whole lines, so that what is read begins where a line does
+            while pieces and (read := file.read(4 * CHUNK_BYTES) + file.readline()):
+                cut = last_line(read)
+                if cut >= 0 and (text := "".join([*rest, read[:cut]])):
+                    yield Chunk(str(path), 1, (text,), continues, ends=False)
+                    rest, continues, read = [], True, read[cut:]
+                rest.append(read)
+            yield Chunk(str(path), 1, ("".join(rest) + file.read(),), continues)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
+
+
+def last_line(text: str) -> int:
+    """Where the last of a text's lines that begin with a visible character begins, -1 where none does."""
+    end = len(text)
+    while end:
+        start = text.rfind("\n", 0, end - 1) + 1
+        if not text[start].isspace():
+            return start
+        end = start
+    return -1
 
 
 def parquet_chunks(path: Path) -> Iterator[Chunk]:
