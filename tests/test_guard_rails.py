@@ -48,6 +48,15 @@ def test_each_command_helps(command, capsys):
     assert capsys.readouterr().out.startswith("usage: ")
 
 
+@pytest.mark.parametrize("command", COMMANDS, ids=NAMES)
+def test_each_command_refuses_a_flag_that_it_does_not_have_in_one_message(command, capsys):
+    if command.needs:
+        pytest.importorskip("peft")
+    with pytest.raises(UserError):
+        commands.main([command.name, "--nosuch", "1"])
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("entry", ENTRIES, ids=["script", "module"])
 def test_help_lists_each_command_and_an_unknown_one_is_refused_with_the_nearest(entry):
     done = ask(entry, "--help")

@@ -316,6 +316,20 @@ def test_shortening_keeps_the_answer():
         assert len(right) == answer or len(left) == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--tokeniser", "bytes"), "there is no --tokeniser; did you mean --tokenizer"),
+        (("--repeat", "0"), "--repeat: 0 is below 1"),
+        (("--workers", "-2"), "--workers: -2 is below 1"),
+        (("--shuffle", "x"), "--shuffle: 'x' is not a whole number"),
+    ],
+)
+def test_flags_that_are_mistaken_are_told(tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        main(["in.jsonl", "--output", str(tmp_path / "x"), *flags])
+
+
 def test_the_command_ends_a_mistake_with_one_line(tmp_path):
     flags = [str(tmp_path / "no.jsonl"), "--tokenizer", "bytes", "--output", str(tmp_path / "x")]
     result = subprocess.run([sys.executable, "-m", "rwkv_peft", "preprocess", *flags], capture_output=True, text=True)

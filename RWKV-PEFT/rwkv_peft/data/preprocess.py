@@ -17,7 +17,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from ..cli import count
+from ..cli import Parser, count, positive, whole
 from ..errors import UserError
 from ..files.atomic import check_output, temporary_beside
 from .binidx import BinidxDataset, BinidxWriter, binidx_prefix
@@ -35,8 +35,6 @@ INLINE_BYTES = 4 << 20
 
 def main(argv: list[str]) -> int:
     options = parser().parse_args(argv)
-    if options.repeat < 1:
-        raise UserError(f"--repeat {options.repeat}: at least 1")
     settings = EncodeSettings(
         options.tokenizer,
         options.append_eod,
@@ -67,10 +65,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
-        prog="rwkv-peft preprocess", allow_abbrev=False, description="Text files to token files (.bin and .idx)."
-    )
+def parser() -> Parser:
+    result = Parser(prog="rwkv-peft preprocess", description="Text files to token files (.bin and .idx).")
     result.add_argument("input", nargs="+", help=KINDS)
     result.add_argument("--output", required=True, metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx")
     result.add_argument("--tokenizer", default="world", metavar="NAME|FILE", help="world, bytes, or a vocabulary file")
@@ -113,10 +109,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="print the first N documents too: what counts in the loss marked, <end> for the end token",
     )
-    result.add_argument("--shuffle", type=int, metavar="SEED", help="write the documents in the order of this seed")
-    result.add_argument("--repeat", type=int, default=1, metavar="N", help="write the documents N times, shuffled anew")
+    result.add_argument("--shuffle", type=whole, metavar="SEED", help="write the documents in the order of this seed")
     result.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)"
+        "--repeat", type=positive, default=1, metavar="N", help="write the documents N times, shuffled anew"
+    )
+    result.add_argument(
+        "--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)"
     )
     return result
 

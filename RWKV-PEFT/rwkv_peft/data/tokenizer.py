@@ -8,7 +8,6 @@ content(), bytes that tell its vocabulary from any other.
     rwkv-peft tokenize world "Assistant:"      prints the ids of a text, as --mask_id takes them
 """
 
-import argparse
 import ast
 import importlib.util
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
+from ..cli import Parser
 from ..errors import UserError
 from ..files.readable import require_readable
 
@@ -282,9 +282,7 @@ def parse_world_vocabulary(path: Path) -> list[bytes | None]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="rwkv-peft tokenize", allow_abbrev=False, description="Print the token ids of a text."
-    )
+    parser = Parser(prog="rwkv-peft tokenize", description="Print the token ids of a text.")
     parser.add_argument("tokenizer", help="world, bytes, or a vocabulary file")
     parser.add_argument("text")
     options = parser.parse_args(argv)
