@@ -15,6 +15,7 @@ from typing import IO, Any, cast
 import torch
 
 from ..errors import UserError, short, told
+from .dtypes import dtype_name
 from .pth_records import record_sizes, require_records
 from .readable import require_readable
 
@@ -151,7 +152,7 @@ def require_weights(state: Mapping[str, torch.Tensor], name: str | Path) -> None
         elif tensor.is_meta:
             kind = "without its data (on the meta device)"
         elif tensor.is_quantized or not tensor.is_floating_point() or tensor.element_size() < 2:
-            kind = str(tensor.dtype).removeprefix("torch.")
+            kind = dtype_name(tensor.dtype)
         elif tensor.is_neg():
             kind = "a negated view"
         elif tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():

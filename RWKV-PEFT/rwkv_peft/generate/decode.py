@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UserError
+from ..files.dtypes import dtype_name
 from ..models.parts import LanguageModel
 from ..models.state import State
 from .sampling import count, penalize, sample
@@ -142,6 +143,5 @@ def check_finite(logits: torch.Tensor, rows: abc.Sequence[Sequence], model: Lang
         row = rows[int(finite.logical_not().nonzero()[0])]
         raise UserError(
             f"the model's logits are NaN or Inf for prompt {row.number} after {row.length} tokens: its weights "
-            f"are damaged, or too large for {str(model.emb.weight.dtype).removeprefix('torch.')} "
-            "(try --precision fp32)"
+            f"are damaged, or too large for {dtype_name(model.emb.weight.dtype)} (try --precision fp32)"
         )

@@ -15,6 +15,7 @@ from ..errors import UserError, told
 from ..files.adapter_file import METADATA_KEY, Adapter
 from ..files.adapters import AdapterSource, product_of_run
 from ..files.base import Base, base_of
+from ..files.dtypes import dtype_name
 from ..files.pth import read_tensors
 from ..files.readable import require_readable
 from ..files.safetensors_file import read_safetensors
@@ -113,7 +114,7 @@ def numbers(tensors: Mapping[str, torch.Tensor]) -> Iterator[Line]:
     """How many tensors and numbers, of which dtypes."""
     sizes: Counter[str] = Counter()
     for tensor in tensors.values():
-        sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+        sizes[dtype_name(tensor.dtype)] += tensor.numel()
     yield "parameters", f"{sum(sizes.values()):,} in {len(tensors):,} tensors"
     yield "dtype", shares(sizes)
 

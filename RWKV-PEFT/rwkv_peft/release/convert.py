@@ -26,7 +26,7 @@ from ..files.adapter_file import METADATA_KEY, Adapter, AdapterMetadata, save_ad
 from ..files.adapters import product_of_run, source_of
 from ..files.atomic import check_output
 from ..files.base import Base, base_of, open_base
-from ..files.dtypes import DTYPES
+from ..files.dtypes import DTYPES, dtype_name
 from ..files.pth import read_tensors
 from ..files.rwkv_peft_file import write_rwkv_peft
 from ..files.safetensors_file import read_safetensors
@@ -176,5 +176,5 @@ def vocabulary_for(base: Base, source: Path, name: str | None) -> Tokenizer:
 
 def describe(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> str:
     """How many tensors, and of which dtypes they are once cast to dtype (None: they keep theirs)."""
-    dtypes = dict.fromkeys(str(dtype or tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
+    dtypes = dict.fromkeys(dtype_name(dtype or tensor.dtype) for tensor in tensors.values())
     return f"{len(tensors)} tensors, {' and '.join(dtypes)}"

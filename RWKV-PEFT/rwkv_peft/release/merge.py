@@ -5,30 +5,27 @@ through. A `Merge` knows what changes what; merge_bone.py is the command around 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 
 from ..adapters.quant import roundtrip
-from ..config import ModelConfig
 from ..errors import UserError
 from ..files.adapter_file import Adapter
 from ..files.base import Base
+from ..files.dtypes import dtype_name
 from ..files.fingerprint import fingerprint
 from ..files.pth import all_finite, stream_tensors
 from ..files.pth_writer import TensorSpec
-from ..models import FAMILIES, family_named
-from ..models.family import Family
-from ..models.state import time_state_shapes
 from .ahead import ahead
+from .belonging import Adapters, check_effect, check_generations, check_places, check_states
 from .changes import LayerChange, WholeChange, check_params
 
-Adapters = Sequence[tuple[str | Path, Adapter]]  # with their names, in the order of their application
 Pairs = Iterable[tuple[str, torch.Tensor]]
 BAND = 1 << 18  # elements computed at a time: enough for calls to cost little, few enough for caches to help
 
@@ -86,11 +83,11 @@ class Merge:
         check_generations(base, adapters)
         for name, adapter in adapters:
             self._bind(name, adapter, base)
-        _check_states([name for name, _ in adapters], self.specs, base.config)
+        check_states([name for name, _ in adapters], self.specs, base.config)
 
     def _bind(self, name: str | Path, adapter: Adapter, base: Base) -> None:
-        shapes = {key: tuple(tensor.shape) for key, tensor in base.tensors.items()} | time_state_shapes(base.config)
-        _check_places(name, adapter, shapes, base.family)
+        shapes = check_places(name, adapter, base)
+        check_effect(name, adapter)
         metadata, options = adapter.metadata, self.options
         quant = metadata.quant if options.quant is None else options.quant
         if metadata.quant != "none" and quant not in ("none", metadata.quant):
@@ -268,69 +265,3 @@ def check_fingerprints(base: Base, adapters: Adapters) -> None:
             f"{name} was trained on another base: it names the fingerprint {wanted}, and {base.path} has "
             f"{base.fingerprint}; find the base it was trained on, or force it with --any_base"
         )
-
-
-def check_generations(base: Base, adapters: Adapters) -> None:
-    """Raise UserError where one of the (name, Adapter) pairs was trained on another generation than the Base is of:
-    some of their layers share names and shapes, and mean something else."""
-    for name, adapter in adapters:
-        version = adapter.metadata.generation
-        if version not in ("", base.family.version):
-            raise UserError(
-                f"{name} was trained on an {family_named(version).name}, and {base.path} is an {base.family.name}: "
-                "give the adapter's own base"
-            )
-
-
-def check_unmerge(base: Base, adapters: Adapters) -> None:
-    """Raise UserError where the Base is what one of the (name, Adapter) pairs was trained
-    on, so that the adapter is not merged into it."""
-    for name, adapter in adapters:
-        if adapter.metadata.base_fingerprint == base.fingerprint:
-            raise UserError(
-                f"--unmerge: {base.path} is the base that {name} was trained on, without the adapter; give the merged "
-                "model as --base_model (or force it with --any_base)"
-            )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _check_states(names: Sequence[str | Path], specs: Mapping[str, TensorSpec], config: ModelConfig) -> None:
-    """Raise UserError where some layers of the output have a time state and others have none."""
-    due = time_state_shapes(config)
-    without = [key for key in due if key not in specs]
-    if without and len(without) < len(due):
-        raise UserError(
-            f"{', '.join(map(str, names))}: time states of {len(due) - len(without)} of the model's "
-            f"{len(due)} layers (there is no {without[0]}), and runtimes read a state for every layer "
-            "or for none; give the whole file that the state tuning wrote"
-        )
-
-
-def _other_model(key: str, family: Family[Any, Any]) -> str:
-    """What a base of this family is not, for whose adapter it lacks a key."""
-    layer = ".".join(key.split(".")[2:-1])
-    owner = next((other.name for other in FAMILIES if layer in other.targets), family.name)
-    if layer in family.targets or owner == family.name:
-        return "it was trained on a model of other names or of more layers"
-    return f"{layer} is a layer of {owner}, and the base is an {family.name}: give the adapter's own base"
-
-
-def _check_places(
-    name: str | Path, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], family: Family[Any, Any]
-) -> None:
-    """Raise UserError where a tensor has no place among the base's, or none of them changes anything."""
-    keys = [f"{module}.weight" for module in adapter.modules()] + list(adapter.whole())
-    lost = [key for key in keys if key not in shapes]
-    if lost:
-        raise UserError(
-            f"{name}: {len(lost)} of its {len(keys)} tensors have no place in the base: there is no "
-            f"{lost[0]}, where the base has keys such as {list(shapes)[1]}; {_other_model(lost[0], family)}"
-        )
-    method = adapter.metadata.method
-    idle = () if method is None else method.idle
-    effective = (tensor for key, tensor in adapter.tensors.items() if key.rpartition(".")[2] not in idle)
-    if not any(torch.count_nonzero(tensor) for tensor in effective):
-        raise UserError(f"{name} changes nothing: its tensors are all zero, as in an adapter that was never trained")

@@ -17,23 +17,15 @@ from ..files.adapter_file import Adapter
 from ..files.adapters import adapter_of_run, source_of
 from ..files.atomic import atomic_write, check_output, same_file
 from ..files.base import Base, open_base
-from ..files.dtypes import DTYPES
+from ..files.dtypes import DTYPES, dtype_name
 from ..files.pth import stream_tensors
 from ..files.pth_writer import TensorSpec, write_pth
 from ..files.state_file import write_states
 from ..memory import keep_freed_memory
 from ..models.state import is_time_state
+from .belonging import Adapters, check_unmerge
 from .flags import merge_flags
-from .merge import (
-    Adapters,
-    Merge,
-    MergeOptions,
-    TensorReport,
-    check_fingerprints,
-    check_unmerge,
-    dtype_name,
-    quantization_error,
-)
+from .merge import Merge, MergeOptions, TensorReport, check_fingerprints, quantization_error
 from .states import check_separate, check_written, diverted, note_inside, without_states
 
 # RWKV-PEFT's --type -> what files' metadata call it

@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..files.adapter_file import ADAPTER, MODEL, Adapter, AdapterMetadata, save_adapter
 from ..files.atomic import atomic_write
 from ..files.base import Base
-from ..files.dtypes import DTYPES
+from ..files.dtypes import DTYPES, dtype_name
 from ..files.pth import all_finite, stream_tensors
 from ..files.pth_writer import TensorSpec, write_pth
 from ..files.state_file import write_states
@@ -118,7 +118,7 @@ def write_model(path: Path, tensors: Mapping[str, torch.Tensor], dtypes: Mapping
     about it, where a value is too large for another."""
     too_large = next((key for key, dtype in dtypes.items() if not all_finite(tensors[key].to(dtype))), None)
     if too_large is not None:
-        name = str(dtypes[too_large]).removeprefix("torch.")
+        name = dtype_name(dtypes[too_large])
         dtypes = {key: tensors[key].dtype for key in dtypes}
         tqdm.write(f"{path}: {too_large} is too large for {name}; kept in the training's dtype", file=sys.stderr)
     specs = {key: TensorSpec.of(tensors[key], dtype) for key, dtype in dtypes.items()}

@@ -1,0 +1,84 @@
+"""Whether adapters belong to a base: by its generation, by the names and shapes of its tensors, by its fingerprint."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from ..config import ModelConfig
+from ..errors import UserError
+from ..files.adapter_file import Adapter
+from ..files.base import Base
+from ..files.pth_writer import TensorSpec
+from ..models import FAMILIES, family_named
+from ..models.family import Family
+from ..models.state import time_state_shapes
+
+Adapters = Sequence[tuple[str | Path, Adapter]]  # with their names, in the order of their application
+
+
+def check_generations(base: Base, adapters: Adapters) -> None:
+    """Raise UserError where one of the (name, Adapter) pairs was trained on another generation than the Base is of:
+    some of their layers share names and shapes, and mean something else."""
+    for name, adapter in adapters:
+        version = adapter.metadata.generation
+        if version not in ("", base.family.version):
+            raise UserError(
+                f"{name} was trained on an {family_named(version).name}, and {base.path} is an {base.family.name}: "
+                "give the adapter's own base"
+            )
+
+
+def check_places(name: str | Path, adapter: Adapter, base: Base) -> dict[str, tuple[int, ...]]:
+    """{key: shape} of all that an Adapter may change of a Base, its time states among them. Raises UserError where one
+    of the adapter's tensors has no place there."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in base.tensors.items()} | time_state_shapes(base.config)
+    keys = [f"{module}.weight" for module in adapter.modules()] + list(adapter.whole())
+    lost = [key for key in keys if key not in shapes]
+    if lost:
+        raise UserError(
+            f"{name}: {len(lost)} of its {len(keys)} tensors have no place in the base: there is no "
+            f"{lost[0]}, where the base has keys such as {list(shapes)[1]}; {_other_model(lost[0], base.family)}"
+        )
+    return shapes
+
+
+def check_effect(name: str | Path, adapter: Adapter) -> None:
+    """Raise UserError where none of an Adapter's tensors changes anything."""
+    method = adapter.metadata.method
+    idle = () if method is None else method.idle
+    effective = (tensor for key, tensor in adapter.tensors.items() if key.rpartition(".")[2] not in idle)
+    if not any(torch.count_nonzero(tensor) for tensor in effective):
+        raise UserError(f"{name} changes nothing: its tensors are all zero, as in an adapter that was never trained")
+
+
+def check_states(names: Sequence[str | Path], specs: Mapping[str, TensorSpec], config: ModelConfig) -> None:
+    """Raise UserError where some layers of the output have a time state and others have none."""
+    due = time_state_shapes(config)
+    without = [key for key in due if key not in specs]
+    if without and len(without) < len(due):
+        raise UserError(
+            f"{', '.join(map(str, names))}: time states of {len(due) - len(without)} of the model's "
+            f"{len(due)} layers (there is no {without[0]}), and runtimes read a state for every layer "
+            "or for none; give the whole file that the state tuning wrote"
+        )
+
+
+def check_unmerge(base: Base, adapters: Adapters) -> None:
+    """Raise UserError where the Base is what one of the (name, Adapter) pairs was trained
+    on, so that the adapter is not merged into it."""
+    for name, adapter in adapters:
+        if adapter.metadata.base_fingerprint == base.fingerprint:
+            raise UserError(
+                f"--unmerge: {base.path} is the base that {name} was trained on, without the adapter; give the merged "
+                "model as --base_model (or force it with --any_base)"
+            )
+
+
+def _other_model(key: str, family: Family) -> str:
+    """What a base of this family is not, for whose adapter it lacks a key."""
+    layer = ".".join(key.split(".")[2:-1])
+    owner = next((other.name for other in FAMILIES if layer in other.targets), family.name)
+    if layer in family.targets or owner == family.name:
+        return "it was trained on a model of other names or of more layers"
+    return f"{layer} is a layer of {owner}, and the base is an {family.name}: give the adapter's own base"
