@@ -15,7 +15,7 @@ from rwkv_peft.files.base import base_of, open_base, save_model
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.model import RWKV6
 from rwkv_peft.release import merge_command as merge_cli
-from rwkv_peft.release.check import adapter_config, main
+from rwkv_peft.release.check import adapted_logits, adapter_config, main
 from rwkv_peft.release.logits import Difference
 from rwkv_peft.release.merge import merged_tensors
 
@@ -30,6 +30,7 @@ def make_files(folder, state, **settings):
     inject(model, config, family=family_named("x060"))
     torch.manual_seed(0)
     tensors = {name: 0.05 * torch.randn_like(p) for name, p in model.named_parameters() if p.requires_grad}
+    tensors |= {name: buffer for name, buffer in model.named_buffers() if adapter_parameter(name)}
     base, adapter, merged = folder / "base.pth", folder / "adapter.safetensors", folder / "merged.pth"
     save_model(base, state)
     save_adapter(adapter, tensors, AdapterMetadata.from_config(config))
@@ -106,6 +107,19 @@ def test_an_adapter_of_another_base_is_refused(tmp_path, tiny_state):
     with pytest.raises(UserError, match=words):
         main(command)
     assert main([*command, "--any_base"]) == 0
+
+
+def test_an_adapter_that_does_not_fit_is_refused_by_its_name(tmp_path, tiny_state):
+    """Also where the base is made anew for it, as for PiSSA."""
+    base, adapter, merged = make_files(tmp_path, tiny_state(), method="pissa", targets=("att.key",))
+    mine = read_adapter(adapter)
+    states = {f"blocks.{n}.att.time_state": torch.ones(1, 2, 3) for n in range(2)}
+    opened, tokens = open_base(base), torch.tensor([1])
+    with pytest.raises(UserError, match="^mine: blocks.0.att.time_state"):
+        adapted_logits(opened, Adapter(mine.tensors | states, mine.metadata), "mine", tokens, {})
+    save_adapter(adapter, {key.replace("blocks.0", "blocks.9"): t for key, t in mine.tensors.items()}, mine.metadata)
+    with pytest.raises(UserError, match=f"^{adapter}: .* there is no blocks.9.att.key.weight"):
+        check(base, adapter, merged)
 
 
 def test_a_model_of_other_dimensions_is_refused(tmp_path, tiny_state):

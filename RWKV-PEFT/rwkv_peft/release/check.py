@@ -24,9 +24,10 @@ from ..files.base import Base, open_base, save_model
 from ..files.state_file import read_states
 from ..models.family import Family
 from ..models.state import State, split_time_states, state_of
+from .belonging import check_generations, check_places
 from .flags import check_flags
 from .logits import Difference, random_tokens, reference_logits
-from .merge import check_fingerprints, check_generations
+from .merge import check_fingerprints
 from .runtimes import NOT_LOOKED_FOR, rwkv_sequence
 from .unexplained import describe, unexplained
 
@@ -42,13 +43,13 @@ def adapted_logits(
     model = base.family.load(base.tensors, base.config).float()
     metadata = loaded.metadata
     if metadata.quant != "none" or (metadata.method is not None and metadata.method.residual):
-        for name in loaded.modules():  # made of the weight as the training had it
-            model.get_submodule(name).to(metadata.base_dtype() or base.tensors[f"{name}.weight"].dtype)
+        for module in loaded.modules():  # made of the weight as the training had it
+            model.get_submodule(module).to(metadata.base_dtype() or base.tensors[f"{module}.weight"].dtype)
     inject(model, adapter_config(loaded, base.family), family=base.family, initial=loaded.tensors)
     model.float()
     own, tuned = split_time_states(loaded.tensors)
     if own:
-        load_tensors(model, own, str(name))
+        load_tensors(model, own, name)
     start = State.zeros(base.config, 1)
     if tuned or states:
         start = state_of(tuned or states, start, base.family.rows_are_keys, name)
@@ -102,12 +103,12 @@ def main(argv: list[str]) -> int:
     if merged.config != base.config:
         raise UserError(
             f"{args.merged} and {args.base_model} differ in their dimensions, {merged.config} and {base.config}, so "
-            "that "
-            "neither was made of the other; give the base of the merge"
+            "that neither was made of the other; give the base of the merge"
         )
     tokens = random_tokens(base.config.vocab_size, args.tokens)
     adapter = source_of(args, args.bone_checkpoint).read(base.tensors)
     check_generations(base, [(args.bone_checkpoint, adapter)])
+    check_places(args.bone_checkpoint, adapter, base)
     if not args.any_base:
         check_fingerprints(base, [(args.bone_checkpoint, adapter)])
     if args.state:
