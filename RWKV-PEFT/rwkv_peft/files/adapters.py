@@ -11,6 +11,7 @@ import torch
 
 from ..errors import UserError
 from .adapter_file import ADAPTER, MODEL, Adapter, read_own
+from .adapter_folder import is_adapter_folder
 from .peft_folder import read_hf_folder
 from .rwkv_peft_file import read_rwkv_peft
 
@@ -57,8 +58,7 @@ class AdapterSource:
         if self.init is not None and (path.is_dir() or path.suffix == ".safetensors"):
             raise UserError(
                 f"--lora_init {self.init} is for RWKV-PEFT's PiSSA files, and {path} lacks nothing of the kind; "
-                "leave it "
-                "out"
+                "leave it out"
             )
         if alpha is None or metadata.method is None or not adapter.modules():
             return
@@ -77,7 +77,7 @@ def adapter_of_run(path: str | Path) -> Path:
     """The adapter in the folder of a run of train.py; any other path, folders of Hugging Face peft among them, as it
     is. Raises UserError for a run that trained the model itself."""
     path = Path(path)
-    if not path.is_dir() or (path / "adapter_config.json").exists():
+    if not path.is_dir() or is_adapter_folder(path):
         return path
     if (path / ADAPTER).exists():
         return path / ADAPTER

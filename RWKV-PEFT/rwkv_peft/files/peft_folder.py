@@ -7,23 +7,21 @@ import json
 import reprlib
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from ..adapters.methods import METHODS, NONE, adapter_parameter, by_hf_name
-from ..errors import UserError, told
+from ..errors import UserError
 from ..models import official_key
 from .adapter_file import Adapter, AdapterMetadata, target_names
-from .atomic import atomic_write
-from .pth import read_tensors, require_file
+from .adapter_folder import TENSORS, read_config, replacing
+from .pth import read_tensors
 from .pth_writer import TensorSpec
 from .safetensors_file import read_safetensors, write_safetensors
 
 HF_PREFIX = "base_model.model."
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 Number = TypeVar("Number", int, float)
 
 
@@ -34,7 +32,7 @@ def read_hf_folder(folder: str | Path) -> Adapter:
     missing, another kind of adapter, settings that merging cannot honour.
     """
     folder = Path(folder)
-    config = _read_config(folder / "adapter_config.json")
+    config = read_config(folder)
     tensors = {}
     for key, tensor in _read_hf_tensors(folder).items():
         if not key.startswith(HF_PREFIX):
@@ -78,7 +76,7 @@ def read_hf_folder(folder: str | Path) -> Adapter:
 
 def write_lora_folder(folder: Path, adapter: Adapter, base: str) -> None:
     """Write an Adapter of plain LoRA, of adapted layers alone, as a folder of Hugging Face peft; base is the path that
-    it names as its base model's. adapter_config.json goes before the tensors change and comes when they have."""
+    it names as its base model's."""
     metadata = adapter.metadata
     settings = {
         "peft_type": "LORA",
@@ -97,22 +95,9 @@ def write_lora_folder(folder: Path, adapter: Adapter, base: str) -> None:
         for name, tensor in params.items()
     }
     specs = {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}
-    with ExitStack() as stack:
-        config = stack.enter_context(atomic_write(folder / CONFIG))
+    with replacing(folder) as (config, weights):
         config.write_text(json.dumps(settings, indent=2) + "\n")
-        write_safetensors(stack.enter_context(atomic_write(folder / TENSORS)), specs, tensors.items())
-        (folder / CONFIG).unlink(missing_ok=True)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    text = require_file(path).read_bytes()
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {told(error)}; copy it again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} holds no settings, but a {type(config).__name__}; copy the file that peft saved")
-    return config
+        write_safetensors(weights, specs, tensors.items())
 
 
 def _number(folder: Path, config: dict[str, Any], name: str, kind: type[Number]) -> Number:
@@ -158,13 +143,11 @@ def _bone_variant(folder: Path, config: dict[str, Any], tensors: Mapping[str, to
 
 
 def _read_hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    if (folder / "adapter_model.safetensors").is_file():
-        return read_safetensors(folder / "adapter_model.safetensors")[0]
+    if (folder / TENSORS).is_file():
+        return read_safetensors(folder / TENSORS)[0]
     if (folder / "adapter_model.bin").is_file():
         return read_tensors(folder / "adapter_model.bin")
-    raise UserError(
-        f"{folder} has no adapter_model.safetensors (nor adapter_model.bin); is it a folder that peft saved?"
-    )
+    raise UserError(f"{folder} has no {TENSORS} (nor adapter_model.bin); is it a folder that peft saved?")
 
 
 def _check_plain_lora(folder: Path, config: dict[str, Any]) -> None:

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from ..errors import UserError
+from ..files.adapter_folder import CONFIG, is_adapter_folder, read_config
 from .config import BoneConfig
-from .folders import read_config
 from .register import register
 
 BITS = ("bf16", "fp16", "fp32", "nf4", "int8")
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
     adapter_config = bone_config(arguments)
     resumed = checkpoint_to_resume(config, adapter_config)
     base = Path(arguments.base_model_name_or_path)
-    if (base / "adapter_config.json").is_file():
+    if is_adapter_folder(base):
         raise UserError(
             f"--base_model_name_or_path {base} is an adapter of {read_config(base).get('base_model_name_or_path')}; "
             "give that model, or merge the adapter into it first"
@@ -147,10 +147,9 @@ def checkpoint_to_resume(config: Any, adapter_config: BoneConfig) -> str | None:
         given = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
         if given is None:
             raise UserError(f"--resume_from_checkpoint True, and --output_dir {config.output_dir} has no checkpoint")
-    if not all((Path(given) / name).is_file() for name in ("adapter_config.json", "trainer_state.json")):
+    if not all((Path(given) / name).is_file() for name in (CONFIG, "trainer_state.json")):
         raise UserError(
-            f"--resume_from_checkpoint {given} is no folder with an adapter_config.json and a trainer_state.json; "
-            "give a "
+            f"--resume_from_checkpoint {given} is no folder with an {CONFIG} and a trainer_state.json; give a "
             "checkpoint-N folder"
         )
     saved, due = read_config(given), adapter_config.to_dict()

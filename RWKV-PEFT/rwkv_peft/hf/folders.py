@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from ..cli import Parser
-from ..errors import UserError, told
-from ..files.atomic import atomic_write
+from ..errors import UserError
+from ..files.adapter_folder import CONFIG, TENSORS, read_config, replacing
 
 
 def bone_to_miss(source: str | Path, target: str | Path) -> None:
@@ -39,9 +39,9 @@ def miss_to_bone(source: str | Path, target: str | Path) -> None:
 def read(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """(config, tensors) of an adapter folder; raises UserError where it is not one of this kind."""
     folder = Path(folder)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in (CONFIG, TENSORS):
         if not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name}; give a folder that save_pretrained wrote")
+            raise UserError(f"{folder} has no {name}; give a folder that peft's save_pretrained wrote")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -49,27 +49,13 @@ def read(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, torch
     if config.get("peft_type") != kind:
         raise UserError(f"{folder} holds a {config.get('peft_type')} adapter, and {kind} is due here")
     try:
-        tensors = load_file(folder / "adapter_model.safetensors")
+        tensors = load_file(folder / TENSORS)
     except SafetensorError as error:
-        raise UserError(f"{folder / 'adapter_model.safetensors'} is no whole safetensors file: {error}") from error
+        raise UserError(f"{folder / TENSORS} is no whole safetensors file: {error}") from error
     dims = {tensor.dim() for key, tensor in tensors.items() if key.endswith("_block")}
     if config.get("init_weights") is True and dims == {3}:
         config["init_weights"] = "bat"  # a pre-release's way of saying so
     return config, tensors
-
-
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """adapter_config.json as a dict; raises UserError where there is none that can be read."""
-    path = Path(folder) / "adapter_config.json"
-    if not path.is_file():
-        raise UserError(f"{folder} has no adapter_config.json; give a folder that save_pretrained wrote")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON: {told(error)}; copy it again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} holds no settings, but {config!r}")
-    return config
 
 
 def rename(settings: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
@@ -94,10 +80,7 @@ def write(folder: str | Path, config: Mapping[str, Any], tensors: dict[str, torc
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, and an adapter is a folder; name another")
     folder.mkdir(parents=True, exist_ok=True)
-    with (
-        atomic_write(folder / "adapter_config.json") as settings,
-        atomic_write(folder / "adapter_model.safetensors") as weights,
-    ):
+    with replacing(folder) as (settings, weights):
         save_file(tensors, weights, metadata={"format": "pt"})
         settings.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 

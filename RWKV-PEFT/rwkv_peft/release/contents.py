@@ -13,6 +13,7 @@ import torch
 from ..adapters.methods import adapter_parameter
 from ..errors import UserError, told
 from ..files.adapter_file import METADATA_KEY, Adapter
+from ..files.adapter_folder import is_adapter_folder
 from ..files.adapters import AdapterSource, product_of_run
 from ..files.base import Base, base_of
 from ..files.dtypes import dtype_name
@@ -40,8 +41,9 @@ def contents_of(source: AdapterSource) -> Contents:
     if path.suffix == ".gguf":
         return Contents(list(gguf_lines(path)))
     if path.is_dir():
-        is_adapter = (path / "adapter_config.json").is_file()
-        return adapter_contents(source) if is_adapter else tensor_contents(read_hf_model(path), path, "Hugging Face")
+        if is_adapter_folder(path):
+            return adapter_contents(source)
+        return tensor_contents(read_hf_model(path), path, "Hugging Face")
     if path.suffix in (".safetensors", ".st", ".state"):
         tensors, header = read_safetensors(path)
         if METADATA_KEY in header:

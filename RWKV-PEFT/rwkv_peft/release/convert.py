@@ -23,6 +23,7 @@ from ..adapters.methods import adapter_parameter
 from ..data.recorded import find_tokenizer, recorded_beside
 from ..errors import UserError
 from ..files.adapter_file import METADATA_KEY, Adapter, AdapterMetadata, save_adapter
+from ..files.adapter_folder import is_adapter_folder
 from ..files.adapters import product_of_run, source_of
 from ..files.atomic import check_output
 from ..files.base import Base, base_of, open_base
@@ -60,7 +61,7 @@ def is_adapter(path: Path) -> bool:
     """Whether a file or folder holds an adapter, time states alone aside; for what is unreadable, the reader that
     follows says so."""
     if path.is_dir():
-        return (path / "adapter_config.json").is_file()
+        return is_adapter_folder(path)
     if path.suffix in (".safetensors", ".st", ".state"):
         tensors, header = read_safetensors(path)
         return METADATA_KEY in header and not all(map(is_time_state, tensors))
@@ -144,8 +145,7 @@ def convert_model(source: Path, target: Path, args: argparse.Namespace) -> list[
     if form is not None and states and form.write_states is None and target.suffix:
         raise UserError(
             f"{source} holds time states, for which {target.suffix[1:].upper()} has no place; give them to the "
-            "runtime as "
-            ".pth or .st"
+            "runtime as .pth or .st"
         )
     if form is None or (states and form.write_states is None):
         raise UserError(

@@ -1,0 +1,42 @@
+"""The folder of an adapter as Hugging Face peft saves it: adapter_config.json, and the tensors that it describes."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, told
+from .atomic import atomic_write
+from .readable import require_readable
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def is_adapter_folder(folder: str | Path) -> bool:
+    """Whether a folder is one."""
+    return (Path(folder) / CONFIG).is_file()
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The settings in a folder's adapter_config.json. Raises UserError where there are none that can be read."""
+    path = require_readable(
+        Path(folder) / CONFIG, f"{folder} has no {CONFIG}; give a folder that peft's save_pretrained wrote"
+    )
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {told(error)}; copy it again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds no settings, but a {type(config).__name__}; copy the file that peft saved")
+    return config
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield where CONFIG and TENSORS of a folder are to be written. They get their names when both are complete; an old
+    CONFIG goes before the tensors change, so that a kill in between leaves a folder that readers refuse, and not one of
+    two halves."""
+    with atomic_write(folder / CONFIG) as config, atomic_write(folder / TENSORS) as tensors:
+        yield config, tensors
+        (folder / CONFIG).unlink(missing_ok=True)
