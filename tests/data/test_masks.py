@@ -1,11 +1,14 @@
 """Masks count exactly the tokens of the answers, wherever a window begins."""
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_peft.config import DataConfig
+from rwkv_peft.data import masks
 from rwkv_peft.data.binidx import BinidxDataset, BinidxWriter
 from rwkv_peft.data.masks import default_mask, describe_mask, find, make_mask
 from rwkv_peft.errors import UserError
@@ -41,19 +44,32 @@ def by_hand(document, begin, end, end_counts):
     st.lists(st.lists(st.integers(1, 4), max_size=12), min_size=1, max_size=6),
     st.integers(0, 40),
     st.integers(0, 40),
+    st.sampled_from([[3], [3, 4], [1, 2], [4, 3, 2]]),
     st.booleans(),
 )
-@settings(max_examples=80, deadline=None)
-def test_marker_masks_follow_the_rule_from_any_start(tmp_path_factory, documents, start, length, closes):
+@settings(max_examples=160, deadline=None)
+def test_marker_masks_follow_the_rule_from_any_start(tmp_path_factory, documents, start, length, end, closes):
     documents = [[1, 2], *documents]  # the marker occurs
     dataset = dataset_of(tmp_path_factory.mktemp("mask"), documents)
-    begin, end = [1, 2], [3]
     kind = "se" if closes else "qa"
-    mask = make_mask(dataset, config(loss_mask=kind, mask_id=(1, 2), mask_end_id=(3,)))
-    expected = sum((by_hand(document, begin, end, closes) for document in documents), [])
+    mask = make_mask(dataset, config(loss_mask=kind, mask_id=(1, 2), mask_end_id=tuple(end)))
+    expected = sum((by_hand(document, [1, 2], end, closes) for document in documents), [])
     start = min(start, len(expected) - 1)
     stop = min(start + length, len(expected))
-    assert mask(start, stop).tolist() == expected[start:stop]
+    for look_back in (1, 4, masks.LOOK_BACK):
+        with patch.object(masks, "LOOK_BACK", look_back):
+            assert mask(start, stop).tolist() == expected[start:stop]
+
+
+def test_a_window_of_a_long_document_reads_no_more_than_its_surroundings(tmp_path, monkeypatch):
+    """One document may be all of the data: what windows read adds up to the data, not to its square."""
+    dataset = dataset_of(tmp_path, [[9, *[5] * 97, 8, 7] * 1000])
+    mask = make_mask(dataset, config(loss_mask="qa", mask_id=(9,), mask_end_id=(8, 7)))
+    whole, read = mask(0, 100_000), []
+    monkeypatch.setattr(masks, "find", lambda tokens, pattern: read.append(len(tokens)) or find(tokens, pattern))
+    windows = [mask(start, start + 500) for start in range(0, 100_000, 500)]
+    assert np.concatenate(windows).tolist() == whole.tolist() and whole.sum() == 97_000
+    assert max(read) < 500 + 2 * masks.LOOK_BACK
 
 
 def test_qa_counts_each_answer_of_a_conversation(tmp_path):
@@ -61,6 +77,8 @@ def test_qa_counts_each_answer_of_a_conversation(tmp_path):
     dataset = dataset_of(tmp_path, [[8, 5, 9, 6, 7, 8, 5, 9, 6, 0]])
     turns = make_mask(dataset, config(loss_mask="qa", mask_id=(9,), mask_end_id=(8,)))
     assert turns(0, 10).tolist() == [bool(i) for i in (0, 0, 0, 1, 1, 0, 0, 0, 1, 1)]
+    longer = make_mask(dataset, config(loss_mask="qa", mask_id=(9,), mask_end_id=(8, 5)))
+    assert longer(0, 6).tolist() == turns(0, 6).tolist()  # also where the window ends inside the marker
     to_the_end = make_mask(dataset, config(loss_mask="qa", mask_id=(9,)))
     assert to_the_end(0, 10).tolist() == [False] * 3 + [True] * 7
 

@@ -16,6 +16,7 @@ from .binidx import BinidxDataset, binidx_prefix
 
 Mask = Callable[[int, int], np.ndarray]  # (start, stop) -> bool (stop - start,)
 CHUNK = 1 << 24
+LOOK_BACK = 1 << 12  # tokens before a window in which its marker is looked for first
 
 
 def default_mask(prefix: str | Path) -> str:
@@ -89,21 +90,36 @@ class MarkerMask:
         parts, position = [], start
         index = self.dataset.document_at(start)
         while position < stop:
-            begin = self.dataset.start(index)
-            document = self.dataset[index][: stop - begin]
-            parts.append(self._document(document)[position - begin :])
-            position = begin + len(document)
+            begin, document = self.dataset.start(index), self.dataset[index]
+            last = min(stop - begin, len(document))
+            parts.append(self._document(document, position - begin, last))
+            position = begin + last
             index += 1
         return np.concatenate(parts) if parts else np.zeros(0, dtype=bool)
 
-    def _document(self, tokens: np.ndarray) -> np.ndarray:
-        """tokens (n,) of one document, or its first n -> bool (n,)."""
+    def _document(self, tokens: np.ndarray, first: int, last: int) -> np.ndarray:
+        """tokens (n,) of one document -> bool (last - first,): whether those in [first, last) count. Whatever the
+        document's length, no more is read than back to the marker before `first`, or to the beginning without one."""
+        longest, back = max(len(self.begin), len(self.end)), LOOK_BACK
+        while True:
+            start = max(first - back, 0)
+            change = self._changes(tokens[start : last + longest])  # a marker may lie across either edge
+            unsure = longest if start else 0
+            change[:unsure] = 0
+            if not start or change[unsure : first - start + 1].any():
+                break
+            back *= 8
+        change = change[: last - start]
+        latest = np.maximum.accumulate(np.where(change != 0, np.arange(len(change)), 0))
+        return change[latest][first - start :] == 1
+
+    def _changes(self, tokens: np.ndarray) -> np.ndarray:
+        """tokens (n,) -> int8 (n + 1,): 1 where counting begins, -1 where it ends, 0 where it goes on as it was."""
         change = np.zeros(len(tokens) + 1, dtype=np.int8)
         if self.end:
             change[find(tokens, self.end) + (len(self.end) if self.end_counts else 0)] = -1
         change[find(tokens, self.begin) + len(self.begin)] = 1
-        last = np.maximum.accumulate(np.where(change != 0, np.arange(len(change)), 0))
-        return change[last][:-1] == 1
+        return change
 
 
 def find(tokens: np.ndarray, pattern: Sequence[int]) -> np.ndarray:
