@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.adapters.methods import METHODS
+from rwkv_peft.adapters.product import Frozen
 from rwkv_peft.errors import UserError
 
 
@@ -37,7 +38,7 @@ def run(function, x, params, *rest):
 def test_values_and_gradients_are_the_papers(with_bias):
     x, weight, params, bias = tensors()
     bias = bias if with_bias else None
-    found = run(lambda x, p: METHODS["dora"].apply(x, weight, p, bias, scale=0.5), x, params)
+    found = run(lambda x, p: METHODS["dora"].apply(x, Frozen(weight, bias), p, 0.5, 0.0), x, params)
     for ours, theirs in zip(found, run(lambda x, p: paper(x, weight, p, bias, 0.5), x, params)):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)  # lengths are computed in float32
 
@@ -46,11 +47,10 @@ def test_a_small_gain_counts_in_bfloat16():
     """A magnitude of 1.0001 would be rounded to 1."""
     x, weight, params, _ = tensors(torch.float32, std=0.0)
     params = {name: tensor.bfloat16() for name, tensor in params.items()}
-    plain = METHODS["dora"].apply(x, weight, params)
+    plain = METHODS["dora"].apply(x, Frozen(weight), params, 1.0, 0.0)
     params["lora_gain"] = torch.full((16,), 1e-4, dtype=torch.bfloat16)
-    torch.testing.assert_close(
-        METHODS["dora"].apply(x, weight, params) / plain - 1, torch.full_like(plain, 1e-4), rtol=1e-2, atol=0
-    )
+    change = METHODS["dora"].apply(x, Frozen(weight), params, 1.0, 0.0) / plain - 1
+    torch.testing.assert_close(change, torch.full_like(plain, 1e-4), rtol=1e-2, atol=0)
 
 
 def test_a_row_of_zeros_stays_one():

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from ..ops.bone import affine, affine_backward_, plus_tiled
 from .block_affine import BlockAffine
 from .method import Params, Shapes
-from .product import DENSE, Product
+from .product import DENSE, Frozen, Product
 from .tokens import apply_to_tokens, weight_gradient
 
 
@@ -22,24 +22,13 @@ class BatIn(BlockAffine):
 
     name, label, index = "bat-in", "Bone bat-in", "b"
     hf_names: tuple[bool | str, ...] = ("bat-in",)
+    in_rwkv_peft = True
 
     def shapes(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Shapes:
         return {"bone": (in_features // rank, rank, rank)}
 
-    def apply(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        params: Params,
-        bias: torch.Tensor | None = None,
-        *,
-        scale: float = 1.0,
-        product: Product = DENSE,
-    ) -> torch.Tensor:
-        return bat_in(x, weight, params["bone"], bias, product=product)
-
-    def for_rwkv_peft(self, module: str, params: Params, scale: float, weight: torch.Tensor | None) -> Params:
-        return params
+    def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
+        return bat_in(x, base.weight, params["bone"], base.bias, product=base.product)
 
 
 def bat_in(

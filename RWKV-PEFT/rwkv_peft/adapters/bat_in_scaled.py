@@ -12,8 +12,8 @@ import torch
 from ..config import AdapterConfig
 from ..errors import UserError
 from .bat_in import BatIn, bat_in
-from .method import Layer, Method, Params, Shapes
-from .product import DENSE, Product
+from .method import Layer, Params, Shapes
+from .product import Frozen
 
 
 class BatInScaled(BatIn):
@@ -22,6 +22,7 @@ class BatInScaled(BatIn):
     name, label = "bat-in-scaled", "Bone bat-in-scaled"
     constants = idle = ("bone_scale",)
     hf_names = ()
+    in_rwkv_peft = False
 
     def first_step(self, config: AdapterConfig, in_features: int) -> float | None:
         return math.sqrt(2)  # of two terms of size 1
@@ -45,19 +46,10 @@ class BatInScaled(BatIn):
         if not scale.is_meta:
             layer.scale = _number(scale)
 
-    def apply(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        params: Params,
-        bias: torch.Tensor | None = None,
-        *,
-        scale: float = 1.0,
-        product: Product = DENSE,
-    ) -> torch.Tensor:
+    def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
         """scale is the layer's, of `begin`; under torch.compile the tensor serves, so that layers share a graph."""
         a = params["bone_scale"].float().squeeze() if torch.compiler.is_compiling() else scale
-        return bat_in(x, weight, params["bone"], bias, scale=a, product=product)
+        return bat_in(x, base.weight, params["bone"], base.bias, scale=a, product=base.product)
 
     def multiplied(self, params: Params) -> torch.Tensor:
         return params["bone_scale"] * params["bone"]
@@ -68,9 +60,6 @@ class BatInScaled(BatIn):
         a = _number(params["bone_scale"])
         undone = super().opposite({"bone": a * params["bone"].double()}, scale, amount)["bone"]
         return {"bone": undone / a, "bone_scale": params["bone_scale"]}
-
-    def for_rwkv_peft(self, module: str, params: Params, scale: float, weight: torch.Tensor | None) -> Params:
-        return Method.for_rwkv_peft(self, module, params, scale, weight)
 
 
 def _number(bone_scale: torch.Tensor) -> float:

@@ -15,11 +15,10 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..errors import UserError
 from ..ops.bone import merge, merge_backward_, rows_by_block, shard_sum, split_shards
 from .block_affine import BlockAffine
 from .method import Params, Shapes
-from .product import DENSE, Product
+from .product import DENSE, Frozen, Product
 from .tokens import apply_to_tokens, weight_gradient
 
 CHUNK_ELEMENTS = 1 << 23  # of W' held at a time in backward
@@ -35,27 +34,12 @@ class BatOut(BlockAffine):
     def shapes(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Shapes:
         return {"bone": (out_features // rank, rank, rank)}
 
-    def apply(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        params: Params,
-        bias: torch.Tensor | None = None,
-        *,
-        scale: float = 1.0,
-        product: Product = DENSE,
-    ) -> torch.Tensor:
-        return bat_out(x, weight, params["bone"], bias, product=product)
+    def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
+        return bat_out(x, base.weight, params["bone"], base.bias, product=base.product)
 
     def rows(self, params: Params, start: int, stop: int) -> Params:
         rank = params["bone"].shape[-1]
         return {"bone": params["bone"][start // rank : stop // rank]}
-
-    def for_rwkv_peft(self, module: str, params: Params, scale: float, weight: torch.Tensor | None) -> Params:
-        raise UserError(
-            "RWKV-PEFT has no bat-out; its adapters are bone, bat-in (its bat), lora and pissa. Merge the "
-            "adapter with merge_bone.py instead"
-        )
 
 
 def bat_out(

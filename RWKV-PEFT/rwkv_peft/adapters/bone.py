@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from ..errors import UserError
 from ..ops.bone import plus_tiled, shard_sum, split_shards
 from .method import Method, Misfit, Params, Shapes, nearest_divisor, wide
-from .product import DENSE, Product
+from .product import DENSE, Frozen, Product
 from .tokens import apply_to_tokens, weight_gradient
 
 
@@ -24,6 +24,7 @@ class Bone(Method):
     json_flag, rank_flag = "bone_config", "--bone_r"
     parameters = ("bone",)
     hf_names: tuple[bool | str, ...] = (True, False, "bone")
+    in_rwkv_peft = True
 
     def fit(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Misfit | None:
         if rank <= in_features:
@@ -35,17 +36,8 @@ class Bone(Method):
     def shapes(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Shapes:
         return {"bone": (rank, out_features)}
 
-    def apply(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        params: Params,
-        bias: torch.Tensor | None = None,
-        *,
-        scale: float = 1.0,
-        product: Product = DENSE,
-    ) -> torch.Tensor:
-        return bone(x, weight, params["bone"], bias, product=product)
+    def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
+        return bone(x, base.weight, params["bone"], base.bias, product=base.product)
 
     def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:
         update, (out_features, in_features) = params["bone"].to(weight.dtype), weight.shape
@@ -67,9 +59,6 @@ class Bone(Method):
         rank, width = update.shape
         identity = torch.eye(rank).repeat(1, -(-in_features // rank))[:, :in_features]
         return {"lora_A": identity.contiguous(), "lora_B": update.t()[torch.arange(out_features) % width].contiguous()}
-
-    def for_rwkv_peft(self, module: str, params: Params, scale: float, weight: torch.Tensor | None) -> Params:
-        return params
 
 
 class BoneMini(Bone):
@@ -108,8 +97,7 @@ class BoneMini(Bone):
         if out_features % mini_rank:
             raise UserError(
                 f"{module}.bone repeats every {mini_rank} outputs, which does not divide the layer's {out_features}: "
-                "the "
-                "base is another model than it was trained on"
+                "the base is another model than it was trained on"
             )
         return {"bone": params["bone"].repeat(1, out_features // mini_rank)}
 

@@ -11,8 +11,8 @@ import torch
 from ..config import AdapterConfig
 from .bone import Bone
 from .lora import lora
-from .method import Layer, Method, Params, Shapes
-from .product import DENSE, Product
+from .method import Layer, Params, Shapes
+from .product import DENSE, Frozen, Product
 
 
 class BoneSigned(Bone):
@@ -21,6 +21,7 @@ class BoneSigned(Bone):
     name, label = "bone-signed", "Bone bone-signed"
     constants = idle = ("bone_signs",)
     hf_names = ()
+    in_rwkv_peft = False
 
     def shapes(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Shapes:
         return super().shapes(rank, mini_rank, out_features, in_features) | {"bone_signs": (in_features,)}
@@ -36,17 +37,8 @@ class BoneSigned(Bone):
         signs = constants["bone_signs"].to(layer.weight.device, layer.weight.dtype)
         layer.register_buffer("bone_signs", signs, persistent=False)
 
-    def apply(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        params: Params,
-        bias: torch.Tensor | None = None,
-        *,
-        scale: float = 1.0,
-        product: Product = DENSE,
-    ) -> torch.Tensor:
-        return bone_signed(x, weight, params["bone"], params["bone_signs"], bias, product=product)
+    def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
+        return bone_signed(x, base.weight, params["bone"], params["bone_signs"], base.bias, product=base.product)
 
     def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:
         return super().delta(weight, params, scale) * params["bone_signs"].to(weight.dtype)
@@ -60,9 +52,6 @@ class BoneSigned(Bone):
     def as_lora(self, params: Params, scale: float, out_features: int, in_features: int) -> Params | None:
         bone = params["bone"].float()
         return {"lora_A": sketch(params["bone_signs"].float(), bone.shape[0]), "lora_B": bone.t().contiguous()}
-
-    def for_rwkv_peft(self, module: str, params: Params, scale: float, weight: torch.Tensor | None) -> Params:
-        return Method.for_rwkv_peft(self, module, params, scale, weight)
 
 
 def bone_signed(

@@ -12,7 +12,7 @@ from ..config import AdapterConfig
 from ..errors import UserError
 from .lora import Lora
 from .method import Layer, Params, Shapes, cast
-from .product import DENSE, Product
+from .product import Frozen
 
 
 class Dora(Lora):
@@ -23,6 +23,7 @@ class Dora(Lora):
     parameters = ("lora_A", "lora_B", "lora_gain")
     constants = ("lora_row_norm",)
     idle = ("lora_A", "lora_row_norm")
+    in_rwkv_peft = False
 
     def first_step(self, config: AdapterConfig, in_features: int) -> float | None:
         return None  # a gain moves its row by as much of it as the rate says
@@ -41,24 +42,14 @@ class Dora(Lora):
         norm = constants["lora_row_norm"].to(layer.weight.device, layer.weight.dtype)
         layer.register_buffer("lora_row_norm", norm, persistent=False)
 
-    def apply(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        params: Params,
-        bias: torch.Tensor | None = None,
-        *,
-        scale: float = 1.0,
-        dropout: float = 0.0,
-        product: Product = DENSE,
-    ) -> torch.Tensor:
-        y = super().apply(x, weight, params, bias, scale=scale, dropout=dropout, product=product)
+    def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
+        y = super().apply(x, base, params, scale, dropout)
         with torch.no_grad():
-            products = product.forward(params["lora_A"].to(x.dtype), weight).t()  # W Aᵀ (out, r)
+            products = base.product.forward(params["lora_A"].to(x.dtype), base.weight).t()  # W Aᵀ (out, r)
             length = _length(products.float(), params, scale)
         # what is added to y is zero at first, and small: a factor near 1 would lose it in bfloat16
         change = params["lora_row_norm"].float() * (1 + params["lora_gain"].float()) / length - 1
-        turned = y if bias is None else y - bias.to(y.dtype)
+        turned = y if base.bias is None else y - base.bias.to(y.dtype)
         return torch.addcmul(y, turned, change.to(y.dtype))
 
     def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:
@@ -100,12 +91,6 @@ class Dora(Lora):
 
     def as_lora(self, params: Params, scale: float, out_features: int, in_features: int) -> Params | None:
         return None
-
-    def for_rwkv_peft(self, module: str, params: Params, scale: float, weight: torch.Tensor | None) -> Params:
-        raise UserError("RWKV-PEFT has no dora; merge the adapter with merge_bone.py instead")
-
-    def remark_for_rwkv_peft(self, rank: int, scale: float) -> str:
-        return ""
 
 
 def _length(products: torch.Tensor, params: Params, scale: float) -> torch.Tensor:

@@ -5,7 +5,7 @@ from torch import nn
 
 from ..config import AdapterConfig
 from .method import Method, Params
-from .product import DENSE, Product
+from .product import DENSE, Frozen, Product
 from .quant import QuantizedProduct, quantize
 
 
@@ -49,8 +49,8 @@ class AdapterLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out) in x's dtype."""
         params = {name: getattr(self, name) for name in (*self.method.parameters, *self.method.constants)}
-        hidden = {"dropout": self.dropout} if self.dropout and self.training else {}
-        return self.method.apply(x, self.base, params, self.bias, scale=self.scale, product=self.product, **hidden)
+        base = Frozen(self.base, self.bias, self.product)
+        return self.method.apply(x, base, params, self.scale, self.dropout if self.training else 0.0)
 
     def quantize(self, kind: str) -> None:
         """Replace the weight by its quantized form ("nf4" or "int8"); it is frozen from then on."""

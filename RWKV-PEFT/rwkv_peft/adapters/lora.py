@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..config import AdapterConfig
 from .method import Layer, Method, Misfit, Params, Shapes, cast, wide
-from .product import DENSE, Product
+from .product import DENSE, Frozen, Product
 from .tokens import apply_to_tokens, linear, weight_gradient
 
 
@@ -24,7 +24,7 @@ class Lora(Method):
     alpha_key: str | None = "lora_alpha"
     parameters: tuple[str, ...] = ("lora_A", "lora_B")
     idle: tuple[str, ...] = ("lora_A",)
-    scaled = dropout = True
+    scaled = dropout = in_rwkv_peft = True
 
     def scale(self, config: AdapterConfig) -> float:
         return config.alpha / config.rank if config.alpha else 1.0
@@ -50,17 +50,8 @@ class Lora(Method):
     def begin(self, layer: Layer, constants: Params) -> None:
         nn.init.kaiming_uniform_(layer.get_parameter("lora_A"), a=math.sqrt(5))
 
-    def apply(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        params: Params,
-        bias: torch.Tensor | None = None,
-        *,
-        scale: float = 1.0,
-        dropout: float = 0.0,
-        product: Product = DENSE,
-    ) -> torch.Tensor:
+    def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
+        weight, bias, product = base
         if not dropout:
             return lora(x, weight, params["lora_A"], params["lora_B"], bias, scale=scale, product=product)
         inner = F.linear(F.dropout(x, dropout), params["lora_A"].to(x.dtype))
@@ -79,9 +70,6 @@ class Lora(Method):
 
     def as_lora(self, params: Params, scale: float, out_features: int, in_features: int) -> Params | None:
         return {"lora_A": params["lora_A"].float(), "lora_B": scale * params["lora_B"].float()}
-
-    def for_rwkv_peft(self, module: str, params: Params, scale: float, weight: torch.Tensor | None) -> Params:
-        return params
 
     def remark_for_rwkv_peft(self, rank: int, scale: float) -> str:
         return (

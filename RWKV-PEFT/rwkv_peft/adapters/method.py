@@ -13,7 +13,7 @@ from torch import nn
 
 from ..config import AdapterConfig
 from ..errors import UserError
-from .product import DENSE, Product
+from .product import Frozen
 from .quant import roundtrip
 
 Params = Mapping[str, torch.Tensor]  # {tensor name: tensor} of the adapter of one layer
@@ -48,10 +48,9 @@ class Method(ABC):
     """One way to adapt a linear layer of weight W (out, in).
 
     name is unique, and what files' metadata say (or saved_as, where another method's files serve); peft is the word
-    that
-    --peft takes, one for all forms of a method; label says it to people. json_flag is the flag of train.py that takes
-    the settings as JSON, rank_flag where the rank is given, alpha_key the key of alpha in that JSON, init_flag where
-    the initial factors of a file of RWKV-PEFT are named.
+    that --peft takes, one for all forms of a method; label says it to people. json_flag is the flag of train.py that
+    takes the settings as JSON, rank_flag where the rank is given, alpha_key the key of alpha in that JSON, init_flag
+    where the initial factors of a file of RWKV-PEFT are named.
 
     parameters are the tensors that train, constants those that a file holds besides; idle are those of both that change
     nothing by themselves. mini methods have a mini_rank, scaled ones an alpha, dropout ones take dropout; residual ones
@@ -59,7 +58,8 @@ class Method(ABC):
     learning_rates are (tensor, AdapterConfig field that multiplies its rate).
 
     hf_names are the init_weights of Hugging Face peft's BONE and MISS that mean this method, first the one that its
-    files say, and hf_dims the dimensions of its tensor there.
+    files say, and hf_dims the dimensions of its tensor there. in_rwkv_peft: RWKV-PEFT's files hold its tensors as they
+    are.
     """
 
     name: str
@@ -81,6 +81,7 @@ class Method(ABC):
     learning_rates: tuple[tuple[str, str], ...] = ()
     hf_names: tuple[bool | str, ...] = ()
     hf_dims = 2
+    in_rwkv_peft = False
 
     @property
     def file_name(self) -> str:
@@ -122,19 +123,10 @@ class Method(ABC):
         return {}
 
     @abstractmethod
-    def apply(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        params: Params,
-        bias: torch.Tensor | None = None,
-        *,
-        scale: float = 1.0,
-        product: Product = DENSE,
-    ) -> torch.Tensor:
-        """y = x W'ᵀ + bias without forming W': x (..., in), weight as product takes it, params {name: tensor} ->
-        (..., out) in x's dtype. Where `dropout`, it also takes a probability of that name with which an input is hidden
-        from the adapter."""
+    def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
+        """y = x W'ᵀ + bias without forming W': x (..., in), the Frozen layer W, params {name: tensor} -> (..., out) in
+        x's dtype. scale is the layer's; dropout the probability with which an input is hidden from the adapter, 0 but
+        for methods that take it."""
 
     @abstractmethod
     def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:
@@ -184,7 +176,12 @@ class Method(ABC):
     def for_rwkv_peft(self, module: str, params: Params, scale: float, weight: torch.Tensor | None) -> Params:
         """{tensor name: tensor} as RWKV-PEFT's files hold the adapter of a layer ("bone" for Bone's tensors); weight is
         the base's, or None. Raises UserError where RWKV-PEFT has no such form."""
-        raise UserError(f"RWKV-PEFT has no {self.name}; merge the adapter with merge_bone.py instead")
+        if not self.in_rwkv_peft:
+            raise UserError(
+                f"RWKV-PEFT has no {self.name}; its adapters are bone, bat-in (its bat), lora and pissa. Merge the "
+                "adapter with merge_bone.py instead"
+            )
+        return params
 
     def remark_for_rwkv_peft(self, rank: int, scale: float) -> str:
         """What merging those files takes besides them, or ""."""

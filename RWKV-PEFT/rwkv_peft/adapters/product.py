@@ -8,7 +8,7 @@ float, and `shape` is its (out, in). `weight` is the tensor that the layer owns,
 is: under ZeRO-3 a parameter's storage comes and goes, and a copy or a view of it would outlive its gathering.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -64,3 +64,11 @@ class Dense:
 
 
 DENSE = Dense()
+
+
+class Frozen(NamedTuple):
+    """The linear layer under an adapter: its weight as product takes it, and its bias (out,) or None."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    product: Product = DENSE

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..adapters.methods import METHODS
-from ..adapters.product import Product
+from ..adapters.product import Frozen, Product
 from ..adapters.tokens import linear
 from ..errors import UserError
 from .config import BoneConfig
@@ -117,7 +117,7 @@ class BoneLinear(nn.Module, BaseTunerLayer):
 
     def _apply_adapter(self, x: torch.Tensor, name: str, bias: torch.Tensor | None) -> torch.Tensor:
         method, params = self.bone_config[name].method, {PARAMETER: self.bone_block[name]}
-        return method.apply(x, self.weight, params, bias, product=self.product)
+        return method.apply(x, Frozen(self.weight, bias, self.product), params, scale=1.0, dropout=0.0)
 
     def _composed(self, x: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
         """Several adapters at once, as after merging them."""
