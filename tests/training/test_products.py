@@ -35,6 +35,7 @@ def test_a_new_model_has_the_order_of_official_files(files, train):
     model = open_base(files / "new" / "rwkv.pth")
     assert list(model.tensors) == list(model.family.shapes(model.config))
     assert {tensor.dtype for tensor in model.tensors.values()} == {torch.bfloat16}
+    assert (files / "new" / "rwkv.pth").samefile(files / "new" / "rwkv-epoch-1.pth")  # which is written once
 
 
 def test_the_merged_model_stands_beside_every_adapter(files, train):
@@ -43,6 +44,9 @@ def test_the_merged_model_stands_beside_every_adapter(files, train):
     saved = {path.name for path in (folder / "checkpoints").iterdir()}
     assert saved == {"step-00000006", "step-00000008"}  # the newest two of 3, 4, 6 and 8
     argv = ["--base_model", str(files / "base.pth"), "--bone_checkpoint"]
+    for name in ("adapter.safetensors", "merged.pth"):
+        newest, first, second = (folder / name.replace(".", f"{label}.") for label in ("", "-epoch-1", "-epoch-2"))
+        assert newest.samefile(second) and newest.read_bytes() != first.read_bytes()
     for name in ("", "-epoch-1"):
         assert merge([*argv, str(folder / f"adapter{name}.safetensors"), "--output", str(files / "by_hand.pth")]) == 0
         assert (folder / f"merged{name}.pth").read_bytes() == (files / "by_hand.pth").read_bytes()

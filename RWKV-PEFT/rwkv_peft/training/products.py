@@ -78,14 +78,16 @@ class Products:
     def write(self, tensors: dict[str, torch.Tensor], labels: Sequence[str]) -> None:
         """Write {name: trained tensor} for each label, and what --merge_on_save makes of it."""
         train = self.config.train
-        for label in labels:
-            path = labelled(self.newest, label)
-            if self.config.adapter.whole_model:
-                write_model(path, tensors, model_dtypes(self.config, self.base))
-            else:
-                save_adapter(path, tensors, self.metadata())
-            if states := split_time_states(tensors)[1]:
-                write_states(labelled(self.folder / STATES, label), states)
+        paths = [labelled(self.newest, label) for label in labels]
+        if self.config.adapter.whole_model:
+            write_model(paths[0], tensors, model_dtypes(self.config, self.base))
+        else:
+            save_adapter(paths[0], tensors, self.metadata())
+        name_too(paths)
+        if states := split_time_states(tensors)[1]:
+            paths = [labelled(self.folder / STATES, label) for label in labels]
+            write_states(paths[0], states)
+            name_too(paths)
         if train.merge_on_save:
             self.write_merged(tensors, [labelled(self.folder / MERGED, label) for label in labels])
 
@@ -99,18 +101,14 @@ class Products:
         """Merge once and give the file each of the paths. What keeps it from being written is told and no more: the
         adapter is saved, and merge_bone.py can do it later."""
         assert self.base is not None  # an adapter has one
-        first, *others = paths
         options = MergeOptions(dtype=DTYPES.get(self.config.train.save_dtype))
         try:
             merge = Merge(self.base, [(self.newest, Adapter(tensors, self.metadata()))], options)
-            with atomic_write(first) as temporary:
+            with atomic_write(paths[0]) as temporary:
                 write_pth(temporary, merge.specs, merge.bands(stream_tensors(self.base.path)))
-            for path in others:
-                with atomic_write(path) as temporary:
-                    temporary.unlink()
-                    share_file(first, temporary)
+            name_too(paths)
         except UserError as error:
-            tqdm.write(f"--merge_on_save: {first} was not written: {error}", file=sys.stderr)
+            tqdm.write(f"--merge_on_save: {paths[0]} was not written: {error}", file=sys.stderr)
 
 
 def write_model(path: Path, tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
@@ -124,6 +122,14 @@ def write_model(path: Path, tensors: Mapping[str, torch.Tensor], dtypes: Mapping
     specs = {key: TensorSpec.of(tensors[key], dtype) for key, dtype in dtypes.items()}
     with atomic_write(path) as temporary:
         write_pth(temporary, specs, ((key, tensors[key].to(dtype)) for key, dtype in dtypes.items()))
+
+
+def name_too(paths: Sequence[Path]) -> None:
+    """Give the first file the other paths as further names: a model of 7B is 14 GB to write."""
+    for path in paths[1:]:
+        with atomic_write(path) as temporary:
+            temporary.unlink()
+            share_file(paths[0], temporary)
 
 
 def share_file(path: Path, copy: Path) -> None:
