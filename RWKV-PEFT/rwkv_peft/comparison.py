@@ -11,14 +11,9 @@ from typing import Any, NamedTuple
 from .cli import Parser, finite
 from .errors import UserError
 from .files.atomic import atomic_write, check_output
-from .plots import read_metrics, series, smooth
+from .plots import LINE_COLOURS, LINE_STYLES, METRICS, read_metrics, series, smooth
 
-METRICS = "metrics.jsonl"
 ENDINGS = (".png", ".svg", ".pdf")
-# Okabe and Ito's colours, which people with any colour vision tell apart, without the yellow that print loses; the
-# styles of lines tell them apart in grey
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES = ("-", "--", "-.", ":")
 FEW = 20  # points that are drawn as they are
 
 
@@ -106,7 +101,7 @@ def draw(axes: Any, panel: Panel, runs: Sequence[Run], weight: float, by_tokens:
         steps, values = series(run.records, panel.name)
         where = places(run, by_tokens)
         x = [where[step] for step in steps]
-        look = dict(color=COLOURS[number % len(COLOURS)], linestyle=STYLES[number % len(STYLES)])
+        look = dict(color=LINE_COLOURS[number % len(LINE_COLOURS)], linestyle=LINE_STYLES[number % len(LINE_STYLES)])
         smoothed = panel.noisy and weight > 0 and len(values) >= FEW
         if smoothed:
             axes.plot(x, values, color=look["color"], alpha=0.2, linewidth=0.8)

@@ -218,8 +218,7 @@ class TrainConfig:
     load_model: str = setting(
         "",
         "base checkpoint; dimensions are read from it. Empty: a new model from --n_layer, --n_embd, --vocab_size "
-        "(needs "
-        "--peft none)",
+        "(needs --peft none)",
         group="model",
         metavar="PTH",
     )

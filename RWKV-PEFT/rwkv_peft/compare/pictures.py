@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ..files.atomic import atomic_write
+from ..plots import LINE_COLOURS, LINE_STYLES
 from .plan import Cell
 from .rates import rate_of
 from .report import Row, mean_curve
 from .runs import Outcome
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; line and marker tell them apart in print
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "d")
 FORMATS = ("png", "svg")
 
@@ -47,8 +45,8 @@ def draw(folder: Path, rows: Sequence[Row], methods: Sequence[str], seed: int, r
 def look(position: int) -> dict[str, Any]:
     """Colour, line and marker of the method at a position."""
     return {
-        "color": COLORS[position % len(COLORS)],
-        "linestyle": STYLES[position % len(STYLES)],
+        "color": LINE_COLOURS[position % len(LINE_COLOURS)],
+        "linestyle": LINE_STYLES[position % len(LINE_STYLES)],
         "marker": MARKERS[position % len(MARKERS)],
         "markersize": 4,
         "linewidth": 1.5,

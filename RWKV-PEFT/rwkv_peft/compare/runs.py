@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from ..errors import UserError
 from ..files.atomic import atomic_write
-from ..plots import is_number, read_metrics
+from ..plots import METRICS, is_number, read_metrics
 from ..training.alone import alone_in
 from ..training.checkpoints import find_checkpoint
 from .flags import Comparison, method_flags
@@ -26,7 +26,7 @@ from .plan import Cell
 from .rates import rate_of
 from .sizes import Size
 
-METRICS, RESULT, LOG = "metrics.jsonl", "result.json", "log.txt"
+RESULT, LOG = "result.json", "log.txt"
 POLL = 0.1  # seconds between looks at the processes
 
 

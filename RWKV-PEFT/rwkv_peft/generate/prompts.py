@@ -18,9 +18,7 @@ def read_prompt_file(path: str) -> list[dict[str, Any]]:
         raise UserError(f"--prompt_file {path}: {error.strerror}; check the name") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--prompt_file {path} is not UTF-8 (byte {error.start}); convert it") from error
-    text = text.removeprefix(
-        "\ufeff"
-    )  # the byte order mark of editors on Windows, which is no part of the first prompt
+    text = text.removeprefix("\ufeff")  # the byte order mark of editors on Windows is no part of the first prompt
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise UserError(f"--prompt_file {path} holds no prompt")

@@ -54,9 +54,8 @@ class BoneConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.from_file = (
-            self.peft_type is not None
-        )  # adapter_config.json names the method, who calls this class does not
+        # adapter_config.json names the method, who calls this class does not
+        self.from_file = self.peft_type is not None
         self.peft_type: PeftType = add_member("BONE")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -93,16 +92,14 @@ class BoneConfig(PeftConfig):
         if not method.mini and self.mini_r:
             raise UserError(
                 f"mini_r={self.mini_r} is for init_weights='mini', and that is {self.init_weights!r}; leave mini_r "
-                "out, "
-                "or give init_weights='mini'"
+                "out, or give init_weights='mini'"
             )
         if not isinstance(self.bone_dropout, (int, float)) or not 0 <= self.bone_dropout < 1:
             raise UserError(f"bone_dropout={self.bone_dropout} is not a probability below 1")
         if self.bias not in ("none", "all", "bone_only"):
             raise UserError(f"bias={self.bias!r} is unknown; give 'none', 'all' or 'bone_only'")
-        if isinstance(
-            self.modules_to_save, str
-        ):  # whose letters peft would take for the ends of names, and train much else
+        # whose letters peft would take for the ends of names, and train much else
+        if isinstance(self.modules_to_save, str):
             raise UserError(
                 f"modules_to_save={self.modules_to_save!r} is no list of names; give [{self.modules_to_save!r}]"
             )

@@ -244,9 +244,8 @@ class BoneLinear(nn.Module, BaseTunerLayer):
                 )
             # A pre-release peft saved block affine adapters (3-D) with init_weights true, which means bone (2-D) since.
             if saved.dim() == 3 and self.bone_block[name].dim() == 2:
-                if not (
-                    config.from_file and config.init_weights in (True, "bat")
-                ):  # "bat": said so by the layer before
+                # "bat": said so by the layer before
+                if not (config.from_file and config.init_weights in (True, "bat")):
                     raise UserError(
                         f"the file holds a block affine adapter for {self.name}, and this one is {config.method.name}, "
                         f"init_weights={config.init_weights!r}; load it with PeftModel.from_pretrained or load_adapter "

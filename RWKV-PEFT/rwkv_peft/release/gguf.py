@@ -79,7 +79,7 @@ def import_gguf() -> ModuleType:
     try:
         import gguf
     except ImportError as error:
-        raise UserError("writing GGUF needs the gguf package: pip install gguf") from error
+        raise UserError("GGUF files take the gguf package: pip install gguf") from error
     return gguf
 
 

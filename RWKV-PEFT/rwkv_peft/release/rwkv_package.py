@@ -17,9 +17,7 @@ def rwkv_model(path: str | Path, version: str) -> Any:
     CPU. The process must not have opened one of the other generation before."""
     os.environ["RWKV_V7_ON"] = "1" if version == "x070" else "0"  # read at import
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "`torch.jit", FutureWarning
-        )  # which the package uses, and newer torch deprecates
+        warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # the package uses it, newer torch deprecates it
         from rwkv.model import RWKV
 
         return RWKV(model=str(path).removesuffix(".pth"), strategy="cpu fp32")

@@ -31,6 +31,7 @@ FREE = (
 )
 LIBRARIES = ("torch", "deepspeed", "lightning", "numpy")
 SHOWN = 4  # differences that are worth reading
+CHUNK = 1 << 24
 
 
 def passport(config: RunConfig, identity: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,8 +70,11 @@ def digest_of_file(path: str) -> str:
     """Of a file's content, "" for what is no file."""
     if not Path(path).is_file():
         return ""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()[:16]
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()[:16]
 
 
 def disagreement(world: World, passports: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..config import TrainConfig
 from ..data.batches import TrainBatch
 from ..files.atomic import atomic_write
-from ..plots import read_metrics
+from ..plots import METRICS, read_metrics
 from .examiner import Examiner
 from .lit import Diverged, Lit
 from .plan import Plan
@@ -92,7 +92,7 @@ class Record(StepCallback):
         examiners: Sequence[Examiner] = (),
     ) -> None:
         super().__init__(accumulate)
-        self.path, self.plan, self.validator = folder / "metrics.jsonl", plan, validator
+        self.path, self.plan, self.validator = folder / METRICS, plan, validator
         self.examiners = examiners
         self.tokens = 0
 

@@ -31,7 +31,6 @@ from .gathering import live_parameters
 from .graphs import Graphed
 from .loggers import make_loggers
 from .meeting import Ranks
-from .resume import METRICS
 from .saver import Saver
 from .steps import Segments, Step, Whole
 from .validate import Validator
@@ -91,7 +90,7 @@ def fit(
     with ending_at_ctrl_c():
         import lightning.pytorch as pl
 
-        from ..plots import plot_loss
+        from ..plots import METRICS, plot_loss
         from .callbacks import FiniteGradients, Moves, Record, Save, StopSignals
         from .data_module import RunData
         from .lit import Diverged, Lit
@@ -172,5 +171,5 @@ def fit(
                 else ""
             )
         )
-    say(f"finished  {saver.newest}, {folder / 'loss.png'}, {folder / 'metrics.jsonl'}")
+    say(f"finished  {saver.newest}, {folder / 'loss.png'}, {folder / METRICS}")
     return 0

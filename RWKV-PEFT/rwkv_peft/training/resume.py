@@ -7,11 +7,11 @@ from typing import Any
 from ..config import AdapterConfig, TrainConfig
 from ..errors import UserError
 from ..files.adapter_file import ADAPTER, MODEL
+from ..plots import METRICS
 from .checkpoints import UNSAVED, find_checkpoint
 from .products import newest_name
 from .saver import read_run_state
 
-METRICS = "metrics.jsonl"  # which a run begins with its first step
 MUST, AUTO = "must", "auto"  # --resume by itself, and --resume auto
 
 

@@ -35,7 +35,7 @@ from ..models import family_named
 from ..models.family import Family
 from ..models.parts import LanguageModel
 from ..names import STATE
-from ..plots import plot_loss
+from ..plots import METRICS, plot_loss
 from .agreement import digest_of_file, passport
 from .alone import alone_in
 from .checkpoints import ANSWERS, LM_EVAL, UNSAVED, clear_unsaved
@@ -48,7 +48,7 @@ from .keeping import discard_old
 from .meeting import Ranks
 from .plan import Plan
 from .rates import with_first_rates
-from .resume import AUTO, METRICS, find_state
+from .resume import AUTO, find_state
 from .saved_files import require_files
 from .saver import Saver, data_identity
 from .start import start_adapter, start_states

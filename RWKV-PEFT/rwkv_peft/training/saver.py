@@ -85,9 +85,8 @@ def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bo
         raise UserError(f"{checkpoint}/state.json cannot be read ({told(error)}); {older}") from error
     require_files(checkpoint, state["files"], fresh_optimizer)
     now = json.loads(json.dumps(now))
-    state["adapter"] = (
-        json.loads(to_json(AdapterConfig())) | state["adapter"]
-    )  # a setting that the saved run did not know had its default
+    # a setting that the saved run did not know had its default
+    state["adapter"] = json.loads(to_json(AdapterConfig())) | state["adapter"]
     for key in SAME + (() if fresh_optimizer else SAME_OPTIMIZER):
         if state[key] != now[key]:
             then, today = differences(state[key], now[key])

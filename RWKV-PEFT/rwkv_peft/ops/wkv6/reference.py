@@ -26,9 +26,7 @@ def wkv6(
     B, T, H, N = v.shape
     out_dtype = v.dtype
     r, k, v, w, u = (x.to(dtype) for x in (r, k, v, w, u))
-    decay = torch.exp(
-        -torch.exp(w.clamp(max=80.0))
-    )  # 0 long before that; exp(w) stays finite, and so does its gradient
+    decay = torch.exp(-torch.exp(w.clamp(max=80.0)))  # 0 long before that; exp(w) and its gradient stay finite
     S = v.new_zeros(B, H, N, N) if state is None else state.to(dtype)
     ys = []
     for t in range(T):
