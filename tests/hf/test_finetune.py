@@ -7,7 +7,7 @@ import torch
 
 import tiny_llama
 from rwkv_peft.errors import UserError
-from rwkv_peft.hf import BoneConfig, finetune
+from rwkv_peft.hf import BoneConfig, finetune, finetune_flags
 
 QUIET = (
     "--report_to",
@@ -224,7 +224,7 @@ def test_rows_that_cannot_be_learned_are_refused(tiny, tmp_path, rows, message):
 
 
 def test_arguments_about_loading_the_model_reach_it(tmp_path):
-    _, config = finetune.parse(
+    _, config = finetune_flags.parse(
         [
             "--base_model_name_or_path",
             "model",
@@ -237,7 +237,7 @@ def test_arguments_about_loading_the_model_reach_it(tmp_path):
         ]
     )
     config.trust_remote_code = True  # an argument of newer trl alone
-    assert finetune.model_settings(config) == {"revision": "main", "trust_remote_code": True}
+    assert finetune_flags.model_settings(config) == {"revision": "main", "trust_remote_code": True}
     assert config.model_init_kwargs is None  # or trl would say that they are ignored
 
 
@@ -289,7 +289,7 @@ def test_a_run_resumes_from_a_checkpoint_of_the_same_settings(tiny, tmp_path):
 
 def test_arguments_are_adapted_to_the_installed_versions(capsys):
     flags = ["--warmup-ratio=0.03", "--tf32", "--lr", "1", "--overwrite_output_dir"]
-    adapted = finetune.adapt(flags, {"warmup_steps"}, accelerator=False, cuda=False)
+    adapted = finetune_flags.adapt(flags, {"warmup_steps"}, accelerator=False, cuda=False)
     assert adapted == ["--warmup_steps", "0.03", "--lr", "1", "--use_cpu", "True"]
     assert len(capsys.readouterr().out.splitlines()) == 3
     flags = [
@@ -302,14 +302,14 @@ def test_arguments_are_adapted_to_the_installed_versions(capsys):
         "--tf32",
         "True",
     ]  # the last one counts
-    assert finetune.adapt(flags, {"warmup_steps"}, accelerator=True, cuda=False) == [
+    assert finetune_flags.adapt(flags, {"warmup_steps"}, accelerator=True, cuda=False) == [
         "--warmup_steps",
         "0.03",
         "--warmup_steps",
         "0.1",
     ]
     capsys.readouterr()
-    assert finetune.adapt(["--bits=fp32"], set(), accelerator=True, cuda=True)[-2:] == ["--bf16", "False"]
+    assert finetune_flags.adapt(["--bits=fp32"], set(), accelerator=True, cuda=True)[-2:] == ["--bf16", "False"]
     flags = ["--run_name", "fp32", "--warmup_ratio", "0.03", "--tf32", "True"]
-    assert finetune.adapt(flags, {"warmup_ratio", "warmup_steps"}, accelerator=True, cuda=True) == flags
+    assert finetune_flags.adapt(flags, {"warmup_ratio", "warmup_steps"}, accelerator=True, cuda=True) == flags
     assert capsys.readouterr().out == ""

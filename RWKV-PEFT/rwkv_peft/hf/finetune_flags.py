@@ -1,0 +1,156 @@
+"""The arguments of the fine-tuning: Bone's own, and trl's SFTConfig under its older names too."""
+
+import difflib
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields
+from typing import Any, NoReturn
+
+import torch
+
+from ..errors import UserError
+from .config import BoneConfig
+from .refusals import refusals_of
+
+BITS = ("bf16", "fp16", "fp32", "nf4", "int8")
+# (name in older trl and transformers, name in newer ones)
+RENAMED = (
+    ("max_seq_length", "max_length"),
+    ("warmup_ratio", "warmup_steps"),
+    ("evaluation_strategy", "eval_strategy"),
+    ("no_cuda", "use_cpu"),
+    ("use_liger", "use_liger_kernel"),
+)
+# (name that newer ones dropped, what they do instead)
+DROPPED = (
+    ("overwrite_output_dir", "files of the same name are replaced"),
+    ("save_safetensors", "checkpoints are safetensors"),
+    ("logging_dir", "TensorBoard's files go to OUTPUT_DIR/runs"),
+)
+
+
+@dataclass
+class BoneArguments:
+    """What this command takes beside SFTConfig's arguments."""
+
+    base_model_name_or_path: str = field(metadata={"help": "Base model: a name on the hub, or a folder."})
+    data_path: str = field(
+        metadata={"help": "Data: a name on the hub, a folder, or a .jsonl, .json, .csv or .parquet file."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split, such as train[:100000]."})
+    dataset_field: list[str] = field(
+        default_factory=lambda: ["query", "response"], metadata={"help": "The columns of question and answer."}
+    )
+    bits: str = field(default="bf16", metadata={"help": f"How the frozen model is kept: {', '.join(BITS)}."})
+    bone_r: int = field(default=64, metadata={"help": "Rank."})
+    init_weights: str = field(
+        default="True", metadata={"help": "True (bone), bat-in, bat-out (also: bat), mini, or False (random bone)."}
+    )
+    mini_r: int = field(default=0, metadata={"help": "Width of the repeated update, with --init_weights mini."})
+    bone_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter's input."})
+    target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules to adapt; default: all linear layers but the head."}
+    )
+    merge_and_save: bool = field(default=False, metadata={"help": "Also write the merged model."})
+
+
+def parse(argv: list[str]) -> tuple[BoneArguments, Any]:
+    """argv -> (BoneArguments, SFTConfig)."""
+    from transformers import HfArgumentParser
+    from trl import SFTConfig
+
+    argv = adapt(
+        argv, {item.name for item in fields(SFTConfig)}, torch.accelerator.is_available(), torch.cuda.is_available()
+    )
+    parser = HfArgumentParser((BoneArguments, SFTConfig), allow_abbrev=False, prog="bone_finetuning.py")
+    parser.error = refuse
+    with refusals_of("these arguments"):
+        arguments, config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
+        raise UserError(f"there is no {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+    if arguments.bits not in BITS:
+        raise UserError(f"--bits {arguments.bits} is unknown; give {', '.join(BITS)}")
+    for name, unit in (("per_device_train_batch_size", "rows"), ("gradient_accumulation_steps", "batches")):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)} is no number of {unit}; give 1 or more")
+    if config.max_length is not None and config.max_length < 1:
+        raise UserError(
+            f"--max_length {config.max_length} is no number of tokens; give 1 or more, or a large one for no limit"
+        )
+    if not 0 <= config.learning_rate < float("inf"):
+        raise UserError(f"--learning_rate {config.learning_rate} is no rate; give a number such as 2e-5")
+    targets = arguments.target_modules or ()
+    if len(targets) > 1 and "all-linear" in targets:
+        raise UserError(f"--target_modules {' '.join(targets)}: all-linear stands alone; leave the names or it out")
+    if len(arguments.dataset_field) != 2:
+        raise UserError(f"--dataset_field takes two columns, question and answer, and got {arguments.dataset_field}")
+    return arguments, config
+
+
+def refuse(message: str) -> NoReturn:
+    raise UserError(f"{message}; see bone_finetuning.py --help")
+
+
+def adapt(argv: list[str], known: Collection[str], accelerator: bool, cuda: bool) -> list[str]:
+    """Arguments as the installed trl and transformers take them, with a word about each that is changed.
+
+    known: the names of SFTConfig's arguments; accelerator, cuda: whether this machine has any device beside the CPU,
+    and a CUDA one. Raises UserError where an argument is given under both its names.
+    """
+    argv = [part for argument in argv for part in (argument.split("=", 1) if argument.startswith("--") else [argument])]
+    argv = [part.replace("-", "_").replace("__", "--", 1) if part.startswith("--") else part for part in argv]
+    for old, new in RENAMED:
+        if f"--{old}" in argv and old not in known and new in known:
+            if f"--{new}" in argv:
+                raise UserError(f"--{old} and --{new} are two names of one argument; give --{new} alone")
+            argv = [f"--{new}" if part == f"--{old}" else part for part in argv]
+            print(f"--{old} is --{new} in the installed trl and transformers, and is taken as that")
+    for name, instead in DROPPED:
+        if f"--{name}" in argv and name not in known:
+            drop(argv, f"--{name}")
+            print(f"--{name} is gone from the installed trl and transformers, and is ignored: {instead}")
+    if ("--bits", "fp32") in zip(argv, argv[1:], strict=False) and not {"--bf16", "--fp16"} & set(argv):
+        argv += ["--bf16", "False"]  # which trl switches on by itself
+    if not cuda and "--tf32" in argv:
+        drop(argv, "--tf32")
+        print("--tf32 is for CUDA devices; there is none here, and it is ignored")
+    if not accelerator and "--use_cpu" not in argv:
+        argv += ["--use_cpu", "True"]
+    return argv
+
+
+def drop(argv: list[str], flag: str) -> None:
+    """Remove a flag and its value, if it has one, wherever it is given."""
+    while flag in argv:
+        at = argv.index(flag)
+        has_value = at + 1 < len(argv) and not argv[at + 1].startswith("--")
+        del argv[at : at + 1 + has_value]
+
+
+def bone_config(arguments: BoneArguments) -> BoneConfig:
+    """The BoneConfig that the arguments describe."""
+    init_weights = {"true": True, "false": False}.get(arguments.init_weights.lower(), arguments.init_weights)
+    targets = arguments.target_modules or ["all-linear"]
+    return BoneConfig(
+        r=arguments.bone_r,
+        init_weights=init_weights,
+        mini_r=arguments.mini_r,
+        bone_dropout=arguments.bone_dropout,
+        target_modules=targets[0] if len(targets) == 1 and targets[0] == "all-linear" else targets,
+        task_type="CAUSAL_LM",
+    )
+
+
+def model_settings(config: Any) -> dict[str, Any]:
+    """--trust_remote_code and --model_init_kwargs, which trl heeds only for a model that it loads itself, taken from
+    config."""
+    settings = {"trust_remote_code": True} if getattr(config, "trust_remote_code", False) else {}
+    settings |= config.model_init_kwargs or {}
+    for name in ("dtype", "torch_dtype", "quantization_config"):
+        if name in settings:
+            raise UserError(
+                f"--model_init_kwargs gives {name}, and --bits says how the model is kept; leave {name} out"
+            )
+    config.model_init_kwargs = None
+    return settings
