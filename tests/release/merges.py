@@ -1,0 +1,62 @@
+"""Adapters of random values for the tests of merging, and the command run on them."""
+
+from pathlib import Path
+
+import torch
+
+from rwkv_peft.adapters.methods import METHODS, is_saved
+from rwkv_peft.config import AdapterConfig
+from rwkv_peft.files.adapter_file import AdapterMetadata
+from rwkv_peft.files.base import open_base
+from rwkv_peft.files.fingerprint import fingerprint
+from rwkv_peft.release import merge_command as merge_cli
+
+ROOT = Path(__file__).resolve().parents[2]
+VARIANTS = tuple(name for name in METHODS if is_saved(name))
+TARGETS = ("att.key", "att.output", "ffn.key", "ffn.value")
+RANK = 8
+
+
+def params_of(variant, weight, rank=RANK, std=0.05, seed=0):
+    """Random tensors of one adapted layer; constants that its weight tells are what they are."""
+    method, generator = METHODS[variant], torch.Generator().manual_seed(seed)
+    shapes = method.shapes(rank, 4, *weight.shape)
+    params = {
+        name: std * torch.randn(shapes[name], generator=generator) for name in (*method.parameters, *method.constants)
+    }
+    told = {} if method.residual else method.initial_factors(weight, AdapterConfig(rank=rank))
+    return params | told
+
+
+def adapter_of(variant, base, targets=TARGETS, seed=0, **changes):
+    """{key: tensor} and metadata of a random adapter on a base."""
+    modules = [
+        key.removesuffix(".weight") for key in base if key.endswith(tuple(f"{target}.weight" for target in targets))
+    ]
+    tensors = {
+        f"{module}.{name}": tensor
+        for number, module in enumerate(modules)
+        for name, tensor in params_of(variant, base[f"{module}.weight"], seed=seed + number).items()
+    }
+    values = {
+        "variant": variant,
+        "rank": RANK,
+        "scale": 0.5 if METHODS[variant].scaled else 1.0,
+        "base_fingerprint": fingerprint(base),
+    } | changes
+    return tensors, AdapterMetadata(**values)
+
+
+def run(folder, *flags, adapter="a.safetensors", output="merged.pth"):
+    """Run merge_bone.py's main inside the folder; returns the merged state dict."""
+    argv = [
+        "--base_model",
+        folder / "base.pth",
+        "--bone_checkpoint",
+        folder / adapter,
+        "--output",
+        folder / output,
+        *flags,
+    ]
+    assert merge_cli.main([str(word) for word in argv]) == 0
+    return open_base(folder / output).tensors
