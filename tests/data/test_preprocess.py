@@ -1,6 +1,7 @@
 """From people's files to tokens: every row once, roles as masks, mistakes named by line."""
 
 import json
+import multiprocessing
 import os
 import resource
 import subprocess
@@ -15,7 +16,7 @@ from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.encoding import EncodeSettings, encode_all, shorten
 from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.recorded import recorded_of_data, vocabulary_of
-from rwkv_peft.data.rows import read_chunks
+from rwkv_peft.data.rows import Chunk, read_chunks
 from rwkv_peft.data.templates import TEMPLATES, read_template, segments
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import UserError, exit_on_user_error
@@ -233,6 +234,17 @@ def test_workers_do_not_change_the_documents(tmp_path, monkeypatch):
 
     assert len(encoded(1)) > 4
     assert encoded(2) == encoded(1)
+
+
+def test_a_worker_that_is_killed_is_told(tmp_path):
+    def chunks():
+        for number in range(40):
+            yield Chunk("in.jsonl", number, (b'{"text": "a"}',))
+            for child in multiprocessing.active_children():
+                child.kill()
+
+    with pytest.raises(UserError, match="ended from outside.*memory.*fewer than --workers 2"):
+        list(encode_all(chunks(), EncodeSettings("bytes"), 2))
 
 
 def test_shuffle_and_repeat(preprocess):

@@ -5,6 +5,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import lru_cache
 from multiprocessing import get_context
@@ -93,7 +94,8 @@ class Encoded:
 
 
 def encode_all(chunks: Iterable[Chunk], settings: EncodeSettings, workers: int = 1) -> Iterator[Encoded]:
-    """Yield the Encoded of every chunk, in order; at most two chunks a worker are in memory."""
+    """Yield the Encoded of every chunk, in order; at most two chunks a worker are in memory. Raises UserError where a
+    worker is killed, as the system does when memory runs out."""
     if workers <= 1:
         for chunk in chunks:
             yield encode_chunk(chunk, settings)
@@ -107,6 +109,11 @@ def encode_all(chunks: Iterable[Chunk], settings: EncodeSettings, workers: int =
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a worker process was ended from outside, as the system does where memory runs out; give fewer than "
+                f"--workers {workers}"
+            ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
