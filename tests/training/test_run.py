@@ -69,18 +69,30 @@ def test_one_is_no_plural_and_a_chosen_rate_is_told(train):
     assert "rate      0.0013 to 0.001 (--lr_init auto: 0.08 / 64 channels; docs/learning_rates.md)\n" in out
 
 
-@pytest.mark.parametrize("delay", [0.1, 0.7, 1.6])
+@pytest.mark.parametrize("delay", [0.1, 1.6])
 def test_ctrl_c_before_the_first_step_is_one_line(command, delay):
-    process = start(command(f"early-{delay}", "--precision", "fp32"), cold=True)
-    while not process.stdout.readline().startswith("output "):
-        assert process.poll() is None
-    time.sleep(delay)
-    process.send_signal(signal.SIGINT)
+    process = interrupt(command(f"early-{delay}", "--precision", "fp32"), "output ", delay)
     out, err = process.communicate(timeout=240)
     if "stopping after this step" in out or process.returncode == 0:
         return  # this machine had begun to train, and Ctrl-C saves
     assert process.returncode == 130
     assert err in ("interrupted\n", "interrupted; what was saved before is intact\n")
+
+
+def test_ctrl_c_after_the_last_word_of_a_run_changes_nothing(command):
+    process = interrupt(command("late", "--epoch_steps", "1", "--epoch_count", "1"), "finished ", 0)
+    _, err = process.communicate(timeout=240)
+    assert (process.returncode, err) == (0, "")
+
+
+def interrupt(argv, word, delay):
+    """A command that gets a Ctrl-C so many seconds after it printed a line that begins with a word."""
+    process = start(argv, cold=True)
+    while not process.stdout.readline().startswith(word):
+        assert process.poll() is None
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    return process
 
 
 class Terminal(io.StringIO):

@@ -78,9 +78,8 @@ def fit(
     accelerator: str,
     ranks: Ranks,
     say: Callable[..., object],
-) -> int:
-    """Run Lightning's Trainer over the plan, on Ranks that have met, and report how it ended; returns the exit
-    code."""
+) -> tuple[int, str]:
+    """Run Lightning's Trainer over the plan, on Ranks that have met; returns (the exit code, how it ended in words)."""
     train, folder, plan, watch = config.train, saver.folder, saver.plan, ranks.watch
     assert watch is not None  # since they have met
     watch.moved("the start")
@@ -145,7 +144,7 @@ def fit(
             + "; try a lower --lr_init, or --precision fp32",
             file=sys.stderr,
         )
-        return 1 if first else 0
+        return (1 if first else 0), ""
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # what Lightning makes of a Ctrl-C between steps
             raise KeyboardInterrupt from None
@@ -154,22 +153,17 @@ def fit(
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     if not first:
-        return 0
+        return 0, ""
     plot_loss(folder / METRICS, folder / "loss.png")
-    if lit.stopping:
-        say(
+    if lit.stopping and lit.step < plan.total_steps:
+        return 128 + (lit.stop_requested or signal.SIGTERM), (
             f"stopped after {lit.step:,} of {counted(plan.total_steps, 'step')}, saved in {folder}; "
             "the same command with --resume goes on"
         )
-        return 128 + (lit.stop_requested or signal.SIGTERM)
+    validation = ""
     if validator is not None:
-        say(
-            f"validation  lowest loss {validator.best:.4f}"
-            + (
-                f"; stopped after {counted(train.early_stop, 'validation')} without a lower one"
-                if validator.exhausted
-                else ""
-            )
-        )
-    say(f"finished  {saver.newest}, {folder / 'loss.png'}, {folder / METRICS}")
-    return 0
+        validation = f"validation  lowest loss {validator.best:.4f}"
+        if validator.exhausted:
+            validation += f"; stopped after {counted(train.early_stop, 'validation')} without a lower one"
+        validation += "\n"
+    return 0, f"{validation}finished  {saver.newest}, {folder / 'loss.png'}, {folder / METRICS}"

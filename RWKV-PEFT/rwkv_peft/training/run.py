@@ -23,7 +23,7 @@ from ..data.samples import Samples
 from ..data.show import marks_for, show_samples
 from ..data.sources import build_samples, check_config, split_samples
 from ..data.tokenizer import KNOWN_SIZES
-from ..errors import UserError
+from ..errors import UserError, past_ctrl_c
 from ..evals.exam import Exam
 from ..evals.harness_exam import HarnessExam
 from ..files.adapter_file import ADAPTER, MODEL
@@ -64,7 +64,11 @@ def main(argv: list[str]) -> int:
             return check(request, say)
         if request.config.train.show_samples:
             return show(request, say)
-        return run(request, say)
+        code, words = run(request, say)
+        past_ctrl_c()
+        if words:
+            say(words)
+        return code
     except KeyboardInterrupt:
         if request.world.leads:
             print("interrupted; what was saved before is intact", file=sys.stderr)
@@ -97,8 +101,8 @@ def show(request: Request, say: Callable[..., object] = print) -> int:
     return 0
 
 
-def run(request: Request, say: Callable[..., object] = print) -> int:
-    """Train as a Request says; `say` prints for the user. Returns the exit code."""
+def run(request: Request, say: Callable[..., object] = print) -> tuple[int, str]:
+    """Train as a Request says; `say` prints for the user. Returns (the exit code, how it ended in words)."""
     world, train = request.world, request.config.train
     folder = Path(train.proj_dir)
     with ExitStack() as held:
@@ -108,7 +112,7 @@ def run(request: Request, say: Callable[..., object] = print) -> int:
         return run_on(ranks, request, say)
 
 
-def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> int:
+def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[int, str]:
     """The same on Ranks that are yet to meet."""
     config, base, world = request.config, request.base, request.world
     train, folder = config.train, Path(config.train.proj_dir)
@@ -136,8 +140,7 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> int:
             if world.rank == 0:  # what a run may lack which had saved its last step
                 plot_loss(folder / METRICS, folder / "loss.png")
                 discard_old(folder, train.keep_checkpoints)
-            say(complete)
-            return 0
+            return 0, complete
         raise UserError(f"--resume: {complete}; raise --epoch_count to go on")
     if base is not None:
         base.require_finite()
