@@ -68,6 +68,13 @@ def test_help_lists_each_command_and_an_unknown_one_is_refused_with_the_nearest(
     assert done.stderr == "error: there is no command preproces; did you mean preprocess?\n"
 
 
+@pytest.mark.parametrize("name, meant", [("export", "convert"), ("chat", "generate --chat"), ("version", "--version")])
+def test_what_other_tools_call_a_command_is_told_by_its_meaning(name, meant):
+    with pytest.raises(UserError, match=f"there is no command {name}; did you mean {meant}\\?"):
+        commands.main([name])
+    assert commands.MEANINGS.keys().isdisjoint(command.name for command in COMMANDS)
+
+
 def test_an_unknown_command_like_no_other_points_to_help():
     with pytest.raises(UserError, match="there is no command xyzzy; see rwkv-peft --help"):
         commands.main(["xyzzy"])

@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from itertools import takewhile
 from typing import Any, NoReturn
 
 from .errors import UserError
@@ -31,31 +32,52 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags are never abbreviated; an unknown one is refused with the one of its meaning, {flag: what is given here} of
-    synonyms, or else with the nearest that exists."""
+    """Flags are never abbreviated; an unknown one is refused, before one that is missing, with the one of its meaning,
+    {flag: what is given here} of synonyms, or else with the nearest that exists; so is an unknown value, whose meanings
+    are {(flag, value): what is given here} of values."""
 
-    def __init__(self, synonyms: Mapping[str, str] | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        synonyms: Mapping[str, str] | None = None,
+        values: Mapping[tuple[str, str], str] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(allow_abbrev=False, **options)
-        self.synonyms = synonyms or {}
+        self.synonyms, self.values = synonyms or {}, values or {}
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         args = list(sys.argv[1:] if args is None else args)
-        known = [option for action in self._actions for option in action.option_strings]
-        for flag in (argument.split("=")[0] for argument in args):
-            meant = self.synonyms.get("--" + flag[2:].replace("-", "_")) if flag.startswith("--") else None
-            if meant and flag not in known:
-                raise UserError(f"there is no {flag} here; it is {meant}")
+        for argument in takewhile(lambda argument: argument != "--", args):
+            flag = argument.split("=")[0]
+            if flag.startswith("--") and " " not in flag and flag not in self._option_string_actions:
+                self.refuse(flag)
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            flag = unknown[0].split("=")[0]
-            near = difflib.get_close_matches(flag, known, 1)
-            raise UserError(
-                f"there is no {flag}" + (f"; did you mean {near[0]}?" if near else f"; see {self.prog} --help")
-            )
+            self.refuse(unknown[0].split("=")[0])
         return namespace
+
+    def refuse(self, flag: str) -> NoReturn:
+        """Raise UserError for a flag or word that is not known."""
+        meant = self.synonyms.get("--" + flag[2:].replace("-", "_")) if flag.startswith("--") else None
+        if meant:
+            raise UserError(f"there is no {flag} here; it is {meant}")
+        near = difflib.get_close_matches(flag, self._option_string_actions, 1)
+        raise UserError(f"there is no {flag}" + (f"; did you mean {near[0]}?" if near else f"; see {self.prog} --help"))
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            meant = [self.values[flag, value] for flag in action.option_strings if (flag, value) in self.values]
+            near = difflib.get_close_matches(str(value), [str(choice) for choice in action.choices or ()], 1)
+            if meant:
+                error.message += f"; what others call {value} is {meant[0]} here"
+            elif near:
+                error.message += f"; did you mean {near[0]}?"
+            raise
 
 
 def switch(text: str) -> bool:

@@ -8,10 +8,11 @@ import difflib
 import importlib
 import sys
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple, NoReturn
 
 from . import __version__
-from .errors import UserError, ending_at_ctrl_c, exit_on_user_error
+from .errors import UserError, ending_at_ctrl_c, exit_on_user_error, past_ctrl_c
 
 
 class Command(NamedTuple):
@@ -103,6 +104,19 @@ COMMANDS = (
     ),
     Command("doctor", "what this machine can do, what is missing, what mends it", "doctor"),
 )
+# what other tools call a command, where the nearest spelling is another's
+MEANINGS = MappingProxyType(
+    {
+        "chat": "generate --chat",
+        "export": "convert",
+        "finetune": "train",
+        "infer": "generate",
+        "run": "generate",
+        "sft": "train --data_type sft",
+        "unmerge": "merge --unmerge",
+        "version": "--version",
+    }
+)
 
 
 def usage() -> str:
@@ -110,7 +124,13 @@ def usage() -> str:
     width = max(len(command.name) for command in COMMANDS)
     lines = [f"  {command.name:<{width}}  {command.text}" for command in COMMANDS]
     return "\n".join(
-        ["usage: rwkv-peft COMMAND [arguments]", "", *lines, "", "rwkv-peft COMMAND --help tells the rest of each."]
+        [
+            "usage: rwkv-peft COMMAND [arguments]",
+            "",
+            *lines,
+            "",
+            "rwkv-peft COMMAND --help tells the rest of each; rwkv-peft --version the version.",
+        ]
     )
 
 
@@ -124,7 +144,7 @@ def main(argv: list[str]) -> int:
         return 0
     known = {command.name: command for command in COMMANDS}
     if argv[0] not in known:
-        near = difflib.get_close_matches(argv[0], known, 1)
+        near = [MEANINGS[argv[0]]] if argv[0] in MEANINGS else difflib.get_close_matches(argv[0], known, 1)
         raise UserError(
             f"there is no command {argv[0]}" + (f"; did you mean {near[0]}?" if near else "; see rwkv-peft --help")
         )
@@ -159,4 +179,10 @@ def missing(error: ModuleNotFoundError, needs: str = "") -> Exception:
 
 def run(*command: str) -> NoReturn:
     """The console script rwkv-peft; `command` are words that stand before those of the command line."""
-    exit_on_user_error(lambda argv: main([*command, *argv]))
+
+    def whole(argv: list[str]) -> int:
+        code = main([*command, *argv])
+        past_ctrl_c()
+        return code
+
+    exit_on_user_error(whole)

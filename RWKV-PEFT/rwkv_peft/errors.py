@@ -37,9 +37,7 @@ def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
-        code = main(sys.argv[1:])
-        past_ctrl_c()
-        sys.exit(code)
+        sys.exit(main(sys.argv[1:]))
     except UserError as error:
         message, code = f"error: {error}", 2
     except PermissionError as error:  # of a folder that may not be entered, which any look at a name in it finds
@@ -47,15 +45,14 @@ def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
         code = 2
     except KeyboardInterrupt:
         message, code = "interrupted", 130
-    past_ctrl_c()
     sys.stdout.flush()
     print(message, file=sys.stderr)
     sys.exit(code)
 
 
 def past_ctrl_c() -> None:
-    """All is done but to leave, which may take packages a second: a Ctrl-C changes no exit code any more, and prints
-    nothing."""
+    """For a process that has done all but leave, which may take packages a second: a Ctrl-C changes no exit code any
+    more, and prints nothing."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -15,6 +15,7 @@ class Word(NamedTuple):
     json_flag: str
 
 
+ADAPTER, MODEL = "adapter.safetensors", "rwkv.pth"  # the newest trained tensors in the folder of a run
 STATE = "state"  # the part of --train_parts that no model's parameters are: the wkv states before the first token
 NONE = "none"  # what stands where no layer is adapted: the model itself trains, or whole tensors of it
 WORDS = MappingProxyType(

@@ -125,7 +125,7 @@ def test_bad_templates_are_named(preprocess, tmp_path, text):
         ('{"text": "a"}\n{"text": \n', "line 2: not JSON"),
         ("[" * 100000 + "\n", "line 1: not JSON"),
         ('"just text"\n', "line 1: a row is str"),
-        (b'{"text": "\xff"}\n', "line 1: not JSON"),
+        (b'{"text": "\xff"}\n', "line 1: not UTF-8 .* convert the file"),
         ('{"text": "\\ud800"}\n', "line 1: text is not Unicode"),
         ('{"messages": []}\n', "line 1: messages must be a list"),
         ('{"messages": [{"role": "alien", "content": "x"}]}\n', "line 1: role 'alien'; known are user"),
@@ -159,6 +159,7 @@ def test_other_inputs(preprocess, tmp_path):
         ("in.csv", "a", "inputs are .jsonl"),
         ("in.txt", b"\xff", "not UTF-8"),
         ("in.json", "[1,", "not JSON"),
+        ("in.json", b'["\xff"]', "not UTF-8 .* convert the file"),
     ):
         with pytest.raises(UserError, match=message):
             preprocess(content, name=name)

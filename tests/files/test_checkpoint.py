@@ -139,11 +139,15 @@ def test_load_base_refuses_what_is_not_a_base(tmp_path, tiny_state, change, mess
         ("m.safetensors", "convert"),
         ("m.gguf", "the .pth that it was made of"),
         ("hf", "a Hugging Face folder.*convert"),
+        ("run", "run is the folder of a run, which holds an adapter and no base model; give it as --bone_load"),
+        ("whole", "whole is the folder of a run; give the model that it trained, .*whole/rwkv.pth"),
     ],
 )
 def test_other_formats_name_the_converter(tmp_path, name, message):
-    (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "config.json").write_text("{}")
+    for folder, product in (("hf", "model.safetensors"), ("run", "adapter.safetensors"), ("whole", "rwkv.pth")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text("{}")
+        (tmp_path / folder / product).touch()
     save_file({"emb.weight": torch.ones(2, 2)}, tmp_path / "m.safetensors")
     with pytest.raises(UserError, match=message):
         open_base(tmp_path / name)

@@ -47,7 +47,7 @@ def test_an_adapter_says_what_it_is_and_what_it_was_trained_on(folder, capsys):
         "written by rwkv_peft",
         "Bone bone, rank 8",
         "1: att.key",
-        "1 tensors of the base",
+        "1 tensor of the base\n",
         "bf16, --quant none",
     ):
         assert words in out
@@ -58,6 +58,12 @@ def test_an_adapter_says_what_it_is_and_what_it_was_trained_on(folder, capsys):
     out = inspect(capsys, folder / "old.pth")
     assert "adapter of RWKV-PEFT: 1 bone" in out and "--bone_mode" in out
     assert "Bone bat-out, rank 16" in inspect(capsys, folder / "old.pth", "--bone_mode", "bat-out")
+
+
+def test_of_states_that_trained_alone_no_tensor_is_said_to_be_the_base_s(folder, capsys):
+    states = {f"blocks.{i}.att.time_state": torch.zeros(4, 16, 16) for i in range(2)}
+    save_adapter(folder / "states.safetensors", states, AdapterMetadata("none", rank=0, targets=()))
+    assert "trained whole  2 states\n" in inspect(capsys, folder / "states.safetensors")
 
 
 def test_states_foreign_files_and_gguf(folder, capsys, tiny_state):

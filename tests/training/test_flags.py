@@ -21,6 +21,7 @@ from rwkv_peft.training.flags import parse_run
 from rwkv_peft.training.header import describe_adapter
 from rwkv_peft.training.parser import DIMENSIONS, build_parser, flag_of, table
 from rwkv_peft.training.run import find_state, main
+from rwkv_peft.training.synonyms import VALUES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -184,11 +185,34 @@ def test_rows_in_the_order_of_the_file(files):
         (["--dropout", "0.1"], "lora_dropout"),
         (["--train_parts", '["time", "lm"]'], "--train_parts lm"),
         (["--lr_schedule", "sin"], "invalid choice: 'sin'"),
+        (["--lr_schedule", "cosin"], "did you mean cosine?"),
+        (["--peft", "miss"], "what others call miss is --peft bone --bone_mode bone here"),
+        (["--peft", "bat"], "is --peft bone --bone_mode bat-in here"),
+        (["--data_type", "jsonl"], "is --data_type sft here"),
+        (["--data_type", "utf-8"], "is binidx, which `rwkv-peft preprocess` makes of a text, here"),
+        (["--quant", "4bit"], "is --quant nf4 here"),
+        (["--precision", "bf16-mixed"], "is --precision bf16 here"),
+        (["--lora"], "there is no --lora here; it is --peft lora"),
         (["--data_shuffle", "2"], "neither 0 nor 1"),
     ],
 )
 def test_what_other_scripts_ask_for_and_this_does_not_do(files, monkeypatch, capsys, more, words):
     assert words in refused(monkeypatch, capsys, flags(files, *more))
+
+
+def test_a_misspelt_flag_is_told_before_the_one_that_is_missing(files, monkeypatch, capsys):
+    argv = ["--data_flie" if word == "--data_file" else word for word in flags(files)]
+    assert refused(monkeypatch, capsys, argv).startswith("error: there is no --data_flie; did you mean --data_file?")
+
+
+def test_the_values_that_are_led_to_ours_are_none_of_ours():
+    parser = build_parser()
+    for (flag, value), meant in VALUES.items():
+        action = parser._option_string_actions[flag]
+        assert action.choices and value not in action.choices
+        words = meant.split()
+        if words[0].startswith("--"):
+            parser.parse_args(["--data_file", "d", *words])
 
 
 def lora(files, method, settings, *more):

@@ -228,5 +228,7 @@ def parse(item: object) -> Any:
         return item
     try:
         return json.loads(item)
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 ({error.reason}); convert the file to UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"not JSON ({error}); a .jsonl file holds one JSON object a line") from error

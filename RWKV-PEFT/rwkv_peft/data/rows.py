@@ -96,6 +96,8 @@ def json_chunks(path: Path) -> Iterator[Chunk]:
         return
     try:
         rows = json.loads(path.read_bytes())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({told(error)}); copy it again") from error
     yield from row_chunks(str(path), rows)

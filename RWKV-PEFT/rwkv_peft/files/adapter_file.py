@@ -26,7 +26,6 @@ from .dtypes import DTYPES
 from .pth_writer import TensorSpec
 from .safetensors_file import read_safetensors, write_safetensors
 
-ADAPTER, MODEL = "adapter.safetensors", "rwkv.pth"  # the newest trained tensors in the folder of a run
 FORMAT_VERSION = 1
 METADATA_KEY = "rwkv_peft"  # the entry of the safetensors header that holds AdapterMetadata as JSON
 PRECISIONS = ("bf16", "fp32")  # of --precision, in which a run keeps its base

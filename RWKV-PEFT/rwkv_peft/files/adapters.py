@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from .adapter_file import ADAPTER, MODEL, Adapter, read_own
+from ..names import ADAPTER, MODEL
+from .adapter_file import Adapter, read_own
 from .adapter_folder import is_adapter_folder
 from .peft_folder import read_hf_folder
 from .rwkv_peft_file import read_rwkv_peft

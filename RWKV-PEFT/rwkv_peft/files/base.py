@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..models import family_of
 from ..models.family import Family
 from ..models.state import is_time_state
+from ..names import ADAPTER, MODEL
 from .atomic import atomic_write
 from .fingerprint import fingerprint
 from .pth import all_finite, read_tensors
@@ -73,9 +74,16 @@ def linear_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int,
 def open_base(path: str | Path) -> Base:
     """The Base at `path`, a .pth.
 
-    Raises UserError: whatever read_tensors refuses; another format; another RWKV version; prefixed keys; adapter
-    tensors that were never merged; missing, extra or misshapen tensors; a dtype that is not a float.
+    Raises UserError: whatever read_tensors refuses; the folder of a run; another format; another RWKV version; prefixed
+    keys; adapter tensors that were never merged; missing, extra or misshapen tensors; a dtype that is not a float.
     """
+    if (Path(path) / MODEL).is_file():
+        raise UserError(f"{path} is the folder of a run; give the model that it trained, {Path(path) / MODEL}")
+    if (Path(path) / ADAPTER).is_file():
+        raise UserError(
+            f"{path} is the folder of a run, which holds an adapter and no base model; give it {AS_ADAPTER}, and the "
+            "base that it was trained on here"
+        )
     kind = next((kind for ending, kind in OTHER_FORMATS if str(path).endswith(ending)), None)
     if kind is None and (Path(path) / "config.json").is_file():
         kind = "a Hugging Face folder"

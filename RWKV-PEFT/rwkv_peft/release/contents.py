@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ..adapters.methods import adapter_parameter
+from ..cli import counted
 from ..errors import UserError, told
 from ..files.adapter_file import METADATA_KEY, Adapter
 from ..files.adapter_folder import is_adapter_folder
@@ -80,7 +81,9 @@ def adapter_contents(source: AdapterSource) -> Contents:
         ]
     if whole:
         states = sum(map(is_time_state, whole))
-        lines.append(("trained whole", f"{len(whole)} tensors of the base" + (f", {states} states" if states else "")))
+        parts = [f"{counted(len(whole) - states, 'tensor')} of the base"] if len(whole) > states else []
+        parts += [counted(states, "state")] if states else []
+        lines.append(("trained whole", " and ".join(parts)))
     lines += [
         *numbers(adapter.tensors),
         ("trained on", f"{metadata.precision or 'a dtype that is not told'}, --quant {metadata.quant}"),

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..config import AdapterConfig, RunConfig
 from ..errors import UserError
-from ..files.adapter_file import ADAPTER, MODEL, Adapter, AdapterMetadata, save_adapter
+from ..files.adapter_file import Adapter, AdapterMetadata, save_adapter
 from ..files.atomic import atomic_write
 from ..files.base import Base
 from ..files.dtypes import DTYPES, dtype_name
@@ -26,7 +26,7 @@ from ..files.pth_writer import TensorSpec, write_pth
 from ..files.state_file import write_states
 from ..models import family_named
 from ..models.state import split_time_states, time_state_shapes
-from ..names import STATE
+from ..names import ADAPTER, MODEL, STATE
 from ..release.merge import Merge, MergeOptions
 
 MERGED, STATES = "merged.pth", "state.pth"  # the newest of them

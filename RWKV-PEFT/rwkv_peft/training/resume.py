@@ -6,7 +6,7 @@ from typing import Any
 
 from ..config import AdapterConfig, TrainConfig
 from ..errors import UserError
-from ..files.adapter_file import ADAPTER, MODEL
+from ..names import ADAPTER, MODEL
 from ..plots import METRICS
 from .checkpoints import UNSAVED, find_checkpoint
 from .products import newest_name

@@ -26,7 +26,6 @@ from ..data.tokenizer import KNOWN_SIZES
 from ..errors import UserError, past_ctrl_c
 from ..evals.exam import Exam
 from ..evals.harness_exam import HarnessExam
-from ..files.adapter_file import ADAPTER, MODEL
 from ..files.adapters import read_adapter
 from ..files.atomic import check_output
 from ..files.base import Base, open_base
@@ -34,7 +33,7 @@ from ..files.dtypes import DTYPES
 from ..models import family_named
 from ..models.family import Family
 from ..models.parts import LanguageModel
-from ..names import STATE
+from ..names import ADAPTER, MODEL, STATE
 from ..plots import METRICS, plot_loss
 from .agreement import digest_of_file, passport
 from .alone import alone_in

@@ -1,4 +1,4 @@
-"""What other trainers' flags are called here, by meaning: an unknown flag's spelling may be near to another's."""
+"""What other trainers' flags, and their values, are called here, by meaning: a spelling may be near to another's."""
 
 from types import MappingProxyType
 
@@ -20,12 +20,13 @@ MEANINGS = (
     ("--early_stop", ("early_stopping_patience",)),
     ("--ctx_len", ("max_seq_length", "max_length", "seq_length", "block_size", "cutoff_len")),
     ("--dataload pack", ("packing", "sample_packing")),
+    ("--peft lora", ("lora", "use_lora")),
     ("lora_r in --lora_config", ("lora_r", "lora_rank")),
     ("lora_alpha in --lora_config", ("lora_alpha",)),
     ("lora_dropout in --lora_config", ("lora_dropout",)),
     ("lora_load in --lora_config", ("lora_load",)),
     ("--target_modules", ("lora_target_modules", "lora_target")),
-    ("--train_parts", ("modules_to_save", "additional_target")),
+    ("--train_parts", ("modules_to_save", "additional_target", "lora_parts")),
     ("--bone_r", ("r", "rank")),
     ("--quant nf4", ("load_in_4bit",)),
     ("--quant int8", ("load_in_8bit",)),
@@ -47,3 +48,23 @@ MEANINGS = (
     ("--merge_on_save", ("merge_and_save",)),
 )
 SYNONYMS = MappingProxyType({f"--{name}": ours for ours, names in MEANINGS for name in names})
+
+# (flag, what is given here, the values by which RWKV-LM, RWKV-PEFT, Hugging Face and Lightning call it)
+VALUE_MEANINGS = (
+    ("--peft", "--peft bone --bone_mode bone", ("miss", "MISS", "DiSHA")),
+    ("--peft", "--peft bone --bone_mode bat-in", ("bat", "bat-in")),
+    ("--peft", "--peft bone --bone_mode bat-in-scaled", ("bat-in-scaled",)),
+    ("--peft", "--peft bone --bone_mode bat-out", ("bat-out",)),
+    ("--peft", "--train_type state", ("state",)),
+    ("--peft", "--peft none", ("full", "finetune")),
+    ("--train_type", "--train_type finetune", ("full",)),
+    ("--data_type", "--data_type sft", ("jsonl", "json", "parquet")),
+    ("--data_type", "binidx, which `rwkv-peft preprocess` makes of a text,", ("utf-8", "utf-16le", "text", "txt")),
+    ("--quant", "--quant nf4", ("4bit", "4", "int4", "fp4")),
+    ("--quant", "--quant int8", ("8bit", "8", "fp8")),
+    ("--precision", "--precision bf16", ("bf16-mixed", "bf16-true", "bfloat16", "fp16", "float16", "16", "16-mixed")),
+    ("--precision", "--precision fp32", ("tf32", "float32", "32", "32-true")),
+    ("--accelerator", "--accelerator gpu", ("cuda",)),
+    ("--strategy", "--strategy deepspeed_stage_1", ("auto", "ddp", "deepspeed")),
+)
+VALUES = MappingProxyType({(flag, value): ours for flag, ours, values in VALUE_MEANINGS for value in values})
