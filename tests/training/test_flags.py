@@ -335,6 +335,7 @@ def test_the_table_of_flags_is_what_the_parser_says():
         (["--target_modules", "att.kay"], "att.kay"),
         (["--ctx_len", "5000"], "5000"),
         (["--micro_bsz", "0"], "below 1"),
+        (["--micro_bsz", "99999999999"], "tokens, and a micro batch has 2,147,483,647 at most; lower one of them"),
         (["--beta2", "1.5"], "--beta2 1.5"),
         (["--epoch_begin", "3"], "leaves no epoch"),
         (["--compile", "--strategy", "deepspeed_stage_3"], "leave --compile out"),

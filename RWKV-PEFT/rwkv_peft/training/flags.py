@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from ..files.base import Base
     from ..models.family import Family
 
+MOST_TOKENS = 2**31 - 1  # of a micro batch: kernels count them in 32 bits
+
 
 class Request(NamedTuple):
     """What a command line asks for: config; base, the model that it starts from, or None for a new one; layers, the
@@ -217,7 +219,13 @@ def data_config(args: Namespace) -> DataConfig:
 
 
 def check_data(data: DataConfig) -> None:
-    """Refuse flags of the data that nothing would read."""
+    """Refuse a micro batch that nothing could hold, and flags of the data that nothing would read."""
+    tokens = data.micro_bsz * data.ctx_len
+    if tokens > MOST_TOKENS:
+        raise UserError(
+            f"--micro_bsz {data.micro_bsz} rows of --ctx_len {data.ctx_len} are {tokens:,} tokens, and a micro batch has "
+            f"{MOST_TOKENS:,} at most; lower one of them"
+        )
     for name in ("mask_id", "mask_end_id"):
         if getattr(data, name) and data.loss_mask not in ("qa", "se"):
             raise UserError(
