@@ -26,6 +26,7 @@ from rwkv_peft.ops.bone import cuda as bone
 from rwkv_peft.ops.cross_entropy import cross_entropy_
 from rwkv_peft.ops.cross_entropy import cuda as cross_entropy
 from rwkv_peft.ops.mix import cpu, cuda, gpu_lerp, op
+from rwkv_peft.ops.recurrence.cuda import CudaRecurrence
 
 SHAPES = {"1.6B": (2048, 24), "7B": (4096, 32)}  # channels, layers
 METHODS = ("frozen", "bat-in", "bone", "bat-out", "lora")
@@ -86,6 +87,10 @@ class Counter(TorchDispatchMode):
         moved = sum(real_bytes(x) for x in (*tensors.values(), *others.values()) if isinstance(x, torch.Tensor))
         self.launches.append(Launch(name, moved, (tuple(like.shape),), False))
 
+    def recurrence(self, kernels, direction, like, sequences, group, tensors):
+        """The same for a recurrence's, which are one."""
+        self.kernel(f"wkv_{direction}", like, tensors)
+
     def mix_kernel(self, name, like, tensors, **others):
         """The same for a mix kernel, and the launches that add up its strips' sums."""
         self.kernel(name, like, tensors, **others)
@@ -131,11 +136,12 @@ def count(family, channels, tokens, method):
             (op, "cpu_lerp", gpu_lerp),
             (cpu, "call", counter.mix_kernel),
             (bone, "call", counter.kernel),
+            (CudaRecurrence, "_launch", counter.recurrence),
         ):
             stack.enter_context(patch.object(owner, name, value))
         stack.enter_context(counter)
-        y = block(x, *carried)[0]
-        y.backward(torch.empty_like(y))
+        *outs, _ = block(x, *carried)
+        torch.autograd.backward(outs, [torch.empty_like(out) for out in outs])  # also of what is carried on
     return counter.launches, sum(weight.numel() for weight in weights)
 
 

@@ -15,6 +15,7 @@ from functools import partial
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 
 from rwkv_peft.adapters.bat_in import bat_in
 from rwkv_peft.adapters.bat_out import bat_out
@@ -22,6 +23,7 @@ from rwkv_peft.adapters.bone import bone
 from rwkv_peft.ops import bone as bone_ops
 from rwkv_peft.ops import cross_entropy as loss_ops
 from rwkv_peft.ops import mix
+from rwkv_peft.ops.wkv7 import wkv7_gated
 
 T, C, H, N = 300, 512, 8, 64
 REPEATS = 20
@@ -38,8 +40,14 @@ def packed_lerp(x, last, maa, low, up):
 
 def norm_lerp(x, y, last, weight, bias, maa):
     """Its results side by side."""
-    total, ends, points = mix.norm_lerp(x, y, weight, bias, 1e-5, last, maa, whole=True)
+    total, ends, points = mix.norm_lerp(x, y, weight, bias, 1e-5, last, maa, whole=True, twice=1)
     return total, ends, *points
+
+
+def gated_recurrence(r, w, k, v, a, again, g, *parameters):
+    """wkv7 with norm, bonus and gate, of `a` made a direction that is taken away."""
+    a = -F.normalize(a, dim=-1)
+    return wkv7_gated((r, w, k, v, a, -a), again, g, *parameters, 64e-5)
 
 
 def loss(logits):
@@ -60,6 +68,7 @@ OPS = {
         (HEADS, HEADS, HEADS, HEADS, ROWS, HEADS_VECTOR, (C,), (C,)),
         None,
     ),
+    "wkv7_gated": (gated_recurrence, (*6 * [HEADS], ROWS, HEADS_VECTOR, (C,), (C,)), range(7)),
     "delta_keys": (mix.delta_keys, (HEADS, HEADS, VECTOR, VECTOR, VECTOR), None),
     "value_residual": (mix.value_residual, (ROWS, ROWS, ROWS, VECTOR), None),
     "relu_square": (mix.relu_square, (ROWS,), None),

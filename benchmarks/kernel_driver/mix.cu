@@ -83,6 +83,27 @@ static bool low_rank(int rank, Launcher forward, Launcher backward) {
     return c.right();
 }
 
+// The norm of heads with a bonus, whose backward comes without the recurrence's share.
+template <class E>
+static bool bonus_gate(Launcher forward, Launcher backward) {
+    Case c(std::string("mix bonus_gate ") + DTYPE<E>);
+    MixArguments a = arguments(2 * 20, 20);
+    const size_t elements = TOKENS * a.channels, heads = TOKENS * 2;
+    float* const bonus = c.result<float>(heads);
+    E *const y = c.input<E>(elements), *const v = c.input<E>(elements), *const g = c.input<E>(elements);
+    E *const weight = c.input<E>(a.channels), *const bias = c.input<E>(a.channels);
+    a.inputs[0] = y, a.inputs[1] = c.input<E>(elements), a.inputs[2] = c.input<E>(elements), a.inputs[3] = v;
+    a.inputs[4] = g, a.outputs[0] = c.result<E>(elements), a.outputs[1] = bonus;
+    a.parameters[0] = c.input<E>(a.channels), a.parameters[1] = weight, a.parameters[2] = bias;
+    c.launched(forward(a, row_blocks(a)));
+    a.inputs[1] = v, a.inputs[2] = g, a.inputs[3] = c.input<E>(elements), a.inputs[4] = bonus;
+    a.parameters[0] = weight, a.parameters[1] = bias;
+    for (int i = 0; i < 3; i++) a.outputs[i] = c.result<E>(elements);
+    a.outputs[3] = c.result<float>(heads);
+    c.launched(backward(a, row_blocks(a)));
+    return c.right();
+}
+
 // width: elements that a thread reads at once.
 template <class E>
 static bool add_norm(Launcher forward, Launcher backward, Launcher sums, int channels, int width) {
@@ -120,6 +141,7 @@ static bool norm_lerp(Launcher forward, Launcher backward, int channels, int wid
     c.launched(forward(a, blocks));
     a.inputs[0] = sum, a.inputs[1] = c.input<E>(elements), a.inputs[2] = c.input<E>(elements), a.inputs[3] = stats;
     a.inputs[4] = c.input<E>(a.sequences * channels), a.parameters[1] = maa, a.outputs[0] = c.result<E>(elements);
+    a.last_point = 1, a.n++;  // which has two gradients
     for (int i = 0; i < a.n; i++) a.inputs[5 + i] = c.input<E>(elements);
     c.launched(backward(a, blocks));
     return c.right();
@@ -134,7 +156,7 @@ int main() {
         ROWS(relu_square_forward, 1, 1, 0, 0, false),     ROWS(relu_square_backward, 2, 1, 0, 0, false),
         ROWS(sigmoid_gate_forward, 2, 1, 0, 0, false),    ROWS(sigmoid_gate_backward, 3, 2, 0, 0, false),
         ROWS(gated_residual_forward, 3, 1, 0, 0, false),  ROWS(value_residual_forward, 3, 1, 1, 0, false),
-        ROWS(value_residual_backward, 4, 3, 1, 1, false), ROWS(norm_gate_forward, 2, 1, 2, 0, true),
+        ROWS(value_residual_backward, 6, 3, 1, 1, false), ROWS(norm_gate_forward, 2, 1, 2, 0, true),
         ROWS(norm_gate_backward, 3, 2, 2, 2, true),       ROWS(delta_keys_forward, 2, 3, 3, 0, true),
         ROWS(delta_keys_backward, 5, 2, 3, 3, true),      ROWS(norm_bonus_gate_forward, 5, 1, 3, 0, true),
         ROWS(norm_bonus_gate_backward, 6, 5, 3, 3, true)};
@@ -145,6 +167,10 @@ int main() {
     }
     right &= lerp<float>(LAUNCHER(mix_lerp_forward_float32), LAUNCHER(mix_lerp_backward_float32));
     right &= lerp<bf16>(LAUNCHER(mix_lerp_forward_bfloat16), LAUNCHER(mix_lerp_backward_bfloat16));
+    right &=
+        bonus_gate<float>(LAUNCHER(mix_norm_bonus_gate_forward_float32), LAUNCHER(mix_bonus_gate_backward_float32));
+    right &=
+        bonus_gate<bf16>(LAUNCHER(mix_norm_bonus_gate_forward_bfloat16), LAUNCHER(mix_bonus_gate_backward_bfloat16));
     right &= low_rank(32, LAUNCHER(mix_lerp_low_forward_32), LAUNCHER(mix_lerp_low_backward_32));
     right &= low_rank(64, LAUNCHER(mix_lerp_low_forward_64), LAUNCHER(mix_lerp_low_backward_64));
     right &= ADD_NORM(float, float32, 2104, WIDEST<float>);

@@ -72,6 +72,7 @@ static bool run(int N, int group = 0) {
     const float small = 1 / std::sqrt(float(N));  // else states grow without bound
     a.a = c.input<E>(elements, -small, small), a.b = c.input<E>(elements, -small, small);
     a.ga = c.result<E>(elements), a.gb = c.result<E>(elements);
+    a.r_k = c.input<E>(channels), a.gbonus = c.input<float>(tokens * HEADS);
     a.checkpoints = c.room<float>(slots);
     const size_t transitions = group ? groups * state : 0;
 #else

@@ -16,7 +16,8 @@ struct MixArguments {
     index_t tokens;
     int channels, size;  // size: channels of a group, which one warp has of a token; even, at most 128
     int strip;           // tokens of a block
-    int n;               // lerp: how many points
+    int n;               // lerp: how many points, or gradients of them
+    int last_point;      // norm_lerp, backward: whose gradient the last is, n - 1 or one that has two
     int length, sequences;
     float eps;
     int device;

@@ -69,20 +69,23 @@ struct ValueResidualForward : Operation<E> {  // v, first, low; v0 -> v + (first
     }
 };
 
+// v, first, low, grad, more of it or null, what else `first` gets or null; v0 -> gv, gfirst, glow; gv0
 template <class E>
-struct ValueResidualBackward : Operation<E> {  // v, first, low, grad; v0 -> gv, gfirst, glow; gv0
+struct ValueResidualBackward : Operation<E> {
     static constexpr int SUMS = 1;
     const Values v0;
     Values sums[SUMS] = {zero_values()};
     __device__ ValueResidualBackward(const MixArguments& a, const Part& part)
         : Operation<E>(a, part), v0(this->parameter(0)) {}
     __device__ void row(index_t t) {
-        const Values v = this->in(0, t), first = this->in(1, t), low = this->in(2, t), grad = this->in(3, t);
+        const Values v = this->in(0, t), first = this->in(1, t), low = this->in(2, t);
+        const Values half = this->in(3, t), more = this->in_or_zeros(4, t), passed = this->in_or_zeros(5, t);
+        const Values grad = each([&](int e) { return half.x[e] + more.x[e]; });
         const Values share = each([&](int e) { return sigmoid(v0.x[e] + low.x[e]); });
         const Values glow =
             each([&](int e) { return grad.x[e] * (first.x[e] - v.x[e]) * share.x[e] * (1.f - share.x[e]); });
         this->out(0, t, each([&](int e) { return grad.x[e] * (1.f - share.x[e]); }));
-        this->out(1, t, each([&](int e) { return grad.x[e] * share.x[e]; }));
+        this->out(1, t, each([&](int e) { return passed.x[e] + grad.x[e] * share.x[e]; }));
         this->out(2, t, glow);
         sums[0] = each([&](int e) { return sums[0].x[e] + glow.x[e]; });
     }

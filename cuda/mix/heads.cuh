@@ -97,6 +97,11 @@ struct DeltaKeysBackward : DeltaKeys<E> {  // k, low, gkey, ga, gb; a0, k_k, k_a
     }
 };
 
+// A block's head of token t in a tensor (tokens, heads).
+__device__ __forceinline__ index_t head_at(const Part& part, const MixArguments& a, index_t t) {
+    return (t * a.channels + part.channel) / a.size;
+}
+
 // What both directions of RWKV-7's norm with a bonus begin with.
 template <class E>
 struct NormBonusGate : Operation<E> {
@@ -112,14 +117,17 @@ struct NormBonusGate : Operation<E> {
 };
 
 template <class E>
-struct NormBonusGateForward : NormBonusGate<E> {  // y, r, k, v, g; r_k, weight, bias -> (… + s v) g
+struct NormBonusGateForward : NormBonusGate<E> {  // y, r, k, v, g; r_k, weight, bias -> (… + s v) g, float s or null
     static constexpr int SUMS = 0;
     using NormBonusGate<E>::NormBonusGate;
     __device__ void row(index_t t) {
         const Normal n = normalize(this->in(0, t), this->part.size, this->a.eps);
         const Values g = this->in(4, t), v = this->in(3, t);
-        const Values x = this->whole(n, this->bonus(this->in(1, t), this->in(2, t)), v);
+        const float s = this->bonus(this->in(1, t), this->in(2, t));
+        const Values x = this->whole(n, s, v);
         this->out(0, t, each([&](int e) { return x.x[e] * g.x[e]; }));
+        if (float* const bonus = (float*)this->a.outputs[1])
+            if (lane_id() == 0) bonus[head_at(this->part, this->a, t)] = s;
     }
 };
 
@@ -145,5 +153,27 @@ struct NormBonusGateBackward : NormBonusGate<E> {  // y, r, k, v, g, grad; … -
         sums[0] = each([&](int e) { return sums[0].x[e] + gs * r.x[e] * k.x[e]; });
         sums[1] = each([&](int e) { return sums[1].x[e] + d.x[e] * n.z.x[e]; });
         sums[2] = each([&](int e) { return sums[2].x[e] + d.x[e]; });
+    }
+};
+
+// The same for frozen parameters, given each token's bonus s; its gradient, float as s is, is the recurrence's to use.
+template <class E>
+struct BonusGateBackward : Operation<E> {  // y, v, g, grad, s; weight, bias -> gy, gv, gg, gs
+    static constexpr int SUMS = 0;
+    const Values weight, bias;
+    __device__ BonusGateBackward(const MixArguments& a, const Part& part)
+        : Operation<E>(a, part), weight(this->parameter(0)), bias(this->parameter(1)) {}
+    __device__ void row(index_t t) {
+        const Normal n = normalize(this->in(0, t), this->part.size, this->a.eps);
+        const Values v = this->in(1, t), g = this->in(2, t), grad = this->in(3, t);
+        const index_t head = head_at(this->part, this->a, t);
+        const float s = ((const float*)this->a.inputs[4])[head];
+        const Values d = each([&](int e) { return grad.x[e] * g.x[e]; });  // of what is gated
+        const Values dz = each([&](int e) { return d.x[e] * weight.x[e]; });
+        this->out(0, t, normalize_backward(n, dz, this->part.size));
+        this->out(1, t, each([&](int e) { return d.x[e] * s; }));
+        this->out(2, t, each([&](int e) { return grad.x[e] * (n.z.x[e] * weight.x[e] + bias.x[e] + s * v.x[e]); }));
+        const float gs = total(each([&](int e) { return d.x[e] * v.x[e]; }));
+        if (lane_id() == 0) ((float*)this->a.outputs[3])[head] = gs;
     }
 };

@@ -60,16 +60,17 @@ template <class E, int V>
 __device__ __forceinline__ void pass_back(const MixArguments& a, index_t t, int c, float (&own)[V],
                                           float (&passed)[V]) {
     for (int i = 0; i < a.n; i++) {
+        const int point = i < a.n - 1 ? i : a.last_point;
         float m[V], grad[V];
-        load_vector<E, V>(m, (const E*)a.parameters[1] + i * a.channels + c);
+        load_vector<E, V>(m, (const E*)a.parameters[1] + point * a.channels + c);
         load_vector<E, V>(grad, (const E*)a.inputs[5 + i] + t * a.channels + c);
         #pragma unroll
         for (int e = 0; e < V; e++) own[e] += grad[e] * (1.f - m[e]), passed[e] += grad[e] * m[e];
     }
 }
 
-// sum, grad of normal or null, grad of sum, stats, grad of the last of each sequence's, n grads; weight, maa -> the
-// gradient of x, which is that of y; glast
+// sum, grad of normal or null, grad of sum, stats, grad of the last of each sequence's, n grads of points; weight, maa
+// -> the gradient of x, which is that of y; glast
 template <class E, int V>
 __device__ void norm_lerp_backward_by(const MixArguments& a) {
     float *row = (float*)dynamic_shared(), *later = row + MOST_MIXED;  // later: what the token after passes back

@@ -13,6 +13,7 @@ struct BackwardShared {
     PairMatrices pairs;  // and then, in their place, their gradients
     typename Shape<N>::Rows removed, gremoved;
     float products[CHUNK + 1][N + 4];  // Decays::keep's
+    float r_k[N];                      // zeros without a bonus
 };
 
 // Sums over time of a tile with time along its columns: in each row, the sum over the columns after each element's.
@@ -41,11 +42,30 @@ __device__ __forceinline__ Accumulator sums_after(const Accumulator& x) {
     return sums;
 }
 
+// The gradients of the bonuses (arguments.cuh) of a chunk's tokens, as the columns of a tile have them.
+struct BonusGradients {
+    float x[4];
+
+    template <int N>
+    __device__ __forceinline__ static BonusGradients of(const Arguments& a, const Sequence& s, int t0, int valid) {
+        BonusGradients gradients = {};
+        if (!a.gbonus) return gradients;
+        const float* from = a.gbonus + s.elements / N + (index_t)t0 * a.heads;
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int t = tile_column(lane_id(), i / 2 * 4 + i % 2);
+            if (t < valid) gradients.x[i] = from[(index_t)t * a.heads];
+        }
+        return gradients;
+    }
+    __device__ __forceinline__ float of_element(int e) const { return x[e / 4 * 2 + e % 2]; }
+};
+
 // The gradients of r, w, k, a and b, by rows of channels: c0 .. c0 + 15, (k, t).
 template <int N>
 __device__ __forceinline__ void channel_gradients(const Arguments& a, BackwardShared<N>& shared,
                                                   const typename BackwardShared<N>::Chunk& in, int c0, index_t at,
-                                                  index_t row, int valid) {
+                                                  index_t row, int valid, const BonusGradients& bonus) {
     constexpr int tiles = Shape<N>::tiles, stride = Shape<N>::stride;
     const int lane = lane_id();
     const Operands<N>& o = shared.operands;
@@ -86,6 +106,9 @@ __device__ __forceinline__ void channel_gradients(const Arguments& a, BackwardSh
     for (int e = 0; e < 8; e++) {
         gw.c[e] = rf.c[e] * gr.c[e] - kf.c[e] * gk.c[e] - bf.c[e] * gb.c[e];
         later.c[e] = gw.c[e] + af.c[e] * ga.c[e];
+        const float share = bonus.of_element(e) * shared.r_k[c0 + tile_row(lane, e)];
+        gr.c[e] += share * kf.c[e];  // after gw, in which the bonus cancels
+        gk.c[e] += share * rf.c[e];
     }
     later = sums_after(later);
     #pragma unroll
@@ -140,6 +163,8 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         }
     };
 
+    if (threadIdx.x < N)
+        shared.r_k[threadIdx.x] = a.r_k ? to_float(((const bf16*)a.r_k)[s.channel(a) + threadIdx.x]) : 0.f;
     Accumulator dS[tiles];
     const float* end = a.group ? a.parts : a.gfinal;
     load_state<N>(dS, end ? end + s.state : nullptr, v0, false);
@@ -194,7 +219,8 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         store_tile(&pairs.of[warp][0][0], CHUNK + 8, CHUNK,
                    rounded(pair_product<N>(warp, shared.gremoved, in.gy, shared.removed, in.v)));
         __syncthreads();  // the pairs' gradients are complete
-        channel_gradients<N>(a, shared, in, v0, at, s.stride, valid);
+        const auto bonus = BonusGradients::of<N>(a, s, t0, valid);
+        channel_gradients<N>(a, shared, in, v0, at, s.stride, valid, bonus);
     }
     if (a.gstate && !a.group) store_state<N>(a.gstate + s.state, dS, v0, false);
 }

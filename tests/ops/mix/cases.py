@@ -5,7 +5,10 @@ import torch
 from rwkv_peft.ops.mix import cpu
 
 HEADS = [(1, 1, 1, 4), (2, 9, 3, 8), (1, 70, 2, 64), (2, 33, 5, 20)]
-KERNELS = "Lerp NormGate SigmoidGate GatedResidual ReluSquare DeltaKeys ValueResidual NormBonusGate".split()
+KERNELS = (
+    *"Lerp NormGate SigmoidGate GatedResidual ReluSquare".split(),
+    *"DeltaKeys ValueResidual SharedValueResidual NormBonusGate".split(),
+)
 
 
 def randn(*shape, seed=0):

@@ -159,13 +159,13 @@ def test_residual_and_layer_norm(kernels, shape, offset, with_residual, trained,
         assert (x.double() - exact).norm() <= allowed, i
 
 
-def norm_and_lerp(inputs, dtype, bounds, whole, offset=0):
+def norm_and_lerp(inputs, dtype, bounds, whole, offset=0, twice=None):
     """Results of norm_lerp, and the gradients of x, y and last; x lies `offset` elements into its memory."""
     x, y, last, weight, bias, maa = (x if x is None else x.to(dtype, copy=True) for x in inputs)
     memory = torch.cat([x.new_zeros(offset), x.flatten()]).requires_grad_()
     leaves = [memory, *(x.requires_grad_() for x in (y, last) if x is not None)]
     x = memory[offset:].view(x.shape)
-    total, ends, points = norm_lerp(x, y, weight, bias, 1e-5, last, maa, bounds, whole)
+    total, ends, points = norm_lerp(x, y, weight, bias, 1e-5, last, maa, bounds, whole, twice)
     outs = [total, ends, *points]
     torch.autograd.backward(outs, [randn(*out.shape, seed=7 + i).to(dtype) for i, out in enumerate(outs)])
     return [*outs, *(x.grad for x in leaves)]
@@ -173,19 +173,19 @@ def norm_and_lerp(inputs, dtype, bounds, whole, offset=0):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "shape, offset, lengths, with_residual, with_last, points, whole",
+    "shape, offset, lengths, with_residual, with_last, points, whole, twice",
     [
-        ((2, 9, 34), 0, None, True, True, 2, False),
-        ((2, 9, 34), 0, None, False, False, 6, False),
-        ((1, 21, 520), 2, (1, 4, 1, 15), True, True, 2, True),
-        ((1, 21, 34), 0, (6, 15), True, False, 1, False),
-        ((1, 6, 2080), 0, None, False, True, 1, True),
+        ((2, 9, 34), 0, None, True, True, 2, False, None),
+        ((2, 9, 34), 0, None, False, False, 6, False, 3),
+        ((1, 21, 520), 2, (1, 4, 1, 15), True, True, 2, True, 0),
+        ((1, 21, 34), 0, (6, 15), True, False, 1, False, None),
+        ((1, 6, 2080), 0, None, False, True, 1, True, None),
     ],
 )
 def test_residual_norm_and_lerp_in_one(
-    kernels, shape, offset, lengths, with_residual, with_last, points, whole, dtype, monkeypatch
+    kernels, shape, offset, lengths, with_residual, with_last, points, whole, twice, dtype, monkeypatch
 ):
-    """Sequences that begin and end within strips and with them; of any width and address."""
+    """Sequences that begin and end within strips and with them; of any width and address; a point given twice."""
     monkeypatch.setattr(norms, "STRIPS", 4)
     bounds = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
     sequences = shape[0] if lengths is None else len(lengths)
@@ -193,10 +193,10 @@ def test_residual_norm_and_lerp_in_one(
     last = randn(sequences, shape[2], seed=2) if with_last else None
     inputs = [randn(*shape) + 0.5, y, last, *(randn(shape[2], seed=i) for i in (3, 4)), randn(points, shape[2])]
     inputs = [x if x is None else x.to(dtype) for x in inputs]
-    found = norm_and_lerp(inputs, dtype, bounds, whole, offset)
+    found = norm_and_lerp(inputs, dtype, bounds, whole, offset, twice)
     assert "NormLerp" in type(found[1].grad_fn).__name__
     monkeypatch.setattr(op, "fused", lambda *_: False)
-    plain, true = (norm_and_lerp(inputs, d, bounds, whole, offset) for d in (dtype, torch.float64))
+    plain, true = (norm_and_lerp(inputs, d, bounds, whole, offset, twice) for d in (dtype, torch.float64))
     for i, (x, low, exact) in enumerate(zip(found, plain, true, strict=True)):
         assert x.dtype == dtype
         allowed = 2 * (low.double() - exact).norm() + 2 * torch.finfo(dtype).eps * exact.norm()
@@ -219,6 +219,21 @@ def test_elements(kernels, shape, dtype, monkeypatch):
     assert_as_accurate(gated_residual, inputs, dtype, monkeypatch)
     inputs = [randn(*shape), randn(*shape, seed=1), 2 * randn(*shape, seed=2), randn(1, 1, shape[-1])]
     assert_as_accurate(value_residual, inputs, dtype, monkeypatch)
+
+
+@pytest.mark.parametrize("used", [(0,), (1, 2), (2,)])
+def test_values_of_which_not_all_are_used(kernels, used):
+    """The values' gradients come from either user; `first` may have none but the next layer's, nor they any."""
+    v, first, low, v0 = (x.requires_grad_() for x in (*randn(3, 1, 9, 6), randn(1, 1, 6)))
+    grads = [randn(1, 9, 6, seed=i) for i in used]
+
+    def gradients(outs):
+        chosen = [outs[i] for i in used]
+        return torch.autograd.grad(chosen, [v, first, low, v0], grads, allow_unused=True)
+
+    expected = gradients((*2 * [v + (first - v) * torch.sigmoid(v0 + low)], first))
+    for x, y in zip(gradients(value_residual(v, first, low, v0)), expected, strict=True):
+        assert x is y is None or torch.allclose(x, y, atol=1e-5)
 
 
 def test_keys_of_no_length_are_divided_by_the_least_one(kernels, monkeypatch):

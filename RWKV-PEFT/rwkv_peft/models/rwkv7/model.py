@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...ops.mix import delta_keys, norm_bonus_gate, relu_square, value_residual
-from ...ops.wkv7 import wkv7
+from ...ops.mix import delta_keys, relu_square, value_residual
+from ...ops.wkv7 import wkv7_gated
 from ..parts import LanguageModel, MixedNorm, Recurrent, count_sequences
 from ..state import LayerState
 from .keys import SHIFTS, RWKV7Config
@@ -19,13 +19,20 @@ NORM_EPS = 64e-5  # of ln_x, at every size
 
 
 class BonusNorm(nn.GroupNorm):
-    """Normalizes each head, adds the current token's bonus and multiplies by the gate."""
+    """Normalizes each head of the recurrence's result, adds the current token's bonus and multiplies by the gate."""
 
     def forward(  # type: ignore[override]
-        self, y: torch.Tensor, r: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, r_k: torch.Tensor
-    ) -> torch.Tensor:
-        """y, r, k, v (B, T, H, N), g (B, T, C), r_k (H, N) -> (B, T, C)."""
-        return norm_bonus_gate(y, r, k, v, g, r_k, self.weight, self.bias, self.eps)
+        self,
+        rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        v: torch.Tensor,
+        g: torch.Tensor,
+        r_k: torch.Tensor,
+        state: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """rows: r w k v a b, which the recurrence takes; v once more, for the bonus (B, T, H, N); g (B, T, C), r_k
+        (H, N) -> (B, T, C), final wkv state."""
+        return wkv7_gated(rows, v, g, r_k, self.weight, self.bias, self.eps, state, cu_seqlens)
 
 
 class TimeMix(Recurrent):
@@ -82,20 +89,20 @@ class TimeMix(Recurrent):
         B, T, C = x.shape
         heads = (B, T, self.n_head, self.head_size)
         amounts = torch.cat([getattr(self, f"x_{name}") for name in SHIFTS]).flatten(1)  # (6, C)
-        x, last, (xr, xw, xk, xv, xa, xg) = norm(x, None, amounts, shift, cu_seqlens)
+        twice = None if v_first is None else SHIFTS.index("v")
+        x, last, (xr, xw, xk, xv, xa, xg, *xv_again) = norm(x, None, amounts, shift, cu_seqlens, twice=twice)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         w = F.linear(torch.tanh(xw @ self.w1), self.w2.t(), self.w0.flatten())
         if v_first is None:
-            v_first = v
+            v_first = v_again = v
         else:
-            v = value_residual(v, v_first, xv @ self.v1 @ self.v2, self.v0)
+            v, v_again, v_first = value_residual(v, v_first, xv_again[0] @ self.v1 @ self.v2, self.v0)
         g = torch.sigmoid(xg @ self.g1) @ self.g2
         a = xa @ self.a1 @ self.a2
-        r, w, k, v, a = (tensor.view(heads) for tensor in (r, w, k, v, a))
+        r, w, k, v, v_again, a = (tensor.view(heads) for tensor in (r, w, k, v, v_again, a))
         k, a, b = delta_keys(k, a, self.a0, self.k_k, self.k_a)
         wkv_state = self.begun(wkv_state, count_sequences(x, cu_seqlens))
-        y, wkv_state = wkv7(r, w, k, v, a, b, wkv_state, cu_seqlens)
-        y = self.ln_x(y, r, k, v, g, self.r_k)
+        y, wkv_state = self.ln_x((r, w, k, v, a, b), v_again, g, self.r_k, wkv_state, cu_seqlens)
         return x, self.output(y), v_first, last, wkv_state
 
 

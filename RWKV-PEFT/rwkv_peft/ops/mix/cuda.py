@@ -48,15 +48,16 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "sigmoid_gate_backward": _layout("r v grad", "gr gv"),
         "gated_residual_forward": _layout("x r v", "out"),
         "value_residual_forward": _layout("v first low", "out", "v0"),
-        "value_residual_backward": _layout("v first low grad", "gv gfirst glow", "v0", "gv0"),
+        "value_residual_backward": _layout("v first low grad more passed", "gv gfirst glow", "v0", "gv0"),
         "norm_gate_forward": _layout("y g", "out", "weight bias"),
         "norm_gate_backward": _layout("y g grad", "gy gg", "weight bias", "gweight gbias"),
         "delta_keys_forward": _layout("k low", "key a b", "a0 k_k k_a"),
         "delta_keys_backward": _layout("k low gkey ga gb", "gk glow", "a0 k_k k_a", "ga0 gk_k gk_a"),
-        "norm_bonus_gate_forward": _layout("y r k v g", "out", "r_k weight bias"),
+        "norm_bonus_gate_forward": _layout("y r k v g", "out bonus", "r_k weight bias"),
         "norm_bonus_gate_backward": _layout(
             "y r k v g grad", "gy gr gk gv gg", "r_k weight bias", "gr_k gweight gbias"
         ),
+        "bonus_gate_backward": _layout("y v g grad bonus", "gy gv gg gbonus", "weight bias"),
         "add_norm_sums": _layout("sum grad stats", "", "", "gweight gbias"),
     }
 )
@@ -68,7 +69,7 @@ TILED: Mapping[str, Layout] = MappingProxyType(
         "add_norm_forward": _layout("x y", "sum out stats", "weight bias"),
         "add_norm_backward": _layout("sum grad passed stats", "gx", "weight"),
         "norm_lerp_forward": _layout("x y", f"sum out stats ends {_OUTS}", "weight bias maa"),
-        "norm_lerp_backward": _layout(f"sum grad passed stats gends {_GRADS}", "gx", "weight maa"),
+        "norm_lerp_backward": _layout(f"sum grad passed stats gends {_GRADS} grad{MOST_POINTS}", "gx", "weight maa"),
     }
 )
 KERNELS = (
@@ -88,7 +89,7 @@ class MixArguments(ctypes.Structure):
         ("sums", ctypes.c_void_p * 6),
         *((name, ctypes.c_void_p) for name in ("bounds", "last", "glast")),
         ("tokens", ctypes.c_longlong),
-        *((name, ctypes.c_int) for name in ("channels", "size", "strip", "n", "length", "sequences")),
+        *((name, ctypes.c_int) for name in ("channels", "size", "strip", "n", "last_point", "length", "sequences")),
         ("eps", ctypes.c_float),
         ("device", ctypes.c_int),
     ]

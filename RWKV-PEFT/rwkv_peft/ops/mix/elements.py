@@ -85,12 +85,36 @@ class ValueResidual(Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        v, first, low, v0 = ctx.saved_tensors
-        gv, gfirst, glow = (torch.empty_like(v) for _ in range(3))
-        sums = sums_like([v0], ctx.needs_input_grad[3])
-        tensors = dict(v=v, first=first, low=low, v0=v0, grad=grad, gv=gv, gfirst=gfirst, glow=glow, gv0=sums[0])
-        call("value_residual_backward", v, tensors, **_rows(v))
-        return gv, gfirst, glow, *rounded(sums, v.dtype)
+        return _values_backward(ctx, grad)
+
+
+class SharedValueResidual(ValueResidual):
+    """The same twice, and `first` as it is, on a GPU: backward reads what two users of the values and the next layer
+    give, instead of having it added up."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, first: Tensor, low: Tensor, v0: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        out = ValueResidual.forward(ctx, v, first, low, v0)
+        ctx.set_materialize_grads(False)
+        return out, out.detach(), first
+
+    @staticmethod
+    @differentiable_once
+    def backward(
+        ctx: Any, grad: Tensor | None, more: Tensor | None, passed: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        grad, more = (grad, more) if grad is not None else (more, None)
+        return (None, passed, None, None) if grad is None else _values_backward(ctx, grad, more=more, passed=passed)
+
+
+def _values_backward(ctx: Any, grad: Tensor, **others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of v, first, low and v0. others: of value_residual_backward, by their names, where they are."""
+    v, first, low, v0 = ctx.saved_tensors
+    gv, gfirst, glow = (torch.empty_like(v) for _ in range(3))
+    sums = sums_like([v0], ctx.needs_input_grad[3])
+    tensors = dict(v=v, first=first, low=low, v0=v0, grad=grad, gv=gv, gfirst=gfirst, glow=glow, gv0=sums[0]) | others
+    call("value_residual_backward", v, tensors, **_rows(v))
+    return gv, gfirst, glow, *rounded(sums, v.dtype)
 
 
 def _rows(v: Tensor) -> dict[str, int]:

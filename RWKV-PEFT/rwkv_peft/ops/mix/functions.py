@@ -24,6 +24,9 @@ class _NoGradient:
     def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
         """Nothing is saved."""
 
+    def set_materialize_grads(self, value: bool) -> None:
+        """Nor is anything told of gradients."""
+
 
 def run(function: type[Function], *arguments: Any) -> Any:
     """function.apply(*arguments), past autograd where gradients are off: on one token its bookkeeping costs several
@@ -37,12 +40,12 @@ def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gra
     """A backward that refuses create_graph=True, which would take its result for a constant."""
 
     @functools.wraps(backward)
-    def checked(ctx: Any, *grads: torch.Tensor) -> Gradients:
+    def checked(ctx: Any, *grads: torch.Tensor | None) -> Gradients:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "the mix kernels have no second derivative; differentiate twice in float64, which takes the plain form"
             )
-        return backward(ctx, *(grad.contiguous() for grad in grads))
+        return backward(ctx, *(None if grad is None else grad.contiguous() for grad in grads))
 
     return checked
 

@@ -47,8 +47,8 @@ class AddNorm(Function):
 
 class NormLerp(Function):
     """x (B, T, C), y (B, T, C) or None, last (n, C) or None, weight and bias (C,), maa (m, C), none of them trained,
-    eps, cu_seqlens int64 or None, whether the norm itself is wanted -> x + y, the last of each sequence's norms (n, C),
-    the norm where wanted, m times (B, T, C)."""
+    eps, cu_seqlens int64 or None, whether the norm itself is wanted, the point that is wanted twice or None -> x + y,
+    the last of each sequence's norms (n, C), the norm where wanted, m or m + 1 times (B, T, C)."""
 
     @staticmethod
     def forward(
@@ -62,17 +62,18 @@ class NormLerp(Function):
         eps: float,
         cu_seqlens: Tensor | None,
         whole: bool,
+        twice: int | None,
     ) -> tuple[Tensor, ...]:
         total = x if y is None else torch.empty_like(x)
         sizes = sizes_of(x, maa, cu_seqlens)
         ends, stats = x.new_empty(sizes["sequences"], x.shape[2]), x.new_empty(sizes["tokens"], 2, dtype=torch.float32)
         outs = tuple(torch.empty_like(x) for _ in range(whole + len(maa)))
         ctx.save_for_backward(total, last, weight, maa, stats, cu_seqlens)
-        ctx.whole = whole
+        ctx.whole, ctx.twice = whole, twice
         tensors = dict(x=x, y=y, sum=None if y is None else total, stats=stats, ends=ends)
         tensors |= dict(weight=weight, bias=bias, maa=maa) | _named("out", outs, whole)
         call("norm_lerp_forward", x, tensors, last=last, eps=eps, strip=_strip(sizes["tokens"]), **sizes)
-        return total, ends, *outs
+        return total, ends, *outs, *(() if twice is None else [outs[whole + twice].detach()])
 
     @staticmethod
     @differentiable_once
@@ -82,8 +83,10 @@ class NormLerp(Function):
         sizes = sizes_of(total, maa, cu_seqlens)
         tensors = dict(sum=total, passed=passed, stats=stats, gends=gends, weight=weight, maa=maa, gx=gx)
         tensors |= _named("grad", grads, ctx.whole)
-        call("norm_lerp_backward", total, tensors, glast=glast, strip=_strip(sizes["tokens"]), **sizes)
-        return gx, gx if ctx.needs_input_grad[1] else None, glast, *6 * (None,)
+        n = len(grads) - ctx.whole
+        sizes |= dict(n=n, last_point=n - 1 if ctx.twice is None else ctx.twice, strip=_strip(sizes["tokens"]))
+        call("norm_lerp_backward", total, tensors, glast=glast, **sizes)
+        return gx, gx if ctx.needs_input_grad[1] else None, glast, *7 * (None,)
 
 
 def _named(kind: str, tensors: Sequence[Tensor], whole: bool) -> dict[str, Tensor]:

@@ -22,8 +22,8 @@ def fused(first: Tensor, *others: Tensor | None) -> bool:
 
 
 def norms_fused(first: Tensor, *others: Tensor | None) -> bool:
-    """Whether residuals, with a layer norm or a gate, go through a kernel, which GPUs have alone: torch's are fast
-    enough on CPUs."""
+    """Whether residuals, with a layer norm, a gate or a part of another tensor's, go through a kernel that GPUs have
+    alone: torch's are fast enough on CPUs."""
     return not first.is_cpu and first.shape[-1] <= cuda.MOST_CHANNELS and fused(first, *others)
 
 
@@ -129,21 +129,24 @@ def norm_lerp(
     maa: Tensor,
     cu_seqlens: Tensor | None = None,
     whole: bool = False,
+    twice: int | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """add_norm, and `lerp` of what it normalizes: on a GPU in one pass, where neither norm nor points are trained.
 
     x, y, weight, bias as in add_norm; last (B, C) or None, maa (m, C) and cu_seqlens as in lerp -> x + y, the last
-    normalized token of each sequence (B, C), m points (B, T, C), preceded by what is normalized where `whole`.
+    normalized token of each sequence (B, C), m points (B, T, C), preceded by what is normalized where `whole`. Point
+    number `twice` comes once more, as the last, for a second user: so on a GPU its gradients are never added up.
     """
     _check_shift(x, last, cu_seqlens)
     trained = torch.is_grad_enabled() and any([parameter.requires_grad for parameter in (weight, bias, maa)])
     narrow = x.shape[-1] <= cuda.MOST_MIXED and len(maa) <= cuda.MOST_POINTS
     if not trained and narrow and norms_fused(x, y, last, weight, bias, maa):
         tensors = _contiguous(x, y, last, weight, bias, maa)
-        total, ends, *points = run(norms.NormLerp, *tensors, eps, _bounds(cu_seqlens), whole)
+        total, ends, *points = run(norms.NormLerp, *tensors, eps, _bounds(cu_seqlens), whole, twice)
         return total, ends, tuple(points)
     total, normal = add_norm(x, y, weight, bias, eps)
     points = lerp(normal, last, maa, cu_seqlens=cu_seqlens)
+    points = points if twice is None else (*points, points[twice])
     return total, last_token(normal, cu_seqlens), (normal, *points) if whole else points
 
 
@@ -191,14 +194,19 @@ def delta_keys(k: Tensor, low: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor) -> 
     return k * (1 + (rate - 1) * k_a), -n, n * rate
 
 
-def value_residual(v: Tensor, first: Tensor, low: Tensor, v0: Tensor) -> Tensor:
+def value_residual(v: Tensor, first: Tensor, low: Tensor, v0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """RWKV-7's values: v + (first - v) · sigmoid(v0 + low), first being layer 0's.
 
-    v, first, low (B, T, C); v0 (1, 1, C) -> (B, T, C).
+    v, first, low (B, T, C); v0 (1, 1, C) -> the values (B, T, C), the same for a second user, and `first` for the next
+    layer: so on a GPU the gradients of none of them are added up by themselves.
     """
+    if norms_fused(v, first, low, v0):
+        return run(elements.SharedValueResidual, *_contiguous(v, first, low, v0))
     if fused(v, first, low, v0):
-        return run(elements.ValueResidual, *_contiguous(v, first, low, v0))
-    return v + (first - v) * torch.sigmoid(v0 + low)
+        v = run(elements.ValueResidual, *_contiguous(v, first, low, v0))
+    else:
+        v = v + (first - v) * torch.sigmoid(v0 + low)
+    return v, v, first
 
 
 def norm_bonus_gate(

@@ -24,7 +24,7 @@ Plan = Callable[[str, int, torch.dtype], Sequence[tuple[str, Block | None]]]
 def structure(signature: Signature) -> type[ctypes.Structure]:
     """cuda/OP/arguments.cuh's Arguments."""
     given = (*signature.inputs, "state", "bounds", "y", "final_state", "checkpoints", "gy", "gfinal")
-    pointers = (*given, *signature.gradients, "gstate", "parts", "transitions")
+    pointers = (*given, *signature.gradients, "gstate", "parts", "transitions", *signature.further)
     fields = [*((name, ctypes.c_void_p) for name in pointers), *((name, ctypes.c_int) for name in INTEGERS)]
     return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
 
@@ -74,15 +74,21 @@ class CudaRecurrence:
         """The inputs, contiguous, those (B, T, H, N) float32 or bfloat16, the shared ones float32; state (n, H, N, N)
         float32 or None; cu_seqlens (n + 1,) int64 or None -> y, final state, checkpoints (empty unless `save`)."""
         group = self.group_of(tensors[0], sequences_of(tensors[0], tensors[-1]))
-        return self.run_forward(self.family.kernels(tensors[0].device.index), *tensors, save=save, group=group)
+        return self.run_forward(self._kernels(tensors[0]), *tensors, save=save, group=group)
 
-    def backward(self, *tensors: Any, level: str = "") -> tuple[Tensor, ...]:
+    def backward(self, *tensors: Any, level: str = "", **further: Tensor) -> tuple[Tensor, ...]:
         """What forward took, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
-        gradients of the inputs and of the state."""
+        gradients of the inputs and of the state. further: what the signature names so."""
         group = self.group_of(tensors[0], sequences_of(tensors[0], tensors[-4]))
-        return self.run_backward(self.family.kernels(tensors[0].device.index), *tensors, group=group)
+        return self.run_backward(self._kernels(tensors[0]), *tensors, group=group, **further)
 
-    def run_forward(self, kernels: Kernels, *tensors: Any, save: bool, group: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    def _kernels(self, r: Tensor) -> Kernels | None:
+        """Those for r's GPU; None where r has no data, and nothing will be launched."""
+        return None if r.is_meta else self.family.kernels(r.device.index)
+
+    def run_forward(
+        self, kernels: Kernels | None, *tensors: Any, save: bool, group: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """forward, on the given kernels. group: the tokens of one where time is split, a multiple of 64, else 0. Raises
         ValueError for a group that the kernels do not take."""
         *inputs, state, bounds = tensors
@@ -99,7 +105,9 @@ class CudaRecurrence:
         self._launch(kernels, "forward", r, sequences, group, arguments)
         return y, final_state, checkpoints if save else checkpoints[:0]
 
-    def run_backward(self, kernels: Kernels, *tensors: Any, group: int = 0) -> tuple[Tensor, ...]:
+    def run_backward(
+        self, kernels: Kernels | None, *tensors: Any, group: int = 0, **further: Tensor
+    ) -> tuple[Tensor, ...]:
         """backward, on the given kernels, with forward's `group`. Raises ValueError as run_forward does."""
         *inputs, _, bounds, checkpoints, gy, gfinal = tensors  # the first checkpoint is the state
         r = inputs[0]
@@ -115,7 +123,7 @@ class CudaRecurrence:
         of_shared = {f"g{name}": r.new_empty(shape, dtype=torch.float32) for name in self.signature.shared}
         counts = (sequences, groups)
         gstate, parts = (r.new_empty(n, H, N, N, dtype=torch.float32) for n in counts)
-        arguments |= of_rows | of_shared | dict(gstate=gstate, parts=parts)
+        arguments |= of_rows | of_shared | dict(gstate=gstate, parts=parts) | further
         self._launch(kernels, "backward", r, sequences, group, arguments)
         return *of_rows.values(), *(x.sum(0) for x in of_shared.values()), gstate
 
@@ -133,7 +141,7 @@ class CudaRecurrence:
 
     def _launch(
         self,
-        kernels: Kernels,
+        kernels: Kernels | None,
         direction: str,
         r: Tensor,
         sequences: int,
@@ -142,7 +150,7 @@ class CudaRecurrence:
     ) -> None:
         """Enqueue a direction's kernels, given their arguments by name. Raises RuntimeError where that fails."""
         B, T, H, N = r.shape
-        if sequences == 0 or H == 0:
+        if kernels is None or sequences == 0 or H == 0:
             return
         groups = places(B, T, sequences, group) or sequences
         addresses = {name: None if x is None else x.data_ptr() for name, x in tensors.items()}

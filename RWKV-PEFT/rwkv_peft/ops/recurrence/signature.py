@@ -14,6 +14,7 @@ class Signature:
     rows: tuple[str, ...]  # the names of those (B, T, H, N), "v" among them
     shared: tuple[str, ...]  # of those (H, N), which follow, float32 for the kernels
     state_rows: str  # which dimension the rows of a state (H, N, N) are, "key" or "value"
+    further: tuple[str, ...] = ()  # what else its CUDA kernels may be given
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from ..recurrence.groups import Split
 from .signature import SIGNATURE
 
 STRIP = 16  # state elements a thread in the plain kernels; cuda/wkv7/plain.cuh's STRIP
+CHUNKED_SIZE = 64  # the head size of the chunked kernels
 CHUNKED = ("wkv7_forward_64", "wkv7_backward_64")
 SPLITS = MappingProxyType({64: Split("wkv7_{}_groups_64", "wkv7_{}_scan_64", scan_blocks=4)})  # by head size
 PLAIN = tuple(f"wkv7_{way}_plain_{dtype}" for way in ("forward", "backward") for dtype in ("float32", "bfloat16"))

@@ -1,0 +1,153 @@
+"""wkv7 with its norm, bonus and gate as one Function, through the CUDA kernels on the CPU (tests/cuda_shim): against
+float64, every gradient; and where it is taken."""
+
+import pytest
+import torch
+
+from cuda_shim import shim, wkv7_cases
+from cuda_shim.cases import error, rms
+from cuda_shim.running import one_torch_thread, shim_kernels
+from rwkv_peft.ops.mix import cpu, norm_bonus_gate
+from rwkv_peft.ops.mix import cuda as mix_cuda
+from rwkv_peft.ops.native.errors import BuildError
+from rwkv_peft.ops.wkv7 import cuda, gated, reference, wkv7_gated
+
+NAMES = ("out", "final state", "gr", "gw", "gk", "gv", "ga", "gb", "gv again", "gg", "gstate")
+EPS = 64e-5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet_torch():
+    with one_torch_thread():
+        yield
+
+
+@pytest.fixture
+def on_shim(monkeypatch):
+    """CPU tensors go through the CUDA kernels; what is to be filled begins as NaN. Gives the names of mix's kernels
+    as they are launched."""
+    try:
+        mix = shim.build(mix_cuda.FAMILY)
+    except BuildError as error:
+        pytest.skip(str(error))
+    mix.set_order("ascending")
+    launched = []
+
+    def call(name, like, tensors, **sizes):
+        launched.append(name)
+        for x in (tensors.get(name) for name in mix_cuda.LAYOUTS[name].outputs):
+            if x is not None:
+                x.fill_(float("nan"))
+        mix_cuda.launch(mix, None, name, like, tensors, **sizes)
+
+    recurrence = shim_kernels("wkv7")
+    monkeypatch.setattr(cpu, "call", call)
+    monkeypatch.setattr(cuda.FAMILY, "kernels", lambda device: recurrence)
+    monkeypatch.setattr(gated.WKV7.backends, "choose", lambda *_: "cuda")
+    monkeypatch.setattr(gated, "norms_fused", lambda *_: True)
+    return launched
+
+
+def inputs_of(case):
+    """The case's rows, its values again, g, and r_k, weight and bias."""
+    _, _, H, N = case.r.shape
+    generator = torch.Generator().manual_seed(9)
+    g = torch.randn(*case.r.shape[:2], H * N, generator=generator)
+    parameters = [torch.randn(*shape, generator=generator) for shape in ((H, N), (H * N,), (H * N,))]
+    return [*case.inputs, case.v.clone(), *(x.to(case.r.dtype) for x in (g, *parameters))]
+
+
+def results(case, dtype, function, trained=False):
+    """out, final state and the gradients of rows, values, g and state, by NAMES; then r_k's, weight's and bias's."""
+    wanted = (True,) * 8 + (trained,) * 3
+    leaves = [x.detach().to(dtype).requires_grad_(w) for x, w in zip(inputs_of(case), wanted, strict=True)]
+    state = (
+        None
+        if case.state is None
+        else case.state.detach().clone().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+    )
+    *rows, v, g, r_k, weight, bias = leaves
+    out, final = function(tuple(rows), v, g, r_k, weight, bias, EPS, state, case.cu_seqlens)
+    gout = case.gy.to(dtype).view(out.shape)
+    if case.gfinal is None:
+        out.backward(gout)
+    else:
+        torch.autograd.backward([out, final], [gout, case.gfinal.to(final.dtype)])
+    found = [out.detach(), final.detach(), *(x.grad for x in (*leaves[:8], *([] if state is None else [state])))]
+    return dict(zip(NAMES, found)), [x.grad for x in leaves[8:]]
+
+
+def plainly(rows, v, g, r_k, weight, bias, eps, state, cu_seqlens):
+    """The same in plain torch, all of it in the rows' dtype."""
+    loop = reference.wkv7 if v.dtype == torch.float64 else wkv7_cases._loop
+    y, final = loop(*rows, state if state is None else state.to(v.dtype), cu_seqlens)
+    B, T, H, N = y.shape
+    normal = torch.nn.functional.group_norm(y.reshape(B * T, H * N), H, weight, bias, eps).view(y.shape)
+    return (normal + (rows[0] * rows[2] * r_k).sum(-1, keepdim=True) * v).view(g.shape) * g, final
+
+
+@pytest.mark.parametrize(
+    "B, T, lengths, with_state, group",
+    [(2, 17, None, True, 0), (1, 1, None, False, 0), (1, 75, [1, 16, 33, 25], True, 0), (1, 130, None, True, 64)],
+)
+def test_every_result_is_as_exact_as_plain_torch(on_shim, monkeypatch, B, T, lengths, with_state, group):
+    monkeypatch.setattr(cuda.RECURRENCE, "group_of", lambda *_: group)
+    case = wkv7_cases.make_case(B, T, 2, 64, torch.bfloat16, lengths=lengths, with_state=with_state, decay="mixed")
+    ours, _ = results(case, torch.bfloat16, wkv7_gated)
+    assert on_shim == ["norm_bonus_gate_forward", "bonus_gate_backward"]
+    true, plain = (results(case, dtype, plainly)[0] for dtype in (torch.float64, torch.bfloat16))
+    assert ours.keys() == true.keys()
+    for name, x in ours.items():
+        assert x.shape == true[name].shape
+        bound = 2 * error(plain[name], true[name]) + 32 * torch.finfo(torch.float32).eps * rms(true[name])
+        assert error(x, true[name]) <= bound, name
+
+
+def test_the_bonus_is_in_the_gradients(on_shim):
+    """Of one token, whose recurrence has none for r but through y: the bonus's are a large part of them."""
+    case = wkv7_cases.make_case(1, 1, 2, 64, torch.bfloat16, with_state=False)
+    inputs = inputs_of(case)
+    inputs[8] = torch.zeros_like(inputs[8])  # r_k
+    leaves = [x.requires_grad_() for x in inputs[:6]]
+    wkv7_gated(tuple(leaves), *inputs[6:], EPS)[0].backward(case.gy.view(1, 1, -1))
+    whole = results(case, torch.bfloat16, wkv7_gated)[0]
+    assert all(
+        (whole[f"g{name}"] - leaves[i].grad).norm() > 0.1 * whole[f"g{name}"].norm() for i, name in ((0, "r"), (2, "k"))
+    )
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_of_the_results_alone(on_shim, which):
+    """The final state's gradient needs no gate; without it, that of zeros is taken."""
+    case = wkv7_cases.make_case(1, 5, 1, 64, torch.bfloat16)
+    inputs = [x.requires_grad_(i < 8) for i, x in enumerate(inputs_of(case))]
+    outs = wkv7_gated(tuple(inputs[:6]), *inputs[6:], EPS, case.state)
+    outs[which].sum().backward()
+    assert ("bonus_gate_backward" in on_shim) == (which == 0)
+    assert all(x.grad.isfinite().all() for x in inputs[1 if which else 0 : 6])
+
+
+def test_a_second_derivative_is_refused(on_shim):
+    case = wkv7_cases.make_case(1, 3, 1, 64, torch.bfloat16)
+    inputs = [x.requires_grad_(i < 8) for i, x in enumerate(inputs_of(case))]
+    out, _ = wkv7_gated(tuple(inputs[:6]), *inputs[6:], EPS)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(out.float().sum(), inputs[0], create_graph=True)
+
+
+@pytest.mark.parametrize(
+    "dtype, N, trained", [(torch.bfloat16, 64, True), (torch.float32, 64, False), (torch.bfloat16, 8, False)]
+)
+def test_what_else_takes_two_operations(on_shim, dtype, N, trained):
+    """Trained parameters have gradients, and other dtypes and head sizes have kernels of their own."""
+    case = wkv7_cases.make_case(1, 9, 2, N, dtype)
+    found, parameters = results(case, dtype, wkv7_gated, trained)
+    assert "bonus_gate_backward" not in on_shim and all((x is not None) == trained for x in parameters)
+
+    def two(rows, v, g, r_k, weight, bias, eps, state, cu_seqlens):
+        y, final = gated.wkv7(*rows, state, cu_seqlens)
+        return norm_bonus_gate(y, rows[0], rows[2], v, g, r_k, weight, bias, eps), final
+
+    expected, others = results(case, dtype, two, trained)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(x is y is None or torch.equal(x, y) for x, y in zip(parameters, others, strict=True))
