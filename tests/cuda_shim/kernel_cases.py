@@ -43,7 +43,7 @@ def mix(kernels):
             results += differentiated(heads.NormGate, (0, 1, 2, 3), y, g, weight.clone(), bias.clone(), 1e-5)
             x, y, (weight, bias) = randn(1, 3, 2100), randn(1, 3, 2100), randn(2, 2100)
             results += differentiated(norms.AddNorm, (0, 1, 2, 3), x, y, weight.clone(), bias.clone(), 1e-5)
-            frozen = weight.detach(), bias.detach(), randn(2, 2100), 1e-5, None, True
+            frozen = weight.detach(), bias.detach(), randn(2, 2100), 1e-5, None, True, 1
             results += differentiated(norms.NormLerp, (0, 1, 2), x.detach(), y.detach(), randn(1, 2100), *frozen)
     return results
 

@@ -31,6 +31,7 @@ from rwkv_peft.ops.wkv7.cuda import FAMILY as WKV7
 # What runs of a recurrence: head sizes, dtypes, and the ways to run them.
 KINDS = ((64, torch.bfloat16, {}), (40, torch.float32, {}), (64, torch.bfloat16, {"group": 64}))
 WIDE = (128, torch.bfloat16, {})
+WITH_BONUS = (64, torch.bfloat16, {"bonus": True})
 
 
 def recurrence(cases, *more):
@@ -45,7 +46,7 @@ def recurrence(cases, *more):
 
 FAMILIES = {  # a CudaFamily, and what its kernels give
     "wkv6": (WKV6, recurrence(cases, WIDE)),
-    "wkv7": (WKV7, recurrence(wkv7_cases)),
+    "wkv7": (WKV7, recurrence(wkv7_cases, WITH_BONUS)),
     "mix": (MIX, kernel_cases.mix),
     "bone": (BONE, kernel_cases.bone),
     "cross_entropy": (CROSS_ENTROPY, kernel_cases.cross_entropy),

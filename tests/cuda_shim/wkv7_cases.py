@@ -51,12 +51,14 @@ def make_case(B, T, H, N, dtype, *, decay="usual", with_state=True, lengths=None
     return Case(r, w, k, v, a, b, states[0], bounds, gy, states[1])
 
 
-def run(kernels, case, group=0):
+def run(kernels, case, group=0, bonus=False):
     """The kernels' results, in the order of RESULTS, without gstate where there is no state. group: the tokens of one
-    where time is split."""
+    where time is split; bonus: whether r and k have another user, whose share backward adds."""
     given = (*case.inputs, case.state, case.cu_seqlens)
     y, final, checkpoints = cuda.RECURRENCE.run_forward(kernels, *given, save=True, group=group)
-    gradients = cuda.RECURRENCE.run_backward(kernels, *given, checkpoints, case.gy, case.gfinal, group=group)
+    further = dict(r_k=case.r[0, 0].contiguous(), gbonus=case.gy[..., 0].float().contiguous()) if bonus else {}
+    saved = (checkpoints, case.gy, case.gfinal)
+    gradients = cuda.RECURRENCE.run_backward(kernels, *given, *saved, group=group, **further)
     return (y, final, *gradients)[: None if case.state is not None else -1]
 
 
