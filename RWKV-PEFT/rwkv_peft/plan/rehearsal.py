@@ -30,7 +30,7 @@ from ..training.gathering import live_parameters
 from ..training.loss import L2WRAP
 
 DEPTH = 3  # of the model rehearsed: its last block is like all that follow
-TOKENS = 64  # of the smallest row rehearsed: the recurrences' kernels keep a state at each 64th
+TOKENS = 128  # of the smallest row rehearsed: the kernels keep a state at each 64th, some two in the room of one
 VOCABULARY = 64  # of the model rehearsed; the true one counts in logit_bytes alone
 
 
