@@ -70,6 +70,15 @@ def test_any_depth_and_batch_follow_from_three_blocks(device, grad_cp):
         assert told.kept.at(3, 256) + told.work.at(3, 256) == pytest.approx(kept + work, rel=0.03)
 
 
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_what_a_large_model_needs_at_once_on_a_gpu(family):
+    """A few tokens would be outweighed by what its wide layers need."""
+    adapter, config = adapter_of("bat-in", family), family.new_dimensions(3, 2048, 80)
+    *_, work = step_bytes(family, config, adapter, torch.bfloat16, "meta", True, 14, 1024)
+    told = rehearse(family, config, adapter, torch.bfloat16, "meta", True).work
+    assert told.at(14, 1024) == pytest.approx(work, rel=0.01)
+
+
 def test_recomputing_blocks_keeps_their_inputs_alone():
     family = FAMILIES[0]
     adapter, config = adapter_of("bone", family), family.new_dimensions(6, 64, 80, head_size=32)

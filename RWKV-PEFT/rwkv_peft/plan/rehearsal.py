@@ -30,7 +30,10 @@ from ..training.gathering import live_parameters
 from ..training.loss import L2WRAP
 
 DEPTH = 3  # of the model rehearsed: its last block is like all that follow
-TOKENS = 128  # of the smallest row rehearsed: the kernels keep a state at each 64th, some two in the room of one
+# Of the smallest row rehearsed. Kernels keep a state at each 64th, some two in the room of one; and what a step needs
+# at once is linear where activations outweigh what wide layers need, as in long rows, which a CPU has to compute.
+TOKENS = MappingProxyType({"cpu": 128, "meta": 512})
+LOGITS = 64  # rows of them, to find what one needs
 VOCABULARY = 64  # of the model rehearsed; the true one counts in logit_bytes alone
 
 
@@ -89,11 +92,11 @@ class Linear:
     by_token: float
 
     @classmethod
-    def through(cls, one: float, longer: float, wider: float) -> "Linear":
-        """From the bytes of 1 x TOKENS, of 1 x 2 TOKENS and of 2 x TOKENS."""
-        by_token = (longer - one) / TOKENS
+    def through(cls, tokens: int, one: float, longer: float, wider: float) -> "Linear":
+        """From the bytes of a row of `tokens` tokens, of a row of twice as many, and of two rows."""
+        by_token = (longer - one) / tokens
         by_row = wider - longer
-        return cls(one - by_row - by_token * TOKENS, by_row, by_token)
+        return cls(one - by_row - by_token * tokens, by_row, by_token)
 
     def at(self, rows: int, tokens: int) -> int:
         return max(0, round(self.fixed + self.by_row * rows + self.by_token * rows * tokens))
@@ -121,18 +124,18 @@ def rehearse(
     """The Step of a model (its dimensions) and an adapter; dtype that of weights and activations; device "cpu" or
     "meta", which stands for a GPU. Allocates the weights of three blocks on a CPU, without writing to them."""
     depth = min(DEPTH, model.n_layer)
-    shallow = max(1, depth - 1)
+    shallow, length = max(1, depth - 1), TOKENS[device]
+    batches = ((1, length), (1, 2 * length), (2, length))
     found = {
         (blocks, rows, tokens): step_bytes(
             family, replace(model, n_layer=blocks), adapter, dtype, device, grad_cp, rows, tokens
         )
         for blocks in {shallow, depth}
-        for rows, tokens in ((1, TOKENS), (1, 2 * TOKENS), (2, TOKENS))
+        for rows, tokens in batches
     }
 
     def fitted(blocks: int, part: int) -> Linear:
-        batches = ((1, TOKENS), (1, 2 * TOKENS), (2, TOKENS))
-        return Linear.through(*(found[blocks, rows, tokens][part] for rows, tokens in batches))
+        return Linear.through(length, *(found[blocks, rows, tokens][part] for rows, tokens in batches))
 
     def deep(part: int) -> Linear:
         less, more = fitted(shallow, part), fitted(depth, part)
@@ -200,14 +203,14 @@ def _constants(model: torch.nn.Module, adapter: AdapterConfig, family: Family) -
 @functools.cache
 def logit_bytes(vocabulary: int, dtype: torch.dtype, device: str) -> float:
     """What the loss needs at once for each token of a chunk: its logits and their gradient, in whichever form."""
-    hidden = torch.empty(TOKENS, 1, dtype=dtype, device=device)
+    hidden = torch.empty(LOGITS, 1, dtype=dtype, device=device)
     weight = torch.empty(vocabulary, 1, dtype=dtype, device=device)
-    targets = torch.zeros(TOKENS, dtype=torch.long, device=device)
+    targets = torch.zeros(LOGITS, dtype=torch.long, device=device)
     tracker = Tracker()
     tracker.ignore([hidden, weight, targets])
     with tracker:
         cross_entropy_(F.linear(hidden, weight), targets, 1.0, L2WRAP)
-    return tracker.peak / TOKENS
+    return tracker.peak / LOGITS
 
 
 class Counts(NamedTuple):

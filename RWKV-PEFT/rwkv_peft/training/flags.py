@@ -223,8 +223,8 @@ def check_data(data: DataConfig) -> None:
     tokens = data.micro_bsz * data.ctx_len
     if tokens > MOST_TOKENS:
         raise UserError(
-            f"--micro_bsz {data.micro_bsz} rows of --ctx_len {data.ctx_len} are {tokens:,} tokens, and a micro batch has "
-            f"{MOST_TOKENS:,} at most; lower one of them"
+            f"--micro_bsz {data.micro_bsz} rows of --ctx_len {data.ctx_len} are {tokens:,} tokens, and a micro batch "
+            f"has {MOST_TOKENS:,} at most; lower one of them"
         )
     for name in ("mask_id", "mask_end_id"):
         if getattr(data, name) and data.loss_mask not in ("qa", "se"):
