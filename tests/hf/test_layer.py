@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from bone_blocks import fill
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from rwkv_peft.errors import UserError
@@ -252,6 +252,27 @@ def test_a_merge_that_cannot_be_undone_stays(llama):
     with pytest.raises(UserError, match="cannot be undone: an I . B .* has no inverse"):
         model.unmerge_adapter()
     assert layers[0].merged
+
+
+@pytest.mark.parametrize("merge", ("merge_and_unload", "merge_adapter"))
+def test_a_tied_head_is_merged_once_it_has_a_weight_of_its_own(llama, ids, tmp_path, merge):
+    llama.config.tie_word_embeddings = True
+    llama.lm_head.weight = llama.model.embed_tokens.weight
+    untied = copy.deepcopy(llama)
+    model = adapted(llama, "bat-in", target_modules=["q_proj", "lm_head"]).eval()
+    expected, embeddings = logits(model, ids), llama.model.embed_tokens.weight.clone()
+    with pytest.raises(
+        UserError, match=r"lm_head shares its weight with model.embed_tokens, .* base.lm_head.weight = "
+    ):
+        getattr(model, merge)()
+    assert torch.equal(llama.model.embed_tokens.weight, embeddings)
+    assert torch.equal(logits(model, ids), expected)
+    model.save_pretrained(tmp_path)
+    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())
+    untied.config.tie_word_embeddings = False
+    model = PeftModel.from_pretrained(untied, tmp_path)
+    model = getattr(model, merge)() or model
+    torch.testing.assert_close(logits(model, ids), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("before", (False, True), ids=("", "a base that ran before"))

@@ -78,6 +78,43 @@ class BoneModel(tuner_for(BoneLinear)):
         finally:
             del self._undo
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, *args: Any, **settings: Any) -> None:
+        """As peft has it; UserError where a merge would change another module too."""
+        self._check_untied(adapter_names)
+        super().merge_adapter(adapter_names, *args, **settings)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = True,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_untied(adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_untied(self, adapter_names: Sequence[str] | None) -> None:
+        """UserError where a layer to be merged shares its weight with another module, as a head does with embeddings:
+        the adapter has changed the one alone."""
+        modules = dict(self.model.named_modules())
+        owners: dict[int, list[str]] = {}
+        for name, module in modules.items():
+            for parameter in module._parameters.values():
+                owners.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
+        for name, module in modules.items():
+            if not isinstance(module, BoneLinear) or not set(adapter_names or module.active_adapters) & set(
+                module.bone_block
+            ):
+                continue
+            others = [owner for owner in owners.get(id(module.weight), ()) if owner != name]
+            if others:
+                raise UserError(
+                    f"{name} shares its weight with {others[0]}, which merging would change too; load the base anew "
+                    f"and give {name} a weight of its own before it gets the adapter: base.{name}.weight = "
+                    f"torch.nn.Parameter(base.{name}.weight.detach().clone()), base.config.tie_word_embeddings = False"
+                )
+
     @contextmanager
     def _enable_peft_forward_hooks(
         self, *args: Any, adapter_names: Sequence[str] | None = None, **_: Any
