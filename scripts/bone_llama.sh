@@ -6,8 +6,12 @@
 #       sh scripts/bone_llama.sh [--flags]    your model (hub name or folder) and data (hub name, folder or .jsonl)
 #
 # Also read: DATASET_SPLIT, BONE_R, INIT_WEIGHTS (True, bat-in, bat-out, mini), BITS (bf16, fp16, fp32, nf4, int8).
-# --flags go to demo/bone_finetuning.py, which checks them: its own, and every argument of trl's SFTConfig.
+# --flags go to demo/bone_finetuning.py, which checks them: its own, and every argument of trl's SFTConfig;
+# `python demo/bone_finetuning.py --help` lists them.
 set -eu
+case " $* " in
+*" -h "* | *" --help "*) exec sed -n '/^set -eu/q; s/^# \{0,1\}//p' "$0" ;;
+esac
 . "$(dirname "$0")/setup.sh"
 here="$(pwd)"
 install requirements-hf "-r requirements-hf.txt" "$root/requirements-hf.txt"

@@ -198,6 +198,14 @@ def test_the_quick_start(tiny, tmp_path):
         (("--per_device_train_batch_size", "0"), "--per_device_train_batch_size 0 is no number of rows"),
         (("--max_length", "-1"), "--max_length -1 is no number of tokens"),
         (("--learning_rate", "nan"), "--learning_rate nan is no rate"),
+        (("--max_grad_norm", "nan"), "--max_grad_norm nan is no norm"),
+        (("--weight_decay", "-1"), "--weight_decay -1.0 is no decay"),
+        (("--dataloader_num_workers", "-1"), "--dataloader_num_workers -1 is no number of processes"),
+        (("--num_train_epochs", "0"), "--num_train_epochs 0.0 trains nothing"),
+        (("--report_to", "dvclive"), "--report_to dvclive: .*; --report_to none does without"),
+        (("--lr", "1"), "there is no --lr here; it is --learning_rate"),
+        (("--resume", "True"), "there is no --resume here; it is --resume_from_checkpoint True"),
+        (("--base_model_name_or_path", "."), "--base_model_name_or_path . has no config.json"),
         (("--max_length", "2"), "has a token of an answer within --max_length 2"),
         (("--max_seq_length", "64", "--max-length", "32"), "two names of one argument"),
     ],
@@ -213,6 +221,7 @@ def test_a_mistake_is_answered(tiny, tmp_path, flags, message):
         ("", "is empty"),
         ('{"query": "a", "response": null}', "row 1 of .* has no response"),
         ('{"query": "a", "response": "b"}\n{"query": "a"}', "row 2 of .* has no response"),
+        ('{"query": "a", "response": ["b"]}', "row 1 of .* has a list for its response, and text is due"),
         ('{"query": ', "--data_path .*rows.jsonl: "),
         ('{"query": "\xff", "response": "b"}', "--data_path .*rows.jsonl: .*can't decode byte 0xff"),
     ],
@@ -239,6 +248,12 @@ def test_arguments_about_loading_the_model_reach_it(tmp_path):
     config.trust_remote_code = True  # an argument of newer trl alone
     assert finetune_flags.model_settings(config) == {"revision": "main", "trust_remote_code": True}
     assert config.model_init_kwargs is None  # or trl would say that they are ignored
+
+
+def test_a_kernel_that_is_not_installed_is_told_before_the_model_loads(monkeypatch, tmp_path):
+    monkeypatch.setattr("transformers.utils.is_liger_kernel_available", lambda *_: False)
+    with pytest.raises(UserError, match="--use_liger_kernel needs a package that is missing"):
+        run(tmp_path, tmp_path, "--use_liger_kernel", "True")
 
 
 def test_a_data_file_is_known_by_its_ending(tiny, tmp_path):

@@ -24,6 +24,12 @@ def test_it_runs_on_what_it_makes_itself(tmp_path):
     assert (tmp_path / "bone_merged" / "model.safetensors").is_file()
 
 
+def test_help_is_the_scripts_own(tmp_path):
+    done = script({"OUTPUT_DIR": str(tmp_path / "out")}, "--help")
+    assert done.returncode == 0 and "sh scripts/bone_llama.sh [--flags]" in done.stdout
+    assert "INIT_WEIGHTS" in done.stdout and "set -eu" not in done.stdout and not (tmp_path / "out").exists()
+
+
 def test_half_of_a_users_input_is_refused():
     done = script({"BASE_MODEL": "model"})
     assert done.returncode != 0 and "without DATA_PATH" in done.stderr

@@ -40,6 +40,11 @@ def main(argv: list[str]) -> int:
             "give that model, or merge the adapter into it first"
         )
     settings = model_settings(config)
+    if base.exists() and not (base / settings.get("subfolder", "") / "config.json").is_file():
+        raise UserError(
+            f"--base_model_name_or_path {base} has no config.json; give a model's folder, as save_pretrained writes "
+            "it, or a name on the hub"
+        )
     with refusals_of(f"--base_model_name_or_path {arguments.base_model_name_or_path}"):
         tokenizer = AutoTokenizer.from_pretrained(
             arguments.base_model_name_or_path,
@@ -130,6 +135,11 @@ def load_data(arguments: BoneArguments, end: str | None) -> Any:
         for name in (question, answer):
             if row[name] is None:
                 raise UserError(f"row {index + 1} of {arguments.data_path} has no {name}; drop such rows from the file")
+            if not isinstance(row[name], (str, int, float)):
+                raise UserError(
+                    f"row {index + 1} of {arguments.data_path} has a {type(row[name]).__name__} for its {name}, and "
+                    "text is due; write it out as a question and its answer"
+                )
         return {"prompt": f"### USER: {row[question]}\n### ASSISTANT:", "completion": f" {row[answer]}{end or ''}"}
 
     with refusals_of(f"--data_path {arguments.data_path}"):  # text is decoded only here

@@ -1,8 +1,10 @@
 """The arguments of the fine-tuning: Bone's own, and trl's SFTConfig under its older names too."""
 
 import difflib
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -25,6 +27,45 @@ DROPPED = (
     ("overwrite_output_dir", "files of the same name are replaced"),
     ("save_safetensors", "checkpoints are safetensors"),
     ("logging_dir", "TensorBoard's files go to OUTPUT_DIR/runs"),
+)
+# (what is given here, the flags by which train.py and other trainers call it)
+MEANINGS = (
+    ("--base_model_name_or_path", ("load_model", "base_model", "model_name_or_path", "model")),
+    ("--data_path", ("data_file", "data", "dataset", "dataset_name", "train_file")),
+    ("--dataset_field", ("sft_field",)),
+    ("--dataset_split", ("sft_split", "train_split")),
+    ("--output_dir", ("proj_dir", "out_dir", "save_dir")),
+    ("--bits", ("quant", "precision", "dtype", "torch_dtype")),
+    ("--bits nf4", ("load_in_4bit",)),
+    ("--bits int8", ("load_in_8bit",)),
+    ("--bone_r", ("r", "rank")),
+    ("--init_weights", ("bone_mode",)),
+    ("--bone_r and --init_weights", ("bone_config", "peft", "peft_config")),
+    ("--merge_and_save", ("merge_on_save", "merge")),
+    ("--learning_rate", ("lr", "lr_init")),
+    ("--lr_scheduler_type", ("lr_schedule", "lr_scheduler")),
+    ("--num_train_epochs", ("epoch_count", "num_epochs", "epochs")),
+    ("--per_device_train_batch_size", ("micro_bsz", "batch_size", "train_batch_size")),
+    ("--gradient_accumulation_steps", ("accumulate_grad_batches", "grad_accum")),
+    ("--gradient_checkpointing True", ("grad_cp",)),
+    ("--max_grad_norm", ("gradient_clip_val", "grad_clip")),
+    ("--max_length", ("ctx_len", "seq_length", "block_size", "cutoff_len")),
+    ("--save_steps with --save_strategy steps", ("save_every",)),
+    ("--save_total_limit", ("keep_checkpoints",)),
+    ("--resume_from_checkpoint True", ("resume",)),
+    ("--seed", ("random_seed",)),
+    ("--report_to wandb", ("wandb",)),
+)
+SYNONYMS = MappingProxyType({f"--{name}": ours for ours, names in MEANINGS for name in names})
+# (argument, the least and what it is below, what is wrong with others)
+NUMBERS = (
+    ("per_device_train_batch_size", 1, math.inf, "is no number of rows; give 1 or more"),
+    ("gradient_accumulation_steps", 1, math.inf, "is no number of batches; give 1 or more"),
+    ("max_length", 1, math.inf, "is no number of tokens; give 1 or more, or a large one for no limit"),
+    ("learning_rate", 0, math.inf, "is no rate; give a number such as 2e-5"),
+    ("weight_decay", 0, math.inf, "is no decay; give 0, or a number such as 0.01"),
+    ("max_grad_norm", 0, math.inf, "is no norm; give a number such as 1, or 0 to clip nothing"),
+    ("dataloader_num_workers", 0, math.inf, "is no number of processes; give 0 or more"),
 )
 
 
@@ -63,23 +104,22 @@ def parse(argv: list[str]) -> tuple[BoneArguments, Any]:
     )
     parser = HfArgumentParser((BoneArguments, SFTConfig), allow_abbrev=False, prog="bone_finetuning.py")
     parser.error = refuse
+    for part in argv:
+        if part.startswith("--") and part not in parser._option_string_actions:
+            refuse_unknown(part, parser._option_string_actions)
     with refusals_of("these arguments"):
         arguments, config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
-        raise UserError(f"there is no {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        refuse_unknown(unknown[0], parser._option_string_actions)
     if arguments.bits not in BITS:
         raise UserError(f"--bits {arguments.bits} is unknown; give {', '.join(BITS)}")
-    for name, unit in (("per_device_train_batch_size", "rows"), ("gradient_accumulation_steps", "batches")):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)} is no number of {unit}; give 1 or more")
-    if config.max_length is not None and config.max_length < 1:
-        raise UserError(
-            f"--max_length {config.max_length} is no number of tokens; give 1 or more, or a large one for no limit"
-        )
-    if not 0 <= config.learning_rate < float("inf"):
-        raise UserError(f"--learning_rate {config.learning_rate} is no rate; give a number such as 2e-5")
+    for name, least, below, problem in NUMBERS:
+        number = getattr(config, name)
+        if number is not None and not least <= number < below:
+            raise UserError(f"--{name} {number} {problem}")
+    if config.max_steps < 1 and not 0 < config.num_train_epochs < math.inf:
+        raise UserError(f"--num_train_epochs {config.num_train_epochs} trains nothing; give a number above 0")
+    check_installed(config)
     targets = arguments.target_modules or ()
     if len(targets) > 1 and "all-linear" in targets:
         raise UserError(f"--target_modules {' '.join(targets)}: all-linear stands alone; leave the names or it out")
@@ -90,6 +130,29 @@ def parse(argv: list[str]) -> tuple[BoneArguments, Any]:
 
 def refuse(message: str) -> NoReturn:
     raise UserError(f"{message}; see bone_finetuning.py --help")
+
+
+def refuse_unknown(word: str, known: Collection[str]) -> NoReturn:
+    """Raise UserError for a flag or word that is not known."""
+    if word in SYNONYMS:
+        raise UserError(f"there is no {word} here; it is {SYNONYMS[word]}")
+    near = difflib.get_close_matches(word, known, 1)
+    raise UserError(f"there is no {word}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+
+
+def check_installed(config: Any) -> None:
+    """UserError for an argument whose package is missing, of which the trainer says so late or in a traceback."""
+    from transformers.integrations import get_reporting_integration_callbacks
+    from transformers.utils import is_liger_kernel_available
+
+    for name in config.report_to:
+        try:
+            for callback in get_reporting_integration_callbacks([name]):
+                callback()
+        except (ValueError, ImportError, RuntimeError) as error:
+            raise UserError(f"--report_to {name}: {error}; --report_to none does without") from error
+    if config.use_liger_kernel and not is_liger_kernel_available():
+        raise UserError("--use_liger_kernel needs a package that is missing: pip install liger-kernel, or leave it out")
 
 
 def adapt(argv: list[str], known: Collection[str], accelerator: bool, cuda: bool) -> list[str]:
