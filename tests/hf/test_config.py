@@ -98,6 +98,17 @@ def test_a_target_that_matches_nothing_is_refused(llama):
         get_peft_model(llama, BoneConfig(r=4, target_modules=["nothing_like_it"]))
 
 
+def test_a_name_that_is_passed_over_is_told(llama):
+    settings = {"target_modules": ["q_proj", "k_prog"], "modules_to_save": ["lm_hed", "score"]}
+    with pytest.warns(UserWarning) as told:
+        get_peft_model(llama, BoneConfig(r=4, **settings))
+    said = [str(warning.message) for warning in told if "passed over" in str(warning.message)]
+    assert said == [
+        "'k_prog' of target_modules is no module of the model, and is passed over",
+        "'lm_hed' of modules_to_save is no module of the model, and is passed over",
+    ]
+
+
 def test_trainable_parameters_are_counted(llama, capsys):
     model = get_peft_model(llama, BoneConfig(r=4, target_modules=["q_proj"], init_weights="bat-in"))
     model.print_trainable_parameters()

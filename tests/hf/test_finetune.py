@@ -250,6 +250,12 @@ def test_arguments_about_loading_the_model_reach_it(tmp_path):
     assert config.model_init_kwargs is None  # or trl would say that they are ignored
 
 
+def test_an_adapter_that_diverged_is_not_saved(tiny, tmp_path):
+    with pytest.raises(UserError, match="training has diverged: .* is not finite, .* lower --learning_rate 1e\\+30"):
+        run(tiny, tmp_path, "--bits", "fp32", "--max_steps", "3", "--learning_rate", "1e30")
+    assert not (tmp_path / "bone_ft").exists()
+
+
 def test_a_kernel_that_is_not_installed_is_told_before_the_model_loads(monkeypatch, tmp_path):
     monkeypatch.setattr("transformers.utils.is_liger_kernel_available", lambda *_: False)
     with pytest.raises(UserError, match="--use_liger_kernel needs a package that is missing"):

@@ -255,6 +255,14 @@ def test_a_merge_that_cannot_be_undone_stays(llama):
 
 
 @pytest.mark.parametrize("merge", ("merge_and_unload", "merge_adapter"))
+def test_merging_an_adapter_that_is_not_there_is_refused(llama, merge):
+    model = adapted(llama, True, target_modules=["q_proj"])
+    with pytest.raises(UserError, match="there is no adapter 'second'; give a list of some of default"):
+        getattr(model, merge)(adapter_names=["second"])
+    assert any(isinstance(layer, BoneLinear) for layer in model.modules())
+
+
+@pytest.mark.parametrize("merge", ("merge_and_unload", "merge_adapter"))
 def test_a_tied_head_is_merged_once_it_has_a_weight_of_its_own(llama, ids, tmp_path, merge):
     llama.config.tie_word_embeddings = True
     llama.lm_head.weight = llama.model.embed_tokens.weight

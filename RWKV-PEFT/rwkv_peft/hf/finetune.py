@@ -74,6 +74,7 @@ def main(argv: list[str]) -> int:
         trainer.model.print_trainable_parameters()
     trainer.train(resume_from_checkpoint=resumed)
     trainer.save_state()
+    check_finite(trainer.model, config.learning_rate)
     adapter = Path(config.output_dir) / "bone_ft"
     trainer.save_model(str(adapter))
     if trainer.is_world_process_zero():
@@ -153,6 +154,16 @@ def check_targets(targets: Sequence[str], model: nn.Module) -> None:
         if target != "all-linear" and not any(name == target or name.endswith("." + target) for name in names):
             leaves = sorted({name.rpartition(".")[2] for name in names})
             raise UserError(f"--target_modules {target} matches no linear layer; there are {', '.join(leaves)}")
+
+
+def check_finite(model: nn.Module, rate: float) -> None:
+    """UserError where training has spoilt the adapter."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise UserError(
+                f"training has diverged: {name} is not finite, and the adapter is not saved; lower "
+                f"--learning_rate {rate}"
+            )
 
 
 def merge_and_save(

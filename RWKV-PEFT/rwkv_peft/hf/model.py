@@ -1,6 +1,7 @@
 """BoneModel: puts Bone's layers into a Hugging Face model, through peft's machinery."""
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,12 +35,27 @@ NEVER_CALLED = (
     "WavLMAttention.v_proj",
     "WavLMAttention.out_proj",
 )
+CLASSIFIERS = (
+    "classifier",
+    "score",
+    "qa_outputs",
+)  # peft adds them to modules_to_save by the task, either or none there
 
 
 def default_targets() -> dict[str, list[str]]:
     """peft's own choice of target modules by model type: that of MiSS, or of LoRA where MiSS has none."""
     names = ("TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING", "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING")
     return next((dict(getattr(utils, name)) for name in names if hasattr(utils, name)), {})
+
+
+def warn_of_strangers(setting: str, given: Collection[str] | str | None, model: nn.Module) -> None:
+    """Warn of names in a list that are the end of no module's name: peft passes over them where another one matches."""
+    if given is None or isinstance(given, str):
+        return
+    modules = [f".{name}" for name, _ in model.named_modules()]
+    for name in sorted(set(given) - set(CLASSIFIERS)):
+        if not any(module.endswith(f".{name}") for module in modules):
+            warnings.warn(f"{name!r} of {setting} is no module of the model, and is passed over", stacklevel=2)
 
 
 class BoneModel(tuner_for(BoneLinear)):
@@ -68,6 +84,8 @@ class BoneModel(tuner_for(BoneLinear)):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **settings: Any) -> None:
         """As peft has it; what cannot be honoured leaves the model as it was."""
+        config = self.peft_config[adapter_name]  # where it leaves the targets open, peft fills them in below
+        given = {setting: getattr(config, setting) for setting in ("target_modules", "modules_to_save")}
         self._undo: list[Callable[[], object]] = []
         try:
             super().inject_adapter(model, adapter_name, *args, **settings)
@@ -77,10 +95,13 @@ class BoneModel(tuner_for(BoneLinear)):
             raise
         finally:
             del self._undo
+        if not config.from_file:
+            for setting, names in given.items():
+                warn_of_strangers(setting, names, model)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, *args: Any, **settings: Any) -> None:
-        """As peft has it; UserError where a merge would change another module too."""
-        self._check_untied(adapter_names)
+        """As peft has it; UserError where a merge would change another module too, or for an unknown adapter."""
+        self._check_merge(adapter_names)
         super().merge_adapter(adapter_names, *args, **settings)
 
     def _unload_and_optionally_merge(
@@ -91,12 +112,18 @@ class BoneModel(tuner_for(BoneLinear)):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self._check_untied(adapter_names)
+            self._check_merge(adapter_names)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
-    def _check_untied(self, adapter_names: Sequence[str] | None) -> None:
-        """UserError where a layer to be merged shares its weight with another module, as a head does with embeddings:
-        the adapter has changed the one alone."""
+    def _check_merge(self, adapter_names: Sequence[str] | None) -> None:
+        """UserError for an adapter that is not there, and where a layer to be merged shares its weight with another
+        module, as a head does with embeddings: the adapter has changed the one alone."""
+        unknown = [name for name in adapter_names or () if name not in self.peft_config]
+        if unknown:
+            raise UserError(
+                f"adapter_names={adapter_names!r}: there is no adapter {unknown[0]!r}; give a list of some of "
+                f"{', '.join(self.peft_config)}"
+            )
         modules = dict(self.model.named_modules())
         owners: dict[int, list[str]] = {}
         for name, module in modules.items():
