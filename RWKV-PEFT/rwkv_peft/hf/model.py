@@ -35,11 +35,7 @@ NEVER_CALLED = (
     "WavLMAttention.v_proj",
     "WavLMAttention.out_proj",
 )
-CLASSIFIERS = (
-    "classifier",
-    "score",
-    "qa_outputs",
-)  # peft adds them to modules_to_save by the task, either or none there
+CLASSIFIERS = ("classifier", "score", "qa_outputs")  # peft names them in modules_to_save by the task, there or not
 
 
 def default_targets() -> dict[str, list[str]]:
