@@ -31,6 +31,16 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return "TEXT" if action.type is None else "N"
 
 
+def refuse_unknown(flag: str, known: Iterable[str], synonyms: Mapping[str, str], otherwise: str) -> NoReturn:
+    """Raise UserError for a flag or word that is not among the known: with what it means here, {flag: what is given
+    here} of synonyms, else with the nearest, else with what to do `otherwise`."""
+    meant = synonyms.get("--" + flag[2:].replace("-", "_")) if flag.startswith("--") else None
+    if meant:
+        raise UserError(f"there is no {flag} here; it is {meant}")
+    near = difflib.get_close_matches(flag, list(known), 1)
+    raise UserError(f"there is no {flag}; " + (f"did you mean {near[0]}?" if near else otherwise))
+
+
 class Parser(argparse.ArgumentParser):
     """Flags are never abbreviated; an unknown one is refused, before one that is missing, with the one of its meaning,
     {flag: what is given here} of synonyms, or else with the nearest that exists; so is an unknown value, whose meanings
@@ -61,11 +71,7 @@ class Parser(argparse.ArgumentParser):
 
     def refuse(self, flag: str) -> NoReturn:
         """Raise UserError for a flag or word that is not known."""
-        meant = self.synonyms.get("--" + flag[2:].replace("-", "_")) if flag.startswith("--") else None
-        if meant:
-            raise UserError(f"there is no {flag} here; it is {meant}")
-        near = difflib.get_close_matches(flag, self._option_string_actions, 1)
-        raise UserError(f"there is no {flag}" + (f"; did you mean {near[0]}?" if near else f"; see {self.prog} --help"))
+        refuse_unknown(flag, self._option_string_actions, self.synonyms, f"see {self.prog} --help")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         try:

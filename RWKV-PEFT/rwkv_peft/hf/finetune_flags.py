@@ -1,6 +1,5 @@
 """The arguments of the fine-tuning: Bone's own, and trl's SFTConfig under its older names too."""
 
-import difflib
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
@@ -9,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from ..cli import refuse_unknown
 from ..errors import UserError
 from .config import BoneConfig
 from .refusals import refusals_of
@@ -106,11 +106,11 @@ def parse(argv: list[str]) -> tuple[BoneArguments, Any]:
     parser.error = refuse
     for part in argv:
         if part.startswith("--") and part not in parser._option_string_actions:
-            refuse_unknown(part, parser._option_string_actions)
+            refuse_unknown(part, parser._option_string_actions, SYNONYMS, "see --help")
     with refusals_of("these arguments"):
         arguments, config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
-        refuse_unknown(unknown[0], parser._option_string_actions)
+        refuse_unknown(unknown[0], parser._option_string_actions, SYNONYMS, "see --help")
     if arguments.bits not in BITS:
         raise UserError(f"--bits {arguments.bits} is unknown; give {', '.join(BITS)}")
     for name, least, below, problem in NUMBERS:
@@ -130,14 +130,6 @@ def parse(argv: list[str]) -> tuple[BoneArguments, Any]:
 
 def refuse(message: str) -> NoReturn:
     raise UserError(f"{message}; see bone_finetuning.py --help")
-
-
-def refuse_unknown(word: str, known: Collection[str]) -> NoReturn:
-    """Raise UserError for a flag or word that is not known."""
-    if word in SYNONYMS:
-        raise UserError(f"there is no {word} here; it is {SYNONYMS[word]}")
-    near = difflib.get_close_matches(word, known, 1)
-    raise UserError(f"there is no {word}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
 
 
 def check_installed(config: Any) -> None:
