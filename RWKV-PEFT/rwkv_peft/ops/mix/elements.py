@@ -93,7 +93,9 @@ class SharedValueResidual(ValueResidual):
     give, instead of having it added up."""
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, first: Tensor, low: Tensor, v0: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, v: Tensor, first: Tensor, low: Tensor, v0: Tensor
+    ) -> tuple[Tensor, ...]:
         out = ValueResidual.forward(ctx, v, first, low, v0)
         ctx.set_materialize_grads(False)
         return out, out.detach(), first

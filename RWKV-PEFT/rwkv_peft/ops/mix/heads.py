@@ -20,7 +20,7 @@ class NormGate(Function):
         ctx.save_for_backward(y, g, weight, bias)
         ctx.eps = eps
         out = torch.empty_like(g)
-        call("norm_gate_forward", y, dict(y=y, g=g, weight=weight, bias=bias, out=out), eps=eps, **_sizes(y))
+        call("norm_gate_forward", y, dict(y=y, g=g, weight=weight, bias=bias, out=out), eps=eps, **head_sizes(y))
         return out
 
     @staticmethod
@@ -30,7 +30,7 @@ class NormGate(Function):
         gy, gg = torch.empty_like(y), torch.empty_like(g)
         sums = sums_like((weight, bias), any(ctx.needs_input_grad[2:4]))
         tensors = dict(y=y, g=g, weight=weight, bias=bias, grad=grad, gy=gy, gg=gg, gweight=sums[0], gbias=sums[1])
-        call("norm_gate_backward", y, tensors, eps=ctx.eps, **_sizes(y))
+        call("norm_gate_backward", y, tensors, eps=ctx.eps, **head_sizes(y))
         return gy, gg, *rounded(sums, weight.dtype), None
 
 
@@ -42,7 +42,7 @@ class DeltaKeys(Function):
         ctx.save_for_backward(k, low, a0, k_k, k_a)
         key, a, b = outs = tuple(torch.empty_like(k) for _ in range(3))
         tensors = dict(k=k, low=low, a0=a0, k_k=k_k, k_a=k_a, key=key, a=a, b=b)
-        call("delta_keys_forward", k, tensors, **_sizes(k))
+        call("delta_keys_forward", k, tensors, **head_sizes(k))
         return outs
 
     @staticmethod
@@ -53,7 +53,7 @@ class DeltaKeys(Function):
         sums = sums_like((a0, k_k, k_a), any(ctx.needs_input_grad[2:]))
         tensors = dict(k=k, low=low, a0=a0, k_k=k_k, k_a=k_a, gkey=gkey, ga=ga, gb=gb, gk=gk, glow=glow)
         tensors |= dict(zip(("ga0", "gk_k", "gk_a"), sums))
-        call("delta_keys_backward", k, tensors, **_sizes(k))
+        call("delta_keys_backward", k, tensors, **head_sizes(k))
         return gk, glow, *rounded(sums, k.dtype)
 
 
@@ -77,7 +77,7 @@ class NormBonusGate(Function):
         ctx.eps = eps
         out = torch.empty_like(g)
         tensors = dict(y=y, r=r, k=k, v=v, g=g, r_k=r_k, weight=weight, bias=bias, out=out)
-        call("norm_bonus_gate_forward", y, tensors, eps=eps, **_sizes(y))
+        call("norm_bonus_gate_forward", y, tensors, eps=eps, **head_sizes(y))
         return out
 
     @staticmethod
@@ -88,10 +88,11 @@ class NormBonusGate(Function):
         sums = sums_like((r_k, weight, bias), any(ctx.needs_input_grad[5:8]))
         tensors = dict(y=y, r=r, k=k, v=v, g=g, r_k=r_k, weight=weight, bias=bias, grad=grad)
         tensors |= dict(zip("gy gr gk gv gg gr_k gweight gbias".split(), (*gradients, *sums)))
-        call("norm_bonus_gate_backward", y, tensors, eps=ctx.eps, **_sizes(y))
+        call("norm_bonus_gate_backward", y, tensors, eps=ctx.eps, **head_sizes(y))
         return *gradients, *rounded(sums, weight.dtype), None
 
 
-def _sizes(like: Tensor) -> dict[str, int]:
+def head_sizes(like: Tensor) -> dict[str, int]:
+    """What kernels are told of a tensor (B, T, H, N)."""
     B, T, H, N = like.shape
     return dict(tokens=B * T, heads=H, size=N)

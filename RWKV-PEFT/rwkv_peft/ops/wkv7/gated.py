@@ -12,6 +12,7 @@ from torch.autograd import Function
 
 from ..mix import norm_bonus_gate
 from ..mix.functions import call, differentiable_once
+from ..mix.heads import head_sizes
 from ..mix.op import norms_fused
 from ..recurrence.checks import as_int64, check
 from .cuda import CHUNKED_SIZE, RECURRENCE
@@ -70,7 +71,7 @@ class WKV7Gated(Function):
         y, final_state, checkpoints = RECURRENCE.forward(*rows, state, bounds, save=True)
         out, bonus = torch.empty_like(g), y.new_empty(y.shape[:3], dtype=torch.float32)
         given = dict(y=y, r=rows[0], k=rows[2], v=v, g=g, r_k=r_k, weight=weight, bias=bias)
-        call("norm_bonus_gate_forward", y, given | dict(out=out, bonus=bonus), eps=eps, **_sizes(y))
+        call("norm_bonus_gate_forward", y, given | dict(out=out, bonus=bonus), eps=eps, **head_sizes(y))
         ctx.save_for_backward(*rows, state, bounds, checkpoints, y, bonus, v, g, r_k, weight, bias)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
@@ -88,11 +89,6 @@ class WKV7Gated(Function):
             return None, None if state is None else gstate, None, *found, *5 * (None,)
         gy, gv, gg, gbonus = (torch.empty_like(x) for x in (y, v, g, bonus))
         given = dict(y=y, v=v, g=g, grad=grad, bonus=bonus, weight=weight, bias=bias)
-        call("bonus_gate_backward", y, given | dict(gy=gy, gv=gv, gg=gg, gbonus=gbonus), eps=ctx.eps, **_sizes(y))
+        call("bonus_gate_backward", y, given | dict(gy=gy, gv=gv, gg=gg, gbonus=gbonus), eps=ctx.eps, **head_sizes(y))
         *found, gstate = RECURRENCE.backward(*kept, gy, gfinal, r_k=r_k, gbonus=gbonus)
         return None, None if state is None else gstate, None, *found, gv, gg, None, None, None
-
-
-def _sizes(y: Tensor) -> dict[str, int]:
-    B, T, H, N = y.shape
-    return dict(tokens=B * T, heads=H, size=N)
