@@ -15,7 +15,7 @@ SCORED, ROLLING, WRITTEN = "loglikelihood", "loglikelihood_rolling", "generate_u
 MAX_TOKENS = 256  # where a task names no other, as lm_eval has it
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given counts
 SAMPLES = ("do_sample", "temperature", "top_p", "top_k")
-NEUTRAL = {"num_beams": 1}.items()  # what a task may say that is so anyway
+NEUTRAL = (("num_beams", 1),)  # what a task may say that is so anyway
 
 Answer = tuple[float, bool] | float | str  # of a continuation, of a whole text, of what is written
 
