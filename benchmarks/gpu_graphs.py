@@ -79,7 +79,7 @@ def compare(version, method, args, device):
     config = family.new_dimensions(layers, channels, args.vocab, dim_ffn=ffn)
     weights = steps.random_weights(family, config, {"device": device, "dtype": torch.bfloat16})
     found = {}
-    for name, step in (("eager", Whole()), ("graphs", Graphed())):
+    for name, step in (("eager", Whole()), ("graphs", Graphed([args.tokens]))):
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         found[name] = run(step, *made(family, config, weights, method, args.rank), args, args.vocab, device)

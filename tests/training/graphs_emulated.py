@@ -33,6 +33,8 @@ class Graph(TorchDispatchMode):
     def results(self, func, out):
         """The tensors of a call's result that it made itself, in order."""
         made = [result.alias_info is None for result in func._schema.returns]
+        if not made:
+            return []
         outs = out if isinstance(out, (tuple, list)) and len(made) > 1 else [out]
         pairs = zip(made, outs) if len(made) == len(outs) else ((made[0], one) for one in outs)
         return [leaf for own, one in pairs if own for leaf in tree_leaves(one) if isinstance(leaf, torch.Tensor)]

@@ -15,7 +15,7 @@ import torch
 from ..adapters.groups import learning_ratios
 from ..adapters.methods import method_of
 from ..cli import counted
-from ..config import RunConfig, TrainConfig
+from ..config import RunConfig
 from ..data.recorded import ENTRY, RUN
 from ..data.samples import Samples
 from ..errors import ending_at_ctrl_c
@@ -28,7 +28,7 @@ from ..names import STATE
 from .checkpoints import find_checkpoint, telling_refusals
 from .examiner import Examiner
 from .gathering import live_parameters
-from .graphs import Graphed
+from .graphs import Graphed, recorded_lengths
 from .loggers import make_loggers
 from .meeting import Ranks
 from .saver import Saver
@@ -36,10 +36,13 @@ from .steps import Segments, Step, Whole
 from .validate import Validator
 
 
-def step_of(train: TrainConfig) -> Step:
+def step_of(config: RunConfig) -> Step:
     """What a step computes of a batch: whole rows, their blocks replayed where they are to be, or segments of them."""
+    train, data = config.train, config.data
+    if train.cuda_graphs:
+        return Graphed(recorded_lengths(data.ctx_len, padded=data.dataload == "pad"))
     if not train.chunk_ctx:
-        return Graphed() if train.cuda_graphs else Whole()
+        return Whole()
     return Segments(train.chunk_ctx, train.bptt_segments, together="stage_3" in train.strategy)
 
 
@@ -107,7 +110,7 @@ def fit(
     if STATE in config.adapter.train_parts and not config.adapter.states_alone:
         ratios += ((TIME_STATE, train.state_lr / train.lr_init),)
     rates = family if train.layerwise_lr else None
-    lit = Lit(model, train, step_of(train), plan.total_steps, plan.first_step, rates, ratios)
+    lit = Lit(model, train, step_of(config), plan.total_steps, plan.first_step, rates, ratios)
     accumulate = train.accumulate_grad_batches
     trainer = pl.Trainer(
         accelerator=accelerator,

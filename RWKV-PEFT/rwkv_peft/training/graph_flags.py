@@ -15,7 +15,7 @@ def check_graphs(train: TrainConfig, adapter: AdapterConfig, data: DataConfig) -
         (train.grad_cp, "--grad_cp 1", "a graph keeps what backward needs"),
         (train.compile, "--compile", "both take the blocks"),
         (train.chunk_ctx > 0, f"--chunk_ctx {train.chunk_ctx}", "segments hand states on, and a graph takes none"),
-        (data.dataload != "get", f"--dataload {data.dataload}", "a graph is of one shape, as the rows of get are"),
+        (data.dataload == "pack", "--dataload pack", "a graph is of one number of documents, and rows hold any"),
         (adapter.quant != "none", f"--quant {adapter.quant}", "a quantized weight's tables are made at each product"),
         (adapter.dropout > 0, f"dropout {adapter.dropout:g}", "a graph repeats what was drawn"),
     ):

@@ -11,37 +11,78 @@ nothing may be pinned, and a thread pins the batches to come. And it differentia
 hooks the engine has tied to the default stream.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from ..errors import UserError, told
 from ..models.parts import LanguageModel
 from .steps import Batch, Whole, loss_of
 
 WARM_UP = 2  # passes before recording: the first builds kernels, and libraries choose and allocate
+LENGTHS = 4  # that rows of many lengths are padded to: a graph each
+MULTIPLE = 64  # of tokens: what the recurrences' kernels take at a time
+
+
+def recorded_lengths(ctx_len: int, padded: bool) -> tuple[int, ...]:
+    """The lengths of rows to record, the longest first: ctx_len, and parts of it where rows are `padded`."""
+    steps = range(LENGTHS, 0, -1) if padded else (LENGTHS,)
+    rounded = [-(-ctx_len * step // (LENGTHS * MULTIPLE)) * MULTIPLE for step in steps]
+    return tuple(dict.fromkeys(min(ctx_len, length) for length in rounded))
 
 
 class Graphed(Whole):
-    """Whole, with blocks that are recorded at the first batch that has gradients, and replayed at each other of its
-    shape; batches of another shape, and those without gradients, go through the blocks themselves."""
+    """Whole, with blocks that are recorded at the first batch that has gradients, once for each length of rows, and
+    replayed from then on: shorter rows are padded to the next of the lengths, behind their end, where nothing reaches
+    them. Batches without gradients go through the blocks themselves."""
 
-    def __init__(self) -> None:
-        self.graphs: BlockGraphs | None = None
+    def __init__(self, lengths: Sequence[int]) -> None:
+        """lengths: the longest first, so that the others' activations find room in its memory."""
+        self.lengths = lengths
+        self.graphs: dict[int, BlockGraphs] = {}
 
     def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
         assert isinstance(model, LanguageModel)
-        tokens = batch["tokens"]
-        fits = self.graphs is None or tokens.shape == self.graphs.x.shape[:2]
-        if not torch.is_grad_enabled() or not fits:
+        if not torch.is_grad_enabled():
             return super().loss(model, batch, count)
-        x = model.emb(tokens)
-        if self.graphs is None:
-            self.graphs = BlockGraphs(model, x)
-        loss: torch.Tensor = model.head(model.ln_out(self.graphs(x)), loss_of(batch, count))
+        tokens = batch["tokens"]
+        rows, size = tokens.shape
+        length = min(length for length in self.lengths if length >= size)
+        x = model.emb(F.pad(tokens, (0, length - size)))
+        if not self.graphs:
+            self.record(model, x, rows)
+        y = self.graphs[length](x)[:, :size]
+        loss: torch.Tensor = model.head(model.ln_out(y), loss_of(batch, count))
         return loss
+
+    def record(self, model: LanguageModel, x: torch.Tensor, rows: int) -> None:
+        """Record all lengths of so many rows, for inputs like x (B, T, C) but for its shape: what does not fit memory
+        shows in the first step."""
+        for length in self.lengths:
+            zeros = torch.zeros(rows, length, x.shape[2], dtype=x.dtype, device=x.device)
+            leader = self.graphs.get(self.lengths[0])
+            self.graphs[length] = BlockGraphs(model, zeros.requires_grad_(x.requires_grad), leader)
+
+
+@contextmanager
+def recording(graph: Any, pool: Any) -> Iterator[None]:
+    """What is launched meanwhile goes into a torch.cuda.CUDAGraph, with memory of a pool. Raises UserError where it
+    cannot."""
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UserError(
+            f"--cuda_graphs 1: this GPU's driver cannot record what the blocks do ({told(error)}); leave it out"
+        ) from error
 
 
 class Blocks(nn.Module):
@@ -59,11 +100,14 @@ class Blocks(nn.Module):
 class BlockGraphs:
     """The blocks of a model as CUDA graphs, for inputs like x (B, T, C), on its GPU.
 
-    To be made when the engine has put the parameters where they stay. A call's backward must come before the next call.
+    To be made when the engine has put the parameters where they stay. A call's backward must come before the next call
+    of it, or of those that share its memory: the activations', and that of the parameters' gradients.
     """
 
-    def __init__(self, model: LanguageModel, x: torch.Tensor) -> None:
-        self.blocks, self.x, self.calls = Blocks(model), x.detach().clone(), 0
+    def __init__(self, model: LanguageModel, x: torch.Tensor, leader: "BlockGraphs | None" = None) -> None:
+        """leader: those of larger inputs, whose memory these take too."""
+        self.blocks, self.x, self.calls = Blocks(model), x.detach(), 0
+        self.leader = leader or self
         self.parameters = {
             name: parameter
             for name, parameter in self.blocks.named_parameters()
@@ -73,14 +117,18 @@ class BlockGraphs:
         self.warm_up()
         self.addresses = self.current_addresses()
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(self.forward_graph, pool=pool, capture_error_mode="thread_local"):
+        self.pool: Any = torch.cuda.graph_pool_handle() if leader is None else leader.pool
+        with recording(self.forward_graph, self.pool):
             y, inputs = self.compute()
         self.y, self.gy = y.detach(), torch.zeros_like(y)
-        self.gradients: tuple[torch.Tensor, ...] = ()
+        self.gradients: list[torch.Tensor] = []
         if inputs:
-            with torch.cuda.graph(self.backward_graph, pool=pool, capture_error_mode="thread_local"):
-                self.gradients = torch.autograd.grad(y, inputs, self.gy)
+            with recording(self.backward_graph, self.pool):
+                self.gradients = [*torch.autograd.grad(y, inputs, self.gy)]
+                if leader is not None and self.parameters:
+                    own, shared = (graphs.gradients[-len(self.parameters) :] for graphs in (self, leader))
+                    torch._foreach_copy_(shared, own)
+                    self.gradients[-len(self.parameters) :] = shared
 
     def compute(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """y (B, T, C), and the tensors to differentiate it in: x where that is due, and stand-ins for the parameters,
@@ -115,7 +163,7 @@ class BlockGraphs:
 
     def replay_forward(self, x: torch.Tensor) -> torch.Tensor:
         assert self.current_addresses() == self.addresses, "parameters have moved since the blocks were recorded"
-        self.calls += 1
+        self.leader.calls += 1
         self.x.copy_(x)
         self.forward_graph.replay()
         return self.y.detach()
@@ -135,11 +183,11 @@ class Replayed(Function):
     @staticmethod
     def forward(ctx: Any, graphs: BlockGraphs, x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
         y = graphs.replay_forward(x)
-        ctx.graphs, ctx.call = graphs, graphs.calls
+        ctx.graphs, ctx.call = graphs, graphs.leader.calls
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        assert ctx.call == ctx.graphs.calls, "what backward needs of this call was overwritten by a later one"
+        assert ctx.call == ctx.graphs.leader.calls, "what backward needs of this call was overwritten by a later one"
         return None, *ctx.graphs.replay_backward(gy)
