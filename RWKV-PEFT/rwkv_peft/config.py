@@ -457,8 +457,8 @@ class TrainConfig:
     cuda_graphs: bool = setting(
         False,
         "on a GPU, record the launches of all blocks, forward and backward, in the first step and replay them: for "
-        "small micro batches, whose launches take longer than they do; rows of --dataload pad are padded on to a quarter, "
-        "half, three quarters or all of --ctx_len",
+        "small micro batches, whose launches take longer than they do; rows of --dataload pad are padded on to a "
+        "quarter, half, three quarters or all of --ctx_len",
         group="machine",
         type=switch,
         metavar="0|1",

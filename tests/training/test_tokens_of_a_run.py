@@ -28,8 +28,8 @@ def train(tmp_path, tiny_state, monkeypatch, capsys):
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     given = []
 
-    def fit(config, family, model, trainable, samples, *rest):
-        given.append(samples)
+    def fit(prepared, say):
+        given.append(prepared.samples)
         return 0, ""
 
     monkeypatch.setattr(run, "fit", fit)

@@ -6,44 +6,24 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from ..adapters.groups import learning_ratios
-from ..adapters.methods import method_of
 from ..cli import counted
-from ..config import RunConfig
 from ..data.recorded import ENTRY, RUN
-from ..data.samples import Samples
 from ..errors import ending_at_ctrl_c
 from ..files.atomic import atomic_write
 from ..memory import keep_freed_memory
-from ..models.family import Family
-from ..models.parts import LanguageModel
-from ..models.state import TIME_STATE
-from ..names import STATE
+from ..plots import METRICS, plot_loss
 from .checkpoints import find_checkpoint, telling_refusals
-from .examiner import Examiner
-from .gathering import live_parameters
-from .graphs import Graphed, recorded_lengths
 from .loggers import make_loggers
-from .meeting import Ranks
-from .saver import Saver
-from .steps import Segments, Step, Whole
-from .validate import Validator
+from .prepared import Prepared
 
-
-def step_of(config: RunConfig) -> Step:
-    """What a step computes of a batch: whole rows, their blocks replayed where they are to be, or segments of them."""
-    train, data = config.train, config.data
-    if train.cuda_graphs:
-        return Graphed(recorded_lengths(data.ctx_len, padded=data.dataload == "pad"))
-    if not train.chunk_ctx:
-        return Whole()
-    return Segments(train.chunk_ctx, train.bptt_segments, together="stage_3" in train.strategy)
+if TYPE_CHECKING:
+    from .lit import Lit
 
 
 def quiet() -> None:
@@ -68,86 +48,37 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", text)
 
 
-def fit(
-    config: RunConfig,
-    family: Family,
-    model: LanguageModel,
-    trainable: int,
-    samples: Samples,
-    validator: Validator | None,
-    examiners: Sequence[Examiner],
-    saver: Saver,
-    checkpoint: Path | None,
-    accelerator: str,
-    ranks: Ranks,
-    say: Callable[..., object],
-) -> tuple[int, str]:
-    """Run Lightning's Trainer over the plan, on Ranks that have met; returns (the exit code, how it ended in words)."""
-    train, folder, plan, watch = config.train, saver.folder, saver.plan, ranks.watch
-    assert watch is not None  # since they have met
-    watch.moved("the start")
-    if accelerator == "cpu":
+def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
+    """Run Lightning's Trainer over the plan; returns (the exit code, how it ended in words)."""
+    run.watch.moved("the start")
+    if run.accelerator == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take a GPU that is there
         keep_freed_memory()
     with ending_at_ctrl_c():
-        import lightning.pytorch as pl
-
-        from ..plots import METRICS, plot_loss
-        from .callbacks import FiniteGradients, Moves, Record, Save, StopSignals
         from .data_module import RunData
-        from .lit import Diverged, Lit
-        from .strategy import make_strategy
+        from .lit import Diverged
+        from .trainer import make_lit, make_trainer
 
     quiet()
-    first = ranks.world.rank == 0
     loggers = []
-    if first:
-        with atomic_write(folder / RUN) as temporary:
-            record = {} if samples.vocabulary is None else {ENTRY: samples.vocabulary._asdict()}
-            temporary.write_text(json.dumps(asdict(config) | record, indent=2, sort_keys=True) + "\n")
-        loggers = make_loggers(config, folder)
-    ratios = learning_ratios(method_of(config.adapter), config.adapter)
-    if STATE in config.adapter.train_parts and not config.adapter.states_alone:
-        ratios += ((TIME_STATE, train.state_lr / train.lr_init),)
-    rates = family if train.layerwise_lr else None
-    lit = Lit(model, train, step_of(config), plan.total_steps, plan.first_step, rates, ratios)
-    accumulate = train.accumulate_grad_batches
-    trainer = pl.Trainer(
-        accelerator=accelerator,
-        devices=train.devices,
-        num_nodes=train.num_nodes,
-        strategy=make_strategy(train, config.data.micro_bsz, trainable, live_parameters(model), accelerator, ranks),
-        precision={"bf16": "bf16-true", "fp32": "32-true"}[train.precision],
-        accumulate_grad_batches=accumulate,
-        gradient_clip_val=train.gradient_clip_val,
-        max_epochs=1,
-        logger=loggers,
-        log_every_n_steps=1,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=folder,
-        callbacks=[
-            Moves(watch),
-            FiniteGradients(accumulate),
-            Record(folder, plan, accumulate, validator, examiners),
-            Save(saver, plan, train, checkpoint, validator),
-            StopSignals(say),
-        ],
-    )
+    if run.leads:
+        record(run)
+        loggers = make_loggers(run.config, run.folder)
+    lit = make_lit(run)
+    trainer = make_trainer(run, loggers, say)
+    data, accumulate = run.config.data, run.config.train.accumulate_grad_batches
     try:
-        with telling_refusals(folder):
-            trainer.fit(lit, datamodule=RunData(samples, plan, config.data.micro_bsz, accumulate))
+        with telling_refusals(run.folder):
+            trainer.fit(lit, datamodule=RunData(run.samples, run.plan, data.micro_bsz, accumulate))
     except Diverged as error:
-        last = find_checkpoint(folder)
+        last = find_checkpoint(run.folder)
         say(
             f"error: {error}; the run stopped, and nothing of that step was saved. "
             + (f"The last good checkpoint is {last}" if last else "No checkpoint had been saved yet")
             + "; try a lower --lr_init, or --precision fp32",
             file=sys.stderr,
         )
-        return (1 if first else 0), ""
+        return (1 if run.leads else 0), ""
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # what Lightning makes of a Ctrl-C between steps
             raise KeyboardInterrupt from None
@@ -155,18 +86,30 @@ def fit(
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    if not first:
-        return 0, ""
-    plot_loss(folder / METRICS, folder / "loss.png")
-    if lit.stopping and lit.step < plan.total_steps:
+    return ended(run, lit) if run.leads else (0, "")
+
+
+def record(run: Prepared) -> None:
+    """Write the run's settings, and what its tokens mean, into its folder."""
+    vocabulary = run.samples.vocabulary
+    entries = {} if vocabulary is None else {ENTRY: vocabulary._asdict()}
+    with atomic_write(run.folder / RUN) as temporary:
+        temporary.write_text(json.dumps(asdict(run.config) | entries, indent=2, sort_keys=True) + "\n")
+
+
+def ended(run: Prepared, lit: "Lit") -> tuple[int, str]:
+    """Draw what the run came to; -> (the exit code, how it ended in words)."""
+    plot_loss(run.folder / METRICS, run.folder / "loss.png")
+    total = run.plan.total_steps
+    if lit.stopping and lit.step < total:
         return 128 + (lit.stop_requested or signal.SIGTERM), (
-            f"stopped after {lit.step:,} of {counted(plan.total_steps, 'step')}, saved in {folder}; "
+            f"stopped after {lit.step:,} of {counted(total, 'step')}, saved in {run.folder}; "
             "the same command with --resume goes on"
         )
     validation = ""
-    if validator is not None:
-        validation = f"validation  lowest loss {validator.best:.4f}"
-        if validator.exhausted:
-            validation += f"; stopped after {counted(train.early_stop, 'validation')} without a lower one"
+    if run.validator is not None:
+        validation = f"validation  lowest loss {run.validator.best:.4f}"
+        if run.validator.exhausted:
+            validation += f"; stopped after {counted(run.config.train.early_stop, 'validation')} without a lower one"
         validation += "\n"
-    return 0, f"{validation}finished  {saver.newest}, {folder / 'loss.png'}, {folder / METRICS}"
+    return 0, f"{validation}finished  {run.saver.newest}, {run.folder / 'loss.png'}, {run.folder / METRICS}"

@@ -46,6 +46,7 @@ from .header import describe, describe_adapter
 from .keeping import discard_old
 from .meeting import Ranks
 from .plan import Plan
+from .prepared import Prepared
 from .rates import with_first_rates
 from .resume import AUTO, find_state
 from .saved_files import require_files
@@ -176,12 +177,20 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
         clear_unsaved(folder)
         (folder / UNSAVED).touch()
     saver = Saver(folder, config, plan, identity, base)
-    validator = Validator(held_out, config.data.micro_bsz, train, plan, saver, ranks.watch) if held_out else None
-    examiners = [Examiner(exam, folder / name, train, plan, ranks.watch) for name, exam in exams.items()]
-    trainable = report.trainable
-    return fit(
-        config, family, model, trainable, samples, validator, examiners, saver, checkpoint, accelerator, ranks, say
+    prepared = Prepared(
+        config=config,
+        family=family,
+        model=model,
+        trainable=report.trainable,
+        samples=samples,
+        validator=Validator(held_out, config.data.micro_bsz, train, plan, saver, ranks.watch) if held_out else None,
+        examiners=[Examiner(exam, folder / name, train, plan, ranks.watch) for name, exam in exams.items()],
+        saver=saver,
+        checkpoint=checkpoint,
+        accelerator=accelerator,
+        ranks=ranks,
     )
+    return fit(prepared, say)
 
 
 def find_samples(config: RunConfig) -> tuple[Samples, Samples | None]:

@@ -1,0 +1,67 @@
+"""Lightning's Trainer for a run, and the module that it trains."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+
+from ..adapters.groups import learning_ratios
+from ..adapters.methods import method_of
+from ..config import RunConfig
+from ..models.state import TIME_STATE
+from ..names import STATE
+from .callbacks import FiniteGradients, Moves, Record, Save, StopSignals
+from .gathering import live_parameters
+from .graphs import Graphed, recorded_lengths
+from .lit import Lit
+from .prepared import Prepared
+from .steps import Segments, Step, Whole
+from .strategy import make_strategy
+
+
+def step_of(config: RunConfig) -> Step:
+    """What a step computes of a batch: whole rows, their blocks replayed where they are to be, or segments of them."""
+    train, data = config.train, config.data
+    if train.cuda_graphs:
+        return Graphed(recorded_lengths(data.ctx_len, padded=data.dataload == "pad"))
+    if not train.chunk_ctx:
+        return Whole()
+    return Segments(train.chunk_ctx, train.bptt_segments, together="stage_3" in train.strategy)
+
+
+def make_lit(run: Prepared) -> Lit:
+    adapter, train, plan = run.config.adapter, run.config.train, run.plan
+    ratios = learning_ratios(method_of(adapter), adapter)
+    if STATE in adapter.train_parts and not adapter.states_alone:
+        ratios += ((TIME_STATE, train.state_lr / train.lr_init),)
+    rates = run.family if train.layerwise_lr else None
+    return Lit(run.model, train, step_of(run.config), plan.total_steps, plan.first_step, rates, ratios)
+
+
+def make_trainer(run: Prepared, loggers: list[Any], say: Callable[..., object]) -> pl.Trainer:
+    train, micro_bsz, live = run.config.train, run.config.data.micro_bsz, live_parameters(run.model)
+    accumulate = train.accumulate_grad_batches
+    return pl.Trainer(
+        accelerator=run.accelerator,
+        devices=train.devices,
+        num_nodes=train.num_nodes,
+        strategy=make_strategy(train, micro_bsz, run.trainable, live, run.accelerator, run.ranks),
+        precision={"bf16": "bf16-true", "fp32": "32-true"}[train.precision],
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=train.gradient_clip_val,
+        max_epochs=1,
+        logger=loggers,
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=run.folder,
+        callbacks=[
+            Moves(run.watch),
+            FiniteGradients(accumulate),
+            Record(run.folder, run.plan, accumulate, run.validator, run.examiners),
+            Save(run.saver, run.plan, train, run.checkpoint, run.validator),
+            StopSignals(say),
+        ],
+    )
