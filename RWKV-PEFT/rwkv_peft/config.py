@@ -16,6 +16,7 @@ METHOD_ALIASES = (("disha", "bone"),)
 SCHEDULE_ALIASES = (("cos_decay", "rwkv-peft"), ("cos", "cosine"))
 QUANTIZATIONS = ("none", "nf4", "int8")
 STRATEGIES = tuple(f"deepspeed_stage_{stage}" for stage in ("1", "2", "2_offload", "3", "3_offload"))
+DATA_TYPES = ("binidx", "sft", "pairs")
 BUCKET = 200_000_000  # the most elements of a bucket in which ranks exchange gradients
 CHUNK_CTX = 512  # tokens a segment
 STATE_LR = 1e-2  # of time states; benchmarks/README.md holds the measurement
@@ -142,46 +143,49 @@ class AdapterConfig:
 class DataConfig:
     """What is read, and in which order.
 
-    path is the prefix of a .bin/.idx pair (data_type "binidx"), or rows of questions and answers (data_type "sft"),
-    which tokenizer turns into tokens. seed draws the order of the samples; None keeps that of the file.
+    path is the prefix of a .bin/.idx pair (data_type "binidx"), or rows of questions and answers (data_type "sft"), or
+    of two answers each ("pairs"), which tokenizer turns into tokens. seed draws the order of the samples; None keeps
+    that of the file.
     """
 
     path: str = setting(
         "",
-        "PREFIX of PREFIX.bin and PREFIX.idx; a .jsonl, .json, .parquet or datasets folder for sft",
+        "PREFIX of PREFIX.bin and PREFIX.idx; a .jsonl, .json, .parquet or datasets folder for sft and pairs",
         flag="data_file",
         required=True,
         metavar="PREFIX",
     )
     data_type: str = setting(
         "binidx",
-        "binidx: tokens; sft: rows of questions and answers, tokenized once into a cache",
-        choices=("binidx", "sft"),
+        "binidx: tokens; sft: rows of questions and answers, tokenized once into a cache; pairs: rows of a prompt, a "
+        "chosen and a rejected answer, for preference training (DPO)",
+        choices=DATA_TYPES,
     )
-    tokenizer: str = setting("world", "sft: world, bytes or a tokenizer.json", metavar="NAME")
+    tokenizer: str = setting("world", "sft, pairs: world, bytes or a tokenizer.json", metavar="NAME")
     sft_field: tuple[str, ...] = setting(
         (),
-        "sft: the field that holds the text, or those of question and answer (default: recognised)",
+        "sft: the field that holds the text, or those of question and answer; pairs: those of prompt, chosen and "
+        "rejected (default: recognised)",
         nargs="+",
         metavar="FIELD",
     )
-    sft_split: str = setting("", "sft: rows to take, such as train[:1000]", metavar="SPLIT")
+    sft_split: str = setting("", "sft, pairs: rows to take, such as train[:1000]", metavar="SPLIT")
     sft_long: str = setting(
         "left",
-        "sft: rows longer than --ctx_len lose the front of their prompt, or are left out",
+        "sft, pairs: rows longer than --ctx_len lose the front of their prompt, or are left out",
         choices=("left", "skip"),
     )
     sft_think: str = setting(
         "",
-        "sft: how chats open their answers for RWKV-7 G1: on with the thinking that rows hold, off with an empty one "
-        "(default: as rows have them)",
+        "sft, pairs: how chats open their answers for RWKV-7 G1: on with the thinking that rows hold, off with an "
+        "empty one (default: as rows have them)",
         choices=("on", "off"),
     )
     ctx_len: int = setting(1024, "tokens a sample", type=positive)
     dataload: str = setting(
         "get",
         "get: windows of the token stream; pad: one document a row, padded; only: one document, alone; "
-        "pack: several whole documents a row, none seeing another (default get; sft: pad)",
+        "pack: several whole documents a row, none seeing another (default get; sft: pad; pairs: pack)",
         unset=True,
     )
     loss_mask: str = setting(
@@ -202,7 +206,17 @@ class DataConfig:
         (), "token ids that close it (se), or open the next question (qa)", type=count, nargs="+", metavar="ID"
     )
     seed: int | None = setting(42)
-    micro_bsz: int = setting(1, "samples a device and forward pass", type=positive)
+    micro_bsz: int = setting(1, "samples a device and forward pass; a pair of answers is one", type=positive)
+
+    @property
+    def of_rows(self) -> bool:
+        """Whether the data is rows that are yet to be tokenized."""
+        return self.data_type != "binidx"
+
+    @property
+    def documents(self) -> int:
+        """Of a sample, or the windows of one."""
+        return 2 if self.data_type == "pairs" else 1
 
 
 @dataclass(frozen=True)
@@ -402,6 +416,19 @@ class TrainConfig:
         type=alias(SCHEDULE_ALIASES),
     )
     warmup_steps: int = setting(0, "steps of linear warm-up, as --lr_schedule says", group="optimizer", type=count)
+    dpo_beta: float = setting(
+        0.1,
+        "with --data_type pairs: how much a margin between two answers weighs; the higher, the nearer the model stays "
+        "to its base",
+        group="optimizer",
+        type=above_zero,
+    )
+    dpo_nll: float = setting(
+        0.0,
+        "with --data_type pairs: add so many times the chosen answers' own loss, which keeps them likely",
+        group="optimizer",
+        type=not_negative,
+    )
     beta1: float = setting(0.9, "Adam", group="optimizer", type=not_negative)
     beta2: float = setting(0.99, "Adam", group="optimizer", type=not_negative)
     adam_eps: float = setting(1e-8, "Adam", group="optimizer", type=above_zero)

@@ -322,7 +322,7 @@ def test_shortening_keeps_the_answer():
     for prompt, answer, limit in product(range(1, 6), range(1, 6), range(2, 10)):
         pieces = [(list(range(prompt)), False), (list(range(100, 100 + answer)), True)]
         excess = max(prompt + answer - limit, 0)
-        (left, _), (right, _) = shorten(pieces, excess)
+        (left, _), (right, _) = shorten(pieces, excess, limit)
         assert len(left) + len(right) == min(prompt + answer, limit)
         assert left == list(range(prompt))[prompt - len(left) :] and len(left) >= 1
         assert right == list(range(100, 100 + len(right)))

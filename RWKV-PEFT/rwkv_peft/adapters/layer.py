@@ -1,5 +1,8 @@
 """The layer that every method shares: a linear layer that keeps its base weight under its own key."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -25,7 +28,7 @@ class AdapterLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = base.in_features, base.out_features
         self.method, self.rank, self.scale, self.dropout = method, config.rank, method.scale(config), config.dropout
-        self.quant = "none"
+        self.quant, self.untrained = "none", False
         self.weight = base.weight
         self.bias = base.bias
         shapes = method.shapes(config.rank, config.mini_rank, base.out_features, base.in_features)
@@ -48,8 +51,14 @@ class AdapterLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out) in x's dtype."""
-        params = {name: getattr(self, name) for name in (*self.method.parameters, *self.method.constants)}
         base = Frozen(self.base, self.bias, self.product)
+        params: Params = {name: getattr(self, name) for name in (*self.method.parameters, *self.method.constants)}
+        if self.untrained:
+            first = self.method.first(params)
+            if first is None:
+                y = base.product.forward(x.reshape(-1, self.in_features), base.weight, base.bias)
+                return y.view(*x.shape[:-1], self.out_features)
+            params = first
         return self.method.apply(x, base, params, self.scale, self.dropout if self.training else 0.0)
 
     def quantize(self, kind: str) -> None:
@@ -67,3 +76,16 @@ class AdapterLinear(nn.Module):
     def extra_repr(self) -> str:
         quant = "" if self.quant == "none" else f", quant={self.quant}"
         return f"{self.in_features}, {self.out_features}, {self.method.name}, rank={self.rank}{quant}"
+
+
+@contextmanager
+def untrained(model: nn.Module) -> Iterator[None]:
+    """Meanwhile the adapters of a model are as they were before training. For passes without gradients."""
+    layers = [module for module in model.modules() if isinstance(module, AdapterLinear)]
+    for layer in layers:
+        layer.untrained = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.untrained = False

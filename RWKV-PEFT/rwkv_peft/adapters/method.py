@@ -122,6 +122,10 @@ class Method(ABC):
         """{constant: tensor} that a new layer over weight starts from; gradient (out, in) is that of the loss."""
         return {}
 
+    def first(self, params: Params) -> Params | None:
+        """The params that a new layer began with; None where it began as its base."""
+        return None
+
     @abstractmethod
     def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
         """y = x W'ᵀ + bias without forming W': x (..., in), the Frozen layer W, params {name: tensor} -> (..., out) in

@@ -34,6 +34,9 @@ class ResidualLora(Lora):
         params = {name: getattr(layer, name) for name in self.constants}
         layer.weight.data = self.training_base(layer.weight.detach(), params, layer.scale)
 
+    def first(self, params: Params) -> Params | None:
+        return {**params, **{name: params[f"init_{name}"] for name in self.parameters}}
+
     def training_base(self, weight: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
         change = scale * (params["init_lora_B"].float() @ params["init_lora_A"].float())
         return (weight.float() - change).to(weight.dtype)

@@ -14,11 +14,15 @@ from typing import Any, NamedTuple
 
 from ..errors import UserError
 from .binidx import dtype_code
+from .pairs import pair
 from .rows import Chunk
 from .templates import Segment, Template, UnknownForm, named_segments, segments
 from .tokenizer import load_tokenizer
 
 Piece = tuple[list[int], bool]  # the tokens of a text, and whether they count in the loss
+
+
+Documents = list[list[Segment]]  # of one row
 
 
 class Remedies(NamedTuple):
@@ -53,7 +57,8 @@ class EncodeSettings:
     (thinking.py); skip_bad_rows counts rows that cannot be
     read instead of stopping. max_tokens (0: no limit) bounds a document: "left" removes tokens from the
     front of the prompt, and then from the end of the answer; "skip" leaves the document out.
-    command, one of REMEDIES, is the one whose flags messages name.
+    command, one of REMEDIES, is the one whose flags messages name. pairs: each row is two documents, its better and its
+    worse answer (pairs.py).
     """
 
     tokenizer: str = "world"
@@ -65,6 +70,7 @@ class EncodeSettings:
     max_tokens: int = 0
     too_long: str = "left"
     command: str = "preprocess"
+    pairs: bool = False
 
 
 @dataclass
@@ -72,7 +78,8 @@ class Encoded:
     """Documents as bytes: tokens in the writer's dtype, a mask byte for each, sizes in tokens.
 
     characters of text were read. bad counts rows left out and examples says what was wrong with the
-    first of them; empty, shortened and too_long count documents.
+    first of them; empty, shortened and too_long count documents, or pairs of them, and equal pairs left out whose
+    answers are the same.
     """
 
     sizes: list[int] = field(default_factory=list)
@@ -85,10 +92,11 @@ class Encoded:
     empty: int = 0
     shortened: int = 0
     too_long: int = 0
+    equal: int = 0
 
     def add_counts(self, other: "Encoded") -> None:
         """Add another's counts, but not its documents."""
-        for name in ("characters", "bad", "empty", "shortened", "too_long"):
+        for name in ("characters", "bad", "empty", "shortened", "too_long", "equal"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.examples = (self.examples + other.examples)[:3]
 
@@ -149,13 +157,16 @@ class Encoder:
                 "--template and --think both say what opens an answer; write it into the template, as the templates "
                 "think and no-think do"
             )
-        self.segments: Callable[[object], list[Segment]]
-        if settings.template:
-            self.segments = Template(settings.template)
+        self.documents: Callable[[object], Documents]
+        if settings.pairs:
+            self.documents = lambda row: pair(row, settings.fields, settings.think)
+        elif settings.template:
+            template = Template(settings.template)
+            self.documents = lambda row: [template(row)]
         elif settings.fields:
-            self.segments = lambda row: named_segments(row, settings.fields, settings.think)
+            self.documents = lambda row: [named_segments(row, settings.fields, settings.think)]
         else:
-            self.segments = lambda row: segments(row, settings.think)
+            self.documents = lambda row: [segments(row, settings.think)]
 
     def encode(self, chunk: Chunk) -> Encoded:
         result, tokens, mask = Encoded(continues=chunk.continues), array(self.code), bytearray()
@@ -163,8 +174,11 @@ class Encoder:
             if isinstance(item, bytes) and not item.strip():
                 continue
             try:
-                parts = [(item, True)] if isinstance(item, str) else self.segments(parse(item))
-                pieces = [(self.tokenizer.encode(text), counts) for text, counts in parts]
+                whole = isinstance(item, str) and not self.settings.pairs
+                documents = [[(str(item), True)]] if whole else self.documents(parse(item))
+                pieces = [
+                    [(self.tokenizer.encode(text), counts) for text, counts in document] for document in documents
+                ]
             except UserError as error:
                 message = f"{chunk.source}, {chunk.unit} {chunk.first + offset}: {error}"
                 if isinstance(error, UnknownForm):
@@ -175,40 +189,51 @@ class Encoder:
                 result.examples = (result.examples + [message])[:3]
                 continue
             self._add(pieces, chunk, result, tokens, mask)
-            result.characters += sum(len(text) for text, _ in parts)
+            result.characters += sum(len(text) for document in documents for text, _ in document)
         result.tokens, result.mask = tokens.tobytes(), bytes(mask)
         return result
 
-    def _add(self, pieces: list[Piece], chunk: Chunk, result: Encoded, tokens: "array[int]", mask: bytearray) -> None:
-        """Append one document, or a piece of one, [(ids, counts)], to the chunk's tokens and mask."""
-        if not chunk.continues and not any(ids for ids, _ in pieces):
+    def _add(
+        self, documents: list[list[Piece]], chunk: Chunk, result: Encoded, tokens: "array[int]", mask: bytearray
+    ) -> None:
+        """Append the documents of a row, or a piece of one, [(ids, counts)] each, to the chunk's tokens and mask."""
+        if not chunk.continues and not any(ids for pieces in documents for ids, _ in pieces):
             result.empty += 1
             return
+        if self.settings.pairs and documents[0] == documents[1]:
+            result.equal += 1
+            return
         if self.end_id is not None and chunk.ends:
-            pieces.append(([self.end_id], pieces[-1][1]))
-        size, limit = sum(len(ids) for ids, _ in pieces), self.settings.max_tokens
-        if limit and size > limit:
+            for pieces in documents:
+                pieces.append(([self.end_id], pieces[-1][1]))
+        longest, limit = max(map(length, documents)), self.settings.max_tokens
+        if limit and longest > limit:
             if self.settings.too_long == "skip":
                 result.too_long += 1
                 return
-            pieces = shorten(pieces, size - limit)
+            documents = [shorten(pieces, longest - limit, limit) for pieces in documents]
             result.shortened += 1
-            size = limit
-        for ids, counts in pieces:
-            tokens += array(self.code, ids)  # faster than extend(ids)
-            mask.extend((b"\1" if counts else b"\0") * len(ids))
-        result.sizes.append(size)
+        for pieces in documents:
+            for ids, counts in pieces:
+                tokens += array(self.code, ids)  # faster than extend(ids)
+                mask.extend((b"\1" if counts else b"\0") * len(ids))
+            result.sizes.append(length(pieces))
 
 
-def shorten(pieces: list[Piece], excess: int) -> list[Piece]:
-    """Remove `excess` tokens: first of the prompt's front, all but its last token, then at the end."""
+def length(pieces: list[Piece]) -> int:
+    """The tokens of a document."""
+    return sum(len(ids) for ids, _ in pieces)
+
+
+def shorten(pieces: list[Piece], excess: int, limit: int) -> list[Piece]:
+    """Remove `excess` tokens of the prompt's front, or all but its last, and what is then beyond `limit` at the end."""
     prompt = 0
     for ids, counts in pieces:
         if counts:
             break
         prompt += len(ids)
     front = min(excess, max(prompt - 1, 0))
-    back = excess - front
+    back = max(0, length(pieces) - front - limit)
     shorter = []
     for ids, counts in pieces:
         cut = min(front, len(ids))

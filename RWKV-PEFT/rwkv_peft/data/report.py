@@ -30,6 +30,7 @@ def left_out(totals: Encoded) -> list[str]:
         (totals.empty, "empty rows left out"),
         (totals.too_long, "rows too long, left out"),
         (totals.shortened, "rows too long, shortened"),
+        (totals.equal, "pairs of equal answers left out"),
     ):
         if count:
             lines.append(f"{count} {what}")

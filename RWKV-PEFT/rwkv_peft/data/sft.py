@@ -1,4 +1,4 @@
-"""Data type "sft": rows of questions and answers, tokenized once into a cache.
+"""Data types "sft" and "pairs": rows of questions and answers, tokenized once into a cache.
 
 The cache holds a .bin/.idx/.mask set named by a hash of the rows' content and of every setting
 that shapes the tokens, so that a second run, or another rank, reads what the first one wrote.
@@ -34,7 +34,13 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
     """
     if config.sft_long not in ("left", "skip"):
         raise UserError(f"--sft_long {config.sft_long}: one of left, skip")
-    if len(config.sft_field) > 2:
+    pairs = config.data_type == "pairs"
+    if pairs and len(config.sft_field) not in (0, 3):
+        raise UserError(
+            f"--sft_field {' '.join(config.sft_field)}: pairs have three fields, the prompt, the better answer and the "
+            "worse; name all, or leave them to be recognised"
+        )
+    if not pairs and len(config.sft_field) > 2:
         raise UserError(
             f"--sft_field {' '.join(config.sft_field)}: one field is a text, two are a prompt and its answer"
         )
@@ -42,6 +48,7 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
         config.tokenizer,
         fields=config.sft_field,
         think=config.sft_think,
+        pairs=pairs,
         too_long=config.sft_long,
         command="train",
         max_tokens=0 if config.dataload == "get" else config.ctx_len + 1,
@@ -50,7 +57,7 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
     if not path.is_dir():
         require_readable(
             path,
-            f"--data_file {path}: no such file; --data_type sft takes a .jsonl, .json or .parquet file, "
+            f"--data_file {path}: no such file; --data_type {config.data_type} takes a .jsonl, .json or .parquet file, "
             "or a datasets folder",
         )
     cache = Path(cache or cache_folder())
@@ -65,8 +72,8 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
                     temporary.write_text(json.dumps(left_out(totals)))
     except OSError as error:
         raise UserError(
-            f"the tokens of --data_type sft are kept in {cache}, which cannot be written ({told(error)}); make it "
-            "writable, or point XDG_CACHE_HOME elsewhere"
+            f"the tokens of --data_type {config.data_type} are kept in {cache}, which cannot be written "
+            f"({told(error)}); make it writable, or point XDG_CACHE_HOME elsewhere"
         ) from error
     return str(prefix), json.loads(done.read_text())
 

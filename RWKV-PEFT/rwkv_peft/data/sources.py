@@ -6,13 +6,14 @@ from types import MappingProxyType
 import numpy as np
 
 from ..cli import counted
-from ..config import DataConfig
+from ..config import DATA_TYPES, DataConfig
 from ..errors import UserError
 from ..names import DATALOADS
 from .binidx import BinidxDataset
 from .masks import describe_mask, make_mask
 from .order import Permutation
 from .pack import PackedSamples
+from .pair_samples import PairSamples
 from .recorded import recorded_of_data, vocabulary_of
 from .samples import DocumentSamples, PaddedSamples, Samples, SingleSamples, WindowSamples
 from .sft import prepare_sft
@@ -28,24 +29,25 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
     """DataConfig -> the samples it names, over tokens checked to be below the model's vocab_size; their `vocabulary` is
     the Vocabulary that made the tokens, None where nothing tells.
 
-    data_type "sft" tokenizes config.path first, once (sft.py). Raises UserError for files that are
+    data_type "sft" and "pairs" tokenize config.path first, once (sft.py). Raises UserError for files that are
     missing or damaged, ids outside the vocabulary, a ctx_len longer than the data, and settings that
     contradict each other.
     """
     check_config(config)
     notes: list[str] = []
     vocabulary = recorded_of_data(config.path)
-    if config.data_type == "sft":
+    if config.of_rows:
         prefix, notes = prepare_sft(config)
         vocabulary = vocabulary_of(load_tokenizer(config.tokenizer))
         config = replace(config, path=prefix)
     dataset = BinidxDataset(config.path)
     dataset.check_vocab(vocab_size)
-    if config.data_type == "sft" and config.loss_mask == "file" and dataset.mask is None:
+    if config.of_rows and config.loss_mask == "file" and dataset.mask is None:
         mask = None  # every token of these rows counts
     else:
         mask = make_mask(dataset, config)
-    samples = SAMPLINGS[config.dataload](dataset, config.ctx_len, config.seed, mask)
+    sampling = PairSamples if config.data_type == "pairs" else SAMPLINGS[config.dataload]
+    samples = sampling(dataset, config.ctx_len, config.seed, mask)
     samples.share_batches(config.micro_bsz)
     samples.vocabulary = vocabulary
     samples.notes = [describe_mask(dataset, config), *notes, *samples.notes]
@@ -89,8 +91,8 @@ def check_config(config: DataConfig) -> None:
     """UserError for settings that do not go together."""
     if config.dataload not in SAMPLINGS:
         raise UserError(f"--dataload {config.dataload}: one of {', '.join(DATALOADS)}")
-    if config.data_type not in ("binidx", "sft"):
-        raise UserError(f"--data_type {config.data_type}: one of binidx, sft")
+    if config.data_type not in DATA_TYPES:
+        raise UserError(f"--data_type {config.data_type}: one of {', '.join(DATA_TYPES)}")
     if config.ctx_len < 1:
         raise UserError(f"--ctx_len {config.ctx_len}: at least 1")
     SAMPLINGS[config.dataload].refuse(config)

@@ -79,8 +79,9 @@ class Estimate:
         return self.config.train.devices * self.config.train.num_nodes
 
     def parts(self, rows: int, tokens: int) -> list[Part]:
-        """The parts of one process at micro batches of `rows` rows of `tokens` tokens. In a CPU's heap what is freed
-        leaves gaps, into which few of the other parts fit: there all of them count together."""
+        """The parts of one process at micro batches of `rows` samples, each one row of `tokens` tokens or two. In a
+        CPU's heap what is freed leaves gaps, into which few other parts fit: there all of them count together."""
+        rows *= self.config.data.documents
         process = [Part("Python, torch, DeepSpeed", CPU, PROCESS)]
         if self.accelerator == GPU:
             process.append(Part("CUDA's context", GPU, CONTEXT))

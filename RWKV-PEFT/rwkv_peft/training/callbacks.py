@@ -133,6 +133,7 @@ class Record(StepCallback):
             "grad_norm": gradient_norm(trainer),
             "tokens": tokens,
             "tokens_per_s": round(rate, 1),
+            **lit.step_measures,
             **validation,
             **scores,
         }
@@ -141,12 +142,11 @@ class Record(StepCallback):
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=lit.step)
         if validation:
-            self.progress.say(
-                f"step {done:,}: validation loss {validation['val_loss']:.4f}, perplexity {validation['val_ppl']:.2f}"
-            )
+            self.progress.say(f"step {done:,}: validation {in_words(validation)}")
         for line in told:
             self.progress.say(f"step {done:,}: {line}")
-        self.progress.update(f"loss {lit.step_loss:.4f}, lr {lit.lr:.1e}, {rate:,.0f} tokens/s", done)
+        accuracy = f", accuracy {lit.step_measures['accuracy']:.2f}" if "accuracy" in lit.step_measures else ""
+        self.progress.update(f"loss {lit.step_loss:.4f}{accuracy}, lr {lit.lr:.1e}, {rate:,.0f} tokens/s", done)
 
     def on_train_batch_start(self, trainer: Any, lit: Lit, batch: TrainBatch, batch_idx: int) -> None:
         if batch_idx % self.accumulate == 0:
@@ -162,6 +162,13 @@ class Record(StepCallback):
         if trainer.is_global_zero and hasattr(self, "file"):
             self.file.close()
             self.progress.close()
+
+
+def in_words(validation: dict[str, float]) -> str:
+    """The numbers of a Validator in words."""
+    words = {"val_ppl": ("perplexity", 2), "val_accuracy": ("accuracy", 3), "val_margin": ("margin", 3)}
+    others = ((*words[name], value) for name, value in validation.items() if name in words)
+    return f"loss {validation['val_loss']:.4f}" + "".join(f", {word} {value:.{n}f}" for word, n, value in others)
 
 
 class Progress:

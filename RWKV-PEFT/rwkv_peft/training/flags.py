@@ -19,6 +19,7 @@ from .graph_flags import check_graphs
 from .loggers import check_wandb
 from .markers import markers_of
 from .parser import DIMENSIONS, build_parser, settings_of
+from .preference_flags import check_preferences
 from .question_flags import check_questions
 from .seed import DRAWN, draw_seed
 from .world import World, find_world
@@ -79,6 +80,7 @@ def flags_of(args: Namespace, world: World, argv: tuple[str, ...] = ()) -> Flags
     flags = Flags(args, adapter, data_config(args), train_config(args, adapter), world, argv)
     check_train(flags.train)
     check_products(flags.train, flags.adapter)
+    check_preferences(flags.train, flags.adapter, flags.data)
     check_graphs(flags.train, flags.adapter, flags.data)
     return flags
 
@@ -205,12 +207,12 @@ def data_config(args: Namespace) -> DataConfig:
     """The data's settings; what depends on --data_type filled in."""
     from ..data.masks import default_mask  # after the flags are judged by themselves
 
-    sft = args.data_type == "sft"
+    of_rows = args.data_type != "binidx"
     data = settings_of(
         args,
         DataConfig,
-        dataload=args.dataload or ("pad" if sft else "get"),
-        loss_mask=args.loss_mask or ("file" if sft else default_mask(args.data_file)),
+        dataload=args.dataload or {"sft": "pad", "pairs": "pack"}.get(args.data_type, "get"),
+        loss_mask=args.loss_mask or ("file" if of_rows else default_mask(args.data_file)),
         seed=args.random_seed if args.data_shuffle else None,
         **markers_of(args),
     )
@@ -220,11 +222,11 @@ def data_config(args: Namespace) -> DataConfig:
 
 def check_data(data: DataConfig) -> None:
     """Refuse a micro batch that nothing could hold, and flags of the data that nothing would read."""
-    tokens = data.micro_bsz * data.ctx_len
+    tokens = data.micro_bsz * data.ctx_len * data.documents
     if tokens > MOST_TOKENS:
         raise UserError(
-            f"--micro_bsz {data.micro_bsz} rows of --ctx_len {data.ctx_len} are {tokens:,} tokens, and a micro batch "
-            f"has {MOST_TOKENS:,} at most; lower one of them"
+            f"--micro_bsz {data.micro_bsz} rows of --ctx_len {data.ctx_len} are {tokens:,} tokens, and a "
+            f"micro batch has {MOST_TOKENS:,} at most; lower one of them"
         )
     for name in ("mask_id", "mask_end_id"):
         if getattr(data, name) and data.loss_mask not in ("qa", "se"):
@@ -234,7 +236,7 @@ def check_data(data: DataConfig) -> None:
             )
     plain = DataConfig(data.path)
     for name in ("tokenizer", "sft_field", "sft_split", "sft_long", "sft_think"):
-        if data.data_type != "sft" and getattr(data, name) != getattr(plain, name):
+        if not data.of_rows and getattr(data, name) != getattr(plain, name):
             raise UserError(
                 f"--{name} belongs to --data_type sft, and the data is {data.data_type}, whose tokens are made "
                 f"already; add --data_type sft, or leave --{name} out"

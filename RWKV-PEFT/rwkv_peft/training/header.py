@@ -65,6 +65,9 @@ def describe(
     say(f"data      {data.path}: {counted(len(samples), 'sample')} of up to {data.ctx_len} tokens")
     for note in notes:
         say(f"          {note}")
+    if data.data_type == "pairs":
+        nll = f", and {train.dpo_nll:g} times the loss of the chosen one" if train.dpo_nll else ""
+        say(f"          DPO: the chosen answer above the rejected, by the base's measure, beta {train.dpo_beta:g}{nll}")
     if train.chunk_ctx:
         cut = f"; its gradient stops at every {train.bptt_segments} of them" if train.bptt_segments else ""
         say(f"          computed in segments of {train.chunk_ctx:,} tokens, the state carried over{cut}")

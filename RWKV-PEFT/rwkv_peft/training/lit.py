@@ -32,8 +32,9 @@ class Lit(pl.LightningModule):
     micro batches.
 
     Public: step (the current optimizer step), step_loss (mean loss of the step's micro batches so far, over all
-    ranks), stop_requested (the signal that asked for a stop, 0 for none; set on any rank, it makes `stopping` true on
-    all of them in the same micro batch), save_requested (which makes `saving` true likewise).
+    ranks), step_measures (what compute measures besides, by name, the same mean), stop_requested (the signal that asked
+    for a stop, 0 for none; set on any rank, it makes `stopping` true on all of them in the same micro batch),
+    save_requested (which makes `saving` true likewise).
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Lit(pl.LightningModule):
         self.model, self.train_config, self.total_steps = model, train, total_steps
         self.step, self.family, self.ratios, self.compute = first_step, family, ratios, compute
         self.step_loss = 0.0
+        self.step_measures: dict[str, float] = {}
         self.stop_requested = 0
         self.stopping = False
         self.save_requested = self.saving = False
@@ -78,7 +80,7 @@ class Lit(pl.LightningModule):
     def on_train_batch_start(self, batch: TrainBatch, batch_idx: int) -> None:
         accumulate = self.train_config.accumulate_grad_batches
         if batch_idx % accumulate == 0:
-            self.step_loss = 0.0
+            self.step_loss, self.step_measures = 0.0, {}
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = self.lr * group["lr_scale"]
         # Random draws depend on the seed, the step, the micro batch and the rank alone, so a resumed run repeats them.
@@ -101,19 +103,24 @@ class Lit(pl.LightningModule):
         return loss * self.train_config.accumulate_grad_batches
 
     def ask_ranks(self, loss: torch.Tensor) -> None:
-        """One small reduction a micro batch: the loss over all ranks, and whether any rank wants to stop or save."""
+        """One small reduction a micro batch: the loss over all ranks and what else was measured, and whether any rank
+        wants to stop or save."""
         requests = loss.new_tensor([self.stop_requested != 0, self.save_requested], dtype=torch.float32)
-        self.status = torch.cat([loss.float().view(1), requests])
+        numbers = [loss, *self.compute.measures.values()]
+        self.status = torch.cat([torch.stack([number.float() for number in numbers]), requests])
         if self.trainer.world_size > 1:
             dist.all_reduce(self.status)
 
     def on_after_backward(self) -> None:
         """Read what the ranks said: before the optimizer's step, and after backward, for which a GPU would have to be
         waited for otherwise."""
-        total, stop, save = self.status.tolist()
+        total, *measures, stop, save = self.status.tolist()
         if not math.isfinite(total):
             raise Diverged(f"the loss became {total} at step {self.step}")
-        self.step_loss += total / (self.trainer.world_size * self.train_config.accumulate_grad_batches)
+        parts = self.trainer.world_size * self.train_config.accumulate_grad_batches
+        self.step_loss += total / parts
+        for name, measure in zip(self.compute.measures, measures):
+            self.step_measures[name] = self.step_measures.get(name, 0.0) + measure / parts
         self.stopping, self.saving = stop > 0, save > 0
 
     def on_train_batch_end(self, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.cross_entropy import cross_entropy_
+from ..ops.cross_entropy import cross_entropy_, token_cross_entropy_
 
 CHUNK_ELEMENTS = 2**25  # logits alive at once: 128 MiB in float32
 GPU_CHUNK_ELEMENTS = 2**27  # on a GPU, which few rows leave idle: 256 MiB in bfloat16
@@ -74,3 +74,38 @@ def linear_cross_entropy(
     is (RWKV-LM's L2Wrap); it does not show in the value.
     """
     return LinearCrossEntropy.apply(hidden, weight, targets, counted, count, l2wrap)
+
+
+class TokenLosses(torch.autograd.Function):
+    """hidden (B, T, C), weight (V, C), which does not train, targets (B, T), counted (n,) -> losses (n,)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+        rows, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        needs_hidden = ctx.needs_input_grad[0]
+        losses, gradients = [rows.new_zeros(0, dtype=torch.float32)], [rows[:0]]
+        for chunk in counted.split(chunk_rows(weight.shape[0], weight.is_cuda)):
+            found, grad = token_cross_entropy_(
+                F.linear(rows[chunk], weight), targets[chunk], 1.0, gradient=needs_hidden
+            )
+            losses.append(found)
+            if grad is not None:
+                gradients.append(grad @ weight)
+        ctx.save_for_backward(counted, torch.cat(gradients))
+        ctx.shape = hidden.shape
+        return torch.cat(losses)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        counted, gradients = ctx.saved_tensors
+        grad_hidden = gradients.new_zeros(ctx.shape).view(-1, ctx.shape[-1])
+        grad_hidden[counted] = gradients * grad_output[:, None].to(gradients.dtype)
+        return grad_hidden.view(ctx.shape), None, None, None
+
+
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+    """Each counted token's cross-entropy (n,), of float32 (float64 for float64 input), differentiable in hidden alone;
+    arguments as in linear_cross_entropy."""
+    losses: Tensor = TokenLosses.apply(hidden, weight, targets, counted)
+    return losses

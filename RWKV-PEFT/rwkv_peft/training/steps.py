@@ -5,6 +5,7 @@ Both give the loss of a batch, differentiable in the parameters that train, and 
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -23,14 +24,31 @@ Gradient = Sequence[torch.Tensor | None]  # of some tensors, None for those that
 
 class Step(Protocol):
     """What a run is given to train and validate with. batch is one of TrainBatches or EvalBatches; count is the number
-    that the sum of the counted tokens' losses is divided by."""
+    that the sum of the losses, of each counted token or each pair of answers, is divided by.
+
+    measures: what else was found of the last batch, by name, 0-dim tensors that are divided as its loss is. items: how
+    many losses a batch has.
+    """
+
+    measures: Mapping[str, torch.Tensor]
 
     def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor: ...
 
     def total(self, model: nn.Module, batch: Batch) -> torch.Tensor: ...
 
+    def items(self, batch: Batch) -> torch.Tensor: ...
 
-class Whole:
+
+class OfTokens:
+    """What the steps share whose losses are those of tokens."""
+
+    measures: Mapping[str, torch.Tensor] = MappingProxyType({})
+
+    def items(self, batch: Batch) -> torch.Tensor:
+        return batch["mask"].sum()
+
+
+class Whole(OfTokens):
     """All positions of a batch at once."""
 
     def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
@@ -57,7 +75,7 @@ class Gradients(NamedTuple):
     after: State
 
 
-class Segments:
+class Segments(OfTokens):
     """Segments of `length` positions, whose activations are in memory one segment at a time.
 
     The gradients are those of the whole row, up to rounding: a first pass keeps the state at each border, and a second

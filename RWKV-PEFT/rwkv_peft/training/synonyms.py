@@ -58,6 +58,8 @@ VALUE_MEANINGS = (
     ("--peft", "--train_type state", ("state",)),
     ("--peft", "--peft none", ("full", "finetune")),
     ("--train_type", "--train_type finetune", ("full",)),
+    ("--train_type", "--data_type pairs", ("dpo", "rlhf", "orpo", "preference")),
+    ("--data_type", "--data_type pairs", ("dpo", "preference", "preferences", "ranking")),
     ("--data_type", "--data_type sft", ("jsonl", "json", "parquet")),
     ("--data_type", "binidx, which `rwkv-peft preprocess` makes of a text,", ("utf-8", "utf-16le", "text", "txt")),
     ("--quant", "--quant nf4", ("4bit", "4", "int4", "fp4")),

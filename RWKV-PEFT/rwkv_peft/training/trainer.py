@@ -14,14 +14,18 @@ from .callbacks import FiniteGradients, Moves, Record, Save, StopSignals
 from .gathering import live_parameters
 from .graphs import Graphed, recorded_lengths
 from .lit import Lit
+from .preferences import Preferences
 from .prepared import Prepared
 from .steps import Segments, Step, Whole
 from .strategy import make_strategy
 
 
 def step_of(config: RunConfig) -> Step:
-    """What a step computes of a batch: whole rows, their blocks replayed where they are to be, or segments of them."""
+    """What a step computes of a batch: whole rows, their blocks replayed where they are to be, segments of them, or
+    pairs of answers."""
     train, data = config.train, config.data
+    if data.data_type == "pairs":
+        return Preferences(train.dpo_beta, train.dpo_nll)
     if train.cuda_graphs:
         return Graphed(recorded_lengths(data.ctx_len, padded=data.dataload == "pad"))
     if not train.chunk_ctx:

@@ -50,27 +50,32 @@ class Validator:
         return better
 
     def __call__(self, trainer: Any, lit: "Lit", done: int) -> dict[str, float]:
-        """{"val_loss", "val_ppl"} where this step validates, else {}."""
+        """{"val_loss"} and its perplexity "val_ppl", or what the step measures besides a loss, where this step
+        validates, else {}."""
         if done % self.every:
             return {}
-        loss = self.measure(trainer, lit)
+        loss, measures = self.measure(trainer, lit)
         if self.note(loss):
             self.saver.save_tensors(trainer, lit, ["best"])
-        return {"val_loss": loss, "val_ppl": math.exp(min(loss, 700.0))}
+        measures = measures or {"ppl": math.exp(min(loss, 700.0))}
+        return {"val_loss": loss, **{f"val_{name}": value for name, value in measures.items()}}
 
     @torch.no_grad()
-    def measure(self, trainer: Any, lit: "Lit") -> float:
-        """Mean loss over the counted tokens of all validation samples, over all ranks."""
+    def measure(self, trainer: Any, lit: "Lit") -> tuple[float, dict[str, float]]:
+        """The mean loss of all validation samples, over all ranks, and of what the step measures besides."""
         device = trainer.strategy.root_device
-        total = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens
+        sums: list[torch.Tensor] = []
         lit.model.eval()
         for batch in EvalBatches(self.samples, self.micro_bsz, trainer.global_rank, trainer.world_size):
             self.watch.moved(f"the validation after step {lit.step}")
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             loss = lit.compute.total(lit.model, batch)
-            total += torch.stack([loss.double(), batch["mask"].sum().double()])
+            numbers = (lit.compute.items(batch), loss, *lit.compute.measures.values())
+            sums.append(torch.stack([number.double() for number in numbers]))
         lit.model.train()
+        total = torch.stack(sums).sum(0)
         if trainer.world_size > 1:
             dist.all_reduce(total)
-        loss, tokens = total.tolist()
-        return loss / max(1.0, tokens)
+        items, loss, *measures = total.tolist()
+        items = max(1.0, items)
+        return loss / items, {name: value / items for name, value in zip(lit.compute.measures, measures)}

@@ -1,0 +1,25 @@
+"""Samples of preference training: documents that come in pairs, a better and a worse answer."""
+
+import numpy as np
+
+from ..cli import counted
+from .binidx import BinidxDataset
+from .masks import Mask
+from .samples import Document, DocumentSamples
+
+
+class PairSamples(DocumentSamples):
+    """Sample n is a list of two neighbours among the documents, (tokens (T + 1,), mask (T,)) each, the better answer
+    first. It counts as one: the loss is that of pairs."""
+
+    def __init__(self, dataset: BinidxDataset, ctx_len: int, seed: int | None, mask: Mask | None = None) -> None:
+        super().__init__(dataset, ctx_len, seed, mask)
+        self._choose(np.arange(len(dataset) // 2))
+        self.notes = [f"{counted(len(self), 'pair')} of answers an epoch"]
+
+    def __getitem__(self, n: int) -> list[Document]:
+        first = 2 * self.unit(n)
+        return [self.document(first), self.document(first + 1)]
+
+    def count(self, n: int) -> int:
+        return 1

@@ -1,0 +1,61 @@
+"""Rows of a prompt and two answers, a better and a worse one -> the texts of two documents."""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from ..errors import UserError
+from .templates import Segment, UnknownForm, chat, named_segments, segments
+
+SIDES = ("chosen", "rejected")
+PROMPTS = MappingProxyType({"query": "response", "question": "answer", "instruction": "output", "prompt": "completion"})
+TURNS = ("messages", "conversations", "prompt")  # where the turns before the answers may stand
+FORMS = (
+    "chosen and rejected, each a text or turns (role and content), behind a prompt, query, question or instruction "
+    "(and input), or behind messages"
+)
+
+
+def pair(row: object, names: Sequence[str] = (), think: str = "") -> list[list[Segment]]:
+    """A row (dict) -> the segments of its better and of its worse answer, each with the prompt before it. names: the
+    fields of prompt, better and worse answer, where they are named; think as in `segments`. Raises UserError for a row
+    that has no form that is known."""
+    if not isinstance(row, dict):
+        raise UserError(f"a row is {type(row).__name__}, not an object with fields: {FORMS}")
+    if names:
+        return [named_segments(row, (names[0], name), think) for name in names[1:]]
+    if not all(side in row for side in SIDES):
+        raise UnknownForm(f"a row has the fields {', '.join(map(str, row)) or '(none)'}; pairs are {FORMS}")
+    before = next((row[name] for name in TURNS if isinstance(row.get(name), list)), None)
+    if before is not None or not all(isinstance(row[side], str) for side in SIDES):
+        better, worse = (turns(row, before, row[side]) for side in SIDES)
+        return talks(better, worse, think)
+    prompt = next((name for name in PROMPTS if name in row), None)
+    if prompt is None:
+        raise UnknownForm(f"a row has no prompt, only {', '.join(map(str, row))}; pairs are {FORMS}")
+    rest = {name: value for name, value in row.items() if name not in (*SIDES, "text")}
+    return [segments(rest | {PROMPTS[prompt]: row[side]}, think) for side in SIDES]
+
+
+def turns(row: Mapping[str, Any], before: list[Any] | None, answer: object) -> list[Any]:
+    """The turns of a conversation that ends in an answer: a text, a turn, or turns, which may begin with those before
+    it."""
+    if isinstance(answer, str):
+        answer = {"role": "assistant", "content": answer}
+    after = answer if isinstance(answer, list) else [answer]
+    if before is None and isinstance(row.get("prompt"), str) and len(after) == 1:
+        before = [{"role": "user", "content": row["prompt"]}]
+    before = before or []
+    return after if after[: len(before)] == before else [*before, *after]
+
+
+def talks(better: list[Any], worse: list[Any], think: str) -> list[list[Segment]]:
+    """Two conversations, of which the turns that both begin with do not count."""
+    shared = 0
+    while shared < min(len(better), len(worse)) and better[shared] == worse[shared]:
+        shared += 1
+    known = len(chat(better[:shared])) if shared else 0
+    return [
+        [(text, counts and position >= known) for position, (text, counts) in enumerate(chat(one, think))]
+        for one in (better, worse)
+    ]

@@ -1,0 +1,67 @@
+"""Preference training: of two answers to a prompt the better one becomes likelier than the worse, by DPO.
+
+Rafailov et al. 2023, arXiv 2305.18290, equation 7: with p an answer's log-probability, and what it was before training,
+margin = beta (p_chosen - before_chosen - p_rejected + before_rejected), and the loss is -log sigmoid(margin). What the
+answers were before training is what the model says without its adapters, in a pass of its own.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..adapters.layer import untrained
+from .loss import token_losses
+from .steps import Batch
+
+
+class Preferences:
+    """A step over packed rows of pairs, the better answer first. nll adds so many times the mean loss of the better
+    answer's tokens (Pang et al. 2024, arXiv 2404.19733).
+
+    measures: accuracy, the share of pairs whose margin is above 0; margin, their mean.
+    """
+
+    def __init__(self, beta: float, nll: float = 0.0) -> None:
+        self.beta, self.nll = beta, nll
+        self.measures: Mapping[str, torch.Tensor] = MappingProxyType({})
+
+    def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
+        with torch.no_grad(), untrained(model):
+            before = losses_of_documents(model, batch)
+        now = losses_of_documents(model, batch)
+        tokens = per_document(batch, torch.ones_like(batch["counted"], dtype=now.dtype))
+        chosen, rejected = (before - now).view(-1, 2).unbind(1)
+        counts = tokens.view(-1, 2).sum(1) > 0  # those that fill up a batch do not
+        margin = self.beta * (chosen - rejected)
+        losses = F.softplus(-margin) + self.nll * now[::2] / tokens[::2].clamp_min(1)
+        self.measures = {
+            "accuracy": ((margin > 0) & counts).sum() / count,
+            "margin": (margin.detach() * counts).sum() / count,
+        }
+        return (losses * counts).sum() / count
+
+    @torch.no_grad()
+    def total(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        return self.loss(model, batch, 1)
+
+    def items(self, batch: Batch) -> torch.Tensor:
+        tokens = per_document(batch, torch.ones_like(batch["counted"]))
+        return (tokens.view(-1, 2).sum(1) > 0).sum()
+
+
+def losses_of_documents(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The negative log-probability of each document's counted tokens, (documents,) of a packed batch."""
+    head = partial(token_losses, targets=batch["targets"], counted=batch["counted"])
+    losses: torch.Tensor = model(batch["tokens"], cu_seqlens=batch["cu_seqlens"], head=head)[0]
+    return per_document(batch, losses)
+
+
+def per_document(batch: Batch, values: torch.Tensor) -> torch.Tensor:
+    """Values of the counted positions (n,) -> their sums (documents,)."""
+    bounds = batch["cu_seqlens"]
+    documents = torch.searchsorted(bounds[1:].contiguous(), batch["counted"], right=True)
+    return values.new_zeros(len(bounds) - 1).index_add(0, documents, values)

@@ -1,0 +1,144 @@
+"""Rows of two answers: their layouts, what of them counts, and what is left out."""
+
+import json
+
+import pytest
+
+from rwkv_peft.config import DataConfig
+from rwkv_peft.data.batches import EvalBatches, TrainBatches
+from rwkv_peft.data.pairs import pair
+from rwkv_peft.data.show import show_samples
+from rwkv_peft.data.sources import build_samples, split_samples
+from rwkv_peft.data.tokenizer import BytesTokenizer
+from rwkv_peft.errors import UserError
+
+USER, GOOD, BAD = (
+    {"role": role, "content": words} for role, words in (("user", "Hi?"), ("assistant", "Yes."), ("assistant", "No."))
+)
+EARLIER = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]
+PROMPT, ANSWERS = "User: Hi?\n\nAssistant:", (" Yes.", " No.")
+
+
+def text(segments):
+    return "".join(words for words, _ in segments)
+
+
+def counted(segments):
+    return "".join(words for words, counts in segments if counts)
+
+
+@pytest.mark.parametrize(
+    "row, prompt",
+    [
+        ({"query": "Hi?", "chosen": "Yes.", "rejected": "No."}, PROMPT),
+        ({"question": "Hi?", "chosen": "Yes.", "rejected": "No.", "system": "Be brief."}, PROMPT),
+        ({"instruction": "Hi?", "input": "x", "chosen": "Yes.", "rejected": "No."}, None),
+        ({"prompt": PROMPT, "chosen": " Yes.", "rejected": " No."}, PROMPT),
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, PROMPT),
+        ({"prompt": "Hi?", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, PROMPT),
+        ({"prompt": "Hi?", "chosen": [GOOD], "rejected": [BAD]}, PROMPT),
+        ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, PROMPT),
+        ({"messages": [USER], "chosen": "Yes.", "rejected": "No."}, PROMPT),
+        (
+            {
+                "conversations": [{"from": "human", "value": "Hi?"}],
+                "chosen": {"from": "gpt", "value": "Yes."},
+                "rejected": {"from": "gpt", "value": "No."},
+            },
+            PROMPT,
+        ),
+    ],
+)
+def test_rows_of_all_forms(row, prompt):
+    prompt = prompt or "Instruction: Hi?\n\nInput: x\n\nResponse:"
+    for segments, answer in zip(pair(row), ANSWERS):
+        assert (text(segments), counted(segments)) == (prompt + answer, answer)
+
+
+def test_turns_that_both_share_do_not_count():
+    for segments, answer in zip(pair({"messages": [*EARLIER, USER], "chosen": [GOOD], "rejected": [BAD]}), ANSWERS):
+        assert text(segments) == f"User: A?\n\nAssistant: B.\n\n{PROMPT}{answer}"
+        assert counted(segments).endswith(answer) and "B." not in counted(segments)
+
+
+def test_named_fields_and_thinking():
+    row = {"q": "Hi?", "a": "Yes.", "b": "No."}
+    assert [text(segments) for segments in pair(row, ("q", "b", "a"))] == [PROMPT + ANSWERS[1], PROMPT + ANSWERS[0]]
+    thought = pair(row, ("q", "a", "b"), think="off")
+    assert [text(segments) for segments in thought] == [f"{PROMPT} <think></think>\n{a.strip()}" for a in ANSWERS]
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ([1], "a row is list, not an object"),
+        ({"prompt": "Hi?", "chosen": "Yes."}, "a row has the fields prompt, chosen; pairs are chosen and rejected"),
+        ({"chosen": "Yes.", "rejected": "No."}, "a row has no prompt, only chosen, rejected"),
+        ({"prompt": [USER], "chosen": 3, "rejected": "No."}, "a turn is int, not an object"),
+        ({"query": 1, "chosen": "Yes.", "rejected": "No."}, "field 'query' holds int, not text"),
+    ],
+)
+def test_rows_that_are_no_pairs(row, words):
+    with pytest.raises(UserError, match=words):
+        pair(row)
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """data(rows, **settings) -> a DataConfig over a file of them; the cache is the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def write(rows, **settings):
+        (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        settings = {"data_type": "pairs", "dataload": "pack", "loss_mask": "file", "tokenizer": "bytes"} | settings
+        return DataConfig(str(tmp_path / "pairs.jsonl"), **settings)
+
+    return write
+
+
+def rows(number):
+    return [{"prompt": f"{i}?", "chosen": f"{i} is fine", "rejected": "no" * (i + 1)} for i in range(number)]
+
+
+def words(document):
+    tokens, mask = document
+    return BytesTokenizer().decode([int(token) for token, counts in zip(tokens[1:], mask) if counts])
+
+
+def test_samples_are_pairs_whose_answers_count(data):
+    samples = build_samples(data(rows(5), seed=None), 257)
+    assert len(samples) == 5 and samples.count(3) == 1 and "5 pairs of answers an epoch" in samples.notes
+    for n in range(5):
+        assert [words(document) for document in samples[n]] == [f"{n} is fine", "no" * (n + 1)]
+    assert "sample 1, document 2" in show_samples(samples, 1, BytesTokenizer())
+    train, held_out = split_samples(data(rows(5)), 257, 0.4)
+    shown = [words(part[n][0]) for part in (train, held_out) for n in range(len(part))]
+    assert sorted(shown) == [f"{n} is fine" for n in range(5)] and len(held_out) == 2
+
+
+def test_a_batch_is_one_row_of_pairs_and_a_step_counts_them(data):
+    samples = build_samples(data(rows(5)), 257)
+    batch = next(iter(TrainBatches(samples, micro_bsz=2, accumulate=2, read_ahead=0)))
+    assert batch["tokens"].shape[0] == 1 and len(batch["cu_seqlens"]) == 5 and batch["step_count"] == 4
+    *_, last = EvalBatches(samples, 2)
+    assert len(last["cu_seqlens"]) == 5, "of which the last two fill up"
+
+
+def test_both_lose_the_same_front_of_a_prompt_that_is_too_long(data):
+    row = {"prompt": "0123456789", "chosen": "ab", "rejected": "abcdef"}
+    config = data([row], ctx_len=9)
+    (better, _), (worse, _) = build_samples(config, 257)[0]
+    assert [BytesTokenizer().decode(part.tolist()[:-1]) for part in (better, worse)] == ["789ab", "789abcdef"]
+    with pytest.raises(UserError, match="no document to write"):
+        build_samples(data([row], ctx_len=9, sft_long="skip"), 257)
+
+
+def test_pairs_of_equal_answers_are_left_out_and_counted(data):
+    samples = build_samples(data([*rows(3), {"prompt": "?", "chosen": "a", "rejected": "a"}]), 257)
+    assert len(samples) == 3 and "1 pairs of equal answers left out" in samples.notes
+
+
+def test_fields_of_pairs_are_three(data):
+    with pytest.raises(UserError, match="pairs have three fields"):
+        build_samples(data(rows(2), sft_field=("prompt", "chosen")), 257)
+    assert len(build_samples(data(rows(2), sft_field=("prompt", "rejected", "chosen")), 257)) == 2
