@@ -66,6 +66,11 @@ def test_cuda_graphs_hold_what_a_step_would_free_and_one_more_gradient():
     )
 
 
+def test_a_pair_of_answers_is_two_rows():
+    rows, pairs = estimate(), estimate("--data_type", "pairs")
+    assert pairs.parts(3, 128) == rows.parts(6, 128)
+
+
 def test_the_largest_batch_and_context_fit_and_no_larger_ones():
     told = estimate()
     room = 2 * peak(told.parts(1, 128), GPU)

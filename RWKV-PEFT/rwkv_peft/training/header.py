@@ -44,7 +44,8 @@ def describe(
         + (f", from {train.load_model}" if train.load_model else ", new")
     )
     say(f"training  {describe_adapter(adapter)}: {report}")
-    if adapter.method != NONE and (note := frozen_parts(adapter, family, family.shapes(model))):
+    may_train = adapter.method != NONE and data.data_type != "pairs"  # whose base stays as it is
+    if may_train and (note := frozen_parts(adapter, family, family.shapes(model))):
         say(f"          {note}")
     if STATE in adapter.train_parts and not adapter.states_alone:
         say(f"          the states' learning rate is {train.state_lr:g} after warm-up (--state_lr)")
