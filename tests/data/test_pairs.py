@@ -38,6 +38,7 @@ def counted(segments):
         ({"prompt": "Hi?", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, PROMPT),
         ({"prompt": "Hi?", "chosen": [GOOD], "rejected": [BAD]}, PROMPT),
         ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, PROMPT),
+        ({"prompt": "Hi?", "messages": [USER, GOOD], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, PROMPT),
         ({"messages": [USER], "chosen": "Yes.", "rejected": "No."}, PROMPT),
         (
             {

@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import UserError
-from .templates import Segment, UnknownForm, chat, named_segments, segments
+from .templates import Segment, UnknownForm, chat, named_segments, segments, speaker
 
 SIDES = ("chosen", "rejected")
 PROMPTS = MappingProxyType({"query": "response", "question": "answer", "instruction": "output", "prompt": "completion"})
@@ -38,15 +38,22 @@ def pair(row: object, names: Sequence[str] = (), think: str = "") -> list[list[S
 
 
 def turns(row: Mapping[str, Any], before: list[Any] | None, answer: object) -> list[Any]:
-    """The turns of a conversation that ends in an answer: a text, a turn, or turns, which may begin with those before
-    it."""
+    """The turns of a conversation that ends in an answer: a text, a turn, or turns, which hold those before it where
+    the first is not the assistant's."""
     if isinstance(answer, str):
         answer = {"role": "assistant", "content": answer}
     after = answer if isinstance(answer, list) else [answer]
-    if before is None and isinstance(row.get("prompt"), str) and len(after) == 1:
+    if after and not answers(after[0]):
+        return after
+    if before is None and isinstance(row.get("prompt"), str):
         before = [{"role": "user", "content": row["prompt"]}]
-    before = before or []
-    return after if after[: len(before)] == before else [*before, *after]
+    return [*(before or []), *after]
+
+
+def answers(turn: object) -> bool:
+    """Whether a turn is the assistant's, or none that is known."""
+    role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+    return not isinstance(role, str) or speaker(role) == "Assistant"
 
 
 def talks(better: list[Any], worse: list[Any], think: str) -> list[list[Segment]]:
