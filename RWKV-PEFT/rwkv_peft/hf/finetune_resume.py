@@ -1,4 +1,4 @@
-"""The checkpoint that a fine-tuning goes on from, and what must agree with the run."""
+"""The checkpoint that a fine-tuning goes on from, what must agree with the run, and the folder that it writes."""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,8 @@ from ..errors import UserError
 from ..files.adapter_folder import CONFIG, read_config
 from .config import BoneConfig
 from .refusals import refusals_of
+
+ADAPTER = "bone_ft"  # the folder of the trained adapter in --output_dir
 
 
 def checkpoint_to_resume(config: Any, adapter_config: BoneConfig) -> str | None:
@@ -39,6 +41,21 @@ def checkpoint_to_resume(config: Any, adapter_config: BoneConfig) -> str | None:
                 "without --resume_from_checkpoint"
             )
     return str(given)
+
+
+def check_folder(folder: str, resumed: str | None) -> None:
+    """UserError where --output_dir holds another run than the one to go on with: its adapter would be overwritten, and
+    its checkpoints deleted by --save_total_limit or taken for this run's."""
+    output = Path(folder)
+    if resumed is not None and Path(resumed).resolve().parent == output.resolve():
+        return
+    checkpoints = sorted(output.glob("checkpoint-*"))
+    held = [path.name for path in (output / ADAPTER, *checkpoints) if path.exists()]
+    if held:
+        going_on = "add --resume_from_checkpoint True to continue it, " if checkpoints else ""
+        raise UserError(
+            f"--output_dir {folder} already holds a run ({held[0]}); {going_on}name another folder, or remove it"
+        )
 
 
 def check_layers(checkpoint: str, model: nn.Module) -> None:
