@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from ..errors import UserError
 from .binidx import dtype_code
 from .rows import Chunk
-from .templates import Segment, Template, UnknownForm, named_segments, segments
+from .templates import Segment, Template, UnknownForm, named_segments, segments, thinks
 from .tokenizer import load_tokenizer
 
 Piece = tuple[list[int], bool]  # the tokens of a text, and whether they count in the loss
@@ -72,7 +72,8 @@ class Encoded:
     """Documents as bytes: tokens in the writer's dtype, a mask byte for each, sizes in tokens.
 
     characters of text were read. bad counts rows left out and examples says what was wrong with the
-    first of them; empty, shortened and too_long count documents.
+    first of them; empty, shortened and too_long count documents, and so do thinking and at_once: those with thinking
+    and those without, where it is asked for.
     """
 
     sizes: list[int] = field(default_factory=list)
@@ -85,10 +86,12 @@ class Encoded:
     empty: int = 0
     shortened: int = 0
     too_long: int = 0
+    thinking: int = 0
+    at_once: int = 0
 
     def add_counts(self, other: "Encoded") -> None:
         """Add another's counts, but not its documents."""
-        for name in ("characters", "bad", "empty", "shortened", "too_long"):
+        for name in ("characters", "bad", "empty", "shortened", "too_long", "thinking", "at_once"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.examples = (self.examples + other.examples)[:3]
 
@@ -149,13 +152,19 @@ class Encoder:
                 "--template and --think both say what opens an answer; write it into the template, as the templates "
                 "think and no-think do"
             )
-        self.segments: Callable[[object], list[Segment]]
+        self.layout: Callable[[object, str], list[Segment]]
         if settings.template:
-            self.segments = Template(settings.template)
+            template = Template(settings.template)
+            self.layout = lambda row, think: template(row)
         elif settings.fields:
-            self.segments = lambda row: named_segments(row, settings.fields, settings.think)
+            self.layout = lambda row, think: named_segments(row, settings.fields, think)
         else:
-            self.segments = lambda row: segments(row, settings.think)
+            self.layout = segments
+
+    def segments(self, row: object) -> list[Segment]:
+        """A row's segments; one that holds no thinking where that is asked for is laid out as an answer at once."""
+        parts = self.layout(row, self.settings.think)
+        return self.layout(row, "off") if self.settings.think == "on" and not thinks(parts) else parts
 
     def encode(self, chunk: Chunk) -> Encoded:
         result, tokens, mask = Encoded(continues=chunk.continues), array(self.code), bytearray()
@@ -174,23 +183,27 @@ class Encoder:
                 result.bad += 1
                 result.examples = (result.examples + [message])[:3]
                 continue
-            self._add(pieces, chunk, result, tokens, mask)
+            added = self._add(pieces, chunk, result, tokens, mask)
+            if added and self.settings.think == "on" and not isinstance(item, str):
+                result.thinking += thinks(parts)
+                result.at_once += not thinks(parts)
             result.characters += sum(len(text) for text, _ in parts)
         result.tokens, result.mask = tokens.tobytes(), bytes(mask)
         return result
 
-    def _add(self, pieces: list[Piece], chunk: Chunk, result: Encoded, tokens: "array[int]", mask: bytearray) -> None:
-        """Append one document, or a piece of one, [(ids, counts)], to the chunk's tokens and mask."""
+    def _add(self, pieces: list[Piece], chunk: Chunk, result: Encoded, tokens: "array[int]", mask: bytearray) -> bool:
+        """Append one document, or a piece of one, [(ids, counts)], to the chunk's tokens and mask; -> whether it was
+        to be."""
         if not chunk.continues and not any(ids for ids, _ in pieces):
             result.empty += 1
-            return
+            return False
         if self.end_id is not None and chunk.ends:
             pieces.append(([self.end_id], pieces[-1][1]))
         size, limit = sum(len(ids) for ids, _ in pieces), self.settings.max_tokens
         if limit and size > limit:
             if self.settings.too_long == "skip":
                 result.too_long += 1
-                return
+                return False
             pieces = shorten(pieces, size - limit)
             result.shortened += 1
             size = limit
@@ -198,6 +211,7 @@ class Encoder:
             tokens += array(self.code, ids)  # faster than extend(ids)
             mask.extend((b"\1" if counts else b"\0") * len(ids))
         result.sizes.append(size)
+        return True
 
 
 def shorten(pieces: list[Piece], excess: int) -> list[Piece]:
