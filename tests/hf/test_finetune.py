@@ -188,6 +188,12 @@ def test_the_quick_start(tiny, tmp_path):
         (("--eval_strategy", "epoch"), "--eval_strategy epoch validates on rows .* --eval_split test; give that too"),
         (("--eval_split", "train[:2]"), "--eval_split train\\[:2\\] is read at --eval_strategy steps or epoch"),
         (("--eval_split", "nope", "--eval_strategy", "epoch"), '--eval_split nope: .*"nope"'),
+        (("--eval_on_start", "True"), "--eval_on_start validates on rows"),
+        (("--adam_beta1", "2"), "these arguments: Invalid beta parameter at index 0: 2.0"),
+        (("--lr_scheduler_type", "cosine_with_min_lr"), "these arguments: .*min_lr"),
+        (("--dataset_kwargs", '{"skip_prepare_dataset": true}'), "leave skip_prepare_dataset out"),
+        (("--config", "run.yaml"), "there is no --config here; it is given by flags, each by itself"),
+        (("--lora_r", "8"), "there is no --lora_r here; it is --bone_r"),
         (("--load_best_model_at_end", "True"), "finds the best by validating; give --eval_split and --eval_strategy"),
         (("--learning_rat", "1"), "there is no --learning_rat; did you mean --learning_rate"),
         (("--bone_r", "many"), "invalid int value: 'many'"),
@@ -412,6 +418,23 @@ def test_a_folder_that_holds_a_run_is_refused(tiny, tmp_path):
     with pytest.raises(UserError, match="add --resume_from_checkpoint True to continue it, name another"):
         run(tiny, tmp_path, "--max_steps", "2")
     assert adapter.read_bytes() == trained
+
+
+def test_an_output_folder_that_cannot_serve_is_told(tiny, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="cannot write .*: a file stands where .* should be; choose another folder"):
+        run(tiny, tmp_path / "file" / "out")
+    with pytest.raises(
+        UserError, match="--output_dir .*model is the folder of --base_model_name_or_path; name another"
+    ):
+        run(tiny, tiny / "model")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_offloading_without_an_accelerator_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    with pytest.raises(UserError, match="--activation_offloading True .* this machine has none; leave it out"):
+        run(tmp_path, tmp_path, "--activation_offloading", "True")
 
 
 def test_a_hub_that_does_not_answer_is_told_before_the_work(tmp_path, monkeypatch):

@@ -37,10 +37,10 @@ def main(argv: list[str]) -> int:
     arguments, config = parse(argv)
     adapter_config = bone_config(arguments)
     resumed = checkpoint_to_resume(config, adapter_config)
-    check_folder(config.output_dir, resumed)
+    base = Path(arguments.base_model_name_or_path)
+    check_folder(config, base, resumed)
     if config.push_to_hub:
         check_hub(config.hub_token)
-    base = Path(arguments.base_model_name_or_path)
     if is_adapter_folder(base):
         raise UserError(
             f"--base_model_name_or_path {base} is an adapter of {read_config(base).get('base_model_name_or_path')}; "
@@ -80,7 +80,12 @@ def main(argv: list[str]) -> int:
         trainer.model.print_trainable_parameters()
     stopping = StopAtCtrlC()
     trainer.add_callback(stopping)
-    trainer.train(resume_from_checkpoint=resumed)
+    try:
+        trainer.train(resume_from_checkpoint=resumed)
+    except (ValueError, ImportError) as error:
+        if stopping.begun:
+            raise
+        raise UserError(f"these arguments: {error}") from error  # of the optimizer and the schedule, made in there
     if stopping.asked and trainer.state.global_step < trainer.state.max_steps:
         print(f"checkpoint-{trainer.state.global_step} is saved; --resume_from_checkpoint True goes on from there")
         return 130

@@ -31,19 +31,22 @@ DROPPED = (
 )
 # (what is given here, the flags by which train.py and other trainers call it)
 MEANINGS = (
-    ("--base_model_name_or_path", ("load_model", "base_model", "model_name_or_path", "model")),
+    ("--base_model_name_or_path", ("load_model", "base_model", "model_name_or_path", "model_name", "model")),
     ("--data_path", ("data_file", "data", "dataset", "dataset_name", "train_file")),
     ("--dataset_field", ("sft_field",)),
     ("--dataset_split", ("sft_split", "train_split")),
-    (
-        "--eval_split with --eval_strategy steps",
-        ("val_data", "val_split", "eval_data", "eval_data_path", "eval_dataset"),
-    ),
+    ("--eval_split with --eval_strategy steps", ("val_data", "val_split", "val_set_size", "eval_data")),
     ("--output_dir", ("proj_dir", "out_dir", "save_dir")),
     ("--bits", ("quant", "precision", "dtype", "torch_dtype")),
     ("--bits nf4", ("load_in_4bit",)),
     ("--bits int8", ("load_in_8bit",)),
-    ("--bone_r", ("r", "rank")),
+    ("--bits fp32", ("fp32",)),
+    ("--bits fp16", ("half",)),
+    ("--bone_r", ("r", "rank", "lora_r", "lora_rank")),
+    ("--bone_dropout", ("lora_dropout",)),
+    ("--target_modules", ("lora_target_modules", "lora_target")),
+    ("what always happens", ("use_peft", "use_bone", "do_lora")),
+    ("given by flags, each by itself", ("config", "config_file")),
     ("--init_weights", ("bone_mode",)),
     ("--bone_r and --init_weights", ("bone_config", "peft", "peft_config")),
     ("--merge_and_save", ("merge_on_save", "merge")),
@@ -129,6 +132,10 @@ def parse(argv: list[str]) -> tuple[BoneArguments, Any]:
     if config.max_steps < 1 and not 0 < config.num_train_epochs < math.inf:
         raise UserError(f"--num_train_epochs {config.num_train_epochs} trains nothing; give a number above 0")
     check_validation(arguments.eval_split, config)
+    if (config.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        raise UserError(
+            "--dataset_kwargs: the rows are text here, and are to be prepared; leave skip_prepare_dataset out"
+        )
     check_installed(config)
     targets = arguments.target_modules or ()
     if len(targets) > 1 and "all-linear" in targets:
@@ -142,12 +149,12 @@ def parse(argv: list[str]) -> tuple[BoneArguments, Any]:
 def check_validation(split: str | None, config: Any) -> None:
     """UserError for arguments about a validation that does not take place."""
     validates = config.eval_strategy != "no"
-    if validates and split is None:
+    if (validates or config.eval_on_start) and split is None:
+        flag = f"--eval_strategy {config.eval_strategy.value}" if validates else "--eval_on_start"
         raise UserError(
-            f"--eval_strategy {config.eval_strategy.value} validates on rows of --data_path that --eval_split names, "
-            "such as --eval_split test; give that too"
+            f"{flag} validates on rows of --data_path that --eval_split names, such as --eval_split test; give that too"
         )
-    if split is not None and not validates:
+    if split is not None and not (validates or config.eval_on_start):
         raise UserError(f"--eval_split {split} is read at --eval_strategy steps or epoch; give that too")
     if config.load_best_model_at_end and not validates:
         raise UserError(
@@ -170,6 +177,11 @@ def check_installed(config: Any) -> None:
                 callback()
         except (ValueError, ImportError, RuntimeError) as error:
             raise UserError(f"--report_to {name}: {error}; --report_to none does without") from error
+    if config.activation_offloading and not torch.accelerator.is_available():
+        raise UserError(
+            "--activation_offloading True moves activations from an accelerator to the CPU, and this machine has none; "
+            "leave it out"
+        )
     if config.use_liger_kernel and not is_liger_kernel_available():
         raise UserError("--use_liger_kernel needs a package that is missing: pip install liger-kernel, or leave it out")
 

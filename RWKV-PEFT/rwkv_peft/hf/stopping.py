@@ -12,9 +12,10 @@ class StopAtCtrlC(TrainerCallback):
     at once. Several processes would have to agree on the step, and end at once as before."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.begun = self.asked = False  # whether training has begun, and Ctrl-C has asked for its end
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.begun = True
         if args.world_size == 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, self.ask)
 
