@@ -31,6 +31,10 @@ if [ -n "${BASE_MODEL:-}" ] || [ -n "${DATA_PATH:-}" ]; then
 else
     out="${OUTPUT_DIR:-$root/out/bone_llama}"
     rank="${BONE_R:-16}" bits="${BITS:-fp32}" split="${DATASET_SPLIT:-train}"
+    case " $* " in
+    *" --resume"*) ;;
+    *) [ -n "${OUTPUT_DIR:-}" ] || rm -rf "$out" ;; # The demo writes only what it made itself; it starts from nothing.
+    esac
     "$python" "$root/demo/tiny_llama.py" --output "$out"
     BASE_MODEL="$out/model" DATA_PATH="$out/data.jsonl"
     set -- --max_steps 60 --per_device_train_batch_size 4 --logging_steps 10 --learning_rate 1e-2 --save_strategy no \

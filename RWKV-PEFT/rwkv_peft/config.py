@@ -177,8 +177,8 @@ class DataConfig:
     )
     sft_think: str = setting(
         "",
-        "sft, pairs: how chats open their answers for RWKV-7 G1: on with the thinking that rows hold, off with an "
-        "empty one (default: as rows have them)",
+        "sft, pairs: how chats open their answers for RWKV-7 G1: on with the thinking that a row holds, else an empty "
+        "one; off with an empty one everywhere (default: as rows have them)",
         choices=("on", "off"),
     )
     ctx_len: int = setting(1024, "tokens a sample", type=positive)

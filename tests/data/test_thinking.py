@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.encoding import EncodeSettings, encode_all
 from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.rows import Chunk
+from rwkv_peft.data.sft import prepare_sft
 from rwkv_peft.data.templates import segments
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import UserError
@@ -100,10 +102,27 @@ def test_what_a_prompt_gives_has_the_tokens_of_the_prompt():
     assert tokens[-1] == 0 and counts[-1] == 1
 
 
+def test_each_row_is_laid_out_by_what_it_holds_and_both_are_counted(preprocess, capsys):
+    thinking, plain = turns("Q", "<think>hm</think>A"), turns("Q", "A", "R", "B")
+    empty = {"query": "Q", "response": "A", "reasoning": ""}
+    made = preprocess([thinking, plain, empty], "--think", "on", "--repeat", "2")
+    assert "\n1 row with thinking, 2 without (<think></think)\n" in capsys.readouterr().out
+    assert made == 2 * (preprocess([thinking], "--think", "on") + preprocess([plain, empty], "--think", "off"))
+
+
+def test_a_run_that_reads_rows_tells_both_too(tmp_path):
+    rows = [turns("Q", "<think>hm</think>A"), turns("Q", "A")]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(path=str(tmp_path / "in.jsonl"), tokenizer="bytes", sft_think="on", dataload="pad")
+    prefix, notes = prepare_sft(config, tmp_path / "cache")
+    assert len(BinidxDataset(prefix)) == 2 and notes == ["1 row with thinking, 1 without (<think></think)"]
+
+
 @pytest.mark.parametrize(
     "row, flags, message",
     [
-        (turns("Q", "A"), ["--think", "on"], "line 1: no answer of this row holds thinking"),
+        (turns("Q", "A"), ["--think", "on"], "in.jsonl: no row holds thinking, neither <think> … </think> before"),
+        (turns("Q", "<think> </think>A"), ["--think", "on"], "or thinking; name the field so, or take off for answers"),
         (turns("Q", "<think>hm"), ["--think", "on"], "line 1: an answer opens <think> and has no </think>"),
         ({"text": "t"}, ["--think", "off"], "line 1: thinking stands before the answers of chats"),
         ({"prompt": "a", "completion": "b"}, ["--think", "off"], "line 1: thinking stands before"),

@@ -1,13 +1,15 @@
 """demo/bone_finetuning.py's command, and the method's quick start in Python."""
 
 import json
+import shutil
+import signal
 
 import pytest
 import torch
 
 import tiny_llama
 from rwkv_peft.errors import UserError
-from rwkv_peft.hf import BoneConfig, finetune, finetune_flags
+from rwkv_peft.hf import BoneConfig, finetune, finetune_data, finetune_flags
 
 QUIET = (
     "--report_to",
@@ -180,6 +182,19 @@ def test_the_quick_start(tiny, tmp_path):
         (("--bits", "int3"), "--bits int3 is unknown; give bf16, fp16, fp32, nf4, int8"),
         (("--dataset_field", "query", "reply"), "has no column reply; it has query, response"),
         (("--dataset_field", "query"), "takes two columns"),
+        (("--dataset_field", "query", "query"), "takes two columns, question and answer, and got query query"),
+        (("--warmup_ratio", "1"), "--warmup_ratio 1 is no share of the steps; .*below 1.* --warmup_steps"),
+        (("--warmup_ratio=30",), "--warmup_ratio 30 is no share of the steps"),
+        (("--eval_strategy", "epoch"), "--eval_strategy epoch validates on rows .* --eval_split test; give that too"),
+        (("--eval_split", "train[:2]"), "--eval_split train\\[:2\\] is read at --eval_strategy steps or epoch"),
+        (("--eval_split", "nope", "--eval_strategy", "epoch"), '--eval_split nope: .*"nope"'),
+        (("--eval_on_start", "True"), "--eval_on_start validates on rows"),
+        (("--adam_beta1", "2"), "these arguments: Invalid beta parameter at index 0: 2.0"),
+        (("--lr_scheduler_type", "cosine_with_min_lr"), "these arguments: .*min_lr"),
+        (("--dataset_kwargs", '{"skip_prepare_dataset": true}'), "leave skip_prepare_dataset out"),
+        (("--config", "run.yaml"), "there is no --config here; it is given by flags, each by itself"),
+        (("--lora_r", "8"), "there is no --lora_r here; it is --bone_r"),
+        (("--load_best_model_at_end", "True"), "finds the best by validating; give --eval_split and --eval_strategy"),
         (("--learning_rat", "1"), "there is no --learning_rat; did you mean --learning_rate"),
         (("--bone_r", "many"), "invalid int value: 'many'"),
         (("--init_weights", "bad"), "init_weights='bad' is unknown"),
@@ -222,6 +237,7 @@ def test_a_mistake_is_answered(tiny, tmp_path, flags, message):
         ('{"query": "a", "response": null}', "row 1 of .* has no response"),
         ('{"query": "a", "response": "b"}\n{"query": "a"}', "row 2 of .* has no response"),
         ('{"query": "a", "response": ["b"]}', "row 1 of .* has a list for its response, and text is due"),
+        ('{"messages": []}', "no column query, response; it has messages: write two such columns, and name them with"),
         ('{"query": ', "--data_path .*rows.jsonl: "),
         ('{"query": "\xff", "response": "b"}', "--data_path .*rows.jsonl: .*can't decode byte 0xff"),
     ],
@@ -266,10 +282,32 @@ def test_a_data_file_is_known_by_its_ending(tiny, tmp_path):
     for name in ("rows.JSONL", "rows.tsv"):
         (tmp_path / name).write_bytes((tiny / "data.jsonl").read_bytes())
     arguments = finetune.BoneArguments("model", str(tmp_path / "rows.JSONL"))
-    assert len(finetune.load_data(arguments, "</s>")) == 32
+    assert len(finetune_data.load_data(arguments, "dataset_split", "</s>")) == 32
     arguments.data_path = str(tmp_path / "rows.tsv")
     with pytest.raises(UserError, match="rows.tsv is no .jsonl, .json, .csv or .parquet file"):
-        finetune.load_data(arguments, "</s>")
+        finetune_data.load_data(arguments, "dataset_split", "</s>")
+
+
+def test_a_folder_of_save_to_disk_is_read(tiny, tmp_path):
+    from datasets import load_dataset
+
+    load_dataset("json", data_files=str(tiny / "data.jsonl"), split="train").save_to_disk(tmp_path / "rows")
+    arguments = finetune.BoneArguments("model", str(tmp_path / "rows"), dataset_split="train[2:5]")
+    rows = finetune_data.load_data(arguments, "dataset_split", "</s>")
+    arguments.data_path = str(tiny / "data.jsonl")
+    assert rows.to_list() == finetune_data.load_data(arguments, "dataset_split", "</s>").to_list() and len(rows) == 3
+
+
+def test_rows_that_do_not_fit_are_counted(tiny, tmp_path, capsys):
+    lengths = [200, 60, 10, 10]  # of questions in bytes, which are tokens here
+    rows = "".join(json.dumps({"query": "x" * length, "response": "y" * 8}) + "\n" for length in lengths)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    data = ("--data_path", str(tmp_path / "rows.jsonl"), "--max_steps", "1", "--max_length")
+    run(tiny, tmp_path / "short", *data, "90")
+    said = "--max_length 90, of the 4 rows of --dataset_split: 1 left out, without a token of an answer within it"
+    assert f"{said}; 1 as long as it, or cut there\n" in capsys.readouterr().out
+    run(tiny, tmp_path / "long", *data, "300")
+    assert "--max_length" not in capsys.readouterr().out
 
 
 def test_a_run_resumes_from_a_checkpoint_of_the_same_settings(tiny, tmp_path):
@@ -334,3 +372,108 @@ def test_arguments_are_adapted_to_the_installed_versions(capsys):
     flags = ["--run_name", "fp32", "--warmup_ratio", "0.03", "--tf32", "True"]
     assert finetune_flags.adapt(flags, {"warmup_ratio", "warmup_steps"}, accelerator=True, cuda=True) == flags
     assert capsys.readouterr().out == ""
+
+
+def test_validation_is_on_the_rows_of_its_split_and_the_best_is_kept(tiny, tmp_path):
+    flags = ("--bits", "fp32", "--max_steps", "3", "--learning_rate", "0.3", "--per_device_train_batch_size", "4")
+    flags += ("--save_strategy", "steps", "--save_steps", "1", "--eval_strategy", "steps", "--eval_steps", "1")
+    split = ("--dataset_split", "train[:28]", "--eval_split", "train[28:]")
+    run(tiny, tmp_path, *flags, *split, "--load_best_model_at_end", "True")
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    judged = {row["step"]: row["eval_loss"] for row in state["log_history"] if "eval_loss" in row}
+    best = tmp_path / f"checkpoint-{min(judged, key=judged.get)}" / "adapter_model.safetensors"
+    assert sorted(judged) == [1, 2, 3]
+    assert (tmp_path / "bone_ft" / "adapter_model.safetensors").read_bytes() == best.read_bytes()
+
+
+def test_ctrl_c_saves_a_checkpoint_that_the_run_goes_on_from(tiny, tmp_path, monkeypatch, capsys):
+    from trl import SFTTrainer
+
+    flags = ("--bits", "fp32", "--max_steps", "4", "--learning_rate", "1e-2", "--lr_scheduler_type", "constant")
+    run(tiny, tmp_path / "whole", *flags)
+    step = SFTTrainer.training_step
+
+    def interrupted(trainer, *arguments, **settings):
+        if trainer.state.global_step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return step(trainer, *arguments, **settings)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SFTTrainer, "training_step", interrupted)
+        assert run(tiny, tmp_path / "parts", *flags) == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert "checkpoint-2 is saved; --resume_from_checkpoint True goes on from there" in capsys.readouterr().out
+    assert not (tmp_path / "parts" / "bone_ft").exists()
+    run(tiny, tmp_path / "parts", *flags, "--resume_from_checkpoint", "True")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_folder_that_holds_a_run_is_refused(tiny, tmp_path):
+    run(tiny, tmp_path, "--max_steps", "1")
+    adapter = tmp_path / "bone_ft" / "adapter_model.safetensors"
+    trained = adapter.read_bytes()
+    with pytest.raises(UserError, match=r"already holds a run \(bone_ft\); name another folder, or remove it"):
+        run(tiny, tmp_path, "--max_steps", "2", "--overwrite_output_dir")
+    (tmp_path / "checkpoint-1").mkdir()
+    with pytest.raises(UserError, match="add --resume_from_checkpoint True to continue it, name another"):
+        run(tiny, tmp_path, "--max_steps", "2")
+    assert adapter.read_bytes() == trained
+
+
+def test_an_output_folder_that_cannot_serve_is_told(tiny, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="cannot write .*: a file stands where .* should be; choose another folder"):
+        run(tiny, tmp_path / "file" / "out")
+    with pytest.raises(
+        UserError, match="--output_dir .*model is the folder of --base_model_name_or_path; name another"
+    ):
+        run(tiny, tiny / "model")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_offloading_without_an_accelerator_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    with pytest.raises(UserError, match="--activation_offloading True .* this machine has none; leave it out"):
+        run(tmp_path, tmp_path, "--activation_offloading", "True")
+
+
+def test_a_hub_that_does_not_answer_is_told_before_the_work(tmp_path, monkeypatch):
+    def fail(token):
+        raise OSError("no route")
+
+    monkeypatch.setattr("huggingface_hub.whoami", fail)
+    with pytest.raises(UserError, match=r"--push_to_hub: the hub cannot be reached, or knows no login \(no route\)"):
+        run(tmp_path, tmp_path / "out", "--push_to_hub", "True")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_adapter_is_pushed_when_all_is_saved(tiny, tmp_path, monkeypatch):
+    from trl import SFTTrainer
+
+    pushed = []
+
+    def upload(api, *, repo_id, folder_path, **settings):
+        assert (tmp_path / "bone_merged" / "model.safetensors").is_file()
+        pushed.append((repo_id, folder_path))
+        if len(pushed) > 1:
+            raise ConnectionError("gone")
+
+    monkeypatch.setattr("huggingface_hub.whoami", lambda token: {})
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
+    monkeypatch.setattr(SFTTrainer, "init_hf_repo", lambda trainer: setattr(trainer, "hub_model_id", "me/bone"))
+    flags = ("--push_to_hub", "True", "--max_steps", "1", "--merge_and_save")
+    assert run(tiny, tmp_path, *flags) == 0 and pushed == [("me/bone", tmp_path / "bone_ft")]
+    (tmp_path / "bone_ft").rename(tmp_path / "first")
+    with pytest.raises(UserError, match="everything is saved, .*gone.* try again with hf upload me/bone .*bone_ft"):
+        run(tiny, tmp_path, *flags)
+    assert (tmp_path / "bone_ft" / "adapter_model.safetensors").is_file()
+
+
+def test_a_tokenizer_without_padding_and_end_is_told(tiny, tmp_path):
+    model = shutil.copytree(tiny / "model", tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings.pop("pad_token"), settings.pop("eos_token")
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    (model / "special_tokens_map.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="has neither an eos_token nor a pad_token, .* tokenizer_config.json"):
+        run(tiny, tmp_path / "out", "--base_model_name_or_path", str(model))

@@ -16,7 +16,7 @@ from ..errors import UserError
 from .binidx import dtype_code
 from .pairs import pair
 from .rows import Chunk
-from .templates import Segment, Template, UnknownForm, named_segments, segments
+from .templates import Segment, Template, UnknownForm, named_segments, segments, thinks
 from .tokenizer import load_tokenizer
 
 Piece = tuple[list[int], bool]  # the tokens of a text, and whether they count in the loss
@@ -78,8 +78,8 @@ class Encoded:
     """Documents as bytes: tokens in the writer's dtype, a mask byte for each, sizes in tokens.
 
     characters of text were read. bad counts rows left out and examples says what was wrong with the
-    first of them; empty, shortened and too_long count documents, or pairs of them, and equal pairs left out whose
-    answers are the same.
+    first of them; empty, shortened and too_long count documents, or pairs of them; equal those whose answers are the
+    same; thinking and at_once documents with thinking and without, where it is asked for.
     """
 
     sizes: list[int] = field(default_factory=list)
@@ -93,10 +93,12 @@ class Encoded:
     shortened: int = 0
     too_long: int = 0
     equal: int = 0
+    thinking: int = 0
+    at_once: int = 0
 
     def add_counts(self, other: "Encoded") -> None:
         """Add another's counts, but not its documents."""
-        for name in ("characters", "bad", "empty", "shortened", "too_long", "equal"):
+        for name in ("characters", "bad", "empty", "shortened", "too_long", "equal", "thinking", "at_once"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.examples = (self.examples + other.examples)[:3]
 
@@ -157,16 +159,23 @@ class Encoder:
                 "--template and --think both say what opens an answer; write it into the template, as the templates "
                 "think and no-think do"
             )
-        self.documents: Callable[[object], Documents]
+        self.layout: Callable[[object, str], Documents]
         if settings.pairs:
-            self.documents = lambda row: pair(row, settings.fields, settings.think)
+            self.layout = lambda row, think: pair(row, settings.fields, think)
         elif settings.template:
             template = Template(settings.template)
-            self.documents = lambda row: [template(row)]
+            self.layout = lambda row, think: [template(row)]
         elif settings.fields:
-            self.documents = lambda row: [named_segments(row, settings.fields, settings.think)]
+            self.layout = lambda row, think: [named_segments(row, settings.fields, think)]
         else:
-            self.documents = lambda row: [segments(row, settings.think)]
+            self.layout = lambda row, think: [segments(row, think)]
+
+    def documents(self, row: object) -> Documents:
+        """A row's documents; one that holds no thinking where that is asked for is laid out as an answer at once."""
+        found = self.layout(row, self.settings.think)
+        if self.settings.think != "on" or all(map(thinks, found)):
+            return found
+        return [one if thinks(one) else other for one, other in zip(found, self.layout(row, "off"))]
 
     def encode(self, chunk: Chunk) -> Encoded:
         result, tokens, mask = Encoded(continues=chunk.continues), array(self.code), bytearray()
@@ -188,21 +197,26 @@ class Encoder:
                 result.bad += 1
                 result.examples = (result.examples + [message])[:3]
                 continue
-            self._add(pieces, chunk, result, tokens, mask)
+            added = self._add(pieces, chunk, result, tokens, mask)
+            if added and self.settings.think == "on" and not isinstance(item, str):
+                thinking = sum(map(thinks, documents))
+                result.thinking += thinking
+                result.at_once += len(documents) - thinking
             result.characters += sum(len(text) for document in documents for text, _ in document)
         result.tokens, result.mask = tokens.tobytes(), bytes(mask)
         return result
 
     def _add(
         self, documents: list[list[Piece]], chunk: Chunk, result: Encoded, tokens: "array[int]", mask: bytearray
-    ) -> None:
-        """Append the documents of a row, or a piece of one, [(ids, counts)] each, to the chunk's tokens and mask."""
+    ) -> bool:
+        """Append the documents of a row, or a piece of one, [(ids, counts)] each, to the chunk's tokens and mask; ->
+        whether they were to be."""
         if not chunk.continues and not any(ids for pieces in documents for ids, _ in pieces):
             result.empty += 1
-            return
+            return False
         if self.settings.pairs and documents[0] == documents[1]:
             result.equal += 1
-            return
+            return False
         if self.end_id is not None and chunk.ends:
             for pieces in documents:
                 pieces.append(([self.end_id], pieces[-1][1]))
@@ -210,7 +224,7 @@ class Encoder:
         if limit and longest > limit:
             if self.settings.too_long == "skip":
                 result.too_long += 1
-                return
+                return False
             documents = [shorten(pieces, longest - limit, limit) for pieces in documents]
             result.shortened += 1
         for pieces in documents:
@@ -218,6 +232,7 @@ class Encoder:
                 tokens += array(self.code, ids)  # faster than extend(ids)
                 mask.extend((b"\1" if counts else b"\0") * len(ids))
             result.sizes.append(length(pieces))
+        return True
 
 
 def length(pieces: list[Piece]) -> int:

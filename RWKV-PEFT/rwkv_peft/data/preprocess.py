@@ -28,7 +28,7 @@ from .report import describe
 from .rows import KINDS, read_chunks
 from .show import marks_for, show_documents
 from .templates import TEMPLATES, read_template
-from .thinking import OPENINGS
+from .thinking import FIELDS, OPENINGS
 
 INLINE_BYTES = 4 << 20
 
@@ -93,8 +93,8 @@ def parser() -> Parser:
         "--think",
         default="",
         choices=tuple(OPENINGS),
-        help="chats of RWKV-7 G1: on opens answers with <think where rows hold thinking, off with <think></think, and "
-        "leaves what rows hold out (default: answers as rows have them)",
+        help="chats of RWKV-7 G1: on opens answers with <think where a row holds thinking, else with <think></think; "
+        "off with that everywhere, and leaves out what rows hold (default: answers as rows have them)",
     )
     result.add_argument(
         "--split", default="", metavar="TRAIN[A:B]", help="rows to read, such as train[:1000] or [10%%:]"
@@ -131,7 +131,7 @@ def write(
     """Encode the inputs into PREFIX `output`; returns an Encoded that holds the counts of all chunks.
 
     progress is a stream for a progress bar, or None; record as in BinidxWriter. Raises UserError for inputs that cannot
-    be read and where no document is left.
+    be read, where no document is left, and where thinking is asked for and none has any.
     """
     tokenizer = encoder(settings).tokenizer  # a wrong setting stops here, before any worker starts
     size = sum(Path(path).stat().st_size for path in inputs if Path(path).is_file())
@@ -161,6 +161,11 @@ def write(
             raise UserError(
                 f"{', '.join(map(str, inputs))}: no document to write ({totals.empty} empty rows, "
                 f"{totals.bad} bad rows, {totals.too_long} too long)"
+            )
+        if settings.think == "on" and not totals.thinking:
+            raise UserError(
+                f"{', '.join(map(str, inputs))}: no row holds thinking, neither <think> … </think> before an answer's "
+                f"words nor a field {' or '.join(FIELDS)}; name the field so, or take off for answers at once"
             )
     return totals
 

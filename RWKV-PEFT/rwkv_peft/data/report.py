@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ..cli import counted
 from .binidx import BinidxDataset
 from .encoding import Encoded
 from .order import magic_prime
@@ -15,9 +16,16 @@ def describe(dataset: BinidxDataset, totals: Encoded | None = None) -> str:
         counted = int(np.count_nonzero(dataset.mask))
         lines.append(f"{counted} tokens count in the loss ({dataset.mask_path}, which training reads)")
     if totals is not None:
-        lines += left_out(totals)
+        lines += laid_out(totals) + left_out(totals)
     lines += histogram(sizes) + suggestions(sizes, tokens)
     return "\n".join(lines)
+
+
+def laid_out(totals: Encoded) -> list[str]:
+    """A line on the rows with thinking and without, where thinking was asked for."""
+    if not totals.thinking:
+        return []
+    return [f"{counted(totals.thinking, 'row')} with thinking, {totals.at_once:,} without (<think></think)"]
 
 
 def left_out(totals: Encoded) -> list[str]:

@@ -18,13 +18,13 @@ from ..files.atomic import atomic_write
 from ..files.readable import require_readable
 from .encoding import EncodeSettings
 from .preprocess import write
-from .report import left_out
+from .report import laid_out, left_out
 
 FORMAT = 2
 
 
 def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[str, list[str]]:
-    """DataConfig -> (prefix of the token files, notes on rows left out or shortened).
+    """DataConfig -> (prefix of the token files, notes on rows: with thinking or not, left out, shortened).
 
     config.path is a .jsonl, .json or .parquet file or a folder that datasets.save_to_disk wrote;
     config.sft_field names its fields, config.sft_split its rows. Documents longer than ctx_len lose
@@ -69,7 +69,7 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
             if not done.exists():
                 totals = write([path], prefix, settings, split=config.sft_split)
                 with atomic_write(done) as temporary:  # last: it says that the files before it are whole
-                    temporary.write_text(json.dumps(left_out(totals)))
+                    temporary.write_text(json.dumps(laid_out(totals) + left_out(totals)))
     except OSError as error:
         raise UserError(
             f"the tokens of --data_type {config.data_type} are kept in {cache}, which cannot be written "

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files.readable import require_readable
-from .thinking import FIELDS, OPENINGS, answered, without_opening
+from .thinking import OPENINGS, answered, without_opening
 
 FORMS = (
     "text; messages or conversations; query and response; question and answer; instruction, input "
@@ -69,7 +69,7 @@ def named_segments(row: object, names: Sequence[str], think: str = "") -> list[S
     if len(names) == 1:
         return [(field(row, names[0]), True)]
     opening, rest = answered(field(row, names[1]), row, think)
-    return thoughtful([(f"User: {field(row, names[0])}\n\nAssistant:{opening}", False), (rest, True)], think)
+    return [(f"User: {field(row, names[0])}\n\nAssistant:{opening}", False), (rest, True)]
 
 
 # Layouts by name, for --template; see Template for the signs.
@@ -142,14 +142,9 @@ def exchange(prompt: str, answer: str) -> list[Segment]:
     return [(prompt, False), (" " + answer.strip(), True)]
 
 
-def thoughtful(parts: list[Segment], think: str) -> list[Segment]:
-    """The segments, where thinking that is asked for ("on") opens one of them; UserError where none."""
-    if think == "on" and not any(text.endswith(OPENINGS["on"]) for text, counts in parts if not counts):
-        raise UserError(
-            "no answer of this row holds thinking: neither <think> … </think> before its words, nor a field "
-            f"{' or '.join(FIELDS)}; off lays it out as an answer at once"
-        )
-    return parts
+def thinks(parts: Sequence[Segment]) -> bool:
+    """Whether thinking opens an answer of these segments, which "on" laid out."""
+    return any(text.endswith(OPENINGS["on"]) for text, counts in parts if not counts)
 
 
 def question(words: str, think: str = "") -> list[str]:
@@ -195,7 +190,7 @@ def chat(messages: object, think: str = "") -> list[Segment]:
             parts += [(f"{role}:{opening}", False), (rest, True)]
         else:
             parts += [(f"{role}:", answered_before), (f" {words}", False)]
-    return thoughtful(parts, think)
+    return parts
 
 
 def speaker(role: str) -> str:

@@ -38,7 +38,7 @@ def parted(words: str, row: Mapping[str, Any] | None = None) -> tuple[str | None
 
 def answered(words: str, row: Mapping[str, Any], think: str) -> tuple[str, str]:
     """An answer -> (what opens it behind "Assistant:", what the model says from there on), as --think has it: "on" with
-    the thinking that the row holds, without where it holds none; "off" with an empty one; "" the words as they are."""
+    the thinking that the row holds, as always if it holds none; "off" with an empty one; "" the words as they are."""
     if not think:
         return "", f" {words.strip()}"
     thinking, answer = parted(words, row)

@@ -6,7 +6,8 @@
 
 Model and data are names on the hub or local paths. The adapter goes to OUTPUT_DIR/bone_ft and, with
 --merge_and_save, the merged model to OUTPUT_DIR/bone_merged. All arguments of trl's SFTConfig are taken.
-Only the answers count in the loss (--completion_only_loss False: the questions too).
+Only the answers count in the loss (--completion_only_loss False: the questions too). --eval_split with
+--eval_strategy validates. Ctrl-C saves a checkpoint after the current step.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,15 +19,18 @@ from torch import nn
 
 from ..errors import UserError
 from ..files.adapter_folder import is_adapter_folder, read_config
+from .finetune_data import as_learned, load_data
 from .finetune_flags import BoneArguments, bone_config, model_settings, parse
-from .finetune_resume import check_layers, checkpoint_to_resume
+from .finetune_resume import ADAPTER, check_folder, check_layers, checkpoint_to_resume
+from .hub import check_hub, push
 from .refusals import refusals_of
 from .register import register
+from .stopping import StopAtCtrlC
 
 
 def main(argv: list[str]) -> int:
-    """Train, save, and merge if asked; -> 0. Raises UserError for arguments that cannot be honoured."""
-    from transformers import AutoTokenizer
+    """Train, save, merge and push as asked; -> 0, or 130 where Ctrl-C ended it. Raises UserError for arguments that
+    cannot be honoured, and where the hub does not take what is saved."""
     from trl import SFTTrainer
 
     register(replace=True)
@@ -34,6 +38,9 @@ def main(argv: list[str]) -> int:
     adapter_config = bone_config(arguments)
     resumed = checkpoint_to_resume(config, adapter_config)
     base = Path(arguments.base_model_name_or_path)
+    check_folder(config, base, resumed)
+    if config.push_to_hub:
+        check_hub(config.hub_token)
     if is_adapter_folder(base):
         raise UserError(
             f"--base_model_name_or_path {base} is an adapter of {read_config(base).get('base_model_name_or_path')}; "
@@ -45,43 +52,71 @@ def main(argv: list[str]) -> int:
             f"--base_model_name_or_path {base} has no config.json; give a model's folder, as save_pretrained writes "
             "it, or a name on the hub"
         )
-    with refusals_of(f"--base_model_name_or_path {arguments.base_model_name_or_path}"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            arguments.base_model_name_or_path,
-            **{name: settings[name] for name in ("revision", "trust_remote_code") if name in settings},
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    data = load_data(arguments, tokenizer.eos_token)
+    tokenizer = load_tokenizer(arguments.base_model_name_or_path, settings)
+    data = load_data(arguments, "dataset_split", tokenizer.eos_token)
+    eval_data = load_data(arguments, "eval_split", tokenizer.eos_token) if arguments.eval_split else None
     model = load_model(arguments.base_model_name_or_path, arguments.bits, settings)
     check_targets(arguments.target_modules or (), model)
     with refusals_of("these arguments"):
         trainer = SFTTrainer(
-            model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=adapter_config
+            model=model,
+            args=config,
+            train_dataset=data,
+            eval_dataset=eval_data,
+            processing_class=tokenizer,
+            peft_config=adapter_config,
         )
     if resumed is not None:
         check_layers(resumed, trainer.model)
-    if not len(trainer.train_dataset):
-        raise UserError(
-            f"none of the {len(data)} rows of --data_path {arguments.data_path} has a token of an answer within "
-            f"--max_length {config.max_length}; raise that"
-        )
+    notes = [as_learned(trainer.train_dataset, len(data), "dataset_split", arguments, config)]
+    if eval_data is not None:
+        notes.append(as_learned(trainer.eval_dataset, len(eval_data), "eval_split", arguments, config))
     if arguments.bits in ("nf4", "int8"):
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:  # trl makes them bfloat16 on quantized models, where small steps are lost
                 parameter.data = parameter.data.float()
     if trainer.is_world_process_zero():
+        print("\n".join(filter(None, notes)), end="\n" * any(notes))
         trainer.model.print_trainable_parameters()
-    trainer.train(resume_from_checkpoint=resumed)
+    stopping = StopAtCtrlC()
+    trainer.add_callback(stopping)
+    try:
+        trainer.train(resume_from_checkpoint=resumed)
+    except (ValueError, ImportError) as error:
+        if stopping.begun:
+            raise
+        raise UserError(f"these arguments: {error}") from error  # of the optimizer and the schedule, made in there
+    if stopping.asked and trainer.state.global_step < trainer.state.max_steps:
+        print(f"checkpoint-{trainer.state.global_step} is saved; --resume_from_checkpoint True goes on from there")
+        return 130
     trainer.save_state()
     check_finite(trainer.model, config.learning_rate)
-    adapter = Path(config.output_dir) / "bone_ft"
-    trainer.save_model(str(adapter))
+    adapter = Path(config.output_dir) / ADAPTER
+    trainer.save_model(str(adapter), _internal_call=True)  # which does not push: merging comes first
     if trainer.is_world_process_zero():
         print(f"the adapter is in {adapter}")
         if arguments.merge_and_save:
             merge_and_save(arguments, settings, adapter, Path(config.output_dir) / "bone_merged", tokenizer)
+    if config.push_to_hub:
+        push(trainer, adapter)
     return 0
+
+
+def load_tokenizer(path: str, settings: Mapping[str, Any]) -> Any:
+    """The base model's tokenizer, padding with its end where it names no padding."""
+    from transformers import AutoTokenizer
+
+    known = {name: settings[name] for name in ("revision", "trust_remote_code") if name in settings}
+    with refusals_of(f"--base_model_name_or_path {path}"):
+        tokenizer = AutoTokenizer.from_pretrained(path, **known)
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise UserError(
+            f"the tokenizer of --base_model_name_or_path {path} has neither an eos_token nor a pad_token, and batches "
+            "need one; write one into its tokenizer_config.json"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def load_model(path: str, bits: str, settings: Mapping[str, Any]) -> Any:
@@ -95,56 +130,6 @@ def load_model(path: str, bits: str, settings: Mapping[str, Any]) -> Any:
     }.get(bits, lambda: None)()
     with refusals_of(f"--base_model_name_or_path {path}"):
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=quantization, **settings)
-
-
-def load_data(arguments: BoneArguments, end: str | None) -> Any:
-    """The rows as prompt and completion. Raises UserError where there is no such data or column."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(
-        Path(arguments.data_path).suffix.lower()
-    )
-    if kind is not None and not Path(arguments.data_path).is_file():
-        raise UserError(f"--data_path {arguments.data_path} does not exist")
-    if kind is None and Path(arguments.data_path).is_file():
-        raise UserError(
-            f"--data_path {arguments.data_path} is no .jsonl, .json, .csv or .parquet file; convert it to one of them"
-        )
-    if kind is not None and not Path(arguments.data_path).stat().st_size:
-        raise UserError(f"--data_path {arguments.data_path} is empty")
-    files = {} if kind is None else {"data_files": arguments.data_path}
-    with refusals_of(f"--data_path {arguments.data_path} --dataset_split {arguments.dataset_split}"):
-        try:
-            data = load_dataset(kind or arguments.data_path, split=arguments.dataset_split, **files)
-        except DatasetGenerationError as error:
-            raise UserError(f"--data_path {arguments.data_path}: {error.__cause__ or error}") from error
-        except ConnectionError as error:
-            raise UserError(
-                f"--data_path {arguments.data_path} is no folder and no .jsonl, .json, .csv or .parquet file here, and "
-                f"the hub cannot be reached: {error}"
-            ) from error
-    missing = [name for name in arguments.dataset_field if name not in data.column_names]
-    if missing:
-        raise UserError(
-            f"{arguments.data_path} has no column {', '.join(missing)}; it has {', '.join(data.column_names)}: "
-            "name two of them with --dataset_field QUESTION ANSWER"
-        )
-    question, answer = arguments.dataset_field
-
-    def as_prompt(row: Mapping[str, Any], index: int) -> dict[str, str]:
-        for name in (question, answer):
-            if row[name] is None:
-                raise UserError(f"row {index + 1} of {arguments.data_path} has no {name}; drop such rows from the file")
-            if not isinstance(row[name], (str, int, float)):
-                raise UserError(
-                    f"row {index + 1} of {arguments.data_path} has a {type(row[name]).__name__} for its {name}, and "
-                    "text is due; write it out as a question and its answer"
-                )
-        return {"prompt": f"### USER: {row[question]}\n### ASSISTANT:", "completion": f" {row[answer]}{end or ''}"}
-
-    with refusals_of(f"--data_path {arguments.data_path}"):  # text is decoded only here
-        return data.map(as_prompt, with_indices=True, remove_columns=data.column_names)
 
 
 def check_targets(targets: Sequence[str], model: nn.Module) -> None:

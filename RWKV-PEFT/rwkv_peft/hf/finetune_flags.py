@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -24,21 +25,28 @@ RENAMED = (
 )
 # (name that newer ones dropped, what they do instead)
 DROPPED = (
-    ("overwrite_output_dir", "files of the same name are replaced"),
+    ("overwrite_output_dir", "an output folder that holds a run is refused"),
     ("save_safetensors", "checkpoints are safetensors"),
     ("logging_dir", "TensorBoard's files go to OUTPUT_DIR/runs"),
 )
 # (what is given here, the flags by which train.py and other trainers call it)
 MEANINGS = (
-    ("--base_model_name_or_path", ("load_model", "base_model", "model_name_or_path", "model")),
+    ("--base_model_name_or_path", ("load_model", "base_model", "model_name_or_path", "model_name", "model")),
     ("--data_path", ("data_file", "data", "dataset", "dataset_name", "train_file")),
     ("--dataset_field", ("sft_field",)),
     ("--dataset_split", ("sft_split", "train_split")),
+    ("--eval_split with --eval_strategy steps", ("val_data", "val_split", "val_set_size", "eval_data")),
     ("--output_dir", ("proj_dir", "out_dir", "save_dir")),
     ("--bits", ("quant", "precision", "dtype", "torch_dtype")),
     ("--bits nf4", ("load_in_4bit",)),
     ("--bits int8", ("load_in_8bit",)),
-    ("--bone_r", ("r", "rank")),
+    ("--bits fp32", ("fp32",)),
+    ("--bits fp16", ("half",)),
+    ("--bone_r", ("r", "rank", "lora_r", "lora_rank")),
+    ("--bone_dropout", ("lora_dropout",)),
+    ("--target_modules", ("lora_target_modules", "lora_target")),
+    ("what always happens", ("use_peft", "use_bone", "do_lora")),
+    ("given by flags, each by itself", ("config", "config_file")),
     ("--init_weights", ("bone_mode",)),
     ("--bone_r and --init_weights", ("bone_config", "peft", "peft_config")),
     ("--merge_and_save", ("merge_on_save", "merge")),
@@ -78,6 +86,10 @@ class BoneArguments:
         metadata={"help": "Data: a name on the hub, a folder, or a .jsonl, .json, .csv or .parquet file."}
     )
     dataset_split: str = field(default="train", metadata={"help": "Split, such as train[:100000]."})
+    eval_split: str | None = field(
+        default=None,
+        metadata={"help": "Split to validate on, with --eval_strategy: test, or train[95%:] beside train[:95%]."},
+    )
     dataset_field: list[str] = field(
         default_factory=lambda: ["query", "response"], metadata={"help": "The columns of question and answer."}
     )
@@ -119,13 +131,35 @@ def parse(argv: list[str]) -> tuple[BoneArguments, Any]:
             raise UserError(f"--{name} {number} {problem}")
     if config.max_steps < 1 and not 0 < config.num_train_epochs < math.inf:
         raise UserError(f"--num_train_epochs {config.num_train_epochs} trains nothing; give a number above 0")
+    check_validation(arguments.eval_split, config)
+    if (config.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        raise UserError(
+            "--dataset_kwargs: the rows are text here, and are to be prepared; leave skip_prepare_dataset out"
+        )
     check_installed(config)
     targets = arguments.target_modules or ()
     if len(targets) > 1 and "all-linear" in targets:
         raise UserError(f"--target_modules {' '.join(targets)}: all-linear stands alone; leave the names or it out")
-    if len(arguments.dataset_field) != 2:
-        raise UserError(f"--dataset_field takes two columns, question and answer, and got {arguments.dataset_field}")
+    columns = arguments.dataset_field
+    if len(columns) != 2 or columns[0] == columns[1]:
+        raise UserError(f"--dataset_field takes two columns, question and answer, and got {' '.join(columns)}")
     return arguments, config
+
+
+def check_validation(split: str | None, config: Any) -> None:
+    """UserError for arguments about a validation that does not take place."""
+    validates = config.eval_strategy != "no"
+    if (validates or config.eval_on_start) and split is None:
+        flag = f"--eval_strategy {config.eval_strategy.value}" if validates else "--eval_on_start"
+        raise UserError(
+            f"{flag} validates on rows of --data_path that --eval_split names, such as --eval_split test; give that too"
+        )
+    if split is not None and not (validates or config.eval_on_start):
+        raise UserError(f"--eval_split {split} is read at --eval_strategy steps or epoch; give that too")
+    if config.load_best_model_at_end and not validates:
+        raise UserError(
+            "--load_best_model_at_end finds the best by validating; give --eval_split and --eval_strategy too"
+        )
 
 
 def refuse(message: str) -> NoReturn:
@@ -143,6 +177,11 @@ def check_installed(config: Any) -> None:
                 callback()
         except (ValueError, ImportError, RuntimeError) as error:
             raise UserError(f"--report_to {name}: {error}; --report_to none does without") from error
+    if config.activation_offloading and not torch.accelerator.is_available():
+        raise UserError(
+            "--activation_offloading True moves activations from an accelerator to the CPU, and this machine has none; "
+            "leave it out"
+        )
     if config.use_liger_kernel and not is_liger_kernel_available():
         raise UserError("--use_liger_kernel needs a package that is missing: pip install liger-kernel, or leave it out")
 
@@ -155,6 +194,9 @@ def adapt(argv: list[str], known: Collection[str], accelerator: bool, cuda: bool
     """
     argv = [part for argument in argv for part in (argument.split("=", 1) if argument.startswith("--") else [argument])]
     argv = [part.replace("-", "_").replace("__", "--", 1) if part.startswith("--") else part for part in argv]
+    for flag, value in pairwise(argv):
+        if flag == "--warmup_ratio":
+            check_share(value)
     for old, new in RENAMED:
         if f"--{old}" in argv and old not in known and new in known:
             if f"--{new}" in argv:
@@ -173,6 +215,20 @@ def adapt(argv: list[str], known: Collection[str], accelerator: bool, cuda: bool
     if not accelerator and "--use_cpu" not in argv:
         argv += ["--use_cpu", "True"]
     return argv
+
+
+def check_share(ratio: str) -> None:
+    """UserError for a --warmup_ratio that newer trainers would take for a number of steps. What is no number at all,
+    the parser tells."""
+    try:
+        share = float(ratio)
+    except ValueError:
+        return
+    if not 0 <= share < 1:
+        raise UserError(
+            f"--warmup_ratio {ratio} is no share of the steps; give 0 or more and below 1, such as 0.03, or a number "
+            "of steps as --warmup_steps"
+        )
 
 
 def drop(argv: list[str], flag: str) -> None:
