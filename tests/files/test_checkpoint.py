@@ -25,7 +25,7 @@ from rwkv_peft.files.adapters import read_adapter
 from rwkv_peft.files.atomic import atomic_write, check_output, place
 from rwkv_peft.files.base import base_of, open_base, save_model
 from rwkv_peft.files.fingerprint import fingerprint
-from rwkv_peft.files.pth import stream_tensors
+from rwkv_peft.files.pth import read_tensors, stream_tensors
 from rwkv_peft.files.pth_writer import TensorSpec, write_pth
 
 LAYER = "blocks.0.att.key"
@@ -305,6 +305,13 @@ with atomic_write(sys.argv[1]) as temporary:
     temporary.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+def test_a_pipe_is_refused_where_a_file_is_read_twice(tmp_path):
+    os.mkfifo(tmp_path / "base.pth")  # which, opened, would wait for a writer
+    for read in (open_base, read_tensors):
+        with pytest.raises(UserError, match="base.pth is a pipe or a device, which cannot be read twice"):
+            read(tmp_path / "base.pth")
 
 
 def test_a_killed_writers_file_is_removed_by_the_next_and_a_living_ones_is_not(tmp_path):

@@ -185,7 +185,9 @@ def wait_for_steps(files, name, steps, process):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)]
+)
 def test_a_stopped_run_resumes_bitwise(files, command, train, unbroken, number, code):
     name = number.name
     process = start(command(name, *LONG))
@@ -205,6 +207,36 @@ def test_a_stopped_run_resumes_bitwise(files, command, train, unbroken, number, 
     assert all(
         torch.equal(tensor, expected[key]) for key, tensor in load_file(files / name / "adapter.safetensors").items()
     )
+
+
+def test_a_terminal_that_goes_away_tells_more_than_once_and_the_run_saves(files, command):
+    process = start(command("hung-up", "--epoch_steps", "100000"))
+    wait_for_steps(files, "hung-up", 5, process)
+    for _ in range(3):
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.02)
+    finish(process, 128 + signal.SIGHUP)
+    assert any((files / "hung-up" / "checkpoints").glob("step-*"))
+
+
+def test_a_second_sigterm_has_its_exit_code(files, command):
+    process = start(command("twice", "--epoch_steps", "100000"))
+    wait_for_steps(files, "twice", 5, process)
+    process.send_signal(signal.SIGTERM)
+    while "again to stop at once" not in process.outputs[0].read_text():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    finish(process, 128 + signal.SIGTERM)
+
+
+def test_a_picture_that_cannot_be_drawn_is_told_and_the_run_is_complete(files, command):
+    argv = command("no-picture")
+    (files / "no-picture" / "loss.png").mkdir(parents=True)
+    out, err = finish(start(argv))
+    assert "finished" in out and re.search(r"^note: .*loss.png is a folder.*--resume auto draws it", err, re.M), err
+    (files / "no-picture" / "loss.png").rmdir()
+    finish(start([*argv, "--resume", "auto"]))
+    assert (files / "no-picture" / "loss.png").stat().st_size
 
 
 def test_resume_refuses_another_number_of_ranks_and_a_finished_run(train, unbroken):

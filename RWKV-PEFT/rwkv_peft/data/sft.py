@@ -52,6 +52,7 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
             path,
             f"--data_file {path}: no such file; --data_type sft takes a .jsonl, .json or .parquet file, "
             "or a datasets folder",
+            again=True,
         )
     cache = Path(cache or cache_folder())
     prefix = cache / key_of(path, settings, config.sft_split)

@@ -18,7 +18,7 @@ from ..cli import counted
 from ..config import RunConfig, TrainConfig
 from ..data.recorded import ENTRY, RUN
 from ..data.samples import Samples
-from ..errors import ending_at_ctrl_c
+from ..errors import UserError, ending_at_ctrl_c
 from ..files.atomic import atomic_write
 from ..memory import keep_freed_memory
 from ..models.family import Family
@@ -147,14 +147,17 @@ def fit(
         return (1 if first else 0), ""
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # what Lightning makes of a Ctrl-C between steps
-            raise KeyboardInterrupt from None
+            raise error.__context__ from None
         raise
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     if not first:
         return 0, ""
-    plot_loss(folder / METRICS, folder / "loss.png")
+    try:
+        plot_loss(folder / METRICS, folder / "loss.png")
+    except UserError as error:  # what was trained is saved
+        say(f"note: {error}; --resume auto draws it again", file=sys.stderr)
     if lit.stopping and lit.step < plan.total_steps:
         return 128 + (lit.stop_requested or signal.SIGTERM), (
             f"stopped after {lit.step:,} of {counted(plan.total_steps, 'step')}, saved in {folder}; "

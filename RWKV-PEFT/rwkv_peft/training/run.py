@@ -3,6 +3,7 @@
 The only place where model, adapters, data and engine meet.
 """
 
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -69,10 +70,10 @@ def main(argv: list[str]) -> int:
         if words:
             say(words)
         return code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if request.world.leads:
             print("interrupted; what was saved before is intact", file=sys.stderr)
-        return 130
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
 
 
 def silent(*words: object, **options: object) -> None:
