@@ -253,8 +253,8 @@ class Save(StepCallback):
 
 
 class StopSignals(pl.Callback):
-    """While training, Ctrl-C, SIGTERM and a terminal that goes away (SIGHUP) ask for a save and a stop after the current
-    step; a second Ctrl-C or SIGTERM stops at once.
+    """While training, Ctrl-C, SIGTERM and a terminal that goes away (SIGHUP) ask for a save and a stop after the
+    current step; a second Ctrl-C or SIGTERM stops at once.
 
     Installed when training starts, after Lightning's own SIGTERM handler, which would end the run without saving.
     """
