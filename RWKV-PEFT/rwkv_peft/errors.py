@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -55,6 +56,27 @@ def past_ctrl_c() -> None:
     more, and prints nothing."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def hangup_signals() -> tuple[signal.Signals, ...]:
+    """What tells that a terminal went away, as a tuple: none where that is to be ignored, as under nohup."""
+    return () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+
+
+def leave_terminal() -> None:
+    """Where a terminal went away, which refuses every word from then on: say nothing more there, and hear no more of
+    it, as the system tells of it and a shell does too."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for number in (1, 2):
+        if stat.S_ISCHR(os.fstat(number).st_mode):
+            be_silent(number)
+
+
+def be_silent(file: int) -> None:
+    """Let what is written to an open file, given by its number, go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, file)
+    os.close(nowhere)
 
 
 @contextmanager

@@ -1,21 +1,24 @@
 """The command as a user types it: runs that are there are kept, what is due is run, and mistakes are told first."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
 
-from rwkv_peft.compare import runs
+from rwkv_peft.compare import command, runs
 from rwkv_peft.compare.command import main, measure
 from rwkv_peft.compare.flags import parse_flags
 from rwkv_peft.compare.plan import Cell
 from rwkv_peft.compare.runs import Process, finish, run_cells, start
 from rwkv_peft.data.binidx import BinidxWriter
-from rwkv_peft.errors import UserError
+from rwkv_peft.errors import UserError, hangup_signals
 from rwkv_peft.training.alone import alone_in
 
 MODEL = ("--load_model", "base.pth", "--data_file", "data", "--ctx_len", "16", "--accelerator", "cpu")
@@ -161,6 +164,21 @@ def test_a_run_that_diverged_is_a_result_and_one_that_failed_is_not(tmp_path, co
     assert json.loads((tmp_path / "result.json").read_text())["diverged"] is diverged
 
 
+@pytest.mark.skipif(not hangup_signals(), reason="is to ignore it, as under nohup")
+def test_a_terminal_that_goes_away_stops_its_runs(tmp_path, monkeypatch):
+    begun, left = [], []
+
+    def begin(*arguments):
+        begun.append(sleeping(*arguments))
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGHUP)).start()
+        return begun[-1]
+
+    monkeypatch.setattr(runs, "start", begin)
+    monkeypatch.setattr(command, "leave_terminal", lambda: left.append(True))
+    assert main(["--output", str(tmp_path / "hung-up"), *OWN, "--rates", "1e-3", "--", *TRAIN]) == 130
+    assert left and {process.child.returncode for process in begun} == {-15}
+
+
 def test_a_run_that_left_no_checkpoint_begins_anew(tmp_path, monkeypatch):
     comparison = parse_flags(["--output", str(tmp_path), *OWN, "--", *TRAIN])
     (tmp_path / "run").mkdir()
@@ -173,7 +191,8 @@ def test_a_run_that_left_no_checkpoint_begins_anew(tmp_path, monkeypatch):
     start(comparison, Cell("bone", -6, 7), size, tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and "--resume" not in argvs[0]
     monkeypatch.setattr(runs, "find_checkpoint", lambda folder: folder)
-    for step, resumed in ((0, True), (1, False)):  # a run of two steps, after one and after both
-        (tmp_path / "run" / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
-        start(comparison, Cell("bone", -6, 7), size, tmp_path / "run")
-        assert ("--resume" in argvs[-1]) is resumed
+    start(comparison, Cell("bone", -6, 7), size, tmp_path / "run")
+    assert argvs[-1][-2:] == [
+        "--resume",
+        "auto",
+    ]  # of a run that has done its steps too, whose picture the disk refused

@@ -1,12 +1,16 @@
 """From people's files to tokens: every row once, roles as masks, mistakes named by line."""
 
+import contextlib
 import json
 import multiprocessing
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from itertools import groupby, product
 from pathlib import Path
 
@@ -380,6 +384,54 @@ def test_a_disk_that_refuses_is_told_and_leaves_what_was_there(tmp_path, flags, 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == earlier
+
+
+@pytest.fixture
+def endless(tmp_path):
+    """preprocess under way in two workers, in a session of its own, on rows that do not end."""
+    rows, output = tmp_path / "in.jsonl", tmp_path / "data"
+    os.mkfifo(rows)
+    argv = [sys.executable, "-m", "rwkv_peft", "preprocess", rows, "--output", output, "--tokenizer", "bytes"]
+    process = subprocess.Popen([*argv, "--workers", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    with open(rows, "wb") as file:
+        done = threading.Event()
+
+        def feed():
+            with contextlib.suppress(BrokenPipeError):
+                while not done.is_set():
+                    file.write(b'{"text": "a row"}\n' * 1000)
+            with contextlib.suppress(BrokenPipeError):
+                file.close()
+
+        feeder = threading.Thread(target=feed, daemon=True)
+        feeder.start()
+        while not any(path.stat().st_size for path in tmp_path.glob(".data.bin.*")):
+            time.sleep(0.01)
+        yield process
+        done.set()
+        feeder.join(30)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+
+
+def test_ctrl_c_on_a_terminal_is_one_word(endless, tmp_path):
+    os.killpg(endless.pid, signal.SIGINT)
+    said = endless.communicate(timeout=60)[1].splitlines()
+    assert endless.returncode == 130 and said[-1] == "interrupted"
+    assert [line for line in said[:-1] if line and "tokenizing" not in line] == []
+    assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
+def test_workers_end_with_the_process_that_began_them(endless):
+    endless.kill()
+    endless.wait()
+    deadline = time.monotonic() + 60
+    with pytest.raises(ProcessLookupError):  # as none of its session is left
+        while time.monotonic() < deadline:
+            os.killpg(endless.pid, 0)
+            time.sleep(0.05)
 
 
 def test_outputs_that_cannot_be_written_are_told_before_the_work(tmp_path):

@@ -1,6 +1,7 @@
 """The command as a user types it, on the demo's base, which answers what it was trained to answer."""
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,25 @@ def test_an_interrupt_keeps_what_was_answered(tmp_path, monkeypatch, capsys):
     assert command.main(words) == 130
     assert "has 1 of 3, and the same command goes on" in capsys.readouterr().err
     assert len(output.read_text().splitlines()) == 2
+
+
+def test_a_full_disk_keeps_what_was_answered(run, tmp_path):
+    data, output = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "answers.jsonl"
+    words = ("jsonl", "--data", data, "--output", output, "--stop", "\n")
+    whole = run(*words)
+    content = output.read_bytes()
+    output.unlink()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) - 10, limit[1]))
+    try:
+        with pytest.raises(
+            UserError, match="cannot write .*answers.jsonl: .*; the answers before are kept, and the same"
+        ):
+            run(*words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert output.read_bytes().count(b"\n") == 3  # the head and two answers, and a part of the third
+    assert run(*words) == whole and output.read_bytes() == content
 
 
 @pytest.mark.parametrize("task, told", [("gsm8k", "#### {}"), ("math", "so \\boxed{{{}}}")])

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -275,7 +276,20 @@ def test_an_interrupt_keeps_what_was_complete(model, tmp_path, monkeypatch, caps
     output = tmp_path / "out.jsonl"
     assert command.main(["--model", str(model), "--prompt", "a", "b", "--output", str(output)]) == 130
     assert [json.loads(line)["generated"] for line in output.read_text().splitlines()] == ["a"]
-    assert "interrupted" in capsys.readouterr().err
+    assert "1 of 2 prompts, " in (said := capsys.readouterr().err) and said.endswith("interrupted\n")
+
+
+def test_what_was_generated_is_printed_where_the_disk_refuses_it(model, tmp_path, capsys):
+    words = ["--model", str(model), "--prompt", "a", "b", "--max_tokens", "3"]
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write .*file too large.*; its lines are printed instead"):
+            command.main([*words, "--output", str(tmp_path / "out.jsonl")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["a", "b"]
+    assert not any(tmp_path.iterdir())
 
 
 def start(model, *arguments):

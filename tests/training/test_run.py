@@ -6,6 +6,9 @@ Each case is a process of its own, because the engine keeps global state.
 import io
 import json
 import math
+import os
+import re
+import resource
 import shutil
 import signal
 import sys
@@ -182,7 +185,9 @@ def wait_for_steps(files, name, steps, process):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)]
+)
 def test_a_stopped_run_resumes_bitwise(files, command, train, unbroken, number, code):
     name = number.name
     process = start(command(name, *LONG))
@@ -202,6 +207,36 @@ def test_a_stopped_run_resumes_bitwise(files, command, train, unbroken, number, 
     assert all(
         torch.equal(tensor, expected[key]) for key, tensor in load_file(files / name / "adapter.safetensors").items()
     )
+
+
+def test_a_terminal_that_goes_away_tells_more_than_once_and_the_run_saves(files, command):
+    process = start(command("hung-up", "--epoch_steps", "100000"))
+    wait_for_steps(files, "hung-up", 5, process)
+    for _ in range(3):
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.02)
+    finish(process, 128 + signal.SIGHUP)
+    assert any((files / "hung-up" / "checkpoints").glob("step-*"))
+
+
+def test_a_second_sigterm_has_its_exit_code(files, command):
+    process = start(command("twice", "--epoch_steps", "100000"))
+    wait_for_steps(files, "twice", 5, process)
+    process.send_signal(signal.SIGTERM)
+    while "again to stop at once" not in process.outputs[0].read_text():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    finish(process, 128 + signal.SIGTERM)
+
+
+def test_a_picture_that_cannot_be_drawn_is_told_and_the_run_is_complete(files, command):
+    argv = command("no-picture")
+    (files / "no-picture" / "loss.png").mkdir(parents=True)
+    out, err = finish(start(argv))
+    assert "finished" in out and re.search(r"^note: .*loss.png is a folder.*--resume auto draws it", err, re.M), err
+    (files / "no-picture" / "loss.png").rmdir()
+    finish(start([*argv, "--resume", "auto"]))
+    assert (files / "no-picture" / "loss.png").stat().st_size
 
 
 def test_resume_refuses_another_number_of_ranks_and_a_finished_run(train, unbroken):
@@ -305,7 +340,7 @@ def test_a_line_of_metrics_that_was_cut_off_does_not_hinder_resuming(tmp_path):
         (
             "unexpected pos 348864 vs 348752",
             UserError,
-            r"is the disk full\?.*adapter.safetensors, and --resume goes on",
+            r"refused the data .is it full.*adapter.safetensors; the last checkpoint is .*step-00000004",
         ),
         ("[gloo/transport/tcp/pair.cc] Connection closed by peer", RuntimeError, "closed by peer"),
     ],
@@ -322,10 +357,38 @@ def test_what_keeps_a_checkpoint_from_being_saved_is_told_and_leaves_the_earlier
     earlier.mkdir(parents=True)
     (earlier / "state.json").write_text('{"samples_seen": 4}')
     strategy = SimpleNamespace(barrier=lambda: None, deepspeed_engine=SimpleNamespace(save_checkpoint=refuse))
-    saver = Saver(tmp_path, SimpleNamespace(adapter=AdapterConfig()), None, {})
+    saver = Saver(tmp_path, SimpleNamespace(adapter=AdapterConfig()), None, {"world_size": 1})
     with pytest.raises(kind, match=words):
         saver.save_checkpoint(SimpleNamespace(is_global_zero=True, strategy=strategy), None, 8)
     assert list_checkpoints(tmp_path) == [earlier]
+    if kind is UserError:
+        assert os.listdir(earlier.parent) == [earlier.name]
+
+
+def test_tensors_of_a_run_that_could_not_save_a_checkpoint_are_not_cleared_away(files, command, one_process):
+    """Its message says where they are; --resume auto, which begins anew, is not to remove them."""
+    size = (files / "one" / "adapter.safetensors").stat().st_size
+    argv = command("refused", "--resume", "auto")
+    process = start(argv)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2 * size, 2 * size))  # less than the optimizer's state has
+    _, said = finish(process, 2)
+    folder = files / "refused"
+    told = f"error: cannot write {folder}/checkpoints/.step-00000004: .*; the trained tensors are in {folder}/adapter"
+    assert re.search(f"^{told}.safetensors; no checkpoint had been saved yet", said, re.M), said
+    assert os.listdir(folder / "checkpoints") == []
+    kept = (folder / "adapter.safetensors").read_bytes()
+    _, said = finish(start(argv), 2)
+    assert "already holds adapter.safetensors" in said
+    assert (folder / "adapter.safetensors").read_bytes() == kept
+
+
+def test_a_disk_without_room_for_a_save_is_told_before_the_first_step(files, command, monkeypatch):
+    from rwkv_peft.training.run import main
+
+    monkeypatch.setattr("rwkv_peft.files.room.room_at", lambda path: 1000)
+    with pytest.raises(UserError, match=r"--proj_dir \S+ needs [\d,]+ bytes for a save, and its disk has 1,000 free"):
+        main(command("no-room")[2:])
+    assert not (files / "no-room").exists()
 
 
 @pytest.mark.parametrize("keep", [True, False])

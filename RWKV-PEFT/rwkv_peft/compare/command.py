@@ -11,7 +11,7 @@ from types import FrameType
 
 from ..adapters.methods import METHODS
 from ..cli import counted
-from ..errors import UserError, told
+from ..errors import UserError, hangup_signals, leave_terminal, told
 from ..files.atomic import atomic_write
 from ..models.state import time_state_shapes
 from ..names import STATE
@@ -29,8 +29,8 @@ INTERRUPTED = 130
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code; 130 after Ctrl-C or SIGTERM. Raises UserError for whatever is wrong in flags, files, and
-    runs."""
+    """Returns the exit code; 130 after Ctrl-C or SIGTERM, or where the terminal went away. Raises UserError for what is
+    wrong in flags, files, and runs."""
     comparison = parse_flags(argv)
     folder = Path(comparison.output)
     sizes, fingerprint = measure(comparison)
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
 
 def run_and_report(comparison: Comparison, sizes: Mapping[str, Size]) -> int:
     """Run whatever is due and report, after an interrupt too; -> the exit code."""
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, *hangup_signals())}
     try:
         complete = run(comparison, sizes)
     except KeyboardInterrupt:
@@ -50,7 +50,8 @@ def run_and_report(comparison: Comparison, sizes: Mapping[str, Size]) -> int:
         report(comparison, sizes)
         return INTERRUPTED
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     report(comparison, sizes)
     if not complete:
         print(
@@ -60,6 +61,8 @@ def run_and_report(comparison: Comparison, sizes: Mapping[str, Size]) -> int:
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
+    if number == signal.SIGHUP:
+        leave_terminal()
     raise KeyboardInterrupt
 
 

@@ -21,6 +21,7 @@ from ..files.atomic import atomic_write
 from ..plots import METRICS, is_number, read_metrics
 from ..training.alone import alone_in
 from ..training.checkpoints import find_checkpoint
+from ..training.resume import AUTO
 from .flags import Comparison, method_flags
 from .plan import Cell
 from .rates import rate_of
@@ -99,8 +100,8 @@ def train_flags(comparison: Comparison, cell: Cell, size: Size, folder: Path) ->
 
 
 def start(comparison: Comparison, cell: Cell, size: Size, folder: Path) -> Process:
-    """Begin a run, or go on with one that stopped at a checkpoint."""
-    resume = find_checkpoint(folder) is not None and read_metrics(folder / METRICS)[-1]["step"] + 1 < comparison.steps
+    """Begin a run, or go on with one that stopped at a checkpoint, if only for what its end would still have done."""
+    resume = find_checkpoint(folder) is not None
     if folder.exists() and not resume:
         with alone_in(folder):  # a run whose comparison was killed may go on in it
             shutil.rmtree(folder)
@@ -112,7 +113,7 @@ def start(comparison: Comparison, cell: Cell, size: Size, folder: Path) -> Proce
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // comparison.jobs)))
     with open(folder / LOG, "wb") as log:
         child = subprocess.Popen(
-            argv + ["--resume"] * resume,
+            argv + ["--resume", AUTO] * resume,
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,

@@ -101,7 +101,9 @@ class BinidxDataset:
                 f"{self.prefix}: a file of rows or text, where the PREFIX of PREFIX.bin and PREFIX.idx is "
                 "meant; tokenize it with rwkv-peft preprocess, or give --data_type sft"
             )
-        require_readable(path, f"{path}: no such file; a data set is a PREFIX.bin with its PREFIX.idx; {REMEDY}")
+        require_readable(
+            path, f"{path}: no such file; a data set is a PREFIX.bin with its PREFIX.idx; {REMEDY}", again=True
+        )
         length = os.path.getsize(path)
         with open(path, "rb") as file:
             header = file.read(HEADER.size)

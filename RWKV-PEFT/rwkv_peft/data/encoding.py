@@ -1,14 +1,18 @@
 """Chunks of rows -> tokens and masks, in this process or in several."""
 
 import json
+import os
+import signal
+import threading
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -110,11 +114,12 @@ def encode_all(chunks: Iterable[Chunk], settings: EncodeSettings, workers: int =
         for chunk in chunks:
             yield encode_chunk(chunk, settings)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent) as pool:
         waiting: deque[Future[Encoded]] = deque()
         try:
             for chunk in chunks:
-                waiting.append(pool.submit(encode_chunk, chunk, settings))
+                with no_ctrl_c():  # which a process inherits that this begins
+                    waiting.append(pool.submit(encode_chunk, chunk, settings))
                 if len(waiting) >= 2 * workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -125,7 +130,33 @@ def encode_all(chunks: Iterable[Chunk], settings: EncodeSettings, workers: int =
                 f"--workers {workers}"
             ) from error
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            with no_ctrl_c():  # a second one: they are done after a chunk
+                pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def no_ctrl_c() -> Iterator[None]:
+    """For a moment Ctrl-C is not heard, and never by the processes that begin in it: it is the parent's business."""
+    if threading.current_thread() is not threading.main_thread():  # to which signals go
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def end_with_parent() -> None:
+    """Let this process end when the one that began it is gone, however that one ended."""
+
+    def watch() -> None:
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def encode_chunk(chunk: Chunk, settings: EncodeSettings) -> Encoded:

@@ -59,6 +59,7 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
             path,
             f"--data_file {path}: no such file; --data_type {config.data_type} takes a .jsonl, .json or .parquet file, "
             "or a datasets folder",
+            again=True,
         )
     cache = Path(cache or cache_folder())
     prefix = cache / key_of(path, settings, config.sft_split)
@@ -79,7 +80,13 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rwkv_peft" / "data"
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "rwkv_peft" / "data"
+    except RuntimeError as error:
+        raise UserError(
+            "this user has no home folder to keep the tokens of --data_type sft in; point XDG_CACHE_HOME at one"
+        ) from error
 
 
 def key_of(path: Path, settings: EncodeSettings, split: str) -> str:

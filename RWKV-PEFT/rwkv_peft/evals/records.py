@@ -1,11 +1,12 @@
 """The lines of --output: a problem each, behind a first one that says what they are of, so that a run goes on."""
 
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import UserError
-from ..files.atomic import atomic_write
+from ..files.atomic import atomic_write, telling_failures
 
 Record = dict[str, Any]
 HEAD = "eval"  # the key of the first line
@@ -30,14 +31,20 @@ class Records:
 
     def __exit__(self, *error: object) -> None:
         if self._file is not None:
-            self._file.close()
+            with self._telling():
+                self._file.close()
             self._write()  # in the order of the problems
 
     def add(self, record: Record) -> None:
         """Keep the Record of a problem, which has its number."""
         self.found[record["number"]] = record
         if self._file is not None:
-            self._file.write(line(record))
+            with self._telling():
+                self._file.write(line(record))
+
+    def _telling(self) -> AbstractContextManager[None]:
+        assert self.path is not None
+        return telling_failures(Path(self.path), "the answers before are kept, and the same command goes on")
 
     def ordered(self) -> list[Record]:
         return [self.found[number] for number in sorted(self.found)]

@@ -96,7 +96,7 @@ def scratch_folder() -> Iterator[Path]:
 def temporary_beside(path: Path, folder: bool = False, remedy: str = "nothing was changed there") -> Iterator[Path]:
     """Yield a new empty file, or folder, in the folder of `path`, which is removed afterwards; failures to write become
     UserErrors that end in `remedy`."""
-    try:
+    with telling_failures(path, remedy):
         if os.path.isdir(path):
             raise UserError(f"{path} is a folder; give the name of the file to write")
         if os.path.exists(path) and not os.path.isfile(path):
@@ -111,8 +111,15 @@ def temporary_beside(path: Path, folder: bool = False, remedy: str = "nothing wa
             yield temporary
         finally:
             _remove(temporary)
+
+
+@contextmanager
+def telling_failures(path: Path, remedy: str) -> Iterator[None]:
+    """Make a UserError, which ends in `remedy`, of what keeps `path` from being written."""
+    try:
+        yield
     except Exception as error:
-        reason = _write_failure(error, path)
+        reason = write_failure(error, path)
         if reason is None:
             raise
         raise UserError(f"cannot write {path}: {reason}; {remedy}") from error
@@ -175,7 +182,7 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _write_failure(error: Exception, path: Path) -> str | None:
+def write_failure(error: Exception, path: Path) -> str | None:
     """Why writing `path` failed, in words, or None when `error` does not come from the system.
 
     torch and safetensors report the system's refusals as their own exception types, so the text counts too.
@@ -187,7 +194,7 @@ def _write_failure(error: Exception, path: Path) -> str | None:
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
         return "the disk is full; free some space or choose another disk"
     # torch's and numpy's words for a short write, which do not say why
-    if "file write failed" in text or ("requested and" in text and "written" in text):
+    if re.search("file write failed|unexpected pos|requested and .* written", text):
         return "the disk refused the data (is it full?)"
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission to write there ({os.strerror(number).lower()}); choose another folder"

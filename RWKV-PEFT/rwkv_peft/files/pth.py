@@ -167,7 +167,7 @@ def require_weights(state: Mapping[str, torch.Tensor], name: str | Path) -> None
 
 def require_file(path: str | Path) -> Path:
     """`path` as a Path to a file that can be read, or a UserError."""
-    return require_readable(path, f"{path} does not exist; check the name")
+    return require_readable(path, f"{path} does not exist; check the name", again=True)
 
 
 def all_finite(tensor: torch.Tensor) -> bool:

@@ -7,9 +7,9 @@ from pathlib import Path
 from ..errors import UserError
 
 
-def require_readable(path: str | Path, missing: str) -> Path:
+def require_readable(path: str | Path, missing: str, again: bool = False) -> Path:
     """`path` as a Path to a file that opens for reading. Raises UserError: with the text `missing` where nothing is
-    there, for a folder, and for what exists and may not be read."""
+    there, for a folder, for what exists and may not be read, and for a pipe or device that is to be read `again`."""
     path = Path(path)
     try:
         if os.path.isfile(path):  # opening a pipe would wait for its other end
@@ -25,4 +25,8 @@ def require_readable(path: str | Path, missing: str) -> Path:
         ) from error
     if path.is_dir():
         raise UserError(f"{path} is a folder, where a file is expected")
+    if again and not path.is_file():
+        raise UserError(
+            f"{path} is a pipe or a device, which cannot be read twice; write it into a file, and give that"
+        )
     return path

@@ -8,9 +8,10 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from ..cli import counted
 from ..data.templates import stops_of
 from ..data.tokenizer import Tokenizer
-from ..errors import UserError
+from ..errors import UserError, be_silent
 from ..files.atomic import atomic_write, check_output
 from .chat import Chat
 from .decode import Step, generate, prefill
@@ -28,13 +29,10 @@ def main(argv: list[str]) -> int:
     try:
         return run(args, sampling)
     except KeyboardInterrupt:
-        print(
-            "\ninterrupted" + (f"; the prompts that were complete are in {args.output}" if args.output else ""),
-            file=sys.stderr,
-        )
+        print("\ninterrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        be_silent(sys.stdout.fileno())
         return 0
 
 
@@ -74,18 +72,14 @@ def run(args: Namespace, sampling: Sampling) -> int:
     try:
         complete_all(steps, continuations, prints=not (streams or args.output))
     finally:  # what is complete is worth keeping, after Ctrl-C too
-        lines = [continuation.line() for continuation in continuations if continuation.end]
+        lines = [continuation.line() + "\n" for continuation in continuations if continuation.end]
         if args.output and lines:
-            with atomic_write(args.output) as temporary:
-                # a lone surrogate of a row, which UTF-8 has no bytes for, is written as JSON's escape of it
-                temporary.write_text(
-                    "".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace"
-                )
+            keep(args.output, lines)
+            total, seconds = sum(len(c.tokens) for c in continuations), time.perf_counter() - began
+            done = f"{len(lines)} of {counted(len(rows), 'prompt')}"
+            warn(f"{args.output}: {done}, {total:,} tokens, {total / seconds:.1f} tokens/s")
     if streams:
         show("\n")
-    if args.output:
-        total, seconds = sum(len(c.tokens) for c in continuations), time.perf_counter() - began
-        print(f"{args.output}: {len(rows)} prompts, {total:,} tokens, {total / seconds:.1f} tokens/s", file=sys.stderr)
     if args.save_state:
         save_state_file(args.save_state, prefill(model, [prompts[0] + continuations[0].tokens], start)[1], model)
     return 0
@@ -131,6 +125,17 @@ class Continuation:
         self.text += text
         if self.show and text:
             self.show(text)
+
+
+def keep(output: str, lines: Sequence[str]) -> None:
+    """Write lines into the file --output; where the disk refuses them, print them, and raise its UserError."""
+    try:
+        with atomic_write(output) as temporary:
+            # a lone surrogate of a row, which UTF-8 has no bytes for, is written as JSON's escape of it
+            temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+    except UserError as error:
+        show("".join(lines))
+        raise UserError(f"{error}; its lines are printed instead") from error
 
 
 def read_rows(args: Namespace) -> list[dict[str, Any]]:

@@ -3,9 +3,7 @@
 rwkv-peft plan --load_model rwkv6-7b.pth --ctx_len 1024 --gpu 24GiB
 """
 
-import shutil
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import torch
 
@@ -14,6 +12,7 @@ from ..adapters.methods import NONE
 from ..cli import counted
 from ..errors import UserError
 from ..files.dtypes import DTYPES
+from ..files.room import room_at
 from ..memory import main_memory
 from ..models import family_named
 from ..training.flags import Request, request_of
@@ -172,10 +171,9 @@ def shown(number: int, step: int = 1) -> str:
 
 def disk(estimate: Estimate) -> Iterator[str]:
     """What the run writes, and the room for it."""
-    files, folder = written(estimate), Path(estimate.config.train.proj_dir).absolute()
-    there = next(path for path in (folder, *folder.parents) if path.is_dir())
-    total, free = sum(file.copies * file.size for file in files), shutil.disk_usage(there).free
-    yield f"disk      {gib(total)} in {estimate.config.train.proj_dir}, where {gib(free)} are free" + (
+    files, folder = written(estimate), estimate.config.train.proj_dir
+    total, free = sum(file.copies * file.size for file in files), room_at(folder)
+    yield f"disk      {gib(total)} in {folder}, where {gib(free)} are free" + (
         "" if total <= free else ": it does not fit"
     )
     for file in files:

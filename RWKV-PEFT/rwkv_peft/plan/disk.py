@@ -5,7 +5,8 @@ from typing import NamedTuple
 from ..config import TrainConfig
 from ..files.dtypes import DTYPES
 from ..training.keeping import KEPT
-from .parts import OPTIMIZER, Estimate
+from ..training.room import checkpoint_size
+from .parts import Estimate
 
 
 class Written(NamedTuple):
@@ -31,7 +32,7 @@ def written(estimate: Estimate) -> list[Written]:
         files.append(Written("merged.pth, and one an epoch", labels, model))
     copies, all_told = checkpoint_count(train)
     name = "checkpoints" if all_told else "checkpoints, or more"
-    files.append(Written(name, copies, OPTIMIZER * counts.trains + counts.trains * item))
+    files.append(Written(name, copies, checkpoint_size(counts.trains, item)))
     return files
 
 

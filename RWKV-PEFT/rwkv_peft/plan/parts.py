@@ -17,12 +17,12 @@ from ..files.dtypes import DTYPES
 from ..models import family_named
 from ..training.gathering import exchanges_gradients, sums_apart
 from ..training.loss import chunk_rows
+from ..training.room import OPTIMIZER
 from .rehearsal import Counts, Step, count, logit_bytes, rehearse
 
 CPU, GPU = "cpu", "gpu"
 LOSS, BACKWARD, UPDATE = "loss", "backward", "update"  # the moments of a step of which one is the peak
 ALWAYS = (LOSS, BACKWARD, UPDATE)
-OPTIMIZER = 12  # bytes of a float32 copy and Adam's two moments
 PAGE = 4096  # of a file that is mapped
 SUM = 4  # bytes of a float32 sum of gradients
 # What a process holds without a model: Python, torch, Lightning and DeepSpeed in main memory; on a GPU CUDA's context

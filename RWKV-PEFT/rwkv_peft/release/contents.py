@@ -132,7 +132,7 @@ def shares(sizes: Mapping[str, int]) -> str:
 def gguf_lines(path: Path) -> Iterator[Line]:
     """What a GGUF says of itself."""
     gguf = import_gguf()
-    require_readable(path, f"{path} does not exist; check the name")
+    require_readable(path, f"{path} does not exist; check the name", again=True)
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, OSError, IndexError, KeyError) as error:

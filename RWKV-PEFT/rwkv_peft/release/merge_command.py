@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..files.base import Base, open_base
 from ..files.dtypes import DTYPES, dtype_name
 from ..files.pth import stream_tensors
 from ..files.pth_writer import TensorSpec, write_pth
+from ..files.room import require_room
 from ..files.state_file import write_states
 from ..memory import keep_freed_memory
 from ..models.state import is_time_state
@@ -130,16 +130,7 @@ def inputs_of(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 def check_space(output: str | Path, specs: Mapping[str, TensorSpec]) -> None:
     """Refuse before hours of work what the disk cannot hold."""
-    folder = Path(os.path.realpath(output)).parent
-    while not folder.exists():
-        folder = folder.parent
-    needed = sum(spec.numel * spec.dtype.itemsize for spec in specs.values())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"--output {output} needs {needed:,} bytes, and its disk has {free:,} free; free some space or "
-            "choose another disk"
-        )
+    require_room("--output", output, sum(spec.numel * spec.dtype.itemsize for spec in specs.values()))
 
 
 def print_head(args: argparse.Namespace, base: Base, adapters: Adapters) -> None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..config import TrainConfig
 from ..data.batches import TrainBatch
+from ..errors import hangup_signals, leave_terminal
 from ..files.atomic import atomic_write
 from ..plots import METRICS, read_metrics
 from .examiner import Examiner
@@ -259,7 +260,8 @@ class Save(StepCallback):
 
 
 class StopSignals(pl.Callback):
-    """While training, Ctrl-C and SIGTERM ask for a save and a stop after the current step; a second one stops at once.
+    """While training, Ctrl-C, SIGTERM and a terminal that goes away (SIGHUP) ask for a save and a stop after the
+    current step; a second Ctrl-C or SIGTERM stops at once.
 
     Installed when training starts, after Lightning's own SIGTERM handler, which would end the run without saving.
     """
@@ -270,11 +272,16 @@ class StopSignals(pl.Callback):
     def on_train_start(self, trainer: Any, lit: Lit) -> None:
         def ask(number: int, frame: FrameType | None) -> None:
             if lit.stop_requested:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(number)
             lit.stop_requested = number
             self.say("\nstopping after this step; again to stop at once, without saving", flush=True)
 
+        def hang_up(number: int, frame: FrameType | None) -> None:
+            leave_terminal()
+            lit.stop_requested = lit.stop_requested or number
+
         self.previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.previous |= {number: signal.signal(number, hang_up) for number in hangup_signals()}
 
     def on_train_end(self, trainer: Any, lit: Lit) -> None:
         for number, handler in self.previous.items():

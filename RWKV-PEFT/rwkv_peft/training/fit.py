@@ -14,7 +14,7 @@ import torch
 
 from ..cli import counted
 from ..data.recorded import ENTRY, RUN
-from ..errors import ending_at_ctrl_c
+from ..errors import UserError, ending_at_ctrl_c
 from ..files.atomic import atomic_write
 from ..memory import keep_freed_memory
 from ..plots import METRICS, plot_loss
@@ -81,12 +81,12 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
         return (1 if run.leads else 0), ""
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # what Lightning makes of a Ctrl-C between steps
-            raise KeyboardInterrupt from None
+            raise error.__context__ from None
         raise
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    return ended(run, lit) if run.leads else (0, "")
+    return ended(run, lit, say) if run.leads else (0, "")
 
 
 def record(run: Prepared) -> None:
@@ -97,9 +97,12 @@ def record(run: Prepared) -> None:
         temporary.write_text(json.dumps(asdict(run.config) | entries, indent=2, sort_keys=True) + "\n")
 
 
-def ended(run: Prepared, lit: "Lit") -> tuple[int, str]:
+def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, str]:
     """Draw what the run came to; -> (the exit code, how it ended in words)."""
-    plot_loss(run.folder / METRICS, run.folder / "loss.png")
+    try:
+        plot_loss(run.folder / METRICS, run.folder / "loss.png")
+    except UserError as error:  # what was trained is saved
+        say(f"note: {error}; --resume auto draws it again", file=sys.stderr)
     total = run.plan.total_steps
     if lit.stopping and lit.step < total:
         return 128 + (lit.stop_requested or signal.SIGTERM), (

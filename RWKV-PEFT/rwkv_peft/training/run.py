@@ -3,6 +3,7 @@
 The only place where model, adapters, data and engine meet.
 """
 
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -43,12 +44,13 @@ from .fit import fit
 from .flags import Request, parse_run
 from .gradients import estimate_gradients
 from .header import describe, describe_adapter
-from .keeping import discard_old
+from .keeping import clear_hidden, discard_old
 from .meeting import Ranks
 from .plan import Plan
 from .prepared import Prepared
 from .rates import with_first_rates
 from .resume import AUTO, find_state
+from .room import require_room_to_save
 from .saved_files import require_files
 from .saver import Saver, data_identity
 from .start import start_adapter, start_states
@@ -69,10 +71,10 @@ def main(argv: list[str]) -> int:
         if words:
             say(words)
         return code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if request.world.leads:
             print("interrupted; what was saved before is intact", file=sys.stderr)
-        return 130
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
 
 
 def silent(*words: object, **options: object) -> None:
@@ -171,11 +173,7 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
         checkpoint = None  # its optimizer state belongs to other ranks
     if world.rank == 0:  # the others would each open GPU 0 to see whether the kernels work
         describe(config, family, accelerator, samples, batches.notes, plan, report, state, say)
-    if world.rank == 0 and state is None:
-        if (folder / METRICS).exists():
-            say("          a run there ended before it saved anything: nothing trained is lost, and it starts anew")
-        clear_unsaved(folder)
-        (folder / UNSAVED).touch()
+        make_way(folder, config, report.trainable, state is None, say)
     saver = Saver(folder, config, plan, identity, base)
     prepared = Prepared(
         config=config,
@@ -191,6 +189,19 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
         ranks=ranks,
     )
     return fit(prepared, say)
+
+
+def make_way(folder: Path, config: RunConfig, trains: int, anew: bool, say: Callable[..., object]) -> None:
+    """Clear a run's folder of what a killed one left, and see that there is room for a save; mark one that begins anew,
+    until it has saved."""
+    clear_hidden(folder)
+    if anew:
+        if (folder / METRICS).exists():
+            say("          a run there ended before it saved anything: nothing trained is lost, and it starts anew")
+        clear_unsaved(folder)
+    require_room_to_save(folder, config, trains)
+    if anew:
+        (folder / UNSAVED).touch()
 
 
 def find_samples(config: RunConfig) -> tuple[Samples, Samples | None]:

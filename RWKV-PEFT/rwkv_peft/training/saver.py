@@ -12,6 +12,7 @@ products.py writes the first four; keeping.py says how many of them stay.
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -25,9 +26,9 @@ from ..config import AdapterConfig, RunConfig, to_json
 from ..data.batches import collate
 from ..data.samples import Samples
 from ..errors import UserError, told
-from ..files.atomic import atomic_write, fsync_folder
+from ..files.atomic import atomic_write, fsync_folder, write_failure
 from ..files.base import Base, save_model
-from .checkpoints import UNREADABLE, UNSAVED
+from .checkpoints import UNREADABLE, UNSAVED, find_checkpoint, how_to_go_on
 from .keeping import HIDDEN, clear_hidden, discard_old, remove
 from .meeting import is_of_connection
 from .plan import Plan
@@ -211,15 +212,22 @@ class Saver:
 
     @contextmanager
     def telling(self, hidden: Path) -> Iterator[None]:
-        """Make a UserError of what the system refuses while a checkpoint is written."""
+        """Make a UserError of what the system refuses while a checkpoint is written. What a run leaves that could not
+        save its first one is of use, the trained tensors, and no later run clears it away."""
         try:
             yield
         except (OSError, RuntimeError) as error:  # torch's word for a disk that refuses is a RuntimeError
             if is_of_connection(error):
                 raise
+            (self.folder / UNSAVED).unlink(missing_ok=True)
+            if self.identity.get("world_size") == 1:  # other ranks may still be writing into it
+                shutil.rmtree(hidden, ignore_errors=True)
+            reason = write_failure(error, hidden) or f"is the disk full? {error}"
+            left = "no checkpoint had been saved yet that --resume could go on from"
+            if find_checkpoint(self.folder):
+                left = how_to_go_on(self.folder)
             raise UserError(
-                f"cannot write {hidden} (is the disk full?): {error}; the trained tensors are in {self.newest}, and "
-                "--resume goes on from an earlier checkpoint, if there is one"
+                f"cannot write {hidden}: {reason}; the trained tensors are in {self.newest}; {left}"
             ) from error
 
 

@@ -12,6 +12,7 @@ import pytest
 from rwkv_peft.ops.native import build
 from rwkv_peft.ops.native.build import Unit, build_library, kept_library
 from rwkv_peft.ops.native.compilers import find_program
+from rwkv_peft.ops.native.cpu import CpuFamily
 from rwkv_peft.ops.native.errors import BuildError
 
 
@@ -58,6 +59,22 @@ def test_a_library_serves_where_no_compiler_is(tmp_path, compiler):
     assert kept_library("answer", without, ("", *link[1:]), cache=tmp_path / "cache") == made
     units[0].source.write_text('extern "C" int answer() { return 43; }')
     assert kept_library("answer", without, ("", *link[1:]), cache=tmp_path / "cache") is None
+
+
+def test_a_disk_that_is_full_is_told_in_words(tmp_path, compiler):
+    units, link = recipe(tmp_path, compiler, text='#error "library.o: No space left on device"')
+    with pytest.raises(BuildError, match=r"answer in \S+cache: the disk is full, there or in TMPDIR; make"):
+        build_library("answer", units, link, cache=tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"] == []
+
+
+def test_a_user_without_a_home_is_told_so(monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert "point XDG_CACHE_HOME at one" in CpuFamily("wkv6", ()).unavailable()
 
 
 def test_source_header_and_flags_decide_the_file(tmp_path, compiler):

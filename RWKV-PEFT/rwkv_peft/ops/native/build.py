@@ -5,7 +5,9 @@ compilers and their versions. A change of either builds anew, so that nothing st
 compiler, a library that one made of the same recipe serves (kept_library).
 """
 
+import errno
 import hashlib
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -47,7 +49,8 @@ def build_library(
         make_once(library, name, lambda work: _compile(work, units, link_command))
     except OSError as error:
         raise BuildError(
-            f"cannot build {name} in {cache}: {error}; make that folder writable, or point XDG_CACHE_HOME elsewhere"
+            f"cannot build {name} in {cache}: {error.strerror or error}; make that folder writable, or point "
+            "XDG_CACHE_HOME elsewhere"
         ) from error
     return library
 
@@ -92,7 +95,8 @@ def _version(program: str) -> bytes:
 
 
 def _compile(work: Path, units: Sequence[Unit], link_command: Sequence[str]) -> Path:
-    """Run the whole build in the folder `work`; the path of the linked library."""
+    """Run the whole build in the folder `work`; the path of the linked library. Raises BuildError with the compiler's
+    words, OSError where they tell of a full disk, which may be that of its temporary files."""
     lines = ["rule run", "  command = $command", "  description = $out"]
     objects = []
     for number, unit in enumerate(units):
@@ -101,7 +105,10 @@ def _compile(work: Path, units: Sequence[Unit], link_command: Sequence[str]) -> 
         lines += _edge(output, [unit.source], [*unit.command, "-c", unit.source, "-o", output])
     lines += _edge("library.so", objects, [*link_command, *objects, "-o", "library.so"])
     (work / "build.ninja").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    done = subprocess.run([*_ninja(), "-C", str(work)], capture_output=True, text=True)
+    environment = os.environ | {"LC_ALL": "C"}  # in which they are looked for words
+    done = subprocess.run([*_ninja(), "-C", str(work)], capture_output=True, text=True, env=environment)
+    if done.returncode != 0 and "No space left on device" in done.stdout:
+        raise OSError(errno.ENOSPC, "the disk is full, there or in TMPDIR")
     if done.returncode != 0:
         raise BuildError(f"the compiler failed:\n{done.stdout[-4000:]}{done.stderr[-1000:]}")
     return work / "library.so"

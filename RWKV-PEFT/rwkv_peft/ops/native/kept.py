@@ -13,13 +13,19 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from .errors import BuildError
+
 SEAL = hashlib.sha256().digest_size  # bytes
 
 
 def cache_directory() -> Path:
-    """Where they are kept: rwkv_peft under the user's cache folder (XDG base directory rules)."""
+    """Where they are kept: rwkv_peft under the user's cache folder (XDG base directory rules). Raises BuildError for a
+    user without a home folder, as containers have them."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "rwkv_peft"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "rwkv_peft"
+    except RuntimeError as error:
+        raise BuildError("this user has no home folder to keep kernels in; point XDG_CACHE_HOME at one") from error
 
 
 def make_once(path: Path, name: str, make: Callable[[Path], Path]) -> None:
