@@ -70,8 +70,10 @@ class AdapterConfig:
 
     method: str = setting(
         "bone",
-        "adapter method; none trains the model itself (all of it, or --train_parts)",
+        "adapter method; none trains the model itself (all of it, or --train_parts); default bone, and none with "
+        "--train_type finetune or state",
         flag="peft",
+        unset=True,
         type=alias(METHOD_ALIASES),
     )
     mode: str = setting(

@@ -1,5 +1,6 @@
 """The one exception that means "what you gave us is wrong", and how a command reports it and Ctrl-C."""
 
+import errno
 import io
 import os
 import signal
@@ -44,6 +45,10 @@ def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
     except PermissionError as error:  # of a folder that may not be entered, which any look at a name in it finds
         message = f"error: {error.filename}: permission denied; give yourself the permission, or name another place"
         code = 2
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        message, code = f"error: {short(str(error.filename))}: a longer name than a disk takes; give that of a file", 2
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     sys.stdout.flush()

@@ -57,6 +57,16 @@ def test_safetensors_there_and_back_is_bitwise(tmp_path, model, ending, dtype):
     assert same(open_base(tmp_path / "back.pth").tensors, state)
 
 
+@pytest.mark.parametrize("prefix", ["model.", "base_model.model."])
+def test_the_prefix_of_a_wrapper_is_taken_off(tmp_path, model, prefix):
+    path, state = model
+    save_model(tmp_path / "wrapped.pth", {prefix + key: tensor for key, tensor in state.items()})
+    with pytest.raises(UserError, match=r"keys start with .*`rwkv-peft convert \S+ model.pth` takes it off"):
+        open_base(tmp_path / "wrapped.pth")
+    convert(tmp_path / "wrapped.pth", tmp_path / "plain.pth")
+    assert same(open_base(tmp_path / "plain.pth").tensors, state)
+
+
 def test_a_folder_between_two_models_is_refused_and_a_failure_leaves_the_old_one(tmp_path, model, tiny_state):
     path, state = model
     convert(path, tmp_path / "hf", "--dtype", "keep", "--tokenizer", "bytes")

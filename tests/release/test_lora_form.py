@@ -234,7 +234,12 @@ def test_llama_cpp_takes_the_lora_of_every_layer_of_an_rwkv7(tmp_path):
         (("bone.safetensors", "x", "--to", "lora", "--base_model", "base.pth", "--lora_rank", "4"), "which is exact"),
         (
             ("bat-in.safetensors", "x", "--to", "lora", "--base_model", "base.pth", "--lora_rank", "65"),
-            "take at most 64",
+            "--lora_rank 65 is more than blocks.0.ffn.key has, whose weight is (96, 64); give --lora_rank, at most 64",
+        ),
+        (
+            ("wide.safetensors", "x", "--to", "lora", "--base_model", "base.pth"),
+            "would be 128, twice the adapter's, which is more than blocks.0.att.key has, whose weight is (64, 64); "
+            "give --lora_rank, at most 64",
         ),
         (("bone.safetensors", "x", "--to", "lora", "--base_model", "other.pth"), "another model than the adapter"),
         (("bone.safetensors", "x.safetensors", "--lora_rank", "4"), "add it"),
@@ -247,6 +252,8 @@ def test_what_has_no_such_form_is_refused(files, words, message, tiny_state):
     adapter = read_adapter(folder / "bone.safetensors")
     key = "blocks.0.ln1.weight"
     save_adapter(folder / "whole.safetensors", adapter.tensors | {key: base.tensors[key]}, adapter.metadata)
+    wide = AdapterMetadata("bat-in", rank=64, targets=("att.key",))
+    save_adapter(folder / "wide.safetensors", {"blocks.0.att.key.bone": torch.ones(1, 64, 64)}, wide)
     before = sorted(folder.iterdir())
     with pytest.raises(UserError, match=re.escape(message)):
         main([str(folder / word) if "." in word or word == "x" else word for word in words])

@@ -9,9 +9,10 @@ from safetensors.torch import save_file
 from release.merges import RANK, TARGETS, adapter_of, run
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapter_file import Adapter
-from rwkv_peft.files.adapters import read_adapter
+from rwkv_peft.files.adapters import AdapterSource, read_adapter
 from rwkv_peft.files.base import base_of, open_base
 from rwkv_peft.files.rwkv_peft_file import write_rwkv_peft
+from rwkv_peft.generate.loading import load_model
 from rwkv_peft.release.merge import merged_tensors
 
 
@@ -68,6 +69,13 @@ def test_lora_and_pissa_files_of_rwkv_peft_merge(folder):
     merged = run(folder, "--lora_init", folder / "init_p.pth", adapter="p.pth")
     expected = merged_tensors(base_of(base), [("a", Adapter(tensors, metadata))])
     assert all(torch.equal(merged[key], expected[key]) for key in base)
+    for flags in ((), ("--lora_alpha", "8")):
+        with pytest.raises(UserError, match="p.pth lies beside .*init_p.pth, and so is PiSSA.*give it as --lora_init"):
+            run(folder, *flags, adapter="p.pth")
+    with pytest.raises(
+        UserError, match="init_p.pth holds what a PiSSA began with, and no adapter; give it as --lora_i"
+    ):
+        run(folder, adapter="init_p.pth")
     initial = load_flat(folder / "init_p.pth")
     assert all(key.startswith("model.blocks.") for key in initial)  # as RWKV-PEFT writes it since 2025-02
     torch.save({key.removeprefix("model."): tensor for key, tensor in initial.items()}, folder / "earlier.pth")
@@ -78,6 +86,39 @@ def test_lora_and_pissa_files_of_rwkv_peft_merge(folder):
     torch.save(dict(list(initial.items())[:-1]), folder / "short.pth")
     with pytest.raises(UserError, match="is not the init file"):
         run(folder, "--lora_init", folder / "short.pth", adapter="p.pth")
+
+
+@pytest.mark.parametrize("prefix", ["model.", "base_model.model.", "model.base_model.model."])
+def test_the_prefix_of_a_wrapper_is_taken_off(folder, prefix):
+    base = open_base(folder / "base.pth").tensors
+    tensors, _ = adapter_of("bone", base)
+    tensors |= {key: tensor + 1 for key, tensor in base.items() if ".ln1." in key}
+    torch.save(tensors, folder / "a.pth")
+    torch.save({prefix + key: tensor for key, tensor in tensors.items()}, folder / "wrapped.pth")
+    expected, merged = run(folder, adapter="a.pth"), run(folder, adapter="wrapped.pth", output="other.pth")
+    assert all(torch.equal(merged[key], expected[key]) for key in base)
+    torch.save(tensors | {"model.head.weight": base["head.weight"]}, folder / "mixed.pth")
+    with pytest.raises(UserError, match="1 of its .* tensors have no place in the base: there is no model.head.weight"):
+        run(folder, adapter="mixed.pth")
+
+
+def test_an_adapter_of_a_model_of_fewer_blocks_is_refused(folder):
+    """Two models of one width may differ in depth alone."""
+    tensors, _ = adapter_of("bone", open_base(folder / "base.pth").tensors)
+    torch.save({key: tensor for key, tensor in tensors.items() if key.startswith("blocks.0.")}, folder / "a.pth")
+    with pytest.raises(UserError, match="a.pth adapts 1 of the 2 blocks of .*base.pth.*belongs to a smaller model"):
+        run(folder, adapter="a.pth")
+    with pytest.raises(UserError, match="belongs to a smaller model"):
+        load_model(folder / "base.pth", [AdapterSource(folder / "a.pth")])
+    assert "head.weight" in run(folder, "--any_base", adapter="a.pth")
+
+
+def test_the_folder_of_a_run_of_rwkv_peft_names_its_files(folder):
+    (folder / "run").mkdir()
+    for name in ("rwkv-0.pth", "rwkv-1.pth", "train_log.txt"):
+        (folder / "run" / name).touch()
+    with pytest.raises(UserError, match=r"; give one of \S+/run/rwkv-0.pth, \S+/run/rwkv-1.pth$"):
+        run(folder, adapter="run")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from rwkv_peft.adapters.layer import AdapterLinear
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapter_file import Adapter, AdapterMetadata, save_adapter
-from rwkv_peft.files.base import base_of
+from rwkv_peft.files.base import base_of, save_model
 from rwkv_peft.files.rwkv_peft_file import write_rwkv_peft
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.model import RWKV6
@@ -77,6 +77,20 @@ def test_what_a_file_of_rwkv_peft_does_not_say_is_asked_for(base, tmp_path, conf
         start_adapter(replace(config, load=str(path)), base_of(base))
 
 
+def test_a_file_of_rwkv_peft_of_another_kind_is_told_as_what_it_is(base, tmp_path):
+    bone, lora = (write_rwkv_peft(tmp_path / f"{c.method}.pth", trained(base, c)[1])[0] for c in (BONE, LORA))
+    states = tmp_path / "states.pth"
+    save_model(states, {f"blocks.{n}.att.time_state": torch.ones(4, 16, 16) for n in range(2)})
+    for config, path, words in (
+        (replace(BONE, mode="bat-in"), bone, "holds a bone adapter, and this run trains bat-in; .*--bone_mode bone"),
+        (LORA, bone, "holds a bone adapter, and this run trains lora; give --peft bone --bone_mode bone"),
+        (BONE, lora, "holds a LoRA or PiSSA adapter, and this run trains bone; give --peft lora or pissa"),
+        (BONE, states, "holds no adapter, but time states; give it as --state_load with --train_parts state"),
+    ):
+        with pytest.raises(UserError, match=words):
+            start_adapter(replace(config, load=str(path)), base_of(base))
+
+
 @pytest.mark.parametrize(
     "config, now, words",
     [
@@ -86,7 +100,8 @@ def test_what_a_file_of_rwkv_peft_does_not_say_is_asked_for(base, tmp_path, conf
         (LORA, {"quant": "nf4"}, ["--quant none", "this run has --quant nf4; give --quant none"]),
         (replace(BONE, quant="int8"), {"quant": "none"}, ["give --quant int8"]),
         (PISSA, {"init": "init_pissa.pth"}, ["pissa_init init_pissa.pth", "leave it out"]),
-        (PISSA, {"method": "lora"}, ["pissa adapter", "trains lora"]),
+        (PISSA, {"method": "lora"}, ["pissa adapter", "trains lora; give --peft pissa"]),
+        (BONE, {"mode": "bat-in"}, ["trains bat-in; give --peft bone --bone_mode bone"]),
     ],
 )
 def test_an_own_file_of_other_settings_is_refused(base, tmp_path, config, now, words):

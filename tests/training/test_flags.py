@@ -179,9 +179,12 @@ def test_rows_in_the_order_of_the_file(files):
     [
         (["--pre_ffn", "1"], "--pre_ffn: '1' asks for a feed-forward layer in place of the first attention"),
         (["--head_size_divisor", "16"], "give 8, or leave the flag out"),
-        (["--op", "triton"], "give cuda or fla"),
+        (["--op", "hip"], "other kernels; those here are chosen by the device; give cuda or fla or triton"),
         (["--train_type", "lisa"], "--train_type: invalid choice: 'lisa'"),
-        (["--train_type", "finetune"], "add --peft none"),
+        (
+            ["--peft", "bone", "--train_type", "finetune"],
+            "trains the model itself, and --peft is bone; leave --peft out",
+        ),
         (["--dropout", "0.1"], "lora_dropout"),
         (["--train_parts", '["time", "lm"]'], "--train_parts lm"),
         (["--lr_schedule", "sin"], "invalid choice: 'sin'"),

@@ -169,7 +169,7 @@ def test_states_train_along_with_the_model_itself(files, train, bases, tuned, tm
 @pytest.mark.parametrize(
     "more, words",
     [
-        ("--train_type state", "add --peft none, or give --train_parts state instead"),
+        ("--peft bone --train_type state", "leave --peft out, or give --train_parts state instead"),
         ("--peft none --train_type state --train_parts ln", "leave one of the two out"),
         ("--state_lr 1e-3", "add --train_parts state"),
         ("--state_load nowhere.pth", "add --train_parts state"),

@@ -3,10 +3,12 @@ else told by their meaning."""
 
 import json
 import re
+import sys
 
 import pytest
 
-from rwkv_peft.errors import UserError
+from rwkv_peft.data.preprocess import main as preprocess
+from rwkv_peft.errors import UserError, exit_on_user_error
 from rwkv_peft.training.flags import parse_run
 from rwkv_peft.training.run import main
 from rwkv_peft.training.synonyms import SYNONYMS
@@ -14,8 +16,11 @@ from rwkv_peft.training.synonyms import SYNONYMS
 INERT = (
     "--chunk_ctx 512 --avg_loss 0 --fused_kernel --ds_bucket_mb 2 --load_partial 0 --my_pile_version 1 "
     "--my_pile_shift -1 --my_pile_edecay 0 --my_exit_tokens 0 --my_exit 99999999 --my_sample_len 0 --my_ffn_shift 1 "
-    "--my_att_shift 1 --my_random_steps 0 --tiny_att_layer -999 --merge 0"
+    "--my_att_shift 1 --my_random_steps 0 --tiny_att_layer -999 --merge 0 --op triton --num_workers 8 "
+    "--persistent_workers --prefetch_factor 2"
 ).split()
+
+NESTED = '{"a":' * 20_000
 
 
 def flags(files, *more):
@@ -55,10 +60,21 @@ def test_what_sets_nothing_here_is_taken(files, lisa):
         ("--lora_r 8", "lora_r in --lora_config"),
         ("--per_device_train_batch_size 4", "--micro_bsz"),
         ("--gradient_accumulation_steps 4", "--accumulate_grad_batches"),
+        ("--PISSA --svd_niter 4", "there is no --PISSA here; it is --peft pissa"),
+        ("--svd_niter 4", "svd_niter in --pissa_config"),
+        ('--miss_config {"r":8}', "--disha_config with --peft disha"),
+        ("--state_tune", "it is --train_type state"),
+        ("--strategy single_device", "is --strategy deepspeed_stage_1 here"),
+        ("--strategy fsdp", "is --strategy deepspeed_stage_3 here"),
         ("--mask_id {mask0", "is not JSON"),
         ('--mask_id {"mask0":"a"}', "other keys than mask0 and mask1"),
         ('--bone_r 16 --loss_mask qa --mask_id {"mask0":"0","mask1":"1"}', "needs --mask_id"),
         ('--loss_mask qa --mask_id {"mask0":"","mask1":[1,-2]}', "neither a text nor token ids"),
+        ("--check_flags --loss_mask qa", """--mask_id '{"mask0":"User:","mask1":"Assistant:"}'"""),
+        ("--check_flags --loss_mask se --mask_id 1", "needs --mask_end_id"),
+        ("--mask_id " + NESTED, "is not JSON ("),
+        ("--bone_config " + NESTED, "is not JSON ("),
+        ("--lisa_config " + NESTED, "LISA, a method that is not here"),
         ('--peft lora --peft_config {"rank":8}', "unknown key 'rank'"),
         ('--peft none --peft_config {"r":8}', "--peft_config belongs to --peft bone or"),
     ],
@@ -108,3 +124,43 @@ def test_a_drawn_seed_is_one_for_all_ranks_and_kept(files, train):
     assert "do not train: time (" in out and "--train_parts time ln trains time and ln along, as RWKV-PEFT" in out
     out, _ = train("drawn", *more, "2", "--resume")
     assert re.search(rf"^seed +{seed}$", out, re.M)
+
+
+def test_the_type_of_a_training_says_that_no_layer_is_adapted(files):
+    states = config(files, "--train_type", "state", "--dataload", "pad", "--fla").adapter
+    assert (states.method, states.train_parts) == ("none", ("state",))
+    assert config(files, "--train_type", "finetune").adapter.method == "none"
+    assert config(files, "--train_type", "infctx", "--bone_r", "16").adapter.method == "bone"
+
+
+def test_markers_are_texts_of_the_data_s_own_tokenizer(tmp_path, files):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "User: hi. Assistant: ho."}\n')
+    preprocess([str(rows), "--output", str(tmp_path / "bytes"), "--tokenizer", "bytes"])
+    masked = ("--loss_mask", "qa", "--bone_r", "16", "--mask_id", '{"mask0":"User:","mask1":"Assistant:"}')
+    data = config(files, *masked, "--data_file", str(tmp_path / "bytes")).data
+    assert data.mask_id == tuple(byte + 1 for byte in b"Assistant:")
+
+
+@pytest.mark.parametrize("kind", ["binidx", "sft"])
+def test_a_folder_of_data_is_named_as_one(tmp_path, files, kind):
+    given = ["--bone_r", "16", "--data_type", kind, "--data_file", str(tmp_path)]
+    folder = {"binidx": "a folder, where the PREFIX", "sft": "not a folder that datasets.save_to_disk wrote"}[kind]
+    with pytest.raises(UserError, match=rf"{folder}.*; (name|give) a"):
+        main(flags(files, *given))
+    (tmp_path / "mine.jsonl").touch()
+    with pytest.raises(UserError, match=rf"{folder}.*; give {tmp_path}/mine.jsonl"):
+        main(flags(files, *given))
+    for name in ("b.idx", "a.idx", "a.bin"):
+        (tmp_path / name).touch()
+    pairs = rf"; give one of {tmp_path}/a.idx, {tmp_path}/b.idx$"
+    with pytest.raises(UserError, match=pairs if kind == "binidx" else "mine.jsonl"):
+        main(flags(files, *given))
+
+
+def test_a_name_that_no_disk_takes_is_told(files, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags(files, "--data_file", "a" * 5000)])
+    with pytest.raises(SystemExit) as exit_info:
+        exit_on_user_error(main)
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 2 and len(error) < 400 and "a longer name than a disk takes" in error

@@ -104,7 +104,7 @@ def check_record(path: Path, comparison: Comparison, sizes: Mapping[str, Size], 
         return
     try:
         before = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({told(error)}); give another --output") from error
     for name, value in now.items():
         if not isinstance(before, dict) or before.get(name) != value:

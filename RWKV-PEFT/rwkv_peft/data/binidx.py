@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from ..errors import UserError
 from ..files.atomic import temporary_beside
 from ..files.lock import Busy, hold
-from ..files.readable import require_readable
+from ..files.readable import choice_in, require_readable
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -96,6 +96,12 @@ class BinidxDataset:
 
     def _read_index(self) -> None:
         path = self.idx_path
+        if os.path.isdir(self.prefix) and not os.path.isfile(path):
+            folder = f"{self.prefix}: a folder, where the PREFIX of PREFIX.bin and PREFIX.idx is meant"
+            if pairs := choice_in(self.prefix, ".idx"):
+                raise UserError(folder + pairs)
+            rows = choice_in(self.prefix, ".jsonl", ".json", ".txt", ".parquet") or "; give a text"
+            raise UserError(f"{folder}, and it holds no .idx{rows} to rwkv-peft preprocess, which makes them")
         if os.path.isfile(self.prefix) and not os.path.isfile(path):
             raise UserError(
                 f"{self.prefix}: a file of rows or text, where the PREFIX of PREFIX.bin and PREFIX.idx is "

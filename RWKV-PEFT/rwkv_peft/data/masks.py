@@ -64,14 +64,20 @@ def make_mask(dataset: BinidxDataset, config: DataConfig) -> Mask | None:
         return lambda start, stop: stored[start:stop] != 0
     if kind not in LOSS_MASKS:
         raise UserError(f"--loss_mask {kind}: one of {', '.join(LOSS_MASKS)}")
-    if not config.mask_id:
+    require_markers(config)
+    return MarkerMask(dataset, config.mask_id, config.mask_end_id, end_counts=kind == "se")
+
+
+def require_markers(config: DataConfig) -> None:
+    """Raise UserError where config.loss_mask is one that markers delimit, and they are not given."""
+    kind = config.loss_mask
+    if kind in ("qa", "se") and not config.mask_id:
         raise UserError(
-            f"--loss_mask {kind} needs --mask_id, the token ids that open an answer; "
-            "rwkv-peft tokenize world 'Assistant:' prints them"
+            f"--loss_mask {kind} needs --mask_id, the token ids that open an answer, which rwkv-peft tokenize world "
+            """'Assistant:' prints; what RWKV-PEFT's qa takes is --mask_id '{"mask0":"User:","mask1":"Assistant:"}'"""
         )
     if kind == "se" and not config.mask_end_id:
         raise UserError("--loss_mask se needs --mask_end_id, the token ids that close an answer")
-    return MarkerMask(dataset, config.mask_id, config.mask_end_id, end_counts=kind == "se")
 
 
 class MarkerMask:

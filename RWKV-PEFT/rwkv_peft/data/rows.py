@@ -12,11 +12,12 @@ from itertools import islice
 from pathlib import Path
 
 from ..errors import UserError, told
-from ..files.readable import require_readable
+from ..files.readable import choice_in, require_readable
 
 CHUNK_BYTES = 1 << 20
 CHUNK_ROWS = 1000
 KINDS = ".jsonl (or .jsonl.gz), .json, .txt, .parquet, or a folder that datasets.save_to_disk wrote"
+ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".json", ".txt", ".parquet")
 Bounds = tuple[str | None, str | None]  # of rows, as --split has them: numbers, or percentages with their sign
 
 
@@ -154,7 +155,10 @@ def folder_chunks(path: Path, name: str) -> Iterator[Chunk]:
     try:
         data = load_from_disk(str(path))
     except (FileNotFoundError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a folder that datasets.save_to_disk wrote ({error})") from error
+        raise UserError(
+            f"{path}: not a folder that datasets.save_to_disk wrote ({told(error)})"
+            + (choice_in(path, *ENDINGS) or "; name a file of rows")
+        ) from error
     if isinstance(data, DatasetDict):
         chosen = name or "train"
         if chosen not in data:

@@ -58,7 +58,7 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
         require_readable(
             path,
             f"--data_file {path}: no such file; --data_type {config.data_type} takes a .jsonl, .json or .parquet file, "
-            "or a datasets folder",
+            "or a datasets folder. Nothing is downloaded: of a data set on Hugging Face give the file of its rows",
             again=True,
         )
     cache = Path(cache or cache_folder())

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import UserError, told
 from .atomic import atomic_write
-from .readable import require_readable
+from .readable import choice_in, require_readable
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -21,7 +21,9 @@ def is_adapter_folder(folder: str | Path) -> bool:
 def read_config(folder: str | Path) -> dict[str, Any]:
     """The settings in a folder's adapter_config.json. Raises UserError where there are none that can be read."""
     path = require_readable(
-        Path(folder) / CONFIG, f"{folder} has no {CONFIG}; give a folder that peft's save_pretrained wrote"
+        Path(folder) / CONFIG,
+        f"{folder} has no {CONFIG}, which peft's save_pretrained writes"
+        + (choice_in(folder, ".pth", ".safetensors") or "; give a folder of its making, or an adapter's file"),
     )
     try:
         config = json.loads(path.read_bytes())

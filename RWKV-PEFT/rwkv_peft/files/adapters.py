@@ -20,12 +20,14 @@ from .rwkv_peft_file import read_rwkv_peft
 @dataclass(frozen=True)
 class AdapterSource:
     """Where an adapter is, and what its file may not say: mode is a form of Bone for RWKV-PEFT's files that do not name
-    theirs, init the path of the initial factors of its PiSSA, alpha that of its LoRA; None: not told."""
+    theirs, init the path of the initial factors of its PiSSA, alpha that of its LoRA; None: not told. A file that says
+    otherwise contradicts mode, and not guess, which is a form all the same."""
 
     path: str | Path
     mode: str | None = None
     init: str | Path | None = None
     alpha: float | None = None
+    guess: str | None = None
 
     def read(self, base: Mapping[str, torch.Tensor] | None = None) -> Adapter:
         """The Adapter: ours, or another tool's (rwkv_peft_file.py, peft_folder.py).
@@ -40,7 +42,7 @@ class AdapterSource:
         elif path.suffix == ".safetensors":
             adapter = read_own(path)
         else:
-            adapter = read_rwkv_peft(path, self.mode, base, self.init, self.alpha)
+            adapter = read_rwkv_peft(path, self.mode or self.guess, base, self.init, self.alpha)
         self._check_told(path, adapter)
         if self.mode is not None and adapter.modules() and adapter.metadata.variant != self.mode:
             raise UserError(f"{path} is a {adapter.metadata.variant} adapter, not {self.mode}; leave --bone_mode out")

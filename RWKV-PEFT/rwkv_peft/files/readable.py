@@ -6,6 +6,8 @@ from pathlib import Path
 
 from ..errors import UserError
 
+SHOWN = 5  # files of a folder that a message names
+
 
 def require_readable(path: str | Path, missing: str, again: bool = False) -> Path:
     """`path` as a Path to a file that opens for reading. Raises UserError: with the text `missing` where nothing is
@@ -24,9 +26,21 @@ def require_readable(path: str | Path, missing: str, again: bool = False) -> Pat
             "permission, or copy it"
         ) from error
     if path.is_dir():
-        raise UserError(f"{path} is a folder, where a file is expected")
+        raise UserError(f"{path} is a folder, where a file is expected{choice_in(path)}")
     if again and not path.is_file():
         raise UserError(
             f"{path} is a pipe or a device, which cannot be read twice; write it into a file, and give that"
         )
     return path
+
+
+def choice_in(folder: str | Path, *endings: str) -> str:
+    """The end of a message about a folder that was given where a file is due: "; give one of …", the first files in it
+    whose names end so (without endings: all), or "" where there is none or the folder may not be read."""
+    try:
+        found = sorted(str(path) for path in Path(folder).iterdir() if path.is_file())
+    except OSError:
+        return ""
+    found = [name for name in found if not endings or name.endswith(endings)]
+    more = ", …" if len(found) > SHOWN else ""
+    return f"; give {'one of ' * (len(found) > 1)}{', '.join(found[:SHOWN])}{more}" if found else ""

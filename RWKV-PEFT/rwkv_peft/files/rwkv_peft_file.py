@@ -6,6 +6,7 @@ square.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,10 +21,16 @@ from .atomic import atomic_write
 from .pth import read_tensors
 from .pth_writer import save_pth
 
+SOURCE = "RWKV-PEFT"  # of their metadata
 # what the keys of PiSSA's init files begin with since 2025-02, when RWKV-PEFT began to wrap the model
 PREFIX = "model."
+INITS = (
+    "init_pissa.pth",
+    "init_{}",
+)  # how the init file beside a PiSSA's is called: RWKV-PEFT's, and write_rwkv_peft's
 INITIAL = ("init_lora_A", "init_lora_B")  # what RWKV-PEFT's PiSSA keeps in a file of its own
 Modules = dict[str, dict[str, torch.Tensor]]  # {module name: {parameter name: tensor}}
+WRAPPED = re.compile(r"(.+?\.)(?:emb|blocks|ln_out|head)\.")  # a prefix before an official key
 OUTSIDE = ("emb.weight", "head.weight")  # of the blocks; both may be trained beside an adapter
 WHOLE_MODEL = (*OUTSIDE, "blocks.0.att.receptance.weight", "blocks.0.ffn.value.weight")
 
@@ -38,12 +45,12 @@ def read_rwkv_peft(
     """The Adapter in a flat .pth of RWKV-PEFT: .bone, .disha, LoRA, PiSSA, time states, whole tensors.
 
     mode names the variant of 3-D .bone tensors where neither the file nor base (a state dict, for its shapes)
-    tells it; init is the path of PiSSA's init file, with or without PREFIX; alpha is LoRA's, which RWKV-PEFT does not
-    save.
+    tells it; init is the path of PiSSA's init file; alpha is LoRA's, which RWKV-PEFT does not save. Keys may have a
+    wrapper's prefix.
     Raises UserError as read_tensors does, and for a file that is a whole model or mixes kinds of adapter.
     """
-    state = read_tensors(path)
-    adapter = Adapter(state, AdapterMetadata(NONE, source="RWKV-PEFT"))
+    state = unwrapped(read_tensors(path))
+    adapter = Adapter(state, AdapterMetadata(NONE, source=SOURCE))
     modules = adapter.modules()
     missing = [key for key in WHOLE_MODEL if key not in state]
     if not modules and len(missing) > 0 and (len(missing) == 1 or set(missing) <= set(OUTSIDE)):
@@ -69,6 +76,11 @@ def read_rwkv_peft(
             "they cannot be from one training"
         )
     kind: tuple[str, ...] = kinds.pop() if kinds else ()
+    if kind == INITIAL:
+        raise UserError(
+            f"{path} holds what a PiSSA began with, and no adapter; give it as --lora_init (pissa_init of train.py) "
+            "beside the adapter, rwkv-N.pth in its folder"
+        )
     if kind not in ((), ("bone",), ("disha",), ("lora_A", "lora_B")):
         raise UserError(
             f"{path} holds adapter tensors {kind}, which RWKV-PEFT does not write; known are .bone, "
@@ -77,7 +89,7 @@ def read_rwkv_peft(
     if init is not None and kind != ("lora_A", "lora_B"):
         raise UserError(f"--lora_init is for PiSSA, and {path} holds no lora_A and lora_B")
     whole = adapter.whole()
-    common: dict[str, Any] = {"targets": target_names(modules), "train_parts": tuple(whole), "source": "RWKV-PEFT"}
+    common: dict[str, Any] = {"targets": target_names(modules), "train_parts": tuple(whole), "source": SOURCE}
     if not kind:
         return Adapter(state, AdapterMetadata(NONE, **common))
     if "lora_A" in kind:
@@ -85,6 +97,20 @@ def read_rwkv_peft(
     else:
         own, metadata = _read_bone(path, modules, kind[0], mode, base, common)
     return Adapter(own | whole, metadata)
+
+
+def unwrapped(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """{key: tensor} without the prefix, such as model. or base_model.model., of what a training wrapped the model in,
+    where all keys have it."""
+    found = WRAPPED.match(next(iter(state)))
+    if found is None or not all(key.startswith(found[1]) for key in state):
+        return state
+    return {key.removeprefix(found[1]): tensor for key, tensor in state.items()}
+
+
+def holds_lora(path: str | Path) -> bool:
+    """Whether a flat .pth holds LoRA's factors, or PiSSA's."""
+    return any((adapter_parameter(key) or ("", ""))[1] == "lora_A" for key in read_tensors(path))
 
 
 def _read_bone(
@@ -167,8 +193,7 @@ def _read_lora(
         )
     own = {f"{module}.{name}": tensor for module, params in modules.items() for name, tensor in params.items()}
     if init is not None:
-        named = {key.removeprefix(PREFIX): tensor for key, tensor in read_tensors(init).items()}
-        initial = {key: tensor for key, tensor in named.items() if adapter_parameter(key)}
+        initial = {key: tensor for key, tensor in unwrapped(read_tensors(init)).items() if adapter_parameter(key)}
         wanted = {f"{module}.init_{name}" for module in modules for name in ("lora_A", "lora_B")}
         if set(initial) != wanted:
             odd = sorted(set(initial) ^ wanted)
@@ -176,10 +201,16 @@ def _read_lora(
                 f"{init} is not the init file of {path}: they differ in {len(odd)} tensors, such as {odd[0]}"
             )
         return own | initial, AdapterMetadata("pissa", rank=rank, **common)  # RWKV-PEFT's PiSSA has scale 1
+    beside = [file for name in INITS if (file := Path(path).with_name(name.format(Path(path).name))).is_file()]
+    if beside:
+        raise UserError(
+            f"{path} lies beside {beside[0]}, and so is PiSSA, which began with that: give it as --lora_init (to "
+            "train.py with --peft pissa as pissa_init); or, if it is LoRA, move that file away"
+        )
     if alpha is None:
         raise UserError(
             f"{path} is a LoRA file of RWKV-PEFT, which does not record alpha: give --lora_alpha as in its "
-            "training; or, if it is PiSSA, its init file as --lora_init init_pissa.pth"
+            f"training; or, if it is PiSSA, its init file as --lora_init {INITS[0]}"
         )
     if not math.isfinite(alpha):
         raise UserError(f"--lora_alpha {alpha}: a finite number is due")
@@ -213,7 +244,7 @@ def write_rwkv_peft(
             initial[PREFIX + key] = tensor
         else:
             main[key] = tensor
-    files = {path: main} | ({path.with_name(f"init_{path.name}"): initial} if initial else {})
+    files = {path: main} | ({path.with_name(INITS[1].format(path.name)): initial} if initial else {})
     for file in list(files)[1:]:
         if file.exists():
             raise UserError(

@@ -44,8 +44,8 @@ def family_of(tensors: Mapping[str, torch.Tensor], name: str | Path = "the check
         if prefixed:
             prefix = prefixed.removesuffix("emb.weight")
             raise UserError(
-                f"{name}: its keys start with {prefix!r}, which no runtime expects; save the state "
-                f"dict of the model inside, without that prefix"
+                f"{name}: its keys start with {prefix!r}, which no runtime expects; where all do, "
+                f"`rwkv-peft convert {name} model.pth` takes it off"
             )
         if any(key.startswith(("rwkv.", "model.")) for key in tensors):
             raise UserError(

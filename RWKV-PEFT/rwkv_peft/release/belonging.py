@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 
 from ..config import ModelConfig
-from ..errors import UserError
+from ..errors import UserError, short
 from ..files.adapter_file import Adapter
 from ..files.base import Base
 from ..files.pth_writer import TensorSpec
+from ..files.rwkv_peft_file import SOURCE as RWKV_PEFT
 from ..models import FAMILIES, family_named
 from ..models.family import Family
 from ..models.state import time_state_shapes
@@ -38,7 +39,7 @@ def check_places(name: str | Path, adapter: Adapter, base: Base) -> dict[str, tu
     if lost:
         raise UserError(
             f"{name}: {len(lost)} of its {len(keys)} tensors have no place in the base: there is no "
-            f"{lost[0]}, where the base has keys such as {list(shapes)[1]}; {_other_model(lost[0], base.family)}"
+            f"{short(lost[0])}, where the base has keys such as {list(shapes)[1]}; {_other_model(lost[0], base.family)}"
         )
     return shapes
 
@@ -50,6 +51,17 @@ def check_effect(name: str | Path, adapter: Adapter) -> None:
     effective = (tensor for key, tensor in adapter.tensors.items() if key.rpartition(".")[2] not in idle)
     if not any(torch.count_nonzero(tensor) for tensor in effective):
         raise UserError(f"{name} changes nothing: its tensors are all zero, as in an adapter that was never trained")
+
+
+def check_depth(name: str | Path, adapter: Adapter, base: Base) -> None:
+    """Raise UserError where an Adapter of RWKV-PEFT, which adapts every block and names no base, has none for some of a
+    Base's blocks: it is that of a smaller model with the same widths."""
+    adapted = {module.split(".")[1] for module in adapter.modules() if module.startswith("blocks.")}
+    if adapter.metadata.source == RWKV_PEFT and 0 < len(adapted) < base.config.n_layer:
+        raise UserError(
+            f"{name} adapts {len(adapted)} of the {base.config.n_layer} blocks of {base.path}, and RWKV-PEFT adapts "
+            "all: it belongs to a smaller model; give its own base, or force it with --any_base"
+        )
 
 
 def check_states(names: Sequence[str | Path], specs: Mapping[str, TensorSpec], config: ModelConfig) -> None:

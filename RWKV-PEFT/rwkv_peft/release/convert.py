@@ -29,7 +29,7 @@ from ..files.atomic import check_output
 from ..files.base import Base, base_of, open_base
 from ..files.dtypes import DTYPES, dtype_name
 from ..files.pth import read_tensors
-from ..files.rwkv_peft_file import write_rwkv_peft
+from ..files.rwkv_peft_file import unwrapped, write_rwkv_peft
 from ..files.safetensors_file import read_safetensors
 from ..files.state_file import is_own, read_states
 from ..models.state import check_time_states, is_time_state
@@ -135,7 +135,9 @@ def read_any(path: Path) -> dict[str, torch.Tensor]:
     if is_own(path):
         return read_states(path).tensors  # with the axes of a .pth, unlike web-rwkv's .safetensors
     form = format_of(path) if not path.is_dir() else format_of(Path("folder"))
-    return read_tensors(path) if form is None else form.read(path)
+    if form is None or path.suffix == ".pth":
+        return unwrapped(read_tensors(path))
+    return form.read(path)
 
 
 def convert_model(source: Path, target: Path, args: argparse.Namespace) -> list[str]:

@@ -16,6 +16,7 @@ from ..files.atomic import atomic_write
 from ..files.base import Base
 from ..files.pth import all_finite, read_tensors
 from ..files.pth_writer import TensorSpec, write_pth
+from ..files.readable import choice_in
 from ..files.safetensors_file import read_safetensors, write_safetensors
 from ..files.state_file import swapped_states
 from ..models import FAMILIES
@@ -105,7 +106,10 @@ def read_hf_model(path: Path) -> dict[str, torch.Tensor]:
     """A folder with the layout of a generation's Hugging Face model."""
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise UserError(f"{path} is a folder without .safetensors files; is it a Hugging Face model?")
+        raise UserError(
+            f"{path} is a folder without .safetensors files, and so no Hugging Face model"
+            + (choice_in(path, ".pth", ".st", ".gguf") or "; name a file")
+        )
     if not (path / "config.json").is_file():
         raise UserError(
             f"{path} has no config.json, which is written last: its conversion or download was interrupted, and its "

@@ -54,12 +54,13 @@ def as_lora(adapter: Adapter, base: Mapping[str, torch.Tensor] | None = None, ra
         )
     factors: dict[str, Params] = {}
     errors = {}
+    shapes = {module: layer_shape(method, module, params, base) for module, params in adapter.modules().items()}
     for module, params in adapter.modules().items():
-        out_features, in_features = layer_shape(method, module, params, base)
-        exact = method.as_lora(params, metadata.scale, out_features, in_features)
+        exact = method.as_lora(params, metadata.scale, *shapes[module])
         if exact is None:
+            check_rank(rank, metadata.rank, shapes)
             change = change_of(adapter, module, params, base)
-            exact, errors[module] = truncated(change, rank or 2 * metadata.rank, module)
+            exact, errors[module] = truncated(change, rank or 2 * metadata.rank)
         factors[module] = exact
     if rank and not errors:
         raise UserError(f"--lora_rank {rank}: {method.label} has a LoRA form of its own, which is exact; leave it out")
@@ -103,13 +104,21 @@ def change_of(adapter: Adapter, module: str, params: Params, base: Mapping[str, 
     return metadata.method.delta(weight, params, metadata.scale)
 
 
-def truncated(change: torch.Tensor, rank: int, module: str) -> tuple[Params, float]:
-    """({lora_A, lora_B} of the largest `rank` singular values of a change (out, in), the relative error left)."""
-    if rank > min(change.shape):
+def check_rank(given: int, own: int, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise UserError where the LoRA's rank, the given one or (0) twice the adapter's own, is more than the narrowest
+    of {module: (out, in)} has."""
+    narrowest = min(shapes, key=lambda module: min(shapes[module]))
+    most = min(shapes[narrowest])
+    if (given or 2 * own) > most:
+        what = f"--lora_rank {given}" if given else f"the LoRA's rank would be {2 * own}, twice the adapter's, which"
         raise UserError(
-            f"--lora_rank {rank} is more than {module} has, which is {tuple(change.shape)}; take at most "
-            f"{min(change.shape)}"
+            f"{what} is more than {narrowest} has, whose weight is {shapes[narrowest]}; give --lora_rank, at most "
+            f"{most}"
         )
+
+
+def truncated(change: torch.Tensor, rank: int) -> tuple[Params, float]:
+    """({lora_A, lora_B} of the largest `rank` singular values of a change (out, in), the relative error left)."""
     U, S, V = svd_lowrank(change, rank, NITER)
     root = S[:rank].sqrt()
     factors = {"lora_A": (V[:, :rank] * root).t().contiguous(), "lora_B": (U[:, :rank] * root).contiguous()}

@@ -23,7 +23,7 @@ from ..files.fingerprint import fingerprint
 from ..files.pth import all_finite, stream_tensors
 from ..files.pth_writer import TensorSpec
 from .ahead import ahead
-from .belonging import Adapters, check_effect, check_generations, check_places, check_states
+from .belonging import Adapters, check_depth, check_effect, check_generations, check_places, check_states
 from .changes import LayerChange, WholeChange, check_params
 
 Pairs = Iterable[tuple[str, torch.Tensor]]
@@ -254,8 +254,10 @@ def merged_tensors(base: Base, adapters: Adapters, options: MergeOptions | None 
 
 def check_fingerprints(base: Base, adapters: Adapters) -> None:
     """Raise UserError unless each of the (name, Adapter) pairs was trained on the Base,
-    or on the base with the adapters before it merged. An adapter that names no base passes."""
+    or on the base with the adapters before it merged. An adapter that names no base passes where check_depth does not
+    object."""
     for position, (name, adapter) in enumerate(adapters):
+        check_depth(name, adapter, base)
         wanted, before = adapter.metadata.base_fingerprint, adapters[:position]
         if not wanted or wanted == base.fingerprint:
             continue

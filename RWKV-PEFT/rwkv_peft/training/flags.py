@@ -74,6 +74,7 @@ def parse_flags(argv: Sequence[str]) -> Flags:
 
 def flags_of(args: Namespace, world: World, argv: tuple[str, ...] = ()) -> Flags:
     """What a parser made of argv, on a World -> Flags."""
+    args.peft = args.peft or (NONE if args.train_type in (FINETUNE, STATE) else AdapterConfig.method)
     if args.train_type in (FINETUNE, STATE):
         check_train_type(args)
     adapter = adapter_config(args)
@@ -90,7 +91,7 @@ def check_train_type(args: Namespace) -> None:
     what = {FINETUNE: "the model itself", STATE: "the states alone"}[args.train_type]
     if args.peft != NONE:
         raise UserError(
-            f"--train_type {args.train_type} trains {what}, and --peft is {args.peft}; add --peft none"
+            f"--train_type {args.train_type} trains {what}, and --peft is {args.peft}; leave --peft out"
             + ("" if args.train_type != STATE else ", or give --train_parts state instead to tune them along")
         )
     if args.train_type == STATE:
@@ -205,7 +206,7 @@ def new_model(args: Namespace, family: "Family") -> ModelConfig:
 
 def data_config(args: Namespace) -> DataConfig:
     """The data's settings; what depends on --data_type filled in."""
-    from ..data.masks import default_mask  # after the flags are judged by themselves
+    from ..data.masks import default_mask, require_markers  # after the flags are judged by themselves
 
     of_rows = args.data_type != "binidx"
     data = settings_of(
@@ -217,6 +218,7 @@ def data_config(args: Namespace) -> DataConfig:
         **markers_of(args),
     )
     check_data(data)
+    require_markers(data)
     return data
 
 

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..cli import count
-from ..errors import UserError
+from ..errors import UserError, short, told
 
 UNSET = MappingProxyType({"mask0": "0", "mask1": "1"})  # what RWKV-PEFT's scripts pass where no marker is meant
 
@@ -17,10 +17,10 @@ def marker(text: str) -> int | dict[str, Any]:
         return count(text)
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{short(text)!r} is not JSON ({told(error)})") from error
     if set(value) != set(UNSET):
-        raise argparse.ArgumentTypeError(f"{text!r} has other keys than mask0 and mask1, which are due")
+        raise argparse.ArgumentTypeError(f"{short(text)!r} has other keys than mask0 and mask1, which are due")
     return value
 
 
@@ -30,14 +30,22 @@ def markers_of(args: argparse.Namespace) -> dict[str, tuple[int, ...]]:
     if not given:
         return {}
     if len(args.mask_id) > 1 or args.mask_end_id:
-        raise UserError(f"--mask_id {json.dumps(given[0])} names both markers; leave other ids and --mask_end_id out")
+        named = short(json.dumps(given[0]))
+        raise UserError(f"--mask_id {named} names both markers; leave other ids and --mask_end_id out")
     texts = given[0]
     if texts == UNSET:
         return {"mask_id": (), "mask_end_id": ()}
-    return {
-        "mask_id": token_ids(texts["mask1"], args.tokenizer),
-        "mask_end_id": token_ids(texts["mask0"], args.tokenizer),
-    }
+    tokenizer = tokenizer_of(args)
+    return {"mask_id": token_ids(texts["mask1"], tokenizer), "mask_end_id": token_ids(texts["mask0"], tokenizer)}
+
+
+def tokenizer_of(args: argparse.Namespace) -> str:
+    """The name of the tokenizer that the flags' data is made with: of token files the one that is recorded beside
+    them."""
+    from ..data.recorded import recorded_of_data  # after the flags are judged by themselves
+
+    recorded = None if args.data_type == "sft" else recorded_of_data(args.data_file)
+    return args.tokenizer if recorded is None else recorded.name
 
 
 def token_ids(marked: object, tokenizer: str) -> tuple[int, ...]:
@@ -48,5 +56,5 @@ def token_ids(marked: object, tokenizer: str) -> tuple[int, ...]:
         return tuple(load_tokenizer(tokenizer).encode(marked))
     ids = marked if isinstance(marked, list) else [marked]
     if not all(type(token) is int and token >= 0 for token in ids):
-        raise UserError(f"--mask_id: {json.dumps(marked)} is neither a text nor token ids")
+        raise UserError(f"--mask_id: {short(json.dumps(marked))} is neither a text nor token ids")
     return tuple(ids)

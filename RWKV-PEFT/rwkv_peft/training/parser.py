@@ -72,7 +72,8 @@ def build_parser() -> Parser:
         "--train_type",
         choices=TRAIN_TYPES,
         default=TRAIN_TYPES[0],
-        help="RWKV-PEFT's word for what trains: finetune is --peft none, state is --peft none --train_parts state; "
+        help="RWKV-PEFT's word for what trains: finetune is --peft none, state is --peft none --train_parts state, "
+        "which then may be left out; "
         "infctx: rows of any length, in segments whose states are carried over (--chunk_ctx)",
     )
     add_settings(adapter, AdapterConfig)

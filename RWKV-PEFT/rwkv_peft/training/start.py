@@ -9,9 +9,10 @@ from ..errors import UserError
 from ..files.adapter_file import Adapter, AdapterMetadata
 from ..files.adapters import AdapterSource
 from ..files.base import Base
+from ..files.rwkv_peft_file import holds_lora
 from ..files.state_file import read_states
 from ..models.family import Family
-from ..models.state import State, split_time_states, state_of
+from ..models.state import State, is_time_state, split_time_states, state_of
 from ..names import STATE
 
 
@@ -30,7 +31,13 @@ def start_adapter(adapter: AdapterConfig, base: Base) -> Adapter:
             f"{adapter.load} does not hold the factors that its {method.label} began with; name the file that does, "
             f"init_pissa.pth in the folder of that run, as {method.init_flag}"
         )
-    untold = flat and method.scaled and not method.constants  # RWKV-PEFT's LoRA files do not hold alpha
+    lora = flat and holds_lora(path)
+    if lora and "lora_A" not in method.parameters:
+        raise UserError(
+            f"{adapter.load} holds a LoRA or PiSSA adapter, and this run trains {method.file_name}; give --peft lora "
+            "or pissa"
+        )
+    untold = lora and method.scaled and not method.constants  # RWKV-PEFT's LoRA files do not hold alpha
     if untold and not adapter.alpha:
         raise UserError(
             f"{adapter.load} does not record alpha; give that of its training as {method.alpha_key} in "
@@ -38,9 +45,9 @@ def start_adapter(adapter: AdapterConfig, base: Base) -> Adapter:
         )
     loaded = AdapterSource(
         adapter.load,
-        mode=adapter.mode if len(forms(adapter.method)) > 1 else None,
         init=adapter.init or None,
         alpha=adapter.alpha if untold else None,
+        guess=adapter.mode if len(forms(adapter.method)) > 1 else None,
     ).read(base.tensors)
     theirs = loaded.metadata
     if theirs.base_fingerprint and theirs.base_fingerprint != base.fingerprint:
@@ -48,8 +55,18 @@ def start_adapter(adapter: AdapterConfig, base: Base) -> Adapter:
             f"{adapter.load} was trained on another base model (fingerprint {theirs.base_fingerprint}, this "
             f"one's is {base.fingerprint}); give its own base as --load_model"
         )
+    if theirs.method is None:
+        states = all(map(is_time_state, loaded.tensors))
+        raise UserError(
+            f"{adapter.load} holds no adapter, but {'time states' if states else 'tensors of the base'}; "
+            + ("give it as --state_load with --train_parts state" if states else "merge it, and train on that model")
+        )
     if theirs.variant != method.file_name:
-        raise UserError(f"{adapter.load} holds a {theirs.variant} adapter, and this run trains {method.file_name}")
+        mode = f" --bone_mode {theirs.variant}" if len(forms(theirs.method.peft)) > 1 else ""
+        raise UserError(
+            f"{adapter.load} holds a {theirs.variant} adapter, and this run trains {method.file_name}; give --peft "
+            f"{theirs.method.peft}{mode}"
+        )
     if theirs.rank != adapter.rank:
         raise UserError(
             f"{adapter.load} has rank {theirs.rank}, and this run {adapter.rank}; give {theirs.rank} as "

@@ -21,6 +21,10 @@ MEANINGS = (
     ("--ctx_len", ("max_seq_length", "max_length", "seq_length", "block_size", "cutoff_len")),
     ("--dataload pack", ("packing", "sample_packing")),
     ("--peft lora", ("lora", "use_lora")),
+    ("--peft pissa", ("PISSA",)),
+    ("svd_niter in --pissa_config", ("svd_niter",)),
+    ("--disha_config with --peft disha", ("miss_config",)),
+    ("--train_type state", ("state_tune",)),
     ("lora_r in --lora_config", ("lora_r", "lora_rank")),
     ("lora_alpha in --lora_config", ("lora_alpha",)),
     ("lora_dropout in --lora_config", ("lora_dropout",)),
@@ -67,6 +71,7 @@ VALUE_MEANINGS = (
     ("--precision", "--precision bf16", ("bf16-mixed", "bf16-true", "bfloat16", "fp16", "float16", "16", "16-mixed")),
     ("--precision", "--precision fp32", ("tf32", "float32", "32", "32-true")),
     ("--accelerator", "--accelerator gpu", ("cuda",)),
-    ("--strategy", "--strategy deepspeed_stage_1", ("auto", "ddp", "deepspeed")),
+    ("--strategy", "--strategy deepspeed_stage_1", ("auto", "ddp", "deepspeed", "single_device", "single-device")),
+    ("--strategy", "--strategy deepspeed_stage_3", ("fsdp",)),
 )
 VALUES = MappingProxyType({(flag, value): ours for flag, ours, values in VALUE_MEANINGS for value in values})
