@@ -86,7 +86,9 @@ def test_what_a_file_of_rwkv_peft_does_not_say_is_asked_for(base, tmp_path, conf
         (LORA, {"quant": "nf4"}, ["--quant none", "this run has --quant nf4; give --quant none"]),
         (replace(BONE, quant="int8"), {"quant": "none"}, ["give --quant int8"]),
         (PISSA, {"init": "init_pissa.pth"}, ["pissa_init init_pissa.pth", "leave it out"]),
-        (PISSA, {"method": "lora"}, ["pissa adapter", "trains lora"]),
+        (PISSA, {"method": "lora"}, ["pissa adapter", "trains lora; give --peft pissa"]),
+        (LORA, {"method": "bone", "mode": "bat-in"}, ["lora adapter", "trains bat-in; give --peft lora"]),
+        (BONE, {"mode": "bone-signed"}, ["trains bone-signed; give --bone_mode bone"]),
     ],
 )
 def test_an_own_file_of_other_settings_is_refused(base, tmp_path, config, now, words):

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from ..adapters.methods import forms, method_of
+from ..adapters.methods import METHODS, forms, method_of
 from ..config import AdapterConfig, ModelConfig
 from ..errors import UserError
 from ..files.adapter_file import Adapter, AdapterMetadata
@@ -12,7 +12,7 @@ from ..files.base import Base
 from ..files.state_file import read_states
 from ..models.family import Family
 from ..models.state import State, split_time_states, state_of
-from ..names import STATE
+from ..names import STATE, WORDS
 
 
 def start_adapter(adapter: AdapterConfig, base: Base) -> Adapter:
@@ -38,7 +38,7 @@ def start_adapter(adapter: AdapterConfig, base: Base) -> Adapter:
         )
     loaded = AdapterSource(
         adapter.load,
-        mode=adapter.mode if len(forms(adapter.method)) > 1 else None,
+        mode=adapter.mode if flat and len(forms(adapter.method)) > 1 else None,
         init=adapter.init or None,
         alpha=adapter.alpha if untold else None,
     ).read(base.tensors)
@@ -49,7 +49,10 @@ def start_adapter(adapter: AdapterConfig, base: Base) -> Adapter:
             f"one's is {base.fingerprint}); give its own base as --load_model"
         )
     if theirs.variant != method.file_name:
-        raise UserError(f"{adapter.load} holds a {theirs.variant} adapter, and this run trains {method.file_name}")
+        raise UserError(
+            f"{adapter.load} holds a {theirs.variant} adapter, and this run trains {method.file_name}; "
+            + remedy(theirs.variant, adapter.method)
+        )
     if theirs.rank != adapter.rank:
         raise UserError(
             f"{adapter.load} has rank {theirs.rank}, and this run {adapter.rank}; give {theirs.rank} as "
@@ -73,6 +76,14 @@ def start_adapter(adapter: AdapterConfig, base: Base) -> Adapter:
         )
     check_parts(adapter, loaded, base.family)
     return loaded
+
+
+def remedy(variant: str, peft: str) -> str:
+    """The flag by which a run whose --peft is `peft` trains the method that a file names."""
+    if variant in forms(peft):
+        return f"give --bone_mode {variant}"
+    words = [word for word in WORDS if any(METHODS[form].file_name == variant for form in forms(word))]
+    return f"give --peft {' or '.join(words)}" if words else "it holds none, and merges into the base"
 
 
 def start_states(path: str, config: ModelConfig, family: Family, base: Base | None) -> State | None:
