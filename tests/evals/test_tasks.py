@@ -105,6 +105,14 @@ def test_choices_rows(row):
     assert task.judge(by_length, problem) == {"by sum": False, "by byte": True}
 
 
+@pytest.mark.parametrize("answer, right", [(1, 1), ("1", 0), (2, 2), (3, 0), ("3", 0), ("B", 1)])
+def test_numbers_to_choose_from_are_told_from_places(answer, right):
+    """A number of JSON is a place where there is one, a word is a text where one of the choices is that."""
+    choices = ["1", "2", "0"] if answer in (1, "1", 2) else ["3", "1", "2"]
+    row = {"question": "1 + 0?", "choices": choices, "answer": answer}
+    assert TASKS["choices"].problem(row, LAYOUTS["question"]).right == right
+
+
 def test_lambada_rows():
     problem = TASKS["lambada"].problem({"text": " He took the dog for a walk. \n"}, LAYOUTS["plain"])
     assert (problem.prompt, problem.continuations) == ("He took the dog for a", (" walk.",))

@@ -131,8 +131,9 @@ def test_reset_forgets_and_exit_ends(chat):
     assert error.splitlines()[0].startswith("/reset forgets the chat, /save FILE")
 
 
-def test_a_saved_chat_goes_on(chat, tmp_path, model):
-    path = tmp_path / "chat.pth"
+@pytest.mark.parametrize("name", ["chat.pth", "chat"])
+def test_a_saved_chat_goes_on(chat, tmp_path, model, name):
+    path = tmp_path / name
     _, error, whole = chat(["Hi", f"/save {path}", "So?"], says=[" Yo|", " No|"])
     assert f"--state {path} goes on" in error
     _, _, resumed = chat(["So?"], "--state", path, says=[" No|"])
@@ -142,9 +143,12 @@ def test_a_saved_chat_goes_on(chat, tmp_path, model):
 
 def test_what_cannot_be_saved_is_told_and_ends_nothing(chat, model):
     before = model.read_bytes()
-    out, error, _ = chat(["/save x.pth", f"/save {model}", "/save", "/nonsense", "", "Hi"], says=[" a|"])
+    out, error, _ = chat(
+        ["/save x.pth", f"/save {model}", "/save x.state", "/save", "/nonsense", "", "Hi"], says=[" a|"]
+    )
     assert out == "Assistant: a\n\n" and model.read_bytes() == before
     assert "nothing was said yet" in error and "is the file given as --model" in error
+    assert "/save x.state: a session is a .pth, and would be read as another file" in error
     assert error.count("/reset forgets the chat") == 3
 
 

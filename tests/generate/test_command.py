@@ -186,6 +186,7 @@ def test_escapes(text, expected):
         (["--prompt", "a", "--chat"], "not both --prompt and --chat"),
         (["--chat", "--output", "a.jsonl"], "--output does not go with --chat"),
         (["--chat", "--save_state", "a.pth"], "type /save FILE"),
+        (["--prompt", "a", "--save_state", "a.st"], "--save_state a.st: a session is a .pth"),
         (["--prompt", "a", "--max_tokens", "-1"], "max_tokens -1"),
         (["--prompt", "a", "--batch", "0"], "batch 0"),
         (["--prompt", "a", "--top_p", "7"], "top_p 7"),

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -80,6 +81,45 @@ def test_the_largest_batch_and_context_fit_and_no_larger_ones():
     assert largest(lambda number: number <= 37) == 37 and largest(lambda number: False) == 0
 
 
+COMBINATIONS = (
+    ("", "--cuda_graphs 1", "--compile"),
+    ("", "--grad_cp 1"),
+    ("--bone_r 64", "--bone_r 64 --quant nf4", "--peft lora", "--peft none", "--peft none --save_dtype fp32"),
+    ("", "--dataload pack"),
+    ("", "--eval_data questions.jsonl"),
+    ("", "--strategy deepspeed_stage_3"),
+)
+
+
+@pytest.mark.parametrize("one", COMBINATIONS[0])
+def test_train_takes_whatever_is_advised_together_with_the_flags_that_are_there(one, monkeypatch):
+    """Every change, over every combination of flags that train.py takes; what they take does not matter."""
+    monkeypatch.setattr("rwkv_peft.plan.fits.largest_rows", lambda *_: 0)
+    told = asked = 0
+    for more in product(*COMBINATIONS[1:]):
+        flags = [*NEW, *" ".join((one, *more)).split()]
+        try:
+            request = request_of(parse_flags(flags))
+        except UserError:
+            continue
+        asked += 1
+        here = Estimate.of(request.config, GPU)
+        for change in changes(here, 1 << 40):
+            request_of(parse_flags([*flags, *change.flags.split()]))
+            told += 1
+    assert asked > 5 and told > asked
+
+
+def test_an_adapter_that_does_not_fit_the_layers_is_not_advised(capsys):
+    assert main(["plan", *NEW, "--dim_ffn", "224", "--peft", "none", "--gpu", "8GiB"]) == 0  # of which 64 is no divisor
+    assert "--peft bone" not in capsys.readouterr().out
+
+
+def test_cuda_graphs_are_not_planned_for_a_cpu():
+    with pytest.raises(UserError, match="this plan is for a CPU; leave it out, or name the memory of a GPU"):
+        main(["plan", *NEW, "--cuda_graphs", "1", "--accelerator", "cpu"])
+
+
 def test_each_change_that_is_named_lowers_the_peak_and_none_that_does_is_left_out():
     told = estimate("--micro_bsz", "8")
     now, room = peak(told.parts(8, 128), GPU), 4 << 30
@@ -117,7 +157,8 @@ def test_offload_moves_the_optimizer_and_quantization_shrinks_the_frozen_layers(
 def test_files_are_counted_with_their_copies():
     told = estimate("--epoch_count", "6", "--epoch_save", "2", "--val_data", "x", "--merge_on_save")
     adapter, merged, checkpoints = written(told)
-    assert adapter.copies == merged.copies == 1 + 3 + 1  # the newest, three epochs, the best
+    assert adapter.copies == merged.copies == 3 + 1  # three epochs, of which the newest is one, and the best
+    assert merged.names == 1 + 3 + 1 and adapter.names == merged.names + checkpoints.copies
     assert adapter.size == 2 * told.counts.own and merged.size == 2 * (told.counts.total - told.counts.own)
     assert checkpoints.size == (OPTIMIZER + 2) * told.counts.trains
 
@@ -125,10 +166,11 @@ def test_files_are_counted_with_their_copies():
 @pytest.mark.parametrize(
     "flags, adapters, checkpoints, name",
     [
-        ("", 7, 3, "checkpoints"),  # two stay while the third is written
-        ("--keep_checkpoints 1", 3, 2, "checkpoints"),
-        ("--keep_checkpoints 0", 7, 6, "checkpoints"),
-        ("--keep_checkpoints 0 --epoch_save 0 --epoch_steps 10 --save_every 7", 2, 9, "checkpoints"),  # 7, … 56, and 60
+        ("", 6, 3, "checkpoints"),  # two stay while the third is written
+        ("--keep_checkpoints 1", 2, 2, "checkpoints"),
+        ("--keep_checkpoints 0", 6, 6, "checkpoints"),
+        ("--keep_checkpoints 0 --epoch_save 0 --epoch_steps 10 --save_every 7", 9, 9, "checkpoints"),  # 7, … 56, and 60
+        ("--save_every 7", 6 + 3, 3, "checkpoints"),  # no checkpoint need be of an epoch
         ("--keep_checkpoints 0 --save_every 4", 7, 6, "checkpoints, or more"),
         ("--keep_checkpoints 0 --save_minutes 5", 7, 6, "checkpoints, or more"),
     ],

@@ -101,6 +101,7 @@ def test_a_file_of_rwkv_peft_of_another_kind_is_told_as_what_it_is(base, tmp_pat
         (replace(BONE, quant="int8"), {"quant": "none"}, ["give --quant int8"]),
         (PISSA, {"init": "init_pissa.pth"}, ["pissa_init init_pissa.pth", "leave it out"]),
         (PISSA, {"method": "lora"}, ["pissa adapter", "trains lora; give --peft pissa"]),
+        (LORA, {"method": "bone", "mode": "bat-in"}, ["lora adapter", "trains bat-in; give --peft lora"]),
         (BONE, {"mode": "bat-in"}, ["trains bat-in; give --peft bone --bone_mode bone"]),
     ],
 )

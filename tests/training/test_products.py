@@ -4,8 +4,12 @@ stands beside the adapter on request."""
 import torch
 
 from rwkv_peft.files.base import open_base
+from rwkv_peft.plan.command import estimate_of
+from rwkv_peft.plan.disk import written
+from rwkv_peft.plan.flags import parse_flags
 from rwkv_peft.release.merge_command import main as merge
 from rwkv_peft.release.verify import compare_structure
+from rwkv_peft.training.flags import request_of
 from training.runs import finish, metrics, start
 
 FULL = ("--peft", "none", "--precision", "fp32", "--micro_bsz", "4", "--lr_init", "1e-4", "--lr_final", "1e-4")
@@ -27,6 +31,29 @@ def test_a_model_that_trained_whole_has_the_structure_of_its_base(files, train):
     assert {tensor.dtype for tensor in model.tensors.values()} == {torch.float32}
     train("whole", *FULL, "--epoch_count", "3")
     assert [line["loss"] for line in metrics(files, "full")] == [line["loss"] for line in metrics(files, "whole")]
+
+
+def planned(command, name, *flags):
+    """What the plan says of the files of a run on a CPU."""
+    request = request_of(parse_flags(command(name, *flags)[2:]))
+    return written(estimate_of(request, "cpu"), request.base)
+
+
+def test_the_plan_counts_what_lies_there(files, train, command):
+    """Files by their contents, and the sizes of models in the dtype of their base."""
+    for name, flags in (("two", ()), ("whole-two", FULL)):
+        train(name, *flags)
+        trained, checkpoints = planned(command, name, *flags)
+        newest = files / name / trained.name.split(",")[0]
+        same = list((files / name).rglob(f"{newest.stem}*{newest.suffix}"))
+        own = {path.stat().st_ino for path in same if "checkpoints" not in path.parts or path.samefile(newest)}
+        assert len(own) == trained.copies == 2
+        assert 0 <= newest.stat().st_size - trained.size < 50_000
+        # the plan counts the checkpoint that is written while two are there
+        assert len(same) == 1 + 2 + 2 and trained.names == (1 + 2 + 3 if name == "two" else 1 + 2)
+        files_of_one = [path for path in (files / name / "checkpoints" / "step-00000008").rglob("*") if path.is_file()]
+        size = sum(path.stat().st_size for path in files_of_one if not path.samefile(newest))
+        assert 0 <= size - checkpoints.size < 100_000 and checkpoints.copies == 3
 
 
 def test_a_new_model_has_the_order_of_official_files(files, train):

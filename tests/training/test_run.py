@@ -149,6 +149,17 @@ def test_stages_ranks_and_micro_batches_train_the_same(files, train, one_process
         assert (tensor - expected[key]).norm() <= 2e-2 * expected[key].norm(), key
 
 
+def test_a_step_in_which_no_token_counts_has_no_loss(files, train):
+    with BinidxWriter(files / "half", vocab_size=80, mask=True) as writer:
+        for answer in (1, 0):
+            writer.add(list(range(20)), [answer] * 20)
+    flags = ("--data_file", str(files / "half"), "--dataload", "only", "--data_shuffle", "0", "--epoch_steps", "2")
+    out, _ = train("half", *flags, "--epoch_count", "1")
+    first, second = metrics(files, "half")
+    assert first["loss"] > 0 and second["loss"] is None
+    assert "step 2/2, no token counts in the loss, lr" in out and (files / "half" / "loss.png").stat().st_size > 10_000
+
+
 def test_offload_after_a_killed_build_and_compiled_blocks_train_the_same(files, train, one_process):
     (Path(_get_build_directory("cpu_adam", verbose=False)) / "lock").touch()  # what such a build leaves behind
     train("offload", "--precision", "fp32", "--strategy", "deepspeed_stage_2_offload", "--micro_bsz", "4", "--compile")

@@ -54,6 +54,18 @@ def counted(samples):
     return sum(samples.count(n) for n in range(len(samples)))
 
 
+@pytest.mark.parametrize("dataload", ["pad", "pack"])
+def test_answers_that_are_cut_off_are_said(train, dataload):
+    """With 27 tokens a row, questions of one digit keep one token of their answers' four, of two digits none."""
+    header, samples = train("--dataload", dataload, "--ctx_len", 26)
+    assert counted(samples) == 10 and ANSWERS == 90
+    assert (
+        "note: 80 of the tokens that would count in the loss are among those not read, and 10 documents keep" in header
+    )
+    header, samples = train("--dataload", dataload)
+    assert counted(samples) == ANSWERS and "not read" not in header
+
+
 @pytest.mark.parametrize("dataload", ["get", "pad", "pack"])
 def test_a_mask_beside_the_data_is_used_and_said(train, dataload):
     header, samples = train("--dataload", dataload)

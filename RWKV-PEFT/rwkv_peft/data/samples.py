@@ -144,6 +144,8 @@ class DocumentSamples(Samples):
         self.dataset, self.ctx_len, self._mask = dataset, ctx_len, mask
         super().__init__(readable_documents(dataset), seed)
         self.notes += [f"{counted(len(self), 'document')} an epoch", *not_read(dataset, ctx_len)]
+        if note := self._cut_answers():
+            self.notes.append(note)
 
     def _choose(self, units: Units) -> None:
         super()._choose(units)
@@ -172,6 +174,23 @@ class DocumentSamples(Samples):
         """How many targets of document `index` count."""
         start, size = self._extent(index)
         return size - 1 if self._mask is None else int(self._counted(start, size).sum())
+
+    def _cut_answers(self) -> str:
+        """How much of what the mask counts lies behind --ctx_len, where documents are cut there; "" where none does."""
+        mask, lost, bare = self._mask, 0, 0
+        if mask is None:
+            return ""
+        for index in map(int, np.flatnonzero(self.dataset.sizes > self.ctx_len + 1)):
+            start, size = self._extent(index)
+            behind = int(mask(start + size, start + int(self.dataset.sizes[index])).sum())
+            lost += behind
+            bare += behind > 0 and not self.document_count(index)
+        if not lost:
+            return ""
+        return (
+            f"note: {lost:,} of the tokens that would count in the loss are among those not read, and "
+            f"{counted(bare, 'document')} {'keeps' if bare == 1 else 'keep'} none"
+        )
 
     def _extent(self, index: int) -> tuple[int, int]:
         return self.dataset.start(index), min(int(self.dataset.sizes[index]), self.ctx_len + 1)

@@ -39,9 +39,11 @@ def choices_of(row: Row) -> tuple[list[str], list[str]]:
 
 
 def right_of(row: Row, texts: Sequence[str], labels: Sequence[str]) -> int:
-    """The number of the right one, which the row names by its place from 0, its label, or its text."""
+    """The number of the right one, which the row names by its place from 0, its label, or its text. A number of JSON is
+    a place before it is a text, as choices may be numbers too."""
     told: Any = next((row[name] for name in ("answer", "label", "answerKey", "gold") if name in row), None)
-    for known in (labels, texts, [str(number) for number in range(len(texts))]):
+    places = [str(number) for number in range(len(texts))]
+    for known in (labels, places, texts) if isinstance(told, int) else (labels, texts, places):
         if not isinstance(told, bool) and isinstance(told, (str, int)) and str(told).strip() in known:
             return list(known).index(str(told).strip())
     raise UserError(

@@ -27,7 +27,10 @@ OTHER_FORMATS = (
     (".gguf", "a GGUF file"),
 )
 
-AS_ADAPTER = "as --bone_load (lora_load, pissa_load) of train.py, or as --bone_checkpoint elsewhere"
+AS_ADAPTER = (
+    "as --adapter of generate, eval and lm_eval, as --bone_checkpoint of merge and check, or as --bone_load "
+    "(lora_load, pissa_load) of train.py"
+)
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,15 @@ def check_state_output(flag: str, path: str | Path) -> None:
         raise UserError(f"{flag} {path}: a name that ends in .pth, or in {', '.join(WEB)} (web-rwkv, Ai00), is due")
 
 
+def check_session_output(flag: str, path: str | Path) -> None:
+    """Raise UserError where a flag's path ends as a file of time states in another layout does, by which it would be
+    read."""
+    if Path(path).suffix in WEB:
+        raise UserError(
+            f"{flag} {path}: a session is a .pth, and would be read as another file by this name; end it so"
+        )
+
+
 def write_states(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write {key: time state} in the layout that the path's ending names, atomically."""
     if Path(path).suffix == ".pth":

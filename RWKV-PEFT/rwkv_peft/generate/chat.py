@@ -10,6 +10,7 @@ from contextlib import suppress
 from ..data.templates import question
 from ..errors import UserError
 from ..files.atomic import check_output
+from ..files.state_file import check_session_output
 from .loading import save_state_file
 from .session import Session
 
@@ -85,6 +86,7 @@ class Chat:
     def save(self, path: str) -> None:
         """Write the state after the last turn; a mistake is told and ends nothing."""
         try:
+            check_session_output("/save", path)
             check_output("/save", path, self.inputs)
             self.session.close()
             if self.session.state is None:

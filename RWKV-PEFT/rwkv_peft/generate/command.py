@@ -13,6 +13,7 @@ from ..data.templates import stops_of
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError, be_silent
 from ..files.atomic import atomic_write, check_output
+from ..files.state_file import check_session_output
 from .chat import Chat
 from .decode import Step, generate, prefill
 from .flags import parse_flags, unescaped
@@ -175,6 +176,7 @@ def check_outputs(args: Namespace) -> None:
     if args.output:
         check_output("--output", args.output, [*inputs, ("--state", args.state)])
     if args.save_state:  # a session may go on in its own file
+        check_session_output("--save_state", args.save_state)
         check_output("--save_state", args.save_state, inputs)
     if args.output and args.save_state and os.path.realpath(args.output) == os.path.realpath(args.save_state):
         raise UserError(f"--output and --save_state are both {args.output}; give each a file of its own")

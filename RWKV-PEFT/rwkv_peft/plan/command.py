@@ -11,6 +11,7 @@ from ..adapters.inject import InjectReport
 from ..adapters.methods import NONE
 from ..cli import counted
 from ..errors import UserError
+from ..files.base import Base
 from ..files.dtypes import DTYPES
 from ..files.room import room_at
 from ..memory import main_memory
@@ -23,6 +24,7 @@ from .flags import parse_flags
 from .parts import ALWAYS, CPU, GPU, Estimate, Part, peak
 
 NAMES = ((GPU, "GPU"), (CPU, "main memory"))
+COLUMN = 38  # of what a line is about: the longest flag and its value
 MOMENTS = "at the loss", "in the backward pass", "in the update"
 
 
@@ -32,6 +34,11 @@ def main(argv: list[str]) -> int:
     request = request_of(flags)
     memory = memory_of(flags.args.gpu, flags.args.accelerator)
     accelerator = GPU if GPU in memory else CPU
+    if request.config.train.cuda_graphs and accelerator == CPU:
+        raise UserError(
+            "--cuda_graphs 1 records what a GPU is told to do, and this plan is for a CPU; leave it out, or name the "
+            "memory of a GPU with --gpu 24GiB"
+        )
     estimate = estimate_of(request, accelerator)
     for line in (
         *head(request, estimate),
@@ -40,7 +47,7 @@ def main(argv: list[str]) -> int:
         "",
         *advice(estimate, memory),
         "",
-        *disk(estimate),
+        *disk(estimate, request.base),
     ):
         print(line)
     return 0 if fits(estimate, memory) else 1
@@ -115,9 +122,9 @@ def table(estimate: Estimate, memory: dict[str, int]) -> Iterator[str]:
         yield f"{name}{f' of {gib(size)}' if size else ''}, each process" + moments(parts, device)
         for part in parts:
             if part.device == device:
-                yield f"  {part.name:34}{gib(part.size):>12}{when(part)}"
+                yield f"  {part.name:{COLUMN - 2}}{gib(part.size):>12}{when(part)}"
         total = peak(parts, device)
-        yield f"  {'peak':34}{gib(total):>12}{verdict(estimate, device, total, size)}"
+        yield f"  {'peak':{COLUMN - 2}}{gib(total):>12}{verdict(estimate, device, total, size)}"
     if pages := estimate.file_pages():
         yield f"besides, pages of the base's file, {gib(pages)}, which the system takes back when it is short of memory"
 
@@ -156,10 +163,10 @@ def advice(estimate: Estimate, memory: dict[str, int]) -> Iterator[str]:
         f"fits      --micro_bsz up to {shown(rows)} at --ctx_len {data.ctx_len}; --ctx_len up to "
         f"{shown(tokens, TOKENS)} at --micro_bsz {data.micro_bsz}"
     )
-    yield f"{'instead':34}{'peak':>12}{'less':>12}   --micro_bsz up to"
+    yield f"{'instead':{COLUMN}}{'peak':>12}{'less':>12}   --micro_bsz up to"
     now = peak(estimate.parts(data.micro_bsz, data.ctx_len), here)
     for change in changes(estimate, room):
-        yield f"{change.flags:34}{gib(change.peak):>12}{gib(now - change.peak):>12}   {shown(change.rows)}"
+        yield f"{change.flags:{COLUMN}}{gib(change.peak):>12}{gib(now - change.peak):>12}   {shown(change.rows)}"
 
 
 def shown(number: int, step: int = 1) -> str:
@@ -169,15 +176,18 @@ def shown(number: int, step: int = 1) -> str:
     return f"{number:,}" if number < (LARGEST // 2) * step else "any"
 
 
-def disk(estimate: Estimate) -> Iterator[str]:
+def disk(estimate: Estimate, base: Base | None) -> Iterator[str]:
     """What the run writes, and the room for it."""
-    files, folder = written(estimate), estimate.config.train.proj_dir
+    files, folder = written(estimate, base), estimate.config.train.proj_dir
     total, free = sum(file.copies * file.size for file in files), room_at(folder)
     yield f"disk      {gib(total)} in {folder}, where {gib(free)} are free" + (
         "" if total <= free else ": it does not fit"
     )
     for file in files:
-        yield f"  {file.name:34}{gib(file.size):>12} x {file.copies}"
+        yield f"  {file.name:{COLUMN - 2}}{gib(file.size):>12} x {file.copies}"
+    if any(file.names > file.copies for file in files):
+        copied = sum(file.names * file.size for file in files)
+        yield f"a file with several names is there once; on a disk without hard links all of them take {gib(copied)}"
 
 
 def gib(size: float) -> str:

@@ -3,37 +3,46 @@
 from typing import NamedTuple
 
 from ..config import TrainConfig
+from ..files.base import Base
 from ..files.dtypes import DTYPES
 from ..training.keeping import KEPT
+from ..training.products import keeps_all
 from ..training.room import checkpoint_size
 from .parts import Estimate
 
 
 class Written(NamedTuple):
-    """Files that a run writes: what they are, how many, bytes of each."""
+    """Files that a run writes: what they are, bytes of each, how many are there at once, and by how many names, each of
+    which is a copy where the disk has no hard links."""
 
     name: str
-    copies: int
     size: int
+    copies: int
+    names: int
 
 
-def written(estimate: Estimate) -> list[Written]:
-    """The files of a run's folder. Sizes are those of the tensors; headers add some kilobytes."""
+def written(estimate: Estimate, base: Base | None = None) -> list[Written]:
+    """The files of a run's folder; base is the one that it starts from, or None. Sizes are those of the tensors;
+    headers add some kilobytes."""
     config, counts = estimate.config, estimate.counts
-    train, full = config.train, config.adapter.whole_model
-    item = estimate.dtype.itemsize
-    trained = (counts.trains + counts.constants) * item
-    model = (counts.total - counts.own) * DTYPES.get(train.save_dtype, estimate.dtype).itemsize
-    labels = label_count(train)
-    files = [Written("rwkv.pth, and one an epoch", labels, model)] if full else []
-    if not full:
-        files.append(Written("adapter.safetensors, and one an epoch", labels, trained))
+    train, item = config.train, estimate.dtype.itemsize
+    asked = DTYPES.get(train.save_dtype)
+    parameters = counts.total - counts.own
+    model = estimate.file if estimate.file and asked is None else parameters * (asked or estimate.dtype).itemsize
+    checkpoints, all_told = checkpoint_count(train)
+    checkpoint = checkpoint_size(counts.trains, item)
+    labels, held = label_count(train), checkpoints
+    if not config.adapter.whole_model:
+        name, size = "adapter.safetensors, and one an epoch", (counts.trains + counts.constants) * item
+    else:
+        name, size = "rwkv.pth, and one an epoch", model
+        if not keeps_all(config, base):  # a checkpoint then has weights of its own
+            held, checkpoint = 0, checkpoint + parameters * item
+    files = [Written(name, size, file_count(train, held), labels + held)]
     if train.merge_on_save:
-        files.append(Written("merged.pth, and one an epoch", labels, model))
-    copies, all_told = checkpoint_count(train)
+        files.append(Written("merged.pth, and one an epoch", model, file_count(train, 0), labels))
     name = "checkpoints" if all_told else "checkpoints, or more"
-    files.append(Written(name, copies, checkpoint_size(counts.trains, item)))
-    return files
+    return [*files, Written(name, checkpoint, checkpoints, checkpoints)]
 
 
 def checkpoint_count(train: TrainConfig) -> tuple[int, bool]:
@@ -51,11 +60,29 @@ def checkpoint_count(train: TrainConfig) -> tuple[int, bool]:
 
 
 def label_count(train: TrainConfig) -> int:
-    """How many files of trained tensors a run leaves: the newest, one an epoch that is saved, the best."""
+    """How many names the trained tensors get in a run's folder: the newest, one an epoch that is saved, the best."""
+    return 1 + epoch_count(train) + best_count(train)
+
+
+def file_count(train: TrainConfig, held: int) -> int:
+    """How many files stand behind these names and `held` more in checkpoints: one an epoch and the best, of which the
+    newest is one, and where a run saves between epochs too, those of such saves."""
+    between = 0
+    if train.save_every or train.save_minutes:
+        of_epochs = epoch_count(train) if train.keep_checkpoints == 0 else 0
+        between = max(1, held - of_epochs)
+    return epoch_count(train) + best_count(train) + between
+
+
+def epoch_count(train: TrainConfig) -> int:
+    """How many epochs have files at once."""
     saved, keep = len(saved_epochs(train)), train.keep_checkpoints
-    if keep:
-        saved = min(saved, keep + 1)  # an old one goes when the next is there
-    return 1 + saved + bool(train.val_data or train.val_split)
+    return min(saved, keep + 1) if keep else saved  # an old one goes when the next is there
+
+
+def best_count(train: TrainConfig) -> int:
+    """Whether there is a best one."""
+    return int(bool(train.val_data or train.val_split))
 
 
 def saved_epochs(train: TrainConfig) -> list[int]:

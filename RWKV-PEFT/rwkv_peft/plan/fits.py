@@ -5,11 +5,13 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ..adapters.block_affine import BlockAffine
+from ..adapters.inject import check_adapter
 from ..adapters.methods import METHODS, NONE, method_of, words_of
 from ..config import STRATEGIES, RunConfig
 from ..errors import UserError
+from ..files.base import linear_shapes
 from ..models import family_named
-from ..training.graph_flags import check_graphs
+from ..training.flags import check_together
 from .parts import GPU, Estimate, peak
 
 SPARE = 0.95  # of a GPU's memory that is planned with: the allocator's blocks do not fit without gaps
@@ -58,7 +60,9 @@ def changes(estimate: Estimate, room: int) -> list[Change]:
     data, here = estimate.config.data, estimate.accelerator
     now = peak(estimate.parts(data.micro_bsz, data.ctx_len), here)
     found = []
-    for flags, config in filter(_goes_with_graphs, alternatives(estimate.config)):
+    for flags, config in alternatives(estimate.config):
+        if not trains(config):
+            continue
         same = config.train.precision == estimate.config.train.precision
         other = Estimate.of(config, here, estimate.file, estimate.mapped and same)
         then = peak(other.parts(data.micro_bsz, data.ctx_len), here)
@@ -67,11 +71,12 @@ def changes(estimate: Estimate, room: int) -> list[Change]:
     return sorted(found, key=lambda change: change.peak)
 
 
-def _goes_with_graphs(alternative: tuple[str, RunConfig]) -> bool:
-    """Whether train.py takes an alternative's flags with the run's --cuda_graphs."""
-    config = alternative[1]
+def trains(config: RunConfig) -> bool:
+    """Whether train.py takes these settings together."""
+    family = family_named(config.model.version)
     try:
-        check_graphs(config.train, config.adapter, config.data)
+        check_together(config.adapter, config.data, config.train)
+        check_adapter(config.adapter, linear_shapes(family.shapes(config.model)), family.parts)
     except UserError:
         return False
     return True

@@ -129,7 +129,7 @@ class Record(StepCallback):
         metrics = {
             "step": lit.step,
             "epoch": lit.step // self.plan.epoch_steps,
-            "loss": lit.step_loss,
+            "loss": lit.step_loss if lit.step_tokens else None,  # a mean of nothing
             "lr": lit.lr,
             "grad_norm": gradient_norm(trainer),
             "tokens": tokens,
@@ -146,8 +146,10 @@ class Record(StepCallback):
             self.progress.say(f"step {done:,}: validation {in_words(validation)}")
         for line in told:
             self.progress.say(f"step {done:,}: {line}")
-        accuracy = f", accuracy {lit.step_measures['accuracy']:.2f}" if "accuracy" in lit.step_measures else ""
-        self.progress.update(f"loss {lit.step_loss:.4f}{accuracy}, lr {lit.lr:.1e}, {rate:,.0f} tokens/s", done)
+        loss = f"loss {lit.step_loss:.4f}" if lit.step_tokens else "no token counts in the loss"
+        if "accuracy" in lit.step_measures:
+            loss += f", accuracy {lit.step_measures['accuracy']:.2f}"
+        self.progress.update(f"{loss}, lr {lit.lr:.1e}, {rate:,.0f} tokens/s", done)
 
     def on_train_batch_start(self, trainer: Any, lit: Lit, batch: TrainBatch, batch_idx: int) -> None:
         if batch_idx % self.accumulate == 0:

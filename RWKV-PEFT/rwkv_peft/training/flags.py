@@ -79,11 +79,16 @@ def flags_of(args: Namespace, world: World, argv: tuple[str, ...] = ()) -> Flags
         check_train_type(args)
     adapter = adapter_config(args)
     flags = Flags(args, adapter, data_config(args), train_config(args, adapter), world, argv)
-    check_train(flags.train)
-    check_products(flags.train, flags.adapter)
-    check_preferences(flags.train, flags.adapter, flags.data)
-    check_graphs(flags.train, flags.adapter, flags.data)
+    check_together(flags.adapter, flags.data, flags.train)
     return flags
+
+
+def check_together(adapter: AdapterConfig, data: DataConfig, train: TrainConfig) -> None:
+    """Refuse settings that contradict each other, whatever the model is."""
+    check_train(train)
+    check_products(train, adapter)
+    check_preferences(train, adapter, data)
+    check_graphs(train, adapter, data)
 
 
 def check_train_type(args: Namespace) -> None:

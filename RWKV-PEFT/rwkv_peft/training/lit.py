@@ -32,9 +32,9 @@ class Lit(pl.LightningModule):
     micro batches.
 
     Public: step (the current optimizer step), step_loss (mean loss of the step's micro batches so far, over all
-    ranks), step_measures (what compute measures besides, by name, the same mean), stop_requested (the signal that asked
-    for a stop, 0 for none; set on any rank, it makes `stopping` true on all of them in the same micro batch),
-    save_requested (which makes `saving` true likewise).
+    ranks), step_tokens (how many tokens, or pairs, count in the current step), step_measures (what compute measures
+    besides, by name, the same mean), stop_requested (the signal that asked for a stop, 0 for none; set on any rank, it
+    makes `stopping` true on all of them in the same micro batch), save_requested (which makes `saving` true likewise).
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Lit(pl.LightningModule):
         super().__init__()
         self.model, self.train_config, self.total_steps = model, train, total_steps
         self.step, self.family, self.ratios, self.compute = first_step, family, ratios, compute
-        self.step_loss = 0.0
+        self.step_loss, self.step_tokens = 0.0, 0
         self.step_measures: dict[str, float] = {}
         self.stop_requested = 0
         self.stopping = False
@@ -80,7 +80,7 @@ class Lit(pl.LightningModule):
     def on_train_batch_start(self, batch: TrainBatch, batch_idx: int) -> None:
         accumulate = self.train_config.accumulate_grad_batches
         if batch_idx % accumulate == 0:
-            self.step_loss, self.step_measures = 0.0, {}
+            self.step_loss, self.step_tokens, self.step_measures = 0.0, batch["step_count"], {}
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = self.lr * group["lr_scale"]
         # Random draws depend on the seed, the step, the micro batch and the rank alone, so a resumed run repeats them.
