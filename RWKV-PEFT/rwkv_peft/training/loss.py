@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.cross_entropy import cross_entropy_, token_cross_entropy_
+from ..ops.cross_entropy import cross_entropy_
 
 CHUNK_ELEMENTS = 2**25  # logits alive at once: 128 MiB in float32
 GPU_CHUNK_ELEMENTS = 2**27  # on a GPU, which few rows leave idle: 256 MiB in bfloat16
@@ -85,8 +85,8 @@ class TokenLosses(torch.autograd.Function):
         needs_hidden = ctx.needs_input_grad[0]
         losses, gradients = [rows.new_zeros(0, dtype=torch.float32)], [rows[:0]]
         for chunk in counted.split(chunk_rows(weight.shape[0], weight.is_cuda)):
-            found, grad = token_cross_entropy_(
-                F.linear(rows[chunk], weight), targets[chunk], 1.0, gradient=needs_hidden
+            found, grad = cross_entropy_(
+                F.linear(rows[chunk], weight), targets[chunk], 1.0, gradient=needs_hidden, each=True
             )
             losses.append(found)
             if grad is not None:

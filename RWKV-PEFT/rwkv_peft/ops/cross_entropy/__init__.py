@@ -1,5 +1,5 @@
 """Cross-entropy of given logits together with its gradient, which takes the logits' place."""
 
-from .op import cross_entropy_, token_cross_entropy_
+from .op import cross_entropy_
 
-__all__ = ["cross_entropy_", "token_cross_entropy_"]
+__all__ = ["cross_entropy_"]

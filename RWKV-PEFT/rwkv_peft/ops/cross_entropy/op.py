@@ -10,26 +10,24 @@ from . import cpu, cuda
 
 
 def cross_entropy_(
-    logits: Tensor, targets: Tensor, scale: float | Tensor, pull: float = 0.0, gradient: bool = True
+    logits: Tensor,
+    targets: Tensor,
+    scale: float | Tensor,
+    pull: float = 0.0,
+    gradient: bool = True,
+    each: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The losses of some tokens, scaled and added up, and the gradient of that sum.
 
     logits (n, V), of which nothing is left afterwards; targets (n,) int64; scale a number, or a 0-dim tensor. pull adds
     pull · (largest logit) to the unscaled gradient of each row's largest logit. -> (scale · Σ losses, a scalar of
-    float32, or float64 for float64 logits; the gradient (n, V) in logits' dtype, or None where not `gradient`).
+    float32, or float64 for float64 logits, or the losses (n,) themselves where `each` is asked for; the gradient (n, V)
+    in logits' dtype, or None where not `gradient`).
     """
-    losses, grad = token_cross_entropy_(logits, targets, scale, pull, gradient)
-    return losses.sum() * scale, grad
-
-
-def token_cross_entropy_(
-    logits: Tensor, targets: Tensor, scale: float | Tensor, pull: float = 0.0, gradient: bool = True
-) -> tuple[Tensor, Tensor | None]:
-    """The same with each token's loss (n,), which is not scaled, in place of their sum."""
     kernels = backend(logits)
     if kernels is not None:
-        losses: Tensor = kernels.losses_(logits, targets.contiguous(), float(scale), pull, gradient)
-        return losses, logits if gradient else None
+        losses = kernels.losses_(logits, targets.contiguous(), float(scale), pull, gradient)
+        return losses if each else losses.sum() * scale, logits if gradient else None
     dtype = logits.dtype
     logits = logits.to(torch.float64 if dtype == torch.float64 else torch.float32)
     picked = targets[:, None]
@@ -38,12 +36,13 @@ def token_cross_entropy_(
     true_logit = logits.gather(1, picked)
     log_sum = logits.exp().sum(dim=1, keepdim=True).log()
     losses = (log_sum - true_logit)[:, 0]
+    found = losses if each else losses.sum() * scale
     if not gradient:
-        return losses, None
+        return found, None
     grad = logits.sub_(log_sum).exp_()  # the softmax, in the logits' own memory
     grad.scatter_add_(1, picked, torch.full_like(largest, -1.0))
     grad.scatter_add_(1, where, largest * pull)
-    return losses, grad.mul_(scale).to(dtype)
+    return found, grad.mul_(scale).to(dtype)
 
 
 def backend(logits: Tensor) -> ModuleType | None:
