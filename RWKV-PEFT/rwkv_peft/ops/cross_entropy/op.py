@@ -10,12 +10,7 @@ from . import cpu, cuda
 
 
 def cross_entropy_(
-    logits: Tensor,
-    targets: Tensor,
-    scale: float | Tensor,
-    pull: float = 0.0,
-    gradient: bool = True,
-    each: bool = False,
+    logits: Tensor, targets: Tensor, scale: float | Tensor, pull: float = 0.0, gradient: bool = True, each: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """The losses of some tokens, scaled and added up, and the gradient of that sum.
 
