@@ -19,7 +19,7 @@ from rwkv_peft.compare.plan import Cell
 from rwkv_peft.compare.runs import Process, finish, run_cells, start
 from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.errors import UserError, hangup_signals
-from rwkv_peft.training.alone import alone_in
+from rwkv_peft.files.alone import alone_in
 
 MODEL = ("--load_model", "base.pth", "--data_file", "data", "--ctx_len", "16", "--accelerator", "cpu")
 TRAIN = (*MODEL, "--val_split", "0.2")

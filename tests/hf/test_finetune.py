@@ -9,6 +9,7 @@ import torch
 
 import tiny_llama
 from rwkv_peft.errors import UserError
+from rwkv_peft.files.alone import alone_in
 from rwkv_peft.hf import BoneConfig, finetune, finetune_data, finetune_flags
 
 QUIET = (
@@ -435,6 +436,13 @@ def test_offloading_without_an_accelerator_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     with pytest.raises(UserError, match="--activation_offloading True .* this machine has none; leave it out"):
         run(tmp_path, tmp_path, "--activation_offloading", "True")
+
+
+def test_a_folder_in_which_a_run_is_training_is_refused(tiny, tmp_path):
+    refusal = r"--output_dir .*out: a run is training there \(process \d+ on .*\); wait"
+    with alone_in(tmp_path / "out"), pytest.raises(UserError, match=refusal):
+        run(tiny, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_hub_that_does_not_answer_is_told_before_the_work(tmp_path, monkeypatch):

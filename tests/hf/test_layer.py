@@ -103,6 +103,18 @@ def test_a_layer_with_another_methods_adapter_is_refused(llama):
         get_peft_model(model, BoneConfig(r=4, target_modules=["q_proj"]))
 
 
+def test_a_model_that_peft_holds_is_not_wrapped_again(llama, ids, tmp_path):
+    base, config = copy.deepcopy(llama), BoneConfig(r=4, init_weights=False, target_modules=["q_proj"])
+    model = get_peft_model(llama, config)
+    with pytest.raises(UserError, match=r"is a PeftModel already; give its base, .* model.add_adapter\(name, config\)"):
+        get_peft_model(model, BoneConfig(r=4, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        loaded, kept = PeftModel.from_pretrained(base, tmp_path), model.eval()
+        assert torch.equal(loaded(ids).logits, kept(ids).logits)
+    get_peft_model(model.unload(), BoneConfig(r=4, target_modules=["q_proj"]))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_copy_of_a_model_is_as_good(llama, ids, form):
     model = adapted(llama, form).eval()

@@ -15,8 +15,8 @@ import torch
 from rwkv_peft.config import AdapterConfig, DataConfig, TrainConfig
 from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.errors import UserError, exit_on_user_error
+from rwkv_peft.files.alone import alone_in
 from rwkv_peft.models.rwkv6.keys import TARGETS
-from rwkv_peft.training.alone import alone_in
 from rwkv_peft.training.flags import parse_run
 from rwkv_peft.training.header import describe_adapter
 from rwkv_peft.training.parser import DIMENSIONS, build_parser, flag_of, table

@@ -12,10 +12,10 @@ from types import FrameType
 from ..adapters.methods import METHODS
 from ..cli import counted
 from ..errors import UserError, hangup_signals, leave_terminal, told
+from ..files.alone import alone_in
 from ..files.atomic import atomic_write
 from ..models.state import time_state_shapes
 from ..names import STATE
-from ..training.alone import alone_in
 from ..training.flags import parse_run
 from .flags import FULL, Comparison, method_flags, parse_flags
 from .pictures import draw

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UserError
+from ..files.alone import alone_in
 from ..files.atomic import atomic_write
 from ..plots import METRICS, is_number, read_metrics
-from ..training.alone import alone_in
 from ..training.checkpoints import find_checkpoint
 from ..training.resume import AUTO
 from .flags import Comparison, method_flags

@@ -11,6 +11,7 @@ Only the answers count in the loss (--completion_only_loss False: the questions 
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..files.adapter_folder import is_adapter_folder, read_config
+from ..files.alone import alone_in
 from .finetune_data import as_learned, load_data
 from .finetune_flags import BoneArguments, bone_config, model_settings, parse
 from .finetune_resume import ADAPTER, check_folder, check_layers, checkpoint_to_resume
@@ -31,14 +33,20 @@ from .stopping import StopAtCtrlC
 def main(argv: list[str]) -> int:
     """Train, save, merge and push as asked; -> 0, or 130 where Ctrl-C ended it. Raises UserError for arguments that
     cannot be honoured, and where the hub does not take what is saved."""
-    from trl import SFTTrainer
-
     register(replace=True)
     arguments, config = parse(argv)
+    with alone_in(Path(config.output_dir), flag="--output_dir") if config.should_save else nullcontext():
+        return run(arguments, config)
+
+
+def run(arguments: BoneArguments, config: Any) -> int:
+    """What main does, in a folder that is this run's alone."""
+    from trl import SFTTrainer
+
     adapter_config = bone_config(arguments)
     resumed = checkpoint_to_resume(config, adapter_config)
     base = Path(arguments.base_model_name_or_path)
-    check_folder(config, base, resumed)
+    check_folder(config.output_dir, base, resumed)
     if config.push_to_hub:
         check_hub(config.hub_token)
     if is_adapter_folder(base):

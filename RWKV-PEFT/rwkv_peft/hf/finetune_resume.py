@@ -7,12 +7,11 @@ from torch import nn
 
 from ..errors import UserError
 from ..files.adapter_folder import CONFIG, read_config
-from ..files.atomic import check_output, same_file
+from ..files.atomic import same_file
 from .config import BoneConfig
 from .refusals import refusals_of
 
 ADAPTER = "bone_ft"  # the folder of the trained adapter in --output_dir
-STATE = "trainer_state.json"  # in a checkpoint, and at the end in --output_dir
 
 
 def checkpoint_to_resume(config: Any, adapter_config: BoneConfig) -> str | None:
@@ -29,9 +28,10 @@ def checkpoint_to_resume(config: Any, adapter_config: BoneConfig) -> str | None:
         given = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
         if given is None:
             raise UserError(f"--resume_from_checkpoint True, and --output_dir {config.output_dir} has no checkpoint")
-    if not all((Path(given) / name).is_file() for name in (CONFIG, STATE)):
+    if not all((Path(given) / name).is_file() for name in (CONFIG, "trainer_state.json")):
         raise UserError(
-            f"--resume_from_checkpoint {given} is no folder with an {CONFIG} and a {STATE}; give a checkpoint-N folder"
+            f"--resume_from_checkpoint {given} is no folder with an {CONFIG} and a trainer_state.json; give a "
+            "checkpoint-N folder"
         )
     saved, due = read_config(given), adapter_config.to_dict()
     for flag, name in (("bone_r", "r"), ("init_weights", "init_weights"), ("mini_r", "mini_r")):
@@ -44,15 +44,13 @@ def checkpoint_to_resume(config: Any, adapter_config: BoneConfig) -> str | None:
     return str(given)
 
 
-def check_folder(config: Any, base: Path, resumed: str | None) -> None:
-    """UserError where --output_dir cannot be written, is the base model's folder, whose card would be overwritten, or
-    holds another run than the one to go on with: its adapter would be overwritten, and its checkpoints deleted by
-    --save_total_limit or taken for this run's."""
-    output = Path(config.output_dir)
+def check_folder(folder: str, base: Path, resumed: str | None) -> None:
+    """UserError where --output_dir is the base model's folder, whose card would be overwritten, or holds another run
+    than the one to go on with: its adapter would be overwritten, and its checkpoints deleted by --save_total_limit or
+    taken for this run's."""
+    output = Path(folder)
     if same_file(output, base):
         raise UserError(f"--output_dir {output} is the folder of --base_model_name_or_path; name another")
-    if config.should_save:
-        check_output("--output_dir", output / STATE, ())
     if resumed is not None and Path(resumed).resolve().parent == output.resolve():
         return
     checkpoints = sorted(output.glob("checkpoint-*"))

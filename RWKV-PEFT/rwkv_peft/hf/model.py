@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from peft import PeftConfig, utils
+from peft import PeftConfig, PeftModel, utils
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -79,7 +79,13 @@ class BoneModel(tuner_for(BoneLinear)):
             )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **settings: Any) -> None:
-        """As peft has it; what cannot be honoured leaves the model as it was."""
+        """As peft has it; what cannot be honoured leaves the model as it was. UserError for a model that peft holds
+        already: the names of an adapter would be those of no base model, and what is saved could not be loaded."""
+        if isinstance(model, PeftModel):
+            raise UserError(
+                "the model is a PeftModel already; give its base, get_peft_model(model.unload(), …), or add another "
+                "adapter: model.add_adapter(name, config)"
+            )
         config = self.peft_config[adapter_name]  # where it leaves the targets open, peft fills them in below
         given = {setting: getattr(config, setting) for setting in ("target_modules", "modules_to_save")}
         self._undo: list[Callable[[], object]] = []

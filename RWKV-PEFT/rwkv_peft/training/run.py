@@ -28,6 +28,7 @@ from ..errors import UserError, past_ctrl_c
 from ..evals.exam import Exam
 from ..evals.harness_exam import HarnessExam
 from ..files.adapters import read_adapter
+from ..files.alone import alone_in
 from ..files.atomic import check_output
 from ..files.base import Base, open_base
 from ..files.dtypes import DTYPES
@@ -37,7 +38,6 @@ from ..models.parts import LanguageModel
 from ..names import ADAPTER, MODEL, STATE
 from ..plots import METRICS, plot_loss
 from .agreement import digest_of_file, passport
-from .alone import alone_in
 from .checkpoints import ANSWERS, LM_EVAL, UNSAVED, clear_unsaved
 from .examiner import Examiner
 from .fit import fit

@@ -5,8 +5,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ..errors import UserError
-from ..files.atomic import check_output, without_empty_folders
-from ..files.lock import Busy, hold
+from .atomic import check_output, without_empty_folders
+from .lock import Busy, hold
 
 LOCK = ".run.lock"
 
