@@ -12,7 +12,7 @@ import torch
 
 from ..adapters.methods import adapter_parameter
 from ..cli import counted
-from ..errors import UserError, told
+from ..errors import UserError, short, told
 from ..files.adapter_file import METADATA_KEY, Adapter
 from ..files.adapter_folder import is_adapter_folder
 from ..files.adapters import AdapterSource, product_of_run
@@ -102,7 +102,7 @@ def tensor_contents(tensors: dict[str, torch.Tensor], path: Path, names: str) ->
     try:
         base = base_of(tensors, path)
     except UserError as error:
-        keys = ", ".join(list(tensors)[:SHOWN])
+        keys = ", ".join(map(short, list(tensors)[:SHOWN]))
         return Contents([("kind", "foreign"), *numbers(tensors), ("keys", f"{keys}, …"), ("not read", str(error))])
     lines = [
         ("kind", f"model, {base.family.name} ({base.family.version}), {names} names"),
