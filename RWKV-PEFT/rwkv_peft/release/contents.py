@@ -77,7 +77,7 @@ def adapter_contents(source: AdapterSource) -> Contents:
         mini = f", mini_r {metadata.mini_rank}" if metadata.mini_rank else ""
         lines += [
             ("method", f"{method.label}, rank {metadata.rank}{mini}{scale}"),
-            ("layers", f"{len(modules)}: {' '.join(metadata.targets)}"),
+            ("layers", f"{len(modules)}: {' '.join(map(short, metadata.targets))}"),
         ]
     if whole:
         states = sum(map(is_time_state, whole))
