@@ -20,6 +20,7 @@ from ..files.base import Base, base_of
 from ..files.dtypes import dtype_name
 from ..files.pth import read_tensors
 from ..files.readable import require_readable
+from ..files.rwkv_peft_file import unwrapped
 from ..files.safetensors_file import read_safetensors
 from ..models.state import check_time_states, is_time_state
 from .formats import read_hf_model, read_web
@@ -53,6 +54,8 @@ def contents_of(source: AdapterSource) -> Contents:
     tensors = read_tensors(path)
     if any(adapter_parameter(key) for key in tensors) and "emb.weight" not in tensors:
         return foreign_adapter_contents(source, tensors)
+    if all(map(is_time_state, tensors)):
+        tensors = unwrapped(tensors)
     return tensor_contents(tensors, path, "official")
 
 
