@@ -337,6 +337,8 @@ def test_shortening_keeps_the_answer():
     ("flags", "message"),
     [
         (("--tokeniser", "bytes"), "there is no --tokeniser; did you mean --tokenizer"),
+        (("--input", "a.jsonl"), "there is no --input here; it is the file's name, without a flag"),
+        (("--output-prefix", "a"), "there is no --output-prefix here; it is --output"),
         (("--repeat", "0"), "--repeat: 0 is below 1"),
         (("--workers", "-2"), "--workers: -2 is below 1"),
         (("--shuffle", "x"), "--shuffle: 'x' is not a whole number"),

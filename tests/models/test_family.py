@@ -51,6 +51,8 @@ def test_each_missing_extra_or_misshapen_tensor_is_told(family, config, model):
             family.check(rest)
     with pytest.raises(UserError, match="1 unexpected tensors"):
         family.check(tensors | {"blocks.0.att.other": torch.ones(1)})
+    with pytest.raises(UserError, match=r"1 unexpected tensors \(x{200}…\)"):
+        family.check(tensors | {"x" * 10_000: torch.ones(1)})
     with pytest.raises(UserError, match="weights must be"):
         family.check(tensors | {"ln_out.weight": torch.ones(64, dtype=torch.int32)})
 

@@ -88,7 +88,8 @@ def test_adapter_settings_come_back_from_metadata():
 def test_files_of_rwkv_peft_are_compared(tmp_path, tiny_state, tensors, flags):
     base, adapter, merged = tmp_path / "base.pth", tmp_path / "a.pth", tmp_path / "merged.pth"
     save_model(base, tiny_state())
-    torch.save({key: 0.05 * tensor for key, tensor in tensors.items()}, adapter)
+    blocks = {key.replace("blocks.0", f"blocks.{n}"): 0.05 * t for key, t in tensors.items() for n in range(2)}
+    torch.save(blocks, adapter)
     merge_cli.main(["--base_model", str(base), "--bone_checkpoint", str(adapter), "--output", str(merged), *flags])
     command = ["--base_model", str(base), "--bone_checkpoint", str(adapter), "--merged", str(merged)]
     assert main([*command, *flags]) == 0

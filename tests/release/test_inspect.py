@@ -7,6 +7,7 @@ from rwkv_peft.commands import main
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.files.base import base_of, save_model
+from rwkv_peft.files.state_file import read_states
 from rwkv_peft.release.heat import heat_of, text_of
 
 
@@ -64,6 +65,14 @@ def test_of_states_that_trained_alone_no_tensor_is_said_to_be_the_base_s(folder,
     states = {f"blocks.{i}.att.time_state": torch.zeros(4, 16, 16) for i in range(2)}
     save_adapter(folder / "states.safetensors", states, AdapterMetadata("none", rank=0, targets=()))
     assert "trained whole  2 states\n" in inspect(capsys, folder / "states.safetensors")
+
+
+def test_states_that_a_wrapper_s_prefix_names_are_states(folder, capsys):
+    states = {f"blocks.{n}.att.time_state": torch.rand(4, 16, 16) for n in range(2)}
+    save_model(folder / "wrapped.pth", {f"model.{key}": tensor for key, tensor in states.items()})
+    assert "time states of 2 layers" in inspect(capsys, folder / "wrapped.pth")
+    found = read_states(folder / "wrapped.pth").tensors
+    assert list(found) == list(states) and all(torch.equal(found[key], states[key]) for key in states)
 
 
 def test_states_foreign_files_and_gguf(folder, capsys, tiny_state):

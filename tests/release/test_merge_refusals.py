@@ -43,6 +43,12 @@ def test_an_adapter_that_is_given_as_the_base_is_told(folder):
         train(["--load_model", str(folder / "a.safetensors"), "--data_file", "data"])
 
 
+@pytest.mark.parametrize("flag, ours", [("--use-gpu", "--device cuda"), ("--load_model", "--base_model")])
+def test_a_flag_of_other_mergers_is_answered_with_ours(folder, flag, ours):
+    with pytest.raises(UserError, match=f"there is no {flag} here; it is {ours}"):
+        run(folder, flag)
+
+
 def test_an_adapter_of_another_base_is_refused(folder, tiny_state):
     save_adapter(folder / "a.safetensors", *adapter_of("bat-in", tiny_state(seed=9)))
     with pytest.raises(UserError, match="trained on another base"):
@@ -55,6 +61,7 @@ def test_an_adapter_of_another_base_is_refused(folder, tiny_state):
     [
         (lambda t: {f"model.{key}": value for key, value in t.items()}, "no place in the base"),
         (lambda t: {key.replace("blocks.1", "blocks.7"): value for key, value in t.items()}, "no place in the base"),
+        (lambda t: t | {"x" * 10_000 + ".bone": torch.ones(8, 8, 8)}, "there is no x{200}…, where"),
         (lambda t: {key: value[:-1] for key, value in t.items()}, "needs .*trained on another model"),
         (lambda t: {key: torch.zeros_like(value) for key, value in t.items()}, "changes nothing"),
         (lambda t: t | {"blocks.0.ln1.weight": torch.ones(3)}, "has shape .3,."),

@@ -164,3 +164,10 @@ def test_a_name_that_no_disk_takes_is_told(files, monkeypatch, capsys):
         exit_on_user_error(main)
     error = capsys.readouterr().err
     assert exit_info.value.code == 2 and len(error) < 400 and "a longer name than a disk takes" in error
+
+
+def test_rows_in_tokens_that_the_model_lacks_name_the_tokenizer(tmp_path, files):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "Two birds sing."}\n')
+    with pytest.raises(UserError, match=f"{rows} by --tokenizer world: token .* outside the model's vocabulary of 80"):
+        main(flags(files, "--bone_r", "16", "--data_type", "sft", "--data_file", str(rows)))

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, short
 from .methods import adapter_parameter
 
 
@@ -46,4 +46,4 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor], name: st
 
 
 def _some(keys: Sequence[str], limit: int = 3) -> str:
-    return (", ".join(keys[:limit]) + (", …" if len(keys) > limit else "")) or "nothing"
+    return (", ".join(map(short, keys[:limit])) + (", …" if len(keys) > limit else "")) or "nothing"

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TextIO
 
 from tqdm import tqdm
@@ -31,6 +32,16 @@ from .templates import TEMPLATES, read_template
 from .thinking import FIELDS, OPENINGS
 
 INLINE_BYTES = 4 << 20
+# flags of the tools that others make token files with -> what is given here
+SYNONYMS = MappingProxyType(
+    {
+        "--input": "the file's name, without a flag",
+        "--output_prefix": "--output",
+        "--tokenizer_type": "--tokenizer world, which is the default",
+        "--vocab_file": "--tokenizer FILE, and needs none for World",
+        "--jsonl_keys": "--fields",
+    }
+)
 
 
 def main(argv: list[str]) -> int:
@@ -66,7 +77,9 @@ def main(argv: list[str]) -> int:
 
 
 def parser() -> Parser:
-    result = Parser(prog="rwkv-peft preprocess", description="Text files to token files (.bin and .idx).")
+    result = Parser(
+        prog="rwkv-peft preprocess", synonyms=SYNONYMS, description="Text files to token files (.bin and .idx)."
+    )
     result.add_argument("input", nargs="+", help=KINDS)
     result.add_argument("--output", required=True, metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx")
     result.add_argument("--tokenizer", default="world", metavar="NAME|FILE", help="world, bytes, or a vocabulary file")

@@ -35,13 +35,15 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
     """
     check_config(config)
     notes: list[str] = []
+    rows = None
     vocabulary = recorded_of_data(config.path)
     if config.of_rows:
         prefix, notes = prepare_sft(config)
+        rows = f"{config.path} by --tokenizer {config.tokenizer}"
         vocabulary = vocabulary_of(load_tokenizer(config.tokenizer))
         config = replace(config, path=prefix)
     dataset = BinidxDataset(config.path)
-    dataset.check_vocab(vocab_size)
+    dataset.check_vocab(vocab_size, rows)
     if config.of_rows and config.loss_mask == "file" and dataset.mask is None:
         mask = None  # every token of these rows counts
     else:

@@ -21,6 +21,7 @@ from .atomic import atomic_write
 from .base import Base, save_model
 from .pth import read_tensors
 from .pth_writer import TensorSpec
+from .rwkv_peft_file import unwrapped
 from .safetensors_file import read_safetensors, write_safetensors
 
 WEB = (".st", ".state", ".safetensors")
@@ -84,7 +85,7 @@ def read_states(path: str | Path) -> StateFile:
         return StateFile(path, adapter.tensors, adapter.metadata.base_fingerprint, adapter.metadata.generation)
     if path.suffix in WEB:
         return StateFile(path, swapped_states(read_safetensors(path)[0]))
-    return StateFile(path, read_tensors(path))
+    return StateFile(path, unwrapped(read_tensors(path)))
 
 
 def check_state_output(flag: str, path: str | Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..config import ModelConfig
-from ..errors import UserError
+from ..errors import UserError, short
 from .state import split_time_states, time_state_shapes
 
 WEIGHTS = "bfloat16, float16 or float32"
@@ -159,4 +159,4 @@ class Family(ABC, Generic[Config, Model]):
 
 
 def _some(keys: Sequence[str], limit: int = 3) -> str:
-    return ", ".join(keys[:limit]) + (", …" if len(keys) > limit else "")
+    return ", ".join(map(short, keys[:limit])) + (", …" if len(keys) > limit else "")

@@ -12,7 +12,7 @@ import torch
 
 from ..adapters.methods import adapter_parameter
 from ..cli import counted
-from ..errors import UserError, told
+from ..errors import UserError, short, told
 from ..files.adapter_file import METADATA_KEY, Adapter
 from ..files.adapter_folder import is_adapter_folder
 from ..files.adapters import AdapterSource, product_of_run
@@ -20,6 +20,7 @@ from ..files.base import Base, base_of
 from ..files.dtypes import dtype_name
 from ..files.pth import read_tensors
 from ..files.readable import require_readable
+from ..files.rwkv_peft_file import unwrapped
 from ..files.safetensors_file import read_safetensors
 from ..models.state import check_time_states, is_time_state
 from .formats import read_hf_model, read_web
@@ -53,6 +54,8 @@ def contents_of(source: AdapterSource) -> Contents:
     tensors = read_tensors(path)
     if any(adapter_parameter(key) for key in tensors) and "emb.weight" not in tensors:
         return foreign_adapter_contents(source, tensors)
+    if all(map(is_time_state, tensors)):
+        tensors = unwrapped(tensors)
     return tensor_contents(tensors, path, "official")
 
 
@@ -77,7 +80,7 @@ def adapter_contents(source: AdapterSource) -> Contents:
         mini = f", mini_r {metadata.mini_rank}" if metadata.mini_rank else ""
         lines += [
             ("method", f"{method.label}, rank {metadata.rank}{mini}{scale}"),
-            ("layers", f"{len(modules)}: {' '.join(metadata.targets)}"),
+            ("layers", f"{len(modules)}: {' '.join(map(short, metadata.targets))}"),
         ]
     if whole:
         states = sum(map(is_time_state, whole))
@@ -102,7 +105,7 @@ def tensor_contents(tensors: dict[str, torch.Tensor], path: Path, names: str) ->
     try:
         base = base_of(tensors, path)
     except UserError as error:
-        keys = ", ".join(list(tensors)[:SHOWN])
+        keys = ", ".join(map(short, list(tensors)[:SHOWN]))
         return Contents([("kind", "foreign"), *numbers(tensors), ("keys", f"{keys}, …"), ("not read", str(error))])
     lines = [
         ("kind", f"model, {base.family.name} ({base.family.version}), {names} names"),

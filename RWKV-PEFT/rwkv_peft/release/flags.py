@@ -3,6 +3,7 @@ imported."""
 
 import argparse
 import math
+from types import MappingProxyType
 
 from ..cli import Parser, positive
 from ..config import QUANTIZATIONS
@@ -11,12 +12,24 @@ from ..files.source_flags import add_source_flags
 from ..names import GGUF_TYPES
 
 DTYPES = ("keep", "bf16", "fp16", "fp32")
+# flags of RWKV-PEFT's earlier mergers, and of train.py -> what is given here
+MERGE_SYNONYMS = MappingProxyType(
+    {
+        "--use_gpu": "--device cuda",
+        "--load_model": "--base_model",
+        "--bone_load": "--bone_checkpoint",
+        "--lora_load": "--lora_checkpoint",
+        "--pissa_load": "--lora_checkpoint",
+        "--pissa_init": "--lora_init",
+    }
+)
 ADAPTER_TYPES = ("bone", "disha", "lora", "pissa", "state")  # RWKV-PEFT's words
 
 
 def merge_flags(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="merge_bone.py",
+        synonyms=MERGE_SYNONYMS,
         description="Merge adapters into an RWKV base model: a .pth with exactly the base's keys, order, shapes and "
         "dtypes, which any RWKV runtime loads.",
     )
