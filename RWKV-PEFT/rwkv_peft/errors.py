@@ -9,9 +9,17 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import NoReturn
 
+UNSEEN = MappingProxyType(
+    {
+        errno.EACCES: "give yourself the permission, or name another place",
+        errno.EPERM: "give yourself the permission, or name another place",
+        errno.ENAMETOOLONG: "choose a shorter one",
+        errno.ELOOP: "name another place",
+    }
+)
 TOLD = 200  # characters of what is quoted that are worth reading
 
 
@@ -42,8 +50,10 @@ def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
         message, code = f"error: {error}", 2
-    except PermissionError as error:  # of a folder that may not be entered, which any look at a name in it finds
-        message = f"error: {error.filename}: permission denied; give yourself the permission, or name another place"
+    except OSError as error:  # of a name that may not be looked at, which any look finds
+        if error.errno not in UNSEEN or error.filename is None:
+            raise
+        message = f"error: {error.filename}: {os.strerror(error.errno).lower()}; {UNSEEN[error.errno]}"
         code = 2
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:

@@ -394,6 +394,9 @@ def test_an_output_is_no_input_by_any_name_and_its_check_leaves_nothing(tmp_path
     for source in (tmp_path / "folder" / "input", tmp_path / "folder", tmp_path / "link"):
         with pytest.raises(UserError, match="--output .* is the file given as --input"):
             check_output("--output", tmp_path / "link", [("--input", source), ("--none", None)])
+    with pytest.raises(UserError, match="there is no folder .*absent; leave it and the .. behind it out"):
+        check_output("--output", tmp_path / "absent" / ".." / "file", [])
+    check_output("--output", tmp_path / "folder" / ".." / "file", [])
     check_output("--output", tmp_path / "new" / "deeper" / "file", [("--input", tmp_path / "folder")])
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -393,6 +393,14 @@ def test_tensors_of_a_run_that_could_not_save_a_checkpoint_are_not_cleared_away(
     assert (folder / "adapter.safetensors").read_bytes() == kept
 
 
+def test_names_that_lead_nowhere_are_told_or_made(files, command):
+    _, said = finish(start(command("x" * 300)), 2)
+    assert re.fullmatch(r"error: \S+x{300}: file name too long; choose a shorter one\n", said), said
+    (files / "link").symlink_to(files / "its folder")  # which is not there yet
+    finish(start(command("link", "--epoch_steps", "1", "--epoch_count", "1")))
+    assert (files / "its folder" / "adapter.safetensors").exists()
+
+
 def test_a_disk_without_room_for_a_save_is_told_before_the_first_step(files, command, monkeypatch):
     from rwkv_peft.training.run import main
 

@@ -1,5 +1,6 @@
 """One run at a time in a folder."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,9 +17,10 @@ def alone_in(folder: Path, say: Callable[..., object] = print, flag: str = "--pr
     """Hold a run's folder, given as `flag`, which is made where it is missing and removed again where nothing came of
     it. Raises UserError where it cannot be written or another process holds it; where the file system has no locks,
     that is told and the run goes on."""
-    with without_empty_folders(folder), ExitStack() as stack:
+    real = Path(os.path.realpath(folder))  # of a link that leads to none yet
+    with without_empty_folders(real), ExitStack() as stack:
         check_output(flag, folder / "checkpoints" / "state.json", [])
-        folder.mkdir(parents=True, exist_ok=True)
+        real.mkdir(parents=True, exist_ok=True)
         try:
             stack.enter_context(hold(folder / LOCK))
         except Busy as error:

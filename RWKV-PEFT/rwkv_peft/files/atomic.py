@@ -52,6 +52,9 @@ def check_output(flag: str, path: str | Path, inputs: Iterable[tuple[str, str | 
             raise UserError(
                 f"{flag} {path} is the file given as {name}, which must not be overwritten; choose another name"
             )
+    for folder in Path(path).parents:
+        if folder.name == ".." and not os.path.exists(folder):  # which the system does not leave out, as realpath does
+            raise UserError(f"{flag} {path}: there is no folder {folder.parent}; leave it and the .. behind it out")
     path = Path(os.path.realpath(path))
     with without_empty_folders(path.parent), temporary_beside(path):
         pass
