@@ -37,7 +37,9 @@ def test_unmerge_refuses_the_base_itself_and_says_what_it_cannot_tell(folder, ca
 
 def test_an_adapter_that_is_given_as_the_base_is_told(folder):
     save_adapter(folder / "a.safetensors", *adapter_of("bat-in", open_base(folder / "base.pth").tensors))
-    with pytest.raises(UserError, match="a.safetensors is an adapter, not a base model; give it as --adapter of generate"):
+    with pytest.raises(
+        UserError, match="a.safetensors is an adapter, not a base model; give it as --adapter of generate"
+    ):
         train(["--load_model", str(folder / "a.safetensors"), "--data_file", "data"])
 
 

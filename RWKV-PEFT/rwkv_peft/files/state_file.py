@@ -97,7 +97,9 @@ def check_session_output(flag: str, path: str | Path) -> None:
     """Raise UserError where a flag's path ends as a file of time states in another layout does, by which it would be
     read."""
     if Path(path).suffix in WEB:
-        raise UserError(f"{flag} {path}: a session is a .pth, and would be read as another file by this name; end it so")
+        raise UserError(
+            f"{flag} {path}: a session is a .pth, and would be read as another file by this name; end it so"
+        )
 
 
 def write_states(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:

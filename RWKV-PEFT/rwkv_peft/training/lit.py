@@ -32,8 +32,9 @@ class Lit(pl.LightningModule):
     micro batches.
 
     Public: step (the current optimizer step), step_loss (mean loss of the step's micro batches so far, over all
-    ranks), step_tokens (how many tokens count in the current step), stop_requested (the signal that asked for a stop, 0 for none; set on any rank, it makes `stopping` true on
-    all of them in the same micro batch), save_requested (which makes `saving` true likewise).
+    ranks), step_tokens (how many tokens count in the current step), stop_requested (the signal that asked for a stop, 0
+    for none; set on any rank, it makes `stopping` true on all of them in the same micro batch), save_requested (which
+    makes `saving` true likewise).
     """
 
     def __init__(
