@@ -176,3 +176,10 @@ def test_a_tokenizer_of_more_tokens_than_the_model_has_is_told(train, tmp_path, 
     save_model(tmp_path / "small.pth", tiny_state(vocab_size=256))  # and ASCII stays below
     header, _ = train("--load_model", tmp_path / "small.pth")
     assert "note: the data was made with bytes (257 tokens, " in header and "and the model has 256; is it" in header
+
+
+def test_a_tokenizer_that_is_not_the_models_is_refused_before_rows_are_read(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="--tokenizer world has 65536 tokens, and the model 257"):
+        train("--data_type", "sft", "--data_file", tmp_path / "chat.jsonl")
+    assert not (tmp_path / "cache").exists()
