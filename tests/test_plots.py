@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rwkv_peft.errors import UserError
-from rwkv_peft.plots import main, plot_loss, read_metrics, series, shares, smooth
+from rwkv_peft.plots import main, plot_loss, read_metrics, series, shares, smooth, smooth_drawn, wants_logarithm
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -55,6 +55,14 @@ def test_smoothing_keeps_a_constant_and_starts_at_the_first_value():
     assert smooth([3.0] * 5) == pytest.approx([3.0] * 5)
     assert smooth([4.0, 0.0])[0] == pytest.approx(4.0)
     assert smooth([]) == []
+
+
+def test_what_falls_on_a_logarithmic_axis_is_smoothed_as_it_is_seen_there():
+    falling = [10.0 * 0.9**step for step in range(100)]
+    assert wants_logarithm(falling) and not wants_logarithm(falling[:20]) and not wants_logarithm([0.0, *falling])
+    seen, mean = smooth_drawn(falling, True), smooth_drawn(falling, False)
+    assert mean == smooth(falling) and max(a / b for a, b in zip(mean, falling)) > 5
+    assert all(value <= line < 3 * value for value, line in zip(falling, seen))
 
 
 def test_a_line_cut_off_at_the_end_is_left_out_and_one_in_the_middle_is_an_error(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from .cli import Parser, finite
 from .errors import UserError
 from .files.atomic import atomic_write, check_output
-from .plots import LINE_COLOURS, LINE_STYLES, METRICS, read_metrics, series, smooth
+from .plots import LINE_COLOURS, LINE_STYLES, METRICS, read_metrics, series, smooth_drawn, wants_logarithm
 
 ENDINGS = (".png", ".svg", ".pdf")
 FEW = 20  # points that are drawn as they are
@@ -96,9 +96,10 @@ def plot_runs(runs: Sequence[Run], output: str | Path, weight: float = 0.9, by_t
 
 def draw(axes: Any, panel: Panel, runs: Sequence[Run], weight: float, by_tokens: bool) -> None:
     """One panel: a line a run, and the raw values behind it where it is smoothed."""
-    shown: list[float] = []
-    for number, run in enumerate(runs):
-        steps, values = series(run.records, panel.name)
+    found = [series(run.records, panel.name) for run in runs]
+    shown = [value for _, values in found for value in values]
+    logarithm = panel.logarithm and wants_logarithm(shown)
+    for number, (run, (steps, values)) in enumerate(zip(runs, found)):
         where = places(run, by_tokens)
         x = [where[step] for step in steps]
         look = dict(color=LINE_COLOURS[number % len(LINE_COLOURS)], linestyle=LINE_STYLES[number % len(LINE_STYLES)])
@@ -106,10 +107,9 @@ def draw(axes: Any, panel: Panel, runs: Sequence[Run], weight: float, by_tokens:
         if smoothed:
             axes.plot(x, values, color=look["color"], alpha=0.2, linewidth=0.8)
         marker = "o" if len(values) < FEW else None
-        line = smooth(values, weight) if smoothed else values
+        line = smooth_drawn(values, logarithm, weight) if smoothed else values
         axes.plot(x, line, linewidth=1.8, marker=marker, markersize=3.5, label=run.label, **look)
-        shown += values
-    if panel.logarithm and shown and min(shown) > 0 and max(shown) > 20 * min(shown):
+    if logarithm:
         axes.set_yscale("log")
     if panel.name == "lr":
         axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))

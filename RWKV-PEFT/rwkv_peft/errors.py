@@ -51,14 +51,10 @@ def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
     except UserError as error:
         message, code = f"error: {error}", 2
     except OSError as error:  # of a name that may not be looked at, which any look finds
-        if error.errno not in UNSEEN or error.filename is None:
+        advice = UNSEEN.get(error.errno or 0)
+        if advice is None or error.filename is None:
             raise
-        message = f"error: {error.filename}: {os.strerror(error.errno).lower()}; {UNSEEN[error.errno]}"
-        code = 2
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        message, code = f"error: {short(str(error.filename))}: a longer name than a disk takes; give that of a file", 2
+        message, code = f"error: {short(str(error.filename))}: {str(error.strerror).lower()}; {advice}", 2
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     sys.stdout.flush()

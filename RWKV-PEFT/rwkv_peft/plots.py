@@ -4,6 +4,7 @@ rwkv-peft plot out/metrics.jsonl out/loss.png
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -70,6 +71,19 @@ def smooth(values: Iterable[float], weight: float = 0.9) -> list[float]:
     return result
 
 
+def smooth_drawn(values: Sequence[float], logarithm: bool, weight: float = 0.9) -> list[float]:
+    """The same of what an axis shows: of logarithms, where it is one, on which a mean of values would stay far above
+    them as they fall."""
+    if not logarithm:
+        return smooth(values, weight)
+    return [math.exp(mean) for mean in smooth(map(math.log, values), weight)]
+
+
+def wants_logarithm(values: Sequence[float]) -> bool:
+    """Whether a linear axis would show little of values but the largest."""
+    return bool(values) and min(values) > 0 and max(values) > 20 * min(values)
+
+
 def shares(records: Sequence[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
     """{name: its series} of the shares of right answers that a run's records hold: of its own questions, and of the
     first few tasks of lm_eval."""
@@ -109,7 +123,9 @@ def plot_loss(metrics_jsonl: str | Path, out_png: str | Path) -> None:
     axes.spines["top"].set_visible(False)
     if not losses:
         axes.text(0.5, 0.5, "no step recorded", transform=axes.transAxes, ha="center", va="center", color="gray")
-    few = len(losses) < 20
+    val_steps, val_losses = series(records, "val_loss")
+    shown = losses + val_losses
+    logarithm, few = wants_logarithm(shown), len(losses) < 20
     axes.plot(
         steps,
         losses,
@@ -121,15 +137,13 @@ def plot_loss(metrics_jsonl: str | Path, out_png: str | Path) -> None:
         label="loss",
     )
     if not few:
-        axes.plot(steps, smooth(losses), color="tab:blue", linewidth=2, label="loss, smoothed")
-    val_steps, val_losses = series(records, "val_loss")
+        axes.plot(steps, smooth_drawn(losses, logarithm), color="tab:blue", linewidth=2, label="loss, smoothed")
     if val_losses:
         axes.plot(
             val_steps, val_losses, color="tab:orange", linewidth=2, marker="o", markersize=3, label="validation loss"
         )
-    shown = losses + val_losses
-    if shown and min(shown) > 0 and max(shown) > 20 * min(shown):
-        axes.set_yscale("log")  # a linear axis would show the first steps alone
+    if logarithm:
+        axes.set_yscale("log")
     lr_steps, rates = series(records, "lr")
     if rates:
         right = axes.twinx()

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from rwkv_peft.compare import command, runs
-from rwkv_peft.compare.command import main, measure
+from rwkv_peft.compare.command import main, measure, usual_rates
 from rwkv_peft.compare.flags import parse_flags
 from rwkv_peft.compare.plan import Cell
+from rwkv_peft.compare.rates import rate_of
 from rwkv_peft.compare.runs import Process, finish, run_cells, start
 from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.errors import UserError, hangup_signals
@@ -119,6 +120,24 @@ def test_what_has_no_rank_trains_what_the_model_has_of_it(files):
     base = torch.load(files / "base.pth", mmap=True)
     assert sizes["full"] == (0, 0, sum(tensor.numel() for tensor in base.values()))
     assert sizes["state"] == (0, 0, 4 * 16 * 16)  # one layer of four heads
+
+
+@pytest.mark.parametrize(
+    "channels, rates",
+    [(64, [3e-4, 1e-3, 3e-3]), (128, [3e-4, 1e-3, 3e-3]), (2048, [1e-5, 3e-5, 1e-4]), (4096, [1e-5, 3e-5, 1e-4])],
+)
+def test_a_sweep_begins_about_the_rate_of_the_models_width(channels, rates):
+    assert [rate_of(number) for number in usual_rates(channels)] == rates
+
+
+def test_without_rates_those_of_the_width_are_due_and_told(files, capsys):
+    folder = files / "usual"
+    for method in ("bone", "lora"):
+        for rate, loss in zip(usual_rates(64), (2.0, 1.0, 2.0)):
+            keep(folder, Cell(method, rate, 7), loss)
+    assert main([*OWN, "--output", str(folder), "--", *TRAIN]) == 0
+    out = capsys.readouterr().out
+    assert "learning rates to begin with: 0.0003 0.001 0.003\n" in out and "due" not in out
 
 
 def sleeping(comparison, cell, size, folder):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,18 @@ from release.merges import RANK, ROOT, adapter_of, run
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.files.base import open_base, save_model
+from rwkv_peft.generate import command as generate_cli
 from rwkv_peft.release import merge_command as merge_cli
 from rwkv_peft.training.run import main as train
+
+
+def test_another_generation_is_told_before_another_base_which_could_be_forced(folder):
+    tensors, metadata = adapter_of("bat-in", open_base(folder / "base.pth").tensors)
+    save_adapter(folder / "a.safetensors", tensors, replace(metadata, generation="x070", base_fingerprint="0" * 32))
+    with pytest.raises(UserError, match="was trained on an RWKV-7, and .* is an RWKV-6: give the adapter's own base"):
+        generate_cli.main(
+            ["--model", str(folder / "base.pth"), "--adapter", str(folder / "a.safetensors"), "--prompt", "a"]
+        )
 
 
 def test_unmerge_refuses_what_it_cannot_restore(folder):

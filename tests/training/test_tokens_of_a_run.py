@@ -56,7 +56,7 @@ def counted(samples):
 
 @pytest.mark.parametrize("dataload", ["pad", "pack"])
 def test_answers_that_are_cut_off_are_said(train, dataload):
-    """With 27 tokens a row, questions of one digit keep one token of their answers' four, of two digits none."""
+    """With 27 tokens a row, questions of one digit keep one token of four, of two digits none of five."""
     header, samples = train("--dataload", dataload, "--ctx_len", 26)
     assert counted(samples) == 10 and ANSWERS == 90
     assert (
@@ -156,3 +156,30 @@ def test_resuming_refuses_a_change_of_rows_that_changes_the_order(train, monkeyp
         train("--dataload", dataload, "--micro_bsz", micro_bsz)
     alone, two, four = (identity["data"] for identity in seen)
     assert two == four and (alone == two) is same
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--warmup_steps", 300), "note: --warmup_steps 300 do not end by then: the rate stays below --lr_init"),
+        (("--warmup_steps", 300, "--lr_schedule", "rwkv-peft"), ""),  # which has no warm-up
+        (("--warmup_steps", 1), ""),
+        (("--lr_init", 100), "note: 100 moves each number by about as much in a step; rates are far below 1"),
+    ],
+)
+def test_rates_that_nobody_means_are_told_before_the_run(train, flags, words):
+    header, _ = train("--dataload", "pad", *flags)
+    assert (words or "steps ") in header and ("note:" in header) == bool(words)
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_has_is_told(train, tmp_path, tiny_state):
+    save_model(tmp_path / "small.pth", tiny_state(vocab_size=256))  # and ASCII stays below
+    header, _ = train("--load_model", tmp_path / "small.pth")
+    assert "note: the data was made with bytes (257 tokens, " in header and "and the model has 256; is it" in header
+
+
+def test_a_tokenizer_that_is_not_the_models_is_refused_before_rows_are_read(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="--tokenizer world has 65536 tokens, and the model 257"):
+        train("--data_type", "sft", "--data_file", tmp_path / "chat.jsonl")
+    assert not (tmp_path / "cache").exists()

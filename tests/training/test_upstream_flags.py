@@ -163,7 +163,7 @@ def test_a_name_that_no_disk_takes_is_told(files, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_info:
         exit_on_user_error(main)
     error = capsys.readouterr().err
-    assert exit_info.value.code == 2 and len(error) < 400 and "a longer name than a disk takes" in error
+    assert exit_info.value.code == 2 and len(error) < 400 and "file name too long; choose a shorter one" in error
 
 
 def test_rows_in_tokens_that_the_model_lacks_name_the_tokenizer(tmp_path, files):

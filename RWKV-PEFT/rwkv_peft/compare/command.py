@@ -6,20 +6,25 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
 from ..adapters.methods import METHODS
 from ..cli import counted
+from ..config import AdapterConfig
 from ..errors import UserError, hangup_signals, leave_terminal, told
 from ..files.alone import alone_in
 from ..files.atomic import atomic_write
+from ..files.base import Base
 from ..models.state import time_state_shapes
 from ..names import STATE
 from ..training.flags import parse_run
+from ..training.rates import automatic_rate
 from .flags import FULL, Comparison, method_flags, parse_flags
 from .pictures import draw
 from .plan import Cell, next_cells
+from .rates import nearest_to, rate_of
 from .report import lines_of_json, rows_of, table
 from .runs import RESULT, Outcome, read_outcome, run_cells
 from .sizes import Layers, Size, matched_size, parameter_count
@@ -33,10 +38,13 @@ def main(argv: list[str]) -> int:
     wrong in flags, files, and runs."""
     comparison = parse_flags(argv)
     folder = Path(comparison.output)
-    sizes, fingerprint = measure(comparison)
+    sizes, base = measure(comparison)
+    if not comparison.rates:
+        comparison = replace(comparison, rates=usual_rates(base.config.n_embd))
     with alone_in(folder, flag="--output"):
-        check_record(folder / RECORD, comparison, sizes, fingerprint)
+        check_record(folder / RECORD, comparison, sizes, base.fingerprint)
         print_sizes(sizes)
+        print(f"learning rates to begin with: {' '.join(f'{rate_of(number):g}' for number in comparison.rates)}")
         return run_and_report(comparison, sizes)
 
 
@@ -66,8 +74,14 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def measure(comparison: Comparison) -> tuple[dict[str, Size], str]:
-    """{method: Size}, and the fingerprint of the base. Raises UserError where a rank does not fit, or train.py would
+def usual_rates(n_embd: int) -> tuple[int, ...]:
+    """The numbers of three learning rates about Bone's on a model of so many channels."""
+    middle = nearest_to(automatic_rate(AdapterConfig(mode="bone"), n_embd).value)
+    return middle - 1, middle, middle + 1
+
+
+def measure(comparison: Comparison) -> tuple[dict[str, Size], Base]:
+    """{method: Size}, and the base. Raises UserError where a rank does not fit, or train.py would
     refuse its flags."""
     first = comparison.methods[0]
     output = ["--proj_dir", comparison.output]
@@ -84,7 +98,7 @@ def measure(comparison: Comparison) -> tuple[dict[str, Size], str]:
         else:
             sizes[method] = matched_size(METHODS[method], wanted, layers)
         parse_run([*comparison.train, *output, *method_flags(method, *sizes[method][:2])])
-    return sizes, request.base.fingerprint
+    return sizes, request.base
 
 
 def check_record(path: Path, comparison: Comparison, sizes: Mapping[str, Size], fingerprint: str) -> None:

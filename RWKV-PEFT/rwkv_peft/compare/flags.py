@@ -14,7 +14,6 @@ FULL = "full"  # the method that trains the model itself
 RANKLESS = (FULL, STATE)  # whose number of parameters is the model's to say
 METHODS = (*(form for word in WORDS for form in forms(word)), *RANKLESS)
 SEEDS = (42, 43, 44)
-RATES = ("3e-4", "1e-3", "3e-3")
 # flags of train.py that differ from run to run, or follow from the comparison's own
 OURS = (
     "--peft",
@@ -56,8 +55,9 @@ it stopped. Writes table.md, results.jsonl and figures (.png, .svg) into DIR.
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared. rates are numbers of the grid (rates.py), rank is that of the first of methods; train are the
-    flags of train.py that all runs have; lr_final is a share of each run's rate; budget is in minutes, 0 for any."""
+    """What is compared. rates are numbers of the grid (rates.py), () for those about Bone's by the model's width; rank
+    is that of the first of methods; train are the flags of train.py that all runs have; lr_final is a share of each
+    run's rate; budget is in minutes, 0 for any."""
 
     output: str
     methods: tuple[str, ...]
@@ -99,11 +99,19 @@ def build_parser() -> Parser:
         "--rates",
         nargs="+",
         type=grid_rate,
-        default=[grid_rate(text) for text in RATES],
+        default=[],
         metavar="LR",
-        help=f"learning rates that every method begins with, 1 or 3 times a power of ten (default {' '.join(RATES)})",
+        help="learning rates that every method begins with, 1 or 3 times a power of ten (default three about that of "
+        "--lr_init auto for Bone: 3e-4 1e-3 3e-3 at 64 and 128 channels, 1e-5 3e-5 1e-4 at 2048 and 4096)",
     )
-    add("--seeds", nargs="+", type=seed, default=list(SEEDS), metavar="N", help="the first sweeps (default 42 43 44)")
+    add(
+        "--seeds",
+        nargs="+",
+        type=seed,
+        default=list(SEEDS),
+        metavar="SEED",
+        help="each of them, and not how many; the first sweeps (default 42 43 44)",
+    )
     add("--steps", type=positive, default=1000, help="optimizer steps a run (default 1000)")
     add("--val_every", type=count, default=0, help="steps between validations, a divisor of --steps; 0: ten or fewer")
     add(

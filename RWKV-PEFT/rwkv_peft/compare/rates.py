@@ -15,10 +15,15 @@ def rate_of(number: int) -> float:
     return float(f"{DIGITS[place]}e{decade}")
 
 
+def nearest_to(value: float) -> int:
+    """The number of the learning rate that is nearest to a value."""
+    return min(range(LOWEST, HIGHEST + 1), key=lambda number: abs(math.log(value / rate_of(number))))
+
+
 def grid_rate(text: str) -> int:
     """The number of a learning rate, as an argparse type."""
     value = above_zero(text)
-    nearest = min(range(LOWEST, HIGHEST + 1), key=lambda number: abs(math.log(value / rate_of(number))))
+    nearest = nearest_to(value)
     if value != rate_of(nearest):
         raise argparse.ArgumentTypeError(
             f"{text} is not on the grid of 1 and 3 times the powers of ten; take {rate_of(nearest):g}"

@@ -78,6 +78,8 @@ def remarks(data: Vocabulary | None, base: Vocabulary | None, vocab_size: int) -
     """Lines on a run over data of one Vocabulary and on a base of another (None: not told), of vocab_size tokens."""
     if data is None:
         return []
+    if data.size > vocab_size:
+        return [f"note: the data was made with {data}, and the model has {vocab_size:,}; is it the model's tokenizer?"]
     known = dict(KNOWN_SIZES).get(vocab_size)
     if base is not None and base.hash != data.hash:
         return [f"note: the data was made with {data}, and the base's run with {base}"]

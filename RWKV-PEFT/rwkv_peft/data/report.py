@@ -11,10 +11,12 @@ from .order import magic_prime
 def describe(dataset: BinidxDataset, totals: Encoded | None = None) -> str:
     """A BinidxDataset, and the counts of what preprocess left out (an Encoded) -> several lines."""
     sizes, tokens = np.asarray(dataset.sizes), len(dataset.tokens)
-    lines = [f"{dataset.prefix}: {len(sizes)} documents, {tokens} tokens ({dataset.dtype.name})"]
+    documents = counted(len(sizes), "document")
+    lines = [f"{dataset.prefix}: {documents}, {tokens:,} tokens ({dataset.dtype.name})"]
     if dataset.mask is not None:
-        counted = int(np.count_nonzero(dataset.mask))
-        lines.append(f"{counted} tokens count in the loss ({dataset.mask_path}, which training reads)")
+        lines.append(
+            f"{np.count_nonzero(dataset.mask):,} tokens count in the loss ({dataset.mask_path}, which training reads)"
+        )
     if totals is not None:
         lines += laid_out(totals) + left_out(totals)
     lines += histogram(sizes) + suggestions(sizes, tokens)
@@ -63,8 +65,8 @@ def suggestions(sizes: np.ndarray, tokens: int) -> list[str]:
     windows, batch = -(-(tokens - 1) // ctx_len), 8
     prime = magic_prime(tokens, ctx_len)
     lines = [
-        f"a start: --ctx_len {ctx_len}; one epoch is {windows} windows (--dataload get), "
-        f"{-(-windows // batch)} steps of {batch} samples, or {-(-len(sizes) // batch)} with --dataload pad"
+        f"a start: --ctx_len {ctx_len}; one epoch is {counted(windows, 'window')} (--dataload get), "
+        f"{counted(-(-windows // batch), 'step')} of {batch} samples, or {-(-len(sizes) // batch)} with --dataload pad"
     ]
     if prime:
         lines.append(f"for RWKV-LM: --my_exit_tokens {tokens} --magic_prime {prime}")

@@ -14,10 +14,9 @@ from .masks import describe_mask, make_mask
 from .order import Permutation
 from .pack import PackedSamples
 from .pair_samples import PairSamples
-from .recorded import recorded_of_data, vocabulary_of
+from .recorded import find_tokenizer, recorded_of_data, vocabulary_of
 from .samples import DocumentSamples, PaddedSamples, Samples, SingleSamples, WindowSamples
 from .sft import prepare_sft
-from .tokenizer import load_tokenizer
 
 # --dataload -> how a data set becomes samples; each refuses the settings that it cannot honour
 SAMPLINGS: MappingProxyType[str, type[WindowSamples] | type[DocumentSamples]] = MappingProxyType(
@@ -38,9 +37,9 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
     rows = None
     vocabulary = recorded_of_data(config.path)
     if config.of_rows:
+        vocabulary = vocabulary_of(find_tokenizer(config.tokenizer, vocab_size))  # before hours of tokenizing
         prefix, notes = prepare_sft(config)
         rows = f"{config.path} by --tokenizer {config.tokenizer}"
-        vocabulary = vocabulary_of(load_tokenizer(config.tokenizer))
         config = replace(config, path=prefix)
     dataset = BinidxDataset(config.path)
     dataset.check_vocab(vocab_size, rows)

@@ -255,7 +255,8 @@ def merged_tensors(base: Base, adapters: Adapters, options: MergeOptions | None 
 def check_fingerprints(base: Base, adapters: Adapters) -> None:
     """Raise UserError unless each of the (name, Adapter) pairs was trained on the Base,
     or on the base with the adapters before it merged. An adapter that names no base passes where check_depth does not
-    object."""
+    object. That one is of another generation is told first: nothing can force it."""
+    check_generations(base, adapters)
     for position, (name, adapter) in enumerate(adapters):
         check_depth(name, adapter, base)
         wanted, before = adapter.metadata.base_fingerprint, adapters[:position]

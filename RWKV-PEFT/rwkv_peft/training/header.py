@@ -10,7 +10,7 @@ from ..cli import counted
 from ..config import AdapterConfig, RunConfig
 from ..data.samples import Samples
 from ..models.family import Family
-from ..names import STATE
+from ..names import SCHEDULES, STATE
 from ..ops.bone import cuda as bone_cuda
 from ..ops.cross_entropy import cuda as cross_entropy_cuda
 from ..ops.mix import cuda as mix_cuda
@@ -76,9 +76,13 @@ def describe(
         f"steps     {plan.total_steps:,} ({counted(train.epoch_count, 'epoch')} of {plan.epoch_steps:,}), "
         f"{counted(plan.step_samples, 'sample')} each" + (f"; resuming at step {plan.first_step:,}" if state else "")
     )
+    if train.warmup_steps > plan.total_steps and "W" in SCHEDULES[train.lr_schedule]:
+        say(f"          note: --warmup_steps {train.warmup_steps} do not end by then: the rate stays below --lr_init")
     if train.lr_chosen:
         why = "as the run began" if state else automatic_rate(adapter, model.n_embd).reason
         say(f"rate      {train.lr_init:g} to {train.lr_final:g} (--lr_init auto: {why}; docs/learning_rates.md)")
+    elif train.lr_init >= 1:
+        say(f"rate      note: {train.lr_init:g} moves each number by about as much in a step; rates are far below 1")
     elif hint := rate_hint(adapter, model.n_embd, train.lr_init):
         say(f"rate      {hint}")
     say(f"seed      {train.random_seed}")
