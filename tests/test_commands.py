@@ -113,3 +113,14 @@ def test_switches_are_shown_as_they_are_written():
 def test_every_command_is_named_once():
     names = [command.name for command in COMMANDS]
     assert len(set(names)) == len(names)
+
+
+def test_closed_streams_lead_nowhere(tmp_path):
+    """No file that is opened takes their numbers, and nothing asks a stream that is not there."""
+    code = (
+        "import sys; from rwkv_peft.streams import make_patient; make_patient(); file = open(sys.argv[1], 'w');"
+        "print('out', flush=True); print('err', file=sys.stderr); assert file.fileno() > 2 and not sys.stdout.isatty()"
+    )
+    command = f"exec '{sys.executable}' -c \"{code}\" '{tmp_path / 'file'}' <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command]).returncode == 0
+    assert (tmp_path / "file").read_text() == ""

@@ -1,16 +1,16 @@
 """The one exception that means "what you gave us is wrong", and how a command reports it and Ctrl-C."""
 
 import errno
-import io
 import os
 import signal
-import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType, MappingProxyType
 from typing import NoReturn
+
+from .streams import lost_output, make_patient
 
 UNSEEN = MappingProxyType(
     {
@@ -41,13 +41,13 @@ def short(text: str) -> str:
 
 def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
     """Run a command's `main(argv) -> int`; a UserError becomes one message on stderr and exit code 2, and so does what
-    may not be looked at; Ctrl-C one word and exit code 130. What a file's names hold may be no Unicode, and is shown
-    escaped; each line is written at once, into a pipe or a log too."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    may not be looked at; Ctrl-C one word and exit code 130. Its streams are patient from then on (streams.py)."""
+    make_patient()
     try:
-        sys.exit(main(sys.argv[1:]))
+        code = main(sys.argv[1:])
+        if code or not (reason := lost_output()):
+            sys.exit(code)
+        message, code = f"error: all is done, but what was printed is not whole: {reason}", 2
     except UserError as error:
         message, code = f"error: {error}", 2
     except OSError as error:  # of a name that may not be looked at, which any look finds
@@ -72,22 +72,6 @@ def past_ctrl_c() -> None:
 def hangup_signals() -> tuple[signal.Signals, ...]:
     """What tells that a terminal went away, as a tuple: none where that is to be ignored, as under nohup."""
     return () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
-
-
-def leave_terminal() -> None:
-    """Where a terminal went away, which refuses every word from then on: say nothing more there, and hear no more of
-    it, as the system tells of it and a shell does too."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    for number in (1, 2):
-        if stat.S_ISCHR(os.fstat(number).st_mode):
-            be_silent(number)
-
-
-def be_silent(file: int) -> None:
-    """Let what is written to an open file, given by its number, go nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, file)
-    os.close(nowhere)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from types import FrameType
 from ..adapters.methods import METHODS
 from ..cli import counted
 from ..config import AdapterConfig
-from ..errors import UserError, hangup_signals, leave_terminal, told
+from ..errors import UserError, hangup_signals, told
 from ..files.alone import alone_in
 from ..files.atomic import atomic_write
 from ..files.base import Base
@@ -70,7 +70,7 @@ def run_and_report(comparison: Comparison, sizes: Mapping[str, Size]) -> int:
 
 def interrupt(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGHUP:
-        leave_terminal()
+        signal.signal(number, signal.SIG_IGN)  # the system sends one, and the shell another
     raise KeyboardInterrupt
 
 

@@ -11,9 +11,10 @@ from typing import Any
 from ..cli import counted
 from ..data.templates import stops_of
 from ..data.tokenizer import Tokenizer
-from ..errors import UserError, be_silent
+from ..errors import UserError
 from ..files.atomic import atomic_write, check_output
 from ..files.state_file import check_session_output
+from ..streams import is_heard
 from .chat import Chat
 from .decode import Step, generate, prefill
 from .flags import parse_flags, unescaped
@@ -32,8 +33,7 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output left, as `head` does
-        be_silent(sys.stdout.fileno())
+    except Unheard:
         return 0
 
 
@@ -150,8 +150,15 @@ def warn(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+class Unheard(Exception):
+    """The reader of what is printed left, as `head` does, and it was for that reader alone."""
+
+
 def show(text: str) -> None:
+    """Print a piece of what is generated. Raises Unheard where nobody reads it any more."""
     print(text, end="", flush=True)
+    if not is_heard(sys.stdout):
+        raise Unheard
 
 
 def complete_all(steps: Iterable[Step], continuations: Sequence[Continuation], prints: bool) -> None:

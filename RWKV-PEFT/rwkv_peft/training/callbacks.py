@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..config import TrainConfig
 from ..data.batches import TrainBatch
-from ..errors import hangup_signals, leave_terminal
+from ..errors import hangup_signals
 from ..files.atomic import atomic_write
 from ..plots import METRICS, read_metrics
 from .examiner import Examiner
@@ -279,7 +279,7 @@ class StopSignals(pl.Callback):
             self.say("\nstopping after this step; again to stop at once, without saving", flush=True)
 
         def hang_up(number: int, frame: FrameType | None) -> None:
-            leave_terminal()
+            signal.signal(number, signal.SIG_IGN)  # the system sends one, and the shell another
             lit.stop_requested = lit.stop_requested or number
 
         self.previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
