@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from rwkv_peft.data.preprocess import main as preprocess
+from rwkv_peft.data.sources import build_samples
 from rwkv_peft.errors import UserError, exit_on_user_error
 from rwkv_peft.training.flags import parse_run
 from rwkv_peft.training.run import main
@@ -147,15 +148,15 @@ def test_a_folder_of_data_is_named_as_one(tmp_path, files, kind):
     given = ["--bone_r", "16", "--data_type", kind, "--data_file", str(tmp_path)]
     folder = {"binidx": "a folder, where the PREFIX", "sft": "not a folder that datasets.save_to_disk wrote"}[kind]
     with pytest.raises(UserError, match=rf"{folder}.*; (name|give) a"):
-        main(flags(files, *given))
+        build_samples(config(files, *given).data, 65536)
     (tmp_path / "mine.jsonl").touch()
     with pytest.raises(UserError, match=rf"{folder}.*; give {tmp_path}/mine.jsonl"):
-        main(flags(files, *given))
+        build_samples(config(files, *given).data, 65536)
     for name in ("b.idx", "a.idx", "a.bin"):
         (tmp_path / name).touch()
     pairs = rf"; give one of {tmp_path}/a.idx, {tmp_path}/b.idx$"
     with pytest.raises(UserError, match=pairs if kind == "binidx" else "mine.jsonl"):
-        main(flags(files, *given))
+        build_samples(config(files, *given).data, 65536)
 
 
 def test_a_name_that_no_disk_takes_is_told(files, monkeypatch, capsys):
@@ -164,10 +165,3 @@ def test_a_name_that_no_disk_takes_is_told(files, monkeypatch, capsys):
         exit_on_user_error(main)
     error = capsys.readouterr().err
     assert exit_info.value.code == 2 and len(error) < 400 and "file name too long; choose a shorter one" in error
-
-
-def test_rows_in_tokens_that_the_model_lacks_name_the_tokenizer(tmp_path, files):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"text": "Two birds sing."}\n')
-    with pytest.raises(UserError, match=f"{rows} by --tokenizer world: token .* outside the model's vocabulary of 80"):
-        main(flags(files, "--bone_r", "16", "--data_type", "sft", "--data_file", str(rows)))

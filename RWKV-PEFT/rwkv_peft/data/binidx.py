@@ -78,9 +78,8 @@ class BinidxDataset:
         """The document that holds the token at `position`."""
         return int(np.searchsorted(self.pointers, position * self.dtype.itemsize, side="right")) - 1
 
-    def check_vocab(self, vocab_size: int, name: str | None = None) -> None:
-        """UserError where a token is not below vocab_size; reads .bin once unless its type rules it out. name is what
-        the user calls the data, by default its .bin."""
+    def check_vocab(self, vocab_size: int) -> None:
+        """UserError where a token is not below vocab_size; reads .bin once unless its type rules it out."""
         if self.dtype.kind == "u" and np.iinfo(self.dtype).max < vocab_size:
             return
         for start in range(0, len(self.tokens), CHUNK):
@@ -90,7 +89,7 @@ class BinidxDataset:
             offset = int(np.flatnonzero((chunk >= vocab_size) | (chunk < 0))[0])
             position = start + offset
             raise UserError(
-                f"{name or self.bin_path}: token {int(chunk[offset])} at position {position} (document "
+                f"{self.bin_path}: token {int(chunk[offset])} at position {position} (document "
                 f"{self.document_at(position)}) is outside the model's vocabulary of {vocab_size}; "
                 "tokenize the text with the model's own tokenizer, or take a model with a larger vocabulary"
             )

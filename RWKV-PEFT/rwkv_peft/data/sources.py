@@ -34,15 +34,13 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
     """
     check_config(config)
     notes: list[str] = []
-    rows = None
     vocabulary = recorded_of_data(config.path)
     if config.of_rows:
         vocabulary = vocabulary_of(find_tokenizer(config.tokenizer, vocab_size))  # before hours of tokenizing
         prefix, notes = prepare_sft(config)
-        rows = f"{config.path} by --tokenizer {config.tokenizer}"
         config = replace(config, path=prefix)
     dataset = BinidxDataset(config.path)
-    dataset.check_vocab(vocab_size, rows)
+    dataset.check_vocab(vocab_size)
     if config.of_rows and config.loss_mask == "file" and dataset.mask is None:
         mask = None  # every token of these rows counts
     else:
