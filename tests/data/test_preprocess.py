@@ -17,12 +17,13 @@ from pathlib import Path
 import pytest
 
 from rwkv_peft.data.binidx import BinidxDataset
-from rwkv_peft.data.encoding import EncodeSettings, encode_all, shorten
+from rwkv_peft.data.encoding import EncodeSettings, shorten
 from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.recorded import recorded_of_data, vocabulary_of
 from rwkv_peft.data.rows import Chunk, read_chunks
 from rwkv_peft.data.templates import TEMPLATES, read_template, segments
 from rwkv_peft.data.tokenizer import load_tokenizer
+from rwkv_peft.data.workers import encode_all
 from rwkv_peft.errors import UserError, exit_on_user_error
 from rwkv_peft.files.pth import read_pth
 from rwkv_peft.plots import read_metrics

@@ -10,12 +10,13 @@ import pytest
 
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxDataset
-from rwkv_peft.data.encoding import EncodeSettings, encode_all
+from rwkv_peft.data.encoding import EncodeSettings
 from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.rows import Chunk
 from rwkv_peft.data.sft import prepare_sft
 from rwkv_peft.data.templates import segments
 from rwkv_peft.data.tokenizer import load_tokenizer
+from rwkv_peft.data.workers import encode_all
 from rwkv_peft.errors import UserError
 
 

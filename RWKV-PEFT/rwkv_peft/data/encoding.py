@@ -1,18 +1,10 @@
-"""Chunks of rows -> tokens and masks, in this process or in several."""
+"""Chunks of rows -> tokens and masks."""
 
 import json
-import os
-import signal
-import threading
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from multiprocessing import get_context, parent_process
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -24,8 +16,6 @@ from .templates import Segment, Template, UnknownForm, named_segments, segments,
 from .tokenizer import load_tokenizer
 
 Piece = tuple[list[int], bool]  # the tokens of a text, and whether they count in the loss
-
-
 Documents = list[list[Segment]]  # of one row
 
 
@@ -58,11 +48,10 @@ class EncodeSettings:
     tokenizer as load_tokenizer takes it; end_token ends each document with the tokenizer's end_id;
     fields names the row's text (one field) or its prompt and answer (two) where they are not
     recognised; template is the text of a template; think ("", "on", "off") is how answers of chats are opened
-    (thinking.py); skip_bad_rows counts rows that cannot be
-    read instead of stopping. max_tokens (0: no limit) bounds a document: "left" removes tokens from the
-    front of the prompt, and then from the end of the answer; "skip" leaves the document out.
-    command, one of REMEDIES, is the one whose flags messages name. pairs: each row is two documents, its better and its
-    worse answer (pairs.py).
+    (thinking.py); skip_bad_rows counts rows that cannot be read instead of stopping. max_tokens (0: no limit) bounds a
+    document: "left" removes tokens from the front of the prompt, and then from the end of the answer; "skip" leaves the
+    document out. command, one of REMEDIES, is the one whose flags messages name. pairs: each row is two documents, its
+    better and its worse answer (pairs.py).
     """
 
     tokenizer: str = "world"
@@ -105,58 +94,6 @@ class Encoded:
         for name in ("characters", "bad", "empty", "shortened", "too_long", "equal", "thinking", "at_once"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.examples = (self.examples + other.examples)[:3]
-
-
-def encode_all(chunks: Iterable[Chunk], settings: EncodeSettings, workers: int = 1) -> Iterator[Encoded]:
-    """Yield the Encoded of every chunk, in order; at most two chunks a worker are in memory. Raises UserError where a
-    worker is killed, as the system does when memory runs out."""
-    if workers <= 1:
-        for chunk in chunks:
-            yield encode_chunk(chunk, settings)
-        return
-    with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent) as pool:
-        waiting: deque[Future[Encoded]] = deque()
-        try:
-            for chunk in chunks:
-                with no_ctrl_c():  # which a process inherits that this begins
-                    waiting.append(pool.submit(encode_chunk, chunk, settings))
-                if len(waiting) >= 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a worker process was ended from outside, as the system does where memory runs out; give fewer than "
-                f"--workers {workers}"
-            ) from error
-        finally:
-            with no_ctrl_c():  # a second one: they are done after a chunk
-                pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def no_ctrl_c() -> Iterator[None]:
-    """For a moment Ctrl-C is not heard, and never by the processes that begin in it: it is the parent's business."""
-    if threading.current_thread() is not threading.main_thread():  # to which signals go
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def end_with_parent() -> None:
-    """Let this process end when the one that began it is gone, however that one ended."""
-
-    def watch() -> None:
-        parent = parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def encode_chunk(chunk: Chunk, settings: EncodeSettings) -> Encoded:

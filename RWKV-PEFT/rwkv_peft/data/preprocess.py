@@ -22,7 +22,7 @@ from ..cli import Parser, count, positive, whole
 from ..errors import UserError
 from ..files.atomic import check_output, temporary_beside
 from .binidx import BinidxDataset, BinidxWriter, binidx_prefix
-from .encoding import Encoded, EncodeSettings, encode_all, encoder
+from .encoding import Encoded, EncodeSettings, encoder
 from .order import Permutation
 from .recorded import check_record, record_of
 from .report import describe
@@ -30,6 +30,7 @@ from .rows import KINDS, read_chunks
 from .show import marks_for, show_documents
 from .templates import TEMPLATES, read_template
 from .thinking import FIELDS, OPENINGS
+from .workers import encode_all
 
 INLINE_BYTES = 4 << 20
 # flags of the tools that others make token files with -> what is given here

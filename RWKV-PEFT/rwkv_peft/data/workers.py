@@ -1,0 +1,67 @@
+"""Chunks of rows encoded in this process or in several, which end with it however it ends."""
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context, parent_process
+
+from ..errors import UserError
+from .encoding import Encoded, EncodeSettings, encode_chunk
+from .rows import Chunk
+
+
+def encode_all(chunks: Iterable[Chunk], settings: EncodeSettings, workers: int = 1) -> Iterator[Encoded]:
+    """Yield the Encoded of every chunk, in order; at most two chunks a worker are in memory. Raises UserError where a
+    worker is killed, as the system does when memory runs out."""
+    if workers <= 1:
+        for chunk in chunks:
+            yield encode_chunk(chunk, settings)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent) as pool:
+        waiting: deque[Future[Encoded]] = deque()
+        try:
+            for chunk in chunks:
+                with no_ctrl_c():  # which a process inherits that this begins
+                    waiting.append(pool.submit(encode_chunk, chunk, settings))
+                if len(waiting) >= 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a worker process was ended from outside, as the system does where memory runs out; give fewer than "
+                f"--workers {workers}"
+            ) from error
+        finally:
+            with no_ctrl_c():  # a second one: they are done after a chunk
+                pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def no_ctrl_c() -> Iterator[None]:
+    """For a moment Ctrl-C is not heard, and never by the processes that begin in it: it is the parent's business."""
+    if threading.current_thread() is not threading.main_thread():  # to which signals go
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def end_with_parent() -> None:
+    """Let this process end when the one that began it is gone, however that one ended."""
+
+    def watch() -> None:
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
