@@ -1,11 +1,7 @@
-"""Base checkpoints, adapter files and writing: what is read is right, what is wrong is refused in words."""
+"""Base checkpoints: what is read is right, what is wrong is refused in words."""
 
-import errno
-import io
-import json
 import os
 import pickle
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -13,20 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
-from rwkv_peft.adapters.load import load_tensors
-from rwkv_peft.adapters.methods import METHODS, is_saved
-from rwkv_peft.config import AdapterConfig
-from rwkv_peft.errors import UserError, exit_on_user_error
+from rwkv_peft.errors import UserError
 from rwkv_peft.files import pth
-from rwkv_peft.files.adapter_file import METADATA_KEY, AdapterMetadata, save_adapter
-from rwkv_peft.files.adapters import read_adapter
-from rwkv_peft.files.atomic import atomic_write, check_output, place
 from rwkv_peft.files.base import base_of, open_base, save_model
 from rwkv_peft.files.fingerprint import fingerprint
 from rwkv_peft.files.pth import read_tensors, stream_tensors
-from rwkv_peft.files.pth_writer import TensorSpec, write_pth
 
 LAYER = "blocks.0.att.key"
 
@@ -198,15 +186,6 @@ def test_tensors_that_are_no_weights_are_refused(base, change, message):
         open_base(path)
 
 
-def test_an_adapter_of_8_bit_floats_is_refused(tmp_path):
-    block = torch.ones(4, 8, 8).to(torch.float8_e5m2)
-    save_file({f"{LAYER}.bone": block}, tmp_path / "adapter.safetensors", {METADATA_KEY: "{}"})
-    torch.save({f"{LAYER}.bone": block}, tmp_path / "adapter.pth")
-    for name in ("adapter.safetensors", "adapter.pth"):
-        with pytest.raises(UserError, match=f"{name}: {LAYER}.bone is float8_e5m2"):
-            read_adapter(tmp_path / name, mode="bat-in")
-
-
 def test_missing_files_folders_and_other_zips_are_refused(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         open_base(tmp_path / "none.pth")
@@ -254,177 +233,11 @@ def test_fingerprint_knows_values_and_not_dtype_or_order(tiny_state):
     assert own != fingerprint(without("head.weight")(state))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64])
-def test_streamed_pth_is_what_torch_save_would_give(tmp_path, dtype):
-    state = {
-        "b": torch.arange(35).view(5, 7).to(dtype),
-        "a": torch.arange(3).to(dtype)[None],
-        "t": torch.ones(6, 4, dtype=dtype).T,
-        "scalar": torch.tensor(2).to(dtype),
-        "none": torch.empty(0, 3, dtype=dtype),
-    }
-    save_model(tmp_path / "m.pth", state)
-    for mapped in (True, False):
-        loaded = torch.load(tmp_path / "m.pth", weights_only=True, mmap=mapped)
-        assert list(loaded) == list(state)
-        for key, tensor in state.items():
-            assert loaded[key].dtype == dtype and torch.equal(loaded[key], tensor)
-    with zipfile.ZipFile(tmp_path / "m.pth") as archive:
-        assert archive.testzip() is None  # every checksum holds
-    first = (tmp_path / "m.pth").read_bytes()
-    save_model(tmp_path / "m.pth", state)
-    assert first == (tmp_path / "m.pth").read_bytes()
-
-
-def test_streaming_refuses_a_tensor_that_was_not_announced(tmp_path):
-    specs = {"a": TensorSpec((2,), torch.float32)}
-    for tensors in (
-        [("a", torch.zeros(3))],
-        [("b", torch.zeros(2))],
-        [],
-        [("a", torch.zeros(2)), ("b", torch.zeros(2))],
-    ):
-        with pytest.raises(ValueError):
-            write_pth(tmp_path / "m.pth", specs, tensors)
-
-
-def test_atomic_write_replaces_or_leaves_untouched(tmp_path):
-    path = tmp_path / "new" / "file"
-    with atomic_write(path) as temporary:
-        temporary.write_text("one")
-    assert path.read_text() == "one"
-    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError("interrupted")
-    assert path.read_text() == "one" and os.listdir(path.parent) == ["file"]
-    with pytest.raises(UserError, match="is a folder"), atomic_write(tmp_path):
-        pass
-
-
-WRITER = """
-import os, signal, sys
-from rwkv_peft.files.atomic import atomic_write
-with atomic_write(sys.argv[1]) as temporary:
-    temporary.write_text("half")
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
 def test_a_pipe_is_refused_where_a_file_is_read_twice(tmp_path):
     os.mkfifo(tmp_path / "base.pth")  # which, opened, would wait for a writer
     for read in (open_base, read_tensors):
         with pytest.raises(UserError, match="base.pth is a pipe or a device, which cannot be read twice"):
             read(tmp_path / "base.pth")
-
-
-def test_a_killed_writers_file_is_removed_by_the_next_and_a_living_ones_is_not(tmp_path):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", WRITER, str(tmp_path / "file")], env=environment)
-    (killed,) = os.listdir(tmp_path)
-    assert killed.startswith(f".file.{place()}-") and killed.endswith(".tmp")
-    other = f".file.00000000-{killed.split('-')[1]}-00000000.tmp"  # of another machine, where the number may live
-    (tmp_path / other).touch()
-    with atomic_write(tmp_path / "living") as living, atomic_write(tmp_path / "new"):
-        assert living.exists() and killed not in os.listdir(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == sorted([other, "living", "new"])
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, "No space left on device"),
-        RuntimeError("I/O error: No space left on device (os error 28)"),
-        OSError("128000 requested and 68544 written"),
-        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 5568 vs 5462"),
-        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
-    ],
-)
-def test_a_full_disk_is_told_in_words(tmp_path, error):
-    (tmp_path / "file").write_text("old")
-    with pytest.raises(UserError, match="disk"), atomic_write(tmp_path / "file") as temporary:
-        temporary.write_text("half")
-        raise error
-    assert (tmp_path / "file").read_text() == "old" and os.listdir(tmp_path) == ["file"]
-
-
-@pytest.mark.parametrize(
-    "error, reason",
-    [
-        (OSError(errno.EROFS, "Read-only file system"), "no permission to write there .read-only"),
-        (OSError(errno.EFBIG, "File too large"), "file too large"),
-        (OSError(errno.EIO, "Input/output error", "/elsewhere/input.pth"), "input/output error ./elsewhere/input.pth."),
-        (RuntimeError("I/O error: File too large (os error 27)"), "file too large"),
-        (OSError("a message without a number"), "a message without a number"),
-    ],
-)
-def test_every_failure_to_write_is_told_in_words(tmp_path, error, reason):
-    with pytest.raises(UserError, match=f"cannot write .*file: {reason}"), atomic_write(tmp_path / "file"):
-        raise error
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    "name, reason",
-    [
-        ("plain/x.pth", "a file stands where"),
-        ("plain/deeper/x.pth", "a file stands where"),
-        ("x" * 300, "file name too long"),
-        ("/proc/x.pth", "no such file|no permission"),
-        ("/dev/null", "is a device"),
-        (".", "is a folder"),
-    ],
-)
-@pytest.mark.parametrize("writing", [True, False])
-def test_names_that_cannot_be_written_are_refused(tmp_path, name, reason, writing):
-    (tmp_path / "plain").write_text("a plain file")
-    with pytest.raises(UserError, match=reason):
-        if writing:
-            with atomic_write(tmp_path / name):
-                pass
-        else:
-            check_output("--output", tmp_path / name, [])
-    assert os.listdir(tmp_path) == ["plain"]
-
-
-def test_an_output_is_no_input_by_any_name_and_its_check_leaves_nothing(tmp_path):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "input").write_text("")
-    (tmp_path / "link").symlink_to(tmp_path / "folder" / "input")
-    before = sorted(tmp_path.rglob("*"))
-    for source in (tmp_path / "folder" / "input", tmp_path / "folder", tmp_path / "link"):
-        with pytest.raises(UserError, match="--output .* is the file given as --input"):
-            check_output("--output", tmp_path / "link", [("--input", source), ("--none", None)])
-    with pytest.raises(UserError, match="there is no folder .*absent; leave it and the .. behind it out"):
-        check_output("--output", tmp_path / "absent" / ".." / "file", [])
-    check_output("--output", tmp_path / "folder" / ".." / "file", [])
-    check_output("--output", tmp_path / "new" / "deeper" / "file", [("--input", tmp_path / "folder")])
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_an_interrupt_ends_a_command_with_one_word(monkeypatch, capsys):
-    def interrupted(argv):
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as ended:
-        exit_on_user_error(interrupted)
-    assert ended.value.code == 130 and capsys.readouterr().err == "interrupted\n"
-
-
-def test_what_is_no_unicode_is_printed_escaped(monkeypatch):
-    streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2)]
-    for name, stream in zip(("stdout", "stderr"), streams):
-        monkeypatch.setattr(sys, name, stream)
-
-    def refusing(argv):
-        print("\ud800")
-        raise UserError("\udfff")
-
-    with pytest.raises(SystemExit) as ended:
-        exit_on_user_error(refusing)
-    for stream in streams:
-        stream.flush()
-    assert ended.value.code == 2
-    assert [stream.buffer.getvalue() for stream in streams] == [b"\\ud800\n", b"error: \\udfff\n"]
 
 
 def test_a_bare_pickle_that_names_more_than_its_file_holds_is_refused(base):
@@ -436,131 +249,3 @@ def test_a_bare_pickle_that_names_more_than_its_file_holds_is_refused(base):
     assert path.read_bytes() != content
     with pytest.raises(UserError, match="names a size of 2147483647"):
         open_base(path)
-
-
-def test_adapter_files_carry_what_they_are(tmp_path):
-    tensors = {f"{LAYER}.bone": torch.randn(4, 16, 16), "blocks.0.ln1.weight": torch.randn(64).bfloat16()}
-    metadata = AdapterMetadata.from_config(AdapterConfig(mode="bat-out", rank=16, train_parts=("ln",)), "abc")
-    save_adapter(tmp_path / "a.safetensors", tensors, metadata)
-    adapter = read_adapter(tmp_path / "a.safetensors")
-    assert adapter.metadata == metadata and metadata.variant == "bat-out" and metadata.base_fingerprint == "abc"
-    assert set(adapter.tensors) == set(tensors) and all(
-        torch.equal(adapter.tensors[key], tensors[key]) for key in tensors
-    )
-    assert set(adapter.modules()) == {LAYER} and set(adapter.whole()) == {"blocks.0.ln1.weight"}
-    with pytest.raises(UserError, match="is a bat-out adapter, not bat-in"):
-        read_adapter(tmp_path / "a.safetensors", mode="bat-in")
-
-
-def test_equal_adapters_are_equal_files_in_any_order(tmp_path):
-    tensors = {f"{LAYER}.bone": torch.randn(4, 16, 16), "blocks.0.ln1.weight": torch.randn(64).bfloat16()}
-    metadata = AdapterMetadata("bat-in", rank=16, targets=("att.key",))
-    for name, order in (("first", tensors), ("again", tensors), ("other", reversed(tensors.items()))):
-        save_adapter(tmp_path / name, dict(order), metadata)
-    first, again, other = ((tmp_path / name).read_bytes() for name in ("first", "again", "other"))
-    assert first == again == other
-    assert (int.from_bytes(first[:8], "little") + 8) % 8 == 0  # the data is aligned
-
-
-@pytest.mark.parametrize(
-    "variant, flags, words",
-    [
-        ("lora", {"alpha": 8.0}, None),
-        ("lora", {"alpha": 128.0}, "--lora_alpha 128 contradicts .* trained with 8 "),
-        ("lora", {"init": "init_pissa.pth"}, "--lora_init init_pissa.pth is for RWKV-PEFT's PiSSA files"),
-        ("bone", {"alpha": 8.0}, "--lora_alpha 8 is LoRA's, and .* is a bone adapter"),
-    ],
-)
-def test_lora_flags_must_agree_with_a_file_that_says_what_it_is(tmp_path, variant, flags, words):
-    names = ("bone",) if variant == "bone" else ("lora_A", "lora_B")
-    save_adapter(
-        tmp_path / "a.safetensors",
-        {f"blocks.0.att.key.{name}": torch.ones(4, 4) for name in names},
-        AdapterMetadata(variant, rank=4, scale=2.0),
-    )
-    if words is None:
-        assert read_adapter(tmp_path / "a.safetensors", **flags).metadata.scale == 2.0
-    else:
-        with pytest.raises(UserError, match=words):
-            read_adapter(tmp_path / "a.safetensors", **flags)
-
-
-def test_adapter_files_that_are_wrong_are_refused(tmp_path):
-    path = tmp_path / "a.safetensors"
-    with pytest.raises(ValueError, match="NaN"):
-        save_adapter(path, {f"{LAYER}.bone": torch.full((2, 2), float("nan"))}, AdapterMetadata("bone", rank=2))
-    assert not path.exists()
-    path.write_bytes(b"not a safetensors file at all")
-    with pytest.raises(UserError, match="not a readable safetensors"):
-        read_adapter(path)
-    save_adapter(path, {f"{LAYER}.bone": torch.ones(2, 2)}, AdapterMetadata("bone", rank=2, format_version=99))
-    with pytest.raises(UserError, match="update this package"):
-        read_adapter(path)
-    from safetensors.torch import save_file
-
-    save_file({f"{LAYER}.bone": torch.ones(2, 2)}, path)
-    with pytest.raises(UserError, match="does not say which adapter"):
-        read_adapter(path)
-    with pytest.raises(UserError, match="does not exist"):
-        read_adapter(tmp_path / "none.safetensors")
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"variant": None}, "variant = None"),
-        ({"variant": "vera"}, "variant = 'vera', and one of bone,"),
-        ({"variant": "none"}, "names no method .*tensors of an adapter on 1 layers"),
-        ({"quant": "q4"}, "quant = 'q4'"),
-        ({"rank": "x"}, "rank = 'x'"),
-        ({"rank": True}, "rank = True"),
-        ({"scale": float("nan")}, "scale = nan"),
-        ({"targets": "att.key"}, "targets = 'att.key'"),
-        ({"base_fingerprint": 3}, "base_fingerprint = 3"),
-        ({"generation": "x050"}, "generation = 'x050', and one of x060, x070"),
-    ],
-)
-def test_adapter_descriptions_that_are_broken_are_refused(tmp_path, changes, message):
-    from safetensors.torch import save_file
-
-    values = {"variant": "bone", "rank": 2, "format_version": 1} | changes
-    header = {METADATA_KEY: json.dumps({key: value for key, value in values.items() if value is not None})}
-    save_file({f"{LAYER}.bone": torch.ones(2, 2)}, tmp_path / "a.safetensors", header)
-    with pytest.raises(UserError, match=message):
-        read_adapter(tmp_path / "a.safetensors")
-
-
-def test_every_adapter_has_a_variant_in_files():
-    assert {name for name in (*METHODS, "none") if is_saved(name)} == {*METHODS, "none"} - {"lora-plus", "rslora"}
-
-
-def adapted_model():
-    """A module with one adapter parameter and one whole tensor under an RWKV model's names."""
-    model = nn.Module()
-    model.key = nn.Linear(4, 4, bias=False)
-    model.key.bone = nn.Parameter(torch.zeros(2, 4))
-    model.ln = nn.LayerNorm(4)
-    return model
-
-
-def test_loading_an_adapter_accounts_for_every_key():
-    model, tensors = adapted_model(), {"key.bone": torch.randn(2, 4), "ln.weight": torch.randn(4)}
-    load_tensors(model, tensors)
-    assert torch.equal(model.key.bone, tensors["key.bone"]) and torch.equal(model.ln.weight, tensors["ln.weight"])
-
-
-@pytest.mark.parametrize(
-    "tensors, message",
-    [
-        ({}, "matches nothing"),
-        ({"model.key.bone": torch.ones(2, 4)}, "matches nothing"),
-        ({"ln.weight": torch.ones(4)}, "matches nothing"),
-        ({"key.bone": torch.ones(2, 4), "value.bone": torch.ones(2, 4)}, "without a place"),
-        ({"key.bone": torch.ones(4, 4)}, "has shape"),
-    ],
-)
-def test_an_adapter_that_does_not_fit_is_refused_before_anything_changes(tensors, message):
-    model = adapted_model()
-    with pytest.raises(UserError, match=message):
-        load_tensors(model, tensors)
-    assert not model.key.bone.any() and torch.equal(model.ln.weight, torch.ones(4))

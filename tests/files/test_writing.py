@@ -1,0 +1,155 @@
+"""Writing files: all of one or nothing of it, and what keeps one from being written is told in words."""
+
+import errno
+import os
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+
+from rwkv_peft.errors import UserError
+from rwkv_peft.files.atomic import atomic_write, check_output, place
+from rwkv_peft.files.base import save_model
+from rwkv_peft.files.pth_writer import TensorSpec, write_pth
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64])
+def test_streamed_pth_is_what_torch_save_would_give(tmp_path, dtype):
+    state = {
+        "b": torch.arange(35).view(5, 7).to(dtype),
+        "a": torch.arange(3).to(dtype)[None],
+        "t": torch.ones(6, 4, dtype=dtype).T,
+        "scalar": torch.tensor(2).to(dtype),
+        "none": torch.empty(0, 3, dtype=dtype),
+    }
+    save_model(tmp_path / "m.pth", state)
+    for mapped in (True, False):
+        loaded = torch.load(tmp_path / "m.pth", weights_only=True, mmap=mapped)
+        assert list(loaded) == list(state)
+        for key, tensor in state.items():
+            assert loaded[key].dtype == dtype and torch.equal(loaded[key], tensor)
+    with zipfile.ZipFile(tmp_path / "m.pth") as archive:
+        assert archive.testzip() is None  # every checksum holds
+    first = (tmp_path / "m.pth").read_bytes()
+    save_model(tmp_path / "m.pth", state)
+    assert first == (tmp_path / "m.pth").read_bytes()
+
+
+def test_streaming_refuses_a_tensor_that_was_not_announced(tmp_path):
+    specs = {"a": TensorSpec((2,), torch.float32)}
+    for tensors in (
+        [("a", torch.zeros(3))],
+        [("b", torch.zeros(2))],
+        [],
+        [("a", torch.zeros(2)), ("b", torch.zeros(2))],
+    ):
+        with pytest.raises(ValueError):
+            write_pth(tmp_path / "m.pth", specs, tensors)
+
+
+def test_atomic_write_replaces_or_leaves_untouched(tmp_path):
+    path = tmp_path / "new" / "file"
+    with atomic_write(path) as temporary:
+        temporary.write_text("one")
+    assert path.read_text() == "one"
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("interrupted")
+    assert path.read_text() == "one" and os.listdir(path.parent) == ["file"]
+    with pytest.raises(UserError, match="is a folder"), atomic_write(tmp_path):
+        pass
+
+
+WRITER = """
+import os, signal, sys
+from rwkv_peft.files.atomic import atomic_write
+with atomic_write(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_writers_file_is_removed_by_the_next_and_a_living_ones_is_not(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", WRITER, str(tmp_path / "file")], env=environment)
+    (killed,) = os.listdir(tmp_path)
+    assert killed.startswith(f".file.{place()}-") and killed.endswith(".tmp")
+    other = f".file.00000000-{killed.split('-')[1]}-00000000.tmp"  # of another machine, where the number may live
+    (tmp_path / other).touch()
+    with atomic_write(tmp_path / "living") as living, atomic_write(tmp_path / "new"):
+        assert living.exists() and killed not in os.listdir(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted([other, "living", "new"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+        OSError("128000 requested and 68544 written"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 5568 vs 5462"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+    ],
+)
+def test_a_full_disk_is_told_in_words(tmp_path, error):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(UserError, match="disk"), atomic_write(tmp_path / "file") as temporary:
+        temporary.write_text("half")
+        raise error
+    assert (tmp_path / "file").read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (OSError(errno.EROFS, "Read-only file system"), "no permission to write there .read-only"),
+        (OSError(errno.EFBIG, "File too large"), "file too large"),
+        (OSError(errno.EIO, "Input/output error", "/elsewhere/input.pth"), "input/output error ./elsewhere/input.pth."),
+        (RuntimeError("I/O error: File too large (os error 27)"), "file too large"),
+        (OSError("a message without a number"), "a message without a number"),
+    ],
+)
+def test_every_failure_to_write_is_told_in_words(tmp_path, error, reason):
+    with pytest.raises(UserError, match=f"cannot write .*file: {reason}"), atomic_write(tmp_path / "file"):
+        raise error
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("plain/x.pth", "a file stands where"),
+        ("plain/deeper/x.pth", "a file stands where"),
+        ("x" * 300, "file name too long"),
+        ("/proc/x.pth", "no such file|no permission"),
+        ("/dev/null", "is a device"),
+        (".", "is a folder"),
+    ],
+)
+@pytest.mark.parametrize("writing", [True, False])
+def test_names_that_cannot_be_written_are_refused(tmp_path, name, reason, writing):
+    (tmp_path / "plain").write_text("a plain file")
+    with pytest.raises(UserError, match=reason):
+        if writing:
+            with atomic_write(tmp_path / name):
+                pass
+        else:
+            check_output("--output", tmp_path / name, [])
+    assert os.listdir(tmp_path) == ["plain"]
+
+
+def test_an_output_is_no_input_by_any_name_and_its_check_leaves_nothing(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "input").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "folder" / "input")
+    before = sorted(tmp_path.rglob("*"))
+    for source in (tmp_path / "folder" / "input", tmp_path / "folder", tmp_path / "link"):
+        with pytest.raises(UserError, match="--output .* is the file given as --input"):
+            check_output("--output", tmp_path / "link", [("--input", source), ("--none", None)])
+    with pytest.raises(UserError, match="there is no folder .*absent; leave it and the .. behind it out"):
+        check_output("--output", tmp_path / "absent" / ".." / "file", [])
+    check_output("--output", tmp_path / "folder" / ".." / "file", [])
+    check_output("--output", tmp_path / "new" / "deeper" / "file", [("--input", tmp_path / "folder")])
+    assert sorted(tmp_path.rglob("*")) == before
