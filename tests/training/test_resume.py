@@ -1,0 +1,205 @@
+"""Runs that stop and go on, through the command that a user types: the same bits, or a refusal in words.
+
+Each run is a process of its own, because the engine keeps global state.
+"""
+
+import json
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.errors import UserError
+from rwkv_peft.training.saved_files import record_of
+from rwkv_peft.training.saver import read_run_state
+from training.runs import Planted, finish, metrics, start
+
+LONG = (
+    "--precision",
+    "bf16",
+    "--micro_bsz",
+    "1",
+    "--epoch_steps",
+    "20",
+    "--epoch_count",
+    "3",
+    "--strategy",
+    "deepspeed_stage_2",
+    "--train_parts",
+    "ln",
+)
+
+
+@pytest.fixture(scope="module")
+def unbroken(files, train):
+    train("unbroken", *LONG)
+    return files / "unbroken"
+
+
+def wait_for_steps(files, name, steps, process):
+    path = files / name / "metrics.jsonl"
+    while not path.exists() or path.read_text().count("\n") < steps:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)]
+)
+def test_a_stopped_run_resumes_bitwise(files, command, train, unbroken, number, code):
+    name = number.name
+    process = start(command(name, *LONG))
+    wait_for_steps(files, name, 25, process)
+    process.send_signal(number)
+    out, _ = finish(process, code)
+    done = len(metrics(files, name))
+    assert 25 <= done < 60
+    if number != signal.SIGKILL:
+        assert "--resume" in out and (files / name / "adapter.safetensors").exists()
+    out, _ = train(name, *LONG, "--resume")
+    assert f"resuming at step {done if number != signal.SIGKILL else 20 * (done // 20)}" in out
+    keys = ("step", "loss", "lr", "grad_norm")
+    mine, theirs = ([[line[key] for key in keys] for line in metrics(files, run)] for run in (name, "unbroken"))
+    assert mine == theirs
+    expected = load_file(unbroken / "adapter.safetensors")
+    assert all(
+        torch.equal(tensor, expected[key]) for key, tensor in load_file(files / name / "adapter.safetensors").items()
+    )
+
+
+def test_a_terminal_that_goes_away_tells_more_than_once_and_the_run_saves(files, command):
+    process = start(command("hung-up", "--epoch_steps", "100000"))
+    wait_for_steps(files, "hung-up", 5, process)
+    for _ in range(3):
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.02)
+    finish(process, 128 + signal.SIGHUP)
+    assert any((files / "hung-up" / "checkpoints").glob("step-*"))
+
+
+def test_a_second_sigterm_has_its_exit_code(files, command):
+    process = start(command("twice", "--epoch_steps", "100000"))
+    wait_for_steps(files, "twice", 5, process)
+    process.send_signal(signal.SIGTERM)
+    while "again to stop at once" not in process.outputs[0].read_text():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    finish(process, 128 + signal.SIGTERM)
+
+
+def test_resume_refuses_another_number_of_ranks_and_a_finished_run(train, unbroken):
+    _, err = train("unbroken", *LONG, "--resume", "--devices", "2", code=2)
+    assert "world_size 1" in err and "--fresh_optimizer" in err and "Traceback" not in err
+    _, err = train("unbroken", *LONG, "--resume", code=2)
+    assert "complete" in err
+    _, err = train("unbroken", *LONG, code=2)
+    assert "already holds a run" in err
+    (unbroken / "loss.png").unlink()  # as a run leaves it that was killed after its last save
+    out, _ = train("unbroken", *LONG, "--resume", "auto")
+    assert "is complete" in out and (unbroken / "loss.png").exists()
+
+
+def test_resume_refuses_other_data_and_a_checkpoint_with_pieces_missing(files, train, unbroken):
+    more = (*LONG, "--epoch_count", "4", "--resume")
+    _, err = train("unbroken", *more, "--ctx_len", "32", "--random_seed", "7", code=2)
+    assert "has data {'ctx_len': 24, 'seed': 42," in err and "this command {'ctx_len': 32, 'seed': 7," in err
+    with BinidxWriter(files / "other", vocab_size=80) as writer:
+        for start in range(40):
+            writer.add([1 + (start + 11 * i) % 79 for i in range(50 + start)] + [0])
+    _, err = train("unbroken", *more, "--data_file", str(files / "other"), code=2)
+    assert "has data {'content': " in err
+    shutil.copytree(unbroken, files / "damaged")
+    optimizer = next((files / "damaged" / "checkpoints" / "step-00000060").rglob("*optim_states.pt"))
+    whole = optimizer.read_bytes()
+    for content, what in (
+        (whole[:1000], "is missing or not of the"),
+        (whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:], "is not what was saved: its checksum is another"),
+    ):
+        optimizer.write_bytes(content)
+        _, err = train("damaged", *more, code=2)
+        assert f"{optimizer.name} {what}" in err and "--fresh_optimizer" in err and "Traceback" not in err
+
+
+def test_resuming_in_a_strangers_folder_runs_nothing_of_it(files, train, unbroken):
+    shutil.copytree(unbroken, files / "strange")
+    checkpoint = files / "strange" / "checkpoints" / "step-00000060"
+    optimizer = next(checkpoint.rglob("*optim_states.pt"))
+    torch.save(torch.load(optimizer, weights_only=False) | {"planted": Planted(files / "ran")}, optimizer)
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["files"][str(optimizer.relative_to(checkpoint))] = record_of(optimizer)
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    _, err = train("strange", *LONG, "--epoch_count", "4", "--resume", code=2)
+    assert f"{optimizer.name} holds code or objects besides tensors" in err and "Traceback" not in err
+    assert not (files / "ran").exists()
+
+
+@pytest.mark.parametrize("method", [(), ("--peft", "none", "--train_parts", "ln")])
+def test_another_number_of_devices_goes_on_at_the_next_sample(files, train, method):
+    name = "moved" + "-none" * bool(method)
+    flags = ("--precision", "fp32", *method)
+    train(name, *flags, "--micro_bsz", "3", "--epoch_count", "1")
+    train(name, *flags, "--micro_bsz", "1", "--devices", "2", "--resume", "--fresh_optimizer")
+    lines = metrics(files, name)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 6, 7]  # 12 samples were seen, and a step takes 2 now
+    state = json.loads((files / name / "checkpoints" / "step-00000008" / "state.json").read_text())
+    assert state["samples_seen"] == 16
+    assert lines[4]["loss"] < lines[0]["loss"]
+
+
+def test_larger_steps_count_from_their_own_checkpoint(tmp_path):
+    from rwkv_peft.training.checkpoints import find_checkpoint
+
+    for step, seen in ((12, 12), (4, 16)):
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps({"samples_seen": seen}))
+    assert find_checkpoint(tmp_path).name == "step-00000004"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"samples_seen": 1}'])
+def test_a_damaged_state_is_named(tmp_path, text):
+    from rwkv_peft.training.checkpoints import find_checkpoint
+
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(text)
+    with pytest.raises(UserError, match="cannot be read .* delete"):
+        read_run_state(find_checkpoint(tmp_path), {})
+
+
+def test_a_line_of_metrics_that_was_cut_off_does_not_hinder_resuming(tmp_path):
+    from rwkv_peft.config import TrainConfig
+    from rwkv_peft.training.callbacks import forget_from
+    from rwkv_peft.training.validate import Validator
+
+    path = tmp_path / "metrics.jsonl"
+    whole = [json.dumps({"step": step, "loss": 0.1, "val_loss": 3.5 - step}) + "\n" for step in range(3)]
+    path.write_text("".join(whole) + '{"step": 3, "lo')
+    validator = Validator([], 1, TrainConfig(val_every=1), None, None, None)
+    validator.restore(path, 2)
+    assert validator.best == 2.5
+    forget_from(path, 2)
+    assert path.read_text() == "".join(whole[:2])
+
+
+def test_a_checkpoint_that_does_not_know_a_setting_has_its_default(tmp_path):
+    from dataclasses import asdict
+
+    from rwkv_peft.config import AdapterConfig
+
+    known = {name: value for name, value in asdict(AdapterConfig(rank=16)).items() if name != "init"}
+    machine = {"strategy": "deepspeed_stage_1", "world_size": 1, "precision": "bf16"}
+    (tmp_path / "state.json").write_text(
+        json.dumps({"adapter": known, "base": "abc", "samples_seen": 1, "trained": [], **machine})
+    )
+    now = {"adapter": asdict(AdapterConfig(rank=16)), "base": "abc", "data": {"ctx_len": 16}}
+    assert read_run_state(tmp_path, now, True)["base"] == "abc"
+    other = asdict(AdapterConfig(rank=16, init="init_pissa.pth"))
+    with pytest.raises(
+        UserError, match="has adapter {'init': ''}, .* {'init': 'init_pissa.pth'}; give the first run's flags"
+    ):
+        read_run_state(tmp_path, now | {"adapter": other}, True)
