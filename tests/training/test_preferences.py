@@ -16,7 +16,7 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.training.flags import parse_flags
-from rwkv_peft.training.preferences import Preferences
+from rwkv_peft.training.preferences import Preferences, losses_of_documents
 from training.runs import ROOT, finish, metrics, start
 
 VOCABULARY, BETA, NLL = 30, 0.7, 0.3
@@ -100,6 +100,15 @@ def test_a_fresh_adapter_has_no_margin(family):
     model, step = make(family, ADAPTERS[0], dtype=torch.float32), Preferences(BETA)
     loss = step.loss(model, collate([list(documents([5, 6]))]), 1)
     assert loss.item() == pytest.approx(math.log(2), abs=1e-7) and step.measures["margin"] == 0
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa"])
+def test_dropout_does_not_touch_what_answers_are_measured_by(method):
+    adapter = AdapterConfig(method=method, rank=4, alpha=8.0, dropout=0.5, svd_niter=0)
+    model, batch = shaken(make(FAMILIES[0], adapter)), collate([list(documents([7, 4]))])
+    with torch.no_grad(), untrained(model):
+        dropping = losses_of_documents(model.train(), batch)
+        torch.testing.assert_close(dropping, losses_of_documents(model.eval(), batch), rtol=0, atol=0)
 
 
 def test_checkpointed_blocks_have_the_same_gradients():
