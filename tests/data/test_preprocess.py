@@ -134,8 +134,8 @@ def test_bad_templates_are_named(preprocess, tmp_path, text):
         ('{"messages": []}\n', "line 1: messages must be a list"),
         ('{"messages": [{"role": "alien", "content": "x"}]}\n', "line 1: role 'alien'; known are user"),
         ('{"messages": [{"role": "user"}]}\n', "a turn has the fields role"),
-        ('{"text": ""}\n', "no document to write .1 empty rows"),
-        ("", "no document to write"),
+        ('{"text": ""}\n', "no document to write: 1 empty rows left out"),
+        ("", "no document to write: there is no row"),
     ],
 )
 def test_bad_rows_are_named_by_line(preprocess, tmp_path, content, message):
