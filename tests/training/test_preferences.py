@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 
 import pytest
@@ -174,5 +175,6 @@ def test_a_run_learns_which_answer_is_better(tmp_path, tiny_state, accelerator):
     assert "DPO: the chosen answer above the rejected" in out and "accuracy" in out
     lines = metrics(tmp_path, "out")
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and lines[0]["margin"] == 0
+    assert lines[0]["chosen"] == 0 and "val_chosen" in lines[-1] and re.search(r"margin \d\.\d+, chosen ", out)
     assert lines[-1]["val_accuracy"] == 1 and lines[-1]["val_margin"] > 0.1 and "val_ppl" not in lines[-1]
     assert lines[-1]["val_loss"] < lines[0]["loss"]
