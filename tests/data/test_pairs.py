@@ -103,6 +103,7 @@ def test_both_answer_the_same_prompt_where_one_of_them_thinks(data):
         {"query": "Hi?", "chosen": "<think>Hm.</think>Yes.", "rejected": no} for no in ("No.", "<think>-</think>No.")
     ]
     samples = build_samples(data(rows, seed=None, sft_think="on"), 257)
+    assert "1 row with thinking, 1 without (<think></think)" in samples.notes
     openings = [[BytesTokenizer().decode(one[0].tolist()).split("[")[0] for one in samples[n]] for n in range(2)]
     assert all(" <think></think>\n" in one for one in openings[0]) and all(
         "<think>\n" not in one for one in openings[0]

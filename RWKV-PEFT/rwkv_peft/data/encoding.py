@@ -87,8 +87,8 @@ class Encoded:
 
     characters of text were read. bad counts rows left out and examples says what was wrong with the
     first of them; empty, shortened and too_long count documents, or pairs of them; equal those whose answers are the
-    same, bare those that lack a prompt or an answer; thinking and at_once documents with thinking and without, where it
-    is asked for.
+    same, bare those that lack a prompt or an answer; thinking and at_once rows with thinking and without, where it is
+    asked for.
     """
 
     sizes: list[int] = field(default_factory=list)
@@ -240,9 +240,9 @@ class Encoder:
                 continue
             added = self._add(pieces, chunk, result, tokens, mask)
             if added and self.settings.think == "on" and not isinstance(item, str):
-                thinking = sum(map(thinks, documents))
+                thinking = thinks(documents[0])
                 result.thinking += thinking
-                result.at_once += len(documents) - thinking
+                result.at_once += not thinking
             result.characters += sum(len(text) for document in documents for text, _ in document)
         result.tokens, result.mask = tokens.tobytes(), bytes(mask)
         return result
