@@ -31,7 +31,7 @@ def counted(segments):
     "row, prompt",
     [
         ({"query": "Hi?", "chosen": "Yes.", "rejected": "No."}, PROMPT),
-        ({"question": "Hi?", "chosen": "Yes.", "rejected": "No.", "system": "Be brief."}, PROMPT),
+        ({"question": "Hi?", "chosen": "Yes.", "rejected": "No.", "system": ""}, PROMPT),
         ({"instruction": "Hi?", "input": "x", "chosen": "Yes.", "rejected": "No."}, None),
         ({"prompt": PROMPT, "chosen": " Yes.", "rejected": " No."}, PROMPT),
         ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, PROMPT),
@@ -48,12 +48,41 @@ def counted(segments):
             },
             PROMPT,
         ),
+        (
+            {
+                "chosen": "\n\nHuman: A?\n\nAssistant: B.\n\nHuman: Hi?\n\nAssistant: Yes.",
+                "rejected": "\n\nHuman: A?\n\nAssistant: B.\n\nHuman: Hi?\n\nAssistant: No.",
+            },
+            f"User: A?\n\nAssistant: B.\n\n{PROMPT}",
+        ),
     ],
 )
 def test_rows_of_all_forms(row, prompt):
     prompt = prompt or "Instruction: Hi?\n\nInput: x\n\nResponse:"
     for segments, answer in zip(pair(row), ANSWERS):
         assert (text(segments), counted(segments)) == (prompt + answer, answer)
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    "row, names",
+    [
+        ({"question": "Hi?", "chosen": "Yes.", "rejected": "No.", "system": "Be brief."}, ()),
+        ({"instruction": "Hi?", "chosen": "Yes.", "rejected": "No.", "system": "Be brief."}, ()),
+        ({"prompt": "Hi?", "chosen": [GOOD], "rejected": [BAD], "system_prompt": "Be brief."}, ()),
+        ({"messages": [SYSTEM, USER], "chosen": [GOOD], "rejected": [BAD], "system": "Be brief."}, ()),
+        (
+            {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No.", "system": "Be brief."},
+            ("prompt", "chosen", "rejected"),
+        ),
+    ],
+)
+def test_a_system_text_beside_a_question_stands_before_it(row, names):
+    for segments, answer in zip(pair(row, names), ANSWERS):
+        assert text(segments).startswith("System: Be brief.\n\n") and text(segments).count("Be brief.") == 1
+        assert text(segments).endswith(answer) and counted(segments) == answer
 
 
 def test_turns_that_both_share_do_not_count():
@@ -69,13 +98,33 @@ def test_named_fields_and_thinking():
     assert [text(segments) for segments in thought] == [f"{PROMPT} <think></think>\n{a.strip()}" for a in ANSWERS]
 
 
+def test_both_answer_the_same_prompt_where_one_of_them_thinks(data):
+    rows = [
+        {"query": "Hi?", "chosen": "<think>Hm.</think>Yes.", "rejected": no} for no in ("No.", "<think>-</think>No.")
+    ]
+    samples = build_samples(data(rows, seed=None, sft_think="on"), 257)
+    assert "1 row with thinking, 1 without (<think></think)" in samples.notes
+    openings = [[BytesTokenizer().decode(one[0].tolist()).split("[")[0] for one in samples[n]] for n in range(2)]
+    assert all(" <think></think>\n" in one for one in openings[0]) and all(
+        "<think>\n" not in one for one in openings[0]
+    )
+    assert "<think>Hm.</think>" in openings[1][0] and "<think>-</think>" in openings[1][1]
+
+
 @pytest.mark.parametrize(
     "row, words",
     [
         ([1], "a row is list, not an object"),
         ({"prompt": "Hi?", "chosen": "Yes."}, "a row has the fields prompt, chosen; pairs are chosen and rejected"),
         ({"chosen": "Yes.", "rejected": "No."}, "a row has no prompt, only chosen, rejected"),
-        ({"prompt": [USER], "chosen": 3, "rejected": "No."}, "a turn is int, not an object"),
+        ({"prompt": [USER], "chosen": 3, "rejected": "No."}, "field 'chosen' holds int, not text"),
+        ({"query": "Hi?", "chosen": "Yes.", "rejected": None}, "field 'rejected' holds NoneType, not text"),
+        ({"query": "Hi?", "response": "Yes."}, "rows of one answer are for --data_type sft"),
+        (
+            {"messages": [USER, GOOD], "chosen": "Yes.", "rejected": "No."},
+            "end in one of the assistant's; leave it out",
+        ),
+        ({"prompt": "Hi?", "chosen": "Yes.", "rejected": "No.", "system": "Be."}, "a system text beside its prompt"),
         ({"query": 1, "chosen": "Yes.", "rejected": "No."}, "field 'query' holds int, not text"),
     ],
 )
@@ -137,6 +186,30 @@ def test_both_lose_the_same_front_of_a_prompt_that_is_too_long(data):
 def test_pairs_of_equal_answers_are_left_out_and_counted(data):
     samples = build_samples(data([*rows(3), {"prompt": "?", "chosen": "a", "rejected": "a"}]), 257)
     assert len(samples) == 3 and "1 pairs of equal answers left out" in samples.notes
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "", "chosen": "a", "rejected": "b"},
+        {"prompt": "", "chosen": "a", "rejected": ""},
+        {"query": "Hi?", "chosen": "", "rejected": "b"},
+        {"query": "Hi?", "chosen": "", "rejected": ""},
+        {"chosen": [USER, GOOD], "rejected": [USER, GOOD, USER, BAD]},
+    ],
+)
+def test_pairs_without_a_prompt_or_an_answer_are_left_out_and_counted(data, row):
+    samples = build_samples(data([*rows(3), row]), 257)
+    assert len(samples) == 3 and "1 pairs left out that lack a prompt or one of the answers" in samples.notes
+    with pytest.raises(UserError, match="no document to write: 1 pairs left out that lack"):
+        build_samples(data([row]), 257)
+
+
+def test_rows_of_two_answers_name_the_data_type_that_reads_them(data):
+    with pytest.raises(UserError, match="--data_type pairs"):
+        build_samples(data(rows(2), data_type="sft", dataload="pad"), 257)
+    with pytest.raises(UserError, match="give --data_type sft, or pairs"):
+        build_samples(data(rows(2), data_type="binidx", dataload="get"), 257)
 
 
 def test_fields_of_pairs_are_three(data):

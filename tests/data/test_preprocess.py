@@ -107,6 +107,29 @@ def test_fields_and_templates_name_others(preprocess, tmp_path):
     assert texts(preprocess([row], "--template", str(tmp_path / "template"))) == [("2+2? 4", "2+2? 4")]
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"query": "Hi?", "response": "Yo"},
+        {"instruction": "Hi?", "output": "Yo"},
+        {"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Yo"}]},
+    ],
+)
+def test_a_system_text_beside_a_question_stands_before_it(row):
+    plain = segments(row)
+    assert segments(row | {"system": "Be. "}) == [("System: Be.\n\n", False), *plain]
+    assert segments(row | {"system": ""}) == segments(row | {"system": None}) == plain
+    with pytest.raises(UserError, match="field 'system' holds list, not text"):
+        segments(row | {"system": ["Be."]})
+
+
+def test_a_prompt_as_it_stands_has_no_place_for_a_system_text(preprocess):
+    row = {"prompt": "Hi?", "completion": " Yo", "system": "Be."}
+    with pytest.raises(UserError, match="a system text beside its prompt.*; name others with --fields"):
+        preprocess([row])
+    assert "System: Be.\n\nUser: Hi?" in texts(preprocess([row], "--fields", "prompt", "completion"))[0][0]
+
+
 def test_layouts_have_names(preprocess):
     row = {"query": "2+2?", "response": "4"}
     assert texts(preprocess([row], "--template", "chat")) == texts(preprocess([row]))
@@ -135,8 +158,8 @@ def test_bad_templates_are_named(preprocess, tmp_path, text):
         ('{"messages": []}\n', "line 1: messages must be a list"),
         ('{"messages": [{"role": "alien", "content": "x"}]}\n', "line 1: role 'alien'; known are user"),
         ('{"messages": [{"role": "user"}]}\n', "a turn has the fields role"),
-        ('{"text": ""}\n', "no document to write .1 empty rows"),
-        ("", "no document to write"),
+        ('{"text": ""}\n', "no document to write: 1 empty rows left out"),
+        ("", "no document to write: there is no row"),
     ],
 )
 def test_bad_rows_are_named_by_line(preprocess, tmp_path, content, message):

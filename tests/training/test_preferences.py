@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 
 import pytest
@@ -10,23 +11,22 @@ import torch.nn.functional as F
 
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.adapters.layer import untrained
+from rwkv_peft.adapters.methods import METHODS, words_of
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.data.batches import collate
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.training.flags import parse_flags
-from rwkv_peft.training.preferences import Preferences
+from rwkv_peft.training.preferences import Preferences, losses_of_documents
 from training.runs import ROOT, finish, metrics, start
 
 VOCABULARY, BETA, NLL = 30, 0.7, 0.3
-ADAPTERS = (
-    AdapterConfig(rank=8),
-    AdapterConfig(mode="bone", rank=8),
-    AdapterConfig(method="lora", rank=4, alpha=8.0),
-    AdapterConfig(method="pissa", rank=4, svd_niter=0),
-    AdapterConfig(method="dora", rank=4),
-)
+ADAPTERS = {
+    name: AdapterConfig(**words_of(method), rank=8, mini_rank=4 if method.mini else 0, alpha=16.0, svd_niter=0)
+    for name, method in METHODS.items()
+    if not method.from_gradient
+}
 
 
 def make(family, adapter=None, grad_checkpoint=False, dtype=torch.float64):
@@ -60,13 +60,13 @@ def documents(lengths):
 
 
 def naive(model, base, lengths, count):
-    """(loss, accuracy, margin) by the paper's formula, a document at a time."""
+    """(loss, accuracy, margin, chosen) by the paper's formula, a document at a time."""
 
     def answer(model, tokens, mask):
         log_probabilities = model(tokens[None, :-1])[0][0].log_softmax(-1)
         return log_probabilities.gather(1, tokens[1:, None])[:, 0][mask]
 
-    total, right, margins = 0.0, 0, 0.0
+    total, right, margins, likelier = 0.0, 0, 0.0, 0.0
     pairs = list(documents(lengths))
     for chosen, rejected in zip(pairs[::2], pairs[1::2]):
         if not chosen[1].any():
@@ -74,11 +74,11 @@ def naive(model, base, lengths, count):
         ratios = [answer(model, *one).sum() - answer(base, *one).sum().detach() for one in (chosen, rejected)]
         margin = BETA * (ratios[0] - ratios[1])
         total = total - F.logsigmoid(margin) - NLL * answer(model, *chosen).mean()
-        right, margins = right + (margin > 0), margins + margin
-    return total / count, right / count, margins / count
+        right, margins, likelier = right + (margin > 0), margins + margin, likelier + BETA * ratios[0]
+    return total / count, right / count, margins / count, likelier / count
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: f"{adapter.method}-{adapter.mode}")
+@pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_loss_gradients_and_measures_are_the_papers(family, adapter):
     model, base = shaken(make(family, adapter)), make(family)
@@ -86,7 +86,7 @@ def test_loss_gradients_and_measures_are_the_papers(family, adapter):
     batch = collate([list(documents(lengths))])
     step = Preferences(BETA, NLL)
     found, expected = step.loss(model, batch, 2.0), naive(model, base, lengths, 2.0)
-    measured = torch.stack([found, step.measures["accuracy"], step.measures["margin"]])
+    measured = torch.stack([found, *(step.measures[name] for name in ("accuracy", "margin", "chosen"))])
     torch.testing.assert_close(measured, torch.stack(expected), rtol=1e-6, atol=1e-8)  # pissa's base is rounded
     assert step.items(batch) == 2 and step.total(model, batch) == step.loss(model, batch, 1)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -97,23 +97,32 @@ def test_loss_gradients_and_measures_are_the_papers(family, adapter):
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_a_fresh_adapter_has_no_margin(family):
-    model, step = make(family, ADAPTERS[0], dtype=torch.float32), Preferences(BETA)
+    model, step = make(family, ADAPTERS["bat-in"], dtype=torch.float32), Preferences(BETA)
     loss = step.loss(model, collate([list(documents([5, 6]))]), 1)
     assert loss.item() == pytest.approx(math.log(2), abs=1e-7) and step.measures["margin"] == 0
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa"])
+def test_dropout_does_not_touch_what_answers_are_measured_by(method):
+    adapter = AdapterConfig(method=method, rank=4, alpha=8.0, dropout=0.5, svd_niter=0)
+    model, batch = shaken(make(FAMILIES[0], adapter)), collate([list(documents([7, 4]))])
+    with torch.no_grad(), untrained(model):
+        dropping = losses_of_documents(model.train(), batch)
+        torch.testing.assert_close(dropping, losses_of_documents(model.eval(), batch), rtol=0, atol=0)
 
 
 def test_checkpointed_blocks_have_the_same_gradients():
     batch, found = collate([list(documents([7, 4]))]), []
     for checkpoint in (False, True):
         torch.manual_seed(3)
-        model = shaken(make(FAMILIES[1], ADAPTERS[0], checkpoint))
+        model = shaken(make(FAMILIES[1], ADAPTERS["bat-in"], checkpoint))
         Preferences(BETA, NLL).loss(model, batch, 1).backward()
         found.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_adapters_come_back_after_an_error():
-    model = shaken(make(FAMILIES[0], ADAPTERS[0]))
+    model = shaken(make(FAMILIES[0], ADAPTERS["bat-in"]))
     tokens = torch.arange(5)[None]
     before = model(tokens)[0]
     with pytest.raises(RuntimeError), untrained(model):
@@ -166,5 +175,6 @@ def test_a_run_learns_which_answer_is_better(tmp_path, tiny_state, accelerator):
     assert "DPO: the chosen answer above the rejected" in out and "accuracy" in out
     lines = metrics(tmp_path, "out")
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and lines[0]["margin"] == 0
+    assert lines[0]["chosen"] == 0 and "val_chosen" in lines[-1] and re.search(r"margin \d\.\d+, chosen ", out)
     assert lines[-1]["val_accuracy"] == 1 and lines[-1]["val_margin"] > 0.1 and "val_ppl" not in lines[-1]
     assert lines[-1]["val_loss"] < lines[0]["loss"]

@@ -59,7 +59,8 @@ class AdapterLinear(nn.Module):
                 y = base.product.forward(x.reshape(-1, self.in_features), base.weight, base.bias)
                 return y.view(*x.shape[:-1], self.out_features)
             params = first
-        return self.method.apply(x, base, params, self.scale, self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training and not self.untrained else 0.0
+        return self.method.apply(x, base, params, self.scale, dropout)
 
     def quantize(self, kind: str) -> None:
         """Replace the weight by its quantized form ("nf4" or "int8"); it is frozen from then on."""

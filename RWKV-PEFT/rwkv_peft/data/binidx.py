@@ -105,7 +105,8 @@ class BinidxDataset:
         if os.path.isfile(self.prefix) and not os.path.isfile(path):
             raise UserError(
                 f"{self.prefix}: a file of rows or text, where the PREFIX of PREFIX.bin and PREFIX.idx is "
-                "meant; tokenize it with rwkv-peft preprocess, or give --data_type sft"
+                "meant; tokenize it with rwkv-peft preprocess, or give --data_type sft, or pairs for rows of a chosen "
+                "and a rejected answer"
             )
         require_readable(
             path, f"{path}: no such file; a data set is a PREFIX.bin with its PREFIX.idx; {REMEDY}", again=True

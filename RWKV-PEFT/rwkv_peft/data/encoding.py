@@ -37,6 +37,7 @@ REMEDIES = MappingProxyType(
             "mend or remove that row; rwkv-peft preprocess --skip_bad_rows makes token files without such rows",
             "make token files with rwkv-peft preprocess --no-append_eod",
         ),
+        "pairs": Remedies("name others with --sft_field", "mend or remove that row", "take one that does"),
     }
 )
 
@@ -50,8 +51,8 @@ class EncodeSettings:
     recognised; template is the text of a template; think ("", "on", "off") is how answers of chats are opened
     (thinking.py); skip_bad_rows counts rows that cannot be read instead of stopping. max_tokens (0: no limit) bounds a
     document: "left" removes tokens from the front of the prompt, and then from the end of the answer; "skip" leaves the
-    document out. command, one of REMEDIES, is the one whose flags messages name. pairs: each row is two documents, its
-    better and its worse answer (pairs.py).
+    document out. command, one of REMEDIES, is the one whose flags messages name. With "pairs" each row is two
+    documents, its better and its worse answer (pairs.py).
     """
 
     tokenizer: str = "world"
@@ -63,7 +64,10 @@ class EncodeSettings:
     max_tokens: int = 0
     too_long: str = "left"
     command: str = "preprocess"
-    pairs: bool = False
+
+    @property
+    def pairs(self) -> bool:
+        return self.command == "pairs"
 
 
 @dataclass
@@ -72,7 +76,8 @@ class Encoded:
 
     characters of text were read. bad counts rows left out and examples says what was wrong with the
     first of them; empty, shortened and too_long count documents, or pairs of them; equal those whose answers are the
-    same; thinking and at_once documents with thinking and without, where it is asked for.
+    same, bare those that lack a prompt or an answer; thinking and at_once rows with thinking and without, where it is
+    asked for.
     """
 
     sizes: list[int] = field(default_factory=list)
@@ -86,12 +91,13 @@ class Encoded:
     shortened: int = 0
     too_long: int = 0
     equal: int = 0
+    bare: int = 0
     thinking: int = 0
     at_once: int = 0
 
     def add_counts(self, other: "Encoded") -> None:
         """Add another's counts, but not its documents."""
-        for name in ("characters", "bad", "empty", "shortened", "too_long", "equal", "thinking", "at_once"):
+        for name in ("characters", "bad", "empty", "shortened", "too_long", "equal", "bare", "thinking", "at_once"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.examples = (self.examples + other.examples)[:3]
 
@@ -139,11 +145,12 @@ class Encoder:
             self.layout = lambda row, think: [segments(row, think)]
 
     def documents(self, row: object) -> Documents:
-        """A row's documents; one that holds no thinking where that is asked for is laid out as an answer at once."""
+        """A row's documents; one that holds no thinking where that is asked for is laid out as an answer at once, and a
+        pair where either has none: both answer the same prompt."""
         found = self.layout(row, self.settings.think)
         if self.settings.think != "on" or all(map(thinks, found)):
             return found
-        return [one if thinks(one) else other for one, other in zip(found, self.layout(row, "off"))]
+        return self.layout(row, "off")
 
     def encode(self, chunk: Chunk) -> Encoded:
         result, tokens, mask = Encoded(continues=chunk.continues), array(self.code), bytearray()
@@ -153,6 +160,9 @@ class Encoder:
             try:
                 whole = isinstance(item, str) and not self.settings.pairs
                 documents = [[(str(item), True)]] if whole else self.documents(parse(item))
+                if self.settings.pairs and not all(map(asked_and_answered, documents)):
+                    result.bare += 1
+                    continue
                 pieces = [
                     [(self.tokenizer.encode(text), counts) for text, counts in document] for document in documents
                 ]
@@ -167,9 +177,9 @@ class Encoder:
                 continue
             added = self._add(pieces, chunk, result, tokens, mask)
             if added and self.settings.think == "on" and not isinstance(item, str):
-                thinking = sum(map(thinks, documents))
+                thinking = thinks(documents[0])
                 result.thinking += thinking
-                result.at_once += len(documents) - thinking
+                result.at_once += not thinking
             result.characters += sum(len(text) for document in documents for text, _ in document)
         result.tokens, result.mask = tokens.tobytes(), bytes(mask)
         return result
@@ -201,6 +211,12 @@ class Encoder:
                 mask.extend((b"\1" if counts else b"\0") * len(ids))
             result.sizes.append(length(pieces))
         return True
+
+
+def asked_and_answered(document: list[Segment]) -> bool:
+    """Whether a document has words that do not count before some that do."""
+    (prompt, counts), *_ = document
+    return bool(prompt and not counts) and any(text.strip() for text, counts in document if counts)
 
 
 def length(pieces: list[Piece]) -> int:

@@ -1,19 +1,21 @@
 """Rows of a prompt and two answers, a better and a worse one -> the texts of two documents."""
 
+import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from ..errors import UserError
-from .templates import Segment, UnknownForm, chat, named_segments, segments, speaker
+from .templates import Segment, UnknownForm, behind_system, chat, field, named_segments, segments, speaker
 
 SIDES = ("chosen", "rejected")
 PROMPTS = MappingProxyType({"query": "response", "question": "answer", "instruction": "output", "prompt": "completion"})
 TURNS = ("messages", "conversations", "prompt")  # where the turns before the answers may stand
 FORMS = (
     "chosen and rejected, each a text or turns (role and content), behind a prompt, query, question or instruction "
-    "(and input), or behind messages"
+    "(and input), or behind messages; or two dialogues"
 )
+SPEAKER = re.compile(r"(?:^|\n\n)(System|Human|User|Assistant):")  # of dialogues that are texts, as in Anthropic's HH
 
 
 def pair(row: object, names: Sequence[str] = (), think: str = "") -> list[list[Segment]]:
@@ -25,14 +27,23 @@ def pair(row: object, names: Sequence[str] = (), think: str = "") -> list[list[S
     if names:
         return [named_segments(row, (names[0], name), think) for name in names[1:]]
     if not all(side in row for side in SIDES):
-        raise UnknownForm(f"a row has the fields {', '.join(map(str, row)) or '(none)'}; pairs are {FORMS}")
+        raise UnknownForm(
+            f"a row has the fields {', '.join(map(str, row)) or '(none)'}; pairs are {FORMS}; rows of one answer are "
+            "for --data_type sft"
+        )
+    for side in SIDES:
+        if not isinstance(row[side], str | list | dict):
+            field(row, side)
     before = next((row[name] for name in TURNS if isinstance(row.get(name), list)), None)
     if before is not None or not all(isinstance(row[side], str) for side in SIDES):
         better, worse = (turns(row, before, row[side]) for side in SIDES)
-        return talks(better, worse, think)
+        return [behind_system(row, one) for one in talks(better, worse, think)]
     prompt = next((name for name in PROMPTS if name in row), None)
     if prompt is None:
-        raise UnknownForm(f"a row has no prompt, only {', '.join(map(str, row))}; pairs are {FORMS}")
+        better, worse = (dialogue(row[side]) for side in SIDES)
+        if not better or not worse:
+            raise UnknownForm(f"a row has no prompt, only {', '.join(map(str, row))}; pairs are {FORMS}")
+        return [behind_system(row, one) for one in talks(better, worse, think)]
     rest = {name: value for name, value in row.items() if name not in (*SIDES, "text")}
     return [segments(rest | {PROMPTS[prompt]: row[side]}, think) for side in SIDES]
 
@@ -45,6 +56,8 @@ def turns(row: Mapping[str, Any], before: list[Any] | None, answer: object) -> l
     after = answer if isinstance(answer, list) else [answer]
     if after and not answers(after[0]):
         return after
+    if before and answers(before[-1]):
+        raise UserError("the turns before the answers end in one of the assistant's; leave it out")
     if before is None and isinstance(row.get("prompt"), str):
         before = [{"role": "user", "content": row["prompt"]}]
     return [*(before or []), *after]
@@ -54,6 +67,13 @@ def answers(turn: object) -> bool:
     """Whether a turn is the assistant's, or none that is known."""
     role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
     return not isinstance(role, str) or speaker(role) == "Assistant"
+
+
+def dialogue(text: str) -> list[Any]:
+    """The turns of a text in which each begins with its speaker's name; [] for any other."""
+    front, *rest = SPEAKER.split(text)
+    turns = [{"role": role, "content": words} for role, words in zip(rest[::2], rest[1::2])]
+    return [] if front.strip() else turns
 
 
 def talks(better: list[Any], worse: list[Any], think: str) -> list[list[Segment]]:

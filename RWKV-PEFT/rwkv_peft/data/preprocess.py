@@ -25,7 +25,7 @@ from .binidx import BinidxDataset, BinidxWriter, binidx_prefix
 from .encoding import Encoded, EncodeSettings, encoder
 from .order import Permutation
 from .recorded import check_record, record_of
-from .report import describe
+from .report import describe, left_out
 from .rows import KINDS, read_chunks
 from .show import marks_for, show_documents
 from .templates import TEMPLATES, read_template
@@ -172,10 +172,8 @@ def write(
             bar.update(min(part.characters, size - bar.n) if size else part.characters)
         bar.update(size - bar.n if size else 0)
         if not writer.sizes:
-            raise UserError(
-                f"{', '.join(map(str, inputs))}: no document to write ({totals.empty} empty rows, "
-                f"{totals.bad} bad rows, {totals.too_long} too long)"
-            )
+            why = "; ".join(left_out(totals)) or "there is no row"
+            raise UserError(f"{', '.join(map(str, inputs))}: no document to write: {why}")
         if settings.think == "on" and not totals.thinking:
             raise UserError(
                 f"{', '.join(map(str, inputs))}: no row holds thinking, neither <think> … </think> before an answer's "

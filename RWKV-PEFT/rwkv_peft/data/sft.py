@@ -20,7 +20,7 @@ from .encoding import EncodeSettings
 from .preprocess import write
 from .report import laid_out, left_out
 
-FORMAT = 2
+FORMAT = 3
 
 
 def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[str, list[str]]:
@@ -48,9 +48,8 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
         config.tokenizer,
         fields=config.sft_field,
         think=config.sft_think,
-        pairs=pairs,
         too_long=config.sft_long,
-        command="train",
+        command="pairs" if pairs else "train",
         max_tokens=0 if config.dataload == "get" else config.ctx_len + 1,
     )
     path = Path(config.path)

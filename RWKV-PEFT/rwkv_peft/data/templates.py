@@ -19,6 +19,7 @@ FORMS = (
 )
 Segment = tuple[str, bool]  # a text, and whether it counts in the loss
 
+SYSTEM = ("system", "system_prompt")  # the fields of a system text beside a question
 TURN_END = "\n\n"  # token 261 of the World vocabulary
 # (what may open the turn behind an answer, what opens the answer)
 LAYOUTS = ((("User:", "System:", "Tool:"), "Assistant:"), (("Question:",), "Answer:"), (("Instruction:",), "Response:"))
@@ -37,7 +38,7 @@ def segments(row: object, think: str = "") -> list[Segment]:
         return [(field(row, "text"), True)]
     for name in ("messages", "conversations"):
         if name in row:
-            return chat(row[name], think)
+            return behind_system(row, chat(row[name], think))
     for question, answer in (("query", "response"), ("question", "answer")):
         if question in row and answer in row:
             return named_segments(row, (question, answer), think)
@@ -49,10 +50,31 @@ def segments(row: object, think: str = "") -> list[Segment]:
     if "instruction" in row and "output" in row:
         extra = field(row, "input") if row.get("input") else ""
         prompt = f"Instruction: {field(row, 'instruction')}\n\n" + (f"Input: {extra}\n\n" if extra else "")
-        return exchange(prompt + "Response:", field(row, "output"))
+        return behind_system(row, exchange(prompt + "Response:", field(row, "output")))
     if "prompt" in row and "completion" in row:
+        if system_of(row):
+            raise UnknownForm(
+                "a row has a system text beside its prompt, which is laid out as it stands, with no place for that; "
+                "fields that are named are laid out as a chat, which has one"
+            )
         return [(field(row, "prompt"), False), (field(row, "completion"), True)]
+    if "chosen" in row and "rejected" in row:
+        raise UserError("a row has a chosen and a rejected answer, which train.py --data_type pairs learns from")
     raise UnknownForm(f"a row has the fields {', '.join(map(str, row)) or '(none)'}; known are {FORMS}")
+
+
+def system_of(row: Mapping[str, Any]) -> str:
+    """The system text beside a question, "" where a row has none."""
+    name = next((name for name in SYSTEM if row.get(name)), None)
+    return field(row, name).strip() if name else ""
+
+
+def behind_system(row: Mapping[str, Any], parts: list[Segment]) -> list[Segment]:
+    """The system text of a row before its segments, unless they begin with one."""
+    words = system_of(row)
+    if not words or parts[0][0].startswith("System:"):
+        return parts
+    return [(f"System: {words}{TURN_END}", False), *parts]
 
 
 def named_segments(row: object, names: Sequence[str], think: str = "") -> list[Segment]:
@@ -69,7 +91,7 @@ def named_segments(row: object, names: Sequence[str], think: str = "") -> list[S
     if len(names) == 1:
         return [(field(row, names[0]), True)]
     opening, rest = answered(field(row, names[1]), row, think)
-    return [(f"User: {field(row, names[0])}\n\nAssistant:{opening}", False), (rest, True)]
+    return behind_system(row, [(f"User: {field(row, names[0])}\n\nAssistant:{opening}", False), (rest, True)])
 
 
 # Layouts by name, for --template; see Template for the signs.

@@ -169,7 +169,8 @@ class Record(StepCallback):
 
 def in_words(validation: dict[str, float]) -> str:
     """The numbers of a Validator in words."""
-    words = {"val_ppl": ("perplexity", 2), "val_accuracy": ("accuracy", 3), "val_margin": ("margin", 3)}
+    words = {"val_ppl": ("perplexity", 2), "val_accuracy": ("accuracy", 3)}
+    words |= {f"val_{name}": (name, 3) for name in ("margin", "chosen")}
     others = ((*words[name], value) for name, value in validation.items() if name in words)
     return f"loss {validation['val_loss']:.4f}" + "".join(f", {word} {value:.{n}f}" for word, n, value in others)
 

@@ -245,8 +245,8 @@ def check_data(data: DataConfig) -> None:
     for name in ("tokenizer", "sft_field", "sft_split", "sft_long", "sft_think"):
         if not data.of_rows and getattr(data, name) != getattr(plain, name):
             raise UserError(
-                f"--{name} belongs to --data_type sft, and the data is {data.data_type}, whose tokens are made "
-                f"already; add --data_type sft, or leave --{name} out"
+                f"--{name} belongs to --data_type sft and pairs, and the data is {data.data_type}, whose tokens are "
+                f"made already; add --data_type sft (or pairs), or leave --{name} out"
             )
 
 

@@ -22,7 +22,8 @@ class Preferences:
     """A step over packed rows of pairs, the better answer first. nll adds so many times the mean loss of the better
     answer's tokens (Pang et al. 2024, arXiv 2404.19733).
 
-    measures: accuracy, the share of pairs whose margin is above 0; margin, their mean.
+    measures: accuracy, the share of pairs whose margin is above 0; margin, their mean; chosen, the better answers' part
+    of it, beta (p_chosen - before_chosen), below 0 where they become less likely themselves.
     """
 
     def __init__(self, beta: float, nll: float = 0.0) -> None:
@@ -41,6 +42,7 @@ class Preferences:
         self.measures = {
             "accuracy": ((margin > 0) & counts).sum() / count,
             "margin": (margin.detach() * counts).sum() / count,
+            "chosen": (self.beta * chosen.detach() * counts).sum() / count,
         }
         return (losses * counts).sum() / count
 
@@ -64,4 +66,5 @@ def per_document(batch: Batch, values: torch.Tensor) -> torch.Tensor:
     """Values of the counted positions (n,) -> their sums (documents,)."""
     bounds = batch["cu_seqlens"]
     documents = torch.searchsorted(bounds[1:].contiguous(), batch["counted"], right=True)
-    return values.new_zeros(len(bounds) - 1).index_add(0, documents, values)
+    owned = documents == torch.arange(len(bounds) - 1, device=documents.device)[:, None]  # (documents, n)
+    return (owned * values).sum(1)  # in one order on every run, which index_add on a GPU has not
