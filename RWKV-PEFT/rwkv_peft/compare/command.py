@@ -86,6 +86,11 @@ def measure(comparison: Comparison) -> tuple[dict[str, Size], Base]:
     first = comparison.methods[0]
     output = ["--proj_dir", comparison.output]
     request = parse_run([*comparison.train, *output, *method_flags(first, comparison.rank)])
+    if request.config.data.data_type == "pairs":
+        raise UserError(
+            "--data_type pairs: a comparison goes by the validation loss, which among preferences is lowest where a "
+            "model breaks; compare on answers, or train each by itself and ask the models"
+        )
     assert request.base is not None  # parse_run refuses an adapter without one
     layers = Layers(request.base.linear_shapes[name] for name in request.layers)
     wanted = parameter_count(METHODS[first], comparison.rank, 0, layers)
