@@ -101,7 +101,10 @@ def test_what_is_due_is_run_and_what_is_there_is_kept(files, capsys):
         (["--rates", "2e-3", "--", *TRAIN], "take 0.003"),
         (["--rank", "5", "--methods", "bat-in", "--", *TRAIN], "5"),
         (["--", *TRAIN, "--load_model", "absent.pth"], "absent.pth"),
-        (["--rank", "8", "--", *TRAIN, "--data_type", "pairs"], "--data_type pairs: a comparison goes by the validation loss"),
+        (
+            ["--rank", "8", "--", *TRAIN, "--data_type", "pairs"],
+            "--data_type pairs: a comparison goes by the validation loss",
+        ),
     ],
 )
 def test_mistakes_are_told_before_a_run_begins(files, arguments, message):
