@@ -108,7 +108,7 @@ OURS = "new/rwkv.pth"
         ),
         (f"{CHECK_SHARED} --any_base", OURS, "was trained on an RWKV-6"),
         (f"{UNTOLD} --any_base", OURS, "att.gate is a layer of RWKV-6, and the base is an RWKV-7"),
-        (f"{GENERATE} --adapter six", OURS, "was trained on another base"),
+        (f"{GENERATE} --adapter six", OURS, "was trained on an RWKV-6"),
         *((line, "v7a.pth", "RWKV-7 with DeepEmbed (v7a)") for line in COMMANDS),
         *((line, "v7b.pth", "RWKV-7 with DeepEmbed attention (v7b)") for line in COMMANDS),
         *((line, "no_v0.pth", "1 missing tensors (blocks.1.att.v0); take the file as") for line in COMMANDS),

@@ -28,11 +28,12 @@ def packed(files, train):
 
 
 def agree(mine, theirs, rel):
-    assert len(mine) == len(theirs) and sum(line["loss"] > 0 for line in theirs) > len(theirs) / 2
+    assert len(mine) == len(theirs) and sum((line["loss"] or 0) > 0 for line in theirs) > len(theirs) / 2
     for ours, other in zip(mine, theirs):
         assert ours["tokens"] == other["tokens"]
         for key in {"loss", "grad_norm", "val_loss"} & other.keys():
-            assert ours[key] == pytest.approx(other[key], rel=rel), key
+            expected = other[key]  # None where no token counts
+            assert ours[key] == (expected if expected is None else pytest.approx(expected, rel=rel)), key
 
 
 @pytest.mark.parametrize(

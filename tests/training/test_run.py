@@ -223,7 +223,7 @@ def test_tensors_of_a_run_that_could_not_save_a_checkpoint_are_not_cleared_away(
 
 def test_names_that_lead_nowhere_are_told_or_made(files, command):
     _, said = finish(start(command("x" * 300)), 2)
-    assert re.fullmatch(r"error: \S+x{300}: file name too long; choose a shorter one\n", said), said
+    assert re.fullmatch(r"error: \S+x{100,}…: file name too long; choose a shorter one\n", said), said
     (files / "link").symlink_to(files / "its folder")  # which is not there yet
     finish(start(command("link", "--epoch_steps", "1", "--epoch_count", "1")))
     assert (files / "its folder" / "adapter.safetensors").exists()

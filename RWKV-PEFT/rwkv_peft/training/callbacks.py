@@ -288,4 +288,5 @@ class StopSignals(pl.Callback):
 
     def on_train_end(self, trainer: Any, lit: Lit) -> None:
         for number, handler in self.previous.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) != signal.SIG_IGN:  # else more of them are on their way
+                signal.signal(number, handler)
