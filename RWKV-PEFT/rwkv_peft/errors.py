@@ -5,10 +5,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType, MappingProxyType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .streams import lost_output, make_patient
 
@@ -72,6 +72,14 @@ def past_ctrl_c() -> None:
 def hangup_signals() -> tuple[signal.Signals, ...]:
     """What tells that a terminal went away, as a tuple: none where that is to be ignored, as under nohup."""
     return () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+
+
+def give_back(handlers: Mapping[signal.Signals, Any]) -> None:
+    """Give signals the handlers {number: handler} that they had before, but for one that is ignored by now: that of a
+    terminal that went away, which more of them are about to tell."""
+    for number, handler in handlers.items():
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @contextmanager

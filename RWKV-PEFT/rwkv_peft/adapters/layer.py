@@ -10,6 +10,7 @@ from ..config import AdapterConfig
 from .method import Method, Params
 from .product import DENSE, Frozen, Product
 from .quant import QuantizedProduct, quantize
+from .tokens import linear
 
 
 class AdapterLinear(nn.Module):
@@ -56,8 +57,7 @@ class AdapterLinear(nn.Module):
         if self.untrained:
             first = self.method.first(params)
             if first is None:
-                y = base.product.forward(x.reshape(-1, self.in_features), base.weight, base.bias)
-                return y.view(*x.shape[:-1], self.out_features)
+                return linear(x, base.weight, base.bias, product=base.product)
             params = first
         dropout = self.dropout if self.training and not self.untrained else 0.0
         return self.method.apply(x, base, params, self.scale, dropout)

@@ -13,7 +13,7 @@ from types import FrameType
 from ..adapters.methods import METHODS
 from ..cli import counted
 from ..config import AdapterConfig
-from ..errors import UserError, hangup_signals, told
+from ..errors import UserError, give_back, hangup_signals, told
 from ..files.alone import alone_in
 from ..files.atomic import atomic_write
 from ..files.base import Base
@@ -58,8 +58,7 @@ def run_and_report(comparison: Comparison, sizes: Mapping[str, Size]) -> int:
         report(comparison, sizes)
         return INTERRUPTED
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        give_back(before)
     report(comparison, sizes)
     if not complete:
         print(

@@ -207,7 +207,7 @@ def adapt(argv: list[str], known: Collection[str], accelerator: bool, cuda: bool
         if f"--{name}" in argv and name not in known:
             drop(argv, f"--{name}")
             print(f"--{name} is gone from the installed trl and transformers, and is ignored: {instead}")
-    if ("--bits", "fp32") in zip(argv, argv[1:], strict=False) and not {"--bf16", "--fp16"} & set(argv):
+    if ("--bits", "fp32") in pairwise(argv) and not {"--bf16", "--fp16"} & set(argv):
         argv += ["--bf16", "False"]  # which trl switches on by itself
     if not cuda and "--tf32" in argv:
         drop(argv, "--tf32")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..config import TrainConfig
 from ..data.batches import TrainBatch
-from ..errors import hangup_signals
+from ..errors import give_back, hangup_signals
 from ..files.atomic import atomic_write
 from ..plots import METRICS, read_metrics
 from .examiner import Examiner
@@ -287,6 +287,4 @@ class StopSignals(pl.Callback):
         self.previous |= {number: signal.signal(number, hang_up) for number in hangup_signals()}
 
     def on_train_end(self, trainer: Any, lit: Lit) -> None:
-        for number, handler in self.previous.items():
-            if signal.getsignal(number) != signal.SIG_IGN:  # else more of them are on their way
-                signal.signal(number, handler)
+        give_back(self.previous)

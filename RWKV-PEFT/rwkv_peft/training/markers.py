@@ -44,7 +44,7 @@ def tokenizer_of(args: argparse.Namespace) -> str:
     them."""
     from ..data.recorded import recorded_of_data  # after the flags are judged by themselves
 
-    recorded = None if args.data_type == "sft" else recorded_of_data(args.data_file)
+    recorded = None if args.data_type != "binidx" else recorded_of_data(args.data_file)
     return args.tokenizer if recorded is None else recorded.name
 
 

@@ -34,11 +34,11 @@ class Preferences:
         with torch.no_grad(), untrained(model):
             before = losses_of_documents(model, batch)
         now = losses_of_documents(model, batch)
-        tokens = per_document(batch, torch.ones_like(batch["counted"], dtype=now.dtype))
+        tokens = counted_tokens(batch)
+        counts = tokens.any(1)  # those that fill up a batch do not
         chosen, rejected = (before - now).view(-1, 2).unbind(1)
-        counts = tokens.view(-1, 2).sum(1) > 0  # those that fill up a batch do not
         margin = self.beta * (chosen - rejected)
-        losses = F.softplus(-margin) + self.nll * now[::2] / tokens[::2].clamp_min(1)
+        losses = F.softplus(-margin) + self.nll * now[::2] / tokens[:, 0].clamp_min(1)
         self.measures = {
             "accuracy": ((margin > 0) & counts).sum() / count,
             "margin": (margin.detach() * counts).sum() / count,
@@ -51,8 +51,7 @@ class Preferences:
         return self.loss(model, batch, 1)
 
     def items(self, batch: Batch) -> torch.Tensor:
-        tokens = per_document(batch, torch.ones_like(batch["counted"]))
-        return (tokens.view(-1, 2).sum(1) > 0).sum()
+        return counted_tokens(batch).any(1).sum()
 
 
 def losses_of_documents(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -60,6 +59,11 @@ def losses_of_documents(model: nn.Module, batch: Batch) -> torch.Tensor:
     head = partial(token_losses, targets=batch["targets"], counted=batch["counted"])
     losses: torch.Tensor = model(batch["tokens"], cu_seqlens=batch["cu_seqlens"], head=head)[0]
     return per_document(batch, losses)
+
+
+def counted_tokens(batch: Batch) -> torch.Tensor:
+    """How many tokens count of the answers of each pair: (pairs, 2)."""
+    return per_document(batch, torch.ones_like(batch["counted"])).view(-1, 2)
 
 
 def per_document(batch: Batch, values: torch.Tensor) -> torch.Tensor:
