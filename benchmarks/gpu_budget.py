@@ -141,7 +141,8 @@ def count(family, channels, tokens, method):
             stack.enter_context(patch.object(owner, name, value))
         stack.enter_context(counter)
         *outs, _ = block(x, *carried)
-        torch.autograd.backward(outs, [torch.empty_like(out) for out in outs])  # also of what is carried on
+        wanted = [x, *carried, *(p for p in block.parameters() if p.requires_grad)]
+        torch.autograd.grad(outs, wanted, [torch.empty_like(out) for out in outs])  # also of what is carried on
     return counter.launches, sum(weight.numel() for weight in weights)
 
 

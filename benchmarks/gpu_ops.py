@@ -38,9 +38,9 @@ def packed_lerp(x, last, maa, low, up):
     return mix.lerp(x[:1], last, maa, low[:1], up, torch.tensor(BOUNDS, device=x.device))
 
 
-def norm_lerp(x, y, last, weight, bias, maa):
+def norm_lerp(x, y, last, weight, bias, maa, gate=None):
     """Its results side by side."""
-    total, ends, points = mix.norm_lerp(x, y, weight, bias, 1e-5, last, maa, whole=True, twice=1)
+    total, ends, points = mix.norm_lerp(x, y, weight, bias, 1e-5, last, maa, whole=True, twice=1, gate=gate)
     return total, ends, *points
 
 
@@ -75,6 +75,7 @@ OPS = {
     "sigmoid_gate": (mix.sigmoid_gate, (ROWS, ROWS), None),
     "add_norm": (lambda *inputs: mix.add_norm(*inputs, 1e-5), (ROWS, ROWS, (C,), (C,)), None),
     "norm_lerp": (norm_lerp, (ROWS, ROWS, (2, C), (C,), (C,), (2, C)), (0, 1, 2)),
+    "norm_lerp, gated": (norm_lerp, (ROWS, ROWS, (2, C), (C,), (C,), (2, C), ROWS), (0, 1, 2, 6)),
     "gated_residual": (mix.gated_residual, (ROWS, ROWS, ROWS), None),
     "bat-in": (bat_in, (ROWS, (256, C), (C // 64, 64, 64)), (0, 2)),
     "bat-in, rank 128": (bat_in, (ROWS, (256, C), (C // 128, 128, 128)), (0, 2)),

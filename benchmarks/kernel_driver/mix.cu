@@ -133,7 +133,8 @@ static bool norm_lerp(Launcher forward, Launcher backward, int channels, int wid
     give_sequences<E>(c, a, true);
     float* const stats = c.result<float>(2 * TOKENS);
     E *const sum = c.result<E>(elements), *const weight = c.input<E>(channels), *const maa = c.input<E>(a.n * channels);
-    a.inputs[0] = c.input<E>(elements), a.inputs[1] = c.input<E>(elements);
+    E *const y = c.input<E>(elements), *const gate = c.input<E>(elements);
+    a.inputs[0] = c.input<E>(elements), a.inputs[1] = y, a.inputs[2] = gate;
     a.parameters[0] = weight, a.parameters[1] = c.input<E>(channels), a.parameters[2] = maa;
     a.outputs[0] = sum, a.outputs[1] = c.result<E>(elements), a.outputs[2] = stats;
     a.outputs[3] = c.result<E>(a.sequences * channels);
@@ -143,6 +144,7 @@ static bool norm_lerp(Launcher forward, Launcher backward, int channels, int wid
     a.inputs[4] = c.input<E>(a.sequences * channels), a.parameters[1] = maa, a.outputs[0] = c.result<E>(elements);
     a.last_point = 1, a.n++;  // which has two gradients
     for (int i = 0; i < a.n; i++) a.inputs[5 + i] = c.input<E>(elements);
+    a.inputs[12] = y, a.inputs[13] = gate, a.outputs[1] = c.result<E>(elements), a.outputs[2] = c.result<E>(elements);
     c.launched(backward(a, blocks));
     return c.right();
 }

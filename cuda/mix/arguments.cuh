@@ -6,7 +6,7 @@
 // stand. Elements are float32 or bf16, by the kernel's name; tensors are (tokens, channels) and contiguous, aligned to
 // two elements; a null pointer marks what the caller does not have or want.
 struct MixArguments {
-    const void* inputs[12];
+    const void* inputs[14];
     void* outputs[10];
     const void* parameters[4];  // (channels) each
     float* sums[6];             // (strips, channels): sums over a strip's tokens, to be added up

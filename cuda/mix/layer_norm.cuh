@@ -41,8 +41,8 @@ __device__ __forceinline__ RowStats stats_of(const MixArguments& a, index_t t) {
     return RowStats{((const float*)a.inputs[3])[2 * t], ((const float*)a.inputs[3])[2 * t + 1]};
 }
 
-// row = token t of x + y, or of x where y is null, as backward will read it; written out, with its stats, where it is
-// the block's own.
+// row = token t of x + y, of x + sigmoid(gate) y, or of x where y is null, as backward will read it; written out, with
+// its stats, where it is the block's own.
 template <class E, int V>
 __device__ RowStats sum_row(const MixArguments& a, index_t t, float* row, bool own) {
     const index_t at = t * a.channels;
@@ -53,6 +53,12 @@ __device__ RowStats sum_row(const MixArguments& a, index_t t, float* row, bool o
         if (a.inputs[1]) {
             float y[V];
             load_vector<E, V>(y, (const E*)a.inputs[1] + at + c);
+            if (a.inputs[2]) {
+                float gate[V];
+                load_vector<E, V>(gate, (const E*)a.inputs[2] + at + c);
+                #pragma unroll
+                for (int e = 0; e < V; e++) y[e] *= sigmoid(gate[e]);
+            }
             #pragma unroll
             for (int e = 0; e < V; e++) x[e] = rounded<E>(x[e] + y[e]);
             if (own) store_vector<E, V>((E*)a.outputs[0] + at + c, x);
@@ -95,10 +101,11 @@ __device__ __forceinline__ void gather_row(const MixArguments& a, const RowStats
         along += row[c + e] * (x[e] - stats.mean) * stats.scale;
     }
 }
-// The gradient of x, which is that of y, from the row and the threads' sums, and from that of x + y.
-template <class E, int V>
+// The gradient of the sum, from the row and the threads' sums, and from what else it gets; f(at, it) for each V
+// elements that a thread has.
+template <class E, int V, class F>
 __device__ __forceinline__ void store_row_gradient(const MixArguments& a, const RowStats& stats, index_t t,
-                                                   const float* row, float sum, float along) {
+                                                   const float* row, float sum, float along, F f) {
     const index_t at = t * a.channels;
     sum = block_total(sum) / a.channels;
     along = block_total(along) / a.channels;
@@ -110,6 +117,7 @@ __device__ __forceinline__ void store_row_gradient(const MixArguments& a, const 
         for (int e = 0; e < V; e++)
             gx[e] += stats.scale * (row[c + e] - sum - (x[e] - stats.mean) * stats.scale * along);
         store_vector<E, V>((E*)a.outputs[0] + at + c, gx);
+        f(at + c, gx);
     });
 }
 
@@ -137,7 +145,7 @@ __device__ void add_norm_backward_by(const MixArguments& a) {
         load_vector<E, V>(grad, (const E*)a.inputs[1] + t * a.channels + c);
         gather_row<E, V>(a, stats, t, c, grad, row, sum, along);
     });
-    store_row_gradient<E, V>(a, stats, t, row, sum, along);
+    store_row_gradient<E, V>(a, stats, t, row, sum, along, [](index_t, const float (&)[V]) {});
 }
 
 // a.size: how many neighbours are read at once, the widest that there is, or two.

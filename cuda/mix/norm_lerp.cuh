@@ -20,8 +20,8 @@ __device__ __forceinline__ index_t sequence_at(const MixArguments& a, const Plac
     return (index_t)place.sequence * a.channels;
 }
 
-// x, y or null; weight, bias, maa (n, channels) -> sum where y is, normal or null, stats, the last of each sequence's,
-// n points
+// x, y or null, gate or null; weight, bias, maa (n, channels) -> sum where y is, normal or null, stats, the last of
+// each sequence's, n points
 template <class E, int V>
 __device__ void norm_lerp_forward_by(const MixArguments& a) {
     float *row = (float*)dynamic_shared(), *before = row + MOST_MIXED;
@@ -69,8 +69,24 @@ __device__ __forceinline__ void pass_back(const MixArguments& a, index_t t, int 
     }
 }
 
-// sum, grad of normal or null, grad of sum, stats, grad of the last of each sequence's, n grads of points; weight, maa
-// -> the gradient of x, which is that of y; glast
+// The gradients of y and gate from that of x + sigmoid(gate) y, for V elements from `at` on.
+template <class E, int V>
+__device__ __forceinline__ void store_gated(const MixArguments& a, index_t at, const float (&grad)[V]) {
+    float y[V], gate[V];
+    load_vector<E, V>(y, (const E*)a.inputs[12] + at);
+    load_vector<E, V>(gate, (const E*)a.inputs[13] + at);
+    #pragma unroll
+    for (int e = 0; e < V; e++) {
+        const float open = sigmoid(gate[e]);
+        gate[e] = grad[e] * y[e] * open * (1.f - open);
+        y[e] = grad[e] * open;
+    }
+    store_vector<E, V>((E*)a.outputs[1] + at, y);
+    store_vector<E, V>((E*)a.outputs[2] + at, gate);
+}
+
+// sum, grad of normal or null, grad of sum, stats, grad of the last of each sequence's, n grads of points, y and gate
+// or null; weight, maa -> the gradient of x, which is that of y where there is no gate, else gy, ggate; glast
 template <class E, int V>
 __device__ void norm_lerp_backward_by(const MixArguments& a) {
     float *row = (float*)dynamic_shared(), *later = row + MOST_MIXED;  // later: what the token after passes back
@@ -101,7 +117,9 @@ __device__ void norm_lerp_backward_by(const MixArguments& a) {
             if (place.first && a.glast) store_vector<E, V>((E*)a.glast + sequence_at(a, place) + c, passed);
             gather_row<E, V>(a, stats, t, c, grad, row, sum, along);
         });
-        store_row_gradient<E, V>(a, stats, t, row, sum, along);
+        store_row_gradient<E, V>(a, stats, t, row, sum, along, [&](index_t at, const float (&grad)[V]) {
+            if (a.inputs[13]) store_gated<E, V>(a, at, grad);
+        });
     }
 }
 

@@ -11,13 +11,13 @@ from rwkv_peft.models import family_named
 SOURCE = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_budget.py"
 # launches, units of (T, C) at 2048 channels
 LIMITS = {
-    ("x060", "frozen"): (46, 90),
-    ("x060", "bat-in"): (86, 170),
-    ("x060", "bone"): (86, 144),
-    ("x060", "bat-out"): (102, 164),
-    ("x060", "lora"): (94, 155),
-    ("x070", "frozen"): (50, 133),
-    ("x070", "bat-in"): (80, 201),
+    ("x060", "frozen"): (44, 88),
+    ("x060", "bat-in"): (84, 168),
+    ("x060", "bone"): (84, 142),
+    ("x060", "bat-out"): (100, 162),
+    ("x060", "lora"): (92, 153),
+    ("x070", "frozen"): (49, 132),
+    ("x070", "bat-in"): (79, 200),
 }
 
 

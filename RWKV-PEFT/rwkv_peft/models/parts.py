@@ -1,7 +1,7 @@
 """Parts of a model that every generation has: what stands around its blocks, and how that starts."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ HeadFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, weigh
 
 
 class MixedNorm(nn.LayerNorm):
-    """Adds a residual, normalizes the sum, and moves each of its tokens towards the one before."""
+    """Adds to a residual, normalizes the sum, and moves each of its tokens towards the one before."""
 
     def forward(  # type: ignore[override]
         self,
@@ -28,11 +28,13 @@ class MixedNorm(nn.LayerNorm):
         cu_seqlens: torch.Tensor | None = None,
         whole: bool = False,
         twice: int | None = None,
+        gate: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
-        """x (B, T, C), y (B, T, C) or None, maa (m, C), shift (B, C) or None, what precedes the norm's first token
-        -> x + y, the norm's last token (B, C), m points between its tokens and those before (B, T, C), first of all the
-        norm itself where `whole`, last of all point number `twice` again."""
-        return norm_lerp(x, y, self.weight, self.bias, self.eps, shift, maa, cu_seqlens, whole, twice)
+        """x (B, T, C), y (B, T, C) or None, maa (m, C), shift (B, C) or None, what precedes the norm's first token,
+        gate (B, T, C) or None -> x + y, or x + sigmoid(gate) y, the norm's last token (B, C), m points between its
+        tokens and those before (B, T, C), first of all the norm itself where `whole`, last of all point number `twice`
+        again."""
+        return norm_lerp(x, y, self.weight, self.bias, self.eps, shift, maa, cu_seqlens, whole, twice, gate)
 
 
 class Recurrent(nn.Module):
@@ -82,14 +84,16 @@ class Head(nn.Linear):
 class LanguageModel(nn.Module):
     """Embedding, blocks, norm and head, under RWKV-LM's parameter names. A generation says what its blocks are:
     make_block(config, layer), called as block(x, *carried, state, cu_seqlens) -> (x, *carried, LayerState); carried is
-    what the first of them is given of what blocks hand on besides x.
+    what the first of them is given of what blocks hand on besides x, and closed(x, *carried) -> (x, carried) adds to x
+    what a block has left for the next one's norm to add.
 
     grad_checkpoint recomputes each block in the backward pass instead of keeping its activations. Parameters are
     empty until `init_weights` or `load_state_dict` fills them.
     """
 
     make_block: Callable[[Any, int], nn.Module]
-    carried: tuple[None, ...] = ()
+    carried: tuple[None, ...]
+    closed: Callable[..., tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]]
 
     def __init__(self, config: ModelConfig, grad_checkpoint: bool = False) -> None:
         super().__init__()
@@ -120,18 +124,24 @@ class LanguageModel(nn.Module):
         self, x: torch.Tensor, state: State | None = None, cu_seqlens: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, State]:
         """The part of forward between embedding and norm: x (B, T, C) -> x (B, T, C), State."""
-        carried = self.carried
+        carried: Sequence[torch.Tensor | None] = self.carried
         sequences = count_sequences(x, cu_seqlens)
         states = []
         for layer, block in enumerate(self.blocks):
             before = None if state is None else shifts_begun(state[layer], sequences)
             inputs = (x, *carried, before, cu_seqlens)
             if self.grad_checkpoint and torch.is_grad_enabled():
-                x, *carried, layer_state = checkpoint(block, *inputs, use_reentrant=False)
+                x, *carried, layer_state = checkpoint(self.through_one, block, *inputs, use_reentrant=False)
             else:
                 x, *carried, layer_state = block(*inputs)
             states.append(layer_state)
-        return x, State(states)
+        return self.closed(x, *carried)[0], State(states)
+
+    def through_one(self, block: nn.Module, *inputs: Any) -> tuple[Any, ...]:
+        """block(*inputs) with nothing left for the next one's norm: so a checkpointed block's input is x alone."""
+        x, *carried, layer_state = block(*inputs)
+        x, carried = self.closed(x, *carried)
+        return x, *carried, layer_state
 
     def tune_states(self, start: State | None = None) -> None:
         """Give every layer a time_state that trains, from the State of one sequence, or from zeros."""

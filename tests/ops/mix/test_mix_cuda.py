@@ -160,12 +160,12 @@ def test_residual_and_layer_norm(kernels, shape, offset, with_residual, trained,
 
 
 def norm_and_lerp(inputs, dtype, bounds, whole, offset=0, twice=None):
-    """Results of norm_lerp, and the gradients of x, y and last; x lies `offset` elements into its memory."""
-    x, y, last, weight, bias, maa = (x if x is None else x.to(dtype, copy=True) for x in inputs)
+    """Results of norm_lerp, and the gradients of x, y, gate and last; x lies `offset` elements into its memory."""
+    x, y, gate, last, weight, bias, maa = (x if x is None else x.to(dtype, copy=True) for x in inputs)
     memory = torch.cat([x.new_zeros(offset), x.flatten()]).requires_grad_()
-    leaves = [memory, *(x.requires_grad_() for x in (y, last) if x is not None)]
+    leaves = [memory, *(x.requires_grad_() for x in (y, gate, last) if x is not None)]
     x = memory[offset:].view(x.shape)
-    total, ends, points = norm_lerp(x, y, weight, bias, 1e-5, last, maa, bounds, whole, twice)
+    total, ends, points = norm_lerp(x, y, weight, bias, 1e-5, last, maa, bounds, whole, twice, gate)
     outs = [total, ends, *points]
     torch.autograd.backward(outs, [randn(*out.shape, seed=7 + i).to(dtype) for i, out in enumerate(outs)])
     return [*outs, *(x.grad for x in leaves)]
@@ -173,25 +173,27 @@ def norm_and_lerp(inputs, dtype, bounds, whole, offset=0, twice=None):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "shape, offset, lengths, with_residual, with_last, points, whole, twice",
+    "shape, offset, lengths, residual, with_last, points, whole, twice",
     [
-        ((2, 9, 34), 0, None, True, True, 2, False, None),
-        ((2, 9, 34), 0, None, False, False, 6, False, 3),
-        ((1, 21, 520), 2, (1, 4, 1, 15), True, True, 2, True, 0),
-        ((1, 21, 34), 0, (6, 15), True, False, 1, False, None),
-        ((1, 6, 2080), 0, None, False, True, 1, True, None),
+        ((2, 9, 34), 0, None, "plain", True, 2, False, None),
+        ((2, 9, 34), 0, None, None, False, 6, False, 3),
+        ((1, 21, 520), 2, (1, 4, 1, 15), "gated", True, 2, True, 0),
+        ((1, 21, 34), 0, (6, 15), "plain", False, 1, False, None),
+        ((1, 6, 2080), 0, None, None, True, 1, True, None),
+        ((1, 6, 2080), 0, None, "gated", False, 1, True, None),
     ],
 )
 def test_residual_norm_and_lerp_in_one(
-    kernels, shape, offset, lengths, with_residual, with_last, points, whole, twice, dtype, monkeypatch
+    kernels, shape, offset, lengths, residual, with_last, points, whole, twice, dtype, monkeypatch
 ):
     """Sequences that begin and end within strips and with them; of any width and address; a point given twice."""
     monkeypatch.setattr(norms, "STRIPS", 4)
     bounds = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
     sequences = shape[0] if lengths is None else len(lengths)
-    y = randn(*shape, seed=1) if with_residual else None
+    y = randn(*shape, seed=1) if residual else None
+    gate = 3 * randn(*shape, seed=6) if residual == "gated" else None
     last = randn(sequences, shape[2], seed=2) if with_last else None
-    inputs = [randn(*shape) + 0.5, y, last, *(randn(shape[2], seed=i) for i in (3, 4)), randn(points, shape[2])]
+    inputs = [randn(*shape) + 0.5, y, gate, last, *(randn(shape[2], seed=i) for i in (3, 4)), randn(points, shape[2])]
     inputs = [x if x is None else x.to(dtype) for x in inputs]
     found = norm_and_lerp(inputs, dtype, bounds, whole, offset, twice)
     assert "NormLerp" in type(found[1].grad_fn).__name__
@@ -263,7 +265,7 @@ def test_the_order_of_threads_changes_no_bit(kernels, order, monkeypatch):
         leaves = [x.requires_grad_() for x in (randn(1, 3, 300), randn(1, 3, 300), randn(300), randn(300))]
         outs = add_norm(*leaves, 1e-5)
         torch.autograd.backward(outs, [randn(1, 3, 300, seed=seed) for seed in (7, 8)])
-        inputs = [randn(1, 9, 300), randn(1, 9, 300, seed=1), randn(1, 300), *randn(2, 300), randn(2, 300, seed=1)]
+        inputs = [*randn(3, 1, 9, 300), randn(1, 300), *randn(2, 300), randn(2, 300, seed=1)]
         mixed = norm_and_lerp(inputs, torch.float32, None, True)
         return [*outs, *(x.grad for x in leaves), *mixed]
 

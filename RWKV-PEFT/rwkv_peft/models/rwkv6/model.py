@@ -71,14 +71,16 @@ class TimeMix(Recurrent):
         self,
         norm: MixedNorm,
         x: torch.Tensor,
+        y: torch.Tensor | None,
+        gate: torch.Tensor | None,
         shift: torch.Tensor | None = None,
         wkv_state: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x (B, T, C), which `norm` normalizes -> x, output (B, T, C), last normalized token (B, C), final wkv state
-        (B, H, N, N)."""
+        """x, y and gate (B, T, C), or y and gate None, of which `norm` normalizes x + sigmoid(gate) y -> that sum,
+        output (B, T, C), last normalized token (B, C), final wkv state (B, H, N, N)."""
         B, T, _ = x.shape
-        x, last, (normal, mixed) = norm(x, None, self.time_maa_x[0], shift, cu_seqlens, whole=True)
+        x, last, (normal, mixed) = norm(x, y, self.time_maa_x[0], shift, cu_seqlens, whole=True, gate=gate)
         xw, xk, xv, xr, xg = self.mix(normal, mixed, shift, cu_seqlens)
         heads = (B, T, self.n_head, self.head_size)
         r = self.receptance(xr).view(heads)
@@ -91,7 +93,7 @@ class TimeMix(Recurrent):
 
 
 class ChannelMix(nn.Module):
-    """The feed-forward: squared ReLU under a sigmoid gate, on token-shifted input."""
+    """The feed-forward: squared ReLU, and the sigmoid gate that it goes under, on token-shifted input."""
 
     def __init__(self, config: RWKV6Config) -> None:
         super().__init__()
@@ -109,17 +111,17 @@ class ChannelMix(nn.Module):
         y: torch.Tensor,
         shift: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x, y (B, T, C), whose sum `norm` normalizes -> the sum and the feed-forward of it (B, T, C), last normalized
-        token (B, C)."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x, y (B, T, C), whose sum `norm` normalizes -> the sum, what the feed-forward makes of it, and the gate of
+        that before its sigmoid (B, T, C), last normalized token (B, C)."""
         maa = torch.cat((self.time_maa_k, self.time_maa_r)).view(2, -1)
         x, last, (xk, xr) = norm(x, y, maa, shift, cu_seqlens)
-        value = self.value(relu_square(self.key(xk)))
-        return gated_residual(x, self.receptance(xr), value), last
+        return x, self.value(relu_square(self.key(xk))), self.receptance(xr), last
 
 
 class Block(nn.Module):
-    """Pre-norm residual block; block 0 also normalizes the embedding (ln0)."""
+    """Pre-norm residual block; block 0 also normalizes the embedding (ln0). What its feed-forward makes it leaves for
+    the next one's norm to add: sigmoid(gate) y."""
 
     def __init__(self, config: RWKV6Config, layer: int) -> None:
         super().__init__()
@@ -133,18 +135,32 @@ class Block(nn.Module):
         self.ffn = ChannelMix(config)
 
     def forward(
-        self, x: torch.Tensor, state: LayerState | None = None, cu_seqlens: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, LayerState]:
-        """x (B, T, C), state LayerState or None -> x (B, T, C), LayerState."""
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor | None,
+        gate: torch.Tensor | None,
+        state: LayerState | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, LayerState]:
+        """x, y, gate (B, T, C), the last two None in block 0, state LayerState or None -> x, y, gate (B, T, C),
+        LayerState."""
         att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
         if self.first:
             x = self.ln0(x)
-        x, y, att_shift, wkv = self.att(self.ln1, x, att_shift, wkv, cu_seqlens)
-        x, ffn_shift = self.ffn(self.ln2, x, y, ffn_shift, cu_seqlens)
-        return x, LayerState(att_shift, wkv, ffn_shift)
+        x, y, att_shift, wkv = self.att(self.ln1, x, y, gate, att_shift, wkv, cu_seqlens)
+        x, y, gate, ffn_shift = self.ffn(self.ln2, x, y, ffn_shift, cu_seqlens)
+        return x, y, gate, LayerState(att_shift, wkv, ffn_shift)
 
 
 class RWKV6(LanguageModel):
     """RWKV-6 language model with RWKV-LM's parameter names."""
 
     make_block = Block
+    carried = (None, None)  # y and gate
+
+    @staticmethod
+    def closed(
+        x: torch.Tensor, y: torch.Tensor | None, gate: torch.Tensor | None
+    ) -> tuple[torch.Tensor, tuple[None, None]]:
+        """What a block hands on, with sigmoid(gate) y added."""
+        return x if y is None or gate is None else gated_residual(x, gate, y), (None, None)

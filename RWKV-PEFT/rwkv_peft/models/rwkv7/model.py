@@ -79,18 +79,20 @@ class TimeMix(Recurrent):
         self,
         norm: MixedNorm,
         x: torch.Tensor,
+        y: torch.Tensor | None,
         v_first: torch.Tensor | None,
         shift: torch.Tensor | None = None,
         wkv_state: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x (B, T, C), which `norm` normalizes, v_first (B, T, C), the values of layer 0 (None there) -> x, output
-        (B, T, C), v_first, last normalized token (B, C), final wkv state (B, H, N value, N key)."""
+        """x and y (B, T, C), y or None, whose sum `norm` normalizes, v_first (B, T, C), the values of layer 0 (None
+        there) -> the sum, output (B, T, C), v_first, last normalized token (B, C), final wkv state (B, H, N value,
+        N key)."""
         B, T, C = x.shape
         heads = (B, T, self.n_head, self.head_size)
         amounts = torch.cat([getattr(self, f"x_{name}") for name in SHIFTS]).flatten(1)  # (6, C)
         twice = None if v_first is None else SHIFTS.index("v")
-        x, last, (xr, xw, xk, xv, xa, xg, *xv_again) = norm(x, None, amounts, shift, cu_seqlens, twice=twice)
+        x, last, (xr, xw, xk, xv, xa, xg, *xv_again) = norm(x, y, amounts, shift, cu_seqlens, twice=twice)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         w = F.linear(torch.tanh(xw @ self.w1), self.w2.t(), self.w0.flatten())
         if v_first is None:
@@ -122,15 +124,16 @@ class ChannelMix(nn.Module):
         y: torch.Tensor,
         shift: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x, y (B, T, C), whose sum `norm` normalizes -> the sum and the feed-forward of it (B, T, C), last normalized
-        token (B, C)."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x, y (B, T, C), whose sum `norm` normalizes -> the sum, what the feed-forward makes of it (B, T, C), last
+        normalized token (B, C)."""
         x, last, (xk,) = norm(x, y, self.x_k[0], shift, cu_seqlens)
-        return x + self.value(relu_square(self.key(xk))), last
+        return x, self.value(relu_square(self.key(xk))), last
 
 
 class Block(nn.Module):
-    """Pre-norm residual block; block 0 also normalizes the embedding (ln0)."""
+    """Pre-norm residual block; block 0 also normalizes the embedding (ln0). What its feed-forward makes, y, it leaves
+    for the next one's norm to add."""
 
     def __init__(self, config: RWKV7Config, layer: int) -> None:
         super().__init__()
@@ -146,22 +149,30 @@ class Block(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
+        y: torch.Tensor | None,
         v_first: torch.Tensor | None,
         state: LayerState | None = None,
         cu_seqlens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, LayerState]:
-        """x (B, T, C), v_first (B, T, C) or None in block 0, state LayerState or None -> x (B, T, C), v_first,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, LayerState]:
+        """x, y, v_first (B, T, C), the last two None in block 0, state LayerState or None -> x, y, v_first (B, T, C),
         LayerState."""
         att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
         if self.first:
             x = self.ln0(x)
-        x, y, v_first, att_shift, wkv = self.att(self.ln1, x, v_first, att_shift, wkv, cu_seqlens)
-        x, ffn_shift = self.ffn(self.ln2, x, y, ffn_shift, cu_seqlens)
-        return x, v_first, LayerState(att_shift, wkv, ffn_shift)
+        x, y, v_first, att_shift, wkv = self.att(self.ln1, x, y, v_first, att_shift, wkv, cu_seqlens)
+        x, y, ffn_shift = self.ffn(self.ln2, x, y, ffn_shift, cu_seqlens)
+        return x, y, v_first, LayerState(att_shift, wkv, ffn_shift)
 
 
 class RWKV7(LanguageModel):
     """RWKV-7 language model with RWKV-LM's parameter names."""
 
     make_block = Block
-    carried = (None,)  # v_first, which block 0 makes
+    carried = (None, None)  # y; v_first, which block 0 makes
+
+    @staticmethod
+    def closed(
+        x: torch.Tensor, y: torch.Tensor | None, v_first: torch.Tensor | None
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+        """What a block hands on, with y added."""
+        return x if y is None else x + y, (None, v_first)

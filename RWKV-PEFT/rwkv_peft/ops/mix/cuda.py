@@ -68,8 +68,10 @@ TILED: Mapping[str, Layout] = MappingProxyType(
         "lerp_low_backward": _layout(f"x low up {_LOW_GRADS}", "gx glow", "maa"),
         "add_norm_forward": _layout("x y", "sum out stats", "weight bias"),
         "add_norm_backward": _layout("sum grad passed stats", "gx", "weight"),
-        "norm_lerp_forward": _layout("x y", f"sum out stats ends {_OUTS}", "weight bias maa"),
-        "norm_lerp_backward": _layout(f"sum grad passed stats gends {_GRADS} grad{MOST_POINTS}", "gx", "weight maa"),
+        "norm_lerp_forward": _layout("x y gate", f"sum out stats ends {_OUTS}", "weight bias maa"),
+        "norm_lerp_backward": _layout(
+            f"sum grad passed stats gends {_GRADS} grad{MOST_POINTS} y gate", "gx gy ggate", "weight maa"
+        ),
     }
 )
 KERNELS = (
@@ -83,7 +85,7 @@ class MixArguments(ctypes.Structure):
     """cuda/mix/arguments.cuh's structure of the same name."""
 
     _fields_ = [
-        ("inputs", ctypes.c_void_p * 12),
+        ("inputs", ctypes.c_void_p * 14),
         ("outputs", ctypes.c_void_p * 10),
         ("parameters", ctypes.c_void_p * 4),
         ("sums", ctypes.c_void_p * 6),
@@ -173,7 +175,7 @@ def _arguments(
     **others: Any,
 ) -> MixArguments:
     return MixArguments(
-        inputs=_addresses(12, [tensors.get(input_) for input_ in layout.inputs]),
+        inputs=_addresses(14, [tensors.get(input_) for input_ in layout.inputs]),
         outputs=_addresses(10, [tensors.get(output) for output in layout.outputs]),
         parameters=_addresses(4, [tensors[parameter] for parameter in layout.parameters]),
         sums=_addresses(6, sums),

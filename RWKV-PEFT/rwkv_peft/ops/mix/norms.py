@@ -46,15 +46,17 @@ class AddNorm(Function):
 
 
 class NormLerp(Function):
-    """x (B, T, C), y (B, T, C) or None, last (n, C) or None, weight and bias (C,), maa (m, C), none of them trained,
-    eps, cu_seqlens int64 or None, whether the norm itself is wanted, the point that is wanted twice or None -> x + y,
-    the last of each sequence's norms (n, C), the norm where wanted, m or m + 1 times (B, T, C)."""
+    """x (B, T, C), y (B, T, C) or None, gate (B, T, C) or None, last (n, C) or None, weight and bias (C,), maa (m, C),
+    none of them trained, eps, cu_seqlens int64 or None, whether the norm itself is wanted, the point that is wanted
+    twice or None -> x + y or x + sigmoid(gate) y, the last of each sequence's norms (n, C), the norm where wanted, m or
+    m + 1 times (B, T, C)."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         y: Tensor | None,
+        gate: Tensor | None,
         last: Tensor | None,
         weight: Tensor,
         bias: Tensor,
@@ -68,9 +70,9 @@ class NormLerp(Function):
         sizes = sizes_of(x, maa, cu_seqlens)
         ends, stats = x.new_empty(sizes["sequences"], x.shape[2]), x.new_empty(sizes["tokens"], 2, dtype=torch.float32)
         outs = tuple(torch.empty_like(x) for _ in range(whole + len(maa)))
-        ctx.save_for_backward(total, last, weight, maa, stats, cu_seqlens)
+        ctx.save_for_backward(total, None if gate is None else y, gate, last, weight, maa, stats, cu_seqlens)
         ctx.whole, ctx.twice = whole, twice
-        tensors = dict(x=x, y=y, sum=None if y is None else total, stats=stats, ends=ends)
+        tensors = dict(x=x, y=y, gate=gate, sum=None if y is None else total, stats=stats, ends=ends)
         tensors |= dict(weight=weight, bias=bias, maa=maa) | _named("out", outs, whole)
         call("norm_lerp_forward", x, tensors, last=last, eps=eps, strip=_strip(sizes["tokens"]), **sizes)
         return total, ends, *outs, *(() if twice is None else [outs[whole + twice].detach()])
@@ -78,15 +80,20 @@ class NormLerp(Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, passed: Tensor, gends: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        total, last, weight, maa, stats, cu_seqlens = ctx.saved_tensors
-        gx, glast = torch.empty_like(total), None if last is None else torch.empty_like(last)
+        total, y, gate, last, weight, maa, stats, cu_seqlens = ctx.saved_tensors
+        gx, (gy, ggate, glast) = torch.empty_like(total), (_like(x) for x in (y, gate, last))
         sizes = sizes_of(total, maa, cu_seqlens)
         tensors = dict(sum=total, passed=passed, stats=stats, gends=gends, weight=weight, maa=maa, gx=gx)
+        tensors |= dict(y=y, gate=gate, gy=gy, ggate=ggate)
         tensors |= _named("grad", grads, ctx.whole)
         n = len(grads) - ctx.whole
         sizes |= dict(n=n, last_point=n - 1 if ctx.twice is None else ctx.twice, strip=_strip(sizes["tokens"]))
         call("norm_lerp_backward", total, tensors, glast=glast, **sizes)
-        return gx, gx if ctx.needs_input_grad[1] else None, glast, *7 * (None,)
+        return gx, gx if gate is None and ctx.needs_input_grad[1] else gy, ggate, glast, *7 * (None,)
+
+
+def _like(x: Tensor | None) -> Tensor | None:
+    return None if x is None else torch.empty_like(x)
 
 
 def _named(kind: str, tensors: Sequence[Tensor], whole: bool) -> dict[str, Tensor]:

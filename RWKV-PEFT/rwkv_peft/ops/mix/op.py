@@ -130,20 +130,24 @@ def norm_lerp(
     cu_seqlens: Tensor | None = None,
     whole: bool = False,
     twice: int | None = None,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """add_norm, and `lerp` of what it normalizes: on a GPU in one pass, where neither norm nor points are trained.
 
-    x, y, weight, bias as in add_norm; last (B, C) or None, maa (m, C) and cu_seqlens as in lerp -> x + y, the last
-    normalized token of each sequence (B, C), m points (B, T, C), preceded by what is normalized where `whole`. Point
-    number `twice` comes once more, as the last, for a second user: so on a GPU its gradients are never added up.
+    x, y, weight, bias as in add_norm; last (B, C) or None, maa (m, C) and cu_seqlens as in lerp; gate (B, T, C) or None
+    -> x + y, or x + sigmoid(gate) y, the last normalized token of each sequence (B, C), m points (B, T, C), preceded by
+    what is normalized where `whole`. Point number `twice` comes once more, as the last, for a second user: so on a GPU
+    its gradients are never added up.
     """
     _check_shift(x, last, cu_seqlens)
     trained = torch.is_grad_enabled() and any([parameter.requires_grad for parameter in (weight, bias, maa)])
     narrow = x.shape[-1] <= cuda.MOST_MIXED and len(maa) <= cuda.MOST_POINTS
-    if not trained and narrow and norms_fused(x, y, last, weight, bias, maa):
-        tensors = _contiguous(x, y, last, weight, bias, maa)
+    if not trained and narrow and norms_fused(x, y, gate, last, weight, bias, maa):
+        tensors = _contiguous(x, y, gate, last, weight, bias, maa)
         total, ends, *points = run(norms.NormLerp, *tensors, eps, _bounds(cu_seqlens), whole, twice)
         return total, ends, tuple(points)
+    if gate is not None and y is not None:
+        x, y = gated_residual(x, gate, y), None
     total, normal = add_norm(x, y, weight, bias, eps)
     points = lerp(normal, last, maa, cu_seqlens=cu_seqlens)
     points = points if twice is None else (*points, points[twice])
