@@ -72,7 +72,7 @@ class NormLerp(Function):
         ctx.whole, ctx.twice = whole, twice
         tensors = dict(x=x, y=y, sum=None if y is None else total, stats=stats, ends=ends)
         tensors |= dict(weight=weight, bias=bias, maa=maa) | _named("out", outs, whole)
-        call("norm_lerp_forward", x, tensors, last=last, eps=eps, strip=_strip(sizes["tokens"]), **sizes)
+        call("norm_lerp_forward", x, tensors, last=last, eps=eps, strip=strip_of(sizes["tokens"]), **sizes)
         return total, ends, *outs, *(() if twice is None else [outs[whole + twice].detach()])
 
     @staticmethod
@@ -84,7 +84,7 @@ class NormLerp(Function):
         tensors = dict(sum=total, passed=passed, stats=stats, gends=gends, weight=weight, maa=maa, gx=gx)
         tensors |= _named("grad", grads, ctx.whole)
         n = len(grads) - ctx.whole
-        sizes |= dict(n=n, last_point=n - 1 if ctx.twice is None else ctx.twice, strip=_strip(sizes["tokens"]))
+        sizes |= dict(n=n, last_point=n - 1 if ctx.twice is None else ctx.twice, strip=strip_of(sizes["tokens"]))
         call("norm_lerp_backward", total, tensors, glast=glast, **sizes)
         return gx, gx if ctx.needs_input_grad[1] else None, glast, *7 * (None,)
 
@@ -95,7 +95,7 @@ def _named(kind: str, tensors: Sequence[Tensor], whole: bool) -> dict[str, Tenso
     return {kind: tensors[0], **points} if whole else points
 
 
-def _strip(tokens: int) -> int:
+def strip_of(tokens: int) -> int:
     """Tokens of a block."""
     return max(1, min(MOST_STRIP, tokens // STRIPS))
 
