@@ -30,6 +30,7 @@ REPEATS = 20
 ROWS, HEADS = (2, T, C), (2, T, H, N)
 VECTOR, HEADS_VECTOR = (1, 1, C), (H, N)
 LOW = ((2, T, 5 * 32), (5, 32, C))
+DDLERP = {rank: ((1, C), (C, 5 * rank), (5, C), (5, rank, C), (C, 2 * rank)) for rank in (32, 64)}
 BOUNDS = (0, 1, 64, 128, 300)
 
 
@@ -42,6 +43,13 @@ def norm_lerp(x, y, last, weight, bias, maa, gate=None):
     """Its results side by side."""
     total, ends, points = mix.norm_lerp(x, y, weight, bias, 1e-5, last, maa, whole=True, twice=1, gate=gate)
     return total, ends, *points
+
+
+def norm_ddlerp(x, y, gate, last, weight, bias, *factors):
+    """Its results side by side, of a row of several sequences."""
+    bounds = torch.tensor(BOUNDS, device=x.device)
+    total, ends, low, points = mix.norm_ddlerp(x[:1], y[:1], gate[:1], weight, bias, 1e-5, last, *factors, bounds)
+    return total, ends, low, *points
 
 
 def gated_recurrence(r, w, k, v, a, again, g, *parameters):
@@ -76,6 +84,9 @@ OPS = {
     "add_norm": (lambda *inputs: mix.add_norm(*inputs, 1e-5), (ROWS, ROWS, (C,), (C,)), None),
     "norm_lerp": (norm_lerp, (ROWS, ROWS, (2, C), (C,), (C,), (2, C)), (0, 1, 2)),
     "norm_lerp, gated": (norm_lerp, (ROWS, ROWS, (2, C), (C,), (C,), (2, C), ROWS), (0, 1, 2, 6)),
+    "norm_ddlerp": (norm_ddlerp, (*3 * [ROWS], (len(BOUNDS) - 1, C), (C,), (C,), *DDLERP[32]), range(4)),
+    "norm_ddlerp, rank 64": (norm_ddlerp, (*3 * [ROWS], (len(BOUNDS) - 1, C), (C,), (C,), *DDLERP[64]), range(4)),
+    "norm_ddlerp, trained": (norm_ddlerp, (*3 * [ROWS], (len(BOUNDS) - 1, C), (C,), (C,), *DDLERP[32]), None),
     "gated_residual": (mix.gated_residual, (ROWS, ROWS, ROWS), None),
     "bat-in": (bat_in, (ROWS, (256, C), (C // 64, 64, 64)), (0, 2)),
     "bat-in, rank 128": (bat_in, (ROWS, (256, C), (C // 128, 128, 128)), (0, 2)),

@@ -68,7 +68,7 @@ static bool lerp(Launcher forward, Launcher backward) {
 
 static bool low_rank(int rank, Launcher forward, Launcher backward) {
     Case c("mix lerp_low " + std::to_string(rank));
-    MixArguments a = arguments(2 * WIDE, WIDE);
+    MixArguments a = arguments(2 * NARROW, NARROW);
     const size_t elements = TOKENS * a.channels, low = TOKENS * LOW_POINTS * rank;
     const int groups = a.channels / a.size;
     give_sequences<bf16>(c, a, true);
@@ -77,9 +77,40 @@ static bool low_rank(int rank, Launcher forward, Launcher backward) {
     a.parameters[0] = c.input<bf16>(LOW_POINTS * a.channels);
     for (int i = 0; i < LOW_POINTS; i++) a.outputs[i] = c.result<bf16>(elements);
     c.launched(forward(a, quotient_up(TOKENS, LOW_TOKENS) * groups));
-    for (int i = 0; i < LOW_POINTS; i++) a.inputs[3 + i] = c.input<bf16>(elements);
+    for (int i = 0; i < LOW_POINTS; i++) a.inputs[5 + i] = c.input<bf16>(elements);
     a.outputs[0] = c.result<bf16>(elements), a.outputs[1] = c.result<bf16>(groups * low);
     c.launched(backward(a, quotient_up(TOKENS, LOW_TOKENS - 1) * groups));
+    return c.right();
+}
+
+// The same of what it normalizes itself, with low's tanh and the first point's product inside, and what adds up the
+// parts.
+static bool ddlerp(int rank, Launcher forward, Launcher backward, Launcher tanh, Launcher tanh_backward) {
+    Case c("mix ddlerp " + std::to_string(rank));
+    MixArguments a = arguments(2 * NARROW, NARROW);
+    const int groups = a.channels / a.size, decay = 2 * rank;
+    const size_t elements = TOKENS * a.channels, width = LOW_POINTS * rank;
+    give_sequences<bf16>(c, a, true);
+    bf16 *const low = c.input<bf16>(TOKENS * width), *const factor = c.result<bf16>(TOKENS * decay);
+    bf16* const glow = c.result<bf16>(groups * TOKENS * width);
+    float* const parts = c.result<float>(groups * TOKENS * decay);
+    a.inputs[0] = c.input<bf16>(elements), a.inputs[1] = low, a.inputs[2] = c.input<bf16>(width * a.channels);
+    a.inputs[3] = c.input<float>(2 * TOKENS), a.inputs[4] = c.input<bf16>(a.channels * decay);
+    a.parameters[0] = c.input<bf16>(LOW_POINTS * a.channels);
+    a.parameters[1] = c.input<bf16>(a.channels), a.parameters[2] = c.input<bf16>(a.channels);
+    for (int i = 1; i < LOW_POINTS; i++) a.outputs[i] = c.result<bf16>(elements);
+    a.outputs[LOW_POINTS] = parts;
+    c.launched(forward(a, quotient_up(TOKENS, LOW_TOKENS) * groups));
+    for (int i = 1; i < LOW_POINTS; i++) a.inputs[5 + i] = c.input<bf16>(elements);
+    a.inputs[10] = factor, a.inputs[11] = c.input<bf16>(TOKENS * decay);
+    a.outputs[0] = c.result<bf16>(elements), a.outputs[1] = glow;
+    MixArguments sum = arguments(decay, MOST_SIZE);
+    sum.n = groups, sum.inputs[0] = parts, sum.outputs[0] = factor;
+    c.launched(tanh(sum, row_blocks(sum)));
+    c.launched(backward(a, quotient_up(TOKENS, LOW_TOKENS - 1) * groups));
+    sum.channels = int(width), sum.inputs[0] = low, sum.inputs[1] = glow,
+    sum.outputs[0] = c.result<bf16>(TOKENS * width);
+    c.launched(tanh_backward(sum, row_blocks(sum)));
     return c.right();
 }
 
@@ -153,6 +184,10 @@ static bool norm_lerp(Launcher forward, Launcher backward, int channels, int wid
     add_norm<E>(LAUNCHER(mix_add_norm_forward_##dtype), LAUNCHER(mix_add_norm_backward_##dtype), \
                 LAUNCHER(mix_add_norm_sums_##dtype), __VA_ARGS__)
 
+#define DDLERP(K)                                                                      \
+    ddlerp(K, LAUNCHER(mix_lerp_low_forward_##K), LAUNCHER(mix_lerp_low_backward_##K), \
+           LAUNCHER(mix_tanh_forward_bfloat16), LAUNCHER(mix_tanh_backward_bfloat16))
+
 int main() {
     const RowsOperation operations[] = {
         ROWS(relu_square_forward, 1, 1, 0, 0, false),     ROWS(relu_square_backward, 2, 1, 0, 0, false),
@@ -175,6 +210,8 @@ int main() {
         bonus_gate<bf16>(LAUNCHER(mix_norm_bonus_gate_forward_bfloat16), LAUNCHER(mix_bonus_gate_backward_bfloat16));
     right &= low_rank(32, LAUNCHER(mix_lerp_low_forward_32), LAUNCHER(mix_lerp_low_backward_32));
     right &= low_rank(64, LAUNCHER(mix_lerp_low_forward_64), LAUNCHER(mix_lerp_low_backward_64));
+    right &= DDLERP(32);
+    right &= DDLERP(64);
     right &= ADD_NORM(float, float32, 2104, WIDEST<float>);
     right &= ADD_NORM(bf16, bfloat16, 2104, WIDEST<bf16>);
     right &= ADD_NORM(bf16, bfloat16, 2102, 2);

@@ -1,85 +1,182 @@
 // Token shift with interpolation whose weights have their product of low rank inside, in bf16 on tensor cores:
 // out_i = x + (previous - x) m_i, m_i = maa_i + low_i up_i, for the five points of RWKV-6, low (tokens, 5 K) and up
 // (5, K, channels). Backward is for a frozen `up`, whose gradient would need the gradients of m_i in memory.
+//
+// Where a norm's `stats` are given, x is what they normalize, here and not in memory; low is taken before its tanh; and
+// the first point, the decay's, is not written either: its product with `down` (channels, 2 K) is all that is wanted of
+// it. A block has a group of `size` channels, so that a group's part of that product, or of low's gradient, is written
+// once; steps of channels have their `up` and `down` from the L2 cache, for 64 tokens at once.
 #pragma once
 #include "common/fetch.cuh"
+#include "mix/layer_norm.cuh"
 #include "mix/lerp.cuh"
 
 constexpr int LOW_POINTS = 5;
 constexpr int LOW_THREADS = 128;
 constexpr int LOW_TOKENS = 64;  // of a tile, 16 a warp
-constexpr int WIDE = 64;        // channels of a tile in forward
-constexpr int NARROW = 32;      // of a step in backward
+constexpr int NARROW = 32;      // channels of a step in backward
 
 __device__ __forceinline__ const bf16* element(const void* p, index_t at) { return (const bf16*)p + at; }
 
-// What precedes token t in channel c: null for zeros.
-__device__ __forceinline__ const bf16* previous_of(const MixArguments& a, index_t t, const Place& place, index_t c) {
-    if (!place.first) return element(a.inputs[0], (t - 1) * a.channels + c);
-    return a.last ? element(a.last, (index_t)place.sequence * a.channels + c) : nullptr;
-}
-
-// Channels column + tile_column of maa_i, as each row of a tile has them.
-__device__ __forceinline__ Accumulator maa_of(const MixArguments& a, int i, int column) {
-    const bf16* maa = element(a.parameters[0], (index_t)i * a.channels + column + tile_column(lane_id(), 0));
+// Channels `at` + tile_column of p, as each row of a tile has them.
+__device__ __forceinline__ Accumulator channels_of(const void* p, index_t at) {
+    const bf16* from = element(p, at + tile_column(lane_id(), 0));
     Accumulator m;
-    load_pair(maa, m.c);
-    load_pair(maa + 8, m.c + 4);
+    load_pair(from, m.c);
+    load_pair(from + 8, m.c + 4);
     #pragma unroll
     for (int e = 0; e < 2; e++) m.c[2 + e] = m.c[e], m.c[6 + e] = m.c[4 + e];
     return m;
 }
 
-template <int K>
-struct LowForwardShared {
-    bf16 x[LOW_TOKENS][WIDE + PADDING], previous[LOW_TOKENS][WIDE + PADDING];
-    struct Factors {  // of one point; one is filled while the other is read
-        bf16 low[LOW_TOKENS][K + PADDING], up[K][WIDE + PADDING];
-    } factors[2];
+// A block's group of channels and tile of tokens; a tile has `own` tokens that the next one has not.
+struct LowPart {
+    int group, begin, end, valid, t0;
+
+    __device__ LowPart(const MixArguments& a, int own) {
+        const int groups = (a.channels + a.size - 1) / a.size;
+        group = blockIdx.x % groups, begin = group * a.size, end = min(begin + a.size, a.channels);
+        t0 = (int)(blockIdx.x / groups) * own;
+        valid = (int)min((index_t)LOW_TOKENS, a.tokens - t0);
+    }
 };
 
-// x, low, up; maa -> five points. A block has a tile of tokens and channels.
+// What a lane's two rows of a tile are.
+struct LowRows {
+    int token;      // of the first; that of the second is 8 more
+    bool first[2];  // of a sequence
+
+    __device__ LowRows(const MixArguments& a, int tile) : token(tile + lane_id() / 4) {
+        #pragma unroll
+        for (int h = 0; h < 2; h++) first[h] = token + 8 * h < a.tokens && place_of(a, token + 8 * h).first;
+    }
+    // Where a first token's row of a tensor (sequences, channels) begins.
+    __device__ index_t sequence_at(const MixArguments& a, int h) const {
+        return (index_t)place_of(a, token + 8 * h).sequence * a.channels;
+    }
+};
+
+// Normalizes a tile whose rows' tokens are `shift` before those of `rows`.
+__device__ __forceinline__ void normalize_tile(const MixArguments& a, const LowRows& rows, int shift, int column,
+                                               Accumulator& x) {
+    const Accumulator weight = channels_of(a.parameters[1], column), bias = channels_of(a.parameters[2], column);
+    #pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const int t = rows.token + 8 * h;
+        RowStats stats{0.f, 0.f};
+        if (t >= shift && t < a.tokens) stats = stats_of(a, t - shift);
+        #pragma unroll
+        for (int e = 0; e < 8; e++)
+            if (e / 2 % 2 == h) x.c[e] = bias.c[e] + (x.c[e] - stats.mean) * stats.scale * weight.c[e];
+    }
+    x = widened(rounded(x));
+}
+// Makes of a tile of x, and of the tile of rows before, what is mixed: normalized, and with what precedes sequences.
+__device__ __forceinline__ void settle(const MixArguments& a, const LowRows& rows, int column, Accumulator& x,
+                                       Accumulator& previous) {
+    if (a.inputs[3]) {
+        normalize_tile(a, rows, 0, column, x);
+        normalize_tile(a, rows, 1, column, previous);
+    }
+    #pragma unroll
+    for (int e = 0; e < 8; e += 2) {
+        if (!rows.first[e / 2 % 2]) continue;
+        previous.c[e] = previous.c[e + 1] = 0.f;
+        if (a.last)
+            load_pair(element(a.last, rows.sequence_at(a, e / 2 % 2) + column + tile_column(lane_id(), e)),
+                      previous.c + e);
+    }
+}
+
+// Starts the copy of a tile's rows of low, and waits for it where their tanh is still to be taken.
+template <int WIDTH>
+__device__ __forceinline__ void fetch_low(const MixArguments& a, const LowPart& part, bf16 (*low)[WIDTH + PADDING]) {
+    fetch_rows<WIDTH>(low, element(a.inputs[1], (index_t)part.t0 * WIDTH), WIDTH, LOW_TOKENS, part.valid);
+    if (!a.inputs[3]) return;
+    cp_async_wait_all();
+    for (int i = threadIdx.x; i < LOW_TOKENS * (WIDTH / 8); i += blockDim.x) {  // each thread what it has brought
+        bf16* at = &low[i / (WIDTH / 8)][i % (WIDTH / 8) * 8];
+        float x[8];
+        load_vector<bf16, 8>(x, at);
+        #pragma unroll
+        for (int e = 0; e < 8; e++) x[e] = tanhf(x[e]);
+        store_vector<bf16, 8>(at, x);
+    }
+}
+
+template <int K>
+struct LowForwardShared {
+    static constexpr int STEP = 1024 / K;  // channels
+    bf16 low[LOW_TOKENS][LOW_POINTS * K + PADDING];
+    struct Step {                                // one is filled while the other is read
+        bf16 x[1 + LOW_TOKENS][STEP + PADDING];  // the token before the tile is the first
+        bf16 up[LOW_POINTS * K][STEP + PADDING], down[STEP][2 * K + PADDING];
+    } steps[2];
+};
+
+// x, low, up, stats and down or null; maa, weight and bias where stats are -> five points, or the last four of them and
+// a group's part of the first one's product with `down`, float (groups, tokens, 2 K).
 template <int K>
 __device__ void low_forward(const MixArguments& a) {
-    auto& shared = *(LowForwardShared<K>*)dynamic_shared();
-    constexpr int stride = WIDE + PADDING;
-    const int tiles = a.channels / WIDE, c0 = blockIdx.x % tiles * WIDE, row0 = threadIdx.x / 32 * 16;
-    const index_t t0 = (index_t)(blockIdx.x / tiles) * LOW_TOKENS;
-    const int valid = (int)min((index_t)LOW_TOKENS, a.tokens - t0);
-    const auto fetch = [&](int i) {
-        auto& to = shared.factors[i % 2];
-        fetch_rows<K>(to.low, element(a.inputs[1], (t0 * LOW_POINTS + i) * K), LOW_POINTS * K, LOW_TOKENS, valid);
-        fetch_rows<WIDE>(to.up, element(a.inputs[2], (index_t)i * K * a.channels + c0), a.channels, K, K);
+    using Shared = LowForwardShared<K>;
+    auto& shared = *(Shared*)dynamic_shared();
+    constexpr int STEP = Shared::STEP, stride = STEP + PADDING, width = LOW_POINTS * K;
+    const LowPart part(a, LOW_TOKENS);
+    const int lane = lane_id(), row0 = threadIdx.x / 32 * 16, before = part.t0 > 0;
+    const auto fetch = [&](int c0) {
+        auto& to = shared.steps[(c0 - part.begin) / STEP % 2];
+        fetch_rows<STEP>(to.x + 1 - before, element(a.inputs[0], (index_t)(part.t0 - before) * a.channels + c0),
+                         a.channels, LOW_TOKENS + before, part.valid + before);
+        fetch_rows<STEP>(to.up, element(a.inputs[2], c0), a.channels, width, width);
+        if (a.inputs[4]) fetch_rows<2 * K>(to.down, element(a.inputs[4], (index_t)c0 * 2 * K), 2 * K, STEP, STEP);
     };
-    fetch_rows<WIDE>(shared.x, element(a.inputs[0], t0 * a.channels + c0), a.channels, LOW_TOKENS, valid);
-    for (int i = threadIdx.x; i < LOW_TOKENS * (WIDE / 8); i += LOW_THREADS) {
-        const int row = i / (WIDE / 8), column = i % (WIDE / 8) * 8;
-        const index_t t = t0 + row;
-        const bf16* from = row < valid ? previous_of(a, t, place_of(a, t), c0 + column) : nullptr;
-        cp_async_16(&shared.previous[row][column], from ? from : element(a.inputs[0], 0), from != nullptr);
-    }
-    fetch(0);
-    for (int i = 0; i < LOW_POINTS; i++) {
+    fetch(part.begin);
+    fetch_low<width>(a, part, shared.low);
+    const LowRows rows(a, part.t0 + row0);
+    Accumulator product[2 * K / 16];
+    #pragma unroll
+    for (int d = 0; d < 2 * K / 16; d++) product[d] = zeros();
+    for (int c0 = part.begin; c0 < part.end; c0 += STEP) {
         cp_async_wait_all();
-        __syncthreads();  // the point's factors have arrived, and nobody reads those before any more
-        if (i + 1 < LOW_POINTS) fetch(i + 1);
-        const auto& factors = shared.factors[i % 2];
-        Tile low[K / 16];
-        #pragma unroll
-        for (int k = 0; k < K / 16; k++) low[k] = load_tile(&factors.low[row0][k * 16], K + PADDING);
-        #pragma unroll
-        for (int j = 0; j < WIDE; j += 16) {
-            const Accumulator maa = maa_of(a, i, c0 + j);
-            Accumulator out = zeros();
+        __syncthreads();  // the step has arrived, and nobody reads the one before any more
+        if (c0 + STEP < part.end) fetch(c0 + STEP);
+        const auto& step = shared.steps[(c0 - part.begin) / STEP % 2];
+        #pragma unroll 1
+        for (int j = 0; j < STEP; j += 16) {
+            Accumulator x = widened(load_tile(&step.x[row0 + 1][j], stride));
+            Accumulator previous = widened(load_tile(&step.x[row0][j], stride));
+            settle(a, rows, c0 + j, x, previous);
             #pragma unroll
-            for (int k = 0; k < K / 16; k++) multiply(out, low[k], load_transposed(&factors.up[k * 16][j], stride));
-            const Accumulator x = widened(load_tile(&shared.x[row0][j], stride));
-            const Accumulator previous = widened(load_tile(&shared.previous[row0][j], stride));
-            #pragma unroll
-            for (int e = 0; e < 8; e++) out.c[e] = x.c[e] + (previous.c[e] - x.c[e]) * (out.c[e] + maa.c[e]);
-            store_tile((bf16*)a.outputs[i] + (t0 + row0) * a.channels + c0 + j, a.channels, valid - row0, rounded(out));
+            for (int i = 0; i < LOW_POINTS; i++) {
+                Accumulator m = channels_of(a.parameters[0], (index_t)i * a.channels + c0 + j);
+                #pragma unroll
+                for (int k = 0; k < K / 16; k++)
+                    multiply(m, load_tile(&shared.low[row0][i * K + k * 16], width + PADDING),
+                             load_transposed(&step.up[i * K + k * 16][j], stride));
+                #pragma unroll
+                for (int e = 0; e < 8; e++) m.c[e] = x.c[e] + (previous.c[e] - x.c[e]) * m.c[e];
+                const Tile point = rounded(m);
+                bf16* to = (bf16*)a.outputs[i];
+                if (i == 0 && a.inputs[4]) {
+                    #pragma unroll
+                    for (int d = 0; d < 2 * K / 16; d++)
+                        multiply(product[d], point, load_transposed(&step.down[j][d * 16], 2 * K + PADDING));
+                } else {
+                    store_tile(to + (index_t)(part.t0 + row0) * a.channels + c0 + j, a.channels, part.valid - row0,
+                               point);
+                }
+            }
         }
     }
+    if (!a.inputs[4]) return;
+    float* to = (float*)a.outputs[LOW_POINTS] + (part.group * a.tokens + part.t0) * 2 * K;
+    #pragma unroll
+    for (int d = 0; d < 2 * K / 16; d++)
+        #pragma unroll
+        for (int e = 0; e < 8; e += 2) {
+            const int row = row0 + tile_row(lane, e);
+            if (row < part.valid) store_pair(to + row * 2 * K + d * 16 + tile_column(lane, e), product[d].c + e);
+        }
 }
 
 // In backward a warp has 16 tokens and 32 columns of their low: where K is more, several do the same for the rest.
@@ -89,68 +186,99 @@ constexpr int LOW_SPLITS = K / 32;
 template <int K>
 struct LowBackwardShared {
     bf16 low[LOW_TOKENS][LOW_POINTS * K + PADDING];
-    bf16 up[LOW_POINTS][K][NARROW + PADDING];
-    bf16 grads[LOW_POINTS][LOW_TOKENS][NARROW + PADDING];
+    bf16 up[LOW_POINTS * K][NARROW + PADDING];
+    union {  // the first point's gradient, or what makes it
+        bf16 first[LOW_TOKENS][NARROW + PADDING], down[NARROW][2 * K + PADDING];
+    };
+    bf16 grads[LOW_POINTS - 1][LOW_TOKENS][NARROW + PADDING];
     float passed[LOW_TOKENS][16 + 2];  // the gradient of what precedes a token
 };
 
-// x, low, up, five grads; maa -> gx, glast, and glow of a group of channels, (groups, tokens, 5 K). A block has a group
-// of `size` channels and a tile of tokens, the last of which is the next tile's first: its gradient of what precedes it
-// is all that is wanted of it here.
+// Columns `column` + tile_column of the gradient of the decay's factor before its tanh, for a lane's two rows; zeros
+// where it is not given.
+template <int D>
+__device__ __forceinline__ Tile decay_gradient(const MixArguments& a, const LowPart& part, int row0, int column) {
+    Accumulator before = zeros();
+    #pragma unroll
+    for (int e = 0; e < 8; e += 2) {
+        const int row = row0 + tile_row(lane_id(), e);
+        if (row >= part.valid || !a.inputs[4]) continue;
+        const index_t at = (index_t)(part.t0 + row) * D + column + tile_column(lane_id(), e);
+        float decay[2], grad[2];
+        load_pair(element(a.inputs[10], at), decay);
+        load_pair(element(a.inputs[11], at), grad);
+        #pragma unroll
+        for (int h = 0; h < 2; h++) before.c[e + h] = grad[h] * (1.f - decay[h] * decay[h]);
+    }
+    return rounded(before);
+}
+
+// x, low, up, stats and down or null, five grads, or the last four of them and the decay's factor with its gradient
+// (tokens, 2 K); maa, weight and bias where stats are -> the gradient of what is mixed, glast, and that of low's tanh
+// by a group's channels, (groups, tokens, 5 K). A tile's last token is the next one's first: its gradient of what
+// precedes it is all that is wanted of it here.
 template <int K>
 __device__ void low_backward(const MixArguments& a) {
     auto& shared = *(LowBackwardShared<K>*)dynamic_shared();
     constexpr int MINE = LOW_TOKENS - 1, PART = K / LOW_SPLITS<K>, stride = NARROW + PADDING, width = LOW_POINTS * K;
-    const int groups = (a.channels + a.size - 1) / a.size, group = blockIdx.x % groups;
-    const index_t t0 = (index_t)(blockIdx.x / groups) * MINE;
-    const int valid = (int)min((index_t)LOW_TOKENS, a.tokens - t0), mine = min(valid, MINE);
+    const LowPart block(a, MINE);
+    const int t0 = block.t0, valid = block.valid, mine = min(valid, MINE);
     const int lane = lane_id(), warp = threadIdx.x / 32, row0 = warp / LOW_SPLITS<K> * 16;
     const int part = warp % LOW_SPLITS<K> * PART;
-    fetch_rows<width>(shared.low, element(a.inputs[1], t0 * width), width, LOW_TOKENS, valid);
-    Place places[2];    // of a lane's two rows
+    fetch_low<width>(a, block, shared.low);
+    const LowRows rows(a, t0 + row0);
     bool passes_on[2];  // whether the token after is of the same sequence
     #pragma unroll
     for (int h = 0; h < 2; h++) {
         const int row = row0 + tile_row(lane, 2 * h);
-        places[h] = row < valid ? place_of(a, t0 + row) : Place{0, false};
         passes_on[h] = row < mine && row + 1 < valid && !place_of(a, t0 + row + 1).first;
     }
+    Tile decay[2 * K / 16];
+    #pragma unroll
+    for (int d = 0; d < 2 * K / 16; d++) decay[d] = decay_gradient<2 * K>(a, block, row0, d * 16);
     Accumulator glow[LOW_POINTS][PART / 16];
     #pragma unroll
     for (int m = 0; m < LOW_POINTS * (PART / 16); m++) glow[m / (PART / 16)][m % (PART / 16)] = zeros();
-    const int end = min((group + 1) * a.size, a.channels);
-    for (int c0 = group * a.size; c0 < end; c0 += NARROW) {
+    for (int c0 = block.begin; c0 < block.end; c0 += NARROW) {
         #pragma unroll 1
-        for (int i = 0; i < LOW_POINTS; i++) {
-            const bf16* grad = element(a.inputs[3 + i], t0 * a.channels + c0);
-            fetch_rows<NARROW>(shared.grads[i], grad, a.channels, LOW_TOKENS, valid);
-            fetch_rows<NARROW>(shared.up[i], element(a.inputs[2], (index_t)i * K * a.channels + c0), a.channels, K, K);
-        }
+        for (int i = a.inputs[4] ? 1 : 0; i < LOW_POINTS; i++)
+            fetch_rows<NARROW>(i > 0 ? shared.grads[i - 1] : shared.first,
+                               element(a.inputs[5 + i], (index_t)t0 * a.channels + c0), a.channels, LOW_TOKENS, valid);
+        fetch_rows<NARROW>(shared.up, element(a.inputs[2], c0), a.channels, width, width);
+        if (a.inputs[4])
+            fetch_rows<2 * K>(shared.down, element(a.inputs[4], (index_t)c0 * 2 * K), 2 * K, NARROW, NARROW);
         cp_async_wait_all();
         __syncthreads();  // the step's rows have arrived
         #pragma unroll 1
         for (int j = 0; j < NARROW; j += 16) {
             const int column = c0 + j + tile_column(lane, 0);
-            Accumulator change = zeros();  // previous - x
+            Accumulator x = zeros(), change = zeros();  // change: previous - x
             #pragma unroll
             for (int e = 0; e < 8; e += 2) {
-                const int row = row0 + tile_row(lane, e), c = column + tile_column(0, e);
-                if (row >= valid) continue;
-                float x[2], before[2] = {0.f, 0.f};
-                load_pair(element(a.inputs[0], (t0 + row) * a.channels + c), x);
-                const bf16* from = previous_of(a, t0 + row, places[e / 2 % 2], c);
-                if (from) load_pair(from, before);
-                change.c[e] = before[0] - x[0], change.c[e + 1] = before[1] - x[1];
+                const int t = rows.token + (e & 2) * 4;
+                const bf16* from = element(a.inputs[0], (index_t)t * a.channels + column + tile_column(0, e));
+                if (t < a.tokens) load_pair(from, x.c + e);
+                if (t < a.tokens && !rows.first[e / 2 % 2]) load_pair(from - a.channels, change.c + e);
             }
+            settle(a, rows, c0 + j, x, change);
+            #pragma unroll
+            for (int e = 0; e < 8; e++) change.c[e] -= x.c[e];
             Accumulator gx = zeros(), passed = zeros();
             #pragma unroll
-            for (int i = 0; i < LOW_POINTS; i++) {
-                Accumulator m = maa_of(a, i, c0 + j);
+            for (int i = LOW_POINTS - 1; i >= 0; i--) {  // so that no registers spill
+                Accumulator m = channels_of(a.parameters[0], (index_t)i * a.channels + c0 + j);
                 #pragma unroll
                 for (int k = 0; k < K / 16; k++)
                     multiply(m, load_tile(&shared.low[row0][i * K + k * 16], width + PADDING),
-                             load_transposed(&shared.up[i][k * 16][j], stride));
-                const Accumulator grad = widened(load_tile(&shared.grads[i][row0][j], stride));
+                             load_transposed(&shared.up[i * K + k * 16][j], stride));
+                Accumulator grad = zeros();
+                if (i > 0 || !a.inputs[4]) {
+                    grad = widened(load_tile(&(i > 0 ? shared.grads[i - 1] : shared.first)[row0][j], stride));
+                } else {
+                    #pragma unroll
+                    for (int d = 0; d < 2 * K / 16; d++)
+                        multiply(grad, decay[d], load_tile(&shared.down[j][d * 16], 2 * K + PADDING));
+                }
                 Accumulator goffset;
                 #pragma unroll
                 for (int e = 0; e < 8; e++) {
@@ -162,16 +290,15 @@ __device__ void low_backward(const MixArguments& a) {
                 const Tile left = rounded(goffset);
                 #pragma unroll
                 for (int k = 0; k < PART / 16; k++)
-                    multiply(glow[i][k], left, load_tile(&shared.up[i][part + k * 16][j], stride));
+                    multiply(glow[i][k], left, load_tile(&shared.up[i * K + part + k * 16][j], stride));
             }
             #pragma unroll
             for (int e = 0; e < 8; e += 2) {
                 const int row = row0 + tile_row(lane, e);
                 if (part > 0) break;
                 *(Pair*)&shared.passed[row][tile_column(lane, e)] = Pair{{passed.c[e], passed.c[e + 1]}};
-                const Place& place = places[e / 2 % 2];
-                if (a.glast && place.first && row < mine)
-                    store_pair((bf16*)a.glast + (index_t)place.sequence * a.channels + column + tile_column(0, e),
+                if (a.glast && rows.first[e / 2 % 2] && row < mine)
+                    store_pair((bf16*)a.glast + rows.sequence_at(a, e / 2 % 2) + column + tile_column(0, e),
                                passed.c + e);
             }
             __syncthreads();  // a row's gradient is there for the row before
@@ -181,12 +308,12 @@ __device__ void low_backward(const MixArguments& a) {
                 const Pair later = *(const Pair*)&shared.passed[row0 + tile_row(lane, e) + 1][tile_column(lane, e)];
                 gx.c[e] += later.x[0], gx.c[e + 1] += later.x[1];
             }
-            bf16* to = (bf16*)a.outputs[0] + (t0 + row0) * a.channels + c0 + j;
+            bf16* to = (bf16*)a.outputs[0] + (index_t)(t0 + row0) * a.channels + c0 + j;
             store_tile(to, a.channels, part > 0 ? 0 : mine - row0, rounded(gx));
             __syncthreads();  // and nobody reads it, or the step's rows, any more
         }
     }
-    bf16* to = (bf16*)a.outputs[1] + (group * a.tokens + t0 + row0) * width;
+    bf16* to = (bf16*)a.outputs[1] + (block.group * a.tokens + t0 + row0) * width;
     #pragma unroll
     for (int i = 0; i < LOW_POINTS; i++)
         #pragma unroll

@@ -9,7 +9,7 @@ from rwkv_peft.ops.bone import cuda as bone_cuda
 from rwkv_peft.ops.cross_entropy import cuda as cross_entropy_cuda
 from rwkv_peft.ops.mix import cpu as mix_cpu
 from rwkv_peft.ops.mix import cuda as mix_cuda
-from rwkv_peft.ops.mix import gpu_lerp, heads, norms
+from rwkv_peft.ops.mix import ddlerp, gpu_lerp, heads, norms
 
 
 def draws(dtype, seed=0):
@@ -38,13 +38,17 @@ def mix(kernels):
         for rank in mix_cuda.LOW_RANKS:
             inputs = low(1, 129, 128), low(1, 128), low(5, 128), low(1, 129, 5 * rank), low(5, rank, 128), None
             results += differentiated(gpu_lerp.Lerp, (0, 1, 3), *inputs)
+            factors = low(1, 128), low(128, 5 * rank) / 10, low(5, 128), low(5, rank, 128) / 10, low(128, 2 * rank) / 10
+            inputs = *low(3, 1, 129, 128), low(1, 128), *low(2, 128), *factors, 1e-5, None
+            results += differentiated(ddlerp.NormDDLerp, range(4), *inputs)
         for randn in (low, wide):
             y, g, (weight, bias) = randn(1, 70, 2, 20), randn(1, 70, 40), randn(2, 40)
             results += differentiated(heads.NormGate, (0, 1, 2, 3), y, g, weight.clone(), bias.clone(), 1e-5)
             x, y, (weight, bias) = randn(1, 3, 2100), randn(1, 3, 2100), randn(2, 2100)
             results += differentiated(norms.AddNorm, (0, 1, 2, 3), x, y, weight.clone(), bias.clone(), 1e-5)
             frozen = weight.detach(), bias.detach(), randn(2, 2100), 1e-5, None, True, 1
-            results += differentiated(norms.NormLerp, (0, 1, 2), x.detach(), y.detach(), randn(1, 2100), *frozen)
+            inputs = x.detach(), y.detach(), randn(1, 3, 2100), randn(1, 2100)
+            results += differentiated(norms.NormLerp, range(4), *inputs, *frozen)
     return results
 
 

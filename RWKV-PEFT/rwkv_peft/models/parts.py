@@ -26,15 +26,12 @@ class MixedNorm(nn.LayerNorm):
         maa: torch.Tensor,
         shift: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None = None,
-        whole: bool = False,
         twice: int | None = None,
-        gate: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
-        """x (B, T, C), y (B, T, C) or None, maa (m, C), shift (B, C) or None, what precedes the norm's first token,
-        gate (B, T, C) or None -> x + y, or x + sigmoid(gate) y, the norm's last token (B, C), m points between its
-        tokens and those before (B, T, C), first of all the norm itself where `whole`, last of all point number `twice`
-        again."""
-        return norm_lerp(x, y, self.weight, self.bias, self.eps, shift, maa, cu_seqlens, whole, twice, gate)
+        """x (B, T, C), y (B, T, C) or None, maa (m, C), shift (B, C) or None, what precedes the norm's first token
+        -> x + y, the norm's last token (B, C), m points between its tokens and those before (B, T, C), last of all
+        point number `twice` again."""
+        return norm_lerp(x, y, self.weight, self.bias, self.eps, shift, maa, cu_seqlens, twice=twice)
 
 
 class Recurrent(nn.Module):

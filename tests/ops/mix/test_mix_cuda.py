@@ -20,6 +20,7 @@ from rwkv_peft.ops.mix import (
     gpu_lerp,
     lerp,
     norm_bonus_gate,
+    norm_ddlerp,
     norm_gate,
     norm_lerp,
     norms,
@@ -117,9 +118,14 @@ def test_lerp_with_its_product_inside(kernels, rank, lengths, with_last, groups,
 def test_the_order_of_threads_changes_no_bit_of_a_lerp_with_its_product(kernels, order):
     inputs = [randn(1, 70, 64), randn(1, 64), randn(5, 64), *low_rank(1, 70, 64, 5, 64)]
     inputs = [x.bfloat16() for x in inputs]
-    expected = frozen_lerp(inputs, torch.bfloat16, None)
+
+    def results():
+        with_norm = ddlerp(ddlerp_inputs(1, 70, 64, 32, 1), torch.bfloat16)
+        return [*frozen_lerp(inputs, torch.bfloat16, None), *with_norm]
+
+    expected = results()
     kernels.set_order(order)
-    assert all(torch.equal(x, y) for x, y in zip(frozen_lerp(inputs, torch.bfloat16, None), expected, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(results(), expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -203,6 +209,76 @@ def test_residual_norm_and_lerp_in_one(
         assert x.dtype == dtype
         allowed = 2 * (low.double() - exact).norm() + 2 * torch.finfo(dtype).eps * exact.norm()
         assert (x.double() - exact).norm() <= allowed, i
+
+
+def ddlerp_inputs(B, T, C, rank, sequences=None, dtype=torch.bfloat16, decay_rank=0, gated=False):
+    """What norm_ddlerp takes: x, y and gate or None, what precedes its sequences or None, and the parameters."""
+    w1, decay_w1 = randn(C, 5 * rank) / C**0.5, randn(C, decay_rank or 2 * rank) / C**0.5
+    parameters = [*randn(2, C), randn(1, C), w1, randn(5, C), randn(5, rank, C) / rank**0.5, decay_w1]
+    residual = [randn(B, T, C, seed=1), 3 * randn(B, T, C, seed=2)] if gated else [None, None]
+    inputs = [randn(B, T, C) + 0.5, *residual, None if sequences is None else randn(sequences, C), *parameters]
+    return [x if x is None else x.to(dtype) for x in inputs]
+
+
+def ddlerp(inputs, dtype, bounds=None, trained=None):
+    """Results of norm_ddlerp, and the gradients of x, y, gate, last and input number `trained`."""
+    wanted = [x is not None and (i < 4 or i == trained) for i, x in enumerate(inputs)]
+    leaves = [x if x is None else x.to(dtype, copy=True).requires_grad_(w) for x, w in zip(inputs, wanted)]
+    x, y, gate, last, weight, bias, *others = leaves
+    total, ends, low, points = norm_ddlerp(x, y, gate, weight, bias, 1e-5, last, *others, bounds)
+    outs = [total, ends, low, *points]
+    torch.autograd.backward(outs, [randn(*out.shape, seed=7 + i).to(dtype) for i, out in enumerate(outs)])
+    return [*outs, *(x.grad for x, w in zip(leaves, wanted) if w)]
+
+
+def takes_one_function(outs):
+    return "NormDDLerp" in type(outs[2].grad_fn).__name__
+
+
+@pytest.mark.parametrize("rank, lengths", [(32, None), (64, None), (32, (1, 62, 1, 1, 65)), (64, (64, 63))])
+@pytest.mark.parametrize("with_last, gated, groups", [(False, True, 1), (True, False, 3)])
+def test_norm_and_points_that_depend_on_the_token(kernels, rank, lengths, with_last, gated, groups, monkeypatch):
+    """Rows and sequences that end in, at and after a tile of tokens; channels in one group and in several."""
+    monkeypatch.setattr(gpu_lerp, "MOST_GROUPS", groups)
+    monkeypatch.setattr(norms, "STRIPS", 4)
+    B, T, bounds = 2, 65, None
+    if lengths is not None:
+        B, T, bounds = 1, sum(lengths), torch.tensor([0, *lengths]).cumsum(0)
+    sequences = B if bounds is None else len(lengths)
+    inputs = ddlerp_inputs(B, T, 160, rank, sequences if with_last else None, gated=gated)
+    found = ddlerp(inputs, torch.bfloat16, bounds)
+    assert takes_one_function(found)
+    true = ddlerp(inputs, torch.float64, bounds)
+    monkeypatch.setattr(op, "fused", lambda *_: False)
+    plain = ddlerp(inputs, torch.bfloat16, bounds)
+    for i, (x, low, exact) in enumerate(zip(found, plain, true, strict=True)):
+        assert x.dtype == torch.bfloat16
+        assert (x.double() - exact).norm() <= 2 * (low.double() - exact).norm(), i
+
+
+@pytest.mark.parametrize("trained", range(4, 11))
+def test_what_makes_points_takes_several_kernels_where_it_trains(kernels, trained):
+    outs = ddlerp(ddlerp_inputs(1, 3, 64, 32, 1), torch.bfloat16, trained=trained)
+    assert not takes_one_function(outs) and outs[-1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [((80, 32), torch.bfloat16), ((64, 16), torch.bfloat16), ((64, 32), torch.float32), ((4160, 32), torch.bfloat16)],
+)
+def test_shapes_that_no_kernel_has_take_several(kernels, shape, dtype):
+    assert not takes_one_function(ddlerp(ddlerp_inputs(1, 3, *shape, dtype=dtype), dtype))
+    assert not takes_one_function(ddlerp(ddlerp_inputs(1, 3, 64, 32, decay_rank=32), torch.bfloat16))
+
+
+def test_gradients_at_any_address_are_read_16_bytes_at_once(kernels, monkeypatch):
+    read, call = {}, functions.call
+    monkeypatch.setattr(op.ddlerp, "call", lambda *rest, **sizes: (read.update(rest[2]), call(*rest, **sizes)))
+    x, _, _, _, weight, bias, *factors = ddlerp_inputs(1, 3, 64, 32)
+    _, _, _, points = norm_ddlerp(x.requires_grad_(), None, None, weight, bias, 1e-5, None, *factors)
+    memory = randn(2 + 3 * 64).bfloat16()
+    torch.autograd.backward(points, [memory[2:].view(1, 3, 64)] * 4)
+    assert all(read[f"grad{i}"].data_ptr() % 16 == 0 for i in range(1, 5)) and x.grad.isfinite().all()
 
 
 def test_trained_norms_and_points_take_two_kernels(kernels):

@@ -5,13 +5,11 @@ RWKV-v5/src/model.py, so that its .pth files load unchanged.
 B batch, T time, C channels (n_embd), A attention channels, F feed-forward channels, H heads, N head size.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...ops.mix import gated_residual, lerp, norm_gate, relu_square
+from ...ops.mix import gated_residual, norm_ddlerp, norm_gate, relu_square
 from ...ops.wkv6 import wkv6
 from ..parts import LanguageModel, MixedNorm, Recurrent, count_sequences
 from ..state import LayerState
@@ -24,6 +22,30 @@ class GatedNorm(nn.GroupNorm):
     def forward(self, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """y (B, T, H, N), gate (B, T, A) -> (B, T, A)."""
         return norm_gate(y, gate, self.weight, self.bias, self.eps)
+
+
+class DataMixedNorm(nn.LayerNorm):
+    """Adds to a residual, normalizes the sum, and moves each of its tokens towards the one before, by weights that
+    depend on both (eq. 12 to 14)."""
+
+    def forward(  # type: ignore[override]
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor | None,
+        gate: torch.Tensor | None,
+        shift: torch.Tensor | None,
+        maa_x: torch.Tensor,
+        w1: torch.Tensor,
+        maa: torch.Tensor,
+        w2: torch.Tensor,
+        decay_w1: torch.Tensor,
+        cu_seqlens: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+        """x, y and gate (B, T, C), or y and gate None, shift (B, C) or None, what precedes the norm's first token, and
+        norm_ddlerp's parameters -> x + sigmoid(gate) y, the norm's last token (B, C), the decay's factor of low rank
+        (B, T, rank), the inputs of k, v, r, g (B, T, C)."""
+        norm = self.weight, self.bias, self.eps
+        return norm_ddlerp(x, y, gate, *norm, shift, maa_x, w1, maa, w2, decay_w1, cu_seqlens)
 
 
 class TimeMix(Recurrent):
@@ -56,20 +78,9 @@ class TimeMix(Recurrent):
         self.output = nn.Linear(A, C, bias=False)
         self.ln_x = GatedNorm(H, A, eps=1e-5 * config.head_size_divisor**2)
 
-    def mix(
-        self, x: torch.Tensor, mixed: torch.Tensor, shift: torch.Tensor | None, cu_seqlens: torch.Tensor | None
-    ) -> Sequence[torch.Tensor]:
-        """Data-dependent lerp between x and its predecessor (eq. 12 to 14), by way of `mixed`, one that is not
-        -> w, k, v, r, g inputs, each (B, T, C)."""
-        low = torch.tanh(mixed @ self.time_maa_w1)  # (B, T, 5 * maa_rank), order w, k, v, r, g as in time_maa_w2
-        maa = torch.cat((self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)).flatten(
-            1
-        )
-        return lerp(x, shift, maa, low, self.time_maa_w2, cu_seqlens)
-
     def forward(
         self,
-        norm: MixedNorm,
+        norm: DataMixedNorm,
         x: torch.Tensor,
         y: torch.Tensor | None,
         gate: torch.Tensor | None,
@@ -80,13 +91,14 @@ class TimeMix(Recurrent):
         """x, y and gate (B, T, C), or y and gate None, of which `norm` normalizes x + sigmoid(gate) y -> that sum,
         output (B, T, C), last normalized token (B, C), final wkv state (B, H, N, N)."""
         B, T, _ = x.shape
-        x, last, (normal, mixed) = norm(x, y, self.time_maa_x[0], shift, cu_seqlens, whole=True, gate=gate)
-        xw, xk, xv, xr, xg = self.mix(normal, mixed, shift, cu_seqlens)
+        maa = torch.cat([getattr(self, f"time_maa_{name}") for name in "wkvrg"]).flatten(1)  # (5, C), as time_maa_w2
+        factors = self.time_maa_x[0], self.time_maa_w1, maa, self.time_maa_w2, self.time_decay_w1
+        x, last, low, (xk, xv, xr, xg) = norm(x, y, gate, shift, *factors, cu_seqlens)
         heads = (B, T, self.n_head, self.head_size)
         r = self.receptance(xr).view(heads)
         k = self.key(xk).view(heads)
         v = self.value(xv).view(heads)
-        w = F.linear(torch.tanh(xw @ self.time_decay_w1), self.time_decay_w2.t(), self.time_decay.flatten()).view(heads)
+        w = F.linear(low, self.time_decay_w2.t(), self.time_decay.flatten()).view(heads)
         wkv_state = self.begun(wkv_state, count_sequences(x, cu_seqlens))
         y, wkv_state = wkv6(r, k, v, w, self.time_faaaa, wkv_state, cu_seqlens)
         return x, self.output(self.ln_x(y, self.gate(xg))), last, wkv_state
@@ -129,7 +141,7 @@ class Block(nn.Module):
         if layer == 0:
             self.ln0 = nn.LayerNorm(C)
         self.first = layer == 0
-        self.ln1 = MixedNorm(C)
+        self.ln1 = DataMixedNorm(C)
         self.ln2 = MixedNorm(C)
         self.att = TimeMix(config)
         self.ffn = ChannelMix(config)

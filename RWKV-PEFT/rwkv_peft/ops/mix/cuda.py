@@ -19,7 +19,7 @@ MOST_MIXED = 4096  # of one with token shift
 FEW_TOKENS = 8192  # up to which short strips fill a GPU with blocks
 LOW_RANKS = (32, 64)  # of a lerp whose product of low rank is inside its kernel, in bfloat16
 LOW_POINTS = 5  # that such a lerp has
-LOW_TOKENS, LOW_CHANNELS = 64, 64  # of a block's tile there; in backward it shares a token with the next one
+LOW_TOKENS, LOW_CHANNELS = 64, 32  # of a block's tile there, which in backward shares a token with the next, and step
 
 
 class Layout(NamedTuple):
@@ -49,6 +49,8 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "gated_residual_forward": _layout("x r v", "out"),
         "value_residual_forward": _layout("v first low", "out", "v0"),
         "value_residual_backward": _layout("v first low grad more passed", "gv gfirst glow", "v0", "gv0"),
+        "tanh_forward": _layout("parts", "out"),
+        "tanh_backward": _layout("x parts", "gx"),
         "norm_gate_forward": _layout("y g", "out", "weight bias"),
         "norm_gate_backward": _layout("y g grad", "gy gg", "weight bias", "gweight gbias"),
         "delta_keys_forward": _layout("k low", "key a b", "a0 k_k k_a"),
@@ -64,8 +66,8 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
 # Those whose blocks have tiles: a lerp with its product of low rank inside, a kernel a rank, and norms of whole tokens
 TILED: Mapping[str, Layout] = MappingProxyType(
     {
-        "lerp_low_forward": _layout("x low up", _LOW_OUTS, "maa"),
-        "lerp_low_backward": _layout(f"x low up {_LOW_GRADS}", "gx glow", "maa"),
+        "lerp_low_forward": _layout("x low up stats down", f"{_LOW_OUTS} parts", "maa weight bias"),
+        "lerp_low_backward": _layout(f"x low up stats down {_LOW_GRADS} decay gdecay", "gx glow", "maa weight bias"),
         "add_norm_forward": _layout("x y", "sum out stats", "weight bias"),
         "add_norm_backward": _layout("sum grad passed stats", "gx", "weight"),
         "norm_lerp_forward": _layout("x y gate", f"sum out stats ends {_OUTS}", "weight bias maa"),
@@ -150,7 +152,7 @@ def launch_tiled(
     tokens: int,
     channels: int,
     rank: int = 0,
-    size: int = LOW_CHANNELS,
+    size: int = 0,
     strip: int = 1,
     **others: Any,
 ) -> None:
@@ -177,7 +179,7 @@ def _arguments(
     return MixArguments(
         inputs=_addresses(14, [tensors.get(input_) for input_ in layout.inputs]),
         outputs=_addresses(10, [tensors.get(output) for output in layout.outputs]),
-        parameters=_addresses(4, [tensors[parameter] for parameter in layout.parameters]),
+        parameters=_addresses(4, [tensors.get(parameter) for parameter in layout.parameters]),
         sums=_addresses(6, sums),
         device=like.device.index or 0,
         **{key: x.data_ptr() if isinstance(x, torch.Tensor) else x for key, x in others.items()},

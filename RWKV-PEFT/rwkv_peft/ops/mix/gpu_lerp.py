@@ -14,7 +14,6 @@ from . import cuda
 from .functions import call, differentiable_once, rounded
 
 BLOCKS, MOST_GROUPS = 256, 8  # blocks that fill a GPU, whichever; parts of a sum over channels
-STEP = 32  # channels that a block of the backward kernel takes at once
 
 
 class Lerp(Function):
@@ -36,7 +35,8 @@ class Lerp(Function):
         tensors = dict(x=x, maa=maa) | {f"out{i}": out for i, out in enumerate(outs)}
         sizes = sizes_of(x, maa, cu_seqlens)
         if up is not None and has_product_inside(x, last, maa, low, up):
-            call("lerp_low_forward", x, tensors | dict(low=low, up=up), last=last, rank=up.shape[1], **sizes)
+            sizes |= dict(rank=up.shape[1], size=group_size(x))
+            call("lerp_low_forward", x, tensors | dict(low=low, up=up), last=last, **sizes)
         else:
             call("lerp_forward", x, tensors | dict(offsets=offsets(low, up)), last=last, **sizes)
         return outs
@@ -50,9 +50,9 @@ class Lerp(Function):
         sizes = sizes_of(x, maa, cu_seqlens) | dict(last=last, glast=glast)
         trained = ctx.needs_input_grad[2] or ctx.needs_input_grad[4]
         if not trained and has_product_inside(x, last, maa, low, up, *grads):
-            parts, size = _parts(low, x)
+            parts = parts_like(low, x)
             tensors |= dict(x=x, low=low, up=up, glow=parts)
-            call("lerp_low_backward", x, tensors, rank=up.shape[1], size=size, **sizes)
+            call("lerp_low_backward", x, tensors, rank=up.shape[1], size=group_size(x), **sizes)
             return gx, glast, None, parts.sum(0) if len(parts) > 1 else parts[0], None, None
         goffsets = None if low is None else x.new_empty(maa.shape[0], x[..., 0].numel(), x.shape[2])
         gmaa = torch.empty_like(maa, dtype=torch.float32) if ctx.needs_input_grad[2] else None
@@ -80,12 +80,17 @@ def has_product_inside(
     )
 
 
-def _parts(low: Tensor, x: Tensor) -> tuple[Tensor, int]:
-    """Room for low's gradient by groups of channels, (groups, B, T, m K), and how many channels a group has."""
+def group_size(x: Tensor) -> int:
+    """How many channels of x (B, T, C) one block has: few enough that blocks fill a GPU, and as many as that allows,
+    since what it gives of them has to be added up."""
     tiles, channels = -(-x[..., 0].numel() // (cuda.LOW_TOKENS - 1)), x.shape[2]
     groups = min(MOST_GROUPS, -(-BLOCKS // tiles))
-    size = -(-channels // (groups * STEP)) * STEP
-    return low.new_empty(-(-channels // size), *low.shape), size
+    return -(-channels // (groups * cuda.LOW_CHANNELS)) * cuda.LOW_CHANNELS
+
+
+def parts_like(whole: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Room for a tensor (B, T, …) by groups of x's channels: (groups, B, T, …), in its dtype or another."""
+    return whole.new_empty(-(-x.shape[2] // group_size(x)), *whole.shape, dtype=dtype)
 
 
 def offsets(low: Tensor | None, up: Tensor | None) -> Tensor | None:

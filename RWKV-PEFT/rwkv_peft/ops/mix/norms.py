@@ -24,10 +24,10 @@ class AddNorm(Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        total, out = x if y is None else torch.empty_like(x), torch.empty_like(x)
+        (total, tensors), out = summed(x, y), torch.empty_like(x)
         stats = x.new_empty(x[..., 0].numel(), 2, dtype=torch.float32)
         ctx.save_for_backward(total, weight, bias, stats)
-        tensors = dict(x=x, y=y, sum=None if y is None else total, out=out, weight=weight, bias=bias, stats=stats)
+        tensors |= dict(out=out, weight=weight, bias=bias, stats=stats)
         call("add_norm_forward", x, tensors, eps=eps, **_rows(x))
         return total, out
 
@@ -66,33 +66,50 @@ class NormLerp(Function):
         whole: bool,
         twice: int | None,
     ) -> tuple[Tensor, ...]:
-        total = x if y is None else torch.empty_like(x)
+        total, tensors = summed(x, y, gate)
         sizes = sizes_of(x, maa, cu_seqlens)
         ends, stats = x.new_empty(sizes["sequences"], x.shape[2]), x.new_empty(sizes["tokens"], 2, dtype=torch.float32)
         outs = tuple(torch.empty_like(x) for _ in range(whole + len(maa)))
         ctx.save_for_backward(total, None if gate is None else y, gate, last, weight, maa, stats, cu_seqlens)
         ctx.whole, ctx.twice = whole, twice
-        tensors = dict(x=x, y=y, gate=gate, sum=None if y is None else total, stats=stats, ends=ends)
-        tensors |= dict(weight=weight, bias=bias, maa=maa) | _named("out", outs, whole)
-        call("norm_lerp_forward", x, tensors, last=last, eps=eps, strip=_strip(sizes["tokens"]), **sizes)
+        tensors |= dict(stats=stats, ends=ends, weight=weight, bias=bias, maa=maa) | _named("out", outs, whole)
+        call("norm_lerp_forward", x, tensors, last=last, eps=eps, strip=strip_of(sizes["tokens"]), **sizes)
         return total, ends, *outs, *(() if twice is None else [outs[whole + twice].detach()])
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, passed: Tensor, gends: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         total, y, gate, last, weight, maa, stats, cu_seqlens = ctx.saved_tensors
-        gx, (gy, ggate, glast) = torch.empty_like(total), (_like(x) for x in (y, gate, last))
+        grads_of_sum, tensors = summed_backward(total, y, gate, ctx.needs_input_grad[1])
+        glast = like(last)
         sizes = sizes_of(total, maa, cu_seqlens)
-        tensors = dict(sum=total, passed=passed, stats=stats, gends=gends, weight=weight, maa=maa, gx=gx)
-        tensors |= dict(y=y, gate=gate, gy=gy, ggate=ggate)
+        tensors |= dict(passed=passed, stats=stats, gends=gends, weight=weight, maa=maa)
         tensors |= _named("grad", grads, ctx.whole)
         n = len(grads) - ctx.whole
-        sizes |= dict(n=n, last_point=n - 1 if ctx.twice is None else ctx.twice, strip=_strip(sizes["tokens"]))
+        sizes |= dict(n=n, last_point=n - 1 if ctx.twice is None else ctx.twice, strip=strip_of(sizes["tokens"]))
         call("norm_lerp_backward", total, tensors, glast=glast, **sizes)
-        return gx, gx if gate is None and ctx.needs_input_grad[1] else gy, ggate, glast, *7 * (None,)
+        return *grads_of_sum, glast, *7 * (None,)
 
 
-def _like(x: Tensor | None) -> Tensor | None:
+def summed(x: Tensor, y: Tensor | None, gate: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """Room for x + y or x + sigmoid(gate) y, x itself where y is None; and the tensors of it that a kernel's forward is
+    given."""
+    total = x if y is None else torch.empty_like(x)
+    return total, dict(x=x, y=y, gate=gate, sum=None if y is None else total)
+
+
+def summed_backward(
+    total: Tensor, y: Tensor | None, gate: Tensor | None, added: bool
+) -> tuple[tuple[Tensor | None, ...], dict[str, Tensor | None]]:
+    """Room for the gradients of what made that sum, x, y and gate, that of y being that of x where it was `added` as it
+    is; and the tensors that a kernel's backward is given. y: where there is a gate."""
+    gx, gy, ggate = torch.empty_like(total), like(gate), like(gate)
+    tensors = dict(sum=total, y=y, gate=gate, gx=gx, gy=gy, ggate=ggate)
+    return (gx, gx if gate is None and added else gy, ggate), tensors
+
+
+def like(x: Tensor | None) -> Tensor | None:
+    """Room for another; None for None."""
     return None if x is None else torch.empty_like(x)
 
 
@@ -102,7 +119,7 @@ def _named(kind: str, tensors: Sequence[Tensor], whole: bool) -> dict[str, Tenso
     return {kind: tensors[0], **points} if whole else points
 
 
-def _strip(tokens: int) -> int:
+def strip_of(tokens: int) -> int:
     """Tokens of a block."""
     return max(1, min(MOST_STRIP, tokens // STRIPS))
 

@@ -3,7 +3,7 @@ heads.
 
 Each operation is written out in plain torch, which takes any device and dtype, is differentiable twice and is what
 torch.compile sees. Float32 and bfloat16 tensors go through one pass forward and one backward instead (elements.py,
-heads.py, norms.py, cpu_lerp.py, gpu_lerp.py), where a compiler exists; those are differentiable once.
+heads.py, norms.py, ddlerp.py, cpu_lerp.py, gpu_lerp.py), where a compiler exists; those are differentiable once.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu, cpu_lerp, cuda, elements, gpu_lerp, heads, norms
+from . import cpu, cpu_lerp, cuda, ddlerp, elements, gpu_lerp, heads, norms
 from .functions import run
 
 
@@ -140,9 +140,8 @@ def norm_lerp(
     its gradients are never added up.
     """
     _check_shift(x, last, cu_seqlens)
-    trained = torch.is_grad_enabled() and any([parameter.requires_grad for parameter in (weight, bias, maa)])
     narrow = x.shape[-1] <= cuda.MOST_MIXED and len(maa) <= cuda.MOST_POINTS
-    if not trained and narrow and norms_fused(x, y, gate, last, weight, bias, maa):
+    if not _trained(weight, bias, maa) and narrow and norms_fused(x, y, gate, last, weight, bias, maa):
         tensors = _contiguous(x, y, gate, last, weight, bias, maa)
         total, ends, *points = run(norms.NormLerp, *tensors, eps, _bounds(cu_seqlens), whole, twice)
         return total, ends, tuple(points)
@@ -152,6 +151,45 @@ def norm_lerp(
     points = lerp(normal, last, maa, cu_seqlens=cu_seqlens)
     points = points if twice is None else (*points, points[twice])
     return total, last_token(normal, cu_seqlens), (normal, *points) if whole else points
+
+
+def norm_ddlerp(
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    last: Tensor | None,
+    maa_x: Tensor,
+    w1: Tensor,
+    maa: Tensor,
+    w2: Tensor,
+    decay_w1: Tensor,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """Layer norm and RWKV-6's token shift ("ddlerp"; Peng et al. 2024, arXiv 2404.05892, eq. 12 to 14): five `lerp`
+    points of what is normalized, whose weights have the factor tanh(p w1), p being the point of maa_x. The first of
+    the five makes the decay's factor, tanh(first decay_w1).
+
+    x, y, gate, weight, bias, last and cu_seqlens as in norm_lerp; maa_x (1, C), w1 (C, 5 K), maa (5, C), w2 (5, K, C),
+    decay_w1 (C, D) -> the sum that is normalized (B, T, C), the last normalized token of each sequence (B, C), the
+    decay's factor (B, T, D), the other four points (B, T, C). A GPU's kernels write neither the norm nor the first
+    point, where none of the parameters is trained.
+    """
+    _check_shift(x, last, cu_seqlens)
+    parameters = weight, bias, maa_x, w1, maa, w2, decay_w1
+    if not _trained(*parameters) and norms_fused(x, y, gate, last, *parameters) and ddlerp.takes(x, last, *parameters):
+        tensors = _contiguous(x, y, gate, last, *parameters)
+        x, ends, low, *points = run(ddlerp.NormDDLerp, *tensors, eps, _bounds(cu_seqlens))
+        return x, ends, low, tuple(points)
+    x, ends, (normal, p) = norm_lerp(x, y, weight, bias, eps, last, maa_x, cu_seqlens, whole=True, gate=gate)
+    first, *points = lerp(normal, last, maa, torch.tanh(p @ w1), w2, cu_seqlens)
+    return x, ends, torch.tanh(first @ decay_w1), tuple(points)
+
+
+def _trained(*parameters: Tensor) -> bool:
+    return torch.is_grad_enabled() and any([parameter.requires_grad for parameter in parameters])
 
 
 def last_token(x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:

@@ -1,0 +1,114 @@
+"""Layer norm and RWKV-6's token shift, whose weights depend on the token, on a GPU: an autograd Function over
+cuda/mix/norm_lerp.cuh and low_rank.cuh.
+
+Neither what is normalized nor the decay's point is ever in memory: a norm's kernel gives the point that makes the
+weights' factor, and the kernel of the other points normalizes again, by the same statistics.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import cuda
+from .functions import call, differentiable_once
+from .gpu_lerp import group_size, has_product_inside, parts_like, sizes_of
+from .norms import like, strip_of, summed, summed_backward
+
+
+class NormDDLerp(Function):
+    """x (B, T, C), y and gate (B, T, C) or None, last (n, C) or None; weight and bias (C,), maa_x (1, C), w1 (C, 5 K),
+    maa (5, C), w2 (5, K, C) and decay_w1 (C, 2 K), none of them trained; eps, cu_seqlens int64 or None -> the sum, the
+    last of each sequence's norms (n, C), the decay's factor (B, T, 2 K), four points (B, T, C)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor | None,
+        gate: Tensor | None,
+        last: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        maa_x: Tensor,
+        w1: Tensor,
+        maa: Tensor,
+        w2: Tensor,
+        decay_w1: Tensor,
+        eps: float,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        sizes = sizes_of(x, maa_x, cu_seqlens)
+        mixed, ends = torch.empty_like(x), x.new_empty(sizes["sequences"], x.shape[2])
+        stats = x.new_empty(sizes["tokens"], 2, dtype=torch.float32)
+        total, tensors = summed(x, y, gate)
+        norm = dict(weight=weight, bias=bias, stats=stats)
+        tensors |= norm | dict(maa=maa_x, ends=ends, out0=mixed)
+        call("norm_lerp_forward", x, tensors, last=last, eps=eps, strip=strip_of(len(stats)), **sizes)
+        low, decay = mixed @ w1, x.new_empty(*x.shape[:2], decay_w1.shape[1])
+        parts = parts_like(decay, x, torch.float32)
+        points = [torch.empty_like(x) for _ in maa[1:]]
+        of_points = norm | dict(x=total, maa=maa, low=low, up=w2, down=decay_w1, parts=parts) | _named("out", points)
+        call("lerp_low_forward", x, of_points, last=last, **_low_sizes(x, maa, w2, cu_seqlens))
+        call("tanh_forward", decay, dict(parts=parts, out=decay), **_rows_of(parts))
+        kept = None if gate is None else y, gate, last, weight, bias, maa_x, w1, maa, w2, decay_w1, cu_seqlens
+        ctx.save_for_backward(total, *kept, stats, low, decay)
+        return total, ends, decay, *points
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, passed: Tensor, gends: Tensor, gdecay: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, gate, last, weight, bias, maa_x, w1, maa, w2, decay_w1, cu_seqlens, *made = ctx.saved_tensors
+        stats, low, decay = made
+        gnormal, glow, glast, more = torch.empty_like(x), torch.empty_like(low), like(last), like(last)
+        parts = parts_like(low, x)
+        norm = dict(weight=weight, bias=bias, stats=stats)
+        tensors = norm | dict(x=x, maa=maa, low=low, up=w2, down=decay_w1, decay=decay, gdecay=gdecay)
+        tensors |= dict(gx=gnormal, glow=parts) | _named("grad", map(_aligned, grads))
+        call("lerp_low_backward", x, tensors, last=last, glast=glast, **_low_sizes(x, maa, w2, cu_seqlens))
+        call("tanh_backward", low, dict(x=low, parts=parts, gx=glow), **_rows_of(parts))
+        grads_of_sum, tensors = summed_backward(x, y, gate, ctx.needs_input_grad[1])
+        tensors |= norm | dict(maa=maa_x, grad=gnormal, passed=passed, gends=gends, grad0=glow @ w1.mT)
+        sizes = sizes_of(x, maa_x, cu_seqlens) | dict(strip=strip_of(len(stats)))
+        call("norm_lerp_backward", x, tensors, glast=more, **sizes)
+        return *grads_of_sum, glast if glast is None or more is None else glast.add_(more), *9 * (None,)
+
+
+def takes(
+    x: Tensor,
+    last: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    maa_x: Tensor,
+    w1: Tensor,
+    maa: Tensor,
+    w2: Tensor,
+    decay_w1: Tensor,
+) -> bool:
+    """Whether the kernels are for such shapes: a decay's factor twice as wide as a point's, and whole tiles."""
+    return (
+        x.shape[2] <= cuda.MOST_MIXED
+        and decay_w1.shape[1] == 2 * w2.shape[1]
+        and has_product_inside(x, last, maa, None, w2, weight, bias, decay_w1)
+    )
+
+
+def _low_sizes(x: Tensor, maa: Tensor, w2: Tensor, cu_seqlens: Tensor | None) -> dict[str, Any]:
+    return sizes_of(x, maa, cu_seqlens) | dict(rank=w2.shape[1], size=group_size(x))
+
+
+def _named(kind: str, points: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Those of all points but the first, which is the decay's."""
+    return {f"{kind}{i}": x for i, x in enumerate(points, 1)}
+
+
+def _rows_of(parts: Tensor) -> dict[str, int]:
+    """What a launch is told of parts (n, B, T, …)."""
+    return dict(n=len(parts), tokens=parts[0, ..., 0].numel(), channels=parts.shape[-1])
+
+
+def _aligned(grad: Tensor) -> Tensor:
+    """A gradient of which 16 bytes can be read at once."""
+    return grad if grad.is_meta or grad.data_ptr() % 16 == 0 else grad.clone()
