@@ -87,16 +87,15 @@ struct Decays {
         }
     }
 
+    // The factors below take one reciprocal whichever the part is, so that no thread branches.
+
     // read[i]: the decays between the chunk's middle and token t + i's read of the state; their reciprocal before
     // the middle.
     __device__ __forceinline__ void reads(Pair (&read)[4]) const {
         #pragma unroll
         for (int j = 0; j < 2; j++) {
-            const float x = part == 0   ? reciprocal_approx(first.x[j])
-                            : part == 1 ? reciprocal_approx(quarter[1].x[j])
-                            : part == 2 ? 1.f
-                                        : quarter[2].x[j];
-            onwards(read, j, x);
+            const float before = reciprocal_approx(part == 0 ? first.x[j] : quarter[1].x[j]);
+            onwards(read, j, part < 2 ? before : part == 2 ? 1.f : quarter[2].x[j]);
         }
     }
 
@@ -105,11 +104,8 @@ struct Decays {
     __device__ __forceinline__ void writes(Pair (&write)[4]) const {
         #pragma unroll
         for (int j = 0; j < 2; j++) {
-            const float x = part == 3   ? reciprocal_approx(second.x[j])
-                            : part == 2 ? reciprocal_approx(quarter[2].x[j])
-                            : part == 1 ? 1.f
-                                        : quarter[1].x[j];
-            backwards(write, j, x);
+            const float after = reciprocal_approx(part == 3 ? second.x[j] : quarter[2].x[j]);
+            backwards(write, j, part > 1 ? after : part == 1 ? 1.f : quarter[1].x[j]);
         }
     }
 
