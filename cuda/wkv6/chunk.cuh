@@ -177,11 +177,18 @@ struct Checkpoint {
     __device__ __forceinline__ Tile& operator()(int k, int v) const { return tiles[(k * (N / 16) + v) * 32]; }
 };
 
-// The dot product of eight elements of two rows, each product scaled by `factor` where SCALED, summed over the N / 8
-// threads that share the rows. All are 16-byte aligned.
+// Sum over the N / 8 threads that share a row.
+template <int N>
+__device__ __forceinline__ float row_sum(float x) {
+    #pragma unroll
+    for (int lanes = 1; lanes < N / 8; lanes *= 2) x += __shfl_xor_sync(~0u, x, lanes);
+    return x;
+}
+
+// The dot product of eight elements of two rows, each product scaled by `factor`, 16-byte aligned, where SCALED, summed
+// over the threads that share the rows.
 template <int N, bool SCALED>
-__device__ __forceinline__ float row_dot(const bf16* x, const bf16* y, const float* factor = nullptr) {
-    const Tile a = *(const Tile*)x, b = *(const Tile*)y;  // for their 16 bytes
+__device__ __forceinline__ float row_dot(const Tile& a, const Tile& b, const float* factor = nullptr) {
     float sum = 0.f;
     #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -189,9 +196,7 @@ __device__ __forceinline__ float row_dot(const bf16* x, const bf16* y, const flo
         sum += SCALED ? low * factor[2 * i] : low;
         sum += SCALED ? high * factor[2 * i + 1] : high;
     }
-    #pragma unroll
-    for (int lanes = 1; lanes < N / 8; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
-    return sum;
+    return row_sum<N>(sum);
 }
 
 // Sets a chunk's (16, 16) scores to zero except below the diagonal (above it where `above`), and the diagonal to

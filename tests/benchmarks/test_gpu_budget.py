@@ -11,11 +11,11 @@ from rwkv_peft.models import family_named
 SOURCE = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_budget.py"
 # launches, units of (T, C) at 2048 channels
 LIMITS = {
-    ("x060", "frozen"): (46, 90),
-    ("x060", "bat-in"): (86, 170),
-    ("x060", "bone"): (86, 144),
-    ("x060", "bat-out"): (102, 164),
-    ("x060", "lora"): (94, 155),
+    ("x060", "frozen"): (45, 87),
+    ("x060", "bat-in"): (85, 167),
+    ("x060", "bone"): (85, 141),
+    ("x060", "bat-out"): (101, 161),
+    ("x060", "lora"): (93, 152),
     ("x070", "frozen"): (50, 133),
     ("x070", "bat-in"): (80, 201),
 }
