@@ -23,6 +23,7 @@ from rwkv_peft.adapters.bone import bone
 from rwkv_peft.ops import bone as bone_ops
 from rwkv_peft.ops import cross_entropy as loss_ops
 from rwkv_peft.ops import mix
+from rwkv_peft.ops.wkv6 import wkv6_gated
 from rwkv_peft.ops.wkv7 import wkv7_gated
 
 T, C, H, N = 300, 512, 8, 64
@@ -52,7 +53,12 @@ def norm_ddlerp(x, y, gate, last, weight, bias, *factors):
     return total, ends, low, *points
 
 
-def gated_recurrence(r, w, k, v, a, again, g, *parameters):
+def gated_wkv6(r, k, v, w, g, u, *parameters):
+    """wkv6 with norm and gate, of usual decays."""
+    return wkv6_gated((r, k, v, w - 3), u, g, *parameters, 64e-5)
+
+
+def gated_wkv7(r, w, k, v, a, again, g, *parameters):
     """wkv7 with norm, bonus and gate, of `a` made a direction that is taken away."""
     a = -F.normalize(a, dim=-1)
     return wkv7_gated((r, w, k, v, a, -a), again, g, *parameters, 64e-5)
@@ -76,7 +82,8 @@ OPS = {
         (HEADS, HEADS, HEADS, HEADS, ROWS, HEADS_VECTOR, (C,), (C,)),
         None,
     ),
-    "wkv7_gated": (gated_recurrence, (*6 * [HEADS], ROWS, HEADS_VECTOR, (C,), (C,)), range(7)),
+    "wkv6_gated": (gated_wkv6, (*4 * [HEADS], ROWS, HEADS_VECTOR, (C,), (C,)), range(6)),
+    "wkv7_gated": (gated_wkv7, (*6 * [HEADS], ROWS, HEADS_VECTOR, (C,), (C,)), range(7)),
     "delta_keys": (mix.delta_keys, (HEADS, HEADS, VECTOR, VECTOR, VECTOR), None),
     "value_residual": (mix.value_residual, (ROWS, ROWS, ROWS, VECTOR), None),
     "relu_square": (mix.relu_square, (ROWS,), None),

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import gpu_ops
 import torch
@@ -246,6 +247,8 @@ def time_kernels(op, shape, bandwidth):
             (2 * rows + 1) * elements + states,
         ),
     }
+    if "gout" in op.kernels.signature.further:
+        runs |= gated_runs(op.kernels, tensors, gy, states)
     for direction, (function, traffic) in runs.items():
         time_ = milliseconds(function)
         floor = traffic / 1e6 / bandwidth
@@ -258,6 +261,21 @@ def time_kernels(op, shape, bandwidth):
             of_floor=round(floor / time_, 2),
         )
     peers(op, shape, leaves, gy)
+
+
+def gated_runs(kernels, tensors, gy, states):
+    """The same of the kernels that make the norm and gate after wkv6. states: the checkpoints' bytes."""
+    weight, bias, g = (torch.randn_like(x) for x in (gy[0, 0], gy[0, 0], gy))
+    gate = dict(kind="_gated", g=g, weight=weight, bias=bias, eps=64e-5)
+    forward = partial(kernels.forward, *tensors, None, None, save=True, out=torch.empty_like(g), **gate)
+    y, _, checkpoints = forward()
+    further = dict(y=y, gout=gy, gg=torch.empty_like(g))
+    backward = partial(kernels.backward, *tensors, None, None, checkpoints, None, None, **further, **gate)
+    elements = gy.numel() * gy.element_size()
+    both = {"gated forward": (forward, 7 * elements + states)}
+    if not kernels.group_of(gy, gy.shape[0]):  # else y's gradient is made before, apart
+        both["gated backward"] = (backward, 12 * elements + states)
+    return both
 
 
 def peers(op, shape, leaves, gy):

@@ -34,6 +34,7 @@ static Way way(bool backward, int N, bool is_float32) {
     return {backward ? wkv7_backward_plain_bfloat16_run : wkv7_forward_plain_bfloat16_run, block};
 }
 static int scan_blocks(int) { return SCAN_BLOCKS; }
+static Way gated_way(bool) { return {}; }  // there is none
 #else
 #define WAY(N)                                                                                                     \
     (backward ? Way{wkv6_backward_##N##_run, 2 * N, wkv6_backward_groups_##N##_run, wkv6_backward_scan_run, 2 * N} \
@@ -47,17 +48,21 @@ static Way way(bool backward, int N, bool is_float32) {
     return {backward ? wkv6_backward_plain_bfloat16_run : wkv6_forward_plain_bfloat16_run, block};
 }
 static int scan_blocks(int N) { return N * N / (4 * SCAN_THREADS); }
+static Way gated_way(bool backward) {  // of head size 64
+    return {backward ? wkv6_backward_gated_64_run : wkv6_forward_gated_64_run, 128};
+}
 #endif
 
-// group: the tokens of one where time is split, or 0.
+// group: the tokens of one where time is split, or 0. gated: by the kernels that make what follows, too.
 template <class E>
-static bool run(int N, int group = 0) {
+static bool run(int N, int group = 0, bool gated = false) {
     constexpr bool is_float32 = std::is_same_v<E, float>;
     Case c("wkv" + std::to_string(GENERATION) + " " + std::to_string(N) + " " + DTYPE<E> + " groups of " +
-           std::to_string(group));
+           std::to_string(group) + (gated ? " gated" : ""));
     const size_t tokens = BOUNDS.back(), sequences = BOUNDS.size() - 1, channels = HEADS * N, state = channels * N;
     const size_t groups = group ? tokens / group + sequences : sequences, elements = tokens * channels;
-    const Way ways[] = {way(false, N, is_float32), way(true, N, is_float32)};
+    const auto way_of = [&](bool backward) { return gated ? gated_way(backward) : way(backward, N, is_float32); };
+    const Way ways[] = {way_of(false), way_of(true)};
     Arguments a = {};
     a.sequences = int(sequences), a.length = int(tokens), a.heads = HEADS, a.head_size = N;
     a.group = group, a.groups = int(groups), a.bounds = c.given(BOUNDS);
@@ -77,7 +82,11 @@ static bool run(int N, int group = 0) {
     const size_t transitions = group ? groups * state : 0;
 #else
     a.u = c.input<float>(channels), a.gu = c.result<float>(groups * channels);
-    a.checkpoints = c.room<float>(ways[0].groups ? slots / 2 : slots);
+    a.checkpoints = c.room<float>(ways[0].groups || gated ? slots / 2 : slots);
+    if (gated) {
+        a.g = c.input<E>(elements), a.weight = c.input<E>(channels), a.bias = c.input<E>(channels), a.eps = 1e-3f;
+        a.out = c.result<E>(elements), a.gout = a.gy, a.gy = nullptr, a.gg = c.result<E>(elements);
+    }
     const size_t transitions = group ? groups * channels : 0;
 #endif
     if (group) a.transitions = c.room<float>(transitions);
@@ -99,5 +108,6 @@ int main() {
         right &= run<bf16>(N);
         if (way(false, N, false).groups) right &= run<bf16>(N, 64);
     }
+    if (gated_way(false).kernel) right &= run<bf16>(64, 0, true);
     return right ? 0 : 1;
 }

@@ -42,6 +42,10 @@ __device__ __forceinline__ Accumulator widened(const Tile& t) {
     return a;
 }
 
+// Eight neighbours in memory, 16-byte aligned, as a tile's words.
+__device__ __forceinline__ Tile load_eight(const bf16* p) { return *(const Tile*)p; }
+__device__ __forceinline__ void store_eight(bf16* p, const Tile& x) { *(Tile*)p = x; }
+
 // A tile as a product's second operand: in the order in which the instruction takes the registers, so that none has to
 // be moved to bring a pair side by side.
 struct Right { uint32_t x[4]; };

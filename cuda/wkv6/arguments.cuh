@@ -25,8 +25,14 @@ struct Arguments {
     float* gstate;       // the chunked kernel of head size 128 keeps states here in between; or null, but there
     float* parts;        // where time is split: (groups, heads, K, V), states at the groups' bounds; then as gstate
     float* transitions;  // and (groups, heads, K), what a state is scaled by from a group's start to its end
+    const void *g, *weight, *bias;  // where the kernels make what follows y (gate.cuh): the gate, elements as y's, and
+                                    // the norm's parameters, elements (heads, head_size)
+    void* out;                      // what the gate lets through, elements as y's
+    const void* gout;               // its gradient; backward, in place of gy, has this and y, and makes
+    void* gg;
     int sequences, length, heads, head_size, device;  // device: the GPU that holds all of it
     int group, groups;  // a group's tokens, a multiple of 64, or 0; and the groups' places, or the sequences
+    float eps;          // the norm's
 };
 
 using Sequence = SequenceOf<SEGMENT>;

@@ -2,16 +2,17 @@
 // v = 16 i .. of dSᵀ, both in registers from the last token to the first; the head comment of wkv6.cu explains
 // the algorithm.
 #pragma once
-#include "wkv6/chunk.cuh"
+#include "wkv6/gate.cuh"
 
 constexpr int CHUNKS = SEGMENT / CHUNK;
 
-template <int N>
+template <int N, bool GATED>
 struct BackwardShared {
     struct { typename Shape<N>::Rows r, k, v, w, gy; } chunk[2];  // one in use, one arriving
     Operands<N> operands;
     float read[CHUNK][N + 4], write[CHUNK][N + 4];  // Decays::reads and writes, for the epilogue
     float u[N], gy_v[CHUNK];                        // gy_v: sum over v of gy v
+    GateShared<N, GATED> gate;
 };
 
 // Sums over time of a tile with time along its columns: in each row, the sum over the columns before each element's
@@ -46,10 +47,10 @@ __device__ __forceinline__ RowSums row_sums(const Accumulator& x) {
     return sums;
 }
 
-template <int N>
+template <int N, bool GATED>
 __device__ __forceinline__ void chunked_backward(const Arguments& a) {
     constexpr int tiles = Shape<N>::tiles, stride = Shape<N>::stride;
-    BackwardShared<N>& shared = *(BackwardShared<N>*)dynamic_shared();
+    BackwardShared<N, GATED>& shared = *(BackwardShared<N, GATED>*)dynamic_shared();
     Operands<N>& o = shared.operands;
     const Sequence s(a);
     const int tid = threadIdx.x, lane = lane_id();
@@ -58,7 +59,7 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         return;
     }
     const int c0 = tid / 32 * 16;  // the warp's rows
-    const int dot_row = tid / (N / 8), dot_column = tid % (N / 8) * 8;
+    const int own_row = tid / (N / 8), own_column = tid % (N / 8) * 8;
     const int segments = (s.length + SEGMENT - 1) / SEGMENT;
     int stage = 0;  // shared.chunk[stage] is in use
 
@@ -70,7 +71,13 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         fetch<N>(next.w, a.w, s, t0);
         if (reverse) {
             fetch<N>(next.r, a.r, s, t0);
-            fetch<N>(next.gy, a.gy, s, t0);
+            fetch<N>(next.gy, GATED ? a.gout : a.gy, s, t0);  // in whose place gy will be
+        }
+    };
+    const auto start_gate_fetch = [&](int t0) {
+        if constexpr (GATED) {
+            fetch<N>(shared.gate.y, a.y, s, t0);
+            fetch<N>(shared.gate.g, a.g, s, t0);
         }
     };
     const auto arrive = [&]() {  // at the chunk whose fetch was started last
@@ -88,9 +95,10 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         const int place = (t0 % SEGMENT / CHUNK * (tiles - 4) + b - 4) * Shape<N>::threads + tid;
         if (b >= 4) return ((Tile*)((a.group ? a.parts : a.gstate) + s.state))[place];
         void* const room = b == 0 ? a.gr : b == 1 ? a.gk : b == 2 ? a.gv : a.gw;
-        return *(Tile*)((bf16*)room + s.elements + (t0 + dot_row) * s.stride + dot_column);
+        return *(Tile*)((bf16*)room + s.elements + (t0 + own_row) * s.stride + own_column);
     };
 
+    if constexpr (GATED) load_parameters(shared.gate, a, s);
     if (tid < N) shared.u[tid] = a.u[s.channel(a) + tid];
     const float* ends = a.group ? a.parts : a.gfinal;
     const float* end = ends ? ends + s.state : nullptr;
@@ -98,7 +106,10 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
     load_state<N>(dS, end, c0, false);
     load_state<N>(dSt, end, c0, true);
     float gu[2] = {0.f, 0.f};
-    if (segments > 0) start_fetch(1, (segments - 1) * SEGMENT, s.length - (segments - 1) * SEGMENT <= CHUNK);
+    if (segments > 0) {
+        start_fetch(1, (segments - 1) * SEGMENT, s.length - (segments - 1) * SEGMENT <= CHUNK);
+        start_gate_fetch((s.length - 1) / CHUNK * CHUNK);
+    }
 
     for (int segment = segments - 1; segment >= 0; segment--) {
         const int begin = segment * SEGMENT;
@@ -131,21 +142,32 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         for (int i = chunks - 1; i >= 0; i--) {
             const int t0 = begin + i * CHUNK, valid = min(CHUNK, s.length - t0);
             arrive();
+            const GateRows rows = own_rows(shared.gate);
+            if (t0 > 0) start_gate_fetch(t0 - CHUNK);
             if (i > 0)
                 start_fetch(stage ^ 1, t0 - CHUNK, true);
             else if (segment > 0)
                 start_fetch(stage ^ 1, begin - SEGMENT, false);
-            const auto& in = shared.chunk[stage];
+            auto& in = shared.chunk[stage];
 
             Decays<N> decays(in.w, valid, o);
             const float bonus =
-                row_dot<N, true>(&in.r[dot_row][dot_column], &in.k[dot_row][dot_column], &shared.u[dot_column]);
-            const float gy_v = row_dot<N, false>(&in.gy[dot_row][dot_column], &in.v[dot_row][dot_column]);
-            if (dot_column == 0) {
-                o.bonus[dot_row] = bonus;
-                shared.gy_v[dot_row] = gy_v;
+                row_dot<N, true>(load_eight(own<N>(in.r)), load_eight(own<N>(in.k)), &shared.u[own_column]);
+            GateGradients gate = {load_eight(own<N>(in.gy)), {}};
+            if constexpr (GATED) {
+                gate = gate_gradients<N>(rows, gate.gy, shared.gate, a.eps);
+                store_eight(own<N>(in.gy), gate.gy);
+            }
+            const float gy_v = row_dot<N, false>(gate.gy, load_eight(own<N>(in.v)));
+            if (own_column == 0) {
+                o.bonus[own_row] = bonus;
+                shared.gy_v[own_row] = gy_v;
             }
             __syncthreads();  // the quarters are known
+            if constexpr (GATED) {
+                const index_t at = s.elements + (t0 + own_row) * s.stride + own_column;
+                if (own_row < valid) store_eight((bf16*)a.gg + at, gate.gg);
+            }
             Pair factor[4];
             decays.halves(o);
             decays.reads(factor);

@@ -87,16 +87,15 @@ struct Decays {
         }
     }
 
+    // The factors below take one reciprocal whichever the part is, so that no thread branches.
+
     // read[i]: the decays between the chunk's middle and token t + i's read of the state; their reciprocal before
     // the middle.
     __device__ __forceinline__ void reads(Pair (&read)[4]) const {
         #pragma unroll
         for (int j = 0; j < 2; j++) {
-            const float x = part == 0   ? reciprocal_approx(first.x[j])
-                            : part == 1 ? reciprocal_approx(quarter[1].x[j])
-                            : part == 2 ? 1.f
-                                        : quarter[2].x[j];
-            onwards(read, j, x);
+            const float before = reciprocal_approx(part == 0 ? first.x[j] : quarter[1].x[j]);
+            onwards(read, j, part < 2 ? before : part == 2 ? 1.f : quarter[2].x[j]);
         }
     }
 
@@ -105,11 +104,8 @@ struct Decays {
     __device__ __forceinline__ void writes(Pair (&write)[4]) const {
         #pragma unroll
         for (int j = 0; j < 2; j++) {
-            const float x = part == 3   ? reciprocal_approx(second.x[j])
-                            : part == 2 ? reciprocal_approx(quarter[2].x[j])
-                            : part == 1 ? 1.f
-                                        : quarter[1].x[j];
-            backwards(write, j, x);
+            const float after = reciprocal_approx(part == 3 ? second.x[j] : quarter[2].x[j]);
+            backwards(write, j, part > 1 ? after : part == 1 ? 1.f : quarter[1].x[j]);
         }
     }
 
@@ -181,11 +177,18 @@ struct Checkpoint {
     __device__ __forceinline__ Tile& operator()(int k, int v) const { return tiles[(k * (N / 16) + v) * 32]; }
 };
 
-// The dot product of eight elements of two rows, each product scaled by `factor` where SCALED, summed over the N / 8
-// threads that share the rows. All are 16-byte aligned.
+// Sum over the N / 8 threads that share a row.
+template <int N>
+__device__ __forceinline__ float row_sum(float x) {
+    #pragma unroll
+    for (int lanes = 1; lanes < N / 8; lanes *= 2) x += __shfl_xor_sync(~0u, x, lanes);
+    return x;
+}
+
+// The dot product of eight elements of two rows, each product scaled by `factor`, 16-byte aligned, where SCALED, summed
+// over the threads that share the rows.
 template <int N, bool SCALED>
-__device__ __forceinline__ float row_dot(const bf16* x, const bf16* y, const float* factor = nullptr) {
-    const Tile a = *(const Tile*)x, b = *(const Tile*)y;  // for their 16 bytes
+__device__ __forceinline__ float row_dot(const Tile& a, const Tile& b, const float* factor = nullptr) {
     float sum = 0.f;
     #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -193,9 +196,7 @@ __device__ __forceinline__ float row_dot(const bf16* x, const bf16* y, const flo
         sum += SCALED ? low * factor[2 * i] : low;
         sum += SCALED ? high * factor[2 * i + 1] : high;
     }
-    #pragma unroll
-    for (int lanes = 1; lanes < N / 8; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
-    return sum;
+    return row_sum<N>(sum);
 }
 
 // Sets a chunk's (16, 16) scores to zero except below the diagonal (above it where `above`), and the diagonal to

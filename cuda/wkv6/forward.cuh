@@ -1,24 +1,25 @@
 // The chunked forward kernel. Warp i owns rows v = 16 i .. 16 i + 15 of Sᵀ, in registers from the first token to the
 // last; the head comment of wkv6.cu explains the algorithm.
 #pragma once
-#include "wkv6/chunk.cuh"
+#include "wkv6/gate.cuh"
 
-template <int N>
+template <int N, bool GATED>
 struct ForwardShared {
     struct { typename Shape<N>::Rows r, k, v, w; } chunk[2];  // one in use, one arriving
     Operands<N> operands;
     float u[N];
+    GateShared<N, GATED> gate;
 };
 
-template <int N>
+template <int N, bool GATED>
 __device__ __forceinline__ void chunked_forward(const Arguments& a) {
     constexpr int tiles = Shape<N>::tiles, stride = Shape<N>::stride;
-    ForwardShared<N>& shared = *(ForwardShared<N>*)dynamic_shared();
+    ForwardShared<N, GATED>& shared = *(ForwardShared<N, GATED>*)dynamic_shared();
     Operands<N>& o = shared.operands;
     const Sequence s(a);
     if (s.length < 0) return;
     const int v0 = threadIdx.x / 32 * 16;  // the warp's rows
-    const int dot_row = threadIdx.x / (N / 8), dot_column = threadIdx.x % (N / 8) * 8;
+    const int own_row = threadIdx.x / (N / 8), own_column = threadIdx.x % (N / 8) * 8;
 
     const auto start_fetch = [&](int t0) {
         auto& next = shared.chunk[t0 / CHUNK % 2];
@@ -28,6 +29,18 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
         fetch<N>(next.w, a.w, s, t0);
     };
 
+    // Writes the results of the chunk at t0, of whose y each warp has its part in shared memory.
+    const auto finish = [&](const GateRows& rows, int t0) {
+        if constexpr (GATED) {
+            const Tile out = gated<N>(rows, shared.gate, a.eps);
+            const index_t at = s.elements + (t0 + own_row) * s.stride + own_column;
+            const bool valid = t0 >= 0 && t0 + own_row < s.length;
+            if (valid) store_eight((bf16*)a.y + at, rows.y);
+            if (valid) store_eight((bf16*)a.out + at, out);
+        }
+    };
+
+    if constexpr (GATED) load_parameters(shared.gate, a, s);
     if (threadIdx.x < N) shared.u[threadIdx.x] = a.u[s.channel(a) + threadIdx.x];
     Accumulator St[tiles];
     const float* start = a.group ? a.parts : a.state;
@@ -36,10 +49,12 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
 
     for (int t0 = 0; t0 < s.length; t0 += CHUNK) {
         const int valid = min(CHUNK, s.length - t0);
-        const auto& in = shared.chunk[t0 / CHUNK % 2];
+        auto& in = shared.chunk[t0 / CHUNK % 2];
         cp_async_wait_all();
         __syncthreads();  // the chunk has arrived, and nobody reads the previous one or its operands any more
+        const GateRows before = own_rows(shared.gate);
         if (t0 + CHUNK < s.length) start_fetch(t0 + CHUNK);
+        if constexpr (GATED) fetch<N>(shared.gate.g, a.g, s, t0);
         if (a.checkpoints && t0 % SEGMENT == 0) {
             const Checkpoint<N> checkpoint(a, s, t0);
             #pragma unroll
@@ -47,9 +62,9 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
         }
 
         Decays<N> decays(in.w, valid, o);
-        const float bonus =
-            row_dot<N, true>(&in.r[dot_row][dot_column], &in.k[dot_row][dot_column], &shared.u[dot_column]);
-        if (dot_column == 0) o.bonus[dot_row] = bonus;
+        const float bonus = row_dot<N, true>(load_eight(own<N>(in.r)), load_eight(own<N>(in.k)), &shared.u[own_column]);
+        finish(before, t0 - CHUNK);  // a chunk late, where no barrier has to wait for its y
+        if (own_column == 0) o.bonus[own_row] = bonus;
         __syncthreads();  // the quarters are known
         Pair factor[4];
         decays.halves(o);
@@ -68,12 +83,20 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
         mask(scores, false, o.bonus);
         const Tile v = load_transposed(&in.v[0][v0], stride);  // (v, s)
         multiply(y, rounded(scores), right(v));
-        store_tile((bf16*)a.y + s.elements + t0 * s.stride + v0, s.stride, valid, rounded(y));
+        if constexpr (GATED)
+            store_tile(&shared.gate.y[0][v0], stride, CHUNK, rounded(y));
+        else
+            store_tile((bf16*)a.y + s.elements + t0 * s.stride + v0, s.stride, valid, rounded(y));
         #pragma unroll
         for (int b = 0; b < tiles; b++) {
             scale_columns(St[b], &o.whole[b * 16]);
             multiply(St[b], v, load_right_transposed(&o.k_end[0][b * 16], stride));
         }
+    }
+    if (GATED && s.length > 0) {
+        cp_async_wait_all();
+        __syncthreads();  // the last chunk's y is complete
+        finish(own_rows(shared.gate), (s.length - 1) / CHUNK * CHUNK);
     }
     if (a.final_state && !a.group) store_state<N>(a.final_state + s.state, St, v0, true);
 }

@@ -35,6 +35,9 @@
 // (across: the first terms of gr and gk above; inside: the second), which is a difference only within the chunk, and
 // there of the same rounded numbers on both sides; and gw_x = -exp(w_x) times that.
 //
+// In the model a norm of each head and a gate follow. The gated kernels make these as well (gate.cuh): forward once a
+// chunk's y is whole, backward where it needs gy, from the gradient of what the gate lets through.
+//
 // Chunked kernels exist for bf16 and head sizes 32, 64 and 128; all else goes through the plain kernels, one token at a
 // time (plain.cuh). ops/wkv6/cuda.py chooses.
 //
@@ -47,12 +50,14 @@
 #include "wkv6/groups.cuh"
 #include "wkv6/plain.cuh"
 
-RECURRENCE_KERNEL(wkv6_forward_32, chunked_forward<32>, 64, 8, sizeof(ForwardShared<32>))
-RECURRENCE_KERNEL(wkv6_forward_64, chunked_forward<64>, 128, 5, sizeof(ForwardShared<64>))
-RECURRENCE_KERNEL(wkv6_forward_128, chunked_forward<128>, 256, 2, sizeof(ForwardShared<128>))
-RECURRENCE_KERNEL(wkv6_backward_32, chunked_backward<32>, 64, 6, sizeof(BackwardShared<32>))
-RECURRENCE_KERNEL(wkv6_backward_64, chunked_backward<64>, 128, 3, sizeof(BackwardShared<64>))
-RECURRENCE_KERNEL(wkv6_backward_128, chunked_backward<128>, 256, 1, sizeof(BackwardShared<128>))
+RECURRENCE_KERNEL(wkv6_forward_32, (chunked_forward<32, false>), 64, 8, sizeof(ForwardShared<32, false>))
+RECURRENCE_KERNEL(wkv6_forward_64, (chunked_forward<64, false>), 128, 5, sizeof(ForwardShared<64, false>))
+RECURRENCE_KERNEL(wkv6_forward_128, (chunked_forward<128, false>), 256, 2, sizeof(ForwardShared<128, false>))
+RECURRENCE_KERNEL(wkv6_forward_gated_64, (chunked_forward<64, true>), 128, 5, sizeof(ForwardShared<64, true>))
+RECURRENCE_KERNEL(wkv6_backward_32, (chunked_backward<32, false>), 64, 6, sizeof(BackwardShared<32, false>))
+RECURRENCE_KERNEL(wkv6_backward_64, (chunked_backward<64, false>), 128, 3, sizeof(BackwardShared<64, false>))
+RECURRENCE_KERNEL(wkv6_backward_128, (chunked_backward<128, false>), 256, 1, sizeof(BackwardShared<128, false>))
+RECURRENCE_KERNEL(wkv6_backward_gated_64, (chunked_backward<64, true>), 128, 3, sizeof(BackwardShared<64, true>))
 RECURRENCE_KERNEL(wkv6_forward_groups_32, (chunked_groups<32, false>), 64, 8, sizeof(GroupShared<32>))
 RECURRENCE_KERNEL(wkv6_backward_groups_32, (chunked_groups<32, true>), 64, 8, sizeof(GroupShared<32>))
 RECURRENCE_KERNEL(wkv6_forward_groups_64, (chunked_groups<64, false>), 128, 5, sizeof(GroupShared<64>))

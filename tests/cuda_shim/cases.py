@@ -51,13 +51,25 @@ def make_case(B, T, H, N, dtype, *, decay="ordinary", with_state=True, lengths=N
     return Case(r, k, v, w, u, states[0], bounds, gy, states[1])
 
 
-def run(kernels, case, group=0):
+def run(kernels, case, group=0, gated=False):
     """The kernels' results, in the order of RESULTS, without gstate where there is no state. group: the tokens of one
-    where time is split."""
+    where time is split. gated: those of the kernels that make what follows, too."""
+    if gated:
+        return _run_gated(kernels, case)
     given = (*case.inputs, case.state, case.cu_seqlens)
     y, final, checkpoints = cuda.RECURRENCE.run_forward(kernels, *given, save=True, group=group)
     gradients = cuda.RECURRENCE.run_backward(kernels, *given, checkpoints, case.gy, case.gfinal, group=group)
     return (y, final, *gradients)[: None if case.state is not None else -1]
+
+
+def _run_gated(kernels, case):
+    """All results, with k for the gate and a token's r and v for the norm's parameters."""
+    given = (*case.inputs, case.state, case.cu_seqlens)
+    gate = dict(kind="_gated", g=case.k, weight=case.r[0, 0].clone(), bias=case.v[0, 0].clone(), eps=1e-3)
+    out, gg = torch.empty_like(case.k), torch.empty_like(case.k)
+    y, final, checkpoints = cuda.RECURRENCE.run_forward(kernels, *given, save=True, out=out, **gate)
+    gate |= dict(y=y, gout=case.gy, gg=gg)
+    return y, final, out, gg, *cuda.RECURRENCE.run_backward(kernels, *given, checkpoints, None, case.gfinal, **gate)
 
 
 def truth(case):

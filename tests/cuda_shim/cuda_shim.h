@@ -40,6 +40,7 @@ inline uint32_t __float_as_uint(float x) {
 inline float flushed(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.f, x) : x; }
 inline float exp2_approx(float x) { return flushed(std::exp2(x)); }
 inline float reciprocal_approx(float x) { return flushed(1.f / x); }
+inline float reciprocal_root_approx(float x) { return flushed(1.f / std::sqrt(x)); }
 
 inline uint32_t round_bf16(float x) {
     const uint32_t bits = __float_as_uint(x);
@@ -59,15 +60,18 @@ inline void cp_async_wait_all() {
     copies.clear();
 }
 
-inline float __shfl_xor_sync(unsigned, float x, int mask) {
+inline float __shfl_sync(unsigned, float x, int lane) {
     struct Data {
         float in, out;
-        int mask;
-    } data{x, 0.f, mask};
+        int lane;
+    } data{x, 0.f, lane};
     shim::warp_operation<Data>(data, [](Data* const* lanes, unsigned count) {
-        for (unsigned i = 0; i < count; i++) lanes[i]->out = lanes[(i ^ lanes[i]->mask) % count]->in;
+        for (unsigned i = 0; i < count; i++) lanes[i]->out = lanes[lanes[i]->lane % count]->in;
     });
     return data.out;
+}
+inline float __shfl_xor_sync(unsigned mask, float x, int other) {
+    return __shfl_sync(mask, x, (threadIdx.x & 31) ^ other);
 }
 
 inline void __syncwarp() {

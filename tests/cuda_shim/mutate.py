@@ -32,6 +32,7 @@ from rwkv_peft.ops.wkv7.cuda import FAMILY as WKV7
 KINDS = ((64, torch.bfloat16, {}), (40, torch.float32, {}), (64, torch.bfloat16, {"group": 64}))
 WIDE = (128, torch.bfloat16, {})
 WITH_BONUS = (64, torch.bfloat16, {"bonus": True})
+GATED = (64, torch.bfloat16, {"gated": True})
 
 
 def recurrence(cases, *more):
@@ -45,7 +46,7 @@ def recurrence(cases, *more):
 
 
 FAMILIES = {  # a CudaFamily, and what its kernels give
-    "wkv6": (WKV6, recurrence(cases, WIDE)),
+    "wkv6": (WKV6, recurrence(cases, WIDE, GATED)),
     "wkv7": (WKV7, recurrence(wkv7_cases, WITH_BONUS)),
     "mix": (MIX, kernel_cases.mix),
     "bone": (BONE, kernel_cases.bone),

@@ -9,19 +9,27 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...ops.mix import gated_residual, norm_ddlerp, norm_gate, relu_square
-from ...ops.wkv6 import wkv6
+from ...ops.mix import gated_residual, norm_ddlerp, relu_square
+from ...ops.wkv6 import wkv6_gated
 from ..parts import LanguageModel, MixedNorm, Recurrent, count_sequences
 from ..state import LayerState
 from .keys import RWKV6Config
 
 
 class GatedNorm(nn.GroupNorm):
-    """Normalizes each head and multiplies by silu(gate)."""
+    """Normalizes each head of the recurrence's result and multiplies by silu(gate)."""
 
-    def forward(self, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """y (B, T, H, N), gate (B, T, A) -> (B, T, A)."""
-        return norm_gate(y, gate, self.weight, self.bias, self.eps)
+    def forward(  # type: ignore[override]
+        self,
+        rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        u: torch.Tensor,
+        gate: torch.Tensor,
+        state: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """rows: r k v w (B, T, H, N), which the recurrence takes, and u (H, N); gate (B, T, A) -> (B, T, A), final wkv
+        state."""
+        return wkv6_gated(rows, u, gate, self.weight, self.bias, self.eps, state, cu_seqlens)
 
 
 class DataMixedNorm(nn.LayerNorm):
@@ -100,8 +108,8 @@ class TimeMix(Recurrent):
         v = self.value(xv).view(heads)
         w = F.linear(low, self.time_decay_w2.t(), self.time_decay.flatten()).view(heads)
         wkv_state = self.begun(wkv_state, count_sequences(x, cu_seqlens))
-        y, wkv_state = wkv6(r, k, v, w, self.time_faaaa, wkv_state, cu_seqlens)
-        return x, self.output(self.ln_x(y, self.gate(xg))), last, wkv_state
+        y, wkv_state = self.ln_x((r, k, v, w), self.time_faaaa, self.gate(xg), wkv_state, cu_seqlens)
+        return x, self.output(y), last, wkv_state
 
 
 class ChannelMix(nn.Module):

@@ -25,7 +25,8 @@ def structure(signature: Signature) -> type[ctypes.Structure]:
     """cuda/OP/arguments.cuh's Arguments."""
     given = (*signature.inputs, "state", "bounds", "y", "final_state", "checkpoints", "gy", "gfinal")
     pointers = (*given, *signature.gradients, "gstate", "parts", "transitions", *signature.further)
-    fields = [*((name, ctypes.c_void_p) for name in pointers), *((name, ctypes.c_int) for name in INTEGERS)]
+    kinds = ((pointers, ctypes.c_void_p), (INTEGERS, ctypes.c_int), (signature.numbers, ctypes.c_float))
+    fields = [(name, kind) for names, kind in kinds for name in names]
     return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
 
 
@@ -70,24 +71,28 @@ class CudaRecurrence:
         slots = r.shape[0] * r.shape[1] // self.segment + sequences
         return -(-slots // 2) if r.dtype == torch.bfloat16 and r.shape[3] in self.halved else slots
 
-    def forward(self, *tensors: Any, save: bool, level: str = "") -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, *tensors: Any, save: bool, level: str = "", kind: str = "", **further: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The inputs, contiguous, those (B, T, H, N) float32 or bfloat16, the shared ones float32; state (n, H, N, N)
-        float32 or None; cu_seqlens (n + 1,) int64 or None -> y, final state, checkpoints (empty unless `save`)."""
+        float32 or None; cu_seqlens (n + 1,) int64 or None -> y, final state, checkpoints (empty unless `save`). kind:
+        what follows "forward" in the name of a kernel that does more, given `further`, which the signature names."""
         group = self.group_of(tensors[0], sequences_of(tensors[0], tensors[-1]))
-        return self.run_forward(self._kernels(tensors[0]), *tensors, save=save, group=group)
+        return self.run_forward(self._kernels(tensors[0]), *tensors, save=save, group=group, kind=kind, **further)
 
-    def backward(self, *tensors: Any, level: str = "", **further: Tensor) -> tuple[Tensor, ...]:
+    def backward(self, *tensors: Any, level: str = "", kind: str = "", **further: Any) -> tuple[Tensor, ...]:
         """What forward took, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
-        gradients of the inputs and of the state. further: what the signature names so."""
+        gradients of the inputs and of the state. kind and further: as in forward; one that makes y's gradient takes
+        None for it, and no groups."""
         group = self.group_of(tensors[0], sequences_of(tensors[0], tensors[-4]))
-        return self.run_backward(self._kernels(tensors[0]), *tensors, group=group, **further)
+        return self.run_backward(self._kernels(tensors[0]), *tensors, group=group, kind=kind, **further)
 
     def _kernels(self, r: Tensor) -> Kernels | None:
         """Those for r's GPU; None where r has no data, and nothing will be launched."""
         return None if r.is_meta else self.family.kernels(r.device.index)
 
     def run_forward(
-        self, kernels: Kernels | None, *tensors: Any, save: bool, group: int = 0
+        self, kernels: Kernels | None, *tensors: Any, save: bool, group: int = 0, kind: str = "", **further: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """forward, on the given kernels. group: the tokens of one where time is split, a multiple of 64, else 0. Raises
         ValueError for a group that the kernels do not take."""
@@ -102,11 +107,11 @@ class CudaRecurrence:
         y = torch.empty_like(r)
         arguments = self._given(inputs) | dict(state=aligned(state), bounds=bounds, y=y, final_state=final_state)
         arguments |= dict(checkpoints=checkpoints if save else None, parts=parts, transitions=checkpoints[slots:])
-        self._launch(kernels, "forward", r, sequences, group, arguments)
+        self._launch(kernels, "forward", r, sequences, group, arguments | further, kind)
         return y, final_state, checkpoints if save else checkpoints[:0]
 
     def run_backward(
-        self, kernels: Kernels | None, *tensors: Any, group: int = 0, **further: Tensor
+        self, kernels: Kernels | None, *tensors: Any, group: int = 0, kind: str = "", **further: Any
     ) -> tuple[Tensor, ...]:
         """backward, on the given kernels, with forward's `group`. Raises ValueError as run_forward does."""
         *inputs, _, bounds, checkpoints, gy, gfinal = tensors  # the first checkpoint is the state
@@ -114,7 +119,7 @@ class CudaRecurrence:
         self._check_group(r, group)
         B, T, H, N = r.shape
         sequences = sequences_of(r, bounds)
-        gy = torch.zeros_like(r) if gy is None else gy
+        gy = torch.zeros_like(r) if gy is None and not kind else gy
         arguments = self._given(inputs) | dict(bounds=bounds, checkpoints=checkpoints)
         arguments |= dict(gy=aligned(gy), gfinal=aligned(gfinal), transitions=checkpoints[self._slots(r, sequences) :])
         of_rows = {f"g{name}": torch.empty_like(r) for name in self.signature.rows}
@@ -124,7 +129,7 @@ class CudaRecurrence:
         counts = (sequences, groups)
         gstate, parts = (r.new_empty(n, H, N, N, dtype=torch.float32) for n in counts)
         arguments |= of_rows | of_shared | dict(gstate=gstate, parts=parts) | further
-        self._launch(kernels, "backward", r, sequences, group, arguments)
+        self._launch(kernels, "backward", r, sequences, group, arguments, kind)
         return *of_rows.values(), *(x.sum(0) for x in of_shared.values()), gstate
 
     def _check_group(self, r: Tensor, group: int) -> None:
@@ -146,21 +151,22 @@ class CudaRecurrence:
         r: Tensor,
         sequences: int,
         group: int,
-        tensors: Mapping[str, Tensor | None],
+        given: Mapping[str, Tensor | float | None],
+        kind: str = "",
     ) -> None:
         """Enqueue a direction's kernels, given their arguments by name. Raises RuntimeError where that fails."""
         B, T, H, N = r.shape
         if kernels is None or sequences == 0 or H == 0:
             return
         groups = places(B, T, sequences, group) or sequences
-        addresses = {name: None if x is None else x.data_ptr() for name, x in tensors.items()}
+        values = {name: x.data_ptr() if isinstance(x, Tensor) else x for name, x in given.items()}
         sizes = dict(sequences=sequences, length=T, heads=H, head_size=N, device=r.device.index or 0)
-        arguments = self.Arguments(**addresses, **sizes, group=group, groups=groups)
+        arguments = self.Arguments(**values, **sizes, group=group, groups=groups)
         with torch.cuda.device(r.device) if r.is_cuda else contextlib.nullcontext():
             if group:
                 for name, blocks in self.splits[N].launches(direction, H, sequences, groups):
                     self.family.run(kernels, name, arguments, blocks, stream(r))
-            for name, block in self.plan(direction, N, r.dtype):
+            for name, block in self.plan(direction + kind, N, r.dtype):
                 self.family.run(kernels, name, arguments, H * groups, stream(r), block)
 
     def _trial(self, kernels: Kernels, device: int) -> None:

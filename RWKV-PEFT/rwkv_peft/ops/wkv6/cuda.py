@@ -11,6 +11,8 @@ from .signature import SIGNATURE
 
 STRIP = 16  # state elements a thread in the plain kernels; cuda/wkv6/plain.cuh's STRIP
 CHUNKED = tuple(f"wkv6_{direction}_{N}" for direction in ("forward", "backward") for N in (32, 64, 128))
+GATED_SIZE = 64  # the head size of the kernels that make what follows, too
+GATED = tuple(f"wkv6_{direction}_gated_{GATED_SIZE}" for direction in ("forward", "backward"))
 SCAN_BLOCK = 512  # elements of a state; cuda/wkv6/groups.cuh's 4 SCAN_THREADS
 SPLITS = MappingProxyType(
     {
@@ -22,13 +24,13 @@ PLAIN = tuple(f"wkv6_{way}_plain_{dtype}" for way in ("forward", "backward") for
 
 
 def plan(direction: str, head_size: int, dtype: torch.dtype) -> list[tuple[str, Block | None]]:
-    """The kernel of a direction, and its block."""
+    """The kernel of a direction, "forward", "backward_gated" or the like, and its block."""
     chunked = f"wkv6_{direction}_{head_size}"
-    if dtype == torch.bfloat16 and chunked in CHUNKED:
+    if dtype == torch.bfloat16 and chunked in (*CHUNKED, *GATED):
         return [(chunked, None)]
     scalar = "bfloat16" if dtype == torch.bfloat16 else "float32"
     return [(f"wkv6_{direction}_plain_{scalar}", (head_size, -(-head_size // STRIP)))]
 
 
-RECURRENCE = CudaRecurrence(SIGNATURE, 64, (*CHUNKED, *PLAIN), plan, SPLITS, halved=(32, 64, 128))
+RECURRENCE = CudaRecurrence(SIGNATURE, 64, (*CHUNKED, *GATED, *PLAIN), plan, SPLITS, halved=(32, 64, 128))
 FAMILY = RECURRENCE.family

@@ -2,4 +2,11 @@
 
 from ..recurrence.signature import Signature
 
-SIGNATURE = Signature("wkv6", rows=("r", "k", "v", "w"), shared=("u",), state_rows="key")
+SIGNATURE = Signature(
+    "wkv6",
+    rows=("r", "k", "v", "w"),
+    shared=("u",),
+    state_rows="key",
+    further=("g", "weight", "bias", "out", "gout", "gg"),
+    numbers=("eps",),
+)

@@ -1,0 +1,206 @@
+"""wkv6 with its norm and gate as one Function, through the CUDA kernels on the CPU (tests/cuda_shim): against float64,
+every gradient; and where it is taken."""
+
+import pytest
+import torch
+
+from cuda_shim import cases, shim
+from cuda_shim.cases import error, rms
+from cuda_shim.running import one_torch_thread, shim_kernels
+from rwkv_peft.ops.mix import cpu, norm_gate
+from rwkv_peft.ops.mix import cuda as mix_cuda
+from rwkv_peft.ops.native.errors import BuildError
+from rwkv_peft.ops.wkv6 import cuda, gated, reference, wkv6_gated
+
+NAMES = ("out", "final state", "gr", "gk", "gv", "gw", "gu", "gg", "gstate")
+EPS = 64e-5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet_torch():
+    with one_torch_thread():
+        yield
+
+
+@pytest.fixture
+def on_shim(monkeypatch):
+    """CPU tensors go through the CUDA kernels; what is to be filled begins as NaN. Gives the names of all kernels as
+    they are launched."""
+    try:
+        mix = shim.build(mix_cuda.FAMILY)
+    except BuildError as error:
+        pytest.skip(str(error))
+    mix.set_order("ascending")
+    launched = []
+
+    def call(name, like, tensors, **sizes):
+        launched.append(name)
+        mix_cuda.launch(mix, None, name, like, tensors, **sizes)
+
+    recurrence = shim_kernels("wkv6")
+    run_one = recurrence.run
+    recurrence.run = lambda name, *rest: launched.append(name) or run_one(name, *rest)
+    empty_like = torch.empty_like
+    poisoned = lambda x, **kinds: empty_like(x, **kinds).fill_(float("nan"))  # noqa: E731
+    monkeypatch.setattr(torch, "empty_like", poisoned)
+    monkeypatch.setattr(cpu, "call", call)
+    monkeypatch.setattr(cuda.FAMILY, "kernels", lambda device: recurrence)
+    monkeypatch.setattr(gated.WKV6.backends, "choose", lambda *_: "cuda")
+    monkeypatch.setattr(gated, "norms_fused", lambda *_: True)
+    return launched
+
+
+def inputs_of(case, offset=0.0):
+    """The case's rows, u, g, and weight and bias. offset: of the values, and so of y's mean."""
+    _, _, H, N = case.r.shape
+    generator = torch.Generator().manual_seed(9)
+    g = 2 * torch.randn(*case.r.shape[:2], H * N, generator=generator)
+    parameters = [torch.randn(H * N, generator=generator) for _ in range(2)]
+    r, k, v, w, u = case.inputs
+    return [r, k, v + offset, w, u, *(x.to(case.r.dtype) for x in (g, *parameters))]
+
+
+def results(case, dtype, function, trained=False, offset=0.0):
+    """out, final state and the gradients of rows, u, g and state, by NAMES; then weight's and bias's."""
+    wanted = (True,) * 6 + (trained,) * 2
+    inputs = inputs_of(case, offset)
+    kinds = [torch.promote_types(dtype, torch.float32) if i == 4 else dtype for i in range(8)]  # u is float32
+    leaves = [x.detach().to(kind).requires_grad_(want) for x, kind, want in zip(inputs, kinds, wanted, strict=True)]
+    state = None if case.state is None else case.state.detach().clone().to(kinds[4]).requires_grad_()
+    *rows, u, g, weight, bias = leaves
+    out, final = function(tuple(rows), u, g, weight, bias, EPS, state, case.cu_seqlens)
+    gout = case.gy.to(dtype).view(out.shape)
+    if case.gfinal is None:
+        out.backward(gout)
+    else:
+        torch.autograd.backward([out, final], [gout, case.gfinal.to(final.dtype)])
+    whole = [*leaves[:6], *([] if state is None else [state])]
+    found = [torch.zeros_like(x) if x.grad is None else x.grad for x in whole]  # one token's w, to plain torch
+    return dict(zip(NAMES, (out.detach(), final.detach(), *found))), [x.grad for x in leaves[6:]]
+
+
+def plainly(rows, u, g, weight, bias, eps, state, cu_seqlens):
+    """The same in plain torch, all of it in the rows' dtype."""
+    dtype = rows[0].dtype
+    loop = reference.wkv6 if dtype == torch.float64 else cases._loop
+    y, final = loop(*rows, u.to(dtype), state if state is None else state.to(dtype), cu_seqlens)
+    B, T, H, N = y.shape
+    normal = torch.nn.functional.group_norm(y.reshape(B * T, H * N), H, weight, bias, eps).view(g.shape)
+    return normal * torch.nn.functional.silu(g), final
+
+
+def check(case, **kinds):
+    """Every result's error is at most twice plain torch's in the same precision. Where the true gw is near zero its
+    scale is that of k gk, of which it is a difference."""
+    ours, _ = results(case, torch.bfloat16, wkv6_gated, **kinds)
+    true, plain = (results(case, dtype, plainly, **kinds)[0] for dtype in (torch.float64, torch.bfloat16))
+    assert ours.keys() == true.keys()
+    for name, x in ours.items():
+        assert x.shape == true[name].shape
+        scale = rms(true[name]) + (rms(case.k * true["gk"]) if name == "gw" else 0.0)
+        # Plain torch's gw is 0 times infinity where exp(w) overflows.
+        bound = 2 * error(plain[name].nan_to_num(nan=0.0), true[name]) + 32 * torch.finfo(torch.float32).eps * scale
+        assert error(x, true[name]) <= bound, f"{name}: error {error(x, true[name]):.2e}, bound {bound:.2e}"
+
+
+ONE = ["wkv6_forward_gated_64", "wkv6_backward_gated_64"]
+
+
+@pytest.mark.parametrize(
+    "B, T, lengths, with_state",
+    [
+        (2, 17, None, True),
+        (1, 1, None, False),
+        (1, 16, None, True),
+        (2, 64, None, False),
+        (1, 65, None, True),
+        (1, 150, None, True),
+        (1, 147, [1, 16, 33, 25, 64, 8], True),
+    ],
+)
+def test_every_result_is_as_exact_as_plain_torch(on_shim, B, T, lengths, with_state):
+    check(cases.make_case(B, T, 2, 64, torch.bfloat16, lengths=lengths, with_state=with_state, decay="mix", seed=T))
+    assert on_shim == ONE
+
+
+def test_a_mean_far_from_zero_costs_no_digits(on_shim):
+    check(cases.make_case(1, 40, 2, 64, torch.bfloat16, decay="none", seed=3), offset=4.0)
+
+
+@pytest.mark.parametrize("T, lengths", [(200, None), (200, [1, 70, 129])])
+def test_split_time_makes_ys_gradient_before_its_passes(on_shim, monkeypatch, T, lengths):
+    monkeypatch.setattr(cuda.RECURRENCE, "group_of", lambda *_: 64)
+    check(cases.make_case(1, T, 2, 64, torch.bfloat16, lengths=lengths, decay="mix", seed=T))
+    before = ["wkv6_{}_groups_64", "wkv6_{}_scan"]
+    forward, backward = ([name.format(way) for name in before] for way in ("forward", "backward"))
+    assert on_shim == [*forward, ONE[0], "norm_gate_backward", *backward, "wkv6_backward_64"]
+
+
+def test_the_kernels_agree_with_those_of_two_operations(on_shim):
+    """They round at the same places, so that little but the sums' order differs."""
+    case = cases.make_case(1, 100, 2, 64, torch.bfloat16, seed=5)
+    in_one, _ = results(case, torch.bfloat16, wkv6_gated)
+    apart, _ = results(case, torch.bfloat16, two)
+    assert torch.equal(in_one["final state"], apart["final state"])
+    for name, x in in_one.items():
+        assert error(x, apart[name]) <= 2e-3 * rms(apart[name]), name
+
+
+@pytest.mark.parametrize("order", shim.ORDERS)
+def test_no_order_of_the_threads_changes_a_bit(on_shim, order):
+    case = cases.make_case(1, 81, 1, 64, torch.bfloat16, lengths=[50, 31])
+    expected, _ = results(case, torch.bfloat16, wkv6_gated)
+    cuda.FAMILY.kernels(0).set_order(order)
+    found, _ = results(case, torch.bfloat16, wkv6_gated)
+    assert all(torch.equal(x, expected[name]) for name, x in found.items())
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_of_the_results_alone(on_shim, which):
+    """The final state's gradient needs no gate; without it, that of zeros is taken."""
+    case = cases.make_case(1, 5, 1, 64, torch.bfloat16)
+    inputs = [x.requires_grad_(i < 6) for i, x in enumerate(inputs_of(case))]
+    outs = wkv6_gated(tuple(inputs[:4]), *inputs[4:], EPS, case.state)
+    outs[which].sum().backward()
+    assert on_shim[1:] == [ONE[1] if which == 0 else "wkv6_backward_64"]
+    assert all(x.grad.isfinite().all() for x in inputs[1 if which else 0 : 4])
+
+
+def test_what_is_not_differentiated_has_the_same_bits_and_keeps_nothing(on_shim):
+    """Where blocks are recomputed, the first pass is such a one."""
+    case = cases.make_case(1, 70, 2, 64, torch.bfloat16)
+    *rows, u, g, weight, bias = inputs_of(case)
+    with torch.no_grad():
+        quietly = wkv6_gated(tuple(rows), u, g, weight, bias, EPS, case.state)
+    for x in rows:
+        x.requires_grad_()
+    out, final = wkv6_gated(tuple(rows), u, g, weight, bias, EPS, case.state)
+    assert on_shim == [ONE[0], ONE[0]] and torch.equal(quietly[0], out) and torch.equal(quietly[1], final)
+
+
+def test_a_second_derivative_is_refused(on_shim):
+    case = cases.make_case(1, 3, 1, 64, torch.bfloat16)
+    inputs = [x.requires_grad_(i < 6) for i, x in enumerate(inputs_of(case))]
+    out, _ = wkv6_gated(tuple(inputs[:4]), *inputs[4:], EPS)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(out.float().sum(), inputs[0], create_graph=True)
+
+
+def two(rows, u, g, weight, bias, eps, state, cu_seqlens):
+    """The recurrence and its gate, one after the other."""
+    y, final = gated.wkv6(*rows, u, state, cu_seqlens)
+    return norm_gate(y, g, weight, bias, eps), final
+
+
+@pytest.mark.parametrize(
+    "dtype, N, trained",
+    [(torch.bfloat16, 64, True), (torch.float32, 64, False), (torch.bfloat16, 32, False), (torch.bfloat16, 128, False)],
+)
+def test_what_else_takes_two_operations(on_shim, dtype, N, trained):
+    """Trained parameters have gradients, and other dtypes and head sizes have kernels of their own."""
+    case = cases.make_case(1, 9, 2, N, dtype)
+    found, parameters = results(case, dtype, wkv6_gated, trained)
+    assert not {*ONE} & {*on_shim} and all((x is not None) == trained for x in parameters)
+    expected, others = results(case, dtype, two, trained)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(x is y is None or torch.equal(x, y) for x, y in zip(parameters, others, strict=True))
