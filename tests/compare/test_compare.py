@@ -19,7 +19,7 @@ from rwkv_peft.compare.plan import Cell
 from rwkv_peft.compare.rates import rate_of
 from rwkv_peft.compare.runs import Process, finish, run_cells, start
 from rwkv_peft.data.binidx import BinidxWriter
-from rwkv_peft.errors import UserError, hangup_signals
+from rwkv_peft.errors import UserError, ending_in_order, hangup_signals
 from rwkv_peft.files.alone import alone_in
 
 MODEL = ("--load_model", "base.pth", "--data_file", "data", "--ctx_len", "16", "--accelerator", "cpu")
@@ -197,7 +197,9 @@ def test_a_terminal_that_goes_away_stops_its_runs(tmp_path, monkeypatch):
         return begun[-1]
 
     monkeypatch.setattr(runs, "start", begin)
-    assert main(["--output", str(tmp_path / "hung-up"), *OWN, "--rates", "1e-3", "--", *TRAIN]) == 130
+    with ending_in_order():
+        code = main(["--output", str(tmp_path / "hung-up"), *OWN, "--rates", "1e-3", "--", *TRAIN])
+    assert code == 128 + signal.SIGHUP
     assert {process.child.returncode for process in begun} == {-15}
 
 
