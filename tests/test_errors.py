@@ -9,6 +9,7 @@ import pytest
 
 from rwkv_peft.errors import UserError, ending_at_once, exit_on_user_error
 from rwkv_peft.files.atomic import atomic_write
+from rwkv_peft.streams import bar_seconds
 
 ENDS = [(signal.SIGTERM, 143, "terminated\n"), (signal.SIGHUP, 129, "ended: the terminal is gone\n")]
 
@@ -102,3 +103,10 @@ def test_an_input_that_is_closed_is_empty(monkeypatch):
     with pytest.raises(SystemExit) as ended:
         exit_on_user_error(lambda argv: sys.stdin.isatty() and 1)
     assert not ended.value.code
+
+
+def test_a_bar_is_seldom_drawn_into_a_log(monkeypatch):
+    log = io.StringIO()
+    assert bar_seconds(log) >= 10
+    monkeypatch.setattr(log, "isatty", lambda: True, raising=False)
+    assert bar_seconds(log) < 1

@@ -296,8 +296,15 @@ def test_rows_are_shown_as_they_are_written(preprocess, capsys, monkeypatch):
     assert f"== document 1: 63 tokens, 14 count\n{chat}\n== document 2: 6 tokens, 6 count\n[[plain<end>]]\n" in shown
     assert "document 3" not in shown
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
     preprocess(rows, "--show", "1")
     assert "Assistant:\033[1;32m No<end>\033[0m\n" in capsys.readouterr().out
+    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
+        with monkeypatch.context() as terminal:
+            terminal.setenv(name, value)
+            preprocess(rows, "--show", "1")
+            assert "Assistant:[[ No<end>]]\n" in capsys.readouterr().out
 
 
 def test_the_documented_layouts_are_those_of_the_code():
