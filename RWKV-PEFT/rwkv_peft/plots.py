@@ -26,6 +26,11 @@ LINE_STYLES = ("-", "--", "-.", ":")
 LAST_STEP = 1 << 53  # the last that a float, in which it is drawn, can tell from its neighbours
 
 
+def metrics_of(run: str | Path) -> Path:
+    """The metrics.jsonl of a run, which its folder or that file itself names."""
+    return Path(run) / METRICS if Path(run).is_dir() else Path(run)
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl, one dict a step. A last line that was cut off in writing is left out.
 
@@ -183,11 +188,11 @@ def plot_heat(
 def main(argv: list[str]) -> int:
     """Draw one run's curve; returns the exit code."""
     parser = Parser(prog="rwkv-peft plot", description="Draw the loss curve of a run.")
-    parser.add_argument("metrics", help="metrics.jsonl of a run")
+    parser.add_argument("run", metavar="RUN", help="the folder of a run, or its metrics.jsonl")
     parser.add_argument("output", help="the .png to write")
     args = parser.parse_args(argv)
     if Path(args.output).suffix != ".png":
         raise UserError(f"{args.output} does not end in .png, which is what is drawn; give a name such as loss.png")
-    plot_loss(args.metrics, args.output)
+    plot_loss(metrics_of(args.run), args.output)
     print(f"wrote {args.output}")
     return 0
