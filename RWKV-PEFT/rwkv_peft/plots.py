@@ -14,11 +14,11 @@ from .cli import Parser
 from .errors import UserError, told
 from .files.atomic import atomic_write
 from .files.readable import require_readable
+from .names import METRICS
 
 SHARES = ("acc", "acc_norm", "exact_match")  # of lm_eval's metrics, those that are shares of right answers
 COLORS = ("tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
 DRAWN = len(COLORS) - 1  # of them, the first, which groups of tasks are
-METRICS = "metrics.jsonl"  # of a run, in its folder
 # Okabe and Ito's colours, which people with any colour vision tell apart, without the yellow that print loses; the
 # styles of lines tell them apart in grey
 LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -16,11 +16,13 @@ from pathlib import Path
 
 import pytest
 
+from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.encoding import EncodeSettings, shorten
 from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.recorded import recorded_of_data, vocabulary_of
 from rwkv_peft.data.rows import Chunk, read_chunks
+from rwkv_peft.data.sources import build_samples
 from rwkv_peft.data.templates import TEMPLATES, read_template, segments
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.data.workers import encode_all
@@ -323,6 +325,17 @@ def test_the_tokenizer_is_recorded_beside_the_data(preprocess, tmp_path):
     record = recorded_of_data(tmp_path / "out" / "data")
     assert record == vocabulary_of(load_tokenizer("bytes")) and (record.name, record.size) == ("bytes", 257)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["data.bin", "data.idx", "data.json"]
+
+
+@pytest.mark.parametrize("text", [b"", b'{"vocabulary": {"na', b"\xff"])
+def test_a_record_that_cannot_be_read_is_not_taken_for_none(preprocess, tmp_path, text):
+    preprocess([{"text": "a"}])
+    (tmp_path / "out" / "data.json").write_bytes(text)
+    config = DataConfig(path=str(tmp_path / "out" / "data"), ctx_len=1)
+    with pytest.raises(UserError, match="data.json would tell the tokenizer .* and is not JSON"):
+        build_samples(config, 257)
+    (tmp_path / "out" / "data.json").write_text('{"of": "another tool"}')
+    assert build_samples(config, 257).vocabulary is None
 
 
 def test_the_record_replaces_no_input_and_no_file_of_others(tmp_path):

@@ -17,7 +17,8 @@ from ..data.recorded import ENTRY, RUN
 from ..errors import UserError, ending_at_once
 from ..files.atomic import atomic_write
 from ..memory import keep_freed_memory
-from ..plots import METRICS, plot_loss
+from ..names import METRICS
+from ..plots import plot_loss
 from .checkpoints import find_checkpoint, telling_refusals
 from .loggers import make_loggers
 from .prepared import Prepared
