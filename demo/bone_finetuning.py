@@ -6,13 +6,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-PEFT"))
 
 from rwkv_peft.commands import missing  # noqa: E402
-from rwkv_peft.errors import ending_at_ctrl_c, exit_on_user_error  # noqa: E402
+from rwkv_peft.errors import ending_at_once, exit_on_user_error  # noqa: E402
 
 
 def main(argv):
     """The command; a library that is missing or unknown is a user's mistake like any other."""
     try:
-        with ending_at_ctrl_c():
+        with ending_at_once():
             from rwkv_peft.hf import finetune
         return finetune.main(argv)
     except ModuleNotFoundError as error:

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-PEFT"))
 from rwkv_peft.cli import Parser  # noqa: E402
 from rwkv_peft.commands import missing  # noqa: E402
 from rwkv_peft.data.tokenizer import load_tokenizer  # noqa: E402
-from rwkv_peft.errors import UserError, ending_at_ctrl_c, exit_on_user_error  # noqa: E402
+from rwkv_peft.errors import UserError, ending_at_once, exit_on_user_error  # noqa: E402
 
 LONGEST = 80  # tokens of an answer
 QUIET = 10  # seconds between the lines of a log
@@ -150,7 +150,7 @@ def main(argv):
     """Print the examples and the score; 0, or 1 below --at_least."""
     args = build_parser().parse_args(argv)
     try:
-        with ending_at_ctrl_c():
+        with ending_at_once():
             from rwkv_peft.files.base import open_base
     except ModuleNotFoundError as error:
         raise missing(error) from error

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_peft.commands import COMMANDS, missing
+from rwkv_peft.commands import COMMANDS, main, missing
+from rwkv_peft.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULE = ("-m", "rwkv_peft")
@@ -124,3 +125,9 @@ def test_closed_streams_lead_nowhere(tmp_path):
     command = f"exec '{sys.executable}' -c \"{code}\" '{tmp_path / 'file'}' <&- >&- 2>&-"
     assert subprocess.run(["sh", "-c", command]).returncode == 0
     assert (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.parametrize("argv", [["-rows.jsonl", "--output", "data"], ["rows.jsonl", "--output", "-data"]])
+def test_a_name_that_begins_with_a_dash_is_told_from_a_flag(argv):
+    with pytest.raises(UserError, match="there is no -.*; a name that begins with a dash is given as ./-"):
+        main(["preprocess", *argv])

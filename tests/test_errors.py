@@ -1,11 +1,17 @@
 """How a command reports what ends it."""
 
 import io
+import os
+import signal
 import sys
 
 import pytest
 
-from rwkv_peft.errors import UserError, exit_on_user_error
+from rwkv_peft.errors import UserError, ending_at_once, exit_on_user_error
+from rwkv_peft.files.atomic import atomic_write
+from rwkv_peft.streams import bar_seconds
+
+ENDS = [(signal.SIGTERM, 143, "terminated\n"), (signal.SIGHUP, 129, "ended: the terminal is gone\n")]
 
 
 def test_an_interrupt_ends_a_command_with_one_word(monkeypatch, capsys):
@@ -15,6 +21,56 @@ def test_an_interrupt_ends_a_command_with_one_word(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         exit_on_user_error(interrupted)
     assert ended.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.fixture
+def default_signals():
+    """Signals as a shell gives them to a command, whatever the tests run under."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number, _, _ in ENDS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("default_signals")
+@pytest.mark.parametrize("number, code, words", ENDS)
+def test_a_signal_leaves_no_half_of_a_file(number, code, words, tmp_path, capsys):
+    def writing(argv):
+        with atomic_write(tmp_path / "new" / "file"):
+            os.kill(os.getpid(), number)
+            pytest.fail("the command goes on")
+
+    with pytest.raises(SystemExit) as ended:
+        exit_on_user_error(writing)
+    assert ended.value.code == code and capsys.readouterr().err == words
+    assert not list(tmp_path.glob("new/*")) and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.usefixtures("default_signals")
+def test_a_signal_that_is_to_be_ignored_is():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    with pytest.raises(SystemExit) as ended:
+        exit_on_user_error(lambda argv: os.kill(os.getpid(), signal.SIGHUP))
+    assert not ended.value.code
+
+
+@pytest.mark.usefixtures("default_signals")
+@pytest.mark.parametrize("number, code, words", [*ENDS, (signal.SIGINT, 130, "interrupted\n")])
+def test_nothing_catches_a_signal_while_packages_are_imported(number, code, words, capfd):
+    def importing(argv):
+        with ending_at_once():
+            try:
+                os.kill(os.getpid(), number)
+            except BaseException:
+                print("a package goes on")
+
+    if not (child := os.fork()):
+        try:
+            exit_on_user_error(importing)
+        finally:
+            os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+    assert capfd.readouterr() == ("", words)
 
 
 def test_what_is_no_unicode_is_printed_escaped(monkeypatch):
@@ -32,3 +88,25 @@ def test_what_is_no_unicode_is_printed_escaped(monkeypatch):
         stream.flush()
     assert ended.value.code == 2
     assert [stream.buffer.getvalue() for stream in streams] == [b"\\ud800\n", b"error: \\udfff\n"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_what_is_read_is_utf8_where_the_locale_says_nothing(encoding, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("ü".encode() + b"\xff"), encoding=encoding))
+    with pytest.raises(SystemExit) as ended:
+        exit_on_user_error(lambda argv: sys.stdin.read() != "ü\udcff")
+    assert not ended.value.code
+
+
+def test_an_input_that_is_closed_is_empty(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(SystemExit) as ended:
+        exit_on_user_error(lambda argv: sys.stdin.isatty() and 1)
+    assert not ended.value.code
+
+
+def test_a_bar_is_seldom_drawn_into_a_log(monkeypatch):
+    log = io.StringIO()
+    assert bar_seconds(log) >= 10
+    monkeypatch.setattr(log, "isatty", lambda: True, raising=False)
+    assert bar_seconds(log) < 1

@@ -74,6 +74,11 @@ def test_a_line_cut_off_at_the_end_is_left_out_and_one_in_the_middle_is_an_error
         read_metrics(path)
 
 
+def test_the_folder_of_a_run_stands_for_its_metrics(tmp_path):
+    write_metrics(tmp_path / "metrics.jsonl", 3)
+    assert main([str(tmp_path), str(tmp_path / "loss.png")]) == 0 and (tmp_path / "loss.png").stat().st_size
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match="metrics.jsonl: no such file"):
         main([str(tmp_path / "metrics.jsonl"), str(tmp_path / "loss.png")])

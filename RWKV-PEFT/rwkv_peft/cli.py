@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 from .errors import UserError
 from .names import AUTO
 
+FLAG = re.compile(r"--?[^-\s.\d]\S*$")  # and no number
+
 
 def counted(number: int, noun: str) -> str:
     """ "1 epoch", "2 epochs"."""
@@ -62,7 +64,7 @@ class Parser(argparse.ArgumentParser):
         args = list(sys.argv[1:] if args is None else args)
         for argument in takewhile(lambda argument: argument != "--", args):
             flag = argument.split("=")[0]
-            if flag.startswith("--") and " " not in flag and flag not in self._option_string_actions:
+            if FLAG.match(flag) and flag not in self._option_string_actions:
                 self.refuse(flag)
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -71,7 +73,10 @@ class Parser(argparse.ArgumentParser):
 
     def refuse(self, flag: str) -> NoReturn:
         """Raise UserError for a flag or word that is not known."""
-        refuse_unknown(flag, self._option_string_actions, self.synonyms, f"see {self.prog} --help")
+        otherwise = f"see {self.prog} --help"
+        if re.match("-[^-]", flag):
+            otherwise += f"; a name that begins with a dash is given as ./{flag}"
+        refuse_unknown(flag, self._option_string_actions, self.synonyms, otherwise)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         try:

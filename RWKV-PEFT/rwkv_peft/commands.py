@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import NamedTuple, NoReturn
 
 from . import __version__
-from .errors import UserError, ending_at_ctrl_c, exit_on_user_error, past_ctrl_c
+from .errors import UserError, ending_at_once, exit_on_user_error, past_ctrl_c
 
 
 class Command(NamedTuple):
@@ -153,7 +153,7 @@ def main(argv: list[str]) -> int:
         if command.flags:
             flags, _, judge = command.flags.partition(":")
             getattr(importlib.import_module(f".{flags}", __package__), judge)(argv[1:])
-        with ending_at_ctrl_c():
+        with ending_at_once():
             module = importlib.import_module(f".{command.module}", __package__)
         return module.main(argv[1:])
     except ModuleNotFoundError as error:

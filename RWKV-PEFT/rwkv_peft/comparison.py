@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from .cli import Parser, finite
 from .errors import UserError
 from .files.atomic import atomic_write, check_output
-from .plots import LINE_COLOURS, LINE_STYLES, METRICS, read_metrics, series, smooth_drawn, wants_logarithm
+from .plots import LINE_COLOURS, LINE_STYLES, metrics_of, read_metrics, series, smooth_drawn, wants_logarithm
 
 ENDINGS = (".png", ".svg", ".pdf")
 FEW = 20  # points that are drawn as they are
@@ -47,7 +47,7 @@ class Run(NamedTuple):
 def read_runs(paths: Sequence[str]) -> list[Run]:
     """The Runs of folders, or of their metrics.jsonl; labels are the ends of their paths in which they differ. Raises
     UserError as read_metrics does."""
-    files = [Path(path) / METRICS if Path(path).is_dir() else Path(path) for path in paths]
+    files = [metrics_of(path) for path in paths]
     return [Run(label, read_metrics(file)) for label, file in zip(labels([file.parent for file in files]), files)]
 
 

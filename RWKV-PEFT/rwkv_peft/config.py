@@ -246,7 +246,12 @@ class TrainConfig:
         type=not_negative,
         metavar="SHARE",
     )
-    val_every: int = setting(0, "steps between validations; 0: every epoch", group="validation", type=count)
+    val_every: int = setting(
+        0,
+        "steps between validations, of which one follows the last step; 0: every epoch",
+        group="validation",
+        type=count,
+    )
     early_stop: int = setting(
         0, "end after so many validations without a lower loss; 0: never", group="validation", type=count
     )

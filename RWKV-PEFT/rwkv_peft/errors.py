@@ -1,4 +1,5 @@
-"""The one exception that means "what you gave us is wrong", and how a command reports it and Ctrl-C."""
+"""The one exception that means "what you gave us is wrong", and how a command reports it and the signals that end
+it."""
 
 import errno
 import os
@@ -20,11 +21,22 @@ UNSEEN = MappingProxyType(
         errno.ELOOP: "name another place",
     }
 )
+INTERRUPTED = "interrupted"
+ENDINGS = MappingProxyType({signal.SIGTERM: "terminated", signal.SIGHUP: "ended: the terminal is gone"})
 TOLD = 200  # characters of what is quoted that are worth reading
 
 
 class UserError(ValueError):
     """A user's mistake: the message gives the value, the rule and the remedy."""
+
+
+class Ended(SystemExit):
+    """A signal of ENDINGS came: what is open is put in order on the way out, and half a file does not stay."""
+
+    def __init__(self, number: int) -> None:
+        self.code: int
+        super().__init__(128 + number)
+        self.words = ENDINGS[signal.Signals(number)]
 
 
 def told(error: BaseException) -> str:
@@ -41,10 +53,12 @@ def short(text: str) -> str:
 
 def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
     """Run a command's `main(argv) -> int`; a UserError becomes one message on stderr and exit code 2, and so does what
-    may not be looked at; Ctrl-C one word and exit code 130. Its streams are patient from then on (streams.py)."""
+    may not be looked at; Ctrl-C one word and exit code 130, SIGTERM one and 143, a terminal that goes away a few and
+    129. Its streams are patient from then on (streams.py)."""
     make_patient()
     try:
-        code = main(sys.argv[1:])
+        with ending_in_order():
+            code = main(sys.argv[1:])
         if code or not (reason := lost_output()):
             sys.exit(code)
         message, code = f"error: all is done, but what was printed is not whole: {reason}", 2
@@ -56,7 +70,9 @@ def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
             raise
         message, code = f"error: {short(str(error.filename))}: {str(error.strerror).lower()}; {advice}", 2
     except KeyboardInterrupt:
-        message, code = "interrupted", 130
+        message, code = INTERRUPTED, 128 + signal.SIGINT
+    except Ended as ended:
+        message, code = ended.words, ended.code
     sys.stdout.flush()
     print(message, file=sys.stderr)
     sys.exit(code)
@@ -83,27 +99,48 @@ def give_back(handlers: Mapping[signal.Signals, Any]) -> None:
 
 
 @contextmanager
-def ending_at_ctrl_c() -> Iterator[None]:
-    """While large packages are imported: Ctrl-C ends the process at once, with one word and exit code 130.
+def ending_in_order() -> Iterator[None]:
+    """Within, the first signal of ENDINGS that is not ignored raises Ended; a second one ends the process at once, but
+    for that of a terminal, which the system sends, and the shell too."""
 
-    Some of them catch KeyboardInterrupt and go on without a part of themselves, others print it; nothing is open or
+    def end(number: int, frame: FrameType | None) -> None:
+        for other in before:
+            signal.signal(other, signal.SIG_IGN if other == signal.SIGHUP else signal.SIG_DFL)
+        raise Ended(number)
+
+    before = {number: signal.SIG_DFL for number in ENDINGS if signal.getsignal(number) == signal.SIG_DFL}
+    for number in before:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        give_back(before)
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """While large packages are imported: Ctrl-C, and a signal of ENDINGS that would raise, end the process at once,
+    with their words and exit code.
+
+    Some packages catch KeyboardInterrupt and go on without a part of themselves, others print it; nothing is open or
     half written yet.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
-        with suppress(Exception):  # the interrupt may have come in the middle of a print
+        with suppress(Exception):  # the signal may have come in the middle of a print
             sys.stdout.flush()
-        os.write(2, b"interrupted\n")
-        os._exit(130)
+        with suppress(OSError):  # of a terminal that is gone
+            os.write(2, ENDINGS.get(signal.Signals(number), INTERRUPTED).encode() + b"\n")
+        os._exit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():  # signals are not its business
         yield
         return
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:
-        signal.signal(signal.SIGINT, end)
+    before = {number: now for number in (signal.SIGINT, *ENDINGS) if callable(now := signal.getsignal(number))}
+    for number in before:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        if before is signal.default_int_handler:
-            signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

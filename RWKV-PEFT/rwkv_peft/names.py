@@ -16,6 +16,7 @@ class Word(NamedTuple):
 
 
 ADAPTER, MODEL = "adapter.safetensors", "rwkv.pth"  # the newest trained tensors in the folder of a run
+METRICS = "metrics.jsonl"  # what each of its steps came to
 STATE = "state"  # the part of --train_parts that no model's parameters are: the wkv states before the first token
 NONE = "none"  # what stands where no layer is adapted: the model itself trains, or whole tensors of it
 WORDS = MappingProxyType(

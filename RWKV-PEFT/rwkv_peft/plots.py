@@ -14,16 +14,21 @@ from .cli import Parser
 from .errors import UserError, told
 from .files.atomic import atomic_write
 from .files.readable import require_readable
+from .names import METRICS
 
 SHARES = ("acc", "acc_norm", "exact_match")  # of lm_eval's metrics, those that are shares of right answers
 COLORS = ("tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
 DRAWN = len(COLORS) - 1  # of them, the first, which groups of tasks are
-METRICS = "metrics.jsonl"  # of a run, in its folder
 # Okabe and Ito's colours, which people with any colour vision tell apart, without the yellow that print loses; the
 # styles of lines tell them apart in grey
 LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINE_STYLES = ("-", "--", "-.", ":")
 LAST_STEP = 1 << 53  # the last that a float, in which it is drawn, can tell from its neighbours
+
+
+def metrics_of(run: str | Path) -> Path:
+    """The metrics.jsonl of a run, which its folder or that file itself names."""
+    return Path(run) / METRICS if Path(run).is_dir() else Path(run)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -183,11 +188,11 @@ def plot_heat(
 def main(argv: list[str]) -> int:
     """Draw one run's curve; returns the exit code."""
     parser = Parser(prog="rwkv-peft plot", description="Draw the loss curve of a run.")
-    parser.add_argument("metrics", help="metrics.jsonl of a run")
+    parser.add_argument("run", metavar="RUN", help="the folder of a run, or its metrics.jsonl")
     parser.add_argument("output", help="the .png to write")
     args = parser.parse_args(argv)
     if Path(args.output).suffix != ".png":
         raise UserError(f"{args.output} does not end in .png, which is what is drawn; give a name such as loss.png")
-    plot_loss(args.metrics, args.output)
+    plot_loss(metrics_of(args.run), args.output)
     print(f"wrote {args.output}")
     return 0

@@ -1,10 +1,12 @@
-"""A command's standard streams, which outlast whoever reads them: work goes on where a pipe's reader leaves, a terminal
-goes away, or the disk of a log is full."""
+"""A command's standard streams. Those that it prints to outlast whoever reads them: work goes on where a pipe's reader
+leaves, a terminal goes away, or the disk of a log is full."""
 
+import codecs
 import errno
 import io
 import os
 import sys
+from typing import TextIO
 
 
 class Patient(io.TextIOWrapper):
@@ -36,7 +38,8 @@ class Patient(io.TextIOWrapper):
 def make_patient() -> None:
     """Make the standard streams Patient. Those that are closed lead nowhere, so that no file takes their numbers. What
     a file's names hold may be no Unicode, and is shown escaped; each line is written at once, into a pipe or a log
-    too."""
+    too. What is read and is no text of the locale's encoding, or of UTF-8 where that is ASCII, is no error yet: its
+    bytes become surrogates."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -50,6 +53,11 @@ def make_patient() -> None:
             setattr(sys, name, Patient(file, encoding, "backslashreplace", line_buffering=True))
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    if sys.stdin is None:
+        sys.stdin = open(0, closefd=False)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        plain = codecs.lookup(sys.stdin.encoding).name == "ascii"
+        sys.stdin.reconfigure(encoding="utf-8" if plain else None, errors="surrogateescape")
 
 
 def is_heard(stream: object) -> bool:
@@ -63,3 +71,8 @@ def lost_output() -> str:
     if error is None or error.errno in (None, errno.EPIPE, errno.EIO):
         return ""
     return os.strerror(error.errno).lower()
+
+
+def bar_seconds(stream: TextIO) -> float:
+    """Seconds between two looks at a progress bar: a log keeps them all."""
+    return 0.2 if stream.isatty() else 10.0

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from rwkv_peft.data.batches import TrainBatches, collate, read_ahead
 
 class Numbered:
     """`size` samples a epoch; sample n holds n + 1, in a row of a length of its own."""
+
+    dataset = SimpleNamespace(require_unchanged=lambda: None)
 
     def __init__(self, size):
         self.size, self.notes = size, ["numbered"]

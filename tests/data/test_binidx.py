@@ -1,15 +1,19 @@
 """binidx files: written as the format says, read back, and refused where they are damaged."""
 
+import os
 import random
 import struct
 import subprocess
+from functools import partial
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rwkv_peft.data.batches import EvalBatches, TrainBatches
 from rwkv_peft.data.binidx import BinidxDataset, BinidxWriter, binidx_prefix
+from rwkv_peft.data.samples import WindowSamples
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.atomic import place
 
@@ -192,6 +196,22 @@ def test_a_file_of_rows_in_place_of_a_prefix_is_named(tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}")
     with pytest.raises(UserError, match=r"rows\.jsonl: a file of rows or text.*--data_type sft"):
         BinidxDataset(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("end, content", [(".bin", b""), (".mask", b"1"), (".idx", IDX + b"1")])
+@pytest.mark.parametrize("batches", [partial(TrainBatches, read_ahead=0), EvalBatches])
+def test_a_file_that_is_written_over_while_it_is_read_is_told(tmp_path, end, content, batches):
+    dataset = BinidxDataset(write(tmp_path, mask=b"\1\0\1\0"))
+    reading = iter(batches(WindowSamples(dataset, 1, None), 1))
+    next(reading)
+    file = tmp_path / f"data{end}"
+    os.replace(file, file.with_suffix(".old"))
+    file.write_bytes(content)  # another file of the name, which is no matter
+    next(reading)
+    file.with_suffix(".old").write_bytes(content)
+    os.replace(file.with_suffix(".old"), file)
+    with pytest.raises(UserError, match=f"data{end} was written over while it is read: it has {len(content)} bytes"):
+        next(reading)
 
 
 def test_two_writers_of_one_data_set_do_not_mix(tmp_path):

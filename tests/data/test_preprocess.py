@@ -16,11 +16,13 @@ from pathlib import Path
 
 import pytest
 
+from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.encoding import EncodeSettings, shorten
 from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.recorded import recorded_of_data, vocabulary_of
 from rwkv_peft.data.rows import Chunk, read_chunks
+from rwkv_peft.data.sources import build_samples
 from rwkv_peft.data.templates import TEMPLATES, read_template, segments
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.data.workers import encode_all
@@ -296,8 +298,15 @@ def test_rows_are_shown_as_they_are_written(preprocess, capsys, monkeypatch):
     assert f"== document 1: 63 tokens, 14 count\n{chat}\n== document 2: 6 tokens, 6 count\n[[plain<end>]]\n" in shown
     assert "document 3" not in shown
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
     preprocess(rows, "--show", "1")
     assert "Assistant:\033[1;32m No<end>\033[0m\n" in capsys.readouterr().out
+    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
+        with monkeypatch.context() as terminal:
+            terminal.setenv(name, value)
+            preprocess(rows, "--show", "1")
+            assert "Assistant:[[ No<end>]]\n" in capsys.readouterr().out
 
 
 def test_the_documented_layouts_are_those_of_the_code():
@@ -316,6 +325,17 @@ def test_the_tokenizer_is_recorded_beside_the_data(preprocess, tmp_path):
     record = recorded_of_data(tmp_path / "out" / "data")
     assert record == vocabulary_of(load_tokenizer("bytes")) and (record.name, record.size) == ("bytes", 257)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["data.bin", "data.idx", "data.json"]
+
+
+@pytest.mark.parametrize("text", [b"", b'{"vocabulary": {"na', b"\xff"])
+def test_a_record_that_cannot_be_read_is_not_taken_for_none(preprocess, tmp_path, text):
+    preprocess([{"text": "a"}])
+    (tmp_path / "out" / "data.json").write_bytes(text)
+    config = DataConfig(path=str(tmp_path / "out" / "data"), ctx_len=1)
+    with pytest.raises(UserError, match="data.json would tell the tokenizer .* and is not JSON"):
+        build_samples(config, 257)
+    (tmp_path / "out" / "data.json").write_text('{"of": "another tool"}')
+    assert build_samples(config, 257).vocabulary is None
 
 
 def test_the_record_replaces_no_input_and_no_file_of_others(tmp_path):

@@ -1,5 +1,6 @@
 """Rows of questions and answers train directly; they are tokenized once, and answers alone count."""
 
+import errno
 import json
 from dataclasses import replace
 
@@ -122,4 +123,15 @@ def test_a_cache_that_cannot_be_written_names_the_variable(config, tmp_path):
     rows = config(ROWS)
     (tmp_path / "cache").touch()
     with pytest.raises(UserError, match="kept in .*cache.*Not a directory.*point XDG_CACHE_HOME elsewhere"):
+        prepare_sft(rows)
+
+
+def test_a_disk_of_the_cache_that_is_full_names_the_variable(config, monkeypatch):
+    rows = config(ROWS)
+
+    def full(writer, file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("rwkv_peft.data.binidx.BinidxWriter._write_index", full)
+    with pytest.raises(UserError, match="disk is full; .* kept there, and XDG_CACHE_HOME names another place"):
         prepare_sft(rows)

@@ -14,9 +14,11 @@ from rwkv_peft import commands
 from rwkv_peft.data.encoding import Encoder, EncodeSettings
 from rwkv_peft.data.rows import Chunk
 from rwkv_peft.data.tokenizer import BytesTokenizer
+from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
 from rwkv_peft.files.pth import read_tensors
 from rwkv_peft.generate import load_model, prefill, session
+from rwkv_peft.streams import Patient
 
 PACKAGE = Path(session.__file__).resolve().parents[2]
 END = 0
@@ -150,6 +152,44 @@ def test_what_cannot_be_saved_is_told_and_ends_nothing(chat, model):
     assert "nothing was said yet" in error and "is the file given as --model" in error
     assert "/save x.state: a session is a .pth, and would be read as another file" in error
     assert error.count("/reset forgets the chat") == 3
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """terminal(lines): a person types them."""
+
+    def typed(lines):
+        lines = iter([*lines, "/exit"])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+        monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+        monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+
+    return typed
+
+
+BAD = b"Gr\xfc\xdfe".decode("utf-8", "surrogateescape")  # as streams.py has it
+
+
+def test_a_line_that_is_no_text_does_not_cost_a_person_the_chat(model, terminal, capsys):
+    terminal([BAD, "Hi"])
+    assert commands.main(["generate", "--model", str(model), "--chat", "--max_tokens", "1"]) == 0
+    out, error = capsys.readouterr()
+    assert out.count("Assistant:") == 1 and "error: the line Gr… is not utf-8 from its character 3 on" in error
+
+
+def test_a_line_of_a_file_that_is_no_text_ends_the_chat(chat):
+    with pytest.raises(UserError, match="the line Gr… is not"):
+        chat([BAD, "Hi"])
+
+
+def test_a_chat_that_nobody_reads_ends(model, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    lines = io.StringIO("Hi\nSo?\n")
+    monkeypatch.setattr(sys, "stdin", lines)
+    monkeypatch.setattr(sys, "stdout", Patient(open(writer, "wb"), "utf-8", line_buffering=True))
+    assert commands.main(["generate", "--model", str(model), "--chat"]) == 0
+    assert lines.read() == "So?\n"
 
 
 def test_an_interrupt_ends_the_answer_and_keeps_what_was_said(chat, model):

@@ -57,6 +57,13 @@ def script(monkeypatch, *texts):
     monkeypatch.setattr(command, "generate", says)
 
 
+def test_prompts_of_a_pipe_that_are_no_text_are_told(model, monkeypatch):
+    given = io.TextIOWrapper(io.BytesIO(b"Hi\nGr\xfc\xdfe\n"), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdin", given)
+    with pytest.raises(UserError, match=r"--prompt_file - is not UTF-8 \(byte 5\)"):
+        command.main(["--model", str(model), "--prompt_file", "-"])
+
+
 def test_a_model_that_is_not_finite_is_named(tiny_state, tmp_path):
     state = tiny_state(vocab_size=257)
     state["emb.weight"][256] = float("inf")

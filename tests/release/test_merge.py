@@ -165,6 +165,10 @@ def test_the_folder_of_a_run_stands_for_its_adapter(folder):
     save_model(folder / "full" / "rwkv.pth", expected)
     with pytest.raises(UserError, match="full/rwkv.pth is its model, nothing merges"):
         run(folder, adapter="full")
+    (folder / "begun").mkdir()
+    (folder / "begun" / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match="the run in .*begun has saved nothing yet"):
+        run(folder, adapter="begun")
 
 
 @pytest.mark.parametrize("mode", ["bone", "bone-mini", "bat-in", "bat-out"])

@@ -5,6 +5,7 @@ import errno
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -62,6 +63,17 @@ def test_a_disk_that_refuses_is_told_with_what_is_left(tmp_path, number, kind):
     words = f"{os.strerror(number)}.*the last checkpoint is .*step-00000010" if kind is UserError else "reset"
     with pytest.raises(kind, match=f"(?i){words}"), telling_refusals(a_run(tmp_path)):
         raise OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize("gone", ["run", "run/tensorboard"])
+def test_a_folder_that_is_deleted_while_a_run_goes_on_is_told(tmp_path, gone):
+    folder = tmp_path / "run"
+    (folder / "tensorboard").mkdir(parents=True)
+    with pytest.raises(UserError, match="tensorboard is gone, .*anew"), telling_refusals(folder):
+        shutil.rmtree(tmp_path / gone)
+        open(folder / "tensorboard" / "events", "ab")
+    with pytest.raises(FileNotFoundError), telling_refusals(tmp_path):  # a fault of ours
+        open(tmp_path / "absent")
 
 
 @pytest.mark.parametrize("error, told", [(OSError(errno.ENOSPC, "full"), 0), (OSError("other"), 1)])

@@ -8,12 +8,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
 from ..adapters.methods import METHODS
 from ..cli import counted
 from ..config import AdapterConfig
-from ..errors import UserError, give_back, hangup_signals, told
+from ..errors import INTERRUPTED, Ended, UserError, told
 from ..files.alone import alone_in
 from ..files.atomic import atomic_write
 from ..files.base import Base
@@ -30,12 +29,11 @@ from .runs import RESULT, Outcome, read_outcome, run_cells
 from .sizes import Layers, Size, matched_size, parameter_count
 
 RECORD = "compare.json"  # what all runs of a folder share
-INTERRUPTED = 130
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code; 130 after Ctrl-C or SIGTERM, or where the terminal went away. Raises UserError for what is
-    wrong in flags, files, and runs."""
+    """Returns the exit code; 128 and a signal's number after Ctrl-C, or where Ended is raised. Raises UserError for
+    what is wrong in flags, files, and runs."""
     comparison = parse_flags(argv)
     folder = Path(comparison.output)
     sizes, base = measure(comparison)
@@ -50,27 +48,19 @@ def main(argv: list[str]) -> int:
 
 def run_and_report(comparison: Comparison, sizes: Mapping[str, Size]) -> int:
     """Run whatever is due and report, after an interrupt too; -> the exit code."""
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, *hangup_signals())}
     try:
         complete = run(comparison, sizes)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on", file=sys.stderr)
+    except (KeyboardInterrupt, Ended) as end:
+        words, code = (end.words, end.code) if isinstance(end, Ended) else (INTERRUPTED, 128 + signal.SIGINT)
+        print(f"\n{words}; the same command goes on", file=sys.stderr)
         report(comparison, sizes)
-        return INTERRUPTED
-    finally:
-        give_back(before)
+        return code
     report(comparison, sizes)
     if not complete:
         print(
             f"the budget of {comparison.budget:g} minutes is spent before all runs were done; the same command goes on"
         )
     return 0
-
-
-def interrupt(number: int, frame: FrameType | None) -> None:
-    if number == signal.SIGHUP:
-        signal.signal(number, signal.SIG_IGN)  # the system sends one, and the shell another
-    raise KeyboardInterrupt
 
 
 def usual_rates(n_embd: int) -> tuple[int, ...]:

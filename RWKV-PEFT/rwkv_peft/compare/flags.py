@@ -113,7 +113,7 @@ def build_parser() -> Parser:
         help="each of them, and not how many; the first sweeps (default 42 43 44)",
     )
     add("--steps", type=positive, default=1000, help="optimizer steps a run (default 1000)")
-    add("--val_every", type=count, default=0, help="steps between validations, a divisor of --steps; 0: ten or fewer")
+    add("--val_every", type=count, default=0, help="steps between validations; 0: ten or fewer of them")
     add(
         "--lr_final",
         type=not_negative,
@@ -151,11 +151,6 @@ def parse_flags(argv: list[str]) -> Comparison:
             f"--methods {' '.join(args.methods)}: --rank is that of the first, and {args.methods[0]} is not told by a "
             "rank alone; begin with another"
         )
-    if args.val_every and args.steps % args.val_every:
-        raise UserError(
-            f"--val_every {args.val_every} does not divide --steps {args.steps}, so that the last step would not be "
-            "validated; give a divisor, or leave it out"
-        )
     comparison = Comparison(
         output=args.output,
         methods=tuple(dict.fromkeys(args.methods)),
@@ -163,7 +158,7 @@ def parse_flags(argv: list[str]) -> Comparison:
         rates=tuple(sorted(set(args.rates))),
         seeds=tuple(dict.fromkeys(args.seeds)),
         steps=args.steps,
-        val_every=args.val_every or next(n for n in range(-(-args.steps // 10), args.steps + 1) if args.steps % n == 0),
+        val_every=args.val_every or -(-args.steps // 10),
         lr_final=args.lr_final,
         jobs=args.jobs,
         budget=args.budget_minutes,

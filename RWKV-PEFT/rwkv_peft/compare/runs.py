@@ -19,7 +19,8 @@ from typing import NamedTuple
 from ..errors import UserError
 from ..files.alone import alone_in
 from ..files.atomic import atomic_write
-from ..plots import METRICS, is_number, read_metrics
+from ..names import METRICS
+from ..plots import is_number, read_metrics
 from ..training.checkpoints import find_checkpoint
 from ..training.resume import AUTO
 from .flags import Comparison, method_flags

@@ -78,6 +78,7 @@ class TrainBatches:
     def _batches(self) -> Iterator[TrainBatch]:
         cursor = self.samples_seen
         while True:
+            self.samples.dataset.require_unchanged()
             count = self.step_count(cursor)
             for micro_batch in range(self.accumulate):
                 yield self.batch(cursor, micro_batch) | {"step_count": count}
@@ -105,6 +106,7 @@ class EvalBatches:
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for index in range(len(self)):
             first = (index * self.world_size + self.rank) * self.micro_bsz
+            self.samples.dataset.require_unchanged()
             yield collate([self._row(n) for n in range(first, first + self.micro_bsz)])
 
     def _row(self, n: int) -> Sample:

@@ -11,7 +11,7 @@ import os
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import BinaryIO
@@ -62,6 +62,20 @@ class BinidxDataset:
         self._read_index()
         self._map_tokens()
         self.mask = self._map_mask()
+        mapped = (self.idx_path, self.bin_path, *([] if self.mask is None else [self.mask_path]))
+        self._mapped = {path: os.stat(path) for path in mapped}
+
+    def require_unchanged(self) -> None:
+        """Raise UserError where a file has another length than when it was opened: reading what is no longer there
+        would end the process by a signal. One that another took the name of is read on."""
+        for path, before in self._mapped.items():
+            with suppress(OSError):  # of a name that is gone
+                now = os.stat(path)
+                if os.path.samestat(now, before) and now.st_size != before.st_size:
+                    raise UserError(
+                        f"{path} was written over while it is read: it has {now.st_size:,} bytes, and had "
+                        f"{before.st_size:,}; put back what it was, and go on from the last save with --resume"
+                    )
 
     def __len__(self) -> int:
         return len(self.sizes)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ..cli import Parser, count, positive, whole
 from ..errors import UserError
 from ..files.atomic import check_output, temporary_beside
+from ..streams import bar_seconds
 from .binidx import BinidxDataset, BinidxWriter, binidx_prefix
 from .encoding import Encoded, EncodeSettings, encoder
 from .order import Permutation
@@ -160,7 +161,8 @@ def write(
         unit="B",
         unit_scale=True,
         delay=0.5,
-        mininterval=0.5,
+        mininterval=bar_seconds(progress or sys.stderr),
+        dynamic_ncols=True,
         file=progress,
         disable=progress is None,
     )

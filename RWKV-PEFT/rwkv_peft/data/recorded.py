@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import UserError
+from ..errors import UserError, told
+from ..files.readable import require_readable
 from .binidx import binidx_prefix
 from .tokenizer import KNOWN_SIZES, Tokenizer, load_tokenizer
 
@@ -56,7 +57,8 @@ def record_of(tokenizer: Tokenizer) -> str:
 
 
 def read_record(path: str | Path) -> Vocabulary | None:
-    """The Vocabulary that a PREFIX.json or a run's config.json holds, None where it holds none."""
+    """The Vocabulary that a PREFIX.json or a run's config.json holds, None where there is no such file or it tells of
+    none, as another tool's. Raises UserError for one that cannot be read."""
     entry = _entry(path)
     try:
         return Vocabulary(str(entry["name"]), str(entry["hash"]), int(entry["size"]))
@@ -120,9 +122,15 @@ def find_tokenizer(
 
 
 def _entry(path: str | Path) -> Any:
-    """The record's part of a JSON file, None where there is none."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    """The record's part of a JSON file, None where there is none. Raises UserError for one that cannot be read."""
+    if not os.path.isfile(path):
         return None
+    require_readable(path, f"{path} is gone")
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} would tell the tokenizer of what lies beside it, and is not JSON ({told(error)}); copy or make it "
+            "again, or move it elsewhere where it is another tool's"
+        ) from error
     return content.get(ENTRY) if isinstance(content, dict) else None

@@ -27,7 +27,9 @@ Sample = Document | list[Document]
 
 
 class Samples(ABC):
-    """`units` numbers of things to visit (windows, documents, rows), each once an epoch."""
+    """`units` numbers of things to visit (windows, documents, rows) in `dataset`, each once an epoch."""
+
+    dataset: BinidxDataset
 
     @staticmethod  # noqa: B027 (some can honour all)
     def refuse(config: DataConfig) -> None:

@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from ..config import DataConfig
 from ..errors import UserError, told
-from ..files.atomic import atomic_write
+from ..files.atomic import CannotWrite, atomic_write
 from ..files.readable import require_readable
 from .encoding import EncodeSettings
 from .preprocess import write
@@ -70,6 +70,11 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
                 totals = write([path], prefix, settings, split=config.sft_split)
                 with atomic_write(done) as temporary:  # last: it says that the files before it are whole
                     temporary.write_text(json.dumps(laid_out(totals) + left_out(totals)))
+    except CannotWrite as error:
+        raise UserError(
+            f"{error}; the tokens of --data_type {config.data_type} are kept there, and XDG_CACHE_HOME names another "
+            "place"
+        ) from error
     except OSError as error:
         raise UserError(
             f"the tokens of --data_type {config.data_type} are kept in {cache}, which cannot be written "

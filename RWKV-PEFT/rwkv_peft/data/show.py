@@ -1,5 +1,6 @@
 """Documents and samples as text again, with marks around what counts in the loss."""
 
+import os
 from collections.abc import Sequence
 from itertools import groupby
 from typing import TextIO
@@ -16,8 +17,10 @@ END = "<end>"
 
 
 def marks_for(stream: TextIO) -> Marks:
-    """(what opens, what closes counted text) on a stream: bold and green on a terminal."""
-    return TERMINAL if stream.isatty() else PLAIN
+    """(what opens, what closes counted text) on a stream: bold and green on a terminal that has colours and may show
+    them."""
+    colours = os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+    return TERMINAL if stream.isatty() and colours else PLAIN
 
 
 def show_documents(dataset: BinidxDataset, number: int, tokenizer: Tokenizer, marks: Marks = PLAIN) -> str:

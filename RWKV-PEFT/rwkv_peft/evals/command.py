@@ -10,6 +10,7 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..files.atomic import check_output, same_file
 from ..generate.loading import load_subject
+from ..streams import bar_seconds
 from .asking import Manner, ask
 from .equivalence import require_math_verify
 from .flags import parse_flags
@@ -82,8 +83,7 @@ def read_shots(task: Task, args: Any, layout: str) -> str:
 def answer_due(args: Any, task: Task, due: Mapping[int, Problem], records: Records) -> None:
     """Load the model, and add the Record of each problem that is due, {number: Problem}."""
     subject = load_subject(args, lambda text: print(text, file=sys.stderr))
-    every = 0.2 if sys.stderr.isatty() else 10  # seconds between looks at the bar
-    with tqdm(total=len(due), unit="problem", mininterval=every, dynamic_ncols=True) as bar:
+    with tqdm(total=len(due), unit="problem", mininterval=bar_seconds(sys.stderr), dynamic_ncols=True) as bar:
         for record in ask(Manner(args.max_tokens, args.batch, args.stop), task, subject, due):
             records.add(record)
             bar.update()

@@ -7,6 +7,7 @@ import difflib
 import json
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from ..errors import UserError, told
 from ..generate.loading import Subject
+from ..streams import bar_seconds
 from .aside import aside
 from .requests import ROLLING, SCORED, WRITTEN, Answer, answers, question
 
@@ -118,7 +120,9 @@ def evaluate(
     def respond(kind: str, requests: Sequence[Any]) -> list[Answer]:
         asked = [question(kind, request.args, subject.tokenizer, number) for number, request in enumerate(requests)]
         unit = " answers" if kind == WRITTEN else " continuations"
-        found = tqdm(answers(subject, kind, asked, batch), total=len(asked), unit=unit, dynamic_ncols=True)
+        every = bar_seconds(sys.stderr)
+        steps = answers(subject, kind, asked, batch)
+        found = tqdm(steps, total=len(asked), unit=unit, mininterval=every, dynamic_ncols=True)
         return [answer for _, answer in sorted(found, key=itemgetter(0))]
 
     found: Results = simple_evaluate(

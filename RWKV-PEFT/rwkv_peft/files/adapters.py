@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..names import ADAPTER, MODEL
+from ..names import ADAPTER, METRICS, MODEL
 from .adapter_file import Adapter, read_own
 from .adapter_folder import is_adapter_folder
 from .peft_folder import read_hf_folder
@@ -78,7 +78,7 @@ class AdapterSource:
 
 def adapter_of_run(path: str | Path) -> Path:
     """The adapter in the folder of a run of train.py; any other path, folders of Hugging Face peft among them, as it
-    is. Raises UserError for a run that trained the model itself."""
+    is. Raises UserError for a run that trained the model itself, or has saved nothing yet."""
     path = Path(path)
     if not path.is_dir() or is_adapter_folder(path):
         return path
@@ -86,6 +86,11 @@ def adapter_of_run(path: str | Path) -> Path:
         return path / ADAPTER
     if (path / MODEL).exists():
         raise UserError(f"{path} is the folder of a run with --peft none; {path / MODEL} is its model, nothing merges")
+    if (path / METRICS).exists():
+        raise UserError(
+            f"the run in {path} has saved nothing yet; a run saves at the end of an epoch, and with --save_every N "
+            "every N steps as well"
+        )
     return path
 
 

@@ -21,6 +21,10 @@ from pathlib import Path
 from ..errors import UserError
 
 
+class CannotWrite(UserError):
+    """What keeps a file from being written."""
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in `path`'s folder; on success it is fsynced and renamed to `path`.
@@ -118,14 +122,14 @@ def temporary_beside(path: Path, folder: bool = False, remedy: str = "nothing wa
 
 @contextmanager
 def telling_failures(path: Path, remedy: str) -> Iterator[None]:
-    """Make a UserError, which ends in `remedy`, of what keeps `path` from being written."""
+    """Make a CannotWrite, which ends in `remedy`, of what keeps `path` from being written."""
     try:
         yield
     except Exception as error:
         reason = write_failure(error, path)
         if reason is None:
             raise
-        raise UserError(f"cannot write {path}: {reason}; {remedy}") from error
+        raise CannotWrite(f"cannot write {path}: {reason}; {remedy}") from error
 
 
 def place() -> str:

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from ..data.templates import question
-from ..errors import UserError
+from ..errors import UserError, short
 from ..files.atomic import check_output
 from ..files.state_file import check_session_output
 from .loading import save_state_file
 from .session import Session
+from .showing import show
 
 HELP = (
     "/reset forgets the chat, /save FILE keeps it for --state, /exit or Ctrl-D ends it; Ctrl-C ends an answer, twice "
@@ -39,7 +40,8 @@ class Chat:
         self.inputs, self.think = inputs, think
 
     def run(self) -> int:
-        """Talk until the input ends; -> the exit code."""
+        """Talk until the input ends; -> the exit code. A mistake is told, and ends the chat only where its lines come
+        from a pipe or a file: the UserError. Raises Unheard."""
         remark(HELP)
         read, interrupted = line_reader(), False
         while True:
@@ -59,6 +61,10 @@ class Chat:
                     return CODE
                 interrupted = True
                 remark("\n(Ctrl-C again ends the chat)")
+            except UserError as error:
+                if not sys.stdin.isatty():
+                    raise
+                remark(f"error: {error}")
 
     def answer(self, words: str) -> None:
         texts = question(words, self.think)
@@ -99,15 +105,15 @@ class Chat:
 
 def line_reader() -> Callable[[], str | None]:
     """A function that reads a line without its end, None at the end of the input; on a terminal with a prompt, and with
-    editing where there is readline."""
+    editing where there is readline. It raises UserError for a line that is no text."""
     if not sys.stdin.isatty():
-        return lambda: line.rstrip("\r\n") if (line := sys.stdin.readline()) else None
+        return lambda: readable(line.rstrip("\r\n")) if (line := sys.stdin.readline()) else None
     with suppress(ImportError):  # which not every Python has
         import readline  # noqa: F401  importing it is what makes input() edit lines
 
     def ask() -> str | None:
         try:
-            return input("User: ")
+            return readable(input("User: "))
         except EOFError:
             show("\n")
             return None
@@ -115,8 +121,16 @@ def line_reader() -> Callable[[], str | None]:
     return ask
 
 
-def show(text: str) -> None:
-    print(text, end="", flush=True)
+def readable(line: str) -> str:
+    """The line. Raises UserError where some bytes of it were none of the encoding, and stand in it as surrogates."""
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the line {short(line[: error.start])}… is not {sys.stdin.encoding} from its character {error.start + 1} "
+            "on, and was not sent; convert it"
+        ) from error
+    return line
 
 
 def remark(text: str) -> None:

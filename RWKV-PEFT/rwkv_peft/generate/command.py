@@ -14,7 +14,6 @@ from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..files.atomic import atomic_write, check_output
 from ..files.state_file import check_session_output
-from ..streams import is_heard
 from .chat import Chat
 from .decode import Step, generate, prefill
 from .flags import parse_flags, unescaped
@@ -22,6 +21,7 @@ from .loading import check_device, load_subject, save_state_file
 from .prompts import encode, read_prompt_file
 from .session import Session
 from .settings import Sampling
+from .showing import Unheard, show
 from .text import TextStream
 
 
@@ -148,17 +148,6 @@ def read_rows(args: Namespace) -> list[dict[str, Any]]:
 
 def warn(text: str) -> None:
     print(text, file=sys.stderr)
-
-
-class Unheard(Exception):
-    """The reader of what is printed left, as `head` does, and it was for that reader alone."""
-
-
-def show(text: str) -> None:
-    """Print a piece of what is generated. Raises Unheard where nobody reads it any more."""
-    print(text, end="", flush=True)
-    if not is_heard(sys.stdout):
-        raise Unheard
 
 
 def complete_all(steps: Iterable[Step], continuations: Sequence[Continuation], prints: bool) -> None:

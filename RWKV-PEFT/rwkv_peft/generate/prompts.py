@@ -13,7 +13,7 @@ def read_prompt_file(path: str) -> list[dict[str, Any]]:
     """[{"prompt": text, …}] of a .jsonl, or of a text with a prompt a line ("-": standard input); blank lines are left
     out. What a .jsonl holds besides the prompt stays with it. Raises UserError."""
     try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        text = read_input() if path == "-" else Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"--prompt_file {path}: {error.strerror}; check the name") from error
     except UnicodeDecodeError as error:
@@ -25,6 +25,12 @@ def read_prompt_file(path: str) -> list[dict[str, Any]]:
     if not str(path).endswith((".jsonl", ".json")):
         return [{"prompt": line.rstrip("\r")} for _, line in lines]
     return [read_line(path, number, line) for number, line in lines]
+
+
+def read_input() -> str:
+    """All of standard input, in which bytes that are no text stand as surrogates (streams.py). Raises
+    UnicodeDecodeError for them."""
+    return sys.stdin.read().encode(errors="surrogateescape").decode()
 
 
 def read_line(path: str, number: int, line: str) -> dict[str, Any]:

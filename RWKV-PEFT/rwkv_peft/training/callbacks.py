@@ -18,7 +18,8 @@ from ..config import TrainConfig
 from ..data.batches import TrainBatch
 from ..errors import give_back, hangup_signals
 from ..files.atomic import atomic_write
-from ..plots import METRICS, read_metrics
+from ..names import METRICS
+from ..plots import read_metrics
 from .examiner import Examiner
 from .lit import Diverged, Lit
 from .plan import Plan

@@ -41,6 +41,8 @@ def find_checkpoint(folder: Path) -> Path | None:
 def how_to_go_on(folder: Path) -> str:
     """What is left of a run that ended, and how it goes on."""
     last = find_checkpoint(folder)
+    if not folder.is_dir():
+        return "begin the run anew, or put the folder back and give --resume auto"
     if last is None:
         return "no checkpoint had been saved yet; the same command with --resume auto begins anew"
     return f"the last checkpoint is {last}; the same command with --resume goes on from there"
@@ -48,30 +50,36 @@ def how_to_go_on(folder: Path) -> str:
 
 @contextmanager
 def telling_refusals(folder: Path) -> Iterator[None]:
-    """Make a UserError of what a disk refuses to those who write into a run's folder and do not say so themselves:
-    metrics.jsonl, and loggers, as they write or close. A logger's thread hands what it was refused to whoever writes
-    next, so that its own stack says nothing more."""
+    """Make a UserError of what a disk, or a folder that is gone, refuses to those who write into a run's folder and do
+    not say so themselves: metrics.jsonl, and loggers, as they write or close. A logger's thread hands what it was
+    refused to whoever writes next, so that its own stack says nothing more."""
     hook = threading.excepthook
 
     def tell_others(thread: threading.ExceptHookArgs) -> None:
-        if not is_refusal(thread.exc_value):
+        if not refusal(thread.exc_value):
             hook(thread)
 
     threading.excepthook = tell_others
     try:
         yield
     except OSError as error:
-        if not is_refusal(error) or error.errno is None:
+        if not (reason := refusal(error)):
             raise
-        reason = os.strerror(error.errno).lower()
         raise UserError(f"cannot write in {folder}: {reason}; {how_to_go_on(folder)}") from error
     finally:
         threading.excepthook = hook
 
 
-def is_refusal(error: BaseException | None) -> bool:
-    """Whether a disk refused something."""
-    return isinstance(error, OSError) and error.errno in REFUSALS
+def refusal(error: BaseException | None) -> str:
+    """What a disk refused, in words, or which folder is gone that something was to be written into; "" for other
+    errors."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return ""
+    if error.errno in REFUSALS:
+        return os.strerror(error.errno).lower()
+    folder = os.path.dirname(os.fsdecode(error.filename or b"."))
+    gone = error.errno == errno.ENOENT and folder and not os.path.isdir(folder)
+    return f"{folder} is gone, deleted or moved while the run went on" if gone else ""
 
 
 def clear_unsaved(folder: Path) -> None:

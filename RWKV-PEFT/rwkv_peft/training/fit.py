@@ -14,10 +14,11 @@ import torch
 
 from ..cli import counted
 from ..data.recorded import ENTRY, RUN
-from ..errors import UserError, ending_at_ctrl_c
+from ..errors import UserError, ending_at_once
 from ..files.atomic import atomic_write
 from ..memory import keep_freed_memory
-from ..plots import METRICS, plot_loss
+from ..names import METRICS
+from ..plots import plot_loss
 from .checkpoints import find_checkpoint, telling_refusals
 from .loggers import make_loggers
 from .prepared import Prepared
@@ -54,7 +55,7 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
     if run.accelerator == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take a GPU that is there
         keep_freed_memory()
-    with ending_at_ctrl_c():
+    with ending_at_once():
         from .data_module import RunData
         from .lit import Diverged
         from .trainer import make_lit, make_trainer

@@ -6,8 +6,7 @@ from typing import Any
 
 from ..config import AdapterConfig, TrainConfig
 from ..errors import UserError
-from ..names import ADAPTER, MODEL
-from ..plots import METRICS
+from ..names import ADAPTER, METRICS, MODEL
 from .checkpoints import UNSAVED, find_checkpoint
 from .products import newest_name
 from .saver import read_run_state

@@ -35,8 +35,8 @@ from ..files.dtypes import DTYPES
 from ..models import family_named
 from ..models.family import Family
 from ..models.parts import LanguageModel
-from ..names import ADAPTER, MODEL, STATE
-from ..plots import METRICS, plot_loss
+from ..names import ADAPTER, METRICS, MODEL, STATE
+from ..plots import plot_loss
 from .agreement import digest_of_file, passport
 from .checkpoints import ANSWERS, LM_EVAL, UNSAVED, clear_unsaved
 from .examiner import Examiner

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 
 class Validator:
-    """Called on all ranks after each step; every val_every steps (0: every epoch) it goes through `samples` once.
+    """Called on all ranks after each step; every val_every steps (0: every epoch) and after the last one it goes
+    through `samples` once.
 
     A new lowest loss saves the trained tensors under the name "best". After early_stop validations in a row without
     one (0: never) `exhausted` becomes true. `watch` (training/watch.py) hears of every batch.
@@ -31,6 +32,7 @@ class Validator:
     ) -> None:
         self.samples, self.micro_bsz, self.saver, self.watch = samples, micro_bsz, saver, watch
         self.every, self.patience = train.val_every or plan.epoch_steps, train.early_stop
+        self.plan = plan
         self.best, self.since_best = math.inf, 0
 
     @property
@@ -52,7 +54,7 @@ class Validator:
     def __call__(self, trainer: Any, lit: "Lit", done: int) -> dict[str, float]:
         """{"val_loss"} and its perplexity "val_ppl", or what the step measures besides a loss, where this step
         validates, else {}."""
-        if done % self.every:
+        if done % self.every and done != self.plan.total_steps:
             return {}
         loss, measures = self.measure(trainer, lit)
         if self.note(loss):
