@@ -1,5 +1,7 @@
 """Fixtures that every test may use: the shared data folder, and a tiny RWKV-6 state dict."""
 
+import gc
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,22 @@ def pytest_addoption(parser):
     parser.addoption("--accelerator", choices=("cpu", "gpu"), default="cpu", help="where the tests of train.py train")
 
 
+def pytest_configure():
+    """What a script starts in the background ignores Ctrl-C, and so do its children, of which tests ask otherwise."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_collection_modifyitems(items):
     """The long ones first: of two workers one begins with them, the other helps it out once it is done with short
     ones, and neither waits at the end for one long test of the other."""
     here = Path(__file__).parent
     items.sort(key=lambda item: item.path.relative_to(here).parts[0] not in LONG)
+
+
+def pytest_collection_finish():
+    """What is there by now stays: no collection of garbage looks through it again, and some code asks for many."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

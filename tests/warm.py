@@ -3,6 +3,7 @@
 Each is what `python FILE argument…` is otherwise: a process with its own memory, variables, signals and exit code.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -81,5 +82,7 @@ def become(argv, environment, outputs):
         os.close(file)
     os.environ.clear()
     os.environ.update(environment)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which is ignored where the tests run under nohup
+    gc.freeze()  # what was imported for all commands is looked through in none
     sys.argv = list(argv)
     runpy.run_path(argv[0], run_name="__main__")

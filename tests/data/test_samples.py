@@ -1,11 +1,13 @@
 """Samples: every token or document once an epoch, in an order that the seed draws."""
 
+import random
 from collections import Counter
 
 import pytest
 import torch
 
 from rwkv_peft.config import DataConfig
+from rwkv_peft.data import samples as module
 from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.errors import UserError
@@ -114,6 +116,22 @@ def test_long_documents_are_cut_and_counted(make):
     text = "\n".join(samples.notes)
     assert "1 documents are longer than --ctx_len 8" in text and "11 of 33 tokens" in text and "--ctx_len 19" in text
     assert "1 documents of fewer than 2 tokens are left out" in text
+
+
+@pytest.mark.parametrize("stretch", [1, 40, 1 << 14])
+@pytest.mark.parametrize("mask", ["file", "qa"])
+def test_answers_behind_the_cut_are_counted_wherever_documents_lie(make, monkeypatch, stretch, mask):
+    monkeypatch.setattr(module, "STRETCH", stretch)
+    rng = random.Random(0)
+    documents = [[rng.choice((5, 6, 7)) for _ in range(rng.randrange(1, 24))] for _ in range(60)]
+    masks = [[rng.random() < 0.1 for _ in document] for document in documents]
+    given = dict(masks=masks, loss_mask=mask, mask_id=(6, 7), mask_end_id=(5,), dataload="pad")
+    whole, cut = (make(documents, ctx_len=ctx_len, **given) for ctx_len in (30, 8))
+    lost = [whole.document_count(i) - cut.document_count(i) for i in whole.units]
+    bare = sum(lost > 0 and not cut.document_count(i) for lost, i in zip(lost, whole.units))
+    assert f"note: {sum(lost)} of the tokens that would count" in cut.notes[-1]
+    assert f"and {bare} documents keep none" in cut.notes[-1] and bare > 1
+    assert not any("would count" in note for note in whole.notes)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,36 @@ def test_tasks_that_cannot_serve_are_told(folder, monkeypatch, arguments, messag
     monkeypatch.chdir(folder)
     with pytest.raises(UserError, match=message):
         harness_command.main([*arguments, *MODEL])
+
+
+@pytest.mark.parametrize(
+    "group, members, reads_all",
+    [("own", "our_choices, our_lambada", False), ("mixed", "our_choices, of_theirs", True), ("nested", "own", True)],
+)
+def test_a_group_of_a_folders_own_tasks_needs_no_others(folder, tmp_path, monkeypatch, group, members, reads_all):
+    pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
+    from rwkv_peft.evals.harness import load_tasks
+
+    everything, read = TaskManager.__init__, []
+
+    def with_few_defaults(self, include_path, include_defaults):
+        """Those of `folder` stand for lm_eval's own."""
+        read.append(include_defaults)
+        everything(self, include_path=[str(tmp_path), *[str(folder)] * include_defaults], include_defaults=False)
+
+    for name in ("choices", "lambada"):
+        shutil.copy(folder / f"{name}.yaml", tmp_path)
+    theirs = (folder / "choices.yaml").read_text().replace("our_choices", "of_theirs")
+    (folder / "theirs.yaml").write_text(theirs)
+    (tmp_path / "own.yaml").write_text("group: own\ntask: [our_choices, our_lambada]\n")
+    (tmp_path / f"{group}.yaml").write_text(f"group: {group}\ntask: [{members}]\n")
+    monkeypatch.setattr(TaskManager, "__init__", with_few_defaults)
+    tasks, names = load_tasks([group], str(tmp_path))
+    assert names == [group] and any(read) == reads_all
+    leaves = {"own": "our_lambada", "mixed": "of_theirs", "nested": "our_lambada"}
+    assert tasks.load(names)["tasks"].keys() == {"our_choices", leaves[group]}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rwkv_peft.data.binidx import BinidxWriter
-from training.runs import ROOT, finish, start
+from training.runs import ROOT, finish, start_ranks
 
 
 @pytest.fixture(scope="module")
@@ -60,5 +60,5 @@ def command(files, accelerator):
 
 @pytest.fixture(scope="module")
 def train(command):
-    """Trains by `command` to the end; -> what it printed on stdout and stderr."""
-    return lambda name, *more, code=0: finish(start(command(name, *more)), code)
+    """Trains by `command` to the end, on all its ranks; -> what the first printed on stdout and stderr."""
+    return lambda name, *more, code=0: [finish(rank, code) for rank in start_ranks(command(name, *more))][0]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 from pathlib import Path
 
@@ -16,6 +17,22 @@ def start(argv, cold=False, **variables):
     if cold or "gpu" in argv:  # what is forked cannot use a GPU that was looked at before
         return subprocess.Popen(argv, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     return Command(argv, environment)
+
+
+def start_ranks(argv):
+    """The ranks of a command on one machine, which torchrun would start; those that a command starts itself begin with
+    seconds of imports, and tests/training/test_ranks.py is about them."""
+    devices = int(argv[argv.index("--devices") + 1]) if "--devices" in argv else 1
+    if devices == 1 or "gpu" in argv:
+        return [start(argv)]
+    port = free_port()
+    world = {"WORLD_SIZE": str(devices), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [start(argv, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank in range(devices)]
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
 
 
 def finish(process, code=0):

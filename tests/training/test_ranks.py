@@ -12,16 +12,11 @@ import time
 import psutil
 import pytest
 
-from training.runs import finish, metrics, start
+from training.runs import finish, free_port, metrics, start
 
 LONG = ("--precision", "fp32", "--epoch_steps", "20", "--epoch_count", "3", "--lr_init", "5e-3")
-LONG += ("--strategy", "deepspeed_stage_2")
+LONG += ("--strategy", "deepspeed_stage_2", "--lr_schedule", "constant")
 PAIR = (*LONG, "--devices", "2")
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return str(server.getsockname()[1])
 
 
 def node(argv, number, port, cold=False):
@@ -83,12 +78,12 @@ def unbroken(files, command):
 
 @pytest.mark.parametrize("stage", ["1", "3"])
 def test_nodes_train_the_same_under_every_stage(files, command, unbroken, stage):
-    argv = command(f"stage-{stage}", *LONG, "--strategy", f"deepspeed_stage_{stage}")
+    argv = command(f"stage-{stage}", *LONG, "--epoch_count", "1", "--strategy", f"deepspeed_stage_{stage}")
     for process in two_nodes(argv, argv):
         finish(process)
     lines = history(files, f"stage-{stage}")
-    assert len(lines) == len(unbroken)
-    for mine, theirs in zip(lines[:20], unbroken):  # later, roundings grow
+    assert len(lines) == 20  # later, roundings grow
+    for mine, theirs in zip(lines, unbroken):
         assert mine == pytest.approx(theirs, rel=1e-4)
 
 

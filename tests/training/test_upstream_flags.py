@@ -13,6 +13,7 @@ from rwkv_peft.errors import UserError, exit_on_user_error
 from rwkv_peft.training.flags import parse_run
 from rwkv_peft.training.run import main
 from rwkv_peft.training.synonyms import SYNONYMS
+from training.runs import finish, start
 
 INERT = (
     "--chunk_ctx 512 --avg_loss 0 --fused_kernel --ds_bucket_mb 2 --load_partial 0 --my_pile_version 1 "
@@ -116,14 +117,14 @@ def test_markers_of_rwkv_peft_are_texts_or_ids(files):
     assert config(files, "--bone_r", "16", "--mask_id", '{"mask0":"0","mask1":"1"}').data.mask_id == ()
 
 
-def test_a_drawn_seed_is_one_for_all_ranks_and_kept(files, train):
+def test_a_drawn_seed_is_one_for_all_ranks_and_kept(files, command):
     more = ("--random_seed", "-1", "--devices", "2", "--precision", "fp32", "--epoch_count")
-    out, _ = train("drawn", *more, "1")
+    out, _ = finish(start(command("drawn", *more, "1")))  # which starts the other rank itself
     seed = int(re.search(r"^seed +(\d+)$", out, re.M)[1])
     recorded = json.loads((files / "drawn" / "config.json").read_text())
     assert recorded["train"]["random_seed"] == recorded["data"]["seed"] == seed
     assert "do not train: time (" in out and "--train_parts time ln trains time and ln along, as RWKV-PEFT" in out
-    out, _ = train("drawn", *more, "2", "--resume")
+    out, _ = finish(start(command("drawn", *more, "2", "--resume")))
     assert re.search(rf"^seed +{seed}$", out, re.M)
 
 

@@ -10,6 +10,7 @@ does). An optional PREFIX.mask holds a byte a token: 1 where the token counts in
 import os
 import struct
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -90,7 +91,8 @@ class BinidxDataset:
 
     def document_at(self, position: int) -> int:
         """The document that holds the token at `position`."""
-        return int(np.searchsorted(self.pointers, position * self.dtype.itemsize, side="right")) - 1
+        # numpy's search would copy all pointers first, as they do not lie at multiples of eight bytes in the file
+        return bisect_right(self.pointers, position * self.dtype.itemsize) - 1
 
     def check_vocab(self, vocab_size: int) -> None:
         """UserError where a token is not below vocab_size; reads .bin once unless its type rules it out."""

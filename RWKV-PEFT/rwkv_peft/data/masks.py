@@ -93,39 +93,41 @@ class MarkerMask:
             )
 
     def __call__(self, start: int, stop: int) -> np.ndarray:
-        parts, position = [], start
-        index = self.dataset.document_at(start)
-        while position < stop:
-            begin, document = self.dataset.start(index), self.dataset[index]
-            last = min(stop - begin, len(document))
-            parts.append(self._document(document, position - begin, last))
-            position = begin + last
-            index += 1
-        return np.concatenate(parts) if parts else np.zeros(0, dtype=bool)
-
-    def _document(self, tokens: np.ndarray, first: int, last: int) -> np.ndarray:
-        """tokens (n,) of one document -> bool (last - first,): whether those in [first, last) count. Whatever the
-        document's length, no more is read than back to the marker before `first`, or to the beginning without one."""
+        """However long its documents are, no more is read than back to the marker before `start`, or to the beginning
+        of its document without one."""
         longest, back = max(len(self.begin), len(self.end)), LOOK_BACK
+        beginning = self.dataset.start(self.dataset.document_at(start))
         while True:
-            start = max(first - back, 0)
-            change = self._changes(tokens[start : last + longest])  # a marker may lie across either edge
-            unsure = longest if start else 0
+            first = max(start - back, beginning)
+            change = self._changes(first, stop)
+            unsure = longest if first > beginning else 0  # a marker may lie across the edge
             change[:unsure] = 0
-            if not start or change[unsure : first - start + 1].any():
+            if not unsure or change[unsure : start - first + 1].any():
                 break
             back *= 8
-        change = change[: last - start]
         latest = np.maximum.accumulate(np.where(change != 0, np.arange(len(change)), 0))
-        return change[latest][first - start :] == 1
+        return change[latest][start - first :] == 1
 
-    def _changes(self, tokens: np.ndarray) -> np.ndarray:
-        """tokens (n,) -> int8 (n + 1,): 1 where counting begins, -1 where it ends, 0 where it goes on as it was."""
+    def _changes(self, start: int, stop: int) -> np.ndarray:
+        """int8 (stop - start,): 1 where counting begins, -1 where it ends, also as each further document begins, 0
+        where it goes on as it was."""
+        first, last = self.dataset.document_at(start), self.dataset.document_at(stop - 1)
+        end = self.dataset.start(last) + int(self.dataset.sizes[last])
+        tokens = self.dataset.tokens[start : min(stop + max(len(self.begin), len(self.end)), end)]
+        begins = self.dataset.pointers[first + 1 : last + 1] // self.dataset.dtype.itemsize - start
+        ends = np.append(begins, len(tokens))
+
+        def behind(marker: Sequence[int]) -> np.ndarray:
+            """Where markers end, those alone that lie in one document."""
+            found = find(tokens, marker)
+            return found[found + len(marker) <= ends[np.searchsorted(begins, found, side="right")]] + len(marker)
+
         change = np.zeros(len(tokens) + 1, dtype=np.int8)
         if self.end:
-            change[find(tokens, self.end) + (len(self.end) if self.end_counts else 0)] = -1
-        change[find(tokens, self.begin) + len(self.begin)] = 1
-        return change
+            change[behind(self.end) - (0 if self.end_counts else len(self.end))] = -1
+        change[behind(self.begin)] = 1
+        change[begins] = -1
+        return change[: stop - start]
 
 
 def find(tokens: np.ndarray, pattern: Sequence[int]) -> np.ndarray:

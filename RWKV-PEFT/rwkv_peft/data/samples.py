@@ -21,6 +21,7 @@ from .order import Permutation
 from .recorded import Vocabulary
 
 BUCKET, RUN = 512, 16  # documents that are sorted by length together, and those of like length that stay together
+STRETCH = 1 << 14  # tokens in which documents lie near each other
 Units = range | np.ndarray
 Document = tuple[torch.Tensor, torch.Tensor]  # its tokens and its mask
 Sample = Document | list[Document]
@@ -179,14 +180,20 @@ class DocumentSamples(Samples):
 
     def _cut_answers(self) -> str:
         """How much of what the mask counts lies behind --ctx_len, where documents are cut there; "" where none does."""
-        mask, lost, bare = self._mask, 0, 0
-        if mask is None:
+        mask, lost, bare, limit = self._mask, 0, 0, self.ctx_len + 1
+        cut = np.flatnonzero(self.dataset.sizes > limit)
+        if mask is None or not len(cut):
             return ""
-        for index in map(int, np.flatnonzero(self.dataset.sizes > self.ctx_len + 1)):
-            start, size = self._extent(index)
-            behind = int(mask(start + size, start + int(self.dataset.sizes[index])).sum())
-            lost += behind
-            bare += behind > 0 and not self.document_count(index)
+        begins = self.dataset.pointers[cut] // self.dataset.dtype.itemsize
+        ends = begins + self.dataset.sizes[cut]
+        # those that lie near each other at once, as a call for each takes long
+        for near in np.split(np.arange(len(cut)), np.flatnonzero(np.diff(begins // STRETCH)) + 1):
+            first, last = int(begins[near[0]]), int(ends[near[-1]])
+            before = np.concatenate(([0], np.cumsum(mask(first, last))))  # how many count before each token
+            begin, end = begins[near] - first, ends[near] - first
+            behind = before[end] - before[begin + limit]
+            lost += int(behind.sum())
+            bare += int(np.count_nonzero((behind > 0) & (before[begin + limit] == before[begin + 1])))
         if not lost:
             return ""
         return (

@@ -61,6 +61,12 @@ class Tasks(TaskManager):
         self.flag = flag
         self.loaded: dict[tuple[str, ...], Any] = {}
 
+    def suffice_for(self, name: str) -> bool:
+        """Whether a name is that of one of these tasks, or of a group of them alone: others may be lm_eval's."""
+        entry, known = self.task_index.get(name), self.all_subtasks
+        members = entry.cfg.get("task") if entry is not None and entry.cfg else None
+        return name in known or (isinstance(members, list) and all(member in known for member in members))
+
     def load(self, task_list: Any) -> Any:
         names = tuple(task_list)
         if names not in self.loaded:
@@ -97,7 +103,7 @@ def load_tasks(names: Sequence[str], folder: str | None, flag: str = "--include_
     patterns such as mmlu_* stand for all that match). Raises UserError for a name that is none, and for what cannot be
     loaded."""
     tasks = Tasks(folder, flag, alone=folder is not None)
-    if not set(names) <= set(tasks.all_subtasks):  # groups in the folder may name tasks of lm_eval's
+    if not all(map(tasks.suffice_for, names)):
         tasks = Tasks(folder, flag)
     found: list[str] = []
     for name in names:

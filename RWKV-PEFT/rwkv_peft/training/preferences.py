@@ -5,9 +5,7 @@ margin = beta (p_chosen - before_chosen - p_rejected + before_rejected), and the
 answers were before training is what the model says without its adapters, in a pass of its own.
 """
 
-from collections.abc import Mapping
 from functools import partial
-from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +13,10 @@ from torch import nn
 
 from ..adapters.layer import untrained
 from .loss import token_losses
-from .steps import Batch
+from .steps import Batch, Step
 
 
-class Preferences:
+class Preferences(Step):
     """A step over packed rows of pairs, the better answer first. nll adds so many times the mean loss of the better
     answer's tokens (Pang et al. 2024, arXiv 2404.19733).
 
@@ -28,7 +26,6 @@ class Preferences:
 
     def __init__(self, beta: float, nll: float = 0.0) -> None:
         self.beta, self.nll = beta, nll
-        self.measures: Mapping[str, torch.Tensor] = MappingProxyType({})
 
     def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
         with torch.no_grad(), untrained(model):
@@ -45,10 +42,6 @@ class Preferences:
             "chosen": (self.beta * chosen.detach() * counts).sum() / count,
         }
         return (losses * counts).sum() / count
-
-    @torch.no_grad()
-    def total(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        return self.loss(model, batch, 1)
 
     def items(self, batch: Batch) -> torch.Tensor:
         return counted_tokens(batch).any(1).sum()

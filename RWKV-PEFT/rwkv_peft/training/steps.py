@@ -3,10 +3,11 @@
 Both give the loss of a batch, differentiable in the parameters that train, and its sum without gradients.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,27 +23,31 @@ Tensors = Sequence[torch.Tensor]
 Gradient = Sequence[torch.Tensor | None]  # of some tensors, None for those that it does not reach
 
 
-class Step(Protocol):
+class Step(ABC):
     """What a run is given to train and validate with. batch is one of TrainBatches or EvalBatches; count is the number
     that the sum of the losses, of each counted token or each pair of answers, is divided by.
 
-    measures: what else was found of the last batch, by name, 0-dim tensors that are divided as its loss is. items: how
-    many losses a batch has.
+    measures: what else was found of the last batch, by name, 0-dim tensors that are divided as its loss is.
     """
 
-    measures: Mapping[str, torch.Tensor]
-
-    def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor: ...
-
-    def total(self, model: nn.Module, batch: Batch) -> torch.Tensor: ...
-
-    def items(self, batch: Batch) -> torch.Tensor: ...
-
-
-class OfTokens:
-    """What the steps share whose losses are those of tokens."""
-
     measures: Mapping[str, torch.Tensor] = MappingProxyType({})
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
+        """A batch's loss (), differentiable in the parameters that train."""
+
+    @torch.no_grad()
+    def total(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """The sum of a batch's losses ()."""
+        return self.loss(model, batch, 1)
+
+    @abstractmethod
+    def items(self, batch: Batch) -> torch.Tensor:
+        """How many losses a batch has, ()."""
+
+
+class OfTokens(Step):
+    """What the steps share whose losses are those of tokens."""
 
     def items(self, batch: Batch) -> torch.Tensor:
         return batch["mask"].sum()
@@ -54,10 +59,6 @@ class Whole(OfTokens):
     def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
         loss: torch.Tensor = model(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"), head=loss_of(batch, count))[0]
         return loss
-
-    @torch.no_grad()
-    def total(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        return self.loss(model, batch, 1)
 
 
 def loss_of(batch: Batch, count: float) -> Callable[..., torch.Tensor]:

@@ -68,16 +68,23 @@ def on_shim(compiler):
     return [compiler, "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", *unknown, f"-I{SHIM}", f"-I{CUDA}"]
 
 
-@pytest.mark.parametrize("level", bone.level_flags())
-@pytest.mark.parametrize("header", names(CPU, "*.h"))
-def test_a_header_of_the_cpus_compiles_alone(compiler, header, level, tmp_path):
-    levels = tuple(bone.level_flags())
-    if header in NEEDS and (NEEDS[header] not in levels or levels.index(level) > levels.index(NEEDS[header])):
-        pytest.skip(f"for {NEEDS[header]}")
-    flags = bone.level_flags()[level]
-    if not compiler_knows(flags):
+def on_level(compiler, level):
+    flags = bone.level_flags().get(level)
+    if flags is None or not compiler_knows(flags):
         pytest.skip(f"this compiler does not know {level}")
-    compile_text(on_cpu(compiler, *flags, "-Wno-unused-function"), f'#include "{header}"\n', ".cpp", tmp_path)
+    return on_cpu(compiler, *flags, "-Wno-unused-function")
+
+
+@pytest.mark.parametrize("header", names(CPU, "*.h"))
+def test_a_header_of_the_cpus_compiles_alone(compiler, header, tmp_path):
+    """At the level that includes least of itself; what others add to a header, the sources show."""
+    compile_text(on_level(compiler, NEEDS.get(header, "portable")), f'#include "{header}"\n', ".cpp", tmp_path)
+
+
+@pytest.mark.parametrize("level", bone.level_flags())
+@pytest.mark.parametrize("source", names(CPU, "*.cpp"))
+def test_a_source_of_the_cpus_compiles_at_every_level(compiler, source, level, tmp_path):
+    compile_text(on_level(compiler, level), f'#include "{source}"\n', ".cpp", tmp_path)
 
 
 @pytest.mark.parametrize("header", names(CUDA, "*.cuh"))
