@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import cuda
-from .functions import call, differentiable_once
+from .functions import call, differentiable_once, with_zeros
 from .gpu_lerp import group_size, has_product_inside, parts_like, sizes_of
 from .norms import strip_of
 
@@ -50,19 +50,24 @@ class NormDDLerp(Function):
         tensors = norm | dict(maa=maa, low=low, up=w2, down=decay_w1, parts=parts) | _named("out", points)
         call("lerp_low_forward", x, tensors, last=last, **_low_sizes(x, maa, w2, cu_seqlens))
         call("tanh_forward", decay, dict(parts=parts, out=decay), **_rows_of(parts))
+        ctx.set_materialize_grads(False)  # of `ends`, which only a carried state uses
         ctx.save_for_backward(x, last, weight, bias, maa_x, w1, maa, w2, decay_w1, cu_seqlens, stats, low, decay)
         return x, ends, decay, *points
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, passed: Tensor, gends: Tensor, gdecay: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, passed: Tensor | None, gends: Tensor | None, gdecay: Tensor | None, *grads: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         x, last, weight, bias, maa_x, w1, maa, w2, decay_w1, cu_seqlens, stats, low, decay = ctx.saved_tensors
+        passed, *points = with_zeros((passed, *grads), x)
+        (gdecay,) = with_zeros([gdecay], decay)
         gnormal, glow, gx = (torch.empty_like(tensor) for tensor in (x, low, x))
         glast, more = (None if last is None else torch.empty_like(last) for _ in range(2))
         parts = parts_like(low, x)
         norm = dict(weight=weight, bias=bias, stats=stats)
         tensors = norm | dict(x=x, maa=maa, low=low, up=w2, down=decay_w1, decay=decay, gdecay=gdecay)
-        tensors |= dict(gx=gnormal, glow=parts) | _named("grad", map(_aligned, grads))
+        tensors |= dict(gx=gnormal, glow=parts) | _named("grad", map(_aligned, points))
         call("lerp_low_backward", x, tensors, last=last, glast=glast, **_low_sizes(x, maa, w2, cu_seqlens))
         call("tanh_backward", low, dict(x=low, parts=parts, gx=glow), **_rows_of(parts))
         tensors = norm | dict(sum=x, maa=maa_x, grad=gnormal, passed=passed, gends=gends, grad0=glow @ w1.mT, gx=gx)
