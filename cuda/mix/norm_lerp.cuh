@@ -85,8 +85,8 @@ __device__ __forceinline__ void store_gated(const MixArguments& a, index_t at, c
     store_vector<E, V>((E*)a.outputs[2] + at, gate);
 }
 
-// sum, grad of normal or null, grad of sum, stats, grad of the last of each sequence's, n grads of points, y and gate
-// or null; weight, maa -> the gradient of x, which is that of y where there is no gate, else gy, ggate; glast
+// sum, grad of normal or null, grad of sum, stats, grad of the last of each sequence's or null, n grads of points, y
+// and gate or null; weight, maa -> the gradient of x, which is that of y where there is no gate, else gy, ggate; glast
 template <class E, int V>
 __device__ void norm_lerp_backward_by(const MixArguments& a) {
     float *row = (float*)dynamic_shared(), *later = row + MOST_MIXED;  // later: what the token after passes back
@@ -107,7 +107,7 @@ __device__ void norm_lerp_backward_by(const MixArguments& a) {
             const index_t at = t * a.channels + c;
             float grad[V] = {}, passed[V] = {}, end[V] = {};
             if (a.inputs[1]) load_vector<E, V>(grad, (const E*)a.inputs[1] + at);
-            if (ends) load_vector<E, V>(end, (const E*)a.inputs[4] + sequence_at(a, place) + c);
+            if (ends && a.inputs[4]) load_vector<E, V>(end, (const E*)a.inputs[4] + sequence_at(a, place) + c);
             pass_back<E, V>(a, t, c, grad, passed);
             #pragma unroll
             for (int e = 0; e < V; e++) {

@@ -281,6 +281,22 @@ def test_gradients_at_any_address_are_read_16_bytes_at_once(kernels, monkeypatch
     assert all(read[f"grad{i}"].data_ptr() % 16 == 0 for i in range(1, 5)) and x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("used", ([0], [1], [2], [3, 4]))
+@pytest.mark.parametrize("depends_on_the_token", (False, True))
+def test_results_that_nobody_uses_count_as_zeros(kernels, depends_on_the_token, used):
+    x, _, weight, bias, maa_x, *factors = ddlerp_inputs(1, 5, 64, 32)
+    x.requires_grad_()
+    if depends_on_the_token:
+        *outs, points = norm_ddlerp(x, weight, bias, 1e-5, None, maa_x, *factors)
+    else:
+        *outs, points = norm_lerp(x, None, weight, bias, 1e-5, None, factors[1])
+    outs += points
+    grads = [randn(*out.shape, seed=i).bfloat16() * (i in used) for i, out in enumerate(outs)]
+    (expected,) = torch.autograd.grad(outs, x, grads, retain_graph=True)
+    (found,) = torch.autograd.grad([outs[i] for i in used], x, [grads[i] for i in used])
+    assert torch.equal(found, expected)
+
+
 def test_trained_norms_and_points_take_two_kernels(kernels):
     x, (weight, bias), maa = randn(1, 5, 8), randn(2, 8), randn(2, 8).requires_grad_()
     _, _, points = norm_lerp(x, None, weight, bias, 1e-5, None, maa)

@@ -132,9 +132,7 @@ def launch(
     strip = 8 * WARPS if tokens <= FEW_TOKENS else 32 * WARPS
     strips, groups = -(-tokens // strip), -(-channels // size)
     wanted = [tensors.get(sum_) for sum_ in layout.sums]
-    room = like.new_empty(sum(x is not None for x in wanted), strips, channels, dtype=torch.float32)
-    parts = iter(room)
-    partial = [None if x is None else next(parts) for x in wanted]
+    partial = [None if x is None else like.new_empty(strips, channels, dtype=torch.float32) for x in wanted]
     arguments = _arguments(layout, like, tensors, partial, **others)
     arguments.tokens, arguments.channels, arguments.size, arguments.strip = tokens, channels, size, strip
     FAMILY.run(built, f"mix_{name}_{DTYPES[like.dtype]}", arguments, strips * groups, on)
@@ -176,18 +174,15 @@ def _arguments(
     sums: list[torch.Tensor | None],
     **others: Any,
 ) -> MixArguments:
-    return MixArguments(
-        inputs=_addresses(14, [tensors.get(input_) for input_ in layout.inputs]),
-        outputs=_addresses(10, [tensors.get(output) for output in layout.outputs]),
-        parameters=_addresses(4, [tensors.get(parameter) for parameter in layout.parameters]),
-        sums=_addresses(6, sums),
-        device=like.device.index or 0,
-        **{key: x.data_ptr() if isinstance(x, torch.Tensor) else x for key, x in others.items()},
-    )
-
-
-def _addresses(count: int, tensors: list[torch.Tensor | None]) -> ctypes.Array:
-    return (ctypes.c_void_p * count)(*(None if x is None else x.data_ptr() for x in tensors))
+    plain = {key: x.data_ptr() if isinstance(x, torch.Tensor) else x for key, x in others.items()}
+    arguments = MixArguments(device=like.device.index or 0, **plain)
+    rooms = arguments.inputs, arguments.outputs, arguments.parameters, arguments.sums
+    named = ([tensors.get(name) for name in names] for names in layout[:3])
+    for room, given in zip(rooms, (*named, sums)):
+        for i, x in enumerate(given):
+            if x is not None:
+                room[i] = x.data_ptr()
+    return arguments
 
 
 def takes(first: torch.Tensor, *others: torch.Tensor | None) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import cuda
-from .functions import call, differentiable_once
+from .functions import call, differentiable_once, with_zeros
 from .gpu_lerp import group_size, has_product_inside, parts_like, sizes_of
 from .norms import like, strip_of, summed, summed_backward
 
@@ -53,20 +53,25 @@ class NormDDLerp(Function):
         of_points = norm | dict(x=total, maa=maa, low=low, up=w2, down=decay_w1, parts=parts) | _named("out", points)
         call("lerp_low_forward", x, of_points, last=last, **_low_sizes(x, maa, w2, cu_seqlens))
         call("tanh_forward", decay, dict(parts=parts, out=decay), **_rows_of(parts))
+        ctx.set_materialize_grads(False)  # of `ends`, which only a carried state uses
         kept = None if gate is None else y, gate, last, weight, bias, maa_x, w1, maa, w2, decay_w1, cu_seqlens
         ctx.save_for_backward(total, *kept, stats, low, decay)
         return total, ends, decay, *points
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, passed: Tensor, gends: Tensor, gdecay: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, passed: Tensor | None, gends: Tensor | None, gdecay: Tensor | None, *grads: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         x, y, gate, last, weight, bias, maa_x, w1, maa, w2, decay_w1, cu_seqlens, *made = ctx.saved_tensors
         stats, low, decay = made
+        passed, *points = with_zeros((passed, *grads), x)
+        (gdecay,) = with_zeros([gdecay], decay)
         gnormal, glow, glast, more = torch.empty_like(x), torch.empty_like(low), like(last), like(last)
         parts = parts_like(low, x)
         norm = dict(weight=weight, bias=bias, stats=stats)
         tensors = norm | dict(x=x, maa=maa, low=low, up=w2, down=decay_w1, decay=decay, gdecay=gdecay)
-        tensors |= dict(gx=gnormal, glow=parts) | _named("grad", map(_aligned, grads))
+        tensors |= dict(gx=gnormal, glow=parts) | _named("grad", map(_aligned, points))
         call("lerp_low_backward", x, tensors, last=last, glast=glast, **_low_sizes(x, maa, w2, cu_seqlens))
         call("tanh_backward", low, dict(x=low, parts=parts, gx=glow), **_rows_of(parts))
         grads_of_sum, tensors = summed_backward(x, y, gate, ctx.needs_input_grad[1])

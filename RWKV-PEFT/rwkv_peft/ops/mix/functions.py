@@ -1,7 +1,7 @@
 """What the autograd Functions of the mix operations share, whatever the device."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -48,6 +48,11 @@ def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gra
         return backward(ctx, *(None if grad is None else grad.contiguous() for grad in grads))
 
     return checked
+
+
+def with_zeros(grads: Iterable[torch.Tensor | None], like: torch.Tensor) -> list[torch.Tensor]:
+    """Gradients of tensors like `like`, zeros for those that nobody gives."""
+    return [torch.zeros_like(like) if grad is None else grad for grad in grads]
 
 
 def sums_like(parameters: Sequence[torch.Tensor], wanted: bool) -> list[torch.Tensor | None]:

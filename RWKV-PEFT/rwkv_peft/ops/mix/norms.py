@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .functions import call, differentiable_once, rounded, sums_like
+from .functions import call, differentiable_once, rounded, sums_like, with_zeros
 from .gpu_lerp import sizes_of
 
 STRIPS, MOST_STRIP = 1024, 8  # blocks that a GPU has enough of, whichever; tokens that one has at most
@@ -72,20 +72,24 @@ class NormLerp(Function):
         outs = tuple(torch.empty_like(x) for _ in range(whole + len(maa)))
         ctx.save_for_backward(total, None if gate is None else y, gate, last, weight, maa, stats, cu_seqlens)
         ctx.whole, ctx.twice = whole, twice
+        ctx.set_materialize_grads(False)  # of `ends`, which only a carried state uses
         tensors |= dict(stats=stats, ends=ends, weight=weight, bias=bias, maa=maa) | _named("out", outs, whole)
         call("norm_lerp_forward", x, tensors, last=last, eps=eps, strip=strip_of(sizes["tokens"]), **sizes)
         return total, ends, *outs, *(() if twice is None else [outs[whole + twice].detach()])
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, passed: Tensor, gends: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, passed: Tensor | None, gends: Tensor | None, *grads: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         total, y, gate, last, weight, maa, stats, cu_seqlens = ctx.saved_tensors
+        passed, *given = with_zeros((passed, *grads), total)
         grads_of_sum, tensors = summed_backward(total, y, gate, ctx.needs_input_grad[1])
         glast = like(last)
         sizes = sizes_of(total, maa, cu_seqlens)
         tensors |= dict(passed=passed, stats=stats, gends=gends, weight=weight, maa=maa)
-        tensors |= _named("grad", grads, ctx.whole)
-        n = len(grads) - ctx.whole
+        tensors |= _named("grad", given, ctx.whole)
+        n = len(given) - ctx.whole
         sizes |= dict(n=n, last_point=n - 1 if ctx.twice is None else ctx.twice, strip=strip_of(sizes["tokens"]))
         call("norm_lerp_backward", total, tensors, glast=glast, **sizes)
         return *grads_of_sum, glast, *7 * (None,)
