@@ -36,6 +36,8 @@ MINIS = ("bone-mini",)  # the methods that have a mini_rank
 GENERATIONS = (("RWKV-6", "x060"), ("RWKV-7", "x070"))  # (name, version)
 DATALOADS = ("get", "pad", "only", "pack")
 LOSS_MASKS = ("none", "pad", "qa", "se", "file")
+# (flag, what is given here, the values by which other tools call it)
+QUANTS = (("--quant", "--quant nf4", ("4bit", "4", "int4", "fp4")), ("--quant", "--quant int8", ("8bit", "8", "fp8")))
 FINETUNE, INFCTX = "finetune", "infctx"
 TRAIN_TYPES = (NONE, FINETUNE, STATE, INFCTX)  # RWKV-PEFT's
 # --lr_schedule -> the rate at step s = 0 … S - 1 of a run of S steps, W of them warm-up, from a = lr_init to z =

@@ -114,8 +114,8 @@ def test_long_documents_are_cut_and_counted(make):
     samples = make([[1] * 20, [2] * 9, [3] * 3, [4]], ctx_len=8, dataload="pad")
     assert sorted(len(tokens) for tokens, _ in epoch_of(samples)) == [3, 9, 9]
     text = "\n".join(samples.notes)
-    assert "1 documents are longer than --ctx_len 8" in text and "11 of 33 tokens" in text and "--ctx_len 19" in text
-    assert "1 documents of fewer than 2 tokens are left out" in text
+    assert "1 document of more than --ctx_len 8 tokens, cut there: 11 of 33 tokens" in text and "--ctx_len 19" in text
+    assert "1 document of fewer than 2 tokens is left out" in text
 
 
 @pytest.mark.parametrize("stretch", [1, 40, 1 << 14])

@@ -60,6 +60,12 @@ def test_a_flag_of_other_mergers_is_answered_with_ours(folder, flag, ours):
         run(folder, flag)
 
 
+@pytest.mark.parametrize("value, ours", [("4bit", "--quant nf4"), ("8bit", "--quant int8")])
+def test_what_others_call_a_quantization_is_told(value, ours):
+    with pytest.raises(UserError, match=f"what others call {value} is {ours} here"):
+        merge_cli.main(["--base_model", "x", "--bone_checkpoint", "y", "--output", "z", "--quant", value])
+
+
 def test_an_adapter_of_another_base_is_refused(folder, tiny_state):
     save_adapter(folder / "a.safetensors", *adapter_of("bat-in", tiny_state(seed=9)))
     with pytest.raises(UserError, match="trained on another base"):

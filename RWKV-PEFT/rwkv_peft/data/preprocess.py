@@ -18,7 +18,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from ..cli import Parser, count, positive, whole
+from ..cli import Parser, count, counted, positive, whole
 from ..errors import UserError
 from ..files.atomic import check_output, temporary_beside
 from ..streams import bar_seconds
@@ -170,7 +170,7 @@ def write(
         for part in encode_all(chunks, settings, workers):
             writer.add_documents(part.tokens, part.sizes, part.mask, part.continues)
             totals.add_counts(part)
-            bar.set_postfix_str(f"{len(writer.sizes)} documents", refresh=False)
+            bar.set_postfix_str(counted(len(writer.sizes), "document"), refresh=False)
             bar.update(min(part.characters, size - bar.n) if size else part.characters)
         bar.update(size - bar.n if size else 0)
         if not writer.sizes:

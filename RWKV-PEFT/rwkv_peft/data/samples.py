@@ -255,11 +255,11 @@ def not_read(dataset: BinidxDataset, ctx_len: int) -> list[str]:
     notes: list[str] = []
     short = int((sizes < 2).sum())
     if short:
-        notes.append(f"{short} documents of fewer than 2 tokens are left out")
+        notes.append(f"{counted(short, 'document')} of fewer than 2 tokens {'is' if short == 1 else 'are'} left out")
     excess = sizes[sizes > ctx_len + 1].astype(np.int64) - (ctx_len + 1)
     if len(excess):
         notes.append(
-            f"{len(excess)} documents are longer than --ctx_len {ctx_len} and are cut: {excess.sum()} of "
+            f"{counted(len(excess), 'document')} of more than --ctx_len {ctx_len} tokens, cut there: {excess.sum()} of "
             f"{len(dataset.tokens)} tokens are not read; the longest needs --ctx_len {int(sizes.max()) - 1}"
         )
     return notes

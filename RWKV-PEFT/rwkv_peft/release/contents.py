@@ -101,7 +101,8 @@ def tensor_contents(tensors: dict[str, torch.Tensor], path: Path, names: str) ->
     if len(states) == len(tensors):
         check_time_states(states, path)
         shape = tuple(next(iter(states.values())).shape)
-        return Contents([("kind", f"time states of {len(states)} layers, (heads, N, N) = {shape}"), *numbers(tensors)])
+        kind = f"time states of {counted(len(states), 'layer')}, (heads, N, N) = {shape}"
+        return Contents([("kind", kind), *numbers(tensors)])
     try:
         base = base_of(tensors, path)
     except UserError as error:
@@ -114,7 +115,7 @@ def tensor_contents(tensors: dict[str, torch.Tensor], path: Path, names: str) ->
         ("fingerprint", base.fingerprint),
     ]
     if states:
-        lines.append(("states", f"tuned, of {len(states)} layers"))
+        lines.append(("states", f"tuned, of {counted(len(states), 'layer')}"))
     return Contents(lines, base)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from ..adapters.methods import adapter_parameter
+from ..cli import counted
 from ..data.recorded import find_tokenizer, recorded_beside
 from ..errors import UserError
 from ..files.adapter_file import METADATA_KEY, Adapter, AdapterMetadata, save_adapter
@@ -98,7 +99,7 @@ def convert_to_lora(adapter: Adapter, target: Path, base: Base | None, rank: int
         )
     form = as_lora(adapter, None if base is None else base.tensors, rank)
     loader = write_lora(target, form, base)
-    what = f"LoRA of rank {form.adapter.metadata.rank} of {len(form.adapter.modules())} layers"
+    what = f"LoRA of rank {form.adapter.metadata.rank} of {counted(len(form.adapter.modules()), 'layer')}"
     quant = adapter.metadata.quant
     kept = "" if quant == "none" else f", for the base as --quant {quant} keeps it"
     return f"{target}: {what}, {describe_errors(form.errors)}{kept}; {loader}"

@@ -9,7 +9,7 @@ from ..cli import Parser, positive
 from ..config import QUANTIZATIONS
 from ..errors import UserError
 from ..files.source_flags import add_source_flags
-from ..names import GGUF_TYPES
+from ..names import GGUF_TYPES, QUANTS
 
 DTYPES = ("keep", "bf16", "fp16", "fp32")
 # flags of RWKV-PEFT's earlier mergers, and of train.py -> what is given here
@@ -30,6 +30,7 @@ def merge_flags(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="merge_bone.py",
         synonyms=MERGE_SYNONYMS,
+        values={(flag, value): ours for flag, ours, values in QUANTS for value in values},
         description="Merge adapters into an RWKV base model: a .pth with exactly the base's keys, order, shapes and "
         "dtypes, which any RWKV runtime loads.",
     )

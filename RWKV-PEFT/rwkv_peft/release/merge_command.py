@@ -136,12 +136,11 @@ def check_space(output: str | Path, specs: Mapping[str, TensorSpec]) -> None:
 def print_head(args: argparse.Namespace, base: Base, adapters: Adapters) -> None:
     dtypes = "/".join(sorted({dtype_name(tensor.dtype) for tensor in base.tensors.values()}))
     config = base.config
-    print(
-        f"base     {args.base_model}: {base.family.name}, {config.n_layer} layers, {config.n_embd} channels, {dtypes}"
-    )
+    layers = counted(config.n_layer, "layer")
+    print(f"base     {args.base_model}: {base.family.name}, {layers}, {config.n_embd} channels, {dtypes}")
     for name, adapter in adapters:
         metadata, modules, whole = adapter.metadata, adapter.modules(), adapter.whole()
-        parts = [f"{metadata.variant} rank {metadata.rank} on {len(modules)} layers"] if modules else []
+        parts = [f"{metadata.variant} rank {metadata.rank} on {counted(len(modules), 'layer')}"] if modules else []
         parts += [f"{len(whole)} whole tensors"] if whole else []
         origin = "" if metadata.base_fingerprint else f" (from {metadata.source}; it does not name its base)"
         print(f"adapter  {name}: {', '.join(parts)}{origin}")

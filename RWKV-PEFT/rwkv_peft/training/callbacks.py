@@ -82,7 +82,8 @@ class Record(StepCallback):
     """Writes one line a step to metrics.jsonl (rank 0), feeds the loggers, draws the progress bar, and calls the
     validator (a Validator, or None) and the examiners, whose results join the line.
 
-    tokens_per_s counts the tokens of all ranks over the step's wall time, validation, questions and saving excluded.
+    tokens_per_s counts the tokens of all ranks, padding among them, over the step's wall time, validation, questions
+    and saving excluded.
     """
 
     def __init__(

@@ -137,7 +137,7 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
         config = replace(config, train=train)
     plan = make_plan(train, samples, step_samples, state)
     if state and plan.first_step >= plan.total_steps:
-        complete = f"the run in {folder} is complete ({plan.first_step} steps)"
+        complete = f"the run in {folder} is complete ({counted(plan.first_step, 'step')})"
         if train.resume == AUTO:
             if world.rank == 0:  # what a run may lack which had saved its last step
                 plot_loss(folder / METRICS, folder / "loss.png")

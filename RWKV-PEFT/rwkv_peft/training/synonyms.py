@@ -2,6 +2,8 @@
 
 from types import MappingProxyType
 
+from ..names import QUANTS
+
 # (what is given here, the flags by which Hugging Face's trainers and their like call it)
 MEANINGS = (
     ("--lr_init (and --lr_final, where it ends)", ("learning_rate", "lr")),
@@ -66,8 +68,7 @@ VALUE_MEANINGS = (
     ("--data_type", "--data_type pairs", ("dpo", "preference", "preferences", "ranking")),
     ("--data_type", "--data_type sft", ("jsonl", "json", "parquet")),
     ("--data_type", "binidx, which `rwkv-peft preprocess` makes of a text,", ("utf-8", "utf-16le", "text", "txt")),
-    ("--quant", "--quant nf4", ("4bit", "4", "int4", "fp4")),
-    ("--quant", "--quant int8", ("8bit", "8", "fp8")),
+    *QUANTS,
     ("--precision", "--precision bf16", ("bf16-mixed", "bf16-true", "bfloat16", "fp16", "float16", "16", "16-mixed")),
     ("--precision", "--precision fp32", ("tf32", "float32", "32", "32-true")),
     ("--accelerator", "--accelerator gpu", ("cuda",)),
