@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_peft.commands import COMMANDS, missing
+from rwkv_peft.commands import missing
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULE = ("-m", "rwkv_peft")
@@ -108,11 +108,6 @@ def test_a_warning_of_bitsandbytes_about_a_download_is_kept_from_users():
 def test_switches_are_shown_as_they_are_written():
     done = run(sys.executable, "train.py", "--help")
     assert "(default: 1)" in done.stdout and "True" not in done.stdout
-
-
-def test_every_command_is_named_once():
-    names = [command.name for command in COMMANDS]
-    assert len(set(names)) == len(names)
 
 
 def test_closed_streams_lead_nowhere(tmp_path):
