@@ -45,7 +45,7 @@ from rwkv_peft.cli import counted
 from rwkv_peft.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-SLOWEST = 20  # seconds that a reader may take over a broken file
+SLOWEST = 20  # seconds of a processor that a reader may take over a broken file
 
 
 def try_mutants(count, seed, folder):
@@ -65,7 +65,7 @@ def try_mutants(count, seed, folder):
         for number in range(seed * count, seed * count + count // len(here)):
             what, data = broken(specimen, number, others)
             (folder / specimen.file).write_bytes(data)
-            began, tried = time.perf_counter(), tried + 1
+            began, tried = time.process_time(), tried + 1
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 try:
                     specimen.use(folder)
@@ -73,7 +73,7 @@ def try_mutants(count, seed, folder):
                     pass  # which is what a broken file is to end in
                 except Exception as error:  # whatever it is, it is a fault
                     faults.append(f"{specimen.file}, mutant {number}, {what}: {type(error).__name__}: {error}")
-            slowest = max(slowest, (time.perf_counter() - began, f"{specimen.file}, mutant {number}, {what}"))
+            slowest = max(slowest, (time.process_time() - began, f"{specimen.file}, mutant {number}, {what}"))
         (folder / specimen.file).write_bytes(others[specimen.file])
     if slowest[0] > SLOWEST:
         faults.append(f"{slowest[1]}: {slowest[0]:.0f} s")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_peft.commands import COMMANDS, main, missing
+from rwkv_peft.commands import main, missing
 from rwkv_peft.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,11 +109,6 @@ def test_a_warning_of_bitsandbytes_about_a_download_is_kept_from_users():
 def test_switches_are_shown_as_they_are_written():
     done = run(sys.executable, "train.py", "--help")
     assert "(default: 1)" in done.stdout and "True" not in done.stdout
-
-
-def test_every_command_is_named_once():
-    names = [command.name for command in COMMANDS]
-    assert len(set(names)) == len(names)
 
 
 def test_closed_streams_lead_nowhere(tmp_path):

@@ -1,16 +1,9 @@
 """From people's files to tokens: every row once, roles as masks, mistakes named by line."""
 
-import contextlib
 import json
 import multiprocessing
-import os
-import resource
-import signal
 import subprocess
 import sys
-import tempfile
-import threading
-import time
 from itertools import groupby, product
 from pathlib import Path
 
@@ -23,12 +16,10 @@ from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.recorded import recorded_of_data, vocabulary_of
 from rwkv_peft.data.rows import Chunk, read_chunks
 from rwkv_peft.data.sources import build_samples
-from rwkv_peft.data.templates import TEMPLATES, read_template, segments
+from rwkv_peft.data.templates import TEMPLATES, segments
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.data.workers import encode_all
-from rwkv_peft.errors import UserError, exit_on_user_error
-from rwkv_peft.files.pth import read_pth
-from rwkv_peft.plots import read_metrics
+from rwkv_peft.errors import UserError
 
 
 @pytest.fixture
@@ -404,177 +395,3 @@ def test_makes_what_another_tool_made(shared_data, tmp_path):
     main([str(shared_data / "binidx" / "demo.jsonl"), "--output", str(tmp_path / "data")])
     ours, theirs = BinidxDataset(tmp_path / "data"), BinidxDataset(shared_data / "binidx" / "demo")
     assert sorted(document.tolist() for document in ours) == sorted(document.tolist() for document in theirs)
-
-
-def command(folder, *flags):
-    return main([str(folder / "in.jsonl"), "--output", str(folder / "out" / "data"), "--tokenizer", "bytes", *flags])
-
-
-def rows(folder, count=200, word="text"):
-    (folder / "in.jsonl").write_text("".join(json.dumps({"text": f"{word} {i:05}"}) + "\n" for i in range(count)))
-
-
-@pytest.mark.parametrize("flags", [[], ["--shuffle", "1"]])
-@pytest.mark.parametrize("before", [False, True])
-def test_a_disk_that_refuses_is_told_and_leaves_what_was_there(tmp_path, flags, before):
-    rows(tmp_path)
-    (tmp_path / "out").mkdir()
-    if before:
-        command(tmp_path)
-    earlier = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
-    try:
-        with pytest.raises(UserError, match="cannot write .*file too large.*nothing was changed there"):
-            command(tmp_path, *flags)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == earlier
-
-
-@pytest.fixture
-def endless(tmp_path):
-    """preprocess under way in two workers, in a session of its own, on rows that do not end."""
-    rows, output = tmp_path / "in.jsonl", tmp_path / "data"
-    os.mkfifo(rows)
-    argv = [sys.executable, "-m", "rwkv_peft", "preprocess", rows, "--output", output, "--tokenizer", "bytes"]
-    process = subprocess.Popen([*argv, "--workers", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True)
-    with open(rows, "wb") as file:
-        done = threading.Event()
-
-        def feed():
-            with contextlib.suppress(BrokenPipeError):
-                while not done.is_set():
-                    file.write(b'{"text": "a row"}\n' * 1000)
-            with contextlib.suppress(BrokenPipeError):
-                file.close()
-
-        feeder = threading.Thread(target=feed, daemon=True)
-        feeder.start()
-        while not any(path.stat().st_size for path in tmp_path.glob(".data.bin.*")):
-            time.sleep(0.01)
-        yield process
-        done.set()
-        feeder.join(30)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
-
-
-def test_ctrl_c_on_a_terminal_is_one_word(endless, tmp_path):
-    os.killpg(endless.pid, signal.SIGINT)
-    said = endless.communicate(timeout=60)[1].splitlines()
-    assert endless.returncode == 130 and said[-1] == "interrupted"
-    assert [line for line in said[:-1] if line and "tokenizing" not in line] == []
-    assert os.listdir(tmp_path) == ["in.jsonl"]
-
-
-def test_workers_end_with_the_process_that_began_them(endless):
-    endless.kill()
-    endless.wait()
-    deadline = time.monotonic() + 60
-    with pytest.raises(ProcessLookupError):  # as none of its session is left
-        while time.monotonic() < deadline:
-            os.killpg(endless.pid, 0)
-            time.sleep(0.05)
-
-
-def test_outputs_that_cannot_be_written_are_told_before_the_work(tmp_path):
-    rows(tmp_path)
-    (tmp_path / "out").touch()
-    with pytest.raises(UserError, match="cannot write .*a file stands where"):
-        command(tmp_path)
-    with pytest.raises(UserError, match="--output .*in.bin is the file given as an input"):
-        (tmp_path / "in.bin").symlink_to(tmp_path / "in.jsonl")
-        main([str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "in"), "--tokenizer", "bytes"])
-    assert (tmp_path / "in.jsonl").read_text().startswith('{"text"')
-
-
-def test_a_link_that_was_planted_is_not_written_through(tmp_path):
-    rows(tmp_path)
-    (tmp_path / "precious").write_text("kept")
-    (tmp_path / "out").mkdir()
-    for name in (".data.bin.tmp", ".data.idx.tmp", ".data.json.tmp", "data.idx"):
-        (tmp_path / "out" / name).symlink_to(tmp_path / "precious")
-    command(tmp_path)
-    assert (tmp_path / "precious").read_text() == "kept"
-    (tmp_path / "out" / ".data.lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(UserError, match="cannot write"):
-        command(tmp_path)
-    assert (tmp_path / "precious").read_text() == "kept"
-
-
-@pytest.mark.parametrize("killed", [".bin", ".json", ".idx"])
-def test_a_kill_between_the_names_leaves_no_set_of_two_halves(tmp_path, monkeypatch, killed):
-    """Over an older set of the same sizes, which the new index would fit."""
-    rows(tmp_path, word="older")
-    command(tmp_path)
-    rows(tmp_path, word="newer")
-    replace = os.replace
-
-    def until(source, target):
-        if str(target).endswith(killed):
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", until)
-    with pytest.raises(KeyboardInterrupt):
-        command(tmp_path)
-    with pytest.raises(UserError, match="data.idx: no such file"):
-        BinidxDataset(tmp_path / "out" / "data")
-
-
-@pytest.fixture
-def unreadable():
-    """unreadable(name) -> the path of a file that exists and may not be read, or in a folder "shut" that may not be
-    entered; for root, as another user."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o777)
-
-        def make(name):
-            path = Path(folder) / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("{}")
-            (Path(folder) / name.split("/")[0]).chmod(0)
-            if os.geteuid() == 0:
-                os.seteuid(65534)
-            return path
-
-        yield make
-        if os.getuid() == 0:
-            os.seteuid(0)
-        for path in Path(folder).iterdir():
-            path.chmod(0o700)
-
-
-@pytest.mark.parametrize("ending", [".jsonl", ".txt"])
-def test_a_folder_that_may_not_be_entered_is_one_message(unreadable, monkeypatch, capsys, ending):
-    path = unreadable("shut/below/in" + ending)
-    monkeypatch.setattr(sys, "argv", ["preprocess", str(path), "--output", str(path.parents[2] / "out")])
-    with pytest.raises(SystemExit) as exit_info:
-        exit_on_user_error(main)
-    error = capsys.readouterr().err
-    assert exit_info.value.code == 2 and error.count("\n") == 1
-    assert error.startswith("error: ") and f"in{ending}" in error and "permission denied" in error
-
-
-@pytest.mark.parametrize("name", ["in.jsonl", "in.txt", "in.parquet", "in.json"])
-def test_an_input_that_may_not_be_read_is_not_called_missing(unreadable, name):
-    path = unreadable(name)
-    with pytest.raises(UserError, match=f"{name} exists, and may not be read .permission denied"):
-        list(read_chunks(path))
-
-
-@pytest.mark.parametrize("name", ["a.pth", "data.idx", "vocabulary.txt", "metrics.jsonl", "template.txt"])
-def test_no_other_file_that_may_not_be_read_is_called_missing(unreadable, name):
-    read = {
-        "a.pth": read_pth,
-        "data.idx": BinidxDataset,
-        "vocabulary.txt": load_tokenizer,
-        "metrics.jsonl": read_metrics,
-        "template.txt": read_template,
-    }[name]
-    path = unreadable(name)
-    with pytest.raises(UserError, match=f"{name} exists, and may not be read .permission denied"):
-        read(str(path))

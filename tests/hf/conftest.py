@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import tiny_llama
 from rwkv_peft.hf import register
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "llama_stories260K_hf"
@@ -58,3 +59,12 @@ def llama(_loaded):
 @pytest.fixture(scope="session")
 def ids():
     return torch.randint(3, 500, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The model folder and data file that scripts/bone_llama.sh makes."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_llama.write_model(folder / "model")
+    tiny_llama.write_data(folder / "data.jsonl", 32)
+    return folder

@@ -1,16 +1,17 @@
 """scripts/bone_llama.sh: with no arguments on a model and data of its own, and half of a user's input refused."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def script(variables, *flags):
+def script(variables, *flags, root=ROOT):
     environment = {key: value for key, value in os.environ.items() if key not in ("BASE_MODEL", "DATA_PATH")}
     return subprocess.run(
-        ["sh", str(ROOT / "scripts" / "bone_llama.sh"), *flags],
+        ["sh", str(root / "scripts" / "bone_llama.sh"), *flags],
         env=environment | variables,
         text=True,
         capture_output=True,
@@ -36,5 +37,17 @@ def test_half_of_a_users_input_is_refused():
 
 
 def test_a_users_flags_stand_for_the_scripts(tmp_path):
-    done = script({"BASE_MODEL": "model", "DATA_PATH": "data.jsonl"}, "--warmup_steps", "2", "--learning_rate", "-1")
-    assert done.returncode != 0 and "--learning_rate -1.0 is no rate" in done.stderr
+    """The last of a flag's values counts."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "bone_llama.sh", tmp_path / "scripts")
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$(dirname "$0")/told"\n')
+    python.chmod(0o755)
+    (tmp_path / "scripts" / "setup.sh").write_text(f"root={tmp_path} python={python}\ninstall() {{ :; }}\n")
+    variables = {"BASE_MODEL": "model", "DATA_PATH": "data.jsonl", "INIT_WEIGHTS": "mini"}
+    done = script(variables, "--warmup_steps", "2", "--learning_rate", "-1", root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    program, *words = (tmp_path / "told").read_text().splitlines()
+    assert program == f"{tmp_path}/demo/bone_finetuning.py" and "--warmup_ratio" not in words
+    told = dict(zip(words, words[1:]))
+    assert (told["--learning_rate"], told["--warmup_steps"], told["--init_weights"]) == ("-1", "2", "mini")

@@ -12,7 +12,7 @@ import time
 import psutil
 import pytest
 
-from training.runs import finish, free_port, metrics, start
+from training.runs import finish, free_port, metrics, start, start_ranks
 
 LONG = ("--precision", "fp32", "--epoch_steps", "20", "--epoch_count", "3", "--lr_init", "5e-3")
 LONG += ("--strategy", "deepspeed_stage_2", "--lr_schedule", "constant")
@@ -97,8 +97,19 @@ def test_nodes_that_disagree_end_with_one_message_that_names_the_flags_and_both_
     assert not (files / "disagree" / "metrics.jsonl").exists()
 
 
+IMPATIENT = """
+from rwkv_peft.commands import run
+from rwkv_peft.training import meeting
+
+meeting.VISIBLE = 1.0
+run("train")
+"""
+
+
 def test_a_folder_that_nodes_do_not_share_is_refused(files, command):
-    for process in two_nodes(command("here"), command("there")):
+    (files / "impatient.py").write_text(IMPATIENT)
+    here, there = ([sys.executable, str(files / "impatient.py"), *command(name)[2:]] for name in ("here", "there"))
+    for process in two_nodes(here, there):
         _, err = finish(process, 2)
         assert err.count("\n") == 1 and "name a folder on a disk that all nodes share" in err
     assert [path.name for path in files.glob("*here/*")] == []
@@ -177,16 +188,18 @@ def test_no_process_outlives_the_one_that_started_it(files, command, unbroken):
     assert history(files, "pair") == unbroken
 
 
-def test_one_command_goes_on_through_two_restarts(files, command, unbroken):
-    """A rank is killed before the first checkpoint, and another after it; torchrun starts the same command again."""
-    argv = command("restarts", *PAIR, "--resume", "auto")[1:]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "2"]
-    process = start([*torchrun, "--monitor_interval", "0.1", "--master_port", free_port(), *argv], cold=True)
-    wait_for_steps(files, "restarts", 1, process)
+def test_one_command_goes_on_through_restarts(files, command, unbroken):
+    """A rank is killed before the first checkpoint, and the same command is started again; then by torchrun, which
+    starts it once more when a rank is killed after a checkpoint."""
+    argv = command("restarts", *PAIR, "--resume", "auto")
+    first, second = start_ranks(argv)
+    wait_for_steps(files, "restarts", 1, first)
+    second.kill()
+    second.communicate()
+    finish(first, 1)
     (files / "restarts" / "adapter-best.safetensors").write_bytes(b"of a run that died before its first checkpoint")
-    ranks = children(process, 2)
-    ranks[1].kill()
-    psutil.wait_procs(ranks)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "1"]
+    process = start([*torchrun, "--monitor_interval", "0.1", "--master_port", free_port(), *argv[1:]], cold=True)
     wait_for_steps(files, "restarts", 25, process)
     children(process, 2)[0].kill()
     out, err = finish(process)

@@ -117,15 +117,23 @@ def test_markers_of_rwkv_peft_are_texts_or_ids(files):
     assert config(files, "--bone_r", "16", "--mask_id", '{"mask0":"0","mask1":"1"}').data.mask_id == ()
 
 
-def test_a_drawn_seed_is_one_for_all_ranks_and_kept(files, command):
-    more = ("--random_seed", "-1", "--devices", "2", "--precision", "fp32", "--epoch_count")
-    out, _ = finish(start(command("drawn", *more, "1")))  # which starts the other rank itself
-    seed = int(re.search(r"^seed +(\d+)$", out, re.M)[1])
+def drawn_seed(said):
+    return int(re.search(r"^seed +(\d+)$", said, re.M)[1])
+
+
+def test_a_drawn_seed_is_one_for_all_ranks(files, command):
+    more = ("--random_seed", "-1", "--devices", "2", "--precision", "fp32", "--epoch_count", "1")
+    out, _ = finish(start(command("drawn", *more)))  # which starts the other rank itself
     recorded = json.loads((files / "drawn" / "config.json").read_text())
-    assert recorded["train"]["random_seed"] == recorded["data"]["seed"] == seed
+    assert recorded["train"]["random_seed"] == recorded["data"]["seed"] == drawn_seed(out)
     assert "do not train: time (" in out and "--train_parts time ln trains time and ln along, as RWKV-PEFT" in out
-    out, _ = finish(start(command("drawn", *more, "2", "--resume")))
-    assert re.search(rf"^seed +{seed}$", out, re.M)
+
+
+def test_a_drawn_seed_is_kept_by_what_goes_on(train):
+    more = ("--random_seed", "-1", "--precision", "fp32", "--epoch_steps", "1", "--epoch_count")
+    first, _ = train("kept", *more, "1")
+    second, _ = train("kept", *more, "2", "--resume")
+    assert drawn_seed(first) == drawn_seed(second)
 
 
 def test_the_type_of_a_training_says_that_no_layer_is_adapted(files):
