@@ -58,7 +58,7 @@ def test_packing_says_how_full_the_rows_are_and_what_it_cuts(config):
     samples = build_samples(config([[1] * 9, [2] * 5, [3] * 5, [4] * 30], ctx_len=8, dataload="pack"), 65536)
     assert len(samples) == 3
     assert "packed into 3 rows of --ctx_len 8, 100.0% full" in samples.notes
-    assert any("1 documents are longer" in note for note in samples.notes)
+    assert any("1 document of more than --ctx_len 8" in note for note in samples.notes)
 
 
 @pytest.mark.parametrize("dataload", ["get", "pad", "only", "pack"])

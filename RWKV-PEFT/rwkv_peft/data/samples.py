@@ -188,7 +188,7 @@ class DocumentSamples(Samples):
         ends = begins + self.dataset.sizes[cut]
         # those that lie near each other at once, as a call for each takes long
         for near in np.split(np.arange(len(cut)), np.flatnonzero(np.diff(begins // STRETCH)) + 1):
-            first, last = int(begins[near[0]]), int(ends[near[-1]])
+            first, last = int(begins[near].min()), int(ends[near].max())
             before = np.concatenate(([0], np.cumsum(mask(first, last))))  # how many count before each token
             begin, end = begins[near] - first, ends[near] - first
             behind = before[end] - before[begin + limit]
