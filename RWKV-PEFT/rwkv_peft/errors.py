@@ -39,6 +39,11 @@ class Ended(SystemExit):
         self.words = ENDINGS[signal.Signals(number)]
 
 
+def ending_of(end: KeyboardInterrupt | Ended) -> tuple[str, int]:
+    """The words and the exit code of a command that a signal ends."""
+    return (end.words, end.code) if isinstance(end, Ended) else (INTERRUPTED, 128 + signal.SIGINT)
+
+
 def told(error: BaseException) -> str:
     """What another library's exception says, in one short line: some quote a whole file, or say nothing but a key."""
     lines = str(error).strip().splitlines()
@@ -69,10 +74,8 @@ def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
         if advice is None or error.filename is None:
             raise
         message, code = f"error: {short(str(error.filename))}: {str(error.strerror).lower()}; {advice}", 2
-    except KeyboardInterrupt:
-        message, code = INTERRUPTED, 128 + signal.SIGINT
-    except Ended as ended:
-        message, code = ended.words, ended.code
+    except (KeyboardInterrupt, Ended) as end:
+        message, code = ending_of(end)
     sys.stdout.flush()
     print(message, file=sys.stderr)
     sys.exit(code)

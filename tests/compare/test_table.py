@@ -58,7 +58,7 @@ def test_steps_are_counted_on_the_mean_of_the_seeds(rows):
 def test_the_table_says_so(rows):
     assert table(rows, 1, RUNS).splitlines() == [
         "| method | rank | trained parameters | best rate | seeds | validation loss | ± (standard deviation) "
-        "| loss at 0.003 | steps to lora's loss | ms a step | peak memory, MB |",
+        "| loss at rate 0.003 for all | steps to lora's loss | ms a step | peak memory, MB |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
         "| bone | 8 | 1,000 | 0.003 | 2 | 2.1000 | 0.1414 | 2.0000 | 10 | 50 | 600 |",
         "| lora | 4 | 1,000 | 0.003 | 1 | 2.6000 |  | 2.6000 | 20 | 50 | 600 |",

@@ -2,13 +2,14 @@
 
 import json
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from rwkv_peft.errors import UserError
+from rwkv_peft.errors import Ended, UserError
 from rwkv_peft.evals import command, flags
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,15 +76,16 @@ def test_it_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
 original = command.ask
 
 
-def test_an_interrupt_keeps_what_was_answered(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("end, code", [(KeyboardInterrupt(), 130), (Ended(signal.SIGTERM), 143)])
+def test_an_interrupt_keeps_what_was_answered(tmp_path, monkeypatch, capsys, end, code):
     def interrupted(args, task, subject, due):
         yield from list(original(args, task, subject, {0: due[0]}))
-        raise KeyboardInterrupt
+        raise end
 
     monkeypatch.setattr(command, "ask", interrupted)
     data, output = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "answers.jsonl"
     words = ["jsonl", *MODEL, "--data", data, "--output", str(output), "--stop", "\n"]
-    assert command.main(words) == 130
+    assert command.main(words) == code
     assert "has 1 of 3, and the same command goes on" in capsys.readouterr().err
     assert len(output.read_text().splitlines()) == 2
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 from ..adapters.methods import METHODS
 from ..cli import counted
 from ..config import AdapterConfig
-from ..errors import INTERRUPTED, Ended, UserError, told
+from ..errors import Ended, UserError, ending_of, told
 from ..files.alone import alone_in
 from ..files.atomic import atomic_write
 from ..files.base import Base
@@ -51,7 +50,7 @@ def run_and_report(comparison: Comparison, sizes: Mapping[str, Size]) -> int:
     try:
         complete = run(comparison, sizes)
     except (KeyboardInterrupt, Ended) as end:
-        words, code = (end.words, end.code) if isinstance(end, Ended) else (INTERRUPTED, 128 + signal.SIGINT)
+        words, code = ending_of(end)
         print(f"\n{words}; the same command goes on", file=sys.stderr)
         report(comparison, sizes)
         return code

@@ -20,11 +20,13 @@ FORMATS = ("png", "svg")
 def draw(folder: Path, rows: Sequence[Row], methods: Sequence[str], seed: int, runs: Mapping[Cell, Outcome]) -> None:
     """Write steps, time and rates (.png, .svg) into a folder; methods give each its colour."""
     looks = {method: look(position) for position, method in enumerate(methods)}
-    figure, axes = new_figure("optimizer steps", "validation loss (nats per token)")
+    several = max(len(row.runs) for row in rows) > 1
+    what = "validation loss (nats per token)" + "\nmean, lowest and highest of the seeds" * several
+    figure, axes = new_figure("optimizer steps", what)
     for row in rows:
         band(axes, row, looks[row.method], lambda done, seconds: done)
     save(figure, axes, folder, "steps")
-    figure, axes = new_figure("seconds of training", "validation loss (nats per token)")
+    figure, axes = new_figure("seconds of training", what)
     for row in rows:
         band(axes, row, looks[row.method], lambda done, seconds: seconds)
     save(figure, axes, folder, "time")
@@ -57,7 +59,8 @@ def band(axes: Any, row: Row, style: dict[str, Any], place: Any) -> None:
     """The mean over the seeds, and a band from the lowest to the highest; place(steps, seconds) is the abscissa."""
     curve = mean_curve(row.runs)
     x = [place(done, seconds) for done, seconds, _ in curve]
-    axes.plot(x, [statistics.fmean(losses) for _, _, losses in curve], label=row.method, **style)
+    label = f"{row.method}, rate {rate_of(row.rate):g}"
+    axes.plot(x, [statistics.fmean(losses) for _, _, losses in curve], label=label, **style)
     axes.fill_between(
         x,
         [min(losses) for *_, losses in curve],

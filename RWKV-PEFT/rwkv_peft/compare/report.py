@@ -95,7 +95,8 @@ def columns_of(
     losses = {cell: outcome.loss for cell, outcome in outcomes.items()}
     shared = common_rate([row.method for row in rows], seed, losses)
     if shared is not None:
-        yield f"loss at {rate_of(shared):g}", lambda row: number(losses[Cell(row.method, shared, seed)], ".4f")
+        head = f"loss at rate {rate_of(shared):g} for all"
+        yield head, lambda row: number(losses[Cell(row.method, shared, seed)], ".4f")
     reference = next((row.mean for row in rows if row.method == REFERENCE), None)
     if reference is not None:
         yield f"steps to {REFERENCE}'s loss", lambda row: str(steps_to(row, reference) or "")

@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..errors import UserError
+from ..errors import Ended, UserError, ending_of
 from ..files.atomic import check_output, same_file
 from ..generate.loading import load_subject
 from ..streams import bar_seconds
@@ -21,15 +21,14 @@ from .tally import share_of, summary
 from .task import Problem, Task
 from .tasks import TASKS
 
-INTERRUPTED = 130
 INPUTS = ("model", "data", "shots_data", "state", "tokenizer")
 # flags on which answers depend, and which must agree for a file of them to be gone on with
 SETTINGS = (*INPUTS, "task", "adapter", "split", "template", "shots", "max_tokens", "stop")
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code: 1 below --at_least, 130 after Ctrl-C. Raises UserError for whatever is wrong in flags and
-    files."""
+    """Returns the exit code: 1 below --at_least, 128 and a signal's number after Ctrl-C, or where Ended is raised.
+    Raises UserError for whatever is wrong in flags and files."""
     args = parse_flags(argv)
     task = TASKS[args.task]
     if args.task == "math":
@@ -52,10 +51,11 @@ def main(argv: list[str]) -> int:
         with records:
             if due:
                 answer_due(args, task, due, records)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Ended) as end:
+        words, code = ending_of(end)
         kept = f"; {args.output} has {len(records.found):,} of {len(problems):,}, and the same command goes on"
-        print("\ninterrupted" + (kept if args.output else ""), file=sys.stderr)
-        return INTERRUPTED
+        print(f"\n{words}" + (kept if args.output else ""), file=sys.stderr)
+        return code
     found = records.ordered()
     print("\n".join(summary(args.task, task.measures, found)))
     return int(share_of(task.measures[0], found) < args.at_least)
