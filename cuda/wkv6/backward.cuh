@@ -178,6 +178,12 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
             decays.keep(factor, shared.write);
             __syncthreads();  // the operands are complete
 
+            // The state before the chunk comes from far: it is asked for at once where registers are there for it.
+            constexpr int EARLY = N <= 64 ? tiles : 0;
+            Tile states[tiles];
+            #pragma unroll
+            for (int b = 0; b < EARLY; b++) states[b] = i > 0 ? waiting(t0 - CHUNK, b) : checkpoint(c0 / 16, b);
+
             // gv = scoresᵀ gy + k_end dS, by rows of time; each warp its 16 columns v.
             Accumulator scores_t = zeros(), gv = zeros();  // (s, t), (s, v)
             #pragma unroll
@@ -205,7 +211,7 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
             }
             #pragma unroll
             for (int b = 0; b < tiles; b++) {
-                const Tile state = i > 0 ? waiting(t0 - CHUNK, b) : checkpoint(c0 / 16, b);
+                const Tile state = b < EARLY ? states[b] : i > 0 ? waiting(t0 - CHUNK, b) : checkpoint(c0 / 16, b);
                 multiply(gr_across, state, load_right(&in.gy[0][b * 16], stride));
                 const Accumulator before = widened(state);
                 #pragma unroll

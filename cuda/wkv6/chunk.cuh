@@ -203,10 +203,14 @@ __device__ __forceinline__ float row_dot(const Tile& a, const Tile& b, const flo
 // `diagonal` where there is one.
 __device__ __forceinline__ void mask(Accumulator& scores, bool above, const float* diagonal) {
     const int lane = lane_id();
+    float own[2] = {0.f, 0.f};  // the diagonal's elements in the lane's two rows, read without a branch
+    #pragma unroll
+    for (int half = 0; half < 2; half++)
+        if (diagonal) own[half] = diagonal[lane / 4 + half * 8];
     #pragma unroll
     for (int e = 0; e < 8; e++) {
         const int row = tile_row(lane, e), column = tile_column(lane, e);
         const bool keep = above ? column > row : row > column;
-        scores.c[e] = keep ? scores.c[e] : row == column && diagonal ? diagonal[row] : 0.f;
+        scores.c[e] = keep ? scores.c[e] : row == column ? own[e / 2 % 2] : 0.f;
     }
 }

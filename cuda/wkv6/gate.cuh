@@ -10,7 +10,7 @@
 template <int N, bool GATED>
 struct GateShared {};
 template <int N>
-struct alignas(16) GateShared<N, true> {
+struct alignas(32) GateShared<N, true> {  // as load_vector reads eight floats
     typename Shape<N>::Rows y, g;
     float weight[N], bias[N];
 };
