@@ -1,8 +1,5 @@
 """train.py's command line: what it accepts, and that each mistake is one message with exit code 2, before any work."""
 
-import math
-import os
-import pickle
 import shlex
 import subprocess
 import sys
@@ -10,61 +7,22 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from rwkv_peft.config import AdapterConfig, DataConfig, TrainConfig
-from rwkv_peft.data.binidx import BinidxWriter
-from rwkv_peft.errors import UserError, exit_on_user_error
-from rwkv_peft.files.alone import alone_in
+from rwkv_peft.errors import UserError
 from rwkv_peft.models.rwkv6.keys import TARGETS
 from rwkv_peft.training.flags import parse_run
 from rwkv_peft.training.header import describe_adapter
 from rwkv_peft.training.parser import DIMENSIONS, build_parser, flag_of, table
-from rwkv_peft.training.run import find_state, main
 from rwkv_peft.training.synonyms import VALUES
+from training.command_lines import flags, refused, write_files
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
 def files(tmp_path, tiny_state):
-    """A base model base.pth (C 64, F 96, vocabulary 80) and data of 300 tokens below 80."""
-    torch.save(tiny_state(), tmp_path / "base.pth")
-    with BinidxWriter(tmp_path / "data", vocab_size=80) as writer:
-        for start in range(3):
-            writer.add([1 + (start + i) % 79 for i in range(99)] + [0])
-    return tmp_path
-
-
-def flags(files, *more):
-    return [
-        "--load_model",
-        str(files / "base.pth"),
-        "--data_file",
-        str(files / "data"),
-        "--ctx_len",
-        "16",
-        "--bone_r",
-        "16",
-        "--proj_dir",
-        str(files / "out"),
-        "--accelerator",
-        "cpu",
-        "--precision",
-        "fp32",
-        *more,
-    ]
-
-
-def refused(monkeypatch, capsys, argv):
-    """The message of a command that must end with exit code 2 and one line on stderr."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
-    with pytest.raises(SystemExit) as exit_info:
-        exit_on_user_error(main)
-    error = capsys.readouterr().err
-    assert exit_info.value.code == 2
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
+    return write_files(tmp_path, tiny_state())
 
 
 def test_dimensions_are_read_from_the_base(files):
@@ -218,80 +176,6 @@ def test_the_values_that_are_led_to_ours_are_none_of_ours():
             parser.parse_args(["--data_file", "d", *words])
 
 
-def lora(files, method, settings, *more):
-    """The flags of a method that has a JSON value."""
-    name = "pissa_config" if method == "pissa" else "lora_config"
-    argv = flags(files, "--peft", method, f"--{name}", settings, *more)
-    del argv[argv.index("--bone_r") : argv.index("--bone_r") + 2]
-    return argv
-
-
-@pytest.mark.parametrize(
-    "flag, value",
-    [
-        *(
-            (flag, "nan")
-            for flag in (
-                "lr_init",
-                "lr_final",
-                "weight_decay",
-                "beta1",
-                "beta2",
-                "adam_eps",
-                "gradient_clip_val",
-                "val_split",
-                "save_minutes",
-            )
-        ),
-        ("lr_init", "1e400"),
-        ("lr_final", "-inf"),
-    ],
-)
-def test_flags_take_finite_numbers(files, monkeypatch, capsys, flag, value):
-    assert f"--{flag}: {value} is not a finite number" in refused(
-        monkeypatch, capsys, flags(files, f"--{flag}={value}")
-    )
-
-
-@pytest.mark.parametrize(
-    "method, settings, words",
-    [
-        ("lora", '{"lora_r":4,"lora_alpha":NaN}', "lora_alpha nan is not a finite number"),
-        ("lora", '{"lora_r":4,"lora_alpha":1' + 400 * "0" + "}", "not a finite number"),
-        ("lora", '{"lora_r":4,"lora_dropout":Infinity}', "lora_dropout inf is not a finite number"),
-        ("lora", '{"lora_r":4,"lora_alpha":0}', "lora_alpha 0 must be above 0"),
-        ("lora", '{"lora_r":4,"lora_alpha":-8}', "lora_alpha -8 must be above 0"),
-        ("lora", '{"lora_r":4,"lora_parts":"att,time"}', "--train_parts"),
-        ("pissa", '{"pissa_r":4,"svd_niter":-1}', "svd_niter -1"),
-        ("pissa", '{"pissa_r":4,"pissa_init":"init_pissa.pth"}', "pissa_init init_pissa.pth"),
-    ],
-)
-def test_numbers_of_the_json_forms_have_bounds(files, monkeypatch, capsys, method, settings, words):
-    assert words in refused(monkeypatch, capsys, lora(files, method, settings))
-
-
-@pytest.mark.parametrize(
-    "flag, value, words",
-    [
-        ("keep_checkpoints", "-1", "-1 is negative"),
-        ("keep_checkpoints", "2.5", "'2.5' is not a whole number"),
-        ("save_every", "-1", "-1 is negative"),
-        ("save_minutes", "-1", "-1 is negative"),
-        ("save_total_limit", "3", "it is --keep_checkpoints"),
-    ],
-)
-def test_how_often_and_how_much_is_saved_is_a_number_that_can_be_meant(files, monkeypatch, capsys, flag, value, words):
-    assert words in refused(monkeypatch, capsys, flags(files, f"--{flag}={value}"))
-
-
-@pytest.mark.parametrize(
-    "ratio, words", [("inf", "not a finite number"), ("nan", "not a finite number"), ("0", "not above 0")]
-)
-def test_the_ratio_of_lora_plus_is_finite_and_above_0(files, monkeypatch, capsys, ratio, words):
-    argv = lora(files, "lora-plus", '{"lora_r":4}', "--loraplus_lr_ratio", ratio)
-    assert f"--loraplus_lr_ratio: {ratio} is {words}" in refused(monkeypatch, capsys, argv)
-
-
 def test_bone_mini_from_single_flags(files, monkeypatch, capsys):
     adapter = parse_run(flags(files, "--bone_mode", "bone-mini", "--bone_mini_r", "4")).config.adapter
     assert (adapter.mode, adapter.rank, adapter.mini_rank) == ("bone-mini", 16, 4)
@@ -363,119 +247,6 @@ def test_the_table_of_flags_is_what_the_parser_says():
 def test_mistakes_in_flags(files, monkeypatch, capsys, more, words):
     assert words in refused(monkeypatch, capsys, flags(files, *more))
     assert not (files / "out").exists()
-
-
-def test_a_folder_that_cannot_be_written_is_told_before_any_work(files, monkeypatch, capsys):
-    (files / "file").touch()
-    assert "a file stands where" in refused(
-        monkeypatch, capsys, flags(files, "--proj_dir", str(files / "file" / "out"))
-    )
-    (files / "out").mkdir()
-    (files / "out" / "checkpoints").touch()
-    assert "a file stands where" in refused(monkeypatch, capsys, flags(files))
-
-
-@pytest.mark.parametrize("leftover", ["adapter.safetensors", "adapter-best.safetensors"])
-def test_what_a_new_run_would_overwrite_is_named_with_or_without_resume(files, monkeypatch, capsys, leftover):
-    (files / "out").mkdir()
-    for name in ("metrics.jsonl", leftover):
-        (files / "out" / name).touch()
-    fresh, resumed = (refused(monkeypatch, capsys, flags(files, *more)) for more in ([], ["--resume"]))
-    assert f"already holds {leftover}" in fresh and "add --resume" not in fresh
-    assert f"{leftover} away and leave --resume out" in resumed
-
-
-@pytest.mark.parametrize("resume", [False, True])
-def test_a_run_that_ended_before_its_first_checkpoint_starts_anew(tmp_path, resume):
-    train, identity = TrainConfig(resume=resume), {"adapter": {"method": "bone"}}
-    (tmp_path / "metrics.jsonl").touch()
-    assert find_state(tmp_path, train, identity) == (None, None)
-    (tmp_path / "adapter-epoch-1.safetensors").touch()
-    with pytest.raises(UserError, match="already holds adapter-epoch-1|move .*adapter-epoch-1"):
-        find_state(tmp_path, train, identity)
-
-
-@pytest.mark.parametrize("more", [[], ["--resume"]])
-def test_a_folder_has_one_run_at_a_time(files, monkeypatch, capsys, more):
-    with alone_in(files / "out"):
-        assert f"a run is training there (process {os.getpid()} on " in refused(
-            monkeypatch, capsys, flags(files, *more)
-        )
-    assert not (files / "out").exists()
-
-
-def damaged_base(path, kind, tiny_state):
-    """Write a base.pth that is wrong in one way."""
-    if kind == "missing":
-        path.unlink()
-    elif kind == "truncated":
-        path.write_bytes(path.read_bytes()[:5000])
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "code":
-
-        class Evil:
-            def __reduce__(self):
-                return Path.touch, (path.parent / "executed",)
-
-        path.write_bytes(pickle.dumps({"emb.weight": Evil()}))
-    elif kind == "states":
-        torch.save(tiny_state() | {f"blocks.{i}.att.time_state": torch.zeros(4, 16, 16) for i in range(2)}, path)
-    elif kind == "rwkv5":
-        state = {key: value for key, value in tiny_state().items() if "maa" not in key and "decay_w" not in key}
-        state |= {f"blocks.{i}.att.time_mix_{name}": torch.ones(1, 1, 64) for i in range(2) for name in "kvrg"}
-        torch.save(state, path)
-    elif kind == "rwkv7":
-        state = {key: value for key, value in tiny_state().items() if "time_" not in key}
-        state |= {
-            f"blocks.{i}.att.{name}": torch.ones(1, 1, 64) for i in range(2) for name in ("x_r", "w0", "a0", "r_k")
-        }
-        torch.save(state, path)
-
-
-@pytest.mark.parametrize("kind", ["missing", "truncated", "empty", "code", "rwkv5", "rwkv7", "states"])
-def test_bad_base_models(files, tiny_state, monkeypatch, capsys, kind):
-    damaged_base(files / "base.pth", kind, tiny_state)
-    assert "base.pth" in refused(monkeypatch, capsys, flags(files))
-    assert not (files / "executed").exists()
-
-
-@pytest.mark.parametrize("name", ["data.idx", "data.bin"])
-@pytest.mark.parametrize("size", [None, 0, 40])
-def test_bad_data_files(files, monkeypatch, capsys, name, size):
-    path = files / name
-    path.unlink() if size is None else path.write_bytes(path.read_bytes()[:size])
-    assert name in refused(monkeypatch, capsys, flags(files))
-
-
-def test_a_base_that_is_not_finite_is_named_before_any_step(files, tiny_state, monkeypatch, capsys):
-    """Also in a row of the embedding that no token reads."""
-    state = tiny_state()
-    state["emb.weight"][79, 3] = math.nan
-    torch.save(state, files / "base.pth")
-    error = refused(monkeypatch, capsys, flags(files))
-    assert "base.pth is not finite: emb.weight holds NaN or Inf, at [79, 3] first" in error
-    assert not (files / "out").exists()
-
-
-@pytest.mark.parametrize("more", [[], ["--dataload", "pad"], ["--dataload", "pack"], ["--val_split", "0.2"]])
-@pytest.mark.parametrize("counts", [False, True])
-def test_a_mask_that_leaves_nothing_to_learn_is_refused(files, monkeypatch, capsys, more, counts):
-    """Where it counts no token, and where it counts those alone that are never read: the first, and with --dataload
-    pad those behind --ctx_len."""
-    mask = bytearray(300)
-    mask[0] = counts
-    if "--dataload" in more:
-        mask[99] = counts
-    (files / "data.mask").write_bytes(mask)
-    words = "the loss counts no token of" if counts else "data.mask counts none of 300 tokens"
-    assert words in refused(monkeypatch, capsys, flags(files, *more))
-
-
-def test_tokens_outside_the_vocabulary(files, monkeypatch, capsys):
-    with BinidxWriter(files / "data", vocab_size=300) as writer:
-        writer.add([5] * 50 + [80])
-    assert "80" in refused(monkeypatch, capsys, flags(files))
 
 
 def test_a_new_model_needs_its_dimensions_and_no_adapter(files):

@@ -1,0 +1,50 @@
+"""Command lines of train.py on small files, and what it says of one that it refuses."""
+
+import sys
+
+import pytest
+import torch
+
+from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.errors import exit_on_user_error
+from rwkv_peft.training.run import main
+
+
+def write_files(folder, state):
+    """A base model base.pth (C 64, F 96, vocabulary 80) and data of 300 tokens below 80, in a folder."""
+    torch.save(state, folder / "base.pth")
+    with BinidxWriter(folder / "data", vocab_size=80) as writer:
+        for start in range(3):
+            writer.add([1 + (start + i) % 79 for i in range(99)] + [0])
+    return folder
+
+
+def flags(files, *more):
+    return [
+        "--load_model",
+        str(files / "base.pth"),
+        "--data_file",
+        str(files / "data"),
+        "--ctx_len",
+        "16",
+        "--bone_r",
+        "16",
+        "--proj_dir",
+        str(files / "out"),
+        "--accelerator",
+        "cpu",
+        "--precision",
+        "fp32",
+        *more,
+    ]
+
+
+def refused(monkeypatch, capsys, argv):
+    """The message of a command that must end with exit code 2 and one line on stderr."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    with pytest.raises(SystemExit) as exit_info:
+        exit_on_user_error(main)
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error

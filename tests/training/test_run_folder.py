@@ -1,0 +1,55 @@
+"""The folder of a run: one run at a time writes there, and nothing of an earlier one is lost."""
+
+import os
+
+import pytest
+
+from rwkv_peft.config import TrainConfig
+from rwkv_peft.errors import UserError
+from rwkv_peft.files.alone import alone_in
+from rwkv_peft.training.run import find_state
+from training.command_lines import flags, refused, write_files
+
+
+@pytest.fixture
+def files(tmp_path, tiny_state):
+    return write_files(tmp_path, tiny_state())
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_any_work(files, monkeypatch, capsys):
+    (files / "file").touch()
+    assert "a file stands where" in refused(
+        monkeypatch, capsys, flags(files, "--proj_dir", str(files / "file" / "out"))
+    )
+    (files / "out").mkdir()
+    (files / "out" / "checkpoints").touch()
+    assert "a file stands where" in refused(monkeypatch, capsys, flags(files))
+
+
+@pytest.mark.parametrize("leftover", ["adapter.safetensors", "adapter-best.safetensors"])
+def test_what_a_new_run_would_overwrite_is_named_with_or_without_resume(files, monkeypatch, capsys, leftover):
+    (files / "out").mkdir()
+    for name in ("metrics.jsonl", leftover):
+        (files / "out" / name).touch()
+    fresh, resumed = (refused(monkeypatch, capsys, flags(files, *more)) for more in ([], ["--resume"]))
+    assert f"already holds {leftover}" in fresh and "add --resume" not in fresh
+    assert f"{leftover} away and leave --resume out" in resumed
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_ended_before_its_first_checkpoint_starts_anew(tmp_path, resume):
+    train, identity = TrainConfig(resume=resume), {"adapter": {"method": "bone"}}
+    (tmp_path / "metrics.jsonl").touch()
+    assert find_state(tmp_path, train, identity) == (None, None)
+    (tmp_path / "adapter-epoch-1.safetensors").touch()
+    with pytest.raises(UserError, match="already holds adapter-epoch-1|move .*adapter-epoch-1"):
+        find_state(tmp_path, train, identity)
+
+
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_a_folder_has_one_run_at_a_time(files, monkeypatch, capsys, more):
+    with alone_in(files / "out"):
+        assert f"a run is training there (process {os.getpid()} on " in refused(
+            monkeypatch, capsys, flags(files, *more)
+        )
+    assert not (files / "out").exists()
