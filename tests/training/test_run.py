@@ -8,11 +8,8 @@ import json
 import os
 import re
 import resource
-import signal
 import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +17,6 @@ from safetensors.torch import load_file
 from torch.utils.cpp_extension import _get_build_directory
 
 from rwkv_peft.data.binidx import BinidxWriter
-from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import open_base
 from training.runs import ROOT, finish, metrics, start
 
@@ -66,32 +62,6 @@ def test_one_is_no_plural_and_a_chosen_rate_is_told(train):
     out, _ = train("single", *few, "--lr_init", "auto")
     assert "steps     1 (1 epoch of 1), 1 sample each\n" in out
     assert "rate      0.0013 to 0.001 (--lr_init auto: 0.08 / 64 channels; docs/learning_rates.md)\n" in out
-
-
-@pytest.mark.parametrize("delay", [0.1, 1.6])
-def test_ctrl_c_before_the_first_step_is_one_line(command, delay):
-    process = interrupt(command(f"early-{delay}", "--precision", "fp32"), "output ", delay)
-    out, err = process.communicate(timeout=240)
-    if "stopping after this step" in out or process.returncode == 0:
-        return  # this machine had begun to train, and Ctrl-C saves
-    assert process.returncode == 130
-    assert err in ("interrupted\n", "interrupted; what was saved before is intact\n")
-
-
-def test_ctrl_c_after_the_last_word_of_a_run_changes_nothing(command):
-    process = interrupt(command("late", "--epoch_steps", "1", "--epoch_count", "1"), "finished ", 0)
-    _, err = process.communicate(timeout=240)
-    assert (process.returncode, err) == (0, "")
-
-
-def interrupt(argv, word, delay):
-    """A command that gets a Ctrl-C so many seconds after it printed a line that begins with a word."""
-    process = start(argv, cold=True)
-    while not process.stdout.readline().startswith(word):
-        assert process.poll() is None
-    time.sleep(delay)
-    process.send_signal(signal.SIGINT)
-    return process
 
 
 class Terminal(io.StringIO):
@@ -163,47 +133,6 @@ def test_offload_after_a_killed_build_and_compiled_blocks_train_the_same(files, 
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
 
 
-def test_a_picture_that_cannot_be_drawn_is_told_and_the_run_is_complete(files, command):
-    argv = command("no-picture")
-    (files / "no-picture" / "loss.png").mkdir(parents=True)
-    out, err = finish(start(argv))
-    assert "finished" in out and re.search(r"^note: .*loss.png is a folder.*--resume auto draws it", err, re.M), err
-    (files / "no-picture" / "loss.png").rmdir()
-    finish(start([*argv, "--resume", "auto"]))
-    assert (files / "no-picture" / "loss.png").stat().st_size
-
-
-@pytest.mark.parametrize(
-    "reason, kind, words",
-    [
-        (
-            "unexpected pos 348864 vs 348752",
-            UserError,
-            r"refused the data .is it full.*adapter.safetensors; the last checkpoint is .*step-00000004",
-        ),
-        ("[gloo/transport/tcp/pair.cc] Connection closed by peer", RuntimeError, "closed by peer"),
-    ],
-)
-def test_what_keeps_a_checkpoint_from_being_saved_is_told_and_leaves_the_earlier_ones(tmp_path, reason, kind, words):
-    from rwkv_peft.config import AdapterConfig
-    from rwkv_peft.training.checkpoints import list_checkpoints
-    from rwkv_peft.training.saver import Saver
-
-    def refuse(*args, **settings):
-        raise RuntimeError(reason)
-
-    earlier = tmp_path / "checkpoints" / "step-00000004"
-    earlier.mkdir(parents=True)
-    (earlier / "state.json").write_text('{"samples_seen": 4}')
-    strategy = SimpleNamespace(barrier=lambda: None, deepspeed_engine=SimpleNamespace(save_checkpoint=refuse))
-    saver = Saver(tmp_path, SimpleNamespace(adapter=AdapterConfig()), None, {"world_size": 1})
-    with pytest.raises(kind, match=words):
-        saver.save_checkpoint(SimpleNamespace(is_global_zero=True, strategy=strategy), None, 8)
-    assert list_checkpoints(tmp_path) == [earlier]
-    if kind is UserError:
-        assert os.listdir(earlier.parent) == [earlier.name]
-
-
 def test_tensors_of_a_run_that_could_not_save_a_checkpoint_are_not_cleared_away(files, command, one_process):
     """Its message says where they are; --resume auto, which begins anew, is not to remove them."""
     size = (files / "one" / "adapter.safetensors").stat().st_size
@@ -219,23 +148,6 @@ def test_tensors_of_a_run_that_could_not_save_a_checkpoint_are_not_cleared_away(
     _, said = finish(start(argv), 2)
     assert "already holds adapter.safetensors" in said
     assert (folder / "adapter.safetensors").read_bytes() == kept
-
-
-def test_names_that_lead_nowhere_are_told_or_made(files, command):
-    _, said = finish(start(command("x" * 300)), 2)
-    assert re.fullmatch(r"error: \S+x{100,}…: file name too long; choose a shorter one\n", said), said
-    (files / "link").symlink_to(files / "its folder")  # which is not there yet
-    finish(start(command("link", "--epoch_steps", "1", "--epoch_count", "1")))
-    assert (files / "its folder" / "adapter.safetensors").exists()
-
-
-def test_a_disk_without_room_for_a_save_is_told_before_the_first_step(files, command, monkeypatch):
-    from rwkv_peft.training.run import main
-
-    monkeypatch.setattr("rwkv_peft.files.room.room_at", lambda path: 1000)
-    with pytest.raises(UserError, match=r"--proj_dir \S+ needs [\d,]+ bytes for a save, and its disk has 1,000 free"):
-        main(command("no-room")[2:])
-    assert not (files / "no-room").exists()
 
 
 def test_a_new_run_continues_from_an_adapter(files, train, one_process):

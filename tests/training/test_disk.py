@@ -1,0 +1,68 @@
+"""What a disk refuses a run is told, and what lies there stays."""
+
+import os
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from rwkv_peft.errors import UserError
+from training.runs import finish, start
+
+
+def test_a_picture_that_cannot_be_drawn_is_told_and_the_run_is_complete(files, command):
+    argv = command("no-picture")
+    (files / "no-picture" / "loss.png").mkdir(parents=True)
+    out, err = finish(start(argv))
+    assert "finished" in out and re.search(r"^note: .*loss.png is a folder.*--resume auto draws it", err, re.M), err
+    (files / "no-picture" / "loss.png").rmdir()
+    finish(start([*argv, "--resume", "auto"]))
+    assert (files / "no-picture" / "loss.png").stat().st_size
+
+
+@pytest.mark.parametrize(
+    "reason, kind, words",
+    [
+        (
+            "unexpected pos 348864 vs 348752",
+            UserError,
+            r"refused the data .is it full.*adapter.safetensors; the last checkpoint is .*step-00000004",
+        ),
+        ("[gloo/transport/tcp/pair.cc] Connection closed by peer", RuntimeError, "closed by peer"),
+    ],
+)
+def test_what_keeps_a_checkpoint_from_being_saved_is_told_and_leaves_the_earlier_ones(tmp_path, reason, kind, words):
+    from rwkv_peft.config import AdapterConfig
+    from rwkv_peft.training.checkpoints import list_checkpoints
+    from rwkv_peft.training.saver import Saver
+
+    def refuse(*args, **settings):
+        raise RuntimeError(reason)
+
+    earlier = tmp_path / "checkpoints" / "step-00000004"
+    earlier.mkdir(parents=True)
+    (earlier / "state.json").write_text('{"samples_seen": 4}')
+    strategy = SimpleNamespace(barrier=lambda: None, deepspeed_engine=SimpleNamespace(save_checkpoint=refuse))
+    saver = Saver(tmp_path, SimpleNamespace(adapter=AdapterConfig()), None, {"world_size": 1})
+    with pytest.raises(kind, match=words):
+        saver.save_checkpoint(SimpleNamespace(is_global_zero=True, strategy=strategy), None, 8)
+    assert list_checkpoints(tmp_path) == [earlier]
+    if kind is UserError:
+        assert os.listdir(earlier.parent) == [earlier.name]
+
+
+def test_names_that_lead_nowhere_are_told_or_made(files, command):
+    _, said = finish(start(command("x" * 300)), 2)
+    assert re.fullmatch(r"error: \S+x{100,}…: file name too long; choose a shorter one\n", said), said
+    (files / "link").symlink_to(files / "its folder")  # which is not there yet
+    finish(start(command("link", "--epoch_steps", "1", "--epoch_count", "1")))
+    assert (files / "its folder" / "adapter.safetensors").exists()
+
+
+def test_a_disk_without_room_for_a_save_is_told_before_the_first_step(files, command, monkeypatch):
+    from rwkv_peft.training.run import main
+
+    monkeypatch.setattr("rwkv_peft.files.room.room_at", lambda path: 1000)
+    with pytest.raises(UserError, match=r"--proj_dir \S+ needs [\d,]+ bytes for a save, and its disk has 1,000 free"):
+        main(command("no-room")[2:])
+    assert not (files / "no-room").exists()

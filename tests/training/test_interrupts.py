@@ -1,0 +1,34 @@
+"""Ctrl-C at either end of a run, in an interpreter that begins with it."""
+
+import signal
+import time
+
+import pytest
+
+from training.runs import start
+
+
+@pytest.mark.parametrize("delay", [0.1, 1.6])
+def test_ctrl_c_before_the_first_step_is_one_line(command, delay):
+    process = interrupt(command(f"early-{delay}", "--precision", "fp32"), "output ", delay)
+    out, err = process.communicate(timeout=240)
+    if "stopping after this step" in out or process.returncode == 0:
+        return  # this machine had begun to train, and Ctrl-C saves
+    assert process.returncode == 130
+    assert err in ("interrupted\n", "interrupted; what was saved before is intact\n")
+
+
+def test_ctrl_c_after_the_last_word_of_a_run_changes_nothing(command):
+    process = interrupt(command("late", "--epoch_steps", "1", "--epoch_count", "1"), "finished ", 0)
+    _, err = process.communicate(timeout=240)
+    assert (process.returncode, err) == (0, "")
+
+
+def interrupt(argv, word, delay):
+    """A command that gets a Ctrl-C so many seconds after it printed a line that begins with a word."""
+    process = start(argv, cold=True)
+    while not process.stdout.readline().startswith(word):
+        assert process.poll() is None
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    return process
