@@ -325,8 +325,10 @@ def test_a_record_that_cannot_be_read_is_not_taken_for_none(preprocess, tmp_path
     config = DataConfig(path=str(tmp_path / "out" / "data"), ctx_len=1)
     with pytest.raises(UserError, match="data.json would tell the tokenizer .* and is not JSON"):
         build_samples(config, 257)
-    (tmp_path / "out" / "data.json").write_text('{"of": "another tool"}')
-    assert build_samples(config, 257).vocabulary is None
+    rows = 9 * '{"text": "b"}\n'
+    for others in ('{"of": "another tool"}', rows, json.dumps([{"text": 10**6 * "a"}])):
+        (tmp_path / "out" / "data.json").write_text(others)
+        assert build_samples(config, 257).vocabulary is None
 
 
 def test_the_record_replaces_no_input_and_no_file_of_others(tmp_path):

@@ -18,6 +18,7 @@ from .tokenizer import KNOWN_SIZES, Tokenizer, load_tokenizer
 
 ENTRY = "vocabulary"  # of the JSON object
 RUN = "config.json"
+MOST_BYTES = 1 << 20  # of a file that holds one, and little else
 
 
 class Vocabulary(NamedTuple):
@@ -122,15 +123,27 @@ def find_tokenizer(
 
 
 def _entry(path: str | Path) -> Any:
-    """The record's part of a JSON file, None where there is none. Raises UserError for one that cannot be read."""
-    if not os.path.isfile(path):
+    """The record's part of a JSON file, None where there is none, as in rows of data that have the file's name. Raises
+    UserError for one that cannot be read."""
+    if not os.path.isfile(path) or os.path.getsize(path) > MOST_BYTES:
         return None
     require_readable(path, f"{path} is gone")
+    text = Path(path).read_bytes()
     try:
-        content = json.loads(Path(path).read_bytes())
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
+        if _is_json(text.partition(b"\n")[0]):  # rows, one a line
+            return None
         raise UserError(
             f"{path} would tell the tokenizer of what lies beside it, and is not JSON ({told(error)}); copy or make it "
             "again, or move it elsewhere where it is another tool's"
         ) from error
     return content.get(ENTRY) if isinstance(content, dict) else None
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
