@@ -230,19 +230,38 @@ def kernels():
     for op in RECURRENCES:
         for shape in SHAPES:
             time_kernels(op, shape, bandwidth)
+    for shape in SHAPES:
+        tensors, gy, further = keys_inputs(*shape)
+        time_directions("wkv7 with keys", wkv7_cuda.WITH_KEYS, tensors, gy, bandwidth, **further)
+
+
+def keys_inputs(B, T, H):
+    """([r, w, k, v, low], the gradient of y, what else those of wkv7's kernels take that make their keys)."""
+    (r, w, k, v, *_), gy = inputs(RECURRENCES[1], B, T, H, 64, torch.bfloat16)
+    parameters = dict.fromkeys(("a0", "k_k", "k_a", "r_k"), torch.ones(H, 64, device="cuda", dtype=torch.bfloat16))
+    numbers = {name: torch.ones(B, T, H, device="cuda") for name in ("bonus", "scales", "gbonus")}
+    return [x.detach() for x in (r, w, k, v, v)], gy, parameters | numbers
 
 
 def time_kernels(op, shape, bandwidth):
     B, T, H = shape
     leaves, gy = inputs(op, B, T, H, 64, torch.bfloat16)
-    tensors = [x.detach() for x in leaves]
-    checkpoints = op.kernels.forward(*tensors, None, None, save=True)[2]
+    time_directions(op.name, op.kernels, [x.detach() for x in leaves], gy, bandwidth)
+    peers(op, shape, leaves, gy)
+
+
+def time_directions(name, recurrence, tensors, gy, bandwidth, **further):
+    """Forward and backward of a CudaRecurrence, beside what their traffic takes at `bandwidth`, in GB/s."""
+    checkpoints = recurrence.forward(*tensors, None, None, save=True, **further)[2]
     elements, states = gy.numel() * gy.element_size(), checkpoints.numel() * 4
-    rows = len(op.rows)
+    rows = len(recurrence.signature.rows)
     runs = {
-        "forward": (lambda: op.kernels.forward(*tensors, None, None, save=True), (rows + 1) * elements + states),
+        "forward": (
+            lambda: recurrence.forward(*tensors, None, None, save=True, **further),
+            (rows + 1) * elements + states,
+        ),
         "backward": (
-            lambda: op.kernels.backward(*tensors, None, None, checkpoints, gy, None),
+            lambda: recurrence.backward(*tensors, None, None, checkpoints, gy, None, **further),
             (2 * rows + 1) * elements + states,
         ),
     }
@@ -250,14 +269,13 @@ def time_kernels(op, shape, bandwidth):
         time_ = milliseconds(function)
         floor = traffic / 1e6 / bandwidth
         tell(
-            shape=list(shape),
-            kernel=f"{op.name} {direction}",
+            shape=list(gy.shape[:3]),
+            kernel=f"{name} {direction}",
             us=round(1e3 * time_, 1),
             gb_s=round(traffic / 1e6 / time_),
             floor_us=round(1e3 * floor, 1),
             of_floor=round(floor / time_, 2),
         )
-    peers(op, shape, leaves, gy)
 
 
 def peers(op, shape, leaves, gy):
@@ -284,6 +302,9 @@ def once():
     for op in RECURRENCES:
         leaves, gy = inputs(op, 1, 4096, 64, 64, torch.bfloat16)
         op.call(*leaves, backend="cuda")[0].backward(gy)
+    tensors, gy, further = keys_inputs(1, 4096, 64)
+    checkpoints = wkv7_cuda.WITH_KEYS.forward(*tensors, None, None, save=True, **further)[2]
+    wkv7_cuda.WITH_KEYS.backward(*tensors, None, None, checkpoints, gy, None, **further)
     torch.cuda.synchronize()
 
 

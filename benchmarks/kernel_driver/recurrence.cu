@@ -22,6 +22,11 @@ struct Way {
 
 #if GENERATION == 7
 constexpr int SCAN_BLOCKS = 4;  // of 128 threads, a sequence's head
+static Way way_with_keys(bool backward) {
+    return backward
+               ? Way{wkv7_backward_keys_64_run, 128, wkv7_backward_groups_keys_64_run, wkv7_backward_scan_64_run, 256}
+               : Way{wkv7_forward_keys_64_run, 256, wkv7_forward_groups_keys_64_run, wkv7_forward_scan_64_run, 256};
+}
 static Way way(bool backward, int N, bool is_float32) {
     if (!is_float32 && N == 64)
         return backward ? Way{wkv7_backward_64_run, 128, wkv7_backward_groups_64_run, wkv7_backward_scan_64_run, 256}
@@ -49,15 +54,15 @@ static Way way(bool backward, int N, bool is_float32) {
 static int scan_blocks(int N) { return N * N / (4 * SCAN_THREADS); }
 #endif
 
-// group: the tokens of one where time is split, or 0.
+// group: the tokens of one where time is split, or 0; keys: wkv7's kernels that make their keys.
 template <class E>
-static bool run(int N, int group = 0) {
+static bool run(int N, int group = 0, bool keys = false) {
     constexpr bool is_float32 = std::is_same_v<E, float>;
     Case c("wkv" + std::to_string(GENERATION) + " " + std::to_string(N) + " " + DTYPE<E> + " groups of " +
-           std::to_string(group));
+           std::to_string(group) + (keys ? " with keys" : ""));
     const size_t tokens = BOUNDS.back(), sequences = BOUNDS.size() - 1, channels = HEADS * N, state = channels * N;
     const size_t groups = group ? tokens / group + sequences : sequences, elements = tokens * channels;
-    const Way ways[] = {way(false, N, is_float32), way(true, N, is_float32)};
+    Way ways[] = {way(false, N, is_float32), way(true, N, is_float32)};
     Arguments a = {};
     a.sequences = int(sequences), a.length = int(tokens), a.heads = HEADS, a.head_size = N;
     a.group = group, a.groups = int(groups), a.bounds = c.given(BOUNDS);
@@ -70,9 +75,16 @@ static bool run(int N, int group = 0) {
     const size_t slots = (tokens / SEGMENT + sequences) * state;
 #if GENERATION == 7
     const float small = 1 / std::sqrt(float(N));  // else states grow without bound
-    a.a = c.input<E>(elements, -small, small), a.b = c.input<E>(elements, -small, small);
-    a.ga = c.result<E>(elements), a.gb = c.result<E>(elements);
-    a.r_k = c.input<E>(channels), a.gbonus = c.input<float>(tokens * HEADS);
+    if (keys) {
+        ways[0] = way_with_keys(false), ways[1] = way_with_keys(true);
+        a.low = c.input<E>(elements), a.glow = c.result<E>(elements);
+        a.a0 = c.input<E>(channels), a.k_k = c.input<E>(channels), a.k_a = c.input<E>(channels);
+        a.r_k = c.input<E>(channels), a.gbonus = c.input<float>(tokens * HEADS);
+        a.bonus = c.result<float>(tokens * HEADS), a.scales = c.result<float>(tokens * HEADS);
+    } else {
+        a.a = c.input<E>(elements, -small, small), a.b = c.input<E>(elements, -small, small);
+        a.ga = c.result<E>(elements), a.gb = c.result<E>(elements);
+    }
     a.checkpoints = c.room<float>(slots);
     const size_t transitions = group ? groups * state : 0;
 #else
@@ -99,5 +111,8 @@ int main() {
         right &= run<bf16>(N);
         if (way(false, N, false).groups) right &= run<bf16>(N, 64);
     }
+#if GENERATION == 7
+    for (const int group : {0, 64}) right &= run<bf16>(64, group, true);
+#endif
     return right ? 0 : 1;
 }

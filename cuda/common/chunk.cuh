@@ -16,10 +16,11 @@ struct Shape {
     using Rows = bf16[CHUNK][stride];
 };
 
-// Starts the copy of the chunk that begins at token t0, zeros past the sequence's end.
+// Starts the copy of the chunk that begins at token t0, zeros past the sequence's end; `thread` is one of 2 N.
 template <int N, class Sequence>
-__device__ __forceinline__ void fetch(typename Shape<N>::Rows& rows, const void* tensor, const Sequence& s, int t0) {
-    const int row = threadIdx.x / (N / 8), column = threadIdx.x % (N / 8) * 8;
+__device__ __forceinline__ void fetch(typename Shape<N>::Rows& rows, const void* tensor, const Sequence& s, int t0,
+                                      unsigned thread = threadIdx.x) {
+    const int row = thread / (N / 8), column = thread % (N / 8) * 8;
     const bool valid = t0 + row < s.length;
     const bf16* source = (const bf16*)tensor + s.elements + (valid ? (t0 + row) * s.stride + column : 0);
     cp_async_16(&rows[row][column], source, valid);

@@ -1,7 +1,9 @@
 """A recurrence's CUDA kernels as its backend."""
 
 import contextlib
+import copy
 import ctypes
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -50,6 +52,13 @@ class CudaRecurrence:
         self.names = tuple(dict.fromkeys((*names, *(name for split in splits.values() for name in split.names()))))
         self.family = CudaFamily(op, f"{op}/{op}.cu", self.names, self.Arguments, self._trial)
 
+    def variant(self, rows: Sequence[str], plan: Plan, splits: Mapping[int, Split]) -> "CudaRecurrence":
+        """That of other inputs (B, T, H, N), for kernels among those of this one."""
+        other = copy.copy(self)
+        other.signature = dataclasses.replace(self.signature, rows=tuple(rows))
+        other.plan, other.splits = plan, splits
+        return other
+
     def unavailable(self, level: str = "") -> str | None:
         """None where the kernels work on the current GPU, else why they do not and what would help."""
         del level  # the CPU kernel's instruction set
@@ -70,15 +79,16 @@ class CudaRecurrence:
         slots = r.shape[0] * r.shape[1] // self.segment + sequences
         return -(-slots // 2) if r.dtype == torch.bfloat16 and r.shape[3] in self.halved else slots
 
-    def forward(self, *tensors: Any, save: bool, level: str = "") -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, *tensors: Any, save: bool, level: str = "", **further: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The inputs, contiguous, those (B, T, H, N) float32 or bfloat16, the shared ones float32; state (n, H, N, N)
-        float32 or None; cu_seqlens (n + 1,) int64 or None -> y, final state, checkpoints (empty unless `save`)."""
+        float32 or None; cu_seqlens (n + 1,) int64 or None -> y, final state, checkpoints (empty unless `save`).
+        further: what the signature names so."""
         group = self.group_of(tensors[0], sequences_of(tensors[0], tensors[-1]))
-        return self.run_forward(self._kernels(tensors[0]), *tensors, save=save, group=group)
+        return self.run_forward(self._kernels(tensors[0]), *tensors, save=save, group=group, **further)
 
     def backward(self, *tensors: Any, level: str = "", **further: Tensor) -> tuple[Tensor, ...]:
         """What forward took, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
-        gradients of the inputs and of the state. further: what the signature names so."""
+        gradients of the inputs and of the state. further: as in forward."""
         group = self.group_of(tensors[0], sequences_of(tensors[0], tensors[-4]))
         return self.run_backward(self._kernels(tensors[0]), *tensors, group=group, **further)
 
@@ -87,7 +97,7 @@ class CudaRecurrence:
         return None if r.is_meta else self.family.kernels(r.device.index)
 
     def run_forward(
-        self, kernels: Kernels | None, *tensors: Any, save: bool, group: int = 0
+        self, kernels: Kernels | None, *tensors: Any, save: bool, group: int = 0, **further: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """forward, on the given kernels. group: the tokens of one where time is split, a multiple of 64, else 0. Raises
         ValueError for a group that the kernels do not take."""
@@ -102,6 +112,7 @@ class CudaRecurrence:
         y = torch.empty_like(r)
         arguments = self._given(inputs) | dict(state=aligned(state), bounds=bounds, y=y, final_state=final_state)
         arguments |= dict(checkpoints=checkpoints if save else None, parts=parts, transitions=checkpoints[slots:])
+        arguments |= further
         self._launch(kernels, "forward", r, sequences, group, arguments)
         return y, final_state, checkpoints if save else checkpoints[:0]
 
