@@ -87,9 +87,9 @@ class Counter(TorchDispatchMode):
         moved = sum(real_bytes(x) for x in (*tensors.values(), *others.values()) if isinstance(x, torch.Tensor))
         self.launches.append(Launch(name, moved, (tuple(like.shape),), False))
 
-    def recurrence(self, kernels, direction, like, sequences, group, given, kind):
+    def recurrence(self, kernels, direction, like, sequences, group, given):
         """The same for a recurrence's, which are one."""
-        self.kernel(f"wkv_{direction}{kind}", like, given)
+        self.kernel(f"wkv_{direction}", like, given)
 
     def mix_kernel(self, name, like, tensors, **others):
         """The same for a mix kernel, and the launches that add up its strips' sums."""

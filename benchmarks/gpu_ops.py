@@ -15,7 +15,6 @@ from functools import partial
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 
 from rwkv_peft.adapters.bat_in import bat_in
 from rwkv_peft.adapters.bat_out import bat_out
@@ -58,10 +57,9 @@ def gated_wkv6(r, k, v, w, g, u, *parameters):
     return wkv6_gated((r, k, v, w - 3), u, g, *parameters, 64e-5)
 
 
-def gated_wkv7(r, w, k, v, a, again, g, *parameters):
-    """wkv7 with norm, bonus and gate, of `a` made a direction that is taken away."""
-    a = -F.normalize(a, dim=-1)
-    return wkv7_gated((r, w, k, v, a, -a), again, g, *parameters, 64e-5)
+def gated_wkv7(r, w, k, v, low, again, g, a0, k_k, k_a, *parameters):
+    """wkv7 with keys, norm, bonus and gate; k_k and k_a about 1, as models have them."""
+    return wkv7_gated((r, w, k, v, low), (a0, 1 + k_k, 1 + k_a), again, g, *parameters, 64e-5)
 
 
 def loss(logits):
@@ -83,7 +81,7 @@ OPS = {
         None,
     ),
     "wkv6_gated": (gated_wkv6, (*4 * [HEADS], ROWS, HEADS_VECTOR, (C,), (C,)), range(6)),
-    "wkv7_gated": (gated_wkv7, (*6 * [HEADS], ROWS, HEADS_VECTOR, (C,), (C,)), range(7)),
+    "wkv7_gated": (gated_wkv7, (*6 * [HEADS], ROWS, *3 * [VECTOR], HEADS_VECTOR, (C,), (C,)), range(7)),
     "delta_keys": (mix.delta_keys, (HEADS, HEADS, VECTOR, VECTOR, VECTOR), None),
     "value_residual": (mix.value_residual, (ROWS, ROWS, ROWS, VECTOR), None),
     "relu_square": (mix.relu_square, (ROWS,), None),

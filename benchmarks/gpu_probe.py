@@ -231,50 +231,75 @@ def kernels():
     for op in RECURRENCES:
         for shape in SHAPES:
             time_kernels(op, shape, bandwidth)
+    for shape in SHAPES:
+        tensors, gy, further = keys_inputs(*shape)
+        time_directions("wkv7 with keys", wkv7_cuda.WITH_KEYS, tensors, gy, bandwidth, **further)
+    for shape in SHAPES:
+        leaves, gy = inputs(RECURRENCES[0], *shape, 64, torch.bfloat16)
+        time_runs("wkv6 with norm and gate", gated_runs([x.detach() for x in leaves], gy), gy, bandwidth)
+
+
+def keys_inputs(B, T, H):
+    """([r, w, k, v, low], the gradient of y, what else those of wkv7's kernels take that make their keys)."""
+    (r, w, k, v, *_), gy = inputs(RECURRENCES[1], B, T, H, 64, torch.bfloat16)
+    parameters = dict.fromkeys(("a0", "k_k", "k_a", "r_k"), torch.ones(H, 64, device="cuda", dtype=torch.bfloat16))
+    numbers = {name: torch.ones(B, T, H, device="cuda") for name in ("bonus", "scales", "gbonus")}
+    return [x.detach() for x in (r, w, k, v, v)], gy, parameters | numbers
 
 
 def time_kernels(op, shape, bandwidth):
     B, T, H = shape
     leaves, gy = inputs(op, B, T, H, 64, torch.bfloat16)
-    tensors = [x.detach() for x in leaves]
-    checkpoints = op.kernels.forward(*tensors, None, None, save=True)[2]
+    time_directions(op.name, op.kernels, [x.detach() for x in leaves], gy, bandwidth)
+    peers(op, shape, leaves, gy)
+
+
+def time_directions(name, recurrence, tensors, gy, bandwidth, **further):
+    """Forward and backward of a CudaRecurrence, beside what their traffic takes at `bandwidth`, in GB/s."""
+    checkpoints = recurrence.forward(*tensors, None, None, save=True, **further)[2]
     elements, states = gy.numel() * gy.element_size(), checkpoints.numel() * 4
-    rows = len(op.rows)
+    rows = len(recurrence.signature.rows)
     runs = {
-        "forward": (lambda: op.kernels.forward(*tensors, None, None, save=True), (rows + 1) * elements + states),
+        "forward": (
+            lambda: recurrence.forward(*tensors, None, None, save=True, **further),
+            (rows + 1) * elements + states,
+        ),
         "backward": (
-            lambda: op.kernels.backward(*tensors, None, None, checkpoints, gy, None),
+            lambda: recurrence.backward(*tensors, None, None, checkpoints, gy, None, **further),
             (2 * rows + 1) * elements + states,
         ),
     }
-    if "gout" in op.kernels.signature.further:
-        runs |= gated_runs(op.kernels, tensors, gy, states)
+    time_runs(name, runs, gy, bandwidth)
+
+
+def time_runs(name, runs, gy, bandwidth):
+    """Time {direction: (function, bytes)}, and tell it beside what the bytes take at `bandwidth`, in GB/s."""
     for direction, (function, traffic) in runs.items():
         time_ = milliseconds(function)
         floor = traffic / 1e6 / bandwidth
         tell(
-            shape=list(shape),
-            kernel=f"{op.name} {direction}",
+            shape=list(gy.shape[:3]),
+            kernel=f"{name} {direction}",
             us=round(1e3 * time_, 1),
             gb_s=round(traffic / 1e6 / time_),
             floor_us=round(1e3 * floor, 1),
             of_floor=round(floor / time_, 2),
         )
-    peers(op, shape, leaves, gy)
 
 
-def gated_runs(kernels, tensors, gy, states):
-    """The same of the kernels that make the norm and gate after wkv6. states: the checkpoints' bytes."""
+def gated_runs(tensors, gy):
+    """Those of the kernels that make the norm and gate after wkv6, of its inputs and a gradient."""
+    kernels = wkv6_cuda.WITH_GATE
     weight, bias, g = (torch.randn_like(x) for x in (gy[0, 0], gy[0, 0], gy))
-    gate = dict(kind="_gated", g=g, weight=weight, bias=bias, eps=64e-5)
+    gate = dict(g=g, weight=weight, bias=bias, eps=64e-5)
     forward = partial(kernels.forward, *tensors, None, None, save=True, out=torch.empty_like(g), **gate)
     y, _, checkpoints = forward()
-    further = dict(y=y, gout=gy, gg=torch.empty_like(g))
-    backward = partial(kernels.backward, *tensors, None, None, checkpoints, None, None, **further, **gate)
-    elements = gy.numel() * gy.element_size()
-    both = {"gated forward": (forward, 7 * elements + states)}
+    further = dict(y=y, gg=torch.empty_like(g), **gate)
+    backward = partial(kernels.backward, *tensors, None, None, checkpoints, gy, None, **further)
+    elements, states = gy.numel() * gy.element_size(), checkpoints.numel() * 4
+    both = {"forward": (forward, 7 * elements + states)}
     if not kernels.group_of(gy, gy.shape[0]):  # else y's gradient is made before, apart
-        both["gated backward"] = (backward, 12 * elements + states)
+        both["backward"] = (backward, 12 * elements + states)
     return both
 
 
@@ -302,6 +327,9 @@ def once():
     for op in RECURRENCES:
         leaves, gy = inputs(op, 1, 4096, 64, 64, torch.bfloat16)
         op.call(*leaves, backend="cuda")[0].backward(gy)
+    tensors, gy, further = keys_inputs(1, 4096, 64)
+    checkpoints = wkv7_cuda.WITH_KEYS.forward(*tensors, None, None, save=True, **further)[2]
+    wkv7_cuda.WITH_KEYS.backward(*tensors, None, None, checkpoints, gy, None, **further)
     torch.cuda.synchronize()
 
 

@@ -114,21 +114,18 @@ static bool ddlerp(int rank, Launcher forward, Launcher backward, Launcher tanh,
     return c.right();
 }
 
-// The norm of heads with a bonus, whose backward comes without the recurrence's share.
+// The norm of heads with a bonus that is given.
 template <class E>
 static bool bonus_gate(Launcher forward, Launcher backward) {
     Case c(std::string("mix bonus_gate ") + DTYPE<E>);
     MixArguments a = arguments(2 * 20, 20);
     const size_t elements = TOKENS * a.channels, heads = TOKENS * 2;
-    float* const bonus = c.result<float>(heads);
-    E *const y = c.input<E>(elements), *const v = c.input<E>(elements), *const g = c.input<E>(elements);
-    E *const weight = c.input<E>(a.channels), *const bias = c.input<E>(a.channels);
-    a.inputs[0] = y, a.inputs[1] = c.input<E>(elements), a.inputs[2] = c.input<E>(elements), a.inputs[3] = v;
-    a.inputs[4] = g, a.outputs[0] = c.result<E>(elements), a.outputs[1] = bonus;
-    a.parameters[0] = c.input<E>(a.channels), a.parameters[1] = weight, a.parameters[2] = bias;
+    float* const bonus = c.input<float>(heads);
+    for (int i = 0; i < 3; i++) a.inputs[i] = c.input<E>(elements);
+    for (int i = 0; i < 2; i++) a.parameters[i] = c.input<E>(a.channels);
+    a.inputs[3] = bonus, a.outputs[0] = c.result<E>(elements);
     c.launched(forward(a, row_blocks(a)));
-    a.inputs[1] = v, a.inputs[2] = g, a.inputs[3] = c.input<E>(elements), a.inputs[4] = bonus;
-    a.parameters[0] = weight, a.parameters[1] = bias;
+    a.inputs[3] = c.input<E>(elements), a.inputs[4] = bonus;
     for (int i = 0; i < 3; i++) a.outputs[i] = c.result<E>(elements);
     a.outputs[3] = c.result<float>(heads);
     c.launched(backward(a, row_blocks(a)));
@@ -204,10 +201,8 @@ int main() {
     }
     right &= lerp<float>(LAUNCHER(mix_lerp_forward_float32), LAUNCHER(mix_lerp_backward_float32));
     right &= lerp<bf16>(LAUNCHER(mix_lerp_forward_bfloat16), LAUNCHER(mix_lerp_backward_bfloat16));
-    right &=
-        bonus_gate<float>(LAUNCHER(mix_norm_bonus_gate_forward_float32), LAUNCHER(mix_bonus_gate_backward_float32));
-    right &=
-        bonus_gate<bf16>(LAUNCHER(mix_norm_bonus_gate_forward_bfloat16), LAUNCHER(mix_bonus_gate_backward_bfloat16));
+    right &= bonus_gate<float>(LAUNCHER(mix_bonus_gate_forward_float32), LAUNCHER(mix_bonus_gate_backward_float32));
+    right &= bonus_gate<bf16>(LAUNCHER(mix_bonus_gate_forward_bfloat16), LAUNCHER(mix_bonus_gate_backward_bfloat16));
     right &= low_rank(32, LAUNCHER(mix_lerp_low_forward_32), LAUNCHER(mix_lerp_low_backward_32));
     right &= low_rank(64, LAUNCHER(mix_lerp_low_forward_64), LAUNCHER(mix_lerp_low_backward_64));
     right &= DDLERP(32);

@@ -21,7 +21,12 @@ struct Way {
 };
 
 #if GENERATION == 7
-constexpr int SCAN_BLOCKS = 4;  // of 128 threads, a sequence's head
+constexpr int SCAN_BLOCKS = 4;           // of 128 threads, a sequence's head
+static Way way_of_more(bool backward) {  // of head size 64
+    return backward
+               ? Way{wkv7_backward_keys_64_run, 128, wkv7_backward_groups_keys_64_run, wkv7_backward_scan_64_run, 256}
+               : Way{wkv7_forward_keys_64_run, 256, wkv7_forward_groups_keys_64_run, wkv7_forward_scan_64_run, 256};
+}
 static Way way(bool backward, int N, bool is_float32) {
     if (!is_float32 && N == 64)
         return backward ? Way{wkv7_backward_64_run, 128, wkv7_backward_groups_64_run, wkv7_backward_scan_64_run, 256}
@@ -34,7 +39,6 @@ static Way way(bool backward, int N, bool is_float32) {
     return {backward ? wkv7_backward_plain_bfloat16_run : wkv7_forward_plain_bfloat16_run, block};
 }
 static int scan_blocks(int) { return SCAN_BLOCKS; }
-static Way gated_way(bool) { return {}; }  // there is none
 #else
 #define WAY(N)                                                                                                     \
     (backward ? Way{wkv6_backward_##N##_run, 2 * N, wkv6_backward_groups_##N##_run, wkv6_backward_scan_run, 2 * N} \
@@ -48,20 +52,20 @@ static Way way(bool backward, int N, bool is_float32) {
     return {backward ? wkv6_backward_plain_bfloat16_run : wkv6_forward_plain_bfloat16_run, block};
 }
 static int scan_blocks(int N) { return N * N / (4 * SCAN_THREADS); }
-static Way gated_way(bool backward) {  // of head size 64
+static Way way_of_more(bool backward) {  // of head size 64
     return {backward ? wkv6_backward_gated_64_run : wkv6_forward_gated_64_run, 128};
 }
 #endif
 
-// group: the tokens of one where time is split, or 0. gated: by the kernels that make what follows, too.
+// group: the tokens of one where time is split, or 0; more: by the kernels that make wkv7's keys, or what follows wkv6.
 template <class E>
-static bool run(int N, int group = 0, bool gated = false) {
+static bool run(int N, int group = 0, bool more = false) {
     constexpr bool is_float32 = std::is_same_v<E, float>;
     Case c("wkv" + std::to_string(GENERATION) + " " + std::to_string(N) + " " + DTYPE<E> + " groups of " +
-           std::to_string(group) + (gated ? " gated" : ""));
+           std::to_string(group) + (more ? " and more" : ""));
     const size_t tokens = BOUNDS.back(), sequences = BOUNDS.size() - 1, channels = HEADS * N, state = channels * N;
     const size_t groups = group ? tokens / group + sequences : sequences, elements = tokens * channels;
-    const auto way_of = [&](bool backward) { return gated ? gated_way(backward) : way(backward, N, is_float32); };
+    const auto way_of = [&](bool backward) { return more ? way_of_more(backward) : way(backward, N, is_float32); };
     const Way ways[] = {way_of(false), way_of(true)};
     Arguments a = {};
     a.sequences = int(sequences), a.length = int(tokens), a.heads = HEADS, a.head_size = N;
@@ -75,17 +79,23 @@ static bool run(int N, int group = 0, bool gated = false) {
     const size_t slots = (tokens / SEGMENT + sequences) * state;
 #if GENERATION == 7
     const float small = 1 / std::sqrt(float(N));  // else states grow without bound
-    a.a = c.input<E>(elements, -small, small), a.b = c.input<E>(elements, -small, small);
-    a.ga = c.result<E>(elements), a.gb = c.result<E>(elements);
-    a.r_k = c.input<E>(channels), a.gbonus = c.input<float>(tokens * HEADS);
+    if (more) {
+        a.low = c.input<E>(elements), a.glow = c.result<E>(elements);
+        a.a0 = c.input<E>(channels), a.k_k = c.input<E>(channels), a.k_a = c.input<E>(channels);
+        a.r_k = c.input<E>(channels), a.gbonus = c.input<float>(tokens * HEADS);
+        a.bonus = c.result<float>(tokens * HEADS), a.scales = c.result<float>(tokens * HEADS);
+    } else {
+        a.a = c.input<E>(elements, -small, small), a.b = c.input<E>(elements, -small, small);
+        a.ga = c.result<E>(elements), a.gb = c.result<E>(elements);
+    }
     a.checkpoints = c.room<float>(slots);
     const size_t transitions = group ? groups * state : 0;
 #else
     a.u = c.input<float>(channels), a.gu = c.result<float>(groups * channels);
-    a.checkpoints = c.room<float>(ways[0].groups || gated ? slots / 2 : slots);
-    if (gated) {
+    a.checkpoints = c.room<float>(ways[0].groups || more ? slots / 2 : slots);
+    if (more) {
         a.g = c.input<E>(elements), a.weight = c.input<E>(channels), a.bias = c.input<E>(channels), a.eps = 1e-3f;
-        a.out = c.result<E>(elements), a.gout = a.gy, a.gy = nullptr, a.gg = c.result<E>(elements);
+        a.out = c.result<E>(elements), a.gg = c.result<E>(elements);
     }
     const size_t transitions = group ? groups * channels : 0;
 #endif
@@ -108,6 +118,7 @@ int main() {
         right &= run<bf16>(N);
         if (way(false, N, false).groups) right &= run<bf16>(N, 64);
     }
-    if (gated_way(false).kernel) right &= run<bf16>(64, 0, true);
+    right &= run<bf16>(64, 0, true);
+    if (way_of_more(false).groups) right &= run<bf16>(64, 64, true);
     return right ? 0 : 1;
 }

@@ -16,19 +16,20 @@ struct Shape {
     using Rows = bf16[CHUNK][stride];
 };
 
-// The eight elements of a chunk that a thread copies, neighbours in one row.
+// The eight elements of a chunk that a thread copies, neighbours in one row; `thread` is one of 2 N.
 template <int N>
-__device__ __forceinline__ bf16* own(typename Shape<N>::Rows& rows) {
-    return &rows[threadIdx.x / (N / 8)][threadIdx.x % (N / 8) * 8];
+__device__ __forceinline__ bf16* own(typename Shape<N>::Rows& rows, unsigned thread = threadIdx.x) {
+    return &rows[thread / (N / 8)][thread % (N / 8) * 8];
 }
 
 // Starts the copy of the chunk that begins at token t0, zeros past the sequence's end.
 template <int N, class Sequence>
-__device__ __forceinline__ void fetch(typename Shape<N>::Rows& rows, const void* tensor, const Sequence& s, int t0) {
-    const int row = threadIdx.x / (N / 8), column = threadIdx.x % (N / 8) * 8;
+__device__ __forceinline__ void fetch(typename Shape<N>::Rows& rows, const void* tensor, const Sequence& s, int t0,
+                                      unsigned thread = threadIdx.x) {
+    const int row = thread / (N / 8), column = thread % (N / 8) * 8;
     const bool valid = t0 + row < s.length;
     const bf16* source = (const bf16*)tensor + s.elements + (valid ? (t0 + row) * s.stride + column : 0);
-    cp_async_16(own<N>(rows), source, valid);
+    cp_async_16(own<N>(rows, thread), source, valid);
 }
 
 // A head's state in global memory to a warp's 16 rows of accumulators: rows row0 + 0..15 of S, or of Sᵀ where

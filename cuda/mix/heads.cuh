@@ -97,11 +97,6 @@ struct DeltaKeysBackward : DeltaKeys<E> {  // k, low, gkey, ga, gb; a0, k_k, k_a
     }
 };
 
-// A block's head of token t in a tensor (tokens, heads).
-__device__ __forceinline__ index_t head_at(const Part& part, const MixArguments& a, index_t t) {
-    return (t * a.channels + part.channel) / a.size;
-}
-
 // What both directions of RWKV-7's norm with a bonus begin with.
 template <class E>
 struct NormBonusGate : Operation<E> {
@@ -117,7 +112,7 @@ struct NormBonusGate : Operation<E> {
 };
 
 template <class E>
-struct NormBonusGateForward : NormBonusGate<E> {  // y, r, k, v, g; r_k, weight, bias -> (… + s v) g, float s or null
+struct NormBonusGateForward : NormBonusGate<E> {  // y, r, k, v, g; r_k, weight, bias -> (… + s v) g
     static constexpr int SUMS = 0;
     using NormBonusGate<E>::NormBonusGate;
     __device__ void row(index_t t) {
@@ -126,8 +121,6 @@ struct NormBonusGateForward : NormBonusGate<E> {  // y, r, k, v, g; r_k, weight,
         const float s = this->bonus(this->in(1, t), this->in(2, t));
         const Values x = this->whole(n, s, v);
         this->out(0, t, each([&](int e) { return x.x[e] * g.x[e]; }));
-        if (float* const bonus = (float*)this->a.outputs[1])
-            if (lane_id() == 0) bonus[head_at(this->part, this->a, t)] = s;
     }
 };
 
@@ -156,23 +149,49 @@ struct NormBonusGateBackward : NormBonusGate<E> {  // y, r, k, v, g, grad; … -
     }
 };
 
-// The same for frozen parameters, given each token's bonus s; its gradient, float as s is, is the recurrence's to use.
+// A block's head of token t in a tensor (tokens, heads).
+__device__ __forceinline__ index_t head_at(const Part& part, const MixArguments& a, index_t t) {
+    return (t * a.channels + part.channel) / a.size;
+}
+
+// The same for frozen parameters, given each token's bonus s, which the recurrence has made.
 template <class E>
-struct BonusGateBackward : Operation<E> {  // y, v, g, grad, s; weight, bias -> gy, gv, gg, gs
-    static constexpr int SUMS = 0;
+struct BonusGate : Operation<E> {
     const Values weight, bias;
-    __device__ BonusGateBackward(const MixArguments& a, const Part& part)
+    __device__ BonusGate(const MixArguments& a, const Part& part)
         : Operation<E>(a, part), weight(this->parameter(0)), bias(this->parameter(1)) {}
+    __device__ Values whole(const Normal& n, float s, const Values& v) const {
+        return each([&](int e) { return n.z.x[e] * weight.x[e] + bias.x[e] + s * v.x[e]; });
+    }
+};
+
+template <class E>
+struct BonusGateForward : BonusGate<E> {  // y, v, g, float s; weight, bias -> (… + s v) g
+    static constexpr int SUMS = 0;
+    using BonusGate<E>::BonusGate;
+    __device__ void row(index_t t) {
+        const Normal n = normalize(this->in(0, t), this->part.size, this->a.eps);
+        const Values v = this->in(1, t), g = this->in(2, t);
+        const Values x = this->whole(n, ((const float*)this->a.inputs[3])[head_at(this->part, this->a, t)], v);
+        this->out(0, t, each([&](int e) { return x.x[e] * g.x[e]; }));
+    }
+};
+
+template <class E>
+struct BonusGateBackward : BonusGate<E> {  // y, v, g, grad, s; weight, bias -> gy, gv, gg, gs, float as s is
+    static constexpr int SUMS = 0;
+    using BonusGate<E>::BonusGate;
     __device__ void row(index_t t) {
         const Normal n = normalize(this->in(0, t), this->part.size, this->a.eps);
         const Values v = this->in(1, t), g = this->in(2, t), grad = this->in(3, t);
         const index_t head = head_at(this->part, this->a, t);
         const float s = ((const float*)this->a.inputs[4])[head];
+        const Values x = this->whole(n, s, v);
         const Values d = each([&](int e) { return grad.x[e] * g.x[e]; });  // of what is gated
-        const Values dz = each([&](int e) { return d.x[e] * weight.x[e]; });
+        const Values dz = each([&](int e) { return d.x[e] * this->weight.x[e]; });
         this->out(0, t, normalize_backward(n, dz, this->part.size));
         this->out(1, t, each([&](int e) { return d.x[e] * s; }));
-        this->out(2, t, each([&](int e) { return grad.x[e] * (n.z.x[e] * weight.x[e] + bias.x[e] + s * v.x[e]); }));
+        this->out(2, t, each([&](int e) { return grad.x[e] * x.x[e]; }));
         const float gs = total(each([&](int e) { return d.x[e] * v.x[e]; }));
         if (lane_id() == 0) ((float*)this->a.outputs[3])[head] = gs;
     }

@@ -32,6 +32,7 @@ MIX_OPERATION(delta_keys_forward, DeltaKeysForward)
 MIX_OPERATION(delta_keys_backward, DeltaKeysBackward)
 MIX_OPERATION(norm_bonus_gate_forward, NormBonusGateForward)
 MIX_OPERATION(norm_bonus_gate_backward, NormBonusGateBackward)
+MIX_OPERATION(bonus_gate_forward, BonusGateForward)
 MIX_OPERATION(bonus_gate_backward, BonusGateBackward)
 MIX_OPERATION(add_norm_sums, AddNormSums)
 

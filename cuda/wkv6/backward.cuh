@@ -71,7 +71,7 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         fetch<N>(next.w, a.w, s, t0);
         if (reverse) {
             fetch<N>(next.r, a.r, s, t0);
-            fetch<N>(next.gy, GATED ? a.gout : a.gy, s, t0);  // in whose place gy will be
+            fetch<N>(next.gy, a.gy, s, t0);  // GATED: of out, in whose place that of y will be
         }
     };
     const auto start_gate_fetch = [&](int t0) {

@@ -23,11 +23,16 @@ struct Arguments {
     const void* gy;                     // gradients, named after what they belong to
     const float* gfinal;                // or null for zeros
     void *gr, *gw, *gk, *gv, *ga, *gb;
-    float* gstate;        // or null
-    float* parts;         // where time is split: (groups, heads, V, K), states at the groups' bounds
-    float* transitions;   // and (groups, heads, K, K), what becomes of a state from a group's start to its end
-    const void* r_k;      // elements (heads, head_size), where each token has a bonus, the sum of r k r_k, and
-    const float* gbonus;  // its gradient (tokens, heads), whose share the chunked backward adds to gr and gk; or null
+    float* gstate;       // or null
+    float* parts;        // where time is split: (groups, heads, V, K), states at the groups' bounds
+    float* transitions;  // and (groups, heads, K, K), what becomes of a state from a group's start to its end
+    // Where the kernels make the keys (keys.cuh): `low` is elements as k is, the parameters are (heads, head_size), and
+    // what forward tells of a token's heads, bonuses and 1 / lengths, (tokens, heads), as are the bonuses' gradients,
+    // or null for zeros.
+    const void *low, *a0, *k_k, *k_a, *r_k;
+    float *bonus, *scales;
+    const float* gbonus;
+    void* glow;
     int sequences, length, heads, head_size, device;  // device: the GPU that holds all of it
     int group, groups;  // a group's tokens, a multiple of 64, or 0; and the groups' places, or the sequences
 };

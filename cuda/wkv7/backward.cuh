@@ -4,16 +4,20 @@
 #pragma once
 #include "wkv7/chunk.cuh"
 
-template <int N>
+template <class Keys>
 struct BackwardShared {
-    struct Chunk { typename Shape<N>::Rows r, w, k, v, a, b, gy; } chunk[2];  // one in use, one arriving
-    bf16 state[N][Shape<N>::stride];                                          // before the chunk
-    bf16 dS[N][Shape<N>::stride];                                             // after it, faded by its decays
+    static constexpr int N = Keys::SIZE;
+    struct Chunk {
+        typename Shape<N>::Rows r, w, v, gy;
+        Keys keys;
+    } chunk[2];                       // one in use, one arriving
+    bf16 state[N][Shape<N>::stride];  // before the chunk
+    bf16 dS[N][Shape<N>::stride];     // after it, faded by its decays
     Operands<N> operands;
     PairMatrices pairs;  // and then, in their place, their gradients
     typename Shape<N>::Rows removed, gremoved;
     float products[CHUNK + 1][N + 4];  // Decays::keep's
-    float r_k[N];                      // zeros without a bonus
+    typename Keys::Parameters parameters;
 };
 
 // Sums over time of a tile with time along its columns: in each row, the sum over the columns after each element's.
@@ -42,31 +46,12 @@ __device__ __forceinline__ Accumulator sums_after(const Accumulator& x) {
     return sums;
 }
 
-// The gradients of the bonuses (arguments.cuh) of a chunk's tokens, as the columns of a tile have them.
-struct BonusGradients {
-    float x[4];
-
-    template <int N>
-    __device__ __forceinline__ static BonusGradients of(const Arguments& a, const Sequence& s, int t0, int valid) {
-        BonusGradients gradients = {};
-        if (!a.gbonus) return gradients;
-        const float* from = a.gbonus + s.elements / N + (index_t)t0 * a.heads;
-        #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int t = tile_column(lane_id(), i / 2 * 4 + i % 2);
-            if (t < valid) gradients.x[i] = from[(index_t)t * a.heads];
-        }
-        return gradients;
-    }
-    __device__ __forceinline__ float of_element(int e) const { return x[e / 4 * 2 + e % 2]; }
-};
-
-// The gradients of r, w, k, a and b, by rows of channels: c0 .. c0 + 15, (k, t).
-template <int N>
-__device__ __forceinline__ void channel_gradients(const Arguments& a, BackwardShared<N>& shared,
-                                                  const typename BackwardShared<N>::Chunk& in, int c0, index_t at,
-                                                  index_t row, int valid, const BonusGradients& bonus) {
-    constexpr int tiles = Shape<N>::tiles, stride = Shape<N>::stride;
+// The gradients of r, w and the keys, by rows of channels: c0 .. c0 + 15, (k, t).
+template <class Keys>
+__device__ __forceinline__ void channel_gradients(const Arguments& a, BackwardShared<Keys>& shared,
+                                                  const typename BackwardShared<Keys>::Chunk& in, int c0, index_t at,
+                                                  index_t row, int valid) {
+    constexpr int N = Keys::SIZE, tiles = Shape<N>::tiles, stride = Shape<N>::stride;
     const int lane = lane_id();
     const Operands<N>& o = shared.operands;
     Accumulator gr = zeros(), ga = zeros(), gk = zeros(), gb = zeros();  // of the operands
@@ -106,10 +91,8 @@ __device__ __forceinline__ void channel_gradients(const Arguments& a, BackwardSh
     for (int e = 0; e < 8; e++) {
         gw.c[e] = rf.c[e] * gr.c[e] - kf.c[e] * gk.c[e] - bf.c[e] * gb.c[e];
         later.c[e] = gw.c[e] + af.c[e] * ga.c[e];
-        const float share = bonus.of_element(e) * shared.r_k[c0 + tile_row(lane, e)];
-        gr.c[e] += share * kf.c[e];  // after gw, in which the bonus cancels
-        gk.c[e] += share * rf.c[e];
     }
+    in.keys.add_bonus(shared.parameters, c0, rf, kf, gr, gk);  // after gw, in which it cancels
     later = sums_after(later);
     #pragma unroll
     for (int half = 0; half < 2; half++) through[half] = quad_sum(through[half]);
@@ -128,15 +111,13 @@ __device__ __forceinline__ void channel_gradients(const Arguments& a, BackwardSh
     }
     store_tile((bf16*)a.gr + at, row, valid, transposed(rounded(gr)));
     store_tile((bf16*)a.gw + at, row, valid, transposed(rounded(gw)));
-    store_tile((bf16*)a.gk + at, row, valid, transposed(rounded(gk)));
-    store_tile((bf16*)a.ga + at, row, valid, transposed(rounded(ga)));
-    store_tile((bf16*)a.gb + at, row, valid, transposed(rounded(gb)));
+    in.keys.store_gradients(a, shared.parameters, c0, at, row, valid, gk, ga, gb);
 }
 
-template <int N>
+template <class Keys>
 __device__ __forceinline__ void chunked_backward(const Arguments& a) {
-    constexpr int tiles = Shape<N>::tiles, stride = Shape<N>::stride;
-    BackwardShared<N>& shared = *(BackwardShared<N>*)dynamic_shared();
+    constexpr int N = Keys::SIZE, tiles = Shape<N>::tiles, stride = Shape<N>::stride;
+    BackwardShared<Keys>& shared = *(BackwardShared<Keys>*)dynamic_shared();
     Operands<N>& o = shared.operands;
     PairMatrices& pairs = shared.pairs;
     const Sequence s(a);
@@ -148,11 +129,9 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         auto& next = shared.chunk[t0 / CHUNK % 2];
         fetch<N>(next.r, a.r, s, t0);
         fetch<N>(next.w, a.w, s, t0);
-        fetch<N>(next.k, a.k, s, t0);
         fetch<N>(next.v, a.v, s, t0);
-        fetch<N>(next.a, a.a, s, t0);
-        fetch<N>(next.b, a.b, s, t0);
         fetch<N>(next.gy, a.gy, s, t0);
+        next.keys.template start_fetch<true>(a, s, t0);
     };
     const auto start_fetch_of_state = [&](int t0) {
         const bf16* source = chunk_state(a, s, t0);
@@ -163,8 +142,7 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         }
     };
 
-    if (threadIdx.x < N)
-        shared.r_k[threadIdx.x] = a.r_k ? to_float(((const bf16*)a.r_k)[s.channel(a) + threadIdx.x]) : 0.f;
+    shared.parameters.load(a, s);
     Accumulator dS[tiles];
     const float* end = a.group ? a.parts : a.gfinal;
     load_state<N>(dS, end ? end + s.state : nullptr, v0, false);
@@ -173,14 +151,15 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
 
     for (int t0 = last; t0 >= 0 && s.length > 0; t0 -= CHUNK) {
         const int valid = min(CHUNK, s.length - t0);
-        const auto& in = shared.chunk[t0 / CHUNK % 2];
+        auto& in = shared.chunk[t0 / CHUNK % 2];
         const index_t at = s.elements + t0 * s.stride + v0;
         cp_async_wait_all();
         __syncthreads();  // the chunk has arrived, and nobody reads the later one, its state or its operands any more
         start_fetch_of_state(t0);
         const Decays<N> decays(in.w, valid, o);
-        decays.reads(in.r, in.a, o);
-        decays.writes(in.k, in.b, o);
+        const typename Keys::Share keys(in.keys, shared.parameters, decays.t, decays.c);
+        decays.reads(load_four<N>(in.r, decays.t, decays.c), keys.a, o);
+        decays.writes(keys.k, keys.b, o);
         decays.keep(shared.products);
         cp_async_wait_all();
         __syncthreads();  // the operands are complete, and the state has arrived
@@ -216,11 +195,12 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         }
         __syncthreads();  // removed and its gradient are complete, and nobody reads the pairs any more
 
-        store_tile(&pairs.of[warp][0][0], CHUNK + 8, CHUNK,
-                   rounded(pair_product<N>(warp, shared.gremoved, in.gy, shared.removed, in.v)));
+        Accumulator gpairs = pair_product<N>(warp, shared.gremoved, in.gy, shared.removed, in.v);
+        if (warp == A_B) in.keys.keep_along(gpairs);
+        keep_earlier(warp, gpairs);
+        store_tile(&pairs.of[warp][0][0], CHUNK + 8, CHUNK, rounded(gpairs));
         __syncthreads();  // the pairs' gradients are complete
-        const auto bonus = BonusGradients::of<N>(a, s, t0, valid);
-        channel_gradients<N>(a, shared, in, v0, at, s.stride, valid, bonus);
+        channel_gradients<Keys>(a, shared, in, v0, at, s.stride, valid);
     }
     if (a.gstate && !a.group) store_state<N>(a.gstate + s.state, dS, v0, false);
 }

@@ -1,16 +1,7 @@
 // What the two chunked kernels share: a chunk's operands, and what its tokens read of one another's writes. The head
 // comment of wkv7.cu explains the names.
 #pragma once
-#include "common/chunk.cuh"
-#include "wkv7/arguments.cuh"
-
-// The operands made of one chunk, all relative to its start: element (t, c) is that of token t times
-//     r: the decays up to t    a: those before t    k, b: the reciprocal of those up to t
-template <int N>
-struct Operands {
-    typename Shape<N>::Rows r, a, k, b;
-    float whole[N];  // the product of all decays
-};
+#include "wkv7/keys.cuh"
 
 // A thread's share of a chunk's decays: channels c and c + 1, four tokens from t. A warp has 16 channels, so that the
 // products of other tokens come from its own lanes.
@@ -50,29 +41,25 @@ struct Decays {
 
     // Makes the operands a and, if asked, r.
     template <bool WITH_R = true>
-    __device__ __forceinline__ void reads(const typename Shape<N>::Rows& r, const typename Shape<N>::Rows& a,
-                                          Operands<N>& o) const {
-        const Four from_r(&r[t][c]), from_a(&a[t][c]);
+    __device__ __forceinline__ void reads(const Four& r, const Four& a, Operands<N>& o) const {
         Pair product = before;
         #pragma unroll
         for (int i = 0; i < 4; i++) {
-            from_a.scaled(i, product, &o.a[t + i][c]);
+            scaled(a.x[i], product, &o.a[t + i][c]);
             product.x[0] *= decay[i].x[0];
             product.x[1] *= decay[i].x[1];
-            if (WITH_R) from_r.scaled(i, product, &o.r[t + i][c]);
+            if (WITH_R) scaled(r.x[i], product, &o.r[t + i][c]);
         }
     }
 
     // Makes the operands b and, if asked, k.
     template <bool WITH_K = true>
-    __device__ __forceinline__ void writes(const typename Shape<N>::Rows& k, const typename Shape<N>::Rows& b,
-                                           Operands<N>& o) const {
-        const Four from_k(&k[t][c]), from_b(&b[t][c]);
+    __device__ __forceinline__ void writes(const Four& k, const Four& b, Operands<N>& o) const {
         Pair product = {{reciprocal_approx(after.x[0]), reciprocal_approx(after.x[1])}};
         #pragma unroll
         for (int i = 3; i >= 0; i--) {
-            if (WITH_K) from_k.scaled(i, product, &o.k[t + i][c]);
-            from_b.scaled(i, product, &o.b[t + i][c]);
+            if (WITH_K) scaled(k.x[i], product, &o.k[t + i][c]);
+            scaled(b.x[i], product, &o.b[t + i][c]);
             product.x[0] *= decay[i].x[0];
             product.x[1] *= decay[i].x[1];
         }
@@ -91,17 +78,9 @@ struct Decays {
     }
 
   private:
-    // Two channels of four tokens, all loaded before anything is stored: loads do not pass stores.
-    struct Four {
-        uint32_t pair[4];
-        __device__ __forceinline__ explicit Four(const bf16* from) {
-            #pragma unroll
-            for (int i = 0; i < 4; i++) pair[i] = *(const uint32_t*)(from + i * Shape<N>::stride);
-        }
-        __device__ __forceinline__ void scaled(int i, const Pair& factor, bf16* to) const {
-            *(uint32_t*)to = pack_bf16(low_half(pair[i]) * factor.x[0], high_half(pair[i]) * factor.x[1]);
-        }
-    };
+    static __device__ __forceinline__ void scaled(const Pair& x, const Pair& factor, bf16* to) {
+        *(uint32_t*)to = pack_bf16(x.x[0] * factor.x[0], x.x[1] * factor.x[1]);
+    }
 };
 
 // A 16x16 matrix of token pairs in bf16, (reader, writer), padded so that eight rows touch different banks.
@@ -115,8 +94,9 @@ struct PairMatrices {
     float lower[CHUNK][CHUNK];  // a's of b in float32, writers in rows, for the inversion
 };
 
-// Zeros above the diagonal, and on it unless `diagonal`.
-__device__ __forceinline__ void keep_earlier(Accumulator& pairs, bool diagonal) {
+// Zeros what matrix number `name` has above the diagonal, and on it where a reads.
+__device__ __forceinline__ void keep_earlier(int name, Accumulator& pairs) {
+    const bool diagonal = name == R_B || name == R_K;
     const int lane = lane_id();
     #pragma unroll
     for (int e = 0; e < 8; e++) {
@@ -152,7 +132,7 @@ __device__ __forceinline__ void invert(PairMatrices& pairs) {
     }
 }
 
-// Matrix number `name` of all: its product of rows a or r with rows b or k, masked.
+// Matrix number `name` of all, before it is masked: the product of rows a or r with rows b or k.
 template <int N>
 __device__ __forceinline__ Accumulator pair_product(int name, const typename Shape<N>::Rows& a,
                                                     const typename Shape<N>::Rows& r, const typename Shape<N>::Rows& b,
@@ -165,7 +145,6 @@ __device__ __forceinline__ Accumulator pair_product(int name, const typename Sha
     #pragma unroll
     for (int i = 0; i < Shape<N>::tiles; i++)
         multiply(product, load_tile(&reads[0][i * 16], stride), load_tile(&writes[0][i * 16], stride));
-    keep_earlier(product, !of_a);
     return product;
 }
 
@@ -173,7 +152,8 @@ __device__ __forceinline__ Accumulator pair_product(int name, const typename Sha
 template <int N>
 __device__ __forceinline__ void make_pairs(int name, PairMatrices& pairs, const Operands<N>& o) {
     const int lane = lane_id();
-    const Accumulator product = pair_product<N>(name, o.a, o.r, o.b, o.k);
+    Accumulator product = pair_product<N>(name, o.a, o.r, o.b, o.k);
+    keep_earlier(name, product);
     if (name != A_B) return store_tile(&pairs.of[name][0][0], CHUNK + 8, CHUNK, rounded(product));
     #pragma unroll
     for (int e = 0; e < 8; e++) pairs.lower[tile_column(lane, e)][tile_row(lane, e)] = product.c[e];

@@ -5,20 +5,26 @@
 #pragma once
 #include "wkv7/chunk.cuh"
 
-template <int N>
+template <class Keys>
 struct ForwardShared {
-    struct { typename Shape<N>::Rows r, w, k, v, a, b; } chunk[2];  // one in use, one arriving
+    static constexpr int N = Keys::SIZE;
+    struct {
+        typename Shape<N>::Rows r, w, v;
+        Keys keys;
+    } chunk[2];  // one in use, one arriving
     struct Made {
         Operands<N> operands;
         PairMatrices pairs;
     } made[2];  // one in use, one in the making
+    typename Keys::Parameters parameters;
+    typename Keys::Bonuses bonuses;
 };
 
-template <int N>
+template <class Keys>
 __device__ __forceinline__ void chunked_forward(const Arguments& a) {
-    constexpr int tiles = Shape<N>::tiles, stride = Shape<N>::stride;
+    constexpr int N = Keys::SIZE, tiles = Shape<N>::tiles, stride = Shape<N>::stride;
     static_assert(tiles == PAIRS, "a matrix a maker");
-    ForwardShared<N>& shared = *(ForwardShared<N>*)dynamic_shared();
+    ForwardShared<Keys>& shared = *(ForwardShared<Keys>*)dynamic_shared();
     const Sequence s(a);
     if (s.length < 0) return;
     const int warp = threadIdx.x / 32;
@@ -30,17 +36,16 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
         auto& next = shared.chunk[t0 / CHUNK % 2];
         fetch<N>(next.r, a.r, s, t0);
         fetch<N>(next.w, a.w, s, t0);
-        fetch<N>(next.k, a.k, s, t0);
         fetch<N>(next.v, a.v, s, t0);
-        fetch<N>(next.a, a.a, s, t0);
-        fetch<N>(next.b, a.b, s, t0);
+        next.keys.template start_fetch<false>(a, s, t0);
     };
     const auto make_operands = [&](int t0) {
         const auto& in = shared.chunk[t0 / CHUNK % 2];
         Operands<N>& o = shared.made[t0 / CHUNK % 2].operands;
         const Decays<N> decays(in.w, s.length - t0, o);
-        decays.reads(in.r, in.a, o);
-        decays.writes(in.k, in.b, o);
+        const typename Keys::Share keys(in.keys, shared.parameters, decays.t, decays.c);
+        decays.reads(load_four<N>(in.r, decays.t, decays.c), keys.a, o);
+        decays.writes(keys.k, keys.b, o);
     };
     const auto make_pairs_and_fetch = [&](int t0) {
         auto& made = shared.made[t0 / CHUNK % 2];
@@ -48,16 +53,36 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
         make_pairs<N>(warp, made.pairs, made.operands);
         cp_async_wait_all();
     };
+    // The others'.
+    const int thread = threadIdx.x % Shape<N>::threads;
+    const auto start_measure = [&](int t0) { shared.chunk[t0 / CHUNK % 2].keys.start_measure(a, s, t0, thread); };
+    const auto measure = [&](int t0) {
+        shared.chunk[t0 / CHUNK % 2].keys.template measure<true>(a, s, shared.parameters, t0, thread);
+    };
 
     Accumulator S[tiles];
     const float* start = a.group ? a.parts : a.state;
     load_state<N>(S, start && !maker ? start + s.state : nullptr, v0, false);
-    if (maker) start_fetch(0);
-    cp_async_wait_all();
+    shared.parameters.load(a, s);
+    if (maker) {
+        start_fetch(0);
+        cp_async_wait_all();
+    } else {
+        start_measure(0);
+        measure(0);
+    }
     __syncthreads();  // the first chunk has arrived
-    if (maker) make_operands(0);
+    if (maker) {
+        make_operands(0);
+    } else {
+        start_measure(CHUNK);
+    }
     __syncthreads();  // its operands are complete
-    if (maker) make_pairs_and_fetch(0);
+    if (maker) {
+        make_pairs_and_fetch(0);
+    } else {
+        measure(CHUNK);
+    }
 
     for (int t0 = 0; t0 < s.length; t0 += CHUNK) {
         const auto& made = shared.made[t0 / CHUNK % 2];
@@ -68,6 +93,7 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
         if (maker) {
             make_operands(t0 + CHUNK);
         } else {
+            start_measure(t0 + 2 * CHUNK);
             v = load_transposed(&shared.chunk[t0 / CHUNK % 2].v[0][v0], stride);
             bf16* checkpoint = a.checkpoints ? chunk_state(a, s, t0) + v0 * N : nullptr;
             #pragma unroll
@@ -77,11 +103,14 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
                 multiply(read, state, load_tile(&o.a[0][b * 16], stride));
                 multiply(y, load_tile(&o.r[0][b * 16], stride), state);
             }
+            shared.bonuses.gather(o, shared.parameters, v0);
         }
         __syncthreads();  // the next chunk's operands are complete, and this one's tokens are read
         if (maker) {
             make_pairs_and_fetch(t0 + CHUNK);
         } else {
+            measure(t0 + 2 * CHUNK);
+            shared.bonuses.store(a, s, t0, thread);
             multiply(read, v, load_tile(&made.pairs.of[A_K][0][0], CHUNK + 8));
             const Tile removed = rounded(solve(read, made.pairs));
             multiply(y, load_tile(&made.pairs.of[R_B][0][0], CHUNK + 8), removed);

@@ -10,22 +10,27 @@
 #pragma once
 #include "wkv7/chunk.cuh"
 
-template <int N>
+template <class Keys>
 struct GroupShared {
-    struct { typename Shape<N>::Rows w, a, b, driver, x; } chunk[2];  // one in use, one arriving
+    static constexpr int N = Keys::SIZE;
+    struct {
+        typename Shape<N>::Rows r, w, x;  // r backward alone
+        Keys keys;
+    } chunk[2];  // one in use, one arriving
     struct Made {
         Operands<N> operands;
         PairMatrices pairs;
     } made[2];  // one in use, one in the making
+    typename Keys::Parameters parameters;
 };
 
 // A group's local state, and forward its transition; backward has that one from forward. What drives the state from
 // outside is v by way of k, backward gy by way of r. Half of the warps are makers, as in chunked_forward.
-template <int N, bool BACKWARD>
+template <class Keys, bool BACKWARD>
 __device__ __forceinline__ void chunked_groups(const Arguments& a) {
-    constexpr int tiles = Shape<N>::tiles, stride = Shape<N>::stride, states = BACKWARD ? 1 : 2;
+    constexpr int N = Keys::SIZE, tiles = Shape<N>::tiles, stride = Shape<N>::stride, states = BACKWARD ? 1 : 2;
     constexpr PairName driven = BACKWARD ? R_B : A_K;
-    GroupShared<N>& shared = *(GroupShared<N>*)dynamic_shared();
+    GroupShared<Keys>& shared = *(GroupShared<Keys>*)dynamic_shared();
     const Sequence s(a);
     if (s.length < 0) return;
     const int warp = threadIdx.x / 32;
@@ -38,19 +43,21 @@ __device__ __forceinline__ void chunked_groups(const Arguments& a) {
     const auto start_fetch = [&](int i) {
         if (is_past(i)) return;
         auto& next = shared.chunk[i % 2];
+        if (BACKWARD) fetch<N>(next.r, a.r, s, start(i));
         fetch<N>(next.w, a.w, s, start(i));
-        fetch<N>(next.a, a.a, s, start(i));
-        fetch<N>(next.b, a.b, s, start(i));
-        fetch<N>(next.driver, BACKWARD ? a.r : a.k, s, start(i));
         fetch<N>(next.x, BACKWARD ? a.gy : a.v, s, start(i));
+        next.keys.template start_fetch<BACKWARD, !BACKWARD>(a, s, start(i));
     };
     const auto make_operands = [&](int i) {
         if (is_past(i)) return;
         const auto& in = shared.chunk[i % 2];
         Operands<N>& o = shared.made[i % 2].operands;
         const Decays<N> decays(in.w, s.length - start(i), o);
-        decays.template reads<BACKWARD>(in.driver, in.a, o);
-        decays.template writes<!BACKWARD>(in.driver, in.b, o);
+        // Twice, as states leave few registers.
+        const auto share = [&] { return typename Keys::Share(in.keys, shared.parameters, decays.t, decays.c); };
+        decays.template reads<BACKWARD>(load_four<N>(in.r, decays.t, decays.c), share().a, o);
+        const auto keys = share();
+        decays.template writes<!BACKWARD>(keys.k, keys.b, o);
     };
     const auto make_pairs_and_fetch = [&](int i) {
         if (is_past(i)) return;
@@ -59,6 +66,15 @@ __device__ __forceinline__ void chunked_groups(const Arguments& a) {
         if (warp == 0) make_pairs<N>(A_B, made.pairs, made.operands);
         if (warp == 1) make_pairs<N>(driven, made.pairs, made.operands);
         cp_async_wait_all();
+    };
+    // The others', forward.
+    const int thread = threadIdx.x % Shape<N>::threads;
+    const auto start_measure = [&](int i) {
+        if (!BACKWARD && !is_past(i)) shared.chunk[i % 2].keys.start_measure(a, s, start(i), thread);
+    };
+    const auto measure = [&](int i) {
+        if (BACKWARD || is_past(i)) return;
+        shared.chunk[i % 2].keys.template measure<false>(a, s, shared.parameters, start(i), thread);
     };
 
     Accumulator S[states][tiles];  // local, transition
@@ -70,12 +86,26 @@ __device__ __forceinline__ void chunked_groups(const Arguments& a) {
             S[0][b].c[e] = 0.f;
             if (!BACKWARD) S[states - 1][b].c[e] = v0 + tile_row(lane, e) == b * 16 + tile_column(lane, e) ? 1.f : 0.f;
         }
-    if (maker) start_fetch(0);
-    cp_async_wait_all();
+    shared.parameters.load(a, s);
+    if (maker) {
+        start_fetch(0);
+        cp_async_wait_all();
+    } else {
+        start_measure(0);
+        measure(0);
+    }
     __syncthreads();  // the first chunk has arrived
-    if (maker) make_operands(0);
+    if (maker) {
+        make_operands(0);
+    } else {
+        start_measure(1);
+    }
     __syncthreads();  // its operands are complete
-    if (maker) make_pairs_and_fetch(0);
+    if (maker) {
+        make_pairs_and_fetch(0);
+    } else {
+        measure(1);
+    }
 
     for (int i = 0; !is_past(i); i++) {
         const auto& made = shared.made[i % 2];
@@ -88,6 +118,7 @@ __device__ __forceinline__ void chunked_groups(const Arguments& a) {
         if (maker) {
             make_operands(i + 1);
         } else {
+            start_measure(i + 2);
             const Tile x = load_transposed(&shared.chunk[i % 2].x[0][v0], stride);  // (v, t)
             const bf16* pair = &made.pairs.of[driven][0][0];
             #pragma unroll
@@ -108,6 +139,7 @@ __device__ __forceinline__ void chunked_groups(const Arguments& a) {
         if (maker) {
             make_pairs_and_fetch(i + 1);
         } else {
+            measure(i + 2);
             #pragma unroll
             for (int j = 0; j < states; j++) {
                 const Tile solved = rounded(BACKWARD ? solve_turned(read[j], made.pairs) : solve(read[j], made.pairs));
@@ -194,13 +226,13 @@ __device__ __forceinline__ void scan_groups(const Arguments& a) {
         for (int j = 0; j < columns; j++) end[head * of_head + here + i * N + j * 32] = S[i][j];
 }
 
-template <int N>
+template <class Keys>
 __device__ __forceinline__ void forward_groups(const Arguments& a) {
-    chunked_groups<N, false>(a);
+    chunked_groups<Keys, false>(a);
 }
-template <int N>
+template <class Keys>
 __device__ __forceinline__ void backward_groups(const Arguments& a) {
-    chunked_groups<N, true>(a);
+    chunked_groups<Keys, true>(a);
 }
 template <int N>
 __device__ __forceinline__ void forward_scan(const Arguments& a) {

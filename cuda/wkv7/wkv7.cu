@@ -38,8 +38,8 @@
 //     sum over v of S dS + sum over s of (k V dS + b removed dS)_s
 //         + sum over s >= t of (r gr - k gk - b gb)_s + sum over s > t of (a ga)_s
 // where all terms that cancel are the same rounded numbers. Where there are few heads, groups of tokens take a
-// sequence's place (groups.cuh). All else goes through the plain kernels (plain.cuh);
-// ops/wkv7/cuda.py chooses.
+// sequence's place (groups.cuh). k, a and b are given, or made of less inside the kernels
+// (keys.cuh). All else goes through the plain kernels (plain.cuh); ops/wkv7/cuda.py chooses.
 //
 // nvcc compiles this file into a library, NVRTC into a module, and a C++ compiler, with tests/cuda_shim, into a library
 // that runs on the CPU.
@@ -50,10 +50,23 @@
 #include "wkv7/groups.cuh"
 #include "wkv7/plain.cuh"
 
-RECURRENCE_KERNEL(wkv7_forward_64, chunked_forward<64>, 256, 2, sizeof(ForwardShared<64>))
-RECURRENCE_KERNEL(wkv7_backward_64, chunked_backward<64>, 128, 3, sizeof(BackwardShared<64>))
-RECURRENCE_KERNEL(wkv7_forward_groups_64, forward_groups<64>, 256, 2, sizeof(GroupShared<64>))
-RECURRENCE_KERNEL(wkv7_backward_groups_64, backward_groups<64>, 256, 2, sizeof(GroupShared<64>))
+// Blocks that registers should suffice for: at compute capability 12, shared memory has room for one alone.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int GROUPS_RESIDENT = 1;
+#else
+constexpr int GROUPS_RESIDENT = 2;
+#endif
+
+RECURRENCE_KERNEL(wkv7_forward_64, chunked_forward<GivenKeys<64>>, 256, 2, sizeof(ForwardShared<GivenKeys<64>>))
+RECURRENCE_KERNEL(wkv7_backward_64, chunked_backward<GivenKeys<64>>, 128, 3, sizeof(BackwardShared<GivenKeys<64>>))
+RECURRENCE_KERNEL(wkv7_forward_groups_64, forward_groups<GivenKeys<64>>, 256, 2, sizeof(GroupShared<GivenKeys<64>>))
+RECURRENCE_KERNEL(wkv7_backward_groups_64, backward_groups<GivenKeys<64>>, 256, 2, sizeof(GroupShared<GivenKeys<64>>))
+RECURRENCE_KERNEL(wkv7_forward_keys_64, chunked_forward<MadeKeys<64>>, 256, 2, sizeof(ForwardShared<MadeKeys<64>>))
+RECURRENCE_KERNEL(wkv7_backward_keys_64, chunked_backward<MadeKeys<64>>, 128, 3, sizeof(BackwardShared<MadeKeys<64>>))
+RECURRENCE_KERNEL(wkv7_forward_groups_keys_64, forward_groups<MadeKeys<64>>, 256, GROUPS_RESIDENT,
+                  sizeof(GroupShared<MadeKeys<64>>))
+RECURRENCE_KERNEL(wkv7_backward_groups_keys_64, backward_groups<MadeKeys<64>>, 256, 2,
+                  sizeof(GroupShared<MadeKeys<64>>))
 RECURRENCE_KERNEL(wkv7_forward_scan_64, forward_scan<64>, 128, 4, sizeof(ScanShared<64>))
 RECURRENCE_KERNEL(wkv7_backward_scan_64, backward_scan<64>, 128, 4, sizeof(ScanShared<64>))
 RECURRENCE_KERNEL(wkv7_forward_plain_float32, plain_forward<float>, 1024, 1, sizeof(PlainShared))

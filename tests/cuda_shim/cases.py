@@ -65,11 +65,11 @@ def run(kernels, case, group=0, gated=False):
 def _run_gated(kernels, case):
     """All results, with k for the gate and a token's r and v for the norm's parameters."""
     given = (*case.inputs, case.state, case.cu_seqlens)
-    gate = dict(kind="_gated", g=case.k, weight=case.r[0, 0].clone(), bias=case.v[0, 0].clone(), eps=1e-3)
+    gate = dict(g=case.k, weight=case.r[0, 0].clone(), bias=case.v[0, 0].clone(), eps=1e-3)
     out, gg = torch.empty_like(case.k), torch.empty_like(case.k)
-    y, final, checkpoints = cuda.RECURRENCE.run_forward(kernels, *given, save=True, out=out, **gate)
-    gate |= dict(y=y, gout=case.gy, gg=gg)
-    return y, final, out, gg, *cuda.RECURRENCE.run_backward(kernels, *given, checkpoints, None, case.gfinal, **gate)
+    y, final, checkpoints = cuda.WITH_GATE.run_forward(kernels, *given, save=True, out=out, **gate)
+    gate |= dict(y=y, gg=gg)
+    return y, final, out, gg, *cuda.WITH_GATE.run_backward(kernels, *given, checkpoints, case.gy, case.gfinal, **gate)
 
 
 def truth(case):

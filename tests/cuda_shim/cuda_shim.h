@@ -51,12 +51,16 @@ inline uint32_t pack_bf16(float low, float high) { return round_bf16(low) | roun
 inline char* dynamic_shared() { return shim::block().dynamic; }
 
 inline void cp_async_16(void* shared, const void* global, bool valid) {
-    shim::block().fiber().copies.push_back({shared, valid ? global : nullptr});
+    shim::block().fiber().copies.push_back({shared, valid ? global : nullptr, 16});
+}
+inline void cp_async_4(void* shared, const void* global, bool valid) {
+    shim::block().fiber().copies.push_back({shared, valid ? global : nullptr, 4});
 }
 inline void cp_async_wait_all() {
     auto& copies = shim::block().fiber().copies;
     for (const auto& copy : copies)
-        copy.source ? (void)std::memcpy(copy.target, copy.source, 16) : (void)std::memset(copy.target, 0, 16);
+        copy.source ? (void)std::memcpy(copy.target, copy.source, copy.bytes)
+                    : (void)std::memset(copy.target, 0, copy.bytes);
     copies.clear();
 }
 

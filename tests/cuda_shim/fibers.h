@@ -75,7 +75,8 @@ struct Context {
 struct Copy {
     void* target;
     const void* source;
-};  // 16 bytes; a null source is zeros
+    int bytes;
+};  // a null source is zeros
 
 struct Fiber {
     Context context;

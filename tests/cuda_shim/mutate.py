@@ -31,23 +31,30 @@ from rwkv_peft.ops.wkv7.cuda import FAMILY as WKV7
 # What runs of a recurrence: head sizes, dtypes, and the ways to run them.
 KINDS = ((64, torch.bfloat16, {}), (40, torch.float32, {}), (64, torch.bfloat16, {"group": 64}))
 WIDE = (128, torch.bfloat16, {})
-WITH_BONUS = (64, torch.bfloat16, {"bonus": True})
 GATED = (64, torch.bfloat16, {"gated": True})
+LENGTHS = [81, 48]
 
 
 def recurrence(cases, *more):
     """kernels -> the results of a recurrence's cases, of KINDS and `more`."""
 
     def run(kernels):
-        made = [(cases.make_case(1, 129, 1, N, dtype, lengths=[81, 48]), way) for N, dtype, way in (*KINDS, *more)]
+        made = [(cases.make_case(1, 129, 1, N, dtype, lengths=LENGTHS), way) for N, dtype, way in (*KINDS, *more)]
         return [x for case, way in made for x in cases.run(kernels, case, **way)]
 
     return run
 
 
+def wkv7(kernels):
+    """The same of wkv7's, and those of the kernels that make their keys."""
+    made = wkv7_cases.make_keys_case(1, 129, 1, lengths=LENGTHS)
+    of_keys = [x for group in (0, 64) for x in wkv7_cases.run_keys(kernels, made, group)]
+    return recurrence(wkv7_cases)(kernels) + of_keys
+
+
 FAMILIES = {  # a CudaFamily, and what its kernels give
     "wkv6": (WKV6, recurrence(cases, WIDE, GATED)),
-    "wkv7": (WKV7, recurrence(wkv7_cases, WITH_BONUS)),
+    "wkv7": (WKV7, wkv7),
     "mix": (MIX, kernel_cases.mix),
     "bone": (BONE, kernel_cases.bone),
     "cross_entropy": (CROSS_ENTROPY, kernel_cases.cross_entropy),

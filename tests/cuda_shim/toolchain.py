@@ -33,7 +33,7 @@ def check_without_spills(status, report, kernels):
 
 def kernels_of(source):
     """(name, most threads a block) of every kernel of a recurrence's source."""
-    found = re.findall(r"^RECURRENCE_KERNEL\((\w+), .*?, (\d+), \d+, ", source, re.MULTILINE)
+    found = re.findall(r"^RECURRENCE_KERNEL\((\w+), .*?, (\d+), \w+,\s", source, re.MULTILINE)
     return [(name, int(threads)) for name, threads in found]
 
 

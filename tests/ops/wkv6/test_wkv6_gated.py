@@ -129,7 +129,8 @@ def test_a_mean_far_from_zero_costs_no_digits(on_shim):
 
 @pytest.mark.parametrize("T, lengths", [(200, None), (200, [1, 70, 129])])
 def test_split_time_makes_ys_gradient_before_its_passes(on_shim, monkeypatch, T, lengths):
-    monkeypatch.setattr(cuda.RECURRENCE, "group_of", lambda *_: 64)
+    for recurrence in (cuda.RECURRENCE, cuda.WITH_GATE):
+        monkeypatch.setattr(recurrence, "group_of", lambda *_: 64)
     check(cases.make_case(1, T, 2, 64, torch.bfloat16, lengths=lengths, decay="mix", seed=T))
     before = ["wkv6_{}_groups_64", "wkv6_{}_scan"]
     forward, backward = ([name.format(way) for name in before] for way in ("forward", "backward"))

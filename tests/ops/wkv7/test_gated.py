@@ -1,5 +1,5 @@
-"""wkv7 with its norm, bonus and gate as one Function, through the CUDA kernels on the CPU (tests/cuda_shim): against
-float64, every gradient; and where it is taken."""
+"""wkv7 with its keys, norm, bonus and gate as one Function, through the CUDA kernels on the CPU (tests/cuda_shim):
+against float64, every gradient; and where it is taken."""
 
 import pytest
 import torch
@@ -7,12 +7,13 @@ import torch
 from cuda_shim import shim, wkv7_cases
 from cuda_shim.cases import error, rms
 from cuda_shim.running import one_torch_thread, shim_kernels
-from rwkv_peft.ops.mix import cpu, norm_bonus_gate
+from rwkv_peft.ops.mix import cpu, delta_keys, norm_bonus_gate
 from rwkv_peft.ops.mix import cuda as mix_cuda
 from rwkv_peft.ops.native.errors import BuildError
 from rwkv_peft.ops.wkv7 import cuda, gated, reference, wkv7_gated
 
-NAMES = ("out", "final state", "gr", "gw", "gk", "gv", "ga", "gb", "gv again", "gg", "gstate")
+NAMES = ("out", "final state", "gr", "gw", "gk", "gv", "glow", "gv again", "gg", "gstate")
+GIVEN = 7  # of inputs_of: those that are no parameters
 EPS = 64e-5
 
 
@@ -49,41 +50,51 @@ def on_shim(monkeypatch):
 
 
 def inputs_of(case):
-    """The case's rows, its values again, g, and r_k, weight and bias."""
-    _, _, H, N = case.r.shape
+    """The case's r w k v, low, its values again and g; a0, k_k, k_a, r_k, weight and bias."""
+    B, T, H, N = case.r.shape
     generator = torch.Generator().manual_seed(9)
-    g = torch.randn(*case.r.shape[:2], H * N, generator=generator)
-    parameters = [torch.randn(*shape, generator=generator) for shape in ((H, N), (H * N,), (H * N,))]
-    return [*case.inputs, case.v.clone(), *(x.to(case.r.dtype) for x in (g, *parameters))]
+    shapes = ((B, T, H, N), (B, T, H * N), *3 * [(1, 1, H * N)], (H, N), (H * N,), (H * N,))
+    low, g, *parameters = (torch.randn(*shape, generator=generator).to(case.r.dtype) for shape in shapes)
+    return [case.r, case.w, case.k, case.v, low, case.v.clone(), g, *parameters]
 
 
-def results(case, dtype, function, trained=False):
-    """out, final state and the gradients of rows, values, g and state, by NAMES; then r_k's, weight's and bias's."""
-    wanted = (True,) * 8 + (trained,) * 3
-    leaves = [x.detach().to(dtype).requires_grad_(w) for x, w in zip(inputs_of(case), wanted, strict=True)]
+def apply(function, leaves, state=None, cu_seqlens=None):
+    """function, which is called as wkv7_gated is, of tensors that inputs_of orders."""
+    *rows, v, g, a0, k_k, k_a, r_k, weight, bias = leaves
+    return function(tuple(rows), (a0, k_k, k_a), v, g, r_k, weight, bias, EPS, state, cu_seqlens)
+
+
+def results(case, dtype, function, trained=()):
+    """out, final state and the gradients of rows, values, g and state, by NAMES; then those of the parameters, of which
+    those with the numbers `trained` have one."""
+    inputs = inputs_of(case)
+    leaves = [x.detach().to(dtype).requires_grad_(i < GIVEN or i - GIVEN in trained) for i, x in enumerate(inputs)]
     state = (
         None
         if case.state is None
         else case.state.detach().clone().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
     )
-    *rows, v, g, r_k, weight, bias = leaves
-    out, final = function(tuple(rows), v, g, r_k, weight, bias, EPS, state, case.cu_seqlens)
+    out, final = apply(function, leaves, state, case.cu_seqlens)
     gout = case.gy.to(dtype).view(out.shape)
     if case.gfinal is None:
         out.backward(gout)
     else:
         torch.autograd.backward([out, final], [gout, case.gfinal.to(final.dtype)])
-    found = [out.detach(), final.detach(), *(x.grad for x in (*leaves[:8], *([] if state is None else [state])))]
-    return dict(zip(NAMES, found)), [x.grad for x in leaves[8:]]
+    found = [out.detach(), final.detach(), *(x.grad for x in (*leaves[:GIVEN], *([] if state is None else [state])))]
+    return dict(zip(NAMES, found)), [x.grad for x in leaves[GIVEN:]]
 
 
-def plainly(rows, v, g, r_k, weight, bias, eps, state, cu_seqlens):
+def plainly(rows, keys, v, g, r_k, weight, bias, eps, state, cu_seqlens):
     """The same in plain torch, all of it in the rows' dtype."""
+    r, w, k, values, low = rows
+    a0, k_k, k_a = (x.view(k.shape[2:]) for x in keys)
+    rate, n = torch.sigmoid(a0 + low), torch.nn.functional.normalize(k * k_k, dim=-1)
+    k = k * (1 + (rate - 1) * k_a)
     loop = reference.wkv7 if v.dtype == torch.float64 else wkv7_cases._loop
-    y, final = loop(*rows, state if state is None else state.to(v.dtype), cu_seqlens)
+    y, final = loop(r, w, k, values, -n, n * rate, state if state is None else state.to(v.dtype), cu_seqlens)
     B, T, H, N = y.shape
     normal = torch.nn.functional.group_norm(y.reshape(B * T, H * N), H, weight, bias, eps).view(y.shape)
-    return (normal + (rows[0] * rows[2] * r_k).sum(-1, keepdim=True) * v).view(g.shape) * g, final
+    return (normal + (r * k * r_k).sum(-1, keepdim=True) * v).view(g.shape) * g, final
 
 
 @pytest.mark.parametrize(
@@ -91,10 +102,10 @@ def plainly(rows, v, g, r_k, weight, bias, eps, state, cu_seqlens):
     [(2, 17, None, True, 0), (1, 1, None, False, 0), (1, 75, [1, 16, 33, 25], True, 0), (1, 130, None, True, 64)],
 )
 def test_every_result_is_as_exact_as_plain_torch(on_shim, monkeypatch, B, T, lengths, with_state, group):
-    monkeypatch.setattr(cuda.RECURRENCE, "group_of", lambda *_: group)
+    monkeypatch.setattr(cuda.WITH_KEYS, "group_of", lambda *_: group)
     case = wkv7_cases.make_case(B, T, 2, 64, torch.bfloat16, lengths=lengths, with_state=with_state, decay="mixed")
     ours, _ = results(case, torch.bfloat16, wkv7_gated)
-    assert on_shim == ["norm_bonus_gate_forward", "bonus_gate_backward"]
+    assert on_shim == ["bonus_gate_forward", "bonus_gate_backward"]
     true, plain = (results(case, dtype, plainly)[0] for dtype in (torch.float64, torch.bfloat16))
     assert ours.keys() == true.keys()
     for name, x in ours.items():
@@ -107,9 +118,9 @@ def test_the_bonus_is_in_the_gradients(on_shim):
     """Of one token, whose recurrence has none for r but through y: the bonus's are a large part of them."""
     case = wkv7_cases.make_case(1, 1, 2, 64, torch.bfloat16, with_state=False)
     inputs = inputs_of(case)
-    inputs[8] = torch.zeros_like(inputs[8])  # r_k
-    leaves = [x.requires_grad_() for x in inputs[:6]]
-    wkv7_gated(tuple(leaves), *inputs[6:], EPS)[0].backward(case.gy.view(1, 1, -1))
+    inputs[GIVEN + 3] = torch.zeros_like(inputs[GIVEN + 3])  # r_k
+    leaves = [x.requires_grad_(i < 5) for i, x in enumerate(inputs)]
+    apply(wkv7_gated, leaves)[0].backward(case.gy.view(1, 1, -1))
     whole = results(case, torch.bfloat16, wkv7_gated)[0]
     assert all(
         (whole[f"g{name}"] - leaves[i].grad).norm() > 0.1 * whole[f"g{name}"].norm() for i, name in ((0, "r"), (2, "k"))
@@ -120,34 +131,53 @@ def test_the_bonus_is_in_the_gradients(on_shim):
 def test_one_of_the_results_alone(on_shim, which):
     """The final state's gradient needs no gate; without it, that of zeros is taken."""
     case = wkv7_cases.make_case(1, 5, 1, 64, torch.bfloat16)
-    inputs = [x.requires_grad_(i < 8) for i, x in enumerate(inputs_of(case))]
-    outs = wkv7_gated(tuple(inputs[:6]), *inputs[6:], EPS, case.state)
-    outs[which].sum().backward()
+    leaves = [x.requires_grad_(i < GIVEN) for i, x in enumerate(inputs_of(case))]
+    apply(wkv7_gated, leaves, case.state)[which].sum().backward()
     assert ("bonus_gate_backward" in on_shim) == (which == 0)
-    assert all(x.grad.isfinite().all() for x in inputs[1 if which else 0 : 6])
+    assert all(x.grad.isfinite().all() for x in leaves[1 if which else 0 : 5])
 
 
 def test_a_second_derivative_is_refused(on_shim):
     case = wkv7_cases.make_case(1, 3, 1, 64, torch.bfloat16)
-    inputs = [x.requires_grad_(i < 8) for i, x in enumerate(inputs_of(case))]
-    out, _ = wkv7_gated(tuple(inputs[:6]), *inputs[6:], EPS)
+    leaves = [x.requires_grad_(i < GIVEN) for i, x in enumerate(inputs_of(case))]
+    out, _ = apply(wkv7_gated, leaves)
     with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(out.float().sum(), inputs[0], create_graph=True)
+        torch.autograd.grad(out.float().sum(), leaves[0], create_graph=True)
 
 
 @pytest.mark.parametrize(
-    "dtype, N, trained", [(torch.bfloat16, 64, True), (torch.float32, 64, False), (torch.bfloat16, 8, False)]
+    "dtype, N, trained",
+    [
+        *((torch.bfloat16, 64, (i,)) for i in range(6)),
+        (torch.bfloat16, 64, range(6)),
+        (torch.float32, 64, ()),
+        (torch.bfloat16, 8, ()),
+    ],
 )
-def test_what_else_takes_two_operations(on_shim, dtype, N, trained):
+def test_what_else_takes_three_operations(on_shim, dtype, N, trained):
     """Trained parameters have gradients, and other dtypes and head sizes have kernels of their own."""
     case = wkv7_cases.make_case(1, 9, 2, N, dtype)
     found, parameters = results(case, dtype, wkv7_gated, trained)
-    assert "bonus_gate_backward" not in on_shim and all((x is not None) == trained for x in parameters)
+    assert "bonus_gate_backward" not in on_shim and "delta_keys_backward" in on_shim
+    assert all((x is not None) == (i in trained) for i, x in enumerate(parameters))
 
-    def two(rows, v, g, r_k, weight, bias, eps, state, cu_seqlens):
-        y, final = gated.wkv7(*rows, state, cu_seqlens)
-        return norm_bonus_gate(y, rows[0], rows[2], v, g, r_k, weight, bias, eps), final
+    def three(rows, keys, v, g, r_k, weight, bias, eps, state, cu_seqlens):
+        r, w, k, values, low = rows
+        key, a, b = delta_keys(k, low, *keys)
+        y, final = gated.wkv7(r, w, key, values, a, b, state, cu_seqlens)
+        return norm_bonus_gate(y, r, key, v, g, r_k, weight, bias, eps), final
 
-    expected, others = results(case, dtype, two, trained)
+    expected, others = results(case, dtype, three, trained)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert all(x is y is None or torch.equal(x, y) for x, y in zip(parameters, others, strict=True))
+
+
+def test_without_gradients_three_operations_make_the_same(on_shim):
+    """What is generated or judged is what is trained, within bfloat16's roundings."""
+    case = wkv7_cases.make_case(1, 40, 2, 64, torch.bfloat16)
+    with torch.no_grad():
+        plain, state = apply(wkv7_gated, inputs_of(case), case.state)
+    assert "norm_bonus_gate_forward" in on_shim
+    found, _ = results(case, torch.bfloat16, wkv7_gated)
+    for x, y in ((found["out"], plain), (found["final state"], state)):
+        assert error(x, y.double()) <= 0.01 * rms(y)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...ops.mix import delta_keys, relu_square, value_residual
+from ...ops.mix import relu_square, value_residual
 from ...ops.wkv7 import wkv7_gated
 from ..parts import LanguageModel, MixedNorm, Recurrent, count_sequences
 from ..state import LayerState
@@ -23,16 +23,17 @@ class BonusNorm(nn.GroupNorm):
 
     def forward(  # type: ignore[override]
         self,
-        rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        keys: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         v: torch.Tensor,
         g: torch.Tensor,
         r_k: torch.Tensor,
         state: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """rows: r w k v a b, which the recurrence takes; v once more, for the bonus (B, T, H, N); g (B, T, C), r_k
-        (H, N) -> (B, T, C), final wkv state."""
-        return wkv7_gated(rows, v, g, r_k, self.weight, self.bias, self.eps, state, cu_seqlens)
+        """rows: r w k v, k before the learning rate has its part, and that one's input; keys: a0, k_k, k_a (1, 1, C); v
+        once more, for the bonus (B, T, H, N); g (B, T, C), r_k (H, N) -> (B, T, C), final wkv state."""
+        return wkv7_gated(rows, keys, v, g, r_k, self.weight, self.bias, self.eps, state, cu_seqlens)
 
 
 class TimeMix(Recurrent):
@@ -102,9 +103,9 @@ class TimeMix(Recurrent):
         g = torch.sigmoid(xg @ self.g1) @ self.g2
         a = xa @ self.a1 @ self.a2
         r, w, k, v, v_again, a = (tensor.view(heads) for tensor in (r, w, k, v, v_again, a))
-        k, a, b = delta_keys(k, a, self.a0, self.k_k, self.k_a)
+        keys = self.a0, self.k_k, self.k_a
         wkv_state = self.begun(wkv_state, count_sequences(x, cu_seqlens))
-        y, wkv_state = self.ln_x((r, w, k, v, a, b), v_again, g, self.r_k, wkv_state, cu_seqlens)
+        y, wkv_state = self.ln_x((r, w, k, v, a), keys, v_again, g, self.r_k, wkv_state, cu_seqlens)
         return x, self.output(y), v_first, last, wkv_state
 
 

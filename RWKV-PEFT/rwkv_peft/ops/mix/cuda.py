@@ -55,10 +55,11 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "norm_gate_backward": _layout("y g grad", "gy gg", "weight bias", "gweight gbias"),
         "delta_keys_forward": _layout("k low", "key a b", "a0 k_k k_a"),
         "delta_keys_backward": _layout("k low gkey ga gb", "gk glow", "a0 k_k k_a", "ga0 gk_k gk_a"),
-        "norm_bonus_gate_forward": _layout("y r k v g", "out bonus", "r_k weight bias"),
+        "norm_bonus_gate_forward": _layout("y r k v g", "out", "r_k weight bias"),
         "norm_bonus_gate_backward": _layout(
             "y r k v g grad", "gy gr gk gv gg", "r_k weight bias", "gr_k gweight gbias"
         ),
+        "bonus_gate_forward": _layout("y v g bonus", "out", "weight bias"),
         "bonus_gate_backward": _layout("y v g grad bonus", "gy gv gg gbonus", "weight bias"),
         "add_norm_sums": _layout("sum grad stats", "", "", "gweight gbias"),
     }

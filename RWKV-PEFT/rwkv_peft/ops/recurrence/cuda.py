@@ -1,7 +1,9 @@
 """A recurrence's CUDA kernels as its backend."""
 
 import contextlib
+import copy
 import ctypes
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -51,6 +53,13 @@ class CudaRecurrence:
         self.names = tuple(dict.fromkeys((*names, *(name for split in splits.values() for name in split.names()))))
         self.family = CudaFamily(op, f"{op}/{op}.cu", self.names, self.Arguments, self._trial)
 
+    def variant(self, rows: Sequence[str], plan: Plan, splits: Mapping[int, Split]) -> "CudaRecurrence":
+        """That of other inputs (B, T, H, N), for kernels among those of this one."""
+        other = copy.copy(self)
+        other.signature = dataclasses.replace(self.signature, rows=tuple(rows))
+        other.plan, other.splits = plan, splits
+        return other
+
     def unavailable(self, level: str = "") -> str | None:
         """None where the kernels work on the current GPU, else why they do not and what would help."""
         del level  # the CPU kernel's instruction set
@@ -71,28 +80,26 @@ class CudaRecurrence:
         slots = r.shape[0] * r.shape[1] // self.segment + sequences
         return -(-slots // 2) if r.dtype == torch.bfloat16 and r.shape[3] in self.halved else slots
 
-    def forward(
-        self, *tensors: Any, save: bool, level: str = "", kind: str = "", **further: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, *tensors: Any, save: bool, level: str = "", **further: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The inputs, contiguous, those (B, T, H, N) float32 or bfloat16, the shared ones float32; state (n, H, N, N)
-        float32 or None; cu_seqlens (n + 1,) int64 or None -> y, final state, checkpoints (empty unless `save`). kind:
-        what follows "forward" in the name of a kernel that does more, given `further`, which the signature names."""
+        float32 or None; cu_seqlens (n + 1,) int64 or None -> y, final state, checkpoints (empty unless `save`).
+        further: what the signature names so."""
         group = self.group_of(tensors[0], sequences_of(tensors[0], tensors[-1]))
-        return self.run_forward(self._kernels(tensors[0]), *tensors, save=save, group=group, kind=kind, **further)
+        return self.run_forward(self._kernels(tensors[0]), *tensors, save=save, group=group, **further)
 
-    def backward(self, *tensors: Any, level: str = "", kind: str = "", **further: Any) -> tuple[Tensor, ...]:
+    def backward(self, *tensors: Any, level: str = "", **further: Any) -> tuple[Tensor, ...]:
         """What forward took, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
-        gradients of the inputs and of the state. kind and further: as in forward; one that makes y's gradient takes
-        None for it, and no groups."""
+        gradients of the inputs and of the state. further: as in forward. A variant whose kernels go on from y takes the
+        gradient of what they make of it, and may take no groups."""
         group = self.group_of(tensors[0], sequences_of(tensors[0], tensors[-4]))
-        return self.run_backward(self._kernels(tensors[0]), *tensors, group=group, kind=kind, **further)
+        return self.run_backward(self._kernels(tensors[0]), *tensors, group=group, **further)
 
     def _kernels(self, r: Tensor) -> Kernels | None:
         """Those for r's GPU; None where r has no data, and nothing will be launched."""
         return None if r.is_meta else self.family.kernels(r.device.index)
 
     def run_forward(
-        self, kernels: Kernels | None, *tensors: Any, save: bool, group: int = 0, kind: str = "", **further: Any
+        self, kernels: Kernels | None, *tensors: Any, save: bool, group: int = 0, **further: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """forward, on the given kernels. group: the tokens of one where time is split, a multiple of 64, else 0. Raises
         ValueError for a group that the kernels do not take."""
@@ -107,11 +114,11 @@ class CudaRecurrence:
         y = torch.empty_like(r)
         arguments = self._given(inputs) | dict(state=aligned(state), bounds=bounds, y=y, final_state=final_state)
         arguments |= dict(checkpoints=checkpoints if save else None, parts=parts, transitions=checkpoints[slots:])
-        self._launch(kernels, "forward", r, sequences, group, arguments | further, kind)
+        self._launch(kernels, "forward", r, sequences, group, arguments | further)
         return y, final_state, checkpoints if save else checkpoints[:0]
 
     def run_backward(
-        self, kernels: Kernels | None, *tensors: Any, group: int = 0, kind: str = "", **further: Any
+        self, kernels: Kernels | None, *tensors: Any, group: int = 0, **further: Any
     ) -> tuple[Tensor, ...]:
         """backward, on the given kernels, with forward's `group`. Raises ValueError as run_forward does."""
         *inputs, _, bounds, checkpoints, gy, gfinal = tensors  # the first checkpoint is the state
@@ -119,7 +126,7 @@ class CudaRecurrence:
         self._check_group(r, group)
         B, T, H, N = r.shape
         sequences = sequences_of(r, bounds)
-        gy = torch.zeros_like(r) if gy is None and not kind else gy
+        gy = torch.zeros_like(r) if gy is None else gy
         arguments = self._given(inputs) | dict(bounds=bounds, checkpoints=checkpoints)
         arguments |= dict(gy=aligned(gy), gfinal=aligned(gfinal), transitions=checkpoints[self._slots(r, sequences) :])
         of_rows = {f"g{name}": torch.empty_like(r) for name in self.signature.rows}
@@ -129,7 +136,7 @@ class CudaRecurrence:
         counts = (sequences, groups)
         gstate, parts = (r.new_empty(n, H, N, N, dtype=torch.float32) for n in counts)
         arguments |= of_rows | of_shared | dict(gstate=gstate, parts=parts) | further
-        self._launch(kernels, "backward", r, sequences, group, arguments, kind)
+        self._launch(kernels, "backward", r, sequences, group, arguments)
         return *of_rows.values(), *(x.sum(0) for x in of_shared.values()), gstate
 
     def _check_group(self, r: Tensor, group: int) -> None:
@@ -152,7 +159,6 @@ class CudaRecurrence:
         sequences: int,
         group: int,
         given: Mapping[str, Tensor | float | None],
-        kind: str = "",
     ) -> None:
         """Enqueue a direction's kernels, given their arguments by name. Raises RuntimeError where that fails."""
         B, T, H, N = r.shape
@@ -166,7 +172,7 @@ class CudaRecurrence:
             if group:
                 for name, blocks in self.splits[N].launches(direction, H, sequences, groups):
                     self.family.run(kernels, name, arguments, blocks, stream(r))
-            for name, block in self.plan(direction + kind, N, r.dtype):
+            for name, block in self.plan(direction, N, r.dtype):
                 self.family.run(kernels, name, arguments, H * groups, stream(r), block)
 
     def _trial(self, kernels: Kernels, device: int) -> None:

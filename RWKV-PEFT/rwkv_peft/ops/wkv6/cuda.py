@@ -24,13 +24,20 @@ PLAIN = tuple(f"wkv6_{way}_plain_{dtype}" for way in ("forward", "backward") for
 
 
 def plan(direction: str, head_size: int, dtype: torch.dtype) -> list[tuple[str, Block | None]]:
-    """The kernel of a direction, "forward", "backward_gated" or the like, and its block."""
+    """The kernel of a direction, "forward" or "backward", and its block."""
     chunked = f"wkv6_{direction}_{head_size}"
-    if dtype == torch.bfloat16 and chunked in (*CHUNKED, *GATED):
+    if dtype == torch.bfloat16 and chunked in CHUNKED:
         return [(chunked, None)]
     scalar = "bfloat16" if dtype == torch.bfloat16 else "float32"
     return [(f"wkv6_{direction}_plain_{scalar}", (head_size, -(-head_size // STRIP)))]
 
 
+def plan_gated(direction: str, head_size: int, dtype: torch.dtype) -> list[tuple[str, Block | None]]:
+    """The same where kernels make what follows, too, which those of bfloat16 and GATED_SIZE do."""
+    assert head_size == GATED_SIZE and dtype == torch.bfloat16
+    return [(f"wkv6_{direction}_gated_{head_size}", None)]
+
+
 RECURRENCE = CudaRecurrence(SIGNATURE, 64, (*CHUNKED, *GATED, *PLAIN), plan, SPLITS, halved=(32, 64, 128))
+WITH_GATE = RECURRENCE.variant(SIGNATURE.rows, plan_gated, SPLITS)
 FAMILY = RECURRENCE.family

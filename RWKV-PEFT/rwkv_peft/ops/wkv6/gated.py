@@ -14,7 +14,7 @@ from ..mix.op import norms_fused
 from ..native.launch import aligned
 from ..recurrence.checks import as_int64, check
 from ..recurrence.signature import sequences_of
-from .cuda import GATED_SIZE, RECURRENCE
+from .cuda import GATED_SIZE, RECURRENCE, WITH_GATE
 from .op import WKV6, wkv6
 from .signature import SIGNATURE
 
@@ -67,7 +67,7 @@ class WKV6Gated(Function):
         *inputs, g, weight, bias = tensors
         out = torch.empty_like(g)
         further: dict[str, Any] = dict(g=aligned(g), weight=weight, bias=bias, out=out, eps=eps)
-        y, final_state, checkpoints = RECURRENCE.forward(*inputs, state, bounds, save=save, kind="_gated", **further)
+        y, final_state, checkpoints = WITH_GATE.forward(*inputs, state, bounds, save=save, **further)
         if save:
             ctx.save_for_backward(*inputs, state, bounds, checkpoints, y, g, weight, bias)
         ctx.eps = eps
@@ -81,15 +81,16 @@ class WKV6Gated(Function):
             return (None,) * 12
         *kept, y, g, weight, bias = ctx.saved_tensors
         r, (state, bounds, _) = kept[0], kept[-3:]
-        gy = gg = None
-        further: dict[str, Any] = {}
-        if grad is not None:
+        gg = None
+        if grad is None:
+            *found, gstate = RECURRENCE.backward(*kept, None, gfinal)
+        else:
             gg = torch.empty_like(g)
             given = dict(y=y, g=aligned(g), weight=weight, bias=bias, gg=gg)
-            if RECURRENCE.group_of(r, sequences_of(r, bounds)):  # the pass over groups reads gy, too
+            if RECURRENCE.group_of(r, sequences_of(r, bounds)):  # the pass over groups reads y's gradient, too
                 gy = torch.empty_like(y)
                 call("norm_gate_backward", y, given | dict(grad=grad, gy=gy), eps=ctx.eps, **head_sizes(y))
+                *found, gstate = RECURRENCE.backward(*kept, gy, gfinal)
             else:
-                further = dict(kind="_gated", gout=aligned(grad), eps=ctx.eps, **given)
-        *found, gstate = RECURRENCE.backward(*kept, gy, gfinal, **further)
+                *found, gstate = WITH_GATE.backward(*kept, grad, gfinal, eps=ctx.eps, **given)
         return None, None, None if state is None else gstate, None, *found, gg, None, None

@@ -7,6 +7,6 @@ SIGNATURE = Signature(
     rows=("r", "k", "v", "w"),
     shared=("u",),
     state_rows="key",
-    further=("g", "weight", "bias", "out", "gout", "gg"),
+    further=("g", "weight", "bias", "out", "gg"),
     numbers=("eps",),
 )

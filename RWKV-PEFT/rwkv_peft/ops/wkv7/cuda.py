@@ -13,6 +13,8 @@ STRIP = 16  # state elements a thread in the plain kernels; cuda/wkv7/plain.cuh'
 CHUNKED_SIZE = 64  # the head size of the chunked kernels
 CHUNKED = ("wkv7_forward_64", "wkv7_backward_64")
 SPLITS = MappingProxyType({64: Split("wkv7_{}_groups_64", "wkv7_{}_scan_64", scan_blocks=4)})  # by head size
+KEYS = ("wkv7_forward_keys_64", "wkv7_backward_keys_64")  # those of them that make k, a and b themselves
+KEYS_SPLITS = MappingProxyType({64: Split("wkv7_{}_groups_keys_64", "wkv7_{}_scan_64", scan_blocks=4)})
 PLAIN = tuple(f"wkv7_{way}_plain_{dtype}" for way in ("forward", "backward") for dtype in ("float32", "bfloat16"))
 
 
@@ -29,5 +31,13 @@ def plan(direction: str, head_size: int, dtype: torch.dtype) -> list[tuple[str, 
     return [(f"wkv7_{direction}_plain_{scalar}", (strips, -(-head_size // rows) * rows))]
 
 
-RECURRENCE = CudaRecurrence(SIGNATURE, 32, (*CHUNKED, *PLAIN), plan, SPLITS)
+def plan_with_keys(direction: str, head_size: int, dtype: torch.dtype) -> list[tuple[str, Block | None]]:
+    """The same where kernels make k, a and b, which those of bfloat16 and CHUNKED_SIZE do."""
+    assert head_size == CHUNKED_SIZE and dtype == torch.bfloat16
+    return [(f"wkv7_{direction}_keys_{head_size}", None)]
+
+
+NAMES = (*CHUNKED, *PLAIN, *KEYS, *KEYS_SPLITS[CHUNKED_SIZE].names())
+RECURRENCE = CudaRecurrence(SIGNATURE, 32, NAMES, plan, SPLITS)
+WITH_KEYS = RECURRENCE.variant(("r", "w", "k", "v", "low"), plan_with_keys, KEYS_SPLITS)
 FAMILY = RECURRENCE.family

@@ -1,7 +1,9 @@
-"""wkv7 with what follows it, each head's norm, the current token's bonus and the gate: on a GPU one autograd Function.
+"""wkv7 with its keys before it, and each head's norm, the current token's bonus and the gate after it: on a GPU one
+autograd Function, where none of their parameters is trained.
 
-The bonus reads r, k and v, as the recurrence does. Their gradients would be added up in passes of their own; here, the
-recurrence's backward kernel makes those of r and k whole, of one number a token and head.
+The recurrence's kernels make their keys of what delta_keys would make them of, so that these are neither written nor
+read. The bonus reads r, k and v, as the recurrence does: its forward kernel gives one number a token and head, and its
+backward kernel makes the gradients of r and k whole, of one such number's gradient.
 """
 
 from typing import Any
@@ -10,18 +12,21 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..mix import norm_bonus_gate
+from ..mix import delta_keys, norm_bonus_gate
 from ..mix.functions import call, differentiable_once
 from ..mix.heads import head_sizes
 from ..mix.op import norms_fused
 from ..recurrence.checks import as_int64, check
-from .cuda import CHUNKED_SIZE, RECURRENCE
+from .cuda import CHUNKED_SIZE, WITH_KEYS
 from .op import WKV7, wkv7
-from .signature import SIGNATURE
+
+Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Keys = tuple[Tensor, Tensor, Tensor]
 
 
 def wkv7_gated(
-    rows: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    rows: Rows,
+    keys: Keys,
     v: Tensor,
     g: Tensor,
     r_k: Tensor,
@@ -31,26 +36,28 @@ def wkv7_gated(
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """norm_bonus_gate of what wkv7 gives, and the final state.
+    """norm_bonus_gate of what wkv7 gives for the keys that delta_keys gives, and the final state.
 
-    rows: r w k v a b (B, T, H, N), state and cu_seqlens as wkv7 takes them; v (B, T, H, N) the values once more, for
-    the bonus; g (B, T, H N), r_k (H, N), weight and bias (H N,) -> (B, T, H N), (B, H, N, N) float32.
+    rows: r w k v low (B, T, H, N), k and low as delta_keys takes them, keys its parameters, a0 k_k k_a (1, 1, H N);
+    state and cu_seqlens as wkv7 takes them; v (B, T, H, N) the values once more, for the bonus; g (B, T, H N), r_k
+    (H, N), weight and bias (H N,) -> (B, T, H N), (B, H, N, N) float32.
     """
-    r, _, k, *_ = rows
-    if not _in_one(*rows, v, g, r_k, weight, bias):
-        y, state = wkv7(*rows, state, cu_seqlens)
+    if not _in_one(*rows, v, g, *keys, r_k, weight, bias):
+        r, w, k, values, low = rows
+        k, a, b = delta_keys(k, low, *keys)
+        y, state = wkv7(r, w, k, values, a, b, state, cu_seqlens)
         return norm_bonus_gate(y, r, k, v, g, r_k, weight, bias, eps), state
-    check(SIGNATURE, rows, state, cu_seqlens)
-    tensors = (x.contiguous() for x in (*rows, v, g, r_k, weight, bias))
+    check(WITH_KEYS.signature, rows, state, cu_seqlens)
+    tensors = (x.contiguous() for x in (*rows, v, g, *keys, r_k, weight, bias))
     state = None if state is None else state.float().contiguous()
-    bounds = None if cu_seqlens is None else as_int64(cu_seqlens, r.shape[1])
+    bounds = None if cu_seqlens is None else as_int64(cu_seqlens, g.shape[1])
     return WKV7Gated.apply(eps, state, bounds, *tensors)
 
 
 def _in_one(*tensors: Tensor) -> bool:
-    """Whether these, of which the last three are parameters, go through the Function: what they make is to be
+    """Whether these, of which the last six are parameters, go through the Function: what they make is to be
     differentiated, the parameters are frozen, and the recurrence's chunked kernels take the rest."""
-    r, *parameters = tensors[0], *tensors[-3:]
+    r, *parameters = tensors[0], *tensors[-6:]
     return (
         r.dtype == torch.bfloat16
         and r.shape[-1] == CHUNKED_SIZE
@@ -62,17 +69,19 @@ def _in_one(*tensors: Tensor) -> bool:
 
 
 class WKV7Gated(Function):
-    """eps, state (n, H, N, N) float32 or None, cu_seqlens int64 or None, r w k v a b and v again (B, T, H, N), g
-    (B, T, H N), r_k, weight and bias of H N elements, bfloat16 -> (B, T, H N), final state."""
+    """eps, state (n, H, N, N) float32 or None, cu_seqlens int64 or None, r w k v low and v again (B, T, H, N), g
+    (B, T, H N), a0, k_k, k_a, r_k, weight and bias of H N elements, bfloat16 -> (B, T, H N), final state."""
 
     @staticmethod
     def forward(ctx: Any, eps: float, state: Tensor | None, bounds: Tensor | None, *tensors: Tensor) -> Any:
-        *rows, v, g, r_k, weight, bias = tensors
-        y, final_state, checkpoints = RECURRENCE.forward(*rows, state, bounds, save=True)
-        out, bonus = torch.empty_like(g), y.new_empty(y.shape[:3], dtype=torch.float32)
-        given = dict(y=y, r=rows[0], k=rows[2], v=v, g=g, r_k=r_k, weight=weight, bias=bias)
-        call("norm_bonus_gate_forward", y, given | dict(out=out, bonus=bonus), eps=eps, **head_sizes(y))
-        ctx.save_for_backward(*rows, state, bounds, checkpoints, y, bonus, v, g, r_k, weight, bias)
+        *rows, v, g, a0, k_k, k_a, r_k, weight, bias = tensors
+        bonus, scales = (g.new_empty(v.shape[:3], dtype=torch.float32) for _ in range(2))
+        keys: dict[str, Any] = dict(a0=a0, k_k=k_k, k_a=k_a, r_k=r_k, scales=scales)
+        y, final_state, checkpoints = WITH_KEYS.forward(*rows, state, bounds, save=True, bonus=bonus, **keys)
+        out = torch.empty_like(g)
+        given = dict(y=y, v=v, g=g, bonus=bonus, weight=weight, bias=bias)
+        call("bonus_gate_forward", y, given | dict(out=out), eps=eps, **head_sizes(y))
+        ctx.save_for_backward(*rows, state, bounds, checkpoints, *keys.values(), *given.values())
         ctx.eps = eps
         ctx.set_materialize_grads(False)
         return out, final_state
@@ -80,15 +89,17 @@ class WKV7Gated(Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor | None, gfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        *kept, y, bonus, v, g, r_k, weight, bias = ctx.saved_tensors
-        state = kept[-3]
-        if grad is None:
-            if gfinal is None:
-                return (None,) * 14
-            *found, gstate = RECURRENCE.backward(*kept, None, gfinal)
-            return None, None if state is None else gstate, None, *found, *5 * (None,)
-        gy, gv, gg, gbonus = (torch.empty_like(x) for x in (y, v, g, bonus))
-        given = dict(y=y, v=v, g=g, grad=grad, bonus=bonus, weight=weight, bias=bias)
-        call("bonus_gate_backward", y, given | dict(gy=gy, gv=gv, gg=gg, gbonus=gbonus), eps=ctx.eps, **head_sizes(y))
-        *found, gstate = RECURRENCE.backward(*kept, gy, gfinal, r_k=r_k, gbonus=gbonus)
-        return None, None if state is None else gstate, None, *found, gv, gg, None, None, None
+        saved = ctx.saved_tensors
+        kept, keys = saved[:8], dict(zip(("a0", "k_k", "k_a", "r_k", "scales"), saved[8:]))
+        gy = gv = gg = None
+        if grad is None and gfinal is None:
+            return (None,) * 16
+        if grad is not None:
+            given = dict(zip(("y", "v", "g", "bonus", "weight", "bias"), saved[13:]))
+            y = given["y"]
+            gy, gv, gg, gbonus = (torch.empty_like(given[name]) for name in ("y", "v", "g", "bonus"))
+            given |= dict(grad=grad, gy=gy, gv=gv, gg=gg, gbonus=gbonus)
+            call("bonus_gate_backward", y, given, eps=ctx.eps, **head_sizes(y))
+            keys["gbonus"] = gbonus
+        *found, gstate = WITH_KEYS.backward(*kept, gy, gfinal, **keys)
+        return None, None if kept[5] is None else gstate, None, *found, gv, gg, *6 * (None,)
