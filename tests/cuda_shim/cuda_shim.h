@@ -64,19 +64,20 @@ inline void cp_async_wait_all() {
     copies.clear();
 }
 
-inline float __shfl_sync(unsigned, float x, int lane) {
+// What another lane gives: number `other`, or where XOR is, the own number with these bits turned.
+template <bool XOR>
+inline float shuffled(float x, int other) {
     struct Data {
         float in, out;
-        int lane;
-    } data{x, 0.f, lane};
+        int other;
+    } data{x, 0.f, other};
     shim::warp_operation<Data>(data, [](Data* const* lanes, unsigned count) {
-        for (unsigned i = 0; i < count; i++) lanes[i]->out = lanes[lanes[i]->lane % count]->in;
+        for (unsigned i = 0; i < count; i++) lanes[i]->out = lanes[((XOR ? i : 0) ^ lanes[i]->other) % count]->in;
     });
     return data.out;
 }
-inline float __shfl_xor_sync(unsigned mask, float x, int other) {
-    return __shfl_sync(mask, x, (threadIdx.x & 31) ^ other);
-}
+inline float __shfl_sync(unsigned, float x, int lane) { return shuffled<false>(x, lane); }
+inline float __shfl_xor_sync(unsigned, float x, int mask) { return shuffled<true>(x, mask); }
 
 inline void __syncwarp() {
     char nothing = 0;

@@ -284,12 +284,12 @@ def test_gradients_at_any_address_are_read_16_bytes_at_once(kernels, monkeypatch
 @pytest.mark.parametrize("used", ([0], [1], [2], [3, 4]))
 @pytest.mark.parametrize("depends_on_the_token", (False, True))
 def test_results_that_nobody_uses_count_as_zeros(kernels, depends_on_the_token, used):
-    x, _, weight, bias, maa_x, *factors = ddlerp_inputs(1, 5, 64, 32)
+    x, y, gate, _, weight, bias, maa_x, *factors = ddlerp_inputs(1, 5, 64, 32, gated=True)
     x.requires_grad_()
     if depends_on_the_token:
-        *outs, points = norm_ddlerp(x, weight, bias, 1e-5, None, maa_x, *factors)
+        *outs, points = norm_ddlerp(x, y, gate, weight, bias, 1e-5, None, maa_x, *factors)
     else:
-        *outs, points = norm_lerp(x, None, weight, bias, 1e-5, None, factors[1])
+        *outs, points = norm_lerp(x, y, weight, bias, 1e-5, None, factors[1], gate=gate)
     outs += points
     grads = [randn(*out.shape, seed=i).bfloat16() * (i in used) for i, out in enumerate(outs)]
     (expected,) = torch.autograd.grad(outs, x, grads, retain_graph=True)
