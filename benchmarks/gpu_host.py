@@ -23,7 +23,9 @@ from rwkv_peft.models import FAMILIES, family_named
 from rwkv_peft.ops.bone import cuda as bone
 from rwkv_peft.ops.bone import op as bone_op
 from rwkv_peft.ops.mix import cpu, cuda, gpu_lerp, op
+from rwkv_peft.ops.wkv6 import gated as wkv6_gated
 from rwkv_peft.ops.wkv6 import op as wkv6
+from rwkv_peft.ops.wkv7 import gated as wkv7_gated
 from rwkv_peft.ops.wkv7 import op as wkv7
 
 CHANNELS = 64  # of which next to nothing is computed
@@ -52,7 +54,7 @@ def gpu_path():
     stack = ExitStack()
     for owner, name, value in (
         (op, "fused", lambda *_: True),
-        (op, "norms_fused", lambda *_: True),
+        *((module, "norms_fused", lambda *_: True) for module in (op, wkv6_gated, wkv7_gated)),
         (op, "cpu_lerp", gpu_lerp),
         (cpu, "call", call),
         (bone, "call", call_bone),
