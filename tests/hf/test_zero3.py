@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from finetuning import QUIET
 
 import tiny_llama
 
@@ -59,16 +60,7 @@ def test_the_command_under_accelerates_zero_3_trains_and_merges_as_it_does_alone
             "--learning_rate",
             "1e-2",
             "--merge_and_save",
-            "--report_to",
-            "none",
-            "--logging_steps",
-            "1",
-            "--save_strategy",
-            "no",
-            "--disable_tqdm",
-            "True",
-            "--dataloader_pin_memory",
-            "False",
+            *QUIET,
             *flags,
         ]
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..native.launch import aligned
 from . import cuda
-from .functions import call, differentiable_once, with_zeros
+from .functions import call, differentiable_once, room_like, with_zeros
 from .gpu_lerp import group_size, has_product_inside, parts_like, sizes_of
-from .norms import like, strip_of, summed, summed_backward
+from .norms import strip_of, summed, summed_backward
 
 
 class NormDDLerp(Function):
@@ -67,11 +68,11 @@ class NormDDLerp(Function):
         stats, low, decay = made
         passed, *points = with_zeros((passed, *grads), x)
         (gdecay,) = with_zeros([gdecay], decay)
-        gnormal, glow, glast, more = torch.empty_like(x), torch.empty_like(low), like(last), like(last)
+        gnormal, glow, glast, more = torch.empty_like(x), torch.empty_like(low), room_like(last), room_like(last)
         parts = parts_like(low, x)
         norm = dict(weight=weight, bias=bias, stats=stats)
         tensors = norm | dict(x=x, maa=maa, low=low, up=w2, down=decay_w1, decay=decay, gdecay=gdecay)
-        tensors |= dict(gx=gnormal, glow=parts) | _named("grad", map(_aligned, points))
+        tensors |= dict(gx=gnormal, glow=parts) | _named("grad", map(aligned, points))
         call("lerp_low_backward", x, tensors, last=last, glast=glast, **_low_sizes(x, maa, w2, cu_seqlens))
         call("tanh_backward", low, dict(x=low, parts=parts, gx=glow), **_rows_of(parts))
         grads_of_sum, tensors = summed_backward(x, y, gate, ctx.needs_input_grad[1])
@@ -112,8 +113,3 @@ def _named(kind: str, points: Iterable[Tensor]) -> dict[str, Tensor]:
 def _rows_of(parts: Tensor) -> dict[str, int]:
     """What a launch is told of parts (n, B, T, …)."""
     return dict(n=len(parts), tokens=parts[0, ..., 0].numel(), channels=parts.shape[-1])
-
-
-def _aligned(grad: Tensor) -> Tensor:
-    """A gradient of which 16 bytes can be read at once."""
-    return grad if grad.is_meta or grad.data_ptr() % 16 == 0 else grad.clone()

@@ -55,6 +55,11 @@ def with_zeros(grads: Iterable[torch.Tensor | None], like: torch.Tensor) -> list
     return [torch.zeros_like(like) if grad is None else grad for grad in grads]
 
 
+def room_like(x: torch.Tensor | None) -> torch.Tensor | None:
+    """Room for another such tensor; None for None."""
+    return None if x is None else torch.empty_like(x)
+
+
 def sums_like(parameters: Sequence[torch.Tensor], wanted: bool) -> list[torch.Tensor | None]:
     """Room for the gradients of parameters, sums over tokens: float32; None each where not wanted."""
     return [torch.empty_like(parameter, dtype=torch.float32) if wanted else None for parameter in parameters]

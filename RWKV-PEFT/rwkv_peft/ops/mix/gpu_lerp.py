@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import cuda
-from .functions import call, differentiable_once, rounded
+from .functions import call, differentiable_once, room_like, rounded
 
 BLOCKS, MOST_GROUPS = 256, 8  # blocks that fill a GPU, whichever; parts of a sum over channels
 
@@ -45,7 +45,7 @@ class Lerp(Function):
     @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, last, maa, low, up, cu_seqlens = ctx.saved_tensors
-        gx, glast = torch.empty_like(x), None if last is None else torch.empty_like(last)
+        gx, glast = torch.empty_like(x), room_like(last)
         tensors = dict(maa=maa, gx=gx) | {f"grad{i}": grad for i, grad in enumerate(grads)}
         sizes = sizes_of(x, maa, cu_seqlens) | dict(last=last, glast=glast)
         trained = ctx.needs_input_grad[2] or ctx.needs_input_grad[4]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .functions import call, differentiable_once, rounded, sums_like, with_zeros
+from .functions import call, differentiable_once, room_like, rounded, sums_like, with_zeros
 from .gpu_lerp import sizes_of
 
 STRIPS, MOST_STRIP = 1024, 8  # blocks that a GPU has enough of, whichever; tokens that one has at most
@@ -85,7 +85,7 @@ class NormLerp(Function):
         total, y, gate, last, weight, maa, stats, cu_seqlens = ctx.saved_tensors
         passed, *given = with_zeros((passed, *grads), total)
         grads_of_sum, tensors = summed_backward(total, y, gate, ctx.needs_input_grad[1])
-        glast = like(last)
+        glast = room_like(last)
         sizes = sizes_of(total, maa, cu_seqlens)
         tensors |= dict(passed=passed, stats=stats, gends=gends, weight=weight, maa=maa)
         tensors |= _named("grad", given, ctx.whole)
@@ -107,14 +107,9 @@ def summed_backward(
 ) -> tuple[tuple[Tensor | None, ...], dict[str, Tensor | None]]:
     """Room for the gradients of what made that sum, x, y and gate, that of y being that of x where it was `added` as it
     is; and the tensors that a kernel's backward is given. y: where there is a gate."""
-    gx, gy, ggate = torch.empty_like(total), like(gate), like(gate)
+    gx, gy, ggate = torch.empty_like(total), room_like(gate), room_like(gate)
     tensors = dict(sum=total, y=y, gate=gate, gx=gx, gy=gy, ggate=ggate)
     return (gx, gx if gate is None and added else gy, ggate), tensors
-
-
-def like(x: Tensor | None) -> Tensor | None:
-    """Room for another; None for None."""
-    return None if x is None else torch.empty_like(x)
 
 
 def _named(kind: str, tensors: Sequence[Tensor], whole: bool) -> dict[str, Tensor]:
