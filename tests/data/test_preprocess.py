@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from itertools import groupby, product
 from pathlib import Path
 
@@ -262,11 +263,29 @@ def test_a_worker_that_is_killed_is_told(tmp_path):
     def chunks():
         for number in range(40):
             yield Chunk("in.jsonl", number, (b'{"text": "a"}',))
-            for child in multiprocessing.active_children():
-                child.kill()
+            if number == 20:  # both have begun
+                for child in multiprocessing.active_children():
+                    child.kill()
 
     with pytest.raises(UserError, match="ended from outside.*memory.*fewer than --workers 2"):
         list(encode_all(chunks(), EncodeSettings("bytes"), 2))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("handle is closed"),
+        ValueError("bad value(s) in fds_to_keep"),
+        BlockingIOError(11, "Resource temporarily unavailable"),
+    ],
+)
+def test_a_worker_that_cannot_begin_is_told(error, monkeypatch):
+    def submit(pool, *work):  # another one was killed while this one began
+        raise error
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", submit)
+    with pytest.raises(UserError, match="could not begin.*fewer than --workers 2"):
+        list(encode_all([Chunk("in.jsonl", 0, (b'{"text": "a"}',))], EncodeSettings("bytes"), 2))
 
 
 def test_shuffle_and_repeat(preprocess):

@@ -26,20 +26,30 @@ def encode_all(chunks: Iterable[Chunk], settings: EncodeSettings, workers: int =
         waiting: deque[Future[Encoded]] = deque()
         try:
             for chunk in chunks:
-                with no_ctrl_c():  # which a process inherits that this begins
-                    waiting.append(pool.submit(encode_chunk, chunk, settings))
+                waiting.append(submit(pool, chunk, settings))
                 if len(waiting) >= 2 * workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
             raise UserError(
-                "a worker process was ended from outside, as the system does where memory runs out; give fewer than "
-                f"--workers {workers}"
+                "a worker process was ended from outside, or could not begin, as happens where memory runs out; give "
+                f"fewer than --workers {workers}"
             ) from error
         finally:
             with no_ctrl_c():  # a second one: they are done after a chunk
                 pool.shutdown(wait=True, cancel_futures=True)
+
+
+def submit(pool: ProcessPoolExecutor, chunk: Chunk, settings: EncodeSettings) -> "Future[Encoded]":
+    """Hand a chunk over, for which one more process may begin. Raises BrokenProcessPool where it cannot: the system has
+    no room for it, or another one died this moment, and the pool's pipes that it inherits are closed (an OSError, or a
+    ValueError, by how far it came)."""
+    with no_ctrl_c():  # which the process inherits
+        try:
+            return pool.submit(encode_chunk, chunk, settings)
+        except (OSError, ValueError) as error:
+            raise BrokenProcessPool("a process could not begin") from error
 
 
 @contextmanager
