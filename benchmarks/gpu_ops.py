@@ -62,6 +62,16 @@ def gated_wkv7(r, w, k, v, low, again, g, a0, k_k, k_a, *parameters):
     return wkv7_gated((r, w, k, v, low), (a0, 1 + k_k, 1 + k_a), again, g, *parameters, 64e-5)
 
 
+def low_square(x, left, up, down):
+    """relu² between two adapters as LoRA's are; its results are of both."""
+    return mix.low_square(x, left, up.t(), down.t(), 64)
+
+
+def shard_square(x, left):
+    """The same between a tile and a sum over shards."""
+    return mix.low_square(x, left, None, None, 64)
+
+
 def loss(logits):
     """The loss and its gradient, as if that were a result."""
     targets = torch.arange(logits.shape[0], device=logits.device)
@@ -85,6 +95,8 @@ OPS = {
     "delta_keys": (mix.delta_keys, (HEADS, HEADS, VECTOR, VECTOR, VECTOR), None),
     "value_residual": (mix.value_residual, (ROWS, ROWS, ROWS, VECTOR), None),
     "relu_square": (mix.relu_square, (ROWS,), None),
+    "low_square": (low_square, (ROWS, (2 * T, 64), (C, 64), (64, C)), None),
+    "low_square, repeated": (shard_square, (ROWS, (2 * T, 64)), None),
     "sigmoid_gate": (mix.sigmoid_gate, (ROWS, ROWS), None),
     "add_norm": (lambda *inputs: mix.add_norm(*inputs, 1e-5), (ROWS, ROWS, (C,), (C,)), None),
     "norm_lerp": (norm_lerp, (ROWS, ROWS, (2, C), (C,), (C,), (2, C)), (0, 1, 2)),

@@ -76,10 +76,10 @@ static bool low_rank(int rank, Launcher forward, Launcher backward) {
     a.inputs[2] = c.input<bf16>(LOW_POINTS * rank * a.channels),
     a.parameters[0] = c.input<bf16>(LOW_POINTS * a.channels);
     for (int i = 0; i < LOW_POINTS; i++) a.outputs[i] = c.result<bf16>(elements);
-    c.launched(forward(a, quotient_up(TOKENS, LOW_TOKENS) * groups));
+    c.launched(forward(a, quotient_up(TOKENS, TILE_TOKENS) * groups));
     for (int i = 0; i < LOW_POINTS; i++) a.inputs[5 + i] = c.input<bf16>(elements);
     a.outputs[0] = c.result<bf16>(elements), a.outputs[1] = c.result<bf16>(groups * low);
-    c.launched(backward(a, quotient_up(TOKENS, LOW_TOKENS - 1) * groups));
+    c.launched(backward(a, quotient_up(TOKENS, TILE_TOKENS - 1) * groups));
     return c.right();
 }
 
@@ -100,17 +100,40 @@ static bool ddlerp(int rank, Launcher forward, Launcher backward, Launcher tanh,
     a.parameters[1] = c.input<bf16>(a.channels), a.parameters[2] = c.input<bf16>(a.channels);
     for (int i = 1; i < LOW_POINTS; i++) a.outputs[i] = c.result<bf16>(elements);
     a.outputs[LOW_POINTS] = parts;
-    c.launched(forward(a, quotient_up(TOKENS, LOW_TOKENS) * groups));
+    c.launched(forward(a, quotient_up(TOKENS, TILE_TOKENS) * groups));
     for (int i = 1; i < LOW_POINTS; i++) a.inputs[5 + i] = c.input<bf16>(elements);
     a.inputs[10] = factor, a.inputs[11] = c.input<bf16>(TOKENS * decay);
     a.outputs[0] = c.result<bf16>(elements), a.outputs[1] = glow;
     MixArguments sum = arguments(decay, MOST_SIZE);
     sum.n = groups, sum.inputs[0] = parts, sum.outputs[0] = factor;
     c.launched(tanh(sum, row_blocks(sum)));
-    c.launched(backward(a, quotient_up(TOKENS, LOW_TOKENS - 1) * groups));
+    c.launched(backward(a, quotient_up(TOKENS, TILE_TOKENS - 1) * groups));
     sum.channels = int(width), sum.inputs[0] = low, sum.inputs[1] = glow,
     sum.outputs[0] = c.result<bf16>(TOKENS * width);
     c.launched(tanh_backward(sum, row_blocks(sum)));
+    return c.right();
+}
+
+// The squared relu with terms before and after it, each of a matrix by rows or by columns, or of the identity (0 to 2).
+static bool square(int rank, Launcher forward, Launcher backward, Launcher sum, int before, int after) {
+    Case c("mix square " + std::to_string(rank) + ", " + std::to_string(before) + " and " + std::to_string(after));
+    MixArguments a = arguments(3 * 64, 2 * 64);
+    const int groups = 2;
+    const size_t elements = TOKENS * a.channels;
+    bf16* const squares = c.result<bf16>(elements);
+    float* const parts = c.result<float>(groups * TOKENS * rank);
+    a.n = 1, a.inputs[0] = c.input<bf16>(elements), a.inputs[2] = c.input<bf16>(TOKENS * rank);
+    bf16 *const up = c.input<bf16>(rank * a.channels), *const down = c.input<bf16>(rank * a.channels);
+    if (before < 2) a.inputs[3 + before] = up;
+    if (after < 2) a.inputs[5 + after] = down;
+    a.outputs[0] = squares, a.outputs[1] = parts;
+    c.launched(forward(a, quotient_up(TOKENS, TILE_TOKENS) * groups));
+    MixArguments total = arguments(rank, MOST_SIZE);
+    total.n = groups, total.inputs[0] = parts, total.outputs[0] = c.result<bf16>(TOKENS * rank);
+    c.launched(sum(total, row_blocks(total)));
+    a.inputs[1] = squares, a.outputs[0] = c.result<bf16>(elements);
+    a.outputs[1] = c.result<float>(groups * TOKENS * rank);
+    c.launched(backward(a, quotient_up(TOKENS, TILE_TOKENS) * groups));
     return c.right();
 }
 
@@ -185,6 +208,10 @@ static bool norm_lerp(Launcher forward, Launcher backward, int channels, int wid
     ddlerp(K, LAUNCHER(mix_lerp_low_forward_##K), LAUNCHER(mix_lerp_low_backward_##K), \
            LAUNCHER(mix_tanh_forward_bfloat16), LAUNCHER(mix_tanh_backward_bfloat16))
 
+#define SQUARE(K, before, after)                                                                                     \
+    square(K, LAUNCHER(mix_square_forward_##K), LAUNCHER(mix_square_backward_##K), LAUNCHER(mix_sum_parts_bfloat16), \
+           before, after)
+
 int main() {
     const RowsOperation operations[] = {
         ROWS(relu_square_forward, 1, 1, 0, 0, false),     ROWS(relu_square_backward, 2, 1, 0, 0, false),
@@ -207,6 +234,11 @@ int main() {
     right &= low_rank(64, LAUNCHER(mix_lerp_low_forward_64), LAUNCHER(mix_lerp_low_backward_64));
     right &= DDLERP(32);
     right &= DDLERP(64);
+    right &= SQUARE(16, 0, 1);
+    right &= SQUARE(32, 1, 0);
+    right &= SQUARE(64, 0, 2);
+    right &= SQUARE(64, 2, 0);
+    right &= SQUARE(128, 2, 2);
     right &= ADD_NORM(float, float32, 2104, WIDEST<float>);
     right &= ADD_NORM(bf16, bfloat16, 2104, WIDEST<bf16>);
     right &= ADD_NORM(bf16, bfloat16, 2102, 2);

@@ -1,5 +1,5 @@
-// Operations of single elements: max(x, 0)^2, sigmoid(r) v, x + sigmoid(r) v, RWKV-7's residual of values, and tanh of
-// what low_rank.cuh gives in parts.
+// Operations of single elements: max(x, 0)^2, sigmoid(r) v, x + sigmoid(r) v, RWKV-7's residual of values, and sums
+// of what square.cuh gives in parts, and tanh of what low_rank.cuh does.
 #pragma once
 #include "mix/rows.cuh"
 
@@ -102,6 +102,13 @@ __device__ __forceinline__ Values sum_of_parts(const Operation<E>& op, int i, in
     }
     return sum;
 }
+
+template <class E>
+struct SumParts : Operation<E> {  // float parts (n, tokens, channels) -> their sum
+    static constexpr int SUMS = 0;
+    using Operation<E>::Operation;
+    __device__ void row(index_t t) { this->out(0, t, sum_of_parts<float>(*this, 0, t)); }
+};
 
 template <class E>
 struct TanhForward : Operation<E> {  // float parts (n, tokens, channels) -> tanh of their sum

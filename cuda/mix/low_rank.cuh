@@ -10,13 +10,11 @@
 #include "common/fetch.cuh"
 #include "mix/layer_norm.cuh"
 #include "mix/lerp.cuh"
+#include "mix/tiles.cuh"
 
 constexpr int LOW_POINTS = 5;
 constexpr int LOW_THREADS = 128;
-constexpr int LOW_TOKENS = 64;  // of a tile, 16 a warp
-constexpr int NARROW = 32;      // channels of a step in backward
-
-__device__ __forceinline__ const bf16* element(const void* p, index_t at) { return (const bf16*)p + at; }
+constexpr int NARROW = 32;  // channels of a step in backward
 
 // Channels `at` + tile_column of p, as each row of a tile has them.
 __device__ __forceinline__ Accumulator channels_of(const void* p, index_t at) {
@@ -28,18 +26,6 @@ __device__ __forceinline__ Accumulator channels_of(const void* p, index_t at) {
     for (int e = 0; e < 2; e++) m.c[2 + e] = m.c[e], m.c[6 + e] = m.c[4 + e];
     return m;
 }
-
-// A block's group of channels and tile of tokens; a tile has `own` tokens that the next one has not.
-struct LowPart {
-    int group, begin, end, valid, t0;
-
-    __device__ LowPart(const MixArguments& a, int own) {
-        const int groups = (a.channels + a.size - 1) / a.size;
-        group = blockIdx.x % groups, begin = group * a.size, end = min(begin + a.size, a.channels);
-        t0 = (int)(blockIdx.x / groups) * own;
-        valid = (int)min((index_t)LOW_TOKENS, a.tokens - t0);
-    }
-};
 
 // What a lane's two rows of a tile are.
 struct LowRows {
@@ -90,11 +76,11 @@ __device__ __forceinline__ void settle(const MixArguments& a, const LowRows& row
 
 // Starts the copy of a tile's rows of low, and waits for it where their tanh is still to be taken.
 template <int WIDTH>
-__device__ __forceinline__ void fetch_low(const MixArguments& a, const LowPart& part, bf16 (*low)[WIDTH + PADDING]) {
-    fetch_rows<WIDTH>(low, element(a.inputs[1], (index_t)part.t0 * WIDTH), WIDTH, LOW_TOKENS, part.valid);
+__device__ __forceinline__ void fetch_low(const MixArguments& a, const TilePart& part, bf16 (*low)[WIDTH + PADDING]) {
+    fetch_rows<WIDTH>(low, element(a.inputs[1], (index_t)part.t0 * WIDTH), WIDTH, TILE_TOKENS, part.valid);
     if (!a.inputs[3]) return;
     cp_async_wait_all();
-    for (int i = threadIdx.x; i < LOW_TOKENS * (WIDTH / 8); i += blockDim.x) {  // each thread what it has brought
+    for (int i = threadIdx.x; i < TILE_TOKENS * (WIDTH / 8); i += blockDim.x) {  // each thread what it has brought
         bf16* at = &low[i / (WIDTH / 8)][i % (WIDTH / 8) * 8];
         float x[8];
         load_vector<bf16, 8>(x, at);
@@ -107,9 +93,9 @@ __device__ __forceinline__ void fetch_low(const MixArguments& a, const LowPart& 
 template <int K>
 struct LowForwardShared {
     static constexpr int STEP = 1024 / K;  // channels
-    bf16 low[LOW_TOKENS][LOW_POINTS * K + PADDING];
-    struct Step {                                // one is filled while the other is read
-        bf16 x[1 + LOW_TOKENS][STEP + PADDING];  // the token before the tile is the first
+    bf16 low[TILE_TOKENS][LOW_POINTS * K + PADDING];
+    struct Step {                                 // one is filled while the other is read
+        bf16 x[1 + TILE_TOKENS][STEP + PADDING];  // the token before the tile is the first
         bf16 up[LOW_POINTS * K][STEP + PADDING], down[STEP][2 * K + PADDING];
     } steps[2];
 };
@@ -121,12 +107,12 @@ __device__ void low_forward(const MixArguments& a) {
     using Shared = LowForwardShared<K>;
     auto& shared = *(Shared*)dynamic_shared();
     constexpr int STEP = Shared::STEP, stride = STEP + PADDING, width = LOW_POINTS * K;
-    const LowPart part(a, LOW_TOKENS);
+    const TilePart part(a, TILE_TOKENS);
     const int lane = lane_id(), row0 = threadIdx.x / 32 * 16, before = part.t0 > 0;
     const auto fetch = [&](int c0) {
         auto& to = shared.steps[(c0 - part.begin) / STEP % 2];
         fetch_rows<STEP>(to.x + 1 - before, element(a.inputs[0], (index_t)(part.t0 - before) * a.channels + c0),
-                         a.channels, LOW_TOKENS + before, part.valid + before);
+                         a.channels, TILE_TOKENS + before, part.valid + before);
         fetch_rows<STEP>(to.up, element(a.inputs[2], c0), a.channels, width, width);
         if (a.inputs[4]) fetch_rows<2 * K>(to.down, element(a.inputs[4], (index_t)c0 * 2 * K), 2 * K, STEP, STEP);
     };
@@ -185,19 +171,19 @@ constexpr int LOW_SPLITS = K / 32;
 
 template <int K>
 struct LowBackwardShared {
-    bf16 low[LOW_TOKENS][LOW_POINTS * K + PADDING];
+    bf16 low[TILE_TOKENS][LOW_POINTS * K + PADDING];
     bf16 up[LOW_POINTS * K][NARROW + PADDING];
     union {  // the first point's gradient, or what makes it
-        bf16 first[LOW_TOKENS][NARROW + PADDING], down[NARROW][2 * K + PADDING];
+        bf16 first[TILE_TOKENS][NARROW + PADDING], down[NARROW][2 * K + PADDING];
     };
-    bf16 grads[LOW_POINTS - 1][LOW_TOKENS][NARROW + PADDING];
-    float passed[LOW_TOKENS][16 + 2];  // the gradient of what precedes a token
+    bf16 grads[LOW_POINTS - 1][TILE_TOKENS][NARROW + PADDING];
+    float passed[TILE_TOKENS][16 + 2];  // the gradient of what precedes a token
 };
 
 // Columns `column` + tile_column of the gradient of the decay's factor before its tanh, for a lane's two rows; zeros
 // where it is not given.
 template <int D>
-__device__ __forceinline__ Tile decay_gradient(const MixArguments& a, const LowPart& part, int row0, int column) {
+__device__ __forceinline__ Tile decay_gradient(const MixArguments& a, const TilePart& part, int row0, int column) {
     Accumulator before = zeros();
     #pragma unroll
     for (int e = 0; e < 8; e += 2) {
@@ -220,8 +206,8 @@ __device__ __forceinline__ Tile decay_gradient(const MixArguments& a, const LowP
 template <int K>
 __device__ void low_backward(const MixArguments& a) {
     auto& shared = *(LowBackwardShared<K>*)dynamic_shared();
-    constexpr int MINE = LOW_TOKENS - 1, PART = K / LOW_SPLITS<K>, stride = NARROW + PADDING, width = LOW_POINTS * K;
-    const LowPart block(a, MINE);
+    constexpr int MINE = TILE_TOKENS - 1, PART = K / LOW_SPLITS<K>, stride = NARROW + PADDING, width = LOW_POINTS * K;
+    const TilePart block(a, MINE);
     const int t0 = block.t0, valid = block.valid, mine = min(valid, MINE);
     const int lane = lane_id(), warp = threadIdx.x / 32, row0 = warp / LOW_SPLITS<K> * 16;
     const int part = warp % LOW_SPLITS<K> * PART;
@@ -243,7 +229,7 @@ __device__ void low_backward(const MixArguments& a) {
         #pragma unroll 1
         for (int i = a.inputs[4] ? 1 : 0; i < LOW_POINTS; i++)
             fetch_rows<NARROW>(i > 0 ? shared.grads[i - 1] : shared.first,
-                               element(a.inputs[5 + i], (index_t)t0 * a.channels + c0), a.channels, LOW_TOKENS, valid);
+                               element(a.inputs[5 + i], (index_t)t0 * a.channels + c0), a.channels, TILE_TOKENS, valid);
         fetch_rows<NARROW>(shared.up, element(a.inputs[2], c0), a.channels, width, width);
         if (a.inputs[4])
             fetch_rows<2 * K>(shared.down, element(a.inputs[4], (index_t)c0 * 2 * K), 2 * K, NARROW, NARROW);

@@ -10,6 +10,7 @@
 #include "mix/lerp.cuh"
 #include "mix/low_rank.cuh"
 #include "mix/norm_lerp.cuh"
+#include "mix/square.cuh"
 
 #define MIX_OPERATION(name, Op)                                                       \
     KERNEL(MixArguments, mix_##name##_float32, run_rows<Op<float>>, 32 * WARPS, 1, 0) \
@@ -24,6 +25,7 @@ MIX_OPERATION(sigmoid_gate_backward, SigmoidGateBackward)
 MIX_OPERATION(gated_residual_forward, GatedResidualForward)
 MIX_OPERATION(value_residual_forward, ValueResidualForward)
 MIX_OPERATION(value_residual_backward, ValueResidualBackward)
+MIX_OPERATION(sum_parts, SumParts)
 MIX_OPERATION(tanh_forward, TanhForward)
 MIX_OPERATION(tanh_backward, TanhBackward)
 MIX_OPERATION(norm_gate_forward, NormGateForward)
@@ -52,3 +54,14 @@ MIX_TOKENS(norm_lerp_backward, 2 * MOST_MIXED)
            sizeof(LowBackwardShared<K>))
 MIX_LOW_RANK(32)
 MIX_LOW_RANK(64)
+
+// max(x, 0)^2 between adapters of rank R.
+#define MIX_SQUARE(R)                                                                             \
+    KERNEL(MixArguments, mix_square_forward_##R, (square<R, Square>), SQUARE_THREADS, 1,          \
+           sizeof(SquareShared<R, Square>))                                                       \
+    KERNEL(MixArguments, mix_square_backward_##R, (square<R, SquareGradient>), SQUARE_THREADS, 1, \
+           sizeof(SquareShared<R, SquareGradient>))
+MIX_SQUARE(16)
+MIX_SQUARE(32)
+MIX_SQUARE(64)
+MIX_SQUARE(128)

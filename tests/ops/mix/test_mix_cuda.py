@@ -12,7 +12,6 @@ from ops.mix.cases import HEADS, assert_as_accurate, keys_inputs, low_rank, rand
 from ops.mix.cases import run as run_both
 from rwkv_peft.ops.mix import (
     add_norm,
-    cpu,
     cuda,
     delta_keys,
     functions,
@@ -35,36 +34,6 @@ from rwkv_peft.ops.native.compilers import find_nvcc
 from rwkv_peft.ops.native.errors import BuildError
 
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-@pytest.fixture(scope="module")
-def kernels():
-    try:
-        return shim.build(cuda.FAMILY)
-    except BuildError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(autouse=True)
-def on_shim(request, monkeypatch):
-    """The operations' CPU tensors go through the CUDA kernels."""
-    if "kernels" not in request.fixturenames:
-        return
-    kernels = request.getfixturevalue("kernels")
-    kernels.set_order("ascending")
-
-    def call(name, like, tensors, **sizes):
-        """What is to be filled begins as NaN."""
-        layout = {**cuda.LAYOUTS, **cuda.TILED}[name]
-        for x in (tensors.get(name) for name in (*layout.outputs, *layout.sums)):
-            if x is not None:
-                x.fill_(float("nan"))
-        launch = cuda.launch_tiled if name in cuda.TILED else cuda.launch
-        launch(kernels, None, name, like, tensors, **sizes)
-
-    monkeypatch.setattr(cpu, "call", call)
-    monkeypatch.setattr(op, "cpu_lerp", gpu_lerp)
-    monkeypatch.setattr(op, "norms_fused", lambda *tensors: op.fused(*tensors))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

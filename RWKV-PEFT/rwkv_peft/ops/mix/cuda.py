@@ -19,7 +19,8 @@ MOST_MIXED = 4096  # of one with token shift
 FEW_TOKENS = 8192  # up to which short strips fill a GPU with blocks
 LOW_RANKS = (32, 64)  # of a lerp whose product of low rank is inside its kernel, in bfloat16
 LOW_POINTS = 5  # that such a lerp has
-LOW_TOKENS, LOW_CHANNELS = 64, 32  # of a block's tile there, which in backward shares a token with the next, and step
+TILE_TOKENS, LOW_CHANNELS = 64, 32  # of a block's tile there, which in backward shares a token with the next, and step
+SQUARE_RANKS, SQUARE_CHANNELS = (16, 32, 64, 128), 64  # of terms around a squared relu, and of a group's steps
 
 
 class Layout(NamedTuple):
@@ -49,6 +50,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "gated_residual_forward": _layout("x r v", "out"),
         "value_residual_forward": _layout("v first low", "out", "v0"),
         "value_residual_backward": _layout("v first low grad more passed", "gv gfirst glow", "v0", "gv0"),
+        "sum_parts": _layout("parts", "total"),
         "tanh_forward": _layout("parts", "out"),
         "tanh_backward": _layout("x parts", "gx"),
         "norm_gate_forward": _layout("y g", "out", "weight bias"),
@@ -64,11 +66,15 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "add_norm_sums": _layout("sum grad stats", "", "", "gweight gbias"),
     }
 )
-# Those whose blocks have tiles: a lerp with its product of low rank inside, a kernel a rank, and norms of whole tokens
+_SQUARE = _layout("x squares left up_rows up_columns down_rows down_columns", "y parts")
+# Those whose blocks have tiles: a lerp with its product of low rank inside and a squared relu with terms of low rank, a
+# kernel a rank, and norms of whole tokens
 TILED: Mapping[str, Layout] = MappingProxyType(
     {
         "lerp_low_forward": _layout("x low up stats down", f"{_LOW_OUTS} parts", "maa weight bias"),
         "lerp_low_backward": _layout(f"x low up stats down {_LOW_GRADS} decay gdecay", "gx glow", "maa weight bias"),
+        "square_forward": _SQUARE,
+        "square_backward": _SQUARE,
         "add_norm_forward": _layout("x y", "sum out stats", "weight bias"),
         "add_norm_backward": _layout("sum grad passed stats", "gx", "weight"),
         "norm_lerp_forward": _layout("x y gate", f"sum out stats ends {_OUTS}", "weight bias maa"),
@@ -80,6 +86,7 @@ TILED: Mapping[str, Layout] = MappingProxyType(
 KERNELS = (
     *(f"mix_{name}_{dtype}" for name in LAYOUTS for dtype in DTYPES.values()),
     *(f"mix_{name}_{rank}" for name in TILED if name.startswith("lerp") for rank in LOW_RANKS),
+    *(f"mix_{name}_{rank}" for name in TILED if name.startswith("square") for rank in SQUARE_RANKS),
     *(f"mix_{name}_{dtype}" for name in TILED if "norm" in name for dtype in DTYPES.values()),
 )
 
@@ -155,12 +162,12 @@ def launch_tiled(
     strip: int = 1,
     **others: Any,
 ) -> None:
-    """The same for an operation of TILED. rank: of a lerp's product, whose blocks have `size` channels; strip: tokens
-    of a norm's block."""
+    """The same for an operation of TILED. rank: of its products, where blocks have `size` channels; strip: tokens of a
+    norm's block."""
     arguments = _arguments(TILED[name], like, tensors, [], strip=strip, **others)
     arguments.tokens, arguments.channels, arguments.size = tokens, channels, size
     if rank:
-        tile = LOW_TOKENS if name == "lerp_low_forward" else LOW_TOKENS - 1
+        tile = TILE_TOKENS - (name == "lerp_low_backward")
         return FAMILY.run(built, f"mix_{name}_{rank}", arguments, -(-tokens // tile) * -(-channels // size), on)
     widest = 16 // like.element_size()  # elements that a thread reads at once, where they lie so
     addresses = [x.data_ptr() for x in (*tensors.values(), *others.values()) if isinstance(x, torch.Tensor)]

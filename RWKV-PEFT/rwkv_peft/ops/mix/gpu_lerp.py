@@ -80,12 +80,12 @@ def has_product_inside(
     )
 
 
-def group_size(x: Tensor) -> int:
-    """How many channels of x (B, T, C) one block has: few enough that blocks fill a GPU, and as many as that allows,
-    since what it gives of them has to be added up."""
-    tiles, channels = -(-x[..., 0].numel() // (cuda.LOW_TOKENS - 1)), x.shape[2]
+def group_size(x: Tensor, step: int = cuda.LOW_CHANNELS) -> int:
+    """How many channels of x (…, C) one block has, whole steps of them: few enough that blocks fill a GPU, and as many
+    as that allows, since what it gives of them has to be added up."""
+    tiles, channels = -(-x[..., 0].numel() // (cuda.TILE_TOKENS - 1)), x.shape[-1]
     groups = min(MOST_GROUPS, -(-BLOCKS // tiles))
-    return -(-channels // (groups * cuda.LOW_CHANNELS)) * cuda.LOW_CHANNELS
+    return -(-channels // (groups * step)) * step
 
 
 def parts_like(whole: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu, cpu_lerp, cuda, ddlerp, elements, gpu_lerp, heads, norms
+from . import cpu, cpu_lerp, cuda, ddlerp, elements, gpu_lerp, heads, norms, square
 from .functions import run
 
 
@@ -24,7 +24,12 @@ def fused(first: Tensor, *others: Tensor | None) -> bool:
 def norms_fused(first: Tensor, *others: Tensor | None) -> bool:
     """Whether residuals, with a layer norm, a gate or a part of another tensor's, go through a kernel that GPUs have
     alone: torch's are fast enough on CPUs."""
-    return not first.is_cpu and first.shape[-1] <= cuda.MOST_CHANNELS and fused(first, *others)
+    return first.shape[-1] <= cuda.MOST_CHANNELS and fused_on_gpu(first, *others)
+
+
+def fused_on_gpu(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether tensors, or None, go through a kernel that GPUs have alone."""
+    return not first.is_cpu and fused(first, *others)
 
 
 def token_shift(x: Tensor, last: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -219,6 +224,35 @@ def relu_square(x: Tensor) -> Tensor:
     if fused(x):
         return run(elements.ReluSquare, *_contiguous(x))
     return torch.relu(x).square()
+
+
+def low_square(
+    x: Tensor, left: Tensor | None, up: Tensor | None, down: Tensor | None, rank: int, sums: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """relu_square with what adapters before and after it have of low rank: out = max(x + left up, 0)² and, where
+    `sums`, right = out down.
+
+    x (…, F); left (T, r), or (n, T, r), which is added up, or None for nothing; up (r, F) and down (F, r), or None for
+    the identity, repeated along the channels and cut at F -> out (…, F), right (T, r) or None. On a GPU one pass, whose
+    gradients are one more.
+    """
+    if square.takes(x, rank) and fused_on_gpu(x, left, up, down):
+        return run(square.LowSquare, x.contiguous(), left, up, down, rank, sums)
+    if left is not None:
+        low = left if left.dim() == 2 else left.sum(0)
+        x = x + (_repeated(low, x.shape[-1]) if up is None else low @ up).view(x.shape)
+    out = torch.relu(x).square()
+    if not sums:
+        return out, None
+    rows = out.flatten(0, -2)
+    if down is None:
+        rows = F.pad(rows, (0, -rows.shape[-1] % rank))
+    return out, rows @ down if down is not None else rows.unflatten(-1, (-1, rank)).sum(1)
+
+
+def _repeated(low: Tensor, width: int) -> Tensor:
+    """(T, r) along the channels, cut: (T, width)."""
+    return low.repeat(1, -(-width // low.shape[-1]))[:, :width]
 
 
 def delta_keys(k: Tensor, low: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,37 @@
+"""The mix operations' CUDA kernels on the CPU, through tests/cuda_shim."""
+
+import pytest
+
+from cuda_shim import shim
+from rwkv_peft.ops.mix import cpu, cuda, gpu_lerp, op
+from rwkv_peft.ops.native.errors import BuildError
+
+
+@pytest.fixture(scope="session")
+def kernels():
+    try:
+        return shim.build(cuda.FAMILY)
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(autouse=True)
+def on_shim(request, monkeypatch):
+    """The operations' CPU tensors go through the CUDA kernels."""
+    if "kernels" not in request.fixturenames:
+        return
+    kernels = request.getfixturevalue("kernels")
+    kernels.set_order("ascending")
+
+    def call(name, like, tensors, **sizes):
+        """What is to be filled begins as NaN."""
+        layout = {**cuda.LAYOUTS, **cuda.TILED}[name]
+        for x in (tensors.get(name) for name in (*layout.outputs, *layout.sums)):
+            if x is not None:
+                x.fill_(float("nan"))
+        launch = cuda.launch_tiled if name in cuda.TILED else cuda.launch
+        launch(kernels, None, name, like, tensors, **sizes)
+
+    monkeypatch.setattr(cpu, "call", call)
+    monkeypatch.setattr(op, "cpu_lerp", gpu_lerp)
+    monkeypatch.setattr(op, "fused_on_gpu", lambda *tensors: op.fused(*tensors))
