@@ -64,6 +64,15 @@ def test_atomic_write_replaces_or_leaves_untouched(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, UserError])
+def test_a_folder_that_was_made_for_what_did_not_come_goes(tmp_path, error):
+    (tmp_path / "old").mkdir()
+    for folder in ("old", "new/deeper"):
+        with pytest.raises(error), atomic_write(tmp_path / folder / "file"):
+            raise error
+    assert [path.name for path in tmp_path.rglob("*")] == ["old"]
+
+
 WRITER = """
 import os, signal, sys
 from rwkv_peft.files.atomic import atomic_write

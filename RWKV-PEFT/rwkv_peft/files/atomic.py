@@ -31,8 +31,8 @@ class CannotWrite(UserError):
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in `path`'s folder; on success it is fsynced and renamed to `path`.
 
-    The folder is made if it is missing. When the body raises, the temporary file is removed and
-    whatever stood at `path` before stays as it was. A link at `path` is followed.
+    The folder is made if it is missing. When the body raises, the temporary file is removed, so is a folder that was
+    made for it, and whatever stood at `path` before stays as it was. A link at `path` is followed.
 
     Raises UserError for whatever keeps the file from being written: a full disk, a folder that cannot be written or
     made, a name that is too long or that of a folder or device.
@@ -62,7 +62,7 @@ def check_output(flag: str, path: str | Path, inputs: Iterable[tuple[str, str | 
         if folder.name == ".." and not os.path.exists(folder):  # which the system does not leave out, as realpath does
             raise UserError(f"{flag} {path}: there is no folder {folder.parent}; leave it and the .. behind it out")
     path = Path(os.path.realpath(path))
-    with without_empty_folders(path.parent), temporary_beside(path):
+    with temporary_beside(path):
         pass
 
 
@@ -103,9 +103,9 @@ def scratch_folder() -> Iterator[Path]:
 
 @contextmanager
 def temporary_beside(path: Path, folder: bool = False, remedy: str = "nothing was changed there") -> Iterator[Path]:
-    """Yield a new empty file, or folder, in the folder of `path`, which is removed afterwards; failures to write become
-    UserErrors that end in `remedy`."""
-    with telling_failures(path, remedy):
+    """Yield a new empty file, or folder, in the folder of `path`, which is removed afterwards, as is that folder where
+    it is made for this and nothing comes into it; failures to write become UserErrors that end in `remedy`."""
+    with telling_failures(path, remedy), without_empty_folders(path.parent):
         if os.path.isdir(path):
             raise UserError(f"{path} is a folder; give the name of the file to write")
         if os.path.exists(path) and not os.path.isfile(path):
