@@ -2,9 +2,9 @@
 heads."""
 
 from .op import (
-    add_norm,
     delta_keys,
     gated_residual,
+    layer_norm,
     lerp,
     norm_bonus_gate,
     norm_ddlerp,
@@ -17,9 +17,9 @@ from .op import (
 )
 
 __all__ = [
-    "add_norm",
     "delta_keys",
     "gated_residual",
+    "layer_norm",
     "lerp",
     "norm_bonus_gate",
     "norm_ddlerp",
