@@ -20,6 +20,7 @@ import gpu_budget as budget
 import torch
 
 from rwkv_peft.models import FAMILIES, family_named
+from rwkv_peft.ops import adding
 from rwkv_peft.ops.bone import cuda as bone
 from rwkv_peft.ops.bone import op as bone_op
 from rwkv_peft.ops.mix import cpu, cuda, gpu_lerp, op
@@ -54,6 +55,7 @@ def gpu_path():
     stack = ExitStack()
     for owner, name, value in (
         (op, "fused", lambda *_: True),
+        (adding, "inside_product", lambda *_: True),
         *((module, "norms_fused", lambda *_: True) for module in (op, wkv6_gated, wkv7_gated)),
         (op, "cpu_lerp", gpu_lerp),
         (cpu, "call", call),

@@ -39,10 +39,10 @@ def packed_lerp(x, last, maa, low, up):
     return mix.lerp(x[:1], last, maa, low[:1], up, torch.tensor(BOUNDS, device=x.device))
 
 
-def norm_lerp(x, y, last, weight, bias, maa, gate=None):
+def norm_lerp(x, last, weight, bias, maa):
     """Its results side by side."""
-    total, ends, points = mix.norm_lerp(x, y, weight, bias, 1e-5, last, maa, whole=True, twice=1, gate=gate)
-    return total, ends, *points
+    again, ends, points = mix.norm_lerp(x, weight, bias, 1e-5, last, maa, whole=True, twice=1)
+    return again, ends, *points
 
 
 def norm_ddlerp(x, y, gate, last, weight, bias, *factors):
@@ -98,9 +98,8 @@ OPS = {
     "low_square": (low_square, (ROWS, (2 * T, 64), (C, 64), (64, C)), None),
     "low_square, repeated": (shard_square, (ROWS, (2 * T, 64)), None),
     "sigmoid_gate": (mix.sigmoid_gate, (ROWS, ROWS), None),
-    "add_norm": (lambda *inputs: mix.add_norm(*inputs, 1e-5), (ROWS, ROWS, (C,), (C,)), None),
-    "norm_lerp": (norm_lerp, (ROWS, ROWS, (2, C), (C,), (C,), (2, C)), (0, 1, 2)),
-    "norm_lerp, gated": (norm_lerp, (ROWS, ROWS, (2, C), (C,), (C,), (2, C), ROWS), (0, 1, 2, 6)),
+    "layer_norm": (lambda *inputs: mix.layer_norm(*inputs, 1e-5), (ROWS, (C,), (C,)), None),
+    "norm_lerp": (norm_lerp, (ROWS, (2, C), (C,), (C,), (2, C)), (0, 1)),
     "norm_ddlerp": (norm_ddlerp, (*3 * [ROWS], (len(BOUNDS) - 1, C), (C,), (C,), *DDLERP[32]), range(4)),
     "norm_ddlerp, rank 64": (norm_ddlerp, (*3 * [ROWS], (len(BOUNDS) - 1, C), (C,), (C,), *DDLERP[64]), range(4)),
     "norm_ddlerp, trained": (norm_ddlerp, (*3 * [ROWS], (len(BOUNDS) - 1, C), (C,), (C,), *DDLERP[32]), None),

@@ -1,6 +1,7 @@
 """Fixtures that every test may use: the shared data folder, and a tiny RWKV-6 state dict."""
 
 import gc
+import os
 import signal
 from pathlib import Path
 
@@ -47,6 +48,16 @@ def shared_data():
     if not folder.is_dir():
         pytest.skip("needs the shared data folder beside the repository")
     return folder
+
+
+@pytest.fixture
+def ctrl_c_while_writing(monkeypatch):
+    """A Ctrl-C comes as soon as something is to be on the disk."""
+
+    def interrupted(file):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 # A run imports these itself; a name that a version lacks is passed over.
@@ -60,8 +61,9 @@ class Command:
     poll = returncode.fget
 
     def send_signal(self, number):
-        if self.poll() is None:
-            os.kill(self.pid, number)
+        with suppress(ProcessLookupError):  # it may end at any moment
+            if self.poll() is None:
+                os.kill(self.pid, number)
 
     def kill(self):
         self.send_signal(signal.SIGKILL)

@@ -157,17 +157,16 @@ static bool bonus_gate(Launcher forward, Launcher backward) {
 
 // width: elements that a thread reads at once.
 template <class E>
-static bool add_norm(Launcher forward, Launcher backward, Launcher sums, int channels, int width) {
-    Case c("mix add_norm " + std::to_string(channels) + " " + DTYPE<E>);
+static bool layer_norm(Launcher forward, Launcher backward, Launcher sums, int channels, int width) {
+    Case c("mix layer_norm " + std::to_string(channels) + " " + DTYPE<E>);
     MixArguments a = arguments(channels, width);
     const size_t elements = TOKENS * channels;
     float* const stats = c.result<float>(2 * TOKENS);
-    E* const sum = c.result<E>(elements);
-    a.inputs[0] = c.input<E>(elements), a.inputs[1] = c.input<E>(elements);
-    a.outputs[0] = sum, a.outputs[1] = c.result<E>(elements), a.outputs[2] = stats;
+    E* const x = c.input<E>(elements);
+    a.inputs[0] = x, a.outputs[0] = stats, a.outputs[1] = c.result<E>(elements);
     a.parameters[0] = c.input<E>(channels), a.parameters[1] = c.input<E>(channels);
     c.launched(forward(a, TOKENS));
-    a.inputs[0] = sum, a.inputs[1] = c.input<E>(elements), a.inputs[2] = c.input<E>(elements), a.inputs[3] = stats;
+    a.inputs[1] = c.input<E>(elements), a.inputs[2] = c.input<E>(elements), a.inputs[3] = stats;
     a.outputs[0] = c.result<E>(elements);
     c.launched(backward(a, TOKENS));
     a.inputs[2] = stats, a.size = MOST_SIZE, a.sums[0] = strip_sums<E>(c, a), a.sums[1] = strip_sums<E>(c, a);
@@ -187,7 +186,7 @@ static bool norm_lerp(Launcher forward, Launcher backward, int channels, int wid
     E *const y = c.input<E>(elements), *const gate = c.input<E>(elements);
     a.inputs[0] = c.input<E>(elements), a.inputs[1] = y, a.inputs[2] = gate;
     a.parameters[0] = weight, a.parameters[1] = c.input<E>(channels), a.parameters[2] = maa;
-    a.outputs[0] = sum, a.outputs[1] = c.result<E>(elements), a.outputs[2] = stats;
+    a.outputs[0] = stats, a.outputs[1] = c.result<E>(elements), a.outputs[2] = sum;
     a.outputs[3] = c.result<E>(a.sequences * channels);
     for (int i = 0; i < a.n; i++) a.outputs[4 + i] = c.result<E>(elements);
     c.launched(forward(a, blocks));
@@ -200,9 +199,9 @@ static bool norm_lerp(Launcher forward, Launcher backward, int channels, int wid
     return c.right();
 }
 
-#define ADD_NORM(E, dtype, ...)                                                                  \
-    add_norm<E>(LAUNCHER(mix_add_norm_forward_##dtype), LAUNCHER(mix_add_norm_backward_##dtype), \
-                LAUNCHER(mix_add_norm_sums_##dtype), __VA_ARGS__)
+#define LAYER_NORM(E, dtype, ...)                                                                      \
+    layer_norm<E>(LAUNCHER(mix_layer_norm_forward_##dtype), LAUNCHER(mix_layer_norm_backward_##dtype), \
+                  LAUNCHER(mix_layer_norm_sums_##dtype), __VA_ARGS__)
 
 #define DDLERP(K)                                                                      \
     ddlerp(K, LAUNCHER(mix_lerp_low_forward_##K), LAUNCHER(mix_lerp_low_backward_##K), \
@@ -239,9 +238,9 @@ int main() {
     right &= SQUARE(64, 0, 2);
     right &= SQUARE(64, 2, 0);
     right &= SQUARE(128, 2, 2);
-    right &= ADD_NORM(float, float32, 2104, WIDEST<float>);
-    right &= ADD_NORM(bf16, bfloat16, 2104, WIDEST<bf16>);
-    right &= ADD_NORM(bf16, bfloat16, 2102, 2);
+    right &= LAYER_NORM(float, float32, 2104, WIDEST<float>);
+    right &= LAYER_NORM(bf16, bfloat16, 2104, WIDEST<bf16>);
+    right &= LAYER_NORM(bf16, bfloat16, 2102, 2);
     right &= norm_lerp<float>(LAUNCHER(mix_norm_lerp_forward_float32), LAUNCHER(mix_norm_lerp_backward_float32), 2104,
                               WIDEST<float>);
     right &= norm_lerp<bf16>(LAUNCHER(mix_norm_lerp_forward_bfloat16), LAUNCHER(mix_norm_lerp_backward_bfloat16), 2104,

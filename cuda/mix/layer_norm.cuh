@@ -1,5 +1,6 @@
-// Residual and layer norm in one: sum = x + y, out = (sum - mean) scale weight + bias, over all channels of a token,
-// which a block has; and the gradient. Mean and scale, 1 / standard deviation, are kept for backward.
+// Layer norm, out = (x - mean) scale weight + bias, over all channels of a token, which a block has; and the gradient,
+// to which that of x's second user, the residual, is added. Mean and scale, 1 / standard deviation, are kept for
+// backward.
 #pragma once
 #include "common/vector.cuh"
 #include "mix/rows.cuh"
@@ -41,7 +42,7 @@ __device__ __forceinline__ RowStats stats_of(const MixArguments& a, index_t t) {
     return RowStats{((const float*)a.inputs[3])[2 * t], ((const float*)a.inputs[3])[2 * t + 1]};
 }
 
-// row = token t of x + y, of x + sigmoid(gate) y, or of x where y is null, as backward will read it; written out, with
+// row = token t of x + sigmoid(gate) y, or of x where y and gate are null, as backward will read it; written out, with
 // its stats, where it is the block's own.
 template <class E, int V>
 __device__ RowStats sum_row(const MixArguments& a, index_t t, float* row, bool own) {
@@ -51,17 +52,12 @@ __device__ RowStats sum_row(const MixArguments& a, index_t t, float* row, bool o
         float x[V];
         load_vector<E, V>(x, (const E*)a.inputs[0] + at + c);
         if (a.inputs[1]) {
-            float y[V];
+            float y[V], gate[V];
             load_vector<E, V>(y, (const E*)a.inputs[1] + at + c);
-            if (a.inputs[2]) {
-                float gate[V];
-                load_vector<E, V>(gate, (const E*)a.inputs[2] + at + c);
-                #pragma unroll
-                for (int e = 0; e < V; e++) y[e] *= sigmoid(gate[e]);
-            }
+            load_vector<E, V>(gate, (const E*)a.inputs[2] + at + c);
             #pragma unroll
-            for (int e = 0; e < V; e++) x[e] = rounded<E>(x[e] + y[e]);
-            if (own) store_vector<E, V>((E*)a.outputs[0] + at + c, x);
+            for (int e = 0; e < V; e++) x[e] = rounded<E>(x[e] + y[e] * sigmoid(gate[e]));
+            if (own) store_vector<E, V>((E*)a.outputs[2] + at + c, x);
         }
         #pragma unroll
         for (int e = 0; e < V; e++) row[c + e] = x[e], sum += x[e];
@@ -73,7 +69,7 @@ __device__ RowStats sum_row(const MixArguments& a, index_t t, float* row, bool o
         for (int e = 0; e < V; e++) squares += (row[c + e] - mean) * (row[c + e] - mean);
     });
     const float scale = 1.f / sqrtf(block_total(squares) / a.channels + a.eps);
-    if (own && threadIdx.x == 0) ((float*)a.outputs[2])[2 * t] = mean, ((float*)a.outputs[2])[2 * t + 1] = scale;
+    if (own && threadIdx.x == 0) ((float*)a.outputs[0])[2 * t] = mean, ((float*)a.outputs[0])[2 * t + 1] = scale;
     return RowStats{mean, scale};
 }
 template <class E, int V>
@@ -121,9 +117,9 @@ __device__ __forceinline__ void store_row_gradient(const MixArguments& a, const 
     });
 }
 
-// x, y or null; weight, bias -> sum where y is, out, stats
+// x; weight, bias -> stats, out
 template <class E, int V>
-__device__ void add_norm_forward_by(const MixArguments& a) {
+__device__ void layer_norm_forward_by(const MixArguments& a) {
     float* row = (float*)dynamic_shared();
     const RowStats stats = sum_row<E, V>(a, blockIdx.x, row, true);
     each_own<V>(a, [&](int c) {
@@ -133,9 +129,9 @@ __device__ void add_norm_forward_by(const MixArguments& a) {
     });
 }
 
-// sum, grad of out, grad of sum, stats; weight -> the gradient of x, which is that of y
+// x, grad of out, grad of x from its second user, stats; weight -> the gradient of x
 template <class E, int V>
-__device__ void add_norm_backward_by(const MixArguments& a) {
+__device__ void layer_norm_backward_by(const MixArguments& a) {
     float* row = (float*)dynamic_shared();
     const index_t t = blockIdx.x;
     const RowStats stats = stats_of(a, t);
@@ -150,22 +146,22 @@ __device__ void add_norm_backward_by(const MixArguments& a) {
 
 // a.size: how many neighbours are read at once, the widest that there is, or two.
 template <class E>
-__device__ void add_norm_forward(const MixArguments& a) {
+__device__ void layer_norm_forward(const MixArguments& a) {
     if (a.size == WIDEST<E>)
-        add_norm_forward_by<E, WIDEST<E>>(a);
+        layer_norm_forward_by<E, WIDEST<E>>(a);
     else
-        add_norm_forward_by<E, 2>(a);
+        layer_norm_forward_by<E, 2>(a);
 }
 template <class E>
-__device__ void add_norm_backward(const MixArguments& a) {
+__device__ void layer_norm_backward(const MixArguments& a) {
     if (a.size == WIDEST<E>)
-        add_norm_backward_by<E, WIDEST<E>>(a);
+        layer_norm_backward_by<E, WIDEST<E>>(a);
     else
-        add_norm_backward_by<E, 2>(a);
+        layer_norm_backward_by<E, 2>(a);
 }
 
 template <class E>
-struct AddNormSums : Operation<E> {  // sum, grad of out, stats -> gweight, gbias
+struct LayerNormSums : Operation<E> {  // x, grad of out, stats -> gweight, gbias
     static constexpr int SUMS = 2;
     Values sums[SUMS] = {zero_values(), zero_values()};
     using Operation<E>::Operation;

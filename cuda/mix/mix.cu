@@ -36,14 +36,14 @@ MIX_OPERATION(norm_bonus_gate_forward, NormBonusGateForward)
 MIX_OPERATION(norm_bonus_gate_backward, NormBonusGateBackward)
 MIX_OPERATION(bonus_gate_forward, BonusGateForward)
 MIX_OPERATION(bonus_gate_backward, BonusGateBackward)
-MIX_OPERATION(add_norm_sums, AddNormSums)
+MIX_OPERATION(layer_norm_sums, LayerNormSums)
 
 // Those whose blocks have whole tokens.
 #define MIX_TOKENS(name, floats)                                                                     \
     KERNEL(MixArguments, mix_##name##_float32, name<float>, NORM_THREADS, 1, floats * sizeof(float)) \
     KERNEL(MixArguments, mix_##name##_bfloat16, name<bf16>, NORM_THREADS, 1, floats * sizeof(float))
-MIX_TOKENS(add_norm_forward, MOST_CHANNELS)
-MIX_TOKENS(add_norm_backward, MOST_CHANNELS)
+MIX_TOKENS(layer_norm_forward, MOST_CHANNELS)
+MIX_TOKENS(layer_norm_backward, MOST_CHANNELS)
 MIX_TOKENS(norm_lerp_forward, 2 * MOST_MIXED)
 MIX_TOKENS(norm_lerp_backward, 2 * MOST_MIXED)
 

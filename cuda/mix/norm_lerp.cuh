@@ -20,8 +20,8 @@ __device__ __forceinline__ index_t sequence_at(const MixArguments& a, const Plac
     return (index_t)place.sequence * a.channels;
 }
 
-// x, y or null, gate or null; weight, bias, maa (n, channels) -> sum where y is, normal or null, stats, the last of
-// each sequence's, n points
+// x, y and gate or null; weight, bias, maa (n, channels) -> stats, normal or null, sum where y is, the last of each
+// sequence's, n points
 template <class E, int V>
 __device__ void norm_lerp_forward_by(const MixArguments& a) {
     float *row = (float*)dynamic_shared(), *before = row + MOST_MIXED;
@@ -86,7 +86,7 @@ __device__ __forceinline__ void store_gated(const MixArguments& a, index_t at, c
 }
 
 // sum, grad of normal or null, grad of sum, stats, grad of the last of each sequence's or null, n grads of points, y
-// and gate or null; weight, maa -> the gradient of x, which is that of y where there is no gate, else gy, ggate; glast
+// and gate or null; weight, maa -> the gradient of x, those of y and gate; glast
 template <class E, int V>
 __device__ void norm_lerp_backward_by(const MixArguments& a) {
     float *row = (float*)dynamic_shared(), *later = row + MOST_MIXED;  // later: what the token after passes back

@@ -149,6 +149,19 @@ def sleeping(comparison, cell, size, folder):
     return Process(cell, folder, time.monotonic(), child)
 
 
+class Clock:
+    """A clock that goes on while it is waited for alone."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
 def test_the_budget_ends_what_runs_and_starts_nothing_more(tmp_path, monkeypatch):
     comparison = parse_flags(["--output", str(tmp_path), *OWN, "--", *TRAIN])
     begun = []
@@ -158,10 +171,11 @@ def test_the_budget_ends_what_runs_and_starts_nothing_more(tmp_path, monkeypatch
         return begun[-1]
 
     monkeypatch.setattr(runs, "start", begin)
+    monkeypatch.setattr(runs, "time", Clock())
     cells, sizes = [Cell("bone", -6, 7), Cell("bone", -5, 7)], {"bone": None}
-    assert not run_cells(comparison, cells, sizes, time.monotonic() + 0.3, lambda *rest: None)
+    assert not run_cells(comparison, cells, sizes, 2.0, lambda *rest: None)
     assert [process.child.returncode for process in begun] == [-15]
-    assert not run_cells(comparison, cells[1:], sizes, time.monotonic() - 1, lambda *rest: None)
+    assert not run_cells(comparison, cells[1:], sizes, 1.0, lambda *rest: None)
     assert len(begun) == 1
 
 

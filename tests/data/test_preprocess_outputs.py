@@ -43,6 +43,15 @@ def test_a_disk_that_refuses_is_told_and_leaves_what_was_there(tmp_path, flags, 
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == earlier
 
 
+@pytest.mark.usefixtures("ctrl_c_while_writing")
+@pytest.mark.parametrize("flags", [[], ["--shuffle", "1"]])
+def test_an_interrupt_leaves_no_folder(tmp_path, flags):
+    rows(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        command(tmp_path, *flags)
+    assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
 @pytest.fixture
 def endless(tmp_path):
     """preprocess under way in two workers, in a session of its own, on rows that do not end."""
@@ -63,6 +72,7 @@ def endless(tmp_path):
         feeder = threading.Thread(target=feed, daemon=True)
         feeder.start()
         while not any(path.stat().st_size for path in tmp_path.glob(".data.bin.*")):
+            assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
         yield process
         done.set()

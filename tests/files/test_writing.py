@@ -2,15 +2,17 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 
 from rwkv_peft.errors import UserError
-from rwkv_peft.files.atomic import atomic_write, check_output, place
+from rwkv_peft.files.atomic import atomic_write, check_output, place, without_empty_folders
 from rwkv_peft.files.base import save_model
 from rwkv_peft.files.pth_writer import TensorSpec, write_pth
 
@@ -62,6 +64,15 @@ def test_atomic_write_replaces_or_leaves_untouched(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, UserError])
+def test_a_folder_that_was_made_for_what_did_not_come_goes(tmp_path, error):
+    (tmp_path / "old").mkdir()
+    for folder in ("old", "new/deeper"):
+        with pytest.raises(error), atomic_write(tmp_path / folder / "file"):
+            raise error
+    assert [path.name for path in tmp_path.rglob("*")] == ["old"]
+
+
 WRITER = """
 import os, signal, sys
 from rwkv_peft.files.atomic import atomic_write
@@ -81,6 +92,49 @@ def test_a_killed_writers_file_is_removed_by_the_next_and_a_living_ones_is_not(t
     with atomic_write(tmp_path / "living") as living, atomic_write(tmp_path / "new"):
         assert living.exists() and killed not in os.listdir(tmp_path)
     assert sorted(os.listdir(tmp_path)) == sorted([other, "living", "new"])
+
+
+def test_a_folder_that_another_command_removes_meanwhile_is_made_again(tmp_path, monkeypatch):
+    """Both look whether they can write in a new folder, and leave none."""
+    others, touch = [tmp_path / "new" / "deeper", tmp_path / "new"], Path.touch
+
+    def touch_a_moment_too_late(path, **options):
+        while others:
+            others.pop(0).rmdir()
+        touch(path, **options)
+
+    monkeypatch.setattr(Path, "touch", touch_a_moment_too_late)
+    with atomic_write(tmp_path / "new" / "deeper" / "file") as temporary:
+        temporary.write_text("whole")
+    assert (tmp_path / "new" / "deeper" / "file").read_text() == "whole"
+
+
+def test_a_folder_that_another_command_writes_in_meanwhile_stays(tmp_path, monkeypatch):
+    rmdir = Path.rmdir
+
+    def rmdir_a_moment_too_late(path):
+        (path / "other").touch()
+        rmdir(path)
+
+    monkeypatch.setattr(Path, "rmdir", rmdir_a_moment_too_late)
+    with without_empty_folders(tmp_path / "new"):
+        (tmp_path / "new").mkdir()
+    assert os.listdir(tmp_path / "new") == ["other"]
+
+
+def test_a_leftover_that_another_writer_is_removing_is_no_matter(tmp_path, monkeypatch):
+    leftover = tmp_path / f".folder.{place()}-999999999-00000000.tmp"
+    leftover.mkdir()
+    rmtree = shutil.rmtree
+
+    def rmtree_a_moment_too_late(path):
+        rmtree(path)
+        rmtree(path)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree_a_moment_too_late)
+    with atomic_write(tmp_path / "file"):
+        pass
+    assert os.listdir(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize(

@@ -148,14 +148,18 @@ def test_an_adapter_that_diverged_is_not_saved(tiny, tmp_path):
     assert not (tmp_path / "bone_ft").exists()
 
 
+def tokenizer_of(tiny):
+    return finetune.load_tokenizer(str(tiny / "model"), {})
+
+
 def test_a_data_file_is_known_by_its_ending(tiny, tmp_path):
     for name in ("rows.JSONL", "rows.tsv"):
         (tmp_path / name).write_bytes((tiny / "data.jsonl").read_bytes())
-    arguments = finetune.BoneArguments("model", str(tmp_path / "rows.JSONL"))
-    assert len(finetune_data.load_data(arguments, "dataset_split", "</s>")) == 32
+    arguments, tokenizer = finetune.BoneArguments("model", str(tmp_path / "rows.JSONL")), tokenizer_of(tiny)
+    assert len(finetune_data.load_data(arguments, "dataset_split", tokenizer)) == 32
     arguments.data_path = str(tmp_path / "rows.tsv")
     with pytest.raises(UserError, match="rows.tsv is no .jsonl, .json, .csv or .parquet file"):
-        finetune_data.load_data(arguments, "dataset_split", "</s>")
+        finetune_data.load_data(arguments, "dataset_split", tokenizer)
 
 
 def test_a_folder_of_save_to_disk_is_read(tiny, tmp_path):
@@ -163,9 +167,10 @@ def test_a_folder_of_save_to_disk_is_read(tiny, tmp_path):
 
     load_dataset("json", data_files=str(tiny / "data.jsonl"), split="train").save_to_disk(tmp_path / "rows")
     arguments = finetune.BoneArguments("model", str(tmp_path / "rows"), dataset_split="train[2:5]")
-    rows = finetune_data.load_data(arguments, "dataset_split", "</s>")
+    tokenizer = tokenizer_of(tiny)
+    rows = finetune_data.load_data(arguments, "dataset_split", tokenizer)
     arguments.data_path = str(tiny / "data.jsonl")
-    assert rows.to_list() == finetune_data.load_data(arguments, "dataset_split", "</s>").to_list() and len(rows) == 3
+    assert rows.to_list() == finetune_data.load_data(arguments, "dataset_split", tokenizer).to_list() and len(rows) == 3
 
 
 def test_rows_that_do_not_fit_are_counted(tiny, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 
 import numpy as np
 import peft
@@ -43,6 +44,14 @@ def test_modules_to_save_travel_along(llama, ids, tmp_path):
                 parameter.mul_(1.5)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(llama, tmp_path), ids), logits(model, ids))
+
+
+def test_an_interrupt_leaves_no_folder(llama, tmp_path, request):
+    save(llama, tmp_path / "bone")
+    request.getfixturevalue("ctrl_c_while_writing")
+    with pytest.raises(KeyboardInterrupt):
+        folders.main([str(tmp_path / "bone"), str(tmp_path / "new" / "miss")])
+    assert os.listdir(tmp_path) == ["bone"]
 
 
 class Biased(torch.nn.Module):

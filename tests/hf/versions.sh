@@ -14,7 +14,7 @@ environment="$(cd "$environment" && pwd)"
 cd "$root"
 for version in "$@"; do
     "$environment/bin/python" -m pip install --quiet 'torch>=2.6,<3' 'transformers==4.57.*' "peft==$version.*" \
-        'trl>=0.24,<2' datasets accelerate safetensors numpy bitsandbytes pytest
+        'trl>=1.11,<2' datasets accelerate safetensors numpy bitsandbytes pytest
     echo "peft $version:"
     PYTHONPATH=RWKV-PEFT "$environment/bin/python" -m pytest --quiet -p no:cacheprovider --disable-warnings \
         --ignore tests/hf/test_zero3.py tests/hf

@@ -80,6 +80,15 @@ def test_a_folder_between_two_models_is_refused_and_a_failure_leaves_the_old_one
         convert(tmp_path / "hf", tmp_path / "back.pth")
 
 
+@pytest.mark.parametrize("name", ["m.st", "hf", "m.gguf"])
+def test_an_interrupt_leaves_nothing(tmp_path, model, name, request):
+    path, _ = model
+    request.getfixturevalue("ctrl_c_while_writing")
+    with pytest.raises(KeyboardInterrupt):
+        convert(path, tmp_path / "new" / name)
+    assert os.listdir(tmp_path) == [path.name]
+
+
 def test_safetensors_has_the_layout_of_web_rwkv(tmp_path, model):
     path, state = model
     convert(path, tmp_path / "m.st")

@@ -1,5 +1,6 @@
 """Adapters as plain LoRA: the same change, exactly or with the error that is told, and in the tools that read it."""
 
+import os
 import re
 from pathlib import Path
 
@@ -92,6 +93,15 @@ def files(tmp_path, tiny_state):
 def convert(folder, source, target, *more):
     words = (folder / source, folder / target, "--to", "lora", "--base_model", folder / "base.pth", *more)
     assert main([str(word) for word in words]) == 0
+
+
+def test_an_interrupt_leaves_no_folder(files, request):
+    folder, _ = files
+    before = os.listdir(folder)
+    request.getfixturevalue("ctrl_c_while_writing")
+    with pytest.raises(KeyboardInterrupt):
+        convert(folder, "bone.safetensors", "lora")
+    assert os.listdir(folder) == before
 
 
 def merged(base, adapter):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -132,13 +133,13 @@ def test_without_a_gpu_nothing_more_is_tried(check):
 def test_time_ends_a_step_and_those_after_it(check):
     done = check("--minutes", "0.1", "--only", "smoke", "kernels", lasting="gpu_probe.py smoke")
     assert done.returncode == 1
-    assert outcomes(check)["smoke"] == "stopped after 6 s"
+    assert re.fullmatch("stopped after [56] s", outcomes(check)["smoke"])
     assert outcomes(check)["kernels"].startswith("skipped: 0.1 minutes are over")
 
 
 def test_results_are_on_disk_while_a_step_goes_on(check):
     process = check.start("--only", "smoke", lasting="gpu_probe.py smoke")
-    until = time.monotonic() + 30
+    until = time.monotonic() + 60
     while time.monotonic() < until:
         try:
             if check.results():

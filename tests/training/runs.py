@@ -31,7 +31,11 @@ def start_ranks(argv):
 
 
 def free_port():
+    """A port that whoever asks for it by its number can have; the system gives it to nobody else for a minute, as a
+    connection there has just ended."""
     with socket.create_server(("127.0.0.1", 0)) as server:
+        with socket.create_connection(server.getsockname()), server.accept()[0]:
+            pass
         return str(server.getsockname()[1])
 
 

@@ -86,6 +86,7 @@ def test_a_second_sigterm_has_its_exit_code(files, command):
     wait_for_steps(files, "twice", 5, process)
     process.send_signal(signal.SIGTERM)
     while "again to stop at once" not in process.outputs[0].read_text():
+        assert process.poll() is None, process.communicate()
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
     finish(process, 128 + signal.SIGTERM)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from torch.utils.cpp_extension import _get_build_directory
 
@@ -127,7 +128,9 @@ def test_a_step_in_which_no_token_counts_has_no_loss(files, train):
 
 
 def test_offload_after_a_killed_build_and_compiled_blocks_train_the_same(files, train, one_process):
-    (Path(_get_build_directory("cpu_adam", verbose=False)) / "lock").touch()  # what such a build leaves behind
+    build = Path(_get_build_directory("cpu_adam", verbose=False))
+    with FileLock(build / "rwkv_peft.lock"):  # no other run of this machine is in there
+        (build / "lock").touch()  # what such a build leaves behind
     train("offload", "--precision", "fp32", "--strategy", "deepspeed_stage_2_offload", "--micro_bsz", "4", "--compile")
     for mine, theirs in zip(metrics(files, "offload"), metrics(files, "one")):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)

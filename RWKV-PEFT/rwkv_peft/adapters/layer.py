@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..config import AdapterConfig
+from ..ops.adding import added
 from .method import Method, Params
 from .product import DENSE, Frozen, Product
 from .quant import QuantizedProduct, quantize
@@ -50,17 +51,17 @@ class AdapterLinear(nn.Module):
             return DENSE
         return QuantizedProduct(self.quant, (self.out_features, self.in_features), self.scales)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., in) -> (..., out) in x's dtype."""
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """x (..., in) -> (..., out) in x's dtype, added to a residual (..., out) where there is one."""
         base = Frozen(self.base, self.bias, self.product)
         params: Params = {name: getattr(self, name) for name in (*self.method.parameters, *self.method.constants)}
         if self.untrained:
             first = self.method.first(params)
             if first is None:
-                return linear(x, base.weight, base.bias, product=base.product)
+                return added(linear(x, base.weight, base.bias, product=base.product), residual)
             params = first
         dropout = self.dropout if self.training and not self.untrained else 0.0
-        return self.method.apply(x, base, params, self.scale, dropout)
+        return added(self.method.apply(x, base, params, self.scale, dropout), residual)
 
     def quantize(self, kind: str) -> None:
         """Replace the weight by its quantized form ("nf4" or "int8"); it is frozen from then on."""

@@ -9,6 +9,7 @@ does). An optional PREFIX.mask holds a byte a token: 1 where the token counts in
 
 import os
 import struct
+import time
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -67,14 +68,17 @@ class BinidxDataset:
         self._mapped = {path: os.stat(path) for path in mapped}
 
     def require_unchanged(self) -> None:
-        """Raise UserError where a file has another length than when it was opened: reading what is no longer there
-        would end the process by a signal. One that another took the name of is read on."""
+        """Raise UserError where a file has another length, or time of its last change, than when it was opened: reading
+        what is no longer there would end the process by a signal, and what is new would go unnoticed. One that another
+        took the name of is read on."""
         for path, before in self._mapped.items():
             with suppress(OSError):  # of a name that is gone
                 now = os.stat(path)
-                if os.path.samestat(now, before) and now.st_size != before.st_size:
+                same = (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+                if os.path.samestat(now, before) and not same:
+                    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now.st_mtime))
                     raise UserError(
-                        f"{path} was written over while it is read: it has {now.st_size:,} bytes, and had "
+                        f"{path} was written over while it is read, at {when}: it has {now.st_size:,} bytes, and had "
                         f"{before.st_size:,}; put back what it was, and go on from the last save with --resume"
                     )
 

@@ -7,6 +7,7 @@ import difflib
 import json
 import os
 import random
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -131,15 +132,35 @@ def evaluate(
         found = tqdm(steps, total=len(asked), unit=unit, mininterval=every, dynamic_ncols=True)
         return [answer for _, answer in sorted(found, key=itemgetter(0))]
 
-    found: Results = simple_evaluate(
-        model=Respondent(respond),
-        tasks=names,
-        task_manager=tasks,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        batch_size=batch,
-    )
+    with git_unheard():
+        found: Results = simple_evaluate(
+            model=Respondent(respond),
+            tasks=names,
+            task_manager=tasks,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=batch,
+        )
     return found
+
+
+@contextmanager
+def git_unheard() -> Iterator[None]:
+    """lm_eval notes the commit of the current folder, and has git complain to the user where there is none."""
+    before = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = commit_here
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = before
+
+
+def commit_here() -> str | None:
+    """What git calls the commit of the current folder, None where there is none, or no git."""
+    try:
+        return subprocess.run(["git", "describe", "--always"], capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
 
 
 def set_shots(tasks: Tasks, names: Sequence[str], num_fewshot: int | None) -> None:

@@ -15,10 +15,12 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import UserError
+
+TRIES = 100  # at what another process undoes in the same moment
 
 
 class CannotWrite(UserError):
@@ -29,8 +31,8 @@ class CannotWrite(UserError):
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in `path`'s folder; on success it is fsynced and renamed to `path`.
 
-    The folder is made if it is missing. When the body raises, the temporary file is removed and
-    whatever stood at `path` before stays as it was. A link at `path` is followed.
+    The folder is made if it is missing. When the body raises, the temporary file is removed, so is a folder that was
+    made for it, and whatever stood at `path` before stays as it was. A link at `path` is followed.
 
     Raises UserError for whatever keeps the file from being written: a full disk, a folder that cannot be written or
     made, a name that is too long or that of a folder or device.
@@ -60,7 +62,7 @@ def check_output(flag: str, path: str | Path, inputs: Iterable[tuple[str, str | 
         if folder.name == ".." and not os.path.exists(folder):  # which the system does not leave out, as realpath does
             raise UserError(f"{flag} {path}: there is no folder {folder.parent}; leave it and the .. behind it out")
     path = Path(os.path.realpath(path))
-    with without_empty_folders(path.parent), temporary_beside(path):
+    with temporary_beside(path):
         pass
 
 
@@ -72,7 +74,7 @@ def without_empty_folders(folder: Path) -> Iterator[None]:
         yield
     finally:
         for path in missing:
-            if path.is_dir() and not any(path.iterdir()):
+            with suppress(OSError):  # something lies in it, of another process it may be, or one of those removed it
                 path.rmdir()
 
 
@@ -101,9 +103,9 @@ def scratch_folder() -> Iterator[Path]:
 
 @contextmanager
 def temporary_beside(path: Path, folder: bool = False, remedy: str = "nothing was changed there") -> Iterator[Path]:
-    """Yield a new empty file, or folder, in the folder of `path`, which is removed afterwards; failures to write become
-    UserErrors that end in `remedy`."""
-    with telling_failures(path, remedy):
+    """Yield a new empty file, or folder, in the folder of `path`, which is removed afterwards, as is that folder where
+    it is made for this and nothing comes into it; failures to write become UserErrors that end in `remedy`."""
+    with telling_failures(path, remedy), without_empty_folders(path.parent):
         if os.path.isdir(path):
             raise UserError(f"{path} is a folder; give the name of the file to write")
         if os.path.exists(path) and not os.path.isfile(path):
@@ -111,13 +113,25 @@ def temporary_beside(path: Path, folder: bool = False, remedy: str = "nothing wa
                 f"{path} is a device or a pipe, which cannot be replaced; give the name of the file to write"
             )
         temporary = path.with_name(f".{path.name}.{place()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent)
-        temporary.mkdir(mode=0o700) if folder else temporary.touch(exist_ok=False)
+        _make(temporary, folder)
         try:
+            remove_leftovers(path.parent)
             yield temporary
         finally:
             _remove(temporary)
+
+
+def _make(temporary: Path, folder: bool) -> None:
+    """Make a new empty file, or folder, and the folders above it that are missing. Those are empty for a moment, in
+    which another process may remove them (without_empty_folders)."""
+    for tries_left in reversed(range(TRIES)):
+        try:
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir(mode=0o700) if folder else temporary.touch(exist_ok=False)
+            return
+        except (FileNotFoundError, FileExistsError):
+            if not tries_left:
+                raise
 
 
 @contextmanager
@@ -151,7 +165,7 @@ def remove_leftovers(folder: Path) -> None:
         if (match := re.search(r"-([0-9]{1,9})-[0-9a-f]{8}\.tmp$", file.name)) and not is_alive(int(match[1])):
             try:
                 _remove(file)
-            except PermissionError:  # another user's, which is no reason not to write beside it
+            except (PermissionError, FileNotFoundError):  # another user's; or another writer is removing it as well
                 continue
 
 

@@ -4,9 +4,10 @@
         --data_path fxmeng/pissa-dataset --dataset_split train[:100000] --dataset_field query response \\
         --bone_r 64 --init_weights bat-in --bits bf16 --merge_and_save --bf16 True --learning_rate 2e-5
 
-Model and data are names on the hub or local paths. The adapter goes to OUTPUT_DIR/bone_ft and, with
+Model and data are names on the hub or local paths. Rows are a question and its answer, or a chat's turns (messages, or
+conversations), which the tokenizer's chat template lays out. The adapter goes to OUTPUT_DIR/bone_ft and, with
 --merge_and_save, the merged model to OUTPUT_DIR/bone_merged. All arguments of trl's SFTConfig are taken.
-Only the answers count in the loss (--completion_only_loss False: the questions too). --eval_split with
+Only the answers count in the loss, of a chat each of them (--completion_only_loss False: all of it). --eval_split with
 --eval_strategy validates. Ctrl-C saves a checkpoint after the current step.
 """
 
@@ -21,6 +22,7 @@ from torch import nn
 from ..errors import UserError
 from ..files.adapter_folder import is_adapter_folder, read_config
 from ..files.alone import alone_in
+from .finetune_chat import only_answers
 from .finetune_data import as_learned, load_data
 from .finetune_flags import BoneArguments, bone_config, model_settings, parse
 from .finetune_resume import ADAPTER, check_folder, check_layers, checkpoint_to_resume
@@ -61,8 +63,11 @@ def run(arguments: BoneArguments, config: Any) -> int:
             "it, or a name on the hub"
         )
     tokenizer = load_tokenizer(arguments.base_model_name_or_path, settings)
-    data = load_data(arguments, "dataset_split", tokenizer.eos_token)
-    eval_data = load_data(arguments, "eval_split", tokenizer.eos_token) if arguments.eval_split else None
+    had_template = tokenizer.chat_template is not None
+    data = load_data(arguments, "dataset_split", tokenizer)
+    eval_data = load_data(arguments, "eval_split", tokenizer) if arguments.eval_split else None
+    if "messages" in data.column_names:
+        only_answers(config)
     model = load_model(arguments.base_model_name_or_path, arguments.bits, settings)
     check_targets(arguments.target_modules or (), model)
     with refusals_of("these arguments"):
@@ -79,6 +84,8 @@ def run(arguments: BoneArguments, config: Any) -> int:
     notes = [as_learned(trainer.train_dataset, len(data), "dataset_split", arguments, config)]
     if eval_data is not None:
         notes.append(as_learned(trainer.eval_dataset, len(eval_data), "eval_split", arguments, config))
+    if tokenizer.chat_template is not None and not had_template:
+        notes.append("the tokenizer has no chat template: turns are laid out as ### USER: … ### ASSISTANT: …")
     if arguments.bits in ("nf4", "int8"):
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:  # trl makes them bfloat16 on quantized models, where small steps are lost

@@ -1,18 +1,24 @@
-"""The rows of a fine-tuning: from files, folders or the hub, as prompts and completions; what of them is learned."""
+"""The rows of a fine-tuning: from files, folders or the hub, as chats or as prompts and completions; what of them is
+learned."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..cli import counted
 from ..errors import UserError
+from .finetune_chat import as_messages, give_template
 from .finetune_flags import BoneArguments
 from .refusals import refusals_of
 
+# Where no column is named: a question and its answer, or turns.
+COLUMNS = (["query", "response"], ["messages"], ["conversations"])
 
-def load_data(arguments: BoneArguments, split: str, end: str | None) -> Any:
-    """The rows of the split that --`split` names, as prompt and completion; end (or None) closes each answer. Raises
-    UserError where there is no such data or column."""
+
+def load_data(arguments: BoneArguments, split: str, tokenizer: Any) -> Any:
+    """The rows of the split that --`split` names, as messages or as prompt and completion, which the tokenizer's end
+    closes. For messages a tokenizer without a chat template gets one. Raises UserError where there is no such data or
+    column, and for a row that has no such form."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -41,28 +47,48 @@ def load_data(arguments: BoneArguments, split: str, end: str | None) -> Any:
                 f"--data_path {arguments.data_path} is no folder and no .jsonl, .json, .csv or .parquet file here, and "
                 f"the hub cannot be reached: {error}"
             ) from error
-    missing = [name for name in arguments.dataset_field if name not in data.column_names]
-    if missing:
-        raise UserError(
-            f"{arguments.data_path} has no column {', '.join(missing)}; it has {', '.join(data.column_names)}: "
-            + ("name two of them with" if len(data.column_names) > 1 else "write two such columns, and name them with")
-            + " --dataset_field QUESTION ANSWER"
-        )
-    question, answer = arguments.dataset_field
+    columns = columns_of(arguments, data.column_names)
+    if len(columns) == 1 and tokenizer.chat_template is None:
+        give_template(tokenizer)
 
-    def as_prompt(row: Mapping[str, Any], index: int) -> dict[str, str]:
-        for name in (question, answer):
-            if row[name] is None:
-                raise UserError(f"row {index + 1} of {arguments.data_path} has no {name}; drop such rows from the file")
-            if not isinstance(row[name], (str, int, float)):
-                raise UserError(
-                    f"row {index + 1} of {arguments.data_path} has a {type(row[name]).__name__} for its {name}, and "
-                    "text is due; write it out as a question and its answer"
-                )
-        return {"prompt": f"### USER: {row[question]}\n### ASSISTANT:", "completion": f" {row[answer]}{end or ''}"}
+    def made(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        where = f"row {index + 1} of {arguments.data_path}"
+        if len(columns) == 1:
+            return as_messages(row, columns[0], where, tokenizer)
+        return as_prompt(row, columns, where, tokenizer.eos_token or "")
 
     with refusals_of(f"--data_path {arguments.data_path}"):  # text is decoded only here
-        return data.map(as_prompt, with_indices=True, remove_columns=data.column_names)
+        return data.map(made, with_indices=True, remove_columns=data.column_names)
+
+
+def columns_of(arguments: BoneArguments, names: Sequence[str]) -> list[str]:
+    """Those of a question and its answer, or the one of turns, among the columns that there are. Raises UserError where
+    they are not."""
+    wanted = arguments.dataset_field
+    if wanted is None:
+        wanted = next((columns for columns in COLUMNS if set(columns) <= set(names)), COLUMNS[0])
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        raise UserError(
+            f"{arguments.data_path} has no column {', '.join(missing)}; it has {', '.join(names)}: name two of them "
+            "with --dataset_field QUESTION ANSWER, or one of turns"
+        )
+    return wanted
+
+
+def as_prompt(row: Mapping[str, Any], columns: Sequence[str], where: str, end: str) -> dict[str, str]:
+    """The columns of a question and its answer as prompt and completion. Raises UserError, which says `where`, for
+    those that hold no text."""
+    question, answer = columns
+    for name in columns:
+        if row[name] is None:
+            raise UserError(f"{where} has no {name}; drop such rows from the file")
+        if not isinstance(row[name], (str, int, float)):
+            raise UserError(
+                f"{where} has a {type(row[name]).__name__} for its {name}, and text is due; write it out as a question "
+                "and its answer"
+            )
+    return {"prompt": f"### USER: {row[question]}\n### ASSISTANT:", "completion": f" {row[answer]}{end}"}
 
 
 def as_learned(dataset: Any, rows: int, split: str, arguments: BoneArguments, config: Any) -> str:

@@ -90,8 +90,12 @@ class BoneArguments:
         default=None,
         metadata={"help": "Split to validate on, with --eval_strategy: test, or train[95%:] beside train[:95%]."},
     )
-    dataset_field: list[str] = field(
-        default_factory=lambda: ["query", "response"], metadata={"help": "The columns of question and answer."}
+    dataset_field: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "The columns of question and answer, or the one that holds a chat's turns; default: query and "
+            "response, or messages, or conversations, whichever there are."
+        },
     )
     bits: str = field(default="bf16", metadata={"help": f"How the frozen model is kept: {', '.join(BITS)}."})
     bone_r: int = field(default=64, metadata={"help": "Rank."})
@@ -141,8 +145,10 @@ def parse(argv: list[str]) -> tuple[BoneArguments, Any]:
     if len(targets) > 1 and "all-linear" in targets:
         raise UserError(f"--target_modules {' '.join(targets)}: all-linear stands alone; leave the names or it out")
     columns = arguments.dataset_field
-    if len(columns) != 2 or columns[0] == columns[1]:
-        raise UserError(f"--dataset_field takes two columns, question and answer, and got {' '.join(columns)}")
+    if columns is not None and (len(columns) > 2 or len(set(columns)) < len(columns)):
+        raise UserError(
+            f"--dataset_field takes two columns, question and answer, or one of turns, and got {' '.join(columns)}"
+        )
     return arguments, config
 
 

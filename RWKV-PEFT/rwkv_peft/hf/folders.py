@@ -79,7 +79,6 @@ def write(folder: str | Path, config: Mapping[str, Any], tensors: dict[str, torc
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, and an adapter is a folder; name another")
-    folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder) as (settings, weights):
         save_file(tensors, weights, metadata={"format": "pt"})
         settings.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")

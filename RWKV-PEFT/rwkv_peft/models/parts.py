@@ -10,28 +10,36 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
+from ..ops import adding
 from ..ops.mix import norm_lerp
 from .state import TIME_STATE, LayerState, State, swapped
 
 HeadFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, weight of the head) -> what stands for logits
 
 
+class AddedLinear(nn.Linear):
+    """A linear layer whose result is added to a residual: on a GPU inside its product."""
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """x (..., in), residual (..., out) -> their sum, (..., out)."""
+        return adding.linear(x, self.weight, residual)
+
+
 class MixedNorm(nn.LayerNorm):
-    """Adds to a residual, normalizes the sum, and moves each of its tokens towards the one before."""
+    """Normalizes, and moves each token towards the one before."""
 
     def forward(  # type: ignore[override]
         self,
         x: torch.Tensor,
-        y: torch.Tensor | None,
         maa: torch.Tensor,
         shift: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None = None,
         twice: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
-        """x (B, T, C), y (B, T, C) or None, maa (m, C), shift (B, C) or None, what precedes the norm's first token
-        -> x + y, the norm's last token (B, C), m points between its tokens and those before (B, T, C), last of all
+        """x (B, T, C), maa (m, C), shift (B, C) or None, what precedes the norm's first token -> x again, for the
+        residual, the norm's last token (B, C), m points between its tokens and those before (B, T, C), last of all
         point number `twice` again."""
-        return norm_lerp(x, y, self.weight, self.bias, self.eps, shift, maa, cu_seqlens, twice=twice)
+        return norm_lerp(x, self.weight, self.bias, self.eps, shift, maa, cu_seqlens, twice=twice)
 
 
 class Recurrent(nn.Module):
@@ -82,7 +90,7 @@ class LanguageModel(nn.Module):
     """Embedding, blocks, norm and head, under RWKV-LM's parameter names. A generation says what its blocks are:
     make_block(config, layer), called as block(x, *carried, state, cu_seqlens) -> (x, *carried, LayerState); carried is
     what the first of them is given of what blocks hand on besides x, and closed(x, *carried) -> (x, carried) adds to x
-    what a block has left for the next one's norm to add.
+    what a block may have left for the next one's norm to add.
 
     grad_checkpoint recomputes each block in the backward pass instead of keeping its activations. Parameters are
     empty until `init_weights` or `load_state_dict` fills them.
@@ -90,7 +98,6 @@ class LanguageModel(nn.Module):
 
     make_block: Callable[[Any, int], nn.Module]
     carried: tuple[None, ...]
-    closed: Callable[..., tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]]
 
     def __init__(self, config: ModelConfig, grad_checkpoint: bool = False) -> None:
         super().__init__()
@@ -139,6 +146,11 @@ class LanguageModel(nn.Module):
         x, *carried, layer_state = block(*inputs)
         x, carried = self.closed(x, *carried)
         return x, *carried, layer_state
+
+    @staticmethod
+    def closed(x: torch.Tensor, *carried: torch.Tensor | None) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+        """Nothing is left."""
+        return x, carried
 
     def tune_states(self, start: State | None = None) -> None:
         """Give every layer a time_state that trains, from the State of one sequence, or from zeros."""

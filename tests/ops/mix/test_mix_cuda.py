@@ -11,12 +11,12 @@ from cuda_shim import shim, toolchain
 from ops.mix.cases import HEADS, assert_as_accurate, keys_inputs, low_rank, randn, reads_inputs
 from ops.mix.cases import run as run_both
 from rwkv_peft.ops.mix import (
-    add_norm,
     cuda,
     delta_keys,
     functions,
     gated_residual,
     gpu_lerp,
+    layer_norm,
     lerp,
     norm_bonus_gate,
     norm_ddlerp,
@@ -108,24 +108,21 @@ def test_heads(kernels, B, T, H, N, dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape, offset", [((1, 1, 2), 0), ((2, 7, 34), 0), ((1, 45, 520), 0), ((1, 3, 2080), 2)])
-@pytest.mark.parametrize("with_residual, trained", [(False, False), (True, False), (True, True)])
-def test_residual_and_layer_norm(kernels, shape, offset, with_residual, trained, dtype, monkeypatch):
+@pytest.mark.parametrize("trained", (False, True))
+def test_layer_norm(kernels, shape, offset, trained, dtype, monkeypatch):
     """Of any width, from an address that is no multiple of 16 bytes too; the parameters frozen and trained."""
     C = shape[-1]
     whole = randn(randn(*shape).numel() + offset) + 0.5
-    inputs = [whole, randn(*shape, seed=1) if with_residual else None, randn(C, seed=2), randn(C, seed=3)]
-    inputs = [x if x is None else x.to(dtype) for x in inputs]
+    inputs = [x.to(dtype) for x in (whole, randn(C, seed=2), randn(C, seed=3))]
 
     def results(dtype, kernel):
         monkeypatch.setattr(op, "norms_fused", lambda *_: kernel)
-        wanted = (True, True, trained, trained)
-        leaves = [
-            x if x is None else x.to(dtype, copy=True).requires_grad_(w) for x, w in zip(inputs, wanted, strict=True)
-        ]
-        total, out = add_norm(leaves[0][offset:].view(shape), *leaves[1:], 1e-5)
-        assert ("AddNorm" in type(out.grad_fn).__name__) == kernel
-        torch.autograd.backward([total, out], [randn(*shape, seed=seed).to(dtype) for seed in (7, 8)])
-        return [total, out, *(x.grad for x, w in zip(leaves, wanted) if w and x is not None)]
+        wanted = (True, trained, trained)
+        leaves = [x.to(dtype, copy=True).requires_grad_(w) for x, w in zip(inputs, wanted, strict=True)]
+        again, out = layer_norm(leaves[0][offset:].view(shape), *leaves[1:], 1e-5)
+        assert (type(out.grad_fn).__name__ == "LayerNormBackward") == kernel
+        torch.autograd.backward([again, out], [randn(*shape, seed=seed).to(dtype) for seed in (7, 8)])
+        return [again, out, *(x.grad for x, w in zip(leaves, wanted) if w)]
 
     found, plain, true = results(dtype, True), results(dtype, False), results(torch.float64, False)
     for i, (x, low, exact) in enumerate(zip(found, plain, true, strict=True)):
@@ -135,40 +132,35 @@ def test_residual_and_layer_norm(kernels, shape, offset, with_residual, trained,
 
 
 def norm_and_lerp(inputs, dtype, bounds, whole, offset=0, twice=None):
-    """Results of norm_lerp, and the gradients of x, y, gate and last; x lies `offset` elements into its memory."""
-    x, y, gate, last, weight, bias, maa = (x if x is None else x.to(dtype, copy=True) for x in inputs)
+    """Results of norm_lerp, and the gradients of x and last; x lies `offset` elements into its memory."""
+    x, last, weight, bias, maa = (x if x is None else x.to(dtype, copy=True) for x in inputs)
     memory = torch.cat([x.new_zeros(offset), x.flatten()]).requires_grad_()
-    leaves = [memory, *(x.requires_grad_() for x in (y, gate, last) if x is not None)]
+    leaves = [memory] if last is None else [memory, last.requires_grad_()]
     x = memory[offset:].view(x.shape)
-    total, ends, points = norm_lerp(x, y, weight, bias, 1e-5, last, maa, bounds, whole, twice, gate)
-    outs = [total, ends, *points]
+    again, ends, points = norm_lerp(x, weight, bias, 1e-5, last, maa, bounds, whole, twice)
+    outs = [again, ends, *points]
     torch.autograd.backward(outs, [randn(*out.shape, seed=7 + i).to(dtype) for i, out in enumerate(outs)])
     return [*outs, *(x.grad for x in leaves)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "shape, offset, lengths, residual, with_last, points, whole, twice",
+    "shape, offset, lengths, with_last, points, whole, twice",
     [
-        ((2, 9, 34), 0, None, "plain", True, 2, False, None),
-        ((2, 9, 34), 0, None, None, False, 6, False, 3),
-        ((1, 21, 520), 2, (1, 4, 1, 15), "gated", True, 2, True, 0),
-        ((1, 21, 34), 0, (6, 15), "plain", False, 1, False, None),
-        ((1, 6, 2080), 0, None, None, True, 1, True, None),
-        ((1, 6, 2080), 0, None, "gated", False, 1, True, None),
+        ((2, 9, 34), 0, None, True, 2, False, None),
+        ((2, 9, 34), 0, None, False, 6, False, 3),
+        ((1, 21, 520), 2, (1, 4, 1, 15), True, 2, True, 0),
+        ((1, 21, 34), 0, (6, 15), False, 1, False, None),
+        ((1, 6, 2080), 0, None, True, 1, True, None),
     ],
 )
-def test_residual_norm_and_lerp_in_one(
-    kernels, shape, offset, lengths, residual, with_last, points, whole, twice, dtype, monkeypatch
-):
+def test_norm_and_lerp_in_one(kernels, shape, offset, lengths, with_last, points, whole, twice, dtype, monkeypatch):
     """Sequences that begin and end within strips and with them; of any width and address; a point given twice."""
     monkeypatch.setattr(norms, "STRIPS", 4)
     bounds = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
     sequences = shape[0] if lengths is None else len(lengths)
-    y = randn(*shape, seed=1) if residual else None
-    gate = 3 * randn(*shape, seed=6) if residual == "gated" else None
     last = randn(sequences, shape[2], seed=2) if with_last else None
-    inputs = [randn(*shape) + 0.5, y, gate, last, *(randn(shape[2], seed=i) for i in (3, 4)), randn(points, shape[2])]
+    inputs = [randn(*shape) + 0.5, last, *(randn(shape[2], seed=i) for i in (3, 4)), randn(points, shape[2])]
     inputs = [x if x is None else x.to(dtype) for x in inputs]
     found = norm_and_lerp(inputs, dtype, bounds, whole, offset, twice)
     assert "NormLerp" in type(found[1].grad_fn).__name__
@@ -258,7 +250,7 @@ def test_results_that_nobody_uses_count_as_zeros(kernels, depends_on_the_token, 
     if depends_on_the_token:
         *outs, points = norm_ddlerp(x, y, gate, weight, bias, 1e-5, None, maa_x, *factors)
     else:
-        *outs, points = norm_lerp(x, y, weight, bias, 1e-5, None, factors[1], gate=gate)
+        *outs, points = norm_lerp(x, weight, bias, 1e-5, None, factors[1])
     outs += points
     grads = [randn(*out.shape, seed=i).bfloat16() * (i in used) for i, out in enumerate(outs)]
     (expected,) = torch.autograd.grad(outs, x, grads, retain_graph=True)
@@ -268,7 +260,7 @@ def test_results_that_nobody_uses_count_as_zeros(kernels, depends_on_the_token, 
 
 def test_trained_norms_and_points_take_two_kernels(kernels):
     x, (weight, bias), maa = randn(1, 5, 8), randn(2, 8), randn(2, 8).requires_grad_()
-    _, _, points = norm_lerp(x, None, weight, bias, 1e-5, None, maa)
+    _, _, points = norm_lerp(x, weight, bias, 1e-5, None, maa)
     sum(point.sum() for point in points).backward()
     assert "NormLerp" not in type(points[0].grad_fn).__name__ and maa.grad.isfinite().all()
 
@@ -323,10 +315,10 @@ def test_the_order_of_threads_changes_no_bit(kernels, order, monkeypatch):
     monkeypatch.setattr(op, "norms_fused", lambda *_: True)
 
     def whole_tokens():
-        leaves = [x.requires_grad_() for x in (randn(1, 3, 300), randn(1, 3, 300), randn(300), randn(300))]
-        outs = add_norm(*leaves, 1e-5)
+        leaves = [x.requires_grad_() for x in (randn(1, 3, 300), randn(300), randn(300))]
+        outs = layer_norm(*leaves, 1e-5)
         torch.autograd.backward(outs, [randn(1, 3, 300, seed=seed) for seed in (7, 8)])
-        inputs = [*randn(3, 1, 9, 300), randn(1, 300), *randn(2, 300), randn(2, 300, seed=1)]
+        inputs = [randn(1, 9, 300), randn(1, 300), *randn(2, 300), randn(2, 300, seed=1)]
         mixed = norm_and_lerp(inputs, torch.float32, None, True)
         return [*outs, *(x.grad for x in leaves), *mixed]
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ...ops.mix import gated_residual, norm_ddlerp, relu_square
 from ...ops.wkv6 import wkv6_gated
-from ..parts import LanguageModel, MixedNorm, Recurrent, count_sequences
+from ..parts import AddedLinear, LanguageModel, MixedNorm, Recurrent, count_sequences
 from ..state import LayerState
 from .keys import RWKV6Config
 
@@ -83,7 +83,7 @@ class TimeMix(Recurrent):
         self.key = nn.Linear(C, A, bias=False)
         self.value = nn.Linear(C, A, bias=False)
         self.gate = nn.Linear(C, A, bias=False)
-        self.output = nn.Linear(A, C, bias=False)
+        self.output = AddedLinear(A, C, bias=False)
         self.ln_x = GatedNorm(H, A, eps=1e-5 * config.head_size_divisor**2)
 
     def forward(
@@ -95,9 +95,9 @@ class TimeMix(Recurrent):
         shift: torch.Tensor | None = None,
         wkv_state: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x, y and gate (B, T, C), or y and gate None, of which `norm` normalizes x + sigmoid(gate) y -> that sum,
-        output (B, T, C), last normalized token (B, C), final wkv state (B, H, N, N)."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x, y and gate (B, T, C), or y and gate None, of which `norm` normalizes x + sigmoid(gate) y -> that sum plus
+        what attention makes of it (B, T, C), last normalized token (B, C), final wkv state (B, H, N, N)."""
         B, T, _ = x.shape
         maa = torch.cat([getattr(self, f"time_maa_{name}") for name in "wkvrg"]).flatten(1)  # (5, C), as time_maa_w2
         factors = self.time_maa_x[0], self.time_maa_w1, maa, self.time_maa_w2, self.time_decay_w1
@@ -109,7 +109,7 @@ class TimeMix(Recurrent):
         w = F.linear(low, self.time_decay_w2.t(), self.time_decay.flatten()).view(heads)
         wkv_state = self.begun(wkv_state, count_sequences(x, cu_seqlens))
         y, wkv_state = self.ln_x((r, k, v, w), self.time_faaaa, self.gate(xg), wkv_state, cu_seqlens)
-        return x, self.output(y), last, wkv_state
+        return self.output(y, x), last, wkv_state
 
 
 class ChannelMix(nn.Module):
@@ -128,14 +128,13 @@ class ChannelMix(nn.Module):
         self,
         norm: MixedNorm,
         x: torch.Tensor,
-        y: torch.Tensor,
         shift: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x, y (B, T, C), whose sum `norm` normalizes -> the sum, what the feed-forward makes of it, and the gate of
-        that before its sigmoid (B, T, C), last normalized token (B, C)."""
+        """x (B, T, C), which `norm` normalizes -> x, what the feed-forward makes of it, and the gate of that before its
+        sigmoid (B, T, C), last normalized token (B, C)."""
         maa = torch.cat((self.time_maa_k, self.time_maa_r)).view(2, -1)
-        x, last, (xk, xr) = norm(x, y, maa, shift, cu_seqlens)
+        x, last, (xk, xr) = norm(x, maa, shift, cu_seqlens)
         return x, self.value(relu_square(self.key(xk))), self.receptance(xr), last
 
 
@@ -167,8 +166,8 @@ class Block(nn.Module):
         att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
         if self.first:
             x = self.ln0(x)
-        x, y, att_shift, wkv = self.att(self.ln1, x, y, gate, att_shift, wkv, cu_seqlens)
-        x, y, gate, ffn_shift = self.ffn(self.ln2, x, y, ffn_shift, cu_seqlens)
+        x, att_shift, wkv = self.att(self.ln1, x, y, gate, att_shift, wkv, cu_seqlens)
+        x, y, gate, ffn_shift = self.ffn(self.ln2, x, ffn_shift, cu_seqlens)
         return x, y, gate, LayerState(att_shift, wkv, ffn_shift)
 
 
@@ -179,8 +178,7 @@ class RWKV6(LanguageModel):
     carried = (None, None)  # y and gate
 
     @staticmethod
-    def closed(
-        x: torch.Tensor, y: torch.Tensor | None, gate: torch.Tensor | None
-    ) -> tuple[torch.Tensor, tuple[None, None]]:
+    def closed(x: torch.Tensor, *carried: torch.Tensor | None) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
         """What a block hands on, with sigmoid(gate) y added."""
+        y, gate = carried
         return x if y is None or gate is None else gated_residual(x, gate, y), (None, None)

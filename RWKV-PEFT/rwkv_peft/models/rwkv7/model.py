@@ -11,7 +11,7 @@ from torch import nn
 
 from ...ops.mix import relu_square, value_residual
 from ...ops.wkv7 import wkv7_gated
-from ..parts import LanguageModel, MixedNorm, Recurrent, count_sequences
+from ..parts import AddedLinear, LanguageModel, MixedNorm, Recurrent, count_sequences
 from ..state import LayerState
 from .keys import SHIFTS, RWKV7Config
 
@@ -73,27 +73,26 @@ class TimeMix(Recurrent):
         self.receptance = nn.Linear(C, C, bias=False)
         self.key = nn.Linear(C, C, bias=False)
         self.value = nn.Linear(C, C, bias=False)
-        self.output = nn.Linear(C, C, bias=False)
+        self.output = AddedLinear(C, C, bias=False)
         self.ln_x = BonusNorm(H, C, eps=NORM_EPS)
 
     def forward(
         self,
         norm: MixedNorm,
         x: torch.Tensor,
-        y: torch.Tensor | None,
         v_first: torch.Tensor | None,
         shift: torch.Tensor | None = None,
         wkv_state: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x and y (B, T, C), y or None, whose sum `norm` normalizes, v_first (B, T, C), the values of layer 0 (None
-        there) -> the sum, output (B, T, C), v_first, last normalized token (B, C), final wkv state (B, H, N value,
-        N key)."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x (B, T, C), which `norm` normalizes, v_first (B, T, C), the values of layer 0 (None there) -> x plus what
+        attention makes of it (B, T, C), v_first, last normalized token (B, C), final wkv state (B, H, N value, N key).
+        """
         B, T, C = x.shape
         heads = (B, T, self.n_head, self.head_size)
         amounts = torch.cat([getattr(self, f"x_{name}") for name in SHIFTS]).flatten(1)  # (6, C)
         twice = None if v_first is None else SHIFTS.index("v")
-        x, last, (xr, xw, xk, xv, xa, xg, *xv_again) = norm(x, y, amounts, shift, cu_seqlens, twice=twice)
+        x, last, (xr, xw, xk, xv, xa, xg, *xv_again) = norm(x, amounts, shift, cu_seqlens, twice=twice)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         w = F.linear(torch.tanh(xw @ self.w1), self.w2.t(), self.w0.flatten())
         if v_first is None:
@@ -106,7 +105,7 @@ class TimeMix(Recurrent):
         keys = self.a0, self.k_k, self.k_a
         wkv_state = self.begun(wkv_state, count_sequences(x, cu_seqlens))
         y, wkv_state = self.ln_x((r, w, k, v, a), keys, v_again, g, self.r_k, wkv_state, cu_seqlens)
-        return x, self.output(y), v_first, last, wkv_state
+        return self.output(y, x), v_first, last, wkv_state
 
 
 class ChannelMix(nn.Module):
@@ -116,25 +115,23 @@ class ChannelMix(nn.Module):
         super().__init__()
         self.x_k = nn.Parameter(torch.empty(1, 1, config.n_embd))
         self.key = nn.Linear(config.n_embd, config.dim_ffn, bias=False)
-        self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
+        self.value = AddedLinear(config.dim_ffn, config.n_embd, bias=False)
 
     def forward(
         self,
         norm: MixedNorm,
         x: torch.Tensor,
-        y: torch.Tensor,
         shift: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x, y (B, T, C), whose sum `norm` normalizes -> the sum, what the feed-forward makes of it (B, T, C), last
-        normalized token (B, C)."""
-        x, last, (xk,) = norm(x, y, self.x_k[0], shift, cu_seqlens)
-        return x, self.value(relu_square(self.key(xk))), last
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (B, T, C), which `norm` normalizes -> x plus what the feed-forward makes of it (B, T, C), last normalized
+        token (B, C)."""
+        x, last, (xk,) = norm(x, self.x_k[0], shift, cu_seqlens)
+        return self.value(relu_square(self.key(xk)), x), last
 
 
 class Block(nn.Module):
-    """Pre-norm residual block; block 0 also normalizes the embedding (ln0). What its feed-forward makes, y, it leaves
-    for the next one's norm to add."""
+    """Pre-norm residual block; block 0 also normalizes the embedding (ln0)."""
 
     def __init__(self, config: RWKV7Config, layer: int) -> None:
         super().__init__()
@@ -150,30 +147,22 @@ class Block(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        y: torch.Tensor | None,
         v_first: torch.Tensor | None,
         state: LayerState | None = None,
         cu_seqlens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, LayerState]:
-        """x, y, v_first (B, T, C), the last two None in block 0, state LayerState or None -> x, y, v_first (B, T, C),
+    ) -> tuple[torch.Tensor, torch.Tensor, LayerState]:
+        """x, v_first (B, T, C), the latter None in block 0, state LayerState or None -> x, v_first (B, T, C),
         LayerState."""
         att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
         if self.first:
             x = self.ln0(x)
-        x, y, v_first, att_shift, wkv = self.att(self.ln1, x, y, v_first, att_shift, wkv, cu_seqlens)
-        x, y, ffn_shift = self.ffn(self.ln2, x, y, ffn_shift, cu_seqlens)
-        return x, y, v_first, LayerState(att_shift, wkv, ffn_shift)
+        x, v_first, att_shift, wkv = self.att(self.ln1, x, v_first, att_shift, wkv, cu_seqlens)
+        x, ffn_shift = self.ffn(self.ln2, x, ffn_shift, cu_seqlens)
+        return x, v_first, LayerState(att_shift, wkv, ffn_shift)
 
 
 class RWKV7(LanguageModel):
     """RWKV-7 language model with RWKV-LM's parameter names."""
 
     make_block = Block
-    carried = (None, None)  # y; v_first, which block 0 makes
-
-    @staticmethod
-    def closed(
-        x: torch.Tensor, y: torch.Tensor | None, v_first: torch.Tensor | None
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
-        """What a block hands on, with y added."""
-        return x if y is None else x + y, (None, v_first)
+    carried = (None,)  # v_first, which block 0 makes

@@ -2,9 +2,9 @@
 heads."""
 
 from .op import (
-    add_norm,
     delta_keys,
     gated_residual,
+    layer_norm,
     lerp,
     low_square,
     norm_bonus_gate,
@@ -18,9 +18,9 @@ from .op import (
 )
 
 __all__ = [
-    "add_norm",
     "delta_keys",
     "gated_residual",
+    "layer_norm",
     "lerp",
     "low_square",
     "norm_bonus_gate",

@@ -63,7 +63,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         ),
         "bonus_gate_forward": _layout("y v g bonus", "out", "weight bias"),
         "bonus_gate_backward": _layout("y v g grad bonus", "gy gv gg gbonus", "weight bias"),
-        "add_norm_sums": _layout("sum grad stats", "", "", "gweight gbias"),
+        "layer_norm_sums": _layout("x grad stats", "", "", "gweight gbias"),
     }
 )
 _SQUARE = _layout("x squares left up_rows up_columns down_rows down_columns", "y parts")
@@ -75,9 +75,9 @@ TILED: Mapping[str, Layout] = MappingProxyType(
         "lerp_low_backward": _layout(f"x low up stats down {_LOW_GRADS} decay gdecay", "gx glow", "maa weight bias"),
         "square_forward": _SQUARE,
         "square_backward": _SQUARE,
-        "add_norm_forward": _layout("x y", "sum out stats", "weight bias"),
-        "add_norm_backward": _layout("sum grad passed stats", "gx", "weight"),
-        "norm_lerp_forward": _layout("x y gate", f"sum out stats ends {_OUTS}", "weight bias maa"),
+        "layer_norm_forward": _layout("x", "stats out", "weight bias"),
+        "layer_norm_backward": _layout("x grad passed stats", "gx", "weight"),
+        "norm_lerp_forward": _layout("x y gate", f"stats out sum ends {_OUTS}", "weight bias maa"),
         "norm_lerp_backward": _layout(
             f"sum grad passed stats gends {_GRADS} grad{MOST_POINTS} y gate", "gx gy ggate", "weight maa"
         ),

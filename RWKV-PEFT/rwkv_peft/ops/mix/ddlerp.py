@@ -16,7 +16,7 @@ from ..native.launch import aligned
 from . import cuda
 from .functions import call, differentiable_once, room_like, with_zeros
 from .gpu_lerp import group_size, has_product_inside, parts_like, sizes_of
-from .norms import strip_of, summed, summed_backward
+from .norms import strip_of
 
 
 class NormDDLerp(Function):
@@ -44,9 +44,10 @@ class NormDDLerp(Function):
         sizes = sizes_of(x, maa_x, cu_seqlens)
         mixed, ends = torch.empty_like(x), x.new_empty(sizes["sequences"], x.shape[2])
         stats = x.new_empty(sizes["tokens"], 2, dtype=torch.float32)
-        total, tensors = summed(x, y, gate)
+        total = x if gate is None else torch.empty_like(x)
         norm = dict(weight=weight, bias=bias, stats=stats)
-        tensors |= norm | dict(maa=maa_x, ends=ends, out0=mixed)
+        tensors = norm | dict(x=x, y=y, gate=gate, sum=None if gate is None else total)
+        tensors |= dict(maa=maa_x, ends=ends, out0=mixed)
         call("norm_lerp_forward", x, tensors, last=last, eps=eps, strip=strip_of(len(stats)), **sizes)
         low, decay = mixed @ w1, x.new_empty(*x.shape[:2], decay_w1.shape[1])
         parts = parts_like(decay, x, torch.float32)
@@ -55,7 +56,7 @@ class NormDDLerp(Function):
         call("lerp_low_forward", x, of_points, last=last, **_low_sizes(x, maa, w2, cu_seqlens))
         call("tanh_forward", decay, dict(parts=parts, out=decay), **_rows_of(parts))
         ctx.set_materialize_grads(False)  # of `ends`, which only a carried state uses
-        kept = None if gate is None else y, gate, last, weight, bias, maa_x, w1, maa, w2, decay_w1, cu_seqlens
+        kept = y, gate, last, weight, bias, maa_x, w1, maa, w2, decay_w1, cu_seqlens
         ctx.save_for_backward(total, *kept, stats, low, decay)
         return total, ends, decay, *points
 
@@ -75,11 +76,12 @@ class NormDDLerp(Function):
         tensors |= dict(gx=gnormal, glow=parts) | _named("grad", map(aligned, points))
         call("lerp_low_backward", x, tensors, last=last, glast=glast, **_low_sizes(x, maa, w2, cu_seqlens))
         call("tanh_backward", low, dict(x=low, parts=parts, gx=glow), **_rows_of(parts))
-        grads_of_sum, tensors = summed_backward(x, y, gate, ctx.needs_input_grad[1])
-        tensors |= norm | dict(maa=maa_x, grad=gnormal, passed=passed, gends=gends, grad0=glow @ w1.mT)
+        gx, gy, ggate = torch.empty_like(x), room_like(y), room_like(gate)
+        tensors = norm | dict(sum=x, y=y, gate=gate, gx=gx, gy=gy, ggate=ggate)
+        tensors |= dict(maa=maa_x, grad=gnormal, passed=passed, gends=gends, grad0=glow @ w1.mT)
         sizes = sizes_of(x, maa_x, cu_seqlens) | dict(strip=strip_of(len(stats)))
         call("norm_lerp_backward", x, tensors, glast=more, **sizes)
-        return *grads_of_sum, glast if glast is None or more is None else glast.add_(more), *9 * (None,)
+        return gx, gy, ggate, glast if glast is None or more is None else glast.add_(more), *9 * (None,)
 
 
 def takes(

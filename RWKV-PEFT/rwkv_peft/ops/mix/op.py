@@ -22,7 +22,7 @@ def fused(first: Tensor, *others: Tensor | None) -> bool:
 
 
 def norms_fused(first: Tensor, *others: Tensor | None) -> bool:
-    """Whether residuals, with a layer norm, a gate or a part of another tensor's, go through a kernel that GPUs have
+    """Whether layer norms, and residuals with a gate or of another layer's values, go through a kernel that GPUs have
     alone: torch's are fast enough on CPUs."""
     return first.shape[-1] <= cuda.MOST_CHANNELS and fused_on_gpu(first, *others)
 
@@ -113,20 +113,19 @@ def norm_gate(y: Tensor, g: Tensor, weight: Tensor, bias: Tensor, eps: float) ->
     return F.group_norm(y.reshape(B * T, H * N), H, weight, bias, eps).view(B, T, H * N) * F.silu(g)
 
 
-def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """A residual and the layer norm that follows: x + y, and that normalized over its channels · weight + bias.
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x, and x normalized over its channels · weight + bias.
 
-    x (B, T, C), y (B, T, C) or None for zeros, weight and bias (C,) -> (B, T, C), (B, T, C).
+    x (B, T, C), weight and bias (C,) -> (B, T, C), (B, T, C). The first is x for its second user, the residual: so on a
+    GPU its gradients are never added up by themselves.
     """
-    if norms_fused(x, y, weight, bias):
-        return run(norms.AddNorm, *_contiguous(x, y, weight, bias), eps)
-    x = x if y is None else x + y
+    if norms_fused(x, weight, bias):
+        return run(norms.LayerNorm, *_contiguous(x, weight, bias), eps)
     return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def norm_lerp(
     x: Tensor,
-    y: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     eps: float,
@@ -135,27 +134,23 @@ def norm_lerp(
     cu_seqlens: Tensor | None = None,
     whole: bool = False,
     twice: int | None = None,
-    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """add_norm, and `lerp` of what it normalizes: on a GPU in one pass, where neither norm nor points are trained.
+    """layer_norm, and `lerp` of what it normalizes: on a GPU in one pass, where neither norm nor points are trained.
 
-    x, y, weight, bias as in add_norm; last (B, C) or None, maa (m, C) and cu_seqlens as in lerp; gate (B, T, C) or None
-    -> x + y, or x + sigmoid(gate) y, the last normalized token of each sequence (B, C), m points (B, T, C), preceded by
-    what is normalized where `whole`. Point number `twice` comes once more, as the last, for a second user: so on a GPU
-    its gradients are never added up.
+    x, weight, bias as in layer_norm; last (B, C) or None, maa (m, C) and cu_seqlens as in lerp -> x, the last
+    normalized token of each sequence (B, C), m points (B, T, C), preceded by what is normalized where `whole`. Point
+    number `twice` comes once more, as the last, for a second user, as x does.
     """
     _check_shift(x, last, cu_seqlens)
     narrow = x.shape[-1] <= cuda.MOST_MIXED and len(maa) <= cuda.MOST_POINTS
-    if not _trained(weight, bias, maa) and narrow and norms_fused(x, y, gate, last, weight, bias, maa):
-        tensors = _contiguous(x, y, gate, last, weight, bias, maa)
-        total, ends, *points = run(norms.NormLerp, *tensors, eps, _bounds(cu_seqlens), whole, twice)
-        return total, ends, tuple(points)
-    if gate is not None and y is not None:
-        x, y = gated_residual(x, gate, y), None
-    total, normal = add_norm(x, y, weight, bias, eps)
+    if not _trained(weight, bias, maa) and narrow and norms_fused(x, last, weight, bias, maa):
+        tensors = _contiguous(x, last, weight, bias, maa)
+        x, ends, *points = run(norms.NormLerp, *tensors, eps, _bounds(cu_seqlens), whole, twice)
+        return x, ends, tuple(points)
+    x, normal = layer_norm(x, weight, bias, eps)
     points = lerp(normal, last, maa, cu_seqlens=cu_seqlens)
     points = points if twice is None else (*points, points[twice])
-    return total, last_token(normal, cu_seqlens), (normal, *points) if whole else points
+    return x, last_token(normal, cu_seqlens), (normal, *points) if whole else points
 
 
 def norm_ddlerp(
@@ -173,14 +168,14 @@ def norm_ddlerp(
     decay_w1: Tensor,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    """Layer norm and RWKV-6's token shift ("ddlerp"; Peng et al. 2024, arXiv 2404.05892, eq. 12 to 14): five `lerp`
-    points of what is normalized, whose weights have the factor tanh(p w1), p being the point of maa_x. The first of
-    the five makes the decay's factor, tanh(first decay_w1).
+    """A gated residual, layer norm and RWKV-6's token shift ("ddlerp"; Peng et al. 2024, arXiv 2404.05892, eq. 12 to
+    14): five `lerp` points of what is normalized, whose weights have the factor tanh(p w1), p being the point of maa_x.
+    The first of the five makes the decay's factor, tanh(first decay_w1).
 
-    x, y, gate, weight, bias, last and cu_seqlens as in norm_lerp; maa_x (1, C), w1 (C, 5 K), maa (5, C), w2 (5, K, C),
-    decay_w1 (C, D) -> the sum that is normalized (B, T, C), the last normalized token of each sequence (B, C), the
-    decay's factor (B, T, D), the other four points (B, T, C). A GPU's kernels write neither the norm nor the first
-    point, where none of the parameters is trained.
+    x, weight, bias, last and cu_seqlens as in norm_lerp; y and gate (B, T, C), or both None; maa_x (1, C), w1 (C, 5 K),
+    maa (5, C), w2 (5, K, C), decay_w1 (C, D) -> x + sigmoid(gate) y, which is normalized, (B, T, C), the last
+    normalized token of each sequence (B, C), the decay's factor (B, T, D), the other four points (B, T, C). A GPU's
+    kernels write neither the norm nor the first point, where none of the parameters is trained.
     """
     _check_shift(x, last, cu_seqlens)
     parameters = weight, bias, maa_x, w1, maa, w2, decay_w1
@@ -188,7 +183,9 @@ def norm_ddlerp(
         tensors = _contiguous(x, y, gate, last, *parameters)
         x, ends, low, *points = run(ddlerp.NormDDLerp, *tensors, eps, _bounds(cu_seqlens))
         return x, ends, low, tuple(points)
-    x, ends, (normal, p) = norm_lerp(x, y, weight, bias, eps, last, maa_x, cu_seqlens, whole=True, gate=gate)
+    if y is not None and gate is not None:
+        x = gated_residual(x, gate, y)
+    x, ends, (normal, p) = norm_lerp(x, weight, bias, eps, last, maa_x, cu_seqlens, whole=True)
     first, *points = lerp(normal, last, maa, torch.tanh(p @ w1), w2, cu_seqlens)
     return x, ends, torch.tanh(first @ decay_w1), tuple(points)
 

@@ -1,0 +1,69 @@
+"""Rows that are chats, as a fine-tuning takes them: lists of turns, laid out by the tokenizer's chat template."""
+
+import json
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from ..errors import UserError
+
+# The roles of turns {from, value}, where templates call them otherwise.
+ROLES = MappingProxyType({"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"})
+# For base models, which have no template: the layout of rows of a question and its answer, turn after turn.
+TEMPLATE = (
+    "{% for message in messages %}{% if not loop.first %}{{ '\n' }}{% endif %}"
+    "{{ '### ' + message['role'] | upper + ':' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ ' ' + message['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n### ASSISTANT:' }}{% endif %}"
+)
+
+
+def only_answers(config: Any) -> None:
+    """Let trl's config learn of chats what it would learn of prompts and completions: the answers, each of them."""
+    config.assistant_only_loss = config.completion_only_loss is not False
+    config.completion_only_loss = None
+
+
+def give_template(tokenizer: Any) -> None:
+    """TEMPLATE for a tokenizer that has none of its own; models that are saved with it keep it. Raises UserError where
+    there is nothing to end an answer with."""
+    if tokenizer.eos_token is None:
+        raise UserError("the tokenizer has no chat template, and no eos_token to end an answer with; write one of them")
+    begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + TEMPLATE
+
+
+def as_messages(row: Mapping[str, Any], column: str, where: str, tokenizer: Any) -> dict[str, Any]:
+    """The turns of a row's column, {role, content} or {from, value}, as messages, beside the row's tools. Raises
+    UserError, which says `where`, for turns that have not that form, none that is the assistant's, or that the template
+    refuses."""
+    from jinja2 import TemplateError
+
+    turns = row[column]
+    if not isinstance(turns, list):
+        raise UserError(f"{where} has a {type(turns).__name__} for its {column}, and a list of turns is due")
+    messages = [_message(turn, where) for turn in turns]
+    if not any(message["role"] == "assistant" and message["content"] for message in messages):
+        raise UserError(f"{where} has no turn of the assistant's to learn from; drop such rows from the file")
+    tools = row.get("tools")
+    try:
+        described = json.loads(tools) if isinstance(tools, str) else tools
+        tokenizer.apply_chat_template(messages, tokenize=False, tools=described)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise UserError(f"{where} is refused by the tokenizer's chat template: {error}") from error
+    return {"messages": messages, **({"tools": tools} if "tools" in row else {})}
+
+
+def _message(turn: object, where: str) -> dict[str, Any]:
+    """A turn as a template takes it."""
+    if isinstance(turn, dict) and turn.get("role") is None and turn.get("from") is not None:
+        role = str(turn["from"])
+        turn = {"role": ROLES.get(role, role), "content": turn.get("value")}
+    if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+        raise UserError(f"{where} has a turn that is no object with role and content (or from and value): {turn!r:.60}")
+    if turn.get("content") is None and turn.get("tool_calls"):
+        turn = {**turn, "content": ""}
+    if not isinstance(turn.get("content"), str):
+        raise UserError(f"{where} has a turn whose content is {type(turn.get('content')).__name__}, and text is due")
+    return {name: value for name, value in turn.items() if value is not None}

@@ -1,0 +1,137 @@
+"""Chats as rows: what the command learns of them, and what it says of those that it cannot take."""
+
+import json
+
+import pytest
+from finetuning import losses, run
+
+from rwkv_peft.errors import UserError
+from rwkv_peft.hf import finetune
+
+STEPS = ("--bits", "fp32", "--max_steps", "2", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2")
+
+
+def turns(*words, form=("role", "content"), names=("user", "assistant")):
+    return [{form[0]: names[i % 2], form[1]: text} for i, text in enumerate(words)]
+
+
+def write(path, column, *chats):
+    path.write_text("".join(json.dumps({column: chat}) + "\n" for chat in chats), encoding="utf-8")
+    return str(path)
+
+
+def learned(tiny, tmp_path, monkeypatch, path, *flags):
+    """The text that counts in the loss, row by row, of a run that stops before its first step."""
+    from transformers import AutoTokenizer
+    from trl import SFTTrainer
+
+    seen = []
+
+    def train(trainer, **_):
+        tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+        for batch in trainer.get_train_dataloader():
+            for labels in batch["labels"]:
+                seen.append(tokenizer.decode(labels[labels != -100]))
+        raise UserError("seen")
+
+    monkeypatch.setattr(SFTTrainer, "train", train)
+    with pytest.raises(UserError, match="seen"):
+        run(tiny, tmp_path / "out", "--data_path", path, *STEPS, *flags)
+    return sorted(seen)
+
+
+def test_one_question_is_learned_as_its_row_of_two_columns_is(tiny, tmp_path):
+    rows = [json.loads(line) for line in (tiny / "data.jsonl").read_text().splitlines()]
+    chats = [turns(row["query"], row["response"]) for row in rows]
+    assert run(tiny, tmp_path / "columns", *STEPS) == 0
+    assert (
+        run(tiny, tmp_path / "turns", "--data_path", write(tmp_path / "chats.jsonl", "messages", *chats), *STEPS) == 0
+    )
+    assert losses(tmp_path / "turns") == pytest.approx(losses(tmp_path / "columns"), rel=1e-6)
+
+
+def test_every_answer_of_a_chat_counts_and_nothing_else(tiny, tmp_path, monkeypatch):
+    chats = [turns("Hi", "Yo", "So?", "No"), turns("A", "B")]
+    path = write(tmp_path / "chats.jsonl", "messages", *chats)
+    assert learned(tiny, tmp_path, monkeypatch, path) == [" B</s>", " Yo</s> No</s>"]
+
+
+def test_all_of_it_counts_where_that_is_asked(tiny, tmp_path, monkeypatch):
+    path = write(tmp_path / "chats.jsonl", "messages", turns("A", "B"))
+    text = "### USER: A\n### ASSISTANT: B</s>"
+    assert learned(tiny, tmp_path, monkeypatch, path, "--completion_only_loss", "False") == [text]
+
+
+def test_other_names_of_columns_roles_and_fields(tiny, tmp_path, monkeypatch):
+    chat = turns("A", "B", form=("from", "value"), names=("human", "gpt"))
+    assert learned(tiny, tmp_path, monkeypatch, write(tmp_path / "a.jsonl", "conversations", chat)) == [" B</s>"]
+    path = write(tmp_path / "b.jsonl", "talk", turns("A", "C"))
+    assert learned(tiny, tmp_path, monkeypatch, path, "--dataset_field", "talk") == [" C</s>"]
+
+
+def test_a_tokenizers_own_template_lays_turns_out(tiny, tmp_path, monkeypatch):
+    template = "{% for m in messages %}<{{ m.content }}>{% generation %}!{% endgeneration %}{% endfor %}"
+    loaded = finetune.load_tokenizer
+
+    def with_template(*arguments):
+        tokenizer = loaded(*arguments)
+        tokenizer.chat_template = template
+        return tokenizer
+
+    monkeypatch.setattr(finetune, "load_tokenizer", with_template)
+    path = write(tmp_path / "chats.jsonl", "messages", turns("A", "B"))
+    assert learned(tiny, tmp_path, monkeypatch, path) == ["!!"]
+    template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UserError, match="row 1 of .* refused by the tokenizer's chat template: roles must alternate"):
+        run(tiny, tmp_path / "again", "--data_path", path)
+
+
+def test_tools_reach_the_template(tiny, tmp_path, monkeypatch):
+    tokenizer = finetune.load_tokenizer(str(tiny / "model"), {})
+    tokenizer.chat_template = (
+        "{% for tool in tools or [] %}{{ tool.name }}{% endfor %}"
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    )
+    monkeypatch.setattr(finetune, "load_tokenizer", lambda *_: tokenizer)
+    path = tmp_path / "chats.jsonl"
+    rows = [{"messages": turns("A", "B"), "tools": tools} for tools in ('[{"name": "t"}]', None)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = "--completion_only_loss", "False"
+    assert learned(tiny, tmp_path, monkeypatch, str(path), *flags) == ["AB", "tAB"]
+    path.write_text(json.dumps({"messages": turns("A", "B"), "tools": "[{"}))
+    with pytest.raises(UserError, match="row 1 of .* is refused by the tokenizer's chat template"):
+        run(tiny, tmp_path / "again", "--data_path", str(path))
+
+
+def test_a_layout_that_the_tokenizer_gets_is_told_and_kept(tiny, tmp_path, capsys):
+    from transformers import AutoTokenizer
+
+    path = write(tmp_path / "chats.jsonl", "messages", *[turns("A", "B")] * 8)
+    assert run(tiny, tmp_path / "out", "--data_path", path, *STEPS, "--merge_and_save") == 0
+    assert "no chat template: turns are laid out as ### USER: … ### ASSISTANT: …" in capsys.readouterr().out
+    kept = AutoTokenizer.from_pretrained(tmp_path / "out" / "bone_merged")
+    asked = kept.apply_chat_template([{"role": "user", "content": "A"}], tokenize=False, add_generation_prompt=True)
+    assert asked == "### USER: A\n### ASSISTANT:"
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"messages": []}, "row 2 of .* has no turn of the assistant's to learn from"),
+        ({"messages": turns("A")}, "row 2 of .* has no turn of the assistant's to learn from"),
+        ({"messages": turns("A", "")}, "row 2 of .* has no turn of the assistant's to learn from"),
+        ({"messages": None}, "row 2 of .* has a NoneType for its messages, and a list of turns is due"),
+        ({"messages": [{"role": "user"}]}, "row 2 of .* has a turn whose content is NoneType, and text is due"),
+        ({"messages": [{"content": "A"}]}, "row 2 of .* has a turn that is no object with role and content"),
+    ],
+)
+def test_turns_that_cannot_be_learned_are_refused(tiny, tmp_path, row, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, ({"messages": turns("A", "B")}, row))))
+    with pytest.raises(UserError, match=message):
+        run(tiny, tmp_path / "out", "--data_path", str(path))
+
+
+def test_text_where_turns_are_due_is_refused(tiny, tmp_path):
+    with pytest.raises(UserError, match="row 1 of .* has a str for its query, and a list of turns is due"):
+        run(tiny, tmp_path / "out", "--dataset_field", "query")
