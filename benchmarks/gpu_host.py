@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_host.py [--generations x060 x070] [--methods frozen bat-in …] [--rounds 200]
 
-A block runs forward and backward over one token of 64 channels on a GPU's code path, where our kernels' launches are
+A block runs forward and backward over one token of 128 channels on a GPU's code path, where our kernels' launches are
 made ready and then dropped: next to nothing is computed, and what remains is the time that the processor takes (the
 least of all rounds, so that a busy machine's neighbours count little) before a GPU can begin. A driver takes some 3 us
 more for each launch, which is counted in ("host"). "GPU" is what a block would take on an H100 by
@@ -24,12 +24,10 @@ from rwkv_peft.ops import adding
 from rwkv_peft.ops.bone import cuda as bone
 from rwkv_peft.ops.bone import op as bone_op
 from rwkv_peft.ops.mix import cpu, cuda, gpu_lerp, op
-from rwkv_peft.ops.wkv6 import gated as wkv6_gated
 from rwkv_peft.ops.wkv6 import op as wkv6
-from rwkv_peft.ops.wkv7 import gated as wkv7_gated
 from rwkv_peft.ops.wkv7 import op as wkv7
 
-CHANNELS = 64  # of which next to nothing is computed
+CHANNELS = 128  # of which next to nothing is computed, and whose feed-forwards have whole tiles
 DRIVER = 3e-6  # seconds of a launch that no Python sees
 TOKENS = (256, 1024, 4096)
 
@@ -56,7 +54,7 @@ def gpu_path():
     for owner, name, value in (
         (op, "fused", lambda *_: True),
         (adding, "inside_product", lambda *_: True),
-        *((module, "norms_fused", lambda *_: True) for module in (op, wkv6_gated, wkv7_gated)),
+        (op, "fused_on_gpu", lambda *_: True),
         (op, "cpu_lerp", gpu_lerp),
         (cpu, "call", call),
         (bone, "call", call_bone),

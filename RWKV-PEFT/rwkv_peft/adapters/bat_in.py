@@ -11,6 +11,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..ops.bone import affine, affine_backward_, plus_tiled
+from .around import Opened
 from .block_affine import BlockAffine
 from .method import Params, Shapes
 from .product import DENSE, Frozen, Product
@@ -22,13 +23,27 @@ class BatIn(BlockAffine):
 
     name, label, index = "bat-in", "Bone bat-in", "b"
     hf_names: tuple[bool | str, ...] = ("bat-in",)
-    in_rwkv_peft = True
+    in_rwkv_peft = around_square = True
 
     def shapes(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Shapes:
         return {"bone": (in_features // rank, rank, rank)}
 
     def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
         return bat_in(x, base.weight, params["bone"], base.bias, product=base.product)
+
+    def opened(self, x: torch.Tensor, base: Frozen, params: Params, scale: float) -> Opened:
+        """What is left open is the shift."""
+        rows = x.reshape(-1, x.shape[-1])
+        y, shift = _OpenBatIn.apply(rows, base.weight, base.bias, params["bone"], base.product, scale)
+        return Opened(y.view(*x.shape[:-1], y.shape[-1]), shift, None)
+
+    def sums(self, params: Params) -> tuple[bool, torch.Tensor | None]:
+        return False, None
+
+    def closed(
+        self, x: torch.Tensor, right: torch.Tensor | None, base: Frozen, params: Params, scale: float
+    ) -> torch.Tensor:
+        return self.apply(x, base, params, scale, 0.0)
 
 
 def bat_in(
@@ -75,17 +90,48 @@ class _BatIn(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, bone = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_bone = ctx.needs_input_grad[:4]
-        dx = d_weight = d_bone = None
-        scaled = _scaled(bone, ctx.scale)  # made again, and not kept
-        if need_weight:
-            d_weight = weight_gradient(g, affine(x, scaled)[0]).to(weight.dtype)
-        if need_x or need_bone:
-            dx = ctx.product.backward(g, weight)  # holds dz, and becomes dx a few tokens at a time
-            d_scaled = affine_backward_(dx, g, x if need_bone else None, scaled, 1 / ctx.scale)
-            d_bone = None if d_scaled is None else _scaled(d_scaled, ctx.scale)
-        return dx if need_x else None, d_weight, g.sum(0) if need_bias else None, d_bone, None, None
+        return _gradients(ctx, g, g)
+
+
+class _OpenBatIn(Function):
+    """The same without the tiles: -> W (x + u) and Σ_b u_b / a as `affine` gives it, (T, r) or (n, T, r) to be added
+    up."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        bone: torch.Tensor,
+        product: Product,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.product, ctx.scale = product, scale
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None, weight, bone)
+        z, shift = affine(x, _scaled(bone, scale), 1 / scale)
+        return product.forward(z, weight, bias), shift
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor, g_shift: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        g_shift = g_shift if g_shift.dim() == 2 else g_shift[0]  # parts of a sum have its gradient
+        return _gradients(ctx, g, g_shift)
+
+
+def _gradients(ctx: Any, g: torch.Tensor, g_tiles: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Backward of both: g (T, out), and what the shift's gradient is the sum over shards of."""
+    x, weight, bone = ctx.saved_tensors
+    need_x, need_weight, need_bias, need_bone = ctx.needs_input_grad[:4]
+    dx = d_weight = d_bone = None
+    scaled = _scaled(bone, ctx.scale)  # made again, and not kept
+    if need_weight:
+        d_weight = weight_gradient(g, affine(x, scaled)[0]).to(weight.dtype)
+    if need_x or need_bone:
+        dx = ctx.product.backward(g, weight)  # holds dz, and becomes dx a few tokens at a time
+        d_scaled = affine_backward_(dx, g_tiles, x if need_bone else None, scaled, 1 / ctx.scale)
+        d_bone = None if d_scaled is None else _scaled(d_scaled, ctx.scale)
+    return dx if need_x else None, d_weight, g.sum(0) if need_bias else None, d_bone, None, None
 
 
 def _scaled(bone: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:

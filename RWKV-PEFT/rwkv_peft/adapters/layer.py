@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from ..config import AdapterConfig
-from ..ops.adding import added
+from ..ops.adding import added, autocasts
+from ..ops.mix import takes_low_square
+from .around import Opened
 from .method import Method, Params
 from .product import DENSE, Frozen, Product
 from .quant import QuantizedProduct, quantize
@@ -51,10 +53,19 @@ class AdapterLinear(nn.Module):
             return DENSE
         return QuantizedProduct(self.quant, (self.out_features, self.in_features), self.scales)
 
+    @property
+    def frozen(self) -> Frozen:
+        """The linear layer under the adapter."""
+        return Frozen(self.base, self.bias, self.product)
+
+    @property
+    def params(self) -> Params:
+        """The method's tensors."""
+        return {name: getattr(self, name) for name in (*self.method.parameters, *self.method.constants)}
+
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x (..., in) -> (..., out) in x's dtype, added to a residual (..., out) where there is one."""
-        base = Frozen(self.base, self.bias, self.product)
-        params: Params = {name: getattr(self, name) for name in (*self.method.parameters, *self.method.constants)}
+        base, params = self.frozen, self.params
         if self.untrained:
             first = self.method.first(params)
             if first is None:
@@ -62,6 +73,30 @@ class AdapterLinear(nn.Module):
             params = first
         dropout = self.dropout if self.training and not self.untrained else 0.0
         return added(self.method.apply(x, base, params, self.scale, dropout), residual)
+
+    def around_square(self, x: torch.Tensor, channels: int) -> bool:
+        """Whether the layer, before or after a squared relu of so many channels, leaves its part of low rank to its
+        kernel, whose input is like x: the one place that decides. Parameters that ZeRO-3 cuts are whole in the layer's
+        forward alone."""
+        trained = [getattr(self, name) for name in self.method.parameters]
+        return (
+            self.method.around_square
+            and takes_low_square(x, channels, self.rank, *trained)
+            and not (self.untrained or self.dropout and self.training or autocasts(x))
+            and not any(hasattr(parameter, "ds_shape") for parameter in self.parameters())
+        )
+
+    def opened(self, x: torch.Tensor) -> Opened:
+        """`forward` before such a square, without what its kernel adds: x (..., in)."""
+        return self.method.opened(x, self.frozen, self.params, self.scale)
+
+    def sums(self) -> tuple[bool, torch.Tensor | None]:
+        """What `closed` is to be given of the square; see Method."""
+        return self.method.sums(self.params)
+
+    def closed(self, x: torch.Tensor, right: torch.Tensor | None, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """`forward` after such a square, x (..., in), of which its kernel has made right (T, r)."""
+        return added(self.method.closed(x, right, self.frozen, self.params, self.scale), residual)
 
     def quantize(self, kind: str) -> None:
         """Replace the weight by its quantized form ("nf4" or "int8"); it is frozen from then on."""

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..config import AdapterConfig
+from .around import Factors, scaled_product
 from .method import Layer, Method, Misfit, Params, Shapes, cast, wide
 from .product import DENSE, Frozen, Product
 from .tokens import apply_to_tokens, linear, weight_gradient
@@ -24,7 +25,7 @@ class Lora(Method):
     alpha_key: str | None = "lora_alpha"
     parameters: tuple[str, ...] = ("lora_A", "lora_B")
     idle: tuple[str, ...] = ("lora_A",)
-    scaled = dropout = in_rwkv_peft = True
+    scaled = dropout = in_rwkv_peft = around_square = True
 
     def scale(self, config: AdapterConfig) -> float:
         return config.alpha / config.rank if config.alpha else 1.0
@@ -56,6 +57,9 @@ class Lora(Method):
             return lora(x, weight, params["lora_A"], params["lora_B"], bias, scale=scale, product=product)
         inner = F.linear(F.dropout(x, dropout), params["lora_A"].to(x.dtype))
         return linear(x, weight, bias, product=product) + scale * F.linear(inner, params["lora_B"].to(x.dtype))
+
+    def factors(self, params: Params) -> Factors:
+        return Factors(params["lora_A"].t(), params["lora_B"].t())
 
     def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:
         params = cast(params, weight.dtype)
@@ -100,11 +104,6 @@ def lora(
     x (..., in), weight (out, in), lora_A (r, in), lora_B (out, r), bias (out,) or None -> (..., out).
     """
     return apply_to_tokens(_Lora, x, weight, bias, lora_A, lora_B, product=product, extra=(scale,))
-
-
-def scaled_product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """scale a b, for matrices, in one operation."""
-    return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scale)
 
 
 class _Lora(Function):

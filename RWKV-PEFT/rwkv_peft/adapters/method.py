@@ -13,6 +13,7 @@ from torch import nn
 
 from ..config import AdapterConfig
 from ..errors import UserError
+from .around import Factors, Opened, closed, opened
 from .product import Frozen
 from .quant import roundtrip
 
@@ -55,7 +56,8 @@ class Method(ABC):
     parameters are the tensors that train, constants those that a file holds besides; idle are those of both that change
     nothing by themselves. mini methods have a mini_rank, scaled ones an alpha, dropout ones take dropout; residual ones
     train on a base that something was taken out of; from_gradient ones start from the gradient of the loss.
-    learning_rates are (tensor, AdapterConfig field that multiplies its rate).
+    learning_rates are (tensor, AdapterConfig field that multiplies its rate). around_square: a layer before a squared
+    relu and one after it can leave their parts of low rank to its kernel, by `opened`, `sums` and `closed`.
 
     hf_names are the init_weights of Hugging Face peft's BONE and MISS that mean this method, first the one that its
     files say, and hf_dims the dimensions of its tensor there. in_rwkv_peft: RWKV-PEFT's files hold its tensors as they
@@ -78,6 +80,7 @@ class Method(ABC):
     dropout = False
     residual = False
     from_gradient = False
+    around_square = False
     learning_rates: tuple[tuple[str, str], ...] = ()
     hf_names: tuple[bool | str, ...] = ()
     hf_dims = 2
@@ -131,6 +134,25 @@ class Method(ABC):
         """y = x W'ᵀ + bias without forming W': x (..., in), the Frozen layer W, params {name: tensor} -> (..., out) in
         x's dtype. scale is the layer's; dropout the probability with which an input is hidden from the adapter, 0 but
         for methods that take it."""
+
+    def factors(self, params: Params) -> Factors:
+        """The term that is added to the base's product, where it is of low rank (around_square)."""
+        raise NotImplementedError
+
+    def opened(self, x: torch.Tensor, base: Frozen, params: Params, scale: float) -> Opened:
+        """`apply` before a squared relu, up to the term that its kernel adds."""
+        return opened(x, base, self.factors(params), scale)
+
+    def sums(self, params: Params) -> tuple[bool, torch.Tensor | None]:
+        """Whether `closed` is to be given x down (T, r); down (in, r), or None for the sum over shards."""
+        return True, self.factors(params).down
+
+    def closed(
+        self, x: torch.Tensor, right: torch.Tensor | None, base: Frozen, params: Params, scale: float
+    ) -> torch.Tensor:
+        """`apply` after a squared relu, whose kernel gives `sums`."""
+        assert right is not None  # as `sums` has it
+        return closed(x, right, base, self.factors(params), scale)
 
     @abstractmethod
     def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:

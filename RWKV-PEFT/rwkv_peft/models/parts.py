@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
 from ..ops import adding
-from ..ops.mix import norm_lerp
+from ..ops.mix import low_square, norm_lerp, relu_square
 from .state import TIME_STATE, LayerState, State, swapped
 
 HeadFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, weight of the head) -> what stands for logits
@@ -23,6 +23,37 @@ class AddedLinear(nn.Linear):
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """x (..., in), residual (..., out) -> their sum, (..., out)."""
         return adding.linear(x, self.weight, residual)
+
+
+class AroundSquare(Protocol):
+    """A linear layer before or after a squared relu that may leave a part of low rank to its kernel, as low_square has
+    it: what is added to the square's input, or what is made of the square."""
+
+    rank: int
+
+    def around_square(self, x: torch.Tensor, channels: int) -> bool:
+        """Whether it does, where the square has so many channels and its input is like x."""
+
+    def opened(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Before: x (B, T, in) -> the square's input (B, T, out), and left and up, whose product is to be added."""
+
+    def sums(self) -> tuple[bool, torch.Tensor | None]:
+        """After: whether it wants right = square down, and down."""
+
+    def closed(self, x: torch.Tensor, right: torch.Tensor | None, *residual: torch.Tensor) -> torch.Tensor:
+        """After: the square (B, T, in) and right -> (B, T, out)."""
+
+
+def feed_forward(key: nn.Module, value: nn.Module, x: torch.Tensor, *residual: torch.Tensor) -> torch.Tensor:
+    """value(max(key(x), 0)², *residual), for linear layers, AroundSquare or not: x (B, T, C) -> (B, T, C)."""
+    channels = cast(nn.Linear, key).out_features
+    before, after = cast(tuple[AroundSquare, AroundSquare], (key, value))
+    if not all([hasattr(one, "around_square") and one.around_square(x, channels) for one in (before, after)]):
+        return value(relu_square(key(x)), *residual)
+    y, left, up = before.opened(x)
+    sums, down = after.sums()
+    square, right = low_square(y, left, up, down, before.rank, sums)
+    return after.closed(square, right, *residual)
 
 
 class MixedNorm(nn.LayerNorm):

@@ -1,12 +1,18 @@
 """The squared relu with terms of low rank around it: its CUDA kernels, run on the CPU through tests/cuda_shim, against
 the float64 plain form; under several orders of the threads."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
 from cuda_shim import shim
 from ops.mix.cases import randn
-from rwkv_peft.ops.mix import cuda, gpu_lerp, low_square, op, relu_square, square
+from rwkv_peft.adapters.inject import inject
+from rwkv_peft.config import AdapterConfig
+from rwkv_peft.models.parts import feed_forward
+from rwkv_peft.ops.mix import cuda, functions, gpu_lerp, low_square, op, relu_square, square
 
 WAYS = ("none", "repeated", "rows", "columns")  # of a term: missing, of the identity, of a matrix as it lies in memory
 
@@ -104,7 +110,7 @@ def test_a_result_that_nobody_uses_counts_as_zeros(kernels, used):
 @pytest.mark.parametrize("rank, width, dtype", [(48, 192, torch.bfloat16), (64, 96, torch.bfloat16), (64, 64, None)])
 def test_shapes_that_no_kernel_has_take_plain_torch(kernels, rank, width, dtype):
     dtype = dtype or torch.float32
-    assert not square.takes(torch.empty(1, 3, width, dtype=dtype), rank)
+    assert not square.takes(dtype, width, rank)
     found = results(case(rank, width, 3, "repeated", "repeated"), rank, dtype)
     assert "LowSquare" not in type(found[0].grad_fn).__name__ and found[1].shape == (3, rank)
 
@@ -123,3 +129,30 @@ def test_the_order_of_threads_changes_no_bit(kernels, order, monkeypatch):
     expected = all_results()
     kernels.set_order(order)
     assert all(map(torch.equal, all_results(), expected))
+
+
+@pytest.mark.parametrize("method, mode", [("bone", "bone"), ("bone", "bat-in"), ("lora", "bat-in")])
+def test_a_feed_forward_with_adapters(kernels, method, mode):
+    """Result and all gradients in bfloat16, at most twice as far from float64 as with the adapters by themselves."""
+    linear = nn.ModuleDict({"key": nn.Linear(64, 192, bias=False), "value": nn.Linear(192, 64, bias=False)})
+    inject(linear, AdapterConfig(method=method, mode=mode, rank=16, alpha=8.0, targets=("key", "value")))
+    with torch.no_grad():
+        for i, parameter in enumerate(linear.parameters()):
+            parameter.copy_(randn(*parameter.shape, seed=i) / parameter.shape[-1] ** 0.5)
+
+    def run(dtype, around):
+        names, layers = [], copy.deepcopy(linear).bfloat16().to(dtype)
+        x = randn(1, 70, 64).bfloat16().to(dtype).requires_grad_()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(square, "call", lambda name, *rest, **sizes: (names.append(name), call(name, *rest, **sizes)))
+            if not around:
+                patch.setattr(square, "takes", lambda *_: False)
+            y = feed_forward(layers["key"], layers["value"], x)
+            y.backward(randn(*y.shape, seed=7).bfloat16().to(dtype))
+        assert [name for name in names if "square" in name] == (["square_forward", "square_backward"] if around else [])
+        return [y, x.grad, *(p.grad for p in layers.parameters() if p.requires_grad)]
+
+    call = functions.call
+    found, plain, true = run(torch.bfloat16, True), run(torch.bfloat16, False), run(torch.float64, False)
+    for x, low, exact in zip(found, plain, true, strict=True):
+        assert (x.double() - exact).norm() <= 2 * (low.double() - exact).norm()

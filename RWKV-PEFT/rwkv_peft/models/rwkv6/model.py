@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...ops.mix import gated_residual, norm_ddlerp, relu_square
+from ...ops.mix import gated_residual, norm_ddlerp
 from ...ops.wkv6 import wkv6_gated
-from ..parts import AddedLinear, LanguageModel, MixedNorm, Recurrent, count_sequences
+from ..parts import AddedLinear, LanguageModel, MixedNorm, Recurrent, count_sequences, feed_forward
 from ..state import LayerState
 from .keys import RWKV6Config
 
@@ -135,7 +135,7 @@ class ChannelMix(nn.Module):
         sigmoid (B, T, C), last normalized token (B, C)."""
         maa = torch.cat((self.time_maa_k, self.time_maa_r)).view(2, -1)
         x, last, (xk, xr) = norm(x, maa, shift, cu_seqlens)
-        return x, self.value(relu_square(self.key(xk))), self.receptance(xr), last
+        return x, feed_forward(self.key, self.value, xk), self.receptance(xr), last
 
 
 class Block(nn.Module):

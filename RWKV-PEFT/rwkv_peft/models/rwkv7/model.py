@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...ops.mix import relu_square, value_residual
+from ...ops.mix import value_residual
 from ...ops.wkv7 import wkv7_gated
-from ..parts import AddedLinear, LanguageModel, MixedNorm, Recurrent, count_sequences
+from ..parts import AddedLinear, LanguageModel, MixedNorm, Recurrent, count_sequences, feed_forward
 from ..state import LayerState
 from .keys import SHIFTS, RWKV7Config
 
@@ -127,7 +127,7 @@ class ChannelMix(nn.Module):
         """x (B, T, C), which `norm` normalizes -> x plus what the feed-forward makes of it (B, T, C), last normalized
         token (B, C)."""
         x, last, (xk,) = norm(x, self.x_k[0], shift, cu_seqlens)
-        return self.value(relu_square(self.key(xk)), x), last
+        return feed_forward(self.key, self.value, xk, x), last
 
 
 class Block(nn.Module):

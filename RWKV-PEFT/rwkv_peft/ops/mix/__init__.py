@@ -13,6 +13,7 @@ from .op import (
     norm_lerp,
     relu_square,
     sigmoid_gate,
+    takes_low_square,
     token_shift,
     value_residual,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "norm_lerp",
     "relu_square",
     "sigmoid_gate",
+    "takes_low_square",
     "token_shift",
     "value_residual",
 ]

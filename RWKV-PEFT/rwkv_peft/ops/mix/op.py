@@ -233,7 +233,7 @@ def low_square(
     the identity, repeated along the channels and cut at F -> out (…, F), right (T, r) or None. On a GPU one pass, whose
     gradients are one more.
     """
-    if square.takes(x, rank) and fused_on_gpu(x, left, up, down):
+    if takes_low_square(x, x.shape[-1], rank, left, up, down):
         return run(square.LowSquare, x.contiguous(), left, up, down, rank, sums)
     if left is not None:
         low = left if left.dim() == 2 else left.sum(0)
@@ -245,6 +245,11 @@ def low_square(
     if down is None:
         rows = F.pad(rows, (0, -rows.shape[-1] % rank))
     return out, rows @ down if down is not None else rows.unflatten(-1, (-1, rank)).sum(1)
+
+
+def takes_low_square(x: Tensor, channels: int, rank: int, *others: Tensor | None) -> bool:
+    """Whether low_square of so many channels is one pass, where its tensors are like x and others."""
+    return square.takes(x.dtype, channels, rank) and fused_on_gpu(x, *others)
 
 
 def _repeated(low: Tensor, width: int) -> Tensor:

@@ -21,8 +21,8 @@ class LowSquare(Function):
     ) -> tuple[Tensor, Tensor | None]:
         ctx.rank, ctx.parts = rank, 0 if left is None or left.dim() == 2 else len(left)
         out, right = _pass("square_forward", x, None, left, up, down, rank, sums)
-        ctx.save_for_backward(out, left if ctx.needs_input_grad[2] else None, up, down)
         ctx.has_left = left is not None
+        ctx.save_for_backward(out, None if up is None else left, up, down)
         ctx.set_materialize_grads(False)  # `right` may have none
         return out, right
 
@@ -34,7 +34,7 @@ class LowSquare(Function):
         turned = None if up is None else up.t(), None if down is None else down.t()
         gx, gleft = _pass("square_backward", grad, out, gright, turned[1], turned[0], ctx.rank, ctx.has_left)
         gup = gdown = None
-        if ctx.needs_input_grad[2]:
+        if left is not None and ctx.needs_input_grad[2]:
             low = left.sum(0) if ctx.parts else left
             gup = _product_like(up, low.t(), gx.flatten(0, -2))
         if ctx.needs_input_grad[3] and gright is not None:
@@ -44,9 +44,9 @@ class LowSquare(Function):
         return gx, gleft, gup, gdown, None, None
 
 
-def takes(x: Tensor, rank: int) -> bool:
-    """Whether kernels are for terms of a rank around x (…, F), which may be without data: their tiles are whole."""
-    return x.dtype == torch.bfloat16 and rank in cuda.SQUARE_RANKS and x.shape[-1] % cuda.SQUARE_CHANNELS == 0
+def takes(dtype: torch.dtype, channels: int, rank: int) -> bool:
+    """Whether kernels are for terms of a rank around so many channels: their tiles are whole."""
+    return dtype == torch.bfloat16 and rank in cuda.SQUARE_RANKS and channels % cuda.SQUARE_CHANNELS == 0
 
 
 def _pass(

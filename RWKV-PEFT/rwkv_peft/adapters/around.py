@@ -1,0 +1,140 @@
+"""Adapters before and after a squared relu that leave their parts of low rank to its kernel, on a GPU.
+
+The layer before leaves its own term open: y = W x + b, and left and up, whose product is still to be added. The layer
+after is given right, what its first factor makes of the square. What each does with its frozen weight is then a plain
+product, to which nothing is added in memory. ops/mix's low_square does the rest, and gives the gradients of left and of
+the factors that it reads.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from ..ops.bone import plus_tiled, shard_sum
+from .product import Frozen, Product
+from .tokens import weight_gradient
+
+
+class Opened(NamedTuple):
+    """A layer's result without its adapter's term left up: y (..., out); left (T, r), or (n, T, r) to be added up; up
+    (r, out), or None for the identity, repeated along the outputs."""
+
+    y: torch.Tensor
+    left: torch.Tensor
+    up: torch.Tensor | None
+
+
+class Factors(NamedTuple):
+    """An adapter's term as scale x down up: down (in, r), or None for the sum over shards; up (r, out)."""
+
+    down: torch.Tensor | None
+    up: torch.Tensor
+
+
+def opened(x: torch.Tensor, base: Frozen, factors: Factors, scale: float) -> Opened:
+    """The layer before the square: x (..., in)."""
+    rows = x.reshape(-1, x.shape[-1])
+    y, left = _Before.apply(rows, base.weight, base.bias, factors.down, len(factors.up), base.product, scale)
+    return Opened(y.view(*x.shape[:-1], y.shape[-1]), left, factors.up)
+
+
+def closed(x: torch.Tensor, right: torch.Tensor, base: Frozen, factors: Factors, scale: float) -> torch.Tensor:
+    """The layer after the square x (..., in), given right = x down (T, r): -> (..., out)."""
+    rows = x.reshape(-1, x.shape[-1])
+    y = _After.apply(rows, right, base.weight, base.bias, factors.up, base.product, scale)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def scaled_product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale a b, for matrices, in one operation."""
+    return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scale)
+
+
+class _Before(Function):
+    """x (T, in), weight, bias or None, down (in, r) or None -> W x + bias (T, out), left = scale x down (T, r)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        down: torch.Tensor | None,
+        rank: int,
+        product: Product,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.product, ctx.scale = product, scale
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None, weight, down)
+        left = shard_sum(x, rank) if down is None else scaled_product(x, down, scale)
+        return product.forward(x, weight, bias), left
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor, g_left: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, down = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_down = ctx.needs_input_grad[:4]
+        dx = None
+        if need_x and down is None:
+            dx = plus_tiled(
+                g_left,
+                ctx.product.shape(weight)[1],
+                lambda: ctx.product.backward(g, weight),
+                lambda dx: ctx.product.add_backward_(dx, g, weight),
+            )
+        elif need_x:
+            dx = scaled_product(g_left, down.t(), ctx.scale)
+            ctx.product.add_backward_(dx, g, weight)
+        return (
+            dx,
+            weight_gradient(g, x).to(weight.dtype) if need_weight else None,
+            g.sum(0) if need_bias else None,
+            scaled_product(g_left.t(), x, ctx.scale).t() if need_down else None,  # as the factor lies in memory
+            None,
+            None,
+            None,
+        )
+
+
+class _After(Function):
+    """x (T, in), right (T, r), weight, bias or None, up (r, out) -> W x + bias + scale right up (T, out)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        right: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        up: torch.Tensor,
+        product: Product,
+        scale: float,
+    ) -> torch.Tensor:
+        ctx.product, ctx.scale = product, scale
+        ctx.save_for_backward(
+            x if ctx.needs_input_grad[2] else None, right if ctx.needs_input_grad[4] else None, weight, up
+        )
+        y = scaled_product(right, up, scale)
+        product.add_forward_(y, x, weight, bias)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, right, weight, up = ctx.saved_tensors
+        need_x, need_right, need_weight, need_bias, need_up = ctx.needs_input_grad[:5]
+        g_up = None
+        if need_up:  # as it lies in memory
+            rows = up.is_contiguous()
+            g_up = scaled_product(right.t(), g, ctx.scale) if rows else scaled_product(g.t(), right, ctx.scale).t()
+        return (
+            ctx.product.backward(g, weight) if need_x else None,
+            scaled_product(g, up.t(), ctx.scale) if need_right else None,
+            weight_gradient(g, x).to(weight.dtype) if need_weight else None,
+            g.sum(0) if need_bias else None,
+            g_up,
+            None,
+            None,
+        )
