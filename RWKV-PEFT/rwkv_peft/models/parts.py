@@ -50,9 +50,8 @@ def feed_forward(key: nn.Module, value: nn.Module, x: torch.Tensor, *residual: t
     before, after = cast(tuple[AroundSquare, AroundSquare], (key, value))
     if not all([hasattr(one, "around_square") and one.around_square(x, channels) for one in (before, after)]):
         return value(relu_square(key(x)), *residual)
-    y, left, up = before.opened(x)
     sums, down = after.sums()
-    square, right = low_square(y, left, up, down, before.rank, sums)
+    square, right = low_square(*before.opened(x), down, before.rank, sums)  # its input is in memory no longer than that
     return after.closed(square, right, *residual)
 
 
