@@ -19,15 +19,16 @@ import torch
 from rwkv_peft.adapters.bat_in import bat_in
 from rwkv_peft.adapters.bat_out import bat_out
 from rwkv_peft.adapters.bone import bone
+from rwkv_peft.adapters.lora import lora
+from rwkv_peft.ops import adding, mix
 from rwkv_peft.ops import bone as bone_ops
 from rwkv_peft.ops import cross_entropy as loss_ops
-from rwkv_peft.ops import mix
 from rwkv_peft.ops.wkv6 import wkv6_gated
 from rwkv_peft.ops.wkv7 import wkv7_gated
 
 T, C, H, N = 300, 512, 8, 64
 REPEATS = 20
-ROWS, HEADS = (2, T, C), (2, T, H, N)
+ROWS, HEADS, SUM = (2, T, C), (2, T, H, N), (2, T, 256)
 VECTOR, HEADS_VECTOR = (1, 1, C), (H, N)
 LOW = ((2, T, 5 * 32), (5, 32, C))
 DDLERP = {rank: ((1, C), (C, 5 * rank), (5, C), (5, rank, C), (C, 2 * rank)) for rank in (32, 64)}
@@ -60,6 +61,11 @@ def gated_wkv6(r, k, v, w, g, u, *parameters):
 def gated_wkv7(r, w, k, v, low, again, g, a0, k_k, k_a, *parameters):
     """wkv7 with keys, norm, bonus and gate; k_k and k_a about 1, as models have them."""
     return wkv7_gated((r, w, k, v, low), (a0, 1 + k_k, 1 + k_a), again, g, *parameters, 64e-5)
+
+
+def with_residual(method):
+    """A method whose product adds a residual, which comes last."""
+    return lambda *inputs: method(*inputs[:-1], residual=inputs[-1])
 
 
 def loss(logits):
@@ -98,6 +104,10 @@ OPS = {
     "bat-in-scaled": (partial(bat_in, scale=5.0), (ROWS, (256, C), (C // 64, 64, 64)), (0, 2)),
     "bat-out": (bat_out, (ROWS, (256, C), (4, 64, 64)), (0, 2)),
     "bone": (bone, (ROWS, (256, C), (64, 256)), (0, 2)),
+    "residual": (adding.linear, (ROWS, (256, C), SUM), None),
+    "residual, bat-in": (with_residual(bat_in), (ROWS, (256, C), (C // 64, 64, 64), SUM), (0, 2, 3)),
+    "residual, bone": (with_residual(bone), (ROWS, (256, C), (64, 256), SUM), (0, 2, 3)),
+    "residual, lora": (with_residual(lora), (ROWS, (256, C), (64, C), (256, 64), SUM), (0, 2, 3, 4)),
     "loss": (loss, ((300, 65536),), ()),
 }
 
@@ -117,6 +127,7 @@ def results(name, inputs, dtype, device, kernels=True):
     with ExitStack() as stack:
         if not kernels:
             stack.enter_context(patch.object(mix.op, "fused", lambda *_: False))
+            stack.enter_context(patch.object(adding, "inside_product", lambda *_: False))
             stack.enter_context(patch.object(bone_ops.op, "backend", lambda *_, **__: None))
             stack.enter_context(patch.object(loss_ops.op, "backend", lambda *_: None))
         outs = function(*leaves)

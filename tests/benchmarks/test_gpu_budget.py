@@ -12,12 +12,15 @@ SOURCE = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_budget.py"
 # launches, units of (T, C) at 2048 channels
 LIMITS = {
     ("x060", "frozen"): (36, 78),
-    ("x060", "bat-in"): (77, 161),
-    ("x060", "bone"): (77, 135),
-    ("x060", "bat-out"): (93, 155),
-    ("x060", "lora"): (85, 146),
+    ("x060", "bat-in"): (76, 159),
+    ("x060", "bone"): (76, 133),
+    ("x060", "bat-out"): (92, 152),
+    ("x060", "lora"): (84, 144),
     ("x070", "frozen"): (45, 111),
-    ("x070", "bat-in"): (77, 185),
+    ("x070", "bat-in"): (75, 181),
+    ("x070", "bone"): (75, 159),
+    ("x070", "bat-out"): (87, 178),
+    ("x070", "lora"): (81, 169),
 }
 
 

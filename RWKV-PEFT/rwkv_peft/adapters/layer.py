@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from ..config import AdapterConfig
-from ..ops.adding import added
 from .method import Method, Params
 from .product import DENSE, Frozen, Product
 from .quant import QuantizedProduct, quantize
@@ -58,10 +57,10 @@ class AdapterLinear(nn.Module):
         if self.untrained:
             first = self.method.first(params)
             if first is None:
-                return added(linear(x, base.weight, base.bias, product=base.product), residual)
+                return linear(x, base.weight, base.bias, product=base.product, residual=residual)
             params = first
         dropout = self.dropout if self.training and not self.untrained else 0.0
-        return added(self.method.apply(x, base, params, self.scale, dropout), residual)
+        return self.method.apply(x, base, params, self.scale, dropout, residual)
 
     def quantize(self, kind: str) -> None:
         """Replace the weight by its quantized form ("nf4" or "int8"); it is frozen from then on."""

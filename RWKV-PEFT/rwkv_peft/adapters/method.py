@@ -127,10 +127,18 @@ class Method(ABC):
         return None
 
     @abstractmethod
-    def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
+    def apply(
+        self,
+        x: torch.Tensor,
+        base: Frozen,
+        params: Params,
+        scale: float,
+        dropout: float,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """y = x W'ᵀ + bias without forming W': x (..., in), the Frozen layer W, params {name: tensor} -> (..., out) in
-        x's dtype. scale is the layer's; dropout the probability with which an input is hidden from the adapter, 0 but
-        for methods that take it."""
+        x's dtype, added to a residual (..., out) where there is one. scale is the layer's; dropout the probability with
+        which an input is hidden from the adapter, 0 but for methods that take it."""
 
     @abstractmethod
     def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:
