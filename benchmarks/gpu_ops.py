@@ -19,15 +19,16 @@ import torch
 from rwkv_peft.adapters.bat_in import bat_in
 from rwkv_peft.adapters.bat_out import bat_out
 from rwkv_peft.adapters.bone import bone
+from rwkv_peft.adapters.lora import lora
+from rwkv_peft.ops import adding, mix
 from rwkv_peft.ops import bone as bone_ops
 from rwkv_peft.ops import cross_entropy as loss_ops
-from rwkv_peft.ops import mix
 from rwkv_peft.ops.wkv6 import wkv6_gated
 from rwkv_peft.ops.wkv7 import wkv7_gated
 
 T, C, H, N = 300, 512, 8, 64
 REPEATS = 20
-ROWS, HEADS = (2, T, C), (2, T, H, N)
+ROWS, HEADS, SUM = (2, T, C), (2, T, H, N), (2, T, 256)
 VECTOR, HEADS_VECTOR = (1, 1, C), (H, N)
 LOW = ((2, T, 5 * 32), (5, 32, C))
 DDLERP = {rank: ((1, C), (C, 5 * rank), (5, C), (5, rank, C), (C, 2 * rank)) for rank in (32, 64)}
@@ -72,6 +73,11 @@ def shard_square(x, left):
     return mix.low_square(x, left, None, None, 64)
 
 
+def with_residual(method):
+    """A method whose product adds a residual, which comes last."""
+    return lambda *inputs: method(*inputs[:-1], residual=inputs[-1])
+
+
 def loss(logits):
     """The loss and its gradient, as if that were a result."""
     targets = torch.arange(logits.shape[0], device=logits.device)
@@ -110,6 +116,10 @@ OPS = {
     "bat-in-scaled": (partial(bat_in, scale=5.0), (ROWS, (256, C), (C // 64, 64, 64)), (0, 2)),
     "bat-out": (bat_out, (ROWS, (256, C), (4, 64, 64)), (0, 2)),
     "bone": (bone, (ROWS, (256, C), (64, 256)), (0, 2)),
+    "residual": (adding.linear, (ROWS, (256, C), SUM), None),
+    "residual, bat-in": (with_residual(bat_in), (ROWS, (256, C), (C // 64, 64, 64), SUM), (0, 2, 3)),
+    "residual, bone": (with_residual(bone), (ROWS, (256, C), (64, 256), SUM), (0, 2, 3)),
+    "residual, lora": (with_residual(lora), (ROWS, (256, C), (64, C), (256, 64), SUM), (0, 2, 3, 4)),
     "loss": (loss, ((300, 65536),), ()),
 }
 
@@ -129,6 +139,7 @@ def results(name, inputs, dtype, device, kernels=True):
     with ExitStack() as stack:
         if not kernels:
             stack.enter_context(patch.object(mix.op, "fused", lambda *_: False))
+            stack.enter_context(patch.object(adding, "inside_product", lambda *_: False))
             stack.enter_context(patch.object(bone_ops.op, "backend", lambda *_, **__: None))
             stack.enter_context(patch.object(loss_ops.op, "backend", lambda *_: None))
         outs = function(*leaves)

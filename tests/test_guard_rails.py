@@ -1,5 +1,6 @@
 """The table of commands holds: each can be imported and asked for help, and what is wrong is said in one line."""
 
+import argparse
 import importlib
 import re
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_peft import commands
+from rwkv_peft.cli import Parser
 from rwkv_peft.commands import COMMANDS
 from rwkv_peft.errors import UserError
 
@@ -46,6 +48,29 @@ def test_each_command_helps(command, capsys):
         commands.main([command.name, "--help"])
     assert exit_info.value.code == 0
     assert capsys.readouterr().out.startswith("usage: ")
+
+
+class Asked(Exception):
+    """A command asks its parser."""
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=NAMES)
+def test_help_has_a_word_on_each_flag_and_its_default(command, monkeypatch):
+    if command.needs:
+        pytest.importorskip("peft")
+
+    def asked(parser, *arguments):
+        raise Asked(parser)
+
+    for name in ("parse_args", "parse_known_args"):
+        monkeypatch.setattr(Parser, name, asked)
+    with pytest.raises(Asked) as caught:
+        commands.main([command.name])
+    (parser,) = caught.value.args
+    for action in parser._actions:
+        assert action.help, f"{action.dest} has no help"
+        if action.default and action.default != argparse.SUPPRESS:
+            assert "default" in parser._get_formatter()._expand_help(action), f"{action.dest} does not tell its default"
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=NAMES)

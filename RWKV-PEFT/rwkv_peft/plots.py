@@ -167,11 +167,13 @@ def plot_loss(metrics_jsonl: str | Path, out_png: str | Path) -> None:
 def plot_heat(
     rows: Sequence[int], columns: Sequence[str], cells: Mapping[tuple[int, str], float], out_png: str | Path
 ) -> None:
-    """Draw a grid of numbers in percent: a row for each layer, a column for each matrix; white without one."""
+    """Draw a grid of numbers in percent: a row for each layer, a column for each matrix; white without one, and inf as
+    the largest of the others."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    values = [[100 * cells.get((layer, name), float("nan")) for name in columns] for layer in rows]
+    largest = max(filter(math.isfinite, cells.values()), default=1.0)
+    values = [[100 * min(cells.get((layer, name), math.nan), largest) for name in columns] for layer in rows]
     figure = Figure(figsize=(2.5 + 0.5 * len(columns), 2.4 + 0.22 * len(rows)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -10,6 +10,7 @@ from torch import nn
 from rwkv_peft.adapters.layer import AdapterLinear, untrained
 from rwkv_peft.adapters.methods import METHODS
 from rwkv_peft.models.parts import feed_forward
+from rwkv_peft.ops import adding
 
 AROUND = [name for name, method in METHODS.items() if method.around_square]
 
@@ -59,6 +60,13 @@ def test_the_results_are_those_of_the_layers_by_themselves(adapt, variant, bias,
             apart, together = both(layers, patch)
         for found, true in zip(together, apart, strict=True):
             torch.testing.assert_close(found, true, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", AROUND)
+def test_the_product_after_adds_the_residual_itself(adapt, variant, monkeypatch):
+    monkeypatch.setattr(adding, "inside_product", lambda *_: True)
+    for found, true in zip(*both(two_layers(adapt, variant), monkeypatch), strict=True):
+        torch.testing.assert_close(found, true, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("variant", ("bone", "lora", "bat-in"))

@@ -12,12 +12,15 @@ SOURCE = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_budget.py"
 # launches, units of (T, C) at 2048 channels
 LIMITS = {
     ("x060", "frozen"): (36, 78),
-    ("x060", "bat-in"): (76, 155),
-    ("x060", "bone"): (75, 122),
-    ("x060", "bat-out"): (93, 155),
-    ("x060", "lora"): (83, 133),
+    ("x060", "bat-in"): (75, 153),
+    ("x060", "bone"): (74, 120),
+    ("x060", "bat-out"): (92, 152),
+    ("x060", "lora"): (82, 131),
     ("x070", "frozen"): (45, 111),
-    ("x070", "bat-in"): (76, 178),
+    ("x070", "bat-in"): (74, 174),
+    ("x070", "bone"): (73, 144),
+    ("x070", "bat-out"): (87, 178),
+    ("x070", "lora"): (79, 154),
 }
 
 

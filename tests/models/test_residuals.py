@@ -4,12 +4,16 @@ all gradients."""
 import pytest
 import torch
 
+from rwkv_peft.adapters.inject import inject
+from rwkv_peft.config import AdapterConfig
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.ops import adding
 
 
-def model_of(family, checkpoint):
+def model_of(family, method, checkpoint):
+    """A random model, whole or with adapters."""
     model = family.build(family.new_dimensions(2, 64, 40), checkpoint).double()
+    inject(model, AdapterConfig(method=method, rank=8), family=family)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -28,9 +32,10 @@ def step(model, tokens, cu_seqlens):
 
 @pytest.mark.parametrize("checkpoint", (False, True))
 @pytest.mark.parametrize("lengths", [None, (3, 1, 8)], ids=("rows", "packed"))
+@pytest.mark.parametrize("method", ("none", "bone", "lora"))
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_a_step_is_the_same(family, lengths, checkpoint, monkeypatch):
-    model = model_of(family, checkpoint)
+def test_a_step_is_the_same(family, method, lengths, checkpoint, monkeypatch):
+    model = model_of(family, method, checkpoint)
     bounds = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
     tokens = torch.arange(12).view(2, 6) if lengths is None else torch.arange(12)[None]
     expected = step(model, tokens, bounds)

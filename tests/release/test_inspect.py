@@ -117,6 +117,19 @@ def test_a_grid_has_a_place_for_every_tensor():
     assert lines[3].split() == ["emb.weight", "5", "░"]
 
 
+@pytest.mark.parametrize("others", [0.0, 0.1])
+def test_a_matrix_of_a_new_model_that_was_zero_is_told(folder, tmp_path, capsys, others):
+    fresh = torch.load(folder / "base.pth") | {"blocks.0.att.output.weight": torch.zeros(64, 64)}
+    moved = fresh | {"blocks.0.att.output.weight": torch.ones(64, 64)}
+    moved["blocks.1.att.output.weight"] = (1 + others) * fresh["blocks.1.att.output.weight"]
+    for name, state in (("fresh", fresh), ("moved", moved)):
+        torch.save(state, tmp_path / f"{name}.pth")
+    words = (tmp_path / "moved.pth", "--base_model", tmp_path / "fresh.pth", "--output", tmp_path / "heat.png")
+    rows = [line.split() for line in inspect(capsys, *words).splitlines() if line.startswith("    ")]
+    assert rows[-2 if others else -1] == ["0", "inf", "█"]
+    assert not others or (rows[-1][0], rows[-1][2]) == ("1", "█")
+
+
 @pytest.mark.parametrize(
     "words, message",
     [

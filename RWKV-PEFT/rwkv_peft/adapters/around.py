@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ..ops.bone import plus_tiled, shard_sum
 from .product import Frozen, Product
-from .tokens import weight_gradient
+from .tokens import apply_to_tokens, weight_gradient
 
 
 class Opened(NamedTuple):
@@ -40,16 +40,28 @@ def opened(x: torch.Tensor, base: Frozen, factors: Factors, scale: float) -> Ope
     return Opened(y.view(*x.shape[:-1], y.shape[-1]), left, factors.up)
 
 
-def closed(x: torch.Tensor, right: torch.Tensor, base: Frozen, factors: Factors, scale: float) -> torch.Tensor:
-    """The layer after the square x (..., in), given right = x down (T, r): -> (..., out)."""
-    rows = x.reshape(-1, x.shape[-1])
-    y = _After.apply(rows, right, base.weight, base.bias, factors.up, base.product, scale)
-    return y.view(*x.shape[:-1], y.shape[-1])
+def closed(
+    x: torch.Tensor,
+    right: torch.Tensor,
+    base: Frozen,
+    factors: Factors,
+    scale: float,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The layer after the square x (..., in), given right = x down (T, r): -> (..., out), added to a residual where
+    there is one."""
+    weight, bias, product = base
+    params = right, factors.up
+    return apply_to_tokens(_After, x, weight, bias, *params, product=product, residual=residual, extra=(scale,))
 
 
-def scaled_product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """scale a b, for matrices, in one operation."""
-    return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scale)
+def scaled_product(
+    a: torch.Tensor, b: torch.Tensor, scale: float, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """scale a b, for matrices, added to a residual where there is one, in one operation."""
+    if residual is None:
+        return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scale)
+    return torch.addmm(residual, a, b, alpha=scale)
 
 
 class _Before(Function):
@@ -99,24 +111,25 @@ class _Before(Function):
 
 
 class _After(Function):
-    """x (T, in), right (T, r), weight, bias or None, up (r, out) -> W x + bias + scale right up (T, out)."""
+    """x (T, in), weight, bias or None, residual (T, out) or None, right (T, r), up (r, out) -> their sum (T, out): W x,
+    bias, residual and scale right up."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        right: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        right: torch.Tensor,
         up: torch.Tensor,
         product: Product,
         scale: float,
     ) -> torch.Tensor:
         ctx.product, ctx.scale = product, scale
-        ctx.save_for_backward(
-            x if ctx.needs_input_grad[2] else None, right if ctx.needs_input_grad[4] else None, weight, up
-        )
-        y = scaled_product(right, up, scale)
+        needs = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs[1] else None, right if needs[5] else None, weight, up)
+        y = scaled_product(right, up, scale, residual)
         product.add_forward_(y, x, weight, bias)
         return y
 
@@ -124,16 +137,17 @@ class _After(Function):
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, right, weight, up = ctx.saved_tensors
-        need_x, need_right, need_weight, need_bias, need_up = ctx.needs_input_grad[:5]
+        need_x, need_weight, need_bias, need_residual, need_right, need_up = ctx.needs_input_grad[:6]
         g_up = None
         if need_up:  # as it lies in memory
             rows = up.is_contiguous()
             g_up = scaled_product(right.t(), g, ctx.scale) if rows else scaled_product(g.t(), right, ctx.scale).t()
         return (
             ctx.product.backward(g, weight) if need_x else None,
-            scaled_product(g, up.t(), ctx.scale) if need_right else None,
             weight_gradient(g, x).to(weight.dtype) if need_weight else None,
             g.sum(0) if need_bias else None,
+            g if need_residual else None,
+            scaled_product(g, up.t(), ctx.scale) if need_right else None,
             g_up,
             None,
             None,

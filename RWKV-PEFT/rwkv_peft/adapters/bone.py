@@ -37,8 +37,16 @@ class Bone(Method):
     def shapes(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Shapes:
         return {"bone": (rank, out_features)}
 
-    def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
-        return bone(x, base.weight, params["bone"], base.bias, product=base.product)
+    def apply(
+        self,
+        x: torch.Tensor,
+        base: Frozen,
+        params: Params,
+        scale: float,
+        dropout: float,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return bone(x, base.weight, params["bone"], base.bias, product=base.product, residual=residual)
 
     def factors(self, params: Params) -> Factors:
         return Factors(None, params["bone"])
@@ -114,42 +122,52 @@ def bone(
     bias: torch.Tensor | None = None,
     *,
     product: Product = DENSE,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Dimension sharding: W'[o, i] = W[o, i] + D[i mod r, o mod m].
 
     x (..., in), weight (out, in), bone (r, m) where m divides out (m = out is Bone, less is its
-    mini form), bias (out,) or None -> (..., out) in x's dtype. in need not be a multiple of r.
+    mini form), bias (out,) or None, residual (..., out) or None, which is added -> (..., out) in x's dtype. in need not
+    be a multiple of r.
     """
-    return apply_to_tokens(_Bone, x, weight, bias, bone, product=product)
+    return apply_to_tokens(_Bone, x, weight, bias, bone, product=product, residual=residual)
 
 
 class _Bone(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, bone: torch.Tensor, product: Product
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        bone: torch.Tensor,
+        product: Product,
     ) -> torch.Tensor:
         rank, width = bone.shape
         total = shard_sum(x, rank)
         ctx.product = product
         ctx.save_for_backward(
-            x if ctx.needs_input_grad[1] else None, weight, bone, total if ctx.needs_input_grad[3] else None
+            x if ctx.needs_input_grad[1] else None, weight, bone, total if ctx.needs_input_grad[4] else None
         )
-        own, out_features = total @ bone, product.shape(weight)[0]
+        out_features = product.shape(weight)[0]
         if width < out_features:
             return plus_tiled(
-                own,
+                total @ bone,
                 out_features,
-                lambda: product.forward(x, weight, bias),
+                lambda: product.forward(x, weight, bias, residual),
                 lambda y: product.add_forward_(y, x, weight, bias),
+                residual,
             )
-        product.add_forward_(own, x, weight, bias)
-        return own
+        y = total @ bone if residual is None else torch.addmm(residual, total, bone)
+        product.add_forward_(y, x, weight, bias)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, bone, total = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_bone = ctx.needs_input_grad[:4]
+        need_x, need_weight, need_bias, need_residual, need_bone = ctx.needs_input_grad[:5]
         rank, width = bone.shape
         folded = g if width == g.shape[1] else split_shards(g, width).sum(1)  # (T, m)
         dx = None
@@ -164,6 +182,7 @@ class _Bone(Function):
             dx,
             weight_gradient(g, x).to(weight.dtype) if need_weight else None,
             g.sum(0) if need_bias else None,
+            g if need_residual else None,
             total.t() @ folded if need_bone else None,
             None,
         )

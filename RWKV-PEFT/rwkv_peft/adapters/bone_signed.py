@@ -37,8 +37,17 @@ class BoneSigned(Bone):
         signs = constants["bone_signs"].to(layer.weight.device, layer.weight.dtype)
         layer.register_buffer("bone_signs", signs, persistent=False)
 
-    def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
-        return bone_signed(x, base.weight, params["bone"], params["bone_signs"], base.bias, product=base.product)
+    def apply(
+        self,
+        x: torch.Tensor,
+        base: Frozen,
+        params: Params,
+        scale: float,
+        dropout: float,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        bone, signs = params["bone"], params["bone_signs"]
+        return bone_signed(x, base.weight, bone, signs, base.bias, product=base.product, residual=residual)
 
     def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:
         return super().delta(weight, params, scale) * params["bone_signs"].to(weight.dtype)
@@ -62,13 +71,14 @@ def bone_signed(
     bias: torch.Tensor | None = None,
     *,
     product: Product = DENSE,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Dimension sharding with signs: W'[o, i] = W[o, i] + s_i D[i mod r, o].
 
-    x (..., in), weight (out, in), bone (r, out), signs (in,), bias (out,) or None -> (..., out) in x's dtype. in need
-    not be a multiple of r.
+    x (..., in), weight (out, in), bone (r, out), signs (in,), bias (out,) or None, residual (..., out) or None, which
+    is added -> (..., out) in x's dtype. in need not be a multiple of r.
     """
-    return lora(x, weight, sketch(signs, bone.shape[0]), bone.t(), bias, product=product)
+    return lora(x, weight, sketch(signs, bone.shape[0]), bone.t(), bias, product=product, residual=residual)
 
 
 def sketch(signs: torch.Tensor, rank: int) -> torch.Tensor:

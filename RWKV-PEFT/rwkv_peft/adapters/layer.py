@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..config import AdapterConfig
-from ..ops.adding import added, autocasts
+from ..ops.adding import autocasts
 from ..ops.mix import takes_low_square
 from .around import Opened
 from .method import Method, Params
@@ -69,10 +69,10 @@ class AdapterLinear(nn.Module):
         if self.untrained:
             first = self.method.first(params)
             if first is None:
-                return added(linear(x, base.weight, base.bias, product=base.product), residual)
+                return linear(x, base.weight, base.bias, product=base.product, residual=residual)
             params = first
         dropout = self.dropout if self.training and not self.untrained else 0.0
-        return added(self.method.apply(x, base, params, self.scale, dropout), residual)
+        return self.method.apply(x, base, params, self.scale, dropout, residual)
 
     def around_square(self, x: torch.Tensor, channels: int) -> bool:
         """Whether the layer, before or after a squared relu of so many channels, leaves its part of low rank to its
@@ -95,8 +95,8 @@ class AdapterLinear(nn.Module):
         return self.method.sums(self.params)
 
     def closed(self, x: torch.Tensor, right: torch.Tensor | None, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """`forward` after such a square, x (..., in), of which its kernel has made right (T, r)."""
-        return added(self.method.closed(x, right, self.frozen, self.params, self.scale), residual)
+        """`forward` after such a square, x (..., in), of which its kernel has made right (T, r), or None."""
+        return self.method.closed(x, right, self.frozen, self.params, self.scale, residual)
 
     def quantize(self, kind: str) -> None:
         """Replace the weight by its quantized form ("nf4" or "int8"); it is frozen from then on."""

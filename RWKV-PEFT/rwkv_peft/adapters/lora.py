@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..config import AdapterConfig
+from ..ops.adding import added
 from .around import Factors, scaled_product
 from .method import Layer, Method, Misfit, Params, Shapes, cast, wide
 from .product import DENSE, Frozen, Product
@@ -51,12 +52,22 @@ class Lora(Method):
     def begin(self, layer: Layer, constants: Params) -> None:
         nn.init.kaiming_uniform_(layer.get_parameter("lora_A"), a=math.sqrt(5))
 
-    def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
+    def apply(
+        self,
+        x: torch.Tensor,
+        base: Frozen,
+        params: Params,
+        scale: float,
+        dropout: float,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         weight, bias, product = base
         if not dropout:
-            return lora(x, weight, params["lora_A"], params["lora_B"], bias, scale=scale, product=product)
+            factors = params["lora_A"], params["lora_B"]
+            return lora(x, weight, *factors, bias, scale=scale, product=product, residual=residual)
         inner = F.linear(F.dropout(x, dropout), params["lora_A"].to(x.dtype))
-        return linear(x, weight, bias, product=product) + scale * F.linear(inner, params["lora_B"].to(x.dtype))
+        own = scale * F.linear(inner, params["lora_B"].to(x.dtype))
+        return added(linear(x, weight, bias, product=product, residual=own), residual)
 
     def factors(self, params: Params) -> Factors:
         return Factors(params["lora_A"].t(), params["lora_B"].t())
@@ -98,12 +109,14 @@ def lora(
     *,
     scale: float = 1.0,
     product: Product = DENSE,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Low rank: W' = W + scale B A.
 
-    x (..., in), weight (out, in), lora_A (r, in), lora_B (out, r), bias (out,) or None -> (..., out).
+    x (..., in), weight (out, in), lora_A (r, in), lora_B (out, r), bias (out,) or None, residual (..., out) or None,
+    which is added -> (..., out).
     """
-    return apply_to_tokens(_Lora, x, weight, bias, lora_A, lora_B, product=product, extra=(scale,))
+    return apply_to_tokens(_Lora, x, weight, bias, lora_A, lora_B, product=product, residual=residual, extra=(scale,))
 
 
 class _Lora(Function):
@@ -113,6 +126,7 @@ class _Lora(Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
         lora_A: torch.Tensor,
         lora_B: torch.Tensor,
         product: Product,
@@ -121,13 +135,13 @@ class _Lora(Function):
         inner = x @ lora_A.t()  # (T, r)
         ctx.product, ctx.scale = product, scale
         ctx.save_for_backward(
-            x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None,
+            x if ctx.needs_input_grad[1] or ctx.needs_input_grad[4] else None,
             weight,
             lora_A,
             lora_B,
-            inner if ctx.needs_input_grad[4] else None,
+            inner if ctx.needs_input_grad[5] else None,
         )
-        y = scaled_product(inner, lora_B.t(), scale)
+        y = scaled_product(inner, lora_B.t(), scale, residual)
         product.add_forward_(y, x, weight, bias)
         return y
 
@@ -135,7 +149,7 @@ class _Lora(Function):
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, lora_A, lora_B, inner = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
+        need_x, need_weight, need_bias, need_residual, need_A, need_B = ctx.needs_input_grad[:6]
         g_inner = scaled_product(g, lora_B, ctx.scale) if need_x or need_A else None  # (T, r)
         dx = None
         if need_x and g_inner is not None:
@@ -145,6 +159,7 @@ class _Lora(Function):
             dx,
             weight_gradient(g, x).to(weight.dtype) if need_weight else None,
             g.sum(0) if need_bias else None,
+            g if need_residual else None,
             g_inner.t() @ x if need_A and g_inner is not None else None,
             scaled_product(g.t(), inner, ctx.scale) if need_B else None,
             None,

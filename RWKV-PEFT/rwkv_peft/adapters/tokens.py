@@ -1,9 +1,10 @@
 """What evaluations without a merged weight share: autograd Functions over the flattened tokens.
 
-Each method's function computes y = x W'ᵀ + bias for x (..., in) with a hand-derived backward that saves the least. None
-saves a tensor of the weight's size besides the weight itself, which may be frozen or trainable, dense or quantized (see
-product.py); x too may need no gradient. Under autocast activations and adapter parameters are cast to its dtype; the
-weight is cast for the time of one product. Gradients of gradients are not defined.
+Each method's function computes y = x W'ᵀ + bias for x (..., in), added to a residual (..., out) where there is one,
+with a hand-derived backward that saves the least. None saves a tensor of the weight's size besides the weight itself,
+which may be frozen or trainable, dense or quantized (see product.py); x too may need no gradient. Under autocast
+activations and adapter parameters are cast to its dtype; the weight is cast for the time of one product. Gradients of
+gradients are not defined.
 """
 
 from typing import Any
@@ -12,15 +13,21 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from ..ops import adding
 from ..ops.bone import cpu as kernels
 from .product import DENSE, Product
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, product: Product = DENSE
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    product: Product = DENSE,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The layer without an adapter. Unlike F.linear it keeps no cast or dequantized weight for backward."""
-    return apply_to_tokens(_Linear, x, weight, bias, product=product)
+    return apply_to_tokens(_Linear, x, weight, bias, product=product, residual=residual)
 
 
 def apply_to_tokens(
@@ -30,17 +37,25 @@ def apply_to_tokens(
     bias: torch.Tensor | None,
     *params: torch.Tensor,
     product: Product,
+    residual: torch.Tensor | None,
     extra: tuple[Any, ...] = (),
 ) -> torch.Tensor:
-    """Apply an autograd Function over the flattened tokens of x, in one dtype."""
-    device_type = x.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        x = x.to(torch.get_autocast_dtype(device_type))
-        with torch.autocast(device_type, enabled=False):
-            return apply_to_tokens(function, x, weight, bias, *params, product=product, extra=extra)
-    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (T, in)
-    y = function.apply(tokens, weight, bias, *(param.to(x.dtype) for param in params), product, *extra)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+    """Apply an autograd Function over the flattened tokens of x, in one dtype, and add a residual, or None, of any."""
+    if adding.autocasts(x):
+        kind = x.device.type
+        x = x.to(torch.get_autocast_dtype(kind))
+        with torch.autocast(kind, enabled=False):
+            return apply_to_tokens(function, x, weight, bias, *params, product=product, residual=residual, extra=extra)
+    inside = residual if residual is not None and adding.inside_product(x, residual) else None
+    params = tuple(param.to(x.dtype) for param in params)
+    y = function.apply(_flat(x), weight, bias, None if inside is None else _flat(inside), *params, product, *extra)
+    y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+    return adding.added(y, residual) if inside is None else y
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    """(..., n) -> (T, n)."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def weight_gradient(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -51,20 +66,26 @@ def weight_gradient(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 class _Linear(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, product: Product
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        product: Product,
     ) -> torch.Tensor:
         ctx.product = product
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return product.forward(x, weight, bias)
+        return product.forward(x, weight, bias, residual)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
         return (
             ctx.product.backward(g, weight) if need_x else None,
             weight_gradient(g, x).to(weight.dtype) if need_weight else None,
             g.sum(0) if need_bias else None,
+            g if need_residual else None,
             None,
         )

@@ -10,6 +10,7 @@ does). An optional PREFIX.mask holds a byte a token: 1 where the token counts in
 import os
 import struct
 import time
+import warnings
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -68,19 +69,27 @@ class BinidxDataset:
         self._mapped = {path: os.stat(path) for path in mapped}
 
     def require_unchanged(self) -> None:
-        """Raise UserError where a file has another length, or time of its last change, than when it was opened: reading
-        what is no longer there would end the process by a signal, and what is new would go unnoticed. One that another
+        """Raise UserError where a file has another length than when it was opened: reading what is no longer there
+        would end the process by a signal. One that was written since, or touched, is warned of, once; one that another
         took the name of is read on."""
         for path, before in self._mapped.items():
             with suppress(OSError):  # of a name that is gone
                 now = os.stat(path)
-                same = (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
-                if os.path.samestat(now, before) and not same:
-                    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now.st_mtime))
+                if not os.path.samestat(now, before):
+                    continue
+                if now.st_size != before.st_size:
                     raise UserError(
-                        f"{path} was written over while it is read, at {when}: it has {now.st_size:,} bytes, and had "
+                        f"{path} was written over while it is read: it has {now.st_size:,} bytes, and had "
                         f"{before.st_size:,}; put back what it was, and go on from the last save with --resume"
                     )
+                if now.st_mtime_ns != before.st_mtime_ns:
+                    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now.st_mtime))
+                    warnings.warn(
+                        f"{path} was touched or written over while it is read, at {when}: from here on the tokens are "
+                        "those that it holds now",
+                        stacklevel=2,
+                    )
+                    self._mapped[path] = now
 
     def __len__(self) -> int:
         return len(self.sizes)

@@ -84,12 +84,14 @@ def parser() -> Parser:
     )
     result.add_argument("input", nargs="+", help=KINDS)
     result.add_argument("--output", required=True, metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx")
-    result.add_argument("--tokenizer", default="world", metavar="NAME|FILE", help="world, bytes, or a vocabulary file")
+    result.add_argument(
+        "--tokenizer", default="world", metavar="NAME|FILE", help="world, bytes, or a vocabulary file (default: world)"
+    )
     result.add_argument(
         "--append_eod",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="end each document with the tokenizer's end token",
+        help="end each document with the tokenizer's end token (default: do)",
     )
     result.add_argument(
         "--fields",
@@ -126,7 +128,11 @@ def parser() -> Parser:
     )
     result.add_argument("--shuffle", type=whole, metavar="SEED", help="write the documents in the order of this seed")
     result.add_argument(
-        "--repeat", type=positive, default=1, metavar="N", help="write the documents N times, shuffled anew"
+        "--repeat",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="write the documents N times, shuffled anew (default: 1)",
     )
     result.add_argument(
         "--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)"

@@ -284,7 +284,7 @@ def parse_world_vocabulary(path: Path) -> list[bytes | None]:
 def main(argv: list[str]) -> int:
     parser = Parser(prog="rwkv-peft tokenize", description="Print the token ids of a text.")
     parser.add_argument("tokenizer", help="world, bytes, or a vocabulary file")
-    parser.add_argument("text")
+    parser.add_argument("text", help="the text itself, as it stands")
     options = parser.parse_args(argv)
     print(*load_tokenizer(options.tokenizer).encode(options.text))
     return 0

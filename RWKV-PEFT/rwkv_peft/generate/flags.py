@@ -65,9 +65,14 @@ def build_parser() -> Parser:
         "--presence_penalty",
         type=float,
         default=Sampling.presence_penalty,
-        help="off the logit of tokens generated before",
+        help="off the logit of tokens generated before (default 0)",
     )
-    add("--frequency_penalty", type=float, default=Sampling.frequency_penalty, help="the same for each time they were")
+    add(
+        "--frequency_penalty",
+        type=float,
+        default=Sampling.frequency_penalty,
+        help="the same for each time they were (default 0)",
+    )
     add(
         "--penalty_decay",
         type=float,

@@ -59,7 +59,12 @@ def merge_flags(argv: list[str]) -> argparse.Namespace:
         help="write tuned time states to a file of their own (.pth for RWKV-Runner and ChatRWKV, .st for web-rwkv and "
         "Ai00), and leave them out of --output",
     )
-    parser.add_argument("--output_dtype", choices=DTYPES, default="keep")
+    parser.add_argument(
+        "--output_dtype",
+        choices=DTYPES,
+        default="keep",
+        help="dtype of the merged model's tensors (default: keep, each has its own of the base)",
+    )
     add_source_flags(parser)
     parser.add_argument(
         "--quant",
@@ -67,7 +72,9 @@ def merge_flags(argv: list[str]) -> argparse.Namespace:
         help="quantization of the frozen weights in training (default: what the adapter says)",
     )
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the change, default 1.0")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the arithmetic runs")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where the arithmetic runs (default: cpu)"
+    )
     parser.add_argument(
         "--unmerge", action="store_true", help="take the adapters off a merged --base_model again, last first"
     )
@@ -160,7 +167,7 @@ def convert_flags(argv: list[str]) -> argparse.Namespace:
         description="Models, states and adapters in the formats of other tools, which the names of input and output "
         "tell.",
     )
-    parser.add_argument("input")
+    parser.add_argument("input", help="a file or folder of one of those formats, or the folder of a run")
     parser.add_argument("output", help=".pth, .safetensors / .st / .state, .gguf, or the name of a folder")
     parser.add_argument(
         "--dtype",
@@ -180,7 +187,7 @@ def convert_flags(argv: list[str]) -> argparse.Namespace:
         "--bone_parameter",
         choices=("disha", "bone"),
         default="disha",
-        help="name of Bone's tensors in RWKV-PEFT's files: disha since 2025-02, bone before",
+        help="name of Bone's tensors in RWKV-PEFT's files: disha since 2025-02, which is the default, bone before",
     )
     parser.add_argument(
         "--to",

@@ -1,5 +1,6 @@
 """How far each tensor of a model moved from its base, as a grid of layers and matrices."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -66,9 +67,10 @@ def heat_of(changes: Mapping[str, float]) -> Heat:
 
 
 def text_of(heat: Heat) -> str:
-    """A Heat in percent, each cell with a shade of how much it is of the largest; "" where nothing moved."""
+    """A Heat in percent, each cell with a shade of how much it is of the largest; "" where nothing moved. Of a tensor
+    that was zero the change is inf, whose shade is the darkest, and by which no other is measured."""
     values = [*heat.cells.values(), *heat.outside.values()]
-    largest = max(values, default=0.0)
+    largest = max(filter(math.isfinite, values), default=0.0)
     width = max((len(name) for name in heat.columns), default=0) + 2
     lines = []
     if heat.cells:
@@ -84,5 +86,6 @@ def cell_text(change: float | None, largest: float) -> str:
     """One cell of the text."""
     if change is None:
         return "-"
-    shade = SHADES[min(len(SHADES) - 1, int(len(SHADES) * change / largest))] if largest else " "
-    return f"{100 * change:.3g} {shade}"
+    darkest = len(SHADES) - 1
+    shade = darkest if change >= largest else min(darkest, int(len(SHADES) * change / largest))
+    return f"{100 * change:.3g} {SHADES[shade]}"
