@@ -43,6 +43,14 @@ def test_the_sum_and_all_gradients(inside, dtype, shape):
         assert (x.double() - true).norm() <= allowed
 
 
+def test_without_gradients(inside):
+    x, weight, residual = tensors(torch.float64)
+    weight.requires_grad_()
+    with torch.no_grad():
+        y = adding.linear(x, weight, residual)
+    assert torch.equal(y, adding.linear(x, weight, residual)) and not y.requires_grad
+
+
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
 def test_any_of_them_may_train(inside, wanted):
     inputs = tensors(torch.float64)
