@@ -4,7 +4,8 @@
 #   . "$root/scripts/setup.sh"  from another script of this folder: also sets `root` and `python`
 #
 # An active environment (venv, conda) is used as it is; otherwise .venv is made beside this repository's files.
-# A stamp in the environment records what was installed, so that a second run costs nothing.
+# A stamp in the environment records what was installed, so that a second run costs nothing; one that begins meanwhile
+# waits.
 
 say() { printf '%s\n' "$*"; }
 
@@ -18,6 +19,29 @@ supported() {  # PYTHON: is it one of the versions that every dependency has whe
 }
 
 version_of() { "$1" -c 'import platform; print(platform.python_version())' 2>/dev/null || echo "unknown"; }
+
+alone() {  # LOCK COMMAND…: runs it while no other setup has the folder LOCK, which is made for this and removed again
+    lock="$1" vanished=""
+    shift
+    until mkdir "$lock" 2>/dev/null; do
+        if [ -d "$lock" ]; then
+            [ "${awaited:-}" = "$lock" ] ||
+                say "setup: another one goes on here, and is waited for; where there is none, delete $lock"
+            awaited="$lock" vanished=""
+            sleep 1
+        else
+            [ -z "$vanished" ] || fail "cannot make $lock; is that folder writable, and the disk not full?"
+            vanished=1 # the other one may have been done this moment
+        fi
+    done
+    (
+        trap 'rmdir "$lock"' EXIT
+        trap 'exit 129' HUP
+        trap 'exit 130' INT
+        trap 'exit 143' TERM
+        "$@"
+    )
+}
 
 make_venv() {  # The first supported interpreter that can make an environment makes .venv.
     found=""
@@ -35,6 +59,13 @@ make_venv() {  # The first supported interpreter that can make an environment ma
         "(Debian, Ubuntu: apt install python3-venv), or activate an environment of your own"
 }
 
+make_own() {  # .venv, unless another setup has made it meanwhile
+    supported "$python" && return 0
+    [ ! -d "$environment" ] ||
+        fail "$environment is broken or has an unsupported Python; delete it (rm -r .venv), and run again"
+    make_venv
+}
+
 choose_python() {
     environment="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}"
     if [ -n "$environment" ]; then
@@ -46,18 +77,15 @@ choose_python() {
     fi
     environment="$root/.venv"
     python="$environment/bin/python"
-    if [ -d "$environment" ] && ! supported "$python"; then
-        fail "$environment is broken or has an unsupported Python; delete it (rm -r .venv), and run again"
+    if [ -d "$root/.venv-lock" ] || ! supported "$python"; then
+        alone "$root/.venv-lock" make_own || exit 1
     fi
-    [ -d "$environment" ] || make_venv
 }
 
-install() {  # NAME WHAT FILE…: pip install WHAT, unless the stamp NAME shows that FILEs and this folder are unchanged
-    stamp="$environment/.rwkv-peft-$1"
-    what="$2"
-    shift 2
-    wanted="$(printf '%s\n' "$root"; cat "$@")"
-    [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && return 0
+stamped() { [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; }
+
+put_in() {  # what install is to install, unless another setup has done so meanwhile
+    stamped && return 0
     say "setup: installing into $environment (a few minutes the first time)"
     "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null 2>&1 ||
         fail "$environment has no pip; install it there, and run again"
@@ -65,6 +93,14 @@ install() {  # NAME WHAT FILE…: pip install WHAT, unless the stamp NAME shows 
     (cd "$root" && "$python" -m pip install --quiet --disable-pip-version-check $what) ||
         fail "pip install $what failed: see the lines above; run again when they are mended"
     printf '%s\n' "$wanted" >"$stamp"
+}
+
+install() {  # NAME WHAT FILE…: pip install WHAT, unless the stamp NAME shows that FILEs and this folder are unchanged
+    stamp="$environment/.rwkv-peft-$1"
+    what="$2"
+    shift 2
+    wanted="$(printf '%s\n' "$root"; cat "$@")"
+    stamped || alone "$environment/.rwkv-peft-lock" put_in || exit 1
 }
 
 install_tests() {  # what the tests need, those of Hugging Face models too

@@ -422,7 +422,9 @@ class TrainConfig:
         group="optimizer",
         type=alias(SCHEDULE_ALIASES),
     )
-    warmup_steps: int = setting(0, "steps of linear warm-up, as --lr_schedule says", group="optimizer", type=count)
+    warmup_steps: int = setting(
+        0, "steps of linear warm-up, as --lr_schedule says (default 0)", group="optimizer", type=count
+    )
     dpo_beta: float = setting(
         0.1,
         "with --data_type pairs: how much a margin between two answers weighs; the higher, the nearer the model stays "
@@ -439,7 +441,7 @@ class TrainConfig:
     beta1: float = setting(0.9, "Adam", group="optimizer", type=not_negative)
     beta2: float = setting(0.99, "Adam", group="optimizer", type=not_negative)
     adam_eps: float = setting(1e-8, "Adam", group="optimizer", type=above_zero)
-    weight_decay: float = setting(0.0, "on matrices only", group="optimizer", type=not_negative)
+    weight_decay: float = setting(0.0, "on matrices only (default 0)", group="optimizer", type=not_negative)
     layerwise_lr: bool = setting(
         True, "RWKV-LM's doubled learning rate of time_decay", group="optimizer", type=switch, metavar="0|1"
     )

@@ -86,6 +86,20 @@ def test_what_is_due_is_run_and_what_is_there_is_kept(files, capsys):
         main([*command, "--steps", "3", "--", *TRAIN])
 
 
+def test_settings_by_which_no_run_got_anywhere_are_forgotten(files, monkeypatch):
+    def refused(*arguments):
+        raise UserError("the first run ended")
+
+    monkeypatch.setattr("rwkv_peft.compare.command.run_cells", refused)
+    words = [*OWN, "--output", str(files / "mistaken"), "--rates", "1e-3", "--", *TRAIN, "--data_file"]
+    for data in ("absent", "data"):
+        with pytest.raises(UserError, match="the first run ended"):
+            main([*words, data])
+    keep(files / "mistaken", Cell("bone", -6, 7), 1.0)
+    with pytest.raises(UserError, match="other settings \\(train: "):
+        main([*words, "absent"])
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -1,6 +1,8 @@
 """scripts/setup.sh takes the right Python, or says which one is missing and how to get it."""
 
+import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -13,8 +15,8 @@ case "$*" in
 *"sys.version_info"*) exit {unsupported} ;;
 *"platform"*) echo {version} ;;
 *"import venv, ensurepip"*) exit {no_venv} ;;
-*"-m venv"*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
-*"-m pip install"*) echo "$*" >>"$(dirname "$0")/installed" ;;
+*"-m venv"*) mkdir -p "$3/bin" && {pause} && cp "$0" "$3/bin/python" ;;
+*"-m pip install"*) {pause} && echo "$*" >>"$(dirname "$0")/installed" ;;
 esac
 """
 
@@ -27,23 +29,35 @@ def machine(tmp_path):
     for name in ("requirements.txt", "pyproject.toml"):
         (tmp_path / "repo" / name).write_text("first\n")
     (tmp_path / "bin").mkdir()
-    for tool in ("sh", "dirname", "cat", "rm", "mkdir", "cp"):
+    for tool in ("sh", "dirname", "cat", "rm", "mkdir", "rmdir", "cp", "sleep"):
         (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
     return tmp_path
 
 
-def add_python(folder, name, version="3.11.7", supported=True, venv=True):
+def add_python(folder, name, version="3.11.7", supported=True, venv=True, pause="true"):
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
-    path.write_text(FAKE_PYTHON.format(version=version, unsupported=int(not supported), no_venv=int(not venv)))
+    answers = dict(version=version, unsupported=int(not supported), no_venv=int(not venv), pause=pause)
+    path.write_text(FAKE_PYTHON.format(**answers))
     path.chmod(0o755)
 
 
-def setup(machine, **environment):
-    environment = {"PATH": str(machine / "bin"), "HOME": str(machine), **environment}
-    return subprocess.run(
-        [shutil.which("sh"), str(machine / "repo/scripts/setup.sh")], env=environment, capture_output=True, text=True
+def start(machine, **environment):
+    """A setup under way, in a session of its own."""
+    return subprocess.Popen(
+        [shutil.which("sh"), str(machine / "repo/scripts/setup.sh")],
+        env={"PATH": str(machine / "bin"), "HOME": str(machine), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
+
+
+def setup(machine, **environment):
+    process = start(machine, **environment)
+    out, err = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def installs(environment):
@@ -60,6 +74,40 @@ def test_without_an_environment_one_is_made_and_filled_once(machine):
     assert done.stdout.endswith(f"\n    conda activate {machine}/repo/.venv\n")  # this one has no bin/activate
     (machine / "repo/.venv/bin/activate").touch()
     assert setup(machine).stdout.endswith(f"\n    . {machine}/repo/.venv/bin/activate\n")
+
+
+def locks(machine):
+    return list((machine / "repo").rglob("*lock"))
+
+
+def test_setups_that_begin_at_once_make_one_environment(machine):
+    add_python(machine / "bin", "python3", pause="sleep 0.3")
+    processes = [start(machine) for _ in range(3)]
+    told = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], told
+    assert sum(out.count("making .venv") for out, _ in told) == 1
+    assert len(installs(machine / "repo/.venv")) == 1 and not locks(machine)
+
+
+def test_what_a_killed_setup_left_is_told(machine):
+    add_python(machine / "bin", "python3")
+    (machine / "repo/.venv-lock").mkdir()
+    process = start(machine)
+    assert "goes on here, and is waited for; where there is none, delete " in (line := process.stdout.readline())
+    os.rmdir(line.split()[-1])
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and len(installs(machine / "repo/.venv")) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_setup_that_is_interrupted_holds_up_no_other(machine, number):
+    add_python(machine / "bin", "python3", pause="sleep 0.5")
+    process = start(machine)
+    assert "making .venv" in process.stdout.readline() and "installing" in process.stdout.readline()
+    os.killpg(process.pid, number)
+    process.communicate(timeout=60)
+    assert process.returncode != 0 and not locks(machine)
+    assert setup(machine).returncode == 0 and len(installs(machine / "repo/.venv")) == 1
 
 
 def test_changed_requirements_are_installed_again(machine):

@@ -24,7 +24,7 @@ from .pictures import draw
 from .plan import Cell, next_cells
 from .rates import nearest_to, rate_of
 from .report import lines_of_json, rows_of, table
-from .runs import RESULT, Outcome, read_outcome, run_cells
+from .runs import RESULT, Outcome, any_begun, read_outcome, run_cells
 from .sizes import Layers, Size, matched_size, parameter_count
 
 RECORD = "compare.json"  # what all runs of a folder share
@@ -95,8 +95,8 @@ def measure(comparison: Comparison) -> tuple[dict[str, Size], Base]:
 
 
 def check_record(path: Path, comparison: Comparison, sizes: Mapping[str, Size], fingerprint: str) -> None:
-    """Write what all runs of the folder share, or compare with what stands there. Raises UserError where it is another
-    comparison's."""
+    """Write what all runs of the folder share, or compare with what stands there, once a run has got anywhere by it.
+    Raises UserError where it is another comparison's."""
     now = {
         "train": list(comparison.train),
         "steps": comparison.steps,
@@ -105,7 +105,7 @@ def check_record(path: Path, comparison: Comparison, sizes: Mapping[str, Size], 
         "parameters": sizes[comparison.methods[0]].parameters,
         "base": fingerprint,
     }
-    if not path.exists():
+    if not path.exists() or not any_begun(path.parent):
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(now, indent=2) + "\n")
         return

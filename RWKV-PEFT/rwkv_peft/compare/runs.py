@@ -64,6 +64,11 @@ class Process:
         return self.code is not None
 
 
+def any_begun(folder: Path) -> bool:
+    """Whether a run of the comparison in a folder is complete, or has saved a checkpoint."""
+    return any((run / RESULT).exists() or find_checkpoint(run) for run in (folder / "runs").glob("*"))
+
+
 def read_outcome(folder: Path) -> Outcome:
     """The Outcome of the complete run in a folder."""
     result = json.loads((folder / RESULT).read_text())
