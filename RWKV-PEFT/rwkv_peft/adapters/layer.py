@@ -83,7 +83,7 @@ class AdapterLinear(nn.Module):
             self.method.around_square
             and takes_low_square(x, channels, self.rank, *trained)
             and not (self.untrained or self.dropout and self.training or autocasts(x))
-            and not any(hasattr(parameter, "ds_shape") for parameter in self.parameters())
+            and not any([hasattr(parameter, "ds_shape") for parameter in (self.base, *trained)])
         )
 
     def opened(self, x: torch.Tensor) -> Opened:

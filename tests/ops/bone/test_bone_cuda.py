@@ -103,6 +103,11 @@ def test_shards_add_up_and_tiles_repeat_with_a_short_last_one(kernels, dtype, wi
         assert_as_exact_as_torch([cuda.tiled(given, width, x)], (x, whole), tiled)
 
 
+def test_one_shard_is_its_own_sum(kernels):
+    x = torch.randn(7, 20)
+    assert cuda.shard_sum(x, 20) is x
+
+
 @pytest.mark.parametrize("function", (bat_in, partial(bat_in, scale=6.5), bone_of), ids=("bat-in", "scaled", "bone"))
 @pytest.mark.parametrize("width", (64, 16))
 def test_an_adapter_through_the_kernels(kernels, function, width, monkeypatch):
