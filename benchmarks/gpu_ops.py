@@ -32,6 +32,7 @@ ROWS, HEADS, SUM = (2, T, C), (2, T, H, N), (2, T, 256)
 VECTOR, HEADS_VECTOR = (1, 1, C), (H, N)
 LOW = ((2, T, 5 * 32), (5, 32, C))
 DDLERP = {rank: ((1, C), (C, 5 * rank), (5, C), (5, rank, C), (C, 2 * rank)) for rank in (32, 64)}
+DECAY = VECTOR, (C,), (C,)  # its parameter, and the norm's two
 BOUNDS = (0, 1, 64, 128, 300)
 
 
@@ -53,9 +54,9 @@ def norm_ddlerp(x, y, gate, last, weight, bias, *factors):
     return total, ends, low, *points
 
 
-def gated_wkv6(r, k, v, w, g, u, *parameters):
-    """wkv6 with norm and gate, of usual decays."""
-    return wkv6_gated((r, k, v, w - 3), u, g, *parameters, 64e-5)
+def gated_wkv6(r, k, v, low, g, u, up, parameter, *norm):
+    """wkv6 with decay, norm and gate, of usual decays."""
+    return wkv6_gated((r, k, v), (low, up, parameter - 3), u, g, *norm, 64e-5)
 
 
 def gated_wkv7(r, w, k, v, low, again, g, a0, k_k, k_a, *parameters):
@@ -96,7 +97,9 @@ OPS = {
         (HEADS, HEADS, HEADS, HEADS, ROWS, HEADS_VECTOR, (C,), (C,)),
         None,
     ),
-    "wkv6_gated": (gated_wkv6, (*4 * [HEADS], ROWS, HEADS_VECTOR, (C,), (C,)), range(6)),
+    "wkv6_gated": (gated_wkv6, (*3 * [HEADS], (2, T, 64), ROWS, HEADS_VECTOR, (64, C), *DECAY), range(6)),
+    "wkv6_gated, rank 128": (gated_wkv6, (*3 * [HEADS], (2, T, 128), ROWS, HEADS_VECTOR, (128, C), *DECAY), range(6)),
+    "wkv6_gated, rank 32": (gated_wkv6, (*3 * [HEADS], (2, T, 32), ROWS, HEADS_VECTOR, (32, C), *DECAY), range(6)),
     "wkv7_gated": (gated_wkv7, (*6 * [HEADS], ROWS, *3 * [VECTOR], HEADS_VECTOR, (C,), (C,)), range(7)),
     "delta_keys": (mix.delta_keys, (HEADS, HEADS, VECTOR, VECTOR, VECTOR), None),
     "value_residual": (mix.value_residual, (ROWS, ROWS, ROWS, VECTOR), None),

@@ -21,8 +21,8 @@ struct Way {
 };
 
 #if GENERATION == 7
-constexpr int SCAN_BLOCKS = 4;           // of 128 threads, a sequence's head
-static Way way_of_more(bool backward) {  // of head size 64
+constexpr int SCAN_BLOCKS = 4;                // of 128 threads, a sequence's head
+static Way way_of_more(bool backward, int) {  // of head size 64
     return backward
                ? Way{wkv7_backward_keys_64_run, 128, wkv7_backward_groups_keys_64_run, wkv7_backward_scan_64_run, 256}
                : Way{wkv7_forward_keys_64_run, 256, wkv7_forward_groups_keys_64_run, wkv7_forward_scan_64_run, 256};
@@ -52,20 +52,27 @@ static Way way(bool backward, int N, bool is_float32) {
     return {backward ? wkv6_backward_plain_bfloat16_run : wkv6_forward_plain_bfloat16_run, block};
 }
 static int scan_blocks(int N) { return N * N / (4 * SCAN_THREADS); }
-static Way way_of_more(bool backward) {  // of head size 64
-    return {backward ? wkv6_backward_gated_64_run : wkv6_forward_gated_64_run, 128};
+static Way way_of_more(bool backward, int rank) {  // of head size 64
+    if (backward) return {wkv6_backward_gated_64_run, 128};
+    return {rank == 0    ? wkv6_forward_gated_64_run
+            : rank == 64 ? wkv6_forward_gated_64_decay_64_run
+                         : wkv6_forward_gated_64_decay_128_run,
+            128};
 }
 #endif
 
-// group: the tokens of one where time is split, or 0; more: by the kernels that make wkv7's keys, or what follows wkv6.
+// group: the tokens of one where time is split, or 0; more: by the kernels that make wkv7's keys, or what follows wkv6;
+// rank: of wkv6's decay, where forward makes that, too, or 0.
 template <class E>
-static bool run(int N, int group = 0, bool more = false) {
+static bool run(int N, int group = 0, bool more = false, int rank = 0) {
     constexpr bool is_float32 = std::is_same_v<E, float>;
     Case c("wkv" + std::to_string(GENERATION) + " " + std::to_string(N) + " " + DTYPE<E> + " groups of " +
-           std::to_string(group) + (more ? " and more" : ""));
+           std::to_string(group) + (more ? " and more" : "") + (rank ? ", rank " + std::to_string(rank) : ""));
     const size_t tokens = BOUNDS.back(), sequences = BOUNDS.size() - 1, channels = HEADS * N, state = channels * N;
     const size_t groups = group ? tokens / group + sequences : sequences, elements = tokens * channels;
-    const auto way_of = [&](bool backward) { return more ? way_of_more(backward) : way(backward, N, is_float32); };
+    const auto way_of = [&](bool backward) {
+        return more ? way_of_more(backward, rank) : way(backward, N, is_float32);
+    };
     const Way ways[] = {way_of(false), way_of(true)};
     Arguments a = {};
     a.sequences = int(sequences), a.length = int(tokens), a.heads = HEADS, a.head_size = N;
@@ -97,6 +104,10 @@ static bool run(int N, int group = 0, bool more = false) {
         a.g = c.input<E>(elements), a.weight = c.input<E>(channels), a.bias = c.input<E>(channels), a.eps = 1e-3f;
         a.out = c.result<E>(elements), a.gg = c.result<E>(elements);
     }
+    if (rank) {
+        a.low = c.input<E>(tokens * rank), a.up = c.input<E>(rank * channels, -1 / float(rank), 1 / float(rank));
+        a.decay = c.input<E>(channels, -6, 1);
+    }
     const size_t transitions = group ? groups * channels : 0;
 #endif
     if (group) a.transitions = c.room<float>(transitions);
@@ -119,6 +130,8 @@ int main() {
         if (way(false, N, false).groups) right &= run<bf16>(N, 64);
     }
     right &= run<bf16>(64, 0, true);
-    if (way_of_more(false).groups) right &= run<bf16>(64, 64, true);
+    if (way_of_more(false, 0).groups) right &= run<bf16>(64, 64, true);
+    if (GENERATION == 6)
+        for (const int rank : {64, 128}) right &= run<bf16>(64, 0, true, rank);
     return right ? 0 : 1;
 }

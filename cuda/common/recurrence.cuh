@@ -8,7 +8,8 @@ template <int SEGMENT>
 struct SequenceOf {
     int length;          // of the tokens; negative where no group has the place
     index_t stride;      // elements from one token to the next
-    index_t elements;    // of the first token's head
+    index_t token;       // the first
+    index_t elements;    // of its head
     index_t channels;    // of the head, in (sequences or groups, heads, head_size)
     index_t state;       // of the head, in (sequences or groups, heads, head_size, head_size)
     index_t checkpoint;  // of the first slot's head
@@ -27,7 +28,8 @@ struct SequenceOf {
         length = whole_length(a, n) - from;
         if (a.group) length = from > 0 && length <= 0 ? -1 : min(length, a.group);
         stride = (index_t)a.heads * N;
-        elements = (start + from) * stride + h * N;
+        token = start + from;
+        elements = token * stride + h * N;
         channels = (index_t)blockIdx.x * N;
         state = channels * N;
         // No two sequences share a slot: sequence n ends before slot (start + its length) / SEGMENT + n + 1.

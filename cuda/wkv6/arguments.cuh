@@ -28,6 +28,8 @@ struct Arguments {
     const void *g, *weight, *bias;  // where the kernels make what follows y (gate.cuh): the gate, elements as y's, and
                                     // the norm's parameters, elements (heads, head_size)
     void *out, *gg;                 // what the gate lets through, elements as y's
+    const void *low, *up, *decay;   // where forward makes w (decay.cuh): elements (tokens, rank), (rank, heads,
+                                    // head_size) and (heads, head_size)
     int sequences, length, heads, head_size, device;  // device: the GPU that holds all of it
     int group, groups;  // a group's tokens, a multiple of 64, or 0; and the groups' places, or the sequences
     float eps;          // the norm's

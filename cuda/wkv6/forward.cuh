@@ -1,20 +1,23 @@
 // The chunked forward kernel. Warp i owns rows v = 16 i .. 16 i + 15 of Sᵀ, in registers from the first token to the
 // last; the head comment of wkv6.cu explains the algorithm.
 #pragma once
+#include "wkv6/decay.cuh"
 #include "wkv6/gate.cuh"
 
-template <int N, bool GATED>
+// R: the decay's rank where it is made here, or 0 where w is given.
+template <int N, bool GATED, int R = 0>
 struct ForwardShared {
     struct { typename Shape<N>::Rows r, k, v, w; } chunk[2];  // one in use, one arriving
     Operands<N> operands;
     float u[N];
     GateShared<N, GATED> gate;
+    DecayShared<R> decay;
 };
 
-template <int N, bool GATED>
+template <int N, bool GATED, int R = 0>
 __device__ __forceinline__ void chunked_forward(const Arguments& a) {
     constexpr int tiles = Shape<N>::tiles, stride = Shape<N>::stride;
-    ForwardShared<N, GATED>& shared = *(ForwardShared<N, GATED>*)dynamic_shared();
+    ForwardShared<N, GATED, R>& shared = *(ForwardShared<N, GATED, R>*)dynamic_shared();
     Operands<N>& o = shared.operands;
     const Sequence s(a);
     if (s.length < 0) return;
@@ -26,7 +29,13 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
         fetch<N>(next.r, a.r, s, t0);
         fetch<N>(next.k, a.k, s, t0);
         fetch<N>(next.v, a.v, s, t0);
-        fetch<N>(next.w, a.w, s, t0);
+        if (!R) fetch<N>(next.w, a.w, s, t0);
+    };
+    const auto start_low_fetch = [&](int t0) {
+        if constexpr (R > 0)
+            if (t0 < s.length)
+                fetch_rows<R>(shared.decay.low[t0 / CHUNK % 2], (const bf16*)a.low + (s.token + t0) * R, R, CHUNK,
+                              s.length - t0);
     };
 
     // Writes the results of the chunk at t0, of whose y each warp has its part in shared memory.
@@ -45,6 +54,36 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
     Accumulator St[tiles];
     const float* start = a.group ? a.parts : a.state;
     load_state<N>(St, start ? start + s.state : nullptr, v0, true);
+    start_low_fetch(0);
+    start_low_fetch(CHUNK);
+    const auto factors = [&]() {
+        if constexpr (R > 0) {
+            auto* up = (bf16(*)[N + PADDING]) & shared.chunk;  // which nothing is in yet
+            static_assert(R * (N + PADDING) * sizeof(bf16) <= sizeof(shared.chunk), "room for up");
+            fetch_rows<N>(up, (const bf16*)a.up + s.channel(a), s.stride, R, R);
+            cp_async_wait_all();
+            __syncthreads();  // up and the first two chunks' low have arrived
+            return DecayFactors<N, R>(up, (const bf16*)a.decay + s.channel(a), v0);
+        } else {
+            return DecayFactors<N, 0>();
+        }
+    }();
+    // Step b of the decay of the chunk at t0; and where that goes, each warp's part.
+    const auto decay_step = [&](Accumulator& product, int t0, int b) {
+        if constexpr (R > 0)
+            #pragma unroll
+            for (int i = b; i < R / 16; i += tiles) factors.step(product, shared.decay.low[t0 / CHUNK % 2], i);
+    };
+    const auto put_decay = [&](const Accumulator& product, int t0) {
+        if constexpr (R > 0) store_tile(&shared.chunk[t0 / CHUNK % 2].w[0][v0], stride, CHUNK, factors.added(product));
+    };
+    if constexpr (R > 0) {
+        __syncthreads();  // nobody reads up any more
+        Accumulator w = zeros();
+        #pragma unroll
+        for (int b = 0; b < tiles; b++) decay_step(w, 0, b);
+        put_decay(w, 0);
+    }
     if (s.length > 0) start_fetch(0);
 
     for (int t0 = 0; t0 < s.length; t0 += CHUNK) {
@@ -54,6 +93,7 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
         __syncthreads();  // the chunk has arrived, and nobody reads the previous one or its operands any more
         const GateRows before = own_rows(shared.gate);
         if (t0 + CHUNK < s.length) start_fetch(t0 + CHUNK);
+        start_low_fetch(t0 + 2 * CHUNK);
         if constexpr (GATED) fetch<N>(shared.gate.g, a.g, s, t0);
         if (a.checkpoints && t0 % SEGMENT == 0) {
             const Checkpoint<N> checkpoint(a, s, t0);
@@ -74,11 +114,12 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
         decays.scale(in.k, factor, decays.second, o.k_middle, o.k_end);
         __syncthreads();  // the operands are complete
 
-        Accumulator scores = zeros(), y = zeros();  // (t, s), (t, v)
+        Accumulator scores = zeros(), y = zeros(), w = zeros();  // (t, s), (t, v), (t, c) of the next chunk
         #pragma unroll
         for (int b = 0; b < tiles; b++) {
             multiply(scores, load_tile(&o.r_middle[0][b * 16], stride), load_right(&o.k_middle[0][b * 16], stride));
             multiply(y, load_tile(&o.r_start[0][b * 16], stride), right(St[b]));
+            decay_step(w, t0 + CHUNK, b);  // a chunk ahead, where it fills the time that the others take
         }
         mask(scores, false, o.bonus);
         const Tile v = load_transposed(&in.v[0][v0], stride);  // (v, s)
@@ -92,6 +133,7 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
             scale_columns(St[b], &o.whole[b * 16]);
             multiply(St[b], v, load_right_transposed(&o.k_end[0][b * 16], stride));
         }
+        put_decay(w, t0 + CHUNK);
     }
     if (GATED && s.length > 0) {
         cp_async_wait_all();

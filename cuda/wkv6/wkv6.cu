@@ -36,7 +36,8 @@
 // there of the same rounded numbers on both sides; and gw_x = -exp(w_x) times that.
 //
 // In the model a norm of each head and a gate follow. The gated kernels make these as well (gate.cuh): forward once a
-// chunk's y is whole, backward where it needs gy, from the gradient of what the gate lets through.
+// chunk's y is whole, backward where it needs gy, from the gradient of what the gate lets through. There w comes of a
+// parameter and a product of low rank, which forward can make as well (decay.cuh).
 //
 // Chunked kernels exist for bf16 and head sizes 32, 64 and 128; all else goes through the plain kernels, one token at a
 // time (plain.cuh). ops/wkv6/cuda.py chooses.
@@ -54,6 +55,10 @@ RECURRENCE_KERNEL(wkv6_forward_32, (chunked_forward<32, false>), 64, 8, sizeof(F
 RECURRENCE_KERNEL(wkv6_forward_64, (chunked_forward<64, false>), 128, 5, sizeof(ForwardShared<64, false>))
 RECURRENCE_KERNEL(wkv6_forward_128, (chunked_forward<128, false>), 256, 2, sizeof(ForwardShared<128, false>))
 RECURRENCE_KERNEL(wkv6_forward_gated_64, (chunked_forward<64, true>), 128, 5, sizeof(ForwardShared<64, true>))
+RECURRENCE_KERNEL(wkv6_forward_gated_64_decay_64, (chunked_forward<64, true, 64>), 128, 4,
+                  sizeof(ForwardShared<64, true, 64>))
+RECURRENCE_KERNEL(wkv6_forward_gated_64_decay_128, (chunked_forward<64, true, 128>), 128, 3,
+                  sizeof(ForwardShared<64, true, 128>))
 RECURRENCE_KERNEL(wkv6_backward_32, (chunked_backward<32, false>), 64, 6, sizeof(BackwardShared<32, false>))
 RECURRENCE_KERNEL(wkv6_backward_64, (chunked_backward<64, false>), 128, 3, sizeof(BackwardShared<64, false>))
 RECURRENCE_KERNEL(wkv6_backward_128, (chunked_backward<128, false>), 256, 1, sizeof(BackwardShared<128, false>))

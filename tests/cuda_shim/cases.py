@@ -63,13 +63,28 @@ def run(kernels, case, group=0, gated=False):
 
 
 def _run_gated(kernels, case):
-    """All results, with k for the gate and a token's r and v for the norm's parameters."""
+    """All results, with k for the gate and a token's r and v for the norm's parameters; and those of forward where it
+    makes the decay."""
     given = (*case.inputs, case.state, case.cu_seqlens)
     gate = dict(g=case.k, weight=case.r[0, 0].clone(), bias=case.v[0, 0].clone(), eps=1e-3)
     out, gg = torch.empty_like(case.k), torch.empty_like(case.k)
     y, final, checkpoints = cuda.WITH_GATE.run_forward(kernels, *given, save=True, out=out, **gate)
-    gate |= dict(y=y, gg=gg)
-    return y, final, out, gg, *cuda.WITH_GATE.run_backward(kernels, *given, checkpoints, case.gy, case.gfinal, **gate)
+    further = dict(gate, y=y, gg=gg)
+    results = cuda.WITH_GATE.run_backward(kernels, *given, checkpoints, case.gy, case.gfinal, **further)
+    return y, final, out, gg, *results, *_run_decay(kernels, case, gate)
+
+
+def _run_decay(kernels, case, gate):
+    """Results of each rank's, with rows of gy and v for low, and r and k for up."""
+    r, k, v, _, u = case.inputs
+    N, results = r.shape[3], []
+    for rank, recurrence in cuda.WITH_DECAY.items():
+        low = torch.cat((case.gy, v), dim=-1)[:, :, 0, :rank].contiguous()
+        up = torch.cat((r, k))[:, :N, 0].flatten(0, 1)[:rank].contiguous()
+        more = dict(gate, low=low, up=up, decay=v[0, 0].clone(), out=torch.empty_like(k))
+        given = r, k, v, None, u, case.state, case.cu_seqlens
+        results += [*recurrence.run_forward(kernels, *given, save=True, **more)[:2], more["out"]]
+    return results
 
 
 def truth(case):

@@ -1,5 +1,5 @@
-"""wkv6 with its norm and gate as one Function, through the CUDA kernels on the CPU (tests/cuda_shim): against float64,
-every gradient; and where it is taken."""
+"""wkv6 with its decay, norm and gate as one Function, through the CUDA kernels on the CPU (tests/cuda_shim): against
+float64, every gradient; and where it is taken."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from rwkv_peft.ops.mix import cuda as mix_cuda
 from rwkv_peft.ops.native.errors import BuildError
 from rwkv_peft.ops.wkv6 import cuda, gated, reference, wkv6_gated
 
-NAMES = ("out", "final state", "gr", "gk", "gv", "gw", "gu", "gg", "gstate")
+NAMES = ("out", "final state", "gr", "gk", "gv", "glow", "gu", "gg", "gstate")
 EPS = 64e-5
 
 
@@ -50,60 +50,85 @@ def on_shim(monkeypatch):
     return launched
 
 
-def inputs_of(case, offset=0.0):
-    """The case's rows, u, g, and weight and bias. offset: of the values, and so of y's mean."""
+def decay_of(case, rank=64):
+    """low, up and the parameter of a decay: of ordinary ones, or where the case's are not, of rank N those of its first
+    head, for every head."""
+    B, T, H, N = case.w.shape
+    generator = torch.Generator().manual_seed(8)
+    if case.w.min() >= -7 and case.w.max() <= 2:
+        low, up = (torch.rand(shape, generator=generator) - 0.5 for shape in ((B, T, rank), (rank, H * N)))
+        parameter = torch.rand(1, 1, H * N, generator=generator) * 4 - 5
+    else:
+        low, up, parameter = case.w[:, :, 0], torch.eye(N).repeat(1, H), torch.zeros(1, 1, H * N)
+    return [x.to(case.r.dtype) for x in (low, up, parameter)]
+
+
+def inputs_of(case, offset=0.0, rank=64):
+    """The case's r, k and v, low, u and g, then what may be frozen: up and the decay's parameter, and the norm's weight
+    and bias. offset: of the values, and so of y's mean."""
     _, _, H, N = case.r.shape
     generator = torch.Generator().manual_seed(9)
     g = 2 * torch.randn(*case.r.shape[:2], H * N, generator=generator)
     parameters = [torch.randn(H * N, generator=generator) for _ in range(2)]
-    r, k, v, w, u = case.inputs
-    return [r, k, v + offset, w, u, *(x.to(case.r.dtype) for x in (g, *parameters))]
+    low, up, parameter = decay_of(case, rank)
+    g, *parameters = (x.to(case.r.dtype) for x in (g, *parameters))
+    return [case.r, case.k, case.v + offset, low, case.u, g, up, parameter, *parameters]
 
 
-def results(case, dtype, function, trained=False, offset=0.0):
-    """out, final state and the gradients of rows, u, g and state, by NAMES; then weight's and bias's."""
-    wanted = (True,) * 6 + (trained,) * 2
-    inputs = inputs_of(case, offset)
-    kinds = [torch.promote_types(dtype, torch.float32) if i == 4 else dtype for i in range(8)]  # u is float32
-    leaves = [x.detach().to(kind).requires_grad_(want) for x, kind, want in zip(inputs, kinds, wanted, strict=True)]
+def called(function, inputs, state, cu_seqlens):
+    """A function of wkv6_gated's arguments, on what inputs_of gives."""
+    *rows, low, u, g, up, parameter, weight, bias = inputs
+    return function(tuple(rows), (low, up, parameter), u, g, weight, bias, EPS, state, cu_seqlens)
+
+
+def results(case, dtype, function, trained=(), offset=0.0, rank=64):
+    """out, final state and the gradients of r, k, v, low, u, g and state, by NAMES; then those of the last four inputs,
+    the parameters, by their numbers in `trained`."""
+    inputs = inputs_of(case, offset, rank)
+    kinds = [torch.promote_types(dtype, torch.float32) if i == 4 else dtype for i in range(10)]  # u is float32
+    leaves = [
+        x.detach().to(kind).requires_grad_(i < 6 or i in trained)
+        for i, (x, kind) in enumerate(zip(inputs, kinds, strict=True))
+    ]
     state = None if case.state is None else case.state.detach().clone().to(kinds[4]).requires_grad_()
-    *rows, u, g, weight, bias = leaves
-    out, final = function(tuple(rows), u, g, weight, bias, EPS, state, case.cu_seqlens)
+    out, final = called(function, leaves, state, case.cu_seqlens)
     gout = case.gy.to(dtype).view(out.shape)
     if case.gfinal is None:
         out.backward(gout)
     else:
         torch.autograd.backward([out, final], [gout, case.gfinal.to(final.dtype)])
     whole = [*leaves[:6], *([] if state is None else [state])]
-    found = [torch.zeros_like(x) if x.grad is None else x.grad for x in whole]  # one token's w, to plain torch
+    found = [torch.zeros_like(x) if x.grad is None else x.grad for x in whole]  # one token's low, to plain torch
     return dict(zip(NAMES, (out.detach(), final.detach(), *found))), [x.grad for x in leaves[6:]]
 
 
-def plainly(rows, u, g, weight, bias, eps, state, cu_seqlens):
+def plainly(rows, decay, u, g, weight, bias, eps, state, cu_seqlens):
     """The same in plain torch, all of it in the rows' dtype."""
     dtype = rows[0].dtype
     loop = reference.wkv6 if dtype == torch.float64 else cases._loop
-    y, final = loop(*rows, u.to(dtype), state if state is None else state.to(dtype), cu_seqlens)
+    w = gated.made(decay, rows[0])
+    y, final = loop(*rows, w, u.to(dtype), state if state is None else state.to(dtype), cu_seqlens)
     B, T, H, N = y.shape
     normal = torch.nn.functional.group_norm(y.reshape(B * T, H * N), H, weight, bias, eps).view(g.shape)
     return normal * torch.nn.functional.silu(g), final
 
 
 def check(case, **kinds):
-    """Every result's error is at most twice plain torch's in the same precision. Where the true gw is near zero its
-    scale is that of k gk, of which it is a difference."""
+    """Every result's error is at most twice plain torch's in the same precision. Where the true gradient of a decay is
+    near zero its scale is that of k gk, of which it is a difference."""
     ours, _ = results(case, torch.bfloat16, wkv6_gated, **kinds)
     true, plain = (results(case, dtype, plainly, **kinds)[0] for dtype in (torch.float64, torch.bfloat16))
     assert ours.keys() == true.keys()
     for name, x in ours.items():
         assert x.shape == true[name].shape
-        scale = rms(true[name]) + (rms(case.k * true["gk"]) if name == "gw" else 0.0)
-        # Plain torch's gw is 0 times infinity where exp(w) overflows.
+        scale = rms(true[name]) + (rms(case.k * true["gk"]) if name == "glow" else 0.0)
+        # Plain torch's is 0 times infinity where exp(w) overflows.
         bound = 2 * error(plain[name].nan_to_num(nan=0.0), true[name]) + 32 * torch.finfo(torch.float32).eps * scale
         assert error(x, true[name]) <= bound, f"{name}: error {error(x, true[name]):.2e}, bound {bound:.2e}"
 
 
-ONE = ["wkv6_forward_gated_64", "wkv6_backward_gated_64"]
+GATED = ["wkv6_forward_gated_64", "wkv6_backward_gated_64"]
+ONE = ["wkv6_forward_gated_64_decay_64", GATED[1]]
 
 
 @pytest.mark.parametrize(
@@ -123,6 +148,26 @@ def test_every_result_is_as_exact_as_plain_torch(on_shim, B, T, lengths, with_st
     assert on_shim == ONE
 
 
+@pytest.mark.parametrize("rank, lengths", [(64, None), (128, None), (128, [16, 1, 50, 13])])
+def test_the_decay_is_made_of_the_ranks_that_models_have(on_shim, rank, lengths):
+    check(cases.make_case(1, 80, 2, 64, torch.bfloat16, lengths=lengths, seed=rank), rank=rank)
+    assert on_shim == [f"wkv6_forward_gated_64_decay_{rank}", GATED[1]]
+
+
+@pytest.mark.parametrize("kinds", [dict(rank=32), dict(trained=(6,)), dict(trained=(7,))])
+def test_another_decay_is_a_product_before(on_shim, kinds):
+    """Of another rank, or of trained parameters, whose gradients autograd finds."""
+    case = cases.make_case(1, 40, 2, 64, torch.bfloat16)
+    found, parameters = results(case, torch.bfloat16, wkv6_gated, **kinds)
+    expected, others = results(case, torch.bfloat16, two, **kinds)
+    assert on_shim[:2] == GATED
+    for name, x in found.items():
+        assert error(x, expected[name]) <= 2e-3 * rms(expected[name]), name
+    for i, (x, y) in enumerate(zip(parameters, others, strict=True)):
+        assert (x is not None) == (6 + i in kinds.get("trained", ()))
+        assert x is y is None or error(x, y) <= 1e-2 * rms(y)
+
+
 def test_a_mean_far_from_zero_costs_no_digits(on_shim):
     check(cases.make_case(1, 40, 2, 64, torch.bfloat16, decay="none", seed=3), offset=4.0)
 
@@ -134,7 +179,7 @@ def test_split_time_makes_ys_gradient_before_its_passes(on_shim, monkeypatch, T,
     check(cases.make_case(1, T, 2, 64, torch.bfloat16, lengths=lengths, decay="mix", seed=T))
     before = ["wkv6_{}_groups_64", "wkv6_{}_scan"]
     forward, backward = ([name.format(way) for name in before] for way in ("forward", "backward"))
-    assert on_shim == [*forward, ONE[0], "norm_gate_backward", *backward, "wkv6_backward_64"]
+    assert on_shim == [*forward, GATED[0], "norm_gate_backward", *backward, "wkv6_backward_64"]
 
 
 def test_the_kernels_agree_with_those_of_two_operations(on_shim):
@@ -161,35 +206,45 @@ def test_one_of_the_results_alone(on_shim, which):
     """The final state's gradient needs no gate; without it, that of zeros is taken."""
     case = cases.make_case(1, 5, 1, 64, torch.bfloat16)
     inputs = [x.requires_grad_(i < 6) for i, x in enumerate(inputs_of(case))]
-    outs = wkv6_gated(tuple(inputs[:4]), *inputs[4:], EPS, case.state)
+    outs = called(wkv6_gated, inputs, case.state, None)
     outs[which].sum().backward()
     assert on_shim[1:] == [ONE[1] if which == 0 else "wkv6_backward_64"]
-    assert all(x.grad.isfinite().all() for x in inputs[1 if which else 0 : 4])
+    assert all(x.grad.isfinite().all() for x in inputs[1 if which else 0 : 3])
 
 
 def test_what_is_not_differentiated_has_the_same_bits_and_keeps_nothing(on_shim):
     """Where blocks are recomputed, the first pass is such a one."""
     case = cases.make_case(1, 70, 2, 64, torch.bfloat16)
-    *rows, u, g, weight, bias = inputs_of(case)
+    inputs = inputs_of(case)
     with torch.no_grad():
-        quietly = wkv6_gated(tuple(rows), u, g, weight, bias, EPS, case.state)
-    for x in rows:
+        quietly = called(wkv6_gated, inputs, case.state, None)
+    for x in inputs[:6]:
         x.requires_grad_()
-    out, final = wkv6_gated(tuple(rows), u, g, weight, bias, EPS, case.state)
+    out, final = called(wkv6_gated, inputs, case.state, None)
     assert on_shim == [ONE[0], ONE[0]] and torch.equal(quietly[0], out) and torch.equal(quietly[1], final)
+
+
+def test_a_decay_made_inside_is_not_kept(on_shim):
+    """Of the rows' size backward has r, k, v, y and g."""
+    case = cases.make_case(1, 70, 2, 64, torch.bfloat16)
+    inputs = [x.requires_grad_(i < 6) for i, x in enumerate(inputs_of(case))]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        called(wkv6_gated, inputs, None, None)
+    assert len([x for x in kept if x.numel() == case.w.numel()]) == 5
 
 
 def test_a_second_derivative_is_refused(on_shim):
     case = cases.make_case(1, 3, 1, 64, torch.bfloat16)
     inputs = [x.requires_grad_(i < 6) for i, x in enumerate(inputs_of(case))]
-    out, _ = wkv6_gated(tuple(inputs[:4]), *inputs[4:], EPS)
+    out, _ = called(wkv6_gated, inputs, None, None)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(out.float().sum(), inputs[0], create_graph=True)
 
 
-def two(rows, u, g, weight, bias, eps, state, cu_seqlens):
-    """The recurrence and its gate, one after the other."""
-    y, final = gated.wkv6(*rows, u, state, cu_seqlens)
+def two(rows, decay, u, g, weight, bias, eps, state, cu_seqlens):
+    """The decay, the recurrence and its gate, one after the other."""
+    y, final = gated.wkv6(*rows, gated.made(decay, rows[0]), u, state, cu_seqlens)
     return norm_gate(y, g, weight, bias, eps), final
 
 
@@ -200,8 +255,8 @@ def two(rows, u, g, weight, bias, eps, state, cu_seqlens):
 def test_what_else_takes_two_operations(on_shim, dtype, N, trained):
     """Trained parameters have gradients, and other dtypes and head sizes have kernels of their own."""
     case = cases.make_case(1, 9, 2, N, dtype)
-    found, parameters = results(case, dtype, wkv6_gated, trained)
-    assert not {*ONE} & {*on_shim} and all((x is not None) == trained for x in parameters)
-    expected, others = results(case, dtype, two, trained)
+    found, parameters = results(case, dtype, wkv6_gated, (8, 9) if trained else ())
+    assert not {*ONE, *GATED} & {*on_shim} and all((x is not None) == trained for x in parameters[2:])
+    expected, others = results(case, dtype, two, (8, 9) if trained else ())
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert all(x is y is None or torch.equal(x, y) for x, y in zip(parameters, others, strict=True))

@@ -6,7 +6,6 @@ B batch, T time, C channels (n_embd), A attention channels, F feed-forward chann
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ...ops.mix import gated_residual, norm_ddlerp
@@ -21,15 +20,16 @@ class GatedNorm(nn.GroupNorm):
 
     def forward(  # type: ignore[override]
         self,
-        rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        decay: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         u: torch.Tensor,
         gate: torch.Tensor,
         state: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """rows: r k v w (B, T, H, N), which the recurrence takes, and u (H, N); gate (B, T, A) -> (B, T, A), final wkv
-        state."""
-        return wkv6_gated(rows, u, gate, self.weight, self.bias, self.eps, state, cu_seqlens)
+        """rows: r k v (B, T, H, N), which the recurrence takes, and u (H, N); decay: low (B, T, D), up (D, A) and a
+        parameter (1, 1, A), of which its w is made; gate (B, T, A) -> (B, T, A), final wkv state."""
+        return wkv6_gated(rows, decay, u, gate, self.weight, self.bias, self.eps, state, cu_seqlens)
 
 
 class DataMixedNorm(nn.LayerNorm):
@@ -106,9 +106,9 @@ class TimeMix(Recurrent):
         r = self.receptance(xr).view(heads)
         k = self.key(xk).view(heads)
         v = self.value(xv).view(heads)
-        w = F.linear(low, self.time_decay_w2.t(), self.time_decay.flatten()).view(heads)
+        decay = low, self.time_decay_w2, self.time_decay
         wkv_state = self.begun(wkv_state, count_sequences(x, cu_seqlens))
-        y, wkv_state = self.ln_x((r, k, v, w), self.time_faaaa, self.gate(xg), wkv_state, cu_seqlens)
+        y, wkv_state = self.ln_x((r, k, v), decay, self.time_faaaa, self.gate(xg), wkv_state, cu_seqlens)
         return self.output(y, x), last, wkv_state
 
 

@@ -1,5 +1,6 @@
 """The CUDA kernels as a wkv6 backend: cuda/wkv6, and which of its kernels serves what."""
 
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -13,6 +14,8 @@ STRIP = 16  # state elements a thread in the plain kernels; cuda/wkv6/plain.cuh'
 CHUNKED = tuple(f"wkv6_{direction}_{N}" for direction in ("forward", "backward") for N in (32, 64, 128))
 GATED_SIZE = 64  # the head size of the kernels that make what follows, too
 GATED = tuple(f"wkv6_{direction}_gated_{GATED_SIZE}" for direction in ("forward", "backward"))
+RANKS = (64, 128)  # of the decay that forward makes there, too
+DECAY = tuple(f"wkv6_forward_gated_{GATED_SIZE}_decay_{rank}" for rank in RANKS)
 SCAN_BLOCK = 512  # elements of a state; cuda/wkv6/groups.cuh's 4 SCAN_THREADS
 SPLITS = MappingProxyType(
     {
@@ -38,6 +41,16 @@ def plan_gated(direction: str, head_size: int, dtype: torch.dtype) -> list[tuple
     return [(f"wkv6_{direction}_gated_{head_size}", None)]
 
 
-RECURRENCE = CudaRecurrence(SIGNATURE, 64, (*CHUNKED, *GATED, *PLAIN), plan, SPLITS, halved=(32, 64, 128))
+def plan_decay(rank: int, direction: str, head_size: int, dtype: torch.dtype) -> list[tuple[str, Block | None]]:
+    """The same where forward makes the decay, too, of a rank among RANKS; backward is given it."""
+    assert direction == "forward"
+    [(gated, block)] = plan_gated(direction, head_size, dtype)
+    return [(f"{gated}_decay_{rank}", block)]
+
+
+RECURRENCE = CudaRecurrence(SIGNATURE, 64, (*CHUNKED, *GATED, *DECAY, *PLAIN), plan, SPLITS, halved=(32, 64, 128))
 WITH_GATE = RECURRENCE.variant(SIGNATURE.rows, plan_gated, SPLITS)
+WITH_DECAY = MappingProxyType(  # by the decay's rank
+    {rank: RECURRENCE.variant(SIGNATURE.rows, partial(plan_decay, rank), SPLITS) for rank in RANKS}
+)
 FAMILY = RECURRENCE.family

@@ -1,9 +1,10 @@
-"""wkv6 with what follows it, each head's norm and its gate: on a GPU one autograd Function, whose kernels have the
-recurrence's rows and make both there."""
+"""wkv6 with what stands around it in the model, its decay before it, each head's norm and its gate after: on a GPU one
+autograd Function, whose kernels have the recurrence's rows and make these there."""
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -14,13 +15,16 @@ from ..mix.op import norms_fused
 from ..native.launch import aligned
 from ..recurrence.checks import as_int64, check
 from ..recurrence.signature import sequences_of
-from .cuda import GATED_SIZE, RECURRENCE, WITH_GATE
+from .cuda import GATED_SIZE, RECURRENCE, WITH_DECAY, WITH_GATE
 from .op import WKV6, wkv6
 from .signature import SIGNATURE
 
+Decay = tuple[Tensor, Tensor, Tensor]
+
 
 def wkv6_gated(
-    rows: tuple[Tensor, Tensor, Tensor, Tensor],
+    rows: tuple[Tensor, Tensor, Tensor],
+    decay: Decay,
     u: Tensor,
     g: Tensor,
     weight: Tensor,
@@ -31,18 +35,30 @@ def wkv6_gated(
 ) -> tuple[Tensor, Tensor]:
     """norm_gate of what wkv6 gives, and the final state.
 
-    rows: r k v w (B, T, H, N); u (H, N), state and cu_seqlens as wkv6 takes them; g (B, T, H N), weight and bias
-    (H N,) -> (B, T, H N), (B, H, N, N) float32.
+    rows: r k v (B, T, H, N); decay: what w is made of, low (B, T, D), up (D, H N) and a parameter of H N elements, w =
+    parameter + low up; u (H, N), state and cu_seqlens as wkv6 takes them; g (B, T, H N), weight and bias (H N,)
+    -> (B, T, H N), (B, H, N, N) float32.
     """
-    if not _in_one(*rows, g, weight, bias):
-        y, state = wkv6(*rows, u, state, cu_seqlens)
+    r, k, v = rows
+    in_one = _in_one(r, k, v, g, *decay, weight, bias)
+    w = None if in_one and _makes_decay(r, decay, cu_seqlens) else made(decay, r)
+    if not in_one:
+        assert w is not None
+        y, state = wkv6(r, k, v, w, u, state, cu_seqlens)
         return norm_gate(y, g, weight, bias, eps), state
-    check(SIGNATURE, (*rows, u), state, cu_seqlens)
-    tensors = [x.contiguous() for x in (*rows, u.float(), g, weight, bias)]
+    check(SIGNATURE, (r, k, v, v if w is None else w, u), state, cu_seqlens)
+    given = (r, k, v, w, u.float(), g, weight, bias, *(decay if w is None else (None,) * 3))
+    tensors = [None if x is None else x.contiguous() for x in given]
     state = None if state is None else state.float().contiguous()
-    bounds = None if cu_seqlens is None else as_int64(cu_seqlens, rows[0].shape[1])
+    bounds = None if cu_seqlens is None else as_int64(cu_seqlens, r.shape[1])
     save = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in (*tensors, state)])
     return run(WKV6Gated, save, eps, state, bounds, *tensors)
+
+
+def made(decay: Decay, r: Tensor) -> Tensor:
+    """w, of r's shape (B, T, H, N), by a library's product."""
+    low, up, parameter = decay
+    return F.linear(low, up.t(), parameter.flatten()).view(r.shape)
 
 
 def _in_one(*tensors: Tensor) -> bool:
@@ -58,18 +74,39 @@ def _in_one(*tensors: Tensor) -> bool:
     )
 
 
+def _makes_decay(r: Tensor, decay: Decay, cu_seqlens: Tensor | None) -> bool:
+    """Whether the forward kernel makes w as well: its parameters are frozen, the kernels have its rank, and time is not
+    split, whose passes over groups read w."""
+    low, *parameters = decay
+    return (
+        low.shape[-1] in WITH_DECAY
+        and not any([x.requires_grad for x in parameters])
+        and not RECURRENCE.group_of(r, sequences_of(r, cu_seqlens))
+    )
+
+
 class WKV6Gated(Function):
-    """Whether backward will come, eps, state (n, H, N, N) float32 or None, cu_seqlens int64 or None, r k v w
-    (B, T, H, N), u (H, N) float32, g (B, T, H N), weight and bias (H N,), bfloat16 -> (B, T, H N), final state."""
+    """Whether backward will come, eps, state (n, H, N, N) float32 or None, cu_seqlens int64 or None, r k v (B, T, H, N)
+    and w, or None, u (H, N) float32, g (B, T, H N), weight and bias (H N,), bfloat16; where w is None, what it is made
+    of, low (B, T, D), up (D, H N) and a parameter of H N elements, else None -> (B, T, H N), final state.
+
+    Made inside, w is not kept: backward has a product make it again."""
 
     @staticmethod
-    def forward(ctx: Any, save: bool, eps: float, state: Tensor | None, bounds: Tensor | None, *tensors: Tensor) -> Any:
-        *inputs, g, weight, bias = tensors
+    def forward(
+        ctx: Any, save: bool, eps: float, state: Tensor | None, bounds: Tensor | None, *tensors: Tensor | None
+    ) -> Any:
+        *inputs, g, weight, bias, low, up, parameter = tensors
+        assert g is not None
         out = torch.empty_like(g)
         further: dict[str, Any] = dict(g=aligned(g), weight=weight, bias=bias, out=out, eps=eps)
-        y, final_state, checkpoints = WITH_GATE.forward(*inputs, state, bounds, save=save, **further)
+        kernels = WITH_GATE
+        if low is not None:
+            kernels = WITH_DECAY[low.shape[-1]]
+            further |= dict(low=aligned(low), up=aligned(up), decay=aligned(parameter))
+        y, final_state, checkpoints = kernels.forward(*inputs, state, bounds, save=save, **further)
         if save:
-            ctx.save_for_backward(*inputs, state, bounds, checkpoints, y, g, weight, bias)
+            ctx.save_for_backward(*inputs, state, bounds, checkpoints, y, g, weight, bias, low, up, parameter)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
         return out, final_state
@@ -78,9 +115,11 @@ class WKV6Gated(Function):
     @differentiable_once
     def backward(ctx: Any, grad: Tensor | None, gfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None and gfinal is None:
-            return (None,) * 12
-        *kept, y, g, weight, bias = ctx.saved_tensors
+            return (None,) * 15
+        *kept, y, g, weight, bias, low, up, parameter = ctx.saved_tensors
         r, (state, bounds, _) = kept[0], kept[-3:]
+        if low is not None:
+            kept[3] = made((low, up, parameter), r)
         gg = None
         if grad is None:
             *found, gstate = RECURRENCE.backward(*kept, None, gfinal)
@@ -93,4 +132,7 @@ class WKV6Gated(Function):
                 *found, gstate = RECURRENCE.backward(*kept, gy, gfinal)
             else:
                 *found, gstate = WITH_GATE.backward(*kept, grad, gfinal, eps=ctx.eps, **given)
-        return None, None, None if state is None else gstate, None, *found, gg, None, None
+        gr, gk, gv, gw, gu = found
+        of_w, of_low = (gw, None) if low is None else (None, F.linear(gw.flatten(2), up))
+        of_state = None if state is None else gstate
+        return None, None, of_state, None, gr, gk, gv, of_w, gu, gg, None, None, of_low, None, None

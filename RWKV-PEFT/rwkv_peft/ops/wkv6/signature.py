@@ -7,6 +7,6 @@ SIGNATURE = Signature(
     rows=("r", "k", "v", "w"),
     shared=("u",),
     state_rows="key",
-    further=("g", "weight", "bias", "out", "gg"),
+    further=("g", "weight", "bias", "out", "gg", "low", "up", "decay"),
     numbers=("eps",),
 )
