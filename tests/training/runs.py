@@ -40,7 +40,7 @@ def free_port():
 
 
 def finish(process, code=0):
-    out, err = process.communicate(timeout=480)
+    out, err = process.communicate(timeout=1800)  # the first to offload compiles, which takes minutes beside other work
     assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
     return out, err
 
