@@ -40,17 +40,9 @@ def opened(x: torch.Tensor, base: Frozen, factors: Factors, scale: float) -> Ope
     return Opened(y.view(*x.shape[:-1], y.shape[-1]), left, factors.up)
 
 
-def closed(
-    x: torch.Tensor,
-    right: torch.Tensor,
-    base: Frozen,
-    factors: Factors,
-    scale: float,
-    residual: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The layer after the square x (..., in), given right = x down (T, r): -> (..., out), added to a residual where
-    there is one."""
-    weight, bias, product = base
+def closed(x: torch.Tensor, right: torch.Tensor, base: Frozen, factors: Factors, scale: float) -> torch.Tensor:
+    """The layer after the square x (..., in), given right = x down (T, r): -> (..., out)."""
+    weight, bias, product, residual = base
     params = right, factors.up
     return apply_to_tokens(_After, x, weight, bias, *params, product=product, residual=residual, extra=(scale,))
 

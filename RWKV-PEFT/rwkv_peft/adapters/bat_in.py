@@ -28,16 +28,8 @@ class BatIn(BlockAffine):
     def shapes(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Shapes:
         return {"bone": (in_features // rank, rank, rank)}
 
-    def apply(
-        self,
-        x: torch.Tensor,
-        base: Frozen,
-        params: Params,
-        scale: float,
-        dropout: float,
-        residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return bat_in(x, base.weight, params["bone"], base.bias, product=base.product, residual=residual)
+    def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
+        return bat_in(x, base.weight, params["bone"], base.bias, product=base.product, residual=base.residual)
 
     def opened(self, x: torch.Tensor, base: Frozen, params: Params, scale: float) -> Opened:
         """What is left open is the shift."""
@@ -49,15 +41,9 @@ class BatIn(BlockAffine):
         return False, None
 
     def closed(
-        self,
-        x: torch.Tensor,
-        right: torch.Tensor | None,
-        base: Frozen,
-        params: Params,
-        scale: float,
-        residual: torch.Tensor | None = None,
+        self, x: torch.Tensor, right: torch.Tensor | None, base: Frozen, params: Params, scale: float
     ) -> torch.Tensor:
-        return self.apply(x, base, params, scale, 0.0, residual)
+        return self.apply(x, base, params, scale, 0.0)
 
 
 def bat_in(

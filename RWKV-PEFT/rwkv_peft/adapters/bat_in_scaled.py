@@ -46,18 +46,10 @@ class BatInScaled(BatIn):
         if not scale.is_meta:
             layer.scale = _number(scale)
 
-    def apply(
-        self,
-        x: torch.Tensor,
-        base: Frozen,
-        params: Params,
-        scale: float,
-        dropout: float,
-        residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
         """scale is the layer's, of `begin`; under torch.compile the tensor serves, so that layers share a graph."""
         a = params["bone_scale"].float().squeeze() if torch.compiler.is_compiling() else scale
-        return bat_in(x, base.weight, params["bone"], base.bias, scale=a, product=base.product, residual=residual)
+        return bat_in(x, base.weight, params["bone"], base.bias, scale=a, product=base.product, residual=base.residual)
 
     def multiplied(self, params: Params) -> torch.Tensor:
         return params["bone_scale"] * params["bone"]

@@ -34,16 +34,8 @@ class BatOut(BlockAffine):
     def shapes(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Shapes:
         return {"bone": (out_features // rank, rank, rank)}
 
-    def apply(
-        self,
-        x: torch.Tensor,
-        base: Frozen,
-        params: Params,
-        scale: float,
-        dropout: float,
-        residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return bat_out(x, base.weight, params["bone"], base.bias, product=base.product, residual=residual)
+    def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
+        return bat_out(x, base.weight, params["bone"], base.bias, product=base.product, residual=base.residual)
 
     def rows(self, params: Params, start: int, stop: int) -> Params:
         rank = params["bone"].shape[-1]

@@ -37,16 +37,8 @@ class Bone(Method):
     def shapes(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Shapes:
         return {"bone": (rank, out_features)}
 
-    def apply(
-        self,
-        x: torch.Tensor,
-        base: Frozen,
-        params: Params,
-        scale: float,
-        dropout: float,
-        residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return bone(x, base.weight, params["bone"], base.bias, product=base.product, residual=residual)
+    def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
+        return bone(x, base.weight, params["bone"], base.bias, product=base.product, residual=base.residual)
 
     def factors(self, params: Params) -> Factors:
         return Factors(None, params["bone"])

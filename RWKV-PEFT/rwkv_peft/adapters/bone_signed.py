@@ -37,17 +37,9 @@ class BoneSigned(Bone):
         signs = constants["bone_signs"].to(layer.weight.device, layer.weight.dtype)
         layer.register_buffer("bone_signs", signs, persistent=False)
 
-    def apply(
-        self,
-        x: torch.Tensor,
-        base: Frozen,
-        params: Params,
-        scale: float,
-        dropout: float,
-        residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
         bone, signs = params["bone"], params["bone_signs"]
-        return bone_signed(x, base.weight, bone, signs, base.bias, product=base.product, residual=residual)
+        return bone_signed(x, base.weight, bone, signs, base.bias, product=base.product, residual=base.residual)
 
     def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:
         return super().delta(weight, params, scale) * params["bone_signs"].to(weight.dtype)

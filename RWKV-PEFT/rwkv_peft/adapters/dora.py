@@ -43,23 +43,15 @@ class Dora(Lora):
         norm = constants["lora_row_norm"].to(layer.weight.device, layer.weight.dtype)
         layer.register_buffer("lora_row_norm", norm, persistent=False)
 
-    def apply(
-        self,
-        x: torch.Tensor,
-        base: Frozen,
-        params: Params,
-        scale: float,
-        dropout: float,
-        residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        y = super().apply(x, base, params, scale, dropout)  # without the residual, which no gain turns
+    def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
+        y = super().apply(x, base._replace(residual=None), params, scale, dropout)
         with torch.no_grad():
             products = base.product.forward(params["lora_A"].to(x.dtype), base.weight).t()  # W Aᵀ (out, r)
             length = _length(products.float(), params, scale)
         # what is added to y is zero at first, and small: a factor near 1 would lose it in bfloat16
         change = params["lora_row_norm"].float() * (1 + params["lora_gain"].float()) / length - 1
         turned = y if base.bias is None else y - base.bias.to(y.dtype)
-        return added(torch.addcmul(y, turned, change.to(y.dtype)), residual)
+        return added(torch.addcmul(y, turned, change.to(y.dtype)), base.residual)  # which no gain turns
 
     def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:
         params = cast(params, weight.dtype)

@@ -53,10 +53,9 @@ class AdapterLinear(nn.Module):
             return DENSE
         return QuantizedProduct(self.quant, (self.out_features, self.in_features), self.scales)
 
-    @property
-    def frozen(self) -> Frozen:
-        """The linear layer under the adapter."""
-        return Frozen(self.base, self.bias, self.product)
+    def frozen(self, residual: torch.Tensor | None = None) -> Frozen:
+        """The linear layer under the adapter, whose result is added to a residual where there is one."""
+        return Frozen(self.base, self.bias, self.product, residual)
 
     @property
     def params(self) -> Params:
@@ -65,14 +64,14 @@ class AdapterLinear(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x (..., in) -> (..., out) in x's dtype, added to a residual (..., out) where there is one."""
-        base, params = self.frozen, self.params
+        base, params = self.frozen(residual), self.params
         if self.untrained:
             first = self.method.first(params)
             if first is None:
                 return linear(x, base.weight, base.bias, product=base.product, residual=residual)
             params = first
         dropout = self.dropout if self.training and not self.untrained else 0.0
-        return self.method.apply(x, base, params, self.scale, dropout, residual)
+        return self.method.apply(x, base, params, self.scale, dropout)
 
     def around_square(self, x: torch.Tensor, channels: int) -> bool:
         """Whether the layer, before or after a squared relu of so many channels, leaves its part of low rank to its
@@ -88,7 +87,7 @@ class AdapterLinear(nn.Module):
 
     def opened(self, x: torch.Tensor) -> Opened:
         """`forward` before such a square, without what its kernel adds: x (..., in)."""
-        return self.method.opened(x, self.frozen, self.params, self.scale)
+        return self.method.opened(x, self.frozen(), self.params, self.scale)
 
     def sums(self) -> tuple[bool, torch.Tensor | None]:
         """What `closed` is to be given of the square; see Method."""
@@ -96,7 +95,7 @@ class AdapterLinear(nn.Module):
 
     def closed(self, x: torch.Tensor, right: torch.Tensor | None, residual: torch.Tensor | None = None) -> torch.Tensor:
         """`forward` after such a square, x (..., in), of which its kernel has made right (T, r), or None."""
-        return self.method.closed(x, right, self.frozen, self.params, self.scale, residual)
+        return self.method.closed(x, right, self.frozen(residual), self.params, self.scale)
 
     def quantize(self, kind: str) -> None:
         """Replace the weight by its quantized form ("nf4" or "int8"); it is frozen from then on."""

@@ -52,16 +52,8 @@ class Lora(Method):
     def begin(self, layer: Layer, constants: Params) -> None:
         nn.init.kaiming_uniform_(layer.get_parameter("lora_A"), a=math.sqrt(5))
 
-    def apply(
-        self,
-        x: torch.Tensor,
-        base: Frozen,
-        params: Params,
-        scale: float,
-        dropout: float,
-        residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        weight, bias, product = base
+    def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
+        weight, bias, product, residual = base
         if not dropout:
             factors = params["lora_A"], params["lora_B"]
             return lora(x, weight, *factors, bias, scale=scale, product=product, residual=residual)

@@ -130,18 +130,10 @@ class Method(ABC):
         return None
 
     @abstractmethod
-    def apply(
-        self,
-        x: torch.Tensor,
-        base: Frozen,
-        params: Params,
-        scale: float,
-        dropout: float,
-        residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
         """y = x W'ᵀ + bias without forming W': x (..., in), the Frozen layer W, params {name: tensor} -> (..., out) in
-        x's dtype, added to a residual (..., out) where there is one. scale is the layer's; dropout the probability with
-        which an input is hidden from the adapter, 0 but for methods that take it."""
+        x's dtype, and its residual where it has one. scale is the layer's; dropout the probability with which an input
+        is hidden from the adapter, 0 but for methods that take it."""
 
     def factors(self, params: Params) -> Factors:
         """The term that is added to the base's product, where it is of low rank (around_square)."""
@@ -156,17 +148,11 @@ class Method(ABC):
         return True, self.factors(params).down
 
     def closed(
-        self,
-        x: torch.Tensor,
-        right: torch.Tensor | None,
-        base: Frozen,
-        params: Params,
-        scale: float,
-        residual: torch.Tensor | None = None,
+        self, x: torch.Tensor, right: torch.Tensor | None, base: Frozen, params: Params, scale: float
     ) -> torch.Tensor:
         """`apply` after a squared relu, whose kernel gives `sums`."""
         assert right is not None  # as `sums` has it
-        return closed(x, right, base, self.factors(params), scale, residual)
+        return closed(x, right, base, self.factors(params), scale)
 
     @abstractmethod
     def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:

@@ -80,8 +80,10 @@ DENSE = Dense()
 
 
 class Frozen(NamedTuple):
-    """The linear layer under an adapter: its weight as product takes it, and its bias (out,) or None."""
+    """The linear layer under an adapter: its weight as product takes it, its bias (out,) or None, and the residual
+    (..., out) that its result is added to, or None."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
     product: Product = DENSE
+    residual: torch.Tensor | None = None
