@@ -20,11 +20,18 @@ supported() {  # PYTHON: is it one of the versions that every dependency has whe
 
 version_of() { "$1" -c 'import platform; print(platform.python_version())' 2>/dev/null || echo "unknown"; }
 
+gone() {  # LOCK: was it left by a setup of this machine that is no more?
+    read -r machine process 2>/dev/null <"$1/owner" && [ "$machine" = "$(uname -n)" ] &&
+        ! kill -0 "$process" 2>/dev/null && [ ! -d "/proc/$process" ]
+}
+
 alone() {  # LOCK COMMAND…: runs it while no other setup has the folder LOCK, which is made for this and removed again
     lock="$1" vanished=""
     shift
     until mkdir "$lock" 2>/dev/null; do
-        if [ -d "$lock" ]; then
+        if gone "$lock"; then
+            rm -r "$lock"
+        elif [ -d "$lock" ]; then
             [ "${awaited:-}" = "$lock" ] ||
                 say "setup: another one goes on here, and is waited for; where there is none, delete $lock"
             awaited="$lock" vanished=""
@@ -35,10 +42,11 @@ alone() {  # LOCK COMMAND…: runs it while no other setup has the folder LOCK, 
         fi
     done
     (
-        trap 'rmdir "$lock"' EXIT
+        trap 'rm -r "$lock"' EXIT
         trap 'exit 129' HUP
         trap 'exit 130' INT
         trap 'exit 143' TERM
+        printf '%s %s\n' "$(uname -n)" "$$" >"$lock/owner"
         "$@"
     )
 }

@@ -29,7 +29,7 @@ def machine(tmp_path):
     for name in ("requirements.txt", "pyproject.toml"):
         (tmp_path / "repo" / name).write_text("first\n")
     (tmp_path / "bin").mkdir()
-    for tool in ("sh", "dirname", "cat", "rm", "mkdir", "rmdir", "cp", "sleep"):
+    for tool in ("sh", "dirname", "cat", "rm", "mkdir", "cp", "sleep", "uname"):
         (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
     return tmp_path
 
@@ -89,14 +89,31 @@ def test_setups_that_begin_at_once_make_one_environment(machine):
     assert len(installs(machine / "repo/.venv")) == 1 and not locks(machine)
 
 
-def test_what_a_killed_setup_left_is_told(machine):
+@pytest.mark.parametrize("owner", [None, "another-machine 1\n"])
+def test_a_setup_that_may_go_on_is_waited_for_and_told(machine, owner):
     add_python(machine / "bin", "python3")
-    (machine / "repo/.venv-lock").mkdir()
+    (lock := machine / "repo/.venv-lock").mkdir()
+    if owner is not None:
+        (lock / "owner").write_text(owner)
     process = start(machine)
     assert "goes on here, and is waited for; where there is none, delete " in (line := process.stdout.readline())
-    os.rmdir(line.split()[-1])
+    shutil.rmtree(line.split()[-1])
     process.communicate(timeout=60)
     assert process.returncode == 0 and len(installs(machine / "repo/.venv")) == 1
+
+
+def test_a_setup_that_was_killed_holds_up_no_other(machine):
+    add_python(machine / "bin", "python3", pause='{ [ ! -e "$HOME/long" ] || sleep 60; }')
+    setup(machine)
+    (machine / "repo/requirements.txt").write_text("second\n")
+    (machine / "long").touch()
+    process = start(machine)
+    assert "installing" in process.stdout.readline()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert locks(machine)
+    (machine / "long").unlink()
+    assert setup(machine).returncode == 0 and len(installs(machine / "repo/.venv")) == 2 and not locks(machine)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
