@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ..ops.bone import plus_tiled, shard_sum
 from .product import Frozen, Product
-from .tokens import apply_to_tokens, weight_gradient
+from .tokens import apply_to_tokens, flat, of_weight_and_bias
 
 
 class Opened(NamedTuple):
@@ -35,9 +35,14 @@ class Factors(NamedTuple):
 
 def opened(x: torch.Tensor, base: Frozen, factors: Factors, scale: float) -> Opened:
     """The layer before the square: x (..., in)."""
-    rows = x.reshape(-1, x.shape[-1])
-    y, left = _Before.apply(rows, base.weight, base.bias, factors.down, len(factors.up), base.product, scale)
-    return Opened(y.view(*x.shape[:-1], y.shape[-1]), left, factors.up)
+    inputs = base.weight, base.bias, factors.down, len(factors.up), base.product, scale
+    return opened_by(_Before, x, *inputs, up=factors.up)
+
+
+def opened_by(function: type[Function], x: torch.Tensor, *inputs: Any, up: torch.Tensor | None) -> Opened:
+    """What an autograd Function of the flattened tokens of x (..., in) and of inputs gives: y and left."""
+    y, left = function.apply(flat(x), *inputs)
+    return Opened(y.view(*x.shape[:-1], y.shape[-1]), left, up)
 
 
 def closed(x: torch.Tensor, right: torch.Tensor, base: Frozen, factors: Factors, scale: float) -> torch.Tensor:
@@ -79,7 +84,7 @@ class _Before(Function):
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor, g_left: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, down = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_down = ctx.needs_input_grad[:4]
+        need_x, _, _, need_down = ctx.needs_input_grad[:4]
         dx = None
         if need_x and down is None:
             dx = plus_tiled(
@@ -93,8 +98,7 @@ class _Before(Function):
             ctx.product.add_backward_(dx, g, weight)
         return (
             dx,
-            weight_gradient(g, x).to(weight.dtype) if need_weight else None,
-            g.sum(0) if need_bias else None,
+            *of_weight_and_bias(ctx, g, x, weight),
             scaled_product(g_left.t(), x, ctx.scale).t() if need_down else None,  # as the factor lies in memory
             None,
             None,
@@ -129,15 +133,14 @@ class _After(Function):
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, right, weight, up = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_residual, need_right, need_up = ctx.needs_input_grad[:6]
+        need_x, _, _, need_residual, need_right, need_up = ctx.needs_input_grad[:6]
         g_up = None
         if need_up:  # as it lies in memory
             rows = up.is_contiguous()
             g_up = scaled_product(right.t(), g, ctx.scale) if rows else scaled_product(g.t(), right, ctx.scale).t()
         return (
             ctx.product.backward(g, weight) if need_x else None,
-            weight_gradient(g, x).to(weight.dtype) if need_weight else None,
-            g.sum(0) if need_bias else None,
+            *of_weight_and_bias(ctx, g, x, weight),
             g if need_residual else None,
             scaled_product(g, up.t(), ctx.scale) if need_right else None,
             g_up,

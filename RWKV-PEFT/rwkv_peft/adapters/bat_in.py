@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..ops.bone import affine, affine_backward_, plus_tiled
-from .around import Opened
+from .around import Opened, opened_by
 from .block_affine import BlockAffine
 from .method import Params, Shapes
 from .product import DENSE, Frozen, Product
@@ -33,9 +33,7 @@ class BatIn(BlockAffine):
 
     def opened(self, x: torch.Tensor, base: Frozen, params: Params, scale: float) -> Opened:
         """What is left open is the shift."""
-        rows = x.reshape(-1, x.shape[-1])
-        y, shift = _OpenBatIn.apply(rows, base.weight, base.bias, params["bone"], base.product, scale)
-        return Opened(y.view(*x.shape[:-1], y.shape[-1]), shift, None)
+        return opened_by(_OpenBatIn, x, base.weight, base.bias, params["bone"], base.product, scale, up=None)
 
     def sums(self, params: Params) -> tuple[bool, torch.Tensor | None]:
         return False, None

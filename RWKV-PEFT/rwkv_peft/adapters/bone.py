@@ -15,7 +15,7 @@ from ..ops.bone import plus_tiled, shard_sum, split_shards
 from .around import Factors
 from .method import Method, Misfit, Params, Shapes, nearest_divisor, wide
 from .product import DENSE, Frozen, Product
-from .tokens import apply_to_tokens, weight_gradient
+from .tokens import apply_to_tokens, of_weight_and_bias
 
 
 class Bone(Method):
@@ -159,7 +159,7 @@ class _Bone(Function):
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, bone, total = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_residual, need_bone = ctx.needs_input_grad[:5]
+        need_x, _, _, need_residual, need_bone = ctx.needs_input_grad[:5]
         rank, width = bone.shape
         folded = g if width == g.shape[1] else split_shards(g, width).sum(1)  # (T, m)
         dx = None
@@ -172,8 +172,7 @@ class _Bone(Function):
             )
         return (
             dx,
-            weight_gradient(g, x).to(weight.dtype) if need_weight else None,
-            g.sum(0) if need_bias else None,
+            *of_weight_and_bias(ctx, g, x, weight),
             g if need_residual else None,
             total.t() @ folded if need_bone else None,
             None,

@@ -15,7 +15,7 @@ from ..ops.adding import added
 from .around import Factors, scaled_product
 from .method import Layer, Method, Misfit, Params, Shapes, cast, wide
 from .product import DENSE, Frozen, Product
-from .tokens import apply_to_tokens, linear, weight_gradient
+from .tokens import apply_to_tokens, linear, of_weight_and_bias
 
 
 class Lora(Method):
@@ -141,7 +141,7 @@ class _Lora(Function):
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, lora_A, lora_B, inner = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_residual, need_A, need_B = ctx.needs_input_grad[:6]
+        need_x, _, _, need_residual, need_A, need_B = ctx.needs_input_grad[:6]
         g_inner = scaled_product(g, lora_B, ctx.scale) if need_x or need_A else None  # (T, r)
         dx = None
         if need_x and g_inner is not None:
@@ -149,8 +149,7 @@ class _Lora(Function):
             ctx.product.add_backward_(dx, g, weight)
         return (
             dx,
-            weight_gradient(g, x).to(weight.dtype) if need_weight else None,
-            g.sum(0) if need_bias else None,
+            *of_weight_and_bias(ctx, g, x, weight),
             g if need_residual else None,
             g_inner.t() @ x if need_A and g_inner is not None else None,
             scaled_product(g.t(), inner, ctx.scale) if need_B else None,

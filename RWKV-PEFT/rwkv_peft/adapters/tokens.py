@@ -48,12 +48,12 @@ def apply_to_tokens(
             return apply_to_tokens(function, x, weight, bias, *params, product=product, residual=residual, extra=extra)
     inside = residual if residual is not None and adding.inside_product(x, residual) else None
     params = tuple(param.to(x.dtype) for param in params)
-    y = function.apply(_flat(x), weight, bias, None if inside is None else _flat(inside), *params, product, *extra)
+    y = function.apply(flat(x), weight, bias, None if inside is None else flat(inside), *params, product, *extra)
     y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
     return adding.added(y, residual) if inside is None else y
 
 
-def _flat(x: torch.Tensor) -> torch.Tensor:
+def flat(x: torch.Tensor) -> torch.Tensor:
     """(..., n) -> (T, n)."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
@@ -61,6 +61,15 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
 def weight_gradient(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """gᵀ x: g (T, out), x (T, in) -> (out, in)."""
     return kernels.transposed(g) @ x
+
+
+def of_weight_and_bias(
+    ctx: Any, g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The gradients of a product's weight and bias, a Function's second and third inputs, where they are wanted: g
+    (T, out), what is multiplied x (T, in), which is read for the weight alone."""
+    need_weight, need_bias = ctx.needs_input_grad[1:3]
+    return weight_gradient(g, x).to(weight.dtype) if need_weight else None, g.sum(0) if need_bias else None
 
 
 class _Linear(Function):
@@ -81,11 +90,10 @@ class _Linear(Function):
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
+        need_x, need_residual = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
         return (
             ctx.product.backward(g, weight) if need_x else None,
-            weight_gradient(g, x).to(weight.dtype) if need_weight else None,
-            g.sum(0) if need_bias else None,
+            *of_weight_and_bias(ctx, g, x, weight),
             g if need_residual else None,
             None,
         )

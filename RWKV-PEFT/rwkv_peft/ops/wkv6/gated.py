@@ -40,12 +40,10 @@ def wkv6_gated(
     -> (B, T, H N), (B, H, N, N) float32.
     """
     r, k, v = rows
-    in_one = _in_one(r, k, v, g, *decay, weight, bias)
-    w = None if in_one and _makes_decay(r, decay, cu_seqlens) else made(decay, r)
-    if not in_one:
-        assert w is not None
-        y, state = wkv6(r, k, v, w, u, state, cu_seqlens)
+    if not _in_one(r, k, v, g, *decay, weight, bias):
+        y, state = wkv6(r, k, v, made(decay, r), u, state, cu_seqlens)
         return norm_gate(y, g, weight, bias, eps), state
+    w = None if _makes_decay(r, decay, cu_seqlens) else made(decay, r)
     check(SIGNATURE, (r, k, v, v if w is None else w, u), state, cu_seqlens)
     given = (r, k, v, w, u.float(), g, weight, bias, *(decay if w is None else (None,) * 3))
     tensors = [None if x is None else x.contiguous() for x in given]
