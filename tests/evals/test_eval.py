@@ -1,6 +1,7 @@
 """The command as a user types it, on the demo's base, which answers what it was trained to answer."""
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 
 from rwkv_peft.errors import Ended, UserError
 from rwkv_peft.evals import command, flags
+from rwkv_peft.files.alone import alone_at
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ("--model", str(ROOT / "demo" / "rwkv6-demo.pth"))
@@ -88,6 +90,18 @@ def test_an_interrupt_keeps_what_was_answered(tmp_path, monkeypatch, capsys, end
     assert command.main(words) == code
     assert "has 1 of 3, and the same command goes on" in capsys.readouterr().err
     assert len(output.read_text().splitlines()) == 2
+
+
+def test_an_output_has_one_writer_at_a_time(run, tmp_path):
+    data, output = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "new" / "answers.jsonl"
+    words = ("jsonl", "--data", data, "--output", output, "--stop", "\n")
+    whole = run(*words)
+    content = output.read_bytes()
+    output.write_bytes(content[:-10])
+    with alone_at(output), pytest.raises(UserError, match=r"answers.jsonl: another command is writing it \(process"):
+        run(*words)
+    assert output.read_bytes() == content[:-10]
+    assert run(*words) == whole and os.listdir(output.parent) == [output.name]
 
 
 def test_a_full_disk_keeps_what_was_answered(run, tmp_path):

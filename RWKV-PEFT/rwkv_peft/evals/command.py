@@ -42,13 +42,13 @@ def main(argv: list[str]) -> int:
     problems = read_problems(task, args.data, args.split, layout)
     shots = read_shots(task, args, layout)
     records = Records(args.output, {name: getattr(args, name) for name in SETTINGS} | {"files": stamps(args)})
-    due = {
-        number: problem._replace(prompt=shots + problem.prompt)
-        for number, problem in enumerate(problems)
-        if number not in records.found
-    }
     try:
         with records:
+            due = {
+                number: problem._replace(prompt=shots + problem.prompt)
+                for number, problem in enumerate(problems)
+                if number not in records.found
+            }
             if due:
                 answer_due(args, task, due, records)
     except (KeyboardInterrupt, Ended) as end:

@@ -1,11 +1,14 @@
 """The lines of --output: a problem each, behind a first one that says what they are of, so that a run goes on."""
 
 import json
-from contextlib import AbstractContextManager
+import sys
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import UserError
+from ..files.alone import alone_at
 from ..files.atomic import atomic_write, telling_failures
 
 Record = dict[str, Any]
@@ -14,26 +17,32 @@ HEAD = "eval"  # the key of the first line
 
 class Records:
     """{number of a problem: its Record}, kept in a file where there is a path. settings are what must agree for the
-    file to be gone on with. Raises UserError where they do not, or the file is another tool's."""
+    file to be gone on with. To enter it raises UserError where they do not, the file is another tool's, or another
+    process writes it."""
 
     def __init__(self, path: str | None, settings: Record) -> None:
         self.path, self.settings = path, settings
         self.found: dict[int, Record] = {}
         self._file: TextIO | None = None
-        if path is not None and Path(path).exists():
-            self._read(Path(path))
+        self._held = ExitStack()
 
     def __enter__(self) -> "Records":
-        if self.path is not None:
-            self._write()  # without a line that was cut off
-            self._file = open(self.path, "a", encoding="utf-8", errors="backslashreplace", buffering=1)
+        with self._held:
+            if self.path is not None:
+                self._held.enter_context(alone_at(Path(self.path), partial(print, file=sys.stderr)))
+                if Path(self.path).exists():
+                    self._read(Path(self.path))
+                self._write()  # without a line that was cut off
+                self._file = open(self.path, "a", encoding="utf-8", errors="backslashreplace", buffering=1)
+            self._held = self._held.pop_all()  # until the end
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._file is not None:
-            with self._telling():
-                self._file.close()
-            self._write()  # in the order of the problems
+        with self._held:
+            if self._file is not None:
+                with self._telling():
+                    self._file.close()
+                self._write()  # in the order of the problems
 
     def add(self, record: Record) -> None:
         """Keep the Record of a problem, which has its number."""

@@ -1,4 +1,4 @@
-"""One run at a time in a folder."""
+"""One run at a time in a folder, one writer at a time of a file."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -21,12 +21,27 @@ def alone_in(folder: Path, say: Callable[..., object] = print, flag: str = "--pr
     with without_empty_folders(real), ExitStack() as stack:
         check_output(flag, folder / "checkpoints" / "state.json", [])
         real.mkdir(parents=True, exist_ok=True)
-        try:
-            stack.enter_context(hold(folder / LOCK))
-        except Busy as error:
-            raise UserError(
-                f"{flag} {folder}: a run is training there ({error}); wait for it, or name another folder"
-            ) from None
-        except OSError as error:
-            say(f"output    {folder} cannot be locked ({error}): start no second run there")
+        enter(stack, folder / LOCK, f"{flag} {folder}", "a run is training there", "another folder", say)
         yield
+
+
+@contextmanager
+def alone_at(path: Path, say: Callable[..., object] = print, flag: str = "--output") -> Iterator[None]:
+    """Be the only one that writes a file, given as `flag`, by a lock beside it; its folder is made where it is missing
+    and removed again where nothing came of it. Raises UserError where another process holds the lock; where the file
+    system has none, that is told."""
+    with without_empty_folders(path.parent), ExitStack() as stack:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(f".{path.name}.lock")
+        enter(stack, lock, f"{flag} {path}", "another command is writing it", "another file", say)
+        yield
+
+
+def enter(stack: ExitStack, lock: Path, given: str, busy: str, instead: str, say: Callable[..., object]) -> None:
+    """Hold a lock until the stack is left; what was given, what whoever has it does, and what to name instead."""
+    try:
+        stack.enter_context(hold(lock))
+    except Busy as error:
+        raise UserError(f"{given}: {busy} ({error}); wait for it, or name {instead}") from None
+    except OSError as error:
+        say(f"output    {given} cannot be locked ({error}): start nothing else that writes there")
