@@ -106,11 +106,14 @@ __device__ void products_forward(const BoneArguments& a) {
 template <int R>
 __device__ void products_backward(const BoneArguments& a) {
     using P = BackwardProducts<R>;
-    constexpr int MINE = (P::tiles * P::tiles + P::warps - 1) / P::warps;  // tiles of dB that a warp has
+    constexpr int MINE = (P::tiles * P::tiles + P::warps - 1) / P::warps;  // tiles of dB that a warp has, below another
+    static_assert(P::warps % P::tiles == 0, "a warp's tiles have not the same columns");
     auto& shared = *(BackwardShared<R>*)dynamic_shared();
     const int shards = a.width / R, b = blockIdx.x % shards, strip = blockIdx.x / shards;
     const index_t begin = (index_t)strip * a.strip, end = min(begin + a.strip, a.tokens);
     const int warp = threadIdx.x / 32, row0 = warp / P::splits * 16, tile0 = warp % P::splits * P::columns;
+    const int j = warp % P::tiles * 16;
+    const auto row_of = [&](int m) { return (warp + m * P::warps) / P::tiles * 16; };
     const auto fetch = [&](index_t t0, int stage) {
         const int valid = (int)min((index_t)P::tokens, end - t0);
         const index_t at = t0 * a.width + b * R;
@@ -149,24 +152,21 @@ __device__ void products_backward(const BoneArguments& a) {
         }
         if (!a.x) continue;
         #pragma unroll
-        for (int m = 0; m < MINE; m++) {
-            const int at = warp + m * P::warps, i = at / P::tiles * 16, j = at % P::tiles * 16;
-            if (at >= P::tiles * P::tiles) break;
+        for (int t = 0; t < P::tokens; t += 16) {
+            const Tile x = load_transposed(&shared.x[stage][t][j], P::stride);
             #pragma unroll
-            for (int t = 0; t < P::tokens; t += 16)
-                multiply(sums[m], load_transposed(&du[t][i], P::stride),
-                         load_transposed(&shared.x[stage][t][j], P::stride));
+            for (int m = 0; m < MINE; m++)
+                if (row_of(m) < R) multiply(sums[m], load_transposed(&du[t][row_of(m)], P::stride), x);
         }
     }
     if (!a.x) return;
     float* part = a.parts + ((index_t)strip * shards + b) * R * R;
     #pragma unroll
     for (int m = 0; m < MINE; m++) {
-        const int at = warp + m * P::warps, i = at / P::tiles * 16, j = at % P::tiles * 16;
-        if (at >= P::tiles * P::tiles) break;
+        if (row_of(m) >= R) break;
         #pragma unroll
         for (int e = 0; e < 8; e += 2)
-            *(Pair*)&part[(i + tile_row(lane_id(), e)) * R + j + tile_column(lane_id(), e)] =
+            *(Pair*)&part[(row_of(m) + tile_row(lane_id(), e)) * R + j + tile_column(lane_id(), e)] =
                 Pair{{sums[m].c[e], sums[m].c[e + 1]}};
     }
 }
