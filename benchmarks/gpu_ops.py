@@ -74,6 +74,11 @@ def shard_square(x, left):
     return mix.low_square(x, left, None, None, 64)
 
 
+def squared_bat_in(x, weight, bone, left):
+    """bat-in after the relu² of what another left open; small, as the gradient is its cosine."""
+    return bat_in(x, weight, bone, left=left) / 8
+
+
 def with_residual(method):
     """A method whose product adds a residual, which comes last."""
     return lambda *inputs: method(*inputs[:-1], residual=inputs[-1])
@@ -117,6 +122,8 @@ OPS = {
     "bat-in, rank 128": (bat_in, (ROWS, (256, C), (C // 128, 128, 128)), (0, 2)),
     "bat-in, rank 8": (bat_in, (ROWS, (256, C), (C // 8, 8, 8)), (0, 2)),
     "bat-in-scaled": (partial(bat_in, scale=5.0), (ROWS, (256, C), (C // 64, 64, 64)), (0, 2)),
+    "bat-in, relu²": (squared_bat_in, (ROWS, (256, C), (C // 64, 64, 64), (2 * T, 64)), (0, 2, 3)),
+    "bat-in, relu², rank 128": (squared_bat_in, (ROWS, (256, C), (C // 128, 128, 128), (2 * T, 128)), (0, 2, 3)),
     "bat-out": (bat_out, (ROWS, (256, C), (4, 64, 64)), (0, 2)),
     "bone": (bone, (ROWS, (256, C), (64, 256)), (0, 2)),
     "residual": (adding.linear, (ROWS, (256, C), SUM), None),

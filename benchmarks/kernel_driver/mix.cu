@@ -122,7 +122,7 @@ static bool square(int rank, Launcher forward, Launcher backward, Launcher sum, 
     const size_t elements = TOKENS * a.channels;
     bf16* const squares = c.result<bf16>(elements);
     float* const parts = c.result<float>(groups * TOKENS * rank);
-    a.n = 1, a.inputs[0] = c.input<bf16>(elements), a.inputs[2] = c.input<bf16>(TOKENS * rank);
+    a.inputs[0] = c.input<bf16>(elements), a.inputs[2] = c.input<bf16>(TOKENS * rank);
     bf16 *const up = c.input<bf16>(rank * a.channels), *const down = c.input<bf16>(rank * a.channels);
     if (before < 2) a.inputs[3 + before] = up;
     if (after < 2) a.inputs[5 + after] = down;

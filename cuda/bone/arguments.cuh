@@ -8,6 +8,7 @@ struct BoneArguments {
     const void* x;     // (tokens, width): affine's and the shard sum's input; null in backward: no gradient of bone;
                        // or the weight that merges, (blocks rank, width)
     const void* bone;  // (shards, rank, rank)
+    const void* left;  // (tokens, rank): what the squared kernels add to each shard of x
     void* z;           // (tokens, width)
     void* shift;       // (groups, tokens, rank): each group's part of the sum over shards
     const void* d;     // (tokens, width): the gradient of z

@@ -1,5 +1,6 @@
-// What Bone's forms do besides their product with the weight, on NVIDIA GPUs: bat-in's affine form of the activations
-// and its gradients, bat-out's merged weight, sums over shards, and what each shard of a result begins as.
+// What Bone's forms do besides their product with the weight, on NVIDIA GPUs: bat-in's affine form of the activations,
+// or of their squared relu, and its gradients, bat-out's merged weight, sums over shards, and what each shard of a
+// result begins as.
 //
 // nvcc compiles this file into a library with a C interface, NVRTC into a module of the kernels alone, and a C++
 // compiler, with tests/cuda_shim, into a library that runs on the CPU.
@@ -9,12 +10,16 @@
 #include "bone/shards.cuh"
 #include "common/kernel.cuh"
 
-#define PRODUCTS(R)                                                                                                 \
-    KERNEL(BoneArguments, bone_affine_forward_products_##R, products_forward<R>, ForwardProducts<R>::threads, 1,    \
-           sizeof(ForwardShared<R>))                                                                                \
-    KERNEL(BoneArguments, bone_affine_backward_products_##R, products_backward<R>, BackwardProducts<R>::threads, 1, \
-           sizeof(BackwardShared<R>))                                                                               \
-    KERNEL(BoneArguments, bone_merge_products_##R, products_merge<R>, ForwardProducts<R>::threads, 1,               \
+#define PRODUCTS(R)                                                                                                    \
+    KERNEL(BoneArguments, bone_affine_forward_products_##R, (products_forward<R, false>), ForwardProducts<R>::threads, \
+           1, sizeof(ForwardShared<R, false>))                                                                         \
+    KERNEL(BoneArguments, bone_affine_backward_products_##R, (products_backward<R, false>),                            \
+           BackwardProducts<R>::threads, 1, sizeof(BackwardShared<R, false>))                                          \
+    KERNEL(BoneArguments, bone_squared_forward_products_##R, (products_forward<R, true>), ForwardProducts<R>::threads, \
+           1, sizeof(ForwardShared<R, true>))                                                                          \
+    KERNEL(BoneArguments, bone_squared_backward_products_##R, (products_backward<R, true>),                            \
+           BackwardProducts<R>::threads, 1, sizeof(BackwardShared<R, true>))                                           \
+    KERNEL(BoneArguments, bone_merge_products_##R, products_merge<R>, ForwardProducts<R>::threads, 1,                  \
            sizeof(MergeShared<R>))
 PRODUCTS(16)
 PRODUCTS(32)

@@ -1,5 +1,6 @@
 // bat-in's affine form with bf16 products on tensor cores, for ranks that are whole tiles: u_b = B_b x_b for each shard
-// b, z = x + u and shift = factor times the sum over b of u_b; and its gradients.
+// b, z = x + u and shift = factor times the sum over b of u_b; and its gradients. SQUARED: of max(x + left, 0)^2 in x's
+// place, left (tokens, R) being added to each shard.
 #pragma once
 #include "bone/arguments.cuh"
 #include "common/fetch.cuh"
@@ -39,15 +40,23 @@ using ForwardProducts = Products<R, 4>;
 template <int R>
 using BackwardProducts = Products<R, (R > 64 ? 8 : 4)>;
 
-template <int R>
+template <int R, bool SQUARED>
 struct ForwardShared {  // two of each: one is filled while the other is read
     typename ForwardProducts<R>::Rows x[2];
     typename ForwardProducts<R>::Matrix bone[2];
 };
 template <int R>
+struct ForwardShared<R, true> : ForwardShared<R, false> {
+    typename ForwardProducts<R>::Rows left;  // of the tile, for every shard
+};
+template <int R, bool SQUARED>
 struct BackwardShared {
     typename BackwardProducts<R>::Rows d[2], g[2], x[2];
     typename BackwardProducts<R>::Matrix bone;
+};
+template <int R>
+struct BackwardShared<R, true> : BackwardShared<R, false> {
+    typename BackwardProducts<R>::Rows left;  // one: a second would leave a multiprocessor room for fewer blocks
 };
 
 __device__ __forceinline__ void add(Accumulator& c, const Accumulator& d) {
@@ -55,11 +64,31 @@ __device__ __forceinline__ void add(Accumulator& c, const Accumulator& d) {
     for (int e = 0; e < 8; e++) c.c[e] += d.c[e];
 }
 
+// max(x + left, 0)^2 of two neighbours.
+__device__ __forceinline__ uint32_t squared(uint32_t x, uint32_t left) {
+    const float low = low_half(x) + low_half(left), high = high_half(x) + high_half(left);
+    return pack_bf16(low < 0.f ? 0.f : low * low, high < 0.f ? 0.f : high * high);  // NaN stays
+}
+
+// The same of a tile, in x's place, by all threads.
+template <class P>
+__device__ __forceinline__ void square_rows(typename P::Rows& x, const typename P::Rows& left) {
+    constexpr int EIGHTS = P::tiles * 2;  // of a row
+    for (int i = threadIdx.x; i < P::tokens * EIGHTS; i += P::threads) {
+        bf16* to = &x[i / EIGHTS][i % EIGHTS * 8];
+        Tile eight = load_eight(to);
+        const Tile other = load_eight(&left[i / EIGHTS][i % EIGHTS * 8]);
+        #pragma unroll
+        for (int e = 0; e < 4; e++) eight.x[e] = squared(eight.x[e], other.x[e]);
+        store_eight(to, eight);
+    }
+}
+
 // A block has a tile of tokens and a group of the shards.
-template <int R>
+template <int R, bool SQUARED>
 __device__ void products_forward(const BoneArguments& a) {
     using P = ForwardProducts<R>;
-    auto& shared = *(ForwardShared<R>*)dynamic_shared();
+    auto& shared = *(ForwardShared<R, SQUARED>*)dynamic_shared();
     const int group = blockIdx.x % a.groups, shards = a.width / R;
     const index_t t0 = (index_t)(blockIdx.x / a.groups) * P::tokens;
     const int valid = (int)min((index_t)P::tokens, a.tokens - t0);
@@ -73,20 +102,25 @@ __device__ void products_forward(const BoneArguments& a) {
     Accumulator sums[P::columns];
     #pragma unroll
     for (int i = 0; i < P::columns; i++) sums[i] = zeros();
+    if constexpr (SQUARED) fetch_rows<R>(shared.left, (const bf16*)a.left + t0 * R, R, P::tokens, valid);
     fetch(first);
     for (int b = first; b < last; b++) {
         const int stage = (b - first) % 2;
         cp_async_wait_all();
         __syncthreads();  // shard b has arrived, and nobody reads the one before any more
         if (b + 1 < last) fetch(b + 1);
+        if constexpr (SQUARED) {
+            square_rows<P>(shared.x[stage], shared.left);
+            __syncthreads();  // all squares are there
+        }
         const bf16* x = shared.x[stage][row0];
-        Tile left[P::tiles];
-        P::load_rows(left, x);
+        Tile rows[P::tiles];
+        P::load_rows(rows, x);
         #pragma unroll
         for (int i = 0; i < P::columns; i++) {
             const int column = (tile0 + i) * 16;
             Accumulator u = zeros();
-            P::template multiply_rows<true>(u, left, shared.bone[stage], column);
+            P::template multiply_rows<true>(u, rows, shared.bone[stage], column);
             add(sums[i], u);
             add(u, widened(load_tile(x + column, P::stride)));
             store_tile((bf16*)a.z + (t0 + row0) * a.width + b * R + column, a.width, valid - row0, rounded(u));
@@ -102,15 +136,18 @@ __device__ void products_forward(const BoneArguments& a) {
 }
 
 // A block has a shard b and a strip of tokens: du = d + factor g, dx = d + Bᵀ du, and, where x is given, the strip's
-// part of dB = sum over tokens of du xᵀ.
-template <int R>
+// part of dB = sum over tokens of du xᵀ. SQUARED: x is given, and dx times 2 max(x + left, 0) is its gradient.
+template <int R, bool SQUARED>
 __device__ void products_backward(const BoneArguments& a) {
     using P = BackwardProducts<R>;
-    constexpr int MINE = (P::tiles * P::tiles + P::warps - 1) / P::warps;  // tiles of dB that a warp has
-    auto& shared = *(BackwardShared<R>*)dynamic_shared();
+    constexpr int MINE = (P::tiles * P::tiles + P::warps - 1) / P::warps;  // tiles of dB that a warp has, below another
+    static_assert(P::warps % P::tiles == 0, "a warp's tiles have not the same columns");
+    auto& shared = *(BackwardShared<R, SQUARED>*)dynamic_shared();
     const int shards = a.width / R, b = blockIdx.x % shards, strip = blockIdx.x / shards;
     const index_t begin = (index_t)strip * a.strip, end = min(begin + a.strip, a.tokens);
     const int warp = threadIdx.x / 32, row0 = warp / P::splits * 16, tile0 = warp % P::splits * P::columns;
+    const int j = warp % P::tiles * 16;
+    const auto row_of = [&](int m) { return (warp + m * P::warps) / P::tiles * 16; };
     const auto fetch = [&](index_t t0, int stage) {
         const int valid = (int)min((index_t)P::tokens, end - t0);
         const index_t at = t0 * a.width + b * R;
@@ -118,11 +155,16 @@ __device__ void products_backward(const BoneArguments& a) {
         fetch_rows<R>(shared.g[stage], (const bf16*)a.g + t0 * R, R, P::tokens, valid);
         if (a.x) fetch_rows<R>(shared.x[stage], (const bf16*)a.x + at, a.width, P::tokens, valid);
     };
+    const auto fetch_left = [&](index_t t0) {
+        const int valid = (int)min((index_t)P::tokens, end - t0);
+        if constexpr (SQUARED) fetch_rows<R>(shared.left, (const bf16*)a.left + t0 * R, R, P::tokens, valid);
+    };
     Accumulator sums[MINE];
     #pragma unroll
     for (int m = 0; m < MINE; m++) sums[m] = zeros();
     fetch_rows<R>(shared.bone, (const bf16*)a.bone + (index_t)b * R * R, R, R, R);
     fetch(begin, 0);
+    fetch_left(begin);
     int stage = 0;
     for (index_t t0 = begin; t0 < end; t0 += P::tokens, stage ^= 1) {
         cp_async_wait_all();
@@ -136,37 +178,41 @@ __device__ void products_backward(const BoneArguments& a) {
             *(uint32_t*)&du[row][column] =
                 pack_bf16(low_half(x) + a.factor * low_half(y), high_half(x) + a.factor * high_half(y));
         }
+        if constexpr (SQUARED) square_rows<P>(shared.x[stage], shared.left);
         __syncthreads();
-        Tile left[P::tiles];
-        P::load_rows(left, du[row0]);
+        if (t0 + P::tokens < end) fetch_left(t0 + P::tokens);
+        Tile rows[P::tiles];
+        P::load_rows(rows, du[row0]);
         #pragma unroll
         for (int i = 0; i < P::columns; i++) {
             const int column = (tile0 + i) * 16;
             Accumulator dx = widened(load_tile(&d[row0][column], P::stride));
-            P::template multiply_rows<false>(dx, left, shared.bone, column);
+            P::template multiply_rows<false>(dx, rows, shared.bone, column);
+            if constexpr (SQUARED) {
+                const Accumulator s = widened(load_tile(&shared.x[stage][row0][column], P::stride));
+                #pragma unroll
+                for (int e = 0; e < 8; e++) dx.c[e] *= 2.f * sqrtf(s.c[e]);
+            }
             bf16* to = (bf16*)a.dx + (t0 + row0) * a.width + b * R + column;
             store_tile(to, a.width, (int)min((index_t)16, end - t0 - row0), rounded(dx));
         }
         if (!a.x) continue;
         #pragma unroll
-        for (int m = 0; m < MINE; m++) {
-            const int at = warp + m * P::warps, i = at / P::tiles * 16, j = at % P::tiles * 16;
-            if (at >= P::tiles * P::tiles) break;
+        for (int t = 0; t < P::tokens; t += 16) {
+            const Tile x = load_transposed(&shared.x[stage][t][j], P::stride);
             #pragma unroll
-            for (int t = 0; t < P::tokens; t += 16)
-                multiply(sums[m], load_transposed(&du[t][i], P::stride),
-                         load_transposed(&shared.x[stage][t][j], P::stride));
+            for (int m = 0; m < MINE; m++)
+                if (row_of(m) < R) multiply(sums[m], load_transposed(&du[t][row_of(m)], P::stride), x);
         }
     }
     if (!a.x) return;
     float* part = a.parts + ((index_t)strip * shards + b) * R * R;
     #pragma unroll
     for (int m = 0; m < MINE; m++) {
-        const int at = warp + m * P::warps, i = at / P::tiles * 16, j = at % P::tiles * 16;
-        if (at >= P::tiles * P::tiles) break;
+        if (row_of(m) >= R) break;
         #pragma unroll
         for (int e = 0; e < 8; e += 2)
-            *(Pair*)&part[(i + tile_row(lane_id(), e)) * R + j + tile_column(lane_id(), e)] =
+            *(Pair*)&part[(row_of(m) + tile_row(lane_id(), e)) * R + j + tile_column(lane_id(), e)] =
                 Pair{{sums[m].c[e], sums[m].c[e + 1]}};
     }
 }

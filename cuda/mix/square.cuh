@@ -7,7 +7,6 @@
 // Either term may be missing. A block has a group of `size` channels, and gives its part of `right`.
 #pragma once
 #include "common/fetch.cuh"
-#include "common/vector.cuh"
 #include "mix/rows.cuh"
 #include "mix/tiles.cuh"
 
@@ -60,23 +59,7 @@ struct SquareShared {
     } steps[2];
 };
 
-// A tile's rows of the sum of n parts (n, tokens, R), zeros past the last token.
-template <int R>
-__device__ __forceinline__ void load_left(const MixArguments& a, const TilePart& part, bf16 (*left)[R + PADDING]) {
-    for (int i = threadIdx.x; i < TILE_TOKENS * (R / 8); i += SQUARE_THREADS) {
-        const int row = i / (R / 8), column = i % (R / 8) * 8;
-        float sum[8] = {};
-        for (int n = 0; n < a.n && row < part.valid; n++) {
-            float x[8];
-            load_vector<bf16, 8>(x, element(a.inputs[2], (n * a.tokens + part.t0 + row) * R + column));
-            #pragma unroll
-            for (int e = 0; e < 8; e++) sum[e] += x[e];
-        }
-        store_vector<bf16, 8>(&left[row][column], sum);
-    }
-}
-
-// x or grad; out where F is the gradient; left (n, tokens, R) or null, and up by row (R, channels), by column
+// x or grad; out where F is the gradient; left (tokens, R) or null, and up by row (R, channels), by column
 // (channels, R), or neither; down by row, by column, or neither -> F's result, and right, where it is wanted, as float
 // parts (groups, tokens, R).
 template <int R, class F>
@@ -102,7 +85,8 @@ __device__ void square(const MixArguments& a) {
     #pragma unroll
     for (int k = 0; k < R / 16; k++) right[k] = zeros();
     if (has_left) {
-        load_left<R>(a, part, shared.left);
+        fetch_rows<R>(shared.left, element(a.inputs[2], (index_t)part.t0 * R), R, TILE_TOKENS, part.valid);
+        cp_async_wait_all();
         __syncthreads();  // all of it is there
         #pragma unroll
         for (int k = 0; k < R / 16; k++) left[k] = load_tile(&shared.left[row0][k * 16], R + PADDING);

@@ -62,6 +62,25 @@ def test_the_results_are_those_of_the_layers_by_themselves(adapt, variant, bias,
             torch.testing.assert_close(found, true, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("variants", [("bat-in", "lora"), ("bone", "bat-in"), ("bat-in-scaled", "bat-in")])
+def test_layers_of_two_methods(adapt, variants, monkeypatch):
+    """Which a model has not, but two layers may be."""
+    layers = [two_layers(adapt, variant)[i] for i, variant in enumerate(variants)]
+    for found, true in zip(*both(layers, monkeypatch), strict=True):
+        torch.testing.assert_close(found, true, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", ("bat-in", "bat-in-scaled"))
+def test_of_the_wide_tensors_one_is_kept(adapt, variant, monkeypatch):
+    """The square's input, and neither the square nor what is made of it."""
+    layers = two_layers(adapt, variant)
+    monkeypatch.setattr(AdapterLinear, "around_square", lambda self, *_: True)
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.data_ptr(), x), lambda x: x):
+        y = feed_forward(*layers, torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True))
+    assert [x.numel() for x in kept.values()].count(2 * 5 * 24) == 1 and y.requires_grad
+
+
 @pytest.mark.parametrize("variant", AROUND)
 def test_the_product_after_adds_the_residual_itself(adapt, variant, monkeypatch):
     monkeypatch.setattr(adding, "inside_product", lambda *_: True)

@@ -12,12 +12,12 @@ SOURCE = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_budget.py"
 # launches, units of (T, C) at 2048 channels
 LIMITS = {
     ("x060", "frozen"): (36, 77),
-    ("x060", "bat-in"): (75, 152),
+    ("x060", "bat-in"): (74, 137),
     ("x060", "bone"): (74, 119),
     ("x060", "bat-out"): (92, 151),
     ("x060", "lora"): (82, 130),
     ("x070", "frozen"): (45, 111),
-    ("x070", "bat-in"): (74, 174),
+    ("x070", "bat-in"): (73, 157),
     ("x070", "bone"): (73, 144),
     ("x070", "bat-out"): (87, 178),
     ("x070", "lora"): (79, 154),

@@ -41,8 +41,10 @@ def mix(kernels):
             factors = low(1, 128), low(128, 5 * rank) / 10, low(5, 128), low(5, rank, 128) / 10, low(128, 2 * rank) / 10
             inputs = *low(3, 1, 129, 128), low(1, 128), *low(2, 128), *factors, 1e-5, None
             results += differentiated(ddlerp.NormDDLerp, range(4), *inputs)
-            for up, down in ((low(rank, 256), None), (None, low(rank, 256).t())):
-                results += differentiated(square.LowSquare, (0, 1), low(70, 256), low(70, rank), up, down, rank, True)
+            for up, down in ((low(rank, 384), None), (None, low(rank, 384).t())):
+                with patch.object(gpu_lerp, "MOST_GROUPS", 2):  # of three steps each
+                    inputs = low(70, 384), low(70, rank), up, down, rank, True
+                    results += differentiated(square.LowSquare, (0, 1), *inputs)
         for randn in (low, wide):
             y, g, (weight, bias) = randn(1, 70, 2, 20), randn(1, 70, 40), randn(2, 40)
             results += differentiated(heads.NormGate, (0, 1, 2, 3), y, g, weight.clone(), bias.clone(), 1e-5)
@@ -65,6 +67,9 @@ def bone(kernels):
             results += [*bone_cuda.affine(x, matrices, 0.3), bone_cuda.affine_backward_(dz, g, x, matrices, 0.3), dz]
             if bone_cuda.has_products(x, rank):
                 results.append(bone_cuda.merge(randn(2 * rank, 4 * rank), matrices[:2]))
+                left, dz = randn(150, rank), randn(150, 4 * rank)
+                results += [*bone_cuda.affine(x, matrices, 0.3, left)]
+                results += [bone_cuda.affine_backward_(dz, g, x, matrices, 0.3, left), dz]
     return results
 
 

@@ -1,9 +1,9 @@
 """Adapters before and after a squared relu that leave their parts of low rank to its kernel, on a GPU.
 
 The layer before leaves its own term open: y = W x + b, and left and up, whose product is still to be added. The layer
-after is given right, what its first factor makes of the square. What each does with its frozen weight is then a plain
-product, to which nothing is added in memory. ops/mix's low_square does the rest, and gives the gradients of left and of
-the factors that it reads.
+after has it added and the sum squared, and right made, what its first factor makes of the square. What each does with
+its frozen weight is then a plain product, to which nothing is added in memory. ops/mix's low_square does the rest, and
+gives the gradients of left and of the factors that it reads. After bat-in, bat-in itself squares what it reads.
 """
 
 from typing import Any, NamedTuple
@@ -18,8 +18,8 @@ from .tokens import apply_to_tokens, flat, of_weight_and_bias
 
 
 class Opened(NamedTuple):
-    """A layer's result without its adapter's term left up: y (..., out); left (T, r), or (n, T, r) to be added up; up
-    (r, out), or None for the identity, repeated along the outputs."""
+    """A layer's result without its adapter's term left up: y (..., out); left (T, r); up (r, out), or None for the
+    identity, repeated along the outputs."""
 
     y: torch.Tensor
     left: torch.Tensor

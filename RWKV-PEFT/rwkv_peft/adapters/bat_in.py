@@ -10,7 +10,8 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..ops.bone import affine, affine_backward_, plus_tiled
+from ..ops.bone import affine, affine_backward_, plus_tiled, shard_sum
+from ..ops.mix import low_square
 from .around import Opened, opened_by
 from .block_affine import BlockAffine
 from .method import Params, Shapes
@@ -35,13 +36,17 @@ class BatIn(BlockAffine):
         """What is left open is the shift."""
         return opened_by(_OpenBatIn, x, base.weight, base.bias, params["bone"], base.product, scale, up=None)
 
-    def sums(self, params: Params) -> tuple[bool, torch.Tensor | None]:
-        return False, None
+    def squared(self, before: Opened, params: Params, rank: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """After a shift nothing is done yet: right is the shift."""
+        if before.up is None:
+            return before.y, before.left
+        return low_square(*before, None, rank, sums=False)
 
     def closed(
         self, x: torch.Tensor, right: torch.Tensor | None, base: Frozen, params: Params, scale: float
     ) -> torch.Tensor:
-        return self.apply(x, base, params, scale, 0.0)
+        weight, bias, product, residual = base
+        return bat_in(x, weight, params["bone"], bias, scale=scale, product=product, residual=residual, left=right)
 
 
 def bat_in(
@@ -53,19 +58,21 @@ def bat_in(
     scale: float | torch.Tensor = 1.0,
     product: Product = DENSE,
     residual: torch.Tensor | None = None,
+    left: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Block affine by input block: W'_ab = W_ab + scale W_ab B_b + B_b.
 
-    x (..., in), weight (out, in), bone (in/r, r, r), bias (out,) or None, residual (..., out) or None, which is added
-    -> (..., out) in x's dtype.
+    x (..., in), weight (out, in), bone (in/r, r, r), bias (out,) or None, residual (..., out) or None, which is added;
+    left (T, r) or None: with it the input is max(x + tile(left), 0)² -> (..., out) in x's dtype.
     r must divide in and out; scale, which is not 0, is a number or, under torch.compile, a tensor (). Costs
     4 T in out + 6 T in r FLOPs forward and backward.
     """
-    return apply_to_tokens(_BatIn, x, weight, bias, bone, product=product, residual=residual, extra=(scale,))
+    return apply_to_tokens(_BatIn, x, weight, bias, bone, product=product, residual=residual, extra=(left, scale))
 
 
 class _BatIn(Function):
-    """With the scale a: u_b = a B_b x_b and y = W (x + u) + tile(Σ_b u_b) / a."""
+    """With the scale a: u_b = a B_b x_b and y = W (x + u) + tile(Σ_b u_b) / a; with left (T, r) of max(x + tile(left),
+    0)² in x's place."""
 
     @staticmethod
     def forward(
@@ -76,11 +83,13 @@ class _BatIn(Function):
         residual: torch.Tensor | None,
         bone: torch.Tensor,
         product: Product,
+        left: torch.Tensor | None,
         scale: float | torch.Tensor,
     ) -> torch.Tensor:
         ctx.product, ctx.scale = product, scale
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] or ctx.needs_input_grad[4] else None, weight, bone)
-        z, shift = affine(x, _scaled(bone, scale), 1 / scale)
+        needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[4] or left is not None
+        ctx.save_for_backward(x if needs_x else None, weight, bone, left)
+        z, shift = affine(x, _scaled(bone, scale), 1 / scale, left)
         return plus_tiled(
             shift,
             product.shape(weight)[0],
@@ -92,13 +101,13 @@ class _BatIn(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dx, d_weight, d_bias, d_bone = _gradients(ctx, g, g, ctx.needs_input_grad[4])
-        return dx, d_weight, d_bias, g if ctx.needs_input_grad[3] else None, d_bone, None, None
+        need_residual, need_bone, _, need_left = ctx.needs_input_grad[3:7]
+        dx, d_weight, d_bias, d_bone, d_left = _gradients(ctx, g, g, need_bone, need_left)
+        return dx, d_weight, d_bias, g if need_residual else None, d_bone, None, d_left, None
 
 
 class _OpenBatIn(Function):
-    """The same without the tiles: -> W (x + u) and Σ_b u_b / a as `affine` gives it, (T, r) or (n, T, r) to be added
-    up."""
+    """The same without the tiles: -> W (x + u) and Σ_b u_b / a (T, r)."""
 
     @staticmethod
     def forward(
@@ -111,33 +120,34 @@ class _OpenBatIn(Function):
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.product, ctx.scale = product, scale
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None, weight, bone)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None, weight, bone, None)
         z, shift = affine(x, _scaled(bone, scale), 1 / scale)
-        return product.forward(z, weight, bias), shift
+        return product.forward(z, weight, bias), shift if shift.dim() == 2 else shift.sum(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor, g_shift: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        g_shift = g_shift if g_shift.dim() == 2 else g_shift[0]  # parts of a sum have its gradient
-        return *_gradients(ctx, g, g_shift, ctx.needs_input_grad[3]), None, None
+        return *_gradients(ctx, g, g_shift, ctx.needs_input_grad[3])[:4], None, None
 
 
 def _gradients(
-    ctx: Any, g: torch.Tensor, g_tiles: torch.Tensor, need_bone: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """The gradients of x, weight, bias and bone, of both: g (T, out), and g_tiles, of which the shift's gradient is the
-    sum over shards."""
-    x, weight, bone = ctx.saved_tensors
+    ctx: Any, g: torch.Tensor, g_tiles: torch.Tensor, need_bone: bool, need_left: bool = False
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of x, weight, bias, bone and left, of both: g (T, out), and g_tiles, of which the shift's gradient
+    is the sum over shards."""
+    x, weight, bone, left = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    dx = d_weight = d_bone = None
+    dx = d_weight = d_bone = d_left = None
     scaled = _scaled(bone, ctx.scale)  # made again, and not kept
     if need_weight:
-        d_weight = weight_gradient(g, affine(x, scaled)[0]).to(weight.dtype)
-    if need_x or need_bone:
+        d_weight = weight_gradient(g, affine(x, scaled, left=left)[0]).to(weight.dtype)
+    if need_x or need_bone or need_left:
         dx = ctx.product.backward(g, weight)  # holds dz, and becomes dx a few tokens at a time
-        d_scaled = affine_backward_(dx, g_tiles, x if need_bone else None, scaled, 1 / ctx.scale)
-        d_bone = None if d_scaled is None else _scaled(d_scaled, ctx.scale)
-    return dx if need_x else None, d_weight, g.sum(0) if need_bias else None, d_bone
+        read = x if need_bone or left is not None else None
+        d_scaled = affine_backward_(dx, g_tiles, read, scaled, 1 / ctx.scale, left)
+        d_bone = _scaled(d_scaled, ctx.scale) if need_bone and d_scaled is not None else None
+        d_left = shard_sum(dx, bone.shape[-1]) if need_left else None
+    return dx if need_x else None, d_weight, g.sum(0) if need_bias else None, d_bone, d_left
 
 
 def _scaled(bone: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:

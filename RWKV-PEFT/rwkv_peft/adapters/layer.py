@@ -89,12 +89,14 @@ class AdapterLinear(nn.Module):
         """`forward` before such a square, without what its kernel adds: x (..., in)."""
         return self.method.opened(x, self.frozen(), self.params, self.scale)
 
-    def sums(self) -> tuple[bool, torch.Tensor | None]:
-        """What `closed` is to be given of the square; see Method."""
-        return self.method.sums(self.params)
+    def squared(
+        self, x: torch.Tensor, left: torch.Tensor, up: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What `closed` is to be given after such a square, of what the layer before has `opened`; see Method."""
+        return self.method.squared(Opened(x, left, up), self.params, self.rank)
 
     def closed(self, x: torch.Tensor, right: torch.Tensor | None, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """`forward` after such a square, x (..., in), of which its kernel has made right (T, r), or None."""
+        """`forward` after such a square, of what `squared` gives: x (..., in), right (T, r) or None."""
         return self.method.closed(x, right, self.frozen(residual), self.params, self.scale)
 
     def quantize(self, kind: str) -> None:

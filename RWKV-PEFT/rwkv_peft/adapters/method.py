@@ -13,6 +13,7 @@ from torch import nn
 
 from ..config import AdapterConfig
 from ..errors import UserError
+from ..ops.mix import low_square
 from .around import Factors, Opened, closed, opened
 from .product import Frozen
 from .quant import roundtrip
@@ -57,7 +58,7 @@ class Method(ABC):
     nothing by themselves. mini methods have a mini_rank, scaled ones an alpha, dropout ones take dropout; residual ones
     train on a base that something was taken out of; from_gradient ones start from the gradient of the loss.
     learning_rates are (tensor, AdapterConfig field that multiplies its rate). around_square: a layer before a squared
-    relu and one after it can leave their parts of low rank to its kernel, by `opened`, `sums` and `closed`.
+    relu and one after it can leave their parts of low rank to its kernel, by `opened`, `squared` and `closed`.
 
     hf_names are the init_weights of Hugging Face peft's BONE and MISS that mean this method, first the one that its
     files say, and hf_dims the dimensions of its tensor there. in_rwkv_peft: RWKV-PEFT's files hold its tensors as they
@@ -143,15 +144,16 @@ class Method(ABC):
         """`apply` before a squared relu, up to the term that its kernel adds."""
         return opened(x, base, self.factors(params), scale)
 
-    def sums(self, params: Params) -> tuple[bool, torch.Tensor | None]:
-        """Whether `closed` is to be given x down (T, r); down (in, r), or None for the sum over shards."""
-        return True, self.factors(params).down
+    def squared(self, before: Opened, params: Params, rank: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What `closed` is to be given: of what the layer before left open, the square (..., in), and right, the
+        square times down (T, r)."""
+        return low_square(*before, self.factors(params).down, rank)
 
     def closed(
         self, x: torch.Tensor, right: torch.Tensor | None, base: Frozen, params: Params, scale: float
     ) -> torch.Tensor:
-        """`apply` after a squared relu, whose kernel gives `sums`."""
-        assert right is not None  # as `sums` has it
+        """`apply` after a squared relu, to what `squared` gives: x (..., in), right (T, r) or None."""
+        assert right is not None  # as `squared` has it
         return closed(x, right, base, self.factors(params), scale)
 
     @abstractmethod

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
 from ..ops import adding
-from ..ops.mix import low_square, norm_lerp, relu_square
+from ..ops.mix import norm_lerp, relu_square
 from .state import TIME_STATE, LayerState, State, swapped
 
 HeadFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, weight of the head) -> what stands for logits
@@ -29,19 +29,19 @@ class AroundSquare(Protocol):
     """A linear layer before or after a squared relu that may leave a part of low rank to its kernel, as low_square has
     it: what is added to the square's input, or what is made of the square."""
 
-    rank: int
-
     def around_square(self, x: torch.Tensor, channels: int) -> bool:
         """Whether it does, where the square has so many channels and its input is like x."""
 
     def opened(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Before: x (B, T, in) -> the square's input (B, T, out), and left and up, whose product is to be added."""
 
-    def sums(self) -> tuple[bool, torch.Tensor | None]:
-        """After: whether it wants right = square down, and down."""
+    def squared(
+        self, x: torch.Tensor, left: torch.Tensor, up: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """After: what `opened` gives -> what `closed` is given: the square, or what it will square, and a term."""
 
     def closed(self, x: torch.Tensor, right: torch.Tensor | None, *residual: torch.Tensor) -> torch.Tensor:
-        """After: the square (B, T, in) and right -> (B, T, out)."""
+        """After: (B, T, in) and that term, or None -> (B, T, out)."""
 
 
 def feed_forward(key: nn.Module, value: nn.Module, x: torch.Tensor, *residual: torch.Tensor) -> torch.Tensor:
@@ -50,8 +50,7 @@ def feed_forward(key: nn.Module, value: nn.Module, x: torch.Tensor, *residual: t
     before, after = cast(tuple[AroundSquare, AroundSquare], (key, value))
     if not all([hasattr(one, "around_square") and one.around_square(x, channels) for one in (before, after)]):
         return value(relu_square(key(x)), *residual)
-    sums, down = after.sums()
-    square, right = low_square(*before.opened(x), down, before.rank, sums)  # its input is in memory no longer than that
+    square, right = after.squared(*before.opened(x))  # the square's input is in memory no longer than that
     return after.closed(square, right, *residual)
 
 

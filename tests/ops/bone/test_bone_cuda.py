@@ -30,30 +30,6 @@ from rwkv_peft.ops.native.errors import BuildError
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.fixture(scope="module")
-def built():
-    try:
-        return shim.build(cuda.FAMILY)
-    except BuildError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture
-def kernels(built, monkeypatch):
-    """CPU tensors go through the CUDA kernels; what they are to fill begins as NaN."""
-    built.set_order("ascending")
-
-    def call(name, like, given, blocks, **sizes):
-        for key in ("z", "shift", "parts", "total", "tiled"):
-            if given.get(key) is not None and (key, name) != ("parts", "sum_parts"):
-                given[key].fill_(float("nan"))
-        cuda.launch(built, None, name, like, given, blocks, **sizes)
-
-    monkeypatch.setattr(cuda, "call", call)
-    monkeypatch.setattr(op, "backend", lambda first, *others, rank=0: cuda if first.dtype in cuda.DTYPES else None)
-    return built
-
-
 def ours(x, bone, g, dz):
     dx, (z, shift) = dz.clone(), cuda.affine(x, bone, FACTOR)
     return z, shift.sum(0), dx, cuda.affine_backward_(dx, g, x, bone, FACTOR)

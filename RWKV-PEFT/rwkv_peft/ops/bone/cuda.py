@@ -1,5 +1,5 @@
-"""cuda/bone as Python sees it: bat-in's affine form, bat-out's merged weight, sums over shards and what the shards
-of a result begin as, on NVIDIA GPUs.
+"""cuda/bone as Python sees it: bat-in's affine form, of a squared relu, too, bat-out's merged weight, sums over shards
+and what the shards of a result begin as, on NVIDIA GPUs.
 
 The functions are those of cpu.py, for float32 and bfloat16 tensors of one GPU; on tensors without data they allocate
 what they would.
@@ -7,6 +7,7 @@ what they would.
 
 import ctypes
 from collections.abc import Mapping
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ TOKENS, PLAIN_TOKENS = 64, 16  # of a block's tile; products.cuh has 32 for rank
 BLOCKS = 256  # that fill a GPU; the same on every one, so that results are
 MOST_GROUPS = 8  # parts of a sum over shards
 SHARD_THREADS = 128  # cuda/bone/shards.cuh's
-OF_RANK = ("affine_forward", "affine_backward", "merge")
+OF_RANK = ("affine_forward", "affine_backward", "squared_forward", "squared_backward", "merge")
 OF_DTYPE = ("affine_forward", "affine_backward", "shard_sum", "tiled", "sum_parts")
 KERNELS = (
     *(f"bone_{name}_products_{rank}" for name in OF_RANK for rank in PRODUCT_RANKS),
@@ -33,41 +34,44 @@ class BoneArguments(ctypes.Structure):
     """cuda/bone/arguments.cuh's structure of the same name."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in "x bone z shift d dx g parts tile residual tiled total".split()),
+        *((name, ctypes.c_void_p) for name in "x bone left z shift d dx g parts tile residual tiled total".split()),
         *((name, ctypes.c_longlong) for name in ("tokens", "count")),
         *((name, ctypes.c_int) for name in "width rank groups strip device".split()),
         ("factor", ctypes.c_float),
     ]
 
 
-def affine(x: Tensor, bone: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+def affine(x: Tensor, bone: Tensor, factor: float = 1.0, left: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """z = x + u and the parts of factor Σ_b u_b, where u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in),
-    (groups, T, r), which `tiled` adds up."""
+    (groups, T, r), which `tiled` adds up. left (T, r) as op.affine has it, where `has_products`."""
     x, bone, rank = _whole(x), _whole(bone), bone.shape[-1]
     tile = _tile(x, rank)
     tiles = -(-x.shape[0] // tile)
     groups = min(MOST_GROUPS, bone.shape[0], -(-BLOCKS // tiles))
     z, shift = torch.empty_like(x), x.new_empty(groups, x.shape[0], rank)
-    tensors = dict(x=x, bone=bone, z=z, shift=shift)
+    tensors = dict(x=x, bone=bone, left=_whole(left), z=z, shift=shift)
     sizes = dict(tokens=x.shape[0], width=x.shape[1], rank=rank, groups=groups, factor=factor)
-    call(_affine_kernel("forward", x, rank), x, tensors, tiles * groups, **sizes)
+    call(_affine_kernel("forward", x, rank, left), x, tensors, tiles * groups, **sizes)
     return z, shift
 
 
-def affine_backward_(dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor, factor: float = 1.0) -> Tensor | None:
+def affine_backward_(
+    dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor, factor: float = 1.0, left: Tensor | None = None
+) -> Tensor | None:
     """Turn dz (T, in), contiguous, into dx, given g (T, out), the gradient of the output that the shift was added to.
 
-    x (T, in) or None; bone (in/r, r, r) -> the gradient of bone, summed in float32, or None without x.
+    x (T, in) or None; bone (in/r, r, r); left (T, r) as `affine` has it, or None -> the gradient of bone, summed in
+    float32, or None without x.
     """
     (tokens, width), (shards, rank, _) = dz.shape, bone.shape
-    x, bone = None if x is None else _whole(x), _whole(bone)
+    x, bone = _whole(x), _whole(bone)
     tile = _tile(dz, rank)
     strip = tile * max(1, -(-tokens // (-(-BLOCKS // shards) * tile)))
     strips = -(-tokens // strip)
     parts = None if x is None else dz.new_empty(strips, *bone.shape, dtype=torch.float32)
-    tensors = dict(x=x, bone=bone, d=dz, dx=dz, g=shard_sum(g, rank), parts=parts)
+    tensors = dict(x=x, bone=bone, left=_whole(left), d=dz, dx=dz, g=shard_sum(g, rank), parts=parts)
     sizes = dict(tokens=tokens, width=width, rank=rank, strip=strip, factor=factor)
-    call(_affine_kernel("backward", dz, rank), dz, tensors, shards * strips, **sizes)
+    call(_affine_kernel("backward", dz, rank, left), dz, tensors, shards * strips, **sizes)
     if parts is None:
         return None
     d_bone = torch.empty_like(bone)
@@ -99,7 +103,7 @@ def shard_sum(x: Tensor, rank: int) -> Tensor:
 def tiled(tile: Tensor, width: int, residual: Tensor | None = None) -> Tensor:
     """tile (T, r), or the sum of (groups, T, r), repeated along its rows, cut at `width`, added to a residual
     (T, width) where there is one: -> (T, width)."""
-    tile, residual = _whole(tile), None if residual is None else _whole(residual)
+    tile, residual = _whole(tile), _whole(residual)
     groups, (tokens, rank) = tile.shape[0] if tile.dim() == 3 else 1, tile.shape[-2:]
     to = tile.new_empty(tokens, width)
     sizes = dict(tokens=tokens, width=width, rank=rank, groups=groups)
@@ -144,7 +148,9 @@ def has_products(like: Tensor, rank: int) -> bool:
     return like.dtype == torch.bfloat16 and rank in PRODUCT_RANKS
 
 
-def _affine_kernel(way: str, like: Tensor, rank: int) -> str:
+def _affine_kernel(way: str, like: Tensor, rank: int, left: Tensor | None) -> str:
+    if left is not None:
+        return f"squared_{way}_products_{rank}"
     return f"affine_{way}_products_{rank}" if has_products(like, rank) else f"affine_{way}"
 
 
@@ -160,9 +166,17 @@ def _blocks(tile: Tensor) -> int:
     return -(-tile.shape[-1] * tile.shape[-2] // SHARD_THREADS)
 
 
-def _whole(x: Tensor) -> Tensor:
+@overload
+def _whole(x: Tensor) -> Tensor: ...
+
+
+@overload
+def _whole(x: None) -> None: ...
+
+
+def _whole(x: Tensor | None) -> Tensor | None:
     """x contiguous, where copies of 16 bytes can read it."""
-    return aligned(x.contiguous())
+    return None if x is None else aligned(x.contiguous())
 
 
 def _trial(built: Kernels, device: int) -> None:

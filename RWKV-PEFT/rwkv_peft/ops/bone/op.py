@@ -26,13 +26,17 @@ def backend(first: Tensor, *others: Tensor | None, rank: int = 0) -> ModuleType 
     return cuda if cuda.takes(first, *others, rank=rank) else None
 
 
-def affine(x: Tensor, bone: Tensor, factor: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+def affine(x: Tensor, bone: Tensor, factor: float | Tensor = 1.0, left: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """z = x + u and s = factor Σ_b u_b where u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in), and what
-    plus_tiled takes for s."""
-    kernels = backend(x, bone, rank=bone.shape[-1])
+    plus_tiled takes for s. With left (T, r) all is of max(x + left, 0)² in x's place, left being added to each shard:
+    on a GPU in the same pass."""
+    kernels, rank = backend(x, bone, left, rank=bone.shape[-1]), bone.shape[-1]
+    if left is not None and kernels is cuda and cuda.has_products(x, rank):
+        return kernels.affine(x, bone, factor, left)
+    if left is not None:
+        return affine(_shifted_relu(x, left).square_(), bone, factor)
     if kernels is not None:
         return kernels.affine(x, bone, factor=factor)
-    rank = bone.shape[-1]
     z, shift = torch.empty_like(x), x.new_empty(x.shape[0], rank)
     for tokens in _token_chunks(x):
         z[tokens] = x[tokens]  # in memory's order, so that the strided reads below find it in the cache
@@ -44,17 +48,25 @@ def affine(x: Tensor, bone: Tensor, factor: float | Tensor = 1.0) -> tuple[Tenso
 
 
 def affine_backward_(
-    dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor, factor: float | Tensor = 1.0
+    dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor, factor: float | Tensor = 1.0, left: Tensor | None = None
 ) -> Tensor | None:
     """Turn dz (T, in) into dx in place, given g (T, out), the gradient of the output that s was added to;
-    -> the gradient of bone where x (T, in) is given, else None.
+    -> the gradient of bone where x (T, in) is given, else None. With left (T, r), as `affine` has it, x is given.
 
-    du_b = dz_b + factor Σ_a g_a, dB_b = du_bᵀ x_b, dx_b = dz_b + B_bᵀ du_b.
+    du_b = dz_b + factor Σ_a g_a, dB_b = du_bᵀ x_b, dx_b = dz_b + B_bᵀ du_b; of max(x + left, 0)² in x's place: this
+    dx times 2 max(x + left, 0).
     """
-    kernels = backend(dz, g, x, bone, rank=bone.shape[-1])
+    kernels, rank = backend(dz, g, x, bone, left, rank=bone.shape[-1]), bone.shape[-1]
+    if left is not None:
+        assert x is not None  # as the docstring has it
+        if kernels is cuda and cuda.has_products(dz, rank) and dz.is_contiguous():
+            return kernels.affine_backward_(dz, g, x, bone, factor, left)
+        positive = _shifted_relu(x, left)
+        d_bone = affine_backward_(dz, g, positive.square(), bone, factor)
+        dz.mul_(2 * positive)
+        return d_bone
     if kernels is not None and dz.is_contiguous():
         return kernels.affine_backward_(dz, g, x, bone, factor=factor)
-    rank = bone.shape[-1]
     g_shift = factor * split_shards(g, rank).sum(1)  # (T, r)
     d_bone = None if x is None else bone.new_zeros(bone.shape, dtype=torch.promote_types(x.dtype, torch.float32))
     for tokens in _token_chunks(dz):
@@ -143,6 +155,11 @@ def _add_tiled_(x: Tensor, tile: Tensor) -> None:
         split_shards(x[:, :full], rank).add_(tile[:, None])
     if full != x.shape[1]:
         x[:, full:] += tile[:, : x.shape[1] - full]
+
+
+def _shifted_relu(x: Tensor, left: Tensor) -> Tensor:
+    """max(x + left, 0), left (T, r) being added to each shard: (T, in)."""
+    return torch.relu(split_shards(x, left.shape[-1]) + left[:, None]).flatten(1)
 
 
 def split_shards(x: Tensor, rank: int) -> Tensor:

@@ -229,15 +229,13 @@ def low_square(
     """relu_square with what adapters before and after it have of low rank: out = max(x + left up, 0)² and, where
     `sums`, right = out down.
 
-    x (…, F); left (T, r), or (n, T, r), which is added up, or None for nothing; up (r, F) and down (F, r), or None for
-    the identity, repeated along the channels and cut at F -> out (…, F), right (T, r) or None. On a GPU one pass, whose
-    gradients are one more.
+    x (…, F); left (T, r), or None for nothing; up (r, F) and down (F, r), or None for the identity, repeated along the
+    channels and cut at F -> out (…, F), right (T, r) or None. On a GPU one pass, whose gradients are one more.
     """
     if takes_low_square(x, x.shape[-1], rank, left, up, down):
         return run(square.LowSquare, x.contiguous(), left, up, down, rank, sums)
     if left is not None:
-        low = left if left.dim() == 2 else left.sum(0)
-        x = x + (_repeated(low, x.shape[-1]) if up is None else low @ up).view(x.shape)
+        x = x + (_repeated(left, x.shape[-1]) if up is None else left @ up).view(x.shape)
     out = torch.relu(x).square()
     if not sums:
         return out, None

@@ -19,7 +19,7 @@ class LowSquare(Function):
     def forward(
         ctx: Any, x: Tensor, left: Tensor | None, up: Tensor | None, down: Tensor | None, rank: int, sums: bool
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.rank, ctx.parts = rank, 0 if left is None or left.dim() == 2 else len(left)
+        ctx.rank = rank
         out, right = _pass("square_forward", x, None, left, up, down, rank, sums)
         ctx.has_left = left is not None
         ctx.save_for_backward(out, None if up is None else left, up, down)
@@ -35,12 +35,9 @@ class LowSquare(Function):
         gx, gleft = _pass("square_backward", grad, out, gright, turned[1], turned[0], ctx.rank, ctx.has_left)
         gup = gdown = None
         if left is not None and ctx.needs_input_grad[2]:
-            low = left.sum(0) if ctx.parts else left
-            gup = _product_like(up, low.t(), gx.flatten(0, -2))
+            gup = _product_like(up, left.t(), gx.flatten(0, -2))
         if ctx.needs_input_grad[3] and gright is not None:
             gdown = _product_like(down, out.flatten(0, -2).t(), gright)
-        if ctx.parts and gleft is not None:
-            gleft = gleft.expand(ctx.parts, *gleft.shape)
         return gx, gleft, gup, gdown, None, None
 
 
@@ -59,7 +56,7 @@ def _pass(
     rank: int,
     sums: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """A direction's kernel: y like x, and right (T, r) where `sums`. left (T, r) or (n, T, r), up (r, F), down (F, r),
+    """A direction's kernel: y like x, and right (T, r) where `sums`. left (T, r), up (r, F), down (F, r),
     None each as low_square has them; squares: what the forward pass gave."""
     tokens, channels = x[..., 0].numel(), x.shape[-1]
     size, y = group_size(x, cuda.SQUARE_CHANNELS), torch.empty_like(x)
@@ -69,8 +66,7 @@ def _pass(
         tensors |= dict(left=aligned(left.contiguous())) | _lying("up", up)
     if sums:
         tensors |= _lying("down", None if down is None else down.t())
-    n = 1 if left is None or left.dim() == 2 else len(left)
-    call(name, x, tensors, tokens=tokens, channels=channels, rank=rank, size=size, n=n)
+    call(name, x, tensors, tokens=tokens, channels=channels, rank=rank, size=size)
     if parts is None:
         return y, None
     right = x.new_empty(tokens, rank)
