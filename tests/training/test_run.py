@@ -272,26 +272,21 @@ def test_every_method_trains_validates_and_merges(files, accelerator, method):
 
 
 def test_early_stop_ends_a_run_that_no_longer_improves(files, train):
-    train(
-        "early",
-        "--precision",
-        "fp32",
-        "--lr_init",
-        "0",
-        "--lr_final",
-        "0",
-        "--warmup_steps",
-        "0",
-        "--val_data",
-        str(files / "data"),
-        "--val_every",
-        "1",
-        "--early_stop",
-        "2",
-    )
+    rates = ("--lr_init", "0", "--lr_final", "0", "--warmup_steps", "0")
+    flags = ("--precision", "fp32", *rates, "--val_data", str(files / "data"), "--val_every", "1", "--early_stop")
+    train("early", *flags, "2")
     lines = metrics(files, "early")
     assert len(lines) == 3 and "val_ppl" in lines[0]
     assert (files / "early" / "adapter.safetensors").exists()
+
+    # and it stays ended, however often its command is run again
+    out, _ = train("early", *flags, "2", "--resume", "auto")
+    assert "is complete (3 steps, the last 2 validations without a lower loss)" in out
+    _, err = train("early", *flags, "2", "--resume", code=2)
+    assert "raise --early_stop, or leave it out, to go on" in err and "Traceback" not in err
+    assert metrics(files, "early") == lines
+    train("early", *flags, "3", "--resume")
+    assert len(metrics(files, "early")) == 4
 
 
 def test_rows_of_questions_train_without_preprocessing(files, train):
