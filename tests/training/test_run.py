@@ -116,6 +116,16 @@ def test_stages_ranks_and_micro_batches_train_the_same(files, train, one_process
         assert (tensor - expected[key]).norm() <= 2e-2 * expected[key].norm(), key
 
 
+def test_the_tokens_of_a_step_are_those_of_each_rank(files, train):
+    """Documents of 10 and of 20 tokens, in the order of the file: a rank has the short ones, the other the long."""
+    with BinidxWriter(files / "unequal", vocab_size=80) as writer:
+        for number in range(8):
+            writer.add(list(range(10 + 10 * (number % 2))))
+    flags = ("--data_file", str(files / "unequal"), "--dataload", "only", "--data_shuffle", "0", "--epoch_steps", "2")
+    train("unequal", *flags, "--epoch_count", "1", "--accumulate_grad_batches", "2", "--devices", "2")
+    assert [line["tokens"] for line in metrics(files, "unequal")] == [2 * (9 + 19)] * 2
+
+
 def test_a_step_in_which_no_token_counts_has_no_loss(files, train):
     with BinidxWriter(files / "half", vocab_size=80, mask=True) as writer:
         for answer in (1, 0):

@@ -36,11 +36,11 @@ class StepCallback(pl.Callback):
         self.accumulate = accumulate
 
     def on_train_batch_end(self, trainer: Any, lit: Lit, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
-        self.count_tokens(trainer, batch)
+        self.count_tokens(lit)
         if (batch_idx + 1) % self.accumulate == 0:
             self.on_step(trainer, lit, done=lit.step + 1)
 
-    def count_tokens(self, trainer: Any, batch: TrainBatch) -> None:
+    def count_tokens(self, lit: Lit) -> None:
         """Called for each micro batch."""
 
     def on_step(self, trainer: Any, lit: Lit, done: int) -> None:
@@ -111,8 +111,8 @@ class Record(StepCallback):
             self.progress = Progress(self.plan)
         self.start = time.perf_counter()
 
-    def count_tokens(self, trainer: Any, batch: TrainBatch) -> None:
-        self.tokens += batch["tokens"].numel() * trainer.world_size
+    def count_tokens(self, lit: Lit) -> None:
+        self.tokens += lit.micro_tokens
 
     def on_step(self, trainer: Any, lit: Lit, done: int) -> None:
         now = time.perf_counter()
