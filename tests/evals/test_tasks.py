@@ -76,6 +76,12 @@ def test_math_rows(row):
             "User: a\n\nAssistant: b\n\nUser: c\n\nAssistant:",
             " d",
         ),
+        (  # one that ends in a turn without an answer is asked for the answer before
+            {"messages": [{"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user")]},
+            "",
+            "System: s\n\nUser: u\n\nAssistant:",
+            " a",
+        ),
     ],
 )
 def test_rows_of_ones_own(row, layout, prompt, solution):
