@@ -100,6 +100,29 @@ def test_settings_by_which_no_run_got_anywhere_are_forgotten(files, monkeypatch)
         main([*words, "absent"])
 
 
+@pytest.mark.parametrize("rows", ["data", "held_out"])
+def test_runs_on_other_data_have_no_place_in_the_table(files, monkeypatch, rows):
+    """Both of one name and size; what was validated on counts as well."""
+
+    def write(first):
+        for name in ("data", "held_out"):
+            with BinidxWriter(files / f"of-{rows}-{name}", vocab_size=80) as writer:
+                for document in range(20):
+                    writer.add([1 + (document + (first if name == rows else 7) * i) % 79 for i in range(30)] + [0])
+
+    monkeypatch.setattr("rwkv_peft.compare.command.run_cells", lambda *arguments: False)
+    data = ("--data_file", f"of-{rows}-data", "--val_data", f"of-{rows}-held_out")
+    words = [*OWN, "--output", f"out-{rows}", "--rates", "1e-3", "--", *MODEL, *data]
+    write(7)
+    assert main(words) == 0
+    keep(files / f"out-{rows}", Cell("bone", -6, 7), 1.0)
+    write(7)  # the same content again is no other data
+    assert main(words) == 0
+    write(11)
+    with pytest.raises(UserError, match="other settings \\(data: "):
+        main(words)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -90,6 +90,14 @@ def test_every_form_of_row(preprocess, row, text, counted):
         assert dataset.mask[-1] == 1  # which the model learns to write
 
 
+def test_the_mark_that_windows_puts_before_a_text_is_no_part_of_it(preprocess, tmp_path):
+    marked = "\ufeffone\ntwo".encode()
+    assert texts(preprocess(marked, name="in.txt"))[0][0] == "one\ntwo"
+    (tmp_path / "template").write_text("\ufeff{q}", encoding="utf-8")
+    row = {"q": "2+2?"}
+    assert texts(preprocess([row], "--template", str(tmp_path / "template"))) == [("2+2?", "2+2?")]
+
+
 def test_fields_and_templates_name_others(preprocess, tmp_path):
     row = {"q": "2+2?", "a": "4"}
     assert texts(preprocess([row], "--fields", "q", "a")) == [("User: 2+2?\n\nAssistant: 4", " 4")]

@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from rwkv_peft.errors import Ended, UserError
 from rwkv_peft.evals import command, flags
 from rwkv_peft.files.alone import alone_at
+from rwkv_peft.files.base import open_base
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ("--model", str(ROOT / "demo" / "rwkv6-demo.pth"))
@@ -73,6 +76,44 @@ def test_it_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
     write(tmp_path / "rows.jsonl", ROWS[:2])
     with pytest.raises(UserError, match=r"answers of other settings \(files: "):
         run(*words)
+
+
+def test_no_old_answers_stand_for_those_of_what_changed_since(run, tmp_path):
+    """The words of a template, the adapter in peft's folder, which it writes over in place, and what is told of one."""
+    base, folder, output = open_base(MODEL[1]).tensors, tmp_path / "lora", tmp_path / "answers.jsonl"
+    layout = tmp_path / "layout"
+
+    def adapt(size, target):
+        torch.manual_seed(1)
+        shape = base["blocks.0.att.key.weight"].shape
+        tensors = {"lora_A": torch.randn(2, shape[1]), "lora_B": size * torch.randn(shape[0], 2)}
+        tensors = {f"blocks.0.att.key.{name}": tensor for name, tensor in tensors.items()}
+        if target.suffix:
+            return torch.save(tensors, target)
+        target.mkdir(exist_ok=True)
+        save_file(
+            {f"base_model.model.{key}.weight": tensor for key, tensor in tensors.items()},
+            target / "adapter_model.safetensors",
+        )
+        (target / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+
+    layout.write_text("{question} now")
+    adapt(0.1, folder)
+    words = ("jsonl", "--data", write(tmp_path / "rows.jsonl", ROWS), "--template", layout, "--output", output)
+    words += ("--max_tokens", 2)
+    told = run(*words, "--adapter", folder)
+    assert run(*words, "--adapter", folder) == told
+    for change in (lambda: layout.write_text("{question} later"), lambda: adapt(0.2, folder)):
+        change()
+        with pytest.raises(UserError, match=r"answers of other settings \(files: "):
+            run(*words, "--adapter", folder)
+        output.unlink()
+        run(*words, "--adapter", folder)
+    output.unlink()
+    adapt(0.1, tmp_path / "lora.pth")
+    run(*words, "--adapter", tmp_path / "lora.pth", "--lora_alpha", "2", "--any_base")
+    with pytest.raises(UserError, match=r"answers of other settings \(lora_alpha: 2.0, and now 4.0\)"):
+        run(*words, "--adapter", tmp_path / "lora.pth", "--lora_alpha", "4", "--any_base")
 
 
 original = command.ask

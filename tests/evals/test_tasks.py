@@ -76,6 +76,12 @@ def test_math_rows(row):
             "User: a\n\nAssistant: b\n\nUser: c\n\nAssistant:",
             " d",
         ),
+        (  # one that ends in a turn without an answer is asked for the answer before
+            {"messages": [{"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user")]},
+            "",
+            "System: s\n\nUser: u\n\nAssistant:",
+            " a",
+        ),
     ],
 )
 def test_rows_of_ones_own(row, layout, prompt, solution):
@@ -144,7 +150,7 @@ def test_layouts_and_what_ends_their_answers(tmp_path):
     assert stops_of_prompt(CHAT) == stops_of(CHAT) and "\n\nUser:" in stops_of(CHAT)
     assert stops_of_prompt(LAYOUTS["metamath"]) == ("\n\n### Instruction",)
     assert stops_of_prompt(LAYOUTS["plain"]) == ()
-    (tmp_path / "mine.txt").write_text("Q {question} A\n")
+    (tmp_path / "mine.txt").write_text("\ufeffQ {question} A\n", encoding="utf-8")  # with the mark of Windows
     assert read_layout(str(tmp_path / "mine.txt")) == "Q {question} A"
     (tmp_path / "mine.txt").write_text("Q A\n")
     with pytest.raises(UserError, match="it has no {question}"):

@@ -17,6 +17,24 @@ class SpacedTokenizer:
         return bytes(ids).decode("utf-8", "replace").removeprefix(" ")
 
 
+@pytest.fixture(scope="module")
+def straddling(tmp_path_factory):
+    """A tokenizer.json of bytes, and of tokens that end one letter and begin another, as GPT-2's has them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    names = {letter: words.pre_tokenize_str(letter)[0][0] for letter in "éèêà"}  # of two bytes each
+    vocabulary = {name: number for number, name in enumerate(["</s>", *sorted(words.alphabet())])}
+    merges = [(name[1], name[0]) for name in names.values()]
+    for merge in merges:
+        vocabulary["".join(merge)] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer, tokenizer.decoder = words, decoders.ByteLevel()
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return load_tokenizer(path)
+
+
 def pieces(stream, tokens):
     return [stream.feed(token) for token in tokens] + [stream.finish()]
 
@@ -30,6 +48,20 @@ def test_characters_are_whole(tokenizer, tokens):
     assert "".join(found) == MIXED
     assert all("\ufffd" not in piece for piece in found)
     assert found.count("你") == 1 and found.count("🙂") == 1
+
+
+def test_letters_that_share_tokens_come_one_by_one(straddling):
+    tokens = straddling.encode("aéèêàéb")
+    assert len(tokens) == 8
+    assert pieces(TextStream(straddling), tokens) == ["a", "", "é", "è", "ê", "à", "é", "b", ""]
+    assert pieces(TextStream(straddling, ["êà"]), tokens)[:6] == ["a", "", "é", "è", "", ""]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_tokens_stream_what_decoding_them_at_once_gives(straddling, seed):
+    source = random.Random(seed)
+    tokens = [source.choice((65, *range(100, 140), 220, *range(257, 261))) for _ in range(60)]
+    assert "".join(pieces(TextStream(straddling), tokens)) == straddling.decode(tokens)
 
 
 def test_the_world_vocabulary_streams_what_it_decodes():

@@ -91,6 +91,8 @@ def test_folders_that_cannot_be_merged_are_refused(folder, config, message):
         ("lora", {"peft_type": "LORA", "lora_alpha": float("inf")}, "lora_alpha = inf"),
         ("lora", {"peft_type": "LORA", "r": 64}, "lora_A has shape .* and r is 64"),
         ("lora", {"peft_type": "LORA", "lora_bias": True}, "lora_bias"),
+        ("lora", {"peft_type": "LORA", "alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),
+        ("lora", {"peft_type": "LORA", "kasa_config": {"kasa_beta": 1e-4}}, "kasa_config"),
     ],
 )
 def test_settings_of_peft_that_contradict_the_tensors_are_refused(folder, variant, config, message):

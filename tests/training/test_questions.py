@@ -28,6 +28,7 @@ from rwkv_peft.evals.harness_exam import HarnessExam
 from rwkv_peft.generate.loading import load_model
 from rwkv_peft.training.examiner import Examiner
 from rwkv_peft.training.flags import parse_flags
+from rwkv_peft.training.plan import Plan
 from rwkv_peft.training.run import find_exams
 from rwkv_peft.training.run import main as run_training
 from training.runs import ROOT, finish, metrics, start
@@ -149,7 +150,7 @@ def test_the_last_answers_are_those_that_eval_finds_of_what_is_saved(files, aske
     output = files / "eval.jsonl"
     assert evaluate([*words, "--max_tokens", "24", "--split", "[:4]", "--stop", "\n", "--output", str(output)]) == 0
     records = [json.loads(line) for line in output.read_text().splitlines()[1:]]
-    assert [{"step": 5} | record for record in records] == answers(files, "asked")[-4:]
+    assert [{"step": 5, "samples": 6} | record for record in records] == answers(files, "asked")[-4:]
 
 
 @needs_lm_eval
@@ -281,7 +282,11 @@ def test_ranks_share_the_questions_and_each_has_all_answers(tmp_path, monkeypatc
     train = TrainConfig(eval_data=write(tmp_path / "questions.jsonl", QUESTIONS), eval_max_tokens=2, eval_every=1)
     model, _ = load_model(BASE)
     examiner = Examiner(
-        Exam(train, load_tokenizer("bytes")), tmp_path / "answers.jsonl", train, None, SimpleNamespace(moved=print)
+        Exam(train, load_tokenizer("bytes")),
+        tmp_path / "answers.jsonl",
+        train,
+        Plan(step_samples=2, epoch_steps=9, total_steps=9, first_step=0, first_sample=0),
+        SimpleNamespace(moved=print),
     )
     lit, asked = SimpleNamespace(model=model, step=7), {}
 
@@ -295,7 +300,7 @@ def test_ranks_share_the_questions_and_each_has_all_answers(tmp_path, monkeypatc
         scores, words = examiner(trainer, lit, done=8, ending=False)
     assert [[record["number"] for record in records] for records in asked.values()] == [[0, 2, 4], [1, 3]]
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["number"]) for line in lines] == [(7, number) for number in range(5)]
+    assert [(line["step"], line["samples"], line["number"]) for line in lines] == [(7, 16, n) for n in range(5)]
     assert scores["eval_score"] == sum(line["strict"] for line in lines) / 5
     assert model.training
 

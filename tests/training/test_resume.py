@@ -145,10 +145,26 @@ def test_another_number_of_devices_goes_on_at_the_next_sample(files, train, meth
     train(name, *flags, "--micro_bsz", "3", "--epoch_count", "1")
     train(name, *flags, "--micro_bsz", "1", "--devices", "2", "--resume", "--fresh_optimizer")
     lines = metrics(files, name)
-    assert [line["step"] for line in lines] == [0, 1, 2, 3, 6, 7]  # 12 samples were seen, and a step takes 2 now
+    assert [line["samples"] for line in lines] == [3, 6, 9, 12, 14, 16]
+    assert [line["step"] for line in lines] == [0, 2, 3, 5, 6, 7]  # as those of a step that takes 2
     state = json.loads((files / name / "checkpoints" / "step-00000008" / "state.json").read_text())
     assert state["samples_seen"] == 16
     assert lines[4]["loss"] < lines[0]["loss"]
+
+
+def test_larger_steps_forget_nothing_of_those_before(files, train):
+    """Neither the lines of smaller steps, which are more, nor the lowest validation loss, whose adapter stays."""
+    flags = ("--precision", "fp32", "--val_data", str(files / "data"), "--val_every", "2", "--micro_bsz")
+    train("larger", *flags, "1", "--epoch_count", "2")
+    before, best = metrics(files, "larger"), (files / "larger" / "adapter-best.safetensors").read_bytes()
+    worse = ("--lr_init", "1", "--lr_final", "1", "--epoch_count", "1", "--warmup_steps", "0")
+    out, _ = train("larger", *flags, "4", *worse, "--resume")  # at its third of 4 steps
+    lines = metrics(files, "larger")
+    assert [line["step"] for line in lines] == [0, 0, 0, 0, 0, 0, 0, 1, 2, 3]
+    assert [line | {"step": None} for line in lines[:8]] == [line | {"step": None} for line in before]
+    lowest = min(line["val_loss"] for line in before if "val_loss" in line)
+    assert lines[-1]["val_loss"] > lowest and f"lowest loss {lowest:.4f}" in out
+    assert (files / "larger" / "adapter-best.safetensors").read_bytes() == best
 
 
 def test_larger_steps_count_from_their_own_checkpoint(tmp_path):
@@ -173,17 +189,15 @@ def test_a_damaged_state_is_named(tmp_path, text):
 
 
 def test_a_line_of_metrics_that_was_cut_off_does_not_hinder_resuming(tmp_path):
-    from rwkv_peft.config import TrainConfig
-    from rwkv_peft.training.callbacks import forget_from
-    from rwkv_peft.training.validate import Validator
+    from rwkv_peft.training.history import Lowest, forget_rest, history
+    from rwkv_peft.training.plan import Plan
 
     path = tmp_path / "metrics.jsonl"
     whole = [json.dumps({"step": step, "loss": 0.1, "val_loss": 3.5 - step}) + "\n" for step in range(3)]
     path.write_text("".join(whole) + '{"step": 3, "lo')
-    validator = Validator([], 1, TrainConfig(val_every=1), None, None, None)
-    validator.restore(path, 2)
-    assert validator.best == 2.5
-    forget_from(path, 2)
+    plan = Plan(step_samples=4, epoch_steps=9, total_steps=9, first_step=2, first_sample=8)
+    assert Lowest(history(path, plan)).loss == 2.5
+    forget_rest(path, plan)
     assert path.read_text() == "".join(whole[:2])
 
 

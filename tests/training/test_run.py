@@ -116,6 +116,16 @@ def test_stages_ranks_and_micro_batches_train_the_same(files, train, one_process
         assert (tensor - expected[key]).norm() <= 2e-2 * expected[key].norm(), key
 
 
+def test_the_tokens_of_a_step_are_those_of_each_rank(files, train):
+    """Documents of 10 and of 20 tokens, in the order of the file: a rank has the short ones, the other the long."""
+    with BinidxWriter(files / "unequal", vocab_size=80) as writer:
+        for number in range(8):
+            writer.add(list(range(10 + 10 * (number % 2))))
+    flags = ("--data_file", str(files / "unequal"), "--dataload", "only", "--data_shuffle", "0", "--epoch_steps", "2")
+    train("unequal", *flags, "--epoch_count", "1", "--accumulate_grad_batches", "2", "--devices", "2")
+    assert [line["tokens"] for line in metrics(files, "unequal")] == [2 * (9 + 19)] * 2
+
+
 def test_a_step_in_which_no_token_counts_has_no_loss(files, train):
     with BinidxWriter(files / "half", vocab_size=80, mask=True) as writer:
         for answer in (1, 0):
@@ -272,26 +282,21 @@ def test_every_method_trains_validates_and_merges(files, accelerator, method):
 
 
 def test_early_stop_ends_a_run_that_no_longer_improves(files, train):
-    train(
-        "early",
-        "--precision",
-        "fp32",
-        "--lr_init",
-        "0",
-        "--lr_final",
-        "0",
-        "--warmup_steps",
-        "0",
-        "--val_data",
-        str(files / "data"),
-        "--val_every",
-        "1",
-        "--early_stop",
-        "2",
-    )
+    rates = ("--lr_init", "0", "--lr_final", "0", "--warmup_steps", "0")
+    flags = ("--precision", "fp32", *rates, "--val_data", str(files / "data"), "--val_every", "1", "--early_stop")
+    train("early", *flags, "2")
     lines = metrics(files, "early")
     assert len(lines) == 3 and "val_ppl" in lines[0]
     assert (files / "early" / "adapter.safetensors").exists()
+
+    # and it stays ended, however often its command is run again
+    out, _ = train("early", *flags, "2", "--resume", "auto")
+    assert "is complete (3 steps, the last 2 validations without a lower loss)" in out
+    _, err = train("early", *flags, "2", "--resume", code=2)
+    assert "raise --early_stop, or leave it out, to go on" in err and "Traceback" not in err
+    assert metrics(files, "early") == lines
+    train("early", *flags, "3", "--resume")
+    assert len(metrics(files, "early")) == 4
 
 
 def test_rows_of_questions_train_without_preprocessing(files, train):

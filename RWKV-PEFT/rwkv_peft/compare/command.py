@@ -1,6 +1,5 @@
 """`rwkv-peft compare`: sweep, repeat, report; see flags.py for what a user types."""
 
-import json
 import math
 import sys
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 from ..adapters.methods import METHODS
 from ..cli import counted
 from ..config import AdapterConfig
-from ..errors import Ended, UserError, ending_of, told
+from ..errors import Ended, UserError, ending_of
 from ..files.alone import alone_in
 from ..files.atomic import atomic_write
 from ..files.base import Base
@@ -23,11 +22,10 @@ from .flags import FULL, Comparison, method_flags, parse_flags
 from .pictures import draw
 from .plan import Cell, next_cells
 from .rates import nearest_to, rate_of
+from .record import check_record
 from .report import lines_of_json, rows_of, table
-from .runs import RESULT, Outcome, any_begun, read_outcome, run_cells
+from .runs import RESULT, Outcome, read_outcome, run_cells
 from .sizes import Layers, Size, matched_size, parameter_count
-
-RECORD = "compare.json"  # what all runs of a folder share
 
 
 def main(argv: list[str]) -> int:
@@ -39,7 +37,7 @@ def main(argv: list[str]) -> int:
     if not comparison.rates:
         comparison = replace(comparison, rates=usual_rates(base.config.n_embd))
     with alone_in(folder, flag="--output"):
-        check_record(folder / RECORD, comparison, sizes, base.fingerprint)
+        check_record(folder, comparison, sizes, base.fingerprint)
         print_sizes(sizes)
         print(f"learning rates to begin with: {' '.join(f'{rate_of(number):g}' for number in comparison.rates)}")
         return run_and_report(comparison, sizes)
@@ -92,34 +90,6 @@ def measure(comparison: Comparison) -> tuple[dict[str, Size], Base]:
             sizes[method] = matched_size(METHODS[method], wanted, layers)
         parse_run([*comparison.train, *output, *method_flags(method, *sizes[method][:2])])
     return sizes, request.base
-
-
-def check_record(path: Path, comparison: Comparison, sizes: Mapping[str, Size], fingerprint: str) -> None:
-    """Write what all runs of the folder share, or compare with what stands there, once a run has got anywhere by it.
-    Raises UserError where it is another comparison's."""
-    now = {
-        "train": list(comparison.train),
-        "steps": comparison.steps,
-        "val_every": comparison.val_every,
-        "lr_final": comparison.lr_final,
-        "parameters": sizes[comparison.methods[0]].parameters,
-        "base": fingerprint,
-    }
-    if not path.exists() or not any_begun(path.parent):
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(now, indent=2) + "\n")
-        return
-    try:
-        before = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({told(error)}); give another --output") from error
-    for name, value in now.items():
-        if not isinstance(before, dict) or before.get(name) != value:
-            was = before.get(name) if isinstance(before, dict) else before
-            raise UserError(
-                f"--output {path.parent} holds a comparison of other settings ({name}: {was}, and now {value}); give "
-                "another folder, or the same settings"
-            )
 
 
 def print_sizes(sizes: Mapping[str, Size]) -> None:

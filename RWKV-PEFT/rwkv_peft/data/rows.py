@@ -106,7 +106,7 @@ def json_chunks(path: Path) -> Iterator[Chunk]:
 
 def text_chunks(path: Path, pieces: bool) -> Iterator[Chunk]:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             rest: list[str] = []  # what was read since the last cut
             continues = False
             # whole lines, so that what is read begins where a line does

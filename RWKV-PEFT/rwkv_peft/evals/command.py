@@ -3,27 +3,30 @@
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from ..data.tokenizer import KNOWN_SIZES
 from ..errors import Ended, UserError, ending_of
+from ..files.adapters import product_of_run
 from ..files.atomic import check_output, same_file
 from ..generate.loading import load_subject
 from ..streams import bar_seconds
 from .asking import Manner, ask
 from .equivalence import require_math_verify
 from .flags import parse_flags
-from .layouts import example
+from .layouts import LAYOUTS, example
 from .problems import layout_of, read_problems
 from .records import Records
 from .tally import share_of, summary
 from .task import Problem, Task
 from .tasks import TASKS
 
-INPUTS = ("model", "data", "shots_data", "state", "tokenizer")
-# flags on which answers depend, and which must agree for a file of them to be gone on with
-SETTINGS = (*INPUTS, "task", "adapter", "split", "template", "shots", "max_tokens", "stop")
+INPUTS = ("model", "data", "shots_data", "state", "tokenizer", "template", "lora_init")
+OTHERS = ("task", "adapter", "bone_mode", "lora_alpha", "precision", "device", "split", "shots", "max_tokens", "stop")
+SETTINGS = (*INPUTS, *OTHERS)  # answers depend on them, and go on where they agree alone
 
 
 def main(argv: list[str]) -> int:
@@ -62,10 +65,18 @@ def main(argv: list[str]) -> int:
 
 
 def stamps(args: Any) -> dict[str, list[int]]:
-    """{path: [size, time of its last change]} of what is read, which another file of the same name changes."""
-    paths = [path for name in INPUTS if (path := getattr(args, name))] + args.adapter
-    found = {str(path): os.stat(path) for path in paths if os.path.exists(path)}
+    """{path: [size, time of its last change]} of each file that is read, those in a folder among them, which another
+    file of the same name changes."""
+    named = (*LAYOUTS, *dict(KNOWN_SIZES).values())  # without a file
+    given = [path for name in INPUTS if (path := getattr(args, name)) and path not in named] + args.adapter
+    found = {str(file): os.stat(file) for path in given if os.path.exists(path) for file in files_of(path)}
     return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in found.items()}
+
+
+def files_of(path: str | Path) -> list[Path]:
+    """A file, what a run trained in the folder of one, or all that lies in another folder."""
+    path = product_of_run(path)
+    return sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else [path]
 
 
 def read_shots(task: Task, args: Any, layout: str) -> str:

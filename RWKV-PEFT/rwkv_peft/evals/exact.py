@@ -18,11 +18,12 @@ class Exact(AnswerTask):
             question = text_of(row, "question", "query", "instruction", "prompt", "problem")
             return Problem(put(layout, question), behind(solution), solution.strip())
         parts = segments(row)
-        last = max((number for number, (_, counts) in enumerate(parts) if counts), default=0)
-        if last == 0:
+        # behind an answer of a chat the blank line counts, too, and the name of who speaks then
+        answers = [n for n in range(1, len(parts)) if parts[n][1] and not parts[n - 1][1]]
+        if not answers:
             raise UserError("the row is one text, with no question before an answer")
-        solution = parts[last][0]
-        return Problem("".join(text for text, _ in parts[:last]), solution, solution.strip())
+        solution = parts[answers[-1]][0]
+        return Problem("".join(text for text, _ in parts[: answers[-1]]), solution, solution.strip())
 
     def judge(self, text: str, problem: Problem) -> dict[str, bool]:
         return {"strict": text.strip() == problem.answer, "flexible": plain(text) == plain(problem.answer)}

@@ -27,7 +27,7 @@ def read_layout(name: str, flag: str = "--template") -> str:
     if name in LAYOUTS:
         return LAYOUTS[name]
     try:
-        text = Path(name).read_text(encoding="utf-8").removesuffix("\n")
+        text = Path(name).read_text(encoding="utf-8-sig").removesuffix("\n")
     except OSError:
         raise UserError(
             f"{flag} {name}: no such file, and no layout of that name; named are {', '.join(LAYOUTS)}"

@@ -22,6 +22,21 @@ from .pth_writer import TensorSpec
 from .safetensors_file import read_safetensors, write_safetensors
 
 HF_PREFIX = "base_model.model."
+# settings of peft's LoRA under which the change is not B A by one scale in every layer and for every token
+NO_PLAIN_LORA = (
+    "use_dora",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "layer_replication",
+    "fan_in_fan_out",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "monteclora_config",
+    "kasa_config",
+    "arrow_config",
+)
 Number = TypeVar("Number", int, float)
 
 
@@ -152,11 +167,7 @@ def _read_hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def _check_plain_lora(folder: Path, config: dict[str, Any]) -> None:
     """Refuse LoRA settings under which W + scale B A over the original base is not what was trained."""
-    odd = [
-        name
-        for name in ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "layer_replication", "fan_in_fan_out")
-        if config.get(name)
-    ]
+    odd = [name for name in NO_PLAIN_LORA if config.get(name)]
     if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
         odd.append(f"init_lora_weights={reprlib.repr(config['init_lora_weights'])}, which changes the base")
     if odd:

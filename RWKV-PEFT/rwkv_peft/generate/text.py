@@ -75,27 +75,36 @@ class ByteDecoder:
 
 class TailDecoder:
     """For any tokenizer that decodes lists: decodes the last tokens with and without the new one, because a token's
-    text may depend on the one before it."""
+    text may depend on the one before it, and may end a character and begin another."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._decode = tokenizer.decode
         self._before: list[int] = []  # tokens whose text is out, as context
-        self._new: list[int] = []  # tokens whose text is not
+        self._new: list[int] = []  # tokens since then, of whose text the end is not
+        self._given = 0  # characters of it that are out
+        self._waiting = 0  # tokens since the last of them
 
     def feed(self, token: int) -> str:
         self._new.append(token)
+        self._waiting += 1
         text = self._text()
-        if text.endswith(REPLACEMENT) and len(self._new) < LONGEST_CHARACTER:
-            return ""
-        if text:
-            self._before = self._new
-        self._new = []
-        return text
+        certain = text.rstrip(REPLACEMENT)
+        if certain == text:
+            if text or self._given:
+                self._before = self._new
+            self._new, self._given, self._waiting = [], 0, 0
+            return text
+        if self._waiting >= LONGEST_CHARACTER:
+            certain = text[:-1]  # what no token has ended by now is broken, but for the last, which may have just begun
+        if certain:
+            self._given, self._waiting = self._given + len(certain), 1
+        return certain
 
     def finish(self) -> str:
         text = self._text() if self._new else ""
-        self._new = []
+        self._new, self._given = [], 0
         return text
 
     def _text(self) -> str:
-        return self._decode(self._before + self._new)[len(self._decode(self._before)) :]
+        """Of the new tokens, what is not out."""
+        return self._decode(self._before + self._new)[len(self._decode(self._before)) + self._given :]

@@ -17,15 +17,16 @@ from tqdm import tqdm
 from ..config import TrainConfig
 from ..data.batches import TrainBatch
 from ..errors import give_back, hangup_signals
-from ..files.atomic import atomic_write
 from ..names import METRICS
-from ..plots import read_metrics
 from .examiner import Examiner
+from .history import forget_rest
 from .lit import Diverged, Lit
 from .plan import Plan
 from .saver import Saver, load_checkpoint
 from .validate import Validator
 from .watch import Watch
+
+PLACE = ("step", "samples")  # of a line of metrics.jsonl in its run
 
 
 class StepCallback(pl.Callback):
@@ -35,11 +36,11 @@ class StepCallback(pl.Callback):
         self.accumulate = accumulate
 
     def on_train_batch_end(self, trainer: Any, lit: Lit, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
-        self.count_tokens(trainer, batch)
+        self.count_tokens(lit)
         if (batch_idx + 1) % self.accumulate == 0:
             self.on_step(trainer, lit, done=lit.step + 1)
 
-    def count_tokens(self, trainer: Any, batch: TrainBatch) -> None:
+    def count_tokens(self, lit: Lit) -> None:
         """Called for each micro batch."""
 
     def on_step(self, trainer: Any, lit: Lit, done: int) -> None:
@@ -101,18 +102,17 @@ class Record(StepCallback):
 
     def on_train_start(self, trainer: Any, lit: Lit) -> None:
         if self.validator is not None:
-            self.validator.restore(self.path, self.plan.first_step)
+            self.validator.restore(self.path)
             trainer.strategy.barrier()
         if trainer.is_global_zero:
-            forget_from(self.path, self.plan.first_step)
-            for examiner in self.examiners:
-                forget_from(examiner.path, self.plan.first_step)
+            for path in (self.path, *(examiner.path for examiner in self.examiners)):
+                forget_rest(path, self.plan)
             self.file = open(self.path, "a", buffering=1)
             self.progress = Progress(self.plan)
         self.start = time.perf_counter()
 
-    def count_tokens(self, trainer: Any, batch: TrainBatch) -> None:
-        self.tokens += batch["tokens"].numel() * trainer.world_size
+    def count_tokens(self, lit: Lit) -> None:
+        self.tokens += lit.micro_tokens
 
     def on_step(self, trainer: Any, lit: Lit, done: int) -> None:
         now = time.perf_counter()
@@ -130,6 +130,7 @@ class Record(StepCallback):
             return
         metrics = {
             "step": lit.step,
+            "samples": self.plan.samples_seen(done),
             "epoch": lit.step // self.plan.epoch_steps,
             "loss": lit.step_loss if lit.step_tokens else None,  # a mean of nothing
             "lr": lit.lr,
@@ -141,7 +142,7 @@ class Record(StepCallback):
             **scores,
         }
         self.file.write(json.dumps(metrics) + "\n")
-        numbers = {key: value for key, value in metrics.items() if value is not None and key != "step"}
+        numbers = {key: value for key, value in metrics.items() if value is not None and key not in PLACE}
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=lit.step)
         if validation:
@@ -215,15 +216,6 @@ class Progress:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-
-
-def forget_from(path: Path, first_step: int) -> None:
-    """Drop the lines of metrics.jsonl that a resumed run is about to write again."""
-    if not path.exists():
-        return
-    kept = [metrics for metrics in read_metrics(path) if metrics["step"] < first_step]
-    with atomic_write(path) as temporary:
-        temporary.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept))
 
 
 class Save(StepCallback):

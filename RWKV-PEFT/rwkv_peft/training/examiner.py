@@ -38,6 +38,7 @@ class Examiner:
     def __init__(self, exam: Exam, path: Path, train: TrainConfig, plan: Plan, watch: Watch) -> None:
         self.exam, self.path, self.watch = exam, path, watch
         self.every, self.compiled = train.eval_every or plan.epoch_steps, train.compile
+        self.plan = plan
 
     def __call__(self, trainer: Any, lit: Any, done: int, ending: bool) -> tuple[dict[str, float], list[str]]:
         """(numbers by name, what is told of them) where this step asks and this is rank 0, else nothing of either."""
@@ -48,9 +49,10 @@ class Examiner:
             return {}, []
         self.watch.moved(f"the scores after step {lit.step}")
         metrics, lines, words = self.exam.judge(records)
+        place = {"step": lit.step, "samples": self.plan.samples_seen(done)}
         with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
             for line in lines:
-                file.write(json.dumps({"step": lit.step} | line, ensure_ascii=False) + "\n")
+                file.write(json.dumps(place | line, ensure_ascii=False) + "\n")
         return metrics, words
 
     def answers(self, trainer: Any, lit: Any) -> list[Answer]:

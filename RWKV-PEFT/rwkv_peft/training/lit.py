@@ -32,7 +32,8 @@ class Lit(pl.LightningModule):
     micro batches.
 
     Public: step (the current optimizer step), step_loss (mean loss of the step's micro batches so far, over all
-    ranks), step_tokens (how many tokens, or pairs, count in the current step), step_measures (what compute measures
+    ranks), step_tokens (how many tokens, or pairs, count in the current step), micro_tokens (how many tokens all ranks
+    read in the current micro batch, padding among them), step_measures (what compute measures
     besides, by name, the same mean), stop_requested (the signal that asked for a stop, 0 for none; set on any rank, it
     makes `stopping` true on all of them in the same micro batch), save_requested (which makes `saving` true likewise).
     """
@@ -50,7 +51,7 @@ class Lit(pl.LightningModule):
         super().__init__()
         self.model, self.train_config, self.total_steps = model, train, total_steps
         self.step, self.family, self.ratios, self.compute = first_step, family, ratios, compute
-        self.step_loss, self.step_tokens = 0.0, 0
+        self.step_loss, self.step_tokens, self.micro_tokens = 0.0, 0, 0
         self.step_measures: dict[str, float] = {}
         self.stop_requested = 0
         self.stopping = False
@@ -98,30 +99,30 @@ class Lit(pl.LightningModule):
         # the counted tokens of the whole step.
         parts = self.trainer.world_size * self.train_config.accumulate_grad_batches
         loss = self.compute.loss(self.model, batch, max(1, batch["step_count"]) / parts)
-        self.ask_ranks(loss.detach())
+        self.ask_ranks(loss.detach(), batch["tokens"].numel())
         # Lightning and the engine both divide by the number of micro batches; once is right.
         return loss * self.train_config.accumulate_grad_batches
 
-    def ask_ranks(self, loss: torch.Tensor) -> None:
-        """One small reduction a micro batch: the loss over all ranks and what else was measured, and whether any rank
-        wants to stop or save."""
-        requests = loss.new_tensor([self.stop_requested != 0, self.save_requested], dtype=torch.float32)
+    def ask_ranks(self, loss: torch.Tensor, tokens: int) -> None:
+        """One small reduction a micro batch: the loss over all ranks and what else was measured, how many tokens they
+        read, and whether any rank wants to stop or save."""
+        others = loss.new_tensor([tokens, self.stop_requested != 0, self.save_requested], dtype=torch.float32)
         numbers = [loss, *self.compute.measures.values()]
-        self.status = torch.cat([torch.stack([number.float() for number in numbers]), requests])
+        self.status = torch.cat([torch.stack([number.float() for number in numbers]), others])
         if self.trainer.world_size > 1:
             dist.all_reduce(self.status)
 
     def on_after_backward(self) -> None:
         """Read what the ranks said: before the optimizer's step, and after backward, for which a GPU would have to be
         waited for otherwise."""
-        total, *measures, stop, save = self.status.tolist()
+        total, *measures, tokens, stop, save = self.status.tolist()
         if not math.isfinite(total):
             raise Diverged(f"the loss became {total} at step {self.step}")
         parts = self.trainer.world_size * self.train_config.accumulate_grad_batches
         self.step_loss += total / parts
         for name, measure in zip(self.compute.measures, measures):
             self.step_measures[name] = self.step_measures.get(name, 0.0) + measure / parts
-        self.stopping, self.saving = stop > 0, save > 0
+        self.micro_tokens, self.stopping, self.saving = int(tokens), stop > 0, save > 0
 
     def on_train_batch_end(self, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
         if (batch_idx + 1) % self.train_config.accumulate_grad_batches == 0:

@@ -4,10 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..cli import counted
 from ..config import AdapterConfig, TrainConfig
 from ..errors import UserError
 from ..names import ADAPTER, METRICS, MODEL
 from .checkpoints import UNSAVED, find_checkpoint
+from .history import Lowest, history
+from .plan import Plan
 from .products import newest_name
 from .saver import read_run_state
 
@@ -41,6 +44,19 @@ def find_state(
             "write --resume auto to start or go on, or give the --proj_dir of the run"
         )
     return None, None
+
+
+def completed(train: TrainConfig, plan: Plan, validates: bool) -> tuple[str, str]:
+    """(how the run that is resumed had come to its end by its checkpoint, what has it go on), ("", "") where it had
+    not."""
+    folder, patience = Path(train.proj_dir), train.early_stop
+    steps = counted(plan.first_step, "step")
+    if plan.first_step >= plan.total_steps:
+        return f"the run in {folder} is complete ({steps})", "raise --epoch_count"
+    if validates and Lowest(history(folder / METRICS, plan)).exhausts(patience):
+        without = f"{counted(patience, 'validation')} without a lower loss"
+        return f"the run in {folder} is complete ({steps}, the last {without})", "raise --early_stop, or leave it out,"
+    return "", ""
 
 
 def find_trained(folder: Path, newest: str) -> str | None:

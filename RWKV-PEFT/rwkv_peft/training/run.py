@@ -49,7 +49,7 @@ from .meeting import Ranks
 from .plan import Plan
 from .prepared import Prepared
 from .rates import with_first_rates
-from .resume import AUTO, find_state
+from .resume import AUTO, completed, find_state
 from .room import require_room_to_save
 from .saved_files import require_files
 from .saver import Saver, data_identity
@@ -136,14 +136,14 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
         train = with_first_rates(train, state)
         config = replace(config, train=train)
     plan = make_plan(train, samples, step_samples, state)
-    if state and plan.first_step >= plan.total_steps:
-        complete = f"the run in {folder} is complete ({counted(plan.first_step, 'step')})"
-        if train.resume == AUTO:
-            if world.rank == 0:  # what a run may lack which had saved its last step
-                plot_loss(folder / METRICS, folder / "loss.png")
-                discard_old(folder, train.keep_checkpoints)
-            return 0, complete
-        raise UserError(f"--resume: {complete}; raise --epoch_count to go on")
+    complete, remedy = completed(train, plan, held_out is not None) if state else ("", "")
+    if complete and train.resume == AUTO:
+        if world.rank == 0:  # what a run may lack which had saved its last step
+            plot_loss(folder / METRICS, folder / "loss.png")
+            discard_old(folder, train.keep_checkpoints)
+        return 0, complete
+    if complete:
+        raise UserError(f"--resume: {complete}; {remedy} to go on")
     if base is not None:
         base.require_finite()
     exams = find_exams(config, samples, speaks=world.rank == 0)

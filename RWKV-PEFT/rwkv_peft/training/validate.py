@@ -10,7 +10,7 @@ import torch.distributed as dist
 from ..config import TrainConfig
 from ..data.batches import EvalBatches
 from ..data.samples import Samples
-from ..plots import is_number, read_metrics
+from .history import Lowest, history
 from .plan import Plan
 from .saver import Saver
 from .watch import Watch
@@ -32,24 +32,20 @@ class Validator:
     ) -> None:
         self.samples, self.micro_bsz, self.saver, self.watch = samples, micro_bsz, saver, watch
         self.every, self.patience = train.val_every or plan.epoch_steps, train.early_stop
-        self.plan = plan
-        self.best, self.since_best = math.inf, 0
+        self.plan, self.lowest = plan, Lowest()
+
+    @property
+    def best(self) -> float:
+        """The lowest loss so far."""
+        return self.lowest.loss
 
     @property
     def exhausted(self) -> bool:
-        return 0 < self.patience <= self.since_best
+        return self.lowest.exhausts(self.patience)
 
-    def restore(self, path: Path, first_step: int) -> None:
-        """Take up best and since_best from the metrics.jsonl of the run that is resumed."""
-        for metrics in read_metrics(path) if path.exists() else ():
-            if metrics["step"] < first_step and is_number(metrics.get("val_loss")):
-                self.note(metrics["val_loss"])
-
-    def note(self, loss: float) -> bool:
-        """Remember one validation loss; whether it is the lowest so far."""
-        better = loss < self.best
-        self.best, self.since_best = (loss, 0) if better else (self.best, self.since_best + 1)
-        return better
+    def restore(self, path: Path) -> None:
+        """Take up the lowest loss, and what came since, from the metrics.jsonl of the run that is resumed."""
+        self.lowest = Lowest(history(path, self.plan))
 
     def __call__(self, trainer: Any, lit: "Lit", done: int) -> dict[str, float]:
         """{"val_loss"} and its perplexity "val_ppl", or what the step measures besides a loss, where this step
@@ -57,7 +53,7 @@ class Validator:
         if done % self.every and done != self.plan.total_steps:
             return {}
         loss, measures = self.measure(trainer, lit)
-        if self.note(loss):
+        if self.lowest.note(loss):
             self.saver.save_tensors(trainer, lit, ["best"])
         measures = measures or {"ppl": math.exp(min(loss, 700.0))}
         return {"val_loss": loss, **{f"val_{name}": value for name, value in measures.items()}}

@@ -1,0 +1,74 @@
+"""What all runs of a comparison share, kept in its folder: others have no place in its table."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..data.binidx import binidx_prefix
+from ..errors import UserError, told
+from ..files.atomic import atomic_write
+from ..training.flags import parse_flags
+from .flags import Comparison
+from .runs import any_begun
+from .sizes import Size
+
+RECORD = "compare.json"
+BLOCK, BLOCKS = 1 << 16, 64  # bytes of a file that are looked at, and how often
+
+
+def check_record(folder: Path, comparison: Comparison, sizes: Mapping[str, Size], fingerprint: str) -> None:
+    """Write what all runs of the folder share, or compare with what stands there, once a run has got anywhere by it.
+    Raises UserError where it is another comparison's."""
+    path = folder / RECORD
+    now = {
+        "train": list(comparison.train),
+        "steps": comparison.steps,
+        "val_every": comparison.val_every,
+        "lr_final": comparison.lr_final,
+        "parameters": sizes[comparison.methods[0]].parameters,
+        "base": fingerprint,
+        "data": data_of(comparison),
+    }
+    if not path.exists() or not any_begun(folder):
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(now, indent=2) + "\n")
+        return
+    try:
+        before = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({told(error)}); give another --output") from error
+    if isinstance(before, dict):
+        before = {"data": now["data"]} | before  # which earlier versions did not record
+    for name, value in now.items():
+        if not isinstance(before, dict) or before.get(name) != value:
+            was = before.get(name) if isinstance(before, dict) else before
+            raise UserError(
+                f"--output {folder} holds a comparison of other settings ({name}: {was}, and now {value}); give "
+                "another folder, or the same settings"
+            )
+
+
+def data_of(comparison: Comparison) -> str:
+    """A hash of what the runs train and validate on, as it lies on the disk now."""
+    flags = parse_flags([*comparison.train, "--proj_dir", comparison.output])
+    digest = hashlib.sha256()
+    for path in filter(None, (flags.data.path, flags.train.val_data)):
+        prefix = binidx_prefix(path)
+        within = sorted(Path(path).rglob("*")) if os.path.isdir(path) else ()
+        for file in (Path(path), *(Path(prefix + end) for end in (".bin", ".idx", ".mask")), *within):
+            if file.is_file():
+                digest.update(file.name.encode() + sample_of(file))
+    return digest.hexdigest()[:16]
+
+
+def sample_of(file: Path) -> bytes:
+    """A file's size and some of its content, of a small one all."""
+    size = file.stat().st_size
+    found = [str(size).encode()]
+    with open(file, "rb") as content:
+        for start in range(0, size, max(BLOCK, size // BLOCKS)):
+            content.seek(start)
+            found.append(content.read(BLOCK))
+    return b"".join(found)

@@ -1,0 +1,52 @@
+"""What the lines of a run (metrics.jsonl and its like) tell of the steps before those that a resumed one takes."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..files.atomic import atomic_write
+from ..plots import is_number, read_metrics
+from .plan import Plan
+
+
+class Lowest:
+    """The lowest validation loss of a run's records, in their order, and how many validations came since."""
+
+    def __init__(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
+        self.loss, self.since = math.inf, 0
+        for record in records:
+            if is_number(record.get("val_loss")):
+                self.note(record["val_loss"])
+
+    def note(self, loss: float) -> bool:
+        """Remember one validation loss; whether it is the lowest so far."""
+        better = loss < self.loss
+        self.loss, self.since = (loss, 0) if better else (self.loss, self.since + 1)
+        return better
+
+    def exhausts(self, patience: int) -> bool:
+        """Whether so many validations in a row (0: any number) were not lower."""
+        return 0 < patience <= self.since
+
+
+def history(path: Path, plan: Plan) -> list[dict[str, Any]]:
+    """The records of a file of lines that end before the first sample of a Plan, [] where there is no file. Steps are
+    those of the Plan: where they had another size, the one in which the record's samples would have ended."""
+    found = []
+    for record in read_metrics(path) if path.exists() else ():
+        samples = record.get("samples", (record["step"] + 1) * plan.step_samples)  # earlier versions wrote none
+        if samples <= plan.first_sample:
+            found.append(record | {"step": max(samples // plan.step_samples - 1, 0)})
+    return found
+
+
+def forget_rest(path: Path, plan: Plan) -> None:
+    """Leave in a file of lines its history alone: a resumed run is about to write the others again."""
+    if not path.exists():
+        return
+    kept = history(path, plan)
+    with atomic_write(path) as temporary:
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+        temporary.write_text(lines, encoding="utf-8", errors="backslashreplace")
