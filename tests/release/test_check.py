@@ -22,14 +22,14 @@ from rwkv_peft.release.merge import merged_tensors
 pytest.importorskip("rwkv")
 
 
-def make_files(folder, state, **settings):
-    """A base, an adapter of random values on it, and the two merged; the paths of the three files."""
+def make_files(folder, state, size=0.05, **settings):
+    """A base, an adapter of random values of a size on it, and the two merged; the paths of the three files."""
     config = AdapterConfig(rank=8, **settings)
     model = RWKV6(base_of(state).config)
     model.load_state_dict(state)
     inject(model, config, family=family_named("x060"))
     torch.manual_seed(0)
-    tensors = {name: 0.05 * torch.randn_like(p) for name, p in model.named_parameters() if p.requires_grad}
+    tensors = {name: size * torch.randn_like(p) for name, p in model.named_parameters() if p.requires_grad}
     tensors |= {name: buffer for name, buffer in model.named_buffers() if adapter_parameter(name)}
     base, adapter, merged = folder / "base.pth", folder / "adapter.safetensors", folder / "merged.pth"
     save_model(base, state)
@@ -58,6 +58,30 @@ def test_the_unmerged_base_does_not_pass_for_the_merge(tmp_path, tiny_state, cap
     assert check(base, adapter, base) == 1
     printed = capsys.readouterr().out.splitlines()
     assert "MORE THAN" not in printed[0] and "MORE THAN" in printed[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_adapter_that_changes_little_is_looked_for_all_the_same(tmp_path, tiny_state, capsys, dtype):
+    """The logits of the base are then as near to those of the merge as a cast to bfloat16 may take them."""
+    base, adapter, merged = make_files(tmp_path, tiny_state(dtype=dtype), size=1e-4)
+    assert check(base, adapter, merged) == 0
+    assert "MORE THAN" not in capsys.readouterr().out
+    assert check(base, adapter, base) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert "MORE THAN" not in printed[1] and "off by MORE THAN HALF of what the adapter changes" in printed[2]
+    key = "blocks.0.att.key.weight"
+    half = dict(open_base(merged).tensors) | {key: open_base(base).tensors[key]}
+    save_model(tmp_path / "half.pth", half)
+    assert check(base, adapter, tmp_path / "half.pth") == 1
+    assert f"|W' - W|: {key} (1)\n" in capsys.readouterr().out
+
+
+def test_an_adapter_of_a_quantized_base_may_be_merged_into_the_original(tmp_path, tiny_state, capsys):
+    pytest.importorskip("bitsandbytes")
+    base, adapter, merged = make_files(tmp_path, tiny_state(), quant="int8")
+    words = ["--base_model", str(base), "--bone_checkpoint", str(adapter), "--output", str(merged), "--quant", "none"]
+    assert merge_cli.main(words) == 0
+    assert check(base, adapter, merged) == 0 and "MORE THAN" not in capsys.readouterr().out
 
 
 def test_logits_that_are_not_finite_do_not_pass(tmp_path, tiny_state):

@@ -3,12 +3,13 @@
     rwkv-peft check --base_model base.pth --bone_checkpoint adapter.safetensors --merged merged.pth
 
 Reads one random token sequence with base and adapter layers here, with the merged file here, and with the merged file
-in the `rwkv` package, all in float32 on the CPU, and compares their logits. Needs memory for two float32 copies.
+in the `rwkv` package, all in float32 on the CPU, and compares their logits. An adapter may change too little for logits
+to tell, so that the tensors that it changes are looked at as well. Needs memory for two float32 copies.
 """
 
 import argparse
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -29,7 +30,7 @@ from .flags import check_flags
 from .logits import Difference, random_tokens, reference_logits
 from .merge import check_fingerprints
 from .runtimes import NOT_LOOKED_FOR, rwkv_sequence
-from .unexplained import describe, unexplained
+from .unexplained import describe, far_off, unexplained
 
 SAME_FILE = 1e-4  # relative difference allowed between two float32 programs that read the same weights
 ROUNDED = 5e-2  # and between a merged file and the unmerged float32 sum that it rounds to its dtype
@@ -136,16 +137,26 @@ def main(argv: list[str]) -> int:
         print(f"{text}: {difference}" + ("" if difference.relative <= limit else f", MORE THAN {limit:.0e}"))
     agree = all(difference.relative <= limit for _, difference, limit in comparisons)  # NaN is below no limit
     if not agree or states:
-        tell_unexplained(args, merged, base, adapter)
-    return int(not agree)
+        tell(unexplained, "what base and adapter do not explain, by |W' - W| / |W|", merged, base, adapter, args)
+    words = "the merged file is off by MORE THAN HALF of what the adapter changes, |V - W'| / |W' - W|"
+    close = tell(far_off, words, merged, base, adapter, args)
+    return int(not (agree and close))
 
 
-def tell_unexplained(args: argparse.Namespace, merged: Base, base: Base, adapter: Adapter) -> None:
-    """Print which tensors of the merged file are not those of base and adapter, if any."""
+def tell(
+    look: Callable[[Base, Base, Adapter, str], list[tuple[str, float]]],
+    words: str,
+    merged: Base,
+    base: Base,
+    adapter: Adapter,
+    args: argparse.Namespace,
+) -> bool:
+    """Print which tensors of the merged file `look` finds, if any; whether there are none."""
     try:
-        found = unexplained(merged, base, adapter, args.bone_checkpoint)
+        found = look(merged, base, adapter, args.bone_checkpoint)
     except UserError as error:
         print(f"which tensors differ is not known: {error}")
-        return
+        return True
     if found:
-        print(f"what base and adapter do not explain, by |W' - W| / |W|: {describe(found)}")
+        print(f"{words}: {describe(found)}")
+    return not found
