@@ -71,6 +71,12 @@ def test_a_method_that_diverges_everywhere_is_told():
     assert "| bone-mini | 10, 20 | 900 | 0.003 | 1 | diverged |" in text and "loss at" not in text
 
 
+def test_no_steps_are_counted_to_the_loss_of_a_run_that_diverged():
+    runs = RUNS | {run.cell: run for run in (outcome("lora", -5, 2, 2.5, 9.0, diverged=True),)}
+    text = table(rows_of(METHODS, [1, 2], SIZES, runs), 1, runs)
+    assert "| lora | 4 | 1,000 | 0.003 | 2 | diverged |" in text and "steps to" not in text
+
+
 def test_each_run_is_a_line_of_json():
     records = [json.loads(line) for line in lines_of_json(SIZES, RUNS).splitlines()]
     assert len(records) == len(RUNS)

@@ -98,7 +98,7 @@ def columns_of(
         head = f"loss at rate {rate_of(shared):g} for all"
         yield head, lambda row: number(losses[Cell(row.method, shared, seed)], ".4f")
     reference = next((row.mean for row in rows if row.method == REFERENCE), None)
-    if reference is not None:
+    if reference is not None and math.isfinite(reference):
         yield f"steps to {REFERENCE}'s loss", lambda row: str(steps_to(row, reference) or "")
     yield "ms a step", lambda row: number(statistics.median(run.step_ms for run in row.runs), ".0f")
     yield "peak memory, MB", lambda row: number(max(run.peak_mb for run in row.runs), ".0f")
