@@ -332,7 +332,9 @@ class TrainConfig:
         group="run",
         type=count,
     )
-    epoch_steps: int = setting(0, "optimizer steps an epoch; 0: one pass over the data", group="run", type=count)
+    epoch_steps: int = setting(
+        0, "optimizer steps an epoch; 0: one pass over the data, and on to the end of a step", group="run", type=count
+    )
     epoch_count: int = setting(1, "epochs; the run ends after them", group="run", type=positive)
     epoch_begin: int = setting(
         0,

@@ -66,6 +66,14 @@ def test_answers_that_are_cut_off_are_said(train, dataload):
     assert counted(samples) == ANSWERS and "not read" not in header
 
 
+def test_an_epoch_that_reads_much_twice_is_said(train):
+    header, _ = train("--dataload", "pad", "--micro_bsz", "8")
+    assert "24 samples where there are 20: each of them 1.2 times on the mean; smaller steps" in header
+    for flags in (("--micro_bsz", "5"), ("--micro_bsz", "7"), ("--micro_bsz", "8", "--epoch_steps", "3")):
+        header, _ = train("--dataload", "pad", *flags)
+        assert "an epoch is whole steps" not in header
+
+
 @pytest.mark.parametrize("dataload", ["get", "pad", "pack"])
 def test_a_mask_beside_the_data_is_used_and_said(train, dataload):
     header, samples = train("--dataload", dataload)

@@ -23,6 +23,7 @@ KERNELS = (("token shift, gates, norms", mix_cuda), ("bat-in, Bone's shards", bo
 UPSTREAM_PARTS = ("time", "ln")  # what RWKV-PEFT trains along with an adapter by default
 
 SMALL_STEP = 0.5  # of Bone's
+LONGER = 1.05  # passes over the data in an epoch that are more than one
 
 
 def describe(
@@ -76,6 +77,8 @@ def describe(
         f"steps     {plan.total_steps:,} ({counted(train.epoch_count, 'epoch')} of {plan.epoch_steps:,}), "
         f"{counted(plan.step_samples, 'sample')} each" + (f"; resuming at step {plan.first_step:,}" if state else "")
     )
+    if not train.epoch_steps and (note := longer_epochs(plan, len(samples))):
+        say(f"          {note}")
     if train.warmup_steps > plan.total_steps and "W" in SCHEDULES[train.lr_schedule]:
         say(f"          note: --warmup_steps {train.warmup_steps} do not end by then: the rate stays below --lr_init")
     if train.lr_chosen:
@@ -87,6 +90,18 @@ def describe(
         say(f"rate      {hint}")
     say(f"seed      {train.random_seed}")
     say(f"output    {train.proj_dir}")
+
+
+def longer_epochs(plan: Plan, samples: int) -> str:
+    """How often an epoch of a Plan, which is whole steps, goes through so many samples; "" where that is about once,
+    or a step alone takes more of them, as the notes on the data say."""
+    read = plan.epoch_steps * plan.step_samples
+    if read <= LONGER * samples or plan.step_samples > samples:
+        return ""
+    return (
+        f"note: an epoch is whole steps, which read {read:,} samples where there are {samples:,}: each of them "
+        f"{read / samples:.3g} times on the mean; smaller steps come nearer to once"
+    )
 
 
 def describe_adapter(adapter: AdapterConfig) -> str:
