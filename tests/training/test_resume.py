@@ -167,6 +167,18 @@ def test_larger_steps_forget_nothing_of_those_before(files, train):
     assert (files / "larger" / "adapter-best.safetensors").read_bytes() == best
 
 
+def test_the_lowest_loss_is_that_on_the_data_of_now(files, train):
+    """On other validation data losses say nothing of those before, nor does a patience that these have used up."""
+    with BinidxWriter(files / "held-out", vocab_size=80) as writer:
+        writer.add([79 - i % 79 for i in range(60)])
+    rates = ("--lr_init", "0", "--lr_final", "0", "--warmup_steps", "0", "--precision", "fp32")
+    flags = ("--val_every", "1", "--early_stop", "2", *rates, "--val_data")
+    train("validated", *flags, str(files / "data"))
+    out, _ = train("validated", *flags, str(files / "held-out"), "--resume")
+    lines = metrics(files, "validated")
+    assert len(lines) == 6 and f"lowest loss {lines[3]['val_loss']:.4f}; stopped after 2 validations" in out
+
+
 def test_larger_steps_count_from_their_own_checkpoint(tmp_path):
     from rwkv_peft.training.checkpoints import find_checkpoint
 

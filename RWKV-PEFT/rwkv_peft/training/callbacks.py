@@ -101,9 +101,6 @@ class Record(StepCallback):
         self.tokens = 0
 
     def on_train_start(self, trainer: Any, lit: Lit) -> None:
-        if self.validator is not None:
-            self.validator.restore(self.path)
-            trainer.strategy.barrier()
         if trainer.is_global_zero:
             for path in (self.path, *(examiner.path for examiner in self.examiners)):
                 forget_rest(path, self.plan)

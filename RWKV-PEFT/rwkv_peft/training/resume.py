@@ -46,16 +46,23 @@ def find_state(
     return None, None
 
 
-def completed(train: TrainConfig, plan: Plan, validates: bool) -> tuple[str, str]:
+def lowest_before(train: TrainConfig, plan: Plan, state: Mapping[str, Any] | None, validation: str) -> Lowest:
+    """The Lowest of the validations before those of a Plan, on the data that `validation` is a hash of; state is that
+    of the checkpoint it goes on from, or None."""
+    if state is None or state.get("validation", validation) != validation:  # earlier versions did not record it
+        return Lowest()
+    return Lowest(history(Path(train.proj_dir) / METRICS, plan))
+
+
+def completed(train: TrainConfig, plan: Plan, lowest: Lowest) -> tuple[str, str]:
     """(how the run that is resumed had come to its end by its checkpoint, what has it go on), ("", "") where it had
     not."""
-    folder, patience = Path(train.proj_dir), train.early_stop
     steps = counted(plan.first_step, "step")
     if plan.first_step >= plan.total_steps:
-        return f"the run in {folder} is complete ({steps})", "raise --epoch_count"
-    if validates and Lowest(history(folder / METRICS, plan)).exhausts(patience):
-        without = f"{counted(patience, 'validation')} without a lower loss"
-        return f"the run in {folder} is complete ({steps}, the last {without})", "raise --early_stop, or leave it out,"
+        return f"the run in {train.proj_dir} is complete ({steps})", "raise --epoch_count"
+    if lowest.exhausts(train.early_stop):
+        steps += f", the last {counted(train.early_stop, 'validation')} without a lower loss"
+        return f"the run in {train.proj_dir} is complete ({steps})", "raise --early_stop, or leave it out,"
     return "", ""
 
 

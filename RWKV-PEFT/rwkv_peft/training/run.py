@@ -49,7 +49,7 @@ from .meeting import Ranks
 from .plan import Plan
 from .prepared import Prepared
 from .rates import with_first_rates
-from .resume import AUTO, completed, find_state
+from .resume import AUTO, completed, find_state, lowest_before
 from .room import require_room_to_save
 from .saved_files import require_files
 from .saver import Saver, data_identity
@@ -121,6 +121,7 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
     accelerator = resolve_accelerator(train)
     step_samples = config.data.micro_bsz * world.size * train.accumulate_grad_batches
     samples, held_out = find_samples(config)
+    validation = "" if held_out is None else str(data_identity(config, held_out)["content"])
     identity = {
         "adapter": asdict(config.adapter),
         "base": "" if base is None else base.fingerprint,
@@ -128,6 +129,7 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
         "strategy": train.strategy,
         "world_size": world.size,
         "precision": train.precision,
+        "validation": validation,
     }
     checkpoint, state = find_state(folder, train, identity)
     if checkpoint is not None and state is not None and world.rank == 0:
@@ -136,7 +138,8 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
         train = with_first_rates(train, state)
         config = replace(config, train=train)
     plan = make_plan(train, samples, step_samples, state)
-    complete, remedy = completed(train, plan, held_out is not None) if state else ("", "")
+    lowest = lowest_before(train, plan, state, validation)
+    complete, remedy = completed(train, plan, lowest) if state else ("", "")
     if complete and train.resume == AUTO:
         if world.rank == 0:  # what a run may lack which had saved its last step
             plot_loss(folder / METRICS, folder / "loss.png")
@@ -151,7 +154,7 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
         "the checkpoint to go on from": checkpoint and checkpoint.name,
         "the adapter to start from": "" if checkpoint else digest_of_file(config.adapter.load),
         "the states to start from": "" if checkpoint else digest_of_file(train.state_load),
-        "the validation data": held_out and data_identity(config, held_out)["content"],
+        "the validation data": validation,
         **{f"the questions of {name}": exam.digest for name, exam in exams.items()},
     }
     ranks.meet(passport(config, identity, others), folder, train.stall_minutes)
@@ -175,13 +178,16 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
         describe(config, family, accelerator, samples, batches.notes, plan, report, state, say)
         make_way(folder, config, report.trainable, state is None, say)
     saver = Saver(folder, config, plan, identity, base)
+    validator = None
+    if held_out is not None:
+        validator = Validator(held_out, config.data.micro_bsz, train, plan, saver, ranks.watch, lowest)
     prepared = Prepared(
         config=config,
         family=family,
         model=model,
         trainable=report.trainable,
         samples=samples,
-        validator=Validator(held_out, config.data.micro_bsz, train, plan, saver, ranks.watch) if held_out else None,
+        validator=validator,
         examiners=[Examiner(exam, folder / name, train, plan, ranks.watch) for name, exam in exams.items()],
         saver=saver,
         checkpoint=checkpoint,

@@ -1,7 +1,6 @@
 """Validation while training: loss and perplexity over held-out samples, the best adapter kept, early stopping."""
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +9,7 @@ import torch.distributed as dist
 from ..config import TrainConfig
 from ..data.batches import EvalBatches
 from ..data.samples import Samples
-from .history import Lowest, history
+from .history import Lowest
 from .plan import Plan
 from .saver import Saver
 from .watch import Watch
@@ -24,15 +23,23 @@ class Validator:
     through `samples` once.
 
     A new lowest loss saves the trained tensors under the name "best". After early_stop validations in a row without
-    one (0: never) `exhausted` becomes true. `watch` (training/watch.py) hears of every batch.
+    one (0: never) `exhausted` becomes true. `watch` (training/watch.py) hears of every batch; `lowest` is that of the
+    run so far.
     """
 
     def __init__(
-        self, samples: Samples, micro_bsz: int, train: TrainConfig, plan: Plan, saver: Saver, watch: Watch
+        self,
+        samples: Samples,
+        micro_bsz: int,
+        train: TrainConfig,
+        plan: Plan,
+        saver: Saver,
+        watch: Watch,
+        lowest: Lowest,
     ) -> None:
         self.samples, self.micro_bsz, self.saver, self.watch = samples, micro_bsz, saver, watch
         self.every, self.patience = train.val_every or plan.epoch_steps, train.early_stop
-        self.plan, self.lowest = plan, Lowest()
+        self.plan, self.lowest = plan, lowest
 
     @property
     def best(self) -> float:
@@ -42,10 +49,6 @@ class Validator:
     @property
     def exhausted(self) -> bool:
         return self.lowest.exhausts(self.patience)
-
-    def restore(self, path: Path) -> None:
-        """Take up the lowest loss, and what came since, from the metrics.jsonl of the run that is resumed."""
-        self.lowest = Lowest(history(path, self.plan))
 
     def __call__(self, trainer: Any, lit: "Lit", done: int) -> dict[str, float]:
         """{"val_loss"} and its perplexity "val_ppl", or what the step measures besides a loss, where this step
