@@ -125,7 +125,7 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one(files, train, bases, tuned):
     assert first == second
     more = ("--epoch_save", "3", "--save_minutes", "1e-9", "--keep_checkpoints", "3")
     train(*command, "--resume", "--fresh_optimizer", "--devices", "2", "--epoch_count", "3", *more)
-    assert len(metrics(files, "resumed")) == 12  # of which four were taken before the step grew
+    assert len(metrics(files, "resumed")) == 16  # of which eight were taken before the step grew
     folder = files / "resumed"
     saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert saved == [f"step-{step:08d}" for step in (10, 11, 12)]  # every step's, since a minute's part had passed
