@@ -288,8 +288,8 @@ def time_runs(name, runs, gy, bandwidth):
 
 
 def gated_runs(tensors, gy):
-    """Those of the kernels that make the norm and gate after wkv6, and forward a decay of rank 64 before it, of its
-    inputs and a gradient."""
+    """Those of the kernels that make the norm and gate after wkv6, and a decay of rank 64 before it, of its inputs and
+    a gradient."""
     kernels = wkv6_cuda.WITH_GATE
     weight, bias, g = (torch.randn_like(x) for x in (gy[0, 0], gy[0, 0], gy))
     gate = dict(g=g, weight=weight, bias=bias, eps=64e-5)
@@ -302,11 +302,14 @@ def gated_runs(tensors, gy):
     if not kernels.group_of(gy, gy.shape[0]):  # else w is given, and y's gradient made before, apart
         low, up = gy[:, :, 0].contiguous(), torch.randn(64, weight.numel(), device="cuda", dtype=gy.dtype) / 64
         r, k, v, _, u = tensors
-        inside = dict(low=low, up=up, decay=weight - 3, out=torch.empty_like(g), **gate)
-        forward = partial(wkv6_cuda.WITH_DECAY[64].forward, r, k, v, None, u, None, None, save=True, **inside)
+        inside, given = dict(low=low, up=up, decay=weight - 3), (r, k, v, None, u, None, None)
+        kernels = wkv6_cuda.WITH_DECAY[64]
+        forward = partial(kernels.forward, *given, save=True, out=torch.empty_like(g), **gate, **inside)
+        again = partial(kernels.backward, *given, checkpoints, gy, None, **further, **inside)
         runs |= {
             "forward with its decay": (forward, 6 * elements + states),
             "backward": (backward, 12 * elements + states),
+            "backward with its decay": (again, 11 * elements + states),
         }
     return runs
 

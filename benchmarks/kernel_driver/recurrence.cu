@@ -53,16 +53,14 @@ static Way way(bool backward, int N, bool is_float32) {
 }
 static int scan_blocks(int N) { return N * N / (4 * SCAN_THREADS); }
 static Way way_of_more(bool backward, int rank) {  // of head size 64
-    if (backward) return {wkv6_backward_gated_64_run, 128};
-    return {rank == 0    ? wkv6_forward_gated_64_run
-            : rank == 64 ? wkv6_forward_gated_64_decay_64_run
-                         : wkv6_forward_gated_64_decay_128_run,
-            128};
+    if (rank == 0) return {backward ? wkv6_backward_gated_64_run : wkv6_forward_gated_64_run, 128};
+    if (rank == 64) return {backward ? wkv6_backward_gated_64_decay_64_run : wkv6_forward_gated_64_decay_64_run, 128};
+    return {backward ? wkv6_backward_gated_64_decay_128_run : wkv6_forward_gated_64_decay_128_run, 128};
 }
 #endif
 
 // group: the tokens of one where time is split, or 0; more: by the kernels that make wkv7's keys, or what follows wkv6;
-// rank: of wkv6's decay, where forward makes that, too, or 0.
+// rank: of wkv6's decay, where they make that, too, or 0.
 template <class E>
 static bool run(int N, int group = 0, bool more = false, int rank = 0) {
     constexpr bool is_float32 = std::is_same_v<E, float>;
@@ -106,7 +104,7 @@ static bool run(int N, int group = 0, bool more = false, int rank = 0) {
     }
     if (rank) {
         a.low = c.input<E>(tokens * rank), a.up = c.input<E>(rank * channels, -1 / float(rank), 1 / float(rank));
-        a.decay = c.input<E>(channels, -6, 1);
+        a.decay = c.input<E>(channels, -6, 1), a.w = nullptr;
     }
     const size_t transitions = group ? groups * channels : 0;
 #endif

@@ -22,13 +22,14 @@ struct Arguments {
     const float* gfinal;  // or null for zeros
     void *gr, *gk, *gv, *gw;
     float* gu;           // (sequences or groups, heads, head_size): to be summed over the first
-    float* gstate;       // the chunked kernel of head size 128 keeps states here in between; or null, but there
+    float* gstate;       // or null, but where the chunked kernel of head size 128 keeps states here in between, or
+                         // one that makes w keeps that
     float* parts;        // where time is split: (groups, heads, K, V), states at the groups' bounds; then as gstate
     float* transitions;  // and (groups, heads, K), what a state is scaled by from a group's start to its end
     const void *g, *weight, *bias;  // where the kernels make what follows y (gate.cuh): the gate, elements as y's, and
                                     // the norm's parameters, elements (heads, head_size)
     void *out, *gg;                 // what the gate lets through, elements as y's
-    const void *low, *up, *decay;   // where forward makes w (decay.cuh): elements (tokens, rank), (rank, heads,
+    const void *low, *up, *decay;   // where the kernels make w (decay.cuh): elements (tokens, rank), (rank, heads,
                                     // head_size) and (heads, head_size)
     int sequences, length, heads, head_size, device;  // device: the GPU that holds all of it
     int group, groups;  // a group's tokens, a multiple of 64, or 0; and the groups' places, or the sequences

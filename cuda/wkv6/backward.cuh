@@ -2,16 +2,18 @@
 // v = 16 i .. of dSᵀ, both in registers from the last token to the first; the head comment of wkv6.cu explains
 // the algorithm.
 #pragma once
+#include "wkv6/decay.cuh"
 #include "wkv6/gate.cuh"
-
-constexpr int CHUNKS = SEGMENT / CHUNK;
 
 template <int N, bool GATED>
 struct BackwardShared {
     struct { typename Shape<N>::Rows r, k, v, w, gy; } chunk[2];  // one in use, one arriving
-    Operands<N> operands;
-    float read[CHUNK][N + 4], write[CHUNK][N + 4];  // Decays::reads and writes, for the epilogue
-    float u[N], gy_v[CHUNK];                        // gy_v: sum over v of gy v
+    // Of a chunk; between two segments the place is free.
+    struct {
+        Operands<N> operands;
+        float read[CHUNK][N + 4], write[CHUNK][N + 4];  // Decays::reads and writes, for the epilogue
+    } made;
+    float u[N], gy_v[CHUNK];  // gy_v: sum over v of gy v
     GateShared<N, GATED> gate;
 };
 
@@ -47,11 +49,12 @@ __device__ __forceinline__ RowSums row_sums(const Accumulator& x) {
     return sums;
 }
 
-template <int N, bool GATED>
+// R: the decay's rank where it is made here, or 0 where w is given.
+template <int N, bool GATED, int R = 0>
 __device__ __forceinline__ void chunked_backward(const Arguments& a) {
     constexpr int tiles = Shape<N>::tiles, stride = Shape<N>::stride;
     BackwardShared<N, GATED>& shared = *(BackwardShared<N, GATED>*)dynamic_shared();
-    Operands<N>& o = shared.operands;
+    Operands<N>& o = shared.made.operands;
     const Sequence s(a);
     const int tid = threadIdx.x, lane = lane_id();
     if (s.length < 0) {  // no group has the place
@@ -63,12 +66,18 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
     const int segments = (s.length + SEGMENT - 1) / SEGMENT;
     int stage = 0;  // shared.chunk[stage] is in use
 
-    // Backward visits each chunk but a segment's last twice: forward, to rebuild the states, then in reverse.
-    const auto start_fetch = [&](int into, int t0, bool reverse) {
+    // Where a segment's w waits that is made here: in the place of the state's gradient, which is written last.
+    bf16* const decays_made = (bf16*)(a.gstate + s.state);
+    static_assert(R == 0 || SEGMENT * sizeof(bf16) <= N * sizeof(float), "room for a segment's w");
+
+    // Backward visits each chunk but a segment's last twice: forward, to rebuild the states, then in reverse. `opens`
+    // a segment: whose w is made once the rest of the chunk is on its way.
+    const auto start_fetch = [&](int into, int t0, bool reverse, bool opens = false) {
         auto& next = shared.chunk[into];
         fetch<N>(next.k, a.k, s, t0);
         fetch<N>(next.v, a.v, s, t0);
-        fetch<N>(next.w, a.w, s, t0);
+        if (!R) fetch<N>(next.w, a.w, s, t0);
+        if (R && !opens) cp_async_16(own<N>(next.w), decays_made + t0 % SEGMENT * N + tid * 8, true);
         if (reverse) {
             fetch<N>(next.r, a.r, s, t0);
             fetch<N>(next.gy, a.gy, s, t0);  // GATED: of out, in whose place that of y will be
@@ -107,7 +116,7 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
     load_state<N>(dSt, end, c0, true);
     float gu[2] = {0.f, 0.f};
     if (segments > 0) {
-        start_fetch(1, (segments - 1) * SEGMENT, s.length - (segments - 1) * SEGMENT <= CHUNK);
+        start_fetch(1, (segments - 1) * SEGMENT, s.length - (segments - 1) * SEGMENT <= CHUNK, true);
         start_gate_fetch((s.length - 1) / CHUNK * CHUNK);
     }
 
@@ -118,6 +127,10 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
         const Checkpoint<N> checkpoint(a, s, begin);
         #pragma unroll
         for (int b = 0; b < tiles; b++) S[b] = widened(checkpoint(c0 / 16, b));
+        if constexpr (R > 0) {
+            static_assert(sizeof(LowRows<R>) <= sizeof(shared.made), "room for low");
+            make_decay<N, R>(a, s, begin, c0, *(LowRows<R>*)&shared.made, decays_made, shared.chunk[stage ^ 1].w);
+        }
         for (int i = 0; i < chunks - 1; i++) {
             arrive();
             start_fetch(stage ^ 1, begin + (i + 1) * CHUNK, i + 1 == chunks - 1);
@@ -147,7 +160,7 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
             if (i > 0)
                 start_fetch(stage ^ 1, t0 - CHUNK, true);
             else if (segment > 0)
-                start_fetch(stage ^ 1, begin - SEGMENT, false);
+                start_fetch(stage ^ 1, begin - SEGMENT, false, true);
             auto& in = shared.chunk[stage];
 
             Decays<N> decays(in.w, valid, o);
@@ -172,10 +185,10 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
             decays.halves(o);
             decays.reads(factor);
             decays.scale(in.r, factor, decays.first, o.r_middle, o.r_start);
-            decays.keep(factor, shared.read);
+            decays.keep(factor, shared.made.read);
             decays.writes(factor);
             decays.scale(in.k, factor, decays.second, o.k_middle, o.k_end);
-            decays.keep(factor, shared.write);
+            decays.keep(factor, shared.made.write);
             __syncthreads();  // the operands are complete
 
             // The state before the chunk comes from far: it is asked for at once where registers are there for it.
@@ -244,7 +257,7 @@ __device__ __forceinline__ void chunked_backward(const Arguments& a) {
             #pragma unroll
             for (int e = 0; e < 8; e++) {
                 const int c = c0 + tile_row(lane, e), t = tile_column(lane, e);
-                const float read = shared.read[t][c], write = shared.write[t][c];
+                const float read = shared.made.read[t][c], write = shared.made.write[t][c];
                 const float through_u = shared.u[c] * shared.gy_v[t];
                 const float across_r = gr_across.c[e] * read * o.first[c];
                 const float across_k = gk_across.c[e] * write * o.second[c];

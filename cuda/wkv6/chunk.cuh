@@ -4,6 +4,8 @@
 #include "common/chunk.cuh"
 #include "wkv6/arguments.cuh"
 
+constexpr int CHUNKS = SEGMENT / CHUNK;
+
 // A step's decay is taken as 2^-x with x at most this, so that eight of them, and the reciprocal of their product,
 // stay well inside bf16's range. A decay below 2^-14 leaves nothing that bf16 could show anyway.
 constexpr float DECAY_CAP = 14.0f;

@@ -56,29 +56,17 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
     load_state<N>(St, start ? start + s.state : nullptr, v0, true);
     start_low_fetch(0);
     start_low_fetch(CHUNK);
-    const auto factors = [&]() {
-        if constexpr (R > 0) {
-            auto* up = (bf16(*)[N + PADDING]) & shared.chunk;  // which nothing is in yet
-            static_assert(R * (N + PADDING) * sizeof(bf16) <= sizeof(shared.chunk), "room for up");
-            fetch_rows<N>(up, (const bf16*)a.up + s.channel(a), s.stride, R, R);
-            cp_async_wait_all();
-            __syncthreads();  // up and the first two chunks' low have arrived
-            return DecayFactors<N, R>(up, (const bf16*)a.decay + s.channel(a), v0);
-        } else {
-            return DecayFactors<N, 0>();
-        }
-    }();
+    const DecayFactors<N, R> factors(a, s, v0);
     // Step b of the decay of the chunk at t0; and where that goes, each warp's part.
     const auto decay_step = [&](Accumulator& product, int t0, int b) {
-        if constexpr (R > 0)
-            #pragma unroll
-            for (int i = b; i < R / 16; i += tiles) factors.step(product, shared.decay.low[t0 / CHUNK % 2], i);
+        if constexpr (R > 0) factors.step(product, shared.decay.low[t0 / CHUNK % 2], b);
     };
     const auto put_decay = [&](const Accumulator& product, int t0) {
-        if constexpr (R > 0) store_tile(&shared.chunk[t0 / CHUNK % 2].w[0][v0], stride, CHUNK, factors.added(product));
+        if constexpr (R > 0) factors.put(&shared.chunk[t0 / CHUNK % 2].w[0][v0], stride, product);
     };
     if constexpr (R > 0) {
-        __syncthreads();  // nobody reads up any more
+        cp_async_wait_all();
+        __syncthreads();  // the first two chunks' low have arrived
         Accumulator w = zeros();
         #pragma unroll
         for (int b = 0; b < tiles; b++) decay_step(w, 0, b);

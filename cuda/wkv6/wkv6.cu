@@ -37,7 +37,8 @@
 //
 // In the model a norm of each head and a gate follow. The gated kernels make these as well (gate.cuh): forward once a
 // chunk's y is whole, backward where it needs gy, from the gradient of what the gate lets through. There w comes of a
-// parameter and a product of low rank, which forward can make as well (decay.cuh).
+// parameter and a product of low rank, which they can make as well (decay.cuh): forward a chunk ahead, backward a
+// segment at a time.
 //
 // Chunked kernels exist for bf16 and head sizes 32, 64 and 128; all else goes through the plain kernels, one token at a
 // time (plain.cuh). ops/wkv6/cuda.py chooses.
@@ -63,6 +64,10 @@ RECURRENCE_KERNEL(wkv6_backward_32, (chunked_backward<32, false>), 64, 6, sizeof
 RECURRENCE_KERNEL(wkv6_backward_64, (chunked_backward<64, false>), 128, 3, sizeof(BackwardShared<64, false>))
 RECURRENCE_KERNEL(wkv6_backward_128, (chunked_backward<128, false>), 256, 1, sizeof(BackwardShared<128, false>))
 RECURRENCE_KERNEL(wkv6_backward_gated_64, (chunked_backward<64, true>), 128, 3, sizeof(BackwardShared<64, true>))
+RECURRENCE_KERNEL(wkv6_backward_gated_64_decay_64, (chunked_backward<64, true, 64>), 128, 3,
+                  sizeof(BackwardShared<64, true>))
+RECURRENCE_KERNEL(wkv6_backward_gated_64_decay_128, (chunked_backward<64, true, 128>), 128, 3,
+                  sizeof(BackwardShared<64, true>))
 RECURRENCE_KERNEL(wkv6_forward_groups_32, (chunked_groups<32, false>), 64, 8, sizeof(GroupShared<32>))
 RECURRENCE_KERNEL(wkv6_backward_groups_32, (chunked_groups<32, true>), 64, 8, sizeof(GroupShared<32>))
 RECURRENCE_KERNEL(wkv6_forward_groups_64, (chunked_groups<64, false>), 128, 5, sizeof(GroupShared<64>))

@@ -11,11 +11,11 @@ from rwkv_peft.models import family_named
 SOURCE = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_budget.py"
 # launches, units of (T, C) at 2048 channels
 LIMITS = {
-    ("x060", "frozen"): (36, 77),
-    ("x060", "bat-in"): (74, 137),
-    ("x060", "bone"): (74, 119),
-    ("x060", "bat-out"): (92, 151),
-    ("x060", "lora"): (82, 130),
+    ("x060", "frozen"): (35, 75),
+    ("x060", "bat-in"): (73, 135),
+    ("x060", "bone"): (73, 117),
+    ("x060", "bat-out"): (91, 149),
+    ("x060", "lora"): (81, 128),
     ("x070", "frozen"): (45, 111),
     ("x070", "bat-in"): (73, 157),
     ("x070", "bone"): (73, 144),
@@ -36,7 +36,13 @@ def budget():
 def test_a_block_stays_within_its_budget(budget, version, method):
     found = budget.figures(family_named(version), 2048, 4096, method)
     launches, units = LIMITS[version, method]
-    assert found["launches"] <= launches and found["units"] <= units + 1, found
+    assert found["launches"] <= launches and found["units"] <= units + 0.5, found
+
+
+@pytest.mark.parametrize("method, aim", [("frozen", 75), ("bat-in", 200), ("bone", 130), ("lora", 140)])
+def test_a_block_of_rwkv6_is_within_the_aims(budget, method, aim):
+    found = budget.figures(family_named("x060"), 2048, 4096, method)
+    assert found["launches"] <= 100 and found["units"] <= aim, found
 
 
 def test_the_loss_reads_and_writes_the_logits_once(budget):

@@ -63,8 +63,8 @@ def run(kernels, case, group=0, gated=False):
 
 
 def _run_gated(kernels, case):
-    """All results, with k for the gate and a token's r and v for the norm's parameters; and those of forward where it
-    makes the decay."""
+    """All results, with k for the gate and a token's r and v for the norm's parameters; and those of the kernels that
+    make the decay."""
     given = (*case.inputs, case.state, case.cu_seqlens)
     gate = dict(g=case.k, weight=case.r[0, 0].clone(), bias=case.v[0, 0].clone(), eps=1e-3)
     out, gg = torch.empty_like(case.k), torch.empty_like(case.k)
@@ -81,9 +81,12 @@ def _run_decay(kernels, case, gate):
     for rank, recurrence in cuda.WITH_DECAY.items():
         low = torch.cat((case.gy, v), dim=-1)[:, :, 0, :rank].contiguous()
         up = torch.cat((r, k))[:, :N, 0].flatten(0, 1)[:rank].contiguous()
-        more = dict(gate, low=low, up=up, decay=v[0, 0].clone(), out=torch.empty_like(k))
+        more = dict(gate, low=low, up=up, decay=v[0, 0].clone())
         given = r, k, v, None, u, case.state, case.cu_seqlens
-        results += [*recurrence.run_forward(kernels, *given, save=True, **more)[:2], more["out"]]
+        out, gg = torch.empty_like(k), torch.empty_like(k)
+        y, final, checkpoints = recurrence.run_forward(kernels, *given, save=True, out=out, **more)
+        gradients = recurrence.run_backward(kernels, *given, checkpoints, case.gy, case.gfinal, y=y, gg=gg, **more)
+        results += [y, final, out, gg, *gradients]
     return results
 
 

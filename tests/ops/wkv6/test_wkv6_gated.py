@@ -128,7 +128,7 @@ def check(case, **kinds):
 
 
 GATED = ["wkv6_forward_gated_64", "wkv6_backward_gated_64"]
-ONE = ["wkv6_forward_gated_64_decay_64", GATED[1]]
+ONE = ["wkv6_forward_gated_64_decay_64", "wkv6_backward_gated_64_decay_64"]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_every_result_is_as_exact_as_plain_torch(on_shim, B, T, lengths, with_st
 @pytest.mark.parametrize("rank, lengths", [(64, None), (128, None), (128, [16, 1, 50, 13])])
 def test_the_decay_is_made_of_the_ranks_that_models_have(on_shim, rank, lengths):
     check(cases.make_case(1, 80, 2, 64, torch.bfloat16, lengths=lengths, seed=rank), rank=rank)
-    assert on_shim == [f"wkv6_forward_gated_64_decay_{rank}", GATED[1]]
+    assert on_shim == [f"{name}_decay_{rank}" for name in GATED]
 
 
 @pytest.mark.parametrize("kinds", [dict(rank=32), dict(trained=(6,)), dict(trained=(7,))])
@@ -194,21 +194,50 @@ def test_the_kernels_agree_with_those_of_two_operations(on_shim):
 
 @pytest.mark.parametrize("order", shim.ORDERS)
 def test_no_order_of_the_threads_changes_a_bit(on_shim, order):
-    case = cases.make_case(1, 81, 1, 64, torch.bfloat16, lengths=[50, 31])
-    expected, _ = results(case, torch.bfloat16, wkv6_gated)
+    case = cases.make_case(1, 115, 1, 64, torch.bfloat16, lengths=[84, 31])
+    expected, _ = results(case, torch.bfloat16, wkv6_gated, rank=128)
     cuda.FAMILY.kernels(0).set_order(order)
-    found, _ = results(case, torch.bfloat16, wkv6_gated)
+    found, _ = results(case, torch.bfloat16, wkv6_gated, rank=128)
     assert all(torch.equal(x, expected[name]) for name, x in found.items())
 
 
+def cancelling(T, H, N, rank, chunk):
+    """low, up and the parameter of decays of all sizes in a chunk of 16 of the T tokens, by sums that rise and fall so
+    far that their order tells; of all other tokens, none."""
+    generator = torch.Generator().manual_seed(rank + chunk)
+    randn = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    large, up = 16 * randn(T, rank // 2 - 1), 16 * randn(rank // 2 - 1, H * N)
+    low = torch.cat((large, randn(T, 1), torch.ones(T, 1), large), dim=1)
+    up = torch.cat((up, randn(1, H * N), randn(1, H * N) + 26, -up))
+    low[: chunk * 16] = low[chunk * 16 + 16 :] = 0
+    return [x.bfloat16() for x in (low[None], up, torch.full((1, 1, H * N), -30.0))]
+
+
+@pytest.mark.parametrize("chunk", range(6))
+@pytest.mark.parametrize("rank", cuda.RANKS)
+def test_backward_makes_the_decay_in_forwards_bits(on_shim, rank, chunk):
+    """Ones become the decays of the only chunk that has any, forwards as a state, backwards as a state's gradient."""
+    T, H, N = 90, 2, 64
+    rows = torch.zeros(3, 1, T, H, N, dtype=torch.bfloat16).requires_grad_()
+    g, weight, bias = torch.zeros(1, T, H * N), torch.ones(H * N), torch.zeros(H * N)
+    state = torch.ones(1, H, N, N, requires_grad=True)
+    decay, gate = cancelling(T, H, N, rank, chunk), [x.bfloat16() for x in (g, weight, bias)]
+    _, final = wkv6_gated(tuple(rows), decay, torch.zeros(H, N), *gate, EPS, state)
+    final.backward(torch.ones_like(final))
+    assert on_shim == [f"{name}_decay_{rank}" for name in GATED]
+    assert len(final.unique()) > 64 and torch.equal(final, state.grad)
+
+
 @pytest.mark.parametrize("which", [0, 1])
-def test_one_of_the_results_alone(on_shim, which):
-    """The final state's gradient needs no gate; without it, that of zeros is taken."""
+@pytest.mark.parametrize("rank", [64, 32])
+def test_one_of_the_results_alone(on_shim, rank, which):
+    """Without a gradient, that of zeros is taken; the final state's needs no gate where w is given."""
     case = cases.make_case(1, 5, 1, 64, torch.bfloat16)
-    inputs = [x.requires_grad_(i < 6) for i, x in enumerate(inputs_of(case))]
+    inputs = [x.requires_grad_(i < 6) for i, x in enumerate(inputs_of(case, rank=rank))]
     outs = called(wkv6_gated, inputs, case.state, None)
     outs[which].sum().backward()
-    assert on_shim[1:] == [ONE[1] if which == 0 else "wkv6_backward_64"]
+    given = [GATED[0], GATED[1] if which == 0 else "wkv6_backward_64"]
+    assert on_shim == (ONE if rank == 64 else given)
     assert all(x.grad.isfinite().all() for x in inputs[1 if which else 0 : 3])
 
 

@@ -14,8 +14,8 @@ STRIP = 16  # state elements a thread in the plain kernels; cuda/wkv6/plain.cuh'
 CHUNKED = tuple(f"wkv6_{direction}_{N}" for direction in ("forward", "backward") for N in (32, 64, 128))
 GATED_SIZE = 64  # the head size of the kernels that make what follows, too
 GATED = tuple(f"wkv6_{direction}_gated_{GATED_SIZE}" for direction in ("forward", "backward"))
-RANKS = (64, 128)  # of the decay that forward makes there, too
-DECAY = tuple(f"wkv6_forward_gated_{GATED_SIZE}_decay_{rank}" for rank in RANKS)
+RANKS = (64, 128)  # of the decay that they make there, too
+DECAY = tuple(f"{name}_decay_{rank}" for name in GATED for rank in RANKS)
 SCAN_BLOCK = 512  # elements of a state; cuda/wkv6/groups.cuh's 4 SCAN_THREADS
 SPLITS = MappingProxyType(
     {
@@ -42,8 +42,7 @@ def plan_gated(direction: str, head_size: int, dtype: torch.dtype) -> list[tuple
 
 
 def plan_decay(rank: int, direction: str, head_size: int, dtype: torch.dtype) -> list[tuple[str, Block | None]]:
-    """The same where forward makes the decay, too, of a rank among RANKS; backward is given it."""
-    assert direction == "forward"
+    """The same where they make the decay, too, of a rank among RANKS."""
     [(gated, block)] = plan_gated(direction, head_size, dtype)
     return [(f"{gated}_decay_{rank}", block)]
 

@@ -73,8 +73,8 @@ def _in_one(*tensors: Tensor) -> bool:
 
 
 def _makes_decay(r: Tensor, decay: Decay, cu_seqlens: Tensor | None) -> bool:
-    """Whether the forward kernel makes w as well: its parameters are frozen, the kernels have its rank, and time is not
-    split, whose passes over groups read w."""
+    """Whether the kernels make w as well: its parameters are frozen, they have its rank, and time is not split, whose
+    passes over groups read w."""
     low, *parameters = decay
     return (
         low.shape[-1] in WITH_DECAY
@@ -83,12 +83,17 @@ def _makes_decay(r: Tensor, decay: Decay, cu_seqlens: Tensor | None) -> bool:
     )
 
 
+def _of_decay(low: Tensor | None, up: Tensor | None, parameter: Tensor | None) -> dict[str, Tensor | None]:
+    """What the kernels that make w take."""
+    return dict(low=aligned(low), up=aligned(up), decay=aligned(parameter))
+
+
 class WKV6Gated(Function):
     """Whether backward will come, eps, state (n, H, N, N) float32 or None, cu_seqlens int64 or None, r k v (B, T, H, N)
     and w, or None, u (H, N) float32, g (B, T, H N), weight and bias (H N,), bfloat16; where w is None, what it is made
     of, low (B, T, D), up (D, H N) and a parameter of H N elements, else None -> (B, T, H N), final state.
 
-    Made inside, w is not kept: backward has a product make it again."""
+    Made inside, w is no tensor: backward's kernel makes it again, in the same bits."""
 
     @staticmethod
     def forward(
@@ -101,7 +106,7 @@ class WKV6Gated(Function):
         kernels = WITH_GATE
         if low is not None:
             kernels = WITH_DECAY[low.shape[-1]]
-            further |= dict(low=aligned(low), up=aligned(up), decay=aligned(parameter))
+            further |= _of_decay(low, up, parameter)
         y, final_state, checkpoints = kernels.forward(*inputs, state, bounds, save=save, **further)
         if save:
             ctx.save_for_backward(*inputs, state, bounds, checkpoints, y, g, weight, bias, low, up, parameter)
@@ -116,20 +121,21 @@ class WKV6Gated(Function):
             return (None,) * 15
         *kept, y, g, weight, bias, low, up, parameter = ctx.saved_tensors
         r, (state, bounds, _) = kept[0], kept[-3:]
+        gg: Tensor | None = torch.empty_like(g)
+        given = dict(y=y, g=aligned(g), weight=weight, bias=bias, gg=gg)
         if low is not None:
-            kept[3] = made((low, up, parameter), r)
-        gg = None
-        if grad is None:
+            grad = torch.zeros_like(g) if grad is None else grad
+            kernels, given = WITH_DECAY[low.shape[-1]], given | _of_decay(low, up, parameter)
+            *found, gstate = kernels.backward(*kept, grad, gfinal, eps=ctx.eps, **given)
+        elif grad is None:
+            gg = None
             *found, gstate = RECURRENCE.backward(*kept, None, gfinal)
+        elif RECURRENCE.group_of(r, sequences_of(r, bounds)):  # the pass over groups reads y's gradient, too
+            gy = torch.empty_like(y)
+            call("norm_gate_backward", y, given | dict(grad=grad, gy=gy), eps=ctx.eps, **head_sizes(y))
+            *found, gstate = RECURRENCE.backward(*kept, gy, gfinal)
         else:
-            gg = torch.empty_like(g)
-            given = dict(y=y, g=aligned(g), weight=weight, bias=bias, gg=gg)
-            if RECURRENCE.group_of(r, sequences_of(r, bounds)):  # the pass over groups reads y's gradient, too
-                gy = torch.empty_like(y)
-                call("norm_gate_backward", y, given | dict(grad=grad, gy=gy), eps=ctx.eps, **head_sizes(y))
-                *found, gstate = RECURRENCE.backward(*kept, gy, gfinal)
-            else:
-                *found, gstate = WITH_GATE.backward(*kept, grad, gfinal, eps=ctx.eps, **given)
+            *found, gstate = WITH_GATE.backward(*kept, grad, gfinal, eps=ctx.eps, **given)
         gr, gk, gv, gw, gu = found
         of_w, of_low = (gw, None) if low is None else (None, F.linear(gw.flatten(2), up))
         of_state = None if state is None else gstate
