@@ -493,8 +493,9 @@ class TrainConfig:
     cuda_graphs: bool = setting(
         False,
         "on a GPU, record the launches of all blocks, forward and backward, in the first step and replay them: for "
-        "small micro batches, whose launches take longer than they do; rows of --dataload pad are padded on to a "
-        "quarter, half, three quarters or all of --ctx_len",
+        "small micro batches, whose launches take longer than they do; documents of --dataload pad and only are padded "
+        "on to a quarter, half, three quarters or all of --ctx_len, packed rows to all of it, these with a graph for "
+        "each power of 2 of documents that they hold",
         group="machine",
         type=switch,
         metavar="0|1",

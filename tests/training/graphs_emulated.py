@@ -2,7 +2,8 @@
 
 As on a GPU, recording computes nothing (what it wrote is NaN afterwards), nothing may be read while it goes on, and a
 replay reads its inputs where they lay and overwrites what it left before. What is no operation of torch's, as our
-kernels are not, is not repeated: `emulate` also has the blocks take plain torch.
+kernels are not, is not repeated: `emulate` also has the blocks take plain torch, which finds packed sequences without
+reading where they lie, as the kernels do.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -62,10 +63,32 @@ def record(graph, pool, capture_error_mode):
         graph.spoil()
 
 
+def walked(recurrence, rows):
+    """A recurrence in plain torch, with so many inputs (B, T, H, N): packed sequences are walked token by token, each
+    from the state that its own has by then."""
+
+    def walk(*tensors):
+        *inputs, state, bounds = tensors
+        if bounds is None:
+            return recurrence(*tensors)
+        _, T, H, N = inputs[0].shape
+        states = torch.zeros(len(bounds) - 1, H, N, N) if state is None else state
+        sequences, ys = torch.searchsorted(bounds[1:].contiguous(), torch.arange(T), right=True), []
+        for t, at in enumerate(sequences.split(1)):
+            token = [x[:, t : t + 1] for x in inputs[:rows]]
+            y, after = recurrence(*token, *inputs[rows:], states.index_select(0, at))
+            states = states.index_copy(0, at, after)
+            ys.append(y)
+        return torch.cat(ys, dim=1), states
+
+    return walk
+
+
 def emulate(patch):
     """patch(owner, name, value) -> there are CUDA graphs."""
     from rwkv_peft.ops.bone import op as bone
     from rwkv_peft.ops.mix import cpu
+    from rwkv_peft.ops.recurrence import checks
     from rwkv_peft.ops.wkv6 import op as wkv6
     from rwkv_peft.ops.wkv7 import op as wkv7
 
@@ -77,5 +100,7 @@ def emulate(patch):
     patch(torch.cuda, "stream", lambda stream: nullcontext())
     patch(cpu.FAMILY, "takes", lambda *_: False)
     patch(bone, "backend", lambda *_, **__: None)
+    patch(checks, "_has_values", lambda x: False)  # which are read of a CPU's at each call, of a GPU's once
     for recurrence in (wkv6.WKV6, wkv7.WKV7):
         patch(recurrence.backends, "choose", lambda *_: "reference")
+        patch(recurrence, "reference", walked(recurrence.reference, recurrence.row_count))

@@ -5,16 +5,19 @@ graphs_emulated.py stands for CUDA's graphs.
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from rwkv_peft.adapters.inject import inject
-from rwkv_peft.config import AdapterConfig
+from rwkv_peft.config import AdapterConfig, DataConfig
 from rwkv_peft.data.batches import collate
+from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.errors import UserError
 from rwkv_peft.models import FAMILIES
+from rwkv_peft.ops.recurrence.checks import check_bounds
 from rwkv_peft.training.flags import parse_flags
-from rwkv_peft.training.graphs import Graphed, recorded_lengths
-from rwkv_peft.training.steps import Whole
+from rwkv_peft.training.graphs import Form, Graphed, bounds_like, recorded_forms
+from rwkv_peft.training.steps import Whole, straight
 from training.graphs_emulated import emulate
 from training.runs import ROOT, finish, metrics, start
 
@@ -50,13 +53,17 @@ def a_batch(seed, rows=2, tokens=T):
     return collate([(torch.randint(VOCABULARY, (tokens + 1,)), mask) for _ in range(rows)])
 
 
-def trained(model, step, lengths):
-    """What three optimizer steps of two micro batches leave, which have so many tokens a row: losses, parameters, and
-    the last gradients."""
+def packed(seed, lengths):
+    """A batch of documents of so many targets."""
+    torch.manual_seed(seed)
+    return collate([[(torch.randint(VOCABULARY, (T + 1,)), torch.arange(T) % 3 > 0) for T in lengths]])
+
+
+def trained(model, way, batches):
+    """What an optimizer step for every two micro batches leaves: losses, parameters, and the last gradients."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer, losses = torch.optim.AdamW(parameters, lr=1e-2), []
-    for seed, tokens in enumerate(lengths):
-        batch = a_batch(seed, tokens=tokens)
+    optimizer, losses, step = torch.optim.AdamW(parameters, lr=1e-2), [], Whole(way)
+    for seed, batch in enumerate(batches):
         loss = step.loss(model, batch, batch["mask"].sum().item())
         losses += [loss.detach(), step.total(model, a_batch(seed + 9))]
         loss.backward()
@@ -69,23 +76,70 @@ def trained(model, step, lengths):
 @pytest.mark.parametrize("trains", ["bat-in", "lora", "all", "ln_out"])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_replayed_blocks_train_as_blocks_do(family, trains):
-    runs = [trained(make(family, trains), step, [T] * 6) for step in (Graphed((T,)), Whole())]
+    batches = [a_batch(seed) for seed in range(6)]
+    runs = [trained(make(family, trains), way, batches) for way in (Graphed([Form(T)]), straight)]
     torch.testing.assert_close(*runs, rtol=0, atol=0)
     assert sum(gradient is not None for gradient in runs[1][2]) > 0
 
 
 @pytest.mark.parametrize("family, trains", [*zip(FAMILIES, ("all", "bat-in")), (FAMILIES[0], "ln_out")])
 def test_shorter_rows_are_padded_and_train_as_they_are(family, trains):
-    graphed = Graphed((T, T - 2))
-    runs = [trained(make(family, trains), step, [T, T, T - 1, T - 2, T, T - 3]) for step in (graphed, Whole())]
+    graphed = Graphed([Form(T), Form(T - 2)])
+    batches = [a_batch(seed, tokens=tokens) for seed, tokens in enumerate([T, T, T - 1, T - 2, T, T - 3])]
+    runs = [trained(make(family, trains), way, batches) for way in (graphed, straight)]
     torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-6)
-    assert graphed.graphs[T].calls == 6 and graphed.graphs[T - 2].leader is graphed.graphs[T]
+    longest, shorter = graphed.graphs.values()
+    assert longest.calls == 6 and shorter.leader is longest
 
 
-def test_the_lengths_that_are_recorded():
-    assert recorded_lengths(1000, padded=False) == (1000,)
-    assert recorded_lengths(1000, padded=True) == (1000, 768, 512, 256)
-    assert recorded_lengths(100, padded=True) == (100, 64)
+PACKED = (  # the lengths of the documents in each of a run's rows, of 9 targets
+    [(4, 5), (9,), (1, 1, 1, 1, 5), (2, 3, 4), (9,), (5, 4)],
+    [(1, 2, 3, 2, 1), (3, 6), (3, 3, 3), (8, 1), (2, 2, 2, 3), (1, 8)],
+    [(9,), (3, 3, 3), (1, 8), (1,) * 5 + (4,), (9,), (7, 2)],
+)
+
+
+@pytest.mark.parametrize("rows", PACKED)
+@pytest.mark.parametrize("family, trains", [(one, trains) for one in FAMILIES for trains in ("all", "bat-in")])
+def test_packed_rows_train_as_they_do_whatever_their_number_of_sequences(family, trains, rows):
+    """One row after another is of more sequences than the one before, and of fewer."""
+    graphed = Graphed([Form(9, most) for most in (6, 4, 2)])
+    batches = [packed(seed, lengths) for seed, lengths in enumerate(rows)]
+    runs = [trained(make(family, trains), way, batches) for way in (graphed, straight)]
+    torch.testing.assert_close(*runs, rtol=0, atol=0)
+    assert graphed.graphs[Form(9, 6)].calls == 6
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_the_last_sequence_goes_on_to_the_end_of_rows_that_are_not_full(family):
+    batches = [packed(seed, lengths) for seed, lengths in enumerate([(4, 5), (3,), (1, 1, 2), (2, 3, 6), (7,), (2,)])]
+    longer = [
+        batch
+        | {name: F.pad(batch[name], (0, 11 - batch[name].shape[1])) for name in ("tokens", "targets", "mask")}
+        | {"cu_seqlens": torch.cat([batch["cu_seqlens"][:-1], torch.tensor([11])])}
+        for batch in batches
+    ]
+    found = trained(make(family, "bat-in"), Graphed([Form(11, 3)]), batches)
+    torch.testing.assert_close(found, trained(make(family, "bat-in"), straight, longer), rtol=0, atol=0)
+    torch.testing.assert_close(found[0], trained(make(family, "bat-in"), straight, batches)[0], rtol=1e-4, atol=0)
+
+
+def test_the_forms_that_are_recorded():
+    def tokens(packs=(0, 0), **data):
+        return [tuple(form) for form in recorded_forms(DataConfig(path="", **data), packs)]
+
+    assert tokens(ctx_len=1000) == [(1000, 0)]
+    assert tokens(ctx_len=1000, micro_bsz=3, dataload="pad") == [(1000, 0), (768, 0), (512, 0), (256, 0)]
+    assert tokens(ctx_len=100, dataload="only") == [(100, 0), (64, 0)]
+    assert tokens((1, 9), ctx_len=100, dataload="pack") == [(100, 9), (100, 8), (100, 4), (100, 2), (100, 1)]
+    assert tokens((6, 16), ctx_len=100, micro_bsz=2, dataload="pack") == [(200, 16), (200, 8)]
+
+
+def test_the_bounds_that_are_recorded_are_taken_unread():
+    bounds = bounds_like(torch.empty(1, 9, 4, device="meta"), 4)
+    assert bounds.shape == (5,)
+    check_bounds("wkv7", bounds, 9)  # which would read them
+    assert bounds_like(torch.empty(1, 9, 4), 4).tolist() == [0, 2, 4, 6, 9]
 
 
 def test_a_driver_that_cannot_record_is_told_of(monkeypatch):
@@ -94,13 +148,13 @@ def test_a_driver_that_cannot_record_is_told_of(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     with pytest.raises(UserError, match=r"cannot record what the blocks do \(operation not permitted.*; leave it out"):
-        Graphed((T,)).loss(make(FAMILIES[0], "bat-in"), a_batch(0), 1)
+        Whole(Graphed([Form(T)])).loss(make(FAMILIES[0], "bat-in"), a_batch(0), 1)
 
 
 @pytest.fixture
 def recorded():
-    """A model with an adapter, and a Graphed that has recorded it."""
-    model, step = make(FAMILIES[0], "bat-in"), Graphed((T, T - 2))
+    """A model with an adapter, and a step that has recorded it."""
+    model, step = make(FAMILIES[0], "bat-in"), Whole(Graphed([Form(T), Form(T - 2)]))
     step.loss(model, a_batch(0), 1)
     return model, step
 
@@ -130,7 +184,6 @@ def test_parameters_that_have_moved_are_noticed(recorded):
         (["--grad_cp", "1"], "--grad_cp 1: "),
         (["--compile"], "--compile: both take the blocks"),
         (["--train_type", "infctx"], "--chunk_ctx 512: segments hand states on"),
-        (["--dataload", "pack"], "--dataload pack: a graph is of one number of documents"),
         (["--quant", "nf4"], "--quant nf4: "),
         (["--peft", "lora", "--lora_config", '{"lora_dropout": 0.1}'], "dropout 0.1: a graph repeats what was drawn"),
     ],
@@ -142,19 +195,34 @@ def test_what_a_recorded_step_cannot_repeat_is_refused(more, words):
     assert words in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "rows, close",
-    [
-        ([], {"rtol": 0, "atol": 0}),
-        (["--dataload", "pad", "--ctx_len", "128", "--precision", "fp32"], {"rtol": 1e-3, "atol": 1e-5}),
-    ],
-    ids=["get", "pad"],
-)
-def test_a_run_is_the_same_replayed(files, command, rows, close):
+@pytest.fixture(scope="module")
+def documents(files):
+    """Data whose documents fill rows of 24 targets, 1 to 8 in each."""
+    with BinidxWriter(files / "documents", vocab_size=80) as writer:
+        for number, size in enumerate([24, 12, 12, 6, 6, 6, 6, *[3] * 8] * 4):
+            writer.add([1 + (number + 7 * i) % 79 for i in range(size)] + [0])
+    return files / "documents"
+
+
+SAME, CLOSE = {"rtol": 0, "atol": 0}, {"rtol": 1e-3, "atol": 1e-5}
+ROWS = {
+    "get": ((), SAME),
+    "pad": (("--dataload", "pad", "--ctx_len", "128", "--precision", "fp32"), CLOSE),
+    "pack": (("--dataload", "pack"), SAME),
+    "pack, another seed": (("--dataload", "pack", "--random_seed", "1"), SAME),
+    "pack, with states": (("--dataload", "pack", "--random_seed", "2", "--train_parts", "state"), SAME),
+}
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_a_run_is_the_same_replayed(files, documents, command, rows):
     """Under the engine, which moves parameters, hooks their gradients and adds up those of micro batches."""
-    flags = ("--micro_bsz", "2", "--accumulate_grad_batches", "2", "--val_split", "0.2", *rows)
+    more, close = ROWS[rows]
+    flags = ["--micro_bsz", "2", "--accumulate_grad_batches", "2", "--val_split", "0.2", *more]
+    if "pack" in flags:
+        flags += ["--data_file", str(documents)]
     runs = {}
-    for name, graphs in ((f"eager{len(rows)}", "0"), (f"replayed{len(rows)}", "1")):
+    for name, graphs in ((f"eager {rows}", "0"), (f"replayed {rows}", "1")):
         python, _, *rest = command(name, *flags, "--cuda_graphs", graphs, "--accelerator", "cpu")
         runs[name] = start([python, str(ROOT / "tests" / "training" / "train_graphed.py"), *rest])
     told = ["blocks are recorded as CUDA graphs in the first step" in finish(process)[0] for process in runs.values()]
