@@ -17,7 +17,9 @@ READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")  # what a host
 
 
 class Graph(TorchDispatchMode):
-    """Stands for torch.cuda.CUDAGraph, and records while it is entered."""
+    """Stands for torch.cuda.CUDAGraph, and records while it is entered. replays: how many there were of all."""
+
+    replays = 0
 
     def __init__(self):
         super().__init__()
@@ -46,6 +48,7 @@ class Graph(TorchDispatchMode):
                 tensor.data.fill_(float("nan") if tensor.is_floating_point() else 0)
 
     def replay(self):
+        Graph.replays += 1
         with torch.no_grad():
             for func, args, kwargs, out in self.calls:
                 again = func(*args, **kwargs)

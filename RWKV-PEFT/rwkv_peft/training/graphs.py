@@ -45,8 +45,8 @@ def recorded_forms(data: DataConfig, packs: tuple[int, int]) -> tuple[Form, ...]
     Rows that need not be full are of a few lengths. Packed sequences are as many as they are at most, or a power of 2.
     """
     fewest, most = packs
-    rows = data.micro_bsz if most else 1  # that lie in one
-    full = data.dataload in ("get", "pack")
+    rows = data.micro_bsz * data.documents if most else 1  # that lie in one
+    full = data.dataload in ("get", "pack") and data.data_type != "pairs"
     steps = (LENGTHS,) if full else range(LENGTHS, 0, -1)
     rounded = [-(-rows * data.ctx_len * step // (LENGTHS * MULTIPLE)) * MULTIPLE for step in steps]
     lengths = dict.fromkeys(min(rows * data.ctx_len, length) for length in rounded)

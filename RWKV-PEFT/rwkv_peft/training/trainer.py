@@ -28,7 +28,7 @@ def step_of(config: RunConfig, samples: Samples) -> Step:
     if train.cuda_graphs:
         way = Graphed(recorded_forms(data, samples.packs(data.micro_bsz)))
     if data.data_type == "pairs":
-        return Preferences(train.dpo_beta, train.dpo_nll)
+        return Preferences(train.dpo_beta, train.dpo_nll, way)
     if not train.chunk_ctx:
         return Whole(way)
     return Segments(train.chunk_ctx, train.bptt_segments, together="stage_3" in train.strategy)
