@@ -72,6 +72,12 @@ def test_a_pair_of_answers_is_two_rows():
     assert pairs.parts(3, 128) == rows.parts(6, 128)
 
 
+def test_states_take_memory_where_they_are_handed_on():
+    segments = estimate("--train_type", "infctx", "--chunk_ctx", "64").parts(1, 128)
+    assert size(segments, "states of the layers") > 0
+    assert "states of the layers" not in {part.name for part in estimate().parts(1, 128)}
+
+
 def test_the_largest_batch_and_context_fit_and_no_larger_ones():
     told = estimate()
     room = 2 * peak(told.parts(1, 128), GPU)

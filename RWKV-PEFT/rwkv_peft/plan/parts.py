@@ -147,10 +147,11 @@ class Estimate:
         hidden = (rows * tokens + 2 * chunk) * model.n_embd * item
         read = min(self.unread(), rows * tokens * (model.n_embd * item + PAGE))
         graphs = self.config.train.cuda_graphs  # whose memory is theirs until the run ends
+        segment = self.config.train.chunk_ctx  # which hands the states on to the next
         return [
             Part("embedding, rows that are read", here, read),
             Part("activations", here, self.step.kept.at(rows, tokens), ALWAYS if graphs else (LOSS, BACKWARD)),
-            Part("states of the layers", here, self.step.states.at(rows, tokens), (LOSS,)),
+            Part("states of the layers", here, self.step.states.at(rows, tokens) if segment else 0, (LOSS,)),
             Part("work of a block", here, self.step.work.at(rows, tokens), ALWAYS if graphs else (BACKWARD,)),
             Part("logits", here, round(chunk * self.logits), (LOSS,)),
             Part("hidden states of the loss", here, hidden, (LOSS,)),

@@ -111,7 +111,7 @@ class Blocks(nn.Module):
 
     def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
         """x (B, T, C), cu_seqlens (n + 1,) or None -> (B, T, C)."""
-        return self.model.through_blocks(x, cu_seqlens=cu_seqlens)[0]
+        return self.model.through_blocks(x, cu_seqlens=cu_seqlens, keep=False)[0]
 
 
 class BlockGraphs:

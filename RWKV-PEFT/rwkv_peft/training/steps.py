@@ -57,7 +57,7 @@ class OfTokens(Step):
 
 def straight(model: nn.Module, batch: Batch, head: HeadFunction) -> torch.Tensor:
     """The Way of a model's own forward."""
-    result: torch.Tensor = model(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"), head=head)[0]
+    result: torch.Tensor = model(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"), head=head, keep=False)[0]
     return result
 
 
