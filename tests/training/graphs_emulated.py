@@ -1,9 +1,9 @@
 """CUDA graphs on a CPU: torch's operations are recorded, and replayed into the memory that they wrote when recorded.
 
-As on a GPU, recording computes nothing (what it wrote is NaN afterwards), nothing may be read while it goes on, and a
-replay reads its inputs where they lay and overwrites what it left before. What is no operation of torch's, as our
-kernels are not, is not repeated: `emulate` also has the blocks take plain torch, which finds packed sequences without
-reading where they lie, as the kernels do.
+As on a GPU, recording computes nothing (what it wrote is NaN afterwards), nothing may be read while it goes on nor made
+of the host's numbers, and a replay reads its inputs where they lay and overwrites what it left before. What is no
+operation of torch's, as our kernels are not, is not repeated: `emulate` also has the blocks take plain torch, which
+finds packed sequences without reading where they lie, as the kernels do.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -13,7 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")  # what a host would wait for
+# What a host would wait for, or copy to the GPU from memory that is not pinned, as torch.tensor does.
+REFUSED = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "lift_fresh")
 
 
 class Graph(TorchDispatchMode):
@@ -27,7 +28,7 @@ class Graph(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.split("::")[1]
-        assert name not in READS, f"{name} reads a result while a graph is recorded"
+        assert name not in REFUSED, f"{name} reads a result, or the host's numbers, while a graph is recorded"
         out = func(*args, **(kwargs or {}))
         if not func.is_view:
             self.calls.append((func, args, kwargs or {}, out))

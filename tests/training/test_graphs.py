@@ -32,7 +32,7 @@ def graphs(monkeypatch):
     emulate(monkeypatch.setattr)
 
 
-def make(family, trains):
+def make(family, trains, quant="none"):
     """A model of which nothing is zero; what trains: "bat-in", "lora", "all" with tuned states, or "ln_out"."""
     torch.manual_seed(0)
     model = family.build(family.new_dimensions(n_layer=2, n_embd=16, vocab_size=VOCABULARY, head_size=8))
@@ -43,7 +43,7 @@ def make(family, trains):
         model.requires_grad_(False).ln_out.requires_grad_(True)
     else:
         method, mode = ("lora", "bat-in") if trains == "lora" else ("bone", trains)
-        inject(model, AdapterConfig(method=method, mode=mode, rank=4), family=family)
+        inject(model, AdapterConfig(method=method, mode=mode, rank=4, quant=quant), family=family)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -83,6 +83,14 @@ def test_replayed_blocks_train_as_blocks_do(family, trains):
     runs = [trained(make(family, trains), way, batches) for way in (Graphed([Form(T)]), straight)]
     torch.testing.assert_close(*runs, rtol=0, atol=0)
     assert sum(gradient is not None for gradient in runs[1][2]) > 0
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_quantized_weights_train_as_they_do(quant):
+    pytest.importorskip("bitsandbytes")
+    batches = [a_batch(seed) for seed in range(6)]
+    runs = [trained(make(FAMILIES[0], "bat-in", quant), way, batches) for way in (Graphed([Form(T)]), straight)]
+    torch.testing.assert_close(*runs, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("family, trains", [*zip(FAMILIES, ("all", "bat-in")), (FAMILIES[0], "ln_out")])
@@ -189,7 +197,6 @@ def test_parameters_that_have_moved_are_noticed(recorded):
         (["--grad_cp", "1"], "--grad_cp 1: "),
         (["--compile"], "--compile: both take the blocks"),
         (["--train_type", "infctx"], "--chunk_ctx 512: segments hand states on"),
-        (["--quant", "nf4"], "--quant nf4: "),
         (["--peft", "lora", "--lora_config", '{"lora_dropout": 0.1}'], "dropout 0.1: a graph repeats what was drawn"),
     ],
 )
@@ -220,6 +227,7 @@ def data(files, tiny_state):
 SAME, CLOSE = {"rtol": 0, "atol": 0}, {"rtol": 1e-3, "atol": 1e-5}
 ROWS = {
     "get": ((), SAME),
+    "get, quantized": (("--quant", "nf4"), SAME),
     "pad": (("--dataload", "pad", "--ctx_len", "128", "--precision", "fp32"), CLOSE),
     "pack": ((), SAME),
     "pack, another seed": (("--random_seed", "1"), SAME),
@@ -231,6 +239,8 @@ ROWS = {
 @pytest.mark.parametrize("rows", ROWS)
 def test_a_run_is_the_same_replayed(files, data, command, rows):
     """Under the engine, which moves parameters, hooks their gradients and adds up those of micro batches."""
+    if "quantized" in rows:
+        pytest.importorskip("bitsandbytes")
     more, close = ROWS[rows]
     flags = ["--micro_bsz", "2", "--accumulate_grad_batches", "2", "--val_split", "0.2", *more]
     flags += map(str, data.get(rows.split(",")[0], ()))

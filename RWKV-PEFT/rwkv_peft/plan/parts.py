@@ -107,7 +107,8 @@ class Estimate:
         ]
         if counts.quantized:
             rows = min(ROW_ELEMENTS, counts.quantized)
-            parts.append(Part("rows that are dequantized", self.accelerator, rows * item, (BACKWARD,)))
+            when = ALWAYS if train.cuda_graphs else (BACKWARD,)
+            parts.append(Part("rows that are dequantized", self.accelerator, rows * item, when))
         if self.accelerator == GPU and not self.mapped:
             whole = (counts.total - counts.own) * item
             parts.append(Part("weights, on their way to the GPU", CPU, whole))

@@ -15,7 +15,6 @@ def check_graphs(train: TrainConfig, adapter: AdapterConfig) -> None:
         (train.grad_cp, "--grad_cp 1", "a graph keeps what backward needs"),
         (train.compile, "--compile", "both take the blocks"),
         (train.chunk_ctx > 0, f"--chunk_ctx {train.chunk_ctx}", "segments hand states on, and a graph takes none"),
-        (adapter.quant != "none", f"--quant {adapter.quant}", "a quantized weight's tables are made at each product"),
         (adapter.dropout > 0, f"dropout {adapter.dropout:g}", "a graph repeats what was drawn"),
     ):
         if contradicts:
