@@ -1,10 +1,10 @@
 """What --cuda_graphs does not go with, judged before there is a model."""
 
-from ..config import AdapterConfig, TrainConfig
+from ..config import TrainConfig
 from ..errors import UserError
 
 
-def check_graphs(train: TrainConfig, adapter: AdapterConfig) -> None:
+def check_graphs(train: TrainConfig) -> None:
     """Refuse what a recorded step cannot repeat."""
     if not train.cuda_graphs:
         return
@@ -15,7 +15,6 @@ def check_graphs(train: TrainConfig, adapter: AdapterConfig) -> None:
         (train.grad_cp, "--grad_cp 1", "a graph keeps what backward needs"),
         (train.compile, "--compile", "both take the blocks"),
         (train.chunk_ctx > 0, f"--chunk_ctx {train.chunk_ctx}", "segments hand states on, and a graph takes none"),
-        (adapter.dropout > 0, f"dropout {adapter.dropout:g}", "a graph repeats what was drawn"),
     ):
         if contradicts:
             raise UserError(f"--cuda_graphs 1 does not go with {flag}: {why}; leave one of them out")

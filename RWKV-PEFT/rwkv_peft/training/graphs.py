@@ -80,11 +80,12 @@ class Graphed:
 
     def record(self, model: LanguageModel, x: torch.Tensor, rows: int) -> None:
         """Record all Forms of so many rows, for inputs like x (B, T, C) but for its shape: what does not fit memory
-        shows in the first step."""
-        for form in self.forms:
-            zeros = torch.zeros(rows, form.tokens, x.shape[2], dtype=x.dtype, device=x.device)
-            leader = self.graphs.get(self.forms[0])
-            self.graphs[form] = BlockGraphs(model, zeros.requires_grad_(x.requires_grad), form.sequences, leader)
+        shows in the first step. A replay draws from torch's generators as blocks that run do; recording does not."""
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):
+            for form in self.forms:
+                zeros = torch.zeros(rows, form.tokens, x.shape[2], dtype=x.dtype, device=x.device)
+                leader = self.graphs.get(self.forms[0])
+                self.graphs[form] = BlockGraphs(model, zeros.requires_grad_(x.requires_grad), form.sequences, leader)
 
 
 @contextmanager
