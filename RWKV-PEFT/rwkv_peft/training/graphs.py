@@ -55,18 +55,20 @@ def recorded_forms(data: DataConfig, packs: tuple[int, int]) -> tuple[Form, ...]
 
 
 class Graphed:
-    """A Way whose blocks are recorded at the first batch that has gradients, once for each Form, and replayed from then
-    on. What is smaller is raised to the next Form: tokens behind a row's end, where nothing reaches them, and sequences
-    without tokens. Batches without gradients go straight."""
+    """A Way whose blocks are recorded at the first batch, once for each Form, and replayed from then on.
 
-    def __init__(self, forms: Sequence[Form]) -> None:
-        """forms: the largest first, so that the others' activations find room in its memory."""
-        self.forms = forms
+    What is smaller is raised to the next Form: tokens behind a row's end, where nothing reaches them, and sequences
+    without tokens."""
+
+    def __init__(self, forms: Sequence[Form], gradients: bool = True) -> None:
+        """forms: the largest first, so that the others' activations find room in its memory. gradients: whether it is
+        for batches that have them, or for those that have none; others go straight."""
+        self.forms, self.gradients = forms, gradients
         self.graphs: dict[Form, BlockGraphs] = {}
 
     def __call__(self, model: nn.Module, batch: Batch, head: HeadFunction) -> torch.Tensor:
         assert isinstance(model, LanguageModel)
-        if not torch.is_grad_enabled():
+        if torch.is_grad_enabled() != self.gradients:
             return straight(model, batch, head)
         tokens, bounds = batch["tokens"], batch.get("cu_seqlens")
         (rows, size), sequences = tokens.shape, 0 if bounds is None else len(bounds) - 1
@@ -117,11 +119,13 @@ class Blocks(nn.Module):
 
 class BlockGraphs:
     """The blocks of a model as CUDA graphs, for inputs like x (B, T, C), on its GPU; where that packs sequences, for so
-    many of them.
+    many of them. Made without gradients, they have none.
 
     To be made when the engine has put the parameters where they stay. A call's backward must come before the next call
     of it, or of those that share its memory: the activations', and that of the parameters' gradients.
     """
+
+    gy: torch.Tensor
 
     def __init__(
         self, model: LanguageModel, x: torch.Tensor, sequences: int = 0, leader: "BlockGraphs | None" = None
@@ -133,7 +137,7 @@ class BlockGraphs:
         self.parameters = {
             name: parameter
             for name, parameter in self.blocks.named_parameters()
-            if name.startswith("model.blocks.") and parameter.requires_grad
+            if name.startswith("model.blocks.") and parameter.requires_grad and torch.is_grad_enabled()
         }
         self.with_x = x.requires_grad
         self.warm_up()
@@ -142,9 +146,10 @@ class BlockGraphs:
         self.pool: Any = torch.cuda.graph_pool_handle() if leader is None else leader.pool
         with recording(self.forward_graph, self.pool):
             y, inputs = self.compute()
-        self.y, self.gy = y.detach(), torch.zeros_like(y)
+        self.y = y.detach()
         self.gradients: list[torch.Tensor] = []
         if inputs:
+            self.gy = torch.zeros_like(y)
             with recording(self.backward_graph, self.pool):
                 self.gradients = [*torch.autograd.grad(y, inputs, self.gy)]
                 if leader is not None and self.parameters:

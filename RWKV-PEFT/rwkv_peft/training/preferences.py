@@ -17,19 +17,19 @@ from .steps import Batch, Step, Way, straight
 
 
 class Preferences(Step):
-    """A step over packed rows of pairs, the better answer first, by a Way. nll adds so many times the mean loss of the
-    better answer's tokens (Pang et al. 2024, arXiv 2404.19733).
+    """A step over packed rows of pairs, the better answer first, by a Way; base_way is that through the base alone. nll
+    adds so many times the mean loss of the better answer's tokens (Pang et al. 2024, arXiv 2404.19733).
 
     measures: accuracy, the share of pairs whose margin is above 0; margin, their mean; chosen, the better answers' part
     of it, beta (p_chosen - before_chosen), below 0 where they become less likely themselves.
     """
 
-    def __init__(self, beta: float, nll: float = 0.0, way: Way = straight) -> None:
-        self.beta, self.nll, self.way = beta, nll, way
+    def __init__(self, beta: float, nll: float = 0.0, way: Way = straight, base_way: Way = straight) -> None:
+        self.beta, self.nll, self.way, self.base_way = beta, nll, way, base_way
 
     def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
         with torch.no_grad(), untrained(model):
-            before = losses_of_documents(model, batch, self.way)
+            before = losses_of_documents(model, batch, self.base_way)
         now = losses_of_documents(model, batch, self.way)
         tokens = counted_tokens(batch)
         counts = tokens.any(1)  # those that fill up a batch do not

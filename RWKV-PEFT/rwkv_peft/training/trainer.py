@@ -25,10 +25,12 @@ def step_of(config: RunConfig, samples: Samples) -> Step:
     """What a step computes of a batch of `samples`: whole rows, segments of them, or pairs of answers."""
     train, data = config.train, config.data
     way: Way = straight
+    base_way: Way = straight
     if train.cuda_graphs:
-        way = Graphed(recorded_forms(data, samples.packs(data.micro_bsz)))
+        forms = recorded_forms(data, samples.packs(data.micro_bsz))
+        way, base_way = Graphed(forms), Graphed(forms, gradients=False)
     if data.data_type == "pairs":
-        return Preferences(train.dpo_beta, train.dpo_nll, way)
+        return Preferences(train.dpo_beta, train.dpo_nll, way, base_way)
     if not train.chunk_ctx:
         return Whole(way)
     return Segments(train.chunk_ctx, train.bptt_segments, together="stage_3" in train.strategy)
