@@ -83,11 +83,17 @@ class Graphed:
     def record(self, model: LanguageModel, x: torch.Tensor, rows: int) -> None:
         """Record all Forms of so many rows, for inputs like x (B, T, C) but for its shape: what does not fit memory
         shows in the first step. A replay draws from torch's generators as blocks that run do; recording does not."""
+        shapes = [torch.Size((rows, form.tokens, x.shape[2])) for form in self.forms]
+        zeros = torch.zeros(shapes[0], dtype=x.dtype, device=x.device)
         with torch.random.fork_rng([x.device] if x.is_cuda else []):
-            for form in self.forms:
-                zeros = torch.zeros(rows, form.tokens, x.shape[2], dtype=x.dtype, device=x.device)
-                leader = self.graphs.get(self.forms[0])
-                self.graphs[form] = BlockGraphs(model, zeros.requires_grad_(x.requires_grad), form.sequences, leader)
+            for form, shape in zip(self.forms, shapes):
+                part, leader = part_of(zeros, shape), self.graphs.get(self.forms[0])
+                self.graphs[form] = BlockGraphs(model, part.requires_grad_(x.requires_grad), form.sequences, leader)
+
+
+def part_of(memory: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The first elements of a contiguous tensor as one of a smaller shape."""
+    return memory.view(-1)[: shape.numel()].view(shape)
 
 
 @contextmanager
@@ -130,7 +136,8 @@ class BlockGraphs:
     def __init__(
         self, model: LanguageModel, x: torch.Tensor, sequences: int = 0, leader: "BlockGraphs | None" = None
     ) -> None:
-        """sequences: 0 where nothing is packed; leader: those of larger inputs, whose memory these take too."""
+        """x: whose memory inputs are copied to; sequences: 0 where nothing is packed; leader: those of larger inputs,
+        whose memory these take too."""
         self.blocks, self.x, self.calls = Blocks(model), x.detach(), 0
         self.bounds = bounds_like(x, sequences) if sequences else None
         self.leader = leader or self
@@ -149,7 +156,7 @@ class BlockGraphs:
         self.y = y.detach()
         self.gradients: list[torch.Tensor] = []
         if inputs:
-            self.gy = torch.zeros_like(y)
+            self.gy = torch.zeros_like(y) if leader is None else part_of(leader.gy, y.shape)
             with recording(self.backward_graph, self.pool):
                 self.gradients = [*torch.autograd.grad(y, inputs, self.gy)]
                 if leader is not None and self.parameters:
