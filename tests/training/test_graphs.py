@@ -266,15 +266,18 @@ def test_a_run_is_the_same_replayed(files, data, command, rows):
         pytest.importorskip("bitsandbytes")
     more, close = ROWS[rows]
     flags = ["--micro_bsz", "2", "--accumulate_grad_batches", "2", "--val_split", "0.2", *more]
-    flags += map(str, data.get(rows.split(",")[0], ()))
+    kind = rows.split(",")[0]
+    flags += map(str, data.get(kind, ()))
     runs = {}
     for name, graphs in ((f"eager {rows}", "0"), (f"replayed {rows}", "1")):
         python, _, *rest = command(name, *flags, "--cuda_graphs", graphs, "--accelerator", "cpu")
         runs[name] = start([python, str(ROOT / "tests" / "training" / "train_graphed.py"), *rest])
     eager, replayed = (finish(process)[0] for process in runs.values())
     assert "CUDA graphs" not in eager and "\n0 replays" in eager
-    assert "blocks are recorded as CUDA graphs in the first step" in replayed
-    base = 16 + 2 * 2 if rows == "pairs" else 0  # the base's passes in training, and in validation after each epoch
+    most = {"pack": 16, "pairs": 4}.get(kind)
+    packed = f" of rows of up to {most} documents" if most else ""
+    assert f"blocks are recorded as CUDA graphs{packed} in the first step" in replayed
+    base = 16 + 2 * 2 if kind == "pairs" else 0  # the base's passes in training, and in validation after each epoch
     assert f"\n{32 + base} replays" in replayed
     eager, replayed = (
         [{k: torch.tensor(v) for k, v in line.items() if k != "tokens_per_s"} for line in metrics(files, name)]
