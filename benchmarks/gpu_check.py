@@ -92,12 +92,12 @@ def sanitizing(driver):
 
 def training(folder):
     """The commands of a short run on the demo's base: data, 10 steps, 10 more by --resume, merge, check; and the first
-    10 with CUDA graphs."""
+    10 with CUDA graphs, of the stream's windows and of packed rows."""
     base, data, run = ROOT / "demo" / "rwkv6-demo.pth", folder / "data", folder / "run"
     rwkv_peft = (sys.executable, "-m", "rwkv_peft")
     task = (sys.executable, str(ROOT / "demo" / "task.py"), "finetune", "--documents", "400")
     train = (*rwkv_peft, "train", "--load_model", str(base), "--data_file", str(data))
-    graphs = ("--proj_dir", str(folder / "graphs"), "--cuda_graphs", "1", "--accumulate_grad_batches", "2")
+    graphs = ("--cuda_graphs", "1", "--accumulate_grad_batches", "2", "--epoch_steps", "10", "--epoch_count", "1")
     flags = ("--accelerator", "gpu", "--bone_mode", "bat-in", "--bone_r", "32", "--ctx_len", "256", "--micro_bsz", "8")
     here = (*flags, "--proj_dir", str(run))
     merged = ("--base_model", str(base), "--bone_checkpoint", str(run / "adapter.safetensors"))
@@ -108,7 +108,8 @@ def training(folder):
         (*train, *here, "--epoch_steps", "10", "--epoch_count", "2", "--resume"),
         (*rwkv_peft, "merge", *merged, "--output", str(folder / "merged.pth")),
         (*rwkv_peft, "check", *merged, "--merged", str(folder / "merged.pth")),
-        (*train, *flags, *graphs, "--epoch_steps", "10", "--epoch_count", "1"),
+        (*train, *flags, *graphs, "--proj_dir", str(folder / "graphs")),
+        (*train, *flags, *graphs, "--proj_dir", str(folder / "packed"), "--dataload", "pack"),
     )
 
 
@@ -190,7 +191,7 @@ def main(argv=None):
     known = steps(folder, args.full)
     if unknown := set(args.only or ()) - {step.name for step in known}:
         parser.error(f"--only {' '.join(sorted(unknown))}: the steps are {', '.join(step.name for step in known)}")
-    for name in ("run", "graphs"):  # runs of an earlier check
+    for name in ("run", "graphs", "packed"):  # runs of an earlier check
         shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     results = Results(folder)

@@ -1,11 +1,12 @@
 """A training step whose blocks are replayed as CUDA graphs (train.py's --cuda_graphs) beside the same step without.
 
-    python benchmarks/gpu_graphs.py [--generations x060 x070] [--methods bat-in lora] [--tokens 1024]
+    python benchmarks/gpu_graphs.py [--generations x060 x070] [--methods bat-in lora] [--rows plain packed]
 
 Both begin with the same adapter and see the same micro batches, two a step, which add their gradients up; then steps of
-one micro batch are timed. One JSON object a line: milliseconds of both, the median; whether the losses of both have the
-same bits, and by how much they differ at most; and the peak of memory with graphs. Exit code 1 where they differ by
-more than 1 %: a library may choose other kernels under recording, but not other numbers.
+one micro batch are timed. A packed row holds one to five documents, other numbers in other micro batches. One JSON
+object a line: milliseconds of both, the median; whether the losses of both have the same bits, and by how much they
+differ at most; and the peak of memory with graphs. Exit code 1 where they differ by more than 1 %: a library may choose
+other kernels under recording, but not other numbers.
 """
 
 import argparse
@@ -20,16 +21,26 @@ import step as steps
 import torch
 
 from rwkv_peft.models import FAMILIES, family_named
-from rwkv_peft.training.graphs import Graphed
-from rwkv_peft.training.steps import Whole
+from rwkv_peft.ops.recurrence.checks import vouch
+from rwkv_peft.training.graphs import Form, Graphed
+from rwkv_peft.training.steps import Whole, straight
 
 STEPS, CLOSE = 4, 0.01  # optimizer steps whose losses are compared; how near these have to be
+FORMS = {"plain": (0,), "packed": (5, 4, 2, 1)}  # the numbers of sequences that are recorded of a row
 
 
-def micro_batch(seed, tokens, vocabulary, device):
+def micro_batch(seed, rows, args, device):
+    """A batch of args.tokens tokens; rows "plain" or "packed"."""
     torch.manual_seed(seed)
-    row = torch.randint(vocabulary, (1, tokens + 1), device=device)
-    return {"tokens": row[:, :-1], "targets": row[:, 1:], "counted": torch.arange(tokens, device=device)}
+    tokens = args.tokens
+    row = torch.randint(args.vocab, (1, tokens + 1), device=device)
+    batch = {"tokens": row[:, :-1], "targets": row[:, 1:], "counted": torch.arange(tokens, device=device)}
+    if rows == "packed":
+        documents = 1 + 3 * seed % FORMS[rows][0]
+        bounds = torch.arange(documents + 1) * tokens // documents
+        batch["cu_seqlens"] = bounds.to(device)
+        vouch(batch["cu_seqlens"], bounds, tokens)
+    return batch
 
 
 def made(family, config, weights, method, rank):
@@ -55,13 +66,13 @@ def train(step, model, optimizer, batches):
     return losses
 
 
-def run(step, model, optimizer, args, vocabulary, device):
+def run(step, model, optimizer, rows, args, device):
     """(the losses of STEPS steps of two micro batches, the median milliseconds of a step of one)."""
     losses, times = [], []
     for number in range(STEPS):
-        pair = [micro_batch(2 * number + i, args.tokens, vocabulary, device) for i in (0, 1)]
+        pair = [micro_batch(2 * number + i, rows, args, device) for i in (0, 1)]
         losses += train(step, model, optimizer, pair)
-    batch = micro_batch(0, args.tokens, vocabulary, device)
+    batch = micro_batch(1, rows, args, device)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     for _ in range(args.rounds):
         wait()
@@ -72,20 +83,21 @@ def run(step, model, optimizer, args, vocabulary, device):
     return torch.stack(losses).float(), 1e3 * statistics.median(times)
 
 
-def compare(version, method, args, device):
-    """The JSON object of a generation and a method, and whether the losses are close."""
+def compare(version, method, rows, args, device):
+    """The JSON object of a generation, a method and a kind of rows, and whether the losses are close."""
     family = family_named(version)
     channels, ffn, layers = map(int, args.shape.split("x"))
     config = family.new_dimensions(layers, channels, args.vocab, dim_ffn=ffn)
     weights = steps.random_weights(family, config, {"device": device, "dtype": torch.bfloat16})
+    graphed = Graphed([Form(args.tokens, sequences) for sequences in FORMS[rows]])
     found = {}
-    for name, step in (("eager", Whole()), ("graphs", Graphed([args.tokens]))):
+    for name, way in (("eager", straight), ("graphs", graphed)):
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        found[name] = run(step, *made(family, config, weights, method, args.rank), args, args.vocab, device)
+        found[name] = run(Whole(way), *made(family, config, weights, method, args.rank), rows, args, device)
     (eager, eager_ms), (graphs, graphs_ms) = found.values()
     difference = ((eager - graphs).abs() / eager.abs()).max().item()
-    entry = {"generation": family.name, "method": method, "shape": args.shape, "tokens": args.tokens}
+    entry = {"generation": family.name, "method": method, "rows": rows, "shape": args.shape, "tokens": args.tokens}
     entry |= {"eager_ms": round(eager_ms, 3), "graphs_ms": round(graphs_ms, 3)}
     entry |= {"same_bits": torch.equal(eager, graphs), "difference": difference}
     if device == "cuda":
@@ -97,6 +109,7 @@ def main(argv=None, device="cuda"):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generations", nargs="+", default=[family.version for family in FAMILIES])
     parser.add_argument("--methods", nargs="+", default=("bat-in",), choices=budget.METHODS[1:])
+    parser.add_argument("--rows", nargs="+", default=tuple(FORMS), choices=tuple(FORMS))
     parser.add_argument("--shape", default="2048x7168x24", help="channels, feed-forward channels, layers")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=65536)
@@ -104,8 +117,8 @@ def main(argv=None, device="cuda"):
     parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args(argv)
     failed = False
-    for version, method in itertools.product(args.generations, args.methods):
-        entry, close = compare(version, method, args, device)
+    for version, method, rows in itertools.product(args.generations, args.methods, args.rows):
+        entry, close = compare(version, method, rows, args, device)
         print(json.dumps(entry), flush=True)
         failed |= not close
     return int(failed)

@@ -495,8 +495,10 @@ class TrainConfig:
     cuda_graphs: bool = setting(
         False,
         "on a GPU, record the launches of all blocks, forward and backward, in the first step and replay them: for "
-        "small micro batches, whose launches take longer than they do; rows of --dataload pad are padded on to a "
-        "quarter, half, three quarters or all of --ctx_len",
+        "small micro batches, whose launches take longer than they do; documents of --dataload pad and only are padded "
+        "on to a quarter, half, three quarters or all of --ctx_len, pairs to such parts of what two answers may take, "
+        "packed rows to all of it, these with a graph for each power of 2 of documents that they hold; "
+        "not with stage 3, offload, --grad_cp, --compile and infctx",
         group="machine",
         type=switch,
         metavar="0|1",

@@ -21,14 +21,22 @@ def program(monkeypatch):
 
 def test_graphs_give_the_losses_of_blocks_that_run(program, capsys):
     assert program.main(SMALL, device="cpu") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["generation"], found["method"]) == ("RWKV-7", "bat-in")
-    assert found["same_bits"] and found["difference"] == 0
-    assert found["eager_ms"] > 0 and found["graphs_ms"] > 0
+    plain, packed = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert (plain["generation"], plain["method"], plain["rows"], packed["rows"]) == (
+        "RWKV-7",
+        "bat-in",
+        "plain",
+        "packed",
+    )
+    for found in (plain, packed):
+        assert found["same_bits"] and found["difference"] == 0
+        assert found["eager_ms"] > 0 and found["graphs_ms"] > 0
 
 
 def test_losses_that_differ_fail(program, capsys, monkeypatch):
     replay = graphs.BlockGraphs.replay_forward
-    monkeypatch.setattr(graphs.BlockGraphs, "replay_forward", lambda self, x: 3 * replay(self, x.flip(1)))
-    assert program.main(SMALL, device="cpu") == 1
+    monkeypatch.setattr(
+        graphs.BlockGraphs, "replay_forward", lambda self, x, bounds: 3 * replay(self, x.flip(1), bounds)
+    )
+    assert program.main([*SMALL, "--rows", "plain"], device="cpu") == 1
     assert json.loads(capsys.readouterr().out)["difference"] > 0.01

@@ -1,5 +1,7 @@
 """What every generation must say of itself, by parameter: a new one joins by its line in FAMILIES."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -33,6 +35,22 @@ def test_a_new_models_tensors_are_a_complete_checkpoint(family, config, model):
     assert base.family is family and base.config == config and family_named(config.version) is family
     logits = family.load(tensors, config)(torch.arange(7)[None])[0]
     assert torch.equal(logits, model(torch.arange(7)[None])[0])
+
+
+@pytest.mark.parametrize("grad_checkpoint", (False, True))
+def test_states_that_nobody_wants_are_held_no_longer_than_their_block(model, grad_checkpoint):
+    model.grad_checkpoint = grad_checkpoint
+    tokens, bounds, states = torch.arange(9)[None], torch.tensor([0, 2, 9]), []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda *_: alive.append(sum(state() is not None for state in states)))
+        block.register_forward_hook(lambda _, inputs, out: states.append(weakref.ref(out[-1].wkv)))
+    alive = []
+    expected, after = model(tokens, cu_seqlens=bounds)
+    assert len(after) == 2 and alive == [0, 1]
+    del after
+    alive.clear(), states.clear()
+    logits, after = model(tokens, cu_seqlens=bounds, keep=False)
+    assert torch.equal(logits, expected) and len(after) == 0 and alive == [0, 0]
 
 
 def test_a_checkpoint_is_known_by_its_sign_alone(family, model):

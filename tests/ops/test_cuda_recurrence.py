@@ -61,16 +61,20 @@ def chunked(cuda):
     return [name for name in cuda.RECURRENCE.names if name not in cuda.PLAIN]
 
 
-@pytest.mark.parametrize("N", [20, 64])
-def test_an_empty_sequence_hands_its_state_on(run, cases, N):
-    case = cases.make_case(1, 30, 2, N, torch.bfloat16, lengths=[12, 0, 18])
-    y, final, *gradients, gstate = run(case)
-    assert torch.equal(final[1], case.state[1]) and torch.equal(gstate[1], case.gfinal[1])
-    keep = torch.tensor([0, 2])
+@pytest.mark.parametrize("N, group", WAYS)
+@pytest.mark.parametrize("lengths", [(12, 0, 131), (12, 131, 0, 0)])
+def test_an_empty_sequence_hands_its_state_on(run, cuda, cases, lengths, N, group):
+    if group and N not in cuda.SPLITS:
+        pytest.skip("time is not split at this head size")
+    case = cases.make_case(1, 143, 2, N, torch.bfloat16, lengths=lengths)
+    y, final, *gradients, gstate = run(case, group=group)
+    empty = torch.tensor(lengths) == 0
+    assert torch.equal(final[empty], case.state[empty]) and torch.equal(gstate[empty], case.gfinal[empty])
     without = dataclasses.replace(
-        case, state=case.state[keep], gfinal=case.gfinal[keep], cu_seqlens=torch.tensor([0, 12, 30])
+        case, state=case.state[~empty], gfinal=case.gfinal[~empty], cu_seqlens=torch.tensor([0, 12, 143])
     )
-    for x, expected in zip((y, final[keep], *gradients, gstate[keep]), run(without), strict=True):
+    found = (y, final[~empty], *gradients, gstate[~empty])
+    for x, expected in zip(found, run(without, group=group), strict=True):
         assert torch.equal(x, expected)
 
 

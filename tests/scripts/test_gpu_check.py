@@ -91,6 +91,7 @@ def test_every_step_runs_in_order_and_its_results_are_kept(check):
         "gpu_graphs.py",
         "--resume",
         "--cuda_graphs 1",
+        "--dataload pack",
         "merge --base_model",
         "-DGENERATION=7",
         "kernel_driver/mix.cu",

@@ -1,8 +1,9 @@
 """CUDA graphs on a CPU: torch's operations are recorded, and replayed into the memory that they wrote when recorded.
 
-As on a GPU, recording computes nothing (what it wrote is NaN afterwards), nothing may be read while it goes on, and a
-replay reads its inputs where they lay and overwrites what it left before. What is no operation of torch's, as our
-kernels are not, is not repeated: `emulate` also has the blocks take plain torch.
+As on a GPU, recording computes nothing (what it wrote is NaN afterwards), nothing may be read while it goes on nor made
+of the host's numbers, and a replay reads its inputs where they lay and overwrites what it left before. What is no
+operation of torch's, as our kernels are not, is not repeated: `emulate` also has the blocks take plain torch, which
+finds packed sequences without reading where they lie, as the kernels do.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -12,11 +13,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")  # what a host would wait for
+# What a host would wait for, or copy to the GPU from memory that is not pinned, as torch.tensor does.
+REFUSED = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "lift_fresh")
 
 
 class Graph(TorchDispatchMode):
-    """Stands for torch.cuda.CUDAGraph, and records while it is entered."""
+    """Stands for torch.cuda.CUDAGraph, and records while it is entered. replays: how many there were of all."""
+
+    replays = 0
 
     def __init__(self):
         super().__init__()
@@ -24,7 +28,7 @@ class Graph(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.split("::")[1]
-        assert name not in READS, f"{name} reads a result while a graph is recorded"
+        assert name not in REFUSED, f"{name} reads a result, or the host's numbers, while a graph is recorded"
         out = func(*args, **(kwargs or {}))
         if not func.is_view:
             self.calls.append((func, args, kwargs or {}, out))
@@ -45,6 +49,7 @@ class Graph(TorchDispatchMode):
                 tensor.data.fill_(float("nan") if tensor.is_floating_point() else 0)
 
     def replay(self):
+        Graph.replays += 1
         with torch.no_grad():
             for func, args, kwargs, out in self.calls:
                 again = func(*args, **kwargs)
@@ -62,10 +67,32 @@ def record(graph, pool, capture_error_mode):
         graph.spoil()
 
 
+def walked(recurrence, rows):
+    """A recurrence in plain torch, with so many inputs (B, T, H, N): packed sequences are walked token by token, each
+    from the state that its own has by then."""
+
+    def walk(*tensors):
+        *inputs, state, bounds = tensors
+        if bounds is None:
+            return recurrence(*tensors)
+        _, T, H, N = inputs[0].shape
+        states = torch.zeros(len(bounds) - 1, H, N, N) if state is None else state
+        sequences, ys = torch.searchsorted(bounds[1:].contiguous(), torch.arange(T), right=True), []
+        for t, at in enumerate(sequences.split(1)):
+            token = [x[:, t : t + 1] for x in inputs[:rows]]
+            y, after = recurrence(*token, *inputs[rows:], states.index_select(0, at))
+            states = states.index_copy(0, at, after)
+            ys.append(y)
+        return torch.cat(ys, dim=1), states
+
+    return walk
+
+
 def emulate(patch):
     """patch(owner, name, value) -> there are CUDA graphs."""
     from rwkv_peft.ops.bone import op as bone
     from rwkv_peft.ops.mix import cpu
+    from rwkv_peft.ops.recurrence import checks
     from rwkv_peft.ops.wkv6 import op as wkv6
     from rwkv_peft.ops.wkv7 import op as wkv7
 
@@ -77,5 +104,7 @@ def emulate(patch):
     patch(torch.cuda, "stream", lambda stream: nullcontext())
     patch(cpu.FAMILY, "takes", lambda *_: False)
     patch(bone, "backend", lambda *_, **__: None)
+    patch(checks, "_has_values", lambda x: False)  # which are read of a CPU's at each call, of a GPU's once
     for recurrence in (wkv6.WKV6, wkv7.WKV7):
         patch(recurrence.backends, "choose", lambda *_: "reference")
+        patch(recurrence, "reference", walked(recurrence.reference, recurrence.row_count))

@@ -3,18 +3,25 @@
 graphs_emulated.py stands for CUDA's graphs.
 """
 
+import json
+
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from rwkv_peft.adapters.inject import inject
-from rwkv_peft.config import AdapterConfig
+from rwkv_peft.config import AdapterConfig, DataConfig
 from rwkv_peft.data.batches import collate
+from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.errors import UserError
+from rwkv_peft.files.base import save_model
 from rwkv_peft.models import FAMILIES
+from rwkv_peft.ops.recurrence.checks import check_bounds
 from rwkv_peft.training.flags import parse_flags
-from rwkv_peft.training.graphs import Graphed, recorded_lengths
-from rwkv_peft.training.steps import Whole
+from rwkv_peft.training.graphs import Form, Graphed, bounds_like, recorded_forms
+from rwkv_peft.training.preferences import Preferences
+from rwkv_peft.training.steps import Whole, straight
 from training.graphs_emulated import emulate
 from training.runs import ROOT, finish, metrics, start
 
@@ -26,8 +33,9 @@ def graphs(monkeypatch):
     emulate(monkeypatch.setattr)
 
 
-def make(family, trains):
-    """A model of which nothing is zero; what trains: "bat-in", "lora", "all" with tuned states, or "ln_out"."""
+def make(family, trains, quant="none"):
+    """A model of which nothing is zero; what trains: "bat-in", "lora", which drops inputs, "all" with tuned states, or
+    "ln_out"."""
     torch.manual_seed(0)
     model = family.build(family.new_dimensions(n_layer=2, n_embd=16, vocab_size=VOCABULARY, head_size=8))
     family.init_weights(model)
@@ -37,7 +45,8 @@ def make(family, trains):
         model.requires_grad_(False).ln_out.requires_grad_(True)
     else:
         method, mode = ("lora", "bat-in") if trains == "lora" else ("bone", trains)
-        inject(model, AdapterConfig(method=method, mode=mode, rank=4), family=family)
+        dropout = 0.5 if trains == "lora" else 0.0
+        inject(model, AdapterConfig(method=method, mode=mode, rank=4, quant=quant, dropout=dropout), family=family)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -50,13 +59,18 @@ def a_batch(seed, rows=2, tokens=T):
     return collate([(torch.randint(VOCABULARY, (tokens + 1,)), mask) for _ in range(rows)])
 
 
-def trained(model, step, lengths):
-    """What three optimizer steps of two micro batches leave, which have so many tokens a row: losses, parameters, and
-    the last gradients."""
+def packed(seed, lengths):
+    """A batch of documents of so many targets."""
+    torch.manual_seed(seed)
+    return collate([[(torch.randint(VOCABULARY, (T + 1,)), torch.arange(T) % 3 > 0) for T in lengths]])
+
+
+def trained(model, way, batches):
+    """What an optimizer step for every two micro batches leaves: losses, parameters, and the last gradients."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer, losses = torch.optim.AdamW(parameters, lr=1e-2), []
-    for seed, tokens in enumerate(lengths):
-        batch = a_batch(seed, tokens=tokens)
+    optimizer, losses, step = torch.optim.AdamW(parameters, lr=1e-2), [], Whole(way)
+    for seed, batch in enumerate(batches):
+        torch.manual_seed(seed)
         loss = step.loss(model, batch, batch["mask"].sum().item())
         losses += [loss.detach(), step.total(model, a_batch(seed + 9))]
         loss.backward()
@@ -69,23 +83,99 @@ def trained(model, step, lengths):
 @pytest.mark.parametrize("trains", ["bat-in", "lora", "all", "ln_out"])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_replayed_blocks_train_as_blocks_do(family, trains):
-    runs = [trained(make(family, trains), step, [T] * 6) for step in (Graphed((T,)), Whole())]
+    batches = [a_batch(seed) for seed in range(6)]
+    runs = [trained(make(family, trains), way, batches) for way in (Graphed([Form(T)]), straight)]
     torch.testing.assert_close(*runs, rtol=0, atol=0)
     assert sum(gradient is not None for gradient in runs[1][2]) > 0
 
 
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_quantized_weights_train_as_they_do(quant):
+    pytest.importorskip("bitsandbytes")
+    batches = [a_batch(seed) for seed in range(6)]
+    runs = [trained(make(FAMILIES[0], "bat-in", quant), way, batches) for way in (Graphed([Form(T)]), straight)]
+    torch.testing.assert_close(*runs, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("family, trains", [*zip(FAMILIES, ("all", "bat-in")), (FAMILIES[0], "ln_out")])
 def test_shorter_rows_are_padded_and_train_as_they_are(family, trains):
-    graphed = Graphed((T, T - 2))
-    runs = [trained(make(family, trains), step, [T, T, T - 1, T - 2, T, T - 3]) for step in (graphed, Whole())]
+    graphed = Graphed([Form(T), Form(T - 2)])
+    batches = [a_batch(seed, tokens=tokens) for seed, tokens in enumerate([T, T, T - 1, T - 2, T, T - 3])]
+    runs = [trained(make(family, trains), way, batches) for way in (graphed, straight)]
     torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-6)
-    assert graphed.graphs[T].calls == 6 and graphed.graphs[T - 2].leader is graphed.graphs[T]
+    longest, shorter = graphed.graphs.values()
+    assert longest.calls == 6 and shorter.leader is longest
 
 
-def test_the_lengths_that_are_recorded():
-    assert recorded_lengths(1000, padded=False) == (1000,)
-    assert recorded_lengths(1000, padded=True) == (1000, 768, 512, 256)
-    assert recorded_lengths(100, padded=True) == (100, 64)
+PACKED = (  # the lengths of the documents in each of a run's rows, of 9 targets
+    [(4, 5), (9,), (1, 1, 1, 1, 5), (2, 3, 4), (9,), (5, 4)],
+    [(1, 2, 3, 2, 1), (3, 6), (3, 3, 3), (8, 1), (2, 2, 2, 3), (1, 8)],
+    [(9,), (3, 3, 3), (1, 8), (1,) * 5 + (4,), (9,), (7, 2)],
+)
+
+
+@pytest.mark.parametrize("rows", PACKED)
+@pytest.mark.parametrize("family, trains", [(one, trains) for one in FAMILIES for trains in ("all", "bat-in")])
+def test_packed_rows_train_as_they_do_whatever_their_number_of_sequences(family, trains, rows):
+    """One row after another is of more sequences than the one before, and of fewer."""
+    graphed = Graphed([Form(9, most) for most in (6, 4, 2)])
+    batches = [packed(seed, lengths) for seed, lengths in enumerate(rows)]
+    runs = [trained(make(family, trains), way, batches) for way in (graphed, straight)]
+    torch.testing.assert_close(*runs, rtol=0, atol=0)
+    assert graphed.graphs[Form(9, 6)].calls == 6
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_the_last_sequence_goes_on_to_the_end_of_rows_that_are_not_full(family):
+    batches = [packed(seed, lengths) for seed, lengths in enumerate([(4, 5), (3,), (1, 1, 2), (2, 3, 6), (7,), (2,)])]
+    longer = [
+        batch
+        | {name: F.pad(batch[name], (0, 11 - batch[name].shape[1])) for name in ("tokens", "targets", "mask")}
+        | {"cu_seqlens": torch.cat([batch["cu_seqlens"][:-1], torch.tensor([11])])}
+        for batch in batches
+    ]
+    found = trained(make(family, "bat-in"), Graphed([Form(11, 3)]), batches)
+    torch.testing.assert_close(found, trained(make(family, "bat-in"), straight, longer), rtol=0, atol=0)
+    torch.testing.assert_close(found[0], trained(make(family, "bat-in"), straight, batches)[0], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_pairs_train_as_they_do_and_their_base_stays_the_base(family):
+    """Recorded with adapters that have moved already, of which the base's graphs have nothing."""
+    forms, results = [Form(9, 4), Form(6, 4)], []
+    for ways in ((Graphed(forms), Graphed(forms, gradients=False)), ()):
+        model, step = make(family, "bat-in"), Preferences(0.7, 0.3, *ways)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer, losses = torch.optim.AdamW(parameters, lr=1e-2), []
+        for seed, lengths in enumerate([(2, 3, 2, 2), (1, 2, 2, 1), (3, 3, 1, 2)]):
+            batch = packed(seed, lengths)
+            loss = step.loss(model, batch, 2)
+            losses += [loss.detach(), *step.measures.values(), step.total(model, batch)]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append((losses, parameters))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_the_forms_that_are_recorded():
+    def tokens(packs=(0, 0), **data):
+        return [tuple(form) for form in recorded_forms(DataConfig(path="", **data), packs)]
+
+    assert tokens(ctx_len=1000) == [(1000, 0)]
+    assert tokens(ctx_len=1000, micro_bsz=3, dataload="pad") == [(1000, 0), (768, 0), (512, 0), (256, 0)]
+    assert tokens(ctx_len=100, dataload="only") == [(100, 0), (64, 0)]
+    assert tokens((1, 9), ctx_len=100, dataload="pack") == [(100, 9), (100, 8), (100, 4), (100, 2), (100, 1)]
+    assert tokens((6, 16), ctx_len=100, micro_bsz=2, dataload="pack") == [(200, 16), (200, 8)]
+    pairs = dict(ctx_len=60, micro_bsz=2, data_type="pairs", dataload="pack")
+    assert tokens((4, 4), **pairs) == [(240, 4), (192, 4), (128, 4), (64, 4)]
+
+
+def test_the_bounds_that_are_recorded_are_taken_unread():
+    bounds = bounds_like(torch.empty(1, 9, 4, device="meta"), 4)
+    assert bounds.shape == (5,)
+    check_bounds("wkv7", bounds, 9)  # which would read them
+    assert bounds_like(torch.empty(1, 9, 4), 4).tolist() == [0, 2, 4, 6, 9]
 
 
 def test_a_driver_that_cannot_record_is_told_of(monkeypatch):
@@ -94,13 +184,13 @@ def test_a_driver_that_cannot_record_is_told_of(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     with pytest.raises(UserError, match=r"cannot record what the blocks do \(operation not permitted.*; leave it out"):
-        Graphed((T,)).loss(make(FAMILIES[0], "bat-in"), a_batch(0), 1)
+        Whole(Graphed([Form(T)])).loss(make(FAMILIES[0], "bat-in"), a_batch(0), 1)
 
 
 @pytest.fixture
 def recorded():
-    """A model with an adapter, and a Graphed that has recorded it."""
-    model, step = make(FAMILIES[0], "bat-in"), Graphed((T, T - 2))
+    """A model with an adapter, and a step that has recorded it."""
+    model, step = make(FAMILIES[0], "bat-in"), Whole(Graphed([Form(T), Form(T - 2)]))
     step.loss(model, a_batch(0), 1)
     return model, step
 
@@ -130,9 +220,6 @@ def test_parameters_that_have_moved_are_noticed(recorded):
         (["--grad_cp", "1"], "--grad_cp 1: "),
         (["--compile"], "--compile: both take the blocks"),
         (["--train_type", "infctx"], "--chunk_ctx 512: segments hand states on"),
-        (["--dataload", "pack"], "--dataload pack: a graph is of one number of documents"),
-        (["--quant", "nf4"], "--quant nf4: "),
-        (["--peft", "lora", "--lora_config", '{"lora_dropout": 0.1}'], "dropout 0.1: a graph repeats what was drawn"),
     ],
 )
 def test_what_a_recorded_step_cannot_repeat_is_refused(more, words):
@@ -142,23 +229,56 @@ def test_what_a_recorded_step_cannot_repeat_is_refused(more, words):
     assert words in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "rows, close",
-    [
-        ([], {"rtol": 0, "atol": 0}),
-        (["--dataload", "pad", "--ctx_len", "128", "--precision", "fp32"], {"rtol": 1e-3, "atol": 1e-5}),
-    ],
-    ids=["get", "pad"],
-)
-def test_a_run_is_the_same_replayed(files, command, rows, close):
+@pytest.fixture(scope="module")
+def data(files, tiny_state):
+    """Flags by a kind of rows: "pack" of documents that fill rows of 24 targets, 1 to 8 in each; "pairs" of answers, on
+    a base whose tokens are bytes; for others, none."""
+    with BinidxWriter(files / "documents", vocab_size=80) as writer:
+        for number, size in enumerate([24, 12, 12, 6, 6, 6, 6, *[3] * 8] * 4):
+            writer.add([1 + (number + 7 * i) % 79 for i in range(size)] + [0])
+    rows = [{"query": f"{i}?", "chosen": "AB" * (1 + i % 9), "rejected": "no" * (1 + i % 4)} for i in range(20)]
+    (files / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_model(files / "bytes.pth", tiny_state(vocab_size=257))
+    pairs = ["--data_file", files / "pairs.jsonl", "--load_model", files / "bytes.pth", "--tokenizer", "bytes"]
+    return {
+        "pack": ["--dataload", "pack", "--data_file", files / "documents"],
+        "pairs": ["--data_type", "pairs", *pairs],
+    }
+
+
+SAME, CLOSE = {"rtol": 0, "atol": 0}, {"rtol": 1e-3, "atol": 1e-5}
+ROWS = {
+    "get": ((), SAME),
+    "get, quantized": (("--quant", "nf4"), SAME),
+    "get, dropping": (("--peft", "lora", "--lora_config", '{"lora_r": 8, "lora_dropout": 0.2}'), SAME),
+    "pad": (("--dataload", "pad", "--ctx_len", "128", "--precision", "fp32"), CLOSE),
+    "pack": ((), SAME),
+    "pack, another seed": (("--random_seed", "1"), SAME),
+    "pack, with states": (("--random_seed", "2", "--train_parts", "state"), SAME),
+    "pairs": (("--ctx_len", "64", "--precision", "fp32"), CLOSE),
+}
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_a_run_is_the_same_replayed(files, data, command, rows):
     """Under the engine, which moves parameters, hooks their gradients and adds up those of micro batches."""
-    flags = ("--micro_bsz", "2", "--accumulate_grad_batches", "2", "--val_split", "0.2", *rows)
+    if "quantized" in rows:
+        pytest.importorskip("bitsandbytes")
+    more, close = ROWS[rows]
+    flags = ["--micro_bsz", "2", "--accumulate_grad_batches", "2", "--val_split", "0.2", *more]
+    kind = rows.split(",")[0]
+    flags += map(str, data.get(kind, ()))
     runs = {}
-    for name, graphs in ((f"eager{len(rows)}", "0"), (f"replayed{len(rows)}", "1")):
+    for name, graphs in ((f"eager {rows}", "0"), (f"replayed {rows}", "1")):
         python, _, *rest = command(name, *flags, "--cuda_graphs", graphs, "--accelerator", "cpu")
         runs[name] = start([python, str(ROOT / "tests" / "training" / "train_graphed.py"), *rest])
-    told = ["blocks are recorded as CUDA graphs in the first step" in finish(process)[0] for process in runs.values()]
-    assert told == [False, True]
+    eager, replayed = (finish(process)[0] for process in runs.values())
+    assert "CUDA graphs" not in eager and "\n0 replays" in eager
+    most = {"pack": 16, "pairs": 4}.get(kind)
+    packed = f" of rows of up to {most} documents" if most else ""
+    assert f"blocks are recorded as CUDA graphs{packed} in the first step" in replayed
+    base = 16 + 2 * 2 if kind == "pairs" else 0  # the base's passes in training, and in validation after each epoch
+    assert f"\n{32 + base} replays" in replayed
     eager, replayed = (
         [{k: torch.tensor(v) for k, v in line.items() if k != "tokens_per_s"} for line in metrics(files, name)]
         for name in runs

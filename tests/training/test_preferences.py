@@ -140,7 +140,6 @@ def test_adapters_come_back_after_an_error():
         (["--peft", "lora-ga"], "--peft lora-ga: "),
         (["--lr_init", "auto"], "--lr_init auto: .* give a number"),
         (["--train_type", "infctx"], "--train_type infctx: "),
-        (["--cuda_graphs", "1"], "--cuda_graphs 1: "),
         (["--dataload", "pad"], "--dataload pad: "),
         (["--loss_mask", "none"], "--loss_mask none: "),
     ],

@@ -113,12 +113,7 @@ class QuantizedProduct:
         native = dtype if dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.float32
         if self.kind == "nf4":
             state = functional.QuantState(
-                absmax,
-                shape=(1, stop - start),
-                blocksize=size,
-                quant_type="nf4",
-                dtype=native,
-                code=functional.get_4bit_type("nf4", device=packed.device),
+                absmax, shape=(1, stop - start), blocksize=size, quant_type="nf4", dtype=native
             )
             part = packed[start // 2 : -(-stop // 2)]
             return functional.dequantize_4bit(part[:, None], state).flatten().to(dtype)

@@ -30,6 +30,10 @@ class PackedSamples(DocumentSamples):
     def __getitem__(self, n: int) -> list[Document]:
         return [self.document(index) for index in self._rows[self.unit(n)]]
 
+    def packs(self, rows: int) -> tuple[int, int]:
+        numbers = [len(self._rows[unit]) for unit in self.units]
+        return rows * min(numbers), rows * max(numbers)
+
     def count(self, n: int) -> int:
         """How many targets of sample n count."""
         return sum(self.document_count(index) for index in self._rows[self.unit(n)])

@@ -21,5 +21,8 @@ class PairSamples(DocumentSamples):
         first = 2 * self.unit(n)
         return [self.document(first), self.document(first + 1)]
 
+    def packs(self, rows: int) -> tuple[int, int]:
+        return 2 * rows, 2 * rows
+
     def count(self, n: int) -> int:
         return 1

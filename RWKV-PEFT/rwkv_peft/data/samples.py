@@ -71,6 +71,10 @@ class Samples(ABC):
     def count(self, n: int) -> int:
         """How many targets of sample n count."""
 
+    def packs(self, rows: int) -> tuple[int, int]:
+        """The fewest and the most documents that `rows` samples pack into one row; (0, 0) where nothing is packed."""
+        return 0, 0
+
     def unit(self, n: int) -> int:
         """Sample n -> the number of what it visits."""
         epoch, position = divmod(n, len(self.units))

@@ -143,20 +143,22 @@ class LanguageModel(nn.Module):
         state: State | None = None,
         cu_seqlens: torch.Tensor | None = None,
         head: HeadFunction | None = None,
+        keep: bool = True,
     ) -> tuple[torch.Tensor, State]:
-        """tokens (B, T) int64, state State or None -> logits (B, T, V), State.
+        """tokens (B, T) int64, state State or None -> logits (B, T, V), State, which is empty unless it is to `keep`.
 
         cu_seqlens (n + 1,) marks the boundaries of n sequences packed in one row (B = 1); nothing crosses them. The
         state is of n sequences, or of the first of them, and the others begin where tuned time states or zeros let
         them. `head(x, weight)`, where given, takes the place of the logits (see Head).
         """
-        x, after = self.through_blocks(self.emb(tokens), state, cu_seqlens)
+        x, after = self.through_blocks(self.emb(tokens), state, cu_seqlens, keep)
         return self.head(self.ln_out(x), head), after
 
     def through_blocks(
-        self, x: torch.Tensor, state: State | None = None, cu_seqlens: torch.Tensor | None = None
+        self, x: torch.Tensor, state: State | None = None, cu_seqlens: torch.Tensor | None = None, keep: bool = True
     ) -> tuple[torch.Tensor, State]:
-        """The part of forward between embedding and norm: x (B, T, C) -> x (B, T, C), State."""
+        """The part of forward between embedding and norm: x (B, T, C) -> x (B, T, C), State. Of many packed sequences
+        the states are large, all layers' at once more so."""
         carried: Sequence[torch.Tensor | None] = self.carried
         sequences = count_sequences(x, cu_seqlens)
         states = []
@@ -167,7 +169,9 @@ class LanguageModel(nn.Module):
                 x, *carried, layer_state = checkpoint(self.through_one, block, *inputs, use_reentrant=False)
             else:
                 x, *carried, layer_state = block(*inputs)
-            states.append(layer_state)
+            if keep:
+                states.append(layer_state)
+            del layer_state
         return self.closed(x, *carried)[0], State(states)
 
     def through_one(self, block: nn.Module, *inputs: Any) -> tuple[Any, ...]:

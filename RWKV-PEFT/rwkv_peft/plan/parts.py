@@ -107,7 +107,8 @@ class Estimate:
         ]
         if counts.quantized:
             rows = min(ROW_ELEMENTS, counts.quantized)
-            parts.append(Part("rows that are dequantized", self.accelerator, rows * item, (BACKWARD,)))
+            when = ALWAYS if train.cuda_graphs else (BACKWARD,)
+            parts.append(Part("rows that are dequantized", self.accelerator, rows * item, when))
         if self.accelerator == GPU and not self.mapped:
             whole = (counts.total - counts.own) * item
             parts.append(Part("weights, on their way to the GPU", CPU, whole))
@@ -147,10 +148,14 @@ class Estimate:
         hidden = (rows * tokens + 2 * chunk) * model.n_embd * item
         read = min(self.unread(), rows * tokens * (model.n_embd * item + PAGE))
         graphs = self.config.train.cuda_graphs  # whose memory is theirs until the run ends
+        segment = self.config.train.chunk_ctx  # which hands the states on to the next
+        kept = self.step.kept.at(rows, tokens)
+        base = kept // model.n_layer if graphs and self.config.data.data_type == "pairs" else 0  # of a block, at most
         return [
             Part("embedding, rows that are read", here, read),
-            Part("activations", here, self.step.kept.at(rows, tokens), ALWAYS if graphs else (LOSS, BACKWARD)),
-            Part("states of the layers", here, self.step.states.at(rows, tokens), (LOSS,)),
+            Part("activations", here, kept, ALWAYS if graphs else (LOSS, BACKWARD)),
+            Part("work of the base's pass, in its CUDA graphs", here, base),
+            Part("states of the layers", here, self.step.states.at(rows, tokens) if segment else 0, (LOSS,)),
             Part("work of a block", here, self.step.work.at(rows, tokens), ALWAYS if graphs else (BACKWARD,)),
             Part("logits", here, round(chunk * self.logits), (LOSS,)),
             Part("hidden states of the loss", here, hidden, (LOSS,)),

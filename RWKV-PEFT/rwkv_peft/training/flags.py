@@ -88,7 +88,7 @@ def check_together(adapter: AdapterConfig, data: DataConfig, train: TrainConfig)
     check_train(train)
     check_products(train, adapter)
     check_preferences(train, adapter, data)
-    check_graphs(train, adapter, data)
+    check_graphs(train)
 
 
 def check_train_type(args: Namespace) -> None:

@@ -1,10 +1,10 @@
 """What --cuda_graphs does not go with, judged before there is a model."""
 
-from ..config import AdapterConfig, DataConfig, TrainConfig
+from ..config import TrainConfig
 from ..errors import UserError
 
 
-def check_graphs(train: TrainConfig, adapter: AdapterConfig, data: DataConfig) -> None:
+def check_graphs(train: TrainConfig) -> None:
     """Refuse what a recorded step cannot repeat."""
     if not train.cuda_graphs:
         return
@@ -15,9 +15,6 @@ def check_graphs(train: TrainConfig, adapter: AdapterConfig, data: DataConfig) -
         (train.grad_cp, "--grad_cp 1", "a graph keeps what backward needs"),
         (train.compile, "--compile", "both take the blocks"),
         (train.chunk_ctx > 0, f"--chunk_ctx {train.chunk_ctx}", "segments hand states on, and a graph takes none"),
-        (data.dataload == "pack", "--dataload pack", "a graph is of one number of documents, and rows hold any"),
-        (adapter.quant != "none", f"--quant {adapter.quant}", "a quantized weight's tables are made at each product"),
-        (adapter.dropout > 0, f"dropout {adapter.dropout:g}", "a graph repeats what was drawn"),
     ):
         if contradicts:
             raise UserError(f"--cuda_graphs 1 does not go with {flag}: {why}; leave one of them out")

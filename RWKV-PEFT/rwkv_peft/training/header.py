@@ -59,7 +59,9 @@ def describe(
     if train.compile:
         say("          blocks are compiled: the first steps take a minute or more")
     if train.cuda_graphs:
-        say("          blocks are recorded as CUDA graphs in the first step, and replayed")
+        _, most = samples.packs(data.micro_bsz)
+        rows = f" of rows of up to {counted(most, 'document')}" if most else ""
+        say(f"          blocks are recorded as CUDA graphs{rows} in the first step, and replayed")
     if accelerator == "gpu":
         for what, cuda in KERNELS:
             reason = cuda.FAMILY.unavailable()

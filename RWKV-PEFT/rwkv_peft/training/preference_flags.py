@@ -25,7 +25,6 @@ def check_preferences(train: TrainConfig, adapter: AdapterConfig, data: DataConf
         (adapter.method == "lora-ga", "--peft lora-ga", "it begins with the gradient of another loss"),
         (bool(train.lr_chosen), "--lr_init auto", "its rule is for the loss of tokens; give a number, such as 5e-6"),
         (train.chunk_ctx > 0, "--train_type infctx", "an answer's probability is that of all its tokens at once"),
-        (train.cuda_graphs, "--cuda_graphs 1", "a graph is of one length of rows, and pairs have any"),
         (data.dataload != "pack", f"--dataload {data.dataload}", "pairs are packed; leave the flag out"),
         (data.loss_mask != "file", f"--loss_mask {data.loss_mask}", "answers alone count; leave the flag out"),
     ):

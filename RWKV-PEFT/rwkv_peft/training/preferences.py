@@ -13,24 +13,24 @@ from torch import nn
 
 from ..adapters.layer import untrained
 from .loss import token_losses
-from .steps import Batch, Step
+from .steps import Batch, Step, Way, straight
 
 
 class Preferences(Step):
-    """A step over packed rows of pairs, the better answer first. nll adds so many times the mean loss of the better
-    answer's tokens (Pang et al. 2024, arXiv 2404.19733).
+    """A step over packed rows of pairs, the better answer first, by a Way; base_way is that through the base alone. nll
+    adds so many times the mean loss of the better answer's tokens (Pang et al. 2024, arXiv 2404.19733).
 
     measures: accuracy, the share of pairs whose margin is above 0; margin, their mean; chosen, the better answers' part
     of it, beta (p_chosen - before_chosen), below 0 where they become less likely themselves.
     """
 
-    def __init__(self, beta: float, nll: float = 0.0) -> None:
-        self.beta, self.nll = beta, nll
+    def __init__(self, beta: float, nll: float = 0.0, way: Way = straight, base_way: Way = straight) -> None:
+        self.beta, self.nll, self.way, self.base_way = beta, nll, way, base_way
 
     def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
         with torch.no_grad(), untrained(model):
-            before = losses_of_documents(model, batch)
-        now = losses_of_documents(model, batch)
+            before = losses_of_documents(model, batch, self.base_way)
+        now = losses_of_documents(model, batch, self.way)
         tokens = counted_tokens(batch)
         counts = tokens.any(1)  # those that fill up a batch do not
         chosen, rejected = (before - now).view(-1, 2).unbind(1)
@@ -47,11 +47,10 @@ class Preferences(Step):
         return counted_tokens(batch).any(1).sum()
 
 
-def losses_of_documents(model: nn.Module, batch: Batch) -> torch.Tensor:
+def losses_of_documents(model: nn.Module, batch: Batch, way: Way = straight) -> torch.Tensor:
     """The negative log-probability of each document's counted tokens, (documents,) of a packed batch."""
     head = partial(token_losses, targets=batch["targets"], counted=batch["counted"])
-    losses: torch.Tensor = model(batch["tokens"], cu_seqlens=batch["cu_seqlens"], head=head)[0]
-    return per_document(batch, losses)
+    return per_document(batch, way(model, batch, head))
 
 
 def counted_tokens(batch: Batch) -> torch.Tensor:

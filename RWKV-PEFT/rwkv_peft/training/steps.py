@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..data.batches import positions
+from ..models.parts import HeadFunction
 from ..models.state import LayerState, State
 from .loss import linear_cross_entropy
 from .segments import Segment, filler, segments_of
@@ -21,6 +22,7 @@ from .segments import Segment, filler, segments_of
 Batch = Mapping[str, torch.Tensor]
 Tensors = Sequence[torch.Tensor]
 Gradient = Sequence[torch.Tensor | None]  # of some tensors, None for those that it does not reach
+Way = Callable[[nn.Module, Batch, HeadFunction], torch.Tensor]  # through a model: (model, batch, head) -> head's result
 
 
 class Step(ABC):
@@ -53,12 +55,20 @@ class OfTokens(Step):
         return batch["mask"].sum()
 
 
+def straight(model: nn.Module, batch: Batch, head: HeadFunction) -> torch.Tensor:
+    """The Way of a model's own forward."""
+    result: torch.Tensor = model(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"), head=head, keep=False)[0]
+    return result
+
+
 class Whole(OfTokens):
-    """All positions of a batch at once."""
+    """All positions of a batch at once, by a Way."""
+
+    def __init__(self, way: Way = straight) -> None:
+        self.way = way
 
     def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
-        loss: torch.Tensor = model(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"), head=loss_of(batch, count))[0]
-        return loss
+        return self.way(model, batch, loss_of(batch, count))
 
 
 def loss_of(batch: Batch, count: float) -> Callable[..., torch.Tensor]:

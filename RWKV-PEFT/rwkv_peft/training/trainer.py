@@ -8,28 +8,31 @@ import lightning.pytorch as pl
 from ..adapters.groups import learning_ratios
 from ..adapters.methods import method_of
 from ..config import RunConfig
+from ..data.samples import Samples
 from ..models.state import TIME_STATE
 from ..names import STATE
 from .callbacks import FiniteGradients, Moves, Record, Save, StopSignals
 from .gathering import live_parameters
-from .graphs import Graphed, recorded_lengths
+from .graphs import Graphed, recorded_forms
 from .lit import Lit
 from .preferences import Preferences
 from .prepared import Prepared
-from .steps import Segments, Step, Whole
+from .steps import Segments, Step, Way, Whole, straight
 from .strategy import make_strategy
 
 
-def step_of(config: RunConfig) -> Step:
-    """What a step computes of a batch: whole rows, their blocks replayed where they are to be, segments of them, or
-    pairs of answers."""
+def step_of(config: RunConfig, samples: Samples) -> Step:
+    """What a step computes of a batch of `samples`: whole rows, segments of them, or pairs of answers."""
     train, data = config.train, config.data
-    if data.data_type == "pairs":
-        return Preferences(train.dpo_beta, train.dpo_nll)
+    way: Way = straight
+    base_way: Way = straight
     if train.cuda_graphs:
-        return Graphed(recorded_lengths(data.ctx_len, padded=data.dataload == "pad"))
+        forms = recorded_forms(data, samples.packs(data.micro_bsz))
+        way, base_way = Graphed(forms), Graphed(forms, gradients=False)
+    if data.data_type == "pairs":
+        return Preferences(train.dpo_beta, train.dpo_nll, way, base_way)
     if not train.chunk_ctx:
-        return Whole()
+        return Whole(way)
     return Segments(train.chunk_ctx, train.bptt_segments, together="stage_3" in train.strategy)
 
 
@@ -39,7 +42,7 @@ def make_lit(run: Prepared) -> Lit:
     if STATE in adapter.train_parts and not adapter.states_alone:
         ratios += ((TIME_STATE, train.state_lr / train.lr_init),)
     rates = run.family if train.layerwise_lr else None
-    return Lit(run.model, train, step_of(run.config), plan.total_steps, plan.first_step, rates, ratios)
+    return Lit(run.model, train, step_of(run.config, run.samples), plan.total_steps, plan.first_step, rates, ratios)
 
 
 def make_trainer(run: Prepared, loggers: list[Any], say: Callable[..., object]) -> pl.Trainer:

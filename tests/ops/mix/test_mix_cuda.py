@@ -217,6 +217,30 @@ def test_norm_and_points_that_depend_on_the_token(kernels, rank, lengths, with_l
         assert (x.double() - exact).norm() <= 2 * (low.double() - exact).norm(), i
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", (True, False), ids=("kernels", "plain"))
+def test_empty_sequences_at_the_end_change_nothing_of_the_others(kernels, dtype, kernel, monkeypatch):
+    """Which tokens are mixed with which; what an empty one's last token is, none of them says."""
+    monkeypatch.setattr(op, "fused", op.fused if kernel else lambda *_: False)
+    bounds = torch.tensor([0, 1, 63, 64, 65, 130])
+    raised = torch.cat([bounds, torch.tensor([130, 130, 130])])
+    x, weight, bias, maa, (low, up) = randn(1, 130, 64), *randn(2, 64), randn(5, 64), low_rank(1, 130, 64, 5, 32)
+    x, weight, bias, maa, low, up = (tensor.to(dtype) for tensor in (x, weight, bias, maa, low, up))
+    factors = ddlerp_inputs(1, 130, 64, 32, dtype=dtype)[6:]
+    for function in (
+        lambda x, bounds: lerp(x, None, maa, None, None, bounds),
+        lambda x, bounds: lerp(x, None, maa, low, up, bounds),
+        lambda x, bounds: norm_lerp(x, weight, bias, 1e-5, None, maa, bounds)[2],
+        lambda x, bounds: norm_ddlerp(x, None, None, weight, bias, 1e-5, None, *factors, bounds)[3],
+    ):
+        results = []
+        for of in (bounds, raised):
+            points = function(leaf := x.clone().requires_grad_(), of)
+            torch.autograd.backward(points, [randn(1, 130, 64, seed=i).to(dtype) for i in range(len(points))])
+            results.append([*points, leaf.grad])
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("trained", range(4, 11))
 def test_what_makes_points_takes_several_kernels_where_it_trains(kernels, trained):
     outs = ddlerp(ddlerp_inputs(1, 3, 64, 32, 1), torch.bfloat16, trained=trained)

@@ -1,6 +1,8 @@
 """wkv6 with its decay, norm and gate as one Function, through the CUDA kernels on the CPU (tests/cuda_shim): against
 float64, every gradient; and where it is taken."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from cuda_shim.running import one_torch_thread, shim_kernels
 from rwkv_peft.ops.mix import cpu, norm_gate
 from rwkv_peft.ops.mix import cuda as mix_cuda
 from rwkv_peft.ops.native.errors import BuildError
+from rwkv_peft.ops.recurrence import checks
 from rwkv_peft.ops.wkv6 import cuda, gated, reference, wkv6_gated
 
 NAMES = ("out", "final state", "gr", "gk", "gv", "glow", "gu", "gg", "gstate")
@@ -180,6 +183,25 @@ def test_split_time_makes_ys_gradient_before_its_passes(on_shim, monkeypatch, T,
     before = ["wkv6_{}_groups_64", "wkv6_{}_scan"]
     forward, backward = ([name.format(way) for name in before] for way in ("forward", "backward"))
     assert on_shim == [*forward, GATED[0], "norm_gate_backward", *backward, "wkv6_backward_64"]
+
+
+@pytest.mark.parametrize("group", [0, 64])
+def test_empty_sequences_at_the_end_change_no_bit_of_the_others(on_shim, monkeypatch, group):
+    """As a recorded step has them, whose bounds nobody reads."""
+    monkeypatch.setattr(checks, "_has_values", lambda x: False)
+    for recurrence in (cuda.RECURRENCE, cuda.WITH_GATE, *cuda.WITH_DECAY.values()):
+        monkeypatch.setattr(recurrence, "group_of", lambda *_: group)
+    raised = cases.make_case(1, 147, 2, 64, torch.bfloat16, lengths=[1, 130, 16, 0, 0], seed=2)
+    case = dataclasses.replace(
+        raised, state=raised.state[:3], gfinal=raised.gfinal[:3], cu_seqlens=raised.cu_seqlens[:4]
+    )
+    found, expected = (results(one, torch.bfloat16, wkv6_gated)[0] for one in (raised, case))
+    for name, x in found.items():
+        if name in ("final state", "gstate"):
+            own = raised.state if name == "final state" else raised.gfinal
+            x, handed_on = x[:3], x[3:]
+            assert torch.equal(handed_on, own[3:])
+        assert torch.equal(x, expected[name]), name
 
 
 def test_the_kernels_agree_with_those_of_two_operations(on_shim):

@@ -36,18 +36,18 @@ def token_shift(x: Tensor, last: Tensor | None = None, cu_seqlens: Tensor | None
     """Each token's predecessor.
 
     x (B, T, C); last (B, C) or None precedes the first token. With cu_seqlens (n + 1,), B is 1, the row holds n
-    sequences, and last is (n, C). Returns (B, T, C).
+    sequences, of which those at the end may be empty, and last is (n, C). Returns (B, T, C).
     """
     first = x.new_zeros(x.shape[0], 1, x.shape[2])
     if last is not None and cu_seqlens is None:
         first = last[:, None]
-    previous = torch.cat([first, x[:, :-1]], dim=1)
     if cu_seqlens is None:
-        return previous
+        return torch.cat([first, x[:, :-1]], dim=1)
+    previous = torch.cat([first, x], dim=1)  # (1, T + 1, C): empty sequences begin at the last
     starts = cu_seqlens[:-1].long()
     if last is None:
-        return previous.index_fill(1, starts, 0)
-    return previous.index_copy(1, starts, last[None])
+        return previous.index_fill(1, starts, 0)[:, :-1]
+    return previous.index_copy(1, starts, last[None])[:, :-1]
 
 
 def lerp(
@@ -195,7 +195,8 @@ def _trained(*parameters: Tensor) -> bool:
 
 
 def last_token(x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """The last token of each sequence of x (B, T, C) -> (B, C), or (n, C) where cu_seqlens packs n of them."""
+    """The last token of each sequence of x (B, T, C) -> (B, C), or (n, C) where cu_seqlens packs n of them. An empty
+    one has none: what stands for it means nothing, here and where a kernel gives the last tokens."""
     if cu_seqlens is not None:
         return x[0, cu_seqlens[1:].long() - 1]
     # A view would keep x as long as the state lives, where checkpointed blocks keep nothing else of it.
