@@ -1,4 +1,5 @@
-"""The figures of a comparison: loss against steps, against time, and against the learning rate, a line a method."""
+"""The figures of a comparison, a line a method: loss against steps, against time, and against the learning rate, and
+what is forgotten against what is learned."""
 
 import math
 import statistics
@@ -10,7 +11,7 @@ from ..files.atomic import atomic_write
 from ..plots import LINE_COLOURS, LINE_STYLES
 from .plan import Cell
 from .rates import rate_of
-from .report import Row, mean_curve
+from .report import Row, mean_curve, retained_curve
 from .runs import Outcome
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "d")
@@ -18,7 +19,8 @@ FORMATS = ("png", "svg")
 
 
 def draw(folder: Path, rows: Sequence[Row], methods: Sequence[str], seed: int, runs: Mapping[Cell, Outcome]) -> None:
-    """Write steps, time and rates (.png, .svg) into a folder; methods give each its colour."""
+    """Write steps, time and rates (.png, .svg) into a folder, and retained where --retain_data was measured; methods
+    give each its colour."""
     looks = {method: look(position) for position, method in enumerate(methods)}
     several = max(len(row.runs) for row in rows) > 1
     what = "validation loss (nats per token)" + "\nmean, lowest and highest of the seeds" * several
@@ -42,6 +44,13 @@ def draw(folder: Path, rows: Sequence[Row], methods: Sequence[str], seed: int, r
         for rate in (rate for rate, loss in swept if not math.isfinite(loss)):  # a cross at the upper edge
             axes.plot([rate], [0.98], "x", color=looks[row.method]["color"], transform=axes.get_xaxis_transform())
     save(figure, axes, folder, "rates")
+    curves = {row.method: curve for row in rows if (curve := retained_curve(row))}
+    if curves:
+        figure, axes = new_figure("validation loss (nats per token)", "rise of the loss on --retain_data")
+        axes.invert_xaxis()  # what has learned more stands further to the right
+        for method, curve in curves.items():
+            axes.plot(*zip(*curve), label=method, **looks[method])
+        save(figure, axes, folder, "retained")
 
 
 def look(position: int) -> dict[str, Any]:
