@@ -105,14 +105,13 @@ class Record(StepCallback):
         if self.validator is not None:
             self.validator.restore(self.path)
             trainer.strategy.barrier()
+            self.before = self.validator.before(trainer, lit)
         if trainer.is_global_zero:
             for path in (self.path, *(examiner.path for examiner in self.examiners)):
                 forget_rest(path, self.plan)
             self.file = open(self.path, "a", buffering=1)
             self.progress = Progress(self.plan)
-        if self.validator is not None:
-            self.before = self.validator.before(trainer, lit)
-            if self.before and trainer.is_global_zero:
+            if self.before:
                 self.progress.say(f"before the first step: retained loss {self.before['retain_start']:.4f}")
         self.start = time.perf_counter()
 
