@@ -1,5 +1,5 @@
 """The figures of a comparison, a line a method: loss against steps, against time, and against the learning rate, and
-what is forgotten against what is learned."""
+what is forgotten against what is learned, over the learning rates."""
 
 import math
 import statistics
@@ -11,7 +11,7 @@ from ..files.atomic import atomic_write
 from ..plots import LINE_COLOURS, LINE_STYLES
 from .plan import Cell
 from .rates import rate_of
-from .report import Row, mean_curve, retained_curve
+from .report import Row, mean_curve
 from .runs import Outcome
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "d")
@@ -44,12 +44,15 @@ def draw(folder: Path, rows: Sequence[Row], methods: Sequence[str], seed: int, r
         for rate in (rate for rate, loss in swept if not math.isfinite(loss)):  # a cross at the upper edge
             axes.plot([rate], [0.98], "x", color=looks[row.method]["color"], transform=axes.get_xaxis_transform())
     save(figure, axes, folder, "rates")
-    curves = {row.method: curve for row in rows if (curve := retained_curve(row))}
-    if curves:
-        figure, axes = new_figure("validation loss (nats per token)", "rise of the loss on --retain_data")
+    if any(row.retained for row in rows):
+        figure, axes = new_figure(
+            "final validation loss (nats per token)", "final rise of the loss on --retain_data\na point a learning rate"
+        )
         axes.invert_xaxis()  # what has learned more stands further to the right
-        for method, curve in curves.items():
-            axes.plot(*zip(*curve), label=method, **looks[method])
+        for row in rows:
+            ends = [runs[cell] for cell in sorted(runs) if cell[::2] == (row.method, seed)]
+            points = [(run.loss, run.retained[-1] - run.retained[0]) for run in ends if math.isfinite(run.loss)]
+            axes.plot(*zip(*points), label=row.method, **looks[row.method]) if points else None
         save(figure, axes, folder, "retained")
 
 
