@@ -7,8 +7,9 @@
 
 Rows are laid out as rwkv-peft preprocess does it, or by --template; every token counts, and the last --held_out rows
 are what is validated on. Tokens are the bytes of UTF-8 and an end token (the demo's vocabulary), or with --utf16 the
-bytes of UTF-16, on which the tiny models of rwkv.cpp's tests were trained. Further flags are those of rwkv-peft
-compare, and behind -- those of train.py; --train_flags says which are given anyway.
+bytes of UTF-16, on which the tiny models of rwkv.cpp's tests were trained. --retain_text measures besides what is
+forgotten of a text: train.py's --retain_data is its first --retain_chars characters. Further flags are those of
+rwkv-peft compare, and behind -- those of train.py; --train_flags says which are given anyway.
 """
 
 import argparse
@@ -33,6 +34,8 @@ def main(argv):
     parser.add_argument("--template", metavar="NAME", help="as preprocess takes it")
     parser.add_argument("--utf16", action="store_true")
     parser.add_argument("--held_out", type=int, default=16, help="rows to validate on (default 16)")
+    parser.add_argument("--retain_text", metavar="TXT")
+    parser.add_argument("--retain_chars", type=int, default=8192, help="(default 8192)")
     parser.add_argument("--output", default="out/methods", metavar="DIR")
     parser.add_argument(
         "--train_flags", action="version", version=" ".join(TRAIN), help="flags of train.py given anyway"
@@ -42,12 +45,16 @@ def main(argv):
     rows = [parse(item) for chunk in read_chunks(args.rows) for item in chunk.items]
     texts = ["".join(text for text, _ in layout(row)) for row in rows]
     folder = Path(args.output)
-    for name, part in (("train", texts[: -args.held_out]), ("held-out", texts[-args.held_out :])):
+    parts = {"train": texts[: -args.held_out], "held-out": texts[-args.held_out :]}
+    if args.retain_text:
+        parts["retain"] = [Path(args.retain_text).read_text(encoding="utf-8")[: args.retain_chars]]
+    for name, part in parts.items():
         with BinidxWriter(folder / name, 256 if args.utf16 else BytesTokenizer.vocab_size) as writer:
             for text in part:
                 writer.add(tokens_of(text, args.utf16))
     data = ("--load_model", args.model, "--data_file", str(folder / "train"), "--val_data", str(folder / "held-out"))
-    return compare(["--output", args.output, *further, "--", *data, *TRAIN, *train])
+    retain = ("--retain_data", str(folder / "retain")) if args.retain_text else ()
+    return compare(["--output", args.output, *further, "--", *data, *retain, *TRAIN, *train])
 
 
 def tokens_of(text, utf16):

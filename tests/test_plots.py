@@ -15,7 +15,7 @@ def write_metrics(path, count, every=10):
         for step in range(count):
             record = {"step": step, "loss": 2 / (step + 1), "lr": 1e-3, "tokens_per_s": 100.0}
             if step % every == every - 1:
-                record |= {"val_loss": 2.5 / (step + 1), "eval_score": 0.5}
+                record |= {"val_loss": 2.5 / (step + 1), "retain_loss": 1.5, "eval_score": 0.5}
                 record |= {"lm_eval/t/acc": 0.4, "lm_eval/t/perplexity": 9.0}
             file.write(json.dumps(record) + "\n")
     return path

@@ -30,6 +30,7 @@ class Panel(NamedTuple):
 PANELS = (
     Panel("loss", "loss (nats per token)", noisy=True, logarithm=True),
     Panel("val_loss", "validation loss (nats per token)", logarithm=True),
+    Panel("retain_loss", "retained loss (nats per token)", logarithm=True),
     Panel("eval_score", "right answers (share)"),
     Panel("lr", "learning rate"),
     Panel("grad_norm", "gradient norm", noisy=True, logarithm=True),

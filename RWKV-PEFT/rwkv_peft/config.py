@@ -227,8 +227,8 @@ class TrainConfig:
 
     A step is one optimizer step of devices x num_nodes x micro_bsz x accumulate_grad_batches samples; an epoch is
     epoch_steps of them. Learning rates are per step, and lr_chosen names those that --lr_init auto chose; epoch_save
-    counts epochs. Validation runs on val_data, or on the share val_split of the data. Rows are computed in segments of
-    chunk_ctx tokens where that is not 0.
+    counts epochs. Validation runs on val_data, or on the share val_split of the data, and retain_data is measured with
+    it. Rows are computed in segments of chunk_ctx tokens where that is not 0.
     """
 
     load_model: str = setting(
@@ -254,6 +254,13 @@ class TrainConfig:
     )
     early_stop: int = setting(
         0, "end after so many validations without a lower loss; 0: never", group="validation", type=count
+    )
+    retain_data: str = setting(
+        "",
+        "data whose loss tells what the run forgets, read like --data_file; measured before the first step and with "
+        "each validation (--val_data or not), and decides nothing",
+        group="validation",
+        metavar="PREFIX",
     )
     eval_data: str = setting(
         "",

@@ -18,6 +18,7 @@ from .names import METRICS
 
 SHARES = ("acc", "acc_norm", "exact_match")  # of lm_eval's metrics, those that are shares of right answers
 COLORS = ("tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
+HELD_OUT = (("validation loss", "val_loss", "tab:orange"), ("retained loss", "retain_loss", "tab:green"))
 DRAWN = len(COLORS) - 1  # of them, the first, which groups of tasks are
 # Okabe and Ito's colours, which people with any colour vision tell apart, without the yellow that print loses; the
 # styles of lines tell them apart in grey
@@ -100,8 +101,8 @@ def shares(records: Sequence[dict[str, Any]]) -> dict[str, tuple[list[int], list
 
 
 def plot_loss(metrics_jsonl: str | Path, out_png: str | Path) -> None:
-    """Draw loss (raw and smoothed), validation loss where recorded, and learning rate over the steps of a run; below
-    them the shares of right answers where they were asked for.
+    """Draw loss (raw and smoothed), validation loss and retained loss where recorded, and learning rate over the steps
+    of a run; below them the shares of right answers where they were asked for.
 
     metrics_jsonl: a run's metrics.jsonl; out_png is written anew. Any number of points will do, none included.
     """
@@ -128,8 +129,8 @@ def plot_loss(metrics_jsonl: str | Path, out_png: str | Path) -> None:
     axes.spines["top"].set_visible(False)
     if not losses:
         axes.text(0.5, 0.5, "no step recorded", transform=axes.transAxes, ha="center", va="center", color="gray")
-    val_steps, val_losses = series(records, "val_loss")
-    shown = losses + val_losses
+    held_out = [(label, color, *series(records, name)) for label, name, color in HELD_OUT]
+    shown = losses + [value for *_, values in held_out for value in values]
     logarithm, few = wants_logarithm(shown), len(losses) < 20
     axes.plot(
         steps,
@@ -143,10 +144,11 @@ def plot_loss(metrics_jsonl: str | Path, out_png: str | Path) -> None:
     )
     if not few:
         axes.plot(steps, smooth_drawn(losses, logarithm), color="tab:blue", linewidth=2, label="loss, smoothed")
-    if val_losses:
-        axes.plot(
-            val_steps, val_losses, color="tab:orange", linewidth=2, marker="o", markersize=3, label="validation loss"
-        )
+    for label, color, at, values in held_out:
+        if values:
+            axes.plot(at, values, color=color, linewidth=2, marker="o", markersize=3, label=label)
+    for start in series(records, "retain_start")[1]:
+        axes.axhline(start, color=HELD_OUT[1][2], linewidth=1, linestyle=":")
     if logarithm:
         axes.set_yscale("log")
     lr_steps, rates = series(records, "lr")

@@ -57,16 +57,21 @@ def test_what_is_due_is_run_and_what_is_there_is_kept(files, capsys):
         for rate in (-6, -4):
             keep(folder, Cell(method, rate, 7), 99.0)
     command = [*OWN, "--output", str(folder), "--rates", "1e-3", "1e-2", "3e-3", "--jobs", "2"]
+    train = [*TRAIN, "--retain_data", "data"]
     done = subprocess.run(
-        [sys.executable, "-m", "rwkv_peft", "compare", *command, "--", *TRAIN], capture_output=True, text=True
+        [sys.executable, "-m", "rwkv_peft", "compare", *command, "--", *train], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "2 runs due\n" in done.stdout
     assert re.search(r"^lora, rate 0.003, seed 7: validation loss \d\.\d{4}, ", done.stdout, re.MULTILINE)
     records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    measured = [record["retained"] for record in records if record["rate"] == 0.003]
+    assert [len(losses) for losses in measured] == [3, 3]  # before the first step, and after each of two
+    assert measured[0][0] == pytest.approx(measured[1][0])  # which is the base's
     assert len(records) == 6 and {record["parameters"] for record in records} == {8 * (6 * 64 + 64 + 96)}
     text = (folder / "table.md").read_text()
     assert text in done.stdout and text.count("| 0.003 | 1 |") == 2
+    assert "| retained loss | change from the base |" in text and (folder / "retained.svg").is_file()
     assert (folder / "rates.png").is_file()
     flags = json.loads((folder / "runs" / "bone-0.003-7" / "config.json").read_text())
     assert flags["train"]["lr_init"] == 0.003 and flags["train"]["lr_final"] == pytest.approx(3e-4)
@@ -78,12 +83,12 @@ def test_what_is_due_is_run_and_what_is_there_is_kept(files, capsys):
     assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-3)
     logs = {method: (folder / "runs" / f"{method}-0.003-7" / "log.txt").read_text() for method in ("bone", "lora")}
     assert "begin with rates 7 times bone's" in logs["lora"] and "times bone's" not in logs["bone"]
-    assert main([*command, "--", *TRAIN]) == 0  # and now nothing is due
+    assert main([*command, "--", *train]) == 0  # and now nothing is due
     assert "due" not in (out := capsys.readouterr().out) and text in out
     with alone_in(folder), pytest.raises(UserError, match="--output .*: a run is training there"):
-        main([*command, "--", *TRAIN])
+        main([*command, "--", *train])
     with pytest.raises(UserError, match=r"other settings \(steps: 2, and now 3\)"):
-        main([*command, "--steps", "3", "--", *TRAIN])
+        main([*command, "--steps", "3", "--", *train])
 
 
 def test_settings_by_which_no_run_got_anywhere_are_forgotten(files, monkeypatch):
@@ -100,18 +105,19 @@ def test_settings_by_which_no_run_got_anywhere_are_forgotten(files, monkeypatch)
         main([*words, "absent"])
 
 
-@pytest.mark.parametrize("rows", ["data", "held_out"])
+@pytest.mark.parametrize("rows", ["data", "held_out", "kept"])
 def test_runs_on_other_data_have_no_place_in_the_table(files, monkeypatch, rows):
-    """Both of one name and size; what was validated on counts as well."""
+    """All of one name and size; what was validated on and what is to be retained count as well."""
 
     def write(first):
-        for name in ("data", "held_out"):
+        for name in ("data", "held_out", "kept"):
             with BinidxWriter(files / f"of-{rows}-{name}", vocab_size=80) as writer:
                 for document in range(20):
                     writer.add([1 + (document + (first if name == rows else 7) * i) % 79 for i in range(30)] + [0])
 
     monkeypatch.setattr("rwkv_peft.compare.command.run_cells", lambda *arguments: False)
-    data = ("--data_file", f"of-{rows}-data", "--val_data", f"of-{rows}-held_out")
+    flags = {"--data_file": "data", "--val_data": "held_out", "--retain_data": "kept"}
+    data = [word for flag, name in flags.items() for word in (flag, f"of-{rows}-{name}")]
     words = [*OWN, "--output", f"out-{rows}", "--rates", "1e-3", "--", *MODEL, *data]
     write(7)
     assert main(words) == 0

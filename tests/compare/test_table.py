@@ -7,7 +7,16 @@ import pytest
 
 from rwkv_peft.compare.pictures import draw
 from rwkv_peft.compare.plan import Cell
-from rwkv_peft.compare.report import common_rate, lines_of_json, rows_of, steps_to, table
+from rwkv_peft.compare.report import (
+    change_at,
+    common_rate,
+    lines_of_json,
+    loss_of_all,
+    retained_curve,
+    rows_of,
+    steps_to,
+    table,
+)
 from rwkv_peft.compare.runs import Outcome
 from rwkv_peft.compare.sizes import Size
 
@@ -82,6 +91,55 @@ def test_each_run_is_a_line_of_json():
     assert len(records) == len(RUNS)
     found = {(record["method"], record["rate"], record["seed"]): record["val_loss"] for record in records}
     assert found["bone", 0.003, 2] == 2.2 and found["bone", 0.01, 1] is None
+
+
+def retaining(run, *losses):
+    return run._replace(retained=losses)
+
+
+# of a base at 1.0; bone's mean validation losses are 2.6 and 2.1, lora's 3.0 and 2.5
+RETAINING = RUNS | {
+    run.cell: run
+    for run in (
+        retaining(RUNS[Cell("bone", -5, 1)], 1.0, 1.2, 1.3),
+        retaining(RUNS[Cell("bone", -5, 2)], 1.0, 1.0, 1.5),
+        retaining(outcome("lora", -5, 1, 3.0, 2.5), 1.0, 1.4, 1.25),
+    )
+}
+ALL_RETAINING = {cell: run._replace(retained=run.retained or (1.0, 1.1, 1.2)) for cell, run in RETAINING.items()}
+
+
+def test_what_is_forgotten_is_told_at_the_end_and_at_a_loss_that_all_reach():
+    rows = rows_of(METHODS, [1, 2], SIZES, RETAINING)
+    assert rows[0].retained == (1.3, 1.5) and rows[0].changes == pytest.approx((0.3, 0.5))
+    assert [retained_curve(row) for row in rows] == [
+        [(pytest.approx(2.6), pytest.approx(0.1)), (pytest.approx(2.1), pytest.approx(0.4))],
+        [(3.0, pytest.approx(0.4)), (2.5, 0.25)],
+    ]
+    assert loss_of_all(rows) == 2.5
+    assert change_at(rows[1], 2.6) == pytest.approx(0.25 + 0.15 / 5)
+    assert math.isnan(change_at(rows[1], 2.4)) and math.isnan(change_at(rows[1], 3.5))
+    head, _, bone, lora = table(rows, 1, RETAINING).splitlines()
+    told = " retained loss | change from the base | ± of the change | change at validation loss 2.5000 |"
+    assert told in head
+    assert " 1.4000 | +0.4000 | 0.1414 | +0.1600 |" in bone and " 1.2500 | +0.2500 |  | +0.2500 |" in lora
+    records = [json.loads(line) for line in lines_of_json(SIZES, RETAINING).splitlines()]
+    assert [record["retained"] for record in records if record["method"] == "lora"] == [[], [1.0, 1.4, 1.25], []]
+
+
+def test_what_a_run_forgot_that_diverged_is_not_told():
+    cell = Cell("bone-mini", -5, 1)
+    runs = RETAINING | {cell: retaining(outcome("bone-mini", -5, 1, 9.0, diverged=True), 1.0)}
+    rows = rows_of(METHODS, [1, 2], SIZES, runs)
+    assert loss_of_all(rows) == 2.5
+    assert "| diverged | diverged |  |  |" in table(rows, 1, runs).splitlines()[-1]
+
+
+def test_what_is_forgotten_is_drawn_where_it_was_measured(rows, tmp_path):
+    draw(tmp_path, rows, METHODS, 1, RUNS)
+    assert not (tmp_path / "retained.png").exists()
+    draw(tmp_path, rows_of(METHODS, [1, 2], SIZES, ALL_RETAINING), METHODS, 1, ALL_RETAINING)
+    assert (tmp_path / "retained.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
 def test_the_figures_are_drawn(rows, tmp_path):

@@ -170,6 +170,10 @@ def test_files_are_counted_with_their_copies():
     assert checkpoints.size == (OPTIMIZER + 2) * told.counts.trains
 
 
+def test_what_is_to_be_retained_chooses_no_best_adapter():
+    assert written(estimate("--retain_data", "x")) == written(estimate()) != written(estimate("--val_data", "x"))
+
+
 @pytest.mark.parametrize(
     "flags, adapters, checkpoints, name",
     [

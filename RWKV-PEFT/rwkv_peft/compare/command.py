@@ -141,4 +141,4 @@ def report(comparison: Comparison, sizes: Mapping[str, Size]) -> None:
         with atomic_write(folder / name) as temporary:
             temporary.write_text(content, encoding="utf-8")
     draw(folder, rows, comparison.methods, comparison.seeds[0], outcomes)
-    print(f"\n{text}\nwrote table.md, results.jsonl, and the figures steps, time and rates into {folder}")
+    print(f"\n{text}\nwrote table.md, results.jsonl and figures into {folder}")

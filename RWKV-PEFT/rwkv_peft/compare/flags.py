@@ -49,7 +49,9 @@ USAGE = """Compare adapter methods on a model and data of yours, at about as man
 What stands behind -- are flags of train.py, the same for all runs. Each method sweeps the learning rate with the first
 seed, wider until its best rate lies between two that are worse, and repeats the best one with the other seeds; a seed
 means the same order of the data for every method. Runs are processes, kept in DIR/runs; the same command goes on where
-it stopped. Writes table.md, results.jsonl and figures (.png, .svg) into DIR.
+it stopped. Writes table.md, results.jsonl and figures (.png, .svg) into DIR. With --retain_data PREFIX behind -- they
+tell besides what each method forgets: the loss on that data and its change, at the end and at the lowest validation
+loss that all reach.
 """
 
 

@@ -1,4 +1,5 @@
-"""The figures of a comparison: loss against steps, against time, and against the learning rate, a line a method."""
+"""The figures of a comparison, a line a method: loss against steps, against time, and against the learning rate, and
+what is forgotten against what is learned, over the learning rates."""
 
 import math
 import statistics
@@ -18,7 +19,8 @@ FORMATS = ("png", "svg")
 
 
 def draw(folder: Path, rows: Sequence[Row], methods: Sequence[str], seed: int, runs: Mapping[Cell, Outcome]) -> None:
-    """Write steps, time and rates (.png, .svg) into a folder; methods give each its colour."""
+    """Write steps, time and rates (.png, .svg) into a folder, and retained where --retain_data was measured; methods
+    give each its colour."""
     looks = {method: look(position) for position, method in enumerate(methods)}
     several = max(len(row.runs) for row in rows) > 1
     what = "validation loss (nats per token)" + "\nmean, lowest and highest of the seeds" * several
@@ -42,6 +44,16 @@ def draw(folder: Path, rows: Sequence[Row], methods: Sequence[str], seed: int, r
         for rate in (rate for rate, loss in swept if not math.isfinite(loss)):  # a cross at the upper edge
             axes.plot([rate], [0.98], "x", color=looks[row.method]["color"], transform=axes.get_xaxis_transform())
     save(figure, axes, folder, "rates")
+    if any(row.retained for row in rows):
+        figure, axes = new_figure(
+            "final validation loss (nats per token)", "final rise of the loss on --retain_data\na point a learning rate"
+        )
+        axes.invert_xaxis()  # what has learned more stands further to the right
+        for row in rows:
+            ends = [runs[cell] for cell in sorted(runs) if cell[::2] == (row.method, seed)]
+            points = [(run.loss, run.retained[-1] - run.retained[0]) for run in ends if math.isfinite(run.loss)]
+            axes.plot(*zip(*points), label=row.method, **looks[row.method]) if points else None
+        save(figure, axes, folder, "retained")
 
 
 def look(position: int) -> dict[str, Any]:

@@ -51,10 +51,10 @@ def check_record(folder: Path, comparison: Comparison, sizes: Mapping[str, Size]
 
 
 def data_of(comparison: Comparison) -> str:
-    """A hash of what the runs train and validate on, as it lies on the disk now."""
+    """A hash of what the runs train on and measure, as it lies on the disk now."""
     flags = parse_flags([*comparison.train, "--proj_dir", comparison.output])
     digest = hashlib.sha256()
-    for path in filter(None, (flags.data.path, flags.train.val_data)):
+    for path in filter(None, (flags.data.path, flags.train.val_data, flags.train.retain_data)):
         prefix = binidx_prefix(path)
         within = sorted(Path(path).rglob("*")) if os.path.isdir(path) else ()
         for file in (Path(path), *(Path(prefix + end) for end in (".bin", ".idx", ".mask")), *within):

@@ -29,9 +29,23 @@ class Row(NamedTuple):
 
     @property
     def spread(self) -> float:
-        """The standard deviation over the seeds, NaN where fewer than two runs did not diverge."""
-        finite = [loss for loss in self.losses if math.isfinite(loss)]
-        return statistics.stdev(finite) if len(finite) > 1 else math.nan
+        return spread(self.losses)
+
+    @property
+    def retained(self) -> tuple[float, ...]:
+        """The final losses on --retain_data of all seeds, infinite where a run diverged; () without such data."""
+        return tuple(run.retained[-1] if math.isfinite(run.loss) else math.inf for run in self.runs if run.retained)
+
+    @property
+    def changes(self) -> tuple[float, ...]:
+        """How far each of them is above the loss before the first step."""
+        return tuple(loss - run.retained[0] for loss, run in zip(self.retained, self.runs))
+
+
+def spread(values: Iterable[float]) -> float:
+    """The standard deviation over the seeds, NaN where fewer than two runs did not diverge."""
+    finite = [value for value in values if math.isfinite(value)]
+    return statistics.stdev(finite) if len(finite) > 1 else math.nan
 
 
 def rows_of(
@@ -73,6 +87,30 @@ def steps_to(row: Row, loss: float) -> int | None:
     return next((done for done, _, losses in mean_curve(row.runs) if statistics.fmean(losses) <= loss), None)
 
 
+def retained_curve(row: Row) -> list[tuple[float, float]]:
+    """[(validation loss, how far the loss on --retain_data had risen)], means over a row's runs at each validation; []
+    without such data."""
+    rises = zip(*([loss - run.retained[0] for loss in run.retained[1:]] for run in row.runs if run.retained))
+    losses = (statistics.fmean(losses) for *_, losses in mean_curve(row.runs))
+    return [(loss, statistics.fmean(rise)) for loss, rise in zip(losses, rises)]
+
+
+def loss_of_all(rows: Iterable[Row]) -> float:
+    """The lowest validation loss that each row reaches which has a retained_curve, NaN where there is none."""
+    curves = [retained_curve(row) for row in rows if math.isfinite(row.mean)]
+    return max((min(loss for loss, _ in curve) for curve in curves if curve), default=math.nan)
+
+
+def change_at(row: Row, loss: float) -> float:
+    """How far the loss on --retain_data had risen when a row's mean validation loss first was `loss`, on straight lines
+    between validations; NaN where it was lower at the first of them, or never so low."""
+    curve = retained_curve(row)
+    for (above, before), (below, after) in zip(curve, curve[1:]):
+        if above >= loss >= below:
+            return before + (after - before) * (above - loss) / (above - below) if above > below else after
+    return math.nan
+
+
 def table(rows: Sequence[Row], seed: int, outcomes: Mapping[Cell, Outcome]) -> str:
     """The rows as Markdown. The loss at one rate for all is that of the first seed."""
     columns = list(columns_of(rows, seed, outcomes))
@@ -97,6 +135,13 @@ def columns_of(
     if shared is not None:
         head = f"loss at rate {rate_of(shared):g} for all"
         yield head, lambda row: number(losses[Cell(row.method, shared, seed)], ".4f")
+    if all(row.retained for row in rows):
+        yield "retained loss", lambda row: number(statistics.fmean(row.retained), ".4f")
+        yield "change from the base", lambda row: number(statistics.fmean(row.changes), "+.4f")
+        yield "± of the change", lambda row: number(spread(row.changes), ".4f")
+        equal = loss_of_all(rows)
+        if math.isfinite(equal):
+            yield f"change at validation loss {equal:.4f}", lambda row: number(change_at(row, equal), "+.4f")
     reference = next((row.mean for row in rows if row.method == REFERENCE), None)
     if reference is not None and math.isfinite(reference):
         yield f"steps to {REFERENCE}'s loss", lambda row: str(steps_to(row, reference) or "")
@@ -127,6 +172,7 @@ def lines_of_json(sizes: Mapping[str, Size], outcomes: Mapping[Cell, Outcome]) -
             "step_ms": outcome.step_ms if math.isfinite(outcome.step_ms) else None,
             "peak_mb": outcome.peak_mb if math.isfinite(outcome.peak_mb) else None,
             "validations": outcome.validations,
+            "retained": outcome.retained,
         }
         lines.append(json.dumps(record) + "\n")
     return "".join(lines)

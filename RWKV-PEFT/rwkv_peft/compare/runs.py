@@ -35,13 +35,14 @@ POLL = 0.1  # seconds between looks at the processes
 class Outcome(NamedTuple):
     """A complete run: loss is the last validation's, infinite where it diverged; validations are (steps done, seconds
     of training, loss); step_ms is the median of a step, peak_mb the largest resident memory of the process (10^6
-    bytes)."""
+    bytes); retained the losses on --retain_data, before the first step and at each of validations, () without it."""
 
     cell: Cell
     loss: float
     validations: tuple[tuple[int, float, float], ...]
     step_ms: float
     peak_mb: float
+    retained: tuple[float, ...] = ()
 
 
 @dataclass
@@ -86,6 +87,7 @@ def read_outcome(folder: Path) -> Outcome:
         validations,
         1e3 * statistics.median(seconds) if seconds else math.nan,
         result["peak_mb"],
+        tuple(record[name] for record in records for name in ("retain_start", "retain_loss") if name in record),
     )
 
 

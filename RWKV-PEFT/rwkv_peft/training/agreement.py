@@ -19,6 +19,7 @@ FREE = (
     "path",
     "tokenizer",
     "val_data",
+    "retain_data",
     "eval_data",
     "eval_template",
     "lm_eval_include_path",

@@ -99,13 +99,18 @@ class Record(StepCallback):
         self.path, self.plan, self.validator = folder / METRICS, plan, validator
         self.examiners = examiners
         self.tokens = 0
+        self.before: dict[str, float] = {}  # of the first step: joins its line
 
     def on_train_start(self, trainer: Any, lit: Lit) -> None:
+        if self.validator is not None:
+            self.before = self.validator.before(trainer, lit)
         if trainer.is_global_zero:
             for path in (self.path, *(examiner.path for examiner in self.examiners)):
                 forget_rest(path, self.plan)
             self.file = open(self.path, "a", buffering=1)
             self.progress = Progress(self.plan)
+            if self.before:
+                self.progress.say(f"before the first step: retained loss {self.before['retain_start']:.4f}")
         self.start = time.perf_counter()
 
     def count_tokens(self, lit: Lit) -> None:
@@ -135,15 +140,17 @@ class Record(StepCallback):
             "tokens": tokens,
             "tokens_per_s": round(rate, 1),
             **lit.step_measures,
+            **self.before,
             **validation,
             **scores,
         }
+        self.before = {}
         self.file.write(json.dumps(metrics) + "\n")
         numbers = {key: value for key, value in metrics.items() if value is not None and key not in PLACE}
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=lit.step)
         if validation:
-            self.progress.say(f"step {done:,}: validation {in_words(validation)}")
+            self.progress.say(f"step {done:,}: {in_words(validation)}")
         for line in told:
             self.progress.say(f"step {done:,}: {line}")
         loss = f"loss {lit.step_loss:.4f}" if lit.step_tokens else "no token counts in the loss"
@@ -171,8 +178,9 @@ def in_words(validation: dict[str, float]) -> str:
     """The numbers of a Validator in words."""
     words = {"val_ppl": ("perplexity", 2), "val_accuracy": ("accuracy", 3)}
     words |= {f"val_{name}": (name, 3) for name in ("margin", "chosen")}
-    others = ((*words[name], value) for name, value in validation.items() if name in words)
-    return f"loss {validation['val_loss']:.4f}" + "".join(f", {word} {value:.{n}f}" for word, n, value in others)
+    words |= {"val_loss": ("validation loss", 4), "retain_loss": ("retained loss", 4)}
+    told = ((*words[name], value) for name, value in validation.items() if name in words)
+    return ", ".join(f"{word} {value:.{n}f}" for word, n, value in told)
 
 
 class Progress:

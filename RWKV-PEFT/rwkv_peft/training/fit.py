@@ -22,6 +22,7 @@ from ..plots import plot_loss
 from .checkpoints import find_checkpoint, telling_refusals
 from .loggers import make_loggers
 from .prepared import Prepared
+from .validate import VALIDATION
 
 if TYPE_CHECKING:
     from .lit import Lit
@@ -111,7 +112,7 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
             "the same command with --resume goes on"
         )
     validation = ""
-    if run.validator is not None:
+    if run.validator is not None and VALIDATION in run.validator.measured:
         validation = f"validation  lowest loss {run.validator.best:.4f}"
         if run.validator.exhausted:
             validation += f"; stopped after {counted(run.config.train.early_stop, 'validation')} without a lower one"

@@ -282,8 +282,9 @@ def check_train(train: TrainConfig) -> None:
         )
     if train.val_data and train.val_split:
         raise UserError("--val_data and --val_split both name the validation samples; give one of them")
-    for name in ("val_every", "early_stop"):
-        if getattr(train, name) and not (train.val_data or train.val_split):
+    validates = bool(train.val_data or train.val_split)
+    for name, serves in (("val_every", validates or bool(train.retain_data)), ("early_stop", validates)):
+        if getattr(train, name) and not serves:
             raise UserError(f"--{name} {getattr(train, name)} needs samples to validate on: --val_data or --val_split")
     check_questions(train)
     if train.wandb:

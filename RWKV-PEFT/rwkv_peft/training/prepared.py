@@ -20,7 +20,7 @@ from .watch import Watch
 class Prepared:
     """A run that may begin, on Ranks that have met.
 
-    trainable: how many parameters of the model train; validator: None without validation data; checkpoint: the one to
+    trainable: how many parameters of the model train; validator: None without data to measure; checkpoint: the one to
     go on from, or None; accelerator: "cpu" or "gpu".
     """
 

@@ -19,10 +19,10 @@ from ..adapters.methods import method_of
 from ..cli import counted
 from ..config import AdapterConfig, RunConfig, TrainConfig
 from ..data.batches import TrainBatches
-from ..data.recorded import find_tokenizer, recorded_beside, remarks
+from ..data.recorded import find_tokenizer
 from ..data.samples import Samples
 from ..data.show import marks_for, show_samples
-from ..data.sources import build_samples, check_config, split_samples
+from ..data.sources import check_config
 from ..data.tokenizer import KNOWN_SIZES
 from ..errors import UserError, past_ctrl_c
 from ..evals.exam import Exam
@@ -44,6 +44,7 @@ from .fit import fit
 from .flags import Request, parse_run
 from .gradients import estimate_gradients
 from .header import describe, describe_adapter
+from .inputs import find_samples
 from .keeping import clear_hidden, discard_old
 from .meeting import Ranks
 from .plan import Plan
@@ -54,7 +55,7 @@ from .room import require_room_to_save
 from .saved_files import require_files
 from .saver import Saver, data_identity
 from .start import start_adapter, start_states
-from .validate import Validator
+from .validate import VALIDATION, Validator
 
 
 def main(argv: list[str]) -> int:
@@ -120,8 +121,9 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
     train, folder = config.train, Path(config.train.proj_dir)
     accelerator = resolve_accelerator(train)
     step_samples = config.data.micro_bsz * world.size * train.accumulate_grad_batches
-    samples, held_out = find_samples(config)
-    validation = "" if held_out is None else str(data_identity(config, held_out)["content"])
+    samples, measured = find_samples(config)
+    hashes = {name: str(data_identity(config, found)["content"]) for name, found in measured.items()}
+    validation = hashes.get(VALIDATION, "")
     identity = {
         "adapter": asdict(config.adapter),
         "base": "" if base is None else base.fingerprint,
@@ -154,7 +156,7 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
         "the checkpoint to go on from": checkpoint and checkpoint.name,
         "the adapter to start from": "" if checkpoint else digest_of_file(config.adapter.load),
         "the states to start from": "" if checkpoint else digest_of_file(train.state_load),
-        "the validation data": validation,
+        **{f"what {name}_loss is of": content for name, content in hashes.items()},
         **{f"the questions of {name}": exam.digest for name, exam in exams.items()},
     }
     ranks.meet(passport(config, identity, others), folder, train.stall_minutes)
@@ -179,8 +181,9 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
         make_way(folder, config, report.trainable, state is None, say)
     saver = Saver(folder, config, plan, identity, base)
     validator = None
-    if held_out is not None:
-        validator = Validator(held_out, config.data.micro_bsz, train, plan, saver, ranks.watch, lowest)
+    if measured:
+        bsz, anew = config.data.micro_bsz, state is None
+        validator = Validator(measured, bsz, train, plan, saver, ranks.watch, lowest, anew)
     prepared = Prepared(
         config=config,
         family=family,
@@ -208,20 +211,6 @@ def make_way(folder: Path, config: RunConfig, trains: int, anew: bool, say: Call
     require_room_to_save(folder, config, trains)
     if anew:
         (folder / UNSAVED).touch()
-
-
-def find_samples(config: RunConfig) -> tuple[Samples, Samples | None]:
-    """(training samples, validation samples or None)."""
-    data, train, vocab_size = config.data, config.train, config.model.vocab_size
-    if train.val_split:
-        samples, held_out = split_samples(data, vocab_size, train.val_split)
-    else:
-        samples, held_out = build_samples(data, vocab_size), None
-    if train.val_data:
-        held_out = build_samples(replace(data, path=train.val_data), vocab_size)
-        samples.notes.append(f"validation on {len(held_out):,} samples of {train.val_data}: {held_out.notes[0]}")
-    samples.notes += remarks(samples.vocabulary, recorded_beside(train.load_model), vocab_size)
-    return samples, held_out
 
 
 def find_exams(config: RunConfig, samples: Samples, speaks: bool = True) -> dict[str, Exam | HarnessExam]:

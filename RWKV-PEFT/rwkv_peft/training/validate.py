@@ -1,6 +1,8 @@
-"""Validation while training: loss and perplexity over held-out samples, the best adapter kept, early stopping."""
+"""What is measured while training: the loss of held-out samples, by which the best adapter is kept and a run stops
+early, and that of what should be retained."""
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,56 +20,70 @@ if TYPE_CHECKING:
     from .lit import Lit
 
 
-class Validator:
-    """Called on all ranks after each step; every val_every steps (0: every epoch) and after the last one it goes
-    through `samples` once.
+VALIDATION, RETAINED = "val", "retain"  # what begins the names of a data set's numbers
 
-    A new lowest loss saves the trained tensors under the name "best". After early_stop validations in a row without
-    one (0: never) `exhausted` becomes true. `watch` (training/watch.py) hears of every batch; `lowest` is that of the
-    run so far.
+
+class Validator:
+    """Called on all ranks after each step; every val_every steps (0: every epoch) and after the last one it goes once
+    through the samples of each data set that is measured: VALIDATION, RETAINED, or both.
+
+    A new lowest loss of VALIDATION saves the trained tensors under the name "best". After early_stop validations in a
+    row without one (0: never) `exhausted` becomes true. RETAINED decides nothing. `watch` (training/watch.py) hears of
+    every batch; `lowest` is that of the run so far, `anew` tells a run that begins from one that goes on.
     """
 
     def __init__(
         self,
-        samples: Samples,
+        measured: Mapping[str, Samples],
         micro_bsz: int,
         train: TrainConfig,
         plan: Plan,
         saver: Saver,
         watch: Watch,
         lowest: Lowest,
+        anew: bool,
     ) -> None:
-        self.samples, self.micro_bsz, self.saver, self.watch = samples, micro_bsz, saver, watch
+        self.measured, self.micro_bsz, self.saver, self.watch = measured, micro_bsz, saver, watch
         self.every, self.patience = train.val_every or plan.epoch_steps, train.early_stop
-        self.plan, self.lowest = plan, lowest
+        self.plan, self.lowest, self.anew = plan, lowest, anew
 
     @property
     def best(self) -> float:
-        """The lowest loss so far."""
+        """The lowest validation loss so far, infinite where there is none."""
         return self.lowest.loss
 
     @property
     def exhausted(self) -> bool:
         return self.lowest.exhausts(self.patience)
 
+    def before(self, trainer: Any, lit: "Lit") -> dict[str, float]:
+        """{"retain_start"}: the loss of RETAINED before the first step of a run, on all ranks; {} where there is no
+        such data, or the run goes on."""
+        if RETAINED not in self.measured or not self.anew:
+            return {}
+        return {f"{RETAINED}_start": self.measure(self.measured[RETAINED], trainer, lit)[0]}
+
     def __call__(self, trainer: Any, lit: "Lit", done: int) -> dict[str, float]:
-        """{"val_loss"} and its perplexity "val_ppl", or what the step measures besides a loss, where this step
-        validates, else {}."""
+        """{"val_loss"} and its perplexity "val_ppl", or what the step measures besides a loss, and the same of the
+        other data as "retain_…", where this step validates, else {}."""
         if done % self.every and done != self.plan.total_steps:
             return {}
-        loss, measures = self.measure(trainer, lit)
-        if self.lowest.note(loss):
+        found: dict[str, float] = {}
+        for name, samples in self.measured.items():
+            loss, measures = self.measure(samples, trainer, lit)
+            measures = measures or {"ppl": math.exp(min(loss, 700.0))}
+            found |= {f"{name}_loss": loss, **{f"{name}_{word}": value for word, value in measures.items()}}
+        if VALIDATION in self.measured and self.lowest.note(found[f"{VALIDATION}_loss"]):
             self.saver.save_tensors(trainer, lit, ["best"])
-        measures = measures or {"ppl": math.exp(min(loss, 700.0))}
-        return {"val_loss": loss, **{f"val_{name}": value for name, value in measures.items()}}
+        return found
 
     @torch.no_grad()
-    def measure(self, trainer: Any, lit: "Lit") -> tuple[float, dict[str, float]]:
-        """The mean loss of all validation samples, over all ranks, and of what the step measures besides."""
+    def measure(self, samples: Samples, trainer: Any, lit: "Lit") -> tuple[float, dict[str, float]]:
+        """The mean loss of samples, over all ranks, and of what the step measures besides."""
         device = trainer.strategy.root_device
         sums: list[torch.Tensor] = []
         lit.model.eval()
-        for batch in EvalBatches(self.samples, self.micro_bsz, trainer.global_rank, trainer.world_size):
+        for batch in EvalBatches(samples, self.micro_bsz, trainer.global_rank, trainer.world_size):
             self.watch.moved(f"the validation after step {lit.step}")
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             loss = lit.compute.total(lit.model, batch)

@@ -1,0 +1,31 @@
+"""What a run reads: the samples that it trains on, and those whose loss it measures."""
+
+from dataclasses import replace
+
+from ..config import RunConfig
+from ..data.masks import default_mask
+from ..data.recorded import recorded_beside, remarks
+from ..data.samples import Samples
+from ..data.sources import build_samples, split_samples
+from .validate import RETAINED, VALIDATION
+
+
+def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
+    """(training samples, {VALIDATION and RETAINED: samples whose loss is measured}, those that the flags name)."""
+    data, train, vocab_size = config.data, config.train, config.model.vocab_size
+    measured: dict[str, Samples] = {}
+    if train.val_split:
+        samples, measured[VALIDATION] = split_samples(data, vocab_size, train.val_split)
+    else:
+        samples = build_samples(data, vocab_size)
+    if train.val_data:
+        measured[VALIDATION] = held_out = build_samples(replace(data, path=train.val_data), vocab_size)
+        samples.notes.append(f"validation on {len(held_out):,} samples of {train.val_data}: {held_out.notes[0]}")
+    if train.retain_data:
+        other = replace(data, path=train.retain_data)
+        if data.loss_mask == "file" and not data.of_rows:  # plain text has no .mask, whatever is learned
+            other = replace(other, loss_mask=default_mask(other.path))
+        measured[RETAINED] = kept = build_samples(other, vocab_size)
+        samples.notes.append(f"what is retained of {len(kept):,} samples of {other.path}: {kept.notes[0]}")
+    samples.notes += remarks(samples.vocabulary, recorded_beside(train.load_model), vocab_size)
+    return samples, measured

@@ -1,0 +1,117 @@
+"""What a run forgets (--retain_data): measured before the first step and with each validation, without a trace in the
+run."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.errors import UserError
+from rwkv_peft.files.adapters import AdapterSource
+from rwkv_peft.generate.loading import load_model
+from rwkv_peft.training.flags import parse_flags, parse_run
+from rwkv_peft.training.inputs import find_samples
+from training.runs import metrics
+
+DROPOUT = ("--peft", "lora", "--lora_config", '{"lora_r":4,"lora_dropout":0.2}', "--precision", "fp32")
+
+
+@pytest.fixture(scope="module")
+def kept(files):
+    """Text of other successors than the data's."""
+    with BinidxWriter(files / "kept", vocab_size=80) as writer:
+        for start in range(5):
+            writer.add([1 + (start + 11 * i) % 79 for i in range(40)] + [0])
+    return str(files / "kept")
+
+
+def losses(lines, name):
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+@pytest.fixture(scope="module")
+def measured(files, train, kept):
+    """A run of 8 steps that is measured every third one, ended after 4 and went on: what it printed."""
+    flags = (*DROPOUT, "--val_data", str(files / "data"), "--val_every", "3", "--retain_data", kept)
+    first, _ = train("measured", *flags, "--epoch_count", "1")
+    second, _ = train("measured", *flags, "--resume")
+    return first, second
+
+
+def test_it_is_measured_before_the_first_step_and_with_each_validation(files, measured):
+    lines = metrics(files, "measured")
+    assert list(losses(lines, "retain_start")) == [0]
+    retained = losses(lines, "retain_loss")
+    assert list(retained) == list(losses(lines, "val_loss")) == [2, 3, 5, 7]
+    first, second = measured
+    assert f"before the first step: retained loss {lines[0]['retain_start']:.4f}\n" in first
+    assert "before the first step" not in second
+    assert f", perplexity {lines[5]['val_ppl']:.2f}, retained loss {retained[5]:.4f}\n" in second
+    assert f"what is retained of 9 samples of {files / 'kept'}: loss on all 205 tokens\n" in first
+
+
+def test_first_it_is_the_bases_own_loss_and_last_that_of_what_is_saved(files, measured, kept):
+    flags = ["--load_model", str(files / "base.pth"), "--data_file", str(files / "data"), "--retain_data", kept]
+    samples = find_samples(parse_run([*flags, "--bone_r", "16", "--ctx_len", "24"]).config)[1]["retain"]
+    lines = metrics(files, "measured")
+    for adapters, found in (
+        ([], lines[0]["retain_start"]),
+        ([AdapterSource(files / "measured" / "adapter.safetensors")], lines[-1]["retain_loss"]),
+    ):
+        model, _ = load_model(files / "base.pth", adapters)
+        total = 0.0
+        for tokens, mask in (samples[n] for n in range(len(samples))):
+            with torch.no_grad():
+                logits = model(tokens[None, :-1])[0][0]
+            total += F.cross_entropy(logits.double(), tokens[1:], reduction="none")[mask].sum().item()
+        expected = total / sum(samples.count(n) for n in range(len(samples)))
+        # what is merged is rounded to the base's bfloat16
+        assert found == pytest.approx(expected, rel=1e-3 if adapters else 1e-5)
+
+
+def test_what_the_run_computes_does_not_change(files, train, measured):
+    """With dropout, whose draws measuring must leave alone."""
+    train("unmeasured", *DROPOUT, "--val_data", str(files / "data"), "--val_every", "3", "--epoch_count", "1")
+    train("unmeasured", *DROPOUT, "--val_data", str(files / "data"), "--val_every", "3", "--resume")
+
+    def numbers(name):
+        return [(line["loss"], line["grad_norm"], line.get("val_loss")) for line in metrics(files, name)]
+
+    assert numbers("unmeasured") == numbers("measured")
+    for label in ("adapter", "adapter-best"):
+        plain, other = (load_file(files / name / f"{label}.safetensors") for name in ("unmeasured", "measured"))
+        assert plain and all(torch.equal(tensor, other[key]) for key, tensor in plain.items())
+
+
+@pytest.mark.parametrize("more", [(), ("--strategy", "deepspeed_stage_3", "--devices", "2")])
+def test_it_needs_no_validation_and_decides_nothing(files, train, kept, more):
+    name = f"alone-{len(more)}"
+    out, _ = train(name, "--precision", "fp32", "--retain_data", kept, *more)
+    lines = metrics(files, name)
+    assert list(losses(lines, "retain_loss")) == [3, 7] and not losses(lines, "val_loss")
+    assert f"step 4: retained loss {lines[3]['retain_loss']:.4f}, perplexity" not in out
+    assert f"step 4: retained loss {lines[3]['retain_loss']:.4f}\n" in out and "lowest loss" not in out
+    assert not list((files / name).glob("*-best*"))
+
+
+def test_early_stop_does_not_go_by_it(train, kept):
+    _, err = train("refused", "--retain_data", kept, "--early_stop", "1", code=2)
+    assert "--early_stop 1 needs samples to validate on: --val_data or --val_split" in err
+    assert parse_flags(["--data_file", "x", "--load_model", "y", "--retain_data", "z", "--val_every", "5"])
+
+
+def test_text_without_a_mask_is_measured_whole_where_answers_are_learned(files, kept, tmp_path):
+    with BinidxWriter(tmp_path / "answers", vocab_size=80, mask=True) as writer:
+        writer.add(list(range(1, 60)), [False] * 30 + [True] * 29)
+    words = ["--load_model", str(files / "base.pth"), "--bone_r", "16", "--ctx_len", "24"]
+
+    def found(data, *more):
+        samples, measured = find_samples(parse_run([*words, "--data_file", data, *more]).config)
+        return [sum(part.count(n) for n in range(len(part))) for part in (samples, measured["retain"])]
+
+    answers = str(tmp_path / "answers")
+    assert found(answers, "--retain_data", kept) == [29, 204]
+    assert found(answers, "--retain_data", answers) == [29, 29]
+    with pytest.raises(UserError, match="absent"):
+        found(answers, "--retain_data", str(tmp_path / "absent"))
