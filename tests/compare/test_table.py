@@ -106,7 +106,6 @@ RETAINING = RUNS | {
         retaining(outcome("lora", -5, 1, 3.0, 2.5), 1.0, 1.4, 1.25),
     )
 }
-ALL_RETAINING = {cell: run._replace(retained=run.retained or (1.0, 1.1, 1.2)) for cell, run in RETAINING.items()}
 
 
 def test_what_is_forgotten_is_told_at_the_end_and_at_a_loss_that_all_reach():
@@ -138,7 +137,7 @@ def test_what_a_run_forgot_that_diverged_is_not_told():
 def test_what_is_forgotten_is_drawn_where_it_was_measured(rows, tmp_path):
     draw(tmp_path, rows, METHODS, 1, RUNS)
     assert not (tmp_path / "retained.png").exists()
-    draw(tmp_path, rows_of(METHODS, [1, 2], SIZES, ALL_RETAINING), METHODS, 1, ALL_RETAINING)
+    draw(tmp_path, rows_of(METHODS, [1, 2], SIZES, RETAINING), METHODS, 1, RETAINING)
     assert (tmp_path / "retained.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 

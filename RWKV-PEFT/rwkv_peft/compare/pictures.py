@@ -50,8 +50,9 @@ def draw(folder: Path, rows: Sequence[Row], methods: Sequence[str], seed: int, r
         )
         axes.invert_xaxis()  # what has learned more stands further to the right
         for row in rows:
-            ends = [runs[cell] for cell in sorted(runs) if cell[::2] == (row.method, seed)]
-            points = [(run.loss, run.retained[-1] - run.retained[0]) for run in ends if math.isfinite(run.loss)]
+            swept_runs = [runs[cell] for cell in sorted(runs) if cell[::2] == (row.method, seed)]
+            ends = [run for run in swept_runs if run.retained and math.isfinite(run.loss)]
+            points = [(run.loss, run.retained[-1] - run.retained[0]) for run in ends]
             axes.plot(*zip(*points), label=row.method, **looks[row.method]) if points else None
         save(figure, axes, folder, "retained")
 
