@@ -95,6 +95,20 @@ def test_ctrl_c_in_the_first_seconds_is_one_line(name, delay):
     assert command.returncode == 130 and error.split("\n") == ["interrupted", ""], error
 
 
+def test_ctrl_c_changes_nothing_of_a_refusal_that_is_told():
+    command = subprocess.Popen(
+        [sys.executable, *COMMAND_LINES["merge_bone.py"]],
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert command.stderr.readline().startswith("error: ")
+    command.send_signal(signal.SIGINT)
+    _, error = command.communicate(timeout=60)
+    assert command.returncode == 2 and error == ""
+
+
 def test_threads_that_wait_do_not_spin_unless_the_user_says_so():
     code = "import os, rwkv_peft; print(os.environ['GOMP_SPINCOUNT'])"
     without = {key: value for key, value in environment().items() if key != "GOMP_SPINCOUNT"}

@@ -181,8 +181,9 @@ def run(*command: str) -> NoReturn:
     """The console script rwkv-peft; `command` are words that stand before those of the command line."""
 
     def whole(argv: list[str]) -> int:
-        code = main([*command, *argv])
-        past_ctrl_c()
-        return code
+        try:
+            return main([*command, *argv])
+        finally:  # also of what was refused, whose words and exit code are due
+            past_ctrl_c()
 
     exit_on_user_error(whole)
