@@ -163,6 +163,21 @@ def test_a_field_that_holds_nothing_is_in_nobodys_way(nothing):
     assert segments({"messages": [turn | {"tool_calls": nothing} for turn in turns]}) == segments({"messages": turns})
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Hi?", "input": "", "output": "Yo"},
+        {"query": "Hi?", "response": "Yo"},
+        {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yo"}]},
+    ],
+)
+def test_a_text_beside_answers_is_taken_where_it_is_named_and_else_refused(preprocess, row):
+    with pytest.raises(UserError, match="a row has a text, of which all counts, beside .*; name others with --fields"):
+        preprocess([row | {"text": "Be. Hi? Yo"}])
+    assert texts(preprocess([row | {"text": "Be. Hi? Yo"}], "--fields", "text")) == [("Be. Hi? Yo", "Be. Hi? Yo")]
+    assert segments(row | {"text": ""}) == segments(row | {"text": None}) == segments(row)
+
+
 def test_layouts_have_names(preprocess):
     row = {"query": "2+2?", "response": "4"}
     assert texts(preprocess([row], "--template", "chat")) == texts(preprocess([row]))

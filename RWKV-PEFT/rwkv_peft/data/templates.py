@@ -17,6 +17,14 @@ FORMS = (
     "text; messages or conversations; query and response; question and answer; instruction, input "
     "and output; prompt and completion"
 )
+ANSWERED = (  # the fields of the forms of which answers alone count
+    ("messages",),
+    ("conversations",),
+    ("query", "response"),
+    ("question", "answer"),
+    ("instruction", "output"),
+    ("prompt", "completion"),
+)
 Segment = tuple[str, bool]  # a text, and whether it counts in the loss
 
 SYSTEM = ("system", "system_prompt")  # the fields of a system text beside a question
@@ -37,7 +45,14 @@ def segments(row: object, think: str = "") -> list[Segment]:
     if not isinstance(row, dict):
         raise UserError(f"a row is {type(row).__name__}, not an object with fields such as {FORMS}")
     if "text" in row and not think:
-        return [(field(row, "text"), True)]
+        answered_too = next((names for names in ANSWERED if all(row.get(name) for name in names)), None)
+        if row["text"] and answered_too:
+            raise UnknownForm(
+                f"a row has a text, of which all counts, beside {' and '.join(answered_too)}, of which the answers do, "
+                "and either may be meant; leave one of them out of the rows, or name the field text"
+            )
+        if not answered_too:
+            return [(field(row, "text"), True)]
     for name in ("messages", "conversations"):
         if name in row:
             return behind_system(row, chat(row[name], think))
