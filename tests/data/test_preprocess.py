@@ -13,6 +13,7 @@ import pytest
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.encoding import EncodeSettings, shorten
+from rwkv_peft.data.pairs import pair
 from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.recorded import recorded_of_data, vocabulary_of
 from rwkv_peft.data.rows import Chunk, read_chunks
@@ -130,6 +131,51 @@ def test_a_prompt_as_it_stands_has_no_place_for_a_system_text(preprocess):
     with pytest.raises(UserError, match="a system text beside its prompt.*; name others with --fields"):
         preprocess([row])
     assert "System: Be.\n\nUser: Hi?" in texts(preprocess([row], "--fields", "prompt", "completion"))[0][0]
+
+
+CALL = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}]
+CALLED = {"role": "assistant", "content": "", "tool_calls": CALL}
+
+
+@pytest.mark.parametrize(
+    "row, name",
+    [
+        ({"query": "Hi?", "response": "Yo", "history": [["A", "B"]]}, "history"),
+        ({"instruction": "Hi?", "output": "Yo", "history": [["A", "B"]]}, "history"),
+        ({"prompt": "Hi?", "completion": "Yo", "tools": CALL}, "tools"),
+        ({"messages": [{"role": "user", "content": "Hi?"}, CALLED]}, "tool_calls"),
+        ({"messages": [{"role": "user", "content": "Hi?"}], "functions": "[1]"}, "functions"),
+        ({"messages": [{"role": "user", "content": "Hi?"}], "chosen": CALLED, "rejected": CALLED}, "tool_calls"),
+        ({"prompt": "Hi?", "chosen": "Yo", "rejected": "No", "history": [["A", "B"]]}, "history"),
+    ],
+)
+def test_what_no_layout_has_a_place_for_is_refused_and_not_lost(row, name):
+    laid_out = pair if "chosen" in row else segments
+    with pytest.raises(UserError, match=f"field '{name}' holds what no layout has a place for"):
+        laid_out(row)
+
+
+@pytest.mark.parametrize("nothing", [None, "", [], "[]"])
+def test_a_field_that_holds_nothing_is_in_nobodys_way(nothing):
+    row = {"query": "Hi?", "response": "Yo"}
+    assert segments(row | {"history": nothing, "tools": nothing}) == segments(row)
+    turns = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yo"}]
+    assert segments({"messages": [turn | {"tool_calls": nothing} for turn in turns]}) == segments({"messages": turns})
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Hi?", "input": "", "output": "Yo"},
+        {"query": "Hi?", "response": "Yo"},
+        {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yo"}]},
+    ],
+)
+def test_a_text_beside_answers_is_taken_where_it_is_named_and_else_refused(preprocess, row):
+    with pytest.raises(UserError, match="a row has a text, of which all counts, beside .*; name others with --fields"):
+        preprocess([row | {"text": "Be. Hi? Yo"}])
+    assert texts(preprocess([row | {"text": "Be. Hi? Yo"}], "--fields", "text")) == [("Be. Hi? Yo", "Be. Hi? Yo")]
+    assert segments(row | {"text": ""}) == segments(row | {"text": None}) == segments(row)
 
 
 def test_layouts_have_names(preprocess):

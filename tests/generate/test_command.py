@@ -12,11 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_peft.data.tokenizer import BytesTokenizer
+from rwkv_peft.data.recorded import record_of
+from rwkv_peft.data.tokenizer import BytesTokenizer, load_tokenizer
 from rwkv_peft.errors import UserError
-from rwkv_peft.files.base import save_model
+from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
+from rwkv_peft.files.base import open_base, save_model
 from rwkv_peft.files.pth import read_tensors
 from rwkv_peft.generate import Step, command, flags
+from rwkv_peft.generate.loading import load_subject
+from rwkv_peft.models.state import time_state_shapes
 
 PACKAGE = Path(command.__file__).resolve().parents[2]
 
@@ -265,6 +269,23 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_model_is_read(tmp
     monkeypatch.setattr(command, "load_subject", None)
     with pytest.raises(UserError, match="a file stands where"):
         command.main(["--model", "m.pth", "--prompt", "a", flag, str(tmp_path / "plain" / "x")])
+
+
+@pytest.mark.parametrize("flag, name", [("--adapter", "bone"), ("--state", "none")])
+@pytest.mark.parametrize("given", ["run", "run/adapter.safetensors"])
+def test_the_tokenizer_of_a_run_is_found_by_its_folder_too(model, tmp_path, flag, name, given):
+    texts = [chr(byte) if byte < 128 else bytes([byte]) for byte in range(256)]
+    (tmp_path / "reversed.txt").write_text("".join(f"{256 - byte} {text!r} 1\n" for byte, text in enumerate(texts)))
+    tokenizer = load_tokenizer(tmp_path / "reversed.txt")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(record_of(tokenizer))
+    config = open_base(model).config
+    tensors = {key: torch.ones(shape) for key, shape in time_state_shapes(config).items()}
+    if name == "bone":
+        tensors = {"blocks.0.att.key.bone": torch.ones(4, config.n_embd)}
+    save_adapter(tmp_path / "run" / "adapter.safetensors", tensors, AdapterMetadata(name, rank=4 * (name == "bone")))
+    args = flags.build_parser().parse_args(["--model", str(model), flag, str(tmp_path / given), "--prompt", "a"])
+    assert load_subject(args, print).tokenizer.name == tokenizer.name
 
 
 def test_a_vocabulary_of_unknown_size_needs_a_tokenizer(tiny_state, tmp_path):

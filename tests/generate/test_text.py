@@ -5,6 +5,7 @@ import random
 import pytest
 
 from rwkv_peft.data.tokenizer import BytesTokenizer, load_tokenizer
+from rwkv_peft.errors import UserError
 from rwkv_peft.generate.text import TextStream, overlap
 
 MIXED = "naïve 你好 🙂 — end"
@@ -12,6 +13,8 @@ MIXED = "naïve 你好 🙂 — end"
 
 class SpacedTokenizer:
     """Decodes as sentencepiece does: the first word loses the space before it; one byte a token otherwise."""
+
+    special: dict[str, int] = {}
 
     def decode(self, ids):
         return bytes(ids).decode("utf-8", "replace").removeprefix(" ")
@@ -30,6 +33,7 @@ def straddling(tmp_path_factory):
         vocabulary["".join(merge)] = len(vocabulary)
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.pre_tokenizer, tokenizer.decoder = words, decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_end|>"])
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     tokenizer.save(str(path))
     return load_tokenizer(path)
@@ -116,3 +120,11 @@ def test_a_stop_string_may_end_inside_a_token():
 
 def test_overlap_is_the_longest_proper_start():
     assert [overlap(text, "aba") for text in ("", "b", "a", "xab", "aba", "abab")] == [0, 0, 1, 2, 1, 2]
+
+
+def test_a_special_token_stops_though_it_has_no_text(straddling):
+    tokens = straddling.encode("aé<|im_end|>b")
+    stream = TextStream(straddling, ["<|im_end|>", "éx"])
+    assert pieces(stream, tokens) == ["a", "", "", "é", "", ""] and stream.stopped
+    with pytest.raises(UserError, match="holds <.im_end.>, a token that has no text of its own.*give <.im_end.> alone"):
+        TextStream(straddling, ["<|im_end|>b"])

@@ -103,6 +103,54 @@ def test_tools_reach_the_template(tiny, tmp_path, monkeypatch):
         run(tiny, tmp_path / "again", "--data_path", str(path))
 
 
+def test_a_system_text_beside_turns_or_a_question_stands_before_them(tiny, tmp_path, monkeypatch):
+    chat = turns("A", "B")
+    whole = ["### SYSTEM: Be.\n### USER: A\n### ASSISTANT: B</s>"] * 4
+    rows = [
+        {"messages": chat, "system": "Be."},
+        {"messages": chat, "system": None, "system_prompt": "Be."},
+        {"messages": [{"role": "system", "content": "Be."}, *chat], "system": "No."},
+        {"messages": [{"role": "system", "content": "Be."}, *chat]},
+    ]
+    for name, made in (("chats", rows), ("rows", [{"query": "A", "response": "B", "system": "Be."}] * 4)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in made))
+        assert learned(tiny, tmp_path, monkeypatch, str(path), "--completion_only_loss", "False") == whole
+
+
+CALL = [{"type": "function", "function": {"name": "t", "arguments": {"x": 1}}}]
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"messages": turns("A", "B"), "tools": [{"name": "t"}]}, "holds tools, which the .* template leaves out"),
+        (
+            {"messages": [*turns("A"), {"role": "assistant", "content": None, "tool_calls": CALL}]},
+            "holds calls of tools, which the .* template leaves out",
+        ),
+        ({"query": "A", "response": "B", "history": [["C", "D"]]}, "has a history, .* --dataset_field query response"),
+        ({"messages": turns("A", "B"), "system": ["Be."]}, "has a list for its system text, and text is due"),
+    ],
+)
+def test_what_would_be_lost_of_a_row_is_refused(tiny, tmp_path, row, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=f"row 1 of .* {message}"):
+        run(tiny, tmp_path / "out", "--data_path", str(path), *STEPS)
+
+
+def test_a_chat_may_end_in_a_call_where_the_template_has_a_place_for_it(tiny, tmp_path, monkeypatch):
+    tokenizer = finetune.load_tokenizer(str(tiny / "model"), {})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% generation %}{{ m.content }}{% for call in m.tool_calls or [] %}"
+        "{{ call.function.name }}{% endfor %}{% endgeneration %}{% endfor %}"
+    )
+    monkeypatch.setattr(finetune, "load_tokenizer", lambda *_: tokenizer)
+    path = write(tmp_path / "a.jsonl", "messages", [*turns("A"), {"role": "assistant", "tool_calls": CALL}])
+    assert learned(tiny, tmp_path, monkeypatch, path, "--completion_only_loss", "False") == ["At"]
+
+
 def test_a_layout_that_the_tokenizer_gets_is_told_and_kept(tiny, tmp_path, capsys):
     from transformers import AutoTokenizer
 

@@ -237,6 +237,15 @@ def test_a_lora_export_tells_its_alpha_and_a_pissa_export_its_init_file(tmp_path
         assert words in capsys.readouterr().out
 
 
+def test_an_export_tells_the_quantization_that_it_cannot_record(tmp_path, capsys):
+    for quant, words in (("nf4", "merge it with merge_bone.py --quant nf4"), ("none", "")):
+        metadata = AdapterMetadata("bone", rank=4, quant=quant)
+        save_adapter(tmp_path / "a.safetensors", {"blocks.0.att.key.bone": torch.ones(4, 32)}, metadata)
+        convert(tmp_path / "a.safetensors", tmp_path / "a.pth")
+        told = capsys.readouterr().out
+        assert words in told and ("--quant" in told) == bool(words)
+
+
 @pytest.mark.parametrize(
     "source, flag, output",
     [
@@ -297,3 +306,23 @@ def test_what_cannot_be_converted_is_refused(tmp_path, model, source, target, me
     torch.save({"blocks.0.ffn.key.bone": torch.randn(4, 16, 16)}, tmp_path / "square.pth")
     with pytest.raises(UserError, match=message):
         convert(tmp_path / source, tmp_path / target)
+
+
+@pytest.mark.parametrize(
+    "source, target, flag, value, why",
+    [
+        ("model.pth", "x.gguf", "--dtype", "bf16", "the type of a GGUF is --gguf_type's"),
+        ("adapter.safetensors", "x.pth", "--dtype", "fp16", "an adapter's tensors keep their dtypes"),
+        ("model.pth", "x.st", "--gguf_type", "q8_0", "for a model's .gguf"),
+        ("adapter.safetensors", "x.gguf", "--gguf_type", "q8_0", "for a model's .gguf"),
+        ("model.pth", "x.st", "--tokenizer", "bytes", "into a model's .gguf or folder"),
+        ("model.pth", "x.st", "--bone_parameter", "bone", "for an adapter's .pth"),
+        ("adapter.safetensors", "x.safetensors", "--bone_parameter", "bone", "for an adapter's .pth"),
+    ],
+)
+def test_a_flag_that_would_change_nothing_is_refused(tmp_path, model, source, target, flag, value, why):
+    tensors = {"blocks.0.att.key.bone": torch.ones(4, 32)}
+    save_adapter(tmp_path / "adapter.safetensors", tensors, AdapterMetadata("bone", rank=4))
+    with pytest.raises(UserError, match=f"{flag} {value} would change nothing of .*{target}: .*{why}"):
+        convert(tmp_path / source, tmp_path / target, flag, value)
+    assert not (tmp_path / target).exists()

@@ -109,6 +109,16 @@ def test_the_change_of_an_adapter_and_of_its_merged_model_is_told(folder, capsys
     assert "none: it is the base" in inspect(capsys, base, "--base_model", base)
 
 
+def test_states_that_one_of_two_models_lacks_are_a_change(folder, capsys):
+    tensors = torch.load(folder / "base.pth")
+    states = {f"blocks.{layer}.att.time_state": torch.full((4, 16, 16), float(layer)) for layer in range(2)}
+    save_model(folder / "tuned.pth", tensors | states)
+    out = inspect(capsys, folder / "tuned.pth", "--base_model", folder / "base.pth").partition("change of")[2]
+    assert out.split()[-4:] == ["att.time_state", "1", "inf", "█"]
+    out = inspect(capsys, folder / "base.pth", "--base_model", folder / "tuned.pth").partition("change of")[2]
+    assert out.split()[-4:] == ["att.time_state", "1", "100", "█"]
+
+
 def test_a_grid_has_a_place_for_every_tensor():
     heat = heat_of({"blocks.0.att.key.weight": 0.1, "blocks.2.ffn.value.weight": 0.2, "emb.weight": 0.05})
     assert (heat.rows, heat.columns, heat.outside) == ([0, 2], ["att.key", "ffn.value"], {"emb.weight": 0.05})

@@ -72,8 +72,10 @@ def recorded_of_data(prefix: str | Path) -> Vocabulary | None:
 
 
 def recorded_beside(*paths: str | Path | None) -> Vocabulary | None:
-    """The Vocabulary of the first run in whose folder one of these files lies, or None."""
-    found = (read_record(Path(path).parent / RUN) for path in paths if path)
+    """The Vocabulary of the first run in whose folder one of these files lies, or whose folder is one of them, or
+    None."""
+    folders = (path if os.path.isdir(path) else Path(path).parent for path in paths if path)
+    found = (read_record(Path(folder, RUN)) for folder in folders)
     return next(filter(None, found), None)
 
 

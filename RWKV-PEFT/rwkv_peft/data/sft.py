@@ -20,7 +20,7 @@ from .encoding import EncodeSettings
 from .preprocess import write
 from .report import laid_out, left_out
 
-FORMAT = 3
+FORMAT = 4
 
 
 def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[str, list[str]]:

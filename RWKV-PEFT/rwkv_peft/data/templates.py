@@ -17,9 +17,19 @@ FORMS = (
     "text; messages or conversations; query and response; question and answer; instruction, input "
     "and output; prompt and completion"
 )
+ANSWERED = (  # the fields of the forms of which answers alone count
+    ("messages",),
+    ("conversations",),
+    ("query", "response"),
+    ("question", "answer"),
+    ("instruction", "output"),
+    ("prompt", "completion"),
+)
 Segment = tuple[str, bool]  # a text, and whether it counts in the loss
 
 SYSTEM = ("system", "system_prompt")  # the fields of a system text beside a question
+# what a row or a turn may hold besides, for which the layouts have no place
+UNPLACED = ("tools", "tool_calls", "functions", "function_call", "history")
 TURN_END = "\n\n"  # token 261 of the World vocabulary
 # (what may open the turn behind an answer, what opens the answer)
 LAYOUTS = ((("User:", "System:", "Tool:"), "Assistant:"), (("Question:",), "Answer:"), (("Instruction:",), "Response:"))
@@ -35,7 +45,14 @@ def segments(row: object, think: str = "") -> list[Segment]:
     if not isinstance(row, dict):
         raise UserError(f"a row is {type(row).__name__}, not an object with fields such as {FORMS}")
     if "text" in row and not think:
-        return [(field(row, "text"), True)]
+        answered_too = next((names for names in ANSWERED if all(row.get(name) for name in names)), None)
+        if row["text"] and answered_too:
+            raise UnknownForm(
+                f"a row has a text, of which all counts, beside {' and '.join(answered_too)}, of which the answers do, "
+                "and either may be meant; leave one of them out of the rows, or name the field text"
+            )
+        if not answered_too:
+            return [(field(row, "text"), True)]
     for name in ("messages", "conversations"):
         if name in row:
             return behind_system(row, chat(row[name], think))
@@ -52,6 +69,7 @@ def segments(row: object, think: str = "") -> list[Segment]:
         prompt = f"Instruction: {field(row, 'instruction')}\n\n" + (f"Input: {extra}\n\n" if extra else "")
         return behind_system(row, exchange(prompt + "Response:", field(row, "output")))
     if "prompt" in row and "completion" in row:
+        refuse_unplaced(row)
         if system_of(row):
             raise UnknownForm(
                 "a row has a system text beside its prompt, which is laid out as it stands, with no place for that; "
@@ -69,8 +87,21 @@ def system_of(row: Mapping[str, Any]) -> str:
     return field(row, name).strip() if name else ""
 
 
+def refuse_unplaced(holder: Mapping[str, Any]) -> None:
+    """UserError where a row or a turn holds one of UNPLACED, which would be lost."""
+    for name in UNPLACED:
+        if holder.get(name) not in (None, "", [], {}, "[]", "{}", "null"):
+            remedy = "earlier turns belong into messages" if name == "history" else "write it out in the turns' words"
+            raise UserError(
+                f"field {name!r} holds what no layout has a place for; {remedy}, or remove the field where it is not "
+                "to be learned"
+            )
+
+
 def behind_system(row: Mapping[str, Any], parts: list[Segment]) -> list[Segment]:
-    """The system text of a row before its segments, unless they begin with one."""
+    """The system text of a row before its segments, unless they begin with one. Raises UserError for a row of which
+    something else would be lost."""
+    refuse_unplaced(row)
     words = system_of(row)
     if not words or parts[0][0].startswith("System:"):
         return parts
@@ -201,6 +232,7 @@ def chat(messages: object, think: str = "") -> list[Segment]:
             raise UserError(
                 f"a turn has the fields {', '.join(map(str, turn))}; it needs role and content, or from and value"
             )
+        refuse_unplaced(turn)
         role, words = speaker(field(turn, keys[0])), field(turn, keys[1]).strip()
         answered_before = bool(parts) and parts[-1][1]
         if answered_before:

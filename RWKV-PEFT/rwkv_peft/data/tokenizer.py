@@ -2,8 +2,9 @@
 
 Every tokenizer has encode(str) -> list[int], decode(list[int]) -> str, vocab_size (ids are below
 it), name, end_id, the token that ends a document, or None where the vocabulary names none,
-cuts_at_lines, whether a text cut where a line begins with a visible character has the same tokens, and
-content(), bytes that tell its vocabulary from any other.
+cuts_at_lines, whether a text cut where a line begins with a visible character has the same tokens, special,
+the ids of the tokens that decode leaves out by the texts that encode reads as them, and content(), bytes that
+tell its vocabulary from any other.
 
     rwkv-peft tokenize world "Assistant:"      prints the ids of a text, as --mask_id takes them
 """
@@ -11,11 +12,11 @@ content(), bytes that tell its vocabulary from any other.
 import ast
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, cached_property
 from multiprocessing import parent_process
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import TypeVar
 
 from ..cli import Parser
@@ -52,6 +53,7 @@ class BytesTokenizer:
     vocab_size = 257
     end_id = 0
     cuts_at_lines = True
+    special: Mapping[str, int] = MappingProxyType({})
     token_bytes = (None, *(bytes([byte]) for byte in range(256)))
 
     def encode(self, text: str) -> list[int]:
@@ -78,6 +80,7 @@ class WorldTokenizer:
 
     end_id = 0
     cuts_at_lines = False
+    special: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, path: str | Path | None = None) -> None:
         if path is None:
@@ -195,6 +198,8 @@ class JsonTokenizer:
         if not vocabulary:
             raise UserError(f"tokenizer {path}: its vocabulary is empty")
         self.vocab_size = max(vocabulary.values()) + 1
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special = {token.content: number for number, token in added.items() if token.special}
         self.end_token = next((token for token in END_TOKENS if token in vocabulary), None)
         self.end_id = None if self.end_token is None else vocabulary[self.end_token]
 

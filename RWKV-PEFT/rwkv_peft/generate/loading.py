@@ -76,7 +76,7 @@ def load_subject(args: Namespace, say: Callable[[str], object]) -> Subject:
     model, start = load_model(args.model, sources, precision, device, args.any_base)
     if args.state:
         start = read_state_file(args.state, model, None if args.any_base else open_base(args.model))
-    recorded = recorded_beside(*reversed(args.adapter), args.model)
+    recorded = recorded_beside(*reversed(args.adapter), args.state, args.model)
     return Subject(model, start, find_tokenizer(args.tokenizer, model.config.vocab_size, recorded, say))
 
 

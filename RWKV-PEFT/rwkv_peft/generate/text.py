@@ -4,6 +4,7 @@ import codecs
 from collections.abc import Iterable, Sequence
 
 from ..data.tokenizer import REPLACEMENT, Tokenizer
+from ..errors import UserError
 
 LONGEST_CHARACTER = 4  # tokens: UTF-8 takes four bytes at most
 
@@ -12,11 +13,20 @@ class TextStream:
     """The text of one sequence, given out as soon as it is certain.
 
     A character is withheld until its last byte is there, and so is text that may be the start of a stop string.
-    `stopped` is True from the first stop string on, which is not given out.
+    `stopped` is True from the first stop string on, which is not given out. One that is a special token of the
+    tokenizer, and so has no text, stops as the token; UserError for one that has such a token in it.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Iterable[str] = ()) -> None:
-        self.stops = tuple(stops)
+        stops = tuple(stops)
+        self.stops = tuple(stop for stop in stops if stop not in tokenizer.special)
+        self._ends = {tokenizer.special[stop] for stop in stops if stop in tokenizer.special}
+        for stop in self.stops:
+            if inside := next((text for text in tokenizer.special if text in stop), None):
+                raise UserError(
+                    f"stop text {stop!r} holds {inside}, a token that has no text of its own, and would never be met; "
+                    f"give {inside} alone"
+                )
         self.stopped = False
         self._held = ""
         self._decoder: ByteDecoder | TailDecoder = (
@@ -30,6 +40,10 @@ class TextStream:
 
     def feed(self, token: int) -> str:
         """The text that token makes certain, perhaps ""."""
+        if token in self._ends and not self.stopped:
+            text = self.finish()
+            self.stopped = True
+            return text
         return "" if self.stopped else self._release(self._decoder.feed(token))
 
     def finish(self) -> str:

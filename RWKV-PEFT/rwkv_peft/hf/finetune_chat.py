@@ -9,6 +9,8 @@ from ..errors import UserError
 
 # The roles of turns {from, value}, where templates call them otherwise.
 ROLES = MappingProxyType({"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"})
+SYSTEM = ("system", "system_prompt")  # the fields of a system text beside the turns
+CALLS = ("tool_calls", "function_call")  # what a turn may hold besides its words
 # For base models, which have no template: the layout of rows of a question and its answer, turn after turn.
 TEMPLATE = (
     "{% for message in messages %}{% if not loop.first %}{{ '\n' }}{% endif %}"
@@ -35,24 +37,50 @@ def give_template(tokenizer: Any) -> None:
 
 
 def as_messages(row: Mapping[str, Any], column: str, where: str, tokenizer: Any) -> dict[str, Any]:
-    """The turns of a row's column, {role, content} or {from, value}, as messages, beside the row's tools. Raises
-    UserError, which says `where`, for turns that have not that form, none that is the assistant's, or that the template
-    refuses."""
+    """The turns of a row's column, {role, content} or {from, value}, as messages, behind the row's system text and
+    beside its tools. Raises UserError, which says `where`, for turns that have not that form, none that is the
+    assistant's, or that the template refuses, and for tools or calls of them that it leaves out."""
     from jinja2 import TemplateError
 
     turns = row[column]
     if not isinstance(turns, list):
         raise UserError(f"{where} has a {type(turns).__name__} for its {column}, and a list of turns is due")
     messages = [_message(turn, where) for turn in turns]
-    if not any(message["role"] == "assistant" and message["content"] for message in messages):
+    if not any(turn["role"] == "assistant" and (turn["content"] or calls(turn)) for turn in messages):
         raise UserError(f"{where} has no turn of the assistant's to learn from; drop such rows from the file")
+    system = system_of(row, where)
+    if system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    bare = [{name: value for name, value in turn.items() if name not in CALLS} for turn in messages]
     tools = row.get("tools")
     try:
         described = json.loads(tools) if isinstance(tools, str) else tools
-        tokenizer.apply_chat_template(messages, tokenize=False, tools=described)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, tools=described)
+        without_tools = described and tokenizer.apply_chat_template(messages, tokenize=False)
+        without_calls = bare != messages and tokenizer.apply_chat_template(bare, tokenize=False, tools=described)
     except (TemplateError, TypeError, ValueError) as error:
         raise UserError(f"{where} is refused by the tokenizer's chat template: {error}") from error
+    for what, other in (("tools", without_tools), ("calls of tools", without_calls)):
+        if text == other:
+            raise UserError(
+                f"{where} holds {what}, which the tokenizer's chat template leaves out, so that they would be lost; "
+                "take a base whose template has a place for them, write them out in the turns' words, or remove them"
+            )
     return {"messages": messages, **({"tools": tools} if "tools" in row else {})}
+
+
+def system_of(row: Mapping[str, Any], where: str) -> str:
+    """The system text beside a row's turns or question, "" where it has none. Raises UserError for one that is no
+    text."""
+    words = next((row[name] for name in SYSTEM if row.get(name)), "")
+    if not isinstance(words, str):
+        raise UserError(f"{where} has a {type(words).__name__} for its system text, and text is due")
+    return words
+
+
+def calls(turn: Mapping[str, Any]) -> bool:
+    """Whether a turn calls a tool."""
+    return any(turn.get(name) for name in CALLS)
 
 
 def _message(turn: object, where: str) -> dict[str, Any]:
@@ -62,8 +90,8 @@ def _message(turn: object, where: str) -> dict[str, Any]:
         turn = {"role": ROLES.get(role, role), "content": turn.get("value")}
     if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
         raise UserError(f"{where} has a turn that is no object with role and content (or from and value): {turn!r:.60}")
-    if turn.get("content") is None and turn.get("tool_calls"):
+    if turn.get("content") is None and calls(turn):
         turn = {**turn, "content": ""}
     if not isinstance(turn.get("content"), str):
         raise UserError(f"{where} has a turn whose content is {type(turn.get('content')).__name__}, and text is due")
-    return {name: value for name, value in turn.items() if value is not None}
+    return {name: value for name, value in turn.items() if value or name not in CALLS and value is not None}

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..cli import counted
 from ..errors import UserError
-from .finetune_chat import as_messages, give_template
+from .finetune_chat import as_messages, give_template, system_of
 from .finetune_flags import BoneArguments
 from .refusals import refusals_of
 
@@ -53,6 +53,11 @@ def load_data(arguments: BoneArguments, split: str, tokenizer: Any) -> Any:
 
     def made(row: Mapping[str, Any], index: int) -> dict[str, Any]:
         where = f"row {index + 1} of {arguments.data_path}"
+        if arguments.dataset_field is None and row.get("history"):
+            raise UserError(
+                f"{where} has a history, which would be lost; lay its turns out as messages, or name "
+                f"--dataset_field {' '.join(columns)}, which learns without it"
+            )
         if len(columns) == 1:
             return as_messages(row, columns[0], where, tokenizer)
         return as_prompt(row, columns, where, tokenizer.eos_token or "")
@@ -77,8 +82,8 @@ def columns_of(arguments: BoneArguments, names: Sequence[str]) -> list[str]:
 
 
 def as_prompt(row: Mapping[str, Any], columns: Sequence[str], where: str, end: str) -> dict[str, str]:
-    """The columns of a question and its answer as prompt and completion. Raises UserError, which says `where`, for
-    those that hold no text."""
+    """The columns of a question and its answer as prompt and completion, behind the row's system text. Raises
+    UserError, which says `where`, for those that hold no text."""
     question, answer = columns
     for name in columns:
         if row[name] is None:
@@ -88,7 +93,9 @@ def as_prompt(row: Mapping[str, Any], columns: Sequence[str], where: str, end: s
                 f"{where} has a {type(row[name]).__name__} for its {name}, and text is due; write it out as a question "
                 "and its answer"
             )
-    return {"prompt": f"### USER: {row[question]}\n### ASSISTANT:", "completion": f" {row[answer]}{end}"}
+    system = system_of(row, where)
+    opening = f"### SYSTEM: {system}\n" if system else ""
+    return {"prompt": f"{opening}### USER: {row[question]}\n### ASSISTANT:", "completion": f" {row[answer]}{end}"}
 
 
 def as_learned(dataset: Any, rows: int, split: str, arguments: BoneArguments, config: Any) -> str:

@@ -35,7 +35,7 @@ from ..files.safetensors_file import read_safetensors
 from ..files.state_file import is_own, read_states
 from ..models.state import check_time_states, is_time_state
 from .flags import convert_flags
-from .formats import Wanted, format_of
+from .formats import GGUF_TYPE, Wanted, format_of
 from .lora import as_lora, describe_errors, lora_files, write_lora
 from .vocabulary import Tokenizer
 
@@ -50,12 +50,29 @@ def main(argv: list[str]) -> int:
     files = [target] if form is None else form.files(target)
     for file in lora_files(target) if args.to else files:
         check_output("the output", file, inputs)
-    if args.to and not is_adapter(source):
+    adapted = is_adapter(source)
+    if args.to and not adapted:
         raise UserError(f"{source} holds no adapter, which alone has a form as LoRA; leave --to {args.to} out")
-    written = convert_adapter(source, target, args) if is_adapter(source) else convert_model(source, target, args)
+    refuse_unread(args, target, adapted)
+    written = convert_adapter(source, target, args) if adapted else convert_model(source, target, args)
     for line in written:
         print(f"wrote {line}")
     return 0
+
+
+def refuse_unread(args: argparse.Namespace, target: Path, adapted: bool) -> None:
+    """Raise UserError for a flag that tells how something is written which this output has not; adapted says that the
+    input is an adapter."""
+    form, gguf = format_of(target), target.suffix == ".gguf"
+    kept = "an adapter's tensors keep their dtypes" if adapted else "the type of a GGUF is --gguf_type's"
+    for name, is_read, why in (
+        ("dtype", not adapted and not gguf or args.dtype == "keep", kept),
+        ("gguf_type", not adapted and gguf, "that is for a model's .gguf"),
+        ("tokenizer", not adapted and form is not None and form.vocabulary, "that goes into a model's .gguf or folder"),
+        ("bone_parameter", adapted and not args.to and target.suffix == ".pth", "that is for an adapter's .pth"),
+    ):
+        if not is_read and (value := getattr(args, name)) is not None:
+            raise UserError(f"--{name} {value} would change nothing of {target}: {why}; leave it out")
 
 
 def is_adapter(path: Path) -> bool:
@@ -77,7 +94,7 @@ def convert_adapter(source: Path, target: Path, args: argparse.Namespace) -> Seq
     if args.to:
         return [convert_to_lora(adapter, target, model, args.lora_rank)]
     if target.suffix == ".pth":
-        paths = write_rwkv_peft(target, adapter, args.bone_parameter, base)
+        paths = write_rwkv_peft(target, adapter, args.bone_parameter or "disha", base)
         print(remark_on_export(adapter.metadata, paths), end="")
         return paths
     if target.suffix == ".safetensors":
@@ -106,13 +123,18 @@ def convert_to_lora(adapter: Adapter, target: Path, base: Base | None, rank: int
 
 
 def remark_on_export(metadata: AdapterMetadata, paths: Sequence[Path]) -> str:
-    """A line on what merging the files of write_rwkv_peft takes besides them, or ""."""
+    """Lines on what merging the files of write_rwkv_peft takes besides them, or ""."""
+    kept = ""
+    if metadata.quant != "none":
+        kept = f"it was trained on a base quantized to {metadata.quant}, which the file does not record: merge it with "
+        kept += f"merge_bone.py --quant {metadata.quant}\n"
     if len(paths) > 1:
         return (
             f"as PiSSA it is merged into the original base with {paths[1].name} as the init file "
-            "(merge_bone.py --lora_init)\n"
+            f"(merge_bone.py --lora_init)\n{kept}"
         )
-    return "" if metadata.method is None else metadata.method.remark_for_rwkv_peft(metadata.rank, metadata.scale)
+    method = metadata.method
+    return kept + ("" if method is None else method.remark_for_rwkv_peft(metadata.rank, metadata.scale))
 
 
 def read_model(path: Path) -> dict[str, torch.Tensor]:
@@ -163,10 +185,11 @@ def convert_model(source: Path, target: Path, args: argparse.Namespace) -> list[
         return [f"{target}: {describe(tensors, dtype)} (time states)"]
     base = base_of(tensors, source)
     tokenizer = vocabulary_for(base, source, args.tokenizer) if form.vocabulary else None
-    form.write_model(target, base, Wanted(dtype, args.gguf_type, tokenizer))
+    form.write_model(target, base, Wanted(dtype, args.gguf_type or GGUF_TYPE, tokenizer))
     what = describe(tensors, dtype)
     if target.suffix == ".gguf":
-        what = f"{len(list(base.family.gguf_tensors(tensors, base.config)))} tensors, the large ones {args.gguf_type}"
+        number = len(list(base.family.gguf_tensors(tensors, base.config)))
+        what = f"{number} tensors, the large ones {args.gguf_type or GGUF_TYPE}"
     line = f"{target}: {what}" + (f", vocabulary {tokenizer.name}" if tokenizer else "")
     return [f"{line}; {form.loaded_by}"]
 

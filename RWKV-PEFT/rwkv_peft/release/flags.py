@@ -180,13 +180,10 @@ def convert_flags(argv: list[str]) -> argparse.Namespace:
         help="whose vocabulary goes into a GGUF or a Hugging Face folder: world, bytes, or a file; default that of "
         "the run in whose folder the model lies, or by the model's vocabulary (65536: world, 257: bytes)",
     )
-    parser.add_argument(
-        "--gguf_type", choices=GGUF_TYPES, default="f16", help="type of a GGUF's large matrices (default f16)"
-    )
+    parser.add_argument("--gguf_type", choices=GGUF_TYPES, help="type of a GGUF's large matrices (default f16)")
     parser.add_argument(
         "--bone_parameter",
         choices=("disha", "bone"),
-        default="disha",
         help="name of Bone's tensors in RWKV-PEFT's files: disha since 2025-02, which is the default, bone before",
     )
     parser.add_argument(

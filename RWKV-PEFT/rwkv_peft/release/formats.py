@@ -25,6 +25,7 @@ from ..models.state import is_time_state, swapped
 from .gguf import write_gguf
 from .vocabulary import WORLD_FILE, Tokenizer, gguf_vocabulary, hf_files
 
+GGUF_TYPE = "f16"  # of a GGUF's large matrices, where none is asked for
 HF_FILES = ("model.safetensors", "config.json", "tokenizer_config.json", "tokenizer.json", WORLD_FILE)
 
 
@@ -36,7 +37,7 @@ class Wanted(NamedTuple):
     and the tokenizer whose vocabulary goes along, where the format holds one."""
 
     dtype: torch.dtype | None = None
-    gguf_type: str = "f16"
+    gguf_type: str = GGUF_TYPE
     tokenizer: Tokenizer | None = None
 
 

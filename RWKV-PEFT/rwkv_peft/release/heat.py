@@ -27,8 +27,8 @@ class Heat:
 
 
 def changes_of(base: Base, other: Base | Adapter, name: str) -> dict[str, float]:
-    """{key: |W' - W| / |W|} of what a merged model, or an adapter, changes of a Base. Raises UserError where the two do
-    not belong together."""
+    """{key: |W' - W| / |W|} of what a merged model, or an adapter, changes of a Base; states that one of two models
+    lacks are zeros there. Raises UserError where the two do not belong together."""
     if isinstance(other, Adapter):
         check_fingerprints(base, [(name, other)])
         reports: list[TensorReport] = []
@@ -40,7 +40,10 @@ def changes_of(base: Base, other: Base | Adapter, name: str) -> dict[str, float]
             f"{base.path} has other dimensions than {name}, so that it is not its base; name the model that it was "
             "made of"
         )
-    moved = {key: distance(other.tensors[key], tensor) for key, tensor in base.tensors.items() if key in other.tensors}
+    either = base.tensors | other.tensors
+    zeros = {key: torch.zeros(()).expand(tensor.shape) for key, tensor in either.items()}
+    before, after = zeros | base.tensors, zeros | other.tensors
+    moved = {key: distance(after[key], before[key]) for key in either}
     return {key: change for key, change in moved.items() if change}
 
 
