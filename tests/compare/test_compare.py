@@ -21,6 +21,7 @@ from rwkv_peft.compare.runs import Process, finish, run_cells, start
 from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.errors import UserError, ending_in_order, hangup_signals
 from rwkv_peft.files.alone import alone_in
+from rwkv_peft.training.checkpoints import DIVERGED
 
 MODEL = ("--load_model", "base.pth", "--data_file", "data", "--ctx_len", "16", "--accelerator", "cpu")
 TRAIN = (*MODEL, "--val_split", "0.2")
@@ -220,7 +221,8 @@ def test_the_budget_ends_what_runs_and_starts_nothing_more(tmp_path, monkeypatch
     "code, log, diverged",
     [
         (0, "finished", False),
-        (1, "error: the loss became nan at step 3; …", True),
+        (1, f"error: the loss became nan at step 3; {DIVERGED}. No checkpoint had been saved yet", True),
+        (1, "error: rank 1 was ended by SIGKILL; no checkpoint had been saved yet; …", None),
         (1, "Traceback …", None),
         (2, "", None),
     ],

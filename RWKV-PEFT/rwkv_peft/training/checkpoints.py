@@ -17,6 +17,7 @@ UNREADABLE = (OSError, ValueError, LookupError, TypeError, OverflowError, Recurs
 
 ANSWERS, LM_EVAL = "answers.jsonl", "lm_eval.jsonl"  # of --eval_data, of --lm_eval
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # of a disk
+DIVERGED = "the run stopped, and nothing of that step was saved"  # what one says whose numbers are no longer finite
 UNSAVED = ".unsaved"  # in the folder of a run until its first checkpoint is complete: all else there is of no use
 
 
