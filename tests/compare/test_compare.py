@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +19,13 @@ from rwkv_peft.compare.flags import parse_flags
 from rwkv_peft.compare.plan import Cell
 from rwkv_peft.compare.rates import rate_of
 from rwkv_peft.compare.runs import Process, finish, run_cells, start
+from rwkv_peft.compare.sizes import Size
 from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.errors import UserError, ending_in_order, hangup_signals
 from rwkv_peft.files.alone import alone_in
 from rwkv_peft.training.checkpoints import DIVERGED
+from rwkv_peft.training.flags import parse_run
+from rwkv_peft.training.run import find_samples
 
 MODEL = ("--load_model", "base.pth", "--data_file", "data", "--ctx_len", "16", "--accelerator", "cpu")
 TRAIN = (*MODEL, "--val_split", "0.2")
@@ -153,6 +157,19 @@ def test_mistakes_are_told_before_a_run_begins(files, arguments, message):
 @pytest.mark.parametrize("steps, every", [(1000, 100), (205, 21), (7, 1), (13, 2), (1, 1)])
 def test_a_run_is_validated_ten_times_or_fewer(steps, every):
     assert parse_flags(["--output", "out", "--steps", str(steps), "--", *TRAIN]).val_every == every
+
+
+def test_runs_of_all_seeds_validate_on_the_same_samples(files):
+    kept = []
+    for seed in (7, 8):
+        comparison = parse_flags(["--output", "out3", *OWN, "--", *TRAIN])
+        request = parse_run(runs.train_flags(comparison, Cell("bone", -6, seed), Size(8, 0, 1), Path("out3")))
+        samples, held_out = find_samples(request.config)
+        kept.append([{held.unit(n) for n in range(len(held))} for held in (samples, held_out)])
+        assert request.config.train.random_seed == seed
+    assert kept[0] == kept[1]
+    given = parse_flags(["--output", "out3", *OWN, "--", *TRAIN, "--val_seed", "3"])
+    assert given.train == (*TRAIN, "--val_seed", "3")
 
 
 def test_what_has_no_rank_trains_what_the_model_has_of_it(files):

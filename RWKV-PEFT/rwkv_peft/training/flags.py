@@ -282,6 +282,8 @@ def check_train(train: TrainConfig) -> None:
         )
     if train.val_data and train.val_split:
         raise UserError("--val_data and --val_split both name the validation samples; give one of them")
+    if train.val_seed is not None and not train.val_split:
+        raise UserError(f"--val_seed {train.val_seed} draws what --val_split keeps, which is not given; leave it out")
     for name in ("val_every", "early_stop"):
         if getattr(train, name) and not (train.val_data or train.val_split):
             raise UserError(f"--{name} {getattr(train, name)} needs samples to validate on: --val_data or --val_split")

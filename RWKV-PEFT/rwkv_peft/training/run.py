@@ -214,7 +214,7 @@ def find_samples(config: RunConfig) -> tuple[Samples, Samples | None]:
     """(training samples, validation samples or None)."""
     data, train, vocab_size = config.data, config.train, config.model.vocab_size
     if train.val_split:
-        samples, held_out = split_samples(data, vocab_size, train.val_split)
+        samples, held_out = split_samples(data, vocab_size, train.val_split, train.val_seed)
     else:
         samples, held_out = build_samples(data, vocab_size), None
     if train.val_data:

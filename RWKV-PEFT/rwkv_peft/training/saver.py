@@ -65,6 +65,8 @@ def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
     }
     if config.data.dataload == "pad":  # the order of whose samples depends on this (data/samples.py)
         settings["rows_share_batches"] = config.data.micro_bsz > 1
+    if config.train.val_seed is not None:
+        settings["val_seed"] = config.train.val_seed
     digest = hashlib.sha256()
     for n in range(0, len(samples), -(-len(samples) // HASHED)):
         digest.update(collate([samples[n]])["tokens"].numpy().tobytes())
