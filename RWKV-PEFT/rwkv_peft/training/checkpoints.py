@@ -89,6 +89,6 @@ def clear_unsaved(folder: Path) -> None:
     if not (folder / UNSAVED).exists():
         return
     for file in folder.iterdir():
-        trained = re.fullmatch(r"(adapter|rwkv|merged)(-epoch-\d+|-best)?\.(safetensors|pth)", file.name)
+        trained = re.fullmatch(r"(adapter|rwkv|merged|state)(-epoch-\d+|-best)?\.(safetensors|pth)", file.name)
         if trained or file.name in (ANSWERS, LM_EVAL):
             file.unlink()
