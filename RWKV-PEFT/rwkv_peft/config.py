@@ -246,6 +246,13 @@ class TrainConfig:
         type=not_negative,
         metavar="SHARE",
     )
+    val_seed: int | None = setting(
+        None,
+        "seed that draws what --val_split keeps, for runs of other seeds that validate on the same (default: "
+        "--random_seed)",
+        group="validation",
+        type=count,
+    )
     val_every: int = setting(
         0,
         "steps between validations, of which one follows the last step; 0: every epoch",

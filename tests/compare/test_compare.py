@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +19,13 @@ from rwkv_peft.compare.flags import parse_flags
 from rwkv_peft.compare.plan import Cell
 from rwkv_peft.compare.rates import rate_of
 from rwkv_peft.compare.runs import Process, finish, run_cells, start
+from rwkv_peft.compare.sizes import Size
 from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.errors import UserError, ending_in_order, hangup_signals
 from rwkv_peft.files.alone import alone_in
+from rwkv_peft.training.checkpoints import DIVERGED
+from rwkv_peft.training.flags import parse_run
+from rwkv_peft.training.run import find_samples
 
 MODEL = ("--load_model", "base.pth", "--data_file", "data", "--ctx_len", "16", "--accelerator", "cpu")
 TRAIN = (*MODEL, "--val_split", "0.2")
@@ -160,6 +165,19 @@ def test_a_run_is_validated_ten_times_or_fewer(steps, every):
     assert parse_flags(["--output", "out", "--steps", str(steps), "--", *TRAIN]).val_every == every
 
 
+def test_runs_of_all_seeds_validate_on_the_same_samples(files):
+    kept = []
+    for seed in (7, 8):
+        comparison = parse_flags(["--output", "out3", *OWN, "--", *TRAIN])
+        request = parse_run(runs.train_flags(comparison, Cell("bone", -6, seed), Size(8, 0, 1), Path("out3")))
+        samples, held_out = find_samples(request.config)
+        kept.append([{held.unit(n) for n in range(len(held))} for held in (samples, held_out)])
+        assert request.config.train.random_seed == seed
+    assert kept[0] == kept[1]
+    given = parse_flags(["--output", "out3", *OWN, "--", *TRAIN, "--val_seed", "3"])
+    assert given.train == (*TRAIN, "--val_seed", "3")
+
+
 def test_what_has_no_rank_trains_what_the_model_has_of_it(files):
     comparison = parse_flags(["--output", "out2", "--methods", "bone", "full", "state", "--rank", "8", "--", *TRAIN])
     sizes, _ = measure(comparison)
@@ -226,7 +244,8 @@ def test_the_budget_ends_what_runs_and_starts_nothing_more(tmp_path, monkeypatch
     "code, log, diverged",
     [
         (0, "finished", False),
-        (1, "error: the loss became nan at step 3; …", True),
+        (1, f"error: the loss became nan at step 3; {DIVERGED}. No checkpoint had been saved yet", True),
+        (1, "error: rank 1 was ended by SIGKILL; no checkpoint had been saved yet; …", None),
         (1, "Traceback …", None),
         (2, "", None),
     ],

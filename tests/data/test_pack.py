@@ -1,5 +1,7 @@
 """Packing fills rows with whole documents; validation keeps samples out of training."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -84,6 +86,10 @@ def test_a_split_shares_nothing_and_loses_nothing(config, dataload):
     again = split_samples(made, 65536, 0.1)[1]
     assert {again.unit(n) for n in range(len(again))} == units[2]
     assert any("kept for validation" in note for note in train.notes)
+    other = replace(made, seed=made.seed + 1)
+    drawn = [split_samples(each, 65536, 0.1, seed)[1] for each, seed in ((made, 7), (other, 7), (other, made.seed))]
+    by_seven, again_by_seven, by_the_first = ({held.unit(n) for n in range(len(held))} for held in drawn)
+    assert by_seven == again_by_seven != units[2] == by_the_first
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, 0.99])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rwkv_peft.training.checkpoints import DIVERGED
 from training.runs import metrics
 
 
@@ -38,7 +39,7 @@ def test_a_diverged_run_stops_names_the_step_and_keeps_the_checkpoint(files, tra
         "9",
         code=1,
     )
-    assert "step 1" in err and "step-00000001" in err and "Traceback" not in err
+    assert "step 1" in err and DIVERGED in err and "step-00000001" in err and "Traceback" not in err
     assert all(torch.isfinite(t).all() for t in load_file(files / "nan" / "adapter.safetensors").values())
 
 

@@ -7,6 +7,7 @@ import pytest
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.alone import alone_in
+from rwkv_peft.training.checkpoints import UNSAVED, clear_unsaved
 from rwkv_peft.training.run import find_state
 from training.command_lines import flags, refused, write_files
 
@@ -53,3 +54,16 @@ def test_a_folder_has_one_run_at_a_time(files, monkeypatch, capsys, more):
             monkeypatch, capsys, flags(files, *more)
         )
     assert not (files / "out").exists()
+
+
+def test_what_a_run_left_that_died_before_its_first_checkpoint_is_cleared(tmp_path):
+    kinds = {"adapter": "safetensors", "rwkv": "pth", "merged": "pth", "state": "pth"}
+    left = [f"{kind}{label}.{end}" for kind, end in kinds.items() for label in ("", "-best", "-epoch-2")]
+    others = ["my-adapter.safetensors", "state-of-mine.pth", "adapter.txt", "metrics.jsonl"]
+    for name in (*left, *others):
+        (tmp_path / name).touch()
+    clear_unsaved(tmp_path)
+    assert len(list(tmp_path.iterdir())) == len(left) + len(others)  # a run that has saved
+    (tmp_path / UNSAVED).touch()
+    clear_unsaved(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*others, UNSAVED}

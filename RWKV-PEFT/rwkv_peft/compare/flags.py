@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..cli import Parser, count, not_negative, positive, seed
 from ..errors import UserError
@@ -14,6 +14,7 @@ FULL = "full"  # the method that trains the model itself
 RANKLESS = (FULL, STATE)  # whose number of parameters is the model's to say
 METHODS = (*(form for word in WORDS for form in forms(word)), *RANKLESS)
 SEEDS = (42, 43, 44)
+VAL_SEED = SEEDS[0]  # of --val_split: runs of all seeds validate on the same samples
 # flags of train.py that differ from run to run, or follow from the comparison's own
 OURS = (
     "--peft",
@@ -48,10 +49,10 @@ USAGE = """Compare adapter methods on a model and data of yours, at about as man
 
 What stands behind -- are flags of train.py, the same for all runs. Each method sweeps the learning rate with the first
 seed, wider until its best rate lies between two that are worse, and repeats the best one with the other seeds; a seed
-means the same order of the data for every method. Runs are processes, kept in DIR/runs; the same command goes on where
-it stopped. Writes table.md, results.jsonl and figures (.png, .svg) into DIR. With --retain_data PREFIX behind -- they
-tell besides what each method forgets: the loss on that data and its change, at the end and at the lowest validation
-loss that all reach.
+means the same order of the data for every method, and all runs validate on the same samples. Runs are processes, kept
+in DIR/runs; the same command goes on where it stopped. Writes table.md, results.jsonl, and figures (.png, .svg) there.
+With --retain_data PREFIX behind -- they tell besides what each method forgets: the loss on that data and its change, at
+the end and at the lowest validation loss that all reach.
 """
 
 
@@ -170,6 +171,8 @@ def parse_flags(argv: list[str]) -> Comparison:
         flags = parse_train_flags([*train, "--proj_dir", args.output, *method_flags(method)])
         if not (flags.train.val_data or flags.train.val_split):
             raise UserError("methods are compared by their validation loss; add --val_data or --val_split behind --")
+        if flags.train.val_split and flags.train.val_seed is None:
+            comparison = replace(comparison, train=(*train, "--val_seed", str(VAL_SEED)))
         if method in RANKLESS and any(word.split("=")[0] == "--train_parts" for word in train):
             raise UserError(f"--train_parts behind -- would change what {method} trains; leave one of them out")
     return comparison

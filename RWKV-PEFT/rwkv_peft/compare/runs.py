@@ -21,7 +21,7 @@ from ..files.alone import alone_in
 from ..files.atomic import atomic_write
 from ..names import METRICS
 from ..plots import is_number, read_metrics
-from ..training.checkpoints import find_checkpoint
+from ..training.checkpoints import DIVERGED, find_checkpoint
 from ..training.resume import AUTO
 from .flags import Comparison, method_flags
 from .plan import Cell
@@ -133,7 +133,7 @@ def start(comparison: Comparison, cell: Cell, size: Size, folder: Path) -> Proce
 def finish(process: Process) -> None:
     """Note how a run ended. Raises UserError where it neither ended well nor diverged."""
     log = (process.folder / LOG).read_text(errors="replace")
-    diverged = process.code == 1 and "Traceback" not in log
+    diverged = process.code == 1 and DIVERGED in log  # and not lost, which has the same code
     if process.code != 0 and not diverged:
         last = next((line for line in reversed(log.splitlines()) if line.strip()), "")
         raise UserError(

@@ -71,6 +71,11 @@ class TrainBatches:
         last = micro_batch == self.accumulate - 1
         return batch | {"samples_seen": cursor + self.step_samples if last else cursor}
 
+    def first_counted(self) -> TrainBatch:
+        """The first micro batch of which a target counts; one at least does in what build_samples gives."""
+        starts = range(0, len(self.samples), self.micro_bsz)
+        return self.batch(next(n for n in starts if any(map(self.samples.count, range(n, n + self.micro_bsz)))), 0)
+
     def step_count(self, cursor: int) -> int:
         """Counted targets of the optimizer step that begins at sample `cursor`."""
         return sum(self.samples.count(n) for n in range(cursor, cursor + self.step_samples))

@@ -54,8 +54,11 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
     return samples
 
 
-def split_samples(config: DataConfig, vocab_size: int, fraction: float) -> tuple[Samples, Samples]:
-    """Like build_samples -> (training samples, validation samples): `fraction` of them, drawn by the seed.
+def split_samples(
+    config: DataConfig, vocab_size: int, fraction: float, seed: int | None = None
+) -> tuple[Samples, Samples]:
+    """Like build_samples -> (training samples, validation samples): `fraction` of them, drawn by `seed`, or where it is
+    None by that of the order.
 
     The two share no sample; with dataload "get" a document on the edge of a window lies in both.
     """
@@ -66,7 +69,7 @@ def split_samples(config: DataConfig, vocab_size: int, fraction: float) -> tuple
             f"--val_split {fraction}: leaves {len(samples) - count} of {len(samples)} samples to train on; "
             "it is a fraction such as 0.01, and both parts need a sample"
         )
-    drawn = Permutation(len(samples), config.seed, "validation")
+    drawn = Permutation(len(samples), config.seed if seed is None else seed, "validation")
     validation = np.sort(np.fromiter((drawn[i] for i in range(count)), dtype=np.int64, count=count))
     training = np.setdiff1d(np.arange(len(samples)), validation, assume_unique=True)
     train, held_out = samples.subset(training), samples.subset(validation)

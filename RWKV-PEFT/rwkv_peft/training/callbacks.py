@@ -21,8 +21,9 @@ from ..names import METRICS
 from .examiner import Examiner
 from .history import forget_rest
 from .lit import Diverged, Lit
+from .loading import load_checkpoint
 from .plan import Plan
-from .saver import Saver, load_checkpoint
+from .saver import Saver
 from .validate import Validator
 from .watch import Watch
 

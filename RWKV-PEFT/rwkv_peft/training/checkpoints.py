@@ -17,6 +17,7 @@ UNREADABLE = (OSError, ValueError, LookupError, TypeError, OverflowError, Recurs
 
 ANSWERS, LM_EVAL = "answers.jsonl", "lm_eval.jsonl"  # of --eval_data, of --lm_eval
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # of a disk
+DIVERGED = "the run stopped, and nothing of that step was saved"  # what one says whose numbers are no longer finite
 UNSAVED = ".unsaved"  # in the folder of a run until its first checkpoint is complete: all else there is of no use
 
 
@@ -88,6 +89,6 @@ def clear_unsaved(folder: Path) -> None:
     if not (folder / UNSAVED).exists():
         return
     for file in folder.iterdir():
-        trained = re.fullmatch(r"(adapter|rwkv|merged)(-epoch-\d+|-best)?\.(safetensors|pth)", file.name)
+        trained = re.fullmatch(r"(adapter|rwkv|merged|state)(-epoch-\d+|-best)?\.(safetensors|pth)", file.name)
         if trained or file.name in (ANSWERS, LM_EVAL):
             file.unlink()

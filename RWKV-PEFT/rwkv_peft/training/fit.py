@@ -19,7 +19,7 @@ from ..files.atomic import atomic_write
 from ..memory import keep_freed_memory
 from ..names import METRICS
 from ..plots import plot_loss
-from .checkpoints import find_checkpoint, telling_refusals
+from .checkpoints import DIVERGED, find_checkpoint, telling_refusals
 from .loggers import make_loggers
 from .prepared import Prepared
 from .validate import VALIDATION
@@ -75,7 +75,7 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
     except Diverged as error:
         last = find_checkpoint(run.folder)
         say(
-            f"error: {error}; the run stopped, and nothing of that step was saved. "
+            f"error: {error}; {DIVERGED}. "
             + (f"The last good checkpoint is {last}" if last else "No checkpoint had been saved yet")
             + "; try a lower --lr_init, or --precision fp32",
             file=sys.stderr,

@@ -282,6 +282,8 @@ def check_train(train: TrainConfig) -> None:
         )
     if train.val_data and train.val_split:
         raise UserError("--val_data and --val_split both name the validation samples; give one of them")
+    if train.val_seed is not None and not train.val_split:
+        raise UserError(f"--val_seed {train.val_seed} draws what --val_split keeps, which is not given; leave it out")
     validates = bool(train.val_data or train.val_split)
     for name, serves in (("val_every", validates or bool(train.retain_data)), ("early_stop", validates)):
         if getattr(train, name) and not serves:

@@ -15,7 +15,7 @@ def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
     data, train, vocab_size = config.data, config.train, config.model.vocab_size
     measured: dict[str, Samples] = {}
     if train.val_split:
-        samples, measured[VALIDATION] = split_samples(data, vocab_size, train.val_split)
+        samples, measured[VALIDATION] = split_samples(data, vocab_size, train.val_split, train.val_seed)
     else:
         samples = build_samples(data, vocab_size)
     if train.val_data:

@@ -70,9 +70,12 @@ class Lit(pl.LightningModule):
             schedule=train.lr_schedule,
         )
 
+    def groups(self) -> list[dict[str, Any]]:
+        """The trained parameters as optimizer groups."""
+        return parameter_groups(self.model, self.train_config.weight_decay, self.family, self.ratios)
+
     def configure_optimizers(self) -> Any:
-        train = self.train_config
-        groups = parameter_groups(self.model, train.weight_decay, self.family, self.ratios)
+        train, groups = self.train_config, self.groups()
         settings: dict[str, Any] = {"lr": self.lr, "betas": (train.beta1, train.beta2), "eps": train.adam_eps}
         if train.offload:
             return cpu_adam(groups, **settings)

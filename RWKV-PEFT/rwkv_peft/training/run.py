@@ -298,7 +298,7 @@ def adapt(
         assert base is not None  # as the flags were judged
         loaded = start_adapter(adapter, base)
     elif method is not None and method.from_gradient:
-        gradients = estimate_gradients(model, layers, batches.batch(0, 0), segment)
+        gradients = estimate_gradients(model, layers, batches.first_counted(), segment)
     initial = loaded.tensors if loaded else {}
     report = inject(model, adapter, layers, family=family, initial=initial, gradients=gradients)
     if loaded:

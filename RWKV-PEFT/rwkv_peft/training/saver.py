@@ -30,6 +30,7 @@ from ..files.atomic import atomic_write, fsync_folder, write_failure
 from ..files.base import Base, save_model
 from .checkpoints import UNREADABLE, UNSAVED, find_checkpoint, how_to_go_on
 from .keeping import HIDDEN, clear_hidden, discard_old, remove
+from .loading import grouped_names, trained_names
 from .meeting import is_of_connection
 from .plan import Plan
 from .products import Products, keeps_all, model_dtypes, share_file
@@ -64,6 +65,8 @@ def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
     }
     if config.data.dataload == "pad":  # the order of whose samples depends on this (data/samples.py)
         settings["rows_share_batches"] = config.data.micro_bsz > 1
+    if config.train.val_seed is not None:
+        settings["val_seed"] = config.train.val_seed
     digest = hashlib.sha256()
     for n in range(0, len(samples), -(-len(samples) // HASHED)):
         digest.update(collate([samples[n]])["tokens"].numpy().tobytes())
@@ -178,6 +181,7 @@ class Saver:
             "epoch": done // self.plan.epoch_steps,
             "samples_seen": self.plan.samples_seen(done),
             "trained": trained_names(lit),
+            "groups": grouped_names(lit),
             "config": asdict(self.config),
             **self.identity,
         }
@@ -239,31 +243,6 @@ def sync_files(folder: Path) -> None:
         else:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-
-
-def trained_names(lit: "Lit") -> list[str]:
-    """What a checkpoint holds: the names of the parameters that train."""
-    return sorted(name for name, parameter in lit.model.named_parameters() if parameter.requires_grad)
-
-
-def load_checkpoint(trainer: Any, lit: "Lit", checkpoint: Path) -> None:
-    """Restore weights and optimizer into the engine, on all ranks.
-
-    Frozen parameters come from the base, so the engine must load without them; that nothing else is missing is
-    checked here, against the list in state.json.
-    """
-    from .optimizer_files import tensors_alone
-
-    saved, now = json.loads((checkpoint / "state.json").read_text())["trained"], trained_names(lit)
-    if saved != now:
-        different = sorted(set(saved) ^ set(now))
-        raise UserError(
-            f"--resume: {checkpoint} and this run train different parameters ({different[0]} and "
-            f"{len(different) - 1} more); give the first run's flags"
-        )
-    engine = trainer.strategy.deepspeed_engine
-    with tensors_alone(engine):
-        engine.load_checkpoint(checkpoint, tag=TAG, load_module_strict=False, load_lr_scheduler_states=False)
 
 
 def gather(pairs: Iterable[tuple[str, torch.Tensor]], zero_stage_3: bool, keep: bool) -> dict[str, torch.Tensor]:

@@ -1,0 +1,64 @@
+"""A checkpoint's weights and optimizer state put into the engine of a run that goes on."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+from .saved_files import TAG
+
+if TYPE_CHECKING:
+    from .lit import Lit
+
+GROUPING = ("weight_decay", "layerwise_lr", "state_lr")  # flags by which optimizer groups differ
+
+
+def trained_names(lit: "Lit") -> list[str]:
+    """What a checkpoint holds: the names of the parameters that train."""
+    return sorted(name for name, parameter in lit.model.named_parameters() if parameter.requires_grad)
+
+
+def grouped_names(lit: "Lit") -> list[list[str]]:
+    """The same by optimizer groups, in whose order the optimizer's state lies in the checkpoint."""
+    names = {parameter: name for name, parameter in lit.model.named_parameters()}
+    return [[names[parameter] for parameter in group["params"]] for group in lit.groups()]
+
+
+def load_checkpoint(trainer: Any, lit: "Lit", checkpoint: Path) -> None:
+    """Restore weights and the optimizer's state into the engine, on all ranks; its settings are those of the run's own
+    flags.
+
+    Frozen parameters come from the base, so the engine must load without them; that nothing else is missing is
+    checked here, against the lists in state.json. Raises UserError where the run trains others, or in other groups.
+    """
+    from .optimizer_files import tensors_alone
+
+    state = json.loads((checkpoint / "state.json").read_text())
+    saved, now = state["trained"], trained_names(lit)
+    if saved != now:
+        different = sorted(set(saved) ^ set(now))
+        raise UserError(
+            f"--resume: {checkpoint} and this run train different parameters ({different[0]} and "
+            f"{len(different) - 1} more); give the first run's flags"
+        )
+    if state.get("groups", grouped_names(lit)) != grouped_names(lit):  # earlier versions did not record them
+        raise UserError(
+            f"--resume: {checkpoint} holds the optimizer's state by other groups of parameters than this run's"
+            + changes(state.get("config", {}).get("train", {}), lit)
+            + "; give the first run's flags, or add --fresh_optimizer: weights and place in the data go on"
+        )
+    engine, optimizer = trainer.strategy.deepspeed_engine, trainer.optimizers[0]
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    with tensors_alone(engine):
+        engine.load_checkpoint(checkpoint, tag=TAG, load_module_strict=False, load_lr_scheduler_states=False)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)  # the checkpoint's were those of the flags before
+
+
+def changes(then: Mapping[str, Any], lit: "Lit") -> str:
+    """How flags that make groups differ from those of a run before (its TrainConfig as a dict), in words."""
+    now = asdict(lit.train_config)
+    different = [name for name in GROUPING if then.get(name, now[name]) != now[name]]
+    return "".join(f", with --{name} {now[name]:g} for {then[name]:g}" for name in different)
