@@ -49,7 +49,8 @@ def segments(row: object, think: str = "") -> list[Segment]:
         if row["text"] and answered_too:
             raise UnknownForm(
                 f"a row has a text, of which all counts, beside {' and '.join(answered_too)}, of which the answers do, "
-                "and either may be meant; leave one of them out of the rows, or name the field text"
+                "and either may be meant; name the field text, give a template for the others, such as instruction, or "
+                "leave one of them out of the rows"
             )
         if not answered_too:
             return [(field(row, "text"), True)]
