@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_peft.data.tokenizer import GreedyEncoder, load_tokenizer, parse_world_vocabulary, say_slow, world_vocabulary
+from rwkv_peft.data.show import plain_text
+from rwkv_peft.data.tokenizer import (
+    BytesTokenizer,
+    GreedyEncoder,
+    load_tokenizer,
+    parse_world_vocabulary,
+    say_slow,
+    world_vocabulary,
+)
 from rwkv_peft.errors import UserError
 
 cached_tokenizer = lru_cache(load_tokenizer)  # one for all of a property's examples
@@ -246,3 +254,16 @@ def test_the_command_prints_ids_as_mask_id_takes_them(capsys):
 
     assert main(["bytes", "ab"]) == 0
     assert capsys.readouterr().out == "98 99\n"
+
+
+def test_special_tokens_are_shown_by_their_names(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    tokenizer.add_special_tokens(["</s>", "<|im_end|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path / "tokenizer.json")
+    tokens = loaded.encode("a<|im_end|><|im_end|>b</s>")
+    assert loaded.special == {"</s>": 2, "<|im_end|>": 3} and tokens == [0, 3, 3, 1, 2]
+    assert plain_text(tokens, loaded) == "a<|im_end|><|im_end|>b<end>"
+    assert plain_text([98, 0, 0], BytesTokenizer()) == "a<end><end>"

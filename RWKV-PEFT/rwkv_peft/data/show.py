@@ -64,6 +64,8 @@ def render(tokens: np.ndarray, counted: np.ndarray, tokenizer: Tokenizer, marks:
 
 
 def plain_text(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
-    """The text of a list of tokens, END where the tokenizer's end token stands."""
-    runs = groupby(tokens, key=lambda token: token == tokenizer.end_id)
-    return "".join(END * len(list(run)) if ends else tokenizer.decode(list(run)) for ends, run in runs)
+    """The text of a list of tokens, END where the tokenizer's end token stands, and other special tokens by their
+    names."""
+    names = {number: name for name, number in tokenizer.special.items()}
+    runs = groupby(tokens, key=lambda token: END if token == tokenizer.end_id else names.get(token, ""))
+    return "".join(name * len(list(run)) if name else tokenizer.decode(list(run)) for name, run in runs)
