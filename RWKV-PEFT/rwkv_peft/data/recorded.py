@@ -91,6 +91,16 @@ def remarks(data: Vocabulary | None, base: Vocabulary | None, vocab_size: int) -
     return [f"tokenizer {data}"]
 
 
+def require_same(data: Vocabulary | None, path: str, held_out: Vocabulary | None, val_path: str) -> None:
+    """Raise UserError where the data to train on, at path, and that to validate on, at val_path, are of two
+    Vocabularies (None: not told)."""
+    if data is not None and held_out is not None and data.hash != held_out.hash:
+        raise UserError(
+            f"--val_data {val_path} was made with {held_out}, and --data_file {path} with {data}, so that one number "
+            "is another text in each; preprocess both with one tokenizer"
+        )
+
+
 def find_tokenizer(
     name: str | None, vocab_size: int, recorded: Vocabulary | None = None, say: Callable[[str], object] | None = None
 ) -> Tokenizer:

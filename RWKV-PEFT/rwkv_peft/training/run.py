@@ -19,7 +19,7 @@ from ..adapters.methods import method_of
 from ..cli import counted
 from ..config import AdapterConfig, RunConfig, TrainConfig
 from ..data.batches import TrainBatches
-from ..data.recorded import find_tokenizer, recorded_beside, remarks
+from ..data.recorded import find_tokenizer, recorded_beside, remarks, require_same
 from ..data.samples import Samples
 from ..data.show import marks_for, show_samples
 from ..data.sources import build_samples, check_config, split_samples
@@ -219,6 +219,7 @@ def find_samples(config: RunConfig) -> tuple[Samples, Samples | None]:
         samples, held_out = build_samples(data, vocab_size), None
     if train.val_data:
         held_out = build_samples(replace(data, path=train.val_data), vocab_size)
+        require_same(samples.vocabulary, data.path, held_out.vocabulary, train.val_data)
         samples.notes.append(f"validation on {len(held_out):,} samples of {train.val_data}: {held_out.notes[0]}")
     samples.notes += remarks(samples.vocabulary, recorded_beside(train.load_model), vocab_size)
     return samples, held_out
