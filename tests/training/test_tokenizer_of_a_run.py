@@ -8,6 +8,7 @@ import pytest
 from rwkv_peft import commands
 from rwkv_peft.data.recorded import read_record, vocabulary_of
 from rwkv_peft.data.tokenizer import load_tokenizer
+from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import save_model
 from training.runs import ROOT, finish, start
 
@@ -52,3 +53,16 @@ def test_convert_takes_it_from_the_run(trained, capsys):
     pytest.importorskip("gguf")
     assert commands.main(["convert", str(trained / "out/merged.pth"), str(trained / "m.gguf")]) == 0
     assert "vocabulary bytes" in capsys.readouterr().out
+
+
+def test_validation_data_of_another_tokenizer_is_refused(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    (trained / "words.txt").write_text("".join(f"{i + 1} {chr(i)!r} 1\n" for i in range(32, 128)))
+    for tokenizer in ("bytes", "words.txt"):
+        command = f"preprocess rows.jsonl --output held-{tokenizer} --tokenizer {tokenizer}"
+        assert commands.main(command.split()) == 0
+    flags = "--load_model base.pth --data_file data --bone_r 16 --ctx_len 8 --dataload pad --show_samples 1".split()
+    for flag in ("--val_data", "--retain_data"):
+        assert commands.main(["train", *flags, flag, "held-bytes"]) == 0
+        with pytest.raises(UserError, match=f"{flag} held-words.txt was made with .*, and --data_file data with"):
+            commands.main(["train", *flags, flag, "held-words.txt"])

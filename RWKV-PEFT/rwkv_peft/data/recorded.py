@@ -93,6 +93,16 @@ def remarks(data: Vocabulary | None, base: Vocabulary | None, vocab_size: int) -
     return [f"tokenizer {data}"]
 
 
+def require_same(data: Vocabulary | None, path: str, measured: Vocabulary | None, given: str) -> None:
+    """Raise UserError where the data to train on, at path, and that to measure, given by a flag, are of two
+    Vocabularies (None: not told)."""
+    if data is not None and measured is not None and data.hash != measured.hash:
+        raise UserError(
+            f"{given} was made with {measured}, and --data_file {path} with {data}, so that one number "
+            "is another text in each; preprocess both with one tokenizer"
+        )
+
+
 def find_tokenizer(
     name: str | None, vocab_size: int, recorded: Vocabulary | None = None, say: Callable[[str], object] | None = None
 ) -> Tokenizer:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from ..config import RunConfig
 from ..data.masks import default_mask
-from ..data.recorded import recorded_beside, remarks
+from ..data.recorded import recorded_beside, remarks, require_same
 from ..data.samples import Samples
 from ..data.sources import build_samples, split_samples
 from .validate import RETAINED, VALIDATION
@@ -20,12 +20,14 @@ def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
         samples = build_samples(data, vocab_size)
     if train.val_data:
         measured[VALIDATION] = held_out = build_samples(replace(data, path=train.val_data), vocab_size)
+        require_same(samples.vocabulary, data.path, held_out.vocabulary, f"--val_data {train.val_data}")
         samples.notes.append(f"validation on {len(held_out):,} samples of {train.val_data}: {held_out.notes[0]}")
     if train.retain_data:
         other = replace(data, path=train.retain_data)
         if data.loss_mask == "file" and not data.of_rows:  # plain text has no .mask, whatever is learned
             other = replace(other, loss_mask=default_mask(other.path))
         measured[RETAINED] = kept = build_samples(other, vocab_size)
+        require_same(samples.vocabulary, data.path, kept.vocabulary, f"--retain_data {train.retain_data}")
         samples.notes.append(f"what is retained of {len(kept):,} samples of {other.path}: {kept.notes[0]}")
     samples.notes += remarks(samples.vocabulary, recorded_beside(train.load_model), vocab_size)
     return samples, measured
