@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rwkv_peft.data.recorded import vocabulary_of
 from rwkv_peft.data.show import plain_text
 from rwkv_peft.data.tokenizer import (
     BytesTokenizer,
@@ -267,3 +268,18 @@ def test_special_tokens_are_shown_by_their_names(tmp_path):
     assert loaded.special == {"</s>": 2, "<|im_end|>": 3} and tokens == [0, 3, 3, 1, 2]
     assert plain_text(tokens, loaded) == "a<|im_end|><|im_end|>b<end>"
     assert plain_text([98, 0, 0], BytesTokenizer()) == "a<end><end>"
+
+
+def test_tokenizers_of_one_vocabulary_that_cut_otherwise_are_told_apart(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    vocabulary, hashes = {"a": 0, "b": 1, "c": 2, "ab": 3, "bc": 4}, []
+    for merges in ([("a", "b"), ("b", "c")], [("b", "c"), ("a", "b")]):
+        path = tmp_path / f"{len(hashes)}.json"
+        Tokenizer(models.BPE(vocab=vocabulary, merges=merges)).save(str(path))
+        hashes.append(vocabulary_of(load_tokenizer(path)).hash)
+        file = json.loads(path.read_text())
+        file["model"]["merges"] = [" ".join(pair) for pair in merges]  # as older libraries wrote them
+        path.write_text(json.dumps(file | {"truncation": None}, indent=1))
+        assert vocabulary_of(load_tokenizer(path)).hash == hashes[-1]
+    assert len(set(hashes)) == 2

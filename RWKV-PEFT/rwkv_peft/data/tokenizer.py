@@ -4,13 +4,14 @@ Every tokenizer has encode(str) -> list[int], decode(list[int]) -> str, vocab_si
 it), name, end_id, the token that ends a document, or None where the vocabulary names none,
 cuts_at_lines, whether a text cut where a line begins with a visible character has the same tokens, special,
 the ids of the tokens that decode leaves out by the texts that encode reads as them, and content(), bytes that
-tell its vocabulary from any other.
+tell its tokens from any other's.
 
     rwkv-peft tokenize world "Assistant:"      prints the ids of a text, as --mask_id takes them
 """
 
 import ast
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, cached_property
@@ -26,6 +27,7 @@ from ..files.readable import require_readable
 REPLACEMENT = "\ufffd"
 Result = TypeVar("Result")
 KNOWN_SIZES = ((65536, "world"), (257, "bytes"))  # vocabularies that a model's own size tells
+ENCODES = ("normalizer", "pre_tokenizer", "model", "added_tokens")  # what of a tokenizer.json its tokens depend on
 END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "<|im_end|>")
 
 
@@ -212,8 +214,11 @@ class JsonTokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def content(self) -> bytes:
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        return repr(sorted(vocabulary.items())).encode()
+        file = json.loads(self.path.read_bytes())
+        model = file["model"]
+        if model.get("merges"):  # pairs, or texts in files of older libraries
+            model["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        return json.dumps({name: file.get(name) for name in ENCODES}, sort_keys=True).encode()
 
 
 Tokenizer = WorldTokenizer | BytesTokenizer | JsonTokenizer
