@@ -462,7 +462,13 @@ class TrainConfig:
         True, "RWKV-LM's doubled learning rate of time_decay", group="optimizer", type=switch, metavar="0|1"
     )
     gradient_clip_val: float = setting(1.0, "largest gradient norm; 0: any", group="optimizer", type=not_negative)
-    accumulate_grad_batches: int = setting(1, "forward passes a step", group="optimizer", type=positive)
+    accumulate_grad_batches: int = setting(
+        1,
+        "forward passes a step; from hundreds on with --precision bf16 take stage 2, which adds their gradients up in "
+        "float32",
+        group="optimizer",
+        type=positive,
+    )
     accelerator: str = setting("auto", "where to train", group="machine", choices=("auto", "cpu", "gpu"))
     devices: int = setting(1, "GPUs, or CPU processes, a node", group="machine", type=positive)
     num_nodes: int = setting(

@@ -14,6 +14,7 @@ from ..names import SCHEDULES, STATE
 from ..ops.bone import cuda as bone_cuda
 from ..ops.cross_entropy import cuda as cross_entropy_cuda
 from ..ops.mix import cuda as mix_cuda
+from .gathering import loses_in_sums
 from .plan import Plan
 from .rates import automatic_rate
 
@@ -81,6 +82,11 @@ def describe(
     )
     if not train.epoch_steps and (note := longer_epochs(plan, len(samples))):
         say(f"          {note}")
+    if loses_in_sums(train):
+        say(
+            f"          note: {train.accumulate_grad_batches:,} gradients a step are added up in bfloat16, which loses "
+            "some of them; --strategy deepspeed_stage_2 adds them up in float32"
+        )
     if train.warmup_steps > plan.total_steps and "W" in SCHEDULES[train.lr_schedule]:
         say(f"          note: --warmup_steps {train.warmup_steps} do not end by then: the rate stays below --lr_init")
     if train.lr_chosen:
