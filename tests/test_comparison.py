@@ -40,6 +40,14 @@ def test_a_picture_names_its_runs_and_the_units_of_its_axes(runs):
         assert words in texts(output)
 
 
+def test_losses_of_pairs_are_told_as_such(runs):
+    pairs = runs / "pairs.jsonl"
+    pairs.write_text(json.dumps({"step": 0, "loss": 0.7, "margin": 0.0}) + "\n")
+    for others, unit in (((), "pair"), ((str(runs / "bone"),), "pair or token")):
+        assert main(["plots", str(pairs), *others, "--output", str(runs / "p.svg")]) == 0
+        assert f"loss (nats per {unit})" in texts(runs / "p.svg")
+
+
 def test_what_no_run_recorded_has_no_panel_and_tokens_may_run_along(runs):
     output = runs / "one.svg"
     assert main(["plots", str(runs / "lora"), "--output", str(output), "--x", "tokens", "--smooth", "0"]) == 0

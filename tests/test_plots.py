@@ -5,7 +5,17 @@ import json
 import pytest
 
 from rwkv_peft.errors import UserError
-from rwkv_peft.plots import main, plot_loss, read_metrics, series, shares, smooth, smooth_drawn, wants_logarithm
+from rwkv_peft.plots import (
+    main,
+    plot_loss,
+    read_metrics,
+    series,
+    shares,
+    smooth,
+    smooth_drawn,
+    unit_of,
+    wants_logarithm,
+)
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -45,6 +55,11 @@ def test_the_shares_of_right_answers_are_drawn(tmp_path):
     records = read_metrics(write_metrics(tmp_path / "metrics.jsonl", 20))
     assert shares(records) == {"right answers": ([9, 19], [0.5, 0.5]), "t/acc": ([9, 19], [0.4, 0.4])}
     assert shares(records[:5]) == {}
+
+
+def test_the_loss_of_preference_training_is_a_mean_over_pairs(tmp_path):
+    records = read_metrics(write_metrics(tmp_path / "metrics.jsonl", 2))
+    assert unit_of(records) == "token" and unit_of([*records, {"step": 2, "loss": 0.6, "margin": 0.1}]) == "pair"
 
 
 def test_a_null_is_no_point():

@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 from .cli import Parser, finite
 from .errors import UserError
 from .files.atomic import atomic_write, check_output
-from .plots import LINE_COLOURS, LINE_STYLES, metrics_of, read_metrics, series, smooth_drawn, wants_logarithm
+from .plots import LINE_COLOURS, LINE_STYLES, metrics_of, read_metrics, series, smooth_drawn, unit_of, wants_logarithm
 
 ENDINGS = (".png", ".svg", ".pdf")
 FEW = 20  # points that are drawn as they are
 
 
 class Panel(NamedTuple):
-    """name of the value in metrics.jsonl; what the axis says; whether the value is noisy, and so smoothed; whether the
-    axis may be a logarithm."""
+    """name of the value in metrics.jsonl; what the axis says, with the losses' {unit}; whether the value is noisy, and
+    so smoothed; whether the axis may be a logarithm."""
 
     name: str
     label: str
@@ -28,9 +28,9 @@ class Panel(NamedTuple):
 
 
 PANELS = (
-    Panel("loss", "loss (nats per token)", noisy=True, logarithm=True),
-    Panel("val_loss", "validation loss (nats per token)", logarithm=True),
-    Panel("retain_loss", "retained loss (nats per token)", logarithm=True),
+    Panel("loss", "loss (nats per {unit})", noisy=True, logarithm=True),
+    Panel("val_loss", "validation loss (nats per {unit})", logarithm=True),
+    Panel("retain_loss", "retained loss (nats per {unit})", logarithm=True),
     Panel("eval_score", "right answers (share)"),
     Panel("lr", "learning rate"),
     Panel("grad_norm", "gradient norm", noisy=True, logarithm=True),
@@ -79,6 +79,7 @@ def plot_runs(runs: Sequence[Run], output: str | Path, weight: float = 0.9, by_t
     from matplotlib.figure import Figure
 
     panels = [panel for panel in PANELS if any(series(run.records, panel.name)[1] for run in runs)] or [PANELS[0]]
+    unit = " or ".join(sorted({unit_of(run.records) for run in runs}))
     rows = 1 + -(-(len(panels) - 1) // 2)
     figure = Figure(figsize=(9, 1 + 2.6 * rows), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -87,7 +88,7 @@ def plot_runs(runs: Sequence[Run], output: str | Path, weight: float = 0.9, by_t
         row, column = divmod(number + 1, 2)
         axes = figure.add_subplot(grid[0, :] if number == 0 else grid[row, column])
         draw(axes, panel, runs, weight, by_tokens)
-        axes.set(ylabel=panel.label, xlabel="million tokens" if by_tokens else "step")
+        axes.set(ylabel=panel.label.format(unit=unit), xlabel="million tokens" if by_tokens else "step")
     handles, names = figure.axes[0].get_legend_handles_labels()
     if names:
         figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)), frameon=False)

@@ -100,6 +100,11 @@ def shares(records: Sequence[dict[str, Any]]) -> dict[str, tuple[list[int], list
     return {label: points for label, points in found.items() if points[0]}
 
 
+def unit_of(records: Iterable[dict[str, Any]]) -> str:
+    """What a run's loss is the mean over: of preference training, whose records have margins, pairs of answers."""
+    return "pair" if any("margin" in record for record in records) else "token"
+
+
 def plot_loss(metrics_jsonl: str | Path, out_png: str | Path) -> None:
     """Draw loss (raw and smoothed), validation loss and retained loss where recorded, and learning rate over the steps
     of a run; below them the shares of right answers where they were asked for.
@@ -117,7 +122,7 @@ def plot_loss(metrics_jsonl: str | Path, out_png: str | Path) -> None:
     axes, *below = figure.subplots(
         2 if scores else 1, sharex=True, squeeze=False, height_ratios=[3, 1][: 1 + bool(scores)]
     )[:, 0]
-    axes.set(ylabel="loss (nats per token)")
+    axes.set(ylabel=f"loss (nats per {unit_of(records)})")
     for last in below:
         for color, (name, (asked, values)) in zip(COLORS, scores.items()):
             last.plot(asked, values, color=color, linewidth=2, marker="o", markersize=3, label=name)
