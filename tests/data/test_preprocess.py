@@ -106,6 +106,8 @@ def test_fields_and_templates_name_others(preprocess, tmp_path):
     (tmp_path / "template").write_text("Q: {q}\nA:[[ {a}]] end\n")
     dataset = preprocess([row], "--template", str(tmp_path / "template"))
     assert texts(dataset) == [("Q: 2+2?\nA: 4 end", " 4")]
+    (tmp_path / "template").write_text("{q}:\n\n")  # of which the last ends the file's line
+    assert texts(preprocess([row], "--template", str(tmp_path / "template"))) == [("2+2?:\n", "2+2?:\n")]
     (tmp_path / "template").write_text("{q} {a}")
     assert texts(preprocess([row], "--template", str(tmp_path / "template"))) == [("2+2? 4", "2+2? 4")]
 

@@ -148,7 +148,7 @@ def read_template(path: str) -> str:
         return TEMPLATES[path]
     missing = f"--template {path}: no such file, and no layout of that name; named are {', '.join(TEMPLATES)}"
     try:
-        text = require_readable(path, missing).read_text(encoding="utf-8-sig").rstrip("\n")
+        text = require_readable(path, missing).read_text(encoding="utf-8-sig").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"--template {path} is not UTF-8 (byte {error.start}); convert it") from error
     Template(text)
