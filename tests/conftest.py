@@ -35,6 +35,14 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_as_before():
+    """A command that is done ignores Ctrl-C, as its process is about to end; this one goes on, and starts others."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="session")
 def accelerator(request):
     """What train.py's --accelerator is given: cpu, unless pytest's --accelerator says otherwise."""
