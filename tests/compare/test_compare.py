@@ -25,7 +25,8 @@ from rwkv_peft.errors import UserError, ending_in_order, hangup_signals
 from rwkv_peft.files.alone import alone_in
 from rwkv_peft.training.checkpoints import DIVERGED
 from rwkv_peft.training.flags import parse_run
-from rwkv_peft.training.run import find_samples
+from rwkv_peft.training.inputs import find_samples
+from rwkv_peft.training.validate import VALIDATION
 
 MODEL = ("--load_model", "base.pth", "--data_file", "data", "--ctx_len", "16", "--accelerator", "cpu")
 TRAIN = (*MODEL, "--val_split", "0.2")
@@ -170,8 +171,8 @@ def test_runs_of_all_seeds_validate_on_the_same_samples(files):
     for seed in (7, 8):
         comparison = parse_flags(["--output", "out3", *OWN, "--", *TRAIN])
         request = parse_run(runs.train_flags(comparison, Cell("bone", -6, seed), Size(8, 0, 1), Path("out3")))
-        samples, held_out = find_samples(request.config)
-        kept.append([{held.unit(n) for n in range(len(held))} for held in (samples, held_out)])
+        samples, measured = find_samples(request.config)
+        kept.append([{held.unit(n) for n in range(len(held))} for held in (samples, measured[VALIDATION])])
         assert request.config.train.random_seed == seed
     assert kept[0] == kept[1]
     given = parse_flags(["--output", "out3", *OWN, "--", *TRAIN, "--val_seed", "3"])
