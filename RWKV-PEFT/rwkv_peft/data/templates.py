@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files.readable import require_readable
+from ..names import SYSTEM_FIELDS
 from .thinking import OPENINGS, answered, without_opening
 
 FORMS = (
@@ -27,7 +28,6 @@ ANSWERED = (  # the fields of the forms of which answers alone count
 )
 Segment = tuple[str, bool]  # a text, and whether it counts in the loss
 
-SYSTEM = ("system", "system_prompt")  # the fields of a system text beside a question
 # what a row or a turn may hold besides, for which the layouts have no place
 UNPLACED = ("tools", "tool_calls", "functions", "function_call", "history")
 TURN_END = "\n\n"  # token 261 of the World vocabulary
@@ -84,7 +84,7 @@ def segments(row: object, think: str = "") -> list[Segment]:
 
 def system_of(row: Mapping[str, Any]) -> str:
     """The system text beside a question, "" where a row has none."""
-    name = next((name for name in SYSTEM if row.get(name)), None)
+    name = next((name for name in SYSTEM_FIELDS if row.get(name)), None)
     return field(row, name).strip() if name else ""
 
 

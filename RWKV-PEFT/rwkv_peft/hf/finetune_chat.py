@@ -6,10 +6,10 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import UserError
+from ..names import SYSTEM_FIELDS
 
 # The roles of turns {from, value}, where templates call them otherwise.
 ROLES = MappingProxyType({"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"})
-SYSTEM = ("system", "system_prompt")  # the fields of a system text beside the turns
 CALLS = ("tool_calls", "function_call")  # what a turn may hold besides its words
 # For base models, which have no template: the layout of rows of a question and its answer, turn after turn.
 TEMPLATE = (
@@ -72,7 +72,7 @@ def as_messages(row: Mapping[str, Any], column: str, where: str, tokenizer: Any)
 def system_of(row: Mapping[str, Any], where: str) -> str:
     """The system text beside a row's turns or question, "" where it has none. Raises UserError for one that is no
     text."""
-    words = next((row[name] for name in SYSTEM if row.get(name)), "")
+    words = next((row[name] for name in SYSTEM_FIELDS if row.get(name)), "")
     if not isinstance(words, str):
         raise UserError(f"{where} has a {type(words).__name__} for its system text, and text is due")
     return words
