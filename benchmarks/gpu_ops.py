@@ -43,15 +43,36 @@ def packed_lerp(x, last, maa, low, up):
 
 def norm_lerp(x, last, weight, bias, maa):
     """Its results side by side."""
-    again, ends, points = mix.norm_lerp(x, weight, bias, 1e-5, last, maa, whole=True, twice=1)
+    again, ends, points, _ = mix.norm_lerp(x, weight, bias, 1e-5, last, maa, whole=True, twice=1)
     return again, ends, *points
 
 
 def norm_ddlerp(x, y, gate, last, weight, bias, *factors):
     """Its results side by side, of a row of several sequences."""
     bounds = torch.tensor(BOUNDS, device=x.device)
-    total, ends, low, points = mix.norm_ddlerp(x[:1], y[:1], gate[:1], weight, bias, 1e-5, last, *factors, bounds)
+    total, ends, low, points, _ = mix.norm_ddlerp(x[:1], y[:1], gate[:1], weight, bias, 1e-5, last, *factors, bounds)
     return total, ends, low, *points
+
+
+def bent_norm_lerp(x, last, weight, bias, maa, *bones):
+    """norm_lerp whose points bat-in's layers take, or what those make of them; small, as gradients are cosines."""
+    again, ends, points, shifts = mix.norm_lerp(x, weight, bias, 1e-5, last, maa, bones=bones)
+    return again, ends, *beside(points, shifts, bones)
+
+
+def bent_norm_ddlerp(x, y, gate, last, weight, bias, *factors):
+    """The same of norm_ddlerp, and a row of several sequences."""
+    bounds, (*factors, first, second) = torch.tensor(BOUNDS, device=x.device), factors
+    bones = first, None, second, None
+    row = x[:1], y[:1], gate[:1], weight, bias, 1e-5, last, *factors, bounds
+    total, ends, low, points, shifts = mix.norm_ddlerp(*row, bones)
+    return total, ends, low, *beside(points, shifts, bones)
+
+
+def beside(points, shifts, bones):
+    """Points and shifts, as `bent` gives them, whether kernels bent them or not."""
+    points, shifts = (points, shifts) if shifts else mix.bent(points, bones)
+    return *points, *(shift / 8 for shift in shifts)
 
 
 def gated_wkv6(r, k, v, low, g, u, up, parameter, *norm):
@@ -117,6 +138,12 @@ OPS = {
     "norm_ddlerp": (norm_ddlerp, (*3 * [ROWS], (len(BOUNDS) - 1, C), (C,), (C,), *DDLERP[32]), range(4)),
     "norm_ddlerp, rank 64": (norm_ddlerp, (*3 * [ROWS], (len(BOUNDS) - 1, C), (C,), (C,), *DDLERP[64]), range(4)),
     "norm_ddlerp, trained": (norm_ddlerp, (*3 * [ROWS], (len(BOUNDS) - 1, C), (C,), (C,), *DDLERP[32]), None),
+    "norm_lerp, bent": (bent_norm_lerp, (ROWS, (2, C), (C,), (C,), (2, C), *2 * [(C // 64, 64, 64)]), (0, 1, 5, 6)),
+    "norm_ddlerp, bent": (
+        bent_norm_ddlerp,
+        (*3 * [ROWS], (len(BOUNDS) - 1, C), (C,), (C,), *DDLERP[32], *2 * [(C // 32, 32, 32)]),
+        (0, 1, 2, 3, 11, 12),
+    ),
     "gated_residual": (mix.gated_residual, (ROWS, ROWS, ROWS), None),
     "bat-in": (bat_in, (ROWS, (256, C), (C // 64, 64, 64)), (0, 2)),
     "bat-in, rank 128": (bat_in, (ROWS, (256, C), (C // 128, 128, 128)), (0, 2)),

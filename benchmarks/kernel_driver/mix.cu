@@ -114,6 +114,42 @@ static bool ddlerp(int rank, Launcher forward, Launcher backward, Launcher tanh,
     return c.right();
 }
 
+// Points that adapters bend, of what is normalized: with weights that depend on the token, of columns of low, or not.
+static bool lerp_affine(int rank, int low_rank, Launcher forward, Launcher backward, Launcher sum) {
+    Case c("mix lerp_affine " + std::to_string(rank) + ", low " + std::to_string(low_rank));
+    MixArguments a = arguments(4 * WIDE, 2 * WIDE);
+    const int groups = 2, skipped = low_rank > 0, products = 2 * low_rank / WIDE, bent = 2;
+    const size_t elements = TOKENS * a.channels, matrix = size_t(a.channels) * rank;
+    a.n = LOW_POINTS, a.low_rank = low_rank, a.strip = TILE_TOKENS;
+    give_sequences<bf16>(c, a, false);
+    a.inputs[0] = c.input<bf16>(elements), a.inputs[3] = c.input<float>(2 * TOKENS);
+    if (low_rank) {
+        a.inputs[1] = c.input<bf16>(TOKENS * a.n * low_rank),
+        a.inputs[2] = c.input<bf16>(elements * a.n * low_rank / TOKENS);
+        a.inputs[4] = c.input<bf16>(a.channels * 2 * low_rank);
+        a.outputs[AFFINE_PARTS] = c.result<float>(groups * TOKENS * 2 * low_rank);
+    }
+    a.parameters[0] = c.input<bf16>(LOW_POINTS * a.channels);
+    a.parameters[1] = c.input<bf16>(a.channels), a.parameters[2] = c.input<bf16>(a.channels);
+    for (int i : {1, 3}) a.inputs[FIRST_BONE + i] = c.input<bf16>(matrix);
+    for (int i = skipped; i < a.n; i++) a.outputs[i] = c.result<bf16>(elements);
+    a.outputs[AFFINE_SHIFTS] = c.result<bf16>(bent * groups * TOKENS * rank);
+    c.launched(forward(a, quotient_up(TOKENS, AFFINE_TOKENS) * groups * (products + a.n - skipped)));
+    for (int i : {1, 3}) {
+        a.inputs[FIRST_OF_D + i] = c.input<bf16>(elements), a.inputs[FIRST_OF_G + i] = c.input<bf16>(TOKENS * rank);
+        a.outputs[i] = c.result<bf16>(elements);
+    }
+    const int strips = quotient_up(TOKENS, a.strip);
+    float* const parts = c.result<float>(strips * bent * matrix);
+    a.outputs[AFFINE_PARTS] = parts;
+    c.launched(backward(a, strips * a.channels / WIDE * bent));
+    MixArguments total = arguments(rank, MOST_SIZE);
+    total.tokens = bent * a.channels, total.n = strips, total.inputs[0] = parts;
+    total.outputs[0] = c.result<bf16>(bent * matrix);
+    c.launched(sum(total, row_blocks(total)));
+    return c.right();
+}
+
 // The squared relu with terms before and after it, each of a matrix by rows or by columns, or of the identity (0 to 2).
 static bool square(int rank, Launcher forward, Launcher backward, Launcher sum, int before, int after) {
     Case c("mix square " + std::to_string(rank) + ", " + std::to_string(before) + " and " + std::to_string(after));
@@ -207,6 +243,10 @@ static bool norm_lerp(Launcher forward, Launcher backward, int channels, int wid
     ddlerp(K, LAUNCHER(mix_lerp_low_forward_##K), LAUNCHER(mix_lerp_low_backward_##K), \
            LAUNCHER(mix_tanh_forward_bfloat16), LAUNCHER(mix_tanh_backward_bfloat16))
 
+#define AFFINE(R, K)                                                                                 \
+    lerp_affine(R, K, LAUNCHER(mix_lerp_affine_forward_##R), LAUNCHER(mix_lerp_affine_backward_##R), \
+                LAUNCHER(mix_sum_parts_bfloat16))
+
 #define SQUARE(K, before, after)                                                                                     \
     square(K, LAUNCHER(mix_square_forward_##K), LAUNCHER(mix_square_backward_##K), LAUNCHER(mix_sum_parts_bfloat16), \
            before, after)
@@ -233,6 +273,10 @@ int main() {
     right &= low_rank(64, LAUNCHER(mix_lerp_low_forward_64), LAUNCHER(mix_lerp_low_backward_64));
     right &= DDLERP(32);
     right &= DDLERP(64);
+    right &= AFFINE(16, 32);
+    right &= AFFINE(32, 0);
+    right &= AFFINE(64, 0);
+    right &= AFFINE(64, 64);
     right &= SQUARE(16, 0, 1);
     right &= SQUARE(32, 1, 0);
     right &= SQUARE(64, 0, 2);

@@ -59,11 +59,6 @@ struct BackwardShared<R, true> : BackwardShared<R, false> {
     typename BackwardProducts<R>::Rows left;  // one: a second would leave a multiprocessor room for fewer blocks
 };
 
-__device__ __forceinline__ void add(Accumulator& c, const Accumulator& d) {
-    #pragma unroll
-    for (int e = 0; e < 8; e++) c.c[e] += d.c[e];
-}
-
 // max(x + left, 0)^2 of two neighbours.
 __device__ __forceinline__ uint32_t squared(uint32_t x, uint32_t left) {
     const float low = low_half(x) + low_half(left), high = high_half(x) + high_half(left);

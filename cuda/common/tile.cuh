@@ -27,6 +27,11 @@ __device__ __forceinline__ float high_half(uint32_t x) { return __uint_as_float(
 
 __device__ __forceinline__ Accumulator zeros() { return Accumulator{{0, 0, 0, 0, 0, 0, 0, 0}}; }
 
+__device__ __forceinline__ void add(Accumulator& c, const Accumulator& d) {
+    #pragma unroll
+    for (int e = 0; e < 8; e++) c.c[e] += d.c[e];
+}
+
 __device__ __forceinline__ Tile rounded(const Accumulator& a) {
     return Tile{
         {pack_bf16(a.c[0], a.c[1]), pack_bf16(a.c[2], a.c[3]), pack_bf16(a.c[4], a.c[5]), pack_bf16(a.c[6], a.c[7])}};

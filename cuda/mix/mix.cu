@@ -8,6 +8,7 @@
 #include "mix/heads.cuh"
 #include "mix/layer_norm.cuh"
 #include "mix/lerp.cuh"
+#include "mix/lerp_affine.cuh"
 #include "mix/low_rank.cuh"
 #include "mix/norm_lerp.cuh"
 #include "mix/square.cuh"
@@ -54,6 +55,16 @@ MIX_TOKENS(norm_lerp_backward, 2 * MOST_MIXED)
            sizeof(LowBackwardShared<K>))
 MIX_LOW_RANK(32)
 MIX_LOW_RANK(64)
+
+// Points that an adapter of rank R bends.
+#define MIX_AFFINE(R)                                                                                       \
+    KERNEL(MixArguments, mix_lerp_affine_forward_##R, lerp_affine_forward<R>, AFFINE_FORWARD_THREADS, 2,    \
+           sizeof(AffineForwardShared))                                                                     \
+    KERNEL(MixArguments, mix_lerp_affine_backward_##R, lerp_affine_backward<R>, AFFINE_BACKWARD_THREADS, 1, \
+           sizeof(AffineBackwardShared))
+MIX_AFFINE(16)
+MIX_AFFINE(32)
+MIX_AFFINE(64)
 
 // max(x, 0)^2 between adapters of rank R.
 #define MIX_SQUARE(R)                                                                             \

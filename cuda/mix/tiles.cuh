@@ -12,10 +12,11 @@ __device__ __forceinline__ const bf16* element(const void* p, index_t at) { retu
 struct TilePart {
     int group, begin, end, valid, t0;
 
-    __device__ TilePart(const MixArguments& a, int own) {
+    __device__ TilePart(const MixArguments& a, int own) : TilePart(a, own, blockIdx.x) {}
+    __device__ TilePart(const MixArguments& a, int own, unsigned block, int most = TILE_TOKENS) {
         const int groups = (a.channels + a.size - 1) / a.size;
-        group = blockIdx.x % groups, begin = group * a.size, end = min(begin + a.size, a.channels);
-        t0 = (int)(blockIdx.x / groups) * own;
-        valid = (int)min((index_t)TILE_TOKENS, a.tokens - t0);
+        group = block % groups, begin = group * a.size, end = min(begin + a.size, a.channels);
+        t0 = (int)(block / groups) * own;
+        valid = (int)min((index_t)most, a.tokens - t0);
     }
 };

@@ -12,12 +12,12 @@ SOURCE = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_budget.py"
 # launches, units of (T, C) at 2048 channels
 LIMITS = {
     ("x060", "frozen"): (35, 75),
-    ("x060", "bat-in"): (73, 135),
+    ("x060", "bat-in"): (61, 118),
     ("x060", "bone"): (73, 117),
     ("x060", "bat-out"): (91, 149),
     ("x060", "lora"): (81, 128),
     ("x070", "frozen"): (45, 111),
-    ("x070", "bat-in"): (73, 157),
+    ("x070", "bat-in"): (71, 152),
     ("x070", "bone"): (73, 144),
     ("x070", "bat-out"): (87, 178),
     ("x070", "lora"): (79, 154),

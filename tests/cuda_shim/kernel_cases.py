@@ -39,8 +39,10 @@ def mix(kernels):
             inputs = low(1, 129, 128), low(1, 128), low(5, 128), low(1, 129, 5 * rank), low(5, rank, 128), None
             results += differentiated(gpu_lerp.Lerp, (0, 1, 3), *inputs)
             factors = low(1, 128), low(128, 5 * rank) / 10, low(5, 128), low(5, rank, 128) / 10, low(128, 2 * rank) / 10
-            inputs = *low(3, 1, 129, 128), low(1, 128), *low(2, 128), *factors, 1e-5, None
-            results += differentiated(ddlerp.NormDDLerp, range(4), *inputs)
+            for bones in ((), (low(2, 64, 64), None, *low(2, 2, 64, 64))):
+                inputs = *low(3, 1, 129, 128), low(1, 128), *low(2, 128), *factors, 1e-5, None, *bones
+                trained = [i for i, x in enumerate(inputs) if i < 4 or i > 12 and x is not None]
+                results += differentiated(ddlerp.NormDDLerp, trained, *inputs)
             for up, down in ((low(rank, 384), None), (None, low(rank, 384).t())):
                 with patch.object(gpu_lerp, "MOST_GROUPS", 2):  # of three steps each
                     inputs = low(70, 384), low(70, rank), up, down, rank, True

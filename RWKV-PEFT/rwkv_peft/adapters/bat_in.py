@@ -32,6 +32,9 @@ class BatIn(BlockAffine):
     def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
         return bat_in(x, base.weight, params["bone"], base.bias, product=base.product, residual=base.residual)
 
+    def bones(self, params: Params, scale: float) -> torch.Tensor | None:
+        return _scaled(params["bone"], scale)
+
     def opened(self, x: torch.Tensor, base: Frozen, params: Params, scale: float) -> Opened:
         """What is left open is the shift."""
         return opened_by(_OpenBatIn, x, base.weight, base.bias, params["bone"], base.product, scale, up=None)

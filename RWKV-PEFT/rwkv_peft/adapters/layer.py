@@ -10,6 +10,7 @@ from ..config import AdapterConfig
 from ..ops.adding import autocasts
 from ..ops.mix import takes_low_square
 from .around import Opened
+from .bent import of_bent, opened_of_bent
 from .method import Method, Params
 from .product import DENSE, Frozen, Product
 from .quant import QuantizedProduct, quantize
@@ -62,9 +63,14 @@ class AdapterLinear(nn.Module):
         """The method's tensors."""
         return {name: getattr(self, name) for name in (*self.method.parameters, *self.method.constants)}
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """x (..., in) -> (..., out) in x's dtype, added to a residual (..., out) where there is one."""
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, shift: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x (..., in) -> (..., out) in x's dtype, added to a residual (..., out) where there is one. shift (T, rank): x
+        comes bent by `bones`, and this with it."""
         base, params = self.frozen(residual), self.params
+        if shift is not None:
+            return of_bent(x, self._divided(shift), base)
         if self.untrained:
             first = self.method.first(params)
             if first is None:
@@ -72,6 +78,18 @@ class AdapterLinear(nn.Module):
             params = first
         dropout = self.dropout if self.training and not self.untrained else 0.0
         return self.method.apply(x, base, params, self.scale, dropout)
+
+    def bones(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The matrices by which what makes x (..., in) may bend it (ops/mix): None where x is wanted as it is."""
+        trained = [getattr(self, name) for name in self.method.parameters]
+        cut = any([hasattr(parameter, "ds_shape") for parameter in trained])
+        if cut or self.untrained or self.base.requires_grad or autocasts(x):
+            return None
+        bones = self.method.bones(self.params, self.scale)
+        return None if bones is None else bones.to(x.dtype)
+
+    def _divided(self, shift: torch.Tensor) -> torch.Tensor:
+        return shift if self.scale == 1 else shift / self.scale
 
     def around_square(self, x: torch.Tensor, channels: int) -> bool:
         """Whether the layer, before or after a squared relu of so many channels, leaves its part of low rank to its
@@ -85,8 +103,10 @@ class AdapterLinear(nn.Module):
             and not any([hasattr(parameter, "ds_shape") for parameter in (self.base, *trained)])
         )
 
-    def opened(self, x: torch.Tensor) -> Opened:
-        """`forward` before such a square, without what its kernel adds: x (..., in)."""
+    def opened(self, x: torch.Tensor, shift: torch.Tensor | None = None) -> Opened:
+        """`forward` before such a square, without what its kernel adds: x (..., in), shift as `forward` has it."""
+        if shift is not None:
+            return opened_of_bent(x, self._divided(shift), self.frozen())
         return self.method.opened(x, self.frozen(), self.params, self.scale)
 
     def squared(

@@ -136,6 +136,11 @@ class Method(ABC):
         x's dtype, and its residual where it has one. scale is the layer's; dropout the probability with which an input
         is hidden from the adapter, 0 but for methods that take it."""
 
+    def bones(self, params: Params, scale: float) -> torch.Tensor | None:
+        """B (in/rank, rank, rank) of a method whose layer multiplies x + u, u_b = B_b x_b for each shard b, and adds
+        the sum of u_b, divided by the scale, to each shard of the result (bent.py); None for the others."""
+        return None
+
     def factors(self, params: Params) -> Factors:
         """The term that is added to the base's product, where it is of low rank (around_square)."""
         raise NotImplementedError

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,32 @@ class AddedLinear(nn.Linear):
         return adding.linear(x, self.weight, residual)
 
 
+class Input(NamedTuple):
+    """A linear layer's input x (B, T, in), or what its bones made of that, and the shift (T, rank) that came of it."""
+
+    x: torch.Tensor
+    shift: torch.Tensor | None = None
+
+    def through(self, layer: nn.Module) -> torch.Tensor:
+        """-> (B, T, out)."""
+        return layer(self.x) if self.shift is None else layer(self.x, shift=self.shift)
+
+
+def bones_of(layers: Sequence[nn.Module | None], x: torch.Tensor) -> list[torch.Tensor | None]:
+    """Of each linear layer the matrices by which the norm that makes its input, like x, may bend it; None for most."""
+    bends = [getattr(layer, "bones", None) for layer in layers]
+    return [None if bones is None else bones(x) for bones in bends]
+
+
+def inputs_of(
+    points: Sequence[torch.Tensor], bones: Sequence[torch.Tensor | None], shifts: Sequence[torch.Tensor]
+) -> list[Input]:
+    """A norm's points (B, T, C), of those with bones, where it bends any, its shifts."""
+    left = iter(shifts)
+    bent = [bool(shifts) and bone is not None for bone in bones]
+    return [Input(point, next(left) if one else None) for point, one in zip(points, bent, strict=True)]
+
+
 class AroundSquare(Protocol):
     """A linear layer before or after a squared relu that may leave a part of low rank to its kernel, as low_square has
     it: what is added to the square's input, or what is made of the square."""
@@ -32,7 +58,9 @@ class AroundSquare(Protocol):
     def around_square(self, x: torch.Tensor, channels: int) -> bool:
         """Whether it does, where the square has so many channels and its input is like x."""
 
-    def opened(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def opened(
+        self, x: torch.Tensor, shift: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Before: x (B, T, in) -> the square's input (B, T, out), and left and up, whose product is to be added."""
 
     def squared(
@@ -44,13 +72,13 @@ class AroundSquare(Protocol):
         """After: (B, T, in) and that term, or None -> (B, T, out)."""
 
 
-def feed_forward(key: nn.Module, value: nn.Module, x: torch.Tensor, *residual: torch.Tensor) -> torch.Tensor:
-    """value(max(key(x), 0)², *residual), for linear layers, AroundSquare or not: x (B, T, C) -> (B, T, C)."""
+def feed_forward(key: nn.Module, value: nn.Module, given: Input, *residual: torch.Tensor) -> torch.Tensor:
+    """value(max(key(x), 0)², *residual), for linear layers, AroundSquare or not, and key's input x: -> (B, T, C)."""
     channels = cast(nn.Linear, key).out_features
     before, after = cast(tuple[AroundSquare, AroundSquare], (key, value))
-    if not all([hasattr(one, "around_square") and one.around_square(x, channels) for one in (before, after)]):
-        return value(relu_square(key(x)), *residual)
-    square, right = after.squared(*before.opened(x))  # the square's input is in memory no longer than that
+    if not all([hasattr(one, "around_square") and one.around_square(given.x, channels) for one in (before, after)]):
+        return value(relu_square(given.through(key)), *residual)
+    square, right = after.squared(*before.opened(*given))  # the square's input is in memory no longer than that
     return after.closed(square, right, *residual)
 
 
@@ -63,12 +91,15 @@ class MixedNorm(nn.LayerNorm):
         maa: torch.Tensor,
         shift: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None = None,
+        bones: Sequence[torch.Tensor | None] = (),
         twice: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
-        """x (B, T, C), maa (m, C), shift (B, C) or None, what precedes the norm's first token -> x again, for the
-        residual, the norm's last token (B, C), m points between its tokens and those before (B, T, C), last of all
-        point number `twice` again."""
-        return norm_lerp(x, self.weight, self.bias, self.eps, shift, maa, cu_seqlens, twice=twice)
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """x (B, T, C), maa (m, C), shift (B, C) or None, what precedes the norm's first token, and of each point the
+        bones of its layer, or None -> x again, for the residual, the norm's last token (B, C), m points between its
+        tokens and those before (B, T, C), last of all point number `twice` again, the shifts of points that are
+        bent."""
+        norm = self.weight, self.bias, self.eps
+        return norm_lerp(x, *norm, shift, maa, cu_seqlens, twice=twice, bones=bones)
 
 
 class Recurrent(nn.Module):

@@ -137,7 +137,7 @@ def norm_and_lerp(inputs, dtype, bounds, whole, offset=0, twice=None):
     memory = torch.cat([x.new_zeros(offset), x.flatten()]).requires_grad_()
     leaves = [memory] if last is None else [memory, last.requires_grad_()]
     x = memory[offset:].view(x.shape)
-    again, ends, points = norm_lerp(x, weight, bias, 1e-5, last, maa, bounds, whole, twice)
+    again, ends, points, _ = norm_lerp(x, weight, bias, 1e-5, last, maa, bounds, whole, twice)
     outs = [again, ends, *points]
     torch.autograd.backward(outs, [randn(*out.shape, seed=7 + i).to(dtype) for i, out in enumerate(outs)])
     return [*outs, *(x.grad for x in leaves)]
@@ -186,7 +186,7 @@ def ddlerp(inputs, dtype, bounds=None, trained=None):
     wanted = [x is not None and (i < 4 or i == trained) for i, x in enumerate(inputs)]
     leaves = [x if x is None else x.to(dtype, copy=True).requires_grad_(w) for x, w in zip(inputs, wanted)]
     x, y, gate, last, weight, bias, *others = leaves
-    total, ends, low, points = norm_ddlerp(x, y, gate, weight, bias, 1e-5, last, *others, bounds)
+    total, ends, low, points, _ = norm_ddlerp(x, y, gate, weight, bias, 1e-5, last, *others, bounds)
     outs = [total, ends, low, *points]
     torch.autograd.backward(outs, [randn(*out.shape, seed=7 + i).to(dtype) for i, out in enumerate(outs)])
     return [*outs, *(x.grad for x, w in zip(leaves, wanted) if w)]
@@ -260,7 +260,7 @@ def test_gradients_at_any_address_are_read_16_bytes_at_once(kernels, monkeypatch
     read, call = {}, functions.call
     monkeypatch.setattr(op.ddlerp, "call", lambda *rest, **sizes: (read.update(rest[2]), call(*rest, **sizes)))
     x, _, _, _, weight, bias, *factors = ddlerp_inputs(1, 3, 64, 32)
-    _, _, _, points = norm_ddlerp(x.requires_grad_(), None, None, weight, bias, 1e-5, None, *factors)
+    _, _, _, points, _ = norm_ddlerp(x.requires_grad_(), None, None, weight, bias, 1e-5, None, *factors)
     memory = randn(2 + 3 * 64).bfloat16()
     torch.autograd.backward(points, [memory[2:].view(1, 3, 64)] * 4)
     assert all(read[f"grad{i}"].data_ptr() % 16 == 0 for i in range(1, 5)) and x.grad.isfinite().all()
@@ -272,9 +272,9 @@ def test_results_that_nobody_uses_count_as_zeros(kernels, depends_on_the_token, 
     x, y, gate, _, weight, bias, maa_x, *factors = ddlerp_inputs(1, 5, 64, 32, gated=True)
     x.requires_grad_()
     if depends_on_the_token:
-        *outs, points = norm_ddlerp(x, y, gate, weight, bias, 1e-5, None, maa_x, *factors)
+        *outs, points, _ = norm_ddlerp(x, y, gate, weight, bias, 1e-5, None, maa_x, *factors)
     else:
-        *outs, points = norm_lerp(x, weight, bias, 1e-5, None, factors[1])
+        *outs, points, _ = norm_lerp(x, weight, bias, 1e-5, None, factors[1])
     outs += points
     grads = [randn(*out.shape, seed=i).bfloat16() * (i in used) for i, out in enumerate(outs)]
     (expected,) = torch.autograd.grad(outs, x, grads, retain_graph=True)
@@ -284,7 +284,7 @@ def test_results_that_nobody_uses_count_as_zeros(kernels, depends_on_the_token, 
 
 def test_trained_norms_and_points_take_two_kernels(kernels):
     x, (weight, bias), maa = randn(1, 5, 8), randn(2, 8), randn(2, 8).requires_grad_()
-    _, _, points = norm_lerp(x, weight, bias, 1e-5, None, maa)
+    _, _, points, _ = norm_lerp(x, weight, bias, 1e-5, None, maa)
     sum(point.sum() for point in points).backward()
     assert "NormLerp" not in type(points[0].grad_fn).__name__ and maa.grad.isfinite().all()
 

@@ -5,12 +5,14 @@ RWKV-v5/src/model.py, so that its .pth files load unchanged.
 B batch, T time, C channels (n_embd), A attention channels, F feed-forward channels, H heads, N head size.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from ...ops.mix import gated_residual, norm_ddlerp
 from ...ops.wkv6 import wkv6_gated
-from ..parts import AddedLinear, LanguageModel, MixedNorm, Recurrent, count_sequences, feed_forward
+from ..parts import AddedLinear, LanguageModel, MixedNorm, Recurrent, bones_of, count_sequences, feed_forward, inputs_of
 from ..state import LayerState
 from .keys import RWKV6Config
 
@@ -48,12 +50,13 @@ class DataMixedNorm(nn.LayerNorm):
         w2: torch.Tensor,
         decay_w1: torch.Tensor,
         cu_seqlens: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+        bones: Sequence[torch.Tensor | None],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """x, y and gate (B, T, C), or y and gate None, shift (B, C) or None, what precedes the norm's first token, and
         norm_ddlerp's parameters -> x + sigmoid(gate) y, the norm's last token (B, C), the decay's factor of low rank
-        (B, T, rank), the inputs of k, v, r, g (B, T, C)."""
+        (B, T, rank), the inputs of k, v, r, g (B, T, C), the shifts of those that are bent by their bones."""
         norm = self.weight, self.bias, self.eps
-        return norm_ddlerp(x, y, gate, *norm, shift, maa_x, w1, maa, w2, decay_w1, cu_seqlens)
+        return norm_ddlerp(x, y, gate, *norm, shift, maa_x, w1, maa, w2, decay_w1, cu_seqlens, bones)
 
 
 class TimeMix(Recurrent):
@@ -101,14 +104,14 @@ class TimeMix(Recurrent):
         B, T, _ = x.shape
         maa = torch.cat([getattr(self, f"time_maa_{name}") for name in "wkvrg"]).flatten(1)  # (5, C), as time_maa_w2
         factors = self.time_maa_x[0], self.time_maa_w1, maa, self.time_maa_w2, self.time_decay_w1
-        x, last, low, (xk, xv, xr, xg) = norm(x, y, gate, shift, *factors, cu_seqlens)
-        heads = (B, T, self.n_head, self.head_size)
-        r = self.receptance(xr).view(heads)
-        k = self.key(xk).view(heads)
-        v = self.value(xv).view(heads)
+        layers = self.key, self.value, self.receptance, self.gate
+        bones = bones_of(layers, x)
+        x, last, low, points, shifts = norm(x, y, gate, shift, *factors, cu_seqlens, bones)
+        k, v, r, g = (one.through(layer) for layer, one in zip(layers, inputs_of(points, bones, shifts), strict=True))
+        r, k, v = (tensor.view(B, T, self.n_head, self.head_size) for tensor in (r, k, v))
         decay = low, self.time_decay_w2, self.time_decay
         wkv_state = self.begun(wkv_state, count_sequences(x, cu_seqlens))
-        y, wkv_state = self.ln_x((r, k, v), decay, self.time_faaaa, self.gate(xg), wkv_state, cu_seqlens)
+        y, wkv_state = self.ln_x((r, k, v), decay, self.time_faaaa, g, wkv_state, cu_seqlens)
         return self.output(y, x), last, wkv_state
 
 
@@ -134,8 +137,10 @@ class ChannelMix(nn.Module):
         """x (B, T, C), which `norm` normalizes -> x, what the feed-forward makes of it, and the gate of that before its
         sigmoid (B, T, C), last normalized token (B, C)."""
         maa = torch.cat((self.time_maa_k, self.time_maa_r)).view(2, -1)
-        x, last, (xk, xr) = norm(x, maa, shift, cu_seqlens)
-        return x, feed_forward(self.key, self.value, xk), self.receptance(xr), last
+        bones = bones_of((self.key, self.receptance), x)
+        x, last, points, shifts = norm(x, maa, shift, cu_seqlens, bones)
+        key, receptance = inputs_of(points, bones, shifts)
+        return x, feed_forward(self.key, self.value, key), receptance.through(self.receptance), last
 
 
 class Block(nn.Module):

@@ -11,7 +11,7 @@ from torch import nn
 
 from ...ops.mix import value_residual
 from ...ops.wkv7 import wkv7_gated
-from ..parts import AddedLinear, LanguageModel, MixedNorm, Recurrent, count_sequences, feed_forward
+from ..parts import AddedLinear, LanguageModel, MixedNorm, Recurrent, bones_of, count_sequences, feed_forward, inputs_of
 from ..state import LayerState
 from .keys import SHIFTS, RWKV7Config
 
@@ -92,13 +92,16 @@ class TimeMix(Recurrent):
         heads = (B, T, self.n_head, self.head_size)
         amounts = torch.cat([getattr(self, f"x_{name}") for name in SHIFTS]).flatten(1)  # (6, C)
         twice = None if v_first is None else SHIFTS.index("v")
-        x, last, (xr, xw, xk, xv, xa, xg, *xv_again) = norm(x, amounts, shift, cu_seqlens, twice=twice)
-        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
+        layers = {"r": self.receptance, "k": self.key}  # v's input, which has a second user, is wanted as it is
+        bones = bones_of([layers.get(name) for name in SHIFTS], x)
+        x, last, points, shifts = norm(x, amounts, shift, cu_seqlens, bones, twice)
+        xr, (xw, _), xk, (xv, _), (xa, _), (xg, _) = inputs_of(points[: len(bones)], bones, shifts)
+        r, k, v = xr.through(self.receptance), xk.through(self.key), self.value(xv)
         w = F.linear(torch.tanh(xw @ self.w1), self.w2.t(), self.w0.flatten())
         if v_first is None:
             v_first = v_again = v
         else:
-            v, v_again, v_first = value_residual(v, v_first, xv_again[0] @ self.v1 @ self.v2, self.v0)
+            v, v_again, v_first = value_residual(v, v_first, points[-1] @ self.v1 @ self.v2, self.v0)
         g = torch.sigmoid(xg @ self.g1) @ self.g2
         a = xa @ self.a1 @ self.a2
         r, w, k, v, v_again, a = (tensor.view(heads) for tensor in (r, w, k, v, v_again, a))
@@ -126,8 +129,10 @@ class ChannelMix(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x (B, T, C), which `norm` normalizes -> x plus what the feed-forward makes of it (B, T, C), last normalized
         token (B, C)."""
-        x, last, (xk,) = norm(x, self.x_k[0], shift, cu_seqlens)
-        return feed_forward(self.key, self.value, xk, x), last
+        bones = bones_of([self.key], x)
+        x, last, points, shifts = norm(x, self.x_k[0], shift, cu_seqlens, bones)
+        (key,) = inputs_of(points, bones, shifts)
+        return feed_forward(self.key, self.value, key, x), last
 
 
 class Block(nn.Module):

@@ -2,6 +2,7 @@
 heads."""
 
 from .op import (
+    bent,
     delta_keys,
     gated_residual,
     layer_norm,
@@ -19,6 +20,7 @@ from .op import (
 )
 
 __all__ = [
+    "bent",
     "delta_keys",
     "gated_residual",
     "layer_norm",

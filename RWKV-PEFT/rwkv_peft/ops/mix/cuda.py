@@ -20,6 +20,8 @@ FEW_TOKENS = 8192  # up to which short strips fill a GPU with blocks
 LOW_RANKS = (32, 64)  # of a lerp whose product of low rank is inside its kernel, in bfloat16
 LOW_POINTS = 5  # that such a lerp has
 TILE_TOKENS, LOW_CHANNELS = 64, 32  # of a block's tile there, which in backward shares a token with the next, and step
+AFFINE_RANKS, AFFINE_CHANNELS = (16, 32, 64), 64  # of adapters that bend a lerp's points, and of a block's steps
+AFFINE_TOKENS = 128  # of a block's tile there in forward
 SQUARE_RANKS, SQUARE_CHANNELS = (16, 32, 64, 128), 64  # of terms around a squared relu, and of a group's steps
 
 
@@ -38,7 +40,8 @@ def _layout(*names: str) -> Layout:
 
 _POINTS = range(MOST_POINTS)
 _LOW_OUTS, _LOW_GRADS = (" ".join(f"{kind}{i}" for i in range(LOW_POINTS)) for kind in ("out", "grad"))
-_OUTS, _GRADS = (" ".join(f"{kind}{i}" for i in _POINTS) for kind in ("out", "grad"))
+_OUTS, _GRADS, _BONES, _SHIFTS = (" ".join(f"{kind}{i}" for i in _POINTS) for kind in ("out", "grad", "bone", "gshift"))
+_AFFINE = f"x low up stats down {_BONES} {_GRADS} {_SHIFTS}"
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {
         "lerp_forward": _layout("x offsets", _OUTS, "maa"),
@@ -73,6 +76,8 @@ TILED: Mapping[str, Layout] = MappingProxyType(
     {
         "lerp_low_forward": _layout("x low up stats down", f"{_LOW_OUTS} parts", "maa weight bias"),
         "lerp_low_backward": _layout(f"x low up stats down {_LOW_GRADS} decay gdecay", "gx glow", "maa weight bias"),
+        "lerp_affine_forward": _layout(_AFFINE, f"{_OUTS} parts shifts", "maa weight bias"),
+        "lerp_affine_backward": _layout(_AFFINE, f"{_OUTS} parts", "maa weight bias"),
         "square_forward": _SQUARE,
         "square_backward": _SQUARE,
         "layer_norm_forward": _layout("x", "stats out", "weight bias"),
@@ -85,7 +90,8 @@ TILED: Mapping[str, Layout] = MappingProxyType(
 )
 KERNELS = (
     *(f"mix_{name}_{dtype}" for name in LAYOUTS for dtype in DTYPES.values()),
-    *(f"mix_{name}_{rank}" for name in TILED if name.startswith("lerp") for rank in LOW_RANKS),
+    *(f"mix_{name}_{rank}" for name in TILED if name.startswith("lerp_low") for rank in LOW_RANKS),
+    *(f"mix_{name}_{rank}" for name in TILED if name.startswith("lerp_affine") for rank in AFFINE_RANKS),
     *(f"mix_{name}_{rank}" for name in TILED if name.startswith("square") for rank in SQUARE_RANKS),
     *(f"mix_{name}_{dtype}" for name in TILED if "norm" in name for dtype in DTYPES.values()),
 )
@@ -95,13 +101,13 @@ class MixArguments(ctypes.Structure):
     """cuda/mix/arguments.cuh's structure of the same name."""
 
     _fields_ = [
-        ("inputs", ctypes.c_void_p * 14),
+        ("inputs", ctypes.c_void_p * 23),
         ("outputs", ctypes.c_void_p * 10),
         ("parameters", ctypes.c_void_p * 4),
         ("sums", ctypes.c_void_p * 6),
         *((name, ctypes.c_void_p) for name in ("bounds", "last", "glast")),
         ("tokens", ctypes.c_longlong),
-        *((name, ctypes.c_int) for name in ("channels", "size", "strip", "n", "last_point", "length", "sequences")),
+        *((name, ctypes.c_int) for name in "channels size strip n low_rank last_point length sequences".split()),
         ("eps", ctypes.c_float),
         ("device", ctypes.c_int),
     ]
@@ -160,15 +166,18 @@ def launch_tiled(
     rank: int = 0,
     size: int = 0,
     strip: int = 1,
+    slots: int = 1,
     **others: Any,
 ) -> None:
-    """The same for an operation of TILED. rank: of its products, where blocks have `size` channels; strip: tokens of a
-    norm's block."""
+    """The same for an operation of TILED. rank: of its products, where blocks have `size` channels, and a tile of them
+    `slots` blocks; strip: tokens of another's block."""
     arguments = _arguments(TILED[name], like, tensors, [], strip=strip, **others)
     arguments.tokens, arguments.channels, arguments.size = tokens, channels, size
     if rank:
-        tile = TILE_TOKENS - (name == "lerp_low_backward")
-        return FAMILY.run(built, f"mix_{name}_{rank}", arguments, -(-tokens // tile) * -(-channels // size), on)
+        tiles = {"lerp_low_backward": TILE_TOKENS - 1, "lerp_affine_forward": AFFINE_TOKENS}
+        tile = strip if name == "lerp_affine_backward" else tiles.get(name, TILE_TOKENS)
+        blocks = slots * -(-tokens // tile) * -(-channels // size)
+        return FAMILY.run(built, f"mix_{name}_{rank}", arguments, blocks, on)
     widest = 16 // like.element_size()  # elements that a thread reads at once, where they lie so
     addresses = [x.data_ptr() for x in (*tensors.values(), *others.values()) if isinstance(x, torch.Tensor)]
     arguments.size = 2 if channels % widest or any([address % 16 for address in addresses]) else widest

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..native.launch import aligned
-from . import cuda
+from . import affine, cuda
 from .functions import call, differentiable_once, room_like, with_zeros
 from .gpu_lerp import group_size, has_product_inside, parts_like, sizes_of
 from .norms import strip_of
@@ -21,8 +21,10 @@ from .norms import strip_of
 
 class NormDDLerp(Function):
     """x (B, T, C), y and gate (B, T, C) or None, last (n, C) or None; weight and bias (C,), maa_x (1, C), w1 (C, 5 K),
-    maa (5, C), w2 (5, K, C) and decay_w1 (C, 2 K), none of them trained; eps, cu_seqlens int64 or None -> the sum, the
-    last of each sequence's norms (n, C), the decay's factor (B, T, 2 K), four points (B, T, C)."""
+    maa (5, C), w2 (5, K, C) and decay_w1 (C, 2 K), none of them trained; eps, cu_seqlens int64 or None; of each of four
+    points the matrices (C/r, r, r) that bend it, or None, or nothing at all -> the sum, the last of each sequence's
+    norms (n, C), the decay's factor (B, T, 2 K), four points (B, T, C), the sums over shards (T, r) of those that are
+    bent."""
 
     @staticmethod
     def forward(
@@ -40,6 +42,7 @@ class NormDDLerp(Function):
         decay_w1: Tensor,
         eps: float,
         cu_seqlens: Tensor | None,
+        *bones: Tensor | None,
     ) -> tuple[Tensor, ...]:
         sizes = sizes_of(x, maa_x, cu_seqlens)
         mixed, ends = torch.empty_like(x), x.new_empty(sizes["sequences"], x.shape[2])
@@ -50,15 +53,22 @@ class NormDDLerp(Function):
         tensors |= dict(maa=maa_x, ends=ends, out0=mixed)
         call("norm_lerp_forward", x, tensors, last=last, eps=eps, strip=strip_of(len(stats)), **sizes)
         low, decay = mixed @ w1, x.new_empty(*x.shape[:2], decay_w1.shape[1])
-        parts = parts_like(decay, x, torch.float32)
-        points = [torch.empty_like(x) for _ in maa[1:]]
-        of_points = norm | dict(x=total, maa=maa, low=low, up=w2, down=decay_w1, parts=parts) | _named("out", points)
-        call("lerp_low_forward", x, of_points, last=last, **_low_sizes(x, maa, w2, cu_seqlens))
+        of_points = norm | dict(x=total, maa=maa, low=low, up=w2, down=decay_w1)
+        shifts: list[Tensor] = []
+        if bones:
+            parts, of_all = affine.parts_of(x, (None, *bones), decay_w1), sizes_of(x, maa, cu_seqlens)
+            points, shifts = affine.bend(of_points, (None, *bones), last, of_all, parts)
+        else:
+            parts, points = parts_like(decay, x, torch.float32), [torch.empty_like(x) for _ in maa[1:]]
+            of_points |= dict(parts=parts) | _named("out", points)
+            call("lerp_low_forward", x, of_points, last=last, **_low_sizes(x, maa, w2, cu_seqlens))
         call("tanh_forward", decay, dict(parts=parts, out=decay), **_rows_of(parts))
         ctx.set_materialize_grads(False)  # of `ends`, which only a carried state uses
         kept = y, gate, last, weight, bias, maa_x, w1, maa, w2, decay_w1, cu_seqlens
-        ctx.save_for_backward(total, *kept, stats, low, decay)
-        return total, ends, decay, *points
+        ctx.save_for_backward(total, *kept, stats, low, decay, *bones)
+        if bones and not any(ctx.needs_input_grad[:4]):  # the first block's, where the embedding is frozen
+            ctx.mark_non_differentiable(total, ends, decay, *(x for x, bone in zip(points, bones) if bone is None))
+        return total, ends, decay, *points, *shifts
 
     @staticmethod
     @differentiable_once
@@ -66,12 +76,19 @@ class NormDDLerp(Function):
         ctx: Any, passed: Tensor | None, gends: Tensor | None, gdecay: Tensor | None, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         x, y, gate, last, weight, bias, maa_x, w1, maa, w2, decay_w1, cu_seqlens, *made = ctx.saved_tensors
-        stats, low, decay = made
-        passed, *points = with_zeros((passed, *grads), x)
+        stats, low, decay, *bones = made
+        passed, *points = with_zeros((passed, *grads[: len(maa) - 1]), x)
         (gdecay,) = with_zeros([gdecay], decay)
+        norm = dict(weight=weight, bias=bias, stats=stats)
+        gbones: list[Tensor | None] = []
+        if bones:
+            of_points, trained = norm | dict(x=x, maa=maa, low=low, up=w2), any(ctx.needs_input_grad[13:])
+            given = (None, *bones), (x, *points), grads[len(maa) - 1 :], trained, last
+            (_, *points), (_, *gbones) = affine.bend_back(of_points, *given, sizes_of(x, maa, cu_seqlens))
+            if not any(ctx.needs_input_grad[:4]):
+                return *13 * (None,), *gbones
         gnormal, glow, glast, more = torch.empty_like(x), torch.empty_like(low), room_like(last), room_like(last)
         parts = parts_like(low, x)
-        norm = dict(weight=weight, bias=bias, stats=stats)
         tensors = norm | dict(x=x, maa=maa, low=low, up=w2, down=decay_w1, decay=decay, gdecay=gdecay)
         tensors |= dict(gx=gnormal, glow=parts) | _named("grad", map(aligned, points))
         call("lerp_low_backward", x, tensors, last=last, glast=glast, **_low_sizes(x, maa, w2, cu_seqlens))
@@ -81,7 +98,8 @@ class NormDDLerp(Function):
         tensors |= dict(maa=maa_x, grad=gnormal, passed=passed, gends=gends, grad0=glow @ w1.mT)
         sizes = sizes_of(x, maa_x, cu_seqlens) | dict(strip=strip_of(len(stats)))
         call("norm_lerp_backward", x, tensors, glast=more, **sizes)
-        return gx, gy, ggate, glast if glast is None or more is None else glast.add_(more), *9 * (None,)
+        glast = glast if glast is None or more is None else glast.add_(more)
+        return gx, gy, ggate, glast, *9 * (None,), *gbones
 
 
 def takes(

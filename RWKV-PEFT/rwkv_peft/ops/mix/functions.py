@@ -21,11 +21,16 @@ def call(name: str, like: torch.Tensor, tensors: Mapping[str, torch.Tensor | Non
 class _NoGradient:
     """Stands for an autograd context where nothing will be differentiated."""
 
+    needs_input_grad: tuple[bool, ...] = ()
+
     def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
         """Nothing is saved."""
 
     def set_materialize_grads(self, value: bool) -> None:
         """Nor is anything told of gradients."""
+
+    def mark_non_differentiable(self, *outs: torch.Tensor) -> None:
+        """Nothing is differentiable."""
 
 
 def run(function: type[Function], *arguments: Any) -> Any:

@@ -4,6 +4,7 @@ The weights' product of low rank is inside the kernels of cuda/mix/low_rank.cuh 
 where `up` and maa are frozen, too. Else it is a matrix product outside the kernels of cuda/mix/lerp.cuh.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -80,10 +81,10 @@ def has_product_inside(
     )
 
 
-def group_size(x: Tensor, step: int = cuda.LOW_CHANNELS) -> int:
-    """How many channels of x (…, C) one block has, whole steps of them: few enough that blocks fill a GPU, and as many
-    as that allows, since what it gives of them has to be added up."""
-    tiles, channels = -(-x[..., 0].numel() // (cuda.TILE_TOKENS - 1)), x.shape[-1]
+def group_size(x: Tensor, step: int = cuda.LOW_CHANNELS, tile: float = cuda.TILE_TOKENS - 1) -> int:
+    """How many channels of x (…, C) one block has, whole steps of them: few enough that blocks, each of so many tokens,
+    fill a GPU, and as many as that allows, since what it gives of them has to be added up."""
+    tiles, channels = math.ceil(x[..., 0].numel() / tile), x.shape[-1]
     groups = min(MOST_GROUPS, -(-BLOCKS // tiles))
     return -(-channels // (groups * step)) * step
 

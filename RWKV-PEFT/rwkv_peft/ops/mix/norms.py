@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from . import affine
 from .functions import call, differentiable_once, room_like, rounded, sums_like, with_zeros
 from .gpu_lerp import sizes_of
 
@@ -44,8 +45,9 @@ class LayerNorm(Function):
 
 class NormLerp(Function):
     """x (B, T, C), last (n, C) or None, weight and bias (C,), maa (m, C), none of them trained, eps, cu_seqlens int64
-    or None, whether the norm itself is wanted, the point that is wanted twice or None -> x, the last of each
-    sequence's norms (n, C), the norm where wanted, m or m + 1 times (B, T, C)."""
+    or None, whether the norm itself is wanted, the point that is wanted twice or None; of each point the matrices
+    (C/r, r, r) that bend it, or None, or nothing; the norm is not wanted then -> x, the last of each sequence's norms
+    (n, C), the norm where wanted, m or m + 1 times (B, T, C), the sums over shards (T, r) of points that are bent."""
 
     @staticmethod
     def forward(
@@ -59,32 +61,47 @@ class NormLerp(Function):
         cu_seqlens: Tensor | None,
         whole: bool,
         twice: int | None,
+        *bones: Tensor | None,
     ) -> tuple[Tensor, ...]:
         sizes = sizes_of(x, maa, cu_seqlens)
         ends, stats = x.new_empty(sizes["sequences"], x.shape[2]), x.new_empty(sizes["tokens"], 2, dtype=torch.float32)
-        outs = tuple(torch.empty_like(x) for _ in range(whole + len(maa)))
-        ctx.save_for_backward(x, last, weight, maa, stats, cu_seqlens)
+        outs = [] if bones else [torch.empty_like(x) for _ in range(whole + len(maa))]
+        ctx.save_for_backward(x, last, weight, bias, maa, stats, cu_seqlens, *bones)
         ctx.whole, ctx.twice = whole, twice
         ctx.set_materialize_grads(False)  # of `ends`, which only a carried state uses
-        tensors = dict(x=x, stats=stats, ends=ends, weight=weight, bias=bias, maa=maa) | _named("out", outs, whole)
-        call("norm_lerp_forward", x, tensors, last=last, eps=eps, strip=strip_of(sizes["tokens"]), **sizes)
-        return x, ends, *outs, *(() if twice is None else [outs[whole + twice].detach()])
+        norm = dict(x=x, stats=stats, weight=weight, bias=bias, maa=maa)
+        tensors, of_norm = norm | dict(ends=ends) | _named("out", outs, whole), dict(strip=strip_of(sizes["tokens"]))
+        of_norm |= sizes | dict(n=0 if bones else len(maa))
+        call("norm_lerp_forward", x, tensors, last=last, eps=eps, **of_norm)
+        outs, shifts = affine.bend(norm, bones, last, sizes) if bones else (outs, [])
+        again = [] if twice is None else [outs[whole + twice].detach()]
+        if bones and not any(ctx.needs_input_grad[:2]):  # the first block's, where the embedding is frozen
+            ctx.mark_non_differentiable(x, ends, *again, *(out for out, bone in zip(outs, bones) if bone is None))
+        return x, ends, *outs, *again, *shifts
 
     @staticmethod
     @differentiable_once
     def backward(
         ctx: Any, passed: Tensor | None, gends: Tensor | None, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x, last, weight, maa, stats, cu_seqlens = ctx.saved_tensors
-        passed, *given = with_zeros((passed, *grads), x)
+        x, last, weight, bias, maa, stats, cu_seqlens, *bones = ctx.saved_tensors
+        count = ctx.whole + len(maa) + (ctx.twice is not None)
+        passed, *given = with_zeros((passed, *grads[:count]), x)
         gx, glast = torch.empty_like(x), room_like(last)
         sizes = sizes_of(x, maa, cu_seqlens)
+        gbones: list[Tensor | None] = []
+        if bones:
+            norm, trained = dict(x=x, stats=stats, weight=weight, bias=bias, maa=maa), any(ctx.needs_input_grad[9:])
+            bent = bones, given[: len(maa)], grads[count:]
+            given[: len(maa)], gbones = affine.bend_back(norm, *bent, trained, last, sizes)
+            if not any(ctx.needs_input_grad[:2]):
+                return *9 * (None,), *gbones
         tensors = dict(sum=x, passed=passed, stats=stats, gends=gends, weight=weight, maa=maa, gx=gx)
         tensors |= _named("grad", given, ctx.whole)
         n = len(given) - ctx.whole
         sizes |= dict(n=n, last_point=n - 1 if ctx.twice is None else ctx.twice, strip=strip_of(sizes["tokens"]))
         call("norm_lerp_backward", x, tensors, glast=glast, **sizes)
-        return gx, glast, *7 * (None,)
+        return gx, glast, *7 * (None,), *gbones
 
 
 def _named(kind: str, tensors: Sequence[Tensor], whole: bool) -> dict[str, Tensor]:

@@ -6,13 +6,13 @@ torch.compile sees. Float32 and bfloat16 tensors go through one pass forward and
 heads.py, norms.py, ddlerp.py, cpu_lerp.py, gpu_lerp.py), where a compiler exists; those are differentiable once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu, cpu_lerp, cuda, ddlerp, elements, gpu_lerp, heads, norms, square
+from . import affine, cpu, cpu_lerp, cuda, ddlerp, elements, gpu_lerp, heads, norms, square
 from .functions import run
 
 
@@ -134,23 +134,28 @@ def norm_lerp(
     cu_seqlens: Tensor | None = None,
     whole: bool = False,
     twice: int | None = None,
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    bones: Sequence[Tensor | None] = (),
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """layer_norm, and `lerp` of what it normalizes: on a GPU in one pass, where neither norm nor points are trained.
 
     x, weight, bias as in layer_norm; last (B, C) or None, maa (m, C) and cu_seqlens as in lerp -> x, the last
-    normalized token of each sequence (B, C), m points (B, T, C), preceded by what is normalized where `whole`. Point
-    number `twice` comes once more, as the last, for a second user, as x does.
+    normalized token of each sequence (B, C), m points (B, T, C), preceded by what is normalized where `whole`, and
+    nothing. Point number `twice` comes once more, as the last, for a second user, as x does. bones: of each point the
+    matrices by which it may be bent, or None, where not `whole`: then points are, on a GPU, and what `bent` gives
+    besides takes the place of nothing.
     """
     _check_shift(x, last, cu_seqlens)
     narrow = x.shape[-1] <= cuda.MOST_MIXED and len(maa) <= cuda.MOST_POINTS
     if not _trained(weight, bias, maa) and narrow and norms_fused(x, last, weight, bias, maa):
         tensors = _contiguous(x, last, weight, bias, maa)
-        x, ends, *points = run(norms.NormLerp, *tensors, eps, _bounds(cu_seqlens), whole, twice)
-        return x, ends, tuple(points)
+        given = _contiguous(*bones) if affine.takes(x, bones) else ()
+        x, ends, *outs = run(norms.NormLerp, *tensors, eps, _bounds(cu_seqlens), whole, twice, *given)
+        count = whole + len(maa) + (twice is not None)
+        return x, ends, tuple(outs[:count]), tuple(outs[count:])
     x, normal = layer_norm(x, weight, bias, eps)
     points = lerp(normal, last, maa, cu_seqlens=cu_seqlens)
     points = points if twice is None else (*points, points[twice])
-    return x, last_token(normal, cu_seqlens), (normal, *points) if whole else points
+    return x, last_token(normal, cu_seqlens), (normal, *points) if whole else points, ()
 
 
 def norm_ddlerp(
@@ -167,27 +172,47 @@ def norm_ddlerp(
     w2: Tensor,
     decay_w1: Tensor,
     cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    bones: Sequence[Tensor | None] = (),
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """A gated residual, layer norm and RWKV-6's token shift ("ddlerp"; Peng et al. 2024, arXiv 2404.05892, eq. 12 to
     14): five `lerp` points of what is normalized, whose weights have the factor tanh(p w1), p being the point of maa_x.
     The first of the five makes the decay's factor, tanh(first decay_w1).
 
     x, weight, bias, last and cu_seqlens as in norm_lerp; y and gate (B, T, C), or both None; maa_x (1, C), w1 (C, 5 K),
-    maa (5, C), w2 (5, K, C), decay_w1 (C, D) -> x + sigmoid(gate) y, which is normalized, (B, T, C), the last
-    normalized token of each sequence (B, C), the decay's factor (B, T, D), the other four points (B, T, C). A GPU's
-    kernels write neither the norm nor the first point, where none of the parameters is trained.
+    maa (5, C), w2 (5, K, C), decay_w1 (C, D); bones: of each of the other four points the matrices by which it may be
+    bent, or None -> x + sigmoid(gate) y, which is normalized, (B, T, C), the last normalized token of each sequence
+    (B, C), the decay's factor (B, T, D), the other four points (B, T, C), and what `bent` gives besides, or nothing: no
+    point is bent. A GPU's kernels write neither the norm nor the first point, nor one that they bend, where none of the
+    parameters is trained.
     """
     _check_shift(x, last, cu_seqlens)
     parameters = weight, bias, maa_x, w1, maa, w2, decay_w1
     if not _trained(*parameters) and norms_fused(x, y, gate, last, *parameters) and ddlerp.takes(x, last, *parameters):
-        tensors = _contiguous(x, y, gate, last, *parameters)
-        x, ends, low, *points = run(ddlerp.NormDDLerp, *tensors, eps, _bounds(cu_seqlens))
-        return x, ends, low, tuple(points)
+        tensors, inside = _contiguous(x, y, gate, last, *parameters), affine.takes(x, bones)
+        given = _contiguous(*bones) if inside else ()
+        x, ends, low, *points = run(ddlerp.NormDDLerp, *tensors, eps, _bounds(cu_seqlens), *given)
+        return x, ends, low, tuple(points[:4]), tuple(points[4:])
     if y is not None and gate is not None:
         x = gated_residual(x, gate, y)
-    x, ends, (normal, p) = norm_lerp(x, weight, bias, eps, last, maa_x, cu_seqlens, whole=True)
+    x, ends, (normal, p), _ = norm_lerp(x, weight, bias, eps, last, maa_x, cu_seqlens, whole=True)
     first, *points = lerp(normal, last, maa, torch.tanh(p @ w1), w2, cu_seqlens)
-    return x, ends, torch.tanh(first @ decay_w1), tuple(points)
+    return x, ends, torch.tanh(first @ decay_w1), tuple(points), ()
+
+
+def bent(points: Sequence[Tensor], bones: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Points as bat-in's layers multiply them, which kernels give that bend: x + u of those that have matrices, where
+    u_b = B_b x_b for each shard b (adapters/bat_in.py), and of each such point the sum over b of u_b.
+
+    points (B, T, C); bones: of each (C/r, r, r) or None -> points (B, T, C), sums (B T, r).
+    """
+    outs, shifts = list(points), []
+    for i, bone in enumerate(bones):
+        if bone is not None:
+            shards = points[i].unflatten(-1, bone.shape[:2])
+            u = (bone @ shards[..., None])[..., 0]
+            outs[i] = points[i] + u.flatten(-2)
+            shifts.append(u.sum(-2).flatten(0, -2))
+    return tuple(outs), tuple(shifts)
 
 
 def _trained(*parameters: Tensor) -> bool:
