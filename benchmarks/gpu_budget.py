@@ -126,8 +126,7 @@ def count(family, channels, tokens, method):
     adapt(model, method, RANK, family)
     block = model.blocks[1]
     weights = [module.weight for name, module in block.named_modules() if name.endswith(family.targets)]
-    x = torch.empty(1, tokens, channels, device="meta", dtype=torch.bfloat16, requires_grad=True)
-    carried = [torch.empty_like(x, requires_grad=True) for _ in model.carried]
+    x = torch.empty(1, tokens, channels, device="meta", dtype=torch.bfloat16)
     counter = Counter({tuple(sorted(weight.shape)) for weight in weights})
     with ExitStack() as stack:
         for owner, name, value in (
@@ -139,11 +138,21 @@ def count(family, channels, tokens, method):
             (CudaRecurrence, "_launch", counter.recurrence),
         ):
             stack.enter_context(patch.object(owner, name, value))
+        inputs = handed_on(model, x)
+        counter.launches.clear()
         stack.enter_context(counter)
-        *outs, _ = block(x, *carried)
-        wanted = [x, *carried, *(p for p in block.parameters() if p.requires_grad)]
+        *outs, _ = block(*inputs)
+        outs, inputs = ([one for one in some if one is not None] for some in (outs, inputs))
+        wanted = [*inputs, *(p for p in block.parameters() if p.requires_grad)]
         torch.autograd.grad(outs, wanted, [torch.empty_like(out) for out in outs])  # also of what is carried on
     return counter.launches, sum(weight.numel() for weight in weights)
+
+
+def handed_on(model, x):
+    """What block 0 of a model hands on, given x (B, T, C): leaves that have gradients, or None each."""
+    with torch.no_grad():
+        *outs, _ = model.blocks[0](x, *model.carried)
+    return [None if out is None else out.clone().requires_grad_() for out in outs]
 
 
 def adapt(model, method, rank, family):

@@ -65,7 +65,7 @@ def bent_norm_ddlerp(x, y, gate, last, weight, bias, *factors):
     bounds, (*factors, first, second) = torch.tensor(BOUNDS, device=x.device), factors
     bones = first, None, second, None
     row = x[:1], y[:1], gate[:1], weight, bias, 1e-5, last, *factors, bounds
-    total, ends, low, points, shifts = mix.norm_ddlerp(*row, bones)
+    total, ends, low, points, shifts = mix.norm_ddlerp(*row, bones=bones)
     return total, ends, low, *beside(points, shifts, bones)
 
 
@@ -73,6 +73,19 @@ def beside(points, shifts, bones):
     """Points and shifts, as `bent` gives them, whether kernels bent them or not."""
     points, shifts = (points, shifts) if shifts else mix.bent(points, bones)
     return *points, *(shift / 8 for shift in shifts)
+
+
+def left_lerp(x, left, last, *parameters):
+    """norm_lerp of what an adapter left something of."""
+    total, ends, points, _ = mix.norm_lerp(x, *parameters[:2], 1e-5, last, parameters[2], left=left)
+    return total, ends, *points
+
+
+def left_ddlerp(x, y, gate, left_y, left_gate, last, weight, bias, *factors):
+    """norm_ddlerp of a gated residual whose parts adapters left something of."""
+    lefts = dict(left_y=left_y, left_gate=left_gate)
+    total, ends, low, points, _ = mix.norm_ddlerp(x, y, gate, weight, bias, 1e-5, last, *factors, **lefts)
+    return total, ends, low, *points
 
 
 def gated_wkv6(r, k, v, low, g, u, up, parameter, *norm):
@@ -143,6 +156,12 @@ OPS = {
         bent_norm_ddlerp,
         (*3 * [ROWS], (len(BOUNDS) - 1, C), (C,), (C,), *DDLERP[32], *2 * [(C // 32, 32, 32)]),
         (0, 1, 2, 3, 11, 12),
+    ),
+    "norm_lerp, left": (left_lerp, (ROWS, (4, 2 * T, 64), (2, C), (C,), (C,), (2, C)), range(3)),
+    "norm_ddlerp, left": (
+        left_ddlerp,
+        (*3 * [ROWS], *2 * [(4, 2 * T, 128)], (2, C), (C,), (C,), *DDLERP[32]),
+        range(6),
     ),
     "gated_residual": (mix.gated_residual, (ROWS, ROWS, ROWS), None),
     "bat-in": (bat_in, (ROWS, (256, C), (C // 64, 64, 64)), (0, 2)),

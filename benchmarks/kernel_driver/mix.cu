@@ -210,8 +210,8 @@ static bool layer_norm(Launcher forward, Launcher backward, Launcher sums, int c
     return c.right();
 }
 template <class E>
-static bool norm_lerp(Launcher forward, Launcher backward, int channels, int width) {
-    Case c("mix norm_lerp " + std::to_string(channels) + " " + DTYPE<E>);
+static bool norm_lerp(Launcher forward, Launcher backward, int channels, int width, int shard) {
+    Case c("mix norm_lerp " + std::to_string(channels) + " " + std::to_string(shard) + " " + DTYPE<E>);
     MixArguments a = arguments(channels, width);
     const size_t elements = TOKENS * channels;
     const int blocks = quotient_up(TOKENS, STRIP);
@@ -221,6 +221,9 @@ static bool norm_lerp(Launcher forward, Launcher backward, int channels, int wid
     E *const sum = c.result<E>(elements), *const weight = c.input<E>(channels), *const maa = c.input<E>(a.n * channels);
     E *const y = c.input<E>(elements), *const gate = c.input<E>(elements);
     a.inputs[0] = c.input<E>(elements), a.inputs[1] = y, a.inputs[2] = gate;
+    a.shard = shard, a.parts = 3;
+    E* lefts[LEFTS];
+    for (int i = 0; i < LEFTS; i++) a.inputs[3 + i] = lefts[i] = c.input<E>(a.parts * TOKENS * shard);
     a.parameters[0] = weight, a.parameters[1] = c.input<E>(channels), a.parameters[2] = maa;
     a.outputs[0] = stats, a.outputs[1] = c.result<E>(elements), a.outputs[2] = sum;
     a.outputs[3] = c.result<E>(a.sequences * channels);
@@ -231,6 +234,8 @@ static bool norm_lerp(Launcher forward, Launcher backward, int channels, int wid
     a.last_point = 1, a.n++;  // which has two gradients
     for (int i = 0; i < a.n; i++) a.inputs[5 + i] = c.input<E>(elements);
     a.inputs[12] = y, a.inputs[13] = gate, a.outputs[1] = c.result<E>(elements), a.outputs[2] = c.result<E>(elements);
+    a.inputs[14] = lefts[1], a.inputs[15] = lefts[2];
+    for (int i = 0; i < LEFTS; i++) a.outputs[3 + i] = c.result<E>(TOKENS * shard);
     c.launched(backward(a, blocks));
     return c.right();
 }
@@ -238,6 +243,9 @@ static bool norm_lerp(Launcher forward, Launcher backward, int channels, int wid
 #define LAYER_NORM(E, dtype, ...)                                                                      \
     layer_norm<E>(LAUNCHER(mix_layer_norm_forward_##dtype), LAUNCHER(mix_layer_norm_backward_##dtype), \
                   LAUNCHER(mix_layer_norm_sums_##dtype), __VA_ARGS__)
+
+#define NORM_LERP(E, dtype, ...) \
+    norm_lerp<E>(LAUNCHER(mix_norm_lerp_forward_##dtype), LAUNCHER(mix_norm_lerp_backward_##dtype), __VA_ARGS__)
 
 #define DDLERP(K)                                                                      \
     ddlerp(K, LAUNCHER(mix_lerp_low_forward_##K), LAUNCHER(mix_lerp_low_backward_##K), \
@@ -285,9 +293,8 @@ int main() {
     right &= LAYER_NORM(float, float32, 2104, WIDEST<float>);
     right &= LAYER_NORM(bf16, bfloat16, 2104, WIDEST<bf16>);
     right &= LAYER_NORM(bf16, bfloat16, 2102, 2);
-    right &= norm_lerp<float>(LAUNCHER(mix_norm_lerp_forward_float32), LAUNCHER(mix_norm_lerp_backward_float32), 2104,
-                              WIDEST<float>);
-    right &= norm_lerp<bf16>(LAUNCHER(mix_norm_lerp_forward_bfloat16), LAUNCHER(mix_norm_lerp_backward_bfloat16), 2104,
-                             WIDEST<bf16>);
+    right &= NORM_LERP(float, float32, 2112, WIDEST<float>, 64);
+    right &= NORM_LERP(bf16, bfloat16, 2112, WIDEST<bf16>, 16);
+    right &= NORM_LERP(bf16, bfloat16, 1152, 2, 128);
     return right ? 0 : 1;
 }

@@ -20,6 +20,7 @@ struct MixArguments {
     int low_rank;        // lerp_affine: columns of a point's low; 0: there is none
     int last_point;      // norm_lerp, backward: whose gradient the last is, n - 1 or one that has two
     int length, sequences;
+    int shard, parts;  // norm_lerp: of what adapters left; left.cuh
     float eps;
     int device;
 };

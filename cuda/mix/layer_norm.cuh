@@ -3,6 +3,7 @@
 // backward.
 #pragma once
 #include "common/vector.cuh"
+#include "mix/left.cuh"
 #include "mix/rows.cuh"
 
 constexpr int NORM_THREADS = 256;
@@ -42,8 +43,8 @@ __device__ __forceinline__ RowStats stats_of(const MixArguments& a, index_t t) {
     return RowStats{((const float*)a.inputs[3])[2 * t], ((const float*)a.inputs[3])[2 * t + 1]};
 }
 
-// row = token t of x + sigmoid(gate) y, or of x where y and gate are null, as backward will read it; written out, with
-// its stats, where it is the block's own.
+// row = token t of x + sigmoid(gate) y, or of x where y and gate are null, each with what was left of it. Where it is
+// the block's own, its stats are written, and it where outputs[2] is given: then it is as backward will read it.
 template <class E, int V>
 __device__ RowStats sum_row(const MixArguments& a, index_t t, float* row, bool own) {
     const index_t at = t * a.channels;
@@ -51,12 +52,19 @@ __device__ RowStats sum_row(const MixArguments& a, index_t t, float* row, bool o
     each_own<V>(a, [&](int c) {
         float x[V];
         load_vector<E, V>(x, (const E*)a.inputs[0] + at + c);
+        add_left<E, V>(a, a.inputs[3], t, c, x);
         if (a.inputs[1]) {
             float y[V], gate[V];
             load_vector<E, V>(y, (const E*)a.inputs[1] + at + c);
             load_vector<E, V>(gate, (const E*)a.inputs[2] + at + c);
+            add_left<E, V>(a, a.inputs[4], t, c, y);
+            add_left<E, V>(a, a.inputs[5], t, c, gate);
             #pragma unroll
-            for (int e = 0; e < V; e++) x[e] = rounded<E>(x[e] + y[e] * sigmoid(gate[e]));
+            for (int e = 0; e < V; e++) x[e] += y[e] * sigmoid(gate[e]);
+        }
+        if (a.outputs[2]) {
+            #pragma unroll
+            for (int e = 0; e < V; e++) x[e] = rounded<E>(x[e]);
             if (own) store_vector<E, V>((E*)a.outputs[2] + at + c, x);
         }
         #pragma unroll
@@ -97,8 +105,8 @@ __device__ __forceinline__ void gather_row(const MixArguments& a, const RowStats
         along += row[c + e] * (x[e] - stats.mean) * stats.scale;
     }
 }
-// The gradient of the sum, from the row and the threads' sums, and from what else it gets; f(at, it) for each V
-// elements that a thread has.
+// The gradient of the sum, from the row and the threads' sums, and from what else it gets; f(c, it) for each V
+// channels c, c + 1, … that a thread has.
 template <class E, int V, class F>
 __device__ __forceinline__ void store_row_gradient(const MixArguments& a, const RowStats& stats, index_t t,
                                                    const float* row, float sum, float along, F f) {
@@ -113,7 +121,7 @@ __device__ __forceinline__ void store_row_gradient(const MixArguments& a, const 
         for (int e = 0; e < V; e++)
             gx[e] += stats.scale * (row[c + e] - sum - (x[e] - stats.mean) * stats.scale * along);
         store_vector<E, V>((E*)a.outputs[0] + at + c, gx);
-        f(at + c, gx);
+        f(c, gx);
     });
 }
 
@@ -141,7 +149,7 @@ __device__ void layer_norm_backward_by(const MixArguments& a) {
         load_vector<E, V>(grad, (const E*)a.inputs[1] + t * a.channels + c);
         gather_row<E, V>(a, stats, t, c, grad, row, sum, along);
     });
-    store_row_gradient<E, V>(a, stats, t, row, sum, along, [](index_t, const float (&)[V]) {});
+    store_row_gradient<E, V>(a, stats, t, row, sum, along, [](int, const float (&)[V]) {});
 }
 
 // a.size: how many neighbours are read at once, the widest that there is, or two.

@@ -39,10 +39,10 @@ MIX_OPERATION(bonus_gate_forward, BonusGateForward)
 MIX_OPERATION(bonus_gate_backward, BonusGateBackward)
 MIX_OPERATION(layer_norm_sums, LayerNormSums)
 
-// Those whose blocks have whole tokens.
+// Those whose blocks have whole tokens, three to a multiprocessor's registers.
 #define MIX_TOKENS(name, floats)                                                                     \
-    KERNEL(MixArguments, mix_##name##_float32, name<float>, NORM_THREADS, 1, floats * sizeof(float)) \
-    KERNEL(MixArguments, mix_##name##_bfloat16, name<bf16>, NORM_THREADS, 1, floats * sizeof(float))
+    KERNEL(MixArguments, mix_##name##_float32, name<float>, NORM_THREADS, 3, floats * sizeof(float)) \
+    KERNEL(MixArguments, mix_##name##_bfloat16, name<bf16>, NORM_THREADS, 3, floats * sizeof(float))
 MIX_TOKENS(layer_norm_forward, MOST_CHANNELS)
 MIX_TOKENS(layer_norm_backward, MOST_CHANNELS)
 MIX_TOKENS(norm_lerp_forward, 2 * MOST_MIXED)

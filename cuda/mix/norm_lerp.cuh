@@ -20,8 +20,8 @@ __device__ __forceinline__ index_t sequence_at(const MixArguments& a, const Plac
     return (index_t)place.sequence * a.channels;
 }
 
-// x, y and gate or null; weight, bias, maa (n, channels) -> stats, normal or null, sum where y is, the last of each
-// sequence's, n points
+// x, y and gate or null, what was left of x, y and gate, or null each; weight, bias, maa (n, channels) -> stats, normal
+// or null, the sum where there is more than x, the last of each sequence's, n points
 template <class E, int V>
 __device__ void norm_lerp_forward_by(const MixArguments& a) {
     float *row = (float*)dynamic_shared(), *before = row + MOST_MIXED;
@@ -69,12 +69,16 @@ __device__ __forceinline__ void pass_back(const MixArguments& a, index_t t, int 
     }
 }
 
-// The gradients of y and gate from that of x + sigmoid(gate) y, for V elements from `at` on.
+// The gradients of y and gate from that of x + sigmoid(gate) y, for channels c, c + 1, … of token t.
 template <class E, int V>
-__device__ __forceinline__ void store_gated(const MixArguments& a, index_t at, const float (&grad)[V]) {
+__device__ __forceinline__ void store_gated(const MixArguments& a, index_t t, int c, const float (&grad)[V],
+                                            ShardSums<V>& sums) {
+    const index_t at = t * a.channels + c;
     float y[V], gate[V];
     load_vector<E, V>(y, (const E*)a.inputs[12] + at);
     load_vector<E, V>(gate, (const E*)a.inputs[13] + at);
+    add_left<E, V>(a, a.inputs[14], t, c, y);
+    add_left<E, V>(a, a.inputs[15], t, c, gate);
     #pragma unroll
     for (int e = 0; e < V; e++) {
         const float open = sigmoid(gate[e]);
@@ -83,10 +87,13 @@ __device__ __forceinline__ void store_gated(const MixArguments& a, index_t at, c
     }
     store_vector<E, V>((E*)a.outputs[1] + at, y);
     store_vector<E, V>((E*)a.outputs[2] + at, gate);
+    sums.add(1, y);
+    sums.add(2, gate);
 }
 
 // sum, grad of normal or null, grad of sum, stats, grad of the last of each sequence's or null, n grads of points, y
-// and gate or null; weight, maa -> the gradient of x, those of y and gate; glast
+// and gate or null, what was left of them or null; weight, maa -> the gradient of x, those of y and gate, and those of
+// what was left of the three, or null each; glast
 template <class E, int V>
 __device__ void norm_lerp_backward_by(const MixArguments& a) {
     float *row = (float*)dynamic_shared(), *later = row + MOST_MIXED;  // later: what the token after passes back
@@ -117,9 +124,12 @@ __device__ void norm_lerp_backward_by(const MixArguments& a) {
             if (place.first && a.glast) store_vector<E, V>((E*)a.glast + sequence_at(a, place) + c, passed);
             gather_row<E, V>(a, stats, t, c, grad, row, sum, along);
         });
-        store_row_gradient<E, V>(a, stats, t, row, sum, along, [&](index_t at, const float (&grad)[V]) {
-            if (a.inputs[13]) store_gated<E, V>(a, at, grad);
+        ShardSums<V> sums;
+        store_row_gradient<E, V>(a, stats, t, row, sum, along, [&](int c, const float (&grad)[V]) {
+            sums.add(0, grad);
+            if (a.inputs[13]) store_gated<E, V>(a, t, c, grad, sums);
         });
+        store_shard_sums<E, V, NORM_THREADS / 32>(a, 3, t, sums, row);
     }
 }
 

@@ -10,10 +10,10 @@ from rwkv_peft.models import FAMILIES
 from rwkv_peft.ops import adding
 
 
-def model_of(family, method, checkpoint):
+def model_of(family, method, checkpoint, mode="bone", rank=8):
     """A random model, whole or with adapters."""
     model = family.build(family.new_dimensions(2, 64, 40), checkpoint).double()
-    inject(model, AdapterConfig(method=method, rank=8), family=family)
+    inject(model, AdapterConfig(method=method, mode=mode, rank=rank), family=family)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -36,13 +36,8 @@ class Factors(NamedTuple):
 def opened(x: torch.Tensor, base: Frozen, factors: Factors, scale: float) -> Opened:
     """The layer before the square: x (..., in)."""
     inputs = base.weight, base.bias, factors.down, len(factors.up), base.product, scale
-    return opened_by(_Before, x, *inputs, up=factors.up)
-
-
-def opened_by(function: type[Function], x: torch.Tensor, *inputs: Any, up: torch.Tensor | None) -> Opened:
-    """What an autograd Function of the flattened tokens of x (..., in) and of inputs gives: y and left."""
-    y, left = function.apply(flat(x), *inputs)
-    return Opened(y.view(*x.shape[:-1], y.shape[-1]), left, up)
+    y, left = _Before.apply(flat(x), *inputs)
+    return Opened(y.view(*x.shape[:-1], y.shape[-1]), left, factors.up)
 
 
 def closed(x: torch.Tensor, right: torch.Tensor, base: Frozen, factors: Factors, scale: float) -> torch.Tensor:

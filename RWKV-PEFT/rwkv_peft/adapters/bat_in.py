@@ -10,13 +10,14 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from ..ops import adding
 from ..ops.bone import affine, affine_backward_, plus_tiled, shard_sum
 from ..ops.mix import low_square
-from .around import Opened, opened_by
+from .around import Opened
 from .block_affine import BlockAffine
 from .method import Params, Shapes
 from .product import DENSE, Frozen, Product
-from .tokens import apply_to_tokens, weight_gradient
+from .tokens import apply_to_tokens, flat, weight_gradient
 
 
 class BatIn(BlockAffine):
@@ -24,7 +25,7 @@ class BatIn(BlockAffine):
 
     name, label, index = "bat-in", "Bone bat-in", "b"
     hf_names: tuple[bool | str, ...] = ("bat-in",)
-    in_rwkv_peft = around_square = True
+    in_rwkv_peft = around_square = before_norm = True
 
     def shapes(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Shapes:
         return {"bone": (in_features // rank, rank, rank)}
@@ -37,7 +38,7 @@ class BatIn(BlockAffine):
 
     def opened(self, x: torch.Tensor, base: Frozen, params: Params, scale: float) -> Opened:
         """What is left open is the shift."""
-        return opened_by(_OpenBatIn, x, base.weight, base.bias, params["bone"], base.product, scale, up=None)
+        return Opened(*open_bat_in(x, base, params["bone"], scale, summed=True), None)
 
     def squared(self, before: Opened, params: Params, rank: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """After a shift nothing is done yet: right is the shift."""
@@ -50,6 +51,11 @@ class BatIn(BlockAffine):
     ) -> torch.Tensor:
         weight, bias, product, residual = base
         return bat_in(x, weight, params["bone"], bias, scale=scale, product=product, residual=residual, left=right)
+
+    def unshifted(
+        self, x: torch.Tensor, right: torch.Tensor | None, base: Frozen, params: Params, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return open_bat_in(x, base, params["bone"], scale, right)
 
 
 def bat_in(
@@ -71,6 +77,24 @@ def bat_in(
     4 T in out + 6 T in r FLOPs forward and backward.
     """
     return apply_to_tokens(_BatIn, x, weight, bias, bone, product=product, residual=residual, extra=(left, scale))
+
+
+def open_bat_in(
+    x: torch.Tensor,
+    base: Frozen,
+    bone: torch.Tensor,
+    scale: float,
+    left: torch.Tensor | None = None,
+    summed: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """bat_in of x (..., in), outside autocast, without what is added to each shard of the outputs: y (..., out), and
+    that in parts (n, T, r), of which the sum counts, or summed (T, r)."""
+    weight, bias, product, residual = base
+    inside = residual if residual is not None and adding.inside_product(x, residual) else None
+    inputs = weight, bias, None if inside is None else flat(inside), bone, product, left, scale, summed
+    y, shift = _OpenBatIn.apply(flat(x), *inputs)
+    y = y.view(*x.shape[:-1], y.shape[-1])
+    return y if inside is not None else adding.added(y, residual), shift
 
 
 class _BatIn(Function):
@@ -110,7 +134,7 @@ class _BatIn(Function):
 
 
 class _OpenBatIn(Function):
-    """The same without the tiles: -> W (x + u) and Σ_b u_b / a (T, r)."""
+    """The same without the tiles: -> W (x + u) and Σ_b u_b / a, in parts or `summed`."""
 
     @staticmethod
     def forward(
@@ -118,19 +142,30 @@ class _OpenBatIn(Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
         bone: torch.Tensor,
         product: Product,
+        left: torch.Tensor | None,
         scale: float,
+        summed: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.product, ctx.scale = product, scale
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None, weight, bone, None)
-        z, shift = affine(x, _scaled(bone, scale), 1 / scale)
-        return product.forward(z, weight, bias), shift if shift.dim() == 2 else shift.sum(0)
+        needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[4] or left is not None
+        ctx.save_for_backward(x if needs_x else None, weight, bone, left)
+        z, shift = affine(x, _scaled(bone, scale), 1 / scale, left)
+        if summed and shift.dim() == 3:
+            shift = shift.sum(0)
+        elif not summed and shift.dim() == 2:
+            shift = shift[None]
+        return product.forward(z, weight, bias, residual), shift
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor, g_shift: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *_gradients(ctx, g, g_shift, ctx.needs_input_grad[3])[:4], None, None
+        need_residual, need_bone, _, need_left = ctx.needs_input_grad[3:7]
+        g_shift = g_shift[0] if g_shift.dim() == 3 else g_shift  # all parts', as their sum is what counts
+        dx, d_weight, d_bias, d_bone, d_left = _gradients(ctx, g, g_shift, need_bone, need_left)
+        return dx, d_weight, d_bias, g if need_residual else None, d_bone, None, d_left, None, None
 
 
 def _gradients(

@@ -8,7 +8,6 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..ops.bone import plus_tiled, shard_sum
-from .around import Opened
 from .product import Frozen, Product
 from .tokens import apply_to_tokens, linear
 
@@ -18,9 +17,9 @@ def of_bent(z: torch.Tensor, shift: torch.Tensor, base: Frozen) -> torch.Tensor:
     return apply_to_tokens(_OfBent, z, base.weight, base.bias, shift, product=base.product, residual=base.residual)
 
 
-def opened_of_bent(z: torch.Tensor, shift: torch.Tensor, base: Frozen) -> Opened:
-    """The same before a squared relu whose kernel adds the shift."""
-    return Opened(linear(z, base.weight, base.bias, product=base.product), shift, None)
+def open_of_bent(z: torch.Tensor, shift: torch.Tensor, base: Frozen) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same without the shift, which whoever reads the result adds, and the shift."""
+    return linear(z, base.weight, base.bias, product=base.product, residual=base.residual), shift
 
 
 class _OfBent(Function):

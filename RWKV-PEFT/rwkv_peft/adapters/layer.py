@@ -8,9 +8,9 @@ from torch import nn
 
 from ..config import AdapterConfig
 from ..ops.adding import autocasts
-from ..ops.mix import takes_low_square
+from ..ops.mix import takes_left, takes_low_square
 from .around import Opened
-from .bent import of_bent, opened_of_bent
+from .bent import of_bent, open_of_bent
 from .method import Method, Params
 from .product import DENSE, Frozen, Product
 from .quant import QuantizedProduct, quantize
@@ -81,9 +81,7 @@ class AdapterLinear(nn.Module):
 
     def bones(self, x: torch.Tensor) -> torch.Tensor | None:
         """The matrices by which what makes x (..., in) may bend it (ops/mix): None where x is wanted as it is."""
-        trained = [getattr(self, name) for name in self.method.parameters]
-        cut = any([hasattr(parameter, "ds_shape") for parameter in trained])
-        if cut or self.untrained or self.base.requires_grad or autocasts(x):
+        if self.base.requires_grad or not self.can_part(x):
             return None
         bones = self.method.bones(self.params, self.scale)
         return None if bones is None else bones.to(x.dtype)
@@ -93,20 +91,35 @@ class AdapterLinear(nn.Module):
 
     def around_square(self, x: torch.Tensor, channels: int) -> bool:
         """Whether the layer, before or after a squared relu of so many channels, leaves its part of low rank to its
-        kernel, whose input is like x: the one place that decides. Parameters that ZeRO-3 cuts are whole in the layer's
-        forward alone."""
-        trained = [getattr(self, name) for name in self.method.parameters]
-        return (
-            self.method.around_square
-            and takes_low_square(x, channels, self.rank, *trained)
-            and not (self.untrained or self.dropout and self.training or autocasts(x))
-            and not any([hasattr(parameter, "ds_shape") for parameter in (self.base, *trained)])
+        kernel, whose input is like x: the one place that decides."""
+        takes = self.method.around_square and takes_low_square(x, channels, self.rank, *self.trained)
+        return takes and self.can_part(x)
+
+    def before_norm(self, x: torch.Tensor) -> bool:
+        """Whether the layer leaves what it adds to each shard of its outputs to a frozen norm that reads them, where
+        its input is like x: the one place that decides."""
+        takes = self.method.before_norm and takes_left(x, self.out_features, self.rank, *self.trained)
+        return takes and self.can_part(x)
+
+    def can_part(self, x: torch.Tensor) -> bool:
+        """Whether a part of what the layer does can be done outside its forward. Parameters that ZeRO-3 cuts are whole
+        there alone."""
+        return not (
+            self.untrained
+            or (self.dropout and self.training)
+            or autocasts(x)
+            or any([hasattr(parameter, "ds_shape") for parameter in (self.base, *self.trained)])
         )
+
+    @property
+    def trained(self) -> list[torch.Tensor]:
+        """The method's parameters."""
+        return [getattr(self, name) for name in self.method.parameters]
 
     def opened(self, x: torch.Tensor, shift: torch.Tensor | None = None) -> Opened:
         """`forward` before such a square, without what its kernel adds: x (..., in), shift as `forward` has it."""
         if shift is not None:
-            return opened_of_bent(x, self._divided(shift), self.frozen())
+            return Opened(*open_of_bent(x, self._divided(shift), self.frozen()), None)
         return self.method.opened(x, self.frozen(), self.params, self.scale)
 
     def squared(
@@ -118,6 +131,19 @@ class AdapterLinear(nn.Module):
     def closed(self, x: torch.Tensor, right: torch.Tensor | None, residual: torch.Tensor | None = None) -> torch.Tensor:
         """`forward` after such a square, of what `squared` gives: x (..., in), right (T, r) or None."""
         return self.method.closed(x, right, self.frozen(residual), self.params, self.scale)
+
+    def unshifted(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        right: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward`, or `closed` where right is given, before such a norm, without what it adds: see Method."""
+        if shift is not None:
+            y, shift = open_of_bent(x, self._divided(shift), self.frozen(residual))
+            return y, shift[None]
+        return self.method.unshifted(x, right, self.frozen(residual), self.params, self.scale)
 
     def quantize(self, kind: str) -> None:
         """Replace the weight by its quantized form ("nf4" or "int8"); it is frozen from then on."""

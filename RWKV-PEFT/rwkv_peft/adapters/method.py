@@ -59,6 +59,7 @@ class Method(ABC):
     train on a base that something was taken out of; from_gradient ones start from the gradient of the loss.
     learning_rates are (tensor, AdapterConfig field that multiplies its rate). around_square: a layer before a squared
     relu and one after it can leave their parts of low rank to its kernel, by `opened`, `squared` and `closed`.
+    before_norm: a layer before a norm can leave what it adds to each shard of its outputs to it, by `unshifted`.
 
     hf_names are the init_weights of Hugging Face peft's BONE and MISS that mean this method, first the one that its
     files say, and hf_dims the dimensions of its tensor there. in_rwkv_peft: RWKV-PEFT's files hold its tensors as they
@@ -81,7 +82,7 @@ class Method(ABC):
     dropout = False
     residual = False
     from_gradient = False
-    around_square = False
+    around_square = before_norm = False
     learning_rates: tuple[tuple[str, str], ...] = ()
     hf_names: tuple[bool | str, ...] = ()
     hf_dims = 2
@@ -160,6 +161,13 @@ class Method(ABC):
         """`apply` after a squared relu, to what `squared` gives: x (..., in), right (T, r) or None."""
         assert right is not None  # as `squared` has it
         return closed(x, right, base, self.factors(params), scale)
+
+    def unshifted(
+        self, x: torch.Tensor, right: torch.Tensor | None, base: Frozen, params: Params, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`apply`, or `closed` where it is given something, but for what is added to each shard of the outputs:
+        y (..., out), and that in parts (n, T, r), of which the sum counts (before_norm)."""
+        raise NotImplementedError
 
     @abstractmethod
     def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:

@@ -31,9 +31,9 @@ class Input(NamedTuple):
     x: torch.Tensor
     shift: torch.Tensor | None = None
 
-    def through(self, layer: nn.Module) -> torch.Tensor:
-        """-> (B, T, out)."""
-        return layer(self.x) if self.shift is None else layer(self.x, shift=self.shift)
+    def through(self, layer: nn.Module, *residual: torch.Tensor) -> torch.Tensor:
+        """-> (B, T, out), added to a residual where there is one."""
+        return layer(self.x, *residual) if self.shift is None else layer(self.x, *residual, shift=self.shift)
 
 
 def bones_of(layers: Sequence[nn.Module | None], x: torch.Tensor) -> list[torch.Tensor | None]:
@@ -72,14 +72,54 @@ class AroundSquare(Protocol):
         """After: (B, T, in) and that term, or None -> (B, T, out)."""
 
 
-def feed_forward(key: nn.Module, value: nn.Module, given: Input, *residual: torch.Tensor) -> torch.Tensor:
-    """value(max(key(x), 0)², *residual), for linear layers, AroundSquare or not, and key's input x: -> (B, T, C)."""
+class BeforeNorm(Protocol):
+    """A linear layer that may leave what it adds to each shard of its outputs to a norm that reads them, as norm_lerp
+    has it."""
+
+    def before_norm(self, x: torch.Tensor) -> bool:
+        """Whether it does, where its input is like x."""
+
+    def unshifted(
+        self,
+        x: torch.Tensor,
+        *residual: torch.Tensor,
+        right: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (B, T, in), right as AroundSquare's `closed` has it, shift as Input -> (B, T, out), and what is left
+        (n, B T, r)."""
+
+
+def unshifted(
+    layer: nn.Module, given: Input, *residual: torch.Tensor, whole: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """An Input through a layer, added to a residual, and None, or what a BeforeNorm gives that need not give the
+    `whole`."""
+    before = cast(BeforeNorm, layer)
+    if whole or not hasattr(layer, "before_norm") or not before.before_norm(given.x):
+        return given.through(layer, *residual), None
+    return before.unshifted(given.x, *residual, shift=given.shift)
+
+
+def adds_left(norm: nn.LayerNorm, *points: torch.Tensor) -> bool:
+    """Whether a norm with its points adds in its pass what layers before it leave: where all are frozen."""
+    return not any([parameter.requires_grad for parameter in (norm.weight, norm.bias, *points)])
+
+
+def feed_forward(
+    key: nn.Module, value: nn.Module, given: Input, *residual: torch.Tensor, whole: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """value(max(key(x), 0)², *residual), for linear layers, AroundSquare and BeforeNorm or not, and key's Input ->
+    (B, T, C), and None, or what value left where it need not be the `whole`."""
     channels = cast(nn.Linear, key).out_features
     before, after = cast(tuple[AroundSquare, AroundSquare], (key, value))
     if not all([hasattr(one, "around_square") and one.around_square(given.x, channels) for one in (before, after)]):
-        return value(relu_square(given.through(key)), *residual)
+        return unshifted(value, Input(relu_square(given.through(key))), *residual, whole=whole)
     square, right = after.squared(*before.opened(*given))  # the square's input is in memory no longer than that
-    return after.closed(square, right, *residual)
+    last = cast(BeforeNorm, value)
+    if whole or not last.before_norm(square):
+        return after.closed(square, right, *residual), None
+    return last.unshifted(square, *residual, right=right)
 
 
 class MixedNorm(nn.LayerNorm):
@@ -93,13 +133,14 @@ class MixedNorm(nn.LayerNorm):
         cu_seqlens: torch.Tensor | None = None,
         bones: Sequence[torch.Tensor | None] = (),
         twice: int | None = None,
+        left: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """x (B, T, C), maa (m, C), shift (B, C) or None, what precedes the norm's first token, and of each point the
-        bones of its layer, or None -> x again, for the residual, the norm's last token (B, C), m points between its
-        tokens and those before (B, T, C), last of all point number `twice` again, the shifts of points that are
-        bent."""
+        """x (B, T, C), maa (m, C), shift (B, C) or None, what precedes the norm's first token, of each point the bones
+        of its layer, or None, and what a layer left of x, or None -> x with that, for the residual, the norm's last
+        token (B, C), m points between its tokens and those before (B, T, C), last of all point number `twice` again,
+        the shifts of points that are bent."""
         norm = self.weight, self.bias, self.eps
-        return norm_lerp(x, *norm, shift, maa, cu_seqlens, twice=twice, bones=bones)
+        return norm_lerp(x, *norm, shift, maa, cu_seqlens, twice=twice, left=left, bones=bones)
 
 
 class Recurrent(nn.Module):
@@ -148,12 +189,12 @@ class Head(nn.Linear):
 
 class LanguageModel(nn.Module):
     """Embedding, blocks, norm and head, under RWKV-LM's parameter names. A generation says what its blocks are:
-    make_block(config, layer), called as block(x, *carried, state, cu_seqlens) -> (x, *carried, LayerState); carried is
-    what the first of them is given of what blocks hand on besides x, and closed(x, *carried) -> (x, carried) adds to x
-    what a block may have left for the next one's norm to add.
+    make_block(config, layer), called as block(x, *carried, state, cu_seqlens, whole) -> (x, *carried, LayerState);
+    carried is what the first of them is given of what blocks hand on besides x. A block whose x is to be the `whole`
+    leaves nothing for the next one's norm to add.
 
-    grad_checkpoint recomputes each block in the backward pass instead of keeping its activations. Parameters are
-    empty until `init_weights` or `load_state_dict` fills them.
+    grad_checkpoint recomputes each block in the backward pass instead of keeping its activations; x is the whole then,
+    so that it is all that is kept. Parameters are empty until `init_weights` or `load_state_dict` fills them.
     """
 
     make_block: Callable[[Any, int], nn.Module]
@@ -197,24 +238,13 @@ class LanguageModel(nn.Module):
             before = None if state is None else shifts_begun(state[layer], sequences)
             inputs = (x, *carried, before, cu_seqlens)
             if self.grad_checkpoint and torch.is_grad_enabled():
-                x, *carried, layer_state = checkpoint(self.through_one, block, *inputs, use_reentrant=False)
+                x, *carried, layer_state = checkpoint(block, *inputs, True, use_reentrant=False)
             else:
-                x, *carried, layer_state = block(*inputs)
+                x, *carried, layer_state = block(*inputs, layer == len(self.blocks) - 1)
             if keep:
                 states.append(layer_state)
             del layer_state
-        return self.closed(x, *carried)[0], State(states)
-
-    def through_one(self, block: nn.Module, *inputs: Any) -> tuple[Any, ...]:
-        """block(*inputs) with nothing left for the next one's norm: so a checkpointed block's input is x alone."""
-        x, *carried, layer_state = block(*inputs)
-        x, carried = self.closed(x, *carried)
-        return x, *carried, layer_state
-
-    @staticmethod
-    def closed(x: torch.Tensor, *carried: torch.Tensor | None) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
-        """Nothing is left."""
-        return x, carried
+        return x, State(states)
 
     def tune_states(self, start: State | None = None) -> None:
         """Give every layer a time_state that trains, from the State of one sequence, or from zeros."""

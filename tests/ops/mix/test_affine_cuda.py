@@ -20,7 +20,7 @@ def ddlerp(inputs, bones, dtype, bounds=None):
     leaves = [x if x is None else x.to(dtype, copy=True).requires_grad_(i < 4) for i, x in enumerate(inputs)]
     matrices = [x if x is None else x.to(dtype, copy=True).requires_grad_() for x in bones]
     x, y, gate, last, weight, bias, *others = leaves
-    *outs, points, shifts = norm_ddlerp(x, y, gate, weight, bias, 1e-5, last, *others, bounds, matrices)
+    *outs, points, shifts = norm_ddlerp(x, y, gate, weight, bias, 1e-5, last, *others, bounds, bones=matrices)
     points, shifts = (points, shifts) if shifts else op.bent(points, matrices)
     outs += [*points, *shifts]
     torch.autograd.backward(outs, [randn(*out.shape, seed=7 + i).to(dtype) for i, out in enumerate(outs)])
@@ -108,7 +108,7 @@ def test_results_that_nobody_uses_count_as_zeros(kernels, used):
     """Of the decay's factor, points and shifts."""
     x, y, gate, _, weight, bias, *factors = ddlerp_inputs(1, 5, 64, 32, gated=True)
     leaves = x.requires_grad_(), *(matrix.requires_grad_() for matrix in matrices(64, 16))
-    *outs, points, shifts = norm_ddlerp(x, y, gate, weight, bias, 1e-5, None, *factors, None, leaves[1:])
+    *outs, points, shifts = norm_ddlerp(x, y, gate, weight, bias, 1e-5, None, *factors, bones=leaves[1:])
     outs += [*points, *shifts]
     grads = [randn(*out.shape, seed=i).bfloat16() * (i in used) for i, out in enumerate(outs)]
     expected = torch.autograd.grad(outs, leaves, grads, retain_graph=True)
@@ -124,7 +124,7 @@ def test_frozen_matrices_have_no_gradient(kernels, monkeypatch):
     results = []
     for trained in (False, True):
         leaf, given = x.clone().requires_grad_(), [bone.clone().requires_grad_(trained) for bone in bones]
-        *_, points, shifts = norm_ddlerp(leaf, None, None, weight, bias, 1e-5, None, *factors, None, given)
+        *_, points, shifts = norm_ddlerp(leaf, None, None, weight, bias, 1e-5, None, *factors, bones=given)
         torch.autograd.backward([*points, *shifts], [torch.ones_like(out) for out in (*points, *shifts)])
         assert all((bone.grad is not None) == trained for bone in given)
         results.append(leaf.grad)
@@ -138,7 +138,7 @@ def test_an_input_without_gradient_gives_none_to_points_that_stay_as_they_are(ke
     results = []
     for needed in (False, True):
         leaf = x.clone().requires_grad_(needed)
-        *_, decay, points, shifts = norm_ddlerp(leaf, y, gate, weight, bias, 1e-5, None, *factors, None, bones)
+        *_, decay, points, shifts = norm_ddlerp(leaf, y, gate, weight, bias, 1e-5, None, *factors, bones=bones)
         assert [out.requires_grad for out in (decay, *points)] == [needed, True, needed, True, needed]
         *again, mixed, more = norm_lerp(leaf, weight, bias, 1e-5, None, factors[2], bones=[None, bones[0], *3 * [None]])
         assert [out.requires_grad for out in (*again, *mixed)] == [needed, needed, needed, True, *3 * [needed]]

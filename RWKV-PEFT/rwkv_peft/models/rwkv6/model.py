@@ -12,7 +12,19 @@ from torch import nn
 
 from ...ops.mix import gated_residual, norm_ddlerp
 from ...ops.wkv6 import wkv6_gated
-from ..parts import AddedLinear, LanguageModel, MixedNorm, Recurrent, bones_of, count_sequences, feed_forward, inputs_of
+from ..parts import (
+    AddedLinear,
+    Input,
+    LanguageModel,
+    MixedNorm,
+    Recurrent,
+    adds_left,
+    bones_of,
+    count_sequences,
+    feed_forward,
+    inputs_of,
+    unshifted,
+)
 from ..state import LayerState
 from .keys import RWKV6Config
 
@@ -51,12 +63,14 @@ class DataMixedNorm(nn.LayerNorm):
         decay_w1: torch.Tensor,
         cu_seqlens: torch.Tensor | None,
         bones: Sequence[torch.Tensor | None],
+        lefts: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """x, y and gate (B, T, C), or y and gate None, shift (B, C) or None, what precedes the norm's first token, and
-        norm_ddlerp's parameters -> x + sigmoid(gate) y, the norm's last token (B, C), the decay's factor of low rank
-        (B, T, rank), the inputs of k, v, r, g (B, T, C), the shifts of those that are bent by their bones."""
+        """x, y and gate (B, T, C), or y and gate None, shift (B, C) or None, what precedes the norm's first token,
+        norm_ddlerp's parameters, and what layers left of y and gate, or None each -> x + sigmoid(gate) y, the norm's
+        last token (B, C), the decay's factor of low rank (B, T, rank), the inputs of k, v, r, g (B, T, C), the shifts
+        of those that are bent by their bones."""
         norm = self.weight, self.bias, self.eps
-        return norm_ddlerp(x, y, gate, *norm, shift, maa_x, w1, maa, w2, decay_w1, cu_seqlens, bones)
+        return norm_ddlerp(x, y, gate, *norm, shift, maa_x, w1, maa, w2, decay_w1, cu_seqlens, *lefts, bones=bones)
 
 
 class TimeMix(Recurrent):
@@ -98,21 +112,24 @@ class TimeMix(Recurrent):
         shift: torch.Tensor | None = None,
         wkv_state: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x, y and gate (B, T, C), or y and gate None, of which `norm` normalizes x + sigmoid(gate) y -> that sum plus
-        what attention makes of it (B, T, C), last normalized token (B, C), final wkv state (B, H, N, N)."""
+        lefts: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+        whole: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """x, y and gate (B, T, C), or y and gate None, and lefts of y and gate, of which `norm` normalizes x +
+        sigmoid(gate) y -> that sum plus what attention makes of it (B, T, C), what is left of that, None where it is to
+        be the `whole`, last normalized token (B, C), final wkv state (B, H, N, N)."""
         B, T, _ = x.shape
         maa = torch.cat([getattr(self, f"time_maa_{name}") for name in "wkvrg"]).flatten(1)  # (5, C), as time_maa_w2
         factors = self.time_maa_x[0], self.time_maa_w1, maa, self.time_maa_w2, self.time_decay_w1
         layers = self.key, self.value, self.receptance, self.gate
         bones = bones_of(layers, x)
-        x, last, low, points, shifts = norm(x, y, gate, shift, *factors, cu_seqlens, bones)
+        x, last, low, points, shifts = norm(x, y, gate, shift, *factors, cu_seqlens, bones, lefts)
         k, v, r, g = (one.through(layer) for layer, one in zip(layers, inputs_of(points, bones, shifts), strict=True))
         r, k, v = (tensor.view(B, T, self.n_head, self.head_size) for tensor in (r, k, v))
         decay = low, self.time_decay_w2, self.time_decay
         wkv_state = self.begun(wkv_state, count_sequences(x, cu_seqlens))
         y, wkv_state = self.ln_x((r, k, v), decay, self.time_faaaa, g, wkv_state, cu_seqlens)
-        return self.output(y, x), last, wkv_state
+        return *unshifted(self.output, Input(y), x, whole=whole), last, wkv_state
 
 
 class ChannelMix(nn.Module):
@@ -131,21 +148,26 @@ class ChannelMix(nn.Module):
         self,
         norm: MixedNorm,
         x: torch.Tensor,
+        left: torch.Tensor | None = None,
         shift: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x (B, T, C), which `norm` normalizes -> x, what the feed-forward makes of it, and the gate of that before its
-        sigmoid (B, T, C), last normalized token (B, C)."""
+        whole: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+        """x (B, T, C) and what was left of it, which `norm` adds and normalizes -> x, what the feed-forward makes of
+        it, and the gate of that before its sigmoid (B, T, C), what is left of these two, None each where they are to be
+        the `whole`, last normalized token (B, C)."""
         maa = torch.cat((self.time_maa_k, self.time_maa_r)).view(2, -1)
         bones = bones_of((self.key, self.receptance), x)
-        x, last, points, shifts = norm(x, maa, shift, cu_seqlens, bones)
+        x, last, points, shifts = norm(x, maa, shift, cu_seqlens, bones, left=left)
         key, receptance = inputs_of(points, bones, shifts)
-        return x, feed_forward(self.key, self.value, key), receptance.through(self.receptance), last
+        y, left_y = feed_forward(self.key, self.value, key, whole=whole)
+        gate, left_gate = unshifted(self.receptance, receptance, whole=whole)
+        return x, y, gate, left_y, left_gate, last
 
 
 class Block(nn.Module):
     """Pre-norm residual block; block 0 also normalizes the embedding (ln0). What its feed-forward makes it leaves for
-    the next one's norm to add: sigmoid(gate) y."""
+    the next one's norm to add: sigmoid(gate) y, and what layers left of both."""
 
     def __init__(self, config: RWKV6Config, layer: int) -> None:
         super().__init__()
@@ -163,27 +185,29 @@ class Block(nn.Module):
         x: torch.Tensor,
         y: torch.Tensor | None,
         gate: torch.Tensor | None,
+        left_y: torch.Tensor | None,
+        left_gate: torch.Tensor | None,
         state: LayerState | None = None,
         cu_seqlens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, LayerState]:
-        """x, y, gate (B, T, C), the last two None in block 0, state LayerState or None -> x, y, gate (B, T, C),
-        LayerState."""
+        whole: bool = False,
+    ) -> tuple[torch.Tensor | LayerState | None, ...]:
+        """x, y, gate (B, T, C), the last two None in block 0, what was left of these (n, B T, r) or None each, state
+        LayerState or None -> x, y, gate, what is left of these, None all four where x is the `whole`, LayerState."""
         att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
         if self.first:
             x = self.ln0(x)
-        x, att_shift, wkv = self.att(self.ln1, x, y, gate, att_shift, wkv, cu_seqlens)
-        x, y, gate, ffn_shift = self.ffn(self.ln2, x, ffn_shift, cu_seqlens)
-        return x, y, gate, LayerState(att_shift, wkv, ffn_shift)
+        lefts, apart = (left_y, left_gate), not adds_left(self.ln2, self.ffn.time_maa_k)
+        x, left, att_shift, wkv = self.att(self.ln1, x, y, gate, att_shift, wkv, cu_seqlens, lefts, apart)
+        apart = whole or not adds_left(self.ln1, self.att.time_maa_x)  # as the next block's are
+        x, *carried, ffn_shift = self.ffn(self.ln2, x, left, ffn_shift, cu_seqlens, apart)
+        if whole:
+            y, gate, *_ = carried
+            x, carried = gated_residual(x, gate, y), [None] * 4
+        return x, *carried, LayerState(att_shift, wkv, ffn_shift)
 
 
 class RWKV6(LanguageModel):
     """RWKV-6 language model with RWKV-LM's parameter names."""
 
     make_block = Block
-    carried = (None, None)  # y and gate
-
-    @staticmethod
-    def closed(x: torch.Tensor, *carried: torch.Tensor | None) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
-        """What a block hands on, with sigmoid(gate) y added."""
-        y, gate = carried
-        return x if y is None or gate is None else gated_residual(x, gate, y), (None, None)
+    carried = (None, None, None, None)  # y and gate, and what is left of them

@@ -11,7 +11,17 @@ from torch import nn
 
 from ...ops.mix import value_residual
 from ...ops.wkv7 import wkv7_gated
-from ..parts import AddedLinear, LanguageModel, MixedNorm, Recurrent, bones_of, count_sequences, feed_forward, inputs_of
+from ..parts import (
+    AddedLinear,
+    LanguageModel,
+    MixedNorm,
+    Recurrent,
+    adds_left,
+    bones_of,
+    count_sequences,
+    feed_forward,
+    inputs_of,
+)
 from ..state import LayerState
 from .keys import SHIFTS, RWKV7Config
 
@@ -41,6 +51,7 @@ class TimeMix(Recurrent):
     recurrence, a bonus for the current token, a gate."""
 
     rows_are_keys = False
+    x_r: nn.Parameter  # (1, 1, C), and x_w to x_g: the points
     w0: nn.Parameter  # (1, 1, C), as the other vectors: one 0, two factors 1 (C, rank) and 2 (rank, C) each
     w1: nn.Parameter
     w2: nn.Parameter
@@ -84,17 +95,18 @@ class TimeMix(Recurrent):
         shift: torch.Tensor | None = None,
         wkv_state: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        left: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x (B, T, C), which `norm` normalizes, v_first (B, T, C), the values of layer 0 (None there) -> x plus what
-        attention makes of it (B, T, C), v_first, last normalized token (B, C), final wkv state (B, H, N value, N key).
-        """
+        """x (B, T, C) and what was left of it, which `norm` adds and normalizes, v_first (B, T, C), the values of layer
+        0 (None there) -> x plus what attention makes of it (B, T, C), v_first, last normalized token (B, C), final wkv
+        state (B, H, N value, N key)."""
         B, T, C = x.shape
         heads = (B, T, self.n_head, self.head_size)
         amounts = torch.cat([getattr(self, f"x_{name}") for name in SHIFTS]).flatten(1)  # (6, C)
         twice = None if v_first is None else SHIFTS.index("v")
         layers = {"r": self.receptance, "k": self.key}  # v's input, which has a second user, is wanted as it is
         bones = bones_of([layers.get(name) for name in SHIFTS], x)
-        x, last, points, shifts = norm(x, amounts, shift, cu_seqlens, bones, twice)
+        x, last, points, shifts = norm(x, amounts, shift, cu_seqlens, bones, twice, left)
         xr, (xw, _), xk, (xv, _), (xa, _), (xg, _) = inputs_of(points[: len(bones)], bones, shifts)
         r, k, v = xr.through(self.receptance), xk.through(self.key), self.value(xv)
         w = F.linear(torch.tanh(xw @ self.w1), self.w2.t(), self.w0.flatten())
@@ -126,17 +138,19 @@ class ChannelMix(nn.Module):
         x: torch.Tensor,
         shift: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x (B, T, C), which `norm` normalizes -> x plus what the feed-forward makes of it (B, T, C), last normalized
-        token (B, C)."""
+        whole: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """x (B, T, C), which `norm` normalizes -> x plus what the feed-forward makes of it (B, T, C), what is left of
+        that, None where it is to be the `whole`, last normalized token (B, C)."""
         bones = bones_of([self.key], x)
         x, last, points, shifts = norm(x, self.x_k[0], shift, cu_seqlens, bones)
         (key,) = inputs_of(points, bones, shifts)
-        return feed_forward(self.key, self.value, key, x), last
+        return *feed_forward(self.key, self.value, key, x, whole=whole), last
 
 
 class Block(nn.Module):
-    """Pre-norm residual block; block 0 also normalizes the embedding (ln0)."""
+    """Pre-norm residual block; block 0 also normalizes the embedding (ln0). What its last layer leaves of x, the next
+    one's norm adds."""
 
     def __init__(self, config: RWKV7Config, layer: int) -> None:
         super().__init__()
@@ -152,22 +166,25 @@ class Block(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
+        left: torch.Tensor | None,
         v_first: torch.Tensor | None,
         state: LayerState | None = None,
         cu_seqlens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, LayerState]:
-        """x, v_first (B, T, C), the latter None in block 0, state LayerState or None -> x, v_first (B, T, C),
-        LayerState."""
+        whole: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, LayerState]:
+        """x (B, T, C), what was left of it (n, B T, r) or None, v_first (B, T, C), None in block 0, state LayerState or
+        None -> x, what is left of it, None where it is the `whole`, v_first, LayerState."""
         att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
         if self.first:
             x = self.ln0(x)
-        x, v_first, att_shift, wkv = self.att(self.ln1, x, v_first, att_shift, wkv, cu_seqlens)
-        x, ffn_shift = self.ffn(self.ln2, x, ffn_shift, cu_seqlens)
-        return x, v_first, LayerState(att_shift, wkv, ffn_shift)
+        x, v_first, att_shift, wkv = self.att(self.ln1, x, v_first, att_shift, wkv, cu_seqlens, left)
+        whole = whole or not adds_left(self.ln1, self.att.x_r)  # as the next block's are
+        x, left, ffn_shift = self.ffn(self.ln2, x, ffn_shift, cu_seqlens, whole)
+        return x, left, v_first, LayerState(att_shift, wkv, ffn_shift)
 
 
 class RWKV7(LanguageModel):
     """RWKV-7 language model with RWKV-LM's parameter names."""
 
     make_block = Block
-    carried = (None,)  # v_first, which block 0 makes
+    carried = (None, None)  # what is left of x, and v_first, which block 0 makes

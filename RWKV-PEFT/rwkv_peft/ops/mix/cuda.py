@@ -22,6 +22,7 @@ LOW_POINTS = 5  # that such a lerp has
 TILE_TOKENS, LOW_CHANNELS = 64, 32  # of a block's tile there, which in backward shares a token with the next, and step
 AFFINE_RANKS, AFFINE_CHANNELS = (16, 32, 64), 64  # of adapters that bend a lerp's points, and of a block's steps
 AFFINE_TOKENS = 128  # of a block's tile there in forward
+SHARDS = (16, 32, 64, 128)  # channels of one, that what an adapter left is added to
 SQUARE_RANKS, SQUARE_CHANNELS = (16, 32, 64, 128), 64  # of terms around a squared relu, and of a group's steps
 
 
@@ -82,9 +83,13 @@ TILED: Mapping[str, Layout] = MappingProxyType(
         "square_backward": _SQUARE,
         "layer_norm_forward": _layout("x", "stats out", "weight bias"),
         "layer_norm_backward": _layout("x grad passed stats", "gx", "weight"),
-        "norm_lerp_forward": _layout("x y gate", f"stats out sum ends {_OUTS}", "weight bias maa"),
+        "norm_lerp_forward": _layout(
+            "x y gate left_x left_y left_gate", f"stats out sum ends {_OUTS}", "weight bias maa"
+        ),
         "norm_lerp_backward": _layout(
-            f"sum grad passed stats gends {_GRADS} grad{MOST_POINTS} y gate", "gx gy ggate", "weight maa"
+            f"sum grad passed stats gends {_GRADS} grad{MOST_POINTS} y gate left_y left_gate",
+            "gx gy ggate gleft_x gleft_y gleft_gate",
+            "weight maa",
         ),
     }
 )
@@ -97,6 +102,9 @@ KERNELS = (
 )
 
 
+_NUMBERS = "channels size strip n low_rank last_point length sequences shard parts"
+
+
 class MixArguments(ctypes.Structure):
     """cuda/mix/arguments.cuh's structure of the same name."""
 
@@ -107,7 +115,7 @@ class MixArguments(ctypes.Structure):
         ("sums", ctypes.c_void_p * 6),
         *((name, ctypes.c_void_p) for name in ("bounds", "last", "glast")),
         ("tokens", ctypes.c_longlong),
-        *((name, ctypes.c_int) for name in "channels size strip n low_rank last_point length sequences".split()),
+        *((name, ctypes.c_int) for name in _NUMBERS.split()),
         ("eps", ctypes.c_float),
         ("device", ctypes.c_int),
     ]

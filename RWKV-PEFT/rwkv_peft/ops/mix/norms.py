@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import affine
+from . import affine, lefts
 from .functions import call, differentiable_once, room_like, rounded, sums_like, with_zeros
 from .gpu_lerp import sizes_of
 
@@ -45,9 +45,10 @@ class LayerNorm(Function):
 
 class NormLerp(Function):
     """x (B, T, C), last (n, C) or None, weight and bias (C,), maa (m, C), none of them trained, eps, cu_seqlens int64
-    or None, whether the norm itself is wanted, the point that is wanted twice or None; of each point the matrices
-    (C/r, r, r) that bend it, or None, or nothing; the norm is not wanted then -> x, the last of each sequence's norms
-    (n, C), the norm where wanted, m or m + 1 times (B, T, C), the sums over shards (T, r) of points that are bent."""
+    or None, whether the norm itself is wanted, the point that is wanted twice or None, what was left of x (parts, B T,
+    r) or None; of each point the matrices (C/r, r, r) that bend it, or None, or nothing; the norm is not wanted then ->
+    x with what was left, the last of each sequence's norms (n, C), the norm where wanted, m or m + 1 times (B, T, C),
+    the sums over shards (T, r) of points that are bent."""
 
     @staticmethod
     def forward(
@@ -61,23 +62,28 @@ class NormLerp(Function):
         cu_seqlens: Tensor | None,
         whole: bool,
         twice: int | None,
+        left: Tensor | None,
         *bones: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        sizes = sizes_of(x, maa, cu_seqlens)
+        ctx.left = lefts.sizes_of(left)
+        sizes, total = sizes_of(x, maa, cu_seqlens) | ctx.left, x if left is None else torch.empty_like(x)
         ends, stats = x.new_empty(sizes["sequences"], x.shape[2]), x.new_empty(sizes["tokens"], 2, dtype=torch.float32)
         outs = [] if bones else [torch.empty_like(x) for _ in range(whole + len(maa))]
-        ctx.save_for_backward(x, last, weight, bias, maa, stats, cu_seqlens, *bones)
+        ctx.save_for_backward(total, last, weight, bias, maa, stats, cu_seqlens, *bones)
         ctx.whole, ctx.twice = whole, twice
         ctx.set_materialize_grads(False)  # of `ends`, which only a carried state uses
-        norm = dict(x=x, stats=stats, weight=weight, bias=bias, maa=maa)
-        tensors, of_norm = norm | dict(ends=ends) | _named("out", outs, whole), dict(strip=strip_of(sizes["tokens"]))
-        of_norm |= sizes | dict(n=0 if bones else len(maa))
-        call("norm_lerp_forward", x, tensors, last=last, eps=eps, **of_norm)
-        outs, shifts = affine.bend(norm, bones, last, sizes) if bones else (outs, [])
+        norm = dict(stats=stats, weight=weight, bias=bias, maa=maa)
+        tensors, of_norm = norm | dict(x=x, ends=ends) | _named("out", outs, whole), sizes | dict(n=len(outs) - whole)
+        if left is not None:
+            tensors |= dict(left_x=left, sum=total)
+        call("norm_lerp_forward", x, tensors, last=last, eps=eps, strip=strip_of(sizes["tokens"]), **of_norm)
+        shifts: list[Tensor] = []
+        if bones:
+            outs, shifts = affine.bend(norm | dict(x=total), bones, last, sizes_of(x, maa, cu_seqlens))
         again = [] if twice is None else [outs[whole + twice].detach()]
         if bones and not any(ctx.needs_input_grad[:2]):  # the first block's, where the embedding is frozen
-            ctx.mark_non_differentiable(x, ends, *again, *(out for out, bone in zip(outs, bones) if bone is None))
-        return x, ends, *outs, *again, *shifts
+            ctx.mark_non_differentiable(total, ends, *again, *(out for out, bone in zip(outs, bones) if bone is None))
+        return total, ends, *outs, *again, *shifts
 
     @staticmethod
     @differentiable_once
@@ -87,21 +93,25 @@ class NormLerp(Function):
         x, last, weight, bias, maa, stats, cu_seqlens, *bones = ctx.saved_tensors
         count = ctx.whole + len(maa) + (ctx.twice is not None)
         passed, *given = with_zeros((passed, *grads[:count]), x)
-        gx, glast = torch.empty_like(x), room_like(last)
         sizes = sizes_of(x, maa, cu_seqlens)
         gbones: list[Tensor | None] = []
         if bones:
-            norm, trained = dict(x=x, stats=stats, weight=weight, bias=bias, maa=maa), any(ctx.needs_input_grad[9:])
+            norm, trained = dict(x=x, stats=stats, weight=weight, bias=bias, maa=maa), any(ctx.needs_input_grad[10:])
             bent = bones, given[: len(maa)], grads[count:]
             given[: len(maa)], gbones = affine.bend_back(norm, *bent, trained, last, sizes)
             if not any(ctx.needs_input_grad[:2]):
-                return *9 * (None,), *gbones
-        tensors = dict(sum=x, passed=passed, stats=stats, gends=gends, weight=weight, maa=maa, gx=gx)
+                return *10 * (None,), *gbones
+        sizes |= ctx.left
+        gx, glast, gleft = torch.empty_like(x), room_like(last), None
+        if ctx.left:
+            gleft = x.new_empty(sizes["tokens"], ctx.left["shard"])
+        tensors = dict(sum=x, passed=passed, stats=stats, gends=gends, weight=weight, maa=maa, gx=gx, gleft_x=gleft)
         tensors |= _named("grad", given, ctx.whole)
         n = len(given) - ctx.whole
         sizes |= dict(n=n, last_point=n - 1 if ctx.twice is None else ctx.twice, strip=strip_of(sizes["tokens"]))
         call("norm_lerp_backward", x, tensors, glast=glast, **sizes)
-        return gx, glast, *7 * (None,), *gbones
+        gleft = None if gleft is None else gleft.expand(ctx.left["parts"], -1, -1)
+        return gx, glast, *7 * (None,), gleft, *gbones
 
 
 def _named(kind: str, tensors: Sequence[Tensor], whole: bool) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import affine, cpu, cpu_lerp, cuda, ddlerp, elements, gpu_lerp, heads, norms, square
+from . import affine, cpu, cpu_lerp, cuda, ddlerp, elements, gpu_lerp, heads, lefts, norms, square
 from .functions import run
 
 
@@ -134,24 +134,28 @@ def norm_lerp(
     cu_seqlens: Tensor | None = None,
     whole: bool = False,
     twice: int | None = None,
+    left: Tensor | None = None,
     bones: Sequence[Tensor | None] = (),
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """layer_norm, and `lerp` of what it normalizes: on a GPU in one pass, where neither norm nor points are trained.
 
-    x, weight, bias as in layer_norm; last (B, C) or None, maa (m, C) and cu_seqlens as in lerp -> x, the last
-    normalized token of each sequence (B, C), m points (B, T, C), preceded by what is normalized where `whole`, and
-    nothing. Point number `twice` comes once more, as the last, for a second user, as x does. bones: of each point the
-    matrices by which it may be bent, or None, where not `whole`: then points are, on a GPU, and what `bent` gives
-    besides takes the place of nothing.
+    x, weight, bias as in layer_norm; last (B, C) or None, maa (m, C) and cu_seqlens as in lerp; left (n, B T, r), what
+    an adapter left to be added to x (lefts.py), or None -> x with that, the last normalized token of each sequence
+    (B, C), m points (B, T, C), preceded by what is normalized where `whole`, and nothing. Point number `twice` comes
+    once more, as the last, for a second user, as x does. bones: of each point the matrices by which it may be bent, or
+    None, where not `whole`: then points are, on a GPU, and what `bent` gives besides takes the place of nothing.
     """
     _check_shift(x, last, cu_seqlens)
     narrow = x.shape[-1] <= cuda.MOST_MIXED and len(maa) <= cuda.MOST_POINTS
-    if not _trained(weight, bias, maa) and narrow and norms_fused(x, last, weight, bias, maa):
+    frozen = not _trained(weight, bias, maa)
+    if frozen and narrow and lefts.fit(x, left) and norms_fused(x, last, weight, bias, maa, left):
         tensors = _contiguous(x, last, weight, bias, maa)
+        settings = eps, _bounds(cu_seqlens), whole, twice, *_contiguous(left)
         given = _contiguous(*bones) if affine.takes(x, bones) else ()
-        x, ends, *outs = run(norms.NormLerp, *tensors, eps, _bounds(cu_seqlens), whole, twice, *given)
+        x, ends, *outs = run(norms.NormLerp, *tensors, *settings, *given)
         count = whole + len(maa) + (twice is not None)
         return x, ends, tuple(outs[:count]), tuple(outs[count:])
+    x = lefts.plus_left(x, left)
     x, normal = layer_norm(x, weight, bias, eps)
     points = lerp(normal, last, maa, cu_seqlens=cu_seqlens)
     points = points if twice is None else (*points, points[twice])
@@ -172,6 +176,8 @@ def norm_ddlerp(
     w2: Tensor,
     decay_w1: Tensor,
     cu_seqlens: Tensor | None = None,
+    left_y: Tensor | None = None,
+    left_gate: Tensor | None = None,
     bones: Sequence[Tensor | None] = (),
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """A gated residual, layer norm and RWKV-6's token shift ("ddlerp"; Peng et al. 2024, arXiv 2404.05892, eq. 12 to
@@ -179,21 +185,23 @@ def norm_ddlerp(
     The first of the five makes the decay's factor, tanh(first decay_w1).
 
     x, weight, bias, last and cu_seqlens as in norm_lerp; y and gate (B, T, C), or both None; maa_x (1, C), w1 (C, 5 K),
-    maa (5, C), w2 (5, K, C), decay_w1 (C, D); bones: of each of the other four points the matrices by which it may be
-    bent, or None -> x + sigmoid(gate) y, which is normalized, (B, T, C), the last normalized token of each sequence
-    (B, C), the decay's factor (B, T, D), the other four points (B, T, C), and what `bent` gives besides, or nothing: no
-    point is bent. A GPU's kernels write neither the norm nor the first point, nor one that they bend, where none of the
-    parameters is trained.
+    maa (5, C), w2 (5, K, C), decay_w1 (C, D); what adapters left of y and gate, as norm_lerp has it of x; bones: of
+    each of the other four points the matrices by which it may be bent, or None -> x + sigmoid(gate) y, which is
+    normalized, (B, T, C), the last normalized token of each sequence (B, C), the decay's factor (B, T, D), the other
+    four points (B, T, C), and what `bent` gives besides, or nothing: no point is bent. A GPU's kernels write neither
+    the norm nor the first point, nor one that they bend, where none of the parameters is trained.
     """
     _check_shift(x, last, cu_seqlens)
     parameters = weight, bias, maa_x, w1, maa, w2, decay_w1
-    if not _trained(*parameters) and norms_fused(x, y, gate, last, *parameters) and ddlerp.takes(x, last, *parameters):
-        tensors, inside = _contiguous(x, y, gate, last, *parameters), affine.takes(x, bones)
-        given = _contiguous(*bones) if inside else ()
-        x, ends, low, *points = run(ddlerp.NormDDLerp, *tensors, eps, _bounds(cu_seqlens), *given)
+    left_y, left_gate = lefts.alike(left_y, left_gate)
+    frozen = not _trained(*parameters) and norms_fused(x, y, gate, last, *parameters, left_y, left_gate)
+    if frozen and lefts.fit(x, left_y, left_gate) and ddlerp.takes(x, last, *parameters):
+        tensors, left = _contiguous(x, y, gate, last, *parameters), _contiguous(left_y, left_gate)
+        given = _contiguous(*bones) if affine.takes(x, bones) else ()
+        x, ends, low, *points = run(ddlerp.NormDDLerp, *tensors, eps, _bounds(cu_seqlens), *left, *given)
         return x, ends, low, tuple(points[:4]), tuple(points[4:])
     if y is not None and gate is not None:
-        x = gated_residual(x, gate, y)
+        x = gated_residual(x, lefts.plus_left(gate, left_gate), lefts.plus_left(y, left_y))
     x, ends, (normal, p), _ = norm_lerp(x, weight, bias, eps, last, maa_x, cu_seqlens, whole=True)
     first, *points = lerp(normal, last, maa, torch.tanh(p @ w1), w2, cu_seqlens)
     return x, ends, torch.tanh(first @ decay_w1), tuple(points), ()
@@ -261,7 +269,7 @@ def low_square(
     if takes_low_square(x, x.shape[-1], rank, left, up, down):
         return run(square.LowSquare, x.contiguous(), left, up, down, rank, sums)
     if left is not None:
-        x = x + (_repeated(left, x.shape[-1]) if up is None else left @ up).view(x.shape)
+        x = x + (lefts.repeated(left, x.shape[-1]) if up is None else left @ up).view(x.shape)
     out = torch.relu(x).square()
     if not sums:
         return out, None
@@ -276,9 +284,10 @@ def takes_low_square(x: Tensor, channels: int, rank: int, *others: Tensor | None
     return square.takes(x.dtype, channels, rank) and fused_on_gpu(x, *others)
 
 
-def _repeated(low: Tensor, width: int) -> Tensor:
-    """(T, r) along the channels, cut: (T, width)."""
-    return low.repeat(1, -(-width // low.shape[-1]))[:, :width]
+def takes_left(x: Tensor, channels: int, rank: int, *others: Tensor | None) -> bool:
+    """Whether norm_lerp and norm_ddlerp of so many channels add what an adapter of a rank leaves in their pass, where
+    tensors are like x and others, and the norm is frozen."""
+    return lefts.takes(channels, rank) and fused_on_gpu(x, *others)
 
 
 def delta_keys(k: Tensor, low: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
