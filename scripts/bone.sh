@@ -6,10 +6,11 @@
 #   LOAD_MODEL=base.pth DATA_FILE=data.jsonl PROJ_DIR=out/mine DEVICES=8 STRATEGY=deepspeed_stage_2 \
 #       sh scripts/bone_rwkv7.sh [--flags]    your model, of which its file says what it is, and your data
 #
-# DATA_FILE is a .jsonl (made into PROJ_DIR/data.bin and .idx) or the prefix of a .bin/.idx pair. Also read: TOKENIZER
-# (world, bytes or a tokenizer.json), BONE_MODE, BONE_R, ACCELERATOR, NUM_NODES, PRECISION, and CHECK=0, which leaves
-# out the last step (it needs memory for two float32 copies of the model). --flags go to train.py, which checks them;
-# `python train.py --help` lists them.
+# DATA_FILE is a .jsonl (made into PROJ_DIR/data.bin and .idx, but for --data_type sft and pairs, which read its rows)
+# or the prefix of a .bin/.idx pair. --load_model, --data_file and --proj_dir say the same as the variables, and go
+# before them. Also read: TOKENIZER (world, bytes or a tokenizer.json), BONE_MODE, BONE_R, ACCELERATOR, NUM_NODES,
+# PRECISION, and CHECK=0, which leaves out the last step (it needs memory for two float32 copies of the model). --flags
+# go to train.py, which checks them; `python train.py --help` lists them.
 set -eu
 case " $* " in
 *" -h "* | *" --help "*) exec sed -n '/^set -eu/q; s/^# \{0,1\}//p' "$(dirname "$0")/bone.sh" ;;
@@ -18,6 +19,32 @@ esac
 here="$(pwd)"
 
 step() { printf '\n== %s\n' "$*"; }
+
+# What the flags say stands for what is chosen here. Those that the variables say, too, are train.py's no more.
+method=bone json=false rows=false resuming=false flag_mode="" flag_rank="" previous=""
+for argument in "$@"; do
+    shift
+    case "$argument" in
+    --*=*) name="${argument%%=*}" value="${argument#*=}" previous="" ;;
+    -*) name="$argument" value="" previous="$argument" ;;
+    *) name="$previous" value="$argument" previous="" ;;
+    esac
+    case "$name" in
+    --load_model) LOAD_MODEL="$value" && continue ;;
+    --data_file) DATA_FILE="$value" && continue ;;
+    --proj_dir) PROJ_DIR="$value" && continue ;;
+    --peft) method="$value" ;;
+    --bone_mode) flag_mode="$value" ;;
+    --bone_r) flag_rank="$value" ;;
+    --bone_config | --disha_config | --peft_config) json=true ;;
+    --resume) resuming=true ;;
+    --data_type) case "$value" in sft | pairs) rows=true ;; *) rows=false ;; esac ;;
+    esac
+    set -- "$@" "$argument"
+done
+case "$previous" in
+--load_model | --data_file | --proj_dir) fail "$previous: one path is due behind it" ;;
+esac
 
 if [ -n "${LOAD_MODEL:-}" ] || [ -n "${DATA_FILE:-}" ]; then
     demo=false
@@ -39,27 +66,16 @@ else
         --warmup_steps 10 "$@"
     PRECISION="${PRECISION:-fp32}"
 fi
-case "$DATA_FILE" in
-*.jsonl) data="$out/data" ;;
-*) data="$DATA_FILE" ;;
-esac
-
-# What the flags say of the adapter stands for what is chosen here.
-method=bone json=false previous=
-for argument in "$@"; do
-    case "$previous" in
-    --peft) method="$argument" ;;
-    --bone_mode) mode="$argument" ;;
-    --bone_r) rank="$argument" ;;
+if $rows; then
+    data="$DATA_FILE"
+    set -- --tokenizer "$tokenizer" "$@"
+else
+    case "$DATA_FILE" in
+    *.jsonl) data="$out/data" ;;
+    *) data="$DATA_FILE" ;;
     esac
-    case "$argument" in
-    --peft=*) method="${argument#*=}" ;;
-    --bone_mode=*) mode="${argument#*=}" ;;
-    --bone_r=*) rank="${argument#*=}" ;;
-    --bone_config* | --disha_config* | --peft_config*) json=true ;;
-    esac
-    previous="$argument"
-done
+fi
+mode="${flag_mode:-$mode}" rank="${flag_rank:-$rank}"
 case "$method $json" in
 "bone false" | "disha false")
     what="Bone $mode, rank $rank"
@@ -76,10 +92,7 @@ train() {
 
 # A mistake in the flags is told now, and not after minutes of other work.
 anew=false
-case " $* " in
-*" --resume "*) ;;
-*) [ -n "${PROJ_DIR:-}" ] || anew=$demo ;;
-esac
+$resuming || [ -n "${PROJ_DIR:-}" ] || anew=$demo
 if $anew; then  # The demo writes only what it made itself, so a second run starts from nothing.
     train "$@" --proj_dir "$out/anew" --check_flags >/dev/null
     rm -rf "$out"
@@ -96,8 +109,8 @@ if $demo; then
     "$python" "$root/demo/evaluate.py" --model "$base" --questions "$out/heldout.jsonl"
 fi
 
-case "$DATA_FILE" in
-*.jsonl)
+case "$rows $DATA_FILE" in
+"false "*.jsonl)
     [ "${NUM_NODES:-1}" = 1 ] || fail "several nodes would write the same token files; make them once with" \
         "rwkv-peft preprocess, and give their prefix as DATA_FILE"
     step "1. data: $DATA_FILE -> $data.bin, data.idx"

@@ -67,6 +67,29 @@ def test_a_users_model_and_jsonl(tmp_path, tiny_state, accelerator):
     assert tried.returncode == 0 and tried.stderr == "" and tried.stdout.endswith("\n"), tried.stderr
 
 
+def test_a_models_and_datas_flags_are_those_of_train_py(tmp_path, tiny_state, accelerator):
+    """What is merged is what was trained: --proj_dir goes before PROJ_DIR, where another run's adapter lies. Rows of
+    --data_type sft stay rows."""
+    torch.save(tiny_state(vocab_size=257, head_size=64, maa_rank=32, decay_rank=64), tmp_path / "base.pth")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"query": "who?", "response": "you"}) + "\n")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "adapter.safetensors").write_bytes(b"of another run")
+    flags = f"--load_model={tmp_path / 'base.pth'} --data_file {tmp_path / 'rows.jsonl'} --proj_dir {tmp_path / 'new'}"
+    flags += " --data_type sft --ctx_len 32 --micro_bsz 1 --epoch_steps 1 --bone_r 32"
+    variables = {"PROJ_DIR": str(tmp_path / "old"), "TOKENIZER": "bytes", "ACCELERATOR": accelerator, "CHECK": "0"}
+    done = script(variables, *flags.split())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "== 1. data" not in done.stdout and "1 document an epoch" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "old").iterdir()) == ["adapter.safetensors"]
+    assert (tmp_path / "new" / "merged.pth").exists() and f" {tmp_path / 'new' / 'merged.pth'}\n" in done.stdout
+
+
+@pytest.mark.parametrize("flag", ["--load_model", "--data_file", "--proj_dir"])
+def test_a_flag_without_its_path_is_told(flag):
+    done = script({}, flag)
+    assert done.returncode == 1 and f"{flag}: one path is due" in done.stderr and "==" not in done.stdout
+
+
 def copy_scripts(root):
     """The scripts of the main job in root/scripts, without setup.sh."""
     (root / "scripts").mkdir()
@@ -147,7 +170,7 @@ def test_a_users_flags_say_what_trains(tmp_path, tiny_state, flags, expected):
 
 
 @pytest.mark.parametrize("generation, folder", [(6, "demo"), (7, "demo-rwkv7")])
-@pytest.mark.parametrize("flags", [[], ["--lr_init", "1e-3", "--resume"]])
+@pytest.mark.parametrize("flags", [[], ["--lr_init", "1e-3", "--resume"], ["--resume=auto"]])
 def test_the_demo_starts_anew_unless_it_resumes(tmp_path, flags, generation, folder):
     copy_scripts(tmp_path)
     python = tmp_path / "python"  # it finds the flags right, and ends the script at the first step
