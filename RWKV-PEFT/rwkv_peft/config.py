@@ -171,7 +171,12 @@ class DataConfig:
         nargs="+",
         metavar="FIELD",
     )
-    sft_split: str = setting("", "sft, pairs: rows to take, such as train[:1000]", metavar="SPLIT")
+    sft_split: str = setting(
+        "",
+        "sft, pairs: rows of --data_file to take, such as train[:1000]; of --val_data and --retain_data all count, in a "
+        "folder of several splits those of the same name",
+        metavar="SPLIT",
+    )
     sft_long: str = setting(
         "left",
         "sft, pairs: rows longer than --ctx_len lose the front of their prompt, or are left out",

@@ -97,7 +97,7 @@ def test_a_run_that_was_cut_off_is_made_again(config):
         (dict(sft_field=("a", "b", "c")), "--sft_field a b c"),
         (dict(sft_long="right"), "--sft_long right: one of left, skip"),
         (dict(sft_split="train[3"), "split 'train"),
-        (dict(sft_split="train[50:]"), "no document to write"),
+        (dict(sft_split="train[50:]"), r"no document to write: there is no row within train\[50:\]"),
         (dict(path="missing.jsonl"), "--data_file missing.jsonl: no such file"),
         (dict(data_type="jsonl"), "--data_type jsonl"),
     ],

@@ -98,6 +98,18 @@ def test_validation_says_what_counts(train, tmp_path):
     assert f"validation on 20 samples of {tmp_path / 'chat'}: loss on {ANSWERS:,} of" in header
 
 
+@pytest.mark.parametrize("split, rows", [("train[:5]", 5), ("[15:]", 5), ("[-25%:]", 5)])
+def test_the_rows_that_train_are_chosen_and_those_that_validate_are_all(train, tmp_path, split, rows):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:8]))
+    header, samples = train(
+        *("--data_file", tmp_path / "chat.jsonl", "--data_type", "sft", "--tokenizer", "bytes", "--dataload", "pad"),
+        *("--sft_split", split, "--val_data", few, "--retain_data", few),
+    )
+    assert len(samples) == rows
+    assert "validation on 8 samples" in header and "retained of 8 samples" in header
+
+
 def test_data_of_another_tokenizer_than_the_base_is_said(train, tmp_path):
     (tmp_path / "own.txt").write_text("1 'a' 1\n")
     record = vocabulary_of(load_tokenizer(tmp_path / "own.txt"))

@@ -180,7 +180,7 @@ def write(
             bar.update(min(part.characters, size - bar.n) if size else part.characters)
         bar.update(size - bar.n if size else 0)
         if not writer.sizes:
-            why = "; ".join(left_out(totals)) or "there is no row"
+            why = "; ".join(left_out(totals)) or "there is no row" + (f" within {split}" if split else "")
             raise UserError(f"{', '.join(map(str, inputs))}: no document to write: {why}")
         if settings.think == "on" and not totals.thinking:
             raise UserError(

@@ -5,6 +5,7 @@ from dataclasses import replace
 from ..config import RunConfig
 from ..data.masks import default_mask
 from ..data.recorded import recorded_beside, remarks, require_same
+from ..data.rows import parse_split
 from ..data.samples import Samples
 from ..data.sources import build_samples, split_samples
 from .validate import RETAINED, VALIDATION
@@ -14,16 +15,18 @@ def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
     """(training samples, {VALIDATION and RETAINED: samples whose loss is measured}, those that the flags name)."""
     data, train, vocab_size = config.data, config.train, config.model.vocab_size
     measured: dict[str, Samples] = {}
+    # which rows are trained on says nothing of other files; of a folder of several splits it names the one
+    whole = replace(data, sft_split=parse_split(data.sft_split)[0])
     if train.val_split:
         samples, measured[VALIDATION] = split_samples(data, vocab_size, train.val_split, train.val_seed)
     else:
         samples = build_samples(data, vocab_size)
     if train.val_data:
-        measured[VALIDATION] = held_out = build_samples(replace(data, path=train.val_data), vocab_size)
+        measured[VALIDATION] = held_out = build_samples(replace(whole, path=train.val_data), vocab_size)
         require_same(samples.vocabulary, data.path, held_out.vocabulary, f"--val_data {train.val_data}")
         samples.notes.append(f"validation on {len(held_out):,} samples of {train.val_data}: {held_out.notes[0]}")
     if train.retain_data:
-        other = replace(data, path=train.retain_data)
+        other = replace(whole, path=train.retain_data)
         if data.loss_mask == "file" and not data.of_rows:  # plain text has no .mask, whatever is learned
             other = replace(other, loss_mask=default_mask(other.path))
         measured[RETAINED] = kept = build_samples(other, vocab_size)
