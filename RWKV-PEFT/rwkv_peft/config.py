@@ -173,8 +173,8 @@ class DataConfig:
     )
     sft_split: str = setting(
         "",
-        "sft, pairs: rows of --data_file to take, such as train[:1000]; of --val_data and --retain_data all count, in a "
-        "folder of several splits those of the same name",
+        "sft, pairs: rows of --data_file to take, such as train[:1000]; of --val_data and --retain_data all are taken, "
+        "in a folder of several splits those of the same name",
         metavar="SPLIT",
     )
     sft_long: str = setting(

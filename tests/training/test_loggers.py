@@ -1,6 +1,7 @@
 """Loggers: a missing login is told before any work, and the whole config is logged."""
 
 import json
+import shutil
 
 import pytest
 
@@ -55,3 +56,17 @@ def test_the_whole_config_is_logged(files, train):
     logged = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content.decode(errors="replace")
     for name in ("model/n_layer", "adapter/rank", "data/ctx_len", "train/lr_init"):
         assert name in logged
+
+
+def test_steps_that_a_resumed_run_takes_again_are_shown_once(files, train):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ("--save_every", "2", "--epoch_steps", "4", "--precision", "fp32", "--lr_init")
+    train("again", *flags, "1e-2", "--epoch_count", "1")
+    shutil.rmtree(files / "again" / "checkpoints" / "step-00000004")  # as if killed before it
+    train("again", *flags, "1e-3", "--epoch_count", "1", "--resume")
+    events = EventAccumulator(str(files / "again" / "tensorboard"))
+    events.Reload()
+    shown = [(event.step, round(event.value, 6)) for event in events.Scalars("lr")]
+    lines = map(json.loads, (files / "again" / "metrics.jsonl").read_text().splitlines())
+    assert shown == [(line["step"], round(line["lr"], 6)) for line in lines] and len(shown) == 4

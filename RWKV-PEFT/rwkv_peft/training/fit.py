@@ -65,7 +65,7 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
     loggers = []
     if run.leads:
         record(run)
-        loggers = make_loggers(run.config, run.folder)
+        loggers = make_loggers(run.config, run.folder, run.plan.first_step)
     lit = make_lit(run)
     trainer = make_trainer(run, loggers, say)
     data, accumulate = run.config.data, run.config.train.accumulate_grad_batches

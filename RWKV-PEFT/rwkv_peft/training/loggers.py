@@ -55,12 +55,13 @@ def wandb_has_key() -> bool:
         return False
 
 
-def make_loggers(config: RunConfig, folder: Path) -> list[Any]:
-    """Lightning's loggers of a RunConfig, writing below `folder`; they hold the config already. Raises UserError where
-    Weights & Biases cannot be reached."""
+def make_loggers(config: RunConfig, folder: Path, first_step: int) -> list[Any]:
+    """Lightning's loggers of a RunConfig, writing below `folder`; they hold the config already. What TensorBoard knows
+    of steps from `first_step` on is of a run that was ended before it saved them, and is no longer shown. Raises
+    UserError where Weights & Biases cannot be reached."""
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
-    loggers = [TensorBoardLogger(folder, name="", version="tensorboard")]
+    loggers = [TensorBoardLogger(folder, name="", version="tensorboard", purge_step=first_step)]
     if project := config.train.wandb:
         logger = WandbLogger(project=project, save_dir=folder)
         try:
