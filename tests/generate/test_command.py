@@ -1,5 +1,6 @@
 """The command: what it prints and writes, and what it says when something is wrong."""
 
+import gzip
 import io
 import json
 import os
@@ -143,6 +144,23 @@ def test_a_jsonl_of_prompts_keeps_its_fields(run, tmp_path):
     assert [(row["id"], row["tokens"]) for row in rows] == [(7, 5), (8, 5)]
 
 
+@pytest.mark.parametrize("name", ["p.jsonl", "p.ndjson", "p.jsonl.gz", "p.json"])
+def test_prompts_of_every_kind_of_json(run, tmp_path, name):
+    lines = ['{"prompt": "a", "id": 7}', '{"prompt": "b"}']
+    text = f"[{', '.join(lines)}]" if name == "p.json" else "\n".join(lines)
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    rows = [json.loads(line) for line in run("--prompt_file", tmp_path / name, "--max_tokens", 2).splitlines()]
+    assert [(row["prompt"], row.get("id")) for row in rows] == [("a", 7), ("b", None)]
+
+
+def test_lines_that_were_written_are_prompts_again(run, tmp_path):
+    """Their continuation is made anew; a row's own field of such a name would be lost, and is refused
+    (test_prompt_files_that_cannot_be_read_are_named)."""
+    (tmp_path / "p.jsonl").write_text(run("--prompt", "a", "b", "--max_tokens", 2))
+    rows = [json.loads(line) for line in run("--prompt_file", tmp_path / "p.jsonl", "--max_tokens", 3).splitlines()]
+    assert [(row["prompt"], row["tokens"]) for row in rows] == [("a", 3), ("b", 3)]
+
+
 def test_a_field_that_utf8_cannot_hold_is_kept_as_json_escapes_it(run, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "id": "\\ud800"}\n')
     run("--prompt_file", tmp_path / "p.jsonl", "--output", tmp_path / "o.jsonl", "--max_tokens", "2")
@@ -172,14 +190,35 @@ def test_going_on_from_a_saved_session_equals_one_call(run, tmp_path):
     assert run("--prompt", " upon", "--state", session, "--temperature", 0, "--max_tokens", 12) == whole
 
 
-def test_a_saved_session_includes_all_that_was_generated(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "says, stops, shown",
+    [
+        ("cd|", ["|"], "cd"),
+        ("cd", ["|"], "cd"),  # ended by the end of the document
+        (" Yo\n\nUser: no", [], " Yo"),
+        (" Yo\n\nno", ["\n\nUser:"], " Yo\n\nno"),
+        ("é|", ["|"], "é"),
+        ("|", ["|"], ""),
+    ],
+)
+def test_a_saved_session_is_behind_what_is_printed(run, tmp_path, monkeypatch, says, stops, shown):
+    prompt = "User: hi\n\nAssistant:"
     with monkeypatch.context() as patch:
-        script(patch, "cd|")
-        run("--prompt", "ab", "--stop", "|", "--save_state", tmp_path / "one.pth")
-    run("--prompt", "abcd|", "--max_tokens", 0, "--save_state", tmp_path / "two.pth")
+        script(patch, says)
+        flags = ["--stop", *stops] if stops else []
+        assert run("--prompt", prompt, *flags, "--save_state", tmp_path / "one.pth") == shown + "\n"
+    run("--prompt", prompt + shown, "--max_tokens", 0, "--save_state", tmp_path / "two.pth")
     one, two = (read_tensors(tmp_path / name) for name in ("one.pth", "two.pth"))
     assert list(one) == list(two)
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_stop_text_that_begins_inside_of_a_token_leaves_the_part_before_it(tmp_path):
+    (tmp_path / "words.txt").write_text("1 'a' 1\n2 'b' 1\n3 'ab' 2\n4 '|' 1\n5 'b|' 2\n")
+    continuation = command.Continuation({}, load_tokenizer(tmp_path / "words.txt"), ["|"])
+    assert [continuation.feed(token) for token in (3, 1, 5)] == ["", "", "stop"]
+    continuation.finish("stop")
+    assert continuation.text == "abab" and continuation.shown_tokens() == [3, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -221,6 +260,12 @@ def test_mistakes_are_named(model, arguments, message):
     [
         ("p.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', 'line 2: an object with a "prompt"'),
         ("p.jsonl", b"a\n", "line 1: not JSON"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "b", "end": 7}', "line 2: the row has a field end of its own"),
+        (
+            "p.json",
+            b'[{"prompt": "a", "tokens": 1, "generated": "b"}]',
+            "row 1: .* a field generated and a field tokens",
+        ),
         ("p.txt", b"\n \n", "no prompt"),
         ("p.txt", b"\xff\xfe", "not UTF-8"),
     ],

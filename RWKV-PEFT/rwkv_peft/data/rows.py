@@ -17,7 +17,8 @@ from ..files.readable import choice_in, require_readable
 CHUNK_BYTES = 1 << 20
 CHUNK_ROWS = 1000
 KINDS = ".jsonl (or .jsonl.gz), .json, .txt, .parquet, or a folder that datasets.save_to_disk wrote"
-ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".json", ".txt", ".parquet")
+JSON_ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".json")
+ENDINGS = (*JSON_ENDINGS, ".txt", ".parquet")
 Bounds = tuple[str | None, str | None]  # of rows, as --split has them: numbers, or percentages with their sign
 
 

@@ -18,7 +18,7 @@ from .chat import Chat
 from .decode import Step, generate, prefill
 from .flags import parse_flags, unescaped
 from .loading import check_device, load_subject, save_state_file
-from .prompts import encode, read_prompt_file
+from .prompts import WRITTEN, encode, read_prompt_file
 from .session import Session
 from .settings import Sampling
 from .showing import Unheard, show
@@ -82,7 +82,8 @@ def run(args: Namespace, sampling: Sampling) -> int:
     if streams:
         show("\n")
     if args.save_state:
-        save_state_file(args.save_state, prefill(model, [prompts[0] + continuations[0].tokens], start)[1], model)
+        read = prompts[0] + continuations[0].shown_tokens()
+        save_state_file(args.save_state, prefill(model, [read], start)[1], model)
     return 0
 
 
@@ -102,15 +103,19 @@ class Continuation:
         self.row, self.show = row, show
         self.tokens: list[int] = []
         self.text, self.end = "", ""
-        self._end_id, self._stream = tokenizer.end_id, TextStream(tokenizer, stops)
+        self._tokenizer, self._stream = tokenizer, TextStream(tokenizer, stops)
+        self._lengths = [0]  # of the text after so many tokens, with what is held back of it
 
     def feed(self, token: int) -> str:
         """Take a token; the reason to end here, or ""."""
         self.tokens.append(token)
-        if token == self._end_id:
+        if token == self._tokenizer.end_id:
             return "end"
         self._add(self._stream.feed(token))
-        return "stop" if self._stream.stopped else ""
+        if self._stream.stopped:
+            return "stop"
+        self._lengths.append(len(self.text) + len(self._stream.held))
+        return ""
 
     def finish(self, end: str) -> None:
         self._add(self._stream.finish())
@@ -118,9 +123,15 @@ class Continuation:
 
     def line(self) -> str:
         """The row with what was generated, as JSON."""
-        return json.dumps(
-            self.row | {"generated": self.text, "tokens": len(self.tokens), "end": self.end}, ensure_ascii=False
-        )
+        return json.dumps(self.row | dict(zip(WRITTEN, (self.text, len(self.tokens), self.end))), ensure_ascii=False)
+
+    def shown_tokens(self) -> list[int]:
+        """The tokens of the text, without the stop text or the end of the document behind it; where a stop text began
+        inside of a token, those of what stands before it there."""
+        if self.end != "stop":
+            return self.tokens[: len(self._lengths) - 1]
+        length = max(length for length in self._lengths if length <= len(self.text))
+        return self.tokens[: self._lengths.index(length)] + self._tokenizer.encode(self.text[length:])
 
     def _add(self, text: str) -> None:
         self.text += text

@@ -23,7 +23,12 @@ def build_parser() -> Parser:
     parser = Parser(prog="rwkv-peft generate", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
     add = parser.add_argument
-    add("--save_state", metavar="PTH", help="write the state after the prompt and all that was generated")
+    add(
+        "--save_state",
+        metavar="PTH",
+        help="write the state behind the prompt and what is printed; a stop text and the end of the document are no "
+        "part of it",
+    )
     add("--chat", action="store_true", help="talk in turns, User: and Assistant:, as chat data is trained")
     add(
         "--think",
@@ -34,7 +39,8 @@ def build_parser() -> Parser:
     add(
         "--prompt_file",
         metavar="FILE",
-        help='.jsonl with a "prompt" in each line, or a text with a prompt a line; - reads lines',
+        help='.jsonl (or .ndjson, .jsonl.gz, .json) with a "prompt" in each row, or a text with a prompt a line; - '
+        "reads lines",
     )
     add("--output", metavar="JSONL", help="write the lines of JSON to this file instead")
     add("--max_tokens", type=int, default=256, help="longest continuation (default 256)")

@@ -1,30 +1,40 @@
 """Prompts as a user gives them, and as tokens."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from ..data.encoding import parse
+from ..data.rows import JSON_ENDINGS, read_chunks
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 
+WRITTEN = ("generated", "tokens", "end")  # what a line that is written says of its prompt's continuation
+ENDS = ("end", "stop", "length")
 
-def read_prompt_file(path: str) -> list[dict[str, Any]]:
-    """[{"prompt": text, …}] of a .jsonl, or of a text with a prompt a line ("-": standard input); blank lines are left
-    out. What a .jsonl holds besides the prompt stays with it. Raises UserError."""
+
+def read_prompt_file(path: str | Path) -> list[dict[str, Any]]:
+    """[{"prompt": text, …}] of a file of JSON (.jsonl, .ndjson, .jsonl.gz, .json), or of a text with a prompt a line
+    ("-": standard input); blank lines are left out. What a row holds besides the prompt stays with it. Raises
+    UserError."""
+    if str(path).lower().endswith(JSON_ENDINGS):
+        rows = read_rows(path)
+    else:
+        rows = [{"prompt": line.rstrip("\r")} for line in read_text(path).split("\n") if line.strip()]
+    if not rows:
+        raise UserError(f"--prompt_file {path} holds no prompt")
+    return rows
+
+
+def read_text(path: str | Path) -> str:
+    """A text, without the byte order mark of editors on Windows."""
     try:
         text = read_input() if path == "-" else Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"--prompt_file {path}: {error.strerror}; check the name") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--prompt_file {path} is not UTF-8 (byte {error.start}); convert it") from error
-    text = text.removeprefix("\ufeff")  # the byte order mark of editors on Windows is no part of the first prompt
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if not lines:
-        raise UserError(f"--prompt_file {path} holds no prompt")
-    if not str(path).endswith((".jsonl", ".json")):
-        return [{"prompt": line.rstrip("\r")} for _, line in lines]
-    return [read_line(path, number, line) for number, line in lines]
+    return text.removeprefix("\ufeff")
 
 
 def read_input() -> str:
@@ -33,15 +43,29 @@ def read_input() -> str:
     return sys.stdin.read().encode(errors="surrogateescape").decode()
 
 
-def read_line(path: str, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}, line {number}: not JSON ({error}); one object a line is due") from error
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    rows = []
+    for chunk in read_chunks(path):
+        for number, item in enumerate(chunk.items, start=chunk.first):
+            if isinstance(item, bytes) and not item.strip():
+                continue
+            try:
+                rows.append(checked(parse(item)))
+            except UserError as error:
+                raise UserError(f"--prompt_file {path}, {chunk.unit} {number}: {error}") from error
+    return rows
+
+
+def checked(row: object) -> dict[str, Any]:
+    """The row of a prompt. Raises UserError for what is none, or has fields that its line would not keep; those of a
+    line that was written before are made anew."""
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise UserError('an object with a "prompt" that is a text is due, as in {"prompt": "Once upon a time"}')
+    before = isinstance(row.get("generated"), str) and isinstance(row.get("tokens"), int) and row.get("end") in ENDS
+    if taken := [name for name in WRITTEN if name in row and not before]:
         raise UserError(
-            f'{path}, line {number}: an object with a "prompt" that is a text is due, as in '
-            '{"prompt": "Once upon a time"}'
+            f"the row has a field {' and a field '.join(taken)} of its own, where what is generated is written as "
+            f"{', '.join(WRITTEN)}, so that it would be lost; call it otherwise"
         )
     return row
 
