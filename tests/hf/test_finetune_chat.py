@@ -65,6 +65,10 @@ def test_all_of_it_counts_where_that_is_asked(tiny, tmp_path, monkeypatch):
 def test_other_names_of_columns_roles_and_fields(tiny, tmp_path, monkeypatch):
     chat = turns("A", "B", form=("from", "value"), names=("human", "gpt"))
     assert learned(tiny, tmp_path, monkeypatch, write(tmp_path / "a.jsonl", "conversations", chat)) == [" B</s>"]
+    chat = turns("A", "B", "C", form=("from", "value"), names=("observation", "gpt"))
+    path = write(tmp_path / "c.jsonl", "conversations", chat)
+    text = "### TOOL: A\n### ASSISTANT: B</s>\n### TOOL: C"
+    assert learned(tiny, tmp_path, monkeypatch, path, "--completion_only_loss", "False") == [text]
     path = write(tmp_path / "b.jsonl", "talk", turns("A", "C"))
     assert learned(tiny, tmp_path, monkeypatch, path, "--dataset_field", "talk") == [" C</s>"]
 
@@ -128,6 +132,10 @@ CALL = [{"type": "function", "function": {"name": "t", "arguments": {"x": 1}}}]
         (
             {"messages": [*turns("A"), {"role": "assistant", "content": None, "tool_calls": CALL}]},
             "holds calls of tools, which the .* template leaves out",
+        ),
+        (
+            {"conversations": [*turns("A"), {"from": "function_call", "value": "t(1)"}, *turns("B", "C")]},
+            "has a turn of function_call, .* write it as the tool_calls of an assistant's turn",
         ),
         ({"query": "A", "response": "B", "history": [["C", "D"]]}, "has a history, .* --dataset_field query response"),
         ({"messages": turns("A", "B"), "system": ["Be."]}, "has a list for its system text, and text is due"),

@@ -176,7 +176,9 @@ def test_the_lowest_loss_is_that_on_the_data_of_now(files, train):
     train("validated", *flags, str(files / "data"))
     out, _ = train("validated", *flags, str(files / "held-out"), "--resume")
     lines = metrics(files, "validated")
-    assert len(lines) == 6 and f"lowest loss {lines[3]['val_loss']:.4f}; stopped after 2 validations" in out
+    best = files / "validated" / "adapter-best.safetensors"
+    assert best.exists() and len(lines) == 6
+    assert f"lowest loss {lines[3]['val_loss']:.4f}, {best}; stopped after 2 validations" in out
 
 
 def test_larger_steps_count_from_their_own_checkpoint(tmp_path):

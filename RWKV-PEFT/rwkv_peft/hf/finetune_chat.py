@@ -9,7 +9,9 @@ from ..errors import UserError
 from ..names import SYSTEM_FIELDS
 
 # The roles of turns {from, value}, where templates call them otherwise.
-ROLES = MappingProxyType({"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"})
+ROLES = MappingProxyType(
+    {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "observation": "tool"}
+)
 CALLS = ("tool_calls", "function_call")  # what a turn may hold besides its words
 # For base models, which have no template: the layout of rows of a question and its answer, turn after turn.
 TEMPLATE = (
@@ -90,6 +92,11 @@ def _message(turn: object, where: str) -> dict[str, Any]:
         turn = {"role": ROLES.get(role, role), "content": turn.get("value")}
     if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
         raise UserError(f"{where} has a turn that is no object with role and content (or from and value): {turn!r:.60}")
+    if turn["role"] in CALLS:
+        raise UserError(
+            f"{where} has a turn of {turn['role']}, which chat templates do not take for the assistant's, so that the "
+            "call would not be learned; write it as the tool_calls of an assistant's turn, or into that turn's words"
+        )
     if turn.get("content") is None and calls(turn):
         turn = {**turn, "content": ""}
     if not isinstance(turn.get("content"), str):

@@ -22,6 +22,7 @@ from ..plots import plot_loss
 from .checkpoints import DIVERGED, find_checkpoint, telling_refusals
 from .loggers import make_loggers
 from .prepared import Prepared
+from .products import BEST, labelled
 from .validate import VALIDATION
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
         )
     validation = ""
     if run.validator is not None and VALIDATION in run.validator.measured:
-        validation = f"validation  lowest loss {run.validator.best:.4f}"
+        validation = f"validation  lowest loss {run.validator.best:.4f}, {labelled(run.saver.newest, BEST)}"
         if run.validator.exhausted:
             validation += f"; stopped after {counted(run.config.train.early_stop, 'validation')} without a lower one"
         validation += "\n"

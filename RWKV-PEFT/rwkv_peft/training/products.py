@@ -30,6 +30,7 @@ from ..names import ADAPTER, MODEL, STATE
 from ..release.merge import Merge, MergeOptions
 
 MERGED, STATES = "merged.pth", "state.pth"  # the newest of them
+BEST = "best"  # the label of what had the lowest validation loss
 
 
 def newest_name(adapter: AdapterConfig) -> str:

@@ -13,6 +13,7 @@ from ..data.batches import EvalBatches
 from ..data.samples import Samples
 from .history import Lowest
 from .plan import Plan
+from .products import BEST
 from .saver import Saver
 from .watch import Watch
 
@@ -27,7 +28,7 @@ class Validator:
     """Called on all ranks after each step; every val_every steps (0: every epoch) and after the last one it goes once
     through the samples of each data set that is measured: VALIDATION, RETAINED, or both.
 
-    A new lowest loss of VALIDATION saves the trained tensors under the name "best". After early_stop validations in a
+    A new lowest loss of VALIDATION saves the trained tensors under the label BEST. After early_stop validations in a
     row without one (0: never) `exhausted` becomes true. RETAINED decides nothing. `watch` (training/watch.py) hears of
     every batch; `lowest` is that of the run so far, `anew` tells a run that begins from one that goes on.
     """
@@ -74,7 +75,7 @@ class Validator:
             measures = measures or {"ppl": math.exp(min(loss, 700.0))}
             found |= {f"{name}_loss": loss, **{f"{name}_{word}": value for word, value in measures.items()}}
         if VALIDATION in self.measured and self.lowest.note(found[f"{VALIDATION}_loss"]):
-            self.saver.save_tensors(trainer, lit, ["best"])
+            self.saver.save_tensors(trainer, lit, [BEST])
         return found
 
     @torch.no_grad()
