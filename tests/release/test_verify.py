@@ -217,3 +217,13 @@ def test_a_temporary_folder_that_refuses_is_told_and_keeps_nothing(tiny_state, t
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert list((tmp_path / "tmp").glob(".rwkv_peft*")) == []
+
+
+def test_a_sum_of_probabilities_that_float32_rounded_says_nothing_of_a_model():
+    torch.manual_seed(0)
+    reference = torch.randn(7, 300, dtype=torch.float64)
+    told = reference.log_softmax(-1)[-1:].float()
+    assert judge(told + 1e-2, reference, "f32", shifted=True)[0] < 1e-6
+    told[0, 5] += 1e-2
+    difference, limit = judge(told, reference, "f32", shifted=True)
+    assert difference == pytest.approx(1e-2, rel=1e-2) and difference > limit
