@@ -166,6 +166,7 @@ def test_the_standard_error_is_that_of_a_mean():
     assert summary("t", ["a"], records) == [
         "t: 3 problems",
         "a            33.3% ± 33.3% (standard error), 1 of 3",
-        "1 answers were cut off at --max_tokens",
+        "1 answer cut off at --max_tokens",
     ]
-    assert summary("t", ["a"], [{"a": True, "logprobs": [-math.log(8)]}])[-1] == "perplexity 8 of the last word"
+    lines = summary("t", ["a"], [{"a": True, "logprobs": [-math.log(8)]}])
+    assert lines[0] == "t: 1 problem" and lines[-1] == "perplexity 8 of the last word"

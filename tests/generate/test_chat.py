@@ -2,6 +2,7 @@
 
 import io
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -133,11 +134,17 @@ def test_reset_forgets_and_exit_ends(chat):
     assert error.splitlines()[0].startswith("/reset forgets the chat, /save FILE")
 
 
-@pytest.mark.parametrize("name", ["chat.pth", "chat"])
+def test_an_answer_that_is_cut_off_is_said(chat):
+    out, error, _ = chat(["Hi", "So?", "And?"], "--max_tokens", 3, says=["abc", "de|", "f\n\n"])
+    assert out == "Assistant:abc\n\nAssistant:de\n\nAssistant:f\n\n\n\n"
+    assert error.count("(cut off after --max_tokens 3)") == 2
+
+
+@pytest.mark.parametrize("name", ["chat.pth", "my chat"])
 def test_a_saved_chat_goes_on(chat, tmp_path, model, name):
     path = tmp_path / name
     _, error, whole = chat(["Hi", f"/save {path}", "So?"], says=[" Yo|", " No|"])
-    assert f"--state {path} goes on" in error
+    assert f"--state {shlex.quote(str(path))} goes on" in error
     _, _, resumed = chat(["So?"], "--state", path, says=[" No|"])
     torch.testing.assert_close(resumed[0], whole[4], rtol=1e-4, atol=1e-4)
     assert any(key.endswith("time_state") for key in read_tensors(path))

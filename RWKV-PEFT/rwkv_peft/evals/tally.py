@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from ..cli import counted
 from .records import Record
 
 
@@ -19,7 +20,7 @@ def standard_error(share: float, total: int) -> float:
 def summary(task: str, measures: Sequence[str], records: Sequence[Record]) -> list[str]:
     """The lines that tell the score."""
     total = len(records)
-    lines = [f"{task}: {total:,} problems"]
+    lines = [f"{task}: {counted(total, 'problem')}"]
     for name in measures:
         share = share_of(name, records)
         error = standard_error(share, total)
@@ -27,7 +28,7 @@ def summary(task: str, measures: Sequence[str], records: Sequence[Record]) -> li
         lines.append(f"{name:<10} {share:7.1%}{spread}, {share * total:,.0f} of {total:,}")
     long = sum(record.get("end") == "length" for record in records)
     if long:
-        lines.append(f"{long:,} answers were cut off at --max_tokens")
+        lines.append(f"{counted(long, 'answer')} cut off at --max_tokens")
     alone = [record["logprobs"][0] for record in records if len(record.get("logprobs", ())) == 1]
     if alone:
         mean = sum(alone) / len(alone)

@@ -3,6 +3,7 @@
 Lines come from standard input, a terminal or a pipe; answers stream to standard output, remarks to standard error.
 """
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -74,6 +75,8 @@ class Chat:
                 show(text)
         finally:
             show("\n\n")
+        if self.session.cut:
+            remark(f"(cut off after --max_tokens {self.max_tokens})")
 
     def command(self, name: str, argument: str = "") -> bool:
         """Do what a line with / asks for; False where it ends the chat."""
@@ -98,7 +101,7 @@ class Chat:
             if self.session.state is None:
                 raise UserError("/save: nothing was said yet")
             save_state_file(path, self.session.state, self.session.model)
-            remark(f"saved; rwkv-peft generate --chat --state {path} goes on from here")
+            remark(f"saved; rwkv-peft generate --chat --state {shlex.quote(path)} goes on from here")
         except UserError as error:
             remark(f"error: {error}")
 

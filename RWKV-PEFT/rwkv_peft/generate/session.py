@@ -19,7 +19,8 @@ class Session:
     """A model's State after all turns so far, from `start` on (None: zeros).
 
     Between turns the sequence ends in TURN_END, as the chats that are trained on have it, or is still to get it: `tail`
-    holds tokens that were drawn and not read yet, `closed` says whether TURN_END is behind them.
+    holds tokens that were drawn and not read yet, `closed` says whether TURN_END is behind them. `cut` says whether the
+    last answer had all of its max_tokens, and may not be over.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Session:
         """Forget every turn."""
         self.state, self.closed = self.start, True
         self.tail: list[int] = []
+        self.cut = False
 
     def close(self) -> None:
         """Read what the last turn left, so that the state is behind all of it and its TURN_END."""
@@ -54,7 +56,7 @@ class Session:
         asked = [token for text in texts for token in self.tokenizer.encode(text)]
         logits, state = prefill(self.model, [asked], self.state)
         self.state, self.closed = state, False
-        stream, shown = TextStream(self.tokenizer, stops), ""
+        stream, shown, self.cut = TextStream(self.tokenizer, stops), "", False
         turn_end: tuple[str, State] | None = None  # the text whose end is TURN_END, and the state behind it
         row, size = Sequence(0, self.random), min(self.tokenizer.vocab_size, self.model.config.vocab_size)
         counts = logits.new_zeros(1, size, dtype=torch.float32)
@@ -78,6 +80,8 @@ class Session:
             logits, self.state, self.tail = new[:, 0], state, []
             if (whole := shown + stream.held).endswith(TURN_END):
                 turn_end = whole, state
+        else:
+            self.cut = True
         rest = stream.finish()
         self.closed = (shown + rest).endswith(TURN_END)
         if rest:
