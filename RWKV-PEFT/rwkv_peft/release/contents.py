@@ -96,12 +96,15 @@ def adapter_contents(source: AdapterSource) -> Contents:
 
 
 def tensor_contents(tensors: dict[str, torch.Tensor], path: Path, names: str) -> Contents:
-    """A model, or time states alone, under official keys; names says whose names the file has."""
+    """A model, time states alone, or a saved session, under official keys; names says whose names the file has."""
     states = {key: tensor for key, tensor in tensors.items() if is_time_state(key)}
     if len(states) == len(tensors):
         check_time_states(states, path)
         shape = tuple(next(iter(states.values())).shape)
         kind = f"time states of {counted(len(states), 'layer')}, (heads, N, N) = {shape}"
+        return Contents([("kind", kind), *numbers(tensors)])
+    if states and all(key in states or key.endswith(".shift") for key in tensors):
+        kind = f"session of {counted(len(states), 'layer')}, which generate --state goes on from"
         return Contents([("kind", kind), *numbers(tensors)])
     try:
         base = base_of(tensors, path)
