@@ -471,3 +471,17 @@ def test_makes_what_another_tool_made(shared_data, tmp_path):
     main([str(shared_data / "binidx" / "demo.jsonl"), "--output", str(tmp_path / "data")])
     ours, theirs = BinidxDataset(tmp_path / "data"), BinidxDataset(shared_data / "binidx" / "demo")
     assert sorted(document.tolist() for document in ours) == sorted(document.tolist() for document in theirs)
+
+
+def test_rows_without_words_in_an_answer_are_counted(preprocess, capsys):
+    def chat(*words):
+        return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(words)]}
+
+    whole = [chat("Q", "A", "R", "B"), {"query": "Q", "response": "A"}, {"text": "A"}, chat("Q", "A", "R")]
+    preprocess(whole)
+    assert "empty answer" not in capsys.readouterr().out
+    odd = [{"query": "Q", "response": " "}, {"prompt": "Q", "completion": ""}, chat("Q", "", "R", "B"), chat("Q")]
+    preprocess(whole + odd)
+    assert "\nnote: 4 rows with an empty answer or none: to say nothing is" in capsys.readouterr().out
+    preprocess(" \n\nA\n", name="in.txt")
+    assert "empty answer" not in capsys.readouterr().out

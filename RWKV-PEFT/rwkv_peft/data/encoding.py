@@ -12,7 +12,7 @@ from ..errors import UserError
 from .binidx import dtype_code
 from .pairs import pair
 from .rows import Chunk
-from .templates import Segment, Template, UnknownForm, named_segments, segments, thinks
+from .templates import TURN_END, Segment, Template, UnknownForm, named_segments, segments, thinks
 from .tokenizer import load_tokenizer
 
 Piece = tuple[list[int], bool]  # the tokens of a text, and whether they count in the loss
@@ -70,14 +70,17 @@ class EncodeSettings:
         return self.command == "pairs"
 
 
+COUNTS = tuple("characters bad empty shortened too_long equal bare wordless thinking at_once".split())
+
+
 @dataclass
 class Encoded:
     """Documents as bytes: tokens in the writer's dtype, a mask byte for each, sizes in tokens.
 
     characters of text were read. bad counts rows left out and examples says what was wrong with the
     first of them; empty, shortened and too_long count documents, or pairs of them; equal those whose answers are the
-    same, bare those that lack a prompt or an answer; thinking and at_once rows with thinking and without, where it is
-    asked for.
+    same, bare those that lack a prompt or an answer; wordless rows in which an answer is empty, or there is none;
+    thinking and at_once rows with thinking and without, where it is asked for.
     """
 
     sizes: list[int] = field(default_factory=list)
@@ -92,12 +95,13 @@ class Encoded:
     too_long: int = 0
     equal: int = 0
     bare: int = 0
+    wordless: int = 0
     thinking: int = 0
     at_once: int = 0
 
     def add_counts(self, other: "Encoded") -> None:
         """Add another's counts, but not its documents."""
-        for name in ("characters", "bad", "empty", "shortened", "too_long", "equal", "bare", "thinking", "at_once"):
+        for name in COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.examples = (self.examples + other.examples)[:3]
 
@@ -176,6 +180,7 @@ class Encoder:
                 result.examples = (result.examples + [message])[:3]
                 continue
             added = self._add(pieces, chunk, result, tokens, mask)
+            result.wordless += added and not whole and not all(map(has_words, documents))
             if added and self.settings.think == "on" and not isinstance(item, str):
                 thinking = thinks(documents[0])
                 result.thinking += thinking
@@ -217,6 +222,12 @@ def asked_and_answered(document: list[Segment]) -> bool:
     """Whether a document has words that do not count before some that do."""
     (prompt, counts), *_ = document
     return bool(prompt and not counts) and any(text.strip() for text, counts in document if counts)
+
+
+def has_words(document: list[Segment]) -> bool:
+    """Whether a document has something that counts, none of which is blank but what parts turns."""
+    learned = [text for text, counts in document if counts]
+    return bool(learned) and all(text.strip() or text == TURN_END for text in learned)
 
 
 def length(pieces: list[Piece]) -> int:

@@ -24,10 +24,17 @@ def describe(dataset: BinidxDataset, totals: Encoded | None = None) -> str:
 
 
 def laid_out(totals: Encoded) -> list[str]:
-    """A line on the rows with thinking and without, where thinking was asked for."""
-    if not totals.thinking:
-        return []
-    return [f"{counted(totals.thinking, 'row')} with thinking, {totals.at_once:,} without (<think></think)"]
+    """Lines on the rows with thinking and without, where thinking was asked for, and on those without words in an
+    answer."""
+    lines = []
+    if totals.thinking:
+        lines.append(f"{counted(totals.thinking, 'row')} with thinking, {totals.at_once:,} without (<think></think)")
+    if totals.wordless:
+        lines.append(
+            f"note: {counted(totals.wordless, 'row')} with an empty answer or none: to say nothing is what an empty "
+            "one teaches"
+        )
+    return lines
 
 
 def left_out(totals: Encoded) -> list[str]:
