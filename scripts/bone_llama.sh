@@ -29,6 +29,10 @@ if [ -n "${BASE_MODEL:-}" ] || [ -n "${DATA_PATH:-}" ]; then
     *) set -- --warmup_ratio 0.03 "$@" ;;
     esac
 else
+    case " $* " in
+    *" --base_model_name_or_path"* | *" --data_path"*)
+        fail "without BASE_MODEL and DATA_PATH the settings are the demo's, for its own model; name yours by them" ;;
+    esac
     out="${OUTPUT_DIR:-$root/out/bone_llama}"
     rank="${BONE_R:-16}" bits="${BITS:-fp32}" split="${DATASET_SPLIT:-train}"
     case " $* " in

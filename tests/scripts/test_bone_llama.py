@@ -36,6 +36,11 @@ def test_half_of_a_users_input_is_refused():
     assert done.returncode != 0 and "without DATA_PATH" in done.stderr
 
 
+def test_a_users_model_is_not_trained_with_the_demos_settings(tmp_path):
+    done = script({"OUTPUT_DIR": str(tmp_path / "out")}, "--base_model_name_or_path", "model", "--data_path=a.jsonl")
+    assert done.returncode == 1 and "name yours by them" in done.stderr and not (tmp_path / "out").exists()
+
+
 def test_a_users_flags_stand_for_the_scripts(tmp_path):
     """The last of a flag's values counts."""
     (tmp_path / "scripts").mkdir()
