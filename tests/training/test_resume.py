@@ -71,6 +71,16 @@ def test_a_stopped_run_resumes_bitwise(files, command, train, unbroken, number, 
     )
 
 
+@pytest.mark.parametrize("strategy", ["2_offload", "3", "3_offload"])
+def test_a_run_under_any_strategy_resumes_bitwise(files, train, strategy):
+    flags = ("--strategy", f"deepspeed_stage_{strategy}", "--accumulate_grad_batches", "2", "--lr_schedule", "constant")
+    train(f"whole-{strategy}", *flags)
+    train(f"parts-{strategy}", *flags, "--epoch_count", "1")
+    train(f"parts-{strategy}", *flags, "--resume")
+    whole, parts = (files / f"{name}-{strategy}" / "adapter.safetensors" for name in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+
+
 def test_a_terminal_that_goes_away_tells_more_than_once_and_the_run_saves(files, command):
     process = start(command("hung-up", "--epoch_steps", "100000"))
     wait_for_steps(files, "hung-up", 5, process)

@@ -81,7 +81,7 @@ class AdapterLinear(nn.Module):
 
     def bones(self, x: torch.Tensor) -> torch.Tensor | None:
         """The matrices by which what makes x (..., in) may bend it (ops/mix): None where x is wanted as it is."""
-        if self.base.requires_grad or not self.can_part(x):
+        if not self.can_part(x) or self.base.requires_grad:
             return None
         bones = self.method.bones(self.params, self.scale)
         return None if bones is None else bones.to(x.dtype)
@@ -92,24 +92,21 @@ class AdapterLinear(nn.Module):
     def around_square(self, x: torch.Tensor, channels: int) -> bool:
         """Whether the layer, before or after a squared relu of so many channels, leaves its part of low rank to its
         kernel, whose input is like x: the one place that decides."""
-        takes = self.method.around_square and takes_low_square(x, channels, self.rank, *self.trained)
-        return takes and self.can_part(x)
+        can = self.method.around_square and self.can_part(x)
+        return can and takes_low_square(x, channels, self.rank, *self.trained)
 
     def before_norm(self, x: torch.Tensor) -> bool:
         """Whether the layer leaves what it adds to each shard of its outputs to a frozen norm that reads them, where
         its input is like x: the one place that decides."""
-        takes = self.method.before_norm and takes_left(x, self.out_features, self.rank, *self.trained)
-        return takes and self.can_part(x)
+        can = self.method.before_norm and self.can_part(x)
+        return can and takes_left(x, self.out_features, self.rank, *self.trained)
 
     def can_part(self, x: torch.Tensor) -> bool:
         """Whether a part of what the layer does can be done outside its forward. Parameters that ZeRO-3 cuts are whole
-        there alone."""
-        return not (
-            self.untrained
-            or (self.dropout and self.training)
-            or autocasts(x)
-            or any([hasattr(parameter, "ds_shape") for parameter in (self.base, *self.trained)])
-        )
+        there alone; to name one elsewhere has ZeRO-3 gather it for the module that does, so that this comes first and
+        looks at them without their names."""
+        cut = any([hasattr(parameter, "ds_shape") for parameter in self._parameters.values()])
+        return not (cut or self.untrained or (self.dropout and self.training) or autocasts(x))
 
     @property
     def trained(self) -> list[torch.Tensor]:
