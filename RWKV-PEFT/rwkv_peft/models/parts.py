@@ -15,6 +15,7 @@ from ..ops.mix import norm_lerp, relu_square
 from .state import TIME_STATE, LayerState, State, swapped
 
 HeadFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, weight of the head) -> what stands for logits
+Adds = Callable[[], bool]  # whether what reads a layer's result adds what the layer leaves
 
 
 class AddedLinear(nn.Linear):
@@ -91,14 +92,14 @@ class BeforeNorm(Protocol):
 
 
 def unshifted(
-    layer: nn.Module, given: Input, *residual: torch.Tensor, whole: bool
+    layer: nn.Module, given: Input, *residual: torch.Tensor, adds: Adds | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """An Input through a layer, added to a residual, and None, or what a BeforeNorm gives that need not give the
-    `whole`."""
+    """An Input through a layer, added to a residual, and None; or what a BeforeNorm gives where the norm that reads it
+    `adds` what it leaves: asked last, since that names parameters, which ZeRO-3 would gather."""
     before = cast(BeforeNorm, layer)
-    if whole or not hasattr(layer, "before_norm") or not before.before_norm(given.x):
-        return given.through(layer, *residual), None
-    return before.unshifted(given.x, *residual, shift=given.shift)
+    if adds is not None and hasattr(layer, "before_norm") and before.before_norm(given.x) and adds():
+        return before.unshifted(given.x, *residual, shift=given.shift)
+    return given.through(layer, *residual), None
 
 
 def adds_left(norm: nn.LayerNorm, *points: torch.Tensor) -> bool:
@@ -107,19 +108,19 @@ def adds_left(norm: nn.LayerNorm, *points: torch.Tensor) -> bool:
 
 
 def feed_forward(
-    key: nn.Module, value: nn.Module, given: Input, *residual: torch.Tensor, whole: bool = True
+    key: nn.Module, value: nn.Module, given: Input, *residual: torch.Tensor, adds: Adds | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """value(max(key(x), 0)², *residual), for linear layers, AroundSquare and BeforeNorm or not, and key's Input ->
-    (B, T, C), and None, or what value left where it need not be the `whole`."""
+    (B, T, C), and None, or what value left, as `unshifted` has it."""
     channels = cast(nn.Linear, key).out_features
     before, after = cast(tuple[AroundSquare, AroundSquare], (key, value))
     if not all([hasattr(one, "around_square") and one.around_square(given.x, channels) for one in (before, after)]):
-        return unshifted(value, Input(relu_square(given.through(key))), *residual, whole=whole)
+        return unshifted(value, Input(relu_square(given.through(key))), *residual, adds=adds)
     square, right = after.squared(*before.opened(*given))  # the square's input is in memory no longer than that
     last = cast(BeforeNorm, value)
-    if whole or not last.before_norm(square):
-        return after.closed(square, right, *residual), None
-    return last.unshifted(square, *residual, right=right)
+    if adds is not None and last.before_norm(square) and adds():
+        return last.unshifted(square, *residual, right=right)
+    return after.closed(square, right, *residual), None
 
 
 class MixedNorm(nn.LayerNorm):

@@ -14,6 +14,7 @@ from ...ops.mix import gated_residual, norm_ddlerp
 from ...ops.wkv6 import wkv6_gated
 from ..parts import (
     AddedLinear,
+    Adds,
     Input,
     LanguageModel,
     MixedNorm,
@@ -113,11 +114,11 @@ class TimeMix(Recurrent):
         wkv_state: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         lefts: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
-        whole: bool = True,
+        adds: Adds | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """x, y and gate (B, T, C), or y and gate None, and lefts of y and gate, of which `norm` normalizes x +
-        sigmoid(gate) y -> that sum plus what attention makes of it (B, T, C), what is left of that, None where it is to
-        be the `whole`, last normalized token (B, C), final wkv state (B, H, N, N)."""
+        sigmoid(gate) y -> that sum plus what attention makes of it (B, T, C), what is left of that, where who reads it
+        `adds` that, or None, last normalized token (B, C), final wkv state (B, H, N, N)."""
         B, T, _ = x.shape
         maa = torch.cat([getattr(self, f"time_maa_{name}") for name in "wkvrg"]).flatten(1)  # (5, C), as time_maa_w2
         factors = self.time_maa_x[0], self.time_maa_w1, maa, self.time_maa_w2, self.time_decay_w1
@@ -129,7 +130,7 @@ class TimeMix(Recurrent):
         decay = low, self.time_decay_w2, self.time_decay
         wkv_state = self.begun(wkv_state, count_sequences(x, cu_seqlens))
         y, wkv_state = self.ln_x((r, k, v), decay, self.time_faaaa, g, wkv_state, cu_seqlens)
-        return *unshifted(self.output, Input(y), x, whole=whole), last, wkv_state
+        return *unshifted(self.output, Input(y), x, adds=adds), last, wkv_state
 
 
 class ChannelMix(nn.Module):
@@ -151,17 +152,17 @@ class ChannelMix(nn.Module):
         left: torch.Tensor | None = None,
         shift: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
-        whole: bool = True,
+        adds: Adds | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
         """x (B, T, C) and what was left of it, which `norm` adds and normalizes -> x, what the feed-forward makes of
-        it, and the gate of that before its sigmoid (B, T, C), what is left of these two, None each where they are to be
-        the `whole`, last normalized token (B, C)."""
+        it, and the gate of that before its sigmoid (B, T, C), what is left of these two, where who reads them `adds`
+        that, or None each, last normalized token (B, C)."""
         maa = torch.cat((self.time_maa_k, self.time_maa_r)).view(2, -1)
         bones = bones_of((self.key, self.receptance), x)
         x, last, points, shifts = norm(x, maa, shift, cu_seqlens, bones, left=left)
         key, receptance = inputs_of(points, bones, shifts)
-        y, left_y = feed_forward(self.key, self.value, key, whole=whole)
-        gate, left_gate = unshifted(self.receptance, receptance, whole=whole)
+        y, left_y = feed_forward(self.key, self.value, key, adds=adds)
+        gate, left_gate = unshifted(self.receptance, receptance, adds=adds)
         return x, y, gate, left_y, left_gate, last
 
 
@@ -196,14 +197,22 @@ class Block(nn.Module):
         att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
         if self.first:
             x = self.ln0(x)
-        lefts, apart = (left_y, left_gate), not adds_left(self.ln2, self.ffn.time_maa_k)
-        x, left, att_shift, wkv = self.att(self.ln1, x, y, gate, att_shift, wkv, cu_seqlens, lefts, apart)
-        apart = whole or not adds_left(self.ln1, self.att.time_maa_x)  # as the next block's are
-        x, *carried, ffn_shift = self.ffn(self.ln2, x, left, ffn_shift, cu_seqlens, apart)
+        lefts = left_y, left_gate
+        here, next_one = self.adds_here, None if whole else self.next_adds
+        x, left, att_shift, wkv = self.att(self.ln1, x, y, gate, att_shift, wkv, cu_seqlens, lefts, here)
+        x, *carried, ffn_shift = self.ffn(self.ln2, x, left, ffn_shift, cu_seqlens, next_one)
         if whole:
             y, gate, *_ = carried
             x, carried = gated_residual(x, gate, y), [None] * 4
         return x, *carried, LayerState(att_shift, wkv, ffn_shift)
+
+    def adds_here(self) -> bool:
+        """Whether ln2 adds what attention leaves."""
+        return adds_left(self.ln2, self.ffn.time_maa_k)
+
+    def next_adds(self) -> bool:
+        """Whether the next block's ln1, which is as this one's, adds what the feed-forward leaves."""
+        return adds_left(self.ln1, self.att.time_maa_x)
 
 
 class RWKV6(LanguageModel):

@@ -13,6 +13,7 @@ from ...ops.mix import value_residual
 from ...ops.wkv7 import wkv7_gated
 from ..parts import (
     AddedLinear,
+    Adds,
     LanguageModel,
     MixedNorm,
     Recurrent,
@@ -138,14 +139,14 @@ class ChannelMix(nn.Module):
         x: torch.Tensor,
         shift: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
-        whole: bool = True,
+        adds: Adds | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """x (B, T, C), which `norm` normalizes -> x plus what the feed-forward makes of it (B, T, C), what is left of
-        that, None where it is to be the `whole`, last normalized token (B, C)."""
+        that, where who reads it `adds` that, or None, last normalized token (B, C)."""
         bones = bones_of([self.key], x)
         x, last, points, shifts = norm(x, self.x_k[0], shift, cu_seqlens, bones)
         (key,) = inputs_of(points, bones, shifts)
-        return *feed_forward(self.key, self.value, key, x, whole=whole), last
+        return *feed_forward(self.key, self.value, key, x, adds=adds), last
 
 
 class Block(nn.Module):
@@ -178,9 +179,12 @@ class Block(nn.Module):
         if self.first:
             x = self.ln0(x)
         x, v_first, att_shift, wkv = self.att(self.ln1, x, v_first, att_shift, wkv, cu_seqlens, left)
-        whole = whole or not adds_left(self.ln1, self.att.x_r)  # as the next block's are
-        x, left, ffn_shift = self.ffn(self.ln2, x, ffn_shift, cu_seqlens, whole)
+        x, left, ffn_shift = self.ffn(self.ln2, x, ffn_shift, cu_seqlens, None if whole else self.next_adds)
         return x, left, v_first, LayerState(att_shift, wkv, ffn_shift)
+
+    def next_adds(self) -> bool:
+        """Whether the next block's ln1, which is as this one's, adds what the feed-forward leaves."""
+        return adds_left(self.ln1, self.att.x_r)
 
 
 class RWKV7(LanguageModel):
