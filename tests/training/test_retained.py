@@ -95,6 +95,16 @@ def test_it_needs_no_validation_and_decides_nothing(files, train, kept, more):
     assert not list((files / name).glob("*-best*"))
 
 
+def test_other_data_than_before_is_said(files, train, kept):
+    """Whose loss is no measure of what the run forgot since its first step."""
+    flags = ("--precision", "fp32", "--epoch_steps", "1", "--epoch_count")
+    first, _ = train("other", *flags, "1", "--retain_data", kept)
+    same, _ = train("other", *flags, "2", "--retain_data", kept, "--resume")
+    other, _ = train("other", *flags, "3", "--retain_data", str(files / "data"), "--resume")
+    note = "--retain_data is not what it was before"
+    assert note not in first + same and note in other
+
+
 def test_early_stop_does_not_go_by_it(train, kept):
     _, err = train("refused", "--retain_data", kept, "--early_stop", "1", code=2)
     assert "--early_stop 1 needs samples to validate on: --val_data or --val_split" in err

@@ -54,6 +54,17 @@ def lowest_before(train: TrainConfig, plan: Plan, state: Mapping[str, Any] | Non
     return Lowest(history(Path(train.proj_dir) / METRICS, plan))
 
 
+def other_retained(state: Mapping[str, Any] | None, retained: str) -> list[str]:
+    """A note where what is retained is measured on other data than before a run went on, by the hash of it that state
+    has and that of now, "" for none."""
+    before = "" if state is None else state.get("retained", "")  # earlier versions did not record it
+    if not before or retained in ("", before):
+        return []
+    return [
+        "note: --retain_data is not what it was before; retain_start and each retain_loss so far are of other samples"
+    ]
+
+
 def completed(train: TrainConfig, plan: Plan, lowest: Lowest) -> tuple[str, str]:
     """(how the run that is resumed had come to its end by its checkpoint, what has it go on), ("", "") where it had
     not."""

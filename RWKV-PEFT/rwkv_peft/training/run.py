@@ -50,12 +50,12 @@ from .meeting import Ranks
 from .plan import Plan
 from .prepared import Prepared
 from .rates import with_first_rates
-from .resume import AUTO, completed, find_state, lowest_before
+from .resume import AUTO, completed, find_state, lowest_before, other_retained
 from .room import require_room_to_save
 from .saved_files import require_files
 from .saver import Saver, data_identity
 from .start import start_adapter, start_states
-from .validate import VALIDATION, Validator
+from .validate import RETAINED, VALIDATION, Validator
 
 
 def main(argv: list[str]) -> int:
@@ -123,7 +123,7 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
     step_samples = config.data.micro_bsz * world.size * train.accumulate_grad_batches
     samples, measured = find_samples(config)
     hashes = {name: str(data_identity(config, found)["content"]) for name, found in measured.items()}
-    validation = hashes.get(VALIDATION, "")
+    validation, retained = (hashes.get(name, "") for name in (VALIDATION, RETAINED))
     identity = {
         "adapter": asdict(config.adapter),
         "base": "" if base is None else base.fingerprint,
@@ -132,10 +132,12 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
         "world_size": world.size,
         "precision": train.precision,
         "validation": validation,
+        "retained": retained,
     }
     checkpoint, state = find_state(folder, train, identity)
     if checkpoint is not None and state is not None and world.rank == 0:
         require_files(checkpoint, state["files"], train.fresh_optimizer, contents=True)
+    samples.notes += other_retained(state, retained)
     if state:
         train = with_first_rates(train, state)
         config = replace(config, train=train)
