@@ -7,7 +7,7 @@ from torch import nn
 from rwkv_peft.adapters.layer import AdapterLinear, untrained
 from rwkv_peft.adapters.methods import METHODS
 from rwkv_peft.models.parts import Input, bones_of, feed_forward, inputs_of
-from rwkv_peft.ops.mix import op
+from rwkv_peft.ops import mix
 
 BENT = ("bat-in", "bat-in-scaled")
 
@@ -28,7 +28,7 @@ def results(function, layers, x):
 def bent(x, layer):
     """x as a kernel would bend it for a layer."""
     bones = bones_of([layer], x)
-    points, shifts = op.bent([x], bones)
+    points, shifts = mix.bent([x], bones)
     (given,) = inputs_of(points, bones, shifts)
     assert given.shift is not None
     return given

@@ -12,7 +12,7 @@ from ops.mix.test_mix_cuda import ddlerp_inputs
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.models import family_named
-from rwkv_peft.ops.mix import affine, functions, gpu_lerp, norm_ddlerp, norm_lerp, op
+from rwkv_peft.ops.mix import affine, bent, functions, gpu_lerp, norm_ddlerp, norm_lerp, op
 
 
 def ddlerp(inputs, bones, dtype, bounds=None):
@@ -21,7 +21,7 @@ def ddlerp(inputs, bones, dtype, bounds=None):
     matrices = [x if x is None else x.to(dtype, copy=True).requires_grad_() for x in bones]
     x, y, gate, last, weight, bias, *others = leaves
     *outs, points, shifts = norm_ddlerp(x, y, gate, weight, bias, 1e-5, last, *others, bounds, bones=matrices)
-    points, shifts = (points, shifts) if shifts else op.bent(points, matrices)
+    points, shifts = (points, shifts) if shifts else bent(points, matrices)
     outs += [*points, *shifts]
     torch.autograd.backward(outs, [randn(*out.shape, seed=7 + i).to(dtype) for i, out in enumerate(outs)])
     return [*outs, *(x.grad for x in (*leaves[:4], *matrices) if x is not None)]
@@ -76,8 +76,8 @@ def mixed(inputs, bones, dtype, bounds=None, twice=None):
     weight, bias, maa = parameters
     *outs, points, shifts = norm_lerp(x, weight, bias, 1e-5, last, maa, bounds, twice=twice, bones=matrices)
     if not shifts:
-        bent, shifts = op.bent(points[: len(maa)], matrices)
-        points = *bent, *points[len(maa) :]
+        first, shifts = bent(points[: len(maa)], matrices)
+        points = *first, *points[len(maa) :]
     outs += [*points, *shifts]
     torch.autograd.backward(outs, [randn(*out.shape, seed=7 + i).to(dtype) for i, out in enumerate(outs)])
     return [*outs, *(x.grad for x in (x, last, *matrices) if x is not None)]
@@ -114,6 +114,19 @@ def test_results_that_nobody_uses_count_as_zeros(kernels, used):
     expected = torch.autograd.grad(outs, leaves, grads, retain_graph=True)
     found = torch.autograd.grad([outs[i] for i in used], leaves, [grads[i] for i in used])
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_tensors_at_any_address_are_read_16_bytes_at_once(kernels, monkeypatch):
+    read, call = {}, functions.call
+    monkeypatch.setattr(affine, "call", lambda *rest, **sizes: (read.update(rest[2]), call(*rest, **sizes)))
+    memory = randn(2 + 3 * 64).bfloat16()
+    x, weight, bias, maa = memory[2:].view(1, 3, 64), *randn(2, 64).bfloat16(), randn(1, 64).bfloat16()
+    bone = randn(2 + 64 * 16).bfloat16()[2:].view(4, 16, 16).requires_grad_()
+    _, _, points, shifts = norm_lerp(x, weight, bias, 1e-5, None, maa, bones=[bone])
+    torch.autograd.backward([*points, *shifts], [x, randn(2 + 48).bfloat16()[2:].view(3, 16)])
+    for name in ("x", "bone0", "grad0", "gshift0"):
+        assert read[name].data_ptr() % 16 == 0, name
+    assert bone.grad.isfinite().all()
 
 
 def test_frozen_matrices_have_no_gradient(kernels, monkeypatch):

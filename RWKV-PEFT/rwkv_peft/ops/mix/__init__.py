@@ -2,7 +2,6 @@
 heads."""
 
 from .op import (
-    bent,
     delta_keys,
     gated_residual,
     layer_norm,
@@ -16,9 +15,9 @@ from .op import (
     sigmoid_gate,
     takes_left,
     takes_low_square,
-    token_shift,
     value_residual,
 )
+from .shift import bent, token_shift
 
 __all__ = [
     "bent",

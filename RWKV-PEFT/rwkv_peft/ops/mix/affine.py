@@ -46,7 +46,7 @@ def bend(
     outs = [torch.empty_like(x) for _ in range(len(bones) - (down is not None))]
     groups = -(-x.shape[2] // size)
     shifts = x.new_empty(len(_present(bones)), groups, sizes["tokens"], first.shape[-1])
-    tensors = {**given, **_named("bone", map(aligned, bones))}
+    tensors = {**given, "x": x, **_named("bone", map(aligned, bones))}
     tensors |= _named("out", outs if down is None else (None, *outs)) | dict(parts=parts, shifts=shifts)
     call("lerp_affine_forward", x, tensors, last=last, size=size, slots=blocks, **_ranks(given, first), **sizes)
     return outs, list((shifts[:, 0] if groups == 1 else shifts.sum(1)).unbind())
@@ -78,7 +78,8 @@ def bend_back(
     of_bent = [None if bone is None else aligned(grad) for grad, bone in zip(grads, bones, strict=True)]
     ordered = iter(gshifts)
     of_shifts = [None if bone is None else aligned(_or_zeros(next(ordered), x, sizes, first)) for bone in bones]
-    tensors = {**given, **_named("bone", map(aligned, bones)), **_named("grad", of_bent), **_named("gshift", of_shifts)}
+    tensors = {**given, "x": x, **_named("bone", map(aligned, bones)), **_named("grad", of_bent)}
+    tensors |= _named("gshift", of_shifts)
     tensors |= _named("out", [None if bone is None else point for point, bone in zip(points, bones, strict=True)])
     tensors |= dict(down=None, parts=parts)
     numbers = dict(size=cuda.AFFINE_CHANNELS, slots=len(present), strip=strip)
@@ -103,7 +104,7 @@ def _ranks(given: Given, bone: Tensor) -> dict[str, int]:
 
 
 def _x_of(given: Given) -> Tensor:
-    x = given["x"]
+    x = aligned(given["x"])
     assert x is not None  # as the kernels have it
     return x
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import affine, cpu, cpu_lerp, cuda, ddlerp, elements, gpu_lerp, heads, lefts, norms, square
 from .functions import run
+from .shift import check_shift, fit, last_token, offsets_of, token_shift
 
 
 def fused(first: Tensor, *others: Tensor | None) -> bool:
@@ -32,24 +33,6 @@ def fused_on_gpu(first: Tensor, *others: Tensor | None) -> bool:
     return not first.is_cpu and fused(first, *others)
 
 
-def token_shift(x: Tensor, last: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Each token's predecessor.
-
-    x (B, T, C); last (B, C) or None precedes the first token. With cu_seqlens (n + 1,), B is 1, the row holds n
-    sequences, of which those at the end may be empty, and last is (n, C). Returns (B, T, C).
-    """
-    first = x.new_zeros(x.shape[0], 1, x.shape[2])
-    if last is not None and cu_seqlens is None:
-        first = last[:, None]
-    if cu_seqlens is None:
-        return torch.cat([first, x[:, :-1]], dim=1)
-    previous = torch.cat([first, x], dim=1)  # (1, T + 1, C): empty sequences begin at the last
-    starts = cu_seqlens[:-1].long()
-    if last is None:
-        return previous.index_fill(1, starts, 0)[:, :-1]
-    return previous.index_copy(1, starts, last[None])[:, :-1]
-
-
 def lerp(
     x: Tensor,
     last: Tensor | None,
@@ -63,43 +46,20 @@ def lerp(
     x (B, T, C), last and cu_seqlens as in token_shift; maa (m, C); low (B, T, m K), i after i, and up (m, K, C) make
     the weights depend on the token, both None: they do not -> m tensors (B, T, C).
     """
-    _check_shift(x, last, cu_seqlens)
-    if not _fit(low, up):
+    check_shift(x, last, cu_seqlens)
+    if not fit(low, up):
         shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (low, up)]
         raise ValueError(f"low and up must be (B, T, m K) and (m, K, C), or both None, not {shapes[0]} and {shapes[1]}")
     if fused(x, last, maa, low, up):
         kernel = cpu_lerp if x.is_cpu else gpu_lerp
         return run(kernel.Lerp, *_contiguous(x, last, maa, low, up), _bounds(cu_seqlens))
     delta = token_shift(x, last, cu_seqlens) - x
-    weights = maa if low is None or up is None else maa[:, None, None] + _offsets(low, up)
+    weights = maa if low is None or up is None else maa[:, None, None] + offsets_of(low, up)
     return tuple(torch.addcmul(x, delta, weight) for weight in weights)
-
-
-def _check_shift(x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    if last is not None and last.shape != (sequences, x.shape[2]):
-        raise ValueError(
-            f"the state's shift is {tuple(last.shape)}; it must be one vector of the model's width for each "
-            f"of the {sequences} sequences: {(sequences, x.shape[2])}"
-        )
 
 
 def _bounds(cu_seqlens: Tensor | None) -> Tensor | None:
     return None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
-
-
-def _fit(low: Tensor | None, up: Tensor | None) -> bool:
-    """Whether (B, T, m K) and (m, K, C) go together, or are both None."""
-    if low is None or up is None:
-        return low is up
-    return low.shape[-1] == up.shape[0] * up.shape[1]
-
-
-def _offsets(low: Tensor, up: Tensor) -> Tensor:
-    """low_i up_i: (B, T, m K), (m, K, C) -> (m, B, T, C)."""
-    B, T, _ = low.shape
-    m, K, C = up.shape
-    return torch.bmm(low.reshape(B * T, m, K).transpose(0, 1), up).view(m, B, T, C)
 
 
 def norm_gate(y: Tensor, g: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -145,7 +105,7 @@ def norm_lerp(
     once more, as the last, for a second user, as x does. bones: of each point the matrices by which it may be bent, or
     None, where not `whole`: then points are, on a GPU, and what `bent` gives besides takes the place of nothing.
     """
-    _check_shift(x, last, cu_seqlens)
+    check_shift(x, last, cu_seqlens)
     narrow = x.shape[-1] <= cuda.MOST_MIXED and len(maa) <= cuda.MOST_POINTS
     frozen = not _trained(weight, bias, maa)
     if frozen and narrow and lefts.fit(x, left) and norms_fused(x, last, weight, bias, maa, left):
@@ -191,7 +151,7 @@ def norm_ddlerp(
     four points (B, T, C), and what `bent` gives besides, or nothing: no point is bent. A GPU's kernels write neither
     the norm nor the first point, nor one that they bend, where none of the parameters is trained.
     """
-    _check_shift(x, last, cu_seqlens)
+    check_shift(x, last, cu_seqlens)
     parameters = weight, bias, maa_x, w1, maa, w2, decay_w1
     left_y, left_gate = lefts.alike(left_y, left_gate)
     frozen = not _trained(*parameters) and norms_fused(x, y, gate, last, *parameters, left_y, left_gate)
@@ -207,33 +167,8 @@ def norm_ddlerp(
     return x, ends, torch.tanh(first @ decay_w1), tuple(points), ()
 
 
-def bent(points: Sequence[Tensor], bones: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Points as bat-in's layers multiply them, which kernels give that bend: x + u of those that have matrices, where
-    u_b = B_b x_b for each shard b (adapters/bat_in.py), and of each such point the sum over b of u_b.
-
-    points (B, T, C); bones: of each (C/r, r, r) or None -> points (B, T, C), sums (B T, r).
-    """
-    outs, shifts = list(points), []
-    for i, bone in enumerate(bones):
-        if bone is not None:
-            shards = points[i].unflatten(-1, bone.shape[:2])
-            u = (bone @ shards[..., None])[..., 0]
-            outs[i] = points[i] + u.flatten(-2)
-            shifts.append(u.sum(-2).flatten(0, -2))
-    return tuple(outs), tuple(shifts)
-
-
 def _trained(*parameters: Tensor) -> bool:
     return torch.is_grad_enabled() and any([parameter.requires_grad for parameter in parameters])
-
-
-def last_token(x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """The last token of each sequence of x (B, T, C) -> (B, C), or (n, C) where cu_seqlens packs n of them. An empty
-    one has none: what stands for it means nothing, here and where a kernel gives the last tokens."""
-    if cu_seqlens is not None:
-        return x[0, cu_seqlens[1:].long() - 1]
-    # A view would keep x as long as the state lives, where checkpointed blocks keep nothing else of it.
-    return x[:, -1] if x.shape[1] == 1 else x[:, -1].clone()
 
 
 def gated_residual(x: Tensor, r: Tensor, v: Tensor) -> Tensor:

@@ -1,0 +1,74 @@
+"""Token shift in plain torch: what precedes each token, the weights' product of low rank, and points as bat-in's layers
+take them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def token_shift(x: Tensor, last: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Each token's predecessor.
+
+    x (B, T, C); last (B, C) or None precedes the first token. With cu_seqlens (n + 1,), B is 1, the row holds n
+    sequences, of which those at the end may be empty, and last is (n, C). Returns (B, T, C).
+    """
+    first = x.new_zeros(x.shape[0], 1, x.shape[2])
+    if last is not None and cu_seqlens is None:
+        first = last[:, None]
+    if cu_seqlens is None:
+        return torch.cat([first, x[:, :-1]], dim=1)
+    previous = torch.cat([first, x], dim=1)  # (1, T + 1, C): empty sequences begin at the last
+    starts = cu_seqlens[:-1].long()
+    if last is None:
+        return previous.index_fill(1, starts, 0)[:, :-1]
+    return previous.index_copy(1, starts, last[None])[:, :-1]
+
+
+def check_shift(x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Raise ValueError unless last is what precedes x's sequences, as token_shift has them, or None."""
+    sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    if last is not None and last.shape != (sequences, x.shape[2]):
+        raise ValueError(
+            f"the state's shift is {tuple(last.shape)}; it must be one vector of the model's width for each "
+            f"of the {sequences} sequences: {(sequences, x.shape[2])}"
+        )
+
+
+def last_token(x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """The last token of each sequence of x (B, T, C) -> (B, C), or (n, C) where cu_seqlens packs n of them. An empty
+    one has none: what stands for it means nothing, here and where a kernel gives the last tokens."""
+    if cu_seqlens is not None:
+        return x[0, cu_seqlens[1:].long() - 1]
+    # A view would keep x as long as the state lives, where checkpointed blocks keep nothing else of it.
+    return x[:, -1] if x.shape[1] == 1 else x[:, -1].clone()
+
+
+def fit(low: Tensor | None, up: Tensor | None) -> bool:
+    """Whether (B, T, m K) and (m, K, C) go together, or are both None."""
+    if low is None or up is None:
+        return low is up
+    return low.shape[-1] == up.shape[0] * up.shape[1]
+
+
+def offsets_of(low: Tensor, up: Tensor) -> Tensor:
+    """low_i up_i: (B, T, m K), (m, K, C) -> (m, B, T, C)."""
+    B, T, _ = low.shape
+    m, K, C = up.shape
+    return torch.bmm(low.reshape(B * T, m, K).transpose(0, 1), up).view(m, B, T, C)
+
+
+def bent(points: Sequence[Tensor], bones: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Points as bat-in's layers multiply them, which kernels give that bend: x + u of those that have matrices, where
+    u_b = B_b x_b for each shard b (adapters/bat_in.py), and of each such point the sum over b of u_b.
+
+    points (B, T, C); bones: of each (C/r, r, r) or None -> points (B, T, C), sums (B T, r).
+    """
+    outs, shifts = list(points), []
+    for i, bone in enumerate(bones):
+        if bone is not None:
+            shards = points[i].unflatten(-1, bone.shape[:2])
+            u = (bone @ shards[..., None])[..., 0]
+            outs[i] = points[i] + u.flatten(-2)
+            shifts.append(u.sum(-2).flatten(0, -2))
+    return tuple(outs), tuple(shifts)
