@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from rwkv_peft.files.base import base_of, open_base, save_model
 from rwkv_peft.models import family_named
 from rwkv_peft.release.convert import main
 from rwkv_peft.release.lora import as_lora
+from rwkv_peft.release.merge import MergeOptions, merged_tensors
 
 RANK, MINI, SCALE = 8, 4, 1.5
 EXACT = ("bone", "bone-mini", "bone-signed", "lora", "lora-plus", "rslora", "pissa", "olora", "lora-ga")
@@ -76,6 +78,31 @@ def test_the_error_of_a_truncation_is_that_of_the_singular_values_left_out(tiny_
         values = torch.linalg.svdvals(change)
         best = float(values[16:].norm() / values.norm())
         assert as_lora(adapter, base, rank=16).errors[module] == pytest.approx(best, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.residual])
+def test_what_a_training_in_bfloat16_rounded_is_told(name, tiny_state, tmp_path, capsys):
+    state = tiny_state(vocab_size=257, dtype=torch.bfloat16)
+    save_model(tmp_path / "base.pth", state)
+    base = open_base(tmp_path / "base.pth")
+    random = random_adapter(METHODS[name], state, base.fingerprint)
+    for precision, rounds in (("bf16", True), ("fp32", False)):
+        source = tmp_path / f"{precision}.safetensors"
+        adapter = Adapter(random.tensors, replace(random.metadata, precision=precision))
+        save_adapter(source, *adapter)
+        form = as_lora(adapter, base.tensors)
+        merged, plain = (
+            merged_tensors(base, [("", one)], MergeOptions(dtype=torch.float32)) for one in (adapter, form.adapter)
+        )
+        keys = [f"{module}.weight" for module in LAYERS]
+        errors = [float((merged[key] - plain[key]).norm() / (merged[key] - state[key].float()).norm()) for key in keys]
+        assert list(form.rounding.values()) == pytest.approx(errors, rel=1e-2) if rounds else not form.rounding
+        convert(tmp_path, source.name, f"{precision}.pth")
+        told = f"the rounding of the base that was trained on, {sum(errors) / 3:.1%} of it" if rounds else "exactly"
+        assert told in capsys.readouterr().out
+        assert (as_lora(adapter).rounding is None) == rounds
+        with pytest.raises(UserError, match="blocks.0.ffn.key: the adapter does not fit the base"):
+            as_lora(adapter, {})
 
 
 @pytest.fixture

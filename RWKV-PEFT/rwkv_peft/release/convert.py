@@ -119,7 +119,7 @@ def convert_to_lora(adapter: Adapter, target: Path, base: Base | None, rank: int
     what = f"LoRA of rank {form.adapter.metadata.rank} of {counted(len(form.adapter.modules()), 'layer')}"
     quant = adapter.metadata.quant
     kept = "" if quant == "none" else f", for the base as --quant {quant} keeps it"
-    return f"{target}: {what}, {describe_errors(form.errors)}{kept}; {loader}"
+    return f"{target}: {what}, {describe_errors(form)}{kept}; {loader}"
 
 
 def remark_on_export(metadata: AdapterMetadata, paths: Sequence[Path]) -> str:

@@ -1,11 +1,12 @@
 """Adapters as plain LoRA, which more tools read: `rwkv-peft convert ADAPTER OUTPUT --to lora`.
 
 bone and the LoRA family have that form exactly. The change of others, such as bat-in's W_ab B_b + B_b, has full rank:
-its largest singular values are kept (Eckart and Young 1936), and the rest is told as an error.
+its largest singular values are kept (Eckart and Young 1936), and the rest is told as an error. So is what the LoRA of a
+PiSSA and its like leaves out: these train on W - scale B0 A0, which --precision bf16 rounds.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,18 +22,22 @@ from ..files.atomic import atomic_write
 from ..files.base import Base
 from ..files.peft_folder import write_lora_folder
 from ..files.rwkv_peft_file import write_rwkv_peft
+from .changes import LayerChange
 from .gguf import write_gguf_lora
 
+SAME = 1e-4  # of a change: what float32 rounds of it
 NITER = 8  # power iterations of the randomized SVD: its error is then that of an exact one to a thousandth
 
 
 @dataclass(frozen=True)
 class LoraForm:
     """adapter: an Adapter of plain LoRA at scale 1; errors: module -> |change - B A| / |change| (Frobenius), of the
-    layers that have no exact form."""
+    layers that have no exact form; rounding: the same of those whose training rounded a weight less its first factors,
+    None where there was such a rounding and no base to measure it by."""
 
     adapter: Adapter
     errors: Mapping[str, float]
+    rounding: Mapping[str, float] | None = field(default_factory=dict)
 
 
 def as_lora(adapter: Adapter, base: Mapping[str, torch.Tensor] | None = None, rank: int = 0) -> LoraForm:
@@ -67,7 +72,28 @@ def as_lora(adapter: Adapter, base: Mapping[str, torch.Tensor] | None = None, ra
     tensors = {f"{module}.{name}": tensor for module, params in factors.items() for name, tensor in params.items()}
     width = next(iter(factors.values()))["lora_A"].shape[0]
     told = replace(metadata, variant=METHODS["lora"].name, rank=width, mini_rank=0, scale=1.0)
-    return LoraForm(Adapter(tensors, told), errors)
+    return LoraForm(Adapter(tensors, told), errors, rounding_of(adapter, factors, base) if method.residual else {})
+
+
+def rounding_of(
+    adapter: Adapter, factors: Mapping[str, Params], base: Mapping[str, torch.Tensor] | None
+) -> Mapping[str, float] | None:
+    """LoraForm.rounding of an Adapter whose method takes its first factors out of the weight, and the LoRA's factors by
+    module."""
+    metadata, errors = adapter.metadata, {}
+    if base is None:
+        return {} if metadata.base_dtype() == torch.float32 else None
+    for module, params in adapter.modules().items():
+        assert metadata.method is not None  # it has layers
+        weight = base.get(f"{module}.weight")
+        if weight is None or tuple(weight.shape) != layer_shape(metadata.method, module, params, None):
+            raise UserError(
+                f"{module}: the adapter does not fit the base; give --base_model, the model that it was trained on"
+            )
+        trained = LayerChange(metadata.method, params, metadata.scale, dtype=metadata.base_dtype() or weight.dtype)
+        change = trained.apply(weight.float()) - weight.float()
+        errors[module] = relative_error(change, factors[module])
+    return errors if max(errors.values()) > SAME else {}
 
 
 def layer_shape(
@@ -122,9 +148,13 @@ def truncated(change: torch.Tensor, rank: int) -> tuple[Params, float]:
     U, S, V = svd_lowrank(change, rank, NITER)
     root = S[:rank].sqrt()
     factors = {"lora_A": (V[:, :rank] * root).t().contiguous(), "lora_B": (U[:, :rank] * root).contiguous()}
+    return factors, relative_error(change, factors)
+
+
+def relative_error(change: torch.Tensor, factors: Params) -> float:
+    """|change - B A| / |change| of a change (out, in) and LoRA's factors; 0 where nothing changes."""
     size = change.norm()
-    error = (change - factors["lora_B"] @ factors["lora_A"]).norm() / size if size else size
-    return factors, float(error)
+    return float((change - factors["lora_B"] @ factors["lora_A"]).norm() / size) if size else 0.0
 
 
 def lora_files(path: Path) -> list[Path]:
@@ -154,10 +184,17 @@ def write_lora(path: Path, form: LoraForm, base: Base | None) -> str:
     raise UserError(f"{path}: LoRA goes into a folder (peft), .gguf (llama.cpp), .pth (RWKV-PEFT) or .safetensors")
 
 
-def describe_errors(errors: Mapping[str, float]) -> str:
-    """What a LoRA leaves out of the change, in a line; "exact" for nothing."""
-    if not errors:
-        return "the same change, exactly"
+def describe_errors(form: LoraForm) -> str:
+    """What a LoraForm leaves out of the change, in a line; "exactly" for nothing."""
+    if form.errors:
+        return f"without {_shares(form.errors, 'of the change')}"
+    rounded = "the same change but for the rounding of the base that was trained on"
+    if form.rounding is None:
+        return f"{rounded}, which --base_model has measured"
+    return f"{rounded}, {_shares(form.rounding, 'of it')}" if form.rounding else "the same change, exactly"
+
+
+def _shares(errors: Mapping[str, float], whole: str) -> str:
     worst = max(errors, key=lambda module: errors[module])
     mean = sum(errors.values()) / len(errors)
-    return f"without {mean:.1%} of the change on the mean (Frobenius norm), at the worst {errors[worst]:.1%} ({worst})"
+    return f"{mean:.1%} {whole} on the mean (Frobenius norm), at the worst {errors[worst]:.1%} ({worst})"
