@@ -22,7 +22,13 @@ __device__ __forceinline__ bf16* own(typename Shape<N>::Rows& rows, unsigned thr
     return &rows[thread / (N / 8)][thread % (N / 8) * 8];
 }
 
-// Starts the copy of the chunk that begins at token t0, zeros past the sequence's end.
+// Starts the copy of them from `at` in a tensor, zeros where not `valid`.
+template <int N>
+__device__ __forceinline__ void fetch(typename Shape<N>::Rows& rows, const void* tensor, index_t at, bool valid) {
+    cp_async_16(own<N>(rows), (const bf16*)tensor + (valid ? at : 0), valid);
+}
+
+// The same of the chunk that begins at token t0, zeros past the sequence's end.
 template <int N, class Sequence>
 __device__ __forceinline__ void fetch(typename Shape<N>::Rows& rows, const void* tensor, const Sequence& s, int t0,
                                       unsigned thread = threadIdx.x) {

@@ -24,12 +24,17 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
     const int v0 = threadIdx.x / 32 * 16;  // the warp's rows
     const int own_row = threadIdx.x / (N / 8), own_column = threadIdx.x % (N / 8) * 8;
 
+    // Where a thread's eight elements lie of the chunk that is fetched next, and of the one that is finished next.
+    const index_t step = CHUNK * s.stride;
+    index_t fetched = s.elements + own_row * s.stride + own_column, finished = fetched - step;
     const auto start_fetch = [&](int t0) {
         auto& next = shared.chunk[t0 / CHUNK % 2];
-        fetch<N>(next.r, a.r, s, t0);
-        fetch<N>(next.k, a.k, s, t0);
-        fetch<N>(next.v, a.v, s, t0);
-        if (!R) fetch<N>(next.w, a.w, s, t0);
+        const bool valid = t0 + own_row < s.length;
+        fetch<N>(next.r, a.r, fetched, valid);
+        fetch<N>(next.k, a.k, fetched, valid);
+        fetch<N>(next.v, a.v, fetched, valid);
+        if (!R) fetch<N>(next.w, a.w, fetched, valid);
+        fetched += step;
     };
     const auto start_low_fetch = [&](int t0) {
         if constexpr (R > 0)
@@ -42,10 +47,10 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
     const auto finish = [&](const GateRows& rows, int t0) {
         if constexpr (GATED) {
             const Tile out = gated<N>(rows, shared.gate, a.eps);
-            const index_t at = s.elements + (t0 + own_row) * s.stride + own_column;
             const bool valid = t0 >= 0 && t0 + own_row < s.length;
-            if (valid) store_eight((bf16*)a.y + at, rows.y);
-            if (valid) store_eight((bf16*)a.out + at, out);
+            if (valid) store_eight((bf16*)a.y + finished, rows.y);
+            if (valid) store_eight((bf16*)a.out + finished, out);
+            finished += step;
         }
     };
 
@@ -82,7 +87,7 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
         const GateRows before = own_rows(shared.gate);
         if (t0 + CHUNK < s.length) start_fetch(t0 + CHUNK);
         start_low_fetch(t0 + 2 * CHUNK);
-        if constexpr (GATED) fetch<N>(shared.gate.g, a.g, s, t0);
+        if constexpr (GATED) fetch<N>(shared.gate.g, a.g, finished + step, t0 + own_row < s.length);
         if (a.checkpoints && t0 % SEGMENT == 0) {
             const Checkpoint<N> checkpoint(a, s, t0);
             #pragma unroll
