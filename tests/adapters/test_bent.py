@@ -4,12 +4,20 @@ import pytest
 import torch
 from torch import nn
 
+from rwkv_peft.adapters import layer as adapter_layer
 from rwkv_peft.adapters.layer import AdapterLinear, untrained
 from rwkv_peft.adapters.methods import METHODS
 from rwkv_peft.models.parts import Input, bones_of, feed_forward, inputs_of
 from rwkv_peft.ops import mix
 
 BENT = ("bat-in", "bat-in-scaled")
+
+
+@pytest.fixture(autouse=True)
+def taken(request, monkeypatch):
+    """Any input may be bent, as if on a GPU."""
+    if "on_a_gpu" not in request.function.__name__:
+        monkeypatch.setattr(adapter_layer, "takes_bones", lambda *_: True)
 
 
 def layer_of(adapt, variant, sides=(16, 24), dtype=torch.float64, bias=True, **settings):
@@ -83,6 +91,20 @@ def test_what_keeps_an_input_as_it_is(adapt):
     assert layer.bones(x.bfloat16()).dtype == torch.bfloat16
     layer.bone.ds_shape = layer.bone.shape
     assert bones_of([layer, nn.Linear(16, 16), None], x) == [None, None, None]
+
+
+def test_what_is_bent_on_a_gpu(adapt):
+    """For which tensors without data stand: bfloat16, whole steps of channels, ranks that the kernels have."""
+    for rank, dtype, channels, taken in (
+        (16, torch.bfloat16, 128, True),
+        (8, torch.bfloat16, 128, False),
+        (16, torch.float32, 128, False),
+        (16, torch.bfloat16, 96, False),
+    ):
+        layer = layer_of(adapt, "bat-in", (channels, channels), dtype, bias=False, rank=rank)
+        assert layer.bones(torch.zeros(1, 2, channels, dtype=dtype)) is None
+        x = torch.empty(1, 2, channels, dtype=dtype, device="meta")
+        assert (layer.to("meta").bones(x) is not None) == taken
 
 
 def test_points_that_no_kernel_bent_are_inputs_as_they_are(adapt):

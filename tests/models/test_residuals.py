@@ -13,12 +13,17 @@ from rwkv_peft.ops import adding
 def model_of(family, method, checkpoint, mode="bone", rank=8):
     """A random model, whole or with adapters."""
     model = family.build(family.new_dimensions(2, 64, 40), checkpoint).double()
+    draw_parameters(model)  # of which a method may make its constants
     inject(model, AdapterConfig(method=method, mode=mode, rank=rank), family=family)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    draw_parameters(model)
     return model
+
+
+@torch.no_grad()
+def draw_parameters(model):
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def step(model, tokens, cu_seqlens):

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..config import AdapterConfig
 from ..ops.adding import autocasts
-from ..ops.mix import takes_left, takes_low_square
+from ..ops.mix import takes_bones, takes_left, takes_low_square
 from .around import Opened
 from .bent import of_bent, open_of_bent
 from .method import Method, Params
@@ -81,7 +81,7 @@ class AdapterLinear(nn.Module):
 
     def bones(self, x: torch.Tensor) -> torch.Tensor | None:
         """The matrices by which what makes x (..., in) may bend it (ops/mix): None where x is wanted as it is."""
-        if not self.can_part(x) or self.base.requires_grad:
+        if not (takes_bones(x, self.rank) and self.can_part(x)) or self.base.requires_grad:
             return None
         bones = self.method.bones(self.params, self.scale)
         return None if bones is None else bones.to(x.dtype)

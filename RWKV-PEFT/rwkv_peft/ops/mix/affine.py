@@ -18,17 +18,17 @@ from .gpu_lerp import BLOCKS, group_size
 Given = Mapping[str, Tensor | None]  # x and maa; low, up; stats, weight, bias; down: as the kernels' layouts name them
 
 
+def fit(x: Tensor, rank: int) -> bool:
+    """Whether the kernels bend points like x (B, T, C) by matrices of a rank."""
+    return x.dtype == torch.bfloat16 and x.shape[-1] % cuda.AFFINE_CHANNELS == 0 and rank in cuda.AFFINE_RANKS
+
+
 def takes(x: Tensor, bones: Sequence[Tensor | None]) -> bool:
     """Whether the kernels bend points like x (B, T, C) by matrices (C/r, r, r) of one rank, None for a point that stays
     as it is."""
     given = [bone for bone in bones if bone is not None]
-    return (
-        x.dtype == torch.bfloat16
-        and 0 < len(given) <= len(bones) <= cuda.MOST_POINTS
-        and x.shape[2] % cuda.AFFINE_CHANNELS == 0
-        and all([bone.shape[-1] == given[0].shape[-1] for bone in given])
-        and given[0].shape[-1] in cuda.AFFINE_RANKS
-    )
+    ranks = {bone.shape[-1] for bone in given}
+    return 0 < len(given) <= len(bones) <= cuda.MOST_POINTS and len(ranks) == 1 and fit(x, *ranks)
 
 
 def bend(

@@ -219,6 +219,11 @@ def takes_low_square(x: Tensor, channels: int, rank: int, *others: Tensor | None
     return square.takes(x.dtype, channels, rank) and fused_on_gpu(x, *others)
 
 
+def takes_bones(x: Tensor, rank: int) -> bool:
+    """Whether the points of norm_lerp and norm_ddlerp that are like x may be bent by matrices of a rank."""
+    return affine.fit(x, rank) and fused_on_gpu(x)
+
+
 def takes_left(x: Tensor, channels: int, rank: int, *others: Tensor | None) -> bool:
     """Whether norm_lerp and norm_ddlerp of so many channels add what an adapter of a rank leaves in their pass, where
     tensors are like x and others, and the norm is frozen."""
