@@ -11,9 +11,10 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..ops import adding
-from ..ops.bone import affine, affine_backward_, plus_tiled, shard_sum
+from ..ops.bone import affine, affine_backward_, shard_sum
 from ..ops.mix import low_square
 from .around import Opened
+from .bent import tiled_product
 from .block_affine import BlockAffine
 from .method import Params, Shapes
 from .product import DENSE, Frozen, Product
@@ -117,13 +118,7 @@ class _BatIn(Function):
         needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[4] or left is not None
         ctx.save_for_backward(x if needs_x else None, weight, bone, left)
         z, shift = affine(x, _scaled(bone, scale), 1 / scale, left)
-        return plus_tiled(
-            shift,
-            product.shape(weight)[0],
-            lambda: product.forward(z, weight, bias, residual),
-            lambda y: product.add_forward_(y, z, weight, bias),
-            residual,
-        )
+        return tiled_product(z, shift, Frozen(weight, bias, product, residual))
 
     @staticmethod
     @once_differentiable

@@ -22,6 +22,18 @@ def open_of_bent(z: torch.Tensor, shift: torch.Tensor, base: Frozen) -> tuple[to
     return linear(z, base.weight, base.bias, product=base.product, residual=base.residual), shift
 
 
+def tiled_product(z: torch.Tensor, shift: torch.Tensor, base: Frozen) -> torch.Tensor:
+    """`of_bent` of tokens, without gradients: z (T, in), shift (T, r), or parts of it (n, T, r) -> (T, out)."""
+    weight, bias, product, residual = base
+    return plus_tiled(
+        shift,
+        product.shape(weight)[0],
+        lambda: product.forward(z, weight, bias, residual),
+        lambda y: product.add_forward_(y, z, weight, bias),
+        residual,
+    )
+
+
 class _OfBent(Function):
     """z (T, in), weight (out, in), bias or None, residual (T, out) or None, shift (T, r) -> (T, out)."""
 
@@ -37,13 +49,7 @@ class _OfBent(Function):
     ) -> torch.Tensor:
         ctx.product, ctx.rank = product, shift.shape[1]
         ctx.save_for_backward(weight)
-        return plus_tiled(
-            shift,
-            product.shape(weight)[0],
-            lambda: product.forward(z, weight, bias, residual),
-            lambda y: product.add_forward_(y, z, weight, bias),
-            residual,
-        )
+        return tiled_product(z, shift, Frozen(weight, bias, product, residual))
 
     @staticmethod
     @once_differentiable
