@@ -61,4 +61,13 @@ def command(files, accelerator):
 @pytest.fixture(scope="module")
 def train(command):
     """Trains by `command` to the end, on all its ranks; -> what the first printed on stdout and stderr."""
-    return lambda name, *more, code=0: [finish(rank, code) for rank in start_ranks(command(name, *more))][0]
+
+    def run(name, *more, code=0, **named):
+        ranks = start_ranks(command(name, *more))
+        try:
+            return [finish(rank, code, **named) for rank in ranks][0]
+        finally:
+            for rank in ranks:
+                rank.kill()  # where others are waited for in vain
+
+    return run

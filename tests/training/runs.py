@@ -39,8 +39,9 @@ def free_port():
         return str(server.getsockname()[1])
 
 
-def finish(process, code=0):
-    out, err = process.communicate(timeout=1800)  # the first to offload compiles, which takes minutes beside other work
+def finish(process, code=0, timeout=1800):
+    """timeout in seconds: the first to offload compiles, which takes minutes beside other work."""
+    out, err = process.communicate(timeout=timeout)
     assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
     return out, err
 

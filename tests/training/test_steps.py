@@ -10,7 +10,7 @@ from rwkv_peft.data.batches import collate, positions
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.models.state import State
 from rwkv_peft.training import steps
-from rwkv_peft.training.segments import segments_of
+from rwkv_peft.training.segments import filler, segments_of
 from rwkv_peft.training.steps import Segments, Whole, run
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -118,6 +118,48 @@ def test_kernels_lose_no_more_than_in_whole_rows(family):
     for name, grad in exact.items():
         error = (whole[name].double() - grad).norm()
         assert (found[name].double() - grad).norm() <= 3 * error + 1e-6 * grad.norm(), name
+
+
+class Noted(torch.autograd.Function):
+    """A tensor as it is, on whose way back `note` is called."""
+
+    @staticmethod
+    def forward(ctx, tensor, note):
+        ctx.note = note
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.note()
+        return grad, None
+
+
+def noted(value, note):
+    """A module's arguments or results with those tensors Noted that require a gradient."""
+    if isinstance(value, tuple):
+        parts = [noted(part, note) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return Noted.apply(value, note) if isinstance(value, torch.Tensor) and value.requires_grad else value
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("tuned", [False, True])
+@pytest.mark.parametrize("bptt", [1, 2, 0])
+def test_autograd_enters_the_same_modules_whatever_a_segment_holds(family, packed, tuned, bptt, monkeypatch):
+    """The first, one that goes on, one that begins anew, the last, one that fills up: under ZeRO-3 each rank gathers
+    what a module needs when autograd comes to it."""
+    model, batch, seen = shaken(family, adapter=AdapterConfig(rank=8)), a_batch(packed), []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *call, name=name: noted(call[-1], lambda: seen[-1].append(name)))
+    for block in model.blocks:
+        block.att.time_state.requires_grad_(tuned)
+    go_back = steps.go_back
+    monkeypatch.setattr(steps, "go_back", lambda *given: seen.append([]) or go_back(*given))
+    segments = segments_of(batch, 6)
+    monkeypatch.setattr(Segments, "segments", lambda *_: [*segments, filler(segments[0]), filler(segments[0])])
+    Segments(6, bptt).loss(model, batch, 5.0)
+    assert len(seen) == len(segments) + 2 >= 5 and {"head", "blocks.0.att.key", "blocks.1.ffn.value"} <= set(seen[0])
+    assert all(order == seen[0] for order in seen)
 
 
 def test_segments_behind_the_last_counted_target_are_not_computed(family, monkeypatch):

@@ -6,13 +6,15 @@ Both give the loss of a batch, differentiable in the parameters that train, and 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import zip_longest
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..config import ModelConfig
 from ..data.batches import positions
 from ..models.parts import HeadFunction
 from ..models.state import LayerState, State
@@ -93,6 +95,10 @@ class Segments(OfTokens):
     one goes back from the last segment to the first, computes each anew and carries the gradient of its initial state
     to the one before. With bptt above 0 that gradient stops at every bptt-th border. together: every rank goes through
     the same number of segments, as ZeRO-3's collective operations need.
+
+    Under ZeRO-3 each module that is entered, forward and backward, may be a collective operation. So a segment that
+    begins anew has a State too, of no sequence, and where nothing goes on from one its State has a gradient too, of
+    zeros: autograd enters the same modules in the same order whatever a rank's segments hold.
     """
 
     def __init__(self, length: int, bptt: int = 0, together: bool = False) -> None:
@@ -103,29 +109,30 @@ class Segments(OfTokens):
         seeds = torch.randint(2**62, (len(segments),)).tolist()  # a segment draws the same in both passes
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         sums: list[torch.Tensor] = []
-        total, state = torch.zeros((), device=batch["tokens"].device), None
-        group = self.bptt or len(segments)
+        total, none = torch.zeros((), device=batch["tokens"].device), of_none(model)
+        state, group = none, self.bptt or len(segments)
         for first in range(0, len(segments), group):
             chain, draws = segments[first : first + group], seeds[first : first + group]
-            befores = self.states(model, chain, draws, state)
+            befores = self.states(model, chain, draws, state, none)
             gradient: Gradient = ()
             for position in reversed(range(len(chain))):
                 torch.manual_seed(draws[position])
                 found = go_back(model, chain[position], befores[position], gradient, parameters, count)
-                gradient, total = found.before, total + found.loss
+                gradient, total = found.before if chain[position].carries else (), total + found.loss
                 add(sums, found.parameters, parameters)
                 if position == len(chain) - 1:
                     after = found.after
-            state = following(segments, first + group, after)
+            state = following(segments, first + group, after, none)
         return delivered(total, sums, parameters)
 
     @torch.no_grad()
     def total(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        total, state = torch.zeros((), device=batch["tokens"].device), None
+        total, none = torch.zeros((), device=batch["tokens"].device), of_none(model)
+        state = none
         segments = self.segments(batch)
         for position, segment in enumerate(segments):
             loss, after = run(model, segment, state, 1)
-            total, state = total + loss, following(segments, position + 1, kept(segment.state_after(after)))
+            total, state = total + loss, following(segments, position + 1, kept(segment.state_after(after)), none)
         return total
 
     def segments(self, batch: Batch) -> list[Segment]:
@@ -139,14 +146,14 @@ class Segments(OfTokens):
 
     @torch.no_grad()
     def states(
-        self, model: nn.Module, chain: Sequence[Segment], draws: Sequence[int], state: State | None
-    ) -> list[State | None]:
-        """The State before each segment of a chain, from the one before the first."""
+        self, model: nn.Module, chain: Sequence[Segment], draws: Sequence[int], state: State, none: State
+    ) -> list[State]:
+        """The State before each segment of a chain, from the one before the first, and `none` of no sequence."""
         befores = [state]
         for position, segment in enumerate(chain[:-1]):
             torch.manual_seed(draws[position])
             after = model(segment.tokens, befores[-1], segment.cu_seqlens, head=no_head)[1]
-            befores.append(following(chain, position + 1, kept(segment.state_after(after))))
+            befores.append(following(chain, position + 1, kept(segment.state_after(after)), none))
         return befores
 
 
@@ -155,9 +162,15 @@ def no_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x.new_zeros(())
 
 
-def following(segments: Sequence[Segment], position: int, after: State) -> State | None:
-    """The State before the segment at a position, from what the one before left; None where it begins anew."""
-    return after if position < len(segments) and segments[position].carries else None
+def of_none(model: nn.Module) -> State:
+    """The State of no sequence, from which all of a LanguageModel's sequences begin."""
+    first = next(model.parameters())
+    return State.zeros(cast(ModelConfig, model.config), 0, first.device, first.dtype)
+
+
+def following(segments: Sequence[Segment], position: int, after: State, none: State) -> State:
+    """The State before the segment at a position, from what the one before left; `none` where it begins anew."""
+    return after if position < len(segments) and segments[position].carries else none
 
 
 def kept(state: State) -> State:
@@ -172,16 +185,17 @@ def run(model: nn.Module, segment: Segment, state: State | None, count: float) -
 
 
 def go_back(
-    model: nn.Module, segment: Segment, before: State | None, gradient: Gradient, parameters: Tensors, count: float
+    model: nn.Module, segment: Segment, before: State, gradient: Gradient, parameters: Tensors, count: float
 ) -> Gradients:
     """The Gradients of a segment from the State before it; gradient is that of the tensors of the State after it, ()
     where nothing goes on from there."""
-    inputs = [tensor.detach().requires_grad_() for layer in before or () for tensor in layer]
-    start = None if before is None else State(LayerState(*inputs[i : i + 3]) for i in range(0, len(inputs), 3))
+    inputs = [tensor.detach().requires_grad_() for layer in before for tensor in layer]
+    start = State(LayerState(*inputs[i : i + 3]) for i in range(0, len(inputs), 3))
     loss, state = run(model, segment, start, count)
     after = segment.state_after(state)
     ends = [tensor for layer in after for tensor in layer]
-    pairs = [(loss, None)] + [(end, grad) for end, grad in zip(ends, gradient) if grad is not None]
+    given = [torch.zeros_like(end) if grad is None else grad for end, grad in zip_longest(ends, gradient)]
+    pairs = [(loss, None), *zip(ends, given)]
     outputs, grads = zip(*((output, grad) for output, grad in pairs if output.requires_grad))
     found = torch.autograd.grad(outputs, [*parameters, *inputs], grads, allow_unused=True)
     return Gradients(found[: len(parameters)], found[len(parameters) :], loss.detach(), kept(after))
