@@ -89,12 +89,13 @@ def test_merging_leaves_its_inputs_alone(tiny_state):
     assert not torch.equal(base["blocks.0.ln1.weight"], torch.ones(64))
 
 
-def test_several_adapters_apply_in_order(folder):
+@pytest.mark.parametrize("written", [(), ("--output_dtype", "fp32"), ("--output_dtype", "fp16")])
+def test_several_adapters_apply_in_order(folder, written):
     base = open_base(folder / "base.pth").tensors
     save_adapter(folder / "a.safetensors", *adapter_of("bat-in", base))
     first = run(folder, "--output_dtype", "fp32", output="first.pth")
     tensors, metadata = adapter_of("bat-out", base, seed=5)
-    between = run(folder, output="between.pth")  # what the second adapter's training started from
+    between = run(folder, *written, output="between.pth")  # what the second adapter's training started from
     save_adapter(
         folder / "b.safetensors", tensors, AdapterMetadata("bat-out", RANK, base_fingerprint=fingerprint(between))
     )

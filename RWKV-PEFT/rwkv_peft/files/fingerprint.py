@@ -16,11 +16,21 @@ def fingerprint(state: dict[str, torch.Tensor] | Iterable[tuple[str, torch.Tenso
     an exact float32 copy of a bfloat16 model has the same fingerprint. It guards against mistakes, not
     against forgery. `state` may be a dict or an iterable of (key, tensor) pairs.
     """
+    pairs = state.items() if isinstance(state, dict) else state
+    return fingerprint_of((key, tensor.shape, sample(tensor)) for key, tensor in pairs)
+
+
+def sample(tensor: torch.Tensor) -> torch.Tensor:
+    """What a fingerprint reads of a tensor: (WINDOWS · WINDOW,) of its values, fewer of a smaller one."""
+    flat = tensor.detach().reshape(-1)
+    last = max(flat.numel() - WINDOW, 0)
+    return torch.cat([flat[start : start + WINDOW] for start in (last * i // (WINDOWS - 1) for i in range(WINDOWS))])
+
+
+def fingerprint_of(samples: Iterable[tuple[str, torch.Size, torch.Tensor]]) -> str:
+    """The fingerprint of a model of which each tensor's key, shape and sample are given."""
     digests = []
-    for key, tensor in state.items() if isinstance(state, dict) else state:
-        flat = tensor.detach().reshape(-1)
-        last = max(flat.numel() - WINDOW, 0)
-        runs = [flat[start : start + WINDOW] for start in (last * i // (WINDOWS - 1) for i in range(WINDOWS))]
-        values = torch.cat(runs).float().cpu().numpy().tobytes()
-        digests.append(hashlib.sha256(f"{key}|{tuple(tensor.shape)}|".encode() + values).hexdigest())
+    for key, shape, values in samples:
+        content = f"{key}|{tuple(shape)}|".encode() + values.float().cpu().numpy().tobytes()
+        digests.append(hashlib.sha256(content).hexdigest())
     return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:32]

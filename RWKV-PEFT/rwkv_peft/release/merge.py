@@ -18,8 +18,8 @@ from ..adapters.quant import roundtrip
 from ..errors import UserError
 from ..files.adapter_file import Adapter
 from ..files.base import Base
-from ..files.dtypes import dtype_name
-from ..files.fingerprint import fingerprint
+from ..files.dtypes import DTYPES, dtype_name
+from ..files.fingerprint import fingerprint_of, sample
 from ..files.pth import all_finite, stream_tensors
 from ..files.pth_writer import TensorSpec
 from .ahead import ahead
@@ -252,17 +252,28 @@ def merged_tensors(base: Base, adapters: Adapters, options: MergeOptions | None 
     return dict(Merge(base, adapters, options).tensors(base.tensors.items()))
 
 
+def fingerprints_merged(base: Base, adapters: Adapters) -> set[str]:
+    """The fingerprints of a Base with adapters merged in, written in its own dtypes or in one of DTYPES."""
+    own = {key: spec.dtype for key, spec in Merge(base, adapters).specs.items()}
+    exact = Merge(base, adapters, MergeOptions(dtype=torch.float32)).tensors(stream_tensors(base.path))
+    samples = [(key, tensor.shape, sample(tensor)) for key, tensor in exact]
+    return {
+        fingerprint_of((key, shape, values.to(dtype or own[key])) for key, shape, values in samples)
+        for dtype in (None, *DTYPES.values())
+    }
+
+
 def check_fingerprints(base: Base, adapters: Adapters) -> None:
-    """Raise UserError unless each of the (name, Adapter) pairs was trained on the Base,
-    or on the base with the adapters before it merged. An adapter that names no base passes where check_depth does not
-    object. That one is of another generation is told first: nothing can force it."""
+    """Raise UserError unless each of the (name, Adapter) pairs was trained on the Base, or on it with the adapters
+    before it merged, in any dtype that merging writes. One that names no base passes where check_depth does not object.
+    That one is of another generation is told first: nothing can force it."""
     check_generations(base, adapters)
     for position, (name, adapter) in enumerate(adapters):
         check_depth(name, adapter, base)
         wanted, before = adapter.metadata.base_fingerprint, adapters[:position]
         if not wanted or wanted == base.fingerprint:
             continue
-        if before and wanted == fingerprint(Merge(base, before).tensors(stream_tensors(base.path))):
+        if before and wanted in fingerprints_merged(base, before):
             continue
         raise UserError(
             f"{name} was trained on another base: it names the fingerprint {wanted}, and {base.path} has "
