@@ -170,6 +170,13 @@ def test_files_are_counted_with_their_copies():
     assert checkpoints.size == (OPTIMIZER + 2) * told.counts.trains
 
 
+def test_tuned_states_have_a_file_of_their_own():
+    told = estimate("--train_parts", "state")
+    adapter, states, _ = written(told)
+    assert states.name.startswith("state.pth") and states.size == 2 * (told.counts.trains - estimate().counts.trains)
+    assert (states.copies, states.names) == (adapter.copies, told.config.train.epoch_count + 1)
+
+
 def test_what_is_to_be_retained_chooses_no_best_adapter():
     assert written(estimate("--retain_data", "x")) == written(estimate()) != written(estimate("--val_data", "x"))
 

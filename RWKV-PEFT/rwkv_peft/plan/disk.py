@@ -1,10 +1,13 @@
 """What a run writes, in bytes."""
 
+import math
 from typing import NamedTuple
 
 from ..config import TrainConfig
 from ..files.base import Base
 from ..files.dtypes import DTYPES
+from ..models.state import time_state_shapes
+from ..names import STATE
 from ..training.keeping import KEPT
 from ..training.products import keeps_all
 from ..training.room import checkpoint_size
@@ -39,6 +42,9 @@ def written(estimate: Estimate, base: Base | None = None) -> list[Written]:
         if not keeps_all(config, base):  # a checkpoint then has weights of its own
             held, checkpoint = 0, checkpoint + parameters * item
     files = [Written(name, size, file_count(train, held), labels + held)]
+    if STATE in config.adapter.train_parts:
+        states = sum(map(math.prod, time_state_shapes(config.model).values())) * item
+        files.append(Written("state.pth, and one an epoch", states, file_count(train, 0), labels))
     if train.merge_on_save:
         files.append(Written("merged.pth, and one an epoch", model, file_count(train, 0), labels))
     name = "checkpoints" if all_told else "checkpoints, or more"
