@@ -94,6 +94,15 @@ def test_the_folder_of_a_run_stands_for_its_metrics(tmp_path):
     assert main([str(tmp_path), str(tmp_path / "loss.png")]) == 0 and (tmp_path / "loss.png").stat().st_size
 
 
+def test_the_picture_is_named_once_by_itself_or_by_a_flag(tmp_path):
+    write_metrics(tmp_path / "metrics.jsonl", 3)
+    run, picture = str(tmp_path), str(tmp_path / "loss.png")
+    assert main([run, "--output", picture]) == 0 and (tmp_path / "loss.png").stat().st_size
+    for named in ([], [picture, "--output", picture]):
+        with pytest.raises(UserError, match="one .png is due: rwkv-peft plot RUN loss.png"):
+            main([run, *named])
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match="metrics.jsonl: no such file"):
         main([str(tmp_path / "metrics.jsonl"), str(tmp_path / "loss.png")])

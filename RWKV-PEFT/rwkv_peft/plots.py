@@ -198,8 +198,12 @@ def main(argv: list[str]) -> int:
     """Draw one run's curve; returns the exit code."""
     parser = Parser(prog="rwkv-peft plot", description="Draw the loss curve of a run.")
     parser.add_argument("run", metavar="RUN", help="the folder of a run, or its metrics.jsonl")
-    parser.add_argument("output", help="the .png to write")
+    parser.add_argument("output", nargs="?", metavar="PNG", help="the .png to write")
+    parser.add_argument("--output", dest="named", metavar="PNG", help="the same, as other commands have it")
     args = parser.parse_args(argv)
+    if (args.output is None) == (args.named is None):
+        raise UserError("one .png is due: rwkv-peft plot RUN loss.png")
+    args.output = args.output or args.named
     if Path(args.output).suffix != ".png":
         raise UserError(f"{args.output} does not end in .png, which is what is drawn; give a name such as loss.png")
     plot_loss(metrics_of(args.run), args.output)
