@@ -36,11 +36,12 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(autouse=True)
-def ctrl_c_as_before():
-    """A command that is done ignores Ctrl-C, as its process is about to end; this one goes on, and starts others."""
-    before = signal.getsignal(signal.SIGINT)
+def ctrl_c_is_heard():
+    """A command that is done ignores Ctrl-C, as its process is about to end; this one goes on, and starts others. A
+    fixture of a whole module may have run one, too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

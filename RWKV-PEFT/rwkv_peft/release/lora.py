@@ -22,7 +22,6 @@ from ..files.atomic import atomic_write
 from ..files.base import Base
 from ..files.peft_folder import write_lora_folder
 from ..files.rwkv_peft_file import write_rwkv_peft
-from .changes import LayerChange
 from .gguf import write_gguf_lora
 
 SAME = 1e-4  # of a change: what float32 rounds of it
@@ -90,8 +89,8 @@ def rounding_of(
             raise UserError(
                 f"{module}: the adapter does not fit the base; give --base_model, the model that it was trained on"
             )
-        trained = LayerChange(metadata.method, params, metadata.scale, dtype=metadata.base_dtype() or weight.dtype)
-        change = trained.apply(weight.float()) - weight.float()
+        rounded = weight.to(metadata.base_dtype() or weight.dtype)
+        change = metadata.method.merged(rounded, params, scale=metadata.scale) - weight.float()
         errors[module] = relative_error(change, factors[module])
     return errors if max(errors.values()) > SAME else {}
 
