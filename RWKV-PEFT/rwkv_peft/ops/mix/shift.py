@@ -4,6 +4,7 @@ take them."""
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -13,12 +14,12 @@ def token_shift(x: Tensor, last: Tensor | None = None, cu_seqlens: Tensor | None
     x (B, T, C); last (B, C) or None precedes the first token. With cu_seqlens (n + 1,), B is 1, the row holds n
     sequences, of which those at the end may be empty, and last is (n, C). Returns (B, T, C).
     """
-    first = x.new_zeros(x.shape[0], 1, x.shape[2])
-    if last is not None and cu_seqlens is None:
-        first = last[:, None]
     if cu_seqlens is None:
+        first = x.new_zeros(x.shape[0], 1, x.shape[2]) if last is None else last[:, None]
         return torch.cat([first, x[:, :-1]], dim=1)
-    previous = torch.cat([first, x], dim=1)  # (1, T + 1, C): empty sequences begin at the last
+    # (1, T + 1, C): empty sequences begin at the last. Not torch.cat, into whose result torch.compile (2.13) puts x
+    # where it lies, to write the zeros below into x itself.
+    previous = F.pad(x, (0, 0, 1, 0))
     starts = cu_seqlens[:-1].long()
     if last is None:
         return previous.index_fill(1, starts, 0)[:, :-1]

@@ -1,0 +1,40 @@
+"""Compiled blocks compute what they do otherwise."""
+
+import pytest
+import torch
+
+from rwkv_peft.adapters.inject import inject
+from rwkv_peft.config import AdapterConfig
+from rwkv_peft.models import FAMILIES
+from rwkv_peft.models.state import LayerState, State
+
+
+def model_of(family):
+    torch.manual_seed(0)
+    model = family.build(family.new_dimensions(1, 64, 40))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape))
+    inject(model, AdapterConfig(method="bone", mode="bat-in", rank=8), family=family)
+    return model
+
+
+def step(model, state):
+    """Logits of packed rows, and the gradient of every parameter that trains."""
+    tokens, bounds = torch.arange(29)[None], torch.tensor([0, 3, 4, 17, 29])
+    y, _ = model(tokens, state, bounds)
+    model.zero_grad()
+    y.square().sum().backward()
+    return [y, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_packed_rows_are_the_same_from_nothing_and_from_states(family):
+    model = model_of(family)
+    started = State(LayerState(*map(torch.randn_like, layer)) for layer in State.zeros(model.config, 4))
+    expected = [step(model, state) for state in (None, started)]
+    for block in model.blocks:
+        block.compile()
+    for state, true in zip((None, started), expected):
+        for x, y in zip(step(model, state), true, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4 * y.abs().max().item())
