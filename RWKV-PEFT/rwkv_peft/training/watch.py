@@ -30,6 +30,7 @@ PACKAGE = str(Path(__file__).resolve().parents[1])
 END = "end"  # why the run ends: the first rank that knows writes it
 CAME = "came"  # how many ranks have come,
 ACKNOWLEDGED = "acknowledged"  # and how many know of the end
+PARENT = 5.0  # seconds for a process to be ended with the one that started it (processes.py)
 BROKEN = "broken"  # that a connection between ranks is
 LEFT = "left"  # what a rank that is done writes as its beat
 
@@ -75,6 +76,8 @@ class Watch(threading.Thread):
                 reason = self.look()
             except dist.DistError:
                 reason = f"{self.world.name(0)}, or the launcher that kept the ranks together, is gone"
+                if self.world.local_rank > 0:  # who started this process is gone or ends soon, which ends it, in words
+                    self.stopped.wait(PARENT)
             if reason and not self.stopped.is_set():
                 self.end(reason)
 
