@@ -94,12 +94,17 @@ class BeforeNorm(Protocol):
 def unshifted(
     layer: nn.Module, given: Input, *residual: torch.Tensor, adds: Adds | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """An Input through a layer, added to a residual, and None; or what a BeforeNorm gives where the norm that reads it
-    `adds` what it leaves: asked last, since that names parameters, which ZeRO-3 would gather."""
-    before = cast(BeforeNorm, layer)
-    if adds is not None and hasattr(layer, "before_norm") and before.before_norm(given.x) and adds():
-        return before.unshifted(given.x, *residual, shift=given.shift)
+    """An Input through a layer, added to a residual, and None; or what it gives where it `leaves` something."""
+    if leaves(layer, given.x, adds):
+        return cast(BeforeNorm, layer).unshifted(given.x, *residual, shift=given.shift)
     return given.through(layer, *residual), None
+
+
+def leaves(layer: nn.Module, x: torch.Tensor, adds: Adds | None) -> bool:
+    """Whether a layer is a BeforeNorm that leaves something of its result, its input being like x, as the norm that
+    reads it `adds` that: asked last, since that names parameters, which ZeRO-3 would gather."""
+    before = cast(BeforeNorm, layer)
+    return adds is not None and hasattr(layer, "before_norm") and before.before_norm(x) and adds()
 
 
 def adds_left(norm: nn.LayerNorm, *points: torch.Tensor) -> bool:
@@ -117,9 +122,8 @@ def feed_forward(
     if not all([hasattr(one, "around_square") and one.around_square(given.x, channels) for one in (before, after)]):
         return unshifted(value, Input(relu_square(given.through(key))), *residual, adds=adds)
     square, right = after.squared(*before.opened(*given))  # the square's input is in memory no longer than that
-    last = cast(BeforeNorm, value)
-    if adds is not None and last.before_norm(square) and adds():
-        return last.unshifted(square, *residual, right=right)
+    if leaves(value, square, adds):
+        return cast(BeforeNorm, value).unshifted(square, *residual, right=right)
     return after.closed(square, right, *residual), None
 
 

@@ -198,9 +198,8 @@ class Block(nn.Module):
         if self.first:
             x = self.ln0(x)
         lefts = left_y, left_gate
-        here, next_one = self.adds_here, None if whole else self.next_adds
-        x, left, att_shift, wkv = self.att(self.ln1, x, y, gate, att_shift, wkv, cu_seqlens, lefts, here)
-        x, *carried, ffn_shift = self.ffn(self.ln2, x, left, ffn_shift, cu_seqlens, next_one)
+        x, left, att_shift, wkv = self.att(self.ln1, x, y, gate, att_shift, wkv, cu_seqlens, lefts, self.adds_here)
+        x, *carried, ffn_shift = self.ffn(self.ln2, x, left, ffn_shift, cu_seqlens, None if whole else self.next_adds)
         if whole:
             y, gate, *_ = carried
             x, carried = gated_residual(x, gate, y), [None] * 4
