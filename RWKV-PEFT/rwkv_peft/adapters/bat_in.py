@@ -114,10 +114,7 @@ class _BatIn(Function):
         left: torch.Tensor | None,
         scale: float | torch.Tensor,
     ) -> torch.Tensor:
-        ctx.product, ctx.scale = product, scale
-        needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[4] or left is not None
-        ctx.save_for_backward(x if needs_x else None, weight, bone, left)
-        z, shift = affine(x, _scaled(bone, scale), 1 / scale, left)
+        z, shift = _begin(ctx, x, weight, bone, product, left, scale)
         return tiled_product(z, shift, Frozen(weight, bias, product, residual))
 
     @staticmethod
@@ -144,10 +141,7 @@ class _OpenBatIn(Function):
         scale: float,
         summed: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.product, ctx.scale = product, scale
-        needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[4] or left is not None
-        ctx.save_for_backward(x if needs_x else None, weight, bone, left)
-        z, shift = affine(x, _scaled(bone, scale), 1 / scale, left)
+        z, shift = _begin(ctx, x, weight, bone, product, left, scale)
         if summed and shift.dim() == 3:
             shift = shift.sum(0)
         elif not summed and shift.dim() == 2:
@@ -161,6 +155,22 @@ class _OpenBatIn(Function):
         g_shift = g_shift[0] if g_shift.dim() == 3 else g_shift  # all parts', as their sum is what counts
         dx, d_weight, d_bias, d_bone, d_left = _gradients(ctx, g, g_shift, need_bone, need_left)
         return dx, d_weight, d_bias, g if need_residual else None, d_bone, None, d_left, None, None
+
+
+def _begin(
+    ctx: Any,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bone: torch.Tensor,
+    product: Product,
+    left: torch.Tensor | None,
+    scale: float | torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What both multiply, x + u (T, in), and the shift as `affine` gives it; keeps what _gradients reads."""
+    ctx.product, ctx.scale = product, scale
+    needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[4] or left is not None
+    ctx.save_for_backward(x if needs_x else None, weight, bone, left)
+    return affine(x, _scaled(bone, scale), 1 / scale, left)
 
 
 def _gradients(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..native.launch import aligned
 from . import cuda
-from .functions import call
+from .functions import call, numbered
 from .gpu_lerp import BLOCKS, group_size
 
 Given = Mapping[str, Tensor | None]  # x and maa; low, up; stats, weight, bias; down: as the kernels' layouts name them
@@ -46,8 +46,8 @@ def bend(
     outs = [torch.empty_like(x) for _ in range(len(bones) - (down is not None))]
     groups = -(-x.shape[2] // size)
     shifts = x.new_empty(len(_present(bones)), groups, sizes["tokens"], first.shape[-1])
-    tensors = {**given, "x": x, **_named("bone", map(aligned, bones))}
-    tensors |= _named("out", outs if down is None else (None, *outs)) | dict(parts=parts, shifts=shifts)
+    tensors = {**given, "x": x, **numbered("bone", map(aligned, bones))}
+    tensors |= numbered("out", outs if down is None else (None, *outs)) | dict(parts=parts, shifts=shifts)
     call("lerp_affine_forward", x, tensors, last=last, size=size, slots=blocks, **_ranks(given, first), **sizes)
     return outs, list((shifts[:, 0] if groups == 1 else shifts.sum(1)).unbind())
 
@@ -78,9 +78,9 @@ def bend_back(
     of_bent = [None if bone is None else aligned(grad) for grad, bone in zip(grads, bones, strict=True)]
     ordered = iter(gshifts)
     of_shifts = [None if bone is None else aligned(_or_zeros(next(ordered), x, sizes, first)) for bone in bones]
-    tensors = {**given, "x": x, **_named("bone", map(aligned, bones)), **_named("grad", of_bent)}
-    tensors |= _named("gshift", of_shifts)
-    tensors |= _named("out", [None if bone is None else point for point, bone in zip(points, bones, strict=True)])
+    tensors = {**given, "x": x, **numbered("bone", map(aligned, bones)), **numbered("grad", of_bent)}
+    tensors |= numbered("gshift", of_shifts)
+    tensors |= numbered("out", [None if bone is None else point for point, bone in zip(points, bones, strict=True)])
     tensors |= dict(down=None, parts=parts)
     numbers = dict(size=cuda.AFFINE_CHANNELS, slots=len(present), strip=strip)
     call("lerp_affine_backward", x, tensors, last=last, **numbers, **_ranks(given, first), **sizes)
@@ -118,7 +118,3 @@ def _group_of(x: Tensor, bones: Sequence[Tensor | None], down: Tensor | None) ->
 
 def _present(bones: Sequence[Tensor | None]) -> list[Tensor]:
     return [bone for bone in bones if bone is not None]
-
-
-def _named(kind: str, tensors: Any) -> dict[str, Tensor | None]:
-    return {f"{kind}{i}": x for i, x in enumerate(tensors)}

@@ -5,7 +5,6 @@ Neither what is normalized nor the decay's point is ever in memory: a norm's ker
 weights' factor, and the kernel of the other points normalizes again, by the same statistics.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.autograd import Function
 
 from ..native.launch import aligned
 from . import affine, cuda, lefts
-from .functions import call, differentiable_once, room_like, with_zeros
+from .functions import call, differentiable_once, numbered, room_like, with_zeros
 from .gpu_lerp import group_size, has_product_inside, parts_like, sizes_of
 from .norms import strip_of
 
@@ -62,7 +61,7 @@ class NormDDLerp(Function):
             points, shifts = affine.bend(of_points, (None, *bones), last, of_all, parts)
         else:
             parts, points = parts_like(decay, x, torch.float32), [torch.empty_like(x) for _ in maa[1:]]
-            of_points |= dict(parts=parts) | _named("out", points)
+            of_points |= dict(parts=parts) | numbered("out", points, 1)
             call("lerp_low_forward", x, of_points, last=last, **_low_sizes(x, maa, w2, cu_seqlens))
         call("tanh_forward", decay, dict(parts=parts, out=decay), **_rows_of(parts))
         ctx.set_materialize_grads(False)  # of `ends`, which only a carried state uses
@@ -92,7 +91,7 @@ class NormDDLerp(Function):
         gnormal, glow, glast, more = torch.empty_like(x), torch.empty_like(low), room_like(last), room_like(last)
         parts = parts_like(low, x)
         tensors = norm | dict(x=x, maa=maa, low=low, up=w2, down=decay_w1, decay=decay, gdecay=gdecay)
-        tensors |= dict(gx=gnormal, glow=parts) | _named("grad", map(aligned, points))
+        tensors |= dict(gx=gnormal, glow=parts) | numbered("grad", map(aligned, points), 1)
         call("lerp_low_backward", x, tensors, last=last, glast=glast, **_low_sizes(x, maa, w2, cu_seqlens))
         call("tanh_backward", low, dict(x=low, parts=parts, gx=glow), **_rows_of(parts))
         gx, gy, ggate = torch.empty_like(x), room_like(y), room_like(gate)
@@ -128,11 +127,6 @@ def takes(
 
 def _low_sizes(x: Tensor, maa: Tensor, w2: Tensor, cu_seqlens: Tensor | None) -> dict[str, Any]:
     return sizes_of(x, maa, cu_seqlens) | dict(rank=w2.shape[1], size=group_size(x))
-
-
-def _named(kind: str, points: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Those of all points but the first, which is the decay's."""
-    return {f"{kind}{i}": x for i, x in enumerate(points, 1)}
 
 
 def _rows_of(parts: Tensor) -> dict[str, int]:

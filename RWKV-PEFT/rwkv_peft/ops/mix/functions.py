@@ -10,6 +10,7 @@ from torch.autograd import Function
 from . import cpu, cuda
 
 Gradients = TypeVar("Gradients")
+Item = TypeVar("Item")
 
 
 def call(name: str, like: torch.Tensor, tensors: Mapping[str, torch.Tensor | None], **sizes: Any) -> None:
@@ -58,6 +59,11 @@ def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gra
 def with_zeros(grads: Iterable[torch.Tensor | None], like: torch.Tensor) -> list[torch.Tensor]:
     """Gradients of tensors like `like`, zeros for those that nobody gives."""
     return [torch.zeros_like(like) if grad is None else grad for grad in grads]
+
+
+def numbered(kind: str, tensors: Iterable[Item], first: int = 0) -> dict[str, Item]:
+    """Tensors by the names that layouts give several of a kind: out0, out1, … from `first` on."""
+    return {f"{kind}{i}": x for i, x in enumerate(tensors, first)}
 
 
 def room_like(x: torch.Tensor | None) -> torch.Tensor | None:

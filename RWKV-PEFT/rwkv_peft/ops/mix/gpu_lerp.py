@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import cuda
-from .functions import call, differentiable_once, room_like, rounded
+from .functions import call, differentiable_once, numbered, room_like, rounded
 
 BLOCKS, MOST_GROUPS = 256, 8  # blocks that fill a GPU, whichever; parts of a sum over channels
 
@@ -33,7 +33,7 @@ class Lerp(Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, last, maa, low, up, cu_seqlens)
         outs = tuple(torch.empty_like(x) for _ in range(maa.shape[0]))
-        tensors = dict(x=x, maa=maa) | {f"out{i}": out for i, out in enumerate(outs)}
+        tensors = dict(x=x, maa=maa) | numbered("out", outs)
         sizes = sizes_of(x, maa, cu_seqlens)
         if up is not None and has_product_inside(x, last, maa, low, up):
             sizes |= dict(rank=up.shape[1], size=group_size(x))
@@ -47,7 +47,7 @@ class Lerp(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, last, maa, low, up, cu_seqlens = ctx.saved_tensors
         gx, glast = torch.empty_like(x), room_like(last)
-        tensors = dict(maa=maa, gx=gx) | {f"grad{i}": grad for i, grad in enumerate(grads)}
+        tensors = dict(maa=maa, gx=gx) | numbered("grad", grads)
         sizes = sizes_of(x, maa, cu_seqlens) | dict(last=last, glast=glast)
         trained = ctx.needs_input_grad[2] or ctx.needs_input_grad[4]
         if not trained and has_product_inside(x, last, maa, low, up, *grads):
@@ -58,7 +58,7 @@ class Lerp(Function):
         goffsets = None if low is None else x.new_empty(maa.shape[0], x[..., 0].numel(), x.shape[2])
         gmaa = torch.empty_like(maa, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         tensors |= dict(x=None if goffsets is None and gmaa is None else x, offsets=offsets(low, up), goffsets=goffsets)
-        tensors |= {} if gmaa is None else {f"gmaa{i}": row for i, row in enumerate(gmaa)}
+        tensors |= {} if gmaa is None else numbered("gmaa", gmaa)
         call("lerp_backward", x, tensors, **sizes)
         glow = gup = None
         if goffsets is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import affine, lefts
-from .functions import call, differentiable_once, room_like, rounded, sums_like, with_zeros
+from .functions import call, differentiable_once, numbered, room_like, rounded, sums_like, with_zeros
 from .gpu_lerp import sizes_of
 
 STRIPS, MOST_STRIP = 1024, 8  # blocks that a GPU has enough of, whichever; tokens that one has at most
@@ -116,7 +116,7 @@ class NormLerp(Function):
 
 def _named(kind: str, tensors: Sequence[Tensor], whole: bool) -> dict[str, Tensor]:
     """The norm's, where it is the first, as `kind`, and the points' as kind0, kind1, …"""
-    points = {f"{kind}{i}": x for i, x in enumerate(tensors[whole:])}
+    points = numbered(kind, tensors[whole:])
     return {kind: tensors[0], **points} if whole else points
 
 
