@@ -190,3 +190,30 @@ __device__ __forceinline__ Accumulator solve_turned(const Accumulator& given, co
                     load_tile(&pairs.low[0][0], CHUNK + 8));
     return gremoved;
 }
+
+// The first chunk's share of what half of a block's warps, the makers, do ahead of the others, which measure keys still
+// further ahead. `next` leads from a chunk to the one after, in what these steps count in.
+template <class Fetch, class Make, class Pair, class Start, class Measure>
+__device__ __forceinline__ void begin_walk(bool maker, int next, const Fetch& start_fetch, const Make& make_operands,
+                                           const Pair& make_pairs_and_fetch, const Start& start_measure,
+                                           const Measure& measure) {
+    if (maker) {
+        start_fetch(0);
+        cp_async_wait_all();
+    } else {
+        start_measure(0);
+        measure(0);
+    }
+    __syncthreads();  // the first chunk has arrived
+    if (maker) {
+        make_operands(0);
+    } else {
+        start_measure(next);
+    }
+    __syncthreads();  // its operands are complete
+    if (maker) {
+        make_pairs_and_fetch(0);
+    } else {
+        measure(next);
+    }
+}

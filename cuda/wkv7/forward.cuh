@@ -64,26 +64,7 @@ __device__ __forceinline__ void chunked_forward(const Arguments& a) {
     const float* start = a.group ? a.parts : a.state;
     load_state<N>(S, start && !maker ? start + s.state : nullptr, v0, false);
     shared.parameters.load(a, s);
-    if (maker) {
-        start_fetch(0);
-        cp_async_wait_all();
-    } else {
-        start_measure(0);
-        measure(0);
-    }
-    __syncthreads();  // the first chunk has arrived
-    if (maker) {
-        make_operands(0);
-    } else {
-        start_measure(CHUNK);
-    }
-    __syncthreads();  // its operands are complete
-    if (maker) {
-        make_pairs_and_fetch(0);
-    } else {
-        measure(CHUNK);
-    }
-
+    begin_walk(maker, CHUNK, start_fetch, make_operands, make_pairs_and_fetch, start_measure, measure);
     for (int t0 = 0; t0 < s.length; t0 += CHUNK) {
         const auto& made = shared.made[t0 / CHUNK % 2];
         const Operands<N>& o = made.operands;

@@ -87,26 +87,7 @@ __device__ __forceinline__ void chunked_groups(const Arguments& a) {
             if (!BACKWARD) S[states - 1][b].c[e] = v0 + tile_row(lane, e) == b * 16 + tile_column(lane, e) ? 1.f : 0.f;
         }
     shared.parameters.load(a, s);
-    if (maker) {
-        start_fetch(0);
-        cp_async_wait_all();
-    } else {
-        start_measure(0);
-        measure(0);
-    }
-    __syncthreads();  // the first chunk has arrived
-    if (maker) {
-        make_operands(0);
-    } else {
-        start_measure(1);
-    }
-    __syncthreads();  // its operands are complete
-    if (maker) {
-        make_pairs_and_fetch(0);
-    } else {
-        measure(1);
-    }
-
+    begin_walk(maker, 1, start_fetch, make_operands, make_pairs_and_fetch, start_measure, measure);
     for (int i = 0; !is_past(i); i++) {
         const auto& made = shared.made[i % 2];
         const Operands<N>& o = made.operands;
