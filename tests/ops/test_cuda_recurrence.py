@@ -1,10 +1,9 @@
 """What holds for the CUDA kernels of every recurrence: sequences, states and gradients handed on, memory and the order
-of threads, and what NVIDIA's tools make of the sources. Run on the CPU through tests/cuda_shim, and on a GPU where
-there is one; each family's own test has its results against float64."""
+of threads. Run on the CPU through tests/cuda_shim, and on a GPU where there is one; each family's own test has its
+results against float64."""
 
 import dataclasses
 import math
-import re
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -15,10 +14,6 @@ from cuda_shim.cases import error, rms
 from cuda_shim.running import DEVICES, FAMILIES, one_torch_thread, runner, shim_kernels
 from rwkv_peft.ops.native import driver, gpu, launch
 from rwkv_peft.ops.native import kernels as native_kernels
-from rwkv_peft.ops.native import nvrtc as nvrtc_compiler
-from rwkv_peft.ops.native.build import build_library
-from rwkv_peft.ops.native.compilers import find_nvcc
-from rwkv_peft.ops.native.errors import BuildError
 from rwkv_peft.ops.native.sources import source_directory
 from rwkv_peft.ops.wkv6.op import WKV6
 from rwkv_peft.ops.wkv7.op import WKV7
@@ -219,45 +214,6 @@ def test_the_trial_launches_a_kernel(family, cuda, monkeypatch):
     assert launched == [family]
 
 
-@pytest.fixture(scope="module")
-def nvcc():
-    try:
-        return find_nvcc()
-    except BuildError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def assembler_reports(cuda, nvcc, tmp_path_factory):
-    """What ptxas says of each architecture."""
-    return toolchain.assembler_reports(cuda.FAMILY.source, nvcc, tmp_path_factory.mktemp("cubin"))
-
-
-@pytest.mark.parametrize("architecture", toolchain.ARCHITECTURES)
-def test_nvcc_compiles_without_warnings_or_spills(assembler_reports, cuda, architecture):
-    toolchain.check_without_spills(*assembler_reports[architecture], chunked(cuda))
-
-
-def test_a_failed_launch_is_an_error(nvcc):
-    if torch.cuda.is_available():
-        pytest.skip("launches do not fail where there is a GPU")
-    cuda, cases = FAMILIES["wkv6"]
-    library = cuda.FAMILY.library(build_library("wkv6_cuda_sm90", *gpu.recipe(cuda.FAMILY.source, nvcc, "90")))
-    with pytest.raises(RuntimeError, match="CUDA error"):
-        cases.run(library, cases.make_case(1, 4, 1, 64, torch.bfloat16))
-
-
-def test_nvrtc_compiles_every_kernel(tmp_path, cuda, monkeypatch):
-    compiler = nvrtc_compiler.find_nvrtc()
-    if compiler is None:
-        pytest.skip("needs NVRTC: pip install nvidia-cuda-nvrtc")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    image = nvrtc_compiler.cubin("kernels", cuda.FAMILY.source, "sm_90", compiler)
-    for kernel in (*chunked(cuda), *cuda.PLAIN):
-        assert f"{kernel}_shared".encode() in image
-    assert nvrtc_compiler.cubin("kernels", cuda.FAMILY.source, "sm_90", None) == image  # the second time from the cache
-
-
 def test_the_driver_is_asked_for_a_block_a_head_and_sequence(cuda, cases, monkeypatch):
     recorder = toolchain.RecordingDriver(cuda.RECURRENCE.Arguments)
     monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: recorder)
@@ -287,14 +243,6 @@ def test_a_plan_names_kernels_that_there_are(family, cuda, dtype):
             for name, block in cuda.plan(direction, head_size, dtype):
                 assert direction in name and (name in cuda.PLAIN or dtype == torch.bfloat16)
                 assert block is None if name in cuda.CHUNKED else math.prod(block) <= bounds[name]
-
-
-def test_every_header_counts_for_the_cache(cuda):
-    root = source_directory("cuda")
-    headers = set(gpu.recipe(cuda.FAMILY.source, "nvcc", "90")[2])
-    assert headers >= set((root / cuda.FAMILY.op).glob("*.cuh"))
-    for path in (root / cuda.FAMILY.source, *headers):
-        assert headers >= {root / name for name in re.findall(r'#include "(.+)"', path.read_text(encoding="utf-8"))}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 """Bone's CUDA kernels, run on the CPU through tests/cuda_shim: against the float64 formulas, every kernel, odd sizes;
-through the adapters; under several orders of the threads; and what nvcc and NVRTC make of them."""
+through the adapters; and under several orders of the threads."""
 
 from functools import partial
 
@@ -23,9 +23,6 @@ from rwkv_peft.adapters.bone import bone as bone_of
 from rwkv_peft.ops import adding
 from rwkv_peft.ops.bone import cuda, op
 from rwkv_peft.ops.native import driver
-from rwkv_peft.ops.native import nvrtc as nvrtc_compiler
-from rwkv_peft.ops.native.compilers import find_nvcc
-from rwkv_peft.ops.native.errors import BuildError
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -125,29 +122,6 @@ def test_the_order_of_threads_changes_no_bit(kernels, order, monkeypatch):
     expected = results()
     kernels.set_order(order)
     assert all(torch.equal(x, y) for x, y in zip(results(), expected, strict=True))
-
-
-@pytest.fixture(scope="module")
-def nvcc():
-    try:
-        return find_nvcc()
-    except BuildError as error:
-        pytest.skip(str(error))
-
-
-def test_nvcc_compiles_without_warnings_or_spills(nvcc, tmp_path):
-    for status, report in toolchain.assembler_reports(cuda.FAMILY.source, nvcc, tmp_path).values():
-        toolchain.check_without_spills(status, report, cuda.KERNELS)
-
-
-def test_nvrtc_compiles_every_kernel(tmp_path, monkeypatch):
-    compiler = nvrtc_compiler.find_nvrtc()
-    if compiler is None:
-        pytest.skip("needs NVRTC: pip install nvidia-cuda-nvrtc")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    image = nvrtc_compiler.cubin("bone_cuda", cuda.FAMILY.source, "sm_90", compiler)
-    for name in cuda.KERNELS:
-        assert name.encode() in image and f"{name}_threads".encode() in image
 
 
 def test_the_driver_is_asked_for_a_block_a_tile_and_group(monkeypatch):

@@ -1,5 +1,5 @@
 """The mix operations' CUDA kernels, run on the CPU through tests/cuda_shim: against the float64 plain form, every
-gradient, packing and states; under several orders of the threads; and what nvcc and NVRTC make of them."""
+gradient, packing and states; and under several orders of the threads."""
 
 import ctypes
 from pathlib import Path
@@ -29,9 +29,6 @@ from rwkv_peft.ops.mix import (
     value_residual,
 )
 from rwkv_peft.ops.native import driver
-from rwkv_peft.ops.native import nvrtc as nvrtc_compiler
-from rwkv_peft.ops.native.compilers import find_nvcc
-from rwkv_peft.ops.native.errors import BuildError
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -380,30 +377,6 @@ def test_each_kernel_has_its_layout():
         sizes = [len(names) for names in layout]
         limits = [kind._length_ for _, kind in cuda.MixArguments._fields_ if issubclass(kind, ctypes.Array)]
         assert all(size <= limit for size, limit in zip(sizes, limits, strict=True))
-
-
-@pytest.fixture(scope="module")
-def nvcc():
-    try:
-        return find_nvcc()
-    except BuildError as error:
-        pytest.skip(str(error))
-
-
-def test_nvcc_compiles_without_warnings_or_spills(nvcc, tmp_path):
-    hot = [name for name in cuda.KERNELS if not name.endswith("float32")]
-    for status, report in toolchain.assembler_reports(cuda.FAMILY.source, nvcc, tmp_path).values():
-        toolchain.check_without_spills(status, report, hot)
-
-
-def test_nvrtc_compiles_every_kernel(tmp_path, monkeypatch):
-    compiler = nvrtc_compiler.find_nvrtc()
-    if compiler is None:
-        pytest.skip("needs NVRTC: pip install nvidia-cuda-nvrtc")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    image = nvrtc_compiler.cubin("mix_cuda", cuda.FAMILY.source, "sm_90", compiler)
-    for name in cuda.KERNELS:
-        assert name.encode() in image
 
 
 def test_the_driver_is_asked_for_a_block_a_group_and_strip(monkeypatch):

@@ -1,0 +1,75 @@
+"""What NVIDIA's compilers make of every family of CUDA kernels, and what a cached build depends on."""
+
+import re
+
+import pytest
+import torch
+
+from cuda_shim import cases, toolchain
+from rwkv_peft.ops.bone import cuda as bone
+from rwkv_peft.ops.cross_entropy import cuda as cross_entropy
+from rwkv_peft.ops.mix import cuda as mix
+from rwkv_peft.ops.native import gpu
+from rwkv_peft.ops.native import nvrtc as nvrtc_compiler
+from rwkv_peft.ops.native.build import build_library
+from rwkv_peft.ops.native.compilers import find_nvcc
+from rwkv_peft.ops.native.errors import BuildError
+from rwkv_peft.ops.native.sources import source_directory
+from rwkv_peft.ops.wkv6 import cuda as wkv6
+from rwkv_peft.ops.wkv7 import cuda as wkv7
+
+# a family -> its kernels, and those of them that may spill: what is seldom run
+FAMILIES = {
+    wkv6.FAMILY: (wkv6.RECURRENCE.names, wkv6.PLAIN),
+    wkv7.FAMILY: (wkv7.RECURRENCE.names, wkv7.PLAIN),
+    mix.FAMILY: (mix.KERNELS, [name for name in mix.KERNELS if name.endswith("float32")]),
+    bone.FAMILY: (bone.KERNELS, ()),
+    cross_entropy.FAMILY: (cross_entropy.KERNELS, ()),
+}
+
+
+@pytest.fixture(params=FAMILIES, ids=lambda family: family.op)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def nvcc():
+    try:
+        return find_nvcc()
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+def test_nvcc_compiles_without_warnings_or_spills(family, nvcc, tmp_path):
+    kernels, seldom = FAMILIES[family]
+    for status, report in toolchain.assembler_reports(family.source, nvcc, tmp_path).values():
+        toolchain.check_without_spills(status, report, [name for name in kernels if name not in seldom])
+
+
+def test_nvrtc_compiles_every_kernel(family, tmp_path, monkeypatch):
+    compiler = nvrtc_compiler.find_nvrtc()
+    if compiler is None:
+        pytest.skip("needs NVRTC: pip install nvidia-cuda-nvrtc")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    image = nvrtc_compiler.cubin(family.op, family.source, "sm_90", compiler)
+    kernels, _ = FAMILIES[family]
+    for name in kernels:  # and what a launch asks of it
+        assert name.encode() in image and f"{name}_threads".encode() in image and f"{name}_shared".encode() in image
+    assert nvrtc_compiler.cubin(family.op, family.source, "sm_90", None) == image  # the second time from the cache
+
+
+def test_every_header_counts_for_the_cache(family):
+    root = source_directory("cuda")
+    headers = set(gpu.recipe(family.source, "nvcc", "90")[2])
+    assert headers >= set((root / family.op).glob("*.cuh"))
+    for path in (root / family.source, *headers):
+        assert headers >= {root / name for name in re.findall(r'#include "(.+)"', path.read_text(encoding="utf-8"))}
+
+
+def test_a_failed_launch_is_an_error(nvcc):
+    if torch.cuda.is_available():
+        pytest.skip("launches do not fail where there is a GPU")
+    library = wkv6.FAMILY.library(build_library("wkv6_cuda_sm90", *gpu.recipe(wkv6.FAMILY.source, nvcc, "90")))
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        cases.run(library, cases.make_case(1, 4, 1, 64, torch.bfloat16))
