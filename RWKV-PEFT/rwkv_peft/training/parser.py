@@ -1,4 +1,4 @@
-"""The parser of train.py, made of the settings' own fields (config.py), and their table as Markdown.
+"""The parser of train.py, made of the settings' own fields (config/), and their table as Markdown.
 
 python -m rwkv_peft.training.parser > docs/train_flags.md
 """
@@ -29,7 +29,7 @@ DIMENSIONS = (
 OTHER_VERSIONS = (("x052", "RWKV-5"), ("x051", "RWKV-5"))
 HEAD = """# Flags of train.py
 
-Made by `python -m rwkv_peft.training.parser` of the settings in `rwkv_peft/config.py`; `python train.py --help` shows
+Made by `python -m rwkv_peft.training.parser` of the settings in `rwkv_peft/config/`; `python train.py --help` shows
 the same. An unknown flag is refused with the nearest that exists.
 """
 

@@ -1,0 +1,44 @@
+"""The settings of a run as frozen dataclasses, made once from the command line.
+
+Each field that a flag sets carries it: its help, its type, its name where that is another than the field's. The parser
+of train.py, its --help and docs/train_flags.md are made of these fields (training/flags.py).
+"""
+
+import json
+from dataclasses import asdict, dataclass
+
+from .adapter import MODE_ALIASES, QUANTIZATIONS, AdapterConfig
+from .data import DATA_TYPES, DataConfig
+from .model import ModelConfig
+from .train import BUCKET, CHUNK_CTX, STATE_LR, STRATEGIES, TrainConfig
+
+__all__ = [
+    "BUCKET",
+    "CHUNK_CTX",
+    "DATA_TYPES",
+    "MODE_ALIASES",
+    "QUANTIZATIONS",
+    "STATE_LR",
+    "STRATEGIES",
+    "AdapterConfig",
+    "DataConfig",
+    "ModelConfig",
+    "RunConfig",
+    "TrainConfig",
+    "to_json",
+]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of one training run."""
+
+    model: ModelConfig
+    adapter: AdapterConfig
+    data: DataConfig
+    train: TrainConfig
+
+
+def to_json(config: RunConfig | AdapterConfig) -> str:
+    """A config dataclass as stable JSON text, for config.json."""
+    return json.dumps(asdict(config), sort_keys=True, indent=2)

@@ -1,0 +1,93 @@
+"""What a run reads."""
+
+from dataclasses import dataclass
+
+from ..cli import count, positive
+from .setting import setting
+
+DATA_TYPES = ("binidx", "sft", "pairs")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, and in which order.
+
+    path is the prefix of a .bin/.idx pair (data_type "binidx"), or rows of questions and answers (data_type "sft"), or
+    of two answers each ("pairs"), which tokenizer turns into tokens. seed draws the order of the samples; None keeps
+    that of the file.
+    """
+
+    path: str = setting(
+        "",
+        "PREFIX of PREFIX.bin and PREFIX.idx; a .jsonl, .json, .parquet or datasets folder for sft and pairs",
+        flag="data_file",
+        required=True,
+        metavar="PREFIX",
+    )
+    data_type: str = setting(
+        "binidx",
+        "binidx: tokens; sft: rows of questions and answers, tokenized once into a cache; pairs: rows of a prompt, a "
+        "chosen and a rejected answer, for preference training (DPO)",
+        choices=DATA_TYPES,
+    )
+    tokenizer: str = setting("world", "sft, pairs: world, bytes or a tokenizer.json", metavar="NAME")
+    sft_field: tuple[str, ...] = setting(
+        (),
+        "sft: the field that holds the text, or those of question and answer; pairs: those of prompt, chosen and "
+        "rejected (default: recognised)",
+        nargs="+",
+        metavar="FIELD",
+    )
+    sft_split: str = setting(
+        "",
+        "sft, pairs: rows of --data_file to take, such as train[:1000]; of --val_data and --retain_data all are taken, "
+        "in a folder of several splits those of the same name",
+        metavar="SPLIT",
+    )
+    sft_long: str = setting(
+        "left",
+        "sft, pairs: rows longer than --ctx_len lose the front of their prompt, or are left out",
+        choices=("left", "skip"),
+    )
+    sft_think: str = setting(
+        "",
+        "sft, pairs: how chats open their answers for RWKV-7 G1: on with the thinking that a row holds, else an empty "
+        "one; off with an empty one everywhere (default: as rows have them)",
+        choices=("on", "off"),
+    )
+    ctx_len: int = setting(1024, "tokens a sample", type=positive)
+    dataload: str = setting(
+        "get",
+        "get: windows of the token stream; pad: one document a row, padded; only: one document, alone; "
+        "pack: several whole documents a row, none seeing another (default get; sft: pad; pairs: pack)",
+        unset=True,
+    )
+    loss_mask: str = setting(
+        "none",
+        "tokens that count: none and pad count all but padding, qa what follows --mask_id, se what stands between "
+        "--mask_id and --mask_end_id, file reads PREFIX.mask, which preprocess writes where answers alone count "
+        "(default file where there is a PREFIX.mask, else none; sft: file)",
+        unset=True,
+    )
+    mask_id: tuple[int, ...] = setting(
+        (),
+        "token ids that open an answer, for --loss_mask qa and se; or RWKV-PEFT's JSON of two texts, mask1, which "
+        "opens what counts, and mask0, which closes it",
+        nargs="+",
+        metavar="ID",
+    )
+    mask_end_id: tuple[int, ...] = setting(
+        (), "token ids that close it (se), or open the next question (qa)", type=count, nargs="+", metavar="ID"
+    )
+    seed: int | None = setting(42)
+    micro_bsz: int = setting(1, "samples a device and forward pass; a pair of answers is one", type=positive)
+
+    @property
+    def of_rows(self) -> bool:
+        """Whether the data is rows that are yet to be tokenized."""
+        return self.data_type != "binidx"
+
+    @property
+    def documents(self) -> int:
+        """Of a sample, or the windows of one."""
+        return 2 if self.data_type == "pairs" else 1

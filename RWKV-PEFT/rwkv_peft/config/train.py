@@ -1,0 +1,244 @@
+"""How a run trains, and where it writes."""
+
+from dataclasses import dataclass
+
+from ..cli import above_zero, alias, count, not_negative, positive, rate, seed, switch
+from ..names import SCHEDULES
+from .setting import setting
+from .validation import ValidationConfig
+
+SCHEDULE_ALIASES = (("cos_decay", "rwkv-peft"), ("cos", "cosine"))
+STRATEGIES = tuple(f"deepspeed_stage_{stage}" for stage in ("1", "2", "2_offload", "3", "3_offload"))
+BUCKET = 200_000_000  # the most elements of a bucket in which ranks exchange gradients
+CHUNK_CTX = 512  # tokens a segment
+STATE_LR = 1e-2  # of time states; benchmarks/README.md holds the measurement
+
+
+@dataclass(frozen=True)
+class TrainConfig(ValidationConfig):
+    """How a run trains, on what, and where it writes.
+
+    A step is one optimizer step of devices x num_nodes x micro_bsz x accumulate_grad_batches samples; an epoch is
+    epoch_steps of them. Learning rates are per step, and lr_chosen names those that --lr_init auto chose; epoch_save
+    counts epochs. Rows are computed in segments of chunk_ctx tokens where that is not 0.
+    """
+
+    load_model: str = setting(
+        "",
+        "base checkpoint; dimensions are read from it. Empty: a new model from --n_layer, --n_embd, --vocab_size "
+        "(needs --peft none)",
+        group="model",
+        metavar="PTH",
+    )
+    proj_dir: str = setting("out", "where the run writes", group="run", metavar="DIR")
+    resume: str = setting(
+        "",
+        "continue the run in --proj_dir exactly where it stopped, on the same data; auto: or begin it where there is "
+        "no checkpoint yet, for a command that is run again and again",
+        group="run",
+        nargs="?",
+        const="must",
+        choices=("must", "auto"),
+        metavar="auto",
+    )
+    fresh_optimizer: bool = setting(
+        False,
+        "with --resume: keep weights and place in the data, start the optimizer anew; for another number of devices, "
+        "strategy or precision",
+        group="run",
+        action="store_true",
+    )
+    show_samples: int = setting(
+        0,
+        "print the first N samples as the run reads them, what counts in the loss marked, <end> for the end token, and "
+        "train nothing",
+        group="run",
+        type=count,
+    )
+    epoch_steps: int = setting(
+        0, "optimizer steps an epoch; 0: one pass over the data, and on to the end of a step", group="run", type=count
+    )
+    epoch_count: int = setting(1, "epochs; the run ends after them", group="run", type=positive)
+    epoch_begin: int = setting(
+        0,
+        "number of the first epoch: the schedule and the data start there (with --bone_load)",
+        group="run",
+        type=count,
+    )
+    epoch_save: int = setting(1, "save every so many epochs; 0: at the end alone", group="run", type=count)
+    save_every: int = setting(
+        0,
+        "also save every so many optimizer steps, as at the end of an epoch; 0: at epochs alone",
+        group="run",
+        type=count,
+    )
+    save_minutes: float = setting(
+        0.0,
+        "also save when so many minutes have passed since the last save, at the end of a step; 0: never",
+        group="run",
+        type=not_negative,
+    )
+    keep_checkpoints: int | None = setting(
+        None,
+        "keep the newest so many checkpoints, and the files of the newest so many epochs; 0: all (default: 2 "
+        "checkpoints, and the files of all epochs)",
+        group="run",
+        type=count,
+    )
+    save_dtype: str = setting(
+        "keep",
+        "dtype of rwkv.pth (--peft none) and of --merge_on_save's models: keep is that of the base, or for a new model "
+        "--precision",
+        group="run",
+        choices=("keep", "bf16", "fp32"),
+    )
+    merge_on_save: bool = setting(
+        False,
+        "also write the merged model, merged.pth, whenever the adapter is saved",
+        group="run",
+        action="store_true",
+    )
+    random_seed: int = setting(
+        42, "seed of initialization, dropout and data order; -1: one that is drawn and told", group="run", type=seed
+    )
+    wandb: str = setting(
+        "",
+        "also log to this Weights & Biases project (after `wandb login`, or with WANDB_MODE=offline)",
+        group="run",
+        metavar="PROJECT",
+    )
+    state_load: str = setting(
+        "",
+        "time states that --train_parts state starts from: a .pth, a .st, or a run that tuned states alone",
+        group="run",
+        metavar="FILE",
+    )
+    lr_init: float = setting(
+        2e-5,
+        f"learning rate after warm-up (default 2e-5; where states alone train, {STATE_LR:g}); auto: one by the method, "
+        "its rank and the model's width, where docs/learning_rates.md has a rule for them",
+        group="optimizer",
+        unset=True,
+        type=rate,
+    )
+    lr_final: float = setting(
+        2e-5,
+        f"learning rate at the end (default 2e-5; where states alone train, {STATE_LR:g}; with --lr_init auto a tenth "
+        "of it)",
+        group="optimizer",
+        unset=True,
+        type=not_negative,
+    )
+    lr_chosen: tuple[str, ...] = setting(())
+    state_lr: float = setting(
+        STATE_LR,
+        "learning rate of --train_parts state beside others, whose own is --lr_init; it follows the same schedule "
+        f"(default {STATE_LR:g})",
+        group="optimizer",
+        unset=True,
+        type=not_negative,
+    )
+    lr_schedule: str = setting(
+        "cosine",
+        "how the learning rate goes from a = lr_init to z = lr_final, at step s = 0 … S - 1 of S, W of them warm-up: "
+        + "; ".join(f"{name}: {formula}" for name, formula in SCHEDULES.items())
+        + ". exp is RWKV-LM's, rwkv-lm what --my_exit_tokens makes of it there; rwkv-peft is RWKV-PEFT's cos_decay, "
+        "which has no warm-up; its wsd is another, our cosine to a z of 0",
+        group="optimizer",
+        type=alias(SCHEDULE_ALIASES),
+    )
+    warmup_steps: int = setting(
+        0, "steps of linear warm-up, as --lr_schedule says (default 0)", group="optimizer", type=count
+    )
+    dpo_beta: float = setting(
+        0.1,
+        "with --data_type pairs: how much a margin between two answers weighs; the higher, the nearer the model stays "
+        "to its base",
+        group="optimizer",
+        type=above_zero,
+    )
+    dpo_nll: float = setting(
+        0.0,
+        "with --data_type pairs: add so many times the chosen answers' own loss, which keeps them likely",
+        group="optimizer",
+        type=not_negative,
+    )
+    beta1: float = setting(0.9, "Adam", group="optimizer", type=not_negative)
+    beta2: float = setting(0.99, "Adam", group="optimizer", type=not_negative)
+    adam_eps: float = setting(1e-8, "Adam", group="optimizer", type=above_zero)
+    weight_decay: float = setting(0.0, "on matrices only (default 0)", group="optimizer", type=not_negative)
+    layerwise_lr: bool = setting(
+        True, "RWKV-LM's doubled learning rate of time_decay", group="optimizer", type=switch, metavar="0|1"
+    )
+    gradient_clip_val: float = setting(1.0, "largest gradient norm; 0: any", group="optimizer", type=not_negative)
+    accumulate_grad_batches: int = setting(
+        1,
+        "forward passes a step; from hundreds on with --precision bf16 take stage 2, which adds their gradients up in "
+        "float32",
+        group="optimizer",
+        type=positive,
+    )
+    accelerator: str = setting("auto", "where to train", group="machine", choices=("auto", "cpu", "gpu"))
+    devices: int = setting(1, "GPUs, or CPU processes, a node", group="machine", type=positive)
+    num_nodes: int = setting(
+        1,
+        "nodes, on each of which this command runs, with MASTER_ADDR and NODE_RANK set, or started by torchrun or srun",
+        group="machine",
+        type=positive,
+    )
+    join_minutes: float = setting(
+        10.0, "how long the processes of a run wait for each other to come", group="machine", type=above_zero
+    )
+    stall_minutes: float = setting(
+        30.0,
+        "end a run in which no step, validation batch or save has ended for so long; 0: never",
+        group="machine",
+        type=not_negative,
+    )
+    strategy: str = setting("deepspeed_stage_1", "how memory is shared", group="machine", choices=STRATEGIES)
+    precision: str = setting("bf16", "weights and activations", group="machine", choices=("bf16", "fp32"))
+    chunk_ctx: int = setting(
+        0,
+        "with --train_type infctx: tokens a segment (default 512); taken and not used with another",
+        group="machine",
+        unset=True,
+        type=positive,
+    )
+    bptt_segments: int = setting(
+        0,
+        "with --train_type infctx: the gradient of the states stops at every so many segments; 0: it goes back to the "
+        "row's first token",
+        group="machine",
+        type=count,
+    )
+    grad_cp: bool = setting(
+        False, "recompute blocks in the backward pass, to save memory", group="machine", type=switch, metavar="0|1"
+    )
+    compile: bool = setting(
+        False,
+        "have torch.compile fuse what each block does between its products and kernels; the first steps take a minute "
+        "or more, and stage 3 does not allow it",
+        group="machine",
+        action="store_true",
+    )
+    cuda_graphs: bool = setting(
+        False,
+        "on a GPU, record the launches of all blocks, forward and backward, in the first step and replay them: for "
+        "small micro batches, whose launches take longer than they do; documents of --dataload pad and only are padded "
+        "on to a quarter, half, three quarters or all of --ctx_len, pairs to such parts of what two answers may take, "
+        "packed rows to all of it, these with a graph for each power of 2 of documents that they hold; "
+        "not with stage 3, offload, --grad_cp, --compile and infctx",
+        group="machine",
+        type=switch,
+        metavar="0|1",
+    )
+
+    @property
+    def stage(self) -> int:
+        """ZeRO's stage."""
+        return int(self.strategy.split("_")[2])
+
+    @property
+    def offload(self) -> bool:
+        """Whether the optimizer lives in main memory."""
+        return self.strategy.endswith("offload")

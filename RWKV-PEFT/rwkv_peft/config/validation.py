@@ -1,0 +1,97 @@
+"""What tells a run how good its model is while it trains."""
+
+from dataclasses import dataclass
+
+from ..cli import count, not_negative, positive
+from ..names import EVAL_TASKS
+from .setting import setting
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Validation runs on val_data, or on the share val_split of the data, and retain_data is measured with it;
+    eval_data and the tasks of lm_eval are questions that the model answers."""
+
+    val_data: str = setting("", "data to validate on, read like --data_file", group="validation", metavar="PREFIX")
+    val_split: float = setting(
+        0.0,
+        "keep this share of the data, such as 0.01, for validation",
+        group="validation",
+        type=not_negative,
+        metavar="SHARE",
+    )
+    val_seed: int | None = setting(
+        None,
+        "seed that draws what --val_split keeps, for runs of other seeds that validate on the same (default: "
+        "--random_seed)",
+        group="validation",
+        type=count,
+    )
+    val_every: int = setting(
+        0,
+        "steps between validations, of which one follows the last step; 0: every epoch",
+        group="validation",
+        type=count,
+    )
+    early_stop: int = setting(
+        0, "end after so many validations without a lower loss; 0: never", group="validation", type=count
+    )
+    retain_data: str = setting(
+        "",
+        "data whose loss tells what the run forgets, read like --data_file; measured before the first step and with "
+        "each validation (--val_data or not), and decides nothing",
+        group="validation",
+        metavar="PREFIX",
+    )
+    eval_data: str = setting(
+        "",
+        "questions that the model answers while it trains, rows as rwkv-peft eval takes them; scored, and written with "
+        "the answers to answers.jsonl in --proj_dir",
+        group="validation",
+        metavar="FILE",
+    )
+    eval_task: str = setting(
+        "jsonl", "what they are, as rwkv-peft eval says", group="validation", choices=EVAL_TASKS, metavar="TASK"
+    )
+    eval_every: int = setting(
+        0,
+        "steps between such rounds of questions, of --eval_data and --lm_eval, beside the one at the end; 0: every "
+        "epoch",
+        group="validation",
+        type=count,
+    )
+    eval_limit: int = setting(
+        100, "ask the first so many of them, and of each task of --lm_eval; 0: all", group="validation", type=count
+    )
+    eval_template: str = setting(
+        "", "how a question is put, as --template of rwkv-peft eval", group="validation", metavar="NAME"
+    )
+    eval_max_tokens: int = setting(256, "longest answer", group="validation", type=positive)
+    eval_stop: tuple[str, ...] = setting(
+        (),
+        "texts that end an answer, besides the template's own; \\n and \\t are newline and tab",
+        group="validation",
+        nargs="+",
+        metavar="TEXT",
+    )
+    eval_batch: int = setting(
+        16, "answers written or scored at once, on each device", group="validation", type=positive
+    )
+    lm_eval: tuple[str, ...] = setting(
+        (),
+        "tasks of EleutherAI's lm-evaluation-harness, groups or patterns of them, that the model is asked while it "
+        "trains; scored, and the results written to lm_eval.jsonl in --proj_dir (pip install -r requirements-eval.txt)",
+        group="validation",
+        nargs="+",
+        metavar="TASK",
+    )
+    lm_eval_include_path: str = setting(
+        "", "a folder with tasks of your own, as --include_path of rwkv-peft lm_eval", group="validation", metavar="DIR"
+    )
+    lm_eval_num_fewshot: int | None = setting(
+        None,
+        "solved examples before each question, as --num_fewshot of rwkv-peft lm_eval (default: the task's)",
+        group="validation",
+        type=count,
+        metavar="N",
+    )
