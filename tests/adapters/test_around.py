@@ -12,7 +12,7 @@ from rwkv_peft.adapters.methods import METHODS
 from rwkv_peft.models.parts import Input, feed_forward
 from rwkv_peft.ops import adding
 
-AROUND = [name for name, method in METHODS.items() if method.around_square]
+AROUND = [name for name, method in METHODS.items() if method.around_square is not None]
 
 
 def two_layers(adapt, variant, channels=(16, 24), dtype=torch.float64, bias=False, trains=False, **settings):

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from rwkv_peft.compare import runs
-from rwkv_peft.compare.command import main, measure, usual_rates
-from rwkv_peft.compare.flags import parse_flags
+from rwkv_peft.compare.command import main, measure, print_sizes, usual_rates
+from rwkv_peft.compare.flags import method_flags, parse_flags
 from rwkv_peft.compare.plan import Cell
 from rwkv_peft.compare.rates import rate_of
 from rwkv_peft.compare.runs import Process, finish, run_cells, start
@@ -23,6 +23,8 @@ from rwkv_peft.compare.sizes import Size
 from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.errors import UserError, ending_in_order, hangup_signals
 from rwkv_peft.files.alone import alone_in
+from rwkv_peft.models import FAMILIES
+from rwkv_peft.plan.rehearsal import count
 from rwkv_peft.training.checkpoints import DIVERGED
 from rwkv_peft.training.flags import parse_run
 from rwkv_peft.training.inputs import find_samples
@@ -183,8 +185,26 @@ def test_what_has_no_rank_trains_what_the_model_has_of_it(files):
     comparison = parse_flags(["--output", "out2", "--methods", "bone", "full", "state", "--rank", "8", "--", *TRAIN])
     sizes, _ = measure(comparison)
     base = torch.load(files / "base.pth", mmap=True)
-    assert sizes["full"] == (0, 0, sum(tensor.numel() for tensor in base.values()))
-    assert sizes["state"] == (0, 0, 4 * 16 * 16)  # one layer of four heads
+    assert sizes["full"] == Size(0, 0, sum(tensor.numel() for tensor in base.values()))
+    assert sizes["state"] == Size(0, 0, 4 * 16 * 16)  # one layer of four heads
+
+
+@pytest.mark.parametrize("parts", [(), ("ln",), ("time", "state"), ("emb", "head", "ln", "time", "state")])
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_what_is_told_to_train_is_what_does(files, family, parts, capsys):
+    """Parts of the model and its states, along with adapters."""
+    shapes = family.shapes(family.new_dimensions(2, 64, 80, head_size=16))
+    torch.save({key: torch.zeros(shape) for key, shape in shapes.items()}, files / f"{family.version}.pth")
+    train = [*TRAIN, "--load_model", f"{family.version}.pth", *(("--train_parts", *parts) if parts else ())]
+    methods = "bone", "pissa", "dora"
+    sizes, base = measure(parse_flags(["--output", "out4", "--methods", *methods, "--rank", "8", "--", *train]))
+    print_sizes(sizes)
+    told = capsys.readouterr().out
+    for method, size in sizes.items():
+        request = parse_run([*train, "--proj_dir", "out4", *method_flags(method, size.rank)])
+        trains = count(family, base.config, request.config.adapter).trains
+        assert size.trained == trains
+        assert f"{method:<13} {trains:>14,} trained parameters, rank {size.rank}\n" in told
 
 
 @pytest.mark.parametrize(

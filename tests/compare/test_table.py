@@ -20,7 +20,7 @@ from rwkv_peft.compare.report import (
 from rwkv_peft.compare.runs import Outcome
 from rwkv_peft.compare.sizes import Size
 
-SIZES = {"bone": Size(8, 0, 1000), "lora": Size(4, 0, 1000), "bone-mini": Size(10, 20, 900)}
+SIZES = {"bone": Size(8, 0, 1000), "lora": Size(4, 0, 1000, 50), "bone-mini": Size(10, 20, 900)}
 
 
 def outcome(method, rate, seed, *losses, diverged=False):
@@ -70,7 +70,7 @@ def test_the_table_says_so(rows):
         "| loss at rate 0.003 for all | steps to lora's loss | ms a step | peak memory, MB |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
         "| bone | 8 | 1,000 | 0.003 | 2 | 2.1000 | 0.1414 | 2.0000 | 10 | 50 | 600 |",
-        "| lora | 4 | 1,000 | 0.003 | 1 | 2.6000 |  | 2.6000 | 20 | 50 | 600 |",
+        "| lora | 4 | 1,050 | 0.003 | 1 | 2.6000 |  | 2.6000 | 20 | 50 | 600 |",
     ]
 
 
@@ -83,7 +83,7 @@ def test_a_method_that_diverges_everywhere_is_told():
 def test_no_steps_are_counted_to_the_loss_of_a_run_that_diverged():
     runs = RUNS | {run.cell: run for run in (outcome("lora", -5, 2, 2.5, 9.0, diverged=True),)}
     text = table(rows_of(METHODS, [1, 2], SIZES, runs), 1, runs)
-    assert "| lora | 4 | 1,000 | 0.003 | 2 | diverged |" in text and "steps to" not in text
+    assert "| lora | 4 | 1,050 | 0.003 | 2 | diverged |" in text and "steps to" not in text
 
 
 def test_each_run_is_a_line_of_json():
@@ -91,6 +91,7 @@ def test_each_run_is_a_line_of_json():
     assert len(records) == len(RUNS)
     found = {(record["method"], record["rate"], record["seed"]): record["val_loss"] for record in records}
     assert found["bone", 0.003, 2] == 2.2 and found["bone", 0.01, 1] is None
+    assert {record["method"]: record["parameters"] for record in records} == {"bone": 1000, "lora": 1050}
 
 
 def retaining(run, *losses):

@@ -353,6 +353,48 @@ def test_an_interrupt_keeps_what_was_complete(model, tmp_path, monkeypatch, caps
     assert "1 of 2 prompts, " in (said := capsys.readouterr().err) and said.endswith("interrupted\n")
 
 
+def prompts_in(path):
+    return [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
+
+
+def test_a_line_is_in_the_file_as_soon_as_it_is_done(model, tmp_path, monkeypatch):
+    """Whatever ends the process then; at the end all stand in the order of the prompts. What was there before gives way
+    to the first line."""
+    output, seen = tmp_path / "out.jsonl", []
+    output.write_text('{"prompt": "before"}\n')
+
+    def says(model, prompts, sampling, max_tokens, ends, *rest):
+        for number in (2, 0, 1):
+            seen.append(prompts_in(output))
+            yield Step(number, 98, ends(number, 98))
+            yield Step(number, 0, ends(number, 0))
+        seen.append(prompts_in(output))
+
+    monkeypatch.setattr(command, "generate", says)
+    words = ["--model", str(model), "--prompt", "a", "b", "c", "--output", str(output)]
+    assert command.main(words) == 0
+    assert seen == [["before"], ["c"], ["c", "a"], ["c", "a", "b"]]
+    assert prompts_in(output) == ["a", "b", "c"] and list(tmp_path.iterdir()) == [output]
+
+
+def test_a_line_that_the_disk_refuses_is_told_and_written_at_the_end(model, tmp_path, monkeypatch, capsys):
+    output, limit = tmp_path / "out.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def says(model, prompts, sampling, max_tokens, ends, *rest):
+        for number, most in ((0, limit[0]), (2, 70), (1, limit[0])):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, limit[1]))
+            yield Step(number, 0, ends(number, 0))
+
+    monkeypatch.setattr(command, "generate", says)
+    try:
+        command.main(["--model", str(model), "--prompt", "a", "b", "c", "--output", str(output)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    told = capsys.readouterr().err
+    assert "file too large; the lines before are kept; the work goes on" in told and "3 of 3 prompts" in told
+    assert prompts_in(output) == ["a", "b", "c"]
+
+
 def test_what_was_generated_is_printed_where_the_disk_refuses_it(model, tmp_path, capsys):
     words = ["--model", str(model), "--prompt", "a", "b", "--max_tokens", "3"]
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)

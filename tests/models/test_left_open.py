@@ -32,7 +32,7 @@ def left(monkeypatch):
         layers.append(layer)
         return unshifted(layer, *given, **more)
 
-    monkeypatch.setattr(AdapterLinear, "before_norm", lambda self, x: self.method.before_norm)
+    monkeypatch.setattr(AdapterLinear, "before_norm", lambda self, x: self.method.before_norm is not None)
     monkeypatch.setattr(AdapterLinear, "unshifted", recorded)
     return layers
 
@@ -52,7 +52,7 @@ def test_a_step_is_the_same(family, lengths, checkpoint, inside, around_square, 
     if inside:
         monkeypatch.setattr(adding, "inside_product", lambda *_: True)
     if around_square:
-        monkeypatch.setattr(AdapterLinear, "around_square", lambda self, *_: self.method.around_square)
+        monkeypatch.setattr(AdapterLinear, "around_square", lambda self, *_: self.method.around_square is not None)
     found = step(model, tokens, bounds)
     names = {id(module): name for name, module in model.named_modules()}
     inner = [f"blocks.{i}.{name}" for i in range(2) for name in LAYERS[family.version]]
@@ -119,7 +119,7 @@ def test_a_gpu_takes_the_methods_that_have_the_form(variant):
         inject(layer, config, gradients={"layer": torch.randn(96, 64)})
         for dtype in (torch.float32, torch.bfloat16):
             x, adapted = torch.empty(1, 3, 64, dtype=dtype, device="meta"), layer.to("meta", dtype)["layer"]
-            assert adapted.before_norm(x) == (takes and METHODS[variant].before_norm)
+            assert adapted.before_norm(x) == (takes and METHODS[variant].before_norm is not None)
         assert not adapted.before_norm(torch.empty(1, 3, 64))
         adapted.untrained = True
         assert not adapted.before_norm(x)

@@ -102,15 +102,59 @@ def test_the_prefix_of_a_wrapper_is_taken_off(folder, prefix):
         run(folder, adapter="mixed.pth")
 
 
-def test_an_adapter_of_a_model_of_fewer_blocks_is_refused(folder):
+def on_blocks(base, blocks, also=()):
+    """A flat file's bone tensors on some blocks, and whole tensors of the base, changed."""
+    tensors, _ = adapter_of("bone", base)
+    own = {key: tensor for key, tensor in tensors.items() if int(key.split(".")[1]) in blocks}
+    return own | {key: base[key] + 1 for key in also}
+
+
+@pytest.fixture
+def deep(tiny_state, tmp_path):
+    """A folder with a base of four blocks -> {key: tensor} of it."""
+    torch.save(tiny_state(n_layer=4), tmp_path / "base.pth")
+    return open_base(tmp_path / "base.pth").tensors
+
+
+def test_an_adapter_of_a_model_of_fewer_blocks_is_refused(deep, tmp_path):
     """Two models of one width may differ in depth alone."""
-    tensors, _ = adapter_of("bone", open_base(folder / "base.pth").tensors)
-    torch.save({key: tensor for key, tensor in tensors.items() if key.startswith("blocks.0.")}, folder / "a.pth")
-    with pytest.raises(UserError, match="a.pth adapts 1 of the 2 blocks of .*base.pth.*belongs to a smaller model"):
-        run(folder, adapter="a.pth")
-    with pytest.raises(UserError, match="belongs to a smaller model"):
-        load_model(folder / "base.pth", [AdapterSource(folder / "a.pth")])
-    assert "head.weight" in run(folder, "--any_base", adapter="a.pth")
+    torch.save(on_blocks(deep, (0, 1), ["blocks.1.ln1.weight"]), tmp_path / "a.pth")
+    with pytest.raises(UserError, match="a.pth changes the first 2 of the 4 blocks of .*base.pth.* a smaller model"):
+        run(tmp_path, adapter="a.pth")
+    with pytest.raises(UserError, match="a smaller model"):
+        load_model(tmp_path / "base.pth", [AdapterSource(tmp_path / "a.pth")])
+    assert "head.weight" in run(tmp_path, "--any_base", adapter="a.pth")
+
+
+@pytest.mark.parametrize(
+    "blocks, also, told",
+    [
+        ((3,), [], "blocks   3 of 0-3 "),
+        ((1, 2), [], "blocks   1-2 of 0-3 "),
+        ((0, 2, 3), [], "blocks   0, 2-3 of 0-3 "),
+        ((0, 1), ["blocks.3.ln2.bias"], "blocks   0-1, 3 of 0-3 "),  # of a model as deep as the base
+        ((0, 1, 2, 3), [], None),
+    ],
+)
+def test_an_adapter_on_chosen_blocks_merges_and_says_which(deep, tmp_path, blocks, also, told, capsys):
+    """Which no smaller model's has: those have no gaps, and end before the base's last block."""
+    torch.save(on_blocks(deep, blocks, also), tmp_path / "a.pth")
+    merged = run(tmp_path, adapter="a.pth")
+    changed = {key for key, tensor in deep.items() if not torch.equal(tensor, merged[key])}
+    assert changed == {f"blocks.{i}.{target}.weight" for i in blocks for target in TARGETS} | set(also)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("blocks ")]
+    assert len(lines) == (told is not None) and (told is None or lines[0].startswith(told))
+    load_model(tmp_path / "base.pth", [AdapterSource(tmp_path / "a.pth")])
+
+
+def test_blocks_that_the_base_has_not_are_refused(deep, tmp_path):
+    for key in ("blocks.4.att.key.bone", "blocks.x.att.key.bone"):
+        torch.save(on_blocks(deep, (2, 3)) | {key: torch.ones(RANK, 64)}, tmp_path / "a.pth")
+        for flags in ((), ("--any_base",)):
+            with pytest.raises(UserError, match="1 of its .* tensors have no place in the base: there is no blocks"):
+                run(tmp_path, *flags, adapter="a.pth")
+        with pytest.raises(UserError, match="have no place in the base"):
+            load_model(tmp_path / "base.pth", [AdapterSource(tmp_path / "a.pth")])
 
 
 def test_the_folder_of_a_run_of_rwkv_peft_names_its_files(folder):

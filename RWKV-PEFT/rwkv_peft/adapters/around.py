@@ -6,6 +6,8 @@ its frozen weight is then a plain product, to which nothing is added in memory. 
 gives the gradients of left and of the factors that it reads. After bat-in, bat-in itself squares what it reads.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -13,17 +15,10 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..ops.bone import plus_tiled, shard_sum
+from ..ops.mix import low_square
+from .method import Opened, Params
 from .product import Frozen, Product
 from .tokens import apply_to_tokens, flat, of_weight_and_bias
-
-
-class Opened(NamedTuple):
-    """A layer's result without its adapter's term left up: y (..., out); left (T, r); up (r, out), or None for the
-    identity, repeated along the outputs."""
-
-    y: torch.Tensor
-    left: torch.Tensor
-    up: torch.Tensor | None
 
 
 class Factors(NamedTuple):
@@ -33,18 +28,28 @@ class Factors(NamedTuple):
     up: torch.Tensor
 
 
-def opened(x: torch.Tensor, base: Frozen, factors: Factors, scale: float) -> Opened:
-    """The layer before the square: x (..., in)."""
-    inputs = base.weight, base.bias, factors.down, len(factors.up), base.product, scale
-    y, left = _Before.apply(flat(x), *inputs)
-    return Opened(y.view(*x.shape[:-1], y.shape[-1]), left, factors.up)
+@dataclass(frozen=True)
+class LowRank:
+    """AroundSquare of a method whose term is of low rank: factors gives those of a layer's params."""
 
+    factors: Callable[[Params], Factors]
 
-def closed(x: torch.Tensor, right: torch.Tensor, base: Frozen, factors: Factors, scale: float) -> torch.Tensor:
-    """The layer after the square x (..., in), given right = x down (T, r): -> (..., out)."""
-    weight, bias, product, residual = base
-    params = right, factors.up
-    return apply_to_tokens(_After, x, weight, bias, *params, product=product, residual=residual, extra=(scale,))
+    def opened(self, x: torch.Tensor, base: Frozen, params: Params, scale: float) -> Opened:
+        down, up = self.factors(params)
+        y, left = _Before.apply(flat(x), base.weight, base.bias, down, len(up), base.product, scale)
+        return Opened(y.view(*x.shape[:-1], y.shape[-1]), left, up)
+
+    def squared(self, before: Opened, params: Params, rank: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """right is the square times down."""
+        return low_square(*before, self.factors(params).down, rank)
+
+    def closed(
+        self, x: torch.Tensor, right: torch.Tensor | None, base: Frozen, params: Params, scale: float
+    ) -> torch.Tensor:
+        assert right is not None  # as `squared` has it
+        weight, bias, product, residual = base
+        inputs = right, self.factors(params).up
+        return apply_to_tokens(_After, x, weight, bias, *inputs, product=product, residual=residual, extra=(scale,))
 
 
 def scaled_product(

@@ -13,32 +13,17 @@ from torch.autograd.function import once_differentiable
 from ..ops import adding
 from ..ops.bone import affine, affine_backward_, shard_sum
 from ..ops.mix import low_square
-from .around import Opened
 from .bent import tiled_product
 from .block_affine import BlockAffine
-from .method import Params, Shapes
+from .method import Opened, Params, Shapes
 from .product import DENSE, Frozen, Product
 from .tokens import apply_to_tokens, flat, weight_gradient
 
 
-class BatIn(BlockAffine):
-    """One matrix for each block of inputs: `bone` (in/rank, rank, rank). RWKV-PEFT's bat."""
-
-    name, label, index = "bat-in", "Bone bat-in", "b"
-    hf_names: tuple[bool | str, ...] = ("bat-in",)
-    in_rwkv_peft = around_square = before_norm = True
-
-    def shapes(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Shapes:
-        return {"bone": (in_features // rank, rank, rank)}
-
-    def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
-        return bat_in(x, base.weight, params["bone"], base.bias, product=base.product, residual=base.residual)
-
-    def bones(self, params: Params, scale: float) -> torch.Tensor | None:
-        return _scaled(params["bone"], scale)
+class OpenBatIn:
+    """AroundSquare and BeforeNorm of bat-in: what is left open is the shift."""
 
     def opened(self, x: torch.Tensor, base: Frozen, params: Params, scale: float) -> Opened:
-        """What is left open is the shift."""
         return Opened(*open_bat_in(x, base, params["bone"], scale, summed=True), None)
 
     def squared(self, before: Opened, params: Params, rank: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -57,6 +42,24 @@ class BatIn(BlockAffine):
         self, x: torch.Tensor, right: torch.Tensor | None, base: Frozen, params: Params, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return open_bat_in(x, base, params["bone"], scale, right)
+
+
+class BatIn(BlockAffine):
+    """One matrix for each block of inputs: `bone` (in/rank, rank, rank). RWKV-PEFT's bat."""
+
+    name, label, index = "bat-in", "Bone bat-in", "b"
+    hf_names: tuple[bool | str, ...] = ("bat-in",)
+    in_rwkv_peft = True
+    around_square = before_norm = OpenBatIn()
+
+    def shapes(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Shapes:
+        return {"bone": (in_features // rank, rank, rank)}
+
+    def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
+        return bat_in(x, base.weight, params["bone"], base.bias, product=base.product, residual=base.residual)
+
+    def bones(self, params: Params, scale: float) -> torch.Tensor | None:
+        return _scaled(params["bone"], scale)
 
 
 def bat_in(

@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import UserError
 from ..ops.bone import plus_tiled, shard_sum, split_shards
-from .around import Factors
-from .method import Method, Misfit, Params, Shapes, nearest_divisor, wide
+from .around import Factors, LowRank
+from .method import AroundSquare, Method, Misfit, Params, Shapes, nearest_divisor, wide
 from .product import DENSE, Frozen, Product
 from .tokens import apply_to_tokens, of_weight_and_bias
 
@@ -25,7 +25,8 @@ class Bone(Method):
     json_flag, rank_flag = "bone_config", "--bone_r"
     parameters = ("bone",)
     hf_names: tuple[bool | str, ...] = (True, False, "bone")
-    in_rwkv_peft = around_square = True
+    in_rwkv_peft = True
+    around_square: AroundSquare | None = LowRank(lambda params: Factors(None, params["bone"]))
 
     def fit(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Misfit | None:
         if rank <= in_features:
@@ -39,9 +40,6 @@ class Bone(Method):
 
     def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
         return bone(x, base.weight, params["bone"], base.bias, product=base.product, residual=base.residual)
-
-    def factors(self, params: Params) -> Factors:
-        return Factors(None, params["bone"])
 
     def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:
         update, (out_features, in_features) = params["bone"].to(weight.dtype), weight.shape
@@ -69,7 +67,7 @@ class BoneMini(Bone):
     """bone with `bone` (rank, mini_rank) repeated along the outputs. MiSS's mini."""
 
     name, label, mini = "bone-mini", "Bone bone-mini", True
-    around_square = False
+    around_square = None
     hf_names = ("mini",)
 
     def fit(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Misfit | None:

@@ -24,7 +24,7 @@ class Dora(Lora):
     parameters = ("lora_A", "lora_B", "lora_gain")
     constants = ("lora_row_norm",)
     idle = ("lora_A", "lora_row_norm")
-    in_rwkv_peft = around_square = False
+    in_rwkv_peft, around_square = False, None
 
     def first_step(self, config: AdapterConfig, in_features: int) -> float | None:
         return None  # a gain moves its row by as much of it as the rate says

@@ -9,9 +9,8 @@ from torch import nn
 from ..config import AdapterConfig
 from ..ops.adding import autocasts
 from ..ops.mix import takes_bones, takes_left, takes_low_square
-from .around import Opened
 from .bent import of_bent, open_of_bent
-from .method import Method, Params
+from .method import AroundSquare, Method, Opened, Params
 from .product import DENSE, Frozen, Product
 from .quant import QuantizedProduct, quantize
 from .tokens import linear
@@ -92,13 +91,13 @@ class AdapterLinear(nn.Module):
     def around_square(self, x: torch.Tensor, channels: int) -> bool:
         """Whether the layer, before or after a squared relu of so many channels, leaves its part of low rank to its
         kernel, whose input is like x: the one place that decides."""
-        can = self.method.around_square and self.can_part(x)
+        can = self.method.around_square is not None and self.can_part(x)
         return can and takes_low_square(x, channels, self.rank, *self.trained)
 
     def before_norm(self, x: torch.Tensor) -> bool:
         """Whether the layer leaves what it adds to each shard of its outputs to a frozen norm that reads them, where
         its input is like x: the one place that decides."""
-        can = self.method.before_norm and self.can_part(x)
+        can = self.method.before_norm is not None and self.can_part(x)
         return can and takes_left(x, self.out_features, self.rank, *self.trained)
 
     def can_part(self, x: torch.Tensor) -> bool:
@@ -117,17 +116,17 @@ class AdapterLinear(nn.Module):
         """`forward` before such a square, without what its kernel adds: x (..., in), shift as `forward` has it."""
         if shift is not None:
             return Opened(*open_of_bent(x, self._divided(shift), self.frozen()), None)
-        return self.method.opened(x, self.frozen(), self.params, self.scale)
+        return self._around.opened(x, self.frozen(), self.params, self.scale)
 
     def squared(
         self, x: torch.Tensor, left: torch.Tensor, up: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What `closed` is to be given after such a square, of what the layer before has `opened`; see Method."""
-        return self.method.squared(Opened(x, left, up), self.params, self.rank)
+        """What `closed` is to be given after such a square, of what the layer before has `opened`."""
+        return self._around.squared(Opened(x, left, up), self.params, self.rank)
 
     def closed(self, x: torch.Tensor, right: torch.Tensor | None, residual: torch.Tensor | None = None) -> torch.Tensor:
         """`forward` after such a square, of what `squared` gives: x (..., in), right (T, r) or None."""
-        return self.method.closed(x, right, self.frozen(residual), self.params, self.scale)
+        return self._around.closed(x, right, self.frozen(residual), self.params, self.scale)
 
     def unshifted(
         self,
@@ -136,11 +135,17 @@ class AdapterLinear(nn.Module):
         right: torch.Tensor | None = None,
         shift: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`forward`, or `closed` where right is given, before such a norm, without what it adds: see Method."""
+        """`forward`, or `closed` where right is given, before such a norm, without what it adds (BeforeNorm)."""
         if shift is not None:
             y, shift = open_of_bent(x, self._divided(shift), self.frozen(residual))
             return y, shift[None]
-        return self.method.unshifted(x, right, self.frozen(residual), self.params, self.scale)
+        assert self.method.before_norm is not None  # `before_norm` has said so
+        return self.method.before_norm.unshifted(x, right, self.frozen(residual), self.params, self.scale)
+
+    @property
+    def _around(self) -> AroundSquare:
+        assert self.method.around_square is not None  # `around_square` has said so
+        return self.method.around_square
 
     def quantize(self, kind: str) -> None:
         """Replace the weight by its quantized form ("nf4" or "int8"); it is frozen from then on."""

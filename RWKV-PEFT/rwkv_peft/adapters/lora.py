@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from ..config import AdapterConfig
 from ..ops.adding import added
-from .around import Factors, scaled_product
-from .method import Layer, Method, Misfit, Params, Shapes, cast, wide
+from .around import Factors, LowRank, scaled_product
+from .method import AroundSquare, Layer, Method, Misfit, Params, Shapes, cast, wide
 from .product import DENSE, Frozen, Product
 from .tokens import apply_to_tokens, linear, of_weight_and_bias
 
@@ -26,7 +26,8 @@ class Lora(Method):
     alpha_key: str | None = "lora_alpha"
     parameters: tuple[str, ...] = ("lora_A", "lora_B")
     idle: tuple[str, ...] = ("lora_A",)
-    scaled = dropout = in_rwkv_peft = around_square = True
+    scaled = dropout = in_rwkv_peft = True
+    around_square: AroundSquare | None = LowRank(lambda params: Factors(params["lora_A"].t(), params["lora_B"].t()))
 
     def scale(self, config: AdapterConfig) -> float:
         return config.alpha / config.rank if config.alpha else 1.0
@@ -60,9 +61,6 @@ class Lora(Method):
         inner = F.linear(F.dropout(x, dropout), params["lora_A"].to(x.dtype))
         own = scale * F.linear(inner, params["lora_B"].to(x.dtype))
         return added(linear(x, weight, bias, product=product, residual=own), residual)
-
-    def factors(self, params: Params) -> Factors:
-        return Factors(params["lora_A"].t(), params["lora_B"].t())
 
     def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:
         params = cast(params, weight.dtype)

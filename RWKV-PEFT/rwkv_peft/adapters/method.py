@@ -13,8 +13,6 @@ from torch import nn
 
 from ..config import AdapterConfig
 from ..errors import UserError
-from ..ops.mix import low_square
-from .around import Factors, Opened, closed, opened
 from .product import Frozen
 from .quant import roundtrip
 
@@ -31,6 +29,42 @@ class Layer(Protocol):
     def get_parameter(self, target: str) -> nn.Parameter: ...
 
     def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None: ...
+
+
+class Opened(NamedTuple):
+    """A layer's result without its adapter's term left up: y (..., out); left (T, r); up (r, out), or None for the
+    identity, repeated along the outputs."""
+
+    y: torch.Tensor
+    left: torch.Tensor
+    up: torch.Tensor | None
+
+
+class AroundSquare(Protocol):
+    """How a method's layers before and after a squared relu leave a part of what they do to its kernel; params, base
+    and scale are as `apply` of a Method has them."""
+
+    def opened(self, x: torch.Tensor, base: Frozen, params: Params, scale: float) -> Opened:
+        """`apply` before the square, up to the term that its kernel adds."""
+
+    def squared(self, before: Opened, params: Params, rank: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What `closed` is to be given: of what the layer before left open, whatever its method, the square (..., in),
+        and right (T, r), what is made of the square; or what `closed` will square, and None or a term of that."""
+
+    def closed(
+        self, x: torch.Tensor, right: torch.Tensor | None, base: Frozen, params: Params, scale: float
+    ) -> torch.Tensor:
+        """`apply` after the square, to what `squared` gives: x (..., in), right (T, r) or None -> (..., out)."""
+
+
+class BeforeNorm(Protocol):
+    """How a method's layers before a norm leave to it what they add to each shard of their outputs."""
+
+    def unshifted(
+        self, x: torch.Tensor, right: torch.Tensor | None, base: Frozen, params: Params, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`apply` of a Method, or `closed` of AroundSquare where it is given something, but for what is left:
+        y (..., out), and that in parts (n, T, r), of which the sum counts."""
 
 
 class Misfit(NamedTuple):
@@ -57,9 +91,8 @@ class Method(ABC):
     parameters are the tensors that train, constants those that a file holds besides; idle are those of both that change
     nothing by themselves. mini methods have a mini_rank, scaled ones an alpha, dropout ones take dropout; residual ones
     train on a base that something was taken out of; from_gradient ones start from the gradient of the loss.
-    learning_rates are (tensor, AdapterConfig field that multiplies its rate). around_square: a layer before a squared
-    relu and one after it can leave their parts of low rank to its kernel, by `opened`, `squared` and `closed`.
-    before_norm: a layer before a norm can leave what it adds to each shard of its outputs to it, by `unshifted`.
+    learning_rates are (tensor, AdapterConfig field that multiplies its rate). around_square and
+    before_norm are how a layer leaves a part of what it does to a kernel beside it, None where it does all by itself.
 
     hf_names are the init_weights of Hugging Face peft's BONE and MISS that mean this method, first the one that its
     files say, and hf_dims the dimensions of its tensor there. in_rwkv_peft: RWKV-PEFT's files hold its tensors as they
@@ -82,7 +115,8 @@ class Method(ABC):
     dropout = False
     residual = False
     from_gradient = False
-    around_square = before_norm = False
+    around_square: AroundSquare | None = None
+    before_norm: BeforeNorm | None = None
     learning_rates: tuple[tuple[str, str], ...] = ()
     hf_names: tuple[bool | str, ...] = ()
     hf_dims = 2
@@ -141,33 +175,6 @@ class Method(ABC):
         """B (in/rank, rank, rank) of a method whose layer multiplies x + u, u_b = B_b x_b for each shard b, and adds
         the sum of u_b, divided by the scale, to each shard of the result (bent.py); None for the others."""
         return None
-
-    def factors(self, params: Params) -> Factors:
-        """The term that is added to the base's product, where it is of low rank (around_square)."""
-        raise NotImplementedError
-
-    def opened(self, x: torch.Tensor, base: Frozen, params: Params, scale: float) -> Opened:
-        """`apply` before a squared relu, up to the term that its kernel adds."""
-        return opened(x, base, self.factors(params), scale)
-
-    def squared(self, before: Opened, params: Params, rank: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What `closed` is to be given: of what the layer before left open, the square (..., in), and right, the
-        square times down (T, r)."""
-        return low_square(*before, self.factors(params).down, rank)
-
-    def closed(
-        self, x: torch.Tensor, right: torch.Tensor | None, base: Frozen, params: Params, scale: float
-    ) -> torch.Tensor:
-        """`apply` after a squared relu, to what `squared` gives: x (..., in), right (T, r) or None."""
-        assert right is not None  # as `squared` has it
-        return closed(x, right, base, self.factors(params), scale)
-
-    def unshifted(
-        self, x: torch.Tensor, right: torch.Tensor | None, base: Frozen, params: Params, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`apply`, or `closed` where it is given something, but for what is added to each shard of the outputs:
-        y (..., out), and that in parts (n, T, r), of which the sum counts (before_norm)."""
-        raise NotImplementedError
 
     @abstractmethod
     def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:

@@ -14,7 +14,6 @@ from ..errors import Ended, UserError, ending_of
 from ..files.alone import alone_in
 from ..files.atomic import atomic_write
 from ..files.base import Base
-from ..models.state import time_state_shapes
 from ..names import STATE
 from ..training.flags import parse_run
 from ..training.rates import automatic_rate
@@ -25,7 +24,7 @@ from .rates import nearest_to, rate_of
 from .record import check_record
 from .report import lines_of_json, rows_of, table
 from .runs import RESULT, Outcome, read_outcome, run_cells
-from .sizes import Layers, Size, matched_size, parameter_count
+from .sizes import Layers, Size, matched_size, parameter_count, parts_count
 
 
 def main(argv: list[str]) -> int:
@@ -77,26 +76,28 @@ def measure(comparison: Comparison) -> tuple[dict[str, Size], Base]:
             "--data_type pairs: a comparison goes by the validation loss, which among preferences is lowest where a "
             "model breaks; compare on answers, or train each by itself and ask the models"
         )
-    assert request.base is not None  # parse_run refuses an adapter without one
-    layers = Layers(request.base.linear_shapes[name] for name in request.layers)
+    base = request.base
+    assert base is not None  # parse_run refuses an adapter without one
+    layers = Layers(base.linear_shapes[name] for name in request.layers)
     wanted = parameter_count(METHODS[first], comparison.rank, 0, layers)
-    sizes = {first: Size(comparison.rank, 0, wanted)}
+    beside = parts_count(request.config.adapter.train_parts, base.family, base.config)
+    sizes = {first: Size(comparison.rank, 0, wanted, beside)}
     for method in comparison.methods[1:]:
         if method == FULL:
-            sizes[method] = Size(0, 0, sum(tensor.numel() for tensor in request.base.tensors.values()))
+            sizes[method] = Size(0, 0, sum(tensor.numel() for tensor in base.tensors.values()))
         elif method == STATE:
-            sizes[method] = Size(0, 0, sum(map(math.prod, time_state_shapes(request.base.config).values())))
+            sizes[method] = Size(0, 0, parts_count((STATE,), base.family, base.config))
         else:
-            sizes[method] = matched_size(METHODS[method], wanted, layers)
+            sizes[method] = matched_size(METHODS[method], wanted, layers)._replace(beside=beside)
         parse_run([*comparison.train, *output, *method_flags(method, *sizes[method][:2])])
-    return sizes, request.base
+    return sizes, base
 
 
 def print_sizes(sizes: Mapping[str, Size]) -> None:
     for method, size in sizes.items():
         rank = f", rank {size.rank}" if size.rank else ""
         mini = f", mini_rank {size.mini_rank}" if size.mini_rank else ""
-        print(f"{method:<13} {size.parameters:>14,} trained parameters{rank}{mini}")
+        print(f"{method:<13} {size.trained:>14,} trained parameters{rank}{mini}")
 
 
 def run(comparison: Comparison, sizes: Mapping[str, Size]) -> bool:

@@ -47,10 +47,11 @@ USAGE = """Compare adapter methods on a model and data of yours, at about as man
     rwkv-peft compare --output out/compare --methods bat-in bone lora pissa --rank 64 --steps 1000 -- \\
         --load_model base.pth --data_file data/mine --val_split 0.01 --ctx_len 1024 --micro_bsz 8
 
-What stands behind -- are flags of train.py, the same for all runs. Each method sweeps the learning rate with the first
-seed, wider until its best rate lies between two that are worse, and repeats the best one with the other seeds; a seed
-means the same order of the data for every method, and all runs validate on the same samples. Runs are processes, kept
-in DIR/runs; the same command goes on where it stopped. Writes table.md, results.jsonl, and figures (.png, .svg) there.
+What stands behind -- are flags of train.py, the same for all runs; what --train_parts trains there counts on top. Each
+method sweeps the learning rate with the first seed, wider until its best rate lies between two that are worse, and
+repeats the best one with the other seeds; a seed means the same order of the data for every method, and all runs
+validate on the same samples. Runs are processes, kept in DIR/runs; the same command goes on where it stopped. Writes
+table.md, results.jsonl, and figures (.png, .svg) there.
 With --retain_data PREFIX behind -- they tell besides what each method forgets: the loss on that data and its change, at
 the end and at the lowest validation loss that all reach.
 """

@@ -125,7 +125,7 @@ def columns_of(
     """(head, what a row shows below it) of each column."""
     yield "method", lambda row: row.method
     yield "rank", lambda row: ", ".join(str(rank) for rank in row.size[:2] if rank)
-    yield "trained parameters", lambda row: f"{row.size.parameters:,}"
+    yield "trained parameters", lambda row: f"{row.size.trained:,}"
     yield "best rate", lambda row: f"{rate_of(row.rate):g}"
     yield "seeds", lambda row: str(len(row.losses))
     yield "validation loss", lambda row: number(row.mean, ".4f")
@@ -165,7 +165,7 @@ def lines_of_json(sizes: Mapping[str, Size], outcomes: Mapping[Cell, Outcome]) -
             "method": cell.method,
             "rank": size.rank,
             "mini_rank": size.mini_rank,
-            "parameters": size.parameters,
+            "parameters": size.trained,
             "rate": rate_of(cell.rate),
             "seed": cell.seed,
             "val_loss": outcome.loss if math.isfinite(outcome.loss) else None,

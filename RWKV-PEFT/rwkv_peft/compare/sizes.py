@@ -2,22 +2,31 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from ..adapters.method import Method
+from ..config import ModelConfig
 from ..errors import UserError
+from ..models.family import Family
+from ..models.state import time_state_shapes
 
 Layers = Counter[tuple[int, int]]  # how many layers have an (out_features, in_features)
 
 
 class Size(NamedTuple):
-    """A method's rank and mini_rank (0: it has none), and the parameters that it trains then; rank 0 is that of what
-    has none: the whole model, or its states."""
+    """A method's rank and mini_rank (0: it has none), the parameters that it trains then, and those that --train_parts
+    trains beside it; rank 0 is that of what has none: the whole model, or its states."""
 
     rank: int
     mini_rank: int
     parameters: int
+    beside: int = 0
+
+    @property
+    def trained(self) -> int:
+        """All parameters that train."""
+        return self.parameters + self.beside
 
 
 def parameter_count(method: Method, rank: int, mini_rank: int, layers: Layers) -> int:
@@ -26,6 +35,12 @@ def parameter_count(method: Method, rank: int, mini_rank: int, layers: Layers) -
         number * sum(math.prod(method.shapes(rank, mini_rank, *layer)[name]) for name in method.parameters)
         for layer, number in layers.items()
     )
+
+
+def parts_count(parts: Collection[str], family: Family, model: ModelConfig) -> int:
+    """What --train_parts trains of a model of these dimensions."""
+    shapes = family.shapes(model) | time_state_shapes(model)
+    return sum(math.prod(shape) for key, shape in shapes.items() if family.part_of(key) in parts)
 
 
 def matched_size(method: Method, wanted: int, layers: Layers) -> Size:

@@ -12,11 +12,12 @@ from ..cli import counted
 from ..data.templates import stops_of
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
-from ..files.atomic import atomic_write, check_output
+from ..files.atomic import check_output
 from ..files.state_file import check_session_output
 from .chat import Chat
 from .decode import Step, generate, prefill
 from .flags import parse_flags, unescaped
+from .kept import Kept
 from .loading import check_device, load_subject, save_state_file
 from .prompts import WRITTEN, encode, read_prompt_file
 from .session import Session
@@ -70,14 +71,14 @@ def run(args: Namespace, sampling: Sampling) -> int:
         tokenizer.vocab_size,
     )
     began = time.perf_counter()
+    kept = Kept(args.output, warn)
     try:
-        complete_all(steps, continuations, prints=not (streams or args.output))
-    finally:  # what is complete is worth keeping, after Ctrl-C too
-        lines = [continuation.line() + "\n" for continuation in continuations if continuation.end]
-        if args.output and lines:
-            keep(args.output, lines)
+        with kept:
+            complete_all(steps, continuations, not (streams or args.output), kept)
+    finally:  # after Ctrl-C too
+        if kept.whole:
             total, seconds = sum(len(c.tokens) for c in continuations), time.perf_counter() - began
-            done = f"{len(lines)} of {counted(len(rows), 'prompt')}"
+            done = f"{len(kept.lines)} of {counted(len(rows), 'prompt')}"
             warn(f"{args.output}: {done}, {total:,} tokens, {total / seconds:.1f} tokens/s")
     if streams:
         show("\n")
@@ -122,8 +123,9 @@ class Continuation:
         self.end = "stop" if self._stream.stopped else end
 
     def line(self) -> str:
-        """The row with what was generated, as JSON."""
-        return json.dumps(self.row | dict(zip(WRITTEN, (self.text, len(self.tokens), self.end))), ensure_ascii=False)
+        """The row with what was generated, a line of JSON."""
+        found = dict(zip(WRITTEN, (self.text, len(self.tokens), self.end)))
+        return json.dumps(self.row | found, ensure_ascii=False) + "\n"
 
     def shown_tokens(self) -> list[int]:
         """The tokens of the text, without the stop text or the end of the document behind it; where a stop text began
@@ -139,17 +141,6 @@ class Continuation:
             self.show(text)
 
 
-def keep(output: str, lines: Sequence[str]) -> None:
-    """Write lines into the file --output; where the disk refuses them, print them, and raise its UserError."""
-    try:
-        with atomic_write(output) as temporary:
-            # a lone surrogate of a row, which UTF-8 has no bytes for, is written as JSON's escape of it
-            temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
-    except UserError as error:
-        show("".join(lines))
-        raise UserError(f"{error}; its lines are printed instead") from error
-
-
 def read_rows(args: Namespace) -> list[dict[str, Any]]:
     """[{"prompt": text, …}] of the flags; none with --chat."""
     if args.prompt_file is not None:
@@ -161,20 +152,25 @@ def warn(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def complete_all(steps: Iterable[Step], continuations: Sequence[Continuation], prints: bool) -> None:
-    """Take every step; where `prints`, print the line of each continuation once those before it are complete."""
+def complete_all(steps: Iterable[Step], continuations: Sequence[Continuation], prints: bool, kept: Kept) -> None:
+    """Take every step, and add the line of each continuation to kept as it is complete; where `prints`, print it once
+    those before it are complete."""
     printed = 0
+
+    def finish(number: int, end: str) -> None:
+        nonlocal printed
+        continuations[number].finish(end)
+        kept.add(number, continuations[number].line())
+        while prints and printed < len(continuations) and continuations[printed].end:
+            show(continuations[printed].line())
+            printed += 1
+
     for step in steps:
         if step.end:
-            continuations[step.number].finish(step.end)
-        while prints and printed < len(continuations) and continuations[printed].end:
-            show(continuations[printed].line() + "\n")
-            printed += 1
-    for continuation in continuations[printed:]:
+            finish(step.number, step.end)
+    for number, continuation in enumerate(continuations):
         if not continuation.end:  # where no token was asked for
-            continuation.finish("length")
-        if prints:
-            show(continuation.line() + "\n")
+            finish(number, "length")
 
 
 def check_outputs(args: Namespace) -> None:

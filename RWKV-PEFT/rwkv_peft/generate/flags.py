@@ -42,7 +42,11 @@ def build_parser() -> Parser:
         help='.jsonl (or .ndjson, .jsonl.gz, .json) with a "prompt" in each row, or a text with a prompt a line; - '
         "reads lines",
     )
-    add("--output", metavar="JSONL", help="write the lines of JSON to this file instead")
+    add(
+        "--output",
+        metavar="JSONL",
+        help="write the lines of JSON to this file instead, each as it is done; at the end, or after Ctrl-C, in order",
+    )
     add("--max_tokens", type=int, default=256, help="longest continuation (default 256)")
     add(
         "--stop",

@@ -54,14 +54,22 @@ def check_effect(name: str | Path, adapter: Adapter) -> None:
 
 
 def check_depth(name: str | Path, adapter: Adapter, base: Base) -> None:
-    """Raise UserError where an Adapter of RWKV-PEFT, which adapts every block and names no base, has none for some of a
-    Base's blocks: it is that of a smaller model with the same widths."""
-    adapted = {module.split(".")[1] for module in adapter.modules() if module.startswith("blocks.")}
-    if adapter.metadata.source == RWKV_PEFT and 0 < len(adapted) < base.config.n_layer:
+    """Raise UserError where an Adapter of RWKV-PEFT, which names no base, changes the first blocks of a Base alone: so
+    does that of a smaller model with the same widths, which RWKV-PEFT adapts on all blocks. Any other choice of blocks
+    is one of the training's, as a whole model has no gaps and the last block tells its depth."""
+    blocks, n_layer = blocks_of(adapter), base.config.n_layer
+    first = {str(number) for number in range(len(blocks))}
+    if adapter.modules() and adapter.metadata.source == RWKV_PEFT and blocks == first and 0 < len(blocks) < n_layer:
         raise UserError(
-            f"{name} adapts {len(adapted)} of the {base.config.n_layer} blocks of {base.path}, and RWKV-PEFT adapts "
-            "all: it belongs to a smaller model; give its own base, or force it with --any_base"
+            f"{name} changes the first {len(blocks)} of the {n_layer} blocks of {base.path} alone, as an adapter of "
+            "RWKV-PEFT on all blocks of a smaller model would, and names no base; give its own base, or, where its "
+            "training chose these blocks, force it with --any_base"
         )
+
+
+def blocks_of(adapter: Adapter) -> set[str]:
+    """The numbers of the blocks that an Adapter has tensors for, as its keys spell them."""
+    return {key.split(".")[1] for key in adapter.tensors if key.startswith("blocks.")}
 
 
 def check_states(names: Sequence[str | Path], specs: Mapping[str, TensorSpec], config: ModelConfig) -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
@@ -23,7 +23,7 @@ from ..files.room import require_room
 from ..files.state_file import write_states
 from ..memory import keep_freed_memory
 from ..models.state import is_time_state
-from .belonging import Adapters, check_unmerge
+from .belonging import Adapters, blocks_of, check_unmerge
 from .flags import merge_flags
 from .merge import Merge, MergeOptions, TensorReport, check_fingerprints, quantization_error
 from .states import check_separate, check_written, diverted, note_inside, without_states
@@ -144,6 +144,10 @@ def print_head(args: argparse.Namespace, base: Base, adapters: Adapters) -> None
         parts += [f"{len(whole)} whole tensors"] if whole else []
         origin = "" if metadata.base_fingerprint else f" (from {metadata.source}; it does not name its base)"
         print(f"adapter  {name}: {', '.join(parts)}{origin}")
+        if 0 < len(blocks := blocks_of(adapter)) < config.n_layer:
+            print(
+                f"blocks   {spans(blocks)} of 0-{config.n_layer - 1} are what it changes; the others stay as they are"
+            )
         if metadata.quant != "none" and args.quant != "none":
             print(
                 f"quant    onto the base as {metadata.quant} keeps it, which is what was trained on; --quant none "
@@ -196,6 +200,17 @@ def print_reports(reports: Sequence[TensorReport], specs: Mapping[str, TensorSpe
         )
         + ("; --output_dtype fp32 keeps it" if worst.lost > 0.1 and dtype != torch.float32 else "")
     )
+
+
+def spans(numbers: Iterable[str]) -> str:
+    """Numbers in words: "0-2, 5"."""
+    found: list[list[int]] = []
+    for number in sorted(map(int, numbers)):
+        if found and number == found[-1][-1] + 1:
+            found[-1].append(number)
+        else:
+            found.append([number])
+    return ", ".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in found)
 
 
 def short(name: str) -> str:

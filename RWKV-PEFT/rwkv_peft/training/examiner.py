@@ -2,14 +2,13 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 
 from ..config import TrainConfig
+from .compiling import uncompiled
 from .plan import Plan
 from .watch import Watch
 
@@ -37,7 +36,7 @@ class Examiner:
 
     def __init__(self, exam: Exam, path: Path, train: TrainConfig, plan: Plan, watch: Watch) -> None:
         self.exam, self.path, self.watch = exam, path, watch
-        self.every, self.compiled = train.eval_every or plan.epoch_steps, train.compile
+        self.every, self.compile = train.eval_every or plan.epoch_steps, train.compile
         self.plan = plan
 
     def __call__(self, trainer: Any, lit: Any, done: int, ending: bool) -> tuple[dict[str, float], list[str]]:
@@ -58,10 +57,8 @@ class Examiner:
     def answers(self, trainer: Any, lit: Any) -> list[Answer]:
         """The records of all problems in order, on every rank."""
         records: list[Answer] = []
-        # answers have shapes of all kinds, each of which would be compiled
-        plain = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
         lit.model.eval()
-        with plain:
+        with uncompiled(self.compile):
             for record in self.exam.ask(lit.model, trainer.global_rank, trainer.world_size):
                 self.watch.moved(f"the questions after step {lit.step}")
                 records.append(record)

@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from ..memory import keep_freed_memory
 from ..names import METRICS
 from ..plots import plot_loss
 from .checkpoints import DIVERGED, find_checkpoint, telling_refusals
+from .compiling import compiled
 from .loggers import make_loggers
 from .prepared import Prepared
 from .products import BEST, labelled
@@ -71,7 +73,8 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
     trainer = make_trainer(run, loggers, say)
     data, accumulate = run.config.data, run.config.train.accumulate_grad_batches
     try:
-        with telling_refusals(run.folder):
+        compiling = compiled(run.model, data) if run.config.train.compile else nullcontext()
+        with telling_refusals(run.folder), compiling:
             trainer.fit(lit, datamodule=RunData(run.samples, run.plan, data.micro_bsz, accumulate))
     except Diverged as error:
         last = find_checkpoint(run.folder)

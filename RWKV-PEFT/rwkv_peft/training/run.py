@@ -171,9 +171,6 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
         samples, config.data.micro_bsz, world_size=world.size, accumulate=train.accumulate_grad_batches
     )
     report = adapt(model, config.adapter, request.layers, family, base, batches, checkpoint, train.chunk_ctx)
-    if train.compile:
-        for block in model.blocks:
-            block.compile()
     if checkpoint is not None and train.fresh_optimizer:
         if config.adapter.whole_model:
             model.load_state_dict(open_base(checkpoint / MODEL).tensors, strict=True)

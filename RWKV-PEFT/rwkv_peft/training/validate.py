@@ -11,6 +11,7 @@ import torch.distributed as dist
 from ..config import TrainConfig
 from ..data.batches import EvalBatches
 from ..data.samples import Samples
+from .compiling import uncompiled
 from .history import Lowest
 from .plan import Plan
 from .products import BEST
@@ -46,7 +47,7 @@ class Validator:
     ) -> None:
         self.measured, self.micro_bsz, self.saver, self.watch = measured, micro_bsz, saver, watch
         self.every, self.patience = train.val_every or plan.epoch_steps, train.early_stop
-        self.plan, self.lowest, self.anew = plan, lowest, anew
+        self.plan, self.lowest, self.anew, self.compile = plan, lowest, anew, train.compile
 
     @property
     def best(self) -> float:
@@ -87,7 +88,8 @@ class Validator:
         for batch in EvalBatches(samples, self.micro_bsz, trainer.global_rank, trainer.world_size):
             self.watch.moved(f"the validation after step {lit.step}")
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            loss = lit.compute.total(lit.model, batch)
+            with uncompiled(self.compile):
+                loss = lit.compute.total(lit.model, batch)
             numbers = (lit.compute.items(batch), loss, *lit.compute.measures.values())
             sums.append(torch.stack([number.double() for number in numbers]))
         lit.model.train()

@@ -1,0 +1,57 @@
+"""--compile takes every block, whatever the batches hold: torch compiles none so often that it goes on without."""
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo import utils
+
+from rwkv_peft.adapters.inject import inject
+from rwkv_peft.config import AdapterConfig, DataConfig
+from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.models import FAMILIES
+from rwkv_peft.training.compiling import compiled, uncompiled
+from training.runs import metrics
+
+LIMIT = "recompile_limit"  # torch's word where it gives up
+
+
+@pytest.fixture(scope="module")
+def uneven(files, tiny_state):
+    """A base of three blocks, as all that are between the first and the last are one to torch; documents of 3 to 30
+    tokens -> flags."""
+    torch.save(tiny_state(n_layer=3, n_embd=32), files / "deep.pth")
+    with BinidxWriter(files / "uneven", vocab_size=80) as writer:
+        for start in range(60):
+            writer.add([1 + (start + 7 * i) % 79 for i in range(3 + 11 * start % 28)] + [0])
+    return "--load_model", str(files / "deep.pth"), "--data_file", str(files / "uneven")
+
+
+def test_packed_rows_and_validations_leave_no_block_uncompiled(files, train, uneven):
+    flags = *uneven, "--peft", "bone", "--bone_mode", "bone", "--bone_r", "8", "--dataload", "pack", "--micro_bsz", "2"
+    flags = *flags, "--precision", "fp32", "--val_split", "0.2", "--val_every", "2"
+    _, said = train("compiled", *flags, "--compile")
+    assert LIMIT not in said
+    train("plain", *flags)
+    for mine, theirs in zip(metrics(files, "compiled"), metrics(files, "plain"), strict=True):
+        for name in {"loss", "val_loss"} & theirs.keys():
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_each_kind_of_block_is_compiled_once(family, monkeypatch):
+    """Over batches of other lengths and numbers of documents, with others without gradients between them."""
+    compile = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda block, **how: compile(block, backend="eager", **how))
+    torch.compiler.reset()
+    utils.counters.clear()
+    model = family.build(family.new_dimensions(3, 64, 40)).requires_grad_(False)
+    family.init_weights(model)
+    inject(model, AdapterConfig(method="lora", rank=4, alpha=2.0), family=family)
+    with compiled(model, DataConfig(path="", dataload="pack")):
+        for lengths in ((3, 4, 5), (9, 2), (2, 7, 1, 6)):
+            tokens, bounds = torch.arange(sum(lengths))[None], torch.tensor([0, *lengths]).cumsum(0)
+            model(tokens, cu_seqlens=bounds)[0].sum().backward()
+            with uncompiled(True), torch.no_grad():
+                model.eval()(tokens[:, :2])
+            model.train()
+    assert utils.counters["frames"]["total"] == 3  # the first, what is between, the last
