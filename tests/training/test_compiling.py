@@ -37,8 +37,13 @@ def test_packed_rows_and_validations_leave_no_block_uncompiled(files, train, une
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "adapter",
+    [AdapterConfig(method="lora", rank=4, alpha=2.0), AdapterConfig(rank=8), AdapterConfig(mode="bone", rank=8)],
+    ids=["lora", "bat-in", "bone"],
+)
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_each_kind_of_block_is_compiled_once(family, monkeypatch):
+def test_each_kind_of_block_is_compiled_once(family, adapter, monkeypatch):
     """Over batches of other lengths and numbers of documents, with others without gradients between them."""
     compile = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda block, **how: compile(block, backend="eager", **how))
@@ -46,7 +51,7 @@ def test_each_kind_of_block_is_compiled_once(family, monkeypatch):
     utils.counters.clear()
     model = family.build(family.new_dimensions(3, 64, 40)).requires_grad_(False)
     family.init_weights(model)
-    inject(model, AdapterConfig(method="lora", rank=4, alpha=2.0), family=family)
+    inject(model, adapter, family=family)
     with compiled(model, DataConfig(path="", dataload="pack")):
         for lengths in ((3, 4, 5), (9, 2), (2, 7, 1, 6)):
             tokens, bounds = torch.arange(sum(lengths))[None], torch.tensor([0, *lengths]).cumsum(0)

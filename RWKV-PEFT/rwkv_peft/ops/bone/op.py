@@ -168,7 +168,10 @@ def split_shards(x: Tensor, rank: int) -> Tensor:
 
 
 def _token_chunks(x: Tensor) -> list[slice]:
-    """Slices of tokens that hold little enough of x (T, in) to stay in the cache (CPU) or in memory (GPU)."""
+    """Slices of tokens that hold little enough of x (T, in) to stay in the cache (CPU) or in memory (GPU); one of all
+    for torch.compile, which has loops of its own, and to which their number would make T a constant."""
+    if torch.compiler.is_compiling():
+        return [slice(None)]
     elements = 1 << 18 if x.device.type == "cpu" else 1 << 26
     step = max(64, elements // max(1, x.shape[1]) // 64 * 64)
     return [slice(start, start + step) for start in range(0, x.shape[0], step)]
