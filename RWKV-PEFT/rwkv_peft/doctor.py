@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .cli import Parser
+from .errors import told
 from .memory import main_memory
 
 OK, NOTE, MISSING = "ok", "-", "MISSING"  # as it should be; good to know; training needs it
@@ -203,7 +204,16 @@ def check_devices() -> Iterator[Finding]:
             "GPU", NOTE, "torch sees none: training runs on the CPU", "if there is one, see that `nvidia-smi` lists it"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    speed = {name: matmul_speed(dtype, device) for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16"))}
+    try:
+        speed = {name: matmul_speed(dtype, device) for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16"))}
+    except RuntimeError as error:  # no code for a card of this age, no memory left on it, another program's alone, …
+        yield Finding(
+            "GPU",
+            MISSING,
+            f"torch sees one and cannot compute on it: {told(error)}",
+            "end what else uses it, take a build of torch that knows it, or train with --accelerator cpu",
+        )
+        return
     advice = (
         "bf16 is faster and takes half the memory"
         if speed["bf16"] > speed["fp32"]
