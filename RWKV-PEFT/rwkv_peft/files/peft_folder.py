@@ -36,6 +36,8 @@ NO_PLAIN_LORA = (
     "kasa_config",
     "arrow_config",
 )
+# what init_lora_weights may be where training began on the base as it is; other values take their factors out of it
+BESIDE_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
 Number = TypeVar("Number", int, float)
 
 
@@ -159,7 +161,7 @@ def _bone_variant(folder: Path, config: dict[str, Any], tensors: Mapping[str, to
 def _check_plain_lora(folder: Path, config: dict[str, Any]) -> None:
     """Refuse LoRA settings under which W + scale B A over the original base is not what was trained."""
     odd = [name for name in NO_PLAIN_LORA if config.get(name)]
-    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+    if config.get("init_lora_weights", True) not in BESIDE_THE_BASE:
         odd.append(f"init_lora_weights={reprlib.repr(config['init_lora_weights'])}, which changes the base")
     if odd:
         raise UserError(
