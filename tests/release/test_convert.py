@@ -144,6 +144,22 @@ def test_time_states_swap_both_ways(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "output, finds", [("m.pth", True), ("m.st", False), ("m.safetensors", False), ("folder", False)]
+)
+def test_states_that_go_along_unseen_are_told(tmp_path, model, capsys, output, finds):
+    path, state = model
+    states = {f"blocks.{i}.att.time_state": torch.randn(4, 16, 16).bfloat16() for i in range(2)}
+    save_model(path, state | states)
+    convert(path, tmp_path / "out" / output)
+    assert ("holds tuned states, which what loads it takes as a file of their own" in capsys.readouterr().out) == (
+        not finds
+    )
+    convert(tmp_path / "out" / output, tmp_path / "back.pth", "--dtype", "bf16")
+    found = open_base(tmp_path / "back.pth").tensors
+    assert all(torch.allclose(found[key], states[key], rtol=1e-2) for key in states)
+
+
+@pytest.mark.parametrize(
     "states, message",
     [
         ({0: torch.zeros(2, 8, 8), 2: torch.zeros(2, 8, 8)}, "2 time states and no blocks.1.att.time_state"),

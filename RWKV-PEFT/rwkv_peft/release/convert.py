@@ -186,6 +186,11 @@ def convert_model(source: Path, target: Path, args: argparse.Namespace) -> list[
     base = base_of(tensors, source)
     tokenizer = vocabulary_for(base, source, args.tokenizer) if form.vocabulary else None
     form.write_model(target, base, Wanted(dtype, args.gguf_type or GGUF_TYPE, tokenizer))
+    if base.has_states and not (form.states_in_model and base.family.states_in_model):
+        print(
+            f"note: {target} holds tuned states, which what loads it takes as a file of their own, if at all: the "
+            "run's state.pth, or what merge_bone.py --state_output writes"
+        )
     what = describe(tensors, dtype)
     if target.suffix == ".gguf":
         number = len(list(base.family.gguf_tensors(tensors, base.config)))
