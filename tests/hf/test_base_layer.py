@@ -1,5 +1,7 @@
 """What a base layer may be, and what of it Bone leaves as it is: its hooks, its precision, its kind."""
 
+import inspect
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -93,6 +95,31 @@ def test_a_layer_whose_weight_a_mixer_reads_is_refused():
     ):
         get_peft_model(mamba, BoneConfig(r=2, target_modules=["in_proj", "dt_proj"]))
     get_peft_model(mamba, BoneConfig(r=2, target_modules=["in_proj"]))
+
+
+@pytest.mark.parametrize(
+    "place, target",
+    [
+        ("longcat_flash.modeling_longcat_flash.LongcatFlashTopkRouter", "classifier"),
+        ("mobilebert.modeling_mobilebert.MobileBertLMPredictionHead", "dense"),
+        ("mobilebert.modeling_mobilebert.MobileBertLMPredictionHead", "decoder"),
+        ("detr.modeling_detr.DetrMHAttentionMap", "k_proj"),
+        ("conditional_detr.modeling_conditional_detr.ConditionalDetrMHAttentionMap", "k_proj"),
+        ("maskformer.modeling_maskformer.MaskFormerDetrMHAttentionMap", "k_proj"),
+        ("dab_detr.modeling_dab_detr.DabDetrMHAttentionMap", "k_linear"),
+    ],
+)
+def test_layers_whose_weights_other_modules_read_are_refused(place, target):
+    path, _, name = place.rpartition(".")
+    found = getattr(pytest.importorskip(f"transformers.models.{path}"), name, None)
+    if found is None:
+        pytest.skip(f"this transformers has no {name}")
+    assert f"self.{target}.weight" in inspect.getsource(found)
+    owner = found.__new__(found)  # of any widths
+    nn.Module.__init__(owner)
+    setattr(owner, target, nn.Linear(8, 8))
+    with pytest.raises(UserError, match=f"0.{target} is inside of a {name}, which reads its weight without calling it"):
+        get_peft_model(nn.Sequential(owner), BoneConfig(r=4, target_modules=[target]))
 
 
 @pytest.mark.parametrize("form", FORMS)

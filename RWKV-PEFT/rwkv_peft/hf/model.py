@@ -15,7 +15,7 @@ from .installed import SAVES_BIASES, tuner_for, version
 from .layer import BoneLinear
 
 # Layers of transformers' modules whose weights those read without calling them: Mamba's for fused kernels, and dt_proj
-# in plain torch too.
+# in plain torch too; a router's in float32; others as kernels of a convolution, or beside the embeddings.
 NEVER_CALLED = (
     "MambaMixer.x_proj",
     "MambaMixer.dt_proj",
@@ -34,6 +34,13 @@ NEVER_CALLED = (
     "WavLMAttention.k_proj",
     "WavLMAttention.v_proj",
     "WavLMAttention.out_proj",
+    "LongcatFlashTopkRouter.classifier",
+    "MobileBertLMPredictionHead.decoder",
+    "MobileBertLMPredictionHead.dense",
+    "DetrMHAttentionMap.k_proj",
+    "ConditionalDetrMHAttentionMap.k_proj",
+    "MaskFormerDetrMHAttentionMap.k_proj",
+    "DabDetrMHAttentionMap.k_linear",
 )
 CLASSIFIERS = ("classifier", "score", "qa_outputs")  # peft names them in modules_to_save by the task, there or not
 
