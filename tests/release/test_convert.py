@@ -183,6 +183,28 @@ def test_a_file_without_tensors_is_refused(tmp_path):
         convert(tmp_path / "none.safetensors", tmp_path / "x.pth")
 
 
+@pytest.mark.parametrize("output", ["m.pth", "m.st"])
+@pytest.mark.parametrize(
+    "key, what",
+    [
+        ("attn.w_lora.lora.0.weight", "an RWKV-7 in the layout of flash-linear-attention"),
+        ("self_attn.q_proj.weight", "a model of another kind"),
+    ],
+)
+def test_a_folder_of_another_layout_is_not_sent_to_this_command_again(tmp_path, output, key, what):
+    (tmp_path / "hf").mkdir()
+    tensors = {"model.embeddings.weight": torch.zeros(4, 4), f"model.layers.0.{key}": torch.zeros(4, 4)}
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    with pytest.raises(
+        UserError, match=f"hf is {what} .it has model.layers.0.{key}., which is not read here; take the"
+    ):
+        convert(tmp_path / "hf", tmp_path / output)
+    torch.save(tensors, tmp_path / "hf.pth")
+    with pytest.raises(UserError, match=f"hf.pth is {what}"):
+        convert(tmp_path / "hf.pth", tmp_path / output)
+
+
 def test_8_bit_floats_are_refused(tmp_path):
     save_file({"head.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn)}, tmp_path / "m.safetensors")
     with pytest.raises(UserError, match="m.safetensors: head.weight is float8_e4m3fn"):
