@@ -133,22 +133,29 @@ class BoneModel(tuner_for(BoneLinear)):
                 f"adapter_names={adapter_names!r}: there is no adapter {unknown[0]!r}; give a list of some of "
                 f"{', '.join(self.peft_config)}"
             )
-        modules = dict(self.model.named_modules())
-        owners: dict[int, list[str]] = {}
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        owners: dict[int, dict[nn.Module, str]] = {}  # of each parameter; an adapter's layer owns its base layer's
         for name, module in modules.items():
+            around = modules.get(name.removesuffix(".base_layer"))
+            owner = around if isinstance(around, BoneLinear) else module
             for parameter in module._parameters.values():
-                owners.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
+                owners.setdefault(id(parameter), {}).setdefault(owner, name.removesuffix(".base_layer"))
         for name, module in modules.items():
             if not isinstance(module, BoneLinear) or not set(adapter_names or module.active_adapters) & set(
                 module.bone_block
             ):
                 continue
-            others = [owner for owner in owners.get(id(module.weight), ()) if owner != name]
-            if others:
+            other = next((owner for owner in owners.get(id(module.weight), ()) if owner is not module), None)
+            if other is not None:
+                sharer = owners[id(module.weight)][other]
+                own = "a weight of its own before it gets the adapter: "
+                own += f"base.{name}.weight = torch.nn.Parameter(base.{name}.weight.detach().clone()), "
+                own += "base.config.tie_word_embeddings = False"
+                if other is module.base_layer:
+                    own = f"a layer of its own before it gets the adapter: base.{name} = copy.deepcopy(base.{name})"
                 raise UserError(
-                    f"{name} shares its weight with {others[0]}, which merging would change too; load the base anew "
-                    f"and give {name} a weight of its own before it gets the adapter: base.{name}.weight = "
-                    f"torch.nn.Parameter(base.{name}.weight.detach().clone()), base.config.tie_word_embeddings = False"
+                    f"{name} shares its weight with {sharer}, which merging would change too; load the base anew and "
+                    f"give {name} {own}"
                 )
 
     @contextmanager
