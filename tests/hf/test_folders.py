@@ -163,3 +163,14 @@ def test_a_missing_tensor_is_noticed(llama, tmp_path):
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.warns(UserWarning, match="missing adapter keys"):
         PeftModel.from_pretrained(llama, tmp_path)
+
+
+def test_tensors_of_layers_that_the_model_has_not_are_told(llama, ids, tmp_path, recwarn):
+    save(copy.deepcopy(llama), tmp_path)
+    PeftModel.from_pretrained(copy.deepcopy(llama), tmp_path)
+    assert not [warning for warning in recwarn if "passed over" in str(warning.message)]
+    llama.model.layers = llama.model.layers[:1]
+    with pytest.warns(
+        UserWarning, match=r"\d+ tensors of the adapter are of layers .* as base_model.*layers.1.*another m"
+    ):
+        logits(PeftModel.from_pretrained(llama, tmp_path), ids)

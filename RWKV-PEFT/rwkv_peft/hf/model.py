@@ -1,10 +1,12 @@
 """BoneModel: puts Bone's layers into a Hugging Face model, through peft's machinery."""
 
+import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel, utils
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -42,6 +44,9 @@ NEVER_CALLED = (
     "MaskFormerDetrMHAttentionMap.k_proj",
     "DabDetrMHAttentionMap.k_linear",
 )
+# What FSDP, checkpointing and torch.compile put into the names of modules, and not always into those of tensors.
+WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+BLOCK = "bone_block"  # the name of an adapter's parameter
 CLASSIFIERS = ("classifier", "score", "qa_outputs")  # peft names them in modules_to_save by the task, there or not
 
 
@@ -107,6 +112,19 @@ class BoneModel(tuner_for(BoneLinear)):
         if not config.from_file:
             for setting, names in given.items():
                 warn_of_strangers(setting, names, model)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, torch.Tensor], prefix: str, *args: Any) -> None:
+        """Warn of an adapter's tensors for layers that the model has not, which peft passes over."""
+        places = {WRAPPERS.sub("", f"{prefix}{name}") for name, _ in self.named_modules()}
+        blocks = [key for key in state_dict if BLOCK in key.split(".")]  # with an adapter's name behind it, or without
+        lost = [key for key in blocks if WRAPPERS.sub("", key.rpartition(f".{BLOCK}")[0]) not in places]
+        if lost:
+            warnings.warn(
+                f"{len(lost)} tensors of the adapter are of layers that this model has not, such as {lost[0]}, and are "
+                "passed over: it was trained on another model",
+                stacklevel=2,
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, *args: Any, **settings: Any) -> None:
         """As peft has it; UserError where a merge would change another module too, or for an unknown adapter."""
