@@ -44,6 +44,9 @@ NEVER_CALLED = (
     "MaskFormerDetrMHAttentionMap.k_proj",
     "DabDetrMHAttentionMap.k_linear",
 )
+# trl's trainers of preferences and rewards add an adapter COPY with the very settings of COPIED, which is to stay as
+# that one began, to compare with; they copy tensors by names with ".default." in them, and Bone's names end there.
+COPY, COPIED = "ref", "default"
 # What FSDP, checkpointing and torch.compile put into the names of modules, and not always into those of tensors.
 WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 BLOCK = "bone_block"  # the name of an adapter's parameter
@@ -109,6 +112,10 @@ class BoneModel(tuner_for(BoneLinear)):
             raise
         finally:
             del self._undo
+        if adapter_name == COPY and self.peft_config.get(COPIED) is config:
+            for layer in self.modules():
+                if isinstance(layer, BoneLinear) and COPY in layer.bone_block and COPIED in layer.bone_block:
+                    layer.bone_block[COPY].data.copy_(layer.bone_block[COPIED].data)
         if not config.from_file:
             for setting, names in given.items():
                 warn_of_strangers(setting, names, model)
