@@ -183,6 +183,18 @@ def test_a_file_without_tensors_is_refused(tmp_path):
         convert(tmp_path / "none.safetensors", tmp_path / "x.pth")
 
 
+def test_shards_of_two_models_in_one_folder_are_refused(tmp_path, model):
+    path, state = model
+    convert(path, tmp_path / "hf")
+    half = {to_hf(key): tensor for key, tensor in list(state.items())[::2]}
+    save_file(half, tmp_path / "hf" / "model-00001-of-00002.safetensors")
+    with pytest.raises(UserError, match="hf: model.safetensors and another of its .safetensors files both hold"):
+        convert(tmp_path / "hf", tmp_path / "back.pth")
+    save_file({to_hf(key): tensor for key, tensor in list(state.items())[1::2]}, tmp_path / "hf" / "model.safetensors")
+    convert(tmp_path / "hf", tmp_path / "back.pth")
+    assert same(dict(sorted(open_base(tmp_path / "back.pth").tensors.items())), dict(sorted(state.items())))
+
+
 @pytest.mark.parametrize("output", ["m.pth", "m.st"])
 @pytest.mark.parametrize(
     "key, what",

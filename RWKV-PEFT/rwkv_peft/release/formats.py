@@ -119,7 +119,13 @@ def read_hf_model(path: Path) -> dict[str, torch.Tensor]:
         )
     found: dict[str, torch.Tensor] = {}
     for file in files:
-        found |= read_safetensors(file)[0]
+        tensors = read_safetensors(file)[0]
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise UserError(
+                f"{path}: {file.name} and another of its .safetensors files both hold {twice[0]}, so that they are of "
+                "two models; remove those of one"
+            )
+        found |= tensors
     return _official(found, lambda family: family.from_hf)[1]
 
 
