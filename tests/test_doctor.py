@@ -96,6 +96,9 @@ def test_a_gpu_on_which_nothing_computes_is_told_in_words(monkeypatch):
     finding = list(doctor.check_devices())[-1]
     assert finding.status == MISSING and finding.text.endswith("for execution on the device")
     assert "--accelerator cpu" in finding.remedy
+    monkeypatch.setattr(doctor, "check_kernels", lambda: pytest.fail("they would be tried on it"))
+    assert finding in doctor.examine()
+    assert "memory" in [finding.name for finding in doctor.examine()]
 
 
 def test_an_unknown_flag_is_refused():

@@ -295,7 +295,8 @@ def check_optional() -> Iterator[Finding]:
 
 
 def examine() -> Iterator[Finding]:
-    """Yield every Finding, the cheap ones first; parts that need a missing package are left out."""
+    """Yield every Finding, the cheap ones first; parts that need a missing package, or a GPU that fails, are left
+    out."""
     yield from check_python()
     standing = {}
     for requirement in requirements():
@@ -304,8 +305,10 @@ def examine() -> Iterator[Finding]:
         yield finding
     yield from check_tools()
     if standing.get("torch") == OK:
-        yield from check_devices()
-        yield from check_kernels()
+        devices = list(check_devices())
+        yield from devices
+        if all(finding.status != MISSING for finding in devices):
+            yield from check_kernels()
     if standing.get("deepspeed") == OK:
         yield from check_deepspeed()
     yield from check_memory()
