@@ -143,3 +143,12 @@ def test_closed_streams_lead_nowhere(tmp_path):
 def test_a_name_that_begins_with_a_dash_is_told_from_a_flag(argv):
     with pytest.raises(UserError, match="there is no -.*; a name that begins with a dash is given as ./-"):
         main(["preprocess", *argv])
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["train", "--data_file", "data", "--merge_on_save", "1"], ["merge", "--base_model", "b.pth", "--dry_run", "0"]],
+)
+def test_a_value_behind_a_flag_that_takes_none_is_told(argv):
+    with pytest.raises(UserError, match=f"{argv[-2]} takes no value, and {argv[-1]} stands behind it; leave"):
+        main([*argv, "--bone_checkpoint", "a.pth"] if argv[0] == "merge" else argv)

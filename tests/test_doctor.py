@@ -3,6 +3,7 @@
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -81,6 +82,23 @@ def test_this_machine_can_train(capsys):
     assert doctor.main([]) == 0
     printed = capsys.readouterr().out
     assert all(f"{kernel} reference" in printed for kernel in ("wkv6", "wkv7")) and "GFLOP/s" in printed
+
+
+def test_a_gpu_on_which_nothing_computes_is_told_in_words(monkeypatch):
+    def refuse(dtype, device):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nlines of advice")
+
+    card = SimpleNamespace(name="a card", major=5, minor=2, total_memory=2**32)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: card)
+    monkeypatch.setattr(doctor, "matmul_speed", refuse)
+    finding = list(doctor.check_devices())[-1]
+    assert finding.status == MISSING and finding.text.endswith("for execution on the device")
+    assert "--accelerator cpu" in finding.remedy
+    monkeypatch.setattr(doctor, "check_kernels", lambda: pytest.fail("they would be tried on it"))
+    assert finding in doctor.examine()
+    assert "memory" in [finding.name for finding in doctor.examine()]
 
 
 def test_an_unknown_flag_is_refused():

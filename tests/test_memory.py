@@ -1,4 +1,5 @@
-"""Freed memory stays with the process: it is handed out again without the kernel's help."""
+"""Freed memory stays with the process: it is handed out again without the kernel's help. What a container may use is
+what counts as main memory."""
 
 import platform
 import subprocess
@@ -6,6 +7,10 @@ import sys
 
 import pytest
 
+from rwkv_peft import memory
+from rwkv_peft.plan.command import main as plan
+
+MIB = 1 << 20
 CODE = """
 import resource, torch
 from rwkv_peft.memory import keep_freed_memory
@@ -29,3 +34,65 @@ def test_pages_are_not_made_anew():
     if before < 20 * 100:
         pytest.skip("the system gives huge pages, or freed blocks were kept already")
     assert after < before / 10
+
+
+@pytest.fixture
+def groups(tmp_path, monkeypatch):
+    """Writes what /proc/self/cgroup says, and the files of groups, {name: content}, in place of this process's own."""
+
+    def write(own, files):
+        for path, text in ({"own": own} | {f"groups/{name}": text for name, text in files.items()}).items():
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_text(text + "\n" * bool(text))
+        monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "own")
+        monkeypatch.setattr(memory, "GROUPS", tmp_path / "groups")
+
+    write("", {})
+    return write
+
+
+def version_2(limit, used, cached=0):
+    stat = f"anon {used - cached}\ninactive_file {cached}\ninactive_anon 5"
+    return {"memory.max": str(limit), "memory.current": str(used), "memory.stat": stat}
+
+
+def version_1(limit, used, cached=0):
+    stat = f"inactive_file 1\ntotal_inactive_file {cached}"
+    return {"memory.limit_in_bytes": str(limit), "memory.usage_in_bytes": str(used), "memory.stat": stat}
+
+
+def at(folder, files):
+    return {f"{folder}{name}": text for name, text in files.items()}
+
+
+@pytest.mark.parametrize(
+    "own, files",
+    [
+        ("0::/", version_2(64 * MIB, 40 * MIB, 8 * MIB)),  # a container, which sees its own group as the top
+        ("0::/job", at("job/", version_2("max", MIB)) | version_2(64 * MIB, 40 * MIB, 8 * MIB)),  # the one above limits
+        ("0::/job/step", at("job/", version_2(64 * MIB, 40 * MIB, 8 * MIB)) | version_2(128 * MIB, MIB)),
+        ("4:cpu,memory:/docker/a1\n0::/", at("memory/", version_1(64 * MIB, 40 * MIB, 8 * MIB))),
+    ],
+)
+def test_a_containers_limit_is_its_main_memory(groups, own, files):
+    groups(own, files)
+    assert memory.main_memory() == (64 * MIB, 32 * MIB)
+
+
+def test_no_limit_leaves_the_machines_memory(groups):
+    machine = memory.main_memory()[0]
+    for own, files in (
+        ("0::/", {}),
+        ("0::/", version_2("max", MIB)),
+        ("3:memory:/", at("memory/", version_1(2**63 - 4096, MIB))),
+        ("2:cpu:/", at("memory/", version_1(64 * MIB, MIB))),  # of a tree that says nothing of this process
+    ):
+        groups(own, files)
+        assert memory.main_memory()[0] == machine > 64 * MIB
+
+
+def test_a_plan_counts_what_a_container_may_use(groups, capsys):
+    words = ["--n_layer", "2", "--n_embd", "64", "--bone_r", "16", "--vocab_size", "257", "--accelerator", "cpu"]
+    assert plan(words) == 0
+    groups("0::/", version_2(512 * MIB, MIB))
+    assert plan(words) == 1 and "does not fit" in capsys.readouterr().out

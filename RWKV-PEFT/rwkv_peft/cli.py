@@ -7,7 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Any, NoReturn
 
 from .errors import UserError
@@ -67,6 +67,13 @@ class Parser(argparse.ArgumentParser):
             if FLAG.match(flag) and flag not in self._option_string_actions:
                 self.refuse(flag)
         namespace, unknown = self.parse_known_args(args, namespace)
+        for flag, value in pairwise(args if unknown else ()):
+            action = self._option_string_actions.get(flag)
+            if value == unknown[0] and action is not None and action.nargs == 0:
+                raise UserError(
+                    f"{flag} takes no value, and {value} stands behind it; leave {value} out, or both for what is not "
+                    "wanted"
+                )
         if unknown:
             self.refuse(unknown[0].split("=")[0])
         return namespace

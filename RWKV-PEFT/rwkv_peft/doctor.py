@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .cli import Parser
+from .errors import told
 from .memory import main_memory
 
 OK, NOTE, MISSING = "ok", "-", "MISSING"  # as it should be; good to know; training needs it
@@ -203,7 +204,16 @@ def check_devices() -> Iterator[Finding]:
             "GPU", NOTE, "torch sees none: training runs on the CPU", "if there is one, see that `nvidia-smi` lists it"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    speed = {name: matmul_speed(dtype, device) for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16"))}
+    try:
+        speed = {name: matmul_speed(dtype, device) for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16"))}
+    except RuntimeError as error:  # no code for a card of this age, no memory left on it, another program's alone, …
+        yield Finding(
+            "GPU",
+            MISSING,
+            f"torch sees one and cannot compute on it: {told(error)}",
+            "end what else uses it, take a build of torch that knows it, or train with --accelerator cpu",
+        )
+        return
     advice = (
         "bf16 is faster and takes half the memory"
         if speed["bf16"] > speed["fp32"]
@@ -285,7 +295,8 @@ def check_optional() -> Iterator[Finding]:
 
 
 def examine() -> Iterator[Finding]:
-    """Yield every Finding, the cheap ones first; parts that need a missing package are left out."""
+    """Yield every Finding, the cheap ones first; parts that need a missing package, or a GPU that fails, are left
+    out."""
     yield from check_python()
     standing = {}
     for requirement in requirements():
@@ -294,8 +305,10 @@ def examine() -> Iterator[Finding]:
         yield finding
     yield from check_tools()
     if standing.get("torch") == OK:
-        yield from check_devices()
-        yield from check_kernels()
+        devices = list(check_devices())
+        yield from devices
+        if all(finding.status != MISSING for finding in devices):
+            yield from check_kernels()
     if standing.get("deepspeed") == OK:
         yield from check_deepspeed()
     yield from check_memory()

@@ -4,11 +4,20 @@ import ctypes
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # glibc's names for mallopt (malloc.h), and the largest value that it takes.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST = 2**31 - 1
+# Where Linux tells of the control groups that a process is in, by which containers and batch systems limit it.
+OWN_GROUPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+# Of version 2 and version 1 of them: the files with a group's limit and use, and how its memory.stat calls the cached
+# pages of files that the system takes back first.
+GROUP_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 def keep_freed_memory() -> bool:
@@ -23,7 +32,8 @@ def keep_freed_memory() -> bool:
 
 
 def main_memory() -> tuple[int, int]:
-    """(total, available) bytes of main memory; 0 for what the system does not tell."""
+    """(total, available) bytes of main memory, of which a container or a job may have less than the machine; 0 for what
+    the system does not tell."""
     try:
         page = os.sysconf("SC_PAGE_SIZE")
         total = page * os.sysconf("SC_PHYS_PAGES")
@@ -31,4 +41,31 @@ def main_memory() -> tuple[int, int]:
         return 0, 0
     meminfo = Path("/proc/meminfo")
     found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.is_file() else None
-    return total, int(found[1]) * 1024 if found else 0
+    available = int(found[1]) * 1024 if found else 0
+    for limit, left in group_limits():
+        total, available = min(total, limit), min(available or left, left, total)
+    return total, available
+
+
+def group_limits() -> Iterator[tuple[int, int]]:
+    """(limit, what is left of it) in bytes, of each control group that this process is in and that limits memory."""
+    for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.is_file() else ():
+        _, controllers, name = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = GROUPS / "memory" if controllers else GROUPS  # version 1 has a tree for each controller
+        place = top / name.lstrip("/")  # which a container may not see, but its own group as the top
+        for folder in (place, *place.parents):
+            if folder.is_relative_to(top):
+                yield from _limit_of(folder)
+
+
+def _limit_of(folder: Path) -> Iterator[tuple[int, int]]:
+    for limit, used, cached in GROUP_FILES:
+        try:
+            told, use, stat = ((folder / name).read_text().strip() for name in (limit, used, "memory.stat"))
+        except OSError:  # there is no such group, or none of this version
+            continue
+        if told.isdigit():  # else "max"
+            pages = re.search(rf"^{cached} (\d+)$", stat, re.MULTILINE)
+            yield int(told), max(0, int(told) - int(use) + (int(pages[1]) if pages else 0))

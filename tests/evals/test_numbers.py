@@ -42,6 +42,8 @@ def test_forms_of_a_number(text, value, around):
         ("48/2 = <<48/2=24>>24 clips", [24, 24, 24, 24]),
         ("3, 4 and 1,23", [3, 4, 1, 23]),
         ("5-3=2", [5, 3, 2]),
+        ("14 - 6 = 8", [14, 6, 8]),  # a minus
+        ("She has:\n- 72 apples\n\u2212 3 pears", [72, 3]),  # a list
         ("1/0 or 2", [2]),
         ("none", []),
     ],

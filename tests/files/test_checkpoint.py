@@ -47,6 +47,13 @@ def test_load_base_gives_what_was_saved(tmp_path, tiny_state, dtype):
         assert loaded[key].dtype == dtype and torch.equal(loaded[key], tensor)
 
 
+def test_parameters_are_read_as_plain_tensors(base):
+    path, state = base
+    torch.save({key: torch.nn.Parameter(tensor) for key, tensor in state.items()}, path)
+    for key, tensor in [*read_tensors(path).items(), *stream_tensors(path)]:
+        assert type(tensor) is torch.Tensor and not tensor.requires_grad and torch.equal(tensor, state[key])
+
+
 def test_dimensions_come_from_the_shapes(tiny_state):
     config = base_of(
         tiny_state(n_layer=3, n_embd=48, dim_att=32, dim_ffn=72, head_size=8, vocab_size=99, maa_rank=5, decay_rank=7)

@@ -13,7 +13,7 @@ import torch
 
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.atomic import atomic_write, check_output, place, without_empty_folders
-from rwkv_peft.files.base import save_model
+from rwkv_peft.files.base import open_base, save_model
 from rwkv_peft.files.pth_writer import TensorSpec, write_pth
 
 
@@ -207,3 +207,20 @@ def test_an_output_is_no_input_by_any_name_and_its_check_leaves_nothing(tmp_path
     check_output("--output", tmp_path / "folder" / ".." / "file", [])
     check_output("--output", tmp_path / "new" / "deeper" / "file", [("--input", tmp_path / "folder")])
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_home_folder_that_no_shell_has_put_in_is_told(tmp_path, monkeypatch):
+    """--output=~/m.pth comes as it is typed, and would make a folder called ~."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for read_or_written in (
+        open_base,
+        lambda path: check_output("--output", path, []),
+        lambda path: save_model(path, {}),
+    ):
+        with pytest.raises(UserError, match=f"~/m.pth: a shell reads ~ .*; give {tmp_path}/home/m.pth"):
+            read_or_written("~/m.pth")
+    assert os.listdir(tmp_path) == []
+    check_output("--output", "~m.pth", [])
+    (tmp_path / "~").mkdir()
+    check_output("--output", "~/m.pth", [])

@@ -1,5 +1,8 @@
 """What a base layer may be, and what of it Bone leaves as it is: its hooks, its precision, its kind."""
 
+import copy
+import inspect
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -93,6 +96,64 @@ def test_a_layer_whose_weight_a_mixer_reads_is_refused():
     ):
         get_peft_model(mamba, BoneConfig(r=2, target_modules=["in_proj", "dt_proj"]))
     get_peft_model(mamba, BoneConfig(r=2, target_modules=["in_proj"]))
+
+
+@pytest.mark.parametrize(
+    "place, target",
+    [
+        ("longcat_flash.modeling_longcat_flash.LongcatFlashTopkRouter", "classifier"),
+        ("mobilebert.modeling_mobilebert.MobileBertLMPredictionHead", "dense"),
+        ("mobilebert.modeling_mobilebert.MobileBertLMPredictionHead", "decoder"),
+        ("detr.modeling_detr.DetrMHAttentionMap", "k_proj"),
+        ("conditional_detr.modeling_conditional_detr.ConditionalDetrMHAttentionMap", "k_proj"),
+        ("maskformer.modeling_maskformer.MaskFormerDetrMHAttentionMap", "k_proj"),
+        ("dab_detr.modeling_dab_detr.DabDetrMHAttentionMap", "k_linear"),
+    ],
+)
+def test_layers_whose_weights_other_modules_read_are_refused(place, target):
+    path, _, name = place.rpartition(".")
+    found = getattr(pytest.importorskip(f"transformers.models.{path}"), name, None)
+    if found is None:
+        pytest.skip(f"this transformers has no {name}")
+    assert f"self.{target}.weight" in inspect.getsource(found)
+    owner = found.__new__(found)  # of any widths
+    nn.Module.__init__(owner)
+    setattr(owner, target, nn.Linear(8, 8))
+    with pytest.raises(UserError, match=f"0.{target} is inside of a {name}, which reads its weight without calling it"):
+        get_peft_model(nn.Sequential(owner), BoneConfig(r=4, target_modules=[target]))
+
+
+def twice(module):
+    return nn.Sequential(module, nn.ReLU(), module)
+
+
+@pytest.mark.parametrize("merge", ("merge_and_unload", "merge_adapter"))
+def test_a_layer_in_two_places_is_merged_once_it_stands_in_one(merge):
+    base = twice(nn.Linear(8, 8))
+    config, x = BoneConfig(r=4, target_modules=["0"]), torch.randn(3, 8)
+    model = get_peft_model(base, config)
+    nn.init.normal_(base[0].bone_block["default"], std=0.1)
+    expected, block, weight = model(x), base[0].bone_block["default"].data, base[2].weight.clone()
+    with pytest.raises(UserError, match=r"0 shares its weight with 2, .* base.0 = copy.deepcopy\(base.0\)"):
+        getattr(model, merge)()
+    assert torch.equal(base[2].weight, weight)
+    base = model.unload()
+    assert base[0] is base[2]
+    base[0] = copy.deepcopy(base[0])
+    model = get_peft_model(base, config)
+    base[0].bone_block["default"].data = block
+    torch.testing.assert_close((getattr(model, merge)() or model)(x), expected)
+
+
+def test_a_layer_whose_parent_stands_in_two_places_is_merged_for_both():
+    base = twice(nn.ModuleDict({"inner": nn.Linear(8, 8)}))
+    model = get_peft_model(base, BoneConfig(r=4, target_modules=["inner"]))
+    nn.init.normal_(base[0]["inner"].bone_block["default"], std=0.1)
+    x = torch.randn(3, 8)
+    expected = base[2]["inner"](base[0]["inner"](x))
+    merged = model.merge_and_unload()
+    assert merged[0] is merged[2]
+    torch.testing.assert_close(merged[2]["inner"](merged[0]["inner"](x)), expected)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -134,6 +134,18 @@ def test_miss_folders_both_ways(llama, ids, tmp_path, settings):
     assert torch.equal(logits(PeftModel.from_pretrained(llama, tmp_path / "back"), ids), expected)
 
 
+def test_a_folder_without_safetensors_is_converted_too(llama, tmp_path):
+    save(llama, tmp_path / "bone").save_pretrained(tmp_path / "bin", safe_serialization=False)
+    assert (tmp_path / "bin" / "adapter_model.bin").is_file()
+    assert folders.main([str(tmp_path / "bin"), str(tmp_path / "miss")]) == 0
+    bone_to_miss(tmp_path / "bone", tmp_path / "due")
+    found, due = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("miss", "due"))
+    assert found.keys() == due.keys() and all(torch.equal(found[key], due[key]) for key in due)
+    (tmp_path / "bin" / "adapter_model.bin").unlink()
+    with pytest.raises(UserError, match="has no adapter_model.safetensors .nor adapter_model.bin."):
+        folders.main([str(tmp_path / "bin"), str(tmp_path / "miss")])
+
+
 def test_what_cannot_be_converted_is_refused(llama, tmp_path):
     save(llama, tmp_path / "bone", init_weights="bat-in")
     with pytest.raises(UserError, match="bat-in adapter, and MiSS has"):
@@ -151,3 +163,14 @@ def test_a_missing_tensor_is_noticed(llama, tmp_path):
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.warns(UserWarning, match="missing adapter keys"):
         PeftModel.from_pretrained(llama, tmp_path)
+
+
+def test_tensors_of_layers_that_the_model_has_not_are_told(llama, ids, tmp_path, recwarn):
+    save(copy.deepcopy(llama), tmp_path)
+    PeftModel.from_pretrained(copy.deepcopy(llama), tmp_path)
+    assert not [warning for warning in recwarn if "passed over" in str(warning.message)]
+    llama.model.layers = llama.model.layers[:1]
+    with pytest.warns(
+        UserWarning, match=r"\d+ tensors of the adapter are of layers .* as base_model.*layers.1.*another m"
+    ):
+        logits(PeftModel.from_pretrained(llama, tmp_path), ids)

@@ -1,6 +1,5 @@
 """Conversions: round trips are bitwise, layouts are what each format wants, nothing is lost in silence."""
 
-import json
 import os
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from release.conversions import convert, same
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
@@ -16,27 +16,8 @@ from rwkv_peft.files.base import base_of, open_base, save_model
 from rwkv_peft.files.pth_writer import TensorSpec
 from rwkv_peft.files.safetensors_file import write_safetensors
 from rwkv_peft.models.rwkv6.names import from_hf, from_web, to_hf, to_web
-from rwkv_peft.release.convert import main
 from rwkv_peft.release.gguf import write_gguf
 from rwkv_peft.release.vocabulary import gguf_vocabulary
-
-
-def convert(*words):
-    assert main([str(word) for word in words]) == 0
-
-
-def same(left, right):
-    return list(left) == list(right) and all(
-        left[key].dtype == right[key].dtype and torch.equal(left[key], right[key]) for key in left
-    )
-
-
-@pytest.fixture
-def model(tmp_path, tiny_state):
-    """Path of a bfloat16 model of the byte vocabulary, and its state dict."""
-    state = tiny_state(dtype=torch.bfloat16, vocab_size=257)
-    save_model(tmp_path / "model.pth", state)
-    return tmp_path / "model.pth", state
 
 
 def test_names_of_other_formats_are_undone(tiny_state):
@@ -65,19 +46,6 @@ def test_the_prefix_of_a_wrapper_is_taken_off(tmp_path, model, prefix):
         open_base(tmp_path / "wrapped.pth")
     convert(tmp_path / "wrapped.pth", tmp_path / "plain.pth")
     assert same(open_base(tmp_path / "plain.pth").tensors, state)
-
-
-def test_a_folder_between_two_models_is_refused_and_a_failure_leaves_the_old_one(tmp_path, model, tiny_state):
-    path, state = model
-    convert(path, tmp_path / "hf", "--dtype", "keep", "--tokenizer", "bytes")
-    before = {file.name: file.read_bytes() for file in (tmp_path / "hf").iterdir()}
-    save_model(tmp_path / "large.pth", tiny_state(vocab_size=257) | {"ln_out.bias": torch.full((64,), 1e30)})
-    with pytest.raises(UserError, match="choose another --dtype"):
-        convert(tmp_path / "large.pth", tmp_path / "hf", "--dtype", "fp16", "--tokenizer", "bytes")
-    assert {file.name: file.read_bytes() for file in (tmp_path / "hf").iterdir()} == before
-    (tmp_path / "hf" / "config.json").unlink()
-    with pytest.raises(UserError, match="has no config.json.* was interrupted"):
-        convert(tmp_path / "hf", tmp_path / "back.pth")
 
 
 @pytest.mark.parametrize("name", ["m.st", "hf", "m.gguf"])
@@ -120,17 +88,6 @@ def test_values_that_the_target_cannot_hold_are_refused(tmp_path, tiny_state):
     assert os.listdir(tmp_path) == ["model.pth"]
 
 
-def test_hugging_face_folder_there_and_back_is_bitwise(tmp_path, model):
-    path, state = model
-    convert(path, tmp_path / "hf")
-    convert(tmp_path / "hf", tmp_path / "back.pth")
-    assert same(open_base(tmp_path / "back.pth").tensors, state)
-    config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert (config["hidden_size"], config["head_size"], config["intermediate_size"]) == (64, 16, 96)
-    assert config["rescale_every"] == 0 and config["vocab_size"] == 257
-    assert len((tmp_path / "hf" / "rwkv_vocab_v20230424.txt").read_bytes().splitlines()) == 256  # token 0 has no line
-
-
 def test_time_states_swap_both_ways(tmp_path):
     states = {f"blocks.{i}.att.time_state": torch.randn(2, 8, 8) for i in range(3)}
     save_model(tmp_path / "s.pth", states)
@@ -141,6 +98,22 @@ def test_time_states_swap_both_ways(tmp_path):
         )
     convert(tmp_path / "s.state", tmp_path / "back.pth")
     assert same(dict(sorted(torch.load(tmp_path / "back.pth", weights_only=True).items())), states)
+
+
+@pytest.mark.parametrize(
+    "output, finds", [("m.pth", True), ("m.st", False), ("m.safetensors", False), ("folder", False)]
+)
+def test_states_that_go_along_unseen_are_told(tmp_path, model, capsys, output, finds):
+    path, state = model
+    states = {f"blocks.{i}.att.time_state": torch.randn(4, 16, 16).bfloat16() for i in range(2)}
+    save_model(path, state | states)
+    convert(path, tmp_path / "out" / output)
+    assert ("holds tuned states, which what loads it takes as a file of their own" in capsys.readouterr().out) == (
+        not finds
+    )
+    convert(tmp_path / "out" / output, tmp_path / "back.pth", "--dtype", "bf16")
+    found = open_base(tmp_path / "back.pth").tensors
+    assert all(torch.allclose(found[key], states[key], rtol=1e-2) for key in states)
 
 
 @pytest.mark.parametrize(

@@ -58,12 +58,23 @@ def write_hf_folder(folder, tensors, config, official=True):
     (folder / "hf" / "adapter_config.json").write_text(json.dumps(given))
 
 
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "eva", "mica"])
+def test_a_lora_that_began_beside_the_base_merges_however_it_began(folder, init):
+    base = open_base(folder / "base.pth").tensors
+    tensors, metadata = adapter_of("lora", base)
+    write_hf_folder(folder, tensors, {"peft_type": "LORA", "init_lora_weights": init})
+    merged = run(folder, adapter="hf")
+    expected = merged_tensors(base_of(base), [("a", Adapter(tensors, metadata))])
+    assert all(torch.equal(merged[key], expected[key]) for key in base)
+
+
 @pytest.mark.parametrize(
     "config, message",
     [
         ({"peft_type": "IA3", "r": 4}, "IA3 adapter"),
         ({"peft_type": "LORA", "r": 4, "lora_alpha": 4, "use_dora": True}, "use_dora"),
         ({"peft_type": "LORA", "r": 4, "lora_alpha": 4, "init_lora_weights": "pissa"}, "pissa"),
+        ({"peft_type": "LORA", "r": 4, "lora_alpha": 4, "init_lora_weights": "loftq"}, "loftq.*changes the base"),
         (None, r"^\S+ has no adapter_config.json"),
     ],
 )

@@ -8,11 +8,20 @@ from safetensors import safe_open
 
 from rwkv_peft import commands
 from rwkv_peft.data.recorded import vocabulary_of
+from rwkv_peft.data.templates import chat
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import UserError
-from rwkv_peft.files.base import save_model
+from rwkv_peft.files.base import open_base, save_model
+from rwkv_peft.release.vocabulary import CHAT_TEMPLATE
 
 SIZE = 300
+TURNS = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": " hi "},
+    {"role": "assistant", "content": "hello"},
+    {"role": "tool", "content": "4"},
+    {"role": "user", "content": "why?"},
+]
 
 
 @pytest.fixture
@@ -47,7 +56,7 @@ def convert(tmp_path, tiny_state, capsys):
 def gguf_fields(path):
     gguf = pytest.importorskip("gguf")
     fields = gguf.GGUFReader(path).fields
-    return {name.removeprefix("tokenizer.ggml."): field.contents() for name, field in fields.items()}
+    return {name.removeprefix("tokenizer.").removeprefix("ggml."): field.contents() for name, field in fields.items()}
 
 
 @pytest.mark.parametrize("output", ["m.gguf", "hf"])
@@ -72,18 +81,29 @@ def test_gguf_holds_a_byte_level_bpe(convert, tmp_path, bpe):
     assert (fields["model"], fields["pre"], fields["eos_token_id"]) == ("gpt2", "gpt-2", 0)
     vocabulary = json.loads(bpe.read_text())["model"]["vocab"]
     assert all(fields["tokens"][token] == text for text, token in vocabulary.items())
+    assert fields["chat_template"] == CHAT_TEMPLATE and "eot_token_id" not in fields  # two tokens are its blank line
     double = tokenizer.encode("  ")[0]
     assert (fields["token_type"][0], fields["token_type"][double], fields["token_type"][-1]) == (3, 4, 5)
     assert len(fields["tokens"]) == SIZE and fields["merges"][0].count(" ") == 1
 
 
-def test_llama_cpp_cuts_text_with_it_as_the_tokenizer_does(convert, tmp_path, bpe):
+@pytest.fixture
+def llama_cpp(tmp_path):
+    """A function that serves the file m.gguf."""
     xllamacpp = pytest.importorskip("xllamacpp")
+
+    def serve():
+        params = xllamacpp.CommonParams()
+        params.model.path = str(tmp_path / "m.gguf")
+        params.n_ctx, params.n_parallel, params.verbosity, params.warmup = 256, 1, -1, False
+        return xllamacpp.Server(params)
+
+    return serve
+
+
+def test_llama_cpp_cuts_text_with_it_as_the_tokenizer_does(convert, llama_cpp, bpe):
     convert("m.gguf", "--tokenizer", bpe, "--gguf_type", "f32")
-    params = xllamacpp.CommonParams()
-    params.model.path = str(tmp_path / "m.gguf")
-    params.n_ctx, params.n_parallel, params.verbosity, params.warmup = 256, 1, -1, False
-    server, text = xllamacpp.Server(params), "hello there,  hello world\n\nyes"
+    server, text = llama_cpp(), "hello there,  hello world\n\nyes"
 
     def answer(prompt):
         asked = {"prompt": prompt, "n_predict": 1, "n_probs": 5, "temperature": 0.0, "cache_prompt": False}
@@ -92,6 +112,35 @@ def test_llama_cpp_cuts_text_with_it_as_the_tokenizer_does(convert, tmp_path, bp
     as_text, as_ids = (answer(prompt) for prompt in (text, load_tokenizer(bpe).encode(text)))
     assert [entry["id"] for entry in as_text] == [entry["id"] for entry in as_ids]
     assert as_text[0]["logprob"] == pytest.approx(as_ids[0]["logprob"], abs=1e-4)
+
+
+def laid_out(turns):
+    """The prompt that asks for the next answer."""
+    return "".join(text for text, _ in chat([*turns, {"role": "assistant", "content": ""}])).rstrip()
+
+
+def test_the_template_lays_chats_out_as_they_are_trained():
+    template = pytest.importorskip("jinja2").Template(CHAT_TEMPLATE)
+    assert template.render(messages=TURNS, add_generation_prompt=True) == laid_out(TURNS)
+    assert template.render(messages=TURNS[:3]) == "System: Be kind.\n\nUser: hi\n\nAssistant: hello\n\n"
+    known_by = r"{{- 'User: ' + message['content']|trim + '\n\n' -}}"  # to llama.cpp's own functions
+    assert known_by in CHAT_TEMPLATE
+
+
+def test_llama_cpp_chats_in_that_layout_and_stops_at_the_end_of_a_turn(convert, llama_cpp, tmp_path):
+    convert("m.gguf", size=65536)
+    tensors = dict(open_base(tmp_path / "model.pth").tensors)
+    tensors["ln_out.weight"], tensors["ln_out.bias"] = (torch.full((64,), value).bfloat16() for value in (0.0, 1.0))
+    world = load_tokenizer("world")
+    (turn_end,) = world.encode("\n\n")
+    tensors["head.weight"] = torch.zeros(65536, 64, dtype=torch.bfloat16)
+    tensors["head.weight"][turn_end] = 1  # whatever it reads, it says that its turn is over
+    save_model(tmp_path / "model.pth", tensors)
+    assert commands.main(["convert", str(tmp_path / "model.pth"), str(tmp_path / "m.gguf")]) == 0
+    turns = [*TURNS[:3], TURNS[-1]]
+    answer = llama_cpp().handle_chat_completions({"messages": turns, "max_tokens": 5, "temperature": 0.0})
+    assert answer["choices"][0]["finish_reason"] == "stop" and answer["usage"]["completion_tokens"] == 1
+    assert answer["usage"]["prompt_tokens"] == len(world.encode(laid_out(turns)))
 
 
 def test_a_hugging_face_folder_holds_it_too(convert, tmp_path, bpe):
@@ -117,7 +166,7 @@ def test_a_world_file_of_ones_own(convert, tmp_path):
     (tmp_path / "own.txt").write_bytes(b"1 'a' 1\r\n2 b'\\xff' 1\r\n5 'hi' 2\r\n")
     convert("m.gguf", "--tokenizer", tmp_path / "own.txt", size=80)
     fields = gguf_fields(tmp_path / "m.gguf")
-    assert fields["model"] == "rwkv" and fields["eos_token_id"] == 0
+    assert fields["model"] == "rwkv" and fields["eos_token_id"] == 0 and "eot_token_id" not in fields
     assert fields["tokens"][:6] == ["<s>", "a", "\\xff", "[PAD3]", "[PAD4]", "hi"]
     convert("hf", "--tokenizer", tmp_path / "own.txt", size=80)
     lines = (tmp_path / "hf" / "rwkv_vocab_v20230424.txt").read_bytes().splitlines()

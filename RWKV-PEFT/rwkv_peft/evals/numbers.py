@@ -6,7 +6,7 @@ from fractions import Fraction
 # what stands before a final answer: GSM8K's sign, and MetaMath's words
 MARKER = re.compile(r"####|[Tt]he (?:final )?answer is:?")
 NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)}\]])[-\u2212]\s?)?(?:\\?\$\s?(?P<inner>[-\u2212])?)?"
+    r"(?P<sign>(?<![\w)}\]])[-\u2212])?(?:\\?\$\s?(?P<inner>[-\u2212])?)?"
     r"(?:\\[dt]?frac\s?\{(?P<over>-?\d+)\}\s?\{(?P<under>\d+)\}"
     r"|(?P<whole>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:\s?/\s?(?P<by>\d+)(?![\d.]))?)"
 )

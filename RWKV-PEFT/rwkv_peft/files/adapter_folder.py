@@ -6,11 +6,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import UserError, told
 from .atomic import atomic_write
+from .pth import read_tensors
 from .readable import choice_in, require_readable
+from .safetensors_file import read_safetensors
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
 def is_adapter_folder(folder: str | Path) -> bool:
@@ -32,6 +36,16 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no settings, but a {type(config).__name__}; copy the file that peft saved")
     return config
+
+
+def read_folder_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """{peft's key: tensor} of a folder, as safetensors or, of safe_serialization=False, torch wrote them. Raises
+    UserError where neither is there or can be read."""
+    if (folder / TENSORS).is_file():
+        return read_safetensors(folder / TENSORS)[0]
+    if (folder / PICKLED).is_file():
+        return read_tensors(folder / PICKLED)
+    raise UserError(f"{folder} has no {TENSORS} (nor {PICKLED}); is it a folder that peft saved?")
 
 
 @contextmanager

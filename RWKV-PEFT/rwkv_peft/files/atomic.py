@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import UserError
+from .readable import home_meant
 
 TRIES = 100  # at what another process undoes in the same moment
 
@@ -37,7 +38,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     Raises UserError for whatever keeps the file from being written: a full disk, a folder that cannot be written or
     made, a name that is too long or that of a folder or device.
     """
-    path = Path(os.path.realpath(path))
+    path = _real(path, f"cannot write {path}")
     with temporary_beside(path) as temporary:
         mode = temporary.stat().st_mode & 0o777  # what the user's umask grants
         yield temporary
@@ -61,9 +62,15 @@ def check_output(flag: str, path: str | Path, inputs: Iterable[tuple[str, str | 
     for folder in Path(path).parents:
         if folder.name == ".." and not os.path.exists(folder):  # which the system does not leave out, as realpath does
             raise UserError(f"{flag} {path}: there is no folder {folder.parent}; leave it and the .. behind it out")
-    path = Path(os.path.realpath(path))
-    with temporary_beside(path):
+    with temporary_beside(_real(path, f"{flag} {path}")):
         pass
+
+
+def _real(path: str | Path, given: str) -> Path:
+    """Where a path leads. Raises UserError, about what was given, for one that would make a folder called ~."""
+    if meant := home_meant(path):
+        raise UserError(f"{given}: {meant}")
+    return Path(os.path.realpath(path))
 
 
 @contextmanager

@@ -16,10 +16,9 @@ from ..adapters.methods import METHODS, NONE, adapter_parameter, by_hf_name
 from ..errors import UserError
 from ..models import official_key
 from .adapter_file import Adapter, AdapterMetadata, target_names
-from .adapter_folder import TENSORS, read_config, replacing
-from .pth import read_tensors
+from .adapter_folder import read_config, read_folder_tensors, replacing
 from .pth_writer import TensorSpec
-from .safetensors_file import read_safetensors, write_safetensors
+from .safetensors_file import write_safetensors
 
 HF_PREFIX = "base_model.model."
 # settings of peft's LoRA under which the change is not B A by one scale in every layer and for every token
@@ -37,6 +36,8 @@ NO_PLAIN_LORA = (
     "kasa_config",
     "arrow_config",
 )
+# what init_lora_weights may be where training began on the base as it is; other values take their factors out of it
+BESIDE_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
 Number = TypeVar("Number", int, float)
 
 
@@ -49,7 +50,7 @@ def read_hf_folder(folder: str | Path) -> Adapter:
     folder = Path(folder)
     config = read_config(folder)
     tensors = {}
-    for key, tensor in _read_hf_tensors(folder).items():
+    for key, tensor in read_folder_tensors(folder).items():
         if not key.startswith(HF_PREFIX):
             raise UserError(f"{folder}: key {key} does not start with {HF_PREFIX!r} as peft's keys do")
         module = key.removeprefix(HF_PREFIX)
@@ -157,18 +158,10 @@ def _bone_variant(folder: Path, config: dict[str, Any], tensors: Mapping[str, to
     return method.name
 
 
-def _read_hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    if (folder / TENSORS).is_file():
-        return read_safetensors(folder / TENSORS)[0]
-    if (folder / "adapter_model.bin").is_file():
-        return read_tensors(folder / "adapter_model.bin")
-    raise UserError(f"{folder} has no {TENSORS} (nor adapter_model.bin); is it a folder that peft saved?")
-
-
 def _check_plain_lora(folder: Path, config: dict[str, Any]) -> None:
     """Refuse LoRA settings under which W + scale B A over the original base is not what was trained."""
     odd = [name for name in NO_PLAIN_LORA if config.get(name)]
-    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+    if config.get("init_lora_weights", True) not in BESIDE_THE_BASE:
         odd.append(f"init_lora_weights={reprlib.repr(config['init_lora_weights'])}, which changes the base")
     if odd:
         raise UserError(

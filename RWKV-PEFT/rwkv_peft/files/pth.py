@@ -106,8 +106,8 @@ def _refuse_sizes_beyond(path: Path) -> None:
 
 
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
-    """The flat dict name -> tensor in a .pth. Raises UserError as read_pth and require_weights do, and for any other
-    content."""
+    """The flat dict name -> tensor in a .pth, plain tensors where parameters were saved. Raises UserError as read_pth
+    and require_weights do, and for any other content."""
     state = read_pth(path)
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, where a dict of tensors is expected")
@@ -124,7 +124,7 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     require_weights(state, path)
     if zipfile.is_zipfile(path):
         require_records(path, state.values())
-    return state
+    return {key: tensor.detach() for key, tensor in state.items()}
 
 
 def stream_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -19,7 +19,7 @@ def require_readable(path: str | Path, missing: str, again: bool = False) -> Pat
         else:
             os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(missing) from None
+        raise UserError(f"{path}: {meant}" if (meant := home_meant(path)) else missing) from None
     except OSError as error:
         raise UserError(
             f"{path} exists, and may not be read ({os.strerror(error.errno or 0).lower()}); give yourself the "
@@ -32,6 +32,14 @@ def require_readable(path: str | Path, missing: str, again: bool = False) -> Pat
             f"{path} is a pipe or a device, which cannot be read twice; write it into a file, and give that"
         )
     return path
+
+
+def home_meant(path: str | Path) -> str:
+    """What to say of a path whose ~ no shell has replaced, as behind a flag's = or in quotes; "" of any other."""
+    meant = os.path.expanduser(path)
+    if meant == str(path) or os.path.lexists(Path(path).parts[0]):
+        return ""
+    return f"a shell reads ~ as the home folder where a word begins with it, and left it as it is here; give {meant}"
 
 
 def choice_in(folder: str | Path, *endings: str) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from ..cli import Parser
 from ..errors import UserError
-from ..files.adapter_folder import CONFIG, TENSORS, read_config, replacing
+from ..files.adapter_folder import read_config, read_folder_tensors, replacing
 
 
 def bone_to_miss(source: str | Path, target: str | Path) -> None:
@@ -38,20 +38,10 @@ def miss_to_bone(source: str | Path, target: str | Path) -> None:
 
 def read(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """(config, tensors) of an adapter folder; raises UserError where it is not one of this kind."""
-    folder = Path(folder)
-    for name in (CONFIG, TENSORS):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name}; give a folder that peft's save_pretrained wrote")
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     config = read_config(folder)
     if config.get("peft_type") != kind:
         raise UserError(f"{folder} holds a {config.get('peft_type')} adapter, and {kind} is due here")
-    try:
-        tensors = load_file(folder / TENSORS)
-    except SafetensorError as error:
-        raise UserError(f"{folder / TENSORS} is no whole safetensors file: {error}") from error
+    tensors = read_folder_tensors(Path(folder))
     dims = {tensor.dim() for key, tensor in tensors.items() if key.endswith("_block")}
     if config.get("init_weights") is True and dims == {3}:
         config["init_weights"] = "bat"  # a pre-release's way of saying so

@@ -1,10 +1,12 @@
 """BoneModel: puts Bone's layers into a Hugging Face model, through peft's machinery."""
 
+import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel, utils
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -15,7 +17,7 @@ from .installed import SAVES_BIASES, tuner_for, version
 from .layer import BoneLinear
 
 # Layers of transformers' modules whose weights those read without calling them: Mamba's for fused kernels, and dt_proj
-# in plain torch too.
+# in plain torch too; a router's in float32; others as kernels of a convolution, or beside the embeddings.
 NEVER_CALLED = (
     "MambaMixer.x_proj",
     "MambaMixer.dt_proj",
@@ -34,7 +36,20 @@ NEVER_CALLED = (
     "WavLMAttention.k_proj",
     "WavLMAttention.v_proj",
     "WavLMAttention.out_proj",
+    "LongcatFlashTopkRouter.classifier",
+    "MobileBertLMPredictionHead.decoder",
+    "MobileBertLMPredictionHead.dense",
+    "DetrMHAttentionMap.k_proj",
+    "ConditionalDetrMHAttentionMap.k_proj",
+    "MaskFormerDetrMHAttentionMap.k_proj",
+    "DabDetrMHAttentionMap.k_linear",
 )
+# trl's trainers of preferences and rewards add an adapter COPY with the very settings of COPIED, which is to stay as
+# that one began, to compare with; they copy tensors by names with ".default." in them, and Bone's names end there.
+COPY, COPIED = "ref", "default"
+# What FSDP, checkpointing and torch.compile put into the names of modules, and not always into those of tensors.
+WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+BLOCK = "bone_block"  # the name of an adapter's parameter
 CLASSIFIERS = ("classifier", "score", "qa_outputs")  # peft names them in modules_to_save by the task, there or not
 
 
@@ -97,9 +112,26 @@ class BoneModel(tuner_for(BoneLinear)):
             raise
         finally:
             del self._undo
+        if adapter_name == COPY and self.peft_config.get(COPIED) is config:
+            for layer in self.modules():
+                if isinstance(layer, BoneLinear) and COPY in layer.bone_block and COPIED in layer.bone_block:
+                    layer.bone_block[COPY].data.copy_(layer.bone_block[COPIED].data)
         if not config.from_file:
             for setting, names in given.items():
                 warn_of_strangers(setting, names, model)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, torch.Tensor], prefix: str, *args: Any) -> None:
+        """Warn of an adapter's tensors for layers that the model has not, which peft passes over."""
+        places = {WRAPPERS.sub("", f"{prefix}{name}") for name, _ in self.named_modules()}
+        blocks = [key for key in state_dict if BLOCK in key.split(".")]  # with an adapter's name behind it, or without
+        lost = [key for key in blocks if WRAPPERS.sub("", key.rpartition(f".{BLOCK}")[0]) not in places]
+        if lost:
+            warnings.warn(
+                f"{len(lost)} tensors of the adapter are of layers that this model has not, such as {lost[0]}, and are "
+                "passed over: it was trained on another model",
+                stacklevel=2,
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, *args: Any, **settings: Any) -> None:
         """As peft has it; UserError where a merge would change another module too, or for an unknown adapter."""
@@ -126,22 +158,29 @@ class BoneModel(tuner_for(BoneLinear)):
                 f"adapter_names={adapter_names!r}: there is no adapter {unknown[0]!r}; give a list of some of "
                 f"{', '.join(self.peft_config)}"
             )
-        modules = dict(self.model.named_modules())
-        owners: dict[int, list[str]] = {}
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        owners: dict[int, dict[nn.Module, str]] = {}  # of each parameter; an adapter's layer owns its base layer's
         for name, module in modules.items():
+            around = modules.get(name.removesuffix(".base_layer"))
+            owner = around if isinstance(around, BoneLinear) else module
             for parameter in module._parameters.values():
-                owners.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
+                owners.setdefault(id(parameter), {}).setdefault(owner, name.removesuffix(".base_layer"))
         for name, module in modules.items():
             if not isinstance(module, BoneLinear) or not set(adapter_names or module.active_adapters) & set(
                 module.bone_block
             ):
                 continue
-            others = [owner for owner in owners.get(id(module.weight), ()) if owner != name]
-            if others:
+            other = next((owner for owner in owners.get(id(module.weight), ()) if owner is not module), None)
+            if other is not None:
+                sharer = owners[id(module.weight)][other]
+                own = "a weight of its own before it gets the adapter: "
+                own += f"base.{name}.weight = torch.nn.Parameter(base.{name}.weight.detach().clone()), "
+                own += "base.config.tie_word_embeddings = False"
+                if other is module.base_layer:
+                    own = f"a layer of its own before it gets the adapter: base.{name} = copy.deepcopy(base.{name})"
                 raise UserError(
-                    f"{name} shares its weight with {others[0]}, which merging would change too; load the base anew "
-                    f"and give {name} a weight of its own before it gets the adapter: base.{name}.weight = "
-                    f"torch.nn.Parameter(base.{name}.weight.detach().clone()), base.config.tie_word_embeddings = False"
+                    f"{name} shares its weight with {sharer}, which merging would change too; load the base anew and "
+                    f"give {name} {own}"
                 )
 
     @contextmanager

@@ -22,7 +22,7 @@ import torch
 from ..adapters.methods import adapter_parameter
 from ..cli import counted
 from ..data.recorded import find_tokenizer, recorded_beside
-from ..errors import UserError
+from ..errors import UserError, short
 from ..files.adapter_file import METADATA_KEY, Adapter, AdapterMetadata, save_adapter
 from ..files.adapter_folder import is_adapter_folder
 from ..files.adapters import product_of_run, source_of
@@ -38,6 +38,8 @@ from .flags import convert_flags
 from .formats import GGUF_TYPE, Wanted, format_of
 from .lora import as_lora, describe_errors, lora_files, write_lora
 from .vocabulary import Tokenizer
+
+FOREIGN = "model.layers."  # what the keys of blocks begin with in transformers' models, and flash-linear-attention's
 
 
 def main(argv: list[str]) -> int:
@@ -146,6 +148,13 @@ def read_model(path: Path) -> dict[str, torch.Tensor]:
     if all(is_time_state(key) for key in tensors):
         check_time_states(tensors, path)
         return tensors
+    if (foreign := next((key for key in tensors if key.startswith(FOREIGN)), None)) is not None:
+        fla = any("_lora.lora." in key for key in tensors)
+        what = "an RWKV-7 in the layout of flash-linear-attention" if fla else "a model of another kind"
+        raise UserError(
+            f"{path} is {what} (it has {short(foreign)}), which is not read here; take the .pth that an RWKV model was "
+            "released as"
+        )
     base = base_of(tensors, path)
     if path.suffix == ".pth":
         return tensors
@@ -186,6 +195,11 @@ def convert_model(source: Path, target: Path, args: argparse.Namespace) -> list[
     base = base_of(tensors, source)
     tokenizer = vocabulary_for(base, source, args.tokenizer) if form.vocabulary else None
     form.write_model(target, base, Wanted(dtype, args.gguf_type or GGUF_TYPE, tokenizer))
+    if base.has_states and not (form.states_in_model and base.family.states_in_model):
+        print(
+            f"note: {target} holds tuned states, which what loads it takes as a file of their own, if at all: the "
+            "run's state.pth, or what merge_bone.py --state_output writes"
+        )
     what = describe(tensors, dtype)
     if target.suffix == ".gguf":
         number = len(list(base.family.gguf_tensors(tensors, base.config)))

@@ -46,7 +46,7 @@ class Format(NamedTuple):
     read(path) -> {official key: tensor}; write_model(path, base, wanted) and write_states(path, tensors, dtype) write,
     and the latter is None where there is no place for states; loaded_by tells what loads a model of it; dtype is a
     model's where none is asked for (None: each tensor keeps its own); vocabulary says whether a tokenizer goes into
-    it."""
+    it; states_in_model whether what loads it may look for the time states that a model's file holds."""
 
     endings: tuple[str, ...]
     read: Callable[[Path], dict[str, torch.Tensor]]
@@ -55,6 +55,7 @@ class Format(NamedTuple):
     loaded_by: str
     dtype: torch.dtype | None = None
     vocabulary: bool = False
+    states_in_model: bool = False
     files: Callable[[Path], list[Path]] = lambda path: [path]
 
 
@@ -118,7 +119,13 @@ def read_hf_model(path: Path) -> dict[str, torch.Tensor]:
         )
     found: dict[str, torch.Tensor] = {}
     for file in files:
-        found |= read_safetensors(file)[0]
+        tensors = read_safetensors(file)[0]
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise UserError(
+                f"{path}: {file.name} and another of its .safetensors files both hold {twice[0]}, so that they are of "
+                "two models; remove those of one"
+            )
+        found |= tensors
     return _official(found, lambda family: family.from_hf)[1]
 
 
@@ -145,7 +152,14 @@ HF_LOADER = (
     "(of RWKV-6 such as RWKV/v6-Finch-1B6-HF) lie beside it and config.json has that model's auto_map"
 )
 FORMATS = (
-    Format((".pth",), read_tensors, write_official, write_official_states, "rwkv, RWKV-Runner and ChatRWKV load it"),
+    Format(
+        (".pth",),
+        read_tensors,
+        write_official,
+        write_official_states,
+        "rwkv, RWKV-Runner and ChatRWKV load it",
+        states_in_model=True,
+    ),
     Format(
         (".safetensors",),
         read_web,

@@ -19,7 +19,7 @@ from ..files.base import Base
 from ..models.family import Family
 from ..models.gguf import gguf_module
 from ..models.state import is_time_state
-from .vocabulary import GgufVocabulary
+from .vocabulary import CHAT_TEMPLATE, GgufVocabulary
 
 Q8_RUN = 32  # q8_0 packs runs of this many values of a row
 
@@ -105,4 +105,7 @@ def _write_vocabulary(writer: Any, vocabulary: GgufVocabulary) -> None:
     if vocabulary.end is not None:
         writer.add_bos_token_id(vocabulary.end)
         writer.add_eos_token_id(vocabulary.end)
+    if vocabulary.turn_end is not None:
+        writer.add_eot_token_id(vocabulary.turn_end)
+    writer.add_chat_template(CHAT_TEMPLATE)
     writer.add_add_bos_token(False)

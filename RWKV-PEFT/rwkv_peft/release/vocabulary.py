@@ -4,21 +4,35 @@ import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ..data.templates import TURN_END
 from ..data.tokenizer import BytesTokenizer, JsonTokenizer, Tokenizer, WorldTokenizer
 from ..errors import UserError
 
 WORLD_FILE = "rwkv_vocab_v20230424.txt"
+# The layout of chats that is trained in (data/templates.py), as a Jinja template. The line of the user's turn is as
+# llama.cpp's own functions look for it, which know some templates by a part and read none.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'system' -%}{{- 'System: ' + message['content']|trim + '\\n\\n' -}}"
+    "{%- elif message['role'] == 'user' -%}{{- 'User: ' + message['content']|trim + '\\n\\n' -}}"
+    "{%- elif message['role'] == 'tool' -%}{{- 'Tool: ' + message['content']|trim + '\\n\\n' -}}"
+    "{%- else -%}{{- 'Assistant: ' + message['content']|trim + '\\n\\n' -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}"
+)
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
 
 
 class GgufVocabulary(NamedTuple):
     """model and pre are llama.cpp's names of the way text is cut; tokens and types have an entry for each id of the
-    model, merges those of byte-level BPE; end is the token that ends a document, or None."""
+    model, merges those of byte-level BPE; end is the token that ends a document, turn_end the one that ends a turn of a
+    chat, or None."""
 
     model: str
     tokens: list[bytes]
     types: list[int]
     end: int | None
+    turn_end: int | None
     pre: str = ""
     merges: tuple[str, ...] = ()
 
@@ -41,7 +55,8 @@ def table_vocabulary(table: Sequence[bytes | None], size: int) -> GgufVocabulary
         text = "<s>" if token == 0 else f"[PAD{token}]" if content is None else repr(content)[2:-1]
         tokens.append(text.encode())
         types.append(CONTROL if token == 0 else UNUSED if content is None else NORMAL)
-    return GgufVocabulary("rwkv", tokens, types, 0)
+    turn_end = next((token for token, content in enumerate(table[:size]) if content == TURN_END.encode()), None)
+    return GgufVocabulary("rwkv", tokens, types, 0, turn_end)
 
 
 def _byte_level_bpe(tokenizer: JsonTokenizer, size: int) -> GgufVocabulary:
@@ -69,7 +84,9 @@ def _byte_level_bpe(tokenizer: JsonTokenizer, size: int) -> GgufVocabulary:
         kind = CONTROL if added.get("special") else USER_DEFINED
         tokens[added["id"]], types[added["id"]] = added["content"].encode(), kind
     merges = tuple(merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
-    return GgufVocabulary("gpt2", tokens, types, tokenizer.end_id, "gpt-2", merges)
+    turn_end = tokenizer.encode(TURN_END)
+    one = turn_end[0] if len(turn_end) == 1 else None
+    return GgufVocabulary("gpt2", tokens, types, tokenizer.end_id, one, "gpt-2", merges)
 
 
 def hf_files(tokenizer: Tokenizer, size: int, tokenizer_class: str) -> dict[str, bytes]:

@@ -1,0 +1,70 @@
+"""Hugging Face folders: there and back, written as a whole, and told from those of two models or of another layout."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from release.conversions import convert, same
+from rwkv_peft.errors import UserError
+from rwkv_peft.files.base import open_base, save_model
+from rwkv_peft.models.rwkv6.names import to_hf
+
+
+def test_hugging_face_folder_there_and_back_is_bitwise(tmp_path, model):
+    path, state = model
+    convert(path, tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "back.pth")
+    assert same(open_base(tmp_path / "back.pth").tensors, state)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (config["hidden_size"], config["head_size"], config["intermediate_size"]) == (64, 16, 96)
+    assert config["rescale_every"] == 0 and config["vocab_size"] == 257
+    assert len((tmp_path / "hf" / "rwkv_vocab_v20230424.txt").read_bytes().splitlines()) == 256  # token 0 has no line
+
+
+def test_a_folder_between_two_models_is_refused_and_a_failure_leaves_the_old_one(tmp_path, model, tiny_state):
+    path, state = model
+    convert(path, tmp_path / "hf", "--dtype", "keep", "--tokenizer", "bytes")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "hf").iterdir()}
+    save_model(tmp_path / "large.pth", tiny_state(vocab_size=257) | {"ln_out.bias": torch.full((64,), 1e30)})
+    with pytest.raises(UserError, match="choose another --dtype"):
+        convert(tmp_path / "large.pth", tmp_path / "hf", "--dtype", "fp16", "--tokenizer", "bytes")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "hf").iterdir()} == before
+    (tmp_path / "hf" / "config.json").unlink()
+    with pytest.raises(UserError, match="has no config.json.* was interrupted"):
+        convert(tmp_path / "hf", tmp_path / "back.pth")
+
+
+def test_shards_of_two_models_in_one_folder_are_refused(tmp_path, model):
+    path, state = model
+    convert(path, tmp_path / "hf")
+    half = {to_hf(key): tensor for key, tensor in list(state.items())[::2]}
+    save_file(half, tmp_path / "hf" / "model-00001-of-00002.safetensors")
+    with pytest.raises(UserError, match="hf: model.safetensors and another of its .safetensors files both hold"):
+        convert(tmp_path / "hf", tmp_path / "back.pth")
+    save_file({to_hf(key): tensor for key, tensor in list(state.items())[1::2]}, tmp_path / "hf" / "model.safetensors")
+    convert(tmp_path / "hf", tmp_path / "back.pth")
+    assert same(dict(sorted(open_base(tmp_path / "back.pth").tensors.items())), dict(sorted(state.items())))
+
+
+@pytest.mark.parametrize("output", ["m.pth", "m.st"])
+@pytest.mark.parametrize(
+    "key, what",
+    [
+        ("attn.w_lora.lora.0.weight", "an RWKV-7 in the layout of flash-linear-attention"),
+        ("self_attn.q_proj.weight", "a model of another kind"),
+    ],
+)
+def test_a_folder_of_another_layout_is_not_sent_to_this_command_again(tmp_path, output, key, what):
+    (tmp_path / "hf").mkdir()
+    tensors = {"model.embeddings.weight": torch.zeros(4, 4), f"model.layers.0.{key}": torch.zeros(4, 4)}
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    with pytest.raises(
+        UserError, match=f"hf is {what} .it has model.layers.0.{key}., which is not read here; take the"
+    ):
+        convert(tmp_path / "hf", tmp_path / output)
+    torch.save(tensors, tmp_path / "hf.pth")
+    with pytest.raises(UserError, match=f"hf.pth is {what}"):
+        convert(tmp_path / "hf.pth", tmp_path / output)
