@@ -189,6 +189,10 @@ def test_the_lowest_loss_is_that_on_the_data_of_now(files, train):
     best = files / "validated" / "adapter-best.safetensors"
     assert best.exists() and len(lines) == 6
     assert f"lowest loss {lines[3]['val_loss']:.4f}, {best}; stopped after 2 validations" in out
+    again = ("--early_stop", "4", "--epoch_count", "3", "--resume")  # which knows of both data sets
+    out, _ = train("validated", *flags, str(files / "held-out"), *again)
+    assert lines[0]["val_loss"] < lines[3]["val_loss"] and len(metrics(files, "validated")) == 8
+    assert f"lowest loss {lines[3]['val_loss']:.4f}, {best}; stopped after 4 validations" in out
 
 
 def test_larger_steps_count_from_their_own_checkpoint(tmp_path):
