@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rwkv_peft.config import AdapterConfig, to_json
 from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.errors import UserError
 from rwkv_peft.training.saved_files import record_of
@@ -232,8 +233,6 @@ def test_a_line_of_metrics_that_was_cut_off_does_not_hinder_resuming(tmp_path):
 def test_a_checkpoint_that_does_not_know_a_setting_has_its_default(tmp_path):
     from dataclasses import asdict
 
-    from rwkv_peft.config import AdapterConfig
-
     known = {name: value for name, value in asdict(AdapterConfig(rank=16)).items() if name != "init"}
     machine = {"strategy": "deepspeed_stage_1", "world_size": 1, "precision": "bf16"}
     (tmp_path / "state.json").write_text(
@@ -246,3 +245,16 @@ def test_a_checkpoint_that_does_not_know_a_setting_has_its_default(tmp_path):
         UserError, match="has adapter {'init': ''}, .* {'init': 'init_pissa.pth'}; give the first run's flags"
     ):
         read_run_state(tmp_path, now | {"adapter": other}, True)
+
+
+def test_a_setting_that_one_of_the_commands_does_not_have_is_named(tmp_path):
+    same = {"adapter": {}, "base": "abc", "strategy": "deepspeed_stage_1", "world_size": 1, "precision": "bf16"}
+    drawn = {"ctx_len": 16, "val_seed": 5}
+    then = same | {"samples_seen": 1, "trained": [], "data": drawn}
+    (tmp_path / "state.json").write_text(json.dumps(then))
+    now = same | {"adapter": json.loads(to_json(AdapterConfig())), "data": {"ctx_len": 16}}
+    with pytest.raises(UserError, match="has data {'val_seed': 5}, this command {'val_seed': None}"):
+        read_run_state(tmp_path, now)
+    (tmp_path / "state.json").write_text(json.dumps(then | {"data": {"ctx_len": 16}}))
+    with pytest.raises(UserError, match="has data {'val_seed': None}, this command {'val_seed': 5}"):
+        read_run_state(tmp_path, now | {"data": drawn})

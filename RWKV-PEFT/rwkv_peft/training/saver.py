@@ -111,11 +111,11 @@ def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bo
 
 
 def differences(then: Any, now: Any) -> tuple[Any, Any]:
-    """The entries in which two dicts differ, of each; other values as they are."""
+    """The entries in which two dicts differ, of each, None for one that is not there; other values as they are."""
     if not isinstance(now, dict):
         return then, now
-    keys = [key for key in now if then.get(key) != now[key]]
-    return {key: then.get(key) for key in keys}, {key: now[key] for key in keys}
+    keys = [key for key in {**now, **then} if then.get(key) != now.get(key)]
+    return {key: then.get(key) for key in keys}, {key: now.get(key) for key in keys}
 
 
 class Saver:
