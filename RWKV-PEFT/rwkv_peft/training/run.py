@@ -39,6 +39,7 @@ from ..names import ADAPTER, METRICS, MODEL, STATE
 from ..plots import plot_loss
 from .agreement import digest_of_file, passport
 from .checkpoints import ANSWERS, LM_EVAL, UNSAVED, clear_unsaved
+from .compiling import compile_blocks
 from .examiner import Examiner
 from .fit import fit
 from .flags import Request, parse_run
@@ -173,8 +174,7 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
     )
     report = adapt(model, config.adapter, request.layers, family, base, batches, checkpoint, train.chunk_ctx)
     if train.compile:
-        for block in model.blocks:
-            block.compile()
+        compile_blocks(model)
     if checkpoint is not None and train.fresh_optimizer:
         if config.adapter.whole_model:
             model.load_state_dict(open_base(checkpoint / MODEL).tensors, strict=True)
