@@ -18,7 +18,7 @@ def all_or_error(monkeypatch):
     whole = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda module: whole(module, backend="eager"))
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
+    with torch._dynamo.config.patch(fail_on_cache_limit_hit=True, cache_size_limit=8):
         yield
     torch._dynamo.reset()
 
