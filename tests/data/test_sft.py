@@ -3,6 +3,7 @@
 import errno
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -81,13 +82,21 @@ def test_rows_are_tokenized_once_for_each_content_and_setting(config, monkeypatc
     assert len(calls) == 7
 
 
-def test_a_run_that_was_cut_off_is_made_again(config):
+@pytest.mark.parametrize("gone", [(".json", ".bin"), (".bin",), (".idx",), (".mask",), (".json",)])
+def test_what_is_left_of_a_set_in_the_cache_is_made_again(config, gone):
     made = config(ROWS)
-    prefix, _ = prepare_sft(made)
-    for end in (".json", ".bin"):
-        (sft.Path(prefix).with_suffix(end)).unlink()
-    prepare_sft(made)
-    assert len(samples_of(made)[0]) == 10
+    expected, prefix = samples_of(made)[0], prepare_sft(made)[0]
+    for end in gone:
+        Path(prefix).with_suffix(end).unlink()
+    assert samples_of(made)[0] == expected
+
+
+@pytest.mark.parametrize("end", [".json", ".bin", ".mask"])
+def test_a_file_of_the_cache_that_was_cut_short_is_made_again(config, end):
+    made = config(ROWS)
+    expected, prefix = samples_of(made)[0], prepare_sft(made)[0]
+    Path(prefix).with_suffix(end).write_bytes(b"")
+    assert samples_of(made)[0] == expected
 
 
 @pytest.mark.parametrize(

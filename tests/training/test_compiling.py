@@ -7,9 +7,11 @@ from torch._dynamo import utils
 
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig, DataConfig
+from rwkv_peft.data.batches import collate
 from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.training.compiling import compiled, uncompiled
+from rwkv_peft.training.preferences import Preferences
 from training.runs import metrics
 
 LIMIT = "recompile_limit"  # torch's word where it gives up
@@ -37,17 +39,25 @@ def test_packed_rows_and_validations_leave_no_block_uncompiled(files, train, une
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4)
 
 
+@pytest.fixture
+def all_or_error(monkeypatch):
+    """torch.compile without the minutes of its backend; it raises where it would leave a block as it is."""
+    whole = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda block, **how: whole(block, backend="eager", **how))
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(fail_on_cache_limit_hit=True):
+        yield
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize(
     "adapter",
     [AdapterConfig(method="lora", rank=4, alpha=2.0), AdapterConfig(rank=8), AdapterConfig(mode="bone", rank=8)],
     ids=["lora", "bat-in", "bone"],
 )
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_each_kind_of_block_is_compiled_once(family, adapter, monkeypatch):
+def test_each_kind_of_block_is_compiled_once(family, adapter, all_or_error):
     """Over batches of other lengths and numbers of documents, with others without gradients between them."""
-    compile = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda block, **how: compile(block, backend="eager", **how))
-    torch.compiler.reset()
     utils.counters.clear()
     model = family.build(family.new_dimensions(3, 64, 40)).requires_grad_(False)
     family.init_weights(model)
@@ -60,3 +70,21 @@ def test_each_kind_of_block_is_compiled_once(family, adapter, monkeypatch):
                 model.eval()(tokens[:, :2])
             model.train()
     assert utils.counters["frames"]["total"] == 3  # the first, what is between, the last
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_pairs_train_and_validate_compiled(family, all_or_error):
+    """The first block, the last and one between, with a gradient and without, as they train and as they validate, with
+    adapters and as the base."""
+    torch.manual_seed(0)
+    model = family.build(family.new_dimensions(3, 64, 40))
+    family.init_weights(model)
+    inject(model, AdapterConfig(method="lora", rank=4, dropout=0.5), family=family)
+    step = Preferences(beta=0.1)
+    with compiled(model, DataConfig(path="", data_type="pairs")):
+        for sizes in ((9, 12), (3, 5)):
+            batch = collate([[(torch.arange(size), torch.ones(size - 1, dtype=torch.bool)) for size in sizes]])
+            step.loss(model, batch, 1).backward()
+            model.eval()
+            step.total(model, batch)
+            model.train()

@@ -2,9 +2,11 @@
 
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from rwkv_peft.training import fit
 from training.runs import start
 
 
@@ -22,6 +24,21 @@ def test_ctrl_c_after_the_last_word_of_a_run_changes_nothing(command):
     process = interrupt(command("late", "--epoch_steps", "1", "--epoch_count", "1"), "finished ", 0)
     _, err = process.communicate(timeout=240)
     assert (process.returncode, err) == (0, "")
+
+
+@pytest.mark.parametrize("exhausted, code, words", [(False, 130, "--resume goes on"), (True, 0, "after 2 validations")])
+def test_ctrl_c_in_the_step_that_ends_a_run_early_changes_nothing(tmp_path, monkeypatch, exhausted, code, words):
+    monkeypatch.setattr(fit, "plot_loss", print)
+    run = SimpleNamespace(
+        folder=tmp_path,
+        plan=SimpleNamespace(total_steps=9),
+        config=SimpleNamespace(train=SimpleNamespace(early_stop=2)),
+        validator=SimpleNamespace(measured={"val": ()}, best=1.5, exhausted=exhausted),
+        saver=SimpleNamespace(newest=tmp_path / "adapter.safetensors"),
+    )
+    lit = SimpleNamespace(stopping=True, step=4, stop_requested=signal.SIGINT)
+    found, told = fit.ended(run, lit, print)
+    assert found == code and words in told
 
 
 def interrupt(argv, word, delay):

@@ -34,6 +34,7 @@ def test_a_resumed_run_has_the_settings_of_its_flags(files, train, stage):
     [
         (("--weight_decay", "0.1"), "with --weight_decay 0.1 for 0"),
         (("--state_lr", "1e-2"), "with --state_lr 0.01 for 0.02"),
+        (("--lr_init", "2e-2"), "with --lr_init 0.02 for 0.01"),
     ],
 )
 def test_settings_that_group_parameters_otherwise_are_refused(files, train, flags, words):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rwkv_peft.config import AdapterConfig, to_json
 from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.errors import UserError
 from rwkv_peft.training.saved_files import record_of
@@ -189,6 +190,10 @@ def test_the_lowest_loss_is_that_on_the_data_of_now(files, train):
     best = files / "validated" / "adapter-best.safetensors"
     assert best.exists() and len(lines) == 6
     assert f"lowest loss {lines[3]['val_loss']:.4f}, {best}; stopped after 2 validations" in out
+    again = ("--early_stop", "4", "--epoch_count", "3", "--resume")  # which knows of both data sets
+    out, _ = train("validated", *flags, str(files / "held-out"), *again)
+    assert lines[0]["val_loss"] < lines[3]["val_loss"] and len(metrics(files, "validated")) == 8
+    assert f"lowest loss {lines[3]['val_loss']:.4f}, {best}; stopped after 4 validations" in out
 
 
 def test_larger_steps_count_from_their_own_checkpoint(tmp_path):
@@ -228,8 +233,6 @@ def test_a_line_of_metrics_that_was_cut_off_does_not_hinder_resuming(tmp_path):
 def test_a_checkpoint_that_does_not_know_a_setting_has_its_default(tmp_path):
     from dataclasses import asdict
 
-    from rwkv_peft.config import AdapterConfig
-
     known = {name: value for name, value in asdict(AdapterConfig(rank=16)).items() if name != "init"}
     machine = {"strategy": "deepspeed_stage_1", "world_size": 1, "precision": "bf16"}
     (tmp_path / "state.json").write_text(
@@ -242,3 +245,16 @@ def test_a_checkpoint_that_does_not_know_a_setting_has_its_default(tmp_path):
         UserError, match="has adapter {'init': ''}, .* {'init': 'init_pissa.pth'}; give the first run's flags"
     ):
         read_run_state(tmp_path, now | {"adapter": other}, True)
+
+
+def test_a_setting_that_one_of_the_commands_does_not_have_is_named(tmp_path):
+    same = {"adapter": {}, "base": "abc", "strategy": "deepspeed_stage_1", "world_size": 1, "precision": "bf16"}
+    drawn = {"ctx_len": 16, "val_seed": 5}
+    then = same | {"samples_seen": 1, "trained": [], "data": drawn}
+    (tmp_path / "state.json").write_text(json.dumps(then))
+    now = same | {"adapter": json.loads(to_json(AdapterConfig())), "data": {"ctx_len": 16}}
+    with pytest.raises(UserError, match="has data {'val_seed': 5}, this command {'val_seed': None}"):
+        read_run_state(tmp_path, now)
+    (tmp_path / "state.json").write_text(json.dumps(then | {"data": {"ctx_len": 16}}))
+    with pytest.raises(UserError, match="has data {'val_seed': None}, this command {'val_seed': 5}"):
+        read_run_state(tmp_path, now | {"data": drawn})

@@ -8,6 +8,7 @@ from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.alone import alone_in
 from rwkv_peft.training.checkpoints import UNSAVED, clear_unsaved
+from rwkv_peft.training.flags import parse_flags
 from rwkv_peft.training.run import find_state
 from training.command_lines import flags, refused, write_files
 
@@ -35,6 +36,32 @@ def test_what_a_new_run_would_overwrite_is_named_with_or_without_resume(files, m
     fresh, resumed = (refused(monkeypatch, capsys, flags(files, *more)) for more in ([], ["--resume"]))
     assert f"already holds {leftover}" in fresh and "add --resume" not in fresh
     assert f"{leftover} away and leave --resume out" in resumed
+
+
+@pytest.mark.parametrize(
+    "flag, name",
+    [
+        ("--load_model", "merged.pth"),
+        ("--load_model", "rwkv-best.pth"),
+        ("--state_load", "state.pth"),
+        ("--bone_load", "adapter-epoch-2.safetensors"),
+        ("--eval_data", "answers.jsonl"),
+    ],
+)
+@pytest.mark.parametrize("linked", [None, "name", "source"])
+def test_what_a_run_reads_is_not_written_over(files, monkeypatch, capsys, flag, name, linked):
+    (files / "out").mkdir()
+    source, place = files / "source.pth", files / "out" / name
+    (source if linked == "name" else place).write_bytes((files / "base.pth").read_bytes())
+    if linked:
+        (place if linked == "name" else source).symlink_to(source if linked == "name" else place)
+    given = source if linked else place
+    more = ("--train_parts", "state") if flag == "--state_load" else ()
+    told = refused(monkeypatch, capsys, flags(files, *more, flag, str(given)))
+    assert (
+        f"{given} is to be read, and --proj_dir {files / 'out'} is where this run writes its own {name}; move" in told
+    )
+    parse_flags(flags(files, *more, flag, str(given), "--proj_dir", str(files / "other")))
 
 
 @pytest.mark.parametrize("resume", [False, True])

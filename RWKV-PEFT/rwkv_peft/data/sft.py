@@ -20,7 +20,8 @@ from .encoding import EncodeSettings
 from .preprocess import write
 from .report import laid_out, left_out
 
-FORMAT = 4
+FORMAT = 5
+FILES = (".bin", ".idx", ".mask")  # the last one only where something does not count
 
 
 def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[str, list[str]]:
@@ -66,10 +67,11 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(prefix.with_suffix(".lock")):  # one rank writes, the others wait for it
-            if not done.exists():
+            if (notes := notes_of(done)) is None:
                 totals = write([path], prefix, settings, split=config.sft_split)
+                notes = laid_out(totals) + left_out(totals)
                 with atomic_write(done) as temporary:  # last: it says that the files before it are whole
-                    temporary.write_text(json.dumps(laid_out(totals) + left_out(totals)))
+                    temporary.write_text(json.dumps({"notes": notes, "sizes": sizes_beside(done)}))
     except CannotWrite as error:
         raise UserError(
             f"{error}; the tokens of --data_type {config.data_type} are kept there, and XDG_CACHE_HOME names another "
@@ -80,7 +82,23 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
             f"the tokens of --data_type {config.data_type} are kept in {cache}, which cannot be written "
             f"({told(error)}); make it writable, or point XDG_CACHE_HOME elsewhere"
         ) from error
-    return str(prefix), json.loads(done.read_text())
+    return str(prefix), notes
+
+
+def notes_of(done: Path) -> list[str] | None:
+    """What a set's .json notes of its rows; None where it is not there, or not what it was written with is beside it:
+    caches are cleared file by file, and a disk that fills or a crash may leave less."""
+    try:
+        written = json.loads(done.read_text())
+        return written["notes"] if written["sizes"] == sizes_beside(done) else None
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def sizes_beside(done: Path) -> dict[str, int]:
+    """{ending: bytes} of those of FILES that lie beside a set's .json."""
+    files = {end: done.with_suffix(end) for end in FILES}
+    return {end: file.stat().st_size for end, file in files.items() if file.is_file()}
 
 
 def cache_folder() -> Path:

@@ -18,6 +18,8 @@ UNREADABLE = (OSError, ValueError, LookupError, TypeError, OverflowError, Recurs
 ANSWERS, LM_EVAL = "answers.jsonl", "lm_eval.jsonl"  # of --eval_data, of --lm_eval
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # of a disk
 DIVERGED = "the run stopped, and nothing of that step was saved"  # what one says whose numbers are no longer finite
+# what was trained, of all labels (products.py)
+TRAINED = re.compile(r"(adapter|rwkv|merged|state)(-epoch-\d+|-best)?\.(safetensors|pth)")
 UNSAVED = ".unsaved"  # in the folder of a run until its first checkpoint is complete: all else there is of no use
 
 
@@ -89,6 +91,5 @@ def clear_unsaved(folder: Path) -> None:
     if not (folder / UNSAVED).exists():
         return
     for file in folder.iterdir():
-        trained = re.fullmatch(r"(adapter|rwkv|merged|state)(-epoch-\d+|-best)?\.(safetensors|pth)", file.name)
-        if trained or file.name in (ANSWERS, LM_EVAL):
+        if TRAINED.fullmatch(file.name) or file.name in (ANSWERS, LM_EVAL):
             file.unlink()

@@ -110,7 +110,8 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
     except UserError as error:  # what was trained is saved
         say(f"note: {error}; --resume auto draws it again", file=sys.stderr)
     total = run.plan.total_steps
-    if lit.stopping and lit.step < total:
+    exhausted = run.validator is not None and run.validator.exhausted
+    if lit.stopping and lit.step < total and not exhausted:
         return 128 + (lit.stop_requested or signal.SIGTERM), (
             f"stopped after {lit.step:,} of {counted(total, 'step')}, saved in {run.folder}; "
             "the same command with --resume goes on"
@@ -118,7 +119,7 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
     validation = ""
     if run.validator is not None and VALIDATION in run.validator.measured:
         validation = f"validation  lowest loss {run.validator.best:.4f}, {labelled(run.saver.newest, BEST)}"
-        if run.validator.exhausted:
+        if exhausted:
             validation += f"; stopped after {counted(run.config.train.early_stop, 'validation')} without a lower one"
         validation += "\n"
     return 0, f"{validation}finished  {run.saver.newest}, {run.folder / 'loss.png'}, {run.folder / METRICS}"

@@ -18,6 +18,7 @@ from .adapter_flags import adapter_config
 from .graph_flags import check_graphs
 from .loggers import check_wandb
 from .markers import markers_of
+from .overwriting import check_overwriting
 from .parser import DIMENSIONS, build_parser, settings_of
 from .preference_flags import check_preferences
 from .question_flags import check_questions
@@ -89,6 +90,7 @@ def check_together(adapter: AdapterConfig, data: DataConfig, train: TrainConfig)
     check_products(train, adapter)
     check_preferences(train, adapter, data)
     check_graphs(train)
+    check_overwriting(adapter, data, train)
 
 
 def check_train_type(args: Namespace) -> None:

@@ -31,13 +31,14 @@ class Lowest:
         return 0 < patience <= self.since
 
 
-def history(path: Path, plan: Plan) -> list[dict[str, Any]]:
-    """The records of a file of lines that end before the first sample of a Plan, [] where there is no file. Steps are
-    those of the Plan: where they had another size, the one in which the record's samples would have ended."""
+def history(path: Path, plan: Plan, since: int = 0) -> list[dict[str, Any]]:
+    """The records of a file of lines that end behind the sample `since` and before the first one of a Plan, [] where
+    there is no file. Steps are those of the Plan: where they had another size, the one in which the record's samples
+    would have ended."""
     found = []
     for record in read_metrics(path) if path.exists() else ():
         samples = record.get("samples", (record["step"] + 1) * plan.step_samples)  # earlier versions wrote none
-        if samples <= plan.first_sample:
+        if since < samples <= plan.first_sample:
             found.append(record | {"step": max(samples // plan.step_samples - 1, 0)})
     return found
 

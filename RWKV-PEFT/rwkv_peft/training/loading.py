@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from ..models.state import TIME_STATE
 from .saved_files import TAG
 
 if TYPE_CHECKING:
     from .lit import Lit
 
-GROUPING = ("weight_decay", "layerwise_lr", "state_lr")  # flags by which optimizer groups differ
+GROUPING = ("weight_decay", "layerwise_lr", "state_lr")  # flags by which optimizer groups differ,
+OF_STATES = ("lr_init",)  # and one more where states train along, whose group is told by the ratio of their rate to it
 
 
 def trained_names(lit: "Lit") -> list[str]:
@@ -60,5 +62,6 @@ def load_checkpoint(trainer: Any, lit: "Lit", checkpoint: Path) -> None:
 def changes(then: Mapping[str, Any], lit: "Lit") -> str:
     """How flags that make groups differ from those of a run before (its TrainConfig as a dict), in words."""
     now = asdict(lit.train_config)
-    different = [name for name in GROUPING if then.get(name, now[name]) != now[name]]
+    names = GROUPING + OF_STATES * (TIME_STATE in dict(lit.ratios))
+    different = [name for name in names if then.get(name, now[name]) != now[name]]
     return "".join(f", with --{name} {now[name]:g} for {then[name]:g}" for name in different)

@@ -46,12 +46,17 @@ def find_state(
     return None, None
 
 
-def lowest_before(train: TrainConfig, plan: Plan, state: Mapping[str, Any] | None, validation: str) -> Lowest:
-    """The Lowest of the validations before those of a Plan, on the data that `validation` is a hash of; state is that
-    of the checkpoint it goes on from, or None."""
+def validated_from(plan: Plan, state: Mapping[str, Any] | None, validation: str) -> int:
+    """The sample behind which the validations of a run are on the data that `validation` is a hash of; state is that of
+    the checkpoint that its Plan goes on from, or None."""
     if state is None or state.get("validation", validation) != validation:  # earlier versions did not record it
-        return Lowest()
-    return Lowest(history(Path(train.proj_dir) / METRICS, plan))
+        return plan.first_sample
+    return state["validated_from"]
+
+
+def lowest_before(train: TrainConfig, plan: Plan, since: int) -> Lowest:
+    """The Lowest of the validations before those of a Plan and behind the sample `since`."""
+    return Lowest(history(Path(train.proj_dir) / METRICS, plan, since))
 
 
 def other_retained(state: Mapping[str, Any] | None, retained: str) -> list[str]:

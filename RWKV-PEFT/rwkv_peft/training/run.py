@@ -50,7 +50,7 @@ from .meeting import Ranks
 from .plan import Plan
 from .prepared import Prepared
 from .rates import with_first_rates
-from .resume import AUTO, completed, find_state, lowest_before, other_retained
+from .resume import AUTO, completed, find_state, lowest_before, other_retained, validated_from
 from .room import require_room_to_save
 from .saved_files import require_files
 from .saver import Saver, data_identity
@@ -124,7 +124,7 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
     samples, measured = find_samples(config)
     hashes = {name: str(data_identity(config, found)["content"]) for name, found in measured.items()}
     validation, retained = (hashes.get(name, "") for name in (VALIDATION, RETAINED))
-    identity = {
+    identity: dict[str, Any] = {
         "adapter": asdict(config.adapter),
         "base": "" if base is None else base.fingerprint,
         "data": data_identity(config, samples),
@@ -142,7 +142,8 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
         train = with_first_rates(train, state)
         config = replace(config, train=train)
     plan = make_plan(train, samples, step_samples, state)
-    lowest = lowest_before(train, plan, state, validation)
+    identity["validated_from"] = validated_from(plan, state, validation)
+    lowest = lowest_before(train, plan, identity["validated_from"])
     complete, remedy = completed(train, plan, lowest) if state else ("", "")
     if complete and train.resume == AUTO:
         if world.rank == 0:  # what a run may lack which had saved its last step

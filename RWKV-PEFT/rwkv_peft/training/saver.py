@@ -54,6 +54,7 @@ KINDS = (
     ("strategy", str),
     ("world_size", int),
     ("precision", str),
+    ("validated_from", int),
 )
 
 
@@ -79,8 +80,8 @@ def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bo
     older = f"delete {checkpoint} to resume from an older checkpoint"
     try:
         state = json.loads((checkpoint / "state.json").read_text())
-        # earlier versions recorded neither sizes nor data
-        state = {"files": {}, "data": json.loads(json.dumps(now["data"]))} | state
+        # earlier versions recorded neither sizes nor data, nor where validation on other data had begun
+        state = {"files": {}, "data": json.loads(json.dumps(now["data"])), "validated_from": 0} | state
         for key, kind in KINDS:
             if not isinstance(state[key], kind) or state[key] is True:
                 raise ValueError(f"{key} is a {type(state[key]).__name__}")
@@ -110,11 +111,11 @@ def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bo
 
 
 def differences(then: Any, now: Any) -> tuple[Any, Any]:
-    """The entries in which two dicts differ, of each; other values as they are."""
+    """The entries in which two dicts differ, of each, None for one that is not there; other values as they are."""
     if not isinstance(now, dict):
         return then, now
-    keys = [key for key in now if then.get(key) != now[key]]
-    return {key: then.get(key) for key in keys}, {key: now[key] for key in keys}
+    keys = [key for key in {**now, **then} if then.get(key) != now.get(key)]
+    return {key: then.get(key) for key in keys}, {key: now.get(key) for key in keys}
 
 
 class Saver:
