@@ -14,7 +14,7 @@ from ..ops import adding
 from ..ops.bone import affine, affine_backward_, shard_sum
 from ..ops.mix import low_square
 from .around import Opened
-from .bent import tiled_product
+from .bent import of_bent, open_of_bent, tiled_product
 from .block_affine import BlockAffine
 from .method import Params, Shapes
 from .product import DENSE, Frozen, Product
@@ -36,6 +36,12 @@ class BatIn(BlockAffine):
 
     def bones(self, params: Params, scale: float) -> torch.Tensor | None:
         return _scaled(params["bone"], scale)
+
+    def given(self, x: torch.Tensor, shift: torch.Tensor, base: Frozen, params: Params, scale: float) -> torch.Tensor:
+        return of_bent(x, _divided(shift, scale), base)
+
+    def open_given(self, x: torch.Tensor, shift: torch.Tensor, base: Frozen, params: Params, scale: float) -> Opened:
+        return Opened(*open_of_bent(x, _divided(shift, scale), base), None)
 
     def opened(self, x: torch.Tensor, base: Frozen, params: Params, scale: float) -> Opened:
         """What is left open is the shift."""
@@ -191,6 +197,10 @@ def _gradients(
         d_bone = _scaled(d_scaled, ctx.scale) if need_bone and d_scaled is not None else None
         d_left = shard_sum(dx, bone.shape[-1]) if need_left else None
     return dx if need_x else None, d_weight, g.sum(0) if need_bias else None, d_bone, d_left
+
+
+def _divided(shift: torch.Tensor, scale: float) -> torch.Tensor:
+    return shift if scale == 1 else shift / scale
 
 
 def _scaled(bone: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:

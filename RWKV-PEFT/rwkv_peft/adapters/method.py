@@ -59,7 +59,8 @@ class Method(ABC):
     train on a base that something was taken out of; from_gradient ones start from the gradient of the loss.
     learning_rates are (tensor, AdapterConfig field that multiplies its rate). around_square: a layer before a squared
     relu and one after it can leave their parts of low rank to its kernel, by `opened`, `squared` and `closed`.
-    before_norm: a layer before a norm can leave what it adds to each shard of its outputs to it, by `unshifted`.
+    before_norm: a layer before a norm can leave what it adds to each shard of its outputs to it, by `unshifted`. sums:
+    a layer takes its input's sums over shards, too, from what makes the input, by `given` and `open_given`.
 
     hf_names are the init_weights of Hugging Face peft's BONE and MISS that mean this method, first the one that its
     files say, and hf_dims the dimensions of its tensor there. in_rwkv_peft: RWKV-PEFT's files hold its tensors as they
@@ -82,7 +83,7 @@ class Method(ABC):
     dropout = False
     residual = False
     from_gradient = False
-    around_square = before_norm = False
+    around_square = before_norm = sums = False
     learning_rates: tuple[tuple[str, str], ...] = ()
     hf_names: tuple[bool | str, ...] = ()
     hf_dims = 2
@@ -141,6 +142,15 @@ class Method(ABC):
         """B (in/rank, rank, rank) of a method whose layer multiplies x + u, u_b = B_b x_b for each shard b, and adds
         the sum of u_b, divided by the scale, to each shard of the result (bent.py); None for the others."""
         return None
+
+    def given(self, x: torch.Tensor, shift: torch.Tensor, base: Frozen, params: Params, scale: float) -> torch.Tensor:
+        """`apply` where what makes the input does a part of it (`bones`, `sums`): x (..., in) comes bent, with the sums
+        over shards of u, or as it is, with its own: shift (T, rank)."""
+        raise NotImplementedError
+
+    def open_given(self, x: torch.Tensor, shift: torch.Tensor, base: Frozen, params: Params, scale: float) -> Opened:
+        """The same, up to what `opened` leaves open."""
+        raise NotImplementedError
 
     def factors(self, params: Params) -> Factors:
         """The term that is added to the base's product, where it is of low rank (around_square)."""
