@@ -9,6 +9,7 @@ import torch
 from models.test_left_open import on_shims
 from models.test_residuals import model_of, step
 from rwkv_peft.adapters import layer as adapter_layer
+from rwkv_peft.adapters.layer import AdapterLinear
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.ops.bone import op as bone_op
 
@@ -46,3 +47,13 @@ def test_a_model_on_a_gpus_kernels(family, checkpoint, lengths, monkeypatch):
     assert len(summed) - given == INPUTS[family.version] * times
     for i, (x, low, exact) in enumerate(zip(found, apart, true, strict=True)):
         assert (x.double() - exact).norm() <= 2 * (low.double() - exact).norm(), i
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_an_input_with_a_second_user_is_kept(family, monkeypatch):
+    """RWKV-7's values', of which a residual is made, too: bent, it would be another."""
+    model, kept = model_of(family, "bone", False, "bat-in"), []
+    monkeypatch.setattr(AdapterLinear, "bones", lambda self, x, keep: kept.append(self) if keep else None)
+    model(torch.arange(12)[None])
+    expected = {"x060": [], "x070": [block.att.value for block in model.blocks]}
+    assert kept == expected[family.version]
