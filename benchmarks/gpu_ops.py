@@ -75,6 +75,26 @@ def beside(points, shifts, bones):
     return *points, *(shift / 8 for shift in shifts)
 
 
+def summed_lerp(x, left, last, weight, bias, maa):
+    """norm_lerp of what an adapter left something of, one of whose points has a second user, with sums of points."""
+    norm = x, weight, bias, 1e-5, last, maa
+    again, ends, points, totals = mix.norm_lerp(*norm, twice=1, left=left, bones=(64, 64))
+    return again, ends, *points, *summed(points, (64, 64), totals)
+
+
+def summed_ddlerp(x, y, gate, last, weight, bias, *factors):
+    """norm_ddlerp with sums of points, and a row of several sequences."""
+    row, ranks = (x[:1], y[:1], gate[:1], weight, bias, 1e-5, last, *factors), (32, None, 32, 32)
+    total, ends, low, points, totals = mix.norm_ddlerp(*row, torch.tensor(BOUNDS, device=x.device), bones=ranks)
+    return total, ends, low, *points, *summed(points, ranks, totals)
+
+
+def summed(points, ranks, totals):
+    """Sums over shards, made by kernels or here; small, as gradients are cosines."""
+    made = [x.flatten(0, 1).unflatten(1, (-1, rank)).sum(1) for x, rank in zip(points, ranks) if rank is not None]
+    return [total / 8 for total in totals or made]
+
+
 def left_lerp(x, left, last, *parameters):
     """norm_lerp of what an adapter left something of."""
     total, ends, points, _ = mix.norm_lerp(x, *parameters[:2], 1e-5, last, parameters[2], left=left)
@@ -157,6 +177,8 @@ OPS = {
         (*3 * [ROWS], (len(BOUNDS) - 1, C), (C,), (C,), *DDLERP[32], *2 * [(C // 32, 32, 32)]),
         (0, 1, 2, 3, 11, 12),
     ),
+    "norm_lerp, summed": (summed_lerp, (ROWS, (4, 2 * T, 64), (2, C), (C,), (C,), (2, C)), range(3)),
+    "norm_ddlerp, summed": (summed_ddlerp, (*3 * [ROWS], (len(BOUNDS) - 1, C), (C,), (C,), *DDLERP[32]), range(4)),
     "norm_lerp, left": (left_lerp, (ROWS, (4, 2 * T, 64), (2, C), (C,), (C,), (2, C)), range(3)),
     "norm_ddlerp, left": (
         left_ddlerp,

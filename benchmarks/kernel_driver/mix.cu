@@ -84,7 +84,7 @@ static bool low_rank(int rank, Launcher forward, Launcher backward) {
 }
 
 // The same of what it normalizes itself, with low's tanh and the first point's product inside, and what adds up the
-// parts.
+// parts; a point's gradient has that of its sum over shards beside it.
 static bool ddlerp(int rank, Launcher forward, Launcher backward, Launcher tanh, Launcher tanh_backward) {
     Case c("mix ddlerp " + std::to_string(rank));
     MixArguments a = arguments(2 * NARROW, NARROW);
@@ -103,6 +103,7 @@ static bool ddlerp(int rank, Launcher forward, Launcher backward, Launcher tanh,
     c.launched(forward(a, quotient_up(TOKENS, TILE_TOKENS) * groups));
     for (int i = 1; i < LOW_POINTS; i++) a.inputs[5 + i] = c.input<bf16>(elements);
     a.inputs[10] = factor, a.inputs[11] = c.input<bf16>(TOKENS * decay);
+    a.shard = 16, a.inputs[FIRST_OF_SUMS + 2] = c.input<bf16>(TOKENS * a.shard);
     a.outputs[0] = c.result<bf16>(elements), a.outputs[1] = glow;
     MixArguments sum = arguments(decay, MOST_SIZE);
     sum.n = groups, sum.inputs[0] = parts, sum.outputs[0] = factor;
@@ -114,7 +115,8 @@ static bool ddlerp(int rank, Launcher forward, Launcher backward, Launcher tanh,
     return c.right();
 }
 
-// Points that adapters bend, of what is normalized: with weights that depend on the token, of columns of low, or not.
+// Points that adapters bend, and one that is summed up, of what is normalized: with weights that depend on the token,
+// of columns of low, or not.
 static bool lerp_affine(int rank, int low_rank, Launcher forward, Launcher backward, Launcher sum) {
     Case c("mix lerp_affine " + std::to_string(rank) + ", low " + std::to_string(low_rank));
     MixArguments a = arguments(4 * WIDE, 2 * WIDE);
@@ -133,7 +135,7 @@ static bool lerp_affine(int rank, int low_rank, Launcher forward, Launcher backw
     a.parameters[1] = c.input<bf16>(a.channels), a.parameters[2] = c.input<bf16>(a.channels);
     for (int i : {1, 3}) a.inputs[FIRST_BONE + i] = c.input<bf16>(matrix);
     for (int i = skipped; i < a.n; i++) a.outputs[i] = c.result<bf16>(elements);
-    a.outputs[AFFINE_SHIFTS] = c.result<bf16>(bent * groups * TOKENS * rank);
+    a.summed = 1 << 4, a.outputs[AFFINE_SHIFTS] = c.result<bf16>((bent + 1) * groups * TOKENS * rank);
     c.launched(forward(a, quotient_up(TOKENS, AFFINE_TOKENS) * groups * (products + a.n - skipped)));
     for (int i : {1, 3}) {
         a.inputs[FIRST_OF_D + i] = c.input<bf16>(elements), a.inputs[FIRST_OF_G + i] = c.input<bf16>(TOKENS * rank);
@@ -141,7 +143,7 @@ static bool lerp_affine(int rank, int low_rank, Launcher forward, Launcher backw
     }
     const int strips = quotient_up(TOKENS, a.strip);
     float* const parts = c.result<float>(strips * bent * matrix);
-    a.outputs[AFFINE_PARTS] = parts;
+    a.summed = 0, a.outputs[AFFINE_PARTS] = parts;
     c.launched(backward(a, strips * a.channels / WIDE * bent));
     MixArguments total = arguments(rank, MOST_SIZE);
     total.tokens = bent * a.channels, total.n = strips, total.inputs[0] = parts;
@@ -228,6 +230,7 @@ static bool norm_lerp(Launcher forward, Launcher backward, int channels, int wid
     a.outputs[0] = stats, a.outputs[1] = c.result<E>(elements), a.outputs[2] = sum;
     a.outputs[3] = c.result<E>(a.sequences * channels);
     for (int i = 0; i < a.n; i++) a.outputs[4 + i] = c.result<E>(elements);
+    for (int i = 0; i < LEFTS; i++) a.summed |= 2 << i, a.outputs[FIRST_TOTAL + i] = c.result<E>(TOKENS * shard);
     c.launched(forward(a, blocks));
     a.inputs[0] = sum, a.inputs[1] = c.input<E>(elements), a.inputs[2] = c.input<E>(elements), a.inputs[3] = stats;
     a.inputs[4] = c.input<E>(a.sequences * channels), a.parameters[1] = maa, a.outputs[0] = c.result<E>(elements);
@@ -235,6 +238,7 @@ static bool norm_lerp(Launcher forward, Launcher backward, int channels, int wid
     for (int i = 0; i < a.n; i++) a.inputs[5 + i] = c.input<E>(elements);
     a.inputs[12] = y, a.inputs[13] = gate, a.outputs[1] = c.result<E>(elements), a.outputs[2] = c.result<E>(elements);
     a.inputs[14] = lefts[1], a.inputs[15] = lefts[2];
+    for (int i = 0; i < LEFTS; i++) a.inputs[FIRST_GTOTAL + 1 + i] = c.input<E>(TOKENS * shard);
     for (int i = 0; i < LEFTS; i++) a.outputs[3 + i] = c.result<E>(TOKENS * shard);
     c.launched(backward(a, blocks));
     return c.right();

@@ -1,33 +1,44 @@
 // What an adapter before a norm leaves to it: `parts` tensors (tokens, shard), whose sum is added to each shard of a
-// row, channels b shard to (b + 1) shard; and its gradient, the sum over shards of the row's. A shard is a power of 2,
-// 16 to 128, so that all channels of a thread are at the same places of their shards.
+// row, channels b shard to (b + 1) shard; and its gradient, the sum over shards of the row's. Of points it is the other
+// way round: their sums over shards are given, whose gradients are added to theirs. A shard is a power of 2, 16 to 128,
+// so that all channels of a thread are at the same places of their shards.
 #pragma once
 #include "common/vector.cuh"
 #include "mix/rows.cuh"
 
 constexpr int MOST_SHARD = 128;
-constexpr int LEFTS = 3;  // of x, y and gate
+constexpr int LEFTS = 3;  // of x, y and gate, or of as many points
 
-// x, channels c, c + 1, … of token t, and what was left, or nothing where that is null.
+// x, channels c, c + 1, … of a token, and to each shard row t of `low` (rows, shard), or nothing where that is null.
+template <class E, int V>
+__device__ __forceinline__ void add_low(const MixArguments& a, const void* low, index_t t, int c, float (&x)[V]) {
+    if (!low) return;
+    float more[V];
+    load_vector<E, V>(more, (const E*)low + t * a.shard + (c & (a.shard - 1)));
+    #pragma unroll
+    for (int e = 0; e < V; e++) x[e] += more[e];
+}
+// The same of what was left.
 template <class E, int V>
 __device__ __forceinline__ void add_left(const MixArguments& a, const void* left, index_t t, int c, float (&x)[V]) {
     if (!left) return;
     #pragma unroll 2  // not more, which take registers that a third block needs
-    for (int part = 0; part < a.parts; part++) {
-        float more[V];
-        load_vector<E, V>(more, (const E*)left + (part * a.tokens + t) * a.shard + (c & (a.shard - 1)));
-        #pragma unroll
-        for (int e = 0; e < V; e++) x[e] += more[e];
-    }
+    for (int part = 0; part < a.parts; part++) add_low<E, V>(a, left, part * a.tokens + t, c, x);
 }
 
 // Sums over what a thread has of a row's shards.
 template <int V>
 struct ShardSums {
     float x[LEFTS][V] = {};
-    __device__ __forceinline__ void add(int i, const float (&grad)[V]) {
+    __device__ __forceinline__ void add(int i, const float (&of_row)[V]) {
         #pragma unroll
-        for (int e = 0; e < V; e++) x[i][e] += grad[e];
+        for (int e = 0; e < V; e++) x[i][e] += of_row[e];
+    }
+    // The same for an i that the compiler does not know, without which the sums would not be registers.
+    __device__ __forceinline__ void add_to(int i, const float (&of_row)[V]) {
+        #pragma unroll
+        for (int known = 0; known < LEFTS; known++)
+            if (known == i) add(known, of_row);
     }
 };
 

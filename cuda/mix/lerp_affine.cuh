@@ -2,10 +2,12 @@
 // u_b; and the gradients, in bf16 on tensor cores. bone/products.cuh has the same of an x in memory, where a point is
 // not, forward or backward.
 //
+// Of a point without a B, which is written as it is, the sum over shards may be wanted, too.
+//
 // As in low_rank.cuh x may be what a norm's stats normalize; a point's weights are maa, to which the product of low,
 // before its tanh, and up is added where there are such; and of the first point all that is wanted may be its product
-// with `down`. A point without a B is written as it is. A block has one point, so that few registers and little shared
-// memory are its own; those of a tile's other points find x in the L2 cache.
+// with `down`. A block has one point, so that few registers and little shared memory are its own; those of a tile's
+// other points find x in the L2 cache.
 #pragma once
 #include "mix/low_rank.cuh"
 
@@ -20,10 +22,11 @@ constexpr int AFFINE_PARTS = 6, AFFINE_SHIFTS = 7;               // of the outpu
 using WideRow = bf16[WIDE_STRIDE];
 using Matrix = bf16[WIDE][WIDE_STRIDE];
 
-// How many of the points before `end` have a B.
+__device__ __forceinline__ bool is_summed(const MixArguments& a, int i) { return a.summed >> i & 1; }
+// How many of the points before `end` have a B, or are summed.
 __device__ __forceinline__ int bent_before(const MixArguments& a, int end) {
     int count = 0;
-    for (int i = 0; i < end; i++) count += a.inputs[FIRST_BONE + i] != nullptr;
+    for (int i = 0; i < end; i++) count += a.inputs[FIRST_BONE + i] || is_summed(a, i);
     return count;
 }
 
@@ -93,8 +96,8 @@ struct AffineForwardShared {
 
 // x, low, up, stats, down or null, B of each point or null; maa, weight and bias where stats are -> the points, bent
 // where they have a B; a group's part of the first one's product with `down`, float (groups, tokens, 2 K), and of the
-// sums over shards, (points with a B, groups, tokens, R). A block has a tile of tokens, a group of the channels, and a
-// point, or WIDE columns of that product.
+// sums over shards, (points with a B or summed, groups, tokens, R). A block has a tile of tokens, a group of the
+// channels, and a point, or WIDE columns of that product.
 template <int R>
 __device__ void lerp_affine_forward(const MixArguments& a) {
     auto& shared = *(AffineForwardShared*)dynamic_shared();
@@ -104,7 +107,7 @@ __device__ void lerp_affine_forward(const MixArguments& a) {
     const int i = is_product ? 0 : slot - products + (products > 0);
     const TilePart part(a, AFFINE_TOKENS, blockIdx.x / slots, AFFINE_TOKENS);
     const int row0 = threadIdx.x / 32 * 16;
-    const bool bends = !is_product && a.inputs[FIRST_BONE + i];
+    const bool bends = !is_product && a.inputs[FIRST_BONE + i], sums_up = !is_product && is_summed(a, i);
     const auto fetch = [&](int c0) {
         auto& to = shared.steps[(c0 - part.begin) / WIDE % 2];
         fetch_x(a, to.x, part.t0, AFFINE_TOKENS, part.valid, c0);
@@ -147,6 +150,7 @@ __device__ void lerp_affine_forward(const MixArguments& a) {
                 add(sums[c % (R / 16)], u);
                 add(z, u);
             }
+            if (sums_up) add(sums[c % (R / 16)], z);
             bf16* to = (bf16*)a.outputs[i] + (index_t)(part.t0 + row0) * a.channels + c0 + c * 16;
             store_tile(to, a.channels, part.valid - row0, rounded(z));
         }
@@ -162,7 +166,7 @@ __device__ void lerp_affine_forward(const MixArguments& a) {
                 const int row = row0 + tile_row(lane_id(), e);
                 if (row < part.valid) store_pair(to + row * width + c * 16 + tile_column(lane_id(), e), sums[c].c + e);
             }
-    } else if (bends) {
+    } else if (bends || sums_up) {
         const index_t at = (index_t)bent_before(a, i) * groups + part.group;
         bf16* to = (bf16*)a.outputs[AFFINE_SHIFTS] + (at * a.tokens + part.t0 + row0) * R;
         #pragma unroll

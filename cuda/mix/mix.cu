@@ -39,14 +39,14 @@ MIX_OPERATION(bonus_gate_forward, BonusGateForward)
 MIX_OPERATION(bonus_gate_backward, BonusGateBackward)
 MIX_OPERATION(layer_norm_sums, LayerNormSums)
 
-// Those whose blocks have whole tokens, three to a multiprocessor's registers.
-#define MIX_TOKENS(name, floats)                                                                     \
-    KERNEL(MixArguments, mix_##name##_float32, name<float>, NORM_THREADS, 3, floats * sizeof(float)) \
-    KERNEL(MixArguments, mix_##name##_bfloat16, name<bf16>, NORM_THREADS, 3, floats * sizeof(float))
-MIX_TOKENS(layer_norm_forward, MOST_CHANNELS)
-MIX_TOKENS(layer_norm_backward, MOST_CHANNELS)
-MIX_TOKENS(norm_lerp_forward, 2 * MOST_MIXED)
-MIX_TOKENS(norm_lerp_backward, 2 * MOST_MIXED)
+// Those whose blocks have whole tokens; `resident` of them to a multiprocessor's registers.
+#define MIX_TOKENS(name, resident, floats)                                                                  \
+    KERNEL(MixArguments, mix_##name##_float32, name<float>, NORM_THREADS, resident, floats * sizeof(float)) \
+    KERNEL(MixArguments, mix_##name##_bfloat16, name<bf16>, NORM_THREADS, resident, floats * sizeof(float))
+MIX_TOKENS(layer_norm_forward, 3, MOST_CHANNELS)
+MIX_TOKENS(layer_norm_backward, 3, MOST_CHANNELS)
+MIX_TOKENS(norm_lerp_forward, NORM_LERP_BLOCKS, 2 * MOST_MIXED)
+MIX_TOKENS(norm_lerp_backward, 3, 2 * MOST_MIXED)
 
 // A lerp's weights of rank K.
 #define MIX_LOW_RANK(K)                                                                                         \

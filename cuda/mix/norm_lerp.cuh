@@ -6,6 +6,14 @@
 #include "mix/lerp.cuh"
 
 constexpr int MOST_MIXED = 4096;  // channels
+constexpr int FIRST_TOTAL = 10;   // of forward's outputs, the points' sums over shards
+constexpr int FIRST_GTOTAL = 16;  // of backward's inputs, a point's after a point's
+// Forward's blocks to a multiprocessor: four, but on Blackwell, for which the compiler would spill registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int NORM_LERP_BLOCKS = 3;
+#else
+constexpr int NORM_LERP_BLOCKS = 4;
+#endif
 
 struct Strip {
     index_t begin, end;
@@ -21,7 +29,8 @@ __device__ __forceinline__ index_t sequence_at(const MixArguments& a, const Plac
 }
 
 // x, y and gate or null, what was left of x, y and gate, or null each; weight, bias, maa (n, channels) -> stats, normal
-// or null, the sum where there is more than x, the last of each sequence's, n points
+// or null, the sum where there is more than x, the last of each sequence's, n points, and the sums over shards of those
+// points of which they are wanted, LEFTS at most
 template <class E, int V>
 __device__ void norm_lerp_forward_by(const MixArguments& a) {
     float *row = (float*)dynamic_shared(), *before = row + MOST_MIXED;
@@ -30,6 +39,7 @@ __device__ void norm_lerp_forward_by(const MixArguments& a) {
         const bool own = t >= strip.begin, ends = begins(a, t + 1);
         const Place place = place_of(a, t);
         const RowStats stats = sum_row<E, V>(a, t, row, own);
+        ShardSums<V> totals;
         each_own<V>(a, [&](int c) {
             float x[V], previous[V] = {};
             normalize_row<E, V>(a, stats, row, c, x);
@@ -44,18 +54,21 @@ __device__ void norm_lerp_forward_by(const MixArguments& a) {
             if (place.first && a.last) load_vector<E, V>(previous, (const E*)a.last + sequence_at(a, place) + c);
             if (a.outputs[1]) store_vector<E, V>((E*)a.outputs[1] + at, x);
             if (ends) store_vector<E, V>((E*)a.outputs[3] + sequence_at(a, place) + c, x);
-            for (int i = 0; i < a.n; i++) {
+            #pragma unroll 1  // not more, which take registers that a fourth block needs
+            for (int i = 0, summed = 0; i < a.n; i++) {
                 float m[V];
                 load_vector<E, V>(m, (const E*)a.parameters[2] + i * a.channels + c);
                 #pragma unroll
                 for (int e = 0; e < V; e++) m[e] = x[e] + (previous[e] - x[e]) * m[e];
                 store_vector<E, V>((E*)a.outputs[4 + i] + at, m);
+                if (a.summed >> i & 1) totals.add_to(summed++, m);
             }
         });
+        if (own) store_shard_sums<E, V, NORM_THREADS / 32>(a, FIRST_TOTAL, t, totals, row);
     }
 }
 
-// Adds up what token t's gradients of the points give to itself and to what precedes it.
+// Adds up what token t's gradients of the points and of their sums over shards give to itself and to what precedes it.
 template <class E, int V>
 __device__ __forceinline__ void pass_back(const MixArguments& a, index_t t, int c, float (&own)[V],
                                           float (&passed)[V]) {
@@ -64,6 +77,7 @@ __device__ __forceinline__ void pass_back(const MixArguments& a, index_t t, int 
         float m[V], grad[V];
         load_vector<E, V>(m, (const E*)a.parameters[1] + point * a.channels + c);
         load_vector<E, V>(grad, (const E*)a.inputs[5 + i] + t * a.channels + c);
+        add_low<E, V>(a, a.inputs[FIRST_GTOTAL + i], t, c, grad);
         #pragma unroll
         for (int e = 0; e < V; e++) own[e] += grad[e] * (1.f - m[e]), passed[e] += grad[e] * m[e];
     }
@@ -92,8 +106,8 @@ __device__ __forceinline__ void store_gated(const MixArguments& a, index_t t, in
 }
 
 // sum, grad of normal or null, grad of sum, stats, grad of the last of each sequence's or null, n grads of points, y
-// and gate or null, what was left of them or null; weight, maa -> the gradient of x, those of y and gate, and those of
-// what was left of the three, or null each; glast
+// and gate or null, what was left of them or null, of each point the gradient of its sum over shards or null; weight,
+// maa -> the gradient of x, those of y and gate, and those of what was left of the three, or null each; glast
 template <class E, int V>
 __device__ void norm_lerp_backward_by(const MixArguments& a) {
     float *row = (float*)dynamic_shared(), *later = row + MOST_MIXED;  // later: what the token after passes back

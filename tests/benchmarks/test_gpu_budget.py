@@ -13,12 +13,12 @@ SOURCE = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_budget.py"
 LIMITS = {
     ("x060", "frozen"): (35, 75),
     ("x060", "bat-in"): (57, 112),
-    ("x060", "bone"): (73, 117),
+    ("x060", "bone"): (62, 105),
     ("x060", "bat-out"): (91, 149),
     ("x060", "lora"): (81, 128),
     ("x070", "frozen"): (45, 111),
     ("x070", "bat-in"): (69, 150),
-    ("x070", "bone"): (73, 144),
+    ("x070", "bone"): (65, 136),
     ("x070", "bat-out"): (87, 178),
     ("x070", "lora"): (79, 154),
 }

@@ -39,10 +39,10 @@ def mix(kernels):
             inputs = low(1, 129, 128), low(1, 128), low(5, 128), low(1, 129, 5 * rank), low(5, rank, 128), None
             results += differentiated(gpu_lerp.Lerp, (0, 1, 3), *inputs)
             factors = low(1, 128), low(128, 5 * rank) / 10, low(5, 128), low(5, rank, 128) / 10, low(128, 2 * rank) / 10
-            for bones in ((), (low(2, 64, 64), None, *low(2, 2, 64, 64))):
+            for ranks, bones in (((), ()), ((), (low(2, 64, 64), None, *low(2, 2, 64, 64))), ((64, 64, None, 64), ())):
                 inputs = *low(3, 1, 129, 128), low(1, 128), *low(2, 128), *factors, 1e-5, None
-                inputs = *inputs, *low(2, 3, 129, rank), *bones
-                trained = [i for i, x in enumerate(inputs) if i < 4 or i > 12 and x is not None]
+                inputs = *inputs, *low(2, 3, 129, rank), ranks, *bones
+                trained = [i for i, x in enumerate(inputs) if i < 4 or i > 12 and isinstance(x, torch.Tensor)]
                 with patch.object(norms, "STRIPS", 4):  # of several tokens each
                     results += differentiated(ddlerp.NormDDLerp, trained, *inputs)
             for up, down in ((low(rank, 384), None), (None, low(rank, 384).t())):
@@ -56,7 +56,7 @@ def mix(kernels):
             results += differentiated(norms.LayerNorm, (0, 1, 2), x, weight.clone(), bias.clone(), 1e-5)
             x, last, *frozen = randn(1, 3, 2112), randn(1, 2112), *randn(2, 2112), randn(2, 2112), 1e-5, None, True, 1
             with patch.object(norms, "STRIPS", 1):
-                results += differentiated(norms.NormLerp, (0, 1, 9), x, last, *frozen, randn(2, 3, 64))
+                results += differentiated(norms.NormLerp, (0, 1, 9), x, last, *frozen, randn(2, 3, 64), (64, 64))
     return results
 
 

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from ..ops import adding
 from ..ops.bone import affine, affine_backward_, shard_sum
 from ..ops.mix import low_square
-from .bent import tiled_product
+from .bent import of_bent, open_of_bent, tiled_product
 from .block_affine import BlockAffine
 from .method import Opened, Params, Shapes
 from .product import DENSE, Frozen, Product
@@ -21,7 +21,18 @@ from .tokens import apply_to_tokens, flat, weight_gradient
 
 
 class OpenBatIn:
-    """AroundSquare and BeforeNorm of bat-in: what is left open is the shift."""
+    """AfterNorm, AroundSquare and BeforeNorm of bat-in: what is left open is the shift."""
+
+    sums = False
+
+    def bones(self, params: Params, scale: float) -> torch.Tensor:
+        return _scaled(params["bone"], scale)
+
+    def given(self, x: torch.Tensor, shift: torch.Tensor, base: Frozen, params: Params, scale: float) -> torch.Tensor:
+        return of_bent(x, _divided(shift, scale), base)
+
+    def open_given(self, x: torch.Tensor, shift: torch.Tensor, base: Frozen, params: Params, scale: float) -> Opened:
+        return Opened(*open_of_bent(x, _divided(shift, scale), base), None)
 
     def opened(self, x: torch.Tensor, base: Frozen, params: Params, scale: float) -> Opened:
         return Opened(*open_bat_in(x, base, params["bone"], scale, summed=True), None)
@@ -50,16 +61,13 @@ class BatIn(BlockAffine):
     name, label, index = "bat-in", "Bone bat-in", "b"
     hf_names: tuple[bool | str, ...] = ("bat-in",)
     in_rwkv_peft = True
-    around_square = before_norm = OpenBatIn()
+    after_norm = around_square = before_norm = OpenBatIn()
 
     def shapes(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Shapes:
         return {"bone": (in_features // rank, rank, rank)}
 
     def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
         return bat_in(x, base.weight, params["bone"], base.bias, product=base.product, residual=base.residual)
-
-    def bones(self, params: Params, scale: float) -> torch.Tensor | None:
-        return _scaled(params["bone"], scale)
 
 
 def bat_in(
@@ -194,6 +202,10 @@ def _gradients(
         d_bone = _scaled(d_scaled, ctx.scale) if need_bone and d_scaled is not None else None
         d_left = shard_sum(dx, bone.shape[-1]) if need_left else None
     return dx if need_x else None, d_weight, g.sum(0) if need_bias else None, d_bone, d_left
+
+
+def _divided(shift: torch.Tensor, scale: float) -> torch.Tensor:
+    return shift if scale == 1 else shift / scale
 
 
 def _scaled(bone: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ class BoneSigned(Bone):
     name, label = "bone-signed", "Bone bone-signed"
     constants = idle = ("bone_signs",)
     hf_names = ()
-    in_rwkv_peft, around_square = False, None
+    in_rwkv_peft, around_square, after_norm = False, None, None
 
     def shapes(self, rank: int, mini_rank: int, out_features: int, in_features: int) -> Shapes:
         return super().shapes(rank, mini_rank, out_features, in_features) | {"bone_signs": (in_features,)}

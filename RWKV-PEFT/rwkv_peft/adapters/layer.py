@@ -8,9 +8,8 @@ from torch import nn
 
 from ..config import AdapterConfig
 from ..ops.adding import autocasts
-from ..ops.mix import takes_bones, takes_left, takes_low_square
-from .bent import of_bent, open_of_bent
-from .method import AroundSquare, Method, Opened, Params
+from ..ops.mix import Asked, takes_bones, takes_left, takes_low_square, takes_sums
+from .method import AfterNorm, AroundSquare, Method, Opened, Params
 from .product import DENSE, Frozen, Product
 from .quant import QuantizedProduct, quantize
 from .tokens import linear
@@ -66,10 +65,10 @@ class AdapterLinear(nn.Module):
         self, x: torch.Tensor, residual: torch.Tensor | None = None, shift: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x (..., in) -> (..., out) in x's dtype, added to a residual (..., out) where there is one. shift (T, rank): x
-        comes bent by `bones`, and this with it."""
+        comes as `bones` asked for it, and this with it."""
         base, params = self.frozen(residual), self.params
         if shift is not None:
-            return of_bent(x, self._divided(shift), base)
+            return self._after.given(x, shift, base, params, self.scale)
         if self.untrained:
             first = self.method.first(params)
             if first is None:
@@ -78,15 +77,19 @@ class AdapterLinear(nn.Module):
         dropout = self.dropout if self.training and not self.untrained else 0.0
         return self.method.apply(x, base, params, self.scale, dropout)
 
-    def bones(self, x: torch.Tensor) -> torch.Tensor | None:
-        """The matrices by which what makes x (..., in) may bend it (ops/mix): None where x is wanted as it is."""
-        if not (takes_bones(x, self.rank) and self.can_part(x)) or self.base.requires_grad:
+    def bones(self, x: torch.Tensor, kept: bool = False) -> Asked:
+        """What the layer asks of what makes x (..., in), as ops/mix has it: the matrices by which that may bend x,
+        unless others have x `kept` as it is; or the rank of the sums over shards of x; None where x is all that is
+        wanted."""
+        after = self.method.after_norm
+        if after is None:
             return None
-        bones = self.method.bones(self.params, self.scale)
+        if after.sums:
+            return self.rank if takes_sums(x, self.rank) and self.is_plain(x) else None
+        if kept or not (takes_bones(x, self.rank) and self.can_part(x)) or self.base.requires_grad:
+            return None
+        bones = after.bones(self.params, self.scale)
         return None if bones is None else bones.to(x.dtype)
-
-    def _divided(self, shift: torch.Tensor) -> torch.Tensor:
-        return shift if self.scale == 1 else shift / self.scale
 
     def around_square(self, x: torch.Tensor, channels: int) -> bool:
         """Whether the layer, before or after a squared relu of so many channels, leaves its part of low rank to its
@@ -105,7 +108,11 @@ class AdapterLinear(nn.Module):
         there alone; to name one elsewhere has ZeRO-3 gather it for the module that does, so that this comes first and
         looks at them without their names."""
         cut = any([hasattr(parameter, "ds_shape") for parameter in self._parameters.values()])
-        return not (cut or self.untrained or (self.dropout and self.training) or autocasts(x))
+        return not cut and self.is_plain(x)
+
+    def is_plain(self, x: torch.Tensor) -> bool:
+        """Whether the layer does what its method trains, to all of an input in its dtype: needs no parameter."""
+        return not (self.untrained or (self.dropout and self.training) or autocasts(x))
 
     @property
     def trained(self) -> list[torch.Tensor]:
@@ -115,7 +122,7 @@ class AdapterLinear(nn.Module):
     def opened(self, x: torch.Tensor, shift: torch.Tensor | None = None) -> Opened:
         """`forward` before such a square, without what its kernel adds: x (..., in), shift as `forward` has it."""
         if shift is not None:
-            return Opened(*open_of_bent(x, self._divided(shift), self.frozen()), None)
+            return self._after.open_given(x, shift, self.frozen(), self.params, self.scale)
         return self._around.opened(x, self.frozen(), self.params, self.scale)
 
     def squared(
@@ -137,10 +144,15 @@ class AdapterLinear(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`forward`, or `closed` where right is given, before such a norm, without what it adds (BeforeNorm)."""
         if shift is not None:
-            y, shift = open_of_bent(x, self._divided(shift), self.frozen(residual))
-            return y, shift[None]
+            y, left, _ = self._after.open_given(x, shift, self.frozen(residual), self.params, self.scale)
+            return y, left[None]
         assert self.method.before_norm is not None  # `before_norm` has said so
         return self.method.before_norm.unshifted(x, right, self.frozen(residual), self.params, self.scale)
+
+    @property
+    def _after(self) -> AfterNorm:
+        assert self.method.after_norm is not None  # `bones` has asked for something
+        return self.method.after_norm
 
     @property
     def _around(self) -> AroundSquare:

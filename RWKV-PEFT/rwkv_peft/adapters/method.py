@@ -40,6 +40,25 @@ class Opened(NamedTuple):
     up: torch.Tensor | None
 
 
+class AfterNorm(Protocol):
+    """How a method's layers have the norm that makes their input x (..., in) do a part of what they do: bend it by
+    matrices, or, where `sums`, sum it up over shards as it is."""
+
+    sums: bool
+
+    def bones(self, params: Params, scale: float) -> torch.Tensor | None:
+        """B (in/rank, rank, rank) of a layer that multiplies x + u, u_b = B_b x_b for each shard b, and adds the sum of
+        u_b, divided by the scale, to each shard of the result (bent.py); None where x stays as it is."""
+
+    def given(self, x: torch.Tensor, shift: torch.Tensor, base: Frozen, params: Params, scale: float) -> torch.Tensor:
+        """`apply` of a Method, where x comes bent, and shift (T, rank) is the sum of u_b; or as it is, and that is the
+        sum of x_b."""
+
+    def open_given(self, x: torch.Tensor, shift: torch.Tensor, base: Frozen, params: Params, scale: float) -> Opened:
+        """The same, up to the term that a kernel beside it adds: a squared relu's (AroundSquare), or a norm's
+        (BeforeNorm)."""
+
+
 class AroundSquare(Protocol):
     """How a method's layers before and after a squared relu leave a part of what they do to its kernel; params, base
     and scale are as `apply` of a Method has them."""
@@ -91,7 +110,7 @@ class Method(ABC):
     parameters are the tensors that train, constants those that a file holds besides; idle are those of both that change
     nothing by themselves. mini methods have a mini_rank, scaled ones an alpha, dropout ones take dropout; residual ones
     train on a base that something was taken out of; from_gradient ones start from the gradient of the loss.
-    learning_rates are (tensor, AdapterConfig field that multiplies its rate). around_square and
+    learning_rates are (tensor, AdapterConfig field that multiplies its rate). after_norm, around_square and
     before_norm are how a layer leaves a part of what it does to a kernel beside it, None where it does all by itself.
 
     hf_names are the init_weights of Hugging Face peft's BONE and MISS that mean this method, first the one that its
@@ -115,6 +134,7 @@ class Method(ABC):
     dropout = False
     residual = False
     from_gradient = False
+    after_norm: AfterNorm | None = None
     around_square: AroundSquare | None = None
     before_norm: BeforeNorm | None = None
     learning_rates: tuple[tuple[str, str], ...] = ()
@@ -170,11 +190,6 @@ class Method(ABC):
         """y = x W'ᵀ + bias without forming W': x (..., in), the Frozen layer W, params {name: tensor} -> (..., out) in
         x's dtype, and its residual where it has one. scale is the layer's; dropout the probability with which an input
         is hidden from the adapter, 0 but for methods that take it."""
-
-    def bones(self, params: Params, scale: float) -> torch.Tensor | None:
-        """B (in/rank, rank, rank) of a method whose layer multiplies x + u, u_b = B_b x_b for each shard b, and adds
-        the sum of u_b, divided by the scale, to each shard of the result (bent.py); None for the others."""
-        return None
 
     @abstractmethod
     def delta(self, weight: torch.Tensor, params: Params, scale: float = 1.0) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
 from ..ops import adding
-from ..ops.mix import norm_lerp, relu_square
+from ..ops.mix import Asked, norm_lerp, relu_square
 from .state import TIME_STATE, LayerState, State, swapped
 
 HeadFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, weight of the head) -> what stands for logits
@@ -27,7 +27,8 @@ class AddedLinear(nn.Linear):
 
 
 class Input(NamedTuple):
-    """A linear layer's input x (B, T, in), or what its bones made of that, and the shift (T, rank) that came of it."""
+    """A linear layer's input x (B, T, in), or what its bones made of that, and the shift (T, rank) that came of it, or
+    the sums over shards that it asked for."""
 
     x: torch.Tensor
     shift: torch.Tensor | None = None
@@ -37,19 +38,18 @@ class Input(NamedTuple):
         return layer(self.x, *residual) if self.shift is None else layer(self.x, *residual, shift=self.shift)
 
 
-def bones_of(layers: Sequence[nn.Module | None], x: torch.Tensor) -> list[torch.Tensor | None]:
-    """Of each linear layer the matrices by which the norm that makes its input, like x, may bend it; None for most."""
-    bends = [getattr(layer, "bones", None) for layer in layers]
-    return [None if bones is None else bones(x) for bones in bends]
+def bones_of(layers: Sequence[nn.Module | None], x: torch.Tensor, kept: int | None = None) -> list[Asked]:
+    """What each linear layer asks of the norm that makes its input, like x: matrices by which that may bend it, but for
+    the one of number `kept`, which has other users; the rank of its sums over shards; or None."""
+    asks = [getattr(layer, "bones", None) for layer in layers]
+    return [None if bones is None else bones(x, i == kept) for i, bones in enumerate(asks)]
 
 
-def inputs_of(
-    points: Sequence[torch.Tensor], bones: Sequence[torch.Tensor | None], shifts: Sequence[torch.Tensor]
-) -> list[Input]:
-    """A norm's points (B, T, C), of those with bones, where it bends any, its shifts."""
+def inputs_of(points: Sequence[torch.Tensor], bones: Sequence[Asked], shifts: Sequence[torch.Tensor]) -> list[Input]:
+    """A norm's points (B, T, C), of those with bones, where it gives any, its shifts."""
     left = iter(shifts)
-    bent = [bool(shifts) and bone is not None for bone in bones]
-    return [Input(point, next(left) if one else None) for point, one in zip(points, bent, strict=True)]
+    given = [bool(shifts) and bone is not None for bone in bones]
+    return [Input(point, next(left) if one else None) for point, one in zip(points, given, strict=True)]
 
 
 class AroundSquare(Protocol):
@@ -136,14 +136,14 @@ class MixedNorm(nn.LayerNorm):
         maa: torch.Tensor,
         shift: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None = None,
-        bones: Sequence[torch.Tensor | None] = (),
+        bones: Sequence[Asked] = (),
         twice: int | None = None,
         left: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """x (B, T, C), maa (m, C), shift (B, C) or None, what precedes the norm's first token, of each point the bones
         of its layer, or None, and what a layer left of x, or None -> x with that, for the residual, the norm's last
         token (B, C), m points between its tokens and those before (B, T, C), last of all point number `twice` again,
-        the shifts of points that are bent."""
+        the shifts that come of bones."""
         norm = self.weight, self.bias, self.eps
         return norm_lerp(x, *norm, shift, maa, cu_seqlens, twice=twice, left=left, bones=bones)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ...ops.mix import gated_residual, norm_ddlerp
+from ...ops.mix import Asked, gated_residual, norm_ddlerp
 from ...ops.wkv6 import wkv6_gated
 from ..parts import (
     AddedLinear,
@@ -63,13 +63,13 @@ class DataMixedNorm(nn.LayerNorm):
         w2: torch.Tensor,
         decay_w1: torch.Tensor,
         cu_seqlens: torch.Tensor | None,
-        bones: Sequence[torch.Tensor | None],
+        bones: Sequence[Asked],
         lefts: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """x, y and gate (B, T, C), or y and gate None, shift (B, C) or None, what precedes the norm's first token,
         norm_ddlerp's parameters, and what layers left of y and gate, or None each -> x + sigmoid(gate) y, the norm's
         last token (B, C), the decay's factor of low rank (B, T, rank), the inputs of k, v, r, g (B, T, C), the shifts
-        of those that are bent by their bones."""
+        that come of their bones."""
         norm = self.weight, self.bias, self.eps
         return norm_ddlerp(x, y, gate, *norm, shift, maa_x, w1, maa, w2, decay_w1, cu_seqlens, *lefts, bones=bones)
 

@@ -104,12 +104,13 @@ class TimeMix(Recurrent):
         B, T, C = x.shape
         heads = (B, T, self.n_head, self.head_size)
         amounts = torch.cat([getattr(self, f"x_{name}") for name in SHIFTS]).flatten(1)  # (6, C)
-        twice = None if v_first is None else SHIFTS.index("v")
-        layers = {"r": self.receptance, "k": self.key}  # v's input, which has a second user, is wanted as it is
-        bones = bones_of([layers.get(name) for name in SHIFTS], x)
+        of_v = SHIFTS.index("v")  # the point that has a second user, but in layer 0
+        twice = None if v_first is None else of_v
+        layers = {"r": self.receptance, "k": self.key, "v": self.value}
+        bones = bones_of([layers.get(name) for name in SHIFTS], x, kept=of_v)
         x, last, points, shifts = norm(x, amounts, shift, cu_seqlens, bones, twice, left)
-        xr, (xw, _), xk, (xv, _), (xa, _), (xg, _) = inputs_of(points[: len(bones)], bones, shifts)
-        r, k, v = xr.through(self.receptance), xk.through(self.key), self.value(xv)
+        xr, (xw, _), xk, xv, (xa, _), (xg, _) = inputs_of(points[: len(bones)], bones, shifts)
+        r, k, v = xr.through(self.receptance), xk.through(self.key), xv.through(self.value)
         w = F.linear(torch.tanh(xw @ self.w1), self.w2.t(), self.w0.flatten())
         if v_first is None:
             v_first = v_again = v

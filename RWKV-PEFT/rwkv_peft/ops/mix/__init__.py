@@ -1,6 +1,7 @@
 """What the models do between their matrix products: token shift with interpolation, gates, keys, the normalization of
 heads."""
 
+from .asked import Asked
 from .op import (
     delta_keys,
     gated_residual,
@@ -16,11 +17,13 @@ from .op import (
     takes_bones,
     takes_left,
     takes_low_square,
+    takes_sums,
     value_residual,
 )
 from .shift import bent, token_shift
 
 __all__ = [
+    "Asked",
     "bent",
     "delta_keys",
     "gated_residual",
@@ -36,6 +39,7 @@ __all__ = [
     "takes_bones",
     "takes_left",
     "takes_low_square",
+    "takes_sums",
     "token_shift",
     "value_residual",
 ]

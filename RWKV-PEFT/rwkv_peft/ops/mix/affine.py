@@ -1,5 +1,5 @@
-"""A lerp's points in bat-in's affine form on a GPU: what autograd Functions of norms and points call to have
-cuda/mix/lerp_affine.cuh make them.
+"""A lerp's points in bat-in's affine form, or as they are, with sums over shards, on a GPU: what autograd Functions of
+norms and points call to have cuda/mix/lerp_affine.cuh make them.
 
 A point that is bent is in memory neither forward nor backward, which makes it again for the gradient of its matrices.
 """
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..native.launch import aligned
-from . import cuda
-from .functions import call, numbered
+from . import asked, cuda
+from .asked import Asked
+from .functions import Item, call, numbered
 from .gpu_lerp import BLOCKS, group_size
 
 Given = Mapping[str, Tensor | None]  # x and maa; low, up; stats, weight, bias; down: as the kernels' layouts name them
@@ -23,36 +24,32 @@ def fit(x: Tensor, rank: int) -> bool:
     return x.dtype == torch.bfloat16 and x.shape[-1] % cuda.AFFINE_CHANNELS == 0 and rank in cuda.AFFINE_RANKS
 
 
-def takes(x: Tensor, bones: Sequence[Tensor | None]) -> bool:
-    """Whether the kernels bend points like x (B, T, C) by matrices (C/r, r, r) of one rank, None for a point that stays
-    as it is."""
-    given = [bone for bone in bones if bone is not None]
-    ranks = {bone.shape[-1] for bone in given}
-    return 0 < len(given) <= len(bones) <= cuda.MOST_POINTS and len(ranks) == 1 and fit(x, *ranks)
+def takes(x: Tensor, bones: Sequence[Asked], kind: type = Tensor) -> bool:
+    """Whether the kernels bend points like x (B, T, C) by matrices (C/r, r, r) of one rank, or give sums of one rank
+    where the kind is int, None for a point that stays as it is."""
+    return len(bones) <= cuda.MOST_POINTS and fit(x, asked.rank_of(bones, kind))
 
 
 def bend(
-    given: Given,
-    bones: Sequence[Tensor | None],
-    last: Tensor | None,
-    sizes: Mapping[str, Any],
-    parts: Tensor | None = None,
+    given: Given, bones: Sequence[Asked], last: Tensor | None, sizes: Mapping[str, Any], parts: Tensor | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Points of `given` (B, T, C), those with matrices B (C/r, r, r) in `bones` bent by them, and of each of these the
-    sums over shards (T, r). sizes as sizes_of has them. parts: where `given` has `down` (C, D), which takes the first
-    point, that is not given back, but parts (groups, B, T, D) filled, as `parts_of` makes them."""
-    x, down, first = _x_of(given), given.get("down"), _present(bones)[0]
+    """Points of `given` (B, T, C), those with matrices B (C/r, r, r) in `bones` bent by them, and the sums over shards
+    (T, r) of what these are bent by, or of points with a rank r there. sizes as sizes_of has them. parts: where `given`
+    has `down` (C, D), which takes the first point, that is not given back, but parts (groups, B, T, D) filled, as
+    `parts_of` makes them."""
+    x, down, count = _x_of(given), given.get("down"), len(_present(bones))
+    ranks = _ranks(given, bones) | asked.sizes_of([bone if isinstance(bone, int) else None for bone in bones])
     size, blocks = _group_of(x, bones, down)
     outs = [torch.empty_like(x) for _ in range(len(bones) - (down is not None))]
     groups = -(-x.shape[2] // size)
-    shifts = x.new_empty(len(_present(bones)), groups, sizes["tokens"], first.shape[-1])
-    tensors = {**given, "x": x, **numbered("bone", map(aligned, bones))}
+    shifts = x.new_empty(count, groups, sizes["tokens"], ranks["rank"])
+    tensors = {**given, "x": x, **numbered("bone", map(aligned, asked.matrices(bones)))}
     tensors |= numbered("out", outs if down is None else (None, *outs)) | dict(parts=parts, shifts=shifts)
-    call("lerp_affine_forward", x, tensors, last=last, size=size, slots=blocks, **_ranks(given, first), **sizes)
+    call("lerp_affine_forward", x, tensors, last=last, size=size, slots=blocks, **ranks, **sizes)
     return outs, list((shifts[:, 0] if groups == 1 else shifts.sum(1)).unbind())
 
 
-def parts_of(x: Tensor, bones: Sequence[Tensor | None], down: Tensor) -> Tensor:
+def parts_of(x: Tensor, bones: Sequence[Asked], down: Tensor) -> Tensor:
     """Room for what `down` (C, D) makes of each group's channels of the first point, float32."""
     return x.new_empty(-(-x.shape[2] // _group_of(x, bones, down)[0]), *x.shape[:2], down.shape[1], dtype=torch.float32)
 
@@ -83,7 +80,7 @@ def bend_back(
     tensors |= numbered("out", [None if bone is None else point for point, bone in zip(points, bones, strict=True)])
     tensors |= dict(down=None, parts=parts)
     numbers = dict(size=cuda.AFFINE_CHANNELS, slots=len(present), strip=strip)
-    call("lerp_affine_backward", x, tensors, last=last, **numbers, **_ranks(given, first), **sizes)
+    call("lerp_affine_backward", x, tensors, last=last, **numbers, **_ranks(given, bones), **sizes)
     gbones: list[Tensor | None] = [None] * len(bones)
     if parts is not None:
         total = first.new_empty(parts.shape[1:])
@@ -98,9 +95,9 @@ def _or_zeros(gshift: Tensor | None, x: Tensor, sizes: Mapping[str, Any], bone: 
     return x.new_zeros(sizes["tokens"], bone.shape[-1]) if gshift is None else gshift
 
 
-def _ranks(given: Given, bone: Tensor) -> dict[str, int]:
+def _ranks(given: Given, bones: Sequence[Asked]) -> dict[str, int]:
     up = given.get("up")
-    return dict(rank=bone.shape[-1], low_rank=0 if up is None else up.shape[1])
+    return dict(rank=asked.rank_of(bones, (Tensor, int)), low_rank=0 if up is None else up.shape[1])
 
 
 def _x_of(given: Given) -> Tensor:
@@ -109,12 +106,12 @@ def _x_of(given: Given) -> Tensor:
     return x
 
 
-def _group_of(x: Tensor, bones: Sequence[Tensor | None], down: Tensor | None) -> tuple[int, int]:
+def _group_of(x: Tensor, bones: Sequence[Asked], down: Tensor | None) -> tuple[int, int]:
     """Channels of a block in forward, and blocks that a tile has for as many: one a point, or as many as `down` has
     steps of columns."""
     blocks = len(bones) if down is None else len(bones) - 1 + down.shape[1] // cuda.AFFINE_CHANNELS
     return group_size(x, cuda.AFFINE_CHANNELS, cuda.AFFINE_TOKENS / blocks), blocks
 
 
-def _present(bones: Sequence[Tensor | None]) -> list[Tensor]:
+def _present(bones: Sequence[Item | None]) -> list[Item]:
     return [bone for bone in bones if bone is not None]

@@ -22,7 +22,8 @@ LOW_POINTS = 5  # that such a lerp has
 TILE_TOKENS, LOW_CHANNELS = 64, 32  # of a block's tile there, which in backward shares a token with the next, and step
 AFFINE_RANKS, AFFINE_CHANNELS = (16, 32, 64), 64  # of adapters that bend a lerp's points, and of a block's steps
 AFFINE_TOKENS = 128  # of a block's tile there in forward
-SHARDS = (16, 32, 64, 128)  # channels of one, that what an adapter left is added to
+SHARDS = (16, 32, 64, 128)  # channels of one, that what an adapter left is added to, or that a point is summed over
+MOST_SUMMED = 3  # points of a norm of whole tokens
 SQUARE_RANKS, SQUARE_CHANNELS = (16, 32, 64, 128), 64  # of terms around a squared relu, and of a group's steps
 
 
@@ -76,7 +77,9 @@ _SQUARE = _layout("x squares left up_rows up_columns down_rows down_columns", "y
 TILED: Mapping[str, Layout] = MappingProxyType(
     {
         "lerp_low_forward": _layout("x low up stats down", f"{_LOW_OUTS} parts", "maa weight bias"),
-        "lerp_low_backward": _layout(f"x low up stats down {_LOW_GRADS} decay gdecay", "gx glow", "maa weight bias"),
+        "lerp_low_backward": _layout(
+            f"x low up stats down {_LOW_GRADS} decay gdecay {_SHIFTS}", "gx glow", "maa weight bias"
+        ),
         "lerp_affine_forward": _layout(_AFFINE, f"{_OUTS} parts shifts", "maa weight bias"),
         "lerp_affine_backward": _layout(_AFFINE, f"{_OUTS} parts", "maa weight bias"),
         "square_forward": _SQUARE,
@@ -84,10 +87,10 @@ TILED: Mapping[str, Layout] = MappingProxyType(
         "layer_norm_forward": _layout("x", "stats out", "weight bias"),
         "layer_norm_backward": _layout("x grad passed stats", "gx", "weight"),
         "norm_lerp_forward": _layout(
-            "x y gate left_x left_y left_gate", f"stats out sum ends {_OUTS}", "weight bias maa"
+            "x y gate left_x left_y left_gate", f"stats out sum ends {_OUTS} shift0 shift1 shift2", "weight bias maa"
         ),
         "norm_lerp_backward": _layout(
-            f"sum grad passed stats gends {_GRADS} grad{MOST_POINTS} y gate left_y left_gate",
+            f"sum grad passed stats gends {_GRADS} grad{MOST_POINTS} y gate left_y left_gate {_SHIFTS}",
             "gx gy ggate gleft_x gleft_y gleft_gate",
             "weight maa",
         ),
@@ -102,7 +105,7 @@ KERNELS = (
 )
 
 
-_NUMBERS = "channels size strip n low_rank last_point length sequences shard parts"
+_NUMBERS = "channels size strip n low_rank last_point length sequences shard parts summed"
 
 
 class MixArguments(ctypes.Structure):
@@ -110,7 +113,7 @@ class MixArguments(ctypes.Structure):
 
     _fields_ = [
         ("inputs", ctypes.c_void_p * 23),
-        ("outputs", ctypes.c_void_p * 10),
+        ("outputs", ctypes.c_void_p * 13),
         ("parameters", ctypes.c_void_p * 4),
         ("sums", ctypes.c_void_p * 6),
         *((name, ctypes.c_void_p) for name in ("bounds", "last", "glast")),

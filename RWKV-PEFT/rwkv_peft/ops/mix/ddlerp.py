@@ -5,6 +5,7 @@ Neither what is normalized nor the decay's point is ever in memory: a norm's ker
 weights' factor, and the kernel of the other points normalizes again, by the same statistics.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..native.launch import aligned
-from . import affine, cuda, lefts
+from . import affine, asked, cuda, lefts
 from .functions import call, differentiable_once, numbered, room_like, with_zeros
 from .gpu_lerp import group_size, has_product_inside, parts_like, sizes_of
 from .norms import strip_of
@@ -21,9 +22,10 @@ from .norms import strip_of
 class NormDDLerp(Function):
     """x (B, T, C), y and gate (B, T, C) or None, last (n, C) or None; weight and bias (C,), maa_x (1, C), w1 (C, 5 K),
     maa (5, C), w2 (5, K, C) and decay_w1 (C, 2 K), none of them trained; eps, cu_seqlens int64 or None, what was left
-    of y and gate (parts, B T, r) or None each; of each of four points the matrices (C/r, r, r) that bend it, or None,
-    or nothing at all -> the sum, the last of each sequence's norms (n, C), the decay's factor (B, T, 2 K), four points
-    (B, T, C), the sums over shards (T, r) of those that are bent."""
+    of y and gate (parts, B T, r) or None each; of each of four points the rank of its sum over shards, or None, or
+    nothing at all, and the same of matrices (C/r, r, r) that bend it -> the sum, the last of each sequence's norms
+    (n, C), the decay's factor (B, T, 2 K), four points (B, T, C), the sums over shards (T, r) of those that are bent or
+    have a rank."""
 
     @staticmethod
     def forward(
@@ -43,6 +45,7 @@ class NormDDLerp(Function):
         cu_seqlens: Tensor | None,
         left_y: Tensor | None,
         left_gate: Tensor | None,
+        ranks: Sequence[int | None],
         *bones: Tensor | None,
     ) -> tuple[Tensor, ...]:
         sizes = sizes_of(x, maa_x, cu_seqlens) | lefts.sizes_of(left_y, left_gate)
@@ -56,14 +59,16 @@ class NormDDLerp(Function):
         low, decay = mixed @ w1, x.new_empty(*x.shape[:2], decay_w1.shape[1])
         of_points = norm | dict(x=total, maa=maa, low=low, up=w2, down=decay_w1)
         shifts: list[Tensor] = []
-        if bones:
-            parts, of_all = affine.parts_of(x, (None, *bones), decay_w1), sizes_of(x, maa, cu_seqlens)
-            points, shifts = affine.bend(of_points, (None, *bones), last, of_all, parts)
+        if bones or ranks:
+            wanted, of_all = (None, *(bones or ranks)), sizes_of(x, maa, cu_seqlens)
+            parts = affine.parts_of(x, wanted, decay_w1)
+            points, shifts = affine.bend(of_points, wanted, last, of_all, parts)
         else:
             parts, points = parts_like(decay, x, torch.float32), [torch.empty_like(x) for _ in maa[1:]]
             of_points |= dict(parts=parts) | numbered("out", points, 1)
             call("lerp_low_forward", x, of_points, last=last, **_low_sizes(x, maa, w2, cu_seqlens))
         call("tanh_forward", decay, dict(parts=parts, out=decay), **_rows_of(parts))
+        ctx.ranks = (None, *ranks)
         ctx.set_materialize_grads(False)  # of `ends`, which only a carried state uses
         kept = y, gate, left_y, left_gate, last, weight, bias, maa_x, w1, maa, w2, decay_w1, cu_seqlens
         ctx.save_for_backward(total, *kept, stats, low, decay, *bones)
@@ -79,20 +84,23 @@ class NormDDLerp(Function):
         x, y, gate, left_y, left_gate, last, weight, bias, *others = ctx.saved_tensors
         maa_x, w1, maa, w2, decay_w1, cu_seqlens, stats, low, decay, *bones = others
         passed, *points = with_zeros((passed, *grads[: len(maa) - 1]), x)
+        gshifts = grads[len(maa) - 1 :]
         (gdecay,) = with_zeros([gdecay], decay)
         norm = dict(weight=weight, bias=bias, stats=stats)
         gbones: list[Tensor | None] = []
         if bones:
-            of_points, trained = norm | dict(x=x, maa=maa, low=low, up=w2), any(ctx.needs_input_grad[15:])
-            given = (None, *bones), (x, *points), grads[len(maa) - 1 :], trained, last
+            of_points, trained = norm | dict(x=x, maa=maa, low=low, up=w2), any(ctx.needs_input_grad[16:])
+            given = (None, *bones), (x, *points), gshifts, trained, last
             (_, *points), (_, *gbones) = affine.bend_back(of_points, *given, sizes_of(x, maa, cu_seqlens))
             if not any(ctx.needs_input_grad[:4]):
-                return *15 * (None,), *gbones
+                return *16 * (None,), *gbones
         gnormal, glow, glast, more = torch.empty_like(x), torch.empty_like(low), room_like(last), room_like(last)
         parts = parts_like(low, x)
         tensors = norm | dict(x=x, maa=maa, low=low, up=w2, down=decay_w1, decay=decay, gdecay=gdecay)
         tensors |= dict(gx=gnormal, glow=parts) | numbered("grad", map(aligned, points), 1)
-        call("lerp_low_backward", x, tensors, last=last, glast=glast, **_low_sizes(x, maa, w2, cu_seqlens))
+        sizes = _low_sizes(x, maa, w2, cu_seqlens) | asked.sizes_of(ctx.ranks)
+        tensors |= asked.gradients(ctx.ranks, [aligned(gshift) for gshift in gshifts])
+        call("lerp_low_backward", x, tensors, last=last, glast=glast, **sizes)
         call("tanh_backward", low, dict(x=low, parts=parts, gx=glow), **_rows_of(parts))
         gx, gy, ggate = torch.empty_like(x), room_like(y), room_like(gate)
         gleft_y, gleft_gate = lefts.room_for(left_y), lefts.room_for(left_gate)
@@ -103,7 +111,7 @@ class NormDDLerp(Function):
         call("norm_lerp_backward", x, tensors, glast=more, **sizes)
         glast = glast if glast is None or more is None else glast.add_(more)
         gradients = lefts.gradient(gleft_y, left_y), lefts.gradient(gleft_gate, left_gate)
-        return gx, gy, ggate, glast, *9 * (None,), *gradients, *gbones
+        return gx, gy, ggate, glast, *9 * (None,), *gradients, None, *gbones
 
 
 def takes(

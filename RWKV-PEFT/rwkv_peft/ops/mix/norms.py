@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import affine, lefts
+from . import affine, asked, lefts
 from .functions import call, differentiable_once, numbered, room_like, rounded, sums_like, with_zeros
 from .gpu_lerp import sizes_of
 
@@ -46,9 +46,10 @@ class LayerNorm(Function):
 class NormLerp(Function):
     """x (B, T, C), last (n, C) or None, weight and bias (C,), maa (m, C), none of them trained, eps, cu_seqlens int64
     or None, whether the norm itself is wanted, the point that is wanted twice or None, what was left of x (parts, B T,
-    r) or None; of each point the matrices (C/r, r, r) that bend it, or None, or nothing; the norm is not wanted then ->
-    x with what was left, the last of each sequence's norms (n, C), the norm where wanted, m or m + 1 times (B, T, C),
-    the sums over shards (T, r) of points that are bent."""
+    r) or None; of each point the rank of its sum over shards, or None, or nothing; of each point the matrices (C/r, r,
+    r) that bend it, or None, or nothing; the norm is not wanted then -> x with what was left, the last of each
+    sequence's norms (n, C), the norm where wanted, m or m + 1 times (B, T, C), the sums over shards (T, r) of points
+    that are bent or have a rank."""
 
     @staticmethod
     def forward(
@@ -63,10 +64,11 @@ class NormLerp(Function):
         whole: bool,
         twice: int | None,
         left: Tensor | None,
+        ranks: Sequence[int | None],
         *bones: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        ctx.left = lefts.sizes_of(left)
-        sizes, total = sizes_of(x, maa, cu_seqlens) | ctx.left, x if left is None else torch.empty_like(x)
+        ctx.left, ctx.ranks, of_sums = lefts.sizes_of(left), ranks, asked.sizes_of(ranks)
+        sizes, total = sizes_of(x, maa, cu_seqlens) | ctx.left | of_sums, x if left is None else torch.empty_like(x)
         ends, stats = x.new_empty(sizes["sequences"], x.shape[2]), x.new_empty(sizes["tokens"], 2, dtype=torch.float32)
         outs = [] if bones else [torch.empty_like(x) for _ in range(whole + len(maa))]
         ctx.save_for_backward(total, last, weight, bias, maa, stats, cu_seqlens, *bones)
@@ -76,8 +78,9 @@ class NormLerp(Function):
         tensors, of_norm = norm | dict(x=x, ends=ends) | _named("out", outs, whole), sizes | dict(n=len(outs) - whole)
         if left is not None:
             tensors |= dict(left_x=left, sum=total)
+        shifts = [x.new_empty(sizes["tokens"], rank) for rank in ranks if rank is not None]
+        tensors |= numbered("shift", shifts)
         call("norm_lerp_forward", x, tensors, last=last, eps=eps, strip=strip_of(sizes["tokens"]), **of_norm)
-        shifts: list[Tensor] = []
         if bones:
             outs, shifts = affine.bend(norm | dict(x=total), bones, last, sizes_of(x, maa, cu_seqlens))
         again = [] if twice is None else [outs[whole + twice].detach()]
@@ -96,22 +99,22 @@ class NormLerp(Function):
         sizes = sizes_of(x, maa, cu_seqlens)
         gbones: list[Tensor | None] = []
         if bones:
-            norm, trained = dict(x=x, stats=stats, weight=weight, bias=bias, maa=maa), any(ctx.needs_input_grad[10:])
+            norm, trained = dict(x=x, stats=stats, weight=weight, bias=bias, maa=maa), any(ctx.needs_input_grad[11:])
             bent = bones, given[: len(maa)], grads[count:]
             given[: len(maa)], gbones = affine.bend_back(norm, *bent, trained, last, sizes)
             if not any(ctx.needs_input_grad[:2]):
-                return *10 * (None,), *gbones
-        sizes |= ctx.left
+                return *11 * (None,), *gbones
+        sizes |= ctx.left | asked.sizes_of(ctx.ranks)
         gx, glast, gleft = torch.empty_like(x), room_like(last), None
         if ctx.left:
             gleft = x.new_empty(sizes["tokens"], ctx.left["shard"])
         tensors = dict(sum=x, passed=passed, stats=stats, gends=gends, weight=weight, maa=maa, gx=gx, gleft_x=gleft)
-        tensors |= _named("grad", given, ctx.whole)
+        tensors |= _named("grad", given, ctx.whole) | asked.gradients(ctx.ranks, grads[count:])
         n = len(given) - ctx.whole
         sizes |= dict(n=n, last_point=n - 1 if ctx.twice is None else ctx.twice, strip=strip_of(sizes["tokens"]))
         call("norm_lerp_backward", x, tensors, glast=glast, **sizes)
         gleft = None if gleft is None else gleft.expand(ctx.left["parts"], -1, -1)
-        return gx, glast, *7 * (None,), gleft, *gbones
+        return gx, glast, *7 * (None,), gleft, None, *gbones
 
 
 def _named(kind: str, tensors: Sequence[Tensor], whole: bool) -> dict[str, Tensor]:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import affine, cpu, cpu_lerp, cuda, ddlerp, elements, gpu_lerp, heads, lefts, norms, square
+from . import affine, asked, cpu, cpu_lerp, cuda, ddlerp, elements, gpu_lerp, heads, lefts, norms, square
+from .asked import Asked
 from .functions import run
 from .shift import check_shift, fit, last_token, offsets_of, token_shift
 
@@ -95,7 +96,7 @@ def norm_lerp(
     whole: bool = False,
     twice: int | None = None,
     left: Tensor | None = None,
-    bones: Sequence[Tensor | None] = (),
+    bones: Sequence[Asked] = (),
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """layer_norm, and `lerp` of what it normalizes: on a GPU in one pass, where neither norm nor points are trained.
 
@@ -103,15 +104,17 @@ def norm_lerp(
     an adapter left to be added to x (lefts.py), or None -> x with that, the last normalized token of each sequence
     (B, C), m points (B, T, C), preceded by what is normalized where `whole`, and nothing. Point number `twice` comes
     once more, as the last, for a second user, as x does. bones: of each point the matrices by which it may be bent, or
-    None, where not `whole`: then points are, on a GPU, and what `bent` gives besides takes the place of nothing.
+    None, where not `whole`: then points are, on a GPU, and what `bent` gives besides takes the place of nothing. Or the
+    ranks r of points' sums over shards of r channels, or None: these (B T, r) take its place then, and points stay.
     """
     check_shift(x, last, cu_seqlens)
     narrow = x.shape[-1] <= cuda.MOST_MIXED and len(maa) <= cuda.MOST_POINTS
     frozen = not _trained(weight, bias, maa)
     if frozen and narrow and lefts.fit(x, left) and norms_fused(x, last, weight, bias, maa, left):
         tensors = _contiguous(x, last, weight, bias, maa)
-        settings = eps, _bounds(cu_seqlens), whole, twice, *_contiguous(left)
-        given = _contiguous(*bones) if affine.takes(x, bones) else ()
+        ranks = tuple(bones) if asked.takes(x, bones, left) else ()
+        settings = eps, _bounds(cu_seqlens), whole, twice, *_contiguous(left), ranks
+        given = _contiguous(*asked.matrices(bones)) if affine.takes(x, bones) else ()
         x, ends, *outs = run(norms.NormLerp, *tensors, *settings, *given)
         count = whole + len(maa) + (twice is not None)
         return x, ends, tuple(outs[:count]), tuple(outs[count:])
@@ -138,7 +141,7 @@ def norm_ddlerp(
     cu_seqlens: Tensor | None = None,
     left_y: Tensor | None = None,
     left_gate: Tensor | None = None,
-    bones: Sequence[Tensor | None] = (),
+    bones: Sequence[Asked] = (),
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """A gated residual, layer norm and RWKV-6's token shift ("ddlerp"; Peng et al. 2024, arXiv 2404.05892, eq. 12 to
     14): five `lerp` points of what is normalized, whose weights have the factor tanh(p w1), p being the point of maa_x.
@@ -146,10 +149,10 @@ def norm_ddlerp(
 
     x, weight, bias, last and cu_seqlens as in norm_lerp; y and gate (B, T, C), or both None; maa_x (1, C), w1 (C, 5 K),
     maa (5, C), w2 (5, K, C), decay_w1 (C, D); what adapters left of y and gate, as norm_lerp has it of x; bones: of
-    each of the other four points the matrices by which it may be bent, or None -> x + sigmoid(gate) y, which is
-    normalized, (B, T, C), the last normalized token of each sequence (B, C), the decay's factor (B, T, D), the other
-    four points (B, T, C), and what `bent` gives besides, or nothing: no point is bent. A GPU's kernels write neither
-    the norm nor the first point, nor one that they bend, where none of the parameters is trained.
+    each of the other four points what norm_lerp takes -> x + sigmoid(gate) y, which is normalized, (B, T, C), the last
+    normalized token of each sequence (B, C), the decay's factor (B, T, D), the other four points (B, T, C), and what
+    norm_lerp gives for bones, or nothing. A GPU's kernels write neither the norm nor the first point, nor one that they
+    bend, where none of the parameters is trained.
     """
     check_shift(x, last, cu_seqlens)
     parameters = weight, bias, maa_x, w1, maa, w2, decay_w1
@@ -157,8 +160,9 @@ def norm_ddlerp(
     frozen = not _trained(*parameters) and norms_fused(x, y, gate, last, *parameters, left_y, left_gate)
     if frozen and lefts.fit(x, left_y, left_gate) and ddlerp.takes(x, last, *parameters):
         tensors, left = _contiguous(x, y, gate, last, *parameters), _contiguous(left_y, left_gate)
-        given = _contiguous(*bones) if affine.takes(x, bones) else ()
-        x, ends, low, *points = run(ddlerp.NormDDLerp, *tensors, eps, _bounds(cu_seqlens), *left, *given)
+        ranks = tuple(bones) if affine.takes(x, bones, int) else ()
+        given = _contiguous(*asked.matrices(bones)) if affine.takes(x, bones) else ()
+        x, ends, low, *points = run(ddlerp.NormDDLerp, *tensors, eps, _bounds(cu_seqlens), *left, ranks, *given)
         return x, ends, low, tuple(points[:4]), tuple(points[4:])
     if y is not None and gate is not None:
         x = gated_residual(x, lefts.plus_left(gate, left_gate), lefts.plus_left(y, left_y))
@@ -222,6 +226,11 @@ def takes_low_square(x: Tensor, channels: int, rank: int, *others: Tensor | None
 def takes_bones(x: Tensor, rank: int) -> bool:
     """Whether the points of norm_lerp and norm_ddlerp that are like x may be bent by matrices of a rank."""
     return affine.fit(x, rank) and fused_on_gpu(x)
+
+
+def takes_sums(x: Tensor, rank: int) -> bool:
+    """Whether norm_lerp and norm_ddlerp may give sums over shards of a rank of their points that are like x."""
+    return lefts.takes(x.shape[-1], rank) and fused_on_gpu(x)
 
 
 def takes_left(x: Tensor, channels: int, rank: int, *others: Tensor | None) -> bool:
