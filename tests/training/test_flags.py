@@ -242,6 +242,7 @@ def test_the_table_of_flags_is_what_the_parser_says():
         (["--random_seed", "9223372036854775808"], "--random_seed: 9223372036854775808 does not fit in 64 bits"),
         (["--adam_eps", "0"], "--adam_eps: 0 is not above 0"),
         (["--proj_dir", ""], "--proj_dir is empty"),
+        (["--proj_dir", "~/out"], "left it as it is here; give"),
     ],
 )
 def test_mistakes_in_flags(files, monkeypatch, capsys, more, words):

@@ -124,6 +124,11 @@ def test_resume_refuses_other_data_and_a_checkpoint_with_pieces_missing(files, t
             writer.add([1 + (start + 11 * i) % 79 for i in range(50 + start)] + [0])
     _, err = train("unbroken", *more, "--data_file", str(files / "other"), code=2)
     assert "has data {'content': " in err
+    for end in (".bin", ".idx"):
+        shutil.copy(files / f"data{end}", files / f"masked{end}")
+    (files / "masked.mask").write_bytes(bytes([0, 1]) * ((files / "masked.bin").stat().st_size // 4))
+    _, err = train("unbroken", *more, "--data_file", str(files / "masked"), code=2)
+    assert "'counted': " in err
     shutil.copytree(unbroken, files / "damaged")
     optimizer = next((files / "damaged" / "checkpoints" / "step-00000060").rglob("*optim_states.pt"))
     whole = optimizer.read_bytes()

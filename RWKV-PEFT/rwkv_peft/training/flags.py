@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import CHUNK_CTX, STATE_LR, AdapterConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from ..errors import UserError
+from ..files.readable import home_meant
 from ..names import AUTO, FINETUNE, GENERATIONS, INFCTX, NONE, STATE
 from .adapter_flags import adapter_config
 from .graph_flags import check_graphs
@@ -296,5 +297,7 @@ def check_train(train: TrainConfig) -> None:
     if not train.proj_dir:
         raise UserError("--proj_dir is empty; name the folder of the run")
     folder = Path(train.proj_dir)
+    if meant := home_meant(folder):
+        raise UserError(f"--proj_dir {folder}: {meant}")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--proj_dir {folder} is a file; name a folder")

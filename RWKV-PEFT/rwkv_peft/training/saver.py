@@ -59,8 +59,8 @@ KINDS = (
 
 
 def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
-    """What the place in the data is counted in: the settings that choose and order samples, how many there are, and a
-    hash of a few of them, which stands for the files, wherever they lie."""
+    """What the place in the data is counted in: the settings that choose and order samples, how many there are, and
+    hashes of a few of them and of what counts of these, which stand for the files, wherever they lie."""
     settings = {
         name: value for name, value in asdict(config.data).items() if name not in ("path", "tokenizer", "micro_bsz")
     }
@@ -68,10 +68,13 @@ def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
         settings["rows_share_batches"] = config.data.micro_bsz > 1
     if config.train.val_seed is not None:
         settings["val_seed"] = config.train.val_seed
-    digest = hashlib.sha256()
+    content, counted = hashlib.sha256(), hashlib.sha256()
     for n in range(0, len(samples), -(-len(samples) // HASHED)):
-        digest.update(collate([samples[n]])["tokens"].numpy().tobytes())
-    return settings | {"val_split": config.train.val_split, "samples": len(samples), "content": digest.hexdigest()[:16]}
+        sample = collate([samples[n]])
+        content.update(sample["tokens"].numpy().tobytes())
+        counted.update(sample["mask"].numpy().tobytes())
+    hashes = {"content": content.hexdigest()[:16], "counted": counted.hexdigest()[:16]}
+    return settings | {"val_split": config.train.val_split, "samples": len(samples)} | hashes
 
 
 def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bool = False) -> dict[str, Any]:
@@ -90,7 +93,8 @@ def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bo
         raise UserError(f"{checkpoint}/state.json cannot be read ({told(error)}); {older}") from error
     require_files(checkpoint, state["files"], fresh_optimizer)
     now = json.loads(json.dumps(now))
-    # a setting that the saved run did not know had its default
+    # a setting that the saved run did not know had its default; what counts, earlier versions did not record
+    state["data"] = {"counted": now["data"]["counted"]} | state["data"]
     state["adapter"] = json.loads(to_json(AdapterConfig())) | state["adapter"]
     for key in SAME + (() if fresh_optimizer else SAME_OPTIMIZER):
         if state[key] != now[key]:
