@@ -49,22 +49,23 @@ def test_shards_of_two_models_in_one_folder_are_refused(tmp_path, model):
 
 
 @pytest.mark.parametrize("output", ["m.pth", "m.st"])
-@pytest.mark.parametrize(
-    "key, what",
-    [
-        ("attn.w_lora.lora.0.weight", "an RWKV-7 in the layout of flash-linear-attention"),
-        ("self_attn.q_proj.weight", "a model of another kind"),
-    ],
-)
-def test_a_folder_of_another_layout_is_not_sent_to_this_command_again(tmp_path, output, key, what):
+def test_a_folder_of_another_model_is_not_sent_to_this_command_again(tmp_path, output):
     (tmp_path / "hf").mkdir()
-    tensors = {"model.embeddings.weight": torch.zeros(4, 4), f"model.layers.0.{key}": torch.zeros(4, 4)}
+    key = "model.layers.0.self_attn.q_proj.weight"
+    tensors = {"model.embeddings.weight": torch.zeros(4, 4), key: torch.zeros(4, 4)}
     save_file(tensors, tmp_path / "hf" / "model.safetensors")
     (tmp_path / "hf" / "config.json").write_text("{}")
-    with pytest.raises(
-        UserError, match=f"hf is {what} .it has model.layers.0.{key}., which is not read here; take the"
-    ):
+    what = f"is a model of another kind .it has {key}., which is not read here; take the .pth that an RWKV model was"
+    with pytest.raises(UserError, match=f"hf {what} released as$"):
         convert(tmp_path / "hf", tmp_path / output)
     torch.save(tensors, tmp_path / "hf.pth")
-    with pytest.raises(UserError, match=f"hf.pth is {what}"):
+    with pytest.raises(UserError, match=f"hf.pth {what} released as, or give the whole folder"):
         convert(tmp_path / "hf.pth", tmp_path / output)
+
+
+@pytest.mark.parametrize("text, message", [("{", "is not JSON"), ("[1]", "holds no settings, but a list")])
+def test_a_folder_whose_settings_are_damaged_is_refused(tmp_path, model, text, message):
+    convert(model[0], tmp_path / "hf")
+    (tmp_path / "hf" / "config.json").write_text(text)
+    with pytest.raises(UserError, match=f"config.json {message}.*; copy it again"):
+        convert(tmp_path / "hf", tmp_path / "back.pth")

@@ -1,6 +1,5 @@
 """The folder of an adapter as Hugging Face peft saves it: adapter_config.json, and the tensors that it describes."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,11 +7,12 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError, told
+from ..errors import UserError
 from .atomic import atomic_write
 from .pth import read_tensors
 from .readable import choice_in, require_readable
 from .safetensors_file import read_safetensors
+from .settings_file import read_settings
 
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -29,13 +29,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         f"{folder} has no {CONFIG}, which peft's save_pretrained writes"
         + (choice_in(folder, ".pth", ".safetensors") or "; give a folder of its making, or an adapter's file"),
     )
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {told(error)}; copy it again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} holds no settings, but a {type(config).__name__}; copy the file that peft saved")
-    return config
+    return read_settings(path)
 
 
 def read_folder_tensors(folder: Path) -> dict[str, torch.Tensor]:

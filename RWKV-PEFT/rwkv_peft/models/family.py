@@ -85,6 +85,15 @@ class Family(ABC, Generic[Config, Model]):
     def from_hf(self, key: str) -> str:
         """The inverse of to_hf; a key that is official already stays as it is."""
 
+    def from_fla(
+        self, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any], name: str | Path
+    ) -> dict[str, torch.Tensor] | None:
+        """{official key: tensor, a view} of {key: tensor} in the layout that flash-linear-attention has for this
+        generation, with the settings of config.json; None where they are in another, or none is read. name is the
+        folder's. Raises UserError for a tensor that is missing or unexpected, and a setting with which the model is not
+        this generation's."""
+        return None
+
     @abstractmethod
     def hf_settings(self, config: Config) -> dict[str, Any]:
         """config.json of a Hugging Face folder, as a dict."""
@@ -126,17 +135,10 @@ class Family(ABC, Generic[Config, Model]):
         shapes, states = self.shapes(config), time_state_shapes(config)
         if any(key in tensors for key in states):
             shapes = shapes | states
-        missing = [key for key in shapes if key not in tensors]
-        unexpected = [key for key in tensors if key not in shapes]
-        if missing or unexpected:
+        if wrong := differences(shapes, tensors):
             raise UserError(
-                f"{name} is not a complete {self.name} model of {config.n_layer} layers: "
-                + "; ".join(
-                    f"{len(keys)} {word} tensors ({_some(keys)})"
-                    for word, keys in (("missing", missing), ("unexpected", unexpected))
-                    if keys
-                )
-                + "; take the file as its release or training wrote it"
+                f"{name} is not a complete {self.name} model of {config.n_layer} layers: {wrong}; take the file as its "
+                "release or training wrote it"
             )
         for key, shape in shapes.items():
             if tuple(tensors[key].shape) != shape:
@@ -156,6 +158,18 @@ class Family(ABC, Generic[Config, Model]):
             model = self.build(config, grad_checkpoint)
         model.load_state_dict(split_time_states(tensors)[0], strict=True, assign=True)
         return model
+
+
+def differences(due: Iterable[str], found: Iterable[str]) -> str:
+    """ "2 missing tensors (a, b); 1 unexpected tensors (c)": how the keys found differ from those due; "" where they do
+    not."""
+    due, found = dict.fromkeys(due), dict.fromkeys(found)
+    missing, unexpected = [key for key in due if key not in found], [key for key in found if key not in due]
+    return "; ".join(
+        f"{len(keys)} {word} tensors ({_some(keys)})"
+        for word, keys in (("missing", missing), ("unexpected", unexpected))
+        if keys
+    )
 
 
 def _some(keys: Sequence[str], limit: int = 3) -> str:

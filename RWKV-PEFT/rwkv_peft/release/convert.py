@@ -4,7 +4,7 @@ What is converted follows from INPUT's content and OUTPUT's ending:
 
 - model.pth -> .st (web-rwkv, Ai00), .safetensors (the same, with the model's own dtype),
   .gguf (llama.cpp), a folder (Hugging Face layout)
-- .st, .safetensors or a Hugging Face folder -> model.pth
+- .st, .safetensors or a Hugging Face folder (of RWKV-7 flash-linear-attention's, too) -> model.pth
 - a state file (.pth with time_state tensors alone) <-> .st, .state, .safetensors (Ai00); an adapter that is nothing but
   time states -> the same
 - with --to lora, an adapter as plain LoRA (lora.py)
@@ -39,7 +39,7 @@ from .formats import GGUF_TYPE, Wanted, format_of
 from .lora import as_lora, describe_errors, lora_files, write_lora
 from .vocabulary import Tokenizer
 
-FOREIGN = "model.layers."  # what the keys of blocks begin with in transformers' models, and flash-linear-attention's
+FOREIGN = "model.layers."  # what the keys of blocks begin with in transformers' models
 
 
 def main(argv: list[str]) -> int:
@@ -149,11 +149,10 @@ def read_model(path: Path) -> dict[str, torch.Tensor]:
         check_time_states(tensors, path)
         return tensors
     if (foreign := next((key for key in tensors if key.startswith(FOREIGN)), None)) is not None:
-        fla = any("_lora.lora." in key for key in tensors)
-        what = "an RWKV-7 in the layout of flash-linear-attention" if fla else "a model of another kind"
+        folder = "" if path.is_dir() else ", or give the whole folder of one in flash-linear-attention's layout"
         raise UserError(
-            f"{path} is {what} (it has {short(foreign)}), which is not read here; take the .pth that an RWKV model was "
-            "released as"
+            f"{path} is a model of another kind (it has {short(foreign)}), which is not read here; take the .pth that "
+            f"an RWKV model was released as{folder}"
         )
     base = base_of(tensors, path)
     if path.suffix == ".pth":

@@ -167,7 +167,11 @@ def convert_flags(argv: list[str]) -> argparse.Namespace:
         description="Models, states and adapters in the formats of other tools, which the names of input and output "
         "tell.",
     )
-    parser.add_argument("input", help="a file or folder of one of those formats, or the folder of a run")
+    parser.add_argument(
+        "input",
+        help="a file or folder of one of those formats, for RWKV-7 flash-linear-attention's folders too, or the folder "
+        "of a run",
+    )
     parser.add_argument("output", help=".pth, .safetensors / .st / .state, .gguf, or the name of a folder")
     parser.add_argument(
         "--dtype",

@@ -18,6 +18,7 @@ from ..files.pth import all_finite, read_tensors
 from ..files.pth_writer import TensorSpec, write_pth
 from ..files.readable import choice_in
 from ..files.safetensors_file import read_safetensors, write_safetensors
+from ..files.settings_file import read_settings
 from ..files.state_file import swapped_states
 from ..models import FAMILIES
 from ..models.family import Family
@@ -105,7 +106,7 @@ def write_llama_cpp(path: Path, base: Base, wanted: Wanted) -> None:
 
 
 def read_hf_model(path: Path) -> dict[str, torch.Tensor]:
-    """A folder with the layout of a generation's Hugging Face model."""
+    """A folder with the layout of a generation's Hugging Face model, or with flash-linear-attention's of it."""
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise UserError(
@@ -126,6 +127,10 @@ def read_hf_model(path: Path) -> dict[str, torch.Tensor]:
                 "two models; remove those of one"
             )
         found |= tensors
+    settings = read_settings(path / "config.json")
+    for family in FAMILIES:
+        if (official := family.from_fla(found, settings, path)) is not None:
+            return official
     return _official(found, lambda family: family.from_hf)[1]
 
 

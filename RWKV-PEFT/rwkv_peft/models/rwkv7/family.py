@@ -2,7 +2,7 @@
 
 from ...ops.wkv7 import backends
 from ..family import Family
-from . import gguf, keys, names
+from . import fla, gguf, keys, names
 from .init import init_weights
 from .model import RWKV7, TimeMix
 
@@ -25,6 +25,7 @@ class RWKV7Family(Family[keys.RWKV7Config, RWKV7]):
     init_weights = staticmethod(init_weights)
     kernels = staticmethod(backends)
     to_hf, from_hf = staticmethod(names.to_hf), staticmethod(names.from_hf)
+    from_fla = staticmethod(fla.from_fla)
     to_web, from_web = staticmethod(names.to_web), staticmethod(names.from_web)
     swapped_in_web = staticmethod(names.swapped_in_web)
     hf_settings = staticmethod(names.hf_settings)

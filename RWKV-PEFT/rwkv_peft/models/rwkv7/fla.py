@@ -1,0 +1,116 @@
+"""RWKV-7 in the layout of flash-linear-attention, which folders of it on Hugging Face have.
+
+The layout is that of the state dict of fla/models/rwkv7 there: low-rank factors are linear layers, and so transposed,
+with w0, a0 and v0 as their biases; vectors are flat but for the token shift's; layer 0 has no value residual. Older
+folders have the six token-shift amounts of a layer in one tensor of six rows.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import UserError, short
+from ..family import differences
+from .keys import LOW_RANK, SHIFTS
+
+LAYER = re.compile(r"model\.layers\.([0-9]+)\.")
+SIGN = re.compile(r"model\.layers\.[0-9]+\.attn\.[wavg]_lora\.lora\.")
+STACKED = ".attn.x_x"
+HEAD_SIZE = 64  # the one at which the eps of the norm after the recurrence, head size x norm_eps there, is RWKV-7's
+# (key or start of a key there, of the official one)
+OUTSIDE = (
+    ("model.embeddings.weight", "emb.weight"),
+    ("model.norm.weight", "ln_out.weight"),
+    ("model.norm.bias", "ln_out.bias"),
+    ("lm_head.weight", "head.weight"),
+)
+NORMS = (("attn_norm", "ln1"), ("ffn_norm", "ln2"), ("attn.g_norm", "att.ln_x"))
+MATRICES = (
+    ("attn.r_proj", "att.receptance"),
+    ("attn.k_proj", "att.key"),
+    ("attn.v_proj", "att.value"),
+    ("attn.o_proj", "att.output"),
+    ("ffn.key", "ffn.key"),
+    ("ffn.value", "ffn.value"),
+)
+# (setting of config.json, what it is where it is not told, and must be)
+SETTINGS: tuple[tuple[str, Any], ...] = (
+    ("hidden_act", "sqrelu"),
+    ("norm_eps", 1e-5),
+    ("tie_word_embeddings", False),
+    ("attn", None),
+)
+
+
+def from_fla(
+    tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any], name: str | Path
+) -> dict[str, torch.Tensor] | None:
+    """See Family.from_fla."""
+    if not any(map(SIGN.match, tensors)):
+        return None
+    for setting, due in SETTINGS:
+        if (value := settings.get(setting, due)) != due:
+            raise UserError(
+                f"{name}/config.json: {setting} is {short(str(value))}, and the model is not RWKV-7 with anything but "
+                f"{due}; take one that is"
+            )
+    tensors = _unstacked(tensors)
+    official = _names(tensors)
+    if wrong := differences(official, tensors):
+        raise UserError(
+            f"{name} is not a complete RWKV-7 in the layout of flash-linear-attention: {wrong}; take the folder as its "
+            "release or training wrote it"
+        )
+    for key, tensor in tensors.items():
+        if key.endswith(".attn.r_k") and tensor.shape[-1:] != (HEAD_SIZE,):
+            raise UserError(
+                f"{name}: {key} has shape {tuple(tensor.shape)}, and heads of {HEAD_SIZE} are due: the norm after the "
+                "recurrence has an eps of its own at each head size there, and one at all of them in RWKV-7"
+            )
+    return {official[key]: _official(official[key], tensor) for key, tensor in tensors.items()}
+
+
+def _unstacked(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same with the six tensors that stand for one of six rows, where a layer has it in place of them."""
+    found: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors.items():
+        each = [f"{key.removesuffix('x')}{shift}" for shift in SHIFTS] if key.endswith(STACKED) else []
+        stands_for_them = each and not any(map(tensors.__contains__, each)) and tensor.shape[:1] == (len(SHIFTS),)
+        found |= dict(zip(each, tensor, strict=True)) if stands_for_them else {key: tensor}
+    return found
+
+
+def _names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """{key there: official key} of all that a model of as many layers as the keys name has."""
+    layers = {match[1] for match in map(LAYER.match, tensors) if match}
+    found = dict(OUTSIDE)
+    for i in range(len(layers)):
+        there = f"model.layers.{i}."
+        value = i > 0 or any(key.startswith(f"{there}attn.v_lora.") for key in tensors)
+        found |= {f"{there}{key}": f"blocks.{i}.{official}" for key, official in _block(i == 0, value).items()}
+    return found
+
+
+def _block(first: bool, value: bool) -> dict[str, str]:
+    """_names of one block, behind its prefix; first: it has ln0, value: it has the value residual."""
+    norms = NORMS + ((("pre_norm", "ln0"),) if first else ())
+    found = {f"{key}.{kind}": f"{official}.{kind}" for key, official in norms for kind in ("weight", "bias")}
+    found |= {f"{key}.weight": f"{official}.weight" for key, official in MATRICES}
+    found |= {f"attn.{leaf}": f"att.{leaf}" for leaf in (*(f"x_{shift}" for shift in SHIFTS), "k_k", "k_a", "r_k")}
+    for letter in "wavg" if value else "wag":
+        factors = f"attn.{letter}_lora.lora."
+        found |= {f"{factors}0.weight": f"att.{letter}1", f"{factors}2.weight": f"att.{letter}2"}
+        found |= {f"{factors}2.bias": f"att.{letter}0"} if letter != "g" else {}
+    return found | {"ffn.x_k": "ffn.x_k"}
+
+
+def _official(key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor from there as the official key has it, a view: factors (D, C) -> (C, D) or back, vectors (C,) ->
+    (1, 1, C); norms stay, and what has an unexpected number of axes."""
+    if key.rpartition(".")[2] in LOW_RANK:
+        return tensor.mT if tensor.ndim == 2 else tensor
+    flat = tensor.ndim == 1 and not key.endswith((".weight", ".bias"))
+    return tensor[None, None] if flat else tensor
