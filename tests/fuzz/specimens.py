@@ -35,7 +35,7 @@ ROW = {
     "weights": [1, 0.5, None],
 }
 LINES = b"".join(json.dumps(row).encode() + b"\n" for row in [ROW, {"text": "one two"}] * 4)
-RUN = {"adapter": json.loads(to_json(AdapterConfig())), "base": "abc", "data": {"samples": 3}}
+RUN = {"adapter": json.loads(to_json(AdapterConfig())), "base": "abc", "data": {"samples": 3, "counted": "d"}}
 RUN |= {"strategy": "deepspeed_stage_1", "world_size": 1, "precision": "bf16"}
 
 

@@ -243,7 +243,7 @@ def test_a_checkpoint_that_does_not_know_a_setting_has_its_default(tmp_path):
     (tmp_path / "state.json").write_text(
         json.dumps({"adapter": known, "base": "abc", "samples_seen": 1, "trained": [], **machine})
     )
-    now = {"adapter": asdict(AdapterConfig(rank=16)), "base": "abc", "data": {"ctx_len": 16}}
+    now = {"adapter": asdict(AdapterConfig(rank=16)), "base": "abc", "data": {"ctx_len": 16, "counted": "def"}}
     assert read_run_state(tmp_path, now, True)["base"] == "abc"
     other = asdict(AdapterConfig(rank=16, init="init_pissa.pth"))
     with pytest.raises(
@@ -254,12 +254,14 @@ def test_a_checkpoint_that_does_not_know_a_setting_has_its_default(tmp_path):
 
 def test_a_setting_that_one_of_the_commands_does_not_have_is_named(tmp_path):
     same = {"adapter": {}, "base": "abc", "strategy": "deepspeed_stage_1", "world_size": 1, "precision": "bf16"}
-    drawn = {"ctx_len": 16, "val_seed": 5}
+    fixed = {"ctx_len": 16, "counted": "def"}
+    drawn = fixed | {"val_seed": 5}
     then = same | {"samples_seen": 1, "trained": [], "data": drawn}
     (tmp_path / "state.json").write_text(json.dumps(then))
-    now = same | {"adapter": json.loads(to_json(AdapterConfig())), "data": {"ctx_len": 16}}
+    now = same | {"adapter": json.loads(to_json(AdapterConfig())), "data": fixed}
     with pytest.raises(UserError, match="has data {'val_seed': 5}, this command {'val_seed': None}"):
         read_run_state(tmp_path, now)
-    (tmp_path / "state.json").write_text(json.dumps(then | {"data": {"ctx_len": 16}}))
+    before = {"ctx_len": 16}  # as an earlier version has it, which did not record what counts, either
+    (tmp_path / "state.json").write_text(json.dumps(then | {"data": before}))
     with pytest.raises(UserError, match="has data {'val_seed': None}, this command {'val_seed': 5}"):
         read_run_state(tmp_path, now | {"data": drawn})
