@@ -64,6 +64,21 @@ def test_what_a_run_reads_is_not_written_over(files, monkeypatch, capsys, flag, 
     parse_flags(flags(files, *more, flag, str(given), "--proj_dir", str(files / "other")))
 
 
+def test_a_folder_may_go_while_it_is_looked_at(files, monkeypatch):
+    """Another rank tries whether it can be written, and removes it again."""
+    folder, listdir = files / "out", os.listdir
+    folder.mkdir()
+
+    def gone(path="."):
+        if os.path.realpath(path) == os.path.realpath(folder):
+            folder.rmdir()
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", gone)
+    parse_flags(flags(files))
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_run_that_ended_before_its_first_checkpoint_starts_anew(tmp_path, resume):
     train, identity = TrainConfig(resume=resume), {"adapter": {"method": "bone"}}

@@ -16,10 +16,19 @@ def check_overwriting(adapter: AdapterConfig, data: DataConfig, train: TrainConf
     models = (train.load_model, train.state_load, adapter.load, adapter.init)
     rows = (data.path, train.val_data, train.retain_data, train.eval_data)
     sources = {os.path.realpath(path): path for path in (*models, *rows) if path}
-    for file in folder.iterdir() if folder.is_dir() else ():
-        written = TRAINED.fullmatch(file.name) or file.name in (METRICS, ANSWERS, LM_EVAL)
-        if written and (source := sources.get(os.path.realpath(file))):
+    for name in _names_in(folder):
+        written = TRAINED.fullmatch(name) or name in (METRICS, ANSWERS, LM_EVAL)
+        if written and (source := sources.get(os.path.realpath(folder / name))):
             raise UserError(
-                f"{source} is to be read, and --proj_dir {folder} is where this run writes its own {file.name}; move "
+                f"{source} is to be read, and --proj_dir {folder} is where this run writes its own {name}; move "
                 "it elsewhere, or name another folder"
             )
+
+
+def _names_in(folder: Path) -> list[str]:
+    """The names in a folder; none where it is not there, which another rank may make and remove at any moment, or may
+    not be read, which is judged where it is to be written."""
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
