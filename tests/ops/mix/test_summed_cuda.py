@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from cuda_shim import shim
-from ops.mix.cases import randn
-from ops.mix.test_lefts_cuda import DTYPES, differentiated
+from ops.mix.cases import assert_wanted_as_accurate, differentiated, randn
+from ops.mix.test_lefts_cuda import DTYPES
 from ops.mix.test_mix_cuda import ddlerp_inputs
-from rwkv_peft.ops.mix import functions, gpu_lerp, norm_ddlerp, norm_lerp, norms, op
+from rwkv_peft.ops.mix import functions, gpu_lerp, norm_ddlerp, norm_lerp, norms
 
 
 def summed(points, ranks, shifts):
@@ -63,19 +63,6 @@ def launched(monkeypatch):
     return names
 
 
-def assert_as_accurate(function, inputs, wanted, dtype, monkeypatch):
-    """By kernels each result is at most twice as far from float64 as plain torch in the same dtype, plus roundings."""
-    inputs = [x if x is None else x.to(dtype) for x in inputs]
-    found = differentiated(function, inputs, wanted, dtype)
-    with monkeypatch.context() as patch:
-        patch.setattr(op, "fused", lambda *_: False)
-        plain, true = (differentiated(function, inputs, wanted, d) for d in (dtype, torch.float64))
-    for i, (x, low, exact) in enumerate(zip(found, plain, true, strict=True)):
-        assert x.dtype == dtype and x.shape == exact.shape
-        allowed = 2 * (low.double() - exact).norm() + 2 * torch.finfo(dtype).eps * exact.norm()
-        assert (x.double() - exact).norm() <= allowed, i
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "shape, ranks, parts, twice, offset, lengths",
@@ -98,7 +85,7 @@ def test_points_whose_weights_are_the_same_for_all_tokens(
     bounds = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
     inputs = lerp_inputs(*shape, ranks, parts, shape[0] if lengths is None else len(lengths))
     function = lerp_of(ranks, bounds, twice, offset, whole=parts > 0)
-    assert_as_accurate(function, inputs, (0, 1, 2), dtype, monkeypatch)
+    assert_wanted_as_accurate(function, inputs, (0, 1, 2), dtype, monkeypatch)
     assert launched == ["norm_lerp_forward", "norm_lerp_backward"]
 
 
@@ -121,7 +108,7 @@ def test_points_whose_weights_depend_on_the_token(
     inputs += [randn(2, B * T, 16, seed=i) for i in range(2)] if gated else [None, None]
     ranks = [rank if i in which else None for i in range(4)]
     wanted = [i for i in (0, 1, 2, 3, 11, 12) if inputs[i] is not None]
-    assert_as_accurate(ddlerp_of(ranks, bounds), inputs, wanted, torch.bfloat16, monkeypatch)
+    assert_wanted_as_accurate(ddlerp_of(ranks, bounds), inputs, wanted, torch.bfloat16, monkeypatch)
     assert launched == ["lerp_affine_forward", "lerp_low_backward"]
 
 
