@@ -55,6 +55,11 @@ class DataConfig:
         "one; off with an empty one everywhere (default: as rows have them)",
         choices=("on", "off"),
     )
+    skip_bad_rows: bool = setting(
+        False,
+        "sft, pairs: leave out rows that cannot be read, and count them by kind (default: such rows are refused)",
+        action="store_true",
+    )
     ctx_len: int = setting(1024, "tokens a sample", type=positive)
     dataload: str = setting(
         "get",

@@ -34,6 +34,7 @@ from .thinking import FIELDS, OPENINGS
 from .workers import encode_all
 
 INLINE_BYTES = 4 << 20
+SKIP = "--skip_bad_rows leaves such rows out, and counts them"
 # flags of the tools that others make token files with -> what is given here
 SYNONYMS = MappingProxyType(
     {
@@ -117,7 +118,7 @@ def parser() -> Parser:
         "--split", default="", metavar="TRAIN[A:B]", help="rows to read, such as train[:1000] or [10%%:]"
     )
     result.add_argument(
-        "--skip_bad_rows", action="store_true", help="leave out rows that cannot be read, and count them"
+        "--skip_bad_rows", action="store_true", help="leave out rows that cannot be read, and count them by kind"
     )
     result.add_argument(
         "--show",
@@ -173,12 +174,14 @@ def write(
         disable=progress is None,
     )
     with bar, BinidxWriter(output, tokenizer.vocab_size, mask=True, record=record) as writer:
-        for part in encode_all(chunks, settings, workers):
+        for part in encode_all(chunks, settings, workers, lambda: bool(totals.bad) and not settings.skip_bad_rows):
             writer.add_documents(part.tokens, part.sizes, part.mask, part.continues)
             totals.add_counts(part)
             bar.set_postfix_str(counted(len(writer.sizes), "document"), refresh=False)
             bar.update(min(part.characters, size - bar.n) if size else part.characters)
         bar.update(size - bar.n if size else 0)
+        if totals.bad and not settings.skip_bad_rows:
+            raise UserError("\n".join([*totals.bad.lines(), f"({SKIP})"]))
         if not writer.sizes:
             why = "; ".join(left_out(totals)) or "there is no row" + (f" within {split}" if split else "")
             raise UserError(f"{', '.join(map(str, inputs))}: no document to write: {why}")

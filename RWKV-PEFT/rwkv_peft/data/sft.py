@@ -20,7 +20,7 @@ from .encoding import EncodeSettings
 from .preprocess import write
 from .report import laid_out, left_out
 
-FORMAT = 5
+FORMAT = 6
 FILES = (".bin", ".idx", ".mask")  # the last one only where something does not count
 
 
@@ -49,6 +49,7 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
         config.tokenizer,
         fields=config.sft_field,
         think=config.sft_think,
+        skip_bad_rows=config.skip_bad_rows,
         too_long=config.sft_long,
         command="pairs" if pairs else "train",
         max_tokens=0 if config.dataload == "get" else config.ctx_len + 1,

@@ -49,7 +49,7 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
     samples = sampling(dataset, config.ctx_len, config.seed, mask)
     samples.share_batches(config.micro_bsz)
     samples.vocabulary = vocabulary
-    samples.notes = [describe_mask(dataset, config), *notes, *samples.notes]
+    samples.notes, samples.row_notes = [describe_mask(dataset, config), *notes, *samples.notes], notes
     require_counted(samples, config)
     return samples
 

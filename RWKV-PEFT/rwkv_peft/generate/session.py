@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from ..data.templates import TURN_END
 from ..data.tokenizer import Tokenizer
+from ..data.turns import TURN_END
 from ..models.parts import LanguageModel
 from ..models.state import State
 from .decode import Sequence, check_finite, prefill
