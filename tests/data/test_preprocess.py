@@ -197,7 +197,7 @@ def test_other_inputs(preprocess, tmp_path):
 
     assert texts(preprocess(gzip.compress(b'{"text": "z"}\n'), name="in.jsonl.gz"))[0][0] == "z"
     for name, content, message in (
-        ("in.csv", "a", "inputs are .jsonl"),
+        ("in.doc", "a", "inputs are .jsonl"),
         ("in.txt", b"\xff", "not UTF-8"),
         ("in.json", "[1,", "not JSON"),
         ("in.json", b'["\xff"]', "not UTF-8 .* convert the file"),

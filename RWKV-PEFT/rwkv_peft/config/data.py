@@ -19,7 +19,7 @@ class DataConfig:
 
     path: str = setting(
         "",
-        "PREFIX of PREFIX.bin and PREFIX.idx; a .jsonl, .json, .parquet or datasets folder for sft and pairs",
+        "PREFIX of PREFIX.bin and PREFIX.idx; for sft and pairs a .jsonl, .json, .csv or .parquet, or a folder of rows",
         flag="data_file",
         required=True,
         metavar="PREFIX",
@@ -41,7 +41,7 @@ class DataConfig:
     sft_split: str = setting(
         "",
         "sft, pairs: rows of --data_file to take, such as train[:1000]; of --val_data and --retain_data all are taken, "
-        "in a folder of several splits those of the same name",
+        "in a folder of several splits those of the same name (--val_data: those of its validation or test split)",
         metavar="SPLIT",
     )
     sft_long: str = setting(

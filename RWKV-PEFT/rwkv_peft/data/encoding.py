@@ -283,7 +283,10 @@ def shorten(pieces: list[Piece], excess: int, limit: int) -> list[Piece]:
 
 
 def parse(item: object) -> Any:
-    """A line of JSON, or a row that is read already -> the row."""
+    """A line of JSON, or a row that is read already -> the row. Raises UserError, as that of a row which could not be
+    read."""
+    if isinstance(item, UserError):
+        raise item
     if not isinstance(item, bytes):
         return item
     try:
