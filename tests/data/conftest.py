@@ -17,7 +17,8 @@ def preprocess(tmp_path):
         if not isinstance(content, (str, bytes)):
             content = "".join(json.dumps(row) + "\n" for row in content)
         path.write_bytes(content.encode() if isinstance(content, str) else content)
-        assert main([str(path), "--output", str(tmp_path / "out" / "data"), "--tokenizer", "bytes", *flags]) == 0
-        return BinidxDataset(tmp_path / "out" / "data")
+        output = tmp_path / "out" / "data"
+        assert main([str(path), "--output", str(output), "--tokenizer", "bytes", "--overwrite", *flags]) == 0
+        return BinidxDataset(output)
 
     return run

@@ -217,7 +217,7 @@ def test_parquet(tmp_path):
     assert [counted for _, counted in texts(BinidxDataset(tmp_path / "data"))] == [" c", " d"]
     (tmp_path / "bad.parquet").write_bytes(b"nothing")
     with pytest.raises(UserError, match="not a parquet file"):
-        main([str(tmp_path / "bad.parquet"), "--output", str(tmp_path / "data")])
+        main([str(tmp_path / "bad.parquet"), "--output", str(tmp_path / "bad")])
 
 
 @pytest.mark.parametrize(
@@ -336,6 +336,19 @@ def test_rows_are_shown_as_they_are_written(preprocess, capsys, monkeypatch):
             terminal.setenv(name, value)
             preprocess(rows, "--show", "1")
             assert "Assistant:[[ No<end>]]\n" in capsys.readouterr().out
+
+
+def test_long_rows_are_shown_without_their_middle(preprocess, capsys):
+    preprocess([{"query": "a" * 540_000 + "?", "response": "b" * 2000 + "!"}], "--show", "1")
+    shown = capsys.readouterr().out
+    assert len(shown) < 4000
+    assert f"User: {'a' * 494}\n… 539,019 characters are not shown …\n{'a' * 487}?\n\nAssistant:[[ b" in shown
+    assert "characters are not shown …\nb" in shown and "b!<end>]]\n" in shown
+    turns = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(100)]
+    preprocess([{"messages": turns}], "--show", "1")
+    shown = capsys.readouterr().out
+    assert "User: turn 0\n" in shown and "turn 99<end>]]" in shown and "turn 50" not in shown
+    assert "\n… 80 pieces are not shown …\n" in shown
 
 
 def test_the_documented_layouts_are_those_of_the_code():

@@ -159,7 +159,7 @@ def tokens_read(folder):
 
 
 def rows_read(name, *flags):
-    words = ["--tokenizer", "bytes", "--workers", "1", *flags]
+    words = ["--tokenizer", "bytes", "--workers", "1", "--overwrite", *flags]
     return lambda folder: preprocess.main([str(folder / name), "--output", str(folder / "out" / "rows"), *words])
 
 

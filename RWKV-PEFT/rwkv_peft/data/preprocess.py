@@ -26,7 +26,7 @@ from ..streams import bar_seconds
 from .binidx import BinidxDataset, BinidxWriter, binidx_prefix
 from .encoding import Encoded, EncodeSettings, encoder
 from .order import Permutation
-from .recorded import check_record, record_of
+from .recorded import check_record, record_of, require_own
 from .report import describe, left_out
 from .rows import KINDS, read_chunks
 from .show import marks_for, show_documents
@@ -62,7 +62,9 @@ def main(argv: list[str]) -> int:
     check_record(output, options.input)
     for end in (".bin", ".idx", ".mask"):
         check_output("--output", output + end, [("an input", path) for path in options.input])
-    record = record_of(encoder(settings).tokenizer)
+    record = record_of(encoder(settings).tokenizer, options.input)
+    if not options.overwrite:
+        require_own(output, record)
 
     def encode(prefix: str | Path, record: str | None = None) -> Encoded:
         return write(options.input, prefix, settings, options.workers, options.split, sys.stderr, record)
@@ -86,6 +88,11 @@ def parser() -> Parser:
     )
     result.add_argument("input", nargs="+", help=KINDS)
     result.add_argument("--output", required=True, metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx")
+    result.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a data set of that name (default: only one that was made of the same inputs)",
+    )
     result.add_argument(
         "--tokenizer", default="world", metavar="NAME|FILE", help="world, bytes, or a vocabulary file (default: world)"
     )
@@ -126,7 +133,8 @@ def parser() -> Parser:
         type=count,
         default=0,
         metavar="N",
-        help="print the first N documents too: what counts in the loss marked, <end> for the end token",
+        help="print the first N documents too, long texts without their middle: what counts in the loss marked, <end> "
+        "for the end token",
     )
     result.add_argument("--shuffle", type=whole, metavar="SEED", help="write the documents in the order of this seed")
     result.add_argument(

@@ -36,6 +36,11 @@ class Session:
         self.tail: list[int] = []
         self.cut = False
 
+    @property
+    def begins(self) -> bool:
+        """Whether nothing was said since the start."""
+        return self.state is self.start
+
     def close(self) -> None:
         """Read what the last turn left, so that the state is behind all of it and its TURN_END."""
         if not self.closed:
