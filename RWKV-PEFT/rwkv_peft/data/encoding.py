@@ -17,7 +17,7 @@ from .bad_rows import BadRows
 from .binidx import dtype_code
 from .pairs import pair
 from .rows import Chunk
-from .templates import Template, UnknownForm, is_dialogue, named_segments, segments, thinks
+from .templates import Template, UnknownForm, named_segments, opening_within, segments, thinks
 from .tokenizer import load_tokenizer, utf8
 from .turns import TURN_END, Segment
 
@@ -202,7 +202,7 @@ class Encoder:
         result.wordless += all(learned) and not all(text.strip() or text == TURN_END for one in learned for text in one)
         result.blank += any(map(has_empty_turn, documents))
         (text, counts), *more = documents[0]
-        result.dialogues += counts and not more and is_dialogue(text)
+        result.dialogues += counts and not more and bool(opening_within(text))
         if self.settings.think == "on":
             thinking = thinks(documents[0])
             result.thinking += thinking

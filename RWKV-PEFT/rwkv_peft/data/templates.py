@@ -187,9 +187,10 @@ def question(words: str, think: str = "", system: str = "") -> list[str]:
     return [*texts, opening + OPENINGS.get(think, "")]
 
 
-def is_dialogue(text: str) -> bool:
-    """Whether a text holds questions and answers in a layout that is known."""
-    return any(text.lstrip().startswith(openings) and TURN_END + last in text for openings, last in LAYOUTS)
+def opening_within(text: str) -> str:
+    """What opens an answer in a text that holds questions and answers in a layout that is known, "" in any other."""
+    begins = text.lstrip()
+    return next((last for openings, last in LAYOUTS if begins.startswith(openings) and TURN_END + last in text), "")
 
 
 def stops_of(prompt: str) -> tuple[str, ...]:
