@@ -202,7 +202,9 @@ def test_a_tokenizer_of_far_fewer_tokens_than_the_model_has_is_told(train, tmp_p
     (tmp_path / "own.txt").write_text("".join(f"{i} {token!r} {len(token)}\n" for i, token in enumerate(tokens, 1)))
     argv = ("preprocess", tmp_path / "chat.jsonl", "--output", tmp_path / "own", "--tokenizer", tmp_path / "own.txt")
     assert commands.main([str(word) for word in argv]) == 0
-    said = r"note: the data was made with .*own.txt \(512 tokens, .*, and the model has 65,536 tokens, most of which it"
+    said = (
+        r"note: the data was made with .*own.txt \(512 tokens, .*, and the model has 65,536 tokens, most of which that"
+    )
     for vocab_size, told in ((65536, True), (1024, True), (1000, False)):
         save_model(tmp_path / "other.pth", tiny_state(vocab_size=vocab_size, n_layer=1, n_embd=16))
         header, _ = train("--load_model", tmp_path / "other.pth", "--data_file", tmp_path / "own", "--dataload", "pad")

@@ -108,7 +108,7 @@ def doubt(vocabulary: Vocabulary, vocab_size: int) -> str:
     if vocab_size in known and vocabulary.name in known.values() and vocabulary.name != known[vocab_size]:
         return f"a vocabulary of {vocab_size:,} tokens is that of {known[vocab_size]}"
     if 2 * vocabulary.size <= vocab_size:
-        return f"the model has {vocab_size:,} tokens, most of which it does not know; is it the model's tokenizer?"
+        return f"the model has {vocab_size:,} tokens, most of which that does not have; is it the model's tokenizer?"
     return ""
 
 

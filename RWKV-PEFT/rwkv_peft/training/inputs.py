@@ -42,8 +42,11 @@ def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
         measured[RETAINED] = kept = build_samples(other, vocab_size)
         require_same(samples.vocabulary, data.path, kept.vocabulary, f"--retain_data {train.retain_data}")
         samples.notes.append(f"what is retained of {len(kept):,} samples of {other.path}: {kept.notes[0]}")
-    for flag, found in ((f"--val_data {train.val_data}", VALIDATION), (f"--retain_data {train.retain_data}", RETAINED)):
-        if found in measured and not (found == VALIDATION and train.val_split):
-            samples.notes += [f"{flag}: {note}" for note in measured[found].row_notes]
+    for flag, path, name in (
+        ("--val_data", train.val_data, VALIDATION),
+        ("--retain_data", train.retain_data, RETAINED),
+    ):
+        if path:
+            samples.notes += [f"{flag} {path}: {note}" for note in measured[name].row_notes]
     samples.notes += remarks(samples.vocabulary, recorded_beside(train.load_model), vocab_size)
     return samples, measured
