@@ -7,11 +7,11 @@
 #       sh scripts/bone_rwkv7.sh [--flags]    your model, of which its file says what it is, and your data
 #
 # DATA_FILE is a file of rows or text (.jsonl, .json, .csv, .parquet, .txt) or a folder of rows, which is made into
-# PROJ_DIR/data.bin and .idx (but for --data_type sft and pairs, which read its rows), or the prefix of a .bin/.idx pair.
-# --load_model, --data_file and --proj_dir say the same as the variables, and go before them. Also read: TOKENIZER
-# (world, bytes or a tokenizer.json), BONE_MODE, BONE_R, ACCELERATOR, NUM_NODES, PRECISION, and CHECK=0, which leaves out
-# the last step (it needs memory for two float32 copies of the model). --flags go to train.py, which checks them;
-# `python train.py --help` lists them.
+# PROJ_DIR/data.bin and .idx (but for --data_type sft and pairs, which read its rows), or the prefix of a .bin/.idx
+# pair. --load_model, --data_file and --proj_dir say the same as the variables, and go before them. Also read:
+# TOKENIZER (world, bytes or a tokenizer.json), BONE_MODE, BONE_R, ACCELERATOR, NUM_NODES, PRECISION, and CHECK=0,
+# which leaves out the last step (it needs memory for two float32 copies of the model). --flags go to train.py, which
+# checks them; `python train.py --help` lists them.
 set -eu
 case " $* " in
 *" -h "* | *" --help "*) exec sed -n '/^set -eu/q; s/^# \{0,1\}//p' "$(dirname "$0")/bone.sh" ;;
@@ -77,7 +77,8 @@ fi
 
 untokenized() {  # PATH: is it a file or folder of rows or text, and no prefix of token files?
     case "$1" in *.bin | *.idx) return 1 ;; esac
-    [ -e "$1" ] && [ ! -e "$1.idx" ]
+    for index in "$1.idx" "$1"/*.idx; do [ ! -e "$index" ] || return 1; done
+    [ -e "$1" ]
 }
 
 data="$DATA_FILE" tokens_due=false

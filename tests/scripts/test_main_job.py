@@ -148,13 +148,15 @@ def test_rows_of_every_kind_are_made_into_tokens(stand_in, tmp_path, name):
     assert (tmp_path / "told").read_text().startswith(made)
 
 
-@pytest.mark.parametrize("given", ["set", "set.bin", "set.idx", "in.jsonl"])
+@pytest.mark.parametrize("given", ["set", "set.bin", "set.idx", "in.jsonl", "folder of sets"])
 def test_token_files_are_taken_as_they_are(stand_in, tmp_path, given):
     for name in ("set", "in.jsonl"):  # the one a folder beside it, the other what it may have been made of
         (tmp_path / f"{name}.idx").touch()
         (tmp_path / f"{name}.bin").touch()
     (tmp_path / "set").mkdir()
     (tmp_path / "in.jsonl").touch()
+    (tmp_path / "folder of sets").mkdir()
+    (tmp_path / "folder of sets" / "set.idx").touch()  # which train.py names
     assert stand_in(tmp_path / given).returncode == 0
     assert "preprocess" not in (tmp_path / "told").read_text()
 

@@ -2,11 +2,10 @@
 
     rwkv-peft preprocess INPUT... --output PREFIX [--tokenizer world|bytes|FILE] [--workers N]
 
-INPUT is .jsonl (a row a line; templates.py lists the forms that are recognised), .json, .csv (the first line
-names the fields), .txt (one document a file), .parquet, a folder of such files, or one that datasets.save_to_disk
-wrote. Writes PREFIX.bin and
-PREFIX.idx, PREFIX.mask where parts of the rows do not count in the loss, and PREFIX.json, which names the
-tokenizer.
+INPUT is .jsonl (a row a line; templates.py lists the forms that are recognised), .json, .csv (the first line names the
+fields), .txt (one document a file), .parquet, a folder of .jsonl, .csv or .parquet files, or one that
+datasets.save_to_disk wrote. Writes PREFIX.bin and PREFIX.idx, PREFIX.mask where parts of the rows do not count in the
+loss, and PREFIX.json, which names the tokenizer.
 """
 
 import argparse

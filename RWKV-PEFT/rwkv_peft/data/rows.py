@@ -19,8 +19,8 @@ from .folders import choose, is_saved, row_files
 CHUNK_BYTES = 1 << 20
 CHUNK_ROWS = 1000
 KINDS = (
-    ".jsonl (or .jsonl.gz), .json, .csv (or .tsv), .txt, .parquet, a folder of files of one of these kinds but .json "
-    "and .txt, or one that datasets.save_to_disk wrote"
+    ".jsonl (or .jsonl.gz), .json, .csv (or .tsv), .txt, .parquet, a folder of .jsonl, .csv or .parquet files, or one "
+    "that datasets.save_to_disk wrote"
 )
 JSON_ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".json")
 CSV_ENDINGS = (".csv", ".tsv")

@@ -161,8 +161,6 @@ def check_flags(args: argparse.Namespace) -> Sampling:
             "--system stands before the first turn of --chat; a prompt says so itself, as it begins: "
             r"'System: TEXT\n\nUser: …\n\nAssistant:', with --escapes"
         )
-    if args.system is not None and not args.system.strip():
-        raise UserError("--system: an empty text says nothing; leave it out")
     for name, least in (("max_tokens", 0), ("batch", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)}: at least {least} is due")
@@ -170,6 +168,8 @@ def check_flags(args: argparse.Namespace) -> Sampling:
         args.prompt = args.prompt and [unescaped(text) for text in args.prompt]
         args.system = args.system and unescaped(args.system)
         args.stop = [unescaped(text) for text in args.stop]
+    if args.system is not None and not args.system.strip():
+        raise UserError("--system: an empty text says nothing; leave it out")
     if "" in args.stop:
         raise UserError("--stop: an empty text would stop before the first token; leave it out")
     return Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__})
