@@ -33,7 +33,7 @@ HEAVY = (
 # (part, the modules that make it, the parts that it may import); whatever an imported part may import is open too. A
 # module stands for what is below it, unless that is named itself.
 PARTS = (
-    ("base", ("", "config", "errors", "streams", "cli", "names", "memory"), ()),
+    ("base", ("", "children", "config", "errors", "streams", "cli", "names", "memory"), ()),
     (
         "flags",
         (
@@ -72,9 +72,9 @@ PARTS = (
     ("inspect", ("release/contents", "release/heat", "release/inspect_command"), ("convert", "merge", "plots")),
     ("doctor", ("doctor",), ("models",)),
     ("training", ("training",), ("bases", "adapter files", "data", "plots", "merge")),
-    ("run", ("training/run",), ("training", "evals")),  # it gives the run what it asks
+    ("run", ("training/run", "training/rank"), ("training", "evals")),  # it gives the run what it asks
     ("plan", ("plan",), ("training",)),
-    ("compare", ("compare",), ("training",)),
+    ("compare", ("compare",), ("run",)),
     ("commands", ("commands", "__main__"), ("flags",)),  # it imports a command when that is called, by its name
 )
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .children import import_matplotlib
 from .cli import Parser
 from .errors import UserError, told
 from .files.atomic import atomic_write
@@ -111,6 +112,7 @@ def plot_loss(metrics_jsonl: str | Path, out_png: str | Path) -> None:
 
     metrics_jsonl: a run's metrics.jsonl; out_png is written anew. Any number of points will do, none included.
     """
+    import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -176,6 +178,7 @@ def plot_heat(
 ) -> None:
     """Draw a grid of numbers in percent: a row for each layer, a column for each matrix; white without one, and inf as
     the largest of the others."""
+    import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rwkv_peft.children import python_command
 from rwkv_peft.compare import runs
 from rwkv_peft.compare.command import main, measure, print_sizes, usual_rates
 from rwkv_peft.compare.flags import method_flags, parse_flags
@@ -25,10 +26,11 @@ from rwkv_peft.errors import UserError, ending_in_order, hangup_signals
 from rwkv_peft.files.alone import alone_in
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.plan.rehearsal import count
-from rwkv_peft.training.checkpoints import DIVERGED
+from rwkv_peft.training.checkpoints import DIVERGED, find_checkpoint
 from rwkv_peft.training.flags import parse_run
 from rwkv_peft.training.inputs import find_samples
 from rwkv_peft.training.validate import VALIDATION
+from traps import set_traps, unset_traps
 
 MODEL = ("--load_model", "base.pth", "--data_file", "data", "--ctx_len", "16", "--accelerator", "cpu")
 TRAIN = (*MODEL, "--val_split", "0.2")
@@ -66,10 +68,13 @@ def test_what_is_due_is_run_and_what_is_there_is_kept(files, capsys):
             keep(folder, Cell(method, rate, 7), 99.0)
     command = [*OWN, "--output", str(folder), "--rates", "1e-3", "1e-2", "3e-3", "--jobs", "2"]
     train = [*TRAIN, "--retain_data", "data"]
+    ran = set_traps(files)
     done = subprocess.run(
-        [sys.executable, "-m", "rwkv_peft", "compare", *command, "--", *train], capture_output=True, text=True
+        python_command("rwkv_peft", "compare", *command, "--", *train), capture_output=True, text=True
     )
+    unset_traps(files)
     assert done.returncode == 0, done.stderr
+    assert not ran.exists()
     assert "2 runs due\n" in done.stdout
     assert re.search(r"^lora, rate 0.003, seed 7: validation loss \d\.\d{4}, ", done.stdout, re.MULTILINE)
     records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
@@ -281,6 +286,35 @@ def test_a_run_that_diverged_is_a_result_and_one_that_failed_is_not(tmp_path, co
         return
     finish(process)
     assert json.loads((tmp_path / "result.json").read_text())["diverged"] is diverged
+
+
+def test_a_comparison_that_is_killed_leaves_no_run_behind(files):
+    folder = files / "killed"
+    run = folder / "runs" / Cell("bone", -6, 7).folder
+    words = ["--methods", "bone", "--rank", "8", "--seeds", "7", "--steps", "100000", "--output", folder]
+    comparison = subprocess.Popen(python_command("rwkv_peft", "compare", *words, "--rates", "1e-3", "--", *TRAIN))
+    try:
+        wait_until(lambda: (run / "metrics.jsonl").exists() or comparison.poll() is not None)
+    finally:
+        comparison.kill()
+        comparison.wait()
+    wait_until(lambda: not trains(run))
+    assert find_checkpoint(run), (run / "log.txt").read_text()  # with which the same command goes on
+
+
+def trains(run):
+    try:
+        with alone_in(run):
+            return False
+    except UserError:
+        return True
+
+
+def wait_until(true, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.mark.skipif(not hangup_signals(), reason="is to ignore it, as under nohup")

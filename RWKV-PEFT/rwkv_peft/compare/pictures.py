@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..children import import_matplotlib
 from ..files.atomic import atomic_write
 from ..plots import LINE_COLOURS, LINE_STYLES
 from .plan import Cell
@@ -84,6 +85,7 @@ def band(axes: Any, row: Row, style: dict[str, Any], place: Any) -> None:
 
 
 def new_figure(xlabel: str, ylabel: str) -> tuple[Any, Any]:
+    import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -16,6 +16,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
+from ..children import python_command
 from ..errors import UserError
 from ..files.alone import alone_in
 from ..files.atomic import atomic_write
@@ -28,6 +29,7 @@ from .plan import Cell
 from .rates import rate_of
 from .sizes import Size
 
+CHILD = f"{__package__}.child"  # the module that each run is a process of
 RESULT, LOG = "result.json", "log.txt"
 POLL = 0.1  # seconds between looks at the processes
 
@@ -114,14 +116,14 @@ def start(comparison: Comparison, cell: Cell, size: Size, folder: Path) -> Proce
         with alone_in(folder):  # a run whose comparison was killed may go on in it
             shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    argv = [sys.executable, "-m", __package__.split(".")[0], "train", *train_flags(comparison, cell, size, folder)]
-    paths = (str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", ""))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    argv = python_command(CHILD, *train_flags(comparison, cell, size, folder))
+    environment = dict(os.environ)
     if comparison.jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // comparison.jobs)))
     with open(folder / LOG, "wb") as log:
         child = subprocess.Popen(
             argv + ["--resume", AUTO] * resume,
+            stdin=subprocess.PIPE,  # by which it sees us end
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,

@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 
+from ..children import elsewhere
 from ..errors import UserError
 from .encoding import Encoded, EncodeSettings, encode_chunk
 from .rows import Chunk
@@ -25,7 +26,9 @@ def encode_all(
         for chunk in chunks:
             yield encode_chunk(chunk, settings, judge())
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent) as pool:
+    with elsewhere():  # a process that keeps track of the others begins
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent)
+    with pool:
         waiting: deque[Future[Encoded]] = deque()
         try:
             for chunk in chunks:
@@ -48,7 +51,7 @@ def submit(pool: ProcessPoolExecutor, chunk: Chunk, settings: EncodeSettings, ju
     """Hand a chunk over, for which one more process may begin. Raises BrokenProcessPool where it cannot: the system has
     no room for it, or another one died this moment, and the pool's pipes that it inherits are closed (an OSError, or a
     ValueError, by how far it came)."""
-    with no_ctrl_c():  # which the process inherits
+    with no_ctrl_c(), elsewhere():  # both of which the process inherits
         try:
             return pool.submit(encode_chunk, chunk, settings, judge)
         except (OSError, ValueError) as error:

@@ -1,6 +1,6 @@
 """The `rwkv` package on an RWKV-7 model, in a process of its own.
 
-    python -m rwkv_peft.release.rwkv7_process MODEL.pth TOKENS.pt LOGITS.pt sequence|tokens
+    rwkv_peft.release.rwkv7_process MODEL.pth TOKENS.pt LOGITS.pt sequence|tokens
 
 A process can ask the package for one generation alone (rwkv_package.py), and the caller's may have asked for RWKV-6. It
 does not look for tuned states in a model's file: they are put into its list of states.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..children import import_matplotlib
 from ..cli import counted
 from ..data import opening
 from ..data.recorded import ENTRY, RUN
@@ -61,6 +62,7 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take a GPU that is there
         keep_freed_memory()
     with ending_at_once():
+        import_matplotlib()  # which Lightning imports
         from .data_module import RunData
         from .lit import Diverged
         from .trainer import make_lit, make_trainer
