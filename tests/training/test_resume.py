@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from rwkv_peft.config import AdapterConfig, to_json
 from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.errors import UserError
+from rwkv_peft.training.identity import read_run_state
 from rwkv_peft.training.saved_files import record_of
-from rwkv_peft.training.saver import read_run_state
 from training.runs import Planted, finish, metrics, start
 
 LONG = (
