@@ -47,6 +47,7 @@ from .header import describe, describe_adapter
 from .identity import data_identity
 from .inputs import find_samples
 from .keeping import clear_hidden, discard_old
+from .lost_pages import sizes_of_mapped
 from .meeting import Ranks
 from .plan import Plan
 from .prepared import Prepared
@@ -164,6 +165,7 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
     }
     ranks.meet(passport(config, identity, others), folder, train.stall_minutes)
     assert ranks.watch is not None  # since they have met
+    ranks.watch.watch_files(sizes_of_mapped(base, (samples, *measured.values())))
 
     torch.manual_seed(train.random_seed)
     family = family_named(config.model.version)
