@@ -43,7 +43,7 @@ class LostPages:
     def close(self) -> None:
         """Hear no more, and give the signal back to whoever had it."""
         signal.set_wakeup_fd(self.before)
-        signal.signal(signal.SIGBUS, self.handler)
+        signal.signal(signal.SIGBUS, self.handler or signal.SIG_DFL)  # None: it was not Python's
         os.close(self.reports)
         os.close(self.pipe)
 

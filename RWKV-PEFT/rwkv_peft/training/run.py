@@ -176,7 +176,7 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
     report = adapt(model, config.adapter, request.layers, family, base, batches, checkpoint, train.chunk_ctx)
     if checkpoint is not None and train.fresh_optimizer:
         if config.adapter.whole_model:
-            model.load_state_dict(open_base(checkpoint / MODEL).tensors, strict=True)
+            load_tensors(model, open_base(checkpoint / MODEL).tensors, checkpoint / MODEL)
         checkpoint = None  # its optimizer state belongs to other ranks
     if world.rank == 0:  # the others would each open GPU 0 to see whether the kernels work
         describe(config, family, accelerator, samples, batches.notes, plan, report, state, say)

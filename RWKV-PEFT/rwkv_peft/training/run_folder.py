@@ -10,11 +10,12 @@ from ..errors import UserError
 from ..files.alone import LOCK
 from ..names import METRICS, RUN
 from .checkpoints import ANSWERS, CHECKPOINTS, LM_EVAL, TRAINED, UNSAVED
+from .keeping import HIDDEN
 
 PICTURE, LOGS = "loss.png", "tensorboard"
 FILES = (METRICS, RUN, ANSWERS, LM_EVAL, PICTURE, UNSAVED, LOCK)
 FOLDERS = (CHECKPOINTS, LOGS, "wandb")
-STEP = ("step-", ".step-")  # how the name of a checkpoint's folder begins
+STEP = ("step-", HIDDEN)  # how the name of a checkpoint's folder begins
 OTHERS = (
     (stat.S_ISLNK, "a link"),
     (stat.S_ISFIFO, "a pipe"),
