@@ -61,8 +61,9 @@ def read_record(path: str | Path) -> Vocabulary | None:
     """The Vocabulary that a PREFIX.json or a run's config.json holds, None where there is no such file or it tells of
     none, as another tool's. Raises UserError for one that cannot be read."""
     entry = _entry(path)
-    values = [entry.get(name) for name in Vocabulary._fields] if isinstance(entry, dict) else []
-    return Vocabulary(*values) if [type(value) for value in values] == [str, str, int] else None
+    name, digest, size = map(entry.get, Vocabulary._fields) if isinstance(entry, dict) else (None, None, None)
+    told = isinstance(name, str) and isinstance(digest, str) and type(size) is int
+    return Vocabulary(name, digest, size) if told else None
 
 
 def recorded_of_data(prefix: str | Path) -> Vocabulary | None:

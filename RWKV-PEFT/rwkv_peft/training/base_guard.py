@@ -3,9 +3,9 @@
 from typing import Any
 
 import lightning.pytorch as pl
+from torch import nn
 
 from ..files.base import Base, Stamp
-from ..models.parts import LanguageModel
 from .lit import Lit
 
 
@@ -31,7 +31,7 @@ class BaseGuard(pl.Callback):
             self.seen = now
 
 
-def is_mapped(base: Base, model: LanguageModel) -> bool:
+def is_mapped(base: Base, model: nn.Module) -> bool:
     """Whether a weight of the model lies in the file of its base, which it does on a CPU in the dtype of the file."""
     mapped = {tensor.untyped_storage().data_ptr() for tensor in base.tensors.values()}
     held = (tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type == "cpu")

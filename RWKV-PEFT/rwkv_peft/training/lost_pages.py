@@ -50,5 +50,7 @@ class LostPages:
 
 def sizes_of_mapped(base: Base | None, found: Iterable[Samples]) -> dict[str | Path, int]:
     """{path: bytes} of the files that a run maps: its base, if any, and its data."""
-    sizes = {path: stat.st_size for samples in found for path, stat in samples.dataset.mapped.items()}
-    return sizes if base is None or base.stamp is None else {base.path: base.stamp.size} | sizes
+    sizes: dict[str | Path, int] = {} if base is None or base.stamp is None else {base.path: base.stamp.size}
+    for samples in found:
+        sizes.update({path: stat.st_size for path, stat in samples.dataset.mapped.items()})
+    return sizes
