@@ -16,6 +16,7 @@ from rwkv_peft.config import AdapterConfig, to_json
 from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.errors import UserError
 from rwkv_peft.training.identity import read_run_state
+from rwkv_peft.training.run_state import write_state
 from rwkv_peft.training.saved_files import record_of
 from training.runs import Planted, finish, metrics, start
 
@@ -148,7 +149,7 @@ def test_resuming_in_a_strangers_folder_runs_nothing_of_it(files, train, unbroke
     torch.save(torch.load(optimizer, weights_only=False) | {"planted": Planted(files / "ran")}, optimizer)
     state = json.loads((checkpoint / "state.json").read_text())
     state["files"][str(optimizer.relative_to(checkpoint))] = record_of(optimizer)
-    (checkpoint / "state.json").write_text(json.dumps(state))
+    write_state(checkpoint / "state.json", {name: value for name, value in state.items() if name != "crc32"})
     _, err = train("strange", *LONG, "--epoch_count", "4", "--resume", code=2)
     assert f"{optimizer.name} holds code or objects besides tensors" in err and "Traceback" not in err
     assert not (files / "ran").exists()

@@ -61,9 +61,12 @@ def read_record(path: str | Path) -> Vocabulary | None:
     """The Vocabulary that a PREFIX.json or a run's config.json holds, None where there is no such file or it tells of
     none, as another tool's. Raises UserError for one that cannot be read."""
     entry = _entry(path)
-    name, digest, size = map(entry.get, Vocabulary._fields) if isinstance(entry, dict) else (None, None, None)
-    told = isinstance(name, str) and isinstance(digest, str) and type(size) is int
-    return Vocabulary(name, digest, size) if told else None
+    if not isinstance(entry, dict):
+        return None
+    name, digest, size = map(entry.get, Vocabulary._fields)
+    if isinstance(name, str) and isinstance(digest, str) and type(size) is int:
+        return Vocabulary(name, digest, size)
+    return None
 
 
 def recorded_of_data(prefix: str | Path) -> Vocabulary | None:

@@ -66,10 +66,10 @@ def places_of(path: Path) -> list[Path]:
 def kept_in(place: Path, stamp: dict[str, int]) -> str:
     """The digest that is kept in a place for a file with this stamp, or ""."""
     try:
-        kept = json.loads(place.read_text()) if place.is_file() else {}
-        digest = kept.pop("sha256", "")
-    except (OSError, ValueError, RecursionError, AttributeError, TypeError):  # another's file of that name
+        kept = json.loads(place.read_text()) if place.is_file() else None
+    except (OSError, ValueError, RecursionError):  # another's file of that name
         return ""
+    digest = kept.pop("sha256", "") if isinstance(kept, dict) else ""
     return digest if isinstance(digest, str) and kept == stamp else ""
 
 
