@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.release.merges import VARIANTS, adapter_of
+from release.merges import VARIANTS, adapter_of
 
 from rwkv_peft.files.adapter_file import Adapter, save_adapter
 from rwkv_peft.files.adapters import read_adapter

@@ -22,6 +22,7 @@ from ..files.atomic import atomic_write
 from ..files.base import Base
 from ..files.peft_folder import write_lora_folder
 from ..files.rwkv_peft_file import write_rwkv_peft
+from .changes import check_params
 from .gguf import write_gguf_lora
 
 SAME = 1e-4  # of a change: what float32 rounds of it
@@ -60,11 +61,14 @@ def as_lora(adapter: Adapter, base: Mapping[str, torch.Tensor] | None = None, ra
     errors = {}
     shapes = {module: layer_shape(method, module, params, base) for module, params in adapter.modules().items()}
     for module, params in adapter.modules().items():
+        check_params(module, method, params, shapes[module])
         exact = method.as_lora(params, metadata.scale, *shapes[module])
         if exact is None:
             check_rank(rank, metadata.rank, shapes)
             change = change_of(adapter, module, params, base)
+            require_finite(module, change.norm())  # which is what its singular values are made of
             exact, errors[module] = truncated(change, rank or 2 * metadata.rank)
+        require_finite(module, *exact.values())
         factors[module] = exact
     if rank and not errors:
         raise UserError(f"--lora_rank {rank}: {method.label} has a LoRA form of its own, which is exact; leave it out")
@@ -72,6 +76,15 @@ def as_lora(adapter: Adapter, base: Mapping[str, torch.Tensor] | None = None, ra
     width = next(iter(factors.values()))["lora_A"].shape[0]
     told = replace(metadata, variant=METHODS["lora"].name, rank=width, mini_rank=0, scale=1.0)
     return LoraForm(Adapter(tensors, told), errors, rounding_of(adapter, factors, base) if method.residual else {})
+
+
+def require_finite(module: str, *tensors: torch.Tensor) -> None:
+    """Raise UserError if what was computed of a layer's change is beyond float32."""
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+        raise UserError(
+            f"{module}: its change is too large for float32, so that LoRA cannot hold it; the training had diverged: "
+            "take an earlier adapter"
+        )
 
 
 def rounding_of(
@@ -100,7 +113,13 @@ def layer_shape(
 ) -> tuple[int, int]:
     """(out, in) of a layer: as LoRA's own tensors tell it, else as the base does."""
     if "lora_A" in params:
-        return params["lora_B"].shape[0], params["lora_A"].shape[1]
+        A, B = params["lora_A"], params["lora_B"]
+        if A.dim() != 2 or B.dim() != 2:
+            raise UserError(
+                f"{module} holds lora_A of shape {tuple(A.shape)} and lora_B of shape {tuple(B.shape)}, which are no "
+                "two matrices; copy the file again"
+            )
+        return B.shape[0], A.shape[1]
     weight = None if base is None else base.get(f"{module}.weight")
     if weight is None:
         raise UserError(
