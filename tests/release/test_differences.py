@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from release.merges import VARIANTS, adapter_of
 
+from release.merges import VARIANTS, adapter_of
 from rwkv_peft.files.adapter_file import Adapter, save_adapter
 from rwkv_peft.files.adapters import read_adapter
 from rwkv_peft.files.base import base_of, open_base, save_model

@@ -170,8 +170,8 @@ class TrainConfig(ValidationConfig):
     layerwise_lr: bool = setting(
         True,
         "RWKV-LM's rules of the model's own parameters: the decay (time_decay, RWKV-7: w0) learns at twice the rate, "
-        "and --weight_decay spares w1, w2 and the other parameters besides weights. 0: one rate, and every matrix decays, "
-        "those among them, as 0 does in RWKV-LM for RWKV-6",
+        "and --weight_decay spares w1, w2 and the other parameters besides weights. 0: one rate, and every matrix "
+        "decays, those among them, as 0 does in RWKV-LM for RWKV-6",
         group="optimizer",
         type=switch,
         metavar="0|1",

@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int:
         )
     tokens = random_tokens(base.config.vocab_size, args.tokens)
     adapter = source_of(args, args.bone_checkpoint).read(base.tensors)
-    Merge(base, [(args.bone_checkpoint, adapter)])  # refuses an adapter that none takes
+    Merge(base, [(args.bone_checkpoint, adapter)])  # refuses an adapter that no merge takes
     if not args.any_base:
         check_fingerprints(base, [(args.bone_checkpoint, adapter)])
     if args.state:

@@ -53,8 +53,8 @@ def odd_dtypes(merged: Base, base: Base) -> Iterator[str]:
 
 def odd_values(merged: Base, base: Base, adapter: Adapter, quant: str) -> Iterator[str]:
     """A line for each tensor with other values than are due. `quant` is how the frozen weights are kept."""
-    modules, whole = adapter.modules(), adapter.whole()
-    for key, source in (base.tensors | {key: tensor.float() for key, tensor in whole.items()}).items():
+    modules = adapter.modules()
+    for key, source in (base.tensors | adapter.whole()).items():
         if (tensor := merged.tensors.get(key)) is None:
             yield f"{key}: missing"  # a time state, as models without another tensor are not opened
             continue

@@ -22,7 +22,6 @@ from ..files.atomic import atomic_write
 from ..files.base import Base
 from ..files.peft_folder import write_lora_folder
 from ..files.rwkv_peft_file import write_rwkv_peft
-from .changes import check_params
 from .gguf import write_gguf_lora
 
 SAME = 1e-4  # of a change: what float32 rounds of it
@@ -61,7 +60,7 @@ def as_lora(adapter: Adapter, base: Mapping[str, torch.Tensor] | None = None, ra
     errors = {}
     shapes = {module: layer_shape(method, module, params, base) for module, params in adapter.modules().items()}
     for module, params in adapter.modules().items():
-        check_params(module, method, params, shapes[module])
+        check_shapes(method, module, params, shapes[module])
         exact = method.as_lora(params, metadata.scale, *shapes[module])
         if exact is None:
             check_rank(rank, metadata.rank, shapes)
@@ -76,6 +75,16 @@ def as_lora(adapter: Adapter, base: Mapping[str, torch.Tensor] | None = None, ra
     width = next(iter(factors.values()))["lora_A"].shape[0]
     told = replace(metadata, variant=METHODS["lora"].name, rank=width, mini_rank=0, scale=1.0)
     return LoraForm(Adapter(tensors, told), errors, rounding_of(adapter, factors, base) if method.residual else {})
+
+
+def check_shapes(method: Method, module: str, params: Params, shape: tuple[int, int]) -> None:
+    """Raise UserError unless the tensors of a layer (out, in) have the shapes that its method gives them."""
+    for name, due in method.shapes(*method.sizes(params), *shape).items():
+        if tuple(params[name].shape) != due:
+            raise UserError(
+                f"{module} holds {name} of shape {tuple(params[name].shape)}, and {due} is due beside its other "
+                "tensors; copy the file again"
+            )
 
 
 def require_finite(module: str, *tensors: torch.Tensor) -> None:
