@@ -246,6 +246,12 @@ def test_a_checkpoint_that_does_not_know_a_setting_has_its_default(tmp_path):
     )
     now = {"adapter": asdict(AdapterConfig(rank=16)), "base": "abc", "data": {"ctx_len": 16, "counted": "def"}}
     assert read_run_state(tmp_path, now, True)["base"] == "abc"
+    state = json.loads((tmp_path / "state.json").read_text()) | {"data": {"ctx_len": 16}}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    data = now["data"] | {"sft_think": "", "files": "0123"}
+    assert read_run_state(tmp_path, now | {"data": data}, True)["data"] == data
+    with pytest.raises(UserError, match="has data {'sft_think': ''}, this command {'sft_think': 'on'}"):
+        read_run_state(tmp_path, now | {"data": data | {"sft_think": "on"}}, True)
     other = asdict(AdapterConfig(rank=16, init="init_pissa.pth"))
     with pytest.raises(
         UserError, match="has adapter {'init': ''}, .* {'init': 'init_pissa.pth'}; give the first run's flags"

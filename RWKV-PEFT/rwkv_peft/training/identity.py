@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..config import AdapterConfig, RunConfig, to_json
+from ..config import AdapterConfig, DataConfig, RunConfig, to_json
 from ..data.batches import collate
 from ..data.samples import Samples
 from ..errors import UserError, told
@@ -63,7 +63,8 @@ def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bo
     state = {"files": {}, "data": now["data"], "validated_from": 0} | state
     require_files(checkpoint, state["files"], fresh_optimizer)
     # a setting that the saved run did not know had its default
-    state["data"] = {name: now["data"][name] for name in NEW if name in now["data"]} | state["data"]
+    defaults = json.loads(to_json(DataConfig())) | {name: now["data"].get(name) for name in NEW}
+    state["data"] = {name: value for name, value in defaults.items() if name in now["data"]} | state["data"]
     state["adapter"] = json.loads(to_json(AdapterConfig())) | state["adapter"]
     for key in SAME + (() if fresh_optimizer else SAME_OPTIMIZER):
         if state[key] != now[key]:
