@@ -32,6 +32,7 @@ from ..files.alone import alone_in
 from ..files.atomic import check_output
 from ..files.base import Base, open_base
 from ..files.dtypes import DTYPES
+from ..gpus import count_gpus
 from ..models import family_named
 from ..models.family import Family
 from ..models.parts import LanguageModel
@@ -240,7 +241,7 @@ def find_exams(config: RunConfig, samples: Samples, speaks: bool = True) -> dict
 
 def resolve_accelerator(train: TrainConfig) -> str:
     """cpu or gpu, checked against what the machine has."""
-    gpus = torch.cuda.device_count()
+    gpus = 0 if train.accelerator == "cpu" else count_gpus("train with --accelerator cpu")
     accelerator = train.accelerator if train.accelerator != "auto" else "gpu" if gpus else "cpu"
     if accelerator == "gpu" and train.devices > gpus:
         raise UserError(
