@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkv_peft.ops.native import levels
 from rwkv_peft.ops.recurrence import checks
-from rwkv_peft.ops.wkv6 import backends, cpu, wkv6
+from rwkv_peft.ops.wkv6 import backends, chunked, cpu, wkv6
 from rwkv_peft.ops.wkv6.op import WKV6
 
 NAMES = ("y", "final state", "gr", "gk", "gv", "gw", "gu", "gstate")
-KERNELS = (*(f"cpu:{level}" for level in levels.LEVELS), "cuda")
+KERNELS = ("chunked", *(f"cpu:{level}" for level in levels.LEVELS), "cuda")
 DTYPES = (torch.float32, torch.bfloat16)
 LENGTHS = (1, 2, 15, 16, 17, 64, 100, 257)
 DECAYS = {"usual": (-6.0, 1.0), "none": (-40.0, -20.0), "total": (4.0, 95.0), "mixed": (-20.0, 6.0)}
@@ -325,7 +326,7 @@ def changed(**changes):
         ({"cu_seqlens": torch.tensor([0, 4, 3, 6])}, "increase"),
         ({"cu_seqlens": torch.tensor([0, 3, 3, 6])}, "drop empty sequences"),
         ({"cu_seqlens": torch.tensor([0, 2, 6])}, r"state is \(1, 2, 8, 8\).*\(2, 2, 8, 8\)"),
-        ({"backend": "tpu"}, "'tpu' is unknown; take one of auto, reference, cpu, cuda"),
+        ({"backend": "tpu"}, "'tpu' is unknown; take one of auto, reference, chunked, cpu, cuda"),
         ({"backend": "cpu:sse9"}, "'cpu:sse9' is unknown"),
         ({"backend": "auto:fast"}, "'auto:fast' is unknown"),
         ({"backend": "cuda:avx2"}, "'cuda:avx2' is unknown"),
@@ -378,7 +379,7 @@ def test_auto_says_once_what_it_took_and_a_named_backend_never_falls_back(monkey
     monkeypatch.setattr(cpu.RECURRENCE, "unavailable", lambda level="": "no g++ on this machine; install one")
     WKV6.backends._resolve.cache_clear()
     try:
-        with pytest.warns(RuntimeWarning, match="takes backend 'reference'.*no g\\+\\+.*install one"):
+        with pytest.warns(RuntimeWarning, match="takes backend 'chunked'.*no g\\+\\+.*install one"):
             wkv6(**changed())
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -398,5 +399,44 @@ def test_float64_takes_the_reference():
 
 def test_backends_lists_every_name():
     found = backends()
-    assert tuple(found) == ("reference", "cpu", "cuda") and found["reference"] is None
+    assert tuple(found) == ("reference", "chunked", "cpu", "cuda") and found["reference"] is None
     assert all(reason is None or ";" in reason for reason in found.values())
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("bounds", (None, (0, 1, 18, 300, 301, 333)))
+def test_the_chunked_form_is_exact(bounds, decay):
+    """In float64, where roundings hide nothing: nothing is divided, and no decay is capped."""
+    cu_seqlens = None if bounds is None else torch.tensor(bounds)
+    inputs, gradients = random_inputs(1, 333, 2, 8, decay=decay, sequences=None if bounds is None else 5)
+    truth = run("reference", inputs, gradients, torch.float64, cu_seqlens=cu_seqlens)
+    inputs, (gy, gfinal) = [x.double() for x in inputs], (x.double() for x in gradients)
+    y, final, checkpoints = chunked.forward(*inputs, cu_seqlens, save=True)
+    found = [y, final, *chunked.backward(*inputs, cu_seqlens, checkpoints, gy, gfinal)]
+    for name, one, two in zip(NAMES, found, truth, strict=True):
+        assert (one - two).norm() <= 1e-14 * two.norm(), name
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is computed within, views aside."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        result = operation(*arguments, **(keywords or {}))
+        self.count += not operation.is_view
+        return result
+
+
+def test_the_chunked_form_takes_few_operations_a_token_and_keeps_little():
+    """Each operation is a launch on a GPU; a step at a time takes some 20 a token. Beside its inputs the form keeps a
+    state for every 1,024 tokens of one row, every 128 of each of eight."""
+    counts = {}
+    for T in (1024, 2048):
+        inputs, gradients = random_inputs(1, T, 1, 64)
+        with Operations() as operations:
+            run("chunked", inputs, gradients)
+        counts[T] = operations.count
+    assert 0 < counts[2048] - counts[1024] < 512  # half of one a token, forward and backward
+    for B, tokens in ((1, 1024), (8, 128), (64, 128)):
+        assert chunked.checkpoint_count(torch.empty(B, 4096, 1, 64, device="meta"), B) == B * 4096 // tokens
