@@ -33,8 +33,8 @@ def estimate_gradients(
         hooks.append(weight.register_post_accumulate_grad_hook(keep))
     with torch.enable_grad():
         segments = segments_of(batch, length or batch["tokens"].shape[1])
-        segment = max(segments, key=lambda segment: int(segment.mask.sum()))
-        run(model, segment, None, max(1, int(segment.mask.sum())))[0].backward()
+        segment = max(segments, key=lambda segment: len(segment.counted))
+        run(model, segment, None, max(1, len(segment.counted)))[0].backward()
     for hook in hooks:
         hook.remove()
     for parameter, flag in flags:
