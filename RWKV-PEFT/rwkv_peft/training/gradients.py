@@ -14,7 +14,7 @@ def estimate_gradients(
 ) -> dict[str, torch.Tensor]:
     """Gradient of the mean loss on one batch with respect to the weight of each module in `names`.
 
-    batch as TrainBatches gives it; of its segments of `length` positions, where that is not 0, the one that counts most
+    batch as TrainBatches gives it, on the CPU, and the model anywhere; of its segments of `length` positions, where that is not 0, the one that counts most
     stands for all. -> {module name: (out, in) tensor}; each gradient leaves the backward pass as soon
     as it is complete, so one layer's at a time is alive beside the activations. Requires-grad flags are left as found.
     """
@@ -33,7 +33,7 @@ def estimate_gradients(
         hooks.append(weight.register_post_accumulate_grad_hook(keep))
     with torch.enable_grad():
         segments = segments_of(batch, length or batch["tokens"].shape[1])
-        segment = max(segments, key=lambda segment: len(segment.counted))
+        segment = max(segments, key=lambda segment: len(segment.counted)).to(next(model.parameters()).device)
         run(model, segment, None, max(1, len(segment.counted)))[0].backward()
     for hook in hooks:
         hook.remove()
