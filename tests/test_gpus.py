@@ -62,9 +62,10 @@ def test_every_command_that_would_use_it_ends_with_torchs_words(available, refus
         assert refused(commands, command, *more, "--model", model) == (
             "older CUDA, or run on the CPU with --device cpu\n"
         )
-    merging = ("--base_model", model, "--lora_checkpoint", model, "--output", tmp_path / "merged.pth", "--device", "cuda")
+    merging = ("--base_model", model, "--lora_checkpoint", model, "--dry_run", "--device", "cuda")
     assert refused(merge, *merging) == "older CUDA, or leave --device out to merge on the CPU\n"
-    assert refused(lambda argv: adapt(argv, (), False, False)) == "older CUDA, or train on the CPU with --use_cpu True\n"
+    told = "older CUDA, or train on the CPU with --use_cpu True\n"
+    assert refused(lambda argv: adapt(argv, (), False, False)) == told
 
 
 def test_the_cpu_serves_whoever_asks_for_it(available, model, tmp_path, capsys):

@@ -1,5 +1,5 @@
-"""Where a layer is made: on the device that trains it if that is work, one layer at a time. Moves are recorded, since no
-GPU is here, and the numbers are those of the CPU."""
+"""Where a layer is made: on the device that trains it if that is work, one layer at a time. Moves are recorded, not
+done, since no GPU is here."""
 
 import pytest
 import torch

@@ -14,9 +14,10 @@ def estimate_gradients(
 ) -> dict[str, torch.Tensor]:
     """Gradient of the mean loss on one batch with respect to the weight of each module in `names`.
 
-    batch as TrainBatches gives it, on the CPU, and the model anywhere; of its segments of `length` positions, where that is not 0, the one that counts most
-    stands for all. -> {module name: (out, in) tensor}; each gradient leaves the backward pass as soon
-    as it is complete, so one layer's at a time is alive beside the activations. Requires-grad flags are left as found.
+    batch as TrainBatches gives it, on the CPU, wherever the model is; of its segments of `length` positions, if that is
+    not 0, the one that counts most stands for all. -> {module name: (out, in) tensor}, on the CPU; each gradient leaves
+    the backward pass as soon as it is complete, so one layer's at a time is alive beside the activations. Requires-grad
+    flags are left as found.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)

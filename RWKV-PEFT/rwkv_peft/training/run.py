@@ -283,9 +283,9 @@ def adapt(
     device: torch.device | None = None,
 ) -> InjectReport:
     """Inject the adapter into the model: as the checkpoint to resume from holds it, with the factors that it began
-    with; from --bone_load and its kin; or fresh, from the gradients, which are asked for if a method starts from them.
-    Layers are made on the device. -> InjectReport."""
-    method, loaded, found = method_of(adapter), None, {}
+    with; from --bone_load and its kin; or fresh, from gradients if a method asks for them. device: inject's."""
+    method, loaded = method_of(adapter), None
+    found: Mapping[str, torch.Tensor] = {}
     if checkpoint is not None and not adapter.whole_model:
         loaded = read_adapter(checkpoint / ADAPTER)
     elif adapter.load:

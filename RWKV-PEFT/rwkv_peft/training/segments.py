@@ -22,11 +22,13 @@ class Segment(NamedTuple):
     carries: bool
 
     def to(self, device: torch.device) -> "Segment":
-        """The same on a device, to which it may still be under way: one that is the CPU's until then."""
-        tensors = [None if x is None else sent(x, device) for x in self[:-1]]
-        if self.cu_seqlens is not None and tensors[3] is not None:
-            vouch(tensors[3], self.cu_seqlens, self.tokens.shape[1])
-        return Segment(*tensors, self.carries)  # type: ignore[arg-type]
+        """A copy of one that is on the CPU, on a device, to which it may be under way yet."""
+        tokens, targets, counted = (sent(x, device) for x in self[:3])
+        bounds = None
+        if self.cu_seqlens is not None:
+            bounds = sent(self.cu_seqlens, device)
+            vouch(bounds, self.cu_seqlens, tokens.shape[1])
+        return Segment(tokens, targets, counted, bounds, self.carries)
 
     def state_after(self, state: State) -> State:
         """The State of the sequences that may go on, of all of the segment's: the rows, or the last that is packed."""

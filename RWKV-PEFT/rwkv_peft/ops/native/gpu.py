@@ -19,7 +19,7 @@ NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC")
 
 
 def unavailable(device: int | None = None) -> str | None:
-    """None if the kernels are written for a GPU, by its number, or the current one; else why not and what would help."""
+    """None if the kernels are written for a GPU, by its number or the current one, else why not and what would help."""
     if torch.version.hip is not None:
         return "this torch is built for AMD GPUs, and the kernels are CUDA; take backend 'reference'"
     if torch.version.cuda is None:
@@ -70,20 +70,18 @@ def build_kernels(
 
 
 def nvcc_for(device: int) -> tuple[str, str]:
-    """(nvcc, the architecture that it is to compile for) for GPU number `device`. Raises BuildError if there is none."""
+    """(nvcc, the architecture to compile for) for GPU number `device`. Raises BuildError if there is none."""
     nvcc, capability = find_nvcc(), torch.cuda.get_device_capability(device)
     return nvcc, architecture_for(capability, nvcc_architectures(nvcc), "nvcc")
 
 
 def nvrtc_architecture(device: int, compiler: nvrtc.Nvrtc) -> str:
-    """The same of an NVRTC, "sm_90", ...."""
+    """The architecture for which an NVRTC is to compile, "sm_90", ..., for GPU number `device`. Raises BuildError."""
     capability = torch.cuda.get_device_capability(device)
     return "sm_" + architecture_for(capability, compiler.architectures, f"NVRTC {compiler.version}")
 
 
-def _module(
-    name: str, source: str, device: int, compiler: nvrtc.Nvrtc, from_image: Callable[[bytes], Built]
-) -> Built:
+def _module(name: str, source: str, device: int, compiler: nvrtc.Nvrtc, from_image: Callable[[bytes], Built]) -> Built:
     """from_image of what one NVRTC makes of `source`. Code that does not load is compiled anew once: what is in the
     cache may be of another release with the same version."""
     given = name, source, nvrtc_architecture(device, compiler), compiler

@@ -90,7 +90,7 @@ def _sides(r: Tensor, k: Tensor, r_logs: Tensor, k_logs: Tensor) -> Sides:
     return Sides(since, r * since, until, k * until)
 
 
-def _prepare(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Products:
+def _prepare(u: Tensor, r: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Products:
     logs = -w.clamp(max=LARGEST_W).exp()
     own = torch.diag_embed((r * u * k).sum(-1))
     halves = []
@@ -139,7 +139,7 @@ def forward(*tensors: Any, save: bool, level: str = "") -> tuple[Tensor, Tensor,
     for number, (first, after) in enumerate(call.segments()):
         if save:
             kept[number] = S
-        p = _prepare(*call.taken(first, after), bonus)
+        p = _prepare(bonus, *call.taken(first, after))
         states, S = _states(p, first, S, starts, ends)
         call.put(y, first, after, p.own @ p.v + p.whole.r @ states)
     return at.cut(y).contiguous(), final, checkpoints
@@ -161,7 +161,7 @@ def backward(*tensors: Any, level: str = "") -> tuple[Tensor, ...]:
     segments = call.segments()
     for number in reversed(range(len(segments))):
         first, after = segments[number]
-        p = _prepare(*call.taken(first, after), bonus)
+        p = _prepare(bonus, *call.taken(first, after))
         states, _ = _states(p, first, kept[number], starts, {})
         dY = call.take(gy, first, after)
         D, dS = _state_gradients(p, dY, dS, first, begun, ended)
