@@ -22,6 +22,7 @@ WAITS = {
     *("equal", "allclose"),
 }
 ALLOWED = {
+    ("adapters/bat_in_scaled.py", "initial_factors", "cpu"): "before the first step",
     ("training/lit.py", "on_after_backward", "tolist"): "after the backward pass, once",
     ("training/steps.py", "loss", "tolist"): "of seeds that the CPU drew",
     ("training/steps.py", "segments", "tensor"): "ranks agree on a number before the forward pass, in stage 3 alone",

@@ -58,7 +58,7 @@ def test_ranks_share_the_buffers_of_the_first(adapter_config, monkeypatch):
     model, shared = nn.ModuleDict({"layer": nn.Linear(64, 32)}), []
     inject(model, adapter_config("pissa"))
     monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, source: shared.append((tensor, source)))
-    share_buffers(model)
+    share_buffers(model, torch.device("cpu"))
     layer = model["layer"]
     assert [(tensor is own, source) for (tensor, source), own in zip(shared, layer.buffers(), strict=True)] == [
         (True, 0),

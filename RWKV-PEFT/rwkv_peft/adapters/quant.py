@@ -36,8 +36,8 @@ def on_gpu(x: torch.Tensor) -> bool:
 def quantize(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     """weight (out, in), any float dtype -> packed (uint8, 1-D), scales (int32, 1-D).
 
-    The scales are float32 seen as int32, so that casting a module (`model.bfloat16()`) leaves them alone. A GPU and a CPU
-    may choose different levels for a weight that lies midway between two, to float32's rounding.
+    The scales are float32 seen as int32, so that casting a module (`model.bfloat16()`) leaves them alone. A GPU and a
+    CPU may choose different levels for a weight that lies midway between two, to float32's rounding.
     """
     functional = _bitsandbytes()
     flat = weight.contiguous().float()

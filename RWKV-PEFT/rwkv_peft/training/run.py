@@ -121,7 +121,6 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
     config, base, world = request.config, request.base, request.world
     train, folder = config.train, Path(config.train.proj_dir)
     accelerator = resolve_accelerator(train)
-    device = own_device(accelerator, world.local_rank)
     step_samples = config.data.micro_bsz * world.size * train.accumulate_grad_batches
     samples, measured = find_samples(config)
     hashes = {name: str(data_identity(config, found)["content"]) for name, found in measured.items()}
@@ -173,6 +172,7 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
     batches = TrainBatches(
         samples, config.data.micro_bsz, world_size=world.size, accumulate=train.accumulate_grad_batches
     )
+    device = own_device(accelerator, world.local_rank)
 
     def gradients() -> dict[str, torch.Tensor]:
         if train.stage != 3:  # which is for models that one GPU may not hold

@@ -180,12 +180,13 @@ def test_one_output_alone_can_be_differentiated(backend):
             torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 if backend == "cuda" else 1e-4)
 
 
-def test_nothing_is_kept_when_no_gradient_is_needed():
+@pytest.mark.parametrize("backend, kept", [("cpu", 3), ("chunked", 1)])
+def test_nothing_is_kept_when_no_gradient_is_needed(backend, kept):
     inputs, _ = random_inputs(1, 200, 2, 64)
     forward = torch.ops.rwkv_peft.wkv6_forward
-    assert forward(*inputs, None, False, "cpu")[2].numel() == 0
-    assert forward(*inputs, None, True, "cpu")[2].shape == (3, 2, 64, 64)
-    y, final = wkv6(*inputs, backend="cpu")
+    assert forward(*inputs, None, False, backend)[2].numel() == 0
+    assert forward(*inputs, None, True, backend)[2].shape == (kept, 2, 64, 64)
+    y, final = wkv6(*inputs, backend=backend)
     assert y.grad_fn is None and final.grad_fn is None
 
 
@@ -205,26 +206,28 @@ def test_a_step_at_a_time_equals_a_sequence(backend):
     torch.testing.assert_close(state, final, rtol=tolerance, atol=tolerance)
 
 
-def test_strided_inputs_and_gradients():
+@pytest.mark.parametrize("backend", ("cpu", "chunked"))
+def test_strided_inputs_and_gradients(backend):
     inputs, gradients = random_inputs(2, 12, 3, 8)
-    plain = run("cpu", inputs, gradients)
+    plain = run(backend, inputs, gradients)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:4]]
     strided += [inputs[4].T.contiguous().T, inputs[5].transpose(2, 3).contiguous().transpose(2, 3)]
     assert not any(x.is_contiguous() for x in strided)
     leaves = [x.detach().requires_grad_() for x in strided]
-    y, final = wkv6(*leaves, backend="cpu")
+    y, final = wkv6(*leaves, backend=backend)
     torch.autograd.backward([y, final], [g.transpose(1, 2).contiguous().transpose(1, 2) for g in gradients])
     for name, a, b in zip(NAMES, plain, [y, final, *(x.grad for x in leaves)]):
         assert torch.equal(a, b), name
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
-def test_mixed_precision_keeps_the_wider_type(dtype):
+@pytest.mark.parametrize("backend", ("cpu", "chunked"))
+def test_mixed_precision_keeps_the_wider_type(dtype, backend):
     """Under autocast w is float32 beside narrow r, k and v; y and each gradient take their input's type."""
     inputs, _ = random_inputs(1, 6, 2, 8)
     r, k, v = (x.to(dtype).requires_grad_() for x in inputs[:3])
     w, u, state = (x.requires_grad_() for x in inputs[3:])
-    y, final = wkv6(r, k, v, w, u, state, backend="cpu")
+    y, final = wkv6(r, k, v, w, u, state, backend=backend)
     assert y.dtype == dtype and final.dtype == torch.float32
     expected, _ = wkv6(r, k, v, w, u, state, backend="reference")
     torch.testing.assert_close(y, expected)
@@ -242,9 +245,10 @@ def test_nan_comes_through():
         assert y.isnan().any()
 
 
-def test_a_second_derivative_is_refused():
+@pytest.mark.parametrize("backend", ("cpu", "chunked"))
+def test_a_second_derivative_is_refused(backend):
     leaves = [x.requires_grad_() for x in random_inputs(1, 4, 1, 8)[0]]
-    y, _ = wkv6(*leaves, backend="cpu")
+    y, _ = wkv6(*leaves, backend=backend)
     (gradient,) = torch.autograd.grad(y.square().sum(), leaves[0], create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative.*backend='reference'"):
         gradient.sum().backward()
@@ -271,21 +275,23 @@ def test_levels_for_bfloat16_need_a_compiler_that_knows_them(monkeypatch):
     assert best() == "avx512"
 
 
-def test_the_operators_keep_torchs_contract():
+@pytest.mark.parametrize("backend", ("cpu", "chunked"))
+def test_the_operators_keep_torchs_contract(backend):
     inputs, gradients = random_inputs(1, 70, 2, 8)
     forward, backward = torch.ops.rwkv_peft.wkv6_forward.default, torch.ops.rwkv_peft.wkv6_backward.default
     utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(forward, (*inputs, None, True, "cpu"), test_utils=utils)
-    checkpoints = forward(*inputs, None, True, "cpu")[2]
-    torch.library.opcheck(backward, (*inputs, None, checkpoints, *gradients, "cpu"), test_utils=utils)
+    torch.library.opcheck(forward, (*inputs, None, True, backend), test_utils=utils)
+    checkpoints = forward(*inputs, None, True, backend)[2]
+    torch.library.opcheck(backward, (*inputs, None, checkpoints, *gradients, backend), test_utils=utils)
     leaves = [x.clone().requires_grad_() for x in inputs]
-    torch.library.opcheck(forward, (*leaves, None, True, "cpu"), test_utils=("test_autograd_registration",))
+    torch.library.opcheck(forward, (*leaves, None, True, backend), test_utils=("test_autograd_registration",))
 
 
-def test_fake_tensors_and_one_compiled_graph_pass_through():
+@pytest.mark.parametrize("backend", ("cpu", "chunked"))
+def test_fake_tensors_and_one_compiled_graph_pass_through(backend):
     with FakeTensorMode():
         leaves = [torch.empty(2, 70, 2, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(4)]
-        y, final = wkv6(*leaves, torch.empty(2, 64), backend="cpu")
+        y, final = wkv6(*leaves, torch.empty(2, 64), backend=backend)
         assert y.shape == (2, 70, 2, 64) and final.shape == (2, 2, 64, 64) and final.dtype == torch.float32
         y.sum().backward()
         assert leaves[0].grad.shape == leaves[0].shape
@@ -294,7 +300,7 @@ def test_fake_tensors_and_one_compiled_graph_pass_through():
     results = []
     for function in (wkv6, torch.compile(wkv6, fullgraph=True, backend="aot_eager")):
         leaves = [x.clone().requires_grad_() for x in inputs]
-        y, final = function(*leaves, backend="cpu")
+        y, final = function(*leaves, backend=backend)
         (y.square().sum() + final.sum()).backward()
         results.append([y, final, *(x.grad for x in leaves)])
     for a, b in zip(*results):
@@ -348,15 +354,16 @@ def test_a_named_backend_of_another_device_says_why_it_does_not_serve():
         wkv6(**changed(), backend="cuda")
 
 
-def test_bounds_that_only_a_compiled_graph_sees_are_checked_when_it_runs():
+@pytest.mark.parametrize("backend", ("cpu", "chunked"))
+def test_bounds_that_only_a_compiled_graph_sees_are_checked_when_it_runs(backend):
     inputs, _ = random_inputs(1, 70, 1, 8, with_state=False)
     compiled = torch.compile(wkv6, fullgraph=True, backend="aot_eager")
     good = torch.tensor([0, 20, 70])
-    y, _ = compiled(*inputs[:5], None, good, backend="cpu")
-    assert torch.equal(y, wkv6(*inputs[:5], None, good, backend="cpu")[0])
+    y, _ = compiled(*inputs[:5], None, good, backend=backend)
+    assert torch.equal(y, wkv6(*inputs[:5], None, good, backend=backend)[0])
     for bad in ([0, 80, 70], [0, 4_000_000, 70], [5, 20, 70]):
         with pytest.raises(ValueError, match="it must start at 0, increase, and end at 70"):
-            compiled(*inputs[:5], None, torch.tensor(bad), backend="cpu")
+            compiled(*inputs[:5], None, torch.tensor(bad), backend=backend)
 
 
 def test_a_tensor_that_passed_is_not_read_again_until_it_changes():
@@ -367,6 +374,15 @@ def test_a_tensor_that_passed_is_not_read_again_until_it_changes():
     for changed_bounds, tokens in ((bounds, 7), (bounds.add_(0), 6)):
         with pytest.raises(ValueError, match="it must start at 0"):
             checks.check_bounds("wkv6", checks.as_int64(changed_bounds, tokens), tokens)
+
+
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
+def test_what_was_vouched_for_is_known_without_a_reading(dtype):
+    """The meta device has no values to read."""
+    bounds = torch.tensor([0, 3, 6], dtype=dtype)
+    copy = bounds.to("meta")
+    checks.vouch(copy, bounds, 6)
+    assert checks.bounds_on_host(checks.as_int64(copy, 6)) == [0, 3, 6]
 
 
 def test_packed_rows_need_one_batch():

@@ -50,12 +50,13 @@ def compilers() -> Iterator[Nvrtc]:
 
 
 def _load(path: str) -> Nvrtc | None:
-    """The library at a path, or of a bare name that the system knows; None if it cannot be loaded."""
+    """The library at a path, or of a bare name that the system knows; None if it cannot be loaded, or is older than
+    CUDA 11.2, which does not say what it compiles for."""
     try:
         for builtins in sorted(Path(path).parent.glob("libnvrtc-builtins.so.*")) if "/" in path else ():
             ctypes.CDLL(str(builtins))  # NVRTC asks for it by its bare name
         return Nvrtc(ctypes.CDLL(path))
-    except OSError:
+    except (OSError, AttributeError):
         return None
 
 

@@ -101,9 +101,11 @@ def vouch(copy: torch.Tensor, cu_seqlens: torch.Tensor, T: int) -> None:
 
 
 def bounds_on_host(cu_seqlens: torch.Tensor) -> list[int]:
-    """The values of a tensor that passed, for which a GPU need not be waited for a second time."""
+    """The values of a tensor that passed, for which a GPU need not be waited for a second time. A CUDA graph that is
+    being recorded may not depend on them, and so has to read them, which fails."""
     known: list[int] = getattr(cu_seqlens, "_bounds", [])
-    if known and getattr(cu_seqlens, "_checked_bounds", None) == _mark(cu_seqlens, known[-1]):
+    recorded = cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
+    if known and not recorded and getattr(cu_seqlens, "_checked_bounds", None) == _mark(cu_seqlens, known[-1]):
         return known
     return cu_seqlens.tolist()
 

@@ -40,7 +40,7 @@ class Layout:
             sequences.append(Span(slice(n, n + 1), first, after - 1))
             first = after
         self.states, self.chunks, self.sequences = len(sequences), first, tuple(sequences)
-        self.index = places(cu_seqlens, self.T)
+        self.index = indices(cu_seqlens, self.T)
 
     @property
     def starts(self) -> dict[int, slice]:
@@ -75,7 +75,7 @@ def segment_count(B: int, T: int, sequences: int, segment: int = SEGMENT) -> int
     return B * -(-(-(-T // CHUNK) + packed) // segment)
 
 
-def places(cu_seqlens: Tensor, T: int) -> Tensor:
+def indices(cu_seqlens: Tensor, T: int) -> Tensor:
     """Where each of T packed tokens lies in the padded row (T,), found without waiting for a GPU."""
     steps = torch.arange(T, device=cu_seqlens.device)
     padded = (cu_seqlens.diff() + CHUNK - 1).div(CHUNK, rounding_mode="floor") * CHUNK
