@@ -445,7 +445,7 @@ class Operations(TorchDispatchMode):
 
 
 def test_the_chunked_form_takes_few_operations_a_token_and_keeps_little():
-    """Each operation is a launch on a GPU; a step at a time takes some 20 a token. Beside its inputs the form keeps a
+    """Each operation is a launch on a GPU; a step at a time takes 30 a token. Beside its inputs the form keeps a
     state for every 1,024 tokens of one row, every 128 of each of eight."""
     counts = {}
     for T in (1024, 2048):
