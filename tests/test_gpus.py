@@ -11,6 +11,7 @@ from rwkv_peft.errors import exit_on_user_error
 from rwkv_peft.files.base import save_model
 from rwkv_peft.hf.finetune_flags import adapt
 from rwkv_peft.release.merge_command import main as merge
+from rwkv_peft.training.machine import own_device
 from rwkv_peft.training.run import main as train
 
 WORDS = "The NVIDIA driver on your system is too old (found version 11040)."
@@ -81,3 +82,10 @@ def test_doctor_tells_it(available, capsys):
     printed = capsys.readouterr().out
     assert f"cannot use it: {WORDS}\n" in printed and "train with --accelerator cpu" in printed
     assert "training cannot run here: see GPU above" in printed
+
+
+def test_a_rank_has_a_device_of_its_own_which_is_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert own_device("gpu", 2) == torch.device("cuda", 2) and chosen == [2]
+    assert own_device("cpu", 2) == torch.device("cpu") and chosen == [2]

@@ -34,11 +34,10 @@ def wkv6(
 
     Differentiable once in r k v w u and state, through both outputs. backend: "auto" takes the kernel of the tensors'
     device ("cpu", "cuda") where it can be used, else "chunked", products of matrices in plain torch on any device, and
-    says so once; a named backend is never replaced.
-    "cpu:avx512bf16", "cpu:avx512", "cpu:avx2" and "cpu:portable" name the CPU kernel's instruction set. float64 needs
-    "reference", which "auto" takes for it, and so does forward-mode differentiation. Raises ValueError where arguments
-    do not fit, RuntimeError where a named backend is unusable, NotImplementedError for forward mode of another backend
-    than "reference".
+    says so once; a named backend is never replaced. "cpu:avx512bf16", "cpu:avx512", "cpu:avx2" and "cpu:portable" name
+    the CPU kernel's instruction set. float64 needs "reference", which "auto" takes for it, and so does forward-mode
+    differentiation. Raises ValueError if arguments do not fit, RuntimeError if a named backend is unusable,
+    NotImplementedError for forward mode of another backend than "reference".
     """
     return WKV6.compute((r, k, v, w, u), state, cu_seqlens, backend)
 
