@@ -16,7 +16,8 @@ class Word(NamedTuple):
 
 
 ADAPTER, MODEL = "adapter.safetensors", "rwkv.pth"  # the newest trained tensors in the folder of a run
-METRICS = "metrics.jsonl"  # what each of its steps came to
+METRICS = "metrics.jsonl"  # what each of its steps came to,
+RUN = "config.json"  # and its settings, with what its tokens mean
 STATE = "state"  # the part of --train_parts that no model's parameters are: the wkv states before the first token
 SYSTEM_FIELDS = ("system", "system_prompt")  # of a row: a system text beside its question or its turns
 NONE = "none"  # what stands where no layer is adapted: the model itself trains, or whole tensors of it

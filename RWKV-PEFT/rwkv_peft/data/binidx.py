@@ -57,7 +57,8 @@ class BinidxDataset:
 
     len(dataset) documents; dataset[i] is document i's tokens; tokens (all documents, 1-D) and
     mask (uint8 by token, or None) are memory maps; sizes (n,) int32 and pointers (n,) int64 come
-    from the index. Raises UserError for files that are missing, truncated, or disagree.
+    from the index; mapped is {path: stat} of the files as they were opened. Raises
+    UserError for files that are missing, truncated, or disagree.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -67,13 +68,13 @@ class BinidxDataset:
         self._map_tokens()
         self.mask = self._map_mask()
         mapped = (self.idx_path, self.bin_path, *([] if self.mask is None else [self.mask_path]))
-        self._mapped = {path: os.stat(path) for path in mapped}
+        self.mapped = {path: os.stat(path) for path in mapped}
 
     def require_unchanged(self) -> None:
         """Raise UserError where a file has another length than when it was opened: reading what is no longer there
         would end the process by a signal. One that was written since, or touched, is warned of, once; one that another
         took the name of is read on."""
-        for path, before in self._mapped.items():
+        for path, before in self.mapped.items():
             with suppress(OSError):  # of a name that is gone
                 now = os.stat(path)
                 if not os.path.samestat(now, before):
@@ -90,7 +91,7 @@ class BinidxDataset:
                         "those that it holds now",
                         stacklevel=2,
                     )
-                    self._mapped[path] = now
+                    self.mapped[path] = now
 
     def __len__(self) -> int:
         return len(self.sizes)

@@ -23,6 +23,7 @@ from .overwriting import check_overwriting
 from .parser import DIMENSIONS, build_parser, settings_of
 from .preference_flags import check_preferences
 from .question_flags import check_questions
+from .run_folder import check_run_folder
 from .seed import DRAWN, draw_seed
 from .world import World, find_world
 
@@ -67,6 +68,7 @@ def judge(argv: Sequence[str]) -> None:
 def parse_flags(argv: Sequence[str]) -> Flags:
     """argv -> Flags. Raises UserError for flags that are mistaken or contradict each other; torch is not imported."""
     args = build_parser().parse_args(argv)
+    check_run_folder(Path(args.proj_dir))  # before anything in it is looked at
     world = find_world(settings_of(args, TrainConfig))
     if args.random_seed == DRAWN:
         args.random_seed = draw_seed(args, world)

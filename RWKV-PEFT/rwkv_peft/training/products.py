@@ -104,6 +104,7 @@ class Products:
         assert self.base is not None  # an adapter has one
         options = MergeOptions(dtype=DTYPES.get(self.config.train.save_dtype))
         try:
+            self.base.require_unchanged(by_name=True)
             merge = Merge(self.base, [(self.newest, Adapter(tensors, self.metadata()))], options)
             with atomic_write(paths[0]) as temporary:
                 write_pth(temporary, merge.specs, merge.bands(stream_tensors(self.base.path)))
