@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from rwkv_peft.config import AdapterConfig, DataConfig, TrainConfig
-from rwkv_peft.errors import UserError
+from rwkv_peft.errors import UserError, exit_on_user_error
 from rwkv_peft.models.rwkv6.keys import TARGETS
 from rwkv_peft.training.flags import parse_run
 from rwkv_peft.training.header import describe_adapter
 from rwkv_peft.training.parser import DIMENSIONS, build_parser, flag_of, table
+from rwkv_peft.training.run import main
 from rwkv_peft.training.synonyms import VALUES
 from training.command_lines import flags, refused, write_files
 
@@ -164,6 +165,37 @@ def test_what_other_scripts_ask_for_and_this_does_not_do(files, monkeypatch, cap
 def test_a_misspelt_flag_is_told_before_the_one_that_is_missing(files, monkeypatch, capsys):
     argv = ["--data_flie" if word == "--data_file" else word for word in flags(files)]
     assert refused(monkeypatch, capsys, argv).startswith("error: there is no --data_flie; did you mean --data_file?")
+
+
+def test_all_that_is_wrong_is_told_at_once(files, monkeypatch, capsys):
+    more = "--lr 1 --ctx_len 0 --precision fp16 --beta1 2 --epoch_begin 3 --val_every 5 --merge_on_save --peft none"
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags(files, *more.split())])
+    with pytest.raises(SystemExit) as exit_info:
+        exit_on_user_error(main)
+    told = capsys.readouterr().err.splitlines()
+    assert exit_info.value.code == 2 and told[0] == "error: 8 things are wrong with this command:"
+    for words in (
+        "there is no --lr here; it is --lr_init",
+        "--ctx_len: 0 is below 1",
+        "what others call fp16 is --precision bf16",
+        "--bone_r belongs to --peft bone",
+        "--beta1 2.0 must be below 1",
+        "--epoch_begin 3 leaves no epoch",
+        "--val_every 5 needs samples",
+        "--merge_on_save merges an adapter",
+    ):
+        assert sum(words in line for line in told[1:]) == 1, words
+
+
+def test_what_was_refused_contradicts_nothing(files):
+    with pytest.raises(UserError) as refusal:
+        parse_run(flags(files, "--data_type", "text", "--sft_field", "query"))
+    assert "what others call text" in str(refusal.value) and "--sft_field" not in str(refusal.value)
+
+
+def test_all_that_contradicts_the_base_is_told_at_once(files):
+    with pytest.raises(UserError, match="(?s)3 things .*--model_version.*--n_layer 9.*--vocab_size 7"):
+        parse_run(flags(files, "--n_layer", "9", "--vocab_size", "7", "--generation", "7"))
 
 
 def test_the_values_that_are_led_to_ours_are_none_of_ours():

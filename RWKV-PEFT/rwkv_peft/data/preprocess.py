@@ -22,9 +22,10 @@ from ..cli import Parser, count, counted, positive, whole
 from ..errors import UserError
 from ..files.atomic import check_output, temporary_beside
 from ..streams import bar_seconds
-from .binidx import BinidxDataset, BinidxWriter, binidx_prefix
+from .binidx import BinidxDataset, BinidxWriter
 from .encoding import Encoded, EncodeSettings, encoder
 from .order import Permutation
+from .prefix import binidx_prefix
 from .recorded import check_record, record_of
 from .report import describe, left_out
 from .rows import KINDS, read_chunks

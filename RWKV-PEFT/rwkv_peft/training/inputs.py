@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from ..config import RunConfig
-from ..data.masks import default_mask
+from ..data.mask_kinds import default_mask
 from ..data.recorded import recorded_beside, remarks, require_same
 from ..data.rows import parse_split
 from ..data.samples import Samples
