@@ -46,7 +46,7 @@ def unknown_flag(flag: str, known: Iterable[str], synonyms: Mapping[str, str], o
 class Parser(argparse.ArgumentParser):
     """Tells all flags that are mistaken at once. Flags are never abbreviated; an unknown one is refused with the one of
     its meaning, {flag: what is given here} of synonyms, or else with the nearest that exists; so is an unknown value,
-    whose meanings are {(flag, value): what is given here} of values."""
+    with the words that {(flag, value): words} of values has for it."""
 
     def __init__(
         self,
@@ -73,8 +73,9 @@ class Parser(argparse.ArgumentParser):
         given = [argument.split("=")[0] for argument in takewhile(lambda argument: argument != "--", args)]
         unknown = [flag for flag in given if FLAG.match(flag) and flag not in self._option_string_actions]
         self.mistakes = [self.unknown(flag) for flag in unknown]
-        required = [action for action in self._actions if action.required]
-        for action in required:  # which argparse would end at
+        helps = {"-h", "--help"} & set(given)  # which shows what is required
+        required = [action for action in self._actions if action.required and not helps]
+        for action in required:  # argparse would end at it
             action.required = False
         try:
             namespace, rest = self.parse_known_args(args, namespace)
@@ -121,7 +122,7 @@ class Parser(argparse.ArgumentParser):
             meant = [self.values[flag, value] for flag in action.option_strings if (flag, value) in self.values]
             near = difflib.get_close_matches(str(value), [str(choice) for choice in action.choices or ()], 1)
             if meant:
-                error.message += f"; what others call {value} is {meant[0]} here"
+                error.message += f"; {meant[0]}"
             elif near:
                 error.message += f"; did you mean {near[0]}?"
             raise

@@ -23,6 +23,7 @@ from .parser import DIMENSIONS, build_parser, settings_of
 from .preference_flags import check_preferences
 from .seed import DRAWN, draw_seed
 from .train_flags import check_products, check_train
+from .upstream import PLACEHOLDER, adopt, check_stage
 from .world import World, find_world
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ MOST_TOKENS = 2**31 - 1  # of a micro batch: kernels count them in 32 bits
 class Request(NamedTuple):
     """What a command line asks for: config; base, the model that it starts from, or None for a new one; layers, the
     names of the modules that get an adapter; world, this process among those of the run; argv, the flags for the
-    others, with the seed where one was drawn; check_flags, whether nothing but the flags is to be checked."""
+    others, with the seed where one was drawn; check_flags, whether nothing but the flags is to be checked; new_file,
+    whether the run writes a new model and ends; notes on how the flags were read."""
 
     config: RunConfig
     base: "Base | None"
@@ -43,10 +45,12 @@ class Request(NamedTuple):
     world: World
     argv: tuple[str, ...] = ()
     check_flags: bool = False
+    new_file: bool = False
+    notes: tuple[str, ...] = ()
 
 
 class Flags(NamedTuple):
-    """What the flags say by themselves: as parsed, and as settings; world and argv as in Request."""
+    """What the flags say by themselves: as parsed, and as settings; world, argv and notes as in Request."""
 
     args: Namespace
     adapter: AdapterConfig
@@ -54,6 +58,7 @@ class Flags(NamedTuple):
     train: TrainConfig
     world: World
     argv: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def judge(argv: Sequence[str]) -> None:
@@ -72,13 +77,17 @@ def parse_flags(argv: Sequence[str]) -> Flags:
     if args.random_seed == DRAWN and world is not None:
         args.random_seed = refusals.attempt(draw_seed, args, world)
         argv = [*argv, "--random_seed", str(args.random_seed)]
+    if args.peft is None and args.load_model in ("", PLACEHOLDER) and args.n_layer:
+        args.peft = NONE  # a new model is described, which has nothing to adapt
     return flags_of(args, world, tuple(argv), refusals)
 
 
 def flags_of(args: Namespace, world: World | None, argv: tuple[str, ...], refusals: Refusals) -> Flags:
     """What a parser made of argv, on a World -> Flags; what was refused so far, such as the world, is told with the
     rest."""
+    notes = tuple(adopt(args))
     args.peft = args.peft or (NONE if args.train_type in (FINETUNE, STATE) else AdapterConfig.method)
+    refusals.gather(check_stage, args)
     refusals.gather(check_train_type, args)
     if args.train_type == STATE:
         args.train_parts = [(STATE,)]
@@ -93,7 +102,7 @@ def flags_of(args: Namespace, world: World | None, argv: tuple[str, ...], refusa
         refusals.gather(check, *settings)
     refusals.tell()
     assert world is not None and adapter is not None and data is not None and train is not None
-    return Flags(args, adapter, data, train, world, argv)
+    return Flags(args, adapter, data, train, world, argv, notes)
 
 
 def together(
@@ -181,11 +190,14 @@ def request_of(flags: Flags) -> Request:
     from ..models import family_named
     from .rates import automatic_rate, with_chosen_rates
 
-    args, adapter, data, train, world, argv = flags
+    args, adapter, data, train, world, argv, notes = flags
     base = open_base(args.load_model) if args.load_model else None
     if base is not None:
         require_none(check_base, args, base)
-    family = family_named(args.model_version or GENERATIONS[0][1]) if base is None else base.family
+        if args.my_testing not in (None, base.config.version):
+            notes += (f"--my_testing {args.my_testing} is not read: {args.load_model} is {base.family.name}",)
+    version = args.model_version or args.my_testing or GENERATIONS[0][1]
+    family = family_named(version) if base is None else base.family
     model = new_model(args, family) if base is None else base.config
     adapter = replace(adapter, targets=targets_of(adapter.targets, family))
     shapes = linear_shapes(family.shapes(model)) if base is None else base.linear_shapes
@@ -197,7 +209,8 @@ def request_of(flags: Flags) -> Request:
             f"{args.load_model} holds tuned time states, which training does not carry on unless they train; add "
             "--train_parts state, or take the model without them"
         )
-    return Request(RunConfig(model, adapter, data, train), base, layers, world, argv, args.check_flags)
+    config = RunConfig(model, adapter, data, train)
+    return Request(config, base, layers, world, argv, args.check_flags, args.train_stage == 1, notes)
 
 
 def targets_of(targets: tuple[str, ...], family: "Family") -> tuple[str, ...]:

@@ -47,6 +47,7 @@ from .header import describe, describe_adapter
 from .inputs import find_samples
 from .keeping import clear_hidden, discard_old
 from .meeting import Ranks
+from .new_model import write_new_model
 from .plan import Plan
 from .prepared import Prepared
 from .rates import with_first_rates
@@ -67,6 +68,8 @@ def main(argv: list[str]) -> int:
             return check(request, say)
         if request.config.train.show_samples:
             return show(request, say)
+        if request.new_file:
+            return write_new_model(request.config, say) if request.world.rank == 0 else 0
         code, words = run(request, say)
         past_ctrl_c()
         if words:
@@ -91,6 +94,8 @@ def check(request: Request, say: Callable[..., object] = print) -> int:
     if not config.train.resume:  # what a checkpoint must agree with is known with the data
         find_state(folder, config.train, {"adapter": asdict(config.adapter)})
     check_output("--proj_dir", folder / "checkpoints" / "state.json", [])
+    for note in request.notes:
+        say(f"note: {note}")
     say(f"these flags can work: {describe_adapter(config.adapter)}, {config.train.devices} {accelerator}")
     return 0
 
@@ -177,6 +182,8 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
             model.load_state_dict(open_base(checkpoint / MODEL).tensors, strict=True)
         checkpoint = None  # its optimizer state belongs to other ranks
     if world.rank == 0:  # the others would each open GPU 0 to see whether the kernels work
+        for note in request.notes:
+            say(f"note      {note}")
         describe(config, family, accelerator, samples, batches.notes, plan, report, state, say)
         make_way(folder, config, report.trainable, state is None, say)
     saver = Saver(folder, config, plan, identity, base)
