@@ -33,7 +33,7 @@ HEAVY = (
 # (part, the modules that make it, the parts that it may import); whatever an imported part may import is open too. A
 # module stands for what is below it, unless that is named itself.
 PARTS = (
-    ("base", ("", "config", "errors", "streams", "refusals", "cli", "names", "memory"), ()),
+    ("base", ("", "config", "errors", "streams", "refusals", "cli", "names", "memory", "installing"), ()),
     (
         "flags",
         (
@@ -70,7 +70,7 @@ PARTS = (
     ("hf", ("hf",), ("adapters", "containers")),
     ("plots", ("plots", "comparison"), ("containers",)),
     ("inspect", ("release/contents", "release/heat", "release/inspect_command"), ("convert", "merge", "plots")),
-    ("doctor", ("doctor",), ("models",)),
+    ("doctor", ("doctor",), ("models", "containers")),
     ("training", ("training",), ("bases", "adapter files", "data", "plots", "merge")),
     ("run", ("training/run",), ("training", "evals")),  # it gives the run what it asks
     ("plan", ("plan",), ("training",)),

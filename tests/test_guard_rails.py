@@ -106,17 +106,18 @@ def test_an_unknown_command_like_no_other_points_to_help():
 
 
 @pytest.mark.parametrize(
-    "name, library, requirements",
+    "name, output, library, requirements",
     [
-        ("preprocess", "numpy", "requirements.txt"),  # missed where the command is imported
-        ("plot", "matplotlib", "requirements.txt"),  # missed where it works
-        ("bone2miss", "peft", "requirements-hf.txt"),
+        ("preprocess", "--output", "numpy", "requirements.txt"),  # missed where the command is imported
+        ("plot", "", "matplotlib", "requirements.txt"),  # missed where it works
+        ("bone2miss", "", "peft", "requirements-hf.txt"),
     ],
 )
-def test_a_command_without_its_libraries_says_so_in_one_line(name, library, requirements, tmp_path):
+def test_a_command_without_its_libraries_says_so_in_one_line(name, output, library, requirements, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
     code = f"import sys; sys.modules[{library!r}] = None; from rwkv_peft.commands import run; run()"
-    done = ask(["-c", code], name, str(tmp_path / "metrics.jsonl"), str(tmp_path / "loss.png"))
+    files = [str(tmp_path / "metrics.jsonl"), *filter(None, [output]), str(tmp_path / "loss.png")]
+    done = ask(["-c", code], name, *files)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert library in done.stderr and done.stderr.endswith(f"-r {requirements}\n")
