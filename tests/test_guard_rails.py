@@ -50,6 +50,22 @@ def test_each_command_helps(command, capsys):
     assert capsys.readouterr().out.startswith("usage: ")
 
 
+def test_help_needs_no_package_and_shows_what_is_required():
+    names = [command.name for command in COMMANDS if command.flags]
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'RWKV-PEFT')!r})\n"
+        "from contextlib import suppress\n"
+        "from rwkv_peft.commands import main\n"
+        f"for name in {names}:\n"
+        "    with suppress(SystemExit):\n"
+        "        main([name, '--help'])\n"
+    )
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)  # no site-packages
+    assert done.stderr == "" and done.stdout.count("usage: ") >= len(names)
+    assert {"preprocess", "bone2miss"} <= set(names)
+    assert "[--output PREFIX]" not in done.stdout and "--output PREFIX" in done.stdout
+
+
 class Asked(Exception):
     """A command asks its parser."""
 

@@ -30,6 +30,7 @@ REFUSED = {
     "RWKV-PEFT demo-finetune, later": ("invalid choice: 'xpu'", "what others call single"),
     "RWKV-PEFT run_lora_fp8": ("what others call fp8 is --quant int8",),
     "RWKV-PEFT run_pissa_fp8": ("what others call fp8 is --quant int8",),
+    "RWKV-PEFT run_sft, 2024": ("hf download meta-math/MetaMathQA --repo-type dataset --local-dir MetaMathQA",),
     "RWKV-PEFT mask_se": ("other keys than mask0 and mask1",),
 }
 
@@ -41,6 +42,7 @@ def stand_ins(tmp_path_factory):
     with BinidxWriter(folder / "data", vocab_size=80) as writer:
         for start in range(30):
             writer.add([1 + (start + 7 * i) % 79 for i in range(40)] + [0])
+    (folder / "rows.jsonl").write_text('{"query": "a", "response": "b"}\n')
     for version in ("x060", "x070"):
         size = ["--n_layer", "2", "--n_embd", "128", "--vocab_size", "80"]
         stage = ["--train_stage", "1", "--my_testing", version, "--data_file", str(folder / "data")]
@@ -60,7 +62,7 @@ def command(folder, flags, **others):
     """A script's flags as a command line, with stand-ins for its base, its data and its GPUs."""
     settings = flags | {"proj_dir": folder / "run", "accelerator": flags["accelerator"].replace("gpu", "cpu")} | others
     if settings["data_file"] == "data":
-        settings["data_file"] = folder / "data"
+        settings["data_file"] = folder / ("data" if flags["data_type"] == "binidx" else "rows.jsonl")
     if settings.get("load_model"):
         version = settings.get("my_testing", "x060")
         settings |= {"load_model": folder / version / "rwkv-init.pth"}
@@ -130,7 +132,7 @@ def test_a_stage_trains_what_the_one_before_made(stand_ins, tmp_path):
     out, _ = finish(start(argv))
     assert f"--train_stage 3: all of the model trains, from {tmp_path}/rwkv-init.pth" in out
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3]  # of 32 tokens
+    assert steps == [0, 1, 2]  # of 32 tokens
     _, err = finish(start(argv), code=2)
     assert "already holds a run; add --resume to continue it" in err
 

@@ -21,6 +21,7 @@ from ..config import AdapterConfig, RunConfig, TrainConfig
 from ..data.batches import TrainBatches
 from ..data.recorded import find_tokenizer
 from ..data.samples import Samples
+from ..data.sft import refuse_hub_name
 from ..data.show import marks_for, show_samples
 from ..data.sources import check_config
 from ..data.tokenizer import KNOWN_SIZES
@@ -90,6 +91,7 @@ def check(request: Request, say: Callable[..., object] = print) -> int:
     config = request.config
     accelerator = resolve_accelerator(config.train)
     check_config(config.data)
+    refuse_hub_name(config.data)
     folder = Path(config.train.proj_dir)
     if not config.train.resume:  # what a checkpoint must agree with is known with the data
         find_state(folder, config.train, {"adapter": asdict(config.adapter)})
