@@ -7,7 +7,7 @@ root="$(cd "$(dirname "$0")/.." && pwd)"
 python="${VIRTUAL_ENV:-${CONDA_PREFIX:-$root/.venv}}/bin/python"
 [ -x "$python" ] || python=python3
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-    echo "no environment: no Python 3.10 to 3.14 is here ($python); sh $root/scripts/setup.sh makes one, or says what is due"
+    echo "no environment: $python is no Python 3.10 to 3.14; make one (sh $root/scripts/setup.sh)"
     exit 1
 fi
 PYTHONPATH="$root/RWKV-PEFT${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m rwkv_peft doctor "$@"

@@ -113,17 +113,21 @@ install_torch() {  # the CPU build, where that is to be had and serves; all else
     ! "$python" -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null || return 0
     case "${TORCH:-auto}" in
     pip) return 0 ;;
-    cpu) ;;
+    cpu) cpu_torch ;;
     auto)
         if [ "$(uname -s)" != Linux ] || has_gpu || own_index; then return 0; fi
-        if ! reachable "$cpu_index/torch/"; then
-            say "setup: no GPU here, and $cpu_index cannot be reached: pip's usual torch, with CUDA, is installed"
-            return 0
+        if reachable "$cpu_index/torch/"; then
+            say "setup: no GPU here, so the CPU build of torch is installed (TORCH=pip takes the one with CUDA)"
+            (cpu_torch --retries 1) && return 0
         fi
-        say "setup: no GPU here, so the CPU build of torch is installed (TORCH=pip takes the one with CUDA)" ;;
+        say "setup: no GPU here, and $cpu_index cannot be reached: pip's usual torch, with CUDA, is installed"
+        ;;
     *) fail "TORCH=$TORCH: one of cpu, pip, auto" ;;
     esac
-    pip_install --index-url "$cpu_index" "$(sed -n 's/^\(torch[<>=][^ #]*\).*/\1/p' "$root/requirements.txt")"
+}
+
+cpu_torch() {  # ARGUMENT…
+    pip_install "$@" --index-url "$cpu_index" "$(sed -n 's/^\(torch[<>=][^ #]*\).*/\1/p' "$root/requirements.txt")"
 }
 
 pip_install() {  # ARGUMENT…: shows what pip downloads, as it does, and if it fails all that it said

@@ -253,7 +253,7 @@ def test_every_setting_is_read_by_the_code_that_it_steers():
 
 
 def test_every_flag_of_train_is_read():
-    own = ("flags.py", "adapter_flags.py", "legacy.py")
+    own = ("flags.py", "adapter_flags.py", "upstream.py", "legacy.py")
     read = {name for file in own for name in names_read(PACKAGE / "training" / file)}
     read |= {flag_of(field) for cls in (AdapterConfig, DataConfig, TrainConfig) for field in fields(cls)}
     read |= set(dict(DIMENSIONS))

@@ -1,6 +1,7 @@
 """Adapter files: they carry what they are, and what is wrong with one is refused in words."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +48,10 @@ def test_what_a_file_tells_people_is_an_entry_that_it_may_lack(tmp_path):
     metadata = AdapterMetadata("bone", rank=2, origin=origin)
     save_adapter(path := tmp_path / "a.safetensors", {f"{LAYER}.bone": torch.ones(2, 2)}, metadata)
     assert read_adapter(path).metadata == metadata
+    odd = replace(metadata, origin=Origin("a\nb\udcff", data="x" * 2000))
+    save_adapter(path, {f"{LAYER}.bone": torch.ones(2, 2)}, odd)
+    assert read_adapter(path).metadata.origin == Origin("a?b?", data="x" * 1000)
+    save_adapter(path, {f"{LAYER}.bone": torch.ones(2, 2)}, metadata)
     tensors, header = read_safetensors(path)
     assert "origin" not in json.loads(header["rwkv_peft"])  # which earlier versions would refuse
     assert json.loads(header.pop(ENTRY))["base"] == "base.pth"

@@ -109,6 +109,16 @@ def test_without_a_gpu_the_cpu_build_of_torch_is_taken_where_it_can_be(machine, 
         assert commands[0].endswith("--index-url https://download.pytorch.org/whl/cpu torch>=2.6,<3")
 
 
+@pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="a GPU is here")
+def test_a_cpu_build_that_does_not_come_gives_way_to_the_usual_torch(machine):
+    (machine / "repo/requirements.txt").write_text("torch>=2.6,<3\n")
+    broken = 'case "$*" in *--index-url*) exit 1 ;; esac'
+    add_python(machine / "bin", "python3", no_torch=1, unreachable=0, pause=broken)
+    done = setup(machine)
+    assert done.returncode == 0 and "pip's usual torch, with CUDA, is installed" in done.stdout
+    assert [command.endswith(" -e .") for command in installs(machine / "repo/.venv")] == [True]
+
+
 def test_a_gpu_gets_the_usual_torch(machine):
     (machine / "bin/nvidia-smi").symlink_to(shutil.which("true"))
     add_python(machine / "bin", "python3", no_torch=1, unreachable=0)

@@ -188,6 +188,11 @@ def test_all_that_is_wrong_is_told_at_once(files, monkeypatch, capsys):
         assert sum(words in line for line in told[1:]) == 1, words
 
 
+def test_what_ends_the_reading_is_told_with_the_rest(files):
+    with pytest.raises(UserError, match="(?s)2 things .*no --lr here.*--ctx_len: expected one argument"):
+        parse_run(["--data_file", "data", "--lr", "1", "--ctx_len"])
+
+
 def test_what_was_refused_contradicts_nothing(files):
     with pytest.raises(UserError) as refusal:
         parse_run(flags(files, "--data_type", "text", "--sft_field", "query"))

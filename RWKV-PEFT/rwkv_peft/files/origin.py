@@ -23,7 +23,12 @@ class Origin:
     versions: str = ""
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps({name: shown(text) for name, text in asdict(self).items()}, sort_keys=True)
+
+
+def shown(text: str) -> str:
+    """A text as it may be printed: names of files and fields may hold any character."""
+    return "".join(character if character.isprintable() else "?" for character in text)[:MOST]
 
 
 def read_origin(path: str | Path, header: dict[str, str]) -> Origin:

@@ -83,7 +83,7 @@ def adopt(args: argparse.Namespace) -> list[str]:
         args.epoch_steps, args.epoch_count = steps, 1
         args.lr_schedule = args.lr_schedule or "rwkv-lm"
         often = f", a save every {args.save_every:,}" if args.save_every else ""
-        notes.append(f"--my_exit_tokens, --magic_prime: {counted(steps, 'step')}{often}")
+        notes.append(f"--{'my_exit_tokens' if args.my_exit_tokens else 'magic_prime'}: {counted(steps, 'step')}{often}")
     return notes
 
 
