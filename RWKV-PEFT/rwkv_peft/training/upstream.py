@@ -77,9 +77,8 @@ def adopt(args: argparse.Namespace) -> list[str]:
     if args.peft == STATE:
         args.peft, args.train_type = NONE, STATE
     if steps := total_steps(args):
-        if args.train_stage:
-            args.epoch_steps = max(1, EPOCH // step_samples(args))
-        args.save_every = args.save_every or args.epoch_save * args.epoch_steps
+        epoch = max(1, EPOCH // step_samples(args)) if args.train_stage else args.epoch_steps
+        args.save_every = args.save_every or (args.epoch_save or 0) * epoch
         args.epoch_steps, args.epoch_count = steps, 1
         args.lr_schedule = args.lr_schedule or "rwkv-lm"
         often = f", a save every {args.save_every:,}" if args.save_every else ""
