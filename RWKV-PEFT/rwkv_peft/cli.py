@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise, takewhile
 from typing import Any, NoReturn
 
+from .errors import short
 from .names import AUTO
 from .refusals import Refusals, in_one
 
@@ -46,16 +47,18 @@ def unknown_flag(flag: str, known: Iterable[str], synonyms: Mapping[str, str], o
 class Parser(argparse.ArgumentParser):
     """Tells all flags that are mistaken at once. Flags are never abbreviated; an unknown one is refused with the one of
     its meaning, {flag: what is given here} of synonyms, or else with the nearest that exists; so is an unknown value,
-    with the words that {(flag, value): words} of values has for it."""
+    with the words that {(flag, value): words} of values has for it. A second value of a flag that takes one is refused
+    with the remedy of that flag in `several`."""
 
     def __init__(
         self,
         synonyms: Mapping[str, str] | None = None,
         values: Mapping[tuple[str, str], str] | None = None,
+        several: Mapping[str, str] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(allow_abbrev=False, **options)
-        self.synonyms, self.values = synonyms or {}, values or {}
+        self.synonyms, self.values, self.several = synonyms or {}, values or {}, several or {}
         self.mistakes: list[str] = []
 
     def error(self, message: str) -> NoReturn:
@@ -99,7 +102,17 @@ class Parser(argparse.ArgumentParser):
                     f"{flag} takes no value, and {value} stands behind it; leave {value} out, or both for what is not "
                     "wanted"
                 )
-        return self.unknown(word.split("=")[0])
+        return self.too_many(args, word) or self.unknown(word.split("=")[0])
+
+    def too_many(self, args: list[str], word: str) -> str:
+        """The refusal of a word that stands behind the one value of a flag, "" where it does not."""
+        for position, flag in enumerate(args):
+            action = self._option_string_actions.get(flag)
+            values = list(takewhile(lambda value: not FLAG.match(value), args[position + 1 :]))
+            if action is not None and action.nargs is None and word in values[1:]:
+                remedy = self.several.get(flag, "leave all but one out")
+                return f"{flag} takes one value, and {' '.join(map(short, values))} stand behind it; {remedy}"
+        return ""
 
     def unknown(self, flag: str) -> str:
         """The refusal of a flag or word that is not known."""

@@ -2,10 +2,10 @@
 
     rwkv-peft preprocess INPUT... --output PREFIX [--tokenizer world|bytes|FILE] [--workers N]
 
-INPUT is .jsonl (a row a line; templates.py lists the forms that are recognised), .json, .txt (one
-document a file), .parquet, or a folder that datasets.save_to_disk wrote. Writes PREFIX.bin and
-PREFIX.idx, PREFIX.mask where parts of the rows do not count in the loss, and PREFIX.json, which names the
-tokenizer.
+INPUT is .jsonl (a row a line; templates.py lists the forms that are recognised), .json, .csv (the first line names the
+fields), .txt (one document a file), .parquet, a folder of .jsonl, .csv or .parquet files, or one that
+datasets.save_to_disk wrote. Writes PREFIX.bin and PREFIX.idx, PREFIX.mask where parts of the rows do not count in the
+loss, and PREFIX.json, which names the tokenizer.
 """
 
 import sys
@@ -24,7 +24,7 @@ from .encoding import Encoded, EncodeSettings, encoder
 from .order import Permutation
 from .prefix import binidx_prefix
 from .preprocess_flags import parse_flags
-from .recorded import check_record, record_of
+from .recorded import check_record, record_of, require_own
 from .report import describe, left_out
 from .rows import read_chunks
 from .show import marks_for, show_documents
@@ -33,6 +33,7 @@ from .thinking import FIELDS
 from .workers import encode_all
 
 INLINE_BYTES = 4 << 20
+SKIP = "--skip_bad_rows leaves such rows out, and counts them"
 
 
 def main(argv: list[str]) -> int:
@@ -49,7 +50,9 @@ def main(argv: list[str]) -> int:
     check_record(output, options.input)
     for end in (".bin", ".idx", ".mask"):
         check_output("--output", output + end, [("an input", path) for path in options.input])
-    record = record_of(encoder(settings).tokenizer)
+    record = record_of(encoder(settings).tokenizer, options.input)
+    if not options.overwrite:
+        require_own(output, record)
 
     def encode(prefix: str | Path, record: str | None = None) -> Encoded:
         return write(options.input, prefix, settings, options.workers, options.split, sys.stderr, record)
@@ -100,12 +103,14 @@ def write(
         disable=progress is None,
     )
     with bar, BinidxWriter(output, tokenizer.vocab_size, mask=True, record=record) as writer:
-        for part in encode_all(chunks, settings, workers):
+        for part in encode_all(chunks, settings, workers, lambda: bool(totals.bad) and not settings.skip_bad_rows):
             writer.add_documents(part.tokens, part.sizes, part.mask, part.continues)
             totals.add_counts(part)
             bar.set_postfix_str(counted(len(writer.sizes), "document"), refresh=False)
             bar.update(min(part.characters, size - bar.n) if size else part.characters)
         bar.update(size - bar.n if size else 0)
+        if totals.bad and not settings.skip_bad_rows:
+            raise UserError("\n".join([*totals.bad.lines(), f"({SKIP})"]))
         if not writer.sizes:
             why = "; ".join(left_out(totals)) or "there is no row" + (f" within {split}" if split else "")
             raise UserError(f"{', '.join(map(str, inputs))}: no document to write: {why}")

@@ -28,6 +28,11 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("input", nargs="+", help=KINDS)
     parser.add_argument("--output", required=True, metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx")
     parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a data set of that name (default: only one that was made of the same inputs)",
+    )
+    parser.add_argument(
         "--tokenizer", default="world", metavar="NAME|FILE", help="world, bytes, or a vocabulary file (default: world)"
     )
     parser.add_argument(
@@ -60,14 +65,15 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         "--split", default="", metavar="TRAIN[A:B]", help="rows to read, such as train[:1000] or [10%%:]"
     )
     parser.add_argument(
-        "--skip_bad_rows", action="store_true", help="leave out rows that cannot be read, and count them"
+        "--skip_bad_rows", action="store_true", help="leave out rows that cannot be read, and count them by kind"
     )
     parser.add_argument(
         "--show",
         type=count,
         default=0,
         metavar="N",
-        help="print the first N documents too: what counts in the loss marked, <end> for the end token",
+        help="print the first N documents too, long texts without their middle: what counts in the loss marked, <end> "
+        "for the end token",
     )
     parser.add_argument("--shuffle", type=whole, metavar="SEED", help="write the documents in the order of this seed")
     parser.add_argument(
