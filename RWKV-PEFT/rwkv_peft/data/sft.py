@@ -95,7 +95,8 @@ def refuse_hub_name(config: DataConfig) -> None:
     if config.of_rows and HUB_NAME.fullmatch(config.path) and not path.parent.exists():
         raise UserError(
             f"--data_file {path}: no such file, and nothing is downloaded; if it is a data set on Hugging Face, `hf "
-            f"download {path} --repo-type dataset --local-dir {path.name}` fetches it; give that folder then, or the file of its rows in it"
+            f"download {path} --repo-type dataset --local-dir {path.name}` fetches it; give that folder, "
+            "or the file of its rows"
         )
 
 
