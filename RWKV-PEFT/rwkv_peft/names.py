@@ -69,3 +69,8 @@ def forms(peft: str) -> tuple[str, ...]:
 def words_with(json_flag: str) -> tuple[str, ...]:
     """The words of --peft whose methods take their settings from a JSON flag."""
     return tuple(word for word, methods in WORDS.items() if methods.json_flag == json_flag)
+
+
+def called(value: str, ours: str) -> str:
+    """What is said of a value that other tools call otherwise."""
+    return f"what others call {value} is {ours} here"

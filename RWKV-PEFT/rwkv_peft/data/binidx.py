@@ -26,6 +26,7 @@ from ..errors import UserError
 from ..files.atomic import temporary_beside
 from ..files.lock import Busy, hold
 from ..files.readable import choice_in, require_readable
+from .prefix import binidx_prefix
 from .rows import ENDINGS
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -39,12 +40,6 @@ TOKEN_TYPES = MappingProxyType({1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 
 def dtype_code(vocab_size: int) -> int:
     """The token code for a vocabulary: uint16 (8) where it fits, else int32 (4)."""
     return 8 if vocab_size <= 65536 else 4
-
-
-def binidx_prefix(path: str | Path) -> str:
-    """PREFIX, PREFIX.bin or PREFIX.idx -> PREFIX."""
-    text = str(path)
-    return text[:-4] if text.endswith((".bin", ".idx")) else text
 
 
 def map_file(path: str | Path, dtype: DTypeLike) -> np.ndarray:

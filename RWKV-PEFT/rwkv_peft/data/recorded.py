@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ..errors import UserError, told
 from ..files.readable import require_readable
 from ..names import RUN
-from .binidx import binidx_prefix
+from .prefix import binidx_prefix
 from .tokenizer import KNOWN_SIZES, Tokenizer, load_tokenizer
 
 ENTRY = "vocabulary"  # of the JSON object

@@ -90,8 +90,10 @@ def adapter_contents(source: AdapterSource) -> Contents:
     lines += [
         *numbers(adapter.tensors),
         ("trained on", f"{metadata.precision or 'a dtype that is not told'}, --quant {metadata.quant}"),
-        ("base", metadata.base_fingerprint or "not told"),
+        ("base", metadata.base_words),
     ]
+    origin = asdict(metadata.origin)
+    lines += [(name, origin[name]) for name in ("tokenizer", "data", "rate", "versions") if origin[name]]
     return Contents(lines, adapter)
 
 

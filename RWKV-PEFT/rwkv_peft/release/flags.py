@@ -1,5 +1,5 @@
-"""The flags of merge, check, verify, inspect and convert: argv -> the parsed flags, or UserError, before torch is
-imported."""
+"""The flags of merge, check, verify, inspect, convert and bone2miss: argv -> the parsed flags, or UserError, before
+torch is imported."""
 
 import argparse
 import math
@@ -9,7 +9,7 @@ from ..cli import Parser, positive
 from ..config import QUANTIZATIONS
 from ..errors import UserError
 from ..files.source_flags import add_source_flags
-from ..names import GGUF_TYPES, QUANTS
+from ..names import GGUF_TYPES, QUANTS, called
 
 DTYPES = ("keep", "bf16", "fp16", "fp32")
 # flags of RWKV-PEFT's earlier mergers, and of train.py -> what is given here
@@ -30,7 +30,7 @@ def merge_flags(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="merge_bone.py",
         synonyms=MERGE_SYNONYMS,
-        values={(flag, value): ours for flag, ours, values in QUANTS for value in values},
+        values={(flag, value): called(value, ours) for flag, ours, values in QUANTS for value in values},
         description="Merge adapters into an RWKV base model: a .pth with exactly the base's keys, order, shapes and "
         "dtypes, which any RWKV runtime loads.",
     )
@@ -213,3 +213,10 @@ def convert_flags(argv: list[str]) -> argparse.Namespace:
     if args.lora_rank and not args.to:
         raise UserError(f"--lora_rank {args.lora_rank} is the rank of --to lora, which is not given; add it")
     return args
+
+
+def bone2miss_flags(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="rwkv-peft bone2miss", description="Turn a BONE adapter folder into a MISS one, or back.")
+    parser.add_argument("source", help="a folder that save_pretrained wrote")
+    parser.add_argument("target", help="the folder to write")
+    return parser.parse_args(argv)

@@ -21,6 +21,7 @@ from ..config import AdapterConfig, RunConfig, TrainConfig
 from ..data.batches import TrainBatches
 from ..data.recorded import find_tokenizer
 from ..data.samples import Samples
+from ..data.sft import refuse_hub_name
 from ..data.show import marks_for, show_samples
 from ..data.sources import check_config
 from ..data.tokenizer import KNOWN_SIZES
@@ -50,6 +51,7 @@ from .keeping import clear_hidden, discard_old
 from .lost_pages import sizes_of_mapped
 from .machine import own_device, resolve_accelerator
 from .meeting import Ranks
+from .new_model import write_new_model
 from .plan import Plan
 from .prepared import Prepared
 from .rates import with_first_rates
@@ -70,6 +72,8 @@ def main(argv: list[str]) -> int:
             return check(request, say)
         if request.config.train.show_samples:
             return show(request, say)
+        if request.new_file:
+            return write_new_model(request.config, say) if request.world.rank == 0 else 0
         code, words = run(request, say)
         past_ctrl_c()
         if words:
@@ -90,10 +94,13 @@ def check(request: Request, say: Callable[..., object] = print) -> int:
     config = request.config
     accelerator = resolve_accelerator(config.train)
     check_config(config.data)
+    refuse_hub_name(config.data)
     folder = Path(config.train.proj_dir)
     if not config.train.resume:  # what a checkpoint must agree with is known with the data
         find_state(folder, config.train, {"adapter": asdict(config.adapter)})
     check_output("--proj_dir", folder / "checkpoints" / "state.json", [])
+    for note in request.notes:
+        say(f"note: {note}")
     say(f"these flags can work: {describe_adapter(config.adapter)}, {config.train.devices} {accelerator}")
     return 0
 
@@ -187,6 +194,8 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
             load_tensors(model, open_base(checkpoint / MODEL).tensors, checkpoint / MODEL)
         checkpoint = None  # its optimizer state belongs to other ranks
     if world.rank == 0:  # the others would each open GPU 0 to see whether the kernels work
+        for note in request.notes:
+            say(f"note      {note}")
         describe(config, family, accelerator, samples, batches.notes, plan, report, state, say)
         make_way(folder, config, report.trainable, state is None, say)
     saver = Saver(folder, config, plan, identity, base)
