@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise, takewhile
 from typing import Any, NoReturn
 
-from .errors import UserError
+from .errors import UserError, short
 from .names import AUTO
 
+MOST = 1 << 48  # that anything counts up to: sums and products of such numbers fit in what counts them
 FLAG = re.compile(r"--?[^-\s.\d]\S*$")  # and no number
 
 
@@ -63,9 +64,11 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         args = list(sys.argv[1:] if args is None else args)
         for argument in takewhile(lambda argument: argument != "--", args):
-            flag = argument.split("=")[0]
+            flag, _, value = argument.partition("=")
             if FLAG.match(flag) and flag not in self._option_string_actions:
                 self.refuse(flag)
+            if FLAG.match(flag) and value == "--":  # which argparse would take out, and leave a list
+                raise UserError(f"{argument}: -- is no value; a name that is just that is given as ./--")
         namespace, unknown = self.parse_known_args(args, namespace)
         for flag, value in pairwise(args if unknown else ()):
             action = self._option_string_actions.get(flag)
@@ -111,11 +114,11 @@ def whole(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        raise argparse.ArgumentTypeError(f"{short(text)!r} is not a whole number") from None
 
 
 def positive(text: str) -> int:
-    value = whole(text)
+    value = count(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is below 1")
     return value
@@ -154,6 +157,8 @@ def count(text: str) -> int:
     value = whole(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
+    if value > MOST:
+        raise argparse.ArgumentTypeError(f"{short(text)} is above {MOST:,}")
     return value
 
 

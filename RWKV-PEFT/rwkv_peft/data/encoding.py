@@ -8,7 +8,7 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ..errors import UserError
+from ..errors import UserError, visible
 from .binidx import dtype_code
 from .pairs import pair
 from .rows import Chunk
@@ -177,7 +177,7 @@ class Encoder:
                 if not self.settings.skip_bad_rows:
                     raise UserError(f"{message}\n({self.remedies.bad_row})") from error
                 result.bad += 1
-                result.examples = (result.examples + [message])[:3]
+                result.examples = (result.examples + [visible(message)])[:3]
                 continue
             added = self._add(pieces, chunk, result, tokens, mask)
             result.wordless += added and not whole and not all(map(has_words, documents))
