@@ -1,7 +1,9 @@
 """What a file claims of its own sizes is not believed: a few bytes that stand for gigabytes end in a message, and take
 no more memory than an honest file."""
 
+import gzip
 import pickle
+import struct
 import sys
 import zipfile
 from pathlib import Path
@@ -111,3 +113,125 @@ def test_an_embedding_that_is_the_head_as_well_is_read(tmp_path, tiny_state):
     state = tiny_state()
     torch.save(state | {"head.weight": state["emb.weight"]}, tmp_path / "m.pth")
     assert commands.main(["inspect", str(tmp_path / "m.pth")]) == 0
+
+
+def preprocess(path, *flags):
+    return ["preprocess", path, "--output", path.with_name("out"), "--tokenizer", "bytes", "--workers", "1", *flags]
+
+
+def test_a_packed_line_is_not_unpacked_beyond_what_a_row_may_have(tmp_path):
+    path, block = tmp_path / "rows.jsonl.gz", b"a" * (1 << 24)
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(b'{"text": "one"}\n{"text": "')
+        for _ in range(5):
+            file.write(block)
+    for words in (preprocess(path), preprocess(path, "--skip_bad_rows")):
+        assert "line 2 has more than 67,108,864 bytes" in refused(*words)
+
+
+@pytest.mark.parametrize("command", ["generate", "eval"])
+def test_packed_rows_that_are_all_kept_are_bounded(tmp_path, monkeypatch, command):
+    monkeypatch.setattr("rwkv_peft.data.rows.HELD_BYTES", 1 << 20)
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"prompt": "a", "question": "b", "answer": "#### 1"}\n' * 30_000))
+    words = ["--prompt_file", path] if command == "generate" else ["gsm8k", "--data", path]
+    assert "has more than 1,048,576 bytes of rows" in refused(command, "--model", "absent.pth", *words)
+
+
+def parquet_of(path, array, **settings):
+    """A parquet file of one column, text, without the room that statistics take."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    settings = {"compression": "zstd", "store_schema": False, "write_statistics": False} | settings
+    parquet.write_table(pyarrow.table({"text": array}), path, dictionary_pagesize_limit=1 << 30, **settings)
+    return path
+
+
+def repeated(pyarrow, text, count):
+    """A text that is stored once and stands in so many places."""
+    return pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * count, pyarrow.int32()), pyarrow.array([text]))
+
+
+def test_a_text_that_stands_in_many_rows_is_read_a_row_at_a_time(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    path = parquet_of(tmp_path / "rows.parquet", repeated(pyarrow, "a" * (4 << 20), 1000))
+    assert path.stat().st_size < 1000
+    assert commands.main([str(word) for word in preprocess(path, "--split", "[:2]")]) == 0
+    assert (tmp_path / "out.bin").stat().st_size == 2 * 2 * ((4 << 20) + 1)
+
+
+def test_a_text_beyond_what_a_row_may_have_is_refused(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    path = parquet_of(tmp_path / "rows.parquet", repeated(pyarrow, "a" * (100 << 20), 1000))
+    assert path.stat().st_size < 10_000 and "a row takes 104,857," in refused(*preprocess(path))
+
+
+def test_a_page_beyond_what_is_unpacked_at_once_is_refused(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    monkeypatch.setattr("rwkv_peft.data.parquet_pages.MOST_BYTES", 1 << 20)
+    path = parquet_of(tmp_path / "rows.parquet", repeated(pyarrow, "a" * (1 << 20), 10))
+    assert "a page of its column text takes 1,048,580 bytes, and at most 1,048,576" in refused(*preprocess(path))
+
+
+def test_a_row_that_is_a_list_of_one_text_many_times_is_refused(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    texts = pyarrow.ListArray.from_arrays([0, 4000], repeated(pyarrow, "a" * (1 << 20), 4000))
+    assert "a row takes 4,194,3" in refused(*preprocess(parquet_of(tmp_path / "rows.parquet", texts)))
+
+
+def test_a_row_that_is_a_list_of_countless_nothings_is_refused(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    monkeypatch.setattr("rwkv_peft.data.parquet_pages.MOST_VALUES", count := 1 << 16)
+    nothings = pyarrow.ListArray.from_arrays([0, count + 1], pyarrow.nulls(count + 1, pyarrow.int8()))
+    path = parquet_of(tmp_path / "rows.parquet", nothings)
+    assert "hold 65,537 values in one group of rows, and at most 65,536" in refused(*preprocess(path))
+
+
+def gguf(path, *settings, tensors=0, count=None):
+    """A GGUF of settings, bytes behind their names, and of as many tensors as it announces."""
+    head = struct.pack("<4sIQQ", b"GGUF", 3, tensors, len(settings) if count is None else count)
+    path.write_bytes(head + b"".join(settings))
+    return path
+
+
+def named(name, kind, value):
+    return struct.pack("<Q", len(name)) + name + struct.pack("<I", kind) + value
+
+
+def listed(kind, count):
+    return struct.pack("<IQ", kind, count)
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        (named(b"a", 9, listed(0, 1 << 40)), "it ends within"),
+        (named(b"a", 9, listed(4, (1 << 64) - 1)), "it ends within"),
+        (named(b"a", 9, listed(8, 1 << 40)), "it ends within"),
+        (named(b"a", 9, listed(9, 1) * 50_000), "a list of lists"),
+        (named(b"a", 77, b""), "the unknown type 77"),
+        (named(b"a", 8, struct.pack("<Q", 2) + b"\xff\xfe"), "codec can't decode"),
+        (named(b"\xff\xfe", 4, b"\0\0\0\0"), "codec can't decode"),
+        (named(b"a", 8, struct.pack("<Q", 1 << 62)), "it ends within"),
+    ],
+    ids=["numbers", "many", "texts", "lists", "kind", "value", "name", "length"],
+)
+def test_a_gguf_is_not_believed_beyond_its_end(tmp_path, setting, message):
+    assert message in refused("inspect", gguf(tmp_path / "m.gguf", setting))
+    assert "no readable GGUF" in refused("inspect", gguf(tmp_path / "m.gguf", setting, tensors=1 << 60))
+
+
+def test_a_gguf_may_announce_any_number_of_tensors_and_settings(tmp_path):
+    for claims in ({"tensors": 1 << 62}, {"count": 1 << 62}):
+        assert "no readable GGUF" in refused("inspect", gguf(tmp_path / "m.gguf", **claims))
+
+
+def test_a_gguf_with_a_long_list_is_read_and_counted(tmp_path, capsys):
+    texts = b"".join(struct.pack("<Q", 1) + b"x" for _ in range(100))
+    name = named(b"general.architecture", 8, struct.pack("<Q", 5) + b"rwkv6")
+    numbers = named(b"rwkv6.widths", 9, listed(4, 100) + struct.pack("<100I", *range(100)))
+    path = gguf(tmp_path / "m.gguf", name, numbers, named(b"tokenizer.ggml.tokens", 9, listed(8, 100) + texts))
+    assert commands.main(["inspect", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "100 tokens" in out and "widths [0, 1, 2," in out

@@ -93,8 +93,8 @@ class Judge(pickle.Unpickler):
         whole = f"{module}.{name}"
         if whole in self.allowed:
             return Nothing
-        if module in ("torch", "torch.storage") and (name.endswith("Storage") or is_dtype(name)):
-            return whole  # which nothing can call: to call a storage would make one
+        if module in ("torch", "torch.storage") and (name == "Tensor" or name.endswith("Storage") or is_dtype(name)):
+            return whole  # which nothing can call: a tensor or storage that is called makes room
         if whole == QUANTIZED:
             raise UserError(
                 f"{self.path} holds quantized tensors; weights are bfloat16, float16 or float32. Save them so"
