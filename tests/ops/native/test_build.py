@@ -94,6 +94,20 @@ def test_source_header_and_flags_decide_the_file(tmp_path, compiler):
     assert [answer(path) for path in paths] == [42, 42, 42, 42, 43]
 
 
+def test_another_checkouts_build_serves(tmp_path, compiler):
+    """The sources' content decides, and not where they lie: a second clone compiles nothing."""
+    made = []
+    for clone in ("one", "two"):
+        folder = tmp_path / clone
+        folder.mkdir()
+        header = folder / "answer.h"
+        header.write_text("#define ANSWER 42")
+        text = '#include "answer.h"\nextern "C" int answer() { return ANSWER; }'
+        units, link = recipe(folder, compiler, text, (f"-I{folder}",))
+        made.append(build_library("answer", units, link, headers=(header,), cache=tmp_path / "cache"))
+    assert made[0] == made[1] and answer(made[0]) == 42
+
+
 def test_processes_that_build_at_once_compile_once(tmp_path, compiler):
     """Several processes (without torch, which starts slowly) begin together; the compiler notes its runs."""
     log, slow = tmp_path / "log", tmp_path / "compiler"

@@ -69,10 +69,12 @@ def kept_library(
 
 
 def _recipe(units: Sequence[Unit], link_command: Sequence[str], headers: Sequence[str | Path]) -> str:
-    """A hash of what is compiled and how, whatever the compilers."""
+    """A hash of what is compiled and how, whatever the compilers and wherever the sources lie: the headers' content
+    counts, and not the folder (-I) that holds them, so that another checkout's build serves."""
     digest = hashlib.sha256()
     for unit in units:
-        digest.update("\0".join((unit.source.name, *unit.command[1:], "\n")).encode())
+        flags = [flag for flag in unit.command[1:] if not flag.startswith("-I")]
+        digest.update("\0".join((unit.source.name, *flags, "\n")).encode())
     digest.update("\0".join(link_command[1:]).encode())
     for path in (*(unit.source for unit in units), *headers):
         digest.update(Path(path).read_bytes())

@@ -1,0 +1,82 @@
+"""The released package: an sdist and a wheel that hold everything, and the main job run from the wheel alone."""
+
+import os
+import shutil
+import site
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
+KERNELS = sorted(path.relative_to(ROOT) for kind in ("cpu", "cuda") for path in (ROOT / kind).rglob("*.*"))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folder with the sdist, and the wheel that was built of it: of a copy, so that the repository stays clean."""
+    copy, output = tmp_path_factory.mktemp("repository"), tmp_path_factory.mktemp("dist")
+    for path in (*BUILT_FROM, *(path.name for path in ROOT.glob("requirements*.txt"))):
+        shutil.copy(ROOT / path, copy)
+    for folder in ("RWKV-PEFT", "cpu", "cuda"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=ignored)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", output, cwd=copy)
+    return output
+
+
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory):
+    """The bin folder of an environment that has the wheel, and its requirements from the environment of the tests."""
+    environment = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", "--without-pip", environment)
+    python = environment / "bin" / "python"
+    packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    wheel = next(built.glob("*.whl"))
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--quiet", wheel)
+    (packages / "requirements.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    return python.parent
+
+
+def run(*command, cwd=None):
+    """A command's output; it must end well, and sees no folder but the one that it is run in."""
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([str(word) for word in command], cwd=cwd, env=alone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_wheel_holds_every_kernel_and_the_word_that_it_is_typed(built):
+    held = set(zipfile.ZipFile(next(built.glob("*.whl"))).namelist())
+    assert len(KERNELS) > 40
+    assert [path for path in KERNELS if f"rwkv_peft/{path}" not in held] == []
+    assert "rwkv_peft/py.typed" in held
+
+
+def test_the_sdist_holds_what_builds_it_and_no_tests(built):
+    with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
+        held = {name.partition("/")[2] for name in sdist.getnames()}
+    assert {*BUILT_FROM, "requirements.txt"} <= held
+    assert not [name for name in held if name.startswith("tests")]
+
+
+def test_the_main_job_runs_from_the_wheel(installed, tmp_path):
+    """Data, train, merge and check of the demo's model, in a folder with nothing but a base and a file of rows."""
+    shutil.copy(ROOT / "demo" / "rwkv6-demo.pth", tmp_path / "base.pth")
+    run(sys.executable, ROOT / "demo" / "task.py", "finetune", "--documents", 40, "--output", tmp_path / "rows.jsonl")
+    command = installed / "rwkv-peft"
+    where = run(installed / "python", "-c", "import rwkv_peft; print(rwkv_peft.__file__)", cwd=tmp_path)
+    assert Path(where.strip()).is_relative_to(installed.parent)
+
+    run(command, "preprocess", "rows.jsonl", "--tokenizer", "bytes", "--output", "rows", cwd=tmp_path)
+    flags = "--peft bone --bone_mode bat-in --bone_r 32 --dataload pad --ctx_len 192 --micro_bsz 8 --precision fp32"
+    paths = "--load_model base.pth --data_file rows --proj_dir out"
+    run(command, "train", *paths.split(), *flags.split(), "--lr_init", "5e-3", "--accelerator", "cpu", cwd=tmp_path)
+    merged = "--base_model base.pth --bone_checkpoint out/adapter.safetensors".split()
+    run(command, "merge", *merged, "--output", "merged.pth", cwd=tmp_path)
+    told = run(command, "check", *merged, "--merged", "merged.pth", cwd=tmp_path)
+    assert "same top token in 100%" in told
