@@ -57,9 +57,11 @@ def _pages(mapped: mmap.mmap, column: Any) -> Iterator[Page]:
     while place < end:
         header, place = _struct(mapped, place)
         data = header.get(DATA) or header.get(DATA_2) or {}
-        yield Page(header[UNPACKED], data.get(VALUES, 0))
-        if header[PACKED] < 0:
-            raise ValueError("a page has less than no byte")
+        values = data.get(VALUES, 0) if isinstance(data, dict) else -1
+        sizes = (header.get(UNPACKED), header.get(PACKED), values)
+        if not all(isinstance(size, int) and size >= 0 for size in sizes):
+            raise ValueError(f"the header of a page has the sizes {sizes}")
+        yield Page(header[UNPACKED], values)
         place += header[PACKED]
 
 
