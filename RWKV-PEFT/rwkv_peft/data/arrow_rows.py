@@ -17,7 +17,7 @@ from .parquet_pages import largest_page
 
 PIECE_BYTES, PIECE_ROWS = 1 << 20, 1000  # of the rows that are made at once
 ROW_BYTES = 1 << 26  # that a row may take
-BATCH_BYTES = 1 << 28  # that may be unpacked at once
+BATCH_BYTES = 1 << 29  # that may be unpacked at once
 VALUE = 16  # bytes that a value takes besides its own
 HEADER, ROWS, COMPRESSION = 2, 1, 3  # fields of Arrow's tables Message, DictionaryBatch and RecordBatch
 STATE, SPLITS = "state.json", "dataset_dict.json"
@@ -39,13 +39,11 @@ def parquet_rows(path: Path) -> Iterator[list[Row]]:
     arrow = import_pyarrow(path)
     try:
         metadata = arrow.parquet.read_metadata(path)
-        texts = [
-            column.path
-            for column in (metadata.schema.column(number) for number in range(metadata.num_columns))
-            if column.physical_type == "BYTE_ARRAY" and column.logical_type.type != "DECIMAL"
-        ]
+        columns = (metadata.schema.column(number) for number in range(metadata.num_columns))
+        lists = [column for column in columns if column.max_repetition_level and column.physical_type == "BYTE_ARRAY"]
+        # a row may hold any number of texts, and one that is stored once stays so until the row is measured
+        texts = [column.path for column in lists if column.logical_type.type != "DECIMAL"]
         count = BATCH_BYTES // max(1, largest_page(path, metadata))
-        # a text that is stored once stays so, in however many rows it is
         file = arrow.parquet.ParquetFile(path, read_dictionary=texts)
         for batch in file.iter_batches(batch_size=min(max(count, 1), PIECE_ROWS)):
             yield from pieces(path, batch)
@@ -137,17 +135,20 @@ def damages(arrow: ModuleType) -> tuple[type[Exception], ...]:
 def pieces(path: Path, batch: Any) -> Iterator[list[Row]]:
     """A batch's rows in lists of about PIECE_BYTES. Raises UserError for a row of more than ROW_BYTES."""
     size = sum(map(taken, batch.columns))
-    if len(batch) > 1 and size > PIECE_BYTES or len(batch) > PIECE_ROWS:
+    if size > ROW_BYTES and len(batch) == 1:
+        raise UserError(f"{path}: a row takes {size:,} bytes, and at most {ROW_BYTES:,} are read; split it")
+    if size > ROW_BYTES or len(batch) > PIECE_ROWS:
         half = len(batch) // 2
         yield from pieces(path, batch.slice(0, half))
         yield from pieces(path, batch.slice(half))
         return
-    if size > ROW_BYTES:
-        raise UserError(f"{path}: a row takes {size:,} bytes, and at most {ROW_BYTES:,} are read; split it")
     columns = {name: plain(column) for name, column in zip(batch.schema.names, batch.columns)}
-    lists = [column.to_pylist() for column in columns.values() if column is not None]
     names = [name for name, column in columns.items() if column is not None]
-    yield [dict(zip(names, values)) for values in zip(*lists)] if lists else [{} for _ in range(len(batch))]
+    lists = [columns[name].to_pylist() for name in names]
+    rows = [dict(zip(names, values)) for values in zip(*lists)] if lists else [{} for _ in range(len(batch))]
+    step = max(1, PIECE_BYTES * len(rows) // max(size, 1))
+    for first in range(0, len(rows), step):
+        yield rows[first : first + step]
 
 
 def taken(array: Any) -> int:
@@ -167,10 +168,10 @@ def taken(array: Any) -> int:
 
 
 def plain(array: Any) -> Any:
-    """An array with the numbers that dates, times and the like are stored as in their place; None for one of kinds that
-    no row is read from."""
+    """An array with the numbers that dates, times and the like are stored as in their place, and each text in its own;
+    None for one of kinds that no row is read from."""
     kind = plain_type(array.type)
-    return None if kind is None else array if kind == array.type else array.view(kind)
+    return None if kind is None else array if kind == array.type else array.cast(kind)
 
 
 def plain_type(kind: Any) -> Any:
@@ -183,7 +184,7 @@ def plain_type(kind: Any) -> Any:
     if types.is_temporal(kind):
         return {32: arrow.int32(), 64: arrow.int64()}.get(kind.bit_width)
     if types.is_dictionary(kind):
-        return kind if plain_type(kind.value_type) == kind.value_type else None
+        return plain_type(kind.value_type)
     if types.is_struct(kind):
         inner = [plain_type(field.type) for field in kind]
         return None if None in inner else arrow.struct([field.with_type(new) for field, new in zip(kind, inner)])

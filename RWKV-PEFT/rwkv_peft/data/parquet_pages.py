@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ..errors import UserError
 
-MOST_BYTES = 1 << 28  # of a page, unpacked
+MOST_BYTES = 1 << 29  # of a page, unpacked
 MOST_VALUES = 1 << 26  # of the lists of a column in a group of rows, any number of which may be one row's
 UNPACKED, PACKED, DATA, DATA_2, VALUES = 2, 3, 5, 8, 1  # fields of a page's header, the last of the data pages' own
 

@@ -9,6 +9,7 @@ import mmap
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from ..errors import UserError, told
@@ -16,7 +17,7 @@ from ..files.readable import require_readable
 
 Value = bool | int | float | str | list[bool | int | float | str]
 # types of values -> how struct unpacks them
-NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+NUMBERS = MappingProxyType({0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"})
 TEXT, LIST = 8, 9
 MOST_DIMENSIONS = 4  # ggml's
 KEPT = 64  # values of a list that are kept; a vocabulary's are counted
