@@ -101,6 +101,15 @@ def test_a_folder_that_names_other_files_is_refused(tmp_path, state, message):
         rows_of(save_folder(tmp_path / "rows", pyarrow.table({"text": ["one"]}), **state))
 
 
+@pytest.mark.parametrize("splits", [["../other"], ["/etc"], [".."], "train", None, [3]])
+def test_a_folder_of_splits_names_its_own(tmp_path, splits):
+    save_folder(tmp_path / "other", pyarrow.table({"text": ["one"]}))
+    save_folder(tmp_path / "rows" / "train", pyarrow.table({"text": ["one"]}))
+    (tmp_path / "rows" / "dataset_dict.json").write_text(json.dumps({"splits": splits}))
+    with pytest.raises(UserError, match="no split 'train'; it has"):
+        rows_of(tmp_path / "rows")
+
+
 def test_places_outside_of_a_file_are_not_looked_at(tmp_path):
     """An Arrow file whose texts would lie far behind its end."""
     folder = save_folder(tmp_path / "rows", pyarrow.table({"text": ["one", "two"]}))

@@ -86,6 +86,7 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
     (folder / "rows.jsonl").write_bytes(LINES)
     (folder / "rows.jsonl.gz").write_bytes(gzip.compress(LINES * 20, mtime=0))
     (folder / "rows.json").write_text(json.dumps([ROW] * 3))
+    (folder / "rows.csv").write_text('query,response,note\n"one ""a""\n2",b,ü\n' + "a,b,\n" * 5)
     (folder / "rows.txt").write_text("Words.\n\nMore words: ü, 字.\n" * 5)
     (folder / "template.txt").write_text("Q: {text} A:[[ {text}]]")
     (folder / "world.txt").write_text("1 'a' 1\n2 'ab' 2\n3 b'\\xff' 1\n4 ' ' 1\n")
@@ -176,7 +177,7 @@ def tokens_read(folder):
 
 
 def rows_read(name, *flags):
-    words = ["--tokenizer", "bytes", "--workers", "1", *flags]
+    words = ["--tokenizer", "bytes", "--workers", "1", "--overwrite", *flags]
     return lambda folder: preprocess.main([str(folder / name), "--output", str(folder / "out" / "rows"), *words])
 
 
@@ -227,8 +228,8 @@ SPECIMENS = (
     Specimen("legacy.pth", model_read("legacy.pth"), (*m.PICKLE[-3:], m.other_tensor), 100),
     Specimen("model.st", converted("model.st", "model.pth"), IN_SAFETENSORS),
     Specimen("hf/model.safetensors", converted("hf", "model.pth"), IN_SAFETENSORS),
-    Specimen("adapter.safetensors", converted("adapter.safetensors", "a.pth"), IN_SAFETENSORS + IN_METADATA, 120),
-    Specimen("adapter.safetensors", merged("model.pth", "adapter.safetensors"), IN_SAFETENSORS + IN_METADATA, 120),
+    Specimen("adapter.safetensors", converted("adapter.safetensors", "a.pth"), IN_SAFETENSORS + IN_METADATA, 100),
+    Specimen("adapter.safetensors", merged("model.pth", "adapter.safetensors"), IN_SAFETENSORS + IN_METADATA, 100),
     Specimen("bone.pth", converted("bone.pth", "a.safetensors", "--bone_mode", "bat-in"), IN_PTH, 120),
     Specimen("bone.pth", merged("model.pth", "bone.pth", "--bone_mode", "bat-in"), IN_PTH),
     Specimen("lora.pth", converted("lora.pth", "a.safetensors", "--lora_alpha", "8"), IN_PTH),
@@ -246,6 +247,8 @@ SPECIMENS = (
     Specimen("rows.jsonl", rows_read("rows.jsonl", "--skip_bad_rows"), IN_LINES, 40),
     Specimen("rows.jsonl.gz", rows_read("rows.jsonl.gz"), count=100),
     Specimen("rows.json", rows_read("rows.json"), m.JSON),
+    Specimen("rows.csv", rows_read("rows.csv"), count=20),
+    Specimen("rows.csv", rows_read("rows.csv", "--skip_bad_rows"), count=20),
     Specimen("rows.txt", rows_read("rows.txt"), count=30),
     Specimen("rows.parquet", rows_read("rows.parquet")),
     Specimen("chats.parquet", rows_read("chats.parquet", "--skip_bad_rows"), count=20),

@@ -10,9 +10,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..errors import UserError, short, told
+from ..errors import UserError, told
 from ..files.readable import require_readable
 from ..files.settings_file import read_settings
+from .folders import SAVED, SPLITS, choose
 from .parquet_pages import largest_page
 
 PIECE_BYTES, PIECE_ROWS = 1 << 20, 1000  # of the rows that are made at once
@@ -20,7 +21,6 @@ ROW_BYTES = 1 << 26  # that a row may take
 BATCH_BYTES = 1 << 29  # that may be unpacked at once
 VALUE = 16  # bytes that a value takes besides its own
 HEADER, ROWS, COMPRESSION = 2, 1, 3  # fields of Arrow's tables Message, DictionaryBatch and RecordBatch
-STATE, SPLITS = "state.json", "dataset_dict.json"
 Row = dict[str, Any]
 
 
@@ -57,22 +57,19 @@ def saved_rows(path: Path, split: str) -> Iterator[list[Row]]:
     """The rows of a folder that datasets.save_to_disk wrote, in lists; of several splits, of one. Raises UserError."""
     arrow = import_pyarrow(path)
     if (path / SPLITS).is_file():
-        splits, chosen = settings(path / SPLITS).get("splits"), split or "train"
-        if not isinstance(splits, list) or chosen not in splits:
-            known = ", ".join(map(str, splits)) if isinstance(splits, list) else "none"
-            raise UserError(f"{path}: no split {chosen!r}; it has {short(known)}")
-        path = path / chosen
-    state = settings(path / STATE)
+        splits = settings(path / SPLITS).get("splits")
+        path = path / choose(filter(is_own, splits) if isinstance(splits, list) else (), split, path)
+    state = settings(path / SAVED)
     if state.get("_indices_data_files"):
         raise UserError(f"{path} keeps its rows in an order of its own; save it again with a newer datasets")
     kept = state.get("_format_columns")
     try:
         names = [str(entry["filename"]) for entry in state["_data_files"]]
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path / STATE} names no files of rows ({told(error)}); copy the folder again") from error
+        raise UserError(f"{path / SAVED} names no files of rows ({told(error)}); copy the folder again") from error
     for name in names:
-        if Path(name).name != name or not name.isprintable():
-            raise UserError(f"{path / STATE} names {name!r}, which is no file of its folder; copy the folder again")
+        if not is_own(name):
+            raise UserError(f"{path / SAVED} names {name!r}, which is no file of its folder; copy the folder again")
         file = require_readable(path / name, f"{path / name} is missing; copy the folder again", again=True)
         try:
             with arrow.memory_map(str(file)) as mapped:
@@ -88,6 +85,11 @@ def saved_rows(path: Path, split: str) -> Iterator[list[Row]]:
             raise
         except damages(arrow) as error:
             raise UserError(f"{file}: not a file of Arrow, or a damaged one ({told(error)}); copy it again") from error
+
+
+def is_own(name: object) -> bool:
+    """Whether a name that a folder's JSON holds is that of something in the folder."""
+    return isinstance(name, str) and Path(name).name == name != ".." and name.isprintable()
 
 
 def is_packed(message: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Rows of people's files, read in chunks of about a megabyte: jsonl, json, txt, parquet, datasets."""
+"""Rows of people's files, read in chunks of about a megabyte: jsonl, json, csv, txt, parquet, folders, datasets."""
 
 import gzip
 import json
@@ -13,14 +13,20 @@ from pathlib import Path
 
 from ..errors import UserError, told
 from ..files.readable import choice_in, require_readable
-from .arrow_rows import ROW_BYTES, SPLITS, STATE, Row, parquet_rows, saved_rows
+from .arrow_rows import ROW_BYTES, Row, parquet_rows, saved_rows
+from .csv_rows import csv_rows
+from .folders import choose, is_saved, row_files
 
 CHUNK_BYTES = 1 << 20
 CHUNK_ROWS = 1000
 HELD_BYTES = 1 << 27  # of packed rows that are all kept
-KINDS = ".jsonl (or .jsonl.gz), .json, .txt, .parquet, or a folder that datasets.save_to_disk wrote"
+KINDS = (
+    ".jsonl (or .jsonl.gz), .json, .csv (or .tsv), .txt, .parquet, a folder of .jsonl, .csv or .parquet files, or one "
+    "that datasets.save_to_disk wrote"
+)
 JSON_ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".json")
-ENDINGS = (*JSON_ENDINGS, ".txt", ".parquet")
+CSV_ENDINGS = (".csv", ".tsv")
+ENDINGS = (*JSON_ENDINGS, *CSV_ENDINGS, ".txt", ".parquet")
 Bounds = tuple[str | None, str | None]  # of rows, as --split has them: numbers, or percentages with their sign
 
 
@@ -28,8 +34,8 @@ Bounds = tuple[str | None, str | None]  # of rows, as --split has them: numbers,
 class Chunk:
     """Rows that lie together in one source.
 
-    items are lines of JSON (bytes), rows (dict), or one piece of a text file (str); first is the
-    number of the first of them, counted from 1; continues says that the piece goes on with the
+    items are lines of JSON (bytes), rows (dict), UserErrors of rows that cannot be read, or one piece of a text file
+    (str); first is the number of the first of them, counted from 1; continues says that the piece goes on with the
     document of the piece before, ends that it ends its document.
     """
 
@@ -63,6 +69,8 @@ def read_chunks(path: str | Path, split: str = "", pieces: bool = False) -> Iter
         chunks = line_chunks(path)
     elif suffix == ".json":
         chunks = json_chunks(path)
+    elif suffix in CSV_ENDINGS:
+        chunks = row_chunks(str(path), csv_rows(path))
     elif suffix == ".txt":
         if bounds:
             raise UserError(f"{path}: a .txt file is one document, which {split!r} does not split")
@@ -165,12 +173,16 @@ def parquet_chunks(path: Path) -> Iterator[Chunk]:
 
 
 def folder_chunks(path: Path, name: str) -> Iterator[Chunk]:
-    if not any((path / file).exists() for file in (STATE, SPLITS)):
+    if not is_saved(path) and (splits := row_files(path)):
+        for file in splits[choose(splits, name, path)]:
+            yield from read_chunks(file)
+        return
+    if not is_saved(path):
         raise UserError(
             f"{path}: not a folder that datasets.save_to_disk wrote"
             + (choice_in(path, *ENDINGS) or "; name a file of rows")
         )
-    return listed_chunks(path, saved_rows(path, name))
+    yield from listed_chunks(path, saved_rows(path, name))
 
 
 def listed_chunks(path: Path, lists: Iterable[list[Row]]) -> Iterator[Chunk]:
@@ -210,8 +222,10 @@ def select(chunks: Iterable[Chunk], bounds: Bounds, again: Callable[[], Iterable
         return value + total if value < 0 else value
 
     begin, end = number(bounds[0], 0), number(bounds[1], sys.maxsize)
+    before = 0  # items, in other files of a folder too
     for chunk in chunks:
-        low, high = max(begin - chunk.first + 1, 0), min(end - chunk.first + 1, len(chunk.items))
+        low, high = max(begin - before, 0), min(end - before, len(chunk.items))
+        before += len(chunk.items)
         if low < high:
             yield Chunk(chunk.source, chunk.first + low, chunk.items[low:high])
         if high < len(chunk.items):

@@ -26,8 +26,9 @@ CODE = 130  # of a command that Ctrl-C ended
 
 class Chat:
     """The loop over a Session; stops end an answer, change(line) is what becomes of a line before it is sent, inputs
-    are the (flag, path) pairs that /save may not overwrite, think ("", "on", "off") opens the answers
-    (data/thinking.py), state is the file that it goes on from, if any."""
+    are the (flag, path) pairs that /save may not overwrite, but for --state, since a session may go on in its own file;
+    think ("", "on", "off") opens the answers (data/thinking.py), system is what stands before the first turn, after
+    /reset again ("": nothing)."""
 
     def __init__(
         self,
@@ -37,11 +38,12 @@ class Chat:
         change: Callable[[str], str],
         inputs: Sequence[tuple[str, str | None]],
         think: str = "",
-        state: str | None = None,
+        system: str = "",
     ) -> None:
         self.session, self.stops, self.max_tokens, self.change = session, stops, max_tokens, change
-        self.inputs, self.think = inputs, think
-        self.replaceable = [] if state is None else [state]  # a session may go on in its own file
+        self.inputs = [(flag, path) for flag, path in inputs if flag != "--state"]
+        self.replaceable = [path for flag, path in inputs if flag == "--state" and path]
+        self.think, self.system = think, system
 
     def run(self) -> int:
         """Talk until the input ends; -> the exit code. A mistake is told, and ends the chat only where its lines come
@@ -71,7 +73,7 @@ class Chat:
                 remark(f"error: {error}")
 
     def answer(self, words: str) -> None:
-        texts = question(words, self.think)
+        texts = question(words, self.think, self.system if self.session.begins else "")
         show(texts[-1])
         try:
             for text in self.session.answer(texts, self.stops, self.max_tokens):
