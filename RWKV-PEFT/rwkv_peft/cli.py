@@ -14,6 +14,7 @@ from .errors import short
 from .names import AUTO
 from .refusals import Refusals, in_one
 
+MOST = 1 << 48  # that anything counts up to: sums and products of such numbers fit in what counts them
 FLAG = re.compile(r"--?[^-\s.\d]\S*$")  # and no number
 
 
@@ -73,9 +74,13 @@ class Parser(argparse.ArgumentParser):
     def parse_with_mistakes(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """(the namespace, the refusals of flags that are mistaken, whose defaults it holds)."""
         args = list(sys.argv[1:] if args is None else args)
-        given = [argument.split("=")[0] for argument in takewhile(lambda argument: argument != "--", args)]
+        words = [argument.partition("=") for argument in takewhile(lambda argument: argument != "--", args)]
+        given = [flag for flag, _, _ in words]
         unknown = [flag for flag in given if FLAG.match(flag) and flag not in self._option_string_actions]
         self.mistakes = [self.unknown(flag) for flag in unknown]
+        for flag, _, value in words:
+            if FLAG.match(flag) and value == "--":  # which argparse would take out, and leave a list
+                raise in_one([*self.mistakes, f"{flag}=--: -- is no value; a name that is just that is given as ./--"])
         helps = {"-h", "--help"} & set(given)  # which shows what is required
         required = [action for action in self._actions if action.required and not helps]
         for action in required:  # argparse would end at it
@@ -159,14 +164,13 @@ def whole(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        raise argparse.ArgumentTypeError(f"{short(text)!r} is not a whole number") from None
 
 
 def positive(text: str) -> int:
-    value = whole(text)
-    if value < 1:
+    if whole(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return value
+    return count(text)
 
 
 def finite(text: str) -> float:
@@ -202,6 +206,8 @@ def count(text: str) -> int:
     value = whole(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
+    if value > MOST:
+        raise argparse.ArgumentTypeError(f"{short(text)} is above {MOST:,}")
     return value
 
 

@@ -347,8 +347,33 @@ def deep_pickle(content: bytes, rng: random.Random) -> bytes:
     return b"\x80\x02" + b"]" * DEEP + b"a" * (DEEP - 1) + b"."
 
 
+def call_for_memory(content: bytes, rng: random.Random) -> bytes:
+    """A pickle that makes, and drops, something of a size that it names."""
+    name = rng.choice((b"builtins\nbytearray", b"torch\nFloatTensor", b"torch\nFloatStorage", b"torch\nTensor"))
+    size = pickle.dumps(rng.choice((1 << 33, 1 << 40, 1 << 62)), protocol=2)[2:-1]
+    return content[:2] + b"c" + name + b"\n" + size + b"\x85R0" + content[2:]
+
+
+def odd_literal(content: bytes, rng: random.Random) -> bytes:
+    """A line of a vocabulary whose token is an expression, or a text that says much of itself."""
+    many = rng.choice((10, 10_000, 200_000))
+    literal = rng.choice(
+        (
+            "9" * many,
+            "-" * many + "1",
+            "0x" + "f" * many,
+            "(" * many,
+            "'a'" + "-" * many + "'b'",
+            "[" * many + "]" * many,
+        )
+        + ("'a'*9999999999", "b'a'", "'\\ud800'", "'\\x00'", "'" + "a" * many + "'", "'a' 'b'", "{}", "None")
+    )
+    return f"{rng.choice((1, 5, -1, 1 << 40))} {literal} {rng.choice((1, many, 9999999999999))}".encode()
+
+
 PICKLE: tuple[Mutation, ...] = (
     other_opcode,
+    call_for_memory,
     other_number,
     other_number,
     other_storage,

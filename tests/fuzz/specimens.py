@@ -1,6 +1,8 @@
 """Whole files of every kind that a user gives, and the command or reader that each is given to."""
 
+import datetime
 import gzip
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,7 +28,7 @@ from rwkv_peft.generate.loading import load_model, read_state_file
 from rwkv_peft.generate.prompts import encode, read_prompt_file
 from rwkv_peft.models.state import layer_keys
 from rwkv_peft.plots import plot_loss, read_metrics, series
-from rwkv_peft.release import convert, merge_command
+from rwkv_peft.release import convert, inspect_command, merge_command
 from rwkv_peft.training.adapter_flags import JSON_FLAGS, parse_json_flag
 from rwkv_peft.training.checkpoints import list_checkpoints
 from rwkv_peft.training.history import Lowest, forget_rest, history
@@ -100,6 +102,8 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
     (folder / "template.txt").write_text("Q: {text} A:[[ {text}]]")
     (folder / "world.txt").write_text("1 'a' 1\n2 'ab' 2\n3 b'\\xff' 1\n4 ' ' 1\n")
     (folder / "tokenizer.json").write_text(json.dumps(json_tokenizer()))
+    unigram = {"type": "Unigram", "vocab": [["a", -1.0], ["ab", -2.0], [" ", -2.0]], "unk_id": 0}
+    (folder / "unigram.json").write_text(json.dumps(json_tokenizer() | {"pre_tokenizer": None, "model": unigram}))
     (folder / "prompts.jsonl").write_text('{"prompt": "ab", "id": [1, {"x": 2}]}\n{"prompt": "b"}\n')
     lines = ({"step": i, "samples": i + 1, "loss": 2.5, "val_loss": 2, "lr": 0.1} for i in range(5))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -114,11 +118,20 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
     vocabulary = {"name": "bytes", "hash": "abc", "size": 257}
     (folder / "config.json").write_text(json.dumps({"train": {"lr_init": 1}, "vocabulary": vocabulary}))
     (folder / "flag.json").write_text('{"bone_mode": "bat", "bone_load": "", "bone_r": 64}')
+    if importlib.util.find_spec("gguf"):
+        convert.main([str(folder / "model.pth"), str(folder / "model.gguf")])
     try:
-        from pyarrow import Table, parquet
+        from pyarrow import Table, ipc, parquet
     except ImportError:
         return
     parquet.write_table(Table.from_pylist([{"text": "one"}, {"text": "two"}]), folder / "rows.parquet")
+    rows = Table.from_pylist([ROW | {"at": datetime.datetime(2026, 1, 1)}] * 3)
+    parquet.write_table(rows, folder / "chats.parquet")
+    (folder / "saved").mkdir()
+    with ipc.new_stream(str(folder / "saved" / "data.arrow"), rows.schema) as stream:
+        stream.write_table(rows)
+    state = {"_data_files": [{"filename": "data.arrow"}], "_format_columns": None, "_split": "train"}
+    (folder / "saved" / "state.json").write_text(json.dumps(state))
 
 
 def model_states() -> dict[str, object]:
@@ -183,6 +196,10 @@ def merged(base, adapter, *flags):
         return merge_command.main([*paths, *flags, "--output", str(folder / "out" / "merged.pth")])
 
     return use
+
+
+def inspected(name):
+    return lambda folder: inspect_command.main([str(folder / name)])
 
 
 def folder_renamed(folder):
@@ -306,8 +323,8 @@ SPECIMENS = (
     Specimen("legacy.pth", model_read("legacy.pth"), (*m.PICKLE[-3:], m.other_tensor), 100),
     Specimen("model.st", converted("model.st", "model.pth"), IN_SAFETENSORS),
     Specimen("hf/model.safetensors", converted("hf", "model.pth"), IN_SAFETENSORS),
-    Specimen("adapter.safetensors", converted("adapter.safetensors", "a.pth"), IN_SAFETENSORS + IN_METADATA, 120),
-    Specimen("adapter.safetensors", merged("model.pth", "adapter.safetensors"), IN_SAFETENSORS + IN_METADATA, 120),
+    Specimen("adapter.safetensors", converted("adapter.safetensors", "a.pth"), IN_SAFETENSORS + IN_METADATA, 100),
+    Specimen("adapter.safetensors", merged("model.pth", "adapter.safetensors"), IN_SAFETENSORS + IN_METADATA, 100),
     Specimen("bone.pth", converted("bone.pth", "a.safetensors", "--bone_mode", "bat-in"), IN_PTH, 120),
     Specimen("bone.pth", merged("model.pth", "bone.pth", "--bone_mode", "bat-in"), IN_PTH),
     Specimen("lora.pth", converted("lora.pth", "a.safetensors", "--lora_alpha", "8"), IN_PTH),
@@ -321,16 +338,21 @@ SPECIMENS = (
     Specimen("data.idx", tokens_read, count=120),
     Specimen("data.bin", tokens_read),
     Specimen("data.mask", tokens_read, count=20),
-    Specimen("rows.jsonl", rows_read("rows.jsonl"), IN_LINES, 100),
+    Specimen("rows.jsonl", rows_read("rows.jsonl"), IN_LINES, 80),
     Specimen("rows.jsonl", rows_read("rows.jsonl", "--skip_bad_rows"), IN_LINES, 40),
     Specimen("rows.jsonl.gz", rows_read("rows.jsonl.gz"), count=100),
     Specimen("rows.json", rows_read("rows.json"), m.JSON),
-    Specimen("rows.csv", rows_read("rows.csv"), count=40),
-    Specimen("rows.csv", rows_read("rows.csv", "--skip_bad_rows"), count=40),
+    Specimen("rows.csv", rows_read("rows.csv"), count=20),
+    Specimen("rows.csv", rows_read("rows.csv", "--skip_bad_rows"), count=20),
     Specimen("rows.txt", rows_read("rows.txt"), count=30),
     Specimen("rows.parquet", rows_read("rows.parquet")),
+    Specimen("chats.parquet", rows_read("chats.parquet", "--skip_bad_rows"), count=20),
+    Specimen("saved/state.json", rows_read("saved"), m.JSON, 20),
+    Specimen("saved/data.arrow", rows_read("saved"), count=30),
+    Specimen("model.gguf", inspected("model.gguf"), count=30),
     Specimen("template.txt", template_read, count=30),
-    Specimen("world.txt", tokenizer_read("world.txt")),
+    Specimen("world.txt", tokenizer_read("world.txt"), (m.in_one_line(m.odd_literal),) * 2),
+    Specimen("unigram.json", tokenizer_read("unigram.json"), m.JSON * 3, 30),
     Specimen("tokenizer.json", tokenizer_read("tokenizer.json"), m.JSON * 3, 80),
     Specimen("prompts.jsonl", prompts_read, IN_LINES),
     Specimen("metrics.jsonl", metrics_read, IN_LINES),

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from ..cli import Parser, positive
 from ..config import QUANTIZATIONS
-from ..errors import UserError
+from ..errors import UserError, short
 from ..files.source_flags import add_source_flags
 from ..names import GGUF_TYPES, QUANTS, called
 
@@ -23,6 +23,7 @@ MERGE_SYNONYMS = MappingProxyType(
         "--pissa_init": "--lora_init",
     }
 )
+MOST_TOKENS = 1 << 14  # of check and verify: 8 GiB of logits in float64 over the World vocabulary
 ADAPTER_TYPES = ("bone", "disha", "lora", "pissa", "state")  # RWKV-PEFT's words
 
 
@@ -114,9 +115,14 @@ def check_flags(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--tokens", type=int, default=64, help="length of the random token sequence (default 64)")
     args = parser.parse_args(argv)
-    if args.tokens < 1:
-        raise UserError(f"--tokens {args.tokens}: at least one is compared")
+    check_tokens(args.tokens)
     return args
+
+
+def check_tokens(tokens: int) -> None:
+    """Raise UserError for a length of a sequence of which the logits, all of which are kept, are none or too many."""
+    if not 1 <= tokens <= MOST_TOKENS:
+        raise UserError(f"--tokens {short(str(tokens))}: from 1 to {MOST_TOKENS:,} are compared")
 
 
 def verify_flags(argv: list[str]) -> argparse.Namespace:
@@ -137,8 +143,7 @@ def verify_flags(argv: list[str]) -> argparse.Namespace:
         help="types of GGUF for llama.cpp (default f32 f16; none: leave it out)",
     )
     args = parser.parse_args(argv)
-    if args.tokens < 1:
-        raise UserError(f"--tokens {args.tokens}: at least one is needed")
+    check_tokens(args.tokens)
     return args
 
 
