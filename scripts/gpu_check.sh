@@ -24,7 +24,8 @@ if $offline || [ -n "$wheels" ]; then
     export PYTHONPATH
     if [ -n "$wheels" ]; then
         "$python" "$root/RWKV-PEFT/rwkv_peft/children.py" pip install --quiet --no-index \
-            --find-links "$wheels" -r "$root/requirements.txt" -r "$root/requirements-test.txt" || printf '%s\n' "some wheels are missing in $wheels; going on without"
+            --find-links "$wheels" -r "$root/requirements.txt" -r "$root/requirements-test.txt" ||
+            printf '%s\n' "some wheels are missing in $wheels; going on without"
     fi
 else
     . "$root/scripts/setup.sh"

@@ -32,9 +32,9 @@ def run(command):
 
 
 def test_workers_and_pictures_are_not_the_current_folders(ran, tmp_path):
-    (tmp_path / "rows.txt").write_text("a line of some words\n" * (INLINE_BYTES // 20 + 1))
+    (tmp_path / "rows.txt").write_text("a line of twenty one\n" * (INLINE_BYTES // 20))
     flags = ("--tokenizer", "bytes", "--workers", "2", "--output", "data")
-    assert "1 document" in run(python_command("rwkv_peft", "preprocess", "rows.txt", *flags))
+    assert "data: 1 document" in run(python_command("rwkv_peft", "preprocess", "rows.txt", *flags))
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.5}\n')
     run(python_command("rwkv_peft", "plot", "metrics.jsonl", "loss.png"))
     assert (tmp_path / "loss.png").is_file() and not ran.exists()

@@ -152,3 +152,20 @@ def test_a_name_that_begins_with_a_dash_is_told_from_a_flag(argv):
 def test_a_value_behind_a_flag_that_takes_none_is_told(argv):
     with pytest.raises(UserError, match=f"{argv[-2]} takes no value, and {argv[-1]} stands behind it; leave"):
         main([*argv, "--bone_checkpoint", "a.pth"] if argv[0] == "merge" else argv)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("check --base_model b --bone_checkpoint a --merged m --tokens 99999999999999999999", "from 1 to 16,384 are"),
+        ("verify m --tokens 99999999999999999999", "--tokens 99999999999999999999: from 1 to 16,384 are compared"),
+        ("verify m --tokens 0", "--tokens 0: from 1 to 16,384 are compared"),
+        ("plots run --output=--", "--output=--: -- is no value; a name that is just that is given as ./--"),
+        ("compare --output c --steps 99999999999999999999 -- --load_model b", "9999 is above 281,474,976,710,656"),
+        (f"compare --output c --steps {'9' * 5000} -- --load_model b", "is not a whole number"),
+    ],
+)
+def test_numbers_and_names_that_nothing_can_be_done_with_are_told(words, message):
+    with pytest.raises(UserError) as error:
+        main(words.split())
+    assert message in str(error.value) and len(str(error.value)) < 400

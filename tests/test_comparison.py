@@ -79,7 +79,7 @@ def test_labels_are_the_shortest_ends_that_differ(tmp_path):
         (("bone", "--output", "x.jpg"), "does not end in .png, .svg, .pdf"),
         (("none", "--output", "x.png"), "none: no such file"),
         (("bone", "--output", "x.png", "--smooth", "1"), r"--smooth 1 is not in \[0, 1\)"),
-        (("bone",), "the following arguments are required: --output"),
+        (("bone",), "--output is missing"),
     ],
 )
 def test_mistakes_are_told(runs, words, message):
@@ -87,3 +87,11 @@ def test_mistakes_are_told(runs, words, message):
     with pytest.raises(UserError, match=message):
         main(["plots", *paths])
     assert not (runs / "x.png").exists()
+
+
+@pytest.mark.parametrize("name", ["$", "$x", "a$x^$b", "$\\frac$"])
+def test_a_run_s_name_is_no_formula(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    assert main(["plots", str(tmp_path / name), "--output", str(tmp_path / "out.svg")]) == 0
+    assert name in texts(tmp_path / "out.svg")

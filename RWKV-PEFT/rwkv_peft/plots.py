@@ -28,9 +28,20 @@ LINE_STYLES = ("-", "--", "-.", ":")
 LAST_STEP = 1 << 53  # the last that a float, in which it is drawn, can tell from its neighbours
 
 
+def legend_text(name: str) -> str:
+    """A name as matplotlib is to be given it, which takes what stands between two `$` for a formula."""
+    return name.replace("$", r"\$")
+
+
 def metrics_of(run: str | Path) -> Path:
-    """The metrics.jsonl of a run, which its folder or that file itself names."""
-    return Path(run) / METRICS if Path(run).is_dir() else Path(run)
+    """The metrics.jsonl of a run, which its folder or that file itself names. Raises UserError where that of a folder
+    is a pipe or a device, which could be waited for or never end."""
+    if not Path(run).is_dir():
+        return Path(run)
+    path = Path(run) / METRICS
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file, and a run writes one; move it away")
+    return path
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -48,13 +59,18 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             if number == len(lines):
                 break
             raise UserError(f"{path}, line {number}: not JSON ({told(error)}); delete that line") from error
-        if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] <= LAST_STEP:
+        if not isinstance(record, dict) or not is_place(record.get("step")) or not is_place(record.get("samples", 0)):
             raise UserError(
-                f"{path}, line {number}: a metrics line is a JSON object with its step, not "
+                f"{path}, line {number}: a metrics line is a JSON object with its step and samples, not "
                 f"{line[:40].decode(errors='replace')!r}"
             )
         records.append(record)
     return records
+
+
+def is_place(value: object) -> bool:
+    """Whether a value of JSON numbers a step, or the samples before its end."""
+    return type(value) is int and 0 <= value <= LAST_STEP
 
 
 def series(records: Iterable[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
@@ -96,7 +112,8 @@ def shares(records: Sequence[dict[str, Any]]) -> dict[str, tuple[list[int], list
     first few tasks of lm_eval."""
     names = dict.fromkeys(name for record in records for name in record if name.startswith("lm_eval/"))
     tasks = [name for name in names if name.split("/")[2:3] and name.split("/")[2] in SHARES]
-    shown = {"right answers": "eval_score"} | {name.removeprefix("lm_eval/"): name for name in tasks[:DRAWN]}
+    shown = {"right answers": "eval_score"}
+    shown |= {legend_text(name.removeprefix("lm_eval/")): name for name in tasks[:DRAWN]}
     found = {label: series(records, name) for label, name in shown.items()}
     return {label: points for label, points in found.items() if points[0]}
 

@@ -1,7 +1,10 @@
 """`rwkv-peft inspect`: every kind of file is named for what it is, and changes are those that were made."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from rwkv_peft.commands import main
 from rwkv_peft.errors import UserError
@@ -59,6 +62,18 @@ def test_an_adapter_says_what_it_is_and_what_it_was_trained_on(folder, capsys):
     out = inspect(capsys, folder / "old.pth")
     assert "adapter of RWKV-PEFT: 1 bone" in out and "--bone_mode" in out
     assert "Bone bat-out, rank 16" in inspect(capsys, folder / "old.pth", "--bone_mode", "bat-out")
+
+
+@pytest.mark.parametrize(
+    "name, base", [("RWKV/rwkv-6-1b6", "RWKV/rwkv-6-1b6"), ("/home/me/rwkv6.pth", "rwkv6.pth"), (None, "not told")]
+)
+def test_a_folder_of_peft_names_its_base(tmp_path, capsys, name, base):
+    tensors = {f"base_model.model.blocks.0.att.key.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": name}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    lines = [line.split(maxsplit=1) for line in inspect(capsys, tmp_path).splitlines()]
+    assert ["base", base] in lines
 
 
 def test_of_states_that_trained_alone_no_tensor_is_said_to_be_the_base_s(folder, capsys):
@@ -144,6 +159,21 @@ def test_a_matrix_of_a_new_model_that_was_zero_is_told(folder, tmp_path, capsys,
     rows = [line.split() for line in inspect(capsys, *words).splitlines() if line.startswith("    ")]
     assert rows[-2 if others else -1] == ["0", "inf", "█"]
     assert not others or (rows[-1][0], rows[-1][2]) == ("1", "█")
+
+
+@pytest.mark.parametrize("others", [0.0, 0.1])
+def test_a_matrix_with_nan_is_told(folder, tmp_path, capsys, others):
+    """In the picture it is as white as what did not move."""
+    state = torch.load(folder / "base.pth")
+    state["blocks.0.att.output.weight"] = state["blocks.0.att.output.weight"].clone()
+    state["blocks.0.att.output.weight"][3, 5] = float("nan")
+    state["blocks.1.att.output.weight"] = (1 + others) * state["blocks.1.att.output.weight"]
+    torch.save(state, tmp_path / "nan.pth")
+    words = (tmp_path / "nan.pth", "--base_model", folder / "base.pth", "--output", tmp_path / "heat.png")
+    lines = inspect(capsys, *words).splitlines()
+    assert [line.split() for line in lines if line.startswith("    0 ")] == [["0", "nan"]]
+    assert lines[-2].startswith("nan: the tensor or the base's holds NaN or Inf")
+    assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

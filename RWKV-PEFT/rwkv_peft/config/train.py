@@ -142,9 +142,11 @@ class TrainConfig(ValidationConfig):
         "cosine",
         "how the learning rate goes from a = lr_init to z = lr_final, at step s = 0 … S - 1 of S, W of them warm-up: "
         + "; ".join(f"{name}: {formula}" for name, formula in SCHEDULES.items())
-        + ". exp is RWKV-LM's, rwkv-lm what --my_exit_tokens makes of it there; rwkv-peft is RWKV-PEFT's cos_decay, "
-        "which has no warm-up; its wsd is another, our cosine to a z of 0",
+        + ". exp is RWKV-LM's, rwkv-lm what --my_exit_tokens makes of it; rwkv-peft is RWKV-PEFT's cos_decay, "
+        "which has no warm-up; its wsd is another, our cosine to a z of 0 (default cosine; with --my_exit_tokens and "
+        "--magic_prime rwkv-lm)",
         group="optimizer",
+        unset=True,
         type=alias(SCHEDULE_ALIASES),
     )
     warmup_steps: int = setting(
@@ -168,7 +170,13 @@ class TrainConfig(ValidationConfig):
     adam_eps: float = setting(1e-8, "Adam", group="optimizer", type=above_zero)
     weight_decay: float = setting(0.0, "on matrices only (default 0)", group="optimizer", type=not_negative)
     layerwise_lr: bool = setting(
-        True, "RWKV-LM's doubled learning rate of time_decay", group="optimizer", type=switch, metavar="0|1"
+        True,
+        "RWKV-LM's rules of the model's own parameters: the decay (time_decay, RWKV-7: w0) learns at twice the rate, "
+        "and --weight_decay spares w1, w2 and the other parameters besides weights. 0: one rate, and every matrix "
+        "decays, those among them, as 0 does in RWKV-LM for RWKV-6",
+        group="optimizer",
+        type=switch,
+        metavar="0|1",
     )
     gradient_clip_val: float = setting(1.0, "largest gradient norm; 0: any", group="optimizer", type=not_negative)
     accumulate_grad_batches: int = setting(

@@ -18,7 +18,7 @@ from .chat import Chat
 from .decode import Step, generate, prefill
 from .flags import parse_flags, unescaped
 from .kept import Kept
-from .loading import check_device, load_subject, save_state_file
+from .loading import load_subject, resolve_device, save_state_file
 from .prompts import WRITTEN, encode, read_prompt_file
 from .session import Session
 from .settings import Sampling
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
 
 def run(args: Namespace, sampling: Sampling) -> int:
     """The command; returns 0."""
-    check_device(args)
+    resolve_device(args)
     if not args.escapes and any("\\n" in text for text in [*(args.prompt or ()), args.system or "", *args.stop]):
         warn(r"note: \n in --prompt, --system or --stop is a backslash and an n; add --escapes to read it as a newline")
     check_outputs(args)
@@ -54,7 +54,7 @@ def run(args: Namespace, sampling: Sampling) -> int:
         change: Callable[[str], str] = unescaped if args.escapes else str
         stops = [*stops_of("Assistant:"), *args.stop]
         session = Session(model, tokenizer, sampling, start)
-        inputs = inputs_of(args)
+        inputs = [*inputs_of(args), ("--state", args.state)]
         return Chat(session, stops, args.max_tokens, change, inputs, args.think or "", args.system or "").run()
     prompts = [encode(tokenizer, row["prompt"], number) for number, row in enumerate(rows)]
     streams = len(rows) == 1 and not args.output

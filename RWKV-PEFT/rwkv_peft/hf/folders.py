@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
-from ..cli import Parser
 from ..errors import UserError
 from ..files.adapter_folder import read_config, read_folder_tensors, replacing
+from ..files.pth_writer import TensorSpec
+from ..files.safetensors_file import write_safetensors
+from ..release.flags import bone2miss_flags
 
 
 def bone_to_miss(source: str | Path, target: str | Path) -> None:
@@ -64,22 +66,17 @@ def rename(settings: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
 
 def write(folder: str | Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     """Write an adapter folder; its files get their names when both are written."""
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, and an adapter is a folder; name another")
     with replacing(folder) as (settings, weights):
-        save_file(tensors, weights, metadata={"format": "pt"})
+        write_safetensors(weights, {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}, tensors.items())
         settings.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def main(argv: list[str]) -> int:
     """Convert one folder into the other kind."""
-    parser = Parser(prog="rwkv-peft bone2miss", description="Turn a BONE adapter folder into a MISS one, or back.")
-    parser.add_argument("source", help="a folder that save_pretrained wrote")
-    parser.add_argument("target", help="the folder to write")
-    args = parser.parse_args(argv)
+    args = bone2miss_flags(argv)
     kind = read_config(args.source).get("peft_type")
     (miss_to_bone if kind == "MISS" else bone_to_miss)(args.source, args.target)
     print(f"{args.source} ({kind}) -> {args.target} ({'BONE' if kind == 'MISS' else 'MISS'})")

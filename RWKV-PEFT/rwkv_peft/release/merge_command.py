@@ -21,6 +21,7 @@ from ..files.pth import stream_tensors
 from ..files.pth_writer import TensorSpec, write_pth
 from ..files.room import require_room
 from ..files.state_file import write_states
+from ..gpus import count_gpus
 from ..memory import keep_freed_memory
 from ..models.state import is_time_state
 from .belonging import Adapters, blocks_of, check_unmerge
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
     args = merge_flags(argv)
     args.adapters = [str(adapter_of_run(path)) for path in args.adapters]
     check_files(args)
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if args.device == "cuda" and not count_gpus("leave --device out to merge on the CPU"):
         raise UserError("--device cuda: this torch sees no CUDA device; leave --device out to merge on the CPU")
     base = open_base(args.base_model)
     adapters = [(path, source_of(args, path).read(base.tensors)) for path in args.adapters]
@@ -142,7 +143,8 @@ def print_head(args: argparse.Namespace, base: Base, adapters: Adapters) -> None
         metadata, modules, whole = adapter.metadata, adapter.modules(), adapter.whole()
         parts = [f"{metadata.variant} rank {metadata.rank} on {counted(len(modules), 'layer')}"] if modules else []
         parts += [f"{len(whole)} whole tensors"] if whole else []
-        origin = "" if metadata.base_fingerprint else f" (from {metadata.source}; it does not name its base)"
+        called = f"its base is called {metadata.origin.base}" if metadata.origin.base else "it does not name its base"
+        origin = "" if metadata.base_fingerprint else f" (from {metadata.source}; {called})"
         print(f"adapter  {name}: {', '.join(parts)}{origin}")
         if 0 < len(blocks := blocks_of(adapter)) < config.n_layer:
             print(

@@ -21,6 +21,7 @@ from ..config import AdapterConfig, RunConfig, TrainConfig
 from ..data.batches import TrainBatches
 from ..data.recorded import find_tokenizer
 from ..data.samples import Samples
+from ..data.sft import refuse_hub_name
 from ..data.show import marks_for, show_samples
 from ..data.sources import check_config
 from ..data.tokenizer import KNOWN_SIZES
@@ -37,23 +38,27 @@ from ..models.family import Family
 from ..models.parts import LanguageModel
 from ..names import ADAPTER, METRICS, MODEL, STATE
 from ..plots import plot_loss
-from .agreement import digest_of_file, passport
+from .agreement import digests_of_inputs, passport
 from .checkpoints import ANSWERS, LM_EVAL, UNSAVED, clear_unsaved
 from .examiner import Examiner
 from .fit import fit
 from .flags import Request, parse_run
 from .gradients import estimate_gradients
 from .header import describe, describe_adapter
+from .identity import data_identity
 from .inputs import find_samples
 from .keeping import clear_hidden, discard_old
+from .lost_pages import sizes_of_mapped
+from .machine import own_device, resolve_accelerator
 from .meeting import Ranks
+from .new_model import write_new_model
 from .plan import Plan
 from .prepared import Prepared
 from .rates import with_first_rates
 from .resume import AUTO, completed, find_state, lowest_before, other_retained, validated_from
 from .room import require_room_to_save
 from .saved_files import require_files
-from .saver import Saver, data_identity
+from .saver import Saver
 from .start import start_adapter, start_states
 from .validate import RETAINED, VALIDATION, Validator
 
@@ -67,6 +72,8 @@ def main(argv: list[str]) -> int:
             return check(request, say)
         if request.config.train.show_samples:
             return show(request, say)
+        if request.new_file:
+            return write_new_model(request.config, say) if request.world.rank == 0 else 0
         code, words = run(request, say)
         past_ctrl_c()
         if words:
@@ -87,10 +94,13 @@ def check(request: Request, say: Callable[..., object] = print) -> int:
     config = request.config
     accelerator = resolve_accelerator(config.train)
     check_config(config.data)
+    refuse_hub_name(config.data)
     folder = Path(config.train.proj_dir)
     if not config.train.resume:  # what a checkpoint must agree with is known with the data
         find_state(folder, config.train, {"adapter": asdict(config.adapter)})
     check_output("--proj_dir", folder / "checkpoints" / "state.json", [])
+    for note in request.notes:
+        say(f"note: {note}")
     say(f"these flags can work: {describe_adapter(config.adapter)}, {config.train.devices} {accelerator}")
     return 0
 
@@ -122,8 +132,8 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
     accelerator = resolve_accelerator(train)
     step_samples = config.data.micro_bsz * world.size * train.accumulate_grad_batches
     samples, measured = find_samples(config)
-    hashes = {name: str(data_identity(config, found)["content"]) for name, found in measured.items()}
-    validation, retained = (hashes.get(name, "") for name in (VALIDATION, RETAINED))
+    of_measured = {name: data_identity(config, found) for name, found in measured.items()}
+    validation, retained = (of_measured.get(name, {}).get("content", "") for name in (VALIDATION, RETAINED))
     identity: dict[str, Any] = {
         "adapter": asdict(config.adapter),
         "base": "" if base is None else base.fingerprint,
@@ -157,13 +167,13 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
     exams = find_exams(config, samples, speaks=world.rank == 0)
     others = {
         "the checkpoint to go on from": checkpoint and checkpoint.name,
-        "the adapter to start from": "" if checkpoint else digest_of_file(config.adapter.load),
-        "the states to start from": "" if checkpoint else digest_of_file(train.state_load),
-        **{f"what {name}_loss is of": content for name, content in hashes.items()},
+        **digests_of_inputs(config, world, goes_on=checkpoint is not None),
+        **{f"what {name}_loss is of": data["content"] + data["files"] for name, data in of_measured.items()},
         **{f"the questions of {name}": exam.digest for name, exam in exams.items()},
     }
     ranks.meet(passport(config, identity, others), folder, train.stall_minutes)
     assert ranks.watch is not None  # since they have met
+    ranks.watch.watch_files(sizes_of_mapped(base, (samples, *measured.values())))
 
     torch.manual_seed(train.random_seed)
     family = family_named(config.model.version)
@@ -171,12 +181,21 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
     batches = TrainBatches(
         samples, config.data.micro_bsz, world_size=world.size, accumulate=train.accumulate_grad_batches
     )
-    report = adapt(model, config.adapter, request.layers, family, base, batches, checkpoint, train.chunk_ctx)
+    device = own_device(accelerator, world.local_rank)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        if train.stage != 3:  # which is for models that one GPU may not hold
+            model.to(device)
+        return estimate_gradients(model, request.layers, batches.first_counted(), train.chunk_ctx)
+
+    report = adapt(model, config.adapter, request.layers, family, base, gradients, checkpoint, device)
     if checkpoint is not None and train.fresh_optimizer:
         if config.adapter.whole_model:
-            model.load_state_dict(open_base(checkpoint / MODEL).tensors, strict=True)
+            load_tensors(model, open_base(checkpoint / MODEL).tensors, checkpoint / MODEL)
         checkpoint = None  # its optimizer state belongs to other ranks
     if world.rank == 0:  # the others would each open GPU 0 to see whether the kernels work
+        for note in request.notes:
+            say(f"note      {note}")
         describe(config, family, accelerator, samples, batches.notes, plan, report, state, say)
         make_way(folder, config, report.trainable, state is None, say)
     saver = Saver(folder, config, plan, identity, base)
@@ -238,20 +257,6 @@ def find_exams(config: RunConfig, samples: Samples, speaks: bool = True) -> dict
     return exams
 
 
-def resolve_accelerator(train: TrainConfig) -> str:
-    """cpu or gpu, checked against what the machine has."""
-    gpus = torch.cuda.device_count()
-    accelerator = train.accelerator if train.accelerator != "auto" else "gpu" if gpus else "cpu"
-    if accelerator == "gpu" and train.devices > gpus:
-        raise UserError(
-            f"--devices {train.devices} and this machine has {counted(gpus, 'GPU')}; lower --devices"
-            + (", or use --accelerator cpu" if not gpus else "")
-        )
-    if train.cuda_graphs and accelerator == "cpu":
-        raise UserError("--cuda_graphs 1 records what a GPU is told to do, and this run is on a cpu; leave it out")
-    return accelerator
-
-
 def make_plan(train: TrainConfig, samples: Samples, step_samples: int, state: Mapping[str, Any] | None) -> Plan:
     """The run's Plan. A resumed run starts at its sample cursor, whatever the size of a step was when it got there."""
     epoch_steps = train.epoch_steps or -(-len(samples) // step_samples)
@@ -284,23 +289,23 @@ def adapt(
     layers: tuple[str, ...],
     family: Family,
     base: Base | None,
-    batches: TrainBatches,
+    gradients: Callable[[], Mapping[str, torch.Tensor]],
     checkpoint: Path | None = None,
-    segment: int = 0,
+    device: torch.device | None = None,
 ) -> InjectReport:
     """Inject the adapter into the model: as the checkpoint to resume from holds it, with the factors that it began
-    with; from --bone_load and its kin; or fresh, from gradients of one segment of so many positions where a method asks
-    for them, 0 for whole rows. -> InjectReport."""
-    method, loaded, gradients = method_of(adapter), None, {}
+    with; from --bone_load and its kin; or fresh, from gradients if a method asks for them. device: inject's."""
+    method, loaded = method_of(adapter), None
+    found: Mapping[str, torch.Tensor] = {}
     if checkpoint is not None and not adapter.whole_model:
         loaded = read_adapter(checkpoint / ADAPTER)
     elif adapter.load:
         assert base is not None  # as the flags were judged
         loaded = start_adapter(adapter, base)
     elif method is not None and method.from_gradient:
-        gradients = estimate_gradients(model, layers, batches.first_counted(), segment)
+        found = gradients()
     initial = loaded.tensors if loaded else {}
-    report = inject(model, adapter, layers, family=family, initial=initial, gradients=gradients)
+    report = inject(model, adapter, layers, family=family, initial=initial, gradients=found, device=device)
     if loaded:
         load_tensors(model, loaded.tensors, str(checkpoint or adapter.load))
     return report
