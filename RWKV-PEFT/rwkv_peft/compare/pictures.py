@@ -10,10 +10,10 @@ from typing import Any
 from ..children import import_matplotlib
 from ..files.atomic import atomic_write
 from ..plots import LINE_COLOURS, LINE_STYLES
+from .outcomes import Outcome
 from .plan import Cell
 from .rates import rate_of
 from .report import Row, mean_curve
-from .runs import Outcome
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "d")
 FORMATS = ("png", "svg")
