@@ -15,7 +15,7 @@ from ..errors import UserError
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError)  # of JSON that is not as due
 
-ANSWERS, LM_EVAL = "answers.jsonl", "lm_eval.jsonl"  # of --eval_data, of --lm_eval
+ANSWERS, LM_EVAL, ROWS = "answers.jsonl", "lm_eval.jsonl", "rows.jsonl"  # of --eval_data, --lm_eval, --answer_rows
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # of a disk
 DIVERGED = "the run stopped, and nothing of that step was saved"  # what one says whose numbers are no longer finite
 # what was trained, of all labels (products.py)
@@ -91,5 +91,5 @@ def clear_unsaved(folder: Path) -> None:
     if not (folder / UNSAVED).exists():
         return
     for file in folder.iterdir():
-        if TRAINED.fullmatch(file.name) or file.name in (ANSWERS, LM_EVAL):
+        if TRAINED.fullmatch(file.name) or file.name in (ANSWERS, LM_EVAL, ROWS):
             file.unlink()

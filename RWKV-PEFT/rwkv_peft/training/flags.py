@@ -80,7 +80,8 @@ def flags_of(args: Namespace, world: World, argv: tuple[str, ...] = ()) -> Flags
     if args.train_type in (FINETUNE, STATE):
         check_train_type(args)
     adapter = adapter_config(args)
-    flags = Flags(args, adapter, data_config(args), train_config(args, adapter), world, argv)
+    data = data_config(args)
+    flags = Flags(args, adapter, data, train_config(args, adapter, data), world, argv)
     check_together(flags.adapter, flags.data, flags.train)
     return flags
 
@@ -111,8 +112,13 @@ def check_train_type(args: Namespace) -> None:
         args.train_parts = [(STATE,)]
 
 
-def train_config(args: Namespace, adapter: AdapterConfig) -> TrainConfig:
-    """The run's settings; the learning rates' defaults depend on what trains."""
+def rates_left(args: Namespace) -> tuple[str, ...]:
+    """The learning rates that the flags leave to be chosen, beside the first."""
+    return ("lr_init",) if args.lr_final is not None else ("lr_init", "lr_final")
+
+
+def train_config(args: Namespace, adapter: AdapterConfig, data: DataConfig) -> TrainConfig:
+    """The run's settings; the learning rates' defaults depend on what trains, and the number of epochs on the data."""
     states = STATE in adapter.train_parts
     if args.state_load and not states:
         raise UserError(
@@ -132,8 +138,10 @@ def train_config(args: Namespace, adapter: AdapterConfig) -> TrainConfig:
     segment = (args.chunk_ctx or CHUNK_CTX) if args.train_type == INFCTX else 0
     chosen: tuple[str, ...] = ()
     if args.lr_init == AUTO:  # request_of knows the model that it depends on
-        chosen, args.lr_init = (("lr_init",) if args.lr_final is not None else ("lr_init", "lr_final")), None
-    train = settings_of(args, TrainConfig, chunk_ctx=segment, lr_chosen=chosen)
+        chosen, args.lr_init = rates_left(args), None
+    epochs = args.epoch_count is None and not args.epoch_steps and not args.epoch_begin and data.of_answers
+    others = {"epoch_save": 0} if epochs and args.epoch_save is None else {}  # what is read often is soon read through
+    train = settings_of(args, TrainConfig, chunk_ctx=segment, lr_chosen=chosen, epochs_chosen=epochs, **others)
     if adapter.states_alone:
         given = {name: getattr(args, name) for name in ("lr_init", "lr_final")}
         rates: dict[str, Any] = {name: STATE_LR if rate is None else rate for name, rate in given.items()}
@@ -159,7 +167,7 @@ def request_of(flags: Flags) -> Request:
     from ..adapters.inject import check_adapter
     from ..files.base import linear_shapes, open_base
     from ..models import family_named
-    from .rates import automatic_rate, with_chosen_rates
+    from .rates import automatic_rate, follows_rule, known_rate, with_chosen_rates
 
     args, adapter, data, train, world, argv = flags
     base = open_base(args.load_model) if args.load_model else None
@@ -170,6 +178,8 @@ def request_of(flags: Flags) -> Request:
     layers = check_adapter(adapter, shapes, (*family.parts, STATE))
     if train.lr_chosen:
         train = with_chosen_rates(train, automatic_rate(adapter, model.n_embd).value)
+    elif args.lr_init is None and follows_rule(adapter, data) and (rule := known_rate(adapter, model.n_embd)):
+        train = with_chosen_rates(replace(train, lr_chosen=rates_left(args)), rule.value)
     if STATE not in adapter.train_parts and base is not None and base.has_states:
         raise UserError(
             f"{args.load_model} holds tuned time states, which training does not carry on unless they train; add "
@@ -217,11 +227,13 @@ def data_config(args: Namespace) -> DataConfig:
     from ..data.masks import default_mask, require_markers  # after the flags are judged by themselves
 
     of_rows = args.data_type != "binidx"
+    loss_mask = args.loss_mask or ("file" if of_rows else default_mask(args.data_file))
+    of_answers = DataConfig(data_type=args.data_type, loss_mask=loss_mask).of_answers
     data = settings_of(
         args,
         DataConfig,
-        dataload=args.dataload or {"sft": "pad", "pairs": "pack"}.get(args.data_type, "get"),
-        loss_mask=args.loss_mask or ("file" if of_rows else default_mask(args.data_file)),
+        dataload=args.dataload or ("pad" if of_answers else "pack" if args.data_type == "pairs" else "get"),
+        loss_mask=loss_mask,
         seed=args.random_seed if args.data_shuffle else None,
         **markers_of(args),
     )

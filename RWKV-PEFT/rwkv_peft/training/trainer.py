@@ -67,7 +67,7 @@ def make_trainer(run: Prepared, loggers: list[Any], say: Callable[..., object]) 
         callbacks=[
             Moves(run.watch),
             FiniteGradients(accumulate),
-            Record(run.folder, run.plan, accumulate, run.validator, run.examiners),
+            Record(run.folder, run.plan, accumulate, run.validator, run.examiners, run.rows),
             Save(run.saver, run.plan, train, run.checkpoint, run.validator),
             StopSignals(say),
         ],
