@@ -96,7 +96,7 @@ def test_what_is_read_is_told_in_rows_and_passes(folder):
     told = "\n".join(outlook(settings, samples, Plan(2, 5, 75, 0, 0)))
     assert told.startswith("steps     75: 9 rows, 15 epochs of 5 steps, 2 rows a step; each row is seen 16.7 times\n")
     assert "some 200 steps, 15 at most (--epoch_count)" in told and "--epoch_save 1" in told
-    assert "--dataload pack" in told
+    assert "(--dataload pad; pack puts several into one" in told
     packed = config(folder, "chats", "--dataload", "pack", "--epoch_count", "3")
     samples = build_samples(packed.data, 257)
     told = list(outlook(packed, samples, Plan(1, len(samples), 3 * len(samples), 0, 0)))

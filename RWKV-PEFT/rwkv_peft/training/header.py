@@ -114,10 +114,7 @@ def outlook(config: RunConfig, samples: Samples, plan: Plan) -> Iterator[str]:
         if not train.epoch_save:
             yield "          saved at the end (--epoch_save 1: after each epoch too)"
     if data.of_answers and data.dataload == "pad":
-        yield (
-            "          each row of answers by itself, padded (--dataload pad); --dataload pack puts several into "
-            f"{data.ctx_len} tokens, for fewer and longer steps; get reads them as one stream"
-        )
+        yield "          each row by itself (--dataload pad; pack puts several into one, for fewer, longer steps)"
 
 
 def describe_adapter(adapter: AdapterConfig) -> str:
