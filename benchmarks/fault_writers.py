@@ -53,7 +53,7 @@ def convert_to_st(inputs, which, output):
 
 
 def make_tokens(inputs, which, output, *flags):
-    words = ["--tokenizer", "bytes", "--workers", "1", *flags]
+    words = ["--tokenizer", "bytes", "--workers", "1", "--overwrite", *flags]
     preprocess.main([str(inputs / f"{which}.jsonl"), "--output", str(output / "data"), *words])
 
 

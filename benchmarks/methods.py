@@ -19,8 +19,9 @@ from rwkv_peft.compare.command import main as compare
 from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.data.encoding import parse
 from rwkv_peft.data.rows import read_chunks
-from rwkv_peft.data.templates import TURN_END, Template, read_template, segments
+from rwkv_peft.data.templates import Template, read_template, segments
 from rwkv_peft.data.tokenizer import BytesTokenizer
+from rwkv_peft.data.turns import TURN_END
 from rwkv_peft.errors import exit_on_user_error
 
 TRAIN = ("--ctx_len", "256", "--micro_bsz", "2", "--precision", "fp32", "--warmup_steps", "10")

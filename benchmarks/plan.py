@@ -1,6 +1,6 @@
 """What `rwkv-peft plan` tells, against what runs take; and its table of official sizes.
 
-    python benchmarks/plan.py measure --folder out/plan            (five runs on the CPU, two steps each; 6 GB of disk)
+    python benchmarks/plan.py measure --folder out/plan            (six runs on the CPU, two steps each; 8 GB of disk)
     python benchmarks/plan.py table                                (memory by size, method and quantization on a GPU)
 
 A measured peak is the largest resident size of train.py (getrusage's ru_maxrss), the pages of the base's file that it
@@ -44,6 +44,13 @@ RUNS = {
         ("--ctx_len", "512", "--micro_bsz", "2", "--peft", "lora", "--grad_cp", "1"),
     ),
     "RWKV-7 0.2B, bat-in, bf16, 1 x 512": ("x070", 12, 768, "bfloat16", ("--ctx_len", "512")),
+    "RWKV-7 0.2B, none, fp32, 1 x 512": (
+        "x070",
+        12,
+        768,
+        "float32",
+        ("--ctx_len", "512", "--precision", "fp32", "--peft", "none"),
+    ),
 }
 SIZES = (  # generation, name, layers, channels
     ("x070", "0.1B", 12, 768),

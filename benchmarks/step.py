@@ -37,7 +37,7 @@ MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten
 
 # What the profiler calls the operations of each part, theirs of the backward pass included.
 WORDS = (
-    ("wkv", ("wkv6", "wkv7")),
+    ("wkv", ("wkv6", "wkv7", "WKV", "Differentiable", "_Gradients")),  # the latter two are ops/recurrence/eager.py's
     ("adapter", ("_Bat", "_Bone", "_Lora", "_Linear")),
     ("loss", ("LinearCrossEntropy",)),
     ("optimizer", ("Optimizer", "clip", "AccumulateGrad")),

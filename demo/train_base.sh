@@ -7,7 +7,7 @@ set -eu
 generation="${1:-}"
 case "$generation" in
 6) sizes="--n_layer 4 --n_embd 128" ;;
-7) sizes="--n_layer 3 --n_embd 128 --dim_ffn 448" ;;
+7) sizes="--n_layer 3 --n_embd 128" ;;
 *) fail "which base: sh demo/train_base.sh 6, or 7" ;;
 esac
 shift

@@ -6,11 +6,12 @@
 #   LOAD_MODEL=base.pth DATA_FILE=data.jsonl PROJ_DIR=out/mine DEVICES=8 STRATEGY=deepspeed_stage_2 \
 #       sh scripts/bone_rwkv7.sh [--flags]    your model, of which its file says what it is, and your data
 #
-# DATA_FILE is a .jsonl (made into PROJ_DIR/data.bin and .idx, but for --data_type sft and pairs, which read its rows)
-# or the prefix of a .bin/.idx pair. --load_model, --data_file and --proj_dir say the same as the variables, and go
-# before them. Also read: TOKENIZER (world, bytes or a tokenizer.json), BONE_MODE, BONE_R, ACCELERATOR, NUM_NODES,
-# PRECISION, and CHECK=0, which leaves out the last step (it needs memory for two float32 copies of the model). --flags
-# go to train.py, which checks them; `python train.py --help` lists them.
+# DATA_FILE is a file of rows or text (.jsonl, .json, .csv, .parquet, .txt) or a folder of rows, which is made into
+# PROJ_DIR/data.bin and .idx (but for --data_type sft and pairs, which read its rows), or the prefix of a .bin/.idx
+# pair. --load_model, --data_file and --proj_dir say the same as the variables, and go before them. Also read:
+# TOKENIZER (world, bytes or a tokenizer.json), BONE_MODE, BONE_R, ACCELERATOR, NUM_NODES, PRECISION, and CHECK=0,
+# which leaves out the last step (it needs memory for two float32 copies of the model). --flags go to train.py, which
+# checks them; `python train.py --help` lists them.
 set -eu
 case " $* " in
 *" -h "* | *" --help "*) exec sed -n '/^set -eu/q; s/^# \{0,1\}//p' "$(dirname "$0")/bone.sh" ;;
@@ -21,13 +22,20 @@ here="$(pwd)"
 step() { printf '\n== %s\n' "$*"; }
 
 # What the flags say stands for what is chosen here. Those that the variables say, too, are train.py's no more.
-method=bone json=false rows=false resuming=false flag_mode="" flag_rank="" previous=""
+method=bone json=false rows=false resuming=false flag_mode="" flag_rank="" previous="" path=""
 for argument in "$@"; do
     shift
     case "$argument" in
-    --*=*) name="${argument%%=*}" value="${argument#*=}" previous="" ;;
-    -*) name="$argument" value="" previous="$argument" ;;
-    *) name="$previous" value="$argument" previous="" ;;
+    --*=*) name="${argument%%=*}" value="${argument#*=}" previous="" path="" ;;
+    -*) name="$argument" value="" previous="$argument" path="" ;;
+    *)
+        [ -z "$path" ] || fail "$path takes one path, and $argument stands behind it; several files of rows are one" \
+            "input if they lie in a folder, and the folder is given"
+        name="$previous" value="$argument" previous=""
+        ;;
+    esac
+    case "$name" in
+    --load_model | --data_file | --proj_dir) [ -z "$value" ] || path="$name" ;;
     esac
     case "$name" in
     --load_model) LOAD_MODEL="$value" && continue ;;
@@ -50,7 +58,7 @@ if [ -n "${LOAD_MODEL:-}" ] || [ -n "${DATA_FILE:-}" ]; then
     demo=false
     [ -n "${LOAD_MODEL:-}" ] || fail "DATA_FILE is given without LOAD_MODEL; name the base model (.pth)"
     [ -n "${DATA_FILE:-}" ] ||
-        fail "LOAD_MODEL is given without DATA_FILE; name a .jsonl or the prefix of a .bin/.idx pair"
+        fail "LOAD_MODEL is given without DATA_FILE; name a file or folder of rows, or the prefix of a .bin/.idx pair"
     out="${PROJ_DIR:-$here/out/bone}"
     tokenizer="${TOKENIZER:-world}"
     base="$LOAD_MODEL" mode="${BONE_MODE:-bat-in}" rank="${BONE_R:-64}"
@@ -66,14 +74,18 @@ else
         --warmup_steps 10 "$@"
     PRECISION="${PRECISION:-fp32}"
 fi
+
+untokenized() {  # PATH: is it a file or folder of rows or text, and no prefix of token files?
+    case "$1" in *.bin | *.idx) return 1 ;; esac
+    for index in "$1.idx" "$1"/*.idx; do [ ! -e "$index" ] || return 1; done
+    [ -e "$1" ]
+}
+
+data="$DATA_FILE" tokens_due=false
 if $rows; then
-    data="$DATA_FILE"
     set -- --tokenizer "$tokenizer" "$@"
-else
-    case "$DATA_FILE" in
-    *.jsonl) data="$out/data" ;;
-    *) data="$DATA_FILE" ;;
-    esac
+elif $demo || untokenized "$DATA_FILE"; then
+    data="$out/data" tokens_due=true
 fi
 mode="${flag_mode:-$mode}" rank="${flag_rank:-$rank}"
 case "$method $json" in
@@ -109,14 +121,12 @@ if $demo; then
     "$python" "$root/demo/evaluate.py" --model "$base" --questions "$out/heldout.jsonl"
 fi
 
-case "$rows $DATA_FILE" in
-"false "*.jsonl)
+if $tokens_due; then
     [ "${NUM_NODES:-1}" = 1 ] || fail "several nodes would write the same token files; make them once with" \
         "rwkv-peft preprocess, and give their prefix as DATA_FILE"
     step "1. data: $DATA_FILE -> $data.bin, data.idx"
     "$python" -m rwkv_peft preprocess "$DATA_FILE" --tokenizer "$tokenizer" --output "$data"
-    ;;
-esac
+fi
 
 step "2. train: $what"
 train "$@"
@@ -144,7 +154,12 @@ fi
 
 # What to do with it, in lines that a new shell takes as they are.
 case "$out" in /*) ;; *) out="$here/$out" ;; esac
-prompt='User: hi\n\nAssistant:' stop='\n\n' more=""
+prompt='User: hi\n\nAssistant:' stop='\n\n' more="" chat=""
+case "$(sed -n 's/^ *"opening": "\(.*\)",\{0,1\}$/\1/p' "$out/config.json")" in
+"Assistant: <think></think") chat=" --chat --think off" ;;
+"Assistant: <think") chat=" --chat --think on" ;;
+"Assistant:") chat=" --chat" ;;
+esac
 if $demo; then
     prompt='Two birds sing. Sue has 9 purple dolls.\nQ: What is there, as JSON?\nA:' stop='\n' more=" --temperature 0"
 elif [ "$tokenizer" != world ]; then
@@ -158,5 +173,9 @@ say ""
 say "Try it:"
 say ""
 say "    $(activate)"
-say "    rwkv-peft generate --model $(quoted "$out/merged.pth")$more --escapes --stop '$stop' \\"
-say "        --prompt '$prompt'"
+if [ -n "$chat" ]; then
+    say "    rwkv-peft generate --model $(quoted "$out/merged.pth")$more$chat"
+else
+    say "    rwkv-peft generate --model $(quoted "$out/merged.pth")$more --escapes --stop '$stop' \\"
+    say "        --prompt '$prompt'"
+fi

@@ -87,3 +87,11 @@ def test_mistakes_are_told(runs, words, message):
     with pytest.raises(UserError, match=message):
         main(["plots", *paths])
     assert not (runs / "x.png").exists()
+
+
+@pytest.mark.parametrize("name", ["$", "$x", "a$x^$b", "$\\frac$"])
+def test_a_run_s_name_is_no_formula(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    assert main(["plots", str(tmp_path / name), "--output", str(tmp_path / "out.svg")]) == 0
+    assert name in texts(tmp_path / "out.svg")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise, takewhile
 from typing import Any, NoReturn
 
-from .errors import UserError
+from .errors import UserError, short
 from .names import AUTO
 
 FLAG = re.compile(r"--?[^-\s.\d]\S*$")  # and no number
@@ -46,16 +46,18 @@ def refuse_unknown(flag: str, known: Iterable[str], synonyms: Mapping[str, str],
 class Parser(argparse.ArgumentParser):
     """Flags are never abbreviated; an unknown one is refused, before one that is missing, with the one of its meaning,
     {flag: what is given here} of synonyms, or else with the nearest that exists; so is an unknown value, whose meanings
-    are {(flag, value): what is given here} of values."""
+    are {(flag, value): what is given here} of values. A second value of a flag that takes one is refused with the
+    remedy of that flag in `several`."""
 
     def __init__(
         self,
         synonyms: Mapping[str, str] | None = None,
         values: Mapping[tuple[str, str], str] | None = None,
+        several: Mapping[str, str] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(allow_abbrev=False, **options)
-        self.synonyms, self.values = synonyms or {}, values or {}
+        self.synonyms, self.values, self.several = synonyms or {}, values or {}, several or {}
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -75,8 +77,20 @@ class Parser(argparse.ArgumentParser):
                     "wanted"
                 )
         if unknown:
+            if message := self.too_many(args, unknown[0]):
+                raise UserError(message)
             self.refuse(unknown[0].split("=")[0])
         return namespace
+
+    def too_many(self, args: list[str], word: str) -> str:
+        """The refusal of a word that stands behind the one value of a flag, "" where it does not."""
+        for position, flag in enumerate(args):
+            action = self._option_string_actions.get(flag)
+            values = list(takewhile(lambda value: not FLAG.match(value), args[position + 1 :]))
+            if action is not None and action.nargs is None and word in values[1:]:
+                remedy = self.several.get(flag, "leave all but one out")
+                return f"{flag} takes one value, and {' '.join(map(short, values))} stand behind it; {remedy}"
+        return ""
 
     def refuse(self, flag: str) -> NoReturn:
         """Raise UserError for a flag or word that is not known."""

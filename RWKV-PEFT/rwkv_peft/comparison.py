@@ -11,7 +11,17 @@ from typing import Any, NamedTuple
 from .cli import Parser, finite
 from .errors import UserError
 from .files.atomic import atomic_write, check_output
-from .plots import LINE_COLOURS, LINE_STYLES, metrics_of, read_metrics, series, smooth_drawn, unit_of, wants_logarithm
+from .plots import (
+    LINE_COLOURS,
+    LINE_STYLES,
+    legend_text,
+    metrics_of,
+    read_metrics,
+    series,
+    smooth_drawn,
+    unit_of,
+    wants_logarithm,
+)
 
 ENDINGS = (".png", ".svg", ".pdf")
 FEW = 20  # points that are drawn as they are
@@ -111,7 +121,7 @@ def draw(axes: Any, panel: Panel, runs: Sequence[Run], weight: float, by_tokens:
             axes.plot(x, values, color=look["color"], alpha=0.2, linewidth=0.8)
         marker = "o" if len(values) < FEW else None
         line = smooth_drawn(values, logarithm, weight) if smoothed else values
-        axes.plot(x, line, linewidth=1.8, marker=marker, markersize=3.5, label=run.label, **look)
+        axes.plot(x, line, linewidth=1.8, marker=marker, markersize=3.5, label=legend_text(run.label), **look)
     if logarithm:
         axes.set_yscale("log")
     if panel.name == "lr":

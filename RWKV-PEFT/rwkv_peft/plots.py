@@ -28,6 +28,11 @@ MANY = 20  # values, which are smoothed where there are so many
 LAST_STEP = 1 << 53  # the last that a float, in which it is drawn, can tell from its neighbours
 
 
+def legend_text(name: str) -> str:
+    """A name as matplotlib is to be given it, which takes what stands between two `$` for a formula."""
+    return name.replace("$", r"\$")
+
+
 def metrics_of(run: str | Path) -> Path:
     """The metrics.jsonl of a run, which its folder or that file itself names."""
     return Path(run) / METRICS if Path(run).is_dir() else Path(run)
@@ -98,7 +103,7 @@ def shares(records: Sequence[dict[str, Any]]) -> dict[str, tuple[list[int], list
     names = dict.fromkeys(name for record in records for name in record if name.startswith("lm_eval/"))
     tasks = [name for name in names if name.split("/")[2:3] and name.split("/")[2] in SHARES]
     shown = {"right answers": "eval_score", "pairs in the right order": "accuracy"}
-    shown |= {name.removeprefix("lm_eval/"): name for name in tasks[:DRAWN]}
+    shown |= {legend_text(name.removeprefix("lm_eval/")): name for name in tasks[:DRAWN]}
     found = {label: series(records, name) for label, name in shown.items()}
     return {label: points for label, points in found.items() if points[0]}
 

@@ -119,6 +119,11 @@ def test_damage_is_named(tmp_path, idx, data, message):
         BinidxDataset(write(tmp_path, idx, data))
 
 
+def test_rows_that_are_not_there_are_named_and_no_index_of_them(tmp_path):
+    with pytest.raises(UserError, match=r"rows\.jsonl: no such file; a data set is a PREFIX\.bin with its PREFIX\.idx"):
+        BinidxDataset(tmp_path / "rows.jsonl")
+
+
 def test_no_token_at_all_is_named(tmp_path):
     idx = IDX[:18] + struct.pack("<QQ", 1, 1) + struct.pack("<iqq", 0, 0, 0)
     with pytest.raises(UserError, match="holds no token"):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from data.documents import texts
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.encoding import EncodeSettings, shorten
@@ -22,36 +23,6 @@ from rwkv_peft.data.templates import TEMPLATES, segments
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.data.workers import encode_all
 from rwkv_peft.errors import UserError
-
-
-@pytest.fixture
-def preprocess(tmp_path):
-    """preprocess(content, *flags, name=) -> the BinidxDataset made of one input file, byte tokens."""
-
-    def run(content, *flags, name="in.jsonl"):
-        path = tmp_path / name
-        if not isinstance(content, (str, bytes)):
-            content = "".join(json.dumps(row) + "\n" for row in content)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-        assert main([str(path), "--output", str(tmp_path / "out" / "data"), "--tokenizer", "bytes", *flags]) == 0
-        return BinidxDataset(tmp_path / "out" / "data")
-
-    return run
-
-
-def texts(dataset):
-    """Each document as (text, the part that counts)."""
-    tokenizer, result = load_tokenizer("bytes"), []
-    for i, document in enumerate(dataset):
-        start = dataset.start(i)
-        mask = [1] * len(document) if dataset.mask is None else dataset.mask[start : start + len(document)]
-        result.append(
-            (
-                tokenizer.decode(document.tolist()),
-                tokenizer.decode([int(token) for token, counts in zip(document, mask) if counts]),
-            )
-        )
-    return result
 
 
 @pytest.mark.parametrize(
@@ -218,13 +189,6 @@ def test_bad_rows_are_named_by_line(preprocess, tmp_path, content, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_rows_are_skipped_and_counted_on_request(preprocess, capsys):
-    dataset = preprocess('{"text": "a"}\n{}\nnonsense\n{"text": ""}\n{"text": "b"}\n', "--skip_bad_rows")
-    assert [text for text, _ in texts(dataset)] == ["a", "b"]
-    said = capsys.readouterr().out
-    assert "2 bad rows left out" in said and "line 2" in said and "1 empty rows left out" in said
-
-
 def test_other_inputs(preprocess, tmp_path):
     rows = json.dumps([{"text": "a"}, {"text": "b"}])
     assert [text for text, _ in texts(preprocess(rows, name="in.json"))] == ["a", "b"]
@@ -233,7 +197,7 @@ def test_other_inputs(preprocess, tmp_path):
 
     assert texts(preprocess(gzip.compress(b'{"text": "z"}\n'), name="in.jsonl.gz"))[0][0] == "z"
     for name, content, message in (
-        ("in.csv", "a", "inputs are .jsonl"),
+        ("in.doc", "a", "inputs are .jsonl"),
         ("in.txt", b"\xff", "not UTF-8"),
         ("in.json", "[1,", "not JSON"),
         ("in.json", b'["\xff"]', "not UTF-8 .* convert the file"),
@@ -253,7 +217,7 @@ def test_parquet(tmp_path):
     assert [counted for _, counted in texts(BinidxDataset(tmp_path / "data"))] == [" c", " d"]
     (tmp_path / "bad.parquet").write_bytes(b"nothing")
     with pytest.raises(UserError, match="not a parquet file"):
-        main([str(tmp_path / "bad.parquet"), "--output", str(tmp_path / "data")])
+        main([str(tmp_path / "bad.parquet"), "--output", str(tmp_path / "bad")])
 
 
 @pytest.mark.parametrize(
@@ -374,6 +338,19 @@ def test_rows_are_shown_as_they_are_written(preprocess, capsys, monkeypatch):
             assert "Assistant:[[ No<end>]]\n" in capsys.readouterr().out
 
 
+def test_long_rows_are_shown_without_their_middle(preprocess, capsys):
+    preprocess([{"query": "a" * 540_000 + "?", "response": "b" * 2000 + "!"}], "--show", "1")
+    shown = capsys.readouterr().out
+    assert len(shown) < 4000
+    assert f"User: {'a' * 494}\n… 539,019 characters are not shown …\n{'a' * 487}?\n\nAssistant:[[ b" in shown
+    assert "characters are not shown …\nb" in shown and "b!<end>]]\n" in shown
+    turns = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(100)]
+    preprocess([{"messages": turns}], "--show", "1")
+    shown = capsys.readouterr().out
+    assert "User: turn 0\n" in shown and "turn 99<end>]]" in shown and "turn 50" not in shown
+    assert "\n… 80 pieces are not shown …\n" in shown
+
+
 def test_the_documented_layouts_are_those_of_the_code():
     page = (Path(__file__).resolve().parents[2] / "docs" / "prompts.md").read_text(encoding="utf-8")
     for name, text in TEMPLATES.items():
@@ -471,17 +448,3 @@ def test_makes_what_another_tool_made(shared_data, tmp_path):
     main([str(shared_data / "binidx" / "demo.jsonl"), "--output", str(tmp_path / "data")])
     ours, theirs = BinidxDataset(tmp_path / "data"), BinidxDataset(shared_data / "binidx" / "demo")
     assert sorted(document.tolist() for document in ours) == sorted(document.tolist() for document in theirs)
-
-
-def test_rows_without_words_in_an_answer_are_counted(preprocess, capsys):
-    def chat(*words):
-        return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(words)]}
-
-    whole = [chat("Q", "A", "R", "B"), {"query": "Q", "response": "A"}, {"text": "A"}, chat("Q", "A", "R")]
-    preprocess(whole)
-    assert "empty answer" not in capsys.readouterr().out
-    odd = [{"query": "Q", "response": " "}, {"prompt": "Q", "completion": ""}, chat("Q", "", "R", "B"), chat("Q")]
-    preprocess(whole + odd)
-    assert "\nnote: 4 rows with an empty answer or none: to say nothing is" in capsys.readouterr().out
-    preprocess(" \n\nA\n", name="in.txt")
-    assert "empty answer" not in capsys.readouterr().out

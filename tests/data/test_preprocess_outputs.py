@@ -118,7 +118,7 @@ def test_a_link_that_was_planted_is_not_written_through(tmp_path):
     (tmp_path / "out").mkdir()
     for name in (".data.bin.tmp", ".data.idx.tmp", ".data.json.tmp", "data.idx"):
         (tmp_path / "out" / name).symlink_to(tmp_path / "precious")
-    command(tmp_path)
+    command(tmp_path, "--overwrite")
     assert (tmp_path / "precious").read_text() == "kept"
     (tmp_path / "out" / ".data.lock").symlink_to(tmp_path / "precious")
     with pytest.raises(UserError, match="cannot write"):
@@ -144,3 +144,32 @@ def test_a_kill_between_the_names_leaves_no_set_of_two_halves(tmp_path, monkeypa
         command(tmp_path)
     with pytest.raises(UserError, match="data.idx: no such file"):
         BinidxDataset(tmp_path / "out" / "data")
+
+
+def test_a_data_set_of_other_inputs_is_replaced_on_request_alone(tmp_path):
+    rows(tmp_path)
+    command(tmp_path)
+    rows(tmp_path, word="newer")
+    command(tmp_path)  # the same inputs, made anew
+    made = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    output = ("--output", str(tmp_path / "out" / "data"), "--tokenizer")
+    (tmp_path / "other.jsonl").write_text('{"text": "other"}')
+    for name, tokenizer in (("other.jsonl", "bytes"), ("in.jsonl", "world")):
+        for end in (".bin", ".idx"):
+            with pytest.raises(UserError, match=f"out/data{end} is there already, made of .*--overwrite"):
+                main([str(tmp_path / name), *output, tokenizer])
+            (tmp_path / "out" / f"data{end}").rename(tmp_path / f"data{end}")
+        for end in (".bin", ".idx"):
+            (tmp_path / f"data{end}").rename(tmp_path / "out" / f"data{end}")
+        assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == made
+    assert main([str(tmp_path / "other.jsonl"), *output, "bytes", "--overwrite"]) == 0
+    assert len(BinidxDataset(tmp_path / "out" / "data")) == 1
+
+
+def test_a_data_set_of_another_tool_is_replaced_on_request_alone(tmp_path):
+    rows(tmp_path)
+    command(tmp_path)
+    (tmp_path / "out" / "data.json").unlink()
+    with pytest.raises(UserError, match="data.bin is there already"):
+        command(tmp_path)
+    assert command(tmp_path, "--overwrite") == 0

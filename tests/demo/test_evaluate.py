@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_peft.errors import UserError
-from rwkv_peft.files.base import save_model
+from rwkv_peft.files.base import open_base, save_model
 
 
 @pytest.fixture(scope="module")
@@ -188,3 +188,18 @@ def test_flags_are_judged_before_the_work(evaluate, model, tiny_state, tmp_path,
     questions = write_questions(tmp_path / "questions.jsonl", [{"prompt": "a", "completion": "b"}])
     with pytest.raises(UserError, match=message):
         evaluate.main(["--model", str(model), "--questions", str(questions), *flags])
+
+
+def test_the_rwkv7_has_the_widths_that_rwkv_lm_s_classes_fix():
+    """They take a channel count and a number of layers alone, so that a model of other widths does not load there."""
+    tensors = open_base(Path(__file__).resolve().parents[2] / "demo" / "rwkv7-demo.pth").tensors
+    C = tensors["emb.weight"].shape[1]
+    low = {name: max(32, round(factor * C**0.5 / 32) * 32) for name, factor in zip("wavg", (2.5, 2.5, 1.7, 5.0))}
+    for block in range(3):
+        att, ffn = f"blocks.{block}.att.", f"blocks.{block}.ffn."
+        assert tuple(tensors[f"{ffn}key.weight"].shape) == (4 * C, C)
+        assert tuple(tensors[f"{ffn}value.weight"].shape) == (C, 4 * C)
+        assert tuple(tensors[f"{att}r_k"].shape) == (C // 64, 64)
+        for name in "wavg" if block else "wag":
+            assert tuple(tensors[f"{att}{name}1"].shape) == (C, low[name])
+            assert tuple(tensors[f"{att}{name}2"].shape) == (low[name], C)

@@ -84,6 +84,7 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
     (folder / "rows.jsonl").write_bytes(LINES)
     (folder / "rows.jsonl.gz").write_bytes(gzip.compress(LINES * 20, mtime=0))
     (folder / "rows.json").write_text(json.dumps([ROW] * 3))
+    (folder / "rows.csv").write_text('query,response,note\n"one ""a""\n2",b,ü\n' + "a,b,\n" * 5)
     (folder / "rows.txt").write_text("Words.\n\nMore words: ü, 字.\n" * 5)
     (folder / "template.txt").write_text("Q: {text} A:[[ {text}]]")
     (folder / "world.txt").write_text("1 'a' 1\n2 'ab' 2\n3 b'\\xff' 1\n4 ' ' 1\n")
@@ -159,7 +160,7 @@ def tokens_read(folder):
 
 
 def rows_read(name, *flags):
-    words = ["--tokenizer", "bytes", "--workers", "1", *flags]
+    words = ["--tokenizer", "bytes", "--workers", "1", "--overwrite", *flags]
     return lambda folder: preprocess.main([str(folder / name), "--output", str(folder / "out" / "rows"), *words])
 
 
@@ -229,6 +230,8 @@ SPECIMENS = (
     Specimen("rows.jsonl", rows_read("rows.jsonl", "--skip_bad_rows"), IN_LINES, 40),
     Specimen("rows.jsonl.gz", rows_read("rows.jsonl.gz"), count=100),
     Specimen("rows.json", rows_read("rows.json"), m.JSON),
+    Specimen("rows.csv", rows_read("rows.csv"), count=40),
+    Specimen("rows.csv", rows_read("rows.csv", "--skip_bad_rows"), count=40),
     Specimen("rows.txt", rows_read("rows.txt"), count=30),
     Specimen("rows.parquet", rows_read("rows.parquet")),
     Specimen("template.txt", template_read, count=30),

@@ -108,6 +108,34 @@ def test_an_answer_is_opened_as_the_data_is(chat, model, think, opening):
         torch.testing.assert_close(logits[-len(">\nNo|")], after(model, expected), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("think", ["", "off"])
+def test_a_system_text_stands_before_the_first_turn_of_each_chat(chat, model, think):
+    flags = ("--system", r" Be\nbrief. ", "--escapes", *(["--think", think] if think else []))
+    opening = ">\n" if think else " "
+    says = [f"{opening}Yo\n\nUser:", f"{opening}No|", f"{opening}Yo|"]
+    out, _, logits = chat(["Hi", "So?", "/reset", "Hi"], *flags, says=says)
+    assert out.count("Be") == 0 and out.count("Assistant:") == 3
+    begin = (("system", "Be\nbrief."), ("user", "Hi"))
+    first = trained(*begin, ("assistant", ""), think=think)[: -len(opening)]
+    torch.testing.assert_close(logits[0], after(model, first), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[len(says[0] + says[1])], logits[0], rtol=1e-4, atol=1e-4)
+    if not think:  # which rows lay out in a last answer
+        second = trained(*begin, ("assistant", "Yo"), ("user", "So?"), ("assistant", ""))[:-1]
+        torch.testing.assert_close(logits[len(says[0])], after(model, second), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--prompt", "a", "--system", "Be."], "--system stands before the first turn of --chat; a prompt says so"),
+        (["--chat", "--system", " "], "--system: an empty text says nothing"),
+    ],
+)
+def test_a_system_text_without_a_chat_or_words_is_refused(model, flags, message):
+    with pytest.raises(UserError, match=message):
+        commands.main(["generate", "--model", str(model), *flags])
+
+
 def test_a_paragraph_does_not_end_a_turn(chat, model):
     out, _, logits = chat(["Hi", "So?"], says=[" a\n\nb\n\nUser:", " No|"])
     assert out == "Assistant: a\n\nb\n\nAssistant: No\n\n"

@@ -77,6 +77,16 @@ def test_a_model_that_is_not_finite_is_named(tiny_state, tmp_path):
         command.main(["--model", str(tmp_path / "model.pth"), "--prompt", "a"])
 
 
+def test_a_tokenizer_of_far_fewer_tokens_than_the_model_has_is_told(tiny_state, tmp_path, capsys):
+    (tmp_path / "own.txt").write_text("".join(f"{i + 1} {chr(i)!r} 1\n" for i in range(128)))
+    for vocab_size, told in ((1024, True), (200, False)):
+        save_model(tmp_path / "model.pth", tiny_state(vocab_size=vocab_size))
+        argv = ["--model", str(tmp_path / "model.pth"), "--tokenizer", str(tmp_path / "own.txt"), "--prompt", "a"]
+        assert command.main([*argv, "--max_tokens", "1"]) == 0
+        note = f"and the model has {vocab_size:,} tokens, most of which that does not have"
+        assert (note in capsys.readouterr().err) is told
+
+
 def test_one_prompt_streams_its_text(run, monkeypatch):
     script(monkeypatch, "né 你好")
     shown = []
@@ -323,7 +333,7 @@ def test_the_tokenizer_of_a_run_is_found_by_its_folder_too(model, tmp_path, flag
     (tmp_path / "reversed.txt").write_text("".join(f"{256 - byte} {text!r} 1\n" for byte, text in enumerate(texts)))
     tokenizer = load_tokenizer(tmp_path / "reversed.txt")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text(record_of(tokenizer))
+    (tmp_path / "run" / "config.json").write_text(record_of(tokenizer, []))
     config = open_base(model).config
     tensors = {key: torch.ones(shape) for key, shape in time_state_shapes(config).items()}
     if name == "bone":

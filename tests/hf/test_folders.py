@@ -146,6 +146,17 @@ def test_a_folder_without_safetensors_is_converted_too(llama, tmp_path):
         folders.main([str(tmp_path / "bin"), str(tmp_path / "miss")])
 
 
+def test_tensors_that_are_views_are_converted_too(llama, tmp_path):
+    """torch.save keeps their strides, and what they share."""
+    save(llama, tmp_path / "bone")
+    (file := tmp_path / "bone" / "adapter_model.safetensors").rename(tmp_path / "whole.safetensors")
+    tensors = load_file(tmp_path / "whole.safetensors")
+    torch.save({key: tensor.mT.contiguous().mT for key, tensor in tensors.items()}, file.with_name("adapter_model.bin"))
+    assert folders.main([str(tmp_path / "bone"), str(tmp_path / "miss")]) == 0
+    found = load_file(tmp_path / "miss" / "adapter_model.safetensors")
+    assert all(torch.equal(found[key.replace("bone", "miss")], tensors[key]) for key in tensors)
+
+
 def test_what_cannot_be_converted_is_refused(llama, tmp_path):
     save(llama, tmp_path / "bone", init_weights="bat-in")
     with pytest.raises(UserError, match="bat-in adapter, and MiSS has"):

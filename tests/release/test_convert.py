@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from release.conversions import convert, same
 from rwkv_peft.data.tokenizer import BytesTokenizer
@@ -15,7 +15,9 @@ from rwkv_peft.files.adapters import read_adapter
 from rwkv_peft.files.base import base_of, open_base, save_model
 from rwkv_peft.files.pth_writer import TensorSpec
 from rwkv_peft.files.safetensors_file import write_safetensors
+from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.names import from_hf, from_web, to_hf, to_web
+from rwkv_peft.release.convert import read_model
 from rwkv_peft.release.gguf import write_gguf
 from rwkv_peft.release.vocabulary import gguf_vocabulary
 
@@ -36,6 +38,26 @@ def test_safetensors_there_and_back_is_bitwise(tmp_path, model, ending, dtype):
     convert(path, tmp_path / f"m.{ending}", "--dtype", dtype)
     convert(tmp_path / f"m.{ending}", tmp_path / "back.pth", "--dtype", "bf16")
     assert same(open_base(tmp_path / "back.pth").tensors, state)
+
+
+@pytest.mark.parametrize("name", ["there.st", "there.safetensors", "there"])
+@pytest.mark.parametrize("version", ["x060", "x070"])
+def test_the_order_of_the_keys_comes_back(tmp_path, version, name):
+    """Released models and those that RWKV-LM trains have two orders; a file that sorts by names has RWKV-LM's."""
+    family = family_named(version)
+    config = family.new_dimensions(n_layer=2, n_embd=64, vocab_size=257)
+    official = {key: torch.randn(shape).half() for key, shape in family.shapes(config).items()}
+    emb, *blocks, head = official
+    keys = (emb, *sorted(blocks, key=lambda key: (key.split(".")[:2], -len(key))), head)
+    released = {key: official[key] for key in keys}
+    for state in (official, released):
+        save_model(tmp_path / "model.pth", state)
+        convert(tmp_path / "model.pth", tmp_path / name)
+        convert(tmp_path / name, tmp_path / "back.pth")
+        assert same(open_base(tmp_path / "back.pth").tensors, state)
+    file = tmp_path / name / "model.safetensors" if name == "there" else tmp_path / name
+    save_file(load_file(file), file)
+    assert list(read_model(tmp_path / name)) == list(official)
 
 
 @pytest.mark.parametrize("prefix", ["model.", "base_model.model."])

@@ -146,6 +146,21 @@ def test_a_matrix_of_a_new_model_that_was_zero_is_told(folder, tmp_path, capsys,
     assert not others or (rows[-1][0], rows[-1][2]) == ("1", "█")
 
 
+@pytest.mark.parametrize("others", [0.0, 0.1])
+def test_a_matrix_with_nan_is_told(folder, tmp_path, capsys, others):
+    """In the picture it is as white as what did not move."""
+    state = torch.load(folder / "base.pth")
+    state["blocks.0.att.output.weight"] = state["blocks.0.att.output.weight"].clone()
+    state["blocks.0.att.output.weight"][3, 5] = float("nan")
+    state["blocks.1.att.output.weight"] = (1 + others) * state["blocks.1.att.output.weight"]
+    torch.save(state, tmp_path / "nan.pth")
+    words = (tmp_path / "nan.pth", "--base_model", folder / "base.pth", "--output", tmp_path / "heat.png")
+    lines = inspect(capsys, *words).splitlines()
+    assert [line.split() for line in lines if line.startswith("    0 ")] == [["0", "nan"]]
+    assert lines[-2].startswith("nan: the tensor or the base's holds NaN or Inf")
+    assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     "words, message",
     [

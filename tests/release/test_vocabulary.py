@@ -8,8 +8,8 @@ from safetensors import safe_open
 
 from rwkv_peft import commands
 from rwkv_peft.data.recorded import vocabulary_of
-from rwkv_peft.data.templates import chat
 from rwkv_peft.data.tokenizer import load_tokenizer
+from rwkv_peft.data.turns import chat
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.base import open_base, save_model
 from rwkv_peft.release.vocabulary import CHAT_TEMPLATE

@@ -1,4 +1,4 @@
-"""scripts/bone_rwkv6.sh and bone_rwkv7.sh with a user's model and data: jsonl in, a merged model out that a foreign
+"""scripts/bone_rwkv6.sh and bone_rwkv7.sh with a user's model and data: rows in, a merged model out that a foreign
 runtime agrees with."""
 
 import json
@@ -27,15 +27,15 @@ def script(variables, *flags, root=ROOT, generation=6):
     )
 
 
-def test_a_users_model_and_jsonl(tmp_path, tiny_state, accelerator):
+def test_a_users_model_and_rows(tmp_path, tiny_state, accelerator):
     """Either script takes either generation: an RWKV-6 here, and RWKV-7 by the same commands in tests/training."""
     torch.save(tiny_state(vocab_size=257, head_size=64, maa_rank=32, decay_rank=64), tmp_path / "base.pth")
-    rows = [{"text": f"line {i}: " + "to be or not to be " * 3} for i in range(20)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [f"line {i}: " + "to be or not to be " * 3 for i in range(20)]
+    (tmp_path / "data.csv").write_text("\n".join(["text", *rows]))
     done = script(
         {
             "LOAD_MODEL": str(tmp_path / "base.pth"),
-            "DATA_FILE": str(tmp_path / "data.jsonl"),
+            "DATA_FILE": str(tmp_path / "data.csv"),
             "PROJ_DIR": str(tmp_path / "out"),
             "TOKENIZER": "bytes",
             "BONE_R": "32",
@@ -69,7 +69,7 @@ def test_a_users_model_and_jsonl(tmp_path, tiny_state, accelerator):
 
 def test_a_models_and_datas_flags_are_those_of_train_py(tmp_path, tiny_state, accelerator):
     """What is merged is what was trained: --proj_dir goes before PROJ_DIR, where another run's adapter lies. Rows of
-    --data_type sft stay rows."""
+    --data_type sft stay rows, and what learned to chat is tried by a chat."""
     torch.save(tiny_state(vocab_size=257, head_size=64, maa_rank=32, decay_rank=64), tmp_path / "base.pth")
     (tmp_path / "rows.jsonl").write_text(json.dumps({"query": "who?", "response": "you"}) + "\n")
     (tmp_path / "old").mkdir()
@@ -82,6 +82,11 @@ def test_a_models_and_datas_flags_are_those_of_train_py(tmp_path, tiny_state, ac
     assert "== 1. data" not in done.stdout and "1 document an epoch" in done.stdout
     assert sorted(path.name for path in (tmp_path / "old").iterdir()) == ["adapter.safetensors"]
     assert (tmp_path / "new" / "merged.pth").exists() and f" {tmp_path / 'new' / 'merged.pth'}\n" in done.stdout
+    lines = done.stdout.split("Try it:")[1]
+    assert lines.endswith(f"--model {tmp_path / 'new' / 'merged.pth'} --tokenizer bytes --chat\n")
+    if "conda activate" not in lines:  # a function of the user's shell
+        tried = in_a_fresh_shell(lines, tmp_path, "who?\n")
+        assert tried.returncode == 0 and tried.stdout.startswith("Assistant:"), tried.stderr
 
 
 @pytest.mark.parametrize("flag", ["--load_model", "--data_file", "--proj_dir"])
@@ -97,9 +102,87 @@ def copy_scripts(root):
         shutil.copy(ROOT / "scripts" / name, root / "scripts")
 
 
-def in_a_fresh_shell(lines, folder):
-    """Run lines as a user does who opens a terminal somewhere."""
-    return subprocess.run(["sh", "-ec", lines], cwd=folder, env={"PATH": os.defpath}, text=True, capture_output=True)
+def in_a_fresh_shell(lines, folder, typed=""):
+    """Run lines as a user does who opens a terminal somewhere, and types something there."""
+    shell = ["sh", "-ec", lines]
+    return subprocess.run(shell, cwd=folder, env={"PATH": os.defpath}, input=typed, text=True, capture_output=True)
+
+
+STAND_IN = """#!/bin/sh
+case "$2" in rwkv_peft) echo "$@" >> "$(dirname "$0")/told" ;; esac
+case "$*" in *--proj_dir*) echo '  "opening": "OPENING",' > OUT/config.json ;; esac
+"""
+WORDS = (
+    'say() { echo "$*"; }; fail() { echo "error: $*" >&2; exit 1; }; quoted() { echo "$1"; }; activate() { echo .; }'
+)
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """The scripts in a folder of their own with a python that writes down the commands of the package in told, and does
+    nothing else; stand_in(variables, *flags, opening=) runs one of them on a model and data."""
+    copy_scripts(tmp_path)
+    (tmp_path / "scripts" / "setup.sh").write_text(f"root={tmp_path} python={tmp_path / 'python'}\n{WORDS}\n")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "base.pth").touch()
+
+    def run(data, *flags, opening=""):
+        (tmp_path / "python").write_text(STAND_IN.replace("OPENING", opening).replace("OUT", str(tmp_path / "out")))
+        (tmp_path / "python").chmod(0o755)
+        variables = {
+            "LOAD_MODEL": str(tmp_path / "base.pth"),
+            "DATA_FILE": str(data),
+            "PROJ_DIR": str(tmp_path / "out"),
+        }
+        return script(variables, *flags, root=tmp_path)
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.gz", "in.json", "in.parquet", "in.txt", "in.csv", "a folder"])
+def test_rows_of_every_kind_are_made_into_tokens(stand_in, tmp_path, name):
+    (tmp_path / name).mkdir() if name == "a folder" else (tmp_path / name).touch()
+    done = stand_in(tmp_path / name)
+    assert done.returncode == 0, done.stderr
+    made = f"-m rwkv_peft preprocess {tmp_path / name} --tokenizer world --output {tmp_path / 'out' / 'data'}\n"
+    assert (tmp_path / "told").read_text().startswith(made)
+
+
+@pytest.mark.parametrize("given", ["set", "set.bin", "set.idx", "in.jsonl", "folder of sets"])
+def test_token_files_are_taken_as_they_are(stand_in, tmp_path, given):
+    for name in ("set", "in.jsonl"):  # the one a folder beside it, the other what it may have been made of
+        (tmp_path / f"{name}.idx").touch()
+        (tmp_path / f"{name}.bin").touch()
+    (tmp_path / "set").mkdir()
+    (tmp_path / "in.jsonl").touch()
+    (tmp_path / "folder of sets").mkdir()
+    (tmp_path / "folder of sets" / "set.idx").touch()  # which train.py names
+    assert stand_in(tmp_path / given).returncode == 0
+    assert "preprocess" not in (tmp_path / "told").read_text()
+
+
+@pytest.mark.parametrize(
+    "opening, tried",
+    [
+        ("Assistant:", " --chat"),
+        ("Assistant: <think", " --chat --think on"),
+        ("Assistant: <think></think", " --chat --think off"),
+        ("Response:", " --escapes --stop '"),
+        ("", " --escapes --stop '"),
+    ],
+)
+def test_what_learned_to_chat_is_tried_by_a_chat(stand_in, tmp_path, opening, tried):
+    (tmp_path / "in.jsonl").touch()
+    done = stand_in(tmp_path / "in.jsonl", opening=opening)
+    said = done.stdout.split("rwkv-peft generate --model ")[1].partition("merged.pth")[2]
+    assert said == f"{tried}\n" if "--chat" in tried else said.startswith(tried)
+
+
+@pytest.mark.parametrize("flag", ["--load_model", "--data_file", "--proj_dir"])
+def test_two_paths_behind_a_flag_are_told(stand_in, tmp_path, flag):
+    done = stand_in(tmp_path / "in.jsonl", flag, "a.jsonl", "b.jsonl", "--ctx_len", "8")
+    assert done.returncode == 1 and f"{flag} takes one path, and b.jsonl stands behind it" in done.stderr
+    assert "==" not in done.stdout
 
 
 def test_half_of_a_users_input_is_refused(tmp_path):

@@ -239,6 +239,17 @@ def test_the_table_of_flags_is_what_the_parser_says():
         (["--sft_field", "query", "response"], "--sft_field belongs to --data_type sft"),
         (["--sft_split", "train[:10]"], "--sft_split belongs to --data_type sft"),
         (["--sft_long", "skip"], "--sft_long belongs to --data_type sft"),
+        (["--skip_bad_rows"], "--skip_bad_rows belongs to --data_type sft"),
+        (
+            ["--val_data", "a.jsonl", "b.jsonl"],
+            "--val_data takes one value, and a.jsonl b.jsonl stand behind it; `rwkv-",
+        ),
+        (
+            ["--data_file", "a.jsonl", "b.jsonl"],
+            "and a folder that holds files of rows is one input of --data_type sft",
+        ),
+        (["--eval_data", "a", "b", "--ctx_len", "8"], "--eval_data takes one value, and a b stand behind it; write"),
+        (["--ctx_len", "8", "16"], "--ctx_len takes one value, and 8 16 stand behind it; leave all but one out"),
         (["--random_seed", "9223372036854775808"], "--random_seed: 9223372036854775808 does not fit in 64 bits"),
         (["--adam_eps", "0"], "--adam_eps: 0 is not above 0"),
         (["--proj_dir", ""], "--proj_dir is empty"),

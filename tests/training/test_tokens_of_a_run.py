@@ -134,7 +134,7 @@ def test_rows_are_read_in_another_order_in_every_epoch_and_not_by_length(train, 
     [
         ({"q": "a"}, [], "name others with --sft_field"),
         ({"q": "a"}, ["--sft_field", "x"], "field 'x' is missing; the row has q; name others with --sft_field"),
-        ({"text": 3}, [], "rwkv-peft preprocess --skip_bad_rows makes token files"),
+        ({"text": 3}, [], "--skip_bad_rows leaves such rows out"),
         ({"text": "a"}, ["--sft_split", "nonsense["], "split 'nonsense[': write train, train[:1000]"),
         ({"text": "a"}, ["--tokenizer", "endless.json"], "rwkv-peft preprocess --no-append_eod"),
     ],
@@ -191,10 +191,24 @@ def test_rates_that_nobody_means_are_told_before_the_run(train, flags, words):
     assert (words or "steps ") in header and ("note:" in header) == bool(words)
 
 
-def test_a_tokenizer_of_more_tokens_than_the_model_has_is_told(train, tmp_path, tiny_state):
+def test_a_tokenizer_of_more_tokens_than_the_model_has_is_refused(train, tmp_path, tiny_state):
     save_model(tmp_path / "small.pth", tiny_state(vocab_size=256))  # and ASCII stays below
-    header, _ = train("--load_model", tmp_path / "small.pth")
-    assert "note: the data was made with bytes (257 tokens, " in header and "and the model has 256; is it" in header
+    with pytest.raises(UserError, match=r"chat was made with bytes \(257 tokens, .*, and the model has 256 tokens"):
+        train("--load_model", tmp_path / "small.pth")
+
+
+def test_a_tokenizer_of_far_fewer_tokens_than_the_model_has_is_told(train, tmp_path, tiny_state):
+    tokens = [chr(byte) if byte < 128 else bytes([byte]) for byte in range(256)] + [f"{i + 100}!" for i in range(255)]
+    (tmp_path / "own.txt").write_text("".join(f"{i} {token!r} {len(token)}\n" for i, token in enumerate(tokens, 1)))
+    argv = ("preprocess", tmp_path / "chat.jsonl", "--output", tmp_path / "own", "--tokenizer", tmp_path / "own.txt")
+    assert commands.main([str(word) for word in argv]) == 0
+    said = (
+        r"note: the data was made with .*own.txt \(512 tokens, .*, and the model has 65,536 tokens, most of which that"
+    )
+    for vocab_size, told in ((65536, True), (1024, True), (1000, False)):
+        save_model(tmp_path / "other.pth", tiny_state(vocab_size=vocab_size, n_layer=1, n_embd=16))
+        header, _ = train("--load_model", tmp_path / "other.pth", "--data_file", tmp_path / "own", "--dataload", "pad")
+        assert bool(re.search(said.replace("65,536", f"{vocab_size:,}"), header)) == told == ("note:" in header)
 
 
 def test_a_tokenizer_that_is_not_the_models_is_refused_before_rows_are_read(train, tmp_path, monkeypatch):

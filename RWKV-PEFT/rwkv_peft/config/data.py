@@ -19,7 +19,7 @@ class DataConfig:
 
     path: str = setting(
         "",
-        "PREFIX of PREFIX.bin and PREFIX.idx; a .jsonl, .json, .parquet or datasets folder for sft and pairs",
+        "PREFIX of PREFIX.bin and PREFIX.idx; for sft and pairs a .jsonl, .json, .csv or .parquet, or a folder of rows",
         flag="data_file",
         required=True,
         metavar="PREFIX",
@@ -41,7 +41,7 @@ class DataConfig:
     sft_split: str = setting(
         "",
         "sft, pairs: rows of --data_file to take, such as train[:1000]; of --val_data and --retain_data all are taken, "
-        "in a folder of several splits those of the same name",
+        "in a folder of several splits those of the same name (--val_data: those of its validation or test split)",
         metavar="SPLIT",
     )
     sft_long: str = setting(
@@ -54,6 +54,11 @@ class DataConfig:
         "sft, pairs: how chats open their answers for RWKV-7 G1: on with the thinking that a row holds, else an empty "
         "one; off with an empty one everywhere (default: as rows have them)",
         choices=("on", "off"),
+    )
+    skip_bad_rows: bool = setting(
+        False,
+        "sft, pairs: leave out rows that cannot be read, and count them by kind (default: such rows are refused)",
+        action="store_true",
     )
     ctx_len: int = setting(1024, "tokens a sample", type=positive)
     dataload: str = setting(

@@ -185,7 +185,13 @@ class TrainConfig(ValidationConfig):
     adam_eps: float = setting(1e-8, "Adam", group="optimizer", type=above_zero)
     weight_decay: float = setting(0.0, "on matrices only (default 0)", group="optimizer", type=not_negative)
     layerwise_lr: bool = setting(
-        True, "RWKV-LM's doubled learning rate of time_decay", group="optimizer", type=switch, metavar="0|1"
+        True,
+        "RWKV-LM's rules of the model's own parameters: the decay (time_decay, RWKV-7: w0) learns at twice the rate, "
+        "and --weight_decay spares w1, w2 and the other parameters besides weights. 0: one rate, and every matrix "
+        "decays, those among them, as 0 does in RWKV-LM for RWKV-6",
+        group="optimizer",
+        type=switch,
+        metavar="0|1",
     )
     gradient_clip_val: float = setting(1.0, "largest gradient norm; 0: any", group="optimizer", type=not_negative)
     accumulate_grad_batches: int = setting(

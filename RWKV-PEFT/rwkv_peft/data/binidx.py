@@ -26,6 +26,7 @@ from ..errors import UserError
 from ..files.atomic import temporary_beside
 from ..files.lock import Busy, hold
 from ..files.readable import choice_in, require_readable
+from .rows import ENDINGS
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -129,7 +130,7 @@ class BinidxDataset:
             folder = f"{self.prefix}: a folder, where the PREFIX of PREFIX.bin and PREFIX.idx is meant"
             if pairs := choice_in(self.prefix, ".idx"):
                 raise UserError(folder + pairs)
-            rows = choice_in(self.prefix, ".jsonl", ".json", ".txt", ".parquet") or "; give a text"
+            rows = choice_in(self.prefix, *ENDINGS) or "; give a text"
             raise UserError(f"{folder}, and it holds no .idx{rows} to rwkv-peft preprocess, which makes them")
         if os.path.isfile(self.prefix) and not os.path.isfile(path):
             raise UserError(
@@ -137,8 +138,9 @@ class BinidxDataset:
                 "meant; tokenize it with rwkv-peft preprocess, or give --data_type sft, or pairs for rows of a chosen "
                 "and a rejected answer"
             )
+        missing = self.prefix if self.prefix.endswith(ENDINGS) else path  # the rows that a PREFIX was to be made of
         require_readable(
-            path, f"{path}: no such file; a data set is a PREFIX.bin with its PREFIX.idx; {REMEDY}", again=True
+            path, f"{missing}: no such file; a data set is a PREFIX.bin with its PREFIX.idx; {REMEDY}", again=True
         )
         length = os.path.getsize(path)
         with open(path, "rb") as file:

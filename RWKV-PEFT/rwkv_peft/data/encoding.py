@@ -1,6 +1,8 @@
 """Chunks of rows -> tokens and masks."""
 
+import hashlib
 import json
+import re
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,12 +10,16 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..errors import UserError
+from .bad_rows import BadRows
 from .binidx import dtype_code
 from .pairs import pair
 from .rows import Chunk
-from .templates import TURN_END, Segment, Template, UnknownForm, named_segments, segments, thinks
-from .tokenizer import load_tokenizer
+from .templates import Template, UnknownForm, named_segments, opening_within, segments, thinks
+from .tokenizer import load_tokenizer, utf8
+from .turns import TURN_END, Segment
 
 Piece = tuple[list[int], bool]  # the tokens of a text, and whether they count in the loss
 Documents = list[list[Segment]]  # of one row
@@ -23,23 +29,19 @@ class Remedies(NamedTuple):
     """What mends a mistake, in the flags of the command that reads the rows."""
 
     unknown_form: str
-    bad_row: str
     no_end: str
 
 
 REMEDIES = MappingProxyType(
     {
-        "preprocess": Remedies(
-            "name others with --fields", "--skip_bad_rows leaves such rows out, and counts them", "take --no-append_eod"
-        ),
-        "train": Remedies(
-            "name others with --sft_field",
-            "mend or remove that row; rwkv-peft preprocess --skip_bad_rows makes token files without such rows",
-            "make token files with rwkv-peft preprocess --no-append_eod",
-        ),
-        "pairs": Remedies("name others with --sft_field", "mend or remove that row", "take one that does"),
+        "preprocess": Remedies("name others with --fields", "take --no-append_eod"),
+        "train": Remedies("name others with --sft_field", "make token files with rwkv-peft preprocess --no-append_eod"),
+        "pairs": Remedies("name others with --sft_field", "take one that does"),
     }
 )
+# a turn in front of an answer, of which nothing but the speaker's name is there
+EMPTY_TURN = re.compile(r"(?:^|\n\n)(?:System|User|Tool|Question|Instruction): *(?:\n\n|$)")
+MOST_DIGESTS = 1 << 24  # rows among which repeated ones are looked for, in 8 bytes each
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,10 @@ class EncodeSettings:
     tokenizer as load_tokenizer takes it; end_token ends each document with the tokenizer's end_id;
     fields names the row's text (one field) or its prompt and answer (two) where they are not
     recognised; template is the text of a template; think ("", "on", "off") is how answers of chats are opened
-    (thinking.py); skip_bad_rows counts rows that cannot be read instead of stopping. max_tokens (0: no limit) bounds a
-    document: "left" removes tokens from the front of the prompt, and then from the end of the answer; "skip" leaves the
-    document out. command, one of REMEDIES, is the one whose flags messages name. With "pairs" each row is two
-    documents, its better and its worse answer (pairs.py).
+    (thinking.py); skip_bad_rows leaves out rows that cannot be read, which are refused otherwise. max_tokens (0: no
+    limit) bounds a document: "left" removes tokens from the front of the prompt, and then from the end of the answer;
+    "skip" leaves the document out. command, one of REMEDIES, is the one whose flags messages name. With "pairs" each
+    row is two documents, its better and its worse answer (pairs.py).
     """
 
     tokenizer: str = "world"
@@ -70,17 +72,20 @@ class EncodeSettings:
         return self.command == "pairs"
 
 
-COUNTS = tuple("characters bad empty shortened too_long equal bare wordless thinking at_once".split())
+COUNTS = tuple(
+    "characters empty shortened too_long equal bare wordless unanswered blank dialogues thinking at_once".split()
+)
 
 
 @dataclass
 class Encoded:
     """Documents as bytes: tokens in the writer's dtype, a mask byte for each, sizes in tokens.
 
-    characters of text were read. bad counts rows left out and examples says what was wrong with the
-    first of them; empty, shortened and too_long count documents, or pairs of them; equal those whose answers are the
-    same, bare those that lack a prompt or an answer; wordless rows in which an answer is empty, or there is none;
-    thinking and at_once rows with thinking and without, where it is asked for.
+    characters of text were read. bad are the rows that cannot be read; empty, shortened and too_long count documents,
+    or pairs of them; equal those whose answers are the same, bare those that lack a prompt or an answer. Of the rows
+    that are written, wordless counts those in which an answer is empty, unanswered those without an answer, blank those
+    in which another turn is empty, dialogues the texts that hold questions and answers; thinking and at_once those with
+    thinking and without, where it is asked for; digests has a hash of each.
     """
 
     sizes: list[int] = field(default_factory=list)
@@ -88,14 +93,17 @@ class Encoded:
     mask: bytes = b""
     continues: bool = False
     characters: int = 0
-    bad: int = 0
-    examples: list[str] = field(default_factory=list)
+    bad: BadRows = field(default_factory=BadRows)
+    digests: "array[int]" = field(default_factory=lambda: array("Q"))
     empty: int = 0
     shortened: int = 0
     too_long: int = 0
     equal: int = 0
     bare: int = 0
     wordless: int = 0
+    unanswered: int = 0
+    blank: int = 0
+    dialogues: int = 0
     thinking: int = 0
     at_once: int = 0
 
@@ -103,12 +111,18 @@ class Encoded:
         """Add another's counts, but not its documents."""
         for name in COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.examples = (self.examples + other.examples)[:3]
+        self.bad.add_all(other.bad)
+        self.digests.extend(other.digests[: MOST_DIGESTS - len(self.digests)])
+
+    @property
+    def repeated(self) -> int:
+        """How many rows are the same as one before them."""
+        return len(self.digests) - len(np.unique(np.array(self.digests, dtype=np.uint64)))
 
 
-def encode_chunk(chunk: Chunk, settings: EncodeSettings) -> Encoded:
-    """Chunk -> Encoded; UserError names the line of the first bad row unless skip_bad_rows."""
-    return encoder(settings).encode(chunk)
+def encode_chunk(chunk: Chunk, settings: EncodeSettings, judge: bool = False) -> Encoded:
+    """Chunk -> Encoded; judge looks for bad rows, and makes no documents."""
+    return encoder(settings).encode(chunk, judge)
 
 
 @lru_cache(maxsize=4)
@@ -156,7 +170,7 @@ class Encoder:
             return found
         return self.layout(row, "off")
 
-    def encode(self, chunk: Chunk) -> Encoded:
+    def encode(self, chunk: Chunk, judge: bool = False) -> Encoded:
         result, tokens, mask = Encoded(continues=chunk.continues), array(self.code), bytearray()
         for offset, item in enumerate(chunk.items):
             if isinstance(item, bytes) and not item.strip():
@@ -167,27 +181,32 @@ class Encoder:
                 if self.settings.pairs and not all(map(asked_and_answered, documents)):
                     result.bare += 1
                     continue
-                pieces = [
-                    [(self.tokenizer.encode(text), counts) for text, counts in document] for document in documents
-                ]
+                convert: Callable[[str], list[int]] = judged if judge else self.tokenizer.encode
+                pieces = [[(convert(text), counts) for text, counts in document] for document in documents]
             except UserError as error:
-                message = f"{chunk.source}, {chunk.unit} {chunk.first + offset}: {error}"
-                if isinstance(error, UnknownForm):
-                    message += f"; {self.remedies.unknown_form}"
-                if not self.settings.skip_bad_rows:
-                    raise UserError(f"{message}\n({self.remedies.bad_row})") from error
-                result.bad += 1
-                result.examples = (result.examples + [message])[:3]
+                more = f"; {self.remedies.unknown_form}" if isinstance(error, UnknownForm) else ""
+                result.bad.add(f"{chunk.source}, {chunk.unit} {chunk.first + offset}", f"{error}{more}")
                 continue
-            added = self._add(pieces, chunk, result, tokens, mask)
-            result.wordless += added and not whole and not all(map(has_words, documents))
-            if added and self.settings.think == "on" and not isinstance(item, str):
-                thinking = thinks(documents[0])
-                result.thinking += thinking
-                result.at_once += not thinking
             result.characters += sum(len(text) for document in documents for text, _ in document)
+            if not judge and self._add(pieces, chunk, result, tokens, mask) and not whole:
+                self._count(documents, result)
+                written = tokens[len(tokens) - sum(result.sizes[-len(documents) :]) :]
+                result.digests.append(int.from_bytes(hashlib.blake2b(written.tobytes(), digest_size=8).digest(), "big"))
         result.tokens, result.mask = tokens.tobytes(), bytes(mask)
         return result
+
+    def _count(self, documents: Documents, result: Encoded) -> None:
+        """Count what is told of a row that is written."""
+        learned = [[text for text, counts in document if counts] for document in documents]
+        result.unanswered += not all(learned)
+        result.wordless += all(learned) and not all(text.strip() or text == TURN_END for one in learned for text in one)
+        result.blank += any(map(has_empty_turn, documents))
+        (text, counts), *more = documents[0]
+        result.dialogues += counts and not more and bool(opening_within(text))
+        if self.settings.think == "on":
+            thinking = thinks(documents[0])
+            result.thinking += thinking
+            result.at_once += not thinking
 
     def _add(
         self, documents: list[list[Piece]], chunk: Chunk, result: Encoded, tokens: "array[int]", mask: bytearray
@@ -218,16 +237,22 @@ class Encoder:
         return True
 
 
+def judged(text: str) -> list[int]:
+    """No tokens. Raises UserError for a text of which there are none."""
+    utf8(text)
+    return []
+
+
 def asked_and_answered(document: list[Segment]) -> bool:
     """Whether a document has words that do not count before some that do."""
     (prompt, counts), *_ = document
     return bool(prompt and not counts) and any(text.strip() for text, counts in document if counts)
 
 
-def has_words(document: list[Segment]) -> bool:
-    """Whether a document has something that counts, none of which is blank but what parts turns."""
-    learned = [text for text, counts in document if counts]
-    return bool(learned) and all(text.strip() or text == TURN_END for text in learned)
+def has_empty_turn(document: list[Segment]) -> bool:
+    """Whether a turn in front of an answer of a document has no words."""
+    turns = (text if not counts or text == TURN_END or text.endswith(":") else "…" for text, counts in document)
+    return EMPTY_TURN.search("".join(turns)) is not None
 
 
 def length(pieces: list[Piece]) -> int:
@@ -258,7 +283,10 @@ def shorten(pieces: list[Piece], excess: int, limit: int) -> list[Piece]:
 
 
 def parse(item: object) -> Any:
-    """A line of JSON, or a row that is read already -> the row."""
+    """A line of JSON, or a row that is read already -> the row. Raises UserError, as that of a row which could not be
+    read."""
+    if isinstance(item, UserError):
+        raise item
     if not isinstance(item, bytes):
         return item
     try:

@@ -6,7 +6,8 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import UserError
-from .templates import Segment, UnknownForm, behind_system, chat, field, named_segments, segments, speaker
+from .templates import UnknownForm, behind_system, named_segments, segments
+from .turns import Segment, chat, field, speaker
 
 SIDES = ("chosen", "rejected")
 PROMPTS = MappingProxyType({"query": "response", "question": "answer", "instruction": "output", "prompt": "completion"})

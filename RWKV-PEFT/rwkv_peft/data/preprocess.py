@@ -2,10 +2,10 @@
 
     rwkv-peft preprocess INPUT... --output PREFIX [--tokenizer world|bytes|FILE] [--workers N]
 
-INPUT is .jsonl (a row a line; templates.py lists the forms that are recognised), .json, .txt (one
-document a file), .parquet, or a folder that datasets.save_to_disk wrote. Writes PREFIX.bin and
-PREFIX.idx, PREFIX.mask where parts of the rows do not count in the loss, and PREFIX.json, which names the
-tokenizer.
+INPUT is .jsonl (a row a line; templates.py lists the forms that are recognised), .json, .csv (the first line names the
+fields), .txt (one document a file), .parquet, a folder of .jsonl, .csv or .parquet files, or one that
+datasets.save_to_disk wrote. Writes PREFIX.bin and PREFIX.idx, PREFIX.mask where parts of the rows do not count in the
+loss, and PREFIX.json, which names the tokenizer.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from ..streams import bar_seconds
 from .binidx import BinidxDataset, BinidxWriter, binidx_prefix
 from .encoding import Encoded, EncodeSettings, encoder
 from .order import Permutation
-from .recorded import check_record, record_of
+from .recorded import check_record, record_of, require_own
 from .report import describe, left_out
 from .rows import KINDS, read_chunks
 from .show import marks_for, show_documents
@@ -34,6 +34,7 @@ from .thinking import FIELDS, OPENINGS
 from .workers import encode_all
 
 INLINE_BYTES = 4 << 20
+SKIP = "--skip_bad_rows leaves such rows out, and counts them"
 # flags of the tools that others make token files with -> what is given here
 SYNONYMS = MappingProxyType(
     {
@@ -60,7 +61,9 @@ def main(argv: list[str]) -> int:
     check_record(output, options.input)
     for end in (".bin", ".idx", ".mask"):
         check_output("--output", output + end, [("an input", path) for path in options.input])
-    record = record_of(encoder(settings).tokenizer)
+    record = record_of(encoder(settings).tokenizer, options.input)
+    if not options.overwrite:
+        require_own(output, record)
 
     def encode(prefix: str | Path, record: str | None = None) -> Encoded:
         return write(options.input, prefix, settings, options.workers, options.split, sys.stderr, record)
@@ -84,6 +87,11 @@ def parser() -> Parser:
     )
     result.add_argument("input", nargs="+", help=KINDS)
     result.add_argument("--output", required=True, metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx")
+    result.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a data set of that name (default: only one that was made of the same inputs)",
+    )
     result.add_argument(
         "--tokenizer", default="world", metavar="NAME|FILE", help="world, bytes, or a vocabulary file (default: world)"
     )
@@ -117,14 +125,15 @@ def parser() -> Parser:
         "--split", default="", metavar="TRAIN[A:B]", help="rows to read, such as train[:1000] or [10%%:]"
     )
     result.add_argument(
-        "--skip_bad_rows", action="store_true", help="leave out rows that cannot be read, and count them"
+        "--skip_bad_rows", action="store_true", help="leave out rows that cannot be read, and count them by kind"
     )
     result.add_argument(
         "--show",
         type=count,
         default=0,
         metavar="N",
-        help="print the first N documents too: what counts in the loss marked, <end> for the end token",
+        help="print the first N documents too, long texts without their middle: what counts in the loss marked, <end> "
+        "for the end token",
     )
     result.add_argument("--shuffle", type=whole, metavar="SEED", help="write the documents in the order of this seed")
     result.add_argument(
@@ -173,12 +182,14 @@ def write(
         disable=progress is None,
     )
     with bar, BinidxWriter(output, tokenizer.vocab_size, mask=True, record=record) as writer:
-        for part in encode_all(chunks, settings, workers):
+        for part in encode_all(chunks, settings, workers, lambda: bool(totals.bad) and not settings.skip_bad_rows):
             writer.add_documents(part.tokens, part.sizes, part.mask, part.continues)
             totals.add_counts(part)
             bar.set_postfix_str(counted(len(writer.sizes), "document"), refresh=False)
             bar.update(min(part.characters, size - bar.n) if size else part.characters)
         bar.update(size - bar.n if size else 0)
+        if totals.bad and not settings.skip_bad_rows:
+            raise UserError("\n".join([*totals.bad.lines(), f"({SKIP})"]))
         if not writer.sizes:
             why = "; ".join(left_out(totals)) or "there is no row" + (f" within {split}" if split else "")
             raise UserError(f"{', '.join(map(str, inputs))}: no document to write: {why}")

@@ -52,9 +52,21 @@ def check_record(prefix: str | Path, inputs: Iterable[str | Path]) -> None:
         raise UserError(f"--output {prefix} writes {path}, which another tool made; choose another PREFIX")
 
 
-def record_of(tokenizer: Tokenizer) -> str:
-    """The text of PREFIX.json: the Vocabulary of a tokenizer."""
-    return json.dumps({ENTRY: vocabulary_of(tokenizer)._asdict()}) + "\n"
+def require_own(prefix: str, record: str) -> None:
+    """Raise UserError where there is a data set PREFIX that has another record, as one of other inputs has."""
+    found = next((path for end in (".bin", ".idx", ".mask") if os.path.lexists(path := prefix + end)), None)
+    if found is not None and _content(record_path(prefix)) != json.loads(record):
+        raise UserError(
+            f"--output {prefix}: {found} is there already, made of other inputs or with another tokenizer; choose "
+            "another PREFIX, or replace what is there with --overwrite"
+        )
+
+
+def record_of(tokenizer: Tokenizer, inputs: Iterable[str | Path]) -> str:
+    """The text of PREFIX.json: the Vocabulary of a tokenizer, and a hash of the inputs' names."""
+    names = "\n".join(str(Path(path).resolve()) for path in inputs)
+    made_of = hashlib.blake2b(names.encode(errors="surrogateescape"), digest_size=8).hexdigest()
+    return json.dumps({ENTRY: vocabulary_of(tokenizer)._asdict(), "inputs": made_of}) + "\n"
 
 
 def read_record(path: str | Path) -> Vocabulary | None:
@@ -83,14 +95,31 @@ def remarks(data: Vocabulary | None, base: Vocabulary | None, vocab_size: int) -
     """Lines on a run over data of one Vocabulary and on a base of another (None: not told), of vocab_size tokens."""
     if data is None:
         return []
-    if data.size > vocab_size:
-        return [f"note: the data was made with {data}, and the model has {vocab_size:,}; is it the model's tokenizer?"]
-    known = dict(KNOWN_SIZES).get(vocab_size)
     if base is not None and base.hash != data.hash:
         return [f"note: the data was made with {data}, and the base's run with {base}"]
-    if base is None and known and data.name in dict(KNOWN_SIZES).values() and data.name != known:
-        return [f"note: the data was made with {data}, and a vocabulary of {vocab_size:,} tokens is that of {known}"]
+    if base is None and (why := doubt(data, vocab_size)):
+        return [f"note: the data was made with {data}, and {why}"]
     return [f"tokenizer {data}"]
+
+
+def doubt(vocabulary: Vocabulary, vocab_size: int) -> str:
+    """Why a model of vocab_size tokens was hardly trained with a Vocabulary, "" where nothing speaks against it."""
+    known = dict(KNOWN_SIZES)
+    if vocab_size in known and vocabulary.name in known.values() and vocabulary.name != known[vocab_size]:
+        return f"a vocabulary of {vocab_size:,} tokens is that of {known[vocab_size]}"
+    if 2 * vocabulary.size <= vocab_size:
+        return f"the model has {vocab_size:,} tokens, most of which that does not have; is it the model's tokenizer?"
+    return ""
+
+
+def require_within(data: Vocabulary | None, path: str, vocab_size: int) -> None:
+    """Raise UserError where the Vocabulary that made the data at path has more tokens than the model, whether they
+    occur there or not."""
+    if data is not None and data.size > vocab_size:
+        raise UserError(
+            f"{path} was made with {data}, and the model has {vocab_size:,} tokens; make the data with the tokenizer "
+            "that the model was trained with"
+        )
 
 
 def require_same(data: Vocabulary | None, path: str, measured: Vocabulary | None, given: str) -> None:
@@ -107,8 +136,8 @@ def find_tokenizer(
     name: str | None, vocab_size: int, recorded: Vocabulary | None = None, say: Callable[[str], object] | None = None
 ) -> Tokenizer:
     """The tokenizer called name; without a name, the recorded one (a Vocabulary), or the one that a vocabulary of this
-    size tells. say(text) is told, in a line, that the one called name is another than the recorded one. Raises
-    UserError where none fits the model."""
+    size tells. say(text) is told, in a line, that the one called name is another than the recorded one, or hardly the
+    model's. Raises UserError where none fits the model."""
     asked = name
     if name is None and recorded is not None:
         name = recorded.name
@@ -131,18 +160,26 @@ def find_tokenizer(
     if recorded is not None and say is not None and vocabulary_of(tokenizer).hash != recorded.hash:
         changed = "" if asked else ": the file has changed since"
         say(f"note: the run was trained with {recorded}, and this is {vocabulary_of(tokenizer)}{changed}")
+    if recorded is None and say is not None and (why := doubt(vocabulary_of(tokenizer), vocab_size)):
+        say(f"note: the tokenizer is {vocabulary_of(tokenizer)}, and {why}")
     return tokenizer
 
 
 def _entry(path: str | Path) -> Any:
-    """The record's part of a JSON file, None where there is none, as in rows of data that have the file's name. Raises
-    UserError for one that cannot be read."""
+    """The Vocabulary's part of a JSON file, None where there is none. Raises UserError for one that cannot be read."""
+    content = _content(path)
+    return content.get(ENTRY) if isinstance(content, dict) else None
+
+
+def _content(path: str | Path) -> Any:
+    """What a JSON file holds, None where there is none, as in rows of data that have the file's name. Raises UserError
+    for one that cannot be read."""
     if not os.path.isfile(path) or os.path.getsize(path) > MOST_BYTES:
         return None
     require_readable(path, f"{path} is gone")
     text = Path(path).read_bytes()
     try:
-        content = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         if _is_json(text.partition(b"\n")[0]):  # rows, one a line
             return None
@@ -150,7 +187,6 @@ def _entry(path: str | Path) -> Any:
             f"{path} would tell the tokenizer of what lies beside it, and is not JSON ({told(error)}); copy or make it "
             "again, or move it elsewhere where it is another tool's"
         ) from error
-    return content.get(ENTRY) if isinstance(content, dict) else None
 
 
 def _is_json(text: bytes) -> bool:

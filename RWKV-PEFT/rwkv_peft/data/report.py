@@ -24,25 +24,30 @@ def describe(dataset: BinidxDataset, totals: Encoded | None = None) -> str:
 
 
 def laid_out(totals: Encoded) -> list[str]:
-    """Lines on the rows with thinking and without, where thinking was asked for, and on those without words in an
-    answer."""
+    """Lines on the rows with thinking and without, where thinking was asked for, and notes on rows that may not be what
+    they were meant to be."""
     lines = []
     if totals.thinking:
         lines.append(f"{counted(totals.thinking, 'row')} with thinking, {totals.at_once:,} without (<think></think)")
-    if totals.wordless:
-        lines.append(
-            f"note: {counted(totals.wordless, 'row')} with an empty answer or none: to say nothing is what an empty "
-            "one teaches"
-        )
+    for count, what in (
+        (totals.wordless, "with an empty answer, which teaches the model to say nothing there"),
+        (totals.unanswered, "without an answer, of which no token counts in the loss"),
+        (totals.blank, "in which a turn before an answer is empty"),
+        (totals.repeated, "the same as an earlier one, which is so learned from more often"),
+        (
+            totals.dialogues,
+            "whose text holds questions and answers, all of which counts in the loss, the questions too; for the "
+            "answers alone write such rows as messages, or as query and response, or train with --loss_mask qa",
+        ),
+    ):
+        if count:
+            lines.append(f"note: {counted(count, 'row')} {what}")
     return lines
 
 
 def left_out(totals: Encoded) -> list[str]:
     """Lines on rows that were not written, or not whole."""
-    lines = []
-    if totals.bad:
-        lines.append(f"{totals.bad} bad rows left out, the first of them:")
-        lines += [f"  {message}" for message in totals.examples]
+    lines = list(totals.bad.lines(" left out")) if totals.bad else []
     for count, what in (
         (totals.empty, "empty rows left out"),
         (totals.too_long, "rows too long, left out"),

@@ -1,4 +1,4 @@
-"""Rows of people's files, read in chunks of about a megabyte: jsonl, json, txt, parquet, datasets."""
+"""Rows of people's files, read in chunks of about a megabyte: jsonl, json, csv, txt, parquet, folders, datasets."""
 
 import gzip
 import json
@@ -13,12 +13,18 @@ from pathlib import Path
 
 from ..errors import UserError, told
 from ..files.readable import choice_in, require_readable
+from .csv_rows import csv_rows
+from .folders import choose, is_saved, row_files
 
 CHUNK_BYTES = 1 << 20
 CHUNK_ROWS = 1000
-KINDS = ".jsonl (or .jsonl.gz), .json, .txt, .parquet, or a folder that datasets.save_to_disk wrote"
+KINDS = (
+    ".jsonl (or .jsonl.gz), .json, .csv (or .tsv), .txt, .parquet, a folder of .jsonl, .csv or .parquet files, or one "
+    "that datasets.save_to_disk wrote"
+)
 JSON_ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".json")
-ENDINGS = (*JSON_ENDINGS, ".txt", ".parquet")
+CSV_ENDINGS = (".csv", ".tsv")
+ENDINGS = (*JSON_ENDINGS, *CSV_ENDINGS, ".txt", ".parquet")
 Bounds = tuple[str | None, str | None]  # of rows, as --split has them: numbers, or percentages with their sign
 
 
@@ -26,8 +32,8 @@ Bounds = tuple[str | None, str | None]  # of rows, as --split has them: numbers,
 class Chunk:
     """Rows that lie together in one source.
 
-    items are lines of JSON (bytes), rows (dict), or one piece of a text file (str); first is the
-    number of the first of them, counted from 1; continues says that the piece goes on with the
+    items are lines of JSON (bytes), rows (dict), UserErrors of rows that cannot be read, or one piece of a text file
+    (str); first is the number of the first of them, counted from 1; continues says that the piece goes on with the
     document of the piece before, ends that it ends its document.
     """
 
@@ -61,6 +67,8 @@ def read_chunks(path: str | Path, split: str = "", pieces: bool = False) -> Iter
         chunks = line_chunks(path)
     elif suffix == ".json":
         chunks = json_chunks(path)
+    elif suffix in CSV_ENDINGS:
+        chunks = row_chunks(str(path), csv_rows(path))
     elif suffix == ".txt":
         if bounds:
             raise UserError(f"{path}: a .txt file is one document, which {split!r} does not split")
@@ -149,6 +157,10 @@ def parquet_chunks(path: Path) -> Iterator[Chunk]:
 
 
 def folder_chunks(path: Path, name: str) -> Iterator[Chunk]:
+    if not is_saved(path) and (splits := row_files(path)):
+        for file in splits[choose(splits, name, path)]:
+            yield from read_chunks(file)
+        return
     try:
         from datasets import DatasetDict, load_from_disk
     except ImportError:
@@ -160,12 +172,7 @@ def folder_chunks(path: Path, name: str) -> Iterator[Chunk]:
             f"{path}: not a folder that datasets.save_to_disk wrote ({told(error)})"
             + (choice_in(path, *ENDINGS) or "; name a file of rows")
         ) from error
-    if isinstance(data, DatasetDict):
-        chosen = name or "train"
-        if chosen not in data:
-            raise UserError(f"{path}: no split {chosen!r}; it has {', '.join(data)}")
-        data = data[chosen]
-    yield from row_chunks(str(path), data)
+    yield from row_chunks(str(path), data[choose(data, name, path)] if isinstance(data, DatasetDict) else data)
 
 
 def row_chunks(source: str, rows: Iterable[object]) -> Iterator[Chunk]:
@@ -198,8 +205,10 @@ def select(chunks: Iterable[Chunk], bounds: Bounds, again: Callable[[], Iterable
         return value + total if value < 0 else value
 
     begin, end = number(bounds[0], 0), number(bounds[1], sys.maxsize)
+    before = 0  # items, in other files of a folder too
     for chunk in chunks:
-        low, high = max(begin - chunk.first + 1, 0), min(end - chunk.first + 1, len(chunk.items))
+        low, high = max(begin - before, 0), min(end - before, len(chunk.items))
+        before += len(chunk.items)
         if low < high:
             yield Chunk(chunk.source, chunk.first + low, chunk.items[low:high])
         if high < len(chunk.items):

@@ -47,6 +47,7 @@ class Samples(ABC):
     def __init__(self, units: Units, seed: int | None) -> None:
         self.seed = seed
         self.notes: list[str] = []
+        self.row_notes: list[str] = []  # those of the notes that are about rows left out, or laid out in an odd way
         self.vocabulary: Vocabulary | None = None
         self._choose(units)
 

@@ -19,19 +19,19 @@ from ..files.readable import require_readable
 from .encoding import EncodeSettings
 from .preprocess import write
 from .report import laid_out, left_out
+from .rows import KINDS
 
-FORMAT = 5
+FORMAT = 6
 FILES = (".bin", ".idx", ".mask")  # the last one only where something does not count
 
 
 def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[str, list[str]]:
     """DataConfig -> (prefix of the token files, notes on rows: with thinking or not, left out, shortened).
 
-    config.path is a .jsonl, .json or .parquet file or a folder that datasets.save_to_disk wrote;
-    config.sft_field names its fields, config.sft_split its rows. Documents longer than ctx_len lose
-    the front of their prompt (sft_long "left") or are left out ("skip"); the stream of dataload
-    "get" keeps them whole. cache is a folder, by default
-    rwkv_peft/data under the user's cache folder (XDG base directory rules).
+    config.path is a file or folder of rows (rows.KINDS); config.sft_field names its fields, config.sft_split its
+    rows. Documents longer than ctx_len lose the front of their prompt (sft_long "left") or are left out ("skip"); the
+    stream of dataload "get" keeps them whole. cache is a folder, by default rwkv_peft/data under the user's cache
+    folder (XDG base directory rules).
     """
     if config.sft_long not in ("left", "skip"):
         raise UserError(f"--sft_long {config.sft_long}: one of left, skip")
@@ -49,6 +49,7 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
         config.tokenizer,
         fields=config.sft_field,
         think=config.sft_think,
+        skip_bad_rows=config.skip_bad_rows,
         too_long=config.sft_long,
         command="pairs" if pairs else "train",
         max_tokens=0 if config.dataload == "get" else config.ctx_len + 1,
@@ -57,8 +58,8 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
     if not path.is_dir():
         require_readable(
             path,
-            f"--data_file {path}: no such file; --data_type {config.data_type} takes a .jsonl, .json or .parquet file, "
-            "or a datasets folder. Nothing is downloaded: of a data set on Hugging Face give the file of its rows",
+            f"--data_file {path}: no such file; --data_type {config.data_type} takes {KINDS}. Nothing is downloaded: "
+            "of a data set on Hugging Face give the files of its rows",
             again=True,
         )
     cache = Path(cache or cache_folder())

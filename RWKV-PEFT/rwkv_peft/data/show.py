@@ -14,6 +14,7 @@ from .tokenizer import Tokenizer
 Marks = tuple[str, str]  # what opens and what closes counted text
 PLAIN, TERMINAL = ("[[", "]]"), ("\033[1;32m", "\033[0m")
 END = "<end>"
+LONG, RUNS = 1000, 20  # a longer piece of text loses its middle, and so do more pieces
 
 
 def marks_for(stream: TextIO) -> Marks:
@@ -55,12 +56,23 @@ def block(title: str, tokens: np.ndarray, counted: np.ndarray, tokenizer: Tokeni
 
 
 def render(tokens: np.ndarray, counted: np.ndarray, tokenizer: Tokenizer, marks: Marks) -> str:
-    """The text of tokens, marks around each run of counted ones, the end token visible."""
+    """The text of tokens, marks around each run of counted ones, the end token visible; what is long is shortened in
+    its middle, and says so."""
     parts = []
     for counts, run in groupby(zip(tokens.tolist(), counted.tolist()), key=lambda pair: pair[1]):
-        text = plain_text([token for token, _ in run], tokenizer)
+        text = shortened(plain_text([token for token, _ in run], tokenizer))
         parts.append(f"{marks[0]}{text}{marks[1]}" if counts else text)
+    if len(parts) > RUNS:
+        parts[RUNS // 2 : -(RUNS // 2)] = [f"\n… {len(parts) - RUNS:,} pieces are not shown …\n"]
     return "".join(parts)
+
+
+def shortened(text: str) -> str:
+    """A text without its middle where it is LONG."""
+    if len(text) <= LONG:
+        return text
+    half = LONG // 2
+    return f"{text[:half]}\n… {len(text) - 2 * half:,} characters are not shown …\n{text[-half:]}"
 
 
 def plain_text(tokens: Sequence[int], tokenizer: Tokenizer) -> str:

@@ -14,7 +14,7 @@ from .masks import describe_mask, make_mask
 from .order import Permutation
 from .pack import PackedSamples
 from .pair_samples import PairSamples
-from .recorded import find_tokenizer, recorded_of_data, vocabulary_of
+from .recorded import find_tokenizer, recorded_of_data, require_within, vocabulary_of
 from .samples import DocumentSamples, PaddedSamples, Samples, SingleSamples, WindowSamples
 from .sft import prepare_sft
 
@@ -29,7 +29,7 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
     the Vocabulary that made the tokens, None where nothing tells.
 
     data_type "sft" and "pairs" tokenize config.path first, once (sft.py). Raises UserError for files that are
-    missing or damaged, ids outside the vocabulary, a ctx_len longer than the data, and settings that
+    missing or damaged, ids or a tokenizer outside the vocabulary, a ctx_len longer than the data, and settings that
     contradict each other.
     """
     check_config(config)
@@ -40,6 +40,7 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
         prefix, notes = prepare_sft(config)
         config = replace(config, path=prefix)
     dataset = BinidxDataset(config.path)
+    require_within(vocabulary, config.path, vocab_size)
     dataset.check_vocab(vocab_size)
     if config.of_rows and config.loss_mask == "file" and dataset.mask is None:
         mask = None  # every token of these rows counts
@@ -49,7 +50,7 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
     samples = sampling(dataset, config.ctx_len, config.seed, mask)
     samples.share_batches(config.micro_bsz)
     samples.vocabulary = vocabulary
-    samples.notes = [describe_mask(dataset, config), *notes, *samples.notes]
+    samples.notes, samples.row_notes = [describe_mask(dataset, config), *notes, *samples.notes], notes
     require_counted(samples, config)
     return samples
 

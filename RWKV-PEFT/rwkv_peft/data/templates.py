@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..files.readable import require_readable
 from ..names import SYSTEM_FIELDS
 from .thinking import OPENINGS, answered, without_opening
+from .turns import TURN_END, Segment, chat, field, refuse_unplaced
 
 FORMS = (
     "text; messages or conversations; query and response; question and answer; instruction, input "
@@ -26,11 +27,6 @@ ANSWERED = (  # the fields of the forms of which answers alone count
     ("instruction", "output"),
     ("prompt", "completion"),
 )
-Segment = tuple[str, bool]  # a text, and whether it counts in the loss
-
-# what a row or a turn may hold besides, for which the layouts have no place
-UNPLACED = ("tools", "tool_calls", "functions", "function_call", "history")
-TURN_END = "\n\n"  # token 261 of the World vocabulary
 # (what may open the turn behind an answer, what opens the answer)
 LAYOUTS = ((("User:", "System:", "Tool:"), "Assistant:"), (("Question:",), "Answer:"), (("Instruction:",), "Response:"))
 
@@ -86,17 +82,6 @@ def system_of(row: Mapping[str, Any]) -> str:
     """The system text beside a question, "" where a row has none."""
     name = next((name for name in SYSTEM_FIELDS if row.get(name)), None)
     return field(row, name).strip() if name else ""
-
-
-def refuse_unplaced(holder: Mapping[str, Any]) -> None:
-    """UserError where a row or a turn holds one of UNPLACED, which would be lost."""
-    for name in UNPLACED:
-        if holder.get(name) not in (None, "", [], {}, "[]", "{}", "null"):
-            remedy = "earlier turns belong into messages" if name == "history" else "write it out in the turns' words"
-            raise UserError(
-                f"field {name!r} holds what no layout has a place for; {remedy}, or remove the field where it is not "
-                "to be learned"
-            )
 
 
 def behind_system(row: Mapping[str, Any], parts: list[Segment]) -> list[Segment]:
@@ -183,14 +168,6 @@ class Template:
         return [(re.sub(r"\{(\w+)\}", value, part), counts) for part, counts in self.parts]
 
 
-def field(row: Mapping[str, Any], name: str) -> str:
-    """row[name], which must be text."""
-    value = row[name]
-    if not isinstance(value, str):
-        raise UserError(f"field {name!r} holds {type(value).__name__}, not text")
-    return value
-
-
 def exchange(prompt: str, answer: str) -> list[Segment]:
     """A prompt, not learned, and its answer, learned."""
     return [(prompt, False), (" " + answer.strip(), True)]
@@ -201,11 +178,19 @@ def thinks(parts: Sequence[Segment]) -> bool:
     return any(text.endswith(OPENINGS["on"]) for text, counts in parts if not counts)
 
 
-def question(words: str, think: str = "") -> list[str]:
-    """A user's turn and the opening of the answer, as the texts that `chat` makes of them."""
-    turns = ({"role": "user", "content": words}, {"role": "assistant", "content": ""})
-    *texts, opening = (text for text, counts in chat(list(turns)) if not counts)
+def question(words: str, think: str = "", system: str = "") -> list[str]:
+    """A user's turn, behind a system text where there is one, and the opening of the answer, as the texts that `chat`
+    makes of them."""
+    turns = [("system", system)] * bool(system) + [("user", words), ("assistant", "")]
+    laid_out = chat([{"role": role, "content": content} for role, content in turns])
+    *texts, opening = (text for text, counts in laid_out if not counts)
     return [*texts, opening + OPENINGS.get(think, "")]
+
+
+def opening_within(text: str) -> str:
+    """What opens an answer in a text that holds questions and answers in a layout that is known, "" in any other."""
+    begins = text.lstrip()
+    return next((last for openings, last in LAYOUTS if begins.startswith(openings) and TURN_END + last in text), "")
 
 
 def stops_of(prompt: str) -> tuple[str, ...]:
@@ -213,54 +198,3 @@ def stops_of(prompt: str) -> tuple[str, ...]:
     asked = without_opening(prompt).rstrip()
     openings = next((openings for openings, last in LAYOUTS if asked.endswith(last)), ())
     return tuple(TURN_END + opening for opening in openings)
-
-
-def chat(messages: object, think: str = "") -> list[Segment]:
-    """Turns {role, content} or {from, value}: the assistant's words count, the others' do not; think as in segments.
-
-    The blank line behind an assistant's turn counts too, and who speaks then: with both the model says that it is done,
-    where a blank line alone may part two paragraphs (stops_of). They are no part of what stands before them, so that
-    the blank line is the token that runtimes know, whatever the words end in.
-    """
-    if not isinstance(messages, list) or not messages:
-        raise UserError("messages must be a list of turns, each with role and content (or from and value)")
-    parts: list[Segment] = []
-    for turn in messages:
-        if not isinstance(turn, dict):
-            raise UserError(f"a turn is {type(turn).__name__}, not an object with role and content")
-        keys = ("role", "content") if "role" in turn else ("from", "value")
-        if not all(key in turn for key in keys):
-            raise UserError(
-                f"a turn has the fields {', '.join(map(str, turn))}; it needs role and content, or from and value"
-            )
-        refuse_unplaced(turn)
-        role, words = speaker(field(turn, keys[0])), field(turn, keys[1]).strip()
-        answered_before = bool(parts) and parts[-1][1]
-        if answered_before:
-            parts.append((TURN_END, True))
-        elif parts:
-            parts[-1] = (parts[-1][0] + TURN_END, False)
-        if role == "Assistant":
-            opening, rest = answered(words, turn, think)
-            parts += [(f"{role}:{opening}", False), (rest, True)]
-        else:
-            parts += [(f"{role}:", answered_before), (f" {words}", False)]
-    return parts
-
-
-def speaker(role: str) -> str:
-    """The name that RWKV World chats give to a role."""
-    names = {
-        "user": "User",
-        "human": "User",
-        "assistant": "Assistant",
-        "gpt": "Assistant",
-        "model": "Assistant",
-        "bot": "Assistant",
-        "system": "System",
-        "tool": "Tool",
-        "function": "Tool",
-    }
-    if role.lower() not in names:
-        raise UserError(f"role {role!r}; known are {', '.join(names)}")
-    return names[role.lower()]

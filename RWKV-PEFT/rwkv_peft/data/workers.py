@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -15,18 +15,21 @@ from .encoding import Encoded, EncodeSettings, encode_chunk
 from .rows import Chunk
 
 
-def encode_all(chunks: Iterable[Chunk], settings: EncodeSettings, workers: int = 1) -> Iterator[Encoded]:
-    """Yield the Encoded of every chunk, in order; at most two chunks a worker are in memory. Raises UserError where a
-    worker is killed, as the system does when memory runs out."""
+def encode_all(
+    chunks: Iterable[Chunk], settings: EncodeSettings, workers: int = 1, judge: Callable[[], bool] = lambda: False
+) -> Iterator[Encoded]:
+    """Yield the Encoded of every chunk, in order; at most two chunks a worker are in memory. As soon as judge() is true
+    the chunks that follow are judged (encode_chunk) and not encoded. Raises UserError where a worker is killed, as the
+    system does when memory runs out."""
     if workers <= 1:
         for chunk in chunks:
-            yield encode_chunk(chunk, settings)
+            yield encode_chunk(chunk, settings, judge())
         return
     with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent) as pool:
         waiting: deque[Future[Encoded]] = deque()
         try:
             for chunk in chunks:
-                waiting.append(submit(pool, chunk, settings))
+                waiting.append(submit(pool, chunk, settings, judge()))
                 if len(waiting) >= 2 * workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -41,13 +44,13 @@ def encode_all(chunks: Iterable[Chunk], settings: EncodeSettings, workers: int =
                 pool.shutdown(wait=True, cancel_futures=True)
 
 
-def submit(pool: ProcessPoolExecutor, chunk: Chunk, settings: EncodeSettings) -> "Future[Encoded]":
+def submit(pool: ProcessPoolExecutor, chunk: Chunk, settings: EncodeSettings, judge: bool) -> "Future[Encoded]":
     """Hand a chunk over, for which one more process may begin. Raises BrokenProcessPool where it cannot: the system has
     no room for it, or another one died this moment, and the pool's pipes that it inherits are closed (an OSError, or a
     ValueError, by how far it came)."""
     with no_ctrl_c():  # which the process inherits
         try:
-            return pool.submit(encode_chunk, chunk, settings)
+            return pool.submit(encode_chunk, chunk, settings, judge)
         except (OSError, ValueError) as error:
             raise BrokenProcessPool("a process could not begin") from error
 

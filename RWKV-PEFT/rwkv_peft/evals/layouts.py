@@ -3,7 +3,8 @@
 from pathlib import Path
 from types import MappingProxyType
 
-from ..data.templates import TURN_END, stops_of
+from ..data.templates import stops_of
+from ..data.turns import TURN_END
 from ..errors import UserError
 
 FIELD = "{question}"

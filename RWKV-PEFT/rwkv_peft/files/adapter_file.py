@@ -150,6 +150,18 @@ def read_own(path: str | Path) -> Adapter:
     return adapter
 
 
+def check_names(path: str | Path, adapter: Adapter) -> None:
+    """Raise UserError unless each adapted layer of an Adapter, read from path, has the tensors of its method."""
+    method = adapter.metadata.method
+    names = set() if method is None else {*method.parameters, *method.constants}
+    for module, params in adapter.modules().items():
+        if set(params) != names:
+            raise UserError(
+                f"{path}: {module} holds {', '.join(sorted(params))}, and a {adapter.metadata.variant} adapter has "
+                f"{', '.join(sorted(names)) or 'none'}; the file is damaged, or describes itself wrongly: copy it again"
+            )
+
+
 def _parse_metadata(path: str | Path, text: str) -> AdapterMetadata:
     try:
         values = json.loads(text)

@@ -11,8 +11,8 @@ import torch
 
 from ..errors import UserError
 from ..names import ADAPTER, METRICS, MODEL
-from .adapter_file import Adapter, read_own
-from .adapter_folder import is_adapter_folder
+from .adapter_file import Adapter, check_names, read_own
+from .adapter_folder import CONFIG, is_adapter_folder
 from .peft_folder import read_hf_folder
 from .rwkv_peft_file import read_rwkv_peft
 
@@ -43,6 +43,7 @@ class AdapterSource:
             adapter = read_own(path)
         else:
             adapter = read_rwkv_peft(path, self.mode or self.guess, base, self.init, self.alpha)
+        check_names(path, adapter)
         self._check_told(path, adapter)
         if self.mode is not None and adapter.modules() and adapter.metadata.variant != self.mode:
             raise UserError(f"{path} is a {adapter.metadata.variant} adapter, not {self.mode}; leave --bone_mode out")
@@ -78,8 +79,14 @@ class AdapterSource:
 
 def adapter_of_run(path: str | Path) -> Path:
     """The adapter in the folder of a run of train.py; any other path, folders of Hugging Face peft among them, as it
-    is. Raises UserError for a run that trained the model itself, or has saved nothing yet."""
+    is. Raises UserError for a run that trained the model itself, or has saved nothing yet, and for a folder that is
+    both a run's and peft's."""
     path = Path(path)
+    if is_adapter_folder(path) and (path / ADAPTER).exists():
+        raise UserError(
+            f"{path} holds two adapters, {ADAPTER} of a run and {CONFIG} with that of peft; name {path / ADAPTER}, or "
+            f"move {CONFIG} and its tensors into a folder of their own and name that"
+        )
     if not path.is_dir() or is_adapter_folder(path):
         return path
     if (path / ADAPTER).exists():

@@ -18,7 +18,7 @@ from .pth_writer import TensorSpec, chunks
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """({name: tensor}, the header's metadata) of a .safetensors file; the tensors are mapped.
+    """({name: tensor}, the header's metadata) of a .safetensors file; the tensors are mapped, and in the file's order.
 
     Raises UserError: a missing file, a folder, one that is no whole safetensors file, and as require_weights does.
     """
@@ -32,7 +32,15 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[st
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a readable safetensors file: {error}; copy it again") from error
     require_weights(tensors, path)
-    return tensors, metadata
+    return {key: tensors[key] for key in stored_order(path)}, metadata
+
+
+def stored_order(path: Path) -> list[str]:
+    """The names of a .safetensors file that is whole, in the order of their bytes; its library has them by name."""
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header.pop("__metadata__", None)
+    return sorted(header, key=lambda name: header[name]["data_offsets"])
 
 
 def write_safetensors(

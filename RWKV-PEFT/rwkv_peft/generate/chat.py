@@ -26,7 +26,7 @@ CODE = 130  # of a command that Ctrl-C ended
 class Chat:
     """The loop over a Session; stops end an answer, change(line) is what becomes of a line before it is sent, inputs
     are the (flag, path) pairs that /save may not overwrite, think ("", "on", "off") opens the answers
-    (data/thinking.py)."""
+    (data/thinking.py), system is what stands before the first turn, after /reset again ("": nothing)."""
 
     def __init__(
         self,
@@ -36,9 +36,10 @@ class Chat:
         change: Callable[[str], str],
         inputs: Sequence[tuple[str, str | None]],
         think: str = "",
+        system: str = "",
     ) -> None:
         self.session, self.stops, self.max_tokens, self.change = session, stops, max_tokens, change
-        self.inputs, self.think = inputs, think
+        self.inputs, self.think, self.system = inputs, think, system
 
     def run(self) -> int:
         """Talk until the input ends; -> the exit code. A mistake is told, and ends the chat only where its lines come
@@ -68,7 +69,7 @@ class Chat:
                 remark(f"error: {error}")
 
     def answer(self, words: str) -> None:
-        texts = question(words, self.think)
+        texts = question(words, self.think, self.system if self.session.begins else "")
         show(texts[-1])
         try:
             for text in self.session.answer(texts, self.stops, self.max_tokens):

@@ -41,8 +41,8 @@ def main(argv: list[str]) -> int:
 def run(args: Namespace, sampling: Sampling) -> int:
     """The command; returns 0."""
     check_device(args)
-    if not args.escapes and any("\\n" in text for text in [*(args.prompt or ()), *args.stop]):
-        warn(r"note: \n in --prompt or --stop is a backslash and an n; add --escapes to read it as a newline")
+    if not args.escapes and any("\\n" in text for text in [*(args.prompt or ()), args.system or "", *args.stop]):
+        warn(r"note: \n in --prompt, --system or --stop is a backslash and an n; add --escapes to read it as a newline")
     check_outputs(args)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
@@ -54,7 +54,8 @@ def run(args: Namespace, sampling: Sampling) -> int:
         change: Callable[[str], str] = unescaped if args.escapes else str
         stops = [*stops_of("Assistant:"), *args.stop]
         session = Session(model, tokenizer, sampling, start)
-        return Chat(session, stops, args.max_tokens, change, inputs_of(args), args.think or "").run()
+        inputs = inputs_of(args)
+        return Chat(session, stops, args.max_tokens, change, inputs, args.think or "", args.system or "").run()
     prompts = [encode(tokenizer, row["prompt"], number) for number, row in enumerate(rows)]
     streams = len(rows) == 1 and not args.output
     continuations = [

@@ -31,6 +31,11 @@ def build_parser() -> Parser:
     )
     add("--chat", action="store_true", help="talk in turns, User: and Assistant:, as chat data is trained")
     add(
+        "--system",
+        metavar="TEXT",
+        help="with --chat: a text before the first turn that says how to answer, as System: in chat data",
+    )
+    add(
         "--think",
         choices=("on", "off"),
         help="with --chat, as RWKV-7 G1 is prompted: open each answer with <think, or with <think></think",
@@ -57,7 +62,11 @@ def build_parser() -> Parser:
         "is laid out, or in what opens a thinking behind it: the opening of the next turn, such as \\n\\nUser:; with "
         "--chat these besides it",
     )
-    add("--escapes", action="store_true", help=r"read \n, \t and \\ in --prompt and --stop as newline, tab, backslash")
+    add(
+        "--escapes",
+        action="store_true",
+        help=r"read \n, \t and \\ in --prompt, --system and --stop as newline, tab, backslash",
+    )
     add(
         "--temperature",
         type=float,
@@ -147,12 +156,20 @@ def check_flags(args: argparse.Namespace) -> Sampling:
             f"--think {args.think} opens the answers of --chat; a prompt says so itself, in its last words: "
             "Assistant: <think, or Assistant: <think></think"
         )
+    if args.system is not None and not args.chat:
+        raise UserError(
+            "--system stands before the first turn of --chat; a prompt says so itself, as it begins: "
+            r"'System: TEXT\n\nUser: …\n\nAssistant:', with --escapes"
+        )
     for name, least in (("max_tokens", 0), ("batch", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)}: at least {least} is due")
     if args.escapes:
         args.prompt = args.prompt and [unescaped(text) for text in args.prompt]
+        args.system = args.system and unescaped(args.system)
         args.stop = [unescaped(text) for text in args.stop]
+    if args.system is not None and not args.system.strip():
+        raise UserError("--system: an empty text says nothing; leave it out")
     if "" in args.stop:
         raise UserError("--stop: an empty text would stop before the first token; leave it out")
     return Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__})

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from ..data.templates import TURN_END
 from ..data.tokenizer import Tokenizer
+from ..data.turns import TURN_END
 from ..models.parts import LanguageModel
 from ..models.state import State
 from .decode import Sequence, check_finite, prefill
@@ -35,6 +35,11 @@ class Session:
         self.state, self.closed = self.start, True
         self.tail: list[int] = []
         self.cut = False
+
+    @property
+    def begins(self) -> bool:
+        """Whether nothing was said since the start."""
+        return self.state is self.start
 
     def close(self) -> None:
         """Read what the last turn left, so that the state is behind all of it and its TURN_END."""

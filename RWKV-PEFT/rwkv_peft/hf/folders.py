@@ -15,6 +15,8 @@ import torch
 from ..cli import Parser
 from ..errors import UserError
 from ..files.adapter_folder import read_config, read_folder_tensors, replacing
+from ..files.pth_writer import TensorSpec
+from ..files.safetensors_file import write_safetensors
 
 
 def bone_to_miss(source: str | Path, target: str | Path) -> None:
@@ -64,13 +66,11 @@ def rename(settings: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
 
 def write(folder: str | Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     """Write an adapter folder; its files get their names when both are written."""
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, and an adapter is a folder; name another")
     with replacing(folder) as (settings, weights):
-        save_file(tensors, weights, metadata={"format": "pt"})
+        write_safetensors(weights, {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}, tensors.items())
         settings.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 

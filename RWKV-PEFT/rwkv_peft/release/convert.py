@@ -33,7 +33,7 @@ from ..files.pth import read_tensors
 from ..files.rwkv_peft_file import unwrapped, write_rwkv_peft
 from ..files.safetensors_file import read_safetensors
 from ..files.state_file import is_own, read_states
-from ..models.state import check_time_states, is_time_state
+from ..models.state import check_time_states, is_time_state, split_time_states
 from .flags import convert_flags
 from .formats import GGUF_TYPE, Wanted, format_of
 from .lora import as_lora, describe_errors, lora_files, write_lora
@@ -52,6 +52,7 @@ def main(argv: list[str]) -> int:
     files = [target] if form is None else form.files(target)
     for file in lora_files(target) if args.to else files:
         check_output("the output", file, inputs)
+    refuse_inside(target, Path(args.input))
     adapted = is_adapter(source)
     if args.to and not adapted:
         raise UserError(f"{source} holds no adapter, which alone has a form as LoRA; leave --to {args.to} out")
@@ -60,6 +61,13 @@ def main(argv: list[str]) -> int:
     for line in written:
         print(f"wrote {line}")
     return 0
+
+
+def refuse_inside(target: Path, source: Path) -> None:
+    """Raise UserError where the output is an input that is a folder, or lies in it: the folder would hold two things,
+    and what is asked for one of them would be given the other."""
+    if source.is_dir() and target.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"the output {target} lies in the input {source}, and is to lie elsewhere; name another folder")
 
 
 def refuse_unread(args: argparse.Namespace, target: Path, adapted: bool) -> None:
@@ -140,8 +148,8 @@ def remark_on_export(metadata: AdapterMetadata, paths: Sequence[Path]) -> str:
 
 
 def read_model(path: Path) -> dict[str, torch.Tensor]:
-    """{official key: tensor} of a model, or of time states alone, in any format that is read, in official order but for
-    a .pth, whose own order is kept."""
+    """{official key: tensor} of a model, or of time states alone, in any format that is read. The order is the file's,
+    as two orders are official; in one that sorts by names it is that in which RWKV-LM saves."""
     tensors = read_any(path)
     if not tensors:
         raise UserError(f"{path} holds no tensor; copy it again")
@@ -155,7 +163,8 @@ def read_model(path: Path) -> dict[str, torch.Tensor]:
             f"an RWKV model was released as{folder}"
         )
     base = base_of(tensors, path)
-    if path.suffix == ".pth":
+    weights = list(split_time_states(tensors)[0])
+    if path.suffix == ".pth" or (weights[0], weights[-1]) == ("emb.weight", "head.weight"):
         return tensors
     order = {key: place for place, key in enumerate(base.family.shapes(base.config))}
     return {key: tensors[key] for key in sorted(tensors, key=lambda key: order.get(key, len(order)))}

@@ -82,6 +82,8 @@ def text_of(heat: Heat) -> str:
         cells = [heat.cells.get((layer, name)) for name in heat.columns]
         lines.append(f"{layer:5} " + "".join(f"{cell_text(cell, largest):>{width}}" for cell in cells))
     lines += [f"{key}  {cell_text(change, largest)}" for key, change in heat.outside.items()]
+    if any(map(math.isnan, values)):
+        lines.append("nan: the tensor or the base's holds NaN or Inf; copy the file again, or take an earlier one")
     return "\n".join(lines)
 
 
@@ -89,6 +91,8 @@ def cell_text(change: float | None, largest: float) -> str:
     """One cell of the text."""
     if change is None:
         return "-"
+    if math.isnan(change):
+        return "nan"
     darkest = len(SHADES) - 1
     shade = darkest if change >= largest else min(darkest, int(len(SHADES) * change / largest))
     return f"{100 * change:.3g} {SHADES[shade]}"

@@ -60,11 +60,14 @@ def as_lora(adapter: Adapter, base: Mapping[str, torch.Tensor] | None = None, ra
     errors = {}
     shapes = {module: layer_shape(method, module, params, base) for module, params in adapter.modules().items()}
     for module, params in adapter.modules().items():
+        check_shapes(method, module, params, shapes[module])
         exact = method.as_lora(params, metadata.scale, *shapes[module])
         if exact is None:
             check_rank(rank, metadata.rank, shapes)
             change = change_of(adapter, module, params, base)
+            require_finite(module, change.norm())  # which is what its singular values are made of
             exact, errors[module] = truncated(change, rank or 2 * metadata.rank)
+        require_finite(module, *exact.values())
         factors[module] = exact
     if rank and not errors:
         raise UserError(f"--lora_rank {rank}: {method.label} has a LoRA form of its own, which is exact; leave it out")
@@ -72,6 +75,25 @@ def as_lora(adapter: Adapter, base: Mapping[str, torch.Tensor] | None = None, ra
     width = next(iter(factors.values()))["lora_A"].shape[0]
     told = replace(metadata, variant=METHODS["lora"].name, rank=width, mini_rank=0, scale=1.0)
     return LoraForm(Adapter(tensors, told), errors, rounding_of(adapter, factors, base) if method.residual else {})
+
+
+def check_shapes(method: Method, module: str, params: Params, shape: tuple[int, int]) -> None:
+    """Raise UserError unless the tensors of a layer (out, in) have the shapes that its method gives them."""
+    for name, due in method.shapes(*method.sizes(params), *shape).items():
+        if tuple(params[name].shape) != due:
+            raise UserError(
+                f"{module} holds {name} of shape {tuple(params[name].shape)}, and {due} is due beside its other "
+                "tensors; copy the file again"
+            )
+
+
+def require_finite(module: str, *tensors: torch.Tensor) -> None:
+    """Raise UserError if what was computed of a layer's change is beyond float32."""
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+        raise UserError(
+            f"{module}: its change is too large for float32, so that LoRA cannot hold it; the training had diverged: "
+            "take an earlier adapter"
+        )
 
 
 def rounding_of(
@@ -100,7 +122,13 @@ def layer_shape(
 ) -> tuple[int, int]:
     """(out, in) of a layer: as LoRA's own tensors tell it, else as the base does."""
     if "lora_A" in params:
-        return params["lora_B"].shape[0], params["lora_A"].shape[1]
+        A, B = params["lora_A"], params["lora_B"]
+        if A.dim() != 2 or B.dim() != 2:
+            raise UserError(
+                f"{module} holds lora_A of shape {tuple(A.shape)} and lora_B of shape {tuple(B.shape)}, which are no "
+                "two matrices; copy the file again"
+            )
+        return B.shape[0], A.shape[1]
     weight = None if base is None else base.get(f"{module}.weight")
     if weight is None:
         raise UserError(

@@ -4,8 +4,8 @@ import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..data.templates import TURN_END
 from ..data.tokenizer import BytesTokenizer, JsonTokenizer, Tokenizer, WorldTokenizer
+from ..data.turns import TURN_END
 from ..errors import UserError
 
 WORLD_FILE = "rwkv_vocab_v20230424.txt"

@@ -9,11 +9,12 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..cli import counted
+from ..data import opening
 from ..data.recorded import ENTRY, RUN
 from ..errors import UserError, ending_at_once
 from ..files.atomic import atomic_write
@@ -97,9 +98,11 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
 
 
 def record(run: Prepared) -> None:
-    """Write the run's settings, and what its tokens mean, into its folder."""
+    """Write the run's settings, what its tokens mean, and what opens an answer in its data, into its folder."""
     vocabulary = run.samples.vocabulary
-    entries = {} if vocabulary is None else {ENTRY: vocabulary._asdict()}
+    entries: dict[str, Any] = {opening.ENTRY: opening.opening_of(run.samples.dataset, vocabulary)}
+    if vocabulary is not None:
+        entries[ENTRY] = vocabulary._asdict()
     with atomic_write(run.folder / RUN) as temporary:
         temporary.write_text(json.dumps(asdict(run.config) | entries, indent=2, sort_keys=True) + "\n")
 

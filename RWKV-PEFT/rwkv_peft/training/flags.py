@@ -257,7 +257,7 @@ def check_data(data: DataConfig) -> None:
                 f"leave --{name} out"
             )
     plain = DataConfig(data.path)
-    for name in ("tokenizer", "sft_field", "sft_split", "sft_long", "sft_think"):
+    for name in ("tokenizer", "sft_field", "sft_split", "sft_long", "sft_think", "skip_bad_rows"):
         if not data.of_rows and getattr(data, name) != getattr(plain, name):
             raise UserError(
                 f"--{name} belongs to --data_type sft and pairs, and the data is {data.data_type}, whose tokens are "

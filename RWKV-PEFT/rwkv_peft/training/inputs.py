@@ -1,8 +1,10 @@
 """What a run reads: the samples that it trains on, and those whose loss it measures."""
 
 from dataclasses import replace
+from os.path import realpath
 
 from ..config import RunConfig
+from ..data.folders import held_out_split
 from ..data.masks import default_mask
 from ..data.recorded import recorded_beside, remarks, require_same
 from ..data.rows import parse_split
@@ -22,9 +24,17 @@ def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
     else:
         samples = build_samples(data, vocab_size)
     if train.val_data:
-        measured[VALIDATION] = held_out = build_samples(replace(whole, path=train.val_data), vocab_size)
+        split = held_out_split(train.val_data) if data.of_rows else ""
+        other = replace(whole, path=train.val_data, sft_split=split or whole.sft_split)
+        measured[VALIDATION] = held_out = build_samples(other, vocab_size)
         require_same(samples.vocabulary, data.path, held_out.vocabulary, f"--val_data {train.val_data}")
-        samples.notes.append(f"validation on {len(held_out):,} samples of {train.val_data}: {held_out.notes[0]}")
+        named = f"{train.val_data}, split {split}" if split else train.val_data
+        samples.notes.append(f"validation on {len(held_out):,} samples of {named}: {held_out.notes[0]}")
+        if realpath(data.path) == realpath(train.val_data) and other.sft_split == whole.sft_split:
+            samples.notes.append(
+                f"note: --val_data {named} holds what is trained on, so that its loss tells nothing of other text; "
+                "--val_split 0.01 keeps samples back for it"
+            )
     if train.retain_data:
         other = replace(whole, path=train.retain_data)
         if data.loss_mask == "file" and not data.of_rows:  # plain text has no .mask, whatever is learned
@@ -32,5 +42,11 @@ def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
         measured[RETAINED] = kept = build_samples(other, vocab_size)
         require_same(samples.vocabulary, data.path, kept.vocabulary, f"--retain_data {train.retain_data}")
         samples.notes.append(f"what is retained of {len(kept):,} samples of {other.path}: {kept.notes[0]}")
+    for flag, path, name in (
+        ("--val_data", train.val_data, VALIDATION),
+        ("--retain_data", train.retain_data, RETAINED),
+    ):
+        if path:
+            samples.notes += [f"{flag} {path}: {note}" for note in measured[name].row_notes]
     samples.notes += remarks(samples.vocabulary, recorded_beside(train.load_model), vocab_size)
     return samples, measured

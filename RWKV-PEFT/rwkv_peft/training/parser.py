@@ -13,7 +13,7 @@ from ..names import CHOICES, DATALOADS, GENERATIONS, LOSS_MASKS, SCHEDULES, TRAI
 from .adapter_flags import add_json_flags
 from .legacy import add_legacy_flags
 from .markers import marker
-from .synonyms import SYNONYMS, VALUES
+from .synonyms import SEVERAL, SYNONYMS, VALUES
 
 Settings = TypeVar("Settings", AdapterConfig, DataConfig, TrainConfig)
 CHOICES_OF = (("peft", CHOICES), ("dataload", DATALOADS), ("loss_mask", LOSS_MASKS), ("lr_schedule", SCHEDULES))
@@ -49,6 +49,7 @@ def build_parser() -> Parser:
         formatter_class=HelpFormatter,
         synonyms=SYNONYMS,
         values=VALUES,
+        several=SEVERAL,
         description=f"Train an {names} model, or a Bone adapter on one, on CPU or GPU under DeepSpeed ZeRO.",
     )
     model = parser.add_argument_group("model")

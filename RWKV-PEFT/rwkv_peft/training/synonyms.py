@@ -76,3 +76,15 @@ VALUE_MEANINGS = (
     ("--strategy", "--strategy deepspeed_stage_3", ("fsdp",)),
 )
 VALUES = MappingProxyType({(flag, value): ours for flag, ours, values in VALUE_MEANINGS for value in values})
+
+# the remedy where several files stand behind a flag that takes one
+JOINED = (
+    "`rwkv-peft preprocess FILE FILE … --output PREFIX` makes one PREFIX of several, and a folder that holds files "
+    "of rows is one input of --data_type sft and pairs"
+)
+SEVERAL = MappingProxyType(
+    {
+        **dict.fromkeys(("--data_file", "--val_data", "--retain_data"), JOINED),
+        "--eval_data": "write their rows into one file, as by cat FILE FILE > all.jsonl",
+    }
+)

@@ -1,0 +1,46 @@
+"""Rows of .csv and .tsv files."""
+
+import csv
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import UserError, short, told
+
+DELIMITERS = ",;\t"
+MOST_CHARACTERS = 1 << 24  # of a cell; without a bound a quote that nothing closes takes in all that follows
+
+
+def csv_rows(path: Path) -> Iterator[dict[str, str] | UserError]:
+    """Yield each row by the names of the first line, or the UserError of a row that has other cells than names.
+
+    Cells are parted by the one of DELIMITERS that the first line has most of. Raises UserError where the file cannot be
+    read on.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            delimiter = max(DELIMITERS, key=file.readline().count)
+            file.seek(0)
+            csv.field_size_limit(MOST_CHARACTERS)
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            try:
+                yield from named(reader, path)
+            except csv.Error as error:
+                raise UserError(
+                    f"{path}, line {reader.line_num}: not CSV ({told(error)}); a cell that holds a quote, a comma or a "
+                    'line end stands in quotes ("…"), its own quotes twice ("")'
+                ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
+
+
+def named(rows: Iterator[list[str]], path: Path) -> Iterator[dict[str, str] | UserError]:
+    """Each row behind the first by the names in that; blank lines are left out."""
+    names = [name.strip() for name in next(rows, [])]
+    if twice := [name for name, number in Counter(names).items() if number > 1]:
+        raise UserError(f"{path}: the first line names {short(twice[0])!r} twice; give each column a name of its own")
+    for cells in filter(None, rows):
+        if len(cells) == len(names):
+            yield dict(zip(names, cells))
+        else:
+            yield UserError(f"a row has {len(cells)} cells, and the first line names {len(names)}")

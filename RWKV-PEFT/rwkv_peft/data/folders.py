@@ -1,0 +1,97 @@
+"""Folders of rows: the files that hold them, and the splits that the files' names tell."""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from types import MappingProxyType
+
+from ..errors import UserError
+
+ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".csv", ".tsv", ".parquet")  # no .json, which settings have, too
+TRAIN = "train"
+WORDS = MappingProxyType(  # in the name of a file -> its split
+    {
+        "train": TRAIN,
+        "training": TRAIN,
+        "validation": "validation",
+        "valid": "validation",
+        "val": "validation",
+        "dev": "validation",
+        "test": "test",
+        "testing": "test",
+    }
+)
+HELD_OUT = ("validation", "valid", "val", "dev", "test")  # splits to validate on, the first that there is
+SAVED, SPLITS = "state.json", "dataset_dict.json"  # one of them lies in what datasets.save_to_disk wrote
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether datasets.save_to_disk wrote a folder."""
+    return (folder / SAVED).exists() or (folder / SPLITS).exists()
+
+
+def row_files(folder: Path) -> dict[str, list[Path]]:
+    """{split: files of rows} of a folder, or else of the one folder in it that has some; a name without one of WORDS is
+    of the split train. {} where there is none. Raises UserError where more than one choice is left."""
+    if found := files_in(folder):
+        kinds = sorted({ending_of(path) for path in found})
+        if len(kinds) > 1:
+            raise UserError(
+                f"{folder} holds files of several kinds ({', '.join(kinds)}), which may be the same rows twice; name a "
+                "file, or leave one kind in the folder"
+            )
+        splits: dict[str, list[Path]] = {}
+        for path in found:
+            splits.setdefault(split_of(path), []).append(path)
+        return splits
+    within = [path for path in below(folder) if path.is_dir() and files_in(path)]
+    if len(within) > 1:
+        raise UserError(f"{folder} holds several folders of rows; give one of {', '.join(map(str, within))}")
+    return row_files(within[0]) if within else {}
+
+
+def choose(splits: Iterable[str], name: str, folder: Path) -> str:
+    """The split of that name; without one train, or the only one. Raises UserError where there is none such."""
+    splits = list(splits)
+    chosen = name or (splits[0] if len(splits) == 1 else TRAIN)
+    if chosen not in splits:
+        raise UserError(f"{folder}: no split {chosen!r}; it has {', '.join(splits)}")
+    return chosen
+
+
+def held_out_split(path: str | Path) -> str:
+    """The split to validate on of a folder that has several, "" of any other and of files."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return ""
+    splits = saved_splits(folder) if is_saved(folder) else list(row_files(folder))
+    return next((name for name in HELD_OUT if name in splits and len(splits) > 1), "")
+
+
+def saved_splits(folder: Path) -> list[str]:
+    """The splits that datasets.save_to_disk wrote; [] where it wrote one data set, or the file that tells cannot be
+    read, as reading the folder itself will say."""
+    try:
+        splits = json.loads((folder / SPLITS).read_bytes())["splits"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+    return [name for name in splits if isinstance(name, str)] if isinstance(splits, list) else []
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The files of rows that lie in a folder itself, by name."""
+    return [path for path in below(folder) if ending_of(path) and path.is_file()]
+
+
+def below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def ending_of(path: Path) -> str:
+    """The one of ENDINGS that a name has, or ""."""
+    return next((ending for ending in reversed(ENDINGS) if path.name.endswith(ending)), "")
+
+
+def split_of(path: Path) -> str:
+    return next((WORDS[word] for word in re.split("[^a-z]+", path.name.lower()) if word in WORDS), TRAIN)

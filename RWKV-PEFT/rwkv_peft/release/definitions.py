@@ -1,0 +1,77 @@
+"""W' of each method by its definition, for a few rows of the weight, in float64.
+
+`check` holds merged files to these. They share no code with adapters/, which trains and merges, so that a mistake there
+does not hide itself.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+
+Params = Mapping[str, torch.Tensor]
+# (rows of the weight (n, in), their numbers (n,), {name: tensor} of the whole adapter, its scale) -> W' (n, in)
+Definition = Callable[[torch.Tensor, torch.Tensor, Params, float], torch.Tensor]
+
+
+def bone(weight: torch.Tensor, rows: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
+    """W'[o, i] = W[o, i] + s_i D[i mod rank, o mod width]; s is 1 but for bone-signed, width is out but for
+    bone-mini."""
+    rank, width = params["bone"].shape
+    columns = torch.arange(weight.shape[1]) % rank
+    return weight + params["bone"][:, rows % width].t()[:, columns] * params.get("bone_signs", 1.0)
+
+
+def bat_in(weight: torch.Tensor, rows: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
+    """W'_ab = W_ab + c W_ab B_b + B_b; c is 1 but for bat-in-scaled."""
+    matrices = params["bone"]  # (in/r, r, r)
+    rank = matrices.shape[-1]
+    blocks = weight.unflatten(1, (-1, rank))  # (n, in/r, r)
+    product = params.get("bone_scale", 1.0) * torch.einsum("nbj,bji->nbi", blocks, matrices)
+    return weight + (product + matrices[:, rows % rank].transpose(0, 1)).flatten(1)
+
+
+def bat_out(weight: torch.Tensor, rows: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
+    """W'_ab = W_ab + W_ab B_a + B_a."""
+    rank = params["bone"].shape[-1]
+    own = params["bone"][rows // rank]  # (n, r, r)
+    product = torch.einsum("nbj,nji->nbi", weight.unflatten(1, (-1, rank)), own)
+    return weight + (product + own[torch.arange(len(rows)), rows % rank][:, None]).flatten(1)
+
+
+def lora(weight: torch.Tensor, rows: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
+    """W' = W + scale B A."""
+    return weight + scale * (params["lora_B"][rows] @ params["lora_A"])
+
+
+def dora(weight: torch.Tensor, rows: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
+    """W'_o = (1 + gain_o) norm_o (W + U)_o / |(W + U)_o| with U = scale B A, and norm_o for |W_o|."""
+    turned = lora(weight, rows, params, scale)
+    update, norm = turned - weight, params["lora_row_norm"][rows]
+    squared = norm.square() + (2 * weight * update + update.square()).sum(1)
+    length = squared.clamp_min(torch.finfo(torch.float32).tiny).sqrt()  # a row of zeros has none
+    return ((1 + params["lora_gain"][rows]) * norm / length)[:, None] * turned
+
+
+def less_first_factors(weight: torch.Tensor, rows: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
+    """W - scale B0 A0, on which PiSSA and its like train."""
+    first = {name: params[f"init_{name}"] for name in ("lora_A", "lora_B")}
+    return lora(weight, rows, first, -scale)
+
+
+# by the names that files' metadata have; for PiSSA and its like W is what less_first_factors leaves
+DEFINITIONS: Mapping[str, Definition] = MappingProxyType(
+    {
+        "bone": bone,
+        "bone-mini": bone,
+        "bone-signed": bone,
+        "bat-in": bat_in,
+        "bat-in-scaled": bat_in,
+        "bat-out": bat_out,
+        "lora": lora,
+        "dora": dora,
+        "pissa": lora,
+        "olora": lora,
+        "lora-ga": lora,
+    }
+)

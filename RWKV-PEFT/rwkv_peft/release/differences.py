@@ -1,0 +1,147 @@
+"""In which tensors a merged file differs from what base and adapter make, by a computation that is not the merge's.
+
+Tensors that the adapter leaves alone must have the base's values, cast to the file's dtype; those that it trained
+whole, the adapter's. An adapted weight must be as the method is defined (definitions.py), rounded once. Memory is that
+of a band of rows.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from ..adapters.quant import block_size, roundtrip
+from ..files.adapter_file import Adapter, AdapterMetadata
+from ..files.base import Base
+from ..files.dtypes import dtype_name
+from ..models.state import is_time_state
+from .definitions import DEFINITIONS, Params, less_first_factors
+
+BAND = 1 << 18  # values that are compared at a time
+SLACK = 2.0**-18  # of a row's largest value: more than float32 arithmetic loses on the way to it
+
+Range = tuple[torch.Tensor, torch.Tensor]  # the lowest and the highest of the values that are due
+# (rows of the source, their numbers, the file's dtype) -> the Range of each of their values
+Expect = Callable[[torch.Tensor, torch.Tensor, torch.dtype], Range]
+
+
+def differences(merged: Base, base: Base, adapter: Adapter) -> list[str]:
+    """A line for each way in which a Base `merged` differs from what a Base and an Adapter make: the order of its keys,
+    dtypes, values. An adapter that was trained on a quantized base may as well be merged into the original."""
+    odd = list(odd_values(merged, base, adapter, adapter.metadata.quant))
+    if odd and adapter.metadata.quant != "none":
+        odd = min(odd, list(odd_values(merged, base, adapter, "none")), key=len)
+    return [*odd_order(merged, base), *odd_dtypes(merged, base), *odd]
+
+
+def odd_order(merged: Base, base: Base) -> Iterator[str]:
+    """A line on the first key that is not where the base has it, if any; time states may lie anywhere."""
+    own, due = ([key for key in model.tensors if not is_time_state(key)] for model in (merged, base))
+    if place := next((pair for pair in zip(own, due) if pair[0] != pair[1]), None):
+        yield f"the order of the keys: {place[0]} stands where the base has {place[1]}"
+
+
+def odd_dtypes(merged: Base, base: Base) -> Iterator[str]:
+    """A line for each tensor that is not of the base's dtype, unless all are of one: what --output_dtype asked for."""
+    weights = {key: tensor.dtype for key, tensor in merged.tensors.items() if not is_time_state(key)}
+    if len(set(weights.values())) > 1:
+        for key, dtype in weights.items():
+            if dtype != base.tensors[key].dtype:
+                yield f"{key}: {dtype_name(dtype)}, where the base has {dtype_name(base.tensors[key].dtype)}"
+
+
+def odd_values(merged: Base, base: Base, adapter: Adapter, quant: str) -> Iterator[str]:
+    """A line for each tensor with other values than are due. `quant` is how the frozen weights are kept."""
+    modules = adapter.modules()
+    for key, source in (base.tensors | adapter.whole()).items():
+        if (tensor := merged.tensors.get(key)) is None:
+            yield f"{key}: missing"  # a time state, as models without another tensor are not opened
+            continue
+        if params := modules.get(key.removesuffix(".weight")):
+            unit = unit_of(quant, tensor.shape[1])
+            difference = compared(tensor, source, adapted(adapter.metadata, params, quant), unit)
+        else:
+            difference = compared(tensor, source, cast)
+        if difference.odd:
+            unmerged = key in base.tensors and not compared(tensor, base.tensors[key], cast).odd
+            yield f"{key}: {difference}" + (", as the base has it" if unmerged else "")
+
+
+class Difference(NamedTuple):
+    """How many of so many values are not those that are due, by how much at most, and where the first of them is."""
+
+    odd: int
+    total: int
+    largest: float
+    first: list[int]
+
+    def __str__(self) -> str:
+        return f"{self.odd:,} of {self.total:,} values, by up to {self.largest:.2g}, the first at {self.first}"
+
+
+def compared(tensor: torch.Tensor, source: torch.Tensor, expect: Expect, unit: int = 1) -> Difference:
+    """The Difference of a tensor from `expect` of another, a band at a time, which begins at multiples of `unit`."""
+    count, far = 0, [torch.zeros((), dtype=torch.float64)]
+    first: list[int] = []
+    step = max(BAND // (math.prod(tensor.shape[1:]) * unit), 1) * unit
+    for start in range(0, len(tensor), step):
+        found = tensor[start : start + step]
+        low, high = expect(source[start : start + step], torch.arange(start, start + len(found)), tensor.dtype)
+        odd = ~((found >= low) & (found <= high))  # a NaN is in no range
+        if odd.any():
+            row, *place = odd.nonzero()[0].tolist()
+            first = first or [start + row, *place]
+            low, high, found = (values[odd].double() for values in (low, high, found))
+            count += len(found)
+            far.append(torch.maximum(low - found, found - high).max())
+    return Difference(count, tensor.numel(), float(torch.stack(far).max()), first)
+
+
+def cast(source: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> Range:
+    """The values themselves, in the file's dtype."""
+    return source.to(dtype), source.to(dtype)
+
+
+def adapted(metadata: AdapterMetadata, params: Params, quant: str) -> Expect:
+    """What an adapter makes of a weight: the definition's value, less and more what float32 may lose, both rounded to
+    the file's dtype."""
+    define, exact = DEFINITIONS[metadata.variant], {name: tensor.double() for name, tensor in params.items()}
+
+    def expect(source: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> Range:
+        bases = trained_on(source, rows, exact, metadata, quant)
+        ends = [define(base, rows, exact, metadata.scale) for base in bases]
+        loss = lost(source.double(), *ends)
+        return (ends[0] - loss).to(dtype), (ends[-1] + loss).to(dtype)
+
+    return expect
+
+
+def trained_on(
+    source: torch.Tensor, rows: torch.Tensor, params: Params, metadata: AdapterMetadata, quant: str
+) -> list[torch.Tensor]:
+    """The weight that the adapter was trained on, from rows of the base, in float64. Of one that was rounded after
+    first factors were taken out of it, the lowest and the highest that it may be."""
+    method = metadata.method
+    if quant == "none" and not (method and method.residual):
+        return [source.double()]
+    dtype = metadata.base_dtype() or source.dtype
+    kept = [source.to(dtype).double()]
+    if method and method.residual:
+        left = less_first_factors(kept[0], rows, params, metadata.scale)
+        loss = lost(kept[0], left)
+        kept = [(left - loss).to(dtype).double(), (left + loss).to(dtype).double()]
+    if quant == "none":
+        return kept
+    kept = [roundtrip(weight.float(), quant).double() for weight in kept]
+    return [kept[0].minimum(kept[-1]), kept[0].maximum(kept[-1])]
+
+
+def lost(*values: torch.Tensor) -> torch.Tensor:
+    """What float32 may lose, by row (n, 1), on the way from or to values (n, in)."""
+    return SLACK * torch.stack([value.abs() for value in values]).amax((0, 2))[:, None]
+
+
+def unit_of(quant: str, columns: int) -> int:
+    """Bands of a weight with this many columns begin at multiples of so many rows, as a block with one scale does."""
+    return 1 if quant == "none" else block_size(quant) // math.gcd(block_size(quant), columns)

@@ -1,0 +1,24 @@
+"""Fixtures of the tests of data."""
+
+import json
+
+import pytest
+
+from rwkv_peft.data.binidx import BinidxDataset
+from rwkv_peft.data.preprocess import main
+
+
+@pytest.fixture
+def preprocess(tmp_path):
+    """preprocess(content, *flags, name=) -> the BinidxDataset made of one input file, byte tokens."""
+
+    def run(content, *flags, name="in.jsonl"):
+        path = tmp_path / name
+        if not isinstance(content, (str, bytes)):
+            content = "".join(json.dumps(row) + "\n" for row in content)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        output = tmp_path / "out" / "data"
+        assert main([str(path), "--output", str(output), "--tokenizer", "bytes", "--overwrite", *flags]) == 0
+        return BinidxDataset(output)
+
+    return run

@@ -1,0 +1,186 @@
+"""Rows of .csv files and of folders, and the split of a folder that validates."""
+
+import json
+
+import pytest
+
+from data.documents import texts
+from rwkv_peft import commands
+from rwkv_peft.data.binidx import BinidxDataset
+from rwkv_peft.data.rows import read_chunks
+from rwkv_peft.errors import UserError
+from rwkv_peft.files.base import save_model
+
+
+def rows(*words):
+    return [{"query": word, "response": word.upper()} for word in words]
+
+
+def lines(*words):
+    return "".join(json.dumps(row) + "\n" for row in rows(*words))
+
+
+def asked(dataset):
+    return [text.removeprefix("User: ").partition("\n")[0] for text, _ in texts(dataset)]
+
+
+@pytest.mark.parametrize(
+    "content, name",
+    [
+        ("query,response\na,A\nb,B\n", "in.csv"),
+        ('\ufeffquery, response \r\n"a",A\r\n\r\nb,"B"\r\n', "in.csv"),
+        ("query;response;more, or not\na;A;,\nb;B;,\n", "in.csv"),
+        ("query\tresponse\na\tA\nb\tB", "in.tsv"),
+    ],
+)
+def test_csv(preprocess, content, name):
+    dataset = preprocess(content, name=name)
+    assert asked(dataset) == ["a", "b"] and [counted for _, counted in texts(dataset)] == [" A", " B"]
+
+
+def test_cells_in_quotes(preprocess):
+    dataset = preprocess('query,response\n"a, ""b""\nc",A\n', name="in.csv")
+    assert texts(dataset) == [('User: a, "b"\nc\n\nAssistant: A', " A")]
+
+
+def test_a_long_cell(preprocess):
+    assert len(preprocess(f"text\n{'a' * 200_000}\n", name="in.csv")[0]) == 200_001
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("query,response\na,A,x\n", "in.csv, row 1: a row has 3 cells, and the first line names 2"),
+        ("query,response\na\n", "in.csv, row 1: a row has 1 cells, and the first line names 2"),
+        ('query,response\n"a,A\nb,B\n', "in.csv, line 3: not CSV .*unexpected end of data.* stands in quotes"),
+        ('query,response\n"a"x,A\n', "in.csv, line 2: not CSV"),
+        ("query,query\na,A\n", "in.csv: the first line names 'query' twice"),
+        ("a,A\nb,B\n", "in.csv, row 1: a row has the fields a, A; known are"),
+        (b"query,response\n\xff,A\n", "in.csv: not UTF-8"),
+        ("", "there is no row"),
+    ],
+)
+def test_csv_that_cannot_be_read_is_told(preprocess, content, message):
+    with pytest.raises(UserError, match=f"(?s){message}"):
+        preprocess(content, name="in.csv")
+
+
+def test_rows_of_other_cells_are_skipped_on_request(preprocess, capsys):
+    assert asked(preprocess("query,response\na,A\nb\nc,C\n", "--skip_bad_rows", name="in.csv")) == ["a", "c"]
+    assert "1 bad row left out" in capsys.readouterr().out
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """folder({name: text}) -> the path of a folder that holds these files."""
+
+    def make(files):
+        for name, text in files.items():
+            path = tmp_path / "rows" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return tmp_path / "rows"
+
+    return make
+
+
+TWO = {"train-00000-of-00002.jsonl": lines("a", "b"), "train-00001-of-00002.jsonl": lines("c")}
+HELD = {"validation.jsonl": lines("v"), "test.jsonl": lines("t")}
+
+
+@pytest.mark.parametrize(
+    "files, split, expected",
+    [
+        ({"x.jsonl": lines("a"), "y.jsonl": lines("b"), "README.md": "x", ".hidden.jsonl": "x"}, "", "ab"),
+        ({"b.csv": "query,response\nb,B\n", "a.csv": "query,response\na,A\n", "info.json": "{}"}, "", "ab"),
+        (TWO, "", "abc"),
+        (TWO, "train[1:]", "bc"),
+        (TWO, "[-1:]", "c"),
+        (TWO | HELD, "", "abc"),
+        (TWO | HELD, "test", "t"),
+        (HELD | {"more.jsonl": lines("a")}, "train", "a"),
+        ({f"data/{name}": text for name, text in (TWO | HELD).items()}, "validation", "v"),
+        ({"test.jsonl": lines("t")}, "", "t"),
+    ],
+)
+def test_folders_of_rows(folder, tmp_path, files, split, expected):
+    command = [str(folder(files)), "--output", str(tmp_path / "data"), "--tokenizer", "bytes"]
+    assert commands.main(["preprocess", *command, *(["--split", split] if split else [])]) == 0
+    assert "".join(asked(BinidxDataset(tmp_path / "data"))) == expected
+
+
+def test_a_folder_of_parquet(folder, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = folder({"README.md": "x"})
+    for split in ("train", "test"):
+        parquet.write_table(pyarrow.table({"query": [split], "response": ["A"]}), path / f"{split}-0.parquet")
+    assert [row["query"] for chunk in read_chunks(path) for row in chunk.items] == ["train"]
+    assert [row["query"] for chunk in read_chunks(path, "test") for row in chunk.items] == ["test"]
+
+
+@pytest.mark.parametrize(
+    "files, split, message",
+    [
+        ({"a.jsonl": "x", "b.csv": "x"}, "", r"holds files of several kinds \(.csv, .jsonl\)"),
+        ({"a.jsonl": "x", "a.jsonl.gz": "x"}, "", r"holds files of several kinds \(.jsonl, .jsonl.gz\)"),
+        ({"main/a.jsonl": "x", "other/a.jsonl": "x"}, "", "several folders of rows; give one of .*main, .*other"),
+        (TWO | HELD, "dev", "no split 'dev'; it has test, train, validation"),
+        (HELD, "", "no split 'train'; it has test, validation"),
+        ({"a.txt": "x"}, "", "not a folder that datasets.save_to_disk wrote .*a.txt"),
+    ],
+)
+def test_folders_that_leave_a_choice_are_refused(folder, files, split, message):
+    pytest.importorskip("datasets")
+    with pytest.raises(UserError, match=message):
+        list(read_chunks(folder(files), split))
+
+
+@pytest.fixture
+def header(tmp_path, tiny_state, monkeypatch):
+    """header(*flags) -> what a run says of its data, whose samples are found and not trained on."""
+    from rwkv_peft.training.flags import parse_run
+    from rwkv_peft.training.inputs import find_samples
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    save_model(tmp_path / "base.pth", tiny_state(vocab_size=257))
+
+    def run(*flags):
+        fixed = ("--load_model", str(tmp_path / "base.pth"), "--tokenizer", "bytes", "--bone_r", "16")
+        return "\n".join(find_samples(parse_run([*fixed, *map(str, flags)]).config)[0].notes)
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ["files", "datasets"])
+def test_a_folder_of_splits_validates_on_what_is_held_out(folder, header, kind):
+    path = folder(TWO | HELD)
+    if kind == "datasets":
+        datasets = pytest.importorskip("datasets")
+        splits = {"train": rows("a", "b", "c"), "test": rows("t"), "validation": rows("v", "w")}
+        path = path / "saved"
+        datasets.DatasetDict({name: datasets.Dataset.from_list(of) for name, of in splits.items()}).save_to_disk(path)
+    said = header("--data_file", path, "--data_type", "sft", "--val_data", path)
+    held = 1 if kind == "files" else 2
+    assert f"validation on {held} samples of {path}, split validation: " in said and "note:" not in said
+    assert "3 documents an epoch" in said
+    said = header("--data_file", path, "--data_type", "sft", "--val_data", path, "--sft_split", "validation")
+    assert f"note: --val_data {path}, split validation holds what is trained on" in said
+
+
+def test_to_validate_on_what_is_trained_on_is_told(folder, header):
+    path = folder({"a.jsonl": lines("a", "b")})
+    for given in (path, path / "a.jsonl"):
+        said = header("--data_file", given, "--data_type", "sft", "--val_data", given, "--sft_split", "[:1]")
+        assert f"note: --val_data {given} holds what is trained on" in said
+    assert "note:" not in header("--data_file", path, "--data_type", "sft", "--val_data", path / "a.jsonl")
+
+
+def test_what_is_odd_about_rows_that_validate_is_told(folder, header):
+    path = folder({"a.jsonl": lines("a", "b"), "b.jsonl": lines("a", "a") + "{}\n"})
+    flags = ("--data_file", path / "a.jsonl", "--data_type", "sft", "--skip_bad_rows")
+    said = header(*flags, "--val_data", path / "b.jsonl", "--retain_data", path / "b.jsonl")
+    for flag in ("--val_data", "--retain_data"):
+        assert f"{flag} {path / 'b.jsonl'}: note: 1 row the same as an earlier one" in said
+        assert f"{flag} {path / 'b.jsonl'}: 1 bad row left out:\n" in said
