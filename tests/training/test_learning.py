@@ -15,7 +15,7 @@ from rwkv_peft.data.preprocess import main as preprocess
 from rwkv_peft.data.sources import build_samples, split_samples
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.evals.rows_exam import RowsExam, rows_of
-from rwkv_peft.training.before_after import agreement
+from rwkv_peft.training.before_after import agreement, quoted, read_before
 from rwkv_peft.training.epochs import with_chosen_epochs
 from rwkv_peft.training.exams import find_rows
 from rwkv_peft.training.flags import parse_run
@@ -259,3 +259,29 @@ def test_the_answers_before_training_are_kept_for_a_run_that_goes_on(folder, run
 def test_config_names_the_tokenizer_of_the_token_files(folder, runs):
     told = json.loads((folder / "asked" / "config.json").read_text())
     assert told["data"]["tokenizer"] == told["vocabulary"]["name"] == "bytes"
+
+
+def test_answers_before_training_that_cannot_be_told_are_not_made_up(folder, tmp_path):
+    samples = build_samples(config(folder, "chats").data, 257)
+    exam = RowsExam(rows_of("training", samples, 2), load_tokenizer("bytes"), 8)
+    due = {"rows": exam.digest, "before": {"text": "a", "end": "end"}}
+    kept = tmp_path / "rows.jsonl"
+    assert read_before(kept, exam) == [None, None]
+    for rows, known in (
+        ([due, due], True),
+        ([due], False),
+        ([due, due | {"rows": "others"}], False),
+        ([due, due | {"before": {"text": 3, "end": "end"}}], False),
+        ([due, 7], False),
+    ):
+        write(kept, rows)
+        assert read_before(kept, exam) == ([due["before"]] * 2 if known else [None, None])
+    kept.write_text("{")
+    assert read_before(kept, exam) == [None, None]
+
+
+def test_a_terminal_finds_nothing_to_obey_in_an_answer():
+    assert quoted({"text": " a\n\x1b[2Jb ü", "end": "end"}) == "a\\n\\x1b[2Jb ü"
+    assert (
+        quoted({"text": "a", "end": "length"}) == "a…" and quoted({"text": "b" * 200, "end": "end"}) == "b" * 100 + "…"
+    )

@@ -44,7 +44,7 @@ class BeforeAfter:
         if self.anew:
             answers = self.ask(trainer, lit, "the rows before training")
         else:
-            answers = read_before(self.path, self.exam.digest) or [None] * len(self.exam)
+            answers = read_before(self.path, self.exam)
         self.records = [
             {
                 "rows": self.exam.digest,
@@ -91,16 +91,18 @@ class BeforeAfter:
                 yield f"  after   {quoted(record['after'])}"
 
 
-def read_before(path: Path, digest: str) -> list[Answer] | None:
-    """The answers before training that a run's file keeps; None if it is missing, damaged, or of other rows."""
+def read_before(path: Path, exam: Rows) -> Sequence[Answer | None]:
+    """The answers before training that a run's file keeps; None for each if it is missing, damaged, or of other
+    rows."""
+    unknown = [None] * len(exam)
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        answers = [record["before"] for record in records if record["rows"] == digest]
+        answers = [record["before"] for record in records if record["rows"] == exam.digest]
         texts = [(answer["text"], answer["end"]) for answer in answers if answer is not None]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return None
+        return unknown
     whole = all(isinstance(word, str) for pair in texts for word in pair)
-    return answers if whole and texts and len(answers) == len(records) else None
+    return answers if whole and len(answers) == len(records) == len(exam) else unknown
 
 
 def agreement(records: Sequence[Mapping[str, Any]]) -> str:
@@ -135,4 +137,5 @@ def quoted(answer: Mapping[str, str]) -> str:
 
 
 def in_line(text: str) -> str:
-    return text.strip().replace("\n", "\\n")
+    """A text in one line, in which a terminal finds nothing to obey."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text.strip())

@@ -101,6 +101,7 @@ class Record(StepCallback):
         super().__init__(accumulate)
         self.path, self.plan, self.validator = folder / METRICS, plan, validator
         self.examiners, self.rows = examiners, rows
+        self.ending = False  # whether the last step is done
         self.tokens = 0
         self.before: dict[str, float] = {}  # of the first step: joins its line
 
@@ -125,15 +126,15 @@ class Record(StepCallback):
         seconds = time.perf_counter() - self.start
         tokens, self.tokens = self.tokens, 0
         validation = {} if self.validator is None else self.validator(trainer, lit, done)
-        ending = done == self.plan.total_steps or (self.validator is not None and self.validator.exhausted)
+        self.ending = ending = done == self.plan.total_steps or (
+            self.validator is not None and self.validator.exhausted
+        )
         scores: dict[str, float] = {}
         told: list[str] = []
         for examiner in self.examiners:
             found, words = examiner(trainer, lit, done, ending)
             scores |= found
             told += words
-        if ending and self.rows is not None:
-            self.rows.after(trainer, lit)
         if not trainer.is_global_zero:
             return
         metrics = {
@@ -169,6 +170,8 @@ class Record(StepCallback):
             self.start = time.perf_counter()
 
     def on_train_end(self, trainer: Any, lit: Lit) -> None:
+        if self.ending and self.rows is not None:  # all is saved
+            self.rows.after(trainer, lit)
         self.close(trainer)
 
     def on_exception(self, trainer: Any, lit: Lit, exception: BaseException) -> None:
