@@ -28,7 +28,6 @@ from rwkv_peft.ops.cross_entropy import cuda as cross_entropy_cuda
 from rwkv_peft.ops.mix import cuda as mix_cuda
 from rwkv_peft.ops.native import gpu, nvrtc
 from rwkv_peft.ops.native.build import build_library
-from rwkv_peft.ops.native.compilers import find_nvcc
 from rwkv_peft.ops.native.errors import BuildError
 from rwkv_peft.ops.recurrence.cuda import CudaRecurrence
 from rwkv_peft.ops.wkv6 import cuda as wkv6_cuda
@@ -120,20 +119,20 @@ def build():
 
 def build_one(family):
     """The kernels of a CudaFamily by both compilers."""
-    capability = "".join(map(str, torch.cuda.get_device_capability()))
     op, source, name, worked = family.op, family.source, f"{family.op}_cuda", 0
     for builder in ("nvcc", "nvrtc"):
         start = time.perf_counter()
         try:
             usage = None
             if builder == "nvcc":
-                path = build_library(f"{name}_sm{capability}", *gpu.recipe(source, find_nvcc(), capability))
+                nvcc, architecture = gpu.nvcc_for(0)
+                path = build_library(f"{name}_sm{architecture}", *gpu.recipe(source, nvcc, architecture))
                 usage = resource_usage(path)
             else:
-                compiler = nvrtc.find_nvrtc()
+                compiler = next(nvrtc.compilers(), None)
                 if compiler is None:
                     raise BuildError("no NVRTC library")
-                nvrtc.cubin(name, source, f"sm_{capability}", compiler)
+                nvrtc.cubin(name, source, gpu.nvrtc_architecture(0, compiler), compiler)
             tell(kernels=op, builder=builder, seconds=round(time.perf_counter() - start, 1), usage=usage)
             worked += 1
         except BuildError as error:

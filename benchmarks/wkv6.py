@@ -29,7 +29,6 @@ from rwkv_peft.memory import keep_freed_memory
 from rwkv_peft.ops.native import gpu, levels
 from rwkv_peft.ops.native.arguments import fill
 from rwkv_peft.ops.native.build import build_library
-from rwkv_peft.ops.native.compilers import find_nvcc
 from rwkv_peft.ops.native.cpu import cpu_library
 from rwkv_peft.ops.native.errors import BuildError
 from rwkv_peft.ops.recurrence.cuda import CudaRecurrence
@@ -135,11 +134,11 @@ class Sequential(torch.autograd.Function):
 def sequential_kernels():
     """wkv6_sequential.cu built for the current GPU; None where there is no nvcc."""
     try:
-        nvcc = find_nvcc()
+        nvcc, architecture = gpu.nvcc_for(torch.cuda.current_device())
     except BuildError:
         return None
     source = Path(__file__).resolve().with_name("wkv6_sequential.cu")
-    recipe = gpu.recipe(source, nvcc, "".join(map(str, torch.cuda.get_device_capability())))
+    recipe = gpu.recipe(source, nvcc, architecture)
     return SEQUENTIAL.family.library(build_library("wkv6_sequential", *recipe))
 
 

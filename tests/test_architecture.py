@@ -33,7 +33,7 @@ HEAVY = (
 # (part, the modules that make it, the parts that it may import); whatever an imported part may import is open too. A
 # module stands for what is below it, unless that is named itself.
 PARTS = (
-    ("base", ("", "config", "errors", "streams", "cli", "names", "memory"), ()),
+    ("base", ("", "config", "errors", "streams", "cli", "names", "memory", "gpus"), ()),
     (
         "flags",
         (

@@ -91,6 +91,7 @@ def test_a_gpu_on_which_nothing_computes_is_told_in_words(monkeypatch):
     card = SimpleNamespace(name="a card", major=5, minor=2, total_memory=2**32)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.init", lambda: None)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: card)
     monkeypatch.setattr(doctor, "matmul_speed", refuse)
     finding = list(doctor.check_devices())[-1]

@@ -181,6 +181,16 @@ def check_devices() -> Iterator[Finding]:
     """GPUs, and how fast this machine multiplies matrices in the two precisions."""
     import torch
 
+    from .gpus import refusal
+
+    if words := refusal():
+        yield Finding(
+            "GPU",
+            MISSING,
+            f"there is one, and torch {torch.__version__} cannot use it: {words}",
+            "update the driver, install a build of torch for an older CUDA, or train with --accelerator cpu",
+        )
+        return
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(index)

@@ -62,6 +62,26 @@ def test_rows_that_do_not_begin_a_block_and_small_chunks(kind, monkeypatch):
     torch.testing.assert_close(product.backward(g, packed), g @ whole)
 
 
+def test_a_gpu_multiplies_by_a_7b_models_largest_matrix_at_once():
+    product = QuantizedProduct("nf4", (4096, 14336), torch.empty(0))
+    chunks = {device: len(list(product._row_chunks(torch.empty(0, device=device)))) for device in ("cpu", "meta")}
+    assert chunks == {"cpu": 15, "meta": 1}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_products_on_a_gpu_are_summed_in_float32(kind, monkeypatch):
+    """Rounded once: where each product rounds the sum, errors add up."""
+    monkeypatch.setattr(quant_module, "on_gpu", lambda x: True)
+    monkeypatch.setattr(quant_module, "GPU_ROW_ELEMENTS", 64 * 16)
+    weight, g = torch.randn(1024, 64), torch.randn(8, 1024, dtype=torch.bfloat16)
+    packed, scales = quantize(weight, kind)
+    begun = torch.full((8, 64), 1e3, dtype=torch.bfloat16)  # of which single products are a small part
+    found = begun.clone()
+    QuantizedProduct(kind, weight.shape, scales).add_backward_(found, g, packed)
+    exact = begun.double() + g.double() @ roundtrip(weight, kind).bfloat16().double()
+    assert (found - exact).abs().max() <= 2**-8 * exact.abs().max()  # a rounding of bfloat16, and a little more
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_casting_the_model_leaves_the_scales_alone(kind, adapt):
     layer = adapt(nn.Linear(64, 32), "bone", train=False, quant=kind)

@@ -8,7 +8,7 @@ from rwkv_peft.data.batches import TrainBatches
 from rwkv_peft.data.binidx import BinidxWriter
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.files.base import base_of
-from rwkv_peft.models import family_named
+from rwkv_peft.training.gradients import estimate_gradients
 from rwkv_peft.training.run import adapt
 
 MARKER = 79
@@ -23,7 +23,12 @@ def factors(state, folder, documents, rows=1):
     base = base_of(state)
     model = base.family.load(base.tensors, base.config, False)
     batches = TrainBatches(build_samples(settings, 80), rows)
-    adapt(model, AdapterConfig(method="lora-ga", rank=2), layers(model), family_named("x060"), base, batches)
+    names = layers(model)
+
+    def gradients():
+        return estimate_gradients(model, names, batches.first_counted())
+
+    adapt(model, AdapterConfig(method="lora-ga", rank=2), names, base.family, base, gradients)
     return [module.init_lora_A for module in model.modules() if isinstance(module, AdapterLinear)]
 
 

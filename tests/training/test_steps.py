@@ -9,7 +9,7 @@ from rwkv_peft.config import AdapterConfig
 from rwkv_peft.data.batches import collate, positions
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.models.state import State
-from rwkv_peft.training import steps
+from rwkv_peft.training import segments, steps
 from rwkv_peft.training.segments import filler, segments_of
 from rwkv_peft.training.steps import Segments, Whole, run
 
@@ -78,11 +78,13 @@ def test_gradients_are_those_of_whole_rows(family, packed, length, adapter):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_step_asks_for_no_value_before_it_has_gone_back(family, packed):
+@pytest.mark.parametrize("step", [Whole(), Segments(4), Segments(4, 1)], ids=["whole", "segments", "cut"])
+def test_a_step_asks_for_no_value_before_it_has_gone_back(family, packed, step, monkeypatch):
     """On the meta device, where there are none; a GPU would have to be waited for."""
-    model = shaken(family, torch.float32, AdapterConfig(rank=8)).to("meta")
-    batch = {name: tensor.to("meta") for name, tensor in a_batch(packed).items()}
-    found = gradients(model, Whole().loss(model, batch, 5.0))
+    monkeypatch.setattr(segments, "sent", lambda x, device: x.to(device))  # no memory is pinned without a GPU
+    model, batch, meta = shaken(family, torch.float32, AdapterConfig(rank=8)).to("meta"), a_batch(packed), "meta"
+    batch = {name: tensor.to(meta) for name, tensor in batch.items()} | step.sent(batch, torch.device(meta))
+    found = gradients(model, step.loss(model, batch, 5.0))
     assert all(grad.is_meta for grad in found.values())
 
 
@@ -155,10 +157,10 @@ def test_autograd_enters_the_same_modules_whatever_a_segment_holds(family, packe
         block.att.time_state.requires_grad_(tuned)
     go_back = steps.go_back
     monkeypatch.setattr(steps, "go_back", lambda *given: seen.append([]) or go_back(*given))
-    segments = segments_of(batch, 6)
-    monkeypatch.setattr(Segments, "segments", lambda *_: [*segments, filler(segments[0]), filler(segments[0])])
+    parts = segments_of(batch, 6)
+    monkeypatch.setattr(Segments, "segments", lambda *_: [*parts, filler(parts[0]), filler(parts[0])])
     Segments(6, bptt).loss(model, batch, 5.0)
-    assert len(seen) == len(segments) + 2 >= 5 and {"head", "blocks.0.att.key", "blocks.1.ffn.value"} <= set(seen[0])
+    assert len(seen) == len(parts) + 2 >= 5 and {"head", "blocks.0.att.key", "blocks.1.ffn.value"} <= set(seen[0])
     assert all(order == seen[0] for order in seen)
 
 

@@ -35,7 +35,8 @@ class BatInScaled(BatIn):
     ) -> Params:
         """As bfloat16 holds it, so that no cast of the model changes it; 1 where the weight is all zeros, and W B too,
         whatever it is multiplied by."""
-        size = weight.detach().float().square().mean().sqrt() * math.sqrt(config.rank)
+        weight = weight.detach().cpu()  # where all ranks find the same number, whatever their cards
+        size = weight.float().square().mean().sqrt() * math.sqrt(config.rank)
         scale = torch.where(size > 0, 1 / size, 1.0)
         return {"bone_scale": scale.bfloat16().float().reshape(1)}
 

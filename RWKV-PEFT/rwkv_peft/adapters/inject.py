@@ -90,6 +90,7 @@ def inject(
     family: Generation | None = None,
     initial: Mapping[str, torch.Tensor] | None = None,
     gradients: Mapping[str, torch.Tensor] | None = None,
+    device: torch.device | None = None,
 ) -> InjectReport:
     """Replace the target layers of a model by adapter layers, in place, and freeze what does not train.
 
@@ -98,8 +99,9 @@ def inject(
     where they are not given. config.method "none" replaces nothing and trains config.train_parts, or everything; family
     (a Family) tells which parameters those are. Where the method has constants, initial maps "<module>.<constant>" to
     those of an adapter file to go on from (its weights are loaded afterwards); without it they are made anew, by some
-    methods from gradients: module name -> gradient of the loss with respect to its weight. -> InjectReport. Raises
-    UserError.
+    methods from gradients: module name -> gradient of the loss with respect to its weight. device: where weights are
+    taken apart and quantized, a layer at a time that then goes back to where the model is; by default there.
+    -> InjectReport. Raises UserError.
     """
     modules = dict(model.named_modules())
     if names is None:
@@ -109,9 +111,16 @@ def inject(
     parts = [] if not config.train_parts else _match_parts(config.train_parts, model, family)
     model.requires_grad_(config.method == NONE and not parts)
     for name in names:
-        layer = _make_layer(modules[name], name, config, initial or {}, gradients or {})
+        base = modules[name]
+        home = base.weight.device
+        away = device is not None and _is_work(config)
+        if away:
+            base.to(device)
+        layer = _make_layer(base, name, config, initial or {}, gradients or {})
         if config.quant != "none":
             layer.quantize(config.quant)
+        if away:
+            layer.to(home)
         parent, _, leaf = name.rpartition(".")
         setattr(modules[parent], leaf, layer)
     for parameter in parts:
@@ -126,6 +135,12 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         m.out_features * m.in_features for m in model.modules() if isinstance(m, AdapterLinear) and m.quant != "none"
     )
     return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes) + quantized
+
+
+def _is_work(config: AdapterConfig) -> bool:
+    """Whether to make a layer costs more than to move it: its weight is quantized, or factors are taken out of it."""
+    method = method_of(config)
+    return config.quant != "none" or (method is not None and method.residual)
 
 
 def _make_layer(
@@ -145,7 +160,10 @@ def _make_layer(
             raise UserError(
                 f"the adapter to go on from has no {' or '.join(keys.values())}; it is not a {method.name} adapter"
             )
-        constants = constants or method.initial_factors(base.weight, config, gradients.get(name))
+        gradient = gradients.get(name)
+        if gradient is not None:
+            gradient = gradient.to(base.weight.device)
+        constants = constants or method.initial_factors(base.weight, config, gradient)
     layer = AdapterLinear(base, method, config, constants)
     for parameter in layer.parameters():
         parameter.requires_grad_(False)

@@ -51,7 +51,10 @@ class Lora(Method):
         return {"lora_A": (rank, in_features), "lora_B": (out_features, rank)}
 
     def begin(self, layer: Layer, constants: Params) -> None:
-        nn.init.kaiming_uniform_(layer.get_parameter("lora_A"), a=math.sqrt(5))
+        factor = layer.get_parameter("lora_A")
+        drawn = torch.empty_like(factor, device="cpu")  # where a seed draws the same, whatever the card
+        with torch.no_grad():
+            factor.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5)))
 
     def apply(self, x: torch.Tensor, base: Frozen, params: Params, scale: float, dropout: float) -> torch.Tensor:
         weight, bias, product, residual = base

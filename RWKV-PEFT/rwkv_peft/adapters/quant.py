@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..ops.compiled import constant_when_compiled
 
 ROW_ELEMENTS = 1 << 22  # dequantized elements held at a time
+GPU_ROW_ELEMENTS = 1 << 26  # on a GPU, which many small products leave idle: all of a 7B model's largest matrix
 
 
 def block_size(kind: str) -> int:
@@ -27,10 +28,16 @@ def stored_bytes(weights: int, kind: str) -> int:
     return weights // (2 if kind == "nf4" else 1) + 4 * -(-weights // block_size(kind))
 
 
+def on_gpu(x: torch.Tensor) -> bool:
+    """Whether x is on a GPU, or has no data, by which a GPU's memory is planned."""
+    return not x.is_cpu
+
+
 def quantize(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     """weight (out, in), any float dtype -> packed (uint8, 1-D), scales (int32, 1-D).
 
-    The scales are float32 seen as int32, so that casting a module (`model.bfloat16()`) leaves them alone.
+    The scales are float32 seen as int32, so that casting a module (`model.bfloat16()`) leaves them alone. A GPU and a
+    CPU may choose different levels for a weight that lies midway between two, to float32's rounding.
     """
     functional = _bitsandbytes()
     flat = weight.contiguous().float()
@@ -74,7 +81,7 @@ class QuantizedProduct:
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         y = z.new_empty(z.shape[0], self.out_features)
-        for rows in self._row_chunks():
+        for rows in self._row_chunks(z):
             columns = self.rows(packed, rows, z.dtype).t()
             if residual is None:
                 torch.mm(z, columns, out=y[:, rows])
@@ -92,15 +99,22 @@ class QuantizedProduct:
     ) -> None:
         if bias is not None:
             y += bias
-        for rows in self._row_chunks():
+        for rows in self._row_chunks(y):
             y[:, rows].addmm_(z, self.rows(packed, rows, z.dtype).t())
 
     def add_backward_(self, dz: torch.Tensor, g: torch.Tensor, packed: torch.Tensor) -> None:
-        for rows in self._row_chunks():
-            dz.addmm_(g[:, rows], self.rows(packed, rows, g.dtype))
+        chunks = list(self._row_chunks(dz))
+        if len(chunks) == 1 or not on_gpu(dz):
+            for rows in chunks:
+                dz.addmm_(g[:, rows], self.rows(packed, rows, g.dtype))
+            return
+        total = dz.to(torch.promote_types(dz.dtype, torch.float32))  # so that dz is rounded once
+        for rows in chunks:
+            total += g[:, rows] @ self.rows(packed, rows, g.dtype)
+        dz.copy_(total)
 
-    def _row_chunks(self) -> Iterator[slice]:
-        step = max(1, ROW_ELEMENTS // self.in_features)
+    def _row_chunks(self, like: torch.Tensor) -> Iterator[slice]:
+        step = max(1, (GPU_ROW_ELEMENTS if on_gpu(like) else ROW_ELEMENTS) // self.in_features)
         for start in range(0, self.out_features, step):
             yield slice(start, min(start + step, self.out_features))
 

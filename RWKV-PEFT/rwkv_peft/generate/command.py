@@ -18,7 +18,7 @@ from .chat import Chat
 from .decode import Step, generate, prefill
 from .flags import parse_flags, unescaped
 from .kept import Kept
-from .loading import check_device, load_subject, save_state_file
+from .loading import load_subject, resolve_device, save_state_file
 from .prompts import WRITTEN, encode, read_prompt_file
 from .session import Session
 from .settings import Sampling
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
 
 def run(args: Namespace, sampling: Sampling) -> int:
     """The command; returns 0."""
-    check_device(args)
+    resolve_device(args)
     if not args.escapes and any("\\n" in text for text in [*(args.prompt or ()), args.system or "", *args.stop]):
         warn(r"note: \n in --prompt, --system or --stop is a backslash and an n; add --escapes to read it as a newline")
     check_outputs(args)

@@ -16,6 +16,7 @@ from ..files.adapters import AdapterSource, source_of
 from ..files.base import Base, base_of, open_base, save_model
 from ..files.dtypes import DTYPES
 from ..files.state_file import read_states
+from ..gpus import count_gpus
 from ..models import family_named
 from ..models.parts import LanguageModel
 from ..models.state import State, split_time_states, state_of, state_tensors
@@ -52,10 +53,14 @@ def load_model(
     return model, read_state(states, model, path) if states else None
 
 
-def check_device(args: Namespace) -> None:
-    """Raise UserError where --device asks for what torch does not see."""
-    if args.device == "cuda" and not torch.cuda.is_available():
+def resolve_device(args: Namespace) -> str:
+    """cpu or cuda: --device, or else cuda if there is one. Raises UserError for a GPU that torch cannot use."""
+    if args.device == "cpu":
+        return "cpu"
+    gpus = count_gpus("run on the CPU with --device cpu")
+    if args.device == "cuda" and not gpus:
         raise UserError("--device cuda: this torch sees no CUDA device; leave --device out to run on the CPU")
+    return "cuda" if gpus else "cpu"
 
 
 class Subject(NamedTuple):
@@ -69,8 +74,7 @@ class Subject(NamedTuple):
 def load_subject(args: Namespace, say: Callable[[str], object]) -> Subject:
     """The Subject that the flags of add_model_flags name. say(text) is told where the tokenizer is another than the one
     recorded. Raises UserError."""
-    check_device(args)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = resolve_device(args)
     precision = args.precision or ("bf16" if device == "cuda" else "fp32")
     sources = [source_of(args, path) for path in args.adapter]
     model, start = load_model(args.model, sources, precision, device, args.any_base)

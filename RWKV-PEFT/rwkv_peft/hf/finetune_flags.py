@@ -11,6 +11,7 @@ import torch
 
 from ..cli import refuse_unknown
 from ..errors import UserError
+from ..gpus import count_gpus
 from .config import BoneConfig
 from .refusals import refusals_of
 
@@ -218,8 +219,10 @@ def adapt(argv: list[str], known: Collection[str], accelerator: bool, cuda: bool
     if not cuda and "--tf32" in argv:
         drop(argv, "--tf32")
         print("--tf32 is for CUDA devices; there is none here, and it is ignored")
-    if not accelerator and "--use_cpu" not in argv:
-        argv += ["--use_cpu", "True"]
+    if "--use_cpu" not in argv:
+        count_gpus("train on the CPU with --use_cpu True")
+        if not accelerator:
+            argv += ["--use_cpu", "True"]
     return argv
 
 

@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..files.base import Base
 from ..files.dtypes import DTYPES
 from ..files.room import room_at
+from ..gpus import count_gpus
 from ..memory import main_memory
 from ..models import family_named
 from ..training.flags import Request, request_of
@@ -58,11 +59,12 @@ def memory_of(size: int | None, accelerator: str) -> dict[str, int]:
     if size is not None:
         return {GPU: size, CPU: 0}
     main, _ = main_memory()
-    if accelerator == "gpu" and not torch.cuda.is_available():
+    gpus = 0 if accelerator == "cpu" else count_gpus("name the memory of a GPU with --gpu 24GiB")
+    if accelerator == "gpu" and not gpus:
         raise UserError(
             "--accelerator gpu: this machine has no GPU to plan for; name the memory of one with --gpu 24GiB"
         )
-    if accelerator != "cpu" and torch.cuda.is_available():
+    if gpus:
         return {GPU: torch.cuda.get_device_properties(0).total_memory, CPU: main}
     return {CPU: main}
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ..adapters.methods import NONE
-from ..adapters.quant import ROW_ELEMENTS, stored_bytes
+from ..adapters.quant import GPU_ROW_ELEMENTS, ROW_ELEMENTS, stored_bytes
 from ..config import BUCKET, RunConfig
 from ..files.dtypes import DTYPES
 from ..models import family_named
@@ -106,7 +106,7 @@ class Estimate:
             Part("weights that train", place, counts.trains * item // share),
         ]
         if counts.quantized:
-            rows = min(ROW_ELEMENTS, counts.quantized)
+            rows = min(GPU_ROW_ELEMENTS if self.accelerator == GPU else ROW_ELEMENTS, counts.quantized)
             when = ALWAYS if train.cuda_graphs else (BACKWARD,)
             parts.append(Part("rows that are dequantized", self.accelerator, rows * item, when))
         if self.accelerator == GPU and not self.mapped:

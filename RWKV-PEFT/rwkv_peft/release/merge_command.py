@@ -21,6 +21,7 @@ from ..files.pth import stream_tensors
 from ..files.pth_writer import TensorSpec, write_pth
 from ..files.room import require_room
 from ..files.state_file import write_states
+from ..gpus import count_gpus
 from ..memory import keep_freed_memory
 from ..models.state import is_time_state
 from .belonging import Adapters, blocks_of, check_unmerge
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
     args = merge_flags(argv)
     args.adapters = [str(adapter_of_run(path)) for path in args.adapters]
     check_files(args)
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if args.device == "cuda" and not count_gpus("leave --device out to merge on the CPU"):
         raise UserError("--device cuda: this torch sees no CUDA device; leave --device out to merge on the CPU")
     base = open_base(args.base_model)
     adapters = [(path, source_of(args, path).read(base.tensors)) for path in args.adapters]

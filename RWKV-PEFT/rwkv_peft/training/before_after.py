@@ -41,10 +41,7 @@ class BeforeAfter:
 
     def before(self, trainer: Any, lit: Any) -> None:
         answers: Sequence[Answer | None]
-        if self.anew:
-            answers = self.ask(trainer, lit, "the rows before training")
-        else:
-            answers = read_before(self.path, self.exam)
+        answers = self.ask(trainer, lit, "the rows before training") if self.anew else read_before(self.path, self.exam)
         self.records = [
             {
                 "rows": self.exam.digest,

@@ -126,13 +126,11 @@ class Record(StepCallback):
         seconds = time.perf_counter() - self.start
         tokens, self.tokens = self.tokens, 0
         validation = {} if self.validator is None else self.validator(trainer, lit, done)
-        self.ending = ending = done == self.plan.total_steps or (
-            self.validator is not None and self.validator.exhausted
-        )
+        self.ending = done == self.plan.total_steps or (self.validator is not None and self.validator.exhausted)
         scores: dict[str, float] = {}
         told: list[str] = []
         for examiner in self.examiners:
-            found, words = examiner(trainer, lit, done, ending)
+            found, words = examiner(trainer, lit, done, self.ending)
             scores |= found
             told += words
         if not trainer.is_global_zero:

@@ -14,9 +14,10 @@ def estimate_gradients(
 ) -> dict[str, torch.Tensor]:
     """Gradient of the mean loss on one batch with respect to the weight of each module in `names`.
 
-    batch as TrainBatches gives it; of its segments of `length` positions, where that is not 0, the one that counts most
-    stands for all. -> {module name: (out, in) tensor}; each gradient leaves the backward pass as soon
-    as it is complete, so one layer's at a time is alive beside the activations. Requires-grad flags are left as found.
+    batch as TrainBatches gives it, on the CPU, wherever the model is; of its segments of `length` positions, if that is
+    not 0, the one that counts most stands for all. -> {module name: (out, in) tensor}, on the CPU; each gradient leaves
+    the backward pass as soon as it is complete, so one layer's at a time is alive beside the activations. Requires-grad
+    flags are left as found.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
@@ -33,8 +34,8 @@ def estimate_gradients(
         hooks.append(weight.register_post_accumulate_grad_hook(keep))
     with torch.enable_grad():
         segments = segments_of(batch, length or batch["tokens"].shape[1])
-        segment = max(segments, key=lambda segment: int(segment.mask.sum()))
-        run(model, segment, None, max(1, int(segment.mask.sum())))[0].backward()
+        segment = max(segments, key=lambda segment: len(segment.counted)).to(next(model.parameters()).device)
+        run(model, segment, None, max(1, len(segment.counted)))[0].backward()
     for hook in hooks:
         hook.remove()
     for parameter, flag in flags:

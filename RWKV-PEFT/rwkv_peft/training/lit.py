@@ -95,7 +95,7 @@ class Lit(pl.LightningModule):
         moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
         if "cu_seqlens" in batch:  # checked here, where nobody has to wait for its values
             vouch(moved["cu_seqlens"], batch["cu_seqlens"], batch["tokens"].shape[1])
-        return moved
+        return moved | self.compute.sent(batch, device)
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> torch.Tensor:
         # The engine averages gradients over ranks and micro batches; this denominator turns that into the mean over
@@ -109,9 +109,10 @@ class Lit(pl.LightningModule):
     def ask_ranks(self, loss: torch.Tensor, tokens: int) -> None:
         """One small reduction a micro batch: the loss over all ranks and what else was measured, how many tokens they
         read, and whether any rank wants to stop or save."""
-        others = loss.new_tensor([tokens, self.stop_requested != 0, self.save_requested], dtype=torch.float32)
-        numbers = [loss, *self.compute.measures.values()]
-        self.status = torch.cat([torch.stack([number.float() for number in numbers]), others])
+        numbers = [number.float() for number in (loss, *self.compute.measures.values())]
+        # Made by the device: a GPU has to be waited for before a number goes there from here.
+        others = [numbers[0].new_full((), n) for n in (tokens, self.stop_requested != 0, self.save_requested)]
+        self.status = torch.stack([*numbers, *others])
         if self.trainer.world_size > 1:
             dist.all_reduce(self.status)
 

@@ -46,6 +46,7 @@ from .gradients import estimate_gradients
 from .header import describe, describe_adapter
 from .inputs import find_samples
 from .keeping import clear_hidden, discard_old
+from .machine import own_device, resolve_accelerator
 from .meeting import Ranks
 from .plan import Plan
 from .prepared import Prepared
@@ -177,7 +178,14 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
     batches = TrainBatches(
         samples, config.data.micro_bsz, world_size=world.size, accumulate=train.accumulate_grad_batches
     )
-    report = adapt(model, config.adapter, request.layers, family, base, batches, checkpoint, train.chunk_ctx)
+    device = own_device(accelerator, world.local_rank)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        if train.stage != 3:  # which is for models that one GPU may not hold
+            model.to(device)
+        return estimate_gradients(model, request.layers, batches.first_counted(), train.chunk_ctx)
+
+    report = adapt(model, config.adapter, request.layers, family, base, gradients, checkpoint, device)
     if checkpoint is not None and train.fresh_optimizer:
         if config.adapter.whole_model:
             model.load_state_dict(open_base(checkpoint / MODEL).tensors, strict=True)
@@ -228,20 +236,6 @@ def with_tokenizer(config: RunConfig, samples: Samples) -> RunConfig:
     return replace(config, data=replace(config.data, tokenizer=name))
 
 
-def resolve_accelerator(train: TrainConfig) -> str:
-    """cpu or gpu, checked against what the machine has."""
-    gpus = torch.cuda.device_count()
-    accelerator = train.accelerator if train.accelerator != "auto" else "gpu" if gpus else "cpu"
-    if accelerator == "gpu" and train.devices > gpus:
-        raise UserError(
-            f"--devices {train.devices} and this machine has {counted(gpus, 'GPU')}; lower --devices"
-            + (", or use --accelerator cpu" if not gpus else "")
-        )
-    if train.cuda_graphs and accelerator == "cpu":
-        raise UserError("--cuda_graphs 1 records what a GPU is told to do, and this run is on a cpu; leave it out")
-    return accelerator
-
-
 def make_plan(train: TrainConfig, samples: Samples, step_samples: int, state: Mapping[str, Any] | None) -> Plan:
     """The run's Plan. A resumed run starts at its sample cursor, whatever the size of a step was when it got there."""
     epoch_steps = train.epoch_steps or -(-len(samples) // step_samples)
@@ -274,23 +268,23 @@ def adapt(
     layers: tuple[str, ...],
     family: Family,
     base: Base | None,
-    batches: TrainBatches,
+    gradients: Callable[[], Mapping[str, torch.Tensor]],
     checkpoint: Path | None = None,
-    segment: int = 0,
+    device: torch.device | None = None,
 ) -> InjectReport:
     """Inject the adapter into the model: as the checkpoint to resume from holds it, with the factors that it began
-    with; from --bone_load and its kin; or fresh, from gradients of one segment of so many positions where a method asks
-    for them, 0 for whole rows. -> InjectReport."""
-    method, loaded, gradients = method_of(adapter), None, {}
+    with; from --bone_load and its kin; or fresh, from gradients if a method asks for them. device: inject's."""
+    method, loaded = method_of(adapter), None
+    found: Mapping[str, torch.Tensor] = {}
     if checkpoint is not None and not adapter.whole_model:
         loaded = read_adapter(checkpoint / ADAPTER)
     elif adapter.load:
         assert base is not None  # as the flags were judged
         loaded = start_adapter(adapter, base)
     elif method is not None and method.from_gradient:
-        gradients = estimate_gradients(model, layers, batches.first_counted(), segment)
+        found = gradients()
     initial = loaded.tensors if loaded else {}
-    report = inject(model, adapter, layers, family=family, initial=initial, gradients=gradients)
+    report = inject(model, adapter, layers, family=family, initial=initial, gradients=found, device=device)
     if loaded:
         load_tensors(model, loaded.tensors, str(checkpoint or adapter.load))
     return report

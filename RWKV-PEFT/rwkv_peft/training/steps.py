@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import nn
 
 from ..config import ModelConfig
-from ..data.batches import positions
 from ..models.parts import HeadFunction
 from ..models.state import LayerState, State
 from .loss import linear_cross_entropy
@@ -35,6 +34,11 @@ class Step(ABC):
     """
 
     measures: Mapping[str, torch.Tensor] = MappingProxyType({})
+
+    def sent(self, batch: Batch, device: torch.device) -> dict[str, Any]:
+        """What the step needs besides the tensors of a batch, which is on the CPU yet: found there, where nobody has to
+        wait for a GPU, and sent to the device."""
+        return {}
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
@@ -135,9 +139,12 @@ class Segments(OfTokens):
             total, state = total + loss, following(segments, position + 1, kept(segment.state_after(after)), none)
         return total
 
-    def segments(self, batch: Batch) -> list[Segment]:
+    def sent(self, batch: Batch, device: torch.device) -> dict[str, Any]:
+        return {"segments": [segment.to(device) for segment in segments_of(batch, self.length)]}
+
+    def segments(self, batch: Mapping[str, Any]) -> list[Segment]:
         """The batch's segments, and as many fillers as the other ranks have more."""
-        segments = segments_of(batch, self.length)
+        segments: list[Segment] = batch.get("segments") or segments_of(batch, self.length)
         if self.together and dist.is_initialized():
             most = torch.tensor(len(segments), device=batch["tokens"].device)
             dist.all_reduce(most, dist.ReduceOp.MAX)
@@ -179,7 +186,7 @@ def kept(state: State) -> State:
 
 
 def run(model: nn.Module, segment: Segment, state: State | None, count: float) -> tuple[torch.Tensor, State]:
-    head = partial(linear_cross_entropy, targets=segment.targets, counted=positions(segment.mask), count=count)
+    head = partial(linear_cross_entropy, targets=segment.targets, counted=segment.counted, count=count)
     loss, after = model(segment.tokens, state, segment.cu_seqlens, head=head)
     return loss, after
 

@@ -86,11 +86,22 @@ class ZeroStrategy(DeepSpeedStrategy):
         from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
         engine, optimizer = super()._setup_model_and_optimizer(*arguments, **named)
+        if self.root_device.type != "cpu":  # CPUs find the same bits
+            share_buffers(engine.module, self.root_device)
         if isinstance(optimizer, DeepSpeedZeroOptimizer):
             optimizer.get_grad_norm_direct = lambda gradients, *_, **__: gradient_norm(optimizer, gradients)
             if not self.exchange:
                 optimizer.reduce_independent_p_g_buckets_and_remove_grads = lambda parameter, group: None
         return engine, optimizer
+
+
+def share_buffers(model: torch.nn.Module, device: torch.device) -> None:
+    """Give every rank the buffers of rank 0, by way of a device that the ranks' group takes: what layers start from and
+    quantized weights, which GPUs of other kinds round otherwise. The engine does so for parameters."""
+    for buffer in model.buffers():
+        shared = buffer.to(device)
+        torch.distributed.broadcast(shared, 0)
+        buffer.copy_(shared)
 
 
 WHOLE = 1_000_000  # parameters of at most so many elements stay on every rank under stage 3: each matrix of an adapter

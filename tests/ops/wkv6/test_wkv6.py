@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkv_peft.ops.native import levels
 from rwkv_peft.ops.recurrence import checks
-from rwkv_peft.ops.wkv6 import backends, cpu, wkv6
+from rwkv_peft.ops.wkv6 import backends, chunked, cpu, wkv6
 from rwkv_peft.ops.wkv6.op import WKV6
 
 NAMES = ("y", "final state", "gr", "gk", "gv", "gw", "gu", "gstate")
-KERNELS = (*(f"cpu:{level}" for level in levels.LEVELS), "cuda")
+KERNELS = ("chunked", *(f"cpu:{level}" for level in levels.LEVELS), "cuda")
 DTYPES = (torch.float32, torch.bfloat16)
 LENGTHS = (1, 2, 15, 16, 17, 64, 100, 257)
 DECAYS = {"usual": (-6.0, 1.0), "none": (-40.0, -20.0), "total": (4.0, 95.0), "mixed": (-20.0, 6.0)}
@@ -179,12 +180,13 @@ def test_one_output_alone_can_be_differentiated(backend):
             torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 if backend == "cuda" else 1e-4)
 
 
-def test_nothing_is_kept_when_no_gradient_is_needed():
+@pytest.mark.parametrize("backend, kept", [("cpu", 3), ("chunked", 1)])
+def test_nothing_is_kept_when_no_gradient_is_needed(backend, kept):
     inputs, _ = random_inputs(1, 200, 2, 64)
     forward = torch.ops.rwkv_peft.wkv6_forward
-    assert forward(*inputs, None, False, "cpu")[2].numel() == 0
-    assert forward(*inputs, None, True, "cpu")[2].shape == (3, 2, 64, 64)
-    y, final = wkv6(*inputs, backend="cpu")
+    assert forward(*inputs, None, False, backend)[2].numel() == 0
+    assert forward(*inputs, None, True, backend)[2].shape == (kept, 2, 64, 64)
+    y, final = wkv6(*inputs, backend=backend)
     assert y.grad_fn is None and final.grad_fn is None
 
 
@@ -204,26 +206,28 @@ def test_a_step_at_a_time_equals_a_sequence(backend):
     torch.testing.assert_close(state, final, rtol=tolerance, atol=tolerance)
 
 
-def test_strided_inputs_and_gradients():
+@pytest.mark.parametrize("backend", ("cpu", "chunked"))
+def test_strided_inputs_and_gradients(backend):
     inputs, gradients = random_inputs(2, 12, 3, 8)
-    plain = run("cpu", inputs, gradients)
+    plain = run(backend, inputs, gradients)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:4]]
     strided += [inputs[4].T.contiguous().T, inputs[5].transpose(2, 3).contiguous().transpose(2, 3)]
     assert not any(x.is_contiguous() for x in strided)
     leaves = [x.detach().requires_grad_() for x in strided]
-    y, final = wkv6(*leaves, backend="cpu")
+    y, final = wkv6(*leaves, backend=backend)
     torch.autograd.backward([y, final], [g.transpose(1, 2).contiguous().transpose(1, 2) for g in gradients])
     for name, a, b in zip(NAMES, plain, [y, final, *(x.grad for x in leaves)]):
         assert torch.equal(a, b), name
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
-def test_mixed_precision_keeps_the_wider_type(dtype):
+@pytest.mark.parametrize("backend", ("cpu", "chunked"))
+def test_mixed_precision_keeps_the_wider_type(dtype, backend):
     """Under autocast w is float32 beside narrow r, k and v; y and each gradient take their input's type."""
     inputs, _ = random_inputs(1, 6, 2, 8)
     r, k, v = (x.to(dtype).requires_grad_() for x in inputs[:3])
     w, u, state = (x.requires_grad_() for x in inputs[3:])
-    y, final = wkv6(r, k, v, w, u, state, backend="cpu")
+    y, final = wkv6(r, k, v, w, u, state, backend=backend)
     assert y.dtype == dtype and final.dtype == torch.float32
     expected, _ = wkv6(r, k, v, w, u, state, backend="reference")
     torch.testing.assert_close(y, expected)
@@ -241,9 +245,10 @@ def test_nan_comes_through():
         assert y.isnan().any()
 
 
-def test_a_second_derivative_is_refused():
+@pytest.mark.parametrize("backend", ("cpu", "chunked"))
+def test_a_second_derivative_is_refused(backend):
     leaves = [x.requires_grad_() for x in random_inputs(1, 4, 1, 8)[0]]
-    y, _ = wkv6(*leaves, backend="cpu")
+    y, _ = wkv6(*leaves, backend=backend)
     (gradient,) = torch.autograd.grad(y.square().sum(), leaves[0], create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative.*backend='reference'"):
         gradient.sum().backward()
@@ -270,21 +275,23 @@ def test_levels_for_bfloat16_need_a_compiler_that_knows_them(monkeypatch):
     assert best() == "avx512"
 
 
-def test_the_operators_keep_torchs_contract():
+@pytest.mark.parametrize("backend", ("cpu", "chunked"))
+def test_the_operators_keep_torchs_contract(backend):
     inputs, gradients = random_inputs(1, 70, 2, 8)
     forward, backward = torch.ops.rwkv_peft.wkv6_forward.default, torch.ops.rwkv_peft.wkv6_backward.default
     utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(forward, (*inputs, None, True, "cpu"), test_utils=utils)
-    checkpoints = forward(*inputs, None, True, "cpu")[2]
-    torch.library.opcheck(backward, (*inputs, None, checkpoints, *gradients, "cpu"), test_utils=utils)
+    torch.library.opcheck(forward, (*inputs, None, True, backend), test_utils=utils)
+    checkpoints = forward(*inputs, None, True, backend)[2]
+    torch.library.opcheck(backward, (*inputs, None, checkpoints, *gradients, backend), test_utils=utils)
     leaves = [x.clone().requires_grad_() for x in inputs]
-    torch.library.opcheck(forward, (*leaves, None, True, "cpu"), test_utils=("test_autograd_registration",))
+    torch.library.opcheck(forward, (*leaves, None, True, backend), test_utils=("test_autograd_registration",))
 
 
-def test_fake_tensors_and_one_compiled_graph_pass_through():
+@pytest.mark.parametrize("backend", ("cpu", "chunked"))
+def test_fake_tensors_and_one_compiled_graph_pass_through(backend):
     with FakeTensorMode():
         leaves = [torch.empty(2, 70, 2, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(4)]
-        y, final = wkv6(*leaves, torch.empty(2, 64), backend="cpu")
+        y, final = wkv6(*leaves, torch.empty(2, 64), backend=backend)
         assert y.shape == (2, 70, 2, 64) and final.shape == (2, 2, 64, 64) and final.dtype == torch.float32
         y.sum().backward()
         assert leaves[0].grad.shape == leaves[0].shape
@@ -293,7 +300,7 @@ def test_fake_tensors_and_one_compiled_graph_pass_through():
     results = []
     for function in (wkv6, torch.compile(wkv6, fullgraph=True, backend="aot_eager")):
         leaves = [x.clone().requires_grad_() for x in inputs]
-        y, final = function(*leaves, backend="cpu")
+        y, final = function(*leaves, backend=backend)
         (y.square().sum() + final.sum()).backward()
         results.append([y, final, *(x.grad for x in leaves)])
     for a, b in zip(*results):
@@ -325,7 +332,7 @@ def changed(**changes):
         ({"cu_seqlens": torch.tensor([0, 4, 3, 6])}, "increase"),
         ({"cu_seqlens": torch.tensor([0, 3, 3, 6])}, "drop empty sequences"),
         ({"cu_seqlens": torch.tensor([0, 2, 6])}, r"state is \(1, 2, 8, 8\).*\(2, 2, 8, 8\)"),
-        ({"backend": "tpu"}, "'tpu' is unknown; take one of auto, reference, cpu, cuda"),
+        ({"backend": "tpu"}, "'tpu' is unknown; take one of auto, reference, chunked, cpu, cuda"),
         ({"backend": "cpu:sse9"}, "'cpu:sse9' is unknown"),
         ({"backend": "auto:fast"}, "'auto:fast' is unknown"),
         ({"backend": "cuda:avx2"}, "'cuda:avx2' is unknown"),
@@ -347,15 +354,16 @@ def test_a_named_backend_of_another_device_says_why_it_does_not_serve():
         wkv6(**changed(), backend="cuda")
 
 
-def test_bounds_that_only_a_compiled_graph_sees_are_checked_when_it_runs():
+@pytest.mark.parametrize("backend", ("cpu", "chunked"))
+def test_bounds_that_only_a_compiled_graph_sees_are_checked_when_it_runs(backend):
     inputs, _ = random_inputs(1, 70, 1, 8, with_state=False)
     compiled = torch.compile(wkv6, fullgraph=True, backend="aot_eager")
     good = torch.tensor([0, 20, 70])
-    y, _ = compiled(*inputs[:5], None, good, backend="cpu")
-    assert torch.equal(y, wkv6(*inputs[:5], None, good, backend="cpu")[0])
+    y, _ = compiled(*inputs[:5], None, good, backend=backend)
+    assert torch.equal(y, wkv6(*inputs[:5], None, good, backend=backend)[0])
     for bad in ([0, 80, 70], [0, 4_000_000, 70], [5, 20, 70]):
         with pytest.raises(ValueError, match="it must start at 0, increase, and end at 70"):
-            compiled(*inputs[:5], None, torch.tensor(bad), backend="cpu")
+            compiled(*inputs[:5], None, torch.tensor(bad), backend=backend)
 
 
 def test_a_tensor_that_passed_is_not_read_again_until_it_changes():
@@ -368,6 +376,15 @@ def test_a_tensor_that_passed_is_not_read_again_until_it_changes():
             checks.check_bounds("wkv6", checks.as_int64(changed_bounds, tokens), tokens)
 
 
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
+def test_what_was_vouched_for_is_known_without_a_reading(dtype):
+    """The meta device has no values to read."""
+    bounds = torch.tensor([0, 3, 6], dtype=dtype)
+    copy = bounds.to("meta")
+    checks.vouch(copy, bounds, 6)
+    assert checks.bounds_on_host(checks.as_int64(copy, 6)) == [0, 3, 6]
+
+
 def test_packed_rows_need_one_batch():
     twice = {x: torch.zeros(2, 3, 2, 8) for x in "rkvw"}
     with pytest.raises(ValueError, match="B is 2 with cu_seqlens"):
@@ -378,7 +395,7 @@ def test_auto_says_once_what_it_took_and_a_named_backend_never_falls_back(monkey
     monkeypatch.setattr(cpu.RECURRENCE, "unavailable", lambda level="": "no g++ on this machine; install one")
     WKV6.backends._resolve.cache_clear()
     try:
-        with pytest.warns(RuntimeWarning, match="takes backend 'reference'.*no g\\+\\+.*install one"):
+        with pytest.warns(RuntimeWarning, match="takes backend 'chunked'.*no g\\+\\+.*install one"):
             wkv6(**changed())
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -398,5 +415,44 @@ def test_float64_takes_the_reference():
 
 def test_backends_lists_every_name():
     found = backends()
-    assert tuple(found) == ("reference", "cpu", "cuda") and found["reference"] is None
+    assert tuple(found) == ("reference", "chunked", "cpu", "cuda") and found["reference"] is None
     assert all(reason is None or ";" in reason for reason in found.values())
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("bounds", (None, (0, 1, 18, 300, 301, 333)))
+def test_the_chunked_form_is_exact(bounds, decay):
+    """In float64, where roundings hide nothing: nothing is divided, and no decay is capped."""
+    cu_seqlens = None if bounds is None else torch.tensor(bounds)
+    inputs, gradients = random_inputs(1, 333, 2, 8, decay=decay, sequences=None if bounds is None else 5)
+    truth = run("reference", inputs, gradients, torch.float64, cu_seqlens=cu_seqlens)
+    inputs, (gy, gfinal) = [x.double() for x in inputs], (x.double() for x in gradients)
+    y, final, checkpoints = chunked.forward(*inputs, cu_seqlens, save=True)
+    found = [y, final, *chunked.backward(*inputs, cu_seqlens, checkpoints, gy, gfinal)]
+    for name, one, two in zip(NAMES, found, truth, strict=True):
+        assert (one - two).norm() <= 1e-14 * two.norm(), name
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is computed within, views aside."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        result = operation(*arguments, **(keywords or {}))
+        self.count += not operation.is_view
+        return result
+
+
+def test_the_chunked_form_takes_few_operations_a_token_and_keeps_little():
+    """Each operation is a launch on a GPU; a step at a time takes 30 a token. Beside its inputs the form keeps a
+    state for every 1,024 tokens of one row, every 128 of each of eight."""
+    counts = {}
+    for T in (1024, 2048):
+        inputs, gradients = random_inputs(1, T, 1, 64)
+        with Operations() as operations:
+            run("chunked", inputs, gradients)
+        counts[T] = operations.count
+    assert 0 < counts[2048] - counts[1024] < 512  # half of one a token, forward and backward
+    for B, tokens in ((1, 1024), (8, 128), (64, 128)):
+        assert chunked.checkpoint_count(torch.empty(B, 4096, 1, 64, device="meta"), B) == B * 4096 // tokens

@@ -1,10 +1,12 @@
-"""The compilers of this machine: where they are, and what they take."""
+"""The compilers of this machine: where they are, what they take, and what a GPU takes of them."""
 
 import shutil
 import subprocess
 from collections.abc import Sequence
 
 from .errors import BuildError
+
+JETSON = ("87", "101")  # architectures whose code no other GPU of their major version runs, nor they theirs
 
 
 def find_program(*names: str, remedy: str) -> str:
@@ -37,3 +39,26 @@ def compiler_knows(flags: Sequence[str]) -> bool:
     except BuildError:
         return True
     return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def nvcc_architectures(nvcc: str) -> list[str]:
+    """The architectures that an nvcc compiles for, "80", "90", …; BuildError if it does not say."""
+    done = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise BuildError(f"{nvcc} --list-gpu-code failed: {done.stderr.strip()}; install CUDA 11.8 or newer")
+    return [word.removeprefix("sm_") for word in done.stdout.split()]
+
+
+def architecture_for(capability: tuple[int, int], known: Sequence[str], compiler: str) -> str:
+    """Which architecture among those `known` to a compiler to compile for, for a GPU of a compute capability: its own,
+    or else the latest before it of the same major version, whose code it runs too. BuildError if there is none."""
+    major, minor = capability
+    own = f"{major}{minor}"
+    older = [f"{major}{n}" for n in reversed(range(minor)) if f"{major}{n}" not in JETSON and own not in JETSON]
+    found = next((architecture for architecture in (own, *older) if architecture in known), None)
+    if found is None:
+        raise BuildError(
+            f"{compiler} does not compile for compute capability {major}.{minor}; install a newer CUDA, with the build "
+            "of torch that belongs to it"
+        )
+    return found

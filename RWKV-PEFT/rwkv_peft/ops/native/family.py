@@ -49,7 +49,7 @@ class CudaFamily:
 
     def unavailable(self, device: int | None = None) -> str | None:
         """None where they work on a GPU, by default the current one, else why they do not and what would help."""
-        reason = gpu.unavailable()
+        reason = gpu.unavailable(device)
         if reason is not None:
             return reason
         try:

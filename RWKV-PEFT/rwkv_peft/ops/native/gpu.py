@@ -6,9 +6,10 @@ from typing import TypeVar
 
 import torch
 
+from ...gpus import refusal
 from . import nvrtc
 from .build import Unit, build_library
-from .compilers import find_nvcc
+from .compilers import architecture_for, find_nvcc, nvcc_architectures
 from .errors import BuildError
 from .sources import included_files, source_directory
 
@@ -17,15 +18,17 @@ OLDEST_CAPABILITY = (8, 0)  # the first with cp.async and bf16 products
 NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC")
 
 
-def unavailable() -> str | None:
-    """None where there is a GPU that the kernels are written for, else why not and what would help."""
+def unavailable(device: int | None = None) -> str | None:
+    """None if the kernels are written for a GPU, by its number or the current one, else why not and what would help."""
     if torch.version.hip is not None:
         return "this torch is built for AMD GPUs, and the kernels are CUDA; take backend 'reference'"
     if torch.version.cuda is None:
         return "this torch is built without CUDA; install a CUDA build of torch, or take backend 'cpu'"
+    if words := refusal():
+        return f"torch cannot use the GPU here: {words}; update the driver, or take backend 'cpu'"
     if not torch.cuda.is_available():
         return "torch.cuda.is_available() is False: no NVIDIA GPU or driver here; see nvidia-smi, or take backend 'cpu'"
-    device = torch.cuda.current_device()
+    device = torch.cuda.current_device() if device is None else device
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
         return (
@@ -45,21 +48,48 @@ def build_kernels(
 ) -> Built:
     """The kernels of `source`, a path below cuda/, for GPU number `device`.
 
-    from_library(path) where nvcc compiles them, else from_image(cubin) with the GPU's context current. trial(kernels)
-    launches one and raises RuntimeError where that fails. Raises BuildError where neither works.
+    from_library(path) where nvcc compiles them, else from_image(cubin) of one NVRTC after another, with the GPU's
+    context current. trial(kernels) launches one and raises RuntimeError if that fails. Raises BuildError, with the
+    reason of each compiler, if none works.
     """
-    capability = "".join(map(str, torch.cuda.get_device_capability(device)))
+    reasons = []
     try:
-        library = build_library(f"{name}_sm{capability}", *recipe(source, find_nvcc(), capability))
+        nvcc, architecture = nvcc_for(device)
+        library = build_library(f"{name}_sm{architecture}", *recipe(source, nvcc, architecture))
         return _tried(from_library(library), trial, "nvcc's code; it may be newer than the driver")
-    except BuildError:  # there is no nvcc, or it does not fit this GPU, its driver or the C++ compiler
-        compiler = nvrtc.find_nvrtc()
-        if compiler is None:
-            raise
-    image = nvrtc.cubin(name, source, f"sm_{capability}", compiler)
+    except BuildError as error:  # there is no nvcc, or it does not fit this GPU, its driver or the C++ compiler
+        reasons.append(str(error))
     with torch.cuda.device(device):
         torch.cuda.synchronize()  # makes torch's context the thread's current one
-        return _tried(from_image(image), trial, "NVRTC's code")
+        for compiler in nvrtc.compilers():
+            try:
+                return _tried(_module(name, source, device, compiler, from_image), trial, f"NVRTC {compiler.version}")
+            except BuildError as error:
+                reasons.append(str(error))
+    raise BuildError("\n".join(reasons))
+
+
+def nvcc_for(device: int) -> tuple[str, str]:
+    """(nvcc, the architecture to compile for) for GPU number `device`. Raises BuildError if there is none."""
+    nvcc, capability = find_nvcc(), torch.cuda.get_device_capability(device)
+    return nvcc, architecture_for(capability, nvcc_architectures(nvcc), "nvcc")
+
+
+def nvrtc_architecture(device: int, compiler: nvrtc.Nvrtc) -> str:
+    """The architecture for which an NVRTC is to compile, "sm_90", ..., for GPU number `device`. Raises BuildError."""
+    capability = torch.cuda.get_device_capability(device)
+    return "sm_" + architecture_for(capability, compiler.architectures, f"NVRTC {compiler.version}")
+
+
+def _module(name: str, source: str, device: int, compiler: nvrtc.Nvrtc, from_image: Callable[[bytes], Built]) -> Built:
+    """from_image of what one NVRTC makes of `source`. Code that does not load is compiled anew once: what is in the
+    cache may be of another release with the same version."""
+    given = name, source, nvrtc_architecture(device, compiler), compiler
+    image = nvrtc.cubin(*given)
+    try:
+        return from_image(image)
+    except BuildError:
+        return from_image(nvrtc.cubin(*given, anew=True))
 
 
 def _tried(kernels: Built, trial: Callable[[Built], object], whose: str) -> Built:

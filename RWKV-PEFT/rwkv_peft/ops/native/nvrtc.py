@@ -7,7 +7,10 @@ ctypes, so that nothing else needs to be installed.
 import ctypes
 import hashlib
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 from .errors import BuildError
 from .kept import cache_directory, content_of, make_once
@@ -17,18 +20,44 @@ SONAMES = ("libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12")
 OPTIONS = ("-std=c++17",)
 
 
-def find_nvrtc() -> ctypes.CDLL | None:
-    """The loaded NVRTC library, from the nvidia wheels or the system; None where there is none."""
-    for path in _wheel_libraries():
-        for builtins in sorted(path.parent.glob("libnvrtc-builtins.so.*")):
+class Nvrtc:
+    """One NVRTC library: its version, "13.0", and the architectures that it compiles for, "80", "90", …"""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        major, minor, count = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+        library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+        self.version = f"{major.value}.{minor.value}"
+        library.nvrtcGetNumSupportedArchs(ctypes.byref(count))
+        numbers = (ctypes.c_int * count.value)()
+        library.nvrtcGetSupportedArchs(numbers)
+        self.architectures = [str(number) for number in numbers]
+
+
+def compilers() -> Iterator[Nvrtc]:
+    """Every NVRTC of this machine, from the nvidia wheels and the system, each version once.
+
+    Those of the major version of torch's own CUDA come first: the driver that runs torch takes their code, and may be
+    too old for that of a newer one.
+    """
+    of_torch = f".so.{(torch.version.cuda or '').partition('.')[0]}"
+    seen = set()
+    for path in sorted([*map(str, _wheel_libraries()), *SONAMES], key=lambda path: not path.endswith(of_torch)):
+        compiler = _load(path)
+        if compiler is not None and compiler.version not in seen:
+            seen.add(compiler.version)
+            yield compiler
+
+
+def _load(path: str) -> Nvrtc | None:
+    """The library at a path, or of a bare name that the system knows; None if it cannot be loaded, or is older than
+    CUDA 11.2, which does not say what it compiles for."""
+    try:
+        for builtins in sorted(Path(path).parent.glob("libnvrtc-builtins.so.*")) if "/" in path else ():
             ctypes.CDLL(str(builtins))  # NVRTC asks for it by its bare name
-        return ctypes.CDLL(str(path))
-    for name in SONAMES:
-        try:
-            return ctypes.CDLL(name)
-        except OSError:
-            continue  # the next name may be there
-    return None
+        return Nvrtc(ctypes.CDLL(path))
+    except (OSError, AttributeError):
+        return None
 
 
 def _wheel_libraries() -> list[Path]:
@@ -37,22 +66,27 @@ def _wheel_libraries() -> list[Path]:
     return [path for folder in folders for path in sorted(Path(folder).glob("*/lib/libnvrtc.so.*"))]
 
 
-def cubin(name: str, source: str, architecture: str, nvrtc: ctypes.CDLL) -> bytes:
-    """`source`, a path below cuda/, compiled by the library `nvrtc` for one architecture ("sm_90", ...), as bytes;
-    cached by content under `name`."""
+def cubin(name: str, source: str, architecture: str, compiler: Nvrtc, anew: bool = False) -> bytes:
+    """`source`, a path below cuda/, compiled by one NVRTC for one architecture ("sm_90", ...), as bytes.
+
+    Cached under `name` by content and by the compiler's version, since a driver may refuse the code of a newer one;
+    anew: compiled even if it is there.
+    """
     root = source_directory("cuda")
     file = root / source
-    digest = hashlib.sha256(" ".join((architecture, *OPTIONS)).encode())
+    digest = hashlib.sha256(" ".join((architecture, compiler.version, *OPTIONS)).encode())
     for path in (file, *included_files(file, root)):
         digest.update(path.read_bytes())
     cached = cache_directory() / f"{name}_{architecture}-{digest.hexdigest()[:16]}.cubin"
 
     def make(work: Path) -> Path:
         finished = work / cached.name
-        finished.write_bytes(_compile(nvrtc, file, root, architecture))
+        finished.write_bytes(_compile(compiler.library, file, root, architecture))
         return finished
 
     try:
+        if anew:
+            cached.unlink(missing_ok=True)
         make_once(cached, f"{name}_{architecture}", make)
         return content_of(cached)
     except OSError as error:

@@ -91,15 +91,23 @@ def check_bounds(op: str, cu_seqlens: torch.Tensor, T: int) -> None:
             f"{op}: cu_seqlens is {shown} for {T} tokens; it must start at 0, increase, and end at {T}: "
             "drop empty sequences and count the padding as one"
         )
-    if cu_seqlens.device.type != "cpu":
-        cu_seqlens._checked_bounds = _mark(cu_seqlens, T)  # type: ignore[attr-defined]
+    _remember(cu_seqlens, bounds)
 
 
 def vouch(copy: torch.Tensor, cu_seqlens: torch.Tensor, T: int) -> None:
     """Spare a GPU's copy of cu_seqlens, which lies on the CPU, the reading of check_bounds. Raises its ValueError."""
     check_bounds("packing", cu_seqlens, T)
-    if copy.device.type != "cpu":
-        copy._checked_bounds = _mark(copy, T)  # type: ignore[attr-defined]
+    _remember(copy, cu_seqlens.tolist())
+
+
+def bounds_on_host(cu_seqlens: torch.Tensor) -> list[int]:
+    """The values of a tensor that passed, for which a GPU need not be waited for a second time. A CUDA graph that is
+    being recorded may not depend on them, and so has to read them, which fails."""
+    known: list[int] = getattr(cu_seqlens, "_bounds", [])
+    recorded = cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
+    if known and not recorded and getattr(cu_seqlens, "_checked_bounds", None) == _mark(cu_seqlens, known[-1]):
+        return known
+    return cu_seqlens.tolist()
 
 
 def as_int64(cu_seqlens: torch.Tensor, T: int) -> torch.Tensor:
@@ -108,7 +116,15 @@ def as_int64(cu_seqlens: torch.Tensor, T: int) -> torch.Tensor:
     converted = plain is not cu_seqlens and not torch.compiler.is_compiling()
     if converted and getattr(cu_seqlens, "_checked_bounds", None) == _mark(cu_seqlens, T):
         plain._checked_bounds = _mark(plain, T)  # type: ignore[attr-defined]
+        plain._bounds = getattr(cu_seqlens, "_bounds", [])  # type: ignore[attr-defined]
     return plain
+
+
+def _remember(cu_seqlens: torch.Tensor, bounds: list[int]) -> None:
+    """Let a GPU's tensor remember that it passed, and its values."""
+    if cu_seqlens.device.type != "cpu":
+        cu_seqlens._checked_bounds = _mark(cu_seqlens, bounds[-1])  # type: ignore[attr-defined]
+        cu_seqlens._bounds = bounds  # type: ignore[attr-defined]
 
 
 def _mark(cu_seqlens: torch.Tensor, T: int) -> tuple[int, int]:

@@ -3,10 +3,12 @@
 from torch import Tensor
 
 from ..recurrence.operation import Recurrence
-from . import cpu, cuda, reference
+from . import chunked, cpu, cuda, reference
 from .signature import SIGNATURE
 
-WKV6 = Recurrence(SIGNATURE, reference.wkv6, {"cpu": cpu.RECURRENCE, "cuda": cuda.RECURRENCE})
+WKV6 = Recurrence(
+    SIGNATURE, reference.wkv6, {"chunked": chunked, "cpu": cpu.RECURRENCE, "cuda": cuda.RECURRENCE}, fallback="chunked"
+)
 
 
 def wkv6(
@@ -31,10 +33,11 @@ def wkv6(
     is 32, 64 or 128, products take bfloat16 operands, with float32 sums and state.
 
     Differentiable once in r k v w u and state, through both outputs. backend: "auto" takes the kernel of the tensors'
-    device ("cpu", "cuda") where it can be used, else "reference", and says so once; a named backend is never replaced.
-    "cpu:avx512bf16", "cpu:avx512", "cpu:avx2" and "cpu:portable" name the CPU kernel's instruction set. float64 needs
-    "reference", which "auto" takes for it, and so does forward-mode differentiation. Raises ValueError where arguments
-    do not fit, RuntimeError where a named backend is unusable, NotImplementedError for a kernel's forward mode.
+    device ("cpu", "cuda") where it can be used, else "chunked", products of matrices in plain torch on any device, and
+    says so once; a named backend is never replaced. "cpu:avx512bf16", "cpu:avx512", "cpu:avx2" and "cpu:portable" name
+    the CPU kernel's instruction set. float64 needs "reference", which "auto" takes for it, and so does forward-mode
+    differentiation. Raises ValueError if arguments do not fit, RuntimeError if a named backend is unusable,
+    NotImplementedError for forward mode of another backend than "reference".
     """
     return WKV6.compute((r, k, v, w, u), state, cu_seqlens, backend)
 

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from ..recurrence.packed import one_by_one
 
+LARGEST_W = 80.0  # that counts: the decay is 0 long before, and exp(w) and its gradient stay finite
+
 
 def wkv6(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -26,7 +28,7 @@ def wkv6(
     B, T, H, N = v.shape
     out_dtype = v.dtype
     r, k, v, w, u = (x.to(dtype) for x in (r, k, v, w, u))
-    decay = torch.exp(-torch.exp(w.clamp(max=80.0)))  # 0 long before that; exp(w) and its gradient stay finite
+    decay = torch.exp(-torch.exp(w.clamp(max=LARGEST_W)))
     S = v.new_zeros(B, H, N, N) if state is None else state.to(dtype)
     ys = []
     for t in range(T):

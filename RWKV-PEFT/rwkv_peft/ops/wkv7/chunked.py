@@ -10,14 +10,14 @@ Chunkwise forms of the delta rule: Yang et al. 2024, arXiv 2406.06484; RWKV-7: P
 Computes in float64 where the tensors are float64, else in float32.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .layout import CHUNK, SEGMENT, Layout, segment_count
+from ..recurrence.chunks import CHUNK, Call, segment_count
 from .reference import DECAY_SCALE
 
 
@@ -80,56 +80,14 @@ def _states(
     return torch.stack(states, 1), torch.stack(us, 1), S
 
 
-class _Call:
-    """A call's tensors, laid out in chunks and read a segment at a time."""
-
-    def __init__(self, inputs: Sequence[Tensor], state: Tensor | None, cu_seqlens: Tensor | None) -> None:
-        r = inputs[0]
-        self.layout = Layout(r.shape, cu_seqlens)
-        self.dtype = torch.promote_types(r.dtype, torch.float32)
-        fillers = (0.0, -torch.inf, 0.0, 0.0, 0.0, 0.0)  # such a step leaves the state alone
-        self.inputs = [self.layout.pad(x, filler) for x, filler in zip(inputs, fillers)]
-        self.initial = self.states(state, r)
-
-    def states(self, state: Tensor | None, like: Tensor) -> Tensor:
-        """`state`, or zeros, in the dtype of the computation."""
-        at = self.layout
-        shape = (at.states, at.H, at.N, at.N)
-        return like.new_zeros(shape, dtype=self.dtype) if state is None else state.to(self.dtype)
-
-    def parts(self, states: Tensor, chunks: Mapping[int, slice]) -> dict[int, Tensor]:
-        """A sequence's first or last chunk -> its states, (B H, N, N)."""
-        return {chunk: states[at].flatten(0, 1) for chunk, at in chunks.items()}
-
-    def segments(self) -> list[tuple[int, int]]:
-        """The chunks of each segment: (first, after)."""
-        chunks = self.layout.chunks
-        return [(first, min(first + SEGMENT, chunks)) for first in range(0, chunks, SEGMENT)]
-
-    def take(self, x: Tensor, first: int, after: int) -> Tensor:
-        """Chunks of a padded tensor as (B H, n, C, N)."""
-        return x[:, :, first:after].flatten(0, 1).to(self.dtype)
-
-    def products(self, first: int, after: int) -> Products:
-        """The operands of a segment's chunks."""
-        return _prepare(*(self.take(x, first, after) for x in self.inputs))
-
-    def empty(self, like: Tensor) -> Tensor:
-        """Room for all chunks' results, (B, steps, H, N), in the dtype of `like`."""
-        at = self.layout
-        return like.new_empty(at.B, at.chunks * CHUNK, at.H, at.N)
-
-    def put(self, to: Tensor, first: int, after: int, x: Tensor) -> None:
-        """x (B H, n, C, N) goes to its chunks' place."""
-        at = self.layout
-        to[:, first * CHUNK : after * CHUNK] = x.reshape(at.B, at.H, -1, at.N).transpose(1, 2)
+FILLERS = (0.0, -torch.inf, 0.0, 0.0, 0.0, 0.0)  # such a step leaves the state alone
 
 
 def forward(*tensors: Any, save: bool, level: str = "") -> tuple[Tensor, Tensor, Tensor]:
     """r w k v a b (B, T, H, N) of one dtype; state (n, H, N, N) or None; cu_seqlens (n + 1,) int64 or None
     -> y, final state, the states that the segments begin with (none unless `save`)."""
     *inputs, state, cu_seqlens = tensors
-    call, r = _Call(inputs, state, cu_seqlens), inputs[0]
+    call, r = Call(inputs, FILLERS, state, cu_seqlens), inputs[0]
     at = call.layout
     count = checkpoint_count(r, at.states) if save else 0
     checkpoints = call.initial.new_zeros(count, at.H, at.N, at.N)
@@ -140,7 +98,7 @@ def forward(*tensors: Any, save: bool, level: str = "") -> tuple[Tensor, Tensor,
     for number, (first, after) in enumerate(call.segments()):
         if save:
             kept[number] = S
-        p = call.products(first, after)
+        p = _prepare(*call.taken(first, after))
         states, U, S = _states(p, first, S, starts, ends)
         call.put(y, first, after, p.qk @ p.v + p.qb @ U + p.wq @ states.mT)
     return at.cut(y).contiguous(), final, checkpoints
@@ -150,7 +108,7 @@ def backward(*tensors: Any, level: str = "") -> tuple[Tensor, ...]:
     """What forward took, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
     gradients of r w k v a b and state."""
     *inputs, state, cu_seqlens, checkpoints, gy, gfinal = tensors
-    call, r = _Call(inputs, state, cu_seqlens), inputs[0]
+    call, r = Call(inputs, FILLERS, state, cu_seqlens), inputs[0]
     at = call.layout
     kept = checkpoints.view(-1, at.B * at.H, at.N, at.N)
     gy = at.pad(torch.zeros_like(r) if gy is None else gy)
@@ -162,12 +120,12 @@ def backward(*tensors: Any, level: str = "") -> tuple[Tensor, ...]:
     segments = call.segments()
     for number in reversed(range(len(segments))):
         first, after = segments[number]
-        p = call.products(first, after)
+        p = _prepare(*call.taken(first, after))
         states, U, _ = _states(p, first, kept[number], starts, {})
         dY = call.take(gy, first, after)
         dS, gradients = _backward_segment(p, states, U, dY, dS, first, begun, ended)
         dr, dl, *others = gradients
-        sigmoids = torch.sigmoid(w_ := call.take(call.inputs[1], first, after)) * torch.sigmoid(-w_)
+        sigmoids = torch.sigmoid(w_ := call.take(call.rows[1], first, after)) * torch.sigmoid(-w_)
         for out, x in zip(outs, (dr, DECAY_SCALE * sigmoids * dl, *others)):
             call.put(out, first, after, x)
     return *(at.cut(x).contiguous() for x in outs), gstate

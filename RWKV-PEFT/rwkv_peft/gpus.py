@@ -1,0 +1,32 @@
+"""How many GPUs torch can use here, and the message for those that it cannot."""
+
+import torch
+
+from .cli import counted
+from .errors import UserError, told
+
+
+def refusal() -> str:
+    """Why torch cannot use the GPUs that this machine has, in torch's words; "" if it can, or if there are none.
+
+    torch counts GPUs without CUDA, and so counts those whose driver is too old for its CUDA, too.
+    """
+    if torch.cuda.device_count():
+        try:
+            torch.cuda.init()
+        except RuntimeError as error:
+            return told(error)
+    return ""
+
+
+def count_gpus(instead: str) -> int:
+    """How many GPUs torch can use. Raises UserError, which ends with what to do `instead`, if there are some that it
+    cannot use."""
+    count, words = torch.cuda.device_count(), refusal()
+    if words:
+        raise UserError(
+            f"this machine has {counted(count, 'GPU')}, and torch {torch.__version__} cannot use "
+            f"{'it' if count == 1 else 'them'}: {words}; update the driver, install a build of torch for an older "
+            f"CUDA, or {instead}"
+        )
+    return count

@@ -1,0 +1,136 @@
+"""How the chunked forms lay out their steps: sequences padded to whole chunks, and where each begins and ends."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .checks import bounds_on_host
+
+CHUNK = 16  # steps; in wkv7, 1 / (product of their decays) stays below 2e4, so float32 holds all factors without care
+SEGMENT = 16  # chunks whose products are taken at once, and that share one saved state, unless a form has its own
+
+
+@dataclass(frozen=True)
+class Span:
+    """Some of a call's states, and the chunks of the padded row that belong to them."""
+
+    states: slice
+    first: int
+    last: int
+
+
+class Layout:
+    """The chunks of a call: of every row alike, or, where one row is packed, of one sequence after another, so that
+    sequences of any length cost no more than their own chunks."""
+
+    def __init__(self, shape: torch.Size, cu_seqlens: Tensor | None):
+        """shape: (B, T, H, N); cu_seqlens (n + 1,) or None."""
+        self.B, self.T, self.H, self.N = shape
+        self.index: Tensor | None = None
+        if cu_seqlens is None:
+            self.states, self.chunks = self.B, -(-self.T // CHUNK)
+            self.sequences: tuple[Span, ...] = (Span(slice(0, self.B), 0, self.chunks - 1),)
+            return
+        bounds = bounds_on_host(cu_seqlens)
+        sequences, first = [], 0
+        for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
+            after = first - (start - end) // CHUNK
+            sequences.append(Span(slice(n, n + 1), first, after - 1))
+            first = after
+        self.states, self.chunks, self.sequences = len(sequences), first, tuple(sequences)
+        self.index = indices(cu_seqlens, self.T)
+
+    @property
+    def starts(self) -> dict[int, slice]:
+        """A sequence's first chunk -> its states."""
+        return {sequence.first: sequence.states for sequence in self.sequences}
+
+    @property
+    def ends(self) -> dict[int, slice]:
+        """A sequence's last chunk -> its states."""
+        return {sequence.last: sequence.states for sequence in self.sequences}
+
+    def pad(self, x: Tensor, filler: float = 0.0) -> Tensor:
+        """(B, T, H, N) -> (B, H, chunks, CHUNK, N), `filler` past a sequence's end."""
+        steps = self.chunks * CHUNK
+        if self.index is not None:
+            padded = x.new_full((self.B, steps, self.H, self.N), filler)
+            padded[:, self.index] = x
+        elif steps == self.T:
+            padded = x
+        else:
+            padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, steps - self.T), value=filler)
+        return padded.transpose(1, 2).unflatten(2, (self.chunks, CHUNK))
+
+    def cut(self, x: Tensor) -> Tensor:
+        """The reverse of pad, for x (B, chunks * CHUNK, H, N)."""
+        return x[:, : self.T] if self.index is None else x[:, self.index]
+
+
+def segment_count(B: int, T: int, sequences: int, segment: int = SEGMENT) -> int:
+    """States that the chunked form keeps for backward, at most: one for each row and segment."""
+    packed = 0 if sequences == B else sequences  # a packed sequence may add one chunk that is not full
+    return B * -(-(-(-T // CHUNK) + packed) // segment)
+
+
+def indices(cu_seqlens: Tensor, T: int) -> Tensor:
+    """Where each of T packed tokens lies in the padded row (T,), found without waiting for a GPU."""
+    steps = torch.arange(T, device=cu_seqlens.device)
+    padded = (cu_seqlens.diff() + CHUNK - 1).div(CHUNK, rounding_mode="floor") * CHUNK
+    shifts = padded.cumsum(0) - padded - cu_seqlens[:-1]
+    return steps + shifts[torch.searchsorted(cu_seqlens[1:].contiguous(), steps, right=True)]
+
+
+class Call:
+    """A call's tensors, laid out in chunks and read a segment at a time."""
+
+    def __init__(
+        self,
+        rows: Sequence[Tensor],
+        fillers: Sequence[float],
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        segment: int = SEGMENT,
+    ) -> None:
+        """rows: tensors (B, T, H, N) of one dtype, and what fills each past a sequence's end, where a step is to leave
+        the state alone; segment: the chunks of one."""
+        r, self.segment = rows[0], segment
+        self.layout = Layout(r.shape, cu_seqlens)
+        self.dtype = torch.promote_types(r.dtype, torch.float32)
+        self.rows = [self.layout.pad(x, filler) for x, filler in zip(rows, fillers, strict=True)]
+        self.initial = self.states(state, r)
+
+    def states(self, state: Tensor | None, like: Tensor) -> Tensor:
+        """`state`, or zeros, in the dtype of the computation."""
+        at = self.layout
+        shape = (at.states, at.H, at.N, at.N)
+        return like.new_zeros(shape, dtype=self.dtype) if state is None else state.to(self.dtype)
+
+    def parts(self, states: Tensor, chunks: Mapping[int, slice]) -> dict[int, Tensor]:
+        """A sequence's first or last chunk -> its states, (B H, N, N)."""
+        return {chunk: states[at].flatten(0, 1) for chunk, at in chunks.items()}
+
+    def segments(self) -> list[tuple[int, int]]:
+        """The chunks of each segment: (first, after)."""
+        chunks, step = self.layout.chunks, self.segment
+        return [(first, min(first + step, chunks)) for first in range(0, chunks, step)]
+
+    def take(self, x: Tensor, first: int, after: int) -> Tensor:
+        """Chunks of a padded tensor as (B H, n, C, N)."""
+        return x[:, :, first:after].flatten(0, 1).to(self.dtype)
+
+    def taken(self, first: int, after: int) -> list[Tensor]:
+        """The chunks of all rows."""
+        return [self.take(x, first, after) for x in self.rows]
+
+    def empty(self, like: Tensor) -> Tensor:
+        """Room for all chunks' results, (B, steps, H, N), in the dtype of `like`."""
+        at = self.layout
+        return like.new_empty(at.B, at.chunks * CHUNK, at.H, at.N)
+
+    def put(self, to: Tensor, first: int, after: int, x: Tensor) -> None:
+        """x (B H, n, C, N) goes to its chunks' place."""
+        at = self.layout
+        to[:, first * CHUNK : after * CHUNK] = x.reshape(at.B, at.H, -1, at.N).transpose(1, 2)

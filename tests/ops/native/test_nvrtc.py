@@ -1,0 +1,92 @@
+"""Which NVRTC is taken, and what its code is kept by. The libraries are stand-ins."""
+
+import ctypes
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_peft.ops.native import nvrtc
+
+VERSIONS = {"libnvrtc.so.12": (12, 4), "libnvrtc.so.13": (13, 5)}
+
+
+class Library:
+    """An NVRTC of a version that puts a source into words, and counts how often."""
+
+    def __init__(self, version):
+        self.version, self.compiled = version, 0
+
+    def nvrtcVersion(self, major, minor):
+        major._obj.value, minor._obj.value = self.version
+
+    def nvrtcGetNumSupportedArchs(self, count):
+        count._obj.value = 2
+
+    def nvrtcGetSupportedArchs(self, numbers):
+        numbers[:] = [90, 100]
+
+    def nvrtcCompileProgram(self, *_):
+        self.compiled += 1
+        return 0
+
+    def nvrtcGetCUBINSize(self, program, size):
+        size._obj.value = len(self.image)
+
+    def nvrtcGetCUBIN(self, program, text):
+        ctypes.memmove(text, self.image, len(self.image))
+
+    @property
+    def image(self):
+        return f"code of NVRTC {self.version}, compiled {self.compiled} times".encode()
+
+    def __getattr__(self, name):
+        return lambda *_: 0
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """installed(*paths): these libraries are those of the wheels; bare names are of a system that has none."""
+
+    def load(path):
+        if "/" not in path:
+            raise OSError(f"{path}: cannot open shared object file")
+        return Library(VERSIONS[Path(path).name])
+
+    def install(*paths):
+        monkeypatch.setattr(nvrtc, "_wheel_libraries", lambda: list(map(Path, paths)))
+        monkeypatch.setattr(nvrtc.ctypes, "CDLL", load)
+
+    return install
+
+
+WHEELS = ("nvidia/cu13/lib/libnvrtc.so.13", "nvidia/cuda_nvrtc/lib/libnvrtc.so.12")
+
+
+@pytest.mark.parametrize(
+    "of_torch, expected", [("12.4", ["12.4", "13.5"]), ("13.0", ["13.5", "12.4"]), (None, ["13.5", "12.4"])]
+)
+def test_that_of_torchs_cuda_comes_first(installed, monkeypatch, of_torch, expected):
+    monkeypatch.setattr(torch.version, "cuda", of_torch)
+    installed(*WHEELS, WHEELS[0])  # one of them twice
+    found = list(nvrtc.compilers())
+    assert [compiler.version for compiler in found] == expected
+    assert all(compiler.architectures == ["90", "100"] for compiler in found)
+
+
+def test_without_any_there_is_none(installed):
+    installed()
+    assert not list(nvrtc.compilers())
+
+
+def test_code_is_kept_by_the_compilers_version(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    newer, older = (nvrtc.Nvrtc(Library(version)) for version in ((13, 5), (12, 4)))
+    source = "name", "cross_entropy/cross_entropy.cu"
+    first = nvrtc.cubin(*source, "sm_90", newer)
+    assert nvrtc.cubin(*source, "sm_90", older) != first
+    assert nvrtc.cubin(*source, "sm_90", newer) == first
+    assert (newer.library.compiled, older.library.compiled) == (1, 1)
+    assert nvrtc.cubin(*source, "sm_90", newer, anew=True) == newer.library.image != first
+    assert nvrtc.cubin(*source, "sm_90", newer) == newer.library.image
+    assert newer.library.compiled == 2

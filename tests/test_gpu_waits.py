@@ -1,0 +1,54 @@
+"""Nothing that a training step runs waits for the GPU between its forward pass and the end of its backward pass: what
+it is to know of a tensor is found on the CPU, before. Such calls are forbidden by name in the files of a step."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import rwkv_peft
+
+PACKAGE = Path(rwkv_peft.__file__).parent
+FILES = [
+    *(f"training/{name}.py" for name in ("lit", "steps", "segments", "loss", "preferences", "graphs")),
+    *("models/parts.py", "models/state.py", "models/rwkv6/model.py", "models/rwkv7/model.py"),
+    *(f"adapters/{path.name}" for path in (PACKAGE / "adapters").glob("*.py")),
+    *(str(path.relative_to(PACKAGE)) for path in (PACKAGE / "ops").rglob("*.py") if path.parent.name != "native"),
+]
+# Each reads a tensor's values, has a shape that depends on them, or copies from memory that is not pinned.
+WAITS = {
+    *("item", "tolist", "cpu", "numpy", "new_tensor", "tensor", "as_tensor", "from_numpy", "synchronize"),
+    *("nonzero", "argwhere", "unique", "masked_select", "repeat_interleave", "bincount", "is_nonzero"),
+    *("equal", "allclose"),
+}
+ALLOWED = {
+    ("adapters/bat_in_scaled.py", "initial_factors", "cpu"): "before the first step",
+    ("training/lit.py", "on_after_backward", "tolist"): "after the backward pass, once",
+    ("training/steps.py", "loss", "tolist"): "of seeds that the CPU drew",
+    ("training/steps.py", "segments", "tensor"): "ranks agree on a number before the forward pass, in stage 3 alone",
+    ("training/segments.py", "segments_of", "nonzero"): "of a batch on the CPU",
+    ("training/segments.py", "segments_of", "tolist"): "of a batch on the CPU",
+    ("training/segments.py", "_segment", "new_tensor"): "of a batch on the CPU",
+    ("models/state.py", "repeated", "repeat_interleave"): "by one number, which is no tensor",
+    ("models/state.py", "state_tensors", "cpu"): "for a file",
+    ("ops/recurrence/checks.py", "check_bounds", "tolist"): "of what nobody has vouched for",
+    ("ops/recurrence/checks.py", "vouch", "tolist"): "of a tensor on the CPU",
+    ("ops/recurrence/checks.py", "bounds_on_host", "tolist"): "of a tensor on the CPU",
+    ("ops/recurrence/packed.py", "one_by_one", "tolist"): "for the references",
+}
+
+
+def waits(file):
+    """(function, name) of the calls in a file that would wait."""
+    tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef):
+            for node in ast.walk(function):
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in WAITS:
+                    yield function.name, node.func.attr
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_no_call_in_a_step_waits_for_the_gpu(file):
+    """A GPU would have to be waited for: find it on the CPU, before the step."""
+    assert {(file, *call) for call in waits(file)} == {call for call in ALLOWED if call[0] == file}
