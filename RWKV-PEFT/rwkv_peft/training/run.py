@@ -16,7 +16,6 @@ import torch
 from ..adapters.inject import InjectReport, inject
 from ..adapters.load import load_tensors
 from ..adapters.methods import method_of
-from ..cli import counted
 from ..config import AdapterConfig, RunConfig, TrainConfig
 from ..data.batches import TrainBatches
 from ..data.recorded import find_tokenizer
