@@ -3,6 +3,9 @@
 #   sh scripts/setup.sh         set up, and say which python was taken
 #   . "$root/scripts/setup.sh"  from another script of this folder: also sets `root` and `python`
 #
+# On Linux pip's torch comes with CUDA, 5.7 GB. Without an NVIDIA GPU here the CPU build is taken, from pytorch.org,
+# unless pip is configured to install from elsewhere. TORCH=pip takes pip's own in any case, TORCH=cpu the CPU build.
+#
 # An active environment (venv, conda) is used as it is; otherwise .venv is made beside this repository's files.
 # A stamp in the environment records what was installed, so that a second run costs nothing; one that begins meanwhile
 # waits.
@@ -92,14 +95,66 @@ choose_python() {
 
 stamped() { [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; }
 
+has_gpu() {
+    command -v nvidia-smi >/dev/null 2>&1 || [ -e /dev/nvidia0 ] || [ -e /usr/lib/wsl/lib/nvidia-smi ]
+}
+
+own_index() {  # does pip's configuration say where to install from?
+    case "$("$python" -m pip config list)" in *index* | *find-links*) return 0 ;; *) return 1 ;; esac
+}
+
+reachable() {  # URL: does it answer within 5 seconds?
+    "$python" -c 'import signal, sys, urllib.request
+signal.alarm(5)  # also where a name is looked up, which has no time-out
+urllib.request.urlopen(sys.argv[1])' "$1" >/dev/null 2>&1
+}
+
+install_torch() {  # the CPU build, where that is to be had and serves; all else pip installs with the rest
+    ! "$python" -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null || return 0
+    case "${TORCH:-auto}" in
+    pip) return 0 ;;
+    cpu) cpu_torch ;;
+    auto)
+        if [ "$(uname -s)" != Linux ] || has_gpu || own_index; then return 0; fi
+        if reachable "$cpu_index/torch/"; then
+            say "setup: no GPU here, so the CPU build of torch is installed (TORCH=pip takes the one with CUDA)"
+            (cpu_torch --retries 1) && return 0
+        fi
+        say "setup: no GPU here, and $cpu_index cannot be reached: pip's usual torch, with CUDA, is installed"
+        ;;
+    *) fail "TORCH=$TORCH: one of cpu, pip, auto" ;;
+    esac
+}
+
+cpu_torch() {  # ARGUMENT…
+    pip_install "$@" --index-url "$cpu_index" "$(sed -n 's/^\(torch[<>=][^ #]*\).*/\1/p' "$root/requirements.txt")"
+}
+
+pip_install() {  # ARGUMENT…: shows what pip downloads, as it does, and if it fails all that it said
+    log="$environment/.rwkv-peft-pip.log"
+    {
+        "$python" -m pip install --disable-pip-version-check --progress-bar off "$@" && echo "setup: installed"
+    } 2>&1 | tee "$log" | sed -n '/metadata/d; s,^\( *Downloading \).*/,\1,
+        s/^ *Downloading \([^-]*\)-\([^-]*\)[-.].* (\(.*\))$/    \1 \2, \3/p
+        s/^Installing collected packages.*/    all is there, and is being installed/p'
+    case "$(tail -n 1 "$log")" in
+    "setup: installed") rm "$log" ;;
+    *)
+        cat "$log" >&2
+        fail "pip install $* failed: see the lines above; run again when they are mended"
+        ;;
+    esac
+}
+
 put_in() {  # what install is to install, unless another setup has done so meanwhile
     stamped && return 0
     say "setup: installing into $environment (a few minutes the first time)"
     "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null 2>&1 ||
         fail "$environment has no pip; install it there, and run again"
+    install_torch
+    cd "$root" || return
     # shellcheck disable=SC2086 # $what is a list of arguments without spaces of their own
-    (cd "$root" && "$python" -m pip install --quiet --disable-pip-version-check $what) ||
-        fail "pip install $what failed: see the lines above; run again when they are mended"
+    pip_install $what
     printf '%s\n' "$wanted" >"$stamp"
 }
 
@@ -132,6 +187,7 @@ activate() {  # the line that makes the environment's commands those of a shell
 }
 
 root="$(cd "$(dirname "$0")/.." && pwd)"
+cpu_index=https://download.pytorch.org/whl/cpu
 choose_python
 PATH="$(dirname "$python"):$PATH" # ninja is looked up there
 export PATH

@@ -79,7 +79,7 @@ def test_labels_are_the_shortest_ends_that_differ(tmp_path):
         (("bone", "--output", "x.jpg"), "does not end in .png, .svg, .pdf"),
         (("none", "--output", "x.png"), "none: no such file"),
         (("bone", "--output", "x.png", "--smooth", "1"), r"--smooth 1 is not in \[0, 1\)"),
-        (("bone",), "the following arguments are required: --output"),
+        (("bone",), "--output is missing"),
     ],
 )
 def test_mistakes_are_told(runs, words, message):

@@ -1,5 +1,7 @@
 """The doctor names what is missing, tells the command that mends it, and exits by whether training can run."""
 
+import shutil
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -76,6 +78,27 @@ def test_a_missing_package_does_not_end_the_report(monkeypatch):
     monkeypatch.setattr(doctor, "requirements", lambda: [Requirement("torch-that-is-absent", ())])
     names = [finding.name for finding in doctor.examine()]
     assert {"python", "torch-that-is-absent", "compiler", "memory", "disk"} <= set(names)
+
+
+def test_without_an_environment_one_line_tells_the_command_that_makes_it(tmp_path):
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from rwkv_peft.commands import run; run('doctor')"
+    bare = [sys.executable, "-I", "-S", "-c", code]  # without what is installed
+    for root in (ROOT, tmp_path):
+        if root == tmp_path:
+            shutil.copytree(
+                ROOT / "RWKV-PEFT", root / "RWKV-PEFT", ignore=shutil.ignore_patterns("__pycache__", "cuda")
+            )
+            (root / "scripts").mkdir()
+            shutil.copy(ROOT / "scripts/setup.sh", root / "scripts")
+        done = subprocess.run([*bare, str(root / "RWKV-PEFT")], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr == "" and done.stdout.count("\n") == 1
+        assert done.stdout.startswith(f"no environment: this Python, {sys.executable}, has no torch; ")
+    assert f"make one (sh {tmp_path}/scripts/setup.sh)" in done.stdout
+
+
+def test_the_free_disk_is_that_of_plan(monkeypatch):
+    monkeypatch.setattr(doctor, "room_at", lambda path: 7 * 2**30)
+    assert any(finding.text.startswith("7 GiB free in ") for finding in doctor.check_memory())
 
 
 def test_this_machine_can_train(capsys):

@@ -6,7 +6,9 @@ import signal
 import sys
 
 import pytest
+import torch
 
+from rwkv_peft import commands
 from rwkv_peft.errors import UserError, ending_at_once, exit_on_user_error
 from rwkv_peft.files.atomic import atomic_write
 from rwkv_peft.streams import bar_seconds
@@ -110,3 +112,15 @@ def test_a_bar_is_seldom_drawn_into_a_log(monkeypatch):
     assert bar_seconds(log) >= 10
     monkeypatch.setattr(log, "isatty", lambda: True, raising=False)
     assert bar_seconds(log) < 1
+
+
+def test_what_a_file_calls_itself_does_not_reach_the_terminal_as_an_order(tmp_path, capsys):
+    """Through inspect: a tensor whose name clears the screen, in a message and in a table."""
+    name = "\x1b[2J\x1b]0;owned\x07\u202ereversed\r\x9b31m"
+    for number, names in enumerate(([name], [name + ".lora_A", name + ".lora_B"])):
+        torch.save({key: torch.ones(2, 2) for key in names}, tmp_path / f"{number}.pth")
+        commands.main(["inspect", str(tmp_path / f"{number}.pth")])
+    error = UserError(f"{name}\n\tis no key")
+    for text in (capsys.readouterr().out, str(error)):
+        assert text.replace("\n", "").replace("\t", "").isprintable() and "\\x1b[2J" in text
+    assert "\n\tis no key" in str(error)

@@ -50,6 +50,22 @@ def test_each_command_helps(command, capsys):
     assert capsys.readouterr().out.startswith("usage: ")
 
 
+def test_help_needs_no_package_and_shows_what_is_required():
+    names = [command.name for command in COMMANDS if command.flags]
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'RWKV-PEFT')!r})\n"
+        "from contextlib import suppress\n"
+        "from rwkv_peft.commands import main\n"
+        f"for name in {names}:\n"
+        "    with suppress(SystemExit):\n"
+        "        main([name, '--help'])\n"
+    )
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)  # no site-packages
+    assert done.stderr == "" and done.stdout.count("usage: ") >= len(names)
+    assert {"preprocess", "bone2miss"} <= set(names)
+    assert "[--output PREFIX]" not in done.stdout and "--output PREFIX" in done.stdout
+
+
 class Asked(Exception):
     """A command asks its parser."""
 
@@ -106,17 +122,18 @@ def test_an_unknown_command_like_no_other_points_to_help():
 
 
 @pytest.mark.parametrize(
-    "name, library, requirements",
+    "name, output, library, requirements",
     [
-        ("preprocess", "numpy", "requirements.txt"),  # missed where the command is imported
-        ("plot", "matplotlib", "requirements.txt"),  # missed where it works
-        ("bone2miss", "peft", "requirements-hf.txt"),
+        ("preprocess", "--output", "numpy", "requirements.txt"),  # missed where the command is imported
+        ("plot", "", "matplotlib", "requirements.txt"),  # missed where it works
+        ("bone2miss", "", "peft", "requirements-hf.txt"),
     ],
 )
-def test_a_command_without_its_libraries_says_so_in_one_line(name, library, requirements, tmp_path):
+def test_a_command_without_its_libraries_says_so_in_one_line(name, output, library, requirements, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
     code = f"import sys; sys.modules[{library!r}] = None; from rwkv_peft.commands import run; run()"
-    done = ask(["-c", code], name, str(tmp_path / "metrics.jsonl"), str(tmp_path / "loss.png"))
+    files = [str(tmp_path / "metrics.jsonl"), *filter(None, [output]), str(tmp_path / "loss.png")]
+    done = ask(["-c", code], name, *files)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert library in done.stderr and done.stderr.endswith(f"-r {requirements}\n")

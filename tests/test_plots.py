@@ -1,6 +1,7 @@
 """Loss curves: metrics are read as they were written, and any number of points makes a picture."""
 
 import json
+import os
 
 import pytest
 
@@ -113,6 +114,14 @@ def test_a_line_cut_off_at_the_end_is_left_out_and_one_in_the_middle_is_an_error
     path.write_text('{"step": 0, "lo\n{"step": 1, "loss": 1.0}\n')
     with pytest.raises(UserError, match="line 1"):
         read_metrics(path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a device"])
+def test_metrics_of_a_run_that_are_no_file_are_neither_waited_for_nor_read(tmp_path, kind):
+    path = tmp_path / "metrics.jsonl"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="metrics.jsonl is no file"):
+        main([str(tmp_path), str(tmp_path / "loss.png")])
 
 
 def test_the_folder_of_a_run_stands_for_its_metrics(tmp_path):

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise, takewhile
 from typing import Any, NoReturn
 
-from .errors import UserError, short
+from .errors import short
 from .names import AUTO
+from .refusals import Refusals, in_one
 
+MOST = 1 << 48  # that anything counts up to: sums and products of such numbers fit in what counts them
 FLAG = re.compile(r"--?[^-\s.\d]\S*$")  # and no number
 
 
@@ -33,21 +35,21 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return "TEXT" if action.type is None else "N"
 
 
-def refuse_unknown(flag: str, known: Iterable[str], synonyms: Mapping[str, str], otherwise: str) -> NoReturn:
-    """Raise UserError for a flag or word that is not among the known: with what it means here, {flag: what is given
-    here} of synonyms, else with the nearest, else with what to do `otherwise`."""
+def unknown_flag(flag: str, known: Iterable[str], synonyms: Mapping[str, str], otherwise: str) -> str:
+    """The refusal of a flag or word that is not among the known: with what it means here, {flag: what is given here} of
+    synonyms, else with the nearest, else with what to do `otherwise`."""
     meant = synonyms.get("--" + flag[2:].replace("-", "_")) if flag.startswith("--") else None
     if meant:
-        raise UserError(f"there is no {flag} here; it is {meant}")
+        return f"there is no {flag} here; it is {meant}"
     near = difflib.get_close_matches(flag, list(known), 1)
-    raise UserError(f"there is no {flag}; " + (f"did you mean {near[0]}?" if near else otherwise))
+    return f"there is no {flag}; " + (f"did you mean {near[0]}?" if near else otherwise)
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags are never abbreviated; an unknown one is refused, before one that is missing, with the one of its meaning,
-    {flag: what is given here} of synonyms, or else with the nearest that exists; so is an unknown value, whose meanings
-    are {(flag, value): what is given here} of values. A second value of a flag that takes one is refused with the
-    remedy of that flag in `several`."""
+    """Tells all flags that are mistaken at once. Flags are never abbreviated; an unknown one is refused with the one of
+    its meaning, {flag: what is given here} of synonyms, or else with the nearest that exists; so is an unknown value,
+    with the words that {(flag, value): words} of values has for it. A second value of a flag that takes one is refused
+    with the remedy of that flag in `several`."""
 
     def __init__(
         self,
@@ -58,29 +60,54 @@ class Parser(argparse.ArgumentParser):
     ) -> None:
         super().__init__(allow_abbrev=False, **options)
         self.synonyms, self.values, self.several = synonyms or {}, values or {}, several or {}
+        self.mistakes: list[str] = []
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+        """What argparse cannot go on from."""
+        raise in_one([*self.mistakes, f"{message}; see {self.prog} --help"])
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        namespace, mistakes = self.parse_with_mistakes(args, namespace)
+        Refusals(mistakes).tell()
+        return namespace
+
+    def parse_with_mistakes(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """(the namespace, the refusals of flags that are mistaken, whose defaults it holds)."""
         args = list(sys.argv[1:] if args is None else args)
-        for argument in takewhile(lambda argument: argument != "--", args):
-            flag = argument.split("=")[0]
-            if FLAG.match(flag) and flag not in self._option_string_actions:
-                self.refuse(flag)
-        namespace, unknown = self.parse_known_args(args, namespace)
-        for flag, value in pairwise(args if unknown else ()):
+        words = [argument.partition("=") for argument in takewhile(lambda argument: argument != "--", args)]
+        given = [flag for flag, _, _ in words]
+        unknown = [flag for flag in given if FLAG.match(flag) and flag not in self._option_string_actions]
+        self.mistakes = [self.unknown(flag) for flag in unknown]
+        for flag, _, value in words:
+            if FLAG.match(flag) and value == "--":  # which argparse would take out, and leave a list
+                raise in_one([*self.mistakes, f"{flag}=--: -- is no value; a name that is just that is given as ./--"])
+        helps = {"-h", "--help"} & set(given)  # which shows what is required
+        required = [action for action in self._actions if action.required and not helps]
+        for action in required:  # argparse would end at it
+            action.required = False
+        try:
+            namespace, rest = self.parse_known_args(args, namespace)
+        finally:
+            for action in required:
+                action.required = True
+        if rest and not unknown:  # of an unknown flag they may be the values
+            self.mistakes.append(self.stray(args, rest[0]))
+        refusals = Refusals(self.mistakes)  # which tell of a missing flag that it is misspelt, or its value
+        for action in required:
+            if getattr(namespace, action.dest, None) in (None, []):
+                refusals.add(f"{name_of(action)} is missing; see {self.prog} --help")
+        return namespace, refusals.messages
+
+    def stray(self, args: list[str], word: str) -> str:
+        """The refusal of a word that belongs to no flag."""
+        for flag, value in pairwise(args):
             action = self._option_string_actions.get(flag)
-            if value == unknown[0] and action is not None and action.nargs == 0:
-                raise UserError(
+            if value == word and action is not None and action.nargs == 0:
+                return (
                     f"{flag} takes no value, and {value} stands behind it; leave {value} out, or both for what is not "
                     "wanted"
                 )
-        if unknown:
-            if message := self.too_many(args, unknown[0]):
-                raise UserError(message)
-            self.refuse(unknown[0].split("=")[0])
-        return namespace
+        return self.too_many(args, word) or self.unknown(word.split("=")[0])
 
     def too_many(self, args: list[str], word: str) -> str:
         """The refusal of a word that stands behind the one value of a flag, "" where it does not."""
@@ -92,12 +119,19 @@ class Parser(argparse.ArgumentParser):
                 return f"{flag} takes one value, and {' '.join(map(short, values))} stand behind it; {remedy}"
         return ""
 
-    def refuse(self, flag: str) -> NoReturn:
-        """Raise UserError for a flag or word that is not known."""
+    def unknown(self, flag: str) -> str:
+        """The refusal of a flag or word that is not known."""
         otherwise = f"see {self.prog} --help"
         if re.match("-[^-]", flag):
             otherwise += f"; a name that begins with a dash is given as ./{flag}"
-        refuse_unknown(flag, self._option_string_actions, self.synonyms, otherwise)
+        return unknown_flag(flag, self._option_string_actions, self.synonyms, otherwise)
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        try:
+            return super()._get_values(action, arg_strings)
+        except argparse.ArgumentError as error:
+            self.mistakes.append(f"{error}; see {self.prog} --help")
+            return action.default
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         try:
@@ -106,10 +140,15 @@ class Parser(argparse.ArgumentParser):
             meant = [self.values[flag, value] for flag in action.option_strings if (flag, value) in self.values]
             near = difflib.get_close_matches(str(value), [str(choice) for choice in action.choices or ()], 1)
             if meant:
-                error.message += f"; what others call {value} is {meant[0]} here"
+                error.message += f"; {meant[0]}"
             elif near:
                 error.message += f"; did you mean {near[0]}?"
             raise
+
+
+def name_of(action: argparse.Action) -> str:
+    """What an argument is called on the command line."""
+    return "/".join(action.option_strings) or str(action.metavar or action.dest)
 
 
 def switch(text: str) -> bool:
@@ -125,14 +164,13 @@ def whole(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        raise argparse.ArgumentTypeError(f"{short(text)!r} is not a whole number") from None
 
 
 def positive(text: str) -> int:
-    value = whole(text)
-    if value < 1:
+    if whole(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return value
+    return count(text)
 
 
 def finite(text: str) -> float:
@@ -168,6 +206,8 @@ def count(text: str) -> int:
     value = whole(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
+    if value > MOST:
+        raise argparse.ArgumentTypeError(f"{short(text)} is above {MOST:,}")
     return value
 
 

@@ -7,12 +7,12 @@ judges its flags without torch, that is called first: a mistake, or --help, is a
 import difflib
 import importlib
 import sys
-from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple, NoReturn
 
 from . import __version__
 from .errors import UserError, ending_at_once, exit_on_user_error, past_ctrl_c
+from .installing import how_to_install
 
 
 class Command(NamedTuple):
@@ -27,7 +27,12 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
-    Command("preprocess", "text and chat files -> token files (.bin, .idx, .mask)", "data.preprocess"),
+    Command(
+        "preprocess",
+        "text and chat files -> token files (.bin, .idx, .mask)",
+        "data.preprocess",
+        flags="data.preprocess_flags:parse_flags",
+    ),
     Command("tokenize", "print the token ids of a text, as --mask_id takes them", "data.tokenizer"),
     Command(
         "train",
@@ -100,7 +105,11 @@ COMMANDS = (
         needs="requirements-eval.txt",
     ),
     Command(
-        "bone2miss", "a BONE adapter folder of peft -> a MISS one, and back", "hf.folders", needs="requirements-hf.txt"
+        "bone2miss",
+        "a BONE adapter folder of peft -> a MISS one, and back",
+        "hf.folders",
+        flags="release.flags:bone2miss_flags",
+        needs="requirements-hf.txt",
     ),
     Command("doctor", "what this machine can do, what is missing, what mends it", "doctor"),
 )
@@ -166,15 +175,7 @@ def missing(error: ModuleNotFoundError, needs: str = "") -> Exception:
     package = (error.name or "").split(".")[0]
     if package in ("", __package__):
         return error
-    root = Path(__file__).resolve().parents[2]
-    files = " -r ".join(filter(None, ("requirements.txt", needs)))
-    remedy = f"pip install -r {files}"
-    activate = root / ".venv" / "bin" / "activate"
-    if activate.is_file() and Path(sys.prefix) != root / ".venv":
-        remedy = f"activate the environment that has it (. {activate}), or {remedy}"
-    elif (root / "scripts" / "setup.sh").is_file():
-        remedy = f"activate the environment that has it, make one (sh {root}/scripts/setup.sh), or {remedy}"
-    return UserError(f"this Python, {sys.executable}, has no package {package}; {remedy}")
+    return UserError(f"this Python, {sys.executable}, has no package {package}; {how_to_install(needs)}")
 
 
 def run(*command: str) -> NoReturn:

@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 from .cli import Parser
 from .errors import told
+from .files.room import room_at
+from .installing import how_to_install
 from .memory import main_memory
 
 OK, NOTE, MISSING = "ok", "-", "MISSING"  # as it should be; good to know; training needs it
@@ -104,13 +106,20 @@ def check_python() -> list[Finding]:
     ]
 
 
+def installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def check_package(requirement: Requirement) -> Finding:
     """A required package: installed, of a fitting version, and importable."""
     name = requirement.name
-    try:
-        version = metadata.version(name)
-    except metadata.PackageNotFoundError:
+    if not installed(name):
         return Finding(name, MISSING, "not installed", INSTALL)
+    version = metadata.version(name)
     if not requirement.admits(version):
         return Finding(name, MISSING, f"{version}, and {requirement.spec} is needed", INSTALL)
     try:
@@ -285,7 +294,7 @@ def check_memory() -> Iterator[Finding]:
         yield Finding(
             "memory", OK, f"{total / 2**30:.1f} GiB" + (f", {free / 2**30:.1f} GiB available" if free else "")
         )
-    disk = shutil.disk_usage(".").free
+    disk = room_at(".")
     low = disk < 5 * 2**30
     yield Finding(
         "disk",
@@ -298,9 +307,9 @@ def check_memory() -> Iterator[Finding]:
 def check_optional() -> Iterator[Finding]:
     """Packages that some features use."""
     for name, use in OPTIONAL:
-        try:
+        if installed(name):
             yield Finding(name, OK, metadata.version(name))
-        except metadata.PackageNotFoundError:
+        else:
             yield Finding(name, NOTE, f"not installed ({use})", f"pip install {name}")
 
 
@@ -328,6 +337,9 @@ def examine() -> Iterator[Finding]:
 def main(argv: list[str]) -> int:
     """Print the report; 0 where nothing that training needs is missing, else 1."""
     Parser(prog="rwkv-peft doctor", description="Say what this machine can do and what is missing.").parse_args(argv)
+    if not installed("torch"):  # there is no environment yet, and little to look at
+        print(f"no environment: this Python, {sys.executable}, has no torch; {how_to_install()}")
+        return 1
     missing = []
     for finding in examine():
         print(f"{finding.name:18} {finding.status:8} {finding.text}", flush=True)

@@ -3,6 +3,7 @@ it."""
 
 import errno
 import os
+import re
 import signal
 import sys
 import threading
@@ -23,11 +24,16 @@ UNSEEN = MappingProxyType(
 )
 INTERRUPTED = "interrupted"
 ENDINGS = MappingProxyType({signal.SIGTERM: "terminated", signal.SIGHUP: "ended: the terminal is gone"})
+# all but tab and newline; of Unicode's marks, those that turn the order of what stands beside them
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 TOLD = 200  # characters of what is quoted that are worth reading
 
 
 class UserError(ValueError):
-    """A user's mistake: the message gives the value, the rule and the remedy."""
+    """A user's mistake: the message gives the value, the rule and the remedy. It may quote any file."""
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
 
 
 class Ended(SystemExit):
@@ -44,11 +50,19 @@ def ending_of(end: KeyboardInterrupt | Ended) -> tuple[str, int]:
     return (end.words, end.code) if isinstance(end, Ended) else (INTERRUPTED, 128 + signal.SIGINT)
 
 
-def told(error: BaseException) -> str:
-    """What another library's exception says, in one short line: some quote a whole file, or say nothing but a key."""
+def told(error: BaseException, named: bool = False) -> str:
+    """What another library's exception says, in one short line: some quote a whole file, or say nothing but a key; with
+    the exception's name before it where that alone may say what is wrong."""
     lines = str(error).strip().splitlines()
-    words = lines[0] if lines and not isinstance(error, LookupError) else " ".join([type(error).__name__, *lines[:1]])
+    silent = named or not lines or isinstance(error, LookupError)
+    words = " ".join([type(error).__name__, *lines[:1]]) if silent else lines[0]
     return short(words)
+
+
+def visible(text: str) -> str:
+    """A text from a file as a terminal may show it: characters that would move its cursor, change its colours or turn
+    the direction of writing stand there as Python writes them."""
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def short(text: str) -> str:

@@ -16,7 +16,8 @@ class Word(NamedTuple):
 
 
 ADAPTER, MODEL = "adapter.safetensors", "rwkv.pth"  # the newest trained tensors in the folder of a run
-METRICS = "metrics.jsonl"  # what each of its steps came to
+METRICS = "metrics.jsonl"  # what each of its steps came to,
+RUN = "config.json"  # and its settings, with what its tokens mean
 STATE = "state"  # the part of --train_parts that no model's parameters are: the wkv states before the first token
 SYSTEM_FIELDS = ("system", "system_prompt")  # of a row: a system text beside its question or its turns
 NONE = "none"  # what stands where no layer is adapted: the model itself trains, or whole tensors of it
@@ -68,3 +69,8 @@ def forms(peft: str) -> tuple[str, ...]:
 def words_with(json_flag: str) -> tuple[str, ...]:
     """The words of --peft whose methods take their settings from a JSON flag."""
     return tuple(word for word, methods in WORDS.items() if methods.json_flag == json_flag)
+
+
+def called(value: str, ours: str) -> str:
+    """What is said of a value that other tools call otherwise."""
+    return f"what others call {value} is {ours} here"

@@ -34,8 +34,14 @@ def legend_text(name: str) -> str:
 
 
 def metrics_of(run: str | Path) -> Path:
-    """The metrics.jsonl of a run, which its folder or that file itself names."""
-    return Path(run) / METRICS if Path(run).is_dir() else Path(run)
+    """The metrics.jsonl of a run, which its folder or that file itself names. Raises UserError where that of a folder
+    is a pipe or a device, which could be waited for or never end."""
+    if not Path(run).is_dir():
+        return Path(run)
+    path = Path(run) / METRICS
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file, and a run writes one; move it away")
+    return path
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -53,13 +59,18 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             if number == len(lines):
                 break
             raise UserError(f"{path}, line {number}: not JSON ({told(error)}); delete that line") from error
-        if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] <= LAST_STEP:
+        if not isinstance(record, dict) or not is_place(record.get("step")) or not is_place(record.get("samples", 0)):
             raise UserError(
-                f"{path}, line {number}: a metrics line is a JSON object with its step, not "
+                f"{path}, line {number}: a metrics line is a JSON object with its step and samples, not "
                 f"{line[:40].decode(errors='replace')!r}"
             )
         records.append(record)
     return records
+
+
+def is_place(value: object) -> bool:
+    """Whether a value of JSON numbers a step, or the samples before its end."""
+    return type(value) is int and 0 <= value <= LAST_STEP
 
 
 def series(records: Iterable[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:

@@ -235,6 +235,16 @@ def test_a_setting_that_does_not_fit_is_refused_before_anything_changes(model, s
     assert dict(model.state_dict()).keys() == before.keys() and trainable(model) == set(dict(model.named_parameters()))
 
 
+@pytest.mark.parametrize("variant", RESIDUAL)
+@pytest.mark.parametrize("shape", [(4,), (1, 16), (3, 16), (4, 17)])
+def test_first_factors_of_another_shape_are_refused(model, variant, shape):
+    """One row would be repeated where more are due."""
+    initial = {"blocks.0.att.key.init_lora_A": torch.ones(shape), "blocks.0.att.key.init_lora_B": torch.ones(16, 4)}
+    config = AdapterConfig(method=METHODS[variant].peft, rank=4, targets=("att.key",))
+    with pytest.raises(UserError, match=r"has blocks.0.att.key.init_lora_A of shape .*, and \(4, 16\) is due"):
+        inject(nn.ModuleDict({"blocks": model["blocks"]}), config, initial=initial)
+
+
 def test_a_part_that_matches_nothing_is_refused(model):
     del model["emb"]
     with pytest.raises(UserError, match="--train_parts emb matches no parameter"):

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_peft.data.batches import EvalBatches, TrainBatches
-from rwkv_peft.data.binidx import BinidxDataset, BinidxWriter, binidx_prefix
+from rwkv_peft.data.binidx import BinidxDataset, BinidxWriter
+from rwkv_peft.data.prefix import binidx_prefix
 from rwkv_peft.data.samples import WindowSamples
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.atomic import place

@@ -13,14 +13,8 @@ from hypothesis import strategies as st
 
 from rwkv_peft.data.recorded import vocabulary_of
 from rwkv_peft.data.show import plain_text
-from rwkv_peft.data.tokenizer import (
-    BytesTokenizer,
-    GreedyEncoder,
-    load_tokenizer,
-    parse_world_vocabulary,
-    say_slow,
-    world_vocabulary,
-)
+from rwkv_peft.data.tokenizer import BytesTokenizer, GreedyEncoder, load_tokenizer, say_slow, world_vocabulary
+from rwkv_peft.data.world_vocabulary import parse_world_vocabulary
 from rwkv_peft.errors import UserError
 
 cached_tokenizer = lru_cache(load_tokenizer)  # one for all of a property's examples
@@ -200,6 +194,13 @@ def test_vocabulary_files_load_with_any_line_ends(tmp_path, content):
         (b"1 'a' one\n", "line 1"),
         (b"1 __import__('os') 1\n", "line 1"),
         (b"-4 'a' 1\n", "line 1"),
+        (b"5 9999999999999 9999999999999\n", "line 1.* is not"),
+        (b"5 0x" + b"f" * 10_000 + b" 1\n", "line 1.* is not"),
+        (b"5 " + b"-" * 100_000 + b"1 1\n", "line 1.* is not"),
+        (b"5 'a'" + b"-" * 100_000 + b"'b' 1\n", "line 1.* is not"),
+        (b"5 " + b"(" * 100_000 + b"'a' 1\n", "line 1.* is not"),
+        (b"5 'a'*99999999999 99999999999\n", "line 1.* is not"),
+        (b"5 [1, 2] 2\n", "line 1.* is not"),
         (b"1 'a' 9999999999999\n", "line 1.*1 bytes where the line says 9999999999999"),
         (b"1 'a' 1\n16777215 'b' 1\n", "line 2: token 16777215, and ids of a file of 23 bytes are from 1 to 65,535"),
     ],
@@ -216,7 +217,7 @@ def test_a_panic_of_the_rust_tokenizer_is_a_user_error(world):
 
     pytest.importorskip("pyrwkv_tokenizer")
     with pytest.raises(UserError, match="World tokenizer failed"):
-        guarded(world._encoder.decode, [129])  # byte 128 alone is not UTF-8
+        guarded("the World tokenizer failed", world._encoder.decode, [129])  # byte 128 alone is not UTF-8
 
 
 def test_tokenizer_json(tmp_path):
@@ -240,6 +241,58 @@ def test_bad_tokenizer_files_are_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": 3}))
     with pytest.raises(UserError, match="not a tokenizer.json"):
         load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+MODELS = {
+    "WordLevel": {"vocab": {"a": 0}, "unk_token": "[UNK]"},
+    "WordPiece": {
+        "vocab": {"a": 0},
+        "unk_token": "[UNK]",
+        "continuing_subword_prefix": "##",
+        "max_input_chars_per_word": 100,
+    },
+    "Unigram": {"vocab": [["a", -1.0]], "unk_id": None, "byte_fallback": False},
+    "BPE": {"vocab": {"a": 0}, "merges": [], "unk_token": "x"},
+}
+
+
+def json_file(folder, kind, **model):
+    """A tokenizer.json over one kind of model."""
+    rest = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    content = {"version": "1.0", "added_tokens": [], "model": {"type": kind} | MODELS[kind] | model, **rest}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return str(folder / "tokenizer.json")
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_text_without_a_token_is_a_message(tmp_path, kind):
+    """Through the command: rows that such a tokenizer has no token for."""
+    from rwkv_peft import commands
+
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    words = ["preprocess", tmp_path / "rows.jsonl", "--output", tmp_path / "out", "--no-append_eod", "--workers", "1"]
+    with pytest.raises(UserError, match="line 2: tokenizer .* failed; give one that has tokens for every text"):
+        commands.main([*map(str, words), "--tokenizer", json_file(tmp_path, kind)])
+
+
+@pytest.mark.parametrize("token", [2**31, 2**32 - 1])
+def test_ids_that_no_token_file_holds_are_refused(tmp_path, token):
+    path = json_file(tmp_path, "WordLevel", vocab={"a": 0, "b": token}, unk_token="a")
+    with pytest.raises(UserError, match=f"it has a token {token}, and ids of token files are below {2**31}"):
+        load_tokenizer(path)
+
+
+def test_a_panic_of_the_tokenizers_library_is_a_message(tmp_path, monkeypatch):
+    import tokenizers
+
+    panic = type("PanicException", (BaseException,), {})
+
+    def fail(path):
+        raise panic("called `Option::unwrap()` on a `None` value")
+
+    monkeypatch.setattr(tokenizers, "Tokenizer", type("T", (), {"from_file": staticmethod(fail)}))
+    with pytest.raises(UserError, match="not a tokenizer.json .called `Option::unwrap"):
+        load_tokenizer(json_file(tmp_path, "WordLevel"))
 
 
 def test_real_world_vocabulary(shared_data, world):

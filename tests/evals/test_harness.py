@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,17 @@ from evals.local_tasks import PASSAGES, TASKS, write_tasks
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import UserError
 from rwkv_peft.evals import command, harness_command, harness_flags
-from rwkv_peft.evals.requests import ROLLING, Question, in_two, manner, question, share, stops_of_request
+from rwkv_peft.evals.requests import (
+    ROLLING,
+    SCORED,
+    WRITTEN,
+    Question,
+    in_two,
+    manner,
+    question,
+    share,
+    stops_of_request,
+)
 from rwkv_peft.evals.scoring import score
 from rwkv_peft.generate.loading import Subject, load_model
 from rwkv_peft.generate.settings import Sampling
@@ -110,6 +121,35 @@ def test_all_of_a_context_and_its_continuation_is_read():
     assert in_two(world, "", "word")[0] == question(ROLLING, ("word",), world, 0).context == [0]
 
 
+BROKEN = {
+    "target": ("choices", "doc_to_target: answer", "doc_to_target: []", "cannot be asked: ValueError"),
+    "type": ("choices", "output_type: multiple_choice", "", "cannot be asked: TypeError"),
+    "text": ("lambada", "doc_to_text: .*", "doc_to_text: 7", "cannot be asked: AssertionError Context is not a string"),
+    "metric": ("gsm8k", "metric_list: .*", "metric_list: 5", "cannot be loaded: TypeError"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_task_is_named_with_its_file(folder, tmp_path, monkeypatch, case):
+    pytest.importorskip("lm_eval")
+    task, old, new, message = BROKEN[case]
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    text = (folder / f"{task}.yaml").read_text().replace(f"task: our_{task}", "task: broken")
+    (tmp_path / "broken.yaml").write_text(re.sub(old, new, text))
+    with pytest.raises(UserError, match=re.escape(f"broken ({tmp_path / 'broken.yaml'}) ") + message):
+        harness_command.main(["broken", "--include_path", str(tmp_path), *MODEL, "--limit", "1"])
+
+
+def test_requests_that_are_no_texts_are_told():
+    world = load_tokenizer("world")
+    for kind, arguments in ((SCORED, ("a", ["b"])), (ROLLING, (5,)), (WRITTEN, (None, {}))):
+        with pytest.raises(UserError, match="a text is due .doc_to_text, doc_to_target"):
+            question(kind, arguments, world, 0)
+    for until in (5, ["a", 5], {"a": 1}):
+        with pytest.raises(UserError, match="a text is due, or a list of texts"):
+            stops_of_request({"until": until})
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 5])
 def test_ranks_share_questions_and_those_of_one_context_stay_together(ranks):
     contexts = [[1], [2], [1], [3], [2]]
@@ -122,7 +162,10 @@ def test_ranks_share_questions_and_those_of_one_context_stay_together(ranks):
     "arguments, message",
     [
         (["our_choice", "--include_path", "."], "there is no task our_choice in lm_eval or in .; is it our_choices"),
-        (["gone", "--include_path", "."], "the data of gone is not on this disk, and .* cannot be reached"),
+        (
+            ["gone", "--include_path", "."],
+            r"the data of gone \(.*gone.yaml\) is not on this disk, and .* cannot be reached",
+        ),
         (["beams", "--include_path", "."], "asks for num_beams 4 in its generation_kwargs"),
         (["our_choices", "--include_path", ".", "--output", "choices.yaml"], "is the file given as --include_path"),
     ],

@@ -56,3 +56,15 @@ def test_strict_is_the_last_marker_and_flexible_the_last_number():
     text = "2 + 2 = 4\n#### 4\nThe answer is: 5\n\nThat was 6 words."
     assert (strict_number(text), flexible_number(text)) == (5, 6)
     assert strict_number("The answer is: unknown\n7") is None
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "-1," + "000," * 3000 + "000", "0." + "3" * 5000, "1/" + "7" * 5000])
+def test_a_number_without_end_is_one_that_no_answer_is(text):
+    """A model that repeats a digit for ever is wrong, and ends nothing."""
+    from rwkv_peft.evals.gsm8k import Gsm8k
+
+    task = Gsm8k()
+    problem = task.problem({"question": "How many?", "answer": "#### 8"}, "{question}")
+    for answer in (f"#### {text}", f"5 + 3 = 8, which is {text}", f"\\frac{{{text}}}{{{text}}}"):
+        assert task.judge(answer, problem) == {"strict": False, "flexible": False}
+    assert task.judge("The answer is 8." + "0" * 5000, problem) == {"strict": True, "flexible": True}

@@ -1,6 +1,7 @@
 """Adapter files: they carry what they are, and what is wrong with one is refused in words."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from rwkv_peft.config import AdapterConfig
 from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapter_file import METADATA_KEY, AdapterMetadata, save_adapter
 from rwkv_peft.files.adapters import read_adapter
+from rwkv_peft.files.origin import ENTRY, Origin
+from rwkv_peft.files.safetensors_file import read_safetensors
 
 LAYER = "blocks.0.att.key"
 
@@ -38,6 +41,28 @@ def test_adapter_files_carry_what_they_are(tmp_path):
     assert set(adapter.modules()) == {LAYER} and set(adapter.whole()) == {"blocks.0.ln1.weight"}
     with pytest.raises(UserError, match="is a bat-out adapter, not bat-in"):
         read_adapter(tmp_path / "a.safetensors", mode="bat-in")
+
+
+def test_what_a_file_tells_people_is_an_entry_that_it_may_lack(tmp_path):
+    origin = Origin("base.pth", "world", "--data_type sft", "2e-05, cosine", "torch 2.13")
+    metadata = AdapterMetadata("bone", rank=2, origin=origin)
+    save_adapter(path := tmp_path / "a.safetensors", {f"{LAYER}.bone": torch.ones(2, 2)}, metadata)
+    assert read_adapter(path).metadata == metadata
+    odd = replace(metadata, origin=Origin("a\nb\udcff", data="x" * 2000))
+    save_adapter(path, {f"{LAYER}.bone": torch.ones(2, 2)}, odd)
+    assert read_adapter(path).metadata.origin == Origin("a?b?", data="x" * 1000)
+    save_adapter(path, {f"{LAYER}.bone": torch.ones(2, 2)}, metadata)
+    tensors, header = read_safetensors(path)
+    assert "origin" not in json.loads(header["rwkv_peft"])  # which earlier versions would refuse
+    assert json.loads(header.pop(ENTRY))["base"] == "base.pth"
+    save_file(tensors, path, metadata=header)
+    assert read_adapter(path).metadata == AdapterMetadata("bone", rank=2)
+    save_file(tensors, path, metadata=header | {ENTRY: '{"later": 1, "rate": "1e-4"}'})
+    assert read_adapter(path).metadata.origin == Origin(rate="1e-4")
+    for damaged in ("{", "[]", '{"base": 1}', '{"base": "\\u001b[2J"}', json.dumps({"base": "x" * 2000})):
+        save_file(tensors, path, metadata=header | {ENTRY: damaged})
+        with pytest.raises(UserError, match="rwkv_peft_run in its header is damaged"):
+            read_adapter(path)
 
 
 def test_equal_adapters_are_equal_files_in_any_order(tmp_path):

@@ -310,13 +310,70 @@ def other_tensor(content: bytes, rng: random.Random) -> bytes:
     return target.getvalue()
 
 
+def other_entry(content: bytes, rng: random.Random) -> bytes:
+    """What torch.save wrote, of which one entry anywhere is missing, has another name, or is of another kind."""
+    spots: list[tuple[object, object]] = []
+
+    def look(value: object) -> None:
+        inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, item in list(inner):  # type: ignore[call-overload]
+            spots.append((value, key))
+            look(item)
+
+    whole = torch.load(io.BytesIO(content), weights_only=False)
+    look(whole)
+    holder, key = rng.choice(spots)
+    item = holder[key]  # type: ignore[index]
+    plain = (None, True, -1, 0, 7, 1.5, math.nan, 1 << 70, "", "x", b"x", [], {}, [[1]], {"a": {}}, (1, 2), {1: item})
+    tensors: list[object] = [torch.zeros(3), torch.zeros(0), torch.zeros(()), torch.zeros(2, 2).to_sparse()]
+    tensors += [torch.zeros(2, device="meta"), torch.zeros(1).expand(1 << 40), torch.nested.nested_tensor([tensors[0]])]
+    if isinstance(item, torch.Tensor):
+        tensors += [item.double(), item[None], item.reshape(-1)[:-1].clone(), torch._neg_view(item), item * math.nan]
+        tensors += [item.reshape(-1)[:1].expand(item.numel()).reshape(item.shape), item.to("meta"), item.tolist()]
+    what = rng.choice(("gone", "renamed", "plain", "plain", "tensor", "tensor"))
+    if what == "gone":
+        del holder[key]  # type: ignore[attr-defined]
+    elif what == "renamed" and isinstance(holder, dict):
+        holder[rng.choice(("", "x", 3, None, f"{key}.x", (1, (2,))))] = holder.pop(key)
+    else:
+        holder[key] = rng.choice(plain if what == "plain" else tensors)  # type: ignore[index]
+    target = io.BytesIO()
+    torch.save(whole, target, _use_new_zipfile_serialization=rng.random() < 0.8)
+    return target.getvalue()
+
+
 def deep_pickle(content: bytes, rng: random.Random) -> bytes:
     """A pickle of lists in lists, far deeper than anything that recurses can follow."""
     return b"\x80\x02" + b"]" * DEEP + b"a" * (DEEP - 1) + b"."
 
 
+def call_for_memory(content: bytes, rng: random.Random) -> bytes:
+    """A pickle that makes, and drops, something of a size that it names."""
+    name = rng.choice((b"builtins\nbytearray", b"torch\nFloatTensor", b"torch\nFloatStorage", b"torch\nTensor"))
+    size = pickle.dumps(rng.choice((1 << 33, 1 << 40, 1 << 62)), protocol=2)[2:-1]
+    return content[:2] + b"c" + name + b"\n" + size + b"\x85R0" + content[2:]
+
+
+def odd_literal(content: bytes, rng: random.Random) -> bytes:
+    """A line of a vocabulary whose token is an expression, or a text that says much of itself."""
+    many = rng.choice((10, 10_000, 200_000))
+    literal = rng.choice(
+        (
+            "9" * many,
+            "-" * many + "1",
+            "0x" + "f" * many,
+            "(" * many,
+            "'a'" + "-" * many + "'b'",
+            "[" * many + "]" * many,
+        )
+        + ("'a'*9999999999", "b'a'", "'\\ud800'", "'\\x00'", "'" + "a" * many + "'", "'a' 'b'", "{}", "None")
+    )
+    return f"{rng.choice((1, 5, -1, 1 << 40))} {literal} {rng.choice((1, many, 9999999999999))}".encode()
+
+
 PICKLE: tuple[Mutation, ...] = (
     other_opcode,
+    call_for_memory,
     other_number,
     other_number,
     other_storage,

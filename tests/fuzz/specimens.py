@@ -1,18 +1,22 @@
 """Whole files of every kind that a user gives, and the command or reader that each is given to."""
 
+import datetime
 import gzip
+import importlib.util
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fuzz import mutations as m
-from rwkv_peft.config import AdapterConfig, to_json
+from rwkv_peft.config import AdapterConfig, TrainConfig, to_json
 from rwkv_peft.data import preprocess
 from rwkv_peft.data.binidx import BinidxDataset, BinidxWriter
+from rwkv_peft.data.recorded import read_record, remarks
 from rwkv_peft.data.report import describe
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.files.adapter_file import METADATA_KEY, AdapterMetadata, save_adapter
@@ -24,10 +28,17 @@ from rwkv_peft.generate.loading import load_model, read_state_file
 from rwkv_peft.generate.prompts import encode, read_prompt_file
 from rwkv_peft.models.state import layer_keys
 from rwkv_peft.plots import plot_loss, read_metrics, series
-from rwkv_peft.release import convert, merge_command
+from rwkv_peft.release import convert, inspect_command, merge_command
 from rwkv_peft.training.adapter_flags import JSON_FLAGS, parse_json_flag
 from rwkv_peft.training.checkpoints import list_checkpoints
-from rwkv_peft.training.saver import read_run_state
+from rwkv_peft.training.history import Lowest, forget_rest, history
+from rwkv_peft.training.identity import read_run_state
+from rwkv_peft.training.loading import changes
+from rwkv_peft.training.optimizer_files import TensorsAlone
+from rwkv_peft.training.plan import Plan
+from rwkv_peft.training.rates import with_first_rates
+from rwkv_peft.training.resume import other_retained, validated_from
+from rwkv_peft.training.run import make_plan
 
 LAYER = "blocks.0.att.key"
 ROW = {
@@ -37,6 +48,8 @@ ROW = {
 LINES = b"".join(json.dumps(row).encode() + b"\n" for row in [ROW, {"text": "one two"}] * 4)
 RUN = {"adapter": json.loads(to_json(AdapterConfig())), "base": "abc", "data": {"samples": 3, "counted": "d"}}
 RUN |= {"strategy": "deepspeed_stage_1", "world_size": 1, "precision": "bf16"}
+CHECKPOINT = "checkpoints/step-00000003"
+MODEL_STATES, OPTIMIZER_STATES = (f"{CHECKPOINT}/zero/rank_0_{name}_states.pt" for name in ("model", "optim"))
 
 
 @dataclass(frozen=True)
@@ -89,17 +102,64 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
     (folder / "template.txt").write_text("Q: {text} A:[[ {text}]]")
     (folder / "world.txt").write_text("1 'a' 1\n2 'ab' 2\n3 b'\\xff' 1\n4 ' ' 1\n")
     (folder / "tokenizer.json").write_text(json.dumps(json_tokenizer()))
+    unigram = {"type": "Unigram", "vocab": [["a", -1.0], ["ab", -2.0], [" ", -2.0]], "unk_id": 0}
+    (folder / "unigram.json").write_text(json.dumps(json_tokenizer() | {"pre_tokenizer": None, "model": unigram}))
     (folder / "prompts.jsonl").write_text('{"prompt": "ab", "id": [1, {"x": 2}]}\n{"prompt": "b"}\n')
-    (folder / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "loss": 2.5, "lr": 0.1}}\n' for i in range(5)))
-    (folder / "checkpoints" / "step-00000003").mkdir(parents=True)
-    run = RUN | {"step": 3, "samples_seen": 3, "trained": ["a"], "files": {}}
-    (folder / "checkpoints" / "step-00000003" / "state.json").write_text(json.dumps(run))
+    lines = ({"step": i, "samples": i + 1, "loss": 2.5, "val_loss": 2, "lr": 0.1} for i in range(5))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / CHECKPOINT / "zero").mkdir(parents=True)
+    run = RUN | {"step": 3, "samples_seen": 3, "trained": ["a"], "groups": [["a"]], "validated_from": 0}
+    run |= {"files": {"zero/a": {"bytes": 1, "crc32": "0"}}, "validation": "v", "retained": "r"}
+    run["config"] = {"train": asdict(TrainConfig(lr_init=0.1, lr_final=0.1))}
+    (folder / CHECKPOINT / "zero" / "a").write_text("a")
+    (folder / CHECKPOINT / "state.json").write_text(json.dumps(run))  # without its checksum, as earlier versions did
+    torch.save(model_states() | {"buffer_names": [], "ds_config": {"x": 1}}, folder / MODEL_STATES)
+    torch.save({"optimizer_state_dict": optimizer_states()}, folder / OPTIMIZER_STATES)
+    vocabulary = {"name": "bytes", "hash": "abc", "size": 257}
+    (folder / "config.json").write_text(json.dumps({"train": {"lr_init": 1}, "vocabulary": vocabulary}))
     (folder / "flag.json").write_text('{"bone_mode": "bat", "bone_load": "", "bone_r": 64}')
+    if importlib.util.find_spec("gguf"):
+        convert.main([str(folder / "model.pth"), str(folder / "model.gguf")])
     try:
-        from pyarrow import Table, parquet
+        from pyarrow import Table, ipc, parquet
     except ImportError:
         return
     parquet.write_table(Table.from_pylist([{"text": "one"}, {"text": "two"}]), folder / "rows.parquet")
+    rows = Table.from_pylist([ROW | {"at": datetime.datetime(2026, 1, 1)}] * 3)
+    parquet.write_table(rows, folder / "chats.parquet")
+    (folder / "saved").mkdir()
+    with ipc.new_stream(str(folder / "saved" / "data.arrow"), rows.schema) as stream:
+        stream.write_table(rows)
+    state = {"_data_files": [{"filename": "data.arrow"}], "_format_columns": None, "_split": "train"}
+    (folder / "saved" / "state.json").write_text(json.dumps(state))
+
+
+def model_states() -> dict[str, object]:
+    """What DeepSpeed writes of a run that trains two tensors."""
+    module = {"a.bone": torch.ones(2, 3, dtype=torch.bfloat16), "b.weight": torch.ones(4, dtype=torch.bfloat16)}
+    numbers = {"global_steps": 3, "global_samples": 3, "skipped_steps": 0, "dp_world_size": 1, "mp_world_size": 1}
+    return {"module": module, **numbers}
+
+
+def optimizer_states() -> dict[str, object]:
+    """What DeepSpeed's ZeRO optimizer writes of it, behind a step."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    adam = {"step": torch.tensor(3.0), "exp_avg": torch.ones(10), "exp_avg_sq": torch.ones(10)}
+    groups = [{"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.0, "params": [0]}]
+    slices = {"a.bone": fragment_address(6, 0), "b.weight": fragment_address(4, 6)}
+    flags = {"loss_scaler": LossScaler(1.0), "dynamic_loss_scale": False, "overflow": False, "clip_grad": 1.0}
+    paddings = {"group_paddings": [0], "param_alignment_paddings": [[0, 0]], "partition_count": [1]}
+    return flags | {
+        "base_optimizer_state": {"state": {0: adam}, "param_groups": groups},
+        "single_partition_of_fp32_groups": [torch.ones(10)],
+        "zero_stage": ZeroStageEnum.optimizer_states,
+        **paddings,
+        "ds_version": "0.19.8",
+        "param_slice_mappings": [slices],
+    }
 
 
 def json_tokenizer() -> dict[str, object]:
@@ -136,6 +196,10 @@ def merged(base, adapter, *flags):
         return merge_command.main([*paths, *flags, "--output", str(folder / "out" / "merged.pth")])
 
     return use
+
+
+def inspected(name):
+    return lambda folder: inspect_command.main([str(folder / name)])
 
 
 def folder_renamed(folder):
@@ -193,7 +257,54 @@ def curve_drawn(folder):
 
 
 def checkpoint_read(folder):
-    return read_run_state(list_checkpoints(folder)[0], RUN)
+    """As a run does that goes on."""
+    now = RUN | {"validated_from": 0}
+    state = read_run_state(list_checkpoints(folder)[0], now)
+    train = with_first_rates(TrainConfig(lr_init=0.1, lr_final=0.1, lr_chosen=("lr_init", "lr_final")), state)
+    plan = make_plan(train, range(9), 2, state)
+    told = changes(state.get("config", {}).get("train", {}), SimpleNamespace(train_config=train, ratios=()))
+    trained = sorted(set(state["trained"]) ^ {"a"})
+    return validated_from(plan, state, "v"), other_retained(state, "s"), told, trained, f"{plan.first_step:,}"
+
+
+def history_read(folder):
+    plan = Plan(step_samples=1, epoch_steps=9, total_steps=9, first_step=3, first_sample=3)
+    Lowest(history(folder / "metrics.jsonl", plan))
+    forget_rest(folder / "metrics.jsonl", plan)
+
+
+def vocabulary_read(folder):
+    return remarks(read_record(folder / "config.json"), read_record(folder / "config.json"), 80)
+
+
+def engine_states_read(name):
+    due = optimizer_states()
+    optimizer = SimpleNamespace(
+        state_dict=lambda: due,
+        single_partition_of_fp32_groups=due["single_partition_of_fp32_groups"],
+        optimizer=torch.optim.AdamW([torch.nn.Parameter(torch.ones(10))]),
+    )
+    engine = SimpleNamespace(
+        optimizer=optimizer,
+        module_state_dict=lambda exclude_frozen_parameters: model_states()["module"],
+        seq_dp_world_size=1,
+        **{name: value for name, value in model_states().items() if name not in ("module", "dp_world_size")},
+    )
+
+    def use(folder):
+        state = TensorsAlone(engine).load(str(folder / name))
+        if "module" in state:
+            assert state["module"].keys() == model_states()["module"].keys()
+        else:
+            state = state["optimizer_state_dict"]
+            assert state.keys() == due.keys() and state["base_optimizer_state"]["state"][0].keys() == {
+                "step",
+                "exp_avg",
+                "exp_avg_sq",
+            }
+            assert state["param_slice_mappings"] == due["param_slice_mappings"]
+
+    return use
 
 
 def flag_read(folder):
@@ -202,6 +313,7 @@ def flag_read(folder):
 
 
 IN_PTH = (*map(m.in_pickle, m.PICKLE), m.without_a_record, *[m.other_tensor] * 4)
+IN_ENGINE_STATES = (*map(m.in_pickle, m.PICKLE), m.without_a_record, *[m.other_entry] * 12)
 IN_SAFETENSORS = (*map(m.in_safetensors_header, (*m.JSON, m.other_value)), m.other_dtype)
 IN_METADATA = tuple(m.in_metadata(METADATA_KEY, mutation) for mutation in (*m.JSON, m.other_value))
 IN_LINES = tuple(m.in_one_line(mutation) for mutation in (*m.JSON, m.other_value, m.flipped))
@@ -211,8 +323,8 @@ SPECIMENS = (
     Specimen("legacy.pth", model_read("legacy.pth"), (*m.PICKLE[-3:], m.other_tensor), 100),
     Specimen("model.st", converted("model.st", "model.pth"), IN_SAFETENSORS),
     Specimen("hf/model.safetensors", converted("hf", "model.pth"), IN_SAFETENSORS),
-    Specimen("adapter.safetensors", converted("adapter.safetensors", "a.pth"), IN_SAFETENSORS + IN_METADATA, 120),
-    Specimen("adapter.safetensors", merged("model.pth", "adapter.safetensors"), IN_SAFETENSORS + IN_METADATA, 120),
+    Specimen("adapter.safetensors", converted("adapter.safetensors", "a.pth"), IN_SAFETENSORS + IN_METADATA, 100),
+    Specimen("adapter.safetensors", merged("model.pth", "adapter.safetensors"), IN_SAFETENSORS + IN_METADATA, 100),
     Specimen("bone.pth", converted("bone.pth", "a.safetensors", "--bone_mode", "bat-in"), IN_PTH, 120),
     Specimen("bone.pth", merged("model.pth", "bone.pth", "--bone_mode", "bat-in"), IN_PTH),
     Specimen("lora.pth", converted("lora.pth", "a.safetensors", "--lora_alpha", "8"), IN_PTH),
@@ -226,20 +338,29 @@ SPECIMENS = (
     Specimen("data.idx", tokens_read, count=120),
     Specimen("data.bin", tokens_read),
     Specimen("data.mask", tokens_read, count=20),
-    Specimen("rows.jsonl", rows_read("rows.jsonl"), IN_LINES, 100),
+    Specimen("rows.jsonl", rows_read("rows.jsonl"), IN_LINES, 80),
     Specimen("rows.jsonl", rows_read("rows.jsonl", "--skip_bad_rows"), IN_LINES, 40),
     Specimen("rows.jsonl.gz", rows_read("rows.jsonl.gz"), count=100),
     Specimen("rows.json", rows_read("rows.json"), m.JSON),
-    Specimen("rows.csv", rows_read("rows.csv"), count=40),
-    Specimen("rows.csv", rows_read("rows.csv", "--skip_bad_rows"), count=40),
+    Specimen("rows.csv", rows_read("rows.csv"), count=20),
+    Specimen("rows.csv", rows_read("rows.csv", "--skip_bad_rows"), count=20),
     Specimen("rows.txt", rows_read("rows.txt"), count=30),
     Specimen("rows.parquet", rows_read("rows.parquet")),
+    Specimen("chats.parquet", rows_read("chats.parquet", "--skip_bad_rows"), count=20),
+    Specimen("saved/state.json", rows_read("saved"), m.JSON, 20),
+    Specimen("saved/data.arrow", rows_read("saved"), count=30),
+    Specimen("model.gguf", inspected("model.gguf"), count=30),
     Specimen("template.txt", template_read, count=30),
-    Specimen("world.txt", tokenizer_read("world.txt")),
+    Specimen("world.txt", tokenizer_read("world.txt"), (m.in_one_line(m.odd_literal),) * 2),
+    Specimen("unigram.json", tokenizer_read("unigram.json"), m.JSON * 3, 30),
     Specimen("tokenizer.json", tokenizer_read("tokenizer.json"), m.JSON * 3, 80),
     Specimen("prompts.jsonl", prompts_read, IN_LINES),
     Specimen("metrics.jsonl", metrics_read, IN_LINES),
     Specimen("metrics.jsonl", curve_drawn, IN_LINES[:2], 15),
-    Specimen("checkpoints/step-00000003/state.json", checkpoint_read, m.JSON),
+    Specimen("metrics.jsonl", history_read, IN_LINES),
+    Specimen("config.json", vocabulary_read, m.JSON, 30),
+    Specimen(f"{CHECKPOINT}/state.json", checkpoint_read, m.JSON, 80),
+    Specimen(MODEL_STATES, engine_states_read(MODEL_STATES), IN_ENGINE_STATES, 30),
+    Specimen(OPTIMIZER_STATES, engine_states_read(OPTIMIZER_STATES), IN_ENGINE_STATES, 80),
     Specimen("flag.json", flag_read, m.JSON),
 )

@@ -189,6 +189,24 @@ def test_what_cannot_be_saved_is_told_and_ends_nothing(chat, model):
     assert error.count("/reset forgets the chat") == 3
 
 
+def test_saving_replaces_another_file_when_it_is_asked_twice(chat, tmp_path):
+    other, own = tmp_path / "other.pth", tmp_path / "own.pth"
+    other.write_bytes(b"mine")
+    lines = ["Hi", f"/save {own}", f"/save {own}", f"/save {other}"]
+    _, error, _ = chat(lines, says=[" a|"])
+    assert other.read_bytes() == b"mine" and error.count("saved; ") == 2
+    assert f"/save {other}: there is such a file; the same line once more replaces it" in error
+    chat([*lines, f"/save {other}"], says=[" a|"])
+    assert any(key.endswith("time_state") for key in read_tensors(other))
+    _, error, _ = chat(["Hi", f"/save {own}"], "--state", own, says=[" a|"])
+    assert "saved; " in error and "error" not in error
+
+
+def test_a_name_that_no_system_takes_is_told(chat):
+    _, error, _ = chat(["Hi", "/save a\0b.pth"], says=[" a|"])
+    assert "error: /save a\\x00b.pth: a name holds no NUL; leave it out" in error
+
+
 @pytest.fixture
 def terminal(monkeypatch):
     """terminal(lines): a person types them."""

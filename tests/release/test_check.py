@@ -12,6 +12,7 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.files.adapter_file import Adapter, AdapterMetadata, save_adapter
 from rwkv_peft.files.adapters import read_adapter
 from rwkv_peft.files.base import base_of, open_base, save_model
+from rwkv_peft.files.origin import Origin
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.model import RWKV6
 from rwkv_peft.release import merge_command as merge_cli
@@ -127,9 +128,9 @@ def test_an_adapter_of_another_base_is_refused(tmp_path, tiny_state):
     """In the words of the merge, and taken where that would take it."""
     base, adapter, merged = make_files(tmp_path, tiny_state())
     mine = read_adapter(adapter)
-    save_adapter(adapter, mine.tensors, replace(mine.metadata, base_fingerprint="0" * 32))
+    save_adapter(adapter, mine.tensors, replace(mine.metadata, base_fingerprint="0" * 32, origin=Origin("base-7b.pth")))
     command = ["--base_model", str(base), "--bone_checkpoint", str(adapter), "--merged", str(merged)]
-    words = f"{adapter} was trained on another base: it names the fingerprint {'0' * 32}, and {base} has "
+    words = f"{adapter} was trained on another base: base-7b.pth, fingerprint {'0' * 32}; {base} has "
     with pytest.raises(UserError, match=words):
         main(command)
     assert main([*command, "--any_base"]) == 0

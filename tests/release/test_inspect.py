@@ -1,7 +1,10 @@
 """`rwkv-peft inspect`: every kind of file is named for what it is, and changes are those that were made."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from rwkv_peft.commands import main
 from rwkv_peft.errors import UserError
@@ -59,6 +62,18 @@ def test_an_adapter_says_what_it_is_and_what_it_was_trained_on(folder, capsys):
     out = inspect(capsys, folder / "old.pth")
     assert "adapter of RWKV-PEFT: 1 bone" in out and "--bone_mode" in out
     assert "Bone bat-out, rank 16" in inspect(capsys, folder / "old.pth", "--bone_mode", "bat-out")
+
+
+@pytest.mark.parametrize(
+    "name, base", [("RWKV/rwkv-6-1b6", "RWKV/rwkv-6-1b6"), ("/home/me/rwkv6.pth", "rwkv6.pth"), (None, "not told")]
+)
+def test_a_folder_of_peft_names_its_base(tmp_path, capsys, name, base):
+    tensors = {f"base_model.model.blocks.0.att.key.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": name}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    lines = [line.split(maxsplit=1) for line in inspect(capsys, tmp_path).splitlines()]
+    assert ["base", base] in lines
 
 
 def test_of_states_that_trained_alone_no_tensor_is_said_to_be_the_base_s(folder, capsys):

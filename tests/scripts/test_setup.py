@@ -15,8 +15,11 @@ case "$*" in
 *"sys.version_info"*) exit {unsupported} ;;
 *"platform"*) echo {version} ;;
 *"import venv, ensurepip"*) exit {no_venv} ;;
+*"m.version"*) exit {no_torch} ;;
+*"pip config list"*) echo "{config}" ;;
+*"urllib"*) exit {unreachable} ;;
 *"-m venv"*) mkdir -p "$3/bin" && {pause} && cp "$0" "$3/bin/python" ;;
-*"-m pip install"*) {pause} && echo "$*" >>"$(dirname "$0")/installed" ;;
+*"-m pip install"*) {pause} && echo "$*" >>"$(dirname "$0")/installed" && echo "{said}" ;;
 esac
 """
 
@@ -29,16 +32,19 @@ def machine(tmp_path):
     for name in ("requirements.txt", "pyproject.toml"):
         (tmp_path / "repo" / name).write_text("first\n")
     (tmp_path / "bin").mkdir()
-    for tool in ("sh", "dirname", "cat", "rm", "mkdir", "cp", "sleep", "uname"):
+    for tool in ("sh", "dirname", "cat", "rm", "mkdir", "cp", "sleep", "uname", "sed", "tee", "tail"):
         (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
     return tmp_path
 
 
-def add_python(folder, name, version="3.11.7", supported=True, venv=True, pause="true"):
+ANSWERS = {"version": "3.11.7", "unsupported": 0, "no_venv": 0, "pause": "true", "said": ""}
+ANSWERS |= {"no_torch": 0, "config": "", "unreachable": 1}
+
+
+def add_python(folder, name, **answers):
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
-    answers = dict(version=version, unsupported=int(not supported), no_venv=int(not venv), pause=pause)
-    path.write_text(FAKE_PYTHON.format(**answers))
+    path.write_text(FAKE_PYTHON.format(**ANSWERS | answers))
     path.chmod(0o755)
 
 
@@ -74,6 +80,63 @@ def test_without_an_environment_one_is_made_and_filled_once(machine):
     assert done.stdout.endswith(f"\n    conda activate {machine}/repo/.venv\n")  # this one has no bin/activate
     (machine / "repo/.venv/bin/activate").touch()
     assert setup(machine).stdout.endswith(f"\n    . {machine}/repo/.venv/bin/activate\n")
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="a GPU is here")
+@pytest.mark.parametrize(
+    "answers, torch, told",
+    [
+        ({"unreachable": 0}, "cpu", "so the CPU build of torch is installed (TORCH=pip"),
+        ({"unreachable": 1}, "", "cannot be reached: pip's usual torch, with CUDA, is installed"),
+        ({"unreachable": 0, "config": "global.index-url='https://mirror'"}, "", ""),
+        ({"unreachable": 0, "config": ":env:.find-links='/wheels'"}, "", ""),
+        ({"unreachable": 0, "no_torch": 0}, "", ""),
+        ({"unreachable": 0, "TORCH": "pip"}, "", ""),
+        ({"unreachable": 1, "TORCH": "cpu"}, "cpu", ""),
+    ],
+)
+def test_without_a_gpu_the_cpu_build_of_torch_is_taken_where_it_can_be(machine, answers, torch, told):
+    (machine / "repo/requirements.txt").write_text("torch>=2.6,<3  # why\ntorchlike>=1\n")
+    variables = {name: answers[name] for name in answers if name.isupper()}
+    add_python(
+        machine / "bin", "python3", **{"no_torch": 1} | {name: answers[name] for name in answers if name.islower()}
+    )
+    done = setup(machine, **variables)
+    commands = installs(machine / "repo/.venv")
+    assert done.returncode == 0 and told in done.stdout and ("GPU" in done.stdout) == bool(told)
+    assert len(commands) == 1 + bool(torch) and commands[-1].endswith(" -e .")
+    if torch:
+        assert commands[0].endswith("--index-url https://download.pytorch.org/whl/cpu torch>=2.6,<3")
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="a GPU is here")
+def test_a_cpu_build_that_does_not_come_gives_way_to_the_usual_torch(machine):
+    (machine / "repo/requirements.txt").write_text("torch>=2.6,<3\n")
+    broken = 'case "$*" in *--index-url*) exit 1 ;; esac'
+    add_python(machine / "bin", "python3", no_torch=1, unreachable=0, pause=broken)
+    done = setup(machine)
+    assert done.returncode == 0 and "pip's usual torch, with CUDA, is installed" in done.stdout
+    assert [command.endswith(" -e .") for command in installs(machine / "repo/.venv")] == [True]
+
+
+def test_a_gpu_gets_the_usual_torch(machine):
+    (machine / "bin/nvidia-smi").symlink_to(shutil.which("true"))
+    add_python(machine / "bin", "python3", no_torch=1, unreachable=0)
+    assert "CPU build" not in setup(machine).stdout and len(installs(machine / "repo/.venv")) == 1
+
+
+def test_what_pip_downloads_is_shown_and_no_more(machine):
+    lines = (
+        "Collecting torch",
+        "  Downloading https://x.org/whl/torch-2.13.0+cpu-cp311-cp311-linux_x86_64.whl (184.5 MB)",
+        "  Downloading numpy-2.3.1-cp311-cp311-linux_x86_64.whl.metadata (62 kB)",
+        "Requirement already satisfied: filelock",
+        "Installing collected packages: torch",
+    )
+    add_python(machine / "bin", "python3", said="\n".join(lines))
+    out = setup(machine).stdout
+    assert "    torch 2.13.0+cpu, 184.5 MB\n    all is there" in out
+    assert not any(word in out for word in ("numpy", "Collecting", "filelock"))
 
 
 def locks(machine):
@@ -148,27 +211,27 @@ def test_an_active_environment_is_used_as_it_is(machine, variable):
 
 
 def test_another_python_in_path_stands_in_for_an_old_or_crippled_one(machine):
-    add_python(machine / "bin", "python3", "3.9.2", supported=False)
-    add_python(machine / "bin", "python3.12", "3.12.1", venv=False)
-    add_python(machine / "bin", "python3.10", "3.10.4")
+    add_python(machine / "bin", "python3", version="3.9.2", unsupported=1)
+    add_python(machine / "bin", "python3.12", version="3.12.1", no_venv=1)
+    add_python(machine / "bin", "python3.10", version="3.10.4")
     done = setup(machine)
     assert done.returncode == 0 and "Python 3.10.4" in done.stdout
 
 
 def test_an_old_python_alone_is_named_with_the_remedy(machine):
-    add_python(machine / "bin", "python3", "3.9.2", supported=False)
+    add_python(machine / "bin", "python3", version="3.9.2", unsupported=1)
     done = setup(machine)
     assert done.returncode == 1 and "3.9.2" in done.stderr and "apt install" in done.stderr
 
 
 def test_a_missing_venv_module_is_named_with_the_remedy(machine):
-    add_python(machine / "bin", "python3", venv=False)
+    add_python(machine / "bin", "python3", no_venv=1)
     done = setup(machine)
     assert done.returncode == 1 and "python3-venv" in done.stderr
 
 
 def test_an_active_environment_with_an_old_python_is_refused(machine):
-    add_python(machine / "mine/bin", "python", "3.9.2", supported=False)
+    add_python(machine / "mine/bin", "python", version="3.9.2", unsupported=1)
     done = setup(machine, VIRTUAL_ENV=str(machine / "mine"))
     assert done.returncode == 1 and "3.9.2" in done.stderr and "deactivate" in done.stderr
 

@@ -11,9 +11,12 @@ from training.runs import finish, start
 
 
 def test_a_picture_that_cannot_be_drawn_is_told_and_the_run_is_complete(files, command):
-    argv = command("no-picture")
-    (files / "no-picture" / "loss.png").mkdir(parents=True)
-    out, err = finish(start(argv))
+    argv = command("no-picture", "--epoch_steps", "50")
+    process = start(argv)
+    while not (files / "no-picture" / "metrics.jsonl").exists():
+        assert process.poll() is None, process.communicate()
+    (files / "no-picture" / "loss.png").mkdir()  # while the run goes on: one that stood there is told before it
+    out, err = finish(process)
     assert "finished" in out and re.search(r"^note: .*loss.png is a folder.*--resume auto draws it", err, re.M), err
     (files / "no-picture" / "loss.png").rmdir()
     finish(start([*argv, "--resume", "auto"]))
@@ -49,6 +52,64 @@ def test_what_keeps_a_checkpoint_from_being_saved_is_told_and_leaves_the_earlier
     assert list_checkpoints(tmp_path) == [earlier]
     if kind is UserError:
         assert os.listdir(earlier.parent) == [earlier.name]
+
+
+FULL = """
+import errno
+from rwkv_peft.commands import run
+from rwkv_peft.training import saver
+
+def full(path, state):
+    if state["step"] >= {step}:
+        path.write_text("half of it")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    whole(path, state)
+
+whole, saver.write_state = saver.write_state, full
+run("train")
+"""
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_disk_that_is_full_at_the_last_file_of_a_save_leaves_what_was_promised(files, command, step):
+    name, script = f"full-at-{step}", files / f"full-at-{step}.py"
+    script.write_text(FULL.format(step=step))
+    argv = command(name)
+    _, err = finish(start([argv[0], str(script), *argv[2:]]), 2)
+    run = files / name
+    assert f"the disk is full; free some space or choose another disk; the trained tensors are in {run}" in err
+    assert "nothing was changed" not in err and err.count("\n") == 1
+    left = (
+        "no checkpoint had been saved yet" if step == 4 else f"the last checkpoint is {run}/checkpoints/step-00000004"
+    )
+    assert left in err
+    hidden = sorted(path.name for path in run.rglob(".*"))
+    assert hidden == []
+    trained = (run / "adapter.safetensors").read_bytes()
+    if step == 4:
+        _, err = finish(start([*argv, "--resume", "auto"]), 2)
+        assert "already holds adapter" in err and "which a new run would overwrite" in err
+    assert (run / "adapter.safetensors").read_bytes() == trained
+
+
+def test_a_disk_that_is_full_for_trained_tensors_names_the_checkpoint(tmp_path, monkeypatch):
+    from rwkv_peft.config import AdapterConfig
+    from rwkv_peft.files.atomic import CannotWrite
+    from rwkv_peft.training.saver import Saver
+
+    def refuse(tensors, labels):
+        raise CannotWrite("cannot write adapter.safetensors: the disk is full; nothing was changed there")
+
+    earlier = tmp_path / "checkpoints" / "step-00000004"
+    earlier.mkdir(parents=True)
+    (earlier / "state.json").write_text('{"samples_seen": 4}')
+    saver = Saver(tmp_path, SimpleNamespace(adapter=AdapterConfig()), None, {"world_size": 1})
+    monkeypatch.setattr(saver.products, "write", refuse)
+    monkeypatch.setattr(saver, "trained", lambda trainer, lit: {})
+    with pytest.raises(
+        UserError, match="the disk is full; .*the last checkpoint is .*step-00000004; .*--resume goes on"
+    ):
+        saver.save_tensors(SimpleNamespace(is_global_zero=True), None, [""])
 
 
 def test_names_that_lead_nowhere_are_told_or_made(files, command):

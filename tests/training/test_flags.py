@@ -1,5 +1,6 @@
 """train.py's command line: what it accepts, and that each mistake is one message with exit code 2, before any work."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -9,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from rwkv_peft.config import AdapterConfig, DataConfig, TrainConfig
-from rwkv_peft.errors import UserError
+from rwkv_peft.errors import UserError, exit_on_user_error
 from rwkv_peft.models.rwkv6.keys import TARGETS
 from rwkv_peft.training.flags import parse_run
 from rwkv_peft.training.header import describe_adapter
 from rwkv_peft.training.parser import DIMENSIONS, build_parser, flag_of, table
+from rwkv_peft.training.run import main
 from rwkv_peft.training.synonyms import VALUES
 from training.command_lines import flags, refused, write_files
 
@@ -147,9 +149,9 @@ def test_rows_in_the_order_of_the_file(files):
         (["--train_parts", '["time", "lm"]'], "--train_parts lm"),
         (["--lr_schedule", "sin"], "invalid choice: 'sin'"),
         (["--lr_schedule", "cosin"], "did you mean cosine?"),
-        (["--peft", "miss"], "what others call miss is --peft bone --bone_mode bone here"),
+        (["--peft", "MiSS"], "what others call MiSS is --peft miss here"),
         (["--peft", "bat"], "is --peft bone --bone_mode bat-in here"),
-        (["--data_type", "jsonl"], "is --data_type sft here"),
+        (["--data_type", "json"], "is --data_type sft here"),
         (["--data_type", "utf-8"], "is binidx, which `rwkv-peft preprocess` makes of a text, here"),
         (["--quant", "4bit"], "is --quant nf4 here"),
         (["--precision", "bf16-mixed"], "is --precision bf16 here"),
@@ -166,14 +168,49 @@ def test_a_misspelt_flag_is_told_before_the_one_that_is_missing(files, monkeypat
     assert refused(monkeypatch, capsys, argv).startswith("error: there is no --data_flie; did you mean --data_file?")
 
 
+def test_all_that_is_wrong_is_told_at_once(files, monkeypatch, capsys):
+    more = "--lr 1 --ctx_len 0 --precision fp16 --beta1 2 --epoch_begin 3 --val_every 5 --merge_on_save --peft none"
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags(files, *more.split())])
+    with pytest.raises(SystemExit) as exit_info:
+        exit_on_user_error(main)
+    told = capsys.readouterr().err.splitlines()
+    assert exit_info.value.code == 2 and told[0] == "error: 8 things are wrong with this command:"
+    for words in (
+        "there is no --lr here; it is --lr_init",
+        "--ctx_len: 0 is below 1",
+        "float16 is not here; --precision bf16 takes as much memory",
+        "--bone_r belongs to --peft bone",
+        "--beta1 2.0 must be below 1",
+        "--epoch_begin 3 leaves no epoch",
+        "--val_every 5 needs samples",
+        "--merge_on_save merges an adapter",
+    ):
+        assert sum(words in line for line in told[1:]) == 1, words
+
+
+def test_what_ends_the_reading_is_told_with_the_rest(files):
+    with pytest.raises(UserError, match="(?s)2 things .*no --lr here.*--ctx_len: expected one argument"):
+        parse_run(["--data_file", "data", "--lr", "1", "--ctx_len"])
+
+
+def test_what_was_refused_contradicts_nothing(files):
+    with pytest.raises(UserError) as refusal:
+        parse_run(flags(files, "--data_type", "text", "--sft_field", "query"))
+    assert "what others call text" in str(refusal.value) and "--sft_field" not in str(refusal.value)
+
+
+def test_all_that_contradicts_the_base_is_told_at_once(files):
+    with pytest.raises(UserError, match="(?s)3 things .*--model_version.*--n_layer 9.*--vocab_size 7"):
+        parse_run(flags(files, "--n_layer", "9", "--vocab_size", "7", "--generation", "7"))
+
+
 def test_the_values_that_are_led_to_ours_are_none_of_ours():
     parser = build_parser()
     for (flag, value), meant in VALUES.items():
         action = parser._option_string_actions[flag]
         assert action.choices and value not in action.choices
-        words = meant.split()
-        if words[0].startswith("--"):
-            parser.parse_args(["--data_file", "d", *words])
+        if ours := re.search(r"(--.*) here$", meant):
+            parser.parse_args(["--data_file", "d", *ours[1].split()])
 
 
 def test_bone_mini_from_single_flags(files, monkeypatch, capsys):
@@ -192,7 +229,9 @@ def test_the_summary_names_what_else_trains_and_how_the_base_is_kept(files):
 def test_every_flag_is_read():
     """No flag is parsed and then forgotten."""
     training = ROOT / "RWKV-PEFT" / "rwkv_peft" / "training"
-    source = "".join((training / name).read_text() for name in ("flags.py", "adapter_flags.py", "legacy.py"))
+    source = "".join(
+        (training / name).read_text() for name in ("flags.py", "adapter_flags.py", "upstream.py", "legacy.py")
+    )
     own = {flag_of(field) for config in (AdapterConfig, DataConfig, TrainConfig) for field in fields(config)}
     for action in build_parser()._actions:
         if action.dest in ("help", "model_version") or action.dest in dict(DIMENSIONS):
@@ -228,7 +267,9 @@ def test_the_table_of_flags_is_what_the_parser_says():
         (["--compile", "--strategy", "deepspeed_stage_3"], "leave --compile out"),
         (["--resume"], "no complete checkpoint"),
         (["--bone_load", "nothing.safetensors"], "nothing.safetensors"),
-        (["--my_testing", "x070"], "x060"),
+        (["--model_version", "x070"], "x060"),
+        (["--optimizer", "adamw"], "there is no --optimizer here; it is AdamW, which --beta1"),
+        (["--config", "run.yaml"], "there is no --config here; it is the command line itself"),
         (["--loss_mask", "qa"], "--mask_id"),
         (["--dataload", "only", "--micro_bsz", "2"], "--micro_bsz 2"),
         (["--accelerator", "gpu", "--devices", "99"], "--devices 99"),

@@ -90,7 +90,7 @@ OURS = "new/rwkv.pth"
     [
         (f"{TRAIN} --generation 6", OURS, f"--model_version x060 (RWKV-6) contradicts {OURS}, which is RWKV-7"),
         (
-            f"{TRAIN} --my_testing x070",
+            f"{TRAIN} --model_version x070",
             "base.pth",
             "--model_version x070 (RWKV-7) contradicts base.pth, which is RWKV-6",
         ),

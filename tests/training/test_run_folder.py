@@ -25,7 +25,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_any_work(files, monkeypa
     )
     (files / "out").mkdir()
     (files / "out" / "checkpoints").touch()
-    assert "a file stands where" in refused(monkeypatch, capsys, flags(files))
+    assert "checkpoints is a file, and a folder is due" in refused(monkeypatch, capsys, flags(files))
 
 
 @pytest.mark.parametrize("leftover", ["adapter.safetensors", "adapter-best.safetensors"])
@@ -58,10 +58,52 @@ def test_what_a_run_reads_is_not_written_over(files, monkeypatch, capsys, flag, 
     given = source if linked else place
     more = ("--train_parts", "state") if flag == "--state_load" else ()
     told = refused(monkeypatch, capsys, flags(files, *more, flag, str(given)))
-    assert (
-        f"{given} is to be read, and --proj_dir {files / 'out'} is where this run writes its own {name}; move" in told
-    )
+    words = f"{given} is to be read, and --proj_dir {files / 'out'} is where this run writes its own {name}; move"
+    assert (f"{place} is a link: " if linked == "name" else words) in told
     parse_flags(flags(files, *more, flag, str(given), "--proj_dir", str(files / "other")))
+
+
+PLACES = [
+    *(
+        "config.json",
+        "loss.png",
+        "metrics.jsonl",
+        "answers.jsonl",
+        "adapter.safetensors",
+        "adapter-epoch-1.safetensors",
+    ),
+    *("tensorboard", "tensorboard/hparams.yaml", "checkpoints", "checkpoints/step-00000001", ".step-00000002"),
+    *("checkpoints/step-00000001/state.json", "checkpoints/step-00000001/zero/optim_states.pt", ".unsaved"),
+]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", ["link", "pipe", "device"])
+@pytest.mark.parametrize("more", [["--resume", "auto"], ["--check_flags"], ["--random_seed", "-1", "--resume"]])
+def test_only_files_inside_the_folder_are_read_and_written(files, monkeypatch, capsys, place, kind, more):
+    outside = files / "outside"
+    outside.write_text('{"step": 0, "samples": 1}')
+    path = files / "out" / ("checkpoints/" + place if place.startswith(".step") else place)
+    path.parent.mkdir(parents=True)
+    if kind == "link":
+        path.symlink_to(outside)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    told = refused(monkeypatch, capsys, flags(files, *more))
+    assert f"{path} is a {'pipe' if kind == 'pipe' else 'link'}: a run reads and writes nothing but files" in told
+    assert outside.read_text() == '{"step": 0, "samples": 1}' and sorted(files.glob("out/*")) == [
+        files / "out" / path.relative_to(files / "out").parts[0]
+    ]
+
+
+@pytest.mark.parametrize("name", ["checkpoints/.step-00000004", "checkpoints/step-00000004", "tensorboard", "wandb"])
+def test_a_file_named_like_a_folder_of_a_run_is_told_before_any_work(files, monkeypatch, capsys, name):
+    path = files / "out" / name
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert f"{path} is a file, and a folder is due" in refused(monkeypatch, capsys, flags(files))
 
 
 def test_a_folder_may_go_while_it_is_looked_at(files, monkeypatch):

@@ -43,7 +43,6 @@ def test_what_sets_nothing_here_is_taken(files, lisa):
 @pytest.mark.parametrize(
     "more, words",
     [
-        ("--my_exit_tokens 100", "an end after so many tokens; --epoch_steps and --epoch_count set it"),
         ("--load_partial 1", "a base is complete here"),
         ("--avg_loss 1", "every token of a step weighs the same"),
         ("--chunk_ctx many", "--chunk_ctx: "),

@@ -160,6 +160,13 @@ def _make_layer(
             raise UserError(
                 f"the adapter to go on from has no {' or '.join(keys.values())}; it is not a {method.name} adapter"
             )
+        shapes = method.shapes(config.rank, config.mini_rank, base.out_features, base.in_features)
+        for constant, tensor in constants.items():
+            if tensor.shape != shapes[constant]:
+                raise UserError(
+                    f"the adapter to go on from has {keys[constant]} of shape {tuple(tensor.shape)}, and "
+                    f"{tuple(shapes[constant])} is due; use the rank of its training, on the same base"
+                )
         gradient = gradients.get(name)
         if gradient is not None:
             gradient = gradient.to(base.weight.device)

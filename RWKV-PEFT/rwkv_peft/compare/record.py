@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..data.binidx import binidx_prefix
+from ..data.prefix import binidx_prefix
 from ..errors import UserError, told
 from ..files.atomic import atomic_write
 from ..training.flags import parse_flags

@@ -41,6 +41,6 @@ class RunConfig:
     train: TrainConfig
 
 
-def to_json(config: RunConfig | AdapterConfig) -> str:
+def to_json(config: RunConfig | AdapterConfig | DataConfig) -> str:
     """A config dataclass as stable JSON text, for config.json."""
     return json.dumps(asdict(config), sort_keys=True, indent=2)

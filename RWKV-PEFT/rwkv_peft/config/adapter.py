@@ -23,7 +23,8 @@ class AdapterConfig:
 
     method: str = setting(
         "bone",
-        "adapter method; none trains the model itself (all of it, or --train_parts); default bone, and none with "
+        "adapter method; none trains the model itself (all of it, or --train_parts); RWKV-PEFT's miss is bone with "
+        "--bone_mode bone, and its state is --train_type state; default bone, and none for a new model and with "
         "--train_type finetune or state",
         flag="peft",
         unset=True,

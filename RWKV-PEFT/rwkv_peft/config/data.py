@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..cli import count, positive
+from ..cli import alias, count, positive
 from .setting import setting
 
 DATA_TYPES = ("binidx", "sft", "pairs")
@@ -27,7 +27,8 @@ class DataConfig:
     data_type: str = setting(
         "binidx",
         "binidx: tokens; sft: rows of questions and answers, tokenized once into a cache; pairs: rows of a prompt, a "
-        "chosen and a rejected answer, for preference training (DPO)",
+        "chosen and a rejected answer, for preference training (DPO); jsonl is RWKV-PEFT's word for sft",
+        type=alias((("jsonl", "sft"),)),
         choices=DATA_TYPES,
     )
     tokenizer: str = setting("world", "sft, pairs: world, bytes or a tokenizer.json", metavar="NAME")

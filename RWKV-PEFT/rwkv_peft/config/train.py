@@ -159,9 +159,11 @@ class TrainConfig(ValidationConfig):
         "cosine",
         "how the learning rate goes from a = lr_init to z = lr_final, at step s = 0 … S - 1 of S, W of them warm-up: "
         + "; ".join(f"{name}: {formula}" for name, formula in SCHEDULES.items())
-        + ". exp is RWKV-LM's, rwkv-lm what --my_exit_tokens makes of it there; rwkv-peft is RWKV-PEFT's cos_decay, "
-        "which has no warm-up; its wsd is another, our cosine to a z of 0",
+        + ". exp is RWKV-LM's, rwkv-lm what --my_exit_tokens makes of it; rwkv-peft is RWKV-PEFT's cos_decay, "
+        "which has no warm-up; its wsd is another, our cosine to a z of 0 (default cosine; with --my_exit_tokens and "
+        "--magic_prime rwkv-lm)",
         group="optimizer",
+        unset=True,
         type=alias(SCHEDULE_ALIASES),
     )
     warmup_steps: int = setting(

@@ -26,6 +26,7 @@ from ..errors import UserError
 from ..files.atomic import temporary_beside
 from ..files.lock import Busy, hold
 from ..files.readable import choice_in, require_readable
+from .prefix import binidx_prefix
 from .rows import ENDINGS
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -41,12 +42,6 @@ def dtype_code(vocab_size: int) -> int:
     return 8 if vocab_size <= 65536 else 4
 
 
-def binidx_prefix(path: str | Path) -> str:
-    """PREFIX, PREFIX.bin or PREFIX.idx -> PREFIX."""
-    text = str(path)
-    return text[:-4] if text.endswith((".bin", ".idx")) else text
-
-
 def map_file(path: str | Path, dtype: DTypeLike) -> np.ndarray:
     """A file as a read-only 1-D array; a plain one, whose slices cost less than np.memmap's own."""
     return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
@@ -57,7 +52,8 @@ class BinidxDataset:
 
     len(dataset) documents; dataset[i] is document i's tokens; tokens (all documents, 1-D) and
     mask (uint8 by token, or None) are memory maps; sizes (n,) int32 and pointers (n,) int64 come
-    from the index. Raises UserError for files that are missing, truncated, or disagree.
+    from the index; mapped is {path: stat} of the files as they were opened. Raises
+    UserError for files that are missing, truncated, or disagree.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -67,13 +63,13 @@ class BinidxDataset:
         self._map_tokens()
         self.mask = self._map_mask()
         mapped = (self.idx_path, self.bin_path, *([] if self.mask is None else [self.mask_path]))
-        self._mapped = {path: os.stat(path) for path in mapped}
+        self.mapped = {path: os.stat(path) for path in mapped}
 
     def require_unchanged(self) -> None:
         """Raise UserError where a file has another length than when it was opened: reading what is no longer there
         would end the process by a signal. One that was written since, or touched, is warned of, once; one that another
         took the name of is read on."""
-        for path, before in self._mapped.items():
+        for path, before in self.mapped.items():
             with suppress(OSError):  # of a name that is gone
                 now = os.stat(path)
                 if not os.path.samestat(now, before):
@@ -90,7 +86,7 @@ class BinidxDataset:
                         "those that it holds now",
                         stacklevel=2,
                     )
-                    self._mapped[path] = now
+                    self.mapped[path] = now
 
     def __len__(self) -> int:
         return len(self.sizes)

@@ -5,23 +5,18 @@ stream in [start, stop) counts when it is the target.
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from ..config import DataConfig
 from ..errors import UserError
 from ..names import LOSS_MASKS
-from .binidx import BinidxDataset, binidx_prefix
+from .binidx import BinidxDataset
+from .mask_kinds import require_markers
 
 Mask = Callable[[int, int], np.ndarray]  # (start, stop) -> bool (stop - start,)
 CHUNK = 1 << 24
 LOOK_BACK = 1 << 12  # tokens before a window in which its marker is looked for first
-
-
-def default_mask(prefix: str | Path) -> str:
-    """The --loss_mask of token files for which none is given: that of their .mask file where there is one."""
-    return "file" if Path(binidx_prefix(prefix) + ".mask").is_file() else "none"
 
 
 def describe_mask(dataset: BinidxDataset, config: DataConfig) -> str:
@@ -66,18 +61,6 @@ def make_mask(dataset: BinidxDataset, config: DataConfig) -> Mask | None:
         raise UserError(f"--loss_mask {kind}: one of {', '.join(LOSS_MASKS)}")
     require_markers(config)
     return MarkerMask(dataset, config.mask_id, config.mask_end_id, end_counts=kind == "se")
-
-
-def require_markers(config: DataConfig) -> None:
-    """Raise UserError where config.loss_mask is one that markers delimit, and they are not given."""
-    kind = config.loss_mask
-    if kind in ("qa", "se") and not config.mask_id:
-        raise UserError(
-            f"--loss_mask {kind} needs --mask_id, the token ids that open an answer, which rwkv-peft tokenize world "
-            """'Assistant:' prints; what RWKV-PEFT's qa takes is --mask_id '{"mask0":"User:","mask1":"Assistant:"}'"""
-        )
-    if kind == "se" and not config.mask_end_id:
-        raise UserError("--loss_mask se needs --mask_end_id, the token ids that close an answer")
 
 
 class MarkerMask:

@@ -8,47 +8,36 @@ datasets.save_to_disk wrote. Writes PREFIX.bin and PREFIX.idx, PREFIX.mask where
 loss, and PREFIX.json, which names the tokenizer.
 """
 
-import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import TextIO
 
 from tqdm import tqdm
 
-from ..cli import Parser, count, counted, positive, whole
+from ..cli import counted
 from ..errors import UserError
 from ..files.atomic import check_output, temporary_beside
 from ..streams import bar_seconds
-from .binidx import BinidxDataset, BinidxWriter, binidx_prefix
+from .binidx import BinidxDataset, BinidxWriter
 from .encoding import Encoded, EncodeSettings, encoder
 from .order import Permutation
+from .prefix import binidx_prefix
+from .preprocess_flags import parse_flags
 from .recorded import check_record, record_of, require_own
 from .report import describe, left_out
-from .rows import KINDS, read_chunks
+from .rows import read_chunks
 from .show import marks_for, show_documents
-from .templates import TEMPLATES, read_template
-from .thinking import FIELDS, OPENINGS
+from .templates import read_template
+from .thinking import FIELDS
 from .workers import encode_all
 
 INLINE_BYTES = 4 << 20
 SKIP = "--skip_bad_rows leaves such rows out, and counts them"
-# flags of the tools that others make token files with -> what is given here
-SYNONYMS = MappingProxyType(
-    {
-        "--input": "the file's name, without a flag",
-        "--output_prefix": "--output",
-        "--tokenizer_type": "--tokenizer world, which is the default",
-        "--vocab_file": "--tokenizer FILE, and needs none for World",
-        "--jsonl_keys": "--fields",
-    }
-)
 
 
 def main(argv: list[str]) -> int:
-    options = parser().parse_args(argv)
+    options = parse_flags(argv)
     settings = EncodeSettings(
         options.tokenizer,
         options.append_eod,
@@ -79,74 +68,6 @@ def main(argv: list[str]) -> int:
     if options.show:
         print(show_documents(written, options.show, encoder(settings).tokenizer, marks_for(sys.stdout)))
     return 0
-
-
-def parser() -> Parser:
-    result = Parser(
-        prog="rwkv-peft preprocess", synonyms=SYNONYMS, description="Text files to token files (.bin and .idx)."
-    )
-    result.add_argument("input", nargs="+", help=KINDS)
-    result.add_argument("--output", required=True, metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx")
-    result.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace a data set of that name (default: only one that was made of the same inputs)",
-    )
-    result.add_argument(
-        "--tokenizer", default="world", metavar="NAME|FILE", help="world, bytes, or a vocabulary file (default: world)"
-    )
-    result.add_argument(
-        "--append_eod",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="end each document with the tokenizer's end token (default: do)",
-    )
-    result.add_argument(
-        "--fields",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="the field that holds the text, or those that hold a prompt and its answer",
-    )
-    result.add_argument(
-        "--template",
-        default="",
-        metavar="NAME|FILE",
-        help=f"{', '.join(TEMPLATES)}, or a text with {{field}} for fields and [[ ]] around what counts in the loss",
-    )
-    result.add_argument(
-        "--think",
-        default="",
-        choices=tuple(OPENINGS),
-        help="chats of RWKV-7 G1: on opens answers with <think where a row holds thinking, else with <think></think; "
-        "off with that everywhere, and leaves out what rows hold (default: answers as rows have them)",
-    )
-    result.add_argument(
-        "--split", default="", metavar="TRAIN[A:B]", help="rows to read, such as train[:1000] or [10%%:]"
-    )
-    result.add_argument(
-        "--skip_bad_rows", action="store_true", help="leave out rows that cannot be read, and count them by kind"
-    )
-    result.add_argument(
-        "--show",
-        type=count,
-        default=0,
-        metavar="N",
-        help="print the first N documents too, long texts without their middle: what counts in the loss marked, <end> "
-        "for the end token",
-    )
-    result.add_argument("--shuffle", type=whole, metavar="SEED", help="write the documents in the order of this seed")
-    result.add_argument(
-        "--repeat",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="write the documents N times, shuffled anew (default: 1)",
-    )
-    result.add_argument(
-        "--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)"
-    )
-    return result
 
 
 def write(

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 from ..errors import UserError, told
 from ..files.readable import require_readable
-from .binidx import binidx_prefix
+from ..names import RUN
+from .prefix import binidx_prefix
 from .tokenizer import KNOWN_SIZES, Tokenizer, load_tokenizer
 
 ENTRY = "vocabulary"  # of the JSON object
-RUN = "config.json"
 MOST_BYTES = 1 << 20  # of a file that holds one, and little else
 
 
@@ -73,10 +73,12 @@ def read_record(path: str | Path) -> Vocabulary | None:
     """The Vocabulary that a PREFIX.json or a run's config.json holds, None where there is no such file or it tells of
     none, as another tool's. Raises UserError for one that cannot be read."""
     entry = _entry(path)
-    try:
-        return Vocabulary(str(entry["name"]), str(entry["hash"]), int(entry["size"]))
-    except (KeyError, TypeError, ValueError):
+    if not isinstance(entry, dict):
         return None
+    name, digest, size = map(entry.get, Vocabulary._fields)
+    if isinstance(name, str) and isinstance(digest, str) and type(size) is int:
+        return Vocabulary(name, digest, size)
+    return None
 
 
 def recorded_of_data(prefix: str | Path) -> Vocabulary | None:

@@ -13,11 +13,13 @@ from pathlib import Path
 
 from ..errors import UserError, told
 from ..files.readable import choice_in, require_readable
+from .arrow_rows import ROW_BYTES, Row, parquet_rows, saved_rows
 from .csv_rows import csv_rows
 from .folders import choose, is_saved, row_files
 
 CHUNK_BYTES = 1 << 20
 CHUNK_ROWS = 1000
+HELD_BYTES = 1 << 27  # of packed rows that are all kept
 KINDS = (
     ".jsonl (or .jsonl.gz), .json, .csv (or .tsv), .txt, .parquet, a folder of .jsonl, .csv or .parquet files, or one "
     "that datasets.save_to_disk wrote"
@@ -80,21 +82,46 @@ def read_chunks(path: str | Path, split: str = "", pieces: bool = False) -> Iter
     return select(chunks, bounds, lambda: read_chunks(path, name)) if bounds else chunks
 
 
+def held_chunks(path: str | Path, split: str = "") -> Iterator[Chunk]:
+    """The Chunks of an input whose rows all stay in memory. Raises UserError as read_chunks does, and for a packed one
+    that is more than HELD_BYTES: a megabyte may become a thousand."""
+    packed, size = Path(path).suffix in (".gz", ".parquet") or Path(path).is_dir(), 0
+    for chunk in read_chunks(path, split):
+        size += sum(len(item if isinstance(item, bytes) else repr(item)) for item in chunk.items) if packed else 0
+        if size > HELD_BYTES:
+            raise UserError(
+                f"{path} has more than {HELD_BYTES:,} bytes of rows, all of which would be kept in memory; give a part "
+                "of it, or unpack it to a .jsonl"
+            )
+        yield chunk
+
+
 def line_chunks(path: Path) -> Iterator[Chunk]:
     opened = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
     with opened as file:
         first = 1
-        while lines := read_lines(file, path):
+        while lines := read_lines(file, path, first):
             yield Chunk(str(path), first, tuple(lines))
             first += len(lines)
 
 
-def read_lines(file: BufferedIOBase, path: Path) -> list[bytes]:
-    """The next lines of an open file, about a megabyte of them."""
+def read_lines(file: BufferedIOBase, path: Path, first: int) -> list[bytes]:
+    """The next lines of an open file, about a megabyte of them; first is the number of the first one. Raises UserError
+    for one beyond ROW_BYTES: a packed file may hold one that is a thousand times its size."""
+    lines: list[bytes] = []
+    size = 0
     try:
-        return file.readlines(CHUNK_BYTES)
+        while size < CHUNK_BYTES and (line := file.readline(ROW_BYTES + 1)):
+            if len(line) > ROW_BYTES:
+                raise UserError(
+                    f"{path}, line {first + len(lines)} has more than {ROW_BYTES:,} bytes, which no row may have; "
+                    "split it, or give a long text as a .txt"
+                )
+            lines.append(line)
+            size += len(line)
     except (OSError, EOFError, zlib.error) as error:  # a gzip file's damage has a type for each place that it is in
         raise UserError(f"{path} cannot be read to its end: {told(error)}; copy it again") from error
+    return lines
 
 
 def json_chunks(path: Path) -> Iterator[Chunk]:
@@ -142,18 +169,7 @@ def last_line(text: str) -> int:
 
 
 def parquet_chunks(path: Path) -> Iterator[Chunk]:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise UserError(f"{path}: reading .parquet needs pyarrow: pip install pyarrow") from None
-    try:
-        first = 1
-        for batch in ParquetFile(path).iter_batches(batch_size=CHUNK_ROWS):
-            yield Chunk(str(path), first, tuple(batch.to_pylist()))
-            first += batch.num_rows
-    except (ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a parquet file, or a damaged one ({told(error)}); copy it again") from error
+    return listed_chunks(path, parquet_rows(path))
 
 
 def folder_chunks(path: Path, name: str) -> Iterator[Chunk]:
@@ -161,18 +177,19 @@ def folder_chunks(path: Path, name: str) -> Iterator[Chunk]:
         for file in splits[choose(splits, name, path)]:
             yield from read_chunks(file)
         return
-    try:
-        from datasets import DatasetDict, load_from_disk
-    except ImportError:
-        raise UserError(f"{path}: reading a datasets folder needs datasets: pip install datasets") from None
-    try:
-        data = load_from_disk(str(path))
-    except (FileNotFoundError, OSError, ValueError) as error:
+    if not is_saved(path):
         raise UserError(
-            f"{path}: not a folder that datasets.save_to_disk wrote ({told(error)})"
+            f"{path}: not a folder that datasets.save_to_disk wrote"
             + (choice_in(path, *ENDINGS) or "; name a file of rows")
-        ) from error
-    yield from row_chunks(str(path), data[choose(data, name, path)] if isinstance(data, DatasetDict) else data)
+        )
+    yield from listed_chunks(path, saved_rows(path, name))
+
+
+def listed_chunks(path: Path, lists: Iterable[list[Row]]) -> Iterator[Chunk]:
+    first = 1
+    for items in lists:
+        yield Chunk(str(path), first, tuple(items))
+        first += len(items)
 
 
 def row_chunks(source: str, rows: Iterable[object]) -> Iterator[Chunk]:

@@ -7,6 +7,7 @@ that shapes the tokens, so that a second run, or another rank, reads what the fi
 import hashlib
 import json
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from .report import laid_out, left_out
 from .rows import KINDS
 
 FORMAT = 6
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 FILES = (".bin", ".idx", ".mask")  # the last one only where something does not count
 
 
@@ -54,6 +56,7 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
         command="pairs" if pairs else "train",
         max_tokens=0 if config.dataload == "get" else config.ctx_len + 1,
     )
+    refuse_hub_name(config)
     path = Path(config.path)
     if not path.is_dir():
         require_readable(
@@ -84,6 +87,17 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
             f"({told(error)}); make it writable, or point XDG_CACHE_HOME elsewhere"
         ) from error
     return str(prefix), notes
+
+
+def refuse_hub_name(config: DataConfig) -> None:
+    """Raise UserError for rows that are named as on Hugging Face's hub, and are not here."""
+    path = Path(config.path)
+    if config.of_rows and HUB_NAME.fullmatch(config.path) and not path.parent.exists():
+        raise UserError(
+            f"--data_file {path}: no such file, and nothing is downloaded; if it is a data set on Hugging Face, `hf "
+            f"download {path} --repo-type dataset --local-dir {path.name}` fetches it; give that folder, "
+            "or the file of its rows"
+        )
 
 
 def notes_of(done: Path) -> list[str] | None:

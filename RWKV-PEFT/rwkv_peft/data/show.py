@@ -7,6 +7,7 @@ from typing import TextIO
 
 import numpy as np
 
+from ..errors import visible
 from .binidx import BinidxDataset
 from .samples import Samples
 from .tokenizer import Tokenizer
@@ -80,4 +81,4 @@ def plain_text(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
     names."""
     names = {number: name for name, number in tokenizer.special.items()}
     runs = groupby(tokens, key=lambda token: END if token == tokenizer.end_id else names.get(token, ""))
-    return "".join(name * len(list(run)) if name else tokenizer.decode(list(run)) for name, run in runs)
+    return "".join(name * len(list(run)) if name else visible(tokenizer.decode(list(run))) for name, run in runs)

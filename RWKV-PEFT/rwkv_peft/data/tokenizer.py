@@ -9,7 +9,6 @@ tell its tokens from any other's.
     rwkv-peft tokenize world "Assistant:"      prints the ids of a text, as --mask_id takes them
 """
 
-import ast
 import importlib.util
 import json
 import sys
@@ -21,9 +20,11 @@ from types import MappingProxyType, ModuleType
 from typing import TypeVar
 
 from ..cli import Parser
-from ..errors import UserError
+from ..errors import UserError, told
 from ..files.readable import require_readable
+from .world_vocabulary import parse_world_vocabulary
 
+MOST_TOKENS = 1 << 31  # as many as token files can tell apart
 REPLACEMENT = "\ufffd"
 Result = TypeVar("Result")
 KNOWN_SIZES = ((65536, "world"), (257, "bytes"))  # vocabularies that a model's own size tells
@@ -95,7 +96,7 @@ class WorldTokenizer:
         if path is not None and not {bytes([byte]) for byte in range(256)} <= set(self.token_bytes):
             self._encoder = GreedyEncoder(self.token_bytes)  # the package drops the text behind a byte without a token
         elif (package := rust_package()) is not None:
-            self._encoder = guarded(package.WorldTokenizer, str(self.path))
+            self._encoder = guarded("the World tokenizer failed", package.WorldTokenizer, str(self.path))
         else:
             self._encoder = GreedyEncoder(self.token_bytes)
             say_slow()
@@ -107,7 +108,7 @@ class WorldTokenizer:
 
     def encode(self, text: str) -> list[int]:
         utf8(text)
-        return guarded(self._encoder.encode, text)
+        return guarded("the World tokenizer failed", self._encoder.encode, text)
 
     def decode(self, ids: Sequence[int]) -> str:
         check_ids(ids, self.vocab_size, self.name)
@@ -190,28 +191,37 @@ class JsonTokenizer:
         from tokenizers import Tokenizer
 
         self.name, self.path = str(path), Path(path)
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception for any malformed file
-            raise UserError(f"tokenizer {path}: not a tokenizer.json ({error})") from error
+        self._tokenizer = guarded(f"tokenizer {path}: not a tokenizer.json", Tokenizer.from_file, str(path))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise UserError(f"tokenizer {path}: its vocabulary is empty")
         self.vocab_size = max(vocabulary.values()) + 1
+        if self.vocab_size > MOST_TOKENS:
+            raise UserError(
+                f"tokenizer {path}: it has a token {self.vocab_size - 1}, and ids of token files are below "
+                f"{MOST_TOKENS}; give the tokenizer that the model was trained with"
+            )
         added = self._tokenizer.get_added_tokens_decoder()
+        self.added = {number: token.content for number, token in added.items()}
         self.special = {token.content: number for number, token in added.items() if token.special}
         self.end_token = next((token for token in END_TOKENS if token in vocabulary), None)
         self.end_id = None if self.end_token is None else vocabulary[self.end_token]
 
     def encode(self, text: str) -> list[int]:
         utf8(text)
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return guarded(self._failed, self._tokenizer.encode, text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         check_ids(ids, self.vocab_size, self.name)
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return guarded(self._failed, self._tokenizer.decode, list(ids), skip_special_tokens=True)
+
+    @property
+    def _failed(self) -> str:
+        return (
+            f"tokenizer {self.name} failed; give one that has tokens for every text, by byte fallback or an unk_token"
+        )
 
     def content(self) -> bytes:
         file = json.loads(self.path.read_bytes())
@@ -245,50 +255,15 @@ def check_ids(ids: Iterable[int], vocab_size: int, name: str) -> None:
             )
 
 
-def guarded(function: Callable[..., Result], *arguments: object) -> Result:
-    """Call into the Rust tokenizer; its panics, which are no Exception, become a UserError."""
+def guarded(failed: str, function: Callable[..., Result], *arguments: object, **named: object) -> Result:
+    """Call into a library for tokenizers, which raises bare Exceptions, and panics, which are none: both become a
+    UserError that begins with `failed`."""
     try:
-        return function(*arguments)
+        return function(*arguments, **named)
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
-        raise UserError(f"the World tokenizer failed: {error}") from error
-
-
-def parse_world_vocabulary(path: Path) -> list[bytes | None]:
-    """Read a World vocabulary -> list of bytes or None by token id; UserError names the bad line."""
-    table: list[bytes | None] = [None]
-    content = path.read_bytes()
-    most = max(65536, len(content))  # the table grows with the ids, and ids without gaps take more bytes than that
-    for number, line in enumerate(content.decode("utf-8", "replace").split("\n"), start=1):
-        line = line.rstrip("\r")
-        if not line:
-            continue
-        head, _, rest = line.partition(" ")
-        literal, _, length = rest.rpartition(" ")
-        try:
-            token, value, size = int(head), ast.literal_eval(literal), int(length)
-            value = value.encode("utf-8") if isinstance(value, str) else bytes(value)
-        except (ValueError, SyntaxError, TypeError):
-            raise UserError(
-                f"{path}, line {number}: {line[:60]!r} is not \"id 'token' length\"; "
-                "give a World vocabulary such as rwkv_vocab_v20230424.txt"
-            ) from None
-        if not 0 < token < most:
-            raise UserError(
-                f"{path}, line {number}: token {token}, and ids of a file of {len(content):,} bytes are from 1 to "
-                f"{most - 1:,}; give a World vocabulary such as rwkv_vocab_v20230424.txt"
-            )
-        if len(value) != size:
-            raise UserError(
-                f"{path}, line {number}: token {token} has {len(value)} bytes where the "
-                f"line says {size}; the file is damaged, download it again"
-            )
-        table.extend([None] * (token + 1 - len(table)))
-        table[token] = value
-    if len(table) == 1:
-        raise UserError(f"{path}: holds no token; give a World vocabulary such as rwkv_vocab_v20230424.txt")
-    return table
+        raise UserError(f"{failed} ({told(error)})") from error
 
 
 def main(argv: list[str]) -> int:

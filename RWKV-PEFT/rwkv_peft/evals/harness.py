@@ -68,13 +68,19 @@ class Tasks(TaskManager):
         members = entry.cfg.get("task") if entry is not None and entry.cfg else None
         return name in known or (isinstance(members, list) and all(member in known for member in members))
 
+    def described(self, names: Sequence[str]) -> str:
+        """Tasks with the files that define them, as a message names them."""
+        entries = [self.task_index.get(name) for name in names]
+        files = [f" ({entry.yaml_path})" if entry is not None and entry.yaml_path else "" for entry in entries]
+        return ", ".join(f"{name}{file}" for name, file in zip(names, files))
+
     def load(self, task_list: Any) -> Any:
         names = tuple(task_list)
         if names not in self.loaded:
             try:
                 self.loaded[names] = super().load(list(names))
             except Exception as error:  # whatever a task's file, its code and its data may raise
-                raise UserError(unloadable(names, error, self.flag)) from error
+                raise UserError(unloadable(self.described(names), error, self.flag)) from error
         for name, task in self.loaded[names]["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False):
                 raise UserError(f"{name} runs code that the model writes, which is not offered here")
@@ -83,20 +89,19 @@ class Tasks(TaskManager):
         return self.loaded[names]
 
 
-def unloadable(names: Sequence[str], error: Exception, flag: str) -> str:
-    """What became of loading tasks, in words; flag names a folder of others."""
+def unloadable(listed: str, error: Exception, flag: str) -> str:
+    """What became of loading the tasks that are listed, in words; flag names a folder of others."""
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     kinds = {kind.__name__ for link in chain for kind in type(link).__mro__}
-    listed = ", ".join(names)
     if kinds & {"ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}:
         return (
             f"the data of {listed} is not on this disk, and the Hugging Face hub cannot be reached "
             f"({told(error)}); run it once where there is a network (unset HF_HUB_OFFLINE), or give tasks over files "
             f"of your own with {flag}"
         )
-    return f"{listed} cannot be loaded: {told(error)}"
+    return f"{listed} cannot be loaded: {told(error, named=True)}"
 
 
 def load_tasks(names: Sequence[str], folder: str | None, flag: str = "--include_path") -> tuple[Tasks, list[str]]:
@@ -122,26 +127,37 @@ def load_tasks(names: Sequence[str], folder: str | None, flag: str = "--include_
 def evaluate(
     subject: Subject, tasks: Tasks, names: list[str], batch: int, num_fewshot: int | None, limit: int | None
 ) -> Results:
-    """lm_eval's results of a model on tasks, with bars that tell how far it is."""
+    """lm_eval's results of a model on tasks, with bars that tell how far it is. Raises UserError for what lm_eval makes
+    of a task's file, and cannot go on with."""
+    answering = False
 
     def respond(kind: str, requests: Sequence[Any]) -> list[Answer]:
+        nonlocal answering
+        answering = True
         asked = [question(kind, request.args, subject.tokenizer, number) for number, request in enumerate(requests)]
         unit = " answers" if kind == WRITTEN else " continuations"
         every = bar_seconds(sys.stderr)
         steps = answers(subject, kind, asked, batch)
         found = tqdm(steps, total=len(asked), unit=unit, mininterval=every, dynamic_ncols=True)
-        return [answer for _, answer in sorted(found, key=itemgetter(0))]
+        given = [answer for _, answer in sorted(found, key=itemgetter(0))]
+        answering = False
+        return given
 
     with git_unheard():
-        found: Results = simple_evaluate(
-            model=Respondent(respond),
-            tasks=names,
-            task_manager=tasks,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            batch_size=batch,
-        )
-    return found
+        try:
+            results: Results = simple_evaluate(
+                model=Respondent(respond),
+                tasks=names,
+                task_manager=tasks,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                batch_size=batch,
+            )
+        except Exception as error:  # whatever lm_eval, or a task's code, raises; but not what our own answering does
+            if answering or isinstance(error, UserError):
+                raise
+            raise UserError(f"{tasks.described(names)} cannot be asked: {told(error, named=True)}") from error
+    return results
 
 
 @contextmanager

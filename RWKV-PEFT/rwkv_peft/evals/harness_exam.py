@@ -63,7 +63,8 @@ class HarnessExam:
         except UserError:
             raise
         except Exception as error:  # whatever a task's code may raise
-            raise UserError(f"--lm_eval {' '.join(train.lm_eval)} cannot be asked: {told(error)}") from error
+            asked = self.tasks.described(self.names)
+            raise UserError(f"--lm_eval {asked} cannot be asked: {told(error, named=True)}") from error
         self.size = sum(count["effective"] for count in results["n-samples"].values())
 
     def __len__(self) -> int:

@@ -3,6 +3,7 @@
 import re
 from fractions import Fraction
 
+DIGITS = 1000  # of a number that are read: no answer has as many, and Python writes no more than 4,300
 # what stands before a final answer: GSM8K's sign, and MetaMath's words
 MARKER = re.compile(r"####|[Tt]he (?:final )?answer is:?")
 NUMBER = re.compile(
@@ -20,10 +21,11 @@ def numbers_in(text: str) -> list[Fraction]:
 
 def value_of(match: re.Match[str]) -> Fraction | None:
     """The value of a match of NUMBER."""
-    over, under = match["over"] or match["whole"].replace(",", ""), int(match["under"] or match["by"] or 1)
-    if under == 0:
+    over, under = match["over"] or match["whole"].replace(",", ""), match["under"] or match["by"] or "1"
+    divisor = int(under[:DIGITS])
+    if divisor == 0:
         return None
-    value = Fraction(over) / under
+    value = Fraction(over[:DIGITS]) / divisor
     return -value if bool(match["sign"]) != bool(match["inner"]) else value
 
 

@@ -1,7 +1,7 @@
 """The problems of a file, in the text of a layout."""
 
 from ..data.encoding import parse
-from ..data.rows import read_chunks
+from ..data.rows import held_chunks
 from ..errors import UserError
 from .layouts import read_layout
 from .task import Problem, Task
@@ -15,7 +15,7 @@ def layout_of(task: Task, name: str | None, flag: str = "--template") -> str:
 def read_problems(task: Task, path: str, split: str, layout: str) -> list[Problem]:
     """The Problems of a file. Raises UserError for a row that is none, with its place."""
     problems = []
-    for chunk in read_chunks(path, split):
+    for chunk in held_chunks(path, split):
         for number, item in enumerate(chunk.items, start=chunk.first):
             if isinstance(item, bytes) and not item.strip():
                 continue

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..data.tokenizer import Tokenizer
-from ..errors import UserError
+from ..errors import UserError, short
 from ..generate.loading import Subject
 from ..generate.prompts import encode
 from ..generate.settings import Sampling
@@ -34,6 +34,9 @@ class Question(NamedTuple):
 def question(kind: str, arguments: Sequence[Any], tokenizer: Tokenizer, number: int) -> Question:
     """The Question of a request of lm_eval's, by its kind and arguments. Raises UserError for what is not offered, and
     for an empty context where the tokenizer has no token that starts a document."""
+    texts = arguments[:1] if kind == WRITTEN else arguments
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise UserError(f"a task asks about {short(repr(wrong[0]))}, and a text is due (doc_to_text, doc_to_target)")
     if kind == SCORED:
         return Question(*in_two(tokenizer, *arguments))
     if kind == ROLLING:
@@ -71,6 +74,8 @@ def manner(settings: Mapping[str, Any]) -> tuple[Sampling, int]:
 def stops_of_request(settings: Mapping[str, Any]) -> tuple[str, ...]:
     """The texts that end an answer; an empty one would end it before it began, and counts for none."""
     until = settings.get("until") or ()
+    if not (isinstance(until, str) or isinstance(until, list) and all(isinstance(text, str) for text in until)):
+        raise UserError(f"a task's answers end at {short(repr(until))} (until), and a text is due, or a list of texts")
     return tuple(filter(None, [until] if isinstance(until, str) else until))
 
 

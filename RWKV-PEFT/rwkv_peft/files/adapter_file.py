@@ -10,7 +10,7 @@ import json
 import reprlib
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -23,6 +23,7 @@ from ..errors import UserError, told
 from ..names import GENERATIONS
 from .atomic import atomic_write
 from .dtypes import DTYPES
+from .origin import ENTRY, Origin, read_origin
 from .pth_writer import TensorSpec
 from .safetensors_file import read_safetensors, write_safetensors
 
@@ -40,7 +41,8 @@ class AdapterMetadata:
     scale multiplies lora_B lora_A; targets and train_parts say what was trained; quant how the frozen
     weights were quantized; base_fingerprint names the base ("" where the file does not say), generation the
     --model_version of it ("": not told), and precision what it was cast to for training, before anything was quantized
-    or taken out of it ("": nothing, or not told); source the tool whose file it was.
+    or taken out of it ("": nothing, or not told); source the tool whose file it was; origin tells people of its
+    training.
     """
 
     variant: str
@@ -55,6 +57,7 @@ class AdapterMetadata:
     precision: str = ""
     source: str = "rwkv_peft"
     format_version: int = FORMAT_VERSION
+    origin: Origin = Origin()
 
     @classmethod
     def from_config(
@@ -74,6 +77,12 @@ class AdapterMetadata:
             generation=generation,
             precision=precision,
         )
+
+    @property
+    def base_words(self) -> str:
+        """How the base is called, for messages: by its file's name, if that is known, and its fingerprint."""
+        words = [self.origin.base, self.base_fingerprint and f"fingerprint {self.base_fingerprint}"]
+        return ", ".join(filter(None, words)) or "not told"
 
     @property
     def method(self) -> Method | None:
@@ -123,7 +132,8 @@ def save_adapter(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{key} holds NaN or Inf; an adapter with it is of no use, so nothing is written")
-    header = {"format": "pt", METADATA_KEY: json.dumps(asdict(metadata), sort_keys=True)}
+    told = {name: value for name, value in asdict(metadata).items() if name != "origin"}
+    header = {"format": "pt", METADATA_KEY: json.dumps(told, sort_keys=True), ENTRY: metadata.origin.to_json()}
     ordered = sorted(tensors.items())
     specs = {key: TensorSpec.of(tensor) for key, tensor in ordered}
     with atomic_write(path) as temporary:
@@ -141,7 +151,8 @@ def read_own(path: str | Path) -> Adapter:
             else "an adapter that train.py saved"
         )
         raise UserError(f"{path} does not say which adapter it holds (its header has no {METADATA_KEY!r}); give {hint}")
-    adapter = Adapter(tensors, _parse_metadata(path, header[METADATA_KEY]))
+    metadata = replace(_parse_metadata(path, header[METADATA_KEY]), origin=read_origin(path, header))
+    adapter = Adapter(tensors, metadata)
     if adapter.metadata.method is None and (modules := adapter.modules()):
         raise UserError(
             f"{path}: its metadata names no method (variant = {NONE!r}), and it holds tensors of an adapter on "
@@ -171,7 +182,7 @@ def _parse_metadata(path: str | Path, text: str) -> AdapterMetadata:
             f"{path}: its metadata cannot be read: {told(error)}; copy the file that the training wrote"
         ) from error
     values = {key: value for key, value in values.items() if key not in FORGOTTEN}
-    known = {field.name for field in fields(AdapterMetadata)}
+    known = {field.name for field in fields(AdapterMetadata)} - {"origin"}
     if version > FORMAT_VERSION or set(values) - known:
         raise UserError(
             f"{path} has adapter format {version}, and this version reads up to {FORMAT_VERSION}; update this package"

@@ -67,7 +67,10 @@ def check_output(flag: str, path: str | Path, inputs: Iterable[tuple[str, str | 
 
 
 def _real(path: str | Path, given: str) -> Path:
-    """Where a path leads. Raises UserError, about what was given, for one that would make a folder called ~."""
+    """Where a path leads. Raises UserError, about what was given, for one that would make a folder called ~, and for
+    one that no system takes."""
+    if "\0" in str(path):
+        raise UserError(f"{given}: a name holds no NUL; leave it out")
     if meant := home_meant(path):
         raise UserError(f"{given}: {meant}")
     return Path(os.path.realpath(path))

@@ -1,9 +1,11 @@
 """Base models: reading one safely, once, with all that is asked of it, and writing one."""
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -16,7 +18,7 @@ from ..models.state import is_time_state
 from ..names import ADAPTER, MODEL
 from .atomic import atomic_write
 from .fingerprint import fingerprint
-from .pth import all_finite, read_tensors
+from .pth import all_finite, read_tensors, require_file
 from .pth_writer import save_pth
 from .safetensors_file import read_safetensors
 
@@ -33,15 +35,34 @@ AS_ADAPTER = (
 )
 
 
+class Stamp(NamedTuple):
+    """What tells that a file was written over, or that another one took its name."""
+
+    device: int
+    number: int
+    size: int
+    changed: int
+
+    @classmethod
+    def of(cls, path: str | Path) -> "Stamp | None":
+        """The Stamp of a file as it is now, None where there is none."""
+        try:
+            now = os.stat(path)
+        except FileNotFoundError:
+            return None
+        return cls(now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns)
+
+
 @dataclass(frozen=True)
 class Base:
-    """A model's file: path, its memory-mapped tensors under official keys, the generation that it is of, and its
-    dimensions."""
+    """A model's file: path, its memory-mapped tensors under official keys, the generation that it is of, its
+    dimensions, and the Stamp of the file before it was read (None: it was not read from a file)."""
 
     path: str | Path
     tensors: dict[str, torch.Tensor]
     family: Family
     config: ModelConfig
+    stamp: Stamp | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -56,6 +77,25 @@ class Base:
                     f"{self.path} is not finite: {key} holds NaN or Inf, at {place} first; download or copy it again, "
                     "or take an earlier checkpoint of its training"
                 )
+
+    def require_unchanged(self, by_name: bool = False) -> None:
+        """Raise UserError where the file was written over since it was opened, as what is mapped is of the new content
+        then, or, `by_name`, where another file took its name. One that was only touched has its fingerprint still."""
+        now = Stamp.of(self.path)
+        if self.stamp is None or now == self.stamp:
+            return
+        if not by_name and (now is None or now[:2] != self.stamp[:2]):  # the old file is there as long as it is mapped
+            return
+        if now is None or now.size != self.stamp.size:
+            what = "is gone" if now is None else f"has {now.size:,} bytes, and had {self.stamp.size:,}"
+        elif fingerprint(read_tensors(self.path)) != self.fingerprint:
+            what = "holds other weights"
+        else:
+            return
+        raise UserError(
+            f"{self.path} was written over while it is read: it {what}; put back what it was, and go on from the last "
+            "save with --resume"
+        )
 
     @property
     def has_states(self) -> bool:
@@ -100,7 +140,8 @@ def open_base(path: str | Path) -> Base:
         raise UserError(
             f"{path} is {kind}, and a .pth is due here; make one of a model with `rwkv-peft convert {path} model.pth`"
         )
-    return base_of(read_tensors(path), path)
+    stamp = Stamp.of(require_file(path))  # before it is read
+    return replace(base_of(read_tensors(path), path), stamp=stamp)
 
 
 def base_of(tensors: dict[str, torch.Tensor], name: str | Path = "the checkpoint") -> Base:

@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 import torch
 
 from ..adapters.methods import METHODS, NONE, adapter_parameter, by_hf_name
-from ..errors import UserError
+from ..errors import UserError, short
 from ..models import official_key
 from .adapter_file import Adapter, AdapterMetadata, target_names
 from .adapter_folder import read_config, read_folder_tensors, replacing
+from .origin import Origin
 from .pth_writer import TensorSpec
 from .safetensors_file import write_safetensors
 
@@ -62,6 +63,7 @@ def read_hf_folder(folder: str | Path) -> Adapter:
         "targets": target_names(modules),
         "train_parts": tuple(whole),
         "source": f"peft {config.get('peft_version', '')}",
+        "origin": Origin(base=_base_name(config)),
     }
     kind = str(config.get("peft_type", "")).upper()
     if kind == "LORA":
@@ -114,6 +116,14 @@ def write_lora_folder(folder: Path, adapter: Adapter, base: str) -> None:
     with replacing(folder) as (config, weights):
         config.write_text(json.dumps(settings, indent=2) + "\n")
         write_safetensors(weights, specs, tensors.items())
+
+
+def _base_name(config: dict[str, Any]) -> str:
+    """What adapter_config.json calls the base: a name on the hub, or a path, of which the last part is kept."""
+    name = config.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name.isprintable():
+        return ""
+    return Path(name).name if Path(name).is_absolute() else short(name)
 
 
 def _number(folder: Path, config: dict[str, Any], name: str, kind: type[Number]) -> Number:

@@ -1,44 +1,26 @@
 """Reading .pth files safely: tensors alone, memory-mapped, each way of being broken with its own words."""
 
-import mmap
 import os
 import pickle
-import pickletools
 import reprlib
-import struct
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 
-from ..errors import UserError, short, told
+from ..errors import UserError, told
 from .dtypes import dtype_name
+from .pth_pickle import UNREADABLE, judge_bare, judge_zipped
 from .pth_records import record_sizes, require_records
 from .readable import require_readable
 
 # Bytes that stream_tensors reads through one mapping, which stay in memory until the next; each mapping costs the
 # unpickling of all tensors' descriptions, 60 ms for a model of 32 layers.
 MAPPED = 1 << 28
-# What torch.load raises for files that are no checkpoints: its unpickler trusts the pickle's instructions to fit
-# together, the functions that they call to get arguments that fit, and the archive to be one that it can read.
-UNREADABLE = (
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    ArithmeticError,
-    struct.error,
-    zipfile.BadZipFile,
-    OSError,
-    ImportError,
-    MemoryError,
-)
+SHARED = 2  # times a file's size that its tensors may take: an embedding that is the head as well is no mistake
 
 
 def read_pth(path: str | Path) -> Any:
@@ -61,19 +43,15 @@ def read_pth(path: str | Path) -> Any:
         raise UserError(f"{path} is not a PyTorch checkpoint (it is neither a zip archive nor a pickle)")
     if zipped:
         record_sizes(path)  # refuses what is packed
-    else:
-        _refuse_sizes_beyond(path)
     try:
+        judge_zipped(path) if zipped else judge_bare(path)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # what it leads to is told below
             # files from before torch 1.6 are bare pickles, which cannot be mapped
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
-        if any(sign in str(error) for sign in ("Unsupported global", "Unsupported class", "Trying to ")):
-            raise UserError(
-                f"{path} holds code or objects besides tensors, which a checkpoint must not; nothing of it "
-                "was run. Ask its author for a plain state dict"
-            ) from error
         raise UserError(f"{path} is damaged, or no PyTorch checkpoint; download or copy it again") from error
     except UNREADABLE as error:
         raise UserError(
@@ -81,33 +59,10 @@ def read_pth(path: str | Path) -> Any:
         ) from error
 
 
-def _refuse_sizes_beyond(path: Path) -> None:
-    """Raise UserError where a bare pickle names a size beyond its file's: torch allocates what a pickle says before it
-    reads it. The object is the fourth pickle of such a file, behind a number, a version and the system's widths."""
-    size = os.path.getsize(path)
-    # a file that is mapped gives as many bytes as it has, and a plain one makes room for as many as a pickle names
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        try:
-            numbers = [
-                value
-                for position in range(4)
-                for _, value, _ in pickletools.genops(cast(IO[bytes], mapped))
-                if position == 3 and isinstance(value, int)
-            ]
-        except ValueError as error:
-            raise UserError(
-                f"{path} is damaged, or no PyTorch checkpoint ({told(error)}); download or copy it again"
-            ) from error
-    if (largest := max(numbers, default=0)) > size:
-        raise UserError(
-            f"{path} is damaged: it names a size of {short(str(largest))}, and has {size} bytes; download or copy "
-            "it again"
-        )
-
-
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """The flat dict name -> tensor in a .pth, plain tensors where parameters were saved. Raises UserError as read_pth
     and require_weights do, and for any other content."""
+    path = Path(path)
     state = read_pth(path)
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, where a dict of tensors is expected")
@@ -122,6 +77,7 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
         if not key.isascii() and key != key.encode("utf-8", "replace").decode():
             raise UserError(f"{path}: the name {key!r} is no Unicode text; the file is damaged, copy it again")
     require_weights(state, path)
+    require_own_bytes(state, path)
     if zipfile.is_zipfile(path):
         require_records(path, state.values())
     return {key: tensor.detach() for key, tensor in state.items()}
@@ -162,6 +118,16 @@ def require_weights(state: Mapping[str, torch.Tensor], name: str | Path) -> None
         raise UserError(
             f"{name}: {key} is {kind}; weights must be dense tensors of bfloat16, float16 or float32, not quantized. "
             "Save them so"
+        )
+
+
+def require_own_bytes(state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Raise UserError where tensors share their bytes, so that they take far more memory than the file."""
+    taken, size = sum(tensor.numel() * tensor.element_size() for tensor in state.values()), os.path.getsize(path)
+    if taken > SHARED * size:
+        raise UserError(
+            f"{path}: its tensors take {taken:,} bytes, and the file has {size:,}: some share their bytes; save a copy "
+            "of each (tensor.clone())"
         )
 
 

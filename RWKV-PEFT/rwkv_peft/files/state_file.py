@@ -28,13 +28,14 @@ WEB = (".st", ".state", ".safetensors")
 
 
 class StateFile(NamedTuple):
-    """What a file of states holds: path, {key: tensor} in the layout of a .pth, and the fingerprint and the generation
-    (its version) of the base that they were tuned on, "" where the file does not say."""
+    """What a file of states holds: path, {key: tensor} in the layout of a .pth, and of the base that they were tuned on
+    the fingerprint, the generation (its version) and how it is called in messages, "" where the file does not say."""
 
     path: Path
     tensors: dict[str, torch.Tensor]
     base_fingerprint: str = ""
     generation: str = ""
+    base_words: str = ""
 
     def check_generation(self, version: str) -> None:
         """Raise UserError where the states name another generation than a model's version."""
@@ -46,8 +47,8 @@ class StateFile(NamedTuple):
         """Raise UserError where the states name another base."""
         if self.base_fingerprint not in ("", base.fingerprint):
             raise UserError(
-                f"{self.path} was tuned on another base: it names the fingerprint {self.base_fingerprint}, and "
-                f"{base.path} has {base.fingerprint}; find the base it was tuned on, or give the state.pth beside it, "
+                f"{self.path} was tuned on another base: {self.base_words}; {base.path} has the fingerprint "
+                f"{base.fingerprint}; find the base it was tuned on, or give the state.pth beside it, "
                 "which names none"
             )
 
@@ -82,7 +83,8 @@ def read_states(path: str | Path) -> StateFile:
                 f"{path} holds {len(others)} tensors besides time states (such as {others[0]}); merge it, or give the "
                 "state.pth beside it"
             )
-        return StateFile(path, adapter.tensors, adapter.metadata.base_fingerprint, adapter.metadata.generation)
+        metadata = adapter.metadata
+        return StateFile(path, adapter.tensors, metadata.base_fingerprint, metadata.generation, metadata.base_words)
     if path.suffix in WEB:
         return StateFile(path, swapped_states(read_safetensors(path)[0]))
     return StateFile(path, unwrapped(read_tensors(path)))

@@ -3,6 +3,7 @@
 Lines come from standard input, a terminal or a pipe; answers stream to standard output, remarks to standard error.
 """
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from contextlib import suppress
 
 from ..data.templates import question
 from ..errors import UserError, short
-from ..files.atomic import check_output
+from ..files.atomic import check_output, same_file
 from ..files.state_file import check_session_output
 from .loading import save_state_file
 from .session import Session
@@ -25,8 +26,9 @@ CODE = 130  # of a command that Ctrl-C ended
 
 class Chat:
     """The loop over a Session; stops end an answer, change(line) is what becomes of a line before it is sent, inputs
-    are the (flag, path) pairs that /save may not overwrite, think ("", "on", "off") opens the answers
-    (data/thinking.py), system is what stands before the first turn, after /reset again ("": nothing)."""
+    are the (flag, path) pairs that /save may not overwrite, but for --state, since a session may go on in its own file;
+    think ("", "on", "off") opens the answers (data/thinking.py), system is what stands before the first turn, after
+    /reset again ("": nothing)."""
 
     def __init__(
         self,
@@ -39,7 +41,9 @@ class Chat:
         system: str = "",
     ) -> None:
         self.session, self.stops, self.max_tokens, self.change = session, stops, max_tokens, change
-        self.inputs, self.think, self.system = inputs, think, system
+        self.inputs = [(flag, path) for flag, path in inputs if flag != "--state"]
+        self.replaceable = [path for flag, path in inputs if flag == "--state" and path]
+        self.think, self.system = think, system
 
     def run(self) -> int:
         """Talk until the input ends; -> the exit code. A mistake is told, and ends the chat only where its lines come
@@ -101,10 +105,18 @@ class Chat:
             self.session.close()
             if self.session.state is None:
                 raise UserError("/save: nothing was said yet")
+            self.check_replaced(path)
             save_state_file(path, self.session.state, self.session.model)
             remark(f"saved; rwkv-peft generate --chat --state {shlex.quote(path)} goes on from here")
         except UserError as error:
             remark(f"error: {error}")
+
+    def check_replaced(self, path: str) -> None:
+        """Raise UserError, the first time, if a file would be replaced that this chat neither came from nor saved."""
+        known = any(same_file(path, own) for own in self.replaceable)
+        self.replaceable.append(path)
+        if os.path.exists(path) and not known:
+            raise UserError(f"/save {path}: there is such a file; the same line once more replaces it")
 
 
 def line_reader() -> Callable[[], str | None]:

@@ -54,7 +54,7 @@ def run(args: Namespace, sampling: Sampling) -> int:
         change: Callable[[str], str] = unescaped if args.escapes else str
         stops = [*stops_of("Assistant:"), *args.stop]
         session = Session(model, tokenizer, sampling, start)
-        inputs = inputs_of(args)
+        inputs = [*inputs_of(args), ("--state", args.state)]
         return Chat(session, stops, args.max_tokens, change, inputs, args.think or "", args.system or "").run()
     prompts = [encode(tokenizer, row["prompt"], number) for number, row in enumerate(rows)]
     streams = len(rows) == 1 and not args.output

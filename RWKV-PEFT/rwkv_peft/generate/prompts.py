@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.encoding import parse
-from ..data.rows import JSON_ENDINGS, read_chunks
+from ..data.rows import JSON_ENDINGS, held_chunks
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 
@@ -45,7 +45,7 @@ def read_input() -> str:
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
     rows = []
-    for chunk in read_chunks(path):
+    for chunk in held_chunks(path):
         for number, item in enumerate(chunk.items, start=chunk.first):
             if isinstance(item, bytes) and not item.strip():
                 continue

@@ -9,9 +9,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..cli import refuse_unknown
+from ..cli import unknown_flag
 from ..errors import UserError
 from ..gpus import count_gpus
+from ..refusals import Refusals
 from .config import BoneConfig
 from .refusals import refusals_of
 
@@ -121,13 +122,18 @@ def parse(argv: list[str]) -> tuple[BoneArguments, Any]:
     )
     parser = HfArgumentParser((BoneArguments, SFTConfig), allow_abbrev=False, prog="bone_finetuning.py")
     parser.error = refuse
-    for part in argv:
-        if part.startswith("--") and part not in parser._option_string_actions:
-            refuse_unknown(part, parser._option_string_actions, SYNONYMS, "see --help")
+    known = parser._option_string_actions
+    Refusals(
+        [
+            unknown_flag(part, known, SYNONYMS, "see --help")
+            for part in argv
+            if part.startswith("--") and part not in known
+        ]
+    ).tell()
     with refusals_of("these arguments"):
         arguments, config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
-        refuse_unknown(unknown[0], parser._option_string_actions, SYNONYMS, "see --help")
+        raise UserError(unknown_flag(unknown[0], known, SYNONYMS, "see --help"))
     if arguments.bits not in BITS:
         raise UserError(f"--bits {arguments.bits} is unknown; give {', '.join(BITS)}")
     for name, least, below, problem in NUMBERS:

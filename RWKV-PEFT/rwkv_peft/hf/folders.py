@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from ..cli import Parser
 from ..errors import UserError
 from ..files.adapter_folder import read_config, read_folder_tensors, replacing
 from ..files.pth_writer import TensorSpec
 from ..files.safetensors_file import write_safetensors
+from ..release.flags import bone2miss_flags
 
 
 def bone_to_miss(source: str | Path, target: str | Path) -> None:
@@ -76,10 +76,7 @@ def write(folder: str | Path, config: Mapping[str, Any], tensors: dict[str, torc
 
 def main(argv: list[str]) -> int:
     """Convert one folder into the other kind."""
-    parser = Parser(prog="rwkv-peft bone2miss", description="Turn a BONE adapter folder into a MISS one, or back.")
-    parser.add_argument("source", help="a folder that save_pretrained wrote")
-    parser.add_argument("target", help="the folder to write")
-    args = parser.parse_args(argv)
+    args = bone2miss_flags(argv)
     kind = read_config(args.source).get("peft_type")
     (miss_to_bone if kind == "MISS" else bone_to_miss)(args.source, args.target)
     print(f"{args.source} ({kind}) -> {args.target} ({'BONE' if kind == 'MISS' else 'MISS'})")

@@ -11,7 +11,7 @@ from ..config import STRATEGIES, RunConfig
 from ..errors import UserError
 from ..files.base import linear_shapes
 from ..models import family_named
-from ..training.flags import check_together
+from ..training.flags import goes_together
 from .parts import GPU, Estimate, peak
 
 SPARE = 0.95  # of a GPU's memory that is planned with: the allocator's blocks do not fit without gaps
@@ -74,8 +74,9 @@ def changes(estimate: Estimate, room: int) -> list[Change]:
 def trains(config: RunConfig) -> bool:
     """Whether train.py takes these settings together."""
     family = family_named(config.model.version)
+    if not goes_together(config.adapter, config.data, config.train):
+        return False
     try:
-        check_together(config.adapter, config.data, config.train)
         check_adapter(config.adapter, linear_shapes(family.shapes(config.model)), family.parts)
     except UserError:
         return False

@@ -3,7 +3,7 @@
 import argparse
 import re
 
-from ..errors import UserError
+from ..refusals import Refusals
 from ..training.flags import Flags, flags_of
 from ..training.parser import build_parser
 from ..training.world import World
@@ -28,10 +28,12 @@ def parse_flags(argv: list[str]) -> Flags:
         metavar="SIZE",
         help="plan for a GPU of this memory, such as 24GiB (or 24GB, as its box says), instead of this machine",
     )
-    args = parser.parse_args(argv)
+    args, mistakes = parser.parse_with_mistakes(argv)
+    refusals = Refusals(mistakes)
     if args.gpu and args.accelerator == "cpu":
-        raise UserError("--gpu plans for a GPU, and --accelerator cpu trains on none; leave one of them out")
-    return flags_of(args, World(args.num_nodes, args.devices))  # of a run somewhere else, however that is started
+        refusals.add("--gpu plans for a GPU, and --accelerator cpu trains on none; leave one of them out")
+    world = World(args.num_nodes, args.devices)  # of a run somewhere else, however that is started
+    return flags_of(args, world, (), refusals)
 
 
 def memory_size(text: str) -> int:

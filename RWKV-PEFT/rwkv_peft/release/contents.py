@@ -1,7 +1,6 @@
 """What a file or folder holds, as lines for people: a model, an adapter or states, in any format that is known here."""
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -12,19 +11,19 @@ import torch
 
 from ..adapters.methods import adapter_parameter
 from ..cli import counted
-from ..errors import UserError, short, told
+from ..errors import UserError, short, visible
 from ..files.adapter_file import METADATA_KEY, Adapter
 from ..files.adapter_folder import is_adapter_folder
 from ..files.adapters import AdapterSource, product_of_run
 from ..files.base import Base, base_of
 from ..files.dtypes import dtype_name
 from ..files.pth import read_tensors
-from ..files.readable import require_readable
 from ..files.rwkv_peft_file import unwrapped
 from ..files.safetensors_file import read_safetensors
 from ..models.state import check_time_states, is_time_state
 from .formats import read_hf_model, read_web
 from .gguf import import_gguf
+from .gguf_header import read_header
 
 Line = tuple[str, str]
 SHOWN = 3  # keys of a foreign file that are quoted
@@ -90,8 +89,10 @@ def adapter_contents(source: AdapterSource) -> Contents:
     lines += [
         *numbers(adapter.tensors),
         ("trained on", f"{metadata.precision or 'a dtype that is not told'}, --quant {metadata.quant}"),
-        ("base", metadata.base_fingerprint or "not told"),
+        ("base", metadata.base_words),
     ]
+    origin = asdict(metadata.origin)
+    lines += [(name, origin[name]) for name in ("tokenizer", "data", "rate", "versions") if origin[name]]
     return Contents(lines, adapter)
 
 
@@ -138,30 +139,25 @@ def shares(sizes: Mapping[str, int]) -> str:
 
 def gguf_lines(path: Path) -> Iterator[Line]:
     """What a GGUF says of itself."""
-    gguf = import_gguf()
-    require_readable(path, f"{path} does not exist; check the name", again=True)
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, OSError, IndexError, KeyError) as error:
-        raise UserError(f"{path} is no readable GGUF: {told(error)}; copy it again") from error
-    fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    kind = fields["general.type"].contents() if "general.type" in fields else "model"
-    architecture = fields["general.architecture"].contents() if "general.architecture" in fields else "unknown"
+    kinds = {int(kind): kind.name.lower() for kind in import_gguf().GGMLQuantizationType}
+    settings, lengths, tensors = read_header(path)
+    kind, architecture = settings.get("general.type", "model"), settings.get("general.architecture", "unknown")
     sizes: Counter[str] = Counter()
-    for tensor in reader.tensors:
-        sizes[tensor.tensor_type.name.lower()] += math.prod(map(int, tensor.shape))
+    for tensor in tensors:
+        sizes[kinds.get(tensor.kind, f"type {tensor.kind}")] += tensor.size
     yield "kind", f"GGUF {kind}, {architecture}"
-    yield "parameters", f"{sum(sizes.values()):,} in {len(reader.tensors):,} tensors"
-    yield "dtype", shares(sizes)
+    yield "parameters", f"{sum(sizes.values()):,} in {len(tensors):,} tensors"
+    if sizes:
+        yield "dtype", shares(sizes)
     own = (f"{architecture}.", "adapter.")
-    settings = {name.partition(".")[2]: fields[name].contents() for name in fields if name.startswith(own)}
-    yield "settings", ", ".join(f"{name} {json.dumps(value)}" for name, value in settings.items())
-    if "tokenizer.ggml.tokens" in fields:
-        yield "vocabulary", f"{len(fields['tokenizer.ggml.tokens'].data):,} tokens"
+    shown = {name.partition(".")[2]: value for name, value in settings.items() if name.startswith(own)}
+    yield "settings", ", ".join(f"{name} {json.dumps(value)}" for name, value in shown.items())
+    if "tokenizer.ggml.tokens" in lengths:
+        yield "vocabulary", f"{lengths['tokenizer.ggml.tokens']:,} tokens"
 
 
 def formatted(lines: Iterable[Line]) -> str:
     """Lines under each other, their values aligned."""
     pairs = list(lines)
     width = max(len(name) for name, _ in pairs) + 2
-    return "\n".join(f"{name:<{width}}{text}" for name, text in pairs)
+    return "\n".join(f"{name:<{width}}{visible(text)}" for name, text in pairs)

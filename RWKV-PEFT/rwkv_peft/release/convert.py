@@ -118,16 +118,16 @@ def convert_adapter(source: Path, target: Path, args: argparse.Namespace) -> Seq
 
 def convert_to_lora(adapter: Adapter, target: Path, base: Base | None, rank: int) -> str:
     """Write an adapter as LoRA; returns a line on it."""
-    theirs = adapter.metadata.base_fingerprint
-    if base is not None and theirs and theirs != base.fingerprint:
+    metadata = adapter.metadata
+    if base is not None and metadata.base_fingerprint not in ("", base.fingerprint):
         raise UserError(
-            f"--base_model {base.path} is another model than the adapter was trained on (fingerprint {theirs}, this "
-            f"one's is {base.fingerprint}); give its own base"
+            f"--base_model {base.path} is another model than the adapter was trained on ({metadata.base_words}; "
+            f"this one's fingerprint is {base.fingerprint}); give its own base"
         )
     form = as_lora(adapter, None if base is None else base.tensors, rank)
     loader = write_lora(target, form, base)
     what = f"LoRA of rank {form.adapter.metadata.rank} of {counted(len(form.adapter.modules()), 'layer')}"
-    quant = adapter.metadata.quant
+    quant = metadata.quant
     kept = "" if quant == "none" else f", for the base as --quant {quant} keeps it"
     return f"{target}: {what}, {describe_errors(form)}{kept}; {loader}"
 

@@ -1,5 +1,5 @@
-"""The flags of merge, check, verify, inspect and convert: argv -> the parsed flags, or UserError, before torch is
-imported."""
+"""The flags of merge, check, verify, inspect, convert and bone2miss: argv -> the parsed flags, or UserError, before
+torch is imported."""
 
 import argparse
 import math
@@ -7,9 +7,9 @@ from types import MappingProxyType
 
 from ..cli import Parser, positive
 from ..config import QUANTIZATIONS
-from ..errors import UserError
+from ..errors import UserError, short
 from ..files.source_flags import add_source_flags
-from ..names import GGUF_TYPES, QUANTS
+from ..names import GGUF_TYPES, QUANTS, called
 
 DTYPES = ("keep", "bf16", "fp16", "fp32")
 # flags of RWKV-PEFT's earlier mergers, and of train.py -> what is given here
@@ -23,6 +23,7 @@ MERGE_SYNONYMS = MappingProxyType(
         "--pissa_init": "--lora_init",
     }
 )
+MOST_TOKENS = 1 << 14  # of check and verify: 8 GiB of logits in float64 over the World vocabulary
 ADAPTER_TYPES = ("bone", "disha", "lora", "pissa", "state")  # RWKV-PEFT's words
 
 
@@ -30,7 +31,7 @@ def merge_flags(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="merge_bone.py",
         synonyms=MERGE_SYNONYMS,
-        values={(flag, value): ours for flag, ours, values in QUANTS for value in values},
+        values={(flag, value): called(value, ours) for flag, ours, values in QUANTS for value in values},
         description="Merge adapters into an RWKV base model: a .pth with exactly the base's keys, order, shapes and "
         "dtypes, which any RWKV runtime loads.",
     )
@@ -114,9 +115,14 @@ def check_flags(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--tokens", type=int, default=64, help="length of the random token sequence (default 64)")
     args = parser.parse_args(argv)
-    if args.tokens < 1:
-        raise UserError(f"--tokens {args.tokens}: at least one is compared")
+    check_tokens(args.tokens)
     return args
+
+
+def check_tokens(tokens: int) -> None:
+    """Raise UserError for a length of a sequence of which the logits, all of which are kept, are none or too many."""
+    if not 1 <= tokens <= MOST_TOKENS:
+        raise UserError(f"--tokens {short(str(tokens))}: from 1 to {MOST_TOKENS:,} are compared")
 
 
 def verify_flags(argv: list[str]) -> argparse.Namespace:
@@ -137,8 +143,7 @@ def verify_flags(argv: list[str]) -> argparse.Namespace:
         help="types of GGUF for llama.cpp (default f32 f16; none: leave it out)",
     )
     args = parser.parse_args(argv)
-    if args.tokens < 1:
-        raise UserError(f"--tokens {args.tokens}: at least one is needed")
+    check_tokens(args.tokens)
     return args
 
 
@@ -213,3 +218,10 @@ def convert_flags(argv: list[str]) -> argparse.Namespace:
     if args.lora_rank and not args.to:
         raise UserError(f"--lora_rank {args.lora_rank} is the rank of --to lora, which is not given; add it")
     return args
+
+
+def bone2miss_flags(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="rwkv-peft bone2miss", description="Turn a BONE adapter folder into a MISS one, or back.")
+    parser.add_argument("source", help="a folder that save_pretrained wrote")
+    parser.add_argument("target", help="the folder to write")
+    return parser.parse_args(argv)

@@ -276,6 +276,6 @@ def check_fingerprints(base: Base, adapters: Adapters) -> None:
         if before and wanted in fingerprints_merged(base, before):
             continue
         raise UserError(
-            f"{name} was trained on another base: it names the fingerprint {wanted}, and {base.path} has "
+            f"{name} was trained on another base: {adapter.metadata.base_words}; {base.path} has the fingerprint "
             f"{base.fingerprint}; find the base it was trained on, or force it with --any_base"
         )

@@ -143,7 +143,8 @@ def print_head(args: argparse.Namespace, base: Base, adapters: Adapters) -> None
         metadata, modules, whole = adapter.metadata, adapter.modules(), adapter.whole()
         parts = [f"{metadata.variant} rank {metadata.rank} on {counted(len(modules), 'layer')}"] if modules else []
         parts += [f"{len(whole)} whole tensors"] if whole else []
-        origin = "" if metadata.base_fingerprint else f" (from {metadata.source}; it does not name its base)"
+        called = f"its base is called {metadata.origin.base}" if metadata.origin.base else "it does not name its base"
+        origin = "" if metadata.base_fingerprint else f" (from {metadata.source}; {called})"
         print(f"adapter  {name}: {', '.join(parts)}{origin}")
         if 0 < len(blocks := blocks_of(adapter)) < config.n_layer:
             print(

@@ -80,9 +80,8 @@ def _byte_level_bpe(tokenizer: JsonTokenizer, size: int) -> GgufVocabulary:
     types = [UNUSED] * size
     for text, token in model["vocab"].items():
         tokens[token], types[token] = text.encode(), NORMAL
-    for added in content.get("added_tokens") or ():
-        kind = CONTROL if added.get("special") else USER_DEFINED
-        tokens[added["id"]], types[added["id"]] = added["content"].encode(), kind
+    for token, text in tokenizer.added.items():
+        tokens[token], types[token] = text.encode(), CONTROL if text in tokenizer.special else USER_DEFINED
     merges = tuple(merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
     turn_end = tokenizer.encode(TURN_END)
     one = turn_end[0] if len(turn_end) == 1 else None

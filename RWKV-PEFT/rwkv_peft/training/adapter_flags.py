@@ -79,6 +79,28 @@ def json_flags(peft: str) -> Iterator[tuple[str, tuple[str, ...], Keys]]:
     yield PEFT_FLAG, tuple(word for word in CHOICES if word != NONE), tuple(dict([*own, ("r", "rank")]).items())
 
 
+def check_adapter_flags(args: argparse.Namespace) -> Iterator[str]:
+    """Refusals of flags that what --peft names does not have."""
+    if args.peft == NONE and args.target_modules is not None:
+        yield (
+            f"--target_modules {' '.join(args.target_modules)} names layers that get an adapter, and --peft none has "
+            "none; choose what trains with --train_parts, or name a --peft"
+        )
+    for flag, word in SINGLE_FLAGS:
+        if getattr(args, flag) is not None and args.peft != word:
+            yield f"--{flag} belongs to --peft {word}, and --peft is {args.peft}"
+    for flag, words, _ in json_flags(args.peft):
+        if getattr(args, flag) is not None and args.peft not in words:
+            yield f"--{flag} belongs to --peft {' or '.join(words)}, and --peft is {args.peft}"
+    if args.quant != "none" and args.peft == NONE:
+        yield f"--quant {args.quant} keeps weights that adapters leave frozen, and --peft none has none"
+
+
+def parts_of(args: argparse.Namespace) -> tuple[str, ...]:
+    """What --train_parts names, each once."""
+    return tuple(dict.fromkeys(part for group in args.train_parts for part in group))
+
+
 def adapter_config(args: argparse.Namespace) -> AdapterConfig:
     """The adapter's settings, from single flags or from a --*_config JSON value."""
     given: dict[str, Any] = {
@@ -89,20 +111,9 @@ def adapter_config(args: argparse.Namespace) -> AdapterConfig:
         "lora_plus_ratio": args.loraplus_lr_ratio,
         "targets": None if args.target_modules is None else tuple(args.target_modules),
     }
-    if args.peft == NONE and args.target_modules is not None:
-        raise UserError(
-            f"--target_modules {' '.join(args.target_modules)} names layers that get an adapter, and --peft none has "
-            "none; choose what trains with --train_parts, or name a --peft"
-        )
-    for flag, word in SINGLE_FLAGS:
-        if getattr(args, flag) is not None and args.peft != word:
-            raise UserError(f"--{flag} belongs to --peft {word}, and --peft is {args.peft}")
-    for flag, words, keys in json_flags(args.peft):
-        text = getattr(args, flag)
-        if text is None:
+    for flag, _, keys in json_flags(args.peft):
+        if (text := getattr(args, flag)) is None:
             continue
-        if args.peft not in words:
-            raise UserError(f"--{flag} belongs to --peft {' or '.join(words)}, and --peft is {args.peft}")
         for key, value in parse_json_flag(flag, text, keys).items():
             if value == "" and given.get(key):
                 continue  # scripts write "bone_load":"" where they name none
@@ -117,10 +128,7 @@ def adapter_config(args: argparse.Namespace) -> AdapterConfig:
             f"bone_mode {settings['mode']!r} does not exist; take {', '.join(forms(args.peft))}, or bat, which is "
             "bat-in"
         )
-    if args.quant != "none" and args.peft == NONE:
-        raise UserError(f"--quant {args.quant} keeps weights that adapters leave frozen, and --peft none has none")
-    parts = tuple(dict.fromkeys(part for group in args.train_parts for part in group))
-    adapter = AdapterConfig(method=args.peft, train_parts=parts, quant=args.quant, **settings)
+    adapter = AdapterConfig(method=args.peft, train_parts=parts_of(args), quant=args.quant, **settings)
     if adapter.mini_rank and adapter.mode not in MINIS:
         minis = " or ".join(MINIS)
         raise UserError(

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig
+from ..files.adapters import adapter_of_run
+from ..files.digest import digest_below, digest_of
 from .parser import DIMENSIONS, flag_of
 from .world import World
 
@@ -32,7 +34,6 @@ FREE = (
 )
 LIBRARIES = ("torch", "deepspeed", "lightning", "numpy")
 SHOWN = 4  # differences that are worth reading
-CHUNK = 1 << 24
 
 
 def passport(config: RunConfig, identity: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,6 +49,8 @@ def passport(config: RunConfig, identity: Mapping[str, Any], others: Mapping[str
     data = identity["data"]
     found |= {
         "the data": f"{data['content']} ({data['samples']:,} samples)",
+        "what counts of the data": data["counted"],
+        "the files of the data": data["files"],
         "the base's fingerprint": identity["base"],
         "the code of rwkv_peft": digest_of_code(),
         "the version of Python": ".".join(platform.python_version_tuple()[:2]),
@@ -67,15 +70,19 @@ def digest_of_code() -> str:
     return digest.hexdigest()[:16]
 
 
-def digest_of_file(path: str) -> str:
-    """Of a file's content, "" for what is no file."""
-    if not Path(path).is_file():
-        return ""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()[:16]
+def digests_of_inputs(config: RunConfig, world: World, goes_on: bool) -> dict[str, str]:
+    """{what is compared: the digest of the whole of it} of the files besides data that a run starts from: those of the
+    model by itself, since its fingerprint is a sample, and what it begins with, unless it goes on. {} for one process,
+    which has nobody to compare with."""
+    if world.size == 1:
+        return {}
+    adapter, states = config.adapter, config.train.state_load
+    begins = {
+        "the adapter to start from": adapter.load and digest_below(adapter_of_run(adapter.load)),
+        "the factors that it began with": digest_of(adapter.init),
+        "the states to start from": states and digest_of(adapter_of_run(states)),
+    }
+    return {"the file of the base": digest_of(config.train.load_model)} | ({} if goes_on else begins)
 
 
 def disagreement(world: World, passports: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> str:

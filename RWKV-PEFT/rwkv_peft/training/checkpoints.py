@@ -2,7 +2,6 @@
 first."""
 
 import errno
-import json
 import math
 import os
 import re
@@ -12,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UserError
+from .run_state import STATE, UNREADABLE, load_state
 
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError)  # of JSON that is not as due
-
+CHECKPOINTS = "checkpoints"  # the folder of them in a run's own
 ANSWERS, LM_EVAL, ROWS = "answers.jsonl", "lm_eval.jsonl", "rows.jsonl"  # of --eval_data, --lm_eval, --answer_rows
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # of a disk
 DIVERGED = "the run stopped, and nothing of that step was saved"  # what one says whose numbers are no longer finite
@@ -29,11 +28,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
     def seen(checkpoint: Path) -> float:
         try:
-            return int(json.loads((checkpoint / "state.json").read_text())["samples_seen"])
+            return int(load_state(checkpoint)["samples_seen"])
         except UNREADABLE:
             return math.inf  # read_run_state says what is wrong with it
 
-    return sorted((path.parent for path in (folder / "checkpoints").glob("step-*/state.json")), key=seen)
+    return sorted((path.parent for path in (folder / CHECKPOINTS).glob(f"step-*/{STATE}")), key=seen)
 
 
 def find_checkpoint(folder: Path) -> Path | None:

@@ -15,11 +15,11 @@ import torch
 
 from ..cli import counted
 from ..data import opening
-from ..data.recorded import ENTRY, RUN
+from ..data.recorded import ENTRY
 from ..errors import UserError, ending_at_once
 from ..files.atomic import atomic_write
 from ..memory import keep_freed_memory
-from ..names import METRICS
+from ..names import METRICS, RUN
 from ..plots import plot_loss, read_metrics, series
 from .checkpoints import DIVERGED, find_checkpoint, telling_refusals
 from .compiling import compiled

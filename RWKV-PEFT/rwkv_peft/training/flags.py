@@ -6,24 +6,26 @@ before a weight is read, and what the flags tell by themselves before torch is i
 
 import os
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import CHUNK_CTX, STATE_LR, AdapterConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
+from ..data.mask_kinds import default_mask, require_markers
 from ..errors import UserError
-from ..files.readable import home_meant
 from ..names import AUTO, FINETUNE, GENERATIONS, INFCTX, NONE, STATE
-from .adapter_flags import adapter_config
+from ..refusals import Refusals, require_none
+from .adapter_flags import adapter_config, check_adapter_flags, parts_of
 from .graph_flags import check_graphs
-from .loggers import check_wandb
 from .markers import markers_of
 from .overwriting import check_overwriting
 from .parser import DIMENSIONS, build_parser, settings_of
 from .preference_flags import check_preferences
-from .question_flags import check_questions
+from .run_folder import check_run_folder
 from .seed import DRAWN, draw_seed
+from .train_flags import check_products, check_train
+from .upstream import PLACEHOLDER, adopt, check_stage
 from .world import World, find_world
 
 if TYPE_CHECKING:
@@ -36,7 +38,8 @@ MOST_TOKENS = 2**31 - 1  # of a micro batch: kernels count them in 32 bits
 class Request(NamedTuple):
     """What a command line asks for: config; base, the model that it starts from, or None for a new one; layers, the
     names of the modules that get an adapter; world, this process among those of the run; argv, the flags for the
-    others, with the seed where one was drawn; check_flags, whether nothing but the flags is to be checked."""
+    others, with the seed where one was drawn; check_flags, whether nothing but the flags is to be checked; new_file,
+    whether the run writes a new model and ends; notes on how the flags were read."""
 
     config: RunConfig
     base: "Base | None"
@@ -44,10 +47,12 @@ class Request(NamedTuple):
     world: World
     argv: tuple[str, ...] = ()
     check_flags: bool = False
+    new_file: bool = False
+    notes: tuple[str, ...] = ()
 
 
 class Flags(NamedTuple):
-    """What the flags say by themselves: as parsed, and as settings; world and argv as in Request."""
+    """What the flags say by themselves: as parsed, and as settings; world, argv and notes as in Request."""
 
     args: Namespace
     adapter: AdapterConfig
@@ -55,6 +60,7 @@ class Flags(NamedTuple):
     train: TrainConfig
     world: World
     argv: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def judge(argv: Sequence[str]) -> None:
@@ -65,51 +71,74 @@ def judge(argv: Sequence[str]) -> None:
 
 
 def parse_flags(argv: Sequence[str]) -> Flags:
-    """argv -> Flags. Raises UserError for flags that are mistaken or contradict each other; torch is not imported."""
-    args = build_parser().parse_args(argv)
-    world = find_world(settings_of(args, TrainConfig))
-    if args.random_seed == DRAWN:
-        args.random_seed = draw_seed(args, world)
+    """argv -> Flags. Raises UserError for flags that are mistaken or contradict each other, all of them told; torch is
+    not imported."""
+    args, mistakes = build_parser().parse_with_mistakes(argv)
+    check_run_folder(Path(args.proj_dir))  # before anything in it is looked at
+    refusals = Refusals(mistakes)
+    world = refusals.attempt(find_world, settings_of(args, TrainConfig))
+    if args.random_seed == DRAWN and world is not None:
+        args.random_seed = refusals.attempt(draw_seed, args, world)
         argv = [*argv, "--random_seed", str(args.random_seed)]
-    return flags_of(args, world, tuple(argv))
+    if args.peft is None and args.load_model in ("", PLACEHOLDER) and args.n_layer:
+        args.peft = NONE  # a new model is described, which has nothing to adapt
+    return flags_of(args, world, tuple(argv), refusals)
 
 
-def flags_of(args: Namespace, world: World, argv: tuple[str, ...] = ()) -> Flags:
-    """What a parser made of argv, on a World -> Flags."""
+def flags_of(args: Namespace, world: World | None, argv: tuple[str, ...], refusals: Refusals) -> Flags:
+    """What a parser made of argv, on a World -> Flags; what was refused so far, such as the world, is told with the
+    rest."""
+    notes = tuple(adopt(args))
     args.peft = args.peft or (NONE if args.train_type in (FINETUNE, STATE) else AdapterConfig.method)
-    if args.train_type in (FINETUNE, STATE):
-        check_train_type(args)
-    adapter = adapter_config(args)
-    data = data_config(args)
-    flags = Flags(args, adapter, data, train_config(args, adapter, data), world, argv)
-    check_together(flags.adapter, flags.data, flags.train)
-    return flags
+    refusals.gather(check_stage, args)
+    refusals.gather(check_train_type, args)
+    if args.train_type == STATE:
+        args.train_parts = [(STATE,)]
+    refusals.gather(check_adapter_flags, args)
+    adapter = refusals.attempt(adapter_config, args)
+    data = refusals.attempt(data_config, args)
+    refusals.gather(check_rates, args)
+    train = refusals.attempt(train_config, args, data)
+    refusals.gather(check_data, data)
+    refusals.attempt(require_markers, data)
+    for check, settings in together(adapter, data, train):
+        refusals.gather(check, *settings)
+    refusals.tell()
+    assert world is not None and adapter is not None and data is not None and train is not None
+    return Flags(args, adapter, data, train, world, argv, notes)
 
 
-def check_together(adapter: AdapterConfig, data: DataConfig, train: TrainConfig) -> None:
-    """Refuse settings that contradict each other, whatever the model is."""
-    check_train(train)
-    check_products(train, adapter)
-    check_preferences(train, adapter, data)
-    check_graphs(train)
-    check_overwriting(adapter, data, train)
+def together(
+    adapter: AdapterConfig | None, data: DataConfig | None, train: TrainConfig | None
+) -> tuple[tuple[Callable[..., Iterator[str]], tuple[Any, ...]], ...]:
+    """(a check, what it checks) of settings that may contradict each other, whatever the model is."""
+    return (
+        (check_train, (train,)),
+        (check_products, (train, adapter)),
+        (check_preferences, (train, adapter, data)),
+        (check_graphs, (train,)),
+        (check_overwriting, (adapter, data, train)),
+    )
 
 
-def check_train_type(args: Namespace) -> None:
-    """Refuse a --train_type that contradicts what trains; state names that part."""
+def goes_together(adapter: AdapterConfig, data: DataConfig, train: TrainConfig) -> bool:
+    """Whether no settings contradict each other, whatever the model is."""
+    return not any(message for check, settings in together(adapter, data, train) for message in check(*settings))
+
+
+def check_train_type(args: Namespace) -> Iterator[str]:
+    """Refusals of a --train_type that contradicts what trains."""
+    if args.train_type not in (FINETUNE, STATE):
+        return
     what = {FINETUNE: "the model itself", STATE: "the states alone"}[args.train_type]
     if args.peft != NONE:
-        raise UserError(
+        yield (
             f"--train_type {args.train_type} trains {what}, and --peft is {args.peft}; leave --peft out"
             + ("" if args.train_type != STATE else ", or give --train_parts state instead to tune them along")
         )
-    if args.train_type == STATE:
-        others = [part for group in args.train_parts for part in group if part != STATE]
-        if others:
-            raise UserError(
-                f"--train_type state trains {what}, and --train_parts names {others[0]}; leave one of the two out"
-            )
-        args.train_parts = [(STATE,)]
+    others = [part for part in parts_of(args) if part != STATE]
+    if args.train_type == STATE and others:
+        yield f"--train_type state trains {what}, and --train_parts names {others[0]}; leave one of the two out"
 
 
 def rates_left(args: Namespace) -> tuple[str, ...]:
@@ -117,24 +146,26 @@ def rates_left(args: Namespace) -> tuple[str, ...]:
     return ("lr_init",) if args.lr_final is not None else ("lr_init", "lr_final")
 
 
-def train_config(args: Namespace, adapter: AdapterConfig, data: DataConfig) -> TrainConfig:
-    """The run's settings; the learning rates' defaults depend on what trains, and the number of epochs on the data."""
-    states = STATE in adapter.train_parts
+def check_rates(args: Namespace) -> Iterator[str]:
+    """Refusals of flags of states where none train, and of segments where there are none."""
+    states, alone = STATE in parts_of(args), args.peft == NONE and parts_of(args) == (STATE,)
     if args.state_load and not states:
-        raise UserError(
-            f"--state_load {args.state_load} is where states start from, and none train; add --train_parts state"
-        )
+        yield f"--state_load {args.state_load} is where states start from, and none train; add --train_parts state"
     if args.state_lr is not None and not states:
-        raise UserError(f"--state_lr {args.state_lr:g} is that of states, and none train; add --train_parts state")
-    if args.state_lr is not None and adapter.states_alone:
-        raise UserError(f"--state_lr {args.state_lr:g}: where states alone train, their rate is --lr_init; give that")
-    if args.lr_init == 0 and states and not adapter.states_alone:
-        raise UserError("--lr_init 0: --state_lr follows its schedule, of which 0 leaves nothing; give a rate above 0")
+        yield f"--state_lr {args.state_lr:g} is that of states, and none train; add --train_parts state"
+    if args.state_lr is not None and alone:
+        yield f"--state_lr {args.state_lr:g}: where states alone train, their rate is --lr_init; give that"
+    if args.lr_init == 0 and states and not alone:
+        yield "--lr_init 0: --state_lr follows its schedule, of which 0 leaves nothing; give a rate above 0"
     if args.bptt_segments and args.train_type != INFCTX:
-        raise UserError(
+        yield (
             f"--bptt_segments {args.bptt_segments} counts segments of --train_type infctx, and the type is "
             f"{args.train_type}; give that type, or leave --bptt_segments out"
         )
+
+
+def train_config(args: Namespace, data: DataConfig) -> TrainConfig:
+    """The run's settings; the learning rates' defaults depend on what trains, and the number of epochs on the data."""
     segment = (args.chunk_ctx or CHUNK_CTX) if args.train_type == INFCTX else 0
     chosen: tuple[str, ...] = ()
     if args.lr_init == AUTO:  # request_of knows the model that it depends on
@@ -142,7 +173,7 @@ def train_config(args: Namespace, adapter: AdapterConfig, data: DataConfig) -> T
     epochs = args.epoch_count is None and not args.epoch_steps and not args.epoch_begin and data.of_answers
     others = {"epoch_save": 0} if epochs and args.epoch_save is None else {}  # what is read often is soon read through
     train = settings_of(args, TrainConfig, chunk_ctx=segment, lr_chosen=chosen, epochs_chosen=epochs, **others)
-    if adapter.states_alone:
+    if args.peft == NONE and parts_of(args) == (STATE,):
         given = {name: getattr(args, name) for name in ("lr_init", "lr_final")}
         rates: dict[str, Any] = {name: STATE_LR if rate is None else rate for name, rate in given.items()}
         train = replace(train, **rates)
@@ -169,10 +200,15 @@ def request_of(flags: Flags) -> Request:
     from ..models import family_named
     from .rates import automatic_rate, follows_rule, known_rate, with_chosen_rates
 
-    args, adapter, data, train, world, argv = flags
+    args, adapter, data, train, world, argv, notes = flags
     base = open_base(args.load_model) if args.load_model else None
-    family = family_named(args.model_version or GENERATIONS[0][1]) if base is None else base.family
-    model = new_model(args, family) if base is None else check_base(args, base)
+    if base is not None:
+        require_none(check_base, args, base)
+        if args.my_testing not in (None, base.config.version):
+            notes += (f"--my_testing {args.my_testing} is not read: {args.load_model} is {base.family.name}",)
+    version = args.model_version or args.my_testing or GENERATIONS[0][1]
+    family = family_named(version) if base is None else base.family
+    model = new_model(args, family) if base is None else base.config
     adapter = replace(adapter, targets=targets_of(adapter.targets, family))
     shapes = linear_shapes(family.shapes(model)) if base is None else base.linear_shapes
     layers = check_adapter(adapter, shapes, (*family.parts, STATE))
@@ -185,7 +221,8 @@ def request_of(flags: Flags) -> Request:
             f"{args.load_model} holds tuned time states, which training does not carry on unless they train; add "
             "--train_parts state, or take the model without them"
         )
-    return Request(RunConfig(model, adapter, data, train), base, layers, world, argv, args.check_flags)
+    config = RunConfig(model, adapter, data, train)
+    return Request(config, base, layers, world, argv, args.check_flags, args.train_stage == 1, notes)
 
 
 def targets_of(targets: tuple[str, ...], family: "Family") -> tuple[str, ...]:
@@ -198,38 +235,35 @@ def targets_of(targets: tuple[str, ...], family: "Family") -> tuple[str, ...]:
     return targets
 
 
-def check_base(args: Namespace, base: "Base") -> ModelConfig:
-    """Dimensions of the base; a flag that contradicts them, or its generation, is refused."""
+def check_base(args: Namespace, base: "Base") -> Iterator[str]:
+    """Refusals of flags that contradict the base: its generation, its dimensions."""
     from ..models import family_named
 
     if args.model_version not in (None, base.config.version):
-        raise UserError(
+        yield (
             f"--model_version {args.model_version} ({family_named(args.model_version).name}) contradicts "
             f"{args.load_model}, which is {base.family.name} ({base.config.version}); leave the flag (--generation) out"
         )
     for name, _ in DIMENSIONS:
         given, real = getattr(args, name), getattr(base.config, name)
         if given and given != real:
-            raise UserError(f"--{name} {given} contradicts {args.load_model}, which has {real}; leave the flag out")
-    return base.config
+            yield f"--{name} {given} contradicts {args.load_model}, which has {real}; leave the flag out"
 
 
 def new_model(args: Namespace, family: "Family") -> ModelConfig:
     """Dimensions of a new model, upstream's defaults filled in."""
-    for name in ("n_layer", "n_embd", "vocab_size"):
-        if getattr(args, name) is None:
-            raise UserError(f"a new model needs --{name}; or name a base with --load_model")
+    missing = [f"--{name}" for name in ("n_layer", "n_embd", "vocab_size") if getattr(args, name) is None]
+    if missing:
+        raise UserError(f"a new model needs {', '.join(missing)}; or name a base with --load_model")
     return family.new_dimensions(**{name: getattr(args, name) or 0 for name, _ in DIMENSIONS})
 
 
 def data_config(args: Namespace) -> DataConfig:
     """The data's settings; what depends on --data_type filled in."""
-    from ..data.masks import default_mask, require_markers  # after the flags are judged by themselves
-
     of_rows = args.data_type != "binidx"
     loss_mask = args.loss_mask or ("file" if of_rows else default_mask(args.data_file))
     of_answers = DataConfig(data_type=args.data_type, loss_mask=loss_mask).of_answers
-    data = settings_of(
+    return settings_of(
         args,
         DataConfig,
         dataload=args.dataload or ("pad" if of_answers else "pack" if args.data_type == "pairs" else "get"),
@@ -237,79 +271,26 @@ def data_config(args: Namespace) -> DataConfig:
         seed=args.random_seed if args.data_shuffle else None,
         **markers_of(args),
     )
-    check_data(data)
-    require_markers(data)
-    return data
 
 
-def check_data(data: DataConfig) -> None:
-    """Refuse a micro batch that nothing could hold, and flags of the data that nothing would read."""
+def check_data(data: DataConfig) -> Iterator[str]:
+    """Refusals of a micro batch that nothing could hold, and of flags that nothing would read."""
     tokens = data.micro_bsz * data.ctx_len * data.documents
     if tokens > MOST_TOKENS:
-        raise UserError(
+        yield (
             f"--micro_bsz {data.micro_bsz} rows of --ctx_len {data.ctx_len} are {tokens:,} tokens, and a "
             f"micro batch has {MOST_TOKENS:,} at most; lower one of them"
         )
     for name in ("mask_id", "mask_end_id"):
         if getattr(data, name) and data.loss_mask not in ("qa", "se"):
-            raise UserError(
+            yield (
                 f"--{name} belongs to --loss_mask qa or se, and the mask is {data.loss_mask}; give one of them, or "
                 f"leave --{name} out"
             )
     plain = DataConfig(data.path)
     for name in ("tokenizer", "sft_field", "sft_split", "sft_long", "sft_think", "skip_bad_rows"):
         if not data.of_rows and getattr(data, name) != getattr(plain, name):
-            raise UserError(
+            yield (
                 f"--{name} belongs to --data_type sft and pairs, and the data is {data.data_type}, whose tokens are "
                 f"made already; add --data_type sft (or pairs), or leave --{name} out"
             )
-
-
-def check_products(train: TrainConfig, adapter: AdapterConfig) -> None:
-    """Refuse flags of files that the run would not write."""
-    full = adapter.whole_model
-    if train.merge_on_save and full:
-        raise UserError("--merge_on_save merges an adapter, and --peft none has none: rwkv.pth is the model already")
-    if train.save_dtype != "keep" and not full and not train.merge_on_save:
-        raise UserError(
-            f"--save_dtype {train.save_dtype} is the dtype of a model's file, and this run writes an adapter; give "
-            "--output_dtype to merge_bone.py, or add --merge_on_save"
-        )
-
-
-def check_train(train: TrainConfig) -> None:
-    """Contradictions among the remaining flags."""
-    for name in ("beta1", "beta2"):
-        if getattr(train, name) >= 1:
-            raise UserError(f"--{name} {getattr(train, name)} must be below 1")
-    if train.compile and train.stage == 3:
-        raise UserError(
-            f"--compile with --strategy {train.strategy}: stage 3 gathers and frees weights between operations that "
-            "would be compiled as one; take stage 1 or 2, or leave --compile out"
-        )
-    if train.epoch_begin >= train.epoch_count:
-        raise UserError(
-            f"--epoch_begin {train.epoch_begin} leaves no epoch of --epoch_count {train.epoch_count} to train"
-        )
-    if train.fresh_optimizer and not train.resume:
-        raise UserError(
-            "--fresh_optimizer says how to --resume, which is not given; a new run has a fresh optimizer anyway"
-        )
-    if train.val_data and train.val_split:
-        raise UserError("--val_data and --val_split both name the validation samples; give one of them")
-    if train.val_seed is not None and not train.val_split:
-        raise UserError(f"--val_seed {train.val_seed} draws what --val_split keeps, which is not given; leave it out")
-    validates = bool(train.val_data or train.val_split)
-    for name, serves in (("val_every", validates or bool(train.retain_data)), ("early_stop", validates)):
-        if getattr(train, name) and not serves:
-            raise UserError(f"--{name} {getattr(train, name)} needs samples to validate on: --val_data or --val_split")
-    check_questions(train)
-    if train.wandb:
-        check_wandb(train.wandb)
-    if not train.proj_dir:
-        raise UserError("--proj_dir is empty; name the folder of the run")
-    folder = Path(train.proj_dir)
-    if meant := home_meant(folder):
-        raise UserError(f"--proj_dir {folder}: {meant}")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--proj_dir {folder} is a file; name a folder")

@@ -1,10 +1,11 @@
 """What --cuda_graphs does not go with, judged before there is a model."""
 
+from collections.abc import Iterator
+
 from ..config import TrainConfig
-from ..errors import UserError
 
 
-def check_graphs(train: TrainConfig) -> None:
+def check_graphs(train: TrainConfig) -> Iterator[str]:
     """Refuse what a recorded step cannot repeat."""
     if not train.cuda_graphs:
         return
@@ -17,4 +18,4 @@ def check_graphs(train: TrainConfig) -> None:
         (train.chunk_ctx > 0, f"--chunk_ctx {train.chunk_ctx}", "segments hand states on, and a graph takes none"),
     ):
         if contradicts:
-            raise UserError(f"--cuda_graphs 1 does not go with {flag}: {why}; leave one of them out")
+            yield f"--cuda_graphs 1 does not go with {flag}: {why}; leave one of them out"

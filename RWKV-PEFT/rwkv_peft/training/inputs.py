@@ -5,7 +5,7 @@ from os.path import realpath
 
 from ..config import RunConfig
 from ..data.folders import held_out_split
-from ..data.masks import default_mask
+from ..data.mask_kinds import default_mask
 from ..data.recorded import recorded_beside, remarks, require_same
 from ..data.rows import parse_split
 from ..data.samples import Samples

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from .checkpoints import list_checkpoints
+from .checkpoints import CHECKPOINTS, list_checkpoints
 
 Thing = TypeVar("Thing")
 KEPT = 2  # checkpoints, where --keep_checkpoints does not say how many; the files of all epochs stay then
@@ -42,5 +42,5 @@ def remove(checkpoint: Path) -> None:
 
 def clear_hidden(folder: Path) -> None:
     """Remove what a run left of checkpoints that it was writing or removing when it was killed."""
-    for leftover in (folder / "checkpoints").glob(f"{HIDDEN}*"):
+    for leftover in (folder / CHECKPOINTS).glob(f"{HIDDEN}*"):
         shutil.rmtree(leftover)

@@ -1,6 +1,5 @@
 """A checkpoint's weights and optimizer state put into the engine of a run that goes on."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..models.state import TIME_STATE
+from .run_state import read_state
 from .saved_files import TAG
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def load_checkpoint(trainer: Any, lit: "Lit", checkpoint: Path) -> None:
     """
     from .optimizer_files import tensors_alone
 
-    state = json.loads((checkpoint / "state.json").read_text())
+    state = read_state(checkpoint)
     saved, now = state["trained"], trained_names(lit)
     if saved != now:
         different = sorted(set(saved) ^ set(now))

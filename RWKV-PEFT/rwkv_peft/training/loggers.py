@@ -6,6 +6,7 @@ import importlib.util
 import netrc
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ from ..errors import UserError
 OFFLINE = ("offline", "dryrun", "disabled")
 
 
-def check_wandb(project: str) -> None:
-    """Raise UserError, before any work, for a project that Weights & Biases would refuse or ask a login for."""
+def check_wandb(project: str) -> Iterator[str]:
+    """Refusals, before any work, of a project that Weights & Biases would refuse or ask a login for."""
     if re.search(r"[/\\#?%:]", project):
-        raise UserError(f"--wandb {project!r} is a project name and may not contain / \\ # ? % :")
+        yield f"--wandb {project!r} is a project name and may not contain / \\ # ? % :"
     if importlib.util.find_spec("wandb") is None:
-        raise UserError(f"--wandb {project} needs the wandb package: pip install wandb")
-    if not (wandb_is_offline() or wandb_has_key()):
-        raise UserError(
+        yield f"--wandb {project} needs the wandb package: pip install wandb"
+    elif not (wandb_is_offline() or wandb_has_key()):
+        yield (
             f"--wandb {project}: this machine is not logged in to Weights & Biases; run `wandb login` first, set "
             "WANDB_API_KEY, or set WANDB_MODE=offline to keep the numbers in --proj_dir"
         )

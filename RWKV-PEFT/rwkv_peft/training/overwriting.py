@@ -1,15 +1,15 @@
 """That a run leaves what it reads as it is."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..config import AdapterConfig, DataConfig, TrainConfig
-from ..errors import UserError
 from ..names import METRICS
 from .checkpoints import ANSWERS, LM_EVAL, TRAINED
 
 
-def check_overwriting(adapter: AdapterConfig, data: DataConfig, train: TrainConfig) -> None:
+def check_overwriting(adapter: AdapterConfig, data: DataConfig, train: TrainConfig) -> Iterator[str]:
     """Refuse a file to read that has, in --proj_dir, a name under which runs write: at a save it would be replaced, and
     what is merged into it then would be merged twice; a run that begins anew would clear it away."""
     folder = Path(train.proj_dir)
@@ -19,7 +19,7 @@ def check_overwriting(adapter: AdapterConfig, data: DataConfig, train: TrainConf
     for name in _names_in(folder):
         written = TRAINED.fullmatch(name) or name in (METRICS, ANSWERS, LM_EVAL)
         if written and (source := sources.get(os.path.realpath(folder / name))):
-            raise UserError(
+            yield (
                 f"{source} is to be read, and --proj_dir {folder} is where this run writes its own {name}; move "
                 "it elsewhere, or name another folder"
             )

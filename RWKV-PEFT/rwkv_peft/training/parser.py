@@ -14,9 +14,15 @@ from .adapter_flags import add_json_flags
 from .legacy import add_legacy_flags
 from .markers import marker
 from .synonyms import SEVERAL, SYNONYMS, VALUES
+from .upstream import WORDS, add_upstream_flags
 
 Settings = TypeVar("Settings", AdapterConfig, DataConfig, TrainConfig)
-CHOICES_OF = (("peft", CHOICES), ("dataload", DATALOADS), ("loss_mask", LOSS_MASKS), ("lr_schedule", SCHEDULES))
+CHOICES_OF = (
+    ("peft", (*CHOICES, *WORDS)),
+    ("dataload", DATALOADS),
+    ("loss_mask", LOSS_MASKS),
+    ("lr_schedule", SCHEDULES),
+)
 TYPES = (("mask_id", marker),)  # that need more than the settings know
 DIMENSIONS = (
     ("n_layer", "blocks"),
@@ -57,12 +63,18 @@ def build_parser() -> Parser:
     model.add_argument(
         "--model_version",
         "--generation",
+        type=version,
+        default=None,
+        choices=versions,
+        help=f"architecture of a new model, 6 or 7 for short (default {versions[0]}); that of a base is in its file",
+    )
+    model.add_argument(
         "--my_testing",
         "--rwkv_version",
         type=version,
         default=None,
         choices=versions,
-        help=f"architecture of a new model, 6 or 7 for short (default {versions[0]}); that of a base is in its file",
+        help="the same in RWKV-LM's and RWKV-PEFT's scripts: of a base its file counts, with a note if they differ",
     )
     for name, text in DIMENSIONS:
         flags = ["--head_size", "--head_size_a"] if name == "head_size" else [f"--{name}"]
@@ -98,6 +110,7 @@ def build_parser() -> Parser:
                 help="say whether these flags can work together, with the base and on this machine, and end; the data "
                 "is not read",
             )
+    add_upstream_flags(parser)
     add_legacy_flags(parser)
     return parser
 

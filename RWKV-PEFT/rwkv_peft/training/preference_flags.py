@@ -1,18 +1,19 @@
 """What preference training (--data_type pairs) does not go with, judged before there is a model."""
 
+from collections.abc import Iterator
+
 from ..config import AdapterConfig, DataConfig, TrainConfig
-from ..errors import UserError
 from ..names import NONE
 
 OWN = ("dpo_beta", "dpo_nll")  # the flags that nothing else reads
 
 
-def check_preferences(train: TrainConfig, adapter: AdapterConfig, data: DataConfig) -> None:
+def check_preferences(train: TrainConfig, adapter: AdapterConfig, data: DataConfig) -> Iterator[str]:
     """Refuse what has no answer to compare with, and flags that would not be read."""
     if data.data_type != "pairs":
         for name in OWN:
             if getattr(train, name) != getattr(TrainConfig, name):
-                raise UserError(
+                yield (
                     f"--{name} {getattr(train, name):g} belongs to --data_type pairs, and the data is "
                     f"{data.data_type}; add --data_type pairs, or leave --{name} out"
                 )
@@ -29,4 +30,4 @@ def check_preferences(train: TrainConfig, adapter: AdapterConfig, data: DataConf
         (data.loss_mask != "file", f"--loss_mask {data.loss_mask}", "answers alone count; leave the flag out"),
     ):
         if contradicts:
-            raise UserError(f"--data_type pairs does not go with {flag}: {why}")
+            yield f"--data_type pairs does not go with {flag}: {why}"

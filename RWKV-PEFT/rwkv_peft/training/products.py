@@ -10,17 +10,22 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from ..config import AdapterConfig, RunConfig
+from .. import __version__
+from ..config import AdapterConfig, DataConfig, RunConfig
+from ..data.recorded import recorded_of_data
 from ..errors import UserError
 from ..files.adapter_file import Adapter, AdapterMetadata, save_adapter
 from ..files.atomic import atomic_write
 from ..files.base import Base
 from ..files.dtypes import DTYPES, dtype_name
+from ..files.origin import Origin
 from ..files.pth import all_finite, stream_tensors
 from ..files.pth_writer import TensorSpec, write_pth
 from ..files.state_file import write_states
@@ -64,6 +69,14 @@ def keeps_all(config: RunConfig, base: Base | None) -> bool:
     return set(model_dtypes(config, base).values()) <= kept
 
 
+def told_flags(data: DataConfig) -> str:
+    """How rows became samples, as the flags that say so."""
+    names = ("data_type", "sft_field", "sft_think", "dataload", "loss_mask", "mask_id", "mask_end_id", "ctx_len")
+    values = {name: getattr(data, name) for name in names}
+    words = {name: map(str, value if isinstance(value, tuple) else (value,)) for name, value in values.items() if value}
+    return " ".join(f"--{name} {' '.join(word)}" for name, word in words.items())
+
+
 class Products:
     """Writes them; config is the RunConfig, fingerprint the base's, base a Base or None for a new model."""
 
@@ -94,8 +107,27 @@ class Products:
 
     def metadata(self) -> AdapterMetadata:
         """What the adapter's files say of it."""
-        return AdapterMetadata.from_config(
-            self.config.adapter, self.fingerprint, self.config.train.precision, self.config.model.version
+        config = self.config
+        metadata = AdapterMetadata.from_config(
+            config.adapter, self.fingerprint, config.train.precision, config.model.version
+        )
+        return replace(metadata, origin=self.origin)
+
+    @cached_property
+    def origin(self) -> Origin:
+        """What the adapter's files tell people of the run."""
+        data, train = self.config.data, self.config.train
+        recorded = None if data.of_rows else recorded_of_data(data.path)
+        tokenizer = Path(data.tokenizer).name if data.of_rows else ""
+        if recorded is not None:
+            tokenizer = str(recorded._replace(name=Path(recorded.name).name))
+        rate = f"{train.lr_init:g}" + f" to {train.lr_final:g}" * (train.lr_final != train.lr_init)
+        return Origin(
+            base=Path(train.load_model).name,
+            tokenizer=tokenizer,
+            data=told_flags(data),
+            rate=f"{rate}, {train.lr_schedule}",
+            versions=f"rwkv_peft {__version__}, torch {torch.__version__}",
         )
 
     def write_merged(self, tensors: dict[str, torch.Tensor], paths: Sequence[Path]) -> None:
@@ -104,6 +136,7 @@ class Products:
         assert self.base is not None  # an adapter has one
         options = MergeOptions(dtype=DTYPES.get(self.config.train.save_dtype))
         try:
+            self.base.require_unchanged(by_name=True)
             merge = Merge(self.base, [(self.newest, Adapter(tensors, self.metadata()))], options)
             with atomic_write(paths[0]) as temporary:
                 write_pth(temporary, merge.specs, merge.bands(stream_tensors(self.base.path)))

@@ -8,11 +8,11 @@ from ..cli import counted
 from ..config import AdapterConfig, TrainConfig
 from ..errors import UserError
 from ..names import ADAPTER, METRICS, MODEL
-from .checkpoints import UNSAVED, find_checkpoint
+from .checkpoints import CHECKPOINTS, TRAINED, UNSAVED, find_checkpoint
 from .history import Lowest, history
+from .identity import read_run_state
 from .plan import Plan
 from .products import newest_name
-from .saver import read_run_state
 
 MUST, AUTO = "must", "auto"  # --resume by itself, and --resume auto
 
@@ -40,7 +40,7 @@ def find_state(
         )
     if train.resume == MUST and not (folder / METRICS).exists():
         raise UserError(
-            f"--resume: there is no complete checkpoint under {folder / 'checkpoints'}; leave --resume out to start, "
+            f"--resume: there is no complete checkpoint under {folder / CHECKPOINTS}; leave --resume out to start, "
             "write --resume auto to start or go on, or give the --proj_dir of the run"
         )
     return None, None
@@ -87,5 +87,6 @@ def find_trained(folder: Path, newest: str) -> str | None:
     folder of a run; None where there is none."""
     if (folder / newest).exists():
         return newest
-    files = [file for name in (ADAPTER, MODEL) for file in folder.glob(name.replace(".", "*."))]
-    return min(files).name if files and (folder / METRICS).exists() else None
+    files = [file.name for name in (ADAPTER, MODEL) for file in folder.glob(name.replace(".", "*."))]
+    written = [name for name in files if TRAINED.fullmatch(name)]  # a model to start from may lie there
+    return min(written) if written and (folder / METRICS).exists() else None

@@ -20,6 +20,7 @@ from ..config import AdapterConfig, RunConfig, TrainConfig
 from ..data.batches import TrainBatches
 from ..data.recorded import find_tokenizer
 from ..data.samples import Samples
+from ..data.sft import refuse_hub_name
 from ..data.show import marks_for, show_samples
 from ..data.sources import check_config
 from ..errors import UserError, past_ctrl_c
@@ -33,7 +34,7 @@ from ..models.family import Family
 from ..models.parts import LanguageModel
 from ..names import ADAPTER, METRICS, MODEL, STATE
 from ..plots import plot_loss
-from .agreement import digest_of_file, passport
+from .agreement import digests_of_inputs, passport
 from .before_after import BeforeAfter
 from .checkpoints import ROWS, UNSAVED, clear_unsaved
 from .epochs import with_chosen_epochs
@@ -43,10 +44,13 @@ from .fit import fit
 from .flags import Request, parse_run
 from .gradients import estimate_gradients
 from .header import describe, describe_adapter
+from .identity import data_identity
 from .inputs import find_samples
 from .keeping import clear_hidden, discard_old
+from .lost_pages import sizes_of_mapped
 from .machine import own_device, resolve_accelerator
 from .meeting import Ranks
+from .new_model import write_new_model
 from .plan import Plan
 from .prepared import Prepared
 from .progress import telling_compilations
@@ -54,7 +58,7 @@ from .rates import with_first_rates
 from .resume import AUTO, completed, find_state, lowest_before, other_retained, validated_from
 from .room import require_room_to_save
 from .saved_files import require_files
-from .saver import Saver, data_identity
+from .saver import Saver
 from .start import start_adapter, start_states
 from .validate import RETAINED, VALIDATION, Validator
 
@@ -68,6 +72,8 @@ def main(argv: list[str]) -> int:
             return check(request, say)
         if request.config.train.show_samples:
             return show(request, say)
+        if request.new_file:
+            return write_new_model(request.config, say) if request.world.rank == 0 else 0
         code, words = run(request, say)
         past_ctrl_c()
         if words:
@@ -88,10 +94,13 @@ def check(request: Request, say: Callable[..., object] = print) -> int:
     config = request.config
     accelerator = resolve_accelerator(config.train)
     check_config(config.data)
+    refuse_hub_name(config.data)
     folder = Path(config.train.proj_dir)
     if not config.train.resume:  # what a checkpoint must agree with is known with the data
         find_state(folder, config.train, {"adapter": asdict(config.adapter)})
     check_output("--proj_dir", folder / "checkpoints" / "state.json", [])
+    for note in request.notes:
+        say(f"note: {note}")
     say(f"these flags can work: {describe_adapter(config.adapter)}, {config.train.devices} {accelerator}")
     return 0
 
@@ -124,8 +133,8 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
     accelerator = resolve_accelerator(train)
     step_samples = config.data.micro_bsz * world.size * train.accumulate_grad_batches
     samples, measured = find_samples(config)
-    hashes = {name: str(data_identity(config, found)["content"]) for name, found in measured.items()}
-    validation, retained = (hashes.get(name, "") for name in (VALIDATION, RETAINED))
+    of_measured = {name: data_identity(config, found) for name, found in measured.items()}
+    validation, retained = (of_measured.get(name, {}).get("content", "") for name in (VALIDATION, RETAINED))
     identity: dict[str, Any] = {
         "adapter": asdict(config.adapter),
         "base": "" if base is None else base.fingerprint,
@@ -162,14 +171,14 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
     samples.notes += filter(None, [note])
     others = {
         "the checkpoint to go on from": checkpoint and checkpoint.name,
-        "the adapter to start from": "" if checkpoint else digest_of_file(config.adapter.load),
-        "the states to start from": "" if checkpoint else digest_of_file(train.state_load),
-        **{f"what {name}_loss is of": content for name, content in hashes.items()},
+        **digests_of_inputs(config, world, goes_on=checkpoint is not None),
+        **{f"what {name}_loss is of": data["content"] + data["files"] for name, data in of_measured.items()},
         **{f"the questions of {name}": exam.digest for name, exam in exams.items()},
         "the rows to answer": "" if rows is None else rows.digest,
     }
     ranks.meet(passport(config, identity, others), folder, train.stall_minutes)
     assert ranks.watch is not None  # since they have met
+    ranks.watch.watch_files(sizes_of_mapped(base, (samples, *measured.values())))
 
     torch.manual_seed(train.random_seed)
     family = family_named(config.model.version)
@@ -187,9 +196,11 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
     report = adapt(model, config.adapter, request.layers, family, base, gradients, checkpoint, device)
     if checkpoint is not None and train.fresh_optimizer:
         if config.adapter.whole_model:
-            model.load_state_dict(open_base(checkpoint / MODEL).tensors, strict=True)
+            load_tensors(model, open_base(checkpoint / MODEL).tensors, checkpoint / MODEL)
         checkpoint = None  # its optimizer state belongs to other ranks
     if world.rank == 0:  # the others would each open GPU 0 to see whether the kernels work
+        for note in request.notes:
+            say(f"note      {note}")
         describe(config, family, accelerator, samples, batches.notes, plan, report, state, say)
         make_way(folder, config, report.trainable, state is None, say)
     saver = Saver(folder, config, plan, identity, base)

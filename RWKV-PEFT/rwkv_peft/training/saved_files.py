@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, short
 
 TAG = "zero"  # DeepSpeed's name for the folder of its own files
 CHUNK = 1 << 24
@@ -27,10 +27,13 @@ def checksum(path: Path) -> str:
 
 
 def check_records(records: Mapping[str, Any]) -> None:
-    """Raise ValueError unless each is as record_of gives it, or a size alone, as earlier versions wrote it."""
+    """Raise ValueError unless each names a file inside the checkpoint and is as record_of gives it, or a size alone, as
+    earlier versions wrote it."""
     for name, record in records.items():
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise ValueError(f"{short(name)} does not lie in it")
         if type(size_of(record)) is not int:
-            raise ValueError(f"the size of {name} is no whole number")
+            raise ValueError(f"the size of {short(name)} is no whole number")
 
 
 def size_of(record: Any) -> Any:

@@ -9,8 +9,6 @@ proj_dir/checkpoints/step-NNNNNNNN/    optimizer state, the trained tensors, sta
 products.py writes the first four; keeping.py says how many of them stay.
 """
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,104 +20,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..adapters.methods import adapter_parameter
-from ..config import AdapterConfig, RunConfig, to_json
-from ..data.batches import collate
-from ..data.samples import Samples
-from ..errors import UserError, told
-from ..files.atomic import atomic_write, fsync_folder, write_failure
-from ..files.base import Base, save_model
-from .checkpoints import UNREADABLE, UNSAVED, find_checkpoint, how_to_go_on
+from ..config import RunConfig
+from ..errors import UserError
+from ..files.atomic import CannotWrite, fsync_folder, write_failure
+from ..files.base import Base
+from ..files.pth_writer import save_pth
+from .checkpoints import CHECKPOINTS, UNSAVED, find_checkpoint, how_to_go_on
 from .keeping import HIDDEN, clear_hidden, discard_old, remove
 from .loading import grouped_names, trained_names
 from .meeting import is_of_connection
 from .plan import Plan
 from .products import Products, keeps_all, model_dtypes, share_file
-from .saved_files import TAG, check_records, record_of, require_files
+from .run_state import STATE, write_state
+from .saved_files import TAG, record_of
 
 if TYPE_CHECKING:
     from .lit import Lit
-
-HASHED = 64  # samples that tell one data set from another
-SAME = ("adapter", "base", "data")  # what a resumed run must share with the first,
-SAME_OPTIMIZER = ("strategy", "world_size", "precision")  # and what its optimizer state needs besides
-
-# what state.json must hold, each of which kind
-KINDS = (
-    ("samples_seen", int),
-    ("trained", list),
-    ("files", dict),
-    ("adapter", dict),
-    ("base", str),
-    ("data", dict),
-    ("strategy", str),
-    ("world_size", int),
-    ("precision", str),
-    ("validated_from", int),
-)
-
-
-def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
-    """What the place in the data is counted in: the settings that choose and order samples, how many there are, and
-    hashes of a few of them and of what counts of these, which stand for the files, wherever they lie."""
-    settings = {
-        name: value for name, value in asdict(config.data).items() if name not in ("path", "tokenizer", "micro_bsz")
-    }
-    if config.data.dataload == "pad":  # the order of whose samples depends on this (data/samples.py)
-        settings["rows_share_batches"] = config.data.micro_bsz > 1
-    if config.train.val_seed is not None:
-        settings["val_seed"] = config.train.val_seed
-    content, counted = hashlib.sha256(), hashlib.sha256()
-    for n in range(0, len(samples), -(-len(samples) // HASHED)):
-        sample = collate([samples[n]])
-        content.update(sample["tokens"].numpy().tobytes())
-        counted.update(sample["mask"].numpy().tobytes())
-    hashes = {"content": content.hexdigest()[:16], "counted": counted.hexdigest()[:16]}
-    return settings | {"val_split": config.train.val_split, "samples": len(samples)} | hashes
-
-
-def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bool = False) -> dict[str, Any]:
-    """state.json of a checkpoint, compared with what the resuming run says of itself (a dict of SAME, SAME_OPTIMIZER),
-    and its other files with the sizes in it."""
-    older = f"delete {checkpoint} to resume from an older checkpoint"
-    try:
-        state = json.loads((checkpoint / "state.json").read_text())
-        # earlier versions recorded neither sizes nor data, nor where validation on other data had begun
-        state = {"files": {}, "data": json.loads(json.dumps(now["data"])), "validated_from": 0} | state
-        for key, kind in KINDS:
-            if not isinstance(state[key], kind) or state[key] is True:
-                raise ValueError(f"{key} is a {type(state[key]).__name__}")
-        check_records(state["files"])
-    except UNREADABLE as error:
-        raise UserError(f"{checkpoint}/state.json cannot be read ({told(error)}); {older}") from error
-    require_files(checkpoint, state["files"], fresh_optimizer)
-    now = json.loads(json.dumps(now))
-    # a setting that the saved run did not know had its default; what counts, earlier versions did not record
-    state["data"] = {"counted": now["data"]["counted"]} | state["data"]
-    state["adapter"] = json.loads(to_json(AdapterConfig())) | state["adapter"]
-    for key in SAME + (() if fresh_optimizer else SAME_OPTIMIZER):
-        if state[key] != now[key]:
-            then, today = differences(state[key], now[key])
-            raise UserError(
-                f"--resume: the run in {checkpoint.parent.parent} has {key} {then}, this command {today}; "
-                + (
-                    "give the same flags, or add --fresh_optimizer: the optimizer's state cannot move, weights and "
-                    "data go on"
-                    if key in SAME_OPTIMIZER
-                    else "give the first run's flags and data, or another --proj_dir and --bone_load or its kin to "
-                    "train this adapter on other data"
-                    if key == "data"
-                    else "give the first run's flags, or another --proj_dir"
-                )
-            )
-    return state
-
-
-def differences(then: Any, now: Any) -> tuple[Any, Any]:
-    """The entries in which two dicts differ, of each, None for one that is not there; other values as they are."""
-    if not isinstance(now, dict):
-        return then, now
-    keys = [key for key in {**now, **then} if then.get(key) != now.get(key)]
-    return {key: then.get(key) for key in keys}, {key: now.get(key) for key in keys}
 
 
 class Saver:
@@ -149,7 +65,10 @@ class Saver:
         """Write what was trained once for each label: adapter-LABEL.safetensors, or rwkv-LABEL.pth (--peft none)."""
         tensors = self.trained(trainer, lit)
         if trainer.is_global_zero:
-            self.products.write(tensors, labels)
+            try:
+                self.products.write(tensors, labels)
+            except CannotWrite as error:
+                raise UserError(f"{error}; {how_to_go_on(self.folder)}") from error
         trainer.strategy.barrier()
 
     @property
@@ -166,7 +85,7 @@ class Saver:
 
     def save_checkpoint(self, trainer: Any, lit: "Lit", done: int) -> None:
         """DeepSpeed's state and state.json into a hidden folder, which gets its name when it is complete."""
-        hidden = self.folder / "checkpoints" / f"{HIDDEN}{done:08d}"
+        hidden = self.folder / CHECKPOINTS / f"{HIDDEN}{done:08d}"
         if trainer.is_global_zero:
             with self.telling(hidden):
                 clear_hidden(self.folder)
@@ -199,7 +118,7 @@ class Saver:
         state.json, and give it its name."""
         if exact:
             order = model_dtypes(self.config, self.base)
-            save_model(hidden / self.newest.name, {key: exact[key] for key in order})
+            save_pth(hidden / self.newest.name, {key: exact[key] for key in order})
         else:
             share_file(self.newest, hidden / self.newest.name)
         state["files"] = {
@@ -207,11 +126,10 @@ class Saver:
             for path in (hidden / self.newest.name, *sorted((hidden / TAG).rglob("*")))
             if path.is_file()
         }
-        with atomic_write(hidden / "state.json") as temporary:
-            temporary.write_text(json.dumps(state, indent=1))
+        write_state(hidden / STATE, state)
         sync_files(hidden)
         final = hidden.with_name(hidden.name.removeprefix("."))
-        if (final / "state.json").exists():  # of a run whose steps were smaller, which goes once this one is there
+        if (final / STATE).exists():  # of a run whose steps were smaller, which goes once this one is there
             final = final.with_name(f"{final.name}-{state['samples_seen']}")
         if final.exists():
             remove(final)

@@ -1,12 +1,12 @@
 """--random_seed -1: a seed that is drawn once for all processes, and kept when the run resumes."""
 
-import json
 import secrets
 from argparse import Namespace
 from pathlib import Path
 
 from ..errors import UserError
 from .checkpoints import find_checkpoint
+from .run_state import UNREADABLE, read_state
 from .world import World
 
 DRAWN = -1  # the seed that asks for one
@@ -18,8 +18,8 @@ def draw_seed(args: Namespace, world: World) -> int:
     checkpoint = find_checkpoint(Path(args.proj_dir)) if args.resume else None
     if checkpoint is not None:
         try:
-            return json.loads((checkpoint / "state.json").read_text())["config"]["train"]["random_seed"]
-        except (OSError, ValueError, KeyError, TypeError):
+            return read_state(checkpoint)["config"]["train"]["random_seed"]
+        except UNREADABLE:
             pass  # what is wrong with the checkpoint is said where it is read
     if world.nodes > 1 or not world.starts:
         raise UserError(

@@ -52,8 +52,8 @@ def start_adapter(adapter: AdapterConfig, base: Base) -> Adapter:
     theirs = loaded.metadata
     if theirs.base_fingerprint and theirs.base_fingerprint != base.fingerprint:
         raise UserError(
-            f"{adapter.load} was trained on another base model (fingerprint {theirs.base_fingerprint}, this "
-            f"one's is {base.fingerprint}); give its own base as --load_model"
+            f"{adapter.load} was trained on another base model ({theirs.base_words}; the fingerprint of {base.path} is "
+            f"{base.fingerprint}); give its own base as --load_model"
         )
     if theirs.method is None:
         states = all(map(is_time_state, loaded.tensors))

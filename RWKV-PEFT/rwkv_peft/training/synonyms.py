@@ -2,7 +2,7 @@
 
 from types import MappingProxyType
 
-from ..names import QUANTS
+from ..names import QUANTS, called
 
 # (what is given here, the flags by which Hugging Face's trainers and their like call it)
 MEANINGS = (
@@ -52,30 +52,45 @@ MEANINGS = (
     ("--wandb PROJECT", ("report_to", "wandb_project")),
     ("--strategy", ("deepspeed", "fsdp")),
     ("--merge_on_save", ("merge_and_save",)),
+    ("AdamW, which --beta1, --beta2, --adam_eps and --weight_decay set", ("optimizer", "optimizer_name")),
+    ("the command line itself, since no file of settings is read", ("config", "config_file", "config_path", "cfg")),
 )
 SYNONYMS = MappingProxyType({f"--{name}": ours for ours, names in MEANINGS for name in names})
 
 # (flag, what is given here, the values by which RWKV-LM, RWKV-PEFT, Hugging Face and Lightning call it)
 VALUE_MEANINGS = (
-    ("--peft", "--peft bone --bone_mode bone", ("miss", "MISS", "DiSHA")),
+    ("--peft", "--peft miss", ("MISS", "MiSS", "DiSHA")),
     ("--peft", "--peft bone --bone_mode bat-in", ("bat", "bat-in")),
     ("--peft", "--peft bone --bone_mode bat-in-scaled", ("bat-in-scaled",)),
     ("--peft", "--peft bone --bone_mode bat-out", ("bat-out",)),
-    ("--peft", "--train_type state", ("state",)),
     ("--peft", "--peft none", ("full", "finetune")),
     ("--train_type", "--train_type finetune", ("full",)),
     ("--train_type", "--data_type pairs", ("dpo", "rlhf", "orpo", "preference")),
     ("--data_type", "--data_type pairs", ("dpo", "preference", "preferences", "ranking")),
-    ("--data_type", "--data_type sft", ("jsonl", "json", "parquet")),
+    ("--data_type", "--data_type sft", ("json", "parquet")),
     ("--data_type", "binidx, which `rwkv-peft preprocess` makes of a text,", ("utf-8", "utf-16le", "text", "txt")),
     *QUANTS,
-    ("--precision", "--precision bf16", ("bf16-mixed", "bf16-true", "bfloat16", "fp16", "float16", "16", "16-mixed")),
+    ("--precision", "--precision bf16", ("bf16-mixed", "bf16-true", "bfloat16")),
     ("--precision", "--precision fp32", ("tf32", "float32", "32", "32-true")),
     ("--accelerator", "--accelerator gpu", ("cuda",)),
-    ("--strategy", "--strategy deepspeed_stage_1", ("auto", "ddp", "deepspeed", "single_device", "single-device")),
+    ("--strategy", "--strategy deepspeed_stage_1", ("auto", "ddp", "deepspeed", "single", "single_device")),
+    ("--strategy", "--strategy deepspeed_stage_1", ("single-device",)),
     ("--strategy", "--strategy deepspeed_stage_3", ("fsdp",)),
 )
-VALUES = MappingProxyType({(flag, value): ours for flag, ours, values in VALUE_MEANINGS for value in values})
+# (flag, what to give instead, values that mean something which is not here)
+INSTEAD = (
+    (
+        "--precision",
+        "float16 is not here; --precision bf16 takes as much memory, and does not overflow",
+        ("fp16", "float16", "half", "16", "16-mixed", "16-true"),
+    ),
+)
+VALUES = MappingProxyType(
+    {
+        **{(flag, value): called(value, ours) for flag, ours, values in VALUE_MEANINGS for value in values},
+        **{(flag, value): instead for flag, instead, values in INSTEAD for value in values},
+    }
+)
 
 # the remedy where several files stand behind a flag that takes one
 JOINED = (

@@ -11,6 +11,7 @@ from ..config import RunConfig
 from ..data.samples import Samples
 from ..models.state import TIME_STATE
 from ..names import STATE
+from .base_guard import BaseGuard
 from .callbacks import FiniteGradients, Moves, Record, Save, StopSignals
 from .gathering import live_parameters
 from .graphs import Graphed, recorded_forms
@@ -67,6 +68,7 @@ def make_trainer(run: Prepared, loggers: list[Any], say: Callable[..., object]) 
         callbacks=[
             Moves(run.watch),
             FiniteGradients(accumulate),
+            *([] if run.saver.base is None else [BaseGuard(run.saver.base)]),
             Record(run.folder, run.plan, accumulate, run.validator, run.examiners, run.rows),
             Save(run.saver, run.plan, train, run.checkpoint, run.validator),
             StopSignals(say),

@@ -9,12 +9,14 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
 import torch.distributed as dist
 
 from .checkpoints import how_to_go_on
+from .lost_pages import LostPages
 from .processes import Processes
 from .world import World
 
@@ -52,6 +54,7 @@ class Watch(threading.Thread):
         self.doing, self.still, self.turn = "", 0, 0
         self.broken = False
         self.stopped = threading.Event()
+        self.lost_pages: LostPages | None = None
         others = range(1, world.size) if world.rank == 0 else range(1)
         self.seen = dict.fromkeys(others, (b"", 0)) if store is not None else {}  # beat, turns since it changed
 
@@ -65,10 +68,16 @@ class Watch(threading.Thread):
         self.broken = True
         self.join(SILENT * PERIOD)
 
+    def watch_files(self, sizes: Mapping[str | Path, int]) -> None:
+        """Hear of it where one of the mapped files, given by path and size, becomes shorter. For the main thread."""
+        self.lost_pages = LostPages(sizes)
+
     def stop(self) -> None:
         """The run is over for this process: watch no more."""
         self.stopped.set()
         self.join()
+        if self.lost_pages is not None:
+            self.lost_pages.close()
 
     def run(self) -> None:
         while not self.stopped.wait(PERIOD):
@@ -85,6 +94,8 @@ class Watch(threading.Thread):
         """Why the run must end, or ""."""
         self.turn += 1
         self.still += 1
+        if self.lost_pages is not None and (reason := self.lost_pages.reason()):
+            return self.tell(reason)
         stalled = self.doing and 0 < self.stall_minutes * 60 <= self.still * PERIOD
         if stalled and (places := self.places()):
             return self.tell(f"nothing has moved for {self.stall_minutes:g} minutes (--stall_minutes): {places}")

@@ -1,0 +1,208 @@
+"""Rows of Arrow's formats, parquet files and folders that datasets.save_to_disk wrote, in lists of about a megabyte.
+
+Values are read as they are stored, and nothing is made of them: a date is its number, a picture its bytes or the
+address that it names. Every list of rows is measured before it is made.
+"""
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..errors import UserError, told
+from ..files.readable import require_readable
+from ..files.settings_file import read_settings
+from .folders import SAVED, SPLITS, choose
+from .parquet_pages import largest_page
+
+PIECE_BYTES, PIECE_ROWS = 1 << 20, 1000  # of the rows that are made at once
+ROW_BYTES = 1 << 26  # that a row may take
+BATCH_BYTES = 1 << 29  # that may be unpacked at once
+VALUE = 16  # bytes that a value takes besides its own
+HEADER, ROWS, COMPRESSION = 2, 1, 3  # fields of Arrow's tables Message, DictionaryBatch and RecordBatch
+Row = dict[str, Any]
+
+
+def import_pyarrow(path: Path) -> ModuleType:
+    try:
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError:
+        what = path.suffix or "a datasets folder"
+        raise UserError(f"{path}: reading {what} needs pyarrow: pip install pyarrow") from None
+    return pyarrow
+
+
+def parquet_rows(path: Path) -> Iterator[list[Row]]:
+    """The rows of a parquet file, in lists. Raises UserError."""
+    arrow = import_pyarrow(path)
+    try:
+        metadata = arrow.parquet.read_metadata(path)
+        columns = (metadata.schema.column(number) for number in range(metadata.num_columns))
+        lists = [column for column in columns if column.max_repetition_level and column.physical_type == "BYTE_ARRAY"]
+        # a row may hold any number of texts, and one that is stored once stays so until the row is measured
+        texts = [column.path for column in lists if column.logical_type.type != "DECIMAL"]
+        count = BATCH_BYTES // max(1, largest_page(path, metadata))
+        file = arrow.parquet.ParquetFile(path, read_dictionary=texts)
+        for batch in file.iter_batches(batch_size=min(max(count, 1), PIECE_ROWS)):
+            yield from pieces(path, batch)
+    except UserError:
+        raise
+    except damages(arrow) as error:
+        raise UserError(f"{path}: not a parquet file, or a damaged one ({told(error)}); copy it again") from error
+
+
+def saved_rows(path: Path, split: str) -> Iterator[list[Row]]:
+    """The rows of a folder that datasets.save_to_disk wrote, in lists; of several splits, of one. Raises UserError."""
+    arrow = import_pyarrow(path)
+    if (path / SPLITS).is_file():
+        splits = settings(path / SPLITS).get("splits")
+        path = path / choose(filter(is_own, splits) if isinstance(splits, list) else (), split, path)
+    state = settings(path / SAVED)
+    if state.get("_indices_data_files"):
+        raise UserError(f"{path} keeps its rows in an order of its own; save it again with a newer datasets")
+    kept = state.get("_format_columns")
+    try:
+        names = [str(entry["filename"]) for entry in state["_data_files"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path / SAVED} names no files of rows ({told(error)}); copy the folder again") from error
+    for name in names:
+        if not is_own(name):
+            raise UserError(f"{path / SAVED} names {name!r}, which is no file of its folder; copy the folder again")
+        file = require_readable(path / name, f"{path / name} is missing; copy the folder again", again=True)
+        try:
+            with arrow.memory_map(str(file)) as mapped:
+                if any(map(is_packed, arrow.ipc.MessageReader.open_stream(mapped))):
+                    raise UserError(f"{file} is packed, which datasets never does; save the folder anew")
+                mapped.seek(0)
+                for batch in arrow.ipc.open_stream(mapped):
+                    batch.validate(full=True)  # places outside of the file are not looked at before
+                    if isinstance(kept, list):
+                        batch = batch.select([column for column in batch.schema.names if column in kept])
+                    yield from pieces(file, batch)
+        except UserError:
+            raise
+        except damages(arrow) as error:
+            raise UserError(f"{file}: not a file of Arrow, or a damaged one ({told(error)}); copy it again") from error
+
+
+def is_own(name: object) -> bool:
+    """Whether a name that a folder's JSON holds is that of something in the folder."""
+    return isinstance(name, str) and Path(name).name == name != ".." and name.isprintable()
+
+
+def is_packed(message: Any) -> bool:
+    """Whether the bytes of a message of an Arrow stream are compressed, and would be unpacked to the length that they
+    name; what tells it is a field of the message's FlatBuffers table that pyarrow has checked and does not show."""
+    data = message.metadata.to_pybytes()
+
+    def follow(place: int) -> int:
+        return place + int(struct.unpack_from("<I", data, place)[0])
+
+    def field(table: int, number: int) -> int:
+        """Where a table has a field, 0 where it has none."""
+        fields = table - int(struct.unpack_from("<i", data, table)[0])
+        place = 4 + 2 * number
+        known = place < struct.unpack_from("<H", data, fields)[0]
+        start = int(struct.unpack_from("<H", data, fields + place)[0]) if known else 0
+        return start and table + start
+
+    if message.type == "schema":
+        return False
+    header = follow(field(follow(0), HEADER))
+    return bool(field(follow(field(header, ROWS)) if message.type == "dictionary" else header, COMPRESSION))
+
+
+def settings(path: Path) -> Row:
+    """The object in a JSON file of a datasets folder. Raises UserError."""
+    return read_settings(require_readable(path, f"{path} is missing; copy the folder again", again=True))
+
+
+def damages(arrow: ModuleType) -> tuple[type[Exception], ...]:
+    """What pyarrow raises for files that are broken, and parquet_pages.py."""
+    return (
+        arrow.ArrowException,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        RecursionError,
+        MemoryError,
+        OverflowError,
+        struct.error,
+    )
+
+
+def pieces(path: Path, batch: Any) -> Iterator[list[Row]]:
+    """A batch's rows in lists of about PIECE_BYTES. Raises UserError for a row of more than ROW_BYTES."""
+    size = sum(map(taken, batch.columns))
+    if size > ROW_BYTES and len(batch) == 1:
+        raise UserError(f"{path}: a row takes {size:,} bytes, and at most {ROW_BYTES:,} are read; split it")
+    if size > ROW_BYTES or len(batch) > PIECE_ROWS:
+        half = len(batch) // 2
+        yield from pieces(path, batch.slice(0, half))
+        yield from pieces(path, batch.slice(half))
+        return
+    columns = {name: plain(column) for name, column in zip(batch.schema.names, batch.columns)}
+    names = [name for name, column in columns.items() if column is not None]
+    lists = [columns[name].to_pylist() for name in names]
+    rows = [dict(zip(names, values)) for values in zip(*lists)] if lists else [{} for _ in range(len(batch))]
+    step = max(1, PIECE_BYTES * len(rows) // max(size, 1))
+    for first in range(0, len(rows), step):
+        yield rows[first : first + step]
+
+
+def taken(array: Any) -> int:
+    """The bytes that the values of an array take as rows, each text as often as it stands there."""
+    from pyarrow import compute, types
+
+    kind, own = array.type, VALUE * len(array)
+    if types.is_dictionary(kind):
+        if not is_text(kind.value_type):
+            return own
+        return own + (compute.sum(compute.binary_length(array.dictionary).take(array.indices)).as_py() or 0)
+    if types.is_struct(kind):
+        return own + sum(map(taken, array.flatten()))
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return own + taken(array.flatten())
+    return own + array.nbytes
+
+
+def plain(array: Any) -> Any:
+    """An array with the numbers that dates, times and the like are stored as in their place, and each text in its own;
+    None for one of kinds that no row is read from."""
+    kind = plain_type(array.type)
+    return None if kind is None else array if kind == array.type else array.cast(kind)
+
+
+def plain_type(kind: Any) -> Any:
+    """The type that the values of an Arrow type are stored as, None for one that no row is read from."""
+    import pyarrow as arrow
+    from pyarrow import types
+
+    if isinstance(kind, arrow.BaseExtensionType):
+        return plain_type(kind.storage_type)
+    if types.is_temporal(kind):
+        return {32: arrow.int32(), 64: arrow.int64()}.get(kind.bit_width)
+    if types.is_dictionary(kind):
+        return plain_type(kind.value_type)
+    if types.is_struct(kind):
+        inner = [plain_type(field.type) for field in kind]
+        return None if None in inner else arrow.struct([field.with_type(new) for field, new in zip(kind, inner)])
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        if (element := plain_type(kind.value_type)) is None:
+            return None
+        field = kind.value_field.with_type(element)
+        if types.is_fixed_size_list(kind):
+            return arrow.list_(field, kind.list_size)
+        return arrow.list_(field) if types.is_list(kind) else arrow.large_list(field)
+    return kind if types.is_primitive(kind) or types.is_null(kind) or types.is_decimal(kind) or is_text(kind) else None
+
+
+def is_text(kind: Any) -> bool:
+    """Whether a type is text or bytes, each value in its own place."""
+    from pyarrow import types
+
+    tests = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary, types.is_fixed_size_binary)
+    return any(test(kind) for test in tests)

@@ -1,0 +1,89 @@
+"""The flags of preprocess: argv -> the parsed flags, or UserError, before numpy is imported."""
+
+import argparse
+import os
+from types import MappingProxyType
+
+from ..cli import Parser, count, positive, whole
+from .rows import KINDS
+from .templates import TEMPLATES
+from .thinking import OPENINGS
+
+# flags of the tools that others make token files with -> what is given here
+SYNONYMS = MappingProxyType(
+    {
+        "--input": "the file's name, without a flag",
+        "--output_prefix": "--output",
+        "--tokenizer_type": "--tokenizer world, which is the default",
+        "--vocab_file": "--tokenizer FILE, and needs none for World",
+        "--jsonl_keys": "--fields",
+    }
+)
+
+
+def parse_flags(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="rwkv-peft preprocess", synonyms=SYNONYMS, description="Text files to token files (.bin and .idx)."
+    )
+    parser.add_argument("input", nargs="+", help=KINDS)
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a data set of that name (default: only one that was made of the same inputs)",
+    )
+    parser.add_argument(
+        "--tokenizer", default="world", metavar="NAME|FILE", help="world, bytes, or a vocabulary file (default: world)"
+    )
+    parser.add_argument(
+        "--append_eod",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="end each document with the tokenizer's end token (default: do)",
+    )
+    parser.add_argument(
+        "--fields",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="the field that holds the text, or those that hold a prompt and its answer",
+    )
+    parser.add_argument(
+        "--template",
+        default="",
+        metavar="NAME|FILE",
+        help=f"{', '.join(TEMPLATES)}, or a text with {{field}} for fields and [[ ]] around what counts in the loss",
+    )
+    parser.add_argument(
+        "--think",
+        default="",
+        choices=tuple(OPENINGS),
+        help="chats of RWKV-7 G1: on opens answers with <think where a row holds thinking, else with <think></think; "
+        "off with that everywhere, and leaves out what rows hold (default: answers as rows have them)",
+    )
+    parser.add_argument(
+        "--split", default="", metavar="TRAIN[A:B]", help="rows to read, such as train[:1000] or [10%%:]"
+    )
+    parser.add_argument(
+        "--skip_bad_rows", action="store_true", help="leave out rows that cannot be read, and count them by kind"
+    )
+    parser.add_argument(
+        "--show",
+        type=count,
+        default=0,
+        metavar="N",
+        help="print the first N documents too, long texts without their middle: what counts in the loss marked, <end> "
+        "for the end token",
+    )
+    parser.add_argument("--shuffle", type=whole, metavar="SEED", help="write the documents in the order of this seed")
+    parser.add_argument(
+        "--repeat",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="write the documents N times, shuffled anew (default: 1)",
+    )
+    parser.add_argument(
+        "--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)"
+    )
+    return parser.parse_args(argv)

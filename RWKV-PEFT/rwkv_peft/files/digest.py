@@ -1,0 +1,84 @@
+"""The digest of a whole file, made once: that of a large one is kept beside it, or in the user's cache where its folder
+may not be written, and holds as long as the file has its size and time of change."""
+
+import hashlib
+import json
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from ..errors import UserError
+from .atomic import atomic_write
+
+CHUNK = 1 << 24
+KEPT = 1 << 26  # bytes from which on a digest is kept: of fewer it takes no longer than to look for it
+SETTLED = 2.0  # seconds for which a file must have been left alone, as some clocks of disks tick so rarely
+
+
+def digest_of(path: str | Path) -> str:
+    """The first half of the SHA-256 of a file's content, in hexadecimal; "" where there is no file."""
+    path = Path(path)
+    if not path.is_file():
+        return ""
+    before = os.stat(path)
+    if before.st_size < KEPT:
+        return read_whole(path)
+    stamp = {"bytes": before.st_size, "mtime_ns": before.st_mtime_ns}
+    places = places_of(path)
+    for place in places:
+        if found := kept_in(place, stamp):
+            return found
+    digest = read_whole(path)
+    if time.time() - before.st_mtime > SETTLED:
+        keep(places, stamp | {"sha256": digest})
+    return digest
+
+
+def digest_below(path: str | Path) -> str:
+    """The same of a file, or of the names and contents of all files in a folder; "" where neither is there."""
+    path = Path(path)
+    if not path.is_dir():
+        return digest_of(path)
+    files = sorted(file for file in path.iterdir() if file.is_file())
+    return hashlib.sha256("".join(f"{file.name} {digest_of(file)}\n" for file in files).encode()).hexdigest()[:32]
+
+
+def read_whole(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()[:32]
+
+
+def places_of(path: Path) -> list[Path]:
+    """Where the digest of a file may be kept, the first that can be written."""
+    real = Path(os.path.realpath(path))
+    name = hashlib.sha256(str(real).encode(errors="surrogateescape")).hexdigest()[:32]
+    places = [real.with_name(f".{real.name}.digest")]
+    with suppress(RuntimeError):  # a user without a home folder
+        cache = os.environ.get("XDG_CACHE_HOME")
+        places.append((Path(cache) if cache else Path.home() / ".cache") / "rwkv_peft" / "digests" / f"{name}.json")
+    return places
+
+
+def kept_in(place: Path, stamp: dict[str, int]) -> str:
+    """The digest that is kept in a place for a file with this stamp, or ""."""
+    try:
+        kept = json.loads(place.read_text()) if place.is_file() else None
+    except (OSError, ValueError, RecursionError):  # another's file of that name
+        return ""
+    digest = kept.pop("sha256", "") if isinstance(kept, dict) else ""
+    return digest if isinstance(digest, str) and kept == stamp else ""
+
+
+def keep(places: list[Path], record: dict[str, object]) -> None:
+    """Write a record where it can be written first; where none can, the digest is made again another time."""
+    for place in places:
+        try:
+            with atomic_write(place) as temporary:
+                temporary.write_text(json.dumps(record))
+            return
+        except UserError:
+            continue

@@ -1,0 +1,124 @@
+"""state.json of a checkpoint: where a run had come to, with a checksum of its own and of each kind that is due.
+
+The checksum finds what a disk, a copy or an editor changed; it is no guard against a forger, who can write another.
+"""
+
+import json
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from .saved_files import check_records
+
+STATE = "state.json"
+CHECKSUM = "crc32"  # its entry; versions before it wrote none
+MOST = 1 << 62  # samples, steps, bytes: more than any run counts
+# of JSON that is not as due
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError)
+
+
+def write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a state.json with its checksum."""
+    path.write_text(json.dumps({**state, CHECKSUM: checksum_of(state)}, indent=1))
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """The state.json of a checkpoint, whatever entries it has. Raises one of UNREADABLE where it is no JSON object or
+    not what was written."""
+    state = json.loads((checkpoint / STATE).read_text())
+    if not isinstance(state, dict):
+        raise ValueError(f"a {type(state).__name__}, where an object is due")
+    checksum = state.pop(CHECKSUM, None)
+    if checksum is not None and checksum != checksum_of(state):
+        raise ValueError("it was changed after it was written: its checksum is another")
+    return state
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The same, every entry of the kind that is due. Raises one of UNREADABLE."""
+    state = load_state(checkpoint)
+    for name in DUE:
+        if name not in state:
+            raise ValueError(f"it has no {name}")
+    check(state, {**DUE, **MAY_BE})
+    return state
+
+
+def checksum_of(state: Mapping[str, Any]) -> str:
+    """The CRC-32 of a state's entries, as eight hexadecimal digits, however they are laid out in the file."""
+    return f"{zlib.crc32(json.dumps(state, sort_keys=True).encode()):08x}"
+
+
+def check(values: Mapping[str, Any], kinds: Mapping[str, Callable[[Any], bool]]) -> None:
+    """Raise ValueError for a value that is not of the kind that its name has."""
+    for name, is_of_kind in kinds.items():
+        if name in values and not is_of_kind(values[name]):
+            raise ValueError(f"its {name} is not what a run writes")
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def is_object(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < MOST
+
+
+def is_rate(value: object) -> bool:
+    """Whether a value is a finite number, a switch, or None, which says that it was left to be chosen."""
+    return value is None or isinstance(value, int | float) and math.isfinite(value)
+
+
+def are_names(value: object) -> bool:
+    return isinstance(value, list) and all(map(is_text, value))
+
+
+def are_groups(value: object) -> bool:
+    return isinstance(value, list) and all(map(are_names, value))
+
+
+def are_records(value: object) -> bool:
+    if not isinstance(value, dict):
+        return False
+    check_records(value)
+    return True
+
+
+def are_settings(value: object) -> bool:
+    """Whether a value is the config of a run, of which a resumed one reads some numbers."""
+    if not isinstance(value, dict) or not isinstance(train := value.get("train", {}), dict):
+        return False
+    check(train, dict.fromkeys(("lr_init", "lr_final", "weight_decay", "layerwise_lr", "state_lr"), is_rate))
+    check(train, {"random_seed": is_count})
+    return True
+
+
+DUE = MappingProxyType(
+    {
+        "samples_seen": is_count,
+        "trained": are_names,
+        "adapter": is_object,
+        "base": is_text,
+        "strategy": is_text,
+        "world_size": is_count,
+        "precision": is_text,
+    }
+)
+MAY_BE = MappingProxyType(  # what some versions did not write
+    {
+        "files": are_records,
+        "data": is_object,
+        "validated_from": is_count,
+        "validation": is_text,
+        "retained": is_text,
+        "groups": are_groups,
+        "config": are_settings,
+    }
+)

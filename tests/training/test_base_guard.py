@@ -1,0 +1,72 @@
+"""A base that is written over while a run reads it ends the run in words, before anything foreign is saved."""
+
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+
+from training.runs import finish, metrics, start
+
+
+def begun(files, command, tiny_state, name, *more):
+    """(a run under way that has taken some steps, its base)."""
+    base = files / f"{name}.pth"
+    torch.save(tiny_state(dtype=torch.bfloat16), base)
+    flags = ("--load_model", str(base), "--epoch_steps", "100000", "--save_every", "5", *more)
+    process = start(command(name, *flags))
+    path = files / name / "metrics.jsonl"
+    while not path.exists() or path.read_text().count("\n") < 8:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    return process, base
+
+
+def test_a_base_that_becomes_shorter_is_told_and_not_by_a_signal_alone(files, command, tiny_state):
+    process, base = begun(files, command, tiny_state, "shortened")
+    base.write_bytes(b"")
+    _, err = process.communicate(timeout=600)
+    assert process.returncode in (1, 2), err  # as a page was read before the step was judged, or not
+    assert f"{base} was written over while it is read: it has 0 bytes, and had " in err and "Traceback" not in err
+    assert "step-" in err and "--resume" in err
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_foreign_weights_of_the_same_size_are_told_where_they_are_read(files, command, tiny_state, precision):
+    """A run in another dtype than that of the file has read it by then, and goes on."""
+    name = f"foreign-{precision}"
+    process, base = begun(files, command, tiny_state, name, "--precision", precision)
+    other = files / "other" / base.name  # which stands in the file, too
+    other.parent.mkdir(exist_ok=True)
+    torch.save(tiny_state(dtype=torch.bfloat16, seed=1), other)
+    content = other.read_bytes()
+    assert len(content) == base.stat().st_size
+    with open(base, "r+b") as file:
+        file.write(content)
+    if precision == "fp32":
+        steps = len(metrics(files, name))
+        while len(metrics(files, name)) < steps + 5:
+            assert process.poll() is None, process.communicate()
+        process.send_signal(signal.SIGTERM)
+        finish(process, 143)
+        return
+    _, err = finish(process, 2)
+    assert f"{base} was written over while it is read: it holds other weights; put back" in err
+    last = max((files / name / "checkpoints").glob("step-*"))
+    assert int(last.name[5:]) <= len(metrics(files, name))
+
+
+def test_a_base_that_is_touched_or_replaced_does_not_end_a_run(files, command, tiny_state):
+    process, base = begun(files, command, tiny_state, "touched")
+    base.touch()
+    steps = len(metrics(files, "touched"))
+    while len(metrics(files, "touched")) < steps + 5:
+        assert process.poll() is None, process.communicate()
+    shutil.copy(base, files / "copy.pth")
+    (files / "copy.pth").write_bytes(b"another")
+    (files / "copy.pth").rename(base)
+    while len(metrics(files, "touched")) < steps + 10:
+        assert process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGTERM)
+    finish(process, 143)

@@ -1,0 +1,111 @@
+"""Ranks compare the whole of what they read, not samples of it: one byte that differs is told before any step."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rwkv_peft.config import AdapterConfig, DataConfig, RunConfig, TrainConfig
+from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.sources import build_samples
+from rwkv_peft.files.adapter_file import AdapterMetadata, save_adapter
+from rwkv_peft.models.rwkv6.keys import RWKV6Config
+from rwkv_peft.names import ADAPTER, METRICS
+from rwkv_peft.training.agreement import digests_of_inputs, disagreement, passport
+from rwkv_peft.training.identity import data_identity
+from rwkv_peft.training.world import World
+
+MODEL = RWKV6Config(n_layer=2, n_embd=64, vocab_size=80, dim_att=64, dim_ffn=96)
+
+
+@pytest.fixture
+def node(tmp_path):
+    """(name of a node, how its files differ) -> its passport; they begin as equal files in folders of each node."""
+
+    def write(name, change=lambda folder: None):
+        folder = tmp_path / name
+        folder.mkdir()
+        with BinidxWriter(folder / "data", vocab_size=80, mask=True) as writer:
+            for number in range(300):
+                writer.add([(number + i) % 80 for i in range(20)], [0] * 10 + [1] * 10)
+        (folder / "base.pth").write_bytes(bytes(5000))
+        (folder / "init_pissa.pth").write_bytes(bytes(50))
+        for kind in ("adapter", "states"):
+            (folder / kind).mkdir()
+            (folder / kind / METRICS).touch()
+            save_adapter(folder / kind / ADAPTER, {"a.bone": torch.ones(2, 2, 2)}, AdapterMetadata("bat-in", rank=2))
+        (folder / "peft").mkdir()
+        (folder / "peft" / "adapter_config.json").write_text("{}")
+        (folder / "peft" / "adapter_model.safetensors").write_bytes(bytes(60))
+        change(folder)
+        return [of_node(folder, load) for load in ("adapter", "peft")]
+
+    return write
+
+
+def of_node(folder, load):
+    config = RunConfig(
+        MODEL,
+        AdapterConfig(load=str(folder / load), init=str(folder / "init_pissa.pth")),
+        DataConfig(str(folder / "data"), ctx_len=16, dataload="pad", loss_mask="file"),
+        TrainConfig(load_model=str(folder / "base.pth"), state_load=str(folder / "states")),
+    )
+    identity = {"base": "abc", "data": data_identity(config, build_samples(config.data, 80))}
+    return passport(config, identity, digests_of_inputs(config, World(2, 1), goes_on=False))
+
+
+def other_byte(name, place=-1):
+    def change(folder: Path):
+        content = bytearray((folder / name).read_bytes())
+        content[place] ^= 1
+        (folder / name).write_bytes(content)
+
+    return change
+
+
+def other_document(folder):
+    """One that no sample of the identity is, by a token that stays in the vocabulary."""
+    tokens = np.memmap(folder / "data.bin", dtype="<u2", mode="r+")
+    tokens[20 * 7 + 3] ^= 1
+
+
+def other_adapter(kind):
+    def change(folder):
+        tensors = {"a.bone": torch.full((2, 2, 2), 1.5)}
+        save_adapter(folder / kind / ADAPTER, tensors, AdapterMetadata("bat-in", rank=2))
+
+    return change
+
+
+CHANGES = {
+    "a document of 300": (other_document, "the files of the data is"),
+    "a mask": (other_byte("data.mask", 20 * 7 + 15), "the files of the data is"),
+    "the base": (other_byte("base.pth", 2500), "the file of the base is"),
+    "the first factors": (other_byte("init_pissa.pth"), "the factors that it began with is"),
+    "a run's adapter": (other_adapter("adapter"), "the adapter to start from is"),
+    "a folder of peft": (other_byte("peft/adapter_model.safetensors"), "the adapter to start from is"),
+    "a run's states": (other_adapter("states"), "the states to start from is"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_one_difference_anywhere_is_named(node, what):
+    change, words = CHANGES[what]
+    first, second = node("first"), node("second", change)
+    told = [disagreement(World(2, 1), pair, ["here", "there"]) for pair in zip(first, second)]
+    if what in ("a run's adapter", "a folder of peft"):
+        told = [text for text in told if text]
+    assert told and all(words in text and text.count(" is ") <= 4 for text in told), told
+
+
+def test_equal_files_in_other_places_agree(node):
+    first, second = node("first"), node("second")
+    assert [disagreement(World(2, 1), pair, ["here", "there"]) for pair in zip(first, second)] == ["", ""]
+
+
+def test_one_process_makes_no_digests_of_what_it_alone_reads(tmp_path):
+    config = RunConfig(MODEL, AdapterConfig(load=str(tmp_path / "absent")), DataConfig("data"), TrainConfig())
+    assert digests_of_inputs(config, World(1, 1), goes_on=False) == {}
+    assert digests_of_inputs(replace(config), World(2, 1), goes_on=True).keys() == {"the file of the base"}
