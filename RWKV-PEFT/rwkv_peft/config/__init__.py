@@ -10,13 +10,15 @@ from dataclasses import asdict, dataclass
 from .adapter import MODE_ALIASES, QUANTIZATIONS, AdapterConfig
 from .data import DATA_TYPES, DataConfig
 from .model import ModelConfig
-from .train import BUCKET, CHUNK_CTX, STATE_LR, STRATEGIES, TrainConfig
+from .train import AIM, BUCKET, CHUNK_CTX, MOST_EPOCHS, STATE_LR, STRATEGIES, TrainConfig
 
 __all__ = [
+    "AIM",
     "BUCKET",
     "CHUNK_CTX",
     "DATA_TYPES",
     "MODE_ALIASES",
+    "MOST_EPOCHS",
     "QUANTIZATIONS",
     "STATE_LR",
     "STRATEGIES",
