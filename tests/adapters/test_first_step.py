@@ -1,4 +1,4 @@
-"""How far the first step of Adam moves a weight, by method: the formulas of docs/learning_rates.md."""
+"""How far the first step of Adam moves a weight, by method: the formulas of docs/guides/learning-rates.md."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""--lr_init auto: the formulas of docs/learning_rates.md, as train.py's flags give them."""
+"""--lr_init auto: the formulas of docs/guides/learning-rates.md, as train.py's flags give them."""
 
 import json
 import math

@@ -63,7 +63,7 @@ def test_one_is_no_plural_and_a_chosen_rate_is_told(train):
     out, _ = train("single", *few, "--lr_init", "auto")
     assert "steps     1: " in out and "1 epoch of 1 step, 1 window a step; each window is seen" in out
     assert "note: 1 steps are few" not in out and "note: 1 step is few to learn from: --epoch_count 50 has" in out
-    assert "rate      0.0013 to 0.001 (--lr_init auto: 0.08 / 64 channels; docs/learning_rates.md)\n" in out
+    assert "rate      0.0013 to 0.001 (--lr_init auto: 0.08 / 64 channels; docs/guides/learning-rates.md)\n" in out
 
 
 class Terminal(io.StringIO):

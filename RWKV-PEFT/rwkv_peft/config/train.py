@@ -11,8 +11,8 @@ SCHEDULE_ALIASES = (("cos_decay", "rwkv-peft"), ("cos", "cosine"))
 STRATEGIES = tuple(f"deepspeed_stage_{stage}" for stage in ("1", "2", "2_offload", "3", "3_offload"))
 BUCKET = 200_000_000  # the most elements of a bucket in which ranks exchange gradients
 CHUNK_CTX = 512  # tokens a segment
-AIM, MOST_EPOCHS = 200, 15  # steps that a few rows are read for, and the most times; docs/learning_rates.md
-STATE_LR = 1e-2  # of time states; benchmarks/README.md holds the measurement
+AIM, MOST_EPOCHS = 200, 15  # steps that a few rows are read for, and the most times; docs/guides/learning-rates.md
+STATE_LR = 1e-2  # of time states; docs/benchmarks/training.md has the measurement
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class TrainConfig(ValidationConfig):
     )
     lr_init: float = setting(
         2e-5,
-        f"learning rate after warm-up (default: auto where docs/learning_rates.md has a rule, else 2e-5; "
+        f"learning rate after warm-up (default: auto where docs/guides/learning-rates.md has a rule, else 2e-5; "
         f"{STATE_LR:g} where states alone train, 2e-5 for pairs); auto: one by the method, its rank and the model's "
         "width",
         group="optimizer",

@@ -90,7 +90,7 @@ def describe(
     chosen = f"{train.lr_init:g} to {train.lr_final:g}"
     if train.lr_chosen:
         why = "as the run began" if state else automatic_rate(adapter, model.n_embd).reason
-        say(f"rate      {chosen} (--lr_init auto: {why}; docs/learning_rates.md)")
+        say(f"rate      {chosen} (--lr_init auto: {why}; docs/guides/learning-rates.md)")
     elif train.lr_init >= 1:
         say(f"rate      note: {train.lr_init:g} moves each number by about as much in a step; rates are far below 1")
     else:

@@ -64,7 +64,7 @@ def low_rate(config: RunConfig) -> str:
         return ""
     return (
         f"a rate of {rate:g} is far below {rule.value:g}, that of {method.label} on {config.model.n_embd} channels "
-        "(docs/learning_rates.md): --lr_init auto takes it"
+        "(docs/guides/learning-rates.md): --lr_init auto takes it"
     )
 
 

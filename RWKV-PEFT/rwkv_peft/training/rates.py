@@ -1,7 +1,7 @@
 """The learning rate that a run takes unless it is given: Bone's by the model's width, another method's by its first
 step.
 
-docs/learning_rates.md has the formulas, what they rest on, and where they mislead.
+docs/guides/learning-rates.md has the formulas, what they rest on, and where they mislead.
 """
 
 from collections.abc import Mapping
