@@ -23,7 +23,7 @@ from .requests import ROLLING, SCORED, WRITTEN, Answer, Question, answers, quest
 # the empty answers of the rehearsal
 SILENCE: tuple[tuple[str, Answer], ...] = ((SCORED, (-1.0, False)), (ROLLING, -1.0), (WRITTEN, ""))
 KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better", "lm_eval")
-DRAWS = 1000  # of the bootstrap, for standard errors that have no formula
+DRAWS = 1000  # bootstrap draws, for standard errors that have no formula
 SHOWN = 8  # tasks whose scores get a line while training
 
 

@@ -20,7 +20,7 @@ Value = bool | int | float | str | list[bool | int | float | str]
 # GGUF's number of a type -> its struct format
 NUMBERS = MappingProxyType({0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"})
 TEXT, LIST = 8, 9
-MOST_DIMENSIONS = 4  # of a tensor in ggml
+MOST_DIMENSIONS = 4  # ggml's limit
 KEPT = 64  # the first values of a list that are kept; `lengths` has the count of all
 
 

@@ -48,7 +48,7 @@ class MergeOptions:
 
 @dataclass(frozen=True)
 class TensorReport:
-    """How much merging changed one tensor.
+    """The change of one tensor by a merge.
 
     change is |W' - W| / |W| (Frobenius norms; inf if W is zero or new). lost is |cast(W') - W'| / |W' - W|, the share
     of the change that the cast to the file's dtype took away. differs is True if any element of cast(W') differs from
