@@ -1,6 +1,6 @@
-"""Every --lr_schedule drawn against the formula that `train.py --help` gives for it: docs/schedules.png.
+"""Every --lr_schedule drawn against the formula that `train.py --help` gives for it: docs/guides/schedules.png.
 
-    python benchmarks/schedules.py [--output docs/schedules.png]
+    python benchmarks/schedules.py [--output docs/guides/schedules.png]
 
 Prints the largest difference between the two, relative to lr_init.
 """
@@ -33,7 +33,7 @@ def rates(name):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", default="docs/schedules.png")
+    parser.add_argument("--output", default="docs/guides/schedules.png")
     output = parser.parse_args().output
     import matplotlib
 

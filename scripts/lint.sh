@@ -1,6 +1,6 @@
 # Sets up the linters, and runs them: sh scripts/lint.sh [TOOL…]
 #
-#   sh scripts/lint.sh             ruff, format, mypy, clang-format, shell and columns, a line each
+#   sh scripts/lint.sh             ruff, format, mypy, clang-format, shell, docker and columns, a line each
 #   sh scripts/lint.sh ruff mypy   these two
 #
 # A tool's findings stand below its line. Exit code 0 when all passed, 1 when one found something.
@@ -49,7 +49,7 @@ columns() {  # lines of more than 120, some of which clang-format overlooks; of 
     ! LC_ALL=C.UTF-8 grep -nE '^.{121}' $(sources -o -name '*.sh' -o -name '*.toml')
 }
 
-[ $# -gt 0 ] || set -- ruff format mypy clang-format shell columns
+[ $# -gt 0 ] || set -- ruff format mypy clang-format shell docker columns
 for tool in "$@"; do
     case "$tool" in
     ruff) check ruff ruff check --output-format concise . ;;
@@ -57,8 +57,9 @@ for tool in "$@"; do
     mypy) check mypy mypy ;;
     clang-format) clang_format ;;
     shell) check shell shell_scripts ;;
+    docker) check docker hadolint Dockerfile ;;
     columns) check columns columns ;;
-    *) fail "there is no linter $tool; choose among ruff, format, mypy, clang-format, shell, columns" ;;
+    *) fail "there is no linter $tool; choose among ruff, format, mypy, clang-format, shell, docker, columns" ;;
     esac
 done
 exit "$failed"

@@ -166,9 +166,9 @@ install() {  # NAME WHAT FILE…: pip install WHAT, unless the stamp NAME shows 
     stamped || alone "$environment/.rwkv-peft-lock" put_in || exit 1
 }
 
-install_tests() {  # what the tests need, those of Hugging Face models too
-    install requirements-test "-r requirements-test.txt -r requirements-hf.txt" "$root/requirements-test.txt" \
-        "$root/requirements-hf.txt"
+install_tests() {  # what the tests need, those of Hugging Face models and of the documentation too
+    install requirements-test "-r requirements-test.txt -r requirements-hf.txt -r requirements-docs.txt" \
+        "$root/requirements-test.txt" "$root/requirements-hf.txt" "$root/requirements-docs.txt"
 }
 
 quoted() {  # PATH as a shell reads it

@@ -76,7 +76,11 @@ PARTS = (
     ("inspect", ("release/contents", "release/heat", "release/inspect_command"), ("convert", "merge", "plots")),
     ("doctor", ("doctor",), ("models", "containers")),
     ("training", ("training",), ("bases", "adapter files", "data", "plots", "merge")),
-    ("run", ("training/run", "training/rank"), ("training", "evals")),  # it gives the run what it asks
+    (
+        "run",
+        ("training/run", "training/exams", "training/rank"),
+        ("training", "evals"),
+    ),  # they give the run what it asks
     ("plan", ("plan",), ("training",)),
     ("compare", ("compare",), ("run",)),
     ("commands", ("commands", "__main__"), ("flags",)),  # it imports a command when that is called, by its name

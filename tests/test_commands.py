@@ -57,8 +57,10 @@ def test_the_doctor_needs_no_environment_to_say_what_is_missing(bare):
         ["sh", ROOT / "scripts" / "doctor.sh"], cwd=bare.parent, env=venv, capture_output=True, text=True
     )
     assert done.returncode == 1 and done.stderr == ""
-    for line in ("torch              MISSING  not installed", "training cannot run here: see torch, numpy"):
-        assert line in done.stdout
+    assert (
+        done.stdout.startswith(f"no environment: this Python, {bare}, has no torch; ") and done.stdout.count("\n") == 1
+    )
+    assert "scripts/setup.sh" in done.stdout or "activate" in done.stdout
     refused = run(bare, *MODULE, "doctor", "--fix")
     assert refused.returncode == 2 and "there is no --fix" in refused.stderr
 
@@ -125,7 +127,8 @@ def test_a_warning_of_bitsandbytes_about_a_download_is_kept_from_users():
 
 def test_switches_are_shown_as_they_are_written():
     done = run(sys.executable, "train.py", "--help")
-    assert "(default: 1)" in done.stdout and "True" not in done.stdout
+    shown = done.stdout.replace("True|False", "")  # what RWKV-LM's scripts write behind a switch of theirs
+    assert "(default: 1)" in shown and "True" not in shown
 
 
 def test_closed_streams_lead_nowhere(tmp_path):

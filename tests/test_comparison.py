@@ -63,8 +63,8 @@ def test_a_run_without_a_step_makes_a_picture(tmp_path):
 
 def test_runs_stand_at_their_steps_or_at_the_tokens_up_to_them():
     run = Run("x", [{"step": 3, "tokens": 500_000}, {"step": 4}, {"step": 5, "tokens": 1_000_000}])
-    assert places(run, by_tokens=False) == {3: 3, 4: 4, 5: 5}
-    assert places(run, by_tokens=True) == {3: 0.5, 4: 0.5, 5: 1.5}
+    assert places(run, by_tokens=False) == {4: 4, 5: 5, 6: 6}
+    assert places(run, by_tokens=True) == {4: 0.5, 5: 0.5, 6: 1.5}
 
 
 def test_labels_are_the_shortest_ends_that_differ(tmp_path):

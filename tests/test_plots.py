@@ -7,7 +7,11 @@ import pytest
 
 from rwkv_peft.errors import UserError
 from rwkv_peft.plots import (
+    COLORS,
+    DRAWN,
+    HELD_OUT,
     main,
+    margins,
     plot_loss,
     read_metrics,
     series,
@@ -48,13 +52,13 @@ def test_drawing_leaves_the_users_matplotlib_backend_alone(tmp_path):
 
 def test_a_series_holds_the_steps_that_have_the_value(tmp_path):
     records = read_metrics(write_metrics(tmp_path / "metrics.jsonl", 20))
-    assert series(records, "val_loss") == ([9, 19], [0.25, 0.125])
+    assert series(records, "val_loss") == ([10, 20], [0.25, 0.125])
     assert series(records, "absent") == ([], [])
 
 
 def test_the_shares_of_right_answers_are_drawn(tmp_path):
     records = read_metrics(write_metrics(tmp_path / "metrics.jsonl", 20))
-    assert shares(records) == {"right answers": ([9, 19], [0.5, 0.5]), "t/acc": ([9, 19], [0.4, 0.4])}
+    assert shares(records) == {"right answers": ([10, 20], [0.5, 0.5]), "t/acc": ([10, 20], [0.4, 0.4])}
     assert shares(records[:5]) == {}
 
 
@@ -63,8 +67,30 @@ def test_the_loss_of_preference_training_is_a_mean_over_pairs(tmp_path):
     assert unit_of(records) == "token" and unit_of([*records, {"step": 2, "loss": 0.6, "margin": 0.1}]) == "pair"
 
 
+def test_margins_and_the_order_of_pairs_are_drawn_where_a_run_has_them(tmp_path):
+    records = [{"step": step, "loss": 0.6, "margin": 0.1 * step, "accuracy": 0.5} for step in range(2)]
+    assert shares(records) == {"pairs in the right order": ([1, 2], [0.5, 0.5])}
+    assert margins(records) == {"margin": ([1, 2], [0.0, 0.1])} and margins(records[:0]) == {}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    write_metrics(tmp_path / "plain.jsonl", 2)
+    plot_loss(tmp_path / "plain.jsonl", tmp_path / "plain.png")
+    assert height(tmp_path / "loss.png") > height(tmp_path / "plain.png")
+
+
+def height(picture):
+    """In pixels, as the header of a PNG has it."""
+    return int.from_bytes(picture.read_bytes()[20:24], "big")
+
+
+def test_each_curve_has_its_colour():
+    """Those of one picture: the loss, what is held out, and all that is drawn below them."""
+    used = ["tab:blue", *(color for _, _, color in HELD_OUT), *COLORS]
+    assert len(set(used)) == len(used) and len(COLORS) >= DRAWN + 3
+
+
 def test_a_null_is_no_point():
-    assert series([{"step": 0, "loss": None}, {"step": 1, "loss": 2.0}], "loss") == ([1], [2.0])
+    assert series([{"step": 0, "loss": None}, {"step": 1, "loss": 2.0}], "loss") == ([2], [2.0])
 
 
 def test_smoothing_keeps_a_constant_and_starts_at_the_first_value():

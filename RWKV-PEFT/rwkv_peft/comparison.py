@@ -76,11 +76,12 @@ def labels(folders: Sequence[Path]) -> list[str]:
 
 
 def places(run: Run, by_tokens: bool) -> dict[int, float]:
-    """{step: where it stands}: the step itself, or the millions of tokens up to it."""
+    """{step, counted from 1: where it stands}: the step itself, or the millions of tokens up to it."""
+    steps = [record["step"] + 1 for record in run.records]
     if not by_tokens:
-        return {record["step"]: record["step"] for record in run.records}
+        return dict(zip(steps, steps))
     counts = [record.get("tokens") or 0 for record in run.records]
-    return {record["step"]: total / 1e6 for record, total in zip(run.records, accumulate(counts))}
+    return {step: total / 1e6 for step, total in zip(steps, accumulate(counts))}
 
 
 def plot_runs(runs: Sequence[Run], output: str | Path, weight: float = 0.9, by_tokens: bool = False) -> None:

@@ -6,7 +6,7 @@ rwkv-peft plot out/metrics.jsonl out/loss.png
 import json
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from .files.readable import require_readable
 from .names import METRICS
 
 SHARES = ("acc", "acc_norm", "exact_match")  # of lm_eval's metrics, those that are shares of right answers
-COLORS = ("tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
+COLORS = ("tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "black", "gold")  # below the loss
 HELD_OUT = (("validation loss", "val_loss", "tab:orange"), ("retained loss", "retain_loss", "tab:green"))
-DRAWN = len(COLORS) - 1  # of them, the first, which groups of tasks are
+DRAWN = len(COLORS) - 3  # tasks of lm_eval, the first, beside right answers, pairs and their margin
 # Okabe and Ito's colours, which people with any colour vision tell apart, without the yellow that print loses; the
 # styles of lines tell them apart in grey
 LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINE_STYLES = ("-", "--", "-.", ":")
+MANY = 20  # values, which are smoothed where there are so many
 LAST_STEP = 1 << 53  # the last that a float, in which it is drawn, can tell from its neighbours
 
 
@@ -74,8 +75,9 @@ def is_place(value: object) -> bool:
 
 
 def series(records: Iterable[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """([step], [value]) of the records that hold a number under `name`, of those that a float can be."""
-    pairs = [(record["step"], record[name]) for record in records if is_number(record.get(name))]
+    """([step], [value]) of the records that hold a number under `name`, of those that a float can be. Steps are counted
+    from 1, as people read them; a record counts from 0."""
+    pairs = [(record["step"] + 1, record[name]) for record in records if is_number(record.get(name))]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
@@ -108,14 +110,20 @@ def wants_logarithm(values: Sequence[float]) -> bool:
 
 
 def shares(records: Sequence[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
-    """{name: its series} of the shares of right answers that a run's records hold: of its own questions, and of the
-    first few tasks of lm_eval."""
+    """{name: its series} of the shares of right answers that a run's records hold: of the pairs that it learns from,
+    of its own questions, and of the first few tasks of lm_eval."""
     names = dict.fromkeys(name for record in records for name in record if name.startswith("lm_eval/"))
     tasks = [name for name in names if name.split("/")[2:3] and name.split("/")[2] in SHARES]
-    shown = {"right answers": "eval_score"}
+    shown = {"right answers": "eval_score", "pairs in the right order": "accuracy"}
     shown |= {legend_text(name.removeprefix("lm_eval/")): name for name in tasks[:DRAWN]}
     found = {label: series(records, name) for label, name in shown.items()}
     return {label: points for label, points in found.items() if points[0]}
+
+
+def margins(records: Sequence[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
+    """{name: its series} of how far apart preference training moves the two answers of a pair."""
+    points = series(records, "margin")
+    return {"margin": points} if points[0] else {}
 
 
 def unit_of(records: Iterable[dict[str, Any]]) -> str:
@@ -125,7 +133,7 @@ def unit_of(records: Iterable[dict[str, Any]]) -> str:
 
 def plot_loss(metrics_jsonl: str | Path, out_png: str | Path) -> None:
     """Draw loss (raw and smoothed), validation loss and retained loss where recorded, and learning rate over the steps
-    of a run; below them the shares of right answers where they were asked for.
+    of a run; below them the shares of right answers and the margins of pairs, where there are any.
 
     metrics_jsonl: a run's metrics.jsonl; out_png is written anew. Any number of points will do, none included.
     """
@@ -135,19 +143,17 @@ def plot_loss(metrics_jsonl: str | Path, out_png: str | Path) -> None:
 
     records = read_metrics(metrics_jsonl)
     steps, losses = series(records, "loss")
-    scores = shares(records)
-    figure = Figure(figsize=(8, 6 if scores else 4.5), dpi=120, layout="constrained")
+    panels = [("share", shares(records)), ("margin (nats)", margins(records))]
+    below = [(label, drawn) for label, drawn in panels if drawn]
+    figure = Figure(figsize=(8, 4.5 + 1.5 * len(below)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes, *below = figure.subplots(
-        2 if scores else 1, sharex=True, squeeze=False, height_ratios=[3, 1][: 1 + bool(scores)]
-    )[:, 0]
+    axes, *lower = figure.subplots(1 + len(below), sharex=True, squeeze=False, height_ratios=[3] + [1] * len(below))[
+        :, 0
+    ]
     axes.set(ylabel=f"loss (nats per {unit_of(records)})")
-    for last in below:
-        for color, (name, (asked, values)) in zip(COLORS, scores.items()):
-            last.plot(asked, values, color=color, linewidth=2, marker="o", markersize=3, label=name)
-        last.set(ylabel="share", ylim=(0, 1.05))
-        last.grid(alpha=0.25)
-        last.spines[["top", "right"]].set_visible(False)
+    colors = iter(COLORS)
+    for panel, (label, drawn) in zip(lower, below):
+        draw_below(panel, label, drawn, colors)
     figure.axes[-1].set_xlabel("step")
     axes.grid(alpha=0.25)
     axes.spines["top"].set_visible(False)
@@ -155,7 +161,7 @@ def plot_loss(metrics_jsonl: str | Path, out_png: str | Path) -> None:
         axes.text(0.5, 0.5, "no step recorded", transform=axes.transAxes, ha="center", va="center", color="gray")
     held_out = [(label, color, *series(records, name)) for label, name, color in HELD_OUT]
     shown = losses + [value for *_, values in held_out for value in values]
-    logarithm, few = wants_logarithm(shown), len(losses) < 20
+    logarithm, few = wants_logarithm(shown), len(losses) < MANY
     axes.plot(
         steps,
         losses,
@@ -188,6 +194,19 @@ def plot_loss(metrics_jsonl: str | Path, out_png: str | Path) -> None:
         figure.legend(loc="outside upper center", ncols=4, frameon=False)
     with atomic_write(out_png) as temporary:
         figure.savefig(temporary, format="png")
+
+
+def draw_below(
+    axes: Any, label: str, drawn: Mapping[str, tuple[list[int], list[float]]], colors: Iterator[str]
+) -> None:
+    """A panel of a few series; one with a value for each of many steps is smoothed, and others have their points."""
+    for name, (steps, values) in drawn.items():
+        many = len(values) >= MANY
+        look: dict[str, Any] = {} if many else dict(marker="o", markersize=3)
+        axes.plot(steps, smooth(values) if many else values, color=next(colors), linewidth=2, label=name, **look)
+    axes.set(ylabel=label, ylim=(0, 1.05) if label == "share" else None)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def plot_heat(

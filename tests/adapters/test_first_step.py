@@ -1,4 +1,4 @@
-"""How far the first step of Adam moves a weight, by method: the formulas of docs/learning_rates.md."""
+"""How far the first step of Adam moves a weight, by method: the formulas of docs/guides/learning-rates.md."""
 
 import math
 
@@ -10,7 +10,6 @@ from adapters.layers import merged_weight
 from rwkv_peft.adapters.groups import learning_ratios
 from rwkv_peft.adapters.methods import METHODS
 from rwkv_peft.config import AdapterConfig
-from rwkv_peft.training.header import rate_hint
 
 OUT, IN, RANK, RATE = 120, 96, 8, 1e-4
 
@@ -72,10 +71,3 @@ def test_the_first_step_moves_a_weight_as_far_as_the_formula_says(variant, size,
 @pytest.mark.parametrize("variant", ["dora", "pissa", "olora", "lora-ga"])
 def test_a_method_whose_step_depends_on_the_weight_tells_none(variant):
     assert METHODS[variant].first_step(AdapterConfig(), IN) is None
-
-
-@pytest.mark.parametrize("method, hint", [("lora", True), ("rslora", True), ("lora-plus", False), ("pissa", False)])
-def test_the_hint_tells_by_how_much_a_rate_is_smaller(method, hint):
-    told = rate_hint(AdapterConfig(method=method, rank=32), 4096, 2e-5)
-    assert bool(told) is hint and ("as far as 1e-06 does with bone; begin with rates 20 times bone's" in told) is hint
-    assert rate_hint(AdapterConfig(method="none"), 4096, 2e-5) == rate_hint(AdapterConfig(), 4096, 2e-5) == ""

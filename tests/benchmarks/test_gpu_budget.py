@@ -1,4 +1,4 @@
-"""What a block moves and launches on a GPU's code path does not grow unseen; benchmarks/README.md has the aims."""
+"""What a block moves and launches on a GPU's code path does not grow unseen; docs/benchmarks/gpus.md has the aims."""
 
 import importlib.util
 from pathlib import Path

@@ -27,9 +27,9 @@ from rwkv_peft.evals.harness_command import main as run_harness
 from rwkv_peft.evals.harness_exam import HarnessExam
 from rwkv_peft.generate.loading import load_model
 from rwkv_peft.training.examiner import Examiner
+from rwkv_peft.training.exams import find_exams
 from rwkv_peft.training.flags import parse_flags
 from rwkv_peft.training.plan import Plan
-from rwkv_peft.training.run import find_exams
 from rwkv_peft.training.run import main as run_training
 from training.runs import ROOT, finish, metrics, start
 
@@ -108,7 +108,7 @@ def asked(files, train):
         with open(files / "asked" / "lm_eval.jsonl", "a") as file:
             file.write('{"step": 3, "results": {}}\n')
     out, _ = train("asked", *questions, "--resume")
-    assert "rate      0.0061 to 0.00061 (--lr_init auto: as the run began; docs/learning_rates.md)" in out
+    assert "rate      0.0061 to 0.00061 (--lr_init auto: as the run began; docs/guides/learning-rates.md)" in out
     return out
 
 

@@ -184,7 +184,7 @@ def test_no_process_outlives_the_one_that_started_it(files, command, unbroken):
     assert err.count("\n") == 1 and "rank 0, which had started the others, is gone; the last checkpoint is" in err
 
     out, _ = finish(start(command("pair", *PAIR, "--resume", "auto")))
-    assert "resuming at step" in out
+    assert "resuming after step" in out
     assert history(files, "pair") == unbroken
 
 
@@ -203,7 +203,7 @@ def test_one_command_goes_on_through_restarts(files, command, unbroken):
     wait_for_steps(files, "restarts", 25, process)
     children(process, 2)[0].kill()
     out, err = finish(process)
-    assert "resuming at step" in out and history(files, "restarts") == unbroken
+    assert "resuming after step" in out and history(files, "restarts") == unbroken
     assert not (files / "restarts" / "adapter-best.safetensors").exists()
 
 
@@ -241,7 +241,7 @@ def test_a_rank_that_hangs_ends_all_and_says_where_and_a_slow_one_does_not(files
     for process in processes:
         _, err = finish(process, 1)
         assert "error: nothing has moved for 0.08 minutes (--stall_minutes): " in err and "Traceback" not in err
-        assert re.search(r"rank 0 \(node 0 of 2\) is at step 3, in training/lit.py, line \d+ \(ask_ranks\); ", err), err
-        assert re.search(r"rank 1 \(node 1 of 2\) is at step 3, in training/lit.py, line \d+ \(training_step\)", err)
+        assert re.search(r"rank 0 \(node 0 of 2\) is at step 4, in training/lit.py, line \d+ \(ask_ranks\); ", err), err
+        assert re.search(r"rank 1 \(node 1 of 2\) is at step 4, in training/lit.py, line \d+ \(training_step\)", err)
         assert "no checkpoint had been saved yet" in err
     assert time.monotonic() - began < 60

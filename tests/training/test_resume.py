@@ -63,7 +63,7 @@ def test_a_stopped_run_resumes_bitwise(files, command, train, unbroken, number, 
     if number != signal.SIGKILL:
         assert "--resume" in out and (files / name / "adapter.safetensors").exists()
     out, _ = train(name, *LONG, "--resume")
-    assert f"resuming at step {done if number != signal.SIGKILL else 20 * (done // 20)}" in out
+    assert f"resuming after step {done if number != signal.SIGKILL else 20 * (done // 20)}" in out
     keys = ("step", "loss", "lr", "grad_norm")
     mine, theirs = ([[line[key] for key in keys] for line in metrics(files, run)] for run in (name, "unbroken"))
     assert mine == theirs

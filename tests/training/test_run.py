@@ -61,8 +61,9 @@ def test_a_run_leaves_what_it_says(files, one_process):
 def test_one_is_no_plural_and_a_chosen_rate_is_told(train):
     few = ("--epoch_count", "1", "--epoch_steps", "1", "--micro_bsz", "1", "--target_modules", "att.key")
     out, _ = train("single", *few, "--lr_init", "auto")
-    assert "steps     1 (1 epoch of 1), 1 sample each\n" in out
-    assert "rate      0.0013 to 0.001 (--lr_init auto: 0.08 / 64 channels; docs/learning_rates.md)\n" in out
+    assert "steps     1: " in out and "1 epoch of 1 step, 1 window a step; each window is seen" in out
+    assert "note: 1 steps are few" not in out and "note: 1 step is few to learn from: --epoch_count 50 has" in out
+    assert "rate      0.0013 to 0.001 (--lr_init auto: 0.08 / 64 channels; docs/guides/learning-rates.md)\n" in out
 
 
 class Terminal(io.StringIO):
@@ -71,19 +72,21 @@ class Terminal(io.StringIO):
 
 
 def test_the_bar_fits_into_80_columns_with_all_its_numbers(monkeypatch):
-    from rwkv_peft.training.callbacks import Progress
-    from rwkv_peft.training.run import Plan
+    from rwkv_peft.training.plan import Plan
+    from rwkv_peft.training.progress import Progress
 
     monkeypatch.setenv("COLUMNS", "81")  # tqdm leaves the last one free
     monkeypatch.setenv("LINES", "24")
     monkeypatch.setattr(sys, "stdout", Terminal())
     progress = Progress(Plan(8, 123456, 123456, 0, 0))
     progress.bar.mininterval = 0
-    progress.update("loss 10.1234, lr 1.0e-04, 123,456 tokens/s", 1)
+    progress.update("loss 10.1234, lr 1.0e-04", 1, 71.2, 80)
+    progress.update("loss 10.1234, lr 1.0e-04", 2, 1.0, 123456)
     progress.close()
     frames = sys.stdout.getvalue().split("\r")
     assert all(len(frame.rstrip("\n")) <= 80 for frame in frames)
-    assert any("| 1/123456, ETA " in frame and frame.rstrip().endswith("123,456 tokens/s") for frame in frames), frames
+    assert any("| 1/123456, the first step took 71 s, loss" in frame for frame in frames), frames
+    assert any("| 2/123456, ETA " in frame and frame.rstrip().endswith("123,456 tokens/s") for frame in frames), frames
 
 
 @pytest.mark.parametrize(

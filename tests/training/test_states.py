@@ -120,7 +120,7 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one(files, train, bases, tuned):
     command = ("resumed", "--load_model", str(bases["x060"]), *ALONE)
     train(*command, "--epoch_count", "1")
     out, _ = train(*command, "--resume")
-    assert "resuming at step 4" in out
+    assert "resuming after step 4" in out
     first, second = ((files / name / "adapter.safetensors").read_bytes() for name in ("alone-x060", "resumed"))
     assert first == second
     more = ("--epoch_save", "3", "--save_minutes", "1e-9", "--keep_checkpoints", "3")

@@ -17,7 +17,7 @@ from training.upstream_scripts import RWKV_LM_SCRIPTS, RWKV_PEFT_SCRIPTS
 
 SCRIPTS = {f"RWKV-LM {name}": flags for name, flags in RWKV_LM_SCRIPTS.items()}
 SCRIPTS |= {f"RWKV-PEFT {name}": flags for name, flags in RWKV_PEFT_SCRIPTS.items()}
-# what the other scripts hear, all at once; README.md names them
+# what the other scripts hear, all at once; docs/guides/upstream.md names them
 FIRST = ("it is --peft lora", "it is lora_load in", "lora_r in", "lora_alpha in", "lora_dropout in", "--train_parts")
 REFUSED = {
     "RWKV-LM v5 run x052": ("x052 is RWKV-5",),

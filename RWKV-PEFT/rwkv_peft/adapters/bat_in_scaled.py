@@ -2,7 +2,7 @@
 
 Adam moves each number of B by about the learning rate. bat-in's term B_b moves by as much, its term W_ab B_b, whose
 numbers are sums over `rank` products, by rms(W) sqrt(rank) of it, which is less. With a = 1 / (rms(W) sqrt(rank)), a
-constant of the layer, a W_ab B_b moves as far as B_b does (docs/learning_rates.md).
+constant of the layer, a W_ab B_b moves as far as B_b does (docs/guides/learning-rates.md).
 """
 
 import math

@@ -157,7 +157,7 @@ class Method(ABC):
 
     def first_step(self, config: AdapterConfig, in_features: int) -> float | None:
         """How far Adam's first step moves a layer's weight: the root mean square of the change of its entries over the
-        learning rate (docs/learning_rates.md). None where that depends on the weight."""
+        learning rate (docs/guides/learning-rates.md). None where that depends on the weight."""
         return 1.0
 
     @abstractmethod

@@ -68,7 +68,8 @@ def train_flags(comparison: Comparison, cell: Cell, size: Size, folder: Path) ->
         "--proj_dir": folder,
     }
     words = [str(word) for pair in own.items() for word in pair]
-    return [*comparison.train, *method_flags(cell.method, size.rank, size.mini_rank), *words]
+    few = ("--answer_rows", "0")  # nobody reads them, unless they are asked for
+    return [*few, *comparison.train, *method_flags(cell.method, size.rank, size.mini_rank), *words]
 
 
 def start(comparison: Comparison, cell: Cell, size: Size, folder: Path) -> Process:

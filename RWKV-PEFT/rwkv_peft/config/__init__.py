@@ -1,7 +1,7 @@
 """The settings of a run as frozen dataclasses, made once from the command line.
 
 Each field that a flag sets carries it: its help, its type, its name where that is another than the field's. The parser
-of train.py, its --help and docs/train_flags.md are made of these fields (training/flags.py).
+of train.py, its --help and docs/reference/flags.md are made of these fields (training/flags.py).
 """
 
 import json
@@ -10,13 +10,15 @@ from dataclasses import asdict, dataclass
 from .adapter import MODE_ALIASES, QUANTIZATIONS, AdapterConfig
 from .data import DATA_TYPES, DataConfig
 from .model import ModelConfig
-from .train import BUCKET, CHUNK_CTX, STATE_LR, STRATEGIES, TrainConfig
+from .train import AIM, BUCKET, CHUNK_CTX, MOST_EPOCHS, STATE_LR, STRATEGIES, TrainConfig
 
 __all__ = [
+    "AIM",
     "BUCKET",
     "CHUNK_CTX",
     "DATA_TYPES",
     "MODE_ALIASES",
+    "MOST_EPOCHS",
     "QUANTIZATIONS",
     "STATE_LR",
     "STRATEGIES",

@@ -65,7 +65,8 @@ class DataConfig:
     dataload: str = setting(
         "get",
         "get: windows of the token stream; pad: one document a row, padded; only: one document, alone; "
-        "pack: several whole documents a row, none seeing another (default get; sft: pad; pairs: pack)",
+        "pack: several whole documents a row, none seeing another (default: pad for rows of answers, which are sft and "
+        "token files with a PREFIX.mask; pack for pairs; else get)",
         unset=True,
     )
     loss_mask: str = setting(
@@ -92,6 +93,12 @@ class DataConfig:
     def of_rows(self) -> bool:
         """Whether the data is rows that are yet to be tokenized."""
         return self.data_type != "binidx"
+
+    @property
+    def of_answers(self) -> bool:
+        """Whether it is rows of which the answers count: they are read one by one, and so often that they are learned,
+        unless the flags say otherwise."""
+        return self.data_type == "sft" or (self.data_type == "binidx" and self.loss_mask == "file")
 
     @property
     def documents(self) -> int:

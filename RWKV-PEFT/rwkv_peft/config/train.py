@@ -11,7 +11,8 @@ SCHEDULE_ALIASES = (("cos_decay", "rwkv-peft"), ("cos", "cosine"))
 STRATEGIES = tuple(f"deepspeed_stage_{stage}" for stage in ("1", "2", "2_offload", "3", "3_offload"))
 BUCKET = 200_000_000  # the most elements of a bucket in which ranks exchange gradients
 CHUNK_CTX = 512  # tokens a segment
-STATE_LR = 1e-2  # of time states; benchmarks/README.md holds the measurement
+AIM, MOST_EPOCHS = 200, 15  # steps that a few rows are read for, and the most times; docs/guides/learning-rates.md
+STATE_LR = 1e-2  # of time states; docs/benchmarks/training.md has the measurement
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,9 @@ class TrainConfig(ValidationConfig):
     """How a run trains, on what, and where it writes.
 
     A step is one optimizer step of devices x num_nodes x micro_bsz x accumulate_grad_batches samples; an epoch is
-    epoch_steps of them. Learning rates are per step, and lr_chosen names those that --lr_init auto chose; epoch_save
-    counts epochs. Rows are computed in segments of chunk_ctx tokens where that is not 0.
+    epoch_steps of them. Learning rates are per step, and lr_chosen names those that the flags left to be chosen;
+    epochs_chosen says that of epoch_count. epoch_save counts epochs. Rows are computed in segments of chunk_ctx tokens
+    where that is not 0.
     """
 
     load_model: str = setting(
@@ -58,14 +60,28 @@ class TrainConfig(ValidationConfig):
     epoch_steps: int = setting(
         0, "optimizer steps an epoch; 0: one pass over the data, and on to the end of a step", group="run", type=count
     )
-    epoch_count: int = setting(1, "epochs; the run ends after them", group="run", type=positive)
+    epoch_count: int = setting(
+        1,
+        f"epochs; the run ends after them (default 1; of rows of answers up to {MOST_EPOCHS}, as many as make some "
+        f"{AIM} steps)",
+        group="run",
+        unset=True,
+        type=positive,
+    )
+    epochs_chosen: bool = setting(False)
     epoch_begin: int = setting(
         0,
         "number of the first epoch: the schedule and the data start there (with --bone_load)",
         group="run",
         type=count,
     )
-    epoch_save: int = setting(1, "save every so many epochs; 0: at the end alone", group="run", type=count)
+    epoch_save: int = setting(
+        1,
+        "save every so many epochs; 0: at the end alone (default 1; 0 where the number of epochs is chosen)",
+        group="run",
+        unset=True,
+        type=count,
+    )
     save_every: int = setting(
         0,
         "also save every so many optimizer steps, as at the end of an epoch; 0: at epochs alone",
@@ -115,16 +131,17 @@ class TrainConfig(ValidationConfig):
     )
     lr_init: float = setting(
         2e-5,
-        f"learning rate after warm-up (default 2e-5; where states alone train, {STATE_LR:g}); auto: one by the method, "
-        "its rank and the model's width, where docs/learning_rates.md has a rule for them",
+        f"learning rate after warm-up (default: auto where docs/guides/learning-rates.md has a rule, else 2e-5; "
+        f"{STATE_LR:g} where states alone train, 2e-5 for pairs); auto: one by the method, its rank and the model's "
+        "width",
         group="optimizer",
         unset=True,
         type=rate,
     )
     lr_final: float = setting(
         2e-5,
-        f"learning rate at the end (default 2e-5; where states alone train, {STATE_LR:g}; with --lr_init auto a tenth "
-        "of it)",
+        f"learning rate at the end (default: a tenth of a chosen --lr_init, else 2e-5; where states alone train, "
+        f"{STATE_LR:g})",
         group="optimizer",
         unset=True,
         type=not_negative,

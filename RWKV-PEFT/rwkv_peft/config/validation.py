@@ -10,7 +10,7 @@ from .setting import setting
 @dataclass(frozen=True)
 class ValidationConfig:
     """Validation runs on val_data, or on the share val_split of the data, and retain_data is measured with it;
-    eval_data and the tasks of lm_eval are questions that the model answers."""
+    eval_data and the tasks of lm_eval are questions that the model answers, and answer_rows rows of the data itself."""
 
     val_data: str = setting("", "data to validate on, read like --data_file", group="validation", metavar="PREFIX")
     val_split: float = setting(
@@ -42,6 +42,13 @@ class ValidationConfig:
         "each validation (--val_data or not), and decides nothing",
         group="validation",
         metavar="PREFIX",
+    )
+    answer_rows: int = setting(
+        4,
+        "answer so many rows of the data, and as many held-out ones, before the first step and after the last, and "
+        "show both beside the rows' own answers (rows.jsonl in --proj_dir); 0: none",
+        group="validation",
+        type=count,
     )
     eval_data: str = setting(
         "",

@@ -17,6 +17,8 @@ class PackedSamples(DocumentSamples):
     Documents longer than ctx_len are cut, as with "pad".
     """
 
+    kind = "packed row"
+
     def __init__(self, dataset: BinidxDataset, ctx_len: int, seed: int | None, mask: Mask | None = None) -> None:
         super().__init__(dataset, ctx_len, seed, mask)
         documents = self.units
@@ -26,6 +28,10 @@ class PackedSamples(DocumentSamples):
         self._choose(np.arange(len(self._rows)))
         filled = int(lengths.sum()) / (len(self._rows) * ctx_len)
         self.notes.insert(1, f"packed into {len(self._rows)} rows of --ctx_len {ctx_len}, {filled:.1%} full")
+
+    @property
+    def size(self) -> int:
+        return sum(len(self._rows[unit]) for unit in self.units)
 
     def __getitem__(self, n: int) -> list[Document]:
         return [self.document(index) for index in self._rows[self.unit(n)]]

@@ -12,6 +12,8 @@ class PairSamples(DocumentSamples):
     """Sample n is a list of two neighbours among the documents, (tokens (T + 1,), mask (T,)) each, the better answer
     first. It counts as one: the loss is that of pairs."""
 
+    kind = counted = "pair"
+
     def __init__(self, dataset: BinidxDataset, ctx_len: int, seed: int | None, mask: Mask | None = None) -> None:
         super().__init__(dataset, ctx_len, seed, mask)
         self._choose(np.arange(len(dataset) // 2))

@@ -19,7 +19,7 @@ def describe(dataset: BinidxDataset, totals: Encoded | None = None) -> str:
         )
     if totals is not None:
         lines += laid_out(totals) + left_out(totals)
-    lines += histogram(sizes) + suggestions(sizes, tokens)
+    lines += histogram(sizes) + suggestions(sizes, tokens, dataset.mask is not None)
     return "\n".join(lines)
 
 
@@ -71,16 +71,22 @@ def histogram(sizes: np.ndarray) -> list[str]:
     return lines
 
 
-def suggestions(sizes: np.ndarray, tokens: int) -> list[str]:
-    """Lines on ctx_len (room for 95 % of the documents, a power of two within 16..4096) and the steps it makes."""
+def suggestions(sizes: np.ndarray, tokens: int, answers: bool) -> list[str]:
+    """Lines on ctx_len (room for 95 % of the documents, a power of two within 16..4096) and the steps it makes, of rows
+    of answers or of a stream."""
     room = 1 << int(np.ceil(np.log2(max(np.percentile(sizes, 95) - 1, 1))))
     ctx_len = min(max(room, 16), 4096, max(tokens - 1, 1))
     windows, batch = -(-(tokens - 1) // ctx_len), 8
     prime = magic_prime(tokens, ctx_len)
-    lines = [
-        f"a start: --ctx_len {ctx_len}; one epoch is {counted(windows, 'window')} (--dataload get), "
-        f"{counted(-(-windows // batch), 'step')} of {batch} samples, or {-(-len(sizes) // batch)} with --dataload pad"
-    ]
+    steps = {"pad": counted(-(-len(sizes) // batch), "step"), "get": counted(-(-windows // batch), "step")}
+    start = f"a start: --ctx_len {ctx_len} --micro_bsz {batch}; one epoch is "
+    if answers:
+        lines = [f"{start}{steps['pad']} of {batch} rows"]
+    else:
+        lines = [
+            f"{start}{counted(windows, 'window')} (--dataload get), {steps['get']} of {batch}, or {steps['pad']} of "
+            "documents with --dataload pad"
+        ]
     if prime:
         lines.append(f"for RWKV-LM: --my_exit_tokens {tokens} --magic_prime {prime}")
     return lines

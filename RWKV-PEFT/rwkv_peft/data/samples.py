@@ -28,9 +28,13 @@ Sample = Document | list[Document]
 
 
 class Samples(ABC):
-    """`units` numbers of things to visit (windows, documents, rows) in `dataset`, each once an epoch."""
+    """`units` numbers of things to visit (windows, documents, rows) in `dataset`, each once an epoch.
+
+    `kind` is the word for a sample, and `counted` that for what people count of their data, which `size` is the number
+    of: rows, of which a packed sample holds several."""
 
     dataset: BinidxDataset
+    kind = counted = "window"
 
     @staticmethod  # noqa: B027 (some can honour all)
     def refuse(config: DataConfig) -> None:
@@ -63,6 +67,11 @@ class Samples(ABC):
 
     def __len__(self) -> int:
         return len(self.units)
+
+    @property
+    def size(self) -> int:
+        """How many of what people count an epoch reads."""
+        return len(self)
 
     @abstractmethod
     def __getitem__(self, n: int) -> Sample:
@@ -147,6 +156,7 @@ class DocumentSamples(Samples):
 
     bucketed = False
     units: np.ndarray
+    kind = counted = "row"
 
     def __init__(self, dataset: BinidxDataset, ctx_len: int, seed: int | None, mask: Mask | None = None) -> None:
         self.dataset, self.ctx_len, self._mask = dataset, ctx_len, mask

@@ -1,1 +1,1 @@
-"""How well a model answers: the command `rwkv-peft eval`."""
+"""Measure how well a model answers: the commands `rwkv-peft eval` and `rwkv-peft lm_eval`, and a run's questions."""

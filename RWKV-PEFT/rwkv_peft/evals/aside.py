@@ -1,4 +1,4 @@
-"""A foreign package at work in the midst of a run, which must not notice."""
+"""Run third-party code without touching the run's random numbers or output."""
 
 import io
 import random
@@ -13,8 +13,8 @@ import torch
 
 
 class OtherThreads(io.TextIOBase):
-    """A stream on which this thread says nothing; what others say, as the watch over a run may have to, goes where it
-    would have gone."""
+    """A stream that drops what the thread that made it writes, and passes on what other threads write, such as the
+    watch over a run."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream, self.silent = stream, threading.get_ident()
@@ -28,8 +28,8 @@ class OtherThreads(io.TextIOBase):
 
 @contextmanager
 def aside() -> Iterator[None]:
-    """What is done meanwhile draws no bar, prints nothing, and leaves the random numbers of Python, NumPy and torch as
-    they were."""
+    """Within, this thread prints nothing, progress bars included; on exit the random states of Python, NumPy and torch
+    are as they were."""
     numbers, arrays = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:

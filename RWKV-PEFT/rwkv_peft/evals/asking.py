@@ -1,4 +1,4 @@
-"""The model on the problems: answers that it writes, continuations that it finds more or less probable."""
+"""Put problems to a model: it writes answers, or scores continuations."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -17,7 +17,8 @@ GREEDY = Sampling(temperature=0)
 
 
 class Manner(NamedTuple):
-    """The longest answer in tokens, the sequences at a time, and what ends an answer besides its layout's own."""
+    """The settings of asking: the longest answer in tokens, the number of problems at a time, and the texts that end an
+    answer besides its layout's own."""
 
     max_tokens: int
     batch: int
@@ -25,7 +26,7 @@ class Manner(NamedTuple):
 
 
 def ask(manner: Manner, task: Task, subject: Subject, problems: Mapping[int, Problem]) -> Iterator[Record]:
-    """The Record of each problem, {number: Problem}, as it is done."""
+    """Yield the Record of each problem, {number: Problem}, as it is done."""
     prompts = {number: encode(subject.tokenizer, problem.prompt, number) for number, problem in problems.items()}
     if isinstance(task, AnswerTask):
         found = write_answers(manner, task, subject, problems, prompts)
@@ -43,7 +44,7 @@ def write_answers(
     problems: Mapping[int, Problem],
     prompts: Mapping[int, list[int]],
 ) -> Iterator[tuple[int, Record]]:
-    """(number, what is told of it) of each problem as its answer ends."""
+    """Yield (number, the answer and its judgement) of each problem as its answer ends."""
     numbers = list(problems)
     stops = [(*stops_of_prompt(problem.prompt), *manner.stop) for problem in problems.values()]
     for place, answer in write(subject, [prompts[n] for n in numbers], stops, GREEDY, manner.max_tokens, manner.batch):
@@ -59,8 +60,8 @@ def write(
     max_tokens: int,
     batch: int,
 ) -> Iterator[tuple[int, Continuation]]:
-    """(its place, the Continuation) of each prompt (a list of token ids) as it ends: at one of its stops, at the end of
-    the document, or after max_tokens; `batch` of them are written at a time."""
+    """Continue prompts (lists of token ids), `batch` at a time; yield (place, Continuation) of each as it ends: at one
+    of its stops, at the end of the document, or after max_tokens."""
     answers = [Continuation({}, subject.tokenizer, texts) for texts in stops]
     steps = generate(
         subject.model,
@@ -85,7 +86,8 @@ def score_continuations(
     problems: Mapping[int, Problem],
     prompts: Mapping[int, list[int]],
 ) -> Iterator[tuple[int, Record]]:
-    """(number, what is told of it) of each problem, manner.batch of them at a time, those of like length together."""
+    """Yield (number, the log-probabilities and their judgement) of each problem, manner.batch problems at a time, those
+    of similar length together."""
     order = sorted(problems, key=lambda number: len(prompts[number]))
     for first in range(0, len(order), manner.batch):
         batch = order[first : first + manner.batch]

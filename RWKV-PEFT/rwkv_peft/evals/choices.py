@@ -8,7 +8,8 @@ from .task import ChoiceTask, Problem, Row, Score, behind, put, text_of
 
 
 class Choices(ChoiceTask):
-    """by sum: the continuation of the highest probability; by byte: of the highest log-probability a byte of it."""
+    """The task of choosing an answer. by sum: right if the right continuation has the highest log-probability; by byte:
+    right if it has the highest log-probability per byte."""
 
     layout, measures = "question", ("by sum", "by byte")
 
@@ -26,7 +27,8 @@ class Choices(ChoiceTask):
 
 
 def choices_of(row: Row) -> tuple[list[str], list[str]]:
-    """(the texts to choose from, their labels: A, B, … unless the row names others)."""
+    """Return (the texts to choose from, their labels: A, B, … unless the row names others). Raises UserError for a row
+    without them."""
     found: Any = next((row[name] for name in ("choices", "endings", "options") if name in row), None)
     labels = None
     if isinstance(found, Mapping):  # as ARC has them
@@ -39,8 +41,9 @@ def choices_of(row: Row) -> tuple[list[str], list[str]]:
 
 
 def right_of(row: Row, texts: Sequence[str], labels: Sequence[str]) -> int:
-    """The number of the right one, which the row names by its place from 0, its label, or its text. A number of JSON is
-    a place before it is a text, as choices may be numbers too."""
+    """Return the number of the right choice, which the row names by its place from 0, its label or its text. Labels are
+    tried first; a JSON number is then read as a place before it is read as a text, because choices may be numbers too.
+    Raises UserError if it names none."""
     told: Any = next((row[name] for name in ("answer", "label", "answerKey", "gold") if name in row), None)
     places = [str(number) for number in range(len(texts))]
     for known in (labels, places, texts) if isinstance(told, int) else (labels, texts, places):

@@ -1,4 +1,4 @@
-"""`rwkv-peft eval`: problems in, answers judged, a score out; see flags.py for what a user types."""
+"""Ask a model problems, judge its answers and print the score: `rwkv-peft eval` (flags.py has its flags)."""
 
 import os
 import sys
@@ -26,12 +26,12 @@ from .tasks import TASKS
 
 INPUTS = ("model", "data", "shots_data", "state", "tokenizer", "template", "lora_init")
 OTHERS = ("task", "adapter", "bone_mode", "lora_alpha", "precision", "device", "split", "shots", "max_tokens", "stop")
-SETTINGS = (*INPUTS, *OTHERS)  # answers depend on them, and go on where they agree alone
+SETTINGS = (*INPUTS, *OTHERS)  # answers depend on them: a file of answers is continued only if they agree
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code: 1 below --at_least, 128 and a signal's number after Ctrl-C, or where Ended is raised.
-    Raises UserError for whatever is wrong in flags and files."""
+    """Run the command -> the exit code: 1 if the score is below --at_least, 128 + the signal's number after Ctrl-C or
+    Ended, else 0. Raises UserError for mistakes in flags and files."""
     args = parse_flags(argv)
     task = TASKS[args.task]
     if args.task == "math":
@@ -65,22 +65,23 @@ def main(argv: list[str]) -> int:
 
 
 def stamps(args: Any) -> dict[str, list[int]]:
-    """{path: [size, time of its last change]} of each file that is read, those in a folder among them, which another
-    file of the same name changes."""
-    named = (*LAYOUTS, *dict(KNOWN_SIZES).values())  # without a file
+    """The stamps {path: [size in bytes, time of last change in ns]} of the files that are read, those in folders
+    included: they tell that a file of the same name is another one."""
+    named = (*LAYOUTS, *dict(KNOWN_SIZES).values())  # names of layouts and tokenizers, not of files
     given = [path for name in INPUTS if (path := getattr(args, name)) and path not in named] + args.adapter
     found = {str(file): os.stat(file) for path in given if os.path.exists(path) for file in files_of(path)}
     return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in found.items()}
 
 
 def files_of(path: str | Path) -> list[Path]:
-    """A file, what a run trained in the folder of one, or all that lies in another folder."""
+    """The files of a path: the file itself, the product in the folder of a run, or all files in another folder."""
     path = product_of_run(path)
     return sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else [path]
 
 
 def read_shots(task: Task, args: Any, layout: str) -> str:
-    """The solved problems that stand before each question, one text; "" without --shots."""
+    """Read the solved problems that go before each question, as one text; "" without --shots. Raises UserError if
+    --shots_data is --data or holds too few."""
     if not args.shots:
         return ""
     if same_file(args.shots_data, args.data):
@@ -92,7 +93,7 @@ def read_shots(task: Task, args: Any, layout: str) -> str:
 
 
 def answer_due(args: Any, task: Task, due: Mapping[int, Problem], records: Records) -> None:
-    """Load the model, and add the Record of each problem that is due, {number: Problem}."""
+    """Load the model, ask it the problems that have no Record yet, {number: Problem}, and add their Records."""
     subject = load_subject(args, lambda text: print(text, file=sys.stderr))
     with tqdm(total=len(due), unit="problem", mininterval=bar_seconds(sys.stderr), dynamic_ncols=True) as bar:
         for record in ask(Manner(args.max_tokens, args.batch, args.stop), task, subject, due):

@@ -1,4 +1,4 @@
-"""Problems whose answer is a formula: MATH's rows, and MetaMath's of that kind."""
+"""The task for problems with a formula as the answer: MATH's rows, and MetaMath's of that kind."""
 
 from ..errors import UserError, short
 from .equivalence import final_answer, same_answer, same_anywhere
@@ -6,7 +6,8 @@ from .task import AnswerTask, Problem, Row, behind, put, text_of
 
 
 class Competition(AnswerTask):
-    """strict: what stands in the last box, or behind "The answer is"; flexible: the last formula or number."""
+    """strict: the formula in the last box, or after "The answer is", is right; flexible: that or the last formula or
+    number is."""
 
     layout, measures = "chat", ("strict", "flexible")
 

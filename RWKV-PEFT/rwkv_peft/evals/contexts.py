@@ -1,4 +1,5 @@
-"""Pairs of a context and what may follow it, many of which share their context, or its opening: each is read once."""
+"""Score pairs of a context and a continuation. In a batch, a context or opening that several pairs share is read
+once."""
 
 import os
 from collections import Counter
@@ -10,8 +11,8 @@ from ..models.state import State
 from .scoring import score
 from .task import Score
 
-OPENING = 64  # tokens in which contexts agree that begin alike, as the same examples before each question let them
-TOGETHER = 16  # continuations of a context that are scored at once, whatever the batch
+OPENING = 64  # contexts count as beginning alike if this many tokens agree, as with the same examples before a question
+TOGETHER = 16  # continuations of one context that are scored at once even if the batch is smaller
 
 Context = tuple[int, ...]
 
@@ -19,9 +20,9 @@ Context = tuple[int, ...]
 def score_pairs(
     model: Any, pairs: Sequence[tuple[list[int], list[int]]], batch: int, start: State | None = None
 ) -> Iterator[tuple[int, Score]]:
-    """(its number, the Score) of each pair of a context (token ids, not empty) and a continuation (token ids; an empty
-    one is certain), `batch` of them at a time; start is the State of one sequence before each context (None: zeros).
-    Raises UserError as score does."""
+    """Yield (number, Score) of each pair of a context (token ids, not empty) and a continuation (token ids; an empty
+    one has probability 1), about `batch` pairs at a time; start is the State of one sequence before each context (None:
+    zeros). Raises UserError as score does."""
     behind: dict[Context, list[int]] = {}
     for number, (context, continuation) in enumerate(pairs):
         if continuation:
@@ -38,8 +39,8 @@ def score_pairs(
 
 
 def batches(behind: Mapping[Context, list[int]], size: int) -> Iterator[dict[Context, list[int]]]:
-    """{context: numbers of what follows it} in pieces of about `size` numbers: contexts that begin alike where they
-    fill pieces of their own, else those of like length."""
+    """Split {context: numbers of its continuations} into batches of about `size` numbers. Contexts that begin alike are
+    batched together if there are at least `size` of them, and the rest by length."""
     alike = Counter(context[:OPENING] for context in behind if len(context) > OPENING)
 
     def opening(context: Context) -> Context:
@@ -59,8 +60,8 @@ def batches(behind: Mapping[Context, list[int]], size: int) -> Iterator[dict[Con
 
 
 def shared_opening(contexts: Sequence[Context]) -> list[int]:
-    """The tokens that all of several contexts begin with, where they are worth a pass of their own; at least one is
-    left of each."""
+    """The tokens that all contexts begin with, which leave at least one token of each; [] if they are fewer than
+    OPENING and so not worth a pass, or if there is only one context."""
     if len(contexts) < 2:
         return []
     shared = os.path.commonprefix(list(contexts))[: min(map(len, contexts)) - 1]

@@ -1,4 +1,4 @@
-"""Final answers in LaTeX, and whether two of them mean the same; the meaning is math-verify's to tell."""
+"""Find final answers in LaTeX and compare their meaning, by the package math-verify."""
 
 import importlib.util
 
@@ -7,7 +7,7 @@ from .numbers import marked
 
 
 def require_math_verify() -> None:
-    """Raise UserError where math-verify is not installed."""
+    """Raise UserError if math-verify is not installed."""
     if importlib.util.find_spec("math_verify") is None:
         raise UserError(
             "math needs the package math-verify, which tells whether two answers mean the same; pip install -r "
@@ -16,7 +16,7 @@ def require_math_verify() -> None:
 
 
 def boxed(text: str) -> str | None:
-    """What the last \\boxed{…} holds, its own braces paired; None without one that is closed."""
+    """The content of the last \\boxed{…}, nested braces included; None if there is none or it is not closed."""
     start = text.rfind("\\boxed{")
     depth = 0
     for position in range(start + len("\\boxed"), len(text) if start >= 0 else 0):
@@ -27,14 +27,15 @@ def boxed(text: str) -> str | None:
 
 
 def final_answer(text: str) -> str | None:
-    """What a solution says its answer is: in a box, or behind the marker of one."""
+    """The final answer of a solution: in the last box, else after a marker such as "The answer is"; None without
+    either."""
     inside = boxed(text)
     told = marked(text) if inside is None else inside
     return told.removesuffix(".").strip("$") if told else None
 
 
 def same_answer(given: str, gold: str) -> bool:
-    """Whether two answers in LaTeX, without their dollar signs, mean the same."""
+    """Tell whether two answers in LaTeX, without their dollar signs, mean the same."""
     if "".join(given.split()) == "".join(gold.split()):
         return True
     from math_verify import parse, verify
@@ -43,7 +44,7 @@ def same_answer(given: str, gold: str) -> bool:
 
 
 def same_anywhere(text: str, gold: str) -> bool:
-    """Whether the last formula or number that math-verify finds in a text means the same as gold."""
+    """Tell whether the last formula or number that math-verify finds in a text means the same as gold."""
     from math_verify import parse, verify
 
     return bool(verify(parse(f"${gold}$"), parse(text)))

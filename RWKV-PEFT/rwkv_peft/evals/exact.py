@@ -1,4 +1,4 @@
-"""Rows of one's own: is the answer the row's, letter by letter?"""
+"""The task for rows of one's own: an answer is right if it is the row's, letter by letter."""
 
 import re
 
@@ -8,7 +8,7 @@ from .task import AnswerTask, Problem, Row, behind, put, text_of
 
 
 class Exact(AnswerTask):
-    """strict: the same letters, but for space at the ends; flexible: case, spacing and punctuation at the end aside."""
+    """strict: the same text except for space at its ends; flexible: also except for case, spacing and a final . ! ?"""
 
     layout, measures = "", ("strict", "flexible")
 
@@ -18,7 +18,7 @@ class Exact(AnswerTask):
             question = text_of(row, "question", "query", "instruction", "prompt", "problem")
             return Problem(put(layout, question), behind(solution), solution.strip())
         parts = segments(row)
-        # behind an answer of a chat the blank line counts, too, and the name of who speaks then
+        # in a chat the blank line after an answer counts too, and so does the next speaker's name; neither is an answer
         answers = [n for n in range(1, len(parts)) if parts[n][1] and not parts[n - 1][1]]
         if not answers:
             raise UserError("the row is one text, with no question before an answer")

@@ -1,4 +1,4 @@
-"""The questions that a run puts to its model while it trains: read and judged before it begins, asked of any model."""
+"""The questions that a run puts to its model while it trains. They are read and checked before training begins."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -17,8 +17,8 @@ from .tasks import TASKS
 
 
 class Judgement(NamedTuple):
-    """What a round of questions comes to: numbers for the run's metrics by name, the lines of a file (JSON), and what
-    is told of it."""
+    """The result of a round of questions: numbers for the run's metrics by name, records for the lines of a JSON file,
+    and lines of text to print."""
 
     metrics: dict[str, float]
     lines: Sequence[Record]
@@ -26,8 +26,8 @@ class Judgement(NamedTuple):
 
 
 class Exam:
-    """The first rows of --eval_data as problems of --eval_task, in the tokens of a tokenizer. Raises UserError for rows
-    that are none, and for what the task needs and is not there."""
+    """The rows of --eval_data, --eval_limit of them at most, as problems of --eval_task. Raises UserError for rows that
+    are none or that the tokenizer cannot encode, and if a package that the task needs is missing."""
 
     def __init__(self, train: TrainConfig, tokenizer: Any) -> None:
         if train.eval_task == "math":
@@ -38,24 +38,24 @@ class Exam:
         rows = f"[:{train.eval_limit}]" if train.eval_limit else ""
         self.problems = read_problems(self.task, train.eval_data, rows, layout)
         for number, problem in enumerate(self.problems):
-            encode(tokenizer, problem.prompt, number)  # which refuses what cannot be asked
+            encode(tokenizer, problem.prompt, number)  # raises UserError for a prompt that cannot be asked
 
     def __len__(self) -> int:
         return len(self.problems)
 
     @property
     def digest(self) -> str:
-        """Of what is asked, and what is right."""
+        """The hash of the questions and their right answers: 16 hex digits of SHA-256."""
         return hashlib.sha256(repr(self.problems).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     def ask(self, model: Any, rank: int = 0, ranks: int = 1) -> Iterator[Record]:
-        """The Record of every `ranks`-th problem from number `rank` on, as it is done. The model is asked from the
-        states that it tunes, if any; its mode and its numbers stay as they are."""
+        """Ask the model every `ranks`-th problem from number `rank` on; yield each Record as it is done. The model
+        starts from the states that it tunes, if any; its mode (train or eval) and its weights stay as they are."""
         due = {number: self.problems[number] for number in range(rank, len(self.problems), ranks)}
         return ask(self.manner, self.task, Subject(model, model.tuned_states(), self.tokenizer), due)
 
     def judge(self, records: Sequence[Record]) -> Judgement:
-        """The Judgement of all records: the share that is right by the strictest measure is the score."""
+        """Judge all records. The score is the share that is right by the task's first measure."""
         strictest, *others = self.task.measures
         shares = {"score": share_of(strictest, records)}
         shares |= {name.replace(" ", "_"): share_of(name, records) for name in others}

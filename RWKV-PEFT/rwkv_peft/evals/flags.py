@@ -57,7 +57,8 @@ def build_parser() -> Parser:
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
-    """argv -> the parsed flags. Raises UserError for flags that are mistaken or contradict each other."""
+    """Parse argv, and apply --escapes -> the flags. Raises UserError for flags that are mistaken or contradict each
+    other."""
     args = build_parser().parse_args(argv)
     if args.batch < 1:
         raise UserError(f"--batch {args.batch}: at least 1 is due")

@@ -1,4 +1,4 @@
-"""Problems whose answer is a number: GSM8K's rows, and MetaMath's of that kind."""
+"""The task for problems with a number as the answer: GSM8K's rows, and MetaMath's of that kind."""
 
 from ..errors import UserError, short
 from .numbers import flexible_number, numbers_in, strict_number
@@ -6,7 +6,7 @@ from .task import AnswerTask, Problem, Row, behind, put, text_of
 
 
 class Gsm8k(AnswerTask):
-    """strict: the number behind #### or "The answer is"; flexible: the last number of the answer."""
+    """strict: the number after #### or "The answer is" is right; flexible: the last number of the answer is."""
 
     layout, measures = "chat", ("strict", "flexible")
 

@@ -1,6 +1,6 @@
-"""A model as EleutherAI's lm-evaluation-harness asks one, and what that says of the answers.
+"""Have EleutherAI's lm-evaluation-harness question a model and judge the answers.
 
-The one file that knows the package lm_eval.
+This is the only file that imports the package lm_eval.
 """
 
 import difflib
@@ -28,14 +28,15 @@ from ..streams import bar_seconds
 from .aside import aside
 from .requests import ROLLING, SCORED, WRITTEN, Answer, answers, question
 
-ALONE = "DISABLE_MULTIPROC"  # the variable by which lm_eval is told so
-SEED = 1234  # from which lm_eval draws the examples before a question, and most else
+ALONE = "DISABLE_MULTIPROC"  # the environment variable that keeps lm_eval in one process
+SEED = 1234  # lm_eval's default seed of the examples before a question, of NumPy and of torch
 Results = dict[str, Any]
 Respond = Callable[[str, Sequence[Any]], list[Answer]]
 
 
 class Respondent(LM):
-    """Hands lm_eval's requests to respond(kind, requests), which has an answer to each, in their order."""
+    """The model that lm_eval sees. It hands requests to respond(kind, requests), which returns an answer to each, in
+    order."""
 
     def __init__(self, respond: Respond) -> None:
         super().__init__()
@@ -52,23 +53,23 @@ class Respondent(LM):
 
 
 class Tasks(TaskManager):
-    """lm_eval's tasks and those of a folder; what cannot be loaded is told in words, and what can is loaded once."""
+    """The tasks of lm_eval and of a folder. Each list of tasks is loaded once; a failure is a UserError."""
 
     def __init__(self, folder: str | None, flag: str, alone: bool = False) -> None:
-        """flag: what names the folder; alone: the folder's tasks and no others, since reading the files of all of
-        lm_eval's takes half a minute."""
+        """Index the tasks. flag is the one that names the folder; alone leaves out lm_eval's own tasks, whose files
+        take half a minute to read."""
         super().__init__(include_path=folder, include_defaults=not alone)
         self.flag = flag
         self.loaded: dict[tuple[str, ...], Any] = {}
 
     def suffice_for(self, name: str) -> bool:
-        """Whether a name is that of one of these tasks, or of a group of them alone: others may be lm_eval's."""
+        """Tell whether a name is that of one of these tasks, or of a group that has only such tasks."""
         entry, known = self.task_index.get(name), self.all_subtasks
         members = entry.cfg.get("task") if entry is not None and entry.cfg else None
         return name in known or (isinstance(members, list) and all(member in known for member in members))
 
     def described(self, names: Sequence[str]) -> str:
-        """Tasks with the files that define them, as a message names them."""
+        """Write names of tasks, each with the file that defines it, for a message."""
         entries = [self.task_index.get(name) for name in names]
         files = [f" ({entry.yaml_path})" if entry is not None and entry.yaml_path else "" for entry in entries]
         return ", ".join(f"{name}{file}" for name, file in zip(names, files))
@@ -78,7 +79,7 @@ class Tasks(TaskManager):
         if names not in self.loaded:
             try:
                 self.loaded[names] = super().load(list(names))
-            except Exception as error:  # whatever a task's file, its code and its data may raise
+            except Exception as error:  # a task's file, code and data may raise anything
                 raise UserError(unloadable(self.described(names), error, self.flag)) from error
         for name, task in self.loaded[names]["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False):
@@ -89,7 +90,7 @@ class Tasks(TaskManager):
 
 
 def unloadable(listed: str, error: Exception, flag: str) -> str:
-    """What became of loading the tasks that are listed, in words; flag names a folder of others."""
+    """Say in words why the listed tasks could not be loaded; flag is the one that names a folder of tasks."""
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
@@ -104,9 +105,12 @@ def unloadable(listed: str, error: Exception, flag: str) -> str:
 
 
 def load_tasks(names: Sequence[str], folder: str | None, flag: str = "--include_path") -> tuple[Tasks, list[str]]:
-    """(the tasks that there are, with those of a folder that a flag names, those that are meant loaded; their names:
-    patterns such as mmlu_* stand for all that match). Raises UserError for a name that is none, and for what cannot be
-    loaded."""
+    """Load the tasks of these names -> (the Tasks, the names of those loaded).
+
+    A pattern such as mmlu_* stands for all tasks that match. Those of a folder, which a flag names, are there too;
+    lm_eval's own are not indexed if the folder's suffice. Raises UserError for a name without a task, and for a task
+    that cannot be loaded.
+    """
     tasks = Tasks(folder, flag, alone=folder is not None)
     if not all(map(tasks.suffice_for, names)):
         tasks = Tasks(folder, flag)
@@ -126,8 +130,8 @@ def load_tasks(names: Sequence[str], folder: str | None, flag: str = "--include_
 def evaluate(
     subject: Subject, tasks: Tasks, names: list[str], batch: int, num_fewshot: int | None, limit: int | None
 ) -> Results:
-    """lm_eval's results of a model on tasks, with bars that tell how far it is. Raises UserError for what lm_eval makes
-    of a task's file, and cannot go on with."""
+    """Run lm_eval's tasks on a model, with progress bars -> its results. Raises UserError if lm_eval or a task's code
+    fails; failures of our own answering are raised as they are."""
     answering = False
 
     def respond(kind: str, requests: Sequence[Any]) -> list[Answer]:
@@ -152,7 +156,7 @@ def evaluate(
                 limit=limit,
                 batch_size=batch,
             )
-        except Exception as error:  # whatever lm_eval, or a task's code, raises; but not what our own answering does
+        except Exception as error:  # lm_eval and a task's code may raise anything; our own answering's is a bug
             if answering or isinstance(error, UserError):
                 raise
             raise UserError(f"{tasks.described(names)} cannot be asked: {told(error, named=True)}") from error
@@ -176,7 +180,8 @@ def no_commit() -> None:
 
 
 def set_shots(tasks: Tasks, names: Sequence[str], num_fewshot: int | None) -> None:
-    """Have tasks show so many examples before a question, as simple_evaluate does; None: as many as each says."""
+    """Set the number of examples before a question, as simple_evaluate does (None: each task's own); a task that says 0
+    keeps 0."""
     for task in tasks.load(names)["tasks"].values():
         own = task.get_config("num_fewshot")
         if own != 0:
@@ -184,9 +189,12 @@ def set_shots(tasks: Tasks, names: Sequence[str], num_fewshot: int | None) -> No
 
 
 def results_of(tasks: Tasks, names: Sequence[str], respond: Respond, limit: int | None, draws: int) -> Results:
-    """lm_eval's results of tasks, plain JSON, where respond(kind, requests) has the answers: what simple_evaluate finds
-    with its seeds, but without a word, in this process alone, and without a look at the machine. Standard errors that
-    have no formula are those of so many draws; with 0 there are none."""
+    """Run lm_eval's tasks with the answers of respond(kind, requests) -> its results as plain JSON.
+
+    They are those of simple_evaluate with its default seeds, but nothing is printed, no process is forked, and no facts
+    about the machine are collected. Standard errors without a formula are bootstrapped with `draws` draws (0: left
+    out).
+    """
     loaded = tasks.load(names)
     with aside(), unforked():
         random.seed(0)
@@ -200,7 +208,8 @@ def results_of(tasks: Tasks, names: Sequence[str], respond: Respond, limit: int 
 
 @contextmanager
 def unforked() -> Iterator[None]:
-    """lm_eval forks no processes to draw, as it would of a run's, with all its threads and signal handlers."""
+    """Within, keep lm_eval from forking processes for its bootstrap: they would copy a run's threads and signal
+    handlers."""
     before = os.environ.get(ALONE)
     os.environ[ALONE] = "1"
     try:
@@ -212,7 +221,7 @@ def unforked() -> Iterator[None]:
 
 
 def tables(results: Results) -> str:
-    """lm_eval's tables, of tasks and of groups of them."""
+    """Write lm_eval's tables of tasks and of groups."""
     found = [make_table(results)]
     if results.get("groups"):
         found.append(make_table(results, "groups"))
@@ -220,5 +229,5 @@ def tables(results: Results) -> str:
 
 
 def plain(value: object) -> object:
-    """What JSON has no word for, as lm_eval writes it."""
+    """Convert a value that JSON cannot hold, as lm_eval does."""
     return handle_non_serializable(value)

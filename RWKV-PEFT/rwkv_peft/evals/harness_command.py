@@ -1,5 +1,5 @@
-"""`rwkv-peft lm_eval`: tasks of the lm-evaluation-harness in, its table and its JSON out; harness_flags.py says what a
-user types."""
+"""Run tasks of the lm-evaluation-harness, and write its table and its JSON: `rwkv-peft lm_eval` (harness_flags.py has
+its flags)."""
 
 import json
 import os
@@ -17,7 +17,7 @@ INPUTS = ("model", "state", "tokenizer", "include_path")
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code, 130 after Ctrl-C. Raises UserError for whatever is wrong in flags, files and tasks."""
+    """Run the command -> the exit code, 130 after Ctrl-C. Raises UserError for mistakes in flags, files and tasks."""
     args = parse_flags(argv)
     check_outputs(args)
     from .harness import evaluate, load_tasks, plain, tables
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
 
 
 def check_outputs(args: Any) -> None:
-    """Raise UserError for outputs that are inputs, or cannot be written."""
+    """Raise UserError for outputs that are inputs, are the same file, or cannot be written."""
     inputs = [(f"--{name}", getattr(args, name)) for name in INPUTS]
     inputs += [("--adapter", path) for path in args.adapter]
     outputs = [(name, path) for name in ("output", "samples") if (path := getattr(args, name))]
@@ -51,7 +51,7 @@ def check_outputs(args: Any) -> None:
 
 
 def lines(samples: dict[str, list[dict[str, Any]]], default: Callable[[object], object]) -> str:
-    """A line of JSON for each question of each task."""
+    """Write a line of JSON for each question of each task."""
     records = [{"task": task} | sample for task, found in samples.items() for sample in found]
     return "".join(json.dumps(record, default=default, ensure_ascii=False) + "\n" for record in records)
 

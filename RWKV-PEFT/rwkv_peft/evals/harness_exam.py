@@ -1,8 +1,7 @@
-"""The tasks of the lm-evaluation-harness that a run puts to its model while it trains: loaded and judged before it
-begins, asked of any model.
+"""The tasks of the lm-evaluation-harness that a run puts to its model while it trains.
 
-lm_eval is asked once what it wants to know. The model answers that, on as many ranks as there are; lm_eval then asks
-again, and is given the answers.
+They are loaded and rehearsed before training begins: lm_eval runs once with empty answers, and its requests are noted.
+In a round the model answers these on all ranks; lm_eval then runs again and is given the answers.
 """
 
 import hashlib
@@ -21,15 +20,16 @@ from .exam import Judgement
 from .records import Record
 from .requests import ROLLING, SCORED, WRITTEN, Answer, Question, answers, question, share
 
-SILENCE: tuple[tuple[str, Answer], ...] = ((SCORED, (-1.0, False)), (ROLLING, -1.0), (WRITTEN, ""))  # to rehearse with
+# the empty answers of the rehearsal
+SILENCE: tuple[tuple[str, Answer], ...] = ((SCORED, (-1.0, False)), (ROLLING, -1.0), (WRITTEN, ""))
 KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better", "lm_eval")
-DRAWS = 1000  # with replacement, for the standard errors that have no formula
-SHOWN = 8  # tasks whose scores are worth a line while training
+DRAWS = 1000  # bootstrap draws, for standard errors that have no formula
+SHOWN = 8  # tasks whose scores get a line while training
 
 
 class Measure(NamedTuple):
-    """A task's value by one of its metrics, named with its filter where it has one ("exact_match,strict-match"), and
-    the standard error, None where there is none."""
+    """A task's value by one of its metrics, whose name includes the filter if it has one ("exact_match,strict-match"),
+    and the standard error (None: unknown)."""
 
     task: str
     name: str
@@ -42,15 +42,15 @@ class Measure(NamedTuple):
 
 
 class HarnessExam:
-    """The first questions of each task of --lm_eval, in the tokens of a tokenizer; what is read is told by a bar where
-    this process `speaks`. Raises UserError for tasks that are none, or cannot be loaded, and for questions that cannot
-    be asked."""
+    """The questions of the tasks of --lm_eval, --eval_limit of each at most, in the tokens of a tokenizer. Only a
+    process that `speaks` shows lm_eval's bars while the tasks are loaded. Raises UserError for unknown tasks, tasks
+    that cannot be loaded, and questions that cannot be asked."""
 
     def __init__(self, train: TrainConfig, tokenizer: Tokenizer, speaks: bool = True) -> None:
         from .harness import load_tasks, set_shots
 
         self.tokenizer, self.batch, self.limit = tokenizer, train.eval_batch, train.eval_limit or None
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of each thing that a task leaves to it
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default that a task relies on
         folder = train.lm_eval_include_path or None
         with nullcontext() if speaks else aside():
             self.tasks, self.names = load_tasks(train.lm_eval, folder, "--lm_eval_include_path")
@@ -62,7 +62,7 @@ class HarnessExam:
             self.judge([{"answer": silence[kind]} for kind, questions in self.asked.items() for _ in questions])
         except UserError:
             raise
-        except Exception as error:  # whatever a task's code may raise
+        except Exception as error:  # a task's code may raise anything
             asked = self.tasks.described(self.names)
             raise UserError(f"--lm_eval {asked} cannot be asked: {told(error, named=True)}") from error
         self.size = sum(count["effective"] for count in results["n-samples"].values())
@@ -72,17 +72,18 @@ class HarnessExam:
 
     @property
     def digest(self) -> str:
-        """Of what is asked."""
+        """The hash of the questions: 16 hex digits of SHA-256."""
         return hashlib.sha256(repr(self.asked).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     def results(self, respond: Any, draws: int = 0) -> dict[str, Any]:
-        """lm_eval's results where respond(kind, requests) answers, with standard errors of so many draws."""
+        """Run lm_eval with the answers of respond(kind, requests) -> its results, with standard errors from `draws`
+        draws."""
         from .harness import results_of
 
         return results_of(self.tasks, self.names, respond, self.limit, draws)
 
     def note(self, kind: str, requests: Sequence[Any]) -> list[Answer]:
-        """Note what is asked, and say nothing."""
+        """Note the requests of a kind, and give empty answers."""
         self.asked[kind] = self.questions(kind, requests)
         return [dict(SILENCE)[kind]] * len(requests)
 
@@ -90,8 +91,8 @@ class HarnessExam:
         return [question(kind, request.args, self.tokenizer, number) for number, request in enumerate(requests)]
 
     def ask(self, model: Any, rank: int = 0, ranks: int = 1) -> Iterator[Record]:
-        """The answer to each question that is this rank's, with its number, as it is found. The model is asked from the
-        states that it tunes, if any; its mode and its numbers stay as they are."""
+        """Ask the model this rank's questions; yield a Record of each answer with its number as it is found. The model
+        starts from the states that it tunes, if any; its mode (train or eval) and its weights stay as they are."""
         subject, first = Subject(model, model.tuned_states(), self.tokenizer), 0
         for kind, questions in self.asked.items():
             mine = share(questions, rank, ranks)
@@ -100,8 +101,8 @@ class HarnessExam:
             first += len(questions)
 
     def judge(self, records: Sequence[Record]) -> Judgement:
-        """The Judgement of all answers, by their numbers. Raises UserError where a task asks
-        otherwise than it did before."""
+        """Judge the records of all answers, in the order of their numbers. Raises UserError if a task asks other
+        questions than in the rehearsal."""
         given = iter([record["answer"] for record in records])
 
         def respond(kind: str, requests: Sequence[Any]) -> list[Answer]:
@@ -122,7 +123,7 @@ class HarnessExam:
 
 
 def measures(results: Mapping[str, Any]) -> Iterator[Measure]:
-    """What lm_eval's results hold, groups of tasks first."""
+    """Yield the Measures in lm_eval's results, those of groups of tasks first."""
     for task, found in (results.get("groups", {}) | results["results"]).items():
         for key, value in found.items():
             metric, comma, kind = key.partition(",")
@@ -133,7 +134,8 @@ def measures(results: Mapping[str, Any]) -> Iterator[Measure]:
 
 
 def words(results: Mapping[str, Any], found: Sequence[Measure]) -> list[str]:
-    """A line for each task, but for those whose group has a score."""
+    """Write a line for each group and each task whose group has no score; after SHOWN lines, one that counts the
+    rest."""
     within = {task for group in results.get("groups", ()) for task in results["group_subtasks"][group]}
     told: dict[str, list[str]] = {}
     for measure in found:

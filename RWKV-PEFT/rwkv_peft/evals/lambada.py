@@ -1,4 +1,4 @@
-"""LAMBADA (Paperno et al. 2016, arXiv 1606.06031): the last word of a passage, which only the whole of it tells."""
+"""LAMBADA (Paperno et al. 2016, arXiv 1606.06031): guess the last word of a passage, which takes the whole passage."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from .task import ChoiceTask, Problem, Row, Score, put, text_of
 
 
 class Lambada(ChoiceTask):
-    """last word: whether each token of it is the most probable one; its perplexity is told beside."""
+    """last word: right if each of its tokens is the most probable one; its perplexity is reported as well."""
 
     layout, measures = "plain", ("last word",)
 

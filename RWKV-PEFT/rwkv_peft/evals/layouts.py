@@ -1,4 +1,4 @@
-"""How a question is put to a model: the layouts that data is trained in, and MetaMath's."""
+"""The layouts in which a question is put to a model: those of the training data, and MetaMath's."""
 
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +14,7 @@ LAYOUTS = MappingProxyType(
         "question": "Question: {question}\n\nAnswer:",
         "instruction": "Instruction: {question}\n\nResponse:",
         "plain": "{question}",
-        # of Alpaca, with the words that MetaMath's models were evaluated with
+        # Alpaca's layout with the words that MetaMath's models were evaluated with
         "metamath": "Below is an instruction that describes a task. Write a response that appropriately completes the "
         "request.\n\n### Instruction:\n{question}\n\n### Response: Let's think step by step.",
     }
@@ -23,8 +23,8 @@ METAMATH_STOP = "\n\n### Instruction"
 
 
 def read_layout(name: str, flag: str = "--template") -> str:
-    """The text of a layout, by its name or from a file (without the newline at its end). Raises UserError where there
-    is neither, or it has no {question}."""
+    """Return the text of a layout, by its name or from a file (without the newline at its end). Raises UserError if
+    there is neither, or if the file is not UTF-8 or has no {question}."""
     if name in LAYOUTS:
         return LAYOUTS[name]
     try:
@@ -41,12 +41,12 @@ def read_layout(name: str, flag: str = "--template") -> str:
 
 
 def stops_of_prompt(prompt: str) -> tuple[str, ...]:
-    """The texts that end an answer: the opening of the next question in a layout that is known, else none."""
+    """The texts that end an answer: the opening of the next question in a known layout, else none."""
     if "### Response:" in prompt:
         return (METAMATH_STOP,)
     return stops_of(prompt)
 
 
 def example(prompt: str, solution: str) -> str:
-    """A solved problem, as it stands before the question that is asked."""
+    """Lay out a solved problem as an example before the question."""
     return prompt + solution.rstrip() + TURN_END

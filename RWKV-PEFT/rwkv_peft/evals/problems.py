@@ -1,4 +1,4 @@
-"""The problems of a file, in the text of a layout."""
+"""Read the problems of a file, in the text of a layout."""
 
 from ..data.encoding import parse
 from ..data.rows import held_chunks
@@ -8,12 +8,13 @@ from .task import Problem, Task
 
 
 def layout_of(task: Task, name: str | None, flag: str = "--template") -> str:
-    """The text of the layout that a flag names, or that the task has; "" for the rows' own. Raises UserError."""
+    """Return the text of the layout that a flag names, else of the task's; "" for the rows' own. Raises UserError as
+    read_layout does."""
     return read_layout(name or task.layout, flag) if name or task.layout else ""
 
 
 def read_problems(task: Task, path: str, split: str, layout: str) -> list[Problem]:
-    """The Problems of a file. Raises UserError for a row that is none, with its place."""
+    """Read the Problems of a file. Raises UserError for a row that is none, with its place, and if there are none."""
     problems = []
     for chunk in held_chunks(path, split):
         for number, item in enumerate(chunk.items, start=chunk.first):

@@ -1,4 +1,4 @@
-"""The lines of --output: a problem each, behind a first one that says what they are of, so that a run goes on."""
+"""The lines of --output, one a problem. The first line holds the settings, so that an interrupted run can go on."""
 
 import json
 import sys
@@ -16,9 +16,11 @@ HEAD = "eval"  # the key of the first line
 
 
 class Records:
-    """{number of a problem: its Record}, kept in a file where there is a path. settings are what must agree for the
-    file to be gone on with. To enter it raises UserError where they do not, the file is another tool's, or another
-    process writes it."""
+    """The Records, {number of a problem: Record}, kept in a file if there is a path.
+
+    A file with the same settings is continued. Entering raises UserError if its settings differ, if it is another
+    tool's file, or if another process is writing it. On exit the lines are put in the order of the problems.
+    """
 
     def __init__(self, path: str | None, settings: Record) -> None:
         self.path, self.settings = path, settings
@@ -32,9 +34,9 @@ class Records:
                 self._held.enter_context(alone_at(Path(self.path), partial(print, file=sys.stderr)))
                 if Path(self.path).exists():
                     self._read(Path(self.path))
-                self._write()  # without a line that was cut off
+                self._write()  # anew, without a last line that was cut off
                 self._file = open(self.path, "a", encoding="utf-8", errors="backslashreplace", buffering=1)
-            self._held = self._held.pop_all()  # until the end
+            self._held = self._held.pop_all()  # keep the lock until __exit__
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -45,7 +47,7 @@ class Records:
                 self._write()  # in the order of the problems
 
     def add(self, record: Record) -> None:
-        """Keep the Record of a problem, which has its number."""
+        """Add the Record of a problem, which holds its number."""
         self.found[record["number"]] = record
         if self._file is not None:
             with self._telling():
@@ -87,7 +89,8 @@ def line(record: Record) -> str:
 
 
 def read_line(path: Path, number: int, text: bytes, last: bool) -> Record | None:
-    """The Record of a line; None for the last one where it was cut off in writing. Raises UserError."""
+    """Parse a line -> its Record; None for a last line that was cut off while it was written. Raises UserError for any
+    other line that `rwkv-peft eval` did not write."""
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:

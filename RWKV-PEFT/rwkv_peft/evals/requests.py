@@ -1,4 +1,4 @@
-"""What the lm-evaluation-harness asks of a model, in its tokens, and the answers; the package lm_eval is not needed."""
+"""Turn the requests of the lm-evaluation-harness into tokens, and answer them, without the package lm_eval itself."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,17 +12,20 @@ from .asking import GREEDY, write
 from .contexts import score_pairs
 
 SCORED, ROLLING, WRITTEN = "loglikelihood", "loglikelihood_rolling", "generate_until"  # lm_eval's kinds of requests
-MAX_TOKENS = 256  # where a task names no other, as lm_eval has it
-LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given counts
+MAX_TOKENS = 256  # lm_eval's default for a task that names no length
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first one given counts
 SAMPLES = ("do_sample", "temperature", "top_p", "top_k")
-NEUTRAL = (("num_beams", 1),)  # what a task may say that is so anyway
+NEUTRAL = (("num_beams", 1),)  # settings that change nothing here
 
-Answer = tuple[float, bool] | float | str  # of a continuation, of a whole text, of what is written
+Answer = tuple[float, bool] | float | str  # to SCORED, ROLLING, WRITTEN
 
 
 class Question(NamedTuple):
-    """A context (token ids, not empty), and the continuation (token ids) whose probability is asked; or how what
-    follows is written, how long at most, and the texts that end it."""
+    """A request in tokens.
+
+    context (token ids, not empty) is read first. A scored request has the continuation (token ids) whose probability is
+    asked; a written one has the sampling, the length in tokens at most, and the texts that end the answer.
+    """
 
     context: list[int]
     continuation: list[int]
@@ -32,8 +35,8 @@ class Question(NamedTuple):
 
 
 def question(kind: str, arguments: Sequence[Any], tokenizer: Tokenizer, number: int) -> Question:
-    """The Question of a request of lm_eval's, by its kind and arguments. Raises UserError for what is not offered, and
-    for an empty context where the tokenizer has no token that starts a document."""
+    """Make the Question of lm_eval's request of a kind with these arguments. Raises UserError for arguments that are no
+    text or settings that are not offered, and for an empty context if no token of the tokenizer starts a document."""
     texts = arguments[:1] if kind == WRITTEN else arguments
     if wrong := [text for text in texts if not isinstance(text, str)]:
         raise UserError(f"a task asks about {short(repr(wrong[0]))}, and a text is due (doc_to_text, doc_to_target)")
@@ -46,9 +49,12 @@ def question(kind: str, arguments: Sequence[Any], tokenizer: Tokenizer, number: 
 
 
 def in_two(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """The tokens of a context and of its continuation, as lm_eval has them: space at the end of the context counts to
-    the continuation, an empty context is the token that starts a document. But where a token of the whole text would
-    reach over the border, each part is encoded by itself, so that all of both is read."""
+    """Encode a context and its continuation as lm_eval does -> the tokens of each.
+
+    Space at the end of the context belongs to the continuation, and an empty context is the token that starts a
+    document. Unlike in lm_eval, if a token of the whole text crosses the border, each part is encoded by itself, so
+    that both are read in full.
+    """
     text = context.rstrip()
     continuation = context[len(text) :] + continuation
     before, whole = tokenizer.encode(text), tokenizer.encode(text + continuation)
@@ -58,8 +64,9 @@ def in_two(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[
 
 
 def manner(settings: Mapping[str, Any]) -> tuple[Sampling, int]:
-    """How a task wants its answers written, and how long at most; greedily unless it says do_sample, or a temperature
-    and not do_sample. Raises UserError for what is not offered."""
+    """Read from a task's settings how its answers are written -> (Sampling, the length in tokens at most). They are
+    greedy unless the task names a temperature above 0 and does not say do_sample: false. Raises UserError for settings
+    that are not offered."""
     for name, value in settings.items():
         if name not in ("until", *LENGTHS, *SAMPLES) and (name, value) not in NEUTRAL:
             raise UserError(f"a task asks for {name} {value!r} in its generation_kwargs, which is not offered here")
@@ -72,7 +79,8 @@ def manner(settings: Mapping[str, Any]) -> tuple[Sampling, int]:
 
 
 def stops_of_request(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """The texts that end an answer; an empty one would end it before it began, and counts for none."""
+    """The texts that end an answer. An empty one is left out, because it would end the answer before it began. Raises
+    UserError for anything but texts."""
     until = settings.get("until") or ()
     if not (isinstance(until, str) or isinstance(until, list) and all(isinstance(text, str) for text in until)):
         raise UserError(f"a task's answers end at {short(repr(until))} (until), and a text is due, or a list of texts")
@@ -80,9 +88,11 @@ def stops_of_request(settings: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def answers(subject: Subject, kind: str, questions: Sequence[Question], batch: int) -> Iterator[tuple[int, Answer]]:
-    """(its place, the answer) of each Question of one kind as it is found, `batch` sequences at a time. A context that
-    several continuations share is read once, and so is the opening that many contexts share. No text is cut: a state
-    holds any length."""
+    """Yield (place, answer) of each Question of one kind as it is found, about `batch` sequences at a time.
+
+    In a batch that is scored, a context with several continuations is read once, and so is a long opening that all
+    contexts share. No text is cut, because a state holds any length.
+    """
     if kind != WRITTEN:
         pairs = [(question.context, question.continuation) for question in questions]
         for place, score in score_pairs(subject.model, pairs, batch, subject.start):
@@ -98,7 +108,7 @@ def answers(subject: Subject, kind: str, questions: Sequence[Question], batch: i
 
 
 def share(questions: Sequence[Question], rank: int, ranks: int) -> list[int]:
-    """The places of the Questions that one of several ranks answers; those of one context stay together."""
+    """The places of the Questions that one of several ranks answers. Questions with the same context stay together."""
     contexts: dict[tuple[int, ...], int] = {}
     of = [contexts.setdefault(tuple(question.context), len(contexts)) for question in questions]
     return [place for place, context in enumerate(of) if context % ranks == rank]

@@ -1,4 +1,4 @@
-"""How probable continuations are behind their prompts: a prompt is read once, whatever follows it."""
+"""Score continuations by their probability after a prompt. A prompt is read once for all of its continuations."""
 
 import math
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ PIECE = 256  # tokens whose logits are formed at a time
 def score(
     model: Any, prompts: Sequence[list[int]], continuations: Sequence[Sequence[list[int]]], start: State | None = None
 ) -> list[list[Score]]:
-    """For each prompt (a list of token ids, not empty) a Score of each of its continuations (lists of token ids, not
+    """Score, for each prompt (a list of token ids, not empty), each of its continuations (lists of token ids, not
     empty); start is the State of one sequence before each prompt (None: zeros). Log-probabilities are summed in
-    float64. Raises UserError where one is not finite."""
+    float64. Raises UserError if one is not finite."""
     logits, state = prefill(model, prompts, start)
     owner = [number for number, texts in enumerate(continuations) for _ in texts]
     flat = [tokens for texts in continuations for tokens in texts]
@@ -45,7 +45,8 @@ def score(
 
 
 def token_scores(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits (n, V), tokens (n,) -> their log-probabilities (n,) float64, and whether each is the most probable one."""
+    """Score one token a row: logits (n, V), tokens (n,) -> log-probabilities (n,) float64, and a mask (n,), True if the
+    token is the most probable one."""
     logprobs = F.log_softmax(logits.double(), -1)
     return logprobs.gather(1, tokens[:, None])[:, 0], logits.argmax(-1) == tokens
 
@@ -53,8 +54,11 @@ def token_scores(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tens
 def read_and_score(
     model: Any, read: Sequence[list[int]], due: Sequence[list[int]], state: State
 ) -> list[list[tuple[float, bool]]]:
-    """Read a list of tokens behind each sequence of state -> (log-probability, is it the most probable) of each token
-    of due, which are what should follow each token that is read; about PREFILL tokens a pass. state is used up."""
+    """Read a list of tokens after each sequence of state, and score the tokens of due, one for each token that is read:
+    the token that should follow it. About PREFILL tokens are read in a pass; state is overwritten.
+
+    -> for each sequence, (log-probability, True if it is the most probable) of each token of due.
+    """
     width = max(PREFILL // len(read), 1)
     found: list[list[tuple[float, bool]]] = [[] for _ in read]
     for first in range(0, max(map(len, read)), width):
@@ -71,7 +75,7 @@ def read_and_score(
 def score_packed(
     model: Any, read: Sequence[list[int]], due: Sequence[list[int]], state: State
 ) -> tuple[list[list[tuple[float, bool]]], State]:
-    """The same in one pass, and the State after what was read."""
+    """Do the same as read_and_score in one pass -> the scores, and the State after the tokens that were read."""
     device = state[0].wkv.device
     tokens = torch.tensor([token for piece in read for token in piece], device=device)
     targets = torch.tensor([token for piece in due for token in piece], device=device)

@@ -1,4 +1,4 @@
-"""The score of a task's records: shares with their standard errors."""
+"""The score of a task's records: the share of right answers with its standard error."""
 
 import math
 from collections.abc import Sequence
@@ -13,12 +13,13 @@ def share_of(measure: str, records: Sequence[Record]) -> float:
 
 
 def standard_error(share: float, total: int) -> float:
-    """Of a share of right answers among independent ones, from their sample variance; NaN for a single one."""
+    """The standard error of a share of right ones among `total` independent answers, from their sample variance; NaN
+    for a single answer."""
     return math.sqrt(share * (1 - share) / (total - 1)) if total > 1 else math.nan
 
 
 def summary(task: str, measures: Sequence[str], records: Sequence[Record]) -> list[str]:
-    """The lines that tell the score."""
+    """Write the score of records in lines: shares, answers cut off, and the perplexity of single continuations."""
     total = len(records)
     lines = [f"{task}: {counted(total, 'problem')}"]
     for name in measures:

@@ -1,4 +1,4 @@
-"""What a task says of itself, so that decoding, scoring, files and the table work on any."""
+"""The interface of a task, so that decoding, scoring, files and the table of scores work with any."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,12 @@ Row = Mapping[str, Any]
 
 
 class Problem(NamedTuple):
-    """prompt is what the model reads, solution what the row has behind it, answer what is right. continuations, of a
-    task that scores them, are what may follow the prompt, right the number of the right one."""
+    """One problem.
+
+    prompt is the text that the model reads, solution the row's text after it (for examples), answer the right answer.
+    In a task that scores continuations, these are the texts that may follow the prompt, and right is the number of the
+    right one.
+    """
 
     prompt: str
     solution: str
@@ -22,7 +26,7 @@ class Problem(NamedTuple):
 
 
 class Score(NamedTuple):
-    """The log-probability of a continuation behind its prompt, in nats, and whether each of its tokens is the most
+    """The log-probability of a continuation after its prompt, in nats; greedy is True if each of its tokens is the most
     probable one."""
 
     logprob: float
@@ -30,45 +34,49 @@ class Score(NamedTuple):
 
 
 class Task(ABC):
-    """layout is the name of the one that it has unless told otherwise ("": the row's own); measures are what is told of
-    each problem, right or wrong."""
+    """A kind of problem: how rows become Problems, and how answers are judged.
+
+    layout is the name of its default layout ("": the row's own); measures are the names of its judgements, each right
+    or wrong; the first one counts as the score.
+    """
 
     layout: str
     measures: tuple[str, ...]
 
     @abstractmethod
     def problem(self, row: Row, layout: str) -> Problem:
-        """The Problem of a row in the text of a layout. Raises UserError for a row that is none."""
+        """Make the Problem of a row in the text of a layout. Raises UserError for a row that is none."""
 
 
 class AnswerTask(Task):
-    """A task whose answers the model writes."""
+    """A task in which the model writes the answers."""
 
     @abstractmethod
     def judge(self, text: str, problem: Problem) -> dict[str, bool]:
-        """{measure: whether the text is right}."""
+        """Judge the text of an answer -> {measure: True if it is right}."""
 
 
 class ChoiceTask(Task):
-    """A task whose continuations the model finds more or less probable."""
+    """A task in which the model's probabilities of given continuations are compared."""
 
     @abstractmethod
     def judge(self, scores: Sequence[Score], problem: Problem) -> dict[str, bool]:
-        """{measure: whether the model is right}, of a Score for each continuation."""
+        """Judge the Scores of all continuations -> {measure: True if the model is right}."""
 
 
 def behind(solution: str) -> str:
-    """A solution as it follows a prompt in a layout."""
+    """Lay out a solution as it follows a prompt: after one space."""
     return f" {solution.strip()}"
 
 
 def put(layout: str, question: str) -> str:
-    """A question in the text of a layout."""
+    """Put a question into the text of a layout."""
     return layout.replace(FIELD, question.strip())
 
 
 def text_of(row: Row, *names: str) -> str:
-    """The first of some fields that a row has, which is a text. Raises UserError."""
+    """Return the text of the first of some fields that the row has. Raises UserError if it has none, or if that is no
+    text."""
     if not isinstance(row, Mapping):
         raise UserError(f"a row is {type(row).__name__}, not an object with fields")
     name = next((name for name in names if name in row), None)

@@ -1,4 +1,4 @@
-"""The table of tasks."""
+"""The table of tasks by the names that `rwkv-peft eval` and --eval_task take."""
 
 from types import MappingProxyType
 

@@ -1,6 +1,6 @@
-"""Text from a model: sampling, batched recurrent decoding, and the command `rwkv-peft generate`.
+"""Generate text with a model: sampling, batched recurrent decoding, and the command `rwkv-peft generate`.
 
-What stands here is imported where it is asked for: flags.py, which is below this package, does without torch.
+The names of __all__ are imported at first use, because flags.py, which is in this package, must not import torch.
 """
 
 import importlib

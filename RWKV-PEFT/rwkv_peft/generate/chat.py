@@ -1,4 +1,4 @@
-"""An interactive chat in the layout that chats are trained in (data/templates.py): `rwkv-peft generate --chat`.
+"""An interactive chat in the layout of the training data (data/templates.py): `rwkv-peft generate --chat`.
 
 Lines come from standard input, a terminal or a pipe; answers stream to standard output, remarks to standard error.
 """
@@ -21,14 +21,16 @@ HELP = (
     "/reset forgets the chat, /save FILE keeps it for --state, /exit or Ctrl-D ends it; Ctrl-C ends an answer, twice "
     "the chat"
 )
-CODE = 130  # of a command that Ctrl-C ended
+CODE = 130  # the exit code after Ctrl-C
 
 
 class Chat:
-    """The loop over a Session; stops end an answer, change(line) is what becomes of a line before it is sent, inputs
-    are the (flag, path) pairs that /save may not overwrite, but for --state, since a session may go on in its own file;
-    think ("", "on", "off") opens the answers (data/thinking.py), system is what stands before the first turn, after
-    /reset again ("": nothing)."""
+    """The loop of a chat over a Session.
+
+    stops end an answer; change(line) is applied to a line before it is sent; inputs are the (flag, path) pairs that
+    /save must not overwrite, except --state, because a session may go on in its own file; think ("", "on", "off") opens
+    the answers (data/thinking.py); system is the text before the first turn, also after /reset ("": none).
+    """
 
     def __init__(
         self,
@@ -46,8 +48,8 @@ class Chat:
         self.think, self.system = think, system
 
     def run(self) -> int:
-        """Talk until the input ends; -> the exit code. A mistake is told, and ends the chat only where its lines come
-        from a pipe or a file: the UserError. Raises Unheard."""
+        """Talk until the input ends -> the exit code. A UserError is printed on a terminal and raised if the lines come
+        from a pipe or a file. Raises Unheard if nobody reads the output any more."""
         remark(HELP)
         read, interrupted = line_reader(), False
         while True:
@@ -84,7 +86,7 @@ class Chat:
             remark(f"(cut off after --max_tokens {self.max_tokens})")
 
     def command(self, name: str, argument: str = "") -> bool:
-        """Do what a line with / asks for; False where it ends the chat."""
+        """Execute a line that begins with / -> False if it ends the chat."""
         argument = argument.strip()
         if name == "/exit":
             return False
@@ -98,7 +100,7 @@ class Chat:
         return True
 
     def save(self, path: str) -> None:
-        """Write the state after the last turn; a mistake is told and ends nothing."""
+        """Write the state after the last turn. A UserError is printed, and the chat goes on."""
         try:
             check_session_output("/save", path)
             check_output("/save", path, self.inputs)
@@ -112,7 +114,8 @@ class Chat:
             remark(f"error: {error}")
 
     def check_replaced(self, path: str) -> None:
-        """Raise UserError, the first time, if a file would be replaced that this chat neither came from nor saved."""
+        """Raise UserError, the first time, if /save would replace a file that this chat was not loaded from and did not
+        save."""
         known = any(same_file(path, own) for own in self.replaceable)
         self.replaceable.append(path)
         if os.path.exists(path) and not known:
@@ -120,12 +123,15 @@ class Chat:
 
 
 def line_reader() -> Callable[[], str | None]:
-    """A function that reads a line without its end, None at the end of the input; on a terminal with a prompt, and with
-    editing where there is readline. It raises UserError for a line that is no text."""
+    """Make a function that reads a line without its newline, None at the end of the input.
+
+    On a terminal it prompts, and offers editing if there is readline. It raises UserError for a line that is not in the
+    input's encoding.
+    """
     if not sys.stdin.isatty():
         return lambda: readable(line.rstrip("\r\n")) if (line := sys.stdin.readline()) else None
-    with suppress(ImportError):  # which not every Python has
-        import readline  # noqa: F401  importing it is what makes input() edit lines
+    with suppress(ImportError):  # some Pythons lack it
+        import readline  # noqa: F401  the import lets input() edit lines
 
     def ask() -> str | None:
         try:
@@ -138,7 +144,7 @@ def line_reader() -> Callable[[], str | None]:
 
 
 def readable(line: str) -> str:
-    """The line. Raises UserError where some bytes of it were none of the encoding, and stand in it as surrogates."""
+    """Return the line. Raises UserError if it holds surrogates: bytes that are not in the input's encoding."""
     try:
         line.encode()
     except UnicodeEncodeError as error:

@@ -27,7 +27,7 @@ from .text import TextStream
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code; 130 after Ctrl-C. Raises UserError for whatever is wrong in flags and files."""
+    """Run the command -> the exit code, 130 after Ctrl-C. Raises UserError for mistakes in flags and files."""
     args, sampling = parse_flags(argv)
     try:
         return run(args, sampling)
@@ -39,13 +39,13 @@ def main(argv: list[str]) -> int:
 
 
 def run(args: Namespace, sampling: Sampling) -> int:
-    """The command; returns 0."""
+    """Run the parsed command -> the exit code."""
     resolve_device(args)
     if not args.escapes and any("\\n" in text for text in [*(args.prompt or ()), args.system or "", *args.stop]):
         warn(r"note: \n in --prompt, --system or --stop is a backslash and an n; add --escapes to read it as a newline")
     check_outputs(args)
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
+        sys.stdout.reconfigure(errors="replace")  # a terminal's encoding may lack a character
     rows = read_rows(args)
     if args.save_state and len(rows) > 1:
         raise UserError(f"--save_state keeps the state after one prompt, and there are {len(rows)}; give one")
@@ -90,9 +90,10 @@ def run(args: Namespace, sampling: Sampling) -> int:
 
 
 class Continuation:
-    """What has become of one prompt: its row, the tokens and the text so far, and why it ended ("" before).
+    """The continuation of one prompt: its row, the tokens and the text so far, and why it ended.
 
-    end is "end" (of the document), "stop" or "length". show, where given, is called with each piece of text.
+    end is "end" (of the document), "stop" or "length", "" before it ended. show, if given, is called with each piece of
+    text.
     """
 
     def __init__(
@@ -106,10 +107,10 @@ class Continuation:
         self.tokens: list[int] = []
         self.text, self.end = "", ""
         self._tokenizer, self._stream = tokenizer, TextStream(tokenizer, stops)
-        self._lengths = [0]  # of the text after so many tokens, with what is held back of it
+        self._lengths = [0]  # [n]: the length of the text after n tokens, withheld text included
 
     def feed(self, token: int) -> str:
-        """Take a token; the reason to end here, or ""."""
+        """Take a token -> a reason to end here, or ""."""
         self.tokens.append(token)
         if token == self._tokenizer.end_id:
             return "end"
@@ -124,13 +125,13 @@ class Continuation:
         self.end = "stop" if self._stream.stopped else end
 
     def line(self) -> str:
-        """The row with what was generated, a line of JSON."""
+        """The row and the fields of WRITTEN as a line of JSON."""
         found = dict(zip(WRITTEN, (self.text, len(self.tokens), self.end)))
         return json.dumps(self.row | found, ensure_ascii=False) + "\n"
 
     def shown_tokens(self) -> list[int]:
-        """The tokens of the text, without the stop text or the end of the document behind it; where a stop text began
-        inside of a token, those of what stands before it there."""
+        """The tokens of the text, without a stop text or the end of the document after it. If a stop text began inside
+        a token, the part of that token before it is encoded by itself."""
         if self.end != "stop":
             return self.tokens[: len(self._lengths) - 1]
         length = max(length for length in self._lengths if length <= len(self.text))
@@ -143,7 +144,7 @@ class Continuation:
 
 
 def read_rows(args: Namespace) -> list[dict[str, Any]]:
-    """[{"prompt": text, …}] of the flags; none with --chat."""
+    """Read [{"prompt": text, …}] from the flags; [] with --chat."""
     if args.prompt_file is not None:
         return read_prompt_file(args.prompt_file)
     return [{"prompt": text} for text in args.prompt or ()]
@@ -154,8 +155,8 @@ def warn(text: str) -> None:
 
 
 def complete_all(steps: Iterable[Step], continuations: Sequence[Continuation], prints: bool, kept: Kept) -> None:
-    """Take every step, and add the line of each continuation to kept as it is complete; where `prints`, print it once
-    those before it are complete."""
+    """Run all steps, and add the line of each continuation to kept when it is complete. If `prints`, print the lines in
+    the order of the prompts, each as soon as it and those before it are complete."""
     printed = 0
 
     def finish(number: int, end: str) -> None:
@@ -170,12 +171,12 @@ def complete_all(steps: Iterable[Step], continuations: Sequence[Continuation], p
         if step.end:
             finish(step.number, step.end)
     for number, continuation in enumerate(continuations):
-        if not continuation.end:  # where no token was asked for
+        if not continuation.end:  # with --max_tokens 0
             finish(number, "length")
 
 
 def check_outputs(args: Namespace) -> None:
-    """Raise UserError for outputs that are inputs, or cannot be written: known before the work, not after it."""
+    """Raise UserError, before any work, for outputs that are inputs or cannot be written."""
     inputs = inputs_of(args)
     if args.output:
         check_output("--output", args.output, [*inputs, ("--state", args.state)])
@@ -187,6 +188,6 @@ def check_outputs(args: Namespace) -> None:
 
 
 def inputs_of(args: Namespace) -> list[tuple[str, str | None]]:
-    """(flag, path) of each file that is read."""
+    """The (flag, path) pairs of the files that are read, except --state."""
     inputs = [(f"--{name}", getattr(args, name)) for name in ("model", "prompt_file", "lora_init", "tokenizer")]
     return inputs + [("--adapter", path) for path in args.adapter]

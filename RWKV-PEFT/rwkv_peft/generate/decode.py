@@ -1,6 +1,7 @@
 """Batched recurrent decoding: prompts of any lengths are read packed, then all sequences advance together.
 
-A sequence costs one State, whatever its length; one that ends leaves the batch, and a waiting prompt takes its place.
+A sequence costs one State, whatever its length. When one ends, it leaves the batch and a waiting prompt takes its
+place.
 """
 
 import random
@@ -23,8 +24,8 @@ PREFILL = 4096  # tokens of prompts read in one pass
 
 
 class Step(NamedTuple):
-    """A token drawn for the prompt of this number; end is "" while its sequence goes on, else why it ended with this
-    token: "length", or what `ends` said."""
+    """A token drawn for the prompt of this number; end is "" while its sequence goes on, else the reason why it ends
+    with this token: "length", or the one that `ends` gave."""
 
     number: int
     token: int
@@ -33,7 +34,7 @@ class Step(NamedTuple):
 
 @dataclass
 class Sequence:
-    """A row of the batch: its prompt's number, its own random numbers, and how many tokens it has generated."""
+    """A row of the batch: its prompt's number, its own random numbers, and the count of tokens it has generated."""
 
     number: int
     random: random.Random
@@ -51,12 +52,12 @@ def generate(
     batch: int = 32,
     vocab_size: int | None = None,
 ) -> Iterator[Step]:
-    """Continue prompts (lists of token ids, none empty); yields a Step for each token as it is drawn.
+    """Continue prompts (lists of token ids, none empty); yield a Step for each token as it is drawn.
 
     ends(number, token) -> "" or a reason to end that sequence there; start is the State of one sequence before each
     prompt (None: zeros); at most `batch` sequences advance at a time; tokens from vocab_size on are never drawn.
-    The tokens of a prompt depend on it, its number and `sampling`, up to rounding, and not on the other prompts.
-    Raises UserError for an empty prompt, and where the model's logits are not finite.
+    The tokens of a prompt depend only on it, its number, `start` and `sampling`, up to rounding, not on the other
+    prompts. Raises UserError for an empty prompt, and if the model's logits are not finite.
     """
     for number, prompt in enumerate(prompts):
         if not prompt:
@@ -75,7 +76,7 @@ def generate(
             logits, state = torch.cat([logits, read.float()]), memory if state is None else state.joined(memory)
             if sampling.penalizes:
                 counts = torch.cat([counts, counts.new_zeros(len(fresh), vocab_size)])
-        assert state is not None  # there is a row
+        assert state is not None  # because there is a row
         check_finite(logits, rows, model)
         choices = logits[:, :vocab_size]
         if sampling.penalizes:
@@ -109,8 +110,8 @@ def prefill(
     """Read n prompts (lists of token ids, none empty), each from start, the State of one sequence (None: zeros) ->
     logits after each (n, V), their State.
 
-    They are packed into one row, about PREFILL tokens a pass, so that memory does not grow with their lengths; logits
-    are formed of the last tokens alone.
+    They are packed into one row, about PREFILL tokens a pass, so that memory does not grow with their lengths. Only the
+    last tokens get logits.
     """
     n, parameter = len(prompts), model.emb.weight
     if start is None:
@@ -128,7 +129,7 @@ def prefill(
 
 
 def read_packed(model: LanguageModel, pieces: abc.Sequence[list[int]], state: State) -> tuple[torch.Tensor, State]:
-    """pieces: lists of tokens, one for each sequence of state -> logits after the last of each (n, V), State."""
+    """Read a list of tokens for each sequence of state, in one pass -> logits after the last of each (n, V), State."""
     tokens = torch.tensor([token for piece in pieces for token in piece], device=state[0].wkv.device)
     ends = torch.tensor([len(piece) for piece in pieces], device=tokens.device).cumsum(0)
     return model(
@@ -137,8 +138,8 @@ def read_packed(model: LanguageModel, pieces: abc.Sequence[list[int]], state: St
 
 
 def check_finite(logits: torch.Tensor, rows: abc.Sequence[Sequence], model: LanguageModel) -> None:
-    """Raise UserError where a sequence's logits hold NaN or Inf."""
-    finite = torch.isfinite(logits.sum(-1))  # a sum of NaN or Inf is neither
+    """Raise UserError if a sequence's logits hold NaN or Inf."""
+    finite = torch.isfinite(logits.sum(-1))  # a sum with NaN or Inf in it is not finite
     if not finite.all():
         row = rows[int(finite.logical_not().nonzero()[0])]
         raise UserError(

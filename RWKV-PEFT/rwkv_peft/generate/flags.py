@@ -103,7 +103,8 @@ def build_parser() -> Parser:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which model, with what, and how it runs: the same for every command that asks one."""
+    """Add the flags of the model, what is loaded with it and how it runs, which every command that asks a model
+    shares."""
     add = parser.add_argument
     add("--model", required=True, metavar="PTH", help="an RWKV model")
     add(
@@ -136,13 +137,14 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, Sampling]:
-    """argv -> the parsed flags and their Sampling. Raises UserError."""
+    """Parse argv -> the flags and their Sampling. Raises UserError for flags that are mistaken."""
     args = build_parser().parse_args(argv)
     return args, check_flags(args)
 
 
 def check_flags(args: argparse.Namespace) -> Sampling:
-    """The Sampling of the flags; UserError for flags that contradict each other or are out of range."""
+    """Check the flags, apply --escapes to them, and return their Sampling. Raises UserError for flags that contradict
+    each other or are out of range."""
     given = [f"--{name}" for name in ("prompt", "prompt_file", "chat") if getattr(args, name) not in (None, False)]
     if len(given) != 1:
         raise UserError(
@@ -176,6 +178,6 @@ def check_flags(args: argparse.Namespace) -> Sampling:
 
 
 def unescaped(text: str) -> str:
-    r"""text with \n, \t and \\ read as newline, tab and backslash; other backslashes stand for themselves."""
+    r"""Replace \n, \t and \\ in a text by newline, tab and backslash; other backslashes stay."""
     parts = text.split("\\\\")
     return "\\".join(part.replace("\\n", "\n").replace("\\t", "\t") for part in parts)

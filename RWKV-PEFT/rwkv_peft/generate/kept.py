@@ -1,4 +1,4 @@
-"""The file of `generate --output`: the line of each prompt is in it as soon as its continuation is done."""
+"""The file of `generate --output`, which has the line of each prompt as soon as its continuation is done."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +9,14 @@ from .showing import show
 
 
 class Kept:
-    """{number of a prompt: its line}, in a file where there is a path: appended as they are added, so that a process
-    which is killed leaves those before, and in the order of the prompts when this is left. What stood at the path stays
-    there until the first line. say(text) is told what the disk refuses meanwhile.
+    """The lines {number of a prompt: line} of --output, in memory and in the file at path; without a path none is kept.
 
-    whole: whether all lines stand in the file in their order. To leave it raises UserError where the disk refuses them
-    then, too, and prints them.
+    Each line is appended as it is added, so that a process which is killed leaves the lines so far; on exit the file is
+    written anew in the order of the prompts. A file that was at the path stays until the first line. say(text) is
+    called once if the disk refuses a line. If it refuses the lines at exit too, they are printed and UserError is
+    raised.
+
+    whole is True once all lines are in the file in order.
     """
 
     def __init__(self, path: str | None, say: Callable[[str], object]) -> None:
@@ -27,11 +29,11 @@ class Kept:
         return self
 
     def add(self, number: int, line: str) -> None:
-        """Keep the line of a prompt."""
+        """Add the line of a prompt; it is dropped if there is no path."""
         if self.path is None:
             return
         self.lines[number] = line
-        if self._refused:  # perhaps in the middle of a line
+        if self._refused:  # the file may end in the middle of a line
             return
         try:
             if len(self.lines) == 1:
@@ -62,5 +64,5 @@ class Kept:
 
 
 def encoded(text: str) -> bytes:
-    """A lone surrogate of a row, which UTF-8 has no bytes for, as JSON's escape of it."""
+    """Encode as UTF-8; a lone surrogate of a row, which UTF-8 cannot hold, becomes JSON's escape of it."""
     return text.encode("utf-8", "backslashreplace")

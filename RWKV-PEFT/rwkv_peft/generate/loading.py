@@ -1,5 +1,4 @@
-"""What generation starts from: a model with its adapters folded in, and the states that files hold
-(models/state.py)."""
+"""Load the model, with its adapters merged in, and the state that generation starts from; save such states."""
 
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -30,12 +29,12 @@ def load_model(
     device: str = "cpu",
     any_base: bool = False,
 ) -> tuple[LanguageModel, State | None]:
-    """The .pth at path, with adapters (AdapterSources) merged into it in memory -> the model, ready to generate, and
-    the State of one sequence that it starts from, or None where neither file holds time states.
+    """Load the .pth at path, with adapters (AdapterSources) merged into it in memory -> the model, ready to generate,
+    and the State of one sequence that it starts from, or None if no file holds time states.
 
-    Folding an adapter in gives bit by bit the weights that merge_bone.py would write, so that the tokens are those of
-    the merged file and no step pays for the adapter. any_base allows an adapter
-    of another base of the same shape. Raises UserError as open_base, AdapterSource.read and merging do.
+    The merged weights are bit by bit those that merge_bone.py would write, so the tokens are those of the merged file,
+    and no step pays for the adapter. any_base allows an adapter of another base of the same shape. Raises UserError as
+    open_base, AdapterSource.read and merging do, and for weights that are not finite.
     """
     base = open_base(path)
     if adapters:
@@ -44,7 +43,7 @@ def load_model(
             check_fingerprints(base, named)
         base = base_of(merged_tensors(base, named), path)
     else:
-        base.require_finite()  # which merging looks into, too
+        base.require_finite()  # merging checks it by itself
     weights, states = split_time_states(base.tensors)
     model = base.family.load(weights, base.config)
     model = model.to(device=device, dtype=DTYPES[precision]).requires_grad_(False).eval()
@@ -54,7 +53,8 @@ def load_model(
 
 
 def resolve_device(args: Namespace) -> str:
-    """cpu or cuda: --device, or else cuda if there is one. Raises UserError for a GPU that torch cannot use."""
+    """Choose "cpu" or "cuda": --device, or else cuda if there is one. Raises UserError for a GPU that torch cannot
+    use."""
     if args.device == "cpu":
         return "cpu"
     gpus = count_gpus("run on the CPU with --device cpu")
@@ -64,7 +64,7 @@ def resolve_device(args: Namespace) -> str:
 
 
 class Subject(NamedTuple):
-    """A model ready to generate, the State of one sequence that it starts from, or None, and its tokenizer."""
+    """A model ready to generate, the State of one sequence that it starts from (None: zeros), and its tokenizer."""
 
     model: LanguageModel
     start: State | None
@@ -72,8 +72,8 @@ class Subject(NamedTuple):
 
 
 def load_subject(args: Namespace, say: Callable[[str], object]) -> Subject:
-    """The Subject that the flags of add_model_flags name. say(text) is told where the tokenizer is another than the one
-    recorded. Raises UserError."""
+    """Load the Subject that the flags of add_model_flags name. say(text) is called if the tokenizer differs from the
+    recorded one. Raises UserError for files that cannot be read or do not fit together."""
     device = resolve_device(args)
     precision = args.precision or ("bf16" if device == "cuda" else "fp32")
     sources = [source_of(args, path) for path in args.adapter]
@@ -85,10 +85,10 @@ def load_subject(args: Namespace, say: Callable[[str], object]) -> Subject:
 
 
 def store_by_columns(model: nn.Module) -> None:
-    """Keep the linear layers' weights (out, in) column by column in memory; values and shapes stay.
+    """Store the linear layers' weights (out, in) column by column; values and shapes stay.
 
-    One token's product is then a sum of scaled columns, which reads memory faster than many dot products do: a tenth
-    more tokens a second on a CPU, where reading the weights is nearly all of the time.
+    The product with one token is then a sum of scaled columns, which reads memory faster than many dot products do. On
+    a CPU, which spends nearly all of the time on reading weights, that gives a tenth more tokens a second.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -96,9 +96,9 @@ def store_by_columns(model: nn.Module) -> None:
 
 
 def read_state_file(path: str | Path, model: LanguageModel, base: Base | None = None) -> State:
-    """The State of one sequence in a file of time states of any layout, a run that tuned them, or a saved session.
-    Raises UserError where it does not fit the model, is of another generation, or names another base than a Base that
-    is given."""
+    """Read the State of one sequence from a file of time states in any layout, the folder of a run that tuned them, or
+    a saved session. Raises UserError if it does not fit the model, is of another generation, or names another base than
+    `base` (None: any)."""
     file = read_states(path)
     file.check_generation(model.config.version)
     if base is not None:
@@ -107,11 +107,12 @@ def read_state_file(path: str | Path, model: LanguageModel, base: Base | None = 
 
 
 def save_state_file(path: str | Path, state: State, model: LanguageModel) -> None:
-    """Write the State of one sequence as a saved session, in float32. Raises UserError where the disk refuses."""
+    """Write the State of one sequence as a saved session, in float32. Raises UserError if it cannot be written."""
     save_model(path, state_tensors(state, family_named(model.config.version).rows_are_keys))
 
 
 def read_state(tensors: Mapping[str, torch.Tensor], model: LanguageModel, name: str | Path) -> State:
-    """The State of one sequence from the {key: tensor} of a file."""
+    """Make the State of one sequence from the {key: tensor} of a file called `name`. Raises UserError if it does not
+    fit the model."""
     zeros = State.zeros(model.config, 1, model.emb.weight.device, model.emb.weight.dtype)
     return state_of(tensors, zeros, family_named(model.config.version).rows_are_keys, name)

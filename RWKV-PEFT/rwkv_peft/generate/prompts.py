@@ -1,4 +1,4 @@
-"""Prompts as a user gives them, and as tokens."""
+"""Read prompts as a user gives them, and encode them as tokens."""
 
 import sys
 from pathlib import Path
@@ -9,14 +9,14 @@ from ..data.rows import JSON_ENDINGS, held_chunks
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 
-WRITTEN = ("generated", "tokens", "end")  # what a line that is written says of its prompt's continuation
+WRITTEN = ("generated", "tokens", "end")  # the fields of an output line that describe the continuation
 ENDS = ("end", "stop", "length")
 
 
 def read_prompt_file(path: str | Path) -> list[dict[str, Any]]:
-    """[{"prompt": text, …}] of a file of JSON (.jsonl, .ndjson, .jsonl.gz, .json), or of a text with a prompt a line
-    ("-": standard input); blank lines are left out. What a row holds besides the prompt stays with it. Raises
-    UserError."""
+    """Read [{"prompt": text, …}] from a file of JSON (.jsonl, .ndjson, .jsonl.gz, .json), or from a text with one
+    prompt a line ("-": standard input). Blank lines are left out, and a row keeps its other fields. Raises UserError
+    for a file that is unreadable or holds no prompt, and for a row that is no prompt."""
     if str(path).lower().endswith(JSON_ENDINGS):
         rows = read_rows(path)
     else:
@@ -27,7 +27,8 @@ def read_prompt_file(path: str | Path) -> list[dict[str, Any]]:
 
 
 def read_text(path: str | Path) -> str:
-    """A text, without the byte order mark of editors on Windows."""
+    """Read a text, without the byte order mark that editors on Windows write. Raises UserError if it is missing or not
+    UTF-8."""
     try:
         text = read_input() if path == "-" else Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -38,8 +39,8 @@ def read_text(path: str | Path) -> str:
 
 
 def read_input() -> str:
-    """All of standard input, in which bytes that are no text stand as surrogates (streams.py). Raises
-    UnicodeDecodeError for them."""
+    """Read all of standard input. Raises UnicodeDecodeError for bytes that are not UTF-8, which streams.py turned into
+    surrogates."""
     return sys.stdin.read().encode(errors="surrogateescape").decode()
 
 
@@ -57,8 +58,8 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def checked(row: object) -> dict[str, Any]:
-    """The row of a prompt. Raises UserError for what is none, or has fields that its line would not keep; those of a
-    line that was written before are made anew."""
+    """Return a prompt's row. Raises UserError if it is none, or if it has fields of its own with the names of WRITTEN,
+    which would be lost. A row that is an earlier output line passes: its fields are written anew."""
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise UserError('an object with a "prompt" that is a text is due, as in {"prompt": "Once upon a time"}')
     before = isinstance(row.get("generated"), str) and isinstance(row.get("tokens"), int) and row.get("end") in ENDS
@@ -71,7 +72,8 @@ def checked(row: object) -> dict[str, Any]:
 
 
 def encode(tokenizer: Tokenizer, prompt: str, number: int) -> list[int]:
-    """The tokens of a prompt; an empty one is the start of a document."""
+    """Encode a prompt -> its tokens; an empty prompt is the token that starts a document. Raises UserError if the
+    tokenizer has no such token."""
     tokens = tokenizer.encode(prompt)
     if tokens:
         return tokens

@@ -1,6 +1,6 @@
-"""From logits to tokens: penalties, temperature, top-k, top-p and the draw, as pure functions over a batch.
+"""Draw tokens from logits: penalties, temperature, top-k, top-p and the draw, as functions over a batch.
 
-n sequences, V tokens in the vocabulary, k candidates. Top-p is nucleus sampling (Holtzman et al. 2019,
+Shapes: n sequences, V tokens in the vocabulary, k candidates. Top-p is nucleus sampling (Holtzman et al. 2019,
 arXiv 1904.09751).
 """
 
@@ -10,12 +10,12 @@ import torch
 
 from .settings import Sampling
 
-FIRST_CANDIDATES = 64  # top-p looks at this many tokens first, and at more where they do not reach its share
+FIRST_CANDIDATES = 64  # top-p looks at this many tokens first, and at more if they do not reach its share
 
 
 def sample(logits: torch.Tensor, uniforms: Sequence[float], sampling: Sampling) -> torch.Tensor:
-    """logits (n, V), one number in [0, 1) for each row -> tokens (n,) int64. Equal rows and numbers give equal tokens,
-    whatever else is in the batch."""
+    """Draw a token for each row: logits (n, V), one number in [0, 1) for each row -> tokens (n,) int64. Equal rows and
+    numbers give equal tokens, whatever else is in the batch."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     weights, tokens = candidates(logits, sampling)
@@ -23,7 +23,7 @@ def sample(logits: torch.Tensor, uniforms: Sequence[float], sampling: Sampling) 
 
 
 def penalize(logits: torch.Tensor, counts: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """logits (n, V) less the penalties for counts (n, V), float32, of the tokens generated before."""
+    """Subtract from logits (n, V) the penalties for counts (n, V), float32, of the tokens generated before."""
     return logits - sampling.presence_penalty * (counts > 0) - sampling.frequency_penalty * counts
 
 
@@ -35,9 +35,10 @@ def count(counts: torch.Tensor, tokens: torch.Tensor, decay: float) -> None:
 
 
 def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits (n, V) -> weights (n, k) float64, in proportion to the probabilities, and their tokens (n, k) int64.
+    """Choose the tokens to draw from: logits (n, V) -> weights (n, k) float64, proportional to the probabilities, and
+    their tokens (n, k) int64.
 
-    A token that top-k or top-p leaves out has the weight 0, or no place among the k.
+    A token that top-k or top-p leaves out has weight 0 or is not among the k.
     """
     logits = logits.float()
     logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature  # no overflow at any temperature
@@ -50,7 +51,7 @@ def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, 
         weights = logits.softmax(-1).double()
         tokens = torch.arange(logits.shape[-1], device=logits.device).expand(logits.shape)
     if sampling.top_p < 1:
-        before = weights.cumsum(-1) - weights  # what the more probable tokens hold together
+        before = weights.cumsum(-1) - weights  # the summed weight of the more probable tokens
         kept = before < sampling.top_p
         kept[:, 0] = True
         weights = weights * kept
@@ -58,8 +59,8 @@ def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, 
 
 
 def most_probable(probabilities: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The most probable tokens, in order, until each row of probabilities (n, V) has reached a share of 1 ->
-    probabilities (n, k) float64, tokens (n, k). Sorts a small part of a large vocabulary in the usual case."""
+    """Find the most probable tokens, in order, until they reach `share` in every row of probabilities (n, V) ->
+    probabilities (n, k) float64, tokens (n, k). Usually this sorts only a small part of a large vocabulary."""
     size = probabilities.shape[-1]
     k = min(FIRST_CANDIDATES, size)
     while True:
@@ -71,7 +72,8 @@ def most_probable(probabilities: torch.Tensor, share: float) -> tuple[torch.Tens
 
 
 def pick(weights: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
-    """Index (n, 1) of the weight (n, k) at which the running sum passes a uniform share of the whole."""
+    """Pick an index (n, 1) into weights (n, k): the first at which the running sum passes a uniform share of the
+    total."""
     sums = weights.cumsum(-1)
     targets = torch.as_tensor(uniforms, dtype=sums.dtype, device=sums.device)[:, None] * sums[:, -1:]
     return torch.searchsorted(sums, targets, right=True)  # right: a weight of 0 is never picked

@@ -1,4 +1,4 @@
-"""One sequence that is read and continued in turns: a chat's memory is its State, and nothing is read twice."""
+"""Read and continue one sequence in turns. A chat's memory is its State, so no token is read twice."""
 
 import random
 from collections.abc import Iterable, Iterator
@@ -18,9 +18,9 @@ from .text import TextStream
 class Session:
     """A model's State after all turns so far, from `start` on (None: zeros).
 
-    Between turns the sequence ends in TURN_END, as the chats that are trained on have it, or is still to get it: `tail`
-    holds tokens that were drawn and not read yet, `closed` says whether TURN_END is behind them. `cut` says whether the
-    last answer had all of its max_tokens, and may not be over.
+    Between turns the sequence ends in TURN_END, as in the training data, or gets it before the next turn: `tail` holds
+    tokens that were drawn but not read yet, and `closed` is True if the sequence with them ends in TURN_END. `cut` is
+    True if the last answer used all of its max_tokens, so that it may be unfinished.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class Session:
 
     @property
     def begins(self) -> bool:
-        """Whether nothing was said since the start."""
+        """Tell whether nothing was said since the start."""
         return self.state is self.start
 
     def close(self) -> None:
-        """Read what the last turn left, so that the state is behind all of it and its TURN_END."""
+        """Read the tokens that the last turn left and its TURN_END, so that the state includes them."""
         if not self.closed:
             self.tail += self.tokenizer.encode(TURN_END)
             self.closed = True
@@ -52,17 +52,17 @@ class Session:
 
     @torch.inference_mode()
     def answer(self, texts: Iterable[str], stops: Iterable[str], max_tokens: int) -> Iterator[str]:
-        """Read texts, each tokenized alone as the data is, and continue them; yields the answer piece by piece.
+        """Read texts, each tokenized by itself as the training data is, and yield the answer piece by piece.
 
-        It ends at a stop text, which is no part of it, at the token that ends a document, or after max_tokens. An
-        answer that is left half-way stays in the sequence as far as it was drawn.
+        The answer ends before a stop text, at the token that ends a document, or after max_tokens. If the caller stops
+        taking pieces, the sequence keeps the part that was drawn. Raises UserError if the logits are not finite.
         """
         self.close()
         asked = [token for text in texts for token in self.tokenizer.encode(text)]
         logits, state = prefill(self.model, [asked], self.state)
         self.state, self.closed = state, False
         stream, shown, self.cut = TextStream(self.tokenizer, stops), "", False
-        turn_end: tuple[str, State] | None = None  # the text whose end is TURN_END, and the state behind it
+        turn_end: tuple[str, State] | None = None  # the last text that ended in TURN_END, and the state after it
         row, size = Sequence(0, self.random), min(self.tokenizer.vocab_size, self.model.config.vocab_size)
         counts = logits.new_zeros(1, size, dtype=torch.float32)
         for _ in range(max_tokens):
@@ -79,7 +79,7 @@ class Session:
             if stream.stopped:
                 self.tail = []
                 if turn_end is not None and turn_end[0] == shown + TURN_END:
-                    self.state, self.closed = turn_end[1], True  # before the words that open the next turn
+                    self.state, self.closed = turn_end[1], True  # without the words that open the next turn
                 return
             new, state = self.model(torch.tensor([[token]], device=logits.device), self.state)
             logits, self.state, self.tail = new[:, 0], state, []
@@ -93,7 +93,7 @@ class Session:
             yield rest
 
     def _draw(self, logits: torch.Tensor, counts: torch.Tensor) -> int:
-        """The next token from logits (1, V); counts (1, V) of this answer's tokens are kept up to date."""
+        """Draw the next token from logits (1, V) and update counts (1, V) of this answer's tokens."""
         if self.sampling.penalizes:
             logits = penalize(logits, counts, self.sampling)
         tokens = sample(logits, [self.random.random()], self.sampling)

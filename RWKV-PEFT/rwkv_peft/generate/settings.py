@@ -1,4 +1,4 @@
-"""How tokens are drawn, as settings; sampling.py draws."""
+"""The settings of sampling; sampling.py draws by them."""
 
 import math
 from dataclasses import dataclass, fields
@@ -8,12 +8,12 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from logits; the order of the fields is the order in which they act.
+    """The settings by which a token is drawn from logits; the fields act in this order.
 
-    presence_penalty is subtracted from the logit of each token generated before, frequency_penalty as often as it was
-    generated, where penalty_decay multiplies the counts at every step (1: none is forgotten). temperature divides the
-    logits; 0 takes the most probable token. top_k keeps the k most probable tokens (0: all), top_p then the fewest
-    most probable ones whose probabilities, among those kept, reach it. seed plus the number of a prompt seeds its
+    presence_penalty is subtracted from the logit of each token generated before, and frequency_penalty times the count
+    of that token; penalty_decay multiplies the counts at every step (1: nothing is forgotten). temperature divides the
+    logits; 0 takes the most probable token. top_k keeps the k most probable tokens (0: all); top_p then keeps the
+    fewest most probable ones whose probabilities, among those kept, reach it. seed plus the prompt's number seeds its
     draws. Raises UserError for a value out of range.
     """
 
@@ -31,7 +31,7 @@ class Sampling:
             if not math.isfinite(value):
                 raise UserError(f"--{field.name} {value}: a finite number is due")
         for name, rule, holds in (
-            # float32, in which the draw is computed, has no room for much larger penalties and smaller temperatures
+            # logits are float32, which cannot hold much larger penalties or divide by much smaller temperatures
             ("presence_penalty", "a number from -1e30 to 1e30", abs(self.presence_penalty) <= 1e30),
             ("frequency_penalty", "a number from -1e30 to 1e30", abs(self.frequency_penalty) <= 1e30),
             ("penalty_decay", "a factor from 0 to 1 (1 forgets nothing)", 0 <= self.penalty_decay <= 1),
@@ -48,5 +48,5 @@ class Sampling:
 
     @property
     def penalizes(self) -> bool:
-        """Whether what was generated before matters."""
+        """Tell whether a draw depends on the tokens generated before."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0

@@ -1,4 +1,4 @@
-"""What is generated, piece by piece on standard output, for as long as somebody reads it."""
+"""Print generated text piece by piece, as long as somebody reads standard output."""
 
 import sys
 
@@ -6,11 +6,11 @@ from ..streams import is_heard
 
 
 class Unheard(Exception):
-    """The reader of what is printed left, as `head` does, and it was for that reader alone."""
+    """The reader of standard output left, as `head` does, so that there is nothing more to do."""
 
 
 def show(text: str) -> None:
-    """Print a piece of what is generated. Raises Unheard where nobody reads it any more."""
+    """Print a piece of generated text. Raises Unheard if nobody reads it any more."""
     print(text, end="", flush=True)
     if not is_heard(sys.stdout):
         raise Unheard

@@ -1,4 +1,4 @@
-"""Tokens to text as they come: characters and stop strings may lie across the borders of tokens."""
+"""Turn tokens into text as they come; characters and stop strings may cross the borders of tokens."""
 
 import codecs
 from collections.abc import Iterable, Sequence
@@ -6,15 +6,16 @@ from collections.abc import Iterable, Sequence
 from ..data.tokenizer import REPLACEMENT, Tokenizer
 from ..errors import UserError
 
-LONGEST_CHARACTER = 4  # tokens: UTF-8 takes four bytes at most
+LONGEST_CHARACTER = 4  # in tokens, because UTF-8 takes four bytes at most
 
 
 class TextStream:
     """The text of one sequence, given out as soon as it is certain.
 
-    A character is withheld until its last byte is there, and so is text that may be the start of a stop string.
-    `stopped` is True from the first stop string on, which is not given out. One that is a special token of the
-    tokenizer, and so has no text, stops as the token; UserError for one that has such a token in it.
+    A character is withheld until its last byte is there, and text that may be the start of a stop string until that is
+    decided. `stopped` is True from the first stop string on; its text is not given out. A stop string that is a special
+    token of the tokenizer, which has no text, stops at that token. Raises UserError for a stop string that contains
+    such a token and more.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Iterable[str] = ()) -> None:
@@ -35,11 +36,11 @@ class TextStream:
 
     @property
     def held(self) -> str:
-        """The text that is withheld because it may be the start of a stop string."""
+        """The text withheld because it may be the start of a stop string."""
         return self._held
 
     def feed(self, token: int) -> str:
-        """The text that token makes certain, perhaps ""."""
+        """Take a token -> the text that is certain now, perhaps ""."""
         if token in self._ends and not self.stopped:
             text = self.finish()
             self.stopped = True
@@ -47,7 +48,7 @@ class TextStream:
         return "" if self.stopped else self._release(self._decoder.feed(token))
 
     def finish(self) -> str:
-        """The text still withheld, when no token follows."""
+        """End the sequence -> the text still withheld."""
         text = "" if self.stopped else self._release(self._decoder.finish())
         held, self._held = self._held, ""
         return text + held
@@ -65,13 +66,13 @@ class TextStream:
 
 
 def overlap(text: str, stop: str) -> int:
-    """How many characters at the end of text are the start of stop, less than all of it."""
+    """Count the characters at the end of text that are the start of stop, but not all of it."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class ByteDecoder:
-    """For vocabularies of bytes: table holds the bytes of each token, None for one that stands for nothing. Token 0
-    ends a document and has no text."""
+    """The decoder for vocabularies of bytes: table holds the bytes of each token, None for an unused one. Token 0 ends
+    a document and has no text."""
 
     def __init__(self, table: Sequence[bytes | None]) -> None:
         self._table = table
@@ -88,15 +89,15 @@ class ByteDecoder:
 
 
 class TailDecoder:
-    """For any tokenizer that decodes lists: decodes the last tokens with and without the new one, because a token's
-    text may depend on the one before it, and may end a character and begin another."""
+    """The decoder for any tokenizer that decodes lists. It decodes the last tokens with and without the new ones,
+    because a token's text may depend on the one before it, and may end one character and begin another."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._decode = tokenizer.decode
-        self._before: list[int] = []  # tokens whose text is out, as context
-        self._new: list[int] = []  # tokens since then, of whose text the end is not
-        self._given = 0  # characters of it that are out
-        self._waiting = 0  # tokens since the last of them
+        self._before: list[int] = []  # tokens whose text was given out, kept as context
+        self._new: list[int] = []  # tokens since then; the end of their text was not given out
+        self._given = 0  # characters of the new tokens' text that were given out
+        self._waiting = 0  # tokens since the last of those characters
 
     def feed(self, token: int) -> str:
         self._new.append(token)
@@ -109,7 +110,7 @@ class TailDecoder:
             self._new, self._given, self._waiting = [], 0, 0
             return text
         if self._waiting >= LONGEST_CHARACTER:
-            certain = text[:-1]  # what no token has ended by now is broken, but for the last, which may have just begun
+            certain = text[:-1]  # a character still open is broken by now, but the last one may have just begun
         if certain:
             self._given, self._waiting = self._given + len(certain), 1
         return certain
@@ -120,5 +121,5 @@ class TailDecoder:
         return text
 
     def _text(self) -> str:
-        """Of the new tokens, what is not out."""
+        """The text of the new tokens that was not given out."""
         return self._decode(self._before + self._new)[len(self._decode(self._before)) + self._given :]

@@ -125,8 +125,8 @@ def rehearse(
     family: Family, model: ModelConfig, adapter: AdapterConfig, dtype: torch.dtype, device: str, grad_cp: bool
 ) -> Step:
     """The Step of a model (its dimensions) and an adapter; dtype that of weights and activations; device "cpu" or
-    "meta", which stands for a GPU. Allocates the weights of three blocks on a CPU, without writing to them. Raises UserError
-    where they are more than the machine's memory."""
+    "meta", which stands for a GPU. Allocates the weights of three blocks on a CPU, without writing to them. Raises
+    UserError if they are more than the machine's memory."""
     depth = min(DEPTH, model.n_layer)
     if device == "cpu":
         require_memory(family, replace(model, n_layer=depth, vocab_size=VOCABULARY), dtype)

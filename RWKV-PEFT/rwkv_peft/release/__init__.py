@@ -1,1 +1,1 @@
-"""From base and adapter to files that other runtimes load, and the proof that they do."""
+"""Make files from base and adapter that other runtimes load, and check that those compute what we do."""

@@ -1,4 +1,4 @@
-"""Computing the next results in threads while the last one is used: order, errors and memory as without threads."""
+"""Compute the next results in threads while the last one is used, in the same order and with the same errors."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -11,10 +11,10 @@ Result = TypeVar("Result")
 
 
 def ahead(tasks: Iterable[Callable[[], Result]]) -> Iterator[Result]:
-    """Yield task() for each of an iterable of callables, in order; an error of a task is raised in its turn.
+    """Yield task() for each of an iterable of callables, in order; a task's error is raised in its turn.
 
-    As many threads as torch has compute tasks, each with one thread of torch's own, and at most two results a thread
-    wait to be taken. The iterable itself is advanced by the caller's thread.
+    Tasks run in as many threads as torch has, each with one torch thread. At most three tasks a thread are running or
+    have a result that waits to be taken, so memory stays bounded. The caller's thread advances the iterable.
     """
     threads = torch.get_num_threads()
     waiting: deque[Future[Result]] = deque()
@@ -28,4 +28,4 @@ def ahead(tasks: Iterable[Callable[[], Result]]) -> Iterator[Result]:
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # what threads started from here on have; the workers' calls changed it
+        torch.set_num_threads(threads)  # the workers' calls changed the default of threads started later

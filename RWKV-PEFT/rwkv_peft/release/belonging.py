@@ -1,4 +1,4 @@
-"""Whether adapters belong to a base: by its generation, by the names and shapes of its tensors, by its fingerprint."""
+"""Check that adapters belong to a base: by generation, tensor names, number of blocks and fingerprint."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,12 +15,12 @@ from ..models import FAMILIES, family_named
 from ..models.family import Family
 from ..models.state import time_state_shapes
 
-Adapters = Sequence[tuple[str | Path, Adapter]]  # with their names, in the order of their application
+Adapters = Sequence[tuple[str | Path, Adapter]]  # (name, Adapter) in the order of their application
 
 
 def check_generations(base: Base, adapters: Adapters) -> None:
-    """Raise UserError where one of the (name, Adapter) pairs was trained on another generation than the Base is of:
-    some of their layers share names and shapes, and mean something else."""
+    """Raise UserError if one of the (name, Adapter) pairs was trained on another generation than the Base's. Some
+    layers of two generations share names and shapes but compute different things."""
     for name, adapter in adapters:
         version = adapter.metadata.generation
         if version not in ("", base.family.version):
@@ -31,8 +31,8 @@ def check_generations(base: Base, adapters: Adapters) -> None:
 
 
 def check_places(name: str | Path, adapter: Adapter, base: Base) -> dict[str, tuple[int, ...]]:
-    """{key: shape} of all that an Adapter may change of a Base, its time states among them. Raises UserError where one
-    of the adapter's tensors has no place there."""
+    """Return {key: shape} of all tensors that an Adapter may change in a Base, time states included. Raises UserError
+    if one of the adapter's tensors has no place there."""
     shapes = {key: tuple(tensor.shape) for key, tensor in base.tensors.items()} | time_state_shapes(base.config)
     keys = [f"{module}.weight" for module in adapter.modules()] + list(adapter.whole())
     lost = [key for key in keys if key not in shapes]
@@ -45,7 +45,7 @@ def check_places(name: str | Path, adapter: Adapter, base: Base) -> dict[str, tu
 
 
 def check_effect(name: str | Path, adapter: Adapter) -> None:
-    """Raise UserError where none of an Adapter's tensors changes anything."""
+    """Raise UserError if no tensor of an Adapter changes anything."""
     method = adapter.metadata.method
     idle = () if method is None else method.idle
     effective = (tensor for key, tensor in adapter.tensors.items() if key.rpartition(".")[2] not in idle)
@@ -54,9 +54,11 @@ def check_effect(name: str | Path, adapter: Adapter) -> None:
 
 
 def check_depth(name: str | Path, adapter: Adapter, base: Base) -> None:
-    """Raise UserError where an Adapter of RWKV-PEFT, which names no base, changes the first blocks of a Base alone: so
-    does that of a smaller model with the same widths, which RWKV-PEFT adapts on all blocks. Any other choice of blocks
-    is one of the training's, as a whole model has no gaps and the last block tells its depth."""
+    """Raise UserError if an Adapter of RWKV-PEFT changes only the first blocks of a Base.
+
+    RWKV-PEFT's files name no base, and an adapter on all blocks of a smaller model with the same widths looks like
+    this. Any other set of blocks was chosen in training: a whole model has no gaps, and its last block gives its depth.
+    """
     blocks, n_layer = blocks_of(adapter), base.config.n_layer
     first = {str(number) for number in range(len(blocks))}
     if adapter.modules() and adapter.metadata.source == RWKV_PEFT and blocks == first and 0 < len(blocks) < n_layer:
@@ -73,7 +75,7 @@ def blocks_of(adapter: Adapter) -> set[str]:
 
 
 def check_states(names: Sequence[str | Path], specs: Mapping[str, TensorSpec], config: ModelConfig) -> None:
-    """Raise UserError where some layers of the output have a time state and others have none."""
+    """Raise UserError if some layers of the output have a time state and others have none."""
     due = time_state_shapes(config)
     without = [key for key in due if key not in specs]
     if without and len(without) < len(due):
@@ -85,8 +87,8 @@ def check_states(names: Sequence[str | Path], specs: Mapping[str, TensorSpec], c
 
 
 def check_unmerge(base: Base, adapters: Adapters) -> None:
-    """Raise UserError where the Base is what one of the (name, Adapter) pairs was trained
-    on, so that the adapter is not merged into it."""
+    """Raise UserError if one of the (name, Adapter) pairs was trained on this very Base, which then does not hold the
+    adapter."""
     for name, adapter in adapters:
         if adapter.metadata.base_fingerprint == base.fingerprint:
             raise UserError(
@@ -96,7 +98,7 @@ def check_unmerge(base: Base, adapters: Adapters) -> None:
 
 
 def _other_model(key: str, family: Family) -> str:
-    """What a base of this family is not, for whose adapter it lacks a key."""
+    """Say which other model an adapter is for, if a base of this family lacks one of its keys."""
     layer = ".".join(key.split(".")[2:-1])
     owner = next((other.name for other in FAMILIES if layer in other.targets), family.name)
     if layer in family.targets or owner == family.name:

@@ -1,7 +1,7 @@
-"""What an adapter does to one tensor of the base, for any run of its rows.
+"""The changes that an adapter makes to one tensor of the base.
 
-A change can be cut by rows (`rows`), so that a large tensor is computed a band at a time; `unit` tells at which
-multiples it may be cut.
+A change can be cut by rows (`rows`), so that a large tensor is computed a band at a time; `unit` gives the multiples
+of rows at which it may be cut.
 """
 
 import math
@@ -16,11 +16,11 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class LayerChange:
-    """An adapter on one weight.
+    """The change of one weight by an adapted layer.
 
     params are its tensors as the Method takes them; scale is LoRA's; quant names the quantization of the frozen
-    weight in training, dtype what the base was rounded to before it was quantized or a residual base was made of it;
-    amount multiplies the change as a whole.
+    weight in training; dtype is that of the base in training, before it was quantized or a residual base was made of
+    it; amount multiplies the whole change.
     """
 
     method: Method
@@ -31,7 +31,7 @@ class LayerChange:
     dtype: torch.dtype = torch.float32
 
     def unit(self, columns: int) -> int:
-        """Bands of rows of a weight with this many columns must start and end at multiples of this."""
+        """Return the multiple of rows at which bands of a weight with this many columns must start and end."""
         unit = self.method.row_unit(self.params)
         if self.quant != "none":  # a block of weights with one scale may span rows
             unit = math.lcm(unit, block_size(self.quant) // math.gcd(block_size(self.quant), columns))
@@ -42,18 +42,18 @@ class LayerChange:
         return replace(self, params=self.method.rows(self.params, start, stop))
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        """weight (out, in) float32 -> float32, the weight that the trained layer computed with."""
+        """Change weight (out, in) float32 -> float32, the weight that the trained layer computed with (at amount 1)."""
         base = weight.to(self.dtype) if self.method.residual or self.quant != "none" else weight
         result = self.method.merged(base, self.params, scale=self.scale, quant=self.quant)
         return result if self.amount == 1 else torch.lerp(weight, result, self.amount)
 
     def removal(self) -> "Removal":
-        """The change that takes this one off again, up to rounding. Raises UserError where nothing does."""
+        """Return the change that takes this one off again, up to rounding. Raises UserError if none can."""
         return Removal(self.method, self.method.opposite(self.params, self.scale, self.amount), self.scale)
 
 
 class Removal(LayerChange):
-    """The opposite of a LayerChange: nothing of the base's rounding is replayed."""
+    """The opposite of a LayerChange. It does not replay the rounding of the base."""
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
         return self.method.removed(weight, self.params, self.scale)
@@ -61,7 +61,7 @@ class Removal(LayerChange):
 
 @dataclass(frozen=True)
 class WholeChange:
-    """A tensor trained in full, which takes the base's place; amount as in LayerChange."""
+    """The change by a tensor that was trained in full and replaces the base's; amount as in LayerChange."""
 
     tensor: torch.Tensor
     amount: float = 1.0
@@ -78,8 +78,8 @@ class WholeChange:
 
 
 def check_params(name: str, method: Method | None, params: Params, weight_shape: tuple[int, ...]) -> None:
-    """Raise UserError unless the tensors of a Method's adapter fit a weight (out, in); method is None where no layer is
-    adapted."""
+    """Raise UserError unless the tensors of a Method's adapter fit a weight (out, in); method is None if the file
+    adapts no layer."""
     if len(weight_shape) != 2:
         raise UserError(
             f"{name} is no linear layer: its weight has shape {weight_shape}, and an adapter changes a "

@@ -1,10 +1,10 @@
-"""Does a merged model say in a foreign runtime what base plus adapter say in ours?
+"""Check that a merged model computes in a foreign runtime what base plus adapter compute in ours.
 
     rwkv-peft check --base_model base.pth --bone_checkpoint adapter.safetensors --merged merged.pth
 
 Reads one random token sequence with base and adapter layers here, with the merged file here, and with the merged file
-in the `rwkv` package, all in float32 on the CPU, and compares their logits. One value may change too little for logits
-to tell, so that each tensor is compared as well. Needs memory for two float32 copies.
+in the `rwkv` package, all in float32 on the CPU, and compares their logits. A single wrong value may not show in the
+logits, so each tensor is compared as well. Needs memory for two float32 copies.
 """
 
 import importlib.util
@@ -32,7 +32,7 @@ from .merge import Merge, check_fingerprints
 from .runtimes import NOT_LOOKED_FOR, rwkv_sequence
 
 SAME_FILE = 1e-4  # relative difference allowed between two float32 programs that read the same weights
-ROUNDED = 5e-2  # and between a merged file and the unmerged float32 sum that it rounds to its dtype
+ROUNDED = 5e-2  # the same between a merged file and the unmerged float32 sum that it rounds to its dtype
 NEITHERS = ", which neither the base nor the adapter holds"
 SHOWN = 10  # differences of tensors that are printed
 
@@ -40,12 +40,14 @@ SHOWN = 10  # differences of tensors that are printed
 def adapted_logits(
     base: Base, loaded: Adapter, name: str, tokens: torch.Tensor, states: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
-    """Logits (T, V) of a Base over tokens (T,), in float32, with the layers of an Adapter, called `name`, from time
-    states of its own, or else from these, where there are some."""
+    """Compute the logits (T, V) of a Base over tokens (T,), in float32, with the layers of an Adapter called `name`.
+
+    The sequence starts from the adapter's time states, else from `states`, else from zeros.
+    """
     model = base.family.load(base.tensors, base.config).float()
     metadata = loaded.metadata
     if metadata.quant != "none" or (metadata.method is not None and metadata.method.residual):
-        for module in loaded.modules():  # made of the weight as the training had it
+        for module in loaded.modules():  # quantized, or less its first factors, in the dtype that the training had
             model.get_submodule(module).to(metadata.base_dtype() or base.tensors[f"{module}.weight"].dtype)
     inject(model, adapter_config(loaded, base.family), family=base.family, initial=loaded.tensors)
     model.float()
@@ -60,11 +62,11 @@ def adapted_logits(
 
 
 def adapter_config(adapter: Adapter, family: Family) -> AdapterConfig:
-    """The AdapterConfig that gives an Adapter's layers their places and shapes again."""
+    """The AdapterConfig that rebuilds the layers of an Adapter: their places and shapes."""
     metadata = adapter.metadata
-    # files of other tools name single tensors here; a tensor is loaded whether or not it trains
+    # files of other tools name single tensors, not parts; they need none, because every tensor of a file is loaded
     parts = tuple(part for part in metadata.train_parts if part in family.parts)
-    targets = tuple(adapter.modules()) or tuple(metadata.targets)  # some files have not every layer's
+    targets = tuple(adapter.modules()) or tuple(metadata.targets)  # some files adapt only some layers
     if metadata.method is None:
         return AdapterConfig(method=NONE, targets=targets, train_parts=parts)
     return AdapterConfig(
@@ -79,10 +81,10 @@ def adapter_config(adapter: Adapter, family: Family) -> AdapterConfig:
 
 
 def runtime_logits(base: Base, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits (T, V) that the `rwkv` package computes in float32 for a Base over tokens (T,).
+    """Compute the logits (T, V) of a Base over tokens (T,) in float32 with the `rwkv` package.
 
-    A float32 copy is read, because the package folds blocks.0.ln0 into the embedding in the file's own dtype. Raises
-    UserError where the package is missing or fails.
+    The package reads a float32 copy, because it folds blocks.0.ln0 into the embedding in the file's own dtype. Raises
+    UserError if the package is missing or fails.
     """
     if importlib.util.find_spec("rwkv") is None:
         raise UserError("check asks the rwkv package, which is not installed: pip install rwkv")
@@ -99,7 +101,8 @@ def runtime_logits(base: Base, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def main(argv: list[str]) -> int:
-    """Print the comparisons; 0 if all logits and tensors agree, else 1."""
+    """Print the comparisons; return 0 if all logits and tensors agree, else 1. Raises UserError for files that do not
+    belong together."""
     args = check_flags(argv)
     merged, base = open_base(args.merged), open_base(args.base_model)
     if merged.config != base.config:
@@ -109,7 +112,7 @@ def main(argv: list[str]) -> int:
         )
     tokens = random_tokens(base.config.vocab_size, args.tokens)
     adapter = source_of(args, args.bone_checkpoint).read(base.tensors)
-    Merge(base, [(args.bone_checkpoint, adapter)])  # refuses an adapter that no merge takes
+    Merge(base, [(args.bone_checkpoint, adapter)])  # raises UserError for an adapter that cannot be merged
     if not args.any_base:
         check_fingerprints(base, [(args.bone_checkpoint, adapter)])
     if args.state:
@@ -136,7 +139,7 @@ def main(argv: list[str]) -> int:
     )
     for text, difference, limit in comparisons:
         print(f"{text}: {difference}" + ("" if difference.relative <= limit else f", MORE THAN {limit:.0e}"))
-    agree = all(difference.relative <= limit for _, difference, limit in comparisons)  # NaN is below no limit
+    agree = all(difference.relative <= limit for _, difference, limit in comparisons)  # False for NaN
     found = differences(merged, base, adapter)
     for line in found[:SHOWN]:
         print(f"DIFFERS  {line}")

@@ -1,4 +1,4 @@
-"""What a file or folder holds, as lines for people: a model, an adapter or states, in any format that is known here."""
+"""Describe in lines what a file or folder holds: a model, an adapter or states, in any known format."""
 
 import json
 from collections import Counter
@@ -30,14 +30,15 @@ SHOWN = 3  # keys of a foreign file that are quoted
 
 
 class Contents(NamedTuple):
-    """lines: (what, its value); holds: what a change can be computed of, a Base or an Adapter, or None."""
+    """The description of a file: lines (name, value), and the Base or Adapter in it that a change can be computed from,
+    or None."""
 
     lines: list[Line]
     holds: Base | Adapter | None = None
 
 
 def contents_of(source: AdapterSource) -> Contents:
-    """The Contents of source.path, a file or a folder. Raises UserError for what is no file of tensors at all."""
+    """Read the Contents of source.path, a file or a folder. Raises UserError if it holds no tensors at all."""
     path = product_of_run(source.path)
     if path.suffix == ".gguf":
         return Contents(list(gguf_lines(path)))
@@ -59,7 +60,8 @@ def contents_of(source: AdapterSource) -> Contents:
 
 
 def foreign_adapter_contents(source: AdapterSource, tensors: Mapping[str, torch.Tensor]) -> Contents:
-    """An adapter's flat .pth, which may not tell enough of itself to be read."""
+    """Describe an adapter's flat .pth. Such a file may say too little about itself to be read; its tensors are then
+    counted by name."""
     try:
         return adapter_contents(source)
     except UserError as error:
@@ -69,7 +71,7 @@ def foreign_adapter_contents(source: AdapterSource, tensors: Mapping[str, torch.
 
 
 def adapter_contents(source: AdapterSource) -> Contents:
-    """An adapter that its reader understands."""
+    """Describe an adapter. Raises UserError if it cannot be read."""
     adapter = source.read()
     metadata, method = adapter.metadata, adapter.metadata.method
     modules, whole = adapter.modules(), adapter.whole()
@@ -97,7 +99,8 @@ def adapter_contents(source: AdapterSource) -> Contents:
 
 
 def tensor_contents(tensors: dict[str, torch.Tensor], path: Path, names: str) -> Contents:
-    """A model, time states alone, or a saved session, under official keys; names says whose names the file has."""
+    """Describe tensors under official keys: a model, time states only, or a saved session; `names` says whose names the
+    file has."""
     states = {key: tensor for key, tensor in tensors.items() if is_time_state(key)}
     if len(states) == len(tensors):
         check_time_states(states, path)
@@ -124,7 +127,7 @@ def tensor_contents(tensors: dict[str, torch.Tensor], path: Path, names: str) ->
 
 
 def numbers(tensors: Mapping[str, torch.Tensor]) -> Iterator[Line]:
-    """How many tensors and numbers, of which dtypes."""
+    """Yield two lines: the count of numbers and tensors, and the dtypes."""
     sizes: Counter[str] = Counter()
     for tensor in tensors.values():
         sizes[dtype_name(tensor.dtype)] += tensor.numel()
@@ -133,12 +136,12 @@ def numbers(tensors: Mapping[str, torch.Tensor]) -> Iterator[Line]:
 
 
 def shares(sizes: Mapping[str, int]) -> str:
-    """ "bfloat16", or "bfloat16 (1,000), float32 (24)"."""
+    """Write {dtype: count of numbers}: "bfloat16", or "bfloat16 (1,000), float32 (24)"."""
     return next(iter(sizes)) if len(sizes) == 1 else ", ".join(f"{name} ({size:,})" for name, size in sizes.items())
 
 
 def gguf_lines(path: Path) -> Iterator[Line]:
-    """What a GGUF says of itself."""
+    """Describe a GGUF by its header."""
     kinds = {int(kind): kind.name.lower() for kind in import_gguf().GGMLQuantizationType}
     settings, lengths, tensors = read_header(path)
     kind, architecture = settings.get("general.type", "model"), settings.get("general.architecture", "unknown")
@@ -157,7 +160,7 @@ def gguf_lines(path: Path) -> Iterator[Line]:
 
 
 def formatted(lines: Iterable[Line]) -> str:
-    """Lines under each other, their values aligned."""
+    """Join lines into a text with their values aligned."""
     pairs = list(lines)
     width = max(len(name) for name, _ in pairs) + 2
     return "\n".join(f"{name:<{width}}{visible(text)}" for name, text in pairs)

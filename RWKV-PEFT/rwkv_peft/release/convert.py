@@ -1,16 +1,16 @@
-"""Models, states and adapters in the formats of other tools: `rwkv-peft convert INPUT OUTPUT`.
+"""Convert models, states and adapters between the formats of tools: `rwkv-peft convert INPUT OUTPUT`.
 
-What is converted follows from INPUT's content and OUTPUT's ending:
+INPUT's content and OUTPUT's ending say what is converted:
 
 - model.pth -> .st (web-rwkv, Ai00), .safetensors (the same, with the model's own dtype),
   .gguf (llama.cpp), a folder (Hugging Face layout)
-- .st, .safetensors or a Hugging Face folder (of RWKV-7 flash-linear-attention's, too) -> model.pth
-- a state file (.pth with time_state tensors alone) <-> .st, .state, .safetensors (Ai00); an adapter that is nothing but
+- .st, .safetensors or a Hugging Face folder (for RWKV-7 also flash-linear-attention's) -> model.pth
+- a state file (.pth with time_state tensors only) <-> .st, .state, .safetensors (Ai00); an adapter that holds only
   time states -> the same
-- with --to lora, an adapter as plain LoRA (lora.py)
+- with --to lora, an adapter -> plain LoRA (lora.py)
 - an adapter (train.py's .safetensors, a folder of peft, RWKV-PEFT's .pth) -> .pth for RWKV-PEFT, or .safetensors
 
-The folder of a run of train.py stands for what it trained.
+INPUT may also be the folder of a run of train.py: the model or adapter in it is converted.
 """
 
 import argparse
@@ -39,11 +39,12 @@ from .formats import GGUF_TYPE, Wanted, format_of
 from .lora import as_lora, describe_errors, lora_files, write_lora
 from .vocabulary import Tokenizer
 
-FOREIGN = "model.layers."  # what the keys of blocks begin with in transformers' models
+FOREIGN = "model.layers."  # the prefix of the blocks' keys in transformers' models
 
 
 def main(argv: list[str]) -> int:
-    """argv -> exit code 0. Raises UserError for what cannot be read, or not be said in the other format."""
+    """Run the command: argv -> exit code 0. Raises UserError for an input that cannot be read, or that the other format
+    cannot hold."""
     args = convert_flags(argv)
     source, target = product_of_run(args.input), Path(args.output)
     flags = ("base_model", "lora_init", "tokenizer")
@@ -64,15 +65,14 @@ def main(argv: list[str]) -> int:
 
 
 def refuse_inside(target: Path, source: Path) -> None:
-    """Raise UserError where the output is an input that is a folder, or lies in it: the folder would hold two things,
-    and what is asked for one of them would be given the other."""
+    """Raise UserError if the output is the input folder or lies in it: the folder would then hold two things, and
+    readers could take one for the other."""
     if source.is_dir() and target.resolve().is_relative_to(source.resolve()):
         raise UserError(f"the output {target} lies in the input {source}, and is to lie elsewhere; name another folder")
 
 
 def refuse_unread(args: argparse.Namespace, target: Path, adapted: bool) -> None:
-    """Raise UserError for a flag that tells how something is written which this output has not; adapted says that the
-    input is an adapter."""
+    """Raise UserError for a flag that has no effect on this output; adapted is True if the input is an adapter."""
     form, gguf = format_of(target), target.suffix == ".gguf"
     kept = "an adapter's tensors keep their dtypes" if adapted else "the type of a GGUF is --gguf_type's"
     for name, is_read, why in (
@@ -86,8 +86,8 @@ def refuse_unread(args: argparse.Namespace, target: Path, adapted: bool) -> None
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a file or folder holds an adapter, time states alone aside; for what is unreadable, the reader that
-    follows says so."""
+    """Tell whether a file or folder holds an adapter; one of time states only does not count. Unknown endings are left
+    to the reader that follows."""
     if path.is_dir():
         return is_adapter_folder(path)
     if path.suffix in (".safetensors", ".st", ".state"):
@@ -97,7 +97,8 @@ def is_adapter(path: Path) -> bool:
 
 
 def convert_adapter(source: Path, target: Path, args: argparse.Namespace) -> Sequence[Path | str]:
-    """Write an adapter under the target's format; returns the paths written, or lines on them."""
+    """Write an adapter in the target's format; return the paths written, or lines about them. Raises UserError if that
+    format cannot hold it."""
     model = open_base(args.base_model) if args.base_model else None
     base = None if model is None else model.tensors
     adapter = source_of(args, source).read(base)
@@ -117,7 +118,7 @@ def convert_adapter(source: Path, target: Path, args: argparse.Namespace) -> Seq
 
 
 def convert_to_lora(adapter: Adapter, target: Path, base: Base | None, rank: int) -> str:
-    """Write an adapter as LoRA; returns a line on it."""
+    """Write an adapter as LoRA; return a line about it. Raises UserError if `base` is not the adapter's."""
     metadata = adapter.metadata
     if base is not None and metadata.base_fingerprint not in ("", base.fingerprint):
         raise UserError(
@@ -133,7 +134,7 @@ def convert_to_lora(adapter: Adapter, target: Path, base: Base | None, rank: int
 
 
 def remark_on_export(metadata: AdapterMetadata, paths: Sequence[Path]) -> str:
-    """Lines on what merging the files of write_rwkv_peft takes besides them, or ""."""
+    """Say in lines what merging needs besides the files that write_rwkv_peft wrote, or return ""."""
     kept = ""
     if metadata.quant != "none":
         kept = f"it was trained on a base quantized to {metadata.quant}, which the file does not record: merge it with "
@@ -148,8 +149,11 @@ def remark_on_export(metadata: AdapterMetadata, paths: Sequence[Path]) -> str:
 
 
 def read_model(path: Path) -> dict[str, torch.Tensor]:
-    """{official key: tensor} of a model, or of time states alone, in any format that is read. The order is the file's,
-    as two orders are official; in one that sorts by names it is that in which RWKV-LM saves."""
+    """Read a model, or time states only, from any format -> {official key: tensor}.
+
+    The order is that of the file, because two orders are official; from a format that sorts by name, it is the order
+    in which RWKV-LM saves. Raises UserError for anything else than a model or time states.
+    """
     tensors = read_any(path)
     if not tensors:
         raise UserError(f"{path} holds no tensor; copy it again")
@@ -171,9 +175,9 @@ def read_model(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_any(path: Path) -> dict[str, torch.Tensor]:
-    """{official key: tensor} of a file or folder in any format that is read."""
+    """Read a file or folder in any format -> {official key: tensor}, without a check of what it is."""
     if is_own(path):
-        return read_states(path).tensors  # with the axes of a .pth, unlike web-rwkv's .safetensors
+        return read_states(path).tensors  # train.py's file: axes as in a .pth, unlike web-rwkv's .safetensors
     form = format_of(path) if not path.is_dir() else format_of(Path("folder"))
     if form is None or path.suffix == ".pth":
         return unwrapped(read_tensors(path))
@@ -181,7 +185,8 @@ def read_any(path: Path) -> dict[str, torch.Tensor]:
 
 
 def convert_model(source: Path, target: Path, args: argparse.Namespace) -> list[str]:
-    """Write a model or time states under the target's format; returns lines on what was written."""
+    """Write a model or time states in the target's format; return lines about what was written. Raises UserError if
+    that format cannot hold it."""
     tensors, form = read_model(source), format_of(target)
     states = all(is_time_state(key) for key in tensors)
     if form is not None and states and form.write_states is None and target.suffix:
@@ -196,7 +201,7 @@ def convert_model(source: Path, target: Path, args: argparse.Namespace) -> list[
         )
     dtype = None if states else form.dtype
     if args.dtype is not None:
-        dtype = DTYPES.get(args.dtype)  # none for keep
+        dtype = DTYPES.get(args.dtype)  # None for "keep"
     if states and form.write_states is not None:
         form.write_states(target, tensors, dtype)
         return [f"{target}: {describe(tensors, dtype)} (time states)"]
@@ -217,12 +222,12 @@ def convert_model(source: Path, target: Path, args: argparse.Namespace) -> list[
 
 
 def vocabulary_for(base: Base, source: Path, name: str | None) -> Tokenizer:
-    """The tokenizer whose vocabulary goes along with a Base: that called name, else that of the run in whose folder the
-    model lies, else the one that its size tells; UserError where nothing tells."""
+    """Choose the tokenizer whose vocabulary is written with a Base: the one called name, else that of the run in whose
+    folder the model lies, else the one with the model's vocabulary size. Raises UserError if there is none."""
     return find_tokenizer(name, base.config.vocab_size, recorded_beside(source), lambda text: print(text))
 
 
 def describe(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> str:
-    """How many tensors, and of which dtypes they are once cast to dtype (None: they keep theirs)."""
+    """Write the number of tensors and their dtypes after the cast to dtype (None: they keep theirs)."""
     dtypes = dict.fromkeys(dtype_name(dtype or tensor.dtype) for tensor in tensors.values())
     return f"{len(tensors)} tensors, {' and '.join(dtypes)}"

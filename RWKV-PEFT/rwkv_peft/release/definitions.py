@@ -1,7 +1,7 @@
-"""W' of each method by its definition, for a few rows of the weight, in float64.
+"""The definition of each method: W' for a few rows of the weight, in float64.
 
-`check` holds merged files to these. They share no code with adapters/, which trains and merges, so that a mistake there
-does not hide itself.
+`check` compares merged files with these. They share no code with adapters/, which trains and merges, so that a mistake
+there shows.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ Definition = Callable[[torch.Tensor, torch.Tensor, Params, float], torch.Tensor]
 
 
 def bone(weight: torch.Tensor, rows: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
-    """W'[o, i] = W[o, i] + s_i D[i mod rank, o mod width]; s is 1 but for bone-signed, width is out but for
+    """W'[o, i] = W[o, i] + s_i D[i mod rank, o mod width]; s is 1 except in bone-signed, width is out except in
     bone-mini."""
     rank, width = params["bone"].shape
     columns = torch.arange(weight.shape[1]) % rank
@@ -23,7 +23,7 @@ def bone(weight: torch.Tensor, rows: torch.Tensor, params: Params, scale: float)
 
 
 def bat_in(weight: torch.Tensor, rows: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
-    """W'_ab = W_ab + c W_ab B_b + B_b; c is 1 but for bat-in-scaled."""
+    """W'_ab = W_ab + c W_ab B_b + B_b; c is 1 except in bat-in-scaled."""
     matrices = params["bone"]  # (in/r, r, r)
     rank = matrices.shape[-1]
     blocks = weight.unflatten(1, (-1, rank))  # (n, in/r, r)
@@ -45,21 +45,21 @@ def lora(weight: torch.Tensor, rows: torch.Tensor, params: Params, scale: float)
 
 
 def dora(weight: torch.Tensor, rows: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
-    """W'_o = (1 + gain_o) norm_o (W + U)_o / |(W + U)_o| with U = scale B A, and norm_o for |W_o|."""
+    """W'_o = (1 + gain_o) norm_o (W + U)_o / |(W + U)_o| with U = scale B A and norm_o = |W_o| (kept in the file)."""
     turned = lora(weight, rows, params, scale)
     update, norm = turned - weight, params["lora_row_norm"][rows]
     squared = norm.square() + (2 * weight * update + update.square()).sum(1)
-    length = squared.clamp_min(torch.finfo(torch.float32).tiny).sqrt()  # a row of zeros has none
+    length = squared.clamp_min(torch.finfo(torch.float32).tiny).sqrt()  # a row of zeros must not divide by 0
     return ((1 + params["lora_gain"][rows]) * norm / length)[:, None] * turned
 
 
 def less_first_factors(weight: torch.Tensor, rows: torch.Tensor, params: Params, scale: float) -> torch.Tensor:
-    """W - scale B0 A0, on which PiSSA and its like train."""
+    """W - scale B0 A0, the weight that PiSSA, OLoRA and LoRA-GA train on."""
     first = {name: params[f"init_{name}"] for name in ("lora_A", "lora_B")}
     return lora(weight, rows, first, -scale)
 
 
-# by the names that files' metadata have; for PiSSA and its like W is what less_first_factors leaves
+# variant in files' metadata -> its definition; for pissa, olora and lora-ga W is what less_first_factors returns
 DEFINITIONS: Mapping[str, Definition] = MappingProxyType(
     {
         "bone": bone,

@@ -1,8 +1,8 @@
-"""In which tensors a merged file differs from what base and adapter make, by a computation that is not the merge's.
+"""Compare a merged file, tensor by tensor, with what base and adapter make by a computation that is not the merge's.
 
-Tensors that the adapter leaves alone must have the base's values, cast to the file's dtype; those that it trained
-whole, the adapter's. An adapted weight must be as the method is defined (definitions.py), rounded once. Memory is that
-of a band of rows.
+Tensors that the adapter leaves alone must have the base's values, cast to the file's dtype, and tensors that it trained
+whole must have the adapter's. An adapted weight must be as the method is defined (definitions.py), rounded once. Only a
+band of rows is in memory at a time.
 """
 
 import math
@@ -18,17 +18,20 @@ from ..files.dtypes import dtype_name
 from ..models.state import is_time_state
 from .definitions import DEFINITIONS, Params, less_first_factors
 
-BAND = 1 << 18  # values that are compared at a time
-SLACK = 2.0**-18  # of a row's largest value: more than float32 arithmetic loses on the way to it
+BAND = 1 << 18  # values compared at a time
+SLACK = 2.0**-18  # relative to a row's largest value: more than float32 arithmetic loses in computing the row
 
-Range = tuple[torch.Tensor, torch.Tensor]  # the lowest and the highest of the values that are due
-# (rows of the source, their numbers, the file's dtype) -> the Range of each of their values
+Range = tuple[torch.Tensor, torch.Tensor]  # the lowest and the highest value allowed for each element
+# (rows of the source, their numbers, the file's dtype) -> the Range of the rows
 Expect = Callable[[torch.Tensor, torch.Tensor, torch.dtype], Range]
 
 
 def differences(merged: Base, base: Base, adapter: Adapter) -> list[str]:
-    """A line for each way in which a Base `merged` differs from what a Base and an Adapter make: the order of its keys,
-    dtypes, values. An adapter that was trained on a quantized base may as well be merged into the original."""
+    """List in lines how a Base `merged` differs from what a Base and an Adapter make: order of keys, dtypes, values.
+
+    An adapter that was trained on a quantized base may be merged into the quantized or the original one; the closer of
+    the two counts.
+    """
     odd = list(odd_values(merged, base, adapter, adapter.metadata.quant))
     if odd and adapter.metadata.quant != "none":
         odd = min(odd, list(odd_values(merged, base, adapter, "none")), key=len)
@@ -36,14 +39,14 @@ def differences(merged: Base, base: Base, adapter: Adapter) -> list[str]:
 
 
 def odd_order(merged: Base, base: Base) -> Iterator[str]:
-    """A line on the first key that is not where the base has it, if any; time states may lie anywhere."""
+    """Yield a line about the first key that is not at the base's place, if any; time states may lie anywhere."""
     own, due = ([key for key in model.tensors if not is_time_state(key)] for model in (merged, base))
     if place := next((pair for pair in zip(own, due) if pair[0] != pair[1]), None):
         yield f"the order of the keys: {place[0]} stands where the base has {place[1]}"
 
 
 def odd_dtypes(merged: Base, base: Base) -> Iterator[str]:
-    """A line for each tensor that is not of the base's dtype, unless all are of one: what --output_dtype asked for."""
+    """Yield a line for each tensor whose dtype is not the base's, unless all tensors share one (--output_dtype)."""
     weights = {key: tensor.dtype for key, tensor in merged.tensors.items() if not is_time_state(key)}
     if len(set(weights.values())) > 1:
         for key, dtype in weights.items():
@@ -52,11 +55,11 @@ def odd_dtypes(merged: Base, base: Base) -> Iterator[str]:
 
 
 def odd_values(merged: Base, base: Base, adapter: Adapter, quant: str) -> Iterator[str]:
-    """A line for each tensor with other values than are due. `quant` is how the frozen weights are kept."""
+    """Yield a line for each tensor with wrong values. `quant` names the quantization of the frozen weights."""
     modules = adapter.modules()
     for key, source in (base.tensors | adapter.whole()).items():
         if (tensor := merged.tensors.get(key)) is None:
-            yield f"{key}: missing"  # a time state, as models without another tensor are not opened
+            yield f"{key}: missing"  # a time state, because a model that lacks another tensor is not opened
             continue
         if params := modules.get(key.removesuffix(".weight")):
             unit = unit_of(quant, tensor.shape[1])
@@ -69,7 +72,7 @@ def odd_values(merged: Base, base: Base, adapter: Adapter, quant: str) -> Iterat
 
 
 class Difference(NamedTuple):
-    """How many of so many values are not those that are due, by how much at most, and where the first of them is."""
+    """The number of wrong values (odd) among all, the largest deviation, and the indices of the first wrong one."""
 
     odd: int
     total: int
@@ -81,14 +84,15 @@ class Difference(NamedTuple):
 
 
 def compared(tensor: torch.Tensor, source: torch.Tensor, expect: Expect, unit: int = 1) -> Difference:
-    """The Difference of a tensor from `expect` of another, a band at a time, which begins at multiples of `unit`."""
+    """Compare a tensor with the Range that `expect` computes from `source`, a band at a time -> Difference. Bands begin
+    at multiples of `unit`."""
     count, far = 0, [torch.zeros((), dtype=torch.float64)]
     first: list[int] = []
     step = max(BAND // (math.prod(tensor.shape[1:]) * unit), 1) * unit
     for start in range(0, len(tensor), step):
         found = tensor[start : start + step]
         low, high = expect(source[start : start + step], torch.arange(start, start + len(found)), tensor.dtype)
-        odd = ~((found >= low) & (found <= high))  # a NaN is in no range
+        odd = ~((found >= low) & (found <= high))  # True for NaN
         if odd.any():
             row, *place = odd.nonzero()[0].tolist()
             first = first or [start + row, *place]
@@ -99,13 +103,13 @@ def compared(tensor: torch.Tensor, source: torch.Tensor, expect: Expect, unit: i
 
 
 def cast(source: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> Range:
-    """The values themselves, in the file's dtype."""
+    """Expect the source's own values, in the file's dtype."""
     return source.to(dtype), source.to(dtype)
 
 
 def adapted(metadata: AdapterMetadata, params: Params, quant: str) -> Expect:
-    """What an adapter makes of a weight: the definition's value, less and more what float32 may lose, both rounded to
-    the file's dtype."""
+    """Return the Expect of an adapted weight: the definition's value, minus and plus what float32 may lose, both
+    rounded to the file's dtype."""
     define, exact = DEFINITIONS[metadata.variant], {name: tensor.double() for name, tensor in params.items()}
 
     def expect(source: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> Range:
@@ -120,8 +124,8 @@ def adapted(metadata: AdapterMetadata, params: Params, quant: str) -> Expect:
 def trained_on(
     source: torch.Tensor, rows: torch.Tensor, params: Params, metadata: AdapterMetadata, quant: str
 ) -> list[torch.Tensor]:
-    """The weight that the adapter was trained on, from rows of the base, in float64. Of one that was rounded after
-    first factors were taken out of it, the lowest and the highest that it may be."""
+    """Compute the weight that the adapter was trained on, from rows of the base, in float64 -> [it]. If it was rounded
+    after first factors were taken out of it -> [the lowest, the highest] that it may be."""
     method = metadata.method
     if quant == "none" and not (method and method.residual):
         return [source.double()]
@@ -138,10 +142,11 @@ def trained_on(
 
 
 def lost(*values: torch.Tensor) -> torch.Tensor:
-    """What float32 may lose, by row (n, 1), on the way from or to values (n, in)."""
+    """The most that float32 may lose in each row (n, 1) of values (n, in) that go into or come out of a computation."""
     return SLACK * torch.stack([value.abs() for value in values]).amax((0, 2))[:, None]
 
 
 def unit_of(quant: str, columns: int) -> int:
-    """Bands of a weight with this many columns begin at multiples of so many rows, as a block with one scale does."""
+    """Return the multiple of rows at which bands of a weight with this many columns begin: a block of quantized
+    weights with one scale must not be split."""
     return 1 if quant == "none" else block_size(quant) // math.gcd(block_size(quant), columns)

@@ -1,5 +1,7 @@
-"""The flags of merge, check, verify, inspect, convert and bone2miss: argv -> the parsed flags, or UserError, before
-torch is imported."""
+"""The flags of merge, check, verify, inspect, convert and bone2miss: argv -> the parsed flags, or UserError.
+
+They are judged before torch is imported, so that a mistake is told at once.
+"""
 
 import argparse
 import math
@@ -12,7 +14,7 @@ from ..files.source_flags import add_source_flags
 from ..names import GGUF_TYPES, QUANTS, called
 
 DTYPES = ("keep", "bf16", "fp16", "fp32")
-# flags of RWKV-PEFT's earlier mergers, and of train.py -> what is given here
+# flags of RWKV-PEFT's earlier mergers and of train.py -> the flag here
 MERGE_SYNONYMS = MappingProxyType(
     {
         "--use_gpu": "--device cuda",
@@ -23,7 +25,7 @@ MERGE_SYNONYMS = MappingProxyType(
         "--pissa_init": "--lora_init",
     }
 )
-MOST_TOKENS = 1 << 14  # of check and verify: 8 GiB of logits in float64 over the World vocabulary
+MOST_TOKENS = 1 << 14  # for check and verify: 8 GiB of logits in float64 over the World vocabulary
 ADAPTER_TYPES = ("bone", "disha", "lora", "pissa", "state")  # RWKV-PEFT's words
 
 
@@ -120,7 +122,7 @@ def check_flags(argv: list[str]) -> argparse.Namespace:
 
 
 def check_tokens(tokens: int) -> None:
-    """Raise UserError for a length of a sequence of which the logits, all of which are kept, are none or too many."""
+    """Raise UserError for a sequence length below 1 or above MOST_TOKENS, because all of its logits are kept."""
     if not 1 <= tokens <= MOST_TOKENS:
         raise UserError(f"--tokens {short(str(tokens))}: from 1 to {MOST_TOKENS:,} are compared")
 

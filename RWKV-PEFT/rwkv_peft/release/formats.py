@@ -1,6 +1,6 @@
-"""The formats in which a model or its states lie in files, as a table: a new one is a Format and a line in FORMATS.
+"""The table of the file formats of models and states: a new one is a Format and a line in FORMATS.
 
-A model is read into {key: tensor} under official keys, and written from a Base; time states are {key: tensor} alone.
+A model is read into {key: tensor} under official keys and written from a Base; time states are always {key: tensor}.
 """
 
 import json
@@ -26,7 +26,7 @@ from ..models.state import is_time_state, swapped
 from .gguf import write_gguf
 from .vocabulary import WORLD_FILE, Tokenizer, gguf_vocabulary, hf_files
 
-GGUF_TYPE = "f16"  # of a GGUF's large matrices, where none is asked for
+GGUF_TYPE = "f16"  # the default type of a GGUF's large matrices
 HF_FILES = ("model.safetensors", "config.json", "tokenizer_config.json", "tokenizer.json", WORLD_FILE)
 
 
@@ -34,8 +34,8 @@ Writer = Callable[[Path, dict[str, TensorSpec], Iterable[tuple[str, torch.Tensor
 
 
 class Wanted(NamedTuple):
-    """How a model is to be written: dtype of its tensors (None: each keeps its own), type of a GGUF's large matrices,
-    and the tokenizer whose vocabulary goes along, where the format holds one."""
+    """The settings for writing a model: dtype of its tensors (None: each keeps its own), type of a GGUF's large
+    matrices, and the tokenizer whose vocabulary is written with it, if the format holds one."""
 
     dtype: torch.dtype | None = None
     gguf_type: str = GGUF_TYPE
@@ -43,11 +43,14 @@ class Wanted(NamedTuple):
 
 
 class Format(NamedTuple):
-    """endings are those of its files' names, ("",) for a folder; files(path) are the paths that it may write;
+    """One file format: its names, its reader and its writers.
+
+    endings are those of its files' names, ("",) for a folder; files(path) are the paths that it may write;
     read(path) -> {official key: tensor}; write_model(path, base, wanted) and write_states(path, tensors, dtype) write,
-    and the latter is None where there is no place for states; loaded_by tells what loads a model of it; dtype is a
-    model's where none is asked for (None: each tensor keeps its own); vocabulary says whether a tokenizer goes into
-    it; states_in_model whether what loads it may look for the time states that a model's file holds."""
+    and the latter is None if the format has no place for states. loaded_by says for people what loads such a model;
+    dtype is a model's default (None: each tensor keeps its own); vocabulary is True if it holds a tokenizer;
+    states_in_model is True if its loaders may look for time states in a model's file.
+    """
 
     endings: tuple[str, ...]
     read: Callable[[Path], dict[str, torch.Tensor]]
@@ -61,12 +64,12 @@ class Format(NamedTuple):
 
 
 def format_of(path: Path) -> Format | None:
-    """The Format that a path's ending names, None for an unknown ending."""
+    """The Format of a path's ending, None for an unknown ending."""
     return next((form for form in FORMATS if path.suffix in form.endings), None)
 
 
 def read_web(path: Path) -> dict[str, torch.Tensor]:
-    """A .st or .safetensors as web-rwkv and Ai00 have it."""
+    """Read a .st or .safetensors in the layout of web-rwkv and Ai00 -> {official key: tensor}."""
     found = read_safetensors(path)[0]
     family, tensors = _official(found, lambda family: family.from_web)
     turned = {key for key in tensors if family.swapped_in_web(key) or is_time_state(key)}
@@ -99,14 +102,15 @@ def read_gguf(path: Path) -> NoReturn:
 
 
 def write_llama_cpp(path: Path, base: Base, wanted: Wanted) -> None:
-    assert wanted.tokenizer is not None  # the format's vocabulary is True
+    assert wanted.tokenizer is not None  # because the format's vocabulary is True
     vocabulary = gguf_vocabulary(wanted.tokenizer, base.config.vocab_size)
     with atomic_write(path) as temporary:
         write_gguf(temporary, base, wanted.gguf_type, vocabulary)
 
 
 def read_hf_model(path: Path) -> dict[str, torch.Tensor]:
-    """A folder with the layout of a generation's Hugging Face model, or with flash-linear-attention's of it."""
+    """Read a folder in the layout of a generation's Hugging Face model or of flash-linear-attention -> {official key:
+    tensor}. Raises UserError for a folder without .safetensors or config.json, or with files of two models."""
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise UserError(
@@ -135,16 +139,18 @@ def read_hf_model(path: Path) -> dict[str, torch.Tensor]:
 
 
 def write_hf_folder(folder: Path, base: Base, wanted: Wanted) -> None:
-    """A folder with the layout of the generation's Hugging Face models. config.json goes before the others change
-    and comes when they have: a folder that was left between an old model and a new one has none, which readers refuse.
+    """Write a folder in the layout of the generation's Hugging Face models.
+
+    config.json is removed before the other files are replaced, and written last: a folder that was left between an old
+    model and a new one has none, so readers refuse it.
     """
     family, config, tokenizer = base.family, base.config, wanted.tokenizer
-    assert tokenizer is not None  # the format's vocabulary is True
+    assert tokenizer is not None  # because the format's vocabulary is True
     end = tokenizer.end_id
     settings = family.hf_settings(config) | {"bos_token_id": end, "eos_token_id": end}
     tensors = {family.to_hf(key): tensor for key, tensor in base.tensors.items()}
     files = {"config.json": (json.dumps(settings, indent=2) + "\n").encode()}
-    with ExitStack() as stack:  # the files get their names when all are written, the last of them first
+    with ExitStack() as stack:  # renames the files after all are written, in reverse order, so config.json comes last
         for name, content in (files | hf_files(tokenizer, config.vocab_size, family.hf_tokenizer)).items():
             stack.enter_context(atomic_write(folder / name)).write_bytes(content)
         weights = stack.enter_context(atomic_write(folder / "model.safetensors"))
@@ -189,8 +195,8 @@ FORMATS = (
 def _official(
     tensors: Mapping[str, torch.Tensor], naming: Callable[[Family], Callable[[str], str]]
 ) -> tuple[Family, dict[str, torch.Tensor]]:
-    """(the Family, {official key: tensor}) of tensors under other names, which naming(family) turns into official ones;
-    the first Family where none knows them."""
+    """Rename tensors by naming(family), which turns another format's name into the official one -> (the Family that
+    knows the result, {official key: tensor}); the first Family if none does."""
     named = [(family, {naming(family)(key): tensor for key, tensor in tensors.items()}) for family in FAMILIES]
     return next((pair for pair in named if pair[0].sign in pair[1]), named[0])
 
@@ -202,8 +208,8 @@ def _write(path: Path, writer: Writer, tensors: Mapping[str, torch.Tensor], dtyp
 
 
 def _fill(path: Path, writer: Writer, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> None:
-    """Write tensors in place with write_pth or write_safetensors, cast to a dtype (None: each keeps its own) that holds
-    every value."""
+    """Write tensors in place with write_pth or write_safetensors, cast to a dtype (None: each keeps its own). Raises
+    UserError if a value is not finite after the cast."""
 
     def cast() -> Iterator[tuple[str, torch.Tensor]]:
         for key, tensor in tensors.items():

@@ -1,7 +1,7 @@
-"""GGUF files for llama.cpp, written through the optional `gguf` package.
+"""Write GGUF files for llama.cpp through the optional `gguf` package.
 
-Which tensors there are, under which names and in which form, is the generation's to say (Family.gguf_tensors). Vectors
-and low-rank factors stay float32, and the large matrices take the type asked for.
+The generation says which tensors there are, with their names and form (Family.gguf_tensors). Vectors and low-rank
+factors stay float32; the large matrices get the type asked for.
 """
 
 import math
@@ -21,15 +21,15 @@ from ..models.gguf import gguf_module
 from ..models.state import is_time_state
 from .vocabulary import CHAT_TEMPLATE, GgufVocabulary
 
-Q8_RUN = 32  # q8_0 packs runs of this many values of a row
+Q8_RUN = 32  # q8_0 packs this many values of a row into one block
 
 
 def write_gguf(path: str | Path, base: Base, kind: str, vocabulary: GgufVocabulary) -> None:
     """Write a Base as GGUF, tensor by tensor.
 
-    kind, one of names.GGUF_TYPES, is the type of the large matrices (one whose rows q8_0 cannot hold becomes f16);
-    vocabulary is a GgufVocabulary of the model's size.
-    Raises UserError where the gguf package is missing or the model holds time states, which GGUF cannot.
+    kind, one of names.GGUF_TYPES, is the type of the large matrices (f16 instead of q8_0 for one whose rows q8_0
+    cannot hold); vocabulary is a GgufVocabulary of the model's size.
+    Raises UserError if the gguf package is missing, or if the model holds time states, which GGUF cannot.
     """
     gguf = import_gguf()
     family, config = base.family, base.config
@@ -47,7 +47,7 @@ def write_gguf(path: str | Path, base: Base, kind: str, vocabulary: GgufVocabula
         _write_vocabulary(writer, vocabulary)
         types = {name: _type_of(gguf, shape, kind if large else "f32") for name, shape, _, large in plan}
         for name, shape, _, _ in plan:
-            # the package takes every type as the bytes that it is stored in
+            # the package takes a tensor of any type as its stored bytes
             stored = gguf.quants.quant_shape_to_byte_shape(shape, types[name])
             writer.add_tensor_info(name, stored, np.dtype("uint8"), math.prod(stored), types[name])
         writer.write_header_to_file()
@@ -59,7 +59,7 @@ def write_gguf(path: str | Path, base: Base, kind: str, vocabulary: GgufVocabula
 
 def write_gguf_lora(path: str | Path, family: Family, factors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
     """Write {module: {lora_A (r, in), lora_B (out, r)}} of adapted layers as llama.cpp's LoRA adapter, in float32, at a
-    scale of 1. Raises UserError where the gguf package is missing."""
+    scale of 1. Raises UserError if the gguf package is missing."""
     gguf = import_gguf()
     rank = next(iter(factors.values()))["lora_A"].shape[0]
     with closing(gguf.GGUFWriter(str(path), family.gguf_architecture)) as writer:
@@ -75,7 +75,7 @@ def write_gguf_lora(path: str | Path, family: Family, factors: Mapping[str, Mapp
 
 
 def import_gguf() -> ModuleType:
-    """The gguf package, or a UserError that says how to get it."""
+    """Import the gguf package. Raises UserError, which says how to install it, if it is missing."""
     try:
         import gguf
     except ImportError as error:
@@ -84,7 +84,7 @@ def import_gguf() -> ModuleType:
 
 
 def _type_of(gguf: ModuleType, shape: Sequence[int], kind: str) -> Any:
-    """The type of a tensor that is to be of this kind."""
+    """The ggml type of a tensor of this kind; f16 instead of q8_0 for rows that q8_0 cannot hold."""
     if kind == "q8_0" and shape[-1] % Q8_RUN:
         kind = "f16"
     return gguf.GGMLQuantizationType[kind.upper()]

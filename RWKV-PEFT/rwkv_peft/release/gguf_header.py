@@ -1,7 +1,8 @@
-"""What a GGUF file says of itself: its settings and its tensors' shapes and types, read from its header alone.
+"""Read the header of a GGUF file: its settings, and its tensors' sizes and types.
 
-The gguf package's reader makes an object of whatever a header announces, and follows lists as deep as they go; here
-no announcement is believed beyond the bytes that are there (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+The gguf package's reader makes an object for everything that a header announces, and follows lists to any depth. This
+one trusts no announced size beyond the bytes that are there, so that a damaged header cannot exhaust memory
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 """
 
 import math
@@ -16,21 +17,21 @@ from ..errors import UserError, told
 from ..files.readable import require_readable
 
 Value = bool | int | float | str | list[bool | int | float | str]
-# types of values -> how struct unpacks them
+# GGUF's number of a type -> its struct format
 NUMBERS = MappingProxyType({0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"})
 TEXT, LIST = 8, 9
-MOST_DIMENSIONS = 4  # ggml's
-KEPT = 64  # values of a list that are kept; a vocabulary's are counted
+MOST_DIMENSIONS = 4  # ggml's limit
+KEPT = 64  # the first values of a list that are kept; `lengths` has the count of all
 
 
 class GgufTensor(NamedTuple):
     name: str
     size: int  # in numbers
-    kind: int  # of ggml's types
+    kind: int  # ggml's number of the type
 
 
 class GgufHeader(NamedTuple):
-    """settings by their names, of lists the first values; lengths of the lists; tensors."""
+    """The header: settings by name (lists cut to their first values), the lists' full lengths by name, the tensors."""
 
     settings: dict[str, Value]
     lengths: dict[str, int]
@@ -38,7 +39,7 @@ class GgufHeader(NamedTuple):
 
 
 def read_header(path: Path) -> GgufHeader:
-    """The GgufHeader of a file. Raises UserError."""
+    """Read the GgufHeader of a file. Raises UserError if the file is missing or its header is damaged."""
     require_readable(path, f"{path} does not exist; check the name", again=True)
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
@@ -48,7 +49,8 @@ def read_header(path: Path) -> GgufHeader:
 
 
 class Reader:
-    """Reads a header from its beginning. Raises ValueError for what is none, and for what goes on behind its end."""
+    """A reader of a header, from its beginning on. Raises ValueError for bytes that are no header, and for a header
+    that runs past the end of the file."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.place = data, 0
@@ -82,11 +84,11 @@ class Reader:
         if inner in NUMBERS:
             self.take((count - min(count, KEPT)) * struct.calcsize("<" + NUMBERS[inner]))
         else:
-            for _ in range(KEPT, count):  # each has its own length
+            for _ in range(KEPT, count):  # texts: each has its own length
                 read()
 
     def reader(self, kind: int) -> Callable[[], bool | int | float | str]:
-        """What reads a value of a type."""
+        """The method that reads a value of a type, other than a list. Raises ValueError for a list or unknown type."""
         if kind == TEXT:
             return self.text
         if kind in NUMBERS:
@@ -104,5 +106,5 @@ class Reader:
         return value
 
     def text(self) -> str:
-        """A text; one of more than a megabyte is left out."""
+        """Read a text; one of more than a megabyte is skipped and reads as ""."""
         return self.take(self.number("Q")).decode("utf-8")

@@ -1,4 +1,4 @@
-"""How far each tensor of a model moved from its base, as a grid of layers and matrices."""
+"""Show how far each tensor of a model moved from its base, as a grid of layers and matrices."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,8 +17,11 @@ CHUNK = 1 << 22  # values compared at a time
 
 @dataclass(frozen=True)
 class Heat:
-    """rows: numbers of the layers; columns: names of tensors in a block ("att.key"); cells: |W' - W| / |W| (Frobenius
-    norms) by (layer, column), of those that moved; outside: the same by key, of tensors that stand in no block."""
+    """The grid of changes |W' - W| / |W| (Frobenius norms) of the tensors that moved.
+
+    rows are the numbers of the layers; columns the names of tensors in a block ("att.key"); cells the changes by
+    (layer, column); outside the changes by key of tensors that are in no block.
+    """
 
     rows: Sequence[int]
     columns: Sequence[str]
@@ -27,13 +30,14 @@ class Heat:
 
 
 def changes_of(base: Base, other: Base | Adapter, name: str) -> dict[str, float]:
-    """{key: |W' - W| / |W|} of what a merged model, or an adapter, changes of a Base; states that one of two models
-    lacks are zeros there. Raises UserError where the two do not belong together."""
+    """Compute {key: |W' - W| / |W|} for the tensors of a Base that a merged model, or an adapter, called `name`
+    changes. Time states that only one of two models holds count as zeros in the other. Raises UserError if the two do
+    not belong together."""
     if isinstance(other, Adapter):
         check_fingerprints(base, [(name, other)])
         reports: list[TensorReport] = []
         for _ in Merge(base, [(name, other)]).bands(base.tensors.items(), reports.append):
-            pass  # each band is made for its report alone
+            pass  # only the reports are needed
         return {report.key: report.change for report in reports}
     if other.config != base.config:
         raise UserError(
@@ -48,7 +52,7 @@ def changes_of(base: Base, other: Base | Adapter, name: str) -> dict[str, float]
 
 
 def distance(tensor: torch.Tensor, base: torch.Tensor) -> float:
-    """|W' - W| / |W|, a run of values at a time."""
+    """Compute |W' - W| / |W|, CHUNK values at a time."""
     change = size = 0.0
     for new, old in zip(tensor.reshape(-1).split(CHUNK), base.reshape(-1).split(CHUNK)):
         change += square(new.float() - old.float())
@@ -57,7 +61,7 @@ def distance(tensor: torch.Tensor, base: torch.Tensor) -> float:
 
 
 def heat_of(changes: Mapping[str, float]) -> Heat:
-    """The Heat of {key: change}."""
+    """Arrange {key: change} as a Heat."""
     cells, outside = {}, {}
     for key, change in changes.items():
         parts = key.removesuffix(".weight").split(".")
@@ -70,8 +74,8 @@ def heat_of(changes: Mapping[str, float]) -> Heat:
 
 
 def text_of(heat: Heat) -> str:
-    """A Heat in percent, each cell with a shade of how much it is of the largest; "" where nothing moved. Of a tensor
-    that was zero the change is inf, whose shade is the darkest, and by which no other is measured."""
+    """Write a Heat in percent, each cell with a shade relative to the largest change; "" if nothing moved. The change
+    of a tensor that was zero is inf: it gets the darkest shade and does not count as the largest."""
     values = [*heat.cells.values(), *heat.outside.values()]
     largest = max(filter(math.isfinite, values), default=0.0)
     width = max((len(name) for name in heat.columns), default=0) + 2
@@ -88,7 +92,7 @@ def text_of(heat: Heat) -> str:
 
 
 def cell_text(change: float | None, largest: float) -> str:
-    """One cell of the text."""
+    """Write one cell: percent and shade; "-" if the tensor did not move."""
     if change is None:
         return "-"
     if math.isnan(change):

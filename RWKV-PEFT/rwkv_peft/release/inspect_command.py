@@ -1,4 +1,4 @@
-"""`rwkv-peft inspect FILE`: what a file holds, and with its base how far each matrix moved.
+"""Describe what a file holds and, with its base, how far each matrix moved: `rwkv-peft inspect FILE`.
 
 rwkv-peft inspect adapter.safetensors --base_model base.pth --output heat.png
 """
@@ -16,7 +16,8 @@ from .heat import changes_of, heat_of, text_of
 
 
 def main(argv: list[str]) -> int:
-    """argv -> exit code 0. Raises UserError for what cannot be read, or does not belong to its base."""
+    """Run the command: argv -> exit code 0. Raises UserError for a file that cannot be read or does not belong to its
+    base."""
     args = inspect_flags(argv)
     contents = contents_of(source_of(args, args.file))
     if args.output:

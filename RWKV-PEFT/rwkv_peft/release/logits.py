@@ -1,4 +1,4 @@
-"""Logits of our own model over one token sequence, to compare others with, and how far apart two sets of logits are."""
+"""Compute the logits of our own model over one token sequence, and how far apart two sets of logits are."""
 
 from typing import NamedTuple
 
@@ -9,13 +9,13 @@ from ..models.state import State, split_time_states, state_of
 
 
 def random_tokens(vocab_size: int, length: int) -> torch.Tensor:
-    """(length,) int64, the same on every run."""
+    """Draw (length,) int64 tokens, the same on every run."""
     return torch.randint(vocab_size, (length,), generator=torch.Generator().manual_seed(0))
 
 
 def reference_logits(base: Base, tokens: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Logits (T, V) of a Base, in float64 unless dtype says otherwise, from its time states where it has some; tokens
-    (T,) int64."""
+    """Compute the logits (T, V) of a Base over tokens (T,) int64, in float64 unless dtype says otherwise. The sequence
+    starts from the base's time states, if it has any."""
     family, (weights, states) = base.family, split_time_states(base.tensors)
     model = family.load({key: tensor.to(dtype) for key, tensor in weights.items()}, base.config)
     start = State.zeros(base.config, 1, dtype=dtype)
@@ -26,7 +26,8 @@ def reference_logits(base: Base, tokens: torch.Tensor, dtype: torch.dtype = torc
 
 
 class Difference(NamedTuple):
-    """How far logits (T, V) are from others: norm of the difference over norm, and the share of equal top tokens."""
+    """The difference of two sets of logits (T, V): norm of the difference over the reference's norm, and the share of
+    positions with the same top token."""
 
     relative: float
     top_agreement: float

@@ -1,8 +1,9 @@
-"""Adapters as plain LoRA, which more tools read: `rwkv-peft convert ADAPTER OUTPUT --to lora`.
+"""Convert adapters to plain LoRA, which more tools read: `rwkv-peft convert ADAPTER OUTPUT --to lora`.
 
-bone and the LoRA family have that form exactly. The change of others, such as bat-in's W_ab B_b + B_b, has full rank:
-its largest singular values are kept (Eckart and Young 1936), and the rest is told as an error. So is what the LoRA of a
-PiSSA and its like leaves out: these train on W - scale B0 A0, which --precision bf16 rounds.
+bone and the LoRA family have an exact LoRA form. The change of other methods, such as bat-in's W_ab B_b + B_b, has full
+rank: its largest singular values are kept (Eckart and Young 1936), and the rest is reported as an error. PiSSA, OLoRA
+and LoRA-GA train on W - scale B0 A0, which --precision bf16 rounds; their LoRA leaves that rounding out, and it is
+reported too.
 """
 
 from collections.abc import Mapping
@@ -24,15 +25,18 @@ from ..files.peft_folder import write_lora_folder
 from ..files.rwkv_peft_file import write_rwkv_peft
 from .gguf import write_gguf_lora
 
-SAME = 1e-4  # of a change: what float32 rounds of it
-NITER = 8  # power iterations of the randomized SVD: its error is then that of an exact one to a thousandth
+SAME = 1e-4  # relative errors up to this are float32's own rounding
+NITER = 8  # power iterations of the randomized SVD: its error is then within a thousandth of an exact one's
 
 
 @dataclass(frozen=True)
 class LoraForm:
-    """adapter: an Adapter of plain LoRA at scale 1; errors: module -> |change - B A| / |change| (Frobenius), of the
-    layers that have no exact form; rounding: the same of those whose training rounded a weight less its first factors,
-    None where there was such a rounding and no base to measure it by."""
+    """An adapter as LoRA, with what the LoRA leaves out.
+
+    adapter is an Adapter of plain LoRA at scale 1; errors {module: |change - B A| / |change|} (Frobenius) of the layers
+    that have no exact form; rounding the same of layers whose training rounded the weight less its first factors, {} if
+    that is negligible, None if it cannot be measured because no base is given.
+    """
 
     adapter: Adapter
     errors: Mapping[str, float]
@@ -40,9 +44,13 @@ class LoraForm:
 
 
 def as_lora(adapter: Adapter, base: Mapping[str, torch.Tensor] | None = None, rank: int = 0) -> LoraForm:
-    """An Adapter as LoRA. base is {key: tensor} of the model that it was trained on, needed by all but the LoRA family;
-    rank that of the LoRA where there is no exact form (0: twice the adapter's). Raises UserError: no layer is adapted,
-    tensors trained whole, no base where one is due or another model's, a rank beyond a layer's or for an exact form."""
+    """Convert an Adapter to LoRA.
+
+    base is {key: tensor} of the model that it was trained on, which all but the LoRA family need; rank is that of the
+    LoRA if there is no exact form (0: twice the adapter's). Raises UserError if no layer is adapted, if tensors were
+    trained whole, if a residual base was quantized, if the base is missing or does not fit, if tensors do not fit
+    together or the change is not finite, or if rank is larger than a layer's or given for an exact form.
+    """
     metadata, method = adapter.metadata, adapter.metadata.method
     if method is None:
         raise UserError("there is no adapted layer in it, which alone LoRA can hold; merge it with merge_bone.py")
@@ -65,7 +73,7 @@ def as_lora(adapter: Adapter, base: Mapping[str, torch.Tensor] | None = None, ra
         if exact is None:
             check_rank(rank, metadata.rank, shapes)
             change = change_of(adapter, module, params, base)
-            require_finite(module, change.norm())  # which is what its singular values are made of
+            require_finite(module, change.norm())  # because the SVD needs finite values
             exact, errors[module] = truncated(change, rank or 2 * metadata.rank)
         require_finite(module, *exact.values())
         factors[module] = exact
@@ -78,7 +86,7 @@ def as_lora(adapter: Adapter, base: Mapping[str, torch.Tensor] | None = None, ra
 
 
 def check_shapes(method: Method, module: str, params: Params, shape: tuple[int, int]) -> None:
-    """Raise UserError unless the tensors of a layer (out, in) have the shapes that its method gives them."""
+    """Raise UserError unless the tensors of a layer, whose weight has `shape` (out, in), have its method's shapes."""
     for name, due in method.shapes(*method.sizes(params), *shape).items():
         if tuple(params[name].shape) != due:
             raise UserError(
@@ -88,7 +96,7 @@ def check_shapes(method: Method, module: str, params: Params, shape: tuple[int, 
 
 
 def require_finite(module: str, *tensors: torch.Tensor) -> None:
-    """Raise UserError if what was computed of a layer's change is beyond float32."""
+    """Raise UserError if tensors computed from a layer's change hold NaN or Inf: the change is beyond float32."""
     if not all(torch.isfinite(tensor).all() for tensor in tensors):
         raise UserError(
             f"{module}: its change is too large for float32, so that LoRA cannot hold it; the training had diverged: "
@@ -99,13 +107,13 @@ def require_finite(module: str, *tensors: torch.Tensor) -> None:
 def rounding_of(
     adapter: Adapter, factors: Mapping[str, Params], base: Mapping[str, torch.Tensor] | None
 ) -> Mapping[str, float] | None:
-    """LoraForm.rounding of an Adapter whose method takes its first factors out of the weight, and the LoRA's factors by
-    module."""
+    """Compute LoraForm.rounding for an Adapter whose method takes its first factors out of the weight; factors are the
+    LoRA's by module. Raises UserError if the base does not fit."""
     metadata, errors = adapter.metadata, {}
     if base is None:
         return {} if metadata.base_dtype() == torch.float32 else None
     for module, params in adapter.modules().items():
-        assert metadata.method is not None  # it has layers
+        assert metadata.method is not None  # because it adapts layers
         weight = base.get(f"{module}.weight")
         if weight is None or tuple(weight.shape) != layer_shape(metadata.method, module, params, None):
             raise UserError(
@@ -120,7 +128,8 @@ def rounding_of(
 def layer_shape(
     method: Method, module: str, params: Params, base: Mapping[str, torch.Tensor] | None
 ) -> tuple[int, int]:
-    """(out, in) of a layer: as LoRA's own tensors tell it, else as the base does."""
+    """Return (out, in) of a layer from LoRA's own tensors, else from the base. Raises UserError if the base is needed
+    and missing, or does not fit."""
     if "lora_A" in params:
         A, B = params["lora_A"], params["lora_B"]
         if A.dim() != 2 or B.dim() != 2:
@@ -145,7 +154,7 @@ def layer_shape(
 
 
 def change_of(adapter: Adapter, module: str, params: Params, base: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
-    """W' - W of a layer in float32, from the weight that the training had."""
+    """Compute W' - W of a layer in float32, from the weight that the training had. Raises UserError without a base."""
     metadata, key = adapter.metadata, f"{module}.weight"
     if base is None or key not in base or metadata.method is None:
         raise UserError(
@@ -158,8 +167,8 @@ def change_of(adapter: Adapter, module: str, params: Params, base: Mapping[str, 
 
 
 def check_rank(given: int, own: int, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Raise UserError where the LoRA's rank, the given one or (0) twice the adapter's own, is more than the narrowest
-    of {module: (out, in)} has."""
+    """Raise UserError if the LoRA's rank, the given one or (0) twice the adapter's own, is larger than the narrowest
+    side among {module: (out, in)}."""
     narrowest = min(shapes, key=lambda module: min(shapes[module]))
     most = min(shapes[narrowest])
     if (given or 2 * own) > most:
@@ -171,7 +180,7 @@ def check_rank(given: int, own: int, shapes: Mapping[str, tuple[int, int]]) -> N
 
 
 def truncated(change: torch.Tensor, rank: int) -> tuple[Params, float]:
-    """({lora_A, lora_B} of the largest `rank` singular values of a change (out, in), the relative error left)."""
+    """Cut a change (out, in) to its `rank` largest singular values -> ({lora_A, lora_B}, the relative error left)."""
     U, S, V = svd_lowrank(change, rank, NITER)
     root = S[:rank].sqrt()
     factors = {"lora_A": (V[:, :rank] * root).t().contiguous(), "lora_B": (U[:, :rank] * root).contiguous()}
@@ -179,7 +188,7 @@ def truncated(change: torch.Tensor, rank: int) -> tuple[Params, float]:
 
 
 def relative_error(change: torch.Tensor, factors: Params) -> float:
-    """|change - B A| / |change| of a change (out, in) and LoRA's factors; 0 where nothing changes."""
+    """Return |change - B A| / |change| of a change (out, in) and LoRA's factors; 0 if the change is zero."""
     size = change.norm()
     return float((change - factors["lora_B"] @ factors["lora_A"]).norm() / size) if size else 0.0
 
@@ -190,8 +199,9 @@ def lora_files(path: Path) -> list[Path]:
 
 
 def write_lora(path: Path, form: LoraForm, base: Base | None) -> str:
-    """Write a LoraForm as the ending of a path says: a folder of peft, llama.cpp's .gguf, RWKV-PEFT's .pth or our
-    .safetensors; base is the Base that it is for. -> what loads it. Raises UserError for another ending."""
+    """Write a LoraForm in the format of a path's ending: a folder of peft, llama.cpp's .gguf, RWKV-PEFT's .pth or our
+    .safetensors; base is the Base that it is for. Return a phrase on what loads it. Raises UserError for another
+    ending, and for a .gguf without a base."""
     adapter = form.adapter
     if not path.suffix:
         write_lora_folder(path, adapter, "" if base is None else str(base.path))
@@ -212,7 +222,7 @@ def write_lora(path: Path, form: LoraForm, base: Base | None) -> str:
 
 
 def describe_errors(form: LoraForm) -> str:
-    """What a LoraForm leaves out of the change, in a line; "exactly" for nothing."""
+    """Say in a phrase what a LoraForm leaves out of the change, or that it is exact."""
     if form.errors:
         return f"without {_shares(form.errors, 'of the change')}"
     rounded = "the same change but for the rounding of the base that was trained on"

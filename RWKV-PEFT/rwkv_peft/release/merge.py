@@ -1,7 +1,7 @@
-"""Merging adapters into a base model, a band of rows at a time.
+"""Merge adapters into a base model, a band of rows at a time.
 
-Each changed weight is computed in float32 from the base's memory-mapped tensor and cast once; the rest passes
-through. A `Merge` knows what changes what; merge_bone.py is the command around it.
+Each changed weight is computed in float32 from the base's memory-mapped tensor and cast once; other tensors pass
+through. A `Merge` holds the changes of each tensor; merge_bone.py is the command around it.
 """
 
 import math
@@ -27,14 +27,17 @@ from .belonging import Adapters, check_depth, check_effect, check_generations, c
 from .changes import LayerChange, WholeChange, check_params
 
 Pairs = Iterable[tuple[str, torch.Tensor]]
-BAND = 1 << 18  # elements computed at a time: enough for calls to cost little, few enough for caches to help
+BAND = 1 << 18  # elements computed at a time: enough that calls cost little, few enough to stay in caches
 
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """scale multiplies every change; dtype is the output's (None: each tensor keeps the base's); quant
-    overrides the quantization of the frozen weights that an adapter names (None: as it names); unmerge
-    takes the adapters off again, last first; device is where the arithmetic runs."""
+    """The options of a merge.
+
+    scale multiplies every change; dtype is the output's (None: each tensor keeps the base's); quant overrides the
+    adapter's record of how the frozen weights were quantized (None: as recorded); unmerge takes the adapters off
+    again, last first; device is where the arithmetic runs.
+    """
 
     scale: float = 1.0
     dtype: torch.dtype | None = None
@@ -45,11 +48,11 @@ class MergeOptions:
 
 @dataclass(frozen=True)
 class TensorReport:
-    """What merging did to one tensor.
+    """The change of one tensor by a merge.
 
-    change is |W' - W| / |W| (Frobenius norms; inf where W is zero or new), lost |cast(W') - W'| / |W' - W|: how
-    much of the change the cast to the file's dtype took away; differs tells whether any element of cast(W') is another
-    than that of cast(W).
+    change is |W' - W| / |W| (Frobenius norms; inf if W is zero or new). lost is |cast(W') - W'| / |W' - W|, the share
+    of the change that the cast to the file's dtype took away. differs is True if any element of cast(W') differs from
+    cast(W).
     """
 
     key: str
@@ -59,8 +62,8 @@ class TensorReport:
 
 
 class Band(NamedTuple):
-    """Rows of an output tensor, the sums of squares of W, W' - W and cast(W') - W' in them (zeros where nothing
-    changes), and whether any element is another than the base's."""
+    """Rows of an output tensor, with the sums of squares of W, W' - W and cast(W') - W' over them (zeros if nothing
+    changes); differs is True if any element differs from the base's."""
 
     key: str
     rows: torch.Tensor
@@ -69,11 +72,11 @@ class Band(NamedTuple):
 
 
 class Merge:
-    """Adapters bound to a base: which tensors the output has, and how each comes about.
+    """Adapters bound to a base: the specs of the output's tensors and the changes that make them.
 
-    base is a Base; adapters are (name, Adapter) pairs in the order of their application. Raises UserError where an
-    adapter tensor has no place in the base, has the wrong shape or changes nothing, and where an adapter is of another
-    generation.
+    base is a Base; adapters are (name, Adapter) pairs in the order of their application. Raises UserError if an
+    adapter is of another generation or changes nothing, if one of its tensors has no place in the base or the wrong
+    shape, if time states would be in some layers only, or if the options contradict an adapter.
     """
 
     def __init__(self, base: Base, adapters: Adapters, options: MergeOptions | None = None) -> None:
@@ -119,7 +122,7 @@ class Merge:
             assert metadata.method is not None  # check_params refuses tensors of none
             params = {parameter: tensor.to(options.device) for parameter, tensor in params.items()}
             changes = self.changes.setdefault(key, [])
-            # a file that does not say how its base was kept had it as it is; between adapters nothing is rounded then
+            # a file that names no precision was trained in the base's own dtype; after an adapter nothing is rounded
             dtype = metadata.base_dtype() or (torch.float32 if changes else base.tensors[key].dtype)
             change = LayerChange(metadata.method, params, metadata.scale, quant, options.scale, dtype)
             if options.unmerge:
@@ -130,11 +133,11 @@ class Merge:
     def bands(
         self, pairs: Pairs, report: Callable[[TensorReport], None] | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the output's (key, rows) from the base's (key, tensor) pairs: each tensor in its turn, as one or more
-        runs of its rows, in its dtype, on the CPU; tensors that are new come last.
+        """Yield the output's (key, rows) from the base's (key, tensor) pairs: tensor by tensor, each as one or more
+        runs of its rows, in its dtype, on the CPU; new tensors come last.
 
-        `report` is called with the TensorReport of each changed tensor, once its last rows were taken. Raises UserError
-        for a result that is not finite, and after the last tensor where the output is the base.
+        `report` is called with the TensorReport of each changed tensor after its last rows were taken. Raises UserError
+        if a result is not finite, and after the last tensor if the output equals the base.
         """
         reports = []
         for key, bands in groupby(ahead(self._tasks(pairs)), lambda band: band.key):
@@ -166,14 +169,14 @@ class Merge:
         )
 
     def tensors(self, pairs: Pairs) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the output's (key, tensor), as `bands` with each tensor in one piece; one that does not change is the
-        base's own."""
+        """Yield the output's (key, tensor), as `bands` does but each tensor whole; an unchanged one is the base's own,
+        not a copy."""
         for key, bands in groupby(self.bands(pairs), lambda band: band[0]):
             rows = [rows for _, rows in bands]
             yield key, torch.cat(rows) if len(rows) > 1 else rows[0]
 
     def _tasks(self, pairs: Pairs) -> Iterator[Callable[[], Band]]:
-        """A callable -> Band for each band of each tensor of the output."""
+        """Yield a callable that computes the Band, for each band of each output tensor."""
         seen = set()
         for key, tensor in pairs:
             seen.add(key)
@@ -187,7 +190,7 @@ class Merge:
         unit = math.lcm(*(change.unit(row) for change in changes))
         step = max(BAND // (row * unit), 1) * unit
         if not changes and tensor.dtype == self.specs[key].dtype:
-            step = len(tensor)  # passes as it is: nothing is computed, and `tensors` need not copy it
+            step = len(tensor)  # unchanged: one band, so that `tensors` need not copy it
         for start in range(0, len(tensor), step):
             stop = min(start + step, len(tensor))
             yield partial(self._band, key, tensor[start:stop], [change.rows(start, stop) for change in changes])
@@ -202,17 +205,17 @@ class Merge:
             rows = exact.to(dtype)
             squares = square(weight), square(exact - weight), square(rows - exact)
             rows = rows.cpu()
-            differs = not torch.equal(rows, source.to(dtype))  # ends at the first element that does
+            differs = not torch.equal(rows, source.to(dtype))  # stops at the first difference
         else:
             rows = source.to(dtype)
-        # the last sum is NaN or Inf where an element of rows is, so that most bands need no look of their own
+        # the last sum is NaN or Inf if an element of rows is, so most bands need no scan of their own
         if not (changes and math.isfinite(squares[-1])) and not all_finite(rows):
             raise UserError(f"{key} holds NaN or Inf, {_cause_of_infinity(source, dtype)}; nothing is written")
         return Band(key, rows, squares, differs)
 
 
 def _cause_of_infinity(source: torch.Tensor, dtype: torch.dtype) -> str:
-    """Why a tensor that was made of the base's rows `source` holds NaN or Inf in dtype."""
+    """Say why a tensor made from the base's rows `source` holds NaN or Inf in dtype."""
     if not all_finite(source):
         return "in the base already"
     if not all_finite(source.to(dtype)):
@@ -221,8 +224,8 @@ def _cause_of_infinity(source: torch.Tensor, dtype: torch.dtype) -> str:
 
 
 def quantization_error(base: Base, adapters: Adapters) -> float:
-    """|Q(W) - W| / |W| over the weights W that were quantized to Q(W) while the (name, Adapter) pairs trained on
-    them."""
+    """Return |Q(W) - W| / |W| over the weights W that were quantized to Q(W) in the training of the (name, Adapter)
+    pairs."""
     error = size = 0.0
     for _, adapter in adapters:
         metadata = adapter.metadata
@@ -240,20 +243,20 @@ def square(tensor: torch.Tensor) -> float:
 
 
 def ratio(part: float, whole: float) -> float:
-    """sqrt(part / whole) of two sums of squares; 0 where the part is 0, inf where only the whole is."""
+    """Return sqrt(part / whole) of two sums of squares; 0 if the part is 0, inf if only the whole is."""
     if part == 0:
         return 0.0
     return math.sqrt(part / whole) if whole else math.inf
 
 
 def merged_tensors(base: Base, adapters: Adapters, options: MergeOptions | None = None) -> dict[str, torch.Tensor]:
-    """A Base with adapters merged in: {key: tensor}, the base's keys, order and (unless options.dtype
-    says otherwise) dtypes. Arguments and errors as in Merge."""
+    """Merge adapters into a Base -> {key: tensor} in the base's keys, order and (unless options.dtype says otherwise)
+    dtypes; new time states come last. Arguments as in Merge, errors as in Merge and its `bands`."""
     return dict(Merge(base, adapters, options).tensors(base.tensors.items()))
 
 
 def fingerprints_merged(base: Base, adapters: Adapters) -> set[str]:
-    """The fingerprints of a Base with adapters merged in, written in its own dtypes or in one of DTYPES."""
+    """The fingerprints of a Base with adapters merged in: one for its own dtypes, one for each of DTYPES."""
     own = {key: spec.dtype for key, spec in Merge(base, adapters).specs.items()}
     exact = Merge(base, adapters, MergeOptions(dtype=torch.float32)).tensors(stream_tensors(base.path))
     samples = [(key, tensor.shape, sample(tensor)) for key, tensor in exact]
@@ -265,8 +268,8 @@ def fingerprints_merged(base: Base, adapters: Adapters) -> set[str]:
 
 def check_fingerprints(base: Base, adapters: Adapters) -> None:
     """Raise UserError unless each of the (name, Adapter) pairs was trained on the Base, or on it with the adapters
-    before it merged, in any dtype that merging writes. One that names no base passes where check_depth does not object.
-    That one is of another generation is told first: nothing can force it."""
+    before it merged, in any dtype that merging writes. An adapter that names no base passes unless check_depth objects.
+    The generations are checked first, because no flag forces those."""
     check_generations(base, adapters)
     for position, (name, adapter) in enumerate(adapters):
         check_depth(name, adapter, base)

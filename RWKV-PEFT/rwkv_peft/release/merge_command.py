@@ -1,4 +1,4 @@
-"""The command that merges: merge_bone.py's flags, checks, writing and summary."""
+"""The merge command behind merge_bone.py: its checks, writing and summary (flags.py has its flags)."""
 
 import argparse
 import os
@@ -29,7 +29,7 @@ from .flags import merge_flags
 from .merge import Merge, MergeOptions, TensorReport, check_fingerprints, quantization_error
 from .states import check_separate, check_written, diverted, note_inside, without_states
 
-# RWKV-PEFT's --type -> what files' metadata call it
+# RWKV-PEFT's --type -> the variants of it in files' metadata
 TYPES = MappingProxyType(
     {
         "bone": forms("bone"),
@@ -42,7 +42,8 @@ TYPES = MappingProxyType(
 
 
 def main(argv: list[str]) -> int:
-    """argv -> exit code 0. Raises UserError for whatever cannot be merged, before the output is touched."""
+    """Run the command: argv -> exit code 0. Raises UserError if something cannot be merged, before the output is
+    touched."""
     args = merge_flags(argv)
     args.adapters = [str(adapter_of_run(path)) for path in args.adapters]
     check_files(args)
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> int:
     del base  # its pages would stay resident
     keep_freed_memory()  # bands are computed in temporaries of the same few sizes
     reports: list[TensorReport] = []
-    states: dict[str, torch.Tensor] = {}  # that go into a file of their own
+    states: dict[str, torch.Tensor] = {}  # for --state_output
     outputs = merge.bands(stream_tensors(args.base_model), reports.append)
     if args.dry_run:
         for _ in outputs:
@@ -91,7 +92,7 @@ def main(argv: list[str]) -> int:
 
 
 def check_type(told: str | None, adapters: Sequence[tuple[str, Adapter]]) -> None:
-    """Refuse a --type that is not what the (path, Adapter) pairs hold."""
+    """Raise UserError if --type contradicts what the (path, Adapter) pairs hold."""
     for path, adapter in adapters:
         variant = adapter.metadata.variant
         if told and variant not in TYPES[told]:
@@ -101,8 +102,8 @@ def check_type(told: str | None, adapters: Sequence[tuple[str, Adapter]]) -> Non
 
 
 def check_files(args: argparse.Namespace) -> None:
-    """Refuse an adapter given twice, and an output that is missing from the flags, no .pth, one of the inputs by any
-    name or link, or cannot be written."""
+    """Raise UserError if an adapter is given twice, if --read_back goes with --dry_run, or if the output is missing
+    from the flags, is no .pth, is one of the inputs by any name or link, or cannot be written."""
     for position, path in enumerate(args.adapters):
         if any(same_file(path, other) for other in args.adapters[:position]):
             raise UserError(
@@ -124,13 +125,13 @@ def check_files(args: argparse.Namespace) -> None:
 
 
 def inputs_of(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """(flag, path) of each file that is read."""
+    """The (flag, path) pairs of the files that are read."""
     inputs = [("--base_model", args.base_model), ("--lora_init", args.lora_init)]
     return inputs + [("--bone_checkpoint", path) for path in args.adapters]
 
 
 def check_space(output: str | Path, specs: Mapping[str, TensorSpec]) -> None:
-    """Refuse before hours of work what the disk cannot hold."""
+    """Raise UserError, before any work, if the disk has no room for the output."""
     require_room("--output", output, sum(spec.numel * spec.dtype.itemsize for spec in specs.values()))
 
 
@@ -168,8 +169,8 @@ def print_head(args: argparse.Namespace, base: Base, adapters: Adapters) -> None
 
 
 def print_reports(reports: Sequence[TensorReport], specs: Mapping[str, TensorSpec]) -> None:
-    """A table of the relative change of each layer, and what the cast lost, if anything was cast; it fits into 80
-    columns."""
+    """Print a table, 80 columns wide at most, of each layer's relative change and the share that the cast lost, if
+    any."""
     layers: dict[str, dict[str, TensorReport]] = {}
     for report in reports:
         _, number, *rest = report.key.split(".") if report.key.startswith("blocks.") else ("", "-", report.key)
@@ -205,7 +206,7 @@ def print_reports(reports: Sequence[TensorReport], specs: Mapping[str, TensorSpe
 
 
 def spans(numbers: Iterable[str]) -> str:
-    """Numbers in words: "0-2, 5"."""
+    """Write numbers as spans: "0-2, 5"."""
     found: list[list[int]] = []
     for number in sorted(map(int, numbers)):
         if found and number == found[-1][-1] + 1:
@@ -216,7 +217,7 @@ def spans(numbers: Iterable[str]) -> str:
 
 
 def short(name: str) -> str:
-    """ "att.receptance" -> "att.r": the papers' letters."""
+    """Shorten a name to the papers' letters: "att.receptance" -> "att.r"."""
     part, _, leaf = name.rpartition(".")
     return f"{part}.{leaf[:1]}" if part else leaf[:6]
 
@@ -226,18 +227,18 @@ def width(head: str) -> int:
 
 
 def percent(share: float) -> str:
-    """A share in percent, in at most six characters."""
+    """Write a share in percent, in at most six characters."""
     value = 100 * share
     return f"{value:.2g}" if value < 10 or value >= 1e5 else f"{value:.0f}"
 
 
 def _is_matrix(key: str, spec: TensorSpec) -> bool:
-    """Whether a tensor is the weight of a linear layer of a block."""
+    """Tell whether a tensor is the weight of a linear layer of a block."""
     return key.startswith("blocks.") and key.endswith(".weight") and len(spec.shape) == 2
 
 
 def read_back(output: str | Path, merge: Merge, base: str | Path, specs: Mapping[str, TensorSpec]) -> None:
-    """Compare the file on disk, which has the tensors of specs, with a second computation. Raises UserError where they
+    """Compare the file on disk, which has the tensors of specs, with a second computation. Raises UserError if they
     differ."""
     written = stream_tensors(output)
     due = (band for band in merge.bands(stream_tensors(base)) if band[0] in specs)

@@ -1,6 +1,6 @@
-"""Logits of one token sequence in runtimes that this project did not write.
+"""Compute the logits of one token sequence in runtimes that this project did not write.
 
-Each runtime is optional: Runtime.missing says how to install it, Runtime.refuses whether it takes a model at all.
+Each runtime is optional: Runtime.missing says how to install it, Runtime.refuses why it cannot take a model.
 """
 
 import importlib.metadata
@@ -25,9 +25,12 @@ NOT_LOOKED_FOR = (
 
 
 class Runtime(NamedTuple):
-    """How to ask one runtime: package is its name on PyPI, module what it is imported as, form what it reads ("pth", a
-    float32 copy, or "gguf"); refuses(config) is a reason why it cannot take a model, or ""; logits(path, tokens,
-    config) -> (T, V) float32 logits, or log-probabilities where shifted is True."""
+    """One runtime and how to ask it.
+
+    package is its name on PyPI, module its import name, form what it reads ("pth", a float32 copy, or "gguf");
+    refuses(config) is a reason why it cannot take a model, or ""; logits(path, tokens, config) -> float32 logits
+    (T, V), or log-probabilities (of the last positions, as many as it gives) if shifted is True.
+    """
 
     name: str
     package: str
@@ -38,8 +41,8 @@ class Runtime(NamedTuple):
     shifted: bool = False
 
     def missing(self) -> str:
-        """The command that installs what is needed of the runtime and of what writes its files, "" where all is
-        there."""
+        """The command that installs the missing packages of the runtime and of the writer of its files; "" if none is
+        missing."""
         needed = ((self.module, self.package), *((("gguf", "gguf"),) if self.form == "gguf" else ()))
         packages = [package for module, package in needed if not importlib.util.find_spec(module)]
         return f"pip install {' '.join(packages)}" if packages else ""
@@ -49,7 +52,7 @@ class Runtime(NamedTuple):
 
 
 def rwkv_sequence(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """The `rwkv` package, all tokens in one call."""
+    """Ask the `rwkv` package, all tokens in one call."""
     if config.version != "x060":
         return rwkv_elsewhere(path, tokens, "sequence")
     model = rwkv_model(path, config.version)
@@ -58,7 +61,7 @@ def rwkv_sequence(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torc
 
 
 def rwkv_tokens(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """The `rwkv` package, one token at a time."""
+    """Ask the `rwkv` package, one token at a time."""
     if config.version != "x060":
         return rwkv_elsewhere(path, tokens, "tokens")
     model, state, rows = rwkv_model(path, config.version), None, []
@@ -70,7 +73,8 @@ def rwkv_tokens(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.
 
 
 def rwkv_elsewhere(path: Path, tokens: torch.Tensor, mode: str) -> torch.Tensor:
-    """The `rwkv` package on an RWKV-7 model, in a process of its own (rwkv7_process.py)."""
+    """Ask the `rwkv` package about an RWKV-7 model, in a process of its own (rwkv7_process.py). Raises RuntimeError if
+    that fails."""
     with scratch_folder() as folder:
         given, answer = folder / "tokens.pt", folder / "logits.pt"
         torch.save(tokens, given)
@@ -83,8 +87,8 @@ def rwkv_elsewhere(path: Path, tokens: torch.Tensor, mode: str) -> torch.Tensor:
 
 
 def rwkv_simple(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """The `rwkv-simple` package, which loads strictly, one token at a time: over several it computes with decays of
-    0.005 at the least, whatever the model says."""
+    """Ask the `rwkv-simple` package, which loads strictly, one token at a time: over several tokens it replaces decays
+    below 0.005 by 0.005."""
     from rwkv_simple import RWKV
 
     model = RWKV(
@@ -104,7 +108,8 @@ def rwkv_simple(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.
 
 
 def refused_by_rwkv_simple(config: ModelConfig) -> str:
-    """Its head size is an argument (4, 8, 12, 16, 32 and 64 were tried with 0.1.1); the other widths are fixed."""
+    """Say why `rwkv-simple` cannot take a model, or "". It takes any head size (4, 8, 12, 16, 32 and 64 were tried with
+    0.1.1); its other widths are fixed."""
     if not isinstance(config, RWKV6Config):
         return "takes RWKV-6 alone"
     if (config.maa_rank, config.decay_rank) != (32, 64):
@@ -115,7 +120,7 @@ def refused_by_rwkv_simple(config: ModelConfig) -> str:
 
 
 def llama_cpp(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """llama.cpp through `xllamacpp`: its log-probabilities of the whole vocabulary after the prompt (1, V)."""
+    """Ask llama.cpp through `xllamacpp` -> its log-probabilities (1, V) of the whole vocabulary after the prompt."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -143,7 +148,7 @@ def takes_all(config: ModelConfig) -> str:
 
 
 def all_runtimes() -> tuple[Runtime, ...]:
-    """Every runtime that can be asked, in the order of the table."""
+    """All runtimes, installed or not, in the order of the table."""
     return (
         Runtime("rwkv, sequence", "rwkv", "rwkv", "pth", rwkv_sequence, takes_all),
         Runtime("rwkv, token by token", "rwkv", "rwkv", "pth", rwkv_tokens, takes_all),

@@ -1,9 +1,9 @@
-"""The `rwkv` package on an RWKV-7 model, in a process of its own.
+"""Run the `rwkv` package on an RWKV-7 model, in a process of its own.
 
     rwkv_peft.release.rwkv7_process MODEL.pth TOKENS.pt LOGITS.pt sequence|tokens
 
-A process can ask the package for one generation alone (rwkv_package.py), and the caller's may have asked for RWKV-6. It
-does not look for tuned states in a model's file: they are put into its list of states.
+One process can use the package for one generation only (rwkv_package.py), and the caller may have used it for RWKV-6.
+The package does not look for tuned states in an RWKV-7 model's file, so they are put into its list of states here.
 """
 
 import sys
@@ -14,7 +14,8 @@ from .rwkv_package import rwkv_model
 
 
 def main(model_path: str, tokens_path: str, output_path: str, mode: str) -> None:
-    """Write the logits (T, V) float32 of tokens (T,) int64, all in one call or one after the other."""
+    """Write the logits (T, V) float32 of tokens (T,) int64; mode is "sequence" (one call) or "tokens" (one at a
+    time)."""
     tokens = torch.load(tokens_path, weights_only=True).tolist()
     model = rwkv_model(model_path, "x070")
     tensors = torch.load(model_path, weights_only=True, mmap=True)
@@ -22,7 +23,7 @@ def main(model_path: str, tokens_path: str, output_path: str, mode: str) -> None
     for layer in range(len(state) // 3):
         tuned = tensors.get(f"blocks.{layer}.att.time_state")
         if tuned is not None:
-            state[3 * layer + 1] = tuned.float().clone()  # (H, N value, N key), as the package has it
+            state[3 * layer + 1] = tuned.float().clone()  # (H, N value, N key), the package's layout too
     with torch.inference_mode():
         if mode == "sequence":
             logits = model.forward(tokens, state, full_output=True)[0].float()

@@ -1,7 +1,7 @@
-"""The `rwkv` package: a .pth opened in it.
+"""Open a .pth in the `rwkv` package.
 
-It decides once, when it is imported, whether its models are RWKV-7 (RWKV_V7_ON), so that a process can ask it for one
-generation alone.
+The package decides at import whether its models are RWKV-7 (RWKV_V7_ON), so one process can use it for one generation
+only.
 """
 
 import contextlib
@@ -13,8 +13,8 @@ from typing import Any
 
 
 def rwkv_model(path: str | Path, version: str) -> Any:
-    """The `rwkv` package's model of the .pth at path, whose generation is `version` (x060 or x070), in float32 on the
-    CPU. The process must not have opened one of the other generation before."""
+    """Open the .pth at path, of the generation `version` (x060 or x070), in the `rwkv` package, in float32 on the CPU.
+    The process must not have opened one of the other generation before."""
     os.environ["RWKV_V7_ON"] = "1" if version == "x070" else "0"  # read at import
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # the package uses it, newer torch deprecates it

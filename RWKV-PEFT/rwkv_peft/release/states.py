@@ -1,4 +1,4 @@
-"""Tuned time states in a merge: inside the merged model, or in a file of their own (merge_bone.py --state_output)."""
+"""Place tuned time states in a merge: in the merged model, or in a file of their own (merge_bone.py --state_output)."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +17,8 @@ from .merge import Merge
 def check_separate(
     path: str | Path, output: str | Path | None, merge: Merge, inputs: Iterable[tuple[str, str]]
 ) -> None:
-    """Refuse a --state_output that cannot be written, or that leaves nothing to one of the two files."""
+    """Raise UserError if --state_output cannot be written, is --output, or would leave nothing for one of the two
+    files."""
     check_state_output("--state_output", path)
     check_output("--state_output", path, list(inputs))
     if output is not None and same_file(path, output):
@@ -32,14 +33,14 @@ def check_separate(
 
 
 def without_states(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """The specs of the tensors that are no time states."""
+    """The specs without those of time states."""
     return {key: spec for key, spec in specs.items() if not is_time_state(key)}
 
 
 def diverted(
     bands: Iterable[tuple[str, torch.Tensor]], states: dict[str, torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield a merge's (key, rows), time states aside, which are gathered in `states`."""
+    """Yield a merge's (key, rows) without time states, which are gathered in `states`."""
     for key, rows in bands:
         if not is_time_state(key):
             yield key, rows
@@ -48,7 +49,7 @@ def diverted(
 
 
 def check_written(path: str | Path, states: Mapping[str, torch.Tensor]) -> None:
-    """Raise UserError unless the file of states at path reads back as {key: tensor}."""
+    """Raise UserError unless the file of states at path reads back as `states`."""
     found = read_states(path).tensors
     if found.keys() != states.keys() or not all(torch.equal(found[key], states[key]) for key in states):
         raise UserError(
@@ -57,7 +58,7 @@ def check_written(path: str | Path, states: Mapping[str, torch.Tensor]) -> None:
 
 
 def note_inside(base: Base) -> str:
-    """What to know of time states inside a merged model."""
+    """Write a note for users about time states inside a merged model."""
     note = "RWKV-Runner, web-rwkv and Ai00 take states as files of their own: --state_output writes one"
     if not base.family.states_in_model:
         note = f"the rwkv package does not look for them in an {base.family.name} file; {note}"

@@ -1,8 +1,8 @@
-"""Does every installed runtime compute what the file says? `rwkv-peft verify merged.pth [--base base.pth]`
+"""Compare every installed runtime with our model: `rwkv-peft verify merged.pth [--base base.pth]`.
 
 Feeds one random token sequence to our model in float64 and to each runtime, and prints the largest differences of
-their logits. Runtimes read a float32 copy of the file, so that their arithmetic is judged and not its dtype; llama.cpp
-reads GGUF files of each type asked for. Needs memory for the model in float64.
+their logits. Runtimes read a float32 copy of the file, so that their arithmetic is judged and not the file's dtype;
+llama.cpp reads a GGUF of each type asked for. Needs memory for the model in float64.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,12 +25,12 @@ from .logits import random_tokens, reference_logits
 from .runtimes import NOT_LOOKED_FOR, Runtime, all_runtimes
 from .vocabulary import table_vocabulary
 
-# How far a format's logits may be from the reference, relative to the logits' spread (standard deviation).
+# The largest difference allowed between a format's logits and the reference, in standard deviations of the logits.
 LIMITS = (("fp32", 1e-4), ("f32", 1e-3), ("f16", 2e-2), ("bf16", 1e-1), ("q8_0", 3e-1))
 
 
 class Row(NamedTuple):
-    """One line of the table; difference is None where the runtime was not asked or broke, and note says why."""
+    """One line of the table; difference is None if the runtime was not asked or broke, and note says why."""
 
     runtime: str
     version: str
@@ -48,8 +48,8 @@ class Row(NamedTuple):
 
 
 def main(argv: list[str]) -> int:
-    """Print the table; 0 where all is well, 1 where a runtime disagrees or breaks. Raises UserError for an unusable
-    file."""
+    """Print the table; return 0, or 1 if a runtime disagrees or breaks. Raises UserError for an unusable file, and if
+    no runtime was asked."""
     args = verify_flags(argv)
     model = open_base(args.model)
     if args.base:
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
 
 
 def compare_structure(model: Base, base: Base) -> None:
-    """Raise UserError unless two Bases agree in all but their values (and time states that were added)."""
+    """Raise UserError unless two Bases agree in keys, order, shapes and dtypes; the model may have more time states."""
     added = [key for key in model.tensors if key not in base.tensors]
     own = [key for key in model.tensors if not (key in added and is_time_state(key))]
     if own != list(base.tensors):
@@ -85,7 +85,7 @@ def compare_structure(model: Base, base: Base) -> None:
 
 
 def verify(model: Base, length: int = 50, gguf_types: Sequence[str] = ("f32", "f16")) -> list[Row]:
-    """The table's rows for a Base."""
+    """Ask every runtime about a Base -> the table's rows."""
     config = model.config
     tokens = random_tokens(config.vocab_size, length)
     reference = reference_logits(model, tokens)
@@ -106,8 +106,8 @@ def verify(model: Base, length: int = 50, gguf_types: Sequence[str] = ("f32", "f
 def ask(
     runtime: Runtime, path: Path, form: str, tokens: torch.Tensor, config: ModelConfig, reference: torch.Tensor
 ) -> Row:
-    """The Row of one runtime that reads the file at path; whatever it raises is told in the row, so that the others are
-    asked all the same."""
+    """Ask one runtime about the file at path -> its Row. An exception is noted in the row, so that the other runtimes
+    are still asked."""
     try:
         logits = runtime.logits(path, tokens, config)
         return Row(runtime.name, runtime.version(), form, *judge(logits, reference, form, runtime.shifted), "")
@@ -117,7 +117,7 @@ def ask(
 
 
 def written(folder: Path, form: str, model: Base) -> Path:
-    """Path of a Base as fp32 .pth or as GGUF of a type, written at the first demand."""
+    """Return the path of a Base as fp32 .pth or as GGUF of a type; the file is written at the first request."""
     path = folder / (f"{form}.pth" if form == "fp32" else f"{form}.gguf")
     if path.exists():
         return path
@@ -125,15 +125,18 @@ def written(folder: Path, form: str, model: Base) -> Path:
         specs = {key: TensorSpec.of(tensor, torch.float32) for key, tensor in model.tensors.items()}
         write_pth(path, specs, ((key, tensor.float()) for key, tensor in model.tensors.items()))
     else:
-        # any vocabulary will do, because the runtime is given ids
+        # any vocabulary will do, because the runtime is given token ids
         write_gguf(path, model, form, table_vocabulary(WorldTokenizer().token_bytes, model.config.vocab_size))
     return path
 
 
 def judge(logits: torch.Tensor, reference: torch.Tensor, form: str, shifted: bool) -> tuple[float, float]:
-    """(largest absolute difference, largest allowed); log-probabilities are compared for the last positions that a
-    runtime gives, and made to sum to 1 in float64: in float32 the sum over a large vocabulary shifts all of them alike,
-    which says nothing of the model. A NaN counts as an infinite difference."""
+    """Compare logits with the reference -> (largest absolute difference, largest allowed).
+
+    If `shifted`, log-probabilities are compared, at the last positions only, as many as the runtime gives. They are
+    normalized again in float64, because a float32 sum over a large vocabulary shifts all of them alike, which says
+    nothing about the model. A NaN counts as an infinite difference.
+    """
     logits = logits.double()
     if shifted:
         logits, reference = logits.log_softmax(-1), reference.log_softmax(-1)[-len(logits) :]

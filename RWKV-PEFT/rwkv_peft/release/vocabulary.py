@@ -1,4 +1,4 @@
-"""A tokenizer's vocabulary as files of other tools hold it: GGUF's lists, the files of a Hugging Face folder."""
+"""Write a tokenizer's vocabulary in the forms of other tools: GGUF's lists, the files of a Hugging Face folder."""
 
 import json
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from ..data.turns import TURN_END
 from ..errors import UserError
 
 WORLD_FILE = "rwkv_vocab_v20230424.txt"
-# The layout of chats that is trained in (data/templates.py), as a Jinja template. The line of the user's turn is as
-# llama.cpp's own functions look for it, which know some templates by a part and read none.
+# The chat layout of the training data (data/templates.py), as a Jinja template. Parts of llama.cpp do not interpret
+# templates but recognize some by a piece of their text; the line of the user's turn has the piece that they look for.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'system' -%}{{- 'System: ' + message['content']|trim + '\\n\\n' -}}"
@@ -24,9 +24,12 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's types of token
 
 
 class GgufVocabulary(NamedTuple):
-    """model and pre are llama.cpp's names of the way text is cut; tokens and types have an entry for each id of the
-    model, merges those of byte-level BPE; end is the token that ends a document, turn_end the one that ends a turn of a
-    chat, or None."""
+    """A vocabulary as GGUF holds it.
+
+    model and pre are llama.cpp's names for the tokenizer and its pre-tokenizer; tokens and types have an entry for each
+    id of the model; merges are those of byte-level BPE; end is the token that ends a document and turn_end the one that
+    ends a turn of a chat, or None.
+    """
 
     model: str
     tokens: list[bytes]
@@ -38,20 +41,20 @@ class GgufVocabulary(NamedTuple):
 
 
 def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> GgufVocabulary:
-    """The GgufVocabulary of a tokenizer, padded to the model's size. Raises UserError for a tokenizer.json that
-    llama.cpp cannot imitate."""
+    """Make the GgufVocabulary of a tokenizer, padded to the model's size. Raises UserError for a tokenizer.json that
+    llama.cpp cannot reproduce."""
     if isinstance(tokenizer, JsonTokenizer):
         return _byte_level_bpe(tokenizer, size)
     return table_vocabulary(tokenizer.token_bytes, size)
 
 
 def table_vocabulary(table: Sequence[bytes | None], size: int) -> GgufVocabulary:
-    """The GgufVocabulary of the first `size` entries of a table of bytes by id (None: stands for nothing), in the way
-    of RWKV's own vocabularies, where token 0 ends a document."""
+    """Make the GgufVocabulary of the first `size` entries of a table {id: bytes} (None: an unused id), as RWKV's own
+    vocabularies have it: token 0 ends a document."""
     tokens, types = [], []
     for token in range(size):
         content = table[token] if token < len(table) else None
-        # llama.cpp reads a token as the inside of a Python bytes literal
+        # llama.cpp reads a token's text as the inside of a Python bytes literal
         text = "<s>" if token == 0 else f"[PAD{token}]" if content is None else repr(content)[2:-1]
         tokens.append(text.encode())
         types.append(CONTROL if token == 0 else UNUSED if content is None else NORMAL)
@@ -60,7 +63,8 @@ def table_vocabulary(table: Sequence[bytes | None], size: int) -> GgufVocabulary
 
 
 def _byte_level_bpe(tokenizer: JsonTokenizer, size: int) -> GgufVocabulary:
-    """The byte-level BPE of GPT-2, which GPT-NeoX and the Pile models of RWKV share; llama.cpp knows it as gpt-2."""
+    """Make the GgufVocabulary of a byte-level BPE like GPT-2's, which GPT-NeoX and RWKV's Pile models use (llama.cpp:
+    gpt-2). Raises UserError for any other tokenizer.json."""
     content = json.loads(tokenizer.path.read_text(encoding="utf-8"))
     model, before = content["model"], content.get("pre_tokenizer") or {}
     normalizer = (content.get("normalizer") or {}).get("type")
@@ -89,8 +93,8 @@ def _byte_level_bpe(tokenizer: JsonTokenizer, size: int) -> GgufVocabulary:
 
 
 def hf_files(tokenizer: Tokenizer, size: int, tokenizer_class: str) -> dict[str, bytes]:
-    """{name: bytes} of the tokenizer's files in a Hugging Face folder; tokenizer_class is that of RWKV's own
-    vocabularies."""
+    """Make {name: bytes} of the tokenizer's files in a Hugging Face folder; tokenizer_class names the class for RWKV's
+    own vocabularies."""
     if isinstance(tokenizer, JsonTokenizer):
         end = {"eos_token": tokenizer.end_token} if tokenizer.end_token else {}
         settings: dict[str, str | bool] = {"tokenizer_class": "PreTrainedTokenizerFast", **end}
@@ -103,8 +107,8 @@ def hf_files(tokenizer: Tokenizer, size: int, tokenizer_class: str) -> dict[str,
 
 
 def world_file(tokenizer: WorldTokenizer | BytesTokenizer, size: int) -> bytes:
-    """The file of a World vocabulary, of which bytes is the beginning, up to the tokenizer's size and the model's; its
-    lines are: id, literal, length."""
+    """Make the file of a World vocabulary, cut to the tokenizer's and the model's size (the bytes tokenizer is its
+    beginning); each line is an id, a literal and a length."""
     source = WorldTokenizer() if isinstance(tokenizer, BytesTokenizer) else tokenizer
     lines = source.path.read_bytes().replace(b"\r\n", b"\n").splitlines(keepends=True)
     least = min(size, tokenizer.vocab_size)

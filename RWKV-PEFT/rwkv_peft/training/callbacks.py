@@ -4,7 +4,6 @@ stops."""
 import json
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,17 +11,18 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
-from tqdm import tqdm
 
 from ..config import TrainConfig
 from ..data.batches import TrainBatch
 from ..errors import give_back, hangup_signals
 from ..names import METRICS
+from .before_after import BeforeAfter
 from .examiner import Examiner
 from .history import forget_rest
 from .lit import Diverged, Lit
 from .loading import load_checkpoint
 from .plan import Plan
+from .progress import Progress, in_words
 from .saver import Saver
 from .validate import Validator
 from .watch import Watch
@@ -64,10 +64,10 @@ class Moves(pl.Callback):
         self.watch = watch
 
     def on_train_batch_start(self, trainer: Any, lit: Lit, batch: TrainBatch, batch_idx: int) -> None:
-        self.watch.moved(f"step {lit.step}")
+        self.watch.moved(f"step {lit.step + 1}")
 
     def on_train_batch_end(self, trainer: Any, lit: Lit, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
-        self.watch.moved(f"what follows step {lit.step}")
+        self.watch.moved(f"what follows step {lit.step + 1}")
 
 
 class FiniteGradients(StepCallback):
@@ -77,12 +77,13 @@ class FiniteGradients(StepCallback):
     def on_step(self, trainer: Any, lit: Lit, done: int) -> None:
         norm = gradient_norm(trainer)
         if norm is not None and not math.isfinite(norm):
-            raise Diverged(f"the gradient norm became {norm} at step {lit.step}")
+            raise Diverged(f"the gradient norm became {norm} at step {lit.step + 1}")
 
 
 class Record(StepCallback):
     """Writes one line a step to metrics.jsonl (rank 0), feeds the loggers, draws the progress bar, and calls the
-    validator (a Validator, or None) and the examiners, whose results join the line.
+    validator (a Validator, or None) and the examiners, whose results join the line, and has the rows (BeforeAfter, or
+    None) answered, whose do not.
 
     tokens_per_s counts the tokens of all ranks, padding among them, over the step's wall time, validation, questions
     and saving excluded.
@@ -95,16 +96,20 @@ class Record(StepCallback):
         accumulate: int,
         validator: Validator | None = None,
         examiners: Sequence[Examiner] = (),
+        rows: BeforeAfter | None = None,
     ) -> None:
         super().__init__(accumulate)
         self.path, self.plan, self.validator = folder / METRICS, plan, validator
-        self.examiners = examiners
+        self.examiners, self.rows = examiners, rows
+        self.ending = False  # whether the last step is done
         self.tokens = 0
         self.before: dict[str, float] = {}  # of the first step: joins its line
 
     def on_train_start(self, trainer: Any, lit: Lit) -> None:
         if self.validator is not None:
             self.before = self.validator.before(trainer, lit)
+        if self.rows is not None:
+            self.rows.before(trainer, lit)
         if trainer.is_global_zero:
             for path in (self.path, *(examiner.path for examiner in self.examiners)):
                 forget_rest(path, self.plan)
@@ -118,15 +123,14 @@ class Record(StepCallback):
         self.tokens += lit.micro_tokens
 
     def on_step(self, trainer: Any, lit: Lit, done: int) -> None:
-        now = time.perf_counter()
-        rate = self.tokens / (now - self.start)
+        seconds = time.perf_counter() - self.start
         tokens, self.tokens = self.tokens, 0
         validation = {} if self.validator is None else self.validator(trainer, lit, done)
-        ending = done == self.plan.total_steps or (self.validator is not None and self.validator.exhausted)
+        self.ending = done == self.plan.total_steps or (self.validator is not None and self.validator.exhausted)
         scores: dict[str, float] = {}
         told: list[str] = []
         for examiner in self.examiners:
-            found, words = examiner(trainer, lit, done, ending)
+            found, words = examiner(trainer, lit, done, self.ending)
             scores |= found
             told += words
         if not trainer.is_global_zero:
@@ -139,7 +143,7 @@ class Record(StepCallback):
             "lr": lit.lr,
             "grad_norm": gradient_norm(trainer),
             "tokens": tokens,
-            "tokens_per_s": round(rate, 1),
+            "tokens_per_s": round(tokens / seconds, 1),
             **lit.step_measures,
             **self.before,
             **validation,
@@ -157,13 +161,15 @@ class Record(StepCallback):
         loss = f"loss {lit.step_loss:.4f}" if lit.step_tokens else "no token counts in the loss"
         if "accuracy" in lit.step_measures:
             loss += f", accuracy {lit.step_measures['accuracy']:.2f}"
-        self.progress.update(f"{loss}, lr {lit.lr:.1e}, {rate:,.0f} tokens/s", done)
+        self.progress.update(f"{loss}, lr {lit.lr:.1e}", done, seconds, tokens)
 
     def on_train_batch_start(self, trainer: Any, lit: Lit, batch: TrainBatch, batch_idx: int) -> None:
         if batch_idx % self.accumulate == 0:
             self.start = time.perf_counter()
 
     def on_train_end(self, trainer: Any, lit: Lit) -> None:
+        if self.ending and self.rows is not None:  # all is saved
+            self.rows.after(trainer, lit)
         self.close(trainer)
 
     def on_exception(self, trainer: Any, lit: Lit, exception: BaseException) -> None:
@@ -173,55 +179,6 @@ class Record(StepCallback):
         if trainer.is_global_zero and hasattr(self, "file"):
             self.file.close()
             self.progress.close()
-
-
-def in_words(validation: dict[str, float]) -> str:
-    """The numbers of a Validator in words."""
-    words = {"val_ppl": ("perplexity", 2), "val_accuracy": ("accuracy", 3)}
-    words |= {f"val_{name}": (name, 3) for name in ("margin", "chosen")}
-    words |= {"val_loss": ("validation loss", 4), "retain_loss": ("retained loss", 4)}
-    told = ((*words[name], value) for name, value in validation.items() if name in words)
-    return ", ".join(f"{word} {value:.{n}f}" for word, n, value in told)
-
-
-class Progress:
-    """The run's progress with its ETA: a moving bar on a terminal; in a log file a line every ten seconds."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.began, self.last_line = plan, time.perf_counter(), 0.0
-        self.bar: tqdm | None = None
-        if sys.stdout.isatty():
-            self.bar = tqdm(
-                total=plan.total_steps,
-                initial=plan.first_step,
-                # what is seen in 80 columns: the rest of a bar gives way to the numbers
-                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, ETA {remaining}{postfix}",
-                dynamic_ncols=True,
-                file=sys.stdout,
-                mininterval=0.2,
-                smoothing=0.05,
-            )
-
-    def update(self, text: str, done: int) -> None:
-        """Show `text` after `done` steps."""
-        if self.bar is not None:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update()
-            return
-        now = time.perf_counter()
-        if now - self.last_line < 10 and done < self.plan.total_steps:
-            return
-        self.last_line = now
-        left = (now - self.began) / (done - self.plan.first_step) * (self.plan.total_steps - done)
-        print(f"step {done:,}/{self.plan.total_steps:,}, {text}, ETA {tqdm.format_interval(left)}", flush=True)
-
-    def say(self, text: str) -> None:
-        """Print a line of its own."""
-        self.bar.write(text, file=sys.stdout) if self.bar is not None else print(text, flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 class Save(StepCallback):

@@ -14,7 +14,7 @@ from ..errors import UserError
 from .run_state import STATE, UNREADABLE, load_state
 
 CHECKPOINTS = "checkpoints"  # the folder of them in a run's own
-ANSWERS, LM_EVAL = "answers.jsonl", "lm_eval.jsonl"  # of --eval_data, of --lm_eval
+ANSWERS, LM_EVAL, ROWS = "answers.jsonl", "lm_eval.jsonl", "rows.jsonl"  # of --eval_data, --lm_eval, --answer_rows
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # of a disk
 DIVERGED = "the run stopped, and nothing of that step was saved"  # what one says whose numbers are no longer finite
 # what was trained, of all labels (products.py)
@@ -90,5 +90,5 @@ def clear_unsaved(folder: Path) -> None:
     if not (folder / UNSAVED).exists():
         return
     for file in folder.iterdir():
-        if TRAINED.fullmatch(file.name) or file.name in (ANSWERS, LM_EVAL):
+        if TRAINED.fullmatch(file.name) or file.name in (ANSWERS, LM_EVAL, ROWS):
             file.unlink()

@@ -16,11 +16,15 @@ Answer = dict[str, Any]  # with the number of its question
 
 
 class Exam(Protocol):
-    """What a run is given to ask; evals/exam.py has one, evals/harness_exam.py another."""
+    """What a run is given to ask: evals/exam.py, evals/harness_exam.py and evals/rows_exam.py have one each."""
 
     def __len__(self) -> int: ...
 
     def ask(self, model: Any, rank: int, ranks: int) -> Iterator[Answer]: ...
+
+
+class Judged(Exam, Protocol):
+    """One whose answers are scored."""
 
     def judge(self, records: Sequence[Answer]) -> tuple[dict[str, float], Sequence[dict[str, Any]], list[str]]:
         """Numbers for the run's metrics by name, the lines of a file (JSON), and what is told."""
@@ -34,7 +38,7 @@ class Examiner:
     of every answer.
     """
 
-    def __init__(self, exam: Exam, path: Path, train: TrainConfig, plan: Plan, watch: Watch) -> None:
+    def __init__(self, exam: Judged, path: Path, train: TrainConfig, plan: Plan, watch: Watch) -> None:
         self.exam, self.path, self.watch = exam, path, watch
         self.every, self.compile = train.eval_every or plan.epoch_steps, train.compile
         self.plan = plan
@@ -43,10 +47,10 @@ class Examiner:
         """(numbers by name, what is told of them) where this step asks and this is rank 0, else nothing of either."""
         if done % self.every and not ending:
             return {}, []
-        records = self.answers(trainer, lit)
+        records = answers_of(self.exam, self.watch, self.compile, trainer, lit, f"the questions after step {done}")
         if not trainer.is_global_zero:
             return {}, []
-        self.watch.moved(f"the scores after step {lit.step}")
+        self.watch.moved(f"the scores after step {done}")
         metrics, lines, words = self.exam.judge(records)
         place = {"step": lit.step, "samples": self.plan.samples_seen(done)}
         with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
@@ -54,17 +58,19 @@ class Examiner:
                 file.write(json.dumps(place | line, ensure_ascii=False) + "\n")
         return metrics, words
 
-    def answers(self, trainer: Any, lit: Any) -> list[Answer]:
-        """The records of all problems in order, on every rank."""
-        records: list[Answer] = []
-        lit.model.eval()
-        with uncompiled(self.compile):
-            for record in self.exam.ask(lit.model, trainer.global_rank, trainer.world_size):
-                self.watch.moved(f"the questions after step {lit.step}")
-                records.append(record)
-        lit.model.train()
-        if trainer.world_size > 1:
-            parts: list[Any] = [None] * trainer.world_size
-            dist.all_gather_object(parts, records)
-            records = [record for part in parts for record in part]
-        return sorted(records, key=lambda record: record["number"])
+
+def answers_of(exam: Exam, watch: Watch, compiles: bool, trainer: Any, lit: Any, doing: str) -> list[Answer]:
+    """The model's answers to an exam as it is, each rank a share of them, in order and on every rank; `doing` is what
+    the watch hears of each."""
+    records: list[Answer] = []
+    lit.model.eval()
+    with uncompiled(compiles):
+        for record in exam.ask(lit.model, trainer.global_rank, trainer.world_size):
+            watch.moved(doing)
+            records.append(record)
+    lit.model.train()
+    if trainer.world_size > 1:
+        parts: list[Any] = [None] * trainer.world_size
+        dist.all_gather_object(parts, records)
+        records = [record for part in parts for record in part]
+    return sorted(records, key=lambda record: record["number"])

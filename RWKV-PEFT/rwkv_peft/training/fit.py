@@ -21,9 +21,10 @@ from ..errors import UserError, ending_at_once
 from ..files.atomic import atomic_write
 from ..memory import keep_freed_memory
 from ..names import METRICS, RUN
-from ..plots import plot_loss
+from ..plots import plot_loss, read_metrics, series
 from .checkpoints import DIVERGED, find_checkpoint, telling_refusals
 from .compiling import compiled
+from .learned import nothing_learned
 from .loggers import make_loggers
 from .prepared import Prepared
 from .products import BEST, labelled
@@ -110,7 +111,9 @@ def record(run: Prepared) -> None:
 
 def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, str]:
     """Draw what the run came to; -> (the exit code, how it ended in words)."""
+    losses: list[float] = []
     try:
+        losses = series(read_metrics(run.folder / METRICS), "loss")[1]
         plot_loss(run.folder / METRICS, run.folder / "loss.png")
     except UserError as error:  # what was trained is saved
         say(f"note: {error}; --resume auto draws it again", file=sys.stderr)
@@ -121,10 +124,14 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
             f"stopped after {lit.step:,} of {counted(total, 'step')}, saved in {run.folder}; "
             "the same command with --resume goes on"
         )
-    validation = ""
+    told, rows = "", run.rows
+    if rows is not None:
+        told = "".join(f"{'' if number else 'answers':<10}{line}\n" for number, line in enumerate(rows.lines()))
+    if note := nothing_learned(run.config, run.plan, losses, None if rows is None else rows.changed):
+        told += f"{note}\n"
     if run.validator is not None and VALIDATION in run.validator.measured:
-        validation = f"validation  lowest loss {run.validator.best:.4f}, {labelled(run.saver.newest, BEST)}"
+        told += f"validation  lowest loss {run.validator.best:.4f}, {labelled(run.saver.newest, BEST)}"
         if exhausted:
-            validation += f"; stopped after {counted(run.config.train.early_stop, 'validation')} without a lower one"
-        validation += "\n"
-    return 0, f"{validation}finished  {run.saver.newest}, {run.folder / 'loss.png'}, {run.folder / METRICS}"
+            told += f"; stopped after {counted(run.config.train.early_stop, 'validation')} without a lower one"
+        told += "\n"
+    return 0, f"{told}finished  {run.saver.newest}, {run.folder / 'loss.png'}, {run.folder / METRICS}"

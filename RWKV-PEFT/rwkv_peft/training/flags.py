@@ -98,7 +98,7 @@ def flags_of(args: Namespace, world: World | None, argv: tuple[str, ...], refusa
     adapter = refusals.attempt(adapter_config, args)
     data = refusals.attempt(data_config, args)
     refusals.gather(check_rates, args)
-    train = refusals.attempt(train_config, args)
+    train = refusals.attempt(train_config, args, data)
     refusals.gather(check_data, data)
     refusals.attempt(require_markers, data)
     for check, settings in together(adapter, data, train):
@@ -141,6 +141,11 @@ def check_train_type(args: Namespace) -> Iterator[str]:
         yield f"--train_type state trains {what}, and --train_parts names {others[0]}; leave one of the two out"
 
 
+def rates_left(args: Namespace) -> tuple[str, ...]:
+    """The learning rates that the flags leave to be chosen, beside the first."""
+    return ("lr_init",) if args.lr_final is not None else ("lr_init", "lr_final")
+
+
 def check_rates(args: Namespace) -> Iterator[str]:
     """Refusals of flags of states where none train, and of segments where there are none."""
     states, alone = STATE in parts_of(args), args.peft == NONE and parts_of(args) == (STATE,)
@@ -159,13 +164,15 @@ def check_rates(args: Namespace) -> Iterator[str]:
         )
 
 
-def train_config(args: Namespace) -> TrainConfig:
-    """The run's settings; the learning rates' defaults depend on what trains."""
+def train_config(args: Namespace, data: DataConfig) -> TrainConfig:
+    """The run's settings; the learning rates' defaults depend on what trains, and the number of epochs on the data."""
     segment = (args.chunk_ctx or CHUNK_CTX) if args.train_type == INFCTX else 0
     chosen: tuple[str, ...] = ()
     if args.lr_init == AUTO:  # request_of knows the model that it depends on
-        chosen, args.lr_init = (("lr_init",) if args.lr_final is not None else ("lr_init", "lr_final")), None
-    train = settings_of(args, TrainConfig, chunk_ctx=segment, lr_chosen=chosen)
+        chosen, args.lr_init = rates_left(args), None
+    epochs = args.epoch_count is None and not args.epoch_steps and not args.epoch_begin and data.of_answers
+    others = {"epoch_save": 0} if epochs and args.epoch_save is None else {}  # what is read often is soon read through
+    train = settings_of(args, TrainConfig, chunk_ctx=segment, lr_chosen=chosen, epochs_chosen=epochs, **others)
     if args.peft == NONE and parts_of(args) == (STATE,):
         given = {name: getattr(args, name) for name in ("lr_init", "lr_final")}
         rates: dict[str, Any] = {name: STATE_LR if rate is None else rate for name, rate in given.items()}
@@ -191,7 +198,7 @@ def request_of(flags: Flags) -> Request:
     from ..adapters.inject import check_adapter
     from ..files.base import linear_shapes, open_base
     from ..models import family_named
-    from .rates import automatic_rate, with_chosen_rates
+    from .rates import automatic_rate, follows_rule, known_rate, with_chosen_rates
 
     args, adapter, data, train, world, argv, notes = flags
     base = open_base(args.load_model) if args.load_model else None
@@ -207,6 +214,8 @@ def request_of(flags: Flags) -> Request:
     layers = check_adapter(adapter, shapes, (*family.parts, STATE))
     if train.lr_chosen:
         train = with_chosen_rates(train, automatic_rate(adapter, model.n_embd).value)
+    elif args.lr_init is None and follows_rule(adapter, data) and (rule := known_rate(adapter, model.n_embd)):
+        train = with_chosen_rates(replace(train, lr_chosen=rates_left(args)), rule.value)
     if STATE not in adapter.train_parts and base is not None and base.has_states:
         raise UserError(
             f"{args.load_model} holds tuned time states, which training does not carry on unless they train; add "
@@ -252,11 +261,13 @@ def new_model(args: Namespace, family: "Family") -> ModelConfig:
 def data_config(args: Namespace) -> DataConfig:
     """The data's settings; what depends on --data_type filled in."""
     of_rows = args.data_type != "binidx"
+    loss_mask = args.loss_mask or ("file" if of_rows else default_mask(args.data_file))
+    of_answers = DataConfig(data_type=args.data_type, loss_mask=loss_mask).of_answers
     return settings_of(
         args,
         DataConfig,
-        dataload=args.dataload or {"sft": "pad", "pairs": "pack"}.get(args.data_type, "get"),
-        loss_mask=args.loss_mask or ("file" if of_rows else default_mask(args.data_file)),
+        dataload=args.dataload or ("pad" if of_answers else "pack" if args.data_type == "pairs" else "get"),
+        loss_mask=loss_mask,
         seed=args.random_seed if args.data_shuffle else None,
         **markers_of(args),
     )

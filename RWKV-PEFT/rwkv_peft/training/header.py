@@ -1,13 +1,13 @@
 """What a run prints before it begins: what trains, what does not, on what, and where it writes."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..adapters.inject import InjectReport
 from ..adapters.methods import NONE, method_of
 from ..cli import counted
-from ..config import AdapterConfig, RunConfig
+from ..config import AIM, MOST_EPOCHS, AdapterConfig, RunConfig
 from ..data.samples import Samples
 from ..models.family import Family
 from ..names import SCHEDULES, STATE
@@ -15,6 +15,7 @@ from ..ops.bone import cuda as bone_cuda
 from ..ops.cross_entropy import cuda as cross_entropy_cuda
 from ..ops.mix import cuda as mix_cuda
 from .gathering import loses_in_sums
+from .learned import doubts
 from .plan import Plan
 from .rates import automatic_rate
 
@@ -22,9 +23,6 @@ from .rates import automatic_rate
 KERNELS = (("token shift, gates, norms", mix_cuda), ("bat-in, Bone's shards", bone_cuda), ("loss", cross_entropy_cuda))
 
 UPSTREAM_PARTS = ("time", "ln")  # what RWKV-PEFT trains along with an adapter by default
-
-SMALL_STEP = 0.5  # of Bone's
-LONGER = 1.05  # passes over the data in an epoch that are more than one
 
 
 def describe(
@@ -67,7 +65,7 @@ def describe(
         for what, cuda in KERNELS:
             reason = cuda.FAMILY.unavailable()
             say(f"          {what}: {'cuda' if reason is None else f'plain torch ({reason})'}")
-    say(f"data      {data.path}: {counted(len(samples), 'sample')} of up to {data.ctx_len} tokens")
+    say(f"data      {data.path}: {counted(len(samples), samples.kind)} of up to {data.ctx_len} tokens")
     for note in notes:
         say(f"          {note}")
     if data.data_type == "pairs":
@@ -76,12 +74,12 @@ def describe(
     if train.chunk_ctx:
         cut = f"; its gradient stops at every {train.bptt_segments} of them" if train.bptt_segments else ""
         say(f"          computed in segments of {train.chunk_ctx:,} tokens, the state carried over{cut}")
-    say(
-        f"steps     {plan.total_steps:,} ({counted(train.epoch_count, 'epoch')} of {plan.epoch_steps:,}), "
-        f"{counted(plan.step_samples, 'sample')} each" + (f"; resuming at step {plan.first_step:,}" if state else "")
-    )
-    if not train.epoch_steps and (note := longer_epochs(plan, len(samples))):
-        say(f"          {note}")
+    for line in outlook(config, samples, plan):
+        say(line)
+    if state:
+        say(f"          resuming after step {plan.first_step:,}")
+    for doubt in doubts(config, plan):
+        say(f"          note: {doubt}")
     if loses_in_sums(train):
         say(
             f"          note: {train.accumulate_grad_batches:,} gradients a step are added up in bfloat16, which loses "
@@ -89,27 +87,34 @@ def describe(
         )
     if train.warmup_steps > plan.total_steps and "W" in SCHEDULES[train.lr_schedule]:
         say(f"          note: --warmup_steps {train.warmup_steps} do not end by then: the rate stays below --lr_init")
+    chosen = f"{train.lr_init:g} to {train.lr_final:g}"
     if train.lr_chosen:
         why = "as the run began" if state else automatic_rate(adapter, model.n_embd).reason
-        say(f"rate      {train.lr_init:g} to {train.lr_final:g} (--lr_init auto: {why}; docs/learning_rates.md)")
+        say(f"rate      {chosen} (--lr_init auto: {why}; docs/guides/learning-rates.md)")
     elif train.lr_init >= 1:
         say(f"rate      note: {train.lr_init:g} moves each number by about as much in a step; rates are far below 1")
-    elif hint := rate_hint(adapter, model.n_embd, train.lr_init):
-        say(f"rate      {hint}")
+    else:
+        say(f"rate      {chosen}")
     say(f"seed      {train.random_seed}")
     say(f"output    {train.proj_dir}")
 
 
-def longer_epochs(plan: Plan, samples: int) -> str:
-    """How often an epoch of a Plan, which is whole steps, goes through so many samples; "" where that is about once,
-    or a step alone takes more of them, as the notes on the data say."""
-    read = plan.epoch_steps * plan.step_samples
-    if read <= LONGER * samples or plan.step_samples > samples:
-        return ""
-    return (
-        f"note: an epoch is whole steps, which read {read:,} samples where there are {samples:,}: each of them "
-        f"{read / samples:.3g} times on the mean; smaller steps come nearer to once"
+def outlook(config: RunConfig, samples: Samples, plan: Plan) -> Iterator[str]:
+    """How much a run reads, and how often: each row, or window of a stream, and why so."""
+    train, data, unit = config.train, config.data, samples.counted
+    epochs = f"{counted(train.epoch_count, 'epoch')} of {counted(plan.epoch_steps, 'step')}"
+    steps = plan.total_steps - train.epoch_begin * plan.epoch_steps
+    times = steps * plan.step_samples / len(samples)
+    yield (
+        f"steps     {steps:,}: {counted(samples.size, unit)}, {epochs}, {counted(plan.step_samples, samples.kind)} a "
+        f"step; each {unit} is seen {times:.3g} {'time' if times == 1 else 'times'}"
     )
+    if train.epochs_chosen:
+        yield f"          chosen: epochs for some {AIM} steps, {MOST_EPOCHS} at most (--epoch_count)"
+        if not train.epoch_save:
+            yield "          saved at the end (--epoch_save 1: after each epoch too)"
+    if data.of_answers and data.dataload == "pad":
+        yield "          each row by itself (--dataload pad; pack puts several into one, for fewer, longer steps)"
 
 
 def describe_adapter(adapter: AdapterConfig) -> str:
@@ -140,17 +145,3 @@ def frozen_parts(adapter: AdapterConfig, family: Family, keys: Iterable[str]) ->
     if usual:
         advice = advice.replace("them", " and ".join(usual)) + ", as RWKV-PEFT does unless told otherwise"
     return f"tensors of the base that do not train: {named}; {advice}"
-
-
-def rate_hint(adapter: AdapterConfig, n_embd: int, lr_init: float) -> str:
-    """What the learning rate means by Bone's, for a method whose steps are much smaller; "" for any other."""
-    method = method_of(adapter)
-    if method is None:
-        return ""
-    step = method.first_step(adapter, n_embd)
-    if step is None or step > SMALL_STEP:
-        return ""
-    return (
-        f"{lr_init:g} moves a weight of {method.label} at first as far as {lr_init * step:.1g} does with bone; begin "
-        f"with rates {1 / step:.0f} times bone's (docs/learning_rates.md)"
-    )

@@ -121,7 +121,7 @@ class Lit(pl.LightningModule):
         waited for otherwise."""
         total, *measures, tokens, stop, save = self.status.tolist()
         if not math.isfinite(total):
-            raise Diverged(f"the loss became {total} at step {self.step}")
+            raise Diverged(f"the loss became {total} at step {self.step + 1}")
         parts = self.trainer.world_size * self.train_config.accumulate_grad_batches
         self.step_loss += total / parts
         for name, measure in zip(self.compute.measures, measures):

@@ -1,6 +1,6 @@
 """The parser of train.py, made of the settings' own fields (config/), and their table as Markdown.
 
-python -m rwkv_peft.training.parser > docs/train_flags.md
+python -m rwkv_peft.training.parser > docs/reference/flags.md
 """
 
 import argparse

@@ -8,6 +8,7 @@ from ..config import RunConfig
 from ..data.samples import Samples
 from ..models.family import Family
 from ..models.parts import LanguageModel
+from .before_after import BeforeAfter
 from .examiner import Examiner
 from .meeting import Ranks
 from .plan import Plan
@@ -20,7 +21,8 @@ from .watch import Watch
 class Prepared:
     """A run that may begin, on Ranks that have met.
 
-    trainable: how many parameters of the model train; validator: None without data to measure; checkpoint: the one to
+    trainable: how many parameters of the model train; validator: None without data to measure; rows: those to be
+    answered before and after, or None; checkpoint: the one to
     go on from, or None; accelerator: "cpu" or "gpu".
     """
 
@@ -31,6 +33,7 @@ class Prepared:
     samples: Samples
     validator: Validator | None
     examiners: Sequence[Examiner]
+    rows: BeforeAfter | None
     saver: Saver
     checkpoint: Path | None
     accelerator: str

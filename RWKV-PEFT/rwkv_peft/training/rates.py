@@ -1,6 +1,7 @@
-"""The learning rate that --lr_init auto chooses: Bone's by the model's width, another method's by its first step.
+"""The learning rate that a run takes unless it is given: Bone's by the model's width, another method's by its first
+step.
 
-docs/learning_rates.md has the formulas, what they rest on, and where they mislead.
+docs/guides/learning-rates.md has the formulas, what they rest on, and where they mislead.
 """
 
 from collections.abc import Mapping
@@ -8,7 +9,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ..adapters.methods import method_of
-from ..config import STATE_LR, AdapterConfig, TrainConfig
+from ..config import STATE_LR, AdapterConfig, DataConfig, TrainConfig
 from ..errors import UserError
 
 ANCHOR = 0.08  # Bone's rate times the model's channels
@@ -22,27 +23,40 @@ class Rate(NamedTuple):
     reason: str
 
 
-def automatic_rate(adapter: AdapterConfig, n_embd: int) -> Rate:
-    """The Rate of an adapter on a model of n_embd channels. Raises UserError where there is no rule for it."""
+def known_rate(adapter: AdapterConfig, n_embd: int) -> Rate | None:
+    """The Rate of an adapter on a model of n_embd channels, None if there is no rule for it."""
     method = method_of(adapter)
     if adapter.states_alone:
         return Rate(STATE_LR, "that of states")
-    bone = ANCHOR / n_embd
+    step = None if method is None else method.first_step(adapter, n_embd)
+    if method is None or step is None:
+        return None
+    reason = f"{ANCHOR:g} / {n_embd} channels"
+    if step != 1:
+        reason = f"bone's {reason}, over {step:.2g}, {method.label}'s first step in the weight where bone's is 1"
+    return Rate(float(f"{ANCHOR / n_embd / step:.2g}"), reason)
+
+
+def automatic_rate(adapter: AdapterConfig, n_embd: int) -> Rate:
+    """The same for --lr_init auto: raises UserError if there is no rule."""
+    if found := known_rate(adapter, n_embd):
+        return found
+    method, bone = method_of(adapter), ANCHOR / n_embd
     if method is None:
         raise UserError(
             "--lr_init auto has no rule for the model itself (--peft none), of whose rates nothing was measured here; "
             "give a number: others fine-tune models of some billion parameters at 1e-5"
         )
-    step = method.first_step(adapter, n_embd)
-    if step is None:
-        raise UserError(
-            f"--lr_init auto: how far {method.label} moves a weight depends on the weight, and there is no rule; give "
-            f"a number, {bone:.1g} to {10 * bone:.1g} to begin with here, or ask rwkv-peft compare"
-        )
-    reason = f"{ANCHOR:g} / {n_embd} channels"
-    if step != 1:
-        reason = f"bone's {reason}, over {step:.2g}, {method.label}'s first step in the weight where bone's is 1"
-    return Rate(float(f"{bone / step:.2g}"), reason)
+    raise UserError(
+        f"--lr_init auto: how far {method.label} moves a weight depends on the weight, and there is no rule; give a "
+        f"number, {bone:.1g} to {10 * bone:.1g} to begin with here, or ask rwkv-peft compare"
+    )
+
+
+def follows_rule(adapter: AdapterConfig, data: DataConfig) -> bool:
+    """Whether a run takes the rate of the rule unless it is given: states alone have their own, and the rule is of the
+    loss of tokens, not of pairs."""
+    return not adapter.states_alone and data.data_type != "pairs"
 
 
 def with_chosen_rates(train: TrainConfig, rate: float) -> TrainConfig:

@@ -16,7 +16,6 @@ import torch
 from ..adapters.inject import InjectReport, inject
 from ..adapters.load import load_tensors
 from ..adapters.methods import method_of
-from ..cli import counted
 from ..config import AdapterConfig, RunConfig, TrainConfig
 from ..data.batches import TrainBatches
 from ..data.recorded import find_tokenizer
@@ -24,10 +23,7 @@ from ..data.samples import Samples
 from ..data.sft import refuse_hub_name
 from ..data.show import marks_for, show_samples
 from ..data.sources import check_config
-from ..data.tokenizer import KNOWN_SIZES
 from ..errors import UserError, past_ctrl_c
-from ..evals.exam import Exam
-from ..evals.harness_exam import HarnessExam
 from ..files.adapters import read_adapter
 from ..files.alone import alone_in
 from ..files.atomic import check_output
@@ -39,8 +35,11 @@ from ..models.parts import LanguageModel
 from ..names import ADAPTER, METRICS, MODEL, STATE
 from ..plots import plot_loss
 from .agreement import digests_of_inputs, passport
-from .checkpoints import ANSWERS, LM_EVAL, UNSAVED, clear_unsaved
+from .before_after import BeforeAfter
+from .checkpoints import ROWS, UNSAVED, clear_unsaved
+from .epochs import with_chosen_epochs
 from .examiner import Examiner
+from .exams import find_exams, find_rows
 from .fit import fit
 from .flags import Request, parse_run
 from .gradients import estimate_gradients
@@ -54,6 +53,7 @@ from .meeting import Ranks
 from .new_model import write_new_model
 from .plan import Plan
 from .prepared import Prepared
+from .progress import telling_compilations
 from .rates import with_first_rates
 from .resume import AUTO, completed, find_state, lowest_before, other_retained, validated_from
 from .room import require_room_to_save
@@ -122,6 +122,7 @@ def run(request: Request, say: Callable[..., object] = print) -> tuple[int, str]
         ranks = held.enter_context(Ranks(world, request.argv, train.join_minutes, print if world.leads else silent))
         if world.rank == 0:
             held.enter_context(alone_in(folder, say))
+        held.enter_context(telling_compilations(world.rank == 0))
         return run_on(ranks, request, say)
 
 
@@ -150,7 +151,8 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
     samples.notes += other_retained(state, retained)
     if state:
         train = with_first_rates(train, state)
-        config = replace(config, train=train)
+    train = with_chosen_epochs(train, -(-len(samples) // step_samples), state)
+    config = with_tokenizer(replace(config, train=train), samples)
     plan = make_plan(train, samples, step_samples, state)
     identity["validated_from"] = validated_from(plan, state, validation)
     lowest = lowest_before(train, plan, identity["validated_from"])
@@ -165,11 +167,14 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
     if base is not None:
         base.require_finite()
     exams = find_exams(config, samples, speaks=world.rank == 0)
+    rows, note = find_rows(config, samples, measured)
+    samples.notes += filter(None, [note])
     others = {
         "the checkpoint to go on from": checkpoint and checkpoint.name,
         **digests_of_inputs(config, world, goes_on=checkpoint is not None),
         **{f"what {name}_loss is of": data["content"] + data["files"] for name, data in of_measured.items()},
         **{f"the questions of {name}": exam.digest for name, exam in exams.items()},
+        "the rows to answer": "" if rows is None else rows.digest,
     }
     ranks.meet(passport(config, identity, others), folder, train.stall_minutes)
     assert ranks.watch is not None  # since they have met
@@ -211,6 +216,7 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
         samples=samples,
         validator=validator,
         examiners=[Examiner(exam, folder / name, train, plan, ranks.watch) for name, exam in exams.items()],
+        rows=None if rows is None else BeforeAfter(rows, folder / ROWS, ranks.watch, train.compile, state is None),
         saver=saver,
         checkpoint=checkpoint,
         accelerator=accelerator,
@@ -232,29 +238,12 @@ def make_way(folder: Path, config: RunConfig, trains: int, anew: bool, say: Call
         (folder / UNSAVED).touch()
 
 
-def find_exams(config: RunConfig, samples: Samples, speaks: bool = True) -> dict[str, Exam | HarnessExam]:
-    """{the file of what it comes to: an exam}, those that --eval_data and --lm_eval ask for; they are put in the tokens
-    that the data is made of. What is read is told where this process speaks."""
-    train, vocab_size = config.train, config.model.vocab_size
-    if not train.eval_data and not train.lm_eval:
-        return {}
-    if samples.vocabulary is None and vocab_size not in dict(KNOWN_SIZES):
-        given = f"--eval_data {train.eval_data}" if train.eval_data else f"--lm_eval {' '.join(train.lm_eval)}"
-        raise UserError(
-            f"{given}: no record beside {config.data.path} tells its tokenizer, and a vocabulary of {vocab_size} "
-            "tokens does not either; make the data with rwkv-peft preprocess, which records it"
-        )
-    tokenizer = find_tokenizer(None, vocab_size, samples.vocabulary)
-    exams: dict[str, Exam | HarnessExam] = {}
-    often = f"every {counted(train.eval_every, 'step')}" if train.eval_every else "every epoch"
-    if train.eval_data:
-        exams[ANSWERS] = exam = Exam(train, tokenizer)
-        samples.notes.append(f"{counted(len(exam), 'question')} of {train.eval_data}, asked {often} and at the end")
-    if train.lm_eval:
-        exams[LM_EVAL] = harness = HarnessExam(train, tokenizer, speaks)
-        source = f"lm_eval {' '.join(train.lm_eval)}"
-        samples.notes.append(f"{counted(len(harness), 'question')} of {source}, asked {often} and at the end")
-    return exams
+def with_tokenizer(config: RunConfig, samples: Samples) -> RunConfig:
+    """A RunConfig that names the tokenizer of token files that were made before, "" if nothing tells it."""
+    if config.data.of_rows:
+        return config
+    name = samples.vocabulary.name if samples.vocabulary else ""
+    return replace(config, data=replace(config.data, tokenizer=name))
 
 
 def make_plan(train: TrainConfig, samples: Samples, step_samples: int, state: Mapping[str, Any] | None) -> Plan:

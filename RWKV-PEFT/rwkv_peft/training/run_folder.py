@@ -9,11 +9,11 @@ from pathlib import Path
 from ..errors import UserError
 from ..files.alone import LOCK
 from ..names import METRICS, RUN
-from .checkpoints import ANSWERS, CHECKPOINTS, LM_EVAL, TRAINED, UNSAVED
+from .checkpoints import ANSWERS, CHECKPOINTS, LM_EVAL, ROWS, TRAINED, UNSAVED
 from .keeping import HIDDEN
 
 PICTURE, LOGS = "loss.png", "tensorboard"
-FILES = (METRICS, RUN, ANSWERS, LM_EVAL, PICTURE, UNSAVED, LOCK)
+FILES = (METRICS, RUN, ANSWERS, LM_EVAL, ROWS, PICTURE, UNSAVED, LOCK)
 FOLDERS = (CHECKPOINTS, LOGS, "wandb")
 STEP = ("step-", HIDDEN)  # how the name of a checkpoint's folder begins
 OTHERS = (

@@ -69,7 +69,7 @@ def make_trainer(run: Prepared, loggers: list[Any], say: Callable[..., object]) 
             Moves(run.watch),
             FiniteGradients(accumulate),
             *([] if run.saver.base is None else [BaseGuard(run.saver.base)]),
-            Record(run.folder, run.plan, accumulate, run.validator, run.examiners),
+            Record(run.folder, run.plan, accumulate, run.validator, run.examiners, run.rows),
             Save(run.saver, run.plan, train, run.checkpoint, run.validator),
             StopSignals(say),
         ],

@@ -86,7 +86,7 @@ class Validator:
         sums: list[torch.Tensor] = []
         lit.model.eval()
         for batch in EvalBatches(samples, self.micro_bsz, trainer.global_rank, trainer.world_size):
-            self.watch.moved(f"the validation after step {lit.step}")
+            self.watch.moved(f"the validation at step {lit.step + 1}")
             batch = {name: tensor.to(device) for name, tensor in batch.items()} | lit.compute.sent(batch, device)
             with uncompiled(self.compile):
                 loss = lit.compute.total(lit.model, batch)

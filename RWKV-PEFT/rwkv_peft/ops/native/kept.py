@@ -6,6 +6,7 @@ and not behind it.
 """
 
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from filelock import FileLock
 
 from .errors import BuildError
 
+COMPILING = logging.getLogger("rwkv_peft.compiling")  # hears of what is made, in words for the user
 SEAL = hashlib.sha256().digest_size  # bytes
 
 
@@ -41,6 +43,7 @@ def make_once(path: Path, name: str, make: Callable[[Path], Path]) -> None:
     with FileLock(path.parent / f"{name}.lock"):
         if is_whole(path):  # another process has made it while this one waited
             return
+        COMPILING.info("compiling %s, once for this machine", name)
         work = path.parent / f"{name}.build"  # of whoever holds the lock
         if work.exists():
             shutil.rmtree(work)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 GRAIN = 64  # a group is a multiple of so many tokens, which two saved states and the chunks divide
 LEAST_TOKENS = 128  # of a group: fewer do not pay for three launches instead of one
-# A sequence's groups, fewer of which do not pay: by the model of benchmarks/README.md, to find the states takes half of
-# the time that the kernels themselves take, and a block that shares its multiprocessor 1.4 times as long.
+# The fewest groups of a sequence that pay: by count (docs/benchmarks/gpus.md), finding the states takes half of the
+# time that the kernels themselves take, and a block that shares its multiprocessor takes 1.4 times as long.
 LEAST_GROUPS = 3
 RESIDENT = 2  # blocks of a multiprocessor, with which it hides most of what one waits for
 SMALL = (

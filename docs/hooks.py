@@ -1,0 +1,56 @@
+"""Pages that mkdocs makes of the source: the help of every command, and the documents at the repository's root."""
+
+import contextlib
+import io
+import re
+import sys
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = {"CONTRIBUTING.md": "contributing.md", "SECURITY.md": "concepts/security.md", "CHANGELOG.md": "changelog.md"}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the generated pages to the site."""
+    files.append(File.generated(config, "reference/commands.md", content=commands_page()))
+    for name, page in COPIED.items():
+        files.append(File.generated(config, page, content=linked((ROOT / name).read_text(encoding="utf-8"), page)))
+    return files
+
+
+def linked(text: str, page: str) -> str:
+    """A root document's text with its links leading to the site's pages; those to other files become plain text."""
+    up = "../" * page.count("/")
+
+    def target(match: re.Match[str]) -> str:
+        words, path = match.groups()
+        name, _, anchor = path.partition("#")
+        if re.match(r"[a-z]+:", path) or not name:
+            return match.group()
+        place = COPIED.get(name) or (name.removeprefix("docs/") if name.startswith("docs/") else None)
+        return f"[{words}]({up}{place}{'#' + anchor if anchor else ''})" if place else words
+
+    return re.sub(r"\[([^\]]+)\]\(([^)\s]+)\)", target, text)
+
+
+def commands_page() -> str:
+    """The help of every command, as `rwkv-peft COMMAND --help` prints it."""
+    sys.path.insert(0, str(ROOT / "RWKV-PEFT"))
+    from rwkv_peft.commands import COMMANDS, usage
+
+    parts = ["# Commands", f"```text\n{usage()}\n```"]
+    for command in COMMANDS:
+        parts.append(f"## {command.name}\n\n```text\n{help_of(command.name)}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def help_of(command: str) -> str:
+    from rwkv_peft.commands import main
+
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        main([command, "--help"])
+    return text.getvalue().strip()

@@ -1,0 +1,287 @@
+"""Whether a run learns, told before it begins and after it has ended: what it reads and how often, a few rows answered
+before and after, and a note if nothing was learned."""
+
+import json
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from rwkv_peft.config import TrainConfig
+from rwkv_peft.data.preprocess import main as preprocess
+from rwkv_peft.data.sources import build_samples, split_samples
+from rwkv_peft.data.tokenizer import load_tokenizer
+from rwkv_peft.evals.rows_exam import RowsExam, rows_of
+from rwkv_peft.training.before_after import agreement, quoted, read_before
+from rwkv_peft.training.epochs import with_chosen_epochs
+from rwkv_peft.training.exams import find_rows
+from rwkv_peft.training.flags import parse_run
+from rwkv_peft.training.header import outlook
+from rwkv_peft.training.learned import doubts, fall_of, nothing_learned
+from rwkv_peft.training.plan import Plan
+from training.runs import ROOT, finish, metrics, start
+
+DEMO = ROOT / "demo" / "rwkv6-demo.pth"  # of 128 channels
+CHATS = [
+    {"messages": [{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": f"{n}!"}]} for n in range(9)
+]
+TALK = [("user", "Hi"), ("assistant", "Yo."), ("user", "Bye"), ("assistant", "See you.")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_state):
+    """Chats, as rows and as token files; the same as a stream of which all counts; and a base."""
+    folder = tmp_path_factory.mktemp("learning")
+    write(folder / "chats.jsonl", CHATS)
+    write(folder / "talk.jsonl", [{"messages": [{"role": role, "content": text} for role, text in TALK]}])
+    write(folder / "texts.jsonl", [{"text": f"Number {n} is here. " * 3} for n in range(9)])
+    for name in ("chats", "talk", "texts"):
+        preprocess([str(folder / f"{name}.jsonl"), "--tokenizer", "bytes", "--output", str(folder / name)])
+    torch.save(tiny_state(vocab_size=257), folder / "base.pth")
+    return folder
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def config(folder, name, *more):
+    flags = ["--load_model", str(DEMO), "--data_file", str(folder / name), "--ctx_len", "32", *more]
+    return parse_run([*flags, *(() if "--peft" in more else ("--bone_r", "16"))]).config
+
+
+ROWS = ("--data_type", "sft", "--tokenizer", "bytes")
+
+
+@pytest.mark.parametrize(
+    "name, more, expected",
+    [
+        ("chats", (), ("pad", "file", True, 0, 6.3e-4, 6.3e-5)),
+        ("chats.jsonl", ROWS, ("pad", "file", True, 0, 6.3e-4, 6.3e-5)),
+        ("texts", (), ("get", "none", False, 1, 6.3e-4, 6.3e-5)),
+        ("chats", ("--loss_mask", "none"), ("get", "none", False, 1, 6.3e-4, 6.3e-5)),
+        ("chats", ("--dataload", "get", "--epoch_count", "3"), ("get", "file", False, 1, 6.3e-4, 6.3e-5)),
+        ("chats", ("--epoch_steps", "5", "--lr_init", "1e-4"), ("pad", "file", False, 1, 1e-4, 2e-5)),
+        ("chats", ("--epoch_save", "2", "--lr_final", "1e-6"), ("pad", "file", True, 2, 6.3e-4, 1e-6)),
+        ("chats", ("--peft", "pissa"), ("pad", "file", True, 0, 2e-5, 2e-5)),
+        ("chats", ("--peft", "none"), ("pad", "file", True, 0, 2e-5, 2e-5)),
+        ("pairs.jsonl", ("--data_type", "pairs", "--tokenizer", "bytes"), ("pack", "file", False, 1, 2e-5, 2e-5)),
+        ("chats", ("--peft", "none", "--train_parts", "state"), ("pad", "file", True, 0, 1e-2, 1e-2)),
+    ],
+)
+def test_what_the_flags_leave_open_is_chosen_by_data_and_method(folder, name, more, expected):
+    found = config(folder, name, *more)
+    data, train = found.data, found.train
+    assert (data.dataload, data.loss_mask, train.epochs_chosen, train.epoch_save) == expected[:4]
+    assert (train.lr_init, train.lr_final) == expected[4:]
+
+
+@pytest.mark.parametrize("epoch_steps, epochs", [(1, 15), (13, 15), (14, 15), (25, 8), (150, 2), (200, 1), (10_000, 1)])
+def test_few_rows_are_read_more_often_up_to_a_bound(epoch_steps, epochs):
+    chosen = TrainConfig(epochs_chosen=True)
+    assert with_chosen_epochs(chosen, epoch_steps, None).epoch_count == epochs
+    assert with_chosen_epochs(TrainConfig(epoch_count=3), epoch_steps, None).epoch_count == 3
+    began = {"config": {"train": {"epoch_count": 7}}}
+    assert with_chosen_epochs(chosen, epoch_steps, began).epoch_count == 7
+    assert with_chosen_epochs(chosen, epoch_steps, {}).epoch_count == epochs
+
+
+def test_what_is_read_is_told_in_rows_and_passes(folder):
+    settings = config(folder, "chats", "--micro_bsz", "2")
+    samples = build_samples(settings.data, 257)
+    settings = replace(settings, train=replace(settings.train, epoch_count=15))
+    told = "\n".join(outlook(settings, samples, Plan(2, 5, 75, 0, 0)))
+    assert told.startswith("steps     75: 9 rows, 15 epochs of 5 steps, 2 rows a step; each row is seen 16.7 times\n")
+    assert "some 200 steps, 15 at most (--epoch_count)" in told and "--epoch_save 1" in told
+    assert "(--dataload pad; pack puts several into one" in told
+    packed = config(folder, "chats", "--dataload", "pack", "--epoch_count", "3")
+    samples = build_samples(packed.data, 257)
+    told = list(outlook(packed, samples, Plan(1, len(samples), 3 * len(samples), 0, 0)))
+    steps = f"{3 * len(samples)}: 9 rows, 3 epochs of {len(samples)} steps, 1 packed row a step"
+    assert told == [f"steps     {steps}; each row is seen 3 times"]
+    stream = config(folder, "texts")
+    samples = build_samples(stream.data, 257)
+    (told,) = outlook(stream, samples, Plan(1, len(samples), len(samples), 0, 0))
+    assert f"{len(samples)} windows, 1 epoch of" in told and told.endswith("each window is seen 1 time")
+
+
+def test_too_little_to_learn_from_is_told_with_its_flag(folder):
+    few = doubts(config(folder, "chats", "--micro_bsz", "8"), Plan(8, 13, 39, 0, 0))
+    assert few == [
+        "39 steps are few to learn from: --epoch_count 4 has 50 or more, or a smaller --micro_bsz has more steps an "
+        "epoch"
+    ]
+    assert doubts(config(folder, "chats"), Plan(8, 13, 52, 0, 0)) == []
+    (low,) = doubts(config(folder, "chats", "--lr_init", "2e-5"), Plan(8, 13, 52, 0, 0))
+    assert low.startswith("a rate of 2e-05 is far below 0.00063") and low.endswith("--lr_init auto takes it")
+    lora = config(folder, "chats", "--peft", "lora", "--lora_config", '{"lora_r":8}', "--lr_init", "6.3e-4")
+    (low,) = doubts(lora, Plan(8, 13, 52, 0, 0))
+    assert "far below 0.0043, that of lora" in low
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_fall_of_the_loss_is_told_from_its_noise(seed):
+    noise = np.random.default_rng(seed).normal(0, 0.1, 200)
+    assert not fall_of(list(2 + noise)).real and not fall_of(list(2 + noise + np.linspace(0, 1, 200))).real
+    assert fall_of(list(2 + noise - np.linspace(0, 0.2, 200))).real
+    assert fall_of([2.0] * 7) is None and not fall_of([2.0] * 8).real
+
+
+@pytest.mark.parametrize(
+    "losses, changed, words",
+    [
+        (
+            [2.0] * 60,
+            False,
+            "the loss did not fall by more than its noise (2.0000 to 2.0000) and the rows are answered",
+        ),
+        ([2.0] * 60, None, "(2.0000 to 2.0000). a rate of 2e-05 is far below 0.00063"),
+        ([2.0], False, "the rows are answered as before training. a rate of 2e-05 is far below"),
+        ([2.0] * 60, True, ""),
+        (list(np.linspace(2, 1, 60)), False, ""),
+        ([2.0], None, ""),
+    ],
+)
+def test_a_run_that_learned_nothing_says_so(folder, losses, changed, words):
+    note = nothing_learned(config(folder, "chats", "--lr_init", "2e-5"), Plan(8, 30, 60, 0, 0), losses, changed)
+    assert words in note and bool(note) == bool(words)
+    enough = nothing_learned(config(folder, "chats"), Plan(8, 30, 60, 0, 0), losses, changed)
+    assert ("the rate may be too low: try --lr_init 0.002" in enough) == bool(words)
+
+
+def test_the_last_answer_of_a_row_is_what_is_asked(folder):
+    """Of a chat of two answers, and of rows that are packed; a stream, and rows of which all counts, have none."""
+    talk = config(folder, "talk", "--ctx_len", "96").data
+    exam = RowsExam(rows_of("training", build_samples(talk, 257), 4), load_tokenizer("bytes"), 8)
+    assert exam.prompts == ["User: Hi\n\nAssistant: Yo.\n\nUser: Bye\n\nAssistant:"]
+    assert exam.answer(0) == {"text": " See you.", "end": "end"}
+    packed = build_samples(config(folder, "chats", "--dataload", "pack", "--ctx_len", "96").data, 257)
+    rows = rows_of("training", packed, 2)
+    assert len(rows) == 2 and all(load_tokenizer("bytes").decode(row.answer)[-1] == "!" for row in rows)
+    assert rows_of("training", build_samples(config(folder, "texts").data, 257), 4) == []
+    every = config(folder, "texts.jsonl", *ROWS).data
+    assert rows_of("training", build_samples(every, 257), 4) == []
+
+
+def test_an_answer_is_right_by_its_words_and_its_end():
+    due = {"text": " 3!", "end": "end"}
+    records = [
+        {"answer": due, "before": {"text": "4", "end": "end"}, "after": {"text": "3!", "end": "end"}},
+        {"answer": due, "before": {"text": "4", "end": "length"}, "after": {"text": "3!", "end": "length"}},
+    ]
+    told = "1 answered word for word (0 before training), 1 end where the row does (1 before)"
+    assert agreement(records) == told
+
+
+@pytest.mark.parametrize(
+    "name, more, words",
+    [
+        ("chats", ("--strategy", "deepspeed_stage_3"), "with deepspeed_stage_3 no rank has a whole model"),
+        ("texts", (), "the data holds no rows of a prompt and an answer"),
+        ("chats", ("--dataload", "get"), "the data holds no rows of a prompt and an answer"),
+        ("chats", (), "2 training rows are answered before and after training (--answer_rows); --val_split 0.1 would"),
+        ("chats", ("--val_split", "0.4"), "2 training rows and 2 held-out rows are answered"),
+        ("chats", ("--answer_rows", "0"), ""),
+    ],
+)
+def test_which_rows_are_answered_or_why_none_is_told_in_a_line(folder, name, more, words):
+    settings = config(folder, name, "--answer_rows", "2", *more)
+    if settings.train.val_split:
+        samples, held_out = split_samples(settings.data, 257, settings.train.val_split)
+        measured = {"val": held_out}
+    else:
+        samples, measured = build_samples(settings.data, 257), {}
+    exam, note = find_rows(settings, samples, measured)
+    assert words in note and "\n" not in note and bool(note) == bool(words)
+    assert (exam is None) == ("answered before and after training (" not in note and "held-out" not in note)
+
+
+def test_without_a_known_tokenizer_no_row_is_answered(folder):
+    settings = config(folder, "chats")
+    samples = build_samples(settings.data, 257)
+    samples.vocabulary = None
+    settings = replace(settings, model=SimpleNamespace(vocab_size=300))
+    assert find_rows(settings, samples, {})[1].startswith(
+        "no rows are answered before and after training: the model has"
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    """Two runs that differ in --answer_rows alone; the one with it ends after an epoch and goes on. -> {name: what they
+    printed}."""
+
+    def train(name, *more):
+        flags = ["--load_model", str(folder / "base.pth"), "--data_file", str(folder / "chats"), "--ctx_len", "32"]
+        flags += ["--proj_dir", str(folder / name), "--micro_bsz", "2", "--peft", "lora", "--epoch_steps", "3"]
+        flags += ["--lora_config", '{"lora_r":4,"lora_dropout":0.2}', "--lr_init", "1e-2", "--lr_schedule", "constant"]
+        flags += ["--accelerator", "cpu", "--precision", "fp32", "--val_split", "0.3", *more]
+        return finish(start([sys.executable, str(ROOT / "train.py"), *flags]))[0]
+
+    begun = train("asked", "--epoch_count", "1", "--answer_rows", "2")
+    before = records(folder)
+    resumed = train("asked", "--epoch_count", "2", "--answer_rows", "2", "--resume")
+    return {
+        "begun": begun,
+        "resumed": resumed,
+        "plain": train("plain", "--epoch_count", "2", "--answer_rows", "0"),
+    }, before
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "asked" / "rows.jsonl").read_text().splitlines()]
+
+
+def test_answering_rows_leaves_no_trace_in_the_run(folder, runs):
+    names = ("step", "loss", "grad_norm", "lr", "val_loss")
+    asked, plain = ([[line.get(key) for key in names] for line in metrics(folder, run)] for run in ("asked", "plain"))
+    assert asked == plain
+    adapters = [(folder / run / "adapter.safetensors").read_bytes() for run in ("asked", "plain")]
+    assert adapters[0] == adapters[1]
+    assert not (folder / "plain" / "rows.jsonl").exists() and "answers  " not in runs[0]["plain"]
+
+
+def test_the_answers_before_training_are_kept_for_a_run_that_goes_on(folder, runs):
+    told, before = runs
+    after = records(folder)
+    assert [record["of"] for record in after] == ["training"] * 2 + ["held-out"] * 2
+    assert [record["before"] for record in after] == [record["before"] for record in before]
+    assert all(record["before"] and record["after"] for record in after)
+    assert "answers   2 training rows: " in told["resumed"] and "  2 held-out rows: " in told["resumed"]
+    for record in after:
+        assert f"  row     {record['answer']['text'].strip()}\n" in told["resumed"]
+    assert "2 training rows and 2 held-out rows are answered before and after training" in told["begun"]
+
+
+def test_config_names_the_tokenizer_of_the_token_files(folder, runs):
+    told = json.loads((folder / "asked" / "config.json").read_text())
+    assert told["data"]["tokenizer"] == told["vocabulary"]["name"] == "bytes"
+
+
+def test_answers_before_training_that_cannot_be_told_are_not_made_up(folder, tmp_path):
+    samples = build_samples(config(folder, "chats").data, 257)
+    exam = RowsExam(rows_of("training", samples, 2), load_tokenizer("bytes"), 8)
+    due = {"rows": exam.digest, "before": {"text": "a", "end": "end"}}
+    kept = tmp_path / "rows.jsonl"
+    assert read_before(kept, exam) == [None, None]
+    for rows, known in (
+        ([due, due], True),
+        ([due], False),
+        ([due, due | {"rows": "others"}], False),
+        ([due, due | {"before": {"text": 3, "end": "end"}}], False),
+        ([due, 7], False),
+    ):
+        write(kept, rows)
+        assert read_before(kept, exam) == ([due["before"]] * 2 if known else [None, None])
+    kept.write_text("{")
+    assert read_before(kept, exam) == [None, None]
+
+
+def test_a_terminal_finds_nothing_to_obey_in_an_answer():
+    assert quoted({"text": " a\n\x1b[2Jb ü", "end": "end"}) == "a\\n\\x1b[2Jb ü"
+    assert (
+        quoted({"text": "a", "end": "length"}) == "a…" and quoted({"text": "b" * 200, "end": "end"}) == "b" * 100 + "…"
+    )

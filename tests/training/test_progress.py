@@ -1,0 +1,52 @@
+"""What a run shows while it trains: the first step, in which kernels are loaded and compiled, counts in no ETA."""
+
+import pytest
+
+from rwkv_peft.ops.native.kept import make_once
+from rwkv_peft.training import progress
+from rwkv_peft.training.plan import Plan
+from rwkv_peft.training.progress import Progress, telling_compilations
+
+
+class Clock:
+    """A stand-in for the module time: `now` is what it says."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(progress, "time", Clock())
+    monkeypatch.setattr(progress, "QUIET", 0)
+    return progress.time
+
+
+@pytest.mark.parametrize("first", [0, 50])
+def test_the_eta_is_that_of_the_steps_after_the_first(clock, capsys, first):
+    """600 seconds for the first step of a process, and 2 for each other, of a run that begins or goes on."""
+    shown = Progress(Plan(8, 100, 100, first, 8 * first))
+    for step, seconds in enumerate([600.0, 2.0, 2.0], start=first + 1):
+        clock.now += seconds
+        shown.update("loss 1", step, seconds, 80)
+    assert capsys.readouterr().out.splitlines() == [
+        f"step {first + 1}/100, loss 1, the first step took 600 s",
+        f"step {first + 2}/100, loss 1, 40 tokens/s, ETA {'03:16' if not first else '01:36'}",
+        f"step {first + 3}/100, loss 1, 40 tokens/s, ETA {'03:14' if not first else '01:34'}",
+    ]
+
+
+def test_what_is_compiled_is_told_once_and_by_one_rank(tmp_path, capsys):
+    def make(work):
+        (work / "made").write_bytes(b"kernel")
+        return work / "made"
+
+    with telling_compilations(False):
+        make_once(tmp_path / "silent", "silent", make)
+    with telling_compilations(True):
+        for _ in range(2):
+            make_once(tmp_path / "told", "told", make)
+    make_once(tmp_path / "later", "later", make)
+    assert capsys.readouterr().out == "compiling told, once for this machine\n"
