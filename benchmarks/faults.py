@@ -45,7 +45,20 @@ from rwkv_peft.cli import counted
 from rwkv_peft.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+MOST_MEMORY = 2048  # MiB of a process that reads broken files, torch and pyarrow among them
 SLOWEST = 20  # seconds of a processor that a reader may take over a broken file
+
+
+def programs_started():
+    """A list that names each program which this process starts from now on."""
+    started = []
+
+    def hear(event, arguments):
+        if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "pty.spawn"):
+            started.append(f"{event} {arguments[0]}")
+
+    sys.addaudithook(hear)
+    return started
 
 
 def try_mutants(count, seed, folder):
@@ -60,7 +73,7 @@ def try_mutants(count, seed, folder):
     warnings.simplefilter("ignore")  # of torch, on the tensors that a mutation makes
     here = [specimen for specimen in specimens.SPECIMENS if (folder / specimen.file).exists()]
     others = {item.file: (folder / item.file).read_bytes() for item in here}
-    faults, tried, slowest = [], 0, (0.0, "")
+    faults, tried, slowest, started = [], 0, (0.0, ""), programs_started()
     for specimen in here:
         for number in range(seed * count, seed * count + count // len(here)):
             what, data = broken(specimen, number, others)
@@ -73,6 +86,8 @@ def try_mutants(count, seed, folder):
                     pass  # which is what a broken file is to end in
                 except Exception as error:  # whatever it is, it is a fault
                     faults.append(f"{specimen.file}, mutant {number}, {what}: {type(error).__name__}: {error}")
+            if started:
+                faults.append(f"{specimen.file}, mutant {number}, {what}: starts {started.pop()}")
             slowest = max(slowest, (time.process_time() - began, f"{specimen.file}, mutant {number}, {what}"))
         (folder / specimen.file).write_bytes(others[specimen.file])
     if slowest[0] > SLOWEST:
@@ -158,6 +173,8 @@ def main():
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
             print(f"{tried} broken files, {len(found)} faults, peak memory {peak} MiB")
             print(f"the slowest: {slowest[0]:.1f} s, {slowest[1]}")
+            if peak > MOST_MEMORY:
+                found.append(f"broken files took {peak} MiB")
             faults += found
     print(*faults, sep="\n", end="\n" * bool(faults))
     return int(bool(faults))

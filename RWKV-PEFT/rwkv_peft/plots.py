@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from .children import import_matplotlib
 from .cli import Parser
@@ -81,7 +81,7 @@ def series(records: Iterable[dict[str, Any]], name: str) -> tuple[list[int], lis
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value of JSON is a number that can be drawn, NaN and infinity among them."""
     return isinstance(value, float) or type(value) is int and abs(value) <= sys.float_info.max
 
