@@ -62,10 +62,11 @@ def read_result(folder: Path) -> tuple[Cell, bool, float]:
     """(the Cell, whether it diverged, peak_mb) of a run's result.json."""
     path = require_readable(folder / RESULT, f"{folder / RESULT}: no such file", again=True)
     result = read_settings(path)
-    method, rate, seed, diverged = (result.get(name) for name in (*Cell._fields, "diverged"))
-    if isinstance(method, str) and type(rate) is int and type(seed) is int and isinstance(diverged, bool):
-        if LOWEST <= rate <= HIGHEST and (cell := Cell(method, rate, seed)).folder == folder.name:
-            return cell, diverged, number(result, "peak_mb", path)
+    match result:
+        case {"method": str(method), "rate": int(rate), "seed": int(seed), "diverged": bool(diverged)} if (
+            LOWEST <= rate <= HIGHEST and Cell(method, rate, seed).folder == folder.name
+        ):
+            return Cell(method, rate, seed), diverged, number(result, "peak_mb", path)
     raise UserError(f"{path} is not the result of the run that its folder names; {REMEDY}")
 
 

@@ -62,13 +62,14 @@ class BinidxDataset:
         self._read_index()
         self._map_tokens()
         self.mask = self._map_mask()
+        self.vocab_size: int | None = None  # of the model, once it is checked
         mapped = (self.idx_path, self.bin_path, *([] if self.mask is None else [self.mask_path]))
         self.mapped = {path: os.stat(path) for path in mapped}
 
     def require_unchanged(self) -> None:
         """Raise UserError where a file has another length than when it was opened: reading what is no longer there
-        would end the process by a signal. One that was written since, or touched, is warned of, once; one that another
-        took the name of is read on."""
+        would end the process by a signal. One that was written since, or touched, is warned of, once, and judged anew;
+        one that another took the name of is read on."""
         for path, before in self.mapped.items():
             with suppress(OSError):  # of a name that is gone
                 now = os.stat(path)
@@ -87,6 +88,9 @@ class BinidxDataset:
                         stacklevel=2,
                     )
                     self.mapped[path] = now
+                    now_there = BinidxDataset(self.prefix)
+                    if self.vocab_size is not None:
+                        now_there.check_vocab(self.vocab_size)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -106,6 +110,7 @@ class BinidxDataset:
 
     def check_vocab(self, vocab_size: int) -> None:
         """UserError where a token is not below vocab_size; reads .bin once unless its type rules it out."""
+        self.vocab_size = vocab_size
         if self.dtype.kind == "u" and np.iinfo(self.dtype).max < vocab_size:
             return
         for start in range(0, len(self.tokens), CHUNK):

@@ -69,16 +69,16 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
         from .trainer import make_lit, make_trainer
 
     quiet()
-    loggers = []
-    if run.leads:
-        record(run)
-        loggers = make_loggers(run.config, run.folder, run.plan.first_step)
-    lit = make_lit(run)
-    trainer = make_trainer(run, loggers, say)
     data, accumulate = run.config.data, run.config.train.accumulate_grad_batches
     try:
         compiling = compiled(run.model, data) if run.config.train.compile else nullcontext()
         with telling_refusals(run.folder), compiling:
+            loggers = []
+            if run.leads:
+                record(run)
+                loggers = make_loggers(run.config, run.folder, run.plan.first_step)
+            lit = make_lit(run)
+            trainer = make_trainer(run, loggers, say)
             trainer.fit(lit, datamodule=RunData(run.samples, run.plan, data.micro_bsz, accumulate))
     except Diverged as error:
         last = find_checkpoint(run.folder)
