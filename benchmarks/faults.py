@@ -17,7 +17,9 @@ it had, and go on so too. A machine that sleeps must lose nothing at all, wherev
 out, which is not bitwise by design: DeepSpeed's Adam for CPUs multiplies the powers of its betas up from step to step,
 and computes them anew, with other roundings, after a break.
 
-Mutants are those of tests/fuzz under other seeds. Prints counts; the exit code is 1 where one of these did not hold.
+Commands that run in a current folder full of modules and settings (--traps 1) must run none of them. Mutants are
+those of tests/fuzz under other seeds; no reader may start a program, or take 2 GiB. Prints counts; the exit code is 1
+where one of these did not hold.
 """
 
 import argparse
@@ -35,6 +37,7 @@ from pathlib import Path
 import torch
 from fault_disks import CASES as DISKS
 from fault_disks import lose_and_resume
+from fault_folders import run_among_traps
 from fault_ranks import CASES, end_and_resume
 from fault_sleep import CASES as SLEEPS
 from fault_sleep import sleep_and_wake
@@ -154,6 +157,7 @@ def main():
     )
     parser.add_argument("--races", type=int, default=40, help="over all writers")
     parser.add_argument("--mutants", type=int, default=0, help="over all readers")
+    parser.add_argument("--traps", type=int, default=0, help="1: commands in a folder that came with somebody's data")
     parser.add_argument("--saves", type=int, default=6, help="kill at each N-th file operation of a run; 0: none")
     parser.add_argument("--resumes", type=int, default=14, help="runs that are stopped; 42: each method, stage, ranks")
     parser.add_argument("--disks", type=int, default=len(DISKS), help="ways to take the disk away from a run")
@@ -167,6 +171,11 @@ def main():
         faults = try_writers(args, folder, rng)
         if args.saves or args.resumes or args.disks or args.ends or args.sleeps:
             faults += try_training(args, folder / "training", rng)
+        if args.traps:
+            tried = list(run_among_traps(folder / "traps"))
+            found = [fault for _, fault in tried if fault]
+            print(f"{len(tried)} commands among traps, {len(found)} faults")
+            faults += found
         if args.mutants:
             (folder / "fuzz").mkdir()
             tried, slowest, found = try_mutants(args.mutants, args.seed, folder / "fuzz")
