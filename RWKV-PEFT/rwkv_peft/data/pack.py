@@ -1,4 +1,4 @@
-"""Packing: several whole documents in one row, none of which sees another."""
+"""Packs several whole documents into one row; none sees another."""
 
 from bisect import bisect_left, insort
 
@@ -35,15 +35,16 @@ class PackedSamples(DocumentSamples):
         return rows * min(numbers), rows * max(numbers)
 
     def count(self, n: int) -> int:
-        """How many targets of sample n count."""
+        """The number of targets of sample n that count."""
         return sum(self.document_count(index) for index in self._rows[self.unit(n)])
 
 
 def pack(lengths: np.ndarray, room: int) -> list[list[int]]:
-    """Best fit, longest first: lengths (n,), each at most `room` -> lists of positions, each sum <= room."""
+    """Pack by best fit, longest first: lengths (n,), each at most `room` -> lists of positions whose lengths add up to
+    at most `room`."""
     rows: list[list[int]] = []
-    by_free: dict[int, list[int]] = {}  # rows with `free` room left
-    free_sizes: list[int] = []  # the sorted values of free
+    by_free: dict[int, list[int]] = {}  # {free: rows with so much room left}
+    free_sizes: list[int] = []  # its keys, sorted
     for position in np.argsort(-lengths, kind="stable"):
         length = int(lengths[position])
         at = bisect_left(free_sizes, length)
