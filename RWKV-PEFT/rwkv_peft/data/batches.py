@@ -126,7 +126,7 @@ class EvalBatches:
 
 
 def collate(rows: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    """[(tokens (T_i + 1,), mask (T_i,))] -> tokens, targets, mask, each (B, T), T the longest, and counted.
+    """Make a batch: [(tokens (T_i + 1,), mask (T_i,))] -> tokens, targets, mask (B, T), T the longest, and counted.
 
     Rows that are lists of such documents give (1, sum of T_i) and cu_seqlens.
     """

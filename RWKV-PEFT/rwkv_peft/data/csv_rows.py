@@ -35,7 +35,7 @@ def csv_rows(path: Path) -> Iterator[dict[str, str] | UserError]:
 
 
 def named(rows: Iterator[list[str]], path: Path) -> Iterator[dict[str, str] | UserError]:
-    """Yield each row behind the first, as csv_rows does; blank lines are left out. Raises UserError if the first row
+    """Yield each row after the first, as csv_rows does; blank lines are left out. Raises UserError if the first row
     has a name twice."""
     names = [name.strip() for name in next(rows, [])]
     if twice := [name for name, number in Counter(names).items() if number > 1]:

@@ -243,7 +243,7 @@ class Encoder:
 
 
 def judged(text: str) -> list[int]:
-    """Return no tokens. Raises UserError for a text that cannot be encoded."""
+    """Return no tokens. Raises UserError for a text that is not Unicode."""
     utf8(text)
     return []
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 
 class Permutation:
-    """A bijection of range(size), drawn by `key` alone: permutation[i] in constant time and memory.
+    """A bijection of range(size) that depends only on `key`: permutation[i] in constant time and memory.
 
     Cubing is a bijection modulo a prime that is 2 modulo 3, the idea of RWKV-LM's "magic prime".
     Here the prime is the first one at or above size, and a value that falls outside range(size) is

@@ -12,8 +12,8 @@ from .samples import Document, DocumentSamples
 class PackedSamples(DocumentSamples):
     """Dataload "pack": rows of documents with at most ctx_len targets in all.
 
-    Sample n is a list of (tokens (T_i + 1,), mask (T_i,)), one for each document. Which documents
-    share a row is fixed by the lengths and the seed; each epoch visits the rows in its own order.
+    Sample n is a list of (tokens (T_i + 1,), mask (T_i,)), one for each document. The lengths and the seed
+    decide which documents share a row; each epoch visits the rows in its own order.
     Documents longer than ctx_len are cut, as with "pad".
     """
 

@@ -19,7 +19,7 @@ from .folders import choose, is_saved, row_files
 
 CHUNK_BYTES = 1 << 20
 CHUNK_ROWS = 1000
-HELD_BYTES = 1 << 27  # the most rows of a compressed input that are kept in memory
+HELD_BYTES = 1 << 27  # the most bytes of rows of a compressed file or a folder that are kept in memory
 KINDS = (
     ".jsonl (or .jsonl.gz), .json, .csv (or .tsv), .txt, .parquet, a folder of .jsonl, .csv or .parquet files, or one "
     "that datasets.save_to_disk wrote"
@@ -83,7 +83,7 @@ def read_chunks(path: str | Path, split: str = "", pieces: bool = False) -> Iter
 
 def held_chunks(path: str | Path, split: str = "") -> Iterator[Chunk]:
     """Yield the Chunks of an input whose rows will all stay in memory. Raises UserError as read_chunks does, and for a
-    compressed input of more than HELD_BYTES, because a megabyte may become a thousand."""
+    compressed file or a folder with more than HELD_BYTES, because a megabyte may become a thousand."""
     packed, size = Path(path).suffix in (".gz", ".parquet") or Path(path).is_dir(), 0
     for chunk in read_chunks(path, split):
         size += sum(len(item if isinstance(item, bytes) else repr(item)) for item in chunk.items) if packed else 0
@@ -200,7 +200,7 @@ def row_chunks(source: str, rows: Iterable[object]) -> Iterator[Chunk]:
 
 
 def parse_split(split: str) -> tuple[str, Bounds | None]:
-    """ "train[10:20]" -> ("train", ("10", "20")); "" -> ("", None)."""
+    """Parse a split: "train[10:20]" -> ("train", ("10", "20")); "" -> ("", None)."""
     match = re.fullmatch(r"([\w.-]*)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
     if not match:
         raise UserError(f"split {split!r}: write train, train[:1000], train[10%:20%] or [500:]")

@@ -78,7 +78,7 @@ class Samples(ABC):
         return 0, 0
 
     def unit(self, n: int) -> int:
-        """Sample n -> the number of what it visits."""
+        """Sample n -> the one of `units` that it visits."""
         epoch, position = divmod(n, len(self.units))
         return int(self.units[self._order(epoch)[position]])
 
@@ -257,7 +257,7 @@ def readable_documents(dataset: BinidxDataset) -> np.ndarray:
 
 
 def not_read(dataset: BinidxDataset, ctx_len: int) -> list[str]:
-    """Notes on documents that are left out, and on tokens that are cut off."""
+    """The notes on documents that are left out, and on tokens that are cut off."""
     sizes = dataset.sizes
     notes: list[str] = []
     short = int((sizes < 2).sum())

@@ -217,7 +217,7 @@ def _read_lora(
 def write_rwkv_peft(
     path: str | Path, adapter: Adapter, parameter: str = "disha", base: Mapping[str, torch.Tensor] | None = None
 ) -> list[Path]:
-    """Write an Adapter as RWKV-PEFT's flat .pth; returns the paths written.
+    """Write an Adapter as RWKV-PEFT's flat .pth; return the paths written.
 
     parameter names Bone's tensors: "disha" (RWKV-PEFT since 2025-02) or "bone" (before). Method.for_rwkv_peft converts
     a method's tensors; some methods need base (a state dict). PiSSA writes a second file, `init_<name>`, which must not

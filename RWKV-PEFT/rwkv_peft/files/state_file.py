@@ -115,5 +115,5 @@ def write_states(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def swapped_states(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """{key: time state} of a .pth as web-rwkv and Ai00 have it, or the other way round."""
+    """Turn {key: time state} from the layout of a .pth into that of web-rwkv and Ai00, or the other way round."""
     return {key: swapped(tensor) if tensor.dim() > 1 else tensor for key, tensor in tensors.items()}
