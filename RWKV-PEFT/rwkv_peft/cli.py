@@ -211,6 +211,18 @@ def count(text: str) -> int:
     return value
 
 
+def up_to(most: int, kind: Callable[[str], int]) -> Callable[[str], int]:
+    """An argparse type for numbers of a kind that are at most `most`."""
+
+    def bounded(text: str) -> int:
+        value = kind(text)
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{short(text)} is above {most:,}")
+        return value
+
+    return bounded
+
+
 def names(text: str) -> tuple[str, ...]:
     """Names as a word, as a list with commas, or as the JSON list that RWKV-PEFT's scripts write, whole or in
     pieces."""

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import NamedTuple, NoReturn
 
 from . import __version__
+from .children import guard_children
 from .errors import UserError, ending_at_once, exit_on_user_error, past_ctrl_c
 from .installing import how_to_install
 
@@ -187,4 +188,5 @@ def run(*command: str) -> NoReturn:
         finally:  # also of what was refused, whose words and exit code are due
             past_ctrl_c()
 
+    guard_children()
     exit_on_user_error(whole)

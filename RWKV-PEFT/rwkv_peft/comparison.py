@@ -8,6 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .children import import_matplotlib
 from .cli import Parser, finite
 from .errors import UserError
 from .files.atomic import atomic_write, check_output
@@ -86,6 +87,7 @@ def places(run: Run, by_tokens: bool) -> dict[int, float]:
 def plot_runs(runs: Sequence[Run], output: str | Path, weight: float = 0.9, by_tokens: bool = False) -> None:
     """Draw the panels that some run has values for; smoothed with `weight` (0: as they are); output's ending names the
     format."""
+    import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -8,8 +8,9 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+from .children import import_matplotlib
 from .cli import Parser
 from .errors import UserError, told
 from .files.atomic import atomic_write
@@ -80,7 +81,7 @@ def series(records: Iterable[dict[str, Any]], name: str) -> tuple[list[int], lis
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value of JSON is a number that can be drawn, NaN and infinity among them."""
     return isinstance(value, float) or type(value) is int and abs(value) <= sys.float_info.max
 
@@ -136,6 +137,7 @@ def plot_loss(metrics_jsonl: str | Path, out_png: str | Path) -> None:
 
     metrics_jsonl: a run's metrics.jsonl; out_png is written anew. Any number of points will do, none included.
     """
+    import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -212,6 +214,7 @@ def plot_heat(
 ) -> None:
     """Draw a grid of numbers in percent: a row for each layer, a column for each matrix; white without one, and inf as
     the largest of the others."""
+    import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

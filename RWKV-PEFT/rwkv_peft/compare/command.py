@@ -18,12 +18,13 @@ from ..names import STATE
 from ..training.flags import parse_run
 from ..training.rates import automatic_rate
 from .flags import FULL, Comparison, method_flags, parse_flags
+from .outcomes import RESULT, Outcome, read_outcome
 from .pictures import draw
 from .plan import Cell, next_cells
 from .rates import nearest_to, rate_of
 from .record import check_record
 from .report import lines_of_json, rows_of, table
-from .runs import RESULT, Outcome, read_outcome, run_cells
+from .runs import run_cells
 from .sizes import Layers, Size, matched_size, parameter_count, parts_count
 
 

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..children import import_matplotlib
 from ..files.atomic import atomic_write
 from ..plots import LINE_COLOURS, LINE_STYLES
+from .outcomes import Outcome
 from .plan import Cell
 from .rates import rate_of
 from .report import Row, mean_curve
-from .runs import Outcome
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "d")
 FORMATS = ("png", "svg")
@@ -84,6 +85,7 @@ def band(axes: Any, row: Row, style: dict[str, Any], place: Any) -> None:
 
 
 def new_figure(xlabel: str, ylabel: str) -> tuple[Any, Any]:
+    import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..data.prefix import binidx_prefix
 from ..errors import UserError, told
 from ..files.atomic import atomic_write
+from ..files.readable import require_readable
 from ..training.flags import parse_flags
 from .flags import Comparison
 from .runs import any_begun
@@ -36,7 +37,7 @@ def check_record(folder: Path, comparison: Comparison, sizes: Mapping[str, Size]
             temporary.write_text(json.dumps(now, indent=2) + "\n")
         return
     try:
-        before = json.loads(path.read_text())
+        before = json.loads(require_readable(path, f"{path}: no such file", again=True).read_bytes())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({told(error)}); give another --output") from error
     if isinstance(before, dict):

@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from .outcomes import Outcome
 from .plan import Cell, best_rate
 from .rates import rate_of
-from .runs import Outcome
 from .sizes import Size
 
 REFERENCE = "lora"  # whose final loss the others' steps are counted to
@@ -34,12 +34,17 @@ class Row(NamedTuple):
     @property
     def retained(self) -> tuple[float, ...]:
         """The final losses on --retain_data of all seeds, infinite where a run diverged; () without such data."""
-        return tuple(run.retained[-1] if math.isfinite(run.loss) else math.inf for run in self.runs if run.retained)
+        return tuple(run.retained[-1] if math.isfinite(run.loss) else math.inf for run in self.measured)
 
     @property
     def changes(self) -> tuple[float, ...]:
         """How far each of them is above the loss before the first step."""
-        return tuple(loss - run.retained[0] for loss, run in zip(self.retained, self.runs))
+        return tuple(loss - run.retained[0] for loss, run in zip(self.retained, self.measured))
+
+    @property
+    def measured(self) -> tuple[Outcome, ...]:
+        """The runs that were measured on --retain_data."""
+        return tuple(run for run in self.runs if run.retained)
 
 
 def spread(values: Iterable[float]) -> float:

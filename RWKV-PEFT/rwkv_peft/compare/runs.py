@@ -5,44 +5,29 @@ import math
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
 
+from ..children import python_command
 from ..errors import UserError
 from ..files.alone import alone_in
 from ..files.atomic import atomic_write
-from ..names import METRICS
-from ..plots import is_number, read_metrics
 from ..training.checkpoints import DIVERGED, find_checkpoint
 from ..training.resume import AUTO
 from .flags import Comparison, method_flags
+from .outcomes import RESULT, Outcome, read_outcome
 from .plan import Cell
 from .rates import rate_of
 from .sizes import Size
 
-RESULT, LOG = "result.json", "log.txt"
+CHILD = f"{__package__}.child"  # the module that each run is a process of
+LOG = "log.txt"
 POLL = 0.1  # seconds between looks at the processes
-
-
-class Outcome(NamedTuple):
-    """A complete run: loss is the last validation's, infinite where it diverged; validations are (steps done, seconds
-    of training, loss); step_ms is the median of a step, peak_mb the largest resident memory of the process (10^6
-    bytes); retained the losses on --retain_data, before the first step and at each of validations, () without it."""
-
-    cell: Cell
-    loss: float
-    validations: tuple[tuple[int, float, float], ...]
-    step_ms: float
-    peak_mb: float
-    retained: tuple[float, ...] = ()
 
 
 @dataclass
@@ -70,27 +55,6 @@ def any_begun(folder: Path) -> bool:
     return any((run / RESULT).exists() or find_checkpoint(run) for run in (folder / "runs").glob("*"))
 
 
-def read_outcome(folder: Path) -> Outcome:
-    """The Outcome of the complete run in a folder."""
-    result = json.loads((folder / RESULT).read_text())
-    records = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
-    seconds = [record["tokens"] / max(record["tokens_per_s"], 0.1) for record in records]  # 0.1: it is rounded so
-    validations = tuple(
-        (record["step"] + 1, spent, record["val_loss"])
-        for record, spent in zip(records, accumulate(seconds))
-        if is_number(record.get("val_loss"))
-    )
-    loss = validations[-1][2] if validations and not result["diverged"] else math.inf
-    return Outcome(
-        Cell(result["method"], result["rate"], result["seed"]),
-        loss if math.isfinite(loss) else math.inf,
-        validations,
-        1e3 * statistics.median(seconds) if seconds else math.nan,
-        result["peak_mb"],
-        tuple(record[name] for record in records for name in ("retain_start", "retain_loss") if name in record),
-    )
-
-
 def train_flags(comparison: Comparison, cell: Cell, size: Size, folder: Path) -> list[str]:
     """The flags of train.py of one run."""
     rate = rate_of(cell.rate)
@@ -115,14 +79,14 @@ def start(comparison: Comparison, cell: Cell, size: Size, folder: Path) -> Proce
         with alone_in(folder):  # a run whose comparison was killed may go on in it
             shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    argv = [sys.executable, "-m", __package__.split(".")[0], "train", *train_flags(comparison, cell, size, folder)]
-    paths = (str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", ""))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    argv = python_command(CHILD, *train_flags(comparison, cell, size, folder))
+    environment = dict(os.environ)
     if comparison.jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // comparison.jobs)))
     with open(folder / LOG, "wb") as log:
         child = subprocess.Popen(
             argv + ["--resume", AUTO] * resume,
+            stdin=subprocess.PIPE,  # by which it sees us end
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,

@@ -57,12 +57,13 @@ def checkpoint_count(train: TrainConfig) -> tuple[int, bool]:
     keep = KEPT if train.keep_checkpoints is None else train.keep_checkpoints
     if keep:
         return keep + 1, True
-    epochs = saved_epochs(train)
-    first, last = train.epoch_begin * train.epoch_steps, train.epoch_count * train.epoch_steps
-    steps = {epoch * train.epoch_steps for epoch in epochs} if train.epoch_steps else set()
-    if train.save_every:
-        steps |= {step for step in range(first + 1, last + 1) if step % train.save_every == 0}
-    return max(len(epochs), len(steps)), not train.save_minutes and bool(train.epoch_steps or not train.save_every)
+    saved, every, steps = saved_epochs(train), train.save_every, train.epoch_steps
+    if every and steps:
+        first, last = train.epoch_begin * steps, train.epoch_count * steps
+        ends = math.lcm(train.epoch_save * steps, every)  # of epochs that are saved anyway
+        saved += multiples(first, last, every) - multiples(first, last, ends)
+        saved -= bool(last > first and last % every == 0 and (not ends or last % ends))  # and of the last epoch
+    return saved, not train.save_minutes and bool(steps or not every)
 
 
 def label_count(train: TrainConfig) -> int:
@@ -82,7 +83,7 @@ def file_count(train: TrainConfig, held: int) -> int:
 
 def epoch_count(train: TrainConfig) -> int:
     """How many epochs have files at once."""
-    saved, keep = len(saved_epochs(train)), train.keep_checkpoints
+    saved, keep = saved_epochs(train), train.keep_checkpoints
     return min(saved, keep + 1) if keep else saved  # an old one goes when the next is there
 
 
@@ -91,7 +92,12 @@ def best_count(train: TrainConfig) -> int:
     return int(bool(train.val_data or train.val_split))
 
 
-def saved_epochs(train: TrainConfig) -> list[int]:
-    """The epochs that are saved, among them the last."""
-    epochs = range(train.epoch_begin + 1, train.epoch_count + 1)
-    return [n for n in epochs if n == train.epoch_count or (train.epoch_save and n % train.epoch_save == 0)]
+def saved_epochs(train: TrainConfig) -> int:
+    """How many epochs are saved, the last among them."""
+    first, last, every = train.epoch_begin, train.epoch_count, train.epoch_save
+    return multiples(first, last, every) + bool(last > first and (not every or last % every))
+
+
+def multiples(first: int, last: int, step: int) -> int:
+    """How many multiples of `step` are above `first` and up to `last`; none of 0."""
+    return last // step - first // step if step and last > first else 0

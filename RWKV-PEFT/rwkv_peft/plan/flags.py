@@ -3,11 +3,13 @@
 import argparse
 import re
 
+from ..errors import short
 from ..refusals import Refusals
 from ..training.flags import Flags, flags_of
 from ..training.parser import build_parser
 from ..training.world import World
 
+LEAST, MOST = 1 << 20, 1 << 40  # bytes of a GPU
 UNITS = (("", 30), ("g", 30), ("m", 20))
 
 
@@ -39,6 +41,9 @@ def parse_flags(argv: list[str]) -> Flags:
 def memory_size(text: str) -> int:
     """ "24GiB" -> bytes; the letters after the first are decoration, and without any they are GiB."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([gm]?)(?:i?b)?", text.lower())
-    if found is None or not float(found[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size of a memory; write it as 24GiB")
-    return int(float(found[1]) * 2 ** dict(UNITS)[found[2]])
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{short(text)!r} is no size of a memory; write it as 24GiB")
+    size = float(found[1]) * 2 ** dict(UNITS)[found[2]]
+    if not LEAST <= size <= MOST:
+        raise argparse.ArgumentTypeError(f"{short(text)} is no memory of a GPU: 1 MiB to 1,024 GiB")
+    return int(size)

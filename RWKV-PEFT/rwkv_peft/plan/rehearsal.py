@@ -7,6 +7,7 @@ batch, so that a few small steps tell those of any.
 """
 
 import functools
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ from ..adapters.inject import count_parameters, inject
 from ..adapters.layer import AdapterLinear
 from ..adapters.methods import method_of
 from ..config import AdapterConfig, ModelConfig
+from ..errors import UserError
+from ..memory import main_memory
 from ..models.family import Family
 from ..models.parts import LanguageModel
 from ..names import STATE
@@ -122,8 +125,11 @@ def rehearse(
     family: Family, model: ModelConfig, adapter: AdapterConfig, dtype: torch.dtype, device: str, grad_cp: bool
 ) -> Step:
     """The Step of a model (its dimensions) and an adapter; dtype that of weights and activations; device "cpu" or
-    "meta", which stands for a GPU. Allocates the weights of three blocks on a CPU, without writing to them."""
+    "meta", which stands for a GPU. Allocates the weights of three blocks on a CPU, without writing to them. Raises
+    UserError if they are more than the machine's memory."""
     depth = min(DEPTH, model.n_layer)
+    if device == "cpu":
+        require_memory(family, replace(model, n_layer=depth, vocab_size=VOCABULARY), dtype)
     shallow, length = max(1, depth - 1), TOKENS[device]
     batches = ((1, length), (1, 2 * length), (2, length))
     found = {
@@ -142,6 +148,17 @@ def rehearse(
         return more.plus(more.plus(less, -1), model.n_layer - depth)
 
     return Step(deep(0), deep(1), fitted(depth, 2))
+
+
+def require_memory(family: Family, shallow: ModelConfig, dtype: torch.dtype) -> None:
+    """Raise UserError where the weights of so few blocks are more than the machine's memory."""
+    size = sum(map(math.prod, family.shapes(shallow).values())) * dtype.itemsize
+    room, _ = main_memory()
+    if size > room:
+        raise UserError(
+            f"{shallow.n_layer} of the blocks, by which a run on the CPU is planned, take {size / 2**30:,.0f} GiB, and "
+            f"this machine has {room / 2**30:,.0f} GiB; plan for a GPU with --gpu 24GiB, or give smaller dimensions"
+        )
 
 
 def step_bytes(

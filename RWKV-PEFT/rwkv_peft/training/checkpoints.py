@@ -80,8 +80,8 @@ def refusal(error: BaseException | None) -> str:
     if error.errno in REFUSALS:
         return os.strerror(error.errno).lower()
     folder = os.path.dirname(os.fsdecode(error.filename or b"."))
-    gone = error.errno == errno.ENOENT and folder and not os.path.isdir(folder)
-    return f"{folder} is gone, deleted or moved while the run went on" if gone else ""
+    gone = error.errno in (errno.ENOENT, errno.ENOTDIR) and folder and not os.path.isdir(folder)
+    return f"{folder} is no folder any more: deleted, moved or replaced while the run went on" if gone else ""
 
 
 def clear_unsaved(folder: Path) -> None:

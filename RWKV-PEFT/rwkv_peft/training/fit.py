@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..children import import_matplotlib
 from ..cli import counted
 from ..data import opening
 from ..data.recorded import ENTRY
@@ -62,21 +63,22 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take a GPU that is there
         keep_freed_memory()
     with ending_at_once():
+        import_matplotlib()  # which Lightning imports
         from .data_module import RunData
         from .lit import Diverged
         from .trainer import make_lit, make_trainer
 
     quiet()
-    loggers = []
-    if run.leads:
-        record(run)
-        loggers = make_loggers(run.config, run.folder, run.plan.first_step)
-    lit = make_lit(run)
-    trainer = make_trainer(run, loggers, say)
     data, accumulate = run.config.data, run.config.train.accumulate_grad_batches
     try:
         compiling = compiled(run.model, data) if run.config.train.compile else nullcontext()
         with telling_refusals(run.folder), compiling:
+            loggers = []
+            if run.leads:
+                record(run)
+                loggers = make_loggers(run.config, run.folder, run.plan.first_step)
+            lit = make_lit(run)
+            trainer = make_trainer(run, loggers, say)
             trainer.fit(lit, datamodule=RunData(run.samples, run.plan, data.micro_bsz, accumulate))
     except Diverged as error:
         last = find_checkpoint(run.folder)

@@ -77,7 +77,7 @@ class Ranks:
         waiting = Waiting(self.join_minutes, self.say)
         while True:
             try:
-                return call(address, port)
+                return call(address, port, waiting.left())
             except (OSError, dist.DistError) as error:
                 reason = f" ({error.strerror})" if isinstance(error, socket.gaierror) else ""
             waiting(f"node 0 of {self.world.nodes} at {address}:{port}{reason}")
@@ -230,6 +230,10 @@ class Waiting:
         self.minutes, self.say, self.next = join_minutes, say, first
         self.began = time.monotonic()
 
+    def left(self) -> timedelta:
+        """The time until join_minutes are over, a second at least."""
+        return timedelta(seconds=max(1.0, 60 * self.minutes - (time.monotonic() - self.began)))
+
     def __call__(self, whom: str) -> None:
         waited = time.monotonic() - self.began
         if waited >= 60 * self.minutes:
@@ -254,10 +258,13 @@ def keep_store(port: int) -> dist.TCPStore:
         ) from error
 
 
-def call(address: str, port: int) -> dist.TCPStore:
-    """A connection to the store that another process keeps. Raises OSError or DistError where it is not there."""
+def call(address: str, port: int, patience: timedelta = ANSWER) -> dist.TCPStore:
+    """A connection to the store that another process keeps. Raises OSError or DistError where it is not there, or does
+    not answer for so long, as another server at that port."""
     socket.create_connection((address, port), timeout=1).close()
-    return dist.TCPStore(address, port, None, False, timeout=ANSWER, wait_for_workers=False)
+    store = dist.TCPStore(address, port, None, False, timeout=min(ANSWER, patience), wait_for_workers=False)
+    store.set_timeout(ANSWER)
+    return store
 
 
 def in_part_of_run(store: dist.Store) -> dist.Store:

@@ -7,7 +7,7 @@ import argparse
 from dataclasses import Field, fields
 from typing import Any, TypeVar
 
-from ..cli import HelpFormatter, Parser, count, positive, switch
+from ..cli import HelpFormatter, Parser, count, positive, switch, up_to
 from ..config import AdapterConfig, DataConfig, TrainConfig
 from ..names import CHOICES, DATALOADS, GENERATIONS, LOSS_MASKS, SCHEDULES, TRAIN_TYPES
 from .adapter_flags import add_json_flags
@@ -32,6 +32,7 @@ DIMENSIONS = (
     ("dim_ffn", "feed-forward channels (new model: 3.5 n_embd down to a multiple of 32, RWKV-7 4 n_embd)"),
     ("head_size", "head size (new model: 64)"),
 )
+LAYERS, WIDTH = 1000, 1 << 20  # of a new model, at most: it is made, or planned, tensor by tensor
 OTHER_VERSIONS = (("x052", "RWKV-5"), ("x051", "RWKV-5"))
 HEAD = """# Flags of train.py
 
@@ -79,7 +80,8 @@ def build_parser() -> Parser:
     for name, text in DIMENSIONS:
         flags = ["--head_size", "--head_size_a"] if name == "head_size" else [f"--{name}"]
         # RWKV-PEFT's scripts write 0 for widths that follow from others
-        model.add_argument(*flags, type=count if name in ("dim_att", "dim_ffn") else positive, default=None, help=text)
+        kind = count if name in ("dim_att", "dim_ffn") else positive
+        model.add_argument(*flags, type=up_to(LAYERS if name == "n_layer" else WIDTH, kind), default=None, help=text)
     adapter = parser.add_argument_group("adapter")
     adapter.add_argument(
         "--train_type",

@@ -7,22 +7,15 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..children import python_command, when_parent_ends
 from .checkpoints import how_to_go_on
 from .flags import parse_flags
 from .world import World, find_world
 
-ROOT = Path(__file__).resolve().parents[2]
-CODE = f"""import sys
-sys.path[0] = {str(ROOT)!r}
-from rwkv_peft.training.processes import end_with_parent
-end_with_parent()
-from rwkv_peft.commands import run
-run("train")
-"""
+RANK = f"{__package__}.rank"  # the module that each of them runs
 FAREWELL = 30.0  # seconds that a process which is done may take to end
 
 
@@ -45,7 +38,7 @@ class Processes:
             rank = world.rank + local
             own = {"RANK": str(rank), "LOCAL_RANK": str(local)}
             self.started[rank] = subprocess.Popen(
-                [sys.executable, "-c", CODE, *argv], env=environment | own, stdin=subprocess.PIPE
+                python_command(RANK, *argv), env=environment | own, stdin=subprocess.PIPE
             )
 
     def failed(self) -> tuple[int, str] | None:
@@ -76,11 +69,10 @@ def end_with_parent() -> None:
     """End this process when the one that started it is gone, whose other end of standard input is closed then; the
     first of a node's children says so. A Ctrl-C is the parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_at_end_of_input, daemon=True).start()
+    when_parent_ends(_end)
 
 
-def _end_at_end_of_input() -> None:
-    os.read(0, 1)
+def _end() -> None:
     try:
         train = parse_flags(sys.argv[1:]).train
         world = find_world(train)

@@ -82,7 +82,7 @@ def by_torch(train: TrainConfig, environment: Mapping[str, str]) -> World:
             f"{given} to train with this command alone, or start it with torchrun"
         )
     rank, size, local = (number(environment, name) for name in TORCH)
-    devices = number(environment, "LOCAL_WORLD_SIZE", train.devices)
+    devices = number(environment, "LOCAL_WORLD_SIZE", train.devices, least=1)
     if devices != train.devices or size != devices * train.num_nodes:
         nodes, rest = divmod(size, devices)
         raise UserError(
@@ -103,7 +103,7 @@ def by_torch(train: TrainConfig, environment: Mapping[str, str]) -> World:
 def by_slurm(train: TrainConfig, environment: Mapping[str, str]) -> World:
     """Of srun's variables: one task a rank, or one a node, which starts the others there."""
     tasks, node = number(environment, "SLURM_STEP_NUM_TASKS"), number(environment, "SLURM_NODEID", 0)
-    nodes = number(environment, "SLURM_STEP_NUM_NODES", 1)
+    nodes = number(environment, "SLURM_STEP_NUM_NODES", 1, least=1)
     if nodes != train.num_nodes or tasks not in (nodes, nodes * train.devices):
         raise UserError(
             f"srun started {tasks} tasks on {nodes} nodes, for --devices {train.devices} and --num_nodes "
@@ -140,11 +140,16 @@ def meeting_place(others: int, environment: Mapping[str, str]) -> tuple[str, int
     return environment["MASTER_ADDR"], port
 
 
-def number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+def number(environment: Mapping[str, str], name: str, default: int | None = None, least: int = 0) -> int:
     """A variable that holds a number; the default where it is not set."""
     text = environment.get(name)
     if text is None and default is not None:
         return default
-    if text is None or not re.fullmatch("[0-9]{1,9}", text):
-        raise UserError(f"{name} is {text!r}, and a whole number is due; set it to one, or unset it")
+    if text is None or not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+        raise UserError(
+            f"{name} is {text!r}, and a whole number is due"
+            + f", {least} or more" * bool(least)
+            + "; set it to one, or "
+            "unset it"
+        )
     return int(text)
