@@ -1,7 +1,7 @@
 """The settings of a run as frozen dataclasses, made once from the command line.
 
-Each field that a flag sets carries it: its help, its type, its name where that is another than the field's. The parser
-of train.py, its --help and docs/train_flags.md are made of these fields (training/flags.py).
+A field that a flag sets holds that flag's help, its argparse options, and its name if it is not the field's. The parser
+of train.py, its --help and docs/train_flags.md are made from these fields (training/parser.py).
 """
 
 import json
@@ -40,5 +40,5 @@ class RunConfig:
 
 
 def to_json(config: RunConfig | AdapterConfig | DataConfig) -> str:
-    """A config dataclass as stable JSON text, for config.json."""
+    """Write a config dataclass as JSON text for config.json; the same settings give the same text."""
     return json.dumps(asdict(config), sort_keys=True, indent=2)

@@ -1,4 +1,4 @@
-"""How a run trains, and where it writes."""
+"""Settings of training, and of the files that a run writes."""
 
 from dataclasses import dataclass
 
@@ -11,16 +11,16 @@ SCHEDULE_ALIASES = (("cos_decay", "rwkv-peft"), ("cos", "cosine"))
 STRATEGIES = tuple(f"deepspeed_stage_{stage}" for stage in ("1", "2", "2_offload", "3", "3_offload"))
 BUCKET = 200_000_000  # the most elements of a bucket in which ranks exchange gradients
 CHUNK_CTX = 512  # tokens a segment
-STATE_LR = 1e-2  # of time states; benchmarks/README.md holds the measurement
+STATE_LR = 1e-2  # learning rate of time states; benchmarks/README.md has the measurement
 
 
 @dataclass(frozen=True)
 class TrainConfig(ValidationConfig):
-    """How a run trains, on what, and where it writes.
+    """The settings of training, its machine, and where a run writes.
 
     A step is one optimizer step of devices x num_nodes x micro_bsz x accumulate_grad_batches samples; an epoch is
     epoch_steps of them. Learning rates are per step, and lr_chosen names those that --lr_init auto chose; epoch_save
-    counts epochs. Rows are computed in segments of chunk_ctx tokens where that is not 0.
+    counts epochs. Rows are computed in segments of chunk_ctx tokens if that is not 0.
     """
 
     load_model: str = setting(
@@ -248,5 +248,5 @@ class TrainConfig(ValidationConfig):
 
     @property
     def offload(self) -> bool:
-        """Whether the optimizer lives in main memory."""
+        """True if the optimizer is in main memory."""
         return self.strategy.endswith("offload")

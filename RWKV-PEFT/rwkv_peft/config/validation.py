@@ -1,4 +1,4 @@
-"""What tells a run how good its model is while it trains."""
+"""Settings of the validation of a run while it trains, and of the questions that its model is asked."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,8 @@ from .setting import setting
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """Validation runs on val_data, or on the share val_split of the data, and retain_data is measured with it;
-    eval_data and the tasks of lm_eval are questions that the model answers."""
+    """Validation takes val_data, or the share val_split of the training data. The loss on retain_data is measured with
+    it. eval_data and the tasks of lm_eval are questions that the model answers."""
 
     val_data: str = setting("", "data to validate on, read like --data_file", group="validation", metavar="PREFIX")
     val_split: float = setting(
