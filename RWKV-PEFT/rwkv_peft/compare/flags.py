@@ -14,7 +14,7 @@ FULL = "full"  # the method that trains the model itself
 RANKLESS = (FULL, STATE)  # the model alone gives their number of parameters
 METHODS = (*(form for word in WORDS for form in forms(word)), *RANKLESS)
 SEEDS = (42, 43, 44)
-VAL_SEED = SEEDS[0]  # --val_seed of all runs, so that those of all seeds validate on the same samples
+VAL_SEED = SEEDS[0]  # --val_seed of all runs by default, so that runs of all seeds validate on the same samples
 # flags of train.py that differ from run to run, or follow from the flags of the comparison
 OURS = (
     "--peft",

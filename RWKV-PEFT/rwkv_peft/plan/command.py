@@ -30,8 +30,8 @@ MOMENTS = "at the loss", "in the backward pass", "in the update"
 
 
 def main(argv: list[str]) -> int:
-    """argv -> 0 if the run fits, 1 if it does not. Raises UserError as train.py does, and if --gpu or a machine without
-    a GPU contradicts a flag."""
+    """argv -> 0 if the run fits, 1 if it does not. Raises UserError as train.py does, and for --cuda_graphs 1 or
+    --accelerator gpu without a GPU to plan for."""
     flags = parse_flags(argv)
     request = request_of(flags)
     memory = memory_of(flags.args.gpu, flags.args.accelerator)

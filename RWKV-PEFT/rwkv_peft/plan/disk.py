@@ -53,8 +53,8 @@ def written(estimate: Estimate, base: Base | None = None) -> list[Written]:
 
 def checkpoint_count(train: TrainConfig) -> tuple[int, bool]:
     """(number of checkpoints at once, whether that is exact): those that are kept and the next, or all if all are kept.
-    The number is too low only in that case: if --save_minutes adds some, or if --save_every counts the steps of a pass
-    over the data, whose number is unknown."""
+    In that case there may be more: --save_minutes adds some, and so does --save_every in a pass over the data whose
+    number of steps is unknown."""
     keep = KEPT if train.keep_checkpoints is None else train.keep_checkpoints
     if keep:
         return keep + 1, True
