@@ -1,4 +1,4 @@
-"""The runs of a comparison as processes of train.py, each in a folder of its own, and what has become of them."""
+"""The runs of a comparison as processes of train.py, each in a folder of its own, and their outcomes."""
 
 import json
 import math
@@ -32,7 +32,7 @@ POLL = 0.1  # seconds between looks at the processes
 
 @dataclass
 class Process:
-    """A run that goes on; its exit code and peak memory when it has ended."""
+    """A run in progress; code and peak_mb are its exit code and peak memory once it has ended."""
 
     cell: Cell
     folder: Path
@@ -42,7 +42,7 @@ class Process:
     peak_mb: float = field(default=math.nan)
 
     def poll(self) -> bool:
-        """Whether it has ended."""
+        """Return whether the process has ended, and note its exit code and peak memory if so."""
         pid, status, usage = os.wait4(self.child.pid, os.WNOHANG)
         if pid:
             self.code = self.child.returncode = os.waitstatus_to_exitcode(status)
@@ -51,12 +51,12 @@ class Process:
 
 
 def any_begun(folder: Path) -> bool:
-    """Whether a run of the comparison in a folder is complete, or has saved a checkpoint."""
+    """Return whether a run of the comparison in a folder is complete or has saved a checkpoint."""
     return any((run / RESULT).exists() or find_checkpoint(run) for run in (folder / "runs").glob("*"))
 
 
 def train_flags(comparison: Comparison, cell: Cell, size: Size, folder: Path) -> list[str]:
-    """The flags of train.py of one run."""
+    """The flags of train.py for one run."""
     rate = rate_of(cell.rate)
     own = {
         "--lr_init": rate,
@@ -73,10 +73,11 @@ def train_flags(comparison: Comparison, cell: Cell, size: Size, folder: Path) ->
 
 
 def start(comparison: Comparison, cell: Cell, size: Size, folder: Path) -> Process:
-    """Begin a run, or go on with one that stopped at a checkpoint, if only for what its end would still have done."""
+    """Start a run, or resume one that has a checkpoint, even one of its last step, because the end of the run may still
+    have work to do."""
     resume = find_checkpoint(folder) is not None
     if folder.exists() and not resume:
-        with alone_in(folder):  # a run whose comparison was killed may go on in it
+        with alone_in(folder):  # a run may still work in it if its comparison was killed
             shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     argv = python_command(CHILD, *train_flags(comparison, cell, size, folder))
@@ -90,15 +91,15 @@ def start(comparison: Comparison, cell: Cell, size: Size, folder: Path) -> Proce
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,  # a Ctrl-C is ours to pass on, once: a second one would keep it from saving
+            start_new_session=True,  # only we pass a Ctrl-C on, once: a second one would keep the run from saving
         )
     return Process(cell, folder, time.monotonic(), child)
 
 
 def finish(process: Process) -> None:
-    """Note how a run ended. Raises UserError where it neither ended well nor diverged."""
+    """Write the result of a run that has ended. Raises UserError if it neither succeeded nor diverged."""
     log = (process.folder / LOG).read_text(errors="replace")
-    diverged = process.code == 1 and DIVERGED in log  # and not lost, which has the same code
+    diverged = process.code == 1 and DIVERGED in log  # a lost process has the same code
     if process.code != 0 and not diverged:
         last = next((line for line in reversed(log.splitlines()) if line.strip()), "")
         raise UserError(
@@ -116,9 +117,10 @@ def run_cells(
     deadline: float,
     say: Callable[[Outcome, float], None],
 ) -> bool:
-    """Run cells, as many side by side as the comparison says; whether all are complete. None starts that would not end
-    before the deadline (of time.monotonic()) if it took as long as the longest one did, and what goes on then is asked
-    to save and stop. say(outcome, seconds) is called at the end of each. Raises UserError as finish does."""
+    """Run cells, comparison.jobs side by side; -> whether all are complete. A cell starts only if it would end before
+    the deadline (of time.monotonic()) when it takes as long as the longest one so far. Runs in progress at the deadline
+    are asked to save and stop. say(outcome, seconds) is called at the end of each run. Raises UserError as finish
+    does."""
     waiting, running, longest, late = deque(cells), list[Process](), 0.0, False
     try:
         while waiting or running:

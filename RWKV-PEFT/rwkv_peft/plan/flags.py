@@ -1,4 +1,4 @@
-"""The flags of the plan: those of train.py, of which it needs no data, and --gpu."""
+"""The flags of the plan: those of train.py, with --data_file optional, and --gpu."""
 
 import argparse
 import re
@@ -34,12 +34,12 @@ def parse_flags(argv: list[str]) -> Flags:
     refusals = Refusals(mistakes)
     if args.gpu and args.accelerator == "cpu":
         refusals.add("--gpu plans for a GPU, and --accelerator cpu trains on none; leave one of them out")
-    world = World(args.num_nodes, args.devices)  # of a run somewhere else, however that is started
+    world = World(args.num_nodes, args.devices)  # the run may be planned for another machine, however it is started
     return flags_of(args, world, (), refusals)
 
 
 def memory_size(text: str) -> int:
-    """ "24GiB" -> bytes; the letters after the first are decoration, and without any they are GiB."""
+    """ "24GiB" -> bytes. Of the unit only the first letter counts: g or m in either case, GiB without one."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([gm]?)(?:i?b)?", text.lower())
     if found is None:
         raise argparse.ArgumentTypeError(f"{short(text)!r} is no size of a memory; write it as 24GiB")

@@ -1,6 +1,6 @@
-"""The further processes of a node: each lives no longer than the one that started it, however that one ends.
+"""Start the other processes of a node, which end when the process that started them is gone, however it ended.
 
-A process holds the other end of its children's standard input, which the system closes when the process is gone.
+That process holds the other end of their standard input, which the system closes when it is gone.
 """
 
 import os
@@ -20,13 +20,13 @@ FAREWELL = 30.0  # seconds that a process which is done may take to end
 
 
 class Processes:
-    """Those that this process started, by their ranks."""
+    """The processes that this one started, by their ranks."""
 
     def __init__(self) -> None:
         self.started: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(self, world: World, argv: Sequence[str], port: int) -> None:
-        """Start the others of this node on the same command line, to meet at `port`."""
+        """Start the other processes of this node on the same command line, to meet at `port`."""
         environment = os.environ | {
             "WORLD_SIZE": str(world.size),
             "LOCAL_WORLD_SIZE": str(world.devices),
@@ -42,7 +42,7 @@ class Processes:
             )
 
     def failed(self) -> tuple[int, str] | None:
-        """(rank, how it ended) of one that ended with an error."""
+        """Return (rank, how it ended) of a process that ended with an error, None if none did."""
         for rank, process in self.started.items():
             if code := process.poll():
                 how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
@@ -50,7 +50,7 @@ class Processes:
         return None
 
     def wait(self) -> None:
-        """Let those that are done end by themselves."""
+        """Wait until the processes, which are done, have ended; kill one that takes longer than FAREWELL."""
         for process in self.started.values():
             try:
                 process.wait(FAREWELL)
@@ -58,7 +58,7 @@ class Processes:
                 process.kill()
 
     def kill(self) -> None:
-        """End them now."""
+        """Kill the processes, and wait until they are gone."""
         for process in self.started.values():
             process.kill()
         for process in self.started.values():
@@ -66,8 +66,8 @@ class Processes:
 
 
 def end_with_parent() -> None:
-    """End this process when the one that started it is gone, whose other end of standard input is closed then; the
-    first of a node's children says so. A Ctrl-C is the parent's business."""
+    """Make this process end when the one that started it is gone, which closes standard input; the first of a node's
+    children prints a message. Ctrl-C is ignored here, because the parent handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     when_parent_ends(_end)
 
