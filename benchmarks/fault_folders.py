@@ -12,7 +12,8 @@ MODEL = ("--load_model", ROOT / "demo" / "rwkv6-demo.pth", "--data_file", "data"
 MODEL = (*MODEL, "--accelerator", "cpu", "--val_split", 0.2, "--precision", "fp32")
 # each after those before it, whose files it reads; the first training compiles its kernels
 COMMANDS = (
-    ("preprocess", "rows.txt", "--tokenizer", "bytes", "--split", "line", "--workers", 2, "--output", "data"),
+    ("preprocess", "many.txt", "--tokenizer", "bytes", "--split", "line", "--workers", 2, "--output", "many"),
+    ("preprocess", "rows.txt", "--tokenizer", "bytes", "--split", "line", "--output", "data"),
     ("train", *MODEL, "--epoch_steps", 2, "--epoch_count", 1, "--proj_dir", "run"),
     ("train", *MODEL, "--epoch_steps", 2, "--epoch_count", 1, "--proj_dir", "ranks", "--devices", 2),
     ("compare", "--methods", "bone", "--rank", 16, "--steps", 2, "--seeds", 1, "--output", "compared", "--", *MODEL),
@@ -29,7 +30,8 @@ def run_among_traps(folder):
 
     folder.mkdir()
     ran = set_traps(folder)
-    (folder / "rows.txt").write_text("a line that becomes tokens\n" * 200_000)  # enough for several workers
+    (folder / "many.txt").write_text("a line that becomes tokens\n" * 200_000)  # enough for several workers
+    (folder / "rows.txt").write_text("a line that becomes tokens\n" * 40)
     environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
     for words in COMMANDS:
         command = python_command("rwkv_peft", *map(str, words))
