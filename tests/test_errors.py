@@ -2,6 +2,7 @@
 
 import io
 import os
+import resource
 import signal
 import sys
 
@@ -23,6 +24,22 @@ def test_an_interrupt_ends_a_command_with_one_word(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         exit_on_user_error(interrupted)
     assert ended.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_limit_on_open_files_is_told(capsys):
+    """Such as two ranks under ulimit -n 24, whose pipes have no name."""
+
+    def opening(argv):
+        least, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, most))
+        try:
+            os.pipe()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (least, most))
+
+    with pytest.raises(SystemExit) as ended:
+        exit_on_user_error(opening)
+    assert ended.value.code == 2 and "ulimit -n 1024" in capsys.readouterr().err
 
 
 @pytest.fixture

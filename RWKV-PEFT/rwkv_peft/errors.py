@@ -21,6 +21,7 @@ UNSEEN = MappingProxyType(
         errno.ELOOP: "name another place",
     }
 )
+TOO_MANY_FILES = "this process may open no more files; raise its limit, as by ulimit -n 1024, and run again"
 INTERRUPTED = "interrupted"
 ENDINGS = MappingProxyType({signal.SIGTERM: "terminated", signal.SIGHUP: "ended: the terminal is gone"})
 # control characters other than tab and newline, and Unicode's marks that change the direction of writing
@@ -73,9 +74,10 @@ def short(text: str) -> str:
 def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
     """Run a command's `main(argv) -> int`, and exit.
 
-    A UserError becomes one message on stderr and exit code 2, and so do an OSError of UNSEEN about a file and output
-    that was lost. Ctrl-C gives INTERRUPTED and exit code 130, SIGTERM and a terminal that goes away (SIGHUP) their
-    words in ENDINGS and 143 and 129. The standard streams are Patient from then on (streams.py).
+    A UserError becomes one message on stderr and exit code 2, and so do an OSError of UNSEEN about a file, a limit on
+    open files that is reached, and output that was lost. Ctrl-C gives INTERRUPTED and exit code 130, SIGTERM and a
+    terminal that goes away (SIGHUP) their words in ENDINGS and 143 and 129. The standard streams are Patient from then
+    on (streams.py).
     """
     make_patient()
     try:
@@ -88,9 +90,12 @@ def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
         message, code = f"error: {error}", 2
     except OSError as error:  # any access to a file may find that its path is forbidden or malformed
         advice = UNSEEN.get(error.errno or 0)
-        if advice is None or error.filename is None:
+        if error.errno == errno.EMFILE:  # of a pipe or a socket it names no file
+            message, code = f"error: {TOO_MANY_FILES}", 2
+        elif advice is None or error.filename is None:
             raise
-        message, code = f"error: {short(str(error.filename))}: {str(error.strerror).lower()}; {advice}", 2
+        else:
+            message, code = f"error: {short(str(error.filename))}: {str(error.strerror).lower()}; {advice}", 2
     except (KeyboardInterrupt, Ended) as end:
         message, code = ending_of(end)
     sys.stdout.flush()
