@@ -22,6 +22,7 @@ from ..adapters.inject import count_parameters, inject
 from ..adapters.layer import AdapterLinear
 from ..adapters.methods import method_of
 from ..config import AdapterConfig, ModelConfig
+from ..fused import Setting, fuse
 from ..models.family import Family
 from ..models.parts import LanguageModel
 from ..names import STATE
@@ -119,16 +120,17 @@ class Step:
 
 @functools.cache
 def rehearse(
-    family: Family, model: ModelConfig, adapter: AdapterConfig, dtype: torch.dtype, device: str, grad_cp: bool
+    family: Family, model: ModelConfig, adapter: AdapterConfig, dtype: torch.dtype, setting: Setting, grad_cp: bool
 ) -> Step:
-    """The Step of a model (its dimensions) and an adapter; dtype that of weights and activations; device "cpu" or
-    "meta", which stands for a GPU. Allocates the weights of three blocks on a CPU, without writing to them."""
+    """The Step of a model (its dimensions) and an adapter; dtype that of weights and activations; setting what decides
+    about fusions, on the device "cpu" or "meta", which stands for a GPU. Allocates the weights of three blocks on a
+    CPU, without writing to them."""
     depth = min(DEPTH, model.n_layer)
-    shallow, length = max(1, depth - 1), TOKENS[device]
+    shallow, length = max(1, depth - 1), TOKENS[setting.device.type]
     batches = ((1, length), (1, 2 * length), (2, length))
     found = {
         (blocks, rows, tokens): step_bytes(
-            family, replace(model, n_layer=blocks), adapter, dtype, device, grad_cp, rows, tokens
+            family, replace(model, n_layer=blocks), adapter, dtype, setting, grad_cp, rows, tokens
         )
         for blocks in {shallow, depth}
         for rows, tokens in batches
@@ -149,14 +151,16 @@ def step_bytes(
     config: ModelConfig,
     adapter: AdapterConfig,
     dtype: torch.dtype,
-    device: str,
+    setting: Setting,
     grad_cp: bool,
     rows: int,
     tokens: int,
 ) -> tuple[int, int, int]:
     """Bytes of one step: kept for the backward pass, held by states until the loss is there, needed by the backward
     pass at once."""
+    device = setting.device
     model = build(family, replace(config, vocab_size=VOCABULARY), adapter, grad_cp).to(dtype).to_empty(device=device)
+    fuse(model, setting)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_drop)
