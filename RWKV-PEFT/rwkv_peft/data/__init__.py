@@ -1,1 +1,1 @@
-"""From text files to exact, resumable batches: tokenizer, binidx files, samples, batches."""
+"""Turns text files into exact, resumable batches: tokenizer, binidx files, samples, batches."""

@@ -1,7 +1,7 @@
-"""Rows of Arrow's formats, parquet files and folders that datasets.save_to_disk wrote, in lists of about a megabyte.
+"""Reads rows of parquet files and of folders that datasets.save_to_disk wrote, in lists of about a megabyte.
 
-Values are read as they are stored, and nothing is made of them: a date is its number, a picture its bytes or the
-address that it names. Every list of rows is measured before it is made.
+Values are read as they are stored: a date is its number, a picture its bytes or its address. The memory of each list is
+measured before it is made.
 """
 
 import struct
@@ -16,9 +16,9 @@ from ..files.settings_file import read_settings
 from .folders import SAVED, SPLITS, choose
 from .parquet_pages import largest_page
 
-PIECE_BYTES, PIECE_ROWS = 1 << 20, 1000  # of the rows that are made at once
-ROW_BYTES = 1 << 26  # that a row may take
-BATCH_BYTES = 1 << 29  # that may be unpacked at once
+PIECE_BYTES, PIECE_ROWS = 1 << 20, 1000  # the size of a list of rows
+ROW_BYTES = 1 << 26  # the most that a row may take
+BATCH_BYTES = 1 << 29  # the most that may be unpacked at once
 VALUE = 16  # bytes that a value takes besides its own
 HEADER, ROWS, COMPRESSION = 2, 1, 3  # fields of Arrow's tables Message, DictionaryBatch and RecordBatch
 Row = dict[str, Any]
@@ -35,13 +35,13 @@ def import_pyarrow(path: Path) -> ModuleType:
 
 
 def parquet_rows(path: Path) -> Iterator[list[Row]]:
-    """The rows of a parquet file, in lists. Raises UserError."""
+    """Yield the rows of a parquet file in lists. Raises UserError for a damaged file, or too large a page or row."""
     arrow = import_pyarrow(path)
     try:
         metadata = arrow.parquet.read_metadata(path)
         columns = (metadata.schema.column(number) for number in range(metadata.num_columns))
         lists = [column for column in columns if column.max_repetition_level and column.physical_type == "BYTE_ARRAY"]
-        # a row may hold any number of texts, and one that is stored once stays so until the row is measured
+        # a row may repeat a stored text any number of times; as a dictionary it stays one text until it is measured
         texts = [column.path for column in lists if column.logical_type.type != "DECIMAL"]
         count = BATCH_BYTES // max(1, largest_page(path, metadata))
         file = arrow.parquet.ParquetFile(path, read_dictionary=texts)
@@ -54,7 +54,8 @@ def parquet_rows(path: Path) -> Iterator[list[Row]]:
 
 
 def saved_rows(path: Path, split: str) -> Iterator[list[Row]]:
-    """The rows of a folder that datasets.save_to_disk wrote, in lists; of several splits, of one. Raises UserError."""
+    """Yield the rows of a folder that datasets.save_to_disk wrote, in lists; if it has several splits, those of
+    `split`. Raises UserError for a folder that is damaged, incomplete, compressed, or in an order of its own."""
     arrow = import_pyarrow(path)
     if (path / SPLITS).is_file():
         splits = settings(path / SPLITS).get("splits")
@@ -77,7 +78,7 @@ def saved_rows(path: Path, split: str) -> Iterator[list[Row]]:
                     raise UserError(f"{file} is packed, which datasets never does; save the folder anew")
                 mapped.seek(0)
                 for batch in arrow.ipc.open_stream(mapped):
-                    batch.validate(full=True)  # places outside of the file are not looked at before
+                    batch.validate(full=True)  # nothing has checked for places outside the file yet
                     if isinstance(kept, list):
                         batch = batch.select([column for column in batch.schema.names if column in kept])
                     yield from pieces(file, batch)
@@ -88,20 +89,20 @@ def saved_rows(path: Path, split: str) -> Iterator[list[Row]]:
 
 
 def is_own(name: object) -> bool:
-    """Whether a name that a folder's JSON holds is that of something in the folder."""
+    """Return whether a name in a folder's JSON is one of something directly in the folder."""
     return isinstance(name, str) and Path(name).name == name != ".." and name.isprintable()
 
 
 def is_packed(message: Any) -> bool:
-    """Whether the bytes of a message of an Arrow stream are compressed, and would be unpacked to the length that they
-    name; what tells it is a field of the message's FlatBuffers table that pyarrow has checked and does not show."""
+    """Return whether a message of an Arrow stream is compressed, because it would be unpacked to any length that it
+    names. A field of the message's FlatBuffers table says so, which pyarrow has checked but does not show."""
     data = message.metadata.to_pybytes()
 
     def follow(place: int) -> int:
         return place + int(struct.unpack_from("<I", data, place)[0])
 
     def field(table: int, number: int) -> int:
-        """Where a table has a field, 0 where it has none."""
+        """The place of a field of a table, 0 if the table lacks it."""
         fields = table - int(struct.unpack_from("<i", data, table)[0])
         place = 4 + 2 * number
         known = place < struct.unpack_from("<H", data, fields)[0]
@@ -115,12 +116,12 @@ def is_packed(message: Any) -> bool:
 
 
 def settings(path: Path) -> Row:
-    """The object in a JSON file of a datasets folder. Raises UserError."""
+    """Read the object in a JSON file of a datasets folder. Raises UserError if it is missing or holds none."""
     return read_settings(require_readable(path, f"{path} is missing; copy the folder again", again=True))
 
 
 def damages(arrow: ModuleType) -> tuple[type[Exception], ...]:
-    """What pyarrow raises for files that are broken, and parquet_pages.py."""
+    """The exceptions that pyarrow and parquet_pages.py raise for broken files."""
     return (
         arrow.ArrowException,
         OSError,
@@ -135,7 +136,7 @@ def damages(arrow: ModuleType) -> tuple[type[Exception], ...]:
 
 
 def pieces(path: Path, batch: Any) -> Iterator[list[Row]]:
-    """A batch's rows in lists of about PIECE_BYTES. Raises UserError for a row of more than ROW_BYTES."""
+    """Yield a batch's rows in lists of about PIECE_BYTES. Raises UserError for a row of more than ROW_BYTES."""
     size = sum(map(taken, batch.columns))
     if size > ROW_BYTES and len(batch) == 1:
         raise UserError(f"{path}: a row takes {size:,} bytes, and at most {ROW_BYTES:,} are read; split it")
@@ -154,7 +155,7 @@ def pieces(path: Path, batch: Any) -> Iterator[list[Row]]:
 
 
 def taken(array: Any) -> int:
-    """The bytes that the values of an array take as rows, each text as often as it stands there."""
+    """The bytes that the values of an array take as rows; a repeated text counts each time."""
     from pyarrow import compute, types
 
     kind, own = array.type, VALUE * len(array)
@@ -170,14 +171,14 @@ def taken(array: Any) -> int:
 
 
 def plain(array: Any) -> Any:
-    """An array with the numbers that dates, times and the like are stored as in their place, and each text in its own;
-    None for one of kinds that no row is read from."""
+    """Convert an array to its stored values: dates, times and the like become numbers, dictionaries their values. None
+    for an array of a type that rows are not read from."""
     kind = plain_type(array.type)
     return None if kind is None else array if kind == array.type else array.cast(kind)
 
 
 def plain_type(kind: Any) -> Any:
-    """The type that the values of an Arrow type are stored as, None for one that no row is read from."""
+    """The type as which values of an Arrow type are stored, None for a type that rows are not read from."""
     import pyarrow as arrow
     from pyarrow import types
 
@@ -201,7 +202,7 @@ def plain_type(kind: Any) -> Any:
 
 
 def is_text(kind: Any) -> bool:
-    """Whether a type is text or bytes, each value in its own place."""
+    """Return whether a type is text or bytes, stored value by value."""
     from pyarrow import types
 
     tests = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary, types.is_fixed_size_binary)

@@ -1,4 +1,4 @@
-"""Rows that cannot be read: how many of each kind, and the first of each."""
+"""Counts rows that cannot be read by kind, and keeps the first of each."""
 
 import re
 from collections import Counter
@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from ..cli import counted
 from ..errors import visible
 
-MOST_KINDS = 100  # that are told apart
+MOST_KINDS = 100  # kinds that are told apart
 SHOWN = 8  # kinds that a message lists
-VARIES = re.compile(r"'[^']*'|\"[^\"]*\"|\(.*\)|\d+")  # what messages of one kind quote, each its own
+VARIES = re.compile(r"'[^']*'|\"[^\"]*\"|\(.*\)|\d+")  # the parts in which messages of one kind differ
 
 
 class BadRows:
-    """Counts by kind, in the order in which the kinds came up; messages of one kind differ in what they quote alone."""
+    """Counts rows by kind, in the order in which the kinds came up; messages of one kind differ only in VARIES."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -36,7 +36,7 @@ class BadRows:
         return bool(self.counts)
 
     def lines(self, what: str = "") -> Iterator[str]:
-        """A heading, in which the count is followed by `what`, and a line of each kind, the most frequent first."""
+        """Yield a heading, with `what` behind the count, and a line for each of the SHOWN most frequent kinds."""
         total, kinds = self.counts.total(), self.counts.most_common(SHOWN)
         which = f", of {len(self.counts)} kinds, the first of each" if len(self.counts) > 1 else ", the first of them"
         yield f"{counted(total, 'bad row')}{what}{which if total > 1 else ''}:"

@@ -1,4 +1,4 @@
-"""Batches for training: one global sample cursor, read ahead in a thread, exact to resume."""
+"""Makes batches from one global sample cursor, read ahead in a thread, so that a run resumes exactly."""
 
 import queue
 import threading
@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 
 
 class Ended(NamedTuple):
-    """What comes behind the last item: the exception that ended them, None where there are no more."""
+    """Follows the last item: the exception that ended the items, None if there are no more."""
 
     error: BaseException | None
 
@@ -25,16 +25,18 @@ class TrainBatches:
     With the cursor at c when an optimizer step begins, row b of micro batch a on rank r is sample
     c + (a * world_size + r) * micro_bsz + b, and the step moves the cursor by
     micro_bsz * world_size * accumulate: every number of ranks, rows and micro batches with the same
-    product reads the same samples in the same step, given the same order of samples. That depends on the seed, and
-    with --dataload pad also on whether rows share a batch (micro_bsz above 1, samples.py): there, 1 row x 8 micro
-    batches reads others than 8 rows x 1, and 2 x 4 the same as 8 x 1.
+    product reads the same samples in the same step, given the same order of samples. The order depends on the seed, and
+    with --dataload pad also on whether rows share a batch (micro_bsz above 1, samples.py): then 1 row x 8 micro batches
+    reads other samples than 8 rows x 1, but 2 x 4 reads the same as 8 x 1.
 
-    Each batch is a dict: tokens, targets int64 (B, T), mask bool (B, T) (targets that count; rows
-    are padded with token 0, which never counts), counted int64 (n,), where the mask is true in B * T:
-    a GPU would have to be waited for to tell, step_count (counted targets of the whole optimizer
-    step, over all ranks and micro batches), samples_seen (the cursor once this batch is done; it
-    moves with a step's last micro batch). Packed samples lie one behind the other in a single row,
-    with cu_seqlens int64 (documents + 1,), the positions where they begin and the end.
+    Each batch is a dict:
+    - tokens, targets: int64 (B, T)
+    - mask: bool (B, T), the targets that count; rows are padded with token 0, which never counts
+    - counted: int64 (n,), the positions in B * T of these targets, made here because a GPU would have to be waited for
+    - step_count: the counted targets of the whole optimizer step, over all ranks and micro batches
+    - samples_seen: the cursor once this batch is done; it moves with a step's last micro batch
+    - cu_seqlens: int64 (documents + 1,), only if samples are lists of documents, which lie one behind the other in a
+      single row: the positions where they begin, and the end
 
     samples_seen is the cursor of the batches handed out, not of those read ahead, and always stands at
     the beginning of an optimizer step.
@@ -72,12 +74,12 @@ class TrainBatches:
         return batch | {"samples_seen": cursor + self.step_samples if last else cursor}
 
     def first_counted(self) -> TrainBatch:
-        """The first micro batch of which a target counts; one at least does in what build_samples gives."""
+        """The first micro batch with a target that counts; samples of build_samples have at least one."""
         starts = range(0, len(self.samples), self.micro_bsz)
         return self.batch(next(n for n in starts if any(map(self.samples.count, range(n, n + self.micro_bsz)))), 0)
 
     def step_count(self, cursor: int) -> int:
-        """Counted targets of the optimizer step that begins at sample `cursor`."""
+        """The counted targets of the optimizer step that begins at sample `cursor`."""
         return sum(self.samples.count(n) for n in range(cursor, cursor + self.step_samples))
 
     def _batches(self) -> Iterator[TrainBatch]:
@@ -96,10 +98,10 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """Every sample once, for one rank of world_size: validation.
+    """Yields every sample once, for one rank of world_size, for validation.
 
-    Batches are dicts of tokens, targets, mask and counted as TrainBatches gives them. All ranks get the same
-    number of batches, as collective operations need; rows that fill up the last ones do not count.
+    Batches are dicts of tokens, targets, mask, counted and cu_seqlens as TrainBatches gives them. All ranks get the
+    same number of batches, because collective operations need it; rows that fill up the last ones do not count.
     """
 
     def __init__(self, samples: Samples, micro_bsz: int, rank: int = 0, world_size: int = 1) -> None:
@@ -124,7 +126,7 @@ class EvalBatches:
 
 
 def collate(rows: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    """[(tokens (T_i + 1,), mask (T_i,))] -> tokens, targets, mask, each (B, T), T the longest, and counted.
+    """Make a batch: [(tokens (T_i + 1,), mask (T_i,))] -> tokens, targets, mask (B, T), T the longest, and counted.
 
     Rows that are lists of such documents give (1, sum of T_i) and cu_seqlens.
     """
@@ -156,15 +158,15 @@ def collate_packed(documents: Sequence[Document]) -> dict[str, torch.Tensor]:
 
 
 def positions(mask: torch.Tensor) -> torch.Tensor:
-    """Where a mask (B, T) is true, in its B * T elements: int64 (n,)."""
+    """The positions at which a mask (B, T) is true, in its B * T elements: int64 (n,)."""
     return mask.flatten().nonzero()[:, 0]
 
 
 def read_ahead(iterable: Iterable[Item], depth: int) -> Iterator[Item]:
     """Yield from `iterable`, which a thread keeps `depth` items ahead (0: no thread).
 
-    The iterable's exceptions are raised here. The thread ends when the generator is closed, and with
-    the interpreter: a daemon thread would be cut off inside torch, which can abort the process.
+    The iterable's exceptions are raised here. The thread ends when the generator is closed or the main thread ends; it
+    is no daemon, because a daemon would be cut off inside torch, which can abort the process.
     """
     if depth == 0:
         yield from iterable
@@ -173,7 +175,7 @@ def read_ahead(iterable: Iterable[Item], depth: int) -> Iterator[Item]:
     stop = threading.Event()
 
     def put(item: Item | Ended) -> bool:
-        """Whether the consumer is still there to take it."""
+        """Hand an item to the consumer; -> whether the consumer is still there."""
         while not stop.is_set() and threading.main_thread().is_alive():
             try:
                 ready.put(item, timeout=0.1)

@@ -38,12 +38,12 @@ TOKEN_TYPES = MappingProxyType({1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 
 
 
 def dtype_code(vocab_size: int) -> int:
-    """The token code for a vocabulary: uint16 (8) where it fits, else int32 (4)."""
+    """The token code for a vocabulary: uint16 (8) if it fits, else int32 (4)."""
     return 8 if vocab_size <= 65536 else 4
 
 
 def map_file(path: str | Path, dtype: DTypeLike) -> np.ndarray:
-    """A file as a read-only 1-D array; a plain one, whose slices cost less than np.memmap's own."""
+    """Map a file as a read-only 1-D array; it is a plain one because slices of np.memmap cost more."""
     return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
 
 
@@ -66,11 +66,11 @@ class BinidxDataset:
         self.mapped = {path: os.stat(path) for path in mapped}
 
     def require_unchanged(self) -> None:
-        """Raise UserError where a file has another length than when it was opened: reading what is no longer there
-        would end the process by a signal. One that was written since, or touched, is warned of, once; one that another
-        took the name of is read on."""
+        """Raise UserError if a file has another length than when it was opened, because reading a part that is gone
+        would end the process by a signal. Warn, once, of a file that was written or touched since. If another file took
+        its name, the old one is read on."""
         for path, before in self.mapped.items():
-            with suppress(OSError):  # of a name that is gone
+            with suppress(OSError):  # the name is gone
                 now = os.stat(path)
                 if not os.path.samestat(now, before):
                     continue
@@ -96,16 +96,17 @@ class BinidxDataset:
         return self.tokens[start : start + int(self.sizes[index])]
 
     def start(self, index: int) -> int:
-        """Where document `index` begins in `tokens`."""
+        """The position in `tokens` at which document `index` begins."""
         return int(self.pointers[index]) // self.dtype.itemsize
 
     def document_at(self, position: int) -> int:
         """The document that holds the token at `position`."""
-        # numpy's search would copy all pointers first, as they do not lie at multiples of eight bytes in the file
+        # numpy's search would copy all pointers first, because they are not aligned to eight bytes in the file
         return bisect_right(self.pointers, position * self.dtype.itemsize) - 1
 
     def check_vocab(self, vocab_size: int) -> None:
-        """UserError where a token is not below vocab_size; reads .bin once unless its type rules it out."""
+        """Raise UserError if a token is negative or not below vocab_size; read .bin once unless its dtype rules that
+        out."""
         if self.dtype.kind == "u" and np.iinfo(self.dtype).max < vocab_size:
             return
         for start in range(0, len(self.tokens), CHUNK):
@@ -134,7 +135,7 @@ class BinidxDataset:
                 "meant; tokenize it with rwkv-peft preprocess, or give --data_type sft, or pairs for rows of a chosen "
                 "and a rejected answer"
             )
-        missing = self.prefix if self.prefix.endswith(ENDINGS) else path  # the rows that a PREFIX was to be made of
+        missing = self.prefix if self.prefix.endswith(ENDINGS) else path  # a missing file of rows, in place of a PREFIX
         require_readable(
             path, f"{missing}: no such file; a data set is a PREFIX.bin with its PREFIX.idx; {REMEDY}", again=True
         )
@@ -171,7 +172,7 @@ class BinidxDataset:
         self._check_boundaries(raw[pointers_end:].view("<i8"), count)
 
     def _check_documents(self) -> None:
-        """Documents lie one after the other: pointers are the running sum of the sizes."""
+        """Raise UserError unless documents lie one after the other: pointers are the running sum of the sizes."""
         expected = 0
         for start in range(0, len(self.sizes), CHUNK):
             sizes = self.sizes[start : start + CHUNK].astype(np.int64)
@@ -223,13 +224,13 @@ class BinidxDataset:
 
 
 class BinidxWriter:
-    """Writes PREFIX.bin, PREFIX.idx, with mask=True PREFIX.mask, and PREFIX.json where its text is given as `record`; a
+    """Writes PREFIX.bin, PREFIX.idx, PREFIX.mask if mask=True, and PREFIX.json if its text is given as `record`; a
     context manager.
 
-    The files appear, whole, when the block ends without an exception, the index last; until then they are hidden
-    temporary files in the same folder, removed when the block fails, and by the next writer there where the process was
-    killed. A mask that counts every token is not kept: it says nothing. Raises UserError where another process is
-    writing the same data set, and for what the disk refuses.
+    The files appear, whole, when the block ends without an exception, the index last. Until then they are hidden
+    temporary files in the same folder, which are removed if the block fails, or by the next writer there if the process
+    was killed. A mask that counts every token is not kept, because it says nothing. Raises UserError if another process
+    is writing the same data set, and if the files cannot be written.
     """
 
     def __init__(
@@ -257,7 +258,7 @@ class BinidxWriter:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Hold the data set against other writers."""
+        """Lock the data set against other writers."""
         path = Path(self.prefix)
         with ExitStack() as stack:
             try:
@@ -269,7 +270,7 @@ class BinidxWriter:
             yield
 
     def add(self, tokens: ArrayLike, mask: ArrayLike | None = None) -> None:
-        """Append one document: token ids (n,), and its mask (n,) where the writer keeps one."""
+        """Append one document: token ids (n,), and its mask (n,) if the writer was made with mask=True."""
         tokens = np.asarray(tokens)
         info = np.iinfo(self.dtype)
         if len(tokens) and not (tokens.min() >= 0 and tokens.max() <= info.max):
@@ -288,7 +289,7 @@ class BinidxWriter:
     ) -> None:
         """Append documents given as bytes: tokens in this writer's dtype, and a byte of mask a token.
 
-        With continues=True the first of them goes on with the document before.
+        With continues=True the first of them continues the document before.
         """
         if (mask is not None) != self.with_mask:
             raise ValueError("a mask is given exactly where the writer was made with mask=True")
@@ -314,13 +315,13 @@ class BinidxWriter:
     ) -> bool | None:
         if kind is not None:
             return self._stack.__exit__(kind, error, trace)
-        with self._stack:  # which tells of what the system refuses
+        with self._stack:  # turns failures to write into UserErrors
             self._finish()
         return False
 
     def _finish(self) -> None:
-        """Give the files their names. The old index goes first and the new one comes last, so that a kill in between
-        leaves a set that is refused, not one of two halves."""
+        """Give the files their names. The old index is removed first and the new one comes last, so that a kill in
+        between leaves a set that is refused, not one that mixes old and new."""
         self._write_index(self._files[".idx"])
         for file in self._files.values():
             file.flush()

@@ -1,4 +1,4 @@
-"""Rows of .csv and .tsv files."""
+"""Reads rows of .csv and .tsv files."""
 
 import csv
 from collections import Counter
@@ -8,14 +8,14 @@ from pathlib import Path
 from ..errors import UserError, short, told
 
 DELIMITERS = ",;\t"
-MOST_CHARACTERS = 1 << 24  # of a cell; without a bound a quote that nothing closes takes in all that follows
+MOST_CHARACTERS = 1 << 24  # of a cell; without a bound an unclosed quote would take in all that follows
 
 
 def csv_rows(path: Path) -> Iterator[dict[str, str] | UserError]:
-    """Yield each row by the names of the first line, or the UserError of a row that has other cells than names.
+    """Yield each row as {name in the first line: cell}, or a UserError for a row with more or fewer cells than names.
 
-    Cells are parted by the one of DELIMITERS that the first line has most of. Raises UserError where the file cannot be
-    read on.
+    Cells are separated by the one of DELIMITERS that is most frequent in the first line. Raises UserError if the file
+    cannot be read on.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -35,7 +35,8 @@ def csv_rows(path: Path) -> Iterator[dict[str, str] | UserError]:
 
 
 def named(rows: Iterator[list[str]], path: Path) -> Iterator[dict[str, str] | UserError]:
-    """Each row behind the first by the names in that; blank lines are left out."""
+    """Yield each row after the first, as csv_rows does; blank lines are left out. Raises UserError if the first row
+    has a name twice."""
     names = [name.strip() for name in next(rows, [])]
     if twice := [name for name, number in Counter(names).items() if number > 1]:
         raise UserError(f"{path}: the first line names {short(twice[0])!r} twice; give each column a name of its own")

@@ -1,4 +1,4 @@
-"""Chunks of rows -> tokens and masks."""
+"""Encodes chunks of rows as tokens and masks."""
 
 import hashlib
 import json
@@ -22,11 +22,11 @@ from .tokenizer import load_tokenizer, utf8
 from .turns import TURN_END, Segment
 
 Piece = tuple[list[int], bool]  # the tokens of a text, and whether they count in the loss
-Documents = list[list[Segment]]  # of one row
+Documents = list[list[Segment]]  # the documents of one row
 
 
 class Remedies(NamedTuple):
-    """What mends a mistake, in the flags of the command that reads the rows."""
+    """The remedies for mistakes, in the flags of the command that reads the rows."""
 
     unknown_form: str
     no_end: str
@@ -39,22 +39,27 @@ REMEDIES = MappingProxyType(
         "pairs": Remedies("name others with --sft_field", "take one that does"),
     }
 )
-# a turn in front of an answer, of which nothing but the speaker's name is there
+# a turn before an answer that has only its speaker's name
 EMPTY_TURN = re.compile(r"(?:^|\n\n)(?:System|User|Tool|Question|Instruction): *(?:\n\n|$)")
-MOST_DIGESTS = 1 << 24  # rows among which repeated ones are looked for, in 8 bytes each
+MOST_DIGESTS = 1 << 24  # rows that are compared to find repeated ones; each takes 8 bytes
 
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """How rows become documents.
+    """The settings by which rows become documents.
 
-    tokenizer as load_tokenizer takes it; end_token ends each document with the tokenizer's end_id;
-    fields names the row's text (one field) or its prompt and answer (two) where they are not
-    recognised; template is the text of a template; think ("", "on", "off") is how answers of chats are opened
-    (thinking.py); skip_bad_rows leaves out rows that cannot be read, which are refused otherwise. max_tokens (0: no
-    limit) bounds a document: "left" removes tokens from the front of the prompt, and then from the end of the answer;
-    "skip" leaves the document out. command, one of REMEDIES, is the one whose flags messages name. With "pairs" each
-    row is two documents, its better and its worse answer (pairs.py).
+    - tokenizer: a name or path for load_tokenizer
+    - end_token: whether each document ends with the tokenizer's end_id
+    - fields: the field of the row's text, or those of its prompt and answer, or of its prompt, better and worse answer,
+      if they are not to be recognised
+    - template: the text of a template
+    - think: how answers of chats are opened, "", "on" or "off" (thinking.py)
+    - skip_bad_rows: leave out rows that cannot be read, which are refused otherwise
+    - max_tokens: the most that a document may have (0: no limit)
+    - too_long: "left" removes tokens from the front of a longer document's prompt, and then from the end of its answer;
+      "skip" leaves the document out
+    - command: the key of REMEDIES whose flags messages name; with "pairs" each row is two documents, its better and its
+      worse answer (pairs.py)
     """
 
     tokenizer: str = "world"
@@ -81,11 +86,11 @@ COUNTS = tuple(
 class Encoded:
     """Documents as bytes: tokens in the writer's dtype, a mask byte for each, sizes in tokens.
 
-    characters of text were read. bad are the rows that cannot be read; empty, shortened and too_long count documents,
-    or pairs of them; equal those whose answers are the same, bare those that lack a prompt or an answer. Of the rows
-    that are written, wordless counts those in which an answer is empty, unanswered those without an answer, blank those
-    in which another turn is empty, dialogues the texts that hold questions and answers; thinking and at_once those with
-    thinking and without, where it is asked for; digests has a hash of each.
+    characters of text were read, and bad holds the rows that cannot be read. Counts of documents, or of pairs: empty,
+    shortened and too_long ones; equal pairs, whose answers are the same; bare pairs, which lack a prompt or an answer.
+    Counts of rows that are written: wordless with an empty answer, unanswered without an answer, blank with another
+    empty turn, dialogues for texts that hold questions and answers; thinking and at_once for rows with thinking and
+    without, if it is asked for. digests has a hash of each row that is written.
     """
 
     sizes: list[int] = field(default_factory=list)
@@ -108,7 +113,7 @@ class Encoded:
     at_once: int = 0
 
     def add_counts(self, other: "Encoded") -> None:
-        """Add another's counts, but not its documents."""
+        """Add another's counts, bad rows and digests, but not its documents."""
         for name in COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.bad.add_all(other.bad)
@@ -116,12 +121,12 @@ class Encoded:
 
     @property
     def repeated(self) -> int:
-        """How many rows are the same as one before them."""
+        """The number of rows that are the same as one before them."""
         return len(self.digests) - len(np.unique(np.array(self.digests, dtype=np.uint64)))
 
 
 def encode_chunk(chunk: Chunk, settings: EncodeSettings, judge: bool = False) -> Encoded:
-    """Chunk -> Encoded; judge looks for bad rows, and makes no documents."""
+    """Encode a chunk; with judge, only look for bad rows and make no documents."""
     return encoder(settings).encode(chunk, judge)
 
 
@@ -163,8 +168,8 @@ class Encoder:
             self.layout = lambda row, think: [segments(row, think)]
 
     def documents(self, row: object) -> Documents:
-        """A row's documents; one that holds no thinking where that is asked for is laid out as an answer at once, and a
-        pair where either has none: both answer the same prompt."""
+        """The documents of a row. If thinking is asked for and the row holds none, its answer is laid out as one at
+        once; if either answer of a pair holds none, both are, because they answer the same prompt."""
         found = self.layout(row, self.settings.think)
         if self.settings.think != "on" or all(map(thinks, found)):
             return found
@@ -196,7 +201,7 @@ class Encoder:
         return result
 
     def _count(self, documents: Documents, result: Encoded) -> None:
-        """Count what is told of a row that is written."""
+        """Count what report.py tells of a row that is written."""
         learned = [[text for text, counts in document if counts] for document in documents]
         result.unanswered += not all(learned)
         result.wordless += all(learned) and not all(text.strip() or text == TURN_END for one in learned for text in one)
@@ -212,7 +217,7 @@ class Encoder:
         self, documents: list[list[Piece]], chunk: Chunk, result: Encoded, tokens: "array[int]", mask: bytearray
     ) -> bool:
         """Append the documents of a row, or a piece of one, [(ids, counts)] each, to the chunk's tokens and mask; ->
-        whether they were to be."""
+        False if they are left out."""
         if not chunk.continues and not any(ids for pieces in documents for ids, _ in pieces):
             result.empty += 1
             return False
@@ -238,30 +243,31 @@ class Encoder:
 
 
 def judged(text: str) -> list[int]:
-    """No tokens. Raises UserError for a text of which there are none."""
+    """Return no tokens. Raises UserError for a text that is not Unicode."""
     utf8(text)
     return []
 
 
 def asked_and_answered(document: list[Segment]) -> bool:
-    """Whether a document has words that do not count before some that do."""
+    """Return whether a document begins with a text that does not count, and has words that do."""
     (prompt, counts), *_ = document
     return bool(prompt and not counts) and any(text.strip() for text, counts in document if counts)
 
 
 def has_empty_turn(document: list[Segment]) -> bool:
-    """Whether a turn in front of an answer of a document has no words."""
+    """Return whether a turn before an answer of a document has no words."""
     turns = (text if not counts or text == TURN_END or text.endswith(":") else "…" for text, counts in document)
     return EMPTY_TURN.search("".join(turns)) is not None
 
 
 def length(pieces: list[Piece]) -> int:
-    """The tokens of a document."""
+    """The number of tokens of a document."""
     return sum(len(ids) for ids, _ in pieces)
 
 
 def shorten(pieces: list[Piece], excess: int, limit: int) -> list[Piece]:
-    """Remove `excess` tokens of the prompt's front, or all but its last, and what is then beyond `limit` at the end."""
+    """Remove `excess` tokens from the front of the prompt, but not its last, and then from the end those beyond
+    `limit`."""
     prompt = 0
     for ids, counts in pieces:
         if counts:
@@ -283,8 +289,8 @@ def shorten(pieces: list[Piece], excess: int, limit: int) -> list[Piece]:
 
 
 def parse(item: object) -> Any:
-    """A line of JSON, or a row that is read already -> the row. Raises UserError, as that of a row which could not be
-    read."""
+    """Parse a line of JSON; a row that is already read stays as it is. Raises UserError for a line that is not JSON,
+    and the UserError that stands for a row that could not be read."""
     if isinstance(item, UserError):
         raise item
     if not isinstance(item, bytes):

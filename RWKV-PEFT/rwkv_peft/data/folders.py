@@ -1,4 +1,4 @@
-"""Folders of rows: the files that hold them, and the splits that the files' names tell."""
+"""Finds the files of rows in a folder, and their splits by the files' names."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from ..errors import UserError
 
-ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".csv", ".tsv", ".parquet")  # no .json, which settings have, too
+ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".csv", ".tsv", ".parquet")  # not .json, which settings have, too
 TRAIN = "train"
 WORDS = MappingProxyType(  # in the name of a file -> its split
     {
@@ -22,18 +22,19 @@ WORDS = MappingProxyType(  # in the name of a file -> its split
         "testing": "test",
     }
 )
-HELD_OUT = ("validation", "valid", "val", "dev", "test")  # splits to validate on, the first that there is
+HELD_OUT = ("validation", "valid", "val", "dev", "test")  # splits to validate on, the first that exists
 SAVED, SPLITS = "state.json", "dataset_dict.json"  # one of them lies in what datasets.save_to_disk wrote
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether datasets.save_to_disk wrote a folder."""
+    """Return whether datasets.save_to_disk wrote a folder."""
     return (folder / SAVED).exists() or (folder / SPLITS).exists()
 
 
 def row_files(folder: Path) -> dict[str, list[Path]]:
-    """{split: files of rows} of a folder, or else of the one folder in it that has some; a name without one of WORDS is
-    of the split train. {} where there is none. Raises UserError where more than one choice is left."""
+    """The {split: files of rows} of a folder or, if it has none, of the one folder in it that has some; {} if there are
+    none. A file whose name has none of WORDS is of the split train. Raises UserError for files of several kinds, and
+    for several such folders."""
     if found := files_in(folder):
         kinds = sorted({ending_of(path) for path in found})
         if len(kinds) > 1:
@@ -52,7 +53,8 @@ def row_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def choose(splits: Iterable[str], name: str, folder: Path) -> str:
-    """The split of that name; without one train, or the only one. Raises UserError where there is none such."""
+    """The split called name; without a name the only split, or else train. Raises UserError if there is no such
+    split."""
     splits = list(splits)
     chosen = name or (splits[0] if len(splits) == 1 else TRAIN)
     if chosen not in splits:
@@ -61,7 +63,7 @@ def choose(splits: Iterable[str], name: str, folder: Path) -> str:
 
 
 def held_out_split(path: str | Path) -> str:
-    """The split to validate on of a folder that has several, "" of any other and of files."""
+    """The split to validate on, one of HELD_OUT, in a folder of several splits; "" if there is none, and for a file."""
     folder = Path(path)
     if not folder.is_dir():
         return ""
@@ -70,8 +72,8 @@ def held_out_split(path: str | Path) -> str:
 
 
 def saved_splits(folder: Path) -> list[str]:
-    """The splits that datasets.save_to_disk wrote; [] where it wrote one data set, or the file that tells cannot be
-    read, as reading the folder itself will say."""
+    """The splits that datasets.save_to_disk wrote; [] if it wrote one data set, or if the file that names them cannot
+    be read (an error when the folder itself is read)."""
     try:
         splits = json.loads((folder / SPLITS).read_bytes())["splits"]
     except (OSError, ValueError, TypeError, KeyError):
@@ -80,7 +82,7 @@ def saved_splits(folder: Path) -> list[str]:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The files of rows that lie in a folder itself, by name."""
+    """The files of rows directly in a folder, by name."""
     return [path for path in below(folder) if ending_of(path) and path.is_file()]
 
 

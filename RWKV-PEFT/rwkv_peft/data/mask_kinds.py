@@ -1,4 +1,4 @@
-"""Which --loss_mask is meant, and whether it has what it needs: judged before any token is read."""
+"""Chooses the default --loss_mask, and checks that its markers are given, before any token is read."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ from .prefix import binidx_prefix
 
 
 def default_mask(prefix: str | Path) -> str:
-    """The --loss_mask of token files for which none is given: that of their .mask file where there is one."""
+    """The --loss_mask of token files if none is given: "file" if they have a .mask file, else "none"."""
     return "file" if Path(binidx_prefix(prefix) + ".mask").is_file() else "none"
 
 
 def require_markers(config: DataConfig) -> None:
-    """Raise UserError where config.loss_mask is one that markers delimit, and they are not given."""
+    """Raise UserError if config.loss_mask needs markers that are not given."""
     kind = config.loss_mask
     if kind in ("qa", "se") and not config.mask_id:
         raise UserError(

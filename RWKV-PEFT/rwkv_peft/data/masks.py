@@ -1,7 +1,7 @@
-"""Which targets count in the loss: all, those of a .mask file, or those between token markers.
+"""Masks select the targets that count in the loss: all, those of a .mask file, or those between token markers.
 
-A mask is a function (start, stop) -> bool (stop - start,): whether each token of the data set's
-stream in [start, stop) counts when it is the target.
+A mask is a function (start, stop) -> bool (stop - start,), true for each token in [start, stop) of the data set's
+stream that counts when it is the target.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,12 +16,12 @@ from .mask_kinds import require_markers
 
 Mask = Callable[[int, int], np.ndarray]  # (start, stop) -> bool (stop - start,)
 CHUNK = 1 << 24
-LOOK_BACK = 1 << 12  # tokens before a window in which its marker is looked for first
+LOOK_BACK = 1 << 12  # tokens before a window that are searched first for its marker
 
 
 def describe_mask(dataset: BinidxDataset, config: DataConfig) -> str:
-    """Which tokens of a BinidxDataset count, in a line; the .mask file is counted piece by piece. Raises UserError
-    where it counts none."""
+    """Describe in a line which tokens of a BinidxDataset count; a .mask file is counted piece by piece. Raises
+    UserError if it counts none."""
     total, kind = len(dataset.tokens), config.loss_mask
     if kind in ("qa", "se"):
         return f"loss on what stands behind --mask_id {' '.join(map(str, config.mask_id))} (--loss_mask {kind})"
@@ -39,12 +39,12 @@ def describe_mask(dataset: BinidxDataset, config: DataConfig) -> str:
 
 
 def make_mask(dataset: BinidxDataset, config: DataConfig) -> Mask | None:
-    """The mask that config.loss_mask names over a BinidxDataset; None where every token counts.
+    """Make the mask that config.loss_mask names over a BinidxDataset; None if every token counts.
 
     "file" reads the .mask companion. "qa" counts from behind each config.mask_id (the tokens that
     open an answer) to the document's end, or up to the next config.mask_end_id (the tokens that
-    open a question) where one is given; "se" counts from behind each mask_id through the next
-    mask_end_id. Raises UserError where the file or the markers are missing.
+    open a question) if one is given; "se" counts from behind each mask_id through the next
+    mask_end_id. Raises UserError if the file or the markers are missing.
     """
     kind = config.loss_mask
     if kind in ("none", "pad"):
@@ -76,8 +76,8 @@ class MarkerMask:
             )
 
     def __call__(self, start: int, stop: int) -> np.ndarray:
-        """However long its documents are, no more is read than back to the marker before `start`, or to the beginning
-        of its document without one."""
+        """The mask of [start, stop). However long the documents are, it reads back only as far as the last marker
+        before `start`, or to the beginning of its document if there is none."""
         longest, back = max(len(self.begin), len(self.end)), LOOK_BACK
         beginning = self.dataset.start(self.dataset.document_at(start))
         while True:
@@ -92,8 +92,8 @@ class MarkerMask:
         return change[latest][start - first :] == 1
 
     def _changes(self, start: int, stop: int) -> np.ndarray:
-        """int8 (stop - start,): 1 where counting begins, -1 where it ends, also as each further document begins, 0
-        where it goes on as it was."""
+        """The changes of counting, int8 (stop - start,): 1 where it begins, -1 where it ends or a further document
+        begins, 0 where it stays the same."""
         first, last = self.dataset.document_at(start), self.dataset.document_at(stop - 1)
         end = self.dataset.start(last) + int(self.dataset.sizes[last])
         tokens = self.dataset.tokens[start : min(stop + max(len(self.begin), len(self.end)), end)]
@@ -101,7 +101,7 @@ class MarkerMask:
         ends = np.append(begins, len(tokens))
 
         def behind(marker: Sequence[int]) -> np.ndarray:
-            """Where markers end, those alone that lie in one document."""
+            """The positions behind markers, only of those that lie in one document."""
             found = find(tokens, marker)
             return found[found + len(marker) <= ends[np.searchsorted(begins, found, side="right")]] + len(marker)
 
@@ -114,7 +114,7 @@ class MarkerMask:
 
 
 def find(tokens: np.ndarray, pattern: Sequence[int]) -> np.ndarray:
-    """Positions in tokens (n,) where the id sequence `pattern` begins."""
+    """The positions in tokens (n,) where the id sequence `pattern` begins."""
     count = len(tokens) - len(pattern) + 1
     if count <= 0:
         return np.zeros(0, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""How the answers of a data set are opened: what a prompt ends with that asks for one."""
+"""Finds the text that opens the answers of a data set, with which a prompt ends to ask for one."""
 
 import numpy as np
 
@@ -10,12 +10,12 @@ from .tokenizer import Tokenizer, load_tokenizer
 from .turns import TURN_END
 
 ENTRY = "opening"  # of a run's config.json
-DOCUMENTS, TOKENS = 20, 4096  # that are looked at, and those of each
+DOCUMENTS, TOKENS = 20, 4096  # documents that are looked at, and tokens of each
 
 
 def opening_of(dataset: BinidxDataset, vocabulary: Vocabulary | None) -> str:
-    """What opens an answer in the first documents, such as "Assistant:" or "Assistant: <think"; "" where none has one
-    that is known, or their tokenizer is not at hand."""
+    """The text that opens an answer in the first documents, such as "Assistant:" or "Assistant: <think"; "" if none has
+    a known one, or their tokenizer is not available."""
     tokenizer = at_hand(vocabulary) if vocabulary is not None else None
     if tokenizer is None:
         return ""
@@ -36,7 +36,7 @@ def opening_of_document(dataset: BinidxDataset, index: int, tokenizer: Tokenizer
 
 
 def at_hand(vocabulary: Vocabulary) -> Tokenizer | None:
-    """The tokenizer of a Vocabulary, None where its file or package is gone, or another by now."""
+    """Load the tokenizer of a Vocabulary; None if its file or package is gone, or has changed."""
     try:
         tokenizer = load_tokenizer(vocabulary.name)
     except UserError:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 
 class Permutation:
-    """A bijection of range(size), drawn by `key` alone: permutation[i] in constant time and memory.
+    """A bijection of range(size) that depends only on `key`: permutation[i] in constant time and memory.
 
     Cubing is a bijection modulo a prime that is 2 modulo 3, the idea of RWKV-LM's "magic prime".
     Here the prime is the first one at or above size, and a value that falls outside range(size) is
@@ -43,12 +43,13 @@ class Permutation:
 
 def magic_prime(tokens: int, ctx_len: int) -> int | None:
     """RWKV-LM's --magic_prime for this many tokens: the largest prime p = 2 (mod 3) with
-    p <= tokens / ctx_len - 1, or None where there is none."""
+    p <= tokens / ctx_len - 1, or None if there is none."""
     return next((n for n in range(tokens // ctx_len - 1, 1, -1) if n % 3 == 2 and is_prime(n)), None)
 
 
 def is_prime(n: int) -> bool:
-    """Miller-Rabin with bases that decide every n below 3.3e24 (Sorenson and Webster 2015)."""
+    """Return whether n is prime, by Miller-Rabin with bases that decide every n below 3.3e24 (Sorenson and Webster
+    2015)."""
     bases = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
     if n < 2 or any(n % p == 0 for p in bases):
         return n in bases

@@ -1,4 +1,4 @@
-"""Packing: several whole documents in one row, none of which sees another."""
+"""Packs several whole documents into one row; none sees another."""
 
 from bisect import bisect_left, insort
 
@@ -12,8 +12,8 @@ from .samples import Document, DocumentSamples
 class PackedSamples(DocumentSamples):
     """Dataload "pack": rows of documents with at most ctx_len targets in all.
 
-    Sample n is a list of (tokens (T_i + 1,), mask (T_i,)), one for each document. Which documents
-    share a row is fixed by the lengths and the seed; each epoch visits the rows in its own order.
+    Sample n is a list of (tokens (T_i + 1,), mask (T_i,)), one for each document. The lengths and the seed
+    decide which documents share a row; each epoch visits the rows in its own order.
     Documents longer than ctx_len are cut, as with "pad".
     """
 
@@ -41,15 +41,16 @@ class PackedSamples(DocumentSamples):
         return rows * min(numbers), rows * max(numbers)
 
     def count(self, n: int) -> int:
-        """How many targets of sample n count."""
+        """The number of targets of sample n that count."""
         return sum(self.document_count(index) for index in self._rows[self.unit(n)])
 
 
 def pack(lengths: np.ndarray, room: int) -> list[list[int]]:
-    """Best fit, longest first: lengths (n,), each at most `room` -> lists of positions, each sum <= room."""
+    """Pack by best fit, longest first: lengths (n,), each at most `room` -> lists of positions whose lengths add up to
+    at most `room`."""
     rows: list[list[int]] = []
-    by_free: dict[int, list[int]] = {}  # rows with `free` room left
-    free_sizes: list[int] = []  # the sorted values of free
+    by_free: dict[int, list[int]] = {}  # {free: rows with so much room left}
+    free_sizes: list[int] = []  # its keys, sorted
     for position in np.argsort(-lengths, kind="stable"):
         length = int(lengths[position])
         at = bisect_left(free_sizes, length)

@@ -1,4 +1,4 @@
-"""Samples of preference training: documents that come in pairs, a better and a worse answer."""
+"""Samples of preference training: pairs of documents, a better and a worse answer."""
 
 import numpy as np
 
@@ -9,8 +9,8 @@ from .samples import Document, DocumentSamples
 
 
 class PairSamples(DocumentSamples):
-    """Sample n is a list of two neighbours among the documents, (tokens (T + 1,), mask (T,)) each, the better answer
-    first. It counts as one: the loss is that of pairs."""
+    """Sample n is a list of two consecutive documents, (tokens (T + 1,), mask (T,)) each, the better answer first. It
+    counts as one target, because the loss is that of pairs."""
 
     kind = counted = "pair"
 

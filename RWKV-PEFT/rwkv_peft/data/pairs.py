@@ -1,4 +1,4 @@
-"""Rows of a prompt and two answers, a better and a worse one -> the texts of two documents."""
+"""Lays out a row of a prompt and two answers, a better and a worse one, as the texts of two documents."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from .turns import Segment, chat, field, speaker
 
 SIDES = ("chosen", "rejected")
 PROMPTS = MappingProxyType({"query": "response", "question": "answer", "instruction": "output", "prompt": "completion"})
-TURNS = ("messages", "conversations", "prompt")  # where the turns before the answers may stand
+TURNS = ("messages", "conversations", "prompt")  # fields that may hold the turns before the answers
 FORMS = (
     "chosen and rejected, each a text or turns (role and content), behind a prompt, query, question or instruction "
     "(and input), or behind messages; or two dialogues"
@@ -20,9 +20,9 @@ SPEAKER = re.compile(r"(?:^|\n\n)(System|Human|User|Assistant):")  # of dialogue
 
 
 def pair(row: object, names: Sequence[str] = (), think: str = "") -> list[list[Segment]]:
-    """A row (dict) -> the segments of its better and of its worse answer, each with the prompt before it. names: the
-    fields of prompt, better and worse answer, where they are named; think as in `segments`. Raises UserError for a row
-    that has no form that is known."""
+    """Lay out a row (dict) as the segments of its better and of its worse answer, each with the prompt before it. names
+    are the fields of prompt, better and worse answer, if they are given; think is as in `segments`. Raises UserError
+    for a row of no known form."""
     if not isinstance(row, dict):
         raise UserError(f"a row is {type(row).__name__}, not an object with fields: {FORMS}")
     if names:
@@ -50,8 +50,8 @@ def pair(row: object, names: Sequence[str] = (), think: str = "") -> list[list[S
 
 
 def turns(row: Mapping[str, Any], before: list[Any] | None, answer: object) -> list[Any]:
-    """The turns of a conversation that ends in an answer: a text, a turn, or turns, which hold those before it where
-    the first is not the assistant's."""
+    """The turns of a conversation that ends in `answer`: a text, a turn, or a list of turns, which is the whole
+    conversation if its first turn is not the assistant's."""
     if isinstance(answer, str):
         answer = {"role": "assistant", "content": answer}
     after = answer if isinstance(answer, list) else [answer]
@@ -65,20 +65,20 @@ def turns(row: Mapping[str, Any], before: list[Any] | None, answer: object) -> l
 
 
 def answers(turn: object) -> bool:
-    """Whether a turn is the assistant's, or none that is known."""
+    """Return whether a turn is the assistant's or has no role. Raises UserError for an unknown role."""
     role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
     return not isinstance(role, str) or speaker(role) == "Assistant"
 
 
 def dialogue(text: str) -> list[Any]:
-    """The turns of a text in which each begins with its speaker's name; [] for any other."""
+    """The turns of a text in which each turn begins with its speaker's name; [] for any other text."""
     front, *rest = SPEAKER.split(text)
     turns = [{"role": role, "content": words} for role, words in zip(rest[::2], rest[1::2])]
     return [] if front.strip() else turns
 
 
 def talks(better: list[Any], worse: list[Any], think: str) -> list[list[Segment]]:
-    """Two conversations, of which the turns that both begin with do not count."""
+    """Lay out two conversations as segments; the turns that both begin with do not count."""
     shared = 0
     while shared < min(len(better), len(worse)) and better[shared] == worse[shared]:
         shared += 1

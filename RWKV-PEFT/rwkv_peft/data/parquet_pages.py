@@ -1,7 +1,7 @@
-"""The sizes of a parquet file's pages, read from the headers before them, so that none is unpacked beyond a bound.
+"""Reads the sizes of a parquet file's pages from the headers before them, so that none is unpacked beyond a bound.
 
-A page may unpack to 30,000 times its bytes, and a value that it holds once may stand in any number of rows. What a
-page takes is said in its header alone, in Thrift's compact protocol, which pyarrow reads and does not show
+A page may unpack to 30,000 times its bytes, and a value that it holds once may stand in any number of rows. Only its
+header says what a page takes, in Thrift's compact protocol; pyarrow reads that header and does not show it
 (https://parquet.apache.org/docs/file-format/data-pages/).
 """
 
@@ -13,19 +13,19 @@ from typing import Any, NamedTuple
 from ..errors import UserError
 
 MOST_BYTES = 1 << 29  # of a page, unpacked
-MOST_VALUES = 1 << 26  # of the lists of a column in a group of rows, any number of which may be one row's
-UNPACKED, PACKED, DATA, DATA_2, VALUES = 2, 3, 5, 8, 1  # fields of a page's header, the last of the data pages' own
+MOST_VALUES = 1 << 26  # of a column's lists in a group of rows, because one row may have any number of them
+UNPACKED, PACKED, DATA, DATA_2, VALUES = 2, 3, 5, 8, 1  # fields of a page's header; VALUES is in DATA and DATA_2
 
 
 class Page(NamedTuple):
-    """Bytes of a page once it is unpacked, and how many values it has (0 for a dictionary)."""
+    """The bytes of a page once it is unpacked, and the number of its values (0 for a dictionary)."""
 
     size: int
     values: int
 
 
 def largest_page(path: Path, metadata: Any) -> int:
-    """The bytes of the largest page of a parquet file, unpacked; metadata are pyarrow's of it. Raises UserError for one
+    """The bytes of the largest page of a parquet file, unpacked; metadata is pyarrow's. Raises UserError for a page
     beyond MOST_BYTES, and for lists beyond MOST_VALUES; ValueError, LookupError or RecursionError for damage."""
     largest = 0
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
@@ -49,7 +49,7 @@ def largest_page(path: Path, metadata: Any) -> int:
 
 
 def _pages(mapped: mmap.mmap, column: Any) -> Iterator[Page]:
-    """The pages of a column in a group of rows, in their order in the file."""
+    """Yield the pages of a column in a group of rows, in their order in the file."""
     place = column.data_page_offset
     if column.has_dictionary_page and 0 < column.dictionary_page_offset < place:
         place = column.dictionary_page_offset
@@ -66,7 +66,7 @@ def _pages(mapped: mmap.mmap, column: Any) -> Iterator[Page]:
 
 
 def _varint(data: mmap.mmap, place: int) -> tuple[int, int]:
-    """(an unsigned number, the place behind it)."""
+    """Read an unsigned number; -> (number, the place behind it)."""
     value = shift = 0
     while True:
         byte = data[place]
@@ -79,8 +79,8 @@ def _varint(data: mmap.mmap, place: int) -> tuple[int, int]:
 
 
 def _struct(data: mmap.mmap, place: int) -> tuple[dict[int, Any], int]:
-    """({number of a field: its value}, the place behind it) of a Thrift struct; of values that are no numbers and no
-    structs nothing is kept."""
+    """Read a Thrift struct; -> ({number of a field: its value}, the place behind it). The values are booleans, integers
+    and structs, and None for doubles and texts."""
     fields: dict[int, Any] = {}
     number = 0
     while kind := data[place] & 15:
@@ -99,7 +99,7 @@ def _signed(data: mmap.mmap, place: int) -> tuple[int, int]:
 
 
 def _value(data: mmap.mmap, place: int, kind: int) -> tuple[Any, int]:
-    """(the value of a kind of Thrift's compact protocol, the place behind it)."""
+    """Read a value of one of the kinds of Thrift's compact protocol; -> (value, the place behind it)."""
     if kind in (1, 2):  # true, false, which have no bytes of their own
         return kind == 1, place
     if kind == 3:

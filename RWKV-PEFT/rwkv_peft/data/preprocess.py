@@ -1,10 +1,10 @@
-"""Text files to token files.
+"""Turns text files into token files.
 
     rwkv-peft preprocess INPUT... --output PREFIX [--tokenizer world|bytes|FILE] [--workers N]
 
 INPUT is .jsonl (a row a line; templates.py lists the forms that are recognised), .json, .csv (the first line names the
 fields), .txt (one document a file), .parquet, a folder of .jsonl, .csv or .parquet files, or one that
-datasets.save_to_disk wrote. Writes PREFIX.bin and PREFIX.idx, PREFIX.mask where parts of the rows do not count in the
+datasets.save_to_disk wrote. Writes PREFIX.bin and PREFIX.idx, PREFIX.mask if parts of the rows do not count in the
 loss, and PREFIX.json, which names the tokenizer.
 """
 
@@ -79,10 +79,10 @@ def write(
     progress: TextIO | None = None,
     record: str | None = None,
 ) -> Encoded:
-    """Encode the inputs into PREFIX `output`; returns an Encoded that holds the counts of all chunks.
+    """Encode the inputs into PREFIX `output`; return an Encoded with the counts of all chunks.
 
-    progress is a stream for a progress bar, or None; record as in BinidxWriter. Raises UserError for inputs that cannot
-    be read, where no document is left, and where thinking is asked for and none has any.
+    progress is a stream for a progress bar, or None; record is as in BinidxWriter. Raises UserError if inputs cannot be
+    read, if no document is left, and if thinking is asked for and no row has any.
     """
     tokenizer = encoder(settings).tokenizer  # a wrong setting stops here, before any worker starts
     size = sum(Path(path).stat().st_size for path in inputs if Path(path).is_file())
@@ -90,7 +90,7 @@ def write(
         workers = 1
     chunks = (chunk for path in inputs for chunk in read_chunks(path, split, tokenizer.cuts_at_lines))
     totals = Encoded()
-    # A character stands for a byte of the input: near enough for a bar.
+    # a character counts as a byte of the input, which is near enough for a bar
     bar = tqdm(
         total=size or None,
         desc="tokenizing",
@@ -125,7 +125,7 @@ def write(
 def rewrite(
     source: BinidxDataset, output: str | Path, seed: int | None, repeat: int, record: str | None = None
 ) -> None:
-    """Write a BinidxDataset's documents `repeat` times, each time in another order where a seed is given; record as in
+    """Write a BinidxDataset's documents `repeat` times, each time in another order if a seed is given; record is as in
     BinidxWriter."""
     vocab_size = 65536 if source.dtype.itemsize == 2 else 1 << 31
     with BinidxWriter(output, vocab_size, mask=source.mask is not None, record=record) as writer:

@@ -1,4 +1,4 @@
-"""The flags of preprocess: argv -> the parsed flags, or UserError, before numpy is imported."""
+"""Parses the flags of preprocess, before numpy is imported."""
 
 import argparse
 import os
@@ -9,7 +9,7 @@ from .rows import KINDS
 from .templates import TEMPLATES
 from .thinking import OPENINGS
 
-# flags of the tools that others make token files with -> what is given here
+# flags of other tools that make token files -> their equivalents here
 SYNONYMS = MappingProxyType(
     {
         "--input": "the file's name, without a flag",

@@ -1,7 +1,7 @@
-"""Which tokenizer tokens were made with: its name, a hash of its vocabulary and its size.
+"""Records the tokenizer that made tokens: its name, a hash of its vocabulary and its size.
 
-preprocess writes that beside the data (PREFIX.json), and a run into its config.json, where the commands that read the
-model or adapter in its folder find it.
+preprocess writes the record beside the data (PREFIX.json), and a run into its config.json, where the commands that read
+the model or adapter in its folder find it.
 """
 
 import hashlib
@@ -18,11 +18,12 @@ from .prefix import binidx_prefix
 from .tokenizer import KNOWN_SIZES, Tokenizer, load_tokenizer
 
 ENTRY = "vocabulary"  # of the JSON object
-MOST_BYTES = 1 << 20  # of a file that holds one, and little else
+MOST_BYTES = 1 << 20  # of a file with a record, which holds little else
 
 
 class Vocabulary(NamedTuple):
-    """name is world, bytes or the path of a file; hash is equal where every token is; size is above the largest id."""
+    """A tokenizer's name (world, bytes or a file's path), a hash that is equal if all tokens are, and the size of its
+    vocabulary, above the largest id."""
 
     name: str
     hash: str
@@ -33,7 +34,7 @@ class Vocabulary(NamedTuple):
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
-    """The Vocabulary of a tokenizer; a file is named by its whole path, so that other folders find it."""
+    """The Vocabulary of a tokenizer; a file is named by its absolute path, so that it is found from other folders."""
     digest = hashlib.blake2b(tokenizer.content(), digest_size=8).hexdigest()
     name = tokenizer.name if tokenizer.name in dict(KNOWN_SIZES).values() else str(Path(tokenizer.name).resolve())
     return Vocabulary(name, digest, tokenizer.vocab_size)
@@ -44,7 +45,7 @@ def record_path(prefix: str | Path) -> Path:
 
 
 def check_record(prefix: str | Path, inputs: Iterable[str | Path]) -> None:
-    """Raise UserError where the record of PREFIX would replace an input, or a file that is no record."""
+    """Raise UserError if the record of PREFIX would replace an input, or a file that is no record."""
     path = record_path(prefix)
     if path.exists() and any(os.path.exists(file) and os.path.samefile(path, file) for file in inputs):
         raise UserError(f"--output {prefix} writes {path}, which is an input; choose another PREFIX")
@@ -53,7 +54,8 @@ def check_record(prefix: str | Path, inputs: Iterable[str | Path]) -> None:
 
 
 def require_own(prefix: str, record: str) -> None:
-    """Raise UserError where there is a data set PREFIX that has another record, as one of other inputs has."""
+    """Raise UserError if there is a data set PREFIX with another record, because of other inputs or another
+    tokenizer, or with none."""
     found = next((path for end in (".bin", ".idx", ".mask") if os.path.lexists(path := prefix + end)), None)
     if found is not None and _content(record_path(prefix)) != json.loads(record):
         raise UserError(
@@ -70,8 +72,8 @@ def record_of(tokenizer: Tokenizer, inputs: Iterable[str | Path]) -> str:
 
 
 def read_record(path: str | Path) -> Vocabulary | None:
-    """The Vocabulary that a PREFIX.json or a run's config.json holds, None where there is no such file or it tells of
-    none, as another tool's. Raises UserError for one that cannot be read."""
+    """Read the Vocabulary in a PREFIX.json or a run's config.json; None if there is no such file, or if it holds none,
+    such as another tool's. Raises UserError if the file cannot be read."""
     entry = _entry(path)
     if not isinstance(entry, dict):
         return None
@@ -86,15 +88,15 @@ def recorded_of_data(prefix: str | Path) -> Vocabulary | None:
 
 
 def recorded_beside(*paths: str | Path | None) -> Vocabulary | None:
-    """The Vocabulary of the first run in whose folder one of these files lies, or whose folder is one of them, or
-    None."""
+    """The Vocabulary of the first run whose folder is one of these paths or holds one of them; None if there is
+    none."""
     folders = (path if os.path.isdir(path) else Path(path).parent for path in paths if path)
     found = (read_record(Path(folder, RUN)) for folder in folders)
     return next(filter(None, found), None)
 
 
 def remarks(data: Vocabulary | None, base: Vocabulary | None, vocab_size: int) -> list[str]:
-    """Lines on a run over data of one Vocabulary and on a base of another (None: not told), of vocab_size tokens."""
+    """The lines to print on the data's Vocabulary and the base's (None: unknown), for a base of vocab_size tokens."""
     if data is None:
         return []
     if base is not None and base.hash != data.hash:
@@ -105,7 +107,7 @@ def remarks(data: Vocabulary | None, base: Vocabulary | None, vocab_size: int) -
 
 
 def doubt(vocabulary: Vocabulary, vocab_size: int) -> str:
-    """Why a model of vocab_size tokens was hardly trained with a Vocabulary, "" where nothing speaks against it."""
+    """The reason why a model of vocab_size tokens was probably not trained with a Vocabulary, "" if there is none."""
     known = dict(KNOWN_SIZES)
     if vocab_size in known and vocabulary.name in known.values() and vocabulary.name != known[vocab_size]:
         return f"a vocabulary of {vocab_size:,} tokens is that of {known[vocab_size]}"
@@ -115,8 +117,8 @@ def doubt(vocabulary: Vocabulary, vocab_size: int) -> str:
 
 
 def require_within(data: Vocabulary | None, path: str, vocab_size: int) -> None:
-    """Raise UserError where the Vocabulary that made the data at path has more tokens than the model, whether they
-    occur there or not."""
+    """Raise UserError if the Vocabulary that made the data at path has more tokens than the model, even if they do not
+    occur there."""
     if data is not None and data.size > vocab_size:
         raise UserError(
             f"{path} was made with {data}, and the model has {vocab_size:,} tokens; make the data with the tokenizer "
@@ -125,8 +127,8 @@ def require_within(data: Vocabulary | None, path: str, vocab_size: int) -> None:
 
 
 def require_same(data: Vocabulary | None, path: str, measured: Vocabulary | None, given: str) -> None:
-    """Raise UserError where the data to train on, at path, and that to measure, given by a flag, are of two
-    Vocabularies (None: not told)."""
+    """Raise UserError if the data to train on, at path, and the data to measure, given by a flag, have different
+    Vocabularies (None: unknown)."""
     if data is not None and measured is not None and data.hash != measured.hash:
         raise UserError(
             f"{given} was made with {measured}, and --data_file {path} with {data}, so that one number "
@@ -137,9 +139,9 @@ def require_same(data: Vocabulary | None, path: str, measured: Vocabulary | None
 def find_tokenizer(
     name: str | None, vocab_size: int, recorded: Vocabulary | None = None, say: Callable[[str], object] | None = None
 ) -> Tokenizer:
-    """The tokenizer called name; without a name, the recorded one (a Vocabulary), or the one that a vocabulary of this
-    size tells. say(text) is told, in a line, that the one called name is another than the recorded one, or hardly the
-    model's. Raises UserError where none fits the model."""
+    """Load the tokenizer called name; without a name the recorded one (a Vocabulary), or else the one that vocab_size
+    implies. It calls say(text) with a line if the tokenizer is not the recorded one, or if none is recorded and it is
+    probably not the model's. Raises UserError if none fits the model."""
     asked = name
     if name is None and recorded is not None:
         name = recorded.name
@@ -168,14 +170,15 @@ def find_tokenizer(
 
 
 def _entry(path: str | Path) -> Any:
-    """The Vocabulary's part of a JSON file, None where there is none. Raises UserError for one that cannot be read."""
+    """Read the Vocabulary's entry in a JSON file, None if there is none. Raises UserError if the file cannot be
+    read."""
     content = _content(path)
     return content.get(ENTRY) if isinstance(content, dict) else None
 
 
 def _content(path: str | Path) -> Any:
-    """What a JSON file holds, None where there is none, as in rows of data that have the file's name. Raises UserError
-    for one that cannot be read."""
+    """Read a JSON file; None if it is missing, larger than MOST_BYTES, or rows of data, one a line. Raises UserError if
+    it cannot be read."""
     if not os.path.isfile(path) or os.path.getsize(path) > MOST_BYTES:
         return None
     require_readable(path, f"{path} is gone")

@@ -1,4 +1,4 @@
-"""What a data set holds, and the training settings that fit it, as text."""
+"""Describes a data set, and the training settings that fit it, as text."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from .order import magic_prime
 
 
 def describe(dataset: BinidxDataset, totals: Encoded | None = None) -> str:
-    """A BinidxDataset, and the counts of what preprocess left out (an Encoded) -> several lines."""
+    """Describe a BinidxDataset in several lines; totals (an Encoded) are preprocess's counts of its rows."""
     sizes, tokens = np.asarray(dataset.sizes), len(dataset.tokens)
     documents = counted(len(sizes), "document")
     lines = [f"{dataset.prefix}: {documents}, {tokens:,} tokens ({dataset.dtype.name})"]
@@ -24,8 +24,8 @@ def describe(dataset: BinidxDataset, totals: Encoded | None = None) -> str:
 
 
 def laid_out(totals: Encoded) -> list[str]:
-    """Lines on the rows with thinking and without, where thinking was asked for, and notes on rows that may not be what
-    they were meant to be."""
+    """The lines on rows with thinking and without, if thinking was asked for, and notes on rows that may be
+    mistakes."""
     lines = []
     if totals.thinking:
         lines.append(f"{counted(totals.thinking, 'row')} with thinking, {totals.at_once:,} without (<think></think)")
@@ -46,7 +46,7 @@ def laid_out(totals: Encoded) -> list[str]:
 
 
 def left_out(totals: Encoded) -> list[str]:
-    """Lines on rows that were not written, or not whole."""
+    """The lines on rows that were not written, or not whole."""
     lines = list(totals.bad.lines(" left out")) if totals.bad else []
     for count, what in (
         (totals.empty, "empty rows left out"),
@@ -61,7 +61,7 @@ def left_out(totals: Encoded) -> list[str]:
 
 
 def histogram(sizes: np.ndarray) -> list[str]:
-    """Lines of a histogram of document lengths, by powers of two."""
+    """The lines of a histogram of document lengths, by powers of two."""
     classes = np.ceil(np.log2(np.maximum(sizes, 1))).astype(int)  # class c holds lengths in (2^(c-1), 2^c]
     counts = np.bincount(classes)
     lines = ["tokens a document:"]

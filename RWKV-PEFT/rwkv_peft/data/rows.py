@@ -1,4 +1,4 @@
-"""Rows of people's files, read in chunks of about a megabyte: jsonl, json, csv, txt, parquet, folders, datasets."""
+"""Reads rows in chunks of about a megabyte from jsonl, json, csv, txt and parquet files, folders and datasets."""
 
 import gzip
 import json
@@ -19,7 +19,7 @@ from .folders import choose, is_saved, row_files
 
 CHUNK_BYTES = 1 << 20
 CHUNK_ROWS = 1000
-HELD_BYTES = 1 << 27  # of packed rows that are all kept
+HELD_BYTES = 1 << 27  # the most bytes of rows of a compressed file or a folder that are kept in memory
 KINDS = (
     ".jsonl (or .jsonl.gz), .json, .csv (or .tsv), .txt, .parquet, a folder of .jsonl, .csv or .parquet files, or one "
     "that datasets.save_to_disk wrote"
@@ -32,11 +32,11 @@ Bounds = tuple[str | None, str | None]  # of rows, as --split has them: numbers,
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows that lie together in one source.
+    """Consecutive rows of one source.
 
     items are lines of JSON (bytes), rows (dict), UserErrors of rows that cannot be read, or one piece of a text file
-    (str); first is the number of the first of them, counted from 1; continues says that the piece goes on with the
-    document of the piece before, ends that it ends its document.
+    (str); first is the number of the first item, counted from 1; continues says that the piece continues the document
+    of the piece before, ends that it ends its document.
     """
 
     source: str
@@ -47,16 +47,15 @@ class Chunk:
 
     @property
     def unit(self) -> str:
-        """What the source calls an item: a line or a row."""
+        """The word for an item in messages: line or row."""
         return "line" if self.items and isinstance(self.items[0], bytes) else "row"
 
 
 def read_chunks(path: str | Path, split: str = "", pieces: bool = False) -> Iterator[Chunk]:
-    """Yield the Chunks of one input; UserError where it is missing or of no known kind.
+    """Yield the Chunks of one input. Raises UserError if it is missing or of no known kind.
 
-    split selects rows as datasets writes it: "train[:1000]", "[10%:]"; the name matters in a folder of
-    several splits alone. With pieces=True a .txt file comes in pieces, cut where a line begins
-    with a visible character.
+    split selects rows as datasets writes it: "train[:1000]", "[10%:]"; the name matters only in a folder of splits.
+    With pieces=True a .txt file comes in pieces, cut where a line begins with a visible character.
     """
     path = Path(path)
     if not path.is_dir():
@@ -83,8 +82,8 @@ def read_chunks(path: str | Path, split: str = "", pieces: bool = False) -> Iter
 
 
 def held_chunks(path: str | Path, split: str = "") -> Iterator[Chunk]:
-    """The Chunks of an input whose rows all stay in memory. Raises UserError as read_chunks does, and for a packed one
-    that is more than HELD_BYTES: a megabyte may become a thousand."""
+    """Yield the Chunks of an input whose rows will all stay in memory. Raises UserError as read_chunks does, and for a
+    compressed file or a folder with more than HELD_BYTES, because a megabyte may become a thousand."""
     packed, size = Path(path).suffix in (".gz", ".parquet") or Path(path).is_dir(), 0
     for chunk in read_chunks(path, split):
         size += sum(len(item if isinstance(item, bytes) else repr(item)) for item in chunk.items) if packed else 0
@@ -106,8 +105,9 @@ def line_chunks(path: Path) -> Iterator[Chunk]:
 
 
 def read_lines(file: BufferedIOBase, path: Path, first: int) -> list[bytes]:
-    """The next lines of an open file, about a megabyte of them; first is the number of the first one. Raises UserError
-    for one beyond ROW_BYTES: a packed file may hold one that is a thousand times its size."""
+    """Read the next lines of an open file, about a megabyte of them; first is the number of the first one. Raises
+    UserError for a damaged file, and for a line beyond ROW_BYTES, because a compressed file may hold one of a thousand
+    times its size."""
     lines: list[bytes] = []
     size = 0
     try:
@@ -119,13 +119,13 @@ def read_lines(file: BufferedIOBase, path: Path, first: int) -> list[bytes]:
                 )
             lines.append(line)
             size += len(line)
-    except (OSError, EOFError, zlib.error) as error:  # a gzip file's damage has a type for each place that it is in
+    except (OSError, EOFError, zlib.error) as error:  # gzip raises another type for each place of damage
         raise UserError(f"{path} cannot be read to its end: {told(error)}; copy it again") from error
     return lines
 
 
 def json_chunks(path: Path) -> Iterator[Chunk]:
-    """A .json file holds a list of rows, or else a row a line."""
+    """Yield the Chunks of a .json file, which holds a list of rows, or else a row a line."""
     with open(path, "rb") as file:
         head = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
     if not head.startswith(b"["):
@@ -145,7 +145,7 @@ def text_chunks(path: Path, pieces: bool) -> Iterator[Chunk]:
         with open(path, encoding="utf-8-sig") as file:
             rest: list[str] = []  # what was read since the last cut
             continues = False
-            # whole lines, so that what is read begins where a line does
+            # whole lines, so that the next read begins where a line does
             while pieces and (read := file.read(4 * CHUNK_BYTES) + file.readline()):
                 cut = last_line(read)
                 if cut >= 0 and (text := "".join([*rest, read[:cut]])):
@@ -158,7 +158,7 @@ def text_chunks(path: Path, pieces: bool) -> Iterator[Chunk]:
 
 
 def last_line(text: str) -> int:
-    """Where the last of a text's lines that begin with a visible character begins, -1 where none does."""
+    """The position of the last line of a text that begins with a visible character, -1 if none does."""
     end = len(text)
     while end:
         start = text.rfind("\n", 0, end - 1) + 1
@@ -200,7 +200,7 @@ def row_chunks(source: str, rows: Iterable[object]) -> Iterator[Chunk]:
 
 
 def parse_split(split: str) -> tuple[str, Bounds | None]:
-    """ "train[10:20]" -> ("train", ("10", "20")); "" -> ("", None)."""
+    """Parse a split: "train[10:20]" -> ("train", ("10", "20")); "" -> ("", None)."""
     match = re.fullmatch(r"([\w.-]*)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
     if not match:
         raise UserError(f"split {split!r}: write train, train[:1000], train[10%:20%] or [500:]")
@@ -209,7 +209,8 @@ def parse_split(split: str) -> tuple[str, Bounds | None]:
 
 
 def select(chunks: Iterable[Chunk], bounds: Bounds, again: Callable[[], Iterable[Chunk]]) -> Iterator[Chunk]:
-    """The rows of `chunks` within bounds; percentages and negative numbers read the input once more to count."""
+    """Yield the rows of `chunks` within bounds; for percentages and negative numbers, read the input with `again` first
+    to count its rows."""
     total = 0
     if any(bound and not bound.isdigit() for bound in bounds):
         total = sum(len(chunk.items) for chunk in again())
@@ -222,7 +223,7 @@ def select(chunks: Iterable[Chunk], bounds: Bounds, again: Callable[[], Iterable
         return value + total if value < 0 else value
 
     begin, end = number(bounds[0], 0), number(bounds[1], sys.maxsize)
-    before = 0  # items, in other files of a folder too
+    before = 0  # items of the chunks before, in other files of a folder too
     for chunk in chunks:
         low, high = max(begin - before, 0), min(end - before, len(chunk.items))
         before += len(chunk.items)

@@ -1,8 +1,8 @@
-"""Samples: what a row of a batch holds, in an order that depends on the seed alone (None: that of the file).
+"""Samples: the content of a batch's rows, in an order that the seed determines (None: the order of the file).
 
 Sample n, for any n >= 0, is sample n % len of epoch n // len; each epoch visits every sample once,
 in its own order. A sample is (tokens, mask): tokens int64 (T + 1,), inputs are tokens[:-1] and
-targets tokens[1:], and mask bool (T,) says which targets count. (A packed sample is a list of such.)
+targets tokens[1:], and mask bool (T,) says which targets count. (A packed sample or a pair is a list of these.)
 """
 
 import copy
@@ -20,8 +20,8 @@ from .masks import Mask
 from .order import Permutation
 from .recorded import Vocabulary
 
-BUCKET, RUN = 512, 16  # documents that are sorted by length together, and those of like length that stay together
-STRETCH = 1 << 14  # tokens in which documents lie near each other
+BUCKET, RUN = 512, 16  # documents that are sorted by length together, and those of similar length that stay together
+STRETCH = 1 << 14  # documents that begin in the same stretch of so many tokens are masked in one call
 Units = range | np.ndarray
 Document = tuple[torch.Tensor, torch.Tensor]  # its tokens and its mask
 Sample = Document | list[Document]
@@ -41,13 +41,13 @@ class Samples(ABC):
         """Raise UserError for settings (DataConfig) that this way of sampling cannot honour."""
 
     def share_batches(self, rows: int) -> None:  # noqa: B027 (most have nothing to do)
-        """Be told how many rows share a batch, before the first sample is read: where their lengths matter, this may
-        change the order."""
+        """Tell the samples how many rows share a batch, before the first sample is read; it may change their order if
+        the rows' lengths matter."""
 
     def __init__(self, units: Units, seed: int | None) -> None:
         self.seed = seed
         self.notes: list[str] = []
-        self.row_notes: list[str] = []  # those of the notes that are about rows left out, or laid out in an odd way
+        self.row_notes: list[str] = []  # those of the notes that are on rows left out, or laid out oddly
         self.vocabulary: Vocabulary | None = None
         self._choose(units)
 
@@ -59,7 +59,7 @@ class Samples(ABC):
         return range(len(self)) if self.seed is None else Permutation(len(self), self.seed, epoch)
 
     def subset(self, chosen: np.ndarray) -> "Samples":
-        """The same kind of samples over the chosen positions of `units` alone."""
+        """The same kind of samples over only the chosen positions of `units`."""
         result = copy.copy(self)
         result.notes = list(self.notes)
         result._choose(np.asarray(self.units)[chosen])
@@ -79,14 +79,14 @@ class Samples(ABC):
 
     @abstractmethod
     def count(self, n: int) -> int:
-        """How many targets of sample n count."""
+        """The number of targets of sample n that count."""
 
     def packs(self, rows: int) -> tuple[int, int]:
-        """The fewest and the most documents that `rows` samples pack into one row; (0, 0) where nothing is packed."""
+        """The fewest and the most documents that `rows` samples pack into one row; (0, 0) if nothing is packed."""
         return 0, 0
 
     def unit(self, n: int) -> int:
-        """Sample n -> the number of what it visits."""
+        """Sample n -> the one of `units` that it visits."""
         epoch, position = divmod(n, len(self.units))
         return int(self.units[self._order(epoch)[position]])
 
@@ -94,9 +94,9 @@ class Samples(ABC):
 class WindowSamples(Samples):
     """Dataload "get": windows of ctx_len + 1 tokens from the stream of all documents.
 
-    Window i holds the targets i*ctx_len + 1 ... (i+1)*ctx_len, as RWKV-LM cuts them. Where the
-    last window is short of targets it begins earlier, and those that the window before has
-    counted are masked: an epoch counts every token of the data but the first exactly once.
+    Window i holds the targets i*ctx_len + 1 ... (i+1)*ctx_len, as RWKV-LM cuts them. If the last window is short of
+    targets, it begins earlier and masks those that the window before counts, so that an epoch counts every token of the
+    data but the first exactly once.
     """
 
     @staticmethod
@@ -128,12 +128,12 @@ class WindowSamples(Samples):
         return torch.from_numpy(tokens), torch.from_numpy(self._counted(start, repeated))
 
     def count(self, n: int) -> int:
-        """How many targets of sample n count."""
+        """The number of targets of sample n that count."""
         start, repeated = self._window(n)
         return self.ctx_len - repeated if self._mask is None else int(self._counted(start, repeated).sum())
 
     def _window(self, n: int) -> tuple[int, int]:
-        """Sample n -> the window's first token, and how many of its first targets are not its own."""
+        """Sample n -> the window's first token, and the number of its first targets that the window before counts."""
         index = self.unit(n)
         repeated = self._overlap if index == self._last else 0
         return index * self.ctx_len - repeated, repeated
@@ -150,8 +150,8 @@ class WindowSamples(Samples):
 class DocumentSamples(Samples):
     """One document a row, cut to ctx_len + 1 tokens.
 
-    With `bucketed`, documents of about one length come together: each 512 of the epoch's order are sorted by length
-    and cut into runs of 16; the runs are shuffled, and so are the documents of each.
+    With `bucketed`, documents of similar length come together: each 512 of the epoch's order are sorted by length and
+    cut into runs of 16; the runs are shuffled, and the documents of each run, too.
     """
 
     bucketed = False
@@ -173,7 +173,7 @@ class DocumentSamples(Samples):
         return self.document(self.unit(n))
 
     def count(self, n: int) -> int:
-        """How many targets of sample n count."""
+        """The number of targets of sample n that count."""
         return self.document_count(self.unit(n))
 
     def unit(self, n: int) -> int:
@@ -189,22 +189,23 @@ class DocumentSamples(Samples):
         return torch.from_numpy(tokens), torch.from_numpy(self._counted(start, size))
 
     def document_count(self, index: int) -> int:
-        """How many targets of document `index` count."""
+        """The number of targets of document `index` that count."""
         start, size = self._extent(index)
         return size - 1 if self._mask is None else int(self._counted(start, size).sum())
 
     def _cut_answers(self) -> str:
-        """How much of what the mask counts lies behind --ctx_len, where documents are cut there; "" where none does."""
+        """A note on the tokens that the mask counts and that documents lose because they are cut at --ctx_len; "" if
+        there are none."""
         mask, lost, bare, limit = self._mask, 0, 0, self.ctx_len + 1
         cut = np.flatnonzero(self.dataset.sizes > limit)
         if mask is None or not len(cut):
             return ""
         begins = self.dataset.pointers[cut] // self.dataset.dtype.itemsize
         ends = begins + self.dataset.sizes[cut]
-        # those that lie near each other at once, as a call for each takes long
+        # documents that lie near each other share a call, because a call for each takes long
         for near in np.split(np.arange(len(cut)), np.flatnonzero(np.diff(begins // STRETCH)) + 1):
             first, last = int(begins[near].min()), int(ends[near].max())
-            before = np.concatenate(([0], np.cumsum(mask(first, last))))  # how many count before each token
+            before = np.concatenate(([0], np.cumsum(mask(first, last))))  # counted tokens before each
             begin, end = begins[near] - first, ends[near] - first
             behind = before[end] - before[begin + limit]
             lost += int(behind.sum())
@@ -223,7 +224,7 @@ class DocumentSamples(Samples):
         return np.ones(size - 1, dtype=bool) if self._mask is None else self._mask(start + 1, start + size)
 
     def _make_bucket(self, epoch: int, number: int) -> np.ndarray:
-        """Documents at the positions [512 number, 512 number + 512) of an epoch, runs of like length."""
+        """The documents at the positions [512 number, 512 number + 512) of an epoch, in runs of similar length."""
         order = self._order(epoch)
         positions = range(number * BUCKET, min((number + 1) * BUCKET, len(self)))
         documents = self.units[[order[position] for position in positions]]
@@ -234,10 +235,10 @@ class DocumentSamples(Samples):
 
 
 class PaddedSamples(DocumentSamples):
-    """Dataload "pad": rows of one batch are padded to the longest, so that like lengths had better share one.
+    """Dataload "pad": the rows of a batch are padded to the longest, so rows of similar length should share a batch.
 
-    Where rows share a batch and there is a seed, the order is bucketed; it does not depend on how many share one. A row
-    that is alone in its batch pays for no other's length, and its order is a plain shuffle.
+    If rows share a batch and there is a seed, the order is bucketed; it does not depend on how many rows share one. If
+    each row is alone in its batch, nothing is padded, and the order is a plain shuffle.
     """
 
     def share_batches(self, rows: int) -> None:
@@ -257,7 +258,7 @@ class SingleSamples(DocumentSamples):
 
 
 def readable_documents(dataset: BinidxDataset) -> np.ndarray:
-    """Numbers of the documents that have a target; UserError where none has."""
+    """The numbers of the documents that have a target. Raises UserError if none has."""
     documents = np.flatnonzero(dataset.sizes >= 2)
     if not len(documents):
         raise UserError(f"{dataset.idx_path}: every document has fewer than 2 tokens, nothing to predict")
@@ -265,7 +266,7 @@ def readable_documents(dataset: BinidxDataset) -> np.ndarray:
 
 
 def not_read(dataset: BinidxDataset, ctx_len: int) -> list[str]:
-    """Notes on documents that are left out, and on tokens that are cut off."""
+    """The notes on documents that are left out, and on tokens that are cut off."""
     sizes = dataset.sizes
     notes: list[str] = []
     short = int((sizes < 2).sum())

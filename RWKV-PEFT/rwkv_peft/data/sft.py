@@ -1,4 +1,4 @@
-"""Data types "sft" and "pairs": rows of questions and answers, tokenized once into a cache.
+"""Tokenizes rows of questions and answers once into a cache, for the data types "sft" and "pairs".
 
 The cache holds a .bin/.idx/.mask set named by a hash of the rows' content and of every setting
 that shapes the tokens, so that a second run, or another rank, reads what the first one wrote.
@@ -24,11 +24,11 @@ from .rows import KINDS
 
 FORMAT = 6
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-FILES = (".bin", ".idx", ".mask")  # the last one only where something does not count
+FILES = (".bin", ".idx", ".mask")  # .mask only if some token does not count
 
 
 def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[str, list[str]]:
-    """DataConfig -> (prefix of the token files, notes on rows: with thinking or not, left out, shortened).
+    """Tokenize the rows of a DataConfig -> (prefix of the token files, notes on its rows, as report.py makes them).
 
     config.path is a file or folder of rows (rows.KINDS); config.sft_field names its fields, config.sft_split its
     rows. Documents longer than ctx_len lose the front of their prompt (sft_long "left") or are left out ("skip"); the
@@ -90,7 +90,7 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
 
 
 def refuse_hub_name(config: DataConfig) -> None:
-    """Raise UserError for rows that are named as on Hugging Face's hub, and are not here."""
+    """Raise UserError for rows that are named like a data set on Hugging Face's hub, and are not here."""
     path = Path(config.path)
     if config.of_rows and HUB_NAME.fullmatch(config.path) and not path.parent.exists():
         raise UserError(
@@ -101,8 +101,8 @@ def refuse_hub_name(config: DataConfig) -> None:
 
 
 def notes_of(done: Path) -> list[str] | None:
-    """What a set's .json notes of its rows; None where it is not there, or not what it was written with is beside it:
-    caches are cleared file by file, and a disk that fills or a crash may leave less."""
+    """The notes on rows in a set's .json; None if it is missing, or if the files beside it have not the sizes that it
+    names: caches are cleared file by file, and a full disk or a crash may leave less."""
     try:
         written = json.loads(done.read_text())
         return written["notes"] if written["sizes"] == sizes_beside(done) else None
@@ -111,7 +111,7 @@ def notes_of(done: Path) -> list[str] | None:
 
 
 def sizes_beside(done: Path) -> dict[str, int]:
-    """{ending: bytes} of those of FILES that lie beside a set's .json."""
+    """The sizes of those of FILES that lie beside a set's .json: {ending: bytes}."""
     files = {end: done.with_suffix(end) for end in FILES}
     return {end: file.stat().st_size for end, file in files.items() if file.is_file()}
 
@@ -127,7 +127,7 @@ def cache_folder() -> Path:
 
 
 def key_of(path: Path, settings: EncodeSettings, split: str) -> str:
-    """A hash of the files' content, the tokenizer's and the settings."""
+    """A hash of the settings and of the names and content of the files, the tokenizer's among them."""
     digest = hashlib.blake2b(json.dumps([FORMAT, asdict(settings), split], sort_keys=True).encode(), digest_size=16)
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     tokenizer = Path(settings.tokenizer)

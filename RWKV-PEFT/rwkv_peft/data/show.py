@@ -1,4 +1,4 @@
-"""Documents and samples as text again, with marks around what counts in the loss."""
+"""Shows documents and samples as text, with marks around what counts in the loss."""
 
 import os
 from collections.abc import Sequence
@@ -12,15 +12,14 @@ from .binidx import BinidxDataset
 from .samples import Samples
 from .tokenizer import Tokenizer
 
-Marks = tuple[str, str]  # what opens and what closes counted text
+Marks = tuple[str, str]  # the marks that open and close counted text
 PLAIN, TERMINAL = ("[[", "]]"), ("\033[1;32m", "\033[0m")
 END = "<end>"
-LONG, RUNS = 1000, 20  # a longer piece of text loses its middle, and so do more pieces
+LONG, RUNS = 1000, 20  # a piece of more characters loses its middle, and a document or sample of more pieces, too
 
 
 def marks_for(stream: TextIO) -> Marks:
-    """(what opens, what closes counted text) on a stream: bold and green on a terminal that has colours and may show
-    them."""
+    """The Marks for a stream: bold and green on a terminal that has colours, unless NO_COLOR is set; else PLAIN."""
     colours = os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
     return TERMINAL if stream.isatty() and colours else PLAIN
 
@@ -51,14 +50,14 @@ def show_samples(samples: Samples, number: int, tokenizer: Tokenizer, marks: Mar
 
 
 def block(title: str, tokens: np.ndarray, counted: np.ndarray, tokenizer: Tokenizer, marks: Marks) -> str:
-    """A heading, and tokens (n,) as text, of which counted (n,) tells those that count."""
+    """A heading, and tokens (n,) as text; counted (n,) tells which of them count."""
     heading = f"== {title}: {len(tokens)} tokens, {int(counted.sum())} count"
     return f"{heading}\n{render(tokens, counted, tokenizer, marks)}"
 
 
 def render(tokens: np.ndarray, counted: np.ndarray, tokenizer: Tokenizer, marks: Marks) -> str:
-    """The text of tokens, marks around each run of counted ones, the end token visible; what is long is shortened in
-    its middle, and says so."""
+    """The text of tokens, with marks around each run of counted ones and the end token visible; a long text is
+    shortened in its middle, and says so."""
     parts = []
     for counts, run in groupby(zip(tokens.tolist(), counted.tolist()), key=lambda pair: pair[1]):
         text = shortened(plain_text([token for token, _ in run], tokenizer))
@@ -69,7 +68,7 @@ def render(tokens: np.ndarray, counted: np.ndarray, tokenizer: Tokenizer, marks:
 
 
 def shortened(text: str) -> str:
-    """A text without its middle where it is LONG."""
+    """A text, without its middle if it is longer than LONG."""
     if len(text) <= LONG:
         return text
     half = LONG // 2
@@ -77,8 +76,7 @@ def shortened(text: str) -> str:
 
 
 def plain_text(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
-    """The text of a list of tokens, END where the tokenizer's end token stands, and other special tokens by their
-    names."""
+    """The text of a list of tokens, with END for the tokenizer's end token, and other special tokens by their names."""
     names = {number: name for name, number in tokenizer.special.items()}
     runs = groupby(tokens, key=lambda token: END if token == tokenizer.end_id else names.get(token, ""))
     return "".join(name * len(list(run)) if name else visible(tokenizer.decode(list(run))) for name, run in runs)

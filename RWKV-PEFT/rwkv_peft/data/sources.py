@@ -1,4 +1,4 @@
-"""The samples that settings name: which data, sampled how, with which mask."""
+"""Builds the samples that settings name: their data, sampling and mask."""
 
 from dataclasses import replace
 from types import MappingProxyType
@@ -25,8 +25,8 @@ SAMPLINGS: MappingProxyType[str, type[WindowSamples] | type[DocumentSamples]] = 
 
 
 def build_samples(config: DataConfig, vocab_size: int) -> Samples:
-    """DataConfig -> the samples it names, over tokens checked to be below the model's vocab_size; their `vocabulary` is
-    the Vocabulary that made the tokens, None where nothing tells.
+    """Build the samples that a DataConfig names, over tokens checked to be below the model's vocab_size; their
+    `vocabulary` is the Vocabulary that made the tokens, None if it is unknown.
 
     data_type "sft" and "pairs" tokenize config.path first, once (sft.py). Raises UserError for files that are
     missing or damaged, ids or a tokenizer outside the vocabulary, a ctx_len longer than the data, and settings that
@@ -58,10 +58,10 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
 def split_samples(
     config: DataConfig, vocab_size: int, fraction: float, seed: int | None = None
 ) -> tuple[Samples, Samples]:
-    """Like build_samples -> (training samples, validation samples): `fraction` of them, drawn by `seed`, or where it is
-    None by that of the order.
+    """Split the samples of build_samples -> (training samples, validation samples); `fraction` of them validate, drawn
+    by `seed`, or if it is None by the seed of the order.
 
-    The two share no sample; with dataload "get" a document on the edge of a window lies in both.
+    The two share no sample; with dataload "get" a document on the edge of a window may lie in both.
     """
     samples = build_samples(config, vocab_size)
     count = max(1, round(fraction * len(samples)))
@@ -81,7 +81,7 @@ def split_samples(
 
 
 def require_counted(samples: Samples, config: DataConfig) -> None:
-    """UserError where none of the samples has a target that counts in the loss."""
+    """Raise UserError if none of the samples has a target that counts in the loss."""
     if not any(samples.count(n) for n in range(len(samples))):
         raise UserError(
             f"{config.path}: the loss counts no token of {counted(len(samples), 'sample')} of up to --ctx_len "
@@ -91,7 +91,7 @@ def require_counted(samples: Samples, config: DataConfig) -> None:
 
 
 def check_config(config: DataConfig) -> None:
-    """UserError for settings that do not go together."""
+    """Raise UserError for unknown settings, and for settings that do not go together."""
     if config.dataload not in SAMPLINGS:
         raise UserError(f"--dataload {config.dataload}: one of {', '.join(DATALOADS)}")
     if config.data_type not in DATA_TYPES:

@@ -1,4 +1,4 @@
-"""Rows of people's files -> the text of a document, and which parts of it count in the loss.
+"""Lays out a row as the text of a document, and says which parts of it count in the loss.
 
 A document is a list of segments (text, counts): counts says whether the model learns to produce
 that text. The layouts are the ones that RWKV World models were trained on.
@@ -19,7 +19,7 @@ FORMS = (
     "text; messages or conversations; query and response; question and answer; instruction, input "
     "and output; prompt and completion"
 )
-ANSWERED = (  # the fields of the forms of which answers alone count
+ANSWERED = (  # the fields of the forms in which only answers count
     ("messages",),
     ("conversations",),
     ("query", "response"),
@@ -27,7 +27,7 @@ ANSWERED = (  # the fields of the forms of which answers alone count
     ("instruction", "output"),
     ("prompt", "completion"),
 )
-# (what may open the turn behind an answer, what opens the answer)
+# (texts that may open the turn behind an answer, the text that opens the answer)
 LAYOUTS = ((("User:", "System:", "Tool:"), "Assistant:"), (("Question:",), "Answer:"), (("Instruction:",), "Response:"))
 
 
@@ -36,8 +36,8 @@ class UnknownForm(UserError):
 
 
 def segments(row: object, think: str = "") -> list[Segment]:
-    """A row (dict) -> [(text, counts)]; UserError where it has no form that is known. think ("", "on", "off") is how
-    answers of a chat are opened (thinking.py)."""
+    """Lay out a row (dict) as [(text, counts)]. think ("", "on", "off") is how answers of a chat are opened
+    (thinking.py). Raises UserError for a row of no known form."""
     if not isinstance(row, dict):
         raise UserError(f"a row is {type(row).__name__}, not an object with fields such as {FORMS}")
     if "text" in row and not think:
@@ -79,14 +79,14 @@ def segments(row: object, think: str = "") -> list[Segment]:
 
 
 def system_of(row: Mapping[str, Any]) -> str:
-    """The system text beside a question, "" where a row has none."""
+    """The system text beside a question, "" if a row has none."""
     name = next((name for name in SYSTEM_FIELDS if row.get(name)), None)
     return field(row, name).strip() if name else ""
 
 
 def behind_system(row: Mapping[str, Any], parts: list[Segment]) -> list[Segment]:
-    """The system text of a row before its segments, unless they begin with one. Raises UserError for a row of which
-    something else would be lost."""
+    """Put the system text of a row before its segments, unless they begin with one. Raises UserError if another field
+    of the row would be lost."""
     refuse_unplaced(row)
     words = system_of(row)
     if not words or parts[0][0].startswith("System:"):
@@ -95,8 +95,8 @@ def behind_system(row: Mapping[str, Any], parts: list[Segment]) -> list[Segment]
 
 
 def named_segments(row: object, names: Sequence[str], think: str = "") -> list[Segment]:
-    """A row whose text is in the field names[0], or whose prompt and answer are in names[0] and names[1]; think as in
-    segments."""
+    """Lay out a row whose text is in the field names[0], or whose prompt and answer are in names[0] and names[1]; think
+    is as in segments."""
     if not isinstance(row, dict):
         raise UserError(f"a row is {type(row).__name__}, not an object with the fields {', '.join(names)}")
     for name in names:
@@ -127,7 +127,7 @@ TEMPLATES = MappingProxyType(
 def read_template(path: str) -> str:
     """The text of a template: one of TEMPLATES by its name, or a file's, without the newline at its end.
 
-    Raises UserError where it is missing or wrong.
+    Raises UserError if it is missing or wrong.
     """
     if path in TEMPLATES:
         return TEMPLATES[path]
@@ -141,7 +141,7 @@ def read_template(path: str) -> str:
 
 
 class Template:
-    """A text with {field} where a row's field goes; what stands in [[ ]] counts in the loss.
+    """A text with {field} in place of a row's field; the parts in [[ ]] count in the loss.
 
     For instance "Q: {question} A:[[ {answer}]]". Without any [[ ]] everything counts.
     """
@@ -169,18 +169,17 @@ class Template:
 
 
 def exchange(prompt: str, answer: str) -> list[Segment]:
-    """A prompt, not learned, and its answer, learned."""
+    """The segments of a prompt, which does not count, and its answer, which counts."""
     return [(prompt, False), (" " + answer.strip(), True)]
 
 
 def thinks(parts: Sequence[Segment]) -> bool:
-    """Whether thinking opens an answer of these segments, which "on" laid out."""
+    """Return whether thinking opens an answer of these segments, which think="on" laid out."""
     return any(text.endswith(OPENINGS["on"]) for text, counts in parts if not counts)
 
 
 def question(words: str, think: str = "", system: str = "") -> list[str]:
-    """A user's turn, behind a system text where there is one, and the opening of the answer, as the texts that `chat`
-    makes of them."""
+    """The texts that `chat` makes of a system text, if there is one, a user's turn, and the opening of the answer."""
     turns = [("system", system)] * bool(system) + [("user", words), ("assistant", "")]
     laid_out = chat([{"role": role, "content": content} for role, content in turns])
     *texts, opening = (text for text, counts in laid_out if not counts)
@@ -188,13 +187,13 @@ def question(words: str, think: str = "", system: str = "") -> list[str]:
 
 
 def opening_within(text: str) -> str:
-    """What opens an answer in a text that holds questions and answers in a layout that is known, "" in any other."""
+    """The opening of an answer in a text of questions and answers in a known layout, "" for any other text."""
     begins = text.lstrip()
     return next((last for openings, last in LAYOUTS if begins.startswith(openings) and TURN_END + last in text), "")
 
 
 def stops_of(prompt: str) -> tuple[str, ...]:
-    """The texts that end the answer of a prompt in a layout that is known, by its last words; () for any other."""
+    """The texts that end the answer to a prompt in a known layout, recognised by its last words; () for any other."""
     asked = without_opening(prompt).rstrip()
     openings = next((openings for openings, last in LAYOUTS if asked.endswith(last)), ())
     return tuple(TURN_END + opening for opening in openings)

@@ -1,7 +1,7 @@
-"""Answers with thinking, as the RWKV-7 G1 models give them: <think>, what they think, </think>, the answer.
+"""Lays out answers with thinking, as the RWKV-7 G1 models give them: <think>, the thinking, </think>, the answer.
 
-A prompt asks for thinking with what opens it, "Assistant: <think", and for an answer at once with a thinking that is
-empty, "Assistant: <think></think"; the model goes on from there (RWKV-LM, RWKV-v7/RWKV7-G1x-templates.txt).
+A prompt that ends in "Assistant: <think" asks for thinking, and one that ends in "Assistant: <think></think", an empty
+thinking, for an answer at once; the model goes on from there (RWKV-LM, RWKV-v7/RWKV7-G1x-templates.txt).
 """
 
 import re
@@ -11,9 +11,9 @@ from typing import Any
 
 from ..errors import UserError
 
-# what a prompt adds to "Assistant:", by what --think says
+# --think -> the text that a prompt adds to "Assistant:"
 OPENINGS = MappingProxyType({"on": " <think", "off": " <think></think"})
-FIELDS = ("reasoning_content", "reasoning", "thinking")  # where rows hold it, unless the answer's own words do
+FIELDS = ("reasoning_content", "reasoning", "thinking")  # of rows; they hold thinking unless the answer's words do
 EMPTY = re.compile(r" ?<think(>\s*</think)?>?\s*$")
 
 
@@ -23,8 +23,8 @@ def without_opening(prompt: str) -> str:
 
 
 def parted(words: str, row: Mapping[str, Any] | None = None) -> tuple[str | None, str]:
-    """(thinking or None, answer) of an answer's words, or of its row's FIELDS; UserError for a <think> without an
-    end."""
+    """Split an answer's words into (thinking or None, answer); without <think> the thinking is in one of its row's
+    FIELDS. Raises UserError for a <think> without an end."""
     words = words.strip()
     if words.startswith("<think>"):
         thinking, closing, answer = words.removeprefix("<think>").partition("</think>")
@@ -37,8 +37,9 @@ def parted(words: str, row: Mapping[str, Any] | None = None) -> tuple[str | None
 
 
 def answered(words: str, row: Mapping[str, Any], think: str) -> tuple[str, str]:
-    """An answer -> (what opens it behind "Assistant:", what the model says from there on), as --think has it: "on" with
-    the thinking that the row holds, as always if it holds none; "off" with an empty one; "" the words as they are."""
+    """Split an answer -> (its opening behind "Assistant:", the text that the model continues with), by think: "on" with
+    the thinking that the row holds, and without any opening if it holds none; "off" with an empty thinking; "" with the
+    words as they are."""
     if not think:
         return "", f" {words.strip()}"
     thinking, answer = parted(words, row)

@@ -1,10 +1,12 @@
 """Tokenizers: text <-> token ids, for the World vocabulary, raw bytes, and any tokenizer.json.
 
-Every tokenizer has encode(str) -> list[int], decode(list[int]) -> str, vocab_size (ids are below
-it), name, end_id, the token that ends a document, or None where the vocabulary names none,
-cuts_at_lines, whether a text cut where a line begins with a visible character has the same tokens, special,
-the ids of the tokens that decode leaves out by the texts that encode reads as them, and content(), bytes that
-tell its tokens from any other's.
+Every tokenizer has
+- encode(str) -> list[int], decode(list[int]) -> str
+- name, and vocab_size, which is above every id
+- end_id: the token that ends a document, None if the vocabulary names none
+- cuts_at_lines: whether a text that is cut where a line begins with a visible character keeps its tokens
+- special: {text: id} of the tokens that encode reads in a text and decode leaves out
+- content() -> bytes that tell its tokens from any other tokenizer's
 
     rwkv-peft tokenize world "Assistant:"      prints the ids of a text, as --mask_id takes them
 """
@@ -24,16 +26,16 @@ from ..errors import UserError, told
 from ..files.readable import require_readable
 from .world_vocabulary import parse_world_vocabulary
 
-MOST_TOKENS = 1 << 31  # as many as token files can tell apart
+MOST_TOKENS = 1 << 31  # the most that token files can tell apart
 REPLACEMENT = "\ufffd"
 Result = TypeVar("Result")
-KNOWN_SIZES = ((65536, "world"), (257, "bytes"))  # vocabularies that a model's own size tells
-ENCODES = ("normalizer", "pre_tokenizer", "model", "added_tokens")  # what of a tokenizer.json its tokens depend on
+KNOWN_SIZES = ((65536, "world"), (257, "bytes"))  # (a model's vocabulary size, the tokenizer that it implies)
+ENCODES = ("normalizer", "pre_tokenizer", "model", "added_tokens")  # parts of a tokenizer.json that decide its tokens
 END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "<|im_end|>")
 
 
 def load_tokenizer(name: str | Path) -> "Tokenizer":
-    """ "world", "bytes", a World vocabulary (.txt) or a Hugging Face tokenizer.json -> a tokenizer.
+    """Load a tokenizer: "world", "bytes", or the path of a World vocabulary (.txt) or a Hugging Face tokenizer.json.
 
     Raises UserError for a file that is missing or holds no vocabulary.
     """
@@ -73,12 +75,11 @@ class BytesTokenizer:
 class WorldTokenizer:
     """The RWKV World vocabulary: greedy longest match over bytes; token 0 ends a document.
 
-    The pyrwkv-tokenizer package encodes where it is installed, and our own GreedyEncoder where it is not, as on Pythons
-    that it has no build for; they give the same tokens.
+    The pyrwkv-tokenizer package encodes. Our GreedyEncoder, which gives the same tokens, encodes if the package is not
+    installed (some Pythons have no build of it) or if the vocabulary lacks a token for some byte.
 
-    vocab_size is 65536, the size of the models trained on it, for the standard vocabulary, and
-    one more than the largest id for a file given by path (lines "id 'token' length", with any
-    line ends).
+    vocab_size is 65536, the size of the models trained on it, for the standard vocabulary, and one more than the
+    largest id for a file given by path (lines "id 'token' length", with any line ends).
     """
 
     end_id = 0
@@ -121,8 +122,8 @@ class WorldTokenizer:
 
 
 class GreedyEncoder:
-    """encode(text) -> ids by the longest token that the text goes on with, at each place; table holds the bytes of each
-    token id, or None."""
+    """Encodes by the longest token that matches at each place of a text; table holds the bytes of each token id, or
+    None."""
 
     def __init__(self, table: Sequence[bytes | None]) -> None:
         self._ids = {token: number for number, token in enumerate(table) if token}
@@ -135,7 +136,7 @@ class GreedyEncoder:
         ids: list[int] = []
         data, position = text.encode("utf-8"), 0
         while position < len(data):
-            # at the end of the text, and where no longer token begins so, one byte is left
+            # a single byte comes last, for the end of the text and for bytes that begin no longer token
             for length in (*self._lengths.get(data[position : position + 2], ()), 1):
                 token = self._ids.get(data[position : position + length])
                 if token is not None and position + length <= len(data):
@@ -151,7 +152,7 @@ class GreedyEncoder:
 
 
 def rust_package() -> ModuleType | None:
-    """The pyrwkv_tokenizer module, None where it is not installed."""
+    """The pyrwkv_tokenizer module, None if it is not installed."""
     try:
         import pyrwkv_tokenizer
     except ModuleNotFoundError:
@@ -174,7 +175,7 @@ def world_vocabulary() -> Path:
 
 @cache
 def say_slow() -> None:
-    """Say once, and not once more in each worker, that encoding takes its time."""
+    """Print once, and not again in each worker, that encoding is slow."""
     if parent_process() is None:
         print(
             "tokenizer world: encoding in Python, which takes ten times as long as with the package pyrwkv-tokenizer",
@@ -235,7 +236,7 @@ Tokenizer = WorldTokenizer | BytesTokenizer | JsonTokenizer
 
 
 def utf8(text: str) -> bytes:
-    """The UTF-8 bytes of a text; UserError where it holds half of a surrogate pair."""
+    """The UTF-8 bytes of a text. Raises UserError if it holds half of a surrogate pair."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -246,7 +247,7 @@ def utf8(text: str) -> bytes:
 
 
 def check_ids(ids: Iterable[int], vocab_size: int, name: str) -> None:
-    """UserError unless every id is in [0, vocab_size)."""
+    """Raise UserError unless every id is in [0, vocab_size)."""
     for position, token in enumerate(ids):
         if not 0 <= token < vocab_size:
             raise UserError(
@@ -256,8 +257,8 @@ def check_ids(ids: Iterable[int], vocab_size: int, name: str) -> None:
 
 
 def guarded(failed: str, function: Callable[..., Result], *arguments: object, **named: object) -> Result:
-    """Call into a library for tokenizers, which raises bare Exceptions, and panics, which are none: both become a
-    UserError that begins with `failed`."""
+    """Call a tokenizer library. It raises bare Exceptions, and panics, which are no Exceptions; both become a UserError
+    that begins with `failed`."""
     try:
         return function(*arguments, **named)
     except BaseException as error:

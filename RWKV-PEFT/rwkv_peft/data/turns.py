@@ -1,4 +1,4 @@
-"""Turns of a chat -> the text of a document, and which parts of it count in the loss."""
+"""Lays out the turns of a chat as the text of a document, and says which parts of it count in the loss."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -10,7 +10,7 @@ from .thinking import answered
 Segment = tuple[str, bool]  # a text, and whether it counts in the loss
 TURN_END = "\n\n"  # token 261 of the World vocabulary
 
-# what a row or a turn may hold besides, for which the layouts have no place
+# fields of a row or a turn for which the layouts have no place
 UNPLACED = ("tools", "tool_calls", "functions", "function_call", "history")
 CALL = "function_call"  # ShareGPT's role of a turn that calls a tool
 SPEAKERS = MappingProxyType(  # the role of a turn -> the name that RWKV World chats give to it
@@ -32,12 +32,12 @@ TEXT_PARTS = ("text", "input_text", "output_text")  # the types of the parts of 
 
 
 def chat(messages: object, think: str = "") -> list[Segment]:
-    """Turns {role, content} or {from, value}: the assistant's words count, the others' do not; think as in
+    """Lay out turns {role, content} or {from, value}: the assistant's words count, the others' do not; think is as in
     templates.segments.
 
-    The blank line behind an assistant's turn counts too, and who speaks then: with both the model says that it is done,
-    where a blank line alone may part two paragraphs (stops_of). They are no part of what stands before them, so that
-    the blank line is the token that runtimes know, whatever the words end in.
+    The blank line behind an assistant's turn and the next speaker's name count, too: both together say that the model
+    is done, because a blank line alone may only separate two paragraphs (stops_of). They are segments of their own, so
+    that the blank line is the token that runtimes know, whatever the words end in.
     """
     if not isinstance(messages, list) or not messages:
         raise UserError("messages must be a list of turns, each with role and content (or from and value)")
@@ -79,7 +79,7 @@ def speaker(role: str) -> str:
 
 
 def words_of(turn: Mapping[str, Any], name: str) -> str:
-    """The words of a turn, in its field `name`: a text, or a list of parts, whose texts follow each other."""
+    """The words of a turn in its field `name`: a text, or a list of parts whose texts are joined."""
     content = turn[name]
     if content is None:
         raise UserError(f"field {name!r} of a turn is null; give it the turn's words, or leave the turn out")
@@ -87,7 +87,7 @@ def words_of(turn: Mapping[str, Any], name: str) -> str:
 
 
 def part_text(part: object) -> str:
-    """The text of one part of a turn's content. Raises UserError for an image and every other part that is no text."""
+    """The text of one part of a turn's content. Raises UserError for a part that is no text, such as an image."""
     if isinstance(part, str):
         return part
     if not isinstance(part, dict):
@@ -102,7 +102,7 @@ def part_text(part: object) -> str:
 
 
 def refuse_unplaced(holder: Mapping[str, Any]) -> None:
-    """UserError where a row or a turn holds one of UNPLACED, which would be lost."""
+    """Raise UserError if a row or a turn holds one of UNPLACED, which would be lost."""
     for name in UNPLACED:
         if holder.get(name) not in (None, "", [], {}, "[]", "{}", "null"):
             remedy = "earlier turns belong into messages" if name == "history" else "write it out in the turns' words"
@@ -113,7 +113,7 @@ def refuse_unplaced(holder: Mapping[str, Any]) -> None:
 
 
 def field(row: Mapping[str, Any], name: str) -> str:
-    """row[name], which must be text."""
+    """The text row[name]. Raises UserError if it is no text."""
     value = row[name]
     if not isinstance(value, str):
         raise UserError(f"field {name!r} holds {type(value).__name__}, not text")

@@ -1,4 +1,4 @@
-"""Chunks of rows encoded in this process or in several, which end with it however it ends."""
+"""Encodes chunks of rows in this process or in several workers, which end with it however it ends."""
 
 import os
 import signal
@@ -18,9 +18,9 @@ from .rows import Chunk
 def encode_all(
     chunks: Iterable[Chunk], settings: EncodeSettings, workers: int = 1, judge: Callable[[], bool] = lambda: False
 ) -> Iterator[Encoded]:
-    """Yield the Encoded of every chunk, in order; at most two chunks a worker are in memory. As soon as judge() is true
-    the chunks that follow are judged (encode_chunk) and not encoded. Raises UserError where a worker is killed, as the
-    system does when memory runs out."""
+    """Yield the Encoded of every chunk, in order; at most two chunks a worker are in memory. As soon as judge() is
+    true, the chunks that follow are only judged (encode_chunk). Raises UserError if a worker is killed, as the system
+    does when memory runs out, or cannot begin."""
     if workers <= 1:
         for chunk in chunks:
             yield encode_chunk(chunk, settings, judge())
@@ -40,15 +40,15 @@ def encode_all(
                 f"fewer than --workers {workers}"
             ) from error
         finally:
-            with no_ctrl_c():  # a second one: they are done after a chunk
+            with no_ctrl_c():  # ignore a second one: the workers are done after a chunk
                 pool.shutdown(wait=True, cancel_futures=True)
 
 
 def submit(pool: ProcessPoolExecutor, chunk: Chunk, settings: EncodeSettings, judge: bool) -> "Future[Encoded]":
-    """Hand a chunk over, for which one more process may begin. Raises BrokenProcessPool where it cannot: the system has
-    no room for it, or another one died this moment, and the pool's pipes that it inherits are closed (an OSError, or a
-    ValueError, by how far it came)."""
-    with no_ctrl_c():  # which the process inherits
+    """Submit a chunk, for which the pool may begin one more process. Raises BrokenProcessPool if it cannot: the system
+    has no room for a process, or another one died this moment, which closes the pool's pipes that the new one inherits
+    (an OSError or a ValueError, depending on how far it came)."""
+    with no_ctrl_c():  # a new process inherits this
         try:
             return pool.submit(encode_chunk, chunk, settings, judge)
         except (OSError, ValueError) as error:
@@ -57,8 +57,8 @@ def submit(pool: ProcessPoolExecutor, chunk: Chunk, settings: EncodeSettings, ju
 
 @contextmanager
 def no_ctrl_c() -> Iterator[None]:
-    """For a moment Ctrl-C is not heard, and never by the processes that begin in it: it is the parent's business."""
-    if threading.current_thread() is not threading.main_thread():  # to which signals go
+    """Ignore Ctrl-C in the block, and always in processes that begin in it, because their parent handles it."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -69,7 +69,7 @@ def no_ctrl_c() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """Let this process end when the one that began it is gone, however that one ended."""
+    """End this process when its parent is gone, however that ended."""
 
     def watch() -> None:
         parent = parent_process()

@@ -1,4 +1,4 @@
-"""The file of a World vocabulary: a line "id 'token' length" for each token, the token as Python writes it."""
+"""Reads the file of a World vocabulary: a line "id 'token' length" for each token, the token as Python writes it."""
 
 import ast
 import re
@@ -6,15 +6,15 @@ from pathlib import Path
 
 from ..errors import UserError
 
-# one text, or one run of bytes, as a World vocabulary has them: an expression could ask for any memory
+# one str or bytes literal, as a World vocabulary has them; any other expression could ask for any memory
 LITERAL = re.compile(r"""b?(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
 
 
 def parse_world_vocabulary(path: Path) -> list[bytes | None]:
-    """Read a World vocabulary -> list of bytes or None by token id; UserError names the bad line."""
+    """Read a World vocabulary -> list of bytes or None by token id. Raises UserError that names the bad line."""
     table: list[bytes | None] = [None]
     content = path.read_bytes()
-    most = max(65536, len(content))  # the table grows with the ids, and ids without gaps take more bytes than that
+    most = max(65536, len(content))  # a bound for the table, which grows with the ids; a line takes more than a byte
     for number, line in enumerate(content.decode("utf-8", "replace").split("\n"), start=1):
         line = line.rstrip("\r")
         if not line:

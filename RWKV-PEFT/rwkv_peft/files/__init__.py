@@ -1,1 +1,1 @@
-"""Files: all or nothing, never over an input, each way of being broken with its own words."""
+"""Reads and writes models, adapters and states: atomically, never over an input, with a clear error for damage."""

@@ -1,9 +1,8 @@
 """Adapter files: safetensors that hold the trained tensors and say what they are.
 
-An adapter's own tensors keep their module's name and a parameter name beside it
-(`blocks.0.att.receptance.bone`, `….lora_A`, `….lora_B`); tensors of the base that were trained whole
-keep the base's key (`blocks.0.ln1.weight`). Time states (`blocks.0.att.time_state`) are (H, N value,
-N key), as every RWKV file has them.
+An adapter's own tensors are named by their module and a parameter (`blocks.0.att.receptance.bone`, `….lora_A`,
+`….lora_B`); tensors of the base that were trained whole keep the base's key (`blocks.0.ln1.weight`). Time states
+(`blocks.0.att.time_state`) are (H, N value, N key), as in RWKV's .pth files.
 """
 
 import json
@@ -29,20 +28,19 @@ from .safetensors_file import read_safetensors, write_safetensors
 
 FORMAT_VERSION = 1
 METADATA_KEY = "rwkv_peft"  # the entry of the safetensors header that holds AdapterMetadata as JSON
-PRECISIONS = ("bf16", "fp32")  # of --precision, in which a run keeps its base
+PRECISIONS = ("bf16", "fp32")  # values of --precision, the dtype in which a run keeps its base
 FORGOTTEN = ("config",)  # metadata that earlier versions wrote and nothing reads
 
 
 @dataclass(frozen=True)
 class AdapterMetadata:
-    """What an adapter is, so that merging needs no retyped flags.
+    """Describes an adapter, so that merging needs no retyped flags.
 
-    variant is a method's name ("none": whole tensors alone); rank and mini_rank as in AdapterConfig;
-    scale multiplies lora_B lora_A; targets and train_parts say what was trained; quant how the frozen
-    weights were quantized; base_fingerprint names the base ("" where the file does not say), generation the
-    --model_version of it ("": not told), and precision what it was cast to for training, before anything was quantized
-    or taken out of it ("": nothing, or not told); source the tool whose file it was; origin tells people of its
-    training.
+    variant is a method's name ("none": only whole tensors); rank and mini_rank are those of AdapterConfig; scale
+    multiplies lora_B lora_A; targets and train_parts say what was trained, quant how the frozen weights were quantized.
+    base_fingerprint identifies the base, and generation is its --model_version ("": unknown). precision is the dtype
+    that the base was cast to for training, before anything was quantized or taken out of it ("": none, or unknown).
+    source is the tool that wrote the file; origin describes the training to people.
     """
 
     variant: str
@@ -63,7 +61,7 @@ class AdapterMetadata:
     def from_config(
         cls, config: AdapterConfig, base_fingerprint: str = "", precision: str = "", generation: str = ""
     ) -> "AdapterMetadata":
-        """Metadata of an adapter that was made with an AdapterConfig."""
+        """The metadata of an adapter that was made with an AdapterConfig."""
         method = method_of(config)
         return cls(
             variant=NONE if method is None else method.file_name,
@@ -80,33 +78,33 @@ class AdapterMetadata:
 
     @property
     def base_words(self) -> str:
-        """How the base is called, for messages: by its file's name, if that is known, and its fingerprint."""
+        """The base's name in messages: its file's name, if known, and its fingerprint."""
         words = [self.origin.base, self.base_fingerprint and f"fingerprint {self.base_fingerprint}"]
         return ", ".join(filter(None, words)) or "not told"
 
     @property
     def method(self) -> Method | None:
-        """The Method that variant names; None where no layer is adapted."""
+        """The Method that variant names; None if no layer is adapted."""
         return None if self.variant == NONE else METHODS[self.variant]
 
     @property
     def alpha(self) -> float:
-        """LoRA's alpha, by which its scale is told in other tools; 0 where no layer is adapted."""
+        """LoRA's alpha, from which other tools compute the scale; 0 if no layer is adapted."""
         return 0.0 if self.method is None else self.method.alpha(self.scale, self.rank)
 
     def base_dtype(self) -> torch.dtype | None:
-        """The dtype that `precision` names; None where it names none."""
+        """The dtype that `precision` names; None if it names none."""
         return DTYPES.get(self.precision)
 
 
 class Adapter(NamedTuple):
-    """tensors: name -> tensor, as in the module's docstring; metadata: AdapterMetadata."""
+    """An adapter's tensors, {name: tensor} as in the module's docstring, and its metadata."""
 
     tensors: dict[str, torch.Tensor]
     metadata: AdapterMetadata
 
     def modules(self) -> dict[str, dict[str, torch.Tensor]]:
-        """{module name: {parameter name: tensor}} of the adapter's own tensors."""
+        """The adapter's own tensors: {module name: {parameter name: tensor}}."""
         modules: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in self.tensors.items():
             if split := adapter_parameter(key):
@@ -114,20 +112,20 @@ class Adapter(NamedTuple):
         return modules
 
     def whole(self) -> dict[str, torch.Tensor]:
-        """{base key: tensor} of the tensors that replace the base's."""
+        """The tensors that replace the base's: {base key: tensor}."""
         return {key: tensor for key, tensor in self.tensors.items() if not adapter_parameter(key)}
 
 
 def target_names(modules: Iterable[str]) -> tuple[str, ...]:
-    """("blocks.0.att.key", …) -> ("att.key", …), each once, in order."""
+    """The targets of module names: ("blocks.0.att.key", …) -> ("att.key", …), each once, in order."""
     return tuple(dict.fromkeys(".".join(module.split(".")[-2:]) for module in modules))
 
 
 def save_adapter(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: AdapterMetadata) -> None:
-    """Write {name: tensor} and AdapterMetadata to a .safetensors file, atomically. The tensors lie in the order of
-    their names, so that equal adapters are equal files, whichever order they were gathered or read in.
+    """Write {name: tensor} and AdapterMetadata to a .safetensors file, atomically. The tensors are sorted by name, so
+    that equal adapters give equal files in whichever order they were gathered or read.
 
-    Raises UserError for a disk that is full or closed, ValueError for a tensor that is not finite.
+    Raises UserError if the file cannot be written, ValueError for a tensor that is not finite.
     """
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
@@ -141,8 +139,8 @@ def save_adapter(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata
 
 
 def read_own(path: str | Path) -> Adapter:
-    """The Adapter in a .safetensors file of `save_adapter`. Raises UserError for one that is broken, of a later format,
-    or says nothing of an adapter, or that there is none beside an adapter's tensors."""
+    """Read the Adapter in a .safetensors file of `save_adapter`. Raises UserError for a file that is broken, of a later
+    format or without adapter metadata, and for an adapter's tensors under metadata that names no method."""
     tensors, header = read_safetensors(path)
     if METADATA_KEY not in header:
         hint = (
@@ -193,8 +191,8 @@ def _parse_metadata(path: str | Path, text: str) -> AdapterMetadata:
 
 
 def _check_metadata(path: str | Path, values: dict[str, Any]) -> None:
-    """Raise UserError unless metadata names a variant and quantization known here, and has numbers where they are
-    due."""
+    """Raise UserError unless metadata names a known variant, quantization, precision and generation, and its other
+    entries have the right types."""
 
     def refuse(name: str, due: str) -> NoReturn:
         raise UserError(

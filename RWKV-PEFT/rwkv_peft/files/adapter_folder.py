@@ -1,4 +1,4 @@
-"""The folder of an adapter as Hugging Face peft saves it: adapter_config.json, and the tensors that it describes."""
+"""An adapter's folder as Hugging Face peft saves it: adapter_config.json and the tensors that it describes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +18,12 @@ CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "
 
 
 def is_adapter_folder(folder: str | Path) -> bool:
-    """Whether a folder is one."""
+    """Return whether a folder is one, by its adapter_config.json."""
     return (Path(folder) / CONFIG).is_file()
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The settings in a folder's adapter_config.json. Raises UserError where there are none that can be read."""
+    """Read the settings in a folder's adapter_config.json. Raises UserError if it is missing or cannot be read."""
     path = require_readable(
         Path(folder) / CONFIG,
         f"{folder} has no {CONFIG}, which peft's save_pretrained writes"
@@ -33,8 +33,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def read_folder_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """{peft's key: tensor} of a folder, as safetensors or, of safe_serialization=False, torch wrote them. Raises
-    UserError where neither is there or can be read."""
+    """Read a folder's {peft's key: tensor} from its safetensors file or, if there is none, from the torch file that
+    safe_serialization=False writes. Raises UserError if both are missing or the file cannot be read."""
     if (folder / TENSORS).is_file():
         return read_safetensors(folder / TENSORS)[0]
     if (folder / PICKLED).is_file():
@@ -44,9 +44,9 @@ def read_folder_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield where CONFIG and TENSORS of a folder are to be written. They get their names when both are complete; an old
-    CONFIG goes before the tensors change, so that a kill in between leaves a folder that readers refuse, and not one of
-    two halves."""
+    """Yield the temporary paths to write a folder's CONFIG and TENSORS to. They get their names when both are complete.
+    An old CONFIG is removed before the tensors change, so that a kill in between leaves a folder that readers refuse,
+    not one that mixes old and new."""
     with atomic_write(folder / CONFIG) as config, atomic_write(folder / TENSORS) as tensors:
         yield config, tensors
         (folder / CONFIG).unlink(missing_ok=True)

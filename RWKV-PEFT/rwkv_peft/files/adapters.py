@@ -1,4 +1,4 @@
-"""One reader above the formats of adapters."""
+"""Reads an adapter in any format: ours, RWKV-PEFT's or Hugging Face peft's."""
 
 import argparse
 import math
@@ -19,9 +19,11 @@ from .rwkv_peft_file import read_rwkv_peft
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """Where an adapter is, and what its file may not say: mode is a form of Bone for RWKV-PEFT's files that do not name
-    theirs, init the path of the initial factors of its PiSSA, alpha that of its LoRA; None: not told. A file that says
-    otherwise contradicts mode, and not guess, which is a form all the same."""
+    """An adapter's path, and what its file may leave out (None: unknown).
+
+    For RWKV-PEFT's files mode is the form of Bone, init the path of PiSSA's initial factors, alpha LoRA's alpha. guess
+    is a form that is used if mode is None; a file of another form contradicts mode, but not guess.
+    """
 
     path: str | Path
     mode: str | None = None
@@ -30,11 +32,11 @@ class AdapterSource:
     guess: str | None = None
 
     def read(self, base: Mapping[str, torch.Tensor] | None = None) -> Adapter:
-        """The Adapter: ours, or another tool's (rwkv_peft_file.py, peft_folder.py).
+        """Read the Adapter, ours or another tool's (rwkv_peft_file.py, peft_folder.py).
 
-        base is {key: tensor}, whose shapes may tell the form. Raises UserError: a file that is missing, broken, of a
-        later format or no adapter; a form that contradicts mode or cannot be told; init or alpha beside a file that
-        says otherwise; a tensor with NaN or Inf.
+        base is {key: tensor}; its shapes may tell the form. Raises UserError for a file that is missing, broken, of a
+        later format or no adapter; a form that contradicts mode or cannot be told; init or alpha that contradicts the
+        file; a tensor that is empty or holds NaN or Inf.
         """
         path = adapter_of_run(self.path)
         if path.is_dir():
@@ -57,7 +59,7 @@ class AdapterSource:
         return adapter
 
     def _check_told(self, path: Path, adapter: Adapter) -> None:
-        """Refuse init for a file that holds its own factors, if any, and an alpha that is not the adapter's."""
+        """Raise UserError for init beside a file that needs none, and for an alpha that is not the adapter's."""
         metadata, alpha = adapter.metadata, self.alpha
         if self.init is not None and (path.is_dir() or path.suffix == ".safetensors"):
             raise UserError(
@@ -78,9 +80,9 @@ class AdapterSource:
 
 
 def adapter_of_run(path: str | Path) -> Path:
-    """The adapter in the folder of a run of train.py; any other path, folders of Hugging Face peft among them, as it
-    is. Raises UserError for a run that trained the model itself, or has saved nothing yet, and for a folder that is
-    both a run's and peft's."""
+    """The path of the adapter in the folder of a train.py run; any other path, also a folder of Hugging Face peft,
+    unchanged. Raises UserError if the run trained the model itself or has saved nothing yet, or if the folder is both a
+    run's and peft's."""
     path = Path(path)
     if is_adapter_folder(path) and (path / ADAPTER).exists():
         raise UserError(
@@ -102,17 +104,17 @@ def adapter_of_run(path: str | Path) -> Path:
 
 
 def product_of_run(path: str | Path) -> Path:
-    """What the folder of a run of train.py holds: the model that it trained, or the adapter; any other path as it
-    is."""
+    """The path of the model or the adapter that a train.py run saved in its folder; any other path unchanged. Raises
+    UserError as adapter_of_run does."""
     path = Path(path)
     return path / MODEL if (path / MODEL).is_file() else adapter_of_run(path)
 
 
 def read_adapter(path: str | Path, base: Mapping[str, torch.Tensor] | None = None, **told: Any) -> Adapter:
-    """The Adapter at path; told are AdapterSource's other fields."""
+    """Read the Adapter at path; told are AdapterSource's other fields."""
     return AdapterSource(path, **told).read(base)
 
 
 def source_of(args: argparse.Namespace, path: str | Path) -> AdapterSource:
-    """The AdapterSource of a path under a command's flags."""
+    """The AdapterSource of a path and a command's flags."""
     return AdapterSource(path, args.bone_mode, args.lora_init, args.lora_alpha)

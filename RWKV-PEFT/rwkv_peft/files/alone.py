@@ -1,4 +1,4 @@
-"""One run at a time in a folder, one writer at a time of a file."""
+"""Locks that let only one run at a time use a folder, and only one process at a time write a file."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -14,10 +14,10 @@ LOCK = ".run.lock"
 
 @contextmanager
 def alone_in(folder: Path, say: Callable[..., object] = print, flag: str = "--proj_dir") -> Iterator[None]:
-    """Hold a run's folder, given as `flag`, which is made where it is missing and removed again where nothing came of
-    it. Raises UserError where it cannot be written or another process holds it; where the file system has no locks,
-    that is told and the run goes on."""
-    real = Path(os.path.realpath(folder))  # of a link that leads to none yet
+    """Lock a run's folder, given as `flag`; make it if it is missing, and remove it again if it stays empty. Raises
+    UserError if it cannot be written or another process holds it; if the file system has no locks, `say` tells so and
+    the run goes on."""
+    real = Path(os.path.realpath(folder))  # mkdir fails on a link whose target does not exist yet
     with without_empty_folders(real), ExitStack() as stack:
         check_output(flag, folder / "checkpoints" / "state.json", [])
         real.mkdir(parents=True, exist_ok=True)
@@ -27,9 +27,9 @@ def alone_in(folder: Path, say: Callable[..., object] = print, flag: str = "--pr
 
 @contextmanager
 def alone_at(path: Path, say: Callable[..., object] = print, flag: str = "--output") -> Iterator[None]:
-    """Be the only one that writes a file, given as `flag`, by a lock beside it; its folder is made where it is missing
-    and removed again where nothing came of it. Raises UserError where another process holds the lock; where the file
-    system has none, that is told."""
+    """Be the only process that writes a file, given as `flag`, by a lock beside it; make its folder if it is missing,
+    and remove that again if it stays empty. Raises UserError if another process holds the lock; if the file system has
+    no locks, `say` tells so."""
     with without_empty_folders(path.parent), ExitStack() as stack:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_name(f".{path.name}.lock")
@@ -38,7 +38,8 @@ def alone_at(path: Path, say: Callable[..., object] = print, flag: str = "--outp
 
 
 def enter(stack: ExitStack, lock: Path, given: str, busy: str, instead: str, say: Callable[..., object]) -> None:
-    """Hold a lock until the stack is left; what was given, what whoever has it does, and what to name instead."""
+    """Hold a lock until the stack is closed. For messages, `given` is the flag and its path, `busy` what the lock's
+    holder does, and `instead` what to name instead."""
     try:
         stack.enter_context(hold(lock))
     except Busy as error:

@@ -1,9 +1,9 @@
-"""Writing a file so that a reader sees the old one or the whole new one, never a part, and never over an input.
+"""Writes files atomically: a reader sees the old file or the whole new one, and no input is overwritten.
 
-A temporary file is called `.NAME.PLACE-PID-TOKEN.tmp`: PLACE stands for the machine and, in a container, its own count
-of processes, PID for the process that writes it. One whose process is gone is removed by the next writer in its folder;
-in a folder that several machines share, each knows of its own processes alone and leaves the others' files. A name says
-so everywhere, where a lock depends on the file system, and is lost when a writer makes the file anew.
+A temporary file is called `.NAME.PLACE-PID-TOKEN.tmp`: PLACE identifies the machine and the container on it, PID the
+process that writes the file. The next writer in the folder removes the files whose process is gone. If several machines
+share a folder, each sees only its own processes and leaves the others' files. A name works on every file system; a lock
+does not, and would be lost if a writer makes the file anew.
 """
 
 import errno
@@ -21,22 +21,22 @@ from pathlib import Path
 from ..errors import UserError
 from .readable import home_meant
 
-TRIES = 100  # at what another process undoes in the same moment
+TRIES = 100  # at making a file whose folder another process may remove in the same moment
 
 
 class CannotWrite(UserError):
-    """What keeps a file from being written."""
+    """A file cannot be written; the message says why."""
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in `path`'s folder; on success it is fsynced and renamed to `path`.
 
-    The folder is made if it is missing. When the body raises, the temporary file is removed, so is a folder that was
-    made for it, and whatever stood at `path` before stays as it was. A link at `path` is followed.
+    The folder is made if it is missing. If the body raises, the temporary file and a folder that was made for it are
+    removed, and the old file at `path` stays as it was. A link at `path` is followed.
 
-    Raises UserError for whatever keeps the file from being written: a full disk, a folder that cannot be written or
-    made, a name that is too long or that of a folder or device.
+    Raises UserError if the file cannot be written: a full disk, a folder that cannot be written or made, a name that is
+    too long or that of a folder or device.
     """
     path = _real(path, f"cannot write {path}")
     with temporary_beside(path) as temporary:
@@ -49,10 +49,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def check_output(flag: str, path: str | Path, inputs: Iterable[tuple[str, str | Path | None]]) -> None:
-    """Raise UserError where writing `path`, given as `flag`, would overwrite an input or is not possible; nothing
-    stays.
+    """Raise UserError if writing `path`, given as `flag`, would overwrite an input or is impossible; leave nothing
+    behind.
 
-    inputs are (flag, path) pairs of files and folders that are read, with None as the path where a flag is not given.
+    inputs are (flag, path) pairs of files and folders that are read; the path is None if the flag is not given.
     """
     for name, source in inputs:
         if any(same_file(file, path) for file in _files_of(source)):
@@ -60,15 +60,15 @@ def check_output(flag: str, path: str | Path, inputs: Iterable[tuple[str, str | 
                 f"{flag} {path} is the file given as {name}, which must not be overwritten; choose another name"
             )
     for folder in Path(path).parents:
-        if folder.name == ".." and not os.path.exists(folder):  # which the system does not leave out, as realpath does
+        if folder.name == ".." and not os.path.exists(folder):  # realpath drops such a pair, and the system fails at it
             raise UserError(f"{flag} {path}: there is no folder {folder.parent}; leave it and the .. behind it out")
     with temporary_beside(_real(path, f"{flag} {path}")):
         pass
 
 
 def _real(path: str | Path, given: str) -> Path:
-    """Where a path leads. Raises UserError, about what was given, for one that would make a folder called ~, and for
-    one that no system takes."""
+    """Follow the links of a path. Raises UserError, with `given` in front, for a path that would make a folder called
+    ~, and for one that holds NUL."""
     if "\0" in str(path):
         raise UserError(f"{given}: a name holds no NUL; leave it out")
     if meant := home_meant(path):
@@ -78,13 +78,13 @@ def _real(path: str | Path, given: str) -> Path:
 
 @contextmanager
 def without_empty_folders(folder: Path) -> Iterator[None]:
-    """Afterwards `folder` and those above it that were missing are removed again where nothing lies in them."""
+    """On exit, remove `folder` and those above it if they were missing on entry and are empty."""
     missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]  # the innermost first
     try:
         yield
     finally:
         for path in missing:
-            with suppress(OSError):  # something lies in it, of another process it may be, or one of those removed it
+            with suppress(OSError):  # it is not empty (another process may use it), or another process removed it
                 path.rmdir()
 
 
@@ -95,13 +95,13 @@ def _files_of(source: str | Path | None) -> Sequence[str | Path]:
 
 
 def same_file(left: str | Path, right: str | Path) -> bool:
-    """Whether two paths, which need not exist, lead to one file."""
+    """Return whether two paths, which need not exist, lead to one file."""
     return os.path.exists(left) and os.path.exists(right) and os.path.samefile(left, right)
 
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """Yield a new empty folder among the system's temporary ones, which is removed afterwards; failures to write become
+    """Yield a new empty folder in the system's temporary folder, and remove it afterwards; failures to write become
     UserErrors."""
     try:
         place = tempfile.gettempdir()
@@ -113,8 +113,8 @@ def scratch_folder() -> Iterator[Path]:
 
 @contextmanager
 def temporary_beside(path: Path, folder: bool = False, remedy: str = "nothing was changed there") -> Iterator[Path]:
-    """Yield a new empty file, or folder, in the folder of `path`, which is removed afterwards, as is that folder where
-    it is made for this and nothing comes into it; failures to write become UserErrors that end in `remedy`."""
+    """Yield a new empty file, or folder, beside `path`, and remove it afterwards. The folder around it is made if it is
+    missing, and removed again if it stays empty. Failures to write become UserErrors that end in `remedy`."""
     with telling_failures(path, remedy), without_empty_folders(path.parent):
         if os.path.isdir(path):
             raise UserError(f"{path} is a folder; give the name of the file to write")
@@ -132,8 +132,8 @@ def temporary_beside(path: Path, folder: bool = False, remedy: str = "nothing wa
 
 
 def _make(temporary: Path, folder: bool) -> None:
-    """Make a new empty file, or folder, and the folders above it that are missing. Those are empty for a moment, in
-    which another process may remove them (without_empty_folders)."""
+    """Make a new empty file, or folder, and the missing folders above it. Try again if another process removes those
+    while they are empty (without_empty_folders)."""
     for tries_left in reversed(range(TRIES)):
         try:
             temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +146,7 @@ def _make(temporary: Path, folder: bool) -> None:
 
 @contextmanager
 def telling_failures(path: Path, remedy: str) -> Iterator[None]:
-    """Make a CannotWrite, which ends in `remedy`, of what keeps `path` from being written."""
+    """Turn a failure to write `path` into a CannotWrite that ends in `remedy`."""
     try:
         yield
     except Exception as error:
@@ -157,7 +157,7 @@ def telling_failures(path: Path, remedy: str) -> Iterator[None]:
 
 
 def place() -> str:
-    """A short name for where process numbers count: this machine, or this container on it."""
+    """A short name for the scope of process numbers: this machine, or this container on it."""
     identity = [platform.node()]
     for source in (Path("/etc/machine-id"), Path("/proc/self/ns/pid")):
         try:
@@ -168,8 +168,8 @@ def place() -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files and folders in a folder whose process, of this place, is gone."""
-    if os.name == "nt":  # where asking for a process ends it
+    """Remove a folder's temporary files and folders whose process, of this place, is gone."""
+    if os.name == "nt":  # os.kill would interrupt the process there
         return
     for file in folder.glob(f".*.{place()}-*.tmp"):
         if (match := re.search(r"-([0-9]{1,9})-[0-9a-f]{8}\.tmp$", file.name)) and not is_alive(int(match[1])):
@@ -187,7 +187,7 @@ def _remove(temporary: Path) -> None:
 
 
 def is_alive(process: int) -> bool:
-    """Whether there is a process of this number here."""
+    """Return whether there is a process of this number here."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -203,7 +203,7 @@ def _fsync(path: Path) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make what was renamed and made in a folder durable, where the system can open a folder (Windows cannot)."""
+    """Make renames and new files in a folder durable, if the system can open a folder (Windows cannot)."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -214,9 +214,9 @@ def fsync_folder(folder: Path) -> None:
 
 
 def write_failure(error: Exception, path: Path) -> str | None:
-    """Why writing `path` failed, in words, or None when `error` does not come from the system.
+    """The reason why writing `path` failed, or None if `error` does not come from the system.
 
-    torch and safetensors report the system's refusals as their own exception types, so the text counts too.
+    torch and safetensors report the system's errors as their own exception types, so the text is searched too.
     """
     text = str(error)
     number = getattr(error, "errno", None) if isinstance(error, OSError) else None
@@ -232,7 +232,7 @@ def write_failure(error: Exception, path: Path) -> str | None:
     if number in (errno.ENOTDIR, errno.EEXIST):
         return f"a file stands where {path.parent} or a folder above it should be; choose another folder"
     if number is not None:
-        other = getattr(error, "filename", None)  # of another file, it may be an input that became unreadable
+        other = getattr(error, "filename", None)  # perhaps another file: an input that became unreadable
         if not isinstance(other, (str, bytes, os.PathLike)) or Path(os.fsdecode(other)).parent == path.parent:
             return os.strerror(number).lower()
         return f"{os.strerror(number).lower()} ({os.fsdecode(other)})"

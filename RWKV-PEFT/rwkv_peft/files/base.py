@@ -1,4 +1,4 @@
-"""Base models: reading one safely, once, with all that is asked of it, and writing one."""
+"""Base models: opens a model's file safely and once, checks it, and writes one."""
 
 import os
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ AS_ADAPTER = (
 
 
 class Stamp(NamedTuple):
-    """What tells that a file was written over, or that another one took its name."""
+    """A file's device, inode, size and time of change, which show if it was written over or another took its name."""
 
     device: int
     number: int
@@ -45,7 +45,7 @@ class Stamp(NamedTuple):
 
     @classmethod
     def of(cls, path: str | Path) -> "Stamp | None":
-        """The Stamp of a file as it is now, None where there is none."""
+        """The Stamp of a file as it is now, None if there is no file."""
         try:
             now = os.stat(path)
         except FileNotFoundError:
@@ -55,8 +55,8 @@ class Stamp(NamedTuple):
 
 @dataclass(frozen=True)
 class Base:
-    """A model's file: path, its memory-mapped tensors under official keys, the generation that it is of, its
-    dimensions, and the Stamp of the file before it was read (None: it was not read from a file)."""
+    """A model's file: its path, memory-mapped tensors under official keys, generation (family), dimensions (config),
+    and the file's Stamp from before it was read (None: not read from a file)."""
 
     path: str | Path
     tensors: dict[str, torch.Tensor]
@@ -69,7 +69,7 @@ class Base:
         return fingerprint(self.tensors)
 
     def require_finite(self) -> None:
-        """Raise UserError for NaN or Inf anywhere, by where it is first; reads every value."""
+        """Raise UserError if any value is NaN or Inf, with the place of the first one; read every value."""
         for key, tensor in self.tensors.items():
             if not all_finite(tensor):
                 place = torch.isfinite(tensor).logical_not().nonzero()[0].tolist()
@@ -79,12 +79,13 @@ class Base:
                 )
 
     def require_unchanged(self, by_name: bool = False) -> None:
-        """Raise UserError where the file was written over since it was opened, as what is mapped is of the new content
-        then, or, `by_name`, where another file took its name. One that was only touched has its fingerprint still."""
+        """Raise UserError if the file was written over since it was opened, because the mapping then shows the new
+        content; with `by_name` also if a file of other weights took its name. A file that was only touched passes,
+        because its fingerprint is the same."""
         now = Stamp.of(self.path)
         if self.stamp is None or now == self.stamp:
             return
-        if not by_name and (now is None or now[:2] != self.stamp[:2]):  # the old file is there as long as it is mapped
+        if not by_name and (now is None or now[:2] != self.stamp[:2]):  # the old file lives as long as it is mapped
             return
         if now is None or now.size != self.stamp.size:
             what = "is gone" if now is None else f"has {now.size:,} bytes, and had {self.stamp.size:,}"
@@ -99,25 +100,25 @@ class Base:
 
     @property
     def has_states(self) -> bool:
-        """Whether it holds tuned time states."""
+        """True if the model holds tuned time states."""
         return any(map(is_time_state, self.tensors))
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Module name -> (out, in) of every 2-D weight."""
+        """The shapes of all 2-D weights: {module name: (out, in)}."""
         return linear_shapes({key: tuple(tensor.shape) for key, tensor in self.tensors.items()})
 
 
 def linear_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
-    """Module name -> (out, in) of every 2-D weight among {key: shape}."""
+    """The shapes of all 2-D weights among {key: shape}: {module name: (out, in)}."""
     weights = {key: shape for key, shape in shapes.items() if key.endswith(".weight") and len(shape) == 2}
     return {key.removesuffix(".weight"): (shape[0], shape[1]) for key, shape in weights.items()}
 
 
 def open_base(path: str | Path) -> Base:
-    """The Base at `path`, a .pth.
+    """Open the .pth at `path` as a Base.
 
-    Raises UserError: whatever read_tensors refuses; the folder of a run; another format; another RWKV version; prefixed
+    Raises UserError for what read_tensors refuses; the folder of a run; another format; another RWKV version; prefixed
     keys; adapter tensors that were never merged; missing, extra or misshapen tensors; a dtype that is not a float.
     """
     if (Path(path) / MODEL).is_file():
@@ -163,6 +164,6 @@ def base_of(tensors: dict[str, torch.Tensor], name: str | Path = "the checkpoint
 
 
 def save_model(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a model's {key: tensor} as a .pth, atomically. Raises UserError where the disk refuses."""
+    """Write a model's {key: tensor} as a .pth, atomically. Raises UserError if the file cannot be written."""
     with atomic_write(path) as temporary:
         save_pth(temporary, tensors)

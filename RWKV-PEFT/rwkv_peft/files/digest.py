@@ -1,5 +1,5 @@
-"""The digest of a whole file, made once: that of a large one is kept beside it, or in the user's cache where its folder
-may not be written, and holds as long as the file has its size and time of change."""
+"""The digest of a whole file. A large file's digest is cached beside it, or in the user's cache if its folder cannot be
+written, and holds as long as the file's size and time of change stay the same."""
 
 import hashlib
 import json
@@ -12,12 +12,12 @@ from ..errors import UserError
 from .atomic import atomic_write
 
 CHUNK = 1 << 24
-KEPT = 1 << 26  # bytes from which on a digest is kept: of fewer it takes no longer than to look for it
-SETTLED = 2.0  # seconds for which a file must have been left alone, as some clocks of disks tick so rarely
+KEPT = 1 << 26  # bytes from which a digest is cached: hashing fewer takes no longer than looking for the cache
+SETTLED = 2.0  # seconds since a file's last change before its digest is cached: some file systems' clocks are so coarse
 
 
 def digest_of(path: str | Path) -> str:
-    """The first half of the SHA-256 of a file's content, in hexadecimal; "" where there is no file."""
+    """The first half of the SHA-256 of a file's content, in hexadecimal; "" if there is no file."""
     path = Path(path)
     if not path.is_file():
         return ""
@@ -36,7 +36,7 @@ def digest_of(path: str | Path) -> str:
 
 
 def digest_below(path: str | Path) -> str:
-    """The same of a file, or of the names and contents of all files in a folder; "" where neither is there."""
+    """The digest of a file, or of the names and contents of the files directly in a folder; "" if there is neither."""
     path = Path(path)
     if not path.is_dir():
         return digest_of(path)
@@ -53,7 +53,7 @@ def read_whole(path: Path) -> str:
 
 
 def places_of(path: Path) -> list[Path]:
-    """Where the digest of a file may be kept, the first that can be written."""
+    """The places for a file's cached digest; the first that can be written is used."""
     real = Path(os.path.realpath(path))
     name = hashlib.sha256(str(real).encode(errors="surrogateescape")).hexdigest()[:32]
     places = [real.with_name(f".{real.name}.digest")]
@@ -64,17 +64,17 @@ def places_of(path: Path) -> list[Path]:
 
 
 def kept_in(place: Path, stamp: dict[str, int]) -> str:
-    """The digest that is kept in a place for a file with this stamp, or ""."""
+    """The digest cached in a place for a file with this stamp, or ""."""
     try:
         kept = json.loads(place.read_text()) if place.is_file() else None
-    except (OSError, ValueError, RecursionError):  # another's file of that name
+    except (OSError, ValueError, RecursionError):  # the place cannot be read, or holds another program's file
         return ""
     digest = kept.pop("sha256", "") if isinstance(kept, dict) else ""
     return digest if isinstance(digest, str) and kept == stamp else ""
 
 
 def keep(places: list[Path], record: dict[str, object]) -> None:
-    """Write a record where it can be written first; where none can, the digest is made again another time."""
+    """Write a record to the first place that can be written; if none can, the digest is computed again next time."""
     for place in places:
         try:
             with atomic_write(place) as temporary:

@@ -8,5 +8,5 @@ DTYPES = MappingProxyType({"bf16": torch.bfloat16, "fp16": torch.float16, "fp32"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """ "bfloat16" of torch.bfloat16."""
+    """The name of a dtype without "torch.", such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")

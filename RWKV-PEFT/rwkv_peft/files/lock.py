@@ -1,5 +1,5 @@
-"""A file that one process holds at a time, and that says which: the system lets go of it when the process ends, however
-it ends."""
+"""A lock file that one process holds at a time, and that names its holder. The system releases it when the process
+ends, however it ends."""
 
 import fcntl
 import json
@@ -20,8 +20,8 @@ class Busy(Exception):
 
 @contextmanager
 def hold(path: Path) -> Iterator[None]:
-    """Hold `path`, a file in a folder that exists, which is made for this and removed afterwards. Raises Busy where
-    another process holds it, OSError where the file system has no locks or the file cannot be made."""
+    """Make the lock file `path` in an existing folder, hold it, and remove it afterwards. Raises Busy if another
+    process holds it, OSError if the file system has no locks or the file cannot be made."""
     with _locked(path) as file:
         try:
             now = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -29,14 +29,14 @@ def hold(path: Path) -> Iterator[None]:
             file.write(json.dumps({"host": platform.node(), "process": os.getpid(), "since": now}).encode())
             yield
         finally:
-            with suppress(OSError):  # of a folder that may not be written any more, which is not what ended the body
-                path.unlink()  # while it is held: whoever has opened it finds that it is gone
+            with suppress(OSError):  # a folder that is read-only by now must not hide the body's own exception
+                path.unlink()  # while it is held, so that whoever has opened it sees that it is gone (_is_at)
 
 
 def _locked(path: Path) -> FileIO:
     """The file at `path`, made if it is missing, open and locked."""
     while True:
-        # a link at its place would lead what is written here elsewhere
+        # through a link the text would be written elsewhere
         file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,9 +59,9 @@ def _is_at(file: FileIO, path: Path) -> bool:
 
 
 def _holder(file: FileIO) -> str:
-    """Who holds the file, by what it wrote in it."""
+    """The file's holder, as it described itself in the file."""
     try:
         values = json.loads(file.read())
         return f"process {values['process']} on {values['host']}, since {values['since']}"
-    except (ValueError, LookupError, TypeError) as error:  # it has only just opened it
+    except (ValueError, LookupError, TypeError) as error:  # it has not written yet
         return f"another process, which does not say who it is ({told(error)})"

@@ -1,5 +1,5 @@
-"""How an adapter came to be, in words for people: an entry of its own in a file's header, which decides nothing. Files
-of earlier versions lack it, and earlier versions read files that have it."""
+"""Describes an adapter's training to people, in an entry of its own in the file's header; no result depends on it.
+Files of earlier versions lack it, and earlier versions read files that have it."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -13,8 +13,8 @@ MOST = 1000  # characters of a text
 
 @dataclass(frozen=True)
 class Origin:
-    """base is the name of the base's file, data the flags that say how the data was read, rate that of learning; "":
-    not told."""
+    """The base's file name (base), the flags that say how the data was read (data), the learning rate (rate), and so
+    on; "": unknown."""
 
     base: str = ""
     tokenizer: str = ""
@@ -27,12 +27,13 @@ class Origin:
 
 
 def shown(text: str) -> str:
-    """A text as it may be printed: names of files and fields may hold any character."""
+    """Make a text printable and at most MOST long: names of files and fields may hold any character."""
     return "".join(character if character.isprintable() else "?" for character in text)[:MOST]
 
 
 def read_origin(path: str | Path, header: dict[str, str]) -> Origin:
-    """The Origin in a file's header, empty if there is none. Raises UserError for one that is no text for people."""
+    """Read the Origin in a file's header, empty if there is none. Raises UserError if an entry is not printable text of
+    at most MOST characters."""
     try:
         told = json.loads(header.get(ENTRY, "{}"))
         values = {field.name: told.get(field.name, "") for field in fields(Origin)}

@@ -1,6 +1,6 @@
 """Adapters in folders of Hugging Face peft, over layers of an RWKV model.
 
-What peft calls "bat" is bat-out; folders of rwkv_peft.hf's BoneConfig may also say "bat-in".
+peft's "bat" is bat-out; folders of rwkv_peft.hf's BoneConfig may also say "bat-in".
 """
 
 import json
@@ -22,7 +22,7 @@ from .pth_writer import TensorSpec
 from .safetensors_file import write_safetensors
 
 HF_PREFIX = "base_model.model."
-# settings of peft's LoRA under which the change is not B A by one scale in every layer and for every token
+# settings of peft's LoRA with which a layer's change is not B A times one scale for all layers and tokens
 NO_PLAIN_LORA = (
     "use_dora",
     "lora_bias",
@@ -37,16 +37,16 @@ NO_PLAIN_LORA = (
     "kasa_config",
     "arrow_config",
 )
-# what init_lora_weights may be where training began on the base as it is; other values take their factors out of it
+# values of init_lora_weights that leave the base as it is; others take the initial factors out of it
 BESIDE_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
 Number = TypeVar("Number", int, float)
 
 
 def read_hf_folder(folder: str | Path) -> Adapter:
-    """The Adapter in a folder saved by Hugging Face peft: BONE, MISS or plain LORA over layers of an RWKV model.
+    """Read the Adapter in a folder saved by Hugging Face peft: BONE, MISS or plain LORA over layers of an RWKV model.
 
-    Module names may be official ones or those of a Hugging Face RWKV model. Raises UserError: files
-    missing, another kind of adapter, settings that merging cannot honour.
+    Module names may be official ones or those of a Hugging Face RWKV model. Raises UserError for missing files, another
+    kind of adapter, and settings that merging cannot honour.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -93,8 +93,8 @@ def read_hf_folder(folder: str | Path) -> Adapter:
 
 
 def write_lora_folder(folder: Path, adapter: Adapter, base: str) -> None:
-    """Write an Adapter of plain LoRA, of adapted layers alone, as a folder of Hugging Face peft; base is the path that
-    it names as its base model's."""
+    """Write the adapted layers of a plain LoRA Adapter as a folder of Hugging Face peft; base is the path that the
+    folder names as its base model."""
     metadata = adapter.metadata
     settings = {
         "peft_type": "LORA",
@@ -103,7 +103,7 @@ def write_lora_folder(folder: Path, adapter: Adapter, base: str) -> None:
         "lora_alpha": metadata.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": list(adapter.modules()),  # in full: a target would match all layers of its name
+        "target_modules": list(adapter.modules()),  # full names, because a target would match all layers of its name
         "inference_mode": True,
         "task_type": None,
     }
@@ -119,7 +119,8 @@ def write_lora_folder(folder: Path, adapter: Adapter, base: str) -> None:
 
 
 def _base_name(config: dict[str, Any]) -> str:
-    """What adapter_config.json calls the base: a name on the hub, or a path, of which the last part is kept."""
+    """The base's name in adapter_config.json: a name on the hub, or the last part of an absolute path; "" if it has
+    none that can be printed."""
     name = config.get("base_model_name_or_path")
     if not isinstance(name, str) or not name.isprintable():
         return ""
@@ -127,7 +128,8 @@ def _base_name(config: dict[str, Any]) -> str:
 
 
 def _number(folder: Path, config: dict[str, Any], name: str, kind: type[Number]) -> Number:
-    """A setting that must be a finite number above 0, whole where kind is int; booleans are none."""
+    """Read a setting. Raises UserError unless it is a finite number above 0, whole if kind is int; a boolean is not
+    one."""
     value = config.get(name)
     if not isinstance(value, (int, kind)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         raise UserError(
@@ -138,7 +140,7 @@ def _number(folder: Path, config: dict[str, Any], name: str, kind: type[Number])
 
 
 def _check_rank(folder: Path, key: str, tensor: torch.Tensor, axis: int, rank: int) -> None:
-    """Raise UserError where a tensor's axis is not r wide, as adapter_config.json says."""
+    """Raise UserError if a tensor's axis is not as wide as the r of adapter_config.json."""
     if tensor.dim() and tensor.shape[axis] != rank:
         raise UserError(
             f"{folder}: {key} has shape {tuple(tensor.shape)}, and r is {rank} in adapter_config.json: the two files "
@@ -152,7 +154,7 @@ def _bone_variant(folder: Path, config: dict[str, Any], tensors: Mapping[str, to
     if len(dims) != 1 or not dims <= {2, 3}:
         raise UserError(f"{folder}: its tensors have {sorted(dims)} dimensions; 2 or 3 are due throughout")
     init, dim = config.get("init_weights", True), dims.pop()
-    # pre-releases of peft have block affine Bone alone, and no name for it
+    # pre-releases of peft have only block affine Bone, and no name for it
     method = by_hf_name("bat" if isinstance(init, bool) and dim == 3 else init)
     if method is None:
         known = [name for method in METHODS.values() for name in method.hf_names if isinstance(name, str)]
@@ -169,7 +171,7 @@ def _bone_variant(folder: Path, config: dict[str, Any], tensors: Mapping[str, to
 
 
 def _check_plain_lora(folder: Path, config: dict[str, Any]) -> None:
-    """Refuse LoRA settings under which W + scale B A over the original base is not what was trained."""
+    """Raise UserError for LoRA settings with which the trained model is not W + scale B A over the original base."""
     odd = [name for name in NO_PLAIN_LORA if config.get(name)]
     if config.get("init_lora_weights", True) not in BESIDE_THE_BASE:
         odd.append(f"init_lora_weights={reprlib.repr(config['init_lora_weights'])}, which changes the base")

@@ -1,4 +1,4 @@
-"""Reading .pth files safely: tensors alone, memory-mapped, each way of being broken with its own words."""
+"""Reads .pth files safely: only tensors, memory-mapped, with an error of its own for each kind of damage."""
 
 import os
 import pickle
@@ -17,17 +17,18 @@ from .pth_pickle import UNREADABLE, judge_bare, judge_zipped
 from .pth_records import record_sizes, require_records
 from .readable import require_readable
 
-# Bytes that stream_tensors reads through one mapping, which stay in memory until the next; each mapping costs the
-# unpickling of all tensors' descriptions, 60 ms for a model of 32 layers.
+# Bytes that stream_tensors reads through one mapping; they stay in memory until the next one. Each mapping unpickles
+# all tensors' descriptions, which takes 60 ms for a model of 32 layers.
 MAPPED = 1 << 28
-SHARED = 2  # times a file's size that its tensors may take: an embedding that is the head as well is no mistake
+SHARED = 2  # tensors may take so many times their file's size: an embedding that is also the head is no mistake
 
 
 def read_pth(path: str | Path) -> Any:
-    """The object in a .pth as tensors mapped from the file: no byte of a tensor is read before its use.
+    """Read the object in a .pth. Its tensors are mapped from the file, so that no byte is read before its use; those of
+    a bare pickle, from before torch 1.6, are read at once.
 
-    Code in the pickle is never run (weights_only). Raises UserError: a missing file, a folder, an
-    empty, truncated or foreign file, a pickle that holds anything but tensors and plain containers.
+    Code in the pickle is never run (weights_only). Raises UserError for a missing file, a folder, an empty, truncated
+    or foreign file, and a pickle that holds anything but tensors and plain containers.
     """
     path = require_file(path)
     with open(path, "rb") as file:
@@ -42,11 +43,11 @@ def read_pth(path: str | Path) -> Any:
     if not zipped and not head.startswith(b"\x80"):
         raise UserError(f"{path} is not a PyTorch checkpoint (it is neither a zip archive nor a pickle)")
     if zipped:
-        record_sizes(path)  # refuses what is packed
+        record_sizes(path)  # refuses compressed records
     try:
         judge_zipped(path) if zipped else judge_bare(path)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol")  # what it leads to is told below
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # an error that follows is told below
             # files from before torch 1.6 are bare pickles, which cannot be mapped
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except UserError:
@@ -60,8 +61,8 @@ def read_pth(path: str | Path) -> Any:
 
 
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
-    """The flat dict name -> tensor in a .pth, plain tensors where parameters were saved. Raises UserError as read_pth
-    and require_weights do, and for any other content."""
+    """Read the flat dict {name: tensor} in a .pth; parameters become plain tensors. Raises UserError as read_pth,
+    require_weights, require_own_bytes and require_records do, and for any other content."""
     path = Path(path)
     state = read_pth(path)
     if not isinstance(state, dict):
@@ -100,8 +101,8 @@ def stream_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def require_weights(state: Mapping[str, torch.Tensor], name: str | Path) -> None:
-    """Raise UserError for a tensor that nothing here computes with: sparse, without its data, no floats, of less than
-    16 bits, a view that is more than the data behind it (which takes memory that no file tells)."""
+    """Raise UserError for a tensor that nothing here computes with: sparse, nested, without data, quantized, not of
+    floats, of less than 16 bits, a negated view, or a view larger than its data (it could take any memory)."""
     for key, tensor in state.items():
         if tensor.layout != torch.strided or tensor.is_nested:
             kind = "nested" if tensor.is_nested else "sparse"
@@ -122,7 +123,7 @@ def require_weights(state: Mapping[str, torch.Tensor], name: str | Path) -> None
 
 
 def require_own_bytes(state: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Raise UserError where tensors share their bytes, so that they take far more memory than the file."""
+    """Raise UserError if tensors share their bytes, so that they take more than SHARED times the file's size."""
     taken, size = sum(tensor.numel() * tensor.element_size() for tensor in state.values()), os.path.getsize(path)
     if taken > SHARED * size:
         raise UserError(
@@ -132,15 +133,15 @@ def require_own_bytes(state: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 def require_file(path: str | Path) -> Path:
-    """`path` as a Path to a file that can be read, or a UserError."""
+    """Return `path` as a Path. Raises UserError unless it is a file, not a pipe or device, that can be read."""
     return require_readable(path, f"{path} does not exist; check the name", again=True)
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether no element is NaN or Inf, with little memory beside the tensor."""
+    """Return whether no element is NaN or Inf, with little memory beside the tensor."""
     return all(_part_finite(part) for part in tensor.reshape(-1).split(1 << 20))
 
 
 def _part_finite(part: torch.Tensor) -> bool:
-    # a sum with NaN or Inf in it is neither finite, and it is the faster test; finite values may overflow it, too
+    # a sum over NaN or Inf is not finite, and the sum is the faster test; it may also overflow over finite values
     return bool(torch.isfinite(part.sum()) or torch.isfinite(part).all())

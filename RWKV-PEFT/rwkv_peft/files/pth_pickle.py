@@ -1,8 +1,8 @@
-"""The pickles of a .pth, judged before torch reads them.
+"""Checks the pickles of a .pth before torch reads them.
 
-torch's restricted reader runs no code of a file, but it calls functions that make room for what their arguments say,
-such as `bytearray(6_000_000_000)`, and it makes room for tensors before it has seen their bytes. So each pickle is
-first read with nothing behind its names, and refused for a name that is not needed to put tensors together.
+torch's restricted reader runs no code of a file, but it calls functions that allocate as much memory as their arguments
+say, such as `bytearray(6_000_000_000)`, and it allocates tensors before it has seen their bytes. So each pickle is
+first read with inert objects in place of what it names, and refused if it names anything that tensors do not need.
 """
 
 import io
@@ -20,7 +20,7 @@ import torch
 
 from ..errors import UserError, short
 
-# What may be called: what puts tensors together, and plain containers.
+# Names that a pickle may call: those that rebuild tensors, and plain containers.
 BUILDERS = frozenset(
     (
         "collections.OrderedDict",
@@ -45,9 +45,9 @@ BUILDERS = frozenset(
 )
 QUANTIZED = "torch._utils._rebuild_qtensor"
 BARE = 5  # pickles of a file from before torch 1.6: a number, a version, the system's widths, the object, its storages
-OBJECT = 3  # the first of them that is the user's
-# What readers raise for files that are no checkpoints: they trust the pickle's instructions to fit together, the
-# functions that they call to get arguments that fit, and the archive to be one that they can read.
+OBJECT = 3  # the index of the first one with the user's content
+# Exceptions that readers raise for files that are no checkpoints: they assume that the pickle's instructions fit
+# together, that functions get arguments that fit, and that they can read the archive.
 UNREADABLE = (
     RuntimeError,
     EOFError,
@@ -67,7 +67,7 @@ UNREADABLE = (
 
 
 class Nothing:
-    """Stands for what a pickle would make by a call, and takes whatever is put into it."""
+    """An inert object in place of what a pickle would make by a call; it accepts any arguments, state and items."""
 
     def __init__(self, *arguments: object) -> None:
         pass
@@ -80,8 +80,8 @@ class Nothing:
 
 
 class Judge(pickle.Unpickler):
-    """Reads a pickle and makes nothing of it but plain containers. Raises UserError for names of other things than
-    tensors take; `elements` adds up the sizes of the storages that it names."""
+    """Reads a pickle and makes only plain containers. Raises UserError for a name that tensors do not need; `elements`
+    is the number of elements in all storages that the pickle names."""
 
     def __init__(self, path: Path, pickled: bytes) -> None:
         super().__init__(io.BytesIO(pickled), encoding="bytes")
@@ -94,7 +94,7 @@ class Judge(pickle.Unpickler):
         if whole in self.allowed:
             return Nothing
         if module in ("torch", "torch.storage") and (name == "Tensor" or name.endswith("Storage") or is_dtype(name)):
-            return whole  # which nothing can call: a tensor or storage that is called makes room
+            return whole  # a text, which cannot be called: a call of a tensor or storage type allocates
         if whole == QUANTIZED:
             raise UserError(
                 f"{self.path} holds quantized tensors; weights are bfloat16, float16 or float32. Save them so"
@@ -105,7 +105,7 @@ class Judge(pickle.Unpickler):
         )
 
     def persistent_load(self, identity: Any) -> Nothing:
-        """A storage: ("storage", type, key, device, number of elements)."""
+        """Record a storage: ("storage", type, key, device, number of elements)."""
         self.storages[identity[2]] = int(identity[4])
         return Nothing()
 
@@ -115,18 +115,18 @@ class Judge(pickle.Unpickler):
 
 
 def judge_zipped(path: Path) -> None:
-    """Raise UserError for an archive of torch.save whose pickle calls for more than tensors and plain containers, or
-    one of UNREADABLE if torch's own reader finds none."""
+    """Raise UserError for an archive of torch.save whose pickle names more than tensors and plain containers, or one of
+    UNREADABLE if the archive has no pickle or a damaged one."""
     pickled = torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")
     scan(path, io.BytesIO(pickled), len(pickled))
     Judge(path, pickled).load()
 
 
 def judge_bare(path: Path) -> None:
-    """Raise UserError for a file of bare pickles that call for more than tensors and plain containers, or for more than
-    the file holds, or one of UNREADABLE if it is no such file."""
+    """Raise UserError for a file of bare pickles that name more than tensors and plain containers, or a size larger
+    than the file, or one of UNREADABLE if it is no such file."""
     size = os.path.getsize(path)
-    # a file that is mapped gives as many bytes as it has, and a plain one makes room for as many as a pickle names
+    # reading from a mapped file allocates at most the bytes it has; from a plain one, as many as the pickle names
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         for place in range(BARE):
             begin = mapped.tell()
@@ -143,9 +143,8 @@ def judge_bare(path: Path) -> None:
 
 
 def scan(path: Path, pickled: IO[bytes], size: int) -> int:
-    """Go through a pickle's instructions and carry out none; -> the largest number in them. Raises ValueError where
-    they end too early or are none, and for a place beyond `size` among the objects to remember, for which the
-    unpickler would make room."""
+    """Go through a pickle's instructions without executing them; -> the largest number in them. Raises ValueError if
+    they are invalid or end too early, and for a memo index beyond `size`, for which the unpickler would allocate."""
     largest = 0
     for operation, argument, _ in pickletools.genops(pickled):
         if isinstance(argument, int):
@@ -156,7 +155,7 @@ def scan(path: Path, pickled: IO[bytes], size: int) -> int:
 
 
 def added_classes() -> Iterator[Any]:
-    """The classes that torch was told of, as for DeepSpeed's files (training/optimizer_files.py)."""
+    """The classes registered with torch as safe, such as DeepSpeed's (training/optimizer_files.py)."""
     for item in torch.serialization.get_safe_globals():
         yield item[0] if isinstance(item, tuple) else item
 

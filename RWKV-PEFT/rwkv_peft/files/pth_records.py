@@ -1,8 +1,7 @@
-"""The records of a .pth, the zip archive that torch.save writes, held against what they are read for.
+"""Checks that each tensor of a .pth, the zip archive that torch.save writes, has a record of its length.
 
-torch believes both of a file's tables of contents: the archive's, which says how long a record is, and the pickle's,
-which says how many elements a tensor takes. A record that is shorter than its tensor would be completed by the bytes
-behind it.
+torch trusts both of a file's tables of contents: the archive's, which says how long a record is, and the pickle's,
+which says how many elements a tensor takes. A tensor with a shorter record would also read the bytes behind it.
 """
 
 import zipfile
@@ -16,8 +15,8 @@ from ..errors import UserError, told
 
 
 def record_sizes(path: str | Path) -> Counter[int]:
-    """The bytes of each record of the archive at `path`. Raises UserError for one that is packed, which torch.save's
-    never are and which may unpack to any size, or longer than the file."""
+    """Count the records of the archive at `path` by their bytes. Raises UserError for a record that is compressed
+    (torch.save's never are, and it may unpack to any size) or longer than the file."""
     try:
         with zipfile.ZipFile(path) as archive:
             records, size = archive.infolist(), Path(path).stat().st_size
@@ -38,7 +37,7 @@ def record_sizes(path: str | Path) -> Counter[int]:
 
 
 def require_records(path: str | Path, tensors: Iterable[torch.Tensor]) -> None:
-    """Raise UserError unless each storage of tensors that were mapped from `path` is as long as a record of its own."""
+    """Raise UserError unless each storage of the tensors mapped from `path` is as long as a record of its own."""
     storages = {storage.data_ptr(): storage.nbytes() for storage in map(torch.Tensor.untyped_storage, tensors)}
     beyond = Counter(filter(None, storages.values())) - record_sizes(path)
     if beyond:

@@ -1,8 +1,8 @@
-"""Writing a .pth tensor by tensor, so that a model larger than memory can be made.
+"""Writes a .pth tensor by tensor, so that a model may be larger than memory.
 
 `torch.save` wants every tensor at once. A .pth is a zip archive of uncompressed records: a pickle that
 names shapes and storages, then each storage's bytes, aligned to 64 bytes so that readers can map
-them. Knowing shapes and dtypes beforehand, the records can be streamed, each with its checksum.
+them. If shapes and dtypes are known beforehand, the records can be streamed, each with its checksum.
 """
 
 import io
@@ -22,7 +22,7 @@ ALIGNMENT = 64
 LOCAL_HEADER = 30  # bytes before the name in a zip record's header
 ZIP64_FIELD = 20  # bytes of the extra field that gives sizes above 4 GB, present in each record here
 ROOT = "archive"  # the folder inside the archive, as torch.save names it
-CHUNK = 1 << 20  # bytes handed to the archive at a time: still in the core's cache when the checksum has read them
+CHUNK = 1 << 20  # bytes written at a time, few enough to stay in the core's cache between checksum and write
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class TensorSpec:
 
 
 def write_pth(path: str | Path, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Write a flat dict of tensors to `path` as torch.save would, holding what is being written alone.
+    """Write a flat dict of tensors to `path` as torch.save would, holding only what is being written.
 
-    specs maps each key to its TensorSpec; tensors is an iterable of (key, tensor) in the same order, in which a tensor
-    may also come as several runs of its rows, one pair after the other under its key. The file loads with
+    specs maps each key to its TensorSpec; tensors is an iterable of (key, tensor) in the same order. A tensor may also
+    come as several runs of its rows, in consecutive pairs with its key. The file loads with
     torch.load(mmap=True, weights_only=True). `path` is written in place: use atomic_write around it. Raises
-    ValueError where a tensor is not the one that specs announced.
+    ValueError if a tensor is not the one that specs announced.
     """
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         _write_record(archive, "data.pkl", [_pickle_of(specs)])
@@ -64,7 +64,7 @@ def write_pth(path: str | Path, specs: Mapping[str, TensorSpec], tensors: Iterab
 
 
 def save_pth(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a dict of tensors (or an iterable of such pairs with .items()) with write_pth, keeping its order."""
+    """Write {key: tensor} with write_pth, in its own order."""
     write_pth(path, {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}, tensors.items())
 
 
@@ -108,7 +108,7 @@ def _pickle_of(specs: Mapping[str, TensorSpec]) -> bytes:
 
 
 class _Pending:
-    """A tensor of the pickle: it is written as the call that rebuilds it from its storage."""
+    """A tensor of the pickle, pickled as the call that rebuilds it from its storage."""
 
     def __init__(self, number: int, spec: TensorSpec) -> None:
         self.number, self.spec = number, spec
@@ -141,7 +141,7 @@ class _SpecPickler(pickle.Pickler):
 
 
 def _storage_type(dtype: torch.dtype) -> type:
-    """The class by which torch names a storage's dtype in its files, such as torch.BFloat16Storage."""
+    """The class that names a storage's dtype in torch's files, such as torch.BFloat16Storage."""
     names = {
         torch.float32: "Float",
         torch.float16: "Half",

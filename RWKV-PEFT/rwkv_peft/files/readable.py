@@ -1,5 +1,4 @@
-"""Whether a file that a user names can be read, before anything is: what is not there and what may not be read are two
-things."""
+"""Checks that a file can be read before any work begins; a missing file and a forbidden one get different errors."""
 
 import os
 from pathlib import Path
@@ -10,8 +9,8 @@ SHOWN = 5  # files of a folder that a message names
 
 
 def require_readable(path: str | Path, missing: str, again: bool = False) -> Path:
-    """`path` as a Path to a file that opens for reading. Raises UserError: with the text `missing` where nothing is
-    there, for a folder, for what exists and may not be read, and for a pipe or device that is to be read `again`."""
+    """Return `path` as a Path to a file that opens for reading. Raises UserError with the text `missing` if nothing is
+    there; also for a folder, a file that may not be read, and a pipe or device if it is to be read `again`."""
     path = Path(path)
     try:
         if os.path.isfile(path):  # opening a pipe would wait for its other end
@@ -35,7 +34,7 @@ def require_readable(path: str | Path, missing: str, again: bool = False) -> Pat
 
 
 def home_meant(path: str | Path) -> str:
-    """What to say of a path whose ~ no shell has replaced, as behind a flag's = or in quotes; "" of any other."""
+    """The remark on a path whose ~ no shell has replaced, as behind a flag's = or in quotes; "" for any other path."""
     meant = os.path.expanduser(path)
     if meant == str(path) or os.path.lexists(Path(path).parts[0]):
         return ""
@@ -43,8 +42,8 @@ def home_meant(path: str | Path) -> str:
 
 
 def choice_in(folder: str | Path, *endings: str) -> str:
-    """The end of a message about a folder that was given where a file is due: "; give one of …", the first files in it
-    whose names end so (without endings: all), or "" where there is none or the folder may not be read."""
+    """The end of a message about a folder given in place of a file: "; give one of …" with its first files that have
+    one of the endings (none given: any), or "" if there are none or the folder cannot be read."""
     try:
         found = sorted(str(path) for path in Path(folder).iterdir() if path.is_file())
     except OSError:

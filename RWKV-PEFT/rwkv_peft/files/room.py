@@ -1,4 +1,4 @@
-"""The room that a disk has, asked before hours of work rather than after them."""
+"""Checks a disk's free space before hours of work, not after them."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from ..errors import UserError
 
 
 def room_at(path: str | Path) -> int:
-    """Bytes that are free for this user on the disk where `path`, which may be still to come, lies."""
+    """The bytes free for this user on the disk of `path`, which need not exist yet."""
     place = Path(os.path.realpath(path))
     disk = os.statvfs(next(folder for folder in (place, *place.parents) if folder.exists()))
     if not disk.f_blocks:  # a file system that does not tell
@@ -17,7 +17,7 @@ def room_at(path: str | Path) -> int:
 
 
 def require_room(flag: str, path: str | Path, needed: int, what: str = "") -> None:
-    """Raise UserError where the disk of `path`, given as `flag`, has fewer bytes free than are needed for `what`."""
+    """Raise UserError if the disk of `path`, given as `flag`, has fewer bytes free than are needed for `what`."""
     if (free := room_at(path)) < needed:
         raise UserError(
             f"{flag} {path} needs {needed:,} bytes{what and f' for {what}'}, and its disk has {free:,} free; free some "

@@ -1,8 +1,7 @@
-"""Adapters in RWKV-PEFT's flat .pth files: reading and writing them.
+"""Reads and writes adapters in RWKV-PEFT's flat .pth files.
 
-RWKV-PEFT and Hugging Face peft name block affine Bone "bat" and mean different things by it, and their files look
-alike, so that a variant is concluded only from what is decisive: the key's name, the tool, or a layer that is not
-square.
+RWKV-PEFT and Hugging Face peft both call block affine Bone "bat" and mean different forms, and their files look alike.
+So the variant is concluded only from decisive facts: the key's name, the tool, or a layer that is not square.
 """
 
 import math
@@ -21,17 +20,14 @@ from .atomic import atomic_write
 from .pth import read_tensors
 from .pth_writer import save_pth
 
-SOURCE = "RWKV-PEFT"  # of their metadata
-# what the keys of PiSSA's init files begin with since 2025-02, when RWKV-PEFT began to wrap the model
+SOURCE = "RWKV-PEFT"  # in the metadata of adapters read here
+# the prefix of keys in PiSSA's init files since 2025-02, when RWKV-PEFT began to wrap the model
 PREFIX = "model."
-INITS = (
-    "init_pissa.pth",
-    "init_{}",
-)  # how the init file beside a PiSSA's is called: RWKV-PEFT's, and write_rwkv_peft's
-INITIAL = ("init_lora_A", "init_lora_B")  # what RWKV-PEFT's PiSSA keeps in a file of its own
+INITS = ("init_pissa.pth", "init_{}")  # names of the init file beside a PiSSA file: RWKV-PEFT's, and write_rwkv_peft's
+INITIAL = ("init_lora_A", "init_lora_B")  # parameters that RWKV-PEFT's PiSSA keeps in a file of their own
 Modules = dict[str, dict[str, torch.Tensor]]  # {module name: {parameter name: tensor}}
 WRAPPED = re.compile(r"(.+?\.)(?:emb|blocks|ln_out|head)\.")  # a prefix before an official key
-OUTSIDE = ("emb.weight", "head.weight")  # of the blocks; both may be trained beside an adapter
+OUTSIDE = ("emb.weight", "head.weight")  # outside the blocks; both may be trained beside an adapter
 WHOLE_MODEL = (*OUTSIDE, "blocks.0.att.receptance.weight", "blocks.0.ffn.value.weight")
 
 
@@ -42,12 +38,12 @@ def read_rwkv_peft(
     init: str | Path | None = None,
     alpha: float | None = None,
 ) -> Adapter:
-    """The Adapter in a flat .pth of RWKV-PEFT: .bone, .disha, LoRA, PiSSA, time states, whole tensors.
+    """Read the Adapter in a flat .pth of RWKV-PEFT: .bone, .disha, LoRA, PiSSA, time states, whole tensors.
 
-    mode names the variant of 3-D .bone tensors where neither the file nor base (a state dict, for its shapes)
-    tells it; init is the path of PiSSA's init file; alpha is LoRA's, which RWKV-PEFT does not save. Keys may have a
-    wrapper's prefix.
-    Raises UserError as read_tensors does, and for a file that is a whole model or mixes kinds of adapter.
+    mode names the variant of 3-D .bone tensors if neither the file nor base (a state dict, for its shapes) tells it;
+    init is the path of PiSSA's init file; alpha is LoRA's, which RWKV-PEFT does not save. Keys may have a wrapper's
+    prefix. Raises UserError as read_tensors does, for a file that is a model or mixes kinds of adapter, and if the
+    variant or alpha is unknown.
     """
     state = unwrapped(read_tensors(path))
     adapter = Adapter(state, AdapterMetadata(NONE, source=SOURCE))
@@ -100,8 +96,8 @@ def read_rwkv_peft(
 
 
 def unwrapped(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """{key: tensor} without the prefix, such as model. or base_model.model., of what a training wrapped the model in,
-    where all keys have it."""
+    """Remove the prefix that a training's wrapper of the model gave to all keys, such as model. or base_model.model.;
+    a state in which some key lacks it stays as it is."""
     found = WRAPPED.match(next(iter(state)))
     if found is None or not all(key.startswith(found[1]) for key in state):
         return state
@@ -109,7 +105,7 @@ def unwrapped(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def holds_lora(path: str | Path) -> bool:
-    """Whether a flat .pth holds LoRA's factors, or PiSSA's."""
+    """Return whether a flat .pth holds LoRA's factors, or PiSSA's."""
     return any((adapter_parameter(key) or ("", ""))[1] == "lora_A" for key in read_tensors(path))
 
 
@@ -151,7 +147,8 @@ def _read_bone(
 def _block_affine_variant(
     path: str | Path, tensors: Mapping[str, torch.Tensor], mode: str | None, base: Mapping[str, torch.Tensor] | None
 ) -> str:
-    """bat-in or bat-out for 3-D .bone tensors, by the layers whose input and output differ in width."""
+    """The variant of 3-D .bone tensors, bat-in or bat-out, by the layers that are not square in base, or else by mode.
+    Raises UserError if neither tells it, or the layers contradict each other."""
     votes = set()
     for module, tensor in tensors.items():
         weight = None if base is None else base.get(f"{module}.weight")
@@ -220,12 +217,12 @@ def _read_lora(
 def write_rwkv_peft(
     path: str | Path, adapter: Adapter, parameter: str = "disha", base: Mapping[str, torch.Tensor] | None = None
 ) -> list[Path]:
-    """Write an Adapter as RWKV-PEFT's flat .pth; returns the paths written.
+    """Write an Adapter as RWKV-PEFT's flat .pth; return the paths written.
 
-    parameter names Bone's tensors: "disha" (RWKV-PEFT since 2025-02) or "bone" (before). What a method becomes there,
-    and which of them need base (a state dict), is the method's to say (Method.for_rwkv_peft). PiSSA writes a second
-    file, `init_<name>`, which must not exist yet; its keys have the PREFIX that RWKV-PEFT's newest merger asks for, and
-    which mergers from before 2025-02 do not know. Raises UserError for a method that RWKV-PEFT does not have.
+    parameter names Bone's tensors: "disha" (RWKV-PEFT since 2025-02) or "bone" (before). Method.for_rwkv_peft converts
+    a method's tensors; some methods need base (a state dict). PiSSA writes a second file, `init_<name>`, which must not
+    exist yet; its keys have the PREFIX that RWKV-PEFT's newest merger needs and that mergers from before 2025-02 do not
+    know. Raises UserError for a method that RWKV-PEFT does not have.
     """
     path, metadata = Path(path), adapter.metadata
     own: dict[str, torch.Tensor] = {}
@@ -251,7 +248,7 @@ def write_rwkv_peft(
                 f"{file} exists, and is where PiSSA's initial factors would go; move it away, or choose another "
                 f"name than {path.name}"
             )
-    with ExitStack() as stack:  # the two get their names when both are written, and the adapter's own last
+    with ExitStack() as stack:  # both files get their names when both are written, the adapter's own last
         for file, tensors in files.items():
             save_pth(stack.enter_context(atomic_write(file)), tensors)
     return list(files)

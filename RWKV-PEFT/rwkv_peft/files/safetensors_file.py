@@ -1,5 +1,4 @@
-"""Reading .safetensors files, each way of being broken with its own words, and writing them tensor by tensor, for
-models larger than memory.
+"""Reads .safetensors files, and writes them tensor by tensor, so that a model may be larger than memory.
 
 The format: eight bytes of header length, a JSON header with each tensor's dtype, shape and place, then the
 bytes (https://github.com/huggingface/safetensors#format).
@@ -18,9 +17,10 @@ from .pth_writer import TensorSpec, chunks
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """({name: tensor}, the header's metadata) of a .safetensors file; the tensors are mapped, and in the file's order.
+    """Read a .safetensors file: ({name: tensor}, the header's metadata). The tensors are mapped, in the file's order.
 
-    Raises UserError: a missing file, a folder, one that is no whole safetensors file, and as require_weights does.
+    Raises UserError for a missing file, a folder, a file that is no whole safetensors file, and as require_weights
+    does.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -36,7 +36,7 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[st
 
 
 def stored_order(path: Path) -> list[str]:
-    """The names of a .safetensors file that is whole, in the order of their bytes; its library has them by name."""
+    """The names in a whole .safetensors file, in the order of their bytes; the library lists them by name."""
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     header.pop("__metadata__", None)

@@ -1,4 +1,4 @@
-"""Settings in a file of their own beside tensors, as folders of Hugging Face's libraries have them."""
+"""Reads a JSON file of settings, as folders of Hugging Face's libraries have beside tensors."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from ..errors import UserError, told
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError where it is none."""
+    """Read the object in a JSON file. Raises UserError if it holds none."""
     try:
         settings = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""The flags that tell of an adapter what its file does not say; adapters.py reads it."""
+"""The flags that tell what an adapter's file does not; adapters.py reads that file."""
 
 import argparse
 
@@ -8,7 +8,7 @@ from ..names import forms
 
 
 def add_source_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say of an adapter what its file does not: the same for every command that takes one."""
+    """Add the flags that tell what an adapter's file does not, the same for every command that takes an adapter."""
     parser.add_argument(
         "--bone_mode",
         type=alias(MODE_ALIASES),

@@ -1,9 +1,9 @@
-"""Files of time states, in every layout: one reader, which generation, training and the checks share, and writers.
+"""Reads and writes files of time states in every layout, for generation, training and the checks.
 
-- .pth: {blocks.N.att.time_state: (H, N value, N key)}, as RWKV-Runner and ChatRWKV read them; a saved session besides
+- .pth: {blocks.N.att.time_state: (H, N value, N key)}, as RWKV-Runner and ChatRWKV read them; a saved session also
   has the shifts
 - .st, .state, .safetensors: the same keys with the last two axes exchanged, as web-rwkv and Ai00 have them
-- the adapter.safetensors of a run that tuned states alone, or the run's folder: as .pth, and it names its base
+- the adapter.safetensors of a run that tuned only states, or the run's folder: as .pth, and it names its base
 """
 
 from collections.abc import Mapping
@@ -28,8 +28,8 @@ WEB = (".st", ".state", ".safetensors")
 
 
 class StateFile(NamedTuple):
-    """What a file of states holds: path, {key: tensor} in the layout of a .pth, and of the base that they were tuned on
-    the fingerprint, the generation (its version) and how it is called in messages, "" where the file does not say."""
+    """A file of states: its path, {key: tensor} in the layout of a .pth, and the fingerprint, generation (its version)
+    and name in messages of the base that they were tuned on, "" if the file does not say."""
 
     path: Path
     tensors: dict[str, torch.Tensor]
@@ -38,13 +38,13 @@ class StateFile(NamedTuple):
     base_words: str = ""
 
     def check_generation(self, version: str) -> None:
-        """Raise UserError where the states name another generation than a model's version."""
+        """Raise UserError if the states name another generation than a model's version."""
         if self.generation not in ("", version):
             theirs, ours = (family_named(name).name for name in (self.generation, version))
             raise UserError(f"{self.path} was tuned on an {theirs}, and the model is an {ours}; give its own base")
 
     def check_base(self, base: Base) -> None:
-        """Raise UserError where the states name another base."""
+        """Raise UserError if the states name another base."""
         if self.base_fingerprint not in ("", base.fingerprint):
             raise UserError(
                 f"{self.path} was tuned on another base: {self.base_words}; {base.path} has the fingerprint "
@@ -53,7 +53,7 @@ class StateFile(NamedTuple):
             )
 
     def time_states(self) -> dict[str, torch.Tensor]:
-        """Its {key: tensor}. Raises UserError for a saved session."""
+        """The file's {key: tensor}. Raises UserError for a saved session."""
         if any(key.endswith(".shift") for key in self.tensors):
             raise UserError(
                 f"{self.path} is a saved session, which is behind some tokens; give time states, as state tuning makes "
@@ -62,18 +62,19 @@ class StateFile(NamedTuple):
         return self.tensors
 
     def added_to(self, base: Base) -> Base:
-        """A Base with these time states in place of its own. Raises UserError where they are not the model's."""
+        """A Base with these time states in place of its own. Raises UserError if they do not fit the model."""
         state_of(self.time_states(), State.zeros(base.config, 1), base.family.rows_are_keys, self.path)
         return Base(base.path, base.tensors | self.tensors, base.family, base.config)
 
 
 def is_own(path: str | Path) -> bool:
-    """Whether a file is an adapter that train.py saved."""
+    """Return whether a file is an adapter that train.py saved."""
     return Path(path).suffix == ".safetensors" and METADATA_KEY in read_safetensors(path)[1]
 
 
 def read_states(path: str | Path) -> StateFile:
-    """The StateFile at path. Raises UserError for a file that is missing or broken, and for an adapter's."""
+    """Read the StateFile at path. Raises UserError for a file that is missing or broken, and for an adapter that holds
+    other tensors."""
     path = adapter_of_run(path)
     if is_own(path):
         adapter = read_own(path)
@@ -97,8 +98,7 @@ def check_state_output(flag: str, path: str | Path) -> None:
 
 
 def check_session_output(flag: str, path: str | Path) -> None:
-    """Raise UserError where a flag's path ends as a file of time states in another layout does, by which it would be
-    read."""
+    """Raise UserError if a flag's path has an ending of web-rwkv's layout, because a session would be read as such."""
     if Path(path).suffix in WEB:
         raise UserError(
             f"{flag} {path}: a session is a .pth, and would be read as another file by this name; end it so"
@@ -115,5 +115,5 @@ def write_states(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def swapped_states(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """{key: time state} of a .pth as web-rwkv and Ai00 have it, or the other way round."""
+    """Turn {key: time state} from the layout of a .pth into that of web-rwkv and Ai00, or the other way round."""
     return {key: swapped(tensor) if tensor.dim() > 1 else tensor for key, tensor in tensors.items()}
